@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.prices import price_by_word
+from launch.sbatch_environment import environment_value
 from launch.slurm_time import clock, seconds
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
@@ -84,15 +85,14 @@ def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
 
 
 def as_submitted(slurm: SlurmConfig) -> SlurmConfig:
-    """The settings with what `launcher.extra` puts in their place: for sbatch the last option counts."""
+    """The settings as sbatch takes them: `launcher.extra` in their place, `SBATCH_*` for what they leave open."""
     extra = options_of(slurm.extra)
     return replace(
         slurm,
         time=extra.get("time", slurm.time),
-        partition=extra.get("partition", slurm.partition),
-        qos=extra.get("qos", slurm.qos),
-        account=extra.get("account", slurm.account),
-        reservation=extra.get("reservation", slurm.reservation),
+        partition=extra.get("partition", slurm.partition or environment_value("partition")),
+        qos=extra.get("qos", slurm.qos or environment_value("qos")),
+        reservation=extra.get("reservation", slurm.reservation or environment_value("reservation")),
     )
 
 

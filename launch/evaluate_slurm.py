@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import advice, slurm
-from launch.submission import sbatch
+from launch.sbatch_environment import refuse_gpus_of_environment
+from launch.submission import environment_lines, sbatch
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import SlurmConfig
 from trainer.records.code import ROOT
@@ -71,6 +72,8 @@ def submit(made: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
             print(f"# {line}", file=sys.stderr)
         print(text, end="")
         return 0
+    if made.config.launcher.gpu_request is None:
+        refuse_gpus_of_environment()
     script = made.directory.absolute() / SCRIPT
     try:
         (made.directory / "logs").mkdir(parents=True, exist_ok=True)
@@ -79,6 +82,6 @@ def submit(made: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
         raise StorageError(f"cannot write the job script: {error}; choose another to=<directory>") from error
     job = sbatch(script, [])
     print(f"submitted job {job}: {script}")
-    print(*(f"  {line}" for line in [*ranks, f"queue   squeue --job {job}"]), sep="\n")
+    print(*(f"  {line}" for line in [*ranks, *environment_lines(text), f"queue   squeue --job {job}"]), sep="\n")
     print(f"  output  below {shlex.quote(str(made.directory / 'logs'))}; the job's exit code is the evaluation's")
     return 0

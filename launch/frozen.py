@@ -38,7 +38,7 @@ from trainer.config.run import (
 )
 from trainer.data.config import ControlTokens, identifying
 from trainer.data.tokens.clock import TemplateDate
-from trainer.following.queue import Queue, QueuedJob, ask
+from trainer.following.queue import SUBMITTED, Queue, QueuedJob, ask, unfinished_job
 from trainer.records import settings_file
 from trainer.records.lease import InUse, refuse_in_use
 from trainer.records.status import FROZEN, State, read_status, write_text_atomic
@@ -133,12 +133,16 @@ def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> P
 
 
 def refuse_queued(run_dir: Path) -> None:
-    """Raise InUse where a job of this user, other than this process's, is in SLURM's queue for the run: it would start in it."""
+    """Refuse a directory that a job in SLURM's queue, other than this process's, is for: it would start in it.
+
+    A directory that was submitted before is also refused while the queue cannot be asked. Errors: InUse.
+    """
     if (job := _queued(run_dir)) is None:
         return
+    state = f"it pends: {job.why}" if job.pends else f"it is {job.state}"
     raise InUse(
-        f"run.dir={run_dir}: {job.says} is for this run, and would train with what is frozen now; `shardtune stop {run_dir}` "
-        "ends it, or choose another run.dir"
+        f"run.dir={run_dir}: job {job.id} is for this run, and would train with what is frozen now ({state}). "
+        f"`shardtune stop {run_dir}` ends it; or choose another run.dir"
     )
 
 
@@ -152,13 +156,38 @@ def queued_as_asked(composed: Composed, run_dir: Path) -> QueuedJob | None:
 
 
 def _queued(run_dir: Path) -> QueuedJob | None:
-    job = _queue(int(time.monotonic() // QUEUE_S)).job_of(run_dir, None)
-    return None if job is None or job.raw_id == os.environ.get("SLURM_JOB_ID") or job.state == "COMPLETING" else job
+    """The job in SLURM's queue that is for this run; None if there is none, or it is this process's.
+
+    Errors: InUse if the queue cannot be asked and the run was submitted before.
+    """
+    own_job = _own_job()
+    now = int(time.monotonic() // QUEUE_S)
+    queue = _queue(now)
+    if queue.problem is not None:
+        submitted = unfinished_job(run_dir)
+        if submitted is None or submitted in own_job:
+            return None
+        queue = _queue(now, again=True)
+        if queue.problem is not None:
+            raise InUse(
+                f"run.dir={run_dir}: was submitted as job {submitted}, and whether that still waits or runs is not known "
+                f"({queue.problem}). Try again when squeue answers; if job {submitted} is over, remove "
+                f"{run_dir / SUBMITTED}; or choose another run.dir"
+            )
+    job = queue.job_of(run_dir, None)
+    return None if job is None or job.raw_id in own_job or job.state == "COMPLETING" else job
 
 
-@lru_cache(maxsize=1)
-def _queue(_: int) -> Queue:
-    """SLURM's queue, asked once for many runs; its argument changes with time."""
+def _own_job() -> set[str]:
+    """The names of the job that this process is part of; empty outside of a job."""
+    env = os.environ
+    names = {env.get("SLURM_JOB_ID"), f"{env.get('SLURM_ARRAY_JOB_ID')}_{env.get('SLURM_ARRAY_TASK_ID')}"}
+    return {name for name in names if name is not None}
+
+
+@lru_cache(maxsize=2)
+def _queue(_: int, again: bool = False) -> Queue:
+    """SLURM's queue, asked once for many runs, and once more if that failed; the first argument changes with time."""
     return ask()
 
 

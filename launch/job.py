@@ -13,16 +13,18 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch import container, pipeline_part, snapshot
-from launch.job_end import JobStart, end, lost
+from launch.job_end import JobStart, end, job_name, lost
 from launch.slurm_env import port
-from strategies.errors import ConfigError, NodesUnfit, ShardtuneError
+from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageError
 from trainer.config.sbatch_options import ranks_per_node
+from trainer.following.job_record import note_begun, note_ended
+from trainer.following.queue import note_submitted
 from trainer.records.code import ROOT
 from trainer.records.lease import SILENT, refuse_in_use
 from trainer.records.settings_file import read_tree
@@ -76,6 +78,7 @@ class FrozenRun:
 def begin(words: list[str]) -> dict[str, Any]:
     """Everything that is settled before the step; what the shell is told. Errors: ConfigError, StorageError, ShardtuneError."""
     job = JobStart.here()
+    refuse_heterogeneous(os.environ)
     run = run_of(words, job)
     logs = run.directory / "logs"
     told: dict[str, Any] = {"run_dir": run.directory, "logs": logs, "job": job.name, "start": job.restart}
@@ -83,6 +86,7 @@ def begin(words: list[str]) -> dict[str, Any]:
     if read_status(run.directory).get("state") == State.done:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
         pipeline_part.ended("train", run.directory, 0)
+        note_ended(run.directory, job.name, job.restart, 0, reason="already finished", goes_on=False)
         return {**told, "finished": 1}
     logs.mkdir(parents=True, exist_ok=True)
     told["code"] = code_of(run, job) if words else ""
@@ -98,12 +102,37 @@ def begin(words: list[str]) -> dict[str, Any]:
             "not started again"
         )
     refuse_in_use(run.directory, run.tree["run"]["lease_s"])
+    if words:  # the script for people; `submit` has left it for its own
+        note_submitted([run.directory], job.name)
+    note_begun(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
+    tell_idle_gpus(run.processes, os.environ)
     told |= {f"retry_{cause}": times for cause, times in retry.items()}
     told |= {"processes": run.processes, "threads": run.threads, "silent": os.environ.get(SILENT, "")}
     meeting = rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or run.tree["launcher"]["rdzv"])
     if len(job.nodes) > 1 and run.tree["launcher"].get("preflight", "none") != "none":
         preflight(run, job, meeting)
     return {**told, "rendezvous": meeting}
+
+
+def refuse_heterogeneous(env: Mapping[str, str]) -> None:
+    """Refuse a job of several unlike parts, of which this script would train on the first alone. Errors: ConfigError."""
+    parts = env.get("SLURM_HET_SIZE", "")
+    if parts.isdecimal() and int(parts) > 1:
+        raise ConfigError(
+            f"SLURM_HET_SIZE={parts}: a heterogeneous job trains on its first part alone, and the nodes of the others would "
+            "stay idle; submit a job of nodes that are alike"
+        )
+
+
+def tell_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
+    """Say how many GPUs of this node no rank uses; SLURM tells how many the job was given."""
+    gpus = env.get("SLURM_GPUS_ON_NODE", "")
+    if gpus.isdecimal() and int(gpus) > processes:
+        print(
+            f"{int(gpus) - processes} of {gpus} GPUs stay idle on each node: the run has {processes} ranks a node "
+            "(launcher.processes)",
+            file=sys.stderr,
+        )
 
 
 def code_of(run: FrozenRun, job: JobStart) -> Path | str:
@@ -217,15 +246,32 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["part"] and len(argv) == 4:
         snapshot.check()
         return pipeline_part.run_part(argv[1], Path(argv[2]), int(argv[3]))
-    if argv[:1] == ["end"] and len(argv) == 3 and argv[1].isdecimal():
-        return end(int(argv[1]), bool(argv[2]))
+    # Three words by scripts that were written before signals were kept from the first line on.
+    if argv[:1] == ["end"] and len(argv) in (3, 4) and argv[1].isdecimal():
+        return end(int(argv[1]), bool(argv[2]), unstarted=argv[3:] == ["1"])
     if argv[:1] != ["begin"]:
-        raise ConfigError("this is for job scripts: begin [words], or end <code> <stopped>")
+        raise ConfigError("this is for job scripts: begin [words], or end <code> <stopped> [<unstarted>]")
     with _stdout_is_stderr() as real:
-        told = begin(argv[1:])
+        try:
+            told = begin(argv[1:])
+        except ShardtuneError as error:
+            note_refused(error)
+            raise
         lines = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in told.items())
         os.write(real, lines.encode())
     return 0
+
+
+def note_refused(error: ShardtuneError) -> None:
+    """Leave in the directory of a frozen run why its job ended before a rank was started."""
+    config = os.environ.get("SHARDTUNE_CONFIG")
+    name = job_name()
+    if not config or name is None or not Path(config).is_file():
+        return
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    reason = " ".join(str(error).split())
+    with contextlib.suppress(StorageError):
+        note_ended(Path(config).parent, name, restart, error.exit_code, reason=reason, goes_on=False)
 
 
 if __name__ == "__main__":

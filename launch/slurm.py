@@ -24,43 +24,69 @@ Options = dict[str, str | int | None]
 BODY = r"""
 # ---- From here on slurm/train.sbatch and launch/slurm.py are the same, line for line.
 set -e
+warned='' stopped='' step='' repeats=''
+# A signal is kept from the first line on. USR2, near the time limit or by `scancel --batch --signal=USR2`: save, be requeued.
+trap 'warned=1$warned; pass_on' USR2
+# Time limit, scancel, end of a preemption: the steps get it too and need this shell to wait. `shardtune stop` sends it here.
+trap 'stopped=1$stopped; pass_on' TERM
+pass_on() { # to the ranks, again and again: while they load their libraries they miss it
+  if [ -z "$step" ] || [ -n "$repeats" ]; then return 0; fi
+  (trap '' USR2 && trap - TERM && while kill -USR2 "$step" 2>/dev/null; do sleep 5; done) &
+  repeats=$!
+}
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 # a trainer.py where the job was submitted hides nothing
 # As text: a shell between srun and bash (dash) drops exported functions.
 SHARDTUNE_SETUP=$(declare -f setup)
 export SHARDTUNE_SETUP SHARDTUNE_PYTHON=$python
 # Which run this is, whether it may start, and where its ranks meet: lines that set run_dir, logs, job, processes, rendezvous ...
-said=$(bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job begin "${words[@]}")
+said=$(
+  trap '' USR2
+  bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job begin "${words[@]}"
+)
 eval "$said"
 if [ -n "$code" ]; then export PYTHONPATH=$code:$PYTHONPATH; fi # the copy that the first start has made
 if [ -n "$finished" ]; then exit 0; fi
 
 export SHARDTUNE_RUN_DIR=$run_dir SHARDTUNE_CONFIG=$run_dir/config.yaml OMP_NUM_THREADS=$threads SHARDTUNE_SILENT=$silent
 if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun no longer takes it over
+export retry_preempted retry_node_fail retry_out_of_memory
+# Exit codes do not survive torchrun: what the run wrote down decides whether the job is requeued.
+settle() { # the code of the step, and 1 if no rank was started
+  trap '' USR2
+  bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job end "$1" "$stopped" "$2"
+}
+if [ -n "$warned$stopped" ]; then
+  rc=0
+  settle 75 1 || rc=$?
+  exit "$rc"
+fi
 nodes=$SLURM_JOB_NUM_NODES
-stopped=
-trap 'stopped=1$stopped' TERM # time limit, scancel, end of a preemption: the steps get it too and need this shell to wait
 echo "job $job, start $start, on $SLURM_JOB_NODELIST: $nodes x $processes processes, rendezvous $rendezvous, $logs"
 
-# SLURM sends USR2 and TERM to every process of the step. Either would end torchrun, so it is started with both ignored;
-# the workers have their own handling. After one node's end the others have $patience seconds to come to theirs. Each node's
-# launch.torchrun writes down which of its ranks was killed, and whether for memory. Ranks are numbered in SLURM's order of nodes.
-srun --export=ALL,SHARDTUNE_INSIDE=1 "${container[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
-  --kill-on-bad-exit=0 --wait="$patience" --open-mode=append --output="${logs//%/%%}/%x-%j-%t.log" \
-  "${within[@]}" bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup; trap "" USR2 TERM
-    exec "$0" -m launch.torchrun --node-rank="$SLURM_NODEID" "$@"' \
-  "${inside:-$python}" --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 --rdzv-backend=static \
-  --rdzv-endpoint="$rendezvous" --rdzv-id="$SLURM_JOB_ID" --signals-to-handle=SIGINT -m launch.train &
+# SLURM sends TERM to every process of the step, and USR2 comes through srun. Either would end torchrun, so it is started with
+# both ignored; the workers have their own handling. After one node's end the others have $patience seconds to come to theirs.
+# Each node's launch.torchrun writes down which of its ranks was killed, and whether for memory. Ranks are numbered in SLURM's
+# order of nodes.
+(
+  trap '' USR2 # srun passes it on as soon as it can, and does not die of it before
+  exec srun --export=ALL,SHARDTUNE_INSIDE=1 "${container[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+    --cpu-bind=none --kill-on-bad-exit=0 --wait="$patience" --open-mode=append --output="${logs//%/%%}/%x-%j-%t.log" \
+    "${within[@]}" bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup; trap "" USR2 TERM
+      exec "$0" -m launch.torchrun --node-rank="$SLURM_NODEID" "$@"' \
+    "${inside:-$python}" --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 --rdzv-backend=static \
+    --rdzv-endpoint="$rendezvous" --rdzv-id="$SLURM_JOB_ID" --signals-to-handle=SIGINT -m launch.train
+) &
 step=$!
+if [ -n "$warned$stopped" ]; then pass_on; fi # it came in this moment
 # A trapped signal ends `wait`, not the step.
 while true; do
-  rc=0 before=$stopped
+  rc=0 before=$warned-$stopped
   wait "$step" || rc=$?
-  if [ "$before" = "$stopped" ] && ! kill -0 "$step" 2>/dev/null; then break; fi
+  if [ "$before" = "$warned-$stopped" ] && ! kill -0 "$step" 2>/dev/null; then break; fi
 done
+if [ -n "$repeats" ]; then kill "$repeats" 2>/dev/null || true; fi
 if [ "$rc" -lt 0 ]; then rc=1; fi # what bash says where step and signal come in the same moment
-# Exit codes do not survive torchrun: what the run wrote down decides whether the job is requeued.
-export retry_preempted retry_node_fail retry_out_of_memory
-bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job end "$rc" "$stopped"
+settle "$rc" ""
 """
 
 
@@ -144,7 +170,7 @@ def options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
         "chdir": _path(cwd, "the current directory"),
         "output": output,
         "open-mode": "append",
-        "signal": f"USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None,
+        "signal": f"B:USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None,
         "comment": slurm.comment,
         "dependency": ",".join([*after, *filter(None, [slurm.dependency])]) or None,
         "kill-on-invalid-dep": "yes" if after or slurm.dependency else None,
@@ -182,8 +208,14 @@ def written(wanted: Options) -> list[str]:
 
 
 def job_name(runs: list[str]) -> str:
-    """Part of the log files' names, so without odd characters."""
-    return "shardtune" if len(runs) > 1 else re.sub(r"[^\w.-]", "-", Path(runs[0]).name) or "shardtune"
+    """The job's name in the queue and in the names of its log files, so without odd characters."""
+    if len(runs) > 1:
+        return "shardtune"
+    run = Path(runs[0])
+    name = run.name
+    if name.isdecimal() and run.parent.name:  # a point of a sweep is called 0, 1, ...
+        name = f"{run.parent.name}-{name}"
+    return re.sub(r"[^\w.-]", "-", name) or "shardtune"
 
 
 def one_line(value: str, knob: str) -> str:

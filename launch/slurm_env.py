@@ -5,14 +5,16 @@ Owns the mapping of SLURM's variables to torchrun's, and refuses starts that wou
 
 from __future__ import annotations
 
+import itertools
 import os
-import subprocess
+import re
 from collections.abc import Mapping
 
 from strategies.errors import ConfigError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 INTERACTIVE = str(0xFFFFFFFA)
 """SLURM's number for the step in which salloc puts a shell on the first node."""
 
@@ -112,13 +114,43 @@ def _tasks(env: Mapping[str, str]) -> int:
 def first_host(nodelist: str) -> str:
     """The first host of SLURM's shorthand. Raises ConfigError."""
     # The name, not an address: `hostname --ip-address` gives loopback, or several words, on some sites.
-    try:
-        command = ["scontrol", "show", "hostnames", nodelist]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise ConfigError(
-            f"SLURM_STEP_NODELIST={nodelist}: scontrol cannot tell its hosts ({error}); set MASTER_ADDR to the first"
-        ) from error
+    hosts = expand_hosts(nodelist)
+    if not hosts:
+        raise ConfigError(f"SLURM_STEP_NODELIST={nodelist}: names no host; set MASTER_ADDR to the first")
+    return hosts[0]
+
+
+def expand_hosts(nodelist: str) -> list[str]:
+    """The hosts of SLURM's shorthand in its order: `n[08-10],gpu1` is n08, n09, n10 and gpu1. Raises ConfigError.
+
+    It is read here and not by `scontrol show hostnames`, whose answer may stand among words that a site prints.
+    """
+    hosts: list[str] = []
+    for item in _split_outside_brackets(nodelist):
+        # Alternating: literal text, the inside of brackets, literal text ...
+        pieces = BRACKETS.split(item)
+        if any(set(piece) & set("[] \t") for piece in pieces):
+            raise ConfigError(f"SLURM_JOB_NODELIST={nodelist}: is not written as SLURM writes hosts, such as n[1-4,7]")
+        choices = [_numbers(piece, nodelist) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+        hosts += ["".join(parts) for parts in itertools.product(*choices)]
+    return hosts
+
+
+def _split_outside_brackets(nodelist: str) -> list[str]:
+    items = re.split(r",(?![^\[]*\])", nodelist.strip())
+    return [item for item in items if item]
+
+
+def _numbers(ranges: str, nodelist: str) -> list[str]:
+    """`08-10,12` as 08, 09, 10, 12: numbers keep the width of the first one of their range."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f"SLURM_JOB_NODELIST={nodelist}: is not written as SLURM writes hosts, such as n[1-4,7]")
+        stop = int(last) if dash else int(first)
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), stop + 1)]
+    return numbers
 
 
 def export(env: Mapping[str, str] | None = None) -> None:

@@ -92,7 +92,9 @@ COLUMNS: tuple[Column, ...] = (
 def text(found: StatusAnswer, damaged: Mapping[Path, str] | None, *, live: bool = False) -> str:
     """What a person reads. `damaged` by checkpoint, None where none was verified; `live` adds curves to runs that run."""
     if found.one is not None:
-        return "\n".join(_in_full(found.runs[0], found.one, damaged))
+        lines = _in_full(found.runs[0], found.one, damaged)
+        lines += ["", *folded(f"queue: {found.queue.problem}")] if found.queue.problem else []
+        return "\n".join(lines)
     lines = _table(found, live=live) if found.runs else [f"no runs below {found.root}"]
     if damaged is not None:
         lines += ["", *([f"damaged: {path}: {why}" for path, why in damaged.items()] or ["all checkpoints are whole"])]
@@ -235,7 +237,7 @@ def _failed(run: RunView, one: One) -> list[str]:
             at = f", step {failure['step']}" if failure.get("step") is not None else ""
             where = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('phase')}{at}: "
             where += "" if failure.get("user_error") else f"{failure.get('error')}: "
-        todo = again
+        todo = again if run.step else f"shardtune logs {run.directory} shows its output; submit the same words again"
         lasting = failure.get("retry") in (None, "out_of_memory")
         if failure.get("user_error") and lasting:
             todo = "change what the message says; the same command then continues it"

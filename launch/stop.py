@@ -27,7 +27,8 @@ queue. For a run on another host, without SLURM, it says what to type there.
   --json       print how the run stands afterwards, for a script; what is said goes to stderr
 
 Ends with 0 where the run is not running any more, or was not; with 64 where there is no such run; with 69 where it
-cannot be stopped from here or has not ended in time; with 70 where it failed instead."""
+cannot be stopped from here, has not ended in time, or SLURM's queue cannot be asked, so that nobody knows; with 70
+where it failed instead."""
 WAIT_S = 600
 LOOK_S, ASK_S, TELL_S = 0.5, 5.0, 15.0
 """Seconds between looks at the run, questions to SLURM, and words on the screen."""
@@ -49,14 +50,15 @@ def main(argv: list[str]) -> int:
 
 def stop(run_dir: Path, wait_s: float, *, dry: bool) -> tuple[int, str | None]:
     """(the exit code, by what it was stopped or would be; None where nothing ran). Errors: Refused."""
-    from trainer.following.queue import ask
+    from trainer.following.queue import ask_twice
     from trainer.following.reading import look
-    from trainer.following.ways import Nothing, way
+    from trainer.following.ways import Nothing, refuse_unknown, way
 
-    queue = ask()
+    queue = ask_twice()
     run = look(run_dir, queue)
     found = way(run_dir, queue, run.job)
     if isinstance(found, Nothing):
+        refuse_unknown(run_dir, queue, run.state)
         why = f" ({run.why})" if run.why else ""
         print(f"{run_dir}: is not running: {run.state}{why}; {saved(run_dir, run.step)}")
         return 0, None
@@ -136,6 +138,8 @@ class Waiting:
     way: Signal | Slurm | Cancel
     wait_s: float
     _asked_at: float = float("-inf")
+    _queue_problem: str | None = None
+    """Why SLURM's queue could not be asked when it was asked last."""
 
     def until_ended(self) -> int:
         """Wait, and say what was saved; the exit code."""
@@ -166,7 +170,9 @@ class Waiting:
             return self.way.gone
         if time.monotonic() - self._asked_at < ASK_S:
             return False
-        queue, self._asked_at = ask(), time.monotonic()
+        queue = ask()
+        self._asked_at = time.monotonic()
+        self._queue_problem = queue.problem
         job = next((job for job in queue.jobs if job.id == self.way.job.id), None)
         if job is not None and job.pends:
             Cancel(job).send()  # also where it was requeued all the same, as by an administrator
@@ -195,6 +201,13 @@ class Waiting:
         return 0
 
     def _late(self) -> int:
+        if self._queue_problem is not None:
+            print(
+                f"{self.run_dir}: was told to end, and whether it has is not known ({self._queue_problem}); "
+                f"{saved(self.run_dir, None)}",
+                file=sys.stderr,
+            )
+            return NOT_IN_TIME
         print(
             f"{self.run_dir}: has not ended within {self.wait_s:.0f} s: it still saves, or hangs. `shardtune status "
             f"{self.run_dir}` says when it was last heard of, and wait_s= waits longer; {saved(self.run_dir, None)}",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import advice, container, pipeline, snapshot
+from launch.sbatch_environment import refuse_gpus_of_environment, sbatch_environment, sort_variables
 from launch.slurm import head, job_name, render
 from strategies.errors import ConfigError, StorageError
 from trainer.config.resuming import plain
@@ -21,6 +23,9 @@ from trainer.config.run import Code, RunConfig, SlurmConfig
 from trainer.following.queue import note_submitted
 from trainer.records.code import ROOT, revision
 from trainer.records.status import write_text_atomic
+
+JOB_ID = re.compile(r"\d+(;.*)?")
+"""What `sbatch --parsable` prints of a job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,9 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
             print(text, end="")
         return []
     assert isinstance(slurm, SlurmConfig)
-    said = advice.advise(config, run_dirs)
+    if slurm.gpu_request is None:
+        refuse_gpus_of_environment()
+    said = [*advice.advise(config, run_dirs), *environment_lines(scripts["train"])]
     if container.way_of(launcher := plain(config)["launcher"]) is not None:
         if container.way_of(launcher) == "pyxis":
             container.refuse_missing(launcher)  # apptainer may be on the nodes alone; each of them is asked
@@ -117,10 +124,15 @@ def _tell(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> None:
         if len(run_dirs) == 1
         else f"  logs    below {', '.join(shlex.quote(str(run / 'logs')) for run in run_dirs)}"
     )
-    print(f"  save and requeue now: scancel --signal=USR2 {job}")
+    print(f"  save and requeue now: scancel --batch --signal=USR2 {job}")
     print(
         f"  save and end: shardtune stop {shlex.quote(str(run_dirs[0])) if len(run_dirs) == 1 else '<one of the runs>'}"
     )
+
+
+def environment_lines(script: str) -> list[str]:
+    """Which `SBATCH_*` of the environment reach sbatch with this script, for people; within a job none does."""
+    return [] if "SLURM_JOB_ID" in os.environ else sort_variables(script).lines()
 
 
 def said_of(code: Path, *, copied: bool) -> str:
@@ -133,11 +145,11 @@ def said_of(code: Path, *, copied: bool) -> str:
 
 def sbatch(script: Path, options: list[str]) -> str:
     """Submit; returns the job id. Raises ConfigError with what `sbatch` says."""
-    env = dict(os.environ)
-    if "SLURM_JOB_ID" in env:  # inside a job: its own limits would become the new job's
-        env = {k: v for k, v in env.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SRUN_", "SBATCH_"))}
+    env = sbatch_environment(script.read_text(encoding="utf-8"))
     try:
-        done = subprocess.run(["sbatch", "--parsable", *options, str(script)], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options, str(script)], env=env, capture_output=True, text=True, errors="replace"
+        )
     except FileNotFoundError:
         raise ConfigError(
             "launcher=slurm needs the command sbatch, which is not on PATH here: "
@@ -148,4 +160,15 @@ def sbatch(script: Path, options: list[str]) -> str:
         raise ConfigError(
             f"sbatch refused {script}: {'; '.join(lines)}; what it asks for is launcher.* (docs/slurm.md)"
         )
-    return done.stdout.strip().splitlines()[-1].split(";")[0]  # "id" or "id;cluster"
+    return job_id(done.stdout, script)
+
+
+def job_id(answer: str, script: Path) -> str:
+    """The id in what `sbatch --parsable` prints; a site may print words of its own before and after. Raises ConfigError."""
+    ids = [line.strip() for line in answer.splitlines() if JOB_ID.fullmatch(line.strip())]
+    if len(ids) != 1:
+        words = " ".join(answer.split()) or "nothing"
+        raise ConfigError(
+            f"sbatch took {script}, but no job id is in what it printed: {words}; the job may be in the queue: squeue --me"
+        )
+    return ids[0].partition(";")[0]  # "id" or "id;cluster"

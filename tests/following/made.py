@@ -13,9 +13,9 @@ from tests.helpers.launching import ROOT
 from trainer.records.lease import Owner, process_identity
 
 SQUEUE = """#!/bin/sh
-[ -z "$SQUEUE_WAITS" ] || sleep "$SQUEUE_WAITS"
+[ -z "$STANDIN_WAITS" ] || sleep "$STANDIN_WAITS"
 cat "$(dirname "$0")/queue"
-exit "${SQUEUE_CODE:-0}"
+exit "${STANDIN_CODE:-0}"
 """
 
 

@@ -195,7 +195,7 @@ def test_it_ends_where_nothing_will_go_on_with_the_run(tmp_path, capsys, monkeyp
     captured = capsys.readouterr()
     assert "T: cut" in captured.out and f"{run}: failed at step 3\n" in captured.err
     monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", []))
-    monkeypatch.setenv("SQUEUE_CODE", "1")  # of a run that had no job its queue says nothing
+    monkeypatch.setenv("STANDIN_CODE", "1")  # of a run that had no job its queue says nothing
     lost = made(tmp_path, "lost")
     owned(lost, silent_s=10**6)
     assert main(["logs", str(lost), "--follow"]) == 0

@@ -13,7 +13,8 @@ from launch.status_answer import text
 from strategies import durable
 from strategies.errors import StorageError
 from tests.following.made import here, made, owned, stand_in_for_squeue, without_torch
-from trainer.following.queue import Queue, note_submitted, submitted_as
+from trainer.following.job_record import note_begun, note_ended
+from trainer.following.queue import Queue, QueuedJob, note_submitted, submitted_as
 from trainer.following.reading import RunView, find, look
 
 
@@ -188,13 +189,67 @@ def test_the_queue_says_which_runs_pend_and_why(tmp_path, capsys, monkeypatch):
     assert main(["status", str(tmp_path)]) == 0
     assert "  on n1, job 31 SUSPENDED\n" in capsys.readouterr().out
 
-    monkeypatch.setenv("SQUEUE_CODE", "1")
+    monkeypatch.setenv("STANDIN_CODE", "1")
     assert main(["status", str(tmp_path)]) == 0
     assert "queue: squeue failed" in capsys.readouterr().out
     monkeypatch.setattr("trainer.following.queue.PATIENCE_S", 0.2)
-    monkeypatch.setenv("SQUEUE_WAITS", "60")
+    monkeypatch.setenv("STANDIN_WAITS", "60")
     assert main(["status", str(tmp_path)]) == 0
     assert "queue: squeue gave no answer" in capsys.readouterr().out
+
+
+def test_a_job_that_ended_before_its_ranks_wrote_a_word_has_ended(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", []))
+    (tmp_path / "bin" / "scontrol").write_text(
+        "#!/bin/sh\necho JobId=$5 JobState=CANCELLED Reason=Dependency ExitCode=0:0\n"
+    )
+    (tmp_path / "bin" / "sacct").write_text("#!/bin/sh\nexit 1\n")
+    for name in ("scontrol", "sacct"):
+        (tmp_path / "bin" / name).chmod(0o755)
+    words = {
+        "refused": "job 41, start 0: n10: does not see /data (exit code 69)",
+        "killed": "job 42, start 1, on n[1-2]: ended without a word of its script; SLURM says: CANCELLED",
+        "cancelled": "job 43 ended before its script began; SLURM says: CANCELLED Dependency",
+    }
+    runs = {name: made(tmp_path, name, state=None, steps=0) for name in (*words, "fresh")}
+    for number, name in enumerate(words):
+        note_submitted([runs[name]], str(41 + number))
+    note_ended(runs["refused"], "41", 0, 69, reason="n10: does not see /data", goes_on=False)
+    note_begun(runs["killed"], "42", 1, "n[1-2]")
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    rows = {Path(row["directory"]).name: row for row in json.loads(capsys.readouterr().out)["runs"]}
+    assert {name: rows[name]["state"] for name in rows} == dict.fromkeys(words, "failed") | {"fresh": "not started"}
+    assert all(text in rows[name]["why"] for name, text in words.items())
+    assert main(["status", str(runs["cancelled"])]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "failed: job 43 ended before its script began" in out and "submit the same words again" in out
+    monkeypatch.setenv("STANDIN_CODE", "1")
+    assert main(["status", str(runs["cancelled"])]) == 0
+    assert "whether that waits or runs is not known: squeue failed" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "words"),
+    [
+        (
+            "PENDING",
+            "job requeued in held state",
+            "held by SLURM after a requeue, and does not start by itself",
+        ),
+        ("SPECIAL_EXIT", "None", "`scontrol release 9` lets it start"),
+        ("REQUEUED", "BeginTime", "its time has not come"),
+        ("PENDING", "PartitionDown", "its partition is down"),
+        ("PENDING", "JobArrayTaskLimit", "waits for other tasks of its array"),
+        ("PENDING", "QOSMaxWallDurationPerJobLimit", "it never starts; lower launcher.time, or set launcher.qos"),
+        ("PENDING", "QOSMaxCpuPerJobLimit", "it never starts; lower what is asked for, or set launcher.qos"),
+        ("PENDING", "QOSMaxJobsPerUserLimit", "it starts when other jobs have ended"),
+        ("PENDING", "AssocGrpGRES", "it starts when other jobs have ended"),
+        ("PENDING", "SomethingNew", "SomethingNew"),
+    ],
+)
+def test_every_reason_to_wait_has_words_and_a_way_out(state, reason, words):
+    job = QueuedJob("9", "9", state, reason, "N/A", "1:00", "", "/", "run", "(null)")
+    assert job.pends and words in job.says
 
 
 def test_which_job_a_run_is_for_is_replaced_whole(tmp_path, monkeypatch):

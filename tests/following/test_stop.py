@@ -13,6 +13,8 @@ from launch.main import main
 from launch.slurm import BODY
 from tests.following.made import here, made, owned, stand_in_for_squeue, without_torch
 from trainer.following import ways
+from trainer.following.job_record import note_ended
+from trainer.following.queue import note_submitted
 from trainer.records.lease import process_identity
 
 READY = "import signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, {15}); print(flush=True); input()"
@@ -155,6 +157,38 @@ def test_a_job_that_pends_is_taken_out_of_the_queue(tmp_path, capsys, slurm, mon
     assert main(["stop", str(run)]) == 0
     assert log.read_text() == "scancel 20\n"
     assert "job 20 was taken out of the queue; saved at step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", ["REQUEUE_HOLD", "SPECIAL_EXIT", "REQUEUED"])
+def test_a_job_that_slurm_holds_is_taken_out_of_the_queue_too(tmp_path, slurm, state):
+    log = slurm("20", state, made(tmp_path, "run", state="preempted"))
+    assert main(["stop", str(tmp_path / "run")]) == 0
+    assert log.read_text() == "scancel 20\n"
+
+
+def test_a_queue_that_cannot_be_asked_is_not_an_empty_one(tmp_path, capsys, monkeypatch):
+    run = made(tmp_path, "run", state="preempted")
+    note_submitted([run], "20")
+    monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", []))
+    assert main(["stop", str(run)]) == 0
+    squeue = tmp_path / "bin" / "squeue"
+    once = f"[ -e {tmp_path}/failed ] || {{ touch {tmp_path}/failed; exit 1; }}"
+    squeue.write_text(f'#!/bin/sh\n[ -z "$SQUEUE_STATES" ] || exit 3\n{once}\n')
+    monkeypatch.setenv("SQUEUE_STATES", "SUSPENDED")
+    assert main(["stop", str(run)]) == 0, "it is asked twice, and not with the user's filter"
+    squeue.write_text("#!/bin/sh\necho 'squeue: error: Unable to contact slurm controller' >&2; exit 1\n")
+    capsys.readouterr()
+    assert main(["stop", str(run)]) == 69
+    said = capsys.readouterr().err
+    assert "was submitted as job 20, and whether that still waits or runs is not known" in said
+    assert "Unable to contact slurm controller" in said and "scancel 20" in said
+    assert main(["status", str(run)]) == 0
+    assert "queue: squeue failed" in capsys.readouterr().out
+    squeue.unlink()
+    assert main(["stop", str(run)]) == 69, "a host without SLURM cannot tell either"
+    note_ended(run, "20", 0, 75, reason="state saved", goes_on=False)
+    assert main(["stop", str(run)]) == 0, "the job's own script has said that it is over"
+    assert main(["stop", str(made(tmp_path, "other", state="preempted"))]) == 0, "never submitted"
 
 
 def test_a_job_with_another_script_is_left_to_its_user(tmp_path, capsys, slurm):

@@ -18,6 +18,15 @@ from tests.slurm.cluster import Cluster, wait_for
 pytestmark = pytest.mark.slurm
 CLONE = Path(__file__).parents[2]
 ENV = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+ODD = ENV | {
+    "SBATCH_TIMELIMIT": "1",
+    "SBATCH_ARRAY_INX": "0-2",
+    "SBATCH_NO_REQUEUE": "1",
+    "SBATCH_PARTITION": "main",
+    "SQUEUE_STATES": "SUSPENDED",
+    "SQUEUE_PARTITION": "high",
+}
+"""What a user may have set once: it would change the job, and hide it from squeue."""
 PACED = ENV | {"PYTHONPATH": f"{CLONE}:{CLONE / 'tests' / 'faults' / 'pace'}"}
 """Where a run rests after each step: it is only looked at."""
 BETWEEN = "\f"
@@ -50,7 +59,7 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
         """What each of these commands says, one after the other in one process of the login node; all end well."""
         commands = [list(map(str, words)) for words in asked]
         done = cluster.on(
-            "ctl", sys.executable, "-c", ONE_BY_ONE, json.dumps(commands), cwd=CLONE, env=ENV, check=False
+            "ctl", sys.executable, "-c", ONE_BY_ONE, json.dumps(commands), cwd=CLONE, env=ODD, check=False
         )
         assert done.returncode == 0, done.stdout
         return done.stdout.split(BETWEEN)[:-1]
@@ -60,10 +69,15 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     (works / "logs").mkdir(parents=True)
     asked = ["--nodes=2", "--exclusive", f"--output={works}/logs/%x-%j.out", "slurm/train.sbatch"]
     ids = [cluster.sbatch(*asked, *words, f"run.dir={works}", cwd=CLONE, env=PACED | {"PYTHON": sys.executable})]
-    [begun] = shardtune(["submit", *words, f"run.dir={waits}", "launcher.nodes=2", "launcher.exclusive=true"])
+    [begun] = shardtune(
+        ["submit", *words, f"run.dir={waits}", "launcher.nodes=2", "launcher.exclusive=true", "launcher.time=30"]
+    )
     found = re.search(r"submitted job (\d+)", begun)
     assert found, begun
     ids.append(found[1])
+    asked_for = cluster.job(found[1])
+    assert (asked_for["TimeLimit"], asked_for["Requeue"], "ArrayJobId" in asked_for) == ("00:30:00", "1", False)
+    assert "environ SBATCH_PARTITION=main is passed on" in begun
     metrics = works / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 180, "steps")
     listed, shown, job, line = shardtune(
@@ -79,7 +93,11 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     assert f"job {ids[0]}, start 0, on n[9-10]" in job and "the nodes are fit" in job
     assert "| loss " in line
 
-    taken_out, stopped = shardtune(["stop", waits], ["stop", works])
+    taken_out, after, stopped = shardtune(
+        ["stop", waits],
+        ["submit", *words, f"run.dir={runs / 'after'}", f"launcher.after={ids[1]}"],  # which SLURM cancels
+        ["stop", works],
+    )
     assert f"job {ids[1]} was taken out of the queue; nothing was begun" in taken_out
     assert cluster.job(ids[1])["JobState"] == "CANCELLED"
     status = json.loads((works / "status.json").read_text())
@@ -87,8 +105,16 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     assert (works / "checkpoints" / f"step-{status['step']:06d}" / "manifest.json").exists()
     ended = cluster.wait(ids[0])
     assert (ended["Restarts"], status["state"]) == ("0", "preempted")
-    job, listed, stopped, followed = shardtune(
-        ["logs", works, "job=last"], ["status", runs, "--json"], ["stop", works], ["logs", works, "--follow"]
+    job, listed, stopped, followed, cancelled = shardtune(
+        ["logs", works, "job=last"],
+        ["status", runs, "--json"],
+        ["stop", works],
+        ["logs", works, "--follow"],
+        ["status", runs / "after"],
+    )
+    dependent = re.search(r"submitted job (\d+)", after)
+    assert dependent and f"job {dependent[1]} ended before its script began; SLURM says: CANCELLED" in " ".join(
+        cancelled.split()
     )
     assert "not requeued from here" in job
     [state] = [row["state"] for row in json.loads(listed)["runs"] if Path(row["directory"]) == works]

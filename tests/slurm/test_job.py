@@ -3,6 +3,8 @@
 import os
 import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,14 @@ from launch import frozen, job
 from launch.compose import compose
 from launch.frozen import to_yaml
 from launch.main import main
-from launch.slurm_env import port
+from launch.slurm_env import expand_hosts, port
 from strategies.errors import ConfigError, OutOfMemory
 from tests.following.made import stand_in_for_squeue
 from tests.helpers.launching import ROOT
 from tests.helpers.models import tiny_model_dir
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
+from trainer.following.job_record import note_begun, note_ended, read_job_record
+from trainer.following.queue import note_submitted
 from trainer.records.lease import InUse, this_process
 from trainer.records.status import record_failure, write_status
 
@@ -98,7 +102,7 @@ def test_a_run_out_of_memory_is_requeued_with_half_its_micro_batch_where_asked(r
     record_failure(run, 1, OutOfMemory("no room"), "training", 7)
     ends = (
         ("", "not requeued, since that happened more than 0 times", 2),
-        ("3", "a rank ran out of memory, batch.micro: 2 -> 1; requeued", 1),
+        ("3", "a rank ran out of memory, batch.micro: 2 -> 1; it is to be requeued", 1),
         ("3", "not requeued, since batch.micro cannot be halved", 1),
     )
     for limit, said, micro in ends:
@@ -136,7 +140,7 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [row])}:{os.environ['PATH']}")
     frozen._queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
-    with pytest.raises(InUse, match="job 17 pending: waits for nodes to become free is for this run"):
+    with pytest.raises(InUse, match=r"job 17 is for this run, .* \(it pends: waits for nodes to become free\)"):
         frozen.refuse_queued(run)
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
@@ -153,6 +157,84 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     frozen._queue.cache_clear()
 
 
+def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_any_other_trains(
+    run, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [])}:{os.environ['PATH']}")
+    squeue = tmp_path / "tools" / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho asked >>{tmp_path}/asked\necho 'squeue: error: timed out' >&2; exit 1\n")
+    frozen._queue.cache_clear()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    frozen.refuse_queued(run)
+    assert (tmp_path / "asked").read_text().count("asked") == 1, "at once: nobody submitted this directory"
+    note_submitted([run], "17")
+    with pytest.raises(InUse, match=f"was submitted as job 17, .* if job 17 is over, remove {run}/submitted"):
+        frozen.refuse_queued(run)
+    assert (tmp_path / "asked").read_text().count("asked") == 2
+    monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
+    frozen.refuse_queued(run)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    note_ended(run, "17", 0, 70, reason="failed", goes_on=False)
+    frozen.refuse_queued(run)
+    frozen._queue.cache_clear()
+
+
+def test_hosts_are_those_of_slurms_own_variable_and_parts_that_are_unlike_are_refused(run, capfd, monkeypatch):
+    (Path(os.environ["PATH"].partition(":")[0]) / "scontrol").write_text("#!/bin/sh\necho Welcome to n99, 2 news\n")
+    assert begun(capfd)[0]["rendezvous"].startswith("n9:")
+    assert expand_hosts("n[9-10],gpu-[08,10-11]-ib,r[1-2]c[0-1],one") == [
+        *("n9", "n10", "gpu-08-ib", "gpu-10-ib", "gpu-11-ib", "r1c0", "r1c1", "r2c0", "r2c1", "one")
+    ]
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    with pytest.raises(ConfigError, match=r"SLURM_JOB_NODELIST=n\[9-10\]: names 2 hosts, and SLURM_JOB_NUM_NODES=3"):
+        job.main(["begin"])
+    record = read_job_record(run)
+    assert record is not None and record.is_over and "names 2 hosts" in (record.reason or "")
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES")
+    monkeypatch.setenv("SLURM_HET_SIZE", "2")
+    with pytest.raises(ConfigError, match="a heterogeneous job trains on its first part alone"):
+        job.main(["begin"])
+
+
+def test_starts_that_make_no_step_end_with_75(run, capfd, monkeypatch):
+    """As where the time limit leaves no time beside the lead of the signal."""
+    (run / "logs").mkdir()
+    monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(run))
+    monkeypatch.setenv("retry_preempted", "20")
+    codes = []
+    for start, step in enumerate((4, 9, 9, 9, 9)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        note_begun(run, "7", start, "n[9-10]")
+        write_status(run, "preempted", step=step)
+        # The third is told before it has a step.
+        codes.append(job.main(["end", "75", "", "1" if start == 3 else ""]))
+    record = read_job_record(run)
+    assert record is not None and (record.idle_starts, record.step, record.is_over) == (3, 9, True)
+    assert codes == [75] * 5 and capfd.readouterr().out.count("it is to be requeued") == 4
+    assert "3 starts in a row made no step: set a longer launcher.time" in (record.reason or "")
+
+
+def test_ranks_that_slurm_kills_for_memory_are_started_again_with_half(run, capfd, monkeypatch, tmp_path):
+    """The words are those of slurmstepd, in the output of the script; the ranks have left none."""
+    asked = compose(
+        ["model.path=m", "budget.steps=3", "launcher=slurm", "batch.global=8", "batch.micro=2"], check=False
+    )
+    (run / "config.yaml").write_text(f"# sha256: {asked.sha256}\n{asked.yaml}")
+    (run / "logs").mkdir()
+    output = tmp_path / "output"
+    killed = "slurmstepd-n1: error: StepId=7.0 exceeded memory limit (225480704 > 104857600), being killed\n"
+    env = {**os.environ, "SHARDTUNE_RUN_DIR": str(run), "retry_out_of_memory": "1", "PYTHONPATH": str(ROOT)}
+    for text, said, micro in (
+        (f"{killed}job 7, start 2, on n9\n", "exit code 137 and left no word", 2),  # of an earlier start
+        (f"job 7, start 2, on n9\n{killed}", "a rank ran out of memory, batch.micro: 2 -> 1; it is to be requeued", 1),
+    ):
+        output.write_text(text)
+        with output.open("a") as out:
+            subprocess.run([sys.executable, "-m", "launch.job", "end", "137", ""], env=env, stdout=out, check=False)
+        assert said in output.read_text()
+        assert frozen.load_frozen(run / "config.yaml").batch["micro"] == micro
+
+
 def test_the_owner_is_named_with_array_task_and_start(run, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
@@ -164,6 +246,7 @@ def test_a_finished_run_is_not_submitted_again(run, monkeypatch, tmp_path, capsy
     called = tmp_path / "called"
     (tmp_path / "bin/sbatch").write_text(f'#!/bin/sh\necho "$@" >>{called}\necho 5\n')
     (tmp_path / "bin/sbatch").chmod(0o755)
+    (tmp_path / "bin/squeue").symlink_to("/bin/true")
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
     words = [f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'data.jsonl'}", "budget.steps=3"]

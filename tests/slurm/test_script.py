@@ -11,6 +11,7 @@ import pytest
 
 from launch import snapshot
 from launch.frozen import to_yaml
+from launch.job import FrozenRun
 from launch.main import main
 from launch.slurm import BODY, render
 from launch.submission import submit
@@ -113,45 +114,63 @@ def test_odd_characters_reach_the_shell_unharmed(tmp_path: Path) -> None:
 
 LOST = """#!/bin/bash
 [ -z "$TERM_COMES" ] || kill -TERM $PPID
-echo '{"retry": "node_fail", "restart": 0, "job": "'${WROTE:-7}'"}' >"$SHARDTUNE_RUN_DIR/failure.json"
+if [ -n "$SAVED" ]; then
+  echo '{"state": "preempted", "step": '$SAVED', "restart": 0, "job": "7"}' >"$SHARDTUNE_RUN_DIR/status.json"
+else
+  echo '{"retry": "node_fail", "restart": 0, "job": "'${WROTE:-7}'"}' >"$SHARDTUNE_RUN_DIR/failure.json"
+fi
 exit 1
 """
 SCONTROL = """#!/bin/bash
 case $1$2 in
-  showhostnames) echo n1 ;;
   showjob) echo "PreemptTime=$PREEMPTED" ;;
-  *) echo "$*" >>"$SHARDTUNE_RUN_DIR/asked" ;;
+  *) echo "$*" >>"$SHARDTUNE_RUN_DIR/asked"
+    [ "$(wc -l <"$SHARDTUNE_RUN_DIR/asked")" -gt "${REFUSED:-0}" ] || { echo "$WORDS" >&2; exit 1; } ;;
 esac
 """
+BEFORE = (CLONE / "tests/golden/slurm_job_before.sbatch").read_text().partition("\n# ---- From here on")[2]
+"""What followed the head of a script before signals were kept from its first line on."""
+BUSY = "Unable to contact slurm controller (connect failure)"
+OFF = "Requested operation is presently disabled"
 
 
 @pytest.mark.parametrize(
-    ("environment", "asked"),
+    ("environment", "asked", "code", "words"),
     [
-        ({"PREEMPTED": "None"}, ["requeue 7"]),
-        ({"PREEMPTED": "None", "TERM_COMES": "1"}, []),
-        ({"PREEMPTED": "2026-11-26T07:00:00"}, []),
-        ({"PREEMPTED": "None", "WROTE": "6"}, []),
+        ({}, 1, 1, "a rank was lost; it is to be requeued"),
+        ({"BODY": "before"}, 1, 1, "a rank was lost; it is to be requeued"),
+        ({"TERM_COMES": "1"}, 0, 1, "stopped by SLURM or by scancel, and a rank was lost"),
+        ({"PREEMPTED": "2026-11-26T07:00:00"}, 0, 1, "stopped by SLURM or by scancel, and a rank was lost"),
+        ({"WROTE": "6"}, 0, 1, "its ranks ended with exit code 1 and left no word"),
+        ({"SAVED": "5", "REFUSED": "1", "WORDS": BUSY}, 2, 1, f"scontrol requeue failed: {BUSY}; tried again for "),
+        ({"SAVED": "5", "REFUSED": "9", "WORDS": OFF}, 1, 75, f"not requeued: scontrol requeue failed: {OFF}"),
+        ({"SAVED": "5", "REFUSED": "9", "WORDS": BUSY, "SLURM_JOB_END_TIME": "1"}, 1, 75, "failed until the end"),
     ],
-    ids=["lost", "lost after TERM", "lost while SLURM preempts the job", "lost in another job"],
+    ids=["lost", "by the script before", "after TERM", "preempted", "another job", "busy", "never", "no time is left"],
 )
-def test_a_lost_rank_is_not_requeued_where_slurm_ends_the_job(
-    tmp_path: Path, environment: dict[str, str], asked: list[str]
+def test_what_ended_is_requeued_once_and_only_where_slurm_does_not(
+    tmp_path: Path, environment: dict[str, str], asked: int, code: int, words: str
 ) -> None:
     for name, text in (("srun", LOST), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     run = tmp_path / "run"
     run.mkdir()
-    config = RunConfig(launcher=SlurmConfig(retry={"node_fail": 3}))
+    config = RunConfig(launcher=SlurmConfig(retry={"node_fail": 3, "preempted": 2}))
     (run / "config.yaml").write_text(to_yaml(config))
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "PREEMPTED": "None"}
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **job, **environment}
-    done = subprocess.run(["bash", "-c", render(config, [run], clone=CLONE)], text=True, capture_output=True, env=env)
-    assert done.returncode == 1, done.stderr
-    assert ((run / "asked").read_text().splitlines() if (run / "asked").exists() else []) == asked, done.stdout
-    assert ("a rank was lost; requeued" in done.stdout) == bool(asked)
-    assert ("stopped by SLURM or by scancel, and a rank was lost" in done.stdout) == (not asked and "WROTE" not in env)
+    script = render(config, [run], clone=CLONE)
+    if "BODY" in environment:
+        script = script.removesuffix(BODY) + "#" + BEFORE
+    done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, env=env)
+    assert (done.returncode, words in done.stdout) == (code, True), done.stdout + done.stderr
+    asked_of_slurm = (run / "asked").read_text().splitlines() if (run / "asked").exists() else []
+    assert asked_of_slurm == ["requeue 7"] * asked, done.stdout
+    record = json.loads((run / "job.json").read_text())
+    by_slurm = "stopped by SLURM" in done.stdout
+    assert record["goes_on"] == (None if by_slurm else bool(asked) and code == 1), record
+    assert (record["job"], record["code"], record["nodes"]) == ("7", code, "n1")
 
 
 @pytest.mark.parametrize(
@@ -177,6 +196,7 @@ class TestSubmit:
         tool.parent.mkdir()
         tool.write_text(f'#!/bin/sh\nenv >{tmp_path}/env; echo "$@" >{tmp_path}/args\necho "17;cluster"\n')
         tool.chmod(0o755)
+        (tool.parent / "squeue").symlink_to("/bin/true")
         (tool.parent / "sinfo").symlink_to("/bin/false")  # one without a cluster looks for it for seconds
         monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
         return tool
@@ -220,13 +240,44 @@ class TestSubmit:
         assert main(["submit", *words, "--json", "--print"]) == 64
         assert "leave --print" in capsys.readouterr().err
 
-    def test_keeps_the_users_defaults_outside_a_job(
-        self, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_what_the_run_says_wins_over_the_environment_and_the_rest_is_passed_on(
+        self, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        """With a site whose sbatch prints words of its own, and the ranks that the job will then count."""
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-        monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
-        submit(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)
-        assert "SBATCH_ACCOUNT=lab" in (tmp_path / "env").read_text()
+        sbatch.write_text(sbatch.read_text() + "echo 'Welcome to the cluster! 2 news'\n")
+        open_options = {"SBATCH_ACCOUNT": "lab", "SBATCH_QOS": "long"}
+        decided = {"TIMELIMIT": "1:00", "ARRAY_INX": "0-2", "NO_REQUEUE": "1", "SIGNAL": "B:USR1@9", "WAIT": "1"}
+        decided |= {"PARTITION": "debug", "GPUS": "1", "GRES": "gpu:1", "OUTPUT": "x", "MEM_PER_CPU": "1G"}
+        for name, value in (open_options | {f"SBATCH_{key}": value for key, value in decided.items()}).items():
+            monkeypatch.setenv(name, value)
+        (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
+        run = tmp_path / "run"
+        words = [f"model.path={tiny_model_dir(tmp_path / 'model')}", f"data.path={tmp_path / 'data.jsonl'}"]
+        words += [
+            "budget.steps=3",
+            "strategy=ddp",
+            "launcher.gres=gpu:h100:8",
+            "launcher.partition=gpu",
+            "launcher.mem=9G",
+        ]
+        assert main(["submit", *words, f"run.dir={run}"]) == 0
+        said = capsys.readouterr().out
+        assert f"submitted job 17: {run}/train.sbatch" in said and (run / "submitted").read_text() == "17\n"
+        reached = {line for line in (tmp_path / "env").read_text().splitlines() if line.startswith("SBATCH_")}
+        assert reached == {f"{name}={value}" for name, value in open_options.items()}
+        assert all(f"environ {name}={value} is passed on" in said for name, value in open_options.items())
+        assert all(f"environ SBATCH_{name} is not passed on: " in said for name in decided)
+        assert "SBATCH_TIMELIMIT is not passed on: the run says --time=24:00:00" in said
+        assert "ranks   1 x 8, one for each GPU of a node (launcher.gres=gpu:h100:8)" in said
+        assert FrozenRun.frozen(run).processes == 8
+        assert main(["submit", *words[:4], f"run.dir={tmp_path / 'cpu'}"]) == 64
+        assert "SBATCH_GPUS=1 SBATCH_GRES=gpu:1: the environment asks for GPUs, and this run for none" in (
+            capsys.readouterr().err
+        )
+        sbatch.write_text("#!/bin/sh\necho 'Welcome!'\n")
+        assert main(["submit", *words, f"run.dir={tmp_path / 'other'}"]) == 64
+        assert "no job id is in what it printed: Welcome!" in capsys.readouterr().err
 
     def test_print_writes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = RunConfig(launcher=SlurmConfig())

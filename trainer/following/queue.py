@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.following.job_record import read_job_record
 from trainer.records.status import write_text_atomic
 
 SEPARATOR = "\x1f"
@@ -19,18 +21,49 @@ RUNS = re.compile(r"^runs=\((.*)\)$", re.MULTILINE)
 MOST_SCRIPT = 2**20
 SUBMITTED = "submitted"
 """The file in a run's directory with the id of its job."""
+WAITING_STATES = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
+"""States of a job that has no node, and nothing to save."""
+HELD_STATES = {"REQUEUE_HOLD", "SPECIAL_EXIT"}
+HELD_REASONS = {"job requeued in held state", "job_requeued_in_held_state", "launch failed requeued held"}
+HELD = "held by SLURM after a requeue, and does not start by itself; `scontrol release {id}` lets it start"
 REASONS = {
     "Priority": "jobs of higher priority come first",
     "Resources": "waits for nodes to become free",
     "Dependency": "waits for another job",
     "DependencyNeverSatisfied": "waits for a job that failed: it never starts; cancel it",
     "BeginTime": "its time has not come (about two minutes after a requeue)",
-    "JobHeldUser": "held: scontrol release {id}",
+    "JobHeldUser": "held; `scontrol release {id}` lets it start",
     "JobHeldAdmin": "held by an administrator",
     "PartitionTimeLimit": "asks for more time than its partition gives: it never starts; set launcher.time",
     "PartitionNodeLimit": "asks for more nodes than its partition gives: it never starts; set launcher.nodes",
+    "PartitionDown": "its partition is down: it starts when that is up again; or set launcher.partition",
+    "PartitionInactive": "its partition starts no jobs now; or set launcher.partition",
     "ReqNodeNotAvail": "a node that it needs is down or reserved",
+    "JobArrayTaskLimit": "waits for other tasks of its array to end (launcher.array_limit)",
+    "Licenses": "waits for a license",
+    "Reservation": "waits for its reservation to begin",
+    "InvalidAccount": "its account is not known: it never starts; set launcher.account",
+    "InvalidQOS": "its QOS is not known: it never starts; set launcher.qos",
 }
+TOO_MUCH = re.compile(r"(QOS|Assoc)Max(?P<what>\w+?)Per(Job|Node)(Limit)?|(QOS|Assoc)Max(?P<time>Wall\w*)")
+"""Reasons of a job that alone asks for more than a limit allows."""
+USED_UP = re.compile(r"(?P<whose>QOS|Assoc)(Grp|Max)\w+|MaxCpuPerAccount")
+"""Reasons of a job that waits until others have left a limit."""
+
+
+def reason_text(reason: str, job_id: str) -> str:
+    """Why a job waits, for people; `reason` as squeue has it, which is given back if it is not known."""
+    name = reason.split(",")[0].strip("()")
+    if name in HELD_REASONS:
+        return HELD.format(id=job_id)
+    if name in REASONS:
+        return REASONS[name].format(id=job_id)
+    if TOO_MUCH.fullmatch(name):
+        setting = "launcher.time" if "Wall" in name else "what is asked for"
+        return f"asks for more than a limit of its QOS or account ({name}): it never starts; lower {setting}, or set launcher.qos"
+    if USED_UP.fullmatch(name):
+        return f"a limit of its QOS or account is used up ({name}): it starts when other jobs have ended"
+    return reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +89,22 @@ class QueuedJob:
     @property
     def pends(self) -> bool:
         """Whether it waits to be started."""
-        return self.state == "PENDING"
+        return self.state in WAITING_STATES
+
+    @property
+    def why(self) -> str:
+        """Why it waits, for people."""
+        if self.state in HELD_STATES:
+            return HELD.format(id=self.id)
+        when = f"; expected at {self.start.replace('T', ' ')[:16]}" if self.start[:1].isdigit() else ""
+        return reason_text(self.reason, self.id) + when
 
     @property
     def says(self) -> str:
         """State and why, for people."""
         if not self.pends:
             return f"job {self.id} {self.state}"
-        why = REASONS.get(self.reason.split(",")[0].strip("()"), self.reason).format(id=self.id)
-        when = f"; expected at {self.start.replace('T', ' ')[:16]}" if self.start[:1].isdigit() else ""
-        return f"job {self.id} pending: {why}{when}"
+        return f"job {self.id} pending: {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +115,9 @@ class Queue:
     by_run: dict[Path, QueuedJob] = field(default_factory=dict)
     """Jobs by the directory of the run that they were submitted for."""
     problem: str | None = None
-    """Why it could not be asked; None also where there is no SLURM."""
+    """Why it could not be asked; None also if there is no SLURM here. Then nobody knows which jobs there are."""
+    missing: bool = False
+    """Whether this host has no squeue."""
 
     def job_of(self, run_dir: Path, job_id: str | None) -> QueuedJob | None:
         """The job of a run: by the id that its records name or that it was submitted as, or by the script in its directory."""
@@ -105,13 +146,30 @@ def submitted_as(run_dir: Path) -> str | None:
         return None
 
 
+def unfinished_job(run_dir: Path) -> str | None:
+    """The job that a run was submitted as, unless its script has recorded that it will not start again."""
+    submitted = submitted_as(run_dir)
+    record = read_job_record(run_dir)
+    if record is not None and record.job == submitted and record.is_over:
+        return None
+    return submitted
+
+
+def ask_twice() -> Queue:
+    """The queue now, asked once more if it cannot be asked: a controller may be busy for a moment. Never raises."""
+    queue = ask()
+    return ask() if queue.problem is not None else queue
+
+
 def ask() -> Queue:
     """The queue now. Never raises: `problem` says what was wrong."""
     if shutil.which("squeue") is None:
-        return Queue()
+        return Queue(missing=True)
     command = ["squeue", "--me", "--noheader", "--array", f"--format={SEPARATOR.join(FIELDS)}"]
+    # The user's SQUEUE_STATES and the like would leave jobs out.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
         return Queue(problem=f"squeue gave no answer within {PATIENCE_S:.0f} s")
     except OSError as error:

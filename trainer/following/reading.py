@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from strategies import durable
-from trainer.following import rows
+from trainer.following import job_record, rows
+from trainer.following.ended_job import describe_end
 from trainer.following.owner import Holder, holder
 from trainer.following.pipeline import PipelinePart, failed, parts_of
-from trainer.following.queue import Queue, QueuedJob
+from trainer.following.queue import SUBMITTED, Queue, QueuedJob, unfinished_job
 from trainer.records.status import State, read_failure, read_status
 
 DEPTH = 4
@@ -155,6 +156,8 @@ def look(run_dir: Path, queue: Queue) -> RunView:
     job_id = held.owner.job if held.owner is not None else record.get("slurm_job_id")
     job = queue.job_of(run_dir, None if job_id is None else str(job_id))
     state, why = _state(run_dir, status, failure, held, job)
+    if job is None and state in (LOST, NOT_STARTED):
+        state, why = _by_its_job(run_dir, queue, state, why)
     parts = parts_of(run_dir, queue)
     if (broken := failed(parts)) is not None and broken.part != "train":
         why = f"{broken.part} (job {broken.job}) {broken.says}" + (f"; {why}" if why and state != NOT_STARTED else "")
@@ -207,6 +210,21 @@ def _state(
     if (run_dir / "status.json").exists():
         return UNKNOWN, "its status.json cannot be read"
     return NOT_STARTED, job.says if job is not None else None
+
+
+def _by_its_job(run_dir: Path, queue: Queue, state: str, why: str | None) -> tuple[str, str | None]:
+    """(state, why) of a run that says nothing itself and has no job in the queue."""
+    if not any((run_dir / name).exists() for name in (job_record.FILE, SUBMITTED)):
+        return state, why
+    end = describe_end(run_dir, queue)
+    if end is not None:
+        return (State.failed, end) if state == NOT_STARTED else (state, f"{why}; {end}" if why else end)
+    submitted = unfinished_job(run_dir)
+    if submitted is not None and (queue.problem or queue.missing):
+        unknown = queue.problem or "this host has no squeue"
+        words = f"was submitted as job {submitted}, and whether that waits or runs is not known: {unknown}"
+        return state, f"{why}; {words}" if why else words
+    return state, why
 
 
 def _lost(held: Holder) -> str:

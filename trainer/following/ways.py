@@ -11,8 +11,9 @@ from pathlib import Path
 
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.following.owner import Holder, holder, launcher
-from trainer.following.queue import Queue, QueuedJob
+from trainer.following.queue import Queue, QueuedJob, unfinished_job
 from trainer.records.lease import process_identity
+from trainer.records.status import State
 
 MARK = "trap 'stopped=1"
 """What a job script has that ends in good order, and is not requeued, once its shell was told TERM."""
@@ -126,6 +127,18 @@ def way(run_dir: Path, queue: Queue, job: QueuedJob | None) -> Way:
             f"--signal=USR2 {job.id}; or type `shardtune stop {run_dir.absolute()}` on the host of the run"
         )
     return _elsewhere(run_dir, held, queue)
+
+
+def refuse_unknown(run_dir: Path, queue: Queue, state: str) -> None:
+    """Refuse to say that nothing runs while nobody knows whether the run's job waits in the queue. Errors: CannotStop."""
+    job = unfinished_job(run_dir)
+    if job is None or state == State.done or not (queue.problem or queue.missing):
+        return
+    why = queue.problem or "squeue is not on PATH here"
+    raise CannotStop(
+        f"{run_dir}: was submitted as job {job}, and whether that still waits or runs is not known ({why}). Try again when "
+        f"squeue answers, or take the job out of the queue: scancel {job}"
+    )
 
 
 def _elsewhere(run_dir: Path, held: Holder, queue: Queue) -> Way:

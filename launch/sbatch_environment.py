@@ -1,0 +1,128 @@
+"""`SBATCH_*` of the environment, which sbatch prefers to the lines of a script: what a run says wins over them.
+
+A variable for an option that the run leaves open is passed on. Which are passed on and which are not is told.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from strategies.errors import ConfigError
+from trainer.config.sbatch_options import GPU_OPTIONS, options_of
+
+PREFIX = "SBATCH_"
+OTHER_NAMES = {"TIMELIMIT": "time", "ARRAY_INX": "array", "MEM_PER_NODE": "mem"}
+"""Variables that are not called like their option."""
+ALWAYS_THE_SCRIPTS = {
+    "array": "one job has one run, and -m makes arrays",
+    "error": "the logs lie in the run's directory",
+    "open-mode": "a requeued job appends to its logs",
+    "output": "the logs lie in the run's directory",
+    "signal": "the script expects USR2 at the time of launcher.signal_lead_s",
+    "job-name": "launcher.job_name names the job",
+    "requeue": "the script requeues by launcher.retry",
+    "no-requeue": "the script requeues by launcher.retry",
+    "wait": "the command does not wait for the job",
+}
+"""Options that the environment never decides, and why."""
+EXCLUSIVE_GROUPS = (
+    frozenset({"mem", "mem-per-cpu", "mem-per-gpu"}),
+    frozenset({"cpus-per-task", "cpus-per-gpu"}),
+)
+"""Options of which a job has one."""
+
+
+@dataclass(slots=True)
+class SbatchVariables:
+    """The `SBATCH_*` of an environment, for one job script."""
+
+    passed: dict[str, str] = field(default_factory=dict)
+    """For what the script leaves open."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Why a variable is not passed on."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = [f"environ {name}={value} is passed on to sbatch" for name, value in self.passed.items()]
+        return lines + [f"environ {name} is not passed on: {why}" for name, why in self.dropped.items()]
+
+
+def script_options(text: str) -> dict[str, str]:
+    """The options of sbatch that a script has in its `#SBATCH` lines."""
+    marker = "#SBATCH "
+    return options_of(line.removeprefix(marker) for line in text.splitlines() if line.startswith(marker))
+
+
+def sort_variables(text: str, environment: Mapping[str, str] = os.environ) -> SbatchVariables:
+    """Which variables of the environment reach sbatch with a script of this `text`."""
+    options = script_options(text)
+    variables = SbatchVariables()
+    for name, value in sorted(environment.items()):
+        if not name.startswith(PREFIX):
+            continue
+        option = _option(name)
+        why = _why_dropped(option, options)
+        if why is None:
+            variables.passed[name] = value
+        else:
+            variables.dropped[name] = why
+    return variables
+
+
+def _option(variable: str) -> str:
+    suffix = variable.removeprefix(PREFIX)
+    return OTHER_NAMES.get(suffix, suffix.lower().replace("_", "-"))
+
+
+def _why_dropped(option: str, options: Mapping[str, str]) -> str | None:
+    """Why a variable for `option` is not passed on with a script that has `options`; None if it is."""
+    if option in ALWAYS_THE_SCRIPTS:
+        return ALWAYS_THE_SCRIPTS[option]
+    if option in options:
+        return f"the run says --{option}" + (f"={options[option]}" if options[option] else "")
+    if option in GPU_OPTIONS:
+        return "the ranks are counted by the run's GPUs"
+    for group in EXCLUSIVE_GROUPS:
+        other = next((name for name in group if name in options), None)
+        if option in group and other is not None:
+            return f"the run says --{other}={options[other]}"
+    return None
+
+
+def sbatch_environment(text: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for sbatch with a script of this `text`.
+
+    Within a job all of its variables are left out: its own limits would become the new job's.
+    """
+    if "SLURM_JOB_ID" in environment:
+        prefixes = ("SLURM_", "SRUN_", PREFIX)
+        return {k: v for k, v in environment.items() if k == "SLURM_CONF" or not k.startswith(prefixes)}
+    dropped = sort_variables(text, environment).dropped
+    return {name: value for name, value in environment.items() if name not in dropped}
+
+
+def environment_value(option: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """What sbatch takes from the environment for an option that the run leaves open; None within a job."""
+    if "SLURM_JOB_ID" in environment:
+        return None
+    return next(
+        (value for name, value in environment.items() if name.startswith(PREFIX) and _option(name) == option), None
+    )
+
+
+def refuse_gpus_of_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse GPUs that only the environment asks for, since no rank would be counted for them. Errors: ConfigError."""
+    if "SLURM_JOB_ID" in environment:
+        return
+    asked = [
+        f"{name}={value}"
+        for name, value in sorted(environment.items())
+        if name.startswith(PREFIX) and _option(name) in GPU_OPTIONS
+    ]
+    if asked:
+        raise ConfigError(
+            f"{' '.join(asked)}: the environment asks for GPUs, and this run for none, so that it would train on one; "
+            "set launcher.gpus_per_node or launcher.gres, or unset the variable"
+        )
