@@ -50,6 +50,7 @@ from trainer.lifecycle.template_date import date_of_run, keep_date
 from trainer.loop import Trainer
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
+from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.profile import Profiler
 from trainer.step import Built
@@ -163,7 +164,9 @@ def meet(
             return meeting.stopping(told())
 
         choose_date = date_of_run(config, where.run_dir, meeting, stop)
-        data = prepare_data(config, tokenizer, stop=stop, choose_date=choose_date)
+        log = None if where.run_dir is None else where.run_dir / "logs" / f"rank-{meeting.rank}.log"
+        say = Console(enabled=meeting.rank == 0, log=log).say
+        data = prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
         around = TaskContext.of(config.data, config.objective, data.date)
         tasks = prepare(asked_tasks(config), around, data, tokenizer, stop=stop)
         where.phase = "copying to the disk of the node"

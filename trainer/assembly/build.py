@@ -19,6 +19,7 @@ from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import steps_from_budget
 from trainer.data.config import Layout
 from trainer.data.prepare import ChooseDate, Preparation, Prepared, kept_or_first
+from trainer.data.progress import Say, say_on_rank_0
 from trainer.heads.fuse import fuse_head
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
@@ -64,11 +65,12 @@ def prepare_data(
     *,
     stop: Callable[[], bool] = lambda: False,
     choose_date: ChooseDate | None = None,
+    say: Say = say_on_rank_0,
 ) -> Prepared:
     """The prepared data set of the run, from the cache where nothing has changed. `stop` is asked now and then.
 
-    `choose_date`: as in `Preparation`; without it the date is the run's, else that of the cache. Errors: DataError, also where
-    the objective could learn nothing from it.
+    `say` gets a line every 15 s. `choose_date`: as in `Preparation`; without it the date is the run's, else that of the cache.
+    Errors: DataError, also where the objective could learn nothing from it.
     """
     reading = reading_of(config.objective)
     data = Preparation(
@@ -78,6 +80,7 @@ def prepare_data(
         seed=config.run.seed,
         stop=stop,
         choose_date=choose_date or kept_or_first(kept_date(config)),
+        say=say,
     ).open_or_make()
     reading.check(data.train)
     return data

@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -313,7 +313,7 @@ class Shards:
             f"`shardtune prepare --shard i/{counts[-1]}` (i from 0), or delete the directory to prepare in one go"
         )
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Generator[Block]:
         """All blocks in input order."""
         files = [path for number in range(self.count) for path in self.path(number).glob("*.npz")]
         for path in sorted(files, key=lambda path: path.name):

@@ -190,10 +190,13 @@ class Workers(ForkContext):
     Process = Worker
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, check: Callable[[], None] = lambda: None
+) -> Iterator[Result]:
     """Results of `function` in the order of `items`, of which few more are taken than there are workers.
 
-    `workers` processes are forked from this one, so that `function` may hold anything.
+    `workers` processes are forked from this one, so that `function` may hold anything. `check` is called about once a second
+    while a result is waited for, and may raise. An exception, and closing this generator, kills the workers amid their work.
     An exception of the function is raised here, and ends the workers; a worker that dies raises ShardtuneError.
     """
     global _function
@@ -206,32 +209,43 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
             waiting.append(pool.submit(_call, item))
             team = team or [child for child in active_children() if isinstance(child, Worker)]  # all, with the first
             if len(waiting) > 2 * workers:
-                yield _result(waiting.popleft(), pool, team)
+                yield _result(waiting.popleft(), pool, team, check)
         while waiting:
-            yield _result(waiting.popleft(), pool, team)
+            yield _result(waiting.popleft(), pool, team, check)
     except BrokenProcessPool as error:
         raise ShardtuneError(
             "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
             "set data.workers lower"
         ) from error
+    except BaseException:
+        _kill(pool, team)  # native code in a worker may take long to come to an end
+        raise
     finally:
         _function = None
         with _uninterrupted():
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _result(future: Future[Result], pool: ProcessPoolExecutor, workers: list[Worker]) -> Result:
-    """What a worker handed over.
-
-    Of one that dies amid that the pool would read the rest for ever. Where one is gone, all go, and this process keeps no end to
-    write at: then the reading ends, and the pool says that it is broken.
-    """
+def _result(
+    future: Future[Result], pool: ProcessPoolExecutor, workers: list[Worker], check: Callable[[], None]
+) -> Result:
+    """What a worker handed over. Where one worker is gone, all are killed, and the pool says that it is broken."""
     while not wait([future], LOOK_S).done:
+        check()
         if not all(worker.is_alive() for worker in workers):
-            pool._result_queue._writer.close()  # type: ignore[attr-defined]
-            for worker in workers:
-                worker.kill()
+            _kill(pool, workers)
     return future.result()
+
+
+def _kill(pool: ProcessPoolExecutor, workers: list[Worker]) -> None:
+    """Kill all workers, whatever they do.
+
+    The pool would read for ever the rest of a result whose writer died amid it. So this process keeps no end to write at: then
+    the reading ends.
+    """
+    pool._result_queue._writer.close()  # type: ignore[attr-defined]
+    for worker in workers:
+        worker.kill()
 
 
 @contextmanager

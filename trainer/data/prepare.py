@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from trainer.data.config import BalanceBy, ControlTokens, DataConfig, OverLength
 from trainer.data.formats import RowReader
 from trainer.data.inputs import inputs_of, jobs, readers_of, require_room, rows_of
 from trainer.data.maker import BlockMaker, cores, ordered_map
+from trainer.data.progress import PreparationProgress, Say, say_on_rank_0
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
 from trainer.data.reading import Reading
@@ -93,9 +94,17 @@ class Preparation:
         seed: int,
         stop: Callable[[], bool] = lambda: False,
         choose_date: ChooseDate | None = None,
+        say: Say = say_on_rank_0,
     ) -> None:
         self.config, self.tokenizer, self.reading = config, tokenizer, reading
         self.seed, self.stop = seed, stop
+        self.progress = PreparationProgress(say)
+        with self.progress.telling():
+            self._identify(choose_date or kept_or_first(None))
+
+    def _identify(self, choose_date: ChooseDate) -> None:
+        """Find the inputs, read their bytes for the fingerprint, and settle the date of the chat template."""
+        config, tokenizer, reading, seed = self.config, self.tokenizer, self.reading, self.seed
         self.inputs = inputs_of(config)
         options = {
             "version": VERSION,
@@ -118,17 +127,23 @@ class Preparation:
         undated = fingerprint(identities, tokenizer, options)
         self.date: TemplateDate | None = None
         if tokenizer.chat_template and reads_clock(tokenizer.get_chat_template()):
-            self.date = (choose_date or kept_or_first(None))(partial(first_date, cache, undated))
+            self.date = choose_date(partial(first_date, cache, undated))
         self.fingerprint = dated(undated, self.date)
         self.directory = cache / self.fingerprint[:32]
 
     def open_or_make(self) -> Prepared:
         """The prepared data set: opened, or made by this process, or waited for while another makes it."""
+        with self.progress.telling():
+            return self._open_or_make()
+
+    def _open_or_make(self) -> Prepared:
         began = time.perf_counter()
         if not (self.directory / DONE).exists():
             self._refuse_rendered_rows()
+        self.progress.phase = "waiting for another process that prepares the same data"
         shards = None if (self.directory / DONE).exists() else Shards.finished(self.directory)
         made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
+        self.progress.phase = "comparing the prepared data with its hashes"
         verify = None if made else self.config.verify
         if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:  # once a host
             verify = Verify.sampled
@@ -147,12 +162,13 @@ class Preparation:
             return
         self._refuse_rendered_rows()
         readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
-        with Shards(self.directory, count).writing(number, self.check_stop) as keep:
+        with self.progress.telling(), Shards(self.directory, count).writing(number, self.check_stop) as keep:
             if keep is None:
                 return
-            for block in self._blocks(readers, number, count):
-                self.check_stop()
-                keep(block)
+            with closing(self._blocks(readers, number, count)) as blocks:
+                for block in blocks:
+                    self.check_stop()
+                    keep(block)
             self.digest.check()
 
     def _dated(self) -> dict[str, str]:
@@ -177,9 +193,12 @@ class Preparation:
         assembly = Assembly(target, self.config.max_bad_share, rejected, splits=splits)
         with closing(assembly):
             readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
-            for block in self._blocks(readers) if shards is None else shards.blocks():
-                self.check_stop()
-                assembly.append(block)
+            with closing(self._blocks(readers) if shards is None else shards.blocks()) as blocks:
+                for block in blocks:
+                    self.check_stop()
+                    assembly.append(block)
+                    self.progress.done(block.rows)
+            self.progress.phase = "choosing documents (copies, held-out shares, balance)"
             columns, table = assembly.columns(), DocumentTable(target)
             if self.config.privacy.mode is PrivacyMode.fail:
                 from trainer.data.stages.privacy.stage import check as check_findings
@@ -188,6 +207,7 @@ class Preparation:
             names, label_ids = self.reading.numbered(columns, table)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
+        self.progress.phase = "writing the reports"
         sets = [item.source for item in self.inputs if item.split == "eval" != item.source]
         for split, documents in selection.splits.items():
             (target / split).mkdir()
@@ -213,14 +233,21 @@ class Preparation:
         if shards is not None:
             shards.remove()
 
-    def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Iterator[Block]:
+    def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Generator[Block]:
         """The blocks of every job of one `part` of `parts`, in input order. Raises StorageError for a disk too small."""
         maker = BlockMaker(self.config, self.reading, readers=readers, tokenizer=self.tokenizer, date=self.date)
         require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=parts)
+        if self.config.max_documents is None:
+            self.progress.expect(self.inputs, 1 / parts)
         every = jobs(rows_of(self.inputs, self.config.max_documents))
         mine = every if parts == 1 else (job for job in every if job.number % parts == part)
         workers = 1 if self.small else self.config.workers or cores()
-        return ordered_map(maker, mine, workers=workers) if workers > 1 else map(maker, mine)
+        self.progress.begin_rows()
+        mine = self.progress.reading(mine)
+        if workers > 1:
+            yield from ordered_map(maker, mine, workers=workers, check=self.check_stop)
+        else:
+            yield from map(maker, mine)
 
 
 def _spells_control_tokens(report: dict[str, Any]) -> bool:
