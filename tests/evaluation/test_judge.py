@@ -93,6 +93,27 @@ def test_a_budget_ends_it_and_what_was_said_is_kept(stub, tmp_path):
     assert rest.verdicts(["a", "b", "c"]) == ["A", "B", "C"] and rest.calls == 1
 
 
+def said(content, **more):
+    message = {"role": "assistant"} if content is None else {"role": "assistant", "content": content}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return {"id": "1", "created": 1, "model": "judge-1", "object": "chat.completion", "choices": [choice], **more}
+
+
+NO_TEXT = [said(None), {**said("x"), "choices": []}, {**said("x"), "choices": None}, {}, ["no", "object"], said([1])]
+
+
+def test_a_server_that_tells_no_tokens_or_no_text_ends_no_run(stub, tmp_path):
+    usages = [said("A", usage={}), said("A"), said("A", usage=None), said("A", usage={"total_tokens": None})]
+    for number, body in enumerate([*usages, *NO_TEXT]):
+        stub.failures = [(200, body)]
+        asked = judge(stub, tmp_path, model="judge-1")
+        assert asked.verdicts([f"question {number}"]) == ["A" if number < len(usages) else ""]
+        assert asked.tokens == 0
+    stub.failures = [(200, said("A", usage={}))]
+    with pytest.raises(ConfigError, match=r"max_tokens=15: the server at .* does not tell the tokens .* leave"):
+        judge(stub, tmp_path, model="judge-1", max_tokens=15).verdicts(["with a limit"])
+
+
 def test_several_models_and_none_named(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(stub, "models", [{"id": "one"}, {"id": "two"}])
     with pytest.raises(ConfigError, match=r"evaluation.judge.model: not set, and .* serves one, two; name it"):

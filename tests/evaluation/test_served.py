@@ -115,6 +115,17 @@ def test_a_server_without_log_probabilities_of_prompts_is_told(stub, monkeypatch
         writer(stub).likelihoods(None, [([1, 2], [3])])
 
 
+@pytest.mark.parametrize("choices", [[], None, [{"index": 0, "finish_reason": "stop"}], [{"text": None}]])
+def test_a_server_that_answers_without_text_is_a_sentence(stub, choices):
+    answer = {"id": "1", "created": 1, "model": "x", "object": "text_completion", "choices": choices, "usage": {}}
+    stub.failures = [(200, answer)]
+    with pytest.raises(ConfigError, match="answers /v1/completions without a text"):
+        writer(stub).answers(None, [[1, 2]], WritingConfig())
+    stub.failures = [(200, answer)]
+    with pytest.raises(ConfigError, match="tells no log-probabilities of a prompt's tokens"):
+        writer(stub).likelihoods(None, [([1, 2], [3])])
+
+
 def test_beams_of_a_task_are_refused(stub):
     with pytest.raises(ConfigError, match="4 beams are asked for"):
         writer(stub).answers(None, [[1, 2]], WritingConfig(beams=4))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime, derive_seed
 from trainer.evaluation.base import WritingConfig
-from trainer.evaluation.endpoint.client import Client
+from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
 from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.gathering import Gathering
 from trainer.evaluation.likelihood import Likelihood, Pair
@@ -68,9 +68,16 @@ class ServedWriter:
                     extra_body=extra or None,
                 )
             )
-            choice = said.choices[0]
-            tokens = said.usage.completion_tokens if said.usage else 0
-            return WrittenAnswer(row[0], choice.text, [], choice.finish_reason == "stop", row[1]), tokens
+            choice = first_choice(said)
+            text = getattr(choice, "text", None)
+            if not isinstance(text, str):
+                raise ConfigError(
+                    f"{KEY}.url={self.client.config.url}: answers /v1/completions without a text; give the address of a server "
+                    "that completes prompts, as vLLM does"
+                )
+            tokens = tokens_used(said, "completion_tokens") or 0
+            ended = getattr(choice, "finish_reason", None) == "stop"
+            return WrittenAnswer(row[0], text, [], ended, row[1]), tokens
 
         found = self._each(ask, rows)
         how = Gathering(False, True, f"written by {self.model} at {self.client.config.url}")
@@ -87,14 +94,14 @@ class ServedWriter:
                     model=self.model, prompt=ids, max_tokens=1, temperature=0.0, logprobs=1, echo=True
                 )
             )
-            told = said.choices[0].logprobs
-            each = (told.token_logprobs if told is not None else None) or []
+            told = getattr(first_choice(said), "logprobs", None)
+            each = getattr(told, "token_logprobs", None) or []
             if len(each) < len(ids) or any(value is None for value in each[begin : len(ids)]):
                 raise ConfigError(
                     f"{KEY}.url={self.client.config.url}: tells no log-probabilities of a prompt's tokens (echo with logprobs, "
                     "as vLLM does), which tasks of likelihood need; ask it for written answers alone, or evaluate without it"
                 )
-            best = (told.top_logprobs or [None] * len(ids))[begin : len(ids)]
+            best = (getattr(told, "top_logprobs", None) or [None] * len(ids))[begin : len(ids)]
             held = each[begin : len(ids)]
             greedy = all(top is None or value >= max(top.values()) for value, top in zip(held, best, strict=True))
             return Likelihood(float(sum(held)), len(held), greedy)

@@ -138,6 +138,18 @@ class Client:
         return names[0]
 
 
+def tokens_used(answer: Any, field_name: str) -> int | None:
+    """A number of the `usage` of a server's answer, such as `total_tokens`; None if the server does not tell it."""
+    value = getattr(getattr(answer, "usage", None), field_name, None)
+    return value if isinstance(value, int) else None
+
+
+def first_choice(answer: Any) -> Any:
+    """The first of the answer's `choices`; None if it has none, or is no answer of such a server at all."""
+    choices = getattr(answer, "choices", None)
+    return choices[0] if isinstance(choices, list) and choices else None
+
+
 def _said(error: Any) -> str:
     body = error.body
     text = body.get("message") if isinstance(body, dict) else None

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from strategies.cache import cache_directory
-from strategies.errors import LimitReached, ShardtuneError
+from strategies.errors import ConfigError, LimitReached, ShardtuneError
 from strategies.runtime import Runtime, broadcast_object
-from trainer.evaluation.endpoint.client import Client, EndpointConfig
+from trainer.evaluation.endpoint.client import Client, EndpointConfig, first_choice, tokens_used
 from trainer.evaluation.loss import Interrupted
 from trainer.records.status import write_text_atomic
 
@@ -129,8 +129,15 @@ class Judge:
                 max_tokens=self.config.max_new_tokens,
             )
         )
-        text = answer.choices[0].message.content if answer.choices else None
-        return text or "", 0 if answer.usage is None else answer.usage.total_tokens
+        # An answer without text counts as one that says nothing: its verdict is unknown.
+        text = getattr(getattr(first_choice(answer), "message", None), "content", None)
+        used = tokens_used(answer, "total_tokens")
+        if used is None and self.config.max_tokens is not None:
+            raise ConfigError(
+                f"{KEY}.max_tokens={self.config.max_tokens}: the server at {self.config.url} does not tell the tokens it took "
+                f"(usage.total_tokens); leave {KEY}.max_tokens out, and limit {KEY}.max_calls"
+            )
+        return text if isinstance(text, str) else "", used or 0
 
     def _place(self, model: str, question: str) -> Path:
         config = self.config
