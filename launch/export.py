@@ -67,6 +67,10 @@ KEYS = (
 )
 
 
+MOST_LOOKS = 10
+"""Checkpoints that may be deleted one after the other while each is read."""
+
+
 @dataclass(slots=True)
 class ExportRequest:
     """What the command line asks for."""
@@ -80,6 +84,8 @@ class ExportRequest:
     """What the gates said; None where there are none."""
     benchmarks: dict[str, str] = field(default_factory=dict)
     """The hub's data sets behind tasks."""
+    named: str = "last"
+    """The checkpoint as it was typed: `last`, `best` or a step."""
     accepted: list[str] = field(default_factory=list)
     """How the base differs from the one that the run was trained on, where the user accepts that."""
 
@@ -133,10 +139,13 @@ def run(argv: list[str]) -> dict[str, Any]:
         hub.folder if hub is not None else destination(run_dir, words.get("to"), holds_it=only_convert),
         averaged,
         benchmarks=export_hub.benchmarks_of(words),
+        named=words.get("checkpoint", "last"),
     )
     asked.accepted = use_recorded_base(config, run_dir, accepted_kinds(words), teacher=False)
     for line in asked.accepted:
         print(f"accepted: {line}", flush=True)
+    if bits is not None:
+        export_gguf.refuse_sizes(bits.kind, config)
     asked.gates = pass_gates(config, typed, asked)
     what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
     print(f"exporting {what} to {asked.to}{unfinished(run_dir, None if averaged else asked.checkpoint)}", flush=True)
@@ -243,8 +252,12 @@ def settle(config: RunConfig, words: dict[str, str]) -> None:
     config.strategy, config.run.device = SingleConfig(), Device.cpu  # the host has the room, and values are only copied
 
 
-def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig) -> Path:
-    """The sealed directory of `last`, `best` or a step. Errors: ConfigError where there is none, or it is damaged."""
+def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig, *, looks: int = MOST_LOOKS) -> Path:
+    """The sealed directory of `last`, `best` or a step. Errors: ConfigError where there is none, or it is damaged.
+
+    A run that trains deletes old checkpoints: if `last` or `best` goes while it is read, the next one is taken, up to `looks`
+    times.
+    """
     from trainer.checkpoints.places import places_of, published
     from trainer.checkpoints.seal import verify
 
@@ -266,11 +279,32 @@ def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig) -> Path
     else:
         raise ConfigError(f"checkpoint={asked}: must be last, best or a step; {known}")
     path = there[step]
-    if problem := verify(path):
+    problem = verify(path, may_be_deleted=True)
+    if problem and not path.exists() and asked in ("last", "best") and looks > 1:
+        print(
+            f"checkpoint={asked}: {path.name} was deleted meanwhile, since the run goes on; taking the next", flush=True
+        )
+        return find_checkpoint(run_dir, asked, config, looks=looks - 1)
+    if problem:
         others = [each for each in there if each != step]
         instead = f"checkpoint=<step> takes another one of {others}" if others else "there is no other"
         raise ConfigError(f"checkpoint={asked}: {path} {problem}; {instead}")
     return path
+
+
+def still_there(asked: ExportRequest, config: RunConfig) -> Path:
+    """The checkpoint to export; another one if the run, which goes on, has deleted it while the model was built.
+
+    Errors: ConfigError, also if gates were asked about the one that is gone.
+    """
+    if asked.checkpoint.is_dir():
+        return asked.checkpoint
+    if asked.gates is not None:
+        raise ConfigError(
+            f"checkpoint={asked.named}: {asked.checkpoint.name} was deleted meanwhile, since the run goes on, and the gates "
+            "judged it; start the same command again"
+        )
+    return find_checkpoint(asked.run_dir, asked.named, config.checkpoint)
 
 
 def best_step(there: dict[int, Path]) -> int | None:
@@ -281,7 +315,7 @@ def best_step(there: dict[int, Path]) -> int | None:
 
     problems = []
     for step in sorted(there, reverse=True):
-        if (problem := verify(there[step], only=PROGRESS)) is None:
+        if (problem := verify(there[step], only=PROGRESS, may_be_deleted=True)) is None:
             return read_header(there[step]).progress.best_step
         problems.append(f"{there[step].name} {problem}")
         print(f"checkpoint=best: {problems[-1]}; asking the one before it", flush=True)
@@ -323,6 +357,8 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
     if built.step_module.around_update is not None:
         build_loader(config, data, built, engine, runtime)  # tells it the length of the run
+    if not asked.averaged:
+        asked.checkpoint = still_there(asked, config)
     progress = export_average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)
     outcome = record.get("outcome") or {}
     as_measured = not asked.averaged and not asked.accepted  # of a mean, or on another base, nothing was measured

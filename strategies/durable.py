@@ -222,14 +222,19 @@ def publish_again(source: Path, target: Path, replaced: Path) -> None:
         disk.remove_tree(replaced)
 
 
-def patiently(call: Callable[[], Result], codes: tuple[int, ...] = WAITED) -> Result:
-    """What `call`, which opens, returns, tried again while a network file system has not heard of what another host wrote."""
+def patiently(
+    call: Callable[[], Result], codes: tuple[int, ...] = WAITED, gone: Callable[[], bool] = lambda: False
+) -> Result:
+    """What `call`, which opens, returns, tried again while a network file system has not heard of what another host wrote.
+
+    Nobody waits for what `gone` says was deleted.
+    """
     waited, pause = 0.0, 0.05
     while True:
         try:
             return call()
         except OSError as error:
-            if error.errno not in codes or waited >= PATIENCE_S:
+            if error.errno not in codes or waited >= PATIENCE_S or gone():
                 raise
         disk.sleep(pause)
         waited, pause = waited + pause, min(2 * pause, 5.0)
@@ -245,8 +250,12 @@ class SecondLooks:
     A disk that failed for that long is not waited for again at the next file.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, say: Callable[[str], None] = lambda text: None, gone: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`gone`: whether the checkpoint was deleted, and nobody waits for its files."""
         self._say, self._exhausted = say, False
+        self._gone = gone
 
     def read(self, path: Path, look: Callable[[], Result], codes: tuple[int, ...] = WAITED) -> Result:
         """What `look`, which opens and reads `path` from its beginning, returns; `codes` are waited for as by `patiently`.
@@ -255,7 +264,7 @@ class SecondLooks:
         """
         for pause in PAUSES_S:
             try:
-                return patiently(look, codes)
+                return patiently(look, codes, self._gone)
             except EndsTooEarly:
                 raise
             except OSError as error:
@@ -264,7 +273,7 @@ class SecondLooks:
                 self._say(f"{path}: {error.strerror}; looking again in {pause:.0f} s")
             disk.sleep(pause)
         try:
-            return patiently(look, codes)
+            return patiently(look, codes, self._gone)
         except OSError as error:
             self._exhausted = error.errno in PASSING
             raise

@@ -13,7 +13,7 @@ from typing import Any
 from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.build import resolve_precision
-from strategies.errors import Preempted
+from strategies.errors import ConfigError, Preempted
 from trainer.assembly.as_stored import build_as_stored
 from trainer.assembly.build import build_engine, build_loader
 from trainer.checkpoints.seal import fingerprint
@@ -107,6 +107,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             build_loader(config, data, step, engine, runtime)  # tells it the length of the run
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, asked))
     evaluator.tell(console.say)
+    _refuse_deleted(job, runtime)
     where.phase = "evaluating"
     about = _about(config, job, str(precision), runtime)
     unfinished = UnfinishedReport(Path(job.to), about["model"]) if runtime.is_main else None
@@ -131,6 +132,17 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             track_evaluation(config, job_dir, report, shown, console.say)
     processes.barrier(runtime)
     staged.remove()
+
+
+def _refuse_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
+    """Raise ConfigError on every rank if the run, which goes on, deleted the checkpoint while the model was built. All call."""
+    if job.checkpoint is None:
+        return
+    checkpoint = Path(job.checkpoint)
+    if not processes.found_on_main(checkpoint.is_dir, runtime):
+        raise ConfigError(
+            f"checkpoint: {checkpoint} was deleted meanwhile, since the run goes on; start the same command again"
+        )
 
 
 def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked: Callable[[], bool]) -> ServedAsking:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from safetensors.torch import load_file
@@ -12,6 +14,8 @@ from strategies import durable
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
+from trainer.assembly import build as build_module
+from trainer.model import few_bits
 from trainer.records.status import write_status
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -21,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def run_dir(tmp_path_factory):
     """Six steps of LoRA with an evaluation after every second one, no export; checkpoints at steps 4 and 6."""
     folder = tmp_path_factory.mktemp("verb")
-    model = tiny_model_dir(folder / "model", "llama", pad_token_id=2)
+    model = tiny_model_dir(folder / "model", "llama", pad_token_id=2, hidden_size=64)  # 4 bits on any CPU
     tiny_tokenizer().save_pretrained(model)
     data, held_out = write_chat_data(folder / "train.jsonl", 16), write_chat_data(folder / "eval.jsonl", 4, seed=1)
     words = [
@@ -182,6 +186,40 @@ def test_a_gguf_file_stands_beside_a_whole_model(run_dir, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_the_run_deletes_while_it_is_read_gives_way_to_the_next(
+    run_dir, tmp_path, capsys, monkeypatch
+):
+    """As a run that trains does; a file that is not there is waited for only where its directory is."""
+    copy = shutil.copytree(run_dir, tmp_path / "trains")
+    checkpoints = copy / "checkpoints"
+    newest, step = checkpoints / "step-000006", durable.disk.open
+    waited = []
+    monkeypatch.setattr(durable.disk, "sleep", waited.append)
+
+    def open_and_prune(path, flags):
+        if path.parent == newest and newest.exists():
+            shutil.rmtree(newest)
+        return step(path, flags)
+
+    monkeypatch.setattr(durable.disk, "open", open_and_prune)
+    assert run(copy, f"to={tmp_path / 'out'}", "--json") == 0
+    said = capsys.readouterr()
+    assert "checkpoint=last: step-000006 was deleted meanwhile, since the run goes on; taking the next" in said.err
+    assert json.loads(said.out)["checkpoints"] == ["step-000004"] and waited == []
+    # Deleted after it was looked at, while the model was built.
+    shutil.copytree(run_dir / "checkpoints" / "step-000006", newest)
+    monkeypatch.setattr(durable.disk, "open", step)
+    build = build_module.build_engine
+
+    def build_and_prune(*given):
+        shutil.rmtree(newest, ignore_errors=True)
+        return build(*given)
+
+    monkeypatch.setattr(build_module, "build_engine", build_and_prune)
+    assert run(copy, f"to={tmp_path / 'again'}", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["checkpoints"] == ["step-000004"]
+
+
 def test_a_whole_model_in_few_bits_says_what_it_costs(run_dir, tmp_path, capsys):
     """The loss is reckoned once more by transformers, from labels, on the files as they lie there."""
     import torch
@@ -204,12 +242,17 @@ def test_a_whole_model_in_few_bits_says_what_it_costs(run_dir, tmp_path, capsys)
             ids = torch.tensor([sample.input_ids.tolist()])
             labels = torch.where(torch.tensor([sample.supervised.tolist()]) > 0, ids, -100)
             rows = int((labels[:, 1:] != -100).sum())
-            total, count = total + float(model(ids, labels=labels).loss) * rows, count + rows
+            with torch.no_grad():  # as it is asked: with gradients bitsandbytes multiplies another way on some processors
+                loss = float(model(ids, labels=labels).loss)
+            total, count = total + loss * rows, count + rows
         losses.append(total / count)
     assert f"loss {losses[0]:.4f} -> {losses[1]:.4f}" in said and "on 4 held-out documents" in said
     assert losses[0] != losses[1]
     for card in (to / "README.md", to / "nf4" / "README.md"):
         assert f"loss {losses[0]:.4f} -> {losses[1]:.4f}" in card.read_text()
+    with patch("bitsandbytes.functional.has_avx512bf16", lambda: True), patch.object(few_bits, "PACKED_VALUES", 128):
+        assert run(run_dir, "merge=true", "bits=nf4", f"to={tmp_path / 'odd'}") == 64
+    assert "bits=nf4: on a processor with avx512_bf16" in capsys.readouterr().err and not (tmp_path / "odd").exists()
     assert run(run_dir, "bits=nf4") == 64 and run(run_dir, "merge=true", "bits=3") == 64
     told = capsys.readouterr().err
     assert "fold the adapter in with merge=true" in told and "must be one of nf4, int8" in told

@@ -47,8 +47,9 @@ def _render(files: dict[str, WrittenFile]) -> bytes:
     return (json.dumps({"format": FORMAT, "sha256": own, "files": rows}, indent=1) + "\n").encode()
 
 
-def read_manifest(directory: Path) -> list[WrittenFile]:
-    """What the files of a sealed directory must be. Errors: Malformed, with what is wrong with the directory."""
+def read_manifest(directory: Path, looks: SecondLooks | None = None) -> list[WrittenFile]:
+    """What the files of a sealed directory must be; `looks` read its manifest. Errors: Malformed, with what is wrong with it."""
+    looks = looks or SecondLooks()
     try:
         present = set(listed(directory))
         if "state" in present and (directory / "state" / OF_OLD).exists():
@@ -61,7 +62,7 @@ def read_manifest(directory: Path) -> list[WrittenFile]:
         raise Malformed(OLD if OF_OLD in present else NO_MANIFEST)
     present.remove(MANIFEST)
     try:
-        data = read_bytes(directory / MANIFEST, most=MOST_MANIFEST, patient=True)
+        data = looks.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MOST_MANIFEST))
         files = _parse(parse_json(data))
     except OSError as error:
         raise Malformed(f"cannot be read ({reason(error)})") from error
@@ -104,15 +105,20 @@ def _parse(raw: object) -> dict[str, WrittenFile]:
     return found
 
 
-def verify(directory: Path, *, only: str | None = None) -> str | None:
-    """What is wrong with a sealed directory (or with its file `only`), None where nothing is. Reads all of it."""
+def verify(directory: Path, *, only: str | None = None, may_be_deleted: bool = False) -> str | None:
+    """What is wrong with a sealed directory (or with its file `only`), None where nothing is. Reads all of it.
+
+    `may_be_deleted`: this process has listed it, so that a file which is not there is not one that is yet to appear: if the
+    directory is gone, nobody waits for it.
+    """
+    looks = SecondLooks(lambda text: print(text, flush=True), lambda: may_be_deleted and not directory.exists())
     try:
-        files = read_manifest(directory)
+        files = read_manifest(directory, looks)
     except Malformed as error:
         return str(error)
     if only is not None:
         files = [each for each in files if each.name == only]
-    return _first_difference(directory, files, usable_cores()) or _another_step(directory)
+    return _first_difference(directory, files, usable_cores(), looks) or _another_step(directory)
 
 
 def verify_together(directory: Path, runtime: Runtime) -> str | None:
@@ -156,7 +162,9 @@ def _share(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
     return mine
 
 
-def _first_difference(directory: Path, files: list[WrittenFile], threads: int) -> str | None:
-    looks = SecondLooks(lambda text: print(text, flush=True))
+def _first_difference(
+    directory: Path, files: list[WrittenFile], threads: int, looks: SecondLooks | None = None
+) -> str | None:
+    looks = looks or SecondLooks(lambda text: print(text, flush=True))
     with ThreadPoolExecutor(max(1, min(threads, len(files), 8))) as pool:
         return next(filter(None, pool.map(lambda each: difference(directory, each, looks), files)), None)
