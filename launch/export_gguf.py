@@ -121,6 +121,26 @@ def wanted_bits(words: dict[str, str], config: RunConfig) -> Few | None:
     return Few(kind, find_python(named) if kind.apart else None)
 
 
+def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
+    """Raise ConfigError, before anything is written, if bitsandbytes could not multiply the matrices of the run's model here."""
+    if kind != "nf4":
+        return
+    import torch
+
+    from trainer.model.architecture import auto_class
+    from trainer.model.config import ModelKind
+    from trainer.model.few_bits import refuse_unmultiplied
+    from trainer.model.loading import load_model_config
+
+    settings = load_model_config(config.model)
+    try:
+        with torch.device("meta"):
+            model = auto_class(ModelKind.causal, settings).from_config(settings)
+    except Exception:  # noqa: BLE001 - what cannot be built is told when the run's own model is
+        return
+    refuse_unmultiplied(f"bits={kind}", model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def write_bits(asked: Few, directory: Path, data: Prepared) -> Path:
     """Write it, and say what it costs on held-out documents, or on those of the training where none were held out; the folder.
 

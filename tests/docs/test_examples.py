@@ -83,7 +83,7 @@ def torchrun(words: list[str]) -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     path = tmp_path_factory.mktemp("docs")
-    model_dir(path)
+    model_dir(path, hidden_size=64)  # whose matrices every processor multiplies in 4 bits
     write_chat_data(path / "train.jsonl", 48)
     write_chat_data(path / "held-out.jsonl", 12, seed=1)
     return path

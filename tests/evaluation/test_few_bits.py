@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from trainer.data.store.sequences import Sample
@@ -32,6 +33,39 @@ def words(root, path):
     for name, kind in (("loss", "loss"), ("said", "exact_match")):
         found += [f"evaluation.tasks.{name}.kind={kind}", f"evaluation.tasks.{name}.path={root}/rows.jsonl"]
     return [*found, "evaluation.tasks.said.write.max_new_tokens=6", "logging.wandb=disabled"]
+
+
+@pytest.mark.parametrize("sides", [(32, 64), (64, 128), (16, 64), (32, 32), (48, 64), (64, 96)])
+def test_what_cannot_be_multiplied_in_4_bits_is_what_bitsandbytes_cannot_pack(sides, monkeypatch):
+    """Its packing is Python: it fails on every processor over the sides that it fails over with avx512_bf16."""
+    from bitsandbytes import functional
+
+    monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
+    rows, columns = sides
+    model = torch.nn.Sequential(torch.nn.Linear(columns, rows))
+    odd = few_bits.unmultiplied(model, torch.device("cpu"))
+    packed, state = functional.quantize_4bit(model[0].weight.detach(), quant_type="nf4")
+    try:
+        functional._convert_weight_packed_for_cpu(packed, state)
+        assert odd == []
+    except (AssertionError, RuntimeError):
+        assert odd == [f"0 {rows}x{columns}"]
+        with pytest.raises(ConfigError, match=rf"bits=nf4: .* and not 0 {rows}x{columns}; use a GPU or a processor"):
+            few_bits.refuse_unmultiplied("bits=nf4", model, torch.device("cpu"))
+    monkeypatch.setattr(functional, "has_avx512bf16", lambda: False)
+    assert few_bits.unmultiplied(model, torch.device("cpu")) == []
+
+
+def test_a_stored_model_that_cannot_be_multiplied_here_is_refused_before_it_is_loaded(site, monkeypatch, capsys):
+    from bitsandbytes import functional
+
+    monkeypatch.chdir(site)
+    samples = [Sample(np.arange(3, 20, dtype=np.int32), np.arange(17) > 4)]
+    folder, _ = write_few_bits(site / "llama", FewBits.nf4, samples, "held-out")
+    monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(few_bits, "PACKED_VALUES", 128)  # of another version: this model's 64 do not do
+    assert command_here(["evaluate", *words(site, folder)]) == 64
+    assert "on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [FewBits.nf4, FewBits.int8, FewBits.torchao_int8])

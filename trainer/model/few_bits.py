@@ -20,6 +20,10 @@ EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "compressed-tensors": "
 """The library that reads a model, as its config.json names it, and the extra that brings it."""
 
 
+PACKED_ROWS = 32
+PACKED_VALUES = 64
+
+
 def stored_by(path: str | None) -> str | None:
     """The library that a model directory is stored in few bits by; None where it holds numbers, or by another one."""
     settings = (read_config(path) or {}).get("quantization_config")
@@ -34,6 +38,45 @@ def lacking(kit: str) -> str | None:
     return f"needs {kit}; pip install 'shardtune[{EXTRAS[kit]}]'"
 
 
+def unmultiplied(model: nn.Module, device: torch.device) -> list[str]:
+    """Matrices that bitsandbytes cannot multiply in 4 bits on `device`, with their sides; none on most.
+
+    On a CPU with avx512_bf16 it packs a matrix before it multiplies: 32 rows together, with the scale of each 64 values of a row
+    (0.50). Others end in an error about a shape amid the forward pass. The output layer stays in numbers.
+    """
+    from bitsandbytes.functional import has_avx512bf16
+
+    if device.type != "cpu" or not has_avx512bf16():
+        return []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    odd = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or layer is head:
+            continue
+        if layer.out_features % PACKED_ROWS or layer.in_features % PACKED_VALUES:
+            odd.append(f"{name} {layer.out_features}x{layer.in_features}")
+    return odd
+
+
+def refuse_unmultiplied(what: str, model: nn.Module, device: torch.device) -> None:
+    """Raise ConfigError if bitsandbytes cannot multiply the model in 4 bits here. `what`: the setting, as bits=nf4."""
+    if odd := unmultiplied(model, device):
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ConfigError(
+            f"{what}: on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices only if {PACKED_ROWS} divides their "
+            f"rows and {PACKED_VALUES} their columns, and not {', '.join(odd[:3])}{more}; use a GPU or a processor without "
+            "avx512_bf16, or store the model in another type, such as bits=int8"
+        )
+
+
+def _in_four_bits(settings: Any) -> bool:
+    """Whether a model's configuration says that bitsandbytes stored it in 4 bits."""
+    quantisation = getattr(settings, "quantization_config", None)
+    if isinstance(quantisation, dict):
+        return bool(quantisation.get("load_in_4bit"))
+    return bool(getattr(quantisation, "load_in_4bit", False))
+
+
 def take_layers(model: nn.Module, directory: str, settings: Any, device: torch.device) -> torch.dtype:
     """Put the values and layers of the model in few bits, as transformers loads it, into its architecture on meta.
 
@@ -43,6 +86,8 @@ def take_layers(model: nn.Module, directory: str, settings: Any, device: torch.d
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if _in_four_bits(settings):
+        refuse_unmultiplied(f"model.path={directory}", model, device)
     loaded = auto_class(ModelKind.causal, settings).from_pretrained(
         directory, dtype="auto", device_map=str(device), local_files_only=True
     )
