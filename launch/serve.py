@@ -86,7 +86,11 @@ def chosen_engine(config: ServeConfig, exported: Exported) -> str:
     there = find_spec("vllm") is not None and shutil.which("vllm") is not None
     takes = vllm(exported, config) is not None
     if config.engine == "vllm" and not there:
-        raise ConfigError("serve.engine=vllm: vLLM is not installed here; install it, or serve.engine=transformers")
+        raise ConfigError(
+            "serve.engine=vllm: vLLM is not installed in this environment, and its releases up to 0.32 ask for an older "
+            "transformers than shardtune; install it in an environment of its own, and start there what --print shows, or set "
+            "serve.engine=transformers"
+        )
     if config.engine == "vllm" and not takes:
         raise ConfigError(
             f"serve.engine=vllm: vLLM takes no {exported.settings.get('peft_type', 'such')} adapter; export with merge=true, or "

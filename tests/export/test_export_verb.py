@@ -242,7 +242,9 @@ def test_a_whole_model_in_few_bits_says_what_it_costs(run_dir, tmp_path, capsys)
             ids = torch.tensor([sample.input_ids.tolist()])
             labels = torch.where(torch.tensor([sample.supervised.tolist()]) > 0, ids, -100)
             rows = int((labels[:, 1:] != -100).sum())
-            with torch.no_grad():  # as it is asked: with gradients bitsandbytes multiplies another way on some processors
+            with (
+                torch.no_grad()
+            ):  # as it is asked: with gradients bitsandbytes multiplies another way on some processors
                 loss = float(model(ids, labels=labels).loss)
             total, count = total + loss * rows, count + rows
         losses.append(total / count)

@@ -107,7 +107,7 @@ def test_the_command_says_what_is_wrong(site, tmp_path, capsys):
         ([str(tmp_path / "labels")], "a classifier"),
         ([run, "serve.key=sk-123"], "serve.key_env=SERVE_KEY"),
         ([run, "serve.prot=1"], "did you mean serve.port"),
-        ([run, "serve.engine=vllm"], "vLLM is not installed"),
+        ([run, "serve.engine=vllm"], "vLLM is not installed in this environment"),
         ([run, "serve.host=192.0.2.1", "serve.key_env=PATH"], "cannot be listened on"),
     ):
         assert command_here(["serve", *words]) == 64

@@ -48,7 +48,8 @@ def unmultiplied(model: nn.Module, device: torch.device) -> list[str]:
 
     if device.type != "cpu" or not has_avx512bf16():
         return []
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_layer: Any = getattr(model, "get_output_embeddings", None)
+    head = None if output_layer is None else output_layer()
     odd = []
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear) or layer is head:
