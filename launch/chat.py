@@ -8,6 +8,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ KEYS = ("run.dir", "against", "system", "max_tokens", "temperature", "seed", "de
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
     if {"-h", "--help"} & set(argv):
-        print(USAGE)
+        show_help(USAGE)
         return 0
     from launch.export_words import parse
     from trainer.serving.exported import find_export

@@ -101,10 +101,34 @@ def variants() -> dict[str, dict[str, type]]:
     }
 
 
+SHARED_SETTINGS = {"hsdp": "fsdp2", "zero1": "zero", "zero2": "zero", "zero3": "zero"}
+"""Strategies that have the settings of another one."""
+REGISTRIES = {
+    "strategy": "launch/choices.py",
+    "tuning": "TUNINGS in trainer/tuning/config.py",
+    "objective": "FAMILIES in trainer/objectives/registry.py",
+    "optim": "launch/choices.py",
+    "launcher": "launch/choices.py",
+}
+"""The place that lists a group's settings by name."""
+
+
 def settings_of(group: str, name: str) -> type:
-    """The settings class of a choice; the choices of ZeRO share one, and hsdp is fsdp2 with replicas."""
+    """The settings class of a choice; the choices of ZeRO share one, and hsdp is fsdp2 with replicas.
+
+    Raises ConfigError for a file of `conf/` that no class answers.
+    """
     nodes = variants()[group]
-    return nodes.get(name) or nodes["fsdp2" if name == "hsdp" else "zero"]
+    if group == "strategy" and name not in nodes:
+        name = SHARED_SETTINGS.get(name, name)
+    if name not in nodes:
+        from strategies.errors import ConfigError
+
+        raise ConfigError(
+            f"conf/{group}/{name}.yaml: no settings of that name ({', '.join(nodes)}); add its class to {REGISTRIES[group]}, or "
+            "remove the file"
+        )
+    return nodes[name]
 
 
 @cache

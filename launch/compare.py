@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from launch.help_text import show_help
 from launch.prices import price_of
 from strategies.errors import ConfigError, StorageError
 
@@ -57,7 +58,7 @@ SETTING = re.compile(r"[+~]{0,2}[\w./@]+=.*", re.DOTALL)
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, StorageError."""
     if {"-h", "--help"} & set(argv) or not argv:
-        print(USAGE)
+        show_help(USAGE)
         return 0 if argv else 64
     words = [word for word in argv if word not in ("--json", "--follow")]
     how = How("--json" in argv, "--follow" in argv)

@@ -31,6 +31,7 @@ from trainer.data.config import SourceConfig
 from trainer.evaluation.base import TaskConfig
 from trainer.export.config import settle_merge
 from trainer.optim.config import GroupRule
+from trainer.optim.schedule import ScheduleConfig
 from trainer.records.settings_file import literal
 from trainer.tuning.start import settle as settle_start
 
@@ -214,7 +215,8 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
     from omegaconf.errors import OmegaConfBaseException
 
     known, problems = overrides.settings(), []
-    current = {group: str(tree[group].name) for group in variants()}
+    current = {group: str(tree[group].name) for group in (*variants(), "schedule")}
+    has_begun = _has_begun(parsed)
     for table in parsed.replaced:
         OmegaConf.update(tree, table, {}, merge=False)
     for key, _ in parsed.defaults:
@@ -230,7 +232,7 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
             problem, meant = hints.unknown_key(key, word, known)
             problems.append(problem)
             parsed.suspects |= {meant} if meant else set()
-        elif setting is not None and setting.under and current[key.split(".")[0]] not in setting.under:
+        elif setting is not None and _is_of_another_choice(setting, key, value, current, has_begun=has_begun):
             problems.append(overrides.wrong_choice(key, word, setting))
         elif setting is not None and key.endswith(".name") and key.split(".")[0] in variants():
             problems.append(hints.unknown_key(key, word, known)[0])
@@ -248,6 +250,28 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
         for budget in budgets - chosen:
             OmegaConf.update(tree, budget, None)
     return problems
+
+
+def _is_of_another_choice(
+    setting: overrides.Setting, key: str, value: Any, current: dict[str, str], *, has_begun: bool
+) -> bool:
+    """Whether a setting means nothing under the choice of its group.
+
+    The settings of a schedule exist under each of them. Their defaults pass, as a whole configuration has them, and so does
+    whatever a run has begun with.
+    """
+    group, _, name = key.partition(".")
+    if not setting.under or current[group] in setting.under:
+        return False
+    if group != "schedule":
+        return True
+    return not has_begun and value != getattr(ScheduleConfig(), name)
+
+
+def _has_begun(parsed: overrides.Parsed) -> bool:
+    """Whether the words name the directory of a run that has begun: it goes on, also with a setting that means nothing."""
+    directories = [str(value) for key, value, _ in parsed.values if key == "run.dir" and value is not None]
+    return any((Path(directory).expanduser() / "config.yaml").is_file() for directory in directories)
 
 
 def _set(tree: DictConfig, key: str, value: Any) -> None:
@@ -284,6 +308,8 @@ def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
     assert isinstance(config, RunConfig)
     for group in variants():
         chosen = getattr(config, group)
+        if problems and not isinstance(chosen, settings_of(group, str(chosen.name))):
+            return None  # a file that could not be composed: the tree has no group's own settings then
         assert isinstance(chosen, settings_of(group, str(chosen.name))), f"{group}: composed without its schema"
     return config
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.embedded import MODEL_NAME, embedded_file, embedded_model
+from launch.help_text import show_help
 from strategies.cache import cache_directory
 from strategies.errors import DataError, ShardtuneError
 
@@ -72,7 +73,7 @@ class DemoData:
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: FetchError, StorageError, and what training raises."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        show_help(__doc__ or "")
         return 0
     began = time.monotonic()
     model = embedded_model()

@@ -7,6 +7,7 @@ import textwrap
 from typing import Any
 
 from launch.answers import FLAG, give
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 USAGE = """usage: shardtune doctor [--json]
@@ -30,7 +31,7 @@ WIDTH = 80
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
     if {"-h", "--help"} & set(argv):
-        print(USAGE)
+        show_help(USAGE)
         return 0
     if flags := [word for word in argv if word.startswith("-") and word != FLAG]:
         raise ConfigError([f"{word}: there is no such flag; doctor takes --json and --help" for word in flags])

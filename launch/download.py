@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     flags = {word for word in argv if word.startswith("-")}
     words = [word for word in argv if word not in flags]
     if flags & {"-h", "--help"} or not argv:
-        print(USAGE)
+        show_help(USAGE)
         return 0 if argv else 64
     if unknown := sorted(flags - {"--dry-run", "--json", "--verify"}):
         raise ConfigError(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.answers import give, said_to_stderr
+from launch.evaluate_kinds import KINDS_READ
+from launch.help_text import show_help
 from launch.slurm_env import is_worker
 from trainer.stopping.signals import hold
 
@@ -43,6 +45,7 @@ kinds of tasks:
 {kinds}
 
 The same words on every rank: torchrun --nproc-per-node=8 -m launch.evaluate <words>
+
 docs/evaluation.md says what each kind reads and measures."""
 
 
@@ -52,7 +55,7 @@ def main(argv: list[str]) -> int:
     if is_worker(os.environ) and not asks:
         return worker(argv)
     if asks or not argv:
-        print(usage())
+        show_help(usage())
         return 0 if argv else 64
     from launch.evaluate_words import plan, sort
     from strategies.errors import ConfigError
@@ -71,10 +74,8 @@ def main(argv: list[str]) -> int:
 
 def usage() -> str:
     """The text of `shardtune evaluate --help`."""
-    from trainer.evaluation.tasks.registry import KINDS
-
-    width = max(map(len, KINDS)) + 2
-    return USAGE.format(kinds="\n".join(f"  {kind:<{width}}{task.reads}" for kind, task in KINDS.items()))
+    width = max(map(len, KINDS_READ)) + 2
+    return USAGE.format(kinds="\n".join(f"  {kind:<{width}}{reads}" for kind, reads in KINDS_READ.items()))
 
 
 def run(made: EvaluationPlan, *, as_json: bool) -> int:

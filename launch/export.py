@@ -1,20 +1,20 @@
 """`shardtune export`: turn a checkpoint of a run into a model directory that plain transformers (and peft) loads.
 
     shardtune export runs/x [checkpoint=last|best|<step> | average=last:<n>|[<step>,<step>]] [to=<dir>] [merge=true]
-                     [dtype=bfloat16] [--verify]
-                     [to=hub:<owner>/<name> [--dry-run] [hub.private=false] [benchmarks={task: <owner>/<data set>}]]
-                     [gguf=f32|f16|bf16|q8_0 [gguf.converter=<convert_hf_to_gguf.py>] [gguf.python=<python>]]
-                     [bits=nf4|int8|torchao_int8|torchao_nvfp4|llmcompressor_{w4a16,w8a8,fp8} [bits.python=<python>]]
-                     [accept=[base]]
-                     [papers=[datasheet,annex_xi,...]] [answers=<file.yaml>] [gates={eval/loss: "<2.1"}] [gates.override="<why>"]
-                     [--json]
+        [dtype=bfloat16] [--verify]
+        [to=hub:<owner>/<name> [--dry-run] [hub.private=false] [benchmarks={task: <owner>/<data set>}]]
+        [gguf=f32|f16|bf16|q8_0 [gguf.converter=<convert_hf_to_gguf.py>] [gguf.python=<python>]]
+        [bits=nf4|int8|torchao_int8|torchao_nvfp4|llmcompressor_<scheme> [bits.python=<python>]]
+        [accept=[base]]
+        [papers=[datasheet,annex_xi,...]] [answers=<file.yaml>] [gates={eval/loss: "<2.1"}] [gates.override="<why>"]
+        [--json]
 
     shardtune export adapters=[<dir>,<dir>] to=<dir> [weights=[..]] [combine=cat]     (launch/combine.py)
 
 One process rebuilds the run from its frozen configuration, whatever strategy and number of ranks it trained with. `to`
 defaults to `<run.dir>/export`, which is replaced; any other directory must be new or empty. The run's gates, and
 those typed, must hold of what was measured of this checkpoint (exit code 69), or `gates.override` says why not. `--json`
-prints where everything is, for a script; what is said goes to stderr.
+prints where everything is, for a script; what is said goes to stderr. The schemes of llmcompressor are w4a16, w8a8 and fp8.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from launch.export_words import (
     run_named,
     unfinished,
 )
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class ExportRequest:
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, StorageError, DriftError."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        show_help(__doc__ or "")
         return 0
     from launch import combine
 

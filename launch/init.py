@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.answers import FLAG, give
+from launch.help_text import show_help
 from launch.own_files import ENDINGS
 from strategies.errors import ConfigError, StorageError
 
@@ -49,7 +50,7 @@ class InitResult:
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, StorageError."""
     if {"-h", "--help"} & set(argv):
-        print(USAGE)
+        show_help(USAGE)
         return 0
     if flags := [word for word in argv if word.startswith("-") and word != FLAG and "=" not in word]:
         raise ConfigError([f"{word}: there is no such flag; init takes --json and --help" for word in flags])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.answers import FLAG, give
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ AGAIN_S = 5.0
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
     if {"-h", "--help"} & set(argv) or not argv:
-        print(USAGE)
+        show_help(USAGE)
         return 0 if argv else 64
     run_dir, wanted, lines = read_words([word for word in argv if word not in ("--follow", FLAG)])
     from trainer.following.logs import choose

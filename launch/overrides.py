@@ -16,6 +16,7 @@ from launch import hints, own_files
 from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, shipped, variants
 from strategies.errors import ConfigError
 from trainer.gates.bounds import read_word
+from trainer.optim.schedule import MEANT_UNDER
 
 NAMED_BY_KIND = "evaluation.tasks"
 """A table of which a list of kinds can be typed: an entry of each, of that name, or of the one after a colon."""
@@ -72,6 +73,8 @@ def settings() -> dict[str, Setting]:
     for key, setting in found.items():
         if set(setting.under) == set(shipped().get(key.split(".")[0], ())):
             found[key] = Setting(setting.type)
+    for name, schedules in MEANT_UNDER.items():
+        found[f"schedule.{name}"] = Setting(found[f"schedule.{name}"].type, tuple(str(each) for each in schedules))
     del found["substitutions"]
     return found
 

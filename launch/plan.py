@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from launch.answers import FLAG, give
+from launch.help_text import show_help
 
 if TYPE_CHECKING:
     from launch.plan_from import Calibrated
@@ -43,8 +43,7 @@ OWN = ("plan", "hardware")
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
     if {"-h", "--help"} & set(argv):
-        indent = " " * 29
-        print(USAGE.format(cards=fill(", ".join(cards()), 110, initial_indent=indent, subsequent_indent=indent)))
+        show_help(USAGE.format(cards=", ".join(cards())))
         return 0
     as_json = FLAG in argv
     words = [word for word in argv if word != FLAG]

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.help_text import show_help
 from strategies.errors import Preempted
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
 
         return prepare_print.main([word for word in argv if word != "--print"], lambda words: made(words)[1])
     if {"-h", "--help"} & set(argv):
-        print(USAGE)
+        show_help(USAGE)
         return 0
     words, shard = _shard([word for word in argv if word != "--json"])
     if shard is not None:

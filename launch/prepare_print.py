@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
     Errors: ConfigError, DataError.
     """
     if {"-h", "--help"} & set(argv) or not argv:
-        print(USAGE)
+        show_help(USAGE)
         return 0 if argv else 64
     asked, others = read_words(argv)
     directory = directory_of(others)

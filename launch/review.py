@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ docs/review.md says how it is judged."""
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError and what writing answers raises."""
     if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE)
+        show_help(USAGE)
         return 0 if argv else 64
     do = {"make": make, "score": score}.get(argv[0])
     if do is None:

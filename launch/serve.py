@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.answers import FLAG, give
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ FLAGS = ("--dry-run", "--print", FLAG)
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
     if {"-h", "--help"} & set(argv):
-        print(USAGE)
+        show_help(USAGE)
         return 0
     from launch.export_words import parse
     from trainer.serving.config import ServeConfig, read_words

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import status_saw
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ DAMAGED = 69
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
     if {"-h", "--help"} & set(argv):
-        print(USAGE)
+        show_help(USAGE)
         return 0
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no bars

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.answers import FLAG, give, said_to_stderr
+from launch.help_text import show_help
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ NOT_IN_TIME, FAILED = 69, 70
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, Refused."""
     if {"-h", "--help"} & set(argv) or not argv:
-        print(USAGE)
+        show_help(USAGE)
         return 0 if argv else 64
     run_dir, wait_s = read_words([word for word in argv if word not in ("--dry-run", FLAG)])
     with said_to_stderr(FLAG in argv):

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch.answers import FLAG, give, said_to_stderr
+from launch.help_text import show_help
 
 USAGE = """usage: shardtune submit [--print] [--json] [-m] [--cfg] [key=value ...]
 
@@ -30,7 +31,7 @@ docs/slurm.md goes from login to a requeued run of two nodes."""
 def main(argv: list[str]) -> int:
     """Submit the run that the overrides in `argv` describe; returns 0. Errors: those of composing and of `submit`."""
     if {"-h", "--help"} & set(argv):
-        print(USAGE)
+        show_help(USAGE)
         return 0
     from launch import looking
     from launch.compose import compose, default_run_dir, freeze, is_finished

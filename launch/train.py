@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch import looking
 from launch.answers import FLAG, give, said_to_stderr
 from launch.choices import groups
+from launch.help_text import show_help
 from launch.slurm_env import is_worker, seems_a_worker
 from trainer.stopping.signals import hold, release
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     if flags - {"-m", "--multirun"} or cfg or info:
         release()
     if flags & {"-h", "--help"}:
-        print(usage())
+        show_help(usage())
         return 0
     if info:
         print("\n".join(looking.info(words)))
@@ -279,7 +280,7 @@ def usage() -> str:
         f"groups:\n{choices}\n\nflags:\n{options}\n\n"
         "A bare my.yaml is a file of settings; what is typed goes before it. ~key takes a setting back to its default.\n"
         "Every setting is listed with its meaning in conf/. The same words work as\n"
-        "  torchrun --nproc-per-node=8 -m launch.train <words>      sbatch slurm/train.sbatch <words>"
+        "  torchrun --nproc-per-node=8 -m launch.train <words>\n  sbatch slurm/train.sbatch <words>"
     )
 
 

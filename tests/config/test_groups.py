@@ -13,6 +13,7 @@ from launch.compose import compose
 from trainer.config import run as run_config
 from trainer.objectives.registry import FAMILIES
 from trainer.optim.config import OptimName
+from trainer.optim.schedule import MEANT_UNDER, ScheduleName
 from trainer.optim.support import SUPPORT
 
 TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_config.RunConfig)}
@@ -20,9 +21,10 @@ CHOICES = [(g, c) for g, names in groups().items() for c in names if g not in ("
 PRESETS = [("data", "audited"), ("data", "gdpr"), ("data", "hipaa")]  # name what differs from `default` only
 NEEDS = {"tuning=freeze": ["tuning.layers=last-2"], "tuning=peft": ["tuning.type=hra"]}  # have no default that runs
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
-    "schedule/cosine": {"decay_share"},
-    "schedule/linear": {"decay_share"},
-    "schedule/constant": {"decay_share", "min_factor"},
+    **{
+        f"schedule/{schedule}": {name for name, schedules in MEANT_UNDER.items() if schedule not in schedules}
+        for schedule in ScheduleName
+    },
     "strategy/zero1": {"offload_parameters", "persistence_threshold", "prefetch_mib"},
     "strategy/zero2": {"offload_parameters", "persistence_threshold", "prefetch_mib"},
     "launcher/slurm": {"rdzv", "node_rank", "address", "hosts", "ssh"},

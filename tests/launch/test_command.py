@@ -9,11 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from launch import compare, evaluate, export, logs, prepare, slurm_env, torchrun, train
 from launch import main as command
-from launch import slurm_env, torchrun
+from launch.evaluate_kinds import KINDS_READ
+from launch.help_text import folded
 from launch.hosts import HostPlace
 from strategies.errors import ConfigError, DataError, Preempted, StorageError
 from trainer.config.run import LauncherConfig
+from trainer.evaluation.tasks.registry import KINDS
 from trainer.records.status import clear_failure, read_failure, read_status, record_failure, write_status
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +67,39 @@ def test_help_lists_verbs_groups_and_choices(capsys):
     out = capsys.readouterr().out
     for part in ("batch.global", "zero3", "gemma2_2b_lora_zero2", "--dry-run"):
         assert part in out
+
+
+HELP = """
+import sys
+from launch.main import VERBS, main
+
+assert main(["--help"]) == 0
+for verb in VERBS:
+    assert main([verb, "--help"]) == 0
+assert main(["prepare", "--print", "--help"]) == 0
+print("torch" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+def test_help_of_every_verb_fits_80_columns_and_imports_no_torch():
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=False)
+    *lines, imported = done.stdout.splitlines()
+    assert (imported, done.returncode) == ("False False", 0), done.stderr
+    assert [line for line in lines if len(line) > 80] == []
+
+
+def test_folding_help_loses_no_word():
+    for text in (evaluate.usage(), train.usage(), export.__doc__, compare.USAGE, prepare.USAGE, logs.USAGE):
+        assert folded(text).replace(" \\\n", " ").split() == text.replace("\\\n", " ").split()
+    row = "  --flag   " + "word " * 20
+    assert folded(row).splitlines()[1].startswith(" " * 11 + "word")
+    assert folded(f"  shardtune train {'key=value ' * 9}").splitlines()[0].endswith(" \\")
+
+
+def test_the_kinds_in_the_help_of_evaluate_are_those_of_the_registry():
+    assert {kind: task.reads for kind, task in KINDS.items()} == KINDS_READ, (
+        "launch/evaluate_kinds.py is to say the same"
+    )
 
 
 def test_a_misspelt_verb_is_named(capsys):

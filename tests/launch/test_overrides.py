@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.axes import read_axes
-from launch.choices import OWN_DIRECTORIES, groups
+from launch.choices import OWN_DIRECTORIES, groups, settings_of
 from launch.compose import compose
 from launch.overrides import setting_of, settings
 from launch.own_files import take_directories
@@ -129,6 +129,7 @@ def test_patterns_and_site_options_are_kept_as_typed():
         ("tuning.rank=8", "needs tuning=lora"),
         ("strategy.replicate=2", "needs strategy=fsdp2|hsdp"),
         ("launcher.partition=x", "needs launcher=slurm"),
+        ("schedule.decay_share=0.5", "needs schedule=wsd"),
         ("optim.lr=fast", "optim.lr must be a number"),
         ("run.seed=1.5", "run.seed must be a whole number"),
         ("data.packing=perhaps", "data.packing must be true or false"),
@@ -186,6 +187,34 @@ def test_what_cannot_be_used_is_explained(word, said):
     with pytest.raises(ConfigError) as caught:
         compose([word], check=False)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_setting_that_means_nothing_under_a_schedule_is_refused_unless_the_run_has_begun(tmp_path):
+    words = ["schedule=constant", "schedule.min_factor=0.5", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=r"schedule\.min_factor=0\.5: needs schedule=cosine\|linear\|wsd"):
+        compose(words, check=False)
+    assert compose(["schedule=constant", "schedule.min_factor=0.0"], check=False).config.schedule.min_factor == 0
+    points = expand(["schedule=constant,wsd", "schedule.decay_share=0.5"])
+    assert sorted(map(len, points)) == [1, 2], "it goes to the points alone for which it means something"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    assert compose(words, check=False).config.schedule.min_factor == 0.5, "a run of before goes on with its words"
+
+
+def test_a_file_of_settings_that_no_class_answers_is_named(tmp_path):
+    (tmp_path / "schedule").mkdir()
+    (tmp_path / "schedule" / "mine.yaml").write_text("name: wrong\n")
+    try:
+        take_directories(["--config-dir", str(tmp_path)])
+        with pytest.raises(ConfigError, match=r"In 'schedule/mine'.*'wrong', expected one of"):
+            compose(["schedule=mine"])
+    finally:
+        OWN_DIRECTORIES.clear()
+        groups.cache_clear()
+    with pytest.raises(ConfigError, match=r"conf/objective/x\.yaml: no settings of that name.*FAMILIES"):
+        settings_of("objective", "x")
+    with pytest.raises(ConfigError, match=r"conf/strategy/zero4\.yaml"):
+        settings_of("strategy", "zero4")
 
 
 @pytest.mark.parametrize(

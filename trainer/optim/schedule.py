@@ -16,6 +16,13 @@ class ScheduleName(StrEnum):
     wsd = "wsd"
 
 
+MEANT_UNDER = {
+    "decay_share": (ScheduleName.wsd,),
+    "min_factor": (ScheduleName.cosine, ScheduleName.linear, ScheduleName.wsd),
+}
+"""Settings that mean something under some schedules alone: under another one, a value that is typed is refused."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
     """Warm-up, then the shape named by the group choice."""

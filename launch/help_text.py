@@ -1,0 +1,105 @@
+"""Help of the verbs in 80 columns: what a verb has to say is written in long lines, and folded here when it is printed."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+COLUMNS = 80
+ROW = re.compile(r"(?P<head> +\S.*?(?: {2,}|(?<==) ))(?P<text>\S.*)")
+"""A line of a table: an indented word or more, a gap, and what it means. A group's `experiment=` may fill its column."""
+CONTINUED = re.compile(r" {10,}\S")
+"""The further lines of a row."""
+COMMAND = re.compile(r" +(\w+=\S+ )*(shardtune|torchrun|sbatch) ")
+MOST_UNBROKEN = 60
+"""Columns up to which what stands in brackets is kept in one line."""
+WIDEST_HEAD = 36
+"""Columns of a row's head up to which its text begins in the same line."""
+
+
+def folded(text: str) -> str:
+    """The text with lines of at most 80 columns: paragraphs filled, tables in their columns, commands with backslashes."""
+    lines = re.sub(r" *\\\n *", " ", text).split("\n")
+    return "\n".join(line for block in _blocks(lines) for line in _fold(block))
+
+
+def show_help(text: str) -> None:
+    """Print a verb's help."""
+    print(folded(text))
+
+
+def _blocks(lines: list[str]) -> list[str]:
+    """The lines, with those that continue a paragraph or a row joined to it."""
+    blocks: list[str] = []
+    previous = ""
+    for line in lines:
+        is_row_continued = CONTINUED.match(line) and ROW.fullmatch(previous or " ")
+        is_paragraph_continued = len(previous) > COLUMNS and _is_prose(previous) and _is_prose(line)
+        if is_row_continued or is_paragraph_continued:
+            blocks[-1] = f"{blocks[-1]} {line.strip()}"
+        else:
+            blocks.append(line)
+        if not is_row_continued:
+            previous = line
+    return blocks
+
+
+def _is_prose(line: str) -> bool:
+    return bool(line) and not line.startswith((" ", "usage:"))
+
+
+def _fold(block: str) -> list[str]:
+    """The lines of one paragraph, row, usage or command."""
+    if len(block) <= COLUMNS:
+        return [block.rstrip()]
+    indent = len(block) - len(block.lstrip())
+    if block.startswith(("usage:", "       shardtune")):
+        return _fill(_pieces(block), indent=11)
+    if COMMAND.match(block):
+        return _fold_command(block, indent)
+    row = ROW.fullmatch(block)
+    if row is None:
+        return _fill(_pieces(block), indent=indent + 2 if indent else 0)
+    head = row["head"]
+    if len(head) > WIDEST_HEAD:
+        return [*_fold(head.rstrip()), *_indented(row["text"])]
+    return _fill([head.rstrip().ljust(len(head) - 1), *row["text"].split(" ")], indent=len(head))
+
+
+def _fold_command(block: str, indent: int) -> list[str]:
+    """A command in lines that end in backslashes, and what it does below it; a synopsis gets no backslashes."""
+    command, _, meaning = block.strip().partition("  ")
+    is_synopsis = " [" in command
+    end = "" if is_synopsis else " \\"
+    lines = _fill(_pieces(" " * indent + command), indent=indent + 4, width=COLUMNS - len(end))
+    return [*(line + end for line in lines[:-1]), lines[-1], *_indented(meaning.strip())]
+
+
+def _indented(text: str) -> list[str]:
+    """Lines of a text that stands below what it explains."""
+    return textwrap.wrap(text, COLUMNS, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _pieces(text: str) -> list[str]:
+    """The words of a text, the first with the indentation; what stands in brackets is not torn apart."""
+    indent = text[: len(text) - len(text.lstrip())]
+    pieces: list[str] = []
+    depth = 0
+    for word in text.split():
+        if depth > 0 and len(pieces[-1]) + len(word) < MOST_UNBROKEN:
+            pieces[-1] = f"{pieces[-1]} {word}"
+        else:
+            pieces.append(word)
+        depth += word.count("[") - word.count("]")
+    return [indent + pieces[0], *pieces[1:]]
+
+
+def _fill(pieces: list[str], *, indent: int, width: int = COLUMNS) -> list[str]:
+    """The pieces in lines of at most `width` columns, all but the first line indented."""
+    lines = [pieces[0]]
+    for piece in pieces[1:]:
+        if len(lines[-1]) + 1 + len(piece) <= width:
+            lines[-1] = f"{lines[-1]} {piece}"
+        else:
+            lines.append(" " * indent + piece)
+    return lines
