@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from launch.help_text import show_help
+from launch.streams import printable
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _one_answer(talks: list[Talk], prompt: str, as_json: bool) -> None:
         if len(talks) > 1:
             print(f"{talk.talking.name}:")
         for piece in talk.ask(prompt):
-            print(piece, end="", flush=True)
+            print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         print()
         if talk.cut:
             print(f"(cut at max_tokens={talk.settings.max_tokens})", file=sys.stderr)

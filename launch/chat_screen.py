@@ -56,10 +56,12 @@ def _table(talks: list[Talk], texts: list[str]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    from launch.streams import printable
+
     table = Table.grid(padding=(0, 2), expand=True)
     for _ in talks:
         table.add_column(ratio=1, overflow="fold")
     if len(talks) > 1:
         table.add_row(*(Text(talk.talking.name, style="bold") for talk in talks))
-    table.add_row(*(Text(text) for text in texts))
+    table.add_row(*(Text(printable(text)) for text in texts))
     return table

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from launch import streams
@@ -52,6 +52,8 @@ SAVING = ("train", "prepare")
 """Verbs that save, or undo, before a signal ends them."""
 LOOKING = ("status", "logs", "stop")
 """Verbs that write no file of text and load no model: they work whatever the environment's encoding and options are."""
+DRAWING = ("demo", "chat")
+"""Verbs that draw on the terminal, and make printable themselves what comes from a model."""
 EXIT_CODES = (
     "exit codes: 0 done, 64 setting, 65 data, 69 nothing fits, 74 disk,\n"
     "75 preempted and resumable, 70 anything else, 130 Ctrl-C"
@@ -120,11 +122,18 @@ def guarded(verb: str, argv: list[str]) -> int:
 
     What saves does so whether or not anybody reads what it says.
     """
+    streams.prepare()
+    with _said(verb), _interrupts() as came:
+        return _guarded(verb, argv, came)
+
+
+def _said(verb: str) -> AbstractContextManager[None]:
+    """How a verb writes to the terminal."""
     from launch.answers import lasting
 
-    streams.prepare()
-    with lasting() if verb in SAVING else nullcontext(), _interrupts() as came:
-        return _guarded(verb, argv, came)
+    if verb in SAVING:
+        return lasting()
+    return nullcontext() if verb in DRAWING else streams.only_printable()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.answers import FLAG, give
 from launch.help_text import show_help
+from launch.streams import draw
 
 if TYPE_CHECKING:
     from launch.plan_from import Calibrated
@@ -238,8 +239,9 @@ def _progress() -> Any:
 
     def tell(done: int, of: int, what: str) -> None:
         if shown:
+            draw(sys.stderr, "\r\033[K")
             print(
-                f"\r\033[Ksimulated {done} of {of}: {what}"[:100],
+                f"simulated {done} of {of}: {what}"[:96],
                 end="" if done < of else "\n",
                 file=sys.stderr,
                 flush=True,

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from launch.streams import draw
 from strategies.errors import ConfigError
 from trainer.following.rows import newest
 from trainer.records.metric_rows import METRICS
@@ -104,8 +105,10 @@ class RunsProgress:
     def _say(self, text: str, *, over: bool = False) -> None:
         """A line; in a terminal the next one takes its place where it is `over`."""
         with suppress(OSError, ValueError):  # a terminal that has gone away is no reason to end the runs
+            if self._terminal:
+                draw(self._out, "\r\033[K")
             print(
-                f"\r\033[K{text[:110] if over else text}" if self._terminal else text,
+                text[:110] if over and self._terminal else text,
                 end="" if self._terminal and over else "\n",
                 file=self._out,
                 flush=True,

@@ -130,10 +130,12 @@ def watch(root: Path, *, as_json: bool) -> None:
     from rich.live import Live
     from rich.text import Text
 
+    from launch.streams import printable, raw
+
     # Not the alternate screen: what was seen last stays where it was seen.
-    with Live(console=Console(highlight=False), auto_refresh=False) as live:
+    with Live(console=Console(file=raw(sys.stdout), highlight=False), auto_refresh=False) as live:
         for found in looks(root):
-            live.update(Text(text(found, None, live=True)), refresh=True)
+            live.update(Text(printable(text(found, None, live=True))), refresh=True)
 
 
 def looks(root: Path) -> Iterator[StatusAnswer]:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
 
 from strategies.errors import ConfigError
 
@@ -84,3 +88,53 @@ def refuse_stripped_docstrings() -> None:
             "PYTHONOPTIMIZE=2 (python -OO) removes docstrings, and transformers cannot load a model without them; "
             "set PYTHONOPTIMIZE=1, or unset it"
         )
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal obeys, but for tab and line feed: C0, C1, and what turns the direction of writing."""
+_CONTROL_OF_BARS = re.compile(_CONTROL.pattern.replace("\x0b-\x1f", "\x0b\x0c\x0e-\x1f"))
+"""The same without the carriage return, by which progress bars of libraries take the place of what stands there."""
+
+
+def printable(text: str, pattern: re.Pattern[str] = _CONTROL) -> str:
+    """A text without a character that a terminal obeys: each is spelled out, as `\\u001b`, and colours are left out."""
+    if pattern.search(text) is None:
+        return text
+    return pattern.sub(lambda found: f"\\u{ord(found[0]):04x}", _COLOUR.sub("", text))
+
+
+class PrintableStream:
+    """A stream to which texts of somebody else's files may be written: nothing in them moves, colours or names a terminal."""
+
+    def __init__(self, stream: TextIO, pattern: re.Pattern[str]) -> None:
+        self.raw = stream
+        """Takes everything: for what draws on the terminal itself, of texts that are printable."""
+        self._pattern = pattern
+
+    def write(self, text: str) -> int:
+        """As that of a stream."""
+        self.raw.write(printable(text, self._pattern))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+def raw(stream: Any) -> Any:
+    """The stream behind a `PrintableStream`, for what draws on the terminal."""
+    return stream.raw if isinstance(stream, PrintableStream) else stream
+
+
+def draw(stream: Any, sequence: str) -> None:
+    """Write a sequence that the terminal obeys."""
+    raw(stream).write(sequence)
+
+
+@contextmanager
+def only_printable() -> Iterator[None]:
+    """Within it stdout and stderr are `PrintableStream`."""
+    out = PrintableStream(sys.stdout, _CONTROL)
+    err = PrintableStream(sys.stderr, _CONTROL_OF_BARS)
+    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+        yield

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from launch.main import main
+from launch.streams import draw, only_printable, printable
+from tests.following.made import made
 from tests.helpers.building import model_dir
 from tests.helpers.covering import whole
 from tests.helpers.launching import ROOT, clean_environment, command_here
@@ -157,3 +159,48 @@ def test_the_whole_command_in_poor_surroundings(place, processes):
         command = [*prefix, sys.executable, "-m", "launch.main", "train", *given]
         assert subprocess.run(command, cwd=ROOT, env=clean_environment(**environment), check=False).returncode == 0
         assert json.loads((place / name / "status.json").read_text())["state"] == "done"
+
+
+HOSTILE = "named \x1b]0;pwned\x07 \x1b[2J\x9b2J \x1b[31mred\x1b[0m \u202egnp.exe"
+"""Sets the title, clears the screen twice, colours, and turns the direction of writing."""
+
+
+@pytest.fixture
+def hostile_run(tmp_path):
+    """A run of somebody else's, in whose every record and name stands what a terminal would obey."""
+    run = made(tmp_path, f"run {HOSTILE.split()[1]}", state="failed", reason=HOSTILE, host=HOSTILE, job=HOSTILE)
+    about = {"error": HOSTILE, "message": HOSTILE, "phase": HOSTILE, "traceback": HOSTILE, "rank": 0, "host": HOSTILE}
+    (run / "failure.json").write_text(json.dumps(about))
+    facts = {"total_steps": 10, "strategy": HOSTILE, "tuning": HOSTILE, "objective": HOSTILE, "base_model": HOSTILE}
+    (run / "run.json").write_text(
+        json.dumps({**facts, "substitutions": {HOSTILE: HOSTILE}, "versions": {HOSTILE: HOSTILE}})
+    )
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, HOSTILE: 3.0, "slow": HOSTILE}) + "\n")
+    (run / "logs").mkdir()
+    for name in ("rank-0.log", "output.log", f"{HOSTILE.split()[1]}.log"):
+        (run / "logs" / name).write_text(f"2026-11-29 12:00:00 {HOSTILE}\n")
+    (run / "config.yaml").write_text(f"# sha256: {'0' * 64}\nrun:\n  dir: {json.dumps(HOSTILE)}\n")
+    return run
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "stop", "export", "evaluate", "compare"])
+def test_what_stands_in_the_records_of_others_is_not_obeyed_by_a_terminal(hostile_run, verb, capfd, monkeypatch):
+    monkeypatch.chdir(hostile_run.parent)
+    command_here([verb, str(hostile_run)])
+    shown = "".join(capfd.readouterr())
+    assert "Traceback" not in shown and "pwned" in shown
+    assert not set(shown) & {"\x1b", "\x07", "\x9b", "\u202e"}, repr(shown)
+    assert "\\u001b]0;pwned\\u0007" in shown
+    if verb == "status":
+        assert command_here([verb, str(hostile_run), "--json"]) == 0
+        json.loads(capfd.readouterr().out)
+
+
+def test_what_draws_on_a_terminal_still_can(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stdout", written)
+    with only_printable():
+        draw(sys.stdout, "\r\x1b[K")
+        print("a\tb\x1b[31m")
+    assert written.getvalue() == "\r\x1b[Ka\tb\n"
+    assert printable("plain text, Ümläüte and 日本") == "plain text, Ümläüte and 日本"
