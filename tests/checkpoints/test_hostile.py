@@ -173,6 +173,9 @@ def test_a_configuration_looks_nothing_up_and_multiplies_nothing(root, tmp_path,
 def test_a_chat_template_that_never_ends_or_multiplies_is_refused(root, tmp_path, monkeypatch, capfd, template, said):
     monkeypatch.setattr(rendering, "SECONDS", 1)
     monkeypatch.setattr(rendering, "BYTES", 2**28)
+    exceeded = []
+    known = rendering.TooMuch.__init__
+    monkeypatch.setattr(rendering.TooMuch, "__init__", lambda self, *why: (exceeded.append(why), known(self, *why))[1])
     (tmp_path / "theirs.jinja").write_text(template)
     rows = [
         {"messages": [{"role": "user", "content": f"to count {i}"}, {"role": "assistant", "content": "1"}]}
@@ -183,6 +186,7 @@ def test_a_chat_template_that_never_ends_or_multiplies_is_refused(root, tmp_path
     assert main(["prepare", f"model.path={root / 'llama'}", f"data.cache_dir={tmp_path / 'cache'}", *asked]) == 64
     shown = capfd.readouterr().err
     assert said in shown and "model.chat_template" in shown and "Traceback" not in shown
+    assert len(exceeded) == 1, "it is refused at once, and not tried again"
 
 
 def test_a_secret_is_neither_written_nor_shown(root, tmp_path, monkeypatch, capfd):

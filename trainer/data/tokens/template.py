@@ -258,6 +258,8 @@ class ChatTemplate:
         turn = [{"role": "user", "content": BEGIN}]
         try:
             text = self._apply([{"role": role, "content": f"{BEGIN}{role}{END}"} for role in roles])
+        except TooMuch as error:
+            raise self._endless(error, "the first look at it", 1) from error
         except Exception:  # noqa: BLE001 - a template that dislikes the probe is left to the conversations themselves
             return found, set()
         any_token = leading(self._added)
@@ -272,6 +274,8 @@ class ChatTemplate:
         found |= {match.group(1) for match in matches if match}
         try:
             bare, prompt = self._apply(turn), self._apply(turn, prompt=True)
+        except TooMuch as error:
+            raise self._endless(error, "the first look at it", 1) from error
         except Exception:  # noqa: BLE001 - as above
             return found, set()
         opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
@@ -293,8 +297,11 @@ def _bare(message: Message) -> Message:
     return {key: value for key, value in message.items() if key not in ("train", "weight")}
 
 
-class TooMuch(Exception):
-    """A call of a template, which is a program that came with somebody's model, went past a bound; says which."""
+class TooMuch(BaseException):
+    """A call of a template, which is a program that came with somebody's model, went past a bound; says which.
+
+    No Exception: a template that refuses one rendering is tried with another, and one that went past a bound must not be.
+    """
 
 
 @contextmanager
