@@ -36,7 +36,7 @@ documents. Beside a run stand words of evaluation.*, strategy, launcher.*, run.*
                              then what fell beyond its limit or its interval is listed, and the exit code is 69
   checkpoint=last            last, best or a step
   adapter=<directory>        an adapter on top of model.path
-  accept=[base]              go on although the base is not the one that the run was trained on
+  accept=[base,data]         go on although the base, or the run's own documents, are not those of the training
   to=<directory>             where evaluation.json, evaluation_rows.jsonl and evaluation.html go; default: the run's
   --json                     print the report in place of tables
   launcher=slurm             submit it as a job on one node, with the launcher's settings; --print shows the script

@@ -119,6 +119,7 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
     """What to do, checked as far as that goes without a model. Errors: ConfigError with every problem, DataError."""
     from launch.read_run import is_own
     from trainer.evaluate import EvaluationJob
+    from trainer.lifecycle.run_data import DATA
 
     to = asked.own.get("to")
     if asked.run is not None:
@@ -128,6 +129,8 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
             to=to or str(asked.run if own else Path("runs") / f"evaluate-{asked.run.resolve().name}"),
             run=str(asked.run),
             checkpoint=checkpoint,
+            data_run=str(asked.run),
+            accept_data=DATA in accepted_kinds(asked.own),
             accepted=accepted,
             recorded=own,
         )
@@ -140,9 +143,10 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
     made = EvaluationPlan(config, job)
     config.run.dir = str(made.directory)
     _settle(config, asked)
+    of_run = asked.run is not None
     has_training_data = any(word.startswith(("data.path=", "data.sources")) for word in asked.settings)
     try:
-        _check(config, asked.settings, trained=asked.run is not None or has_training_data)
+        _check(config, asked.settings, trained=of_run or has_training_data, of_run=of_run)
     except ConfigError as error:
         raise ConfigError([*_missing_model(config), *error.problems]) from None
     if (against := asked.own.get("against")) is not None:
@@ -265,7 +269,7 @@ def _has_held_out(config: RunConfig) -> bool:
     return config.data.eval_path is not None or config.data.eval_share > 0
 
 
-def _check(config: RunConfig, typed: list[str], *, trained: bool) -> None:
+def _check(config: RunConfig, typed: list[str], *, trained: bool, of_run: bool) -> None:
     """Everything that can be wrong before there is a model."""
     from launch.compose import refusals
     from trainer.evaluation.tasks.prepared import TaskContext, check
@@ -280,7 +284,9 @@ def _check(config: RunConfig, typed: list[str], *, trained: bool) -> None:
             f"evaluation.tasks: not set, and {without}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
             f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(KINDS)}"
         )
-    found = [problem for problem in refusals(config) if not problem.startswith("evaluation.watch=")]
+    # Training data of a run is read only where a task asks for it, and then as the run recorded it.
+    passed_over = ("evaluation.watch=", "data.") if of_run else ("evaluation.watch=",)
+    found = [problem for problem in refusals(config) if not problem.startswith(passed_over)]
     found += _few_bits(config, typed)
     if found:
         raise ConfigError(found)
@@ -357,14 +363,20 @@ def _against(made: EvaluationPlan, value: str, asked: EvaluationWords) -> None:
 
 def _other(made: EvaluationPlan, config: RunConfig, what: str) -> EvaluationPlan:
     """The same evaluation of another model, without a checkpoint; this one is compared with its report."""
-    from trainer.evaluate import EvaluationJob
     from trainer.evaluation.report.record import REPORT
 
     to = Path(made.job.to) / "against"
-    other = EvaluationPlan(copy.deepcopy(config), EvaluationJob(to=str(to), asked_first=True))
+    other = EvaluationPlan(copy.deepcopy(config), _first_job(made, to))
     other.config.run.dir = str(other.directory)
     made.job = replace(made.job, report=str(to / REPORT), against=what)
     return other
+
+
+def _first_job(made: EvaluationPlan, to: Path) -> EvaluationJob:
+    """The job of what is evaluated first, to be compared with: it is asked the rows that `made` is asked."""
+    from trainer.evaluate import EvaluationJob
+
+    return EvaluationJob(to=str(to), data_run=made.job.data_run, accept_data=made.job.accept_data, asked_first=True)
 
 
 def _other_run(run: Path, made: EvaluationPlan, asked: EvaluationWords) -> EvaluationWords:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.data.prepare import Prepared
     from trainer.gates.judge import JudgedGates
+    from trainer.lifecycle.run_data import RowsNeeded
 
 KEYS = (
     "run.dir",
@@ -89,6 +90,10 @@ class ExportRequest:
     """The checkpoint as it was typed: `last`, `best` or a step."""
     accepted: list[str] = field(default_factory=list)
     """How the base differs from the one that the run was trained on, where the user accepts that."""
+    rows_needed: RowsNeeded | None = None
+    """Why the run's own rows are read; None where nothing asks for them."""
+    accept_data: bool = False
+    """Whether rows of today may stand for those of the training."""
 
 
 def main(argv: list[str]) -> int:
@@ -111,6 +116,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     from launch.read_run import ReadingVerb, read_run, take_words
     from trainer.gates.judge import record
     from trainer.lifecycle.base_files import use_recorded_base
+    from trainer.lifecycle.run_data import DATA
 
     dry = "--dry-run" in argv
     command = ["export", *argv]
@@ -142,7 +148,12 @@ def run(argv: list[str]) -> dict[str, Any]:
         benchmarks=export_hub.benchmarks_of(words),
         named=words.get("checkpoint", "last"),
     )
-    asked.accepted = use_recorded_base(config, run_dir, accepted_kinds(words), teacher=False)
+    asked.accepted = use_recorded_base(
+        config, run_dir, accepted_kinds(words, reads_rows=bits is not None), teacher=False
+    )
+    asked.accept_data = DATA in accepted_kinds(words, reads_rows=bits is not None)
+    if bits is not None:
+        asked.rows_needed = export_gguf.rows_needed(bits)
     for line in asked.accepted:
         print(f"accepted: {line}", flush=True)
     if bits is not None:
@@ -338,10 +349,11 @@ def export(config: RunConfig, asked: ExportRequest) -> Prepared:
 
 def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepared:
     from strategies.base import Precision
-    from trainer.assembly.build import build_engine, build_loader, prepare_data
+    from trainer.assembly.build import build_engine
     from trainer.checkpoints.seal import fingerprint
     from trainer.export.card import CardFacts
     from trainer.export.write import write_export
+    from trainer.lifecycle.run_data import data_of_run, data_record
     from trainer.model.loading import load_tokenizer, weights_directory
     from trainer.papers.known import gather
     from trainer.papers.questions import read_answers
@@ -354,10 +366,15 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
         Precision.fp16,
     ):  # fp16 cannot be computed on a CPU, and masters are float32 anyway
         precision = Precision.fp32
-    data = prepare_data(config, tokenizer)
+    recorded = data_record(asked.run_dir)
+    config.objective, data, accepted_rows = data_of_run(
+        config, recorded, tokenizer, needed=asked.rows_needed, accept=asked.accept_data
+    )
+    for line in accepted_rows:
+        print(f"accepted: {line}", flush=True)
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
     if built.step_module.around_update is not None:
-        build_loader(config, data, built, engine, runtime)  # tells it the length of the run
+        built.step_module.around_update.begin(record["total_steps"])
     if not asked.averaged:
         asked.checkpoint = still_there(asked, config)
     progress = export_average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)
@@ -380,7 +397,7 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
             facts={
                 **record,
                 "label_names": data.label_names,
-                "accepted": [*record.get("accepted", ()), *asked.accepted],
+                "accepted": [*record.get("accepted", ()), *asked.accepted, *accepted_rows],
                 "averaged_checkpoints": [p.name for p in asked.averaged] or None,
             },
             # Only those of this very checkpoint.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainer.data.prepare import Prepared
     from trainer.export.few_bits import FewBits
     from trainer.export.gguf import Converter, GgufType
+    from trainer.lifecycle.run_data import RowsNeeded
 
 WORDS = ("gguf", "gguf.converter", "gguf.python")
 BITS, BITS_PYTHON = "bits", "bits.python"
@@ -139,6 +140,19 @@ def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
     except Exception:  # noqa: BLE001 - what cannot be built is told when the run's own model is
         return
     refuse_unmultiplied(f"bits={kind}", model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def rows_needed(asked: Few) -> RowsNeeded:
+    """Which rows of the run the type reads, and what for."""
+    from trainer.export.few_bits import CALIBRATING, DOCUMENTS
+    from trainer.lifecycle.run_data import RowsNeeded
+
+    purpose = (
+        f"bits={asked.kind} measures its loss on {DOCUMENTS} held-out documents of the run, or on as many of training"
+    )
+    if asked.kind.apart:
+        purpose += f", and fits its roundings to the first {CALIBRATING} documents of training"
+    return RowsNeeded(purpose, f"Leave bits={asked.kind} out")
 
 
 def write_bits(asked: Few, directory: Path, data: Prepared) -> Path:

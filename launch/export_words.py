@@ -112,12 +112,19 @@ def record_of(run_dir: Path) -> dict[str, Any]:
         ) from None
 
 
-def accepted_kinds(words: dict[str, str]) -> list[str]:
-    """What `accept=[base]` names: kinds in which the files of today may differ from those of training. Errors: ConfigError."""
+def accepted_kinds(words: dict[str, str], *, reads_rows: bool = True) -> list[str]:
+    """What `accept=[base,data]` names: kinds in which the files of today may differ from those of training.
+
+    `reads_rows`: whether the verb may read the run's own rows; without them there is no data to accept. Errors: ConfigError.
+    """
     from trainer.lifecycle.base_files import BASE
+    from trainer.lifecycle.run_data import DATA
 
     typed = words.get(ACCEPT, "")
     kinds = [kind.strip() for kind in typed.removeprefix("[").removesuffix("]").split(",") if kind.strip()]
-    if typed and kinds != [BASE]:
-        raise ConfigError(f"{ACCEPT}={typed}: must be [{BASE}], which takes the base as it is now")
+    known = [BASE, DATA] if reads_rows else [BASE]
+    if typed and (not kinds or not set(kinds) <= set(known)):
+        raise ConfigError(
+            f"{ACCEPT}={typed}: must be [{','.join(known)}] or a part of it, of what may have changed since the training"
+        )
     return kinds

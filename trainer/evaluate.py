@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from strategies.base import Engine
 from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Preempted
 from trainer.assembly.as_stored import build_as_stored
-from trainer.assembly.build import build_engine, build_loader
+from trainer.assembly.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.seal import fingerprint
+from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
+from trainer.data.prepare import ChooseDate, Prepared
+from trainer.data.progress import Say, say_on_rank_0
 from trainer.evaluation.loss import Interrupted
 from trainer.evaluation.report import against, page, record
 from trainer.evaluation.report.intervals import Bootstrap, resampled, spans
@@ -28,9 +31,10 @@ from trainer.evaluation.report.unfinished import UnfinishedReport
 from trainer.evaluation.served import ServedAsking, served_asking
 from trainer.evaluation.task_evaluator import Done, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
-from trainer.evaluation.tasks.prepared import TaskContext
+from trainer.evaluation.tasks.prepared import TaskContext, on_own_documents
 from trainer.forecast.exceeded import telling_of_evaluation
 from trainer.lifecycle.attempt import Where, rank_of_job
+from trainer.lifecycle.run_data import DataRecord, RowsNeeded, data_of_run, data_record
 from trainer.model.encoder_decoder import read_config
 from trainer.model.few_bits import stored_by
 from trainer.model.loading import load_tokenizer
@@ -44,6 +48,8 @@ from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
 from trainer.telling.facts import versions
 from trainer.telling.live import track_evaluation
+
+GIVE_FILE = "Give the task a file of its own (evaluation.tasks.NAME.path=FILE)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +74,10 @@ class EvaluationJob:
     """Whether another evaluation is compared with this one."""
     kept: bool = True
     """Whether the report of a run is one of its records, and not only its answers are wanted."""
+    data_run: str | None = None
+    """Directory of the run whose data is asked for; None: the data that the configuration names."""
+    accept_data: bool = False
+    """Whether tasks on the run's own documents may have those of today, where the documents of the training are gone."""
     accepted: list[str] = field(default_factory=list)
     """How the base differs from the one that the run was trained on, where the user accepts that.
 
@@ -88,7 +98,10 @@ def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> Non
 def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: StopRequest, where: Where) -> None:
     where.settle(job_dir, int(os.environ.get("RANK", 0)))
     tokenizer = load_tokenizer(config.model)
-    data, tasks, staged, runtime = meet(config, tokenizer, request, where)
+    opened = _RunData(job)
+    data, tasks, staged, runtime = meet(config, tokenizer, request, where, opened.open)
+    if opened.accepted:
+        job = replace(job, accepted=[*job.accepted, *opened.accepted])
     console = Console(enabled=runtime.is_main, log=job_dir / "logs" / f"rank-{runtime.rank}.log")
     precision = resolve_precision(config.precision, runtime)
     asked = Agreement(request, runtime).another().asked
@@ -104,7 +117,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
                 engine, step, _ = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
         built = engine, step
         if step.step_module.around_update is not None:
-            build_loader(config, data, step, engine, runtime)  # tells it the length of the run
+            _tell_length(config, data, step, engine, runtime, opened)
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, asked))
     evaluator.tell(console.say)
     _refuse_deleted(job, runtime)
@@ -143,6 +156,52 @@ def _refuse_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
         raise ConfigError(
             f"checkpoint: {checkpoint} was deleted meanwhile, since the run goes on; start the same command again"
         )
+
+
+class _RunData:
+    """The data of an evaluation: of a run what its tasks ask for, which mostly is nothing; else what the words name."""
+
+    def __init__(self, job: EvaluationJob) -> None:
+        self.job = job
+        self.record: DataRecord | None = None
+        self.accepted: list[str] = []
+        """How the rows differ from those of the training, where the user accepts that."""
+
+    def open(
+        self,
+        config: RunConfig,
+        tokenizer: Any,
+        *,
+        stop: Callable[[], bool],
+        choose_date: ChooseDate | None = None,
+        say: Say = say_on_rank_0,
+    ) -> Prepared:
+        """Open it or make it. Errors: those of preparing, DataError where the run's own rows are gone."""
+        if self.job.data_run is None:
+            return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
+        self.record = data_record(Path(self.job.data_run))
+        keys = on_own_documents(asked_tasks(config))
+        # An objective is changed in place: the model is built from the same configuration.
+        config.objective, data, self.accepted = data_of_run(
+            config,
+            self.record,
+            tokenizer,
+            needed=RowsNeeded(f"{', '.join(keys)}: asks the run's own documents", GIVE_FILE) if keys else None,
+            accept=self.job.accept_data,
+            stop=stop,
+            say=say,
+        )
+        return data
+
+
+def _tell_length(
+    config: RunConfig, data: Prepared, built: Built, engine: Engine, runtime: processes.Runtime, opened: _RunData
+) -> None:
+    """Tell a method that changes with the step how many steps the run had."""
+    if opened.record is not None and opened.record.total_steps is not None:
+        built.step_module.around_update.begin(opened.record.total_steps)  # type: ignore[union-attr]
+    else:
+        build_loader(config, data, built, engine, runtime)
 
 
 def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked: Callable[[], bool]) -> ServedAsking:

@@ -146,7 +146,11 @@ def _run(
 
 
 def meet(
-    config: RunConfig, tokenizer: Any, request: StopRequest, where: Where
+    config: RunConfig,
+    tokenizer: Any,
+    request: StopRequest,
+    where: Where,
+    open_data: Callable[..., Prepared] = prepare_data,
 ) -> tuple[Prepared, list[Ready], Staged, processes.Runtime]:
     """The data, that of tasks, copies on this node, this process as a rank: no collective can time out while all that is made.
 
@@ -166,9 +170,10 @@ def meet(
         choose_date = date_of_run(config, where.run_dir, meeting, stop)
         log = None if where.run_dir is None else where.run_dir / "logs" / f"rank-{meeting.rank}.log"
         say = Console(enabled=meeting.rank == 0, log=log).say
-        data = prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
+        data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
         around = TaskContext.of(config.data, config.objective, data.date)
-        tasks = prepare(asked_tasks(config), around, data, tokenizer, stop=stop)
+        own_rows = data if data.has_rows else None
+        tasks = prepare(asked_tasks(config), around, own_rows, tokenizer, stop=stop)
         where.phase = "copying to the disk of the node"
         staged = stage(config, data, stop=stop)
         where.phase = "start of the processes"

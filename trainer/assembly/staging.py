@@ -99,7 +99,9 @@ def stage(config: RunConfig, data: Prepared, *, stop: Callable[[], bool]) -> Sta
     if config.launcher.stage is None:
         return Staged()
     root = place_of(config.launcher.stage)
-    asked = {"model": _weights(weights_directory(config.model)), "data": _tokens(data.directory)}
+    asked = {"model": _weights(weights_directory(config.model))}
+    if data.has_rows:
+        asked["data"] = _tokens(data.directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root, stop):

@@ -64,6 +64,8 @@ class Prepared:
     label_names: list[str] | None
     date: TemplateDate | None = None
     """The date that the chat template wrote; None if the template writes none."""
+    has_rows: bool = True
+    """False where one document without meaning stands in for data that is not read."""
 
 
 ChooseDate = Callable[[Callable[[], TemplateDate]], TemplateDate]

@@ -93,6 +93,17 @@ def check(tasks: Mapping[str, TaskConfig], around: TaskContext, *, held_out: boo
             read_cases(task, None, remote=around.data.remote)
 
 
+def on_own_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
+    """The settings of the tasks that ask documents of the run, since they name no file; empty where none does."""
+    keys = []
+    for task in build(tasks):
+        has_file = task.config.path is not None or task.shipped is not None
+        draws_others = task.split == "both" and task.chosen["others"] is None
+        if not task.own_rows and (not has_file or draws_others):
+            keys.append(task.key)
+    return keys
+
+
 def prepare(
     tasks: Mapping[str, TaskConfig],
     around: TaskContext,
