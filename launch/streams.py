@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from strategies.errors import ConfigError
@@ -28,8 +28,10 @@ def prepare() -> None:
         _open_if_closed(descriptor, name)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A character that the terminal's encoding lacks is written as its number.
-            stream.reconfigure(errors="backslashreplace")
+            # A character that the terminal's encoding lacks is written as its number. A stream that began as a file, and whose
+            # descriptor is a pipe now, refuses to be asked where it is; it stays as it was.
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _open_if_closed(descriptor: int, name: str) -> None:
