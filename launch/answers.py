@@ -33,11 +33,11 @@ class said_to_stderr:
             os.close(self.kept)
 
 
-def give(answer: dict[str, Any]) -> None:
+def give(answer: dict[str, Any], *, one_line: bool = False) -> None:
     """Print the answer for a script. A stream that is not UTF-8 gets JSON's own escapes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     is_utf8 = encoding.lower().replace("-", "").replace("_", "") == "utf8"
-    print(json.dumps(answer, indent=1, ensure_ascii=not is_utf8), flush=True)
+    print(json.dumps(answer, indent=None if one_line else 1, ensure_ascii=not is_utf8), flush=True)
 
 
 class Lasting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from strategies.errors import ConfigError
@@ -36,11 +37,19 @@ def take(argv: list[str]) -> tuple[list[str], str | None, str | None]:
 
 
 def show(composed: Composed, kind: str) -> None:
-    """Print the configuration of the run, Hydra's own, or both."""
+    """Print the configuration of the run, Hydra's own, or both. Raises ConfigError, after that, for values out of range.
+
+    What a run needs besides, such as a model, may be missing: a part of a configuration can be looked at.
+    """
+    from trainer.config.validate import range_problems
+
     if kind in ("job", "all"):
         print(f"# sha256: {composed.sha256}\n{redacted(composed.yaml)}", end="")
     if kind in ("hydra", "all"):
         print(f"# Hydra's own settings, which are fixed here\n{hydra_yaml(composed.overrides)}", end="")
+    if problems := range_problems(composed.config):
+        sys.stdout.flush()
+        raise ConfigError(problems)
 
 
 def hydra_yaml(words: list[str]) -> str:

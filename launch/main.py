@@ -79,8 +79,9 @@ def main(argv: list[str] | None = None) -> int:
 
         near = [misnamed.VERBS[verb]] if verb in misnamed.VERBS else difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(VERBS)}"
-        print(f"shardtune: there is no verb {verb}{hint}", file=sys.stderr)
-        return 64
+        problem = f"there is no verb {verb}{hint}"
+        print(f"shardtune: {problem}", file=sys.stderr)
+        return _failed(words, [problem], 64)
     if "--version" in words:
         print(version())
         return 0
@@ -173,27 +174,43 @@ def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
     except ConfigError as error:
         title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
         print(f"shardtune {verb}: {title}", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return error.exit_code
+        return _failed(argv, error.problems, error.exit_code)
     except ShardtuneError as error:
         print(f"shardtune {verb}: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(argv, [str(error)], error.exit_code)
     except KeyboardInterrupt:
         print(f"shardtune {verb}: interrupted", file=sys.stderr)
-        return 130
+        return _failed(argv, ["interrupted"], 130)
     except BrokenPipeError:  # the reader of our output went away, as in `shardtune train --cfg | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
         if is_panic(error):
-            print(f"shardtune {verb}: {tokenizer_panic(error, 'the tokenizer')}", file=sys.stderr)
-            return ConfigError.exit_code
+            problem = str(tokenizer_panic(error, "the tokenizer"))
+            print(f"shardtune {verb}: {problem}", file=sys.stderr)
+            return _failed(argv, [problem], ConfigError.exit_code)
         if not isinstance(error, Exception):
             raise
         if interrupts:
             print(f"shardtune {verb}: interrupted", file=sys.stderr)
-            return 130
+            return _failed(argv, ["interrupted"], 130)
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-        return 70
+        return _failed(argv, [redacted(f"{type(error).__name__}: {error}")], 70)
+
+
+def _failed(words: list[str], problems: list[str], code: int) -> int:
+    """Print the error as a JSON object if the verb was asked for JSON, as the last thing on stdout; returns the exit code.
+
+    The ranks of a job print none: their launcher says how the run ended.
+    """
+    from launch.answers import FLAG, give
+    from launch.slurm_env import is_worker
+
+    if FLAG in words and not is_worker(os.environ):
+        answer = {"error": "\n".join(problems), "problems": problems, "exit_code": code}
+        is_one_a_line = bool({"--follow", "--watch"} & set(words))
+        give(answer, one_line=is_one_a_line)
+    return code
 
 
 def _refuse_addresses(words: list[str]) -> None:

@@ -38,6 +38,8 @@ def at_end(config: RunConfig, run_dir: Path | None) -> None:
         or read_status(run_dir).get("state") in NO_PAGE
     ):
         return
+    if not (run_dir / "run.json").is_file():
+        return  # it failed before its first step, and the page would have nothing to show
     if (lacks := missing(REPORT)) is not None:
         print(f"report:     {lacks}", flush=True)
         return

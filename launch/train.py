@@ -43,11 +43,12 @@ def main(argv: list[str]) -> int:
         return 0
     if is_worker(os.environ) and not flags and not cfg:
         return worker(words)
-    if FLAG in flags and (len(flags) > 1 or cfg):
+    if FLAG in flags and (flags - {FLAG, "--dry-run"} or cfg):
         from strategies.errors import ConfigError
 
+        other = "--cfg" if cfg else "-m"
         raise ConfigError(
-            f"{FLAG}: is of one run; of runs by -m: shardtune compare <their directory> {FLAG}; else leave it out"
+            f"{FLAG}: works for a single run; leave {other} out (runs by -m: shardtune compare <their directory> {FLAG})"
         )
     from launch.compose import compose
     from launch.sweeper import is_search
@@ -63,9 +64,11 @@ def main(argv: list[str]) -> int:
         from strategies.errors import ConfigError
 
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
-    if cfg or "--dry-run" in flags:
-        show(compose(words, check=not cfg), cfg=cfg)
+    if cfg:
+        looking.show(compose(words, check=False), cfg)
         return 0
+    if "--dry-run" in flags:
+        return _dry_run(words, as_json=FLAG in flags)
     with said_to_stderr(FLAG in flags):
         composed = compose(words)
         run_dir = run_dir_of(composed)
@@ -73,6 +76,20 @@ def main(argv: list[str]) -> int:
     if FLAG in flags:
         give(ended(run_dir, code))
     return code
+
+
+def _dry_run(words: list[str], *, as_json: bool) -> int:
+    """Print what a run would do; returns the exit code: 70 if a defect keeps its step from being simulated."""
+    with said_to_stderr(as_json):
+        from launch.compose import compose
+        from trainer.forecast.dry_run import describe
+
+        would = describe(compose(words).config)
+    if as_json:
+        give({**would.facts, "exit_code": would.exit_code})
+    else:
+        print(would.text)
+    return would.exit_code
 
 
 def ended(run_dir: Path, code: int) -> dict[str, Any]:
@@ -106,7 +123,7 @@ def show(composed: Composed, *, cfg: str | None) -> None:
         return
     from trainer.forecast.dry_run import describe
 
-    print(describe(composed.config))
+    print(describe(composed.config).text)
 
 
 def run_dir_of(composed: Composed) -> Path:

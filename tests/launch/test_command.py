@@ -133,6 +133,10 @@ def test_errors_become_messages_and_codes(monkeypatch, capsys, error, code, said
 
 def test_cfg_prints_what_would_be_frozen(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    assert command.main(["train", "--cfg", "optim.lr=-1", "batch.micro=0"]) == 64
+    said = capsys.readouterr()
+    assert "lr: -1" in said.out
+    assert "optim.lr=-1: must be" in said.err and "batch.micro=0" in said.err and "model.path" not in said.err
     assert command.main(["train", "--cfg", "strategy=zero2", "model.path=m"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("# sha256: ")
@@ -143,7 +147,8 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.jsonl").write_text("{}")
     described = []
-    plan = SimpleNamespace(describe=lambda config: described.append(config) or "the plan")
+    answer = SimpleNamespace(text="the plan", facts={}, exit_code=0)
+    plan = SimpleNamespace(describe=lambda config: described.append(config) or answer)
     monkeypatch.setitem(sys.modules, "trainer.forecast.dry_run", plan)
     assert command.main(["train", "--dry-run", "model.path=m", "data.path=d.jsonl", "budget.steps=1"]) == 0
     assert capsys.readouterr().out == "the plan\n"

@@ -107,6 +107,11 @@ def candidates(config: RunConfig, world_size: int | None) -> tuple[list[Strategy
     ]
 
 
+def range_problems(config: RunConfig) -> list[str]:
+    """A line for each value that is out of the range of its setting, whatever the others are."""
+    return list(_ranges(config))
+
+
 def _ranges(config: RunConfig) -> Iterator[str]:
     for key, (bounds, advice) in RANGES.items():
         for name, value in _values(config, key.split(".")):

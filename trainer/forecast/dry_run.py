@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
@@ -22,9 +25,33 @@ from trainer.model.loading import load_tokenizer
 from trainer.planning.activations import longest_lengths
 from trainer.step import Built
 
+DEFECTS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
+"""Errors of a simulated step that are a fault of the code, of ours or of the model's: training would likely meet them too."""
 
-def describe(config: RunConfig) -> str:
-    """The text of `--dry-run`. Prepares the data (cached for the run itself) and reads headers of the weights."""
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would do."""
+
+    text: str
+    """For a person."""
+    facts: dict[str, Any]
+    """For a script: JSON-compatible, sizes in bytes."""
+    exit_code: int
+    """0, or 70 if a defect keeps the step from being simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedMemory:
+    """Bytes that a rank holds at the peak of the longest micro-batch, or why they are not known."""
+
+    lines: list[str]
+    facts: dict[str, Any]
+    defect: bool = False
+
+
+def describe(config: RunConfig) -> DryRun:
+    """What `--dry-run` answers. Prepares the data (cached for the run itself) and reads headers of the weights."""
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
@@ -37,6 +64,8 @@ def describe(config: RunConfig) -> str:
     steps = steps_from_budget(config.budget, read.order, read.tokens, size)
     total = sum(element_counts(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
+    memory = _memory(config, built, data, world)
+    epochs = steps * size / read.order.num_units
     lines = [
         summary(data.report),
         preview(data.train, tokenizer, built.reading, data.label_names, width=100),
@@ -45,8 +74,8 @@ def describe(config: RunConfig) -> str:
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
         f"tokens per step: about {read.mean * size:,.0f}; steps: {steps:,}; epochs: "
-        f"{steps * size / read.order.num_units:,.2f} of {len(data.train) // per:,} documents",
-        *_memory(config, built, data, world),
+        f"{epochs:,.2f} of {len(data.train) // per:,} documents",
+        *memory.lines,
         *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),
         *(
@@ -57,7 +86,21 @@ def describe(config: RunConfig) -> str:
         *(f"substituted: {key}: {value}" for key, value in built.substitutions.items()),
         "nothing was trained (--dry-run)",
     ]
-    return "\n".join(lines)
+    facts = {
+        "strategy": str(config.strategy.name),
+        "tuning": str(config.tuning.name),
+        "ranks": world,
+        "parameters": total,
+        "trainable_parameters": trained,
+        "batch": {"global": size, "micro": micro, "accumulation": size // (micro * world)},
+        "steps": steps,
+        "epochs": epochs,
+        "documents": len(data.train) // per,
+        "tokens_per_step": read.mean * size,
+        "memory_per_rank": memory.facts,
+        "substitutions": {**config.substitutions, **built.substitutions},
+    }
+    return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
 
 
 def _waiting(strategy: StrategyConfig, trained: int, world: int, *, accumulation: int) -> list[str]:
@@ -68,7 +111,7 @@ def _waiting(strategy: StrategyConfig, trained: int, world: int, *, accumulation
     return [f"  gradients, whole until the last micro-batch: {4 * trained / 2**30:.2f} GiB more at most; they {when}"]
 
 
-def _memory(config: RunConfig, built: Built, data: Prepared, world: int) -> list[str]:
+def _memory(config: RunConfig, built: Built, data: Prepared, world: int) -> SimulatedMemory:
     """The run's own step, simulated with its longest micro-batch; or why that cannot be told."""
     auto = config.strategy.activation_checkpointing is ActivationCheckpointing.auto
     noted = ", with nothing recomputed yet" if auto else ""
@@ -82,12 +125,19 @@ def _memory(config: RunConfig, built: Built, data: Prepared, world: int) -> list
             device=SIMULATED if on_gpu else torch.device("cpu"),
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that stops no run
-        return [f"memory per rank: {unsimulated(error)}"]
+        reason = unsimulated(error)
+        if isinstance(error, DEFECTS):
+            reason = (
+                f"not known: the simulated step failed with {type(error).__name__}: {error}. This is a fault of shardtune "
+                "or of the model's code, and training may fail likewise; exit code 70"
+            )
+        return SimulatedMemory([f"memory per rank: {reason}"], {"unknown": reason}, defect=isinstance(error, DEFECTS))
     unit, name = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
     kinds = sorted(found.kinds.items(), key=lambda item: -item[1])
-    return [
+    lines = [
         f"memory per rank of the longest micro-batch{noted}, simulated: most in {found.peak}; libraries and what the allocator "
         "reserves come on top",
         *(f"  {kind:<14}{size / unit:8.2f} {name}" for kind, size in kinds if size >= 0.005 * unit),
         f"  {'total':<14}{found.total / unit:8.2f} {name}",
     ]
+    return SimulatedMemory(lines, {"bytes": found.total, "peak": str(found.peak), "kinds": dict(kinds)})
