@@ -51,7 +51,7 @@ from trainer.planning.reduction import plan_reduction
 from trainer.step import Built, TrainStep
 from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
-from trainer.tuning.build import around_update, build_tuning, fold_adapters
+from trainer.tuning.build import around_update, build_tuning, fold_adapters, fold_start
 from trainer.tuning.check import check_room
 from trainer.tuning.expert_lora import use_low_rank
 from trainer.tuning.fast_lora import fuse_lora
@@ -183,7 +183,7 @@ def build_model(
     source.zeroed = built.zeroed
     shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
     source.check(shapes, head_prefixes=built.head_prefixes)
-    attach_frozen(built, config.model, objective, source, tokenizer)
+    attach_frozen(built, config.model, objective, config.tuning, source, tokenizer)
     return built, source
 
 
@@ -319,12 +319,18 @@ def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
 
 
 def attach_frozen(
-    built: Built, config: ModelConfig, objective: ObjectiveConfig, source: WeightSource, tokenizer: Any
+    built: Built,
+    config: ModelConfig,
+    objective: ObjectiveConfig,
+    tuning_config: TuningConfig,
+    source: WeightSource,
+    tokenizer: Any,
 ) -> None:
     """Give the step module what its objective compares with, where that is a model: a teacher, or the one before training.
 
-    With an adapter the model before training is the tuned one with the adapter off. Raises ConfigError where a teacher
-    has another vocabulary, or a head that cannot be compared.
+    With a new adapter the model before training is the tuned one with the adapter off. With one that was trained before
+    (`tuning.from`) it is the base with that adapter. Raises ConfigError where a teacher has another vocabulary, or a head that
+    cannot be compared.
     """
     family, step, tuning = family_of(objective), built.step_module, built.tuning
     if not family.compares(objective):
@@ -332,7 +338,9 @@ def attach_frozen(
     check_head(step.model, f"objective={family.name}")
     if family.teacher(objective) is None and tuning.keeps_base:
         return
-    frozen = frozen_model(config, objective, built.config, built.arrangement, source, tokenizer)
+    # A teacher has weights of its own, whatever the run begins with.
+    start = fold_start(built.plain, tuning_config) if family.teacher(objective) is None else None
+    frozen = frozen_model(config, objective, built.config, built.arrangement, source, start, tokenizer)
     step.teacher, source.teacher = frozen.model, frozen.weights
     step.objective = build_objective(objective, Beside(tuning.reference if tuning.keeps_base else None, frozen.model))
     step.add_block_classes(frozen.block_classes)

@@ -183,6 +183,31 @@ class _Unchanged:
         return torch.stack([self.whole(name)[i].float() for i in indices])
 
 
+class StartingWeights:
+    """`strategies.base.ParameterSource` of the model that a run begins with, as a plain model without adapters.
+
+    These are the base's values with the adapter of `tuning.from` folded in. A base that is stored quantised counts as rounded.
+    """
+
+    def __init__(self, own: WeightSource, folded: Folded | None) -> None:
+        """`own`: where the tuned model's values come from; `folded`: the adapter that it begins with, if there is one."""
+        self.own, self.folded = own, folded
+        self.changed = set[str]() if folded is None else folded.changed()
+
+    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
+        checkpoint = self.own.checkpoint
+        if self.folded is not None and name in self.changed:
+            return self.folded.whole(name, checkpoint).reshape(-1)[start:stop]
+        if name in checkpoint.quantised:  # the tuned model has its bytes, and this one its values
+            return checkpoint.whole(name).reshape(-1)[start:stop]
+        return self.own.run(name, shape, start, stop)
+
+    def close(self) -> None:
+        """Let go of the base's files."""
+        self.own.checkpoint.close()
+
+
 class WeightSource:
     """`strategies.base.ParameterSource` over a checkpoint, a tuning method and a seed."""
 
@@ -207,7 +232,7 @@ class WeightSource:
         """Row that is zero whatever the checkpoint has there, by base name."""
         self.initialised: list[str] = []
         """Base parameters that the checkpoint does not have and that were drawn instead."""
-        self.teacher: WeightSource | None = None
+        self.teacher: WeightSource | StartingWeights | None = None
         """Where the parameters of a frozen model beside the tuned one come from."""
         self._means: dict[str, Tensor] = {}
 
@@ -266,7 +291,7 @@ class WeightSource:
     def close(self) -> None:
         """Let go of what was read: the model is filled."""
         self.checkpoint.close()
-        if self.teacher is not None and self.teacher is not self:  # the model before training reads the same files
+        if self.teacher is not None:
             self.teacher.close()
 
     def whole(self, name: str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
@@ -18,12 +18,15 @@ from trainer.model.layout import Arrangement
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
 from trainer.model.still import still_rows
 from trainer.model.tied import untied_as_stored
-from trainer.model.weights import BaseWeights, WeightSource
+from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
 from trainer.objectives.arranged import Proofs
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.registry import family_of
 from trainer.objectives.teacher import check_head
 from trainer.tuning.full import Full
+
+if TYPE_CHECKING:
+    from trainer.tuning.folded import Folded
 
 SHOWN = 3
 """How many differences of two vocabularies an error names."""
@@ -65,7 +68,7 @@ class FrozenReference:
     """A frozen model beside the tuned one, on the meta device."""
 
     model: Any
-    weights: WeightSource
+    weights: WeightSource | StartingWeights
     """Where its values come from."""
     block_classes: set[str]
     """Classes of its repeated blocks, which are shard units."""
@@ -77,24 +80,29 @@ def frozen_model(
     settings: Any,
     arrangement: Arrangement,
     own: WeightSource,
+    folded: Folded | None,
     tokenizer: Any,
 ) -> FrozenReference:
-    """The teacher that is imitated, or else the model before training once more, out of its `own` weights.
+    """The teacher that is imitated, or else the model that the run begins with, once more.
+
+    That one has its `own` weights, with the adapter in `folded` if the run goes on from one.
 
     `settings` are transformers' of the tuned model. Raises ConfigError where a teacher has another vocabulary, or a head
     that cannot be compared.
     """
     teacher = teacher_model(config, objective)
     if teacher is None:
-        model, weights = _architecture(config, settings, arrangement), own
+        model = _architecture(config, settings, arrangement)
+        weights: WeightSource | StartingWeights = StartingWeights(own, folded)
     else:
         check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
         model = _architecture(teacher, load_model_config(teacher), arrangement)
-        weights = WeightSource(
+        imitated = WeightSource(
             BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=own.seed, init_std=0.0
         )
-        weights.zeroed = still_rows(model, Arrangement(arrangement.layout, arrangement.attention, {}))
-        weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
+        imitated.zeroed = still_rows(model, Arrangement(arrangement.layout, arrangement.attention, {}))
+        imitated.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
+        weights = imitated
     model.requires_grad_(False)
     check_head(model, "objective.teacher.path")
     return FrozenReference(model, weights, set(getattr(model, "_no_split_modules", None) or ()))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from strategies.errors import ConfigError
 from trainer.tuning.base import AdapterConfig, Tuning, TuningConfig
 from trainer.tuning.config import AdaLoraConfig, AdaptionPromptConfig, BottleneckConfig, FreezeConfig, VirtualConfig
+from trainer.tuning.table import method_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +60,24 @@ def build_tuning(
 def around_update(tuning: Tuning) -> AroundUpdate | None:
     """What an applied method does around each optimizer step; None for most."""
     return getattr(tuning, "allocation", None)
+
+
+def fold_start(model: nn.Module, tuning: TuningConfig) -> Folded | None:
+    """The adapter that `tuning.from` names on this architecture (on meta), to be folded into its weights; None without one.
+
+    Raises ConfigError for one that cannot be folded.
+    """
+    start = tuning.from_ if isinstance(tuning, AdapterConfig) else None
+    if start is None:
+        return None
+    from trainer.tuning.folded import Folded
+
+    if reason := method_of(tuning).no_merge:
+        raise ConfigError(
+            f"tuning.from={start}: the objective compares with the model that this run begins with, and that cannot be built: "
+            f"{reason}; set objective.forgetting.kl_weight=0"
+        )
+    return Folded(model, [start], "tuning.from")
 
 
 def fold_adapters(model: nn.Module, directories: list[str]) -> Folded | None:

@@ -18,8 +18,9 @@ from trainer.tuning.stored import StoredAdapter, peft_settings
 class Folded:
     """Base weights with the adapters of some directories folded in, one after the other, layer by layer."""
 
-    def __init__(self, model: nn.Module, directories: list[str]) -> None:
-        self._folds = [_Fold(model, directory) for directory in directories]
+    def __init__(self, model: nn.Module, directories: list[str], key: str = "model.adapters") -> None:
+        """`model`: the architecture on meta, without adapters; `key`: the setting that names the directories."""
+        self._folds = [_Fold(model, directory, key) for directory in directories]
 
     def changed(self) -> set[str]:
         """Base names of the parameters that are not those of the checkpoint."""
@@ -46,8 +47,8 @@ class _Reader:
 class _Fold:
     """One adapter directory on one architecture."""
 
-    def __init__(self, model: nn.Module, directory: str) -> None:
-        key, path = "model.adapters", Path(directory).expanduser()
+    def __init__(self, model: nn.Module, directory: str, key: str) -> None:
+        path = Path(directory).expanduser()
         settings: Any = peft_settings(path, key)
         settings.inference_mode = False
         self.tuning = Adapter(AdapterConfig())
@@ -59,12 +60,11 @@ class _Fold:
             self.tuning.base_name(name): name for name in self.stored.names if f".modules_to_save.{ADAPTER}." in name
         }
         self.changed = self.tuning.changed() | set(self.replaced)
-        self._refuse(directory)
+        self._refuse(f"{key}={directory}")
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def _refuse(self, directory: str) -> None:
-        """Raise ConfigError for what would be folded into another module too, or not at all."""
-        word = f"model.adapters={directory}"
+    def _refuse(self, word: str) -> None:
+        """Raise ConfigError, with the setting in `word`, for what would be folded into another module too, or not at all."""
         known = set(self.replaced.values())
         if left := sorted(name for name in self.stored.names if not self.tuning.owns(name) and name not in known):
             raise ConfigError(
