@@ -122,5 +122,5 @@ def _peers(agent: psutil.Process, port: int) -> set[str]:
         own = {each.laddr.ip for each in agent.net_connections() if each.laddr}
         for connection in agent.net_connections():
             if connection.raddr and connection.laddr.port == port and connection.raddr.ip not in own:
-                peers.add(connection.raddr.ip)
+                peers.add(connection.raddr.ip.removeprefix("::ffff:"))  # of IPv4, by a socket that takes both
     return peers

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -43,10 +45,11 @@ class Meeting:
             return cls(None, rank, world, timeout_s, lost)
         import torch.distributed as dist
 
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+            with _saying_that_it_waits(f"rank {rank} of {world} waits for the others to come to {place}"):
+                store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         except (dist.DistError, ValueError) as error:
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ShardtuneError(
                 f"rank {rank} of {world} did not meet the others at {place} ({' '.join(str(error).split())[:200]}); do all hosts "
                 "reach that place, and are RANK, WORLD_SIZE and MASTER_ADDR those of this job, not left over from another?"
@@ -140,3 +143,21 @@ class Meeting:
 
     def _decided(self) -> str | None:
         return self.store.get(DECISION).decode() if self.store.check([DECISION]) else None
+
+
+@contextlib.contextmanager
+def _saying_that_it_waits(what: str) -> Iterator[None]:
+    """Say `what` every `TELL_S` seconds while the block runs, which may wait in a library."""
+    over = threading.Event()
+    began = time.monotonic()
+
+    def tell() -> None:
+        while int(os.environ.get("LOCAL_RANK", 0)) == 0 and not over.wait(TELL_S):  # once a host
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                print(f"{time.monotonic() - began:.0f} s: {what}", file=sys.stderr, flush=True)
+
+    threading.Thread(target=tell, name="waiting", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

@@ -9,9 +9,11 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from strategies import heartbeat
+from strategies import heartbeat, meeting
 from strategies.bounded_store import BoundedStore, Unanswered
+from strategies.errors import ShardtuneError
 from strategies.heartbeat import CutOff, Heartbeats
+from strategies.meeting import Meeting
 from tests.helpers.launching import ROOT, clean_environment, free_port
 from tests.helpers.speed import seconds
 
@@ -61,6 +63,16 @@ def test_a_rank_that_is_cut_off_from_the_store_says_so_and_ends(server, monkeypa
     assert ended.wait(seconds(30))
     assert (told[0].seen.rank, told[0].seen.step) == (1, 7)
     assert "the link is down, or that host hangs; this rank ends after 1 s without progress" in capfd.readouterr().err
+
+
+def test_a_rank_says_that_the_others_do_not_come(monkeypatch, capfd):
+    monkeypatch.setattr(meeting, "TELL_S", 0.1)
+    job = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ShardtuneError, match="rank 0 of 2 did not meet the others"):
+        Meeting.join(1.0)
+    assert f"rank 0 of 2 waits for the others to come to 127.0.0.1:{job['MASTER_PORT']}" in capfd.readouterr().err
 
 
 def test_a_store_that_answers_again_is_used_again(server):
