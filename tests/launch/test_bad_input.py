@@ -112,7 +112,11 @@ CASES = {
     "weights cut off": ({"model__path": "{root}/cut"}, 64, ["is no whole safetensors file", "download it again"]),
     "adapter": ({"model__path": "{root}/adapter"}, 64, ["is an adapter", "tuning.from", "model.adapters"]),
     "no tokenizer": ({"model__path": "{root}/speechless"}, 64, ["holds no tokenizer", "model.tokenizer="]),
-    "tokenizer left to git-lfs": ({"model__path": "{root}/tokenizer-lfs"}, 64, ["holds no tokenizer that can be"]),
+    "tokenizer left to git-lfs": (
+        {"model__path": "{root}/tokenizer-lfs"},
+        64,
+        ["tokenizer.json: is a pointer", "git lfs pull"],
+    ),
     "unknown model": ({"model__path": "{root}/unknown"}, 64, ["'llama9'", "install a newer transformers"]),
     "no attention heads": ({"model__path": "{root}/headless"}, 64, ["config.json cannot be read", "by zero", "mend"]),
     "negative size": ({"model__path": "{root}/negative"}, 64, ["config.json has num_hidden_layers=-2", "at least 1"]),
