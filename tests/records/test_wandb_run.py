@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.multirun import multirun
@@ -155,6 +156,31 @@ def test_a_run_that_was_stopped_is_no_failure_and_its_sync_line_names_all_parts(
     parts = sorted(f"elsewhere/wandb/{each.name}" for each in (site / "elsewhere/wandb").glob("offline-run-*"))
     assert len(parts) == 2 and f"wandb sync {' '.join(parts)}" in said
     assert len({part.rsplit("-", 1)[1] for part in parts}) == 1, "one run for W&B"
+
+
+@pytest.mark.parametrize("last", ["row", "end"])
+def test_rows_survive_the_signal_that_ends_wandbs_own_process(tmp_path, last):
+    """SLURM's TERM goes to every process of a step, also to this one; what it has not written would be lost."""
+    config = LoggingConfig(wandb=WandbMode.offline)
+    run = weights_and_biases.WandbRun(tracked(tmp_path, config, run_id="abc"))
+    for step in range(1, 5):
+        run.log({"loss": 1.0 / step, "tokens": step}, step=step)
+    run.summarise({"final/loss": 0.25})
+    children = [child for child in psutil.Process().children(recursive=True) if child.name() == "wandb-core"]
+    assert children
+    for child in children:
+        child.terminate()
+    psutil.wait_procs(children, timeout=seconds(20))
+    if last == "row":
+        run.log({"loss": 0.2, "tokens": 5}, step=5)
+    run.close(Ended(State.preempted))
+    parts = sorted((tmp_path / "wandb").glob("offline-run-*-abc"), key=lambda part: part.stat().st_mtime)
+    assert run.hint is not None and all(part.name in run.hint[1] for part in parts)
+    records = [json.loads(line) for line in inspected(parts[-1]).splitlines()]
+    steps = [int(each["history"]["step"]["num"]) for each in records if each["type"] == "history"]
+    assert steps == [1, 2, 3, 4, 5][: 5 if last == "row" else 4]
+    found = summary(parts[-1])
+    assert (found["summary"]["final/loss"], found["summary"]["state"]) == (0.25, "preempted")
 
 
 def test_how_a_run_ended():

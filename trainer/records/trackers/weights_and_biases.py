@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shlex
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,10 @@ INIT_S = 30
 """Seconds that a server which answers is given to begin a run."""
 FINISH_S = 60
 """Seconds for what is not uploaded yet when a run ends; it lies on the disk, and a job that is to end has no more time."""
+KEPT_BYTES = 2**18
+"""Bytes of the last rows, as JSON, that are kept for another process of W&B: its own has up to 32 KiB not yet in its file."""
+MOST_PROCESSES = 3
+"""How often W&B's process is started for one run."""
 
 
 class WandbRun:
@@ -27,14 +35,18 @@ class WandbRun:
         """W&B's own process may have been started elsewhere."""
         self.note: str | None = None
         """Why it is offline where online was asked for."""
+        self._recent_rows: deque[tuple[int, dict[str, Any], int]] = deque()
+        """(step, metrics, size in bytes) of the last rows."""
+        self._recent_bytes = 0
+        self._summary: dict[str, Any] = {}
+        self._processes = 1
         online = about.config.wandb is WandbMode.online
         if online:
             why = no_server()
             self.note = f"offline ({why})" if why else self._begin("online")
         if not online or self.note:
             self._begin("offline")
-        self._run.define_metric("tokens")
-        self._run.define_metric("*", step_metric="tokens")
+        self._define_axes()
         self.hint: tuple[str, str] | None = None
         self._tell_where(online=online and not self.note)
         if about.config.artifacts and about.data is not None:
@@ -99,8 +111,52 @@ class WandbRun:
     def _fingerprint(self) -> str:
         return str(self._about.settings.get("data_fingerprint") or "unknown").partition("/")[0]
 
+    def _define_axes(self) -> None:
+        self._run.define_metric("tokens")
+        self._run.define_metric("*", step_metric="tokens")
+
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        self._keep_row(metrics, step)
+        try:
+            self._log_row(metrics, step)
+        except ConnectionError:
+            self._begin_again()  # with this row, too
+
+    def _log_row(self, metrics: dict[str, Any], step: int) -> None:
         self._run.log({"train_step": step, **metrics}, step=step)
+
+    def _keep_row(self, metrics: dict[str, Any], step: int) -> None:
+        size = len(json.dumps(metrics, default=str))
+        self._recent_rows.append((step, metrics, size))
+        self._recent_bytes += size
+        while self._recent_bytes > KEPT_BYTES:
+            self._recent_bytes -= self._recent_rows.popleft()[2]
+
+    def _begin_again(self) -> None:
+        """Start W&B's process again, and hand it the last rows.
+
+        SLURM's TERM goes to every process of a step: it ends W&B's own before the run has saved, with rows that are in no file
+        yet. The rows go into another part of the same run, as after a resume. Raises ConnectionError after some such ends.
+        """
+        import wandb
+
+        if self._processes >= MOST_PROCESSES:
+            raise ConnectionError("W&B's own process has ended again and again")
+        self._processes += 1
+        time.sleep(1.0)  # W&B tells the parts of a run apart by the second of their beginning
+        with contextlib.suppress(Exception):  # whatever its client raises without a process
+            wandb.teardown()
+        online = self._about.config.wandb is WandbMode.online and not self.note
+        if online:
+            self.note = self._begin("online")
+            online = self.note is None
+        if not online:
+            self._begin("offline")
+        self._define_axes()
+        for step, metrics, _ in self._recent_rows:
+            self._log_row(metrics, step)
+        self._run.summary.update(self._summary)
+        self._tell_where(online=online)
 
     def table(self, name: str, table: Table, *, step: int) -> None:
         import wandb
@@ -114,9 +170,20 @@ class WandbRun:
         self._run.log({name: wandb.Table(columns=table.columns, data=rows)}, step=step)
 
     def summarise(self, values: dict[str, Any]) -> None:
-        self._run.summary.update(values)
+        self._summary |= values
+        try:
+            self._run.summary.update(values)
+        except ConnectionError:
+            self._begin_again()
 
     def close(self, ended: Ended) -> None:
+        try:
+            self._end(ended)
+        except ConnectionError:
+            self._begin_again()
+            self._end(ended)
+
+    def _end(self, ended: Ended) -> None:
         if ended.state is State.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
         self._run.summary.update({"state": str(ended.alert or ended.state)})
