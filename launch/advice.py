@@ -6,6 +6,7 @@ A job that can never start is refused, where `sinfo` says so and nothing (a rese
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.sbatch_options import options_of
 
-FORMAT = "%R|%l|%L|%D|%c|%m|%G"
+FORMAT = "%R|%l|%L|%D|%c|%m|%G|%a"
 PATIENCE_S = 5.0
 MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
 GPUS = re.compile(r"gpu(?::(?P<kind>[^:,()]+))?:(?P<count>\d+)")
@@ -37,6 +38,8 @@ class Partition:
     gpus: int
     kinds: frozenset[str]
     """The site's words for its GPUs."""
+    is_up: bool = True
+    """Whether it starts jobs."""
 
 
 def partitions() -> list[Partition]:
@@ -44,21 +47,25 @@ def partitions() -> list[Partition]:
     # Exactly: else nodes that differ are one line, with the least that one of them has.
     command = ["sinfo", "--noheader", "--all", "--exact", f"--format=%P|{FORMAT}"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
+        # The user's SINFO_PARTITION and the like would leave partitions out.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("SINFO_")}
+        said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     found = []
     for line in said.splitlines():
         cells = line.split("|")
-        if len(cells) != 8:
+        if len(cells) != 9:
             continue
-        marked, name, limit, _, nodes, cpus, memory, gres = cells
+        marked, name, limit, _, nodes, cpus, memory, gres, availability = cells
         gpus = [(each["kind"], int(each["count"])) for each in GPUS.finditer(gres)]
         kinds = frozenset(kind for kind, _ in gpus if kind)
         most = {"nodes": nodes, "cpus": cpus, "memory_mb": memory}
         numbers = {key: int(re.sub(r"\D.*", "", each) or 0) for key, each in most.items()}
         count = sum(number for _, number in gpus)
-        found.append(Partition(name, marked.endswith("*"), seconds(limit), gpus=count, kinds=kinds, **numbers))
+        is_default = marked.endswith("*")
+        is_up = availability.strip() == "up"
+        found.append(Partition(name, is_default, seconds(limit), gpus=count, kinds=kinds, is_up=is_up, **numbers))
     return found
 
 
@@ -161,8 +168,15 @@ def _limits(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
         said = [f"time    {clock(limit)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"]
     if mine:
         said[0] += f"; partition {mine[0].name} gives {clock(max(part.limit_s for part in mine))} at most"
+    if mine and not any(part.is_up for part in mine):
+        said.append(
+            f"note    partition {mine[0].name} is not up: no job starts there until it is; or set launcher.partition"
+        )
     if slurm.signal_lead_s * 2 > limit:
-        said.append(f"note    launcher.signal_lead_s={slurm.signal_lead_s} is most of launcher.time={slurm.time}")
+        said.append(
+            f"note    launcher.signal_lead_s={slurm.signal_lead_s} is most of launcher.time={slurm.time}; SLURM may send "
+            "its signal a minute early"
+        )
     return said
 
 

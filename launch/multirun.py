@@ -31,11 +31,14 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
 
     `check`: whether each point is validated, as running one needs.
     """
+    from launch.array_size import refuse_large_arrays
     from launch.axes import label, name_in_trackers, read_axes
     from launch.compose import compose, default_run_dir
 
     axes = read_axes(words)
     points, problems, composed = axes.points(), [], []
+    if show is None:
+        refuse_large_arrays(points)
     for number, point in enumerate(points):
         try:
             composed.append(compose(point, check=check))
@@ -68,11 +71,15 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
 
     One job array for all that ask for the same.
     """
+    from launch.array_size import refuse_large_array
     from launch.compose import freeze, is_finished
     from launch.frozen import queued_as_asked
     from launch.submission import submit
 
     left = []
+    if not getattr(composed[0].config.launcher, "pipeline", []):
+        everything = by_request(list(zip(composed, run_dirs, strict=True)))
+        refuse_large_array(max(len(alike) for alike in everything))
     for one, run_dir in zip(composed, run_dirs, strict=True):
         if (job := queued_as_asked(one, run_dir)) is not None:
             print(f"{run_dir}: {job.says}; not submitted again")

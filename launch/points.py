@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.array_size import refuse_large_arrays
 from launch.axes import Axes, label, left_out, name_in_trackers, read_axes, split
 from strategies.errors import ConfigError
 from trainer.comparison.asked import CompareConfig, ComparisonRow, write_rows
@@ -94,6 +95,7 @@ def plan_points(words: list[str]) -> PointsPlan:
     if len(kept) < 2 and settings.repeats < 2:
         why = "the conditions leave no two points" if sum(out) else "no word has several values"
         raise ConfigError(f"nothing to compare: {why}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
+    refuse_large_arrays(kept, repeats=settings.repeats)
     points = tuple(_compose(kept, chosen, extra))
     if all(point.refused for point in points):
         raise ConfigError(_of_points({point.name: list(point.refused) for point in points}))

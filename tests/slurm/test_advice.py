@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.advice import advise, partitions, ranks_lines
+from launch.array_size import refuse_large_arrays
+from launch.main import main
 from launch.prices import price_by_word
 from launch.slurm_time import clock, seconds
 from strategies.errors import ConfigError
@@ -14,14 +16,14 @@ from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.validate import problems_of
 
 SINFO = """\
-main*|main|1:00:00|10:00|3|4|4000|(null)
-gpu|gpu|2-00:00:00|n/a|4|64|512000|gpu:h100:8(S:0-1)
-gpu|gpu|2-00:00:00|n/a|8|64|256000|gpu:a100:4
-free|free|infinite|n/a|1|4|4000|(null)
-mixed|mixed|infinite|n/a|2|4|4000|(null)
-mixed|mixed|infinite|n/a|1|64|512000|(null)
+main*|main|1:00:00|10:00|3|4|4000|(null)|up
+gpu|gpu|2-00:00:00|n/a|4|64|512000|gpu:h100:8(S:0-1)|up
+gpu|gpu|2-00:00:00|n/a|8|64|256000|gpu:a100:4|up
+free|free|infinite|n/a|1|4|4000|(null)|down
+mixed|mixed|infinite|n/a|2|4|4000|(null)|up
+mixed|mixed|infinite|n/a|1|64|512000|(null)|up
 """
-GROUPED = SINFO.replace("2|4|4000", "3|4+|4000+").replace("mixed|mixed|infinite|n/a|1|64|512000|(null)\n", "")
+GROUPED = SINFO.replace("2|4|4000", "3|4+|4000+").replace("mixed|mixed|infinite|n/a|1|64|512000|(null)|up\n", "")
 """As it says it where `--exact` is not asked (its man page)."""
 
 
@@ -133,6 +135,23 @@ def test_gpus_that_no_rank_uses_are_told_with_the_price_of_all(sinfo, tmp_path):
     assert "160 GPU hours" in said
     with pytest.raises(ConfigError, match=r"launcher\.gres=gpu:8: the nodes of partition main have none"):
         advised(tmp_path, gres="gpu:8", time="30:00")
+
+
+def test_a_partition_that_is_down_is_told_and_a_sweep_larger_than_an_array_is_refused_first(
+    sinfo, tmp_path, monkeypatch, capsys
+):
+    assert "note    partition free is not up: no job starts there until it is" in advised(tmp_path, partition="free")
+    assert "not up" not in advised(tmp_path, partition="gpu")
+    scontrol = sinfo.with_name("scontrol")
+    scontrol.write_text("#!/bin/sh\necho 'MaxArraySize            = 20'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setattr("launch.compose.compose", None)  # no point is composed
+    words = ["launcher=slurm", "model.path=m", "optim.lr=1e-4,2e-4", "run.seed=range(0,11)"]
+    assert main(["train", "-m", *words]) == 64
+    assert "22 runs are one job array, and SLURM takes 20 at most here (MaxArraySize)" in capsys.readouterr().err
+    assert main(["compare", *words[:3], "compare.repeats=11"]) == 64
+    assert "22 runs are one job array" in capsys.readouterr().err
+    refuse_large_arrays([[*words[:2], f"optim.lr={n}", f"launcher.nodes={n % 2}"] for n in range(40)])  # two arrays
 
 
 def test_options_that_contradict_the_script_are_refused_by_name_and_the_others_are_respected(sinfo, tmp_path):

@@ -156,6 +156,7 @@ def test_what_ended_is_requeued_once_and_only_where_slurm_does_not(
         (tmp_path / name).chmod(0o755)
     run = tmp_path / "run"
     run.mkdir()
+    (run / "status.json").write_text('{"state": "preempted", "step": 3, "restart": 0, "job": "6"}')  # of an earlier job
     config = RunConfig(launcher=SlurmConfig(retry={"node_fail": 3, "preempted": 2}))
     (run / "config.yaml").write_text(to_yaml(config))
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "PREEMPTED": "None"}

@@ -83,4 +83,7 @@ def test_a_real_sbatch_takes_all_of_them(cluster: Cluster, tmp_path: Path) -> No
     for script in [*BY_HAND, *(rendered(name, tmp_path) for name in SOME)]:
         done = cluster.on("ctl", "sbatch", "--test-only", str(script), cwd=CLONE, env=dict(os.environ), check=False)
         assert done.returncode == 0 and "to start at" in done.stdout, f"{script}: {done.stdout}"
+    refused = rendered("defaults", tmp_path, gres="shard:8")
+    done = cluster.on("ctl", "sbatch", "--test-only", str(refused), cwd=CLONE, env=dict(os.environ), check=False)
+    assert done.returncode and "Invalid generic resource (gres) specification" in done.stdout
     assert sys.executable in rendered("defaults", tmp_path).read_text()

@@ -150,6 +150,7 @@ def test_script_for_people_is_requeued_once_by_slurm_and_later_by_itself(cluster
     assert said.count("; it is to be requeued") == 1
 
 
+@whole("test_script.py asks the same of the script with a stand-in for srun")
 def test_a_crash_is_not_requeued_on_an_old_status(cluster: Cluster, site: Path) -> None:
     (site / "launch" / "train.py").write_text("raise SystemExit('broken')")
     run = site / "runs" / "crash"
@@ -233,14 +234,3 @@ def test_ranks_run_in_the_image_and_the_script_asks_slurm_outside(cluster: Clust
         assert f"--container-image={image}" in asked and "--container-workdir=/usr/share" in asked
         [mounted] = [word for word in asked if word.startswith("--container-mounts=")]
         assert mounts[0] in mounted.split(",") or mounted.endswith(f",{mounts[0]}")
-
-
-def test_submit_passes_on_what_a_real_sbatch_refuses(cluster: Cluster, tmp_path: Path) -> None:
-    code = (
-        "import sys, pathlib; from launch.submission import submit\n"
-        "from trainer.config.run import Preflight, RunConfig, SlurmConfig\n"
-        "submit(RunConfig(launcher=SlurmConfig(gres='shard:8')), [pathlib.Path(sys.argv[1])], print_only=False)"
-    )
-    done = cluster.on("ctl", sys.executable, "-c", code, str(tmp_path), cwd=CLONE, check=False)
-    assert done.returncode == 1
-    assert "Invalid generic resource (gres) specification" in done.stdout
