@@ -13,13 +13,18 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch import overrides, trusted
-from launch.compose import load_frozen
+from launch.compose import compose, load_frozen, recompose, with_words
+from launch.evaluate_words import ALLOWED
 from launch.frozen import _hash, _identifying
 from launch.outside import outside_values
 from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
 from tests.helpers.launching import ROOT, command_here
 from trainer.config.reach import REACH, Reach, reach_of
+from trainer.model.config import ModelConfig
+from trainer.objectives.base import TeacherConfig
+from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.frozen import teacher_model
 
 HARNESS = find_spec("lm_eval") is not None
 EVERYTHING = ["model", *(["task"] if HARNESS else []), "sent", "verdicts"]
@@ -237,6 +242,43 @@ def test_code_is_known_by_its_files_and_asked_for_again_when_they_change(site, t
     about["auto_map"] = {"AutoTokenizer": [None, f"{tmp_path}/elsewhere.Theirs"]}
     (moved / "tokenizer_config.json").write_text(json.dumps(about))
     assert code().identity is None, "the file may lie anywhere, and be changed by anybody"
+
+
+def test_the_directory_of_another_user_is_not_written(site, tmp_path, monkeypatch):
+    site.home("author")
+    theirs = of_somebody(site, tmp_path / "theirs", **{"evaluation.tasks": {}, "logging.tables": False})
+    before = sorted(path.name for path in theirs.iterdir())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.read_run.os.geteuid", lambda: theirs.stat().st_uid + 1)
+    task = ["evaluation.tasks.q.kind=exact_match", f"evaluation.tasks.q.path={site.root}/rows.jsonl"]
+    assert command_here(["evaluate", str(theirs), *task, "evaluation.tasks.q.write.max_new_tokens=2"]) == 0
+    assert (tmp_path / "runs" / "evaluate-theirs" / "evaluation.json").exists()
+    assert sorted(path.name for path in theirs.iterdir()) == before
+
+
+def test_a_frozen_configuration_looks_nothing_up_when_it_is_evaluated(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("OF_THE_READER", "not-to-be-told")
+    theirs = of_somebody(site, tmp_path / "theirs")
+    config = load_frozen(theirs / "config.yaml")
+    config.logging.notes = "${oc.env:OF_THE_READER}"
+    for again in (recompose(config, ["evaluation.batch=2"], ALLOWED), with_words(config, ["model.download=false"])):
+        assert again.logging.notes == "${oc.env:OF_THE_READER}"
+    assert recompose(config, ["logging.notes='${oc.env:OF_THE_READER}'"], ALLOWED).logging.notes == "not-to-be-told"
+
+
+def test_the_code_of_a_teacher_is_trusted_by_its_own_setting(site):
+    model = ModelConfig(path="student", trust_remote_code=True)
+    teacher = DistillationConfig(teacher=TeacherConfig(path="teacher"))
+    assert not teacher_model(model, teacher).trust_remote_code
+    teacher.teacher.trust_remote_code = True
+    assert teacher_model(ModelConfig(path="student"), teacher).trust_remote_code
+    composed = [
+        compose(
+            ["model.path=m", "budget.steps=3", "objective=distillation", "objective.teacher.path=t", *more], check=False
+        )
+        for more in ([], ["objective.teacher.trust_remote_code=true"])
+    ]
+    assert composed[0].sha256 == composed[1].sha256, "an earlier run could not go on with the word"
 
 
 def test_training_goes_on_where_nothing_can_be_kept(site, monkeypatch, capsys):
