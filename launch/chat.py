@@ -29,12 +29,13 @@ The export's own chat template and stop tokens hold. A model without a template 
   temperature=null  0 takes the most likely token; null: as the export says, else 0
   seed=0            of the draws
   device=auto  dtype=auto
+  accept=[base]     talk with an adapter on another base than it was trained on
   prompt="..."      the prompt, where it looks like a setting
 
   --json            one JSON object an answer
 
 In the terminal: /new begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
-KEYS = ("run.dir", "against", "system", "max_tokens", "temperature", "seed", "device", "dtype", "prompt")
+KEYS = ("run.dir", "against", "system", "max_tokens", "temperature", "seed", "device", "dtype", "prompt", "accept")
 
 
 def main(argv: list[str]) -> int:
@@ -42,8 +43,8 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         show_help(USAGE)
         return 0
-    from launch.export_words import parse
-    from trainer.serving.exported import find_export
+    from launch.export_words import accepted_kinds, parse
+    from trainer.serving.exported import compare_base, find_export
 
     as_json = "--json" in argv
     words, problems = parse(_with_prompt([word for word in argv if word != "--json"]), KEYS)
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
     if problems:
         raise ConfigError(problems)
     exported = find_export(words["run.dir"])
+    for line in compare_base(exported, accept=bool(accepted_kinds(words, reads_rows=False))):
+        print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     against = words.get("against", "base" if sys.stdout.isatty() and not as_json else "none")
     other = None if against in ("base", "none") else find_export(against)
     prompt = words.get("prompt")

@@ -138,6 +138,8 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
         path = next(word.partition("=")[2] for word in asked.settings if word.startswith("model.path="))
         job = EvaluationJob(to=to or str(Path("runs") / f"evaluate-{Path(path).name}"))
         config = _of_model(asked, path, Path(job.to) / "evaluation")
+        if "adapter" in asked.own:
+            job = replace(job, accepted=_accepted_base(asked, path))
     if (Path(job.to)).is_file():
         raise ConfigError(f"to={job.to}: is a file; name a directory")
     made = EvaluationPlan(config, job)
@@ -152,6 +154,20 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
     if (against := asked.own.get("against")) is not None:
         _against(made, against, asked)
     return made
+
+
+def _accepted_base(asked: EvaluationWords, base: str) -> list[str]:
+    """How the base beside an adapter differs from that of its training, if that is accepted. Errors: ConfigError."""
+    from trainer.model.base_files import refuse_another_base
+    from trainer.model.config import ModelConfig
+    from trainer.model.loading import weights_directory
+
+    accept = bool(accepted_kinds(asked.own, reads_rows=False))
+    try:
+        directory = weights_directory(ModelConfig(path=base))
+    except ConfigError:
+        return []  # it is not on this machine, which is told with all else that is wrong
+    return refuse_another_base(Path(asked.own["adapter"]).expanduser(), directory, accept=accept)
 
 
 def _missing_model(config: RunConfig) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,8 @@ transformers' own server. It listens on 127.0.0.1 unless told otherwise.
   serve.batching=false    many answers at once (transformers); sampled as the export says, whatever a request says
   serve.device=auto  serve.dtype=auto
 
+  accept=[base]           serve an adapter on another base than it was trained on
+
   --dry-run   say what would be started, and start nothing
   --print     the commands that serve it with vLLM and SGLang
   --json      both, for a script"""
@@ -47,12 +50,12 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         show_help(USAGE)
         return 0
-    from launch.export_words import parse
+    from launch.export_words import ACCEPT, accepted_kinds, parse
     from trainer.serving.config import ServeConfig, read_words
-    from trainer.serving.exported import find_export
+    from trainer.serving.exported import compare_base, find_export
 
     flags = {word for word in argv if word in FLAGS}
-    keys = ("run.dir", *(f"serve.{field.name}" for field in fields(ServeConfig)))
+    keys = ("run.dir", ACCEPT, *(f"serve.{field.name}" for field in fields(ServeConfig)))
     words, problems = parse([word for word in argv if word not in FLAGS and not word.startswith("serve.key=")], keys)
     if any(word.startswith("serve.key=") for word in argv):
         problems.append(
@@ -65,6 +68,9 @@ def main(argv: list[str]) -> int:
     if "run.dir" not in words:
         raise ConfigError("nothing to serve is named; give a run or an export, as in shardtune serve runs/x")
     exported = find_export(words["run.dir"])
+    accept = bool(accepted_kinds(words, reads_rows=False))
+    for line in compare_base(exported, accept=accept):
+        print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     engine = chosen_engine(config, exported)
     if flags:
         return tell(exported, config, engine, flags)

@@ -136,3 +136,35 @@ def test_a_base_that_changes_while_a_run_trains_is_not_exported(trained, tmp_pat
     assert json.loads((run_dir / "run.json").read_text())["not_exported"] == [CHANGED]
     shutil.copy(trained / "base" / "model.safetensors", weights)
     assert command_here(["export", str(run_dir), "--verify"]) == 0
+
+
+def test_an_adapter_knows_the_base_that_it_was_trained_on(trained, tmp_path, capsys):
+    """Whoever gives it another one is told, whether it is served, talked with or evaluated."""
+    base, adapter, weights = trained / "base", tmp_path / "adapter", trained / "base" / "model.safetensors"
+    original = weights.read_bytes()
+    assert command_here(["export", str(trained / "run"), f"to={adapter}"]) == 0
+    task = ["evaluation.tasks.loss.kind=loss", f"evaluation.tasks.loss.path={trained / 'eval.jsonl'}"]
+    task += ["evaluation.resamples=20", "run.device=cpu", f"to={tmp_path / 'e'}"]
+    verbs = [
+        ["serve", str(adapter), "--dry-run"],
+        ["chat", str(adapter), "a b", "max_tokens=1", "device=cpu"],
+        ["evaluate", f"model.path={base}", f"adapter={adapter}", *task],
+    ]
+    try:
+        shutil.copy(trained / "other" / "model.safetensors", weights)
+        for words in verbs:
+            capsys.readouterr()
+            assert command_here(words) == 64, words
+            said = capsys.readouterr().err
+            assert "was trained on another base" in said and "model.safetensors: has other content" in said, words
+            assert command_here([*words, "accept=[base]"]) == 0, words
+    finally:
+        weights.write_bytes(original)
+    for words in verbs:
+        assert command_here(words) == 0, words
+    (adapter / "base_files.json").unlink()  # as of an export that an earlier version wrote
+    shutil.copy(trained / "other" / "model.safetensors", weights)
+    try:
+        assert command_here(verbs[0]) == 0
+    finally:
+        weights.write_bytes(original)

@@ -29,6 +29,7 @@ from trainer.export.results import write_results
 from trainer.export.tensors import hub_name, stored_type, write_tensors
 from trainer.export.verify import verify_written
 from trainer.model.architecture import TEXT_ALONE, text_settings
+from trainer.model.base_files import write_record
 from trainer.model.weights import BaseWeights
 from trainer.papers.write import write_papers
 from trainer.records import files
@@ -77,6 +78,7 @@ def write_export(
                     raise StorageError(f"{full}; {_REMEDY}")
                 if adapter:
                     _write_adapter(built, tensors.trained(), aside, base_path)
+                    write_record(aside, (card.facts.get("identity") or {}).get("base") or {})
                 else:
                     _write_model(built, tensors.as_stored(), aside, base_path, config, card)
                 tokenizer.save_pretrained(str(aside))

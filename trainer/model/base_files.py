@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from strategies.errors import ConfigError
 from trainer.records.sampled import sampled_digest
 
 NO_WEIGHT_DEPENDS = ("tokenizer_config.json", "generation_config.json")
@@ -34,3 +36,34 @@ def _difference(recorded: str, present: str) -> str:
     if recorded_bytes != present_bytes:
         return f"has {present_bytes} bytes, and had {recorded_bytes} when the run trained"
     return "has other content than when the run trained"
+
+
+RECORD = "base_files.json"
+"""In the directory of an adapter: the digests of the base that it was trained on. Loaders of adapters do not look at it."""
+_PLACE = "base/"
+
+
+def write_record(directory: Path, kind: Mapping[str, str]) -> None:
+    """Write the digests of the base among what `identity.json` has of the kind `base` beside an adapter. Errors: OSError."""
+    files = {name.removeprefix(_PLACE): digest for name, digest in kind.items() if name.startswith(_PLACE)}
+    if files:
+        (directory / RECORD).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+
+
+def refuse_another_base(adapter: Path, base: Path, *, accept: bool) -> list[str]:
+    """How a base differs from the one that an adapter was trained on, if `accept` takes it; an old export says nothing of it.
+
+    Errors: ConfigError that names each file, for a difference that is not accepted.
+    """
+    try:
+        recorded = json.loads((adapter / RECORD).read_text(encoding="utf-8"))
+        changed = changes(recorded, digests_of(base))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return []  # an export from before there was this record, or a base whose loading says what is wrong with it
+    if not changed or accept:
+        return changed
+    refusal = (
+        f"{adapter}: was trained on another base than {base}. Give the base of the training, or go on with this one: "
+        "accept=[base]"
+    )
+    raise ConfigError("\n    ".join([refusal, *changed]))

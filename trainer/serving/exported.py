@@ -35,6 +35,27 @@ class Exported:
         return self.base is not None and self.settings.get("peft_type") == "LORA" and not self.settings.get("use_dora")
 
 
+def compare_base(exported: Exported, *, accept: bool) -> list[str]:
+    """How the base of an adapter differs from that of its training, if `accept` takes it. Errors: ConfigError that names files.
+
+    Empty for a whole model, and for a base that is not on this machine, of which its loading tells.
+    """
+    from trainer.model.base_files import refuse_another_base
+
+    if exported.base is None:
+        return []
+    base = Path(exported.base).expanduser()
+    if not base.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            revision = exported.settings.get("revision")
+            base = Path(snapshot_download(exported.base, revision=revision, local_files_only=True))
+        except Exception:  # noqa: BLE001 - whatever the hub's client says of it, it is not here
+            return []
+    return refuse_another_base(exported.path, base, accept=accept)
+
+
 def find_export(named: str) -> Exported:
     """The export of a run, or in a directory. Raises ConfigError where there is none, or it cannot talk."""
     path = Path(named).expanduser()
