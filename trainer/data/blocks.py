@@ -66,6 +66,7 @@ REMEDIES = {
     "nothing_to_learn": "raise data.max_length or set data.over_length=split",
     "same_answers": "raise data.max_length",
     "control_tokens": "set data.control_tokens=text",
+    "wrong_format": "give rows of each format as a source of its own (data.sources.one.path=... data.sources.two.path=...)",
 }
 """What keeps rows that were lost for a reason, where a setting does."""
 
@@ -167,9 +168,11 @@ class Assembly:
         self._quarantine.flush()
         self.rejected.parent.mkdir(parents=True, exist_ok=True)
         self.rejected.write_bytes((self.directory / QUARANTINE).read_bytes())
-        lines = [f"  {bad}" for bad in self.totals.bad]
+        by_message = {bad.message: bad for bad in reversed(self.totals.bad)}  # the first row of each message
+        lines = [f"  {bad}" for bad in reversed(by_message.values())]
         if num_bad > len(lines):
-            lines.append(f"  ... and {num_bad - len(lines)} more")
+            like_it = " like it" if len(lines) == len(reasons) == 1 else ""
+            lines.append(f"  ... and {num_bad - len(lines):,} more{like_it}")
         advice = [knob for reason, knob in REMEDIES.items() if reason in reasons]
         if not self.splits:
             advice = [knob.removesuffix(" or set data.over_length=split") for knob in advice]

@@ -44,7 +44,7 @@ class Refusal(Exception):
 
 def shown(value: Any) -> str:
     """A value as messages show it, shortened."""
-    return _SHORT.repr(value)
+    return value.message if isinstance(value, Fault) else _SHORT.repr(value)
 
 
 def value_at(fields: dict[str, Any], name: str) -> Any:
@@ -103,7 +103,10 @@ def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
             raise Refusal("not_text", f"{what}, and one is meant: join them{choice}")
         value = value[0]
     if not isinstance(value, str):
-        raise Refusal("not_text", f"{name} is {shown(value) if key in fields else 'missing'}; it must be a text")
+        as_text = f', as "{value}"' if type(value) in (int, float) else ""
+        raise Refusal(
+            "not_text", f"{name} is {shown(value) if key in fields else 'missing'}; it must be a text{as_text}"
+        )
     if not value or value.isspace():
         raise Refusal("empty_text", f"{name} is an empty text")
     return value

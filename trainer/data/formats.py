@@ -30,6 +30,7 @@ from trainer.data.fields import (
     value_at,
     verdict_of,
 )
+from trainer.data.suggested import suggested_columns
 from trainer.data.turns import are_told, conversation, history_of, parted, tools_of, turns_of
 
 NEEDS = {
@@ -111,8 +112,23 @@ def recognise(
         raise DataError(f"{names} several formats; choose with {choice}\n{readings}\nthe row: {shown(fields)}")
     needs = "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items()) + f"\nthe row: {shown(fields)}"
     wanted = SPELLINGS[meant[0] if meant else DataFormat.prompt_completion][0]
-    example = f"{setting}='{{{','.join(f'{name}:NAME' for name in wanted)}}}'"
-    raise DataError(f"{names} no format; rename them with {setting}, as in {example}, to one of\n{needs}")
+    suggested = suggested_columns(fields) if not columns else {}
+    mapping = suggested or dict.fromkeys(wanted, "NAME")
+    example = f"{setting}='{{{','.join(f'{expected}:{name}' for expected, name in mapping.items())}}}'"
+    rename = f"try {example}, or rename them" if suggested else f"rename them with {setting}, as in {example},"
+    raise DataError(f"{names} no format; {rename} to one of\n{needs}{_about_columns(row)}")
+
+
+def _about_columns(row: Row) -> str:
+    """What else the columns of a row that fits no format may be."""
+    if "segments" in row.fields:
+        return (
+            '\nsegments (axolotl\'s input_output): write them as messages, each with "train": true or false, as '
+            "a format of spans of one text is not read"
+        )
+    if row.file.lower().endswith((".csv", ".tsv")):
+        return "\nif these names are values, the file lacks a header line: put one on top"
+    return ""
 
 
 def _candidates(fields: dict[str, Any], columns: dict[str, str], *, verdicts: bool) -> dict[DataFormat, Spelling]:

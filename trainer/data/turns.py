@@ -55,6 +55,9 @@ def turns_of(value: Any, name: str, needs: str, ignored: Collection[str] = ()) -
         roles = {"Human": "user", "Assistant": "assistant"}
         spoken = zip(parts[1::2], parts[2::2], strict=True)
         value = [{"role": roles[speaker], "content": text.strip()} for speaker, text in spoken]
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        what = f'"{name}" is a JSON text, {shown(value)}; parse it first: it must be a list of messages'
+        raise Refusal("bad_messages", f"{what}, not a text of one")
     if not isinstance(value, list) or not value:
         raise Refusal("bad_messages", f'"{name}" is {shown(value)}; it must be {needs or "a list of messages"}')
     return [_turn(turn, f"{name}[{number}]", ignored) for number, turn in enumerate(value, 1)]
@@ -67,7 +70,9 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     text_key = "value" if "content" not in turn and ("value" in turn or role_key == "from") else "content"
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in ROLES:
-        raise Refusal("unknown_role", f"{name}.{role_key} is {shown(role)}; known roles are {', '.join(ROLES)}")
+        known = role.strip().lower() if isinstance(role, str) else ""
+        remedy = f"write {known!r}" if known in ROLES else f"known roles are {', '.join(ROLES)}"
+        raise Refusal("unknown_role", f"{name}.{role_key} is {shown(role)}; {remedy}")
     # most turns say something and have nothing else
     if len(turn) == 2 and role != "function_call" and isinstance(said := turn.get(text_key), str) and said.strip():
         return {"role": ROLES[role], "content": said}

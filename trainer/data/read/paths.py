@@ -136,6 +136,10 @@ def _usable(path: Path, key: str) -> Path:
     if path.is_symlink() and not path.exists():
         raise DataError(f"{key}: {path}: {_link(path)}")
     if kind_of(path) is None:
+        if path.suffix.lower() == ".zip":
+            raise DataError(
+                f"{key}: cannot read {path}; a zip file holds one file and is named like it: rows.jsonl.zip"
+            )
         raise DataError(f"{key}: cannot read {path}; files must end in {SUPPORTED}")
     require_regular(path)
     return path

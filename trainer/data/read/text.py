@@ -123,6 +123,8 @@ def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Re
                     f"{path}:{line}: the header is the single column {header[0][:80]!r}: the file seems to be "
                     f"separated by {word}, not {_SEPARATORS[delimiter]}; {remedy}"
                 )
+    if header[0].lower().startswith("sep="):
+        raise DataError(f"{path}:{line}: the first line is {','.join(header)!r}, which Excel writes; delete this line")
     doubled = sorted({name for name in header if header.count(name) > 1})
     if doubled or "" in header:
         what = f"column {header.index('') + 1} without a name" if "" in header else f"the column {doubled[0]!r} twice"

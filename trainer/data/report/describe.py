@@ -144,10 +144,13 @@ class Description:
             reasons = ", ".join(f"{s.stage}/{reason} {count}" for s in flow for reason, count in s.dropped.items())
             worst = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
             knob = KNOBS.get(worst)
-            advice = f"loosen {knob}" if knob else f"raise data.max_length={self.config.max_length}"
+            too_long = any({"nothing_to_learn", "same_answers", "too_long"} & {*stage.dropped} for stage in flow)
+            advice = f"loosen {knob} or " if knob else ""
+            if too_long and not knob:
+                advice = f"raise data.max_length={self.config.max_length} or "
             raise DataError(
                 f"{key}: no document of the {split} split has a supervised token to learn (dropped: {reasons or 'none'}); "
-                f"{advice} or mend the data"
+                f"{advice}mend the data"
             )
         if not part.labelled and part.supervised_share < self.config.min_supervised_share:
             raise DataError(
