@@ -100,7 +100,11 @@ CASES = {
     "no such data file": ({"data__path": "{root}/goood.jsonl"}, 64, ["goood.jsonl", "data.path"]),
     "malformed line": ({"data__path": "{root}/torn.jsonl"}, 65, ["torn.jsonl:25"]),
     "no such model": ({"model__path": "{root}/lama"}, 64, ["lama", "model.path"]),
-    "no such hub model": ({"model__path": "nobody/nothing"}, 64, ["nobody/nothing", "model.download"]),
+    "no such hub model": (
+        {"model__path": "nobody/nothing"},
+        64,
+        ["nobody/nothing: not a model directory in /", "set model.download=true"],
+    ),
     "unmatched target": ({"tuning": "lora", "tuning__targets": "[q_prj]"}, 64, ["q_prj", "q_proj", "all-linear"]),
     "nothing supervised": (
         {"data__path": "{root}/short.jsonl", "data__max_length": 32},

@@ -174,6 +174,8 @@ def test_an_unknown_card_and_too_little_memory_are_told_at_the_start():
     facts["advice"] = "set precision=fp32"
     facts["receipt"] = {"predicted": {"memory_gib": 79.5, "device_gib": 80.0}}
     assert "warning" not in start_text(facts) and "1 tokens a step, 1 steps, 12.50 epochs" in start_text(facts)
+    assert "each document is used about 12.5 times in one step: batch.global=" in start_text(facts)
+    assert "times in one step" not in start_text({**facts, "epochs": 0.9})
     facts["receipt"] = {"predicted": {"memory_gib": 80.5, "device_gib": 80.0}}
     assert "warning: a rank is estimated to need 80.50 GiB, and has 80.00" in start_text(facts)
     assert "\nadvice: set precision=fp32" in start_text(facts)

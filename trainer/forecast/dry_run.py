@@ -24,6 +24,7 @@ from trainer.forecast.strategy import would_choose_strategy
 from trainer.model.loading import load_tokenizer
 from trainer.planning.activations import longest_lengths
 from trainer.step import Built
+from trainer.telling.facts import repeated_in_a_step
 
 DEFECTS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
 """Errors of a simulated step that are a fault of the code, of ours or of the model's: training would likely meet them too."""
@@ -75,6 +76,7 @@ def describe(config: RunConfig) -> DryRun:
         f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
         f"tokens per step: about {read.mean * size:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {len(data.train) // per:,} documents",
+        *repeated_in_a_step(size, epochs, steps),
         *memory.lines,
         *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),

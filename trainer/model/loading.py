@@ -35,13 +35,15 @@ def resolve_path(config: ModelConfig, value: str | None = None) -> str:
 def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> ConfigError:
     """What to say of a model or tokenizer that neither this host nor the hub has."""
     reason = str(error).splitlines()[0][:160]
+    # A run may be exported from another directory than the one that its relative path counts from.
+    here = "here" if Path(value).is_absolute() else f"in {Path.cwd()}"
     if config.download:
         return ConfigError(
-            f"{key}={value}: not a model directory here, and model.download=true could not fetch it ({reason}); give an existing "
-            "directory, or type the command where the hub can be reached"
+            f"{key}={value}: not a model directory {here}, and model.download=true could not fetch it ({reason}); give an "
+            "existing directory, or type the command where the hub can be reached"
         )
     return ConfigError(
-        f"{key}={value}: not a model directory here and not loadable from the local hub cache ({reason}); give an existing "
+        f"{key}={value}: not a model directory {here} and not loadable from the local hub cache ({reason}); give an existing "
         "directory, fetch it with shardtune download, or set model.download=true"
     )
 

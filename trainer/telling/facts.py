@@ -207,6 +207,17 @@ def _is_head(built: Built, name: str) -> bool:
     return bool(getattr(built.config, "tie_word_embeddings", False)) or "head" in name or "embed_out" in name
 
 
+def repeated_in_a_step(global_batch: int, epochs: float, steps: int) -> list[str]:
+    """A line if a step takes more documents than there are: copies in one step teach nothing that one document does not."""
+    times = epochs / max(1, steps)
+    if times <= 1:
+        return []
+    return [
+        f"each document is used about {times:.1f} times in one step: batch.global={global_batch} is more than the "
+        f"{global_batch / times:,.0f} documents; lower batch.global"
+    ]
+
+
 def start_text(facts: Mapping[str, Any]) -> str:
     """The few lines before step 0: sizes, batch arithmetic, substitutions."""
     sharding = facts["sharding"]
@@ -221,6 +232,7 @@ def start_text(facts: Mapping[str, Any]) -> str:
         f"{facts['epochs']:,.2f} epochs",
         f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
     ]
+    lines += repeated_in_a_step(facts["global_batch"], facts["epochs"], facts["total_steps"])
     lines += memory_text(facts)
     if facts.get("advice"):
         lines.append(f"advice: {facts['advice']}")
