@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ CODE_OF_TASKS = (".py", ".yaml", ".yml", "")
 """A YAML of lm-evaluation-harness names functions; what it includes often has no suffix."""
 ELSEWHERE = "--"
 """Between a repository and a class, where `auto_map` names code of another repository."""
+
+_NAMED_BY_TASK = re.compile(rb"!function[^\n]*|^include\s*:[^\n]*(?:\n\s*-[^\n]*)*", re.MULTILINE)
+"""Where a YAML of a task names a function, or files that it includes."""
+_OUTSIDE = re.compile(rb"(?:^|[\s\"',\[])(?:/|~|\.\.)")
+"""A name that leads out of the directory."""
 
 
 class NoDigest(Exception):
@@ -70,9 +76,14 @@ def digest_of_model(directory: Path) -> str | None:
 def digest_of_task(path: Path) -> str:
     """Digest of the YAML files of a task of lm_eval, or of a directory of such, with the Python files beside them.
 
-    Errors: NoDigest.
+    Errors: NoDigest, also if a YAML names a function or an included file outside of its directory.
     """
-    return _digest(dict(_files(path if path.is_dir() else path.parent, CODE_OF_TASKS)))
+    files = dict(_files(path if path.is_dir() else path.parent, CODE_OF_TASKS))
+    for name, content in files.items():
+        for named in _NAMED_BY_TASK.findall(content):
+            if _OUTSIDE.search(named):
+                raise NoDigest(name)
+    return _digest(files)
 
 
 def _files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:

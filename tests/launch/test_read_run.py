@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch import overrides, trusted
+from launch.code_digest import NoDigest, digest_of_task
 from launch.compose import compose, load_frozen, recompose, with_words
 from launch.evaluate_words import ALLOWED
 from launch.frozen import _hash, _identifying
@@ -242,6 +243,25 @@ def test_code_is_known_by_its_files_and_asked_for_again_when_they_change(site, t
     about["auto_map"] = {"AutoTokenizer": [None, f"{tmp_path}/elsewhere.Theirs"]}
     (moved / "tokenizer_config.json").write_text(json.dumps(about))
     assert code().identity is None, "the file may lie anywhere, and be changed by anybody"
+
+
+def test_a_task_whose_code_lies_elsewhere_is_never_remembered(tmp_path):
+    task = tmp_path / "task.yaml"
+    for inside in (
+        "doc_to_text: !function functions.text",
+        "include: [common.yaml, _other]",
+        "doc_to_text: '/ {{question}}'",
+    ):
+        task.write_text(f"task: theirs\n{inside}\n")
+        assert digest_of_task(task) == digest_of_task(tmp_path)
+    for outside in (
+        "doc_to_text: !function /tmp/evil.text",
+        "include:\n  - ../common.yaml",
+        "include: '~/common.yaml'",
+    ):
+        task.write_text(f"task: theirs\n{outside}\n")
+        with pytest.raises(NoDigest):
+            digest_of_task(task)
 
 
 def test_the_directory_of_another_user_is_not_written(site, tmp_path, monkeypatch):
