@@ -183,7 +183,7 @@ def _missing_model(config: RunConfig) -> list[str]:
 def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str]]:
     """The run's configuration with the words on top, the checkpoint, and how the base differs where that is accepted."""
     from launch.compose import recompose
-    from launch.export import find_checkpoint
+    from launch.export import find_checkpoint, tell_if_base_was_better
     from launch.read_run import ReadingVerb, read_run
     from trainer.config.run import kept_matmul
     from trainer.lifecycle.base_files import use_recorded_base
@@ -204,6 +204,8 @@ def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str
     verb = ReadingVerb(asked.command, _needs, asked.prefix, ALLOWED, settled)
     config = read_run(run, verb, asked.settings, with_own_words)
     checkpoint = find_checkpoint(run, asked.own.get("checkpoint", "last"), config.checkpoint)
+    if asked.own.get("checkpoint") == "best":
+        tell_if_base_was_better(run, checkpoint, config)
     accepted = use_recorded_base(config, run, accepted_kinds(asked.own), teacher=True)
     return config, str(checkpoint), accepted
 

@@ -148,6 +148,8 @@ def run(argv: list[str]) -> dict[str, Any]:
         benchmarks=export_hub.benchmarks_of(words),
         named=words.get("checkpoint", "last"),
     )
+    if asked.named == "best":
+        tell_if_base_was_better(run_dir, last, config)
     asked.accepted = use_recorded_base(
         config, run_dir, accepted_kinds(words, reads_rows=bits is not None), teacher=False
     )
@@ -302,6 +304,28 @@ def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig, *, look
         instead = f"checkpoint=<step> takes another one of {others}" if others else "there is no other"
         raise ConfigError(f"checkpoint={asked}: {path} {problem}; {instead}")
     return path
+
+
+def tell_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) -> None:
+    """Say of the best checkpoint if the evaluation before the first step was at least as good: then nothing was gained.
+
+    The best checkpoint is the best of those that were evaluated after a step. Both numbers come from `metrics.jsonl`.
+    """
+    from trainer.config.evaluation import more_is_better
+    from trainer.records.results import at_step
+
+    watch = config.evaluation.watch
+    step = int(checkpoint.name.rpartition("-")[2])
+    before, best = at_step(run_dir, 0).get(watch), at_step(run_dir, step).get(watch)
+    if before is None or best is None:
+        return
+    gain = best - before if more_is_better(config) else before - best
+    if gain <= 0:
+        print(
+            f"checkpoint=best: no evaluation was better than the one before the first step ({watch} {before:.4f}; step {step} "
+            f"has {best:.4f}): the base does at least as well",
+            flush=True,
+        )
 
 
 def still_there(asked: ExportRequest, config: RunConfig) -> Path:

@@ -67,3 +67,15 @@ def test_every_verb_reads_them(site, capsys):
     task = ["evaluation.tasks.held.kind=loss", "evaluation.tasks.held.path=held.jsonl"]
     assert command_here(["evaluate", "runs/finished", *task]) == 0
     assert "held" in json.loads((site / "runs/finished/evaluation.json").read_text())["tasks"]
+
+
+def test_from_another_directory_a_relative_base_is_explained(site, monkeypatch, capsys):
+    """`model.path=model` is looked up from where the verb is typed, and the training was started elsewhere."""
+    elsewhere = site / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert command_here(["export", str(site / "runs/finished"), "to=exported"]) == 64
+    said = capsys.readouterr().err
+    assert f"not a model directory in {elsewhere}" in said and "relative to where its training was started" in said
+    monkeypatch.chdir(site)
+    assert command_here(["export", "runs/finished", "to=exported"]) == 0

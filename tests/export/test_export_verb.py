@@ -138,6 +138,23 @@ def test_the_best_is_asked_of_the_newest_that_can_be_read(run_dir, tmp_path, cap
         (run_dir / "status.json").write_bytes(status)
 
 
+def test_a_best_checkpoint_that_is_no_better_than_the_base_is_told(run_dir, tmp_path, capsys):
+    file = run_dir / "metrics.jsonl"
+    original = file.read_bytes()
+    assert run(f"run.dir={run_dir}", "checkpoint=best", f"to={tmp_path / 'a'}") == 0
+    assert "before the first step" not in capsys.readouterr().out
+    rows = [json.loads(line) for line in original.splitlines()]
+    rows[0]["eval/loss"] = 0.5
+    assert rows[0]["step"] == 0
+    try:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        assert run(f"run.dir={run_dir}", "checkpoint=best", f"to={tmp_path / 'b'}") == 0
+        said = capsys.readouterr().out
+        assert "no evaluation was better than the one before the first step (eval/loss 0.5000; step " in said
+    finally:
+        file.write_bytes(original)
+
+
 def test_an_older_checkpoint_is_told_and_a_record_that_cannot_be_read_is_refused(run_dir, tmp_path, capsys):
     assert run(f"run.dir={run_dir}", "checkpoint=4", f"to={tmp_path / 'b'}") == 0
     assert f"to {tmp_path / 'b'}; the run ended at step 6" in capsys.readouterr().out

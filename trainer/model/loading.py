@@ -43,8 +43,9 @@ def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> C
             "existing directory, or type the command where the hub can be reached"
         )
     return ConfigError(
-        f"{key}={value}: not a model directory {here} and not loadable from the local hub cache ({reason}); give an existing "
-        "directory, fetch it with shardtune download, or set model.download=true"
+        f"{key}={value}: not a model directory {here} and not loadable from the local hub cache ({reason}). Paths of a run are "
+        "relative to where its training was started; give an existing directory, fetch it with shardtune download, or set "
+        "model.download=true"
     )
 
 
