@@ -115,8 +115,10 @@ def recognise(
     suggested = suggested_columns(fields) if not columns else {}
     mapping = suggested or dict.fromkeys(wanted, "NAME")
     example = f"{setting}='{{{','.join(f'{expected}:{name}' for expected, name in mapping.items())}}}'"
-    rename = f"try {example}, or rename them" if suggested else f"rename them with {setting}, as in {example},"
-    raise DataError(f"{names} no format; {rename} to one of\n{needs}{_about_columns(row)}")
+    way_out = f"no format; rename them with {setting}, as in {example},"
+    if suggested:
+        way_out = f"no format; try {example}, or rename them"
+    raise DataError(f"{names} {way_out} to one of\n{needs}{_about_columns(row)}")
 
 
 def _about_columns(row: Row) -> str:
