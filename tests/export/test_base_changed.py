@@ -22,7 +22,8 @@ def write_base(folder, seed):
 def train(folder, name, *words):
     """`shardtune train` for two steps; the run directory."""
     run_dir = folder / name
-    settings = [f"model.path={folder / 'base'}", f"data.path={folder / 'train.jsonl'}", f"run.dir={run_dir}"]
+    settings = [] if any(word.startswith("model.path=") for word in words) else [f"model.path={folder / 'base'}"]
+    settings += [f"data.path={folder / 'train.jsonl'}", f"run.dir={run_dir}"]
     settings += [f"data.eval_path={folder / 'eval.jsonl'}", f"data.cache_dir={folder / 'cache'}", "optim.lr=1e-2"]
     settings += ["batch.global=4", "batch.micro=4", "budget.steps=2", "logging.wandb=disabled", "run.device=cpu"]
     assert command_here(["train", *settings, *words]) == 0
@@ -72,7 +73,9 @@ def test_another_base_is_taken_when_that_is_accepted_and_the_card_says_so(replac
     run_dir, merged = replaced / "run", tmp_path / "merged"
     assert command_here(["export", str(run_dir), "merge=true", "accept=[base]", f"to={merged}"]) == 0
     other = load_file(replaced / "other" / "model.safetensors")
-    assert load_file(merged / "model.safetensors")["model.norm.weight"].equal(other["model.norm.weight"])
+    assert load_file(merged / "model.safetensors")["model.embed_tokens.weight"].equal(
+        other["model.embed_tokens.weight"]
+    )
     card = (merged / "README.md").read_text()
     assert f"- accepted: base: {CHANGED}" in card and "| eval/loss |" not in card
     assert command_here(["evaluate", str(run_dir), "accept=[base]", f"to={tmp_path / 'evaluated'}", "--json"]) == 0
@@ -168,3 +171,23 @@ def test_an_adapter_knows_the_base_that_it_was_trained_on(trained, tmp_path, cap
         assert command_here(verbs[0]) == 0
     finally:
         weights.write_bytes(original)
+
+
+def test_a_hub_id_is_read_at_the_commit_that_the_run_resolved_it_to(trained, tmp_path, monkeypatch):
+    """Meanwhile `main` moved on, and both commits lie in the cache of this machine."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    repository = cache / "models--me--tiny"
+    first, second = "1" * 40, "2" * 40
+    for commit, directory in ((first, "base"), (second, "other")):
+        shutil.copytree(trained / directory, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(first, encoding="utf-8")
+    run_dir = train(trained, tmp_path / "run", "tuning=lora", "export.at_end=false", "model.path=me/tiny")
+    assert json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["base_commit"] == first
+    (repository / "refs" / "main").write_text(second, encoding="utf-8")
+    assert command_here(["export", str(run_dir), "merge=true", f"to={tmp_path / 'merged'}"]) == 0
+    embeddings = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
+    assert embeddings.equal(load_file(trained / "base" / "model.safetensors")["model.embed_tokens.weight"])
