@@ -117,7 +117,7 @@ def scripts_of(config: RunConfig, run_dirs: list[Path], code: Path) -> dict[str,
 
 
 def _tell(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> None:
-    name = slurm.job_name or job_name([str(run) for run in run_dirs])
+    name = slurm.job_name or job_name([str(run.absolute()) for run in run_dirs])
     print(f"  queue   squeue --job {job}")
     print(
         f"  log     tail -F {shlex.quote(str(run_dirs[0] / 'logs' / f'{name}-{job}-0.log'))}"

@@ -95,6 +95,9 @@ def test_array_has_a_directory_for_each_task() -> None:
     assert "#SBATCH --array=0-1\n" in rendered(SlurmConfig(), "/runs/a", "/runs/b c")
     assert "#SBATCH --output=/runs/a/logs/%x-%A_%a.out\n" in text
     assert "runs=(/runs/a '/runs/b c')" in text
+    assert "#SBATCH --job-name=sweep-0\n" in rendered(
+        SlurmConfig(), "/runs/sweep/0"
+    )  # `0` alone says nothing in the queue
 
 
 def test_odd_characters_reach_the_shell_unharmed(tmp_path: Path) -> None:
