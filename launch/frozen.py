@@ -20,7 +20,7 @@ from typing import Any
 
 from launch.choices import settings_of, variants
 from launch.own_files import own_files_may_apply
-from launch.trusted import remember_config
+from launch.trusted import is_remembered, remember_config
 from strategies.errors import ConfigError
 from strategies.matmul import Matmul
 from trainer.checkpoints.places import places_of, published
@@ -303,8 +303,25 @@ def _only_defaults_changed(composed: Composed, changed: list[str], before: RunCo
         return False
     if own_files_may_apply(words) or any("${" in word for word in words):
         return False
+    if _reaches_further(before, composed.config):
+        return False
     changed_keys = {line.partition(":")[0] for line in changed}
     return not changed_keys & {*composed.config.substitutions, *before.substitutions}
+
+
+def _reaches_further(before: RunConfig, config: RunConfig) -> bool:
+    """Whether taking over the settings of `before` would reach out of the run by a value that this user never typed.
+
+    The words in the head of a `config.yaml` prove nothing: whoever wrote the directory wrote them too.
+    """
+    from launch.outside import outside_values
+
+    known = outside_values(config)
+    for value in outside_values(before):
+        is_taken_over = any(key.partition(".")[0] not in NOT_IDENTIFYING for key in value.settings)
+        if is_taken_over and value not in known and not is_remembered(value.identity):
+            return True
+    return False
 
 
 def _take_over(config: RunConfig, before: RunConfig) -> None:

@@ -8,6 +8,7 @@ import pytest
 from launch.compose import compose, default_run_dir, freeze, load_frozen
 from launch.frozen import NOT_IDENTIFYING, freeze_choices, identity, keep_earlier_defaults
 from strategies.errors import ConfigError, StorageError
+from trainer.evaluation.base import TaskConfig
 from trainer.records.lease import Lease
 from trainer.records.status import write_status
 
@@ -146,6 +147,21 @@ def test_a_default_that_changed_since_the_run_began_stays_as_it_was(tmp_path, ca
     )
     with pytest.raises(ConfigError, match=r"optim\.weight_decay"):  # other words may mean another value
         freeze(composed("optim.lr=1e-3", "optim.weight_decay=0.5"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["q", "q.kind"])
+def test_values_that_reach_out_are_not_taken_over_as_earlier_defaults(tmp_path, name, monkeypatch):
+    """Who made a directory also wrote the words in the head of its config.yaml: they need not be what made the rest."""
+    theirs = composed()
+    theirs.config.evaluation.tasks = {name: TaskConfig(kind="lm_eval", path="/theirs/task.yaml")}
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "author"))
+    freeze(theirs, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "reader"))
+    mine = composed()
+    with pytest.raises(ConfigError, match=r"another configuration(?s:.)*/theirs/task\.yaml there"):
+        freeze(mine, tmp_path / "run")
+    assert mine.config.evaluation.tasks == {} and not (tmp_path / "reader").exists()
 
 
 @pytest.mark.parametrize("source", ["file", "variable"])
