@@ -8,28 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from strategies.errors import ConfigError
 from trainer.model.config import ModelConfig
 
 MOST_FILES = 20_000
-"""Names below a directory that are looked at. A larger directory has no digest, so that its code is asked for each time."""
+"""Names of files and folders below a directory that are looked at. The code of a larger one is asked for each time."""
 MOST_BYTES = 64 * 2**20
 """Bytes of one file of code, or of one that names code."""
 CODE_OF_MODELS = (".py",)
-CODE_OF_TASKS = (".py", ".yaml", ".yml", "")
-"""A YAML of lm-evaluation-harness names functions; what it includes often has no suffix."""
 ELSEWHERE = "--"
 """Between a repository and a class, where `auto_map` names code of another repository."""
-
-_NAMED_BY_TASK = re.compile(rb"!function[^\n]*|^include\s*:[^\n]*(?:\n\s*-[^\n]*)*", re.MULTILINE)
-"""Where a YAML of a task names a function, or files that it includes."""
-_OUTSIDE = re.compile(rb"(?:^|[\s\"',\[])(?:/|~|\.\.)")
-"""A name that leads out of the directory."""
 
 
 class NoDigest(Exception):
@@ -53,10 +47,11 @@ def model_directory(config: ModelConfig, path: str | None, revision: str | None)
         return None
 
 
-def digest_of_model(directory: Path) -> str | None:
+def digest_of_model(directory: Path, *, download: bool = False) -> str | None:
     """Digest of the code that `trust_remote_code` would run for a model's directory; None if there is no code.
 
-    Code of another repository that `auto_map` names counts too. Errors: NoDigest.
+    Code of another repository that `auto_map` names counts too. `download`: whether it would be fetched if it is not here.
+    Errors: NoDigest.
     """
     references = sorted({*_references(directory)})
     files = dict(_files(directory, CODE_OF_MODELS))
@@ -69,32 +64,97 @@ def digest_of_model(directory: Path) -> str | None:
             raise NoDigest(reference)  # a file that may lie anywhere
         if elsewhere:
             other = model_directory(ModelConfig(), repository, None)
+            if other is None and download:
+                raise NoDigest(reference)  # nobody has seen what would be fetched
             others[reference] = "absent" if other is None else _digest(dict(_files(other, CODE_OF_MODELS)))
     return _digest({**files, "auto_map": json.dumps([references, others]).encode()})
 
 
 def digest_of_task(path: Path) -> str:
-    """Digest of the YAML files of a task of lm_eval, or of a directory of such, with the Python files beside them.
+    """Digest of the YAML of a task of lm_eval, or of each in a directory, with what these include and the Python code beside.
 
-    Errors: NoDigest, also if a YAML names a function or an included file outside of its directory.
+    Of a single YAML only the Python files of its own folder count: it may lie above runs, whose files change all the time.
+    Errors: NoDigest.
     """
-    files = dict(_files(path if path.is_dir() else path.parent, CODE_OF_TASKS))
-    for name, content in files.items():
-        for named in _NAMED_BY_TASK.findall(content):
-            if _OUTSIDE.search(named):
-                raise NoDigest(name)
+    top = path.resolve()
+    if top.is_dir():
+        waiting = sorted(top.rglob("*.yaml"))
+        files = dict(_files(top, CODE_OF_MODELS))
+    else:
+        waiting, top = [top], top.parent
+        files = {file.name: _content(file) for file in sorted(top.glob("*.py"))}
+    seen = {*waiting}
+    while waiting:
+        file = waiting.pop()
+        content = _content(file)
+        files[os.path.relpath(file, top)] = content
+        if file.suffix in CODE_OF_MODELS:
+            continue
+        try:
+            named = {each.resolve() for each in _named_by(file, content)}
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise NoDigest(str(file)) from error
+        waiting += sorted(named - seen)
+        seen |= named
+        if len(seen) > MOST_FILES:
+            raise NoDigest(str(path))
     return _digest(files)
+
+
+class _Names(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads a YAML of a task as data: functions are collected by name, and nothing is imported."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.functions: list[str] = []
+
+
+def _note_function(loader: _Names, node: yaml.Node) -> None:
+    loader.functions.append(str(node.value))
+
+
+_Names.add_constructor("!function", _note_function)
+
+
+def _named_by(file: Path, content: bytes) -> Iterator[Path]:
+    """The files that a YAML of a task includes, and those of its functions, as lm_eval looks for them.
+
+    Errors: those of YAML, ValueError, RecursionError.
+    """
+    loader = _Names(content)
+    tree = loader.get_single_data()
+    for name in _included(tree):
+        yield file.parent / name
+    for function in loader.functions:
+        module = file.parent / f"{function.rpartition('.')[0].replace('.', '/')}.py"
+        if module.exists():  # else it is a module that is installed
+            yield module
+
+
+def _included(tree: Any) -> Iterator[str]:
+    """What a YAML includes, on whatever level. An alias is looked at once: with a few lines of them a tree has no end."""
+    waiting, seen = [tree], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            yield from _texts(value.get("include"))
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
 
 
 def _files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
     """(relative name, content) of each file of code below a directory."""
     looked_at = 0
-    for parent, folders, names in os.walk(directory):
+    for parent, folders, names in os.walk(directory, followlinks=True):  # a linked folder is imported like any other
         folders.sort()
+        looked_at += len(folders) + len(names)
+        if looked_at > MOST_FILES:
+            raise NoDigest(str(directory))
         for name in sorted(names):
-            looked_at += 1
-            if looked_at > MOST_FILES:
-                raise NoDigest(str(directory))
             file = Path(parent, name)
             if file.suffix in suffixes:
                 yield file.relative_to(directory).as_posix(), _content(file)
@@ -103,11 +163,8 @@ def _files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, by
 def _references(directory: Path) -> Iterator[str]:
     """The classes that the settings of a model name in `auto_map`."""
     for file in sorted(directory.glob("*config.json")):
-        content = _content(file)
-        if b"auto_map" not in content:
-            continue
         try:
-            settings = json.loads(content)
+            settings = json.loads(_content(file))  # not searched as text: JSON can spell `auto_map` with escapes
         except (ValueError, RecursionError) as error:
             raise NoDigest(str(file)) from error
         if isinstance(settings, dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.code_digest import NoDigest, digest_of_model, digest_of_task, model_directory
-from trainer.config.reach import OF_EACH_START, Reach, reach_of
+from trainer.config.reach import NAMED_TABLES, OF_EACH_START, Reach, reach_of
 from trainer.config.resuming import defaults_of, flat, plain
 from trainer.data.read.paths import is_address, is_hub
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 HARNESS = "lm_eval"
 """The kind of task whose YAML may name functions."""
-HARMLESS = (None, False, "", "auto", "disabled")
+HARMLESS = (None, False, "")
 """Values that reach nothing, whatever the setting."""
+SILENT = ("auto", "disabled")
+"""Values of a tracker that tell nobody who was not chosen by the reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +107,26 @@ def _reaching(config: RunConfig) -> dict[str, Any]:
     """The settings that reach out, by full key, without those that are at their default or reach nothing."""
     defaults = defaults_of(config)
     reaching = {}
-    for key, value in flat(plain(config)).items():
+    for key, value in flat(_with_undotted_names(plain(config))).items():
         if value in HARMLESS or value in ([], {}) or value == defaults.get(key):
             continue
-        if key.partition(".")[0] in OF_EACH_START or reach_of(key) is Reach.describes:
+        if key.partition(".")[0] in OF_EACH_START:
+            continue
+        reach = reach_of(key)
+        if reach is Reach.describes or (reach is Reach.tracker and value in SILENT):
             continue
         reaching[key] = value
     return reaching
+
+
+def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings; in a table with a name that has a dot, numbers for names: a task `x.kind` must not pass for a kind."""
+    for table in NAMED_TABLES:
+        group, _, name = table.partition(".")
+        entries = tree[group].get(name) or {}
+        if any("." in entry for entry in entries):
+            tree[group][name] = {str(number): settings for number, settings in enumerate(entries.values())}
+    return tree
 
 
 def _values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
@@ -151,16 +166,20 @@ def _model_code(config: RunConfig, key: str) -> Iterator[OutsideValue]:
         teacher: Any = config.objective
         directories = {(teacher.teacher.path, teacher.teacher.revision): None}
     for path, revision in directories:
+        if path is None:
+            continue
         directory = model_directory(config.model, path, revision)
-        if directory is None:
+        is_fetched = config.model.download and not Path(path).expanduser().is_dir()
+        if directory is None and not is_fetched:
             continue  # there is nothing here that could be run
         identity: dict[str, Any] | None
         try:
-            digest = digest_of_model(directory)
-            identity = {"code": digest}
+            digest = None if directory is None else digest_of_model(directory, download=config.model.download)
+            # Of a hub model that may be fetched, files that are not in the cache can still come: it is known by its name too.
+            identity = {"code": digest, "hub": path} if is_fetched else {"code": digest}
         except NoDigest:
             digest, identity = "", None
-        if digest is not None:
+        if digest is not None or is_fetched:
             yield OutsideValue(Reach.code, {key: True}, identity, f"runs the Python code in {path}")
 
 

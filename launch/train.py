@@ -253,8 +253,6 @@ def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> N
 
     try:
         run_worker(config, run_dir, sha256, freeze_choices)
-        if rank == 0 and config.model.trust_remote_code:
-            remember_config(config)  # once more: code that the run has downloaded was not there when it was frozen
     except Preempted:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
@@ -264,6 +262,9 @@ def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> N
         if run_dir is not None:
             record_failure(run_dir, rank, error, "worker")  # no-op where the trainer has recorded it with its step
         raise
+    finally:
+        if rank == 0 and config.model.trust_remote_code and config.model.download:
+            remember_config(config)  # once more: code that the run has downloaded was not there when it was frozen
 
 
 def usage() -> str:

@@ -22,6 +22,8 @@ from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
 from tests.helpers.launching import ROOT, command_here
 from trainer.config.reach import REACH, Reach, reach_of
+from trainer.data.config import SourceConfig
+from trainer.evaluation.base import TaskConfig
 from trainer.model.config import ModelConfig
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
@@ -245,23 +247,66 @@ def test_code_is_known_by_its_files_and_asked_for_again_when_they_change(site, t
     assert code().identity is None, "the file may lie anywhere, and be changed by anybody"
 
 
-def test_a_task_whose_code_lies_elsewhere_is_never_remembered(tmp_path):
-    task = tmp_path / "task.yaml"
-    for inside in (
-        "doc_to_text: !function functions.text",
-        "include: [common.yaml, _other]",
-        "doc_to_text: '/ {{question}}'",
-    ):
-        task.write_text(f"task: theirs\n{inside}\n")
-        assert digest_of_task(task) == digest_of_task(tmp_path)
-    for outside in (
-        "doc_to_text: !function /tmp/evil.text",
-        "include:\n  - ../common.yaml",
-        "include: '~/common.yaml'",
-    ):
-        task.write_text(f"task: theirs\n{outside}\n")
+def test_code_that_is_not_here_yet_or_is_spelled_otherwise_counts(tmp_path):
+    """Names of code in escaped JSON, a hub model that would be fetched, a linked folder."""
+    config = compose(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
+    elsewhere, model = tmp_path / "elsewhere", tmp_path / "model"
+    elsewhere.mkdir(), model.mkdir()
+    (elsewhere / "x.py").write_text("")
+    config.model.path, config.model.trust_remote_code = str(model), True
+    (model / "config.json").write_text("{}")
+    assert outside_values(config) == [], "there is no code"
+    (model / "config.json").write_text(json.dumps({"auto_map": f"{elsewhere}--x.X"}).replace("auto", "\\u0061uto"))
+    [value] = outside_values(config)
+    (elsewhere / "x.py").write_text("changed")
+    assert value.identity != outside_values(config)[0].identity
+    (model / "config.json").write_text('{"auto_map": "nobody/fetched-this--x.X"}')
+    assert outside_values(config)[0].identity is not None, "it is not fetched, and cannot run"
+    config.model.download = True
+    assert outside_values(config)[0].identity is None
+    (model / "folder").symlink_to(elsewhere)
+    config.model.download = False
+    before = outside_values(config)[0].identity
+    (elsewhere / "x.py").write_text("changed again")
+    assert outside_values(config)[0].identity != before
+    config.model.path, config.model.download = "nobody/has-this", True
+    by_setting = {key: each.identity for each in outside_values(config) for key in each.settings}
+    assert by_setting["model.trust_remote_code"] == {"code": None, "hub": "nobody/has-this"}
+
+
+def test_a_task_of_lm_eval_is_known_by_all_that_it_loads_and_by_nothing_else(tmp_path):
+    folder, beside = tmp_path / "tasks", tmp_path / "beside"
+    (folder / "runs").mkdir(parents=True), beside.mkdir()
+    task = folder / "mine.yaml"
+    (beside / "common.txt").write_text("doc_to_text: !function called.text\n")
+    (beside / "called.py").write_text("")
+    (beside / "deep.py").write_text("")
+    deep = str(beside / "deep").replace("/", ".")
+    task.write_text(f"include: ../beside/common.txt\ntask: mine\ndoc_to_target: !function {deep}.target\n")
+    for path in (task, folder):
+        for file in (beside / "common.txt", beside / "called.py", beside / "deep.py", task):
+            before = digest_of_task(path)
+            file.write_text(file.read_text() + "# more\n")
+            assert digest_of_task(path) != before, (path, file)
+    before = digest_of_task(task)
+    (folder / "runs" / "config.yaml").write_text("a run of the user's")
+    assert digest_of_task(task) == before, "the own task would be asked for after each run"
+    (folder / "again.yaml").write_text("a: &a [*a]\n")
+    digest_of_task(folder)
+    for broken in ("a: [", 'include: "\\0"'):
+        (beside / "common.txt").write_text(broken)
         with pytest.raises(NoDigest):
             digest_of_task(task)
+
+
+def test_the_name_of_a_task_does_not_pass_for_a_setting():
+    config = compose(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
+    for name, path in (("x.kind", "/somewhere/task.yaml"), ("a.b", "/somewhere/task.yaml"), ("plain", "auto")):
+        config.evaluation.tasks = {name: TaskConfig(kind="lm_eval", path=path)}
+        assert any(path in str(value.settings) for value in outside_values(config)), name
+    config.evaluation.tasks = {}
+    config.data.sources = {"c4.en": SourceConfig(path="d")}
+    assert outside_values(config) == []
 
 
 def test_the_directory_of_another_user_is_not_written(site, tmp_path, monkeypatch):
