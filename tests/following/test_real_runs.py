@@ -146,7 +146,7 @@ def test_one_run_with_its_checkpoints_and_whether_they_are_whole(runs, capsys):
     far = next(iter((runs.root / "far").glob("first-*")), None) or _far(runs, run)
     shutil.move(run / "checkpoints" / "step-000004", far / "step-000004")
     (run / "checkpoints" / "given-up-1").mkdir()
-    shutil.copytree(run / "checkpoints" / "step-000002", run / "checkpoints" / "given-up-1" / "step-000009")
+    shutil.copytree(run / "checkpoints" / "step-000002", run / "checkpoints" / "given-up-1" / "step-000002")
     tensors = next((run / "checkpoints" / "step-000006").glob("rank-*"))
     data = bytearray(tensors.read_bytes())
     data[-1] ^= 1
