@@ -46,6 +46,7 @@ FELL = TrainingChange(2.0, 0.4, -9.0, 10)
         (TrainingChange(2.0, 2.6, 9.0, 10), None, Verdict.diverged),
         (TrainingChange(2.0, 2.6, 2.0, 10), None, None),  # batches differ by as much
         (ROSE, HeldOutChange("eval/loss", 2.0, math.nan, math.nan), Verdict.diverged),
+        (FELL, HeldOutChange("eval/loss", 2.0, math.inf, math.inf), Verdict.diverged),  # not overfitting
         (ROSE, HeldOutChange("eval/margin", 0.0, -0.5, 0.5), None),  # too few micro-batches to tell
         (ROSE, HeldOutChange("eval/margin", 0.0, -0.5, 0.5, 0.2), Verdict.diverged),
     ],
@@ -100,6 +101,24 @@ def test_ranks_take_micro_batches_in_turns():
     assert sum(parts).tolist() == [1.0, 2.0, 3.0, 0.0]  # as one rank has them; the last one has run out
 
 
+def test_another_number_of_ranks_has_the_same_micro_batches():
+    before = HeldOutBefore(
+        {"eval/loss": 2.0}, {"eval/loss": [1.0, 2.0, 3.0, 0.0]}
+    )  # two ranks, the last one had run out
+    assert before.pairs_with("eval/loss", {"eval/loss": [1.5, 2.5, 3.5]}) == ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
+    wide = {"eval/loss": [1.5, 2.5, 3.5, 0.0, 0.0, 0.0]}
+    assert before.pairs_with("eval/loss", wide) == ([1.0, 2.0, 3.0, 0.0], [1.5, 2.5, 3.5, 0.0])
+    assert before.pairs_with("eval/loss", {"eval/loss": [0.7, 0.8, 1.0, 1.0, 1.5, 1.5]}) is None  # smaller ones
+
+
+def test_a_student_that_begins_as_its_own_teacher_has_not_diverged():
+    sums = [0.0] * 12
+    nearly = held_out_change("eval/loss", (0.0, 0.002), (sums, [0.08] * 12), 0.05)
+    assert nearly.bound is None and not nearly.is_worse
+    assert held_out_change("eval/loss", (1e-6, 3.0), ([1e-5] * 12, [90.0] * 12), 0.05).is_worse
+    assert not training_change(0.0, [0.002] * 20, 10).rose(0.25) and training_change(0.0, [3.0] * 20, 10).rose(0.25)
+
+
 def test_held_out_losses_that_only_hover_are_not_called_worse():
     drawn = np.random.default_rng(2)
     alarms = 0
@@ -133,6 +152,8 @@ def looked(losses, held_out, action=Reaction.note):
 
 def test_what_recovers_is_a_note_and_the_end_counts():
     spike = [2.0] * 10 + [30.0] * 15 + [1.5] * 25
+    twice, _ = looked(spike + [30.0] * 20, [2.0, 2.0, 30.0, 1.6, 1.5, 1.5, 30.0, 30.0])
+    assert twice.record["divergence"]["first_step"] == 60, "since the second time"
     challenges, said = looked(spike, [2.0, 2.0, 30.0, 1.6, 1.5, 1.5])
     record = challenges.record["divergence"]
     assert not record["found"] and record["first_step"] == 20 and record["recovered_at"] == 30

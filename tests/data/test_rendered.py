@@ -35,7 +35,6 @@ def texts(template, num=8):
         (make.CHATML, CHATML_TEXT, r"<\|im_start\|>"),
         (make.LLAMA3, "<s><|start_header_id|>user<|end_header_id|>\n\nq{n}<|eot_id|>", r"<\|start_header_id\|>"),
         (make.MISTRAL, LLAMA2_TEXT, r"\[/?INST\]"),
-        (None, "a text of a model without a template {n}</s>", "</s>"),
     ],
 )
 def test_rendered_texts_are_refused_with_the_words_that_decide(tmp_path, template, text, token):
@@ -46,6 +45,15 @@ def test_rendered_texts_are_refused_with_the_words_that_decide(tmp_path, templat
     message = str(caught.value)
     assert "data.control_tokens=keep: the questions in a text are then learned too" in message
     assert "messages would mask the questions" in message and message.endswith("data.control_tokens=text")
+
+
+@pytest.mark.parametrize("template", [None, make.CHATML])
+def test_texts_that_end_with_eos_are_not_said_to_hold_a_chat_template(tmp_path, template):
+    with pytest.raises(DataError, match=r"8 of the first 8 texts begin or end with </s> \(") as caught:
+        prepare(tmp_path, texts("a page of a corpus {n}</s>"), template)
+    message = str(caught.value)
+    assert "chat template" not in message and "data.control_tokens=keep" in message
+    assert message.endswith("data.control_tokens=text")
 
 
 def test_what_was_typed_decides(tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import re
+import threading
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,9 @@ from tests.helpers.endpoint import serving
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
+from trainer.data import progress
+from trainer.evaluation import task_evaluator
+from trainer.evaluation.tasks.prepared import Ready
 
 NAMES = ("Emily", "Sarah", "James", "Michael")
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -105,6 +111,21 @@ def test_a_bad_row_of_the_last_task_ends_it_before_the_model_or_the_judge_is_ask
     assert judge.requests == []
 
 
+def test_rows_that_take_long_to_check_are_told(monkeypatch):
+    lines = []
+    is_told = threading.Event()
+
+    def hear(line):
+        lines.append(line)
+        is_told.set()
+
+    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    monkeypatch.setattr(task_evaluator, "PreparationProgress", partial(progress.PreparationProgress, hear))
+    task = SimpleNamespace(key="evaluation.tasks.big", own_rows=False, run=lambda cases, asking: is_told.wait(60))
+    task_evaluator.TaskEvaluator([Ready(task, [None] * 1200)], SimpleNamespace()).check_rows()
+    assert lines[0].startswith("preparing data: checking 1,200 rows of evaluation.tasks.big, ")
+
+
 def test_a_run_meets_a_bad_row_of_its_tasks_before_its_first_step(judged, tmp_path, capsys):
     root, _, _ = judged
     row, more, message = BAD["exact_match"]
@@ -135,6 +156,13 @@ def test_finished_tasks_are_on_the_disk_when_a_later_one_fails(judged, tmp_path,
     right = [next(iter(row["scores"].values())) for row in rows]  # the score that orders rows
     assert first["num_rows"] == 3 and first["metrics"]["exact_match"] == sum(right) / 3
     assert (out / "evaluation.json").read_text() == "an earlier report"
+    judge.failures = [(400, {"error": {"message": "too long"}})] * 5
+    graded_alone = [word for word in words if not word.startswith("evaluation.tasks.first.")]
+    assert command_here(["evaluate", *graded_alone]) == 64
+    assert "too long" in capsys.readouterr().err
+    judge.failures.clear()
+    kept = json.loads((out / "evaluation_unfinished.json").read_text())
+    assert kept == unfinished, "an evaluation that answered nothing leaves what an earlier one has finished"
     assert command_here(["evaluate", *words]) == 0  # the same command, once the judge answers
     report = json.loads((out / "evaluation.json").read_text())
     assert report["tasks"]["first"]["metrics"]["exact_match"]["value"] == first["metrics"]["exact_match"]

@@ -27,9 +27,13 @@ class HeldOutBefore:
         """Sums (before, now) of a metric; None if the micro-batches are others (`evaluation.batch` was changed)."""
         old = self.batches.get(name)
         new = batches.get(name)
-        if old is None or new is None or len(old) != len(new):
+        if old is None or new is None:
             return None
-        return old, new
+        # Another number of ranks has another number of empty micro-batches at the end, which sum to 0.
+        common = min(len(old), len(new))
+        if any(old[common:]) or any(new[common:]):
+            return None
+        return old[:common], new[:common]
 
 
 class KeptHeldOut:

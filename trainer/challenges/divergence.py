@@ -36,6 +36,8 @@ NORMAL = 1.4826
 """Standard deviations of normal values in one median absolute deviation."""
 HELD_OUT_RISE, HELD_OUT_RISE_UNPAIRED = 0.01, 0.25
 """Shares by which the held-out loss must exceed that before: with a paired test, and with too few micro-batches for one."""
+LEAST_LOSS = 0.05
+"""Loss below which a rise is a share of this value: a student that begins as its own teacher begins at 0."""
 LEVEL = 0.05
 """How often, at most, a run that gets no worse is told that it does."""
 LEAST_BATCHES = 8
@@ -103,7 +105,7 @@ class TrainingChange:
 
     def rose(self, share: float) -> bool:
         """Whether it rose by this share of the first loss, and beyond what batches differ by."""
-        return self.now > self.first + share * abs(self.first) and self.deviations > DEVIATIONS
+        return self.now > self.first + share * _yardstick(self.first) and self.deviations > DEVIATIONS
 
     @property
     def text(self) -> str:
@@ -157,8 +159,10 @@ def held_out_change(
     """A metric (before, now); `batches`: its sums over each micro-batch, before and now, or None if these are other ones."""
     before, now = values
     is_margin = metric == MARGIN
-    rise = before - now if is_margin else (now - before) / (abs(before) or 1.0)
-    if batches is None:
+    rise = before - now if is_margin else (now - before) / _yardstick(before)
+    # The paired test of a loss divides by the sums before training, which are close to 0 for such a loss.
+    is_too_small = not is_margin and abs(before) < LEAST_LOSS
+    if batches is None or is_too_small:
         return HeldOutChange(metric, before, now, rise)
     # A rank that has run out of documents has an empty micro-batch, which sums to 0.
     pairs = [(old, new) for old, new in zip(*batches, strict=True) if old or new]
@@ -177,6 +181,11 @@ def held_out_change(
     return HeldOutChange(metric, before, now, rise, rise - quantile * error)
 
 
+def _yardstick(loss: float) -> float:
+    """What a rise of a loss is a share of."""
+    return max(abs(loss), LEAST_LOSS)
+
+
 def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) -> Verdict | None:
     """What both say together."""
     is_worse = None if held_out is None else held_out.is_worse
@@ -185,7 +194,9 @@ def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) 
         return Verdict.diverged if alone else None
     if not is_worse:
         return None
-    diverged = training is not None and training.rose(TRAINING_RISE)
+    # A model whose held-out loss is no number any more has not overfitted, however low its training loss is.
+    is_broken = held_out is not None and not math.isfinite(held_out.now)
+    diverged = is_broken or (training is not None and training.rose(TRAINING_RISE))
     return Verdict.diverged if diverged else Verdict.worse
 
 

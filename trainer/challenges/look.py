@@ -153,7 +153,7 @@ class Challenges:
             elif not known:
                 self.record[divergence.NAME] = {"found": False, "step": progress.step}
             return
-        first_step = known.get("first_step", progress.step)
+        first_step = known["first_step"] if known.get("found") else progress.step
         if finding.verdict in self._verdicts:
             self.record[divergence.NAME] = finding.record()
             self.ends = finding if finding.stops and self.ends is None else self.ends

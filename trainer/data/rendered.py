@@ -78,7 +78,7 @@ def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReade
                 num_rendered += 1
                 example = example or (document, token)
         if example is not None and num_rendered > num_texts / 2:
-            raise DataError(f"{item.key}: {num_rendered} of the first {num_texts} {_explained(*example)}")
+            raise DataError(f"{item.key}: {num_rendered} of the first {num_texts} {_explained(*example, tokens)}")
 
 
 def _first_documents(item: Input, reader: RowReader) -> Iterator[Document]:
@@ -90,12 +90,19 @@ def _first_documents(item: Input, reader: RowReader) -> Iterator[Document]:
             yield document
 
 
-def _explained(document: Document, token: str) -> str:
+def _explained(document: Document, token: str, tokens: TurnTokens) -> str:
     """The second half of the message: what such rows would teach, and the words that decide."""
     if document.prompt is not None:
         return (
             f"prompts spell the chat template's own tokens, such as {token} ({document.where}), and the template would be "
             "written around them once more. Give such rows as messages, without the tokens. To learn these tokens as "
+            "ordinary characters, set data.control_tokens=text"
+        )
+    if token not in tokens.inside:
+        return (
+            f"texts begin or end with {token} ({document.where}), which would be learned as ordinary characters. To read it as "
+            "the special token, set data.control_tokens=keep, or take it out: preparation adds it to each sample. Of "
+            "conversations the questions are learned too; rows of messages would mask the questions. To learn the token as "
             "ordinary characters, set data.control_tokens=text"
         )
     return (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from strategies.errors import DataError, ShardtuneError
 from strategies.runtime import broadcast_object
 from trainer.data.document import RefusedDocument
+from trainer.data.progress import PreparationProgress
 from trainer.evaluation.tasks.asking import FirstRequest
 from trainer.evaluation.tasks.base import TaskRow
 from trainer.evaluation.tasks.prepared import Ready
@@ -63,14 +64,17 @@ class TaskEvaluator:
         """Encode and check the rows of every task, so that a bad row ends the run before the model or a judge is asked.
 
         No collective; the same on all ranks. Errors: those of `each`. Rows of lm_eval are left out: the harness encodes them
-        while it asks.
+        while it asks. Rank 0 tells every 15 s which task is checked.
         """
+        progress = PreparationProgress()
         self.asking.only_checks = True
         try:
-            for ready in self.tasks:
-                if not ready.task.own_rows:
-                    with suppress(FirstRequest):
-                        self._run(ready)
+            with progress.telling():
+                for ready in self.tasks:
+                    progress.phase = f"checking {len(ready.cases):,} rows of {ready.task.key}"
+                    if not ready.task.own_rows:
+                        with suppress(FirstRequest):
+                            self._run(ready)
         finally:
             self.asking.only_checks = False
 

@@ -26,11 +26,12 @@ class UnfinishedReport:
         self.to, self.model = to, model
         self._models: dict[str, dict[str, Any]] = {}
         """By tuned or base: metrics, number of rows and seconds of each task."""
-        self.discard()
 
     def add(self, arm: str, done: Done) -> None:
         """Write down a task that `arm` (tuned or base) has answered. Errors: StorageError."""
         task = done.ready.task
+        if not self._models:
+            self.discard()  # not before: an evaluation that answers nothing leaves what an earlier one has finished
         lines = [json_text({"task": task.name, "arm": arm, **asdict(row)}, ensure_ascii=False) for row in done.rows]
         try:
             self.to.mkdir(parents=True, exist_ok=True)
@@ -51,6 +52,9 @@ class UnfinishedReport:
         return [f"{arm}: {task}" for arm, tasks in self._models.items() for task in tasks]
 
     def discard(self) -> None:
-        """Remove both files: those of an earlier evaluation, or of this one once its report is written."""
+        """Remove both files: those of an earlier evaluation, or of this one once its report is written. Errors: StorageError."""
         for name in (RESULTS, ROWS):
-            (self.to / name).unlink(missing_ok=True)
+            try:
+                (self.to / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(f"{self.to / name}: cannot be removed ({error}); give another to=") from error
