@@ -200,6 +200,9 @@ class Campaign:
         self._said += len(said)
         found = re.search(r"resumed from step-(\d+)", said)
         self.tally.resumed += found is not None
+        # A checkpoint that was written whole, and not yet published when the kill came, is published by the start.
+        for recovered in re.findall(r"^checkpoint step-(\d+): all of it was written", said, re.MULTILINE):
+            newest = max(int(recovered), newest or 0)
         begun = re.search(r"^step (\d+)/", said, re.MULTILINE)
         if (found and int(found[1]) != newest) or (begun and not found and newest is not None):
             self.tally.torn.append(f"{self.run.name}: step {newest} was there; {found[0] if found else 'begun anew'}")
