@@ -52,7 +52,7 @@ def is_remembered(identity: dict[str, Any] | None) -> bool:
         return False
     file = home / PLACE / _name(identity)
     try:
-        if file.parent.stat().st_mode & OTHERS_MAY_WRITE or json.loads(file.read_bytes()) != _plain(identity):
+        if _may_be_of_others(file.parent) or json.loads(file.read_bytes()) != _plain(identity):
             return False
         if time.time() - file.stat().st_mtime > DAY_S:
             os.utime(file)
@@ -75,8 +75,8 @@ def remember(values: Iterable[OutsideValue]) -> None:
         place = home / PLACE
         for each in (home, place):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if place.stat().st_mode & OTHERS_MAY_WRITE:
-            _tell(f"{place} can be written by others; chmod 700 it")
+        if _may_be_of_others(place):
+            _tell(f"{place} is another user's, or can be written by others; chmod 700 it, or set {VARIABLE}")
             return
         for identity in new:
             _write(place / _name(identity), json.dumps(_plain(identity)).encode())
@@ -90,6 +90,12 @@ def remember_config(config: RunConfig) -> None:
     from launch.outside import outside_values
 
     remember(outside_values(config))
+
+
+def _may_be_of_others(place: Path) -> bool:
+    """Whether others may have put values there. Root reads a mounted directory of whoever started the container."""
+    status = place.stat()
+    return bool(status.st_mode & OTHERS_MAY_WRITE) or os.geteuid() not in (0, status.st_uid)
 
 
 def _name(identity: dict[str, Any]) -> str:

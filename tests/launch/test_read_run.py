@@ -361,6 +361,12 @@ def test_training_goes_on_where_nothing_can_be_kept(site, monkeypatch, capsys):
     assert not any(trusted.is_remembered(value.identity) for value in outside_values(config)), (
         "anybody may have typed them"
     )
+    place.chmod(0o700)
+    assert any(trusted.is_remembered(value.identity) for value in outside_values(config))
+    monkeypatch.setattr("launch.trusted.os.geteuid", lambda: place.stat().st_uid + 1)
+    assert not any(trusted.is_remembered(value.identity) for value in outside_values(config)), "another user typed them"
+    trusted.remember_config(config)
+    assert "is another user's" in capsys.readouterr().err
 
 
 def test_every_setting_has_a_class_by_its_own_name():
