@@ -7,6 +7,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from strategies.errors import ConfigError
 from tests.helpers.launching import command_here
 from trainer.serving.config import ServeConfig, ServedType, read_words
 from trainer.serving.exported import Exported, find_export
@@ -30,6 +31,13 @@ def test_every_argument_is_one_of_theirs(site, run):
         site / ("model" if run == "lora" else "full/export")
     )
     assert json.loads(words[words.index("--override-generation-config") + 1]) == {"max_new_tokens": 1024}
+
+
+@pytest.mark.parametrize("base", ["--config=/theirs.yaml", ["model"]])
+def test_a_base_is_no_option_of_a_server(tmp_path, base):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    with pytest.raises(ConfigError, match="base_model_name_or_path"):
+        find_export(str(tmp_path))
 
 
 def test_ranks_are_those_that_vllm_has_room_for():

@@ -85,8 +85,12 @@ def _read(path: Path, file: str, name: str) -> Exported:
         base, kind = settings.get("base_model_name_or_path"), settings.get("task_type")
         if not base:
             raise ConfigError(f"{path / file}: names no base model (base_model_name_or_path); export with merge=true")
-        if Path(str(base)).is_dir():
-            check_small_files(Path(str(base)))
+        if not isinstance(base, str) or base.startswith("-"):  # a server would take that for one of its own options
+            raise ConfigError(
+                f"{path / file}: base_model_name_or_path={str(base)[:80]!r} is no directory and no hub id; write the adapter again"
+            )
+        if Path(base).is_dir():
+            check_small_files(Path(base))
     if kind in UNFIT:
         raise ConfigError(f"{path}: is {UNFIT[kind]}; shardtune evaluate asks such models")
     return Exported(path, name, base, settings)
