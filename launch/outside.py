@@ -172,14 +172,19 @@ def _model_code(config: RunConfig, key: str) -> Iterator[OutsideValue]:
         is_fetched = config.model.download and not Path(path).expanduser().is_dir()
         if directory is None and not is_fetched:
             continue  # there is nothing here that could be run
+        if is_fetched:  # files that are not in the cache can still come, whatever the code there is
+            yield OutsideValue(
+                Reach.code, {key: True}, {"code_of": path}, f"fetches and runs the Python code of {path}"
+            )
+        if directory is None:
+            continue
         identity: dict[str, Any] | None
         try:
-            digest = None if directory is None else digest_of_model(directory, download=config.model.download)
-            # Of a hub model that may be fetched, files that are not in the cache can still come: it is known by its name too.
-            identity = {"code": digest, "hub": path} if is_fetched else {"code": digest}
+            digest = digest_of_model(directory, download=config.model.download)
+            identity = {"code": digest}
         except NoDigest:
             digest, identity = "", None
-        if digest is not None or is_fetched:
+        if digest is not None:
             yield OutsideValue(Reach.code, {key: True}, identity, f"runs the Python code in {path}")
 
 

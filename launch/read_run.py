@@ -87,7 +87,8 @@ def read_run(
 
     allowing, others = _sorted_words(words, verb.own_groups)
     frozen = load_frozen(run_dir / "config.yaml")
-    pin_commit(frozen, run_dir)  # before the code of a hub model is looked at: another commit may have other code
+    # Before the code of a hub model is looked at: another commit may have other code.
+    pin_commit(frozen, run_dir, may_fetch=False)
     config = change(_allowed(frozen, allowing), others)
     typed = typed_keys(words) | verb.settled
     used, unused, refused = [], [], []

@@ -4,6 +4,7 @@ Author and reader have homes of their own: what each typed before is kept below 
 """
 
 import json
+import os
 import shlex
 import shutil
 from importlib.util import find_spec
@@ -271,7 +272,23 @@ def test_code_that_is_not_here_yet_or_is_spelled_otherwise_counts(tmp_path):
     assert outside_values(config)[0].identity != before
     config.model.path, config.model.download = "nobody/has-this", True
     by_setting = {key: each.identity for each in outside_values(config) for key in each.settings}
-    assert by_setting["model.trust_remote_code"] == {"code": None, "hub": "nobody/has-this"}
+    assert by_setting["model.trust_remote_code"] == {"code_of": "nobody/has-this"}
+
+
+def test_reading_a_run_fetches_nothing_before_the_reader_allows_it(site, tmp_path, monkeypatch, capfd):
+    """A record may name a commit of a hub model that this machine does not have."""
+    hub = {"model.path": "nobody/has-this", "model.tokenizer": "nobody/has-that", "model.download": True}
+    theirs = of_somebody(site, tmp_path / "theirs", **hub)
+    (theirs / "run.json").write_text(json.dumps({"base_commit": "0" * 40}))
+    wanted = []
+
+    def snapshot_download(name, *, local_files_only, **_):
+        wanted.extend([] if local_files_only else [name])
+        raise OSError("not here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    shown, _ = refused(capfd, ["export", theirs, f"to={tmp_path}/out"])
+    assert "it fetches and runs the Python code of nobody/has-this" in shown and wanted == []
 
 
 def test_a_task_of_lm_eval_is_known_by_all_that_it_loads_and_by_nothing_else(tmp_path):
@@ -314,7 +331,8 @@ def test_the_directory_of_another_user_is_not_written(site, tmp_path, monkeypatc
     theirs = of_somebody(site, tmp_path / "theirs", **{"evaluation.tasks": {}, "logging.tables": False})
     before = sorted(path.name for path in theirs.iterdir())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launch.read_run.os.geteuid", lambda: theirs.stat().st_uid + 1)
+    another = SimpleNamespace(environ=os.environ, geteuid=lambda: theirs.stat().st_uid + 1)
+    monkeypatch.setattr("launch.read_run.os", another)  # what was typed before stays the reader's
     task = ["evaluation.tasks.q.kind=exact_match", f"evaluation.tasks.q.path={site.root}/rows.jsonl"]
     assert command_here(["evaluate", str(theirs), *task, "evaluation.tasks.q.write.max_new_tokens=2"]) == 0
     assert (tmp_path / "runs" / "evaluate-theirs" / "evaluation.json").exists()

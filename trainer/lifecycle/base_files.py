@@ -6,6 +6,7 @@ By then somebody may have put other weights under the same path: the result woul
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection
 from dataclasses import replace
@@ -106,14 +107,23 @@ def use_recorded_base(config: RunConfig, run_dir: Path, accept: Collection[str],
     )
 
 
-def pin_commit(config: RunConfig, run_dir: Path) -> None:
-    """Let a hub id mean the commit that the run in `run_dir` resolved it to, if the run's record says which."""
+def pin_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> None:
+    """Let a hub id mean the commit that the run in `run_dir` resolved it to, if the run's record says which.
+
+    Without `may_fetch` a model whose snapshot would have to be fetched stays as it is.
+    """
     try:
         commit = json.loads((run_dir / "run.json").read_text(encoding="utf-8")).get("base_commit")
     except (OSError, ValueError, AttributeError, RecursionError):
         return  # a run that ended before its record was written
-    if isinstance(commit, str):
+    if not isinstance(commit, str):
+        return
+    if may_fetch:
         config.model = at_commit(config.model, commit)
+        return
+    with contextlib.suppress(ConfigError):  # the snapshot is not here
+        pinned = at_commit(replace(config.model, download=False), commit)
+        config.model = replace(pinned, download=config.model.download)
 
 
 def at_commit(model: ModelConfig, commit: str | None) -> ModelConfig:

@@ -87,7 +87,8 @@ def _read(path: Path, file: str, name: str) -> Exported:
             raise ConfigError(f"{path / file}: names no base model (base_model_name_or_path); export with merge=true")
         if not isinstance(base, str) or base.startswith("-"):  # a server would take that for one of its own options
             raise ConfigError(
-                f"{path / file}: base_model_name_or_path={str(base)[:80]!r} is no directory and no hub id; write the adapter again"
+                f"{path / file}: base_model_name_or_path={str(base)[:80]!r} is no directory and no hub id; "
+                "write the adapter again"
             )
         if Path(base).is_dir():
             check_small_files(Path(base))
