@@ -206,7 +206,9 @@ def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str
     checkpoint = find_checkpoint(run, asked.own.get("checkpoint", "last"), config.checkpoint)
     if asked.own.get("checkpoint") == "best":
         tell_if_base_was_better(run, checkpoint, config)
-    accepted = use_recorded_base(config, run, accepted_kinds(asked.own), teacher=True)
+    accepted = use_recorded_base(
+        config, run, accepted_kinds(asked.own), teacher=True, start=asked.own.get("against") == "base"
+    )
     return config, str(checkpoint), accepted
 
 

@@ -92,7 +92,7 @@ def making(argv: list[str]) -> Making:
 
     config = read_run(run, ReadingVerb(command, _needs, own_groups=ALLOWED), settings, with_own_words)
     checkpoint = find_checkpoint(run, own.get("checkpoint", "last"), config.checkpoint)
-    accepted = use_recorded_base(config, run, accepted_kinds(own), teacher=True)
+    accepted = use_recorded_base(config, run, accepted_kinds(own), teacher=True, start=True)
     review = config.review
     for name, (bounds, advice) in RANGES.items():
         head, _, rest = name.partition(".")

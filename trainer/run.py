@@ -361,7 +361,7 @@ def changed_base(config: RunConfig, card: CardFacts, place: RunPlace) -> list[st
 
     def compare() -> list[str]:
         recorded = files_among(card.facts["identity"][BASE])
-        return changed_files(config, recorded, teacher=False)
+        return changed_files(config, recorded, teacher=False, start=False)
 
     changed = found_on_main(compare, place.runtime)
     if changed:

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data, write_jsonl
+from trainer.lifecycle.base_files import at_commit
+from trainer.model.base_files import files_of_model
+from trainer.model.config import ModelConfig
 
 CHANGED = "base/model.safetensors: has other content than when the run trained"
 
@@ -112,6 +116,59 @@ def test_a_record_that_cannot_be_read_is_a_base_that_nobody_knows(trained, tmp_p
         assert command_here(["export", str(trained / "run"), "accept=[base]", f"to={tmp_path / 'x'}"]) == 0
     finally:
         record.write_bytes(original)
+
+
+def test_files_that_no_loader_of_the_base_reads_are_no_other_base(trained, tmp_path):
+    """Another program fetches more of the same model into the cache of the hub, or another machine has less of it."""
+    more = trained / "base" / "preprocessor_config.json"
+    more.write_text("{}")
+    try:
+        assert command_here(["export", str(trained / "run"), f"to={tmp_path / 'adapter'}"]) == 0
+    finally:
+        more.unlink()
+    digests = {"config.json": "1:a", "model-1.safetensors": "9:b", "consolidated.safetensors": "9:c"}
+    assert files_of_model(digests, tmp_path) == digests  # without an index every file of weights is read
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"norm.weight": "model-1.safetensors"}}')
+    assert files_of_model(digests, tmp_path) == {"config.json": "1:a", "model-1.safetensors": "9:b"}
+
+
+def test_an_adapter_that_a_run_went_on_from_may_be_written_again(trained, tmp_path, capsys):
+    """The checkpoint has all of it. Only what asks the model before training needs the old one."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for seed, folder in enumerate((first, second)):
+        words = [str(trained / "run"), f"to={folder}"]
+        assert command_here(["export", *words]) == 0
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({name: tensor + seed for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    run_dir = train(trained, "gone_on", "tuning=lora", f"tuning.from={first}")
+    exported = load_file(run_dir / "export" / "adapter_model.safetensors")
+    shutil.copy(second / "adapter_model.safetensors", first)
+
+    assert command_here(["export", str(run_dir), f"to={tmp_path / 'again'}"]) == 0
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(again[name].equal(tensor) for name, tensor in exported.items())
+    capsys.readouterr()
+    assert command_here(["evaluate", str(run_dir), "against=base", f"to={tmp_path / 'against'}"]) == 64
+    assert "tuning.from/adapter_model.safetensors: has other content" in capsys.readouterr().err
+
+
+def test_a_new_commit_of_a_hub_stands_in_for_one_that_this_machine_does_not_have(tmp_path, monkeypatch):
+    """Its weights mostly are the same, and the digests say whether."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--base"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("b" * 40)
+    for commit in ("a" * 40, "b" * 40):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+    model = ModelConfig(path="owner/base")
+
+    assert at_commit(model, "a" * 40).revision == "a" * 40
+    assert at_commit(model, "c" * 40).revision is None
+    shutil.rmtree(repository / "snapshots" / ("a" * 40))
+    assert at_commit(replace(model, revision="a" * 40), "a" * 40).revision is None
+    assert at_commit(replace(model, download=True), "a" * 40).revision == "a" * 40
+    assert at_commit(replace(model, trust_remote_code=True), "a" * 40).revision == "a" * 40
 
 
 @pytest.mark.parametrize("tuning", [["tuning=lora", "export.merge=true"], ["tuning=lora", "tuning.init=pissa"]])

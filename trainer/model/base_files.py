@@ -7,15 +7,39 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from strategies.errors import ConfigError
+from strategies.small_files import read_object
 from trainer.records.sampled import sampled_digest
 
 NO_WEIGHT_DEPENDS = ("tokenizer_config.json", "generation_config.json")
+ARCHITECTURE = "config.json"
+"""The only configuration that decides what the weights of a model directory compute."""
 
 
 def digests_of(directory: Path) -> dict[str, str]:
     """`<bytes>:<sampled SHA-256>` of each weight file and configuration in a directory, by file name. Errors: OSError."""
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")])
     return {path.name: sampled_digest(path) for path in files if path.name not in NO_WEIGHT_DEPENDS}
+
+
+def files_of_model(digests: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """Those of the digests by file name whose files a loader of the model in `directory` reads.
+
+    A directory may hold more of a model on one machine than on another: the same weights in another format beside the index,
+    or a preprocessor's settings that another program has fetched into the cache of the hub. Errors: ConfigError for an index
+    that is not JSON.
+    """
+    from trainer.model.files import INDEX
+
+    listing = directory / INDEX
+    weight_map = read_object(listing).get("weight_map") if listing.exists() else None
+    shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else None
+
+    def is_read(name: str) -> bool:
+        if name.endswith(".safetensors"):
+            return shards is None or name in shards
+        return name == ARCHITECTURE
+
+    return {name: digest for name, digest in digests.items() if is_read(name)}
 
 
 def changes(recorded: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
@@ -57,8 +81,8 @@ def refuse_another_base(adapter: Path, base: Path, *, accept: bool) -> list[str]
     """
     try:
         recorded = json.loads((adapter / RECORD).read_text(encoding="utf-8"))
-        changed = changes(recorded, digests_of(base))
-    except (OSError, ValueError, AttributeError, RecursionError):
+        changed = changes(files_of_model(recorded, base), files_of_model(digests_of(base), base))
+    except (OSError, ValueError, AttributeError, RecursionError, ConfigError):
         return []  # an export from before there was this record, or a base whose loading says what is wrong with it
     if not changed or accept:
         return changed
