@@ -237,7 +237,10 @@ def test_what_all_ranks_had_written_when_the_run_failed_is_published_by_the_next
     assert a.tolist() == list(range(8)) and b.tolist() == list(range(4))
 
 
-@pytest.mark.parametrize("note", [b"", b"[", b"[]", b'{"parts": {"a": 3}}', b"\xff"])
+FOREIGN = b'{"world_size": 1, "parts": {}, "file": null, "progress": 3}'
+
+
+@pytest.mark.parametrize("note", [b"", b"[", b"[]", b'{"parts": {"a": 3}}', b"\xff", FOREIGN])
 def test_a_note_that_cannot_be_read_ends_no_start(tmp_path, note):
     aside, said = tmp_path / "checkpoints" / ".step-000002.writing", []
     aside.mkdir(parents=True)

@@ -104,6 +104,13 @@ def test_a_base_that_is_cut_off_or_gone_is_named(trained, tmp_path, capsys):
         assert "base/model.safetensors: is missing" in capsys.readouterr().err
     finally:
         weights.write_bytes(original)
+    (trained / "base").rename(trained / "moved")
+    try:
+        assert command_here(["export", str(trained / "run"), f"to={tmp_path / 'x'}"]) == 64
+        said = capsys.readouterr().err
+        assert f"model.path={trained / 'base'}: not a model directory" in said and "accept" not in said
+    finally:
+        (trained / "moved").rename(trained / "base")
 
 
 def test_a_record_that_cannot_be_read_is_a_base_that_nobody_knows(trained, tmp_path, capsys):

@@ -222,6 +222,12 @@ def test_a_process_of_another_user_that_is_not_shown_is_not_taken_for_gone():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_claim_that_is_missed_at_one_look_is_not_another_attempt(tmp_path, monkeypatch):
+    with Lease.acquire(tmp_path, 60) as lease:
+        monkeypatch.setattr(lease, "_claim_is_here", lambda: False)
+        lease.check()
+
+
 def test_who_waits_for_a_silent_owner_can_be_told_to_stop(tmp_path, another_host):
     silent = Lease.acquire(tmp_path, 60)
     with pytest.raises(Preempted, match="nothing was begun"):

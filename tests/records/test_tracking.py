@@ -19,6 +19,7 @@ from trainer.records import results
 from trainer.records.config import LoggingConfig, WandbMode
 from trainer.records.earlier import EarlierResults
 from trainer.records.jsonl import UNREADABLE, JsonlTracker
+from trainer.records.metric_rows import read_rows
 from trainer.records.status import State
 from trainer.records.trackers.base import Ended, Tracked
 from trainer.records.tracking import Trackers, open_trackers
@@ -96,6 +97,19 @@ def test_no_reader_stops_at_a_line_that_cannot_be_read(tmp_path, line):
 def tracked(run_dir, config, **about):
     given = {"run_id": "", "name": "fsdp2-lora-lr2e-4", "resumed_at": 0, "settings": {}, "say": print, **about}
     return Tracked(config=config, run_dir=run_dir, **given)
+
+
+def test_a_mount_that_stumbles_while_a_row_is_written_ends_no_run(tmp_path, monkeypatch):
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl", 0)
+
+    def stumble(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as stumbling:
+        stumbling.setattr(Path, "exists", stumble)
+        tracker.log({"loss": 2.0}, step=1)
+    tracker.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl").rows] == [1]
 
 
 def test_tensorboard_reads_back(tmp_path):

@@ -71,7 +71,8 @@ def recover(places: list[Path], say: Callable[[str], None]) -> None:
             try:
                 if _publish(place / name, place / final):
                     say(f"checkpoint {final}: all of it was written when the run ended; it is published now")
-            except (OSError, Malformed) as error:
+            # A note of other content than ours, too, is no reason not to start.
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 say(f"warning: {place / name}: could not be made a checkpoint ({reason(error)})")
 
 

@@ -118,9 +118,10 @@ def use_recorded_base(
 
     A hub id is read at the commit that the run resolved it to. `teacher` and `start` are those of `changed_files`. Returns the
     differences that were accepted. Errors: ConfigError that names each file where the base is another one and `accept` has no
-    `base`.
+    `base`, and for a base that is not on this machine.
     """
     pin_commit(config, run_dir)
+    weights_directory(config.model)  # a base that is not here at all is no other base
     try:
         recorded = recorded_files(run_dir)
     except ConfigError as error:

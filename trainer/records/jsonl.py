@@ -76,8 +76,12 @@ class JsonlTracker:
 
     def _write_again_if_deleted(self) -> None:
         """Put all rows back under their name, durably, if somebody deleted the file. Errors: OSError."""
-        # A whole directory that is gone was renamed or deleted, which its owner finds out.
-        if self.path.exists() or not self.path.parent.is_dir():
+        try:
+            # A whole directory that is gone was renamed or deleted, which its owner finds out.
+            is_deleted = not self.path.exists() and self.path.parent.is_dir()
+        except OSError:  # a network mount that stumbles; the file is open, and takes the row
+            return
+        if not is_deleted:
             return
         self._file.seek(0)
         aside = self.path.with_suffix(".tmp")

@@ -225,6 +225,8 @@ class Lease:
 
     def _claim_again(self, number: int, owner: Owner | None) -> str | None:
         """Why the directory, which lacks this attempt's claim, is another one's; None after the claim was made again."""
+        if owner is not None and owner.token == self.owner.token:
+            return None  # the claim was read a moment ago: only the second look failed
         content = _bytes(asdict(self.owner))
         torn = owner is not None and owner.token == ""
         if number == self.number and torn:
