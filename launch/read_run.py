@@ -111,8 +111,12 @@ def read_run(
 
 
 def is_own(run_dir: Path) -> bool:
-    """Whether this process's user owns a run's directory and its configuration, so that results may be written into it."""
-    return all(path.stat().st_uid == os.geteuid() for path in (run_dir, run_dir / "config.yaml"))
+    """Whether results may be written into a run's directory: this process's user owns it, and no link there leads elsewhere.
+
+    A downloaded run is its reader's own, and can hold a link in place of the directory for results.
+    """
+    is_owner = all(path.stat().st_uid == os.geteuid() for path in (run_dir, run_dir / "config.yaml"))
+    return is_owner and (run_dir / "evaluation").resolve().is_relative_to(run_dir.resolve())
 
 
 def _sorted_words(words: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:

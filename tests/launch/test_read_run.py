@@ -19,6 +19,7 @@ from launch.compose import compose, load_frozen, recompose, with_words
 from launch.evaluate_words import ALLOWED
 from launch.frozen import _hash, _identifying
 from launch.outside import outside_values
+from launch.read_run import is_own
 from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
 from tests.helpers.launching import ROOT, command_here
@@ -337,6 +338,15 @@ def test_the_directory_of_another_user_is_not_written(site, tmp_path, monkeypatc
     assert command_here(["evaluate", str(theirs), *task, "evaluation.tasks.q.write.max_new_tokens=2"]) == 0
     assert (tmp_path / "runs" / "evaluate-theirs" / "evaluation.json").exists()
     assert sorted(path.name for path in theirs.iterdir()) == before
+
+
+def test_a_link_in_a_downloaded_run_does_not_say_where_results_are_written(tmp_path):
+    run, other = tmp_path / "downloaded", tmp_path / "other"
+    run.mkdir(), other.mkdir()
+    (run / "config.yaml").touch()
+    assert is_own(run)
+    (run / "evaluation").symlink_to(other)
+    assert not is_own(run)
 
 
 def test_a_frozen_configuration_looks_nothing_up_when_it_is_evaluated(site, tmp_path, monkeypatch):
