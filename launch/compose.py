@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import hints, overrides
+from launch.begun import begun_with, keep_budget
 from launch.choices import CONF_DIR, OWN_DIRECTORIES, register_schemas, settings_of, variants
 from launch.frozen import Composed, default_run_dir, freeze, is_finished, load_frozen
 from launch.node import idle_gpus
@@ -59,7 +60,7 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
             # A word that could not be used was meant for some key; complaints about that key would only be echoes.
             echoes = [f"{key}{sign}" for key in parsed.suspects for sign in "=:."]
             echoes += [f"{key.rpartition('.')[0]}: not set" for key in parsed.suspects]  # as of budget, of budget.steps
-            problems += [problem for problem in refusals(config) if not problem.startswith(tuple(echoes))]
+            problems += [problem for problem in _refusals_here(config, argv) if not problem.startswith(tuple(echoes))]
     if problems or config is None:
         raise ConfigError(problems)
     return Composed(config, list(argv))
@@ -128,14 +129,29 @@ def _not_beside_a_run(key: str, word: str, allowed: frozenset[str]) -> str:
     return f"{word}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed))}"
 
 
-def refusals(config: RunConfig) -> list[str]:
-    """Why a run of this configuration would be refused before anything starts; empty where it would not."""
-    return [*problems_of(config, world_size=world_size_of(config)), *_devices(config), *_secrets(config)]
+def _refusals_here(config: RunConfig, argv: list[str]) -> list[str]:
+    """The refusals of a run of these words; one that an earlier version began with them goes on."""
+    found = refusals(config)
+    if found and (begun := begun_with(argv, config.run.dir)) is not None:
+        keep_budget(config, begun)
+        found = refusals(config, written=begun)
+    return found
 
 
-def _secrets(config: RunConfig) -> Iterator[str]:
+def refusals(config: RunConfig, *, written: RunConfig | None = None) -> list[str]:
+    """Why a run of this configuration would be refused before anything starts; empty where it would not.
+
+    `written` is what the run's config.yaml holds already: of its values none is refused as a secret any more.
+    """
+    return [*problems_of(config, world_size=world_size_of(config)), *_devices(config), *_secrets(config, written)]
+
+
+def _secrets(config: RunConfig, written: RunConfig | None) -> Iterator[str]:
     """What is typed is written into config.yaml, the record and the model card, and sent to trackers."""
+    before = {} if written is None else flat(asdict(written))
     for key, value in flat(asdict(config)).items():
+        if key in before and before[key] == value:
+            continue
         for text in value if isinstance(value, list) else [value]:
             kind = secret_in(text) if isinstance(text, str) else None
             if kind is not None:

@@ -148,7 +148,7 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
     of_run = asked.run is not None
     has_training_data = any(word.startswith(("data.path=", "data.sources")) for word in asked.settings)
     try:
-        _check(config, asked.settings, trained=of_run or has_training_data, of_run=of_run)
+        _check(config, asked.settings, trained=of_run or has_training_data, run=asked.run)
     except ConfigError as error:
         raise ConfigError([*_missing_model(config), *error.problems]) from None
     if (against := asked.own.get("against")) is not None:
@@ -289,9 +289,9 @@ def _has_held_out(config: RunConfig) -> bool:
     return config.data.eval_path is not None or config.data.eval_share > 0
 
 
-def _check(config: RunConfig, typed: list[str], *, trained: bool, of_run: bool) -> None:
+def _check(config: RunConfig, typed: list[str], *, trained: bool, run: Path | None) -> None:
     """Everything that can be wrong before there is a model."""
-    from launch.compose import refusals
+    from launch.compose import load_frozen, refusals
     from trainer.evaluation.tasks.prepared import TaskContext, check
     from trainer.evaluation.tasks.registry import KINDS
 
@@ -305,8 +305,9 @@ def _check(config: RunConfig, typed: list[str], *, trained: bool, of_run: bool) 
             f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(KINDS)}"
         )
     # Training data of a run is read only where a task asks for it, and then as the run recorded it.
-    passed_over = ("evaluation.watch=", "data.") if of_run else ("evaluation.watch=",)
-    found = [problem for problem in refusals(config) if not problem.startswith(passed_over)]
+    passed_over = ("evaluation.watch=",) if run is None else ("evaluation.watch=", "data.")
+    written = None if run is None else load_frozen(run / "config.yaml")
+    found = [problem for problem in refusals(config, written=written) if not problem.startswith(passed_over)]
     found += _few_bits(config, typed)
     if found:
         raise ConfigError(found)

@@ -165,7 +165,8 @@ def _queued(run_dir: Path) -> QueuedJob | None:
     queue = _queue(now)
     if queue.problem is not None:
         submitted = unfinished_job(run_dir)
-        if submitted is None or submitted in own_job:
+        # A job that still waits for a run that is done would find nothing to do.
+        if submitted is None or submitted in own_job or is_finished(run_dir):
             return None
         queue = _queue(now, again=True)
         if queue.problem is not None:
@@ -299,7 +300,7 @@ def _only_defaults_changed(composed: Composed, changed: list[str], before: RunCo
     this machine chose may have changed as well.
     """
     words = _identifying_words(composed.overrides)
-    if words != _identifying_words(_words_of(path)):
+    if not has_same_words(composed.overrides, path):
         return False
     if own_files_may_apply(words) or any("${" in word for word in words):
         return False
@@ -322,6 +323,11 @@ def _reaches_further(before: RunConfig, config: RunConfig) -> bool:
         if is_taken_over and value not in known and not is_remembered(value.identity):
             return True
     return False
+
+
+def has_same_words(words: list[str], path: Path) -> bool:
+    """Whether the `config.yaml` at `path` was composed from the same words, but for those that decide no result."""
+    return _identifying_words(words) == _identifying_words(_words_of(path))
 
 
 def _take_over(config: RunConfig, before: RunConfig) -> None:

@@ -204,13 +204,23 @@ def _failed(words: list[str], problems: list[str], code: int) -> int:
     The ranks of a job print none: their launcher says how the run ended.
     """
     from launch.answers import FLAG, give
-    from launch.slurm_env import is_worker
 
-    if FLAG in words and not is_worker(os.environ):
+    if FLAG in words and not _is_rank():
         answer = {"error": "\n".join(problems), "problems": problems, "exit_code": code}
         is_one_a_line = bool({"--follow", "--watch"} & set(words))
         give(answer, one_line=is_one_a_line)
     return code
+
+
+def _is_rank() -> bool:
+    """Whether a launcher started this process as a rank. Variables that make no sense, which the verb has refused, start none."""
+    from launch.slurm_env import is_worker
+    from strategies.errors import ConfigError
+
+    try:
+        return is_worker(os.environ)
+    except ConfigError:
+        return False
 
 
 def _refuse_addresses(words: list[str]) -> None:

@@ -248,6 +248,10 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
     script = tmp_path / "sbatch"
     script.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/asked\necho 7\n')
     script.chmod(0o755)
+    (tmp_path / "queue").touch()
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
+    (tmp_path / "squeue").chmod(0o755)
+    frozen._queue.cache_clear()
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     asked = [
         f"model.path={site / 'llama'}",
@@ -282,8 +286,6 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
         submitted.replace("ddp", "fsdp2"),
     ]
     (tmp_path / "queue").write_text("\x1f".join(row) + "\n")
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
-    (tmp_path / "squeue").chmod(0o755)
     script.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/asked\necho 8\n')
     frozen._queue.cache_clear()
     assert main(["compare", *asked, new]) == 0

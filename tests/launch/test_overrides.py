@@ -7,7 +7,7 @@ import pytest
 
 from launch.axes import read_axes
 from launch.choices import OWN_DIRECTORIES, groups, settings_of
-from launch.compose import compose
+from launch.compose import Composed, compose, freeze
 from launch.overrides import setting_of, settings
 from launch.own_files import take_directories
 from launch.removed import REMOVED
@@ -244,7 +244,32 @@ def test_two_budgets_are_refused_in_every_spelling(tmp_path):
     assert (config.budget.steps, config.budget.epochs) == (2, None)
 
 
-def test_a_directory_to_write_to_is_no_address(tmp_path):
+def test_a_run_goes_on_with_words_that_an_earlier_version_took(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    run_dir = tmp_path / "run"
+    words = ["model.path=m", f"data.path={tmp_path / 'train.jsonl'}", f"run.dir={run_dir}", "logging.name=my-project"]
+    # That version took the one budget, and no variable called *_PASS for a secret.
+    both = [*words, "budget={steps: 12}", "budget.epochs=2"]
+    freeze(Composed(compose([*words, "budget.epochs=2"], check=False).config, both), run_dir)
+    monkeypatch.setenv("SITE_PASS", "my-project")
+
+    assert refused_groups(both) == set()
+    said = capsys.readouterr().err
+    assert f"{run_dir}: keeps budget.epochs=2, with which it began; budget.steps=12 had no effect" in said
+    assert refused_groups([*both, f"run.dir={tmp_path / 'new'}"]) == {"budget", "logging"}, "a new run"
+    assert refused_groups([*both, "optim.lr=1e-3"]) == {"budget", "logging"}, "not the words it began with"
+
+
+def refused_groups(words):
+    """The groups of settings that the refusals of a run are about."""
+    try:
+        compose(words)
+    except ConfigError as error:
+        return {problem.partition(".")[0] for problem in error.problems}
+    return set()
+
+
+def test_a_directory_to_write_to_is_no_address(tmp_path, monkeypatch):
     """It would become a local directory called `s3:`, which goes with the host."""
     spelled = {setting: f"{setting}=s3://bucket/x" for setting in WRITTEN}
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
@@ -253,6 +278,10 @@ def test_a_directory_to_write_to_is_no_address(tmp_path):
         compose([*given, *spelled.values()])
     for word in spelled.values():
         assert any(problem.startswith(f"{word}: is an address") for problem in caught.value.problems), word
+    monkeypatch.chdir(tmp_path)
+    Path("s3:/bucket/x").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run\.dir=s3://bucket/x: .*; the local directory s3:/bucket/x .* rename it"):
+        compose([*given, spelled["run.dir"]])
     places = {key for key in settings() if re.search(r"[._]dir$|nvme_path$|^launcher.stage$", key)}
     assert places == set(WRITTEN), "which directories are written to?"
     for verb in ("export", "evaluate", "compare", "init"):

@@ -64,6 +64,10 @@ def test_an_error_is_an_object_with_its_exit_code(tmp_path, capfd, monkeypatch):
         assert "\n".join(answer["problems"]) == answer["error"]
     assert command_here(["status", str(tmp_path / "gone")]) == 64
     assert capfd.readouterr().out == "", "without --json there is none"
+    with monkeypatch.context() as left_over:
+        left_over.setenv("RANK", "x")
+        assert command_here(["train", "model.path=m", "--json"]) == 64
+        assert "RANK=x: no whole number" in json.loads(capfd.readouterr().out)["error"]
     for error, code in ((RuntimeError("broken"), 70), (KeyboardInterrupt(), 130)):
         monkeypatch.setattr("launch.status.read_words", Mock(side_effect=error))
         assert command_here(["status", "--json", "--watch"]) == code

@@ -171,6 +171,9 @@ def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_an
     with pytest.raises(InUse, match=f"was submitted as job 17, .* if job 17 is over, remove {run}/submitted"):
         frozen.refuse_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 2
+    write_status(run, "done", step=9)  # a job that still waits would find nothing to do
+    frozen.refuse_queued(run)
+    write_status(run, "failed", step=9)
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
     frozen.refuse_queued(run)
     monkeypatch.delenv("SLURM_JOB_ID")

@@ -260,10 +260,11 @@ def _written(config: RunConfig) -> Iterator[str]:
     for key in WRITTEN:
         for _, value in _values(config, key.split(".")):
             if isinstance(value, str) and "://" in value:
-                yield (
-                    f"{key}={value}: is an address, and only local directories are written to; name a directory, and copy it "
-                    "afterwards"
-                )
+                local = Path(value)
+                way_out = "name a directory, and copy it afterwards"
+                if local.exists():  # an earlier version has written there
+                    way_out = f"the local directory {local} has what was written before: rename it (mv), and name it"
+                yield f"{key}={value}: is an address, and only local directories are written to; {way_out}"
 
 
 def _run(config: RunConfig) -> Iterator[str]:
