@@ -39,12 +39,15 @@ STRONG = "TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|AUTHTOKEN|CREDENTIALS
 """Words that make a variable's value a secret wherever they stand in its name, as in HF_TOKEN_READ and API_KEY_1."""
 WEAK = "KEY|PASS|PAT|DSN|AUTH|WEBHOOK(?:_UR[LI])?|(?:DATABASE|DB)_UR[LI]|CONN(?:ECTION)?_?STR(?:ING)?"
 """Words that do so at the end of a name alone."""
+WHOLE = "PGPASSWORD|SSHPASS"
+"""Names of programs' own variables, which run such a word together with another."""
 DESCRIBES = (
     "FILE|PATH|DIR|TYPE|NAME|LIMIT|COUNT|TTL|EXPIR[A-Z]*|LENGTH|SOCK|ID|HEADER|ENDPOINT|SERVER|UR[LI]|METHOD|MODE"
 )
 """Last words of the names of variables that say something about a secret."""
 OF_SECRETS = re.compile(
-    rf"(?:^|_)(?:(?:{STRONG})(?!\w*_(?:{DESCRIBES})$)(?:_\w+|\d*)|(?:{WEAK})(?:_?\d+)?)$|_PWD(?:_?\d+)?$", re.IGNORECASE
+    rf"(?:^|_)(?:(?:{STRONG})(?!\w*_(?:{DESCRIBES})$)(?:_\w+|\d*)|(?:{WEAK})(?:_?\d+)?)$|_PWD(?:_?\d+)?$|^(?:{WHOLE})$",
+    re.IGNORECASE,
 )
 """Names of environment variables whose values are taken for secrets. PWD and OLDPWD are directories."""
 OF_KEYS_OF_SERVICES = re.compile(rf"(?:^|_)(?:{STRONG}|(?:ACCESS|PRIVATE|SECRET)_KEY)(?:$|_|\d)", re.IGNORECASE)

@@ -19,6 +19,8 @@ SECRET_NAMES = [
     "AWS_SECRET_ACCESS_KEY",
     "DB_PASS",
     "MYSQL_PWD",
+    "PGPASSWORD",
+    "SSHPASS",
     "SSH_PASSPHRASE",
     "GITHUB_PAT",
     "SENTRY_DSN",
