@@ -22,6 +22,8 @@ MOST_FILES = 20_000
 MOST_BYTES = 64 * 2**20
 """Bytes of one file of code, or of one that names code."""
 CODE_OF_MODELS = (".py",)
+VERSIONED = "config.*.json"
+"""Configurations for some versions of transformers, which config.json names and which take its place."""
 ELSEWHERE = "--"
 """Between a repository and a class, where `auto_map` names code of another repository."""
 
@@ -162,7 +164,7 @@ def _files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, by
 
 def _references(directory: Path) -> Iterator[str]:
     """The classes that the settings of a model name in `auto_map`."""
-    for file in sorted(directory.glob("*config.json")):
+    for file in sorted({*directory.glob("*config.json"), *directory.glob(VERSIONED)}):
         try:
             settings = json.loads(_content(file))  # not searched as text: JSON can spell `auto_map` with escapes
         except (ValueError, RecursionError) as error:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
 TASKS = "evaluation.tasks."
+WRITTEN = ("evaluation", "against", "reports")
+"""Directories of a run that an evaluation writes into."""
 Needs = Callable[[OutsideValue, "RunConfig"], bool]
 """Whether a verb uses a value of a run's configuration."""
 
@@ -113,10 +115,19 @@ def read_run(
 def is_own(run_dir: Path) -> bool:
     """Whether results may be written into a run's directory: this process's user owns it, and no link there leads elsewhere.
 
-    A downloaded run is its reader's own, and can hold a link in place of the directory for results.
+    A downloaded run is its reader's own, and can hold a link in place of a directory for results or of a file in one.
     """
     is_owner = all(path.stat().st_uid == os.geteuid() for path in (run_dir, run_dir / "config.yaml"))
-    return is_owner and (run_dir / "evaluation").resolve().is_relative_to(run_dir.resolve())
+    return is_owner and not any(has_link_out(run_dir / name, run_dir) for name in WRITTEN)
+
+
+def has_link_out(directory: Path, home: Path) -> bool:
+    """Whether a directory, or anything in it, is a link that leads out of `home`: what is written there goes elsewhere."""
+    top = home.resolve()
+    entries = [directory]
+    for parent, folders, files in os.walk(directory):
+        entries += [Path(parent, name) for name in (*folders, *files)]
+    return any(not entry.resolve().is_relative_to(top) for entry in entries if entry.is_symlink())
 
 
 def _sorted_words(words: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:

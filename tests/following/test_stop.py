@@ -39,6 +39,14 @@ def checkpoint(run: Path, step: int) -> None:
     (run / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
 
 
+def process(code: str, run: Path) -> subprocess.Popen:
+    """A process that has the directory of a run open, as the owner of its lease has, and that waits."""
+    opened = f"import os; os.open({str(run)!r}, os.O_RDONLY); {code}"
+    other = subprocess.Popen([sys.executable, "-c", opened], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline()
+    return other
+
+
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Stand-ins for SLURM's commands; returns what was called. `(job id, state, run)` is what the queue holds."""
@@ -79,9 +87,9 @@ def test_what_is_not_running_is_said_with_what_there_is_to_go_on_from(tmp_path, 
 
 
 def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):
-    other = subprocess.Popen([sys.executable, "-c", READY], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    mine = made(tmp_path, "mine")
+    other = process(READY, mine)
     try:
-        assert other.stdout is not None and other.stdout.readline()
         reused = made(tmp_path, "reused")
         owned(reused, **{**here(other.pid), "process": process_identity(other.pid) + "1"})
         assert main(["stop", str(reused)]) == 0
@@ -90,7 +98,12 @@ def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):
         assert ways.Signal(other.pid, process_identity(os.getpid())).send() is False
         assert ways.Signal(2**22 - 1, "x").send() is False
         assert other.poll() is None
-        mine = made(tmp_path, "mine")
+        # A copy of the run, and a run of somebody else's that names a process of its reader's.
+        copied = made(tmp_path, "copied")
+        owned(copied, **here(other.pid))
+        assert main(["stop", str(copied)]) == 69
+        assert f"process {other.pid} is named as its owner, and has no file of that" in capsys.readouterr().err
+        assert other.poll() is None
         owned(mine, **here(other.pid))
         assert main(["stop", str(mine), "--dry-run"]) == 0
         assert f"would be stopped by: kill -TERM {other.pid}" in capsys.readouterr().out
@@ -105,10 +118,9 @@ def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):
 
 def test_a_process_that_does_not_end_is_waited_for_as_long_as_asked(tmp_path, capsys):
     deaf = f"import signal; signal.signal(15, signal.SIG_IGN); {READY}"
-    other = subprocess.Popen([sys.executable, "-c", deaf], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    run = made(tmp_path, "run")
+    other = process(deaf, run)
     try:
-        assert other.stdout is not None and other.stdout.readline()
-        run = made(tmp_path, "run")
         checkpoint(run, 2)
         owned(run, **here(other.pid))
         assert main(["stop", str(run), "wait_s=0"]) == 69
@@ -126,7 +138,10 @@ def test_on_another_host_it_says_what_to_type(tmp_path, capsys):
     assert main(["stop", str(run)]) == 69
     said = capsys.readouterr().err
     assert f"on n1 type: shardtune stop {run}" in said and "kill -TERM 7" in said
-    owned(run, 2, job="30")
+    owned(run, 2, pid="7; touch /tmp/pasted")  # in somebody else's run
+    main(["stop", str(run)])
+    assert "pasted" not in "".join(capsys.readouterr())
+    owned(run, 3, job="30")
     assert main(["stop", str(run)]) == 69
     assert "SLURM job 30 on n1 runs it" in capsys.readouterr().err
 
@@ -159,6 +174,23 @@ def test_a_job_that_pends_is_taken_out_of_the_queue(tmp_path, capsys, slurm, mon
     assert "job 20 was taken out of the queue; saved at step 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
+def test_a_run_that_names_the_job_of_another_run_does_not_end_it(tmp_path, capsys, slurm, state):
+    """As a copied run does, or one of somebody else's."""
+    mine, copied = made(tmp_path / "mine", "run"), made(tmp_path, "copied", state="preempted")
+    log = slurm("20", state, mine)
+    note_submitted([copied], "20")
+    owned(copied, silent_s=10**6, job="21")
+    assert main(["stop", str(copied)]) == 0
+    assert "is not running" in capsys.readouterr().out
+    script = tmp_path / "script"
+    script.write_text("#!/bin/bash\nsrun something else\n")
+    queue = tmp_path / "bin" / "queue"
+    queue.write_text(queue.read_text().replace(f"{mine}/train.sbatch", f"{tmp_path}/other.sh"))
+    assert main(["stop", str(copied)]) == 69, "nobody knows for what that job is"
+    assert "scancel" not in log.read_text()
+
+
 @pytest.mark.parametrize("state", ["REQUEUE_HOLD", "SPECIAL_EXIT", "REQUEUED"])
 def test_a_job_that_slurm_holds_is_taken_out_of_the_queue_too(tmp_path, slurm, state):
     log = slurm("20", state, made(tmp_path, "run", state="preempted"))
@@ -186,6 +218,10 @@ def test_a_queue_that_cannot_be_asked_is_not_an_empty_one(tmp_path, capsys, monk
     assert "queue: squeue failed" in capsys.readouterr().out
     squeue.unlink()
     assert main(["stop", str(run)]) == 69, "a host without SLURM cannot tell either"
+    (run / "submitted").write_text("20; touch /tmp/pasted\n")  # in somebody else's run
+    main(["stop", str(run)])
+    assert "pasted" not in "".join(capsys.readouterr())
+    note_submitted([run], "20")
     note_ended(run, "20", 0, 75, reason="state saved", goes_on=False)
     assert main(["stop", str(run)]) == 0, "the job's own script has said that it is over"
     assert main(["stop", str(made(tmp_path, "other", state="preempted"))]) == 0, "never submitted"

@@ -271,6 +271,11 @@ def test_code_that_is_not_here_yet_or_is_spelled_otherwise_counts(tmp_path):
     before = outside_values(config)[0].identity
     (elsewhere / "x.py").write_text("changed again")
     assert outside_values(config)[0].identity != before
+    (model / "folder").unlink()
+    # transformers takes this file in place of config.json.
+    (model / "config.json").write_text('{"configuration_files": ["config.5.0.0.json"]}')
+    (model / "config.5.0.0.json").write_text(json.dumps({"auto_map": {"AutoConfig": f"{elsewhere}/x.X"}}))
+    assert outside_values(config)[0].identity is None
     config.model.path, config.model.download = "nobody/has-this", True
     by_setting = {key: each.identity for each in outside_values(config) for key in each.settings}
     assert by_setting["model.trust_remote_code"] == {"code_of": "nobody/has-this"}
@@ -346,6 +351,17 @@ def test_a_link_in_a_downloaded_run_does_not_say_where_results_are_written(tmp_p
     (run / "config.yaml").touch()
     assert is_own(run)
     (run / "evaluation").symlink_to(other)
+    assert not is_own(run)
+    (run / "evaluation").unlink()
+    (run / "evaluation" / "logs").mkdir(parents=True)
+    assert is_own(run)
+    log = run / "evaluation" / "logs" / "rank-0.log"
+    log.symlink_to(other / "rc")  # which is not there yet
+    assert not is_own(run)
+    log.unlink()
+    log.symlink_to(run / "elsewhere.log")
+    assert is_own(run), "a link within the run"
+    (run / "reports").symlink_to(other)
     assert not is_own(run)
 
 

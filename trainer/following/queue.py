@@ -19,6 +19,7 @@ PATIENCE_S = 5.0
 """Seconds that squeue may take; a controller that is down lets it wait for minutes."""
 RUNS = re.compile(r"^runs=\((.*)\)$", re.MULTILINE)
 MOST_SCRIPT = 2**20
+JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
 SUBMITTED = "submitted"
 """The file in a run's directory with the id of its job."""
 WAITING_STATES = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
@@ -125,7 +126,9 @@ class Queue:
             return None
         submitted = submitted_as(run_dir)
         for known in filter(None, (job_id, submitted)):
-            if (named := next((job for job in self.jobs if known in (job.raw_id, job.id)), None)) is not None:
+            named = next((job for job in self.jobs if known in (job.raw_id, job.id)), None)
+            # A copied run names the job of the other one, and somebody else's run could name any job.
+            if named is not None and not _is_of_another_run(named, run_dir):
                 return named
         found = self.by_run.get(run_dir.resolve())
         # The script of an array that was submitted before may have been written anew, for other runs.
@@ -139,11 +142,13 @@ def note_submitted(run_dirs: list[Path], job: str) -> None:
 
 
 def submitted_as(run_dir: Path) -> str | None:
-    """The job that a run was submitted as last, as scancel takes it; None where it never was."""
+    """The job that a run was submitted as last, as scancel takes it; None where it never was, or the file names none."""
     try:
-        return (run_dir / SUBMITTED).read_text(encoding="utf-8").strip() or None
+        job = (run_dir / SUBMITTED).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
+    # It stands in commands that are to be pasted, and in somebody else's run it can be any text.
+    return job if JOB_ID.fullmatch(job) else None
 
 
 def unfinished_job(run_dir: Path) -> str | None:
@@ -193,6 +198,22 @@ def _directory(job: QueuedJob) -> Path | None:
         return (own if own.is_dir() else script.parent).resolve()
     runs = runs_of(script)
     return runs[int(task)].resolve() if int(task) < len(runs) else None
+
+
+def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
+    """Whether the script of a job shows that it was submitted for another run than `run_dir`."""
+    script = Path(job.command)
+    task = job.id.partition("_")[2]
+    if script.name == "train.sbatch" and task.isdigit():
+        # The script may have been written anew since, for other runs of the same directory.
+        runs = {run.resolve() for run in runs_of(script)}
+        run = run_dir.resolve()
+        return bool(runs) and run not in runs and not run.is_relative_to(script.parent.resolve().parent)
+    where = _directory(job)
+    try:
+        return where is not None and (where / "config.yaml").is_file() and not where.samefile(run_dir)
+    except OSError:
+        return False
 
 
 def runs_of(script: Path) -> list[Path]:

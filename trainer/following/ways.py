@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,13 +114,19 @@ def way(run_dir: Path, queue: Queue, job: QueuedJob | None) -> Way:
         raise ConfigError(
             f"{run_dir / 'lease'}: cannot be read ({error.strerror}), so nobody knows who runs it"
         ) from error
-    if job is not None and job.pends:
+    if job is not None and job.pends and (queue.by_run.get(run_dir.resolve()) is job or _is_ours(job)):
         return Cancel(job)
-    if job is not None and _is_ours(job):
+    if job is not None and not job.pends and _is_ours(job):
         return Slurm(job)
     if held.owner is not None and held.lives:
+        _refuse_foreign(run_dir, held.owner.pid)
         started_by = launcher(held.owner)
         return Signal(*started_by) if started_by else Signal(held.owner.pid, held.owner.process)
+    if job is not None and job.pends:
+        raise CannotStop(
+            f"{run_dir}: job {job.id} waits in the queue, and its script is none of shardtune's. If it is for this run, take it "
+            f"out of the queue: scancel {job.id}"
+        )
     if job is not None:
         raise CannotStop(
             f"{run_dir}: job {job.id} does not run a script of shardtune's, so nobody knows what follows when it is told to "
@@ -139,6 +146,33 @@ def refuse_unknown(run_dir: Path, queue: Queue, state: str) -> None:
         f"{run_dir}: was submitted as job {job}, and whether that still waits or runs is not known ({why}). Try again when "
         f"squeue answers, or take the job out of the queue: scancel {job}"
     )
+
+
+def _refuse_foreign(run_dir: Path, pid: int) -> None:
+    """Refuse a process that does not work in the run's directory. Errors: CannotStop.
+
+    The claim in a copied run names the process of the other run, and in somebody else's run it can name any process.
+    """
+    if not _works_in(run_dir, pid):
+        raise CannotStop(
+            f"{run_dir}: process {pid} is named as its owner, and has no file of that directory open that this user can see. "
+            f"If it is the run's, end it by: kill -TERM {pid}"
+        )
+
+
+def _works_in(run_dir: Path, pid: int) -> bool:
+    """Whether a process has the directory of a run open, or a file in it."""
+    home = run_dir.resolve()
+    try:
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+    for descriptor in descriptors:
+        with suppress(OSError):  # closed meanwhile
+            # By its path, or as the same directory: a container has other paths.
+            if descriptor.readlink().is_relative_to(home) or descriptor.samefile(home):
+                return True
+    return False
 
 
 def _elsewhere(run_dir: Path, held: Holder, queue: Queue) -> Way:

@@ -363,7 +363,11 @@ def _bytes(value: dict[str, Any]) -> bytes:
 
 def _read(directory: Path, number: int) -> Owner | None:
     try:
-        return Owner(**json.loads(files.read(_claim(directory, number))))
+        owner = Owner(**json.loads(files.read(_claim(directory, number))))
+        # The number stands in a command that is to be pasted: in somebody else's run it can be any text.
+        if type(owner.pid) is not int or not isinstance(owner.beat_s, int | float):
+            raise TypeError("no number")
+        return owner
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):  # torn by a crash of its host: nobody's
