@@ -203,6 +203,18 @@ def test_large_models_are_split_and_indexed(bases, runtime, tmp_path, monkeypatc
     assert [*waits, group.options._timeout.total_seconds()] == [runtime.timeout_s + size, runtime.timeout_s]
 
 
+def test_a_link_in_place_of_an_unfinished_export_is_not_followed(bases, runtime, tmp_path):
+    """A downloaded run can hold one: files of its reader's would be written over, and their modes changed."""
+    base, others = bases("llama"), tmp_path / "others"
+    others.mkdir()
+    (others / "key").touch(mode=0o600)
+    (tmp_path / ".export.writing").symlink_to(others)
+    directory = export(trained(base, FullConfig(), runtime), base, tmp_path / "export", runtime)
+    assert (directory / "config.json").is_file() and not directory.is_symlink()
+    [key] = others.iterdir()
+    assert key.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_tensor_larger_than_a_file_gets_one_of_its_own(tmp_path):
     tensors = [("a", torch.zeros(4)), ("big", torch.zeros(100)), ("b", torch.ones(10)[2:6])]
     write_tensors(iter(tensors), tmp_path, dtype=torch.float32, max_bytes=64)

@@ -72,7 +72,7 @@ def write_export(
             if config.merge and built.tuning.adapter:
                 _check_mergeable(built)
             if runtime.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
+                clear(aside)
                 make_directories(aside)
                 if full := no_room(aside, bytes_needed(built, config, base_path, adapter=adapter)):
                     raise StorageError(f"{full}; {_REMEDY}")
@@ -101,6 +101,16 @@ def write_export(
             error = caught
         _agree(error, aside, destination, runtime)
         return destination
+
+
+def clear(directory: Path) -> None:
+    """Remove what an earlier export left under this name, as far as that goes; of a link nothing but the link.
+
+    A downloaded run can hold a link there, and the export would be written over the files that it leads to.
+    """
+    if directory.is_symlink():
+        directory.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _write_card(aside: Path, config: ExportConfig, card: CardFacts, base_path: str, *, adapter: bool) -> None:
