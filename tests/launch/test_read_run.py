@@ -429,7 +429,21 @@ def test_every_setting_has_a_class_by_its_own_name():
 
 
 def test_verbs_read_a_run_by_the_one_door():
-    """Who reads a frozen configuration without it starts or follows what this user has started."""
-    allowed = {"compose", "evaluate", "frozen", "lowered", "node", "read_run", "status_saw", "train"}
+    """Who reads a frozen configuration without it starts or follows what this user has started, or compares texts with it.
+
+    `begun` takes one of the budgets that were typed now. `evaluate_words` asks whether a value that counts as a secret is the run's.
+    """
+    allowed = {
+        "begun",
+        "compose",
+        "evaluate",
+        "evaluate_words",
+        "frozen",
+        "lowered",
+        "node",
+        "read_run",
+        "status_saw",
+        "train",
+    }
     there = {file.stem for file in (ROOT / "launch").glob("*.py") if "load_frozen(" in file.read_text(encoding="utf-8")}
     assert there <= allowed, f"read a run by launch.read_run.read_run: {there - allowed}"
