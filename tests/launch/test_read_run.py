@@ -431,7 +431,8 @@ def test_every_setting_has_a_class_by_its_own_name():
 def test_verbs_read_a_run_by_the_one_door():
     """Who reads a frozen configuration without it starts or follows what this user has started, or compares texts with it.
 
-    `begun` takes one of the budgets that were typed now. `evaluate_words` asks whether a value that counts as a secret is the run's.
+    `begun` takes one of the budgets that were typed now. `evaluate_words` asks whether a value that counts as a secret now is
+    the run's own.
     """
     allowed = {
         "begun",
