@@ -133,12 +133,12 @@ def stuck(runs, name, function, **extra):
 
 def test_a_process_stuck_in_native_code_before_training_ends_when_it_is_asked_to(runs):
     """Nothing is saved before training: who asks does not wait for a library that loads, or never comes back."""
-    alone_mark, alone_fault = stuck(runs, "alone", "load_tokenizer")
-    alone = runs.start("alone", paced=False, **alone_fault)
-    locked_mark, locked_fault = stuck(runs, "locked", "load_tokenizer", STUCK_ALONE="1")
-    locked = runs.start("locked", paced=False, **locked_fault)
-    pair_mark, pair_fault = stuck(runs, "pair", "build_engine")
-    pair = runs.start("pair", "strategy=ddp", "launcher.processes=2", paced=False, ranks=True, **pair_fault)
+    alone_mark, alone_fault = stuck(runs, "stuck-alone", "load_tokenizer")
+    alone = runs.start("stuck-alone", paced=False, **alone_fault)
+    locked_mark, locked_fault = stuck(runs, "stuck-locked", "load_tokenizer", STUCK_ALONE="1")
+    locked = runs.start("stuck-locked", paced=False, **locked_fault)
+    pair_mark, pair_fault = stuck(runs, "stuck-pair", "build_engine")
+    pair = runs.start("stuck-pair", "strategy=ddp", "launcher.processes=2", paced=False, ranks=True, **pair_fault)
     wait(alone_mark.exists, "one process stands still", alone)
     wait(locked_mark.exists, "one process stands still and lets no thread run", locked)
     for process in (alone, locked):
@@ -146,13 +146,13 @@ def test_a_process_stuck_in_native_code_before_training_ends_when_it_is_asked_to
     wait(lambda: pair_mark.exists() and len(pair_mark.read_text().split()) == 2, "both ranks stand still", pair)
     forked_rank_of(pair.pid, 1).send_signal(signal.SIGUSR2)  # one rank: its end is that of the other, too
     assert (runs.end(alone), runs.end(pair)) == (75, 75)
-    assert (runs.status("alone")["state"], runs.status("pair")["state"]) == ("preempted", "preempted")
-    assert runs.status("pair")["reason"] == "SIGUSR2 during: building the model"
-    assert "stopped during data preparation, nothing lost" in runs.said("alone")
-    assert "stopped before training began, nothing lost" in runs.said("pair")
+    assert (runs.status("stuck-alone")["state"], runs.status("stuck-pair")["state"]) == ("preempted", "preempted")
+    assert runs.status("stuck-pair")["reason"] == "SIGUSR2 during: building the model"
+    assert "stopped during data preparation, nothing lost" in runs.said("stuck-alone")
+    assert "stopped before training began, nothing lost" in runs.said("stuck-pair")
     assert runs.end(locked) == -signal.SIGKILL
     # The lease was given back: on another host, too, the same words begin at once.
-    assert [path.name for path in (runs.root / "alone" / "lease").glob("*.over")] == ["000001.over"]
+    assert [path.name for path in (runs.root / "stuck-alone" / "lease").glob("*.over")] == ["000001.over"]
 
 
 def until_decided(store):
