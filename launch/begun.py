@@ -28,19 +28,20 @@ def begun_with(words: list[str], run_dir: str | None) -> RunConfig | None:
 
 def keep_budget(config: RunConfig, begun: RunConfig) -> None:
     """Take the one budget that a run began with if its words name several: an earlier version took that one alone."""
-    asked = _budgets(config)
-    kept = _budgets(begun)
-    if len(asked) < 2 or len(kept) != 1 or not kept.items() <= asked.items():
+    typed = _budgets(config)
+    begun_with_one = _budgets(begun)
+    if len(typed) < 2 or len(begun_with_one) != 1 or not begun_with_one.items() <= typed.items():
         return
     config.budget = begun.budget
     if seems_a_worker(os.environ):  # the other ranks would say the same
         return
-    words = " ".join(f"budget.{name}={value:g}" for name, value in kept.items())
-    others = " ".join(f"budget.{name}={value:g}" for name, value in asked.items() if name not in kept)
+    words = " ".join(f"budget.{name}={value:g}" for name, value in begun_with_one.items())
+    others = " ".join(f"budget.{name}={value:g}" for name, value in typed.items() if name not in begun_with_one)
     print(
         f"{config.run.dir}: keeps {words}, with which it began; {others} had no effect, leave it out", file=sys.stderr
     )
 
 
 def _budgets(config: RunConfig) -> dict[str, float]:
+    """The budgets that are set, by name."""
     return {name: value for name, value in asdict(config.budget).items() if value is not None}

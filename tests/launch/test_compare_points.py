@@ -293,7 +293,8 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
     asked_for = (tmp_path / "asked").read_text().splitlines()[2:]
     assert asked_for == [str(tmp_path / "new/zero2/train.sbatch")]
     # All wait: fsdp2 by the array whose script it has, zero2 by its own job.
-    (tmp_path / "queue").write_text("\x1f".join(row) + "\n" + "\x1f".join(["8", "8", "RUNNING", *row[3:]]) + "\n")
+    own_job = ["8", "8", "RUNNING", *row[3:-1], submitted.replace("ddp", "zero2")]
+    (tmp_path / "queue").write_text("\x1f".join(row) + "\n" + "\x1f".join(own_job) + "\n")
     frozen._queue.cache_clear()
     assert main(["compare", *asked, new]) == 0
     assert "zero2: job 8 RUNNING; not submitted again" in capsys.readouterr().err
