@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from launch import hints, overrides
 from launch.begun import begun_with, keep_budget
 from launch.choices import CONF_DIR, OWN_DIRECTORIES, register_schemas, settings_of, variants
-from launch.frozen import Composed, default_run_dir, freeze, is_finished, load_frozen
+from launch.frozen import Composed, default_run_dir, is_finished, load_frozen
 from launch.node import idle_gpus
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 TABLES = {"data.sources": SourceConfig, "optim.groups": GroupRule, "evaluation.tasks": TaskConfig}
 """Tables of settings: what stands behind a name that the user chooses."""
 
-__all__ = ["Composed", "compose", "default_run_dir", "freeze", "is_finished", "load_frozen"]
+__all__ = ["Composed", "compose", "default_run_dir", "is_finished", "load_frozen"]
 
 
 def compose(argv: list[str], *, check: bool = True) -> Composed:

@@ -170,7 +170,8 @@ def run_of(words: list[str], job: JobStart) -> FrozenRun:
     frozen = os.environ.get("SHARDTUNE_CONFIG")
     if frozen and not words:
         return FrozenRun.frozen(Path(frozen).parent)
-    from launch.compose import compose, freeze
+    from launch.compose import compose
+    from launch.freezing import freeze
     from trainer.config.run import SlurmConfig
 
     problems = []

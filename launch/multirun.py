@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from strategies.errors import ConfigError, ShardtuneError
-from trainer.config.resuming import flat, plain
 
 if TYPE_CHECKING:
     from launch.frozen import Composed
@@ -62,46 +61,10 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
         chosen = axes.chosen(point)
         name_in_trackers(one.config.logging, base, label(chosen), [f"{key}={value}" for key, value in chosen.items()])
     if composed[0].config.launcher.name.value == "slurm":
+        from launch.submission import submit_array
+
         return submit_array(composed, run_dirs)
     return _one_by_one(composed, run_dirs, labels, launch)
-
-
-def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
-    """Freeze the runs and submit those that are not finished, nor in the queue; returns 0.
-
-    One job array for all that ask for the same.
-    """
-    from launch.array_size import refuse_large_array
-    from launch.compose import freeze, is_finished
-    from launch.frozen import queued_as_asked
-    from launch.submission import submit
-
-    left = []
-    if not getattr(composed[0].config.launcher, "pipeline", []):
-        everything = by_request(list(zip(composed, run_dirs, strict=True)))
-        refuse_large_array(max(len(alike) for alike in everything))
-    for one, run_dir in zip(composed, run_dirs, strict=True):
-        if (job := queued_as_asked(one, run_dir)) is not None:
-            print(f"{run_dir}: {job.says}; not submitted again")
-            continue
-        finished = is_finished(run_dir)
-        freeze(one, run_dir)
-        if finished:
-            print(f"{run_dir}: already finished with this configuration; nothing to do")
-        else:
-            left.append((one, run_dir))
-    for alike in by_request(left):
-        submit(alike[0][0].config, [run_dir for _, run_dir in alike], print_only=False)
-    return 0
-
-
-def by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Composed, Path]]]:
-    """The runs, those together that ask for the same job: all tasks of an array are alike."""
-    groups: dict[str, list[tuple[Composed, Path]]] = {}
-    for one, run_dir in runs:
-        asked = {key: value for key, value in flat(plain(one.config)).items() if key.startswith("launcher.")}
-        groups.setdefault(json.dumps([asked, one.config.run.timeout_s], sort_keys=True), []).append((one, run_dir))
-    return list(groups.values())
 
 
 def _one_by_one(composed: list[Composed], run_dirs: list[Path], labels: list[str], launch: Launch) -> int:

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies import durable
-from strategies.errors import ShardtuneError, StorageError
+from strategies.errors import StorageError
 from trainer.config.run import RunConfig
 from trainer.records.lease import other_owner
 from trainer.records.status import STARTED_AGAIN, State, clear_failure, read_failure, read_status, write_status
 
 if TYPE_CHECKING:
-    from launch.frozen import Composed
-    from launch.progress import RunsProgress
     from launch.torchrun import Aside, What
 
 
@@ -72,24 +70,6 @@ def supervised(
             print(f"{run_dir}: started again ({cause}; {left[cause]} more times){changed}", file=sys.stderr, flush=True)
     finally:
         os.environ.pop(STARTED_AGAIN, None)
-
-
-def run_aside(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
-    """Run what is frozen in `run_dir`, one of several, with its output in a file and `progress` told of it; the exit code."""
-    from launch.torchrun import Aside
-
-    output = run_dir / "logs" / "output.log"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    progress.begin(name, run_dir, composed.config.budget.steps)
-    # The reason of a failure is shown with the others; what led to it stays beside the run.
-    with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
-        try:
-            code = supervised(composed.config, run_dir, composed.sha256, Aside(output, progress.look))
-        except ShardtuneError as error:
-            print(f"shardtune {verb}: {error}", file=sys.stderr)
-            code = error.exit_code
-    progress.end(code, output)
-    return code
 
 
 def begin(run_dir: Path) -> RunBefore:

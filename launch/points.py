@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from launch.array_size import refuse_large_arrays
 from launch.axes import Axes, label, left_out, name_in_trackers, read_axes, split
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, NotOurs
 from trainer.comparison.asked import CompareConfig, ComparisonRow, write_rows
 
 if TYPE_CHECKING:
@@ -205,12 +205,11 @@ def run_points(plan: PointsPlan, to: Path, pages: Meanwhile | None = None) -> in
 
     Where every run failed: the first one's code. Raises ConfigError where a directory holds another run, StorageError.
     """
-    from launch.compose import freeze, is_finished
-    from launch.frozen import queued_as_asked
-    from launch.multirun import submit_array
+    from launch.freezing import freeze, queued_as_asked
+    from launch.frozen import is_finished
     from launch.progress import RunsProgress
+    from launch.submission import submit_array
     from trainer.config.run import LauncherName
-    from trainer.records.lease import NotOurs
     from trainer.stopping.signals import release
 
     runs = list(plan.runs(to))
@@ -238,7 +237,7 @@ def run_points(plan: PointsPlan, to: Path, pages: Meanwhile | None = None) -> in
 
 
 def _one_by_one(runs: list[tuple[RequestedPoint, Path]], progress: RunsProgress) -> int:
-    from launch.outcome import run_aside
+    from launch.progress import run_aside
 
     codes: dict[str, int] = {}
     try:

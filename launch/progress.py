@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -11,12 +12,13 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from launch.streams import draw
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, ShardtuneError
 from trainer.following.rows import newest
 from trainer.records.metric_rows import METRICS
 
 if TYPE_CHECKING:
     from launch.compare_follow import Meanwhile
+    from launch.frozen import Composed
 
 LOOK_S = 1.0
 """Seconds between two looks at a run's files."""
@@ -127,3 +129,22 @@ def _last_step(run_dir: Path) -> int:
     """The last step in `metrics.jsonl`; 0 before there is one."""
     rows = newest(run_dir / METRICS)
     return int(rows[-1]["step"]) if rows else 0
+
+
+def run_aside(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
+    """Run what is frozen in `run_dir`, one of several, with its output in a file and `progress` told of it; the exit code."""
+    from launch.outcome import supervised
+    from launch.torchrun import Aside
+
+    output = run_dir / "logs" / "output.log"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    progress.begin(name, run_dir, composed.config.budget.steps)
+    # The reason of a failure is shown with the others; what led to it stays beside the run.
+    with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        try:
+            code = supervised(composed.config, run_dir, composed.sha256, Aside(output, progress.look))
+        except ShardtuneError as error:
+            print(f"shardtune {verb}: {error}", file=sys.stderr)
+            code = error.exit_code
+    progress.end(code, output)
+    return code

@@ -16,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.progress import RunsProgress
+from launch.progress import RunsProgress, run_aside
 from launch.sweeper import Prune, Search, listing
-from strategies.errors import ConfigError, ShardtuneError, StorageError
-from trainer.records.lease import InUse, Lease, NotOurs
+from strategies.errors import ConfigError, NotOurs, ShardtuneError, StorageError
+from trainer.records.lease import InUse, Lease
 from trainer.records.results import rows
 from trainer.stopping.signals import pending
 
@@ -75,8 +75,8 @@ class SearchProgress(RunsProgress):
 
 def start(name: str, composed: Composed, run_dir: Path, progress: RunsProgress) -> int:
     """Run a trial in processes of its own to the end; the exit code. Raises ConfigError where the directory is another's."""
-    from launch.compose import freeze, is_finished
-    from launch.outcome import run_aside
+    from launch.freezing import freeze
+    from launch.frozen import is_finished
 
     freeze(composed, run_dir)
     if is_finished(run_dir):  # its command was killed before it could tell

@@ -6,6 +6,7 @@ Every refusal of `sbatch` is passed on; what can never start is refused before (
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -13,16 +14,20 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch import advice, container, pipeline, snapshot
 from launch.sbatch_environment import refuse_gpus_of_environment, sbatch_environment, sort_variables
 from launch.slurm import head, job_name, render
 from strategies.errors import ConfigError, StorageError
-from trainer.config.resuming import plain
+from trainer.config.resuming import flat, plain
 from trainer.config.run import Code, RunConfig, SlurmConfig
 from trainer.following.queue import note_submitted
 from trainer.records.code import ROOT, revision
 from trainer.records.status import write_text_atomic
+
+if TYPE_CHECKING:
+    from launch.frozen import Composed
 
 JOB_ID = re.compile(r"\d+(;.*)?")
 """What `sbatch --parsable` prints of a job."""
@@ -172,3 +177,40 @@ def job_id(answer: str, script: Path) -> str:
             f"sbatch took {script}, but no job id is in what it printed: {words}; the job may be in the queue: squeue --me"
         )
     return ids[0].partition(";")[0]  # "id" or "id;cluster"
+
+
+def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
+    """Freeze the runs and submit those that are not finished, nor in the queue; returns 0.
+
+    One job array for all that ask for the same.
+    """
+    from launch.array_size import refuse_large_array
+    from launch.freezing import freeze, queued_as_asked
+    from launch.frozen import is_finished
+
+    left = []
+    if not getattr(composed[0].config.launcher, "pipeline", []):
+        everything = by_request(list(zip(composed, run_dirs, strict=True)))
+        refuse_large_array(max(len(alike) for alike in everything))
+    for one, run_dir in zip(composed, run_dirs, strict=True):
+        if (job := queued_as_asked(one, run_dir)) is not None:
+            print(f"{run_dir}: {job.says}; not submitted again")
+            continue
+        finished = is_finished(run_dir)
+        freeze(one, run_dir)
+        if finished:
+            print(f"{run_dir}: already finished with this configuration; nothing to do")
+        else:
+            left.append((one, run_dir))
+    for alike in by_request(left):
+        submit(alike[0][0].config, [run_dir for _, run_dir in alike], print_only=False)
+    return 0
+
+
+def by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Composed, Path]]]:
+    """The runs, those together that ask for the same job: all tasks of an array are alike."""
+    groups: dict[str, list[tuple[Composed, Path]]] = {}
+    for one, run_dir in runs:
+        asked = {key: value for key, value in flat(plain(one.config)).items() if key.startswith("launcher.")}
+        groups.setdefault(json.dumps([asked, one.config.run.timeout_s], sort_keys=True), []).append((one, run_dir))
+    return list(groups.values())

@@ -34,7 +34,8 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0
     from launch import looking
-    from launch.compose import compose, default_run_dir, freeze, is_finished
+    from launch.compose import compose, default_run_dir, is_finished
+    from launch.freezing import freeze
     from launch.submission import Submitted, submit
     from strategies.errors import ConfigError
 

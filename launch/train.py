@@ -136,7 +136,8 @@ def run_dir_of(composed: Composed) -> Path:
 
 def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     """Freeze and run (or submit) to the end; returns the exit code. `isolate` never trains in this process."""
-    from launch.compose import freeze, is_finished
+    from launch.compose import is_finished
+    from launch.freezing import freeze
     from trainer.config.run import LauncherName
 
     finished = is_finished(run_dir)  # asked first, but told only once the directory is known to be this run's
@@ -167,7 +168,8 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
 def worker(words: list[str]) -> int:
     """Be one rank. Returns 0 also when preempted: another code would make torchrun or srun end the other ranks."""
     hold()
-    from launch.compose import compose, freeze, is_finished, load_frozen
+    from launch.compose import compose, is_finished, load_frozen
+    from launch.freezing import freeze
     from launch.frozen import identity, keep_earlier_defaults
     from launch.slurm_env import export
     from strategies.parent import die_with_parent
@@ -222,8 +224,7 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     from launch import own_page
     from launch.outcome import begin, found, outcome
-    from strategies.errors import Preempted
-    from trainer.records.lease import NotOurs
+    from strategies.errors import NotOurs, Preempted
 
     code, before = 0, begin(run_dir)
     print("starting 1 process", file=sys.stderr, flush=True)  # before the libraries are loaded, which takes seconds
@@ -246,8 +247,7 @@ def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> N
     """Train, and leave the error of the first failing rank in the run directory."""
     from launch.frozen import freeze_choices
     from launch.trusted import remember_config
-    from strategies.errors import Preempted
-    from trainer.records.lease import NotOurs
+    from strategies.errors import NotOurs, Preempted
     from trainer.records.status import record_failure
     from trainer.run import run_worker
 

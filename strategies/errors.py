@@ -83,6 +83,10 @@ class StorageError(ShardtuneError):
     exit_code = 74
 
 
+class NotOurs(ShardtuneError):
+    """The run directory belongs to another attempt: nothing may be written there, no status and no failure either."""
+
+
 class Preempted(ShardtuneError):
     """The run was asked to stop, has saved its state and can be resumed."""
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from launch.compose import compose
-from launch.frozen import differences, freeze, keep_earlier_defaults, load_frozen
+from launch.freezing import freeze
+from launch.frozen import differences, keep_earlier_defaults, load_frozen
 from strategies.errors import DataError
 from tests.faults.runs import Runs
 from tests.helpers import tokenizers as make

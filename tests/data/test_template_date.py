@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from launch.compose import compose, recompose
-from launch.frozen import freeze, load_frozen
+from launch.freezing import freeze
+from launch.frozen import load_frozen
 from strategies.errors import ConfigError, Preempted
 from strategies.meeting import Meeting
 from tests.faults.runs import Runs

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.compose import compose
-from launch.frozen import freeze
+from launch.freezing import freeze
 from tests.faults.runs import Runs, environment
 from tests.helpers.launching import ROOT, free_port
 from tests.helpers.speed import seconds

@@ -2,7 +2,8 @@
 
 import pytest
 
-from launch.compose import compose, freeze
+from launch.compose import compose
+from launch.freezing import freeze
 from launch.frozen import load_frozen
 from launch.lowered import lower_micro
 from launch.plan import composed as planned

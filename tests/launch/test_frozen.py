@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from launch.compose import compose, default_run_dir, freeze, load_frozen
+from launch.compose import compose, default_run_dir, load_frozen
+from launch.freezing import freeze
 from launch.frozen import NOT_IDENTIFYING, freeze_choices, identity, keep_earlier_defaults
 from strategies.errors import ConfigError, StorageError
 from trainer.evaluation.base import TaskConfig

@@ -7,7 +7,8 @@ import pytest
 
 from launch.axes import read_axes
 from launch.choices import OWN_DIRECTORIES, groups, settings_of
-from launch.compose import Composed, compose, freeze
+from launch.compose import Composed, compose
+from launch.freezing import freeze
 from launch.overrides import setting_of, settings
 from launch.own_files import take_directories
 from launch.removed import REMOVED

@@ -6,7 +6,8 @@ import pickle
 import pytest
 
 from launch import main as command
-from launch.compose import compose, freeze
+from launch.compose import compose
+from launch.freezing import freeze
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from trainer.forecast import sweep

@@ -45,8 +45,7 @@ from trainer.objectives.registry import build_objective, family_of, reading_of
 from trainer.objectives.routed import routed
 from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
-from trainer.planning.activations import Workload, plan_checkpointing
-from trainer.planning.receipt import expect_memory
+from trainer.planning.activations import Workload, expect_memory, plan_checkpointing
 from trainer.planning.reduction import plan_reduction
 from trainer.step import Built, TrainStep
 from trainer.tuning import lstm

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.errors import ConfigError, Preempted, ShardtuneError, StorageError, is_panic, tokenizer_panic
+from strategies.errors import ConfigError, NotOurs, Preempted, ShardtuneError, StorageError, is_panic, tokenizer_panic
 from strategies.flight import Exchange
 from strategies.heartbeat import LOST_PEER, WAITED, Behind, CutOff, Heartbeats, Silent
 from strategies.meeting import Meeting
 from strategies.redaction import redacted
 from strategies.runtime import Runtime, broadcast_object
-from trainer.records.lease import Lease, LeaseLost, NotOurs
+from trainer.records.lease import Lease, LeaseLost
 from trainer.records.status import FROZEN, State, clear_failure, read_failure, read_status, record_failure, write_status
 from trainer.stopping.signals import StopRequest
 

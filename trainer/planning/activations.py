@@ -154,3 +154,17 @@ def device_gib(runtime: processes.Runtime) -> float:
         return torch.cuda.get_device_properties(runtime.device).total_memory / 2**30
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(total, processes.cgroup_memory() or total) / runtime.local_world_size / 2**30
+
+
+def expect_memory(
+    built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+) -> None:
+    """Note in `built` what memory a rank is expected to take. Needs the model before it is sharded; no collective."""
+    activations = built.activations
+    if activations is None:
+        world, replicate = runtime.world_size, replicas(strategy, runtime.world_size, runtime.hosts)
+        load = by_rule(built, work)
+        activations = estimate(
+            built.step_module, strategy, precision, world_size=world, replicate=replicate, load=load
+        ).activations
+    built.expected = model_state(built, strategy, precision, runtime), activations

@@ -10,12 +10,8 @@ from typing import Any
 
 import torch
 
-from strategies.base import Precision, StrategyConfig
-from strategies.memory import estimate
-from strategies.mesh import replicas
-from strategies.runtime import Runtime, peak_memory_gib
+from strategies.runtime import peak_memory_gib
 from trainer.checkpoints.beside import SavedCheckpoint
-from trainer.planning.activations import Workload, by_rule, model_state
 from trainer.planning.hardware import GIB
 from trainer.planning.speed import PRODUCTS
 from trainer.records.metrics import Meter
@@ -34,20 +30,6 @@ ON_CPU = "resident set of the process, libraries included, since it began"
 def checkpoint_bytes(trained: int, optimizer: str) -> int:
     """Of a checkpoint: of what trains, its weights in fp32 and the optimizer's state."""
     return trained * (4 + STATE_BYTES[optimizer])
-
-
-def expect_memory(
-    built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: Runtime
-) -> None:
-    """Note in `built` what memory a rank is expected to take. Needs the model before it is sharded; no collective."""
-    activations = built.activations
-    if activations is None:
-        world, replicate = runtime.world_size, replicas(strategy, runtime.world_size, runtime.hosts)
-        load = by_rule(built, work)
-        activations = estimate(
-            built.step_module, strategy, precision, world_size=world, replicate=replicate, load=load
-        ).activations
-    built.expected = model_state(built, strategy, precision, runtime), activations
 
 
 def predicted(built: Built, facts: Mapping[str, Any], optimizer: str, device_gib: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import durable
-from strategies.errors import ConfigError, Preempted, ShardtuneError, StorageError
+from strategies.errors import ConfigError, NotOurs, Preempted, StorageError
 from trainer.records import files
 
 CLAIM = re.compile(r"(\d{6})\.json")
@@ -36,10 +36,6 @@ REMOVAL_S = 2.0
 """Seconds after which a directory is looked at again that seems to be in removal: claims in it would only hinder `rm`."""
 SILENT = "SHARDTUNE_SILENT"
 """Environment variable with the last sign of life of an owner that was watched in vain: ranks need not watch it again."""
-
-
-class NotOurs(ShardtuneError):
-    """The run directory belongs to another attempt: nothing may be written there, no status and no failure either."""
 
 
 class InUse(NotOurs, ConfigError):

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from strategies.errors import Diverged, Preempted
+from strategies.errors import Diverged, NotOurs, Preempted
 from trainer.records.config import Alert, LoggingConfig
-from trainer.records.lease import NotOurs
 from trainer.records.status import State
 
 
