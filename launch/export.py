@@ -375,7 +375,6 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
     from strategies.base import Precision
     from trainer.assembly.build import build_engine
     from trainer.checkpoints.seal import fingerprint
-    from trainer.export.card import CardFacts
     from trainer.export.write import write_export
     from trainer.lifecycle.run_data import data_of_run, data_record
     from trainer.model.loading import load_tokenizer, weights_directory
@@ -402,12 +401,17 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
     if not asked.averaged:
         asked.checkpoint = still_there(asked, config)
     progress = export_average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)
-    outcome = record.get("outcome") or {}
-    as_measured = not asked.averaged and not asked.accepted  # of a mean, or on another base, nothing was measured
-    same = (outcome.get("progress") or {}).get("step") == progress.step and as_measured
-    known = gather(asked.run_dir, record, read_answers(config.export.answers)[0])
-    known.step, known.tokens = progress.step, progress.tokens
-    known.artefact = fingerprint(asked.checkpoint) if as_measured else None
+    # The run measured nothing of a mean of checkpoints, nor of a checkpoint on a base that has changed since.
+    as_trained = not asked.averaged and not asked.accepted
+    facts = gather(asked.run_dir, {**record, "label_names": data.label_names}, read_answers(config.export.answers)[0])
+    facts.step = progress.step
+    facts.tokens = progress.tokens
+    facts.as_trained = as_trained
+    facts.artefact = fingerprint(asked.checkpoint) if as_trained else None
+    facts.averaged_checkpoints = [path.name for path in asked.averaged]
+    facts.accepted = [*asked.accepted, *accepted_rows]
+    facts.gates = {} if asked.gates is None else asked.gates.record()
+    facts.benchmarks = asked.benchmarks
     write_export(
         engine,
         built,
@@ -415,23 +419,7 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
         base_path=str(weights_directory(config.model)),
         destination=asked.to,
         config=config.export,
-        card=CardFacts(
-            known=known,
-            config_yaml=(asked.run_dir / "config.yaml").read_text(encoding="utf-8"),
-            facts={
-                **record,
-                "label_names": data.label_names,
-                "accepted": [*record.get("accepted", ()), *asked.accepted, *accepted_rows],
-                "averaged_checkpoints": [p.name for p in asked.averaged] or None,
-            },
-            # Only those of this very checkpoint.
-            before=outcome.get("before") or {} if same else {},
-            after=outcome.get("after") or {} if same else {},
-            tokens_trained=progress.tokens,
-            steps=progress.step,
-            gates={} if asked.gates is None else asked.gates.record(),
-            benchmarks=asked.benchmarks,
-        ),
+        facts=facts,
         runtime=runtime,
     )
     return data

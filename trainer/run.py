@@ -30,7 +30,6 @@ from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_asking, build_evaluators
 from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.prepared import Ready, TaskContext, prepare
-from trainer.export.card import CardFacts
 from trainer.export.write import write_export
 from trainer.forecast.exceeded import telling_of_memory
 from trainer.forecast.fitting import must_fit
@@ -50,13 +49,14 @@ from trainer.lifecycle.template_date import date_of_run, keep_date
 from trainer.loop import Trainer
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
+from trainer.papers.known import ModelFacts
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.profile import Profiler
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling.facts import Started, card_facts, run_facts
+from trainer.telling.facts import Started, model_facts, run_facts
 from trainer.telling.live import RunPlace, close_records, introduce, metered, open_records, tell_of_slow, until_it_ends
 from trainer.tuning.start import adapter_hash
 
@@ -136,10 +136,10 @@ def _run(
             outcome = trainer.fit()
         where.phase = "export"
         where.still_ours(runtime)
-        card = card_facts(config, facts, outcome, place.run_dir)
-        exported = export(config, engine, built, tokenizer, card, place)
-        facts["gates"] = card.gates
-        facts["not_exported"] = card.facts.get("not_exported", [])
+        of_model = model_facts(config, facts, outcome, place.run_dir)
+        exported = export(config, engine, built, tokenizer, of_model, place)
+        facts["gates"] = of_model.gates
+        facts["not_exported"] = of_model.run.get("not_exported", [])
     where.still_ours(runtime)
     close_records(facts, outcome, exported, trackers, place)
     staged.remove()
@@ -324,21 +324,21 @@ def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: B
 
 
 def export(
-    config: RunConfig, engine: Engine, built: Built, tokenizer: Any, card: CardFacts, place: RunPlace
+    config: RunConfig, engine: Engine, built: Built, tokenizer: Any, of_model: ModelFacts, place: RunPlace
 ) -> Path | None:
     """Write `export/`, where asked for and no gate says no; its directory. All ranks must call. Errors: those of writing."""
     if not config.export.at_end:
         return None
-    at = (place.run_dir, card.steps, config.checkpoint.fallback_dir)
+    at = (place.run_dir, of_model.step, config.checkpoint.fallback_dir)
     judged = judged_at_end(config.gates, at, config.evaluation.tasks, place.runtime)
-    card.gates = judged.record()
+    of_model.gates = judged.record()
     if judged.refused:
         place.console.say(judged.told(place.run_dir))
         if judged.override is None:
             return None
-    config = replace(config, model=at_commit(config.model, card.facts.get("base_commit")))
-    if changed := changed_base(config, card, place):
-        card.facts["not_exported"] = changed
+    config = replace(config, model=at_commit(config.model, of_model.run.get("base_commit")))
+    if changed := changed_base(config, of_model, place):
+        of_model.run["not_exported"] = changed
         return None
     return write_export(
         engine,
@@ -347,12 +347,12 @@ def export(
         base_path=str(weights_directory(config.model)),
         destination=place.run_dir / "export",
         config=config.export,
-        card=card,
+        facts=of_model,
         runtime=place.runtime,
     )
 
 
-def changed_base(config: RunConfig, card: CardFacts, place: RunPlace) -> list[str]:
+def changed_base(config: RunConfig, of_model: ModelFacts, place: RunPlace) -> list[str]:
     """What has changed of the base since this start looked at it, which is said; mostly nothing. All ranks must call.
 
     An export copies the base or folds into it: with another base it would be a model that nobody trained. The run itself
@@ -360,7 +360,7 @@ def changed_base(config: RunConfig, card: CardFacts, place: RunPlace) -> list[st
     """
 
     def compare() -> list[str]:
-        recorded = files_among(card.facts["identity"][BASE])
+        recorded = files_among(of_model.run["identity"][BASE])
         return changed_files(config, recorded, teacher=False, start=False)
 
     changed = found_on_main(compare, place.runtime)

@@ -187,13 +187,13 @@ def test_a_base_that_changes_while_a_run_trains_is_not_exported(trained, tmp_pat
     for name in ("train.jsonl", "eval.jsonl"):
         shutil.copy(trained / name, tmp_path / name)
     weights = tmp_path / "base" / "model.safetensors"
-    card_facts = run.card_facts
+    model_facts = run.model_facts
 
     def after_the_last_step(*arguments):
         shutil.copy(trained / "other" / "model.safetensors", weights)
-        return card_facts(*arguments)
+        return model_facts(*arguments)
 
-    monkeypatch.setattr(run, "card_facts", after_the_last_step)
+    monkeypatch.setattr(run, "model_facts", after_the_last_step)
     run_dir = train(tmp_path, "run", "export.at_end=true", *tuning)
     said = capsys.readouterr().out
     assert "not exported: the base has changed" in said and CHANGED in said

@@ -12,7 +12,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.checkpoints.seal import fingerprint
 from trainer.export.results import write_results
-from trainer.papers.known import Known
+from trainer.papers.known import ModelFacts
 from trainer.records.results import KeptReport
 
 NAME = "someone/tuned"
@@ -112,13 +112,16 @@ def test_results_are_only_claimed_of_data_that_the_hub_has(tmp_path):
     metrics = {"exact_match": {"value": 0.25, "low": 0.2, "high": 0.3}, "f1": {"value": 0.5}}
     task = {"kind": "exact_match", "path": "hub:org/set", "num_rows": 8, "metrics": metrics}
     report = {"model": {"artefact": "a1"}, "tasks": {"mine": task, "local": {**task, "path": "/data/secret.jsonl"}}}
-    known = Known(run={}, artefact="a1", reports=[KeptReport("evaluation", tmp_path, report)])
-    (written,) = write_results(tmp_path, known, {})
+    facts = ModelFacts(artefact="a1", reports=[KeptReport("evaluation", tmp_path, report)])
+    (written,) = write_results(tmp_path, facts)
     (entry,) = yaml.safe_load(written.read_text())
     assert written.name == "mine.yaml" and entry["dataset"]["id"] == "org/set" and entry["value"] == 0.25
     assert "8 rows, 95 % interval 0.2 to 0.3" in entry["notes"]
-    known.artefact = "another"
-    assert write_results(tmp_path, known, {"local": "org/set"}) == []
+    facts.benchmarks = {"local": "org/other/part"}
+    entries = [yaml.safe_load(file.read_text())[0]["dataset"] for file in write_results(tmp_path, facts)]
+    assert entries == [{"id": "org/set", "task_id": "default"}, {"id": "org/other", "task_id": "part"}]
+    facts.artefact = "another"
+    assert write_results(tmp_path, facts) == []
 
 
 def test_the_checkpoint_of_the_report_is_the_one_exported(run):

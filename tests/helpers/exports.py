@@ -6,7 +6,6 @@ from strategies.base import Precision, SingleConfig
 from strategies.build import build_strategy
 from trainer.assembly.build import build_step
 from trainer.data.config import Layout
-from trainer.export.card import CardFacts
 from trainer.export.config import ExportConfig
 from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
@@ -16,6 +15,7 @@ from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.sft import SftConfig
 from trainer.optim.build import build_optimizer
 from trainer.optim.config import AdamwConfig
+from trainer.papers.known import ModelFacts
 
 LABELS = ["calm", "angry", "glad"]
 EXACT = 1e-5
@@ -86,7 +86,6 @@ def label_batch(seed):
 def export(parts, base, destination, runtime, *, facts=None, **settings):
     """Write what `trained` returned; the directory."""
     engine, built, tokenizer = parts
-    card = CardFacts(facts={"tuning": "x", **(facts or {})})
     return write_export(
         engine,
         built,
@@ -94,7 +93,7 @@ def export(parts, base, destination, runtime, *, facts=None, **settings):
         base_path=str(base),
         destination=destination,
         config=ExportConfig(**settings),
-        card=card,
+        facts=ModelFacts(run={"tuning": "x", **(facts or {})}),
         runtime=runtime,
     )
 

@@ -33,12 +33,12 @@ from tests.models.own import ONE_AT_A_TIME
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import TokenDataset
-from trainer.export.card import CardFacts
 from trainer.export.config import ExportConfig
 from trainer.export.verify import DriftError
 from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
+from trainer.papers.known import ModelFacts
 
 GAP = 1e-4
 """Least relative distance between what a router chooses and what it passes over: twice the rounding of its scores by far."""
@@ -143,7 +143,7 @@ class Job:
                     base_path=str(directory),
                     destination=directory / f"export-{tuning}",
                     config=ExportConfig(verify=True),
-                    card=CardFacts(facts={"tuning": tuning}),
+                    facts=ModelFacts(run={"tuning": tuning}),
                     runtime=alone(self.runtime),
                 )
             except DriftError as error:

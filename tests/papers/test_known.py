@@ -6,10 +6,10 @@ import pytest
 
 from strategies.errors import ConfigError
 from trainer.papers.compute import compute
-from trainer.papers.known import Known
-from trainer.papers.licences import told
+from trainer.papers.known import ModelFacts
+from trainer.papers.licences import licence_conflicts
 from trainer.papers.questions import QUESTIONS, Paper, paper_problems, read_answers
-from trainer.papers.write import paper
+from trainer.papers.write import render
 from trainer.records.results import EVALUATION, KeptReport
 
 RUN = {
@@ -44,7 +44,7 @@ RUN = {
     ],
 )
 def test_conflicts_are_those_of_the_stated_licences(base, data, own, said):
-    lines = told(base, [{"name": "notes", "licence": data}], own)
+    lines = licence_conflicts(base, [{"name": "notes", "licence": data}], own)
     assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
 
 
@@ -88,7 +88,7 @@ def test_they_are_told_when_a_run_is_composed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["measured", *Paper])
 def test_a_paper_of_a_run_that_recorded_nothing_says_so(name):
-    text = paper(name, Known(run={"config_sha256": "c"}))
+    text = render(name, ModelFacts(run={"config_sha256": "c"}))
     assert ("not recorded" in text or name == "training_summary") and "None" not in text and "*Open:*" in text
 
 
@@ -101,15 +101,15 @@ def report(time, loss, base=None, rows="a"):
 
 
 def test_a_newer_report_without_the_base_does_not_hide_what_was_measured_of_it():
-    known = Known(run={}, artefact="weights", reports=[report(2, 10.21), report(1, 10.20, base=10.83)])
-    (row,) = known.measured
+    facts = ModelFacts(artefact="weights", reports=[report(2, 10.21), report(1, 10.20, base=10.83)])
+    (row,) = facts.measured
     assert (row["value"], row["base"], row["change"]["verdict"]) == (10.21, 10.83, "better")
     other_rows = [report(2, 10.21, rows="b"), report(1, 10.20, base=10.83)]
-    (row,) = Known(run={}, artefact="weights", reports=other_rows).measured
+    (row,) = ModelFacts(artefact="weights", reports=other_rows).measured
     assert (row["value"], row["base"]) == (10.21, None)
 
 
 def test_the_size_of_the_data_is_that_of_its_content_and_not_of_what_was_seen():
     run = {"data_report": {"train": {"documents": 8, "tokens": 1052}}}
-    text = paper("training_summary", Known(run=run, tokens=126_240))
+    text = render("training_summary", ModelFacts(run=run, tokens=126_240))
     assert "training data: 1,052 tokens in 8 documents; 126,240 tokens seen in training, each 120 times" in text

@@ -22,16 +22,15 @@ from strategies.durable import make_directories, no_room, publish, reason, sync_
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.parameters import element_counts, trainable_parameters
 from strategies.runtime import Runtime, first_error, patience
-from trainer.export.card import CardFacts, licence_of, render_card
+from trainer.export.card import write_documents
 from trainer.export.config import ExportConfig, ExportType
 from trainer.export.ending import write_endings
-from trainer.export.results import write_results
 from trainer.export.tensors import hub_name, stored_type, write_tensors
 from trainer.export.verify import verify_written
 from trainer.model.architecture import TEXT_ALONE, text_settings
 from trainer.model.base_files import write_record
 from trainer.model.weights import BaseWeights
-from trainer.papers.write import write_papers
+from trainer.papers.known import ModelFacts
 from trainer.records import files
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def write_export(
     base_path: str,
     destination: Path,
     config: ExportConfig,
-    card: CardFacts,
+    facts: ModelFacts,
     runtime: Runtime,
 ) -> Path:
     """Write `destination` and return it; an earlier export there is replaced. All ranks must call.
@@ -78,14 +77,14 @@ def write_export(
                     raise StorageError(f"{full}; {_REMEDY}")
                 if adapter:
                     _write_adapter(built, tensors.trained(), aside, base_path)
-                    write_record(aside, (card.facts.get("identity") or {}).get("base") or {})
+                    write_record(aside, (facts.run.get("identity") or {}).get("base") or {})
                 else:
-                    _write_model(built, tensors.as_stored(), aside, base_path, config, card)
+                    _write_model(built, tensors.as_stored(), aside, base_path, config, facts)
                 tokenizer.save_pretrained(str(aside))
                 if built.two_sides is None and _plain(built).can_generate():
                     write_endings(tokenizer, aside, base_path)
-                _with_added_tokens_note(built, tokenizer, card, adapter)
-                _write_card(aside, config, card, base_path, adapter=adapter)
+                _with_added_tokens_note(built, tokenizer, facts, adapter)
+                write_documents(aside, config.papers, facts, adapter=adapter, base_path=base_path)
         except Exception as caught:  # noqa: BLE001 - safetensors and peft have error types of their own; all ranks are told
             error = caught
         tensors.exhaust()
@@ -111,14 +110,6 @@ def clear(directory: Path) -> None:
     if directory.is_symlink():
         directory.unlink()
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def _write_card(aside: Path, config: ExportConfig, card: CardFacts, base_path: str, *, adapter: bool) -> None:
-    if card.known is not None:
-        card.known.base_licence = card.licence or licence_of(base_path)
-        write_papers(aside, config.papers, card.known)
-        write_results(aside, card.known, card.benchmarks)
-    (aside / "README.md").write_text(render_card(card, adapter=adapter, base_path=base_path), encoding="utf-8")
 
 
 def _agree(error: BaseException | None, aside: Path, destination: Path, runtime: Runtime) -> None:
@@ -280,7 +271,7 @@ def _write_model(
     directory: Path,
     base_path: str,
     config: ExportConfig,
-    card: CardFacts,
+    facts: ModelFacts,
 ) -> None:
     dtype = _dtype(config, base_path)
     write_tensors(tensors, directory, dtype=dtype, max_bytes=int(config.max_shard_gib * 2**30))
@@ -291,7 +282,7 @@ def _write_model(
     settings.dtype = dtype
     if getattr(settings, "quantization_config", None) is not None:  # what is written are the numbers that it stood for
         del settings.quantization_config
-    if labels := card.facts.get("label_names"):
+    if labels := facts.run.get("label_names"):
         settings.id2label = dict(enumerate(labels))
         settings.label2id = {label: number for number, label in enumerate(labels)}
     settings.save_pretrained(str(directory))
@@ -300,9 +291,9 @@ def _write_model(
         shutil.copyfile(generation, directory / generation.name)
 
 
-def _with_added_tokens_note(built: Built, tokenizer: Any, card: CardFacts, adapter: bool) -> None:
+def _with_added_tokens_note(built: Built, tokenizer: Any, facts: ModelFacts, adapter: bool) -> None:
     """Tell the card when loaders of an adapter must first give the base rows for the new vocabulary."""
     grown = bool(built.new_token_ids) and text_settings(built.config).vocab_size == len(
         tokenizer
     )  # spare rows need no resize
-    card.resize_to = len(tokenizer) if adapter and grown else None
+    facts.resize_to = len(tokenizer) if adapter and grown else None

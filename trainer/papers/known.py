@@ -1,39 +1,102 @@
-"""Everything a paper may say of some weights: what their run recorded, what was measured of them, what the owner answered."""
+"""The facts that documents of a model are written from: what its run recorded, what was measured, what the owner answered.
+
+The model card, the papers and the hub's files of evaluation results all read this one model of facts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.papers.compute import Compute, compute
-from trainer.papers.licences import told
+from trainer.papers.licences import licence_conflicts
 from trainer.papers.questions import QUESTIONS
+from trainer.records.findings import RecordedFinding, findings_in
 from trainer.records.results import EVALUATION, REVIEW, KeptReport, kept, read_json
 
 
 @dataclass(kw_only=True, slots=True)
-class Known:
-    """What papers are written from."""
+class ModelFacts:
+    """What is known of the weights that an export is made of."""
 
-    run: dict[str, Any]
-    """`run.json`."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """The run record (`run.json`): base model, tuning, strategy, data report, versions, substitutions and more."""
+    config_yaml: str = ""
+    """The run's frozen configuration, as YAML."""
     audit: dict[str, Any] = field(default_factory=dict)
-    """The audit of the data; empty where it is no longer there."""
+    """The audit of the data; empty if it is no longer where the run made it."""
     answers: dict[str, Any] = field(default_factory=dict)
-    base_licence: str | None = None
-    step: int | None = None
-    tokens: int | None = None
-    artefact: str | None = None
-    """SHA-256 of the weights' checkpoint."""
+    """The owner's answers, by question."""
     reports: list[KeptReport] = field(default_factory=list)
-    """All that were kept of the run, the newest first."""
+    """Every report that was kept of the run, the newest first, also those about other weights."""
+
+    step: int = 0
+    """Of the checkpoint that these weights are."""
+    tokens: int = 0
+    """Tokens that these weights were trained on, all ranks together."""
+    artefact: str | None = None
+    """SHA-256 of the checkpoint's manifest; None if no single checkpoint has these weights."""
+    as_trained: bool = True
+    """Whether these are weights of a checkpoint, on the base they were trained on. A mean of checkpoints is not."""
+    averaged_checkpoints: list[str] = field(default_factory=list)
+    """Names of the checkpoints whose mean these weights are."""
+    accepted: list[str] = field(default_factory=list)
+    """Changes that the export accepted, beside those that the run accepted."""
+    gates: dict[str, Any] = field(default_factory=dict)
+    """What the run's gates decided for these weights (`Judged.record`); empty if the run has none."""
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    """Data set of the hub (`<owner>/<name>[/<task there>]`) of each task that was evaluated on a local copy of it."""
+
+    base_licence: str | None = None
+    """Licence of the base model, which binds the export too; the export reads it from the base's own card."""
+    resize_to: int | None = None
+    """Vocabulary size that an adapter's base must be resized to before loading; set by the export."""
 
     def answer(self, question: str) -> str:
         """The owner's answer, or the question as open."""
-        if (said := self.answers.get(question)) is not None:
-            return str(said).strip()
+        answer = self.answers.get(question)
+        if answer is not None:
+            return str(answer).strip()
         return f"*Open:* {QUESTIONS[question]} (`{question}`)"
+
+    @property
+    def licence(self) -> str | None:
+        """Licence of these weights: the owner's answer, else the base's."""
+        return self.answers.get("licence") or self.base_licence
+
+    @property
+    def before(self) -> dict[str, float]:
+        """Held-out metrics before the first step; empty if training did not end with these weights."""
+        return self._metrics_of_training("before")
+
+    @property
+    def after(self) -> dict[str, float]:
+        """Held-out metrics of these weights; empty if training did not end with them."""
+        return self._metrics_of_training("after")
+
+    def _metrics_of_training(self, when: str) -> dict[str, float]:
+        outcome = self.run.get("outcome") or {}
+        last_step = (outcome.get("progress") or {}).get("step")
+        if not self.as_trained or last_step != self.step:
+            return {}
+        return outcome.get(when) or {}
+
+    @property
+    def findings(self) -> list[RecordedFinding]:
+        """What the run's detectors found and it has not recovered from."""
+        return findings_in(self.run.get("challenges"))
+
+    @property
+    def data_counts(self) -> dict[str, dict[str, int]]:
+        """Documents, tokens and rows with each problem, by split; of a split that counted nothing there is no entry."""
+        report = self.run.get("data_report")
+        counts = {}
+        for split, recorded in report.items() if isinstance(report, Mapping) else ():
+            if isinstance(recorded, Mapping) and (split_counts := _counts_of(recorded)):
+                counts[split] = split_counts
+        return counts
 
     @property
     def compute(self) -> Compute:
@@ -55,8 +118,8 @@ class Known:
 
     @property
     def conflicts(self) -> list[str]:
-        """What licences stand against."""
-        return told(self.base_licence, self.audit.get("sources") or [], self.answers.get("licence"))
+        """What the stated licences say against giving these weights away, one line each."""
+        return licence_conflicts(self.base_licence, self.audit.get("sources") or [], self.answers.get("licence"))
 
     @property
     def measured(self) -> list[dict[str, Any]]:
@@ -85,6 +148,15 @@ class Known:
         return [r for r in self.reports if r.kind == kind and self.artefact is not None and r.artefact == self.artefact]
 
 
+def _counts_of(recorded: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of a split of the data report, then how many rows had each problem, problems that no row had left out."""
+    counts = {name: recorded[name] for name in ("documents", "tokens", "supervised_tokens") if name in recorded}
+    for name, problem in recorded.items():
+        if isinstance(problem, Mapping) and problem.get("count"):
+            counts[name] = problem["count"]
+    return counts
+
+
 def _rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every metric of one report, with that of the base if the report has it."""
     against = report.get("against") or {}
@@ -109,8 +181,14 @@ def _rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def gather(run_dir: Path, run: dict[str, Any], answers: dict[str, Any]) -> Known:
-    """What is known of a run; the weights and the base's licence are filled in by the export."""
-    directory = run.get("data_directory")
-    audit = read_json(Path(directory) / "audit.json") if directory else {}
-    return Known(run=run, audit=audit, answers=answers, reports=kept(run_dir))
+def gather(run_dir: Path, run: dict[str, Any], answers: dict[str, Any]) -> ModelFacts:
+    """Facts of a run, read from `run_dir` and from the directory of its data; the caller adds which weights they are about."""
+    data_directory = run.get("data_directory")
+    config_file = run_dir / "config.yaml"
+    return ModelFacts(
+        run=run,
+        config_yaml=config_file.read_text(encoding="utf-8") if config_file.exists() else "",
+        audit=read_json(Path(data_directory) / "audit.json") if data_directory else {},
+        answers=answers,
+        reports=kept(run_dir),
+    )

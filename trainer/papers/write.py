@@ -1,21 +1,30 @@
-"""Papers as Markdown: one template each, filled from what is known."""
+"""Documents of a model as Markdown: one template each, filled from the facts of the model."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from trainer.papers.compute import GENERAL_PURPOSE, SYSTEMIC
-from trainer.papers.known import Known
+from trainer.papers.known import ModelFacts
+from trainer.records.short import readable
 
 PAPERS = "papers"
-"""Their directory in an export."""
+"""Directory of the papers in an export."""
 
 
-def paper(name: str, known: Known) -> str:
-    """The text of a paper, or of `measured`, the part of the card."""
+def write_papers(directory: Path, names: list[str], facts: ModelFacts) -> None:
+    """Write the papers by these names into `papers/` of the directory. Errors: OSError."""
+    for name in names:
+        (directory / PAPERS).mkdir(exist_ok=True)
+        (directory / PAPERS / f"{name}.md").write_text(render(name, facts), encoding="utf-8")
+
+
+def render(name: str, facts: ModelFacts, **more: Any) -> str:
+    """The text of the template of that name; `more` are its names beside the facts'. It ends with one newline."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -25,20 +34,20 @@ def paper(name: str, known: Known) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "cell": cell, "last": last_part}
-    recorded = defaultdict(
-        lambda: "not recorded", {key: value for key, value in known.run.items() if value is not None}
+    environment.filters |= {"number": number, "cell": cell, "last": last_part, "readable": readable, "json": json.dumps}
+    recorded = {name: fact for name, fact in facts.run.items() if fact is not None}
+    text = environment.get_template(f"{name}.md.j2").render(
+        facts=facts,
+        run=defaultdict(lambda: "not recorded", recorded),
+        audit=facts.audit,
+        compute=facts.compute,
+        answer=facts.answer,
+        GENERAL_PURPOSE=GENERAL_PURPOSE,
+        SYSTEMIC=SYSTEMIC,
+        **more,
     )
-    facts = {"known": known, "run": recorded, "audit": known.audit, "compute": known.compute, "answer": known.answer}
-    text = environment.get_template(f"{name}.md.j2").render(**facts, GENERAL_PURPOSE=GENERAL_PURPOSE, SYSTEMIC=SYSTEMIC)
+    # A section that has nothing to say leaves its blank lines behind.
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def write_papers(directory: Path, names: list[str], known: Known) -> None:
-    """Write each into `papers/`. Errors: OSError."""
-    for name in names:
-        (directory / PAPERS).mkdir(exist_ok=True)
-        (directory / PAPERS / f"{name}.md").write_text(paper(name, known), encoding="utf-8")
 
 
 def number(value: Any, form: str = ".4g") -> str:

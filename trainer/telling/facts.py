@@ -22,13 +22,12 @@ from trainer.checkpoints.seal import artefact_of
 from trainer.config.run import MATMUL, RunConfig, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
-from trainer.export.card import CardFacts
 from trainer.guards.stragglers import Slow
 from trainer.lifecycle.base_files import base_commit
 from trainer.lifecycle.identity import versions_of
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
-from trainer.papers.known import gather
+from trainer.papers.known import ModelFacts, gather
 from trainer.papers.questions import read_answers
 from trainer.planning.activations import device_gib
 from trainer.planning.receipt import memory_text, predicted
@@ -289,21 +288,19 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, run_dir: Path) -> CardFacts:
-    """What the exported model's card is written from."""
-    now = {**facts, "outcome": outcome_record(outcome), "energy": taken(run_dir)}
-    known = gather(run_dir, now, read_answers(config.export.answers)[0])
-    known.step, known.tokens = outcome.progress.step, outcome.progress.tokens
-    known.artefact = artefact_of(run_dir, known.step, config.checkpoint.fallback_dir)
-    return CardFacts(
-        known=known,
-        config_yaml=(run_dir / "config.yaml").read_text(encoding="utf-8") if (run_dir / "config.yaml").exists() else "",
-        facts={**facts, "challenges": outcome.challenges},
-        before=outcome.before,
-        after=outcome.after,
-        tokens_trained=outcome.progress.tokens,
-        steps=outcome.progress.step,
-    )
+def model_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, run_dir: Path) -> ModelFacts:
+    """What the documents of the exported model are written from."""
+    record = {
+        **facts,
+        "outcome": outcome_record(outcome),
+        "energy": taken(run_dir),
+        "challenges": outcome.challenges,
+    }
+    of_model = gather(run_dir, record, read_answers(config.export.answers)[0])
+    of_model.step = outcome.progress.step
+    of_model.tokens = outcome.progress.tokens
+    of_model.artefact = artefact_of(run_dir, of_model.step, config.checkpoint.fallback_dir)
+    return of_model
 
 
 def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequence[tuple[str, str]]) -> str:

@@ -62,9 +62,18 @@ HUB_LICENCES = re.compile(
     r"odbl|pddl|cdla-.*|gfdl|isc|unlicense|wtfpl|zlib|llama.*|gemma|etalab-2\.0|afl-3\.0|artistic-2\.0|bsl-1\.0|"
     r"eupl-.*|epl-.*|ecl-2\.0|ms-pl|ncsa|osl-3\.0|postgresql|lppl-1\.3c|ofl-1\.1|unknown|other)"
 )
-"""Licence identifiers that the hub knows; any other is given as `other` with its name."""
+"""Licence identifiers that the hub knows."""
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 """The hub's size categories, in documents: the first is below a thousand, each further one goes ten times as far."""
+
+
+def hub_licence(licence: str | None) -> tuple[str | None, str | None]:
+    """(`license`, `license_name`) of a card's metadata: a licence that the hub has no identifier for is `other` by name."""
+    if not licence:
+        return None, None
+    if HUB_LICENCES.fullmatch(licence.lower()):
+        return licence.lower(), None
+    return "other", licence
 
 
 def datacard(audit: Audit, config: CardConfig) -> str:
@@ -76,13 +85,12 @@ def datacard(audit: Audit, config: CardConfig) -> str:
     title = " ".join(visible(config.title or f"Fine-tuning data: {names}").split())
     languages = list(config.languages) or _detected(audit.languages)
     documents = sum(split.documents for split in audit.splits.values())
-    licence = visible(config.licence or "").strip()
-    known = HUB_LICENCES.fullmatch(licence.lower())
+    identifier, name = hub_licence(visible(config.licence or "").strip())
     labelled = any(split.labelled for split in audit.splits.values())
     about = DatasetCardData(
         pretty_name=title,
-        license=(licence.lower() if known else "other") if licence else None,
-        license_name=None if known or not licence else licence,
+        license=identifier,
+        license_name=name,
         language=languages or None,
         size_categories=[SIZES[bisect_right([10**power for power in range(3, 10)], documents)]],
         task_categories=["text-classification" if labelled else "text-generation"],
