@@ -35,7 +35,7 @@ test-fast: $(STAMP)
 
 # All that needs a SLURM of its own (as root on Debian, which it installs) and hosts of their own over ssh.
 test-slurm: $(STAMP)
-	@env -u PYTHONDONTWRITEBYTECODE SHARDTUNE_TEST_ALL=1 $(BIN)/python -m pytest tests/slurm tests/launch/test_ssh.py --durations=15
+	@env -u PYTHONDONTWRITEBYTECODE SHARDTUNE_TEST_ALL=1 $(BIN)/python -m pytest tests/slurm tests/launch/cluster/test_ssh.py --durations=15
 
 # 200 kills -9 at random moments: some 20 minutes. A seed of its own: make faults KILLS='--kills 40 --seed 7 --strategies zero3'.
 faults: $(STAMP)

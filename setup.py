@@ -33,11 +33,11 @@ setup(
     package_data={
         "conf": ["*.yaml", "*/*.yaml", "*/*.md"],
         "trainer.data.report": ["*.j2", "*.css"],
-        "trainer.comparison": ["*.j2"],
+        "launch.compare": ["*.j2"],
         "trainer.evaluation.report": ["*.j2"],
         "trainer.evaluation.tasks": ["*.json"],
-        "trainer.review": ["*.j2"],
-        "trainer.papers": ["*.j2"],
+        "launch.review": ["*.j2"],
+        "trainer.reporting.documents": ["*.j2"],
     },
     # What people copy and submit by hand; `pip show -f shardtune` lists where.
     data_files=[("share/shardtune/slurm", [f"slurm/{name}" for name in SCRIPTS])],

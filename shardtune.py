@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-    from launch.frozen import Composed
+    from launch.config.frozen import Composed
 
 __all__ = ["Run", "RunFailed", "compose", "main", "train"]
 ROOT = Path(__file__).resolve().parent
@@ -63,7 +63,7 @@ class Run:
         import pandas as pd
 
         _ours()
-        from trainer.records.metric_rows import METRICS, read_rows
+        from trainer.reporting.metric_rows import METRICS, read_rows
 
         metrics = read_rows(self.dir / METRICS)
         if metrics.unreadable:
@@ -114,7 +114,7 @@ def compose(*words: str, check: bool = True, **settings: Any) -> Composed:
     it is typed, in a dictionary: `**{"batch.global": 64}`. Raises strategies.errors.ConfigError with everything that is wrong.
     """
     _ours()
-    from launch.compose import compose as composed
+    from launch.config.compose import compose as composed
 
     return composed(_words(words, settings), check=check)
 
@@ -188,9 +188,9 @@ def _words(words: tuple[str, ...], settings: dict[str, Any]) -> list[str]:
     """The words of the command line."""
     found = list(words)
     if settings:
-        from launch.choices import groups
-        from launch.overrides import setting_of
-        from launch.overrides import settings as all_settings
+        from launch.config.choices import groups
+        from launch.config.overrides import setting_of
+        from launch.config.overrides import settings as all_settings
 
         known = all_settings()
         by_name = {key.replace(".", "_").rstrip("_"): key.rstrip("_") for key in known}

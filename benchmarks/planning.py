@@ -22,16 +22,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.compose import compose
-from launch.plan import read_own
+from launch.config.compose import compose
+from launch.plan.command import read_own
 from strategies.base import Precision
-from trainer.forecast.lengths import Lengths
-from trainer.forecast.plan import PlannedRun, Way
-from trainer.forecast.sweep import simulate_ways
-from trainer.planning.form import Form
-from trainer.planning.hardware import fit_of
-from trainer.planning.speed import Load, step_of
-from trainer.planning.theirs import LOGITS, Cut, Theirs, held
+from trainer.planner.cost_model import Form
+from trainer.planner.hardware import fit_of
+from trainer.planner.lengths import Lengths
+from trainer.planner.peer_memory import LOGITS, Cut, Theirs, held
+from trainer.planner.plan import PlannedRun, Way
+from trainer.planner.speed import Load, step_of
+from trainer.planner.sweep import simulate_ways
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results" / "planning.json"

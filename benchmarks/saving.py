@@ -37,7 +37,7 @@ class Turns:
         """In the place of the checkpoints' own methods."""
         import torch
 
-        from trainer.checkpoints.kept import Checkpoints
+        from trainer.checkpoints.manager import Checkpoints
 
         save, succeeded = Checkpoints.save, Checkpoints._succeeded
 

@@ -17,9 +17,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.choices import groups, settings_of, variants  # noqa: E402
-from launch.overrides import describe  # noqa: E402
-from trainer.config.described import all_docstrings, docstrings  # noqa: E402
+from launch.config.choices import groups, settings_of, variants  # noqa: E402
+from launch.config.overrides import describe  # noqa: E402
+from trainer.config.descriptions import all_docstrings, docstrings  # noqa: E402
 from trainer.config.run import RunConfig  # noqa: E402
 from trainer.config.validate import RANGES  # noqa: E402
 from trainer.optim.support import table as optimizer_table  # noqa: E402

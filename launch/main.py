@@ -75,9 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("--shell-completion", "-sc") or verb.startswith("--shell-completion="):
         return completion(words)
     if verb not in VERBS:
-        from launch import misnamed
+        from launch.config import misspelled
 
-        near = [misnamed.VERBS[verb]] if verb in misnamed.VERBS else difflib.get_close_matches(verb, VERBS, n=1)
+        near = [misspelled.VERBS[verb]] if verb in misspelled.VERBS else difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(VERBS)}"
         problem = f"there is no verb {verb}{hint}"
         print(f"shardtune: {problem}", file=sys.stderr)
@@ -94,7 +94,7 @@ def version() -> str:
     """The version, that of the clone where it runs from one, and what runs it."""
     from importlib import metadata
 
-    from trainer.records.code import ROOT, revision
+    from trainer.reporting.code_revision import ROOT, revision
 
     try:
         number = metadata.version("shardtune")
@@ -106,7 +106,7 @@ def version() -> str:
 
 def completion(words: list[str]) -> int:
     """Print the script that completes in a shell; returns the exit code."""
-    from launch.completion import script
+    from launch.config.completion import script
     from strategies.errors import ConfigError
 
     shell = words[0].partition("=")[2] or (words[1] if len(words) > 1 else "")
@@ -130,7 +130,7 @@ def guarded(verb: str, argv: list[str]) -> int:
 
 def _said(verb: str) -> AbstractContextManager[None]:
     """How a verb writes to the terminal."""
-    from launch.answers import lasting
+    from launch.output import lasting
 
     if verb in SAVING:
         return lasting()
@@ -164,7 +164,7 @@ def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
     from strategies.redaction import redacted
 
     try:
-        from launch.own_files import take_directories
+        from launch.config.user_files import take_directories
 
         if verb not in LOOKING:
             streams.refuse_stripped_docstrings()
@@ -203,7 +203,7 @@ def _failed(words: list[str], problems: list[str], code: int) -> int:
 
     The ranks of a job print none: their launcher says how the run ended.
     """
-    from launch.answers import FLAG, give
+    from launch.output import FLAG, give
 
     if FLAG in words and not _is_rank():
         answer = {"error": "\n".join(problems), "problems": problems, "exit_code": code}
@@ -214,7 +214,7 @@ def _failed(words: list[str], problems: list[str], code: int) -> int:
 
 def _is_rank() -> bool:
     """Whether a launcher started this process as a rank. Variables that make no sense, which the verb has refused, start none."""
-    from launch.slurm_env import is_worker
+    from launch.config.process_role import is_worker
     from strategies.errors import ConfigError
 
     try:

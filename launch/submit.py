@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.answers import FLAG, give, said_to_stderr
-from launch.help_text import show_help
+from launch.config.help_text import show_help
+from launch.output import FLAG, give, said_to_stderr
 
 USAGE = """usage: shardtune submit [--print] [--json] [-m] [--cfg] [key=value ...]
 
@@ -33,10 +33,10 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         show_help(USAGE)
         return 0
-    from launch import looking
-    from launch.compose import compose, default_run_dir, is_finished
-    from launch.freezing import freeze
-    from launch.submission import Submitted, submit
+    from launch.cluster.submission import Submitted, submit
+    from launch.config import show_config
+    from launch.config.compose import compose, default_run_dir, is_finished
+    from launch.runs.freeze import freeze
     from strategies.errors import ConfigError
 
     flags, as_json = {"--print", "--dry-run"} & set(argv), FLAG in argv
@@ -51,11 +51,11 @@ def main(argv: list[str]) -> int:
         from launch import train
 
         return train.main([*words, *(["--dry-run"] if flags else [])])
-    words, cfg, _ = looking.take(words)
+    words, cfg, _ = show_config.take(words)
     with said_to_stderr(as_json):
         composed = compose(words, check=not cfg)
         if cfg:
-            looking.show(composed, cfg)
+            show_config.show(composed, cfg)
             return 0
         asked, submitted = composed.config.run.dir, []
         run_dir = Path(asked).expanduser() if asked else default_run_dir(composed.sha256)

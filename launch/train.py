@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import looking
-from launch.answers import FLAG, give, said_to_stderr
-from launch.choices import groups
-from launch.help_text import show_help
-from launch.slurm_env import is_worker, seems_a_worker
+from launch.config import show_config
+from launch.config.choices import groups
+from launch.config.help_text import show_help
+from launch.config.process_role import is_worker, seems_a_worker
+from launch.output import FLAG, give, said_to_stderr
 from trainer.stopping.signals import hold, release
 
 if TYPE_CHECKING:
-    from launch.frozen import Composed
+    from launch.config.frozen import Composed
     from trainer.config.run import RunConfig
 
 FLAGS = ("-h", "--help", "--dry-run", "-m", "--multirun", FLAG)
@@ -30,7 +30,7 @@ FLAGS = ("-h", "--help", "--dry-run", "-m", "--multirun", FLAG)
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError and whatever the run itself raises."""
-    argv, cfg, info = looking.take(argv)
+    argv, cfg, info = show_config.take(argv)
     flags = {word for word in argv if word in FLAGS}
     words = [word for word in argv if word not in FLAGS]
     if flags - {"-m", "--multirun"} or cfg or info:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         show_help(usage())
         return 0
     if info:
-        print("\n".join(looking.info(words)))
+        print("\n".join(show_config.info(words)))
         return 0
     if is_worker(os.environ) and not flags and not cfg:
         return worker(words)
@@ -50,11 +50,11 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"{FLAG}: works for a single run; leave {other} out (runs by -m: shardtune compare <their directory> {FLAG})"
         )
-    from launch.compose import compose
-    from launch.sweeper import is_search
+    from launch.config.compose import compose
+    from launch.sweep.sweeper import is_search
 
     if flags & {"-m", "--multirun"}:
-        from launch.multirun import multirun
+        from launch.sweep.multirun import multirun
 
         look = partial(show, cfg=cfg) if cfg or "--dry-run" in flags else None
         if is_search(words):
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
     if cfg:
-        looking.show(compose(words, check=False), cfg)
+        show_config.show(compose(words, check=False), cfg)
         return 0
     if "--dry-run" in flags:
         return _dry_run(words, as_json=FLAG in flags)
@@ -81,8 +81,8 @@ def main(argv: list[str]) -> int:
 def _dry_run(words: list[str], *, as_json: bool) -> int:
     """Print what a run would do; returns the exit code: 70 if a defect keeps its step from being simulated."""
     with said_to_stderr(as_json):
-        from launch.compose import compose
-        from trainer.forecast.dry_run import describe
+        from launch.config.compose import compose
+        from launch.plan.dry_run import describe
 
         would = describe(compose(words).config)
     if as_json:
@@ -94,7 +94,7 @@ def _dry_run(words: list[str], *, as_json: bool) -> int:
 
 def ended(run_dir: Path, code: int) -> dict[str, Any]:
     """How a run ended, for a script; what it measured stands in its files."""
-    from launch.stop import stands
+    from launch.runs.stop_command import stands
 
     there = {name: run_dir / place for name, place in (("record", "run.json"), ("export", "export"))}
     files = {name: str(path) if path.exists() else None for name, path in there.items()}
@@ -102,9 +102,9 @@ def ended(run_dir: Path, code: int) -> dict[str, Any]:
 
 
 def _search(words: list[str], look: Callable[[Composed], None] | None) -> int:
-    from launch.search import run_search, start
-    from launch.sweep_file import write_sweep
-    from launch.sweeper import listing, plan_search, sweeper_of
+    from launch.sweep.search import run_search, start
+    from launch.sweep.sweeper import listing, plan_search, sweeper_of
+    from launch.sweep.wandb_sweep_file import write_sweep
 
     if sweeper_of(words) == "wandb":
         return write_sweep(words, print_only=look is not None)
@@ -119,16 +119,16 @@ def _search(words: list[str], look: Callable[[Composed], None] | None) -> int:
 def show(composed: Composed, *, cfg: str | None) -> None:
     """Print the configuration (`cfg`: which), or what the run would do."""
     if cfg:
-        looking.show(composed, cfg)
+        show_config.show(composed, cfg)
         return
-    from trainer.forecast.dry_run import describe
+    from launch.plan.dry_run import describe
 
     print(describe(composed.config).text)
 
 
 def run_dir_of(composed: Composed) -> Path:
     """The directory asked for, or the default one."""
-    from launch.compose import default_run_dir
+    from launch.config.compose import default_run_dir
 
     asked = composed.config.run.dir
     return Path(asked).expanduser() if asked else default_run_dir(composed.sha256)
@@ -136,8 +136,8 @@ def run_dir_of(composed: Composed) -> Path:
 
 def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     """Freeze and run (or submit) to the end; returns the exit code. `isolate` never trains in this process."""
-    from launch.compose import is_finished
-    from launch.freezing import freeze
+    from launch.config.compose import is_finished
+    from launch.runs.freeze import freeze
     from trainer.config.run import LauncherName
 
     finished = is_finished(run_dir)  # asked first, but told only once the directory is known to be this run's
@@ -147,7 +147,7 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
         print(f"{run_dir}: already finished with this configuration; nothing to do")
         return 0
     if config.launcher.name is LauncherName.slurm:
-        from launch.submission import submit
+        from launch.cluster.submission import submit
 
         release()
         submit(config, [run_dir], print_only=False)
@@ -156,23 +156,23 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     # What is started again by itself outlives its ranks.
     if launcher.in_place and not isolate and not any(launcher.retry.values()):
         return _run_here(config, run_dir, composed.sha256)
-    from launch import own_page
-    from launch.outcome import supervised
+    from launch.cluster.supervisor import supervised
+    from launch.compare import run_report
 
     code = supervised(config, run_dir, composed.sha256)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
-        own_page.at_end(config, run_dir)
+        run_report.at_end(config, run_dir)
     return code
 
 
 def worker(words: list[str]) -> int:
     """Be one rank. Returns 0 also when preempted: another code would make torchrun or srun end the other ranks."""
     hold()
-    from launch.compose import compose, is_finished, load_frozen
-    from launch.freezing import freeze
-    from launch.frozen import identity, keep_earlier_defaults
-    from launch.slurm_env import export
-    from strategies.parent import die_with_parent
+    from launch.config.compose import compose, is_finished, load_frozen
+    from launch.config.frozen import identity, keep_earlier_defaults
+    from launch.config.process_role import export
+    from launch.runs.freeze import freeze
+    from strategies.parent_death import die_with_parent
 
     export()
     rank = int(os.environ["RANK"])
@@ -205,9 +205,9 @@ def worker(words: list[str]) -> int:
             return 70  # the launcher shows the first failure, last; the other ranks only lost their peer
         raise
     if rank == 0 and "SHARDTUNE_LAUNCHER" not in os.environ:
-        from launch import own_page
+        from launch.compare import run_report
 
-        own_page.at_end(config, run_dir)
+        run_report.at_end(config, run_dir)
     return 0
 
 
@@ -222,8 +222,8 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 
 
 def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
-    from launch import own_page
-    from launch.outcome import begin, found, outcome
+    from launch.cluster.supervisor import begin, found, outcome
+    from launch.compare import run_report
     from strategies.errors import NotOurs, Preempted
 
     code, before = 0, begin(run_dir)
@@ -235,20 +235,20 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     except NotOurs:
         raise
     except Exception:  # of which the command line says what it is
-        own_page.at_end(config, found(run_dir, before))
+        run_report.at_end(config, found(run_dir, before))
         raise
     code = outcome(run_dir, code, before)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
-        own_page.at_end(config, found(run_dir, before))
+        run_report.at_end(config, found(run_dir, before))
     return code
 
 
 def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
     """Train, and leave the error of the first failing rank in the run directory."""
-    from launch.frozen import freeze_choices
-    from launch.trusted import remember_config
+    from launch.config.frozen import freeze_choices
+    from launch.config.trusted_values import remember_config
     from strategies.errors import NotOurs, Preempted
-    from trainer.records.status import record_failure
+    from trainer.reporting.status import record_failure
     from trainer.run import run_worker
 
     try:

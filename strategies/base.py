@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class StrategyName(StrEnum):
-    """The names users type as `strategy=<name>`; `auto` stands for one of those of `strategies/every.py`."""
+    """The names users type as `strategy=<name>`; `auto` stands for one of those of `strategies/registry.py`."""
 
     auto = "auto"
     single = "single"

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from strategies.activation import apply_to_blocks
 from strategies.base import DdpConfig, OptimizerFactory, ParameterSource
-from strategies.exchanged import REDUCE, asked, tell
+from strategies.communication_counters import REDUCE, asked, tell
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.native import NativeEngine
 from strategies.simulation import without_reading

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from strategies.base import Judge
+from strategies.grad_norm import squared_norm
 from strategies.host_memory import HostMemory
-from strategies.norm import squared_norm
 from strategies.runtime import Runtime
 
 _CPU = torch.device("cpu")

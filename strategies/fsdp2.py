@@ -18,13 +18,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from strategies.activation import apply_to_blocks
 from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision
 from strategies.errors import ConfigError
+from strategies.full_params import FsdpWhole
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replicas, shard_mesh
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
 from strategies.runtime import Runtime
 from strategies.simulation import compute_on, real_tensors
-from strategies.whole import FsdpWhole
 
 
 def dtensor_start(tensor: DTensor) -> int:

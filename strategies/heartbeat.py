@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.errors import ShardtuneError
-from strategies.flight import Exchange, last_exchange
+from strategies.flight_recorder import Exchange, last_exchange
 
 LOST_PEER = re.compile(
     r"connection (closed|reset|refused|was)|broken pipe|timed out|timeout|gloo|nccl|peer|has ended", re.IGNORECASE

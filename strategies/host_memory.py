@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from strategies.exchanged import GATHER, REDUCE, SCATTER, waits
+from strategies.communication_counters import GATHER, REDUCE, SCATTER, waits
 from strategies.runtime import Runtime
 
 _HEAD = 4096

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from strategies.average import KEY, Average
 from strategies.base import AroundUpdate, Judge, OptimizerFactory, Precision, Progress, StepResult, Whole
+from strategies.ema import KEY, Average
+from strategies.grad_norm import squared_norm
 from strategies.host_memory import HostMemory
-from strategies.norm import squared_norm
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
 from strategies.runtime import Runtime
 from strategies.saving import FlatRange, RankState

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from strategies.durable import reason
+from strategies.atomic_io import reason
 from strategies.errors import ConfigError, StorageError
-from strategies.flight import keep_records
+from strategies.flight_recorder import keep_records
 from strategies.matmul import Matmul, MatmulChoice, agree, choose, restore
 from strategies.network import refuse_unknown_interface
 
@@ -83,7 +83,7 @@ def start(
 ) -> Runtime:
     """Join the job described by the environment (torchrun's variables), or form a job of one.
 
-    `store` is the one that the ranks have met by (`strategies/meeting.py`); without it they meet here.
+    `store` is the one that the ranks have met by (`strategies/rendezvous.py`); without it they meet here.
 
     All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host;
     on a CPU also the library of float32 products, the same on every rank. Raises ConfigError for `cuda` where there is none.

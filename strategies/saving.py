@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from strategies.durable import WrittenFile, no_room, reason, sync_directory, write_new
+from strategies.atomic_io import WrittenFile, no_room, reason, sync_directory, write_new
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, gather_objects
 from strategies.tensor_files import (

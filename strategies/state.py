@@ -18,9 +18,9 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from strategies import durable
+from strategies import atomic_io
+from strategies.atomic_io import read_bytes, reason
 from strategies.base import Progress
-from strategies.durable import read_bytes, reason
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, found_on_main, gather_objects
 from strategies.saving import PROGRESS, FlatRange
@@ -130,7 +130,7 @@ def load_state(path: Path, runs: Iterable[FlatRange], runtime: Runtime) -> State
     """
     held = list(runs)
     # What rank 0 sees is there, and another host may have to wait for it; what rank 0 does not see, nobody waits for.
-    seen = found_on_main(lambda: set(durable.disk.names(path)), runtime)
+    seen = found_on_main(lambda: set(atomic_io.disk.names(path)), runtime)
     error: ConfigError | StorageError | None = None
     try:
         header = read_header(path, patient=PROGRESS in seen)

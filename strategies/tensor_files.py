@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.durable import NewFile, SecondLooks, WrittenFile, fill, opened
+from strategies.atomic_io import NewFile, SecondLooks, WrittenFile, fill, opened
 
 INDEX = "index.json"
 ITEM = 4

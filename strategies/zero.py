@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
-from strategies.average import Average
 from strategies.base import Judge, OptimizerFactory, ParameterSource, Precision, Progress, StepResult, Whole, ZeroConfig
 from strategies.deepspeed_library import (
     AsksBeforeUpdate,
@@ -26,7 +25,9 @@ from strategies.deepspeed_library import (
     settle_accelerator,
     stay_in_place,
 )
+from strategies.ema import Average
 from strategies.errors import ConfigError
+from strategies.full_params import ZeroWhole
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
     COMPUTE_DTYPE,
@@ -40,7 +41,6 @@ from strategies.parameters import (
 from strategies.runtime import Runtime, bound_groups
 from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
-from strategies.whole import ZeroWhole
 from strategies.zero_config import deepspeed_config, steps_on_device
 from strategies.zero_load import keep_together, load_partitioned
 from strategies.zero_masters import Masters

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.average import KEY, Average
+from strategies.ema import KEY, Average
 from strategies.saving import FlatRange
 
 

@@ -158,8 +158,8 @@ def no_wait_for_the_disk():
 @pytest.fixture(scope="session", autouse=True)
 def measured_once():
     """How fast this processor multiplies, and what the sources are: a quarter of a run of a few steps, and the same for all."""
-    from trainer.lifecycle import identity
-    from trainer.records import metrics
+    from trainer.reporting import metrics
+    from trainer.session import identity
 
     asked = ((metrics, "measured_matmul_tflops"), (identity, "source_digest"))
     with pytest.MonkeyPatch.context() as patch:
@@ -184,7 +184,7 @@ def composed_once(tmp_path_factory):
 
     What one worker has composed the others read.
     """
-    from launch import compose
+    from launch.config import compose
 
     original, base_of_worker = compose._base, tmp_path_factory.getbasetemp()
     place = (base_of_worker.parent if "PYTEST_XDIST_WORKER" in os.environ else base_of_worker) / "composed"
@@ -207,21 +207,21 @@ def composed_once(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def no_page_of_each_run():
     """Drawing it takes longer than most runs here; what it is, and when it is written, has tests of its own."""
-    from launch import own_page
+    from launch.compare import run_report
 
-    written = own_page.at_end
+    written = run_report.at_end
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_page, "at_end", lambda config, run_dir: None)
+        patch.setattr(run_report, "at_end", lambda config, run_dir: None)
         yield written
 
 
 @pytest.fixture(scope="module")
 def pages_of_runs(no_page_of_each_run):
     """Runs write theirs, as for users."""
-    from launch import own_page
+    from launch.compare import run_report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_page, "at_end", no_page_of_each_run)
+        patch.setattr(run_report, "at_end", no_page_of_each_run)
         yield
 
 

@@ -14,14 +14,14 @@ MAX_PARAMETERS = 8
 FOREIGN = {"varlen_attention"}
 """Functions that mirror an interface of another library."""
 OBJECTIVES = re.compile(r"(^|[^a-z-])(kto|dpo|orpo|simpo|seq2seq|distil\w*|classification|multi_label|rated)([^a-z]|$)")
-"""What trainer/data and strategies must not know: an objective says what it reads (trainer/data/reading.py)."""
+"""What trainer/data and strategies must not know: an objective says what it reads (trainer/data/objective_spec.py)."""
 OWNERS = {  # external package -> the only places that may import it
     "deepspeed": ("strategies/",),
     "torch.distributed.fsdp": ("strategies/",),
     "peft": ("trainer/tuning/", "trainer/export/"),
-    "wandb": ("trainer/records/trackers/",),
-    "trackio": ("trainer/records/trackers/",),
-    "mlflow": ("trainer/records/trackers/",),
+    "wandb": ("trainer/reporting/trackers/",),
+    "trackio": ("trainer/reporting/trackers/",),
+    "mlflow": ("trainer/reporting/trackers/",),
 }
 
 

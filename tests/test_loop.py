@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.main import main
-from strategies import durable
+from strategies import atomic_io
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from trainer.loop import Trainer
@@ -98,14 +98,14 @@ def test_a_metric_that_no_evaluation_has_ends_the_run_before_its_first_step(root
 def test_the_best_stays_where_a_better_one_could_not_be_saved(root, tmp_path, monkeypatch):
     """What was noted as best, and was not there, used to stand for the one that was: the next save deleted that."""
 
-    class Full(durable.Disk):
+    class Full(atomic_io.Disk):
         def open(self, path, flags):
             if "step-000004" in str(path) and flags & os.O_WRONLY:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             return super().open(path, flags)
 
     measured = {2: 5.0, 4: 4.0, 6: 5.5}
-    monkeypatch.setattr(durable, "disk", Full())
+    monkeypatch.setattr(atomic_io, "disk", Full())
     monkeypatch.setattr(Trainer, "_evaluate", lambda trainer: {"eval/loss": measured[trainer.progress.step]})
     settings = {"evaluation__every_steps": 2, "evaluation__at_start": "false", "checkpoint__every_steps": 5}
     assert run(root, tmp_path, **settings, checkpoint__keep=1, budget__steps=6) == 0

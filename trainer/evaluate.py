@@ -14,15 +14,16 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Preempted
-from trainer.assembly.as_stored import build_as_stored
-from trainer.assembly.build import build_engine, build_loader, prepare_data
-from trainer.checkpoints.seal import fingerprint
+from trainer.build.parts import build_engine, build_loader, prepare_data
+from trainer.build.quantised_model import build_as_stored
+from trainer.checkpoints.manifest import fingerprint
 from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.prepare import ChooseDate, Prepared
 from trainer.data.progress import Say, say_on_rank_0
 from trainer.evaluation.loss import Interrupted
-from trainer.evaluation.report import against, page, record
+from trainer.evaluation.report import comparison as against
+from trainer.evaluation.report import page, record
 from trainer.evaluation.report.intervals import Bootstrap, resampled, spans
 from trainer.evaluation.report.record import BASE, TUNED, EarlierEvaluation, EvaluatedModel
 from trainer.evaluation.report.tables import tables
@@ -32,22 +33,22 @@ from trainer.evaluation.served import ServedAsking, served_asking
 from trainer.evaluation.task_evaluator import Done, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.prepared import TaskContext, on_own_documents
-from trainer.forecast.exceeded import telling_of_evaluation
-from trainer.lifecycle.attempt import Where, rank_of_job
-from trainer.lifecycle.run_data import DataRecord, RowsNeeded, data_of_run, data_record
 from trainer.model.encoder_decoder import read_config
-from trainer.model.few_bits import stored_by
 from trainer.model.loading import load_tokenizer
-from trainer.records.console import Console
-from trainer.records.results import EVALUATION, keep
-from trainer.records.status import write_text_atomic
-from trainer.records.trackers.base import Table
+from trainer.model.quantised_checkpoints import stored_by
+from trainer.planner.oom_report import telling_of_evaluation
+from trainer.reporting.console import Console
+from trainer.reporting.results import EVALUATION, keep
+from trainer.reporting.status import write_text_atomic
+from trainer.reporting.trackers.base import Table
 from trainer.run import asking_of, meet
+from trainer.session.announcements import track_evaluation
+from trainer.session.attempt import Where, rank_of_job
+from trainer.session.run_data import DataRecord, RowsNeeded, data_of_run, data_record
+from trainer.session.run_facts import versions
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling.facts import versions
-from trainer.telling.live import track_evaluation
 
 GIVE_FILE = "Give the task a file of its own (evaluation.tasks.NAME.path=FILE)"
 

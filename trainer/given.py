@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from trainer.challenges.config import ChallengesConfig
-from trainer.challenges.look import Challenges
-from trainer.checkpoints.kept import Checkpoints
+from trainer.checkpoints.manager import Checkpoints
 from trainer.evaluation.base import EvaluationConfig
-from trainer.guards.stragglers import Stragglers
-from trainer.guards.watch import Guards
+from trainer.monitors.anomalies import Guards
+from trainer.monitors.config import ChallengesConfig
+from trainer.monitors.detectors import Challenges
+from trainer.monitors.stragglers import Stragglers
 from trainer.optim.schedule import ScheduleConfig
-from trainer.records.console import Console
-from trainer.records.metrics import Meter
-from trainer.records.tracking import Trackers
+from trainer.reporting.console import Console
+from trainer.reporting.metrics import Meter
+from trainer.reporting.tracking import Trackers
 from trainer.stopping.preempt import Agreement
 
 

@@ -12,21 +12,21 @@ import torch
 from strategies.base import Engine, Progress
 from strategies.errors import Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_step
-from trainer.checkpoints.beside import SavedCheckpoint
+from trainer.checkpoints.async_writer import SavedCheckpoint
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.best import note_best, out_of_patience, refuse_unknown
 from trainer.evaluation.loss import Interrupted
 from trainer.given import LoopSettings, Output, Watch
-from trainer.guards.watch import OUTLIERS, Outlier, RollBack
-from trainer.objectives.ahead import look_ahead
+from trainer.monitors.anomalies import OUTLIERS, Outlier, RollBack
 from trainer.objectives.routed import ADDED, EXPERT_TOKENS, told
+from trainer.objectives.step_totals import look_ahead
 from trainer.optim.schedule import lr_factor_at
-from trainer.records.console import Course
-from trainer.records.load import by_layer
-from trainer.records.metrics import StepRecord
-from trainer.records.outcome import Outcome
-from trainer.records.short import readable
+from trainer.reporting.console import Course
+from trainer.reporting.expert_load import by_layer
+from trainer.reporting.metrics import StepRecord
+from trainer.reporting.numbers import readable
+from trainer.reporting.outcome import Outcome
 
 
 class Trainer:

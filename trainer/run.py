@@ -13,52 +13,60 @@ from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
 from strategies.runtime import found_on_main
-from trainer.assembly.build import build_engine, build_loader, prepare_data
-from trainer.assembly.detecting import challenges_of, watched
-from trainer.assembly.staging import Staged, stage
-from trainer.challenges.look import Challenges
-from trainer.checkpoints.chosen import choose
-from trainer.checkpoints.kept import Checkpoints
+from trainer.build.parts import build_engine, build_loader, prepare_data
+from trainer.build.staging import Staged, stage
+from trainer.checkpoints.layout import places_of
+from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.patience import waiting_for_disk
-from trainer.checkpoints.places import places_of
 from trainer.checkpoints.recovery import recover
+from trainer.checkpoints.resume_selection import choose
 from trainer.config.evaluation import asked_tasks, more_is_better
 from trainer.config.run import RunConfig, kept_date, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_asking, build_evaluators
-from trainer.evaluation.tasks.asking import Asking
+from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.prepared import Ready, TaskContext, prepare
+from trainer.export.gates.judge import judged_at_end
 from trainer.export.write import write_export
-from trainer.forecast.exceeded import telling_of_memory
-from trainer.forecast.fitting import must_fit
-from trainer.forecast.micro import settle_micro
-from trainer.forecast.strategy import settle_strategy
-from trainer.forecast.tried import TrialInputs
-from trainer.gates.judge import judged_at_end
 from trainer.given import LoopSettings, Output, Watch
-from trainer.guards.stragglers import Stragglers
-from trainer.guards.told import Told
-from trainer.guards.watch import Guards
-from trainer.lifecycle.attempt import Where, rank_of_job, refuse_replaced
-from trainer.lifecycle.base_files import BASE, at_commit, changed_files, files_among
-from trainer.lifecycle.identity import agree_on_run, establish
-from trainer.lifecycle.matmul import settle_matmul
-from trainer.lifecycle.template_date import date_of_run, keep_date
 from trainer.loop import Trainer
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
+from trainer.monitors.anomalies import Guards
+from trainer.monitors.anomaly_log import Told
+from trainer.monitors.detectors import Challenges
+from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.reference import Recording, record
-from trainer.papers.known import ModelFacts
-from trainer.records.console import Console
-from trainer.records.metrics import Meter
-from trainer.records.profile import Profiler
+from trainer.planner.fit_check import must_fit
+from trainer.planner.micro_batch import settle_micro
+from trainer.planner.oom_probe import TrialInputs
+from trainer.planner.oom_report import telling_of_memory
+from trainer.planner.strategy_choice import settle_strategy
+from trainer.reporting.console import Console
+from trainer.reporting.documents.facts import ModelFacts
+from trainer.reporting.metrics import Meter
+from trainer.reporting.profile import Profiler
+from trainer.session.announcements import (
+    RunPlace,
+    close_records,
+    introduce,
+    metered,
+    open_records,
+    tell_of_slow,
+    until_it_ends,
+)
+from trainer.session.attempt import Where, rank_of_job, refuse_replaced
+from trainer.session.base_files import BASE, at_commit, changed_files, files_among
+from trainer.session.identity import agree_on_run, establish
+from trainer.session.matmul import settle_matmul
+from trainer.session.monitors import challenges_of, watched
+from trainer.session.run_facts import Started, model_facts, run_facts
+from trainer.session.template_date import date_of_run, keep_date
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling.facts import Started, model_facts, run_facts
-from trainer.telling.live import RunPlace, close_records, introduce, metered, open_records, tell_of_slow, until_it_ends
-from trainer.tuning.start import adapter_hash
+from trainer.tuning.initial_adapter import adapter_hash
 
 Freeze = Callable[[Path, RunConfig], None]
 """Writes down a configuration again, with what the run has chosen itself."""
@@ -68,7 +76,7 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
     """Train as one rank of the job that the environment describes; raises what ended the run.
 
     `run_dir` is needed on rank 0 only, which hands what the run chooses itself to `freeze`.
-    How it ended is written down by `trainer/lifecycle/attempt.py`.
+    How it ended is written down by `trainer/session/attempt.py`.
     """
     with rank_of_job(run_dir, config.run.lease_s) as (request, where):
         if where.lease is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from strategies.base import ActivationCheckpointing, AroundUpdate
 from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
-from trainer.data.reading import Reading
+from trainer.data.objective_spec import Reading
 from trainer.model.architecture import CHOOSERS
 from trainer.model.encoder_decoder import EncoderDecoder
 from trainer.model.layout import Arrangement
@@ -22,7 +22,7 @@ from trainer.model.weights import BaseWeights, tied_names
 from trainer.objectives.base import Objective
 from trainer.objectives.routed import Routed
 from trainer.tuning.base import Tuning
-from trainer.tuning.folded import Folded
+from trainer.tuning.merged_adapters import Folded
 
 
 class TrainStep(nn.Module):

@@ -135,7 +135,7 @@ def main() -> int:
         batches, words = Path(words[1]), words[2:]
     out, words = Path(words[0]), words[1:]
     from trainer import run
-    from trainer.checkpoints.kept import Checkpoints
+    from trainer.checkpoints.manager import Checkpoints
     from trainer.loop import Trainer
 
     clock = Clock()

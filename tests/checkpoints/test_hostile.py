@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launch.frozen import _hash, _identifying, load_frozen
+from launch.config.frozen import _hash, _identifying, load_frozen
 from launch.main import main
-from strategies.durable import WrittenFile
+from strategies.atomic_io import WrittenFile
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
-from trainer.checkpoints.seal import seal
+from trainer.checkpoints.manifest import seal
 from trainer.data.tokens import template as rendering
-from trainer.records.status import State, record_failure, write_status
+from trainer.reporting.status import State, record_failure, write_status
 
 
 @pytest.fixture(scope="module")

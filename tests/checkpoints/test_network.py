@@ -8,17 +8,17 @@ import shutil
 import pytest
 import torch
 
-from strategies import durable
+from strategies import atomic_io
 from strategies.base import Progress
 from strategies.errors import StorageError
 from strategies.runtime import Runtime
 from tests.checkpoints.test_power import SAVED, Engine
 from tests.helpers.covering import chosen, values
-from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.kept import Checkpoints
-from trainer.checkpoints.places import published
-from trainer.checkpoints.seal import verify
+from trainer.checkpoints.layout import published
+from trainer.checkpoints.manager import Checkpoints
+from trainer.checkpoints.manifest import verify
+from trainer.checkpoints.resume_selection import choose
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 CALLS = ("open", "write", "read", "sync", "names", "rename", "exchange", "make_directory", "remove_tree")
@@ -26,7 +26,7 @@ AFTER = ("rename", "exchange", "make_directory", "remove_tree")
 """Calls that may have been answered although nobody heard of it."""
 
 
-class Network(durable.Disk):
+class Network(atomic_io.Disk):
     """Fails at one call of all, before or after it was done; takes and gives a few bytes at a time; waits for nobody."""
 
     def __init__(self, code: int, *, lost_answer: bool) -> None:
@@ -78,7 +78,7 @@ def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_
         root = tmp_path / str(number)
         root.mkdir()
         disk = Network(code, lost_answer=lost_answer)
-        monkeypatch.setattr(durable, "disk", disk)
+        monkeypatch.setattr(atomic_io, "disk", disk)
         disk.fails_at, places, best = number, [root / "checkpoints"], 0
         said: list[str] = []
         made = Checkpoints(places, CheckpointConfig(keep=1, background=False), ALONE, said.append)
@@ -95,7 +95,7 @@ def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_
                 break
             except StorageError as error:
                 assert disk.failed and again == 0 and os.strerror(code) in str(error), (disk.failed, str(error))
-        monkeypatch.setattr(durable, "disk", durable.Disk())
+        monkeypatch.setattr(atomic_io, "disk", atomic_io.Disk())
         assert verify(chosen) is None
         later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
         later.begin(chosen)
@@ -119,7 +119,7 @@ def test_a_passing_error_at_any_call_makes_no_start_take_an_older_one(tmp_path, 
     for number in range(1, 99):
         disk = Network(code, lost_answer=False)
         disk.fails_at = number
-        monkeypatch.setattr(durable, "disk", disk)
+        monkeypatch.setattr(atomic_io, "disk", disk)
         assert choose(places, "auto", ALONE) == places[0] / "step-000002", (number, disk.failed)
         if not disk.failed:
             break

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from strategies import durable
+from strategies import atomic_io
+from strategies.atomic_io import write_new
 from strategies.base import Progress
-from strategies.durable import write_new
 from strategies.runtime import Runtime
-from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.kept import Checkpoints
-from trainer.checkpoints.places import published
+from trainer.checkpoints.layout import published
+from trainer.checkpoints.manager import Checkpoints
+from trainer.checkpoints.resume_selection import choose
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -26,7 +26,7 @@ class PowerCut(BaseException):
     pass
 
 
-class Cache(durable.Disk):
+class Cache(atomic_io.Disk):
     """Knows what a disk would have after a power cut: bytes that were synced, names of directories that were synced.
 
     Inodes are followed, as a file system does: a renamed directory keeps what was synced in it under its old name.
@@ -135,7 +135,7 @@ def test_no_moment_loses_what_was_saved(tmp_path, monkeypatch, names_arrived, ex
         root = tmp_path / f"cut-{cut}"
         root.mkdir()
         disk = Cache(root, exchanges)
-        monkeypatch.setattr(durable, "disk", disk)
+        monkeypatch.setattr(atomic_io, "disk", disk)
         disk.cut_at = cut
         checkpoints = Checkpoints([root / "checkpoints"], CheckpointConfig(keep=1), ALONE)
         saved = 0
@@ -145,7 +145,7 @@ def test_no_moment_loses_what_was_saved(tmp_path, monkeypatch, names_arrived, ex
                 saved += 1
         except PowerCut:
             pass
-        monkeypatch.setattr(durable, "disk", durable.Disk())
+        monkeypatch.setattr(atomic_io, "disk", atomic_io.Disk())
         found = tmp_path / "found"
         disk.after_the_cut(found, names_arrived=names_arrived)
         disk.close()

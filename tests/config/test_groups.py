@@ -8,8 +8,8 @@ from importlib.util import find_spec
 import pytest
 import yaml
 
-from launch.choices import CONF_DIR, groups, settings_of, variants
-from launch.compose import compose
+from launch.config.choices import CONF_DIR, groups, settings_of, variants
+from launch.config.compose import compose
 from trainer.config import run as run_config
 from trainer.objectives.registry import FAMILIES
 from trainer.optim.config import OptimName

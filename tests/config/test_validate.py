@@ -7,10 +7,10 @@ import typing
 
 import pytest
 
-from launch import overrides
-from launch.compose import compose
+from launch.config import overrides
+from launch.config.compose import compose
 from strategies.errors import ConfigError
-from strategies.every import STRATEGIES
+from strategies.registry import STRATEGIES
 from tests.helpers.covering import chosen
 from trainer.config.run import RunConfig
 from trainer.config.validate import RANGES, problems_of

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.data.choose.balance import problems, resample
 from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
+from trainer.data.selection.balance import problems, resample
 
 LABEL = BalanceBy.label
 

@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.covering import examples
-from trainer.data.choose.signatures import content
 from trainer.data.config import ChecksConfig, DataConfig
 from trainer.data.document import Document, Tally
-from trainer.data.inputs import problems
-from trainer.data.stages.checks import KINDS, REPEATED, Checks
+from trainer.data.selection.signatures import content
+from trainer.data.sources import problems
+from trainer.data.transforms.checks import KINDS, REPEATED, Checks
 
 LONG = "a sentence that is long enough to count as said twice"
 SENTENCES = [

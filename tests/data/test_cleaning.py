@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.helpers.covering import examples
 from trainer.data.config import CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Tally
-from trainer.data.stages.checks import Cleaner, encoding_fixer, remove_controls
+from trainer.data.transforms.checks import Cleaner, encoding_fixer, remove_controls
 
 EVERYTHING = CleaningConfig(fix_encoding=True, control_characters=True, unicode=UnicodeForm.NFC)
 fix_encoding = encoding_fixer()

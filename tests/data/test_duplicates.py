@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from trainer.data.choose.near import MAX_CHECKED, jaccard, ngrams
-from trainer.data.choose.signatures import Signer, compared_text, normalize, prompt_of
-from trainer.data.choose.splits import KINDS, find_duplicates, policies_of
 from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
+from trainer.data.selection.near_duplicates import MAX_CHECKED, jaccard, ngrams
+from trainer.data.selection.signatures import Signer, compared_text, normalize, prompt_of
+from trainer.data.selection.splits import KINDS, find_duplicates, policies_of
 
 ROOT = Path(__file__).parents[2]
 NEAR = DuplicatesConfig(near=DuplicatePolicy.drop)

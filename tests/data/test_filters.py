@@ -4,8 +4,8 @@ import pytest
 
 from trainer.data.config import FilterConfig
 from trainer.data.document import Document, Tally
-from trainer.data.stages import filters
-from trainer.data.stages.filters import Filters
+from trainer.data.transforms import filters
+from trainer.data.transforms.filters import Filters
 
 PROSE = (
     "The river rose in the night and covered the lower road. By morning the farmers had moved their sheep up to the "

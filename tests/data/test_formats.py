@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
 from tests.helpers.covering import examples
-from trainer.data.choose.signatures import content
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Rejected, Row
 from trainer.data.formats import NEEDS, SPELLINGS, RowReader, recognise
+from trainer.data.selection.signatures import content
 
 F = DataFormat
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -14,14 +14,14 @@ from tests.helpers.launching import ended
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig, PrivacyConfig, PrivacyMode
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
 
 KEYS = ("the first secret key", "the second secret key")
 SLOW = """
 import os, signal, time
-from trainer.data.maker import ordered_map
+from trainer.data.worker import ordered_map
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as trainer.stopping.signals.StopRequest does
 def slow(item):
     time.sleep(0.05 if item < 3 else 2)
@@ -39,7 +39,7 @@ CUT_OFF = """
 import os, signal, time
 from multiprocessing.connection import Connection
 from strategies.errors import ShardtuneError
-from trainer.data.maker import ordered_map
+from trainer.data.worker import ordered_map
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 def half(self, data):
     os.write(self.fileno(), bytes(data)[: len(data) // 2])

@@ -8,12 +8,12 @@ import pytest
 
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.data.choose.splits import whole_groups
 from trainer.data.config import DataConfig, LeakageConfig, LeakagePolicy
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 from trainer.data.report.audit import Audit
 from trainer.data.report.preview import summary
+from trainer.data.selection.splits import whole_groups
 from trainer.data.store.documents import DocumentTable
 
 

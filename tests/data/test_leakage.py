@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from strategies.errors import DataError
-from trainer.data.choose.leakage import LEAKS, find_leaks, first_equal, settle
-from trainer.data.choose.signatures import Signer, compared_text
 from trainer.data.config import (
     ComparedText,
     DataConfig,
@@ -21,7 +19,9 @@ from trainer.data.config import (
     LeakagePolicy,
 )
 from trainer.data.document import Document, Tally
-from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
+from trainer.data.selection.leakage import LEAKS, find_leaks, first_equal, settle
+from trainer.data.selection.signatures import Signer, compared_text
+from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
 
 SIGNER = Signer(DuplicatesConfig(near=DuplicatePolicy.report))
 DRAW = random.Random(1)

@@ -7,8 +7,8 @@ import pytest
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 from trainer.data.report.audit import Audit
 
 

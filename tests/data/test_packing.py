@@ -11,10 +11,10 @@ from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import Layout
-from trainer.data.reading import Reading
+from trainer.data.objective_spec import Reading
 from trainer.data.store.sequences import TokenDataset
-from trainer.heads.fuse import head_transform
-from trainer.heads.loss import LossHead
+from trainer.losses.fuse import head_transform
+from trainer.losses.next_token import LossHead
 from trainer.model import attention
 from trainer.objectives.sft import Sft
 

@@ -32,8 +32,8 @@ from trainer.data.config import (
     PrivacyMode,
     SourceConfig,
 )
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
 from trainer.data.store.documents import DocumentTable
 from trainer.objectives.classification import LabelReading

@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from strategies import durable
+from strategies import atomic_io
 from strategies.errors import ConfigError, DataError, StorageError
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import CHATML, chat_rows, tiny_tokenizer, write_chat_data, write_jsonl
 from trainer.data import cache
 from trainer.data.config import DataConfig, OverLength
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 from trainer.data.report.preview import preview, summary
 from trainer.data.store import sequences as dataset
 from trainer.objectives.classification import LabelReading
@@ -284,7 +284,7 @@ def test_a_lock_is_had_where_shared_ones_ask_for_reading(tmp_path, monkeypatch):
 def test_what_is_prepared_is_on_the_disk_before_its_name_is(tmp_path, data, monkeypatch):
     """A power cut after the rename would leave what was not synced empty, under a name by which it is taken for whole."""
 
-    class Watched(durable.Disk):
+    class Watched(atomic_io.Disk):
         synced, published = set[Path](), 0
 
         def sync(self, descriptor):
@@ -298,9 +298,9 @@ def test_what_is_prepared_is_on_the_disk_before_its_name_is(tmp_path, data, monk
             self.published += 1
             self.synced.discard(target.parent)
 
-    monkeypatch.setattr(durable, "disk", Watched())
+    monkeypatch.setattr(atomic_io, "disk", Watched())
     prepared = run(config(tmp_path))
-    assert durable.disk.published == 1 and prepared.directory.parent in durable.disk.synced
+    assert atomic_io.disk.published == 1 and prepared.directory.parent in atomic_io.disk.synced
 
 
 def test_a_remembered_digest_that_a_power_cut_emptied_is_taken_anew(tmp_path):

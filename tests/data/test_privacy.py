@@ -16,11 +16,11 @@ from tests.data.pii.synthetic import synthetic
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
 from trainer.data.document import Document, Tally
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.stages.privacy import context, patterns, rule
-from trainer.data.stages.privacy.rule import (
+from trainer.data.transforms.privacy import context, patterns, rule
+from trainer.data.transforms.privacy.rule import (
     FOUND_BY_NONE,
     HIPAA,
     NATIONAL_IDS,
@@ -29,7 +29,7 @@ from trainer.data.stages.privacy.rule import (
     TYPES,
     PrivacyFinding,
 )
-from trainer.data.stages.privacy.stage import (
+from trainer.data.transforms.privacy.stage import (
     RULES,
     Finder,
     Privacy,
@@ -279,7 +279,7 @@ def test_pseudonyms_are_the_same_in_another_process_and_change_with_the_key(monk
     here = redacted("jane@example.com", "pseudonymise")
     script = (
         "from trainer.data.document import Document, Tally; from trainer.data.config import *;"
-        "from trainer.data.stages.privacy.stage import *;"
+        "from trainer.data.transforms.privacy.stage import *;"
         "d = Document('d', 1, text='jane@example.com');"
         "Privacy(PrivacyConfig(mode=PrivacyMode.pseudonymise))(d, Tally()); print(d.text)"
     )

@@ -7,7 +7,7 @@ import pytest
 from tests.data.pii.quality import all_sets, finder, hand_labelled, measure, table
 from tests.data.pii.synthetic import VALUES, synthetic
 from tests.helpers.covering import whole
-from trainer.data.stages.privacy.rule import TYPES
+from trainer.data.transforms.privacy.rule import TYPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "privacy.md"
 

@@ -10,10 +10,10 @@ from strategies.errors import Preempted
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data import prepare, progress
 from trainer.data.config import DataConfig
-from trainer.data.maker import ordered_map
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
 from trainer.data.progress import PreparationProgress, say_on_rank_0
-from trainer.data.reading import Reading
+from trainer.data.worker import ordered_map
 
 
 def preparation(tmp_path, num=2000, **options):

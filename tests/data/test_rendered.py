@@ -4,17 +4,17 @@ import json
 
 import pytest
 
-from launch.compose import compose
-from launch.freezing import freeze
-from launch.frozen import differences, keep_earlier_defaults, load_frozen
+from launch.config.compose import compose
+from launch.config.frozen import differences, keep_earlier_defaults, load_frozen
+from launch.runs.freeze import freeze
 from strategies.errors import DataError
 from tests.faults.runs import Runs
 from tests.helpers import tokenizers as make
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import ControlTokens, DataConfig
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 
 CHATML_TEXT = "<|im_start|>user\nq{n}<|im_end|>\n<|im_start|>assistant\na{n}<|im_end|>\n"
 LLAMA2_TEXT = "<s>[INST] q{n} [/INST] a{n} </s>"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from launch import prepare as verb
+from launch.prepare import command as verb
 from strategies.errors import DataError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
@@ -32,8 +32,8 @@ from trainer.data.config import (
     PrivacyMode,
     SourceConfig,
 )
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 from trainer.data.report.audit import Audit
 from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import summary

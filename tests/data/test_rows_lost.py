@@ -10,8 +10,8 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers import tokenizers as make
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data.config import ControlTokens, DataConfig, DuplicatePolicy, DuplicatesConfig, FilterConfig, OverLength
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
 from trainer.data.tokens.marking import RESERVED
 from trainer.model.config import ModelConfig

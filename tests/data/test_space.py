@@ -15,11 +15,11 @@ import pytest
 from strategies.errors import StorageError
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
-from trainer.data import inputs
+from trainer.data import sources
 from trainer.data.config import DataConfig
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
 from trainer.data.read.opening import expansion
-from trainer.data.reading import Reading
 
 Usage = namedtuple("Usage", "total used free")
 ROWS = [row for seed in range(2) for row in chat_rows(1500, seed=seed)]
@@ -52,7 +52,7 @@ def preparation(path, **settings):
 @pytest.fixture
 def room(monkeypatch):
     """Sets the bytes that seem to be free."""
-    return lambda free: monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: Usage(2 * free, free, free))
+    return lambda free: monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: Usage(2 * free, free, free))
 
 
 @pytest.mark.parametrize("kind", ["", ".xz", "parquet", *([".gz", ".bz2", "arrow"] if EVERYTHING else [])])
@@ -85,7 +85,7 @@ def test_fewer_documents_and_shards_need_less(tmp_path, room):
 
 def test_nothing_is_measured_where_there_is_plenty(tmp_path, monkeypatch):
     path = written_as(tmp_path, "")
-    monkeypatch.setattr(inputs, "_measured", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sources, "_measured", lambda *_: pytest.fail("measured"))
     assert len(preparation(path, max_documents=10).open_or_make().train)
 
 

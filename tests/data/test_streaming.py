@@ -15,9 +15,9 @@ from tests.helpers.hub import COMMIT, hub
 from tests.helpers.launching import ROOT, clean_environment, command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data.config import DataConfig, SourceConfig
-from trainer.data.inputs import problems
 from trainer.data.prepare import open_prepared
 from trainer.data.read.origin import Origin
+from trainer.data.sources import problems
 
 CALLS = """
 import json, sys

@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from trainer.data.choose.signatures import Signer
 from trainer.data.config import DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
+from trainer.data.selection.signatures import Signer
 from trainer.data.store.documents import schema, to_batch
 
 

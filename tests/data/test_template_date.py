@@ -8,24 +8,24 @@ from datetime import date, datetime
 import pytest
 import yaml
 
-from launch.compose import compose, recompose
-from launch.freezing import freeze
-from launch.frozen import load_frozen
+from launch.config.compose import compose, recompose
+from launch.config.frozen import load_frozen
+from launch.runs.freeze import freeze
 from strategies.errors import ConfigError, Preempted
-from strategies.meeting import Meeting
+from strategies.rendezvous import Meeting
 from tests.faults.runs import Runs
 from tests.helpers import tokenizers as make
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.config.run import TEMPLATE_DATE, kept_date
 from trainer.data.config import DataConfig
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation, kept_or_first
-from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
 from trainer.data.tokens.clock import TemplateDate, reads_clock, with_date
 from trainer.evaluation.tasks.prepared import TaskContext
-from trainer.lifecycle.template_date import date_of_run
 from trainer.objectives.sft import SftConfig
+from trainer.session.template_date import date_of_run
 
 DATED = (  # as Llama 3's
     "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"

@@ -9,9 +9,9 @@ from tests.helpers import tokenizers as make
 from tests.helpers.covering import examples
 from trainer.data.config import LearnConfig, LearnTurns, OverLength
 from trainer.data.document import Document
-from trainer.data.tokens.cut import fit, oddities
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.marking import RESERVED
+from trainer.data.tokens.truncation import fit, oddities
 
 CHAT = Encoder(make.tiny_tokenizer())
 BOS = Encoder(make.tiny_tokenizer(None, adds_bos=True))

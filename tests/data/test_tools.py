@@ -10,10 +10,10 @@ from tests.helpers import tokenizers as make
 from tests.helpers import tool_templates
 from tests.helpers.covering import examples
 from tests.helpers.tool_templates import FAMILIES, LLAMA31, MISTRAL3, QWEN25
-from trainer.data.choose.signatures import content
 from trainer.data.config import DataFormat, LearnConfig, Reasoning
 from trainer.data.document import Document, Rejected, Row
 from trainer.data.formats import RowReader
+from trainer.data.selection.signatures import content
 from trainer.data.store.documents import NAME, DocumentTable, schema, to_batch
 from trainer.data.tokens.encode import Encoder
 

@@ -12,13 +12,13 @@ from tests.helpers.tokenizers import chat_rows, write_jsonl
 from trainer.data.batches.collate import Collator
 from trainer.data.config import ControlTokens, DataConfig, Layout, OverLength
 from trainer.data.document import Document, Tally
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.reading import Reading
 from trainer.data.report.preview import pieces, preview, summary
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, summed
-from trainer.data.tokens.cut import fit
 from trainer.data.tokens.encode import Encoder
+from trainer.data.tokens.truncation import fit
 from trainer.objectives.kto import RatedReading
 from trainer.objectives.pairs import PairReading
 from trainer.objectives.seq2seq import SourceTargetEncoder, TwoSidedReading

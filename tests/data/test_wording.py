@@ -7,8 +7,8 @@ import pytest
 from rensa import RMinHash, RMinHashLSH
 
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
-from trainer.data.choose.near import SEED, choose_bands, ngrams, recall
-from trainer.data.choose.signatures import Signer, normal_digest, normalize
+from trainer.data.selection.near_duplicates import SEED, choose_bands, ngrams, recall
+from trainer.data.selection.signatures import Signer, normal_digest, normalize
 
 
 @pytest.fixture(scope="module")

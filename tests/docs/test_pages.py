@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.choices import groups
-from launch.compose import compose
+from launch.cluster.preflight.targets import nodes_of
+from launch.compare.points import plan_points
+from launch.config.choices import groups
+from launch.config.compose import compose
 from launch.main import EXIT_CODES, VERBS
-from launch.plan import OWN, composed, read_own
-from launch.points import plan_points
-from launch.preflight_nodes import nodes_of
-from launch.sweeper import is_search, plan_search
+from launch.plan.command import OWN, composed, read_own
+from launch.sweep.sweeper import is_search, plan_search
 from tests.helpers.covering import chosen
 from tests.helpers.launching import ROOT
 
@@ -173,7 +173,7 @@ def test_every_verb_shown_exists():
 
 
 def test_every_setting_named_exists():
-    from launch.overrides import setting_of, settings
+    from launch.config.overrides import setting_of, settings
 
     known = settings()
     tops = {key.split(".")[0] for key in known}

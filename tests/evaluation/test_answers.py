@@ -13,11 +13,11 @@ from tests.helpers.launching import command_here
 from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig, WritingConfig
 from trainer.evaluation.classifier import Head
-from trainer.evaluation.tasks.asking import Question
+from trainer.evaluation.generate import WrittenAnswer
 from trainer.evaluation.tasks.base import Case
+from trainer.evaluation.tasks.model_interface import Question
 from trainer.evaluation.tasks.refusal import PHRASES
 from trainer.evaluation.tasks.registry import KINDS
-from trainer.evaluation.writing import WrittenAnswer
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), control_group=None)
 

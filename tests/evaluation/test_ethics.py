@@ -13,7 +13,7 @@ from tests.helpers.launching import command_here
 from trainer.data.document import Document
 from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.against import compare
+from trainer.evaluation.report.comparison import compare
 from trainer.evaluation.report.intervals import FEW, Bootstrap, resampled
 from trainer.evaluation.report.record import EvaluatedModel
 from trainer.evaluation.tasks.base import Case, TaskRow
@@ -162,12 +162,12 @@ def test_personal_data_is_found_masked_and_not_where_the_prompt_has_it():
         writer = Writer()
 
         def questions(self, documents):
-            from trainer.evaluation.tasks.asking import Question
+            from trainer.evaluation.tasks.model_interface import Question
 
             return [Question(d.where, [*map(ord, d.prompt)], []) for d in documents]
 
         def answers(self, questions, *_):
-            from trainer.evaluation.writing import WrittenAnswer
+            from trainer.evaluation.generate import WrittenAnswer
 
             texts = ["write to jane.roe@corp.example.org", "it is jane.roe@corp.example.org", "nothing"]
             return [WrittenAnswer(n, text, [], True) for n, text in enumerate(texts)]
@@ -294,7 +294,7 @@ def test_rows_too_short_to_continue_are_an_error():
         positions = None
 
         def questions(self, documents):
-            from trainer.evaluation.tasks.asking import Question
+            from trainer.evaluation.tasks.model_interface import Question
 
             return [Question(d.where, [1], [2, 3]) for d in documents]
 

@@ -12,8 +12,8 @@ from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from trainer.data.store.sequences import Sample
-from trainer.export.few_bits import FewBits, write_few_bits
-from trainer.model import few_bits
+from trainer.export.quantised import FewBits, write_few_bits
+from trainer.model import quantised_checkpoints
 
 pytestmark = pytest.mark.skipif(not all(map(find_spec, ("bitsandbytes", "torchao"))), reason="needs qlora and torchao")
 ROWS = [{"prompt": f"question {n} brown fox\n", "completion": f"hello world {n} dog"} for n in range(5)]
@@ -43,7 +43,7 @@ def test_what_cannot_be_multiplied_in_4_bits_is_what_bitsandbytes_cannot_pack(si
     monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
     rows, columns = sides
     model = torch.nn.Sequential(torch.nn.Linear(columns, rows))
-    odd = few_bits.unmultiplied(model, torch.device("cpu"))
+    odd = quantised_checkpoints.unmultiplied(model, torch.device("cpu"))
     packed, state = functional.quantize_4bit(model[0].weight.detach(), quant_type="nf4")
     try:
         functional._convert_weight_packed_for_cpu(packed, state)
@@ -51,9 +51,9 @@ def test_what_cannot_be_multiplied_in_4_bits_is_what_bitsandbytes_cannot_pack(si
     except (AssertionError, RuntimeError):
         assert odd == [f"0 {rows}x{columns}"]
         with pytest.raises(ConfigError, match=rf"bits=nf4: .* and not 0 {rows}x{columns}; use a GPU or a processor"):
-            few_bits.refuse_unmultiplied("bits=nf4", model, torch.device("cpu"))
+            quantised_checkpoints.refuse_unmultiplied("bits=nf4", model, torch.device("cpu"))
     monkeypatch.setattr(functional, "has_avx512bf16", lambda: False)
-    assert few_bits.unmultiplied(model, torch.device("cpu")) == []
+    assert quantised_checkpoints.unmultiplied(model, torch.device("cpu")) == []
 
 
 def test_a_stored_model_that_cannot_be_multiplied_here_is_refused_before_it_is_loaded(site, monkeypatch, capsys):
@@ -63,7 +63,7 @@ def test_a_stored_model_that_cannot_be_multiplied_here_is_refused_before_it_is_l
     samples = [Sample(np.arange(3, 20, dtype=np.int32), np.arange(17) > 4)]
     folder, _ = write_few_bits(site / "llama", FewBits.nf4, samples, "held-out")
     monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
-    monkeypatch.setattr(few_bits, "PACKED_VALUES", 128)  # of another version: this model's 64 do not do
+    monkeypatch.setattr(quantised_checkpoints, "PACKED_VALUES", 128)  # of another version: this model's 64 do not do
     assert command_here(["evaluate", *words(site, folder)]) == 64
     assert "on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices" in capsys.readouterr().err
 
@@ -103,7 +103,7 @@ def test_what_does_not_go_with_it_is_told_at_once(site, capsys, monkeypatch):
     small = site / "small"
     small.mkdir()
     (small / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "torchao"}}))
-    monkeypatch.setattr(few_bits, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantised_checkpoints, "find_spec", lambda name: None)
     code = command_here(["evaluate", *words(site, small), "strategy=fsdp2", "precision=bf16", "adapter=x"])
     said = capsys.readouterr().err
     assert code == 64

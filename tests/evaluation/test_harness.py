@@ -256,8 +256,8 @@ CASES = [
 
 @pytest.mark.parametrize(("words", "told"), CASES)
 def test_what_is_not_here_is_refused_before_a_model_is_loaded(site, words, told, capsys, monkeypatch):
-    monkeypatch.setattr("launch.evaluate.start", lambda *_, **__: pytest.fail("was started"))
-    monkeypatch.setattr("trainer.evaluation.harness.finding._whole", lambda: {"arc_easy": None})  # which takes 10 s
+    monkeypatch.setattr("launch.evaluate.command.start", lambda *_, **__: pytest.fail("was started"))
+    monkeypatch.setattr("trainer.evaluation.harness.task_files._whole", lambda: {"arc_easy": None})  # which takes 10 s
     bad = site / "bad"
     bad.mkdir(exist_ok=True)
     texts = {

@@ -12,7 +12,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.against import compare
+from trainer.evaluation.report.comparison import compare
 from trainer.evaluation.report.intervals import FEW, Bootstrap, resampled
 from trainer.evaluation.report.record import EvaluatedModel
 from trainer.evaluation.tasks.base import Case, TaskRow

@@ -10,14 +10,14 @@ from strategies.errors import DataError
 from tests.helpers import tool_templates
 from trainer.data.document import Document, RefusedDocument
 from trainer.data.fields import Refusal
+from trainer.data.messages import tools_of
 from trainer.data.tokens.encode import Encoder
-from trainer.data.turns import tools_of
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.intervals import BETTER, SAME, WORSE, Bootstrap, interval, paired, resampled
 from trainer.evaluation.task_evaluator import TaskEvaluator
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, TaskRow
 from trainer.evaluation.tasks.classification import calibration_error
+from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.registry import KINDS
 from trainer.evaluation.tasks.structured import calls_in, judged, result_of
 from trainer.evaluation.tasks.written import word_f1

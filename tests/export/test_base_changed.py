@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data, write_jsonl
-from trainer.lifecycle.base_files import at_commit
 from trainer.model.base_files import files_of_model
 from trainer.model.config import ModelConfig
+from trainer.session.base_files import at_commit
 
 CHANGED = "base/model.safetensors: has other content than when the run trained"
 

@@ -8,8 +8,8 @@ import pytest
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data, write_jsonl
-from trainer.lifecycle.run_data import _one_document
 from trainer.objectives.registry import FAMILIES, reading_of
+from trainer.session.run_data import _one_document
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from launch.export_gguf import wanted_bits
+from launch.export.gguf import wanted_bits
 from strategies.errors import ConfigError, ShardtuneError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.store.sequences import Sample
-from trainer.export import few_bits
-from trainer.export.few_bits import FewBits, write_few_bits
+from trainer.export import quantised
 from trainer.export.llm_compressor import Compressor, find_python
+from trainer.export.quantised import FewBits, write_few_bits
 from trainer.export.verify import DriftError, probe_ids
 
 STAND_IN = """#!{python}
@@ -87,7 +87,7 @@ def test_it_is_called_offline_with_rows_of_the_training_and_its_files_are_read_b
 def test_what_does_not_go_is_told_before_anything_is_written(words, said, monkeypatch):
     from trainer.config.run import RunConfig
 
-    monkeypatch.setattr(few_bits, "lacking", lambda kit: None)
+    monkeypatch.setattr(quantised, "lacking", lambda kit: None)
     with pytest.raises(ConfigError, match=said):
         wanted_bits(words, RunConfig())
 

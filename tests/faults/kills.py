@@ -25,8 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.compose import compose
-from launch.freezing import freeze
+from launch.config.compose import compose
+from launch.runs.freeze import freeze
 from tests.faults.runs import Runs, environment
 from tests.helpers.launching import ROOT, free_port
 from tests.helpers.speed import seconds

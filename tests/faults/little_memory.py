@@ -8,7 +8,7 @@ import os
 import torch
 
 from strategies.native import NativeEngine
-from trainer.forecast import micro, strategy
+from trainer.planner import micro_batch, strategy_choice
 
 _forward = NativeEngine.forward
 
@@ -23,4 +23,4 @@ def forward(self, batch, *, last=True):
 
 
 NativeEngine.forward = forward
-strategy.answered_apart = micro.answered_apart = lambda *_: "not asked"
+strategy_choice.answered_apart = micro_batch.answered_apart = lambda *_: "not asked"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from trainer.records import parts
+from trainer.reporting import step_times
 
 _forward, _now = LlamaRMSNorm.forward, [0.0]
 
@@ -20,4 +20,4 @@ def forward(self, *args, **kwargs):
 
 
 LlamaRMSNorm.forward = forward
-parts.time = SimpleNamespace(perf_counter=lambda: _now[0])
+step_times.time = SimpleNamespace(perf_counter=lambda: _now[0])

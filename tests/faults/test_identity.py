@@ -13,13 +13,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from strategies.errors import ConfigError, ShardtuneError, StorageError
+from strategies.file_fingerprints import BLOCK, BLOCKS, sampled_digest
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from trainer.config.resuming import KINDS, flat, kind_of, plain
 from trainer.config.run import RunConfig, RunSettings
-from trainer.lifecycle import identity
-from trainer.lifecycle.identity import _same_everywhere, differences, establish, source_digest
-from trainer.records.sampled import BLOCK, BLOCKS, sampled_digest
+from trainer.session import identity
+from trainer.session.identity import _same_everywhere, differences, establish, source_digest
 
 
 @pytest.fixture(scope="module")

@@ -15,21 +15,20 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from launch.outcome import begin, outcome
-from strategies import durable
+from launch.cluster.supervisor import begin, outcome
+from strategies import atomic_io, shared_files
 from strategies.errors import Preempted, StorageError
 from tests.faults.runs import PACED, ROOT, descendants, environment, read, wait
 from tests.helpers.covering import whole
 from tests.helpers.speed import seconds
 from trainer import run as run_module
 from trainer.config.run import RunConfig
-from trainer.lifecycle.attempt import Where, attempt
-from trainer.records import files
-from trainer.records import lease as lease_module
-from trainer.records.lease import InUse, Lease, LeaseLost, Owner, other_owner
-from trainer.records.status import record_failure
+from trainer.reporting.status import record_failure
+from trainer.session import announcements as telling
+from trainer.session import lease as lease_module
+from trainer.session.attempt import Where, attempt
+from trainer.session.lease import InUse, Lease, LeaseLost, Owner, other_owner
 from trainer.stopping.signals import StopRequest
-from trainer.telling import live as telling
 
 ELSEWHERE = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
 ELSEWHERE += ['hostname elsewhere && exec "$@"', "elsewhere"]
@@ -51,7 +50,7 @@ def start_elsewhere(runs, out, run, *words):
 def take_over(run_dir, owner):
     """As another attempt claims a directory that is looked at: at once whole."""
     claim = run_dir / "lease" / "000002.json"
-    files.claim(claim, json.dumps(asdict(owner)).encode(), "elsewhere")
+    shared_files.claim(claim, json.dumps(asdict(owner)).encode(), "elsewhere")
 
 
 def test_a_second_run_on_this_host_is_refused_though_the_clock_went_back(runs):
@@ -190,7 +189,7 @@ def test_only_signs_of_life_decide_between_hosts(tmp_path, another_host):
 
 HIDDEN = """
 import os, subprocess, time
-from trainer.records.lease import Owner, lives_here, process_identity, this_process
+from trainer.session.lease import Owner, lives_here, process_identity, this_process
 def become(user):
     os.setgroups([])
     os.setgid(user)
@@ -286,7 +285,7 @@ def test_who_claims_between_the_look_of_another_and_its_claim_keeps_it(tmp_path,
     first[0].release()
 
 
-class Network(durable.Disk):
+class Network(atomic_io.Disk):
     """What network file systems do: answers that get lost, old listings, stale handles, writes of a few bytes, errors."""
 
     def __init__(self):
@@ -316,7 +315,7 @@ def test_it_holds_where_there_are_no_links(tmp_path, another_host, monkeypatch):
     def refused(self, source, target):
         raise OSError(errno.EPERM, "operation not permitted")
 
-    monkeypatch.setattr(durable.Disk, "link", refused)
+    monkeypatch.setattr(atomic_io.Disk, "link", refused)
     with Lease.acquire(tmp_path, PATIENCE_S) as owner:
         with pytest.raises(InUse):
             Lease.acquire(tmp_path, PATIENCE_S)
@@ -325,7 +324,7 @@ def test_it_holds_where_there_are_no_links(tmp_path, another_host, monkeypatch):
 
 def test_it_holds_on_a_network_file_system(tmp_path, another_host, monkeypatch):
     network = Network()
-    monkeypatch.setattr(durable, "disk", network)
+    monkeypatch.setattr(atomic_io, "disk", network)
     owner = Lease.acquire(tmp_path, PATIENCE_S)
     network.stale = 1
     with pytest.raises(InUse):  # the listing is empty, and the claim is there

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import torchrun
+from launch.cluster import torchrun
 from strategies import runtime
 from strategies.heartbeat import SignOfLife, Silent
 from tests.faults.runs import ROOT, environment, rank_of, read, wait
 from tests.helpers.covering import whole
-from trainer.lifecycle.attempt import first_sentence
-from trainer.records.status import read_failure, read_status, record_failure
+from trainer.reporting.status import read_failure, read_status, record_failure
+from trainer.session.attempt import first_sentence
 
 SBATCH = "#!/bin/bash\necho 7\n"
 SRUN = '#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n'

@@ -12,17 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch import torchrun
-from strategies import durable, flight, heartbeat
-from strategies.flight import Exchange
+from launch.cluster import torchrun
+from strategies import atomic_io, flight_recorder, heartbeat
+from strategies.flight_recorder import Exchange
 from strategies.heartbeat import LAST_WORDS, Heartbeats, last_words
 from tests.faults.runs import ROOT, Runs, environment, forked_rank_of, rank_of, read, wait
 from tests.faults.test_retry import begun, gone_on
 from tests.helpers.covering import whole
 from tests.helpers.speed import seconds
-from trainer.lifecycle import attempt
-from trainer.records import status
-from trainer.records.status import record_failure
+from trainer.reporting import status
+from trainer.reporting.status import record_failure
+from trainer.session import attempt
 
 
 def two() -> tuple[str, ...]:
@@ -133,7 +133,7 @@ def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.Disk, "write", full)
+        patch.setattr(atomic_io.Disk, "write", full)
         assert not record_failure(tmp_path, 0, ValueError("first"), "training")
     assert list(tmp_path.iterdir()) == []  # no empty file that would hide the cause
     # Of an attempt that was killed amid this: in a container the next has the same host's name and number.
@@ -271,12 +271,12 @@ def test_both_recorders_of_a_build_for_gpus_are_read(monkeypatch):
 
     monkeypatch.setattr(c10d, "_dump_fr_trace_json", said(entry(3, "gloo", 10, True)))
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 20, True)), raising=False)
-    assert (flight.last_exchange().what, flight.last_exchange().number) == ("nccl:all_reduce", 7)
+    assert (flight_recorder.last_exchange().what, flight_recorder.last_exchange().number) == ("nccl:all_reduce", 7)
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 5, False), entry(8, "nccl", 6, False)))
-    last = flight.last_exchange()
+    last = flight_recorder.last_exchange()
     assert (last.number, last.row) == (7, ("default_pg", "nccl")) and last.waits_s > 0
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said())
-    assert flight.last_exchange().row == ("default_pg", "gloo")
+    assert flight_recorder.last_exchange().row == ("default_pg", "gloo")
 
 
 def test_who_asks_where_all_are_has_said_it_of_itself(tmp_path, monkeypatch):
@@ -352,9 +352,9 @@ def test_the_exchanges_of_this_process_are_read_without_a_pickle():
     try:
         for _ in range(2):
             dist.all_reduce(torch.ones(4, 2))
-        last, until = flight.last_exchange(), time.monotonic() + seconds(30)
+        last, until = flight_recorder.last_exchange(), time.monotonic() + seconds(30)
         while last.waits_s is not None and time.monotonic() < until:  # gloo's own thread notes that it is over
-            last = flight.last_exchange()
+            last = flight_recorder.last_exchange()
     finally:
         dist.destroy_process_group()
     assert (last.what, last.sizes, last.waits_s) == ("gloo:all_reduce", [[4, 2]], None) and last.number >= 2

@@ -4,11 +4,11 @@ import signal
 
 import pytest
 
-from launch.outcome import _cause, begin, outcome
+from launch.cluster.supervisor import _cause, begin, outcome
 from strategies.errors import ShardtuneError
 from tests.faults.runs import wait
 from tests.helpers.covering import whole
-from trainer.records.status import State, record_failure, write_status
+from trainer.reporting.status import State, record_failure, write_status
 
 STEPS = 12
 

@@ -99,7 +99,7 @@ def test_what_begins_from_another_run_goes_on_from_its_own_when_the_same_words_c
     assert not [*(runs.root / "branch" / "checkpoints").glob("given-up*")]
 
 
-@whole("tests/checkpoints/test_beside.py shows the mechanism; this one waits for a disk")
+@whole("tests/checkpoints/test_async_writer.py shows the mechanism; this one waits for a disk")
 def test_an_fsync_that_takes_longer_than_the_timeout_ends_no_run(runs):
     limit_s = round(seconds(5))
     words = ["strategy=fsdp2", "launcher.processes=2", f"run.timeout_s={limit_s}", "budget.steps=2", "tuning=full"]

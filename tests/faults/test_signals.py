@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from strategies.meeting import DECISION, Meeting
+from strategies.rendezvous import DECISION, Meeting
 from tests.faults.runs import ROOT, environment, flood, forked_rank_of, wait
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds

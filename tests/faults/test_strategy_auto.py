@@ -2,17 +2,17 @@
 
 import pytest
 
-from launch.compose import compose
-from launch.freezing import freeze
-from launch.frozen import load_frozen
-from launch.lowered import lower_micro
-from launch.plan import composed as planned
+from launch.cluster.oom_retry import lower_micro
+from launch.config.compose import compose
+from launch.config.frozen import load_frozen
+from launch.plan.command import composed as planned
+from launch.runs.freeze import freeze
 from strategies.errors import ConfigError
 from tests.faults.runs import read
 from tests.helpers.nursery import FAULT
-from trainer.forecast.strategy import ran_out
-from trainer.planning.hardware import card_named
-from trainer.records.status import record_failure
+from trainer.planner.hardware import card_named
+from trainer.planner.strategy_choice import ran_out
+from trainer.reporting.status import record_failure
 
 WORDS = ["launcher.processes=2", "batch.global=8", "batch.micro=4", "budget.steps=2"]
 

@@ -9,7 +9,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
-from strategies import flight
+from strategies import flight_recorder
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, SingleConfig
 from strategies.build import resolve_precision
@@ -20,7 +20,7 @@ from tests.models import tiny
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
-from trainer.objectives import passage
+from trainer.objectives import forward_path
 from trainer.optim.config import AdamwConfig
 
 pytestmark = [
@@ -67,7 +67,7 @@ def test_this_gpu_is_what_its_driver_says(runtime):
 def test_exchanges_of_nccl_are_read(runtime):
     dist.all_reduce(torch.ones(4, 2, device=runtime.device))
     torch.cuda.synchronize()
-    last = flight.last_exchange()
+    last = flight_recorder.last_exchange()
     assert (last.what, last.sizes) == ("nccl:all_reduce", [[4, 2]])
 
 
@@ -182,5 +182,5 @@ def test_sinks_soft_caps_and_chunks_are_proven_here(kind, kernel):
     config = tiny.tiny_config(kind)
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
-    found = passage._prove(config, lambda: plain, kernel, on_gpu=True)
+    found = forward_path._prove(config, lambda: plain, kernel, on_gpu=True)
     assert found.padding_free is not None, found.reason

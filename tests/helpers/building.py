@@ -21,19 +21,18 @@ from strategies.base import (
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.assembly.build import build_engine, build_loader
+from trainer.build.parts import build_engine, build_loader
 from trainer.config.run import RunConfig, RunSettings
 from trainer.data.batches.order import BudgetConfig
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.given import Output, Watch
-from trainer.guards.stragglers import Stragglers
-from trainer.guards.watch import Guards
-from trainer.lifecycle.attempt import Where
 from trainer.loop import Trainer
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
+from trainer.monitors.anomalies import Guards
+from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.kto import DESIRABLE, RatedReading
 from trainer.objectives.pairs import REJECTED, PairReading
@@ -41,14 +40,15 @@ from trainer.objectives.registry import reading_of
 from trainer.objectives.sft import SftReading
 from trainer.optim.config import AdamwConfig
 from trainer.optim.schedule import ScheduleConfig, ScheduleName
-from trainer.records.console import Console
-from trainer.records.metrics import Meter
-from trainer.records.tracking import Trackers
+from trainer.reporting.console import Console
+from trainer.reporting.metrics import Meter
+from trainer.reporting.tracking import Trackers
 from trainer.run import loop_settings, record_reference
+from trainer.session.announcements import RunPlace
+from trainer.session.attempt import Where
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling.live import RunPlace
 from trainer.tuning.base import FullConfig, LoraConfig
 
 STRATEGIES: dict[str, StrategyConfig] = {

@@ -4,7 +4,7 @@ import torch
 
 from strategies.base import Precision, SingleConfig
 from strategies.build import build_strategy
-from trainer.assembly.build import build_step
+from trainer.build.parts import build_step
 from trainer.data.config import Layout
 from trainer.export.config import ExportConfig
 from trainer.export.write import write_export
@@ -15,7 +15,7 @@ from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.sft import SftConfig
 from trainer.optim.build import build_optimizer
 from trainer.optim.config import AdamwConfig
-from trainer.papers.known import ModelFacts
+from trainer.reporting.documents.facts import ModelFacts
 
 LABELS = ["calm", "angry", "glad"]
 EXACT = 1e-5

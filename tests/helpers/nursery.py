@@ -23,7 +23,7 @@ from unittest import mock
 from tests.helpers.garbage import look_seldom
 
 IMPORTED = (
-    "launch.compose",
+    "launch.config.compose",
     "launch.train",
     "launch.torchrun",
     "trainer.run",
@@ -70,7 +70,7 @@ def _measure() -> None:
     """How fast this processor multiplies, for all that are forked: a tenth of a second at the start of each rank."""
     import torch
 
-    from trainer.records import metrics
+    from trainer.reporting import metrics
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # others could not be forked
@@ -135,7 +135,7 @@ def _ranks_forked() -> Iterator[None]:
             os._exit(0)
     theirs.close()
     found = cache(lambda: warm.Nursery.of(ours, pid))
-    with mock.patch.object(warm, "nursery", found), mock.patch("launch.torchrun.start", warm.interrupted):
+    with mock.patch.object(warm, "nursery", found), mock.patch("launch.cluster.torchrun.start", warm.interrupted):
         yield
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_unit_is_a_file_or_a_room_that_starts_one_thing():
-    assert parallel.unit_of("tests/heads/test_loss.py::test_x[a/b::c@d]") == "tests/heads/test_loss.py"
+    assert parallel.unit_of("tests/losses/test_next_token.py::test_x[a/b::c@d]") == "tests/losses/test_next_token.py"
     assert parallel.unit_of("tests/slurm/test_script.py::test_x") == "tests/slurm"
     assert parallel.unit_of("tests/parity/test_bases.py::TestY::test_x") == "tests/parity"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from unittest import mock
 
-from launch import torchrun
+from launch.cluster import torchrun
 from tests.helpers.launching import ROOT, clean_environment, command_here, free_port
 from tests.helpers.speed import seconds
 
@@ -175,7 +175,7 @@ def nursery() -> Nursery:
 def start(
     config: Any, run_dir: Path, run_id: str, aside: Any = None, *, what: torchrun.What = torchrun.TRAIN
 ) -> tuple[int, set[int]]:
-    """In place of `launch.torchrun.start`: the same ranks in the same environment, without torchrun."""
+    """In place of `launch.cluster.torchrun.start`: the same ranks in the same environment, without torchrun."""
     world = config.launcher.processes or 1
     env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / what.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
     env |= {"SHARDTUNE_LAUNCHER": str(os.getpid()), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
@@ -198,7 +198,7 @@ def start(
 
 
 def interrupted(*given: Any, **named: Any) -> tuple[int, set[int]]:
-    """`start`, to which Ctrl-C is an end of the ranks as to `launch.torchrun.start`."""
+    """`start`, to which Ctrl-C is an end of the ranks as to `launch.cluster.torchrun.start`."""
     try:
         return start(*given, **named)
     except KeyboardInterrupt:
@@ -215,7 +215,7 @@ def _descriptor(stream: Any, usual: int) -> int:
 @contextlib.contextmanager
 def forked_ranks() -> Iterator[None]:
     """Runs of several ranks that are launched in this process have theirs forked."""
-    with mock.patch("launch.torchrun.start", start):
+    with mock.patch("launch.cluster.torchrun.start", start):
         yield
 
 

@@ -10,9 +10,9 @@ from strategies.base import Engine
 from strategies.runtime import Runtime
 from tests.helpers.building import model_dir, run_config, two_sided_set
 from tests.helpers.seq2seq import seq2seq_dir
-from trainer.assembly.build import build_engine
+from trainer.build.parts import build_engine
 from trainer.data.config import DataConfig
-from trainer.evaluation.writing import Writer
+from trainer.evaluation.generate import Writer
 from trainer.model.loading import generation_config, load_tokenizer
 from trainer.objectives.seq2seq import Seq2seqConfig
 

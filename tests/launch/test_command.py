@@ -9,15 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import compare, evaluate, export, logs, prepare, slurm_env, torchrun, train
 from launch import main as command
-from launch.evaluate_kinds import KINDS_READ
-from launch.help_text import folded
-from launch.hosts import HostPlace
+from launch import train
+from launch.cluster import torchrun
+from launch.cluster.hosts import HostPlace
+from launch.compare import command as compare
+from launch.config import process_role
+from launch.config.help_text import folded
+from launch.evaluate import command as evaluate
+from launch.evaluate.kinds import KINDS_READ
+from launch.export import command as export
+from launch.prepare import command as prepare
+from launch.runs import logs_command
 from strategies.errors import ConfigError, DataError, Preempted, StorageError
 from trainer.config.run import LauncherConfig
 from trainer.evaluation.tasks.registry import KINDS
-from trainer.records.status import clear_failure, read_failure, read_status, record_failure, write_status
+from trainer.reporting.status import clear_failure, read_failure, read_status, record_failure, write_status
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,11 +43,11 @@ def test_help_imports_nothing_heavy():
 
 def test_composing_imports_torch_at_most():
     words = "['model.path=gpt2', 'strategy=zero3', 'tuning=lora', 'objective=classification']"
-    modules = imported_after(f"from launch.compose import compose; compose({words}, check=False)")
+    modules = imported_after(f"from launch.config.compose import compose; compose({words}, check=False)")
     assert "hydra" in modules
     assert not {"transformers", "peft", "datasets", "wandb", "deepspeed", "accelerate", "pandas", "pyarrow"} & modules
     assert not {"torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "sympy"} & modules
-    assert "trainer.data.stages.privacy.stage" not in modules, "seventy expressions, for who asks for them"
+    assert "trainer.data.transforms.privacy.stage" not in modules, "seventy expressions, for who asks for them"
 
 
 def test_a_wheel_carries_every_package(monkeypatch):
@@ -89,7 +96,7 @@ def test_help_of_every_verb_fits_80_columns_and_imports_no_torch():
 
 
 def test_folding_help_loses_no_word():
-    for text in (evaluate.usage(), train.usage(), export.__doc__, compare.USAGE, prepare.USAGE, logs.USAGE):
+    for text in (evaluate.usage(), train.usage(), export.__doc__, compare.USAGE, prepare.USAGE, logs_command.USAGE):
         assert folded(text).replace(" \\\n", " ").split() == text.replace("\\\n", " ").split()
     row = "  --flag   " + "word " * 20
     assert folded(row).splitlines()[1].startswith(" " * 11 + "word")
@@ -98,7 +105,7 @@ def test_folding_help_loses_no_word():
 
 def test_the_kinds_in_the_help_of_evaluate_are_those_of_the_registry():
     assert {kind: task.reads for kind, task in KINDS.items()} == KINDS_READ, (
-        "launch/evaluate_kinds.py is to say the same"
+        "launch/evaluate/kinds.py is to say the same"
     )
 
 
@@ -124,7 +131,7 @@ def test_errors_become_messages_and_codes(monkeypatch, capsys, error, code, said
     def fail(argv):
         raise error
 
-    monkeypatch.setitem(sys.modules, "launch.prepare", SimpleNamespace(main=fail))
+    monkeypatch.setitem(sys.modules, "launch.prepare.command", SimpleNamespace(main=fail))
     assert command.main(["prepare"]) == code
     err = capsys.readouterr().err
     assert said in err
@@ -149,7 +156,7 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
     described = []
     answer = SimpleNamespace(text="the plan", facts={}, exit_code=0)
     plan = SimpleNamespace(describe=lambda config: described.append(config) or answer)
-    monkeypatch.setitem(sys.modules, "trainer.forecast.dry_run", plan)
+    monkeypatch.setitem(sys.modules, "launch.plan.dry_run", plan)
     assert command.main(["train", "--dry-run", "model.path=m", "data.path=d.jsonl", "budget.steps=1"]) == 0
     assert capsys.readouterr().out == "the plan\n"
     assert described[0].budget.steps == 1
@@ -201,13 +208,13 @@ STEP = {"SLURM_JOB_ID": "100", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM
     ],
 )
 def test_the_environment_tells_workers_from_launchers(env, worker):
-    assert slurm_env.is_worker(env) is worker
+    assert process_role.is_worker(env) is worker
 
 
 @pytest.mark.parametrize("left", [{"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}])
 def test_variables_left_over_from_a_rank_are_refused(left):
     with pytest.raises(ConfigError, match=r"MASTER_ADDR and MASTER_PORT, so left over from a job\? `unset RANK"):
-        slurm_env.is_worker(left)
+        process_role.is_worker(left)
 
 
 @pytest.mark.parametrize("shell", [{"SLURM_STEP_ID": "4294967290"}, {"SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "41000"}])
@@ -216,18 +223,18 @@ def test_a_shell_on_one_node_of_an_allocation_of_several_is_refused(shell):
     with pytest.raises(
         ConfigError, match=r"in a terminal on one of 2 hosts only; start it with `srun --nodes=2 .*--overlap"
     ):
-        slurm_env.is_worker(step | shell)
-    assert not slurm_env.is_worker(step | shell | {"SLURM_JOB_NUM_NODES": "1"})
+        process_role.is_worker(step | shell)
+    assert not process_role.is_worker(step | shell | {"SLURM_JOB_NUM_NODES": "1"})
 
 
 @pytest.mark.parametrize("extra", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}])
 def test_one_host_of_an_allocation_of_several_is_refused(extra):
     with pytest.raises(ConfigError, match="outside srun"):
-        slurm_env.is_worker({"SLURM_NNODES": "2", "SLURM_PROCID": "0", **extra})
+        process_role.is_worker({"SLURM_NNODES": "2", "SLURM_PROCID": "0", **extra})
 
 
 def test_slurm_variables_become_those_of_torchrun(monkeypatch):
-    monkeypatch.setattr(slurm_env, "first_host", lambda nodes: {"n[1-2]": "n1"}[nodes])
+    monkeypatch.setattr(process_role, "first_host", lambda nodes: {"n[1-2]": "n1"}[nodes])
     env = STEP | {
         "SLURM_PROCID": "3",
         "SLURM_LOCALID": "0",
@@ -236,7 +243,7 @@ def test_slurm_variables_become_those_of_torchrun(monkeypatch):
         "SLURM_STEP_NODELIST": "n[1-2]",
         "SLURM_RESTART_COUNT": "2",
     }
-    assert slurm_env.torchrun_variables(env) == {
+    assert process_role.torchrun_variables(env) == {
         "RANK": "3",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "4",
@@ -244,16 +251,16 @@ def test_slurm_variables_become_those_of_torchrun(monkeypatch):
         "MASTER_PORT": "20702",
         "MASTER_ADDR": "n1",
     }
-    assert slurm_env.torchrun_variables(env | {"MASTER_ADDR": "ib0"}).get("MASTER_ADDR") is None
-    assert slurm_env.port(env | {"SLURM_STEP_ID": "1"}) == 20833  # two steps of one allocation
-    assert slurm_env.torchrun_variables({"RANK": "0"}) == {}
+    assert process_role.torchrun_variables(env | {"MASTER_ADDR": "ib0"}).get("MASTER_ADDR") is None
+    assert process_role.port(env | {"SLURM_STEP_ID": "1"}) == 20833  # two steps of one allocation
+    assert process_role.torchrun_variables({"RANK": "0"}) == {}
 
 
 @pytest.mark.parametrize(
     ("counts", "node", "expected"), [("4(x3),2", 0, "4"), ("4(x3),2", 2, "4"), ("4(x3),2", 3, "2"), ("8", 0, "8")]
 )
 def test_tasks_per_node_shorthand(counts, node, expected):
-    assert slurm_env.tasks_on_node(counts, node) == expected
+    assert process_role.tasks_on_node(counts, node) == expected
 
 
 def test_status_is_replaced_whole_and_failures_are_written_once(tmp_path):

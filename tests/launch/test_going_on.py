@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from launch.frozen import load_frozen
+from launch.compare.settings import write_rows
+from launch.config.frozen import load_frozen
 from strategies import matmul
 from strategies import runtime as processes
 from strategies.matmul import Matmul
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import write_chat_data
-from trainer.comparison.asked import write_rows
-from trainer.records.jsonl import UNREADABLE, JsonlTracker
+from trainer.reporting.jsonl import UNREADABLE, JsonlTracker
 
 ZEN5, UNKNOWN = matmul.MEASURED[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
 NOTE = "auto -> onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"

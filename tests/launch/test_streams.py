@@ -11,13 +11,13 @@ import pytest
 
 from launch.main import main
 from launch.streams import draw, only_printable, printable
-from tests.following.made import made
 from tests.helpers.building import model_dir
 from tests.helpers.covering import whole
 from tests.helpers.launching import ROOT, clean_environment, command_here
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data, write_jsonl
 from tests.helpers.warm import forked
+from tests.launch.runs.made import made
 
 CLOSED = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "-"]
 """What runs a command without standard streams."""

@@ -69,7 +69,7 @@ def test_an_error_is_an_object_with_its_exit_code(tmp_path, capfd, monkeypatch):
         assert command_here(["train", "model.path=m", "--json"]) == 64
         assert "RANK=x: no whole number" in json.loads(capfd.readouterr().out)["error"]
     for error, code in ((RuntimeError("broken"), 70), (KeyboardInterrupt(), 130)):
-        monkeypatch.setattr("launch.status.read_words", Mock(side_effect=error))
+        monkeypatch.setattr("launch.runs.status_command.read_words", Mock(side_effect=error))
         assert command_here(["status", "--json", "--watch"]) == code
         line = capfd.readouterr().out
         assert json.loads(line)["exit_code"] == code
@@ -87,7 +87,7 @@ def test_a_dry_run_answers_scripts_and_a_defect_in_its_step_is_an_error(tmp_path
     assert (answer["steps"], answer["batch"]) == (2, {"global": 4, "micro": 2, "accumulation": 2})
     assert answer["memory_per_rank"]["bytes"] >= sum(answer["memory_per_rank"]["kinds"].values()) > 0
     for error, code in ((NotImplementedError("no such operation"), 0), (KeyError("reference_logps"), 70)):
-        monkeypatch.setattr("trainer.forecast.dry_run.simulate_depth", Mock(side_effect=error))
+        monkeypatch.setattr("launch.plan.dry_run.simulate_depth", Mock(side_effect=error))
         assert command_here(["train", *words, "--dry-run"]) == code
         said = capfd.readouterr().out
         assert "memory per rank: " in said and "nothing was trained" in said

@@ -5,13 +5,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.model.test_packed import SIZES, made
-from trainer.model import packed
+from tests.model.test_packed_cache import SIZES, made
+from trainer.model import packed_cache
 
 
 def main(directory: str, index: str, count: str, pause: str) -> None:
     """Say which weight it packs as it begins with it, then whether all are right."""
-    packed.SMALLEST, log = 0, []
+    packed_cache.SMALLEST, log = 0, []
 
     def pack(name):
         log.append(name)
@@ -19,7 +19,7 @@ def main(directory: str, index: str, count: str, pause: str) -> None:
         time.sleep(float(pause))
         return made(name)
 
-    weights = packed.PackedWeights(Path(directory), SIZES, pack, share=(int(index), int(count)))
+    weights = packed_cache.PackedWeights(Path(directory), SIZES, pack, share=(int(index), int(count)))
     same = all(weights.run(name, 16, size - 3).equal(made(name)[16 : size - 3]) for name, size in SIZES.items())
     print(json.dumps({"packed": log, "same": same, "reason": weights.reason}))
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.models import tiny_model_dir
-from trainer.heads.fuse import head_transform
-from trainer.heads.loss import LossHead
+from trainer.losses.fuse import head_transform
+from trainer.losses.next_token import LossHead
 from trainer.model import attention, routing
 
 LENGTHS = (7, 40, 1, 21)

@@ -14,15 +14,15 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from tests.helpers.building import GLOBAL_BATCH, alone, built_trainer, data_set, run_config, take_steps
 from tests.models import job
-from trainer.assembly.build import build_model, workload
+from trainer.build.parts import build_model, workload
+from trainer.build.recomputation import measured
 from trainer.data.config import Layout
 from trainer.export.verify import reference_logits
 from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
 from trainer.model.layout import Kernels, resolve_layout
 from trainer.model.loading import load_tokenizer
-from trainer.objectives import arranged, passage
-from trainer.planning.activations import measured
+from trainer.objectives import forward_path, layout_choice
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 CONFIGS = {
@@ -55,7 +55,7 @@ def proven(kind):
     config = CONFIGS[kind]()
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
-    return passage._prove(config, lambda: plain, flex.NAME, on_gpu=False), plain, config
+    return forward_path._prove(config, lambda: plain, flex.NAME, on_gpu=False), plain, config
 
 
 @pytest.mark.parametrize("kind", ["sinks", "caps", "chunks"])
@@ -129,7 +129,7 @@ def counted(tmp_path, monkeypatch, name, kernel, micro):
     data = data_set(tmp_path, uneven=False)
     config = run_config(directory, "single", "full", micro=micro)
     config = replace(config, model=replace(config.model, attention=Attention(kernel)))
-    monkeypatch.setattr(arranged, "_kernels", lambda *_, **__: Kernels("no", None))
+    monkeypatch.setattr(layout_choice, "_kernels", lambda *_, **__: Kernels("no", None))
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     return measured(built, workload(config, data), Precision.bf16)
 
@@ -193,7 +193,7 @@ def test_asked_for_it_is_taken_or_refused():
     with pytest.raises(ConfigError, match=r"model.attention=flex: is for padding-free rows"):
         chosen(kernels, EVERY, Attention.flex, Layout.padded)
     with pytest.raises(ConfigError, match=r"model.attention=flex: flex attention needs a GPU.*model.attention=auto"):
-        arranged.causal_model(
+        layout_choice.causal_model(
             ModelConfig(path="x", attention=Attention.flex),
             copy.deepcopy(CONFIGS["sinks"]()),
             Layout.auto,
@@ -211,7 +211,7 @@ def test_a_run_takes_the_steps_of_the_built_in_kernel(tuning, tmp_path, runtime,
     data = data_set(tmp_path, uneven=True)
     full = SingleConfig(activation_checkpointing=ActivationCheckpointing.full)
     config = replace(run_config(model, full, tuning, micro=GLOBAL_BATCH), precision=Precision.fp32)
-    monkeypatch.setattr(arranged, "_kernels", lambda *_, **__: Kernels("no", None))
+    monkeypatch.setattr(layout_choice, "_kernels", lambda *_, **__: Kernels("no", None))
     found = {}
     for kernel, name in ((Attention.flex, FLEX), (Attention.varlen, OURS)):
         asked = replace(config, model=replace(config.model, attention=kernel))

@@ -15,7 +15,7 @@ from tests.models import tiny
 from trainer.data.config import Layout
 from trainer.model import kernels
 from trainer.model.config import ModelConfig
-from trainer.objectives import arranged, passage
+from trainer.objectives import forward_path, layout_choice
 from trainer.objectives.causal import FUSED
 
 ASKED = {
@@ -88,10 +88,10 @@ def test_what_is_missing_is_said_with_the_words_that_install_it(installed):
 
 
 def test_it_is_on_the_start_screen_of_a_gpu_alone(installed, monkeypatch):
-    right = passage.Passage(padding_free=FUSED, padded=FUSED)
-    monkeypatch.setattr(arranged, "passage_of", lambda *_, **__: right)
+    right = forward_path.Passage(padding_free=FUSED, padded=FUSED)
+    monkeypatch.setattr(layout_choice, "passage_of", lambda *_, **__: right)
     for on_gpu in (False, True):
-        _, found = arranged.causal_model(
+        _, found = layout_choice.causal_model(
             ModelConfig(path="x"),
             tiny.tiny_config("qwen3_next"),
             Layout.padded,

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from launch.serve.exported import find_export
 from strategies.errors import ConfigError
 from strategies.small_files import MOST_BYTES, read_object
 from tests.helpers.building import model_dir
@@ -13,9 +14,8 @@ from trainer.model.config import ModelConfig
 from trainer.model.encoder_decoder import read_config
 from trainer.model.files import Files
 from trainer.model.loading import check_files, generation_config, load_model_config, load_tokenizer
-from trainer.serving.exported import find_export
-from trainer.tuning.start import read_settings
-from trainer.tuning.stored import peft_settings
+from trainer.tuning.adapter_checkpoint import peft_settings
+from trainer.tuning.initial_adapter import read_settings
 
 INDEX = "model.safetensors.index.json"
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000

@@ -38,7 +38,7 @@ from trainer.export.verify import DriftError
 from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
-from trainer.papers.known import ModelFacts
+from trainer.reporting.documents.facts import ModelFacts
 
 GAP = 1e-4
 """Least relative distance between what a router chooses and what it passes over: twice the rounding of its scores by far."""

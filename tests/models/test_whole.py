@@ -15,7 +15,7 @@ from trainer.model.architecture import auto_class
 from trainer.model.config import ModelKind
 from trainer.model.kept_layers import KeptLayers
 from trainer.model.shrink import WINDOW, NotShrinkable, small_copies
-from trainer.objectives import passage
+from trainer.objectives import forward_path
 
 TABLE = sweep.read()["types"]
 WHOLE = {**{t: (t, LEFT_OUT.get(t, {})) for t in TABLE if t not in EXCLUDED}, **LARGEST}
@@ -51,7 +51,7 @@ def test_a_whole_size_is_proven_as_its_tiny_model_trains(whole):
     attention.register()
     name, config, plain = whole
     row = TABLE[WHOLE[name][0]]["full"]
-    found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
+    found = forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False)
     assert found.tried, found.reason
     assert found.causal == (row["outcome"] != "refused")
     if found.causal:
@@ -81,7 +81,7 @@ def test_a_copy_that_lacks_a_kind_of_layer_is_none(gemma, monkeypatch):
     config, plain = gemma
     monkeypatch.setattr("trainer.model.shrink.choices", lambda *_: iter([KeptLayers((0, 1), 35)]))
     with pytest.raises(NotShrinkable, match=r"a small copy lacks [1-9] of its kinds of layers"):
-        passage._proof_of(config, plain)
+        forward_path._proof_of(config, plain)
 
 
 def test_where_names_do_not_do_widths_are_divided(monkeypatch):
@@ -89,7 +89,7 @@ def test_where_names_do_not_do_widths_are_divided(monkeypatch):
     attention.register()
     config, plain = built("Mixtral-8x22B")
     monkeypatch.setattr("trainer.model.shrink._by_name", lambda made, full: made | {"num_key_value_heads": 3})
-    found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
+    found = forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False)
     assert found.padding_free is not None, found.reason
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import trainer.heads.divergence as divergence_module
+import trainer.losses.divergence as divergence_module
 from launch.main import main
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
@@ -24,9 +24,9 @@ from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.heads.divergence import Against, Divergence, Measure
-from trainer.heads.fuse import fuse_head
-from trainer.heads.loss import LossHead
+from trainer.losses.divergence import Against, Divergence, Measure
+from trainer.losses.fuse import fuse_head
+from trainer.losses.next_token import LossHead
 from trainer.objectives.base import Beside, TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.registry import build_objective, reading_of

@@ -15,9 +15,9 @@ from trainer.data.store.sequences import Sample
 from trainer.evaluation import generation
 from trainer.evaluation.base import GenerateConfig, WritingConfig
 from trainer.evaluation.decoding import Generate, decoding, stock_attention
-from trainer.evaluation.gathering import Gathering
+from trainer.evaluation.full_weights import Gathering
+from trainer.evaluation.generate import Pace, Writer
 from trainer.evaluation.generation import Generated, GenerationEvaluator, first_answer, scores
-from trainer.evaluation.writing import Pace, Writer
 from trainer.model import attention, flex
 
 PAIRS = [

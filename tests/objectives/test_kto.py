@@ -16,14 +16,14 @@ from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, rated_set, 
 from tests.helpers.launching import clean_environment
 from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl, write_pairs
-from trainer.assembly.build import prepare_data
+from trainer.build.parts import prepare_data
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.prepare import Preparation
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.evaluation.loss import LossEvaluator
-from trainer.heads.fuse import fuse_head
+from trainer.losses.fuse import fuse_head
 from trainer.objectives.kto import FURTHEST, KtoConfig, mismatched, partner
 from trainer.objectives.reference import RecordLogps
 from trainer.objectives.registry import build_objective, reading_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.embedded import FetchError, embedded_encoder
+from launch.demo.embedded import FetchError, embedded_encoder
 from launch.main import main
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING

@@ -14,7 +14,7 @@ from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, pair_set, r
 from tests.helpers.covering import chosen, values
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.heads.fuse import fuse_head
+from trainer.losses.fuse import fuse_head
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
 from trainer.objectives.reference import RecordLogps

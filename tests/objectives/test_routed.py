@@ -34,7 +34,7 @@ from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.preference import DpoConfig
 from trainer.objectives.routed import Routed, routed
 from trainer.objectives.sft import SftConfig
-from trainer.records.load import by_layer, of_step
+from trainer.reporting.expert_load import by_layer, of_step
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.config import PromptConfig
 from trainer.tuning.full import Full

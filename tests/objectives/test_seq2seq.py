@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.compose import compose
+from launch.config.compose import compose
 from strategies.errors import ConfigError, DataError
 from tests.helpers.building import (
     GLOBAL_BATCH,

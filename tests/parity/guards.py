@@ -18,18 +18,18 @@ from tests.helpers.stores import write
 from tests.parity.base import Curve, Job, lone_steps
 from tests.parity.features import HostReads
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.kept import Checkpoints
+from trainer.checkpoints.manager import Checkpoints
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepBatch
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.guards.config import Action, GuardsConfig
-from trainer.guards.replicas import held_alike
 from trainer.loop import Trainer
+from trainer.monitors.guard_config import Action, GuardsConfig
+from trainer.monitors.replicas import held_alike
 from trainer.objectives.sft import SftReading
-from trainer.records.metrics import StepRecord
-from trainer.records.tracking import Trackers
+from trainer.reporting.metrics import StepRecord
+from trainer.reporting.tracking import Trackers
 
 STEPS, BATCH, ODD = 12, 4, 8
 FLIPPED, HIT = 7, "layers.1.post_attention_layernorm.weight"
@@ -82,12 +82,12 @@ def _skipped(job: Job, config: RunConfig, data: Prepared) -> dict:
     for batch in trainer.loader.steps(0, STEPS):
         trainer.meter.add(trainer.train_step(batch))
     rows = trainer.meter.flush()
-    trainer.guards.look(rows)
+    trainer.monitors.look(rows)
     return {
         "found": [[row["loss"], row["grad_norm"]] for row in rows],
         "skipped": [row["step"] for row in rows if row.get("skipped")],
         "outliers": [row["step"] for row in rows if "outlier/grad_norm" in row],
-        "window": len(trainer.guards.recent()),
+        "window": len(trainer.monitors.recent()),
         "updates": int(trainer.engine._updates),  # type: ignore[attr-defined]
         "reads": reads,
         "expected": job.oracle(("guards", "skipped"), lambda: _never_updated(job, config, data), elsewhere=[]),

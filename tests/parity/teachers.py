@@ -17,8 +17,8 @@ from tests.parity.base import Curve, Job
 from tests.parity.methods import FEWER
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
-from trainer.heads.divergence import Divergence
 from trainer.loop import Trainer
+from trainer.losses.divergence import Divergence
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.kto import KtoConfig

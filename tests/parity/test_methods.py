@@ -2,8 +2,8 @@
 
 import pytest
 
-from launch.compose import compose
-from strategies.every import STRATEGIES
+from launch.config.compose import compose
+from strategies.registry import STRATEGIES
 from tests.helpers.covering import chosen, takes, values
 from tests.helpers.learning import LEAST_LEARNED
 from tests.helpers.ranks import CASE_S

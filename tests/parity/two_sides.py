@@ -11,15 +11,15 @@ from tests.helpers.building import STRATEGIES, alone, model_dir, run_config, tak
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.parity.base import Job
 from tests.parity.methods import FEWER
-from trainer.assembly.build import build_engine
+from trainer.build.parts import build_engine
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Prepared
-from trainer.evaluation import gathering
+from trainer.evaluation import full_weights
 from trainer.evaluation.base import GenerateConfig, WritingConfig
+from trainer.evaluation.generate import Writer
 from trainer.evaluation.generation import GenerationEvaluator
-from trainer.evaluation.writing import Writer
 from trainer.model.loading import generation_config, load_tokenizer
 from trainer.objectives.seq2seq import Seq2seqConfig
 
@@ -155,12 +155,12 @@ def write(job: Job, case: str) -> dict[str, Any]:
     expected = job.oracle(
         ("written", architecture), lambda: all_of(alone(job.runtime), STRATEGIES["single"]), elsewhere=[[], [], [], 0]
     )
-    share = gathering.SHARE
+    share = full_weights.SHARE
     try:
-        gathering.SHARE = share if how == "gathered" else 0.0
+        full_weights.SHARE = share if how == "gathered" else 0.0
         greedy, drawn, scores, whole = all_of(job.runtime, STRATEGIES[strategy])
     finally:
-        gathering.SHARE = share
+        full_weights.SHARE = share
     apart: list[int] = []
     if job.runtime.is_main:
         plain = writing.plain(job.root, architecture)

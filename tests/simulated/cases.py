@@ -13,9 +13,9 @@ from tests.helpers import building
 from tests.helpers.building import model_dir, run_config
 from tests.helpers.covering import chosen, values
 from trainer.config.run import RunConfig
-from trainer.forecast.simulation import parts_of
 from trainer.model.quantisation import Quantisation
-from trainer.planning.simulate import ShapesOnly, Simulated, simulate, watch
+from trainer.planner.simulate import ShapesOnly, Simulated, simulate, watch
+from trainer.planner.simulation import parts_of
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 NATIVE = STRATEGIES[:4]

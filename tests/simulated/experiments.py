@@ -5,10 +5,10 @@ from pathlib import Path
 
 import transformers
 
-from launch.choices import CONF_DIR
-from launch.compose import compose
-from trainer.forecast.simulation import simulate_depth
-from trainer.planning.depth import Extended
+from launch.config.choices import CONF_DIR
+from launch.config.compose import compose
+from trainer.planner.depth_extrapolation import Extended
+from trainer.planner.simulation import simulate_depth
 
 MODELS = {
     "llama2_7b_lora_fsdp2": transformers.LlamaConfig(

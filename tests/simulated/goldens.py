@@ -12,8 +12,8 @@ from typing import Any
 
 from tests.simulated.cases import Case, chosen_cases, simulated
 from tests.simulated.experiments import MODELS, simulated_experiment
-from trainer.planning.depth import whole
-from trainer.planning.simulate import Simulated
+from trainer.planner.depth_extrapolation import whole
+from trainer.planner.simulate import Simulated
 
 TABLE = Path(__file__).parent / "goldens.json"
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")

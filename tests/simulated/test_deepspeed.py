@@ -16,7 +16,7 @@ RANKS = 4
 def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
     """Whole buffers, with padding where ranks get less than their part, and the part of this rank."""
     from strategies.deepspeed_library import import_deepspeed, settle_accelerator
-    from trainer.planning.record import Recorder
+    from trainer.planner.step_recorder import Recorder
 
     with simulated_rank(rank, RANKS) as runtime:
         import_deepspeed(on_cpu=True).init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -7,10 +7,10 @@ import transformers
 
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
-from trainer.forecast.simulation import ends_of, simulate_depth
-from trainer.planning import depth
-from trainer.planning.depth import shallow
-from trainer.planning.live import GRAIN
+from trainer.planner import depth_extrapolation
+from trainer.planner.depth_extrapolation import shallow
+from trainer.planner.memory_tracker import GRAIN
+from trainer.planner.simulation import ends_of, simulate_depth
 
 SIZES = {
     "moderate": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 7, "vocab_size": 4096},
@@ -88,7 +88,7 @@ def _near(found, exact):
 @pytest.mark.parametrize("case", chosen(MATRIX, marks, cost=lambda case: case.accumulation), ids=str)
 def test_moderate(tmp_path, case, monkeypatch):
     # Of seven blocks the whole is simulated, which takes no longer than the two shallow models: here they are compared with it.
-    monkeypatch.setattr(depth, "shallow", lambda *_, joined: (3, 4) if joined else (4, 5))
+    monkeypatch.setattr(depth_extrapolation, "shallow", lambda *_, joined: (3, 4) if joined else (4, 5))
     agree(model(tmp_path, "moderate"), case, 1 if case.strategy == "single" else 8, [256, 100])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from strategies.owned import MemoryKind
+from strategies.tensor_inventory import MemoryKind
 from tests.helpers.covering import EVERYTHING
 from tests.simulated.experiments import MODELS, simulated_experiment
 from tests.simulated.goldens import golden_experiment

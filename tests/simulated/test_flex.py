@@ -8,10 +8,10 @@ from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from strategies.runtime import SIMULATED
 from strategies.simulation import simulated_rank
 from tests.helpers.building import model_dir, run_config
-from trainer.forecast.simulation import parts_of
 from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
-from trainer.planning.simulate import simulate
+from trainer.planner.simulate import simulate
+from trainer.planner.simulation import parts_of
 
 LENGTHS = [40, 24]
 

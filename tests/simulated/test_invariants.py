@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from strategies.errors import ConfigError
 from strategies.fsdp2 import Fsdp2Engine
-from strategies.owned import MemoryKind
+from strategies.tensor_inventory import MemoryKind
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, cover, values
 from tests.simulated.cases import LENGTHS, NATIVE, Case, chosen_cases, comparable, cost, simulated
@@ -16,7 +16,7 @@ from tests.simulated.goldens import golden, name_of, summary
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.model.quantisation import Quantisation, Scheme
-from trainer.planning import bare
+from trainer.planner import minimal_step
 
 CASES = chosen_cases()
 if not EVERYTHING:  # each strategy and tuning, and each other value, of those whose numbers are kept
@@ -82,7 +82,7 @@ def test_an_engine_that_does_wrong_is_seen(place, monkeypatch, broken, said):
 
 def test_operands_on_two_devices_are_refused(place, monkeypatch):
     """A batch that stays on the host, under a model on the GPU."""
-    monkeypatch.setattr(bare, "to_device", lambda batch, device: batch)
+    monkeypatch.setattr(minimal_step, "to_device", lambda batch, device: batch)
     case = Case("single", "full", "bf16")
     with pytest.raises(RuntimeError, match="device"):
         simulated(case, case.model_in(place), 1, repeat=0)

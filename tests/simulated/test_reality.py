@@ -8,16 +8,16 @@ import torch
 
 from strategies.base import Precision
 from strategies.memory import Pass, estimate
-from strategies.owned import MemoryKind
 from strategies.parameters import named_parameters
 from strategies.runtime import SIMULATED
 from strategies.simulation import simulated_rank
+from strategies.tensor_inventory import MemoryKind
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.helpers.ranks import Ranks
 from tests.simulated.cases import CHECKPOINTING, LENGTHS, NATIVE, Case, comparable, real_alone, simulated
-from trainer.forecast.simulation import parts_of
-from trainer.planning.simulate import simulate
+from trainer.planner.simulate import simulate
+from trainer.planner.simulation import parts_of
 
 CPU = torch.device("cpu")
 MATRIX = [

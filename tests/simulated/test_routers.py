@@ -6,9 +6,9 @@ from strategies.base import Fsdp2Config, Precision
 from strategies.runtime import SIMULATED
 from strategies.simulation import simulated_rank
 from tests.helpers.building import model_dir, run_config
-from trainer.forecast.simulation import parts_of
 from trainer.model.config import ModelConfig
-from trainer.planning.simulate import simulate
+from trainer.planner.simulate import simulate
+from trainer.planner.simulation import parts_of
 
 
 def test_on_many_gpus_the_look_ahead_costs_one_small_reduction_and_no_wait(tmp_path):

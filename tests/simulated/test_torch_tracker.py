@@ -7,9 +7,9 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
 from tests.simulated.cases import Case, simulated
-from trainer.guards.config import GuardsConfig
-from trainer.guards.watch import WATCHED
-from trainer.planning import live, simulate
+from trainer.monitors.anomalies import WATCHED
+from trainer.monitors.guard_config import GuardsConfig
+from trainer.planner import memory_tracker, simulate
 
 WINDOW = GuardsConfig().window * len(WATCHED) * 8
 """Bytes of what the guards compare a step with, in float64."""
@@ -44,7 +44,7 @@ class Followed(simulate.WatchedEngine):
 )
 def test_peak_is_that_of_torchs_tracker(tmp_path, monkeypatch, tuning, checkpointing):
     """Both watch the same step of one rank of 8, to the byte: torch's does not round what lies on a CPU."""
-    monkeypatch.setattr(live, "GRAIN", 1)
+    monkeypatch.setattr(memory_tracker, "GRAIN", 1)
     monkeypatch.setattr(simulate, "WatchedEngine", Followed)
     case = Case("fsdp2", tuning, "bf16", checkpointing)
     # Once: torch's tracker leaves something behind, so that a step after it would hold more.

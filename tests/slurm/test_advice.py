@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.advice import advise, partitions, ranks_lines
-from launch.array_size import refuse_large_arrays
+from launch.cluster.advice import advise, partitions, ranks_lines
+from launch.cluster.array_size import refuse_large_arrays
+from launch.config.prices import price_by_word
 from launch.main import main
-from launch.prices import price_by_word
-from launch.slurm_time import clock, seconds
+from launch.runs.slurm_time import clock, seconds
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.validate import problems_of
@@ -145,7 +145,7 @@ def test_a_partition_that_is_down_is_told_and_a_sweep_larger_than_an_array_is_re
     scontrol = sinfo.with_name("scontrol")
     scontrol.write_text("#!/bin/sh\necho 'MaxArraySize            = 20'\n")
     scontrol.chmod(0o755)
-    monkeypatch.setattr("launch.compose.compose", None)  # no point is composed
+    monkeypatch.setattr("launch.config.compose.compose", None)  # no point is composed
     words = ["launcher=slurm", "model.path=m", "optim.lr=1e-4,2e-4", "run.seed=range(0,11)"]
     assert main(["train", "-m", *words]) == 64
     assert "22 runs are one job array, and SLURM takes 20 at most here (MaxArraySize)" in capsys.readouterr().err

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import efficiency
 from launch.main import main
-from tests.following.made import made
+from launch.runs import efficiency
+from tests.launch.runs.made import made
 
 ENDED = """\
 2|COMPLETED|83|00:35.848|||

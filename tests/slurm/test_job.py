@@ -9,20 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from launch import freezing, frozen, job
-from launch.compose import compose
-from launch.frozen import to_yaml
+from launch.cluster import job
+from launch.config import frozen
+from launch.config.compose import compose
+from launch.config.frozen import to_yaml
+from launch.config.process_role import expand_hosts, port
 from launch.main import main
-from launch.slurm_env import expand_hosts, port
+from launch.runs import freeze
+from launch.runs.job_record import note_begun, note_ended, read_job_record
+from launch.runs.queue import note_submitted
 from strategies.errors import ConfigError, OutOfMemory
-from tests.following.made import stand_in_for_squeue
 from tests.helpers.launching import ROOT
 from tests.helpers.models import tiny_model_dir
+from tests.launch.runs.made import stand_in_for_squeue
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
-from trainer.following.job_record import note_begun, note_ended, read_job_record
-from trainer.following.queue import note_submitted
-from trainer.records.lease import InUse, this_process
-from trainer.records.status import record_failure, write_status
+from trainer.reporting.status import record_failure, write_status
+from trainer.session.lease import InUse, this_process
 
 
 @pytest.fixture
@@ -138,10 +140,10 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     (run / "train.sbatch").write_text(f"runs=('{run}')\n")
     row = ["17", "17", "PENDING", "Resources", "N/A", "1:00", "", str(tmp_path), "run", f"{run}/train.sbatch"]
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [row])}:{os.environ['PATH']}")
-    freezing._queue.cache_clear()
+    freeze._queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(InUse, match=r"job 17 is for this run, .* \(it pends: waits for nodes to become free\)"):
-        freezing.refuse_queued(run)
+        freeze.refuse_queued(run)
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
     words = [
@@ -153,8 +155,8 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     assert main(["submit", *words]) == 64
     assert f"`shardtune stop {run}` ends it" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
-    freezing.refuse_queued(run)
-    freezing._queue.cache_clear()
+    freeze.refuse_queued(run)
+    freeze._queue.cache_clear()
 
 
 def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_any_other_trains(
@@ -163,23 +165,23 @@ def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_an
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [])}:{os.environ['PATH']}")
     squeue = tmp_path / "tools" / "squeue"
     squeue.write_text(f"#!/bin/sh\necho asked >>{tmp_path}/asked\necho 'squeue: error: timed out' >&2; exit 1\n")
-    freezing._queue.cache_clear()
+    freeze._queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
-    freezing.refuse_queued(run)
+    freeze.refuse_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 1, "at once: nobody submitted this directory"
     note_submitted([run], "17")
     with pytest.raises(InUse, match=f"was submitted as job 17, .* if job 17 is over, remove {run}/submitted"):
-        freezing.refuse_queued(run)
+        freeze.refuse_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 2
     write_status(run, "done", step=9)  # a job that still waits would find nothing to do
-    freezing.refuse_queued(run)
+    freeze.refuse_queued(run)
     write_status(run, "failed", step=9)
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
-    freezing.refuse_queued(run)
+    freeze.refuse_queued(run)
     monkeypatch.delenv("SLURM_JOB_ID")
     note_ended(run, "17", 0, 70, reason="failed", goes_on=False)
-    freezing.refuse_queued(run)
-    freezing._queue.cache_clear()
+    freeze.refuse_queued(run)
+    freeze._queue.cache_clear()
 
 
 def test_hosts_are_those_of_slurms_own_variable_and_parts_that_are_unlike_are_refused(run, capfd, monkeypatch):

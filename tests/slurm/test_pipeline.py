@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from launch import pipeline_part
+from launch.cluster import pipeline_part
 from launch.main import main
-from tests.following.made import made, stand_in_for_squeue
+from launch.runs.pipeline_jobs import parts_of
+from launch.runs.queue import ask
 from tests.helpers.covering import whole
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
+from tests.launch.runs.made import made, stand_in_for_squeue
 from tests.slurm.cluster import Cluster
 from trainer.config.launching import problems
 from trainer.config.run import RunConfig, SlurmConfig
-from trainer.following.pipeline import parts_of
-from trainer.following.queue import ask
 
 CLONE = Path(__file__).parents[2]
 ALL = "launcher.pipeline=[prepare,train,evaluate,export]"

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from launch import snapshot
-from launch.frozen import to_yaml
-from launch.job import FrozenRun
+from launch.cluster import snapshot
+from launch.cluster.job import FrozenRun
+from launch.cluster.slurm import BODY, render
+from launch.cluster.submission import submit
+from launch.config.frozen import to_yaml
 from launch.main import main
-from launch.slurm import BODY, render
-from launch.submission import submit
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
 from trainer.config.run import Code, LauncherConfig, RunConfig, SlurmConfig
-from trainer.records.status import State, write_status
+from trainer.reporting.status import State, write_status
 
 CLONE = Path(__file__).parents[2]
 GOLDEN = CLONE / "tests" / "golden" / "slurm_job.sbatch"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import pipeline
-from launch.slurm import render
-from launch.submission import scripts_of
+from launch.cluster import pipeline
+from launch.cluster.slurm import render
+from launch.cluster.submission import scripts_of
 from tests.slurm.cluster import Cluster
 from trainer.config.run import Code, Preflight, RunConfig, SlurmConfig
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.frozen import to_yaml
-from launch.slurm import render
+from launch.cluster.slurm import render
+from launch.config.frozen import to_yaml
 from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.models import tiny_model_dir
 from tests.slurm.cluster import Cluster, wait_for
@@ -166,7 +166,7 @@ def test_a_crash_is_not_requeued_on_an_old_status(cluster: Cluster, site: Path) 
 def test_a_lost_rank_is_requeued_as_often_as_asked(cluster: Cluster, site: Path) -> None:
     lost = """
 import json, os, pathlib
-from trainer.records.status import start_of_job
+from trainer.reporting.status import start_of_job
 failure = {"retry": "node_fail", **start_of_job()}
 (pathlib.Path(os.environ["SHARDTUNE_RUN_DIR"]) / "failure.json").write_text(json.dumps(failure))
 raise SystemExit("lost")

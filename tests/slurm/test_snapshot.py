@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import snapshot
+from launch.cluster import snapshot
 from strategies.errors import ConfigError
-from trainer.records.code import revision
+from trainer.reporting.code_revision import revision
 
 CLONE = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def test_a_copy_imports_by_itself_and_says_where_it_is_from(clone: Path, tmp_pat
     shutil.rmtree(clone)
     head = revision(place)
     assert head and len(head) == 12, head
-    code = "from trainer.records.code import ROOT, revision; print(ROOT, revision())"
+    code = "from trainer.reporting.code_revision import ROOT, revision; print(ROOT, revision())"
     said = subprocess.run([sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(place)}, capture_output=True)
     assert said.stdout.decode().split() == [str(place), head], said.stderr
 

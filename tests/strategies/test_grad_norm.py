@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from strategies.grad_norm import squared_norm
 from strategies.native import NativeEngine
-from strategies.norm import squared_norm
 
 
 def test_the_norm_of_many_elements_is_exact():

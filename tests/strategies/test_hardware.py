@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch import compose, node
+from launch.cluster import node
+from launch.config import compose
 from strategies import build, runtime
 from strategies.base import Precision
 from strategies.errors import ConfigError

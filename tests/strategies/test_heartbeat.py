@@ -9,11 +9,11 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from strategies import heartbeat, meeting
+from strategies import heartbeat, rendezvous
 from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.errors import ShardtuneError
 from strategies.heartbeat import CutOff, Heartbeats
-from strategies.meeting import Meeting
+from strategies.rendezvous import Meeting
 from tests.helpers.launching import ROOT, clean_environment, free_port
 from tests.helpers.speed import seconds
 
@@ -66,7 +66,7 @@ def test_a_rank_that_is_cut_off_from_the_store_says_so_and_ends(server, monkeypa
 
 
 def test_a_rank_says_that_the_others_do_not_come(monkeypatch, capfd):
-    monkeypatch.setattr(meeting, "TELL_S", 0.1)
+    monkeypatch.setattr(rendezvous, "TELL_S", 0.1)
     job = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in job.items():
         monkeypatch.setenv(name, value)

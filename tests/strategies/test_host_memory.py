@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from launch.torchrun import LOST_PEER
+from launch.cluster.torchrun import LOST_PEER
 from strategies import host_memory
 from strategies.host_memory import HostMemory
 from tests.helpers.warm import run_ranks

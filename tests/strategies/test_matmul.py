@@ -12,7 +12,7 @@ from strategies.matmul import Matmul, MatmulChoice, Processor
 from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
 from trainer.model import attention
-from trainer.telling import facts as report
+from trainer.session import run_facts as report
 
 
 @pytest.fixture(autouse=True)

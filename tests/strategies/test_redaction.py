@@ -4,8 +4,8 @@ import base64
 
 import pytest
 
-from launch.choices import CONF_DIR
-from launch.compose import compose
+from launch.config.choices import CONF_DIR
+from launch.config.compose import compose
 from strategies.redaction import HIDDEN, redacted, secret_in
 
 VALUE = "correct-horse-42"

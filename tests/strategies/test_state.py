@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from strategies import durable, tensor_files
+from strategies import atomic_io, tensor_files
+from strategies.atomic_io import WrittenFile, difference
 from strategies.base import Progress
-from strategies.durable import WrittenFile, difference
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime
 from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state, read_header
 from strategies.tensor_files import FILE_NAME, HeldElements, Malformed, index_json, layout, parse_index, write_tensors
 from tests.helpers.covering import EVERYTHING
-from trainer.checkpoints.seal import seal, verify
+from trainer.checkpoints.manifest import seal, verify
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 SIZES = {"embed.weight": 977, "norm.weight": 8, "head.bias": 1}
@@ -78,7 +78,7 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, writers):
 def test_what_rank_0_sees_is_waited_for_where_another_host_has_just_written_it(tmp_path, monkeypatch, code):
     """Also progress and index, and not what nobody sees."""
 
-    class Late(durable.Disk):
+    class Late(atomic_io.Disk):
         def __init__(self):
             self.failed, self.slept = [], 0.0
 
@@ -92,14 +92,14 @@ def test_what_rank_0_sees_is_waited_for_where_another_host_has_just_written_it(t
             self.slept += seconds
 
     save_as(tmp_path, 1, whole())
-    monkeypatch.setattr(durable, "disk", Late())
+    monkeypatch.setattr(atomic_io, "disk", Late())
     assert load_state(tmp_path, cut(whole(), 1, 0), ALONE).progress.step == 3
-    assert {*durable.disk.failed} == {"progress.json", "index.json", FILE_NAME.format(0)}
+    assert {*atomic_io.disk.failed} == {"progress.json", "index.json", FILE_NAME.format(0)}
     (tmp_path / "progress.json").unlink()
-    monkeypatch.setattr(durable, "disk", Late())
+    monkeypatch.setattr(atomic_io, "disk", Late())
     with pytest.raises(StorageError, match=r"progress\.json"):
         load_state(tmp_path, cut(whole(), 1, 0), ALONE)
-    assert durable.disk.slept == 0
+    assert atomic_io.disk.slept == 0
 
 
 def test_the_files_are_plain_safetensors(tmp_path):
@@ -205,13 +205,13 @@ def test_progress_that_never_improved_is_not_mistaken_for_damage(tmp_path):
 
 
 def test_without_room_not_a_byte_is_written(tmp_path, monkeypatch):
-    from strategies import durable
+    from strategies import atomic_io
 
-    class Full(durable.Disk):
+    class Full(atomic_io.Disk):
         def free(self, path):
             return 2**20 + 15
 
-    monkeypatch.setattr(durable, "disk", Full())
+    monkeypatch.setattr(atomic_io, "disk", Full())
     with pytest.raises(StorageError, match=r"^No space left on .* 1 MiB are needed and 1 MiB are free"):
         RankState([FlatRange("a", 4, 0, {"weight": torch.zeros(4)})], header().json(), ALONE).save(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch.compose import compose
+from launch.config.compose import compose
 from strategies.errors import ConfigError
 from tests.model.test_experts import CONFIGS as SIZES_OF
 from tests.model.test_experts import SIZES

@@ -12,7 +12,7 @@ from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_expert_lora import CONFIGS
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.tuning.base import LoraConfig
-from trainer.tuning.start import problems, settle
+from trainer.tuning.initial_adapter import problems, settle
 
 BOTH = {"rank": 4, "experts": True, "router": True}
 

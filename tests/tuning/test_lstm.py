@@ -11,7 +11,7 @@ from strategies.base import Precision
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.methods import ADDED
-from trainer.assembly.build import build_engine
+from trainer.build.parts import build_engine
 from trainer.model.loading import load_tokenizer
 from trainer.tuning import lstm
 

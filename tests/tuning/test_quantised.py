@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launch.compose import compose
+from launch.config.compose import compose
 from strategies.base import Fsdp2Config, Precision, SingleConfig
 from strategies.errors import ConfigError
 from strategies.memory import Pass, estimate

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strategies import durable
-from strategies.durable import WrittenFile, publish, reason, write_new
+from strategies import atomic_io
+from strategies.atomic_io import WrittenFile, publish, reason, write_new
 from strategies.saving import PROGRESS, FileOutcome, RankState
 from strategies.tensor_files import INDEX, FilePart, Malformed, index_json, parse_json
-from trainer.checkpoints.places import STEP_DIR, names_in, published
-from trainer.checkpoints.seal import seal
+from trainer.checkpoints.layout import STEP_DIR, names_in, published
+from trainer.checkpoints.manifest import seal
 
 NOTE = "rank-{:05d}.part.json"
 NOTE_NAME = re.compile(r"rank-\d{5}\.part\.json")
@@ -94,7 +94,7 @@ def _read_notes(aside: Path) -> list[PartNote]:
     """The notes of the ranks, as far as they follow each other from rank 0 on. Errors: OSError, Malformed."""
     notes: list[PartNote] = []
     while (path := aside / NOTE.format(len(notes))).exists():
-        raw: Any = parse_json(durable.read_bytes(path, most=MOST_NOTE))
+        raw: Any = parse_json(atomic_io.read_bytes(path, most=MOST_NOTE))
         try:
             parts = {str(name): FilePart(*part) for name, part in raw["parts"].items()}
             file = None if raw["file"] is None else WrittenFile(*raw["file"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from strategies.base import StrategyConfig, StrategyName
-from strategies.every import STRATEGIES
+from strategies.registry import STRATEGIES
 from trainer.optim.config import OptimConfig, OptimName
 from trainer.optim.support import SUPPORT
 from trainer.tuning.base import TuningConfig

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 
 from strategies.errors import ShardtuneError
-from trainer.challenges.config import GENERAL, Reaction, limit_of
 from trainer.config.run import RunConfig
 from trainer.data.read.paths import expand
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks import registry
 from trainer.model.config import ModelKind
+from trainer.monitors.config import GENERAL, Reaction, limit_of
 from trainer.objectives.registry import FAMILIES, build_objective, family_of
 
 FORGOTTEN = ("forgetting",)

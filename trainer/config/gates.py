@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from trainer.config.run import RunConfig
 from trainer.evaluation.tasks.registry import KINDS
-from trainer.gates import bounds
-from trainer.papers.questions import paper_problems, read_answers
+from trainer.export.gates import bounds
+from trainer.reporting.documents.questions import paper_problems, read_answers
 
 
 def paper_words(config: RunConfig) -> Iterator[str]:

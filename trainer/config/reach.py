@@ -2,7 +2,7 @@
 
 Somebody else's run directory is data for its reader. A setting that describes (model, method, data, sizes) is taken from it. A
 setting that reaches out (sends, runs, fetches, writes elsewhere, reads the reader's files) counts only if the reader typed its
-value: see `launch/read_run.py`. Every setting has its class here, by its own name; a test fails for one that has none.
+value: see `launch/config/read_run.py`. Every setting has its class here, by its own name; a test fails for one that has none.
 """
 
 from __future__ import annotations

@@ -13,22 +13,22 @@ from typing import Any, get_args, get_origin, get_type_hints
 from strategies.base import Precision, StrategyConfig
 from strategies.errors import ConfigError
 from strategies.matmul import Matmul
-from trainer.challenges.config import ChallengesConfig
 from trainer.checkpoints.config import CheckpointConfig
+from trainer.config.review import ReviewConfig
 from trainer.config.sbatch_options import GpuRequest, gpu_request, ranks_per_node
 from trainer.data.batches.order import BudgetConfig
 from trainer.data.config import DataConfig
 from trainer.data.tokens.clock import TemplateDate
 from trainer.evaluation.base import EvaluationConfig
 from trainer.export.config import ExportConfig
-from trainer.guards.config import GuardsConfig
 from trainer.model.config import ModelConfig
+from trainer.monitors.config import ChallengesConfig
+from trainer.monitors.guard_config import GuardsConfig
 from trainer.objectives.base import ObjectiveConfig
 from trainer.optim.config import OptimConfig
 from trainer.optim.schedule import ScheduleConfig
-from trainer.records.config import LoggingConfig
-from trainer.records.profile import ProfileConfig
-from trainer.review.config import ReviewConfig
+from trainer.reporting.config import LoggingConfig
+from trainer.reporting.profile import ProfileConfig
 from trainer.tuning.base import TuningConfig
 
 

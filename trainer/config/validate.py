@@ -16,9 +16,9 @@ from typing import Any
 
 from strategies.base import AutoConfig, StrategyConfig, StrategyName
 from strategies.errors import ConfigError, DataError, StorageError
-from strategies.every import every_strategy
-from trainer.checkpoints.chosen import refused, settled
-from trainer.checkpoints.places import places_of
+from strategies.registry import every_strategy
+from trainer.checkpoints.layout import places_of
+from trainer.checkpoints.resume_selection import refused, settled
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.evaluation import problems as evaluation_problems
@@ -29,20 +29,20 @@ from trainer.config.ranges import RANGES
 from trainer.config.resuming import KINDS
 from trainer.config.run import AUTO, MICRO, Device, LauncherName, RunConfig
 from trainer.config.sharding import problems as sharding_problems
-from trainer.data.inputs import problems as data_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
+from trainer.data.sources import problems as data_problems
 from trainer.model import encoder_decoder
 from trainer.model.config import ModelKind, may_be_hub_id
 from trainer.model.quantisation import Quantisation, missing_package
 from trainer.objectives.registry import family_of, model_problems
 from trainer.objectives.registry import problems as objective_problems
 from trainer.optim.support import problems as optimizer_problems
-from trainer.records.energy import problems as energy_problems
-from trainer.records.profile import profile_problems
-from trainer.records.trackers.registry import problems as tracker_problems
+from trainer.reporting.energy import problems as energy_problems
+from trainer.reporting.profile import profile_problems
+from trainer.reporting.trackers.registry import problems as tracker_problems
 from trainer.tuning.check import RunFacts
 from trainer.tuning.check import problems as tuning_problems
-from trainer.tuning.start import fold_problems
+from trainer.tuning.initial_adapter import fold_problems
 from trainer.tuning.table import needs_own_rows
 
 WRITTEN = (

@@ -23,13 +23,13 @@ from datetime import date
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from strategies.durable import publish, sync_directory, sync_file
+from strategies.atomic_io import publish, sync_directory, sync_file
 from strategies.errors import ConfigError, DataError, StorageError
-from trainer.data.blocks import Block, load, save
+from strategies.file_fingerprints import sampled_digest
+from strategies.shared_files import claim, read, remedy
 from trainer.data.config import Verify
+from trainer.data.shards import Block, load, save
 from trainer.data.tokens.clock import TemplateDate
-from trainer.records.files import claim, read, remedy
-from trainer.records.sampled import sampled_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -25,7 +25,7 @@ Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}, and optionally "train": whether the turn is learned, and
 beside it "weight", above 0 and below 1: what its tokens count for in the loss.
 
-An assistant turn may have "reasoning_content", a text, and "tool_calls" (`trainer/data/turns.py`), and then an empty
+An assistant turn may have "reasoning_content", a text, and "tool_calls" (`trainer/data/messages.py`), and then an empty
 content; the result of a tool may have "name" and "tool_call_id".
 """
 

@@ -30,8 +30,8 @@ from trainer.data.fields import (
     value_at,
     verdict_of,
 )
+from trainer.data.messages import are_told, conversation, history_of, parted, tools_of, turns_of
 from trainer.data.suggested import suggested_columns
-from trainer.data.turns import are_told, conversation, history_of, parted, tools_of, turns_of
 
 NEEDS = {
     DataFormat.messages: '"messages": a list of {"role": "system|user|assistant", "content": "text"}',

@@ -20,22 +20,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError, Preempted
-from trainer.data.blocks import Assembly, Block
 from trainer.data.cache import DONE, Digests, Shards, build_once, compare, dated, fingerprint, first_date, hashes_of
-from trainer.data.choose.splits import choose
 from trainer.data.config import BalanceBy, ControlTokens, DataConfig, OverLength, PrivacyMode, Verify, identifying
 from trainer.data.formats import RowReader
-from trainer.data.inputs import inputs_of, jobs, readers_of, require_room, rows_of
-from trainer.data.maker import BlockMaker, cores, ordered_map
+from trainer.data.objective_spec import Reading
 from trainer.data.progress import PreparationProgress, Say, say_on_rank_0
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
-from trainer.data.reading import Reading
 from trainer.data.rendered import refuse_rendered
 from trainer.data.report.describe import Description
+from trainer.data.selection.splits import choose
+from trainer.data.shards import Assembly, Block
+from trainer.data.sources import inputs_of, jobs, readers_of, require_room, rows_of
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequences_of
 from trainer.data.tokens.clock import TemplateDate, reads_clock
+from trainer.data.worker import BlockMaker, cores, ordered_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -123,7 +123,7 @@ class Preparation:
             against = Origin(key, expand(config.decontamination.paths, key, remote=config.remote))
             identities.append(("decontamination", against.identity(self.digest)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
-            from trainer.data.stages.privacy.stage import key_identity  # which makes seventy expressions
+            from trainer.data.transforms.privacy.stage import key_identity  # which makes seventy expressions
 
             identities.append(("key of the pseudonyms", key_identity()))
         undated = fingerprint(identities, tokenizer, options)
@@ -203,7 +203,7 @@ class Preparation:
             self.progress.phase = "choosing documents (copies, held-out shares, balance)"
             columns, table = assembly.columns(), DocumentTable(target)
             if self.config.privacy.mode is PrivacyMode.fail:
-                from trainer.data.stages.privacy.stage import check as check_findings
+                from trainer.data.transforms.privacy.stage import check as check_findings
 
                 check_findings(assembly.totals.tally.findings, self.config.privacy)
             names, label_ids = self.reading.numbered(columns, table)

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from strategies.errors import DataError
-from trainer.data.inputs import Input, RowRange
 from trainer.data.read.json_rows import Line
 from trainer.data.read.paths import is_hub
+from trainer.data.sources import Input, RowRange
 
 EVERY_S = 15.0
 """Seconds between two lines."""

@@ -14,7 +14,7 @@ from itertools import islice
 from strategies.errors import DataError
 from trainer.data.document import Document, Row
 from trainer.data.formats import RowReader
-from trainer.data.inputs import Input
+from trainer.data.sources import Input
 from trainer.data.tokens.encode import Encoder
 
 FIRST_ROWS = 100

@@ -16,11 +16,11 @@ from trainer.data.store.sequences import TokenDataset, summed
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.endpoint.judge import Judge
+from trainer.evaluation.generate import Writer
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import EvaluationPart, LossEvaluator
-from trainer.evaluation.tasks.asking import Asking
+from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.registry import metrics_of
-from trainer.evaluation.writing import Writer
 from trainer.model.architecture import text_settings
 from trainer.model.config import ModelConfig
 from trainer.model.loading import generation_config

@@ -15,7 +15,7 @@ import numpy as np
 from strategies.runtime import Runtime, broadcast_object
 from trainer.data.batches.loader import EvalShare, sources_of
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.evaluation.writing import Writer
+from trainer.evaluation.generate import Writer
 
 if TYPE_CHECKING:
     from strategies.base import Engine

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.data.batches.collate import IGNORED
 from trainer.evaluation.decoding import stock_attention
-from trainer.heads.rows import row_scores
+from trainer.losses.row_scores import row_scores
 from trainer.objectives.causal import plain_model, supervised_rows
 from trainer.objectives.seq2seq import answer_rows
 

@@ -11,7 +11,7 @@ import torch
 
 from strategies.base import Engine
 from strategies.runtime import dist_sum
-from trainer.objectives.ahead import look_ahead
+from trainer.objectives.step_totals import look_ahead
 
 PAIRED = ("loss", "margin")
 """Terms whose sums over each micro-batch are told, so that an evaluation can be paired with an earlier one."""

@@ -18,11 +18,11 @@ from strategies.runtime import Runtime, derive_seed
 from trainer.evaluation.base import WritingConfig
 from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
 from trainer.evaluation.endpoint.judge import Judge
-from trainer.evaluation.gathering import Gathering
+from trainer.evaluation.full_weights import Gathering
+from trainer.evaluation.generate import Pace, WrittenAnswer
 from trainer.evaluation.likelihood import Likelihood, Pair
 from trainer.evaluation.loss import Interrupted
-from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.writing import Pace, WrittenAnswer
+from trainer.evaluation.tasks.model_interface import Asking
 
 if TYPE_CHECKING:
     from trainer.evaluation.base import EvaluationConfig

@@ -12,13 +12,13 @@ from strategies.errors import DataError, ShardtuneError
 from strategies.runtime import broadcast_object
 from trainer.data.document import RefusedDocument
 from trainer.data.progress import PreparationProgress
-from trainer.evaluation.tasks.asking import FirstRequest
 from trainer.evaluation.tasks.base import TaskRow
+from trainer.evaluation.tasks.model_interface import FirstRequest
 from trainer.evaluation.tasks.prepared import Ready
 
 if TYPE_CHECKING:
-    from trainer.evaluation.tasks.asking import Asking
-    from trainer.evaluation.writing import Pace
+    from trainer.evaluation.generate import Pace
+    from trainer.evaluation.tasks.model_interface import Asking
 
 
 SIGN_OF_LIFE_S = 30.0

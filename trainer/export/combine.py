@@ -17,7 +17,7 @@ import torch
 
 from strategies.errors import ConfigError
 from strategies.small_files import read_object
-from trainer.tuning.start import SETTINGS, WEIGHTS, read_settings
+from trainer.tuning.initial_adapter import SETTINGS, WEIGHTS, read_settings
 
 
 class Combination(StrEnum):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, ShardtuneError
-from trainer.export.ending import GENERATION
+from trainer.export.end_tokens import GENERATION
 from trainer.export.ollama import modelfile
 
 COMMAND = "convert-hf-to-gguf"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.export.ending import ending_tokens
+from trainer.export.end_tokens import ending_tokens
 
 _SAID = ("SystemText", "UserText", "AnswerText", "SecondUserText")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")

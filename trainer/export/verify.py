@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
-from trainer.export.choices import Choices, KeptChoices
 from trainer.export.load import load_export
+from trainer.export.routing_choices import Choices, KeptChoices
 from trainer.export.tensors import stored_type
 from trainer.model import flex
 from trainer.model.kernels import torch_alone

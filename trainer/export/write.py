@@ -17,21 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from strategies import durable
-from strategies.durable import make_directories, no_room, publish, reason, sync_file
+from strategies import atomic_io, shared_files
+from strategies.atomic_io import make_directories, no_room, publish, reason, sync_file
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.parameters import element_counts, trainable_parameters
 from strategies.runtime import Runtime, first_error, patience
-from trainer.export.card import write_documents
 from trainer.export.config import ExportConfig, ExportType
-from trainer.export.ending import write_endings
+from trainer.export.end_tokens import write_endings
 from trainer.export.tensors import hub_name, stored_type, write_tensors
 from trainer.export.verify import verify_written
 from trainer.model.architecture import TEXT_ALONE, text_settings
 from trainer.model.base_files import write_record
 from trainer.model.weights import BaseWeights
-from trainer.papers.known import ModelFacts
-from trainer.records import files
+from trainer.reporting.documents.card import write_documents
+from trainer.reporting.documents.facts import ModelFacts
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -123,7 +122,9 @@ def _agree(error: BaseException | None, aside: Path, destination: Path, runtime:
     elif error is not None and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
         cause = error
         mend = _REMEDY
-        if isinstance(cause, OSError) and cause.errno is not None and not files.remedy(cause):  # space would not help
+        if (
+            isinstance(cause, OSError) and cause.errno is not None and not shared_files.remedy(cause)
+        ):  # space would not help
             mend = mend.replace("free space", "choose another directory (to=)")
         error = StorageError(f"{reason(cause)}; writing the export {destination} failed: {mend}")
         error.__cause__ = cause
@@ -151,7 +152,7 @@ def _publish(aside: Path, destination: Path) -> None:
     old = destination.with_name(f".{destination.name}.old")
     if destination.exists():
         shutil.rmtree(old, ignore_errors=True)
-        durable.disk.rename(destination, old)
+        atomic_io.disk.rename(destination, old)
     publish(aside, destination)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from strategies.errors import ConfigError
+from strategies.file_fingerprints import sampled_digest
 from strategies.small_files import read_object
-from trainer.records.sampled import sampled_digest
 
 NO_WEIGHT_DEPENDS = ("tokenizer_config.json", "generation_config.json")
 ARCHITECTURE = "config.json"

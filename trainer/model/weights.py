@@ -19,13 +19,13 @@ from strategies.parameters import TEACHER
 from strategies.runtime import derive_seed
 from trainer.model.conversions import Conversions
 from trainer.model.files import Files
-from trainer.model.packed import PackedWeights, kept_weights
+from trainer.model.packed_cache import PackedWeights, kept_weights
 from trainer.model.quantisation import Scheme
 from trainer.model.quantised_experts import pack_run, rounded_stack
 from trainer.tuning.base import Tuning
 
 if TYPE_CHECKING:
-    from trainer.tuning.folded import Folded
+    from trainer.tuning.merged_adapters import Folded
 
 
 class Checkpoint:

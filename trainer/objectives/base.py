@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import WRONG_KIND, Document
-from trainer.data.reading import Reading
+from trainer.data.objective_spec import Reading
 from trainer.data.store.sequences import TokenDataset
 from trainer.model.config import ModelKind
 
@@ -67,7 +67,7 @@ class Objective(ABC):
     """Whether it compares with the log-probabilities of the model as it was before training."""
     ahead: tuple[str, ...] = ()
     """Terms whose means over the whole step it needs before the first backward pass, in `batch["ahead"]`: it makes them of
-    batches that have `ahead_of` (`trainer/objectives/ahead.py`)."""
+    batches that have `ahead_of` (`trainer/objectives/step_totals.py`)."""
 
     @abstractmethod
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.heads.loss import Counting, computes_loss, logits_loss
+from trainer.losses.next_token import Counting, computes_loss, logits_loss
 from trainer.model import flex
 from trainer.objectives.base import Reference
 
@@ -29,7 +29,7 @@ MODEL_INPUTS = (
 
 @dataclass(frozen=True, slots=True)
 class CausalWay:
-    """How a batch goes through a causal model (`trainer/objectives/passage.py` proves which way is right for which)."""
+    """How a batch goes through a causal model (`trainer/objectives/forward_path.py` proves which way is right for which)."""
 
     fused: bool
     """The decoder gives hidden states, of which the head itself makes the loss; else the model's own forward pass gives

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
-from trainer.data.choose.splits import Columns
 from trainer.data.config import DataFormat, Layout
 from trainer.data.document import WRONG_KIND, Document
 from trainer.data.fields import Refusal, label_of
-from trainer.data.reading import Reading
+from trainer.data.objective_spec import Reading
+from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.config import ModelKind

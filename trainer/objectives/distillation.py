@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.heads.divergence import Against, Divergence, Measure
+from trainer.losses.divergence import Against, Divergence, Measure
 from trainer.model.config import may_be_hub_id
 from trainer.objectives.base import (
     Around,

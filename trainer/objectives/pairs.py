@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from trainer.data.config import DataConfig, DataFormat, OverLength
 from trainer.data.document import WRONG_KIND, Document, Tally
 from trainer.data.store.sequences import REFERENCE, Sample
-from trainer.data.tokens.cut import fitted_answers
 from trainer.data.tokens.encode import Encoder
+from trainer.data.tokens.truncation import fitted_answers
 from trainer.objectives.base import Around, ObjectiveConfig, UnlabelledReading, formats_of
 
 WHOLE = (OverLength.truncate, OverLength.drop, OverLength.fail)

@@ -22,7 +22,7 @@ from strategies.base import Engine
 from strategies.errors import Preempted, StorageError
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.batches.loader import EvalShare, eval_plan
-from trainer.data.reading import AheadOf
+from trainer.data.objective_spec import AheadOf
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.objectives.causal import sequence_logps
 

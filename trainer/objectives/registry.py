@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.data.config import DataFormat
-from trainer.data.reading import Reading
+from trainer.data.objective_spec import Reading
 from trainer.model import encoder_decoder
 from trainer.objectives import classification, distillation, kto, preference, pretrain, reward, seq2seq, sft
 from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.runtime import dist_sum
-from trainer.heads.logit_size import squared_logsumexp
+from trainer.losses.z_loss import squared_logsumexp
 from trainer.model.balance import ADDED, RouterLosses, logit_z_weight, losses_of
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.routing import (

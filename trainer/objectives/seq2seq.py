@@ -21,12 +21,12 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.config import ControlTokens, DataConfig, DataFormat, Layout, LearnConfig, OverLength
 from trainer.data.document import WRONG_KIND, Document, RefusedDocument, Tally
-from trainer.data.reading import imitable
+from trainer.data.objective_spec import imitable
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.data.tokens.cut import kept
 from trainer.data.tokens.encode import BATCH, Encoder
 from trainer.data.tokens.template import Rendered
-from trainer.heads.loss import computes_loss, logits_loss
+from trainer.data.tokens.truncation import kept
+from trainer.losses.next_token import computes_loss, logits_loss
 from trainer.model.config import ModelKind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig, UnlabelledReading, formats_of
 from trainer.objectives.causal import counted, counting_of, plain_model

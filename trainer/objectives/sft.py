@@ -14,7 +14,7 @@ from strategies.errors import DataError
 from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
-from trainer.heads.divergence import Against, Divergence, Measure
+from trainer.losses.divergence import Against, Divergence, Measure
 from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig, UnlabelledReading
 from trainer.objectives.causal import counted, summed_loss, supervised_rows
 from trainer.objectives.teacher import Teacher, teacher_of

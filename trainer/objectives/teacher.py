@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from trainer.heads.loss import LossHead
+from trainer.losses.next_token import LossHead
 from trainer.objectives.base import Beside, Reference
 from trainer.objectives.causal import plain_model, supervised_rows
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from strategies.base import StrategyConfig, StrategyName
 from strategies.errors import ConfigError
-from strategies.every import STRATEGIES
+from strategies.registry import STRATEGIES
 from trainer.optim.config import OptimConfig, OptimName, SgdConfig
 
 

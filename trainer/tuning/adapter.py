@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
+from trainer.tuning.adapter_checkpoint import StoredAdapter, check_settings
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
 from trainer.tuning.expert_lora import as_named, choose
 from trainer.tuning.peft_configs import peft_config
 from trainer.tuning.replica import ADAPTER, AdapterReplicas, Lone
-from trainer.tuning.stored import StoredAdapter, check_settings
 from trainer.tuning.table import method_of, rewrites_base
 from trainer.tuning.targets import left_alone
 

@@ -18,7 +18,7 @@ from strategies.errors import ConfigError
 from trainer.tuning.adapter import PREFIX, Adapter
 from trainer.tuning.base import BaseReader
 from trainer.tuning.expert_lora import settle_names
-from trainer.tuning.read_back import keys_in_file
+from trainer.tuning.key_mapping import keys_in_file
 from trainer.tuning.replica import ADAPTER
 
 _BASE_WEIGHT = ".base_layer.weight"

@@ -18,9 +18,9 @@ from strategies.errors import ConfigError
 from strategies.runtime import derive_seed
 from trainer.tuning.adapter import PREFIX
 from trainer.tuning.adapter_files import write_adapter
-from trainer.tuning.added import Added
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import AdaptionPromptConfig
+from trainer.tuning.own_adapters import Added
 
 KINDS = ("llama", "mistral", "gpt2")
 """Architectures whose attention peft knows how to adapt."""

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from strategies.runtime import derive_seed
 from strategies.small_files import read_object
-from trainer.tuning.added import Added
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import Activation, BottleneckConfig, Placement
+from trainer.tuning.own_adapters import Added
 
 NAME = "bottleneck"
 CONFIG_FILE = "bottleneck_config.json"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from strategies.base import AroundUpdate
-    from trainer.tuning.folded import Folded
+    from trainer.tuning.merged_adapters import Folded
 
 
 def build_tuning(
@@ -70,7 +70,7 @@ def fold_start(model: nn.Module, tuning: TuningConfig) -> Folded | None:
     start = tuning.from_ if isinstance(tuning, AdapterConfig) else None
     if start is None:
         return None
-    from trainer.tuning.folded import Folded
+    from trainer.tuning.merged_adapters import Folded
 
     if reason := method_of(tuning).no_merge:
         raise ConfigError(
@@ -84,6 +84,6 @@ def fold_adapters(model: nn.Module, directories: list[str]) -> Folded | None:
     """The adapters of some directories on this architecture (on meta), to be folded into its weights as they are read."""
     if not directories:
         return None
-    from trainer.tuning.folded import Folded
+    from trainer.tuning.merged_adapters import Folded
 
     return Folded(model, directories)

@@ -21,7 +21,7 @@ from trainer.tuning.config import (
     VirtualConfig,
 )
 from trainer.tuning.freeze import LAYERS
-from trainer.tuning.start import problems as start_problems
+from trainer.tuning.initial_adapter import problems as start_problems
 from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, Method, method_of, rewrites_base
 
 INITS = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")

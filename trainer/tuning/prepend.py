@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.tuning.added import is_causal
+from trainer.tuning.own_adapters import is_causal
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from trainer.tuning.read_back import lost_layers
+from trainer.tuning.key_mapping import lost_layers
 
 CHOOSES = re.compile(r"Router|Gate|Grouped")
 """In the names of classes of linear layers that compute more than a product."""

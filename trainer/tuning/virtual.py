@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from strategies.runtime import derive_seed
 from strategies.small_files import read_object
-from trainer.tuning.added import Added, is_causal
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
 from trainer.tuning.lstm import EncoderLstm
+from trainer.tuning.own_adapters import Added, is_causal
 from trainer.tuning.peft_configs import virtual_config
 from trainer.tuning.prepend import PrefixShape, Prepend, cache_word
 from trainer.tuning.replica import ADAPTER

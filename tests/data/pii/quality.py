@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tests.data.pii.synthetic import Item, synthetic
 from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyPreset
-from trainer.data.stages.privacy.rule import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES, PrivacyFinding
-from trainer.data.stages.privacy.stage import Finder
+from trainer.data.transforms.privacy.rule import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES, PrivacyFinding
+from trainer.data.transforms.privacy.stage import Finder
 
 HERE = Path(__file__).parent
 

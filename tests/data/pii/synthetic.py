@@ -12,8 +12,8 @@ import random
 import string
 from collections.abc import Callable
 
-from trainer.data.stages.privacy import context, patterns
-from trainer.data.stages.privacy.rule import TYPES
+from trainer.data.transforms.privacy import context, patterns
+from trainer.data.transforms.privacy.rule import TYPES
 
 Item = tuple[str, list[tuple[int, int, str]]]
 FIRST = "Jane Thomas Priya Carlos Emily Stefan Fatima Walter Oluwaseun Xiulan Thandiwe Björn Ngozi Tamsin Aurelio Saoirse".split()

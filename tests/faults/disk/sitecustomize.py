@@ -12,13 +12,13 @@ import os
 import signal
 from pathlib import Path
 
-from strategies import durable
-from trainer.records.jsonl import JsonlTracker
+from strategies import atomic_io
+from trainer.reporting.jsonl import JsonlTracker
 
 KIND, _, VALUE = os.environ.get("FAULTY_DISK", "").partition(" ")
 
 
-class Faulty(durable.Disk):
+class Faulty(atomic_io.Disk):
     refused, crowded = 0, False
 
     def write(self, descriptor, data):
@@ -57,9 +57,9 @@ class Faulty(durable.Disk):
 
 def log(self, metrics, *, step):
     if KIND == "crowded" and step > int(VALUE):
-        durable.disk.crowded, self._file = True, Path("/dev/full").open("a")  # noqa: SIM115
+        atomic_io.disk.crowded, self._file = True, Path("/dev/full").open("a")  # noqa: SIM115
     _log(self, metrics, step=step)
 
 
-durable.disk = Faulty()
+atomic_io.disk = Faulty()
 _log, JsonlTracker.log = JsonlTracker.log, log

@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from trainer.records.jsonl import JsonlTracker
+from trainer.reporting.jsonl import JsonlTracker
 from trainer.stopping.signals import StopRequest
 
 PAUSE_S = 0.1

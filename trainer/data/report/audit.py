@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.stages.privacy.rule import NEEDS_PRESIDIO, NOT_ASKED
 from trainer.data.store.sequences import LABEL, summed
+from trainer.data.transforms.privacy.rule import NEEDS_PRESIDIO, NOT_ASKED
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

@@ -13,20 +13,20 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.batches.mixing import Mix
-from trainer.data.blocks import QUARANTINE, Totals
-from trainer.data.choose.splits import Columns, Selection
 from trainer.data.config import DataConfig, DataFormat, PrivacyMode
 from trainer.data.document import Document, Tally
 from trainer.data.fields import shown_names
-from trainer.data.inputs import Input
-from trainer.data.reading import Reading
+from trainer.data.objective_spec import Reading
 from trainer.data.report import audit as form
 from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import pieces
 from trainer.data.report.wording import KNOBS
-from trainer.data.stages.filters import share
+from trainer.data.selection.splits import Columns, Selection
+from trainer.data.shards import QUARANTINE, Totals
+from trainer.data.sources import Input
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
+from trainer.data.transforms.filters import share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -189,7 +189,7 @@ class Description:
         config, found = self.config.privacy, totals.tally.findings
         if config.mode is PrivacyMode.none:
             return None
-        from trainer.data.stages.privacy.stage import coverage  # which makes seventy expressions
+        from trainer.data.transforms.privacy.stage import coverage  # which makes seventy expressions
 
         return form.PersonalData(
             mode=str(config.mode),

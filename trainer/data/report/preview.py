@@ -12,13 +12,13 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.report.wording import SAID, templates, visible
-from trainer.data.stages.privacy.rule import NOT_ASKED
 from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.data.transforms.privacy.rule import NOT_ASKED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from trainer.data.reading import Reading
+    from trainer.data.objective_spec import Reading
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 

@@ -3,7 +3,7 @@
 Stock chat templates do not say which text the assistant wrote. A conversation is therefore rendered twice: as it is,
 and with marks around every learned content (`trainer/data/tokens/marking.py`); a template that rewrites what it is given ends in
 a DataError, never in a wrong mask. Templates with `{% generation %}` blocks are taken at their word. Conversations with tools,
-calls or thoughts are marked turn by turn (`trainer/data/tokens/turnwise.py`).
+calls or thoughts are marked turn by turn (`trainer/data/tokens/tool_call_masks.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import THINK, Message, RefusedDocument, texts_in, thought_of
 from trainer.data.tokens.clock import with_date
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, Spans, leading, mark_trimmed, mark_whole, marked
-from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused
+from trainer.data.tokens.tool_call_masks import Chat, Turnwise, after_thought, refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strategies.cache import cache_directory
+from strategies.cache_dir import cache_directory
 from strategies.errors import ConfigError, LimitReached, ShardtuneError
 from strategies.runtime import Runtime, broadcast_object
 from trainer.evaluation.endpoint.client import Client, EndpointConfig, first_choice, tokens_used
 from trainer.evaluation.loss import Interrupted
-from trainer.records.status import write_text_atomic
+from trainer.reporting.status import write_text_atomic
 
 KEY = "evaluation.judge"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
-from trainer.evaluation.harness.around import offline, quiet, seeded
-from trainer.evaluation.harness.finding import Named, not_local
+from trainer.evaluation.harness.isolation import offline, quiet, seeded
+from trainer.evaluation.harness.task_files import Named, not_local
 
 
 def load(what: Named, options: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 
 from trainer.evaluation.tasks.base import Metric, Task, TaskRow
-from trainer.evaluation.tasks.chance import LEVEL
+from trainer.evaluation.tasks.significance import LEVEL
 
 CHUNK = 1 << 22
 """Counts drawn at a time."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
 from trainer.evaluation.tasks.base import Task, TaskRow
-from trainer.records.jsonl import json_text
-from trainer.records.status import write_text_atomic
+from trainer.reporting.jsonl import json_text
+from trainer.reporting.status import write_text_atomic
 
 if TYPE_CHECKING:
-    from trainer.evaluation.writing import Pace
+    from trainer.evaluation.generate import Pace
 
 REPORT, ROWS, PAGE = "evaluation.json", "evaluation_rows.jsonl", "evaluation.html"
 VERSION = 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.evaluation.report.against import changed, side_of
+from trainer.evaluation.report.comparison import changed, side_of
 from trainer.evaluation.report.page import WORST, value_of, worst
 from trainer.evaluation.tasks.base import Task, TaskRow
-from trainer.records.trackers.base import Table
+from trainer.reporting.trackers.base import Table
 
 
 def tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> dict[str, Table]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.errors import StorageError
 from trainer.evaluation.report.record import VERSION
-from trainer.records.jsonl import json_text
-from trainer.records.status import write_text_atomic
+from trainer.reporting.jsonl import json_text
+from trainer.reporting.status import write_text_atomic
 
 if TYPE_CHECKING:
     from trainer.evaluation.task_evaluator import Done

@@ -20,7 +20,7 @@ from trainer.data.config import DataFormat
 if TYPE_CHECKING:
     from trainer.data.document import Document, Row
     from trainer.evaluation.base import TaskConfig
-    from trainer.evaluation.tasks.asking import Asking
+    from trainer.evaluation.tasks.model_interface import Asking
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ class Task(ABC):
     options: ClassVar[dict[str, Any]] = {}
     """What can be chosen, with what it is without a choice."""
     file_options: ClassVar[tuple[str, ...]] = ()
-    """Options that name a file of the user's: somebody else's run may not choose it (`launch/read_run.py`)."""
+    """Options that name a file of the user's: somebody else's run may not choose it (`launch/config/read_run.py`)."""
     needs_path: ClassVar[bool] = False
     """Whether its rows cannot be those of the run's evaluation documents."""
     shipped: ClassVar[Path | None] = None

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.data.fields import Refusal, shown, text_of
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.choice import MultipleChoice
+from trainer.evaluation.tasks.model_interface import Asking
 
 LEAST = 40
 """Rows below which no difference is told."""

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, is_texts, shown, text_of
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.model_interface import Asking
 
 
 class MultipleChoice(Task):

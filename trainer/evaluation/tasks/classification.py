@@ -10,8 +10,8 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, label_of, shown, text_of
-from trainer.evaluation.tasks.asking import Asking, softmax
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.model_interface import Asking, softmax
 
 BINS = 15
 """Intervals of confidence, equally wide, of the calibration error (Guo et al. 2017, Naeini et al. 2015)."""

@@ -15,9 +15,9 @@ import numpy as np
 
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, shown, text_of
-from trainer.evaluation.tasks.asking import Asking, Question, softmax
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.chance import LEVEL, largest_p
+from trainer.evaluation.tasks.model_interface import Asking, Question, softmax
+from trainer.evaluation.tasks.significance import LEVEL, largest_p
 
 SHIPPED = Path(__file__).parent / "people.json"
 """Terms of gender, origin and religion, and templates for them: a beginning, to be extended by a file of one's own."""

@@ -16,10 +16,10 @@ import numpy as np
 from strategies.errors import ConfigError, DataError
 from trainer.data.fields import shown
 from trainer.evaluation.base import TaskConfig, WritingConfig
-from trainer.evaluation.harness.finding import Named, named, not_local
-from trainer.evaluation.tasks.asking import Asking
+from trainer.evaluation.harness.task_files import Named, named, not_local
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.harness_rows import Scored, counted, declared, scored, standard_errors
+from trainer.evaluation.tasks.model_interface import Asking
 
 OWN_WRITING = ("seed", "batch_tokens")
 """What of `write` is not the harness's to say."""
@@ -122,7 +122,7 @@ class Harness(Task):
     def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         from lm_eval import evaluator
 
-        from trainer.evaluation.harness.around import quiet, seeded
+        from trainer.evaluation.harness.isolation import quiet, seeded
         from trainer.evaluation.harness.model import EngineLM
 
         assert self.scored is not None

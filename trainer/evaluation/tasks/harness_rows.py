@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.evaluation.harness.finding import Named
-from trainer.evaluation.tasks.asking import SHOWN
+from trainer.evaluation.harness.task_files import Named
 from trainer.evaluation.tasks.base import Metric, TaskRow
+from trainer.evaluation.tasks.model_interface import SHOWN
 
 LOST = (ZeroDivisionError, ValueError, IndexError)
 """What a metric raises of rows that it has no value for, as those of one class alone."""
@@ -30,7 +30,7 @@ def declared(what: Named) -> tuple[Metric, ...]:
     """The metrics that YAMLs name, without what they are made of; none of a task that is written in Python."""
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, is_higher_better
 
-    from trainer.evaluation.harness.around import quiet
+    from trainer.evaluation.harness.isolation import quiet
 
     found: dict[str, Metric] = {}
     for settings in what.leaves.values():

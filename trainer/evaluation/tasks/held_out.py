@@ -10,7 +10,7 @@ from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 
 if TYPE_CHECKING:
     from trainer.data.store.sequences import TokenDataset
-    from trainer.evaluation.tasks.asking import Asking
+    from trainer.evaluation.tasks.model_interface import Asking
 
 
 class HeldOut(Task):

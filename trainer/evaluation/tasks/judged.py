@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from strategies.errors import DataError
 from trainer.evaluation.endpoint.judge import KEY, request_of
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
+from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.written import REFERENCES, WrittenTask
 
 GRADE = re.compile(r"grade\W{0,6}(10|[1-9])(?![\d.])", re.IGNORECASE)

@@ -15,8 +15,8 @@ from strategies.errors import DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, shown
-from trainer.evaluation.tasks.asking import Asking, Question
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.model_interface import Asking, Question
 
 ALMOST = 75.0
 """BLEU above which a continuation is nearly verbatim (Ippolito et al. 2023, "Preventing Verbatim Memorization")."""

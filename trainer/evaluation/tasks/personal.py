@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.config import PrivacyConfig, PrivacyPreset
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
+from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.written import WrittenTask
 
 if TYPE_CHECKING:
-    from trainer.data.stages.privacy.stage import Finder
+    from trainer.data.transforms.privacy.stage import Finder
 
 
 class PersonalDataTask(WrittenTask):
@@ -37,7 +37,7 @@ class PersonalDataTask(WrittenTask):
         if self.chosen["preset"] not in [*PrivacyPreset]:
             yield f"{self.key}.options.preset={self.chosen['preset']}: must be one of {', '.join(PrivacyPreset)}"
             return
-        from trainer.data.stages.privacy.stage import problems  # which makes seventy expressions
+        from trainer.data.transforms.privacy.stage import problems  # which makes seventy expressions
 
         for problem in problems(self.privacy):
             yield problem.replace("data.privacy.", f"{self.key}.options.")
@@ -51,7 +51,7 @@ class PersonalDataTask(WrittenTask):
     @cached_property
     def finder(self) -> Finder:
         """What finds it."""
-        from trainer.data.stages.privacy.stage import Finder
+        from trainer.data.transforms.privacy.stage import Finder
 
         return Finder(self.privacy)
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from strategies.errors import ConfigError
 from trainer.evaluation.endpoint.judge import request_of
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.judged import NOTE, JudgedTask, unread
+from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.written import REFERENCES
 
 VERDICT = re.compile(r"verdict\W{0,6}(A|B|tie)\b", re.IGNORECASE)

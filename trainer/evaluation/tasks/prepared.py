@@ -9,9 +9,9 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from trainer.data.config import DataConfig, LearnConfig
-from trainer.data.inputs import inputs_of, readers_of
+from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation, Prepared, kept_or_first
-from trainer.data.reading import Reading
+from trainer.data.sources import inputs_of, readers_of
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 from trainer.data.tokens.clock import TemplateDate

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from strategies.errors import ConfigError
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, text_of
-from trainer.evaluation.tasks.asking import Asking, Question
 from trainer.evaluation.tasks.base import Case, Task
+from trainer.evaluation.tasks.model_interface import Asking, Question
 from trainer.evaluation.tasks.texts import place
 
 if TYPE_CHECKING:
-    from trainer.evaluation.writing import WrittenAnswer
+    from trainer.evaluation.generate import WrittenAnswer
 
 NAMES = ("prompt", "goal", "behavior", "question", "instruction", "text")
 """Columns that may hold the prompt, the first one that is there, in large or small letters."""

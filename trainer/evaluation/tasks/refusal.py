@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from trainer.data.fields import Refusal, shown
 from trainer.evaluation.endpoint.judge import KEY
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.judged import NOTE, unread
+from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.prompts import NAMES, PromptTask, prompt_of
 
 LEAST = 20

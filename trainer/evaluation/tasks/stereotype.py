@@ -18,8 +18,8 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.document import Row
 from trainer.data.fields import Refusal, shown, text_of
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.texts import texts_after, whole_texts
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from strategies.errors import DataError
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, shown, text_of
-from trainer.data.turns import turns_of
-from trainer.evaluation.tasks.asking import Asking, answer_of
+from trainer.data.messages import turns_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.drawn import by_prompt, drawn_row
+from trainer.evaluation.tasks.model_interface import Asking, answer_of
+from trainer.evaluation.tasks.pass_at_k import by_prompt, drawn_row
 from trainer.evaluation.tasks.written import WrittenTask
 
 FENCE = re.compile(r"\A```\w*\s*\n(.*?)\n?```\s*\Z", re.DOTALL)

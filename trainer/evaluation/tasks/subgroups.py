@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.data.fields import Refusal, shown
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
-from trainer.evaluation.tasks.chance import LEVEL, largest_p
 from trainer.evaluation.tasks.classification import ClassificationTask
+from trainer.evaluation.tasks.model_interface import Asking
+from trainer.evaluation.tasks.significance import LEVEL, largest_p
 
 LEAST = 10
 """Rows of a group below which it is told that they are few."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from strategies.errors import ConfigError
 from trainer.data.document import Document
-from trainer.evaluation.tasks.asking import Asking, Question
+from trainer.evaluation.tasks.model_interface import Asking, Question
 
 
 def whole_texts(asking: Asking, texts: Sequence[tuple[str, str]]) -> list[Question]:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from strategies.errors import ConfigError
 from trainer.evaluation.classifier import Classifier, Head
-from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
+from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.prompts import PromptTask, directory_of
 
 LEAST = 20

@@ -14,9 +14,9 @@ import numpy as np
 
 from trainer.data.fields import Refusal, is_texts, shown
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.asking import Asking, answer_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.drawn import by_prompt, drawn_row, passing
+from trainer.evaluation.tasks.model_interface import Asking, answer_of
+from trainer.evaluation.tasks.pass_at_k import by_prompt, drawn_row, passing
 
 REFERENCES = "references"
 """Column with further answers that are right too, a list of texts."""

@@ -1,0 +1,237 @@
+"""SLURM: the launcher's settings as an sbatch script.
+
+Owns the script's text, and refuses settings that a script cannot carry (line breaks, and backslashes in paths). What the script
+does, signal by signal: slurm/README.md.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from launch.cluster import containers
+from launch.cluster.containers import INSIDE
+from launch.config import trusted_values
+from strategies.errors import ConfigError
+from trainer.config.resuming import plain
+from trainer.config.run import RunConfig, SlurmConfig
+
+Options = dict[str, str | int | None]
+"""Options of sbatch or srun by their names; True for one without a value, None for one that is left out."""
+# The part that is the same in slurm/train.sbatch (a test compares them). Above it a script sets patience, python and the array
+# `words`, exports what launch/cluster/job.py reads, and defines the function `setup`.
+BODY = r"""
+# ---- From here on slurm/train.sbatch and launch/cluster/slurm.py are the same, line for line.
+set -e
+warned='' stopped='' step='' repeats=''
+# A signal is kept from the first line on. USR2, near the time limit or by `scancel --batch --signal=USR2`: save, be requeued.
+trap 'warned=1$warned; pass_on' USR2
+# Time limit, scancel, end of a preemption: the steps get it too and need this shell to wait. `shardtune stop` sends it here.
+trap 'stopped=1$stopped; pass_on' TERM
+pass_on() { # to the ranks, again and again: while they load their libraries they miss it
+  if [ -z "$step" ] || [ -n "$repeats" ]; then return 0; fi
+  (trap '' USR2 && trap - TERM && while kill -USR2 "$step" 2>/dev/null; do sleep 5; done) &
+  repeats=$!
+}
+export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 # a trainer.py where the job was submitted hides nothing
+# As text: a shell between srun and bash (dash) drops exported functions.
+SHARDTUNE_SETUP=$(declare -f setup)
+export SHARDTUNE_SETUP SHARDTUNE_PYTHON=$python
+# Which run this is, whether it may start, and where its ranks meet: lines that set run_dir, logs, job, processes, rendezvous ...
+said=$(
+  trap '' USR2
+  bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job begin "${words[@]}"
+)
+eval "$said"
+if [ -n "$code" ]; then export PYTHONPATH=$code:$PYTHONPATH; fi # the copy that the first start has made
+if [ -n "$finished" ]; then exit 0; fi
+
+export SHARDTUNE_RUN_DIR=$run_dir SHARDTUNE_CONFIG=$run_dir/config.yaml OMP_NUM_THREADS=$threads SHARDTUNE_SILENT=$silent
+if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun no longer takes it over
+export retry_preempted retry_node_fail retry_out_of_memory
+# Exit codes do not survive torchrun: what the run wrote down decides whether the job is requeued.
+settle() { # the code of the step, and 1 if no rank was started
+  trap '' USR2
+  bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job end "$1" "$stopped" "$2"
+}
+if [ -n "$warned$stopped" ]; then
+  rc=0
+  settle 75 1 || rc=$?
+  exit "$rc"
+fi
+nodes=$SLURM_JOB_NUM_NODES
+echo "job $job, start $start, on $SLURM_JOB_NODELIST: $nodes x $processes processes, rendezvous $rendezvous, $logs"
+
+# SLURM sends TERM to every process of the step, and USR2 comes through srun. Either would end torchrun, so it is started with
+# both ignored; the workers have their own handling. After one node's end the others have $patience seconds to come to theirs.
+# Each node's launch.torchrun writes down which of its ranks was killed, and whether for memory. Ranks are numbered in SLURM's
+# order of nodes.
+(
+  trap '' USR2 # srun passes it on as soon as it can, and does not die of it before
+  exec srun --export=ALL,SHARDTUNE_INSIDE=1 "${container[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+    --cpu-bind=none --kill-on-bad-exit=0 --wait="$patience" --open-mode=append --output="${logs//%/%%}/%x-%j-%t.log" \
+    "${within[@]}" bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup; trap "" USR2 TERM
+      exec "$0" -m launch.torchrun --node-rank="$SLURM_NODEID" "$@"' \
+    "${inside:-$python}" --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 --rdzv-backend=static \
+    --rdzv-endpoint="$rendezvous" --rdzv-id="$SLURM_JOB_ID" --signals-to-handle=SIGINT -m launch.train
+) &
+step=$!
+if [ -n "$warned$stopped" ]; then pass_on; fi # it came in this moment
+# A trapped signal ends `wait`, not the step.
+while true; do
+  rc=0 before=$warned-$stopped
+  wait "$step" || rc=$?
+  if [ "$before" = "$warned-$stopped" ] && ! kill -0 "$step" 2>/dev/null; then break; fi
+done
+if [ -n "$repeats" ]; then kill "$repeats" 2>/dev/null || true; fi
+if [ "$rc" -lt 0 ]; then rc=1; fi # what bash says where step and signal come in the same moment
+settle "$rc" ""
+"""
+
+
+def render(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> str:
+    """The sbatch script that trains in `run_dirs[0]`, or as a job array in each of several.
+
+    `clone` holds the code that runs: the clone, or its copy. Relative paths of the config mean those below `cwd` (default: the
+    current directory). Pure but for that default. Raises ConfigError for what is not SLURM's or cannot stand in a script.
+    """
+    return "\n".join(head(config, run_dirs, clone=clone, cwd=cwd)) + "\n" + BODY
+
+
+def head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> list[str]:
+    """The lines of a job script up to the function `setup`: what is asked of SLURM, the runs, the code."""
+    slurm = config.launcher
+    if not isinstance(slurm, SlurmConfig):
+        raise ConfigError(
+            f"launcher.name is {slurm.name.value!r}, but only a SLURM job can be submitted: launcher=slurm"
+        )
+    if not run_dirs:
+        raise ConfigError("no run to submit")
+    runs = [_path(run.absolute(), "run.dir") for run in run_dirs]
+    return [
+        "#!/bin/bash",
+        "# shellcheck disable=SC2016,SC2034,SC2154 # quoted for the shells of the nodes; set, or used, by what is not here",
+        "# Rendered from the config of the run; to change it change the launcher's settings and submit again.",
+        *(f"#SBATCH {option}" for option in options(slurm, runs, cwd or Path.cwd())),
+        "",
+        f"runs=({' '.join(shlex.quote(run) for run in runs)})",
+        "export SHARDTUNE_CONFIG=${runs[${SLURM_ARRAY_TASK_ID:-0}]}/config.yaml",
+        f"patience={config.run.timeout_s} # seconds",
+        *_python(config, slurm, [clone, *run_dirs]),
+        "words=()",
+        f"export PYTHONPATH={shlex.quote(_path(clone, 'the installation'))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *setup_text(slurm, clone).splitlines(),
+    ]
+
+
+def _python(config: RunConfig, slurm: SlurmConfig, places: list[Path]) -> list[str]:
+    """The interpreters of the host and of the ranks, and how these are put into a container."""
+    if slurm.container is None:
+        python = shlex.quote(one_line(slurm.python or sys.executable, "launcher.python"))
+        return [f"python={python} inside='' container=() within=()"]
+    step, before = containers.words(plain(config), places)
+    typed = trusted_values.directory()
+    return [
+        # In the container the home may be another one.
+        *(
+            []
+            if typed is None
+            else [f"export {trusted_values.VARIABLE}={shlex.quote(_path(typed, trusted_values.VARIABLE))}"]
+        ),
+        f"python={shlex.quote(one_line(sys.executable, 'the interpreter'))} # asks SLURM, on the host",
+        f"inside={shlex.quote(one_line(slurm.python or 'python3', 'launcher.python'))} # of the ranks, in the container",
+        f"container=({' '.join(shlex.quote(one_line(word, 'launcher.container')) for word in step)})",
+        f"within=({' '.join(shlex.quote(one_line(word, 'launcher.container')) for word in before)})",
+    ]
+
+
+def setup_text(slurm: SlurmConfig, clone: Path) -> str:
+    """The shell function `setup`, which every node runs before training. Raises ConfigError for lines it cannot carry."""
+    site = shlex.quote(str(clone / "slurm" / "env.sh"))
+    source = f"if [ -f {site} ]; then . {site}; elif [ -f slurm/env.sh ]; then . slurm/env.sh; fi"
+    lines = ["setup() { # on every node, before training", f"  {source}"]
+    if slurm.container is not None:
+        lines = ["setup() { # the site's environment on the host, the lines of the launcher in the container"]
+        lines += [f'  if [ -z "${INSIDE}" ]; then {source}; return; fi']
+    lines += [f"  {one_line(line, 'launcher.setup')}" for line in slurm.setup]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
+    """What stands behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes."""
+    array = len(runs) > 1
+    output = f"{runs[0]}/logs".replace("%", "%%") + ("/%x-%A_%a.out" if array else "/%x-%j.out")
+    after = [f"afterok:{slurm.after}"] if slurm.after else []
+    limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
+    wanted: Options = {
+        "job-name": slurm.job_name or job_name(runs),
+        "array": f"0-{len(runs) - 1}{limit}" if array else None,
+        "nodes": slurm.nodes,
+        "ntasks-per-node": 1,
+        **request(slurm),
+        "time": slurm.time,
+        "chdir": _path(cwd, "the current directory"),
+        "output": output,
+        "open-mode": "append",
+        "signal": f"B:USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None,
+        "comment": slurm.comment,
+        "dependency": ",".join([*after, *filter(None, [slurm.dependency])]) or None,
+        "kill-on-invalid-dep": "yes" if after or slurm.dependency else None,
+        "mail-type": slurm.mail,
+        "mail-user": slurm.mail_user,
+    }
+    options = [*written(wanted), "--requeue"]
+    return options + [one_line(option, "launcher.extra") for option in slurm.extra]
+
+
+def request(slurm: SlurmConfig) -> Options:
+    """What is asked of each node, as options of sbatch and of srun; `exclusive` has no value."""
+    return {
+        "gpus-per-node": slurm.gpus_per_node or None,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.mem,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "reservation": slurm.reservation,
+        "gres": slurm.gres,
+        "exclude": slurm.exclude,
+        "exclusive": slurm.exclusive or None,
+    }
+
+
+def written(wanted: Options) -> list[str]:
+    """Options quoted as a shell and sbatch read them. Raises ConfigError for what would end a line of a script."""
+    return [
+        f"--{key}" if value is True else f"--{key}={shlex.quote(one_line(str(value), f'launcher.{key}'))}"
+        for key, value in wanted.items()
+        if value is not None
+    ]
+
+
+def job_name(runs: list[str]) -> str:
+    """The job's name in the queue and in the names of its log files, so without odd characters."""
+    if len(runs) > 1:
+        return "shardtune"
+    run = Path(runs[0])
+    name = run.name
+    if name.isdecimal() and run.parent.name:  # a point of a sweep is called 0, 1, ...
+        name = f"{run.parent.name}-{name}"
+    return re.sub(r"[^\w.-]", "-", name) or "shardtune"
+
+
+def one_line(value: str, knob: str) -> str:
+    """Refuse what would end a line of the script."""
+    if any(ord(character) < 32 for character in value):
+        raise ConfigError(f"{knob} is {value!r}: a job script cannot carry line breaks or control characters in it")
+    return value
+
+
+def _path(path: Path | str, knob: str) -> str:
+    """A path that may stand in SLURM's file name patterns, where a backslash switches the patterns off."""
+    if "\\" in str(path):
+        raise ConfigError(f"{knob} is {str(path)!r}: SLURM's file names cannot carry a backslash; choose another path")
+    return one_line(str(path), knob)

@@ -1,0 +1,272 @@
+"""A comparison as tables of 80 columns, and as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from launch.compare import repeats
+from launch.compare.comparison import ComparedRun, Comparison, bound
+from launch.compare.events import stood_out, substituted
+from trainer.reporting.numbers import short
+
+WIDTH = 80
+NAME = 26
+Column = tuple[str, int, Callable[[ComparedRun], str]]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _rate(value: float | None) -> str:
+    return _number(value, ",.0f" if value is None or value >= 100 else ".1f")
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("steps", 6, lambda run: str(run.measured.steps)),
+    ("loss", 8, lambda run: _number(run.measured.loss, ".4f")),
+    ("apart", 7, lambda run: bound(run.apart.early) if run.apart else "-"),
+    ("tokens/s", 10, lambda run: _rate(run.measured.tokens_per_s)),
+    ("learned/s", 10, lambda run: _rate(run.measured.supervised_tokens_per_s or None)),
+    ("MFU", 7, lambda run: _number(run.measured.mfu, ".1%")),
+    ("GiB", 6, lambda run: _number(run.measured.memory_gib, ".3g")),
+)
+TAKEN: tuple[Column, ...] = (
+    ("repeats", 16, lambda run: _spread(run)),
+    ("planned", 9, lambda run: _number(run.measured.planned_gib, ".3g")),
+    ("start s", 8, lambda run: _number(_started(run), ".1f")),
+    ("save s", 7, lambda run: _number(run.measured.checkpoint_s, ".2f")),
+    ("GiB saved", 10, lambda run: _number(run.measured.checkpoint_gib, ".3g")),
+    ("$/M", 8, lambda run: _number(run.taken.dollars_per_million, ".3g")),
+)
+PARTS: tuple[Column, ...] = (
+    ("whole", 9, lambda run: _ms(run.measured.step_s)),
+    *(
+        (name, width, lambda run, name=name: _ms(run.taken.parts_s.get(name)))
+        for name, width in (("data", 8), ("forward", 9), ("backward", 10), ("optimizer", 11), ("rest", 7))
+    ),
+)
+EXCHANGED: tuple[Column, ...] = (
+    ("GiB a step", 13, lambda run: _number(run.measured.exchanged_gib, ".3g")),
+    ("planned", 9, lambda run: _number(run.measured.planned_exchanged_gib, ".3g")),
+    ("exposed ms", 13, lambda run: _ms(run.measured.exposed_s)),
+)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:,.0f}"
+
+
+def _started(run: ComparedRun) -> float | None:
+    """Seconds to the first step, without the evaluation before it."""
+    m = run.measured
+    return None if m.start_s is None else m.start_s - (m.evaluation_before_s or 0)
+
+
+def _spread(run: ComparedRun) -> str:
+    spread = run.taken.spread
+    return "-" if spread is None else f"{_rate(spread[0])}-{_rate(spread[1])}"
+
+
+def tables(found: Comparison) -> list[tuple[str, list[Column]]]:
+    """(title, columns) of each table; of those behind the first, columns in which no row has anything are left out."""
+    begun = [run for run in found.runs if run.measured.steps]
+    more = [("what it took", TAKEN)]
+    more += [("a step in ms", PARTS)] if any(run.taken.parts_s for run in begun) else []
+    more += [("exchanged", EXCHANGED)] if any(run.measured.exchanged_gib for run in begun) else []
+    kept = [(title, [c for c in columns if any(c[2](run) != "-" for run in begun)]) for title, columns in more]
+    first = [column for column in COLUMNS if len(found.runs) > 1 or column[0] != "apart"]
+    return [("", first), *((title, columns) for title, columns in kept if columns)]
+
+
+def text(found: Comparison) -> str:
+    """What a person reads in a terminal."""
+    lines: list[str] = []
+    for title, columns in tables(found):
+        lines += ["", f"{title}:".ljust(NAME) + _titles(columns)] if lines else [" " * NAME + _titles(columns)]
+        for run in found.runs if not title else [run for run in found.runs if run.measured.steps]:
+            cells = "".join(f"{value(run):>{width}}" for _, width, value in columns)
+            lines += [f"{run.name:<{NAME}}{cells}"] if len(run.name) < NAME else [run.name, f"{'':<{NAME}}{cells}"]
+            lines += _folded(f"  {run.found.reason}") if run.found.reason and not title else []
+    for title, told in sections(found):
+        if told:
+            lines += ["", f"{title}:"]
+            lines += [line for said in told for line in _folded(f"  {said}")]
+    return "\n".join(lines)
+
+
+def _titles(columns: list[Column]) -> str:
+    return "".join(f"{title:>{width}}" for title, width, _ in columns)
+
+
+def sections(found: Comparison) -> list[tuple[str, list[str]]]:
+    """(title, lines) of what is said below the tables."""
+    return [
+        ("verdict", [run.verdict for run in found.runs]),
+        ("loss curves", _curves(found)),
+        ("held-out metrics, before and after", _evaluations(found)),
+        ("steps that stood out", stood_out(found)),
+        ("what differs", [f"{d.key}: {', '.join(short(value) for value in d.values)}" for d in found.differences]),
+        ("substituted", substituted(found)),
+        ("to know", list(found.notes)),
+    ]
+
+
+def _curves(found: Comparison) -> list[str]:
+    lines = []
+    for run in found.runs:
+        if run.against is None:
+            continue
+        if run.not_comparable:
+            lines.append(f"{run.name}: not comparable with {run.against}: {'; '.join(run.not_comparable)}")
+        elif run.apart is None:
+            lines.append(f"{run.name}: no step with a loss that {run.against} has too")
+        else:
+            a = run.apart
+            lines.append(
+                f"{run.name} beside {run.against}: largest relative difference {bound(a.early)} over the first five steps "
+                f"(step {a.early_step}), {bound(a.drift)} over all {a.steps} common ones (step {a.drift_step})"
+            )
+    return lines
+
+
+def _evaluations(found: Comparison) -> list[str]:
+    metrics = dict.fromkeys(key for run in found.runs for key in {**run.measured.before, **run.measured.after})
+    lines = []
+    for metric in metrics:
+        for run in found.runs:
+            before, after = run.measured.before.get(metric), run.measured.after.get(metric)
+            if before is not None or after is not None:
+                lines.append(f"{metric}  {run.name}: {_number(before, '.4f')} -> {_number(after, '.4f')}")
+    return lines
+
+
+def _folded(said: str) -> list[str]:
+    return textwrap.wrap(said, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def plain_tables(found: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, headings, cells of each row) of each table; the first one ends with each run's state."""
+    plain = []
+    for title, columns in tables(found):
+        headings = ["run", *(name for name, _, _ in columns), *([] if title else ["state"])]
+        rows = [
+            [
+                run.name,
+                *(value(run) for _, _, value in columns),
+                *([] if title else [run.found.reason or run.found.state]),
+            ]
+            for run in found.runs
+            if not title or run.measured.steps
+        ]
+        plain.append((title, headings, rows))
+    return plain
+
+
+def as_markdown(found: Comparison, pictures: Sequence[tuple[str, str]] = ()) -> str:
+    """The same as a page; `pictures` are (title, path beside it) of plots."""
+    lines = [f"# Run {found.first}" if len(found.runs) == 1 else "# Comparison"]
+    for title, headings, rows in plain_tables(found):
+        lines += ["", *([f"## {title[0].upper()}{title[1:]}", ""] if title else [])]
+        lines += [_cells(headings), _cells(["---"] * len(headings))]
+        lines += [_cells([f"`{name}`", *cells]) for name, *cells in rows]
+    for title, told in sections(found):
+        if told:
+            lines += ["", f"## {title[0].upper()}{title[1:]}", "", *(f"- {said}" for said in told)]
+    for title, path in pictures:
+        lines += ["", f"## {title}", "", f"![{title}]({path})"]
+    lines += ["", "## Runs", ""]
+    lines += [
+        f"- {run.name}: {', '.join(f'`{point.directory}`' for point in run.found.points)}"
+        for run in found.runs
+        if run.found.row.directories
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def as_html(found: Comparison, *, again_s: float | None = None) -> str:
+    """The same as one HTML file with plots, read anew by a browser after `again_s` seconds; needs the extra `report`."""
+    from launch.compare.page import page
+
+    return page(found, plain_tables(found), sections(found), again_s=again_s)
+
+
+def _cells(values: list[str]) -> str:
+    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+
+
+def as_dict(found: Comparison) -> dict[str, Any]:
+    """The comparison as JSON values; GiB, seconds, tokens a second of all ranks together."""
+    return {
+        "first": found.first,
+        "runs": [
+            {
+                "name": run.name,
+                "directory": str(run.point.directory) if run.found.row.directories else None,
+                "repeats": [str(point.directory) for point in run.found.points if run.found.row.directories],
+                "state": run.found.state,
+                "reason": run.found.reason,
+                "measured": asdict(run.measured) | asdict(run.taken),
+                "against": run.against,
+                "apart": None if run.apart is None else {**asdict(run.apart), "same": run.apart.same},
+                "not_comparable": list(run.not_comparable),
+                "verdict": run.verdict,
+                "differing": {d.key: d.values[number] for d in found.differences},
+            }
+            for number, run in enumerate(found.runs)
+        ],
+        "notes": list(found.notes),
+    }
+
+
+def as_csv(found: Comparison) -> str:
+    """One row a run: what it measured, then the settings in which runs differ."""
+    metrics = dict.fromkeys(key for run in found.runs for key in {**run.measured.before, **run.measured.after})
+    collectives = dict.fromkeys(name for run in found.runs for name in run.measured.exchanged_bytes)
+    rows = []
+    for number, run in enumerate(found.runs):
+        measured = asdict(run.measured)
+        before, after, quartiles = (measured.pop(key) for key in ("before", "after", "tokens_per_s_quartiles"))
+        low, high = quartiles or (None, None)
+        exchanged = measured.pop("exchanged_bytes")
+        measured |= {f"exchanged_{name}_gib": exchanged.get(name, 0) / 2**30 for name in collectives}
+        taken = {
+            key: value for key, value in asdict(run.taken).items() if key not in ("tokens_per_s_repeats", "parts_s")
+        }
+        taken |= {f"{part}_s": run.taken.parts_s.get(part) for part in (*repeats.PARTS, "rest")}
+        slowest, fastest = run.taken.spread or (None, None)
+        distance = asdict(run.apart) if run.apart else {}
+        rows.append(
+            {
+                "name": run.name,
+                "directory": str(run.point.directory) if run.found.row.directories else None,
+                "state": run.found.state,
+                "reason": run.found.reason,
+                "verdict": run.verdict,
+                **measured,
+                "tokens_per_s_low": low,
+                "tokens_per_s_high": high,
+                **taken,
+                "tokens_per_s_slowest": slowest,
+                "tokens_per_s_fastest": fastest,
+                "against": run.against,
+                "apart_early": distance.get("early"),
+                "apart_early_step": distance.get("early_step"),
+                "apart_drift": distance.get("drift"),
+                "apart_drift_step": distance.get("drift_step"),
+                "not_comparable": "; ".join(run.not_comparable),
+                **{f"before/{key}": before.get(key) for key in metrics},
+                **{f"after/{key}": after.get(key) for key in metrics},
+                **{d.key: d.values[number] for d in found.differences},
+            }
+        )
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

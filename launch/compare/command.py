@@ -1,0 +1,311 @@
+"""`shardtune compare`: new points over axes, run and set side by side, or runs that exist, out of their directories."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from launch.config.help_text import show_help
+from launch.config.prices import price_of
+from strategies.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from launch.compare.comparison import Comparison
+    from launch.compare.points import PointsPlan
+    from launch.compare.settings import ComparisonRow
+
+USAGE = """usage: shardtune compare <axes and settings> [compare.<key>=...] [to=<directory>] [--dry-run] [--follow] [--json]
+       shardtune compare <run directory> ... [to=<directory>] [--follow] [--json]
+
+  shardtune compare strategy=ddp,fsdp2,zero2 tuning=full,lora model.path=<dir> data.path=train.jsonl \\
+      launcher.processes=2 compare.steps=50 compare.repeats=3 to=runs/strategies
+  shardtune compare runs/strategies
+  shardtune compare runs/ddp runs/fsdp2 runs/fsdp2-lora
+  shardtune compare runs/ddp wandb:team/llama/6dd78326c350
+  shardtune compare runs/first --follow
+
+With settings: takes the words of `train`, and a comma makes an axis of any of them (a literal comma is quoted:
+"data.path='a,b.jsonl'"). Every point runs on the same data with the same seed and global batch, one after another, or as
+one job array with launcher=slurm. A point that fails or is refused stays a row with its reason. After Ctrl-C, or with
+more repeats, the same command goes on: what is done is not run again, what failed is tried once more.
+
+  to=<directory>             the runs and the answer; default: a directory below runs/, the same for the same points
+  compare.steps=N            optimizer steps of each point (or a budget.* word)
+  compare.repeats=1          runs of each point, in alternating order: the table shows how far they differ
+  compare.warmup=1           first steps left out of speeds, with the rest of their logging interval
+  compare.skip=[strategy=zero1+tuning=full,...]           leaves out points that have all the words of a condition
+  compare.where=[tuning=full+optim.lr=2e-5,tuning=lora+optim.lr=2e-4]    where a point has the first, it has the others
+  compare.price_per_hour=2.5 US dollars for the device of a rank; default: that of its card in conf/hardware
+  --dry-run                  list the points and what would be refused, and stop
+
+With run directories: the first one is what the others are compared with. A directory that holds runs, as `train -m` and
+`compare` leave it, stands for all of them; W&B's own of a run (runs/a/wandb/offline-run-...) for the run, and what is on its
+server is wandb:<entity>/<project>/<run id>, or the address of its page. Nothing is computed anew; to= writes compare.md,
+compare.csv, compare.json, and with the extra `report` compare.html and plots/*.png. Of a single run the page is its
+report.html, also without to=.
+
+  --follow                   write the page again while runs go on, until all have ended
+  --json                     print JSON in place of tables
+
+Ends with 64 where a word cannot be used, 75 or 130 where it was stopped, and with a run's own code where none succeeded.
+docs/comparing.md says what each number is."""
+SETTING = re.compile(r"[+~]{0,2}[\w./@]+=.*", re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError, StorageError."""
+    if {"-h", "--help"} & set(argv) or not argv:
+        show_help(USAGE)
+        return 0 if argv else 64
+    words = [word for word in argv if word not in ("--json", "--follow")]
+    how = How("--json" in argv, "--follow" in argv)
+    if any(_is_setting(word) for word in words):
+        return _points(words, how)
+    rows, to = read_words(words)
+    if how.follow:
+        follow_runs(rows, to or _home(rows, words), how.as_json)
+    else:
+        answer(rows, to, how.as_json)
+    return 0
+
+
+class How(NamedTuple):
+    """The flags that change the answer."""
+
+    as_json: bool
+    follow: bool
+
+
+def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
+    """Write the page again while the runs go on, then answer. Errors: ConfigError, StorageError, KeyboardInterrupt."""
+    from launch.compare.follow import EVERY_S, follow
+    from launch.compare.page import missing
+    from launch.compare.wandb_files import is_server, is_wandb
+
+    directories = [directory for row in rows for directory in row.directories]
+    if of_wandb := [str(directory) for directory in directories if is_wandb(directory) or is_server(directory)]:
+        raise ConfigError(f"--follow: {of_wandb[0]} is of W&B, which is not asked again and again; name its run.dir")
+    page = _page(rows, to)
+    if page is None:
+        raise ConfigError("--follow: name a directory for the page that is written again; to=reports/now")
+    if (lacks := missing(page.name)) is not None:
+        raise ConfigError(f"--follow: {lacks}")
+    print(
+        f"{page}: written every {EVERY_S:.0f} s until all runs have ended; Ctrl-C ends it", file=sys.stderr, flush=True
+    )
+    follow(directories, lambda again_s: _write_page(rows, page, again_s))
+    answer(rows, to, as_json)
+
+
+def _page(rows: list[ComparisonRow], to: Path | None) -> Path | None:
+    """Where the page is written: `to`, or the directory of the only run."""
+    from launch.compare.run_report import REPORT
+    from launch.compare.wandb_files import is_server, is_wandb
+
+    if to is not None:
+        return to / "compare.html"
+    alone = rows[0].directories if len(rows) == 1 else ()
+    # What W&B keeps is left as it is: it would be uploaded.
+    return alone[0] / REPORT if len(alone) == 1 and not (is_wandb(alone[0]) or is_server(alone[0])) else None
+
+
+def _write_page(rows: list[ComparisonRow], page: Path, again_s: float | None) -> None:
+    from launch.compare.answer import as_html
+    from launch.compare.comparison import compare
+    from trainer.reporting.status import write_text_atomic
+
+    write_text_atomic(page, as_html(compare(rows, price_of), again_s=again_s))
+
+
+def _home(rows: list[ComparisonRow], words: list[str]) -> Path | None:
+    """The directory of the comparison that is the only word; None for runs."""
+    from launch.compare.settings import RECORD
+
+    there = Path(words[0]).expanduser()
+    return there if len(words) == 1 and (there / RECORD).is_file() else None
+
+
+def _is_setting(word: str) -> bool:
+    key, assigned, _ = word.partition("=")
+    return bool(assigned) and key != "to" and SETTING.fullmatch(word) is not None and not Path(word).exists()
+
+
+def _points(argv: list[str], how: How) -> int:
+    from launch.compare.follow import Meanwhile
+    from launch.compare.page import missing
+    from launch.compare.points import STOPPED, plan_points, run_points
+    from trainer.stopping.signals import hold, release
+
+    dry_run = "--dry-run" in argv
+    words = [word for word in argv if word != "--dry-run" and not word.startswith("to=")]
+    problems: list[str] = []
+    given: Path | None = None
+    for word in argv:
+        given = _read_to(word, given, problems) if word.startswith("to=") else given
+    problems += [
+        f"{word}: there is no such flag; compare takes --dry-run, --follow, --json and --help"
+        if word.startswith("-")
+        else f"{word}: not of the form key=value; name runs that exist, or settings of new ones, not both"
+        for word in words
+        if not _is_setting(word)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    if not dry_run:
+        hold()
+    plan = plan_points(words)
+    to = given or Path("runs") / plan.name
+    if (to / "config.yaml").exists():
+        raise ConfigError(f"to={to}: is the directory of a run; name another one")
+    if dry_run:
+        print(listing(plan, to))
+        return 0
+    if how.follow and (lacks := missing()) is not None:
+        raise ConfigError(f"--follow: {lacks}")
+    print(listing(plan, to), file=sys.stderr, flush=True)
+    rows = plan.rows(to)
+    pages = Meanwhile(lambda again_s: _write_page(rows, to / "compare.html", again_s)) if how.follow else None
+    code = run_points(plan, to, pages)
+    release()
+    if code in STOPPED:
+        print("stopped; the same command goes on", file=sys.stderr, flush=True)
+    if how.follow and not code:  # what SLURM runs goes on
+        follow_runs(rows, to, how.as_json)
+    else:
+        answer(rows, to, how.as_json)
+    return code
+
+
+def _read_to(word: str, before: Path | None, problems: list[str]) -> Path:
+    value = word.partition("=")[2]
+    to = Path(value).expanduser()
+    if before is not None:
+        problems.append(f"{word}: to is given twice; name one directory")
+    elif not value:
+        problems.append("to=: names no directory; write to=reports/sweep, or leave it out")
+    elif to.exists() and not to.is_dir():
+        problems.append(f"{word}: is a file; name a directory")
+    return to
+
+
+def listing(plan: PointsPlan, to: Path) -> str:
+    """The points, and which of them cannot be run."""
+    settings, width = plan.settings, max(len(point.name) for point in plan.points)
+    times = f", each {settings.repeats} times in alternating order" if settings.repeats > 1 else ""
+    lines = [f"{len(plan.points)} points in {to}{times}"]
+    for point in plan.points:
+        lines.append(f"  {point.name:<{width}}  {' '.join(point.words)}")
+        lines += [f"  {'':<{width}}  refused: {problem}" for problem in point.refused]
+    lines += plan.partly
+    if plan.left_out:
+        lines.append(f"left out by compare.skip and compare.where: {plan.left_out}")
+    return "\n".join(lines)
+
+
+def answer(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
+    """Print what the rows say, and write it: into `to`, else the page of a single run. Errors: ConfigError, StorageError."""
+    from launch.compare.answer import as_dict, text
+    from launch.compare.comparison import compare
+    from launch.compare.page import missing
+
+    found = compare(rows, price_of)
+    said = as_dict(found)
+    written: list[str] = []
+    own = _page(rows, None) if to is None else None
+    if to is not None:
+        written = _write_all(found, said, to)
+    lacks = missing(own.name if own else "compare.html")
+    print(json.dumps(said, indent=1, allow_nan=False) if as_json else text(found), flush=True)
+    if own is not None and lacks is None:
+        written = _write_own(found, own)
+    if not as_json and (written or own is not None):
+        told = f"written: {', '.join(written)}" if written else ""
+        print("\n" + "\n".join(filter(None, [told, lacks])), flush=True)
+
+
+def _write_all(found: Comparison, said: dict[str, Any], to: Path) -> list[str]:
+    """Every file of the answer into `to`; what was written, for people."""
+    from launch.compare.answer import as_csv, as_html, as_markdown
+    from launch.compare.page import missing, write_pictures
+    from launch.compare.workspace import script as workspace_script
+    from trainer.reporting.status import write_text_atomic
+
+    script = workspace_script(found, to)
+    pictures = write_pictures(found, to) if missing() is None else []
+    write_text_atomic(to / "compare.md", as_markdown(found, pictures))
+    write_text_atomic(to / "compare.csv", as_csv(found))
+    write_text_atomic(to / "compare.json", json.dumps(said, indent=1, allow_nan=False) + "\n")
+    if missing() is None:
+        write_text_atomic(to / "compare.html", as_html(found))
+    if script is not None:
+        write_text_atomic(to / "workspace.py", script)
+    return [
+        str(to / "compare.md"),
+        *(["compare.html"] if missing() is None else []),
+        *("compare.csv", "compare.json"),
+        *([f"plots/*.png ({len(pictures)})"] if pictures else []),
+        *(["workspace.py (for W&B)"] if script is not None else []),
+    ]
+
+
+def _write_own(found: Comparison, page: Path) -> list[str]:
+    """The page of a single run into its directory, which may be somebody else's."""
+    from launch.compare.run_report import write
+
+    try:
+        return [str(write(page.parent, found))]
+    except StorageError as error:
+        print(f"{error}; to=<directory> writes elsewhere", file=sys.stderr, flush=True)
+        return []
+
+
+def read_words(words: list[str]) -> tuple[list[ComparisonRow], Path | None]:
+    """(rows of runs that exist, where to write). Raises ConfigError with every problem."""
+    from launch.compare.run_files import is_run
+    from launch.compare.settings import ComparisonRow, read_rows
+    from launch.compare.wandb_files import is_wandb, on_server
+
+    problems: list[str] = []
+    found: list[ComparisonRow] = []
+    to: Path | None = None
+    for word in words:
+        path = Path(word).expanduser()
+        try:
+            server = on_server(word)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if server is not None:
+            found.append(ComparisonRow((Path(server),)))
+        elif word.startswith("to="):
+            to = _read_to(word, to, problems)
+        elif is_run(path) or is_wandb(path):
+            found.append(ComparisonRow((path,)))
+        elif rows := read_rows(path):
+            found += rows
+        elif inner := [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]:
+            found += [ComparisonRow((child,)) for child in inner]
+        elif word.startswith("-"):
+            problems.append(f"{word}: there is no such flag; compare takes --follow, --json and --help")
+        elif path.exists():
+            parts = [each.name for each in sorted(path.glob("*run-*")) if is_wandb(each)]
+            more = f"; name a run of W&B in it, such as {path / parts[0]}" if parts else ""
+            problems.append(f"{word}: not a run directory (there is no config.yaml in it, and no runs below it){more}")
+        else:
+            problems.append(f"{word}: there is no such directory; name run directories")
+    paths = [path for row in found for path in row.directories]
+    doubled = {path for path in paths if sum(path.resolve() == other.resolve() for other in paths) > 1}
+    problems += [f"{path}: named twice; name each run once" for path in sorted(doubled)]
+    if not found and not problems:
+        problems.append("no run directory is named; shardtune compare runs/a runs/b")
+    if problems:
+        raise ConfigError(problems)
+    return found, to
+
+
+def _in_order(path: Path) -> tuple[int, str]:
+    """Points of `train -m` are called 0, 1, ... 10."""
+    return (int(path.name) if path.name.isdecimal() else -1, path.name)

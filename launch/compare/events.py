@@ -1,0 +1,83 @@
+"""What runs have noted of themselves: steps that stood out and what was done, and what stood in for a setting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.run_files import Point
+from trainer.monitors.guard_config import DONE, Action
+
+MOST = 20
+"""Steps that are listed of a run, the last ones."""
+SHOWN = 3
+"""Documents that are named of a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A step that stood out."""
+
+    step: int
+    said: str
+    """What stood out, how far, and what was done."""
+
+
+def marks_of(point: Point) -> list[Mark]:
+    """Steps that guards told of, and those whose update was left out since their gradients were not finite, in order."""
+    found = [Mark(event["step"], _event(event)) for event in point.events]
+    named = {mark.step for mark in found}
+    found += [
+        Mark(step, "its update was left out, since its gradients were not finite")
+        for step, row in point.steps.items()
+        if row.get("skipped") and step not in named
+    ]
+    return sorted(found, key=lambda mark: mark.step)
+
+
+def _event(event: dict[str, Any]) -> str:
+    if event.get("event") == "challenge":
+        return f"{event.get('challenge')}: {event.get('says')}"
+    scores = event.get("scores") or {}
+    far = " and ".join(
+        f"{name} {value:.4g}"
+        + (f" ({scores[name]:.1f} standard deviations above the median)" if name in scores else "")
+        for name, value in (event.get("values") or {}).items()
+        if isinstance(value, int | float)
+    )
+    action = event.get("action")
+    done = DONE[Action(action)] if action in set(Action) else str(action)
+    documents = [f"{each.get('file')}:{each.get('line')}" for each in event.get("documents") or []]
+    more = f" and {len(documents) - SHOWN} more" if len(documents) > SHOWN else ""
+    return f"{far or 'stood out'}; {done}" + (f"; {', '.join(documents[:SHOWN])}{more}" if documents else "")
+
+
+def stood_out(found: Comparison) -> list[str]:
+    """A line for each such step of each run."""
+    lines = []
+    for run in found.runs:
+        marks = marks_of(run.point)
+        left = len(marks) - MOST
+        lines += (
+            [f"{_whose(found, run)}{left} earlier steps, in {run.point.directory}/events.jsonl"] if left > 0 else []
+        )
+        lines += [f"{_whose(found, run)}step {mark.step}: {mark.said}" for mark in marks[-MOST:]]
+    return lines
+
+
+def substituted(found: Comparison) -> list[str]:
+    """What stood in for settings: a line for all runs where all say the same."""
+    told = {run.name: run.point.facts.get("substitutions") or {} for run in found.runs if run.point.facts}
+    lines = []
+    for key in dict.fromkeys(key for each in told.values() for key in each):
+        values = {name: each.get(key) for name, each in told.items()}
+        if len(set(map(str, values.values()))) == 1:
+            lines.append(f"{key}: {next(iter(values.values()))}")
+        else:
+            lines += [f"{name}: {key}: {value}" for name, value in values.items() if value is not None]
+    return lines
+
+
+def _whose(found: Comparison, run: ComparedRun) -> str:
+    return f"{run.name}: " if len(found.runs) > 1 else ""

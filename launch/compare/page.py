@@ -1,0 +1,130 @@
+"""`compare.html`, and `report.html` of one run: tables, plots and notes in one file that needs no network (`page.html.j2`)."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from launch.compare.comparison import Comparison
+from launch.compare.run_files import Point
+from strategies.cache_dir import cache_directory
+from strategies.errors import StorageError
+from trainer.reporting.status import write_atomic, write_text_atomic
+
+NEEDS = ("altair", "vl_convert")
+"""What draws the page, of the extra `report`."""
+Table = tuple[str, list[str], list[list[str]]]
+"""(title, headings, cells of each row)."""
+
+
+def missing(what: str = "compare.html") -> str | None:
+    """What to install for a page; None where all is there."""
+    lacking = [package for package in NEEDS if find_spec(package) is None]
+    return f"{what} needs {' and '.join(lacking)}: pip install 'shardtune[report]'" if lacking else None
+
+
+@cache
+def scripts() -> str:
+    """What draws plots in a browser, one text; gathering it takes seconds, so it is kept in the cache directory."""
+    kept = cache_directory() / "pages" / f"vega-{version('vl-convert-python')}.js"
+    try:
+        return kept.read_text(encoding="utf-8")
+    except OSError:
+        from vl_convert import javascript_bundle
+
+        text = javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]  # its stub forgets the default
+    with suppress(StorageError):  # the page does without
+        write_text_atomic(kept, text)
+    return text
+
+
+def page(
+    found: Comparison, tables: list[Table], sections: list[tuple[str, list[str]]], *, again_s: float | None = None
+) -> str:
+    """The text of the page; what comes from runs is escaped. A browser reads it anew after `again_s` seconds."""
+    from jinja2 import Environment, PackageLoader
+
+    from launch.compare.plots import plots
+
+    template = Environment(loader=PackageLoader("launch.compare", "."), autoescape=True).get_template("page.html.j2")
+    cells = [
+        (title, headings, [[(shown, sort_value(shown)) for shown in row] for row in rows])
+        for title, headings, rows in tables
+    ]
+    told = [(title, said) for title, said in sections if title != "verdict"]
+    one = found.runs[0].point if len(found.runs) == 1 else None
+    return template.render(
+        found=found,
+        tables=cells,
+        sections=told,
+        plots=plots(found),
+        scripts=scripts(),
+        again_s=again_s,
+        one=one,
+        settings=[] if one is None else [(key, str(value)) for key, value in one.config.items()],
+        facts=[] if one is None else facts_of(one),
+        profile=None if one is None else profile_of(one),
+    )
+
+
+def profile_of(point: Point) -> dict[str, Any] | None:
+    """The traced steps of a run, and their tables as those of the page."""
+    from launch.compare.profiles import OPERATORS, RANKS, profiled
+
+    if (found := profiled(point.directory)) is None:
+        return None
+    made = [("", RANKS, found.ranks), ("Operators, all ranks together", OPERATORS, found.operators)]
+    cells = [
+        (title, headings, [[(shown, sort_value(shown)) for shown in row] for row in rows])
+        for title, headings, rows in made
+    ]
+    return {"steps": found.steps, "of": found.of, "traces": found.traces, "tables": cells}
+
+
+def write_pictures(found: Comparison, to: Path) -> list[tuple[str, str]]:
+    """Each plot as `plots/<name>.png` in `to`; (title, path from there) of each. Takes seconds. Errors: StorageError."""
+    from vl_convert import vegalite_to_png
+
+    from launch.compare.plots import plots
+
+    made = []
+    for plot in plots(found):
+        path = to / "plots" / f"{plot.name}.png"
+        write_atomic(path, vegalite_to_png(plot.spec.replace("<\\/", "</"), scale=2))
+        made.append((plot.title, f"plots/{plot.name}.png"))
+    return made
+
+
+def facts_of(point: Point) -> list[tuple[str, str]]:
+    """What is said of one run before anything else."""
+    told, batch = point.facts, ("global_batch", "micro_batch", "accumulation", "world_size")
+    found = [("state", point.reason or point.state), ("directory", str(point.directory))]
+    for title, key in (("model", "base_model"), ("data", "data_directory"), ("device", "device_name")):
+        value = told.get(key) or (told.get("device") if title == "device" else None)
+        found += [(title, str(value))] if value else []
+    kinds = [str(told[key]) for key in ("strategy", "tuning", "objective", "precision", "attention") if told.get(key)]
+    found += [("way", ", ".join(kinds))] if kinds else []
+    if all(told.get(key) for key in batch):
+        whole, micro, accumulation, ranks = (told[key] for key in batch)
+        found.append(("batch", f"{whole} = {micro} micro x {accumulation} accumulation x {ranks} rank(s)"))
+    made = [f"{name} {number}" for name, number in (told.get("versions") or {}).items()]
+    found += [("host", str(told["host"]))] if told.get("host") else []
+    found += [("revision", str(told["git_revision"]))] if told.get("git_revision") else []
+    return found + ([("versions", ", ".join(made))] if made else [])
+
+
+def sort_value(shown: str) -> str:
+    """What a cell is sorted by: its first number, without separators and units, else its text; nothing where it has none."""
+    if shown == "-":
+        return ""
+    first = shown.replace(",", "").split("%")[0]
+    for candidate in (first, first.split("-")[0]):
+        try:
+            return repr(float(candidate))
+        except ValueError:
+            continue
+    return shown

@@ -1,0 +1,200 @@
+"""The plots of a comparison as Vega-Lite, each with its data in it. Needs the extra `report`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.profiles import profiled
+from launch.compare.step_plots import HEIGHT, WIDEST_NAME, WIDTH, color, course, held_out, losses
+
+BAR = 26
+"""Pixels of a run in a bar chart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One plot of the page."""
+
+    name: str
+    """Of its element."""
+    title: str
+    said: str
+    """What is to be seen, in a sentence."""
+    spec: str
+    """Vega-Lite as JSON that may stand in a script."""
+
+
+def plots(found: Comparison) -> list[Plot]:
+    """The plots for which there are numbers."""
+    begun = [run for run in found.runs if run.measured.steps]
+    loss = losses(begun)
+    made = [
+        _plot("loss", "Loss", loss[1], loss[0]) if loss else None,
+        _plot("held-out", "Held-out metrics", "Before the first step, and after each evaluation.", held_out(begun)),
+        _plot("course", "Course", "Scroll or drag to zoom into all three; double-click to go back.", course(begun)),
+        _speeds(begun) if len(begun) > 1 else None,  # of one run its course says it
+        _memory(begun),
+        _parts(begun),
+        _trade(begun),
+        _profile(begun[0]) if len(begun) == 1 else None,
+    ]
+    return [plot for plot in made if plot is not None]
+
+
+def _plot(name: str, title: str, said: str, chart: Any) -> Plot | None:
+    if chart is None:
+        return None
+    text = json.dumps(chart.to_dict(), allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\!--")
+    return Plot(name, title, said, text)
+
+
+def _profile(run: ComparedRun) -> Plot | None:
+    import altair as alt
+
+    found = profiled(run.point.directory)
+    if found is None or not found.memory:
+        return None
+    chart = (
+        alt.Chart(alt.Data(values=found.memory), width=WIDTH, height=HEIGHT // 2)
+        .mark_line(interpolate="step-after")
+        .encode(
+            x=alt.X("ms:Q"),
+            y=alt.Y("GiB:Q"),
+            color=alt.Color("rank:N", title="rank"),
+            tooltip=["rank:N", alt.Tooltip("ms:Q", format=".1f"), alt.Tooltip("GiB:Q", format=".4f")],
+        )
+        .add_params(alt.selection_interval(name="zoom", bind="scales"))
+    )
+    said = f"Steps {found.steps[0]} to {found.steps[1]}; on a CPU what was allocated since the trace began."
+    return _plot("profile", "Memory in the profiled steps", said, chart)
+
+
+def _bars(runs: list[ComparedRun], rows: list[dict[str, Any]]) -> Any:
+    """Bars beside the runs' names, in their order."""
+    import altair as alt
+
+    height = BAR * len(runs)
+    return alt.Chart(alt.Data(values=rows), width=WIDTH, height=height).encode(
+        y=alt.Y("run:N", sort=[run.name for run in runs], title=None, axis=alt.Axis(labelLimit=WIDEST_NAME))
+    )
+
+
+def _speeds(runs: list[ComparedRun]) -> Plot | None:
+    import altair as alt
+
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        if run.measured.tokens_per_s:
+            low, high = run.taken.spread or (run.measured.tokens_per_s, run.measured.tokens_per_s)
+            rows.append({"run": run.name, "speed": run.measured.tokens_per_s, "slowest": low, "fastest": high})
+    if not rows:
+        return None
+    base = _bars(runs, rows)
+    bars = base.mark_bar(color="#7aa6d8").encode(x=alt.X("speed:Q", title="tokens/s"), tooltip=["run:N", "speed:Q"])
+    spread = base.mark_rule(strokeWidth=3).encode(
+        x="slowest:Q", x2="fastest:Q", tooltip=["run:N", "slowest:Q", "fastest:Q"]
+    )
+    return _plot(
+        "speed", "Speed", "All ranks together; the dark line is from the slowest to the fastest repeat.", bars + spread
+    )
+
+
+def _memory(runs: list[ComparedRun]) -> Plot | None:
+    import altair as alt
+
+    rows = [
+        {"run": run.name, "what": what, "GiB": value}
+        for run in runs
+        for what, value in (("planned", run.measured.planned_gib), ("measured", run.measured.memory_gib))
+        if value is not None
+    ]
+    if not rows:
+        return None
+    chart = (
+        _bars(runs, rows)
+        .mark_bar()
+        .encode(
+            x=alt.X("GiB:Q"),
+            yOffset=alt.YOffset("what:N", sort=["planned", "measured"]),
+            color=alt.Color("what:N", sort=["planned", "measured"], title=None),
+            tooltip=["run:N", "what:N", alt.Tooltip("GiB:Q", format=".4f")],
+        )
+    )
+    return _plot(
+        "memory",
+        "Memory, planned and measured",
+        "Of the rank with the largest peak. On a CPU what was measured has the process's libraries in it.",
+        chart,
+    )
+
+
+def _parts(runs: list[ComparedRun]) -> Plot | None:
+    import altair as alt
+
+    order = ["data", "forward", "backward", "optimizer", "rest"]
+    rows = [
+        {"run": run.name, "part": part, "ms": 1000 * seconds, "order": order.index(part)}
+        for run in runs
+        for part, seconds in run.taken.parts_s.items()
+    ]
+    if not rows:
+        return None
+    chart = (
+        _bars(runs, rows)
+        .mark_bar()
+        .encode(
+            x=alt.X("ms:Q", title="ms of a step"),
+            color=alt.Color("part:N", sort=order, title=None),
+            order="order:Q",
+            tooltip=["run:N", "part:N", alt.Tooltip("ms:Q", format=".2f")],
+        )
+    )
+    return _plot("parts", "A step's parts", "Communication is part of where it is waited for.", chart)
+
+
+def _trade(runs: list[ComparedRun]) -> Plot | None:
+    """What came out, beside what it cost: held-out loss where every run has it, else the last step's."""
+    import altair as alt
+
+    held_out = all("eval/loss" in run.measured.after for run in runs)
+    costs = {
+        "seconds of steps": lambda run: sum(row.get("step_s") or 0.0 for row in run.point.steps.values()),
+        "GiB": lambda run: run.measured.memory_gib,
+        "GiB saved": lambda run: run.measured.checkpoint_gib,
+        "dollars a million tokens": lambda run: run.taken.dollars_per_million,
+    }
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        loss = run.measured.after["eval/loss"] if held_out else run.measured.loss
+        if loss is not None:
+            rows.append({"run": run.name, "loss": loss, **{name: cost(run) for name, cost in costs.items()}})
+    known = [name for name in costs if any(row[name] is not None for row in rows)]
+    if len(rows) < 2 or not known:
+        return None
+    least, most = min(row["loss"] for row in rows), max(row["loss"] for row in rows)
+    room = max(0.1 * (most - least), 1e-3 * abs(most))  # differences of rounding are to be seen as none
+    against = alt.param(name="against", value=known[0], bind=alt.binding_select(options=known, name="against"))
+    base = (
+        alt.Chart(alt.Data(values=rows), width=WIDTH, height=HEIGHT)
+        .transform_calculate(x="datum[against]")
+        .transform_filter("isValid(datum.x)")
+        .encode(
+            x=alt.X("x:Q", title="cost", scale=alt.Scale(zero=False, padding=40)),
+            y=alt.Y(
+                "loss:Q",
+                title="held-out loss" if held_out else "last loss",
+                scale=alt.Scale(domain=[least - room, most + room]),
+            ),
+        )
+        .add_params(against)
+    )
+    points = base.mark_point(filled=True, size=90).encode(color=color(runs), tooltip=["run:N", "loss:Q", "x:Q"])
+    return _plot(
+        "trade",
+        "Quality against cost",
+        "Lower is better, left is cheaper; names and numbers stand under the pointer.",
+        points,
+    )

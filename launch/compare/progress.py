@@ -1,0 +1,150 @@
+"""Where a comparison is while its points run: point, step, and about how long it will take. On stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from launch.runs.metrics_tail import newest
+from launch.streams import draw
+from strategies.errors import ConfigError, ShardtuneError
+from trainer.reporting.metric_rows import METRICS
+
+if TYPE_CHECKING:
+    from launch.compare.follow import Meanwhile
+    from launch.config.frozen import Composed
+
+LOOK_S = 1.0
+"""Seconds between two looks at a run's files."""
+LINE_S = 60.0
+"""Seconds between two lines where they cannot be written over."""
+
+
+class RunsProgress:
+    """`of` runs, of which `done` were there before; `pages` are looked after meanwhile."""
+
+    def __init__(self, of: int, done: int, pages: Meanwhile | None = None) -> None:
+        self.of, self.number, self.pages = of, done, pages
+        self._out = sys.stderr
+        self._terminal = self._out.isatty()
+        self._took: list[float] = []
+        self._looked = self._told = 0.0
+        if done:
+            self._say(f"{done} of {of} runs are done already")
+
+    def begin(self, name: str, run_dir: Path, steps: int | None) -> None:
+        """A run starts."""
+        self.number += 1
+        self._name, self._run_dir, self._steps = name, run_dir, steps
+        self._before = _last_step(run_dir)
+        self._first: tuple[float, int] | None = None
+        self._began = self._told = time.monotonic()
+        if not self._terminal:
+            self._say(f"[{self.number}/{self.of}] {name} -> {run_dir}")
+
+    def passed_over(self) -> None:
+        """A run is not started, since its point failed before."""
+        self.number += 1
+
+    def look(self) -> None:
+        """Tell where the run is, if it is time; called often."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_S:
+            return
+        self._looked = now
+        if self.pages is not None:
+            self.pages.look()
+        if self._terminal or now - self._told >= LINE_S:
+            self._told = now
+            self._say(self._state(now), over=True)
+
+    def end(self, code: int, output: Path) -> None:
+        """The run has ended with this exit code; what it printed is in `output`."""
+        from launch.compare.run_files import read_point
+
+        took = time.monotonic() - self._began
+        facts, reason = {}, None
+        with suppress(ConfigError):  # of a file that cannot be read the answer will say so
+            point = read_point(self._run_dir)
+            facts, reason = point.facts, point.reason
+        if code == 0:
+            self._took.append(took)
+            speed = ((facts.get("outcome") or {}).get("speed") or {}).get("tokens_per_s")
+            said = f"done in {span(took)}" + (f", {speed:,.0f} tokens/s" if speed else "")
+        elif code in (75, 130):
+            said = reason or "stopped"
+        else:
+            said = f"{reason or f'ended with {code}'}; what it printed: {output}"
+        self._say(f"[{self.number}/{self.of}] {self._name}: {said}")
+
+    def _state(self, now: float) -> str:
+        step = _last_step(self._run_dir)
+        if self._steps is None:
+            with suppress(OSError, ValueError, AttributeError):
+                self._steps = json.loads((self._run_dir / "run.json").read_text(encoding="utf-8")).get("total_steps")
+        told = f"[{self.number}/{self.of}] {self._name}: " + (
+            f"step {step}" + (f" of {self._steps}" if self._steps else "") if step else "starting"
+        )
+        left = self._left(now, step)
+        return told if left is None else f"{told}, about {span(left)} left"
+
+    def _left(self, now: float, step: int) -> float | None:
+        """Seconds to the end of all runs: each as long as those before it, the first as its start and its steps say."""
+        took = mean(self._took) if self._took else None
+        if self._first is None and step > self._before:
+            self._first = (now, step)
+        if took is None and self._first is not None and self._steps and step > self._first[1]:
+            seen, at = self._first
+            took = seen - self._began + (now - seen) / (step - at) * (self._steps - at)
+        return None if took is None else max(0.0, took - (now - self._began)) + took * (self.of - self.number)
+
+    def _say(self, text: str, *, over: bool = False) -> None:
+        """A line; in a terminal the next one takes its place where it is `over`."""
+        with suppress(OSError, ValueError):  # a terminal that has gone away is no reason to end the runs
+            if self._terminal:
+                draw(self._out, "\r\033[K")
+            print(
+                text[:110] if over and self._terminal else text,
+                end="" if self._terminal and over else "\n",
+                file=self._out,
+                flush=True,
+            )
+
+
+def span(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _last_step(run_dir: Path) -> int:
+    """The last step in `metrics.jsonl`; 0 before there is one."""
+    rows = newest(run_dir / METRICS)
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def run_aside(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
+    """Run what is frozen in `run_dir`, one of several, with its output in a file and `progress` told of it; the exit code."""
+    from launch.cluster.supervisor import supervised
+    from launch.cluster.torchrun import Aside
+
+    output = run_dir / "logs" / "output.log"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    progress.begin(name, run_dir, composed.config.budget.steps)
+    # The reason of a failure is shown with the others; what led to it stays beside the run.
+    with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        try:
+            code = supervised(composed.config, run_dir, composed.sha256, Aside(output, progress.look))
+        except ShardtuneError as error:
+            print(f"shardtune {verb}: {error}", file=sys.stderr)
+            code = error.exit_code
+    progress.end(code, output)
+    return code

@@ -1,0 +1,147 @@
+"""One row out of a point's repeats: medians with their spread, what it took beside what was planned, and its price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from launch.compare.profiles import exposed_s
+from launch.compare.run_files import RATES, Point, RunMeasurements, is_run, measure, read_point, usual_rows
+from launch.compare.settings import ComparisonRow
+from launch.compare.wandb_files import is_server, is_wandb, read_server, read_wandb
+
+REFUSED = "refused"
+MEDIANS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
+"""What is a median over the repeats; memory is the largest."""
+PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s", "optimizer": "optimizer_s"}
+"""Parts of a step, and what rows call them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatsSummary:
+    """What is known of a point as a whole, None where its runs do not say."""
+
+    repeats: int
+    """Runs that took a step."""
+    tokens_per_s_repeats: tuple[float, ...]
+    """Each repeat's median."""
+    parts_s: dict[str, float]
+    """Seconds of the parts of a step, medians: data, forward, backward, optimizer, and what is left; empty where not timed."""
+    dollars_per_million: float | None
+    """US dollars for a million tokens at the median speed, all devices together."""
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """The slowest and the fastest repeat, tokens/s; None for a single one."""
+        speeds = self.tokens_per_s_repeats
+        return (min(speeds), max(speeds)) if len(speeds) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """A row with what its repeats left."""
+
+    row: ComparisonRow
+    points: tuple[Point, ...]
+    """The repeats that were frozen; of a refused row one without a step."""
+    measured: RunMeasurements
+    taken: RepeatsSummary
+
+    @property
+    def point(self) -> Point:
+        """The first repeat, whose curve is compared."""
+        return self.points[0]
+
+    @property
+    def state(self) -> str:
+        """That of the first repeat that is not done, else `done`."""
+        return next((point.state for point in self.points if point.ended), "done")
+
+    @property
+    def ended(self) -> str | None:
+        """How far the first repeat came that is not done."""
+        return self._first("ended")
+
+    @property
+    def reason(self) -> str | None:
+        """The same with why."""
+        return self._first("reason")
+
+    def _first(self, what: str) -> str | None:
+        for number, point in enumerate(self.points, 1):
+            if said := getattr(point, what):
+                return f"repeat {number}: {said}" if number > 1 else str(said)
+        return None
+
+
+def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> Repeated:
+    """Read a row's directories; `price_of` a card by its driver's name. Raises ConfigError as `read_point` does."""
+    there = [path for number, path in enumerate(row.directories) if number == 0 or is_run(path)]
+    points = tuple(map(_read, there)) if not row.refused else (_refused(row),)
+    numbers = [measure(point, row.warmup) for point in points]
+    begun = [each for each in numbers if each.steps] or numbers[:1]
+    speeds = tuple(each.tokens_per_s for each in begun if each.tokens_per_s is not None)
+    over: dict[str, Any] = {key: _median([getattr(each, key) for each in begun]) for key in MEDIANS}
+    over |= {key: _largest([getattr(each, key) for each in begun]) for key in ("memory_gib", "memory_reserved_gib")}
+    traced = _median([exposed_s(point.directory) for point in points])
+    measured = replace(numbers[0], **over | ({} if traced is None else {"exposed_s": traced}))
+    taken = RepeatsSummary(
+        repeats=sum(bool(each.steps) for each in numbers),
+        tokens_per_s_repeats=speeds,
+        parts_s=_parts(points, row.warmup, measured.step_s),
+        dollars_per_million=_price(row, points[0].facts, measured.tokens_per_s, price_of),
+    )
+    return Repeated(row, points, measured, taken)
+
+
+def _read(path: Path) -> Point:
+    if is_server(path):
+        return read_server(path)
+    return read_wandb(path) if is_wandb(path) else read_point(path)
+
+
+def _refused(row: ComparisonRow) -> Point:
+    return Point(
+        directory=row.directories[0] if row.directories else Path(row.name or REFUSED),
+        config=row.config,
+        identity={},
+        facts={},
+        status={"state": REFUSED, "reason": "; ".join(row.refused)},
+        failure={},
+        steps={},
+        evaluations={},
+    )
+
+
+def _parts(points: tuple[Point, ...], warmup: int, step_s: float | None) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, key in PARTS.items():
+        rows = [
+            row for point in points for row in usual_rows(point, warmup) or point.steps.values() if "forward_s" in row
+        ]
+        if (seconds := _median([row.get(key) for row in rows])) is not None:
+            found[name] = seconds
+    return found | {"rest": max(0.0, (step_s or 0.0) - sum(found.values()))} if found else {}
+
+
+def _price(
+    row: ComparisonRow, facts: dict[str, Any], tokens_per_s: float | None, price_of: Callable[[str], float | None]
+) -> float | None:
+    price = row.price_per_hour
+    if price is None and facts.get("device_name"):
+        price = price_of(str(facts["device_name"]))
+    if price is None or not tokens_per_s or not facts.get("world_size"):
+        return None
+    return price * facts["world_size"] / 3600 / tokens_per_s * 1e6
+
+
+def _median(values: list[Any]) -> float | None:
+    found = [value for value in values if isinstance(value, int | float)]
+    return median(found) if found else None
+
+
+def _largest(values: list[Any]) -> float | None:
+    return max((value for value in values if isinstance(value, int | float)), default=None)

@@ -1,0 +1,253 @@
+"""What a run left in its directory, and the numbers of it that are compared."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from strategies.atomic_io import reason
+from strategies.errors import ConfigError, StorageError
+from trainer.checkpoints.layout import places_of, published
+from trainer.config.resuming import KINDS, flat
+from trainer.reporting.metric_rows import METRICS, MetricRows, read_rows
+from trainer.reporting.settings_file import read_tree
+from trainer.reporting.status import State, read_failure, read_status
+
+GIB = 2**30
+RATES = ("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run as its directory has it; what it never wrote is empty."""
+
+    directory: Path
+    config: dict[str, Any]
+    """Leaves of `config.yaml` by dotted key."""
+    identity: dict[str, dict[str, Any]]
+    """`identity.json`."""
+    facts: dict[str, Any]
+    """`run.json`."""
+    status: dict[str, Any]
+    failure: dict[str, Any]
+    steps: dict[int, dict[str, Any]]
+    """Rows of `metrics.jsonl` by step, in its order."""
+    evaluations: dict[int, dict[str, float]]
+    """Held-out metrics by step; 0 is before the first."""
+    events: tuple[dict[str, Any], ...] = ()
+    """Lines of `events.jsonl`: steps that stood out."""
+    unreadable_lines: int = 0
+    """Lines of both files that are no rows, and are left out."""
+
+    @property
+    def state(self) -> str:
+        """`done`, `failed`, `preempted`, `running`, or `not started` where nothing says more."""
+        return str(self.status.get("state") or ("failed" if self.failure else "not started"))
+
+    @property
+    def ended(self) -> str | None:
+        """How far a run came that is not done, such as `failed at step 3`; None for one that is."""
+        if self.state == State.done:
+            return None
+        step = self.status.get("step") or self.failure.get("step") or max(self.steps, default=None)
+        return f"{self.state} at step {step}" if step else self.state
+
+    @property
+    def reason(self) -> str | None:
+        """The same with why, on one line."""
+        if self.state == State.running:
+            heard = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
+            return f"{self.ended}, as last heard of at {heard}"
+        why = self.status.get("reason") or self.failure.get("message")
+        return f"{self.ended}: {' '.join(str(why).split())}" if self.ended and why else self.ended
+
+
+@dataclass(frozen=True, slots=True)
+class RunMeasurements:
+    """Numbers of one run, None where it did not get so far. All ranks together; GiB, seconds."""
+
+    steps: int
+    loss: float | None
+    """Of the last step."""
+    tokens_per_s: float | None
+    """This and the next three: medians over the steps behind the first logging interval."""
+    supervised_tokens_per_s: float | None
+    mfu: float | None
+    step_s: float | None
+    tokens_per_s_quartiles: tuple[float, float] | None
+    """Between these lie half of the steps."""
+    warmup_steps: int
+    """Steps left out of the medians, the first logging interval's as a rule; 0 where there are no others."""
+    memory_gib: float | None
+    """The largest peak of all ranks and steps."""
+    memory_reserved_gib: float | None
+    """The same of what the allocator held; on GPUs only."""
+    checkpoint_gib: float | None
+    """The newest checkpoint that still lies there, or in `checkpoint.fallback_dir`."""
+    checkpoint_s: float | None
+    """Until the last one of the last attempt was published. This and the next four: from the receipt in `run.json`."""
+    start_s: float | None
+    """From the start of the last attempt to its first step."""
+    evaluation_before_s: float | None
+    """Of these the evaluation before it."""
+    planned_gib: float | None
+    """What a rank was expected to take."""
+    planned_by: str | None
+    """How that was found."""
+    exchanged_gib: float | None = None
+    """What rank 0 exchanged in a step, each collective with the whole that is gathered or reduced; from the receipt, too."""
+    planned_exchanged_gib: float | None = None
+    """What it was expected to."""
+    exchanged_bytes: dict[str, float] = field(default_factory=dict)
+    """The first of these by collective."""
+    exposed_s: float | None = None
+    """Seconds of that step in which it waited for exchange; where that is known, see docs/comparing.md."""
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run was frozen here."""
+    return (directory / "config.yaml").is_file()
+
+
+def read_point(directory: Path) -> Point:
+    """Read one run directory. Raises ConfigError where it is none, or one of its files is damaged."""
+    if not is_run(directory):
+        raise ConfigError(f"{directory}: not a run directory (there is no config.yaml in it)")
+    metrics, events = _rows(directory / METRICS), _rows(directory / "events.jsonl")
+    steps, evaluations = _by_step(metrics.rows)
+    return Point(
+        directory=directory,
+        config=_config(directory / "config.yaml"),
+        identity=_object(directory / "identity.json", KINDS),
+        facts=_object(directory / "run.json", ("receipt",)),
+        status=read_status(directory),
+        failure=read_failure(directory),
+        steps=steps,
+        evaluations=evaluations,
+        events=tuple(events.rows),
+        unreadable_lines=len(metrics.unreadable) + len(events.unreadable),
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    tree = read_tree(path)
+    if "strategy" not in tree:
+        raise ConfigError(f"{path}: not the configuration of a run of shardtune")
+    return flat(tree)
+
+
+def _object(path: Path, objects: Iterable[str] = ()) -> dict[str, Any]:
+    """A JSON object, empty where there is no file; what `objects` names is one, too, or null."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no keys")
+        if odd := [key for key in objects if not isinstance(value.get(key) or {}, dict)]:
+            raise ValueError(f"{odd[0]} holds no keys")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison") from error
+    return value
+
+
+def _by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
+    """(rows of steps, metrics of evaluations), each by step."""
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if "loss" in row:
+            steps[row["step"]] = row
+        else:
+            evaluations[row["step"]] = {
+                key: value
+                for key, value in row.items()
+                if key not in ("step", "tokens") and isinstance(value, int | float)
+            }
+    return steps, evaluations
+
+
+def _rows(path: Path) -> MetricRows:
+    """What a file of rows has, of metrics or of events; lines that are no rows are counted. Errors: ConfigError."""
+    try:
+        return read_rows(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({reason(error)}); leave this run out of the comparison") from error
+
+
+def usual_rows(point: Point, warmup: int) -> list[dict[str, Any]]:
+    """The steps behind the first `warmup` ones and the rest of their logging interval; empty where there are no others."""
+    every = int(point.config.get("logging.every_steps") or 1)
+    first = min(point.steps, default=0)
+    # As in the run's own medians: the first interval has caches to fill and kernels to choose.
+    ends = (first - 1 + warmup + every - 1) // every * every
+    return [row for step, row in point.steps.items() if step > ends]
+
+
+def measure(point: Point, warmup: int = 1) -> RunMeasurements:
+    """The numbers that are compared; of speeds those of `usual_rows`."""
+    rows = list(point.steps.values())
+    usual = usual_rows(point, warmup)
+    rates = {key: _finite(usual or rows, key) for key in RATES}
+    speeds = rates["tokens_per_s"]
+    quartiles = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else None
+    evaluated = sorted(point.evaluations)
+    losses = _finite(rows[-1:], "loss")
+    receipt = point.facts.get("receipt") or {}
+    planned, took = (part if isinstance(part := receipt.get(key), dict) else {} for key in ("predicted", "measured"))
+    return RunMeasurements(
+        steps=len(rows),
+        loss=losses[0] if losses else None,
+        **{key: median(values) if values else None for key, values in rates.items()},
+        tokens_per_s_quartiles=(quartiles[0], quartiles[2]) if quartiles else None,
+        warmup_steps=len(rows) - len(usual) if usual else 0,
+        memory_gib=max(_finite(rows, "memory_gib"), default=None),
+        memory_reserved_gib=max(_finite(rows, "memory_reserved_gib"), default=None),
+        checkpoint_gib=_checkpoint(point),
+        checkpoint_s=_number(took, "checkpoint_s"),
+        start_s=_number(took, "start_s"),
+        evaluation_before_s=_number(took, "evaluation_before_s"),
+        planned_gib=_number(planned, "memory_gib"),
+        planned_by=planned.get("memory_by"),
+        exchanged_gib=_gib(exchanged := _sizes(took)),
+        planned_exchanged_gib=_gib(_sizes(planned)),
+        exchanged_bytes=exchanged or {},
+        exposed_s=_number(took, "exposed_s"),
+        before=point.evaluations.get(0, {}),
+        after=point.evaluations[evaluated[-1]] if evaluated and evaluated[-1] > 0 else {},
+    )
+
+
+def _finite(rows: list[dict[str, Any]], key: str) -> list[float]:
+    """Numbers that are not finite are null in the rows."""
+    return [row[key] for row in rows if isinstance(row.get(key), int | float)]
+
+
+def _number(found: dict[str, Any], key: str) -> float | None:
+    return next(iter(_finite([found], key)), None)
+
+
+def _sizes(found: dict[str, Any]) -> dict[str, float] | None:
+    """Bytes by collective; None where they are not told."""
+    sizes = found.get("exchanged_bytes")
+    return {str(name): _number(sizes, name) or 0.0 for name in sizes} if isinstance(sizes, dict) else None
+
+
+def _gib(sizes: dict[str, float] | None) -> float | None:
+    return None if sizes is None else sum(sizes.values()) / GIB
+
+
+def _checkpoint(point: Point) -> float | None:
+    """None where there is none, or a running run has just deleted it."""
+    try:
+        there = published(places_of(point.directory, point.config.get("checkpoint.fallback_dir")))
+        return sum(f.stat().st_size for f in there[-1][1].rglob("*") if f.is_file()) / GIB if there else None
+    except (OSError, StorageError):
+        return None

@@ -1,0 +1,55 @@
+"""`report.html` of one run: written when it has ended, and by `shardtune compare <run>`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strategies.errors import ShardtuneError
+from trainer.reporting.status import State, read_status, write_text_atomic
+
+if TYPE_CHECKING:
+    from launch.compare.comparison import Comparison
+    from trainer.config.run import RunConfig
+
+REPORT = "report.html"
+NO_PAGE = (State.running, None)
+"""States in which another attempt has the directory, or nothing was begun there."""
+
+
+def write(run_dir: Path, found: Comparison, *, again_s: float | None = None) -> Path:
+    """The page of a comparison that is of this run alone, into its directory. Errors: StorageError."""
+    from launch.compare.answer import as_html
+
+    path = run_dir / REPORT
+    write_text_atomic(path, as_html(found, again_s=again_s))
+    return path
+
+
+def at_end(config: RunConfig, run_dir: Path | None) -> None:
+    """After a run has ended, however it did: its page, where wanted, and a word on it. Never raises what a page is not worth."""
+    from launch.compare.page import missing
+
+    if (
+        run_dir is None
+        or not run_dir.is_dir()
+        or not config.logging.report
+        or read_status(run_dir).get("state") in NO_PAGE
+    ):
+        return
+    if not (run_dir / "run.json").is_file():
+        return  # it failed before its first step, and the page would have nothing to show
+    if (lacks := missing(REPORT)) is not None:
+        print(f"report:     {lacks}", flush=True)
+        return
+    from launch.compare.comparison import compare
+    from launch.compare.settings import ComparisonRow
+    from launch.config.prices import price_of
+
+    try:
+        print(f"report:     {write(run_dir, compare([ComparisonRow((run_dir,))], price_of))}", flush=True)
+    except ShardtuneError as error:
+        print(f"no {REPORT}: {error}", file=sys.stderr, flush=True)
+    except Exception as error:  # noqa: BLE001 - the run is what was asked for: it does not fail for its page
+        print(f"no {REPORT}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,71 @@
+"""What a comparison is of: its rows, and `comparison.json`, which keeps them beside the runs that were started for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError
+from trainer.reporting.shared_choice import COMPARISON
+from trainer.reporting.status import write_text_atomic
+
+RECORD = COMPARISON
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig:
+    """Settings of a comparison that runs its points."""
+
+    steps: int | None = None
+    """Optimizer steps of each point, in place of a budget."""
+    repeats: int = 1
+    """How often each point is run, in alternating order."""
+    warmup: int = 1
+    """First steps that are left out of speeds, and the rest of their logging interval with them."""
+    price_per_hour: float | None = None
+    """US dollars an hour for the device of one rank; null takes the price of its card in conf/hardware."""
+    skip: list[str] = field(default_factory=list)
+    """Conditions such as strategy=ddp+tuning=full: points that have all these words are left out."""
+    where: list[str] = field(default_factory=list)
+    """Conditions such as tuning=full+optim.lr=2e-5: points that have the first word and not all others are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRow:
+    """One point: the directories of its repeats, or why it was refused."""
+
+    directories: tuple[Path, ...]
+    name: str | None = None
+    """None takes the settings in which it differs."""
+    refused: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    """Of a refused point, by dotted key; others have theirs in their directories."""
+    warmup: int = 1
+    price_per_hour: float | None = None
+
+
+def write_rows(to: Path, rows: list[ComparisonRow], words: list[str]) -> None:
+    """Write `comparison.json` into `to`. Errors: StorageError."""
+    points = [asdict(row) | {"directories": [str(path.relative_to(to)) for path in row.directories]} for row in rows]
+    write_text_atomic(to / RECORD, json.dumps({"words": words, "points": points}, indent=1) + "\n")
+
+
+def read_rows(to: Path) -> list[ComparisonRow]:
+    """The rows of the comparison that was run in `to`; empty where none was. Raises ConfigError where its record is damaged."""
+    path = to / RECORD
+    if not path.is_file():
+        return []
+    try:
+        return [
+            ComparisonRow(
+                **point
+                | {"directories": tuple(to / name for name in point["directories"]), "refused": tuple(point["refused"])}
+            )
+            for point in json.loads(path.read_text(encoding="utf-8"))["points"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); name the run directories below {to} instead, or repeat the command that made it"
+        ) from error

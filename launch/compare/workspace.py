@@ -1,0 +1,119 @@
+"""A script that shows the runs of a comparison in W&B: a saved view of its workspace, and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Template
+
+from launch.compare.comparison import Comparison
+from launch.compare.repeats import REFUSED
+from launch.compare.run_files import Point
+from trainer.reporting.config import COLUMNS
+
+SUMMARY = (
+    *("final/loss", "final/eval/loss", "final/tokens_per_s", "final/step_s", "final/mfu"),
+    *("final/memory_gib", "state"),
+)
+"""What a run's summary has for the table; of held-out metrics the loss."""
+SCRIPT = Template('''"""$title in W&B: a saved view of the project's workspace, and a report. Made by shardtune compare.
+
+    pip install 'shardtune[workspace]' && wandb login
+    python workspace.py              # or: python workspace.py <team or user>
+
+Offline runs must have been uploaded before (`wandb sync`, as the last line of each run says).
+"""
+
+import sys
+
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
+TITLE = $title
+ENTITY = $entity
+PROJECT = $project
+FILTERS = [$filters]
+COLUMNS = $columns
+SUMMARY = $summary
+VERDICT = $verdict
+
+
+def panels():
+    """Loss over tokens, speed and memory, and quality against cost."""
+    return [
+        wr.LinePlot(title="loss", x="tokens", y=["loss"]),
+        wr.LinePlot(title="held-out loss", x="tokens", y=["eval/loss"]),
+        wr.BarPlot(title="tokens/s, median", metrics=["final/tokens_per_s"]),
+        wr.BarPlot(title="GiB, largest of all ranks", metrics=["final/memory_gib"]),
+        wr.ScatterPlot(title="loss against memory", x="final/memory_gib", y="final/loss"),
+        wr.ParallelCoordinatesPlot(
+            columns=[wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in COLUMNS]
+            + [wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric("final/loss"))]
+        ),
+    ]
+
+
+def workspace(entity):
+    """A saved view: the runs of the comparison alone, what differs as columns."""
+    pinned = ["run:displayName", *(f"config:{name}.value" for name in COLUMNS), *(f"summary:{name}" for name in SUMMARY)]
+    return ws.Workspace(
+        entity=entity,
+        project=PROJECT,
+        name=TITLE,
+        sections=[ws.Section(name=TITLE, panels=panels(), is_open=True)],
+        settings=ws.WorkspaceSettings(x_axis="tokens"),
+        runset_settings=ws.RunsetSettings(filters=FILTERS, pinned_columns=pinned),
+    )
+
+
+def report(entity):
+    """The verdict, and the same plots."""
+    runs = wr.Runset(entity=entity, project=PROJECT, name=TITLE, filters=FILTERS)
+    return wr.Report(
+        entity=entity,
+        project=PROJECT,
+        title=TITLE,
+        blocks=[wr.H1("Verdict"), wr.UnorderedList(VERDICT), wr.H1("Runs"), wr.PanelGrid(runsets=[runs], panels=panels())],
+    )
+
+
+if __name__ == "__main__":
+    import wandb
+
+    owner = sys.argv[1] if len(sys.argv) > 1 else ENTITY or wandb.Api().default_entity
+    print("workspace:", workspace(owner).save().url)
+    print("report:   ", report(owner).save(draft=True).url)
+''')
+
+
+def script(found: Comparison, to: Path) -> str | None:
+    """The script for a comparison that is written into `to`; None where none of its runs is in W&B."""
+    there = [point for run in found.runs if run.found.state != REFUSED for point in run.found.points]
+    points = [point for point in there if point.config.get("logging.wandb", "disabled") != "disabled"]
+    if not points:
+        return None
+    groups = {_asked(point, "group") for point in points}
+    if None in groups:
+        directories = sorted({str(point.config.get("run.dir")) for point in points})
+        filters = f'ws.Config("run_dir").isin({directories!r})'
+    else:
+        filters = f'ws.Metric("Group").isin({sorted(map(str, groups))!r})'
+    keys = [difference.key for difference in found.differences]
+    named = {word.partition("=")[0] for point in points for word in point.config.get("logging.columns") or []}
+    chosen = [COLUMNS[key] for key in keys if key in COLUMNS]
+    chosen += [name.replace(".", "_") for name in sorted(named) if not {name, f"{name}.name"} & COLUMNS.keys()]
+    return SCRIPT.substitute(
+        title=repr(to.resolve().name),
+        entity=repr(_asked(points[0], "entity")),
+        project=repr(_asked(points[0], "project") or "shardtune"),
+        filters=filters,
+        columns=repr(list(dict.fromkeys(chosen))),
+        summary=repr(SUMMARY),
+        verdict=repr([run.verdict for run in found.runs]),
+    )
+
+
+def _asked(point: Point, setting: str) -> str | None:
+    """A setting of `logging`, or what a variable decided, as the run has recorded."""
+    recorded = (point.facts.get("substitutions") or {}).get(f"logging.{setting}")
+    value = point.config.get(f"logging.{setting}") or (str(recorded).rpartition(" (")[0] if recorded else None)
+    return str(value) if value else None

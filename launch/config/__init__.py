@@ -1,0 +1,1 @@
+"""Words of the command line become one typed, frozen configuration; and what of it a verb may trust."""

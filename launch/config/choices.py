@@ -1,0 +1,145 @@
+"""Which choices each configuration group has, and which typed settings stand behind each choice.
+
+The choices are the YAML files of `conf/`; reading their names needs neither Hydra nor torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+WHOLE_RUN_GROUPS = ("experiment", "debug", "local")
+"""Groups whose files may set any key; their choice may be `null`."""
+OF_PLANS = "hardware"
+"""A directory of conf/ whose files are no settings of a run: cards that `shardtune plan` plans for."""
+
+
+OWN_DIRECTORIES: list[Path] = []
+"""Directories of the user's (`--config-dir`) whose files are choices too."""
+
+
+@cache
+def groups() -> dict[str, list[str]]:
+    """The choices of every group, both in alphabetical order, those of the user's directories included."""
+    found = dict(shipped())
+    for own in OWN_DIRECTORIES:
+        for name in found:
+            found[name] = sorted({*found[name], *(file.stem for file in (own / name).glob("*.yaml"))})
+    return found
+
+
+@cache
+def shipped() -> dict[str, list[str]]:
+    """The choices that `conf/` has."""
+    found = {
+        directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
+        for directory in sorted(CONF_DIR.iterdir())
+        if directory.is_dir() and not directory.name.startswith(("_", ".")) and directory.name != OF_PLANS
+    }
+    return {name: choices for name, choices in found.items() if choices or name == "local"}
+
+
+def add_directory(directory: Path) -> None:
+    """Offer the files of a directory laid out as `conf/` as choices. Raises ConfigError where it would hide ours, or has none."""
+    from strategies.errors import ConfigError
+
+    there = {name: sorted(file.stem for file in (directory / name).glob("*.yaml")) for name in shipped()}
+    if not any(there.values()):
+        raise ConfigError(
+            f"--config-dir {directory}: has no <group>/<choice>.yaml, such as tuning/mine.yaml or experiment/mine.yaml; a whole "
+            "file of settings is given as a bare word: my.yaml"
+        )
+    if hidden := [f"{name}/{each}.yaml" for name, own in there.items() for each in own if each in shipped()[name]]:
+        raise ConfigError(
+            f"--config-dir {directory}: {', '.join(hidden)}: there is such a choice already; rename the file"
+        )
+    if directory not in OWN_DIRECTORIES:
+        OWN_DIRECTORIES.append(directory)
+    groups.cache_clear()
+
+
+def variants() -> dict[str, dict[str, type]]:
+    """For the groups whose choices differ in their keys: the settings behind each schema node's name."""
+    from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
+    from trainer.config.run import LauncherConfig, SlurmConfig
+    from trainer.objectives.registry import FAMILIES
+    from trainer.optim.config import (
+        AdafactorConfig,
+        Adamw8bitConfig,
+        AdamwConfig,
+        LionConfig,
+        MuonConfig,
+        ScheduleFreeConfig,
+        SgdConfig,
+    )
+    from trainer.tuning.config import TUNINGS
+
+    optim = (
+        AdamwConfig,
+        Adamw8bitConfig,
+        AdafactorConfig,
+        LionConfig,
+        MuonConfig,
+        ScheduleFreeConfig,
+        SgdConfig,
+    )
+
+    return {
+        "strategy": {
+            "auto": AutoConfig,
+            "single": SingleConfig,
+            "ddp": DdpConfig,
+            "fsdp2": Fsdp2Config,
+            "zero": ZeroConfig,
+        },
+        "tuning": {str(settings().name): settings for settings in TUNINGS},
+        "objective": {name: family.settings for name, family in FAMILIES.items()},
+        "optim": {str(settings().name): settings for settings in optim},
+        "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
+    }
+
+
+SHARED_SETTINGS = {"hsdp": "fsdp2", "zero1": "zero", "zero2": "zero", "zero3": "zero"}
+"""Strategies that have the settings of another one."""
+REGISTRIES = {
+    "strategy": "launch/config/choices.py",
+    "tuning": "TUNINGS in trainer/tuning/config.py",
+    "objective": "FAMILIES in trainer/objectives/registry.py",
+    "optim": "launch/config/choices.py",
+    "launcher": "launch/config/choices.py",
+}
+"""The place that lists a group's settings by name."""
+
+
+def settings_of(group: str, name: str) -> type:
+    """The settings class of a choice; the choices of ZeRO share one, and hsdp is fsdp2 with replicas.
+
+    Raises ConfigError for a file of `conf/` that no class answers.
+    """
+    nodes = variants()[group]
+    if group == "strategy" and name not in nodes:
+        name = SHARED_SETTINGS.get(name, name)
+    if name not in nodes:
+        from strategies.errors import ConfigError
+
+        raise ConfigError(
+            f"conf/{group}/{name}.yaml: no settings of that name ({', '.join(nodes)}); add its class to {REGISTRIES[group]}, or "
+            "remove the file"
+        )
+    return nodes[name]
+
+
+@cache
+def register_schemas() -> None:
+    """Once a process: make the typed settings known to Hydra as `schema_run` and `<group>/schema_<name>`."""
+    from hydra.core.config_store import ConfigStore
+
+    from trainer.config.run import RunConfig
+
+    store: Any = ConfigStore.instance()
+    store.store(name="schema_run", node=RunConfig)
+    for group, nodes in variants().items():
+        for name, settings in nodes.items():
+            store.store(group=group, name=f"schema_{name}", node=settings)

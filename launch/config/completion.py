@@ -1,0 +1,149 @@
+"""Completion in shells: a script that knows verbs, settings, choices and values, so that nothing is started on a Tab."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from launch.config.choices import groups
+from launch.config.user_files import CHOSEN_BY_NAME
+from strategies.errors import ConfigError
+
+SHELLS = ("bash", "zsh", "fish")
+PATHS = "model.path|model.tokenizer|data.path|data.eval_path|data.test_path|run.dir|run.resume|tuning.from|to|from"
+FLAGS = "--help --cfg --info --config-dir --dry-run --json --print --verify --follow --watch -m --multirun"
+
+BASH = r"""# Completion of shardtune in bash. Written by: shardtune --shell-completion bash
+_shardtune() {
+    local line="${COMP_LINE:0:COMP_POINT}" word verb candidates key
+    word="${line##*[[:space:]]}"
+    read -r _ verb _ <<<"$line "
+    if [[ "$line" != *[[:space:]]*[[:space:]]* ]]; then
+        COMPREPLY=($(compgen -W "@VERBS@ --help --version" -- "$word"))
+        return
+    fi
+    compopt +o nospace 2>/dev/null
+    case "$word" in
+        -*) COMPREPLY=($(compgen -W "@FLAGS@" -- "$word")); return ;;
+        @PATHS@=*) COMPREPLY=($(compgen -f -- "${word#*=}")); compopt -o filenames 2>/dev/null; return ;;
+        *=*)
+            key="${word%%=*}"
+            case "$key" in
+@VALUES@
+                *) candidates="" ;;
+            esac
+            COMPREPLY=($(compgen -W "$candidates" -- "${word#*=}"))
+            return ;;
+    esac
+    compopt -o nospace 2>/dev/null
+    COMPREPLY=($(compgen -S = -W "@KEYS@" -- "$word"))
+    case "$verb" in
+        status|logs|stop|export|serve|chat|compare) COMPREPLY+=($(compgen -d -- "$word")) ;;
+    esac
+    COMPREPLY+=($(compgen -f -X '!*.yaml' -- "$word") $(compgen -f -X '!*.yml' -- "$word"))
+}
+complete -F _shardtune shardtune
+"""
+ZSH = r"""#compdef shardtune
+# Completion of shardtune in zsh. Written by: shardtune --shell-completion zsh
+_shardtune() {
+    local word="${words[CURRENT]}" key
+    local -a verbs keys values flags
+    verbs=(@VERBS@ --help --version)
+    flags=(@FLAGS@)
+    keys=(@KEYS@)
+    if (( CURRENT == 2 )); then
+        compadd -- $verbs
+        return
+    fi
+    case "$word" in
+        -*) compadd -- $flags; return ;;
+        (@PATHS@)=*) compset -P '*='; _files; return ;;
+        *=*)
+            key="${word%%=*}"
+            case "$key" in
+@VALUES@
+                *) candidates="" ;;
+            esac
+            compset -P '*='
+            values=(${=candidates})
+            compadd -- $values
+            return ;;
+    esac
+    compadd -S '' -- ${^keys}=
+    _files -g '*.y(a|)ml'
+    [[ "${words[2]}" == (status|logs|stop|export|serve|chat|compare) ]] && _files -/
+}
+compdef _shardtune shardtune 2>/dev/null
+"""
+
+
+def script(shell: str, verbs: dict[str, str]) -> str:
+    """The script of a shell, to be loaded by it; `verbs` with what each does. Errors: ConfigError."""
+    shell = shell.removeprefix("install=")
+    if shell not in SHELLS:
+        raise ConfigError(f"--shell-completion {shell}: give one of {', '.join(SHELLS)}")
+    values = values_of_settings()
+    if shell == "fish":
+        return _fish(values, verbs)
+    cases = "\n".join(f'                {key}) candidates="{" ".join(of)}" ;;' for key, of in values.items() if of)
+    text = BASH if shell == "bash" else ZSH
+    for mark, content in (
+        ("@VERBS@", " ".join(verbs)),
+        ("@FLAGS@", FLAGS),
+        ("@PATHS@", PATHS if shell == "zsh" else "=*|".join(PATHS.split("|"))),
+        ("@VALUES@", cases),
+        ("@KEYS@", " ".join(values)),
+    ):
+        text = text.replace(mark, content)
+    return text
+
+
+def values_of_settings() -> dict[str, list[str]]:
+    """Every group and setting as typed, with the values it takes where they can be listed."""
+    from launch.config.overrides import settings
+
+    found: dict[str, list[str]] = {group: list(choices) for group, choices in groups().items()}
+    for key, setting in settings().items():
+        name = key.removesuffix("_")
+        if "*" in name or (name.endswith(".name") and name.split(".")[0] in CHOSEN_BY_NAME):
+            continue
+        of: list[str] = []
+        if isinstance(setting.type, type) and issubclass(setting.type, Enum):
+            of = [member.name for member in setting.type]
+        elif setting.type is bool or setting.type == bool | None:
+            of = ["true", "false"]
+        found[name] = of
+    return found
+
+
+def _fish(values: dict[str, list[str]], verbs: dict[str, str]) -> str:
+    lines = [
+        "# Completion of shardtune in fish. Written by: shardtune --shell-completion fish",
+        "complete -c shardtune -f",
+    ]
+    for verb, what in verbs.items():
+        said = what.replace("'", "\\'")
+        lines.append(f"complete -c shardtune -n __fish_use_subcommand -a {verb} -d '{said}'")
+    lines.append("function __shardtune_words")
+    lines.append("    set -l word (commandline -ct)")
+    lines.append("    switch $word")
+    lines.append(f"        case {' '.join(chr(39) + key + '=*' + chr(39) for key in PATHS.split('|'))}")
+    lines.append("            set -l parts (string split -m 1 = -- $word)")
+    lines.append("            for each in (__fish_complete_path $parts[2])")
+    lines.append("                echo $parts[1]=$each")
+    lines.append("            end")
+    for key, of in values.items():
+        if of:
+            lines.append(f"        case '{key}=*'")
+            lines.append(f"            printf '%s\\n' {' '.join(f'{key}={value}' for value in of)}")
+    lines.append("        case '*'")
+    lines.append(f"            printf '%s\\n' {' '.join(f'{key}=' for key in values)}")
+    lines.append("            __fish_complete_suffix .yaml")
+    lines += ["    end", "end"]
+    lines.append("complete -c shardtune -n 'not __fish_use_subcommand' -a '(__shardtune_words)'")
+    lines += [
+        f"complete -c shardtune -n 'not __fish_use_subcommand' -l {flag.removeprefix('--')}"
+        for flag in FLAGS.split()
+        if flag.startswith("--")
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,316 @@
+"""The frozen configuration: its identity, its text, and how it is compared with the one that a run directory has.
+
+A directory belongs to one identity. The same one continues it; another one is an error that lists what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from launch.config.choices import settings_of, variants
+from launch.config.trusted_values import is_remembered
+from launch.config.user_files import own_files_may_apply
+from strategies.errors import ConfigError
+from strategies.matmul import Matmul
+from trainer.checkpoints.layout import places_of, published
+from trainer.config.resuming import flat, plain
+from trainer.config.run import (
+    AUTO,
+    MATMUL,
+    MICRO,
+    STRATEGY,
+    TEMPLATE_DATE,
+    RunConfig,
+    asked_micro,
+    asked_strategy,
+    kept_matmul,
+)
+from trainer.data.config import ControlTokens, identifying
+from trainer.data.tokens.clock import TemplateDate
+from trainer.reporting import settings_file
+from trainer.reporting.status import FROZEN, State, read_status, write_text_atomic
+
+SHOWN_DIFFERENCES = 12
+ANOTHER_WAY = ("strategy.", f"{MICRO}: ")
+"""How differences begin that a run which is not done may go on with in its directory: how it is computed, and not what."""
+NOT_IDENTIFYING = ("logging", "profile", "launcher", "gates", "review", "challenges", "substitutions")
+OVERRIDES = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A run as it was asked for."""
+
+    config: RunConfig
+    overrides: list[str]
+    """The words it was composed from."""
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the run, as its settings are now: see `identity` for what it leaves out."""
+        return identity(self.config)
+
+    @property
+    def yaml(self) -> str:
+        """The whole configuration, defaults included, as YAML."""
+        return to_yaml(self.config)
+
+
+def identity(config: RunConfig) -> str:
+    """SHA-256 of what decides the result of the run.
+
+    Left out: `run.*` but the seed, `logging.*`, `profile.*`, `launcher.*`, `gates`, `review`, `challenges.*` and the
+    substitutions: where a run is started, how it is called, what it reports and what is asked of its export may change when it
+    is requeued or resumed.
+    """
+    return _hash(_identifying(plain(config)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults included."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def default_run_dir(sha256: str) -> Path:
+    """runs/<hash>-<SLURM job id or start time>: a requeued job finds its directory again."""
+    return Path("runs") / f"{sha256[:8]}-{os.environ.get('SLURM_JOB_ID') or time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run in this directory is done, so that starting it again is a no-op."""
+    return read_status(run_dir).get("state") == State.done
+
+
+def freeze_choices(run_dir: Path, config: RunConfig) -> None:
+    """Write `config.yaml` anew with what the run has chosen, under the same hash. Errors: ConfigError, StorageError."""
+    path = run_dir / "config.yaml"
+    try:
+        header = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[:3] if line[0] == "#"]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); is it still there?") from error
+    write_text_atomic(path, "".join(header) + to_yaml(config))
+
+
+def load_frozen(path: Path | str) -> RunConfig:
+    """Read a frozen `config.yaml` back. Errors: ConfigError where it is missing, edited or of another version."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(path)
+    text = settings_file.read_text(path)
+    written, raw = FROZEN.search(text), settings_file.tree_of(path, text)
+    try:
+        tree = OmegaConf.structured(RunConfig)
+        for group in variants():
+            tree[group] = OmegaConf.structured(settings_of(group, raw[group]["name"]))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
+    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
+    # The hash is taken of what the file says, not of what this version makes of it: a later one may know more settings.
+    if written is None or written[1] != _hash(_identifying(raw)):
+        raise ConfigError(f"{path}: does not match its hash; frozen files are not edited: start a new run.dir")
+    return config
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
+    """The identifying keys in which two configurations differ, as `key: theirs there, ours here`."""
+    new, old = flat(_identifying(plain(ours))), flat(_identifying(plain(theirs)))
+    missing = object()
+    return [
+        f"{key}: {'-' if old.get(key, missing) is missing else old[key]} there, "
+        f"{'-' if new.get(key, missing) is missing else new[key]} here"
+        for key in sorted(new.keys() | old.keys())
+        if new.get(key, missing) != old.get(key, missing)
+    ]
+
+
+def same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_way: bool) -> None:
+    """Take over what the run there has chosen itself, and refuse another run, unless nothing was `reached` there."""
+    try:
+        before = load_frozen(path)
+    except ConfigError as error:
+        if reached and FROZEN.search(path.read_text(encoding="utf-8", errors="replace")) is None:
+            raise ConfigError(
+                f"{path}: is torn, as by a power cut; delete it, and the same command writes it again and goes on"
+            ) from error
+        if reached:
+            raise
+        return
+    changed = differences(composed.config, before)
+    if changed and reached and _only_defaults_changed(composed, changed, before, path):
+        _take_over(composed.config, before)
+        print(f"{path.parent}: keeps the defaults that it began with: {'; '.join(changed)}", file=sys.stderr)
+        changed = []
+    if not changed or another_way:
+        _take_matmul(composed.config, before)
+        _take_date(composed.config, before, path.parent, reached=reached)
+    if not changed and MICRO in before.substitutions:
+        composed.config.batch["micro"] = before.batch["micro"]  # chosen once
+        composed.config.substitutions[MICRO] = before.substitutions[MICRO]
+    if not changed and STRATEGY in before.substitutions:
+        composed.config.strategy = before.strategy
+        composed.config.substitutions[STRATEGY] = before.substitutions[STRATEGY]
+    if not changed and reached:
+        _go_on_alike(composed.config, before)
+    if not changed or not reached:  # a corrected command may take its place
+        return
+    if another_way and all(line.startswith(ANOTHER_WAY) for line in changed):
+        print(f"{path.parent}: goes on in another way: {'; '.join(changed)}", file=sys.stderr)
+        return
+    more = [f"and {len(changed) - SHOWN_DIFFERENCES} more"] if len(changed) > SHOWN_DIFFERENCES else []
+    refusal = (
+        f"run.dir={path.parent}: holds a run with another configuration; choose another run.dir (to start from its "
+        f"state: run.resume={path.parent}/checkpoints/<step>), or undo:"
+    )
+    raise ConfigError("\n    ".join([refusal, *changed[:SHOWN_DIFFERENCES], *more]))  # one problem, however it shows
+
+
+def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
+    """Take over the defaults that the run in `run_dir` began with, as `freeze` does, without writing.
+
+    For the ranks that compose the run themselves but do not freeze it: all ranks must train the same. Errors: ConfigError.
+    """
+    path = run_dir / "config.yaml"
+    reached = published(places_of(run_dir, composed.config.checkpoint.fallback_dir)) or is_finished(run_dir)
+    if not path.exists() or not reached:
+        return
+    before = load_frozen(path)
+    changed = differences(composed.config, before)
+    if changed and _only_defaults_changed(composed, changed, before, path):
+        _take_over(composed.config, before)
+    if not changed:
+        _go_on_alike(composed.config, before)
+
+
+def _only_defaults_changed(composed: Composed, changed: list[str], before: RunConfig, path: Path) -> bool:
+    """Whether the settings differ although the user typed the same words: then a default of shardtune changed since.
+
+    False if the words alone do not decide the settings: a file of the user's, a variable of the environment, or a value that
+    this machine chose may have changed as well.
+    """
+    words = _identifying_words(composed.overrides)
+    if not has_same_words(composed.overrides, path):
+        return False
+    if own_files_may_apply(words) or any("${" in word for word in words):
+        return False
+    if _reaches_further(before, composed.config):
+        return False
+    changed_keys = {line.partition(":")[0] for line in changed}
+    return not changed_keys & {*composed.config.substitutions, *before.substitutions}
+
+
+def _reaches_further(before: RunConfig, config: RunConfig) -> bool:
+    """Whether taking over the settings of `before` would reach out of the run by a value that this user never typed.
+
+    The words in the head of a `config.yaml` prove nothing: whoever wrote the directory wrote them too.
+    """
+    from launch.config.outside_values import outside_values
+
+    known = outside_values(config)
+    for value in outside_values(before):
+        is_taken_over = any(key.partition(".")[0] not in NOT_IDENTIFYING for key in value.settings)
+        if is_taken_over and value not in known and not is_remembered(value.identity):
+            return True
+    return False
+
+
+def has_same_words(words: list[str], path: Path) -> bool:
+    """Whether the `config.yaml` at `path` was composed from the same words, but for those that decide no result."""
+    return _identifying_words(words) == _identifying_words(_words_of(path))
+
+
+def _take_over(config: RunConfig, before: RunConfig) -> None:
+    """Give `config` every identifying setting of `before`, and the note on what that run chose itself."""
+    for group in fields(RunConfig):
+        if group.name not in (*NOT_IDENTIFYING, "run"):
+            setattr(config, group.name, getattr(before, group.name))
+    config.run.seed = before.run.seed
+    for chosen in (MICRO, STRATEGY):
+        if chosen in before.substitutions:
+            config.substitutions[chosen] = before.substitutions[chosen]
+
+
+def _identifying_words(words: list[str]) -> set[str]:
+    """The words that decide the result: without those of `NOT_IDENTIFYING`, and of `run.*` the seed alone."""
+    identifying = set()
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        group = key.partition(".")[0]
+        if group not in (*NOT_IDENTIFYING, "run") or key == "run.seed":
+            identifying.add(word)
+    return identifying
+
+
+def _words_of(path: Path) -> list[str]:
+    """The words that `freeze` noted in the head of a `config.yaml`; empty if there are none."""
+    line = OVERRIDES.search(settings_file.read_text(path))
+    if line is None:
+        return []
+    decoder, text, words = json.JSONDecoder(), line[1], []
+    start = 0
+    while start < len(text):
+        word, end = decoder.raw_decode(text, start)
+        words.append(str(word))
+        start = end + 1  # the blank between two words
+    return words
+
+
+def _take_date(config: RunConfig, before: RunConfig, run_dir: Path, *, reached: bool) -> None:
+    """Let a run go on with the date that its chat template wrote for today at the first start, if it writes one.
+
+    A run of an earlier version has not noted it. Its prepared data has a fingerprint without a date, and the oldest file of the
+    run tells the day.
+    """
+    if TEMPLATE_DATE in before.substitutions:
+        config.substitutions[TEMPLATE_DATE] = before.substitutions[TEMPLATE_DATE]
+    elif reached:
+        oldest = time.time()
+        for file in run_dir.rglob("*"):
+            with suppress(OSError):  # removed meanwhile
+                oldest = min(oldest, file.stat().st_mtime)
+        config.substitutions[TEMPLATE_DATE] = str(TemplateDate(date.fromtimestamp(oldest), in_fingerprint=False))
+
+
+def _take_matmul(config: RunConfig, before: RunConfig) -> None:
+    """Let a run whose words leave the library of float32 products open go on with the one that it began with."""
+    library = kept_matmul(before)
+    if config.run.matmul is not Matmul.auto or library is Matmul.auto:
+        return
+    config.substitutions[MATMUL] = before.substitutions.get(MATMUL, f"{AUTO} -> {library} (as this run began)")
+
+
+def _go_on_alike(config: RunConfig, before: RunConfig) -> None:
+    """Keep what decides prepared bytes, beside the words, as it was when the run began.
+
+    A run that began with `data.control_tokens=text`, typed or by an older default, goes on with it.
+    """
+    if config.data.control_tokens is ControlTokens.auto:
+        config.data.control_tokens = before.data.control_tokens
+
+
+def _identifying(tree: Any) -> dict[str, Any]:
+    kept = {key: value for key, value in tree.items() if key not in NOT_IDENTIFYING}
+    # It is still the run that was asked for.
+    kept["batch"] = {**tree["batch"], "micro": asked_micro(tree["batch"], tree["substitutions"])}
+    kept["strategy"] = asked_strategy(tree["strategy"], tree["substitutions"])
+    kept["data"] = identifying(tree["data"])
+    if "teacher" in tree["objective"]:  # whether its code may run decides no result, and earlier runs do not say
+        teacher = {key: value for key, value in tree["objective"]["teacher"].items() if key != "trust_remote_code"}
+        kept["objective"] = {**tree["objective"], "teacher": teacher}
+    return kept | {"run": {"seed": tree["run"]["seed"]}}
+
+
+def _hash(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,43 @@
+"""Settings as people type them who know other trainers, or guess: what to type here.
+
+`launch.config.hints` looks here before it looks for a similar name: a name may look like one that does something else.
+"""
+
+from __future__ import annotations
+
+MISNAMED = {
+    "data.train_path": "data.path={value}",
+    "data.train": "data.path={value}",
+    "data.train_file": "data.path={value}",
+    "datasets": "data.path={value}; several files are data.path=[a.jsonl,b.jsonl], several sources data.sources",
+    "data.datasets": "data.path={value}; several files are data.path=[a.jsonl,b.jsonl], several sources data.sources",
+    "run.name": "logging.name={value}",
+    "gpus": "launcher.processes={value}",
+    "strategy.offload": "strategy.cpu_offload=true with strategy=fsdp2, or strategy.offload_optimizer=cpu with strategy=zero3",
+    "evaluation.strategy": "evaluation.every_steps=<steps>; evaluation=none leaves it out",
+    "early_stopping": "evaluation.patience=<evaluations without improvement> and evaluation.every_steps=<steps>",
+}
+"""What to type in place of a key; `{value}` is what was typed behind it."""
+FLAGS_OF_OTHERS = {
+    "multi_gpu": "every GPU of this host gets a process, if the strategy shares; launcher.processes=<number> says fewer",
+}
+"""Switches of other launchers, without a value, and what happens here instead."""
+VERBS = {
+    "data": "prepare --print",
+    "merge": "export <run> merge=true",
+    "sweep": "train -m",
+    "push": "export <run> to=hub:<owner>/<name>",
+    "finetune": "train",
+    "generate": "chat",
+    "inference": "chat",
+}
+"""Verbs that people type, with the command that does their job."""
+
+
+def in_place_of(key: str, value: str) -> str | None:
+    """The words to type in place of `key=value`; None if the key is not one of these, nor a variable of the environment."""
+    if key in MISNAMED:
+        return f"type {MISNAMED[key].format(value=value)}"
+    if key.isupper():
+        return f"a variable of the environment goes before the command: {key}={value} shardtune ..."
+    return None

@@ -1,0 +1,262 @@
+"""The values of a configuration that reach out of its run: each with the words that allow it, and what it is remembered by."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config.code_digest import NoDigest, digest_of_model, digest_of_task, model_directory
+from trainer.config.reach import NAMED_TABLES, OF_EACH_START, Reach, reach_of
+from trainer.config.resuming import defaults_of, flat, plain
+from trainer.data.read.paths import is_address, is_hub
+
+if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
+
+HARNESS = "lm_eval"
+"""The kind of task whose YAML may name functions."""
+HARMLESS = (None, False, "")
+"""Values that reach nothing, whatever the setting."""
+SILENT = ("auto", "disabled")
+"""Values of a tracker that tell nobody who was not chosen by the reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideValue:
+    """One value that reaches out of the run; several settings where they only mean something together."""
+
+    reach: Reach
+    settings: dict[str, Any]
+    """The settings by full key, as they are typed to allow the value."""
+    identity: dict[str, Any] | None
+    """What the value is remembered by; None: it cannot be told from another value, and so is never remembered."""
+    effect: str
+    """What it does to its reader, after `it`."""
+
+    @property
+    def words(self) -> list[str]:
+        """The words that allow it."""
+        return [f"{key}={_typed(value)}" for key, value in self.settings.items()]
+
+    @property
+    def pasted(self) -> str:
+        """Those words as a shell takes them, without a control character in them."""
+        return " ".join(shell_word(word) for word in self.words)
+
+    def is_among(self, typed: set[str]) -> bool:
+        """Whether every one of its settings is among the keys that were typed."""
+        return all(any(_covers(key, each) for each in typed) for key in self.settings)
+
+
+def shell_word(word: str) -> str:
+    """A word as a shell takes it, printable whatever it holds."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = "".join(char if char.isprintable() and char not in "\\'" else _escaped(char) for char in word)
+    return f"$'{escaped}'"
+
+
+def _escaped(char: str) -> str:
+    return f"\\{char}" if char in "\\'" else "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))
+
+
+def _typed(value: Any) -> str:
+    """A value in the grammar of the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(_in_list(each) for each in value)}]"
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _in_list(value: Any) -> str:
+    text = _typed(value)
+    plain_text = all(char.isalnum() or char in "/._-" for char in text)
+    return text if plain_text else f"'{text}'"
+
+
+def _covers(key: str, typed: str) -> bool:
+    """Whether typing one key sets another: the same, or a table that holds it."""
+    return key == typed or key.startswith(f"{typed}.")
+
+
+def outside_values(config: RunConfig) -> list[OutsideValue]:
+    """Every value of `config` that reaches out of its run; reads code only where the configuration has some run."""
+    found: list[OutsideValue] = []
+    for key, value in _reaching(config).items():
+        found += _values_of(config, key, value, reach_of(key))
+    return found
+
+
+def clear(config: RunConfig, key: str) -> None:
+    """Set a setting to its default."""
+    holder: Any = config
+    *path, name = key.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    setattr(holder, name, getattr(type(holder)(), name))
+
+
+def _reaching(config: RunConfig) -> dict[str, Any]:
+    """The settings that reach out, by full key, without those that are at their default or reach nothing."""
+    defaults = defaults_of(config)
+    reaching = {}
+    for key, value in flat(_with_undotted_names(plain(config))).items():
+        if value in HARMLESS or value in ([], {}) or value == defaults.get(key):
+            continue
+        if key.partition(".")[0] in OF_EACH_START:
+            continue
+        reach = reach_of(key)
+        if reach is Reach.describes or (reach is Reach.tracker and value in SILENT):
+            continue
+        reaching[key] = value
+    return reaching
+
+
+def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings; in a table with a name that has a dot, numbers for names: a task `x.kind` must not pass for a kind."""
+    for table in NAMED_TABLES:
+        group, _, name = table.partition(".")
+        entries = tree[group].get(name) or {}
+        if any("." in entry for entry in entries):
+            tree[group][name] = {str(number): settings for number, settings in enumerate(entries.values())}
+    return tree
+
+
+def _values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
+    if reach is Reach.address:
+        yield from _endpoint(config, key)
+    elif reach is Reach.code:
+        yield from _model_code(config, key)
+    elif reach is Reach.network:
+        yield from _fetched(config, key)
+    elif reach is Reach.file:
+        yield from _files_named(config, key, value)
+    elif reach is Reach.place:
+        yield OutsideValue(reach, {key: value}, {key: _absolute(value)}, f"writes into {value}")
+    else:
+        yield OutsideValue(reach, {key: value}, {key: value}, "has a tracker told, or says who is told")
+
+
+def _endpoint(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+    """A server and the variable that is sent to it, as one value."""
+    group, _, name = key.rpartition(".")
+    server = getattr(config.evaluation, group.rpartition(".")[2])
+    if name != "url":
+        return  # a variable without an address is sent nowhere
+    settings = {f"{group}.url": server.url}
+    sent = "rows and answers"
+    if server.key_env is not None:
+        settings[f"{group}.key_env"] = server.key_env
+        sent += f", and your environment variable {server.key_env}"
+    yield OutsideValue(Reach.address, settings, settings, f"sends {sent} to that address")
+
+
+def _model_code(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+    """The code of each directory that the flag stands for: the model's and the tokenizer's, or the teacher's."""
+    if key == "model.trust_remote_code":
+        directories = {(path, config.model.revision): None for path in (config.model.path, config.model.tokenizer)}
+    else:
+        teacher: Any = config.objective
+        directories = {(teacher.teacher.path, teacher.teacher.revision): None}
+    for path, revision in directories:
+        if path is None:
+            continue
+        directory = model_directory(config.model, path, revision)
+        is_fetched = config.model.download and not Path(path).expanduser().is_dir()
+        if directory is None and not is_fetched:
+            continue  # there is nothing here that could be run
+        if is_fetched:  # files that are not in the cache can still come, whatever the code there is
+            yield OutsideValue(
+                Reach.code, {key: True}, {"code_of": path}, f"fetches and runs the Python code of {path}"
+            )
+        if directory is None:
+            continue
+        identity: dict[str, Any] | None
+        try:
+            digest = digest_of_model(directory, download=config.model.download)
+            identity = {"code": digest}
+        except NoDigest:
+            digest, identity = "", None
+        if digest is not None:
+            yield OutsideValue(Reach.code, {key: True}, identity, f"runs the Python code in {path}")
+
+
+def _fetched(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+    """What is fetched from the network, each name by itself."""
+    if key == "model.download":
+        named = [config.model.path, config.model.tokenizer, getattr(config.objective, "teacher", config.model).path]
+        sources = [str(each) for each in named if each is not None and not Path(each).expanduser().is_dir()]
+    elif key == "data.remote":
+        sources = [path for path in _data_paths(config) if is_address(path)]
+    else:
+        sources = [path for path in _data_paths(config) if is_hub(path)]
+    for source in dict.fromkeys(sources):
+        yield OutsideValue(Reach.network, {key: True}, {key: source}, f"fetches {source} over the network")
+
+
+def _data_paths(config: RunConfig) -> Iterator[str]:
+    """Every path of data and of tasks, as it was typed."""
+    data = config.data
+    named = [data.path, data.eval_path, data.test_path, data.decontamination.paths]
+    named += [source.path for source in data.sources.values()]
+    named += [task.path for task in config.evaluation.tasks.values()]
+    for value in named:
+        yield from _texts(value)
+
+
+def _files_named(config: RunConfig, key: str, value: Any) -> Iterator[OutsideValue]:
+    """Files of the reader, whose texts stand in what is written; a task of lm_eval runs what its YAML names."""
+    group, _, name = key.rpartition(".")
+    task = config.evaluation.tasks.get(key.split(".")[2]) if key.startswith("evaluation.tasks.") else None
+    if task is not None and task.kind == HARNESS and name == "path":
+        for path in _texts(value):
+            yield _task_code(key, path)
+        return
+    if task is not None and ".options" in group and name not in _file_options(task.kind):
+        return
+    shared = key if task is None else key.replace(f".{key.split('.')[2]}.", ".*.", 1)
+    for path in _texts(value):
+        effect = f"reads your file {path}, whose texts then stand in what is written"
+        yield OutsideValue(Reach.file, {key: value}, {shared: _absolute(path)}, effect)
+
+
+def _file_options(kind: str) -> tuple[str, ...]:
+    """The options of a kind of task that name a file."""
+    from trainer.evaluation.tasks.registry import KINDS
+
+    task = KINDS.get(kind)
+    return () if task is None else task.file_options
+
+
+def _task_code(key: str, path: str) -> OutsideValue:
+    identity: dict[str, Any] | None
+    try:
+        identity = {"code": digest_of_task(Path(path).expanduser())}
+    except NoDigest:
+        identity = None
+    return OutsideValue(Reach.code, {key: path}, identity, f"runs the functions that the task in {path} names")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts of a path value: one path, a list, or sets by name."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+    elif value is not None:
+        yield str(value)
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same in every working directory; addresses and names of a hub stay as they are."""
+    if is_address(path) or is_hub(path):
+        return path
+    return str(Path(path).expanduser().resolve())

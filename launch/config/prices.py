@@ -1,0 +1,33 @@
+"""What a card costs an hour, out of `conf/hardware`. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+
+@cache
+def cards() -> dict[str, dict[str, Any]]:
+    """What `conf/hardware` says, by the names of its files."""
+    import yaml
+
+    from launch.config.choices import CONF_DIR, OF_PLANS
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    files = sorted((CONF_DIR / OF_PLANS).glob("*.yaml"))
+    return {file.stem: yaml.load(file.read_text(encoding="utf-8"), loader) for file in files}
+
+
+def price_of(device: str) -> float | None:
+    """US dollars an hour for a card, by its driver's name; None where conf/hardware does not say."""
+    return next((card.get("price_per_hour") for card in cards().values() if card.get("name") == device), None)
+
+
+def price_by_word(word: str) -> float | None:
+    """The same by a site's word for the card, such as the `h100` of `gpu:h100:8`; None where it fits cards of several prices."""
+    plain = re.sub(r"[^a-z0-9]", "", word.lower())
+    if not plain:
+        return None
+    found = {card.get("price_per_hour") for name, card in cards().items() if name.replace("_", "").startswith(plain)}
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,176 @@
+"""The one door for verbs that read a run: its configuration, of which what reaches out counts only if this user typed it.
+
+A run directory may be somebody else's. Its config.yaml then is data and gives no orders: it may not have this user's environment
+variables sent, code run, files read or directories written. Who owns the directory says nothing: a run that was downloaded is
+this user's own by its owner, and the own run in a container may not be.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.config import trusted_values
+from launch.config.outside_values import OutsideValue, clear, outside_values, shell_word
+from strategies.errors import ConfigError
+from trainer.config.reach import OF_EACH_START, Reach, reach_of
+from trainer.config.resuming import flat, plain
+from trainer.session.base_files import pin_commit
+
+if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
+
+TASKS = "evaluation.tasks."
+WRITTEN = ("evaluation", "against", "reports")
+"""Directories of a run that an evaluation writes into."""
+Needs = Callable[[OutsideValue, "RunConfig"], bool]
+"""Whether a verb uses a value of a run's configuration."""
+
+
+def uses_model_alone(value: OutsideValue, config: RunConfig) -> bool:
+    """For verbs that load the model and read no rows: its code, and files that become part of it."""
+    if value.reach is Reach.code:
+        return not any(key.startswith("evaluation.") for key in value.settings)
+    return "model.chat_template" in value.settings
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingVerb:
+    """The verb that reads a run, and what of the run it uses."""
+
+    command: list[str]
+    """The words that were typed, the verb first."""
+    needs: Needs
+    prefix: str = ""
+    """What stands before words that allow a value, if the command names several runs: `from.` or `against.`."""
+    own_groups: frozenset[str] = frozenset()
+    """Groups of settings that the verb takes as its own words."""
+    settled: frozenset[str] = frozenset()
+    """Groups whose values do not come from this run: the verb has settled before that they may be used."""
+
+
+def is_allowing_word(word: str) -> bool:
+    """Whether a word sets something that reaches out, and so may stand beside a run to allow it."""
+    key, assigned, _ = word.partition("=")
+    try:
+        return bool(assigned) and key.partition(".")[0] not in OF_EACH_START and reach_of(key) is not Reach.describes
+    except KeyError:
+        return False
+
+
+def take_words(words: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
+    """(words that allow a value of a run, without their prefix; the other words)."""
+    allowing, others = [], []
+    for word in words:
+        if word.startswith(prefix) and is_allowing_word(word.removeprefix(prefix)):
+            allowing.append(word.removeprefix(prefix))
+        else:
+            others.append(word)
+    return allowing, others
+
+
+def read_run(
+    run_dir: Path,
+    verb: ReadingVerb,
+    words: list[str],
+    change: Callable[[RunConfig, list[str]], RunConfig] = lambda config, _: config,
+) -> RunConfig:
+    """The configuration of a run, as its reader may use it.
+
+    `words` are settings that the reader typed beside the run. Those that only allow a value are applied here; `change` gets the
+    others and applies them. A value that reaches out and that the verb does not need is set to its default, which a line says.
+    Errors: ConfigError if the verb needs a value that this user never typed, with the words that allow it.
+    """
+    from launch.config.compose import load_frozen, typed_keys
+
+    allowing, others = _sorted_words(words, verb.own_groups)
+    frozen = load_frozen(run_dir / "config.yaml")
+    # Before the code of a hub model is looked at: another commit may have other code.
+    pin_commit(frozen, run_dir, may_fetch=False)
+    config = change(_allowed(frozen, allowing), others)
+    typed = typed_keys(words) | verb.settled
+    used, unused, refused = [], [], []
+    for value in outside_values(config):
+        if value.is_among(typed) or trusted_values.is_remembered(value.identity):
+            used.append(value)
+        elif verb.needs(value, config):
+            refused.append(value)
+        elif not any(key.startswith(TASKS) for key in value.settings):  # else no task is run
+            unused.append(value)
+    if refused:
+        raise ConfigError(_refusal(run_dir, verb, refused))
+    for value in unused:
+        for key in value.settings:
+            clear(config, key)
+    if os.environ.get("RANK", "0") == "0":
+        trusted_values.remember(used)
+        _tell_unused(run_dir, unused)
+    return config
+
+
+def is_own(run_dir: Path) -> bool:
+    """Whether results may be written into a run's directory: this process's user owns it, and no link there leads elsewhere.
+
+    A downloaded run is its reader's own, and can hold a link in place of a directory for results or of a file in one.
+    """
+    is_owner = all(path.stat().st_uid == os.geteuid() for path in (run_dir, run_dir / "config.yaml"))
+    return is_owner and not any(has_link_out(run_dir / name, run_dir) for name in WRITTEN)
+
+
+def has_link_out(directory: Path, home: Path) -> bool:
+    """Whether a directory, or anything in it, is a link that leads out of `home`: what is written there goes elsewhere."""
+    top = home.resolve()
+    entries = [directory]
+    for parent, folders, files in os.walk(directory):
+        entries += [Path(parent, name) for name in (*folders, *files)]
+    return any(not entry.resolve().is_relative_to(top) for entry in entries if entry.is_symlink())
+
+
+def _sorted_words(words: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
+    """(words that only allow a value, words that are the verb's own settings)."""
+    allowing = [word for word in words if is_allowing_word(word) and word.partition(".")[0] not in own_groups]
+    return allowing, [word for word in words if word not in allowing]
+
+
+def _allowed(config: RunConfig, allowing: list[str]) -> RunConfig:
+    """The configuration with the words that allow its values. Errors: ConfigError for one that would change the run's result."""
+    from launch.config.compose import with_words
+
+    if not allowing:
+        return config
+    allowed = with_words(config, allowing)
+    before, after = flat(plain(config)), flat(plain(allowed))
+    changed = [key for key, value in after.items() if value != before.get(key) and reach_of(key) is Reach.file]
+    if changed:
+        raise ConfigError(
+            [
+                f"{key}={after[key]}: the run has {before.get(key)}, which stays; give that, or leave it out"
+                for key in changed
+            ]
+        )
+    return allowed
+
+
+def _refusal(run_dir: Path, verb: ReadingVerb, refused: list[OutsideValue]) -> str:
+    """What stands in the way, and the command that allows it: one problem, however it shows."""
+    words: dict[str, None] = {}
+    for value in refused:
+        words |= dict.fromkeys(f"{verb.prefix}{shell_word(word)}" for word in value.words)
+    typed = " ".join(shell_word(word) for word in verb.command)
+    lines = [f"{run_dir}: its config.yaml reaches out of the run, by values that you have not typed before:"]
+    lines += dict.fromkeys(f"{value.pasted}: it {value.effect}" for value in refused)
+    lines += ["if you trust them, type them once:", f"  shardtune {typed} {' '.join(words)}"]
+    if (home := trusted_values.directory()) is not None:
+        lines.append(f"what you typed is kept in {home}; in a container, mount that directory")
+    return "\n    ".join(lines)
+
+
+def _tell_unused(run_dir: Path, unused: list[OutsideValue]) -> None:
+    if not unused:
+        return
+    keys = dict.fromkeys(key for value in unused for key in value.settings)
+    print(f"{run_dir}: not used, since you have not typed it before: {', '.join(keys)}", file=sys.stderr, flush=True)

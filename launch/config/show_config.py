@@ -1,0 +1,104 @@
+"""What a configuration is made of, without a run: `--cfg job|hydra|all` and `--info`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from strategies.errors import ConfigError
+from strategies.redaction import redacted
+
+if TYPE_CHECKING:
+    from launch.config.frozen import Composed
+
+KINDS = ("job", "hydra", "all")
+INFO = ("all", "config", "defaults", "searchpath", "plugins")
+
+
+def take(argv: list[str]) -> tuple[list[str], str | None, str | None]:
+    """(the other words, what `--cfg` is to show, what `--info` is to show). Errors: ConfigError for another kind."""
+    words: list[str] = []
+    rest = list(argv)
+    shown: dict[str, str | None] = {"--cfg": None, "--info": None}
+    while rest:
+        word = rest.pop(0)
+        flag, assigned, kind = word.partition("=")
+        flag = {"-c": "--cfg", "-i": "--info"}.get(flag, flag)
+        if flag not in shown:
+            words.append(word)
+            continue
+        known = KINDS if flag == "--cfg" else INFO
+        if not assigned:
+            kind = rest.pop(0) if rest and rest[0] in known else known[0]
+        if kind not in known:
+            raise ConfigError(f"{word}: {flag} shows one of {', '.join(known)}")
+        shown[flag] = kind
+    return words, shown["--cfg"], shown["--info"]
+
+
+def show(composed: Composed, kind: str) -> None:
+    """Print the configuration of the run, Hydra's own, or both. Raises ConfigError, after that, for values out of range.
+
+    What a run needs besides, such as a model, may be missing: a part of a configuration can be looked at.
+    """
+    from trainer.config.validate import range_problems
+
+    if kind in ("job", "all"):
+        print(f"# sha256: {composed.sha256}\n{redacted(composed.yaml)}", end="")
+    if kind in ("hydra", "all"):
+        print(f"# Hydra's own settings, which are fixed here\n{hydra_yaml(composed.overrides)}", end="")
+    if problems := range_problems(composed.config):
+        sys.stdout.flush()
+        raise ConfigError(problems)
+
+
+def hydra_yaml(words: list[str]) -> str:
+    """Hydra's own configuration for these words, as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create({"hydra": _hydra(words)}), resolve=False)
+
+
+def info(words: list[str]) -> list[str]:
+    """Where the configuration comes from: directories, the choice of each group, versions; for a person, in 80 columns."""
+    from importlib.metadata import version
+    from pathlib import Path
+
+    from launch.config.choices import CONF_DIR, OWN_DIRECTORIES
+
+    chosen = _hydra(words)["runtime"]["choices"]
+    lines = [f"hydra       {version('hydra-core')}, omegaconf {version('omegaconf')}", "searched    " + str(CONF_DIR)]
+    lines += [f"            {directory} (--config-dir)" for directory in OWN_DIRECTORIES]
+    lines.append("chosen, in this order; the last word wins:")
+    for group, choice in reversed(chosen.items()):
+        if group.startswith("hydra/"):
+            continue
+        places = [place / group / f"{choice}.yaml" for place in (CONF_DIR, *OWN_DIRECTORIES)]
+        file: Path | None = next((place for place in places if place.exists()), None)
+        said = "none" if choice is None else f"{choice}" + (f"  {_short(file)}" if file else "  no such file")
+        lines.append(f"  {group:<12}{said}")
+    own = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    return [*lines, *(f"  {'file':<12}{word}" for word in own)]
+
+
+def _hydra(words: list[str]) -> dict[str, dict[str, dict[str, str]]]:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from launch.config import overrides
+    from launch.config.choices import CONF_DIR, register_schemas
+    from launch.config.compose import hydra_words
+
+    register_schemas()
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        tree = compose("train", hydra_words(overrides.parse(words).choices), return_hydra_config=True)
+    found = OmegaConf.to_container(tree.hydra, resolve=False)
+    assert isinstance(found, dict)
+    return found  # type: ignore[return-value]
+
+
+def _short(path: object) -> str:
+    from launch.config.choices import CONF_DIR
+
+    text = str(path)
+    return text.removeprefix(f"{CONF_DIR.parent}/") if text.startswith(str(CONF_DIR)) else text

@@ -1,0 +1,137 @@
+"""What this user has typed before of values that reach out of a run: a small file each, outside of all runs.
+
+A file's name is the SHA-256 of the value, so that starts at the same time need no lock, and looking one up opens nothing. The
+directory is `SHARDTUNE_STATE`, or `shardtune` in `XDG_STATE_HOME`, or `~/.local/state/shardtune`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.config.outside_values import OutsideValue
+    from trainer.config.run import RunConfig
+
+VARIABLE = "SHARDTUNE_STATE"
+"""The environment variable that names another directory."""
+PLACE = "typed"
+MOST_VALUES = 2000
+"""Values that are kept. Beyond that, those that were not used for longest are forgotten."""
+DAY_S = 86400.0
+"""Seconds after which a value that is used is noted as used again."""
+OTHERS_MAY_WRITE = 0o022
+"""Bits of a directory's mode. Values in such a directory may be somebody else's, and are not believed."""
+
+
+def directory() -> Path | None:
+    """Where this user's values are kept; it need not be there yet. None if this user has no home."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named).absolute()
+    state_home = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if state_home.is_absolute():  # else the specification says to ignore it
+        return state_home / "shardtune"
+    try:
+        return Path.home() / ".local" / "state" / "shardtune"
+    except RuntimeError:
+        return None
+
+
+def is_remembered(identity: dict[str, Any] | None) -> bool:
+    """Whether this user typed the value before, here or on another machine with the same state directory."""
+    home = directory()
+    if identity is None or home is None:
+        return False
+    file = home / PLACE / _name(identity)
+    try:
+        if _may_be_of_others(file.parent) or json.loads(file.read_bytes()) != _plain(identity):
+            return False
+        if time.time() - file.stat().st_mtime > DAY_S:
+            os.utime(file)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def remember(values: Iterable[OutsideValue]) -> None:
+    """Keep values that this user typed. A directory that cannot be written is told in a line, and is no error."""
+    identities = [value.identity for value in values if value.identity is not None]
+    new = [identity for identity in identities if not is_remembered(identity)]
+    if not new:
+        return
+    home = directory()
+    if home is None:
+        _tell("this user has no home directory")
+        return
+    try:
+        place = home / PLACE
+        for each in (home, place):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _may_be_of_others(place):
+            _tell(f"{place} is another user's, or can be written by others; chmod 700 it, or set {VARIABLE}")
+            return
+        for identity in new:
+            _write(place / _name(identity), json.dumps(_plain(identity)).encode())
+        _forget_oldest(place)
+    except OSError as error:
+        _tell(f"{home} cannot be written ({error.strerror or error})")
+
+
+def remember_config(config: RunConfig) -> None:
+    """Keep every value of a configuration that this user typed, so that verbs that read its run take them again."""
+    from launch.config.outside_values import outside_values
+
+    remember(outside_values(config))
+
+
+def _may_be_of_others(place: Path) -> bool:
+    """Whether others may have put values there. Root reads a mounted directory of whoever started the container."""
+    status = place.stat()
+    return bool(status.st_mode & OTHERS_MAY_WRITE) or os.geteuid() not in (0, status.st_uid)
+
+
+def _name(identity: dict[str, Any]) -> str:
+    return f"{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}.json"
+
+
+def _plain(identity: dict[str, Any]) -> Any:
+    """As it reads back from JSON."""
+    return json.loads(json.dumps(identity))
+
+
+def _write(file: Path, content: bytes) -> None:
+    """The file appears whole or not at all, readable by this user alone."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_native_id()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as opened:
+        opened.write(content)
+    draft.replace(file)
+
+
+def _forget_oldest(place: Path) -> None:
+    files = sorted(place.glob("*.json"), key=_used_at, reverse=True)
+    for file in files[MOST_VALUES:]:
+        file.unlink(missing_ok=True)
+
+
+def _used_at(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # another start has just forgotten it
+        return 0.0
+
+
+def _tell(problem: str) -> None:
+    print(
+        f"warning: {problem}: verbs that read this run later will ask for what it reaches out to",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -1,0 +1,116 @@
+"""Configuration files of the user's own: a bare `my.yaml` among the words, and directories given by `--config-dir`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from launch.config.choices import CONF_DIR, OWN_DIRECTORIES, groups
+from strategies.errors import ConfigError
+
+ENDINGS = (".yaml", ".yml")
+CHOSEN_BY_NAME = ("tuning", "objective", "strategy", "optim", "schedule", "launcher")
+"""Groups whose settings hold the choice as `name`; elsewhere a `name` is a setting."""
+RECORDS = ("substitutions",)
+"""What a frozen `config.yaml` holds beside settings."""
+
+
+def is_file_word(word: str) -> bool:
+    """Whether a bare word names a file of settings."""
+    return word.endswith(ENDINGS) and "=" not in word and not word.startswith("-")
+
+
+def own_files_may_apply(words: Iterable[str]) -> bool:
+    """Whether files of the user's own can set something: a file among `words`, `--config-dir`, or `conf/local/default.yaml`."""
+    if any(is_file_word(word) for word in words):
+        return True
+    return bool(OWN_DIRECTORIES) or (CONF_DIR / "local" / "default.yaml").exists()
+
+
+def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
+    """(group choices, settings by full key) of a file. Errors: ConfigError where it cannot be read or is no such file.
+
+    A choice is `tuning: lora`, an entry of `defaults`, or a block with a `name`, as in the config.yaml of a run.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(word).expanduser()
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=False)
+    except OSError as error:
+        raise ConfigError(f"{word}: cannot be read ({error.strerror}); a bare *.yaml is a file of settings") from error
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{word}: is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{word}: holds no settings; write them as in `tuning: lora` or `optim: {{lr: 2e-4}}`")
+    choices = dict(_defaults(word, tree.pop("defaults", [])))
+    values: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if key in RECORDS:
+            continue
+        if key in groups() and isinstance(value, str):
+            choices[key] = value
+        elif key in groups() and isinstance(value, dict):
+            chosen = key in CHOSEN_BY_NAME and "name" in value
+            if chosen:
+                choices[key] = str(value["name"])
+            values += _leaves(key, {inner: each for inner, each in value.items() if not (chosen and inner == "name")})
+        elif isinstance(value, dict):
+            values += _leaves(str(key), value)
+        elif value is None and is_block(str(key)):
+            continue  # all lines of the block are comments
+        else:
+            values.append((str(key), value))
+    return choices, values
+
+
+def is_block(key: str) -> bool:
+    """Whether a key of the outermost level holds settings of its own."""
+    from trainer.config.run import RunConfig
+
+    return key != "precision" and any(each.name == key for each in fields(RunConfig))
+
+
+def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if entry == "_self_":
+            continue
+        if not isinstance(entry, dict) or len(entry) != 1:
+            raise ConfigError(f"{word}: defaults: {entry}: write a group and its choice, as in `- tuning: lora`")
+        for key, choice in entry.items():
+            yield str(key).removeprefix("override ").strip().lstrip("/"), str(choice)
+
+
+def _leaves(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Settings by full key; an empty block sets nothing, and names with dots in them are a table of the user's, kept whole."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and not any("." in str(name) for name in value):
+            found += _leaves(f"{prefix}.{key}", value)
+        else:
+            found.append((f"{prefix}.{key}", value))
+    return found
+
+
+def take_directories(argv: list[str]) -> list[str]:
+    """The words without `--config-dir <directory>`, whose files become choices. Errors: ConfigError."""
+    from launch.config.choices import add_directory
+
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, assigned, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            if not assigned and not rest:
+                raise ConfigError(f"{word}: give a directory, as in --config-dir my/conf")
+            directory = Path(value if assigned else rest.pop(0)).expanduser().resolve()
+            if not directory.is_dir():
+                raise ConfigError(f"--config-dir {directory}: there is no such directory")
+            add_directory(directory)
+        else:
+            words.append(word)
+    return words

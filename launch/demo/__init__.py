@@ -1,0 +1,1 @@
+"""`shardtune demo`: a small real model fine-tuned on real data on this machine."""

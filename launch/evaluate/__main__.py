@@ -1,0 +1,15 @@
+"""`python -m launch.evaluate`: one rank of an evaluation, as torchrun and srun start it."""
+
+import sys
+
+from trainer.stopping.signals import hold
+
+if __name__ == "__main__":
+    hold()
+    from launch.main import guarded
+    from launch.streams import restart_in_utf8
+
+    restart_in_utf8()
+    from launch.train import end
+
+    end(guarded("evaluate", sys.argv[1:]))

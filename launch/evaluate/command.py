@@ -1,0 +1,183 @@
+"""`shardtune evaluate`, and `python -m launch.evaluate` under torchrun and srun: tasks of a run's checkpoint or of a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config.help_text import show_help
+from launch.config.process_role import is_worker
+from launch.evaluate.kinds import KINDS_READ
+from launch.output import give, said_to_stderr
+from trainer.stopping.signals import hold
+
+if TYPE_CHECKING:
+    from launch.evaluate.words import EvaluationPlan
+
+CONFIG, JOB = "job.yaml", "job.json"
+FLAGS = ("--json", "--print")
+USAGE = """usage: shardtune evaluate <run directory> [evaluation.tasks=...] [against=...] [key=value ...] [--json]
+       shardtune evaluate model.path=<directory> [adapter=<directory>] evaluation.tasks... [against=...] [--json]
+
+  shardtune evaluate runs/first against=base
+  shardtune evaluate runs/first evaluation.tasks=[loss,bits_per_byte] checkpoint=best
+  shardtune evaluate runs/first evaluation.tasks.facts.kind=exact_match evaluation.tasks.facts.path=facts.jsonl \\
+      evaluation.tasks.facts.write.max_new_tokens=32 launcher.processes=4 strategy=fsdp2
+  shardtune evaluate runs/tonight against=reports/good/evaluation.json to=reports/tonight
+
+Without tasks it runs those of the run's configuration, or else loss, bits per byte and token accuracy of its evaluation
+documents. Beside a run stand words of evaluation.*, strategy, launcher.*, run.*, precision and logging.*; beside model.path all.
+
+  against=base               the run's model before training; or the directory of a run or a model; or an evaluation.json:
+                             then what fell beyond its limit or its interval is listed, and the exit code is 69
+  checkpoint=last            last, best or a step
+  adapter=<directory>        an adapter on top of model.path
+  accept=[base,data]         go on although the base, or the run's own documents, are not those of the training
+  to=<directory>             where evaluation.json, evaluation_rows.jsonl and evaluation.html go; default: the run's
+  --json                     print the report in place of tables
+  launcher=slurm             submit it as a job on one node, with the launcher's settings; --print shows the script
+
+kinds of tasks:
+{kinds}
+
+The same words on every rank: torchrun --nproc-per-node=8 -m launch.evaluate <words>
+
+docs/evaluation.md says what each kind reads and measures."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError and what evaluating raises."""
+    asks = bool({"-h", "--help"} & set(argv))
+    if is_worker(os.environ) and not asks:
+        return worker(argv)
+    if asks or not argv:
+        show_help(usage())
+        return 0 if argv else 64
+    from launch.evaluate.words import plan, sort
+    from strategies.errors import ConfigError
+    from trainer.config.run import LauncherName
+
+    words = [word for word in argv if word not in FLAGS]
+    made = plan(sort(words))
+    if made.config.launcher.name is LauncherName.slurm:
+        from launch.evaluate.slurm import submit
+
+        return submit(made, [*words, *(["--json"] if "--json" in argv else [])], print_only="--print" in argv)
+    if "--print" in argv:
+        raise ConfigError("--print: shows a job script; add launcher=slurm, or leave it out")
+    return run(made, as_json="--json" in argv)
+
+
+def usage() -> str:
+    """The text of `shardtune evaluate --help`."""
+    width = max(map(len, KINDS_READ)) + 2
+    return USAGE.format(kinds="\n".join(f"  {kind:<{width}}{reads}" for kind, reads in KINDS_READ.items()))
+
+
+def run(made: EvaluationPlan, *, as_json: bool) -> int:
+    """Evaluate, the other model first; print the report; returns the exit code."""
+    from launch.evaluate.answer import text
+    from trainer.evaluation.report.record import PAGE, REPORT
+
+    for each in [made.other, made]:
+        if each is not None and (code := start(each, quiet=as_json)):
+            return code
+    to = Path(made.job.to)
+    report: dict[str, Any] = json.loads((to / REPORT).read_text(encoding="utf-8"))
+    if as_json:
+        give(report)
+    else:
+        print(f"{text(report)}\n\nwritten: {to / REPORT}, {to / PAGE}", flush=True)
+    if report.get("regressions"):
+        print(f"shardtune evaluate: fell against {report['against']['what']}:", file=sys.stderr)
+        print(*(f"  {line}" for line in report["regressions"]), sep="\n", file=sys.stderr, flush=True)
+        return 69
+    return 0
+
+
+def start(made: EvaluationPlan, *, quiet: bool) -> int:
+    """Evaluate, and write the report; returns the exit code. `quiet`: what is said goes to stderr."""
+    from launch.cluster.supervisor import begin, outcome, supervised
+    from launch.cluster.torchrun import What
+    from launch.config.frozen import identity, to_yaml
+    from strategies.errors import Preempted
+    from trainer.evaluate import evaluate_worker
+    from trainer.reporting.status import write_text_atomic
+
+    config, directory = made.config, made.directory
+    sha256 = identity(config)
+    write_text_atomic(directory / JOB, json.dumps(asdict(made.job), indent=1) + "\n")
+    write_text_atomic(directory / CONFIG, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}")
+    with said_to_stderr(quiet):
+        if config.launcher.in_place:
+            hold()
+            before, code = begin(directory), 0
+            try:
+                evaluate_worker(config, made.job, directory)
+            except Preempted as stop:
+                code = 130 if stop.signal_name == "SIGINT" else 0
+            return outcome(directory, code, before, verb="evaluate")
+        return supervised(config, directory, sha256, what=What("launch.evaluate", CONFIG))
+
+
+def worker(words: list[str]) -> int:
+    """Be one rank. Returns 0 also when asked to stop: another code would make torchrun or srun end the other ranks."""
+    hold()
+    from launch.cluster.torchrun import die_with_parent
+    from launch.config.compose import load_frozen
+    from launch.config.process_role import export
+    from launch.evaluate.words import plan, sort
+    from strategies.errors import ConfigError, Preempted
+    from trainer.evaluate import EvaluationJob, evaluate_worker
+    from trainer.reporting.status import read_failure
+
+    export()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    if frozen := os.environ.get("SHARDTUNE_CONFIG"):
+        directory = Path(frozen).parent
+        config, job = load_frozen(frozen), EvaluationJob(**json.loads((directory / JOB).read_text(encoding="utf-8")))
+    else:
+        made = plan(sort([word for word in words if word != "--json"]))
+        if made.other is not None:
+            raise ConfigError(
+                f"against={made.job.against}: under torchrun one model is evaluated at a time; evaluate the other one first, "
+                "and give its evaluation.json"
+            )
+        config, job, directory = made.config, made.job, made.directory
+    try:
+        evaluate_worker(config, job, directory)
+    except Preempted:
+        return 0
+    except Exception:
+        if "SHARDTUNE_LAUNCHER" in os.environ and read_failure(directory):
+            return 70  # the launcher shows the first failure
+        raise
+    if not frozen and os.environ["RANK"] == "0":
+        return _told(job)
+    return 0
+
+
+def _told(job: Any) -> int:
+    """Print the report as a rank that nobody else prints it for."""
+    from launch.evaluate.answer import text
+    from trainer.evaluation.report.record import REPORT
+
+    report = json.loads((Path(job.to) / REPORT).read_text(encoding="utf-8"))
+    print(text(report), flush=True)
+    return 69 if report.get("regressions") else 0
+
+
+if __name__ == "__main__":
+    hold()
+    from launch.main import guarded
+    from launch.streams import restart_in_utf8
+
+    restart_in_utf8()
+    from launch.train import end
+
+    end(guarded("evaluate", sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""`shardtune evaluate ... launcher=slurm`: a job script that gives the same words to one node, and its submission.
+
+An evaluation keeps nothing to go on from, so the script has none of the requeueing of a training job's: where SLURM starts it
+again it begins again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.cluster import advice, slurm
+from launch.cluster.sbatch_environment import refuse_gpus_of_environment
+from launch.cluster.submission import environment_lines, sbatch
+from strategies.errors import ConfigError, StorageError
+from trainer.config.run import SlurmConfig
+from trainer.reporting.code_revision import ROOT
+
+if TYPE_CHECKING:
+    from launch.evaluate.words import EvaluationPlan
+
+SCRIPT = "evaluate.sbatch"
+
+
+def render(made: EvaluationPlan, words: list[str], *, clone: Path = ROOT, cwd: Path | None = None) -> str:
+    """The sbatch script that evaluates with `words` on one node, relative paths from `cwd` (the current directory).
+
+    Raises ConfigError for settings that a script cannot carry, or that ask for several nodes.
+    """
+    launcher = made.config.launcher
+    assert isinstance(launcher, SlurmConfig)
+    if launcher.nodes != 1:
+        raise ConfigError(
+            f"launcher.nodes={launcher.nodes}: an evaluation is submitted to one node; within an allocation of several start it "
+            "on every rank: srun python -m launch.evaluate <words>"
+        )
+    if launcher.container is not None:
+        raise ConfigError(
+            f"launcher.container={launcher.container}: an evaluation is submitted without an image; start it in the image on a "
+            "node: srun --container-image=... python -m launch.evaluate <words>"
+        )
+    here = [word for word in words if not word.startswith(("launcher=", "launcher."))]
+    here += ["launcher=local", f"launcher.processes={launcher.per_node}"]
+    python = slurm.one_line(launcher.python or sys.executable, "launcher.python")
+    lines = [
+        "#!/bin/bash",
+        "# Rendered by shardtune evaluate; to change it give other words and submit again.",
+        *(
+            f"#SBATCH {option}"
+            for option in slurm.options(launcher, [str(made.directory.absolute())], cwd or Path.cwd())
+        ),
+        "",
+        "set -e",
+        "export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1",
+        f"export PYTHONPATH={shlex.quote(str(clone))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        slurm.setup_text(launcher, clone).rstrip(),
+        "setup",
+        f"exec {shlex.quote(python)} -m launch.main evaluate {' '.join(slurm.one_line(shlex.quote(w), w) for w in here)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def submit(made: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
+    """Write the script beside the records of the evaluation and submit it, or show it; returns 0. Errors: those of `sbatch`."""
+    text = render(made, words)
+    assert isinstance(made.config.launcher, SlurmConfig)
+    ranks = advice.ranks_lines(made.config.launcher)
+    if print_only:
+        for line in ranks:
+            print(f"# {line}", file=sys.stderr)
+        print(text, end="")
+        return 0
+    if made.config.launcher.gpu_request is None:
+        refuse_gpus_of_environment()
+    script = made.directory.absolute() / SCRIPT
+    try:
+        (made.directory / "logs").mkdir(parents=True, exist_ok=True)
+        script.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write the job script: {error}; choose another to=<directory>") from error
+    job = sbatch(script, [])
+    print(f"submitted job {job}: {script}")
+    print(*(f"  {line}" for line in [*ranks, *environment_lines(text), f"queue   squeue --job {job}"]), sep="\n")
+    print(f"  output  below {shlex.quote(str(made.directory / 'logs'))}; the job's exit code is the evaluation's")
+    return 0

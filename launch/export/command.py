@@ -1,0 +1,428 @@
+"""`shardtune export`: turn a checkpoint of a run into a model directory that plain transformers (and peft) loads.
+
+    shardtune export runs/x [checkpoint=last|best|<step> | average=last:<n>|[<step>,<step>]] [to=<dir>] [merge=true]
+        [dtype=bfloat16] [--verify]
+        [to=hub:<owner>/<name> [--dry-run] [hub.private=false] [benchmarks={task: <owner>/<data set>}]]
+        [gguf=f32|f16|bf16|q8_0 [gguf.converter=<convert_hf_to_gguf.py>] [gguf.python=<python>]]
+        [bits=nf4|int8|torchao_int8|torchao_nvfp4|llmcompressor_<scheme> [bits.python=<python>]]
+        [accept=[base]]
+        [papers=[datasheet,annex_xi,...]] [answers=<file.yaml>] [gates={eval/loss: "<2.1"}] [gates.override="<why>"]
+        [--json]
+
+    shardtune export adapters=[<dir>,<dir>] to=<dir> [weights=[..]] [combine=cat]     (launch/export/combine.py)
+
+One process rebuilds the run from its frozen configuration, whatever strategy and number of ranks it trained with. `to`
+defaults to `<run.dir>/export`, which is replaced; any other directory must be new or empty. The run's gates, and
+those typed, must hold of what was measured of this checkpoint (exit code 69), or `gates.override` says why not. `--json`
+prints where everything is, for a script; what is said goes to stderr. The schemes of llmcompressor are w4a16, w8a8 and fp8.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config.help_text import show_help
+from launch.export import average
+from launch.export import gguf as export_gguf
+from launch.export import hub as export_hub
+from launch.export.words import (
+    ACCEPT,
+    accepted_kinds,
+    destination,
+    flag_of,
+    gates_of,
+    parse,
+    record_of,
+    run_named,
+    unfinished,
+)
+from launch.output import FLAG, give, said_to_stderr
+from launch.serve import command as serve
+from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.config.outside_values import OutsideValue
+    from strategies.runtime import Runtime
+    from trainer.checkpoints.config import CheckpointConfig
+    from trainer.config.run import RunConfig
+    from trainer.data.prepare import Prepared
+    from trainer.export.gates.judge import JudgedGates
+    from trainer.session.run_data import RowsNeeded
+
+KEYS = (
+    "run.dir",
+    "checkpoint",
+    "average",
+    "to",
+    "merge",
+    "dtype",
+    "max_shard_gib",
+    "verify",
+    "papers",
+    "answers",
+    ACCEPT,
+    *export_hub.WORDS,
+    *export_gguf.WORDS,
+    export_gguf.BITS,
+    export_gguf.BITS_PYTHON,
+)
+
+
+MOST_LOOKS = 10
+"""Checkpoints that may be deleted one after the other while each is read."""
+
+
+@dataclass(slots=True)
+class ExportRequest:
+    """What the command line asks for."""
+
+    run_dir: Path
+    checkpoint: Path
+    to: Path
+    averaged: list[Path] = field(default_factory=list)
+    """Checkpoints whose mean is exported, the last of them `checkpoint`; empty: that one alone."""
+    gates: JudgedGates | None = None
+    """What the gates said; None where there are none."""
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    """The hub's data sets behind tasks."""
+    named: str = "last"
+    """The checkpoint as it was typed: `last`, `best` or a step."""
+    accepted: list[str] = field(default_factory=list)
+    """How the base differs from the one that the run was trained on, where the user accepts that."""
+    rows_needed: RowsNeeded | None = None
+    """Why the run's own rows are read; None where nothing asks for them."""
+    accept_data: bool = False
+    """Whether rows of today may stand for those of the training."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError, StorageError, DriftError."""
+    if {"-h", "--help"} & set(argv):
+        show_help(__doc__ or "")
+        return 0
+    from launch.export import combine
+
+    words = [word for word in argv if word != FLAG]
+    with said_to_stderr(FLAG in argv):
+        answer = combine.run(words) if combine.wanted(words) else run(words)
+    if FLAG in argv:
+        give(answer)
+    return 0
+
+
+def run(argv: list[str]) -> dict[str, Any]:
+    """Do what the words say; where everything is. Errors: ConfigError, StorageError, DriftError."""
+    from launch.config.read_run import ReadingVerb, read_run, take_words
+    from trainer.export.gates.judge import record
+    from trainer.session.base_files import use_recorded_base
+    from trainer.session.run_data import DATA
+
+    dry = "--dry-run" in argv
+    command = ["export", *argv]
+    argv, typed, problems = gates_of([word for word in argv if word != "--dry-run"])
+    allowing, argv = take_words(argv)
+    words, more = parse(argv, KEYS)
+    if problems := [*problems, *more]:
+        raise ConfigError(problems)
+    run_dir = run_named(words)
+    config = read_run(run_dir, ReadingVerb(command, partial(_needs, words)), allowing)
+    settle(config, words)
+    averaged = []
+    if "average" in words:
+        if "checkpoint" in words:
+            raise ConfigError(
+                f"average={words['average']}: says which checkpoints; leave checkpoint={words['checkpoint']} out"
+            )
+        averaged = average.chosen(run_dir, words["average"], config)
+    gguf, bits = export_gguf.wanted(words, config), export_gguf.wanted_bits(words, config)
+    hub = export_hub.target(words, run_dir, dry=dry)
+    last = averaged[-1] if averaged else find_checkpoint(run_dir, words.get("checkpoint", "last"), config.checkpoint)
+    only_convert = gguf is not None and bits is None and hub is None and "to" in words
+    only_convert = only_convert and export_gguf.waits(Path(words["to"]).expanduser(), words, averaged or [last])
+    asked = ExportRequest(
+        run_dir,
+        last,
+        hub.folder if hub is not None else destination(run_dir, words.get("to"), holds_it=only_convert),
+        averaged,
+        benchmarks=export_hub.benchmarks_of(words),
+        named=words.get("checkpoint", "last"),
+    )
+    if asked.named == "best":
+        tell_if_base_was_better(run_dir, last, config)
+    asked.accepted = use_recorded_base(
+        config, run_dir, accepted_kinds(words, reads_rows=bits is not None), teacher=False
+    )
+    asked.accept_data = DATA in accepted_kinds(words, reads_rows=bits is not None)
+    if bits is not None:
+        asked.rows_needed = export_gguf.rows_needed(bits)
+    for line in asked.accepted:
+        print(f"accepted: {line}", flush=True)
+    if bits is not None:
+        export_gguf.refuse_sizes(bits.kind, config)
+    asked.gates = pass_gates(config, typed, asked)
+    what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
+    print(f"exporting {what} to {asked.to}{unfinished(run_dir, None if averaged else asked.checkpoint)}", flush=True)
+    data = None
+    if only_convert:
+        print(f"the export in {asked.to} is whole: only its GGUF file is made", flush=True)
+    else:
+        data = export(config, asked)
+    if asked.gates is not None:
+        record(run_dir, asked.gates, {"to": str(asked.to), "checkpoint": asked.checkpoint.name, "time": time.time()})
+    print(f"model: {asked.to}")
+    names = [path.name for path in averaged or [asked.checkpoint]]
+    answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(asked.to)}
+    if gguf is not None:
+        export_gguf.note_waiting(asked.to, words, averaged or [last])
+        answer["gguf"] = str(export_gguf.write(gguf, asked.to, verify=config.export.verify))
+        export_gguf.note_converted(asked.to)
+    if bits is not None and data is not None:
+        answer[str(bits.kind)] = str(export_gguf.write_bits(bits, asked.to, data))
+    if hub is not None:
+        answer["pushed"] = export_hub.push(hub)
+    serve.print_lines(asked.to)
+    return answer
+
+
+def _needs(words: dict[str, str], value: OutsideValue, config: RunConfig) -> bool:
+    """Whether an export with these words uses a value of the run that reaches out of it."""
+    from launch.config.read_run import uses_model_alone
+
+    if "export.answers" in value.settings:
+        return "answers" not in words
+    if any(key in value.settings for key in ("data.cache_dir", "data.remote", "data.streaming")):
+        return export_gguf.BITS in words  # which is fitted to rows
+    return uses_model_alone(value, config)
+
+
+def pass_gates(config: RunConfig, typed: dict[str, Any], asked: ExportRequest) -> JudgedGates | None:
+    """What the gates of the run, and those typed beside them, say of the checkpoint. Errors: ConfigError, GateRefused."""
+    from trainer.checkpoints.layout import places_of, published
+    from trainer.export.gates.bounds import OVERRIDE
+    from trainer.export.gates.judge import GateRefused, judge, refuse, weights_at
+
+    if changed := [
+        name for name in typed.keys() & config.gates.keys() - {OVERRIDE} if typed[name] != config.gates[name]
+    ]:
+        raise ConfigError(
+            [
+                f"gates: {name}: {typed[name]}: the run has {config.gates[name]}, which stays; gates.{OVERRIDE}=<why> goes on "
+                "all the same"
+                for name in changed
+            ]
+        )
+    gates = {**config.gates, **typed}
+    if not gates.keys() - {OVERRIDE}:
+        return None
+    if asked.averaged and OVERRIDE not in gates:
+        of = ", ".join(path.name for path in asked.averaged)
+        raise GateRefused(
+            f"gates: nothing was measured of the mean of {of}; export one checkpoint, or say with gates.{OVERRIDE}=<why> why it "
+            "may pass"
+        )
+    if asked.accepted and OVERRIDE not in gates:
+        raise GateRefused(
+            f"gates: nothing was measured of {asked.checkpoint.name} on another base; leave accept out, or say with "
+            f"gates.{OVERRIDE}=<why> why it may pass"
+        )
+    spare = config.checkpoint.fallback_dir
+    step = next(step for step, path in published(places_of(asked.run_dir, spare)) if path == asked.checkpoint)
+    judged = judge(gates, weights_at(asked.run_dir, step, spare), config.evaluation.tasks)
+    refuse(judged, f"{asked.run_dir}, {asked.checkpoint.name}")
+    for line in judged.refused:
+        print(f"gate passed over ({judged.override}): {line}", flush=True)
+    return judged
+
+
+def settle(config: RunConfig, words: dict[str, str]) -> None:
+    """Put what was asked for into the run's own export settings, and make it a run of one process."""
+    from strategies.base import SingleConfig
+    from trainer.config.gates import paper_words
+    from trainer.config.run import Device
+    from trainer.export.config import ExportType
+
+    problems: list[str] = []
+    for key in ("merge", "verify"):
+        setattr(config.export, key, flag_of(words, key, getattr(config.export, key), problems))
+    if "dtype" in words:
+        try:
+            config.export.dtype = ExportType(words["dtype"])
+        except ValueError:
+            problems.append(f"dtype={words['dtype']}: must be one of {', '.join(ExportType)}")
+    if "max_shard_gib" in words:
+        try:
+            config.export.max_shard_gib = float(words["max_shard_gib"])
+        except ValueError:
+            config.export.max_shard_gib = 0.0
+        if not config.export.max_shard_gib > 0:
+            problems.append(f"max_shard_gib={words['max_shard_gib']}: must be a number of GiB above 0")
+    if "papers" in words:
+        config.export.papers = [name.strip() for name in words["papers"].strip("[]").split(",") if name.strip()]
+    config.export.answers = words.get("answers", config.export.answers)
+    problems += [line.removeprefix("export.") for line in paper_words(config)]
+    if problems:
+        raise ConfigError(problems)
+    config.strategy, config.run.device = SingleConfig(), Device.cpu  # the host has the room, and values are only copied
+
+
+def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig, *, looks: int = MOST_LOOKS) -> Path:
+    """The sealed directory of `last`, `best` or a step. Errors: ConfigError where there is none, or it is damaged.
+
+    A run that trains deletes old checkpoints: if `last` or `best` goes while it is read, the next one is taken, up to `looks`
+    times.
+    """
+    from trainer.checkpoints.layout import places_of, published
+    from trainer.checkpoints.manifest import verify
+
+    there = dict(published(places_of(run_dir, config.fallback_dir)))
+    if not there:
+        raise ConfigError(
+            f"run.dir={run_dir}: has no checkpoints; they are written at the end (checkpoint.save_final=true) and as "
+            "checkpoint.every_steps or checkpoint.every_minutes say"
+        )
+    known = f"its checkpoints are {', '.join(map(str, there))}"
+    if asked == "best":
+        step = best_step(there)
+        if step not in there:
+            raise ConfigError(f"checkpoint=best: {run_dir} kept none (it needs evaluation.every_steps); {known}")
+    elif asked == "last":
+        step = max(there)
+    elif asked.isdigit() and int(asked) in there:
+        step = int(asked)
+    else:
+        raise ConfigError(f"checkpoint={asked}: must be last, best or a step; {known}")
+    path = there[step]
+    problem = verify(path, may_be_deleted=True)
+    if problem and not path.exists() and asked in ("last", "best") and looks > 1:
+        print(
+            f"checkpoint={asked}: {path.name} was deleted meanwhile, since the run goes on; taking the next", flush=True
+        )
+        return find_checkpoint(run_dir, asked, config, looks=looks - 1)
+    if problem:
+        others = [each for each in there if each != step]
+        instead = f"checkpoint=<step> takes another one of {others}" if others else "there is no other"
+        raise ConfigError(f"checkpoint={asked}: {path} {problem}; {instead}")
+    return path
+
+
+def tell_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) -> None:
+    """Say of the best checkpoint if the evaluation before the first step was at least as good: then nothing was gained.
+
+    The best checkpoint is the best of those that were evaluated after a step. Both numbers come from `metrics.jsonl`.
+    """
+    from trainer.config.evaluation import more_is_better
+    from trainer.reporting.results import at_step
+
+    watch = config.evaluation.watch
+    step = int(checkpoint.name.rpartition("-")[2])
+    before, best = at_step(run_dir, 0).get(watch), at_step(run_dir, step).get(watch)
+    if before is None or best is None:
+        return
+    gain = best - before if more_is_better(config) else before - best
+    if gain <= 0:
+        print(
+            f"checkpoint=best: no evaluation was better than the one before the first step ({watch} {before:.4f}; step {step} "
+            f"has {best:.4f}): the base does at least as well",
+            flush=True,
+        )
+
+
+def still_there(asked: ExportRequest, config: RunConfig) -> Path:
+    """The checkpoint to export; another one if the run, which goes on, has deleted it while the model was built.
+
+    Errors: ConfigError, also if gates were asked about the one that is gone.
+    """
+    if asked.checkpoint.is_dir():
+        return asked.checkpoint
+    if asked.gates is not None:
+        raise ConfigError(
+            f"checkpoint={asked.named}: {asked.checkpoint.name} was deleted meanwhile, since the run goes on, and the gates "
+            "judged it; start the same command again"
+        )
+    return find_checkpoint(asked.run_dir, asked.named, config.checkpoint)
+
+
+def best_step(there: dict[int, Path]) -> int | None:
+    """The best step, as the newest checkpoint says that can be read; a line for each newer one. Errors: ConfigError."""
+    from strategies.saving import PROGRESS
+    from strategies.state import read_header
+    from trainer.checkpoints.manifest import verify
+
+    problems = []
+    for step in sorted(there, reverse=True):
+        if (problem := verify(there[step], only=PROGRESS, may_be_deleted=True)) is None:
+            return read_header(there[step]).progress.best_step
+        problems.append(f"{there[step].name} {problem}")
+        print(f"checkpoint=best: {problems[-1]}; asking the one before it", flush=True)
+    raise ConfigError(f"checkpoint=best: no checkpoint can say which is the best ({'; '.join(problems[:3])})")
+
+
+def export(config: RunConfig, asked: ExportRequest) -> Prepared:
+    """Rebuild, load and write, as one process; the run's data. Errors: those of building, loading and writing."""
+    from strategies import runtime as processes
+    from trainer.config.run import kept_matmul
+
+    run = config.run
+    runtime = processes.start("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config))
+    try:
+        return _export(config, asked, runtime)
+    finally:
+        processes.stop()
+
+
+def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepared:
+    from strategies.base import Precision
+    from trainer.build.parts import build_engine
+    from trainer.checkpoints.manifest import fingerprint
+    from trainer.export.write import write_export
+    from trainer.model.loading import load_tokenizer, weights_directory
+    from trainer.reporting.documents.facts import gather
+    from trainer.reporting.documents.questions import read_answers
+    from trainer.session.run_data import data_of_run, data_record
+
+    tokenizer = load_tokenizer(config.model)
+    record = record_of(asked.run_dir)
+    precision = Precision(record.get("precision", config.precision))
+    if precision in (
+        Precision.auto,
+        Precision.fp16,
+    ):  # fp16 cannot be computed on a CPU, and masters are float32 anyway
+        precision = Precision.fp32
+    recorded = data_record(asked.run_dir)
+    config.objective, data, accepted_rows = data_of_run(
+        config, recorded, tokenizer, needed=asked.rows_needed, accept=asked.accept_data
+    )
+    for line in accepted_rows:
+        print(f"accepted: {line}", flush=True)
+    engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
+    if built.step_module.around_update is not None:
+        built.step_module.around_update.begin(record["total_steps"])
+    if not asked.averaged:
+        asked.checkpoint = still_there(asked, config)
+    progress = average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)
+    # The run measured nothing of a mean of checkpoints, nor of a checkpoint on a base that has changed since.
+    as_trained = not asked.averaged and not asked.accepted
+    facts = gather(asked.run_dir, {**record, "label_names": data.label_names}, read_answers(config.export.answers)[0])
+    facts.step = progress.step
+    facts.tokens = progress.tokens
+    facts.as_trained = as_trained
+    facts.artefact = fingerprint(asked.checkpoint) if as_trained else None
+    facts.averaged_checkpoints = [path.name for path in asked.averaged]
+    facts.accepted = [*asked.accepted, *accepted_rows]
+    facts.gates = {} if asked.gates is None else asked.gates.record()
+    facts.benchmarks = asked.benchmarks
+    write_export(
+        engine,
+        built,
+        tokenizer,
+        base_path=str(weights_directory(config.model)),
+        destination=asked.to,
+        config=config.export,
+        facts=facts,
+        runtime=runtime,
+    )
+    return data

@@ -1,0 +1,1 @@
+"""`shardtune init`: a commented file of settings, from words or from the file of another trainer."""

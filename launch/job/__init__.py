@@ -1,0 +1,1 @@
+"""`python -m launch.job`: what a job script asks of Python. Scripts that people have copied call it by this name."""

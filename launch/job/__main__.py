@@ -1,0 +1,11 @@
+"""Answer one question of a job script: `begin`, `end`, `part` and the like."""
+
+import sys
+
+if __name__ == "__main__":
+    from launch.main import guarded
+    from launch.streams import restart_in_utf8
+
+    restart_in_utf8()
+
+    sys.exit(guarded("job", sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""`shardtune plan from=<run directory>`: a card as that run found it, out of its receipt in `run.json`.
+
+The run is simulated as it ran; what its steps, its memory and its checkpoints took beside what is reckoned for them is what
+all ways of the plan are then reckoned with. What a receipt does not tell stays as it was, and is named.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
+    from trainer.planner.hardware import Card
+    from trainer.planner.plan import Choice, PlanConfig
+
+
+ALLOWING = "from."
+"""Before a setting: it allows what the run of `from=` reaches out to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A card, and in words what of it was measured by which run."""
+
+    card: Card
+    said: tuple[str, ...] = ()
+
+
+def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[str], command: list[str]) -> Calibrated:
+    """`card` with the figures of the run in `run_dir`, which is simulated. Raises ConfigError where it tells nothing of GPUs.
+
+    `allowing`: words that allow what the run reaches out to. `command`: all words that were typed, for messages.
+    """
+    config, facts, took = _read(Path(run_dir).expanduser(), allowing, command)
+    named = took.get("device_name")
+    if named != card.name:
+        raise ConfigError(f"from={run_dir}: it ran on {named or 'an unnamed GPU'}, and hardware names {card.name}")
+    said, lacks = [f"from {run_dir} ({facts['strategy']}, {facts['world_size']} x {named}):"], []
+    choice = _as_planned(config, facts, card, settings)
+    if isinstance(choice, str):
+        lacks.append(f"steps and tensors are reckoned as without it: {choice}")
+    else:
+        if step_s := _positive(took, "step_s"):
+            card = replace(card, pace=step_s / choice.step.total_s)
+            said.append(
+                f"steps take {card.pace:.2f} x what is reckoned ({step_s:.3g} s, {choice.step.total_s:.3g} reckoned)"
+            )
+        else:
+            lacks.append("it tells no time of a step")
+        if peak := _positive(took, "memory_gib"):
+            simulated = choice.taken.total / 2**30
+            # Its longest documents need not have come together: less is no proof that less is needed.
+            card = replace(card, tensors=max(1.0, peak / simulated))
+            said.append(
+                f"tensors take {card.tensors:.2f} x what is simulated ({peak:.2f} GiB at most, {simulated:.2f} simulated)"
+            )
+    card, of_memory, of_disk = _beside(card, took, config.launcher.nodes)
+    said += [*of_memory, *of_disk]
+    if not of_memory:
+        lacks.append("it tells no memory that the allocator reserved")
+    if not of_disk:
+        lacks.append("it wrote no checkpoint")
+    return Calibrated(
+        card, (said[0], *(f"  {one}" for one in said[1:]), *(f"  not calibrated: {one}" for one in lacks))
+    )
+
+
+def _beside(card: Card, took: dict[str, Any], nodes: int) -> tuple[Card, list[str], list[str]]:
+    """The card with the run's allocator and disk, and what is said of either."""
+    of_memory, of_disk = [], []
+    peak, reserved = _positive(took, "memory_gib"), _positive(took, "memory_reserved_gib")
+    if peak and reserved:
+        card = replace(card, allocator=max(0.0, reserved / peak - 1))
+        of_memory.append(f"the allocator reserves {card.allocator:.1%} beyond what is allocated")
+    size, seconds = _positive(took, "checkpoint_bytes"), _positive(took, "checkpoint_s")
+    if size and seconds:
+        card = replace(card, disk_gb_s=size / seconds / 1e9 / nodes)
+        of_disk.append(f"a node writes checkpoints at {card.disk_gb_s:.3g} GB/s")
+    return card, of_memory, of_disk
+
+
+def _positive(took: dict[str, Any], key: str) -> float | None:
+    value = took.get(key)
+    return float(value) if isinstance(value, int | float) and value > 0 else None
+
+
+def _read(run_dir: Path, allowing: list[str], command: list[str]) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
+    """(configuration, `run.json`, what was measured) of a run on GPUs."""
+    from launch.config.read_run import ReadingVerb, read_run, uses_model_alone
+
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(
+            f"from={run_dir}: not a run directory (there is no config.yaml in it); name one of a run on GPUs"
+        )
+    config = read_run(run_dir, ReadingVerb(command, uses_model_alone, ALLOWING), allowing)
+    path = run_dir / "run.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        took = facts["receipt"]["measured"]
+        device = str(facts["device"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"from={run_dir}: {path} holds no receipt ({error}); name a run that took steps") from error
+    if not device.startswith("cuda"):
+        raise ConfigError(f"from={run_dir}: it ran on {device}; a plan of GPUs goes by runs on GPUs")
+    if not isinstance(took, dict):
+        raise ConfigError(f"from={run_dir}: it has measured nothing yet; name a run that has ended, in whatever way")
+    return config, facts, took
+
+
+def _as_planned(config: RunConfig, facts: dict[str, Any], card: Card, settings: PlanConfig) -> Choice | str:
+    """What would be planned for the run as it ran, or why that cannot be told."""
+    from launch.plan.job import job_of
+    from strategies.base import ActivationCheckpointing, Precision
+    from trainer.config.run import Device
+    from trainer.planner.plan import Way, choices
+    from trainer.planner.sweep import simulate_ways
+
+    if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
+        return "it recomputed as its memory allowed (strategy.activation_checkpointing=auto); name a run that was told"
+    world, nodes, micro = facts["world_size"], config.launcher.nodes, facts["micro_batch"]
+    launcher = replace(config.launcher, processes=world // nodes)
+    config = replace(config, launcher=launcher, precision=Precision(facts["precision"]))
+    config.run.device = Device.cuda
+    job = job_of(config, card)
+    accumulation = 2 if job.global_batch > job.world * micro else 1
+    way = Way(config, ())
+    (form,) = simulate_ways([way], job, accumulation, settings, lambda *_: None)
+    return form if isinstance(form, str) else choices(way, form, job, [micro])[0]

@@ -1,0 +1,1 @@
+"""`shardtune prepare`: the data alone, with its audit."""

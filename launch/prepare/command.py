@@ -1,0 +1,124 @@
+"""`shardtune prepare`: data in, a prepared data set with its audit out; shows what would be learned, and stops.
+
+Takes the same words as `train`; what concerns training alone (budget, batch) may be left out. `--shard i/n` makes one of
+n parts, as a job of an array; the same words without it merge them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config.help_text import show_help
+from strategies.errors import Preempted
+
+if TYPE_CHECKING:
+    from trainer.data.prepare import Prepared
+
+USAGE = """usage: shardtune prepare [--shard i/n] [--json] [key=value ...]
+       shardtune prepare --print <directory> | <words of a run>       (prepare --print --help)
+
+  shardtune prepare model.path=models/smollm2 data.path=raw.jsonl
+  shardtune prepare data=audited model.path=... data.path=...      look at everything, change nothing
+  shardtune prepare data=hipaa model.path=... data.path=...        replace the identifiers of the Safe Harbor rule
+  sbatch --array=0-7 --wrap 'shardtune prepare --shard $SLURM_ARRAY_TASK_ID/8 ...'    then once without --shard
+
+Writes manifest.json, audit.json, audit.html, datacard.md and documents.arrow into the cache (data.cache_dir); rows that
+cannot be used are listed in quarantine.jsonl, dropped documents in dropped.jsonl. --json prints the audit's numbers and
+where the data lies; --print shows documents and masks."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
+    if "--print" in argv:
+        from launch.prepare import print_documents
+
+        return print_documents.main([word for word in argv if word != "--print"], lambda words: made(words)[1])
+    if {"-h", "--help"} & set(argv):
+        show_help(USAGE)
+        return 0
+    words, shard = _shard([word for word in argv if word != "--json"])
+    if shard is not None:
+        _prepare(words, shard)
+        print(f"shard {shard[0]} of {shard[1]}: done; when all are, the same words without --shard merge them")
+        return 0
+    report, directory, cached = made(words)
+    if "--json" in argv:
+        print(json.dumps({"directory": str(directory), "cached": cached, "report": report}, ensure_ascii=False))
+        return 0
+    return show(report, directory, cached=cached)
+
+
+def made(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
+    """(the report, the directory, whether it was there already) of the data of a run's words."""
+    data = _prepare(words, None)
+    assert data is not None
+    return data.report, data.directory, data.report["cached"]
+
+
+def _prepare(words: list[str], shard: tuple[int, int] | None) -> Prepared | None:
+    """The prepared data; None after preparing one shard of it, which leaves its part for the others."""
+    from launch.config.compose import compose
+    from strategies.errors import ConfigError
+    from trainer.config.validate import problems_of
+
+    config = compose(words, check=False).config
+    problems = [p for p in problems_of(config) if p.startswith(("data.", "model.", "objective"))]
+    if problems:
+        raise ConfigError(problems)
+    from trainer.build.parts import prepare_data, prepare_shard
+    from trainer.model.loading import load_tokenizer
+    from trainer.stopping.signals import StopRequest
+
+    with StopRequest() as request:
+        request.leave_when_stuck(_leave)
+        tokenizer = load_tokenizer(config.model)
+
+        def stop() -> bool:
+            return request.signal_name is not None
+
+        if shard is not None:
+            prepare_shard(config, tokenizer, shard, stop=stop)
+            return None
+        return prepare_data(config, tokenizer, stop=stop)
+
+
+def _leave(signal_name: str) -> None:
+    """End this process, which was asked to stop and is stuck: what is half prepared has no name in the cache."""
+    with suppress(OSError):  # nobody reads it any more
+        os.write(2, f"shardtune prepare: stopped ({signal_name}); the same command begins again\n".encode())
+    os._exit(Preempted.exit_code)
+
+
+def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
+    """Print what a person wants to know first; returns the exit code."""
+    from trainer.data.report.preview import render, summary
+    from trainer.data.report.wording import visible
+
+    print(summary(report))
+    for sample in report["samples"]:
+        if sample["where"] != report["samples"][0]["where"]:
+            break
+        runs = [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
+        note = sample.get("note")  # data prepared by an earlier version has none
+        print(f"{sample['where']}{f' · {visible(note)}' if note else ''}:\n{render(runs, width=100)}")
+    print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
+    print(f"look at:  {directory / 'audit.html'}", flush=True)
+    return 0
+
+
+def _shard(argv: list[str]) -> tuple[list[str], tuple[int, int] | None]:
+    """The words without `--shard i/n` (or `--shard=i/n`), and its numbers. Raises ConfigError."""
+    from trainer.data.cache import parse_shard
+
+    words, shard = [], None
+    rest = iter(argv)
+    for word in rest:
+        if word == "--shard" or word.startswith("--shard="):
+            shard = parse_shard(word.partition("=")[2] or next(rest, ""))
+        else:
+            words.append(word)
+    return words, shard

@@ -1,0 +1,1 @@
+"""`shardtune review`: people judge answers on a blind page. Needs no torch."""

@@ -1,0 +1,155 @@
+"""The items of a review and its key: which answer stands on which side, kept apart from what reviewers get.
+
+The review's id is the hash of its key, salt included: the page has the id alone, from which nobody can tell the sides, and a
+key that was changed afterwards is no longer the one that the answers name.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.review.prompts import Prompt
+from strategies.errors import ConfigError, DataError
+from trainer.config.review import OVERALL, ReviewConfig
+from trainer.reporting.jsonl import json_text
+from trainer.reporting.status import write_text_atomic
+
+VERSION = 1
+KEY, PAGE, TABLE, RESULT = "key.json", "review.html", "review.csv", "result.json"
+TUNED, BASE = "tuned", "base"
+SIDES = ("a", "b")
+CHOICES = (*SIDES, "tie")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""First characters that spreadsheets take for a formula."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One pair of answers as it is shown."""
+
+    id: str
+    prompt: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """What goes to reviewers, and its key."""
+
+    review: str
+    items: list[Item]
+    key: dict[str, Any]
+
+
+def made(
+    prompts: list[Prompt], answers: dict[str, list[str]], about: dict[str, Any], config: ReviewConfig, salt: str = ""
+) -> Sheet:
+    """Pair the tuned model's answers with those of each other arm. `answers`: by arm, in the order of the prompts.
+
+    Pairs of equal answers are not shown: they are ties.
+    """
+    salt = salt or secrets.token_hex(16)
+    drawn = random.Random(f"sides {config.seed} {salt}")
+    items, rows, same = [], [], []
+    for other in (arm for arm in answers if arm != TUNED):
+        for number, prompt in enumerate(prompts):
+            pair = {TUNED: answers[TUNED][number], other: answers[other][number]}
+            side = drawn.choice(SIDES)
+            if pair[TUNED].strip() == pair[other].strip():
+                same.append({"prompt": number, "other": other})
+                continue
+            words = sum(len(text.split()) for text in (prompt.text, *pair.values()))
+            rows.append({"prompt": number, "other": other, TUNED: side, "repeats": None, "words": words})
+            items.append((prompt.text, pair[TUNED], pair[other]))
+    order = [*range(len(rows))]
+    drawn.shuffle(order)
+    again = sorted(drawn.sample(order, min(len(order), round(config.repeats * len(order)))), key=order.index)
+    shown, listed = list[Item](), list[dict[str, Any]]()
+    for place, number in enumerate([*order, *again]):
+        row, (text, tuned, other) = dict(rows[number]), items[number]
+        if place >= len(order):  # sides exchanged
+            row |= {"repeats": listed[order.index(number)]["id"], TUNED: SIDES[row[TUNED] == "a"]}
+        row["id"] = hashlib.sha256(f"{salt} {place}".encode()).hexdigest()[:12]
+        sides = (tuned, other) if row[TUNED] == "a" else (other, tuned)
+        shown.append(Item(row["id"], text, *sides))
+        listed.append(row)
+    listed = [{**row, "sha256": _hash_of(item)} for row, item in zip(listed, shown, strict=True)]
+    key = {"version": VERSION, **about, "rubric": config.rubric, "seed": config.seed, "salt": salt, "arms": [*answers]}
+    key |= {"num_prompts": len(prompts), "same": same, "items": listed}
+    return Sheet(id_of(key), shown, key)
+
+
+def _hash_of(item: Item) -> str:
+    return hashlib.sha256(json.dumps([item.prompt, item.a, item.b]).encode()).hexdigest()
+
+
+def id_of(key: dict[str, Any]) -> str:
+    """The id of the review that has this key."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def write_key(directory: Path, sheet: Sheet) -> None:
+    """`key.json`. Errors: StorageError."""
+    text = json_text({"review": sheet.review, "key": sheet.key}, indent=1, ensure_ascii=False)
+    write_text_atomic(directory / KEY, text + "\n")
+
+
+def read_key(directory: Path) -> tuple[str, dict[str, Any]]:
+    """(id, key). Errors: ConfigError where there is none, DataError where it was changed."""
+    path = directory / KEY
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        review, key = found["review"], found["key"]
+        version = key["version"]
+    except OSError as error:
+        raise ConfigError(
+            f"review={directory}: has no {KEY} that can be read ({error.strerror}); name the directory that review make wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: is no key of a review; restore the file that review make wrote") from None
+    if id_of(key) != review:
+        raise DataError(
+            f"{path}: was changed since review make wrote it: its hash is {id_of(key)[:12]}, and not {review[:12]}; restore it"
+        )
+    if version != VERSION:
+        raise DataError(f"{path}: is of version {version} of reviews, and this one reads {VERSION}")
+    return review, key
+
+
+def table(sheet: Sheet, config: ReviewConfig) -> str:
+    """The review as CSV, to be filled in with a spreadsheet: a, b or tie in the columns of questions."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(
+        ["review", "reviewer", "item", "prompt", "answer_a", "answer_b", OVERALL, *config.rubric, "comment"]
+    )
+    for item in sheet.items:
+        texts = [f"'{text}" if text.startswith(FORMULA) else text for text in (item.prompt, item.a, item.b)]
+        writer.writerow([sheet.review, "", item.id, *texts, "", *[""] * len(config.rubric), ""])
+    return out.getvalue()
+
+
+def page(sheet: Sheet, config: ReviewConfig) -> str:
+    """`review.html`: one file that needs no network; texts are data in it, never markup."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("launch.review", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    questions = {OVERALL: "Which answer is better, all in all?", **config.rubric}
+    data = {
+        "version": VERSION,
+        "review": sheet.review,
+        "questions": [{"name": name, "text": text} for name, text in questions.items()],
+        "items": [{"id": item.id, "prompt": item.prompt, "a": item.a, "b": item.b} for item in sheet.items],
+    }
+    return environment.get_template("review.html.j2").render(data=data)

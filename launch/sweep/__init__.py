@@ -1,0 +1,1 @@
+"""Several runs from one command line: `train -m`, and searches by optuna or W&B."""

@@ -1,0 +1,169 @@
+"""Planning what is recomputed: what is counted on meta is what real tensors take, and the least that fits is chosen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from strategies import activation_plan, runtime
+from strategies.activation import is_kept
+from strategies.activation_plan import Activations, choose
+from strategies.base import ActivationCheckpointing, Precision, SingleConfig
+from strategies.parameters import meta_context
+from strategies.single import load_whole
+from tests.helpers.building import (
+    GLOBAL_BATCH,
+    data_set,
+    model_dir,
+    pair_set,
+    rated_set,
+    replay_set,
+    run_config,
+    samples,
+    take_steps,
+    trainer_for,
+)
+from tests.helpers.stores import write
+from trainer.build.parts import build_engine, build_model, workload
+from trainer.build.recomputation import longest_micro_batch, measured
+from trainer.config.validate import problems_of
+from trainer.data.prepare import Prepared
+from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.model.loading import load_tokenizer
+from trainer.model.quantisation import Quantisation
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.kto import KtoConfig
+from trainer.objectives.preference import DpoConfig
+from trainer.objectives.sft import ForgettingConfig, SftConfig
+
+NONE, SELECTIVE, FULL = (ActivationCheckpointing(name) for name in ("none", "selective", "full"))
+
+
+@pytest.fixture(scope="module")
+def here():
+    yield runtime.start("cpu", timeout_s=60, threads=1)
+    runtime.stop()
+
+
+def saved_bytes(step_module, batch):
+    """What autograd really keeps of `batch`, counted by storage, parameters and buffers left out."""
+    own = {t.untyped_storage().data_ptr() for t in [*step_module.parameters(), *step_module.buffers()]}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage  # kept, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step_module(batch)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning):
+    data = data_set(tmp_path, uneven=False)
+    config = run_config(model_dir(tmp_path, architecture), "single", tuning, micro=4)
+    built, source = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    found = measured(built, workload(config, data), Precision.fp32)
+    batch = longest_micro_batch(built, workload(config, data))
+    load_whole(built.step_module, source, Precision.fp32, here)
+    assert sum(found.none) + found.outside == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
+    assert all(f < s < n for n, s, f in zip(found.none, found.selective, found.full, strict=True))
+
+
+def test_every_attention_kernel_is_kept_by_selective_checkpointing():
+    """Also those that exist only once they are imported; a sum is not."""
+    import torch.nn.attention.varlen
+
+    ops = torch.ops
+    assert is_kept(ops.torch_attn._varlen_attn.default) and is_kept(
+        ops.aten._scaled_dot_product_flash_attention.default
+    )
+    assert is_kept(ops.aten.mm.default) and not is_kept(ops.aten.add.Tensor)
+
+
+def test_the_least_that_fits_is_chosen():
+    found = Activations(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside=50.0, transient=5.0)
+    assert choose(found, 355.0) == ([NONE] * 3, True)
+    # A recomputed block stands there whole once more: the first step down saves nothing here, the second does.
+    assert choose(found, 354.0) == ([SELECTIVE, SELECTIVE, NONE], True)
+    assert choose(found, 275.0) == ([SELECTIVE] * 3, True)
+    assert choose(found, 245.0) == ([FULL, SELECTIVE, SELECTIVE], True)
+    assert choose(found, 185.0) == ([FULL] * 3, True)
+    assert choose(found, 184.0) == ([FULL] * 3, False)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_planned_run_is_the_same_run(tmp_path, here, monkeypatch, tuning):
+    """With a budget between all and nothing, blocks differ; losses and norms do not."""
+    data = data_set(tmp_path, uneven=True)
+    config = run_config(model_dir(tmp_path), "single", tuning, micro=GLOBAL_BATCH, steps=3)
+    plain = take_steps(trainer_for(config, data, here), 3)
+    plans = [[NONE, NONE], [SELECTIVE, NONE], [FULL, SELECTIVE]]
+    auto = replace(config, strategy=SingleConfig(activation_checkpointing=ActivationCheckpointing.auto, memory_gib=1.0))
+    for plan in plans:
+        monkeypatch.setattr("trainer.build.recomputation.choose", lambda *_, plan=plan: (plan, True))
+        trainer = trainer_for(auto, data, here)
+        blocks = trainer.engine.step_module.shard_units()
+        assert [block.gradient_checkpointing for block in blocks] == [mode is not NONE for mode in plan]
+        for (loss, norm), (right_loss, right_norm) in zip(take_steps(trainer, 3), plain, strict=True):
+            assert loss == pytest.approx(right_loss, rel=1e-6) and norm == pytest.approx(right_norm, rel=1e-6)
+
+
+def test_what_was_planned_is_recorded_and_kept(tmp_path, here):
+    """A budget that nothing fits: every block recomputes, and what autograd keeps is what the plan said."""
+    data = data_set(tmp_path, uneven=False)
+    tight = SingleConfig(activation_checkpointing=ActivationCheckpointing.auto, memory_gib=1e-6)
+    config = run_config(model_dir(tmp_path), tight, "full", micro=4)
+    engine, built, _ = build_engine(config, load_tokenizer(config.model), data, Precision.fp32, here)
+    note = built.substitutions["strategy.activation_checkpointing"]
+    assert "full in 2 of 2 blocks" in note and "more than there is" in note
+    found = activation_plan.measure(
+        built.step_module, longest_micro_batch(built, workload(config, data)), Precision.fp32
+    )
+    batch = longest_micro_batch(built, workload(config, data))
+    # Checkpointing also keeps what all blocks share: rotary tables and positions.
+    assert saved_bytes(engine.step_module, batch) < found.outside + sum(found.full) + 0.25 * sum(found.none)
+
+
+def test_a_budget_without_a_plan_is_a_problem(tmp_path):
+    config = run_config(model_dir(tmp_path), SingleConfig(memory_gib=4.0), "full", micro=4)
+    (problem,) = (line for line in problems_of(config) if "memory_gib" in line)
+    assert problem.startswith("strategy.memory_gib=4:") and "activation_checkpointing=auto" in problem
+
+
+KEPT = SftConfig(forgetting=ForgettingConfig(kl_weight=0.5))
+
+
+@pytest.mark.parametrize(
+    ("objective", "make", "tuning", "quantisation"),
+    [
+        (ClassificationConfig(), "labelled", "full", "none"),
+        (DpoConfig(), "pairs", "lora", "none"),
+        (KtoConfig(), "rated", "lora", "none"),
+        (KtoConfig(), "rated", "lora", "nf4"),
+        (KtoConfig(), "rated", "full", "none"),
+        (KEPT, "replay", "lora", "int8"),
+    ],
+)
+def test_other_objectives_can_be_counted(tmp_path, objective, make, tuning, quantisation):
+    """A classifier on padded rows, answers beside a reference, replayed documents; also on a quantised base."""
+    if quantisation != "none":
+        pytest.importorskip("bitsandbytes")
+    data = {"labelled": labelled_set, "pairs": pair_set, "rated": rated_set, "replay": replay_set}[make](tmp_path)
+    config = run_config(model_dir(tmp_path), "single", tuning, micro=4, objective=objective)
+    config.model.quantisation = Quantisation(quantisation)
+    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    found = measured(built, workload(config, data), Precision.bf16)
+    assert len(found.none) == 2
+    assert all(n > f > 0 for n, f in zip(found.none, found.full, strict=True)), (found.none, found.full)
+
+
+def labelled_set(root):
+    made = [Sample(s.input_ids, s.supervised, {"label": i % 3}) for i, s in enumerate(samples(48, uneven=False))]
+    write(root / "labelled", made, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
+    opened = TokenDataset.open(root / "labelled")
+    return Prepared(train=opened, evaluation=opened, directory=root, report={}, label_names=["a", "b", "c"])

@@ -1,0 +1,252 @@
+"""Checkpoints that are written while training goes on: of one moment, whole or not there; in the step where memory is short."""
+
+import errno
+import os
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from strategies import atomic_io
+from strategies.base import Progress
+from strategies.runtime import Runtime
+from strategies.saving import FlatRange, RankState
+from strategies.state import StateHeader, load_state
+from tests.faults.runs import wait
+from trainer.checkpoints import manager
+from trainer.checkpoints import patience as patience_module
+from trainer.checkpoints.async_writer import StateBuffer
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.layout import places_of, published
+from trainer.checkpoints.manager import Checkpoints
+from trainer.checkpoints.manifest import verify
+from trainer.checkpoints.recovery import note_part, recover
+from trainer.checkpoints.resume_selection import choose
+
+ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
+PLACES = 3
+
+
+class Engine:
+    """Trains: all its numbers are the step's."""
+
+    def __init__(self):
+        self.values = {"weight": torch.zeros(99), "exp_avg": torch.zeros(99, dtype=torch.bfloat16)}
+
+    def train(self, progress: Progress) -> Progress:
+        progress.step += 1
+        for each in self.values.values():
+            each.fill_(progress.step)
+        return progress
+
+    def state(self, progress: Progress) -> RankState:
+        header = StateHeader(progress=progress, optimizer_steps=progress.step, world_size=1, strategy="single")
+        return RankState([FlatRange("a", 99, 0, self.values)], header.json(), ALONE)
+
+    def load(self, path):
+        progress = load_state(path, [FlatRange("a", 99, 0, self.values)], ALONE).progress
+        assert {each.unique().item() for each in self.values.values()} == {progress.step}
+        return progress
+
+
+class Slow(atomic_io.Disk):
+    """Writes tensors when it is let; fails at those whose path has one of `full`."""
+
+    def __init__(self, *full: str):
+        self.let, self.full, self.threads = threading.Event(), full, []
+
+    def open(self, path, flags):
+        if path.suffix == ".safetensors" and flags & os.O_WRONLY:
+            self.threads.append(threading.current_thread().name)
+            assert self.let.wait(60)
+            if any(part in str(path) for part in self.full):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return super().open(path, flags)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    def make(*full, **settings):
+        disk = Slow(*full)
+        monkeypatch.setattr(atomic_io, "disk", disk)
+        config = CheckpointConfig(every_steps=1, fallback_dir=str(tmp_path / "spare"), **settings)
+        said = []
+        made = Checkpoints(places_of(tmp_path / "run", config.fallback_dir), config, ALONE, said.append)
+        return made, Engine(), Progress(best_step=1), disk, said
+
+    return make
+
+
+def test_what_is_written_is_the_moment_in_which_it_was_begun(job):
+    made, engine, progress, disk, said = job(keep=1)
+    for step in (1, 2):
+        assert made.save(engine, engine.train(progress), must=False) and made.pending == step
+        buffer = made._writing.state.held[0].values.data_ptr()
+        asked = [engine.train(progress).step for _ in range(3) if not made.written(progress.step)]
+        assert len(asked) == 3 and step not in dict(published(made.places)), "training goes on, and nothing has a name"
+        disk.let.set()
+        assert made.settle() and made.pending is None
+        disk.let.clear()
+        path = made.last.path
+        assert verify(path) is None and engine.load(path).step == step
+        progress = Progress(step=step, best_step=1)
+        assert made.last.row["checkpoint_stall_s"] < made.last.row["checkpoint_write_s"]
+    assert disk.threads == ["checkpoint"] * 2, "not the thread that trains"
+    made.save(engine, engine.train(progress), must=False)
+    assert made._writing.state.held[0].values.data_ptr() == buffer, "one buffer, used again"
+    disk.let.set()
+    assert made.settle() and [step for step, _ in published(made.places)] == [1, 3], "newest and best"
+    assert "of which training waited" in said[-1]
+
+
+def test_killed_amid_it_is_not_chosen_and_leaves_nothing(job, monkeypatch):
+    made, engine, progress, disk, _ = job()
+    disk.let.set()
+    made.save(engine, engine.train(progress), must=True)
+    disk.let.clear()
+    made.save(engine, engine.train(progress), must=False)
+    wait(lambda: disk.threads[1:], "the thread that writes")  # else it meets the disk of the next one
+    names = sorted(path.name for path in made.places[0].iterdir())
+    assert names == [".step-000002.writing", "step-000001"]
+    later, *_ = job()
+    resumed = choose(later.places, "auto", ALONE)
+    later.begin(resumed)
+    assert resumed.name == "step-000001" and [path.name for path in made.places[0].iterdir()] == ["step-000001"]
+    monkeypatch.setattr(atomic_io, "PATIENCE_S", 0.0)  # else it looks for its directory while others are tested
+    disk.let.set()
+    made._writing.wait()
+
+
+def test_another_disk_takes_the_same_moment(job):
+    made, engine, progress, disk, said = job("/run/checkpoints/")
+    made.save(engine, engine.train(progress), must=False)
+    engine.train(progress)
+    disk.let.set()
+    assert made.settle() and "/spare/" in str(made.last.path) and engine.load(made.last.path).step == 1
+    assert said[0].startswith("warning: No space left on device")
+
+
+def test_what_no_disk_takes_is_told_when_it_is_settled(job):
+    made, engine, progress, disk, said = job("step-000001", max_failures=1)
+    made.save(engine, engine.train(progress), must=False)
+    disk.let.set()
+    assert made.settle() is False and made.pending is None and published(made.places) == []
+    assert "goes on without this checkpoint (1 failed in a row, 1 may)" in said[-1]
+    assert made.save(engine, engine.train(progress), must=False) and made.settle()
+
+
+def test_all_ranks_are_asked_at_fewer_and_fewer_steps_until_they_are_done(job, monkeypatch):
+    made, engine, progress, disk, _ = job()
+    asked = []
+    monkeypatch.setattr(
+        "trainer.checkpoints.async_writer.gather_objects", lambda done, runtime: [asked.append(step), done]
+    )
+    made._writing = None
+    made.copies.take = lambda state: True
+    made.save(engine, engine.train(progress), must=False)
+    for step in range(2, 40):
+        made.written(step)
+    assert asked == [2, 3, 5, 9, 17, 25, 33]
+    disk.let.set()
+    made._writing.wait()
+
+
+def test_where_host_memory_is_short_it_is_written_in_the_step_and_said_once(job):
+    made, engine, progress, disk, said = job()
+    disk.let.set()
+    made.copies = StateBuffer(ALONE, free=lambda: 800)  # 792 bytes are needed, and something must be left
+    for step in (1, 2):
+        assert made.save(engine, engine.train(progress), must=False) and made.pending is None
+        assert made.last.path.name == f"step-{step:06d}" and disk.threads[-1] == "MainThread"
+        assert made.last.stall_s == made.last.took_s
+    told = [text for text in said if "a copy of the training state needs 792 bytes of host memory" in text]
+    assert len(told) == 1 and "where 800 bytes are free" in told[0] and "checkpoint.background=false" in told[0]
+    assert StateBuffer(ALONE, free=lambda: 900).take(engine.state(progress)) and StateBuffer(
+        ALONE, free=lambda: None
+    ).take(engine.state(progress))
+
+
+def test_the_host_says_what_is_free():
+    from strategies.runtime import free_host_memory
+
+    free = free_host_memory()
+    assert free is None or 2**20 < free < 2**46
+
+
+def test_a_disk_that_does_not_answer_is_waited_for_by_size_and_told_of(tmp_path, monkeypatch):
+    """Ranks that wait for one whose fsync takes longer than `run.timeout_s` do not end the run; each minute somebody says so."""
+    more_s, said = [], []
+
+    @contextmanager
+    def patience(runtime, seconds):
+        more_s.append(seconds)
+        yield
+
+    monkeypatch.setattr(patience_module, "patience", patience)
+    monkeypatch.setattr(patience_module, "TOLD_EVERY_S", 0.01)
+    monkeypatch.setattr(manager, "TOLD_EVERY_S", 0.0)
+    disk = Slow()
+    monkeypatch.setattr(atomic_io, "disk", disk)
+    made = Checkpoints(places_of(tmp_path, None), CheckpointConfig(), ALONE, said.append)
+    engine = Engine()
+    assert made.save(engine, engine.train(Progress()), must=False)
+    assert not made.written(2)
+    settling = threading.Thread(target=made.settle)
+    settling.start()
+    wait(lambda: any("waiting for the disk" in line for line in said), "the wait is told of")
+    assert "checkpoint step-000001: waiting for the disk for 0 s; as long as it takes" in said
+    assert any(line.startswith("checkpoint step-000001: still being written after ") for line in said)
+    disk.let.set()
+    settling.join()
+    assert made.last is not None
+    size = 4 * engine.state(Progress()).elements
+    assert more_s == [900, 900 + size / 10e6, 900 + size / 10e6]
+
+
+def ranks_of_one_run(values: list[torch.Tensor]) -> list[RankState]:
+    """Two ranks with half of a parameter each, of which the second one writes nothing of another parameter."""
+    header = StateHeader(progress=Progress(step=2), optimizer_steps=2, world_size=2, strategy="fsdp2").json()
+    states = []
+    for rank, half in enumerate(values):
+        held = [FlatRange("a", 8, 4 * rank, {"weight": half}), FlatRange("b", 4, 0, {"weight": half}, write=rank == 0)]
+        states.append(RankState(held, header, Runtime(rank, 2, rank, 2, torch.device("cpu"), None)))
+    return states
+
+
+@pytest.mark.parametrize("lacks", [None, "rank-00001.part.json", "rank-00000.safetensors"])
+def test_what_all_ranks_had_written_when_the_run_failed_is_published_by_the_next_start(tmp_path, lacks):
+    place, said = tmp_path / "checkpoints", []
+    aside = place / ".step-000002.writing"
+    aside.mkdir(parents=True)
+    for state in ranks_of_one_run([torch.arange(4.0), torch.arange(4.0, 8.0)]):
+        note_part(aside, state, state.write_part(aside))
+    if lacks is not None:
+        (aside / lacks).unlink()
+    recover([place], said.append)
+    if lacks == "rank-00001.part.json":  # that rank had not come to the end of its file
+        assert published([place]) == [] and said == []
+        return
+    [(step, path)] = published([place])
+    assert step == 2 and "all of it was written when the run ended" in said[0]
+    if lacks is not None:
+        assert verify(path) == "rank-00000.safetensors is missing"
+        return
+    assert verify(path) is None
+    a, b = torch.zeros(8), torch.zeros(4)
+    whole = [FlatRange("a", 8, 0, {"weight": a}), FlatRange("b", 4, 0, {"weight": b})]
+    assert load_state(path, whole, ALONE).progress.step == 2
+    assert a.tolist() == list(range(8)) and b.tolist() == list(range(4))
+
+
+FOREIGN = b'{"world_size": 1, "parts": {}, "file": null, "progress": 3}'
+
+
+@pytest.mark.parametrize("note", [b"", b"[", b"[]", b'{"parts": {"a": 3}}', b"\xff", FOREIGN])
+def test_a_note_that_cannot_be_read_ends_no_start(tmp_path, note):
+    aside, said = tmp_path / "checkpoints" / ".step-000002.writing", []
+    aside.mkdir(parents=True)
+    (aside / "rank-00000.part.json").write_bytes(note)
+    recover([aside.parent], said.append)
+    assert published([aside.parent]) == []
+    assert said[0].startswith("warning: ") and "could not be made a checkpoint" in said[0]

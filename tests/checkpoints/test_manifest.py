@@ -1,0 +1,44 @@
+"""The ranks look through a checkpoint together: each file by one of them, and what one finds all are told."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from strategies.atomic_io import write_new
+from strategies.runtime import Runtime
+from trainer.checkpoints import manifest as sealing
+from trainer.checkpoints.manifest import read_manifest, seal, verify_together
+
+WORLD = 3
+ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
+SIZES = (900, 700, 500, 400, 300, 200, 1)
+
+
+@pytest.mark.parametrize("damaged", [None, 0, 4, 6])
+def test_each_file_is_read_once_and_its_damage_is_found_whoever_reads_it(tmp_path, monkeypatch, damaged):
+    files = [write_new(tmp_path / f"rank-{number:05d}.safetensors", bytes(size)) for number, size in enumerate(SIZES)]
+    seal(tmp_path, files)
+    if damaged is not None:
+        (tmp_path / files[damaged].name).write_bytes(bytes(SIZES[damaged] - 1) + b"\1")
+    read, told, real = [], [], sealing.difference
+
+    def noted(directory, expected, looks):
+        read.append((rank, expected))
+        return real(directory, expected, looks)
+
+    def gathered(mine, runtime):
+        told.append(mine)
+        return [mine]
+
+    monkeypatch.setattr(sealing, "difference", noted)
+    monkeypatch.setattr(sealing, "broadcast_object", lambda found, runtime: (None, read_manifest(tmp_path)))
+    monkeypatch.setattr(sealing, "gather_objects", gathered)
+    for rank in range(WORLD):
+        verify_together(tmp_path, replace(ALONE, rank=rank, world_size=WORLD))
+    names = [each.name for _, each in read]
+    assert len(set(names)) == len(names) and (damaged is not None or set(names) == {each.name for each in files})
+    loads = [sum(each.size for by, each in read if by == rank) for rank in range(WORLD)]
+    assert damaged is not None or max(loads) - min(loads) < max(SIZES) / 2, "one rank hashes most of it"
+    found = [each for each in told if each]
+    assert found == ([] if damaged is None else [f"{files[damaged].name} does not have the bytes that were written"])

@@ -1,0 +1,80 @@
+"""Gates as they are typed: what they become, and what is said of those that are none."""
+
+import math
+
+import pytest
+
+from launch.config.compose import compose
+from strategies.errors import ConfigError
+from trainer.export.gates.bounds import Bound, parse, problems, read_word
+
+
+@pytest.mark.parametrize(
+    ("written", "passes", "fails"),
+    [
+        ("<2.1", 2.09, 2.1),
+        ("<=2.1", 2.1, 2.11),
+        (">0.5", 0.51, 0.5),
+        (">= 1e-3", 1e-3, 9e-4),
+        ("<3%", 0.029, 0.03),
+        (0, 0.0, 1e-9),
+        ("==0.5", 0.5, 0.4),
+        ("<-1", -2, 0),
+    ],
+)
+def test_a_bound_holds_on_its_side_alone(written, passes, fails):
+    bound = parse("m", written)
+    assert bound is not None and bound.holds(passes) and not bound.holds(fails) and not bound.holds(math.nan)
+    assert bound.worse(fails) > bound.worse(passes)
+
+
+@pytest.mark.parametrize("word", ["about 2", "<", "<2.1.1", True, None, [1], "<inf", "2<"])
+def test_what_is_no_bound_is_told_with_what_one_is(word):
+    (line,) = problems({"eval/loss": word})
+    assert line.startswith(f"gates: eval/loss: {word}") and '"<2.1"' in line
+
+
+@pytest.mark.parametrize(
+    ("word", "gates"),
+    [
+        (
+            'gates={eval/loss: "<2.1", memorised: 0, bias/gap: "<0.05"}',
+            {"eval/loss": "<2.1", "memorised": 0, "bias/gap": "<0.05"},
+        ),
+        ("gates={eval/loss:<2.1,memorised:0}", {"eval/loss": "<2.1", "memorised": 0}),
+        ("gates={forgetting: <3%}", {"forgetting": "<3%"}),
+        ("gates.eval/loss=<2.1", {"eval/loss": "<2.1"}),
+        ("gates.override='we: agreed'", {"override": "we: agreed"}),
+    ],
+)
+def test_words_with_and_without_quotes(word, gates):
+    assert read_word(word) == (gates, "")
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    facts = ["evaluation.tasks.facts.kind=exact_match", "evaluation.tasks.facts.path=train.jsonl"]
+    return ["model.path=m", "data.path=train.jsonl", "data.eval_share=0.1", "budget.steps=1", *facts]
+
+
+def test_gates_do_not_make_another_run_of_it(words):
+    gated = compose([*words, 'gates={eval/loss: "<2.1"}', "gates.memorised=0", 'gates.override="why"'])
+    assert gated.config.gates == {"eval/loss": "<2.1", "memorised": "0", "override": "why"}
+    assert gated.sha256 == compose(words).sha256
+
+
+def test_every_problem_of_gates_is_told_when_the_run_is_composed(words):
+    with pytest.raises(ConfigError) as error:
+        compose([*words, "gates={eval/facts/exact_mach: '>0.5', eval/loss: good}", "gates.override="])
+    said = str(error.value)
+    assert "the task facts has no such metric; did you mean eval/facts/exact_match?" in said
+    assert "gates: eval/loss: good: must be" in said and "gates.override needs a value" in said
+    with pytest.raises(ConfigError, match="must be pairs of a metric and its bound"):
+        compose([*words, "gates=[eval/loss]"])
+    compose([*words, "gates={bias/gap: '<0.05', eval/facts/exact_match: '>0.5'}"])  # may be measured later
+
+
+def test_of_several_measurements_the_worst_one_is_told():
+    assert Bound("m", "=", 0.0, "0").worse(-3) > Bound("m", "=", 0.0, "0").worse(2)

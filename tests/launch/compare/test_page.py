@@ -1,0 +1,157 @@
+"""`compare.html`: one file that asks for nothing, plots that are drawn, tables whose cells sort, nothing unescaped."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+
+from launch.compare import page as page_module
+from launch.compare.answer import as_html
+from launch.compare.command import answer
+from launch.compare.comparison import compare
+from launch.compare.page import sort_value
+from launch.compare.settings import ComparisonRow, read_rows, write_rows
+from launch.config.prices import price_of
+from strategies.errors import ConfigError
+
+pytest.importorskip("altair")
+vl_convert = pytest.importorskip("vl_convert")
+SPEED = {"a-ddp": 100.0, "a-ddp-repeat2": 120.0, "b": 50.0}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Two points, the first with two repeats, the second evaluated too, and one that was refused; as runs leave them."""
+    for name, speed in SPEED.items():
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(f"strategy: {{name: {name}}}\nlogging: {{every_steps: 1}}\n")
+        told = {"loss": 3.0, "memory_gib": 1.5, "step_s": 0.5, "data_wait_s": 0.01, "forward_s": 0.1, "backward_s": 0.3}
+        told |= {"tokens_per_s": speed, "optimizer_s": 0.04}
+        lines = [{"step": n, **told, "tokens": 100 * n, "loss": 3.0 - n / 10} for n in range(1, 8)]
+        lines += [{"step": 7, "eval/loss": 2.5, "tokens": 700}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        receipt = {"predicted": {"memory_gib": 1.25}, "measured": {"start_s": 9.0, "evaluation_before_s": 1.0}}
+        (run / "run.json").write_text(json.dumps({"receipt": receipt, "world_size": 2, "device": "cpu"}))
+        (run / "status.json").write_text(json.dumps({"state": "done"}))
+    return [
+        ComparisonRow((tmp_path / "a-ddp", tmp_path / "a-ddp-repeat2"), "a-ddp", price_per_hour=3.6),
+        ComparisonRow((tmp_path / "b",), "b"),
+        ComparisonRow((), "c", refused=("</script><b>no</b>",), config={"strategy.name": "c"}),
+    ]
+
+
+def specs(text: str) -> dict[str, str]:
+    found = re.findall(r'^vegaEmbed\("#([\w-]+)", (\{.*\}), \{renderer', text, re.MULTILINE)
+    return {name: spec.replace("<\\/", "</") for name, spec in found}
+
+
+def test_the_page_asks_for_nothing_and_escapes_what_it_shows(rows):
+    text = as_html(compare(rows))
+    assert "default-src 'none'" in text and "connect-src" not in text
+    assert not re.findall(r"<(?:link|img|iframe|script[^>]*\bsrc|[^>]+\bhref)\b", text.split("<script>")[0])
+    assert text.count("<script>") == text.count("</script>") == 2
+    assert "&lt;/script&gt;&lt;b&gt;no&lt;/b&gt;" in text and "<b>no</b>" not in text
+
+
+def test_every_plot_is_drawn_with_every_point(rows):
+    drawn = specs(as_html(compare(rows)))
+    assert list(drawn) == ["loss", "held-out", "course", "speed", "memory", "parts", "trade"]
+    svg = {name: vl_convert.vegalite_to_svg(spec) for name, spec in drawn.items()}
+    assert svg["loss"].count('aria-roledescription="line mark"') == 2
+    assert svg["loss"].count('aria-roledescription="point"') == 14
+    assert svg["speed"].count('aria-roledescription="bar"') == 2
+    assert svg["memory"].count('aria-roledescription="bar"') == 4  # planned and measured
+    assert svg["parts"].count('aria-roledescription="bar"') == 10
+    assert svg["trade"].count('aria-roledescription="point"') == 2
+    loss = json.loads(drawn["loss"])
+    assert {param["name"] for param in loss["params"]} == {"over", "chosen", "zoom"}
+    values = next(iter(loss["datasets"].values())) if "datasets" in loss else loss["data"]["values"]
+    assert [row["seconds"] for row in values[:3]] == [0.5, 1.0, 1.5]
+
+
+@pytest.mark.parametrize("count", [9, 14])
+def test_no_two_runs_share_a_colour(rows, tmp_path, count):
+    long = "train-single-lora-lr0.01-global8-1rank"  # as runs that exist are named by what differs
+    several = [ComparisonRow((tmp_path / "b",), f"{long}-{number}") for number in range(count)]
+    drawn = vl_convert.vegalite_to_svg(specs(as_html(compare(several, price_of)))["loss"])
+    colours = re.findall(r'role-legend-symbol[^>]*><path[^>]*? stroke="(#\w+)"', drawn)
+    assert len(colours) == len({*colours}) == count
+    assert all(f">{run.name}</text>" in drawn for run in several), "a name is cut where it differs"
+
+
+def test_numbers_over_repeats(rows):
+    """The middle of the repeats, their spread, price and parts; computed by hand here."""
+    a, b, _ = compare(rows).runs
+    assert a.measured.tokens_per_s == 110 and a.taken.spread == (100, 120) and b.taken.spread is None
+    assert a.taken.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
+    assert b.taken.dollars_per_million is None
+    assert a.taken.parts_s == pytest.approx(
+        {"data": 0.01, "forward": 0.1, "backward": 0.3, "optimizer": 0.04, "rest": 0.05}
+    )
+    facts = rows[1].directories[0] / "run.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"device_name": "NVIDIA A10G"}))
+    a, b, _ = compare(rows, price_of).runs
+    assert a.taken.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
+    assert b.taken.dollars_per_million == pytest.approx(price_of("NVIDIA A10G") * 2 / 3600 / 50 * 1e6)
+
+
+def test_steps_of_the_warm_up_are_left_out_of_speeds(rows):
+    b = rows[1].directories[0]
+    told = [json.loads(line) for line in (b / "metrics.jsonl").read_text().splitlines()]
+    for row in told[:5]:
+        row["tokens_per_s"] = 1.0
+    (b / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    speeds = [compare([ComparisonRow((b,), warmup=warmup)]).runs[0].measured for warmup in (0, 1, 5, 7)]
+    assert [found.warmup_steps for found in speeds] == [0, 1, 5, 0]  # with nothing left, all count, and a note says so
+    assert [found.tokens_per_s for found in speeds] == [1.0, 1.0, 50.0, 1.0]
+
+
+def test_a_loss_is_set_beside_that_of_the_same_job(rows, tmp_path):
+    """Strategies beside each other, methods beside the first; speed and memory beside the first of all."""
+
+    def point(name: str, tuning: str, strategy: str, factor: float) -> ComparisonRow:
+        run = tmp_path / name
+        shutil.copytree(tmp_path / "b", run)
+        config = f"strategy: {{name: {strategy}}}\ntuning: {{name: {tuning}}}\nlogging: {{every_steps: 1}}\n"
+        (run / "config.yaml").write_text(config)
+        told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        told = [row | {"loss": row["loss"] * factor} if "loss" in row else row for row in told]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+        return ComparisonRow((run,), name)
+
+    ways = [("full-ddp", "full", "ddp", 1.0), ("full-fsdp2", "full", "fsdp2", 1 + 1e-7)]
+    ways += [("lora-ddp", "lora", "ddp", 1.01), ("lora-zero2", "lora", "zero2", 1.01 * (1 + 1e-7))]
+    refused = ComparisonRow((), "lora-single", refused=("no",), config={"strategy.name": "single"})
+    found = compare([refused, *(point(*way) for way in ways)])
+    assert found.first == "full-ddp"
+    assert [run.against for run in found.runs] == [None, None, "full-ddp", "full-ddp", "lora-ddp"]
+    assert [run.apart and run.apart.same for run in found.runs] == [None, None, True, False, True]
+    assert found.runs[4].verdict == (
+        "lora-zero2: same loss as lora-ddp within 1e-7; 1.0 x its tokens/s, 1.0 x its memory"
+    )
+    assert "not the loss of full-ddp: 0.01 apart" in found.runs[3].verdict
+
+
+def test_a_cell_is_sorted_by_its_number():
+    assert [sort_value(shown) for shown in ("1,234", "0.4%", "1,268-1,591", "5e-08", "-", "ddp")] == [
+        *("1234.0", "0.4", "1268.0", "5e-08", "", "ddp")
+    ]
+
+
+def test_without_what_draws_it_the_rest_is_written(rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(page_module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "altair", None)
+    answer(rows, tmp_path / "to", as_json=False)
+    assert "pip install 'shardtune[report]'" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "to").iterdir()} == {"compare.md", "compare.csv", "compare.json"}
+
+
+def test_rows_are_read_back_and_a_damaged_record_is_named(rows, tmp_path):
+    write_rows(tmp_path, rows, ["strategy=a,b"])
+    assert read_rows(tmp_path) == rows
+    (tmp_path / "comparison.json").write_text('{"points": [{"directories": 3}]}')
+    with pytest.raises(ConfigError, match=r"comparison\.json: cannot be read"):
+        read_rows(tmp_path)

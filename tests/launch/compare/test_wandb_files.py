@@ -1,0 +1,177 @@
+"""Runs read out of W&B's own files: as their directories say it."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import wandb
+
+from launch.compare import wandb_files
+from launch.compare.names import differing
+from launch.compare.run_files import measure, read_point
+from launch.compare.wandb_files import is_wandb, on_server, read_server, read_wandb
+from strategies.errors import ConfigError
+from tests.helpers.building import model_dir
+from tests.helpers.launching import command_here
+from tests.helpers.tokenizers import write_chat_data
+from trainer.reporting.trackers import wandb_server
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of four steps, two evaluations and the one before, with W&B's files of it."""
+    root = tmp_path_factory.mktemp("wandb")
+    data = write_chat_data(root / "train.jsonl", 16)
+    words = [f"model.path={model_dir(root)}", f"data.path={data}", f"data.eval_path={data}", "logging.report=false"]
+    words += ["batch.global=8", "budget.steps=4", "evaluation.every_steps=2", "export.at_end=false", "run.device=cpu"]
+    words += [f"data.cache_dir={root / 'cache'}", "logging.wandb=offline", "logging.every_steps=1", "run.matmul=blas"]
+    assert command_here(["train", *words, f"run.dir={root / 'run'}", "checkpoint.save_final=false"]) == 0
+    (part,) = (root / "run/wandb").glob("offline-run-*")
+    return root / "run", part
+
+
+def test_what_wandb_keeps_is_what_the_directory_has(run):
+    ours, theirs = read_point(run[0]), read_wandb(run[1])
+    assert theirs.steps == ours.steps and len(ours.steps) == 4
+    assert theirs.evaluations == ours.evaluations and list(ours.evaluations) == [0, 2, 4]
+    assert differing([ours, theirs]) == []  # also where JSON has 0.0 as 0
+    assert (theirs.state, theirs.ended) == ("done", None)
+    assert {key: theirs.facts[key] for key in ("host", "world_size", "data_fingerprint")} == {
+        key: ours.facts[key] for key in ("host", "world_size", "data_fingerprint")
+    }
+    assert measure(theirs).tokens_per_s == measure(ours).tokens_per_s
+
+
+def test_it_is_compared_and_left_as_it_is(run, tmp_path, capsys):
+    before = sorted(run[1].rglob("*"))
+    assert command_here(["compare", str(run[1])]) == 0
+    assert sorted(run[1].rglob("*")) == before
+    assert command_here(["compare", str(run[0]), str(run[1]), f"to={tmp_path / 'answer'}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "same loss as run, to the last digit over 4 steps" in said and "what differs" not in said
+    assert (tmp_path / "answer/compare.md").is_file()
+
+
+def test_a_file_that_is_torn_is_read_as_far_as_it_goes(run, tmp_path):
+    torn = tmp_path / run[1].name
+    shutil.copytree(run[1], torn)
+    (file,) = torn.glob("*.wandb")
+    file.write_bytes(file.read_bytes()[:-300])
+    point = read_wandb(torn)
+    assert point.state == "running" and 1 in point.steps
+
+
+def test_all_parts_of_a_run_are_one(monkeypatch, tmp_path):
+    """One directory for each start; steps that were taken again are those of the last one."""
+    parts = [tmp_path / f"{name}-x1" for name in ("offline-run-20260102_000000", "run-20260101_000000")]
+    for part in [*parts, tmp_path / "offline-run-20260103_000000-x2"]:
+        part.mkdir()
+        (part / "run-x1.wandb").touch()
+
+    def records(part):
+        number = parts.index(part)  # the first start is the second of them
+        rows = [(1, 3.0), (2, 2.5)] if number else [(2, 2.0), (3, "NaN")]
+        yield {"type": "run", "run": {"config": {"update": {"config": {"strategy": {"name": "ddp"}}}}}}
+        for step, loss in rows:
+            item = {"train_step": step, "loss": loss, "loss/a": 1.0, "blocks_s": 1.0, "blocks_s/worst": 2.0}
+            yield {"type": "history", "history": {"item": item}}
+        yield {"type": "summary", "summary": {"update": {"state": ["failed", "preempted"][number], "train_step": 3}}}
+        yield {"type": "exit", "exit": {"exit_code": 1}}
+
+    monkeypatch.setattr(wandb_files, "_records", records)
+    assert [each.name[-8:] for each in wandb_files.parts_of(parts[0])] == ["00000-x1"] * 2
+    point = read_wandb(parts[1])
+    assert {step: row["loss"] for step, row in point.steps.items()} == {1: 3.0, 2: 2.0, 3: None}
+    assert "blocks_s/worst" in point.steps[1] and not point.evaluations
+    assert point.ended == "failed at step 3"
+
+
+def test_what_is_no_run_of_ours_is_refused(run, monkeypatch, tmp_path, capsys):
+    assert not is_wandb(run[0]) and not is_wandb(run[0] / "wandb")
+    assert command_here(["compare", str(run[0] / "wandb")]) == 64
+    assert f"name a run of W&B in it, such as {run[1]}" in capsys.readouterr().err
+    assert command_here(["compare", str(run[1]), "--follow", f"to={tmp_path}"]) == 64
+    assert "name its run.dir" in capsys.readouterr().err
+    foreign = tmp_path / "offline-run-20260101_000000-x3"
+    foreign.mkdir()
+    (foreign / "run-x3.wandb").write_bytes(b"no such file")
+    with pytest.raises(ConfigError, match=r"leave this run out|not a run of shardtune"):
+        read_wandb(foreign)
+    monkeypatch.setattr(wandb_files, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install"):
+        read_wandb(run[1])
+
+
+@pytest.fixture
+def server(run, monkeypatch):
+    """Stands for W&B's public API, with a run as its offline files have it, and a key."""
+    records = list(wandb_files._records(run[1]))
+    config = next(each["run"]["config"]["update"] for each in records if each["type"] == "run")
+    summary = {}
+    for each in records:
+        summary |= each["summary"].get("update", {}) if each["type"] == "summary" else {}
+    rows = [each["history"]["item"] for each in records if each["type"] == "history"]
+    every = dict.fromkeys(key for row in rows for key in row)
+    has = SimpleNamespace(
+        config=config | {"_wandb": {}}, summary_metrics=summary, state="finished", created_at="2026-11-26T20:03:04Z"
+    )
+    has.scan_history = lambda **_: iter([every | row for row in rows])
+
+    class Api:
+        def __init__(self, timeout):
+            pass
+
+        def run(self, path):
+            if path != "team/project/x1":
+                raise wandb.errors.CommError(f"Could not find run <Run {path} (not found)>")
+            return has
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    monkeypatch.setattr(wandb_server, "unreachable", lambda _: None)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    return has
+
+
+def test_what_the_server_has_is_what_the_directory_has(run, server, tmp_path, capsys):
+    ours, theirs = read_point(run[0]), read_server(Path("wandb:team/project/x1"))
+    assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations
+    assert differing([ours, theirs]) == [] and theirs.ended is None
+    page = "https://wandb.ai/team/project/runs/x1?nw=nwuser"
+    assert command_here(["compare", str(run[0]), page, f"to={tmp_path / 'answer'}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "same loss as run, to the last digit over 4 steps" in said and "what differs" not in said
+    assert "wandb:team/project/x1" in (tmp_path / "answer/compare.md").read_text()
+    before = sorted(Path.cwd().iterdir())
+    assert command_here(["compare", "wandb:team/project/x1"]) == 0
+    assert sorted(Path.cwd().iterdir()) == before, "no page is written beside a run that is elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("state", "ended"), [("running", "running at step 4"), ("crashed", "failed at step 4"), ("finished", None)]
+)
+def test_how_a_run_on_the_server_ended(server, state, ended):
+    server.state = state
+    server.summary_metrics = server.summary_metrics | {"state": "failed" if state == "crashed" else ""}
+    assert read_server(Path("wandb:team/project/x1")).ended == ended
+
+
+def test_what_the_server_does_not_give_is_said(server, monkeypatch, capsys):
+    def said(word):
+        assert command_here(["compare", word]) == 64
+        return capsys.readouterr().err
+
+    assert "does not give it (Could not find run" in said("wandb:team/project/x2")
+    assert "names no run; write wandb:<entity>/<project>/<run id>" in said("wandb:team/x1")
+    assert on_server("runs/wandb") is None
+    server.config = {"lr": 1}
+    assert "wandb:team/project/x1: not a run of shardtune" in said("wandb:team/project/x1")
+    monkeypatch.undo()
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(wandb_server, "address", lambda: "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached: Connection refused; the run's directory" in said(
+        "wandb:team/project/x1"
+    )
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=None))
+    assert "no W&B API key is configured" in said("wandb:team/project/x1")

@@ -1,0 +1,280 @@
+"""The frozen configuration: read back equal, refused when edited, and one run to a directory."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from launch.config.compose import compose, default_run_dir, load_frozen
+from launch.config.frozen import NOT_IDENTIFYING, freeze_choices, identity, keep_earlier_defaults
+from launch.runs.freeze import freeze
+from strategies.errors import ConfigError, StorageError
+from trainer.evaluation.base import TaskConfig
+from trainer.reporting.status import write_status
+from trainer.session.lease import Lease
+
+
+@pytest.fixture(autouse=True)
+def outside_a_job(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def composed(*words):
+    return compose(["model.path=m", "budget.steps=3", "run.device=cpu", *words], check=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["strategy=zero3", "tuning=lora", "objective=classification", "objective.labels=['no','1']"],
+        ["strategy=hsdp", "launcher=slurm", "launcher.setup=['module load cuda']", "launcher.time=24:00:00"],
+        ["data.path=[a b.jsonl,'c: d.jsonl']", "data.columns.prompt=yes", "logging.group=007", "optim.lr=1e-7"],
+        ["data.path=über/#1: 'x' {y}.jsonl", "run.resume=never", "precision=fp32", "optim.lr=1"],
+    ],
+)
+def test_a_frozen_configuration_reads_back_equal(tmp_path, words):
+    one = composed(*words)
+    assert freeze(one, tmp_path / "run") == tmp_path / "run"
+    again = load_frozen(tmp_path / "run" / "config.yaml")
+    assert again == one.config
+    assert type(again.strategy) is type(one.config.strategy)
+    assert identity(again) == one.sha256
+    assert again.run.dir == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "run.dir=x",
+        "run.resume=never",
+        "run.threads=2",
+        "logging.wandb=disabled",
+        "launcher.processes=4",
+        "launcher=slurm",
+    ],
+)
+def test_how_a_run_is_started_and_reported_does_not_change_its_hash(word):
+    words = ["precision=fp32"]
+    assert composed(*words, word).sha256 == composed(*words).sha256
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["run.seed=1", "optim.lr=1e-3", "strategy=ddp", "tuning=lora", "data.path=x", "batch.global=8", "precision=bf16"],
+)
+def test_what_decides_the_result_changes_the_hash(word):
+    assert composed(word).sha256 != composed().sha256
+
+
+def test_an_edited_file_is_refused(tmp_path):
+    path = freeze(composed(), tmp_path) / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 42", "seed: 43"))
+    with pytest.raises(ConfigError, match="does not match its hash"):
+        load_frozen(path)
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "run: 3\n", "- 1\n"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_frozen(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_frozen(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(4096), b"\xff\xfe"])
+def test_a_torn_configuration_says_the_way_out(tmp_path, content):
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml: is torn, as by a power cut; delete it, and the same command"):
+        freeze(composed(), tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    freeze(composed(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["logs", "checkpoints", "lease"])
+def test_a_file_in_the_place_of_a_directory_is_named(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"{name}: is a file, where the run needs a directory; move it away"):
+        freeze(composed(), tmp_path)
+
+
+def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
+    import hashlib
+    import json
+
+    from omegaconf import OmegaConf
+
+    path = freeze(composed(), tmp_path) / "config.yaml"
+    tree = OmegaConf.to_container(OmegaConf.create(path.read_text()))
+    del tree["optim"]["max_skipped_steps"]
+    kept = {k: v for k, v in tree.items() if k not in NOT_IDENTIFYING}
+    kept["run"] = {"seed": tree["run"]["seed"]}
+    kept["data"] = {**tree["data"], "control_tokens": "text"}  # `auto` counts as this
+    sha256 = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    path.write_text(f"# sha256: {sha256}\n{OmegaConf.to_yaml(OmegaConf.create(tree))}")
+    assert load_frozen(path) == composed(f"run.dir={tmp_path}").config
+    write_status(tmp_path, "done")
+    freeze(composed(), tmp_path)  # and its directory can be continued
+
+
+def test_a_directory_of_another_run_is_refused_with_what_differs(tmp_path):
+    freeze(composed("optim.lr=1e-3"), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    freeze(composed("optim.lr=1e-3", "logging.every_steps=1"), tmp_path)  # the same run
+    with pytest.raises(ConfigError) as caught:
+        freeze(composed("optim.lr=1e-4", "strategy=ddp"), tmp_path)
+    (problem,) = caught.value.problems  # not counted as three
+    assert "optim.lr: 0.001 there, 0.0001 here" in problem and "strategy.name: single there, ddp here" in problem
+
+
+def test_a_default_that_changed_since_the_run_began_stays_as_it_was(tmp_path, capsys):
+    words = ["optim.lr=1e-3", "logging.every_steps=1"]
+    freeze(with_earlier_default(composed(*words)), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    today = composed("optim.lr=1e-3", "logging.every_steps=2")
+    assert today.config.optim.weight_decay != EARLIER_WEIGHT_DECAY
+    of_another_rank = composed(*words)
+    keep_earlier_defaults(of_another_rank, tmp_path)
+    freeze(today, tmp_path)
+    assert of_another_rank.sha256 == today.sha256
+    assert today.config.optim.weight_decay == EARLIER_WEIGHT_DECAY
+    assert today.config.logging.every_steps == 2
+    assert load_frozen(tmp_path / "config.yaml") == today.config
+    assert f"keeps the defaults that it began with: optim.weight_decay: {EARLIER_WEIGHT_DECAY} there, " in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ConfigError, match=r"optim\.weight_decay"):  # other words may mean another value
+        freeze(composed("optim.lr=1e-3", "optim.weight_decay=0.5"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["q", "q.kind"])
+def test_values_that_reach_out_are_not_taken_over_as_earlier_defaults(tmp_path, name, monkeypatch):
+    """Who made a directory also wrote the words in the head of its config.yaml: they need not be what made the rest."""
+    theirs = composed()
+    theirs.config.evaluation.tasks = {name: TaskConfig(kind="lm_eval", path="/theirs/task.yaml")}
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "author"))
+    freeze(theirs, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "reader"))
+    mine = composed()
+    with pytest.raises(ConfigError, match=r"another configuration(?s:.)*/theirs/task\.yaml there"):
+        freeze(mine, tmp_path / "run")
+    assert mine.config.evaluation.tasks == {} and not (tmp_path / "reader").exists()
+
+
+@pytest.mark.parametrize("source", ["file", "variable"])
+def test_the_same_words_are_another_run_if_what_they_name_may_have_changed(tmp_path, monkeypatch, source):
+    monkeypatch.setenv("LENGTH", "128")
+    (tmp_path / "mine.yaml").write_text("optim: {lr: 1e-3}")
+    words = {"file": [str(tmp_path / "mine.yaml")], "variable": ["data.max_length=${oc.env:LENGTH}"]}[source]
+    freeze(with_earlier_default(composed(*words)), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="another configuration"):
+        freeze(composed(*words), tmp_path / "run")
+
+
+EARLIER_WEIGHT_DECAY = 0.125
+
+
+def with_earlier_default(one):
+    """The run as a version with another default of `optim.weight_decay` composed it."""
+    one.config.optim.weight_decay = EARLIER_WEIGHT_DECAY
+    return one
+
+
+def test_a_run_that_is_not_done_may_go_on_in_another_way(tmp_path, capsys):
+    freeze(composed("strategy=single", "batch.micro=4"), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    way = composed("strategy=fsdp2", "batch.micro=2", "launcher.processes=2")
+    with pytest.raises(ConfigError, match="another configuration"):
+        freeze(way, tmp_path)  # as a point of a comparison
+    freeze(way, tmp_path, another_way=True)
+    assert "goes on in another way: batch.micro: 4 there, 2 here; " in (said := capsys.readouterr().err)
+    assert "strategy.name: single there, fsdp2 here" in said
+    assert load_frozen(tmp_path / "config.yaml") == way.config
+    for words in (["strategy=fsdp2", "batch.micro=2", "optim.lr=1e-6"], ["batch.micro=2", "run.seed=1"]):
+        with pytest.raises(ConfigError, match="another configuration"):
+            freeze(composed(*words), tmp_path, another_way=True)
+    write_status(tmp_path, "done")
+    with pytest.raises(ConfigError, match="another configuration"):
+        freeze(composed("strategy=single", "batch.micro=4"), tmp_path, another_way=True)
+
+
+def test_a_directory_where_nothing_was_reached_takes_a_corrected_command(tmp_path):
+    freeze(composed("optim.lr=1e-3"), tmp_path)
+    freeze(composed("optim.lr=1e-4"), tmp_path)
+    assert load_frozen(tmp_path / "config.yaml").optim.lr == 1e-4
+    write_status(tmp_path, "done")
+    with pytest.raises(ConfigError, match="another configuration"):
+        freeze(composed("optim.lr=1e-3"), tmp_path)
+
+
+def test_never_refuses_checkpoints(tmp_path):
+    freeze(composed("run.resume=never"), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    freeze(composed(), tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.resume=never"):
+        freeze(composed("run.resume=never"), tmp_path)
+
+
+def test_a_directory_in_use_is_refused_and_a_dead_owner_is_not(tmp_path):
+    freeze(composed(), tmp_path)
+    with Lease.acquire(tmp_path, 60), pytest.raises(ConfigError, match=f"process {os.getpid()} on .*, is running it"):
+        freeze(composed(), tmp_path)
+    freeze(composed(), tmp_path)  # it is over
+
+
+def test_what_cannot_be_a_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        freeze(composed(), tmp_path / "file")
+    with pytest.raises(StorageError, match="cannot write"):
+        freeze(composed(), tmp_path / "file" / "below")
+
+
+def test_the_default_directory_survives_a_requeue(monkeypatch):
+    assert default_run_dir("a" * 64).name.startswith("aaaaaaaa-2")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert str(default_run_dir("a" * 64)) == "runs/aaaaaaaa-4711"
+
+
+def test_a_micro_batch_that_the_run_chose_is_part_of_what_was_asked(tmp_path):
+    """The same words find their run again, and its choice; a number that is typed, or edited in the file, is another."""
+    asked = composed("batch.micro=auto")
+    directory = freeze(asked, tmp_path / "run")
+    chosen = replace(asked.config, batch={"global": 32, "micro": 8})
+    chosen.substitutions = {"batch.micro": "auto -> 8 (planned)"}
+    freeze_choices(directory, chosen)
+    assert identity(chosen) == asked.sha256 and load_frozen(directory / "config.yaml") == chosen
+    (directory / "checkpoints/step-000001").mkdir(parents=True)
+    again = composed("batch.micro=auto")
+    freeze(again, directory)
+    assert again.config.batch["micro"] == 8 and again.config.substitutions["batch.micro"] == "auto -> 8 (planned)"
+    assert load_frozen(directory / "config.yaml").batch["micro"] == 8
+    with pytest.raises(ConfigError, match=r"batch\.micro: auto there, 8 here"):
+        freeze(composed("batch.micro=8"), directory)
+    text = (directory / "config.yaml").read_text()
+    (directory / "config.yaml").write_text(text.replace("micro: 8", "micro: 4"))
+    with pytest.raises(ConfigError, match="does not match its hash"):
+        load_frozen(directory / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["batch.micro=many"], "batch.micro=many: batch.micro must be a whole number, or auto"),
+        (["batch.micro=1.5"], "batch.micro=1.5: batch.micro must be a whole number, or auto"),
+        (["batch.global=auto"], "batch.global=auto: batch.global must be a whole number"),
+        (
+            ["batch.micro=auto", "batch.global=10", "launcher.processes=4", "strategy=ddp"],
+            "batch.global=10: must be a multiple of the 4 ranks; set batch.global=8 or batch.global=12",
+        ),
+    ],
+)
+def test_what_a_micro_batch_may_be(words, said):
+    with pytest.raises(ConfigError) as refused:
+        compose(["model.path=m", "budget.steps=3", "run.device=cpu", *words])
+    assert [problem for problem in refused.value.problems if problem.startswith("batch")] == [said]

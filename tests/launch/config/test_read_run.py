@@ -1,0 +1,452 @@
+"""A run directory of somebody else's is data: each way out of it, tried on a reader who never typed it, and on who did.
+
+Author and reader have homes of their own: what each typed before is kept below `XDG_STATE_HOME`.
+"""
+
+import json
+import os
+import shlex
+import shutil
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.config import overrides, trusted_values
+from launch.config.code_digest import NoDigest, digest_of_task
+from launch.config.compose import compose, load_frozen, recompose, with_words
+from launch.config.frozen import _hash, _identifying
+from launch.config.outside_values import outside_values
+from launch.config.read_run import is_own
+from launch.evaluate.words import ALLOWED
+from tests.helpers.building import model_dir
+from tests.helpers.endpoint import serving
+from tests.helpers.launching import ROOT, command_here
+from trainer.config.reach import REACH, Reach, reach_of
+from trainer.data.config import SourceConfig
+from trainer.evaluation.base import TaskConfig
+from trainer.model.config import ModelConfig
+from trainer.objectives.base import TeacherConfig
+from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.frozen_model import teacher_model
+
+HARNESS = find_spec("lm_eval") is not None
+EVERYTHING = ["model", *(["task"] if HARNESS else []), "sent", "verdicts"]
+ROWS = [{"prompt": f"question {n}?\n", "completion": f"answer {n}"} for n in range(8)]
+TOKENIZER = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+
+class Theirs(PreTrainedTokenizerFast):
+    def __init__(self, *words, **settings):
+        super().__init__(*words, **settings)
+        Path({marker!r}).touch()
+"""
+HARNESS_TASK = """
+task: theirs
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: !function functions.text
+doc_to_target: "{{{{completion}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 2}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+FUNCTIONS = """
+from pathlib import Path
+
+def text(row):
+    Path({marker!r}).touch()
+    return row["prompt"]
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The author's run, which reaches out in every way; what it sends, runs and writes can be looked at."""
+    root = tmp_path_factory.mktemp("read_run")
+    model_dir(root)
+    (root / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    ran = {name: root / f"{name}-ran" for name in ("model", "task")}
+    (root / "llama" / "theirs.py").write_text(TOKENIZER.format(marker=str(ran["model"])))
+    about = json.loads((root / "llama" / "tokenizer_config.json").read_text())
+    about |= {"auto_map": {"AutoTokenizer": [None, "theirs.Theirs"]}, "tokenizer_class": "Theirs"}
+    (root / "llama" / "tokenizer_config.json").write_text(json.dumps(about))
+    (root / "task").mkdir()
+    (root / "task" / "theirs.yaml").write_text(HARNESS_TASK.format(rows=root / "rows.jsonl"))
+    (root / "task" / "functions.py").write_text(FUNCTIONS.format(marker=str(ran["task"])))
+    with serving(chat=lambda body: "Grade: 7") as stub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
+        patch.setenv("JUDGE_CREDENTIAL", "only-the-judge-knows")
+        made = SimpleNamespace(root=root, stub=stub, ran=ran, patch=patch, run=root / "run")
+        made.home = lambda name: patch.setenv("XDG_STATE_HOME", str(root / name))
+        made.home("author")
+        assert command_here(["train", *words_of(made)]) == 0
+        assert {*what_happened(made)} == {*EVERYTHING}, "what this run does could not be seen"
+        yield made
+
+
+def words_of(site):
+    """What the author types to train."""
+    root, tasks = site.root, "evaluation.tasks"
+    words = [f"model.path={root}/llama", f"data.path={root}/rows.jsonl", f"data.eval_path={root}/rows.jsonl"]
+    words += [
+        "tuning=lora",
+        "budget.steps=1",
+        "batch.global=4",
+        "batch.micro=4",
+        "run.threads=1",
+        f"run.dir={site.run}",
+    ]
+    words += ["model.trust_remote_code=true", f"data.cache_dir={root}/cache", "export.at_end=false"]
+    words += ["logging.wandb=offline", "logging.entity=the-author", "logging.tables=true", "evaluation.at_start=false"]
+    words += [f"{tasks}.q.kind=judge", f"{tasks}.q.path={root}/rows.jsonl", f"{tasks}.q.write.max_new_tokens=2"]
+    words += [f"evaluation.judge.url={site.stub.url}", "evaluation.judge.model=judge-1"]
+    words += ["evaluation.judge.key_env=JUDGE_CREDENTIAL", f"evaluation.judge.cache_dir={root}/verdicts"]
+    if HARNESS:
+        words += [f"{tasks}.theirs.kind=lm_eval", f"{tasks}.theirs.path={root}/task"]
+    return words
+
+
+@pytest.fixture(autouse=True)
+def nothing_happened(site):
+    """Before each test: nothing was sent, run or written, and the reader has typed nothing."""
+    site.stub.requests.clear()
+    shutil.rmtree(site.root / "verdicts", ignore_errors=True)
+    shutil.rmtree(site.root / "reader", ignore_errors=True)
+    for marker in site.ran.values():
+        marker.unlink(missing_ok=True)
+    site.home("reader")
+
+
+def what_happened(site):
+    """Everything that reached out."""
+    happened = [name for name, marker in site.ran.items() if marker.exists()]
+    happened += ["sent"] if site.stub.requests else []
+    happened += ["verdicts"] if (site.root / "verdicts").exists() else []
+    return happened
+
+
+def of_somebody(site, place, **changes):
+    """The author's run with other settings, whose hash fits, as somebody who means harm would write it."""
+    shutil.copytree(site.run, place)
+    text = (place / "config.yaml").read_text()
+    tree = OmegaConf.create(text)
+    for key, value in changes.items():
+        OmegaConf.update(tree, key, value, merge=False)
+    plain = OmegaConf.to_container(tree)
+    (place / "config.yaml").write_text(f"# sha256: {_hash(_identifying(plain))}\n{OmegaConf.to_yaml(tree)}")
+    return place
+
+
+def refused(capfd, way):
+    """What is said of a command that the reader must allow first: (all of it, the command to paste)."""
+    assert command_here([*map(str, way)]) == 64, way
+    shown = capfd.readouterr().err
+    assert "1 problem\n" in shown and "reaches out of the run" in shown and "Traceback" not in shown
+    pasted = next(line for line in shown.splitlines() if line.startswith(f"      shardtune {way[0]} "))
+    return shown, shlex.split(pasted)[1:]
+
+
+def test_a_run_of_somebody_else_gets_nothing_of_its_reader(site, tmp_path, capfd):
+    """Address with variable, code of the model and of a task, files, places, trackers: by every verb that reads a run."""
+    took = {"device_name": "NVIDIA A10G", "step_s": 1.0}
+    facts = json.loads((site.run / "run.json").read_text())
+    facts |= {"device": "cuda:0", "receipt": {"predicted": {}, "measured": took}}
+    theirs = of_somebody(site, tmp_path / "theirs")
+    (theirs / "run.json").write_text(json.dumps(facts))
+    before = sorted(path.name for path in theirs.iterdir())
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "who?"}\n')
+    mine, code = model_dir(tmp_path), "model.trust_remote_code=true"
+    task = ["evaluation.tasks.q.kind=exact_match", f"evaluation.tasks.q.path={site.root}/rows.jsonl"]
+    evaluated = [code, f"evaluation.judge.url={site.stub.url}", "evaluation.judge.key_env=JUDGE_CREDENTIAL", task[1]]
+    evaluated += [f"evaluation.judge.cache_dir={site.root}/verdicts"]
+    evaluated += [f"evaluation.tasks.theirs.path={site.root}/task"] if HARNESS else []
+    ways = [
+        (["evaluate", theirs], evaluated),
+        (["export", theirs, f"to={tmp_path}/out"], [code]),
+        (["review", "make", theirs, f"prompts={prompts}"], [code]),
+        (["plan", f"model.path={mine}", "hardware=a10g", f"from={theirs}"], [f"from.{code}"]),
+        (["evaluate", f"model.path={mine}", *task, f"against={theirs}"], [f"against.{code}"]),
+    ]
+    for way, words in ways:
+        shown, pasted = refused(capfd, way)
+        assert {*pasted} == {*map(str, way), *words}
+        assert str(site.root / "reader" / "shardtune") in shown, "the directory that a container must mount"
+        assert what_happened(site) == [], way
+    assert sorted(path.name for path in theirs.iterdir()) == before and not (tmp_path / "out").exists()
+
+
+def test_what_the_reader_allows_is_used_and_never_asked_for_again(site, tmp_path, capfd):
+    theirs = of_somebody(site, tmp_path / "theirs")
+    way = ["evaluate", theirs, "evaluation.resamples=2", f"to={tmp_path}/report"]
+    _, pasted = refused(capfd, way)
+    assert command_here(pasted) == 0
+    shown = capfd.readouterr().err
+    assert (
+        f"{theirs}: not used, since you have not typed it before: data.cache_dir, logging.wandb, logging.entity"
+        in shown
+    )
+    assert {*what_happened(site)} == {*EVERYTHING}
+    used = load_frozen(tmp_path / "report" / "evaluation" / "job.yaml")
+    assert (used.logging.entity, used.logging.tables) == (None, False), "the reader's rows would go to the author's W&B"
+    assert command_here([*map(str, way)]) == 0
+    kept = [path for path in trusted_values.directory().rglob("*") if path.is_file()]
+    assert kept and {path.stat().st_mode & 0o777 for path in kept} == {0o600}
+    assert (trusted_values.directory() / "typed").stat().st_mode & 0o777 == 0o700
+
+
+def test_ones_own_run_asks_for_nothing_also_when_it_was_copied(site, tmp_path, capfd, monkeypatch):
+    site.home("author")
+    copied = tmp_path / "copied"
+    shutil.copytree(site.run, copied)
+    monkeypatch.chdir(tmp_path)
+    assert command_here(["evaluate", str(copied), "evaluation.resamples=2"]) == 0
+    assert {*what_happened(site)} == {*EVERYTHING}
+    assert load_frozen(copied / "evaluation" / "job.yaml").logging.entity == "the-author"
+    assert (copied / "evaluation.json").exists() and list(copied.glob("evaluation/wandb/offline-run-*"))
+    site.ran["model"].unlink()
+    assert command_here(["export", str(copied), f"to={tmp_path}/out"]) == 0
+    assert what_happened(site).count("model") and "not used" not in capfd.readouterr().err
+
+
+def test_a_variable_and_its_address_are_one_value(site, tmp_path, capfd, monkeypatch):
+    """An address of the reader's does not bring the variable that somebody else's run names, nor the other way round."""
+    theirs = of_somebody(
+        site, tmp_path / "theirs", **{"model.trust_remote_code": False, "evaluation.judge.key_env": "OF_THE_READER"}
+    )
+    monkeypatch.setenv("OF_THE_READER", "not-to-be-told")
+    only = ["evaluation.tasks=[]", "evaluation.tasks.q.kind=judge", f"evaluation.tasks.q.path={site.root}/rows.jsonl"]
+    for typed in (f"evaluation.judge.url={site.stub.url}", "evaluation.judge.key_env=OF_THE_READER"):
+        shown, _ = refused(capfd, ["evaluate", theirs, *only, typed, f"to={tmp_path}/report"])
+        assert "your environment variable OF_THE_READER" in shown
+    assert what_happened(site) == []
+
+
+def test_code_is_known_by_its_files_and_asked_for_again_when_they_change(site, tmp_path):
+    site.home("author")
+    config = load_frozen(site.run / "config.yaml")
+    known = {value.effect for value in outside_values(config) if trusted_values.is_remembered(value.identity)}
+    assert any("runs the Python code" in effect for effect in known)
+    moved = tmp_path / "moved"
+    shutil.copytree(site.root / "llama", moved)
+    config.model.path = str(moved)
+
+    def code():
+        return next(value for value in outside_values(config) if "model.trust_remote_code" in value.settings)
+
+    assert trusted_values.is_remembered(code().identity)
+    (moved / "rows.txt").write_text("no code")
+    assert trusted_values.is_remembered(code().identity)
+    (moved / "theirs.py").write_text((moved / "theirs.py").read_text() + "# more\n")
+    assert not trusted_values.is_remembered(code().identity)
+    about = json.loads((moved / "tokenizer_config.json").read_text())
+    about["auto_map"] = {"AutoTokenizer": [None, f"{tmp_path}/elsewhere.Theirs"]}
+    (moved / "tokenizer_config.json").write_text(json.dumps(about))
+    assert code().identity is None, "the file may lie anywhere, and be changed by anybody"
+
+
+def test_code_that_is_not_here_yet_or_is_spelled_otherwise_counts(tmp_path):
+    """Names of code in escaped JSON, a hub model that would be fetched, a linked folder."""
+    config = compose(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
+    elsewhere, model = tmp_path / "elsewhere", tmp_path / "model"
+    elsewhere.mkdir(), model.mkdir()
+    (elsewhere / "x.py").write_text("")
+    config.model.path, config.model.trust_remote_code = str(model), True
+    (model / "config.json").write_text("{}")
+    assert outside_values(config) == [], "there is no code"
+    (model / "config.json").write_text(json.dumps({"auto_map": f"{elsewhere}--x.X"}).replace("auto", "\\u0061uto"))
+    [value] = outside_values(config)
+    (elsewhere / "x.py").write_text("changed")
+    assert value.identity != outside_values(config)[0].identity
+    (model / "config.json").write_text('{"auto_map": "nobody/fetched-this--x.X"}')
+    assert outside_values(config)[0].identity is not None, "it is not fetched, and cannot run"
+    config.model.download = True
+    assert outside_values(config)[0].identity is None
+    (model / "folder").symlink_to(elsewhere)
+    config.model.download = False
+    before = outside_values(config)[0].identity
+    (elsewhere / "x.py").write_text("changed again")
+    assert outside_values(config)[0].identity != before
+    (model / "folder").unlink()
+    # transformers takes this file in place of config.json.
+    (model / "config.json").write_text('{"configuration_files": ["config.5.0.0.json"]}')
+    (model / "config.5.0.0.json").write_text(json.dumps({"auto_map": {"AutoConfig": f"{elsewhere}/x.X"}}))
+    assert outside_values(config)[0].identity is None
+    config.model.path, config.model.download = "nobody/has-this", True
+    by_setting = {key: each.identity for each in outside_values(config) for key in each.settings}
+    assert by_setting["model.trust_remote_code"] == {"code_of": "nobody/has-this"}
+
+
+def test_reading_a_run_fetches_nothing_before_the_reader_allows_it(site, tmp_path, monkeypatch, capfd):
+    """A record may name a commit of a hub model that this machine does not have."""
+    hub = {"model.path": "nobody/has-this", "model.tokenizer": "nobody/has-that", "model.download": True}
+    theirs = of_somebody(site, tmp_path / "theirs", **hub)
+    (theirs / "run.json").write_text(json.dumps({"base_commit": "0" * 40}))
+    wanted = []
+
+    def snapshot_download(name, *, local_files_only, **_):
+        wanted.extend([] if local_files_only else [name])
+        raise OSError("not here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    shown, _ = refused(capfd, ["export", theirs, f"to={tmp_path}/out"])
+    assert "it fetches and runs the Python code of nobody/has-this" in shown and wanted == []
+
+
+def test_a_task_of_lm_eval_is_known_by_all_that_it_loads_and_by_nothing_else(tmp_path):
+    folder, beside = tmp_path / "tasks", tmp_path / "beside"
+    (folder / "runs").mkdir(parents=True), beside.mkdir()
+    task = folder / "mine.yaml"
+    (beside / "common.txt").write_text("doc_to_text: !function called.text\n")
+    (beside / "called.py").write_text("")
+    (beside / "deep.py").write_text("")
+    deep = str(beside / "deep").replace("/", ".")
+    task.write_text(f"include: ../beside/common.txt\ntask: mine\ndoc_to_target: !function {deep}.target\n")
+    for path in (task, folder):
+        for file in (beside / "common.txt", beside / "called.py", beside / "deep.py", task):
+            before = digest_of_task(path)
+            file.write_text(file.read_text() + "# more\n")
+            assert digest_of_task(path) != before, (path, file)
+    before = digest_of_task(task)
+    (folder / "runs" / "config.yaml").write_text("a run of the user's")
+    assert digest_of_task(task) == before, "the own task would be asked for after each run"
+    (folder / "again.yaml").write_text("a: &a [*a]\n")
+    digest_of_task(folder)
+    for broken in ("a: [", 'include: "\\0"'):
+        (beside / "common.txt").write_text(broken)
+        with pytest.raises(NoDigest):
+            digest_of_task(task)
+
+
+def test_the_name_of_a_task_does_not_pass_for_a_setting():
+    config = compose(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
+    for name, path in (("x.kind", "/somewhere/task.yaml"), ("a.b", "/somewhere/task.yaml"), ("plain", "auto")):
+        config.evaluation.tasks = {name: TaskConfig(kind="lm_eval", path=path)}
+        assert any(path in str(value.settings) for value in outside_values(config)), name
+    config.evaluation.tasks = {}
+    config.data.sources = {"c4.en": SourceConfig(path="d")}
+    assert outside_values(config) == []
+
+
+def test_the_directory_of_another_user_is_not_written(site, tmp_path, monkeypatch):
+    site.home("author")
+    theirs = of_somebody(site, tmp_path / "theirs", **{"evaluation.tasks": {}, "logging.tables": False})
+    before = sorted(path.name for path in theirs.iterdir())
+    monkeypatch.chdir(tmp_path)
+    another = SimpleNamespace(environ=os.environ, geteuid=lambda: theirs.stat().st_uid + 1)
+    monkeypatch.setattr("launch.config.read_run.os", another)  # what was typed before stays the reader's
+    task = ["evaluation.tasks.q.kind=exact_match", f"evaluation.tasks.q.path={site.root}/rows.jsonl"]
+    assert command_here(["evaluate", str(theirs), *task, "evaluation.tasks.q.write.max_new_tokens=2"]) == 0
+    assert (tmp_path / "runs" / "evaluate-theirs" / "evaluation.json").exists()
+    assert sorted(path.name for path in theirs.iterdir()) == before
+
+
+def test_a_link_in_a_downloaded_run_does_not_say_where_results_are_written(tmp_path):
+    run, other = tmp_path / "downloaded", tmp_path / "other"
+    run.mkdir(), other.mkdir()
+    (run / "config.yaml").touch()
+    assert is_own(run)
+    (run / "evaluation").symlink_to(other)
+    assert not is_own(run)
+    (run / "evaluation").unlink()
+    (run / "evaluation" / "logs").mkdir(parents=True)
+    assert is_own(run)
+    log = run / "evaluation" / "logs" / "rank-0.log"
+    log.symlink_to(other / "rc")  # which is not there yet
+    assert not is_own(run)
+    log.unlink()
+    log.symlink_to(run / "elsewhere.log")
+    assert is_own(run), "a link within the run"
+    (run / "reports").symlink_to(other)
+    assert not is_own(run)
+
+
+def test_a_frozen_configuration_looks_nothing_up_when_it_is_evaluated(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("OF_THE_READER", "not-to-be-told")
+    theirs = of_somebody(site, tmp_path / "theirs")
+    config = load_frozen(theirs / "config.yaml")
+    config.logging.notes = "${oc.env:OF_THE_READER}"
+    for again in (recompose(config, ["evaluation.batch=2"], ALLOWED), with_words(config, ["model.download=false"])):
+        assert again.logging.notes == "${oc.env:OF_THE_READER}"
+    assert recompose(config, ["logging.notes='${oc.env:OF_THE_READER}'"], ALLOWED).logging.notes == "not-to-be-told"
+
+
+def test_the_code_of_a_teacher_is_trusted_by_its_own_setting(site):
+    model = ModelConfig(path="student", trust_remote_code=True)
+    teacher = DistillationConfig(teacher=TeacherConfig(path="teacher"))
+    assert not teacher_model(model, teacher).trust_remote_code
+    teacher.teacher.trust_remote_code = True
+    assert teacher_model(ModelConfig(path="student"), teacher).trust_remote_code
+    composed = [
+        compose(
+            ["model.path=m", "budget.steps=3", "objective=distillation", "objective.teacher.path=t", *more], check=False
+        )
+        for more in ([], ["objective.teacher.trust_remote_code=true"])
+    ]
+    assert composed[0].sha256 == composed[1].sha256, "an earlier run could not go on with the word"
+
+
+def test_training_goes_on_where_nothing_can_be_kept(site, monkeypatch, capsys):
+    config = load_frozen(site.run / "config.yaml")
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+    trusted_values.remember_config(config)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "cannot be written" in line and "will ask" in line
+    place = site.root / "reader" / "shardtune" / "typed"
+    monkeypatch.setenv("XDG_STATE_HOME", str(site.root / "reader"))
+    monkeypatch.setattr(trusted_values, "MOST_VALUES", 3)
+    trusted_values.remember_config(config)
+    assert len([*place.iterdir()]) == 3
+    place.chmod(0o777)
+    assert not any(trusted_values.is_remembered(value.identity) for value in outside_values(config)), (
+        "anybody may have typed them"
+    )
+    place.chmod(0o700)
+    assert any(trusted_values.is_remembered(value.identity) for value in outside_values(config))
+    monkeypatch.setattr("launch.config.trusted_values.os.geteuid", lambda: place.stat().st_uid + 1)
+    assert not any(trusted_values.is_remembered(value.identity) for value in outside_values(config)), (
+        "another user typed them"
+    )
+    trusted_values.remember_config(config)
+    assert "is another user's" in capsys.readouterr().err
+
+
+def test_every_setting_has_a_class_by_its_own_name():
+    whole = {key.partition(".")[0] for key in REACH if "." not in key}
+    settings = {key for key in overrides.settings() if key.partition(".")[0] not in whole}
+    assert settings - {*REACH} == set(), (
+        "say in trainer/config/reach.py whether these describe a run or reach out of it"
+    )
+    assert {key for key in REACH if "." in key} - settings == set()
+    assert (
+        reach_of("evaluation.tasks.facts.path") is Reach.file
+        and reach_of("evaluation.tasks.facts.kind") is Reach.describes
+    )
+    with pytest.raises(KeyError):
+        reach_of("model.invented")
+
+
+def test_verbs_read_a_run_by_the_one_door():
+    """Who reads a frozen configuration without it starts or follows what this user has started, or compares texts with it.
+
+    `begun` takes one of the budgets that were typed now. `evaluate_words` asks whether a value that counts as a secret now is
+    the run's own.
+    """
+    allowed = {
+        "begun",
+        "compose",
+        "evaluate",
+        "evaluate_words",
+        "frozen",
+        "lowered",
+        "node",
+        "read_run",
+        "status_saw",
+        "train",
+    }
+    there = {file.stem for file in (ROOT / "launch").glob("*.py") if "load_frozen(" in file.read_text(encoding="utf-8")}
+    assert there <= allowed, f"read a run by launch.config.read_run.read_run: {there - allowed}"

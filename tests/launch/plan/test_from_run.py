@@ -1,0 +1,122 @@
+"""`shardtune plan from=<run>`: all ways reckoned with what a run measured; the runs are written by hand, there is no GPU."""
+
+import json
+import pickle
+
+import pytest
+
+from launch import main as command
+from launch.config.compose import compose
+from launch.runs.freeze import freeze
+from tests.helpers.building import model_dir
+from tests.helpers.tokenizers import write_chat_data
+from trainer.planner import sweep
+
+GPU = "NVIDIA A10G"
+CARD = ["hardware=a10g", "strategy=fsdp2", "tuning=lora", "strategy.defer_sync=false"]
+CARD += ["strategy.activation_checkpointing=none", "batch.global=8", "batch.micro=2", "budget.steps=10"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    root = tmp_path_factory.mktemp("from")
+    data = write_chat_data(root / "chats.jsonl", 16)
+    return [f"model.path={model_dir(root)}", f"data.path={data}", f"data.cache_dir={root / 'cache'}"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def simulated_once():
+    """What is simulated is the same, with a run to go by and without."""
+    simulate, known = sweep.simulate_ways, {}
+
+    def ways(found, job, accumulation, settings, tell):
+        key = pickle.dumps([[way.config for way in found], job, accumulation, settings])
+        if key not in known:
+            known[key] = simulate(found, job, accumulation, settings, tell)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "simulate_ways", ways)
+        yield
+
+
+def plan(capsys, *asked):
+    code = command.main(["plan", *map(str, asked)])
+    said = capsys.readouterr()
+    return code, said.out + said.err, json.loads(said.out) if "--json" in asked and not code else {}
+
+
+def write_run(directory, words, measured, **facts):
+    """A run of fsdp2 on two cards, as its directory would be."""
+    own = [word for word in CARD if not word.startswith("hardware=")]
+    freeze(compose([*words, *own, "launcher.processes=2", "run.device=cpu"]), directory)
+    receipt = {"predicted": {}, "measured": measured}
+    known = {"strategy": "fsdp2", "world_size": 2, "micro_batch": 2, "precision": "bf16", "device": "cuda:0"}
+    (directory / "run.json").write_text(json.dumps({**known, "receipt": receipt, **facts}))
+    return directory
+
+
+def test_what_a_run_measured_is_what_is_reckoned_with(capsys, tmp_path, words):
+    asked = [*words, *CARD, "launcher.gpus_per_node=2", "--json"]
+    code, out, answer = plan(capsys, *asked)
+    assert code == 0, out
+    (before,) = answer["ways"]
+    peak, total = before["peak_gib"], before["step_s"]["total"]
+    took = {"device_name": GPU, "step_s": 2 * total, "memory_gib": 1.1 * peak, "memory_reserved_gib": 1.32 * peak}
+    took |= {"checkpoint_bytes": 6e9, "checkpoint_s": 2.0}
+    run = write_run(tmp_path / "run", words, took)
+    code, out, answer = plan(capsys, *asked, f"from={run}")
+    assert code == 0, out
+    (after,) = answer["ways"]
+    assert after["tokens_per_s"] == pytest.approx(before["tokens_per_s"] / 2)
+    assert after["step_s"] == pytest.approx({key: 2 * value for key, value in before["step_s"].items()})
+    assert after["hours"] == pytest.approx(2 * before["hours"]) and after["peak_gib"] == pytest.approx(peak)
+    needed = answer["hardware"]["memory_gib"] - after["margin_gib"]
+    beside = after["beside_gib"]
+    assert beside["allocator"] == pytest.approx(0.2 * 1.1 * peak, abs=1e-8)
+    assert needed == pytest.approx(1.32 * peak + beside["context"] + beside["nccl"], abs=1e-8)
+    assert answer["checkpoint_s"] == pytest.approx(answer["checkpoint_gib"] * 2**30 / 3e9)
+    code, out, _ = plan(capsys, *asked[:-1], f"from={run}")
+    said = " ".join(out.split())
+    assert f"from {run} (fsdp2, 2 x {GPU}): steps take 2.00 x what is reckoned" in said
+    assert "tensors take 1.10 x what is simulated" in said and "reserves 20.0% beyond" in said
+    assert "writes checkpoints at 3 GB/s" in said and "what stands above was measured" in said
+
+
+def test_what_a_run_does_not_tell_stays_and_is_named(capsys, tmp_path, words):
+    """A peak below the simulated one is no proof: its longest documents need not have come together."""
+    run = write_run(tmp_path / "run", words, {"device_name": GPU, "memory_gib": 1e-6, "step_s": None})
+    asked = [*words, *CARD, "launcher.gpus_per_node=2", "--json"]
+    known = [plan(capsys, *asked, *more)[2]["ways"][0] for more in ([], [f"from={run}"])]
+    assert known[0] == known[1]
+    said = plan(capsys, *asked, f"from={run}")[2]["hardware"]["calibrated"]
+    assert [line for line in said if line.startswith("not calibrated")] == [
+        "not calibrated: it tells no time of a step",
+        "not calibrated: it tells no memory that the allocator reserved",
+        "not calibrated: it wrote no checkpoint",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("measured", "facts", "more", "said"),
+    [
+        ({"device_name": GPU}, {"device": "cpu"}, [], "it ran on cpu; a plan of GPUs goes by runs on GPUs"),
+        (None, {}, [], "it has measured nothing yet"),
+        ({"device_name": GPU}, {"receipt": None}, [], "holds no receipt"),
+        ({"device_name": "NVIDIA L4"}, {}, [], f"it ran on NVIDIA L4, and hardware names {GPU}"),
+        ({"device_name": GPU}, {}, ["from=other"], "a plan goes by one run"),
+    ],
+)
+def test_runs_that_tell_nothing_are_refused(capsys, tmp_path, words, measured, facts, more, said):
+    run = write_run(tmp_path / "run", words, measured, **facts)
+    code, out, _ = plan(capsys, *words, *CARD, f"from={run}", *more)
+    assert code == 64 and said in out
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("from=", "from=: names no run"), ("from=nowhere", "from=nowhere: not a run directory")]
+)
+def test_words_that_name_no_run_are_refused(capsys, monkeypatch, tmp_path, words, word, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = plan(capsys, *words, *CARD, word)
+    assert code == 64 and said in out

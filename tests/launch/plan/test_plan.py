@@ -1,0 +1,435 @@
+"""`shardtune plan`: words, cards, the table, JSON and exit codes; and what the answer is reckoned from."""
+
+import json
+import os
+import re
+import shlex
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from launch import main as command
+from launch.config.compose import compose, ranks_of
+from launch.plan.answer import by_reason, command_of, costs, stored
+from launch.plan.command import cards, composed, read_own
+from launch.plan.job import job_of
+from strategies.base import Fsdp2Config, Precision, StrategyName
+from strategies.errors import ConfigError
+from tests.helpers.building import model_dir
+from tests.helpers.tokenizers import write_chat_data
+from tests.strategies.test_mesh import SHARDS
+from trainer.build.parts import prepare_data
+from trainer.config.run import RunConfig
+from trainer.config.validate import problems_of
+from trainer.model.loading import load_tokenizer
+from trainer.model.quantisation import Quantisation
+from trainer.planner import plan as plan_module
+from trainer.planner import sweep
+from trainer.planner.lengths import Lengths
+from trainer.planner.plan import PlanConfig, PlannedRun, Way, choices, micro_batches, ways
+from trainer.planner.simulation import simulate_depth
+from trainer.planner.speed import CALL_S, LINKS, Load, exchange_s, rate, step_of
+from trainer.planner.sweep import PlanAnswer
+from trainer.reporting.gpu_peaks import PEAK_TFLOPS
+
+FIGURES = ("memory_gib", "fp32_tflops", "memory_gb_s", "link_gb_s", "node_gb_s", "host_gb_s", "price_per_hour")
+GPUS = ["launcher.nodes=2", "launcher.gpus_per_node=4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_dir(tmp_path_factory.mktemp("plan"))
+
+
+def plan(capsys, model, *words):
+    """(exit code, what was printed)."""
+    code = command.main(["plan", f"model.path={model}", "data.max_length=64", *words])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize("name", cards())
+def test_a_card_says_all_that_a_plan_asks(name):
+    card, _ = read_own([f"hardware={name}"])
+    assert card.name in PEAK_TFLOPS
+    said = " ".join(card.sources)
+    assert card.date and [key for key in FIGURES if key not in said] == []
+    assert "bf16" in said or "fp16" in said  # of the figure in trainer/reporting/gpu_peaks.py
+    assert card.tflops(card.precision(Precision.auto)) >= card.fp32_tflops
+    assert card.node_gb_s > 0 and card.host_gb_s <= card.memory_gb_s
+
+
+def test_a_figure_of_a_card_can_be_another(tmp_path):
+    card, settings = read_own(["hardware=l4", "hardware.price_per_hour=0.5", "plan.offload=true"])
+    assert card.price_per_hour == 0.5 and settings.offload
+    (tmp_path / "mine.yaml").write_text("name: NVIDIA L4\ncapability: [8, 9]\nmemory_gib: 20\n")
+    with pytest.raises(ConfigError, match=r"hardware\.memory_gb_s=0: must be above 0"):
+        read_own([f"hardware={tmp_path / 'mine.yaml'}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "hardware: not set; give the card to plan for, one of a100_40g"),
+        (["hardware=h1000"], "hardware=h1000: there is no such card; one of a100_40g"),
+        (["hardware=l4", "plan.exacct=true"], "there is no setting plan.exacct; one of plan.exact"),
+        (["hardware=l4", "hardware.memory_gib=much"], "hardware.memory_gib=much: "),
+        (["hardware=l4", "hardware.name=Voodoo"], "hardware.name=Voodoo: its speed is not known"),
+        (["hardware=torn.yaml"], "hardware=torn.yaml: while parsing a flow sequence"),
+        (["hardware=list.yaml"], "hardware=list.yaml: the file must hold keys"),
+        (["hardware=l4", "plan.quantisation=nf4"], "plan.quantisation=nf4: is a list; write plan.quantisation=[nf4]"),
+        (["hardware=l4", "plan.workers=-1"], "plan.workers=-1: must be at least 0"),
+        (
+            ["hardware=l4", "plan.theirs=stock_loss"],
+            "plan.theirs=stock_loss: is a list; write plan.theirs=[stock_loss]",
+        ),
+        (
+            ["hardware=l4", "plan.theirs=[stock_loss,fused_loss]"],
+            "a step has one loss; name one of stock_loss, fused_loss",
+        ),
+        (
+            ["hardware=l4", "plan.theirs=[pure_bf16]", "tuning=lora"],
+            "is of full tuning; set tuning=full, or leave it out",
+        ),
+        (
+            ["hardware=l4", "plan.theirs=[stock_loss]", "objective=classification"],
+            "is of a loss over words; objective=",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_card_or_a_plan_is_said(capsys, monkeypatch, tmp_path, model, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torn.yaml").write_text("name: [NVIDIA\nmemory_gib: {")
+    (tmp_path / "list.yaml").write_text("- memory_gib: 80\n")
+    code, out = plan(capsys, model, *words)
+    assert code == 64 and said in out
+
+
+def test_without_a_model_or_with_a_batch_that_does_not_divide(capsys, model, tmp_path):
+    assert command.main(["plan", "hardware=l4"]) == 64
+    assert "model.path: not set" in capsys.readouterr().err
+    assert command.main(["plan", "hardware=l4", f"model.path={tmp_path}", "data.max_length=64"]) == 64
+    said = capsys.readouterr().err
+    assert said.count("holds no config.json") == 1 and "simulated" not in said, (
+        "said once, before anything is simulated"
+    )
+    code, out = plan(capsys, model, "hardware=l4", *GPUS, "batch.global=16", "batch.micro=4", "strategy=ddp")
+    assert code == 64 and "batch.micro=4 x 8 ranks = 32; set batch.global=32, or batch.micro=1 or 2" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["batch.global=10", "launcher.gpus_per_node=4"], "batch.global=10: must be a multiple of batch.micro=1 x 4"),
+        (["batch.global=1", "batch.micro=1", "launcher.gpus_per_node=4"], "batch.global=1: must be a multiple"),
+        (["batch.micro=0"], "batch.micro=0: must be at least 1"),
+        (["budget.steps=-5"], "budget.steps=-5: must be at least 1"),
+        (["budget.steps=5", "budget.epochs=1"], "exactly one of budget.steps, budget.epochs and budget.tokens"),
+        (["data.max_length=0"], "data.max_length=0: must be at least 2"),
+        (["launcher.gpus_per_node=0"], "launcher.gpus_per_node=0: asks for nodes without GPUs"),
+        (["launcher.gpus_per_node=-2"], "launcher.gpus_per_node=-2: must be at least 0"),
+        (["launcher.nodes=0"], "launcher.nodes=0: must be at least 1"),
+        (["tuning=lora", "tuning.rank=0"], "tuning.rank=0: must be at least 1"),
+        (["strategy=single", *GPUS], "strategy=single: runs in one process, not 8"),
+        (["run.must_fit=true", "run.resume=nowhere"], "run.resume=nowhere: is not a directory"),
+        (["batch.micro=3", "batch.global=4", "data.path={data}"], "batch.global=4: must be a multiple"),
+    ],
+)
+def test_what_train_would_refuse_is_refused_once_and_before_data_is_prepared(
+    capsys, monkeypatch, tmp_path, model, words, said
+):
+    def prepared(*args, **kwargs):
+        raise AssertionError("data was prepared")
+
+    monkeypatch.setattr("trainer.build.parts.prepare_data", prepared)
+    data = write_chat_data(tmp_path / "chats.jsonl")
+    code, out = plan(capsys, model, "hardware=l4", *[word.format(data=data) for word in words])
+    assert code == 64 and out.count(said) == 1
+
+
+def test_a_micro_batch_that_a_run_would_choose_is_looked_at_in_all_its_values(model):
+    card, _ = read_own(["hardware=l4"])
+    config, typed = composed([f"model.path={model}", "batch.micro=auto"], card)
+    assert config.batch["micro"] == 1 and "batch.micro" not in typed
+
+
+def pasted(said):
+    """(verb, words) of the command that a plan ends with, as a shell reads them."""
+    command_line = re.search(r"^shardtune (?:train|submit) (?:.*\\\n)*.*$", said, re.MULTILINE)
+    return shlex.split(command_line[0].replace("\\\n", ""))[1:]
+
+
+def refused_by_train(verb, *words):
+    """(ranks, what its validation says of the words, but for data that is not there)."""
+    config = compose([*words, *(["launcher=slurm"] if verb == "submit" else [])], check=False).config
+    world = ranks_of(config)
+    return world, [p for p in problems_of(config, world_size=world) if not p.startswith("data.path: not set")]
+
+
+def test_the_words_to_paste_make_a_run(capsys, model):
+    """The table is narrow; the words that it ends with are a run of as many ranks; JSON says the same."""
+    asked = [
+        "hardware=a10g",
+        *GPUS,
+        "strategy=fsdp2",
+        "strategy.activation_checkpointing=full",
+        "tuning=lora",
+        "tuning.targets=[q_proj,v_proj]",
+        "budget.tokens=1000000",
+    ]
+    code, out = plan(capsys, model, *asked)
+    assert code == 0, out
+    assert all(len(line) <= 80 for line in out.splitlines() if "model.path" not in line and "simulated" not in line)
+    verb, *words = pasted(out)
+    assert verb == "submit" and "tuning.targets=[q_proj,v_proj]" in words and "(with data.path of your own)" in out
+    assert refused_by_train(verb, *words) == (8, [])
+    code, out = plan(capsys, model, *asked, "--json")
+    answer = json.loads(out[out.index("{") : out.rindex("}") + 1])
+    assert code == 0 and set(answer["best"]) <= set(words)
+    best = answer["ways"][0]
+    assert sum(best["kinds_gib"].values()) == pytest.approx(best["peak_gib"], rel=1e-3, abs=1e-5)
+    card, _ = read_own(["hardware=a10g"])
+    assert best["hours"] > 0 and best["price"] == pytest.approx(best["hours"] * 8 * card.price_per_hour)
+    assert {one["micro"] for one in answer["all"]} == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("asked", "verb", "ranks"),
+    [
+        ([], "train", 1),
+        (["launcher.processes=4"], "train", 4),
+        (["launcher=local", "launcher.processes=4"], "train", 4),
+        (["launcher=slurm"], "submit", 1),
+        (["launcher.gpus_per_node=2", "launcher.partition=fast"], "submit", 2),
+        (["launcher.partition=fast"], "submit", 1),
+        (["launcher.nodes=2", "launcher.processes=2"], "submit", 4),
+    ],
+)
+def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ranks):
+    """Wherever it is pasted: a host may have more GPUs, and jobs of SLURM get none that are not asked for."""
+    card, _ = read_own(["hardware=a10g"])
+    words = [f"model.path={model}", "budget.steps=1", "precision=bf16", *asked]
+    config, _ = composed(words, card)
+    best = SimpleNamespace(words=["strategy=ddp", "batch.global=32", "batch.micro=2"], way=Way(config, ()))
+    said = "\n".join(command_of(words, best, job_of(config, card)))
+    starts, *typed = pasted(said)
+    assert (starts, *refused_by_train(starts, *typed)) == (verb, ranks, [])
+    assert verb == "train" or compose([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
+
+
+def test_where_nothing_fits(capsys, model):
+    code, out = plan(capsys, model, "hardware=l4", "hardware.memory_gib=0.5", "strategy=single")
+    assert code == 69, out
+    assert "Nothing fits" in out and "too large" in out
+
+
+def test_what_another_trainer_holds_stands_apart(capsys, model):
+    """Arithmetic by hand: 12 bytes for each of 512 words and 64 tokens; weights, moments and update in bf16."""
+    words = [
+        "hardware=l4",
+        "strategy=single",
+        "strategy.activation_checkpointing=none",
+        "batch.micro=1",
+        "batch.global=1",
+    ]
+    told = [
+        plan(capsys, model, *words, "--json", *more)
+        for more in ([], ["plan.theirs=[stock_loss]"], ["plan.theirs=[pure_bf16]"])
+    ]
+    assert [code for code, _ in told] == [0, 0, 0]
+    answers = [json.JSONDecoder().raw_decode(out)[0] for _, out in told]
+    ours, loss, pure = (answer["ways"][0] for answer in answers)
+    theirs = [one.pop("theirs_gib") for one in (ours, loss, pure)]
+    assert ours == loss == pure and theirs[0] is None, "what is told of this trainer is what it is without"
+    assert theirs[1]["total"] > ours["peak_gib"] and theirs[1]["at"] == "loss"
+    words = json.loads((model / "config.json").read_text())["vocab_size"]
+    assert theirs[1]["parts"]["logits"] * 2**30 == 12 * words * 64
+    assert theirs[1]["total"] == pytest.approx(sum(theirs[1]["parts"].values()))
+    size = answers[0]["model"]["parameters"] / 2**30
+    assert theirs[2]["parts"].items() >= {"weights": 2 * size, "moments": 4 * size}.items()
+
+
+def killed(config, *asked):
+    """What the kernel does to a process where memory is short."""
+    if config.strategy.name == "zero2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
+def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
+    """Those that were done by then stay; one after the other, so that it is known which."""
+    monkeypatch.setattr(sweep, "_simulate", killed)
+    card, settings = read_own(["hardware=l4", "plan.workers=1"])
+    config, typed = composed([f"model.path={model}", "strategy.activation_checkpointing=none"], card)
+    found, _ = ways(config, settings, typed, 1)
+    told = []
+    forms = sweep.simulate_ways(found, job(card), 1, settings, lambda *said: told.append(said))
+    by_name = dict(zip([way.name for way in found], forms, strict=True))
+    assert by_name["zero3"] == "done" and by_name["zero2"] == by_name["fsdp2"] == sweep.KILLED
+    assert len(told) == len(found)
+
+
+def test_what_cannot_be_simulated_is_said_and_not_raised(capsys, tmp_path, model):
+    settings = json.loads((model / "config.json").read_text())
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "config.json").write_text(json.dumps(settings | {"model_type": "nobodys"}))
+    code, out = plan(capsys, odd, "hardware=l4", "strategy=single")
+    assert code == 64 and "nobodys" in out and "Traceback" not in out
+
+
+def job(card, *, nodes=2, per_node=4, batch=32):
+    return PlannedRun(card, Precision.bf16, nodes, per_node, batch, Lengths.all_of(64, 1))
+
+
+def test_ways_are_all_but_those_that_are_typed_or_ruled_out(model):
+    card, _ = read_own(["hardware=l4"])
+    config, typed = composed([f"model.path={model}", *GPUS, "tuning=lora"], card)
+    found, refused = ways(config, PlanConfig(), typed, 8)
+    assert {way.name for way in found} == {"ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"}
+    assert len(found) == 18
+    assert {way.name for way, _ in refused} == {"single"} and "runs in one process" in refused[0][1]
+    found, _ = ways(config, PlanConfig(offload=True), typed, 8)
+    assert {way.name for way in found if way.offload} == {"fsdp2", "hsdp", "zero1", "zero2", "zero3"}
+    config, typed = composed([f"model.path={model}", "strategy=zero2", "strategy.activation_checkpointing=full"], card)
+    assert [way.name for way in ways(config, PlanConfig(), typed, 1)[0]] == ["zero2"]
+
+
+@pytest.mark.parametrize(("name", "asked", "shards"), SHARDS)
+def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name, asked, shards):
+    """As the mesh has it (tests/strategies/test_mesh.py): a plan that knew better would promise room that is not there."""
+
+    class RowsAlone:
+        rows = True
+
+        def at(self, units):
+            return None
+
+    def heard(form, among):
+        raise LookupError(among)
+
+    monkeypatch.setattr(plan_module, "waiting_bytes", heard)
+    strategy = Fsdp2Config(name=StrategyName(name), replicate=asked)
+    card, _ = read_own(["hardware=l4"])
+    with pytest.raises(LookupError) as found:
+        choices(Way(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
+    assert found.value.args == (shards,)
+
+
+def test_micro_batches_divide_the_part_of_a_rank():
+    card, _ = read_own(["hardware=l4"])
+    assert micro_batches(job(card, batch=96), None) == [1, 2, 3, 4, 6, 12]
+    assert micro_batches(job(card, batch=96), 4) == [4]
+    assert micro_batches(job(card, batch=96), 5) == []
+    assert micro_batches(job(card, batch=10), None) == micro_batches(job(card, batch=4), 1) == []
+
+
+def test_rows_say_all_that_is_stored_otherwise(model):
+    card, _ = read_own(["hardware=l4"])
+    config, typed = composed([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
+    settings = PlanConfig(offload=True, quantisation=[Quantisation.none, Quantisation.nf4])
+    found, _ = ways(config, settings, typed, 1)
+    labels = {(way.offload, str(way.config.model.quantisation)): stored(way) for way in found}
+    assert labels == {
+        (False, "none"): "",
+        (True, "none"): "offload",
+        (False, "nf4"): "nf4",
+        (True, "nf4"): "offload+nf4",
+    }
+    form = SimpleNamespace(parameters=1, trained=1, layout="padded", notes=())
+    answer = PlanAnswer(job(card), [], [], [(way, "too odd") for way in found], form)
+    assert by_reason(answer)["too odd"].count(", none, offload+nf4") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "card", "said"),
+    [
+        (
+            ["budget.epochs=3"],
+            [],
+            ["budget.epochs=3 takes depends on the data: give data.path", "a million tokens cost $"],
+        ),
+        (["budget.steps=3"], [], ["the budget takes 0.01 hours on 8 cards: $0."]),
+        (
+            ["budget.steps=3"],
+            ["hardware.price_per_hour=null"],
+            ["0.01 hours on 8 cards", "give hardware.price_per_hour"],
+        ),
+        ([], ["hardware.price_per_hour=null"], ["no price was found for NVIDIA A10G; give hardware.price_per_hour"]),
+        ([], [], ["a million tokens cost $", "with a budget (budget.tokens=...) the whole is told"]),
+    ],
+)
+def test_what_the_cost_of_a_run_lacks_is_said(model, words, card, said):
+    a10g, _ = read_own(["hardware=a10g", *card])
+    config, _ = composed([f"model.path={model}", *GPUS, *words], a10g)
+    hours = 0.0125 if "budget.steps=3" in words else None
+    price = None if hours is None or card else 0.1
+    found = SimpleNamespace(way=Way(config, ()), hours=hours, price=price, tokens_per_s=1e4)
+    told = " ".join(costs(found, job(a10g)))
+    assert all(part in told for part in said), told
+    assert told.count("price") == len(card) + ("give hardware.price_per_hour" in told)
+
+
+def test_rates_of_groups_within_and_between_nodes():
+    card = replace(read_own(["hardware=h100_80g"])[0], link_gb_s=450.0, node_gb_s=400.0, gpus_per_node=8)
+    assert rate(card, 8, 1) == 450e9 * LINKS
+    assert rate(card, 32, 4) == 400e9 * LINKS  # a ring leaves a node by all its ports
+    assert rate(card, 4, 4) == 50e9 * LINKS  # one rank a node has one of them
+
+
+class Form:
+    """As much of a form as speeds ask for."""
+
+    blocks, accumulation, updated, host = 4, 2, 0.0, 0
+    exchanged = {  # noqa: RUF012 - never changed
+        ("allgather_base", 8, 1, "bfloat16", "each"): (4, 8_000_000_000),
+        ("allgather_base", 8, 1, "bfloat16", "last"): (4, 8_000_000_000),
+        ("allreduce", 8, 1, "float32", "update"): (1, 8),
+    }
+
+    def __init__(self, flops):
+        self.flops = flops
+
+    def work(self, units, squares):
+        return self.flops, 0.0, 0.0
+
+
+def test_exchange_is_hidden_behind_arithmetic_where_there_is_enough():
+    card = replace(read_own(["hardware=h100_80g"])[0], link_gb_s=400.0)
+    one = 4 * CALL_S + 7 / 8 * 8e9 / (400e9 * LINKS)
+    inside, after = exchange_s(Form(0.0), 4, card)
+    assert inside == pytest.approx(4 * one) and after == pytest.approx(CALL_S, rel=1e-3)
+    slow = step_of(Form(1e15), Load(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
+    assert slow.exposed_s == pytest.approx(inside / 16 + after)
+    fast = step_of(Form(1e9), Load(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
+    assert fast.exposed_s == pytest.approx(inside + after, rel=0.02)
+    assert fast.total_s < slow.total_s
+
+
+def test_a_dry_run_tells_the_simulated_step(capsys, model, tmp_path):
+    """The longest documents of the data, in the micro-batch of the run, as the simulation has it."""
+    data = write_chat_data(tmp_path / "chats.jsonl")
+    words = [
+        f"model.path={model}",
+        f"data.path={data}",
+        f"data.cache_dir={tmp_path}",
+        "batch.global=4",
+        "batch.micro=2",
+    ]
+    words += ["budget.steps=1", "run.device=cpu", "tuning=lora"]
+    assert command.main(["train", "--dry-run", *words]) == 0
+    out = capsys.readouterr().out
+    told = re.search(r"memory per rank of the longest micro-batch, simulated: most in (.*?);", out)
+    total = re.search(r"  total +([\d.]+) MiB", out)
+    config = compose(words).config
+    config.batch["global"] = 4
+    lengths = sorted(prepare_data(config, load_tokenizer(config.model)).train.lengths.tolist())[-2:]
+    found = simulate_depth(config, lengths, device=torch.device("cpu"))
+    assert told is not None and told[1] == str(found.peak)
+    asked = ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=8", "strategy=ddp", "batch.global=32"]
+    assert command.main(["train", "--dry-run", *words, *asked]) == 0
+    assert "batch: 32 = 2 micro x 1 accumulation x 16 ranks" in capsys.readouterr().out
+    assert total is not None and float(total[1]) == pytest.approx(found.total / 2**20, abs=0.006)

@@ -1,0 +1,116 @@
+"""`shardtune chat`: one answer, from a pipe, side by side; as plain peft and transformers write it."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.serve.chat_screen import columns
+from launch.serve.conversation import Talk, TalkSettings
+from launch.serve.exported import find_export
+from launch.serve.models import load, load_base
+from strategies.errors import ConfigError
+from tests.helpers.launching import command_here
+from trainer.export.load import load_export
+
+
+@pytest.fixture(autouse=True)
+def _where(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+
+
+def greedy(model, tokenizer, prompt, tokens=12):
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)["input_ids"]
+    ids = torch.tensor([ids])
+    ends = [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    written = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=2)
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def answers(capsys, *words):
+    assert command_here(["chat", *map(str, words), "--json"]) == 0
+    return {each["model"]: each for each in json.loads(capsys.readouterr().out)["answers"]}
+
+
+@pytest.mark.parametrize("run", ["lora", "full"])
+def test_tuned_and_base_answer_as_they_do_elsewhere(site, capsys, run):
+    found = answers(capsys, site / run, "the quick brown fox", "against=base", "max_tokens=12", "dtype=float32")
+    tokenizer = AutoTokenizer.from_pretrained(site / run / "export")
+    base = AutoModelForCausalLM.from_pretrained(site / "model", dtype=torch.float32)
+    assert found[run]["text"] == greedy(load_export(site / run / "export"), tokenizer, "the quick brown fox")
+    assert found["base"]["text"] == greedy(base, tokenizer, "the quick brown fox")
+    assert found["base"]["text"] != found[run]["text"], "four steps at 1e-2 change what is written"
+
+
+def test_a_pipe_is_the_prompt_and_the_answer_alone_comes_out(site, capsys, monkeypatch):
+    tuned = answers(capsys, site / "full", "hello = you?", "max_tokens=9")["full"]["text"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello = you?\n"))
+    assert command_here(["chat", str(site / "full"), "max_tokens=9"]) == 0
+    assert capsys.readouterr().out == f"{tuned}\n"
+    assert answers(capsys, site / "full", "prompt=hello = you?", "max_tokens=9")["full"]["text"] == tuned
+
+
+def test_the_seed_decides_what_is_drawn(site, capsys):
+    def text(seed):
+        return answers(capsys, site / "full", "hi", f"seed={seed}", "temperature=2", "max_tokens=8")["full"]["text"]
+
+    assert text(1) == text(1) and len({text(seed) for seed in range(4)}) > 1
+
+
+def test_side_by_side_in_a_terminal_and_turns_are_remembered(site):
+    exported = find_export(str(site / "lora"))
+    settings = TalkSettings(max_tokens=6)
+    talks = [Talk(load_base(exported), settings), Talk(load(exported), settings)]
+    screen = Console(file=io.StringIO(), width=80, force_terminal=True)
+    columns(talks, "hello you", screen)
+    shown = screen.file.getvalue()
+    assert "base" in shown and "lora" in shown
+    for talk in talks:
+        assert [each["role"] for each in talk.messages] == ["user", "assistant"]
+        assert not talk.messages[1]["content"].strip() or talk.messages[1]["content"].split()[0] in shown
+    columns(talks, "and now?", screen)
+    assert len(talks[1].messages) == 4
+    talks[1].forget()
+    assert talks[1].messages == []
+    with pytest.raises(ConfigError, match="takes 512"):
+        columns(talks, "hello " * 600, screen)
+
+
+def test_a_model_without_a_template_goes_on_with_the_text(site):
+    talking = load(find_export(str(site / "full")))
+    talking.tokenizer.chat_template = None
+    talk = Talk(talking, TalkSettings(max_tokens=5))
+    ids = torch.tensor([talking.tokenizer("you are")["input_ids"]])
+    plain = AutoModelForCausalLM.from_pretrained(site / "full" / "export")
+    written = plain.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
+    assert "".join(talk.ask("you are")) == talking.tokenizer.decode(written, skip_special_tokens=True)
+    assert talk.messages == [] and not talk.templated
+
+
+def test_stopped_in_the_middle_it_ends(site):
+    talk = Talk(load(find_export(str(site / "full"))), TalkSettings(max_tokens=400, temperature=2.0))
+    talk.talking.own.eos_token_id = [0]
+    pieces = talk.ask("hello")
+    next(pieces)
+    talk.stop()
+    assert sum(1 for _ in pieces) < 390 and not talk.cut
+
+
+def test_bad_words_are_told_with_the_rule(site, capsys, tmp_path):
+    run = str(site / "full")
+    for words, said in (
+        ([], "no model is named"),
+        ([run, "two", "words"], "put it into quotes"),
+        ([run, "max_tokens=0", "hi"], "from 1"),
+        ([run, "temperature=3", "hi"], "from 0 to 2"),
+        ([run, "temprature=1", "hi"], "did you mean temperature"),
+        ([run, "dtype=int4", "hi"], "one of auto, float32"),
+        ([run, "device=tpu", "hi"], "cannot be used here"),
+        ([run], "the prompt is empty"),
+        ([run, "hi", "against=nowhere"], "there is no such directory"),
+    ):
+        assert command_here(["chat", *words]) == 64
+        assert said in capsys.readouterr().err

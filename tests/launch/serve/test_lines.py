@@ -1,0 +1,125 @@
+"""The commands for vLLM and SGLang use arguments that these have (`arguments.json`: read from their sources), and no key."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from launch.serve.config import ServeConfig, ServedType, read_words
+from launch.serve.exported import Exported, find_export
+from launch.serve.middleware import VllmDoor
+from launch.serve.other_servers import DOOR, environment, sglang, vllm
+from strategies.errors import ConfigError
+from tests.helpers.launching import command_here
+
+KNOWN = {
+    engine: {f"--{name}" for source in sources for name in source["arguments"]}
+    for engine, sources in json.loads((Path(__file__).parent / "arguments.json").read_text()).items()
+}
+
+
+@pytest.mark.parametrize("run", ["lora", "full"])
+def test_every_argument_is_one_of_theirs(site, run):
+    exported, config = find_export(str(site / run)), ServeConfig(dtype=ServedType.bfloat16)
+    for engine, words in (("vllm", vllm(exported, config, door=True)), ("sglang", sglang(exported, config))):
+        assert {word for word in words if word.startswith("--")} <= KNOWN[engine]
+        assert str(site / run / "export") in " ".join(words)
+    words = vllm(exported, config)
+    assert ("--enable-lora" in words) == (run == "lora") and words[2] == str(
+        site / ("model" if run == "lora" else "full/export")
+    )
+    assert json.loads(words[words.index("--override-generation-config") + 1]) == {"max_new_tokens": 1024}
+
+
+@pytest.mark.parametrize("base", ["--config=/theirs.yaml", ["model"]])
+def test_a_base_is_no_option_of_a_server(tmp_path, base):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    with pytest.raises(ConfigError, match="base_model_name_or_path"):
+        find_export(str(tmp_path))
+
+
+def test_ranks_are_those_that_vllm_has_room_for():
+    def rank(number):
+        words = vllm(Exported(Path("x"), "x", "base", {"peft_type": "LORA", "r": number}), ServeConfig())
+        return words[words.index("--max-lora-rank") + 1]
+
+    assert [rank(number) for number in (4, 8, 9, 64, 200)] == ["8", "8", "16", "64", "256"]
+
+
+def test_adapters_of_other_kinds_are_said_to_be_none_of_theirs(site, capsys):
+    assert vllm(Exported(Path("x"), "x", "base", {"peft_type": "IA3"}), ServeConfig()) is None
+    assert command_here(["serve", str(site / "lora"), "--print"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("vllm serve ") and second.startswith("python -m sglang.launch_server ")
+
+
+def test_the_door_stands_before_vllms_own_application(monkeypatch):
+    """As `--middleware` puts a class: added to the application, told by the environment alone."""
+    monkeypatch.setenv("THE_KEY", "k1")
+    config = ServeConfig(key_env="THE_KEY", name="tuned", max_body_kib=1)
+    told = environment(Exported(Path("x"), "x", None, {}), config)
+    assert told["VLLM_API_KEY"] == "k1" and "k1" not in told["SHARDTUNE_SERVE"]
+    assert f"{VllmDoor.__module__}.{VllmDoor.__qualname__}" == DOOR
+    monkeypatch.setenv("SHARDTUNE_SERVE", told["SHARDTUNE_SERVE"])
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def completions(body: dict):
+        return body
+
+    @app.post("/invocations")
+    async def invocations(body: dict):
+        return body
+
+    app.add_middleware(VllmDoor)
+    client, key = TestClient(app), {"Authorization": "Bearer k1"}
+    assert client.post("/v1/completions", json={"prompt": "x"}, headers=key).json() == {"prompt": "x", "model": "tuned"}
+    assert client.post("/invocations", json={"prompt": "x"}, headers=key).status_code == 404
+    assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 401
+    assert client.post("/v1/completions", json={"model": "tuned-base"}, headers=key).status_code == 404
+    assert client.post("/v1/completions", json={"prompt": "x" * 2000}, headers=key).status_code == 413
+
+
+REFUSED = {
+    "host": ({"serve.host": "0.0.0.0"}, "must send a key"),
+    "port": ({"serve.port": "70000"}, "at most 65535"),
+    "word": ({"serve.port": "http"}, "a whole number"),
+    "key": ({"serve.key_env": "sk-123"}, "not shown"),
+    "no key": ({"serve.key_env": "NOT_SET_ANYWHERE"}, "not set, or empty"),
+    "engine": ({"serve.engine": "tgi"}, "one of auto, transformers, vllm"),
+    "switch": ({"serve.batching": "yes"}, "true or false"),
+    "tokens": ({"serve.max_tokens": "0"}, "at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_cannot_be_are_told(case):
+    words, said = REFUSED[case]
+    _, problems = read_words(words)
+    assert len(problems) == 1 and said in problems[0]
+    assert "sk-123" not in problems[0]
+
+
+def test_the_command_says_what_is_wrong(site, tmp_path, capsys):
+    run = str(site / "lora")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.yaml").touch()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    for words, said in (
+        ([], "nothing to serve is named"),
+        (["nowhere"], "there is no such directory"),
+        ([str(tmp_path / "unfinished")], "has no export; write it first"),
+        ([str(tmp_path / "labels")], "a classifier"),
+        ([run, "serve.key=sk-123"], "serve.key_env=SERVE_KEY"),
+        ([run, "serve.prot=1"], "did you mean serve.port"),
+        ([run, "serve.engine=vllm"], "vLLM is not installed in this environment"),
+        ([run, "serve.host=192.0.2.1", "serve.key_env=PATH"], "cannot be listened on"),
+    ):
+        assert command_here(["serve", *words]) == 64
+        told = capsys.readouterr().err
+        assert said in told and "sk-123" not in told
+    assert command_here(["serve", run, "--dry-run"]) == 0
+    assert "would serve lora" in capsys.readouterr().out

@@ -1,0 +1,114 @@
+"""A quantised base is packed once a host: by whichever rank comes first, with the bytes that each would have packed itself."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.launching import clean_environment
+from tests.helpers.models import tiny_model_dir
+from tests.helpers.speed import seconds
+from tests.helpers.uncompiled import bitsandbytes
+from tests.helpers.warm import heard
+from trainer.model import packed_cache
+from trainer.model.packed_cache import PackedWeights, fingerprint
+from trainer.model.quantisation import Quantisation, Scheme
+
+bitsandbytes()
+SCHEME = Scheme(Quantisation.nf4)
+SHAPES = {f"layers.{index}.weight": (64, 128) for index in range(6)}
+SIZES = {name: SCHEME.num_bytes(shape) for name, shape in SHAPES.items()}
+
+
+def made(name):
+    """The bytes of a weight, as a rank without a cache packs them."""
+    generator = torch.Generator().manual_seed(list(SHAPES).index(name))
+    return SCHEME.pack(torch.randn(SHAPES[name], generator=generator))
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(packed_cache, "SMALLEST", 0)
+
+
+class Rank:
+    """A process of its own that packs; what it says can be read."""
+
+    def __init__(self, directory, index, count, pause):
+        command = [sys.executable, "-m", "tests.model.packing_rank", directory, index, count, pause]
+        self.process, self.said = heard(command, clean_environment())
+
+    def answer(self):
+        """What it says last; it has ended well."""
+        *_, last = self.said.read().splitlines()
+        assert self.process.wait(seconds(120)) == 0
+        return json.loads(last)
+
+
+def test_two_ranks_pack_each_weight_once_and_a_dead_one_is_replaced(tmp_path):
+    """Real processes, the first of which dies while it packs; what it had locked is packed by another."""
+    dead = Rank(tmp_path, 0, 1, 600)
+    assert dead.said.readline().startswith("packs")
+    two = [Rank(tmp_path, index, 2, 0.2) for index in range(2)]
+    for rank in two:
+        assert rank.said.readline().startswith("packs")
+    dead.process.kill()
+    found = [rank.answer() for rank in two]
+    assert all(one["same"] and not one["reason"] for one in found)
+    assert sorted(found[0]["packed"] + found[1]["packed"]) == sorted(SIZES)
+    later = Rank(tmp_path, 0, 1, 0).answer()
+    assert later == {"packed": [], "same": True, "reason": ""}
+
+
+def weights(directory, pack=made):
+    return PackedWeights(directory, SIZES, pack)
+
+
+def test_ranks_begin_with_different_weights(tmp_path):
+    order = []
+    second = PackedWeights(tmp_path, SIZES, lambda name: (order.append(name), made(name))[1], share=(1, 2))
+    second.run("layers.0.weight", 0, 9)
+    assert order == [f"layers.{index}.weight" for index in (3, 4, 5, 0, 1, 2)] and second.packed == 6
+
+
+def test_what_was_cut_off_is_packed_again(tmp_path):
+    name = next(iter(SIZES))
+    assert weights(tmp_path).run(name, 0, 9).equal(made(name)[:9])
+    file = tmp_path / f"{name}.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:40], b"\0" * len(whole)):
+        file.write_bytes(broken)
+        again = weights(tmp_path)
+        assert again.run(name, 5, 90).equal(made(name)[5:90])
+        assert (again.packed, again.reason) == (1, "") and file.read_bytes() == whole
+
+
+def test_without_room_or_right_every_rank_packs_for_itself_and_says_so(tmp_path, monkeypatch):
+    name = next(iter(SIZES))
+    (tmp_path / "file").write_text("")
+    hindered = weights(tmp_path / "file" / "below")
+    assert hindered.run(name, 0, 9).equal(made(name)[:9]) and "Not a directory" in hindered.reason
+    monkeypatch.setattr(packed_cache.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 2**10}))
+    full = weights(tmp_path / "full")
+    assert full.run(name, 0, 9).equal(made(name)[:9]) and "GiB free in" in full.reason
+    monkeypatch.setattr(packed_cache, "SMALLEST", 2**30)
+    small = weights(tmp_path / "small")
+    assert small.run(name, 0, 9).equal(made(name)[:9]) and "as fast as they are read" in small.reason
+    assert not (tmp_path / "small").exists()
+
+
+def test_the_fingerprint_tells_weights_and_settings_apart(tmp_path):
+    tiny_model_dir(tmp_path, "llama")
+    first = fingerprint([tmp_path], SCHEME)
+    assert fingerprint([tmp_path], SCHEME) == first
+    assert fingerprint([tmp_path], Scheme(Quantisation.nf4, double=False)) != first
+    file = Path(tmp_path) / "model.safetensors"
+    before = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fingerprint([tmp_path], SCHEME) != first

@@ -1,0 +1,138 @@
+"""Whole runs in this process: what is found is in the log, metrics.jsonl, events.jsonl and run.json; a limit ends the run."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch.compare.events import marks_of
+from launch.compare.run_files import read_point
+from tests.helpers.building import model_dir
+from tests.helpers.launching import command_here
+
+WORDS = "a quick brown fox jumps over lazy dog hello world you are helpful".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Four documents to learn by heart, others held out, and general text."""
+    root = tmp_path_factory.mktemp("challenges")
+    model_dir(root)
+    drawn = random.Random(0)
+    for name, count, words in (("train", 4, WORDS[:6]), ("held-out", 12, WORDS[:6]), ("general", 12, WORDS[6:])):
+        rows = (
+            {"prompt": f"{n} {drawn.choice(words)}\n", "completion": " ".join(drawn.choices(words, k=6))}
+            for n in range(count)
+        )
+        (root / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return root
+
+
+def train(root, run_dir, *words):
+    settings = {
+        "model.path": root / "llama",
+        "data.path": root / "train.jsonl",
+        "data.eval_path": root / "held-out.jsonl",
+        "data.cache_dir": root / "cache",
+        "run.dir": run_dir,
+        "run.device": "cpu",
+        "run.matmul": "blas",
+        "launcher.processes": 1,
+        "batch.global": 4,
+        "batch.micro": 4,
+        "budget.steps": 30,
+        "schedule": "constant",
+        "optim.lr": 1e-2,
+        "evaluation.every_steps": 3,
+        "logging.wandb": "disabled",
+        "export.at_end": "false",
+        "checkpoint.every_steps": 10,
+        "checkpoint.keep": 3,
+        "challenges.forgetting.data": root / "general.jsonl",
+        "challenges.forgetting.limit": "3%",
+        "challenges.forgetting.action": "note",
+    }
+    told = dict(word.split("=", 1) for word in words)
+    return command_here(["train", *(f"{key}={value}" for key, value in {**settings, **told}.items())])
+
+
+@pytest.fixture(scope="module")
+def whole(site):
+    assert train(site, site / "whole") == 0
+    return site / "whole"
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_both_are_found_and_told_everywhere(whole):
+    record = json.loads((whole / "run.json").read_text())["challenges"]
+    events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
+    log = (whole / "logs" / "rank-0.log").read_text()
+    evaluations = [row for row in rows(whole) if "eval/loss" in row]
+    for name in ("overfitting", "forgetting"):
+        assert record[name]["found"] and record[name]["remedies"], record
+        assert f"warning: {name} at step {record[name]['step']}" in log
+        assert [e["step"] for e in events if e.get("challenge") == name] == [record[name]["step"]]
+        assert f"{name}: {record[name]['says']}" in [mark.said for mark in marks_of(read_point(whole))]  # on its page
+    first, last = evaluations[0], evaluations[-1]
+    assert first["step"] == 0 and first["forgetting"] == 0
+    assert last["forgetting"] == pytest.approx(last["eval/general/loss"] / first["eval/general/loss"] - 1)
+    steps = [row for row in rows(whole) if "loss" in row]
+    mean = sum(row["loss"] for row in steps[-3:]) / 3
+    assert last["overfitting/gap"] == pytest.approx(last["eval/loss"] - mean)
+
+
+def test_a_limit_ends_the_run_with_its_state_saved_and_a_note_goes_on(site, whole, capfd):
+    run_dir = site / "limited"
+    assert train(site, run_dir, "challenges.forgetting.action=stop") == 69
+    shown = capfd.readouterr().err
+    found = json.loads((whole / "run.json").read_text())["challenges"]["forgetting"]
+    assert (
+        f"step {found['step']}: forgetting: general: loss went from" in shown
+        and "challenges.forgetting.action=note" in shown
+    )
+    assert json.loads((run_dir / "run.json").read_text())["challenges"]["forgetting"]["found"]
+    assert train(site, run_dir) == 0  # the same command, which only notes
+    assert [(r["step"], r["loss"]) for r in rows(run_dir) if "loss" in r] == [
+        (r["step"], r["loss"]) for r in rows(whole) if "loss" in r
+    ]
+    values = [{r["step"]: r["forgetting"] for r in rows(each) if "forgetting" in r} for each in (run_dir, whole)]
+    assert values[0] == values[1]
+
+
+def test_overfitting_stops_as_patience_does_and_a_better_task_metric_needs_no_direction(site, capfd):
+    task = ["evaluation.tasks.learned.kind=token_accuracy", f"evaluation.tasks.learned.path={site}/train.jsonl"]
+    words = [*task, "evaluation.watch=eval/learned/token_accuracy", "challenges.overfitting.action=stop"]
+    odd = (
+        "challenges.forgetting.limit=three",
+        "challenges.forgetting.tasks=[other]",
+        "evaluation.greater_is_better=false",
+    )
+    assert train(site, site / "odd", *words, *odd) == 64
+    shown = capfd.readouterr().err
+    assert all(word.split("=")[0] in shown for word in odd) and "which has learned" in shown
+    assert train(site, site / "stopped", *words, "challenges.forgetting.tasks=[learned]") == 0
+    record = json.loads((site / "stopped" / "run.json").read_text())
+    assert record["outcome"]["stopped_early"] and record["challenges"]["overfitting"]["found"]
+    values = {r["step"]: r["eval/learned/token_accuracy"] for r in rows(site / "stopped") if "eval/loss" in r}
+    assert values[record["outcome"]["progress"]["best_step"]] == max(values.values()) > values[0]
+
+
+def test_the_mean_of_checkpoints_is_exported(site, whole, capfd):
+    assert command_here(["export", str(whole), "average=last:9"]) == 64
+    assert "checkpoint.keep" in capfd.readouterr().err
+    assert command_here(["export", str(whole), "average=[20,30]", f"to={site}/mean"]) == 0
+    found = load_file(site / "mean" / "model.safetensors")
+    parts = [load_file(next((whole / "checkpoints" / f"step-0000{step}").glob("*.safetensors"))) for step in (20, 30)]
+    trained = [name for name in parts[0] if name.endswith("/weight")]
+    assert len(trained) > 5
+    for name in trained:
+        both = torch.stack([part[name].double() for part in parts])
+        assert not torch.equal(both[0], both[1])
+        mine = found[name.removesuffix("/weight")].double().view(-1)
+        assert torch.allclose(mine, both.mean(0), rtol=1e-6, atol=1e-8)
+    assert "the mean of the checkpoints step-000020, step-000030" in (site / "mean" / "README.md").read_text()

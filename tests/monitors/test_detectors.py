@@ -1,0 +1,100 @@
+"""What forgetting and degenerate answers are called: numbers by hand, scipy's tests, and false alarms."""
+
+import numpy as np
+import pytest
+import scipy
+
+from strategies.base import Progress
+from trainer.evaluation.tasks.base import Metric, TaskRow
+from trainer.monitors import degenerate_answers, forgetting, instability
+from trainer.monitors.base import Evidence, ModelAnswer
+from trainer.monitors.config import ForgettingWatchConfig, OutputConfig, Reaction, limit_of
+
+LOSS = Metric("loss", "", greater_is_better=False, ratio=("nats", "targets"))
+
+
+def rows(nats, targets):
+    return [TaskRow("", "", "", "", {"nats": n, "targets": t}) for n, t in zip(nats, targets, strict=True)]
+
+
+def compared(drawn, rise=0.0, noise=0.02, count=60):
+    targets = drawn.integers(5, 50, count).astype(float)
+    base = targets * drawn.normal(3, 0.5, count)
+    now = base * (1 + rise + noise * drawn.normal(size=count))
+    both = [float(each.sum() / targets.sum()) for each in (base, now)]
+    return forgetting.compare("general", LOSS, rows(base, targets), rows(now, targets), (both[0], both[1]))
+
+
+def test_the_loss_and_its_error_are_those_of_the_jackknife():
+    drawn = np.random.default_rng(0)
+    targets, noise = np.full(40, 10.0), drawn.normal(size=40)
+    base = 10 * drawn.normal(3, 0.5, 40)
+    now = base * (1.05 + 0.02 * noise)
+    found = forgetting.compare("g", LOSS, rows(base, targets), rows(now, targets), (base.sum() / 400, now.sum() / 400))
+    assert found.lost == pytest.approx(now.sum() / base.sum() - 1)
+    left = np.array([np.delete(now, i).sum() / np.delete(base, i).sum() for i in range(40)])
+    assert found.error == pytest.approx(np.sqrt(39 / 40 * ((left - left.mean()) ** 2).sum()), rel=0.05)
+    assert found.bound(0.01) == pytest.approx(found.lost - scipy.stats.t.ppf(0.99, 39) * found.error, rel=1e-4)
+
+
+def test_false_alarms_and_what_is_found():
+    drawn, config = np.random.default_rng(2), ForgettingWatchConfig()
+    looks = 10
+    null = [
+        any(
+            forgetting.find(config, Evidence(5, {}, looks, compared=[compared(drawn, noise=0.3)])) for _ in range(looks)
+        )
+        for _ in range(100)
+    ]
+    assert np.mean(null) <= 0.08  # 5 %, and its chance
+    found = forgetting.find(config, Evidence(5, {}, looks, compared=[compared(drawn, rise=0.05)]))
+    assert found is not None and not found.stops and found.numbers["forgetting"] == pytest.approx(0.05, abs=0.01)
+
+
+def test_a_limit_is_held_against_the_number_itself():
+    drawn = np.random.default_rng(3)
+    seen = Evidence(5, {}, 10, compared=[compared(drawn, rise=0.05), compared(drawn, rise=-0.01)])
+    assert forgetting.numbers(seen)["forgetting"] == pytest.approx(0.05, abs=0.01)
+    for limit, stops in (("3%", True), (0.03, True), ("8%", None), ("3 %", True)):
+        found = forgetting.find(ForgettingWatchConfig(limit=limit), seen)
+        assert (found is None) if stops is None else (found is not None and found.stops)
+    noted = forgetting.find(ForgettingWatchConfig(limit="3%", action=Reaction.note), seen)
+    assert noted is not None and not noted.stops
+    for odd in ("three", "-1%", True, "nan"):
+        with pytest.raises(ValueError, match=r"."):
+            limit_of(ForgettingWatchConfig(limit=odd))
+
+
+GOOD = [f"The answer to number {n} is written in plain words and ends here." for n in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind"),
+    [
+        (["", " ", "."] * 4, "empty"),
+        (["so it goes on and on " * 10] * 12, "repeated"),
+        (["重复的话" * 20] * 12, "repeated"),
+        ([f"Das ist eine ganz andere Sprache, und zwar Deutsch, Nummer {n}." for n in range(12)], "foreign"),
+    ],
+)
+def test_degenerate_answers_are_told_apart(texts, kind):
+    answers = [ModelAnswer(text, right) for text, right in zip(texts, GOOD, strict=True)]
+    found = degenerate_answers.find(OutputConfig(), Evidence(3, {}, 5, answers=answers))
+    assert found is not None and found.numbers[kind] > 0.9 and set(found.numbers) <= {kind, "foreign"}
+    assert degenerate_answers.find(OutputConfig(action=Reaction.off), Evidence(3, {}, 5, answers=answers)) is None
+    assert degenerate_answers.find(OutputConfig(), Evidence(0, {}, 5, answers=answers)) is None  # the base's
+
+
+def test_good_answers_and_single_bad_ones_are_not():
+    answers = [ModelAnswer(text, right) for text, right in zip(["", "", *GOOD[2:]], GOOD, strict=True)]
+    assert degenerate_answers.find(OutputConfig(), Evidence(3, {}, 5, answers=answers)) is None
+    for bad, other, of in ((5, 0, 12), (6, 3, 20), (3, 3, 9)):
+        theirs = scipy.stats.fisher_exact([[bad, of - bad], [other, of - other]], alternative="greater").pvalue
+        assert degenerate_answers.fisher(bad, other, of) == pytest.approx(theirs)
+
+
+def test_instability_needs_more_than_an_odd_batch():
+    assert instability.find(Progress(step=100, outliers=1)) is None
+    found = instability.find(Progress(step=100, outliers=4, skipped_steps=2))
+    assert found is not None and "4 steps" in found.says
+    assert instability.find(Progress(step=100, rollbacks=1)) is not None

@@ -1,0 +1,259 @@
+"""A run against its own beginning: scipy's tests of the held-out side, false alarms, and whole runs that diverge or do not."""
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy
+import torch
+
+from strategies.base import Progress
+from tests.helpers.building import model_dir
+from tests.helpers.covering import whole
+from tests.helpers.tokenizers import WORDS, write_jsonl
+from tests.monitors.test_detector_runs import rows, train
+from trainer.evaluation.loss import _in_turns
+from trainer.monitors.config import ChallengesConfig, DivergenceConfig, Reaction
+from trainer.monitors.detectors import Challenges
+from trainer.monitors.divergence import (
+    HeldOutChange,
+    TrainingChange,
+    Verdict,
+    held_out_change,
+    training_change,
+    verdict_of,
+)
+from trainer.monitors.first_evaluation import HeldOutBefore, KeptHeldOut
+from trainer.reporting.numbers import readable
+
+SAME = HeldOutChange("eval/loss", 2.0, 2.0, 0.0, -0.1)
+WORSE = HeldOutChange("eval/loss", 2.0, 2.4, 0.2, 0.1)
+ROSE = TrainingChange(2.0, 2.4, 9.0, 10)
+FELL = TrainingChange(2.0, 0.4, -9.0, 10)
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "verdict"),
+    [
+        (ROSE, WORSE, Verdict.diverged),
+        (ROSE, SAME, None),  # data that gets harder
+        (FELL, WORSE, Verdict.worse),
+        (None, WORSE, Verdict.worse),
+        (ROSE, None, None),  # without held-out data a fifth is not enough
+        (TrainingChange(2.0, 2.6, 9.0, 10), None, Verdict.diverged),
+        (TrainingChange(2.0, 2.6, 2.0, 10), None, None),  # batches differ by as much
+        (ROSE, HeldOutChange("eval/loss", 2.0, math.nan, math.nan), Verdict.diverged),
+        (FELL, HeldOutChange("eval/loss", 2.0, math.inf, math.inf), Verdict.diverged),  # not overfitting
+        (ROSE, HeldOutChange("eval/margin", 0.0, -0.5, 0.5), None),  # too few micro-batches to tell
+        (ROSE, HeldOutChange("eval/margin", 0.0, -0.5, 0.5, 0.2), Verdict.diverged),
+    ],
+)
+def test_both_sides_together_decide(training, held_out, verdict):
+    assert verdict_of(training, held_out) is verdict
+
+
+def test_the_training_side_takes_the_median_of_the_last_steps_and_their_deviation():
+    drawn = np.random.default_rng(0)
+    noisy = np.exp(drawn.normal(0, 0.5, 40))
+    change = training_change(0.1, noisy, 40)
+    logs = np.log(noisy)
+    around = scipy.stats.median_abs_deviation(logs, scale="normal")
+    between = np.median(np.abs(np.diff(logs))) / scipy.stats.norm.ppf(0.75) / math.sqrt(2)
+    assert change.now == pytest.approx(np.median(noisy))
+    assert change.deviations == pytest.approx((np.median(logs) - math.log(0.1)) / max(around, between), rel=1e-3)
+    assert training_change(1.0, noisy[:9], 10) is None and training_change(None, noisy, 10) is None
+    falling = [781, 500, 300, 250, 200, 180, 160, 150, 130, 127]  # after an explosion, far above its beginning
+    assert training_change(10.9, falling, 10).rose(0.25)
+    runs = [np.exp(drawn.normal(0, 0.5, 31)) for _ in range(200)]
+    alarms = [training_change(run[0], list(run), 10).rose(0.25) for run in runs]
+    assert sum(alarms) <= 2  # of 200: an easy first batch is no divergence
+
+
+def test_the_held_out_side_is_a_paired_test():
+    drawn = np.random.default_rng(1)
+    before = drawn.uniform(20, 60, 16)
+    now = before * (1.03 + 0.02 * drawn.normal(size=16))
+    change = held_out_change("eval/loss", (2.0, 2.06), (before, now), 0.01)
+    ratio = now.sum() / before.sum()
+    squares = ((now - ratio * before) ** 2).sum()
+    error = math.sqrt(squares * 16 / 15) / before.sum()
+    assert change.bound == pytest.approx(0.03 - scipy.stats.t.ppf(0.99, 15) * error, rel=1e-3)
+    assert change.is_worse
+    margins = drawn.normal(0, 1, 12)
+    lower = margins - 0.5 + 0.1 * drawn.normal(size=12)
+    change = held_out_change("eval/margin", (0.1, -0.4), (margins, lower), 0.05)
+    p = scipy.stats.ttest_rel(margins, lower, alternative="greater").pvalue
+    assert change.is_worse == (p < 0.05) and change.is_worse
+    better = held_out_change("eval/margin", (-0.4, 0.1), (lower, margins), 0.05)
+    assert not better.is_worse
+    few = held_out_change("eval/loss", (2.0, 2.4), (before[:4], now[:4]), 0.05)
+    assert few.bound is None and not few.is_worse  # 20 %: too few micro-batches for a test, too little without one
+
+
+def test_ranks_take_micro_batches_in_turns():
+    parts = [
+        _in_turns([torch.tensor(value, dtype=torch.float64) for value in own], SimpleNamespace(dp_rank=rank, dp_size=2))
+        for rank, own in enumerate(([1.0, 3.0], [2.0, 0.0]))
+    ]
+    assert sum(parts).tolist() == [1.0, 2.0, 3.0, 0.0]  # as one rank has them; the last one has run out
+
+
+def test_another_number_of_ranks_has_the_same_micro_batches():
+    before = HeldOutBefore(
+        {"eval/loss": 2.0}, {"eval/loss": [1.0, 2.0, 3.0, 0.0]}
+    )  # two ranks, the last one had run out
+    assert before.pairs_with("eval/loss", {"eval/loss": [1.5, 2.5, 3.5]}) == ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
+    wide = {"eval/loss": [1.5, 2.5, 3.5, 0.0, 0.0, 0.0]}
+    assert before.pairs_with("eval/loss", wide) == ([1.0, 2.0, 3.0, 0.0], [1.5, 2.5, 3.5, 0.0])
+    assert before.pairs_with("eval/loss", {"eval/loss": [0.7, 0.8, 1.0, 1.0, 1.5, 1.5]}) is None  # smaller ones
+
+
+def test_a_student_that_begins_as_its_own_teacher_has_not_diverged():
+    sums = [0.0] * 12
+    nearly = held_out_change("eval/loss", (0.0, 0.002), (sums, [0.08] * 12), 0.05)
+    assert nearly.bound is None and not nearly.is_worse
+    assert held_out_change("eval/loss", (1e-6, 3.0), ([1e-5] * 12, [90.0] * 12), 0.05).is_worse
+    assert not training_change(0.0, [0.002] * 20, 10).rose(0.25) and training_change(0.0, [3.0] * 20, 10).rose(0.25)
+
+
+def test_held_out_losses_that_only_hover_are_not_called_worse():
+    drawn = np.random.default_rng(2)
+    alarms = 0
+    for _ in range(200):
+        before = drawn.uniform(20, 60, 12)
+        looks = []
+        for _ in range(10):
+            now = before * (1 + 0.1 * drawn.normal(size=12))
+            values = (before.sum() / 480, now.sum() / 480)
+            looks.append(held_out_change("eval/loss", values, (before, now), 0.05 / 10).is_worse)
+        alarms += any(looks)
+    assert alarms <= 20  # of 200 runs: 5 %, and its chance
+
+
+def looked(losses, held_out, action=Reaction.note):
+    """A run of so many steps, evaluated every ten, as the loop tells the detectors of it."""
+    said = []
+    config = ChallengesConfig(divergence=DivergenceConfig(action=action))
+    challenges = Challenges(config, len(held_out) or 1, "loss", said.append)
+    progress = Progress()
+    if held_out:
+        challenges.evaluated(progress, {"eval/loss": held_out[0]})
+    for step, loss in enumerate(losses, 1):
+        progress.step = step
+        challenges.rows(progress, [{"step": step, "loss": loss}])
+        if held_out and step % 10 == 0:
+            challenges.evaluated(progress, {"eval/loss": held_out[step // 10]})
+    challenges.finished(progress)
+    return challenges, said
+
+
+def test_what_recovers_is_a_note_and_the_end_counts():
+    spike = [2.0] * 10 + [30.0] * 15 + [1.5] * 25
+    twice, _ = looked(spike + [30.0] * 20, [2.0, 2.0, 30.0, 1.6, 1.5, 1.5, 30.0, 30.0])
+    assert twice.record["divergence"]["first_step"] == 60, "since the second time"
+    challenges, said = looked(spike, [2.0, 2.0, 30.0, 1.6, 1.5, 1.5])
+    record = challenges.record["divergence"]
+    assert not record["found"] and record["first_step"] == 20 and record["recovered_at"] == 30
+    assert "diverged" in said[0] and "recovered by step 30" in said[1] and len(said) == 2
+    again, said = looked([2.0] * 10 + [30.0] * 40, [])
+    assert again.record["divergence"]["found"] and len(said) == 1  # told once, without any held-out data
+    off, said = looked([2.0] * 10 + [30.0] * 40, [], Reaction.off)
+    assert "divergence" not in off.record and not said
+    stops, _ = looked([2.0] * 10 + [30.0] * 40, [], Reaction.stop)
+    assert stops.ends is not None and stops.ends.step == 20
+
+
+def test_a_damaged_file_of_the_evaluation_before_training_counts_as_none(tmp_path):
+    class Alone:
+        world_size, is_main, simulated = 1, True, False
+
+    kept = KeptHeldOut(tmp_path, Alone())
+    known = HeldOutBefore({"eval/loss": 2.0}, {"eval/loss": [1.0, 3.0]})
+    kept.write(known)
+    assert kept.read() == known
+    for damaged in (
+        b"\xff",
+        b"[]",
+        b'{"values": {"a": null}}',
+        b'{"values": 3}',
+        b'{"other": {}}',
+        b'{"batches": {"a": [[]]}}',
+    ):
+        kept.path.write_bytes(damaged)
+        assert kept.read() == HeldOutBefore()
+
+
+@pytest.fixture(scope="module", name="site")
+def _site(tmp_path_factory):
+    root = tmp_path_factory.mktemp("divergence")
+    model_dir(root)
+    drawn = np.random.default_rng(0)
+    words = sorted(set(WORDS.split()))
+    for name, count in (("train", 64), ("held-out", 72), ("few", 8), ("general", 4)):
+        texts = [{"prompt": f"{n}\n", "completion": " ".join(drawn.choice(words, 6))} for n in range(count)]
+        write_jsonl(root / f"{name}.jsonl", texts)
+    return root
+
+
+HIGH = ("optim.lr=3", "schedule.warmup_share=0", "evaluation.every_steps=10", "challenges.forgetting.action=off")
+"""A rate at which a run ends far above where it began."""
+
+
+def test_a_run_that_diverges_says_so_everywhere(site, capfd):
+    run_dir = site / "high"
+    assert train(site, run_dir, *HIGH, "export.at_end=true") == 0
+    last_lines = capfd.readouterr().out.split("done: 30 steps")[1]
+    record = json.loads((run_dir / "run.json").read_text())["challenges"]["divergence"]
+    assert record["found"] and record["verdict"] == "diverged" and record["first_step"] == 20
+    assert "warning:    diverged, since step 20: the training loss went from" in last_lines
+    assert "best:       no checkpoint has a better eval/loss than before training" in last_lines
+    assert not re.search(r"\d{12}", last_lines) and readable(1.0162e236) == "1.0e+236"  # of the perplexity
+    assert "- **diverged**, since step 20" in (run_dir / "export" / "README.md").read_text()
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("done", "diverged, since step 20")
+    # Sums of micro-batches are those of the metric: eval/loss is a mean over targets.
+    before = json.loads((run_dir / "held-out-before.json").read_text())
+    evaluations = [row for row in rows(run_dir) if "eval/loss" in row]
+    assert before["values"]["eval/loss"] == evaluations[0]["eval/loss"] and len(before["batches"]["eval/loss"]) == 9
+    # The same command with stop: a checkpoint, 69, and a way on.
+    stopped = site / "stopped"
+    assert train(site, stopped, *HIGH, "challenges.divergence.action=stop") == 69
+    shown = capfd.readouterr().err
+    assert "step 20: divergence: diverged" in shown and "challenges.divergence.action=note goes on" in shown
+    assert (stopped / "checkpoints" / "step-000020").is_dir()
+    assert train(site, stopped, *HIGH) == 0
+    capfd.readouterr()
+    resumed = json.loads((stopped / "run.json").read_text())["challenges"]["divergence"]
+    assert resumed["verdict"] == "diverged" and resumed["bound"] == pytest.approx(
+        record["bound"]
+    )  # paired after resuming too
+
+
+def test_a_run_that_only_overfits_is_worse_and_one_that_learns_is_neither(site, capfd):
+    few = [f"data.path={site}/few.jsonl", "evaluation.every_steps=10", "challenges.forgetting.action=off"]
+    assert train(site, site / "few", *few, "budget.steps=80", "optim.lr=3e-2") == 0
+    shown = capfd.readouterr().out.split("done: 80 steps")[1]
+    record = json.loads((site / "few" / "run.json").read_text())["challenges"]["divergence"]
+    assert record["verdict"] == "worse than before training" and "the run overfits" in record["says"]
+    assert "warning:    worse than before training, since step" in shown
+    good = ["optim.lr=3e-3", "evaluation.every_steps=10", "challenges.forgetting.action=off"]
+    assert train(site, site / "good", *good) == 0
+    shown = capfd.readouterr().out
+    assert json.loads((site / "good" / "run.json").read_text())["challenges"]["divergence"] == {
+        "found": False,
+        "step": 20,
+    }
+    assert "warning" not in shown.split("done: 30 steps")[1]
+    assert json.loads((site / "good" / "status.json").read_text())["reason"] is None
+
+
+@whole("the same detectors find it above, in a run without warm-up")
+def test_half_warm_up_and_guards_that_roll_back_do_not_hide_it(site):
+    words = ["optim.lr=3", "schedule.warmup_share=0.5", "budget.steps=40", "guards.loss=rollback"]
+    words += ["guards.grad_norm=rollback", "evaluation.every_steps=20", "challenges.forgetting.action=off"]
+    assert train(site, site / "half", *words) == 0
+    record = json.loads((site / "half" / "run.json").read_text())["challenges"]["divergence"]
+    assert record["verdict"] == "diverged"

@@ -1,0 +1,210 @@
+"""One form of a step answers for every micro-batch as the simulation of that micro-batch does."""
+
+from dataclasses import astuple, replace
+
+import pytest
+import torch
+import transformers
+
+from strategies.base import Fsdp2Config
+from strategies.tensor_inventory import MemoryKind
+from tests.helpers.building import model_dir
+from tests.helpers.covering import EVERYTHING, chosen, takes, values
+from tests.simulated.cases import CHECKPOINTING, NATIVE, STRATEGIES, WHOLE, Case
+from trainer.data.config import Layout
+from trainer.planner.depth_extrapolation import ENDS, shallow
+from trainer.planner.memory_tracker import GRAIN
+from trainer.planner.model_blocks import blocks_of
+from trainer.planner.plan import deferred, waiting_bytes
+from trainer.planner.simulation import simulate_depth, simulate_form
+
+WITHIN = 0.05
+"""Of what is simulated, at most; what the product promises."""
+MATRIX = [
+    (Case(strategy, tuning, "bf16", checkpointing, offload, accumulation), layout)
+    for strategy in STRATEGIES
+    for tuning in ("full", "lora")
+    for checkpointing in CHECKPOINTING
+    for offload in (False, True)
+    if not offload or strategy not in ("single", "ddp")
+    for accumulation in (1, 2)
+    for layout in ("padding_free", "padded")
+]
+
+
+def written(path, **sizes):
+    """A directory with the configuration of a Llama of these sizes."""
+    config = transformers.LlamaConfig(max_position_embeddings=8192, pad_token_id=0, **sizes)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Wide and with many words, so that blocks and chunks of logits both count."""
+    return written(
+        tmp_path_factory.mktemp("form") / "llama",
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=7,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=65536,
+    )
+
+
+def formed(model, case, layout, rows, length):
+    """(configuration, form, its answer for `rows` sequences) of eight ranks, or of one."""
+    world = 1 if case.strategy == "single" else 8
+    config = case.config(model, world)
+    config = replace(config, data=replace(config.data, layout=Layout(layout)))
+    if isinstance(config.strategy, Fsdp2Config):
+        config = replace(config, strategy=replace(config.strategy, defer_sync=False))
+    config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation
+    form = simulate_form(config, length, accumulation=case.accumulation, world_size=world)
+    return config, form, form.at(rows if form.rows else rows * length)
+
+
+def both(model, case, layout, rows, length):
+    """(form, its answer for `rows` sequences, the simulation of them)."""
+    config, form, taken = formed(model, case, layout, rows, length)
+    world = 1 if case.strategy == "single" else 8
+    return form, taken, simulate_depth(config, [length] * rows, world_size=world)
+
+
+def marks(one):
+    """Every value, and of strategies each way of keeping parameters: whole, gathered by block, gathered by ZeRO-3.
+
+    What accumulates is in `test_gradients_that_wait_are_beside_everything_else`.
+    """
+    case, layout = one
+    kept = "whole" if case.strategy in WHOLE else "blocks" if case.strategy in NATIVE else "zero3"
+    return values((kept, *astuple(replace(case, accumulation=1))[1:], layout))
+
+
+def dear(one):
+    """Blocks that are computed again by choice are looked at most closely."""
+    case, _ = one
+    return takes([case.strategy]) * case.accumulation * (2 if case.checkpointing == "selective" else 1)
+
+
+@pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, marks, dear), ids=str)
+def test_any_micro_batch(model, case, layout):
+    form, taken, found = both(model, case, layout, 4, 512)
+    assert form.layout == layout and form.rows == (layout == "padded")
+    assert taken.total == pytest.approx(found.total, rel=WITHIN)
+    assert sum(taken.kinds.values()) == pytest.approx(taken.total, rel=1e-3)
+    assert form.work(2048 if not form.rows else 4, 4 * 512**2)[0] * case.accumulation == pytest.approx(
+        found.flops, rel=WITHIN
+    )
+    calls = {name: 0 for name, *_ in found.exchanged}
+    for (name, *_), (number, _) in form.exchanged.items():
+        calls[name] += number
+    expected = dict.fromkeys(calls, 0)
+    for (name, *_), (number, _) in found.exchanged.items():
+        expected[name] += number
+    assert calls == expected
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="takes minutes: SHARDTUNE_TEST_ALL=1")
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    "case", [Case("fsdp2", "full", "bf16", "full", False, 2), Case("zero2", "lora", "bf16")], ids=str
+)
+def test_a_large_model(tmp_path, case, rows):
+    written(
+        tmp_path,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    _, taken, found = both(tmp_path, case, "padding_free", rows, 4096)
+    assert taken.total == pytest.approx(found.total, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", ["full", *(["none"] if EVERYTHING else [])])
+def test_gradients_that_wait_are_beside_everything_else(model, checkpointing):
+    case = Case("fsdp2", "full", "bf16", checkpointing, False, 2)
+    _, form, _ = formed(model, case, "padding_free", 2, 512)
+    config = case.config(model, 8)
+    config = replace(config, strategy=replace(config.strategy, defer_sync=True))
+    found = simulate_depth(config, [512] * 2, world_size=8)
+    later = deferred(form, waiting_bytes(form, 8)).at(1024)
+    assert later.total == pytest.approx(found.total, rel=WITHIN)
+    assert sum(later.kinds.values()) == pytest.approx(later.total, rel=1e-3)
+    assert waiting_bytes(form, 8) > 2 * WITHIN * found.total, "there is something to tell"
+
+
+def test_what_fits_is_where_the_line_meets_the_limit(model):
+    _, form, taken = formed(model, Case("fsdp2", "full", "bf16", "none"), "padding_free", 4, 512)
+    most = form.most(taken.total)
+    assert form.at(most).total <= taken.total + GRAIN
+    assert form.at(most + 64).total > taken.total
+    assert form.most(1) == 0
+
+
+def test_parameters_are_those_of_the_whole_model(model):
+    _, form, _ = formed(model, Case("zero2", "lora", "bf16"), "padding_free", 1, 64)
+    with torch.device("meta"):
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(model))
+    adapters = 4 * 7 * 2 * (256 + 256)  # rank 4 beside each of the projections of width 256
+    assert form.parameters - form.trained == sum(p.numel() for p in made.parameters())
+    assert form.trained >= adapters
+    assert form.resting[MemoryKind.parameters] > 0
+
+
+def test_a_model_of_few_blocks_is_simulated_whole(tmp_path):
+    path = model_dir(tmp_path)
+    form, taken, found = both(path, Case("fsdp2", "full", "fp32"), "padding_free", 4, 512)
+    assert form.blocks < 5
+    assert taken.total == pytest.approx(found.total, rel=WITHIN)
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 256, "vocab_size": 512, "pad_token_id": 0}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+MIXED = {
+    "one that is named has none": transformers.Qwen3MoeConfig(
+        **SIZES, **EXPERTS, num_experts=16, mlp_only_layers=[0], head_dim=16, num_hidden_layers=13
+    ),
+    "the first has no experts": transformers.DeepseekV3Config(
+        **SIZES,
+        **EXPERTS,
+        **LATENT,
+        n_routed_experts=16,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_hidden_layers=13,
+    ),
+    "every second has experts": transformers.Qwen2MoeConfig(
+        **SIZES,
+        **EXPERTS,
+        num_experts=16,
+        shared_expert_intermediate_size=64,
+        decoder_sparse_step=2,
+        num_hidden_layers=20,
+    ),
+    "those named have none": transformers.Qwen3MoeConfig(
+        **SIZES, **EXPERTS, num_experts=16, mlp_only_layers=[0, 1], head_dim=16, num_hidden_layers=18
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*MIXED][: None if EVERYTHING else 1])  # test_blocks.py tells the others apart
+def test_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, kind):
+    """Fewer blocks say what all do, although some gather so much less than the others."""
+    config = MIXED[kind]
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+    config.save_pretrained(tmp_path)
+    case = Case("fsdp2", "lora", "bf16", "full") if EVERYTHING else Case("fsdp2", "full", "bf16", "none")
+    run = case.config(tmp_path, 8)
+    blocks = blocks_of(run.model)
+    assert shallow(blocks.number, blocks.period, ENDS + blocks.first) is not None
+    few, exact = (simulate_form(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True))
+    found, whole = few.at(256), exact.at(256)
+    assert found.peak == whole.peak and found.total == pytest.approx(whole.total, rel=1e-3)

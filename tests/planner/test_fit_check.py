@@ -1,0 +1,111 @@
+"""`run.must_fit`: a run that its GPUs cannot hold is refused before the model is built. The cards are stand-ins."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import trainer.run
+from launch.main import main
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision
+from strategies.errors import ConfigError, DoesNotFit
+from strategies.runtime import Runtime
+from tests.helpers.building import data_set, model_dir, run_config
+from tests.helpers.tokenizers import write_chat_data
+from trainer.planner import fit_check
+from trainer.planner.fit_check import Peak, must_fit
+from trainer.planner.simulation import simulate_depth
+
+GIB = 2**30
+
+
+def rank(device="cuda:0"):
+    return Runtime(0, 1, 0, 1, torch.device(device), None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(configuration that asks, data)."""
+    root = tmp_path_factory.mktemp("fit")
+    config = run_config(model_dir(root), "single", "lora", micro=4)
+    config.run.must_fit, config.batch["global"] = True, 8
+    return config, data_set(root, uneven=False)
+
+
+def card(monkeypatch, gib):
+    monkeypatch.setattr(fit_check, "device_gib", lambda runtime: gib)
+
+
+def test_what_is_simulated_decides(made, monkeypatch):
+    """By a process of its own, in a worker's environment: the longest documents together, and what lies beside tensors."""
+    config, data = made
+    lengths = sorted(data.train.lengths.tolist())[-4:][::-1]
+    found = simulate_depth(replace(config, precision=Precision.bf16), lengths)
+    needed = (1.05 * found.total + 0.75 * GIB) / GIB
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    card(monkeypatch, needed + 1e-6)
+    told = must_fit(config, data, Precision.bf16, rank(), print)["must_fit"]
+    assert told["live_gib"] == found.total / GIB and told["when"] == str(found.peak)
+    assert told["needed_gib"] == pytest.approx(needed, abs=1e-8)
+    monkeypatch.setattr(fit_check, "simulated_apart", lambda *_: Peak(found.total, str(found.peak), 0))
+    card(monkeypatch, needed - 1e-6)
+    with pytest.raises(
+        DoesNotFit, match=f"needs {needed:.2f} GiB on a GPU of {needed:.2f} GiB.*batch.micro below 4"
+    ) as no:
+        must_fit(config, data, Precision.bf16, rank(), print)
+    assert no.value.exit_code == 69 and str(found.peak) in str(no.value)
+    assert "model.quantisation=nf4" in str(no.value) and "tuning=lora" not in str(no.value)
+
+
+def test_groups_of_ranks_take_memory_too(made, monkeypatch):
+    monkeypatch.setattr(fit_check, "simulated_apart", lambda *_: Peak(2 * GIB, "forward", 2))
+    card(monkeypatch, 2.1 + 0.75 + 0.81)
+    assert must_fit(*made, Precision.bf16, rank(), print)["must_fit"]["needed_gib"] == pytest.approx(2.1 + 0.75 + 0.8)
+    card(monkeypatch, 2.1 + 0.75 + 0.79)
+    with pytest.raises(DoesNotFit):
+        must_fit(*made, Precision.bf16, rank(), print)
+
+
+def test_what_cannot_be_told_is_refused_with_the_reason(made, monkeypatch):
+    config, data = made
+    card(monkeypatch, 80.0)
+    monkeypatch.setattr(fit_check, "simulated_apart", lambda *_: "its step cannot be simulated yet (KeyError: x)")
+    with pytest.raises(DoesNotFit, match="cannot be told, since its step cannot be simulated yet"):
+        must_fit(config, data, Precision.bf16, rank(), print)
+    with pytest.raises(ConfigError, match=r"run.must_fit=true: asks for the memory of GPUs"):
+        must_fit(config, data, Precision.bf16, rank("cpu"), print)
+    not_asked = replace(config, run=replace(config.run, must_fit=False))
+    assert must_fit(not_asked, data, Precision.bf16, rank("cpu"), print) == {}
+
+
+def test_a_run_that_may_still_choose_is_simulated_at_its_smallest(made):
+    strategy = Fsdp2Config(activation_checkpointing=ActivationCheckpointing.auto, compile=True)
+    config = replace(made[0], strategy=strategy, batch={"global": 64, "micro": 2})
+    step = fit_check.one_step(config, 4, auto=ActivationCheckpointing.full)
+    assert step.strategy.activation_checkpointing is ActivationCheckpointing.full
+    assert step.strategy.defer_sync is False and step.strategy.compile is False
+    assert step.batch == {"global": 16, "micro": 2}
+    asked = replace(strategy, activation_checkpointing=ActivationCheckpointing.none, defer_sync=True)
+    kept = fit_check.one_step(replace(config, strategy=asked), 4, auto=ActivationCheckpointing.full).strategy
+    assert kept.activation_checkpointing is ActivationCheckpointing.none and kept.defer_sync is True
+
+
+def test_the_command_ends_with_69_before_the_model_is_built(monkeypatch, tmp_path, capfd):
+    words = [f"model.path={model_dir(tmp_path)}", f"data.path={write_chat_data(tmp_path / 'train.jsonl', 12)}"]
+    words += [f"data.cache_dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "budget.steps=1", "batch.global=4"]
+    words += ["run.device=cpu", "launcher.processes=1", "logging.wandb=disabled"]
+    assert main(["train", *words, "run.must_fit=true"]) == 64
+    assert "run.must_fit=true: asks for the memory of GPUs" in capfd.readouterr().err
+
+    def refuse(config, data, precision, runtime, say):
+        raise DoesNotFit("run.must_fit=true: the run needs 90.00 GiB")
+
+    monkeypatch.setattr(trainer.run, "must_fit", refuse)
+    monkeypatch.setattr(trainer.run, "build_engine", None)
+    assert main(["train", *words]) == 69
+    said = capfd.readouterr().err
+    assert "the run needs 90.00 GiB" in said and "Traceback" not in said
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["exit_code"] == 69 and failure["phase"] == "simulating whether the run fits"

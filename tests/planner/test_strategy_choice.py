@@ -1,0 +1,167 @@
+"""`strategy=auto`: what is proposed on known and unknown devices, what two steps say of it, and when it is chosen anew."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, Precision, SingleConfig, StrategyName
+from strategies.errors import DoesNotFit, OutOfMemory
+from tests.helpers.building import data_set, model_dir, run_config
+from trainer.config.run import STRATEGY
+from trainer.model.loading import load_tokenizer
+from trainer.optim.config import MuonConfig
+from trainer.planner import oom_probe
+from trainer.planner import strategy_choice as strategy_module
+from trainer.planner.hardware import card_named
+from trainer.planner.micro_batch import needed_gib
+from trainer.planner.oom_probe import TrialInputs
+from trainer.planner.strategy_choice import Devices, Planner, Proposal, proposals, settle_strategy
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(configuration that asks, data): a model whose parameters count, and an optimizer that ZeRO has not."""
+    root = tmp_path_factory.mktemp("auto")
+    path = model_dir(root, hidden_size=128, intermediate_size=512)
+    config = replace(run_config(path, "single", "full", micro=4), strategy=AutoConfig(), optim=MuonConfig())
+    return config, data_set(root, uneven=False)
+
+
+@pytest.fixture(scope="module")
+def shared(made):
+    """The same for three ranks, which are no two groups of alike size."""
+    return replace(made[0], batch={"global": 12, "micro": 4}), made[1]
+
+
+@pytest.fixture(scope="module")
+def at_once():
+    """Simulations in this process, each once; what was simulated."""
+    known = {}
+
+    def answered(ask, given, patience_s):
+        key = str(given)
+        if key not in known:
+            known[key] = ask(*given)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategy_module, "answered_apart", answered)
+        patch.setattr(strategy_module, "AT_ONCE", 1)
+        yield known
+
+
+def names(found):
+    return [proposal.name for proposal in found]
+
+
+def test_of_an_unknown_device_what_shards_least_of_what_fits(shared, at_once):
+    config, data = shared
+
+    def proposed(gib):
+        return proposals(config, data, Precision.fp32, Devices(3, 3, "cpu", gib, None), 1.0)
+
+    first = next(proposed(16.0))
+    assert len(at_once) == 1, "the others are simulated where they are asked for"
+    assert re.fullmatch(r"planned 1\.\d\d of 16\.00 GiB; .* it shards least", first.why)
+    assert names(proposed(16.0)) == ["ddp", "fsdp2"]  # muon needs whole parameters, which ZeRO cuts
+    planner = Planner(config, data, Precision.fp32, Devices(3, 3, "cpu", 16.0, None), 1.0)
+    needed = {
+        str(each.name): needed_gib(planner.form(each, each.activation_checkpointing), 4, planner.lengths, 16.0)
+        for each in strategy_module.candidates(config, 3)[0]
+    }
+    assert needed["fsdp2"] < needed["ddp"]
+    assert names(proposed((needed["fsdp2"] + needed["ddp"]) / 2)) == ["fsdp2", "ddp"]
+    (least,) = proposed(0.5)
+    assert least.name == min(needed, key=needed.get) and "the least of all" in least.why
+
+
+def test_on_a_known_card_the_fastest_of_what_fits(shared, at_once):
+    config, data = shared
+    card = card_named("NVIDIA A10G")
+    assert card.memory_gib > 20 and card_named("NVIDIA A") is None
+
+    def proposed(gib):
+        return list(proposals(config, data, Precision.fp32, Devices(3, 3, "cpu", gib, card), 1.0))
+
+    found = proposed(20.0)
+    speeds = [float(re.search(r"([\d,]+) tokens/s", each.why)[1].replace(",", "")) for each in found]
+    assert len(found) == 2 and speeds == sorted(speeds, reverse=True)
+    needed = {each.name: float(re.search(r"planned ([\d.]+) of 20.00", each.why)[1]) for each in found}
+    (least,) = proposed(0.5)
+    assert needed[least.name] == min(needed.values()) and "the least of all" in least.why
+
+
+@pytest.fixture
+def two(made, runtime, monkeypatch):
+    """Chooses as on two ranks, whose steps this one takes alone; tells what was tried."""
+    config, data = made
+    taken, real = [], oom_probe.take_steps
+    monkeypatch.setattr(strategy_module, "devices_of", lambda _: Devices(2, 2, "cpu", 16.0, None))
+    order = [Proposal(DdpConfig(), "planned"), Proposal(SingleConfig(), "planned too")]
+    monkeypatch.setattr(strategy_module, "proposals", lambda *_: iter(order))
+
+    def choose(holds, config=config):
+        said, frozen = [], []
+
+        def take(config, given):
+            real(config, given)
+            taken.append(str(config.strategy.name))
+            if taken[-1] not in holds:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        monkeypatch.setattr(oom_probe, "take_steps", take)
+        given = TrialInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
+        return settle_strategy(config, given, said.append, frozen.append), said, frozen
+
+    return choose, taken
+
+
+def test_memory_that_runs_out_takes_the_next(two):
+    choose, taken = two
+    settled, said, frozen = choose({"single"})
+    assert taken == ["ddp", "single"] and frozen == [settled] and settled.strategy == SingleConfig()
+    note = "auto -> single (planned too; 2 steps of the longest documents held; ddp ran out of memory)"
+    assert settled.substitutions[STRATEGY] == note and said[-1] == "strategy=ddp runs out of memory; trying the next"
+    again, said, frozen = choose(set(), settled)
+    assert again == settled and taken == ["ddp", "single"] and not frozen  # chosen once
+
+
+def test_what_a_start_before_ran_out_with_is_not_tried(made, two):
+    choose, taken = two
+    before = replace(made[0], substitutions={STRATEGY: "auto (ddp ran out of memory)"})
+    settled, _, _ = choose({"ddp", "single"}, before)
+    assert taken == ["single"] and "ddp ran out of memory" in settled.substitutions[STRATEGY]
+
+
+def test_a_rank_alone_has_nothing_to_share(made, runtime):
+    given = TrialInputs(load_tokenizer(made[0].model), made[1], Precision.fp32, runtime)
+    settled = settle_strategy(made[0], given, print, print)
+    assert settled.strategy == SingleConfig()
+    assert settled.substitutions == {STRATEGY: "auto -> single (one rank has nothing to share)"}
+
+
+def test_where_none_holds(two):
+    with pytest.raises(DoesNotFit, match=r"every strategy that can run this \(ddp, single\)"):
+        two[0](set())
+
+
+def test_a_rank_alone_ends_the_run_which_may_be_started_again(two, monkeypatch):
+    def one_rank_out(config, given, trial):
+        raise DoesNotFit(f"{trial.setting}=auto: with {trial.of} rank 1 runs out of memory; {trial.remedy}")
+
+    monkeypatch.setattr(strategy_module, "runs_out", one_rank_out)
+    with pytest.raises(OutOfMemory, match=r"with strategy=ddp rank 1 .* launcher.retry"):
+        two[0]({"ddp"})
+
+
+def test_where_the_choice_is_not_for_so_many_ranks_it_is_made_anew(made, two):
+    choose, taken = two
+    before = replace(made[0], strategy=DdpConfig(bucket_mib=7), substitutions={STRATEGY: "auto -> ddp (x)"})
+    assert choose({"ddp"}, before)[0] == before and not taken
+    hsdp = Fsdp2Config(name=StrategyName.hsdp, replicate=0)  # not on the one rank that is here
+    anew, _, _ = choose({"ddp"}, replace(before, strategy=hsdp, substitutions={STRATEGY: "auto -> hsdp (x)"}))
+    assert taken == ["ddp"] and anew.strategy == DdpConfig()
+    typed = replace(before, strategy=hsdp, substitutions={})
+    assert choose({"ddp"}, typed)[0] == typed  # it is refused elsewhere

@@ -1,0 +1,53 @@
+"""The engine of an evaluation around a model that lies in 4 or 8 bits, whole on each rank. All ranks call it alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from strategies.base import Engine, Precision
+from strategies.native import NativeEngine
+from strategies.parameters import COMPUTE_DTYPE, meta_context
+from strategies.runtime import Runtime
+from trainer.build.parts import build_step, check_fit
+from trainer.config.run import RunConfig
+from trainer.data.prepare import Prepared
+from trainer.model.loading import weights_directory
+from trainer.model.quantised_checkpoints import take_layers
+from trainer.objectives.registry import family_of
+from trainer.step import Built
+
+
+def build_as_stored(
+    config: RunConfig, tokenizer: Any, data: Prepared, runtime: Runtime
+) -> tuple[Engine, Built, Precision]:
+    """(engine, what is in it, the type that lies in no few bits, in which it computes: nothing is cast). Nothing is trained.
+
+    Errors: ConfigError.
+    """
+    objective, settled = family_of(config.objective).settle(config.objective, data.train, data.label_names)
+    built = build_step(
+        config.model,
+        objective_config=objective,
+        tuning_config=config.tuning,
+        layout=config.data.layout,
+        tokenizer=tokenizer,
+        num_labels=None,
+        context=meta_context(),
+        half_on_gpu=runtime.device.type == "cuda",
+    )
+    built.substitutions.update(settled)
+    check_fit(config, built, data)
+    module = built.step_module
+    dtype = take_layers(module.model, str(weights_directory(config.model)), built.config, runtime.device)
+    engine = NativeEngine(
+        module,
+        module,
+        make_optimizer=lambda named: torch.optim.SGD([parameter for _, parameter in named]),
+        max_grad_norm=0.0,
+        precision=Precision.fp32,  # casts nothing
+        runtime=runtime,
+        strategy=config.strategy.name,
+    )
+    return engine, built, next(each for each, computed in COMPUTE_DTYPE.items() if computed is dtype)

@@ -1,0 +1,103 @@
+"""What an objective decides of the data: which rows it takes, what becomes of a document, which marks its sequences carry.
+
+`Reading` itself is that of a next-token loss over documents, each a sequence of its own. An objective that reads otherwise
+derives from it, in its own module; preparation, loader and evaluation ask the object and know no objective by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.data.batches.collate import Collator
+from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
+from trainer.data.document import Document, Tally
+from trainer.data.fields import label_of
+from trainer.data.selection.splits import Columns
+from trainer.data.store.documents import DocumentTable
+from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.data.tokens.encode import Encoder
+from trainer.data.tokens.truncation import fit, kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+AheadOf = Callable[[TokenDataset, int], Sample]
+"""Another sequence for each one of a data set, looked at before the first backward pass of a step."""
+
+
+class Reading:
+    """Documents learned token by token, one sequence each. Used in forked processes; holds settings only."""
+
+    formats: tuple[DataFormat, ...] = ()
+    """The formats that it can learn from, the one that is meant first; empty: whatever a row looks like."""
+    sequences_per_document = 1
+    """How many sequences of the prepared data make one document, one after another: 2 for pairs of answers."""
+    over_length: tuple[OverLength, ...] = tuple(OverLength)
+    """What it lets become of documents longer than `data.max_length`."""
+    marks: dict[str, float] = {}  # noqa: RUF012 - never changed
+    """Marks that every sequence carries while training, each with a value that it may have."""
+    ahead: AheadOf | None = None
+    """What is looked at of each sequence before the first backward pass of a step; mostly nothing."""
+
+    def identity(self) -> dict[str, Any]:
+        """What of the settings decides prepared bytes, as JSON values, beside what it does (its class)."""
+        return {}
+
+    # -- while data is prepared ------------------------------------------------------------------------------------
+
+    def label(self, value: Any) -> str:
+        """The label of a labelled row as one text. Raises Refusal."""
+        return label_of(value)
+
+    def refuses(self, document: Document) -> tuple[str, str] | None:
+        """(reason, message) where a document that was read cannot be used, `WRONG_KIND` where its whole kind cannot; it then
+        goes to quarantine."""
+        return None
+
+    def encoder(self, tokenizer: PreTrainedTokenizerFast, config: DataConfig) -> Encoder:
+        """What tokenises documents."""
+        return Encoder(tokenizer, learn=config.learn, control_tokens=config.control_tokens)
+
+    def sequences(
+        self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
+    ) -> Iterator[tuple[Document, list[Sample]]]:
+        """Each document that teaches something with its sequences; none, with a reason counted, where nothing is left."""
+        for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
+            made = fit(encoder, document, sample, config.max_length, config.over_length)
+            yield document, kept(encoder, document, sample, made, tally)
+
+    def counts(self, sample: Sample) -> dict[str, float]:
+        """Denominators that a sequence adds, by term; stored, after the shift: a first token has no target."""
+        return {"loss": sample.learned()}
+
+    def numbered(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
+        """(label names in the order of their ids, id of each text in `columns.labels`); None without labels."""
+        return None, None
+
+    # -- when it is prepared ---------------------------------------------------------------------------------------
+
+    def check(self, train: TokenDataset) -> None:
+        """Raise DataError where a prepared training split has nothing to learn for this objective."""
+
+    def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
+        """What makes micro-batches. `decoder_start`: first token of the decoder, of models that have two sides."""
+        return Collator(layout, pad_token_id)
+
+    def headings(self) -> list[str]:
+        """What stands over each sequence of a document where it is shown."""
+        return [""] * self.sequences_per_document
+
+    def note(self, sample: Sample, label_names: list[str] | None) -> str:
+        """What is said below a sequence where it is shown; empty for nothing."""
+        return ""
+
+
+def imitable(document: Document, tally: Tally) -> bool:
+    """Answers marked as undesirable are no text to imitate."""
+    if document.desirable is False:
+        tally.drop("tokenise", "thumbs_down", document.where)
+        return False
+    return True

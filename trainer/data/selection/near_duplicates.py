@@ -1,0 +1,133 @@
+"""The search for texts that are nearly the same: candidates from rensa's index of MinHash bands, each compared truly.
+
+A function of the texts and their order, by one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from trainer.data.selection.signatures import normalize
+
+NGRAM = 5
+"""Words in a run, as Lee et al. (2022, arXiv:2107.06499) compare documents."""
+
+
+def ngrams(normalized: bytes, apart: int = 0) -> list[bytes]:
+    """The runs of 5 words of a normalised text, in order; of fewer words, but at least one, a single run of all.
+
+    Short texts are therefore similar only when their words are the same. Runs of texts with another `apart` are others.
+    """
+    words = normalized.split()
+    if not words:
+        return []
+    lead = b"%d " % apart if apart else b""
+    return [lead + b" ".join(words[start : start + NGRAM]) for start in range(max(1, len(words) - NGRAM + 1))]
+
+
+SEED, VALUES = 1, 128
+"""Of MinHash: the seed, and most values a document."""
+MIN_RECALL = 0.97
+"""Share of the pairs exactly at the threshold that the bands must find, in theory."""
+DOUBT = 0.15
+"""How far below the threshold an estimate may lie for a candidate to be verified: four standard deviations of it."""
+MAX_CHECKED = 64
+"""Documents that one document is truly compared with at most, the likest by estimate first."""
+MAX_SKETCHES = 4096
+"""Sketches kept in memory, 0.6 kB each; others are made anew of their text where they are compared."""
+MAX_CANDIDATES = 512
+"""A document that shares a band with as many is not kept for later ones: text that thousands share costs their square."""
+
+
+class NearIndex:
+    """Documents that others may be near copies of. `text_of(row)` gives the text of one that was added.
+
+    A document takes about 1.6 kB, most of it for its place in each band.
+    """
+
+    def __init__(self, text_of: Callable[[int], str], threshold: float) -> None:
+        from rensa import RMinHash, RMinHashLSH
+
+        bands, rows = choose_bands(threshold)
+        self._threshold, self._text_of = threshold, text_of
+        self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, SEED)
+        self._index = RMinHashLSH(threshold, bands * rows, bands)
+        self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, apart: self._sketch(text_of(row), apart)[1])
+        self.report = {"comparisons": 0, "incomplete": 0}
+        """True comparisons, and documents whose comparisons were cut short: among them, copies may be left."""
+
+    def find(self, text: str, apart: int = 0) -> int | None:
+        """The likest document with a Jaccard similarity of `threshold` or more over word n-grams; None where there is none.
+
+        Documents with another `apart` (a label, a source) are never near copies, nor are those without words.
+        """
+        return self._find(*self._sketch(text, apart), apart)
+
+    def add(self, row: int, text: str, apart: int = 0, *, unless_found: bool = False) -> int | None:
+        """Keep a document for later ones; with `unless_found` only where none is found, which is given back else."""
+        runs, sketch = self._sketch(text, apart)
+        found = self._find(runs, sketch, apart) if unless_found else None
+        if found is None and runs:
+            if len(self._index.query(sketch)) < MAX_CANDIDATES:
+                self._index.insert(row, sketch)
+            else:
+                self.report["incomplete"] += 1
+        return found
+
+    def _sketch(self, text: str, apart: int) -> tuple[list[bytes], Any]:
+        runs, sketch = ngrams(normalize(text), apart), self._empty()
+        sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
+        return runs, sketch
+
+    def _find(self, runs: list[bytes], sketch: Any, apart: int) -> int | None:
+        rows = self._index.query(sketch) if runs else []
+        estimates = [(sketch.jaccard(self._sketch_of(row, apart)), row) for row in rows]
+        likely = [(-estimate, row) for estimate, row in estimates if estimate >= self._threshold - DOUBT]
+        for _, row in sorted(likely)[:MAX_CHECKED]:
+            other = ngrams(normalize(self._text_of(row)), apart)
+            self.report["comparisons"] += 1
+            if jaccard(set(runs), set(other)) >= self._threshold:
+                return row
+        self.report["incomplete"] += len(likely) > MAX_CHECKED
+        return None
+
+
+def near_copies(
+    alive: np.ndarray, text_of: Callable[[int], str], apart: np.ndarray, threshold: float
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The document that stands for each, itself where it is no near copy of an earlier one that is none: int64[n]; a report.
+
+    Only rows that are `alive` (bool[n]) and equal in `apart` (uint64[n]) are compared.
+    """
+    index, stands = NearIndex(text_of, threshold), np.arange(len(alive), dtype=np.int64)
+    for row in np.flatnonzero(alive).tolist():
+        leader = index.add(row, text_of(row), int(apart[row]), unless_found=True)
+        stands[row] = row if leader is None else leader
+    return stands, index.report
+
+
+def jaccard(first: set[bytes], second: set[bytes]) -> float:
+    """Shared elements over all elements; 0 where both sets are empty."""
+    shared = len(first & second)
+    return shared / (len(first) + len(second) - shared or 1)
+
+
+def recall(similarity: float, bands: int, rows: int) -> float:
+    """Probability that two texts of this Jaccard similarity share at least one band: 1 - (1 - s**rows)**bands."""
+    return 1 - (1 - similarity**rows) ** bands
+
+
+def choose_bands(threshold: float) -> tuple[int, int]:
+    """(bands, rows of a band) with the most rows, so the fewest useless candidates, that still find enough.
+
+    A MinHash value agrees with probability equal to the Jaccard similarity s (Broder 1997); a pair becomes a candidate
+    with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4). The
+    rows are the largest number for which that is at least 0.97 at s = threshold. For a threshold of 0.8: 18 bands of 7
+    rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at 0.6, 0.13 at 0.5 and 0.03 at 0.4.
+    """
+    rows = next(rows for rows in range(VALUES, 0, -1) if recall(threshold, VALUES // rows, rows) >= MIN_RECALL)
+    return VALUES // rows, rows

@@ -1,1 +1,0 @@
-"""What looks at one document at a time: checks, cleaning, filters, personal data, decontamination."""

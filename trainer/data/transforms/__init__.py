@@ -1,0 +1,1 @@
+"""What is done to one document at a time: checks, cleaning, filters, personal data, decontamination."""

@@ -1,0 +1,117 @@
+"""Decontamination: training documents that hold text of given evaluation sets, found by runs of 13 words.
+
+The rule is that of Brown et al. (2020, Language Models are Few-Shot Learners, appendix C): one run of 13 words in
+common, compared without case and punctuation. Evaluation texts of fewer words are looked for as a whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from strategies.errors import DataError
+from trainer.data.config import DecontaminationConfig, DecontaminationPolicy
+from trainer.data.document import Document, Tally
+from trainer.data.selection.signatures import mix, normalize
+
+NGRAM = 13
+"""Words in a run that counts as evaluation text."""
+MIN_WORDS = 5
+"""Evaluation texts of fewer words are not looked for: many documents hold them by chance."""
+MAX_SHARED = 10
+"""Runs in more evaluation texts than this are the set's own wording, and ignored."""
+
+
+def _words(text: str) -> np.ndarray:
+    """uint64: a number for each word, the same in this process and those forked from it."""
+    return mix(np.array([hash(word) for word in normalize(text).split()], np.int64).view(np.uint64))
+
+
+def _runs(words: np.ndarray, length: int) -> np.ndarray:
+    """uint64: the distinct runs of `length` words, other numbers than those of any other length."""
+    number = max(len(words) - length + 1, 0)
+    total = np.full(number, length, np.uint64)
+    for step in range(length):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + words[step : step + number]
+    return np.unique(total)
+
+
+def evaluation_texts(document: Document) -> Iterator[tuple[str, str]]:
+    """(file:line, text) of an evaluation document for a `Decontaminator`: its questions, and answers of some length.
+
+    System turns are left out, and so are answers of fewer than 13 words, which many questions share.
+    """
+    turns = [*document.conversation(), *(document.rejected or [])]
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    texts = [turn["content"] for turn in turns if turn["role"] not in ("assistant", "system")]
+    texts += [document.text] if document.text is not None else []
+    texts += [text for text in answers if len(normalize(text).split()) >= NGRAM]
+    return ((document.where, text) for text in texts)
+
+
+class Decontaminator:
+    """A stage that counts or drops documents that hold one of `texts`, (place, text) each; equal texts count once.
+
+    Raises DataError where no text has the words to be looked for.
+    """
+
+    name = "decontamination"
+
+    def __init__(self, texts: Iterable[tuple[str, str]], config: DecontaminationConfig) -> None:
+        self.policy = config.policy
+        self.skipped: Counter[str] = Counter()
+        """Evaluation texts that are not looked for, by reason."""
+        self._places: list[str] = []
+        parts, lengths = list[np.ndarray](), list[int]()
+        seen: set[bytes] = set()
+        for where, text in texts:
+            words = _words(text)
+            if len(words) < MIN_WORDS or words.tobytes() in seen:
+                self.skipped["too_short" if len(words) < MIN_WORDS else "repeated"] += 1
+                continue
+            seen.add(words.tobytes())
+            lengths.append(min(NGRAM, len(words)))
+            parts.append(_runs(words, lengths[-1]))
+            self._places.append(where)
+        self._lengths = sorted({*lengths})
+        """Words of a run: 13, and those of the shorter texts."""
+        runs = np.concatenate([np.zeros(0, np.uint64), *parts])
+        owners = np.repeat(np.arange(len(parts)), np.array([len(part) for part in parts], np.int64))
+        _, inverse, counts = np.unique(runs, return_inverse=True, return_counts=True)
+        own = (counts[inverse] <= MAX_SHARED) | (np.array(lengths, np.int64)[owners] < NGRAM)
+        order = np.argsort(runs[own], kind="stable")
+        self._runs, self._texts_of = runs[own][order], owners[own][order]
+        """Sorted, and the evaluation text that each is of."""
+        self._sizes = np.bincount(self._texts_of, minlength=len(parts))
+        self.skipped["only_shared_wording"] = int((self._sizes == 0).sum())
+        if not self._sizes.any():
+            raise DataError(
+                f"none of the {len(self._places) + self.skipped['too_short'] + self.skipped['repeated']} evaluation texts for "
+                f"decontamination can be looked for: {self.skipped['too_short']} have fewer than {MIN_WORDS} words and "
+                f"{self.skipped['only_shared_wording']} only runs that are in more than {MAX_SHARED} texts; check the files"
+            )
+
+    def match(self, text: str) -> tuple[str, float] | None:
+        """The evaluation text (its place) of which `text` holds the largest share, and that share; None where clean."""
+        words, counts = _words(text), np.zeros(len(self._sizes), np.int64)
+        own = np.concatenate([_runs(words, length) for length in self._lengths])
+        left, right = np.searchsorted(self._runs, own, "left"), np.searchsorted(self._runs, own, "right")
+        for begin, end in zip(left[left < right].tolist(), right[left < right].tolist(), strict=True):
+            counts[self._texts_of[begin:end]] += 1
+        shares = counts / np.maximum(self._sizes, 1)
+        best = int(np.argmax(shares))
+        return (self._places[best], float(shares[best])) if shares[best] > 0 else None
+
+    def __call__(self, document: Document, tally: Tally) -> Document | None:
+        """Count, and by policy drop, a document that holds evaluation text; its texts are looked at as one."""
+        found = self.match("\n".join(document.texts()))
+        if found is None:
+            return document
+        where = f"{document.where} ({found[1]:.0%} of {found[0]})"
+        if self.policy is DecontaminationPolicy.drop:
+            tally.drop(self.name, "holds evaluation text", where)
+            return None
+        tally.note(self.name, "holds evaluation text", where)
+        return document

@@ -1,0 +1,259 @@
+"""Data that the words beside it give away: records, policies, accounts, licences, vehicles, user names; dates; telephone numbers.
+
+Dates, ages and postcodes are known as they are written in the US, the UK, Germany and France. Telephone and fax numbers of
+all countries come from phonenumbers: sure when written internationally, likely when the groups are those of the country, and
+doubtful otherwise: a bare run of digits is a telephone number only beside a word that says so.
+"""
+
+# ruff: noqa: RUF001
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from trainer.data.transforms.privacy.patterns import npi
+from trainer.data.transforms.privacy.rule import (
+    AFTER,
+    AGAINST,
+    BEFORE,
+    NOT_PERSONAL,
+    PrivacyFinding,
+    PrivacyRule,
+    rule,
+    words,
+)
+
+CODE = r"(?=[\w./-]*\d)[A-Za-z0-9](?:[\w./-]{1,28}[A-Za-z0-9])(?![\w-])"
+"""A number of an office: a digit in it, three characters or more."""
+SPACED = r"(?=[\w ./-]*\d)[A-Za-z0-9]{1,12}(?:[ ./-]?(?=[\w.-]*\d)[A-Za-z0-9]{2,12}){0,4}(?![\w-])"
+"""The same, perhaps written in groups, each with a digit."""
+IS = (
+    r"(?:[\"')\]]*[ \t]*(?:[:#=]|n[o°º]\.?:?|num(?:ber|éro)?\b:?|nr\.?:?|id\b:?|code\b:?|is\b:?|was\b:?|"
+    r"\([A-Z]{2,5}\)){0,3}[ \t]*[\"']?){1,2}"
+)
+"""What may stand between the word and the number."""
+
+
+VIN_DIGITS = str.maketrans("ABCDEFGHJKLMNPRSTUVWXYZ", "12345678123457923456789")
+VIN_WEIGHTS = (8, 7, 6, 5, 4, 3, 2, 10, 0, 9, 8, 7, 6, 5, 4, 3, 2)
+
+
+def vin(text: str) -> bool:
+    """Whether the 17 characters of a vehicle identification number have the check digit of 49 CFR 565 (ninth place)."""
+    total = sum(w * int(c) for c, w in zip(text.translate(VIN_DIGITS), VIN_WEIGHTS, strict=True))
+    return len(set(text)) > 4 and text[8] == "0123456789X"[total % 11]
+
+
+ANNOUNCED = {  # (type, shape of the value, score): words before it, and pieces of these one of which has to be there
+    ("MEDICAL_RECORD", CODE, 0.9): (
+        r"mrn|mr ?#|med(?:ical)? rec(?:ord)?s?|patient(?:[ -]?id(?:entifier)?| number| no\.?| #)|chart (?:number|no\.?|#|id)|"
+        r"hospital (?:number|no\.?)|encounter (?:number|id|no\.?|#)|patientennummer|"
+        r"numéro de dossier|accession (?:number|no\.?|#)",
+        "mrn|mr#|mr #|record|rec|patient|chart|hospital|encounter|dossier|accession",
+    ),
+    ("HEALTH_PLAN", CODE, 0.85): (
+        r"(?:health )?(?:plan|insurance|medicare|medicaid)(?: member)? (?:id|number|no\.?|#)|policy (?:number|no\.?|id|#)|"
+        r"(?:member|subscriber|beneficiary)[ -]?(?:id|number|no\.?|#)|group (?:number|no\.?|#)|"
+        r"versicherten ?(?:nummer|nr\.?)|krankenkasse(?:nnummer)?",
+        "plan|insurance|medica|member|subscriber|beneficiary|policy|group n|group #|versicherten|krankenkasse",
+    ),
+    ("ACCOUNT", SPACED, 0.8): (
+        r"(?:bank |checking |savings |customer |client )?(?:account|acct)\.?(?: (?:number|no\.?|id|#)|#|[ \t]*:|(?= [*\d]))|"
+        r"a/c(?: no\.?)?|routing (?:number|no\.?|#)|sort code|customer (?:id|number|no\.?|#)|konto(?:nummer|-?nr\.?)|"
+        r"kunden(?:nummer|-?nr\.?)|numéro de (?:compte|client)|bank ?leitzahl|blz",
+        "account|acct|a/c|routing|sort code|customer|konto|kunden|compte|de client|leitzahl|blz",
+    ),
+    ("LICENSE", CODE, 0.8): (
+        r"driv(?:er'?s?|er’s|ing)[ -]?licen[cs]e|dl(?= ?(?:#|no|number|:))|licen[cs]e (?:number|no\.?|id|#)|passport|"
+        r"certificate (?:number|no\.?|#)|dea(?= ?(?:#|no|number|:))|führerschein(?:nummer)?|(?:reise)?pass(?:nummer|-?nr\.?)|"
+        r"personalausweis(?:nummer)?|permis de conduire|passeport",
+        "licen|dl|passport|certificate|dea|führerschein|pass|ausweis|permis",
+    ),
+    ("VEHICLE", r"[A-HJ-NPR-Z0-9]{11,17}(?!\w)", 0.85): ("vin|vehicle identification", "vin|vehicle"),
+    ("VEHICLE", r"(?=[\w -]*\d)[A-ZÄÖÜ0-9]{1,4}(?:[ -]?[A-Z0-9]{1,4}){1,2}(?!\w)", 0.8): (
+        r"(?:licen[cs]e|number|registration) plate|(?:vehicle )?registration(?= (?:number|no|mark))|"
+        r"plate(?= (?:number|no|#)|[#:])|kennzeichen|immatriculation|reg\.? no\.?",
+        "plate|registration|kennzeichen|immatriculation|reg",
+    ),
+    ("DEVICE", CODE, 0.8): (
+        r"(?:device |implant )?serial(?: (?:number|no\.?|#)|#|:)|s/n|sn:|device (?:id|identifier|number|no\.?)|"
+        r"(?:pacemaker|implant) (?:id|number|no\.?|#)|imei|meid|udi|seriennummer",
+        "serial|s/n|sn:|device|pacemaker|implant|imei|meid|udi|serien",
+    ),
+}
+VIN = r"(?<![\w-])([A-HJ-NPR-Z0-9]{8}[0-9X][A-HJ-NPR-Z0-9]{8})(?![\w-])"
+NAMED_USER = (
+    r"(?i)(?<!\w)(?:user ?(?:name|id)|login(?: name)?|screen ?name|handle|nickname|benutzername|identifiant|skype|telegram|"
+    r"instagram|twitter|discord)[\"']?(?: is| was|:| :| =|=){1,2} ?[\"'“]?(@?[a-z][\w.#-]{1,30}\w)(?![\w@(])"
+)
+NAMING_WORDS = "user|login|screen|handle|nickname|benutzer|identifiant|skype|telegram|instagram|twitter|discord"
+HANDLE = (
+    r"(?<![\w@./`])@(?!(?:property|dataclass|staticmethod|classmethod|override|param|return|returns|throws|pytest|media|import|"
+    r"abstractmethod|cached_property|app|test|charset|see|since|author|deprecated|types?|interface|everyone|here|channel)\b)"
+    r"([A-Za-z_]\w{2,29}(?:\.\w{1,20}){0,2})(?![\w@(/])"
+)
+OFFICES = [
+    *(
+        rule(type_, rf"(?i)(?<!\w)(?:{names}){IS}({value})", score, hints=hints, needs="digit")
+        for (type_, value, score), (names, hints) in ANNOUNCED.items()
+    ),
+    rule("LICENSE", rf"(?i)(?<!\w)npi{IS}(\d{{10}})(?!\d)", 0.95, check=npi, hints="npi", needs="digit"),
+    rule("VEHICLE", VIN, 0.85, check=lambda text: vin(text) and not text.isdecimal(), needs="digit"),
+    rule("USERNAME", NAMED_USER, 0.75, hints=NAMING_WORDS),
+    rule("USERNAME", HANDLE, 0.6, against=re.compile(r"(?:^|\n)[ \t*]*@$"), needs="at"),
+]
+
+MONTH = (
+    r"(?:jan(?:uary|uar|vier)?|feb(?:ruary|ruar)?|févr(?:ier)?|enero|febrero|mar(?:ch|s|zo)?|märz|"
+    r"apr(?:il)?|avr(?:il)?|abril|may|mai|mayo|june?|juni|juin|junio|"
+    r"july?|juli|juillet|julio|aug(?:ust)?|août|agosto|sept?(?:ember|embre)?|septiembre|oct(?:ober|obre)?|"
+    r"okt(?:ober)?|octubre|"
+    r"nov(?:ember|embre|iembre)?|dec(?:ember)?|dez(?:ember)?|déc(?:embre)?|diciembre)"
+)
+DAY = r"(?:0?[1-9]|[12]\d|3[01])"
+YEAR = r"(?:1[89]|20)\d{2}"
+DATE_SHAPE = "|".join(
+    (
+        rf"{YEAR}([-/.])(?:0?[1-9]|1[0-2])\2{DAY}(?=\D|T|$)",
+        rf"{DAY}([-/.])(?:0?[1-9]|1[0-2])\3(?:{YEAR}|\d{{2}})",
+        rf"(?:0?[1-9]|1[0-2])([-/])(?:{DAY})\4(?:{YEAR}|\d{{2}})",
+        rf"(?i:{MONTH})\.? {DAY}(?:st|nd|rd|th)?(?:,? (?:of )?(?:{YEAR}|'\d{{2}}))?",
+        rf"{DAY}(?:st|nd|rd|th|er|\.)?[ -](?:of |de )?(?i:{MONTH})\.?(?:,?[ -](?:de )?(?:{YEAR}|'\d{{2}}))?",
+        rf"(?i:{MONTH})\.?,? (?:of |de )?{YEAR}",
+        rf"(?:0?[1-9]|1[0-2])/{YEAR}",
+    )
+)
+"""A date more precise than a year; groups 2 to 4 hold its separators, so group 1 has to be the whole."""
+BIRTH = words(
+    r"dob|d\.o\.b\.?|date[ -]of[ -]birth|birth ?dates?|birth ?days?|born(?: on| in)?|geb(?:oren|\.)?(?: am)?|geburtsdatum|"
+    r"née?(?: le)?|date de naissance|nacid[oa](?: el)?|fecha de nacimiento|nat[oa] il|geboortedatum"
+).pattern
+NINETY = r"(?:9\d|1[01]\d|12[0-5])"
+OLD = r"(?=[ -]?(?:years?|yrs?|yr)[ -]old\b|[ -]?y/?o\b|[ -]year[ -]old|[ -]?ans\b|[ -]Jahre)"
+BORN = rf"(?i:{BIRTH})[\"')\]]*[ \t]*[:=–-]?[ \t]*[\"(]?(?<![\w.])({DATE_SHAPE})(?![\w])(?!\.\d)"
+MOMENT = rf"(?<![\w./-])({YEAR}-(?:0[1-9]|1[0-2])-{DAY}T\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)(?!\w)"
+DATED = rf"(?<![\w./-])(?=[0-9adefjmnosADEFJMNOS])({DATE_SHAPE})(?!\w|[./-]\d)"
+DATES = [
+    rule("DATE_OF_BIRTH", BORN, 0.95, needs="digit", hints="birth|born|dob|d.o.b|geb|né|naci|nato|nata|naiss"),
+    rule("DATE", DATED, 0.8, needs="digit", against=NOT_PERSONAL),
+    rule("DATE", MOMENT, 0.85, needs="digit"),
+    rule("AGE", rf"(?i)(?<![\w.,/-])({NINETY}){OLD}", 0.85, needs="digit", hints="old|yo|y/o|ans|jahre"),
+    rule(
+        "AGE", rf"(?i)(?<!\w)age[ds]?(?: of|:| is|=)? ?({NINETY})(?![\w.,]?\d|\w|%)", 0.85, needs="digit", hints="age"
+    ),
+]
+
+UK_POSTCODE = r"(?:GIR ?0AA|[A-PR-UWYZ](?:\d[\dA-HJKPSTUW]?|[A-HK-Y]\d[\dABEHMNPRVWXY]?) ?\d[ABD-HJLNP-UW-Z]{2})"
+STATE = (
+    r"(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|PR|RI|S[CD]|"
+    r"T[NX]|UT|V[AT]|W[AIVY])"
+)
+NAMED_CODE = (
+    r"(?i)(?<!\w)(?:zip|zip ?code|post(?:al)? ?code|postleitzahl|plz|code postal|código postal)(?: is)?[ \t]*:?[ \t]*"
+    r"(\d{5}(?:-\d{4})?|\d{4} ?[A-Z]{2}|[A-Z]\d[A-Z] ?\d[A-Z]\d)(?!\w)"
+)
+POSTCODES = [
+    rule("POSTCODE", rf"(?<![\w-])({UK_POSTCODE})(?![\w-])", 0.75, needs="digit"),
+    rule("POSTCODE", rf"(?<!\w){STATE},?[ \t]+(\d{{5}}(?:-\d{{4}})?)(?![\w-])", 0.8, needs="digit"),
+    rule("POSTCODE", NAMED_CODE, 0.85, needs="digit"),
+]
+
+RULES: tuple[PrivacyRule, ...] = (*OFFICES, *DATES, *POSTCODES)
+
+
+CANDIDATE = re.compile(
+    r"(?<![\w.,/$£€=#])(?<!\w-)((?:\+|00)?\(?[0-9][0-9 ()./\u00a0\u2010-\u2013-]{5,24}[0-9])(?![\w%]|"
+    r"-[A-Za-z]|[.,]\d)"
+    r"(?:[ ,]{0,2}(?:x|ext\.?|extension) ?[0-9]{1,6}\b)?"
+)
+DATE = re.compile(r"(?:\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./]\d{2,4})(?:\s+\d{1,2}.*)?$")
+PHONE = words(
+    r"tel|tel\.|telephone|phones?|phone number|calls?|called|mobile|cell|cellphone|dial|ring|text|whatsapp|sms|contact|"
+    r"reach(?: me| us| him| her)?|telefon|handy|rufnummer|téléphone|portable|móvil|teléfono|cellulare|telefono|telefoon|pager|"
+    "hotline|ph|t:|m:|voicemail"
+)
+FAX = re.compile(
+    r"(?<!\w)(?:tele)?(?:fax(?:ed)?|facsimile|telecopie|télécopie)(?:[ -]?(?:number|no|nr|nummer)\.?)?"
+    r"(?: (?:it|them|this|that|the \w+))?(?: is| to| at| on)?[ \t]*[:.#]?[ \t(]*$",
+    re.IGNORECASE,
+)
+PLACE = re.compile(r"[ \t]*\(?(?:mobile|cell|home|work|office|fax)\b", re.IGNORECASE)
+THOUSANDS = re.compile(r"\d{1,3}(?:\.\d{3})+$")
+
+
+def phones(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
+    """Telephone numbers, those right after the word fax as FAX."""
+    out = []
+    for match in CANDIDATE.finditer(text):
+        raw = match[1]
+        if not 7 <= sum(c.isdecimal() for c in raw) <= 17 or DATE.match(raw):
+            continue
+        found = _numbers(raw, tuple(regions))
+        for place, (start, end, sure) in enumerate(found):
+            last = place == len(found) - 1
+            begin, finish = match.start(1) + start, match.end() if last and end == len(raw) else match.start(1) + end
+            before, after = text[max(0, begin - BEFORE) : begin], text[finish : finish + AFTER]
+            fax = FAX.search(before)
+            score = sure
+            if sure < 0.9 and NOT_PERSONAL.search(before):
+                score = AGAINST
+            elif fax or PHONE.search(before) or PLACE.match(after):
+                score = max(sure, 0.85 if fax else 0.75)
+            elif THOUSANDS.match(raw):
+                score = AGAINST
+            out.append(PrivacyFinding("FAX" if fax else "PHONE", begin, finish, score))
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _numbers(raw: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
+    """(start, end, certainty) of the valid numbers in a run of digits; of several countries the most certain reading."""
+    import phonenumbers
+
+    if raw.startswith(("+", "00")):
+        plain = "+" + raw[2:] if raw.startswith("00") else raw
+        shift = len(raw) - len(plain)
+        found = [(m.start, m.end, 0.95) for m in phonenumbers.PhoneNumberMatcher(plain, None)]
+        if found:
+            return tuple((start + shift if start else 0, end + shift, sure) for start, end, sure in found)
+    best: tuple[tuple[int, int, float], ...] = ()
+    for region in regions:
+        found = [(m.start, m.end, _certainty(m)) for m in phonenumbers.PhoneNumberMatcher(raw, region)]
+        if found and (not best or max(f[2] for f in found) > max(f[2] for f in best)):
+            best = tuple(found)
+        if best and max(f[2] for f in best) >= 0.75:
+            break  # grouped as this country groups them: no other country can be surer
+    return best
+
+
+def _certainty(match: object) -> float:
+    """0.75 where the digits are grouped as the country groups them, 0.55 with a national prefix or brackets, else 0.4."""
+    import phonenumbers
+    from phonenumbers import PhoneNumberFormat
+
+    number, raw = match.number, match.raw_string  # type: ignore[attr-defined]
+    groups = re.findall(r"\d+", raw)
+    for style in (PhoneNumberFormat.NATIONAL, PhoneNumberFormat.INTERNATIONAL):
+        usual = re.findall(r"\d+", phonenumbers.format_number(number, style))
+        if groups == usual and len(groups) > 1:
+            return 0.75
+    if len(groups) > 1 and (raw.startswith(("0", "(")) or groups[0] == str(number.country_code)):
+        return 0.55
+    return 0.4
+
+
+def canonical(text: str, regions: Sequence[str]) -> str:
+    """E.164 of a number as written (`+14155552671`), or its digits where no country knows it."""
+    import phonenumbers
+
+    plain = re.sub(r"^\s*00", "+", text)
+    for region in (None, *regions):
+        try:
+            number = phonenumbers.parse(plain, region)
+        except phonenumbers.NumberParseException:
+            continue
+        if phonenumbers.is_valid_number(number):
+            return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
+    return "".join(c for c in text if c.isdecimal())

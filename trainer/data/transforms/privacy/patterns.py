@@ -1,0 +1,233 @@
+"""Rules for data with a shape of its own: addresses of the net, cards, accounts, identity numbers, secrets; their check digits.
+
+Shapes follow the standards that are named here, those of API keys what their issuers document. A check takes the text as
+found and says whether it holds; a false answer means that the number cannot have been issued. python-stdnum knows most; here
+are separators it does not bear, and numbers that it does not know.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from importlib import import_module
+
+from stdnum import numdb
+
+from trainer.data.transforms.privacy.rule import NOT_PERSONAL, VERSION, PrivacyRule, rule
+
+CARD_LENGTHS = (
+    ("34", "34", {15}),
+    ("37", "37", {15}),
+    ("300", "305", {14}),
+    ("36", "36", {14}),
+    ("38", "39", {14}),
+    ("3528", "3589", {16}),
+    ("4", "4", {13, 16, 19}),
+    ("50", "55", {16}),
+    ("2221", "2720", {16}),
+    ("56", "59", {*range(12, 20)}),
+    ("60", "60", {16, 19}),
+    ("62", "62", {16, 17, 18, 19}),
+    ("63", "65", {16, 19}),
+)
+"""First digits (from, to) of card numbers and the lengths issued (ISO/IEC 7812 ranges of the large networks)."""
+IBAN_LENGTHS: dict[str, int] = {
+    country: 4 + sum(map(int, re.findall(r"(\d+)!", about["bban"])))
+    for _, country, _, about, _ in numdb.get("iban").prefixes
+    if "bban" in about
+}
+"""Length of an IBAN by country (ISO 13616 registry, as stdnum has it)."""
+
+
+def compact(text: str) -> str:
+    """The letters and digits of a text, in capitals."""
+    return "".join(character for character in text if character.isalnum()).upper()
+
+
+def known(module: str, **options: bool) -> Callable[[str], bool]:
+    """The check of a module of stdnum, for numbers written with any separators; one repeated digit is nobody's number."""
+    is_valid = import_module(f"stdnum.{module}").is_valid
+
+    def holds(text: str) -> bool:
+        number = compact(text)
+        return number.isascii() and len(set(number)) > 1 and is_valid(number, **options)
+
+    return holds
+
+
+luhn, iban = known("luhn"), known("iban", check_country=False)
+nie, dni = known("es.nie"), known("es.dni")
+
+
+def card(text: str) -> bool:
+    """A payment card number: a known first range, a length issued there, and the Luhn digit."""
+    number = compact(text)
+    return any(
+        low <= number[: len(low)] <= high and len(number) in lengths for low, high, lengths in CARD_LENGTHS
+    ) and luhn(number)
+
+
+def nif_es(text: str) -> bool:
+    """Spanish NIE, or DNI, which may lack its leading zeros."""
+    return nie(text) or dni(compact(text).rjust(9, "0"))
+
+
+def nino(text: str) -> bool:
+    """UK national insurance number: the prefix is one that is allocated."""
+    return compact(text)[:2] not in {"BG", "GB", "NK", "KN", "TN", "NT", "ZZ"}
+
+
+def itin(text: str) -> bool:
+    """US ITIN: starts with 9, group 50-65, 70-88, 90-92 or 94-99; stdnum knows the groups before 2011 only."""
+    number = compact(text)
+    group = int(number[3:5])
+    return number[0] == "9" and (50 <= group <= 65 or 70 <= group <= 88 or 90 <= group <= 92 or 94 <= group <= 99)
+
+
+def npi(text: str) -> bool:
+    """US National Provider Identifier: Luhn over 80840 and its ten digits."""
+    return luhn("80840" + compact(text))
+
+
+OPEN, CLOSE = r"(?<![\w.])(?<!\w-)", r"(?!\w|-\w|\.\d)"
+"""Bounds of a number: not part of a longer word, decimal or hyphenated code."""
+
+
+def _number(
+    type_: str, regex: str, score: float, check: Callable[[str], bool], near: str = "", boosted: float = 0.95
+) -> PrivacyRule:
+    """An identity number: bounded, checked, explained away by `NOT_PERSONAL`, believed beside one of the words `near`."""
+    return rule(
+        type_,
+        f"{OPEN}({regex}){CLOSE}",
+        score,
+        check=check,
+        near=near,
+        boosted=boosted,
+        against=NOT_PERSONAL,
+        needs="number",
+    )
+
+
+def ip_address(text: str) -> bool:
+    """An address that the standard library reads, other than loopback and unspecified, which point at nobody."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    if address.is_loopback or address.is_unspecified:
+        return False
+    return address.version == 4 or (any(c.isdecimal() for c in text) and len([g for g in text.split(":") if g]) > 2)
+
+
+HEX = r"[0-9A-Fa-f]"
+EMAIL = r"(?<![\w.+-])(\w(?:[\w.%+'-]{0,62}[\w+-])?@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,6}[^\W\d_]{2,24})(?![\w@])"
+SPELLED_EMAIL = (
+    r"(?i)(?<![\w.+-])([\w.+-]{1,64} ?(?:\(at\)|\[at\]|\{at\}| at ) ?[\w-]{1,63}"
+    r"(?: ?(?:\(dot\)|\[dot\]|\{dot\}| dot ) ?[a-z]{2,24}){1,3})(?!\w)"
+)
+URL = r"(?i)(?<![\w@])((?:https?|ftp)://[^\s<>\"'`]+[^\s<>\"'`.,;:!?)\]}])"
+WWW = r"(?i)(?<![\w@/.])(www\.(?:[\w-]+\.)+[a-z]{2,24}(?:/[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}])?)"
+IPV4 = r"(?<![\w.])(?<!\w-)((?:\d{1,3}\.){3}\d{1,3})(?!\w|\.\d|-\w)"
+IPV6 = rf"(?<![\w:.])({HEX}{{0,4}}(?::{HEX}{{0,4}}){{2,7}}(?:(?<=:)(?:\d{{1,3}}\.){{3}}\d{{1,3}})?)(?![\w:])"
+CISCO_MAC = rf"(?<![\w.])({HEX}{{4}}\.{HEX}{{4}}\.{HEX}{{4}})(?![\w.])"
+NETWORK = [
+    rule("EMAIL", EMAIL, 0.95, needs="at"),
+    rule("EMAIL", SPELLED_EMAIL, 0.8, hints="dot)|dot]|dot}| dot "),
+    rule("URL", URL, 0.9, hints="://"),
+    rule("URL", WWW, 0.85, hints="www."),
+    rule("IP", IPV4, 0.8, check=ip_address, against=VERSION, needs="digit"),
+    rule("IP", IPV6, 0.85, check=ip_address, needs="digit"),
+    rule("MAC", rf"(?<![\w:-])({HEX}{{2}}([:-])(?:{HEX}{{2}}\2){{4}}{HEX}{{2}})(?![\w:-])", 0.9),
+    rule("MAC", CISCO_MAC, 0.7, check=lambda text: any(c.isalpha() for c in text)),
+]
+
+
+def _ibans() -> str:
+    """The shape of an IBAN of each length: with it, a word that follows a number is not taken for a part of it."""
+    countries: dict[int, list[str]] = {}
+    for country, length in IBAN_LENGTHS.items():
+        countries.setdefault(length, []).append(country)
+    return "|".join(
+        rf"(?:{'|'.join(some)})\d{{2}}(?:[ -]?[0-9a-z]){{{length - 4}}}" for length, some in sorted(countries.items())
+    )
+
+
+MONEY = [
+    _number("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, card, "card|visa|mastercard|amex"),
+    rule("IBAN", rf"(?i)(?<![\w-])({_ibans()})(?!\w)", 0.95, check=iban, needs="number"),
+]
+
+NINO = r"(?i)(?<![\w-])([a-ceghj-pr-tw-z][a-ceghj-npr-tw-z] ?(?:\d{2} ?){3}[a-d])(?![\w-])"
+FISCAL_CODE = (
+    r"(?i)(?<!\w)([a-z]{3} ?[a-z]{3} ?[0-9lmnp-v]{2}[abcdehlmprst][0-9lmnp-v]{2} ?[a-z][0-9lmnp-v]{3}[a-z])(?!\w)"
+)
+NIF = r"(?:[XYZ][-. ]?\d{7}|\d{8}|\d{1,2}\.\d{3}\.\d{3})[-. ]?[A-HJ-NP-TV-Z]"
+SSN_WORDS, AADHAAR_WORDS = r"ssn|social security(?: number| no\.?)?", "aadhaar|aadhar|uidai"
+NATIONAL = [
+    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, known("us.ssn"), SSN_WORDS),
+    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, known("us.ssn"), SSN_WORDS),
+    _number("US_SSN", r"\d{9}", 0.2, known("us.ssn"), SSN_WORDS, boosted=0.9),
+    _number("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, itin, r"itin|taxpayer (?:id|identification)\w*"),
+    _number("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, itin),
+    _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, known("gb.nhs"), "nhs"),
+    _number("UK_NHS", r"\d{10}", 0.3, known("gb.nhs"), "nhs"),
+    rule("UK_NINO", NINO, 0.75, check=nino, near="national insurance|ni (?:number|no)|nino", needs="digit"),
+    _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, known("de.idnr"), r"steuer\S*|idnr|tax id|tin"),
+    _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, known("fr.nir")),
+    _number("ES_NIF", NIF, 0.65, nif_es, "dni|nie|nif"),
+    rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=known("it.codicefiscale"), needs="digit"),
+    _number(
+        "NL_BSN",
+        r"\d{9}|\d{4}[. ]\d{2}[. ]\d{3}|\d{3}[. ]\d{3}[. ]\d{3}",
+        0.3,
+        known("nl.bsn"),
+        r"bsn|burgerservicenummer|sofi\S*",
+    ),
+    _number("PL_PESEL", r"\d{11}", 0.55, known("pl.pesel"), "pesel"),
+    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, known("in_.aadhaar"), AADHAAR_WORDS),
+    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, known("in_.aadhaar"), AADHAAR_WORDS),
+    _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, known("br.cpf")),
+    _number("BR_CPF", r"\d{11}", 0.4, known("br.cpf"), "cpf"),
+]
+
+MBI = "[AC-HJKMNP-RT-Y]"
+THINGS = [
+    rule(
+        "HEALTH_PLAN",
+        rf"(?<![\w-])([1-9]{MBI}[AC-HJKMNP-RT-Y\d]\d-?{MBI}[AC-HJKMNP-RT-Y\d]\d-?{MBI}{{2}}\d{{2}})(?![\w-])",
+        0.75,
+        needs="digit",
+    ),
+    _number("DEVICE", r"\d{2}-\d{6}-\d{6}-\d|\d{15}", 0.4, luhn, "imei|device|handset|phone serial"),
+]
+
+TOKEN = r"[A-Za-z0-9_-]"
+ISSUED = {  # prefixes of the tokens that issuers document -> the shape of the whole
+    "akia|asia|abia|acca": r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}",
+    "ghp_|gho_|ghu_|ghs_|ghr_|github_pat_": r"gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_\w{60,90}",
+    "glpat-": rf"glpat-{TOKEN}{{20,64}}",
+    "xox|xapp-|sk-": rf"(?<!-)(?:xox[abeoprs]-[\w-]{{10,250}}|xapp-[\w-]{{20,250}}|sk-{TOKEN}{{20,200}})",
+    "k_live_|k_test_": r"[sr]k_(?:live|test)_\w{16,200}",
+    "aiza|ya29.": rf"AIza{TOKEN}{{35}}|ya29\.{TOKEN}{{20,200}}",
+    "hf_|npm_|sg.": rf"hf_[A-Za-z]{{30,40}}|npm_[A-Za-z0-9]{{36}}|SG\.{TOKEN}{{16,32}}\.{TOKEN}{{32,64}}",
+}
+PRIVATE_KEY = (
+    r"(-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{0,20000}?"
+    r"(?:-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z))"
+)
+PASSWORD = (
+    r"(?i)(?<![\w])(?:password|passwd|passphrase|passwort|mot de passe|contraseña|pwd|api[_ -]?key|secret[_ -]?key|"
+    r"client[_ -]?secret|access[_ -]?token|auth[_ -]?token|bearer)[\"']?(?: is|:| =|=| :)? ?[\"'“]?"
+    r"((?=[^\s\"'”]*[\d!#$%&*?@^])(?![$<{\[(])[^\s\"'”,;()<>{}\[\]]{6,200})(?<![.!?])"
+)
+SECRETS = [
+    rule("SECRET", PRIVATE_KEY, 0.99, hints="-----begin "),
+    *(rule("SECRET", rf"(?<!\w)({shape})(?!\w)", 0.95, hints=prefixes) for prefixes, shape in ISSUED.items()),
+    rule("SECRET", rf"(?<![\w.])(eyJ{TOKEN}{{8,4000}}\.eyJ{TOKEN}{{8,8000}}\.{TOKEN}{{0,2000}})", 0.95, hints="eyj"),
+    rule("SECRET", r"(?i)://[^\s:/@]{1,64}:([^\s:/@]{3,128})@", 0.9, hints="://", needs="at"),
+    rule("SECRET", PASSWORD, 0.8, hints="pass|pwd|key|secret|token|bearer|contrase"),
+]
+
+RULES: tuple[PrivacyRule, ...] = (*NETWORK, *MONEY, *NATIONAL, *THINGS, *SECRETS)

@@ -1,0 +1,273 @@
+"""A job on its way through every step that looks at one document at a time, up to its tokens; many at once, in one order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.context import ForkContext, ForkProcess
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from strategies.errors import ShardtuneError
+from strategies.parent_death import die_with_parent
+from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
+from trainer.data.document import Document, RefusedDocument, Rejected, Stage, Tally
+from trainer.data.formats import RowReader
+from trainer.data.objective_spec import Reading
+from trainer.data.selection.signatures import Signer, content, group_digest
+from trainer.data.shards import LOST, Block
+from trainer.data.sources import RowRange, evaluation_documents
+from trainer.data.store.documents import to_batch
+from trainer.data.store.sequences import REPLAY, Sample, Sequences
+from trainer.data.tokens.clock import TemplateDate
+from trainer.data.tokens.truncation import last_learned
+from trainer.data.transforms.checks import Checks, Cleaner
+from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
+from trainer.data.transforms.filters import Filters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class BlockMaker:
+    """Turns jobs into blocks. Built once, before worker processes are forked from this one.
+
+    Raises DataError for evaluation files to decontaminate against that do not exist or hold a row that cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        reading: Reading,
+        *,
+        readers: dict[tuple[str, str], RowReader],
+        tokenizer: PreTrainedTokenizerFast,
+        date: TemplateDate | None = None,
+    ) -> None:
+        self.config, self.reading, self.readers = config, reading, readers
+        self.encoder = reading.encoder(tokenizer, config)
+        self.encoder.fix_date(date)
+        self.decontaminator: Decontaminator | None = None
+        if config.decontamination.paths is not None:
+            found = evaluation_documents(config.decontamination.paths, config)
+            texts = (text for document in found for text in evaluation_texts(document))
+            self.decontaminator = Decontaminator(texts, config.decontamination)
+        self.replays = any(source.replay for source in config.sources.values())
+        splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
+        self.signer = Signer(config.duplicates, near=config.leakage.near, held_out=any(splits))
+
+    def __call__(self, job: RowRange) -> Block:
+        """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
+        files = Counter(row.file for row in job.rows)
+        block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
+        reader, documents = self.readers[job.split, job.source], list[Document]()
+        reader.unread.names.clear()
+        for row in job.rows:
+            parsed = row.parse()
+            found = parsed if isinstance(parsed, Rejected) else reader(parsed)
+            if isinstance(found, Document) and (refusal := self.reading.refuses(found)) is not None:
+                found = Rejected(found.file, found.line, *refusal, found.text or content(found))
+            if isinstance(found, Document):
+                documents.append(found)
+            else:
+                self._quarantine(block, found, "read")
+        block.unread = list(reader.unread.names)
+        for stage in self._stages(job):
+            dropped, all_kept = len(block.tally.drops), list[Document]()
+            for document in documents:
+                if (kept := stage(document, block.tally)) is not None:
+                    all_kept.append(kept)
+                elif stage.name == "checks":
+                    reason, excerpt = block.tally.drops[-1][1], content(document)[:200]
+                    row = Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt)
+                    block.bad.append(row)
+            if len(documents) - len(all_kept) != len(block.tally.drops) - dropped:
+                raise AssertionError(f"{job.source}: stage {stage.name} lost count of a document")
+            documents = all_kept
+        documents = self._tokenise(documents, block)
+        block.documents = to_batch(documents)
+        block.signatures = self.signer.sign(documents)
+        if self.config.group_by is not None:
+            block.signatures["group"] = np.array([group_digest(d.group) for d in documents], np.uint64)
+        return block
+
+    def _stages(self, job: RowRange) -> Iterator[Stage]:
+        """What the configuration asks for, in its order, each made when the documents come to it."""
+        config = self.config
+        yield Checks(config.checks)
+        if config.cleaning != CleaningConfig():
+            yield Cleaner(config.cleaning)
+        if config.filters != FilterConfig():
+            yield Filters(config.filters)
+        if config.privacy.mode is not PrivacyMode.none:
+            from trainer.data.transforms.privacy.stage import Privacy  # which makes seventy expressions
+
+            yield Privacy(config.privacy, seen=job.offset)
+        if self.decontaminator is not None and job.split == "train":
+            yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
+
+    def _quarantine(self, block: Block, row: Rejected, stage: str) -> None:
+        block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
+        row.excerpt = row.excerpt[:200]
+        block.bad.append(row)
+
+    def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
+        """The documents of which something is left, their sequences now in the block."""
+        encoder, samples, pieces, left = self.encoder, list[Sample](), list[int](), list[Document]()
+        block.labels = sorted({d.label for d in documents if d.label is not None})
+        encoder.label_ids = {name: number for number, name in enumerate(block.labels)}
+        for document, made in self._sequences(documents, block):
+            if self.replays:
+                for sample in made:
+                    sample.marks[REPLAY] = block.split == "train" and self.config.sources[block.source].replay
+            samples += made
+            pieces.append(len(made))
+            left.append(document)
+        block.pieces = np.array(pieces, np.int64)
+        block.sequences = Sequences.of(samples, self.reading.counts)
+        ended = [last_learned(sample) in encoder.end_ids for sample in samples]
+        block.sequences.columns["ended"] = np.array(ended, np.int64)
+        return left
+
+    def _sequences(self, documents: list[Document], block: Block) -> Iterator[tuple[Document, list[Sample]]]:
+        """What the objective makes of documents, one by one where it refuses one; what was lost unasked is quarantined."""
+        tally = Tally()
+        try:
+            found = list(self.reading.sequences(self.encoder, documents, self.config, tally))
+        except RefusedDocument as refused:
+            if len(documents) > 1:
+                for document in documents:
+                    yield from self._sequences([document], block)
+                return
+            (one,) = documents
+            row = Rejected(one.file, one.line, refused.reason, refused.message, content(one))
+            self._quarantine(block, row, "tokenise")
+            return
+        block.tally.merge(tally)
+        block.tally.drops += tally.drops
+        reasons = {where: reason for _, reason, where in tally.drops}
+        for document, made in found:
+            if made:
+                yield document, made
+            elif (message := LOST.get(reason := reasons[document.where])) is not None:
+                said = message.format(self.config.max_length)
+                block.bad.append(Rejected(document.file, document.line, reason, said, content(document)[:200]))
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_function: Callable[[Any], Any] | None = None
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+LOOK_S = 1.0
+"""Seconds between looks whether workers live that are waited for."""
+
+
+class Worker(ForkProcess):
+    """Ends when its pool asks for it: where a stop may be asked for, processes hold back the pool's own SIGTERM."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class Workers(ForkContext):
+    """How a pool starts them."""
+
+    Process = Worker
+
+
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, check: Callable[[], None] = lambda: None
+) -> Iterator[Result]:
+    """Results of `function` in the order of `items`, of which few more are taken than there are workers.
+
+    `workers` processes are forked from this one, so that `function` may hold anything. `check` is called about once a second
+    while a result is waited for, and may raise. An exception, and closing this generator, kills the workers amid their work.
+    An exception of the function is raised here, and ends the workers; a worker that dies raises ShardtuneError.
+    """
+    global _function
+    _function = function
+    pool = ProcessPoolExecutor(workers, mp_context=Workers(), initializer=_begin, initargs=(os.getpid(),))
+    waiting: deque[Future[Result]] = deque()
+    team: list[Worker] = []
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, item))
+            team = team or [child for child in active_children() if isinstance(child, Worker)]  # all, with the first
+            if len(waiting) > 2 * workers:
+                yield _result(waiting.popleft(), pool, team, check)
+        while waiting:
+            yield _result(waiting.popleft(), pool, team, check)
+    except BrokenProcessPool as error:
+        raise ShardtuneError(
+            "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
+            "set data.workers lower"
+        ) from error
+    except BaseException:
+        _kill(pool, team)  # native code in a worker may take long to come to an end
+        raise
+    finally:
+        _function = None
+        with _uninterrupted():
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(
+    future: Future[Result], pool: ProcessPoolExecutor, workers: list[Worker], check: Callable[[], None]
+) -> Result:
+    """What a worker handed over. Where one worker is gone, all are killed, and the pool says that it is broken."""
+    while not wait([future], LOOK_S).done:
+        check()
+        if not all(worker.is_alive() for worker in workers):
+            _kill(pool, workers)
+    return future.result()
+
+
+def _kill(pool: ProcessPoolExecutor, workers: list[Worker]) -> None:
+    """Kill all workers, whatever they do.
+
+    The pool would read for ever the rest of a result whose writer died amid it. So this process keeps no end to write at: then
+    the reading ends.
+    """
+    pool._result_queue._writer.close()  # type: ignore[attr-defined]
+    for worker in workers:
+        worker.kill()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C does nothing for these seconds: a pool interrupted while it ends waits for its workers for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _begin(parent: int) -> None:
+    """In a new worker: end with the parent, who alone is interrupted, and leave the cores to the other workers."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(parent)
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None, "set before the workers were forked"
+    return _function(item)

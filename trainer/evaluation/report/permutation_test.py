@@ -1,0 +1,60 @@
+"""Metrics of one family, as the groups of a task: how likely any of them would differ so much if the two models did not.
+
+Where two models do not differ, it does not matter which of them answered a row. So rows are exchanged between them at random,
+and a metric's difference is held against the largest one of the family in each exchange (single-step max T of Westfall &
+Young 1993, of differences over their spread): with a p below 0.05 for each, any is told by chance in one comparison of twenty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from trainer.evaluation.tasks.base import Metric, Task, TaskRow
+from trainer.evaluation.tasks.significance import largest_p
+
+Weighted = dict[str, Callable[[np.ndarray], float]]
+EXCHANGES = 2000
+"""How often rows are exchanged; half as often where a metric is no ratio of sums, and each is computed anew."""
+CHUNK = 1 << 22
+"""Numbers drawn at a time."""
+
+
+def joint_p(
+    task: Task, metrics: Sequence[Metric], rows: Sequence[TaskRow], theirs: Sequence[TaskRow], seed: int
+) -> dict[str, float]:
+    """p of each metric of the family, by name, corrected for how many there are. The rows are the same questions of both."""
+    drawn, size = np.random.default_rng([seed, len(rows)]), max(1, CHUNK // len(rows))
+    number = EXCHANGES if all(metric.ratio for metric in metrics) else EXCHANGES // 2
+    others = task.weighted([*rows, *theirs])
+    parts = [_differences(metrics, rows, theirs, others, np.zeros((1, len(rows))))]
+    for begin in range(0, number, size):
+        swapped = drawn.integers(0, 2, (min(size, number - begin), len(rows))).astype(float)
+        parts.append(_differences(metrics, rows, theirs, others, swapped))
+    found = np.nan_to_num(np.concatenate(parts))
+    return dict(zip((metric.name for metric in metrics), largest_p(found[0], found[1:]).tolist(), strict=True))
+
+
+def _differences(
+    metrics: Sequence[Metric], rows: Sequence[TaskRow], theirs: Sequence[TaskRow], others: Weighted, swapped: np.ndarray
+) -> np.ndarray:
+    """This model's metrics less the other's, float64 [draws, metrics], with the rows exchanged where `swapped` is 1."""
+    found = []
+    for metric in metrics:
+        if metric.ratio is None:
+            of = others[metric.name]
+            pairs = (np.concatenate([1 - one, one]) for one in swapped)
+            found.append(np.array([of(mine) - of(1 - mine) for mine in pairs]))
+            continue
+        sides = []
+        for mine, other in ((rows, theirs), (theirs, rows)):
+            sums = []
+            for name in metric.ratio:
+                one, two = (
+                    np.array([row.scores.get(name, 0.0) if name else 1.0 for row in side]) for side in (mine, other)
+                )
+                sums.append(one.sum() + swapped @ (two - one))
+            sides.append(metric.of(*sums))
+        found.append(sides[0] - sides[1])
+    return np.stack(found, axis=1)

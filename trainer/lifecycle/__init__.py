@@ -1,1 +1,0 @@
-"""The life of a run: which attempt owns it, whether it is still the same run, and what it leaves when it ends."""

@@ -1,0 +1,33 @@
+"""What an output head says of each row's target: its log-probability, and whether it is the likeliest token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainer.losses.next_token import CHUNK_LOGITS, LossHead, _logits, computes_loss
+
+
+def row_scores(head: nn.Module, hidden: Tensor, targets: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probability `[N]` float32 of `targets [N]` by `hidden [N, H]`, and whether each is the argmax, `[N]` bool.
+
+    The head is called as a module exactly once, as a sharded one must be, and logits exist a chunk at a time where it is a
+    plain output layer. `bias [V]` is what the model adds to the head's output. No gradients.
+    """
+
+    def scored(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.float() if bias is None else logits.float() + bias
+        likely = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        return likely, logits.argmax(-1) == wanted
+
+    def by_chunks(plain: LossHead, rows: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        weight, size = plain.training_weight, max(1, CHUNK_LOGITS // plain.weight.shape[0])
+        parts = [
+            scored(_logits(some, weight, plain.bias, plain.softcap, plain.logit_scale), right)
+            for some, right in zip(rows.split(size), wanted.split(size), strict=True)
+        ]
+        return torch.cat([likely for likely, _ in parts]), torch.cat([best for _, best in parts])
+
+    if computes_loss(head):
+        return head(hidden, targets=targets, against=by_chunks)
+    return scored(head(hidden), targets)

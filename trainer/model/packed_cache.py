@@ -1,0 +1,164 @@
+"""Packed weights of a quantised base, kept on the host: each is packed once, by the rank that comes to it first.
+
+The others, and every later run on the same weights, read of it what they hold. A rank that packs a weight has it locked; when
+it dies the lock is gone, and another rank packs. Nothing here communicates: files are made aside and renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor
+
+from strategies.cache_dir import cache_directory
+from trainer.model.quantisation import Scheme
+
+EDITION = 1
+"""Of what lies in the files; another one is packed anew."""
+SMALLEST = 64 * 2**20
+"""Bytes packed below which nothing is kept: packing takes a second."""
+SAMPLES, SAMPLE = 16, 2**16
+"""Places of a file that its fingerprint reads, and bytes at each."""
+KEY = "packed"
+
+
+def fingerprint(directories: list[Path], scheme: Scheme) -> str:
+    """What tells the weights of these directories, stored by this scheme, from any others.
+
+    Files count by name, size, time of change and samples of their bytes: reading all would take as long as packing.
+    """
+    known = hashlib.sha256(f"{EDITION} {scheme} {version('bitsandbytes')} {version('transformers')}".encode())
+    for directory in directories:
+        for file in sorted((*directory.glob("*.safetensors"), *directory.glob("*.json"))):
+            stat = file.stat()
+            known.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            with file.open("rb") as opened:
+                for index in range(SAMPLES):
+                    opened.seek(index * max(0, stat.st_size - SAMPLE) // (SAMPLES - 1))
+                    known.update(opened.read(SAMPLE))
+    return known.hexdigest()[:32]
+
+
+def directory_of(key: str) -> Path:
+    """Where what goes by a fingerprint is kept."""
+    return cache_directory() / "packed" / key
+
+
+def kept_weights(
+    places: list[Path],
+    scheme: Scheme,
+    shapes: Mapping[str, tuple[int, ...]],
+    pack: Callable[[str], Tensor],
+    share: tuple[int, int],
+) -> PackedWeights:
+    """The matrices among `shapes` of the weights in `places`; stacks of experts are packed by those who hold them."""
+    sizes = {name: scheme.num_bytes((shape[0], shape[1])) for name, shape in shapes.items() if len(shape) == 2}
+    return PackedWeights(directory_of(fingerprint(places, scheme)), sizes, pack, share=share)
+
+
+class PackedWeights:
+    """The packed weights of one base: `sizes` says how many bytes each has, `pack` makes one, uint8 `[bytes]`, on the CPU.
+
+    `share` (i, n): this is rank i of n on the host, which begins with another weight than the rest.
+    """
+
+    def __init__(
+        self, directory: Path, sizes: dict[str, int], pack: Callable[[str], Tensor], *, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.directory, self.sizes, self.pack, self.share = directory, sizes, pack, share
+        self.packed = 0
+        """Weights that this process has packed."""
+        self.reason = ""
+        """Why nothing is kept; empty where it is."""
+        self._begun = False
+
+    @property
+    def total(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.sizes.values())
+
+    def run(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes `[start, stop)` of a packed weight, out of its file; where it has none yet, it is packed first."""
+        try:
+            if not self._begun:
+                self._begun = True
+                self._begin()
+            if not self.reason:
+                found = self._read(name, start, stop)
+                if found is None:
+                    self._keep(name, wait=True)
+                    found = self._read(name, start, stop)
+                if found is not None:
+                    return found
+                self.reason = f"what was written to {self._file(name)} cannot be read"
+        except OSError as error:
+            self.reason = f"{error.strerror or error} ({error.filename or self.directory})"
+        self.packed += 1
+        return self.pack(name)[start:stop]
+
+    def _begin(self) -> None:
+        """Pack what no other rank has packed or is packing: together the ranks of a host take each weight once."""
+        if self.total < SMALLEST:
+            self.reason = f"{self.total / 2**20:.1f} MiB are packed as fast as they are read"
+            return
+        missing = [name for name in self.sizes if not self._is_there(name)]
+        if not missing:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        need, free = sum(self.sizes[name] for name in missing), shutil.disk_usage(self.directory).free
+        if need > free:
+            self.reason = f"{need / 2**30:.2f} GiB more are needed and {free / 2**30:.2f} GiB free in {self.directory}"
+            return
+        first = len(missing) * self.share[0] // self.share[1]
+        for name in missing[first:] + missing[:first]:
+            self._keep(name, wait=False)
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+    def _is_there(self, name: str) -> bool:
+        file = self._file(name)
+        return file.exists() and file.stat().st_size > self.sizes[name]
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor | None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self._file(name)), framework="pt") as opened:
+                view = opened.get_slice(KEY)
+                return view[start:stop] if view.get_shape() == [self.sizes[name]] else None
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def _keep(self, name: str, *, wait: bool) -> None:
+        """Pack a weight into its file, unless it is there; one that another process packs is waited for, or left to it."""
+        from safetensors.torch import save
+
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+        with (self.directory / "lock").open("a+b") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+            except BlockingIOError:
+                return
+            if self._is_there(name) and (not wait or self._read(name, 0, 1) is not None):
+                return
+            self.packed += 1
+            aside = self._file(name).with_suffix(f".{socket.gethostname()}.{os.getpid()}")
+            try:
+                with aside.open("wb") as file:
+                    file.write(save({KEY: self.pack(name)}))
+                    file.flush()
+                    os.fsync(file.fileno())
+                aside.replace(self._file(name))
+            except OSError:
+                with suppress(OSError):
+                    aside.unlink()
+                raise

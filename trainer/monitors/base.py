@@ -1,0 +1,61 @@
+"""What a detector finds, and what it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """A challenge that was found, in words and numbers; the same on all ranks."""
+
+    challenge: str
+    """Name of the detector."""
+    step: int
+    says: str
+    """One sentence with what was seen, and the numbers."""
+    numbers: dict[str, float]
+    remedies: tuple[str, ...]
+    """Words to type, the cheapest first."""
+    stops: bool = False
+    """Whether the run is to end for it."""
+    verdict: str = ""
+    """What kind of it, of a detector that tells several."""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, for `run.json`."""
+        kind = {"verdict": str(self.verdict)} if self.verdict else {}
+        return {
+            "found": True,
+            **kind,
+            "step": self.step,
+            "says": self.says,
+            **self.numbers,
+            "remedies": list(self.remedies),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnswer:
+    """What the model wrote, and what it should have."""
+
+    text: str
+    reference: str
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What an evaluation hands to detectors; the same on all ranks."""
+
+    step: int
+    values: dict[str, float]
+    """Metrics by name."""
+    planned: int
+    """Evaluations of the whole run, over which false alarms are counted."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """`step`, `train` and `held_out` loss of each evaluation so far, this one with it."""
+    answers: list[ModelAnswer] = field(default_factory=list)
+    """What was written in it."""
+    compared: list[Any] = field(default_factory=list)
+    """`trainer/monitors/forgetting.py`'s comparisons with the base."""

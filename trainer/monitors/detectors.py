@@ -1,0 +1,262 @@
+"""The detectors of one run: what they are given, what they find, and what is told of it. The same on all ranks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from strategies.base import Engine, Progress
+from strategies.errors import LimitExceeded, StorageError
+from trainer.evaluation.report.tables import tables
+from trainer.evaluation.task_evaluator import Done, TaskEvaluator
+from trainer.evaluation.tasks.written import WrittenTask
+from trainer.monitors import degenerate_answers, divergence, forgetting, instability, overfitting
+from trainer.monitors.base import Evidence, Finding, ModelAnswer
+from trainer.monitors.base_model_rows import BaseRows
+from trainer.monitors.config import ChallengesConfig, Reaction
+from trainer.monitors.first_evaluation import HeldOutBefore, KeptHeldOut
+from trainer.monitors.first_rows import FirstRows
+from trainer.reporting.jsonl import json_text
+from trainer.reporting.trackers.base import Table
+
+DETECTORS: dict[str, Any] = {"overfitting": overfitting, "forgetting": forgetting, "output": degenerate_answers}
+"""What looks at an evaluation, by the name of its settings."""
+HELD_OUT = "eval/loss"
+
+
+class Challenges:
+    """Looks at each evaluation. Nothing here communicates but `begin`."""
+
+    def __init__(
+        self,
+        config: ChallengesConfig,
+        planned: int,
+        compared: str,
+        say: Callable[[str], None] = lambda text: None,
+        events: Path | None = None,
+    ) -> None:
+        """`planned` evaluations of the whole run; `compared` is the row's loss that is like the held-out one; `events`: the
+        file that findings are told in, on rank 0."""
+        self.config, self.planned, self.compared, self.say, self.events = config, planned, compared, say, events
+        self.base: BaseRows | None = None
+        self.record: dict[str, Any] = {}
+        """By detector: what was found first, or what was measured last. Into `run.json`."""
+        self.ends: Finding | None = None
+        """What ends the run once its state is saved."""
+        self.first = FirstRows(None)
+        """What the tasks looked like at first, where that is to be shown."""
+        self.kept_before: KeptHeldOut | None = None
+        """Keeps the evaluation before the first step; None: a run that goes on does not know it."""
+        self.before = HeldOutBefore()
+        self.window, self.first_judged = divergence.LEAST_WINDOW, divergence.FIRST_JUDGED
+        """Steps that stand for the training loss now, and the first step at which divergence is judged."""
+        self.tell_status: Callable[[dict[str, Any]], None] = lambda record: None
+        """Hears the record after each look, on all ranks."""
+        self._verdicts: set[str] = set()
+        """Verdicts on divergence that were told."""
+        self._batches: dict[str, list[float]] = {}
+        self._answers: list[ModelAnswer] = []
+        self._compared: list[forgetting.ComparedTask] = []
+
+    # -- what is seen ----------------------------------------------------------------------------------------------
+
+    def begin(self, engine: Engine, progress: Progress) -> None:
+        """Before the first step of this start: ask the base, where forgetting is measured. All ranks must call."""
+        self.first.begin(progress.step)
+        if self.kept_before is not None and progress.step:
+            self.before = self.kept_before.read()
+        if self.base is not None:
+            self.base.begin(engine, progress.step)
+
+    def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
+        """The training loss of steps, for its mean since the last evaluation."""
+        new_losses = list[dict[str, float]]()
+        for row in rows:
+            value = row.get(self.compared, row["loss"])
+            if math.isfinite(value):
+                progress.interval_loss += value
+                progress.interval_steps += 1
+                new_losses.append({"loss": value})
+                if row["step"] == 1:
+                    progress.first_loss = value
+        progress.recent_losses = [*progress.recent_losses, *new_losses][-divergence.MOST_WINDOW :]
+        if not self.before.values and not progress.evaluations:
+            self._judge_divergence(progress, {})
+
+    def batches(self, batches: dict[str, list[float]]) -> None:
+        """Sums over each micro-batch of the evaluation documents, by metric, before `evaluated` is called."""
+        self._batches = batches
+
+    def task(self, done: Done) -> None:
+        """A task after the model was asked."""
+        ready = done.ready
+        if isinstance(ready.task, WrittenTask):
+            self.wrote((row.answer, row.reference) for row in done.rows)
+        found = None if self.base is None or self.base.found is None else self.base.found.get(ready.task.name)
+        if found is not None:
+            metric = ready.task.metrics[0]
+            values = found.value, done.values[metric.name]
+            self._compared.append(forgetting.compare(ready.task.name, metric, found.rows, done.rows, values))
+
+    def wrote(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Answers that were written, and what they should have been."""
+        self._answers += [ModelAnswer(*pair) for pair in pairs]
+
+    # -- what is found ---------------------------------------------------------------------------------------------
+
+    def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
+        """After an evaluation: what is logged beside its `values`. Tells of what is found for the first time."""
+        self._remember(progress, values)
+        seen = Evidence(progress.step, values, self.planned, progress.evaluations, self._answers, self._compared)
+        self._answers, self._compared = [], []
+        measured: dict[str, float] = {}
+        for name, detector in DETECTORS.items():
+            config = getattr(self.config, name)
+            if config.action is Reaction.off:
+                continue
+            mine = detector.numbers(seen)
+            measured |= mine
+            before = self.record.get(name, {})
+            if mine and not before.get("found"):
+                self.record[name] = {"found": False, "step": progress.step, **mine}
+            if (finding := detector.find(config, seen)) is not None:
+                self._tell(finding, again=bool(before.get("found")))
+        if progress.step == 0:
+            self._remember_before(values)
+        else:
+            self._judge_divergence(progress, values)
+        self.tell_status(self.record)
+        return measured
+
+    def _remember_before(self, values: dict[str, float]) -> None:
+        """Keep the evaluation before the first step. Errors: StorageError."""
+        known = {name: values[name] for name in (divergence.LOSS, divergence.MARGIN) if name in values}
+        self.before = HeldOutBefore(known, self._batches)
+        if self.kept_before is not None:
+            self.kept_before.write(self.before)
+
+    def _judge_divergence(self, progress: Progress, values: dict[str, float]) -> None:
+        """Compare the run with its own beginning; `values`: the evaluation of this step, empty if there is none."""
+        if self.config.divergence.action is Reaction.off or progress.step < self.first_judged:
+            return
+        losses = [row["loss"] for row in progress.recent_losses]
+        training = divergence.training_change(progress.first_loss, losses, self.window)
+        held_out = self._held_out_change(progress, values)
+        finding = divergence.finding_of(self.config.divergence, progress.step, training, held_out)
+        known = self.record.get(divergence.NAME, {})
+        if finding is None:
+            if known.get("found"):
+                self.record[divergence.NAME] = {**known, "found": False, "recovered_at": progress.step}
+            elif not known:
+                self.record[divergence.NAME] = {"found": False, "step": progress.step}
+            return
+        first_step = known["first_step"] if known.get("found") else progress.step
+        if finding.verdict in self._verdicts:
+            self.record[divergence.NAME] = finding.record()
+            self.ends = finding if finding.stops and self.ends is None else self.ends
+        else:
+            self._verdicts.add(finding.verdict)
+            self._tell(finding, again=False)
+        self.record[divergence.NAME]["first_step"] = first_step
+
+    def _held_out_change(self, progress: Progress, values: dict[str, float]) -> divergence.HeldOutChange | None:
+        """The held-out metric that counts, against the one before the first step; None if either is not known."""
+        before = dict(self.before.values)
+        if not before and progress.evaluations and progress.evaluations[0]["step"] == 0:
+            before[divergence.LOSS] = progress.evaluations[0]["held_out"]  # a run that kept no micro-batches
+        for metric in (divergence.MARGIN, divergence.LOSS):
+            if metric in before and metric in values:
+                pairs = self.before.pairs_with(metric, self._batches)
+                level = divergence.LEVEL / max(1, self.planned)
+                return divergence.held_out_change(metric, (before[metric], values[metric]), pairs, level)
+        return None
+
+    def _remember(self, progress: Progress, values: dict[str, float]) -> None:
+        """The evaluation joins the history, unless it was made up for or is of the same step as the last one."""
+        held_out, steps = values.get(HELD_OUT), progress.interval_steps
+        if held_out is None or not math.isfinite(held_out) or (progress.step and not steps):
+            return
+        train = progress.interval_loss / steps if progress.step else held_out
+        progress.evaluations.append({"step": float(progress.step), "train": train, "held_out": held_out})
+        progress.interval_loss, progress.interval_steps = 0.0, 0
+
+    def finished(self, progress: Progress) -> None:
+        """When training is over: what its steps say as a whole."""
+        if (finding := instability.find(progress)) is not None:
+            self._tell(finding, again=False)
+        if not progress.evaluations:
+            self._judge_divergence(progress, {})
+        recovered_at = self.record.get(divergence.NAME, {}).get("recovered_at")
+        if recovered_at is not None:
+            verdict = self.record[divergence.NAME].get("verdict")
+            self.say(f"recovered by step {recovered_at}: the run is no longer {verdict}")
+        self.tell_status(self.record)
+
+    def _tell(self, finding: Finding, *, again: bool) -> None:
+        if finding.stops and self.ends is None:
+            self.ends = finding
+        if again:
+            self.record[finding.challenge] |= {"last": {"step": finding.step, "says": finding.says, **finding.numbers}}
+            return
+        self.record[finding.challenge] = finding.record()
+        self.say(
+            f"warning: {finding.challenge} at step {finding.step}: {finding.says}. Try: {'; '.join(finding.remedies)}"
+        )
+        if self.events is not None:
+            event = {"event": "challenge", "time": time.time(), "challenge": finding.challenge, **finding.record()}
+            try:
+                with self.events.open("a", encoding="utf-8") as file:
+                    file.write(json_text(event) + "\n")
+            except OSError as error:
+                raise StorageError(f"{self.events}: cannot be written ({error}); free space") from error
+
+    # -- what is done ----------------------------------------------------------------------------------------------
+
+    def stops_early(self) -> str | None:
+        """What is said where the run is to end as by early stopping."""
+        if self.ends is None or self.ends.challenge != "overfitting":
+            return None
+        return "stopping early: the run overfits (challenges.overfitting.action=stop)"
+
+    def raise_if_exceeded(self) -> None:
+        """Raise LimitExceeded where a finding ends the run, whose state is saved by now; on all ranks alike."""
+        if self.ends is not None and not self.stops_early():
+            key = f"challenges.{self.ends.challenge}.action=note"
+            raise LimitExceeded(
+                f"step {self.ends.step}: {self.ends.challenge}: {self.ends.says}. A checkpoint of this step is there; the same "
+                f"command with {key} goes on. Try: {'; '.join(self.ends.remedies)}"
+            )
+
+
+class WatchedTasks:
+    """A run's tasks as an evaluator that lets the detectors see them."""
+
+    def __init__(self, inner: TaskEvaluator, challenges: Challenges, *, shows: bool = False) -> None:
+        """`shows`: whether it makes tables of rows."""
+        self.inner, self.challenges, self.shows = inner, challenges, shows
+        self.tables: dict[str, Table] = {}
+        """Worst rows of the last run, and those that changed sides since the first one."""
+
+    def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
+        """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
+        self.inner.asking.engine, self.tables = engine, {}
+        base = self.challenges.base
+        fresh, names = ([], None) if base is None else (base.fresh, base.names)
+        if fresh and base is not None:
+            base.fresh = []
+            for done in fresh:
+                yield from self._of(done)
+            names = [each.task.name for each in self.inner.tasks if each.task.name not in base.names]
+        for done in self.inner.each(names if fresh else None):
+            yield from self._of(done)
+
+    def _of(self, done: Done) -> Iterator[tuple[str, float]]:
+        self.challenges.task(done)
+        task = done.ready.task
+        if self.shows:
+            self.tables |= tables(task, done.rows, self.challenges.first.before(task.name, done.rows))
+        for metric, value in done.values.items():
+            yield f"eval/{done.ready.task.name}/{metric}", value

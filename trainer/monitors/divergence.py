@@ -1,0 +1,233 @@
+"""Divergence: a run whose losses are worse than at its own beginning, in training and on held-out data.
+
+The loss of a uniform guess, ln(vocabulary), is no yardstick: IPO begins at 25 and random weights may begin at 38, while a model
+that collapses to a plateau stays below it. So a run is compared with its first step, whose loss is taken before any update, and
+with the evaluation before that step.
+
+Held-out losses are paired by micro-batch, which holds the same documents in each evaluation. A rise is clear if its one-sided
+lower bound is above 0, at a level of 5 % over all evaluations of a run. Objectives over preferences go by their margin instead:
+their loss can rise while the model ranks answers better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from statistics import fmean, median, stdev
+
+from trainer.monitors import forgetting, overfitting
+from trainer.monitors.base import Finding
+from trainer.monitors.config import DivergenceConfig, Reaction
+
+NAME = "divergence"
+LOSS, MARGIN = "eval/loss", "eval/margin"
+FIRST_JUDGED = 20
+"""Step before which nothing is judged, whatever the warm-up."""
+LEAST_WINDOW, MOST_WINDOW = 10, 100
+"""Steps whose median stands for the training loss now: a tenth of the run's, within these bounds."""
+TRAINING_RISE, TRAINING_RISE_ALONE = 0.10, 0.25
+"""Shares by which the training loss must exceed that of step 1: beside held-out data, and without any."""
+DEVIATIONS = 3
+"""Robust standard deviations by which it must exceed that, besides."""
+NORMAL = 1.4826
+"""Standard deviations of normal values in one median absolute deviation."""
+HELD_OUT_RISE, HELD_OUT_RISE_UNPAIRED = 0.01, 0.25
+"""Shares by which the held-out loss must exceed that before: with a paired test, and with too few micro-batches for one."""
+LEAST_LOSS = 0.05
+"""Loss below which a rise is a share of this value: a student that begins as its own teacher begins at 0."""
+LEVEL = 0.05
+"""How often, at most, a run that gets no worse is told that it does."""
+LEAST_BATCHES = 8
+"""Micro-batches below which there is no paired test."""
+REMEDIES = (
+    "a lower optim.lr",
+    "schedule.warmup_share=0.1",
+    "optim.max_grad_norm=1",
+    "challenges.divergence.action=stop (ends such a run early)",
+)
+
+
+class Verdict(StrEnum):
+    """What is wrong with a run."""
+
+    diverged = "diverged"
+    worse = "worse than before training"
+    """Held-out data alone: overfitting or forgetting."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutChange:
+    """A held-out metric now beside what it was before the first step."""
+
+    metric: str
+    before: float
+    now: float
+    rise: float
+    """How much worse it got: of a loss as a share of the one before, of a margin in its own unit."""
+    bound: float | None = None
+    """One-sided lower bound of `rise`; None if there are too few micro-batches."""
+
+    @property
+    def is_worse(self) -> bool | None:
+        """Whether it is clearly worse than before; None if that cannot be told."""
+        if not math.isfinite(self.now):
+            return True
+        if self.metric == MARGIN:
+            return None if self.bound is None else self.bound > 0
+        if self.bound is None:
+            return self.rise > HELD_OUT_RISE_UNPAIRED
+        return self.rise > HELD_OUT_RISE and self.bound > 0
+
+    @property
+    def text(self) -> str:
+        """Both values, and how sure the difference is."""
+        unit = "{:+.4f}" if self.metric == MARGIN else "{:+.1%}"
+        change = unit.format(-self.rise if self.metric == MARGIN else self.rise)
+        sure = "" if self.bound is None else ", clear in a paired test over micro-batches"
+        return f"{self.metric} from {self.before:.4f} to {self.now:.4g} ({change}{sure})"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingChange:
+    """The training loss now beside that of step 1."""
+
+    first: float
+    """Loss of step 1, before any update."""
+    now: float
+    """Median of the last steps."""
+    deviations: float
+    """How far `now` is above `first`, in robust standard deviations of the last steps."""
+    steps: int
+    """How many last steps that are."""
+
+    def rose(self, share: float) -> bool:
+        """Whether it rose by this share of the first loss, and beyond what batches differ by."""
+        return self.now > self.first + share * _yardstick(self.first) and self.deviations > DEVIATIONS
+
+    @property
+    def text(self) -> str:
+        return f"the training loss went from {self.first:.4g} at step 1 to {self.now:.4g} (median of the last {self.steps} steps)"
+
+
+def window_of(total_steps: int) -> int:
+    """How many last steps stand for the training loss now."""
+    return max(LEAST_WINDOW, min(MOST_WINDOW, total_steps // 10))
+
+
+def first_judged(warmup_steps: int) -> int:
+    """The first step at which a run is judged."""
+    return max(FIRST_JUDGED, warmup_steps)
+
+
+def training_change(first: float | None, recent: Sequence[float], window: int) -> TrainingChange | None:
+    """The last `window` of the `recent` losses against the first one; None if there are too few."""
+    if first is None or len(recent) < window:
+        return None
+    is_positive = first > 0 and min(recent) > 0
+    # A diverged loss jumps by factors: on a linear scale its own deviation would hide it.
+    level = math.log(first) if is_positive else first
+    values = [math.log(loss) for loss in recent] if is_positive else list(recent)
+    middle = median(values[-window:])
+    spread = _robust_spread(values, window)
+    deviations = (middle - level) / spread if spread else math.copysign(math.inf, middle - level)
+    return TrainingChange(first, median(recent[-window:]), deviations, window)
+
+
+def _robust_spread(values: Sequence[float], window: int) -> float:
+    """Standard deviation of single steps, by medians.
+
+    The larger of two: that of the last `window` values around their median, and that of the differences from step to step,
+    which has more values and knows no trend. Ten values alone look calm by chance once in some tens of runs.
+    """
+    last = values[-window:]
+    middle = median(last)
+    around_median = NORMAL * median(abs(value - middle) for value in last)
+    differences = [abs(later - earlier) for earlier, later in pairwise(values)]
+    from_step_to_step = NORMAL * median(differences) / math.sqrt(2)
+    return max(around_median, from_step_to_step)
+
+
+def held_out_change(
+    metric: str,
+    values: tuple[float, float],
+    batches: tuple[Sequence[float], Sequence[float]] | None,
+    level: float,
+) -> HeldOutChange:
+    """A metric (before, now); `batches`: its sums over each micro-batch, before and now, or None if these are other ones."""
+    before, now = values
+    is_margin = metric == MARGIN
+    rise = before - now if is_margin else (now - before) / _yardstick(before)
+    # The paired test of a loss divides by the sums before training, which are close to 0 for such a loss.
+    is_too_small = not is_margin and abs(before) < LEAST_LOSS
+    if batches is None or is_too_small:
+        return HeldOutChange(metric, before, now, rise)
+    # A rank that has run out of documents has an empty micro-batch, which sums to 0.
+    pairs = [(old, new) for old, new in zip(*batches, strict=True) if old or new]
+    if len(pairs) < LEAST_BATCHES or not all(math.isfinite(value) for pair in pairs for value in pair):
+        return HeldOutChange(metric, before, now, rise)
+    old_sums = [old for old, _ in pairs]
+    new_sums = [new for _, new in pairs]
+    quantile = forgetting.student_quantile(1 - level, len(pairs) - 1)
+    if is_margin:
+        drops = [old - new for old, new in pairs]
+        mean_drop = fmean(drops)
+        error = stdev(drops) / math.sqrt(len(drops))
+        # Sums of micro-batches, unlike the metric, are no means over pairs. Only the sign of the bound counts.
+        return HeldOutChange(metric, before, now, rise, mean_drop - quantile * error)
+    error = forgetting.ratio_error(old_sums, new_sums)
+    return HeldOutChange(metric, before, now, rise, rise - quantile * error)
+
+
+def _yardstick(loss: float) -> float:
+    """What a rise of a loss is a share of."""
+    return max(abs(loss), LEAST_LOSS)
+
+
+def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) -> Verdict | None:
+    """What both say together."""
+    is_worse = None if held_out is None else held_out.is_worse
+    if is_worse is None:
+        alone = training is not None and training.rose(TRAINING_RISE_ALONE)
+        return Verdict.diverged if alone else None
+    if not is_worse:
+        return None
+    # A model whose held-out loss is no number any more has not overfitted, however low its training loss is.
+    is_broken = held_out is not None and not math.isfinite(held_out.now)
+    diverged = is_broken or (training is not None and training.rose(TRAINING_RISE))
+    return Verdict.diverged if diverged else Verdict.worse
+
+
+def finding_of(
+    config: DivergenceConfig, step: int, training: TrainingChange | None, held_out: HeldOutChange | None
+) -> Finding | None:
+    """What is told of a run at this step; None if nothing is wrong."""
+    verdict = verdict_of(training, held_out)
+    if verdict is None:
+        return None
+    remedies: tuple[str, ...] = REMEDIES
+    meaning = ""
+    if verdict is Verdict.worse and training is not None and training.now < training.first:
+        remedies = overfitting.REMEDIES
+        meaning = "; the run overfits"
+    elif verdict is Verdict.worse:
+        remedies = forgetting.REMEDIES
+        meaning = "; the run forgets what the model knew"
+    changes = [change.text for change in (training, held_out) if change is not None]
+    numbers: dict[str, float] = {}
+    if training is not None:
+        numbers |= {"training_before": training.first, "training_now": training.now}
+    if held_out is not None:
+        numbers |= {"before": held_out.before, "now": held_out.now, "rise": held_out.rise}
+        numbers |= {} if held_out.bound is None else {"bound": held_out.bound}
+    return Finding(
+        challenge=NAME,
+        step=step,
+        says=f"{verdict}: {', '.join(changes)}{meaning}",
+        numbers=numbers,
+        remedies=remedies,
+        stops=verdict is Verdict.diverged and config.action is Reaction.stop,
+        verdict=verdict,
+    )

@@ -1,0 +1,38 @@
+"""Instability: what the guards have seen of single steps (`trainer/monitors/`), told once more where the run ends."""
+
+from __future__ import annotations
+
+from strategies.base import Progress
+from trainer.monitors.base import Finding
+
+REMEDIES = (
+    "a lower optim.lr",
+    "schedule.warmup_share=0.1",
+    "a larger batch.global",
+    "optim.max_grad_norm=1",
+    "precision=bf16 rather than fp16",
+    "guards.grad_norm=skip, or rollback (events.jsonl names the documents)",
+)
+LEAST_SHARE = 0.02
+"""Share of steps that stand out, are left out or undone, from which a run is called unstable; one alone is an odd batch."""
+
+
+def find(progress: Progress) -> Finding | None:
+    """What the run's steps say as a whole."""
+    odd = max(progress.outliers, progress.skipped_steps)
+    if progress.rollbacks == 0 and (odd < 2 or odd < LEAST_SHARE * progress.step):
+        return None
+    return Finding(
+        challenge="instability",
+        step=progress.step,
+        says=(
+            f"{progress.outliers} steps stood out by their loss or gradient norm, {progress.skipped_steps} updates were left "
+            f"out, and the run went back {progress.rollbacks} times, in {progress.step} steps (guards.threshold: medians)"
+        ),
+        numbers={
+            "outliers": float(progress.outliers),
+            "skipped_steps": float(progress.skipped_steps),
+            "rollbacks": float(progress.rollbacks),
+        },
+        remedies=REMEDIES,
+    )

@@ -1,0 +1,156 @@
+"""The frozen model beside the tuned one: which it is, how it is built on meta, and where its weights come from."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from strategies.errors import ConfigError
+from strategies.parameters import meta_context
+from trainer.data.config import Layout
+from trainer.losses.fuse import fuse_head
+from trainer.model.architecture import auto_class, build_options, set_dropout
+from trainer.model.attention import NAME
+from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.flex import NAME as FLEX
+from trainer.model.frozen_rows import still_rows
+from trainer.model.layout import Arrangement
+from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
+from trainer.model.tied_heads import untied_as_stored
+from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
+from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.layout_choice import Proofs
+from trainer.objectives.registry import family_of
+from trainer.objectives.teacher import check_head
+from trainer.tuning.full import Full
+
+if TYPE_CHECKING:
+    from trainer.tuning.merged_adapters import Folded
+
+SHOWN = 3
+"""How many differences of two vocabularies an error names."""
+
+
+def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfig | None:
+    """The settings of the teacher that is imitated; None where none is."""
+    teacher = family_of(objective).teacher(objective)
+    if teacher is None:
+        return None
+    return replace(
+        config,
+        path=teacher.path,
+        revision=teacher.revision,
+        tokenizer=None,
+        chat_template=None,
+        add_tokens=[],
+        trust_remote_code=teacher.trust_remote_code,
+    )
+
+
+def common_layout(layout: Layout, teacher: ModelConfig | None, *, half_on_gpu: bool) -> tuple[Layout, dict[str, str]]:
+    """(layout, substitution made): padded rows where the teacher is not proven to keep documents apart otherwise."""
+    if teacher is None or layout is Layout.padded:
+        return layout, {}
+    settings = load_model_config(teacher)
+    reason, kind = Proofs(teacher, settings, half_on_gpu=half_on_gpu).unproven(NAME), settings.model_type
+    if not reason:
+        return layout, {}
+    if layout is Layout.padding_free:
+        raise ConfigError(
+            f"data.layout=padding_free: the teacher ({kind}) needs padded rows ({reason}); set data.layout=auto"
+        )
+    return Layout.padded, {"data.layout": f"padded (the teacher, {kind}, is not proven padding-free: {reason})"}
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenReference:
+    """A frozen model beside the tuned one, on the meta device."""
+
+    model: Any
+    weights: WeightSource | StartingWeights
+    """Where its values come from."""
+    block_classes: set[str]
+    """Classes of its repeated blocks, which are shard units."""
+
+
+def frozen_model(
+    config: ModelConfig,
+    objective: ObjectiveConfig,
+    settings: Any,
+    arrangement: Arrangement,
+    own: WeightSource,
+    folded: Folded | None,
+    tokenizer: Any,
+) -> FrozenReference:
+    """The teacher that is imitated, or else the model that the run begins with, once more.
+
+    That one has its `own` weights, with the adapter in `folded` if the run goes on from one.
+
+    `settings` are transformers' of the tuned model. Raises ConfigError where a teacher has another vocabulary, or a head
+    that cannot be compared.
+    """
+    teacher = teacher_model(config, objective)
+    if teacher is None:
+        model = _architecture(config, settings, arrangement)
+        weights: WeightSource | StartingWeights = StartingWeights(own, folded)
+    else:
+        check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
+        model = _architecture(teacher, load_model_config(teacher), arrangement)
+        imitated = WeightSource(
+            BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=own.seed, init_std=0.0
+        )
+        imitated.zeroed = still_rows(model, Arrangement(arrangement.layout, arrangement.attention, {}))
+        imitated.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
+        weights = imitated
+    model.requires_grad_(False)
+    check_head(model, "objective.teacher.path")
+    return FrozenReference(model, weights, set(getattr(model, "_no_split_modules", None) or ()))
+
+
+def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) -> Any:
+    """A causal model on meta, without dropout, its head ready to lend its weight; raises ConfigError where it is none."""
+    settings, attention = copy.deepcopy(settings), arrangement.attention
+    if attention == FLEX and Proofs(config, settings, half_on_gpu=True).unproven(FLEX):
+        attention = NAME
+    set_dropout(settings, 0.0)
+    auto = auto_class(ModelKind.causal, settings)
+    remedy = "take a causal model of the student's family"
+    if getattr(settings, "is_encoder_decoder", False):  # of some, the decoder alone could be built
+        raise ConfigError(
+            f"objective.teacher.path={config.path}: is an encoder-decoder ({settings.model_type}); {remedy}"
+        )
+
+    def build() -> Any:
+        with meta_context():
+            return auto.from_config(settings, attn_implementation=attention, **build_options(config))
+
+    try:
+        model = build()
+    except ValueError as error:
+        reason = str(error).partition("\nModel type should be one of")[0][:300]  # hundreds of names follow
+        raise ConfigError(
+            f"objective.teacher.path={config.path}: a {settings.model_type} model cannot be built as a teacher with "
+            f"attention {attention}: {reason}; {remedy}"
+        ) from error
+    if untied_as_stored(config, settings, model):
+        model = build()
+    model.tie_weights()
+    noted = Arrangement(arrangement.layout, attention, {})
+    model.way = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).way(noted)
+    if model.way.fused:
+        fuse_head(model, settings)
+    return model
+
+
+def check_vocabulary(student: Any, teacher: Any, path: str) -> None:
+    """Raise ConfigError where two tokenizers do not give every token the same number."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differ = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if differ:
+        named = ", ".join(f"{t!r} is {ours.get(t, 'no token')} and {theirs.get(t, 'no token')}" for t in differ[:SHOWN])
+        raise ConfigError(
+            f"objective.teacher.path={path}: its vocabulary is not the student's ({len(differ)} tokens differ: {named}); "
+            "distributions can only be compared over one vocabulary: take a teacher of the same family, or train on texts "
+            "that the teacher wrote with objective=sft"
+        )

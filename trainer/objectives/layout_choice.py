@@ -1,0 +1,180 @@
+"""The plain causal model of a run, arranged: its attention, how documents lie in a row, and its way from batch to loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from strategies.errors import ConfigError
+from strategies.hardware import gpu_of
+from strategies.parameters import meta_context
+from trainer.data.config import Layout
+from trainer.model import attention, experts, flex
+from trainer.model.architecture import architecture, beside_text, text_settings
+from trainer.model.attention import NAME
+from trainer.model.config import Attention, ModelConfig, ModelKind
+from trainer.model.flash import head_sizes, why_not_flash
+from trainer.model.kernels import missing_kernels
+from trainer.model.layout import Arrangement, Kernels, resolve_layout
+from trainer.model.tied_heads import untied_as_stored
+from trainer.objectives.causal import PLAIN, CausalWay
+from trainer.objectives.forward_path import Passage, fails_on_tokens, passage_of
+
+
+class Proofs:
+    """What is proven of one architecture, by attention; found out where it is not yet known on this host."""
+
+    def __init__(self, config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> None:
+        """`settings`: transformers' configuration of the model; it is not changed."""
+        attention.register()
+        flex.register()
+        experts.register()
+        self.config, self.settings, self.half_on_gpu = config, settings, half_on_gpu
+
+    def of(self, kernel: str) -> Passage:
+        """What is proven with this kernel for documents in one row."""
+        # Where a GPU is only meant, by a plan or a dry run, the CPU proves the same mathematics.
+        on_gpu = self.half_on_gpu and torch.cuda.is_available()
+        return passage_of(self.settings, self.plain, kernel, on_gpu=on_gpu)
+
+    def unproven(self, kernel: str) -> str:
+        """Why documents cannot lie in one row; empty where they can."""
+        found = self.of(kernel)
+        return "" if found.padding_free is not None else found.reason or "it was not found right"
+
+    def plain(self) -> Any:
+        """The model on meta, with dropout as the run has it, in eager attention."""
+        with meta_context():
+            return architecture(ModelKind.causal, copy.deepcopy(self.settings), self.config, "eager", "sft")[0]
+
+    def way(self, arrangement: Arrangement) -> CausalWay:
+        """The way from batch to loss, noted where it is not the fast one. Raises ConfigError where tokens see ahead."""
+        layout = arrangement.layout
+        found = self.of(arrangement.attention if layout is Layout.padding_free else NAME)
+        if not found.causal:
+            raise ConfigError(
+                f"model.path={self.config.path}: tokens of this {self.settings.model_type} see what follows them, so that "
+                f"predicting it would teach nothing; {' or '.join(_instead_of(self.settings))}"
+            )
+        if found.tried and found.of(layout) is None:
+            raise ConfigError(
+                f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained here: on a small copy of it "
+                f"{found.reason}; take a model of another architecture (docs/models.md lists those that train)"
+            )
+        if not found.tried and (said := fails_on_tokens(self.plain())):
+            raise ConfigError(
+                f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained on texts alone: plain "
+                f"transformers says {said}; set what it lacks in its config.json, if it is that, or take a model of another "
+                "architecture (docs/models.md lists those that train)"
+            )
+        if found.random:
+            arrangement.notes["model"] = "draws something at random while it trains, whatever model.dropout says"
+        way = found.of(layout) or PLAIN
+        if found.of(layout) is None:
+            arrangement.notes["model.head"] = f"the model's own forward pass, not proven on a copy ({found.reason})"
+        elif not way.fused:
+            arrangement.notes["model.head"] = "the model's own forward pass (its logits are more than a product)"
+        return way
+
+
+def _instead_of(settings: Any) -> list[str]:
+    """What can be done instead of predicting tokens with a model that sees ahead."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    ways = ["take a causal model"]
+    if getattr(settings, "is_decoder", None) is False:
+        ways.append("set is_decoder to true in its config.json")
+    if type(settings) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        ways.append("use objective=classification")
+    return ways
+
+
+def _kernels(config: ModelConfig, settings: Any, plain: Callable[[], Any] | None, *, half_on_gpu: bool) -> Kernels:
+    """What could compute this model's attention on this machine, or on a GPU that is only meant. `plain` builds a causal
+    model on meta."""
+    gpu = gpu_of(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
+    no_flash = why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
+    if plain is None:
+        return Kernels(no_flash, "it is for objectives over next tokens")
+    if not half_on_gpu:  # without building the model
+        return Kernels(no_flash, flex.NEEDS)
+    model, text = plain(), text_settings(settings)
+    no_flex = flex.why_not_flex(model, head_sizes(settings), dropout=config.dropout)
+    return Kernels(no_flash, no_flex, flex_first=flex.needs_eager(model, text))
+
+
+def causal_model(
+    config: ModelConfig,
+    settings: Any,
+    layout: Layout,
+    *,
+    own_rows: bool,
+    half_on_gpu: bool,
+    context: AbstractContextManager[None],
+) -> tuple[Any, Arrangement]:
+    """The plain model on meta, with its way set, and its arrangement.
+
+    `own_rows`: the tuning method needs a row for each document, and hidden states. Raises ConfigError.
+    """
+    proofs = Proofs(config, settings, half_on_gpu=half_on_gpu)
+    arrangement = resolve_layout(
+        config,
+        layout,
+        settings.model_type,
+        unproven=proofs.unproven,
+        needs_padding=own_rows,
+        kernels=_kernels(config, settings, proofs.plain, half_on_gpu=half_on_gpu),
+    )
+    if arrangement.layout is Layout.padded and config.attention is Attention.auto:
+        arrangement = replace(arrangement, attention=proofs.of(NAME).stock)
+        if arrangement.attention != "sdpa":
+            arrangement.notes["model.attention"] = f"{arrangement.attention} (SDPA is not there, or not right)"
+    way = proofs.way(arrangement)
+    if own_rows and not way.fused:
+        raise ConfigError(
+            f"tuning: virtual tokens cannot be put before the inputs of a {settings.model_type}, whose logits are made by its "
+            "own forward pass; use tuning=lora"
+        )
+    with context:
+        model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
+    if untied := untied_as_stored(config, settings, model):
+        arrangement.notes["model.tied_head"] = untied
+        with meta_context():
+            model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
+    if half_on_gpu and (lacking := missing_kernels(model)):
+        arrangement.notes["model.kernels"] = lacking
+    model.way, model.beside_text = way, beside_text(model)
+    if model.beside_text:
+        arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.beside_text)}"
+    return model, replace(arrangement, attention=kernel)
+
+
+def padded_model(
+    kind: ModelKind,
+    config: ModelConfig,
+    settings: Any,
+    layout: Layout,
+    context: AbstractContextManager[None],
+    objective: str,
+    *,
+    half_on_gpu: bool,
+) -> tuple[Any, Arrangement]:
+    """The plain model of another kind on meta, for one document a row. Raises ConfigError."""
+    arrangement = resolve_layout(
+        config,
+        layout,
+        settings.model_type,
+        unproven=lambda _: "",
+        needs_padding=True,
+        kernels=_kernels(config, settings, None, half_on_gpu=half_on_gpu),
+    )
+    with context:
+        model, kernel = architecture(kind, settings, config, arrangement.attention, objective)
+    if kernel != arrangement.attention:
+        arrangement.notes["model.attention"] = f"{kernel} (this architecture has no {arrangement.attention})"
+    return model, replace(arrangement, attention=kernel)

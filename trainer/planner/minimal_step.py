@@ -1,0 +1,55 @@
+"""A step of the training loop with nothing around it: no data set, no records, no checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from strategies.base import Engine, Progress
+from trainer.data.batches.collate import to_device
+from trainer.data.batches.loader import StepBatch, StepLoader
+from trainer.evaluation.base import EvaluationConfig
+from trainer.given import LoopSettings, Output, Watch
+from trainer.loop import Trainer
+from trainer.monitors.anomalies import Guards
+from trainer.monitors.guard_config import GuardsConfig
+from trainer.monitors.stragglers import Stragglers
+from trainer.optim.schedule import ScheduleConfig
+
+
+def batch_of(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
+    """One rank's micro-batches, on the CPU, as a step on `device` is given them."""
+    made = [to_device(batch, device) for batch in batches]
+    tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
+    return StepBatch(
+        micro_batches=made,
+        totals=batches[0]["totals"],
+        tokens=tokens,
+        local_tokens=tokens,
+        supervised_tokens=tokens,
+        samples=1,
+    )
+
+
+def bare_trainer(engine: Any) -> Trainer:
+    """The loop's own step, with nothing around it."""
+    settings = LoopSettings(
+        total_steps=3,
+        seed=0,
+        lr=1.0,
+        schedule=ScheduleConfig(),
+        evaluation=EvaluationConfig(),
+        log_every=1,
+        save_final=False,
+    )
+    nothing = cast(Any, None)
+    return Trainer(
+        settings,
+        engine=cast(Engine, engine),
+        loader=cast(StepLoader, None),
+        progress=Progress(),
+        evaluators=[],
+        output=Output(nothing, nothing, nothing, nothing),
+        watch=Watch(nothing, Guards(GuardsConfig(), 1, engine.runtime), Stragglers(0, engine.runtime)),
+    )

@@ -1,1 +1,0 @@
-"""What a run will take, before there is one: memory and what is recomputed."""

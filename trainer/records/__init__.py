@@ -1,1 +1,0 @@
-"""What a run writes down about itself: metrics, trackers, console, status."""

@@ -1,0 +1,1 @@
+"""What a run writes: metrics, console, trackers, status, run record, model card and other documents."""

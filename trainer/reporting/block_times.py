@@ -1,0 +1,59 @@
+"""How long a rank's own part of a forward pass takes: its blocks, without what they wait for in exchanges with other ranks.
+
+One step of each logging interval is looked at. Nothing is waited for: on GPUs the times lie between events of the stream that
+computes, read when the rows are. All ranks end a step together, whoever held it up; what each computed tells them apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.reporting.step_times import now, seconds_between
+
+
+def timed_modules(blocks: list[nn.Module]) -> list[nn.Module]:
+    """What computes without another rank: the blocks; under ZeRO-3, which gathers inside them, their modules with weights.
+
+    None of them where blocks are compiled: what is put around them would be compiled, too.
+    """
+    if any(block._compiled_call_impl is not None for block in blocks):
+        return []
+    if not any(hasattr(parameter, "ds_id") for block in blocks for parameter in block.parameters()):
+        return blocks
+    return [
+        module for block in blocks for module in block.modules() if next(module.parameters(False), None) is not None
+    ]
+
+
+@dataclass(slots=True)
+class Busy:
+    """Times modules while it is on."""
+
+    device: torch.device
+    on: bool = False
+    _begun: dict[nn.Module, Any] = field(default_factory=dict)
+    _passes: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def watch(self, blocks: list[nn.Module]) -> None:
+        """Time these blocks from now on, inside of what strategies do around them."""
+        for module in timed_modules(blocks):
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end, prepend=True)
+
+    def read(self) -> float:
+        """Seconds since the last call, 0 where nothing was timed. Waits for the device."""
+        passes, self._passes = self._passes, []
+        self._begun.clear()
+        return sum(seconds_between(self.device, begun, ended) for begun, ended in passes)
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        if self.on:
+            self._begun[module] = now(self.device)
+
+    def _end(self, module: nn.Module, *_: Any) -> None:
+        if self.on and (begun := self._begun.pop(module, None)) is not None:
+            self._passes.append((begun, now(self.device)))

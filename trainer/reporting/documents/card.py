@@ -1,0 +1,96 @@
+"""The model card (README.md of an export), and everything else that goes with the weights: papers, and results for the hub.
+
+The card states only what the run knows. What nobody measured (risks, biases, fitness for a use) is named as not measured.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from trainer.data.report.pages import hub_licence
+from trainer.reporting.documents.facts import ModelFacts
+from trainer.reporting.documents.hub_results import model_index, write_results
+from trainer.reporting.documents.write import render, write_papers
+
+BOTTLENECK = "bottleneck"
+VIRTUAL_TOKENS = ("prefix", "prompt", "p_tuning")
+AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "seq2seq": "AutoModelForSeq2SeqLM"}
+HUB_TASKS = {"classification": "text-classification", "seq2seq": "text2text-generation"}
+"""transformers' class, and the hub's task, by objective; every other objective trains a causal language model."""
+
+
+def write_documents(directory: Path, papers: list[str], facts: ModelFacts, *, adapter: bool, base_path: str) -> None:
+    """Write README.md, the papers by these names, and the hub's files of results. Errors: OSError."""
+    facts.base_licence = facts.base_licence or licence_of(base_path)
+    write_papers(directory, papers, facts)
+    write_results(directory, facts)
+    (directory / "README.md").write_text(render_card(facts, adapter=adapter, base_path=base_path), encoding="utf-8")
+
+
+def render_card(facts: ModelFacts, *, adapter: bool, base_path: str) -> str:
+    """The text of README.md, with the hub's metadata block in front and the run's configuration at its end."""
+    objective = str(facts.run.get("objective"))
+    method = str(facts.run.get("tuning", "full"))
+    base = _base_name(facts.run.get("base_model") or base_path)
+    loader = "peft"
+    if method == BOTTLENECK:
+        loader = "shardtune"
+    elif method in VIRTUAL_TOKENS and objective != "classification":
+        loader = "peft, but not to generate"
+    card = render(
+        "card",
+        facts,
+        adapter=adapter,
+        method=method,
+        base=base,
+        base_to_load=_base_name(base_path),
+        loader=loader if adapter else "transformers",
+        auto_class=AUTO_CLASSES.get(objective, "AutoModelForCausalLM"),
+        num_labels=len(facts.run.get("label_names") or ()) if objective == "classification" else 0,
+    )
+    metadata = _metadata(facts, base=base, adapter=adapter, method=method)
+    return f"---\n{metadata}\n---\n\n{card}{_configuration(facts.config_yaml)}"
+
+
+def _base_name(value: str) -> str:
+    """A hub id as it is; of a directory only the last part, so that no card tells the layout of a machine."""
+    path = Path(value).expanduser()
+    return path.name if path.is_absolute() or path.exists() or value.startswith((".", "~")) else value
+
+
+def licence_of(directory: str) -> str | None:
+    """The licence that the model card of a directory states in its metadata block, if it has one."""
+    readme = Path(directory) / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    metadata = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    stated = re.search(r"^license:[ \t]*(\S+)", metadata, re.MULTILINE)
+    return stated[1].strip("\"'") if stated else None
+
+
+def _metadata(facts: ModelFacts, *, base: str, adapter: bool, method: str) -> str:
+    """The metadata block's YAML, as the hub reads it."""
+    from huggingface_hub import ModelCardData
+
+    task = HUB_TASKS.get(str(facts.run.get("objective")), "text-generation")
+    results = model_index(facts, task)
+    licence, licence_name = hub_licence(facts.licence)
+    card_data = ModelCardData(
+        model_name=f"{base}, fine-tuned ({method})" if results else None,
+        eval_results=results or None,
+        base_model=base,
+        library_name="peft" if adapter and method != BOTTLENECK else "transformers",
+        pipeline_tag=task,
+        license=licence,
+        license_name=licence_name,
+        tags=list(dict.fromkeys(["shardtune", "fine-tuned", method])),
+    )
+    return card_data.to_yaml(line_break="\n")
+
+
+def _configuration(config_yaml: str) -> str:
+    """The frozen configuration, folded. It is no part of the template, which would close up blank lines within its texts."""
+    if not config_yaml:
+        return ""
+    summary = "<summary>The whole configuration</summary>"
+    return f"\n<details>{summary}\n\n```yaml\n{config_yaml.rstrip()}\n```\n\n</details>\n"

@@ -1,0 +1,194 @@
+"""The facts that documents of a model are written from: what its run recorded, what was measured, what the owner answered.
+
+The model card, the papers and the hub's files of evaluation results all read this one model of facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.reporting.documents.compute import Compute, compute
+from trainer.reporting.documents.licences import licence_conflicts
+from trainer.reporting.documents.questions import QUESTIONS
+from trainer.reporting.findings import RecordedFinding, findings_in
+from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, kept, read_json
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelFacts:
+    """What is known of the weights that an export is made of."""
+
+    run: dict[str, Any] = field(default_factory=dict)
+    """The run record (`run.json`): base model, tuning, strategy, data report, versions, substitutions and more."""
+    config_yaml: str = ""
+    """The run's frozen configuration, as YAML."""
+    audit: dict[str, Any] = field(default_factory=dict)
+    """The audit of the data; empty if it is no longer where the run made it."""
+    answers: dict[str, Any] = field(default_factory=dict)
+    """The owner's answers, by question."""
+    reports: list[KeptReport] = field(default_factory=list)
+    """Every report that was kept of the run, the newest first, also those about other weights."""
+
+    step: int = 0
+    """Of the checkpoint that these weights are."""
+    tokens: int = 0
+    """Tokens that these weights were trained on, all ranks together."""
+    artefact: str | None = None
+    """SHA-256 of the checkpoint's manifest; None if no single checkpoint has these weights."""
+    as_trained: bool = True
+    """Whether these are weights of a checkpoint, on the base they were trained on. A mean of checkpoints is not."""
+    averaged_checkpoints: list[str] = field(default_factory=list)
+    """Names of the checkpoints whose mean these weights are."""
+    accepted: list[str] = field(default_factory=list)
+    """Changes that the export accepted, beside those that the run accepted."""
+    gates: dict[str, Any] = field(default_factory=dict)
+    """What the run's gates decided for these weights (`Judged.record`); empty if the run has none."""
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    """Data set of the hub (`<owner>/<name>[/<task there>]`) of each task that was evaluated on a local copy of it."""
+
+    base_licence: str | None = None
+    """Licence of the base model, which binds the export too; the export reads it from the base's own card."""
+    resize_to: int | None = None
+    """Vocabulary size that an adapter's base must be resized to before loading; set by the export."""
+
+    def answer(self, question: str) -> str:
+        """The owner's answer, or the question as open."""
+        answer = self.answers.get(question)
+        if answer is not None:
+            return str(answer).strip()
+        return f"*Open:* {QUESTIONS[question]} (`{question}`)"
+
+    @property
+    def licence(self) -> str | None:
+        """Licence of these weights: the owner's answer, else the base's."""
+        return self.answers.get("licence") or self.base_licence
+
+    @property
+    def before(self) -> dict[str, float]:
+        """Held-out metrics before the first step; empty if training did not end with these weights."""
+        return self._metrics_of_training("before")
+
+    @property
+    def after(self) -> dict[str, float]:
+        """Held-out metrics of these weights; empty if training did not end with them."""
+        return self._metrics_of_training("after")
+
+    def _metrics_of_training(self, when: str) -> dict[str, float]:
+        outcome = self.run.get("outcome") or {}
+        last_step = (outcome.get("progress") or {}).get("step")
+        if not self.as_trained or last_step != self.step:
+            return {}
+        return outcome.get(when) or {}
+
+    @property
+    def findings(self) -> list[RecordedFinding]:
+        """What the run's detectors found and it has not recovered from."""
+        return findings_in(self.run.get("challenges"))
+
+    @property
+    def data_counts(self) -> dict[str, dict[str, int]]:
+        """Documents, tokens and rows with each problem, by split; of a split that counted nothing there is no entry."""
+        report = self.run.get("data_report")
+        counts = {}
+        for split, recorded in report.items() if isinstance(report, Mapping) else ():
+            if isinstance(recorded, Mapping) and (split_counts := _counts_of(recorded)):
+                counts[split] = split_counts
+        return counts
+
+    @property
+    def compute(self) -> Compute:
+        """What the training took."""
+        return compute(self.run, self.answers, self.tokens)
+
+    @property
+    def data_size(self) -> str | None:
+        """Size of the training data, and how often it was seen; None if the run did not record it."""
+        split = (self.run.get("data_report") or {}).get("train") or {}
+        tokens = split.get("tokens")
+        documents = split.get("documents")
+        if not tokens or documents is None:
+            return None
+        size = f"{tokens:,} tokens in {documents:,} documents"
+        if not self.tokens:
+            return size
+        return f"{size}; {self.tokens:,} tokens seen in training, each {self.tokens / tokens:.3g} times on average"
+
+    @property
+    def conflicts(self) -> list[str]:
+        """What the stated licences say against giving these weights away, one line each."""
+        return licence_conflicts(self.base_licence, self.audit.get("sources") or [], self.answers.get("licence"))
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """Every metric of reports on these very weights: the newest value of each, and the newest value of the base."""
+        newest: dict[str, dict[str, Any]] = {}
+        for report in self.of_these(EVALUATION):
+            for row in _rows_of(report.report):
+                known = newest.setdefault(row["name"], row)
+                # A newer report without the base does not hide what an older one measured of it on the same rows.
+                if known["base"] is None and known["rows_sha256"] == row["rows_sha256"]:
+                    known |= {"base": row["base"], "change": row["change"]}
+        return [*newest.values()]
+
+    @property
+    def review(self) -> dict[str, Any] | None:
+        """The newest review of these weights by people."""
+        return next((each.report for each in self.of_these(REVIEW)), None)
+
+    @property
+    def elsewhere(self) -> int:
+        """Reports of the run that are about other weights, and say nothing here."""
+        return sum(each.artefact != self.artefact or self.artefact is None for each in self.reports)
+
+    def of_these(self, kind: str) -> list[KeptReport]:
+        """Reports on these very weights."""
+        return [r for r in self.reports if r.kind == kind and self.artefact is not None and r.artefact == self.artefact]
+
+
+def _counts_of(recorded: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of a split of the data report, then how many rows had each problem, problems that no row had left out."""
+    counts = {name: recorded[name] for name in ("documents", "tokens", "supervised_tokens") if name in recorded}
+    for name, problem in recorded.items():
+        if isinstance(problem, Mapping) and problem.get("count"):
+            counts[name] = problem["count"]
+    return counts
+
+
+def _rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every metric of one report, with that of the base if the report has it."""
+    against = report.get("against") or {}
+    base_tasks = (against.get("tasks") or {}) if against.get("what") == "base" else {}
+    rows = []
+    for task, record in (report.get("tasks") or {}).items():
+        base_metrics = (base_tasks.get(task) or {}).get("metrics") or {}
+        for metric, values in (record.get("metrics") or {}).items():
+            change = base_metrics.get(metric)
+            rows.append(
+                {
+                    **values,
+                    "name": f"{task}/{metric}",
+                    "kind": record.get("kind"),
+                    "rows": record.get("num_rows"),
+                    "rows_sha256": record.get("rows_sha256"),
+                    "path": record.get("path"),
+                    "base": (change or {}).get("value"),
+                    "change": change,
+                }
+            )
+    return rows
+
+
+def gather(run_dir: Path, run: dict[str, Any], answers: dict[str, Any]) -> ModelFacts:
+    """Facts of a run, read from `run_dir` and from the directory of its data; the caller adds which weights they are about."""
+    data_directory = run.get("data_directory")
+    config_file = run_dir / "config.yaml"
+    return ModelFacts(
+        run=run,
+        config_yaml=config_file.read_text(encoding="utf-8") if config_file.exists() else "",
+        audit=read_json(Path(data_directory) / "audit.json") if data_directory else {},
+        answers=answers,
+        reports=kept(run_dir),
+    )

@@ -1,0 +1,66 @@
+"""Documents of a model as Markdown: one template each, filled from the facts of the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from trainer.reporting.documents.compute import GENERAL_PURPOSE, SYSTEMIC
+from trainer.reporting.documents.facts import ModelFacts
+from trainer.reporting.numbers import readable
+
+PAPERS = "papers"
+"""Directory of the papers in an export."""
+
+
+def write_papers(directory: Path, names: list[str], facts: ModelFacts) -> None:
+    """Write the papers by these names into `papers/` of the directory. Errors: OSError."""
+    for name in names:
+        (directory / PAPERS).mkdir(exist_ok=True)
+        (directory / PAPERS / f"{name}.md").write_text(render(name, facts), encoding="utf-8")
+
+
+def render(name: str, facts: ModelFacts, **more: Any) -> str:
+    """The text of the template of that name; `more` are its names beside the facts'. It ends with one newline."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("trainer.reporting.documents", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": number, "cell": cell, "last": last_part, "readable": readable, "json": json.dumps}
+    recorded = {name: fact for name, fact in facts.run.items() if fact is not None}
+    text = environment.get_template(f"{name}.md.j2").render(
+        facts=facts,
+        run=defaultdict(lambda: "not recorded", recorded),
+        audit=facts.audit,
+        compute=facts.compute,
+        answer=facts.answer,
+        GENERAL_PURPOSE=GENERAL_PURPOSE,
+        SYSTEMIC=SYSTEMIC,
+        **more,
+    )
+    # A section that has nothing to say leaves its blank lines behind.
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def number(value: Any, form: str = ".4g") -> str:
+    """A number as people read it; what is not known says so."""
+    return "not known" if value is None else format(value, form)
+
+
+def cell(value: Any) -> str:
+    """A text that stays in its cell of a table, and makes no markup of its own."""
+    return re.sub(r"([|<>`\[\]*_])", r"\\\1", " ".join(str(value).split()))
+
+
+def last_part(value: Any) -> str:
+    """The last part of a path, so that no paper tells the layout of a machine."""
+    text = str(value)
+    return Path(text).name if text.startswith(("/", ".", "~")) else text

@@ -1,0 +1,140 @@
+"""Energy of the hosts while they train, by codecarbon's offline tracker; an estimate where a host has no meter of its own.
+
+One process of each host measures, and writes `energy/<begin>-<host>.json` in the run directory every minute and at its end: what
+a run took is the sum over its hosts and starts, also where it was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strategies.runtime import Runtime
+from trainer.reporting.status import write_text_atomic
+
+if TYPE_CHECKING:
+    from trainer.reporting.config import LoggingConfig
+
+PLACE = "energy"
+EVERY_S, WRITTEN_EVERY = 15, 4
+"""Seconds between two looks at power, and looks between two writes."""
+PATIENCE_S = 30
+"""Seconds for which the end of a short run waits for a tracker that has not begun."""
+
+
+def problems(config: LoggingConfig, *, here: bool) -> Iterator[str]:
+    """Why energy cannot be measured as asked, one line each; `here`: whether the run starts on this host."""
+    if config.energy is None:
+        return
+    if not re.fullmatch(r"[A-Z]{3}", config.energy):
+        yield f"logging.energy={config.energy}: must be the three letters of a country (ISO 3166), as in logging.energy=DEU"
+    elif here and find_spec("codecarbon") is None:
+        yield f"logging.energy={config.energy}: needs the package codecarbon (pip install 'shardtune[energy]')"
+
+
+@contextmanager
+def metering(country: str | None, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> Iterator[None]:
+    """Measure meanwhile, on one rank of each host; what keeps it from measuring is said and ends nothing. Not collective."""
+    if country is None or runtime.local_rank != 0:
+        yield
+        return
+    meter = _Meter(country, run_dir / PLACE / f"{time.time_ns()}-{socket.gethostname()}.json", say)
+    meter.start()
+    try:
+        yield
+    finally:
+        meter.stop()
+
+
+def taken(run_dir: Path) -> dict[str, Any] | None:
+    """What all hosts and starts of a run took: `kwh`, `kg_co2e`, `hours` of hosts, `country`, `by`; None: nobody measured."""
+    parts = []
+    for path in sorted((run_dir / PLACE).glob("*.json")):
+        try:
+            parts.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # a host that was killed as it wrote its first
+            continue
+    if not parts:
+        return None
+    sums = {name: sum(float(part[name]) for part in parts) for name in ("kwh", "kg_co2e", "hours")}
+    return {
+        **sums,
+        **{name: parts[-1][name] for name in ("country", "by")},
+        "hosts": len({part["host"] for part in parts}),
+    }
+
+
+class _Meter(threading.Thread):
+    """Loads and starts the tracker beside training: both take seconds."""
+
+    def __init__(self, country: str, path: Path, say: Callable[[str], None]) -> None:
+        super().__init__(name="energy", daemon=True)
+        self.country, self.path, self.say = country, path, say
+        self.tracker: Any = None
+
+    def run(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.tracker = self._tracker()
+            self.tracker.start()
+        except Exception as error:  # noqa: BLE001 - whatever a meter lacks, the run goes on
+            self.tracker = None
+            self.say(f"energy is not measured on {socket.gethostname()}: {' '.join(str(error).split())}")
+
+    def stop(self) -> None:
+        """Measure once more and write."""
+        self.join(PATIENCE_S)
+        if self.is_alive():
+            self.say(f"energy is not measured on {socket.gethostname()}: codecarbon did not begin in {PATIENCE_S} s")
+        elif self.tracker is not None:
+            try:
+                self.tracker.stop()
+            except Exception as error:  # noqa: BLE001
+                self.say(f"energy: the last look failed on {socket.gethostname()}: {' '.join(str(error).split())}")
+
+    def _tracker(self) -> Any:
+        from codecarbon import OfflineEmissionsTracker
+        from codecarbon.output import BaseOutput
+
+        class Written(BaseOutput):  # type: ignore[misc]
+            def out(_, total: Any, delta: Any) -> None:
+                self.write(total)
+
+            live_out = out
+
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+        return OfflineEmissionsTracker(
+            country_iso_code=self.country,
+            measure_power_secs=EVERY_S,
+            api_call_interval=WRITTEN_EVERY,
+            output_handlers=[Written()],
+            save_to_file=False,
+            allow_multiple_runs=True,
+            log_level="critical",
+        )
+
+    def write(self, total: Any) -> None:
+        """What was taken since the start."""
+        parts = [f"{total.gpu_count} x {total.gpu_model}" if total.gpu_count else "", total.cpu_model, "memory"]
+        found = {
+            "host": socket.gethostname(),
+            "kwh": total.energy_consumed,
+            "gpu_kwh": total.gpu_energy,
+            "cpu_kwh": total.cpu_energy,
+            "memory_kwh": total.ram_energy,
+            "kg_co2e": total.emissions,
+            "hours": total.duration / 3600,
+            "country": total.country_iso_code,
+            "of": ", ".join(filter(None, parts)),
+            "by": f"codecarbon {total.codecarbon_version}",
+        }
+        write_text_atomic(self.path, json.dumps(found, indent=1) + "\n")

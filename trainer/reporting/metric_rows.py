@@ -1,0 +1,97 @@
+"""Reads `metrics.jsonl`, for everybody who does: one JSON object a line, each with the step it is of.
+
+A disk can flip a bit in any line, and a kill or a power cut can tear the last one. A line that cannot be read costs that line: it
+never stops a start, and no verb.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from strategies import atomic_io
+
+METRICS = "metrics.jsonl"
+MOST = 2**34
+"""Bytes of such a file; more is not read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadableLine:
+    """A line that is no row."""
+
+    number: int
+    """From 1."""
+    reason: str
+    line: bytes
+
+    def __str__(self) -> str:
+        return f"line {self.number} {self.reason}"
+
+
+@dataclass(slots=True)
+class MetricRows:
+    """The rows of a file, in its order."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)
+    """As they stand in the file, one for each of `rows`."""
+    unreadable: list[UnreadableLine] = field(default_factory=list)
+    """Without a last line that has no end: it is being written, or was when the run was killed."""
+
+
+def read_rows(path: Path) -> MetricRows:
+    """All rows of a file; none where there is no file. Errors: OSError."""
+    try:
+        data = atomic_io.read_bytes(path, most=MOST)
+    except FileNotFoundError:
+        return MetricRows()
+    found = MetricRows()
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = row_of(line)
+        except ValueError as error:
+            if number < len(lines):
+                found.unreadable.append(UnreadableLine(number, str(error), line))
+            continue
+        found.rows.append(row)
+        found.lines.append(line)
+    return found
+
+
+def rows_in(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The rows among lines that may be cut off at both ends; the others are left out."""
+    rows = []
+    for line in lines:
+        try:
+            rows.append(row_of(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def row_of(line: bytes) -> dict[str, Any]:
+    """The row that a line is. Raises ValueError with what is wrong with it, to follow "line 7"."""
+    if b"\0" in line:
+        raise ValueError("has NUL bytes, as a power cut leaves them")
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    except ValueError:
+        raise ValueError("is not JSON") from None
+    if not isinstance(row, dict):
+        raise ValueError("is no object")
+    if type(row.get("step")) is not int:
+        raise ValueError("has no step that is a whole number")
+    if not isinstance(row.get("loss"), int | float | None):
+        raise ValueError("has a loss that is no number")
+    return row

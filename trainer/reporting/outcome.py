@@ -1,0 +1,33 @@
+"""How a run's training ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from strategies.base import Progress
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How training ended, equal on all ranks."""
+
+    progress: Progress
+    before: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics before the first step (empty where not evaluated)."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics at the last evaluation."""
+    last_row: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
+    """`Meter.speed` of the whole run."""
+    experts: list[dict[str, float]] = field(default_factory=list)
+    """How even the experts of each layer were in the last logging interval (`trainer/reporting/expert_load.py`)."""
+    slow_ranks: list[dict[str, Any]] = field(default_factory=list)
+    """Ranks that held the others up, from when and until when (`trainer/monitors/stragglers.py`)."""
+    challenges: dict[str, Any] = field(default_factory=dict)
+    """What the detectors found, by their names (`trainer/monitors/`)."""
+    stopped_early: bool = False
+    watch: str = "eval/loss"
+    """Metric that decides the best checkpoint."""
+    greater_is_better: bool = False
+    """Whether a larger value of it is better."""

@@ -1,0 +1,103 @@
+"""Traces of a few steps by torch's profiler, where `profile.steps` asks for them: one of each rank, and what it says in short.
+
+`profile/rank-0.json.gz` opens in https://ui.perfetto.dev and in Chrome's tracing; `profile/rank-0.summary.json` is what the
+run's page shows of it. Nothing is imported or hooked where no steps are asked for.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from trainer.reporting.jsonl import json_text
+from trainer.reporting.status import write_text_atomic
+from trainer.reporting.trace import summarise
+
+if TYPE_CHECKING:
+    from strategies.runtime import Runtime
+
+FOLDER = "profile"
+
+
+@dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """Which steps are traced."""
+
+    steps: list[int] = field(default_factory=list)
+    """First and last step that each rank traces with torch's profiler, as in [10,12], into `profile/`; empty: none."""
+
+
+def profile_problems(config: ProfileConfig, total_steps: int | None) -> list[str]:
+    """What is wrong with the settings; `total_steps` of the run, where they are known."""
+    steps, shown = config.steps, f"profile.steps={str(config.steps).replace(' ', '')}"
+    if not steps:
+        return []
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
+        return [f"{shown}: must be the first and the last step, 1 at least; profile.steps=[10,12] traces three"]
+    if total_steps is not None and steps[1] > total_steps:
+        return [f"{shown}: the run has {total_steps} steps; name steps up to that, or raise budget.steps"]
+    return []
+
+
+class Profiler:
+    """Traces the steps of one rank; a context around training. Communicates nothing."""
+
+    def __init__(
+        self, config: ProfileConfig, run_dir: Path, runtime: Runtime, at_step: Callable[[int], None], say: Callable
+    ) -> None:
+        """`at_step` is told of each step as well; `say` on the screen."""
+        self.steps, self.folder, self.runtime = config.steps, run_dir / FOLDER, runtime
+        self._at_step, self._say = at_step, say
+        self._live: Any = None
+        self._begun = 0
+
+    def at_step(self, step: int) -> None:
+        """Told the step about to be taken."""
+        if self.steps:
+            if self._live is not None and step > self.steps[1]:
+                self._end(step - 1)
+            if self._live is None and step == self.steps[0]:
+                self._begin(step)
+        self._at_step(step)
+
+    def _begin(self, step: int) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU]
+        if self.runtime.device.type == "cuda":
+            kinds.append(ProfilerActivity.CUDA)
+        self._live, self._begun = profile(activities=kinds, profile_memory=True, acc_events=True), step
+        self._live.start()
+
+    def _end(self, last: int) -> None:
+        live, self._live = self._live, None
+        live.stop()
+        rank = self.runtime.rank
+        trace = self.folder / f"rank-{rank}.json.gz"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            live.export_chrome_trace(str(trace))
+            with gzip.open(trace, "rt", encoding="utf-8") as file:
+                found = summarise(json.load(file)["traceEvents"])
+            told = {"rank": rank, "device": str(self.runtime.device), "steps": [self._begun, last], **found}
+            write_text_atomic(self.folder / f"rank-{rank}.summary.json", json_text(told, indent=1) + "\n")
+        except (OSError, ValueError) as error:  # the run does not end for its profile
+            self._say(f"warning: {trace}: not written ({error}); free space")
+            return
+        self._say(f"profiled steps {self._begun} to {last}: {trace} (open it in ui.perfetto.dev)")
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """The last traced step may be the run's last one."""
+        if self._live is not None:
+            if kind is None:
+                self._end(self.steps[1])
+            else:
+                self._live.stop()

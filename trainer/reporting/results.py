@@ -1,0 +1,100 @@
+"""What was measured of a run after its training: reports of evaluations and of reviews by people, kept with the run.
+
+Every report lies in `reports/` of the run directory, wherever else it was written, so that a later one does not take its place.
+Each says which weights it is about: the hash of the checkpoint's manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.reporting.jsonl import json_text
+from trainer.reporting.metric_rows import METRICS, read_rows
+from trainer.reporting.status import write_text_atomic
+
+REPORTS = "reports"
+EVALUATION, REVIEW = "evaluation", "review"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptReport:
+    """One report."""
+
+    kind: str
+    """`evaluation` or `review`."""
+    path: Path
+    report: dict[str, Any]
+
+    @property
+    def time(self) -> float:
+        """When it was made, in seconds since 1970."""
+        return float(self.report.get("time") or 0)
+
+    @property
+    def artefact(self) -> str | None:
+        """SHA-256 of the weights that it is about."""
+        found = (self.report.get("model") or {}).get("artefact")
+        return str(found) if found else None
+
+    @property
+    def checkpoint(self) -> str:
+        """The name of those weights."""
+        return str((self.report.get("model") or {}).get("checkpoint") or "other weights")
+
+
+def keep(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
+    """Put a report beside the earlier ones of its run; where. Errors: StorageError."""
+    text = json_text(report, indent=1, ensure_ascii=False) + "\n"
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(report.get("time")))
+    path = run_dir / REPORTS / f"{kind}-{stamp}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    write_text_atomic(path, text)
+    return path
+
+
+def kept(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
+    """The reports of a run, the newest first; a file that cannot be read is passed over."""
+    found = []
+    for path in sorted((run_dir / REPORTS).glob("*.json")):
+        named = path.name.partition("-")[0]
+        report = read_json(path)
+        if report and named in (EVALUATION, REVIEW) and kind in (None, named):
+            found.append(KeptReport(named, path, report))
+    return sorted(found, key=lambda each: each.time, reverse=True)
+
+
+def at_step(run_dir: Path, step: int) -> dict[str, Any]:
+    """What training's own evaluation said at a step, by metric: the rows of `metrics.jsonl`; empty where there was none."""
+    found: dict[str, Any] = {}
+    for row in rows(run_dir):
+        if row.get("step") == step:
+            found |= {name: value for name, value in row.items() if name.startswith("eval/")}
+    return found
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` that can be read."""
+    try:
+        return read_rows(run_dir / METRICS).rows
+    except OSError:
+        return []
+
+
+def note(run_dir: Path, key: str, value: Any) -> None:
+    """Put something under a key of `run.json`, where there is one. Errors: StorageError."""
+    path = run_dir / "run.json"
+    if record := read_json(path):
+        write_text_atomic(path, json_text({**record, key: value}, indent=1, default=str))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,74 @@
+"""`config.yaml` read as what it may be: a file of somebody else's. Bounded, and nothing in it is looked up or multiplied."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from strategies import atomic_io
+from strategies.errors import ConfigError
+
+MOST = 2**20
+"""Bytes of a configuration: hundreds of times what a run writes."""
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Errors: ConfigError where it cannot be read, or is larger than a run writes."""
+    try:
+        return atomic_io.read_bytes(path, most=MOST).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = atomic_io.reason(error) if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason}); give the config.yaml of a run directory") from error
+
+
+def tree_of(path: Path, text: str) -> dict[str, Any]:
+    """What the text says, as nested dictionaries and lists of plain values; interpolations stay the text that they are.
+
+    Errors: ConfigError where it is no YAML with keys, or has aliases: a few of them make gigabytes of values, and a run
+    writes none.
+    """
+    import yaml
+
+    loader = _loader()
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+            raise ConfigError(f"{path}: has YAML aliases, which a run never writes: not the configuration of a run")
+        tree = yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: not the configuration of a run: it holds no keys")
+    return tree
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Both in one. Errors: ConfigError."""
+    return tree_of(path, read_text(path))
+
+
+@cache
+def _loader() -> Any:
+    """YAML's safe loader, the one in C where there is one, to which a date is text as it is to OmegaConf."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in Loader.yaml_implicit_resolvers.items()
+    }
+    return Loader
+
+
+def literal(value: Any) -> Any:
+    """The same values for OmegaConf, which then takes `${...}` in them as text and not as something to look up."""
+    if isinstance(value, dict):
+        return {literal(key): literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    if isinstance(value, str) and "${" in value:
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    return value

@@ -1,0 +1,35 @@
+"""A choice that all points of a comparison share: `<comparison>/run.matmul.json` has it, written by the first that starts."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+from strategies import atomic_io, shared_files
+from strategies.errors import StorageError
+
+COMPARISON = "comparison.json"
+"""The record of a comparison, in the directory above those of its points."""
+
+
+def shared_choice(run_dir: Path, setting: str, choice: str) -> str:
+    """What the comparison that `run_dir` is a point of chose for `setting`; `choice` where this point is the first.
+
+    Outside a comparison that is `choice`, and nothing is written. Errors: StorageError.
+    """
+    comparison = run_dir.absolute().parent
+    if not (comparison / COMPARISON).is_file():
+        return choice
+    path = comparison / f"{setting}.json"
+    try:
+        shared_files.claim(path, json.dumps({setting: choice}).encode() + b"\n", uuid.uuid4().hex)
+        record = json.loads(shared_files.read(path))
+        return str(record[setting])
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(
+            f"{path}: does not say what the points of this comparison have for {setting}; delete it, and the next point to "
+            "start writes it again"
+        ) from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({atomic_io.reason(error)}); let this user write it") from error

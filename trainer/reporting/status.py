@@ -1,0 +1,167 @@
+"""How a run stands and how it ended: two small files in its directory (exit codes do not survive torchrun or srun).
+
+`status.json` (state, reason, step, job, restart, pid, host, time) is replaced atomically by the launcher and by rank 0;
+`failure.json` is written once, by the first rank that fails, and removed by a success and by the next attempt. Nothing here
+communicates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from strategies import atomic_io, shared_files
+from strategies.errors import ShardtuneError, StorageError
+from strategies.redaction import redacted
+
+FROZEN = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
+"""The line of a run's `config.yaml` that says whose it is."""
+
+
+class State(StrEnum):
+    """What `status.json` may say. `preempted`: the run saved its state and can be resumed by the same command."""
+
+    running = "running"
+    done = "done"
+    preempted = "preempted"
+    failed = "failed"
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text`, durably: readers see the old file or the new one. Errors: StorageError."""
+    write_atomic(path, text.encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """The same with bytes."""
+    try:
+        atomic_io.make_directories(path.parent)
+        shared_files.replace(path, content, _token())
+        atomic_io.sync_directory(path.parent)
+    except OSError as error:
+        todo = f"{shared_files.remedy(error)}choose another directory (run.dir=, or to=)"
+        raise StorageError(f"{path}: cannot write ({error.strerror or error}); {todo}") from error
+
+
+def _token() -> str:
+    """Tells this thread from others, of any process, that write the same file."""
+    return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
+
+
+STARTED_AGAIN = "SHARDTUNE_STARTED_AGAIN"
+"""The variable by which a launcher tells its ranks how often it has started them again (`launcher.retry`)."""
+
+
+def restart_count() -> int:
+    """How often SLURM and the launcher have started this run again."""
+    return sum(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", STARTED_AGAIN))
+
+
+def start_of_job() -> dict[str, Any]:
+    """Which start of which SLURM job this process belongs to, `job` None outside one: what is written tells its start by it."""
+    return {"job": os.environ.get("SLURM_JOB_ID"), "restart": restart_count()}
+
+
+def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
+    """Replace `status.json`, in its place where there is no room beside it. `fields`: JSON values. Errors: StorageError."""
+    status = {
+        "state": State(state).value,
+        "reason": None,
+        "step": None,
+        **start_of_job(),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "time": time.time(),
+        **fields,
+    }
+    if isinstance(status["reason"], str):
+        status["reason"] = redacted(status["reason"])
+    path, text = Path(run_dir) / "status.json", json.dumps(status, indent=1) + "\n"
+    try:
+        write_text_atomic(path, text)
+    except StorageError:
+        if not _overwritten(path, text.encode()):
+            raise
+
+
+def _overwritten(path: Path, content: bytes) -> bool:
+    """Whether a small file took these bytes in the room that it has, as on a full disk. A reader may meet half of them."""
+    try:
+        with path.open("r+b", buffering=0) as file:
+            done = file.write(content)
+            file.truncate()
+    except OSError:
+        return False
+    return done == len(content)
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """The content of `status.json`, empty where there is none that can be read."""
+    return _read(Path(run_dir) / "status.json")
+
+
+def record_failure(
+    run_dir: Path,
+    rank: int,
+    error: BaseException,
+    phase: str,
+    step: int | None = None,
+    *,
+    replace: bool = False,
+    **about: Any,
+) -> bool:
+    """Write `failure.json` unless another rank was first; returns whether it was written. Never raises for the disk.
+
+    It appears whole or not at all. `replace` overwrites: for the launcher, which knows of a killed rank where only its peers
+    could write. `about` takes the place of what is known of this process, where another one is the cause.
+    """
+    record = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "phase": phase,
+        "step": step,
+        "error": type(error).__name__,
+        "message": redacted(str(error)),
+        "user_error": isinstance(error, ShardtuneError),
+        "exit_code": getattr(error, "exit_code", 70),
+        "retry": getattr(error, "retry", None),
+        "traceback": redacted("".join(traceback.format_exception(error))),
+        **start_of_job(),
+        "time": time.time(),
+        **about,
+    }
+    path, content = Path(run_dir) / "failure.json", json.dumps(record, indent=1).encode() + b"\n"
+    try:
+        if not replace:
+            return shared_files.claim(path, content, _token())
+        shared_files.replace(path, content, _token())
+    except OSError:  # the disk itself may be the failure: the error goes to stderr anyway
+        return False
+    return True
+
+
+def read_failure(run_dir: Path) -> dict[str, Any]:
+    """The content of `failure.json`, empty where there is none that can be read."""
+    return _read(Path(run_dir) / "failure.json")
+
+
+def clear_failure(run_dir: Path) -> None:
+    """Forget the failure of an earlier attempt."""
+    (Path(run_dir) / "failure.json").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

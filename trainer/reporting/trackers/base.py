@@ -1,0 +1,93 @@
+"""What a tracker is: it takes rows and a summary, and is told how the run ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from strategies.errors import Diverged, NotOurs, Preempted
+from trainer.reporting.config import Alert, LoggingConfig
+from trainer.reporting.status import State
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracked:
+    """What a tracker is told of the run before its first row."""
+
+    config: LoggingConfig
+    """With what the environment decides."""
+    run_dir: Path
+    run_id: str
+    """The same after a resume."""
+    name: str
+    resumed_at: int
+    """Step that a resumed run goes on from; 0 at a start."""
+    settings: dict[str, Any]
+    """Flat columns of the run table, and under `config` the whole configuration."""
+    data: Path | None = None
+    """Directory of the prepared data."""
+    say: Callable[[str], None]
+    """Prints a line that the user should see."""
+
+    @property
+    def project(self) -> str:
+        """Never empty."""
+        return self.config.project or "shardtune"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a run ended."""
+
+    state: State
+    exit_code: int = 0
+    """That of the command line."""
+    reason: str = ""
+    diverged: bool = False
+    exported: Path | None = None
+    """Directory of the export that was written."""
+
+    @property
+    def alert(self) -> Alert | None:
+        """Of what somebody may want to be told; None of a run that is done."""
+        if self.state is State.done:
+            return None
+        return Alert.diverged if self.diverged else Alert(str(self.state))
+
+    @classmethod
+    def by(cls, error: BaseException) -> Ended:
+        """The end that an exception means. A run that was stopped or taken over goes on elsewhere: it has not failed."""
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Preempted | NotOurs):
+            return cls(State.preempted, Preempted.exit_code, reason)
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 70)
+        return cls(State.failed, code, reason, isinstance(error, Diverged))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of texts and numbers under headings."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+class Tracker(Protocol):
+    """Where rows of numbers go. Every call may raise: the run goes on without the tracker then."""
+
+    hint: tuple[str, str] | None
+    """(name of the tracker, the command or address that shows this run)."""
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        """Record numbers of one step."""
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        """Show a table of one step, where the tracker has a place for one."""
+
+    def summarise(self, values: dict[str, Any]) -> None:
+        """Set numbers of the whole run."""
+
+    def close(self, ended: Ended) -> None:
+        """Finish; nothing is lost if it is never called but how the run ended."""

@@ -1,0 +1,53 @@
+"""Which trackers there are. One more is a module behind `base.Tracker`, a setting of `logging`, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+from trainer.reporting.config import LoggingConfig, WandbMode
+from trainer.reporting.trackers.base import Tracked, Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerKind:
+    """One tracker: its setting of `logging`, the class in this package, what must be installed."""
+
+    setting: str
+    place: str
+    package: str
+    extra: str | None
+    """The extra of setup.py that installs it; None where it comes with shardtune."""
+
+    def open(self, about: Tracked) -> Tracker:
+        """Begin recording. May raise whatever the tracker's own library raises."""
+        module, _, name = self.place.partition(":")
+        tracker: Tracker = getattr(import_module(f"trainer.reporting.trackers.{module}"), name)(about)
+        return tracker
+
+
+KINDS = (
+    TrackerKind("wandb", "weights_and_biases:WandbRun", "wandb", None),
+    TrackerKind("tensorboard", "tensorboard:TensorboardFiles", "tensorboard", "tensorboard"),
+    TrackerKind("trackio", "trackio_store:TrackioRun", "trackio", "trackio"),
+    TrackerKind("mlflow", "mlflow_store:MlflowRun", "mlflow", "mlflow"),
+)
+
+
+def asked(config: LoggingConfig) -> list[TrackerKind]:
+    """The trackers that are on."""
+    return [kind for kind in KINDS if getattr(config, kind.setting) not in (False, WandbMode.disabled)]
+
+
+def problems(config: LoggingConfig) -> Iterator[str]:
+    """What is lacking for them on this host, one line each."""
+    if config.tables and not {kind.setting for kind in asked(config)} & {"wandb", "tensorboard"}:
+        yield "logging.tables=true: W&B and TensorBoard show them, and neither is on; set logging.wandb=offline, or leave it out"
+    for kind in asked(config):
+        if find_spec(kind.package) is None:
+            yield (
+                f"logging.{kind.setting}={str(getattr(config, kind.setting)).lower()}: needs the package {kind.package} "
+                f"(pip install 'shardtune[{kind.extra}]')"
+            )

@@ -1,0 +1,37 @@
+"""TensorBoard event files under `tensorboard/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.reporting.trackers.base import Ended, Table, Tracked
+
+
+class TensorboardFiles:
+    """Rows as scalars, and tables as texts; TensorBoard has no place for more."""
+
+    def __init__(self, about: Tracked) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        directory = about.run_dir / "tensorboard"
+        self._writer = SummaryWriter(str(directory))
+        self.hint: tuple[str, str] | None = None
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        for key, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(key, value, step)
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+        cells = ([" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines)
+        self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+
+    def summarise(self, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(key, value)
+
+    def close(self, ended: Ended) -> None:
+        self._writer.add_text("state", f"{ended.state} {ended.reason}".strip())
+        self._writer.close()

@@ -1,0 +1,51 @@
+"""trackio: rows in its local database, or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+from typing import Any
+
+from trainer.reporting.status import State
+from trainer.reporting.trackers.base import Ended, Table, Tracked
+
+
+class TrackioRun:
+    """A run in trackio. It has no summary and no state of a run: both are a last row."""
+
+    def __init__(self, about: Tracked) -> None:
+        import trackio
+
+        self._about, self._step = about, about.resumed_at
+        with contextlib.redirect_stdout(io.StringIO()):  # how to show the runs, which `hint` says
+            self._run = trackio.init(
+                project=about.project,
+                # trackio knows runs by their names: two runs of one name would be one.
+                name=f"{about.name}-{about.run_id[:6]}",
+                group=about.config.group,
+                config={**about.settings, "notes": about.config.notes, "tags": about.config.tags},
+                resume="allow" if about.resumed_at else "never",
+                embed=False,
+            )
+        self.hint: tuple[str, str] | None = ("trackio", f"trackio show --project {shlex.quote(about.project)}")
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        self._step = step
+        self._run.log({key: value for key, value in metrics.items() if key != "step"}, step=step)
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        """Left out: it keeps numbers."""
+
+    def summarise(self, values: dict[str, Any]) -> None:
+        self._run.log(values, step=self._step)
+
+    def close(self, ended: Ended) -> None:
+        import trackio
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run.log({"state": str(ended.alert or ended.state)}, step=self._step)
+            if ended.alert in self._about.config.alerts:
+                level = trackio.AlertLevel.WARN if ended.state is State.preempted else trackio.AlertLevel.ERROR
+                self._run.alert(f"{self._about.name}: {ended.alert}", ended.reason, level=level)
+            trackio.finish()  # of this run: its own `finish` would be called once more at the end of the process

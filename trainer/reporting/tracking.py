@@ -1,0 +1,150 @@
+"""All that rows of numbers are written to: `metrics.jsonl` always, and the trackers that are asked for."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import StorageError
+from strategies.redaction import redacted
+from trainer.reporting.earlier_rows import EarlierResults
+from trainer.reporting.jsonl import JsonlTracker
+from trainer.reporting.trackers.base import Ended, Table, Tracked, Tracker
+from trainer.reporting.trackers.environment import settle
+from trainer.reporting.trackers.registry import asked
+
+
+class Trackers:
+    """A run's rows, and its trackers, behind one `log`. Only rank 0 has any."""
+
+    def __init__(
+        self, rows: JsonlTracker | None = None, others: Sequence[Tracker] = (), say: Callable[[str], None] = print
+    ) -> None:
+        self._rows, self._others, self._say = rows, list(others), say
+        self._hints: list[tuple[str, str]] = []
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        """Record numbers of one step everywhere. A failing tracker is dropped with a message. Errors: StorageError."""
+        if self._rows is not None:
+            try:
+                self._rows.log(metrics, step=step)
+            except OSError as error:
+                raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
+        self._each(lambda tracker: tracker.log(metrics, step=step))
+
+    def tables(self, tables: dict[str, Table], *, step: int) -> None:
+        """Show tables of one step, by name, in the trackers."""
+        for name, table in tables.items():
+            self._each(lambda tracker, name=name, table=table: tracker.table(name, table, step=step))  # type: ignore[misc]
+
+    def summarise(self, values: dict[str, Any]) -> None:
+        """Set numbers of the whole run in the trackers."""
+        self._each(lambda tracker: tracker.summarise(values))
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._others):
+            try:
+                call(tracker)
+            except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
+                self._say(f"{type(tracker).__name__} stopped working and is dropped: {_of(error)}")
+                self._others.remove(tracker)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after a step in `metrics.jsonl`; elsewhere they stay until they are written again, or for good."""
+        if self._rows is not None:
+            try:
+                self._rows.rewind(step)
+            except OSError as error:
+                raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
+
+    def move_to(self, run_dir: Path) -> None:
+        """Know that the directory of the run has another name now: the rows go on in the file that is open."""
+        if self._rows is not None:
+            self._rows.path = run_dir / self._rows.path.name
+
+    def sync(self) -> None:
+        """Make the rows so far outlive a power cut."""
+        if self._rows is not None:
+            self._rows.sync()
+
+    @property
+    def earlier(self) -> EarlierResults:
+        """What the rows say that were there before this process; nothing on other ranks than 0."""
+        return EarlierResults() if self._rows is None else self._rows.earlier
+
+    @property
+    def hints(self) -> list[tuple[str, str]]:
+        """(name of a tracker, command or address that shows the run), once they are closed."""
+        return self._hints
+
+    def close(self, ended: Ended) -> None:
+        """Close all of them; what a tracker has against it is said and does not hide how the run ended."""
+        if self._rows is not None:
+            self._rows.close()
+        self._each(lambda tracker: tracker.close(ended))
+        self._hints = [tracker.hint for tracker in self._others if tracker.hint is not None]
+        self._rows, self._others = None, []
+
+
+def _of(error: Exception) -> str:
+    """On one line, without secrets."""
+    return redacted(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def summary_of(last_row: dict[str, Any], speed: dict[str, float], evaluated: dict[str, float]) -> dict[str, Any]:
+    """The summary that the run table compares: median speeds, the largest memory, the last loss and final held-out metrics."""
+    final = {**last_row, **speed}
+    names = ("tokens_per_s", "tokens_per_s_per_rank", "supervised_tokens_per_s", "mfu", "step_s")
+    kept = (*names, "memory_gib", "memory_reserved_gib", "loss")
+    summary = {f"final/{key}": final[key] for key in kept if key in final}
+    return {**summary, **{f"final/{key}": value for key, value in evaluated.items()}}
+
+
+@dataclass(slots=True)
+class Opened:
+    """What rank 0 records to."""
+
+    trackers: Trackers
+    run_id: str | None
+    """That of the trackers, to be kept for a resume; None where there are none."""
+    substitutions: dict[str, str] = field(default_factory=dict)
+    """What the environment decided, or the network, by setting."""
+    passed_over: str | None = None
+    """One line on variables that lose to a setting."""
+
+
+def open_trackers(about: Tracked, environment: dict[str, str] | None = None) -> Opened:
+    """Begin recording; for rank 0 only. `about.run_id` may be empty: a new run gets one. Errors: StorageError.
+
+    A tracker that cannot begin is left out, and said: what it would show is in `metrics.jsonl`.
+    """
+    found = open_apart(about, environment)
+    found.trackers._rows = JsonlTracker(about.run_dir / "metrics.jsonl", about.resumed_at)
+    return found
+
+
+def open_apart(about: Tracked, environment: dict[str, str] | None = None) -> Opened:
+    """The trackers alone, without `metrics.jsonl`."""
+    environment = dict(os.environ) if environment is None else environment
+    settled = settle(about.config, environment)
+    kinds = asked(settled.config)
+    run_id = about.run_id or (environment.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12] if kinds else "")
+    name = settled.config.name or about.name
+    about = replace(about, config=settled.config, run_id=run_id, name=name)
+    found = Opened(Trackers(), run_id or None, dict(settled.taken) if kinds else {}, settled.passed_over)
+    opened: list[Tracker] = []
+    for kind in kinds:
+        try:
+            tracker = kind.open(about)
+        except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
+            found.substitutions[f"logging.{kind.setting}"] = f"left out ({_of(error)})"
+            continue
+        if note := getattr(tracker, "note", None):
+            found.substitutions[f"logging.{kind.setting}"] = redacted(note)
+        opened.append(tracker)
+    found.trackers = Trackers(None, opened, about.say)
+    return found

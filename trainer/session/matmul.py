@@ -1,0 +1,64 @@
+"""Which library of float32 products a run computes with on CPUs: settled at its first start, kept at every later one.
+
+Two libraries round differently. A run that changed its library when it is resumed would not be the run that was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from strategies.errors import StorageError
+from strategies.matmul import Matmul, MatmulChoice
+from strategies.runtime import Runtime, broadcast_object, first_error, with_matmul
+from trainer.config.run import AUTO, MATMUL, RunConfig, kept_matmul
+from trainer.reporting.shared_choice import shared_choice
+
+
+def settle_matmul(
+    config: RunConfig, run_dir: Path, runtime: Runtime, freeze: Callable[[Path, RunConfig], None]
+) -> tuple[RunConfig, Runtime]:
+    """The run with its library noted among the substitutions, and the runtime that has it. All ranks must call.
+
+    A first start takes what the processor speaks for, or what the comparison it belongs to has, and hands the note to `freeze`.
+    Errors: StorageError on every rank.
+    """
+    if runtime.matmul is None or config.run.matmul is not Matmul.auto:
+        return config, runtime
+    note, error = "", None
+    if runtime.is_main:
+        try:
+            note = _note_of_run(config, run_dir, runtime.matmul, freeze)
+        except StorageError as caught:
+            error = caught
+    if (message := first_error(error, runtime)) is not None:
+        raise StorageError(message.split(": ", 2)[-1])
+    note = broadcast_object(note, runtime)
+    config = replace(config, substitutions={**config.substitutions, MATMUL: note})
+    return config, _with_library(kept_matmul(config), runtime)
+
+
+def _note_of_run(
+    config: RunConfig, run_dir: Path, choice: MatmulChoice, freeze: Callable[[Path, RunConfig], None]
+) -> str:
+    """The note that the configuration has, or the one that it gets now."""
+    if kept_matmul(config) is not Matmul.auto:
+        return str(config.substitutions[MATMUL])
+    note = shared_choice(run_dir, MATMUL, f"{AUTO} -> {choice}")
+    freeze(run_dir, replace(config, substitutions={**config.substitutions, MATMUL: note}))
+    return note
+
+
+def _with_library(library: Matmul, runtime: Runtime) -> Runtime:
+    """The runtime with the library of the run; with BLAS, and the reason, where a rank's host cannot take that one."""
+    assert runtime.matmul is not None
+    if library in (runtime.matmul.library, Matmul.auto):
+        return runtime
+    runtime = with_matmul(library, runtime)
+    assert runtime.matmul is not None
+    if runtime.matmul.library is library:
+        reason = "as this run began"
+    else:
+        reason = f"this run began with {library}; {runtime.matmul.reason}"
+    return replace(runtime, matmul=MatmulChoice(runtime.matmul.library, reason))

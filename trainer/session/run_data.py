@@ -1,0 +1,208 @@
+"""What a run remembers of its data, so that its model is built again without a row: label names, fingerprint, length.
+
+`data.path` may be replaced, grow or disappear after the training. An export and tasks with a file of their own do not need it.
+Tasks on the run's own documents, and what `bits=` measures, do: they get the documents of training or none.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from strategies.errors import ConfigError, DataError
+from trainer.config.run import RunConfig, kept_date
+from trainer.data.cache import DONE
+from trainer.data.objective_spec import Reading
+from trainer.data.prepare import Preparation, Prepared, kept_or_first, open_prepared
+from trainer.data.progress import Say, say_on_rank_0
+from trainer.data.store.sequences import Sample, Sequences, StoreWriter, TokenDataset
+from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.registry import reading_of
+from trainer.session.base_files import IDENTITY
+
+DATA = "data"
+"""The word that accepts other rows, which is also the kind of `identity.json`."""
+STAND_IN_TOKENS = 2
+"""Tokens of each sequence that stands in for the data, so that its last one is a target."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataRecord:
+    """What a run wrote down of its data when it began."""
+
+    run_dir: Path
+    fingerprint: str
+    """Of the prepared training split."""
+    directory: Path | None
+    """Where it was prepared; None if the run's record does not say."""
+    label_names: list[str] | None
+    """In the order of their numbers; None without labels."""
+    total_steps: int | None
+    """Steps of the run's budget; None if the run's record does not say."""
+    is_whole: bool
+    """Whether `run.json` could be read: without it the label names are those of the documents with this fingerprint."""
+
+
+def data_record(run_dir: Path) -> DataRecord:
+    """The record of the run in a directory. Errors: ConfigError where neither `run.json` nor `identity.json` can be read."""
+    record, identity = _read_object(run_dir / "run.json"), _read_object(run_dir / IDENTITY)
+    fingerprint = (identity.get(DATA) or {}).get("fingerprint") or record.get("data_fingerprint")
+    if not fingerprint:
+        raise ConfigError(
+            f"{run_dir}: neither run.json nor {IDENTITY} can be read, and they alone say which data the run was trained on; "
+            "bring one of them back"
+        )
+    directory = record.get("data_directory")
+    return DataRecord(
+        run_dir=run_dir,
+        fingerprint=str(fingerprint),
+        directory=Path(directory) if directory else None,
+        label_names=record.get("label_names"),
+        total_steps=record.get("total_steps"),
+        is_whole="label_names" in record,
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; empty where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class RowsNeeded:
+    """Why an export or an evaluation reads the run's own documents."""
+
+    purpose: str
+    """A clause: what asks for them."""
+    way_out: str
+    """What to do if they are gone, as a command to the user."""
+
+
+def data_of_run(
+    config: RunConfig,
+    record: DataRecord,
+    tokenizer: Any,
+    *,
+    needed: RowsNeeded | None,
+    accept: bool,
+    stop: Callable[[], bool] = lambda: False,
+    say: Say = say_on_rank_0,
+) -> tuple[ObjectiveConfig, Prepared, list[str]]:
+    """(objective, data, accepted differences) to build the run's model with. No collective.
+
+    If no documents are `needed`, none is read. Errors: DataError where they are needed and are not there any more, unless
+    `accept` takes those of today.
+    """
+    if needed is None and record.is_whole:
+        return *without_rows(config, record), []
+    if needed is None:
+        needed = RowsNeeded("run.json cannot be read, and the labels' names come from the rows", "Bring run.json back")
+    return config.objective, *run_rows(config, record, tokenizer, needed, accept=accept, stop=stop, say=say)
+
+
+def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig, Prepared]:
+    """(objective, data) that build the run's model without reading a row. No collective.
+
+    The data is one document of no meaning, which gives shapes alone. Weights of classes that were balanced by the labels of all
+    rows are left out: they are part of the loss, and no part of the model.
+    """
+    objective = config.objective
+    if isinstance(objective, ClassificationConfig):
+        objective = replace(objective, class_weights=None)
+    with tempfile.TemporaryDirectory(prefix="shardtune-") as directory:
+        train = _one_document(Path(directory), reading_of(config.objective), record.fingerprint)
+    return objective, Prepared(
+        train, None, Path(directory), {}, record.label_names, date=kept_date(config), has_rows=False
+    )
+
+
+def _one_document(directory: Path, reading: Reading, fingerprint: str) -> TokenDataset:
+    """A data set of one document, open; its files may be deleted."""
+    number = reading.sequences_per_document
+    samples = [
+        Sample(np.zeros(STAND_IN_TOKENS, np.int32), np.ones(STAND_IN_TOKENS, np.bool_), dict(reading.marks))
+        for _ in range(number)
+    ]
+    sequences = Sequences.of(samples, reading.counts)
+    none = np.zeros(number, np.int64)
+    sequences.columns |= {"document": none, "source": none, "ended": none}
+    store = StoreWriter(directory)
+    store.append(sequences)
+    store.finish()
+    return TokenDataset(directory, {"fingerprint": fingerprint, "sources": ["data"]})
+
+
+def run_rows(
+    config: RunConfig,
+    record: DataRecord,
+    tokenizer: Any,
+    needed: RowsNeeded,
+    *,
+    accept: bool,
+    stop: Callable[[], bool] = lambda: False,
+    say: Say = say_on_rank_0,
+) -> tuple[Prepared, list[str]]:
+    """(the documents that the run was trained on, differences that were accepted). No collective.
+
+    They come from the prepared data of the training, if that is still there, else from `data.path`. Errors: DataError where
+    neither has them, unless `accept` takes the rows of today.
+    """
+    for directory in (record.directory, Path(config.data.cache_dir).expanduser() / record.fingerprint[:32]):
+        if directory is not None and _is_prepared(directory, record):
+            prepared = open_prepared(directory, verify=config.data.verify)
+            prepared.date = kept_date(config)
+            return _with_names(prepared, record, needed), []
+    reading = reading_of(config.objective)
+    try:
+        preparation = Preparation(
+            config.data,
+            tokenizer,
+            reading,
+            seed=config.run.seed,
+            stop=stop,
+            choose_date=kept_or_first(kept_date(config)),
+            say=say,
+        )
+    except (ConfigError, DataError) as error:
+        raise DataError(
+            f"{error}\n    {record.run_dir}: {needed.purpose}, and the prepared data of the training is gone, too. "
+            f"{needed.way_out}, or bring the rows back"
+        ) from error
+    changed = f"{preparation.fingerprint}/train" != record.fingerprint
+    if changed and not accept:
+        raise DataError(
+            f"{record.run_dir}: {needed.purpose}. The rows of data.path, or what prepares them, have changed since the training, "
+            f"and the data that was prepared then is gone. {needed.way_out}, bring the rows back, or take those of today: "
+            f"accept=[{DATA}]"
+        )
+    prepared = preparation.open_or_make()
+    reading.check(prepared.train)
+    accepted = [f"{DATA}: other rows than the run was trained on"] if changed else []
+    return _with_names(prepared, record, needed), accepted
+
+
+def _is_prepared(directory: Path, record: DataRecord) -> bool:
+    """Whether the prepared data with the run's fingerprint is complete in a directory."""
+    manifest = _read_object(directory / DONE)
+    return f"{manifest.get('fingerprint')}/train" == record.fingerprint
+
+
+def _with_names(data: Prepared, record: DataRecord, needed: RowsNeeded) -> Prepared:
+    """The data as it is. Raises DataError for other labels than the run's: their numbers would mean something else."""
+    if record.is_whole and data.label_names != record.label_names:
+        raise DataError(
+            f"{record.run_dir}: was trained with the labels {record.label_names}, and the rows of today have {data.label_names}. "
+            f"{needed.way_out}"
+        )
+    return data

@@ -1,0 +1,67 @@
+"""Which date a chat template writes for today: chosen at the first start of a run, kept at every later one.
+
+Data prepared on another day would differ, and so would what a resumed run, another host or another point of a comparison learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from strategies.errors import StorageError
+from strategies.rendezvous import Meeting
+from strategies.runtime import Runtime, first_error
+from trainer.config.run import TEMPLATE_DATE, RunConfig, kept_date
+from trainer.data.tokens.clock import TemplateDate
+from trainer.reporting.shared_choice import shared_choice
+
+FirstDate = Callable[[], TemplateDate]
+"""The date on which the data was first prepared into the cache of this host."""
+
+
+def date_of_run(
+    config: RunConfig, run_dir: Path | None, meeting: Meeting, stop: Callable[[], bool]
+) -> Callable[[FirstDate], TemplateDate]:
+    """What chooses the date for all ranks, for `Preparation`: that of the run, else of its comparison, else of the cache.
+
+    Rank 0 decides, and the others wait for it, until `stop` says that the ranks stop (Preempted). Errors: StorageError.
+    """
+
+    def choose(first_date: FirstDate) -> TemplateDate:
+        def of_rank_0() -> str:
+            kept = kept_date(config)
+            if kept is not None:
+                return str(kept)
+            proposal = str(first_date())
+            return proposal if run_dir is None else shared_choice(run_dir, TEMPLATE_DATE, proposal)
+
+        return TemplateDate.parse(meeting.of_rank_0(TEMPLATE_DATE, of_rank_0, stop))
+
+    return choose
+
+
+def keep_date(
+    config: RunConfig,
+    date: TemplateDate | None,
+    run_dir: Path,
+    runtime: Runtime,
+    freeze: Callable[[Path, RunConfig], None],
+) -> RunConfig:
+    """The run with its date among the substitutions, handed to `freeze` if it is new. All ranks must call.
+
+    `date` is None, on all ranks, if the template writes none. Errors: StorageError on every rank.
+    """
+    substitutions = {key: note for key, note in config.substitutions.items() if key != TEMPLATE_DATE}
+    if date is None:
+        return replace(config, substitutions=substitutions)
+    dated = replace(config, substitutions={**substitutions, TEMPLATE_DATE: str(date)})
+    error = None
+    if runtime.is_main and kept_date(config) != date:
+        try:
+            freeze(run_dir, dated)
+        except StorageError as caught:
+            error = caught
+    if (message := first_error(error, runtime)) is not None:
+        raise StorageError(message.split(": ", 2)[-1])
+    return dated

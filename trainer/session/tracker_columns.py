@@ -1,0 +1,58 @@
+"""What the run table of a tracker shows of a run: its name, flat columns, and the whole configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config.resuming import flat, plain
+from trainer.config.run import RunConfig
+from trainer.reporting.config import COLUMNS
+from trainer.reporting.numbers import short
+
+FACTS = ("world_size", "accumulation", "total_steps", "attention", "layout", "device_name")
+"""What `run.json` says of how steps are computed; columns too."""
+PATHS = ("model.path", "data.path")
+
+
+def name_of(config: RunConfig) -> str:
+    """What the run is, such as fsdp2-lora-lr2e-4."""
+    return f"{config.strategy.name}-{config.tuning.name}-lr{short(config.optim.lr)}"
+
+
+def tracker_settings(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat columns, and under `config` the whole configuration."""
+    tree = plain(config)
+    leaves = flat(tree)
+    columns = {name: _shown(key, leaves.get(key)) for key, name in COLUMNS.items()}
+    columns |= {key: facts.get(key) for key in FACTS}
+    columns |= {"base_model": facts["base_model"], "run_dir": config.run.dir, "precision": facts["precision"]}
+    columns |= chosen_columns(config.logging.columns, leaves)
+    more = {key: facts[key] for key in ("data_fingerprint", "git_revision", "versions", "substitutions")}
+    return {**columns, **more, "config": tree}
+
+
+def chosen_columns(words: list[str], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of the settings that `logging.columns` names: `optim.weight_decay` stands as `optim_weight_decay`.
+
+    A choice of a group (`optim`) is its name; `name=text` is a column of one's own.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, assigned, text = word.partition("=")
+        full = key if key in leaves else f"{key}.name"
+        if assigned:
+            found[re.sub(r"\W", "_", key)] = text
+        elif full not in COLUMNS and full in leaves:
+            found[re.sub(r"\W", "_", key.strip("_"))] = _shown(full, leaves[full])
+    return found
+
+
+def _shown(key: str, value: Any) -> Any:
+    """A value as a column holds it: numbers stay numbers, of a path its last part, several values as one text."""
+    if key in PATHS and value is not None:
+        parts = value if isinstance(value, list) else [value]
+        return "+".join(Path(str(part)).name or str(part) for part in parts)[:80]
+    return ",".join(map(str, value)) if isinstance(value, list) else value
