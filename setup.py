@@ -28,7 +28,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"": "."},
-    packages=find_packages(include=["conf", "launch", "strategies", "trainer", "trainer.*"]),
+    packages=["conf", *find_packages(include=["launch*", "strategies*", "trainer*"])],
     py_modules=["shardtune"],
     package_data={
         "conf": ["*.yaml", "*/*.yaml", "*/*.md"],

@@ -58,6 +58,16 @@ EXIT_CODES = (
     "exit codes: 0 done, 64 setting, 65 data, 69 nothing fits, 74 disk,\n"
     "75 preempted and resumable, 70 anything else, 130 Ctrl-C"
 )
+ELSEWHERE = {
+    "train": "train",
+    "submit": "submit",
+    "status": "runs.status_command",
+    "logs": "runs.logs_command",
+    "stop": "runs.stop_command",
+    "chat": "serve.chat",
+    "job": "cluster.job",
+}
+"""Verbs that are not `launch/<verb>/command.py`. `job` is asked by job scripts, never by people."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,8 +128,13 @@ def completion(words: list[str]) -> int:
     return 0
 
 
+def module_of(verb: str) -> str:
+    """The module whose `main` does the verb."""
+    return f"launch.{ELSEWHERE.get(verb, f'{verb}.command')}"
+
+
 def guarded(verb: str, argv: list[str]) -> int:
-    """Run `launch.<verb>.main(argv)`; every error becomes a message and an exit code.
+    """Run the verb's own `main(argv)`; every error becomes a message and an exit code.
 
     What saves does so whether or not anybody reads what it says.
     """
@@ -170,7 +185,7 @@ def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
             streams.refuse_stripped_docstrings()
             streams.refuse_unwritable_words(argv)
         _refuse_addresses(argv)
-        return int(import_module(f"launch.{verb}").main(take_directories(argv)) or 0)
+        return int(import_module(module_of(verb)).main(take_directories(argv)) or 0)
     except ConfigError as error:
         title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
         print(f"shardtune {verb}: {title}", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)

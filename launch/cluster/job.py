@@ -273,12 +273,3 @@ def note_refused(error: ShardtuneError) -> None:
     reason = " ".join(str(error).split())
     with contextlib.suppress(StorageError):
         note_ended(Path(config).parent, name, restart, error.exit_code, reason=reason, goes_on=False)
-
-
-if __name__ == "__main__":
-    from launch.main import guarded
-    from launch.streams import restart_in_utf8
-
-    restart_in_utf8()
-
-    sys.exit(guarded("job", sys.argv[1:]))

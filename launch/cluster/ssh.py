@@ -1,8 +1,9 @@
 """Several hosts from one of them, or from any other: `launcher.hosts=[n1,n2]`, each reached by the user's own ssh.
 
-On each host `launch.cluster.node` is started, which says what it is; where all can run the same run they are told where they meet, and
-their ranks start as by the command on each host. What node 0 prints is printed here, of the others what goes to stderr, with
-their name; all of it is kept in `logs/hosts-<start>-<node>.log` of the run. The first node that ends badly ends all.
+On each host `launch.cluster.node` is started, which says what it is. If all hosts can run the same run, they are told
+where they meet, and their ranks start as by the command on each host. What node 0 prints is printed here, and what the
+others print to stderr, with their name. All of it is kept in `logs/hosts-<start>-<node>.log` of the run. The first node
+that ends badly ends all.
 """
 
 from __future__ import annotations

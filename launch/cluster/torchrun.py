@@ -327,7 +327,3 @@ def _note_killed(error: BaseException, *, memory: bool) -> None:
         print(killed, file=sys.stderr, flush=True)
         with contextlib.suppress(ShardtuneError):
             write_status(run_dir, State.failed, step=step, reason=str(killed))
-
-
-if __name__ == "__main__":
-    sys.exit(wrapper(sys.argv[1:]))

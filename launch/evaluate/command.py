@@ -170,14 +170,3 @@ def _told(job: Any) -> int:
     report = json.loads((Path(job.to) / REPORT).read_text(encoding="utf-8"))
     print(text(report), flush=True)
     return 69 if report.get("regressions") else 0
-
-
-if __name__ == "__main__":
-    hold()
-    from launch.main import guarded
-    from launch.streams import restart_in_utf8
-
-    restart_in_utf8()
-    from launch.train import end
-
-    end(guarded("evaluate", sys.argv[1:]))

@@ -67,7 +67,9 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     works, waits = runs / "works", runs / "waits"
     (works / "logs").mkdir(parents=True)
-    asked = ["--nodes=2", "--exclusive", f"--output={works}/logs/%x-%j.out", "slurm/train.sbatch"]
+    # The script as people have copied it since before the modules that it calls were moved.
+    script = "tests/golden/earlier_train.sbatch"
+    asked = ["--nodes=2", "--exclusive", f"--output={works}/logs/%x-%j.out", script]
     ids = [cluster.sbatch(*asked, *words, f"run.dir={works}", cwd=CLONE, env=PACED | {"PYTHON": sys.executable})]
     [begun] = shardtune(
         ["submit", *words, f"run.dir={waits}", "launcher.nodes=2", "launcher.exclusive=true", "launcher.time=30"]

@@ -1,7 +1,7 @@
-"""One node of a preflight, and one rank of it: `python -m launch.cluster.preflight.node node`, which says what it sees and starts the ranks.
+"""One node of a preflight, and one rank of it: `python -m launch.cluster.preflight.node node`.
 
-What is said goes to stdout in lines that `launch.cluster.preflight.coordinator` reads back: srun carries them, so that no disk and no network of
-ours is needed for them.
+The node says what it sees and starts the ranks. It prints lines that `coordinator.py` reads back.
+srun carries them, so that no disk and no network of ours is needed.
 """
 
 from __future__ import annotations
