@@ -169,7 +169,7 @@ def test_every_verb_shown_exists():
         text = page.read_text(encoding="utf-8")
         shown = [block for _, block in FENCED.findall(text)] + re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
         for verb in re.findall(r"^(?:\$ )?shardtune ([a-z]+)\b", "\n".join(shown), re.MULTILINE):
-            assert verb in VERBS and find_spec(f"launch.{verb}"), f"{page.name}: shardtune {verb}"
+            assert verb in VERBS and find_spec(module_of(verb)), f"{page.name}: shardtune {verb}"
 
 
 def test_every_setting_named_exists():
