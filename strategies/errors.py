@@ -66,9 +66,17 @@ class LimitReached(ShardtuneError):
 
 
 class OutOfMemory(DoesNotFit):
-    """A step ran out of memory amid a run, which may go on with fewer documents in each forward pass."""
+    """A step ran out of memory amid a run, which may go on with fewer documents in each forward pass.
+
+    `ran_out_with` names the choice that was on trial, by setting (`{"strategy": "ddp"}`), so that another start avoids it. It is
+    empty outside such a trial.
+    """
 
     retry = "out_of_memory"
+
+    def __init__(self, message: str, *, ran_out_with: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.ran_out_with = ran_out_with or {}
 
 
 class NodesUnfit(ShardtuneError):

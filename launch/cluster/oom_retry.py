@@ -5,13 +5,13 @@ Amid its steps with half of `batch.micro`; while it chose its strategy without t
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from launch.config.frozen import freeze_choices, load_frozen
 from strategies.base import AutoConfig
 from trainer.config.run import AUTO, MICRO, STRATEGY, RunConfig, asked_micro
+from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 from trainer.reporting.status import read_failure
 
 
@@ -29,27 +29,34 @@ def lower_micro(run_dir: Path) -> str | None:
     micro = config.batch["micro"]
     if micro in (1, AUTO):
         return None
-    step = read_failure(run_dir).get("step")
-    lowered = _lowered(config, _half(micro), f"{micro} ran out of memory{f' at step {step}' if step else ''}")
+    lowered = _lowered(config, _half(micro), OutOfMemoryTrial(micro, read_failure(run_dir).get("step")))
     freeze_choices(run_dir, lowered)
     return f"{MICRO}: {micro} -> {lowered.batch['micro']}"
 
 
 def _without_tried(run_dir: Path, config: RunConfig) -> str | None:
-    tried = re.match(r"strategy=auto: with strategy=(\w+) ", read_failure(run_dir).get("message", ""))
-    if tried is None:
+    """Freeze that the strategy on trial ran out of memory; None if the failure names none."""
+    ran_out_with = read_failure(run_dir).get("ran_out_with")
+    strategy = ran_out_with.get(STRATEGY) if isinstance(ran_out_with, dict) else None
+    if strategy is None:
         return None
-    known = str(config.substitutions.get(STRATEGY, f"{AUTO} (")).removesuffix(")")
-    note = f"{known}{'; ' if known[-1] != '(' else ''}{tried[1]} ran out of memory)"
-    freeze_choices(run_dir, replace(config, substitutions={**config.substitutions, STRATEGY: note}))
-    return f"without strategy={tried[1]}"
+    earlier = config.resolution(STRATEGY) or Resolution(STRATEGY, AUTO)
+    resolution = replace(earlier, tried=(*earlier.tried, OutOfMemoryTrial(strategy)))
+    freeze_choices(run_dir, replace(config, substitutions={**config.substitutions, STRATEGY: resolution}))
+    return f"without strategy={strategy}"
 
 
-def _lowered(config: RunConfig, micro: int, why: str) -> RunConfig:
-    """The run with `micro`, and in its note what was asked for and all that led here."""
-    earlier = str(config.substitutions.get(MICRO, "")).partition("(")[2].removesuffix(")")
-    note = f"{asked_micro(config.batch, config.substitutions)} -> {micro} ({'; '.join(filter(None, [earlier, why]))})"
-    return replace(config, batch={**config.batch, "micro": micro}, substitutions={**config.substitutions, MICRO: note})
+def _lowered(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfig:
+    """The run with a smaller `micro`. Its resolution keeps what was asked for and every trial that led here."""
+    earlier = config.resolution(MICRO) or Resolution(MICRO, config.batch["micro"])
+    resolution = replace(
+        earlier,
+        asked=asked_micro(config.batch, config.substitutions),
+        chosen=micro,
+        tried=(*earlier.tried, trial),
+    )
+    substitutions = {**config.substitutions, MICRO: resolution}
+    return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
 
 
 def _half(micro: int) -> int:

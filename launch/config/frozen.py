@@ -38,6 +38,7 @@ from trainer.config.run import (
 from trainer.data.config import ControlTokens, identifying
 from trainer.data.tokens.clock import TemplateDate
 from trainer.reporting import settings_file
+from trainer.reporting.resolution import Resolution
 from trainer.reporting.status import FROZEN, State, read_status, write_text_atomic
 
 SHOWN_DIFFERENCES = 12
@@ -288,7 +289,9 @@ def _take_matmul(config: RunConfig, before: RunConfig) -> None:
     library = kept_matmul(before)
     if config.run.matmul is not Matmul.auto or library is Matmul.auto:
         return
-    config.substitutions[MATMUL] = before.substitutions.get(MATMUL, f"{AUTO} -> {library} (as this run began)")
+    config.substitutions[MATMUL] = before.resolution(MATMUL) or Resolution(
+        MATMUL, AUTO, str(library), "as this run began"
+    )
 
 
 def _go_on_alike(config: RunConfig, before: RunConfig) -> None:

@@ -100,7 +100,7 @@ def describe(config: RunConfig) -> DryRun:
         "documents": len(data.train) // per,
         "tokens_per_step": read.mean * size,
         "memory_per_rank": memory.facts,
-        "substitutions": {**config.substitutions, **built.substitutions},
+        "substitutions": {key: str(note) for key, note in (config.substitutions | built.substitutions).items()},
     }
     return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
 

@@ -10,8 +10,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from launch.config.frozen import freeze_choices, load_frozen
+from strategies.matmul import Matmul
 from tests.helpers.launching import command_here
+from trainer.config.run import MICRO, kept_matmul
+from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "earlier_version.tar.gz"
 SAME_WORDS = [
@@ -79,3 +84,20 @@ def test_from_another_directory_a_relative_base_is_explained(site, monkeypatch, 
     assert f"not a model directory in {elsewhere}" in said and "relative to where its training was started" in said
     monkeypatch.chdir(site)
     assert command_here(["export", "runs/finished", "to=exported"]) == 0
+
+
+def test_choices_that_an_earlier_version_wrote_as_sentences_are_read(site):
+    """As its launcher left `config.yaml` after memory ran out in step 3, and its rank 0 after it had chosen a library."""
+    path = site / "runs/stopped/config.yaml"
+    text = path.read_text()
+    assert text.count("  micro: 2\n") == 1 and text.endswith("  launcher.processes: auto -> 1\n")
+    text = text.replace("  micro: 2\n", "  micro: 1\n")
+    text += "  batch.micro: 2 -> 1 (2 ran out of memory at step 3)\n  run.matmul: auto -> blas (as this run began)\n"
+    path.write_text(text)
+    config = load_frozen(path)  # which checks that it is still the run of 2 that was asked for
+    assert config.resolution(MICRO) == Resolution(MICRO, 2, 1, "", (OutOfMemoryTrial(2, step=3),))
+    assert kept_matmul(config) is Matmul.blas
+    # Written again, it has the fields, and is still the same run.
+    freeze_choices(path.parent, config)
+    assert yaml.safe_load(path.read_text())["substitutions"]["run.matmul"]["chosen"] == "blas"
+    assert load_frozen(path) == config

@@ -80,6 +80,6 @@ def test_what_was_asked_and_all_that_led_here_is_noted(runs, asked, lowered, not
         frozen = load_frozen(run_dir / "config.yaml")  # which checks that it is the run which was asked for
         assert frozen.batch["micro"] == (size or 1)
         if step < len(notes):
-            assert frozen.substitutions["batch.micro"].startswith(notes[step])
+            assert str(frozen.substitutions["batch.micro"]).startswith(notes[step])
         # A job script that reads its words once more goes on from there, also before the first checkpoint.
         assert load_frozen(freeze(compose(words), run_dir) / "config.yaml").batch["micro"] == frozen.batch["micro"]

@@ -7,11 +7,10 @@ from launch.config.compose import compose
 from launch.config.frozen import load_frozen
 from launch.plan.command import composed as planned
 from launch.runs.freeze import freeze
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, OutOfMemory
 from tests.faults.runs import read
 from tests.helpers.nursery import FAULT
 from trainer.planner.hardware import card_named
-from trainer.planner.strategy_choice import ran_out
 from trainer.reporting.status import record_failure
 
 WORDS = ["launcher.processes=2", "batch.global=8", "batch.micro=4", "budget.steps=2"]
@@ -42,13 +41,19 @@ def test_a_rank_that_runs_out_alone_is_not_tried_again_where_a_new_start_is_aske
     words = runs.words("auto-again", "strategy=auto", *WORDS)[4:]
     run_dir = freeze(compose(words), runs.root / "auto-again")
     assert lower_micro(run_dir) is None  # nothing has failed
+    record_failure(
+        run_dir, 0, RuntimeError("strategy=auto: with strategy=ddp rank 1 runs out"), "choosing the strategy"
+    )
+    assert lower_micro(run_dir) is None  # a message alone decides nothing
+    (run_dir / "failure.json").unlink()
     for number, tried in enumerate(("ddp", "zero1"), 1):
-        said = f"strategy=auto: with strategy={tried} rank 1 runs out of memory (why), and the others do not; ..."
-        record_failure(run_dir, 0, RuntimeError(said), "choosing the strategy")
+        error = OutOfMemory("rank 1 runs out of memory, and the others do not", ran_out_with={"strategy": tried})
+        record_failure(run_dir, 0, error, "choosing the strategy")
         assert lower_micro(run_dir) == f"without strategy={tried}"
         (run_dir / "failure.json").unlink()
         frozen = load_frozen(freeze(compose(words), run_dir) / "config.yaml")
-        assert ran_out(frozen.substitutions["strategy"]) == ["ddp", "zero1"][:number]
+        trials = frozen.resolution("strategy").tried
+        assert [trial.choice for trial in trials] == ["ddp", "zero1"][:number]
         assert frozen.strategy.name == "auto"
 
 

@@ -71,7 +71,8 @@ def losses(run_dir):
 def noted(run_dir):
     """The note in `config.yaml`, and what `run.json` says of the last start."""
     in_record = json.loads((run_dir / "run.json").read_text())["substitutions"].get("run.matmul")
-    return load_frozen(run_dir / "config.yaml").substitutions.get("run.matmul"), in_record
+    resolution = load_frozen(run_dir / "config.yaml").resolution("run.matmul")
+    return None if resolution is None else str(resolution), in_record
 
 
 def test_a_run_keeps_the_library_of_its_first_start(root, tmp_path, monkeypatch, libraries, capfd):

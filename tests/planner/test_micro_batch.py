@@ -31,6 +31,7 @@ from trainer.planner.micro_batch import _trial, proposed, settle_micro, would_ch
 from trainer.planner.oom_probe import TrialInputs, take_steps
 from trainer.planner.oom_report import of_memory
 from trainer.planner.simulation import simulate_depth
+from trainer.reporting.resolution import resolution_of
 
 CONTEXT = 0.75
 
@@ -92,7 +93,7 @@ def test_a_dry_run_says_what_would_be_tried(made, monkeypatch):
     config = replace(made[0], strategy=DdpConfig(), **here)
     told = would_choose(config, made[1])
     assert told.batch["micro"] == 8
-    assert re.fullmatch(r"auto -> 8 \(planned .* GiB; 2 steps .* will be tried\)", told.substitutions[MICRO])
+    assert re.fullmatch(r"auto -> 8 \(planned .* GiB; 2 steps .* will be tried\)", str(told.substitutions[MICRO]))
     unseen = would_choose(replace(config, run=replace(config.run, device=Device.cuda)), made[1])
     assert unseen.batch["micro"] == 1 and "where the GPUs are" in unseen.substitutions[MICRO]
 
@@ -131,8 +132,8 @@ def test_memory_that_runs_out_lowers_it_and_the_run_is_as_if_told(made, given, m
     taken, said, frozen = running_out(monkeypatch, above=4), [], []
     settled = settle_micro(config, given, said.append, frozen.append)
     assert taken == [16, 8, 4] and settled.batch == {"global": 16, "micro": 4} and frozen == [settled]
-    note = "auto -> 4 (planned; 2 steps of the longest documents held; 16, 8 ran out of memory)"
-    assert settled.substitutions[MICRO] == note and config.batch["micro"] == "auto"
+    note = "auto -> 4 (planned; 2 steps of the longest documents held; 16 ran out of memory; 8 ran out of memory)"
+    assert str(settled.substitutions[MICRO]) == note and config.batch["micro"] == "auto"
     assert said[1:] == ["batch.micro=16 runs out of memory; trying 8", "batch.micro=8 runs out of memory; trying 4"]
     assert settle_micro(settled, given, None, None) == settled  # chosen once
     told = replace(config, batch={"global": 16, "micro": 4})
@@ -259,7 +260,7 @@ def test_a_run_that_chooses_takes_the_steps_of_one_that_was_told(tmp_path, strat
     frozen = yaml.safe_load((tmp_path / "auto/config.yaml").read_text())
     record = json.loads((tmp_path / "auto/run.json").read_text())
     assert frozen["batch"]["micro"] == record["micro_batch"] == part
-    assert frozen["substitutions"][MICRO] == record["substitutions"][MICRO]
+    assert str(resolution_of(MICRO, frozen["substitutions"][MICRO])) == record["substitutions"][MICRO]
 
 
 def rows_of(run):

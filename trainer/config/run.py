@@ -29,6 +29,7 @@ from trainer.optim.config import OptimConfig
 from trainer.optim.schedule import ScheduleConfig
 from trainer.reporting.config import LoggingConfig
 from trainer.reporting.profile import ProfileConfig
+from trainer.reporting.resolution import Resolution, resolution_of
 from trainer.tuning.base import TuningConfig
 
 
@@ -41,6 +42,8 @@ class Device(StrEnum):
 
 
 AUTO, MICRO, STRATEGY, MATMUL = "auto", "batch.micro", "strategy", "run.matmul"
+RESOLVED = (MICRO, STRATEGY, MATMUL)
+"""Settings that the run resolves once. Every later start reads the choice back."""
 TEMPLATE_DATE = "data.date"
 """The substitution that has the date which the chat template writes for today."""
 RETRIES = ("preempted", "node_fail", "out_of_memory")
@@ -253,20 +256,37 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     substitutions: dict[str, Any] = field(default_factory=dict)
-    """What `auto` was resolved to, filled when the config is frozen; not set by hand."""
+    """What stands in for settings, by key; not set by hand.
+
+    A Resolution if a later start of the run goes on from it (`RESOLVED`), else a sentence that is only shown.
+    """
+
+    def __post_init__(self) -> None:
+        resolved = {
+            key: resolution_of(key, note) or note for key, note in self.substitutions.items() if key in RESOLVED
+        }
+        self.substitutions = {**self.substitutions, **resolved}
+
+    def resolution(self, setting: str) -> Resolution | None:
+        """What became of a setting of `RESOLVED`; None if the run has not resolved it."""
+        return resolution_of(setting, self.substitutions.get(setting))
 
 
 def asked_micro(batch: dict[str, Any], substitutions: dict[str, Any]) -> Any:
-    """What `batch.micro` was before the run made of it what it is: `auto`, or a number with which memory ran out."""
-    asked, made, rest = str(substitutions.get(MICRO)).partition(f" -> {batch['micro']} ")
-    if not made or not rest or not (asked == AUTO or asked.isdecimal()):
+    """What the user set `batch.micro` to before the run changed it: `auto`, or a number with which memory ran out.
+
+    `batch` and `substitutions` are those of a configuration as plain dictionaries.
+    """
+    resolution = resolution_of(MICRO, substitutions.get(MICRO))
+    if resolution is None or resolution.chosen != batch["micro"]:
         return batch["micro"]
-    return AUTO if asked == AUTO else int(asked)
+    return resolution.asked
 
 
 def asked_strategy(strategy: dict[str, Any], substitutions: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the strategy before the run made of `strategy=auto` what it is; those of another one as they are."""
-    if not str(substitutions.get(STRATEGY)).startswith(f"{AUTO} -> {strategy['name']} "):
+    """The settings of `strategy=auto` if the run chose this strategy itself; else the strategy's settings as they are."""
+    resolution = resolution_of(STRATEGY, substitutions.get(STRATEGY))
+    if resolution is None or (resolution.asked, resolution.chosen) != (AUTO, strategy["name"]):
         return strategy
     return {each.name: strategy[each.name] for each in fields(StrategyConfig) if each.name in strategy} | {"name": AUTO}
 
@@ -286,11 +306,10 @@ def kept_matmul(config: RunConfig) -> Matmul:
     """The library of float32 products as typed, or what `auto` was resolved to at the run's first start; `auto` before that."""
     if config.run.matmul is not Matmul.auto:
         return config.run.matmul
-    note = str(config.substitutions.get(MATMUL, ""))
-    for library in (Matmul.blas, Matmul.onednn):
-        if note.startswith(f"{AUTO} -> {library} "):
-            return library
-    return Matmul.auto
+    resolution = config.resolution(MATMUL)
+    if resolution is None or resolution.asked != AUTO or resolution.chosen not in (Matmul.blas, Matmul.onednn):
+        return Matmul.auto
+    return Matmul(resolution.chosen)
 
 
 def leaves(settings: type, prefix: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from trainer.planner.fit_check import PATIENCE, answered_apart, one_step, unsimu
 from trainer.planner.hardware import GIB, fit_of, groups_of
 from trainer.planner.lengths import Lengths, divisors, drawn
 from trainer.planner.oom_probe import STEPS, Trial, TrialInputs, memory_gib, runs_out
+from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 
 UNPLANNED = 4
 """Documents that are tried first where the step cannot be simulated."""
@@ -38,8 +39,8 @@ def settle_micro(
     not even the smallest holds, or where some ranks alone run out of memory.
     """
     runtime = given.runtime
-    batch, note = broadcast_object((config.batch, config.substitutions.get(MICRO)), runtime)
-    config = _with(config, batch["micro"], note)
+    batch, earlier = broadcast_object((config.batch, config.resolution(MICRO)), runtime)
+    config = _with(config, batch["micro"], earlier)
     part = batch["global"] // runtime.world_size
     known = batch["micro"] != AUTO
     if known and not (asked_micro(batch, config.substitutions) == AUTO and part % batch["micro"]):
@@ -52,9 +53,9 @@ def settle_micro(
         patience = PATIENCE * runtime.timeout_s
         found = proposed(config, given.data, given.precision, ranks, (runtime.kind, memory), patience)
     micro, why = broadcast_object(found, runtime)
-    tried: list[int] = []
+    tried: list[OutOfMemoryTrial] = []
     while runs_out(_with(config, micro, None), given, _trial(micro)):
-        tried.append(micro)
+        tried.append(OutOfMemoryTrial(micro))
         smaller = [each for each in divisors(part) if each < micro]
         if not smaller:
             raise DoesNotFit(
@@ -64,8 +65,8 @@ def settle_micro(
             )
         say(f"batch.micro={micro} runs out of memory; trying {smaller[-1]}")
         micro = smaller[-1]
-    lowered = f"; {', '.join(map(str, tried))} ran out of memory" if tried else ""
-    settled = _with(config, micro, f"{AUTO} -> {micro} ({why}; {STEPS} steps of the longest documents held{lowered})")
+    reason = f"{why}; {STEPS} steps of the longest documents held"
+    settled = _with(config, micro, Resolution(MICRO, AUTO, micro, reason, tuple(tried)))
     freeze(settled)
     return settled
 
@@ -82,14 +83,15 @@ def would_choose(config: RunConfig, data: Prepared) -> RunConfig:
     )
     ranks, device = (runtime.world_size, local), (runtime.kind, memory_gib(runtime))
     micro, why = proposed(config, data, config.precision, ranks, device, PATIENCE * config.run.timeout_s)
-    return _with(config, micro, f"{AUTO} -> {micro} ({why}; {STEPS} steps of the longest documents will be tried)")
+    reason = f"{why}; {STEPS} steps of the longest documents will be tried"
+    return _with(config, micro, Resolution(MICRO, AUTO, micro, reason))
 
 
 def _trial(micro: int) -> Trial:
     return Trial(MICRO, f"{micro} documents in each forward pass", "give batch.micro a smaller number")
 
 
-def _with(config: RunConfig, micro: Any, note: str | None) -> RunConfig:
+def _with(config: RunConfig, micro: Any, note: Resolution | str | None) -> RunConfig:
     noted = {key: text for key, text in config.substitutions.items() if key != MICRO} | ({MICRO: note} if note else {})
     return replace(config, batch={**config.batch, "micro": micro}, substitutions=noted)
 

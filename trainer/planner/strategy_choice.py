@@ -9,7 +9,6 @@ runs out the next in order is tried.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from trainer.planner.lengths import Lengths, drawn
 from trainer.planner.micro_batch import needed_gib, simulated_form
 from trainer.planner.oom_probe import STEPS, Trial, TrialInputs, memory_gib, runs_out
 from trainer.planner.plan import Choice, PlannedRun, Way, choices, micro_batches
+from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 
 LEAST_FIRST = ("single", "ddp", "zero1", "zero2", "hsdp", "fsdp2", "zero3")
 """From what shards nothing to what shards most."""
@@ -76,34 +76,36 @@ def settle_strategy(
     none holds; OutOfMemory where some ranks alone run out, after which a new start may take the next.
     """
     runtime = given.runtime
-    strategy, note = broadcast_object((config.strategy, config.substitutions.get(STRATEGY)), runtime)
-    config = _with(config, strategy, note)
+    strategy, earlier = broadcast_object((config.strategy, config.resolution(STRATEGY)), runtime)
+    config = _with(config, strategy, earlier)
     if not isinstance(strategy, AutoConfig):
-        was_open = str(note).startswith(f"{AUTO} -> {strategy.name} ")
+        was_open = earlier is not None and (earlier.asked, earlier.chosen) == (AUTO, strategy.name)
         if not (was_open and list(sharding_problems(config, runtime.world_size))):
             return config
         config = _with(config, AutoConfig(**common_settings(strategy)), None)  # it is not for so many ranks
     devices = devices_of(runtime)
-    out = ran_out(note)
+    tried = [] if earlier is None else list(earlier.tried)
     order: Iterator[Proposal] = iter(())
     if runtime.is_main:
         say("choosing the strategy (strategy=auto)" + (": simulating steps" if devices.world > 1 else ""))
         order = proposals(config, given.data, given.precision, devices, PATIENCE * runtime.timeout_s)
     while True:
-        found = broadcast_object(next((each for each in order if each.name not in out), None), runtime)
-        if found is None:
+        ran_out = [trial.choice for trial in tried]
+        proposal = next((proposal for proposal in order if proposal.name not in ran_out), None)
+        proposal = broadcast_object(proposal, runtime)
+        if proposal is None:
             raise DoesNotFit(
-                f"strategy=auto: a step runs out of memory under every strategy that can run this ({', '.join(out)}); "
+                f"strategy=auto: a step runs out of memory under every strategy that can run this ({', '.join(ran_out)}); "
                 "lower batch.micro or data.max_length, recompute (strategy.activation_checkpointing=full), take more GPUs "
                 "or tuning=lora; `shardtune plan` compares them"
             )
-        if devices.world == 1 or not _runs_out(config, found, given):
+        if devices.world == 1 or not _runs_out(config, proposal, given):
             break
-        say(f"strategy={found.name} runs out of memory; trying the next")
-        out.append(found.name)
-    held = "" if devices.world == 1 else f"; {STEPS} steps of the longest documents held"
-    lowered = "".join(f"; {name} ran out of memory" for name in out)
-    settled = _with(config, found.strategy, f"{AUTO} -> {found.name} ({found.why}{held}{lowered})")
+        say(f"strategy={proposal.name} runs out of memory; trying the next")
+        tried.append(OutOfMemoryTrial(proposal.name))
+    trials = "" if devices.world == 1 else f"; {STEPS} steps of the longest documents held"
+    resolution = Resolution(STRATEGY, AUTO, proposal.name, f"{proposal.why}{trials}", tuple(tried))
+    settled = _with(config, proposal.strategy, resolution)
     freeze(settled)
     return settled
 
@@ -122,16 +124,11 @@ def would_choose_strategy(config: RunConfig, data: Prepared) -> RunConfig:
     runtime = Runtime(0, world, 0, local, torch.device("cuda" if kind == "cuda" else "cpu"), None)
     devices = Devices(world, local, kind, memory_gib(runtime), _card(gpu_name(runtime)))
     first = next(proposals(config, data, config.precision, devices, PATIENCE * config.run.timeout_s))
-    held = "" if world == 1 else f"; {STEPS} steps of the longest documents will be tried"
-    return _with(config, first.strategy, f"{AUTO} -> {first.name} ({first.why}{held})")
+    trials = "" if world == 1 else f"; {STEPS} steps of the longest documents will be tried"
+    return _with(config, first.strategy, Resolution(STRATEGY, AUTO, first.name, f"{first.why}{trials}"))
 
 
-def ran_out(note: object) -> list[str]:
-    """Strategies with which memory ran out, as a note of the choice tells."""
-    return re.findall(r"(\w+) ran out of memory", str(note or ""))
-
-
-def _with(config: RunConfig, strategy: StrategyConfig, note: str | None) -> RunConfig:
+def _with(config: RunConfig, strategy: StrategyConfig, note: Resolution | str | None) -> RunConfig:
     kept = {key: text for key, text in config.substitutions.items() if key != STRATEGY}
     return replace(config, strategy=strategy, substitutions=kept | ({STRATEGY: note} if note else {}))
 
@@ -164,7 +161,7 @@ def _runs_out(config: RunConfig, found: Proposal, given: TrialInputs) -> bool:
             replace(_with(config, found.strategy, None), batch={**config.batch, "micro": micro}), given, trial
         )
     except DoesNotFit as error:
-        raise OutOfMemory(str(error)) from error
+        raise OutOfMemory(str(error), ran_out_with={STRATEGY: found.name}) from error
 
 
 def proposals(

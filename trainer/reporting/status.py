@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import atomic_io, shared_files
-from strategies.errors import ShardtuneError, StorageError
+from strategies.errors import OutOfMemory, ShardtuneError, StorageError
 from strategies.redaction import redacted
 
 FROZEN = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
@@ -134,6 +134,7 @@ def record_failure(
         "user_error": isinstance(error, ShardtuneError),
         "exit_code": getattr(error, "exit_code", 70),
         "retry": getattr(error, "retry", None),
+        "ran_out_with": error.ran_out_with if isinstance(error, OutOfMemory) else {},
         "traceback": redacted("".join(traceback.format_exception(error))),
         **start_of_job(),
         "time": time.time(),

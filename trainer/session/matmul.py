@@ -6,13 +6,14 @@ Two libraries round differently. A run that changed its library when it is resum
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from strategies.errors import StorageError
 from strategies.matmul import Matmul, MatmulChoice
 from strategies.runtime import Runtime, broadcast_object, first_error, with_matmul
 from trainer.config.run import AUTO, MATMUL, RunConfig, kept_matmul
+from trainer.reporting.resolution import Resolution, resolution_of
 from trainer.reporting.shared_choice import shared_choice
 
 
@@ -26,28 +27,31 @@ def settle_matmul(
     """
     if runtime.matmul is None or config.run.matmul is not Matmul.auto:
         return config, runtime
-    note, error = "", None
+    resolution: Resolution | None = None
+    error = None
     if runtime.is_main:
         try:
-            note = _note_of_run(config, run_dir, runtime.matmul, freeze)
+            resolution = _resolution_of_run(config, run_dir, runtime.matmul, freeze)
         except StorageError as caught:
             error = caught
     if (message := first_error(error, runtime)) is not None:
         raise StorageError(message.split(": ", 2)[-1])
-    note = broadcast_object(note, runtime)
-    config = replace(config, substitutions={**config.substitutions, MATMUL: note})
+    resolution = broadcast_object(resolution, runtime)
+    config = replace(config, substitutions={**config.substitutions, MATMUL: resolution})
     return config, _with_library(kept_matmul(config), runtime)
 
 
-def _note_of_run(
+def _resolution_of_run(
     config: RunConfig, run_dir: Path, choice: MatmulChoice, freeze: Callable[[Path, RunConfig], None]
-) -> str:
-    """The note that the configuration has, or the one that it gets now."""
-    if kept_matmul(config) is not Matmul.auto:
-        return str(config.substitutions[MATMUL])
-    note = shared_choice(run_dir, MATMUL, f"{AUTO} -> {choice}")
-    freeze(run_dir, replace(config, substitutions={**config.substitutions, MATMUL: note}))
-    return note
+) -> Resolution:
+    """The resolution that the configuration has, or the one that it gets now."""
+    earlier = config.resolution(MATMUL)
+    if earlier is not None and kept_matmul(config) is not Matmul.auto:
+        return earlier
+    first = Resolution(MATMUL, AUTO, str(choice.library), choice.reason)
+    resolution = resolution_of(MATMUL, shared_choice(run_dir, MATMUL, asdict(first))) or first
+    freeze(run_dir, replace(config, substitutions={**config.substitutions, MATMUL: resolution}))
+    return resolution
 
 
 def _with_library(library: Matmul, runtime: Runtime) -> Runtime:

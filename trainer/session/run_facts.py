@@ -37,6 +37,7 @@ from trainer.reporting.jsonl import json_text
 from trainer.reporting.metrics import flops_per_token, reference_tflops
 from trainer.reporting.numbers import readable
 from trainer.reporting.outcome import Outcome
+from trainer.reporting.resolution import Resolution
 from trainer.reporting.status import write_text_atomic
 from trainer.session.base_files import base_commit
 from trainer.session.identity import versions_of
@@ -166,8 +167,9 @@ def _substitutions(
     if runtime.matmul is None:  # on GPUs; an earlier start may have been on CPUs
         substitutions.pop(MATMUL, None)
     elif runtime.matmul.library is not kept_matmul(config):
-        substitutions[MATMUL] = f"{config.run.matmul} -> {runtime.matmul}"
-    return substitutions
+        choice = runtime.matmul
+        substitutions[MATMUL] = Resolution(MATMUL, str(config.run.matmul), str(choice.library), choice.reason)
+    return {setting: str(note) for setting, note in substitutions.items()}
 
 
 def _flops(built: Built, mean_length: float, answer_share: float) -> float:

@@ -34,7 +34,7 @@ def date_of_run(
             if kept is not None:
                 return str(kept)
             proposal = str(first_date())
-            return proposal if run_dir is None else shared_choice(run_dir, TEMPLATE_DATE, proposal)
+            return proposal if run_dir is None else str(shared_choice(run_dir, TEMPLATE_DATE, proposal))
 
         return TemplateDate.parse(meeting.of_rank_0(TEMPLATE_DATE, of_rank_0, stop))
 

@@ -10,6 +10,7 @@ from launch.config.frozen import NOT_IDENTIFYING, freeze_choices, identity, keep
 from launch.runs.freeze import freeze
 from strategies.errors import ConfigError, StorageError
 from trainer.evaluation.base import TaskConfig
+from trainer.reporting.resolution import Resolution
 from trainer.reporting.status import write_status
 from trainer.session.lease import Lease
 
@@ -245,14 +246,14 @@ def test_a_micro_batch_that_the_run_chose_is_part_of_what_was_asked(tmp_path):
     """The same words find their run again, and its choice; a number that is typed, or edited in the file, is another."""
     asked = composed("batch.micro=auto")
     directory = freeze(asked, tmp_path / "run")
-    chosen = replace(asked.config, batch={"global": 32, "micro": 8})
-    chosen.substitutions = {"batch.micro": "auto -> 8 (planned)"}
+    resolution = Resolution("batch.micro", "auto", 8, "planned")
+    chosen = replace(asked.config, batch={"global": 32, "micro": 8}, substitutions={"batch.micro": resolution})
     freeze_choices(directory, chosen)
     assert identity(chosen) == asked.sha256 and load_frozen(directory / "config.yaml") == chosen
     (directory / "checkpoints/step-000001").mkdir(parents=True)
     again = composed("batch.micro=auto")
     freeze(again, directory)
-    assert again.config.batch["micro"] == 8 and again.config.substitutions["batch.micro"] == "auto -> 8 (planned)"
+    assert again.config.batch["micro"] == 8 and again.config.substitutions["batch.micro"] == resolution
     assert load_frozen(directory / "config.yaml").batch["micro"] == 8
     with pytest.raises(ConfigError, match=r"batch\.micro: auto there, 8 here"):
         freeze(composed("batch.micro=8"), directory)

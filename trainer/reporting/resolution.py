@@ -1,0 +1,99 @@
+"""What became of a setting that was left open: the state that a later start of the run reads, and the sentence that people read.
+
+`config.yaml` keeps the fields, so that the wording of the sentence decides nothing. The first run directories keep the sentence
+alone: `resolution_of` takes both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_EARLIER = re.compile(r"(?P<asked>\S+)(?: -> (?P<chosen>\S+))? \((?P<reasons>.*)\)", re.DOTALL)
+"""A resolution as the first run directories have it: `auto -> 4 (planned; 16, 8 ran out of memory at step 3)`."""
+_EARLIER_TRIAL = re.compile(r"(?P<choices>\w+(?:, \w+)*) ran out of memory(?: at step (?P<step>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemoryTrial:
+    """A choice with which the run ran out of memory."""
+
+    choice: Any
+    """What the setting was: a name or a number."""
+    step: int | None = None
+    """The step of training in which it happened; None if it was tried before training."""
+
+    def __str__(self) -> str:
+        where = "" if self.step is None else f" at step {self.step}"
+        return f"{self.choice} ran out of memory{where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """How a setting got its value. `str` gives the sentence for people; nothing reads that sentence back."""
+
+    setting: str
+    """Its full key, such as `batch.micro`."""
+    asked: Any
+    """What the user typed, or the default: `auto`, or a number with which memory ran out. None if nothing was asked."""
+    chosen: Any = None
+    """What the run has instead; None as long as nothing is chosen."""
+    reason: str = ""
+    tried: tuple[OutOfMemoryTrial, ...] = ()
+    """Choices that did not fit, the earliest first."""
+
+    def __str__(self) -> str:
+        outcome = " -> ".join(str(part) for part in (self.asked, self.chosen) if part is not None)
+        reasons = "; ".join(filter(None, [self.reason, *map(str, self.tried)]))
+        return f"{outcome} ({reasons})" if reasons else outcome
+
+
+def resolution_of(setting: str, note: Any) -> Resolution | None:
+    """The resolution of a setting as a file or a configuration holds it; None if `note` is none.
+
+    `note` is a Resolution, its fields as read from YAML or JSON, or the sentence of an early run directory.
+    """
+    if isinstance(note, Resolution):
+        return note
+    if isinstance(note, str):
+        return _of_sentence(setting, note)
+    if not isinstance(note, Mapping) or "asked" not in note:
+        return None
+    trials = note.get("tried")
+    return Resolution(
+        setting=setting,
+        asked=note["asked"],
+        chosen=note.get("chosen"),
+        reason=str(note.get("reason") or ""),
+        tried=tuple(_trial(trial) for trial in trials) if isinstance(trials, list | tuple) else (),
+    )
+
+
+def _trial(trial: Any) -> OutOfMemoryTrial:
+    if not isinstance(trial, Mapping):
+        return OutOfMemoryTrial(trial)
+    step = trial.get("step")
+    return OutOfMemoryTrial(trial.get("choice"), step if isinstance(step, int) else None)
+
+
+def _of_sentence(setting: str, sentence: str) -> Resolution | None:
+    match = _EARLIER.fullmatch(sentence)
+    if match is None:
+        return None
+    reasons = []
+    tried: list[OutOfMemoryTrial] = []
+    for reason in match["reasons"].split("; "):
+        trial = _EARLIER_TRIAL.fullmatch(reason)
+        if trial is None:
+            reasons.append(reason)
+            continue
+        step = None if trial["step"] is None else int(trial["step"])
+        tried += [OutOfMemoryTrial(_number(choice), step) for choice in trial["choices"].split(", ")]
+    return Resolution(setting, _number(match["asked"]), _number(match["chosen"]), "; ".join(reasons), tuple(tried))
+
+
+def _number(text: str | None) -> Any:
+    """In a sentence, numbers and names alike are text."""
+    return int(text) if text is not None and text.isdecimal() else text
