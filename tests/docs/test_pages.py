@@ -12,7 +12,7 @@ from launch.cluster.preflight.targets import nodes_of
 from launch.compare.points import plan_points
 from launch.config.choices import groups
 from launch.config.compose import compose
-from launch.main import EXIT_CODES, VERBS
+from launch.main import EXIT_CODES, VERBS, module_of
 from launch.plan.command import OWN, composed, read_own
 from launch.sweep.sweeper import is_search, plan_search
 from tests.helpers.covering import chosen
