@@ -131,9 +131,9 @@ class ZeroConfig(StrategyConfig):
     """Parameters gathered ahead of use in MiB (stage 3)."""
 
 
-Judge = Callable[["Tensor"], "Tensor"]
-"""Told the gradients' global norm before clipping (0-d, on the device), says whether the update is left out: a 0-d bool tensor on
-the same device, equal on all ranks. May communicate: all ranks call it, at most once a step, and alike."""
+UpdateFilter = Callable[["Tensor"], "Tensor"]
+"""Takes the gradients' global norm before clipping (0-d, on the device) and returns whether the update is left out: a 0-d bool
+tensor on the same device, equal on all ranks. May communicate: all ranks call it, at most once a step, and alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +143,8 @@ class StepResult:
     grad_norm: Tensor
     """Global L2 norm of the gradients before clipping, a 0-d float32 tensor, equal on all ranks."""
     skipped: Tensor
-    """0-d float32 tensor, 1 where the update was left out, since the gradients were not finite or a judge said so; equal on
-    all ranks."""
+    """0-d float32 tensor, 1 where the update was left out, since the gradients were not finite or the filter said so; equal
+    on all ranks."""
 
 
 class ParameterSource(Protocol):
@@ -272,11 +272,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch of the step, which synchronises. All ranks must call."""
 
-    def step(self, lr_factor: float, judge: Judge | None = None) -> StepResult:
+    def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
         """Clip, update and zero. Each parameter group's own base rate is multiplied by `lr_factor`. All ranks must call.
 
-        Where gradients are not finite, or `judge` says so, weights, moments and what counts updates stay as they are. A judge is
-        asked wherever the gradients are finite.
+        If gradients are not finite, or `update_filter` says so, weights, moments and what counts updates stay as they are. The
+        filter is asked whenever the gradients are finite.
         """
 
     def inference(self, *, averaged: bool = True) -> AbstractContextManager[nn.Module]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from strategies.base import Judge
+from strategies.base import UpdateFilter
 from strategies.grad_norm import squared_norm
 from strategies.host_memory import HostMemory
 from strategies.runtime import Runtime
@@ -188,25 +188,25 @@ class ClipsOnDevice:
 
     def __init__(self, zero: Any, max_norm: float, device: torch.device) -> None:
         self.zero, self.max_norm, self.device = zero, max_norm, device
-        self._judge: Judge | None = None
+        self._update_filter: UpdateFilter | None = None
         self._kept: Tensor | None = None
         zero.optimizer.register_step_pre_hook(self._before_step)
 
-    def begin(self, judge: Judge | None) -> None:
-        """A step is about to be taken; `judge` may leave its update out."""
-        self._judge, self._kept = judge, None
+    def begin(self, update_filter: UpdateFilter | None) -> None:
+        """A step is about to be taken; `update_filter` may leave its update out."""
+        self._update_filter, self._kept = update_filter, None
 
     def norm(self) -> Tensor:
         """Of the gradients of this step before clipping, 0-d float32, infinite where one is not finite; waits for nothing."""
         return torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device)
 
     def kept(self) -> Tensor:
-        """Whether the update of this step is made, 0-d bool; the judge is asked once, all ranks alike."""
+        """Whether the update of this step is made, 0-d bool; the filter is asked once, all ranks alike."""
         if self._kept is None:
             norm = self.norm()
             self._kept = norm.isfinite()
-            if self._judge is not None:
-                self._kept = self._kept & ~self._judge(norm)
+            if self._update_filter is not None:
+                self._kept = self._kept & ~self._update_filter(norm)
         return self._kept
 
     def _before_step(self, inner: Any, *_: Any) -> None:
@@ -217,7 +217,7 @@ class ClipsOnDevice:
 
 
 class AsksBeforeUpdate:
-    """Leaves an update out where a judge says so: before the first step of the inner optimizer, when the norm is known.
+    """Leaves an update out where a filter says so: before the first step of the inner optimizer, when the norm is known.
 
     The rest of DeepSpeed's step goes on, with weights and moments as they were. The answer is read on the host, as DeepSpeed
     reads the norm.
@@ -227,16 +227,16 @@ class AsksBeforeUpdate:
         self.zero, self.device = zero, device
         self.left_out: bool | None = None
         """Of this step; None where nobody was asked."""
-        self._judge: Judge | None = None
+        self._update_filter: UpdateFilter | None = None
         self._step = zero.optimizer.step
         zero.optimizer.step = self._ask
 
-    def begin(self, judge: Judge | None) -> None:
-        """A step is about to be taken; `judge` may leave its update out."""
-        self._judge, self.left_out = judge, None
+    def begin(self, update_filter: UpdateFilter | None) -> None:
+        """A step is about to be taken; `update_filter` may leave its update out."""
+        self._update_filter, self.left_out = update_filter, None
 
     def _ask(self, *args: Any, **kwargs: Any) -> Any:
-        if self._judge is not None and self.left_out is None:  # of several parameter groups, with the first
+        if self._update_filter is not None and self.left_out is None:  # of several parameter groups, with the first
             norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device)
-            self.left_out = bool(self._judge(norm))
+            self.left_out = bool(self._update_filter(norm))
         return None if self.left_out else self._step(*args, **kwargs)

@@ -103,6 +103,13 @@ class Preempted(ShardtuneError):
     """Name of the signal that asked this process, where one did."""
 
 
+class Interrupted(Exception):
+    """An evaluation was broken off because the run was asked to stop; raised on all ranks alike.
+
+    Not an error that ends a command: who runs the evaluation catches it, saves what there is, and raises Preempted.
+    """
+
+
 class ReplicasDiffer(ShardtuneError):
     """Ranks that should hold the same parameters do not: the hardware's fault, or hosts that differ."""
 

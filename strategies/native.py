@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from strategies.base import AroundUpdate, Judge, OptimizerFactory, Precision, Progress, StepResult, Whole
+from strategies.base import AroundUpdate, OptimizerFactory, Precision, Progress, StepResult, UpdateFilter, Whole
 from strategies.ema import KEY, Average
 from strategies.grad_norm import squared_norm
 from strategies.host_memory import HostMemory
@@ -148,8 +148,8 @@ class NativeEngine:
         return self._reduce_norm(squared_norm(grads).to(self.runtime.device)).sqrt()
 
     @torch.no_grad()
-    def step(self, lr_factor: float, judge: Judge | None = None) -> StepResult:
-        """Clip to the global norm and update, unless a gradient is not finite or `judge` leaves the update out.
+    def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
+        """Clip to the global norm and update, unless a gradient is not finite or `update_filter` leaves the update out.
 
         With torch's fused optimizers nothing here waits for the device; the others must know first whether to step.
         """
@@ -169,7 +169,7 @@ class NativeEngine:
         if grads and (self.max_grad_norm > 0 or self.scale is not None):
             by_device = factor.to(grads[0].device)
             torch._foreach_mul_(grads, by_device)
-        kept = finite if judge is None else finite & ~judge(norm)
+        kept = finite if update_filter is None else finite & ~update_filter(norm)
         self._update(kept, lr_factor)
         self._steps += 1
         if self.around is not None:

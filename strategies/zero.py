@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
-from strategies.base import Judge, OptimizerFactory, ParameterSource, Precision, Progress, StepResult, Whole, ZeroConfig
+from strategies.base import (
+    OptimizerFactory,
+    ParameterSource,
+    Precision,
+    Progress,
+    StepResult,
+    UpdateFilter,
+    Whole,
+    ZeroConfig,
+)
 from strategies.deepspeed_library import (
     AsksBeforeUpdate,
     ClipsOnDevice,
@@ -77,24 +86,24 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr_factor: float, judge: Judge | None = None) -> StepResult:
+    def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
         """Clip, update and zero, and let the average follow. See `Engine.step`."""
-        result = self._step(lr_factor, judge)
+        result = self._step(lr_factor, update_filter)
         if self.average is not None:
             self.average.update(self._updates, 1 - result.skipped)
         return result
 
-    def _step(self, lr_factor: float, judge: Judge | None) -> StepResult:
+    def _step(self, lr_factor: float, update_filter: UpdateFilter | None) -> StepResult:
         """Clip, update and zero. Where it decides on skipping, DeepSpeed waits for the device to do so."""
         for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
         if self.clips is not None:
-            self.clips.begin(judge)
+            self.clips.begin(update_filter)
             self.engine.step()
             kept = self.clips.kept()
             self._updates += kept
             return StepResult(grad_norm=self.clips.norm(), skipped=(~kept).float())
-        self.asks.begin(judge)
+        self.asks.begin(update_filter)
         self.engine.step()
         skipped = bool(self.engine.optimizer.overflow) or bool(self.asks.left_out)
         self._updates += not skipped

@@ -13,7 +13,7 @@ from typing import Any
 from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.build import resolve_precision
-from strategies.errors import ConfigError, Preempted
+from strategies.errors import ConfigError, Interrupted, Preempted
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.quantised_model import build_as_stored
 from trainer.checkpoints.manifest import fingerprint
@@ -21,7 +21,6 @@ from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.prepare import ChooseDate, Prepared
 from trainer.data.progress import Say, say_on_rank_0
-from trainer.evaluation.loss import Interrupted
 from trainer.evaluation.report import comparison as against
 from trainer.evaluation.report import page, record
 from trainer.evaluation.report.intervals import Bootstrap, resampled, spans

@@ -6,21 +6,17 @@ import gc
 import time
 from contextlib import closing
 from dataclasses import fields, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from strategies.base import Engine, Progress
-from strategies.errors import Preempted, ReplicasDiffer
+from strategies.errors import Interrupted, Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_step
-from trainer.checkpoints.async_writer import SavedCheckpoint
-from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.best import note_best, out_of_patience, refuse_unknown
-from trainer.evaluation.loss import Interrupted
-from trainer.given import LoopSettings, Output, Watch
+from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
+from trainer.model.routing import ADDED_LOSS, EXPERT_TOKENS
 from trainer.monitors.anomalies import OUTLIERS, Outlier, RollBack
-from trainer.objectives.routed import ADDED, EXPERT_TOKENS, told
-from trainer.objectives.step_totals import look_ahead
+from trainer.objectives.step_totals import look_ahead, routing_context
 from trainer.optim.schedule import lr_factor_at
 from trainer.reporting.console import Course
 from trainer.reporting.expert_load import by_layer
@@ -28,125 +24,134 @@ from trainer.reporting.metrics import StepRecord
 from trainer.reporting.numbers import readable
 from trainer.reporting.outcome import Outcome
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.batches.loader import StepBatch
+    from trainer.reporting.trackers.base import Table
+
 
 class Trainer:
-    """Takes steps until the budget is spent, evaluation says stop, or the run is asked to."""
+    """Takes steps until the budget is spent, an evaluation ends the run, or a signal asks it to stop."""
 
     def __init__(
         self,
         settings: LoopSettings,
         *,
         engine: Engine,
-        loader: StepLoader,
+        loader: BatchLoader,
         progress: Progress,
         evaluators: list[Evaluator],
-        output: Output,
-        watch: Watch,
+        sinks: Sinks,
+        monitors: Monitors,
     ) -> None:
-        self.settings, self.engine, self.loader, self.progress = settings, engine, loader, progress
-        self.evaluators, self.agreement, self.guards = evaluators, watch.agreement, watch.guards
-        self.stragglers = watch.stragglers
-        self.challenges = watch.challenges
-        self.meter, self.trackers, self.console = output.meter, output.trackers, output.console
-        self.checkpoints, self.at_step, self.still_ours = output.checkpoints, output.at_step, output.still_ours
+        self.settings = settings
+        self.engine = engine
+        self.loader = loader
+        self.progress = progress
+        self.evaluators = evaluators
+
+        self.meter = sinks.meter
+        self.metrics = sinks.metrics
+        self.display = sinks.display
+        self.checkpoints = sinks.checkpoints
+        self.before_step = sinks.before_step
+        self.check_ownership = sinks.check_ownership
+
+        self.agreement = monitors.agreement
+        self.guards = monitors.guards
+        self.stragglers = monitors.stragglers
+        self.challenges = monitors.evaluations
+
         self.outcome = Outcome(
             progress,
             challenges=self.challenges.record,
             watch=settings.evaluation.watch,
             greater_is_better=bool(settings.evaluation.greater_is_better),
         )
+        self.current_batch: StepBatch | None = None
+        """The batch of the step being taken; None between steps."""
         self._first_step = progress.step
+        # A run that resumes at this step has its checkpoint already. -1: there is none of the current step.
         self._saved_step = progress.step if progress.step else -1
-        self._saving = self._best = replace(self.progress)
-        self._told: SavedCheckpoint | None = None
-        self.taken: StepBatch | None = None
-        """What the step that is being taken is taken on."""
+        self._being_saved = replace(progress)
+        """`progress` as it was when the last checkpoint was begun."""
+        self._on_disk = replace(progress)
+        """`progress` of the last checkpoint that was published: the best step in it is on the disk."""
+        self._reported_checkpoint: WrittenCheckpoint | None = None
+        """The last checkpoint whose cost stands in a row."""
 
     def fit(self) -> Outcome:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
-        earlier = broadcast_object(self.trackers.earlier, self.meter.runtime)
-        self.outcome.before, self.outcome.after = earlier.before, earlier.after
+        # What a resumed run had measured before it was interrupted. Only rank 0 has read it.
+        earlier = broadcast_object(self.metrics.earlier, self.meter.runtime)
+        self.outcome.before = earlier.before
+        self.outcome.after = earlier.after
         self.outcome.last_row = earlier.last_row
-        self._go_on()
-        entered = time.perf_counter()
-        self._ask_base()
+        self._restore_from_progress()
+
+        evaluation_began = time.perf_counter()
+        self._ask_base_model()
         if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate()
-        evaluation_s = time.perf_counter() - entered
-        if self.guards.goes_back and not self.checkpoints.any():  # also where the run goes on from another one's
+        evaluation_s = time.perf_counter() - evaluation_began
+
+        # A rollback needs a checkpoint to go back to, also in a run that begins with another run's state.
+        if self.guards.goes_back and not self.checkpoints.any():
             self._saved_step = -1
             self._save()
+
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
         gc.collect()
         gc.freeze()
-        every = self.settings.evaluation.every_steps if self.evaluators else 0
-        self._course = Course(self.settings.total_steps, self._first_step, time.perf_counter(), every)
+        evaluate_every = self.settings.evaluation.every_steps if self.evaluators else 0
+        self._course = Course(self.settings.total_steps, self._first_step, time.perf_counter(), evaluate_every)
         self.meter.begin(evaluation_s)
         while True:
             try:
-                self._to_the_end()
+                self._take_remaining_steps()
                 break
-            except RollBack as back:
-                self._roll_back(back.outlier)
+            except RollBack as rollback:
+                self._roll_back(rollback.outlier)
+
         self.challenges.finished(self.progress)
         if self.settings.save_final:
             self._save()
         self._settle()
+        # An attempt that took no step has no speed of its own.
         self.outcome.speed = self.meter.speed() or earlier.speed
         self.outcome.slow_ranks = self.stragglers.record()
         if self.meter.expert_tokens is not None:
             self.outcome.experts = by_layer(self.meter.expert_tokens)
         return self.outcome
 
-    def _to_the_end(self) -> None:
-        """Steps, and what is due between them, until the budget is spent or evaluation says stop. Raises RollBack."""
+    def _take_remaining_steps(self) -> None:
+        """Take steps, and do what is due between them, until the budget is spent or evaluation says stop. Raises RollBack."""
         total = self.settings.total_steps
-        left = 0 if self._make_up_evaluation() else total - self.progress.step
-        with closing(self.loader.steps(self.progress.samples, left)) as batches:
+        remaining = 0 if self._make_up_evaluation() else total - self.progress.step
+        # Closing the generator ends its thread, also where a step raises.
+        with closing(self.loader.steps(self.progress.samples, remaining)) as batches:
             for batch in batches:
+                # The question whether to stop travels while the step computes; the answer is read below.
                 self.agreement.ask()
                 with self.meter.step():
                     self.meter.add(self.train_step(batch))
-                last = self.progress.step == total
-                if last or self.meter.pending >= self.settings.log_every:
+
+                is_last = self.progress.step == total
+                if is_last or self.meter.pending >= self.settings.log_every:
                     self._flush()
                 if self.checkpoints.written(self.progress.step):
                     self._settle()
-                improved = self._evaluate_if_due(last)
+                improved = self._evaluate_if_due(is_last)
                 if improved or self.checkpoints.due(self.progress.step):
                     self._save(must=False)
                 self._stop_at_limit()
                 if self.agreement.stop_now():
                     self._stop_for_signal()
-                if self._out_of_patience():
+                if self._is_out_of_patience():
                     self.outcome.stopped_early = True
                     break
         self._flush()
-
-    def _go_on(self) -> None:
-        """Let what goes by the progress go on from it: the window of the guards, and the order of the samples."""
-        self.guards.begin(self.progress.recent)
-        self.guards.replicas.begin(self.progress.step)
-        self.loader.order.pass_over((each["first"], each["count"]) for each in self.progress.passed)
-
-    def _roll_back(self, outlier: Outlier) -> None:
-        """Go on from the last checkpoint as a run that never meets the samples of this step. All ranks must call."""
-        self.agreement.stop_now()  # an answer may be on its way
-        self.still_ours()
-        passed, rollbacks = self.progress.passed, self.progress.rollbacks + 1
-        places = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
-        self.guards.stop_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
-        self._settle()  # of a step before this one
-        loaded = self.engine.load(self.checkpoints.go_back())
-        for each in fields(Progress):  # the outcome has the same object
-            setattr(self.progress, each.name, getattr(loaded, each.name))
-        self.progress.passed = [*passed, *({"first": first, "count": count} for first, count in places)]
-        self.progress.rollbacks, self.progress.outliers = rollbacks, self.progress.outliers + 1
-        self._saved_step = self.progress.step
-        self._saving = self._best = replace(self.progress)
-        self._go_on()
-        self.trackers.rewind(self.progress.step)
-        self.meter.restart_clock()
 
     def train_step(self, batch: StepBatch) -> StepRecord:
         """One optimizer step over a list of micro-batches. All ranks must call. Reads nothing from the device.
@@ -154,31 +159,46 @@ class Trainer:
         The loss contract (strategies/base.py): sums over the micro-batch, divided by the count of the whole step, times
         the number of ranks, because every strategy averages over them.
         """
-        step, settings, self.taken = self.progress.step, self.settings, batch
-        self.at_step(step + 1)
+        settings = self.settings
+        step = self.progress.step
+        self.current_batch = batch
+        self.before_step(step + 1)
+        # Dropout depends on the seed, the step and the rank alone, so that a resumed run draws what an unbroken one does.
         seed_step(settings.seed, step, self.engine.dp_rank)
-        scale = self.engine.dp_size / (batch.totals["loss"] or 1)
-        sums: dict[str, torch.Tensor] = {}
-        means = look_ahead(self.engine, batch.ahead, batch.totals["loss"], averaged=False) if batch.ahead else {}
-        given = {"ahead": means, "drawn_by": (settings.seed, step), **told(self.engine, batch)}
+        # A step without any target has a count of 0 and a loss of 0.
+        loss_count = batch.totals["loss"]
+        scale = self.engine.dp_size / (loss_count or 1)
+        sums: dict[str, Tensor] = {}
+
+        # Some losses need a mean over the whole step before its first backward pass. Most batches have nothing ahead.
+        means_ahead = look_ahead(self.engine, batch.ahead, loss_count, averaged=False) if batch.ahead else {}
+        step_context = {
+            "ahead": means_ahead,
+            "drawn_by": (settings.seed, step),
+            **routing_context(self.engine, batch),
+        }
         for index, micro_batch in enumerate(batch.micro_batches):
+            # Most engines exchange gradients on the last micro-batch alone; before it they add up locally.
             last = index == len(batch.micro_batches) - 1
-            terms = self.engine.forward({**micro_batch, **given}, last=last)
-            self.engine.backward(self._whole_loss(terms, scale), last=last)
+            terms = self.engine.forward({**micro_batch, **step_context}, last=last)
+            self.engine.backward(self._loss_of(terms, scale), last=last)
+            # Sums for the log stay on the device, where the meter reads them once an interval.
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        factor = lr_factor_at(settings.schedule, step, settings.total_steps)
-        result = self.engine.step(factor, self.guards.judge(sums["loss"], batch.totals["loss"]))
 
-        self.guards.taken(self.progress.samples)
+        lr_factor = lr_factor_at(settings.schedule, step, settings.total_steps)
+        update_filter = self.guards.update_filter(sums["loss"], loss_count)
+        step_result = self.engine.step(lr_factor, update_filter)
+
+        self.guards.note_step(self.progress.samples)
         self.progress.step += 1
         self.progress.samples += batch.samples
         self.progress.tokens += batch.tokens
         self.progress.supervised_tokens += batch.supervised_tokens
-        self.taken = None
+        self.current_batch = None
         return StepRecord(
             step=self.progress.step,
-            lr=settings.lr * factor,
+            lr=settings.lr * lr_factor,
             tokens=batch.tokens,
             supervised_tokens=batch.supervised_tokens,
             total_tokens=self.progress.tokens,
@@ -186,7 +206,7 @@ class Trainer:
             counts=batch.totals,
             expert_tokens=sums.pop(EXPERT_TOKENS, None),
             local_sums=sums,
-            result=result,
+            result=step_result,
             local_tokens=batch.local_tokens,
             wait_s=batch.wait_s,
             source_tokens=batch.source_tokens,
@@ -194,10 +214,50 @@ class Trainer:
             balance=batch.balance,
         )
 
-    def _whole_loss(self, terms: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """What goes into the backward pass: the objective's part of the step's mean, and what the model adds to that."""
-        loss, more = terms["loss"] * scale, terms.pop(ADDED, None)
-        return loss if more is None else loss + more * self.engine.dp_size
+    def _loss_of(self, terms: dict[str, Tensor], scale: float) -> Tensor:
+        """The loss of a micro-batch for the backward pass; takes the model's own part out of `terms`."""
+        loss = terms["loss"] * scale
+        added = terms.pop(ADDED_LOSS, None)
+        if added is None:
+            return loss
+        # Already a part of the step's mean. Engines average over ranks, so it is multiplied by their number as well.
+        return loss + added * self.engine.dp_size
+
+    # -- rollbacks -------------------------------------------------------------------------------------------------------
+
+    def _restore_from_progress(self) -> None:
+        """Put the anomaly guards and the sample order where `self.progress` says the run stands."""
+        self.guards.restore_window(self.progress.recent)
+        self.guards.replicas.start_at(self.progress.step)
+        # Samples that rollbacks left out for good. All of them: this replaces the order's earlier list.
+        skipped = [(place["first"], place["count"]) for place in self.progress.passed]
+        self.loader.order.set_skipped(skipped)
+
+    def _roll_back(self, outlier: Outlier) -> None:
+        """Go back to the last checkpoint and skip the samples of the outlier's step from now on. All ranks must call."""
+        self.agreement.stop_now()  # takes in an answer that may be on its way
+        self.check_ownership()
+        # The checkpoint knows nothing of what happened after it: keep that over the load.
+        skipped_before = self.progress.passed
+        rollbacks = self.progress.rollbacks + 1
+        skipped_now = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
+        self.guards.stop_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
+
+        self._settle()  # a checkpoint that is being written is of a step before this one
+        loaded = self.engine.load(self.checkpoints.go_back())
+        # Field by field, since `self.outcome` holds the same object.
+        for field in fields(Progress):
+            setattr(self.progress, field.name, getattr(loaded, field.name))
+        new_places = [{"first": first, "count": count} for first, count in skipped_now]
+        self.progress.passed = [*skipped_before, *new_places]
+        self.progress.rollbacks = rollbacks
+        self.progress.outliers += 1
+        self._saved_step = self.progress.step
+        self._being_saved = self._on_disk = replace(self.progress)
+
+        self._restore_from_progress()
+        self.metrics.rewind(self.progress.step)
+        self.meter.restart_clock()
 
     # -- what happens between steps ------------------------------------------------------------------------------
 
@@ -207,26 +267,36 @@ class Trainer:
         self.guards.look(rows)
         self.stragglers.look(rows, self.meter.by_rank)
         self._compare_replicas()
-        if rows and (saved := self.checkpoints.last) is not None and saved is not self._told:
-            self._told, rows[0] = saved, {**rows[0], **saved.row}
+        if rows:
+            self._report_checkpoint(rows)
         for row in rows:
-            self.trackers.log(row, step=row["step"])
+            self.metrics.log(row, step=row["step"])
             self.progress.skipped_steps += int(bool(row.get("skipped")))
             self.progress.outliers += int(any(key in row for key in OUTLIERS))
         self.challenges.rows(self.progress, rows)
         if not rows:
             return
         self.outcome.last_row = rows[-1]
-        self.console.progress(rows[-1], self._course)
+        self.display.progress(rows[-1], self._course)
         self.guards.stop_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.places)
 
-    def _evaluate_if_due(self, last: bool) -> bool:
+    def _report_checkpoint(self, rows: list[dict]) -> None:
+        """Add what the last checkpoint cost to the first row after it."""
+        saved = self.checkpoints.last
+        if saved is None or saved is self._reported_checkpoint:
+            return
+        self._reported_checkpoint = saved
+        rows[0] = {**rows[0], **saved.row}
+
+    def _evaluate_if_due(self, is_last: bool) -> bool:
         """Evaluate on the schedule; whether the watched metric has improved."""
         every = self.settings.evaluation.every_steps
-        if not self.evaluators or not (last or (every > 0 and self.progress.step % every == 0)):
+        is_due = is_last or (every > 0 and self.progress.step % every == 0)
+        if not self.evaluators or not is_due:
             return False
         self._flush()
-        self.progress.owes_evaluation = True  # as a checkpoint says that is written where it is broken off
+        # A signal during the evaluation saves a checkpoint, which says so: the next start makes the evaluation up.
+        self.progress.owes_evaluation = True
         self.outcome.after = self._evaluate()
         self.progress.owes_evaluation = False
         improved = note_best(self.settings.evaluation, self.progress, self.outcome.after)
@@ -234,14 +304,14 @@ class Trainer:
         return improved and every > 0
 
     def _make_up_evaluation(self) -> bool:
-        """Do what a stop has broken off, before the next step; whether patience is at its end with it."""
+        """Do the evaluation that a stop interrupted, before the next step; whether patience ends the run with it."""
         if not self.progress.owes_evaluation or not self.evaluators:
             return False
-        self._evaluate_if_due(last=True)
-        self._saved_step = -1  # of this step again: its checkpoint owes the evaluation
+        self._evaluate_if_due(is_last=True)
+        self._saved_step = -1  # this step's checkpoint still owes the evaluation: write it again
         self._save()
         self._stop_at_limit()
-        self.outcome.stopped_early = self._out_of_patience()
+        self.outcome.stopped_early = self._is_out_of_patience()
         return self.outcome.stopped_early
 
     def _evaluate(self) -> dict[str, float]:
@@ -252,75 +322,88 @@ class Trainer:
         except Interrupted:
             self._stop_for_signal()
         values |= self.challenges.evaluated(self.progress, values)
-        if values:
-            self.trackers.log({**values, "tokens": self.progress.tokens}, step=self.progress.step)
-            shown_beside = {name: each for one in self.evaluators for name, each in getattr(one, "tables", {}).items()}
-            self.trackers.tables(shown_beside, step=self.progress.step)
-            shown = "  ".join(f"{name} {readable(value)}" for name, value in values.items())
-            self.console.say(f"evaluation at step {self.progress.step}:  {shown}")
-            refuse_unknown(self.settings.evaluation, values)
+        if not values:
+            return values
+        step = self.progress.step
+        self.metrics.log({**values, "tokens": self.progress.tokens}, step=step)
+        tables: dict[str, Table] = {}
+        for evaluator in self.evaluators:
+            tables.update(getattr(evaluator, "tables", {}))
+        self.metrics.tables(tables, step=step)
+        shown = "  ".join(f"{name} {readable(value)}" for name, value in values.items())
+        self.display.say(f"evaluation at step {step}:  {shown}")
+        refuse_unknown(self.settings.evaluation, values)
         return values
 
-    def _ask_base(self) -> None:
+    def _ask_base_model(self) -> None:
         try:
             self.challenges.begin(self.engine, self.progress)
         except Interrupted:
             self._stop_for_signal()
 
     def _stop_at_limit(self) -> None:
-        """Raise LimitExceeded where an evaluation says that the run must not go on, with its state saved. All ranks alike."""
-        if self.challenges.ends is not None and not self.challenges.stops_early():
-            self.progress.owes_evaluation, self._saved_step = True, -1  # so that a start after this looks again
-            self._save()
-            self._settle()
-            self.challenges.raise_if_exceeded()
-
-    def _out_of_patience(self) -> bool:
-        said = self.challenges.stops_early() or out_of_patience(self.settings.evaluation, self.progress)
-        if said:
-            self.console.say(said)
-        return bool(said)
-
-    def _save(self, *, must: bool = True) -> None:
-        """A checkpoint of this step, which is only begun unless it `must` be; one that is pending comes first."""
-        self._flush()
+        """Save and raise LimitExceeded if an evaluation says that the run must not go on. All ranks must call."""
+        if self.challenges.ends is None or self.challenges.stops_early():
+            return
+        # The checkpoint owes an evaluation, so that the next start looks again. It may exist already: write it anew.
+        self.progress.owes_evaluation = True
+        self._saved_step = -1
+        self._save()
         self._settle()
-        if self._saved_step != self.progress.step:
-            self.still_ours()
-            self._compare_replicas(now=True)
-            self.progress.recent = self.guards.recent()
-            self.trackers.sync()
-            self._saving = replace(self.progress)
-            self._note_saved(self.checkpoints.save(self.engine, self.progress, must=must))
-        self.meter.restart_clock()
+        self.challenges.raise_if_exceeded()
 
-    def _compare_replicas(self, *, now: bool = False) -> None:
-        try:
-            self.guards.replicas.compare(self.engine, self.progress.step, now=now)
-        except ReplicasDiffer:
-            self._settle()  # of an earlier step, at which they were alike
-            raise
-
-    def _settle(self) -> None:
-        """Publish the checkpoint that is pending, where there is one."""
-        if self.checkpoints.pending is not None:
-            self.still_ours()
-            self._note_saved(self.checkpoints.settle())
-
-    def _note_saved(self, saved: bool) -> None:
-        """The checkpoint that was begun last is there (or pending), or could not be written: the best is one that there is."""
-        step = self._saving.step
-        self._saved_step = step if saved else -1
-        if saved and self.checkpoints.pending is None:
-            self._best = self._saving
-        elif not saved and self.progress.best_step == step:
-            self.progress.best_metric, self.progress.best_step = self._best.best_metric, self._best.best_step
+    def _is_out_of_patience(self) -> bool:
+        reason = self.challenges.stops_early() or out_of_patience(self.settings.evaluation, self.progress)
+        if reason:
+            self.display.say(reason)
+        return bool(reason)
 
     def _stop_for_signal(self) -> None:
-        self.still_ours()
+        self.check_ownership()
         self._flush()
         if self.progress.step:
             self._save()
         raise Preempted(
             f"stopped at step {self.progress.step} of {self.settings.total_steps}; start the same run again to go on"
         )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, *, must: bool = True) -> None:
+        """Write a checkpoint of this step; without `must` only begin it, and accept that it may fail.
+
+        All ranks must call. One that is pending is published first.
+        """
+        self._flush()
+        self._settle()
+        if self._saved_step != self.progress.step:
+            self.check_ownership()
+            self._compare_replicas(now=True)  # a checkpoint of replicas that differ would be worth nothing
+            self.progress.recent = self.guards.window()
+            self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
+            self._being_saved = replace(self.progress)
+            self._note_saved(self.checkpoints.save(self.engine, self.progress, must=must))
+        self.meter.restart_clock()
+
+    def _settle(self) -> None:
+        """Publish the checkpoint that is pending, if there is one. All ranks must call."""
+        if self.checkpoints.pending is not None:
+            self.check_ownership()
+            self._note_saved(self.checkpoints.settle())
+
+    def _note_saved(self, succeeded: bool) -> None:
+        """Record whether the last save succeeded. If it failed, the best checkpoint is the one before it."""
+        step = self._being_saved.step
+        self._saved_step = step if succeeded else -1
+        if succeeded and self.checkpoints.pending is None:
+            self._on_disk = self._being_saved
+        elif not succeeded and self.progress.best_step == step:
+            self.progress.best_metric = self._on_disk.best_metric
+            self.progress.best_step = self._on_disk.best_step
+
+    def _compare_replicas(self, *, now: bool = False) -> None:
+        try:
+            self.guards.replicas.compare(self.engine, self.progress.step, now=now)
+        except ReplicasDiffer:
+            self._settle()  # a checkpoint of an earlier step, at which the replicas were alike
+            raise

@@ -30,8 +30,8 @@ from trainer.evaluation.tasks.model_interface import Asking
 from trainer.evaluation.tasks.prepared import Ready, TaskContext, prepare
 from trainer.export.gates.judge import judged_at_end
 from trainer.export.write import write_export
-from trainer.given import LoopSettings, Output, Watch
 from trainer.loop import Trainer
+from trainer.loop_types import LoopSettings, Monitors, Sinks
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.monitors.anomalies import Guards
 from trainer.monitors.anomaly_log import Told
@@ -127,16 +127,17 @@ def _run(
     trackers = open_records(config, facts, progress, place)
     meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units())
-    watch = watch_of(config, data, loader, challenges_of(config, built, total_steps, place), place)
+    challenges = challenges_of(config, built, total_steps, place)
+    monitors = monitors_of(config, data, loader, challenges, place)
     profiler = Profiler(config.profile, run_dir, runtime, where.at_step, console.say)
     trainer = Trainer(
         loop_settings(config, total_steps),
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
-        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, watch, place),
-        output=Output(meter, trackers, console, checkpoints, profiler.at_step, lambda: where.still_ours(runtime)),
-        watch=watch,
+        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, challenges, place),
+        sinks=Sinks(meter, trackers, console, checkpoints, profiler.at_step, lambda: where.still_ours(runtime)),
+        monitors=monitors,
     )
     with until_it_ends(config, trackers, trainer.outcome, facts, (meter, checkpoints), place):
         where.phase = "training"
@@ -232,7 +233,7 @@ def evaluators_of(
     built: Built,
     tokenizer: Any,
     engine: Engine,
-    watch: Watch,
+    challenges: Challenges,
     place: RunPlace,
 ) -> list[Evaluator]:
     """The evaluators that the configuration asks for; none without held-out data and tasks."""
@@ -244,13 +245,13 @@ def evaluators_of(
         tokenizer,
         engine,
         place.runtime,
-        watch_for_stop=lambda: watch.agreement.another().asked,
+        watch_for_stop=lambda: place.agreement.another().asked,
     )
 
     def asking() -> Asking:
-        return asking_of(config, data, built, tokenizer, engine, place.runtime, watch.agreement.another().asked)
+        return asking_of(config, data, built, tokenizer, engine, place.runtime, place.agreement.another().asked)
 
-    return watched(config, watch.challenges, found, tasks, asking, place)
+    return watched(config, challenges, found, tasks, asking, place)
 
 
 def asking_of(
@@ -275,12 +276,14 @@ def asking_of(
     )
 
 
-def watch_of(config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, place: RunPlace) -> Watch:
-    """What the loop watches for."""
+def monitors_of(
+    config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, place: RunPlace
+) -> Monitors:
+    """What may end the run early, or leave an update out."""
     told = Told(place.run_dir, data.directory, loader, place.console.say)
     guards = Guards(config.guards, config.optim.max_skipped_steps, place.runtime, told)
     slow = Stragglers(config.logging.slow_rank, place.runtime, tell_of_slow(place))
-    return Watch(place.agreement, guards, slow, challenges)
+    return Monitors(place.agreement, guards, slow, challenges)
 
 
 def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:

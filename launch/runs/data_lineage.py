@@ -147,7 +147,7 @@ def _times(train: Any, config: RunConfig, samples: int, passed: list[dict[str, i
 
     per = reading_of(config.objective).sequences_per_document
     units, order = build_order(config.data, train, sequences_per_document=per, seed=config.run.seed)
-    order.pass_over((each["first"], each["count"]) for each in passed)
+    order.set_skipped((each["first"], each["count"]) for each in passed)
     named = np.isin(train.documents, rows)
     holds = named.astype(np.int64) if units is None else np.array([named[unit].sum() // per for unit in units])
     return int(holds[order.units(0, samples)].sum())

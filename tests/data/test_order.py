@@ -30,7 +30,7 @@ def test_what_is_passed_over_is_as_if_it_had_never_been_in_the_order(num, passed
     left = [
         unit for place, unit in enumerate(whole) if not any(first <= place < first + size for first, size in passed)
     ]
-    order.pass_over(passed)
+    order.set_skipped(passed)
     assert order.units(start, count).tolist() == left[start : start + count]
     where = [place for first, size in order.places(start, count) for place in range(first, first + size)]
     assert [whole[place] for place in where] == left[start : start + count]

@@ -11,7 +11,8 @@ from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
 from tests.helpers.launching import command_here
 from trainer.evaluation.endpoint.client import EndpointFailed
-from trainer.evaluation.endpoint.judge import Judge, JudgeConfig
+from trainer.evaluation.endpoint.config import JudgeConfig
+from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.tasks.preference import scores_of, winner
 
 ALONE = SimpleNamespace(world_size=1, is_main=True, simulated=False)

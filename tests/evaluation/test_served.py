@@ -9,7 +9,8 @@ from tests.helpers.building import model_dir
 from tests.helpers.endpoint import as_vllm_says, serving
 from tests.helpers.launching import command_here
 from trainer.evaluation.base import WritingConfig
-from trainer.evaluation.endpoint.client import Client, EndpointConfig
+from trainer.evaluation.endpoint.client import Client
+from trainer.evaluation.endpoint.config import EndpointConfig
 from trainer.evaluation.served import ServedWriter, model_served
 
 

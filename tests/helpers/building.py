@@ -27,11 +27,13 @@ from trainer.data.batches.order import BudgetConfig
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
-from trainer.given import Output, Watch
 from trainer.loop import Trainer
+from trainer.loop_types import Monitors, Sinks
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
 from trainer.monitors.anomalies import Guards
+from trainer.monitors.config import ChallengesConfig
+from trainer.monitors.detectors import Challenges
 from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.kto import DESIRABLE, RatedReading
@@ -236,8 +238,13 @@ def built_trainer(
         loader=loader,
         progress=progress or Progress(),
         evaluators=[],
-        output=Output(meter, Trackers(), Console(enabled=False), checkpoints=None),  # type: ignore[arg-type]
-        watch=Watch(agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime), Stragglers(0, runtime)),
+        sinks=Sinks(meter, Trackers(), Console(enabled=False), checkpoints=None),  # type: ignore[arg-type]
+        monitors=Monitors(
+            agreement,
+            Guards(config.guards, config.optim.max_skipped_steps, runtime),
+            Stragglers(0, runtime),
+            Challenges(ChallengesConfig(), planned=1, compared="loss"),
+        ),
     )
     return trainer, built
 

@@ -24,10 +24,10 @@ from tests.models.tiny import causal_types, tiny_model
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
-from trainer.model.balance import ADDED, FUNCTION, RouterLosses, losses_of
+from trainer.model.balance import FUNCTION, RouterLosses, losses_of
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.experts import NAME, register
-from trainer.model.routing import RoutingRecord, number_experts, record_logits, recorded_routers, watching
+from trainer.model.routing import ADDED_LOSS, RoutingRecord, number_experts, record_logits, recorded_routers, watching
 from trainer.objectives import routed as routed_module
 from trainer.objectives.causal import PLAIN
 from trainer.objectives.classification import ClassificationConfig
@@ -245,7 +245,7 @@ def test_the_loss_is_that_of_every_class(model_type):
     mask[1, 7:] = mask[2, 4:] = 0
     with watching(RoutingRecord(mask)) as seen:
         expected = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
-    found = losses.terms(seen, losses.choices(seen), int(mask.sum()))[ADDED]
+    found = losses.terms(seen, losses.choices(seen), int(mask.sum()))[ADDED_LOSS]
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 

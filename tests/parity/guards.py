@@ -87,7 +87,7 @@ def _skipped(job: Job, config: RunConfig, data: Prepared) -> dict:
         "found": [[row["loss"], row["grad_norm"]] for row in rows],
         "skipped": [row["step"] for row in rows if row.get("skipped")],
         "outliers": [row["step"] for row in rows if "outlier/grad_norm" in row],
-        "window": len(trainer.monitors.recent()),
+        "window": len(trainer.monitors.window()),
         "updates": int(trainer.engine._updates),  # type: ignore[attr-defined]
         "reads": reads,
         "expected": job.oracle(("guards", "skipped"), lambda: _never_updated(job, config, data), elsewhere=[]),
@@ -116,7 +116,7 @@ def rolled_back(job: Job, strategy: str) -> dict:
     places = [Path(processes.broadcast_object(tempfile.mkdtemp(dir=job.root), job.runtime)) / "checkpoints"]
     trainer.checkpoints = Checkpoints(places, CheckpointConfig(every_steps=3), job.runtime)
     rows = Rows()
-    trainer.trackers = Trackers(others=[rows])
+    trainer.metrics = Trackers(others=[rows])
     progress = trainer.fit().progress
 
     never_had = documents(job, odd=False)
@@ -168,10 +168,10 @@ def _count_reads(trainer: Trainer) -> list[int]:
     reads: list[int] = []
     real = trainer.engine.step
 
-    def counted(factor: float, judge: object) -> StepResult:
-        assert judge is not None
+    def counted(factor: float, update_filter: object) -> StepResult:
+        assert update_filter is not None
         with HostReads() as mode:
-            result = real(factor, judge)  # type: ignore[arg-type]
+            result = real(factor, update_filter)  # type: ignore[arg-type]
         reads.append(mode.number)
         return result
 
@@ -185,7 +185,7 @@ def _never_updated(job: Job, config: RunConfig, data: Prepared) -> Curve:
     trainer.loader.share = replace(trainer.loader.share, global_batch=BATCH, micro_batch=BATCH)
     real = trainer.engine.step
 
-    def step(factor: float, judge: object = None) -> StepResult:
+    def step(factor: float, update_filter: object = None) -> StepResult:
         if trainer.progress.step + 1 == ODD:
             for _, parameter in trainer.engine.trainable:  # type: ignore[attr-defined]
                 parameter.grad.fill_(float("nan"))

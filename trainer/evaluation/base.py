@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.data.config import DataFormat
-from trainer.evaluation.endpoint.client import EndpointConfig
-from trainer.evaluation.endpoint.judge import JudgeConfig
+from trainer.evaluation.endpoint.config import EndpointConfig, JudgeConfig
 
 if TYPE_CHECKING:
     from strategies.base import Engine

@@ -13,14 +13,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from strategies.errors import DataError
+from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, derive_seed, gather_objects
 from trainer.data.batches.collate import to_device
 from trainer.evaluation.base import WritingConfig
 from trainer.evaluation.decoding import Generate, decoding, ending_ids
 from trainer.evaluation.full_weights import Gathering, cache_bytes, gathering
 from trainer.evaluation.likelihood import Likelihood, Likelihoods, Pair, mask_of, padded, pair_rows
-from trainer.evaluation.loss import Interrupted
 from trainer.model.architecture import text_settings
 from trainer.objectives.causal import PLAIN, plain_model
 

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 
 from strategies.base import Engine
+from strategies.errors import Interrupted
 from strategies.runtime import dist_sum
 from trainer.objectives.step_totals import look_ahead
 
 PAIRED = ("loss", "margin")
 """Terms whose sums over each micro-batch are told, so that an evaluation can be paired with an earlier one."""
-
-
-class Interrupted(Exception):
-    """The evaluation was broken off because the run was asked to stop; raised on all ranks alike."""
 
 
 @dataclass(frozen=True, slots=True)

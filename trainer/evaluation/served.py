@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, Interrupted
 from strategies.runtime import Runtime, derive_seed
 from trainer.evaluation.base import WritingConfig
 from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
@@ -21,7 +21,6 @@ from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.full_weights import Gathering
 from trainer.evaluation.generate import Pace, WrittenAnswer
 from trainer.evaluation.likelihood import Likelihood, Pair
-from trainer.evaluation.loss import Interrupted
 from trainer.evaluation.tasks.model_interface import Asking
 
 if TYPE_CHECKING:

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from trainer.model.architecture import text_settings
 from trainer.model.config import ModelConfig, ModelKind
-from trainer.model.routing import RoutingRecord, balancing_biases, recorded_routers
+from trainer.model.routing import ADDED_LOSS, RoutingRecord, balancing_biases, recorded_routers
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 """What classes and configurations call the weight of the balancing loss."""
-ADDED = "added_loss"
-"""The term that is added to the objective's loss: the part of the whole step's, not to be divided by its tokens."""
 FUNCTION = "load_balancing_loss_func"
 """What modules of transformers call their balancing loss."""
 
@@ -55,7 +53,7 @@ class RouterLosses:
         return total
 
     def terms(self, seen: RoutingRecord, choices: Tensor | None, tokens: int) -> dict[str, Tensor]:
-        """What the pass adds to the step's loss, `ADDED` (with the gradient), and to its parts without their weights.
+        """What the pass adds to the step's loss, `ADDED_LOSS` (with the gradient), and to its parts without their weights.
 
         `choices [experts]` are those of the whole step, which has `tokens`; None where there is no balancing loss.
         """
@@ -74,7 +72,7 @@ class RouterLosses:
             ]
             z = torch.stack(parts).sum() / rows
             total, found["router/z_loss"] = total + self.z * z, z.detach()
-        return {ADDED: total, **found}
+        return {ADDED_LOSS: total, **found}
 
 
 def _summed(values: Tensor, kept: Tensor | None) -> Tensor:
@@ -150,7 +148,7 @@ def _unusual(plain: nn.Module, top_k: int) -> str | None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     seen = RoutingRecord(mask, logits=logits)
     ours = RouterLosses(balance=1.0, top_k=top_k)
-    expected = ours.terms(seen, ours.choices(seen), int(mask.sum()))[ADDED]
+    expected = ours.terms(seen, ours.choices(seen), int(mask.sum()))[ADDED_LOSS]
     try:
         found = function(tuple(logits), experts, top_k, mask)
     except (TypeError, ValueError, RuntimeError, IndexError):

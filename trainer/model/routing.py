@@ -19,6 +19,10 @@ from trainer.tuning.expert_parts import expert_modules
 
 BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """What models call the biases that their pre-training moved to balance experts, and that no gradient reaches."""
+ADDED_LOSS = "added_loss"
+"""Term of a forward pass: what the model adds to the objective's loss, already a part of the whole step's mean."""
+EXPERT_TOKENS = "expert_tokens"
+"""Term of a forward pass: how many tokens chose each expert, int64 `[layers, experts]`."""
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.base import Judge
+from strategies.base import UpdateFilter
 from strategies.errors import Diverged
 from strategies.runtime import Runtime, dist_sum
 from trainer.monitors.guard_config import Action, GuardsConfig
@@ -73,19 +73,19 @@ class Guards:
         self._left_out: list[tuple[int, float]] = []
         """First sample and gradient norm of each of the last steps whose updates were left out, all in a row."""
 
-    def begin(self, recent: list[dict[str, float]]) -> None:
-        """Go on with the window of a checkpoint, and what was seen since forgotten."""
+    def restore_window(self, recent: list[dict[str, float]]) -> None:
+        """Begin with the window of a checkpoint, oldest step first, and forget what was seen since."""
         rows = [[step[name] for name in WATCHED] for step in recent]
         self._rolling = Rolling(self.config.window, self._rolling.kept.device, rows)
         self._pending, self._judged, self._left_out = [], None, []
 
-    def recent(self) -> list[dict[str, float]]:
+    def window(self) -> list[dict[str, float]]:
         """The window, for a checkpoint; waits for the device."""
         return [dict(zip(WATCHED, row, strict=True)) for row in self._rolling.rows()]
 
     # -- in a step -------------------------------------------------------------------------------------------------------
 
-    def judge(self, local_loss: Tensor, count: float) -> Judge | None:
+    def update_filter(self, local_loss: Tensor, count: float) -> UpdateFilter | None:
         """What the engine is to ask before its update; None where no update may be left out.
 
         `local_loss` is this rank's sum over the step, `count` that of all ranks.
@@ -103,7 +103,7 @@ class Guards:
 
         return left_out
 
-    def taken(self, first_sample: int) -> None:
+    def note_step(self, first_sample: int) -> None:
         """A step was taken; it is looked at with the rows of its interval."""
         self._pending.append((first_sample, self._judged))
         self._judged = None

@@ -35,8 +35,8 @@ class ReplicaCheck:
         self.every_steps, self.runtime = every_steps, runtime
         self._compared = 0
 
-    def begin(self, step: int) -> None:
-        """Go on from a step."""
+    def start_at(self, step: int) -> None:
+        """Count the interval to the next comparison from `step`."""
         self._compared = step
 
     def compare(self, engine: Engine, step: int, *, now: bool = False) -> None:

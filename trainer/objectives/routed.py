@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from strategies.runtime import dist_sum
 from trainer.losses.z_loss import squared_logsumexp
-from trainer.model.balance import ADDED, RouterLosses, logit_z_weight, losses_of
+from trainer.model.balance import RouterLosses, logit_z_weight, losses_of
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.routing import (
+    ADDED_LOSS,
+    EXPERT_TOKENS,
     RoutingRecord,
     balancing_biases,
     number_experts,
@@ -22,13 +24,6 @@ from trainer.model.routing import (
     watching,
 )
 from trainer.objectives.causal import forward_pass, plain_model
-
-if TYPE_CHECKING:
-    from strategies.base import Engine
-    from trainer.data.batches.loader import StepBatch
-
-EXPERT_TOKENS = "expert_tokens"
-"""The term with the tokens of each expert, int64 `[layers, experts]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,7 @@ class Routed:
     def terms(
         self, model: nn.Module, compute: Callable[[], dict[str, Tensor]], batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """The objective's terms, which `compute` gives of `model`, and in training `ADDED`, its parts, and `expert_tokens`.
+        """The objective's terms, which `compute` gives of `model`, and in training `ADDED_LOSS`, its parts, and `expert_tokens`.
 
         With a balancing loss and several ranks, all ranks must call where the step's choices are not yet known.
         """
@@ -71,7 +66,7 @@ class Routed:
             hidden = [states.reshape(-1, states.shape[-1]) for states in seen.hidden]
             parts = [squared_logsumexp(head, rows, seen.kept(len(rows))) for rows in hidden]
             z = torch.stack(parts).sum() / float(step_tokens)
-            found[ADDED] = self.logit_z * z + found.get(ADDED, 0.0)
+            found[ADDED_LOSS] = self.logit_z * z + found.get(ADDED_LOSS, 0.0)
             found["logits/z_loss"] = z.detach()
         return found
 
@@ -144,21 +139,3 @@ def routed(
     experts = number_experts(root)
     found = Routed(losses, experts, len(biases), logit_z)
     return found if found.adds or experts or biases else None, notes
-
-
-def told(engine: Engine, batch: StepBatch) -> dict[str, Any]:
-    """What each micro-batch of a step is told for what is added to its loss. All ranks must call.
-
-    What routers choose over the whole step must be known before the first backward pass: with several micro-batches it is
-    found in a pass of its own, without gradients and dropout.
-    """
-    seen: Routed | None = getattr(engine.step_module, "routed", None)
-    if seen is None or not seen.adds:
-        return {}
-    found: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.dp_size}
-    if seen.losses.balance and len(batch.micro_batches) > 1:
-        with engine.inference(averaged=False) as module:
-            parts = [module({**each, "choices_alone": True})["choices"] for each in batch.micro_batches]
-        total = torch.stack(parts).sum(0)
-        found["choices"] = dist_sum(total) if engine.dp_size > 1 else total
-    return found

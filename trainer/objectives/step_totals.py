@@ -1,4 +1,4 @@
-"""What a loss needs to know of the whole step before its first backward pass, and cannot be a sum of what comes after."""
+"""What has to be known of a whole step before its first backward pass, because no sum of later micro-batches can give it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from strategies.runtime import dist_sum
 
 if TYPE_CHECKING:
     from strategies.base import Engine
+    from trainer.data.batches.loader import StepBatch
+    from trainer.objectives.routed import Routed
 
 
 def look_ahead(
@@ -39,3 +41,22 @@ def look_ahead(
     if engine.dp_size > 1:
         table = dist_sum(table)
     return {name: (total / (count or 1)).float() for name, total in zip(names, table, strict=True)}
+
+
+def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
+    """What each micro-batch of a step needs for the losses of routers and logits. All ranks must call.
+
+    Empty if the model adds no such loss. `step_tokens` and `ranks` turn a micro-batch's sum into its part of the step's mean.
+    `choices` [experts], int64: how many tokens of the whole step chose each expert. With one micro-batch the forward pass itself
+    counts them. With several they are counted here, in a pass of its own without gradients and dropout.
+    """
+    routed: Routed | None = getattr(engine.step_module, "routed", None)
+    if routed is None or not routed.adds:
+        return {}
+    context: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.dp_size}
+    if routed.losses.balance and len(batch.micro_batches) > 1:
+        with engine.inference(averaged=False) as module:
+            choices = [module({**each, "choices_alone": True})["choices"] for each in batch.micro_batches]
+        total = torch.stack(choices).sum(0)
+        context["choices"] = dist_sum(total) if engine.dp_size > 1 else total
+    return context

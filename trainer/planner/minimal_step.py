@@ -10,9 +10,11 @@ from strategies.base import Engine, Progress
 from trainer.data.batches.collate import to_device
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import EvaluationConfig
-from trainer.given import LoopSettings, Output, Watch
 from trainer.loop import Trainer
+from trainer.loop_types import LoopSettings, Monitors, Sinks
 from trainer.monitors.anomalies import Guards
+from trainer.monitors.config import ChallengesConfig
+from trainer.monitors.detectors import Challenges
 from trainer.monitors.guard_config import GuardsConfig
 from trainer.monitors.stragglers import Stragglers
 from trainer.optim.schedule import ScheduleConfig
@@ -50,6 +52,11 @@ def bare_trainer(engine: Any) -> Trainer:
         loader=cast(StepLoader, None),
         progress=Progress(),
         evaluators=[],
-        output=Output(nothing, nothing, nothing, nothing),
-        watch=Watch(nothing, Guards(GuardsConfig(), 1, engine.runtime), Stragglers(0, engine.runtime)),
+        sinks=Sinks(meter=nothing, metrics=nothing, display=nothing, checkpoints=nothing),
+        monitors=Monitors(
+            agreement=nothing,
+            guards=Guards(GuardsConfig(), 1, engine.runtime),
+            stragglers=Stragglers(0, engine.runtime),
+            evaluations=Challenges(ChallengesConfig(), planned=1, compared="loss"),
+        ),
     )

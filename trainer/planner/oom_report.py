@@ -43,16 +43,18 @@ def telling_of_memory(
         if not of_memory(error):
             raise
         where = (
-            f"step {trainer.progress.step + 1}" if trainer.taken else f"the evaluation at step {trainer.progress.step}"
+            f"step {trainer.progress.step + 1}"
+            if trainer.current_batch
+            else f"the evaluation at step {trainer.progress.step}"
         )
         expected = facts["receipt"]["predicted"]
         said = [
             f"{where}: {_exceeded(error, runtime)}",
             f"  {_held(runtime)}; expected {expected['memory_gib']:.2f} ({expected['memory_by']})",
-            *([f"  {_batch(trainer.taken)}"] if trainer.taken else []),
-            f"  {_knobs(config, runtime, training=trainer.taken is not None)}",
+            *([f"  {_batch(trainer.current_batch)}"] if trainer.current_batch else []),
+            f"  {_knobs(config, runtime, training=trainer.current_batch is not None)}",
         ]
-        smaller = trainer.taken is not None and config.batch["micro"] > 1
+        smaller = trainer.current_batch is not None and config.batch["micro"] > 1
         raise (OutOfMemory if smaller else DoesNotFit)("\n".join(said)) from error
 
 

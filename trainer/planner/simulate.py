@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strategies.base import Judge, OptimizerFactory, Precision, StepResult, StrategyConfig
+from strategies.base import OptimizerFactory, Precision, StepResult, StrategyConfig, UpdateFilter
 from strategies.build import build_strategy
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
@@ -237,10 +237,10 @@ class WatchedEngine:
         self.engine.backward(loss, last=last)
         self._micro += 1
 
-    def step(self, lr_factor: float, judge: Judge | None = None) -> StepResult:
+    def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
         self._micro -= 1
         self.at("update")
-        return self.engine.step(lr_factor, judge)
+        return self.engine.step(lr_factor, update_filter)
 
     @contextmanager
     def places(self) -> Iterator[None]:

@@ -40,8 +40,8 @@ class Order(ABC):
         self._cached: tuple[int, np.ndarray] | None = None
         self._passed: list[tuple[int, int]] = []
 
-    def pass_over(self, places: Iterable[tuple[int, int]]) -> None:
-        """Leave out these places of the order, (first, count) each, and no others; between two uses of the order."""
+    def set_skipped(self, places: Iterable[tuple[int, int]]) -> None:
+        """Leave out exactly these places of the order, each as (first, count). Call it between two uses of the order."""
         self._passed, reached = [], 0
         for first, count in sorted(places):
             first, end = max(first, reached), max(first + count, reached)

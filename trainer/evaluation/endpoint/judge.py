@@ -12,29 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from strategies.cache_dir import cache_directory
-from strategies.errors import ConfigError, LimitReached, ShardtuneError
+from strategies.errors import ConfigError, Interrupted, LimitReached, ShardtuneError
 from strategies.runtime import Runtime, broadcast_object
-from trainer.evaluation.endpoint.client import Client, EndpointConfig, first_choice, tokens_used
-from trainer.evaluation.loss import Interrupted
+from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
+from trainer.evaluation.endpoint.config import JudgeConfig
 from trainer.reporting.status import write_text_atomic
 
 KEY = "evaluation.judge"
-
-
-@dataclass(kw_only=True, slots=True)
-class JudgeConfig(EndpointConfig):
-    """The model that judges answers of others, of tasks `judge` and `preference`."""
-
-    temperature: float = 0.0
-    """Of its sampling; 0 where verdicts should be the same again."""
-    max_new_tokens: int = 1024
-    """Longest verdict in tokens, thoughts of reasoning models with it."""
-    max_calls: int = 1000
-    """Most questions that one command may ask it; those that the cache knows do not count."""
-    max_tokens: int | None = None
-    """Most tokens that one command may use, questions and verdicts together, as the server counts them; null: no bound."""
-    cache_dir: str | None = None
-    """Directory of verdicts, which are not asked for twice; null: ~/.cache/shardtune/judge."""
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from strategies.errors import ConfigError, DataError
+from strategies.errors import ConfigError, DataError, Interrupted
 from trainer.data.document import Document
 from trainer.evaluation.base import WritingConfig
 
@@ -173,8 +173,6 @@ class Asking:
             raise FirstRequest
 
     def _check_stop(self) -> None:
-        from trainer.evaluation.loss import Interrupted
-
         if self.stop_now():
             raise Interrupted
 

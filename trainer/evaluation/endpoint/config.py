@@ -1,0 +1,62 @@
+"""Settings of servers that speak the OpenAI protocol: the one that writes answers, and the model that judges them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+"""A name that an environment variable can have."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EndpointConfig:
+    """An OpenAI-compatible server."""
+
+    url: str | None = None
+    """Address up to its version, as http://localhost:8000/v1; null: there is none."""
+    model: str | None = None
+    """Name of the model there; null: the only one that it serves."""
+    key_env: str | None = None
+    """Name of the environment variable that holds its key; null sends none. The key itself is never a setting."""
+    parallel: int = 4
+    """Requests under way at a time."""
+    retries: int = 6
+    """Times that a request is sent again where the server is busy (429, 5xx) or not there, with growing pauses up to 8 s."""
+    timeout_s: float = 120.0
+    """Seconds after which a request that nobody answers is sent again."""
+
+    def problems(self, key: str) -> Iterator[str]:
+        """What is wrong with it, one line each; `key` is the setting that these are below."""
+        if self.url is None:
+            return
+        if not re.match(r"https?://[^/\s]+", self.url):
+            yield f"{key}.url={self.url}: is no address; give one such as http://localhost:8000/v1"
+        if self.key_env is not None and not VARIABLE.fullmatch(self.key_env):
+            yield (
+                f"{key}.key_env: is no name of an environment variable (and not shown, since it may be a key); put the key into "
+                f"a variable, as JUDGE_KEY, and set {key}.key_env=JUDGE_KEY"
+            )
+        elif self.key_env is not None and not os.environ.get(self.key_env):
+            yield f"{key}.key_env={self.key_env}: this environment variable is not set, or empty; export it"
+        if find_spec("openai") is None:
+            yield f"{key}.url={self.url}: needs the package openai; pip install 'shardtune[endpoint]'"
+
+
+@dataclass(kw_only=True, slots=True)
+class JudgeConfig(EndpointConfig):
+    """The model that judges answers of others, of tasks `judge` and `preference`."""
+
+    temperature: float = 0.0
+    """Of its sampling; 0 where verdicts should be the same again."""
+    max_new_tokens: int = 1024
+    """Longest verdict in tokens, thoughts of reasoning models with it."""
+    max_calls: int = 1000
+    """Most questions that one command may ask it; those that the cache knows do not count."""
+    max_tokens: int | None = None
+    """Most tokens that one command may use, questions and verdicts together, as the server counts them; null: no bound."""
+    cache_dir: str | None = None
+    """Directory of verdicts, which are not asked for twice; null: ~/.cache/shardtune/judge."""

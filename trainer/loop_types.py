@@ -1,0 +1,311 @@
+"""What the training loop takes: its settings, its sinks and its monitors, as protocols.
+
+`trainer/run.py` builds the real ones. The loop knows no more of them than stands here, so that importing it loads neither a model
+nor a task nor a tracker.
+
+Two words mean the same everywhere below. "All ranks must call": the call communicates, and the ranks that make it wait for one
+that does not. "Local": the call never communicates. Unless something else is said, a call is local and raises nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from strategies.base import Engine, Progress, UpdateFilter
+from trainer.evaluation.base import EvaluationConfig
+from trainer.optim.schedule import ScheduleConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from strategies.runtime import Runtime
+    from trainer.data.batches.loader import Share, StepBatch
+    from trainer.reporting.console import Course
+    from trainer.reporting.earlier_rows import EarlierResults
+    from trainer.reporting.metrics import RankTime, StepRecord
+    from trainer.reporting.trackers.base import Table
+
+Row = dict[str, Any]
+"""The numbers of one step, by name, as a line of `metrics.jsonl` has them; `step` counts from 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopSettings:
+    """The part of a run's configuration that the loop reads."""
+
+    total_steps: int
+    """Optimizer steps of the whole run, those before a resume included."""
+    seed: int
+    lr: float
+    """Peak learning rate, as it is logged. The optimizer's parameter groups have their own."""
+    schedule: ScheduleConfig
+    evaluation: EvaluationConfig
+    """`greater_is_better` is resolved: never None."""
+    log_every: int
+    """Steps between two reads of the device's metric buffer."""
+    save_final: bool
+    """Whether a checkpoint is written after the last step."""
+
+
+# -- data ----------------------------------------------------------------------------------------------------------------
+
+
+class SampleOrder(Protocol):
+    """The order in which a run consumes its samples. Places are positions in it, counted from 0."""
+
+    def set_skipped(self, places: Iterable[tuple[int, int]]) -> None:
+        """Leave out exactly these places, each as (first, count); replaces what was set before."""
+
+    def places(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Where the samples that are consumed as number `start` up to `start + count` lie, as runs of (first, count)."""
+
+
+class BatchLoader(Protocol):
+    """Makes the batches of this rank."""
+
+    @property
+    def order(self) -> SampleOrder: ...
+
+    @property
+    def share(self) -> Share:
+        """Sizes of the global batch and the micro-batch, in samples."""
+
+    def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
+        """Batches of `num_steps` steps, of which the first begins after `first_sample` consumed samples.
+
+        Local. A thread makes them ahead; closing the generator stops it. Raises what the thread raised.
+        """
+
+
+# -- sinks: where numbers, lines and checkpoints go ----------------------------------------------------------------------
+
+
+class StepMeter(Protocol):
+    """Buffers step records on the device and turns them into rows."""
+
+    expert_tokens: Tensor | None
+    """[layers, experts]: tokens that chose each expert in the last interval, all ranks together; None without experts."""
+    by_rank: list[RankTime]
+    """Compute time of each rank in the last interval, equal on all ranks."""
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    @property
+    def pending(self) -> int:
+        """Steps added since the last flush."""
+
+    def begin(self, evaluation_s: float) -> None:
+        """Start the clock before the first step; `evaluation_s` seconds went into the evaluation before it."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Entered around each step. Counts the bytes that one step of each attempt exchanges."""
+
+    def add(self, record: StepRecord) -> None:
+        """Buffer one step. Reads nothing from the device."""
+
+    def flush(self) -> list[Row]:
+        """Rows of the buffered steps, equal on all ranks. All ranks must call. Waits for the device."""
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last flush out of the speed of the next steps."""
+
+    def speed(self) -> dict[str, float]:
+        """Median speeds of this attempt, by name; empty before the first flush."""
+
+
+class MetricSink(Protocol):
+    """Takes rows: `metrics.jsonl` and the trackers, on rank 0; on other ranks nothing happens. Errors: StorageError."""
+
+    @property
+    def earlier(self) -> EarlierResults:
+        """What the rows that were there before this attempt say; empty on other ranks than 0."""
+
+    def log(self, metrics: Row, *, step: int) -> None: ...
+
+    def tables(self, tables: dict[str, Table], *, step: int) -> None:
+        """Show tables of an evaluation, by name, in the trackers."""
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`."""
+
+    def sync(self) -> None:
+        """Make the rows so far survive a power cut."""
+
+
+class ProgressDisplay(Protocol):
+    """Shows a person how far the run is: on the screen of rank 0, and in each rank's log file."""
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+
+    def progress(self, row: Row, course: Course) -> None:
+        """Show the newest step."""
+
+
+class WrittenCheckpoint(Protocol):
+    """A checkpoint that has its name."""
+
+    @property
+    def row(self) -> dict[str, float]:
+        """Seconds that writing it took, for the next row."""
+
+
+class CheckpointStore(Protocol):
+    """The checkpoints of one run. Errors: StorageError, on every rank."""
+
+    @property
+    def last(self) -> WrittenCheckpoint | None:
+        """The last one that this attempt published; None before the first."""
+
+    @property
+    def pending(self) -> int | None:
+        """Step of the checkpoint that is being written beside training; None if there is none."""
+
+    def any(self) -> bool:
+        """Whether the run has a checkpoint. All ranks must call."""
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule asks for one after `step`. All ranks must call, after the same steps."""
+
+    def written(self, step: int) -> bool:
+        """Whether every rank has written its part of the pending one. All ranks must call, after the same steps."""
+
+    def save(self, engine: Engine, progress: Progress, *, must: bool) -> bool:
+        """Begin a checkpoint of this moment; with `must`, finish it. Whether it succeeded so far. All ranks must call.
+
+        A pending one has to be settled before. Without `must`, a failure is a warning until too many follow each other.
+        """
+
+    def settle(self) -> bool:
+        """Wait for the pending one and publish it; whether that succeeded. All ranks must call."""
+
+    def go_back(self) -> Path:
+        """Directory of the newest checkpoint that is whole; newer ones are moved aside. All ranks must call."""
+
+
+@dataclass(slots=True)
+class Sinks:
+    """Where what a run produces goes."""
+
+    meter: StepMeter
+    metrics: MetricSink
+    display: ProgressDisplay
+    checkpoints: CheckpointStore
+    before_step: Callable[[int], None] = lambda step: None
+    """Called with the number of the step about to be taken, so that a failure can name it. Local."""
+    check_ownership: Callable[[], None] = lambda: None
+    """Called before a checkpoint is written. All ranks must call. Raises LeaseLost if another attempt owns the directory."""
+
+
+# -- monitors: what may end a run early, or leave an update out ----------------------------------------------------------
+
+
+class StopAgreement(Protocol):
+    """Turns a signal on any rank into one decision of all ranks at the same step."""
+
+    def ask(self) -> None:
+        """Start to ask the other ranks, if it is time to. All ranks must call, and then `stop_now`."""
+
+    def stop_now(self) -> bool:
+        """Whether to stop: the last answer that was agreed on. All ranks must call."""
+
+
+class ReplicaMonitor(Protocol):
+    """Compares parameters that several ranks hold a copy of."""
+
+    def start_at(self, step: int) -> None:
+        """Count the interval to the next comparison from `step`."""
+
+    def compare(self, engine: Engine, step: int, *, now: bool) -> None:
+        """Compare, if it is due or `now`. All ranks must call. Waits for the device. Raises ReplicasDiffer on all ranks."""
+
+
+class StepGuards(Protocol):
+    """Finds steps whose loss or gradient norm stands out. All ranks come to the same answers."""
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether an outlier may send the run back to a checkpoint."""
+
+    @property
+    def replicas(self) -> ReplicaMonitor: ...
+
+    def restore_window(self, recent: list[dict[str, float]]) -> None:
+        """Begin with the loss and gradient norm of these steps, oldest first, and forget what was seen since."""
+
+    def window(self) -> list[dict[str, float]]:
+        """Loss and gradient norm of the last steps, for a checkpoint. Waits for the device."""
+
+    def update_filter(self, local_loss: Tensor, count: float) -> UpdateFilter | None:
+        """What the engine asks before it updates; None if no update may be left out.
+
+        `local_loss` is this rank's sum of the loss over the step, `count` its denominator over all ranks.
+        """
+
+    def note_step(self, first_sample: int) -> None:
+        """A step was taken that began after `first_sample` consumed samples."""
+
+    def look(self, rows: list[Row]) -> None:
+        """Mark outliers in `rows`, of all steps since the last call, equal on all ranks. Raises RollBack on all ranks."""
+
+    def stop_if_diverged(
+        self, rollbacks: int, samples: int, places: Callable[[int, int], list[tuple[int, int]]]
+    ) -> None:
+        """Raise Diverged after too many rollbacks, or too many updates in a row that were left out.
+
+        `samples`: consumed so far; `places`: `SampleOrder.places`, for the error's text.
+        """
+
+
+class StragglerMonitor(Protocol):
+    """Finds ranks that compute slower than the others."""
+
+    def look(self, rows: list[Row], times: list[RankTime]) -> None:
+        """Judge an interval by each rank's time, and add two columns to its first row. All ranks must call."""
+
+    def record(self) -> list[dict[str, Any]]:
+        """The slow ranks so far, as JSON."""
+
+
+class EvaluationMonitor(Protocol):
+    """Looks at evaluations and training losses for overfitting, forgetting and instability. Errors: StorageError."""
+
+    record: dict[str, Any]
+    """Findings by the name of the detector, as JSON; grows while the run goes on."""
+
+    @property
+    def ends(self) -> object | None:
+        """The finding that ends the run once its state is saved; None while nothing does."""
+
+    def begin(self, engine: Engine, progress: Progress) -> None:
+        """Before the first step: ask the base model, if forgetting is measured. All ranks must call. Raises Interrupted."""
+
+    def rows(self, progress: Progress, rows: Iterable[Row]) -> None:
+        """Add the training losses of `rows` to `progress`."""
+
+    def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
+        """Look at an evaluation's values by name; returns further numbers to log beside them."""
+
+    def finished(self, progress: Progress) -> None:
+        """Look at the whole run, after its last step."""
+
+    def stops_early(self) -> str | None:
+        """Why the run ends as if by early stopping, for the screen; None if it does not."""
+
+    def raise_if_exceeded(self) -> None:
+        """Raise LimitExceeded, on all ranks alike, if a finding ends the run with an error."""
+
+
+@dataclass(slots=True)
+class Monitors:
+    """What may end a run before its budget is spent, or leave an update out. All ranks come to the same answers."""
+
+    agreement: StopAgreement
+    guards: StepGuards
+    stragglers: StragglerMonitor
+    evaluations: EvaluationMonitor
