@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from strategies.base import ActivationCheckpointing, StrategyConfig
+from strategies.base import ActivationCheckpointing, StrategyConfig, plan_of
 from strategies.errors import ConfigError
 
 # Costly to recompute, cheap to keep: matrix products and attention. Everything else is recomputed.
@@ -109,17 +109,17 @@ def _checkpoint(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
 def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
     """Switch on checkpointing through the model's own interface, and compile block by block, as configured.
 
-    A plan by block (`step_module.checkpointing`, made for `auto`) goes before the setting. Raises ConfigError where the
+    A plan by block (`StepPlan.recomputation`, made for `auto`) goes before the setting. Raises ConfigError where the
     architecture has no repeated blocks to work on.
     """
     blocks = step_module.shard_units()  # type: ignore[operator]
-    plan = getattr(step_module, "checkpointing", None)
-    if plan is None:
+    modes = plan_of(step_module).recomputation
+    if modes is None:
         mode = config.activation_checkpointing
         _checkpoint(step_module, ActivationCheckpointing.none if mode is ActivationCheckpointing.auto else mode)
-    elif used := [mode for mode in plan if mode is not ActivationCheckpointing.none]:
+    elif used := [mode for mode in modes if mode is not ActivationCheckpointing.none]:
         _checkpoint(step_module, used[0])
-        for block, mode in zip(blocks, plan, strict=True):
+        for block, mode in zip(blocks, modes, strict=True):
             block.gradient_checkpointing = mode is not ActivationCheckpointing.none
             kwargs = _checkpoint_arguments(mode)
             block._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, **kwargs)

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
@@ -154,19 +154,45 @@ class ParameterSource(Protocol):
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
 
 
+@dataclass(slots=True)
+class StepPlan:
+    """What a run has decided about its training step and no setting of the strategy says. Engines read it in `prepare`."""
+
+    recomputation: list[ActivationCheckpointing] | None = None
+    """What the backward pass recomputes, for each block in the order of `shard_units`.
+
+    None: `strategy.activation_checkpointing` holds for all of them.
+    """
+    defer_sync: bool | None = None
+    """Whether ranks reduce gradients on the last micro-batch of a step alone. None: `strategy.defer_sync` says so."""
+    gathered_as_one: frozenset[str] = frozenset()
+    """Classes of modules that are gathered with all their parts, since their forward pass reaches into these."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights that evaluations and exports take; 0: they take the weights themselves."""
+    optimizer_hooks: OptimizerStepHooks | None = None
+    """What the tuning method does around each optimizer step; None if it does nothing."""
+
+
+def plan_of(step_module: nn.Module) -> StepPlan:
+    """The plan that a step module carries."""
+    return cast(StepModule, step_module).plan
+
+
 class StepModule(Protocol):
     """What a strategy shards: one root module whose forward takes a batch and returns the summed terms."""
+
+    plan: StepPlan
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]: ...
     def shard_units(self) -> list[nn.Module]:
         """The repeated blocks, in forward order, that are gathered one at a time."""
 
 
-class AroundUpdate(Protocol):
+class OptimizerStepHooks(Protocol):
     """What a tuning method does around each optimizer step, on parameters and gradients that are whole on every rank.
 
-    A step module may hold one as `around_update`; engines that shard cannot keep it, and such a run is refused when it is
-    composed. No call communicates: all ranks do the same.
+    They stand in the step module's plan. Engines that shard cannot keep them: such a run is refused when it is composed.
+    No call communicates; all ranks do the same.
     """
 
     def begin(self, total_steps: int) -> None:

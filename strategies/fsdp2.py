@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from strategies.activation import apply_to_blocks
-from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision
+from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision, plan_of
 from strategies.errors import ConfigError
 from strategies.full_params import FsdpWhole
 from strategies.host_memory import HostMemory, open_host_memory
@@ -184,7 +184,7 @@ class Fsdp2Strategy:
             runtime=self.runtime,
             strategy=self.config.name,
         )
-        planned = getattr(step_module, "defer_sync", None)
+        planned = plan_of(step_module).defer_sync
         engine.defer_sync = self.config.defer_sync is not False if planned is None else planned
         engine.shard_group, engine.host_memory = group, memory
         engine.whole = FsdpWhole(step_module, compute, reshard_after_forward=self.config.reshard_after_forward)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, ZeroConfig, plan_of
 from strategies.parameters import COMPUTE_DTYPE, named_parameters
 
 ACTIVATIONS_PER_WIDTH = 18
@@ -64,7 +64,7 @@ def estimate(
 
     frozen = sum(computed(p) for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
     trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
-    moments = 8 + 4 * bool(getattr(step_module, "ema_decay", 0.0))  # AdamW's, and the average
+    moments = 8 + 4 * bool(plan_of(step_module).ema_decay)  # AdamW's, and the average
     units = step_module.shard_units()  # type: ignore[operator]
     whole = frozen + trained * compute
     block = max((sum(map(computed, unit.parameters())) for unit in units), default=whole)

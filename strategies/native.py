@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from strategies.base import AroundUpdate, OptimizerFactory, Precision, Progress, StepResult, UpdateFilter, Whole
+from strategies.base import OptimizerFactory, Precision, Progress, StepResult, UpdateFilter, Whole, plan_of
 from strategies.ema import KEY, Average
 from strategies.grad_norm import squared_norm
 from strategies.host_memory import HostMemory
@@ -65,10 +65,12 @@ class NativeEngine:
         self._steps_since_overflow = torch.zeros((), device=device)
         self._updates = torch.zeros((), device=device)
         self._steps = 0
-        self.around: AroundUpdate | None = getattr(step_module, "around_update", None)
-        assert self.around is None or self.replicated, "refused when a run is composed"
-        decay, held = getattr(step_module, "ema_decay", 0.0), [self._local(p.detach()) for _, p in self.trainable]
-        self.average = Average(decay, held) if decay else None
+        plan = plan_of(step_module)
+        self.hooks = plan.optimizer_hooks
+        assert self.hooks is None or self.replicated, "refused when a run is composed"
+        self.average: Average | None = None
+        if plan.ema_decay:
+            self.average = Average(plan.ema_decay, [self._local(p.detach()) for _, p in self.trainable])
 
     def close(self) -> None:
         """Let go of gradients and optimizer state. See `Engine.close`."""
@@ -153,8 +155,8 @@ class NativeEngine:
 
         With torch's fused optimizers nothing here waits for the device; the others must know first whether to step.
         """
-        if self.around is not None:
-            self.around.before_clip(self.scale)
+        if self.hooks is not None:
+            self.hooks.before_clip(self.scale)
         grads = [self._local(p.grad) for _, p in self.trainable if p.grad is not None]
         norm = self._grad_norm(grads)
         if self.scale is not None:
@@ -172,8 +174,8 @@ class NativeEngine:
         kept = finite if update_filter is None else finite & ~update_filter(norm)
         self._update(kept, lr_factor)
         self._steps += 1
-        if self.around is not None:
-            self.around.after_update(self._steps, finite=bool(kept))
+        if self.hooks is not None:
+            self.hooks.after_update(self._steps, finite=bool(kept))
         self.optimizer.zero_grad(set_to_none=True)
         self._updates += kept
         if self.average is not None:
@@ -226,8 +228,8 @@ class NativeEngine:
                     wholes[key] = value.view(-1)
             if self.average is not None:
                 tensors[KEY] = self.average.values[number].reshape(-1)
-            if self.around is not None:
-                tensors |= {key: value.view(-1) for key, value in self.around.state_of(name).items()}
+            if self.hooks is not None:
+                tensors |= {key: value.view(-1) for key, value in self.hooks.state_of(name).items()}
             if writing and self.replicated:  # each rank writes its share, so that no rank writes everything
                 low, high = (held.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
                 tensors = {key: value[low:high] for key, value in tensors.items()}
@@ -286,8 +288,8 @@ class NativeEngine:
         self._updates.fill_(header.optimizer_steps)
         self._set_step(header.optimizer_steps)
         self._steps = header.progress.step
-        if self.around is not None:
-            self.around.restored()
+        if self.hooks is not None:
+            self.hooks.restored()
         for group, values in zip(self.optimizer.param_groups, header.groups, strict=False):
             group.update({key: values[key] for key in _GROUP_STATE if key in values})
         if self.scale is not None and header.loss_scale is not None:

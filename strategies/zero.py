@@ -21,6 +21,7 @@ from strategies.base import (
     UpdateFilter,
     Whole,
     ZeroConfig,
+    plan_of,
 )
 from strategies.deepspeed_library import (
     AsksBeforeUpdate,
@@ -322,6 +323,6 @@ class ZeroStrategy:
         result.host_memory = memory
         if self.precision is not Precision.fp32:
             result.set_masters(source)
-        if decay := getattr(step_module, "ema_decay", 0.0):
+        if decay := plan_of(step_module).ema_decay:
             result.average = Average(decay, result._flat_groups())
         return result

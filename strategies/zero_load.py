@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.base import ParameterSource
+from strategies.base import ParameterSource, plan_of
 from strategies.parameters import named_parameters
 from strategies.runtime import Runtime
 
@@ -53,11 +53,12 @@ def load_partitioned(
 
 
 def keep_together(step_module: nn.Module) -> None:
-    """Let modules of the classes in `step_module.gathered_whole` be gathered with all their parts, once a call."""
+    """Let modules of the classes in the plan's `gathered_as_one` be gathered with all their parts, once a call."""
     from deepspeed.utils import set_z3_leaf_module
 
+    classes = plan_of(step_module).gathered_as_one
     for module in step_module.modules():
-        if type(module).__name__ in getattr(step_module, "gathered_whole", ()):
+        if type(module).__name__ in classes:
             set_z3_leaf_module(module, True)
 
 

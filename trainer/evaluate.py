@@ -116,7 +116,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             else:
                 engine, step, _ = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
         built = engine, step
-        if step.step_module.around_update is not None:
+        if step.step_module.plan.optimizer_hooks is not None:
             _tell_length(config, data, step, engine, runtime, opened)
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, asked))
     evaluator.tell(console.say)
@@ -199,7 +199,7 @@ def _tell_length(
 ) -> None:
     """Tell a method that changes with the step how many steps the run had."""
     if opened.record is not None and opened.record.total_steps is not None:
-        built.step_module.around_update.begin(opened.record.total_steps)  # type: ignore[union-attr]
+        built.step_module.plan.optimizer_hooks.begin(opened.record.total_steps)  # type: ignore[union-attr]
     else:
         build_loader(config, data, built, engine, runtime)
 

@@ -1,4 +1,5 @@
-"""The root module that strategies shard: a model and an objective, from batch to summed terms; and what is known of it."""
+"""The root module that strategies shard (`TrainStep`: a model and an objective, from batch to summed terms), and `Built`,
+everything that is known of it before it is sharded."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from strategies.base import ActivationCheckpointing, AroundUpdate
+from strategies.base import StepPlan
 from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
 from trainer.data.objective_spec import Reading
@@ -26,7 +27,10 @@ from trainer.tuning.merged_adapters import Folded
 
 
 class TrainStep(nn.Module):
-    """`forward(batch)` returns {term: sum over the micro-batch}. Parameters are touched only in modules' own forwards."""
+    """`forward(batch)` returns {term: sum over the micro-batch}, on this rank's device.
+
+    Parameters are used only inside the forward passes of the modules that own them: engines gather them there and nowhere else.
+    """
 
     def __init__(
         self, model: nn.Module, objective: Objective, block_classes: set[str], teacher: nn.Module | None = None
@@ -36,57 +40,55 @@ class TrainStep(nn.Module):
         self.teacher = teacher
         """A frozen model that the objective compares with: sharded beside the other, and in no checkpoint or export."""
         self.objective = objective
-        self._block_classes = block_classes
-        self.checkpointing: list[ActivationCheckpointing] | None = None
-        """What each block recomputes, where that was planned."""
-        self.defer_sync: bool | None = None
-        """Whether gradients wait whole for the last micro-batch of a step, where that was planned."""
+        self.plan = StepPlan(gathered_as_one=CHOOSERS)
+        """What the run decides for the engine while it is assembled."""
         self.routed: Routed | None = None
-        """What is asked of routers, experts and logits, where the model has such."""
-        self.gathered_whole: frozenset[str] = CHOOSERS
-        """Classes of modules whose parts are gathered with them, not each for its own call."""
+        """Losses of routers and logits, and the count of tokens by expert; None for a model without any of them."""
         self.neftune_alpha = 0.0
-        """Size of the noise on embeddings in training (`trainer/model/noise.py`)."""
-        self.ema_decay = 0.0
-        """Decay of the average of the weights that evaluations and exports take; 0: they take the weights themselves."""
-        self.around_update: AroundUpdate | None = None
-        """What the tuning method does around each optimizer step, where it does anything."""
+        """Size of the noise on embeddings in training (`trainer/model/noise.py`); 0 adds none."""
+        self._block_classes = block_classes
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         with noise(self.model, batch, self.neftune_alpha):
             return self._forward(batch)
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        seen = self.routed
-        if seen is None:
+        if self.routed is None:
             return self.objective.terms(self.model, batch)
+        # The pass before a step's first backward pass that only counts what the routers choose (`objectives/ahead.py`).
         if "choices_alone" in batch:
-            return seen.choices(self.model, batch)
-        return seen.terms(self.model, lambda: self.objective.terms(self.model, batch), batch)
+            return self.routed.choices(self.model, batch)
+        return self.routed.terms(self.model, lambda: self.objective.terms(self.model, batch), batch)
 
     def add_block_classes(self, classes: set[str]) -> None:
-        """Further classes of repeated blocks: the teacher's."""
+        """Add classes of repeated blocks, by name: the teacher's, which may be another architecture."""
         self._block_classes = self._block_classes | classes
 
     def shard_units(self) -> list[nn.Module]:
         """The architecture's repeated blocks, in forward order; outermost only.
 
-        Not among them are those that share a parameter with what is outside (embeddings that the head is tied to, a block
-        that several layers use): it can be sharded once only, with the whole.
+        A block that shares a parameter with a module outside it is left out: embeddings that the head is tied to, or a block
+        that several layers use. Such a parameter can be sharded only once, with the root module.
         """
-        found: list[nn.Module] = []
-        inside: set[int] = set()
+        blocks: list[nn.Module] = []
+        inside_blocks: set[int] = set()
         for module in self.modules():
-            name = type(module).__name__.removeprefix("FSDP")  # FSDP2 renames the classes of what it has sharded
-            if id(module) not in inside and name in self._block_classes:
-                found.append(module)
-                inside.update(id(m) for m in module.modules())
-        uses = Counter(id(p) for _, p in self.named_parameters(remove_duplicate=False))
-        return [block for block in found if all(n == uses[p] for p, n in _uses(block).items())]
+            class_name = type(module).__name__.removeprefix("FSDP")  # FSDP2 renames the classes of what it has sharded
+            if id(module) not in inside_blocks and class_name in self._block_classes:
+                blocks.append(module)
+                inside_blocks.update(id(part) for part in module.modules())
+        uses = _parameter_uses(self)
+        return [block for block in blocks if _shares_nothing(block, uses)]
 
 
-def _uses(block: nn.Module) -> Counter[int]:
-    return Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
+def _parameter_uses(module: nn.Module) -> Counter[int]:
+    """How many places in `module` hold each parameter, by its id."""
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+
+
+def _shares_nothing(block: nn.Module, uses: Counter[int]) -> bool:
+    """Whether every place of the whole model that holds a parameter of `block` is inside it."""
+    return all(count == uses[parameter] for parameter, count in _parameter_uses(block).items())
 
 
 @dataclass(slots=True)

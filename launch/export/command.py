@@ -399,8 +399,8 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
     for line in accepted_rows:
         print(f"accepted: {line}", flush=True)
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
-    if built.step_module.around_update is not None:
-        built.step_module.around_update.begin(record["total_steps"])
+    if built.step_module.plan.optimizer_hooks is not None:
+        built.step_module.plan.optimizer_hooks.begin(record["total_steps"])
     if not asked.averaged:
         asked.checkpoint = still_there(asked, config)
     progress = average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)

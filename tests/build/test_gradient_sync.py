@@ -32,11 +32,11 @@ def made(tmp_path_factory):
 def planned(made, strategy, monkeypatch, *, steps=4, memories=(64.0,)):
     """(decision, what is said of it) where the ranks have these GiB."""
     built, work = made
-    built.step_module.defer_sync = None
+    built.step_module.plan.defer_sync = None
     built.substitutions.clear()
     monkeypatch.setattr(gradient_sync.processes, "gather_objects", lambda value, runtime: list(memories))
     plan_reduction(built, work, strategy, Precision.bf16, RANKS, steps=steps)
-    return built.step_module.defer_sync, built.substitutions.get("strategy.defer_sync", "")
+    return built.step_module.plan.defer_sync, built.substitutions.get("strategy.defer_sync", "")
 
 
 def test_whole_gradients_wait_where_they_fit_beside_everything_else(made, monkeypatch):

@@ -55,8 +55,8 @@ def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=P
         make_optimizer=lambda named: build_optimizer(AdamwConfig(lr=2e-2), named),
         max_grad_norm=1.0,
     )
-    if built.step_module.around_update is not None:
-        built.step_module.around_update.begin(max(1, steps))
+    if built.step_module.plan.optimizer_hooks is not None:
+        built.step_module.plan.optimizer_hooks.begin(max(1, steps))
     for step in range(steps):
         batch = label_batch(step) if classify else token_batch(len(tokenizer), built.layout, step)
         terms = engine.forward(batch, last=True)

@@ -122,7 +122,7 @@ def test_the_state_of_the_allocation_decides_what_is_kept(root, runtime, tmp_pat
     second = trainer_of(root, runtime)
     second.progress = second.engine.load(tmp_path)
     for name, _ in second.engine.trainable:
-        second.engine.around.state_of(name)["importance"].zero_()
+        second.engine.hooks.state_of(name)["importance"].zero_()
     list(steps_of(first, STEPS - 4)), list(steps_of(second, STEPS - 4))
     assert kept(first) != kept(second)
 
@@ -142,12 +142,12 @@ def test_a_skipped_step_teaches_the_allocation_nothing(root, runtime):
     trainer = trainer_of(root, runtime)
     list(steps_of(trainer, 4))
     engine = trainer.engine
-    before = {n: {k: v.clone() for k, v in engine.around.state_of(n).items()} for n, _ in engine.trainable}
+    before = {n: {k: v.clone() for k, v in engine.hooks.state_of(n).items()} for n, _ in engine.trainable}
     for _, parameter in engine.trainable:
         parameter.grad = torch.full_like(parameter, float("nan"))
     assert float(engine.step(1.0).skipped) == 1
     for name, state in before.items():
-        for key, value in engine.around.state_of(name).items():
+        for key, value in engine.hooks.state_of(name).items():
             assert torch.equal(value, state[key]), (name, key)
 
 
@@ -155,7 +155,7 @@ def test_a_skipped_step_teaches_the_allocation_nothing(root, runtime):
 def test_the_last_step_always_settles_the_ranks(root, runtime, steps):
     """Also where the run is so short that a phase has no step."""
     trainer = trainer_of(root, runtime, tuning=replace(TUNING, delta_t=100))
-    around = trainer.engine.around
+    around = trainer.engine.hooks
     around.begin(steps)
     for step, _ in enumerate(steps_of(trainer, min(steps, 5)), 1):
         assert step < min(steps, 5) or sum(map(sum, kept(trainer).values())) == (2 * 14 if steps <= 5 else 4 * 14)

@@ -36,19 +36,19 @@ def plan_reduction(
     if shards == 1 or not trained:
         return
     budget = 2**30 * (strategy.memory_gib or USABLE * min(processes.gather_objects(device_gib(runtime), runtime)))
-    built.step_module.defer_sync = more < SMALL * budget
+    built.step_module.plan.defer_sync = more < SMALL * budget
     why = f"whole gradients take {more / 2**30:.2f} GiB more"
-    if not built.step_module.defer_sync:
+    if not built.step_module.plan.defer_sync:
         rest = model_state(built, strategy, precision, runtime) + _activations(built, work, strategy, precision)
-        built.step_module.defer_sync = rest + more <= budget
+        built.step_module.plan.defer_sync = rest + more <= budget
         why += f"; estimated peak with them {(rest + more) / 2**30:.2f} of {budget / 2**30:.2f} GiB"
-    said = "true" if built.step_module.defer_sync else "false, reduced in each micro-batch"
+    said = "true" if built.step_module.plan.defer_sync else "false, reduced in each micro-batch"
     built.substitutions["strategy.defer_sync"] = f"null -> {said} ({why})"
 
 
 def _activations(built: Built, work: Workload, strategy: StrategyConfig, precision: Precision) -> float:
     """Bytes of the longest micro-batch: counted, under the plan where there is one, else by the rule of thumb."""
-    modes = built.step_module.checkpointing
+    modes = built.step_module.plan.recomputation
     built.activations = expected(built, work, strategy.activation_checkpointing, precision, modes)
     if built.activations is not None:
         return built.activations

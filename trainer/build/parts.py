@@ -50,7 +50,7 @@ from trainer.optim.build import build_optimizer
 from trainer.step import Built, TrainStep
 from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
-from trainer.tuning.build import around_update, build_tuning, fold_adapters, fold_start
+from trainer.tuning.build import build_tuning, fold_adapters, fold_start, optimizer_hooks
 from trainer.tuning.check import check_room
 from trainer.tuning.expert_lora import use_low_rank
 from trainer.tuning.fast_lora import fuse_lora
@@ -112,8 +112,8 @@ def build_loader(
         ahead=reading.ahead,
     )
     steps = steps_from_budget(config.budget, order, loader.unit_tokens, size)
-    if built.step_module.around_update is not None:
-        built.step_module.around_update.begin(steps)
+    if built.step_module.plan.optimizer_hooks is not None:
+        built.step_module.plan.optimizer_hooks.begin(steps)
     return loader, steps
 
 
@@ -126,7 +126,8 @@ def build_engine(
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
     if built.scheme is not None and config.model.keep_packed:
         source.checkpoint.keep(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
-    built.step_module.ema_decay, built.step_module.neftune_alpha = config.optim.ema_decay, config.model.neftune_alpha
+    built.step_module.plan.ema_decay = config.optim.ema_decay
+    built.step_module.neftune_alpha = config.model.neftune_alpha
     built.substitutions.update(lstm.substituted(built.step_module, precision, runtime.device))
     work, per_step = workload(config, data), config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     plan_checkpointing(built, work, config.strategy, precision, runtime)
@@ -275,7 +276,7 @@ def build_step(
     model.train()
     objective = build_objective(objective_config, Beside(tuning.reference if tuning.keeps_base else None))
     step = TrainStep(model, objective, blocks)
-    step.around_update = around_update(tuning)
+    step.plan.optimizer_hooks = optimizer_hooks(tuning)
     reading = family.reading(objective_config)
     collator = reading.collator(arranged.layout, tokenizer.pad_token_id, two_sides.decoder_start if two_sides else None)
     built = Built(step, tuning, reading, collator, arranged, new_ids, vocabulary, plain, heads, model_config)

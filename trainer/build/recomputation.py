@@ -128,7 +128,8 @@ def plan_checkpointing(
     budget = strategy.memory_gib or device_gib(runtime) * USABLE
     modes, fits = choose(activations, budget * 2**30 - kept)
     modes = processes.broadcast_object(modes, runtime)
-    built.step_module.checkpointing, built.activations = modes, activations.total(modes)
+    built.step_module.plan.recomputation = modes
+    built.activations = activations.total(modes)
     parts = [f"{mode} in {n} of {len(modes)} blocks" for mode in ActivationCheckpointing if (n := modes.count(mode))]
     peak = (kept + built.activations) / 2**30
     verdict = "" if fits else "; more than there is: lower batch.micro or data.max_length, or shard more"

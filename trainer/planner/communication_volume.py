@@ -34,7 +34,7 @@ def expected_bytes(
     if isinstance(strategy, Fsdp2Config):
         blocks = sum(p.numel() for unit in module.shard_units() for p in unit.parameters() if id(p) in sizes)
         gathered = whole + (blocks if strategy.reshard_after_forward else 0)
-        planned = module.defer_sync
+        planned = module.plan.defer_sync
         deferred = strategy.defer_sync is not False if planned is None else planned
         found = {GATHER: short * gathered * micro_batches, SCATTER: 4 * trained * (1 if deferred else micro_batches)}
         copies = replicas(strategy, runtime.world_size, runtime.hosts)

@@ -78,8 +78,8 @@ def runs_out(config: RunConfig, given: TrialInputs, trial: Trial) -> bool:
 def take_steps(config: RunConfig, given: TrialInputs) -> None:
     """Two steps of the longest documents by an engine that is closed again. All ranks must call."""
     engine, built, _ = build_engine(config, given.tokenizer, given.data, given.precision, given.runtime)
-    if built.step_module.around_update is not None:
-        built.step_module.around_update.begin(STEPS + 1)
+    if built.step_module.plan.optimizer_hooks is not None:
+        built.step_module.plan.optimizer_hooks.begin(STEPS + 1)
     micro_batches = min(2, config.batch["global"] // (config.batch["micro"] * given.runtime.world_size))
     longest = longest_micro_batch(built, workload(config, given.data))
     trainer = bare_trainer(engine)

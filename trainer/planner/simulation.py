@@ -229,7 +229,7 @@ def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source:
         context=meta_context(),
         half_on_gpu=runtime.device == SIMULATED and precision is not Precision.fp32,
     )
-    built.step_module.ema_decay = config.optim.ema_decay
+    built.step_module.plan.ema_decay = config.optim.ema_decay
     attach_frozen(built, config.model, config.objective, config.tuning, source, tokenizer)  # type: ignore[arg-type]
     accumulation = config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     names = [name for name, _ in named_parameters(built.step_module)]

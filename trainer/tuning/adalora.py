@@ -41,7 +41,7 @@ class AdaLora(Adapter):
 
 
 class Allocation:
-    """What is done around each optimizer step; see `strategies.base.AroundUpdate`. No call communicates."""
+    """What is done around each optimizer step; see `strategies.base.OptimizerStepHooks`. No call communicates."""
 
     def __init__(self, tuner: Any, config: AdaLoraConfig) -> None:
         self.tuner, self.config = tuner, config

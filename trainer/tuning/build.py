@@ -12,7 +12,7 @@ from trainer.tuning.table import method_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from strategies.base import AroundUpdate
+    from strategies.base import OptimizerStepHooks
     from trainer.tuning.merged_adapters import Folded
 
 
@@ -57,7 +57,7 @@ def build_tuning(
     return Full()
 
 
-def around_update(tuning: Tuning) -> AroundUpdate | None:
+def optimizer_hooks(tuning: Tuning) -> OptimizerStepHooks | None:
     """What an applied method does around each optimizer step; None for most."""
     return getattr(tuning, "allocation", None)
 
