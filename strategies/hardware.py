@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from strategies.base import Precision
@@ -50,6 +51,11 @@ class Gpu:
         if self.architecture is not None or not small:
             return None
         return 193, 224 if dropout == 0.0 else FLASH_HEAD
+
+
+def listed_gpus() -> int:
+    """NVIDIA's GPUs of this host, as the driver's own files list them: works without torch, and where torch sees none."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def gpu_of(device: torch.device) -> Gpu | None:

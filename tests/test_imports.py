@@ -26,3 +26,34 @@ def test_the_loop_loads_neither_a_model_nor_a_task_nor_a_tracker():
         name for name in modules if name.startswith((*rooms_of_others, "trainer.reporting.trackers", "transformers"))
     ]
     assert not heavy
+
+
+def test_composing_loads_neither_ssh_nor_a_model(tmp_path):
+    model, rows = tmp_path / "llama", tmp_path / "rows.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    rows.write_text('{"text": "a b c"}\n', encoding="utf-8")
+    words = [f"model.path={model}", f"data.path={rows}", "objective=pretrain", "tuning=lora", "run.device=cpu"]
+    words.append("budget.steps=1")
+    modules = loaded_by(f"from launch.config.compose import compose; compose({words!r})")
+    assert "trainer.config.validate" in modules, "composed without its rules"
+
+    other_hosts = {"launch.cluster.ssh", "launch.cluster.ssh_nodes", "launch.cluster.node", "launch.torchrun"}
+    assert not modules & other_hosts
+    # flex.py: the context in which an objective calls a model; it loads neither torch's kernel nor transformers.
+    of_models = {"trainer.model", "trainer.model.config", "trainer.model.rules", "trainer.model.flex"}
+    assert {name for name in modules if name.split(".")[:2] == ["trainer", "model"]} <= of_models
+    # Of evaluations only what a task's own settings are checked by.
+    evaluates = (
+        "build",
+        "gathering",
+        "generation",
+        "likelihood",
+        "loss",
+        "report",
+        "served",
+        "task_evaluator",
+        "writing",
+    )
+    assert not modules & {f"trainer.evaluation.{name}" for name in evaluates}
+    assert not modules & {"transformers", "peft", "datasets", "deepspeed", "wandb", "openai"}

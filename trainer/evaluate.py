@@ -32,9 +32,9 @@ from trainer.evaluation.served import ServedAsking, served_asking
 from trainer.evaluation.task_evaluator import Done, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.prepared import TaskContext, on_own_documents
-from trainer.model.encoder_decoder import read_config
 from trainer.model.loading import load_tokenizer
 from trainer.model.quantised_checkpoints import stored_by
+from trainer.model.rules import read_config
 from trainer.planner.oom_report import telling_of_evaluation
 from trainer.reporting.console import Console
 from trainer.reporting.results import EVALUATION, keep

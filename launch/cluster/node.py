@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from strategies.hardware import listed_gpus
 from trainer.stopping.signals import hold
 
 MARK = "shardtune-node "
@@ -101,7 +102,7 @@ def look(told: dict[str, Any]) -> dict[str, Any]:
         "torch": metadata.version("torch"),
         "code": digest(read()),
         "config": seen,
-        "gpus": gpus(),
+        "gpus": listed_gpus(),
     }
 
 
@@ -143,20 +144,6 @@ def _line(descriptor: int, timeout_s: float | None = None) -> bytes:
             raise EOFError("closed")
         found += piece
     return bytes(found)
-
-
-def gpus() -> int:
-    """NVIDIA's GPUs of this host, as its driver lists them; without loading anything."""
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-
-
-def idle_gpus() -> str:
-    """What to say of a run on CPUs where there are GPUs that torch cannot use; empty where there are none."""
-    if not (number := gpus()):
-        return ""
-    from strategies.runtime import missing_cuda
-
-    return f", beside {number} GPUs that their driver lists here: {missing_cuda()}"
 
 
 def _sha256(path: Path) -> str | None:

@@ -14,9 +14,9 @@ from importlib import metadata
 from typing import IO, Any
 
 from launch.cluster.hosts import is_loopback, towards
-from launch.cluster.node import gpus
 from launch.cluster.snapshot import digest, read
 from strategies.errors import ConfigError, NodesUnfit
+from strategies.hardware import listed_gpus
 from strategies.parent_death import die_with_parent
 from trainer.config.run import LauncherConfig
 from trainer.reporting.code_revision import ROOT
@@ -130,7 +130,7 @@ def refuse_unfit(nodes: list[Node], launcher: LauncherConfig, frozen: str) -> No
                 f"  {node.name}: does not see the run directory as it was written here; run.dir must be on a file system that "
                 "all hosts share"
             )
-        if hello["gpus"] > launcher.per_node and launcher.per_node == 1 and not gpus():
+        if hello["gpus"] > launcher.per_node and launcher.per_node == 1 and not listed_gpus():
             problems.append(
                 f"  {node.name}: has {hello['gpus']} GPUs, and this host none to tell by; give launcher.processes"
             )

@@ -16,15 +16,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cluster.node import idle_gpus
 from launch.config import hints, overrides
 from launch.config.choices import CONF_DIR, OWN_DIRECTORIES, register_schemas, settings_of, variants
 from launch.config.earlier_words import begun_with, keep_budget
 from launch.config.frozen import Composed, default_run_dir, is_finished, load_frozen
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
-from strategies.hardware import Gpu, best_precision
+from strategies.hardware import Gpu, best_precision, listed_gpus
 from strategies.redaction import secret_in
+from strategies.runtime import missing_cuda
 from trainer.config.resuming import flat, plain
 from trainer.config.run import TEMPLATE_DATE, Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
@@ -344,7 +344,7 @@ def _resolve(config: RunConfig) -> None:
     if config.run.device is Device.auto:
         config.run.device = Device.cuda if torch.cuda.is_available() else Device.cpu
         settle("run.device", config.run.device)
-        config.substitutions["run.device"] += idle_gpus() if config.run.device is Device.cpu else ""
+        config.substitutions["run.device"] += _idle_gpus() if config.run.device is Device.cpu else ""
     if config.precision is Precision.auto:
         config.precision = _best_precision(config.run.device)
         if config.precision is not Precision.auto:
@@ -356,13 +356,17 @@ def _resolve(config: RunConfig) -> None:
         settle("launcher.processes", config.launcher.processes)
 
 
+def _idle_gpus() -> str:
+    """What is said of a run on CPUs if the host has GPUs that torch cannot use; empty if it has none."""
+    number = listed_gpus()
+    return f", beside {number} GPUs that their driver lists here: {missing_cuda()}" if number else ""
+
+
 def _devices(config: RunConfig) -> Iterator[str]:
     """What is wrong with the devices asked for; a host that only submits to SLURM cannot tell."""
     if config.launcher.name is not LauncherName.local or config.run.device is not Device.cuda:
         return
     import torch
-
-    from strategies.runtime import missing_cuda
 
     if reason := missing_cuda():
         yield f"run.device=cuda: {reason}; set run.device=cpu, or run where there is a GPU"

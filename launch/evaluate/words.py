@@ -236,7 +236,7 @@ def _needs(value: OutsideValue, config: RunConfig) -> bool:
 def _of_model(asked: EvaluationWords, path: str, directory: Path) -> RunConfig:
     """A configuration around a model, whose training data is a stand-in where none is named."""
     from launch.config.compose import compose
-    from trainer.model.encoder_decoder import read_config
+    from trainer.model.rules import read_config
     from trainer.reporting.status import write_text_atomic
 
     about = read_config(path) or {}

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from trainer.config.run import LauncherConfig
-from trainer.model.quantisation import Quantisation
+from trainer.model.config import Quantisation
 from trainer.planner.hardware import GIB, fit_of
 from trainer.planner.plan import Choice, PlannedRun, Way
 from trainer.planner.predicted_vs_measured import checkpoint_bytes

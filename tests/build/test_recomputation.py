@@ -29,8 +29,8 @@ from trainer.build.recomputation import longest_micro_batch, measured
 from trainer.config.validate import problems_of
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
-from trainer.model.quantisation import Quantisation
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.kto import KtoConfig
 from trainer.objectives.preference import DpoConfig

@@ -14,8 +14,9 @@ from tests.helpers.speed import seconds
 from tests.helpers.uncompiled import bitsandbytes
 from tests.helpers.warm import heard
 from trainer.model import packed_cache
+from trainer.model.config import Quantisation
 from trainer.model.packed_cache import PackedWeights, fingerprint
-from trainer.model.quantisation import Quantisation, Scheme
+from trainer.model.quantisation import Scheme
 
 bitsandbytes()
 SCHEME = Scheme(Quantisation.nf4)

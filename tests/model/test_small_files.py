@@ -11,9 +11,9 @@ from strategies.errors import ConfigError
 from strategies.small_files import MOST_BYTES, read_object
 from tests.helpers.building import model_dir
 from trainer.model.config import ModelConfig
-from trainer.model.encoder_decoder import read_config
 from trainer.model.files import Files
 from trainer.model.loading import check_files, generation_config, load_model_config, load_tokenizer
+from trainer.model.rules import read_config
 from trainer.tuning.adapter_checkpoint import peft_settings
 from trainer.tuning.initial_adapter import read_settings
 

@@ -18,7 +18,7 @@ from tests.parity.plan import SHARDING
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.evaluation.loss import LossEvaluator
-from trainer.model.quantisation import Quantisation
+from trainer.model.config import Quantisation
 from trainer.objectives.preference import DpoConfig
 from trainer.optim.config import AdamwConfig
 from trainer.tuning.base import LoraConfig

@@ -23,8 +23,8 @@ from tests.parity.methods import FEWER, STEPS, released_at_once
 from tests.parity.plan import SHARDING
 from trainer.config.run import RunConfig
 from trainer.loop import Trainer
+from trainer.model.config import Quantisation
 from trainer.model.files import Files
-from trainer.model.quantisation import Quantisation
 from trainer.tuning.base import FullConfig, LoraConfig
 from trainer.tuning.expert_parts import routers
 

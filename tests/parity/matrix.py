@@ -12,7 +12,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.parity.base import Curve, Job
 from trainer.data.prepare import Prepared
-from trainer.model.quantisation import Quantisation
+from trainer.model.config import Quantisation
 
 STEPS = 5
 

@@ -19,7 +19,7 @@ from tests.parity.optimizers import INSTALLED
 from trainer.config.combinations import Cell, CellState, cell, row_of, rows
 from trainer.config.run import RunConfig
 from trainer.data.config import Layout
-from trainer.model.quantisation import Quantisation
+from trainer.model.config import Quantisation
 from trainer.tuning.base import FullConfig, TuningConfig
 
 CASES: dict[str, TuningConfig] = {"full": FullConfig(), **PARTIAL}

@@ -13,7 +13,7 @@ from tests.helpers import building
 from tests.helpers.building import model_dir, run_config
 from tests.helpers.covering import chosen, values
 from trainer.config.run import RunConfig
-from trainer.model.quantisation import Quantisation
+from trainer.model.config import Quantisation
 from trainer.planner.simulate import ShapesOnly, Simulated, simulate, watch
 from trainer.planner.simulation import parts_of
 

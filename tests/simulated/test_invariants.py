@@ -13,9 +13,9 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, cover, values
 from tests.simulated.cases import LENGTHS, NATIVE, Case, chosen_cases, comparable, cost, simulated
 from tests.simulated.goldens import golden, name_of, summary
-from trainer.model.config import ModelConfig
+from trainer.model.config import ModelConfig, Quantisation
 from trainer.model.loading import load_model_config
-from trainer.model.quantisation import Quantisation, Scheme
+from trainer.model.quantisation import Scheme
 from trainer.planner import minimal_step
 
 CASES = chosen_cases()

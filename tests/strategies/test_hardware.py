@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.cluster import node
 from launch.config import compose
 from strategies import build, runtime
 from strategies.base import Precision
@@ -137,7 +136,7 @@ def test_a_run_on_cpus_beside_gpus_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", too_old)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert compose.compose(words).config.substitutions["run.device"] == "auto -> cpu"
-    monkeypatch.setattr(node, "gpus", lambda: 8)
+    monkeypatch.setattr(compose, "listed_gpus", lambda: 8)
     found = compose.compose(words).config.substitutions["run.device"]
     assert found.startswith("auto -> cpu, beside 8 GPUs") and "too old (found version 11040); does" in found
 

@@ -17,7 +17,8 @@ from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.helpers.uncompiled import bitsandbytes
 from trainer.export.verify import DriftError, probe_ids, reference_logits, shifted, verify_export
-from trainer.model.quantisation import Quantisation, QuantisedLinear, Scheme
+from trainer.model.config import Quantisation
+from trainer.model.quantisation import QuantisedLinear, Scheme
 from trainer.objectives.seq2seq import Seq2seqConfig
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import method_of
@@ -284,6 +285,6 @@ def test_every_refused_method_would_fail(base, runtime):
 
 
 def test_the_error_names_the_extra(words, monkeypatch):
-    monkeypatch.setattr("trainer.model.quantisation.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.model.rules.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'shardtune\[qlora\]'"):
         compose([*words, "tuning=lora"])

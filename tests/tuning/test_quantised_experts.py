@@ -13,7 +13,7 @@ from tests.tuning.test_expert_lora_files import BOTH
 from tests.tuning.test_quantised import SCHEMES, rounded_base, settings_of
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.model import quantised_experts
-from trainer.model.quantisation import Quantisation
+from trainer.model.config import Quantisation
 from trainer.model.quantised_experts import num_bytes, pack_run, rounded_stack, unpack_stack
 from trainer.tuning.base import LoraConfig
 

@@ -38,6 +38,7 @@ from trainer.model.frozen_rows import still_rows
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, kept_in_float32, not_packed, quantise_layers
 from trainer.model.quantised_experts import quantise_experts
+from trainer.model.rules import check_kind
 from trainer.model.weights import WeightSource, fill_buffers
 from trainer.objectives.base import Beside, ObjectiveConfig
 from trainer.objectives.causal import plain_model
@@ -202,7 +203,7 @@ def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
         _check_alone(config, built, data)
     if family.kind is ModelKind.encoder_decoder:
         lengths = family.longest(config.objective, config.data)
-        encoder_decoder.check(built.config.to_dict(), config.model.path, family.kind, family.name, lengths)
+        check_kind(built.config.to_dict(), config.model.path, family.kind, family.name, lengths)
 
 
 def right_alone(built: Built, objective: ObjectiveConfig) -> bool:
@@ -244,7 +245,7 @@ def build_step(
     model_config = copy.deepcopy(load_model_config(config))
     new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
     grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
-    encoder_decoder.check(model_config.to_dict(), config.path, family.kind, family.name, {})
+    check_kind(model_config.to_dict(), config.path, family.kind, family.name, {})
     classifier, seq2seq = family.kind is ModelKind.classifier, family.kind is ModelKind.encoder_decoder
     if classifier:
         outputs = family.outputs or num_labels

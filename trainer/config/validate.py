@@ -31,9 +31,8 @@ from trainer.config.run import AUTO, MICRO, Device, LauncherName, RunConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
 from trainer.data.sources import problems as data_problems
-from trainer.model import encoder_decoder
-from trainer.model.config import ModelKind, may_be_hub_id
-from trainer.model.quantisation import Quantisation, missing_package
+from trainer.model.config import ModelKind, Quantisation, may_be_hub_id
+from trainer.model.rules import missing_package, read_config
 from trainer.objectives.registry import family_of, model_problems
 from trainer.objectives.registry import problems as objective_problems
 from trainer.optim.support import problems as optimizer_problems
@@ -185,7 +184,7 @@ def _model(config: RunConfig) -> Iterator[str]:
     here = Path(model.path or "").expanduser()
     if model.path and not (here / "config.json").is_file() and (inside := sorted(here.glob("*/config.json"))):
         yield f"model.path={model.path}: holds models, and is none; give one of them, as in model.path={inside[0].parent}"
-    yield from model_problems(config.objective, config, encoder_decoder.read_config(model.path))
+    yield from model_problems(config.objective, config, read_config(model.path))
     if model.neftune_alpha:
         yield from _noise(config)
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from trainer.model.quantisation import Quantisation
-
 
 class ModelKind(StrEnum):
     """What a model computes, and so which class of transformers it is."""
@@ -28,6 +26,15 @@ class Attention(StrEnum):
     flex = "flex"
     sdpa = "sdpa"
     eager = "eager"
+
+
+class Quantisation(StrEnum):
+    """How a frozen base is stored."""
+
+    none = "none"
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
 
 
 @dataclass(kw_only=True, slots=True)

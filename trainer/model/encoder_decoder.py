@@ -1,11 +1,7 @@
-"""Encoder-decoder architectures: which are proven, what is asked of a run with one, and what building one needs.
-
-`problems` reads the model's config.json alone, so that it can answer before transformers is imported.
-"""
+"""Encoder-decoder architectures: what building one needs. Which of them go with which objective: `rules.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +11,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from strategies.small_files import read_object
-from trainer.model.config import ModelKind
 from trainer.model.weights import Checkpoint
-
-KNOWN = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
-"""`model_type`s whose loss a test has shown to be that of transformers (tests/objectives/test_seq2seq.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,61 +22,6 @@ class EncoderDecoder:
     """Token that the decoder begins with."""
     fixed: dict[str, Tensor] = field(default_factory=dict)
     """Values of parameters that are computed, never trained, and need not be in the checkpoint (sinusoidal positions)."""
-
-
-def read_config(path: str | None) -> dict[str, Any] | None:
-    """The config.json of a model directory; None where there is none to be read (a hub id)."""
-    if path is None:
-        return None
-    file = Path(path).expanduser() / "config.json"
-    try:
-        return read_object(file) if file.exists() else None
-    except (OSError, ConfigError):  # which says what is wrong once the model itself is read
-        return None
-
-
-def problems(
-    model: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]
-) -> Iterator[str]:
-    """What does not go together, one line each: a model, the content of its config.json (or its equivalent), and the kind
-    that the objective named trains, with the most positions it needs on a side by the setting that says so.
-    """
-    called = model.get("model_type", "unknown")
-    both = bool(model.get("is_encoder_decoder", called in KNOWN))
-    if kind is not ModelKind.encoder_decoder:
-        if both and kind is ModelKind.classifier:
-            yield (
-                f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), whose classifiers are not "
-                "proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
-            )
-        elif both:
-            way = "set objective=seq2seq, or choose" if called in KNOWN else "no objective trains this one; choose"
-            yield (
-                f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), and this objective learns "
-                f"with a decoder alone; {way} a causal model such as Llama or Qwen"
-            )
-        return
-    if not both:
-        yield (
-            f"objective={objective}: model.path={path} has no encoder ({called}); set objective=sft for a causal model, or "
-            f"choose an encoder-decoder model ({', '.join(KNOWN)})"
-        )
-        return
-    if called not in KNOWN:
-        yield (
-            f"objective={objective}: model.path={path} is a {called} model, whose loss is not proven here; "
-            f"choose one of {', '.join(KNOWN)}"
-        )
-    most = model.get("max_position_embeddings")
-    for key, value in lengths.items():
-        if most is not None and value > most:
-            yield f"{key}={value}: model.path={path} has positions for {most} tokens; set {key}={most} or less"
-
-
-def check(model: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]) -> None:
-    """The same for a model that was only now found (one of the hub). Raises ConfigError."""
-    if found := list(problems(model, path, kind, objective, lengths)):
-        raise ConfigError(found)
 
 
 def start_token(config: Any, directory: Path) -> int:

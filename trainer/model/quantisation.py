@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +22,8 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from strategies.simulation import kept_once
+from trainer.model.config import Quantisation
+from trainer.model.rules import missing_package
 
 BLOCK = 64
 """Consecutive elements of a 4-bit weight that share a scale."""
@@ -33,22 +33,6 @@ ALIGNMENT = 16
 """Bytes to which the whole is padded, so that any shard of it starts at a whole element."""
 WORTH_A_WORD = 0.05
 """Share of a model's parameters that are not stored packed, from which on it is said."""
-
-
-class Quantisation(StrEnum):
-    """How a frozen base is stored."""
-
-    none = "none"
-    nf4 = "nf4"
-    fp4 = "fp4"
-    int8 = "int8"
-
-
-def missing_package() -> str | None:
-    """What to install where bitsandbytes is not there; None where it is."""
-    if find_spec("bitsandbytes") is not None:
-        return None
-    return "needs the package bitsandbytes (pip install 'shardtune[qlora]')"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import nn
 from strategies.errors import ConfigError
 from trainer.model.architecture import auto_class
 from trainer.model.config import ModelKind
-from trainer.model.encoder_decoder import read_config
+from trainer.model.rules import read_config
 
 EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "compressed-tensors": "compressed"}
 """The library that reads a model, as its config.json names it, and the extra that brings it."""

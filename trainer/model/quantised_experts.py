@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.model.quantisation import BLOCK, SCALE_BLOCK, Quantisation, Scheme, codes_of, floats
+from trainer.model.config import Quantisation
+from trainer.model.quantisation import BLOCK, SCALE_BLOCK, Scheme, codes_of, floats
 from trainer.tuning.expert_parts import expert_modules, weight_names
 
 Shape = tuple[int, int, int]

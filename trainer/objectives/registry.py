@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from trainer.data.config import DataFormat
 from trainer.data.objective_spec import Reading
-from trainer.model import encoder_decoder
+from trainer.model.rules import kind_problems
 from trainer.objectives import classification, distillation, kto, preference, pretrain, reward, seq2seq, sft
 from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig
 
@@ -63,4 +63,4 @@ def model_problems(config: ObjectiveConfig, around: Around, model: dict | None) 
     if model is not None:
         family = family_of(config)
         lengths = family.longest(config, around.data)
-        yield from encoder_decoder.problems(model, around.model.path, family.kind, config.name, lengths)
+        yield from kind_problems(model, around.model.path, family.kind, config.name, lengths)

@@ -18,7 +18,7 @@ from trainer.build.parts import workload
 from trainer.build.recomputation import device_gib, longest_lengths
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
-from trainer.model.quantisation import Quantisation
+from trainer.model.config import Quantisation
 from trainer.objectives.registry import reading_of
 from trainer.planner.hardware import GIB, Fit, fit_of, groups_of
 from trainer.stopping.signals import SIGNALS

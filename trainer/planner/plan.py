@@ -23,7 +23,7 @@ from strategies.tensor_inventory import MemoryKind
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
 from trainer.model.config import ModelKind as ModelKind
-from trainer.model.quantisation import Quantisation
+from trainer.model.config import Quantisation
 from trainer.objectives.registry import family_of
 from trainer.planner.cost_model import Form, Taken
 from trainer.planner.hardware import Card, Fit, fit, host_gib, room

@@ -24,8 +24,8 @@ from tests.strategies.test_mesh import SHARDS
 from trainer.build.parts import prepare_data
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
+from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
-from trainer.model.quantisation import Quantisation
 from trainer.planner import plan as plan_module
 from trainer.planner import sweep
 from trainer.planner.lengths import Lengths

@@ -1,0 +1,81 @@
+"""What a model's config.json and the settings alone can answer, before anything that computes is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError
+from strategies.small_files import read_object
+from trainer.model.config import ModelKind
+
+KNOWN = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
+"""`model_type`s of encoder-decoder models whose loss is that of transformers, as tests/objectives/test_seq2seq.py shows."""
+
+
+def read_config(path: str | None) -> dict[str, Any] | None:
+    """The config.json of a model directory; None where there is none to be read (a hub id)."""
+    if path is None:
+        return None
+    file = Path(path).expanduser() / "config.json"
+    try:
+        return read_object(file) if file.exists() else None
+    except (OSError, ConfigError):  # which says what is wrong once the model itself is read
+        return None
+
+
+def kind_problems(
+    model: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]
+) -> Iterator[str]:
+    """Why a model cannot be trained as the `kind` that its objective needs, one line each.
+
+    `model` is the content of its config.json. `lengths` are the positions that the run needs on a side, by the setting that
+    asks for them.
+    """
+    called = model.get("model_type", "unknown")
+    both = bool(model.get("is_encoder_decoder", called in KNOWN))
+    if kind is not ModelKind.encoder_decoder:
+        if both and kind is ModelKind.classifier:
+            yield (
+                f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), whose classifiers are not "
+                "proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
+            )
+        elif both:
+            way = "set objective=seq2seq, or choose" if called in KNOWN else "no objective trains this one; choose"
+            yield (
+                f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), and this objective learns "
+                f"with a decoder alone; {way} a causal model such as Llama or Qwen"
+            )
+        return
+    if not both:
+        yield (
+            f"objective={objective}: model.path={path} has no encoder ({called}); set objective=sft for a causal model, or "
+            f"choose an encoder-decoder model ({', '.join(KNOWN)})"
+        )
+        return
+    if called not in KNOWN:
+        yield (
+            f"objective={objective}: model.path={path} is a {called} model, whose loss is not proven here; "
+            f"choose one of {', '.join(KNOWN)}"
+        )
+    most = model.get("max_position_embeddings")
+    for key, value in lengths.items():
+        if most is not None and value > most:
+            yield f"{key}={value}: model.path={path} has positions for {most} tokens; set {key}={most} or less"
+
+
+def check_kind(
+    model: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]
+) -> None:
+    """Raise ConfigError with the `kind_problems` of a model whose config.json came only now (one of the hub)."""
+    if problems := list(kind_problems(model, path, kind, objective, lengths)):
+        raise ConfigError(problems)
+
+
+def missing_package() -> str | None:
+    """What to install where bitsandbytes is not there; None where it is."""
+    if find_spec("bitsandbytes") is not None:
+        return None
+    return "needs the package bitsandbytes (pip install 'shardtune[qlora]')"
