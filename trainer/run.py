@@ -89,21 +89,27 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
 def _run(
     config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where, freeze: Freeze
 ) -> None:
+    # Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
     tokenizer = load_tokenizer(config.model)
     data, tasks, staged, runtime = meet(config, tokenizer, request, where)
     run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
-    where.still_ours(runtime)  # before the choice is written down
+
+    # What `auto` stands for is written into the frozen configuration, if the directory is still this attempt's.
+    where.still_ours(runtime)
     config = keep_date(config, data.date, run_dir, runtime, freeze)
     config, runtime = settle_matmul(config, run_dir, runtime, freeze)
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = RunPlace(sha256, runtime, console, Agreement(request, runtime), where)
     precision = resolve_precision(config.precision, runtime)
-    checked = check(config, data, place)
-    config = choose_open(config, TrialInputs(tokenizer, data, precision, runtime), place, freeze)
+    checked = check_identity(config, data, place)
+    config = settle_choices(config, TrialInputs(tokenizer, data, precision, runtime), place, freeze)
+    # Refused here, before there are weights, rather than by the allocator an hour later.
     where.phase = "simulating whether the run fits"
     checked |= must_fit(config, data, precision, runtime, console.say) | staged.record()
+
     where.phase = "building the model"
     engine, built, source = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
+    # Before a checkpoint is loaded: the reference is the initial model.
     record_reference(config, data, engine, built, place)
     checkpoints, resumed_from, progress = resume(config, engine, place)
     loader, total_steps = build_loader(config, data, built, engine, runtime)
@@ -123,7 +129,9 @@ def _run(
             resumed_from=resumed_from,
         ),
     )
-    request.must_save()  # from here on trackers and checkpoints are to be ended in order
+
+    # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
+    request.must_save()
     trackers = open_records(config, facts, progress, place)
     meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units())
@@ -161,45 +169,52 @@ def meet(
     where: Where,
     open_data: Callable[..., Prepared] = prepare_data,
 ) -> tuple[Prepared, list[Ready], Staged, processes.Runtime]:
-    """The data, that of tasks, copies on this node, this process as a rank: no collective can time out while all that is made.
+    """Prepare the data and that of tasks, copy them to this node's disk, and only then form the process group.
 
-    All ranks must call. Raises Preempted on every rank when any was told to stop meanwhile, LeaseLost on every rank when rank 0
-    stopped since another attempt had taken the directory over.
+    No collective can time out while the data is made, since there is none before the last line. All ranks must call. Raises
+    Preempted on every rank if any was told to stop meanwhile, LeaseLost on every rank if another attempt took the directory.
     """
 
-    def told() -> bool:
+    def is_told_to_stop() -> bool:
         return request.signal_name is not None
 
     check_files(config.model)
     with where.meet(config.run.timeout_s) as meeting:
 
         def stop() -> bool:
-            return meeting.stopping(told())
+            return meeting.stopping(is_told_to_stop())
 
         choose_date = date_of_run(config, where.run_dir, meeting, stop)
         log = None if where.run_dir is None else where.run_dir / "logs" / f"rank-{meeting.rank}.log"
         say = Console(enabled=meeting.rank == 0, log=log).say
         data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
-        around = TaskContext.of(config.data, config.objective, data.date)
+        task_context = TaskContext.of(config.data, config.objective, data.date)
         own_rows = data if data.has_rows else None
-        tasks = prepare(asked_tasks(config), around, own_rows, tokenizer, stop=stop)
+        tasks = prepare(asked_tasks(config), task_context, own_rows, tokenizer, stop=stop)
         where.phase = "copying to the disk of the node"
         staged = stage(config, data, stop=stop)
         where.phase = "start of the processes"
-        if not meeting.go_on(told):
+        if not meeting.go_on(is_told_to_stop):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
     return staged.tokens(data), tasks, staged, start_processes(config, meeting.store)
 
 
-def check(config: RunConfig, data: Prepared, place: RunPlace) -> dict[str, Any]:
-    """What `run.json` says of the run that is gone on with. All ranks must call. Raises ConfigError where it is another run."""
+def check_identity(config: RunConfig, data: Prepared, place: RunPlace) -> dict[str, Any]:
+    """What makes this run the one in its directory, for `run.json`. All ranks must call.
+
+    Raises ConfigError on every rank if code, data, model or settings differ from those of the checkpoint it resumes from, and
+    `run.accept` does not name the difference.
+    """
     place.where.phase = "comparing with the run that is gone on with"
     place.where.still_ours(place.runtime)
     return establish(config, data, place.run_dir, place.runtime)
 
 
-def choose_open(config: RunConfig, given: TrialInputs, place: RunPlace, freeze: Freeze) -> RunConfig:
-    """The run with what it chooses itself, which is frozen. All ranks must call. Errors: those of choosing."""
+def settle_choices(config: RunConfig, inputs: TrialInputs, place: RunPlace, freeze: Freeze) -> RunConfig:
+    """Choose the strategy and the micro-batch, if they are `auto`, and freeze the choice. All ranks must call.
+
+    Raises DoesNotFit if no choice fits into memory.
+    """
 
     def keep(chosen: RunConfig) -> None:
         place.where.still_ours(place.runtime)
@@ -207,13 +222,16 @@ def choose_open(config: RunConfig, given: TrialInputs, place: RunPlace, freeze: 
             freeze(place.run_dir, chosen)
 
     place.where.phase = "choosing the strategy"
-    config = settle_strategy(config, given, place.console.say, keep)
+    config = settle_strategy(config, inputs, place.console.say, keep)
     place.where.phase = "choosing the micro-batch"
-    return settle_micro(config, given, place.console.say, keep)
+    return settle_micro(config, inputs, place.console.say, keep)
 
 
 def resume(config: RunConfig, engine: Engine, place: RunPlace) -> tuple[Checkpoints, Path | None, Progress]:
-    """(the run's checkpoints, the one that `engine` now has the state of, how far that is). All ranks must call."""
+    """Load the checkpoint that `run.resume` names into `engine`. All ranks must call. Errors: StorageError, ConfigError.
+
+    Returns the run's checkpoints, the one that was loaded (None at a first start), and its progress.
+    """
     place.where.phase = "resuming"
     places = places_of(place.run_dir, config.checkpoint.fallback_dir)
     checkpoints = Checkpoints(places, config.checkpoint, place.runtime, place.console.say)
@@ -236,8 +254,8 @@ def evaluators_of(
     challenges: Challenges,
     place: RunPlace,
 ) -> list[Evaluator]:
-    """The evaluators that the configuration asks for; none without held-out data and tasks."""
-    found = build_evaluators(
+    """The evaluators that the configuration asks for; empty without held-out data and tasks."""
+    evaluators = build_evaluators(
         replace(config.evaluation, tasks=asked_tasks(config)),
         config.model,
         data.evaluation,
@@ -251,7 +269,7 @@ def evaluators_of(
     def asking() -> Asking:
         return asking_of(config, data, built, tokenizer, engine, place.runtime, place.agreement.another().asked)
 
-    return watched(config, challenges, found, tasks, asking, place)
+    return watched(config, challenges, evaluators, tasks, asking, place)
 
 
 def asking_of(
@@ -263,7 +281,7 @@ def asking_of(
     runtime: processes.Runtime,
     stop_now: Callable[[], bool],
 ) -> Asking:
-    """The run's model as tasks ask it."""
+    """The run's model behind the calls that tasks make: answers, likelihoods, labels, losses."""
     return build_asking(
         config.evaluation,
         config.model,
@@ -280,14 +298,14 @@ def monitors_of(
     config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, place: RunPlace
 ) -> Monitors:
     """What may end the run early, or leave an update out."""
-    told = Told(place.run_dir, data.directory, loader, place.console.say)
-    guards = Guards(config.guards, config.optim.max_skipped_steps, place.runtime, told)
-    slow = Stragglers(config.logging.slow_rank, place.runtime, tell_of_slow(place))
-    return Monitors(place.agreement, guards, slow, challenges)
+    anomaly_log = Told(place.run_dir, data.directory, loader, place.console.say)
+    guards = Guards(config.guards, config.optim.max_skipped_steps, place.runtime, anomaly_log)
+    stragglers = Stragglers(config.logging.slow_rank, place.runtime, tell_of_slow(place))
+    return Monitors(place.agreement, guards, stragglers, challenges)
 
 
 def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
-    """What of the configuration the loop goes by."""
+    """The part of the configuration that the loop reads."""
     return LoopSettings(
         total_steps=total_steps,
         seed=config.run.seed,
@@ -300,7 +318,7 @@ def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
 
 
 def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
-    """This process as a rank of its job, whose ranks may have met in `store` before. All ranks must call."""
+    """Join the process group of the job; `store`: where the ranks have met before. All ranks must call."""
     run = config.run
     return processes.start(
         str(run.device),
@@ -313,23 +331,28 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
 
 
 def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: Built, place: RunPlace) -> None:
-    """What the initial model says of the data, where the objective compares with it and it will be gone. All ranks call."""
+    """Record the initial model's log-probabilities of the data, which the objective compares with. All ranks must call.
+
+    Nothing is recorded if the objective needs none, or if the base stays in the model under its adapter.
+    """
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return
     place.where.phase = "recording the reference"
-    start = getattr(config.tuning, "from_", None)
+    first_adapter = getattr(config.tuning, "from_", None)
     place.console.say("reference: recording what the model says of every answer before training, once")
-    how = Recording(
+    recording = Recording(
         built.collator,
         built.reading.ahead,
         batch=max(config.batch["micro"], config.evaluation.batch),
         directory=place.run_dir / "reference",
-        key=place.sha256 if start is None else f"{place.sha256}/{adapter_hash(start)}",
+        # What decides the initial model: the configuration, and the weights of the adapter that it begins from.
+        key=place.sha256 if first_adapter is None else f"{place.sha256}/{adapter_hash(first_adapter)}",
     )
     splits = {"train": data.train, "eval": data.evaluation}
     try:
-        record(splits, engine, how, place.runtime, place.agreement.another().asked)
-    except Preempted:  # on all ranks alike
+        record(splits, engine, recording, place.runtime, place.agreement.another().asked)
+    except Preempted:
+        # Raised on all ranks alike. If the directory was lost meanwhile, that is the reason to give.
         place.where.still_ours(place.runtime)
         raise
 
@@ -337,7 +360,10 @@ def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: B
 def export(
     config: RunConfig, engine: Engine, built: Built, tokenizer: Any, of_model: ModelFacts, place: RunPlace
 ) -> Path | None:
-    """Write `export/`, where asked for and no gate says no; its directory. All ranks must call. Errors: those of writing."""
+    """Write `export/` and return its directory; None if none is asked for, or if a gate or a changed base forbids it.
+
+    All ranks must call. Notes in `of_model` what the gates said. Errors: those of writing.
+    """
     if not config.export.at_end:
         return None
     at = (place.run_dir, of_model.step, config.checkpoint.fallback_dir)
@@ -364,10 +390,10 @@ def export(
 
 
 def changed_base(config: RunConfig, of_model: ModelFacts, place: RunPlace) -> list[str]:
-    """What has changed of the base since this start looked at it, which is said; mostly nothing. All ranks must call.
+    """Files of the base that have changed since this run started, one line each; mostly empty. All ranks must call.
 
-    An export copies the base or folds into it: with another base it would be a model that nobody trained. The run itself
-    is done, so that this neither fails it nor starts it again.
+    An export copies the base or merges into it: with another base it would be a model that nobody trained. The run itself
+    is done, so a changed base is only said on the screen: it neither fails the run nor starts it again.
     """
 
     def compare() -> list[str]:
@@ -376,9 +402,9 @@ def changed_base(config: RunConfig, of_model: ModelFacts, place: RunPlace) -> li
 
     changed = found_on_main(compare, place.runtime)
     if changed:
-        said = (
+        message = (
             "not exported: the base has changed since this run started; its checkpoints are whole. Bring these files back and "
             f"run `shardtune export {place.run_dir}`, or add accept=[{BASE}] to export with the base that lies there then"
         )
-        place.console.say("\n    ".join([said, *changed]))
+        place.console.say("\n    ".join([message, *changed]))
     return changed
