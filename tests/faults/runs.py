@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
@@ -22,6 +23,7 @@ from unittest.mock import patch
 
 import psutil
 
+from strategies import shared_files
 from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, clean_environment, command_here, free_port
 from tests.helpers.speed import seconds
@@ -240,3 +242,26 @@ def flood(process: Process, *numbers: int, every_s: float = 0.02) -> int:
             process.send_signal(next(again))
         time.sleep(every_s)
     return process.wait(timeout=seconds(10))
+
+
+ELSEWHERE = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
+ELSEWHERE += ['hostname elsewhere && exec "$@"', "elsewhere"]
+"""Another host name and other process ids, as on another host that shares the disk."""
+
+
+def can_be_elsewhere() -> bool:
+    return subprocess.run([*ELSEWHERE, "true"], capture_output=True, check=False).returncode == 0
+
+
+def start_elsewhere(runs, out, run, *words):
+    with (runs.root / f"{out}.out").open("w") as file:
+        command = [*ELSEWHERE, *runs.words(run, *words)]
+        process = subprocess.Popen(command, env=environment(**PACED), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    runs.started.append(process)
+    return process
+
+
+def take_over(run_dir, owner):
+    """As another attempt claims a directory that is looked at: at once whole."""
+    claim = run_dir / "lease" / "000002.json"
+    shared_files.claim(claim, json.dumps(asdict(owner)).encode(), "elsewhere")

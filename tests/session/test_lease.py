@@ -1,0 +1,257 @@
+"""A run directory has one owner, on whatever host and whatever the clocks and the file system do."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+
+from launch.cluster.supervisor import begin, outcome
+from strategies import atomic_io
+from strategies.errors import Preempted, StorageError
+from tests.faults.runs import ROOT, can_be_elsewhere, take_over, wait
+from tests.helpers.speed import seconds
+from trainer import run as run_module
+from trainer.config.run import RunConfig
+from trainer.reporting.status import record_failure
+from trainer.session import announcements as telling
+from trainer.session import lease as lease_module
+from trainer.session.attempt import Where, attempt
+from trainer.session.lease import InUse, Lease, LeaseLost, Owner, other_owner
+from trainer.stopping.signals import StopRequest
+
+
+@pytest.mark.parametrize("end", [Preempted("asked to stop"), KeyboardInterrupt(), ValueError("x")], ids=repr)
+def test_however_an_attempt_ends_it_looks_whose_the_directory_is(tmp_path, another_host, end):
+    status = tmp_path / "status.json"
+    with pytest.raises(BaseException, match="on elsewhere") as caught, attempt(tmp_path, 60, StopRequest()):
+        take_over(tmp_path, Owner(host="elsewhere"))
+        status.write_text("the other's")
+        raise end
+    assert isinstance(caught.value, LeaseLost)
+    assert status.read_text() == "the other's"
+    assert not (tmp_path / "failure.json").exists()
+
+
+def test_a_stop_before_training_is_looked_at_by_all_ranks(monkeypatch):
+    def stops(*_):
+        raise Preempted("asked to stop while the reference was computed")
+
+    def lost():
+        raise LeaseLost("run.dir=x: another took it over")
+
+    monkeypatch.setattr(run_module, "record", stops)
+    built = MagicMock()
+    built.tuning.keeps_base = False
+    where = Where(lease=SimpleNamespace(check=lost))
+    place = SimpleNamespace(where=where, runtime=SimpleNamespace(world_size=1), run_dir=Path(), sha256="")
+    place.console = place.agreement = MagicMock()
+    with pytest.raises(LeaseLost):
+        run_module.record_reference(RunConfig(), MagicMock(), MagicMock(), built, place)
+    with pytest.raises(LeaseLost):  # and so before what the run is, and that it runs, is written down
+        run_module.check(RunConfig(), MagicMock(), place)
+    monkeypatch.setattr(telling, "start_text", lambda facts: "")
+    with pytest.raises(LeaseLost):
+        telling.open_records(RunConfig(), {}, MagicMock(), place)
+
+
+def test_a_directory_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_path, monkeypatch, capsys):
+    def stale(directory):
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    before = begin(tmp_path)
+    record_failure(tmp_path, 1, StorageError("checkpoints/step-000005: no space left"), "training", 5)
+    monkeypatch.setattr(lease_module, "latest", stale)
+    assert outcome(tmp_path, 1, before) == 74
+    assert "checkpoints/step-000005: no space left" in capsys.readouterr().err
+
+
+PATIENCE_S = 60.0
+"""Of a directory that others may want, on a machine that may let nobody work for seconds."""
+
+
+@pytest.fixture
+def another_host(monkeypatch):
+    """Owners are judged by their signs of life alone, as between hosts, which come twelve times a second."""
+    monkeypatch.setattr(lease_module, "process_identity", lambda pid: "")
+    monkeypatch.setattr(lease_module, "BEATS", 12 * PATIENCE_S)
+
+
+def test_only_signs_of_life_decide_between_hosts(tmp_path, another_host):
+    owner = Lease.acquire(tmp_path, PATIENCE_S)
+    with pytest.raises(InUse, match="is running it"):
+        Lease.acquire(tmp_path, PATIENCE_S)
+    assert other_owner(tmp_path) is not None
+    owner.check()
+    owner.release()
+    assert other_owner(tmp_path) is None
+    begun = time.monotonic()
+    with Lease.acquire(tmp_path, 10**6):  # what is over is not waited for
+        assert time.monotonic() - begun < seconds(60)
+
+
+HIDDEN = """
+import os, subprocess, time
+from trainer.session.lease import Owner, lives_here, process_identity, this_process
+def become(user):
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+there = os.fork()
+if not there:
+    become(4711)
+    time.sleep(3600)
+owner, mine = Owner(pid=there, process=process_identity(there)), this_process(1)
+subprocess.run(["mount", "-t", "proc", "-o", "hidepid=2", "proc", "/proc"], check=True)
+asker = os.fork()
+if not asker:
+    become(4712)
+    assert process_identity(there) == "" and lives_here(owner, mine) is None
+    os._exit(0)
+told = os.waitstatus_to_exitcode(os.waitpid(asker, 0)[1])
+os.kill(there, 9)
+os.waitpid(there, 0)
+os._exit(told or lives_here(owner, mine) is not False)
+"""
+
+
+@pytest.mark.skipif(not can_be_elsewhere(), reason="needs root, and namespaces")
+def test_a_process_of_another_user_that_is_not_shown_is_not_taken_for_gone():
+    """As on hosts of many users, where /proc shows each their own (`hidepid`): its run was taken over while it lived."""
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", HIDDEN], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_claim_that_is_missed_at_one_look_is_not_another_attempt(tmp_path, monkeypatch):
+    with Lease.acquire(tmp_path, 60) as lease:
+        monkeypatch.setattr(lease, "_claim_is_here", lambda: False)
+        lease.check()
+
+
+def test_who_waits_for_a_silent_owner_can_be_told_to_stop(tmp_path, another_host):
+    silent = Lease.acquire(tmp_path, 60)
+    with pytest.raises(Preempted, match="nothing was begun"):
+        Lease.acquire(tmp_path, 60, stop=lambda: True)
+    silent.release()
+
+
+def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_stops(
+    tmp_path, another_host, monkeypatch
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lost = threading.Event()
+    earlier = Lease.acquire(tmp_path, 60, on_loss=lost.set)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with Lease.acquire(tmp_path, 60) as later:
+        with pytest.raises(LeaseLost, match=r"job 7, start 1, since .* took it over"):
+            earlier.check()
+        assert lost.wait(seconds(60))  # found out by itself, too
+        earlier.release()
+        later.check()  # the end of the earlier one says nothing about the later
+
+
+def test_of_many_at_once_one_gets_it(tmp_path, another_host):
+    got, barrier = [], threading.Barrier(6)
+
+    def want():
+        barrier.wait()
+        try:
+            got.append(Lease.acquire(tmp_path, PATIENCE_S))
+        except InUse:
+            return
+
+    threads = [threading.Thread(target=want) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1
+    got[0].check()
+    got[0].release()
+
+
+def test_who_claims_between_the_look_of_another_and_its_claim_keeps_it(tmp_path, another_host, monkeypatch):
+    look, first = lease_module.refuse_in_use, []
+
+    def overtaken(*words):
+        look(*words)
+        if not first:
+            first.append(None)
+            first[0] = Lease.acquire(tmp_path, PATIENCE_S)
+
+    monkeypatch.setattr(lease_module, "refuse_in_use", overtaken)
+    with pytest.raises(InUse):
+        Lease.acquire(tmp_path, PATIENCE_S)
+    first[0].check()
+    first[0].release()
+
+
+class Network(atomic_io.Disk):
+    """What network file systems do: answers that get lost, old listings, stale handles, writes of a few bytes, errors."""
+
+    def __init__(self):
+        self.old_listing, self.stale, self.broken = True, 1, 0
+
+    def names(self, directory):
+        return [] if self.old_listing else super().names(directory)
+
+    def open(self, path, flags):
+        if not flags & (os.O_CREAT | os.O_DIRECTORY) and path.exists() and self.stale:
+            self.stale -= 1
+            raise OSError(errno.ESTALE, "stale file handle")
+        return super().open(path, flags)
+
+    def write(self, descriptor, content):
+        if self.broken:
+            self.broken -= 1
+            raise OSError(errno.EIO, "input/output error")
+        return super().write(descriptor, content[:7])
+
+    def link(self, source, target):
+        super().link(source, target)
+        raise OSError(errno.EIO, "the answer got lost")
+
+
+def test_it_holds_where_there_are_no_links(tmp_path, another_host, monkeypatch):
+    def refused(self, source, target):
+        raise OSError(errno.EPERM, "operation not permitted")
+
+    monkeypatch.setattr(atomic_io.Disk, "link", refused)
+    with Lease.acquire(tmp_path, PATIENCE_S) as owner:
+        with pytest.raises(InUse):
+            Lease.acquire(tmp_path, PATIENCE_S)
+        owner.check()
+
+
+def test_it_holds_on_a_network_file_system(tmp_path, another_host, monkeypatch):
+    network = Network()
+    monkeypatch.setattr(atomic_io, "disk", network)
+    owner = Lease.acquire(tmp_path, PATIENCE_S)
+    network.stale = 1
+    with pytest.raises(InUse):  # the listing is empty, and the claim is there
+        Lease.acquire(tmp_path, PATIENCE_S)
+    network.stale, network.broken = 1, 3  # a few signs of life fail
+    wait(lambda: network.broken == 0, "they have failed")
+    owner.check()
+    network.broken = 10**6
+    with pytest.raises(StorageError, match="input/output error"):
+        Lease.acquire(tmp_path / "other", PATIENCE_S)
+    deadline = time.monotonic() + seconds(60)
+    while time.monotonic() < deadline:  # silent for so long that others may take it for dead: it stops by itself
+        owner._beaten_at -= PATIENCE_S
+        try:
+            owner.check()
+        except LeaseLost as lost:
+            assert "no sign of life could be written" in str(lost)
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("never gave up")
