@@ -4,7 +4,6 @@ The tests of a file share its fixtures, so a file is a unit; a room whose files 
 Names of tests stay what they are without workers.
 """
 
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,10 +19,10 @@ FIRST = (
     "tests/checkpoints",
     "tests/docs",
     "tests/faults",
-    "tests/following",
+    "tests/launch/runs",
     "tests/launch",
     "tests/models",
-    "tests/planning",
+    "tests/planner",
     "tests/simulated",
     "tests/tuning",
 )
@@ -42,8 +41,8 @@ def unit_of(nodeid: str) -> str:
 
 def place_of(nodeid: str) -> int:
     """Sort key of the order in which units are handed out."""
-    room = str(Path(nodeid.partition("::")[0]).parent)
-    return FIRST.index(room) if room in FIRST else len(FIRST)
+    path = nodeid.partition("::")[0]
+    return next((place for place, room in enumerate(FIRST) if path.startswith(f"{room}/")), len(FIRST))
 
 
 def memory() -> int:

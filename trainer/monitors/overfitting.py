@@ -5,7 +5,7 @@ one-sided, exact). A held-out loss that drifts, as under a rate that is a little
 whatever the level is: the gap alone tells that from overfitting, and it is looked at in every evaluation. Its level is therefore
 divided by their number; and what makes both losses worse is not called overfitting. By simulation a run whose held-out loss
 drifts while gap and training loss hover is called overfitting in 1 % of runs of 10 to 50 evaluations, and one in which all
-hover in fewer (`tests/challenges/test_trend.py`); what real runs gave: `benchmarks/challenges`.
+hover in fewer (`tests/monitors/test_trend.py`); what real runs gave: `benchmarks/challenges`.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def test_a_killed_launcher_leaves_no_orphan(job, tmp_path):
     assert_gone(tmp_path / "run")
 
 
-@whole("status names the process that was started as the one that trains in tests/following/test_real_runs.py")
+@whole("status names the process that was started as the one that trains in tests/launch/runs/test_real_runs.py")
 def test_one_process_trains_without_torchrun(job, tmp_path):
     process = job("short", "strategy=single", processes=1)
     _, err = process.communicate(timeout=seconds(60))
