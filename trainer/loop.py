@@ -61,11 +61,11 @@ class Trainer:
         self.agreement = monitors.agreement
         self.guards = monitors.guards
         self.stragglers = monitors.stragglers
-        self.challenges = monitors.evaluations
+        self.evaluation_monitor = monitors.evaluations
 
         self.outcome = Outcome(
             progress,
-            challenges=self.challenges.record,
+            challenges=self.evaluation_monitor.record,
             watch=settings.evaluation.watch,
             greater_is_better=bool(settings.evaluation.greater_is_better),
         )
@@ -114,7 +114,7 @@ class Trainer:
             except RollBack as rollback:
                 self._roll_back(rollback.outlier)
 
-        self.challenges.finished(self.progress)
+        self.evaluation_monitor.finished(self.progress)
         if self.settings.save_final:
             self._save()
         self._settle()
@@ -273,7 +273,7 @@ class Trainer:
             self.metrics.log(row, step=row["step"])
             self.progress.skipped_steps += int(bool(row.get("skipped")))
             self.progress.outliers += int(any(key in row for key in OUTLIERS))
-        self.challenges.rows(self.progress, rows)
+        self.evaluation_monitor.rows(self.progress, rows)
         if not rows:
             return
         self.outcome.last_row = rows[-1]
@@ -321,7 +321,7 @@ class Trainer:
                 values.update(evaluator.run(self.engine))
         except Interrupted:
             self._stop_for_signal()
-        values |= self.challenges.evaluated(self.progress, values)
+        values |= self.evaluation_monitor.evaluated(self.progress, values)
         if not values:
             return values
         step = self.progress.step
@@ -337,23 +337,23 @@ class Trainer:
 
     def _ask_base_model(self) -> None:
         try:
-            self.challenges.begin(self.engine, self.progress)
+            self.evaluation_monitor.begin(self.engine, self.progress)
         except Interrupted:
             self._stop_for_signal()
 
     def _stop_at_limit(self) -> None:
         """Save and raise LimitExceeded if an evaluation says that the run must not go on. All ranks must call."""
-        if self.challenges.ends is None or self.challenges.stops_early():
+        if self.evaluation_monitor.ends is None or self.evaluation_monitor.stops_early():
             return
         # The checkpoint owes an evaluation, so that the next start looks again. It may exist already: write it anew.
         self.progress.owes_evaluation = True
         self._saved_step = -1
         self._save()
         self._settle()
-        self.challenges.raise_if_exceeded()
+        self.evaluation_monitor.raise_if_exceeded()
 
     def _is_out_of_patience(self) -> bool:
-        reason = self.challenges.stops_early() or out_of_patience(self.settings.evaluation, self.progress)
+        reason = self.evaluation_monitor.stops_early() or out_of_patience(self.settings.evaluation, self.progress)
         if reason:
             self.display.say(reason)
         return bool(reason)

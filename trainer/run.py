@@ -34,7 +34,7 @@ from trainer.loop import Trainer
 from trainer.loop_types import LoopSettings, Monitors, Sinks
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.monitors.anomalies import Guards
-from trainer.monitors.anomaly_log import Told
+from trainer.monitors.anomaly_log import AnomalyLog
 from trainer.monitors.detectors import Challenges
 from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.reference import Recording, record
@@ -298,7 +298,7 @@ def monitors_of(
     config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, place: RunPlace
 ) -> Monitors:
     """What may end the run early, or leave an update out."""
-    anomaly_log = Told(place.run_dir, data.directory, loader, place.console.say)
+    anomaly_log = AnomalyLog(place.run_dir, data.directory, loader, place.console.say)
     guards = Guards(config.guards, config.optim.max_skipped_steps, place.runtime, anomaly_log)
     stragglers = Stragglers(config.logging.slow_rank, place.runtime, tell_of_slow(place))
     return Monitors(place.agreement, guards, stragglers, challenges)

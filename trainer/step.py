@@ -55,7 +55,7 @@ class TrainStep(nn.Module):
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         if self.routed is None:
             return self.objective.terms(self.model, batch)
-        # The pass before a step's first backward pass that only counts what the routers choose (`objectives/ahead.py`).
+        # The pass before a step's first backward pass that only counts what the routers choose (`objectives/step_totals.py`).
         if "choices_alone" in batch:
             return self.routed.choices(self.model, batch)
         return self.routed.terms(self.model, lambda: self.objective.terms(self.model, batch), batch)
@@ -93,10 +93,14 @@ def _shares_nothing(block: nn.Module, uses: Counter[int]) -> bool:
 
 @dataclass(slots=True)
 class Built:
-    """The architecture of a run, on the meta device, tuned but not sharded."""
+    """The architecture of a run, on the meta device, tuned but not sharded.
+
+    A base name is the name of a parameter in the base model, without what a tuning method wraps around its module.
+    """
 
     step_module: TrainStep
     tuning: Tuning
+    """The tuning method, applied to the model of `step_module`."""
     reading: Reading
     """How the objective reads data."""
     collator: Collator
@@ -104,6 +108,7 @@ class Built:
     arrangement: Arrangement
     """How documents lie in a row, and the attention kernel."""
     new_token_ids: list[int]
+    """Ids of the tokens that the run adds to the vocabulary."""
     vocabulary: frozenset[str]
     """Base names of the parameters that have a row for each token."""
     plain: Any
@@ -121,7 +126,7 @@ class Built:
     zeroed: dict[str, int] = field(default_factory=dict)
     """The row that stays zero, by base name."""
     activations: float | None = None
-    """Bytes that the longest micro-batch holds at its peak on one rank, where they were counted."""
+    """Bytes that the longest micro-batch holds at its peak on one rank; None if they were not counted."""
     expected: tuple[float, float] | None = None
     """(model state, activations) in bytes on one rank, as estimated before there are weights."""
     folded: Folded | None = None

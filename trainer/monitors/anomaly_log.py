@@ -1,4 +1,4 @@
-"""What is told of a step that stands out: on the screen, and in `events.jsonl` with the documents it was taken on."""
+"""Records steps whose loss or gradient norm stands out: on the screen, and in `events.jsonl` with their documents."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ SHOWN = 4
 PLACE = ("source", "file", "line")
 
 
-class Told:
-    """Tells of outliers; for rank 0 only. Errors: StorageError where the file cannot be written."""
+class AnomalyLog:
+    """Called with each outlier, on rank 0 only. Errors: StorageError if the file cannot be written."""
 
     def __init__(self, run_dir: Path, data: Path, loader: StepLoader, say: Callable[[str], None]) -> None:
-        self.path, self.data, self.loader, self.say = run_dir / EVENTS, data, loader, say
+        """`data`: directory of the prepared data set; `say`: prints a line on the screen."""
+        self.path = run_dir / EVENTS
+        self.data = data
+        self.loader = loader
+        self.say = say
 
     def __call__(self, outlier: Outlier) -> None:
         rows = self.loader.documents(outlier.first_sample)
@@ -43,23 +47,32 @@ class Told:
         self.say(f"warning: {self._text(outlier, places, documents)}")
 
     def _text(self, outlier: Outlier, places: list[tuple[int, int]], documents: list[dict[str, Any]]) -> str:
-        far = " and ".join(
+        scores = " and ".join(
             f"{name} {value:.4g} ({outlier.scores[name]:.1f} standard deviations above the median)"
             for name, value in outlier.values.items()
         )
-        named = ", ".join(f"{each['file']}:{each['line']}" for each in documents[:SHOWN])
-        more = f" and {len(documents) - SHOWN} more" if len(documents) > SHOWN else ""
         stands = "stands" if len(outlier.values) == 1 else "stand"
-        first, last = places[0][0], sum(places[-1]) - 1
+        first_place = places[0][0]
+        last_place = sum(places[-1]) - 1  # the last run of places is (first, count)
+        documents_text = ""
+        if documents:
+            named = ", ".join(f"{document['file']}:{document['line']}" for document in documents[:SHOWN])
+            more = f" and {len(documents) - SHOWN} more" if len(documents) > SHOWN else ""
+            documents_text = f": {named}{more}"
         return (
-            f"step {outlier.step}: {far} {stands} out; {DONE[outlier.action]}. Samples {first} to {last} of the "
-            f"run's order{f': {named}{more}' if named else ''} ({EVENTS})"
+            f"step {outlier.step}: {scores} {stands} out; {DONE[outlier.action]}. Samples {first_place} to {last_place} of the "
+            f"run's order{documents_text} ({EVENTS})"
         )
 
 
 def _document(table: DocumentTable, row: int) -> dict[str, Any]:
-    """Where a document came from, and the hash of what it says: of its fields as JSON, keys sorted, without what is empty."""
+    """Where a document came from, and the SHA-256 of its content: its fields as JSON, keys sorted, empty ones left out."""
     document = table.document(row)
-    place, said = ({key: getattr(document, key) for key in keys} for keys in (PLACE, set(schema().names) - set(PLACE)))
-    text = json.dumps({key: value for key, value in said.items() if value not in (None, "")}, sort_keys=True)
+    place = {key: getattr(document, key) for key in PLACE}
+    content = {}
+    for key in set(schema().names) - set(PLACE):
+        field_value = getattr(document, key)
+        if field_value not in (None, ""):
+            content[key] = field_value
+    text = json.dumps(content, sort_keys=True)
     return {"row": row, **place, "sha256": hashlib.sha256(text.encode()).hexdigest()}
