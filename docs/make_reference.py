@@ -1,6 +1,7 @@
 """Writes `docs/config.md` from the typed settings: their docstrings, types, defaults and ranges. Edit those, not the page.
 
-Also the table in `docs/optimizers.md`, from the data that validation uses.
+Also the comment above each key in `conf/`, from the same docstrings, and the table in `docs/optimizers.md`, from the data
+that validation uses.
 
 python docs/make_reference.py
 """
@@ -9,23 +10,29 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.config.choices import groups, settings_of, variants  # noqa: E402
+from launch.config.choices import CONF_DIR, groups, settings_of, variants  # noqa: E402
 from launch.config.overrides import describe  # noqa: E402
+from strategies.settings import Traits, traits_of  # noqa: E402
 from trainer.config.descriptions import all_docstrings, docstrings  # noqa: E402
-from trainer.config.run import RunConfig  # noqa: E402
-from trainer.config.validate import RANGES  # noqa: E402
+from trainer.config.run import BatchSettings, RunConfig  # noqa: E402
+from trainer.config.tree import settings_below  # noqa: E402
 from trainer.optim.support import table as optimizer_table  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 OPTIMIZERS = ROOT / "docs" / "optimizers.md"
+SHOWN_KEY = re.compile(r"(?P<before> *)# (?P<behind> *)(?P<key>\w+):( .*)?$")
+"""A key in a comment of `conf/`, which shows a default."""
+TAG_OR_CODE = re.compile(r"(`[^`]*`)|(<[^<>`]+>)")
 BEGIN = "<!-- made by docs/make_reference.py from trainer/optim/support.py -->"
 HEAD = """# Configuration reference
 
@@ -38,31 +45,18 @@ Every key can be set on the command line (`key=value`), in an experiment file (`
 `null` unsets a value. Lists are typed as `[a,b]`. A choice's own file in `conf/<group>/` may set another default than the
 one shown (`strategy=hsdp` has `strategy.replicate=0`).
 """
-BATCH = [
-    (
-        "batch.global",
-        "a whole number",
-        "Documents (packs with `data.packing=true`, pairs of answers with `objective=dpo`) in one optimizer step, all "
-        "ranks together. Must be a multiple of "
-        "`batch.micro` x ranks; accumulation is derived.",
-    ),
-    (
-        "batch.micro",
-        "a whole number or `auto`",
-        "Most documents (packs) in one forward pass of one rank. Does not change the result. `auto`: as many as memory "
-        "allows, found at the first start (docs/planning.md).",
-    ),
-]
+EITHER = {"batch.micro": "a whole number or `auto`"}
+"""What may be typed where the type of the field does not say it."""
 
 
-def row(key: str, values: str, default: Any, meaning: str) -> str:
+def row(key: str, values: str, default: Any, meaning: str, traits: Traits) -> str:
     """One line of a table, with the range of a number behind its meaning."""
-    if key in RANGES:
-        bounds, advice = RANGES[key]
-        meaning += f" Range: {bounds}; {advice}."
-    # Markdown would take <a> for a tag and | for the end of a cell; inside backquotes it takes neither.
-    cells = [re.sub(r"<([^<>`]+)>", r"`<\1>`", cell).replace("|", "\\|") for cell in (values, meaning)]
+    if traits.bounds is not None:
+        meaning += f" Range: {traits.bounds}; {traits.advice}."
     key = key.removesuffix("_")  # a keyword of Python, which is typed as it is
+    values = EITHER.get(key, values)
+    # Markdown would take <a> for a tag and | for the end of a cell; inside backquotes it takes neither.
+    cells = [TAG_OR_CODE.sub(lambda m: m[1] or f"`{m[2]}`", cell).replace("|", "\\|") for cell in (values, meaning)]
     return f"| `{key}` | {cells[0]} | `{shown(default)}` | {cells[1]} |"
 
 
@@ -94,19 +88,21 @@ def table(group: str, settings: type, names: list[str]) -> list[str]:
     return [*rows, *table_rows(group, settings, names), ""]
 
 
-def table_rows(prefix: str, settings: type, names: list[str]) -> list[str]:
-    """The rows of some fields, depth first."""
+def table_rows(
+    prefix: str, settings: type, names: list[str], better_advice: Mapping[str, str] | None = None
+) -> list[str]:
+    """The rows of some fields, depth first; `better_advice` is what the group that holds them says about some of them."""
     made, hints, docs, rows = settings(), get_type_hints(settings), all_docstrings(settings), list[str]()
     for n in names:
         key, hint = f"{prefix}.{n}", hints[n]
-        entry = get_args(hint)[1] if get_origin(hint) is dict else None
-        inner, inner_key = (entry, f"{key}.*") if is_dataclass(entry) else (hint, key)
-        if is_dataclass(inner):
-            assert isinstance(inner, type)
+        traits = traits_of(settings, n, better_advice)
+        below = settings_below(hint)
+        if below is not None:
+            inner, between = below
             rows.append(f"| **`{key}`** | | | {docs[n]} |")
-            rows += table_rows(inner_key, inner, [f.name for f in fields(inner)])
+            rows += table_rows(key + between, inner, [f.name for f in fields(inner)], traits.advice_below)
         else:
-            rows.append(row(key, values_of(hint), getattr(made, n), docs[n]))
+            rows.append(row(key, values_of(hint), getattr(made, n), docs[n], traits))
     return rows
 
 
@@ -146,8 +142,7 @@ def page() -> str:
         if name == "substitutions":
             continue
         if name == "batch":
-            rows = [row(key, values, made.batch[key.split(".")[1]], text) for key, values, text in BATCH]
-            lines += ["## batch", "", "| key | values | default | meaning |", "|---|---|---|---|", *rows, ""]
+            lines += ["## batch", "", *table(name, BatchSettings, [f.name for f in fields(BatchSettings)])]
         elif name in variants():
             lines += variant_group(name)
         elif is_dataclass(hint):
@@ -155,7 +150,13 @@ def page() -> str:
             lines += plain_group(name, hint)
         else:
             header = ["| key | values | default | meaning |", "|---|---|---|---|"]
-            lines += [f"## {name}", "", *header, row(name, values_of(hint), getattr(made, name), docs[name]), ""]
+            lines += [
+                f"## {name}",
+                "",
+                *header,
+                row(name, values_of(hint), getattr(made, name), docs[name], Traits()),
+                "",
+            ]
     for group, what in (
         ("experiment", "A complete named run; its file says the command, the hardware and what to expect."),
         ("debug", "A preset that makes any run small."),
@@ -170,7 +171,72 @@ def optimizers_page(text: str) -> str:
     return re.sub(rf"({re.escape(BEGIN)}\n).*?(<!-- end -->)", lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
 
 
+def conf_files() -> dict[Path, type]:
+    """Every file of `conf/` that shows keys in comments, with the class of the settings that stand at its first level."""
+    files: dict[Path, type] = {CONF_DIR / "train.yaml": RunConfig}
+    hints = get_type_hints(RunConfig)
+    for group in hints:
+        for choice in groups().get(group, []):
+            files[CONF_DIR / group / f"{choice}.yaml"] = (
+                settings_of(group, choice) if group in variants() else hints[group]
+            )
+    return files
+
+
+def commented(text: str, settings: type) -> str:
+    """A file of `conf/` with the comment above each commented key made anew from its field.
+
+    Everything else stays: heads, keys that have a value, and examples of names that the user chooses.
+    """
+    lines: list[str] = []
+    comment_start = 0  # lines[comment_start:] are the comment right above the next line
+    classes: dict[int, type | None] = {0: settings}  # the settings whose keys are shown at each level
+    for line in text.splitlines():
+        shown_key = SHOWN_KEY.match(line)
+        level = len(shown_key["before"] + shown_key["behind"]) // 2 if shown_key else 0
+        holder = classes.get(level)
+        name = field_of(holder, shown_key["key"]) if shown_key and holder else None
+        if shown_key and holder and name:
+            below = shown_below(holder, name)
+            classes = {depth: each for depth, each in classes.items() if depth <= level} | {level + 1: below}
+            is_group_of_root = (
+                holder is RunConfig and below is not None
+            )  # its head says what it is: `# ---- the run ----`
+            if not is_group_of_root:
+                prefix = f"{shown_key['before']}# {shown_key['behind']}"
+                lines[comment_start:] = wrapped(all_docstrings(holder).get(name, ""), prefix)
+        lines.append(line)
+        is_comment = line.lstrip().startswith("#") and line.strip("# ") != "" and "# ----" not in line
+        if name or not is_comment:
+            comment_start = len(lines)
+    return "\n".join(lines) + "\n"
+
+
+def field_of(settings: type, key: str) -> str | None:
+    """The field that a key of a file names; one that is a keyword of Python ends in an underscore."""
+    names = {each.name for each in fields(settings)}
+    return next((name for name in (key, f"{key}_") if name in names), None)
+
+
+def shown_below(settings: type, name: str) -> type | None:
+    """The class of the keys that are shown below a field; None if it holds a value, or a table of the user's names."""
+    below = settings_below(get_type_hints(settings)[name])
+    if below is None:
+        return traits_of(settings, name).entries
+    inner, between = below
+    return None if between else inner
+
+
+def wrapped(sentence: str, prefix: str) -> list[str]:
+    """The lines of a comment; a docstring of one line, two levels down, still fits on one."""
+    return textwrap.wrap(
+        sentence, 126, initial_indent=prefix, subsequent_indent=prefix, break_long_words=False, break_on_hyphens=False
+    )
+
+
 if __name__ == "__main__":
+    for file, file_settings in conf_files().items():
+        file.write_text(commented(file.read_text(encoding="utf-8"), file_settings), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
     OPTIMIZERS.write_text(optimizers_page(OPTIMIZERS.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}, {OPTIMIZERS.relative_to(ROOT)}")
+    print(f"wrote {PAGE.relative_to(ROOT)}, {OPTIMIZERS.relative_to(ROOT)}, comments in conf/")

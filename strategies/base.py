@@ -21,6 +21,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from strategies.settings import DESCRIBES, Reach, number, setting
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -64,15 +66,15 @@ class ActivationCheckpointing(StrEnum):
 class StrategyConfig:
     """Settings every strategy understands."""
 
-    name: StrategyName = StrategyName.single
+    name: StrategyName = setting(StrategyName.single, reach=DESCRIBES)
     """Which strategy runs; set by the group choice `strategy=<name>`, not by hand."""
-    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    activation_checkpointing: ActivationCheckpointing = setting(ActivationCheckpointing.none, reach=DESCRIBES)
     """Recompute in the backward pass: `none`, `selective` (keeps matrix products), `full`, or `auto`, as memory asks."""
-    memory_gib: float | None = None
+    memory_gib: float | None = number(None, above=0, advice="null takes what the device has")
     """Memory of one rank in GiB that `activation_checkpointing=auto` and `defer_sync=null` plan for; default: the device's."""
-    compile: bool = False
+    compile: bool = setting(False, reach=DESCRIBES)
     """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
-    defer_sync: bool | None = None
+    defer_sync: bool | None = setting(None, reach=DESCRIBES)
     """Reduce gradients on the last micro-batch alone; null: where whole gradients fit (fsdp2, hsdp). ZeRO goes by its stage."""
 
 
@@ -93,7 +95,7 @@ class DdpConfig(StrategyConfig):
     """Replicated parameters, all-reduced gradients."""
 
     name: StrategyName = StrategyName.ddp
-    bucket_mib: int = 25
+    bucket_mib: int = number(25, least=1, advice="25 (ddp) to 200 (zero) as a rule")
     """Size of one all-reduce bucket in MiB."""
 
 
@@ -102,11 +104,11 @@ class Fsdp2Config(StrategyConfig):
     """Parameters, gradients and optimizer state sharded block by block with `fully_shard`."""
 
     name: StrategyName = StrategyName.fsdp2
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool = setting(True, reach=DESCRIBES)
     """Free a block's gathered parameters after its forward pass; `false` saves one all-gather and costs memory."""
-    cpu_offload: bool = False
+    cpu_offload: bool = setting(False, reach=DESCRIBES)
     """Keep parameters and optimizer state in host memory and step on the CPU."""
-    replicate: int = 1
+    replicate: int = number(1, least=0, advice="0 means one replica a host, or 2 on one host")
     """Number of replicas (hsdp): shards stay inside a replica. 0 means one replica a host, or 2 on a single host."""
 
 
@@ -115,19 +117,19 @@ class ZeroConfig(StrategyConfig):
     """DeepSpeed ZeRO: 1 shards optimizer state, 2 also gradients, 3 also parameters."""
 
     name: StrategyName = StrategyName.zero2
-    stage: int = 2
+    stage: int = number(2, least=1, most=3, advice="chosen with strategy=zero1, zero2 or zero3")
     """ZeRO stage: 1, 2 or 3; set by the group choice."""
-    offload_optimizer: str = "none"
+    offload_optimizer: str = setting("none", reach=DESCRIBES)
     """Where optimizer state lives: `none` (device), `cpu` or `nvme` (needs libaio and a C++ compiler)."""
-    offload_parameters: str = "none"
+    offload_parameters: str = setting("none", reach=DESCRIBES)
     """Where idle parameters live (stage 3 only): `none`, `cpu` or `nvme`."""
-    nvme_path: str | None = None
+    nvme_path: str | None = setting(None, reach=Reach.place)
     """Directory on a local NVMe drive, needed by either `nvme` choice."""
-    bucket_mib: int | None = None
+    bucket_mib: int | None = number(None, least=1, advice="25 (ddp) to 200 (zero) as a rule")
     """Size of one reduce or all-gather bucket in MiB; none: 200 on GPUs, 8 on CPUs."""
-    persistence_threshold: int = 100_000
+    persistence_threshold: int = number(100_000, least=0, advice="0 shards every parameter")
     """Parameters with fewer elements than this stay gathered (stage 3)."""
-    prefetch_mib: int = 50
+    prefetch_mib: int = number(50, least=0, advice="0 gathers nothing ahead")
     """Parameters gathered ahead of use in MiB (stage 3)."""
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.compare.run_files import Point
-from trainer.config.resuming import kind_of
 
 SAME = 1e-5
 """Strategies are promised to agree so far, relatively, over the first steps."""
@@ -119,6 +118,8 @@ def _data_words(point: Point) -> dict[str, Any]:
 
 def _by_config(point: Point) -> dict[str, Any]:
     """For runs that ended before their identity was known."""
+    from trainer.config.tree import kind_of  # loads torch, which a comparison needs for such runs alone
+
     found = {key: value for key, value in point.config.items() if key == "data.path"}
     for key, value in point.config.items():
         try:

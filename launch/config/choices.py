@@ -62,53 +62,19 @@ def add_directory(directory: Path) -> None:
 
 def variants() -> dict[str, dict[str, type]]:
     """For the groups whose choices differ in their keys: the settings behind each schema node's name."""
-    from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
-    from trainer.config.run import LauncherConfig, SlurmConfig
-    from trainer.objectives.registry import FAMILIES
-    from trainer.optim.config import (
-        AdafactorConfig,
-        Adamw8bitConfig,
-        AdamwConfig,
-        LionConfig,
-        MuonConfig,
-        ScheduleFreeConfig,
-        SgdConfig,
-    )
-    from trainer.tuning.config import TUNINGS
+    from trainer.config.tree import VARIANTS
 
-    optim = (
-        AdamwConfig,
-        Adamw8bitConfig,
-        AdafactorConfig,
-        LionConfig,
-        MuonConfig,
-        ScheduleFreeConfig,
-        SgdConfig,
-    )
-
-    return {
-        "strategy": {
-            "auto": AutoConfig,
-            "single": SingleConfig,
-            "ddp": DdpConfig,
-            "fsdp2": Fsdp2Config,
-            "zero": ZeroConfig,
-        },
-        "tuning": {str(settings().name): settings for settings in TUNINGS},
-        "objective": {name: family.settings for name, family in FAMILIES.items()},
-        "optim": {str(settings().name): settings for settings in optim},
-        "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
-    }
+    return VARIANTS
 
 
 SHARED_SETTINGS = {"hsdp": "fsdp2", "zero1": "zero", "zero2": "zero", "zero3": "zero"}
 """Strategies that have the settings of another one."""
 REGISTRIES = {
-    "strategy": "launch/config/choices.py",
+    "strategy": "VARIANTS in trainer/config/tree.py",
     "tuning": "TUNINGS in trainer/tuning/config.py",
     "objective": "FAMILIES in trainer/objectives/registry.py",
-    "optim": "launch/config/choices.py",
-    "launcher": "launch/config/choices.py",
+    "optim": "OPTIMIZERS in trainer/optim/config.py",
+    "launcher": "VARIANTS in trainer/config/tree.py",
 }
 """The place that lists a group's settings by name."""
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.code_digest import NoDigest, digest_of_model, digest_of_task, model_directory
-from trainer.config.reach import NAMED_TABLES, OF_EACH_START, Reach, reach_of
+from strategies.settings import Reach
+from trainer.config.reach import NAMED_TABLES, OF_EACH_START, reach_of
 from trainer.config.resuming import defaults_of, flat, plain
 from trainer.data.read.paths import is_address, is_hub
 

@@ -7,10 +7,10 @@ word that cannot be used a line that says what was probably meant. Hydra's own p
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from launch.config import hints, user_files
 from launch.config.choices import WHOLE_RUN_GROUPS, groups, settings_of, shipped, variants
@@ -53,30 +53,40 @@ class Setting:
 @cache
 def settings() -> dict[str, Setting]:
     """Every leaf key of the tree under any choice, by full name; `*` stands for names that the user chooses."""
-    from trainer.config.run import RunConfig, leaves
+    from trainer.config.run import RunConfig
+    from trainer.config.tree import keyed_fields
 
     found: dict[str, Setting] = {}
     typed = variants()
-    for name, hint in get_type_hints(RunConfig).items():
-        if name in typed:
-            order = [*typed[name], *shipped()[name]]
-            for choice in sorted(shipped()[name], key=order.index):
-                for key, leaf_type in leaves(settings_of(name, choice), name).items():
-                    found[key] = Setting(leaf_type, (*(found[key].under if key in found else ()), choice))
-        elif is_dataclass(hint):
-            assert isinstance(hint, type)
-            found |= {key: Setting(leaf_type) for key, leaf_type in leaves(hint, name).items()}
-        elif name == "batch":
-            found |= {"batch.global": Setting(int), "batch.micro": Setting(int)}  # or auto
-        else:
-            found[name] = Setting(hint)
+    for keyed in keyed_fields(RunConfig):
+        name, _, below = keyed.key.partition(".")
+        if name in typed and not below:
+            found |= _settings_under_choices(name)
+        elif name not in typed and not keyed.is_group:
+            found[keyed.key] = Setting(keyed.type)
     for key, setting in found.items():
         if set(setting.under) == set(shipped().get(key.split(".")[0], ())):
             found[key] = Setting(setting.type)
     for name, schedules in MEANT_UNDER.items():
-        found[f"schedule.{name}"] = Setting(found[f"schedule.{name}"].type, tuple(str(each) for each in schedules))
+        found[f"schedule.{name}"] = Setting(
+            found[f"schedule.{name}"].type, tuple(str(schedule) for schedule in schedules)
+        )
     del found["substitutions"]
     return found
+
+
+def _settings_under_choices(group: str) -> dict[str, Setting]:
+    """The settings of a group whose choices differ in their keys, each with the choices that have it."""
+    from trainer.config.tree import keyed_fields
+
+    order = [*variants()[group], *shipped()[group]]
+    settings_by_key: dict[str, Setting] = {}
+    for choice in sorted(shipped()[group], key=order.index):
+        for keyed in keyed_fields(settings_of(group, choice), group):
+            if not keyed.is_group:
+                under = settings_by_key[keyed.key].under if keyed.key in settings_by_key else ()
+                settings_by_key[keyed.key] = Setting(keyed.type, (*under, choice))
+    return settings_by_key
 
 
 def spelled(known: dict[str, Setting], key: str) -> str:

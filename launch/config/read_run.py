@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from launch.config import trusted_values
 from launch.config.outside_values import OutsideValue, clear, outside_values, shell_word
 from strategies.errors import ConfigError
-from trainer.config.reach import OF_EACH_START, Reach, reach_of
+from strategies.settings import Reach
+from trainer.config.reach import OF_EACH_START, reach_of
 from trainer.config.resuming import flat, plain
 from trainer.session.base_files import pin_commit
 

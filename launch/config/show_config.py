@@ -41,7 +41,7 @@ def show(composed: Composed, kind: str) -> None:
 
     What a run needs besides, such as a model, may be missing: a part of a configuration can be looked at.
     """
-    from trainer.config.validate import range_problems
+    from trainer.config.ranges import range_problems
 
     if kind in ("job", "all"):
         print(f"# sha256: {composed.sha256}\n{redacted(composed.yaml)}", end="")

@@ -214,7 +214,7 @@ def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str
 
 def _needs(value: OutsideValue, config: RunConfig) -> bool:
     """Whether an evaluation of a run uses a value that reaches out of it."""
-    from trainer.config.reach import Reach
+    from strategies.settings import Reach
     from trainer.evaluation.tasks.registry import asks_judge, reads_rows_of_run
 
     tasks = config.evaluation.tasks

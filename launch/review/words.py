@@ -65,7 +65,7 @@ def making(argv: list[str]) -> Making:
     from launch.export.command import find_checkpoint
     from launch.review.sheet import BASE, TUNED
     from trainer.checkpoints.manifest import fingerprint
-    from trainer.config.ranges import RANGES
+    from trainer.config.ranges import range_problems
     from trainer.session.base_files import use_recorded_base
 
     command = ["review", "make", *argv]
@@ -94,13 +94,7 @@ def making(argv: list[str]) -> Making:
     checkpoint = find_checkpoint(run, own.get("checkpoint", "last"), config.checkpoint)
     accepted = use_recorded_base(config, run, accepted_kinds(own), teacher=True, start=True)
     review = config.review
-    for name, (bounds, advice) in RANGES.items():
-        head, _, rest = name.partition(".")
-        value: Any = review
-        for part in rest.split(".") if head == "review" else ():
-            value = getattr(value, part)
-        if head == "review" and value is not None and not bounds.holds(value):
-            problems.append(f"{name}={value:g}: must be {bounds}; {advice}")
+    problems += range_problems(review, "review")
     problems += review.problems()
     arms, wrong = _arms(own.get("arms", f"[{BASE},{TUNED}]"))
     to = Path(own["to"]).expanduser() if "to" in own else run / "review"

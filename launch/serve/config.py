@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from trainer.config.ranges import Range
+from strategies.settings import number, traits_of
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -38,7 +38,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     """Address to listen on; any that others can reach needs a key."""
-    port: int = 8000
+    port: int = number(8000, least=0, most=65535, advice="8000 is usual, and 0 takes a free one")
     """Port; 0 takes a free one and says which."""
     key_env: str | None = None
     """Name of the environment variable that holds the key clients must send; null: no key."""
@@ -46,11 +46,11 @@ class ServeConfig:
     """What clients call the model; null: the run's name."""
     engine: EngineKind = EngineKind.auto
     """What computes: auto, transformers or vllm."""
-    max_tokens: int = 1024
+    max_tokens: int = number(1024, least=1, advice="1024 is usual")
     """Most new tokens of an answer, and how many where a request names none."""
-    max_requests: int = 256
+    max_requests: int = number(256, least=1, advice="256 is usual")
     """Requests answered or waiting at a time; more are told to try later (429)."""
-    max_body_kib: int = 1024
+    max_body_kib: int = number(1024, least=1, advice="1024 is usual")
     """Largest request in KiB."""
     batching: bool = False
     """Answer many requests at once; all are then sampled as the export's own settings say."""
@@ -61,9 +61,11 @@ class ServeConfig:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with them, one line each."""
-        for name, (allowed, hint) in RANGES.items():
-            if not allowed.holds(value := getattr(self, name)):
-                yield f"serve.{name}={value}: must be {allowed}; {hint}"
+        for field in fields(self):
+            traits = traits_of(ServeConfig, field.name)
+            content = getattr(self, field.name)
+            if traits.bounds is not None and not traits.bounds.holds(content):
+                yield f"serve.{field.name}={content}: must be {traits.bounds}; {traits.advice}"
         if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
             yield (
                 "serve.key_env: is no name of an environment variable (and not shown, since it may be a key); put the key into a "
@@ -81,14 +83,6 @@ class ServeConfig:
     def key(self) -> str:
         """What clients must send; empty: nothing."""
         return os.environ.get(self.key_env or "", "")
-
-
-RANGES = {
-    "port": (Range(least=0, most=65535), "8000 is usual, and 0 takes a free one"),
-    "max_tokens": (Range(least=1), "1024 is usual"),
-    "max_requests": (Range(least=1), "256 is usual"),
-    "max_body_kib": (Range(least=1), "1024 is usual"),
-}
 
 
 def read_words(words: dict[str, str]) -> tuple[ServeConfig, list[str]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import re
+import runpy
 from importlib.util import find_spec
 
 import pytest
@@ -124,6 +125,8 @@ def shown_in(text):
     return found
 
 
+REFERENCE = runpy.run_path(str(CONF_DIR.parent / "docs" / "make_reference.py"))
+CONF_FILES = REFERENCE["conf_files"]()
 FILES = [c for c in CHOICES if c[0] != "debug" and c[1] != "none" and c not in PRESETS]
 
 
@@ -144,6 +147,12 @@ def test_a_preset_sets_what_exists_and_says_what_it_is_for(group, choice):
     text = (CONF_DIR / group / f"{choice}.yaml").read_text()
     assert text.startswith("# ")
     assert yaml.safe_load(text).keys() - {"defaults"} <= {f.name for f in dataclasses.fields(TYPED[group]())}
+
+
+@pytest.mark.parametrize("file", CONF_FILES, ids=lambda file: file.relative_to(CONF_DIR).as_posix())
+def test_comments_are_those_of_the_fields(file):
+    written = file.read_text(encoding="utf-8")
+    assert REFERENCE["commented"](written, CONF_FILES[file]) == written, "run: python docs/make_reference.py"
 
 
 @pytest.mark.parametrize("part", ["run", "budget", "profile", "guards", "checkpoint", "export"])

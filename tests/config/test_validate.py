@@ -11,10 +11,14 @@ from launch.config import overrides
 from launch.config.compose import compose
 from strategies.errors import ConfigError
 from strategies.registry import STRATEGIES
+from strategies.settings import Range, Traits, number, traits_of
 from tests.helpers.covering import chosen
 from trainer.config.run import RunConfig
-from trainer.config.validate import RANGES, problems_of
+from trainer.config.tree import VARIANTS, keyed_fields, traits_by_key
+from trainer.config.validate import problems_of
 from trainer.optim.config import OptimName
+
+RANGED = [key for key, traits in traits_by_key().items() if traits.bounds is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +48,43 @@ def test_every_number_has_a_range():
         parts = typing.get_args(setting.type) if isinstance(setting.type, types.UnionType) else (setting.type,)
         if {int, float} & set(parts):
             numeric.add(key)
-    assert numeric == RANGES.keys()
+    assert numeric == set(RANGED), "give these fields a range: number(<default>, least=..., advice=...)"
 
 
-@pytest.mark.parametrize("key", sorted(RANGES))
+def test_classes_that_share_a_key_agree_on_what_it_reaches_and_decides():
+    """Who asks by key gets the first class's answer; a second one that says otherwise would not be heard."""
+    for group, choices in VARIANTS.items():
+        for settings in choices.values():
+            for each in keyed_fields(settings, group):
+                first = traits_by_key()[each.key]
+                assert (each.traits.reach, each.traits.resume) == (first.reach, first.resume), (settings, each.key)
+                assert each.traits.bounds == first.bounds, (settings, each.key)
+
+
+def test_a_subclass_that_changes_a_default_keeps_what_the_field_says():
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Parent:
+        rate: float = number(0.1, above=0, advice="0.1 as a rule", resume="optimizer")
+        plain: int = 1
+
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Child(Parent):
+        rate: float = 0.5
+
+    assert traits_of(Child, "rate") == traits_of(Parent, "rate")
+    assert traits_of(Child, "rate").bounds == Range(above=0) and Child().rate == 0.5
+    assert traits_of(Child, "rate", {"rate": "0.5 here"}).advice == "0.5 here"
+    assert traits_of(Parent, "plain") == Traits()
+
+
+def test_advice_of_the_group_goes_before_that_of_the_class():
+    [line] = [each for each in problems("review.write.beams=0") if "beams" in each]
+    assert line == "review.write.beams=0: must be at least 1; 1 is greedy"
+    [line] = [each for each in problems("evaluation.generate.beams=0") if "beams" in each]
+    assert line.endswith("1 is greedy; 4 is usual for summaries and translation")
+
+
+@pytest.mark.parametrize("key", sorted(RANGED))
 def test_a_number_outside_its_range_is_refused(key):
     under, typed = overrides.settings()[key].under, overrides.settings()[key].type
     group = key.split(".")[0]

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.file_fingerprints import BLOCK, BLOCKS, sampled_digest
+from strategies.settings import FREE
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
-from trainer.config.resuming import KINDS, flat, kind_of, plain
+from trainer.config.resuming import KINDS, flat, plain
 from trainer.config.run import RunConfig, RunSettings
+from trainer.config.tree import kind_of, traits_by_key
 from trainer.session import identity
 from trainer.session.identity import _same_everywhere, differences, establish, source_digest
 
@@ -89,9 +91,15 @@ def test_a_flipped_bit_in_prepared_tokens_is_found_before_training(runs):
     assert (code, "tokens.bin: does not have the bytes that were prepared" in said) == (65, True), said
 
 
-def test_every_setting_is_in_the_table_of_what_may_change():
+def test_every_group_says_what_may_change_when_a_run_is_resumed():
+    silent = [key for key, traits in traits_by_key().items() if "." not in key and traits.resume is None]
+    assert silent == [], "say at these fields of RunConfig which kind of change another value is, or FREE: resume=..."
     kinds = {key: kind_of(key) for key in flat(plain(RunConfig()))}
     assert set(kinds.values()) - {None} <= set(KINDS)
+    assert {traits.resume for traits in traits_by_key().values()} - {None, FREE} <= set(KINDS)
+    assert (
+        kind_of("data.workers") is None and kind_of("data.mixing.over") == "order" and kind_of("data.checks") == "data"
+    )
     assert kinds["run.seed"] == "order" and kinds["run.dir"] is None
     with pytest.raises(KeyError):
         kind_of("invented.setting")

@@ -1,188 +1,51 @@
-"""The range of every numeric setting, and what to do about a value outside."""
+"""Numbers outside the range that their field says."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from strategies.settings import traits_of
+from trainer.config.run import AUTO, MICRO
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bounds of one number; `above` and `below` exclude the bound itself."""
+def range_problems(settings: Any, key: str = "") -> list[str]:
+    """A line for each number that is out of the range of its setting, whatever the others are.
 
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def holds(self, value: float) -> bool:
-        """Whether a finite `value` lies inside."""
-        return math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
-
-    def __str__(self) -> str:
-        bounds = [("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below)]
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)) or "finite"
+    `settings` is a whole `RunConfig`, or the settings of one group, which stands at `key`.
+    """
+    return list(_problems_below(settings, key))
 
 
-COUNT, POSITIVE, SHARE = Range(least=0), Range(least=1), Range(least=0, most=1)
+def _problems_below(settings: Any, key: str, better_advice: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Walk the settings depth first. `better_advice` is what the field that holds them says about some of their numbers."""
+    for field in fields(settings):
+        own_key = f"{key}.{field.name}" if key else field.name
+        content = getattr(settings, field.name)
+        traits = traits_of(type(settings), field.name, better_advice)
+        if is_dataclass(content):
+            yield from _problems_below(content, own_key, traits.advice_below)
+        elif traits.entries is not None:
+            yield from _entry_problems(content, own_key, traits.entries)
+        elif isinstance(content, dict):
+            for name, entry in content.items():
+                if is_dataclass(entry):
+                    yield from _problems_below(entry, f"{own_key}.{name}")
+        elif traits.bounds is not None and content is not None and not traits.bounds.holds(content):
+            yield f"{own_key}={content:g}: must be {traits.bounds}; {traits.advice}"
 
-RANGES: dict[str, tuple[Range, str]] = {
-    "run.seed": (COUNT, "the default is 42"),
-    "run.threads": (COUNT, "0 divides the cores by the ranks of the host"),
-    "run.lease_s": (POSITIVE, "a minute or more on network file systems; 120 is usual"),
-    "run.timeout_s": (POSITIVE, "minutes rather than seconds: 600 is usual"),
-    "model.router_aux_loss": (COUNT, "null follows the model's config; 0.001 to 0.01 as a rule"),
-    "model.router_z_loss": (COUNT, "0 leaves it out; 0.001 as a rule"),
-    "model.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
-    "model.neftune_alpha": (COUNT, "0 is off; 5 to 15 as a rule"),
-    "data.eval_share": (Range(least=0, most=0.5), "0.05 holds out one document in twenty"),
-    "data.max_length": (Range(least=2), "a next-token target needs two tokens; 2048 is usual"),
-    "data.test_share": (Range(least=0, most=0.5), "0.05 holds out one document in twenty"),
-    "data.max_bad_share": (SHARE, "0 fails on the first bad row, 0.01 bears one in a hundred"),
-    "data.max_documents": (POSITIVE, "null takes all"),
-    "data.workers": (COUNT, "0 takes the cores this job may use"),
-    "data.sources.*.weight": (COUNT, "0 leaves the source out; null for all sources mixes nothing"),
-    "data.filters.min_characters": (COUNT, "0 is no bound"),
-    "data.filters.max_characters": (POSITIVE, "null is no bound"),
-    "data.filters.min_completion_characters": (COUNT, "0 is no bound"),
-    "data.duplicates.threshold": (Range(least=0.3, most=1), "0.8 as a rule; lower finds looser copies and costs time"),
-    "data.privacy.min_score": (SHARE, "0.5 as a rule; 0.35 also takes numbers that only look right"),
-    "data.privacy.scan_documents": (COUNT, "0 scans all"),
-    "data.balance.temperature": (Range(least=1), "1 is natural, 2 to 5 flattens"),
-    "data.balance.cap": (POSITIVE, "null is no cap"),
-    "data.balance.max_repeats": (POSITIVE, "up to 4 loses little as a rule"),
-    "data.min_supervised_share": (SHARE, "0 switches the check off"),
-    "batch.global": (POSITIVE, "documents a step, 32 to 256 as a rule"),
-    "batch.micro": (POSITIVE, "1 uses the least memory"),
-    "budget.steps": (POSITIVE, "the number of optimizer steps"),
-    "budget.epochs": (Range(above=0), "1 is one pass over the data"),
-    "budget.tokens": (POSITIVE, "training tokens, all ranks together"),
-    "tuning.rank": (POSITIVE, "8 to 64 as a rule"),
-    "tuning.init_rank": (Range(least=2), "12 as a rule"),
-    "tuning.target_rank": (POSITIVE, "two thirds of tuning.init_rank as a rule"),
-    "tuning.initial_share": (Range(least=0, below=1), "0.1 as a rule"),
-    "tuning.final_share": (Range(least=0, below=1), "0.3 as a rule"),
-    "tuning.delta_t": (POSITIVE, "1 to 100 as a rule"),
-    "tuning.beta1": (Range(above=0, below=1), "0.85 in the paper"),
-    "tuning.beta2": (Range(above=0, below=1), "0.85 in the paper"),
-    "tuning.orth_reg_weight": (COUNT, "0.1 to 0.5 as a rule, 0 leaves it out"),
-    "tuning.alpha": (Range(above=0), "twice tuning.rank as a rule"),
-    "tuning.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
-    "tuning.lr_ratio": (Range(above=0), "1 is plain LoRA, 16 as a rule for LoRA+"),
-    "tuning.d_initial": (Range(above=0), "0.1 as a rule; at 0 nothing would be learned"),
-    "tuning.projection_seed": (COUNT, "the default is 0"),
-    "tuning.decompose_factor": (COUNT, "0 takes the most even split, 8 or 16 are usual"),
-    "tuning.block_size": (Range(least=2), "4 (boft) or 32 (oft) as a rule"),
-    "tuning.num_factors": (POSITIVE, "1 or 2 as a rule"),
-    "tuning.neumann_terms": (COUNT, "5 as a rule, 0 solves exactly"),
-    "tuning.num_virtual_tokens": (POSITIVE, "8 to 100 as a rule"),
-    "tuning.encoder_hidden_size": (COUNT, "0 takes the model's own width"),
-    "tuning.encoder_layers": (POSITIVE, "2 as a rule"),
-    "tuning.adapter_len": (POSITIVE, "10 in the paper"),
-    "tuning.adapter_layers": (COUNT, "0 takes every layer"),
-    "tuning.size": (POSITIVE, "8 to 256 as a rule"),
-    "strategy.memory_gib": (Range(above=0), "null takes what the device has"),
-    "strategy.bucket_mib": (POSITIVE, "25 (ddp) to 200 (zero) as a rule"),
-    "strategy.replicate": (COUNT, "0 means one replica a host, or 2 on one host"),
-    "strategy.stage": (Range(least=1, most=3), "chosen with strategy=zero1, zero2 or zero3"),
-    "strategy.persistence_threshold": (COUNT, "0 shards every parameter"),
-    "strategy.prefetch_mib": (COUNT, "0 gathers nothing ahead"),
-    "objective.beta": (Range(above=0), "0.1 for dpo, kto and orpo, 2 for simpo"),
-    "objective.max_target": (Range(least=2), "an answer and its end need two tokens; 128 to 256 suit summaries"),
-    "objective.gamma": (COUNT, "half of objective.beta as a rule"),
-    "objective.label_smoothing": (Range(least=0, below=0.5), "0 trusts every label or pair; 0.1 as a rule"),
-    "objective.sft_weight": (COUNT, "0 leaves it out; 0.1 to 1 as a rule"),
-    "objective.desirable_weight": (Range(above=0), "1 as a rule; raise that of the rarer verdict"),
-    "objective.undesirable_weight": (Range(above=0), "1 as a rule; raise that of the rarer verdict"),
-    "objective.temperature": (Range(above=0), "1 to 4 as a rule"),
-    "objective.interpolation": (Range(above=0, below=1), "0.5 as a rule; objective.divergence has both ends"),
-    "objective.forgetting.kl_weight": (COUNT, "0 leaves it out; 0.1 to 1 as a rule"),
-    "objective.centre": (COUNT, "0 leaves it out; 0.01 as a rule"),
-    "optim.lr": (Range(above=0), "about 2e-5 for full tuning, 2e-4 for LoRA"),
-    "optim.weight_decay": (COUNT, "0 to 0.1 as a rule"),
-    "optim.eps": (Range(above=0), "1e-8 as a rule"),
-    "optim.layer_decay": (Range(above=0, most=1), "1 is off, 0.8 to 0.95 as a rule"),
-    "optim.ema_decay": (Range(least=0, below=1), "0 is off; 0.99 for hundreds of steps, 0.999 for thousands"),
-    "optim.groups.*.lr_factor": (COUNT, "1 keeps the common rate, 0 stands still"),
-    "optim.groups.*.weight_decay": (COUNT, "null keeps the common rule"),
-    "optim.momentum": (Range(least=0, below=1), "0.9 (sgd) or 0.95 (muon) as a rule"),
-    "optim.iterations": (Range(least=1, most=20), "5 in the paper"),
-    "optim.decay_exponent": (SHARE, "0.8 in the paper"),
-    "optim.clip_threshold": (Range(least=1), "1 in the paper"),
-    "optim.eps_scale": (Range(above=0), "0.001 in the paper"),
-    "optim.min_8bit_elements": (COUNT, "4096 as a rule"),
-    "optim.max_grad_norm": (COUNT, "0 switches clipping off"),
-    "optim.max_skipped_steps": (POSITIVE, "10 as a rule"),
-    "guards.window": (Range(least=10, most=1000), "100 as a rule"),
-    "guards.threshold": (Range(above=0), "6 to 10 as a rule; lower finds more, false alarms too"),
-    "guards.replicas_every_steps": (COUNT, "100 as a rule; 0 never compares"),
-    "guards.max_rollbacks": (POSITIVE, "5 as a rule; many mean that the samples are not the cause"),
-    "challenges.forgetting.max_rows": (POSITIVE, "256 as a rule; null takes all"),
-    "schedule.warmup_steps": (COUNT, "0 takes schedule.warmup_share"),
-    "schedule.warmup_share": (SHARE, "0.03 as a rule"),
-    "schedule.decay_share": (SHARE, "0.2 as a rule"),
-    "schedule.min_factor": (SHARE, "0 ends at a rate of zero"),
-    "evaluation.every_steps": (COUNT, "0 evaluates only at the end"),
-    "evaluation.batch": (POSITIVE, "8 as a rule"),
-    "evaluation.max_documents": (POSITIVE, "null takes all"),
-    "evaluation.patience": (COUNT, "0 never stops early"),
-    "evaluation.generate.samples": (COUNT, "0 generates nothing; 50 to 500 as a rule"),
-    "evaluation.generate.max_new_tokens": (POSITIVE, "as long as the answers: 64 to 256 for summaries"),
-    "evaluation.generate.beams": (POSITIVE, "1 is greedy; 4 is usual for summaries and translation"),
-    "evaluation.generate.temperature": (COUNT, "0 is greedy, 0.7 to 1 as a rule"),
-    "evaluation.generate.top_p": (Range(above=0, most=1), "1 draws among all tokens, 0.9 to 0.95 as a rule"),
-    "evaluation.generate.top_k": (COUNT, "0 draws among all tokens, 20 to 50 as a rule"),
-    "evaluation.generate.seed": (COUNT, "the default is 0"),
-    "evaluation.generate.draws": (POSITIVE, "1 answers each prompt once"),
-    "evaluation.tasks.*.max_rows": (POSITIVE, "null asks all rows"),
-    "evaluation.tasks.*.write.max_new_tokens": (POSITIVE, "as long as the answers: 16 to 512 as a rule"),
-    "evaluation.tasks.*.write.beams": (POSITIVE, "1 is greedy; 4 is usual for summaries and translation"),
-    "evaluation.tasks.*.write.temperature": (COUNT, "0 is greedy, 0.7 to 1 as a rule"),
-    "evaluation.tasks.*.write.top_p": (Range(above=0, most=1), "1 draws among all tokens, 0.9 to 0.95 as a rule"),
-    "evaluation.tasks.*.write.top_k": (COUNT, "0 draws among all tokens, 20 to 50 as a rule"),
-    "evaluation.tasks.*.write.seed": (COUNT, "the default is 0"),
-    "evaluation.tasks.*.write.draws": (POSITIVE, "1 answers each prompt once"),
-    "evaluation.tasks.*.write.batch_tokens": (POSITIVE, "null takes evaluation.batch rows; 16384 to 131072 on a GPU"),
-    "evaluation.server.parallel": (POSITIVE, "4 to 64, as the server bears"),
-    "evaluation.server.retries": (COUNT, "6 as a rule"),
-    "evaluation.server.timeout_s": (Range(above=0), "120 as a rule, more for long answers"),
-    "evaluation.judge.parallel": (POSITIVE, "4 to 32, as the server bears"),
-    "evaluation.judge.retries": (COUNT, "6 as a rule"),
-    "evaluation.judge.timeout_s": (Range(above=0), "120 as a rule, more for reasoning models"),
-    "evaluation.judge.temperature": (COUNT, "0 gives the same verdict again"),
-    "evaluation.judge.max_new_tokens": (POSITIVE, "1024 as a rule, more for reasoning models"),
-    "evaluation.judge.max_calls": (COUNT, "0 takes what the cache knows alone"),
-    "evaluation.judge.max_tokens": (POSITIVE, "null is no bound"),
-    "evaluation.resample_seed": (COUNT, "the default is 0"),
-    "evaluation.resamples": (POSITIVE, "1000 to 10000 as a rule"),
-    "evaluation.generate.batch_tokens": (POSITIVE, "null takes evaluation.batch rows; 16384 to 131072 on a GPU"),
-    "evaluation.min_delta": (COUNT, "0 counts any improvement"),
-    "review.n": (POSITIVE, "50 to 200 as a rule"),
-    "review.seed": (COUNT, "the default is 0"),
-    "review.repeats": (SHARE, "0.1 as a rule; 0 shows nothing twice"),
-    "review.write.max_new_tokens": (POSITIVE, "as much as people can be asked to read: 64 to 512"),
-    "review.write.beams": (POSITIVE, "1 is greedy"),
-    "review.write.temperature": (COUNT, "0 is greedy, 0.7 to 1 as a rule"),
-    "review.write.top_p": (Range(above=0, most=1), "1 draws among all tokens, 0.9 to 0.95 as a rule"),
-    "review.write.top_k": (COUNT, "0 draws among all tokens, 20 to 50 as a rule"),
-    "review.write.seed": (COUNT, "the default is 0"),
-    "review.write.draws": (POSITIVE, "1: one answer of each model is judged"),
-    "review.write.batch_tokens": (POSITIVE, "null takes evaluation.batch rows; 16384 to 131072 on a GPU"),
-    "checkpoint.every_steps": (COUNT, "0 goes by time (checkpoint.every_minutes)"),
-    "checkpoint.every_minutes": (COUNT, "null goes by what a save costs, 0 writes the last one only"),
-    "checkpoint.mtbf_h": (Range(above=0), "24 as a rule; fewer for many nodes or a spot market"),
-    "checkpoint.max_failures": (COUNT, "0 ends the run at the first"),
-    "checkpoint.keep": (POSITIVE, "2 survives a checkpoint that was damaged"),
-    "export.max_shard_gib": (Range(above=0), "5 as a rule"),
-    "logging.every_steps": (POSITIVE, "10 as a rule"),
-    "logging.slow_rank": (COUNT, "1.5 names a rank that takes half as long again; 0 never looks"),
-    "logging.reference_tflops": (Range(above=0), "null takes what is known of the device"),
-    "launcher.processes": (POSITIVE, "one a GPU"),
-    "launcher.nodes": (POSITIVE, "the number of hosts"),
-    "launcher.node_rank": (COUNT, "0 on the host that launcher.rdzv names"),
-    "launcher.gpus_per_node": (COUNT, "0 for CPU nodes"),
-    "launcher.array_limit": (POSITIVE, "null runs all at a time"),
-    "launcher.cpus_per_task": (POSITIVE, "null leaves it to the cluster"),
-    "launcher.signal_lead_s": (POSITIVE, "a step plus two saves, at least 60"),
-}
-"""Every numeric setting, with what to do about a value outside."""
+
+def _entry_problems(table: dict[str, Any], table_key: str, entries: type) -> Iterator[str]:
+    """The table is `batch`. Its entries are whole numbers, which nothing has checked yet."""
+    for field in fields(entries):
+        name = field.name.removesuffix("_")
+        key = f"{table_key}.{name}"
+        size = table.get(name)
+        bounds = traits_of(entries, field.name).bounds
+        if size is None or (key, size) == (MICRO, AUTO):
+            continue
+        if isinstance(size, bool) or not isinstance(size, int):
+            yield f"{key}={size}: {key} must be a whole number{', or auto' if key == MICRO else ''}"
+        elif bounds is not None and not bounds.holds(size):
+            yield f"{key}={size:g}: must be {bounds}; {traits_of(entries, field.name).advice}"

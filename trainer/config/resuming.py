@@ -1,4 +1,6 @@
-"""What of a run may change when it is resumed: for each setting the kind of thing it decides, or that it is free to change.
+"""What of a run may change when it is resumed: the kinds of change, and a configuration as keys and values to compare.
+
+The field of a setting says its kind (`resume`), or that of its group does: `trainer.config.tree.kind_of`.
 
 A run that goes on with other data, another base or another order is another run; it is refused with the difference, unless
 `run.accept` names the kind. Where and how fast the same is computed may change: strategy, ranks, batch.micro.
@@ -23,65 +25,6 @@ KINDS = {
     "unknown": "a checkpoint that lies in no run's directory, of which none of these is known",
 }
 """What `run.accept` may name."""
-
-FREE = None
-SETTINGS: dict[str, str | None] = {
-    "run.seed": "order",
-    "run": FREE,
-    "batch.global": "order",
-    "batch": FREE,
-    "budget": FREE,
-    "model.path": FREE,  # what it names is compared by its bytes, here and below
-    "model.revision": FREE,
-    "model.tokenizer": FREE,
-    "model.chat_template": FREE,
-    "model.adapters": FREE,
-    "model.download": FREE,
-    "model.trust_remote_code": FREE,
-    "model.attention": FREE,
-    "model": "base",
-    "data.path": FREE,
-    "data.eval_path": FREE,
-    "data.test_path": FREE,
-    "data.cache_dir": FREE,
-    "data.workers": FREE,
-    "data.remote": FREE,
-    "data.verify": FREE,
-    "data.layout": FREE,
-    "data.packing": "order",
-    "data.shuffle": "order",
-    "data.mixing": "order",
-    "data": "data",
-    "tuning.from_": FREE,
-    "tuning": "tuning",
-    "objective.teacher": FREE,
-    "objective": "objective",
-    "optim": "optimizer",
-    "schedule": "optimizer",
-    "guards": "optimizer",
-    "challenges": FREE,
-    "precision": "precision",
-    "strategy": FREE,
-    "evaluation": FREE,
-    "checkpoint": FREE,
-    "export": FREE,
-    "gates": FREE,
-    "review": FREE,
-    "logging": FREE,
-    "profile": FREE,
-    "launcher": FREE,
-    "substitutions": FREE,
-}
-"""The longest prefix of a setting's key decides."""
-
-
-def kind_of(key: str) -> str | None:
-    """What the setting decides; None where it may change. Raises KeyError for a setting that the table does not know."""
-    parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        if (prefix := ".".join(parts[:length])) in SETTINGS:
-            return SETTINGS[prefix]
-    raise KeyError(key)
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from strategies.settings import DESCRIBES, group, number, setting
 from trainer.evaluation.base import WritingConfig
 
 OVERALL = "overall"
@@ -16,15 +17,23 @@ EXAMPLE = "Which one is easier to understand?"
 class ReviewConfig:
     """What people are asked by `shardtune review` (docs/review.md); changes nothing of a training."""
 
-    rubric: dict[str, str] = field(default_factory=dict)
-    """Questions on each pair of answers beside which is better overall, by names of your choice."""
-    n: int = 50
+    rubric: dict[str, str] = setting(default_factory=dict, reach=DESCRIBES)
+    """Questions on each pair of answers beside which is better overall, by names of your choice, as {clear: Which is
+    clearer?}."""
+    n: int = number(50, least=1, advice="50 to 200 as a rule")
     """Prompts drawn from the file; all where it has fewer."""
-    seed: int = 0
+    seed: int = number(0, least=0, advice="the default is 0")
     """Seed of the prompts drawn, of their order and of the side each answer stands on."""
-    repeats: float = 0.1
+    repeats: float = number(0.1, least=0, most=1, advice="0.1 as a rule; 0 shows nothing twice")
     """Share of the items that are shown once more, sides exchanged, to see whether a reviewer agrees with itself; 0: none."""
-    write: WritingConfig = field(default_factory=lambda: WritingConfig(max_new_tokens=256))
+    write: WritingConfig = group(
+        lambda: WritingConfig(max_new_tokens=256),
+        advice={
+            "max_new_tokens": "as much as people can be asked to read: 64 to 512",
+            "beams": "1 is greedy",
+            "draws": "1: one answer of each model is judged",
+        },
+    )
     """How the answers are written."""
 
     def problems(self) -> Iterator[str]:

@@ -6,13 +6,14 @@ run itself. Ranges and cross-field rules are `trainer.config.validate`'s.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from strategies.base import Precision, StrategyConfig
 from strategies.errors import ConfigError
 from strategies.matmul import Matmul
+from strategies.settings import DESCRIBES, FREE, Reach, group, number, setting
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.config.review import ReviewConfig
 from trainer.config.sbatch_options import GpuRequest, gpu_request, ranks_per_node
@@ -84,27 +85,27 @@ class Code(StrEnum):
 class RunSettings:
     """Identity of the run."""
 
-    dir: str | None = None
+    dir: str | None = setting(None, reach=Reach.place)
     """Directory of the run; its last part is the run id. Default: runs/<config hash>-<SLURM job id or start time>."""
-    resume: str = "auto"
+    resume: str = setting("auto", reach=DESCRIBES)
     """`auto` continues an unfinished directory with the same config, `never` refuses one, or a checkpoint directory."""
-    accept: list[str] = field(default_factory=list)
+    accept: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Kinds of change with which a run is resumed all the same: data, base, tuning, order, precision, code, ..."""
-    seed: int = 42
+    seed: int = number(42, least=0, advice="the default is 42", resume="order")
     """Seed of data order and of newly initialised parameters."""
-    device: Device = Device.auto
+    device: Device = setting(Device.auto, reach=DESCRIBES)
     """`auto`, `cpu` or `cuda`."""
-    threads: int = 0
+    threads: int = number(0, least=0, advice="0 divides the cores by the ranks of the host")
     """CPU threads per rank; 0 divides the cores this job may use by the ranks on the host."""
-    matmul: Matmul = Matmul.auto
+    matmul: Matmul = setting(Matmul.auto, reach=DESCRIBES)
     """Library of fp32 matrix products on CPUs: torch's `blas`, `onednn`, or `auto` (by processor, once for the whole run)."""
-    shared_memory: bool = True
+    shared_memory: bool = setting(True, reach=DESCRIBES)
     """CPU ranks on one host exchange parameters and gradients through shared memory; false: through gloo's sockets."""
-    lease_s: int = 120
+    lease_s: int = number(120, least=1, advice="a minute or more on network file systems; 120 is usual")
     """Seconds without a sign of life after which another host may take over the directory of a run that left no word."""
-    must_fit: bool = False
+    must_fit: bool = setting(False, reach=DESCRIBES)
     """On GPUs simulate the step before the model is built, and end with exit code 69 where it takes more memory than there is."""
-    timeout_s: int = 600
+    timeout_s: int = number(600, least=1, advice="minutes rather than seconds: 600 is usual")
     """Seconds after which a collective that makes no progress ends the job."""
 
 
@@ -112,25 +113,25 @@ class RunSettings:
 class LauncherConfig:
     """How processes are started."""
 
-    name: LauncherName = LauncherName.local
+    name: LauncherName = setting(LauncherName.local, reach=DESCRIBES)
     """Which launcher starts the processes; set by the group choice `launcher=<name>`."""
-    processes: int | None = None
+    processes: int | None = number(None, least=1, advice="one a GPU")
     """Processes per host; default: one per GPU (under SLURM: that the job asks for), or one on a CPU-only host."""
-    nodes: int = 1
+    nodes: int = number(1, least=1, advice="the number of hosts")
     """Number of hosts; without SLURM name them in `hosts`, or start the same command on each."""
-    hosts: list[str] = field(default_factory=list)
+    hosts: list[str] = setting(default_factory=list, reach=Reach.command)
     """Hosts on which the ranks are started from here, over ssh, such as `[n1,n2]`; they meet on the first."""
-    ssh: list[str] = field(default_factory=list)
+    ssh: list[str] = setting(default_factory=list, reach=Reach.command)
     """Further options of ssh to `hosts`, such as `[-p,2222]`; what is true of a host always stands better in ~/.ssh/config."""
-    rdzv: str | None = None
+    rdzv: str | None = setting(None, reach=Reach.address)
     """host:port that all hosts of a multi-host run can reach; any free port of the first host."""
-    node_rank: int | None = None
+    node_rank: int | None = number(None, least=0, advice="0 on the host that launcher.rdzv names")
     """Index of this host, 0 (that of `rdzv`) to nodes-1: on all hosts or on none; two hosts know it without."""
-    address: str | None = None
+    address: str | None = setting(None, reach=Reach.address)
     """Name or address under which the others reach this host; default: that of its interface towards `rdzv`."""
-    stage: str | None = None
+    stage: str | None = setting(None, reach=Reach.place)
     """Directory on a disk of each node, such as `/scratch` or `$TMPDIR`, to which weights and tokens are copied and read from."""
-    retry: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RETRIES, 0))
+    retry: dict[str, int] = setting(default_factory=lambda: dict.fromkeys(RETRIES, 0), reach=DESCRIBES)
     """Restarts: `preempted` (told to save), `node_fail` (a rank lost), `out_of_memory` (micro halved); under SLURM 20, 3, 0."""
 
     @property
@@ -151,69 +152,69 @@ class SlurmConfig(LauncherConfig):
     name: LauncherName = LauncherName.slurm
     retry: dict[str, int] = field(default_factory=lambda: {"preempted": 20, "node_fail": 3, "out_of_memory": 0})
     """Times it is requeued: `preempted` (told to save), `node_fail` (a rank or its node lost), `out_of_memory` (micro halved)."""
-    partition: str | None = None
+    partition: str | None = setting(None, reach=DESCRIBES)
     """Partition; default: the cluster's."""
-    account: str | None = None
+    account: str | None = setting(None, reach=DESCRIBES)
     """Account to charge."""
-    qos: str | None = None
+    qos: str | None = setting(None, reach=DESCRIBES)
     """Quality of service."""
-    time: str = "24:00:00"
+    time: str = setting("24:00:00", reach=DESCRIBES)
     """Time limit, as [days-]hours:minutes:seconds."""
-    gpus_per_node: int = 0
+    gpus_per_node: int = number(0, least=0, advice="0 for CPU nodes")
     """GPUs per node; 0 asks for none (CPU nodes)."""
-    cpus_per_task: int | None = None
+    cpus_per_task: int | None = number(None, least=1, advice="null leaves it to the cluster")
     """CPUs for the one task (torchrun) on each node."""
-    mem: str | None = None
+    mem: str | None = setting(None, reach=DESCRIBES)
     """Memory per node, such as 200G."""
-    gres: str | None = None
+    gres: str | None = setting(None, reach=DESCRIBES)
     """Generic resources of each node, such as `gpu:a100:4`, on clusters without `gpus_per_node`."""
-    exclusive: bool = False
+    exclusive: bool = setting(False, reach=DESCRIBES)
     """Ask for whole nodes."""
-    constraint: str | None = None
+    constraint: str | None = setting(None, reach=DESCRIBES)
     """Node features, such as `h100`."""
-    exclude: str | None = None
+    exclude: str | None = setting(None, reach=DESCRIBES)
     """Nodes that are not wanted, such as `n[3,7]`."""
-    reservation: str | None = None
+    reservation: str | None = setting(None, reach=DESCRIBES)
     """Reservation whose nodes are taken."""
-    job_name: str | None = None
+    job_name: str | None = setting(None, reach=DESCRIBES)
     """Name of the job, in the queue and in its log files; default: that of the run directory."""
-    comment: str | None = None
+    comment: str | None = setting(None, reach=DESCRIBES)
     """Comment of the job."""
-    after: str | None = None
+    after: str | None = setting(None, reach=DESCRIBES)
     """Id of a job that must have ended well before this one starts; where it fails, this one is cancelled."""
-    dependency: str | None = None
+    dependency: str | None = setting(None, reach=DESCRIBES)
     """Further conditions of the start in SLURM's words, such as `afterany:17`."""
-    mail: str | None = None
+    mail: str | None = setting(None, reach=Reach.address)
     """Events that are mailed, such as `END,FAIL`."""
-    mail_user: str | None = None
+    mail_user: str | None = setting(None, reach=Reach.address)
     """Who is mailed; default: who submits."""
-    array_limit: int | None = None
+    array_limit: int | None = number(None, least=1, advice="null runs all at a time")
     """Most runs of a job array at a time."""
-    signal_lead_s: int = 180
+    signal_lead_s: int = number(180, least=1, advice="a step plus two saves, at least 60")
     """Seconds before the time limit at which the job is told to save and requeue; at least a step plus two saves."""
-    setup: list[str] = field(default_factory=list)
+    setup: list[str] = setting(default_factory=list, reach=Reach.command)
     """Shell lines run on every node before training, such as `module load cuda`."""
-    python: str | None = None
+    python: str | None = setting(None, reach=Reach.command)
     """Python interpreter on the nodes; default: the one that submits. In a container: its interpreter, default `python3`."""
-    code: Code = Code.snapshot
+    code: Code = setting(Code.snapshot, reach=Reach.command)
     """Which code a job runs: a `snapshot` made when it is submitted, or the `clone` as it is whenever the job starts."""
-    container: str | None = None
+    container: str | None = setting(None, reach=Reach.command)
     """Image in which the ranks run: an enroot name or file (pyxis), or a `.sif` file or address (apptainer)."""
-    container_by: Container = Container.auto
+    container_by: Container = setting(Container.auto, reach=Reach.command)
     """What starts the image: `pyxis`, `apptainer`, or `auto`, by the image's name."""
-    container_mounts: list[str] = field(default_factory=list)
+    container_mounts: list[str] = setting(default_factory=list, reach=Reach.command)
     """Mounts beside those of the run's own files, such as `/scratch:/scratch:ro`."""
-    container_workdir: str | None = None
+    container_workdir: str | None = setting(None, reach=Reach.command)
     """Directory in the image in which the ranks start; default: where the job was submitted."""
-    pipeline: list[str] = field(default_factory=list)
+    pipeline: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Parts that are submitted as a chain of jobs, of `[prepare,train,evaluate,export]`; a part that fails ends the rest."""
-    cpu_partition: str | None = None
+    cpu_partition: str | None = setting(None, reach=DESCRIBES)
     """Partition of the parts that need no GPU, `prepare` and `export`; default: that of the run."""
-    part_options: dict[str, list[str]] = field(default_factory=dict)
+    part_options: dict[str, list[str]] = setting(default_factory=dict, reach=Reach.command)
     """Further `#SBATCH` options of a part, such as `{prepare:[--cpus-per-task=32]}`."""
-    preflight: Preflight = Preflight.full
+    preflight: Preflight = setting(Preflight.full, reach=DESCRIBES)
     """What a job of several nodes is asked before its ranks start: `full` (nodes, then exchange), `nodes`, or `none`."""
-    extra: list[str] = field(default_factory=list)
+    extra: list[str] = setting(default_factory=list, reach=Reach.command)
     """Further `#SBATCH` options, such as `--reservation=x`."""
 
     @property
@@ -228,34 +229,51 @@ class SlurmConfig(LauncherConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class BatchSettings:
+    """The entries of `batch`, which is a table because `global` is a keyword of Python."""
+
+    global_: int = number(32, least=1, advice="documents a step, 32 to 256 as a rule", resume="order")
+    """Documents (packs with `data.packing=true`, pairs of answers with `objective=dpo`) in one optimizer step, all ranks
+    together. Sets the noise of the gradient. Must be a multiple of `batch.micro` x ranks; accumulation is derived."""
+    micro: int = number(4, least=1, advice="1 uses the least memory")
+    """Most documents (packs) in one forward pass of one rank. Raise it until memory is full; the result does not change.
+    `auto`: as many as memory allows, found at the first start (docs/planning.md)."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """Everything a run needs to know. Frozen once as `config.yaml` in the run directory."""
 
-    run: RunSettings = field(default_factory=RunSettings)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    batch: dict[str, Any] = field(default_factory=lambda: {"global": 32, "micro": 4})
+    run: RunSettings = group(RunSettings, resume=FREE)
+    model: ModelConfig = group(ModelConfig, resume="base")
+    data: DataConfig = group(DataConfig, resume="data")
+    batch: dict[str, Any] = setting(
+        default_factory=lambda: {"global": 32, "micro": 4}, reach=DESCRIBES, resume=FREE, entries=BatchSettings
+    )
     """`global`: documents (packs) an optimizer step; `micro`: most of them in one forward pass of one rank, or `auto`."""
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    precision: Precision = Precision.auto
-    """`fp32`, `bf16`, `fp16` or `auto` (on GPUs bf16 where the hardware has it, else fp16; on CPUs fp32)."""
-    tuning: TuningConfig = field(default_factory=TuningConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
-    challenges: ChallengesConfig = field(default_factory=ChallengesConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
-    gates: dict[str, Any] = field(default_factory=dict)
-    """What must hold for an export: a bound by metric, as {eval/loss: "<2.1", memorised: 0}; `override` says why not."""
-    review: ReviewConfig = field(default_factory=ReviewConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
-    substitutions: dict[str, Any] = field(default_factory=dict)
+    budget: BudgetConfig = group(BudgetConfig, resume=FREE)
+    precision: Precision = setting(Precision.auto, reach=DESCRIBES, resume="precision")
+    """`fp32`, `bf16`, `fp16` or `auto` (on GPUs bf16 where the hardware has it, else fp16; on CPUs fp32). `bf16` keeps fp32
+    master weights for what trains."""
+    tuning: TuningConfig = group(TuningConfig, resume="tuning")
+    objective: ObjectiveConfig = group(ObjectiveConfig, resume="objective")
+    strategy: StrategyConfig = group(StrategyConfig, resume=FREE)
+    optim: OptimConfig = group(OptimConfig, resume="optimizer")
+    schedule: ScheduleConfig = group(ScheduleConfig, resume="optimizer")
+    guards: GuardsConfig = group(GuardsConfig, resume="optimizer")
+    challenges: ChallengesConfig = group(ChallengesConfig, resume=FREE)
+    evaluation: EvaluationConfig = group(EvaluationConfig, resume=FREE)
+    checkpoint: CheckpointConfig = group(CheckpointConfig, resume=FREE)
+    export: ExportConfig = group(ExportConfig, resume=FREE)
+    gates: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES, resume=FREE)
+    """What must hold for an export: a bound by metric, of these very weights, as `{eval/loss: "<2.1", forgetting: "<3%",
+    memorised: 0, bias/gap: "<0.05", review/win_rate: ">0.5"}`. Without it nothing is exported (docs/papers.md).
+    `gates.override="<why>"` exports all the same."""
+    review: ReviewConfig = group(ReviewConfig, resume=FREE)
+    logging: LoggingConfig = group(LoggingConfig, resume=FREE)
+    profile: ProfileConfig = group(ProfileConfig, resume=FREE)
+    launcher: LauncherConfig = group(LauncherConfig, resume=FREE)
+    substitutions: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES, resume=FREE)
     """What stands in for settings, by key; not set by hand.
 
     A Resolution if a later start of the run goes on from it (`RESOLVED`), else a sentence that is only shown.
@@ -310,20 +328,3 @@ def kept_matmul(config: RunConfig) -> Matmul:
     if resolution is None or resolution.asked != AUTO or resolution.chosen not in (Matmul.blas, Matmul.onednn):
         return Matmul.auto
     return Matmul(resolution.chosen)
-
-
-def leaves(settings: type, prefix: str) -> dict[str, Any]:
-    """Types of the settings of a class by full key, nested ones included; `*` stands for a name the user chooses."""
-    found: dict[str, Any] = {}
-    for name, hint in get_type_hints(settings).items():
-        key = f"{prefix}.{name}"
-        entry = get_args(hint)[1] if get_origin(hint) is dict else None
-        if is_dataclass(hint):
-            assert isinstance(hint, type)
-            found |= leaves(hint, key)
-        elif is_dataclass(entry):
-            assert isinstance(entry, type)
-            found |= leaves(entry, f"{key}.*")
-        else:
-            found[key] = hint
-    return found

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from strategies.base import AutoConfig, StrategyConfig, StrategyName
 from strategies.errors import ConfigError, DataError, StorageError
@@ -25,9 +24,9 @@ from trainer.config.evaluation import problems as evaluation_problems
 from trainer.config.gates import paper_words
 from trainer.config.gates import problems as gate_problems
 from trainer.config.launching import problems as launcher_problems
-from trainer.config.ranges import RANGES
-from trainer.config.resuming import KINDS
-from trainer.config.run import AUTO, MICRO, Device, LauncherName, RunConfig
+from trainer.config.ranges import range_problems
+from trainer.config.resuming import KINDS, flat, plain
+from trainer.config.run import AUTO, Device, LauncherName, RunConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
 from trainer.data.sources import problems as data_problems
@@ -64,7 +63,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     """
     if isinstance(config.strategy, AutoConfig):
         return candidates(config, world_size)[1]
-    out_of_range = list(_ranges(config))
+    out_of_range = range_problems(config)
     problems = [
         *out_of_range,
         *_budget(config),
@@ -104,38 +103,6 @@ def candidates(config: RunConfig, world_size: int | None) -> tuple[list[Strategy
         "strategy=auto: no strategy can run this",
         *(f"under {each.name}: {said[0]}" for each, said in found),
     ]
-
-
-def range_problems(config: RunConfig) -> list[str]:
-    """A line for each value that is out of the range of its setting, whatever the others are."""
-    return list(_ranges(config))
-
-
-def _ranges(config: RunConfig) -> Iterator[str]:
-    for key, (bounds, advice) in RANGES.items():
-        for name, value in _values(config, key.split(".")):
-            if name.startswith("batch.") and (
-                isinstance(value, bool) or not isinstance(value, int)
-            ):  # of no fixed type
-                if (name, value) != (MICRO, AUTO):
-                    yield f"{name}={value}: {name} must be a whole number{', or auto' if name == MICRO else ''}"
-            elif value is not None and not bounds.holds(value):
-                yield f"{name}={value:g}: must be {bounds}; {advice}"
-
-
-def _values(holder: Any, path: list[str], named: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of a setting where it exists; all entries of a table where the path has `*`."""
-    if not path:
-        yield named, holder
-        return
-    head, rest = path[0], path[1:]
-    if head == "*":
-        for name, entry in holder.items():
-            yield from _values(entry, rest, f"{named}.{name}")
-        return
-    inner = holder.get(head) if isinstance(holder, dict) else getattr(holder, head, None)
-    if inner is not None:
-        yield from _values(inner, rest, f"{named}.{head}" if named else head)
 
 
 def _budget(config: RunConfig) -> Iterator[str]:
@@ -256,14 +223,16 @@ def _resume(config: RunConfig) -> Iterator[str]:
 
 def _written(config: RunConfig) -> Iterator[str]:
     """A line for each directory to write to that is an address: it would become a local directory called `s3:`."""
+    settings = flat(plain(config))
     for key in WRITTEN:
-        for _, value in _values(config, key.split(".")):
-            if isinstance(value, str) and "://" in value:
-                local = Path(value)
-                way_out = "name a directory, and copy it afterwards"
-                if local.exists():  # an earlier version has written there
-                    way_out = f"the local directory {local} has what was written before: rename it (mv), and name it"
-                yield f"{key}={value}: is an address, and only local directories are written to; {way_out}"
+        directory = settings.get(key)
+        if directory is None or "://" not in directory:
+            continue
+        local = Path(directory)
+        way_out = "name a directory, and copy it afterwards"
+        if local.exists():  # an earlier version has written there
+            way_out = f"the local directory {local} has what was written before: rename it (mv), and name it"
+        yield f"{key}={directory}: is an address, and only local directories are written to; {way_out}"
 
 
 def _run(config: RunConfig) -> Iterator[str]:

@@ -68,7 +68,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def problems(data: DataConfig) -> Iterator[str]:
     """What of data's settings contradicts itself or cannot be used: one line a problem, with key, value, constraint and remedy.
 
-    Ranges of single numbers are `trainer/config/ranges.py`'s, what files there are is said where they are opened.
+    Ranges of single numbers stand at their fields, what files there are is said where they are opened.
     """
     if data.path in (None, "") and not data.sources:
         yield (

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from strategies.settings import DESCRIBES, Reach, group, number, setting
 from trainer.data.config import DataFormat
 from trainer.evaluation.endpoint.config import EndpointConfig, JudgeConfig
 
@@ -17,23 +18,25 @@ if TYPE_CHECKING:
 class WritingConfig:
     """How a model writes answers."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = number(128, least=1, advice="as long as the answers: 64 to 256 for summaries")
     """Longest answer in tokens."""
-    beams: int = 1
+    beams: int = number(1, least=1, advice="1 is greedy; 4 is usual for summaries and translation")
     """Width of the beam search; 1 is greedy."""
-    temperature: float = 0.0
+    temperature: float = number(0.0, least=0, advice="0 is greedy, 0.7 to 1 as a rule")
     """Divides the logits that answers are drawn from; 0 takes the likeliest token each time, 1 draws as the model says."""
-    top_p: float = 1.0
+    top_p: float = number(1.0, above=0, most=1, advice="1 draws among all tokens, 0.9 to 0.95 as a rule")
     """Draw among the likeliest tokens that have this share of the probability together; 1 for all."""
-    top_k: int = 0
+    top_k: int = number(0, least=0, advice="0 draws among all tokens, 20 to 50 as a rule")
     """Draw among this many likeliest tokens; 0 for all."""
-    stop: list[str] = field(default_factory=list)
+    stop: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Texts that end an answer, which is cut off before them."""
-    seed: int = 0
+    seed: int = number(0, least=0, advice="the default is 0")
     """Seed of the draws: a text depends on it, on the number of its prompt and of the draw, and on nothing else."""
-    draws: int = 1
+    draws: int = number(1, least=1, advice="1 answers each prompt once")
     """Answers drawn for each prompt."""
-    batch_tokens: int | None = None
+    batch_tokens: int | None = number(
+        None, least=1, advice="null takes evaluation.batch rows; 16384 to 131072 on a GPU"
+    )
     """Most tokens of a batch per rank, longest prompt and answer times rows; null: `evaluation.batch` rows, however long."""
 
     def problems(self, key: str) -> Iterator[str]:
@@ -57,7 +60,7 @@ class WritingConfig:
 class GenerateConfig(WritingConfig):
     """Answers that the model writes to held-out prompts, for BLEU and ROUGE-L."""
 
-    samples: int = 0
+    samples: int = number(0, least=0, advice="0 generates nothing; 50 to 500 as a rule")
     """Documents answered in each evaluation (the first ones, of several named sets those of each); 0 generates nothing."""
 
 
@@ -65,21 +68,23 @@ class GenerateConfig(WritingConfig):
 class TaskConfig:
     """One task: what is asked of the model, on which rows, and how its answers are judged (docs/evaluation.md)."""
 
-    kind: str = ""
+    kind: str = setting("", reach=DESCRIBES)
     """What is measured, as `exact_match`, `classification` or `multiple_choice`; an unknown one is told with all there are."""
-    path: Any = None
+    path: Any = setting(None, reach=Reach.file)
     """Its rows: a file, directory, glob or list of these, in the formats of `data.path`; null: the run's evaluation documents."""
-    format: DataFormat = DataFormat.auto
+    format: DataFormat = setting(DataFormat.auto, reach=DESCRIBES)
     """Format of the rows where their columns fit several; as `data.format`."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = setting(default_factory=dict, reach=DESCRIBES)
     """Other names of columns, as pairs of the name that is read and the name in the file."""
-    max_rows: int | None = None
+    max_rows: int | None = number(None, least=1, advice="null asks all rows")
     """Rows asked, the first ones; null for all."""
-    write: WritingConfig = field(default_factory=WritingConfig)
+    write: WritingConfig = group(
+        WritingConfig, advice={"max_new_tokens": "as long as the answers: 16 to 512 as a rule"}
+    )
     """How answers are written, by tasks that need some."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = setting(default_factory=dict, reach=Reach.file)
     """What its kind lets one choose, as `tokenize` of `translation`; an unknown one is told with all there are."""
-    limit: dict[str, float] = field(default_factory=dict)
+    limit: dict[str, float] = setting(default_factory=dict, reach=DESCRIBES)
     """Largest loss of a metric against an earlier report, by its name; without it a loss beyond the interval counts."""
 
 
@@ -87,33 +92,37 @@ class TaskConfig:
 class EvaluationConfig:
     """When held-out data is evaluated and what its result decides."""
 
-    every_steps: int = 0
+    every_steps: int = number(0, least=0, advice="0 evaluates only at the end")
     """Steps between evaluations; 0 evaluates only at the end (and at the start, see `at_start`)."""
-    at_start: bool = True
+    at_start: bool = setting(True, reach=DESCRIBES)
     """Evaluate before the first step, so that the gain is known."""
-    batch: int = 8
+    batch: int = number(8, least=1, advice="8 as a rule")
     """Most documents in one evaluation micro-batch, per rank; does not change the result."""
-    max_documents: int | None = None
+    max_documents: int | None = number(None, least=1, advice="null takes all")
     """Evaluate at most this many documents, the first ones; of several sources, of each."""
-    watch: str = "eval/loss"
+    watch: str = setting("eval/loss", reach=DESCRIBES)
     """Metric that decides the best checkpoint and early stopping; `eval/loss/NAME` is the loss on one of `data.sources`."""
-    greater_is_better: bool | None = None
+    greater_is_better: bool | None = setting(None, reach=DESCRIBES)
     """Whether a larger value of the watched metric is better; null: as the metric itself says."""
-    patience: int = 0
+    patience: int = number(0, least=0, advice="0 never stops early")
     """Stop after this many evaluations without improvement; 0 never stops early."""
-    min_delta: float = 0.0
+    min_delta: float = number(0.0, least=0, advice="0 counts any improvement")
     """Smallest change of the watched metric that counts as improvement."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    """Answers written and scored: `eval/bleu` and `eval/rougeL`, and those of each set named in `data.eval_path`."""
+    """Answers that the model writes to held-out prompts, for BLEU and ROUGE-L: `eval/bleu` and `eval/rougeL`, and those of each
+    set named in `data.eval_path`."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """Tasks by names of your choice, run in each evaluation as `eval/NAME/METRIC`; `[loss,bits_per_byte]` names kinds alone."""
     server: EndpointConfig = field(default_factory=EndpointConfig)
     """A server (vLLM, SGLang) that writes the answers of `shardtune evaluate model.path=...`; the model here is not loaded."""
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    judge: JudgeConfig = group(
+        JudgeConfig,
+        advice={"parallel": "4 to 32, as the server bears", "timeout_s": "120 as a rule, more for reasoning models"},
+    )
     """The model behind an OpenAI-compatible address that tasks `judge` and `preference` ask."""
-    resamples: int = 10000
+    resamples: int = number(10000, least=1, advice="1000 to 10000 as a rule")
     """Bootstrap resamples behind each interval of `shardtune evaluate`."""
-    resample_seed: int = 0
+    resample_seed: int = number(0, least=0, advice="the default is 0")
     """Seed of the bootstrap."""
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
+from strategies.settings import DESCRIBES, Reach, number, setting
 from trainer.tuning.base import LoraConfig, TuningConfig
 
 
@@ -21,19 +22,19 @@ class ExportType(StrEnum):
 class ExportConfig:
     """What is written for others when training ends."""
 
-    at_end: bool = True
+    at_end: bool = setting(True, reach=DESCRIBES)
     """Write `export/` in the run directory after training."""
-    merge: bool | None = None
+    merge: bool | None = setting(None, reach=DESCRIBES)
     """Fold the adapter into the base and write a whole model; `null` does so where experts or routers are adapted."""
-    dtype: ExportType = ExportType.auto
+    dtype: ExportType = setting(ExportType.auto, reach=DESCRIBES)
     """Stored type of a whole model: `float32`, `bfloat16`, `float16`, or `auto` (that of the base checkpoint)."""
-    max_shard_gib: float = 5.0
+    max_shard_gib: float = number(5.0, above=0, advice="5 as a rule")
     """Largest safetensors file in GiB."""
-    papers: list[str] = field(default_factory=list)
+    papers: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Papers beside the card, in `papers/`: datasheet, annex_xi, annex_xii, training_summary, processing (docs/papers.md)."""
-    answers: str | None = None
+    answers: str | None = setting(None, reach=Reach.file)
     """YAML file with what only its owner can say of the model, by question; what it leaves out stands in papers as open."""
-    verify: bool = False
+    verify: bool = setting(False, reach=DESCRIBES)
     """Reload the export afresh and compare its logits with the trained model's; a drift fails the run."""
 
 

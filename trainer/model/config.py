@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+from strategies.settings import DESCRIBES, FREE, Reach, number, setting
 
 
 class ModelKind(StrEnum):
@@ -41,37 +43,39 @@ class Quantisation(StrEnum):
 class ModelConfig:
     """Which pretrained model is tuned."""
 
-    path: str | None = None
+    path: str | None = setting(None, reach=DESCRIBES, resume=FREE)
     """Directory of a Hugging Face model, or a hub id that is in the local cache (or downloaded with `model.download=true`)."""
-    tokenizer: str | None = None
+    tokenizer: str | None = setting(None, reach=DESCRIBES, resume=FREE)
     """Directory or hub id of the tokenizer; default: `model.path`."""
-    revision: str | None = None
+    revision: str | None = setting(None, reach=DESCRIBES, resume=FREE)
     """Branch, tag or commit of a hub model."""
-    download: bool = False
+    download: bool = setting(False, reach=Reach.network, resume=FREE)
     """Allow fetching the model from the hub; off by default, so that a run never reaches for the network unasked."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = setting(False, reach=Reach.code, resume=FREE)
     """Run Python code that comes with the model; only for sources you trust."""
-    attention: Attention = Attention.auto
+    attention: Attention = setting(Attention.auto, reach=DESCRIBES, resume=FREE)
     """Attention kernel: `auto`, `varlen`, `flash_attention_2`, `flex`, `sdpa` or `eager`."""
-    add_tokens: list[str] = field(default_factory=list)
+    add_tokens: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """New vocabulary entries; their embeddings start at the mean of the existing ones."""
-    chat_template: str | None = None
+    chat_template: str | None = setting(None, reach=Reach.file, resume=FREE)
     """File with a Jinja chat template that replaces the tokenizer's own."""
-    router_aux_loss: float | None = None
+    router_aux_loss: float | None = number(
+        None, least=0, advice="null follows the model's config; 0.001 to 0.01 as a rule"
+    )
     """Weight of the loss that balances experts; null: as the model's config says (`output_router_logits`), 0: none."""
-    router_z_loss: float = 0.0
+    router_z_loss: float = number(0.0, least=0, advice="0 leaves it out; 0.001 as a rule")
     """Weight of the z-loss, which keeps the routers' logits small; 0 leaves it out."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
     """Dropout probability set on the model's own dropout layers, 0 to 1."""
-    neftune_alpha: float = 0.0
+    neftune_alpha: float = number(0.0, least=0, advice="0 is off; 5 to 15 as a rule")
     """Noise on the embeddings in training, up to this over the root of (tokens x width) (arXiv:2310.05914); 0 is off, 5 usual."""
-    quantisation: Quantisation = Quantisation.none
+    quantisation: Quantisation = setting(Quantisation.none, reach=DESCRIBES)
     """Storage of the frozen base under adapters: `none`, `nf4` or `fp4` (4 bits, QLoRA) or `int8`; needs bitsandbytes."""
-    double_quantisation: bool = True
+    double_quantisation: bool = setting(True, reach=DESCRIBES)
     """Quantise the scales of `nf4` and `fp4` too: 4.13 instead of 4.5 bits an element."""
-    keep_packed: bool = True
+    keep_packed: bool = setting(True, reach=DESCRIBES)
     """Keep a quantised base packed on this host (`SHARDTUNE_CACHE`), where its ranks pack each weight once, for later runs."""
-    adapters: list[str] = field(default_factory=list)
+    adapters: list[str] = setting(default_factory=list, reach=DESCRIBES, resume=FREE)
     """Directories of adapters folded into the base, in this order, as it is loaded; a new adapter then trains on top."""
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from strategies.settings import DESCRIBES, Reach, number, setting
+
 
 class Reaction(StrEnum):
     """What is done about a challenge that is found."""
@@ -19,7 +21,7 @@ class Reaction(StrEnum):
 class OverfittingConfig:
     """The gap between training and held-out loss, looked at after each evaluation."""
 
-    action: Reaction = Reaction.note
+    action: Reaction = setting(Reaction.note, reach=DESCRIBES)
     """`note` it, `stop` as early stopping does, or `off`."""
 
 
@@ -27,15 +29,15 @@ class OverfittingConfig:
 class ForgettingWatchConfig:
     """The base against the tuned model on general text and on tasks, before the first step and in each evaluation."""
 
-    data: Any = None
+    data: Any = setting(None, reach=Reach.file)
     """General text: a file, directory, glob or list of these, in the formats of `data.path`; its loss is `eval/general/loss`."""
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Names of `evaluation.tasks` whose first metric is compared with that of the base, too."""
-    limit: Any = None
+    limit: Any = setting(None, reach=DESCRIBES)
     """Largest rise of the loss (fall of a metric) against the base, as `3%` or 0.03; null: it is measured, and noted if clear."""
-    action: Reaction = Reaction.stop
+    action: Reaction = setting(Reaction.stop, reach=DESCRIBES)
     """Beyond the limit `stop` the run with exit code 69, after a checkpoint, or `note` it; `off` measures nothing."""
-    max_rows: int | None = 256
+    max_rows: int | None = number(256, least=1, advice="256 as a rule; null takes all")
     """Documents of `data` that are looked at, the first ones; null for all."""
 
 
@@ -43,7 +45,7 @@ class ForgettingWatchConfig:
 class OutputConfig:
     """Answers that the run's tasks and `evaluation.generate` have written."""
 
-    action: Reaction = Reaction.note
+    action: Reaction = setting(Reaction.note, reach=DESCRIBES)
     """`note` degenerate answers, `stop` the run with exit code 69, or `off`."""
 
 
@@ -51,7 +53,7 @@ class OutputConfig:
 class DivergenceConfig:
     """The run against its own beginning: training and held-out loss, from step 20 and the end of warm-up on."""
 
-    action: Reaction = Reaction.note
+    action: Reaction = setting(Reaction.note, reach=DESCRIBES)
     """`note` a run that is worse than before training, `stop` a diverged one with exit code 69 after a checkpoint, or `off`."""
 
 
@@ -60,11 +62,13 @@ class ChallengesConfig:
     """Detectors of what may go wrong beside single steps (docs/challenges.md)."""
 
     overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
-    """Held-out loss that rises while the gap to the training loss grows."""
+    """Held-out loss that rises while its gap to the training loss grows."""
     forgetting: ForgettingWatchConfig = field(default_factory=ForgettingWatchConfig)
-    """General abilities that are lost; nothing is measured without `data` or `tasks`."""
+    """The base against the tuned model on general text and on tasks, before the first step and in each evaluation. Nothing is
+    measured without `data` or `tasks`."""
     output: OutputConfig = field(default_factory=OutputConfig)
-    """Answers that are empty, repeat themselves, or are in another language than the right ones."""
+    """Answers that the run's tasks and `evaluation.generate` have written: empty ones, repeated ones, and those in another
+    language than the right ones."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     """Losses that are worse than before training."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from strategies.settings import DESCRIBES, Reach, setting
 from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import WRONG_KIND, Document
 from trainer.data.objective_spec import Reading
@@ -34,7 +35,7 @@ Reference = Callable[["nn.Module"], "AbstractContextManager[None]"]
 class ObjectiveConfig:
     """Settings shared by all objectives."""
 
-    name: str = "sft"
+    name: str = setting("sft", reach=DESCRIBES)
     """Which objective runs; set by the group choice `objective=<name>`, not by hand."""
 
 
@@ -42,11 +43,11 @@ class ObjectiveConfig:
 class TeacherConfig:
     """The model that is imitated. It is frozen, sharded beside the student, and no part of checkpoints or exports."""
 
-    path: str | None = None
+    path: str | None = setting(None, reach=DESCRIBES)
     """Directory of a Hugging Face model with the student's vocabulary, or a hub id, as in `model.path`."""
-    revision: str | None = None
+    revision: str | None = setting(None, reach=DESCRIBES)
     """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = setting(False, reach=Reach.code)
     """Run Python code that comes with the teacher; `model.trust_remote_code` is for the student alone."""
 
 

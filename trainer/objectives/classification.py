@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError, DataError
+from strategies.settings import DESCRIBES, setting
 from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.config import DataFormat, Layout
 from trainer.data.document import WRONG_KIND, Document
@@ -36,11 +37,11 @@ class ClassificationConfig(ObjectiveConfig):
     """Labels of a document, predicted from the sequence-classification head: one, or any number of them."""
 
     name: str = "classification"
-    labels: list[str] | None = None
+    labels: list[str] | None = setting(None, reach=DESCRIBES)
     """Label names in the order of their ids, which rows may have in their place; default: the sorted labels of the data."""
-    multi_label: bool = False
+    multi_label: bool = setting(False, reach=DESCRIBES)
     """A document has any number of labels: a list, or one text with `|` between them, empty for none; 62 labels at most."""
-    class_weights: Any = None
+    class_weights: Any = setting(None, reach=DESCRIBES)
     """A weight for each label in the order of `labels`, or `balanced`; with `multi_label` it counts where the label is true."""
 
 

@@ -7,12 +7,13 @@ Off-policy, on the supervised tokens of given documents, with the divergences of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from strategies.settings import DESCRIBES, FREE, group, number, setting
 from trainer.losses.divergence import Against, Divergence, Measure
 from trainer.model.config import may_be_hub_id
 from trainer.objectives.base import (
@@ -33,15 +34,15 @@ class DistillationConfig(ObjectiveConfig):
     """Knowledge distillation: the teacher's distribution over the vocabulary at each supervised token."""
 
     name: str = "distillation"
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher: TeacherConfig = group(TeacherConfig, resume=FREE)
     """The model that is imitated."""
-    divergence: Divergence = Divergence.forward_kl
+    divergence: Divergence = setting(Divergence.forward_kl, reach=DESCRIBES)
     """`forward_kl` covers all a teacher would say, `reverse_kl` its likeliest, `jensen_shannon` is between (arXiv:2306.13649)."""
-    interpolation: float = 0.5
+    interpolation: float = number(0.5, above=0, below=1, advice="0.5 as a rule; objective.divergence has both ends")
     """The teacher's weight in the mixture of `jensen_shannon` (the paper's beta), above 0 and below 1."""
-    temperature: float = 1.0
+    temperature: float = number(1.0, above=0, advice="1 to 4 as a rule")
     """Softens both distributions; the divergence is multiplied by its square (arXiv:1503.02531)."""
-    sft_weight: float = 0.0
+    sft_weight: float = number(0.0, least=0, advice="0 leaves it out; 0.1 to 1 as a rule")
     """Weight of the plain loss on the same tokens, added to the divergence; 0 leaves it out."""
 
 

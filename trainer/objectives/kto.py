@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import DataError
+from strategies.settings import number
 from trainer.data.batches.collate import Collator
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.document import WRONG_KIND, Document, Message, Tally
@@ -47,11 +48,11 @@ class KtoConfig(ObjectiveConfig):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): answers with a verdict each, no pairs."""
 
     name: str = "kto"
-    beta: float = 0.1
+    beta: float = number(0.1, above=0, advice="0.1 for dpo, kto and orpo, 2 for simpo")
     """How closely the model stays with the reference: larger is closer."""
-    desirable_weight: float = 1.0
+    desirable_weight: float = number(1.0, above=0, advice="1 as a rule; raise that of the rarer verdict")
     """Weight of desirable answers; the denominator stays the number of answers."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: float = number(1.0, above=0, advice="1 as a rule; raise that of the rarer verdict")
     """Weight of undesirable ones; keep weight times number of both kinds within 1:1 and 4:3, the desirable ones heavier."""
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strategies.settings import DESCRIBES, number, setting
 from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig, Reference
 from trainer.objectives.causal import reference_logps, sequence_logps
 from trainer.objectives.pairs import PairReading, pair_problems
@@ -36,13 +37,13 @@ class DpoConfig(ObjectiveConfig):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) against the model as it was."""
 
     name: str = "dpo"
-    beta: float = 0.1
+    beta: float = number(0.1, above=0, advice="0.1 for dpo, kto and orpo, 2 for simpo")
     """How closely the model stays with the reference: larger is closer (for `ipo`, its tau)."""
-    loss_type: PairLoss = PairLoss.sigmoid
+    loss_type: PairLoss = setting(PairLoss.sigmoid, reach=DESCRIBES)
     """`sigmoid` (DPO), `ipo` (Azar et al. 2023, arXiv:2310.12036, per token) or `hinge` (SLiC, arXiv:2305.10425)."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, least=0, below=0.5, advice="0 trusts every label or pair; 0.1 as a rule")
     """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5 (conservative DPO); `sigmoid` only."""
-    sft_weight: float = 0.0
+    sft_weight: float = number(0.0, least=0, advice="0 leaves it out; 0.1 to 1 as a rule")
     """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
 
 
@@ -51,7 +52,7 @@ class OrpoConfig(ObjectiveConfig):
     """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691): SFT and preference at once, no reference."""
 
     name: str = "orpo"
-    beta: float = 0.1
+    beta: float = number(0.1, above=0, advice="0.1 for dpo, kto and orpo, 2 for simpo")
     """Weight of the odds ratio beside the chosen answer's own loss (the paper's lambda)."""
 
 
@@ -60,13 +61,13 @@ class SimpoConfig(ObjectiveConfig):
     """Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734): mean log-probabilities, no reference."""
 
     name: str = "simpo"
-    beta: float = 2.0
+    beta: float = number(2.0, above=0, advice="0.1 for dpo, kto and orpo, 2 for simpo")
     """Scale of the reward, which is beta times the mean log-probability of a token."""
-    gamma: float = 1.0
+    gamma: float = number(1.0, least=0, advice="half of objective.beta as a rule")
     """Margin by which the chosen answer's reward should exceed the other's; about half of beta as a rule."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, least=0, below=0.5, advice="0 trusts every label or pair; 0.1 as a rule")
     """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5."""
-    sft_weight: float = 0.0
+    sft_weight: float = number(0.0, least=0, advice="0 leaves it out; 0.1 to 1 as a rule")
     """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
 
 

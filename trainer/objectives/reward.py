@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strategies.settings import number
 from trainer.data.config import Layout
 from trainer.model.config import ModelKind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig
@@ -20,7 +21,7 @@ class RewardConfig(ObjectiveConfig):
     """A reward model: one score an answer, the preferred one's higher (Bradley and Terry 1952)."""
 
     name: str = "reward"
-    centre: float = 0.0
+    centre: float = number(0.0, least=0, advice="0 leaves it out; 0.01 as a rule")
     """Weight of the squared sum of a pair's scores, which keeps scores around zero (arXiv:2312.09244); 0 leaves it out."""
 
 

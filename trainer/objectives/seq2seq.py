@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError, DataError
+from strategies.settings import DESCRIBES, number, setting
 from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.config import ControlTokens, DataConfig, DataFormat, Layout, LearnConfig, OverLength
 from trainer.data.document import WRONG_KIND, Document, RefusedDocument, Tally
@@ -41,9 +42,9 @@ class Seq2seqConfig(ObjectiveConfig):
     """Encoder-decoder models (T5, BART and their kin): the answer is learned by the decoder, the prompt read by the encoder."""
 
     name: str = "seq2seq"
-    prefix: str = ""
+    prefix: str = setting("", reach=DESCRIBES)
     """Text put before every prompt, such as `summarize: ` (its space included) for T5 models that were trained with it."""
-    max_target: int = 256
+    max_target: int = number(256, least=2, advice="an answer and its end need two tokens; 128 to 256 suit summaries")
     """Longest answer in tokens; `data.max_length` bounds the prompt, and `data.over_length` says what happens beyond either."""
 
 

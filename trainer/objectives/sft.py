@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import DataError
+from strategies.settings import DESCRIBES, number, setting
 from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
@@ -24,9 +25,9 @@ from trainer.objectives.teacher import Teacher, teacher_of
 class ForgettingConfig:
     """Keeping a model as it was, on the documents of the sources marked `data.sources.<name>.replay=true`."""
 
-    kl_weight: float = 0.0
+    kl_weight: float = number(0.0, least=0, advice="0 leaves it out; 0.1 to 1 as a rule")
     """Weight of the divergence from the model before training, a mean over the tokens of replayed documents; 0 leaves it out."""
-    replay_loss: bool = True
+    replay_loss: bool = setting(True, reach=DESCRIBES)
     """Whether replayed documents are learned too, as any other; with `false` they only hold the model where it was."""
 
 
@@ -34,7 +35,7 @@ class ForgettingConfig:
 class SftConfig(ObjectiveConfig):
     """Supervised fine-tuning: next-token loss on the supervised tokens."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, least=0, below=0.5, advice="0 trusts every label or pair; 0.1 as a rule")
     """Share of each target that is spread evenly over the vocabulary, 0 to below 0.5; in training only."""
     forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
     """What is done against forgetting."""

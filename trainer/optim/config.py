@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from strategies.settings import DESCRIBES, number, setting
+
 
 class OptimName(StrEnum):
     """The names users type as `optim=<name>`."""
@@ -29,11 +31,11 @@ class MuonScale(StrEnum):
 class GroupRule:
     """What is different for the parameters that a pattern matches."""
 
-    match: str = ""
+    match: str = setting("", reach=DESCRIBES)
     """Regular expression, found anywhere in a parameter's name; one that matches nothing is an error."""
-    lr_factor: float = 1.0
+    lr_factor: float = number(1.0, least=0, advice="1 keeps the common rate, 0 stands still")
     """Multiplies the learning rate of these parameters, on top of `optim.layer_decay`."""
-    weight_decay: float | None = None
+    weight_decay: float | None = number(None, least=0, advice="null keeps the common rule")
     """Weight decay of these parameters, norms and biases included; null keeps the common rule."""
 
 
@@ -41,19 +43,19 @@ class GroupRule:
 class OptimConfig:
     """Settings every optimizer understands."""
 
-    name: OptimName = OptimName.adamw
+    name: OptimName = setting(OptimName.adamw, reach=DESCRIBES)
     """Which optimizer runs; set by the group choice `optim=<name>`."""
-    lr: float = 2e-5
+    lr: float = number(2e-5, above=0, advice="about 2e-5 for full tuning, 2e-4 for LoRA")
     """Peak learning rate; about 1e-5 to 5e-5 for full tuning, 1e-4 to 5e-4 for LoRA."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, least=0, advice="0 to 0.1 as a rule")
     """Weight decay on matrices; norms, biases and other vectors never decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = number(1.0, least=0, advice="0 switches clipping off")
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = number(10, least=1, advice="10 as a rule")
     """The run stops after this many steps in a row whose gradients are not finite."""
-    layer_decay: float = 1.0
+    layer_decay: float = number(1.0, above=0, most=1, advice="1 is off, 0.8 to 0.95 as a rule")
     """Each layer's rate is that of the layer above times this (ELECTRA, arXiv:2003.10555); 1 is off, 0.8 to 0.95 usual."""
-    ema_decay: float = 0.0
+    ema_decay: float = number(0.0, least=0, below=1, advice="0 is off; 0.99 for hundreds of steps, 0.999 for thousands")
     """Decay of an average of the weights that is evaluated and exported in their place; 0 is off, 0.99 to 0.9999 as a rule."""
     groups: dict[str, GroupRule] = field(default_factory=dict)
     """Exceptions by a name of your choice, as in `optim.groups.head.match=score optim.groups.head.lr_factor=10`."""
@@ -63,9 +65,9 @@ class OptimConfig:
 class AdamwConfig(OptimConfig):
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
 
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = setting(default_factory=lambda: [0.9, 0.999], reach=DESCRIBES)
     """Decay rates of the first and second moment, each in [0, 1)."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, above=0, advice="1e-8 as a rule")
     """Added to the root of the second moment."""
 
 
@@ -74,7 +76,7 @@ class Adamw8bitConfig(AdamwConfig):
     """AdamW with moments in 8 bits, block by block (Dettmers et al. 2021, arXiv:2110.02861); needs bitsandbytes."""
 
     name: OptimName = OptimName.adamw_8bit
-    min_8bit_elements: int = 4096
+    min_8bit_elements: int = number(4096, least=0, advice="4096 as a rule")
     """Parameters with fewer elements than this keep moments in 32 bits."""
 
 
@@ -85,11 +87,11 @@ class AdafactorConfig(OptimConfig):
     name: OptimName = OptimName.adafactor
     lr: float = 1e-3
     """Peak rate relative to the root mean square of each parameter; capped by 1/sqrt(step); about 1e-3."""
-    decay_exponent: float = 0.8
+    decay_exponent: float = number(0.8, least=0, most=1, advice="0.8 in the paper")
     """The second moments average over more steps as the run goes on: step t counts `t ** -decay_exponent`, 0 to 1."""
-    clip_threshold: float = 1.0
+    clip_threshold: float = number(1.0, least=1, advice="1 in the paper")
     """Largest root mean square of one parameter's update before the rate, at least 1."""
-    eps_scale: float = 1e-3
+    eps_scale: float = number(1e-3, above=0, advice="0.001 in the paper")
     """Smallest root mean square that a parameter's step is relative to."""
 
 
@@ -100,7 +102,7 @@ class LionConfig(OptimConfig):
     name: OptimName = OptimName.lion
     lr: float = 3e-6
     """Peak learning rate; three to ten times smaller than AdamW's, with a weight decay as many times larger."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    betas: list[float] = setting(default_factory=lambda: [0.9, 0.99], reach=DESCRIBES)
     """Weight of the momentum in the update, and its own decay rate, each in [0, 1)."""
 
 
@@ -109,19 +111,19 @@ class MuonConfig(OptimConfig):
     """Muon (Jordan et al. 2024): orthogonalised momentum for the matrices of the blocks, AdamW for everything else."""
 
     name: OptimName = OptimName.muon
-    momentum: float = 0.95
+    momentum: float = number(0.95, least=0, below=1, advice="0.9 (sgd) or 0.95 (muon) as a rule")
     """Decay rate of the momentum, in [0, 1)."""
-    nesterov: bool = True
+    nesterov: bool = setting(True, reach=DESCRIBES)
     """Look one step ahead along the momentum."""
-    iterations: int = 5
+    iterations: int = number(5, least=1, most=20, advice="5 in the paper")
     """Newton-Schulz iterations of one orthogonalisation."""
-    bf16: bool = False
+    bf16: bool = setting(False, reach=DESCRIBES)
     """Orthogonalise in bf16: faster on GPUs, and strategies agree to about 1e-5 rather than 1e-6."""
-    scale: MuonScale = MuonScale.match_rms_adamw
+    scale: MuonScale = setting(MuonScale.match_rms_adamw, reach=DESCRIBES)
     """`match_rms_adamw` takes AdamW's rates and decay (arXiv:2502.16982); `original` wants rates near 0.02."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = setting(default_factory=lambda: [0.9, 0.999], reach=DESCRIBES)
     """Decay rates of AdamW's moments, for embeddings, heads, norms and biases."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, above=0, advice="1e-8 as a rule")
     """Added to the root of AdamW's second moment."""
 
 
@@ -139,7 +141,19 @@ class SgdConfig(OptimConfig):
     name: OptimName = OptimName.sgd
     lr: float = 1e-2
     """Peak learning rate; hundreds of times larger than AdamW's as a rule."""
-    momentum: float = 0.9
+    momentum: float = number(0.9, least=0, below=1, advice="0.9 (sgd) or 0.95 (muon) as a rule")
     """Decay rate of the momentum, in [0, 1); 0 keeps no state."""
-    nesterov: bool = False
+    nesterov: bool = setting(False, reach=DESCRIBES)
     """Look one step ahead along the momentum; needs a momentum above 0."""
+
+
+OPTIMIZERS: tuple[type[OptimConfig], ...] = (
+    AdamwConfig,
+    Adamw8bitConfig,
+    AdafactorConfig,
+    LionConfig,
+    MuonConfig,
+    ScheduleFreeConfig,
+    SgdConfig,
+)
+"""The settings of every optimizer."""

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from strategies.settings import DESCRIBES, number, setting
+
 
 class ScheduleName(StrEnum):
     """The names users type as `schedule=<name>`."""
@@ -27,15 +29,15 @@ MEANT_UNDER = {
 class ScheduleConfig:
     """Warm-up, then the shape named by the group choice."""
 
-    name: ScheduleName = ScheduleName.cosine
+    name: ScheduleName = setting(ScheduleName.cosine, reach=DESCRIBES)
     """Shape after warm-up: `cosine`, `linear`, `constant` or `wsd` (warmup-stable-decay)."""
-    warmup_steps: int = 0
+    warmup_steps: int = number(0, least=0, advice="0 takes schedule.warmup_share")
     """Steps over which the rate rises linearly; 0 takes `warmup_share` instead."""
-    warmup_share: float = 0.03
+    warmup_share: float = number(0.03, least=0, most=1, advice="0.03 as a rule")
     """Share of all steps spent warming up, 0 to 1, when `warmup_steps` is 0."""
-    decay_share: float = 0.2
+    decay_share: float = number(0.2, least=0, most=1, advice="0.2 as a rule")
     """wsd only: share of all steps, at the end, over which the rate falls linearly."""
-    min_factor: float = 0.0
+    min_factor: float = number(0.0, least=0, most=1, advice="0 ends at a rate of zero")
     """Factor of the peak rate at the end, 0 to 1."""
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from strategies.settings import DESCRIBES, setting
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 from trainer.reporting.trace import summarise
@@ -28,7 +29,7 @@ FOLDER = "profile"
 class ProfileConfig:
     """Which steps are traced."""
 
-    steps: list[int] = field(default_factory=list)
+    steps: list[int] = setting(default_factory=list, reach=DESCRIBES)
     """First and last step that each rank traces with torch's profiler, as in [10,12], into `profile/`; empty: none."""
 
 

@@ -21,8 +21,9 @@ from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
 from trainer.checkpoints.layout import places_of, published
 from trainer.checkpoints.resume_selection import settled
-from trainer.config.resuming import KINDS, defaults_of, flat, kind_of, plain
+from trainer.config.resuming import KINDS, defaults_of, flat, plain
 from trainer.config.run import RunConfig
+from trainer.config.tree import kind_of
 from trainer.data.config import identifying
 from trainer.data.prepare import Prepared
 from trainer.reporting.status import write_text_atomic

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
+
+from strategies.settings import DESCRIBES, FREE, number, setting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +39,7 @@ class TuningName(StrEnum):
 class TuningConfig:
     """Settings shared by all tuning methods."""
 
-    name: TuningName = TuningName.full
+    name: TuningName = setting(TuningName.full, reach=DESCRIBES)
     """Which method runs; set by the group choice `tuning=<name>`, not by hand."""
 
 
@@ -50,12 +52,13 @@ class FullConfig(TuningConfig):
 class AdapterConfig(TuningConfig):
     """Settings shared by the methods that put adapters beside frozen weights."""
 
-    targets: Any = "all-linear"
+    targets: Any = setting("all-linear", reach=DESCRIBES)
     """Module names (a list, or one regular expression) that get adapters; `all-linear` takes every linear layer but the head."""
-    modules_to_save: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Modules trained in full beside the adapters and saved with them, such as a classification head."""
-    from_: str | None = None
-    """Directory of an adapter to go on from; what is left unset here follows its settings. In files the key is `from_`."""
+    from_: str | None = setting(None, reach=DESCRIBES, resume=FREE)
+    """Directory of an adapter to go on from; what is left unset here follows its settings. Typed as `tuning.from=<dir>`; in
+    files the key is `from_`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,27 +66,27 @@ class LoraConfig(AdapterConfig):
     """Low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
 
     name: TuningName = TuningName.lora
-    rank: int = 16
+    rank: int = number(16, least=1, advice="8 to 64 as a rule")
     """Rank of the update; the adapter has `rank * (in + out)` parameters per matrix."""
-    alpha: float = 32.0
+    alpha: float = number(32.0, above=0, advice="twice tuning.rank as a rule")
     """Scale of the update: `alpha / rank` (`alpha / sqrt(rank)` with rslora)."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
     """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
-    rslora: bool = False
+    rslora: bool = setting(False, reach=DESCRIBES)
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
-    dora: bool = False
+    dora: bool = setting(False, reach=DESCRIBES)
     """Weight-decomposed adaptation (Liu et al. 2024, arXiv:2402.09353)."""
-    init: str = "default"
+    init: str = setting("default", reach=DESCRIBES)
     """`default` and `gaussian` add a zero update; `pissa`, `pissa_niter_4` and `olora` train a part split off each weight."""
-    lr_ratio: float = 1.0
+    lr_ratio: float = number(1.0, above=0, advice="1 is plain LoRA, 16 as a rule for LoRA+")
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): learning rate of the B matrices as a multiple of `optim.lr`; 16 as a rule."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = setting(default_factory=dict, reach=DESCRIBES)
     """Other ranks for some modules, as pairs of name (or regular expression) and rank."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = setting(default_factory=dict, reach=DESCRIBES)
     """Other alphas for some modules, as pairs of name (or regular expression) and alpha."""
-    experts: bool = False
+    experts: bool = setting(False, reach=DESCRIBES)
     """Adapt the experts of a mixture too, each with a rank of its own; `tuning.targets=[]` leaves the other layers out."""
-    router: bool = False
+    router: bool = setting(False, reach=DESCRIBES)
     """Adapt the routers that choose experts too."""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from strategies.settings import DESCRIBES, number, setting
 from trainer.tuning.base import AdapterConfig, FullConfig, LoraConfig, TuningConfig, TuningName
 
 
@@ -14,15 +15,15 @@ class FreezeConfig(TuningConfig):
     """A part of the base trains, the rest is frozen; the export is a whole model. What is chosen adds up."""
 
     name: TuningName = TuningName.freeze
-    layers: str | None = None
+    layers: str | None = setting(None, reach=DESCRIBES)
     """Blocks that train: `last-2` for the last two, or a range such as `4-7` counted from 0."""
-    modules: str | None = None
+    modules: str | None = setting(None, reach=DESCRIBES)
     """Regular expression on whole module names; what matches trains with everything below it."""
-    embeddings: bool = False
+    embeddings: bool = setting(False, reach=DESCRIBES)
     """Also train the token embeddings and the output head."""
-    bias_only: bool = False
+    bias_only: bool = setting(False, reach=DESCRIBES)
     """Of the chosen part (else of the whole model) only biases train (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199)."""
-    norm_only: bool = False
+    norm_only: bool = setting(False, reach=DESCRIBES)
     """Of the chosen part (else of the whole model) only normalisation layers train; with bias_only both do."""
 
 
@@ -31,25 +32,25 @@ class AdaLoraConfig(AdapterConfig):
     """Low-rank adapters whose ranks move to the layers that need them (AdaLoRA, Zhang et al. 2023, arXiv:2303.10512)."""
 
     name: TuningName = TuningName.adalora
-    init_rank: int = 12
+    init_rank: int = number(12, least=2, advice="12 as a rule")
     """Rank of every matrix at the start."""
-    target_rank: int = 8
+    target_rank: int = number(8, least=1, advice="two thirds of tuning.init_rank as a rule")
     """Mean rank that is left in the end; less than `init_rank`, about two thirds of it in the paper."""
-    alpha: float = 32.0
+    alpha: float = number(32.0, above=0, advice="twice tuning.rank as a rule")
     """Scale of the update: `alpha / init_rank`."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
     """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
-    initial_share: float = 0.1
+    initial_share: float = number(0.1, least=0, below=1, advice="0.1 as a rule")
     """Share of the run's steps before the first rank is taken."""
-    final_share: float = 0.3
+    final_share: float = number(0.3, least=0, below=1, advice="0.3 as a rule")
     """Share of the run's steps after the last rank is taken; in between the ranks fall by a cubic curve."""
-    delta_t: int = 10
+    delta_t: int = number(10, least=1, advice="1 to 100 as a rule")
     """Steps between two allocations while the ranks fall."""
-    beta1: float = 0.85
+    beta1: float = number(0.85, above=0, below=1, advice="0.85 in the paper")
     """Decay of the mean of an entry's importance, which is `|value * gradient|`."""
-    beta2: float = 0.85
+    beta2: float = number(0.85, above=0, below=1, advice="0.85 in the paper")
     """Decay of the mean of that importance's own variation."""
-    orth_reg_weight: float = 0.5
+    orth_reg_weight: float = number(0.5, least=0, advice="0.1 to 0.5 as a rule, 0 leaves it out")
     """Weight of the penalty that keeps an adapter's factors orthogonal; 0 leaves it out."""
 
 
@@ -60,7 +61,7 @@ class Ia3Config(AdapterConfig):
     name: TuningName = TuningName.ia3
     targets: Any = "auto"
     """Module names (a list, or one regular expression) that get factors; `auto` takes those peft names for the architecture."""
-    feedforward: list[str] = field(default_factory=list)
+    feedforward: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Those of the targets whose input is scaled instead of their output; with `auto` peft names them too."""
 
 
@@ -69,15 +70,15 @@ class VeraConfig(AdapterConfig):
     """Vectors that scale one random projection shared by all layers (VeRA, Kopiczko et al. 2023, arXiv:2310.11454)."""
 
     name: TuningName = TuningName.vera
-    rank: int = 256
+    rank: int = number(256, least=1, advice="8 to 64 as a rule")
     """Rank of the shared projection; each matrix trains `rank + out` numbers."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
     """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
-    d_initial: float = 0.1
+    d_initial: float = number(0.1, above=0, advice="0.1 as a rule; at 0 nothing would be learned")
     """Start of the inner scaling vector."""
-    projection_seed: int = 0
+    projection_seed: int = number(0, least=0, advice="the default is 0")
     """Seed of the shared projection; not that of the run, since loaders draw the projection anew from it."""
-    save_projection: bool = True
+    save_projection: bool = setting(True, reach=DESCRIBES)
     """Keep the shared projection in the export; `false` saves space and trusts that loaders draw the same numbers."""
 
 
@@ -86,9 +87,9 @@ class LohaConfig(AdapterConfig):
     """Update as a Hadamard product of two low-rank ones (LoHa, Hyeon-Woo et al. 2021, arXiv:2108.06098)."""
 
     name: TuningName = TuningName.loha
-    rank: int = 8
+    rank: int = number(8, least=1, advice="8 to 64 as a rule")
     """Rank of each factor; the product reaches its square, with `2 * rank * (in + out)` parameters per matrix."""
-    alpha: float = 8.0
+    alpha: float = number(8.0, above=0, advice="twice tuning.rank as a rule")
     """Scale of the update: `alpha / rank`."""
 
 
@@ -97,13 +98,13 @@ class LokrConfig(AdapterConfig):
     """Update as a Kronecker product (LoKr, Yeh et al. 2023, arXiv:2309.14859)."""
 
     name: TuningName = TuningName.lokr
-    rank: int = 8
+    rank: int = number(8, least=1, advice="8 to 64 as a rule")
     """Rank of the larger factor; factors small enough are trained whole."""
-    alpha: float = 8.0
+    alpha: float = number(8.0, above=0, advice="twice tuning.rank as a rule")
     """Scale of the update: `alpha / rank`."""
-    decompose_both: bool = False
+    decompose_both: bool = setting(False, reach=DESCRIBES)
     """Also split the smaller factor into low-rank ones."""
-    decompose_factor: int = 0
+    decompose_factor: int = number(0, least=0, advice="0 takes the most even split, 8 or 16 are usual")
     """Size of the smaller factor; 0 takes the most even split."""
 
 
@@ -112,11 +113,11 @@ class OftConfig(AdapterConfig):
     """Rotation of the input in blocks (OFT, Qiu et al. 2023, arXiv:2306.07280)."""
 
     name: TuningName = TuningName.oft
-    block_size: int = 32
+    block_size: int = number(32, least=2, advice="4 (boft) or 32 (oft) as a rule")
     """Size of a rotated block; where it does not divide a layer's input, peft takes the nearest that does."""
-    block_share: bool = False
+    block_share: bool = setting(False, reach=DESCRIBES)
     """One rotation for all blocks of a layer."""
-    neumann_terms: int = 5
+    neumann_terms: int = number(5, least=0, advice="5 as a rule, 0 solves exactly")
     """Terms of the series that approximates the rotation; 0 solves for it exactly, which is slower."""
 
 
@@ -125,11 +126,11 @@ class BoftConfig(AdapterConfig):
     """Rotation as a product of butterfly factors (BOFT, Liu et al. 2023, arXiv:2311.06243)."""
 
     name: TuningName = TuningName.boft
-    block_size: int = 4
+    block_size: int = number(4, least=2, advice="4 (boft) or 32 (oft) as a rule")
     """Size of a rotated block; must divide the input of every target."""
-    num_factors: int = 1
+    num_factors: int = number(1, least=1, advice="1 or 2 as a rule")
     """Number of butterfly factors; 1 is OFT with a dense permutation."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
     """Probability that a block is left unrotated, 0 to 1; 0 keeps every strategy on the same curve."""
 
 
@@ -147,9 +148,9 @@ class PeftConfig(AdapterConfig):
     """Another method of peft by its name, with peft's own options."""
 
     name: TuningName = TuningName.peft
-    type: str | None = None
+    type: str | None = setting(None, reach=DESCRIBES)
     """peft's name of the method, such as `hra`; docs/methods.md lists those that are proven here."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES)
     """Options of peft's config class for that method, as pairs; targets and modules_to_save have keys of their own."""
 
 
@@ -157,7 +158,7 @@ class PeftConfig(AdapterConfig):
 class VirtualConfig(TuningConfig):
     """Settings shared by the methods that put trained virtual tokens before every document."""
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int = number(20, least=1, advice="8 to 100 as a rule")
     """Virtual tokens before every document; they take their place in the context and its cost in every forward pass."""
 
 
@@ -166,9 +167,9 @@ class PrefixConfig(VirtualConfig):
     """Trained keys and values before those of every layer (prefix tuning, Li and Liang 2021, arXiv:2101.00190)."""
 
     name: TuningName = TuningName.prefix
-    projection: bool = False
+    projection: bool = setting(False, reach=DESCRIBES)
     """Make the prefix by a small network that is dropped after training; steadier at high rates, more memory."""
-    encoder_hidden_size: int = 0
+    encoder_hidden_size: int = number(0, least=0, advice="0 takes the model's own width")
     """Width of that network; 0 takes the width of the prefix in one layer."""
 
 
@@ -185,9 +186,9 @@ class PromptConfig(VirtualConfig):
     """Trained embeddings before those of every document (prompt tuning, Lester et al. 2021, arXiv:2104.08691)."""
 
     name: TuningName = TuningName.prompt
-    init: PromptInit = PromptInit.random
+    init: PromptInit = setting(PromptInit.random, reach=DESCRIBES)
     """Start at `random` numbers, at the embeddings of a `text`, or of tokens `sampled` from the vocabulary."""
-    init_text: str | None = None
+    init_text: str | None = setting(None, reach=DESCRIBES)
     """Text for `tuning.init=text`, such as the instruction of the task; repeated or cut to the number of tokens."""
 
 
@@ -203,13 +204,13 @@ class PTuningConfig(VirtualConfig):
     """Embeddings made by a small network that is dropped after training (P-tuning, Liu et al. 2021, arXiv:2103.10385)."""
 
     name: TuningName = TuningName.p_tuning
-    encoder: EncoderKind = EncoderKind.mlp
+    encoder: EncoderKind = setting(EncoderKind.mlp, reach=DESCRIBES)
     """`mlp` of three layers, or `lstm` in both directions with two linear layers behind it."""
-    encoder_hidden_size: int = 0
+    encoder_hidden_size: int = number(0, least=0, advice="0 takes the model's own width")
     """Width of the network; 0 takes the width of the embeddings."""
-    encoder_layers: int = 2
+    encoder_layers: int = number(2, least=1, advice="2 as a rule")
     """Layers of the LSTM; the MLP always has three."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
     """Dropout probability between layers of the LSTM, 0 to 1; 0 keeps every strategy on the same curve."""
 
 
@@ -218,9 +219,9 @@ class AdaptionPromptConfig(TuningConfig):
     """Gated attention to trained tokens beside the model's own (LLaMA-Adapter, Zhang et al. 2023, arXiv:2303.16199)."""
 
     name: TuningName = TuningName.adaption_prompt
-    adapter_len: int = 10
+    adapter_len: int = number(10, least=1, advice="10 in the paper")
     """Trained tokens in each adapted layer."""
-    adapter_layers: int = 0
+    adapter_layers: int = number(0, least=0, advice="0 takes every layer")
     """Adapted layers, counted from the output; 0 takes all (the paper leaves out the lowest two)."""
 
 
@@ -245,17 +246,17 @@ class BottleneckConfig(TuningConfig):
     """Small networks behind attention and feed-forward parts (adapters, Houlsby et al. 2019, arXiv:1902.00751)."""
 
     name: TuningName = TuningName.bottleneck
-    placement: Placement = Placement.houlsby
+    placement: Placement = setting(Placement.houlsby, reach=DESCRIBES)
     """`houlsby`: behind attention and feed-forward; `pfeiffer`: behind feed-forward only (arXiv:2005.00247)."""
-    size: int = 64
+    size: int = number(64, least=1, advice="8 to 256 as a rule")
     """Width of the bottleneck; an adapter trains `size * (2 * hidden + 1) + hidden` numbers."""
-    activation: Activation = Activation.gelu
+    activation: Activation = setting(Activation.gelu, reach=DESCRIBES)
     """Nonlinearity: `gelu`, `relu`, `silu` or `tanh`."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
     """Dropout probability inside the bottleneck, 0 to 1; 0 keeps every strategy on the same curve."""
-    attention: str | None = None
+    attention: str | None = setting(None, reach=DESCRIBES)
     """Name, within a block, of the module behind whose output the first adapter stands; default: found by its usual names."""
-    feedforward: str | None = None
+    feedforward: str | None = setting(None, reach=DESCRIBES)
     """The same for the second adapter."""
 
 

@@ -20,10 +20,12 @@ from launch.config.frozen import _hash, _identifying
 from launch.config.outside_values import outside_values
 from launch.config.read_run import is_own
 from launch.evaluate.words import ALLOWED
+from strategies.settings import Reach, setting
 from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
 from tests.helpers.launching import ROOT, command_here
-from trainer.config.reach import REACH, Reach, reach_of
+from trainer.config.reach import reach_of
+from trainer.config.tree import traits_by_key
 from trainer.data.config import SourceConfig
 from trainer.evaluation.base import TaskConfig
 from trainer.model.config import ModelConfig
@@ -415,13 +417,13 @@ def test_training_goes_on_where_nothing_can_be_kept(site, monkeypatch, capsys):
     assert "is another user's" in capsys.readouterr().err
 
 
-def test_every_setting_has_a_class_by_its_own_name():
-    whole = {key.partition(".")[0] for key in REACH if "." not in key}
-    settings = {key for key in overrides.settings() if key.partition(".")[0] not in whole}
-    assert settings - {*REACH} == set(), (
-        "say in trainer/config/reach.py whether these describe a run or reach out of it"
+def test_every_setting_says_at_its_own_field_what_it_reaches():
+    silent = {key for key in overrides.settings() if traits_by_key()[key].reach is None}
+    assert silent == set(), (
+        "say at these fields whether they describe a run or reach out of it: setting(..., reach=...)"
     )
-    assert {key for key in REACH if "." in key} - settings == set()
+    with pytest.raises(TypeError, match="reach"):
+        setting(None)  # no default: who adds a setting has to decide
     assert (
         reach_of("evaluation.tasks.facts.path") is Reach.file
         and reach_of("evaluation.tasks.facts.kind") is Reach.describes

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from strategies.settings import number
+
 # What a draw is for. It enters the generator's key as a spawn key, which numpy keeps apart from the plain [seed, epoch]
 # of `GlobalOrder`: no draw repeats the bits of another.
 _PASS_STREAM = 1
@@ -51,8 +53,8 @@ class Order(ABC):
     def places(self, start: int, count: int) -> list[tuple[int, int]]:
         """Where the consumed-sample numbers [start, start + count) lie in the order: runs of places, as (first, count)."""
         found = np.arange(start, start + count, dtype=np.int64)
-        for first, number in self._passed:
-            found[found >= first] += number
+        for first, passed_count in self._passed:
+            found[found >= first] += passed_count
         runs = np.split(found, np.flatnonzero(np.diff(found) != 1) + 1)
         return [(int(run[0]), len(run)) for run in runs if len(run)]
 
@@ -213,11 +215,11 @@ def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, t
 class BudgetConfig:
     """How long the run trains; exactly one is set."""
 
-    steps: int | None = None
+    steps: int | None = number(None, least=1, advice="the number of optimizer steps")
     """Optimizer steps."""
-    epochs: float | None = None
+    epochs: float | None = number(None, above=0, advice="1 is one pass over the data")
     """Passes over the training data; the last step may reach into the next pass."""
-    tokens: int | None = None
+    tokens: int | None = number(None, least=1, advice="training tokens, all ranks together")
     """Training tokens, all ranks together; the step that reaches the number is the last."""
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from strategies.settings import DESCRIBES, Reach, number, setting
+
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 """A name that an environment variable can have."""
 
@@ -16,17 +18,17 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class EndpointConfig:
     """An OpenAI-compatible server."""
 
-    url: str | None = None
+    url: str | None = setting(None, reach=Reach.address)
     """Address up to its version, as http://localhost:8000/v1; null: there is none."""
-    model: str | None = None
+    model: str | None = setting(None, reach=DESCRIBES)
     """Name of the model there; null: the only one that it serves."""
-    key_env: str | None = None
+    key_env: str | None = setting(None, reach=Reach.address)
     """Name of the environment variable that holds its key; null sends none. The key itself is never a setting."""
-    parallel: int = 4
+    parallel: int = number(4, least=1, advice="4 to 64, as the server bears")
     """Requests under way at a time."""
-    retries: int = 6
+    retries: int = number(6, least=0, advice="6 as a rule")
     """Times that a request is sent again where the server is busy (429, 5xx) or not there, with growing pauses up to 8 s."""
-    timeout_s: float = 120.0
+    timeout_s: float = number(120.0, above=0, advice="120 as a rule, more for long answers")
     """Seconds after which a request that nobody answers is sent again."""
 
     def problems(self, key: str) -> Iterator[str]:
@@ -50,13 +52,13 @@ class EndpointConfig:
 class JudgeConfig(EndpointConfig):
     """The model that judges answers of others, of tasks `judge` and `preference`."""
 
-    temperature: float = 0.0
+    temperature: float = number(0.0, least=0, advice="0 gives the same verdict again")
     """Of its sampling; 0 where verdicts should be the same again."""
-    max_new_tokens: int = 1024
+    max_new_tokens: int = number(1024, least=1, advice="1024 as a rule, more for reasoning models")
     """Longest verdict in tokens, thoughts of reasoning models with it."""
-    max_calls: int = 1000
+    max_calls: int = number(1000, least=0, advice="0 takes what the cache knows alone")
     """Most questions that one command may ask it; those that the cache knows do not count."""
-    max_tokens: int | None = None
+    max_tokens: int | None = number(None, least=1, advice="null is no bound")
     """Most tokens that one command may use, questions and verdicts together, as the server counts them; null: no bound."""
-    cache_dir: str | None = None
+    cache_dir: str | None = setting(None, reach=Reach.place)
     """Directory of verdicts, which are not asked for twice; null: ~/.cache/shardtune/judge."""

@@ -1,0 +1,113 @@
+"""The tree of settings: every key under every choice of its group, and what its field says.
+
+Settings live beside the code that uses them. This module alone knows all of their classes, so importing it loads the objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
+from strategies.settings import FREE, Traits, traits_of
+from trainer.config.run import LauncherConfig, RunConfig, SlurmConfig
+from trainer.objectives.registry import FAMILIES
+from trainer.optim.config import OPTIMIZERS
+from trainer.tuning.config import TUNINGS
+
+VARIANTS: dict[str, dict[str, type]] = {
+    "strategy": {
+        "auto": AutoConfig,
+        "single": SingleConfig,
+        "ddp": DdpConfig,
+        "fsdp2": Fsdp2Config,
+        "zero": ZeroConfig,
+    },
+    "tuning": {str(settings().name): settings for settings in TUNINGS},
+    "objective": {name: family.settings for name, family in FAMILIES.items()},
+    "optim": {str(settings().name): settings for settings in OPTIMIZERS},
+    "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
+}
+"""For the groups whose choices differ in their keys: the settings class behind each choice, by the name of its schema."""
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedField:
+    """One field of the tree under its full key, such as `optim.lr`."""
+
+    key: str
+    type: Any
+    traits: Traits
+    is_group: bool
+    """Whether it holds further settings instead of a value."""
+
+
+def settings_below(hint: Any) -> tuple[type, str] | None:
+    """The class of the settings that a field of this type holds, and what stands between its key and theirs.
+
+    That is `.*` for a table whose names the user chooses. None for a field that holds a value.
+    """
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint, ""
+    entry = get_args(hint)[1] if get_origin(hint) is dict else None
+    if isinstance(entry, type) and is_dataclass(entry):
+        return entry, ".*"
+    return None
+
+
+def keyed_fields(
+    settings: type, prefix: str = "", better_advice: Mapping[str, str] | None = None
+) -> Iterator[KeyedField]:
+    """Every field of a settings class, each group before what it holds; `*` in a key stands for a name the user chooses.
+
+    `better_advice` is what the group that holds the settings says about some of them.
+    """
+    hints = get_type_hints(settings)
+    for field in fields(settings):
+        hint = hints[field.name]
+        key = f"{prefix}.{field.name}" if prefix else field.name
+        traits = traits_of(settings, field.name, better_advice)
+        below = settings_below(hint)
+        yield KeyedField(key, hint, traits, is_group=below is not None or traits.entries is not None)
+        if below is not None:
+            inner_settings, between = below
+            yield from keyed_fields(inner_settings, key + between, traits.advice_below)
+        elif traits.entries is not None:
+            for inner in keyed_fields(traits.entries, key):
+                yield replace(inner, key=inner.key.removesuffix("_"))  # a keyword of Python, typed as it is
+
+
+@cache
+def traits_by_key() -> dict[str, Traits]:
+    """What each field of the tree says, groups included. Of classes that share a key, the first one speaks."""
+    traits: dict[str, Traits] = {}
+    for keyed in keyed_fields(RunConfig):
+        traits[keyed.key] = keyed.traits
+    for name, choices in VARIANTS.items():
+        for settings in choices.values():
+            for keyed in keyed_fields(settings, name):
+                traits.setdefault(keyed.key, keyed.traits)
+    return traits
+
+
+def nearest(key: str, trait: Callable[[Traits], Answer | None]) -> Answer:
+    """What the setting says, or else the nearest table or group above it. Raises KeyError if none of them says anything."""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        traits = traits_by_key().get(".".join(parts[:length]))
+        answer = trait(traits) if traits else None
+        if answer is not None:
+            return answer
+    raise KeyError(key)
+
+
+def kind_of(key: str) -> str | None:
+    """The kind of change (`resuming.KINDS`) that another value of the setting is; None where it may change.
+
+    Raises KeyError for a setting that stands in no group of the tree.
+    """
+    kind = nearest(key, lambda traits: traits.resume)
+    return None if kind == FREE else kind
