@@ -6,7 +6,6 @@ same words itself) and trains. How a run ended is read from its directory, where
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from launch.config.choices import groups
 from launch.config.help_text import show_help
 from launch.config.process_role import is_worker, seems_a_worker
 from launch.output import FLAG, give, said_to_stderr
+from strategies.compat.python import end_process, run_exit_functions
 from trainer.stopping.signals import hold, release
 
 if TYPE_CHECKING:
@@ -311,10 +311,10 @@ def end(code: int) -> NoReturn:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if (not code and several) or (code and seems_a_worker(os.environ)):
         if not code:
-            atexit._run_exitfuncs()
+            run_exit_functions()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        end_process(code)
     sys.exit(code)
 
 

@@ -8,10 +8,16 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from strategies.base import ActivationCheckpointing, StrategyConfig, plan_of
+from strategies.compat.dispatch import (
+    CUDNN_ATTENTION,
+    EFFICIENT_ATTENTION,
+    FLASH_ATTENTION,
+    FLASH_ATTENTION_ON_CPU,
+    TorchDispatchMode,
+)
 from strategies.errors import ConfigError
 
 # Costly to recompute, cheap to keep: matrix products and attention. Everything else is recomputed.
@@ -19,10 +25,10 @@ KEPT_OPS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    FLASH_ATTENTION.default,
+    FLASH_ATTENTION_ON_CPU.default,
+    EFFICIENT_ATTENTION.default,
+    CUDNN_ATTENTION.default,
 )
 KEPT_WHEN_REGISTERED = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward")
 """Variable-length attention on GPUs: torch's and FlashAttention's, which exist only once they are imported."""
@@ -30,7 +36,7 @@ KEPT_WHEN_REGISTERED = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_var
 
 def is_kept(op: Any) -> bool:
     """Whether selective checkpointing keeps what an operation computes."""
-    return op in KEPT_OPS or getattr(getattr(op, "_schema", None), "name", None) in KEPT_WHEN_REGISTERED
+    return op in KEPT_OPS or op.name() in KEPT_WHEN_REGISTERED
 
 
 def _selective_policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -7,18 +7,17 @@ and no memory, and autograd's own hooks report what it saves.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from strategies.activation import is_kept
 from strategies.base import ActivationCheckpointing, Precision
+from strategies.compat.dispatch import TorchDispatchMode, storage_key
 from strategies.parameters import COMPUTE_DTYPE, set_dtypes
 
 
@@ -58,8 +57,17 @@ class _Attention(torch.autograd.Function):
         raise RuntimeError("only shapes were asked for")
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
+class _ShapesOfFlashAttention(TorchFunctionMode):
+    """Within it, attention leaves behind what flash attention does, whatever kernel the device would choose."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
 
 
 class _Count(TorchDispatchMode):
@@ -72,12 +80,13 @@ class _Count(TorchDispatchMode):
         self.largest = 0.0
         self._seen: dict[int, Any] = {}
         self._own = [p.untyped_storage() for p in parameters]  # kept alive: an address is unique only while it is used
-        self._skip = {s._cdata for s in self._own}
+        self._skip = {storage_key(s) for s in self._own}
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen and storage._cdata not in self._skip:
-            self._seen[storage._cdata] = storage
+        key = storage_key(storage)
+        if key not in self._seen and key not in self._skip:
+            self._seen[key] = storage
             self.saved[self.current] += storage.nbytes()
         return tensor
 
@@ -98,16 +107,6 @@ class _Count(TorchDispatchMode):
 
     def leave(self) -> None:
         self.current = len(self.saved) - 1
-
-
-@contextmanager
-def _shapes_of_flash_attention() -> Iterator[None]:
-    original = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = original
 
 
 def measure(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> Activations:
@@ -132,7 +131,7 @@ def measure(step_module: nn.Module, batch: dict[str, Any], precision: Precision)
         block.register_forward_hook(lambda *_: count.leave())
     moved = _on_meta(batch)
     hooks = torch.autograd.graph.saved_tensors_hooks(count.pack, lambda tensor: tensor)
-    with torch.enable_grad(), _shapes_of_flash_attention(), count, hooks:
+    with torch.enable_grad(), _ShapesOfFlashAttention(), count, hooks:
         terms = probe(moved)
     del terms
     none, inputs = count.saved[:-1], count.inputs[:-1]

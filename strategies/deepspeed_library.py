@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from strategies.base import UpdateFilter
+from strategies.compat.deepspeed import (
+    grad_norm_in_step,
+    leave_shared_memory_op_out,
+    replace_backend,
+    silence_memory_reports,
+)
+from strategies.compat.dispatch import tree_leaves
+from strategies.compat.optimizers import multiply_each
 from strategies.grad_norm import squared_norm
 from strategies.host_memory import HostMemory
 from strategies.runtime import Runtime
@@ -37,11 +44,9 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     logger.setLevel(logging.ERROR)
     # DeepSpeed calls collectives by their old names, once a warning each time.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
-    from deepspeed.runtime import bf16_optimizer
-
-    bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None  # it prints, whatever the level
+    silence_memory_reports()
     if on_cpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_shared_memory_op_out()
     return deepspeed
 
 
@@ -56,22 +61,6 @@ def _without(module: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[module]
-
-
-def restore_linear() -> None:
-    """Undo DeepSpeed's replacement of torch's linear function by an earlier engine of this process, which persists."""
-    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
-
-    torch.nn.functional.linear = getattr(Replaced, "linear_bk", torch.nn.functional.linear)
-
-
-def forget_groups() -> None:
-    """Let go of the process groups of an earlier run of this process, which DeepSpeed keeps beyond their end."""
-    from deepspeed.utils import groups
-
-    kept = groups._WORLD_GROUP
-    if kept is not None and kept not in dist.distributed_c10d._world.pg_map:
-        groups._release_process_group_references()
 
 
 def release(engine: Any) -> None:
@@ -101,11 +90,6 @@ def settle_accelerator(runtime: Runtime) -> None:
         from strategies.simulated_deepspeed import settle
 
         settle(runtime)
-
-
-def stay_in_place(step_module: nn.Module) -> None:
-    """DeepSpeed moves the module to where it is already, which fake parameters do not suffer."""
-    step_module._apply = lambda fn, recurse=True: step_module  # type: ignore[method-assign, assignment]
 
 
 class _Done:
@@ -159,10 +143,12 @@ class HostExchange:
 
 def exchange_through(memory: HostMemory | None) -> None:
     """Let DeepSpeed's collectives go through `memory`, or as it makes them itself."""
-    from deepspeed.comm import comm
 
-    backend = comm.cdb.backend if isinstance(comm.cdb, HostExchange) else comm.cdb
-    comm.cdb = backend if memory is None else HostExchange(backend, memory)
+    def through_memory(current: Any) -> Any:
+        backend = current.backend if isinstance(current, HostExchange) else current
+        return backend if memory is None else HostExchange(backend, memory)
+
+    replace_backend(through_memory)
 
 
 def norm_of(
@@ -198,7 +184,7 @@ class ClipsOnDevice:
 
     def norm(self) -> Tensor:
         """Of the gradients of this step before clipping, 0-d float32, infinite where one is not finite; waits for nothing."""
-        return torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device)
+        return torch.as_tensor(grad_norm_in_step(self.zero), dtype=torch.float32, device=self.device)
 
     def kept(self) -> Tensor:
         """Whether the update of this step is made, 0-d bool; the filter is asked once, all ranks alike."""
@@ -213,7 +199,7 @@ class ClipsOnDevice:
         inner.found_inf = (~self.kept()).float()
         if self.max_norm > 0:
             factor = (self.max_norm / (self.norm() + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for g in inner.param_groups for p in g["params"] if p.grad is not None], factor)
+            multiply_each([p.grad for g in inner.param_groups for p in g["params"] if p.grad is not None], factor)
 
 
 class AsksBeforeUpdate:
@@ -237,6 +223,6 @@ class AsksBeforeUpdate:
 
     def _ask(self, *args: Any, **kwargs: Any) -> Any:
         if self._update_filter is not None and self.left_out is None:  # of several parameter groups, with the first
-            norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device)
+            norm = torch.as_tensor(grad_norm_in_step(self.zero), dtype=torch.float32, device=self.device)
             self.left_out = bool(self._update_filter(norm))
         return None if self.left_out else self._step(*args, **kwargs)

@@ -6,16 +6,12 @@ that exchange through shared memory on one host (`strategies/host_memory.py`) ar
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
 
 KEPT = 512
 """Exchanges that each recorder keeps, unless the environment says otherwise."""
-RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
-"""What reads them: a build for GPUs has both, and NCCL's exchanges are in the second alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,13 +47,9 @@ def last_exchange() -> Exchange | None:
 
     For any thread; communicates with nobody.
     """
-    from torch._C import _distributed_c10d as c10d
+    from strategies.compat.process_groups import recorded_exchanges
 
-    dumps = [dump for name in RECORDERS if (dump := getattr(c10d, name, None)) is not None]
-    entries: list[dict[str, Any]] = [
-        each for dump in dumps for each in json.loads(dump(True, False)).get("entries") or []
-    ]
-    entries.sort(key=lambda each: each.get("time_created_ns", 0))
+    entries = recorded_exchanges()
     if not entries:
         return None
     waiting = [each for each in entries if not each.get("retired")]

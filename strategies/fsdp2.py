@@ -10,13 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from strategies.activation import apply_to_blocks
 from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision, plan_of
+from strategies.compat.fsdp import (
+    AllGather,
+    DefaultAllocMixin,
+    ReduceScatter,
+    compute_local_shape_and_global_offset,
+    finish_sharding,
+    gather_on,
+)
+from strategies.compat.modules import replace_buffers
 from strategies.errors import ConfigError
 from strategies.full_params import FsdpWhole
 from strategies.host_memory import HostMemory, open_host_memory
@@ -24,7 +30,7 @@ from strategies.mesh import replicas, shard_mesh
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
 from strategies.runtime import Runtime
-from strategies.simulation import compute_on, real_tensors
+from strategies.simulation import real_tensors
 
 
 def dtensor_start(tensor: DTensor) -> int:
@@ -168,13 +174,10 @@ class Fsdp2Strategy:
         device = torch.device("cpu") if self.config.cpu_offload else self.runtime.device
         materialize(step_module, device)
         if self.config.cpu_offload:
-            for owner in step_module.modules():
-                for name, buffer in owner._buffers.items():
-                    if buffer is not None:
-                        owner._buffers[name] = buffer.to(self.runtime.device)
+            replace_buffers(step_module, lambda buffer: buffer.to(self.runtime.device))
         self._fill(step_module, source)
         # Pads uneven shards and pins those on the host, in tensors of their own, which are the ones to keep from here on.
-        step_module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+        finish_sharding(step_module)
         engine = Fsdp2Engine(
             step_module,
             step_module,
@@ -207,7 +210,7 @@ class Fsdp2Strategy:
         # The root's own parameters (embeddings, norm, head) are needed first in the backward pass: keep them gathered.
         fully_shard(step_module, reshard_after_forward=False, **kwargs)
         if self.runtime.simulated:
-            compute_on(step_module, self.runtime.device)
+            gather_on(step_module, self.runtime.device)
         with real_tensors():
             return mesh["shard"].get_group()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +31,8 @@ class FsdpWhole(Whole):
     def gathered(self) -> Iterator[None]:
         from torch.distributed.fsdp import FSDPModule
 
+        from strategies.compat.fsdp import without_fsdp_hooks
+
         named = [(name, module) for name, module in self.wrapped.named_modules() if isinstance(module, FSDPModule)]
         parts = [module for name, module in named if not name.startswith(TEACHER)]
         root: Any = self.wrapped
@@ -39,36 +40,12 @@ class FsdpWhole(Whole):
             for part in parts:
                 part.set_reshard_after_forward(False, recurse=False)
                 part.unshard()
-            with _without_hooks([part for part in parts if part is not root]):
+            with without_fsdp_hooks([part for part in parts if part is not root]):
                 yield
         finally:
             for part in parts:
                 part.set_reshard_after_forward(part is not root and self.reshard_after_forward, recurse=False)
                 part.reshard()
-
-
-@contextmanager
-def _without_hooks(parts: list[Any]) -> Iterator[None]:
-    """FSDP's own hooks around the passes of these parts are left out, other hooks stay.
-
-    Without gradients, and with all weights there and no types to cast (`cast_forward_inputs=False`), they do nothing; of a
-    small block's pass for one token they take a tenth.
-    """
-    before = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
-    try:
-        for part, (first, last) in zip(parts, before, strict=True):
-            state = part._get_fsdp_state()
-            part._forward_pre_hooks = _others(first, state._pre_forward_hook_handle)
-            part._forward_hooks = _others(last, state._post_forward_hook_handle)
-        yield
-    finally:
-        for part, (first, last) in zip(parts, before, strict=True):
-            part._forward_pre_hooks, part._forward_hooks = first, last
-
-
-def _others(hooks: Any, mine: Any) -> OrderedDict[int, Any]:
-    """Hooks but the one with this handle; all of them where it is one of several modules together."""
-    return OrderedDict((number, hook) for number, hook in hooks.items() if number != getattr(mine, "id", None))
 
 
 class ZeroWhole(Whole):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from strategies.compat.optimizers import norm_of_each
 from strategies.runtime import device_kind
 
 _PIECE = 2**14
@@ -21,4 +22,4 @@ def squared_norm(grads: Sequence[Tensor]) -> Tensor:
     pieces = [g.detach().float() for g in grads]
     if device_kind(pieces[0].device) == "cpu":
         pieces = [piece for g in pieces for piece in g.reshape(-1).split(_PIECE)]
-    return torch.stack(torch._foreach_norm(pieces)).square().sum()
+    return torch.stack(norm_of_each(pieces)).square().sum()

@@ -83,9 +83,11 @@ def cpu_has_bf16() -> bool:
     """Whether this processor multiplies in bf16 (x86 with AVX512_BF16 or AMX, Arm with BF16) and oneDNN may let it."""
     import torch
 
+    from strategies.compat.dispatch import onednn_multiplies_in_bf16
+
     known = torch.cpu.get_capabilities()
     inside = any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-    return inside and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return inside and onednn_multiplies_in_bf16()
 
 
 def advice(precision: Precision, device_type: str) -> str | None:

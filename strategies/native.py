@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from strategies.base import OptimizerFactory, Precision, Progress, StepResult, UpdateFilter, Whole, plan_of
+from strategies.compat.optimizers import copy_each, multiply_each
 from strategies.ema import KEY, Average
 from strategies.grad_norm import squared_norm
 from strategies.host_memory import HostMemory
@@ -118,7 +119,7 @@ class NativeEngine:
             yield
         finally:
             self.optimizer.train()  # type: ignore[attr-defined]
-            torch._foreach_copy_(trained, kept)
+            copy_each(trained, kept)
             self._weights_changed()
 
     @contextmanager
@@ -170,7 +171,7 @@ class NativeEngine:
             factor = factor / self.scale
         if grads and (self.max_grad_norm > 0 or self.scale is not None):
             by_device = factor.to(grads[0].device)
-            torch._foreach_mul_(grads, by_device)
+            multiply_each(grads, by_device)
         kept = finite if update_filter is None else finite & ~update_filter(norm)
         self._update(kept, lr_factor)
         self._steps += 1

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from strategies.base import ParameterSource, Precision
+from strategies.compat.modules import own_parameters, replace_buffers
 
 PREFIX = "model."
 """The step module holds the model under this attribute; a plain name is the rest."""
@@ -94,13 +95,14 @@ def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], torch.T
     made: dict[int, nn.Parameter] = {}
     keep_alive = []  # an id is only unique while its object lives
     for owner in module.modules():
-        for name, old in list(owner._parameters.items()):
+        parameters = own_parameters(owner)
+        for name, old in list(parameters.items()):
             if old is None:
                 continue
             if id(old) not in made:
                 keep_alive.append(old)
                 made[id(old)] = nn.Parameter(make(old), requires_grad=old.requires_grad)
-            owner._parameters[name] = made[id(old)]
+            parameters[name] = made[id(old)]
 
 
 def set_dtypes(step_module: nn.Module, *, trainable: torch.dtype, frozen: torch.dtype) -> None:
@@ -117,10 +119,7 @@ def set_dtypes(step_module: nn.Module, *, trainable: torch.dtype, frozen: torch.
 def materialize(step_module: nn.Module, device: torch.device) -> None:
     """Allocate meta parameters on `device`, unfilled, and move buffers there."""
     replace_parameters(step_module, lambda p: torch.empty_like(p.data, device=device) if p.is_meta else p.data)
-    for owner in step_module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = buffer.to(device)
+    replace_buffers(step_module, lambda buffer: buffer.to(device))
 
 
 @torch.no_grad()

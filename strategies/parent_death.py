@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+from strategies.compat.python import end_process
+
 
 def die_with_parent(parent: int | None = None) -> None:
     """Ask Linux to kill this process when the one that started it dies, however it dies; `parent` is that one, if it is known."""
@@ -14,4 +16,4 @@ def die_with_parent(parent: int | None = None) -> None:
         return
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:  # it died before the call above
-        os._exit(1)
+        end_process(1)

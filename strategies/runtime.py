@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from strategies.atomic_io import reason
+from strategies.compat.process_groups import living_groups, make_fake_backend_known, set_group_timeout
 from strategies.errors import ConfigError, StorageError
 from strategies.flight_recorder import keep_records
 from strategies.matmul import Matmul, MatmulChoice, agree, choose, restore
@@ -142,8 +143,7 @@ def _form_group_of_one(backend: str, timeout: timedelta) -> None:
         # gloo binds an address, and a container without any network has none, not even 127.0.0.1.
         if "Unable to find" not in str(error):
             raise
-        from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
-
+        make_fake_backend_known()
         dist.init_process_group(NO_NETWORK, store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -228,13 +228,9 @@ def _cgroup_files(name: str) -> Iterator[str]:
 
 def bound_groups(runtime: Runtime, more_s: float = 0) -> None:
     """Give all groups the run's timeout, and `more_s` beside it; half an hour is torch's own. No collective."""
-    from torch.distributed import distributed_c10d
-
-    # Before torch had a public one; it is deprecated since (2.15).
-    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-    for group in list(distributed_c10d._world.pg_map):
+    for group in living_groups():
         if dist.get_rank(group) >= 0 and dist.get_backend(group) != NO_NETWORK:  # a simulated one answers at once
-            set_timeout(timedelta(seconds=runtime.timeout_s + more_s), group)
+            set_group_timeout(timedelta(seconds=runtime.timeout_s + more_s), group)
 
 
 @contextmanager

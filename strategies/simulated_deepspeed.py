@@ -12,16 +12,12 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.accelerator.real_accelerator import set_accelerator
 from deepspeed.comm import comm
 from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
-from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
 from deepspeed.runtime.zero.utils import assert_ints_same_as_other_ranks
-from deepspeed.utils import groups
 from torch import Tensor
 
+from strategies.compat.deepspeed import forget_backend, forget_groups, replace_in_stage3
 from strategies.runtime import SIMULATED, Runtime
-
-_LOOK_AT_VALUES = (partition_parameters, partitioned_param_coordinator, stage3)
-"""Modules that ask the other ranks whether they have the same numbers."""
 
 
 class _Stream:
@@ -135,17 +131,20 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
 
 def settle(runtime: Runtime) -> None:
     """Give DeepSpeed the accelerator of `runtime`, and no memory of the process groups of an earlier simulation."""
-    stage3.reduce_scatter_coalesced = reduce_scatter if runtime.simulated else reduce_scatter_coalesced
-    gathered = GatheredTogether if runtime.simulated else AllGatherCoalescedHandle
-    partition_parameters.AllGatherCoalescedHandle = gathered
+    if runtime.simulated:
+        replace_in_stage3(
+            reduce_scatter=reduce_scatter, gathered_handle=GatheredTogether, compare_integers=lambda _integers: None
+        )
+    else:
+        replace_in_stage3(
+            reduce_scatter=reduce_scatter_coalesced,
+            gathered_handle=AllGatherCoalescedHandle,
+            compare_integers=assert_ints_same_as_other_ranks,
+        )
     real = CUDA_Accelerator if runtime.device.type == "cuda" else CPU_Accelerator
     wanted = SimulatedAccelerator if runtime.device == SIMULATED else real
     if type(get_accelerator()) is not wanted:
         set_accelerator(wanted())
-    for module in _LOOK_AT_VALUES:
-        module.assert_ints_same_as_other_ranks = (  # type: ignore[attr-defined]
-            (lambda ints: None) if runtime.simulated else assert_ints_same_as_other_ranks
-        )
     if runtime.simulated:
-        comm.cdb = None
-        groups._release_process_group_references()
+        forget_backend()
+        forget_groups(living=True)

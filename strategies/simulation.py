@@ -16,9 +16,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from strategies.compat.dispatch import (
+    ATTENTION_BY_PRODUCTS,
+    EFFICIENT_ATTENTION,
+    FLASH_ATTENTION,
+    active_fake_mode,
+    mark_constant_when_compiled,
+    run_backward,
+)
+from strategies.compat.process_groups import ReducerWithoutRebuild
 from strategies.runtime import SIMULATED, Runtime
 
 
@@ -30,7 +39,7 @@ def simulated_rank(
 
     `device` "cpu" stands for itself. Raises RuntimeError where this process is part of a job already.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from strategies.compat.fake_collectives import FakeStore
 
     if dist.is_initialized():
         raise RuntimeError("a rank is simulated in a process that is part of no job")
@@ -51,8 +60,8 @@ def simulated_rank(
 @contextmanager
 def fake_tensors(device: torch.device) -> Iterator[None]:
     """Within it, tensors made anew have no memory, and those on `SIMULATED` are computed with as on a GPU."""
-    import torch.distributed._tools.fake_collectives  # noqa: F401 - gives collectives of fake tensors their shapes
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    import strategies.compat.fake_collectives  # noqa: F401 - gives collectives of fake tensors their shapes
+    from strategies.compat.fake_tensors import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         if device != SIMULATED:
@@ -64,7 +73,7 @@ def fake_tensors(device: torch.device) -> Iterator[None]:
 
 def real_tensors() -> AbstractContextManager[Any]:
     """Within it, tensors are real in a simulation too: for small ones whose values are looked at."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from strategies.compat.fake_tensors import unset_fake_temporarily
 
     return unset_fake_temporarily()
 
@@ -75,14 +84,13 @@ def kept_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(make)
     def kept(*key: Any) -> Tensor:
-        mode = torch._guards.active_fake_mode()
+        mode = active_fake_mode()
         store = real if mode is None else vars(mode).setdefault(f"{make.__module__}.{make.__qualname__}", {})
         if key not in store:
             store[key] = make(*key)
         return store[key]
 
-    # As `torch.compiler.assume_constant_result` marks it, which would load the compiler: a compiled block has the tensor in it.
-    kept._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    mark_constant_when_compiled(kept)  # a compiled block has the tensor in it
     return kept
 
 
@@ -158,7 +166,7 @@ class AsOnGpu(TorchFunctionMode):
         given = gradient if isinstance(gradient, tuple | list) else [gradient] * len(roots)
         made = tuple(torch.ones_like(r) if g is None else g for r, g in zip(roots, given, strict=True))
         with self:
-            torch.autograd.graph._engine_run_backward(
+            run_backward(
                 roots, made, bool(retain_graph), create_graph, (), allow_unreachable=True, accumulate_grad=True
             )
 
@@ -180,16 +188,14 @@ def _attention(
         )
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
-    aten, grouped = torch.ops.aten, enable_gqa and query.shape[-3] != key.shape[-3]
+    grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     width = query.shape[-1]
     if query.dtype in _LOW and attn_mask is None and width <= 256 and width == value.shape[-1]:
         pad = -width % 8
         if pad:
             query, key, value = (F.pad(t, (0, pad)) for t in (query, key, value))
         scale = scale if scale is not None else width**-0.5
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0][
-            ..., :width
-        ]
+        return FLASH_ATTENTION(query, key, value, dropout_p, is_causal, scale=scale)[0][..., :width]
     if not grouped and query.dim() == 4:
         bias = attn_mask
         if bias is not None:
@@ -197,40 +203,13 @@ def _attention(
                 bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), float("-inf"))
             bias = bias.expand(*query.shape[:-1], key.shape[-2])
         grads = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, grads, dropout_p, is_causal, scale=scale
-        )[0]
-    return aten._scaled_dot_product_attention_math(
+        return EFFICIENT_ATTENTION(query, key, value, bias, grads, dropout_p, is_causal, scale=scale)[0]
+    return ATTENTION_BY_PRODUCTS(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
 
 
 # -- what engines take from the devices of their process group --------------------------------------------------------
-
-
-def compute_on(step_module: nn.Module, device: torch.device) -> None:
-    """Let FSDP2 gather parameters on `device`: by itself it takes the host where the process group is not of GPUs."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in step_module.modules():
-        if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                group.device = device
-                for parameter in group.fsdp_params:
-                    parameter.device = device
-
-
-class _Reducer:
-    """DDP's reducer without the one thing it reads: the order in which gradients came, by which buckets are made anew."""
-
-    def __init__(self, reducer: Any) -> None:
-        self._reducer = reducer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._reducer, name)
-
-    def _rebuild_buckets(self) -> bool:
-        return False
 
 
 def without_reading(wrapped: Any) -> None:
@@ -244,4 +223,4 @@ def without_reading(wrapped: Any) -> None:
 
     reduce.__annotations__ = {}  # torch compares them, which are strings here, with its own types
     wrapped.register_comm_hook(None, reduce)
-    wrapped.reducer = _Reducer(wrapped.reducer)
+    wrapped.reducer = ReducerWithoutRebuild(wrapped.reducer)

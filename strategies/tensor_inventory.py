@@ -7,10 +7,12 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from strategies.base import Engine
+from strategies.compat.deepspeed import tensors_of_optimizer
+from strategies.compat.dispatch import local_part
 
 
 class MemoryKind(StrEnum):
@@ -33,7 +35,7 @@ class MemoryKind(StrEnum):
 def plain(tensor: Tensor) -> Tensor:
     """This rank's part of a distributed tensor; any other as it is."""
     while isinstance(tensor, DTensor):
-        tensor = tensor._local_tensor
+        tensor = local_part(tensor)
     return tensor
 
 
@@ -58,28 +60,11 @@ def _states(optimizer: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
         yield from ((MemoryKind.optimizer, plain(value)) for value in state.values() if torch.is_tensor(value))
 
 
-def _sharded(module: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
+def _sharded(module: nn.Module) -> Iterator[tuple[MemoryKind, Tensor]]:
     """What FSDP2 keeps beside the parameters that a module shows."""
-    from torch.distributed.fsdp import FSDPModule
+    from strategies.compat.fsdp import hidden_tensors
 
-    for each in module.modules():
-        if not isinstance(each, FSDPModule):
-            continue
-        for group in each._get_fsdp_state()._fsdp_param_groups:
-            for reduced in getattr(group.comm_ctx, "reduce_scatter_states", ()):  # none before the first pass
-                yield MemoryKind.communication, reduced.reduce_scatter_input
-            for parameter in group.fsdp_params:
-                yield from ((MemoryKind.gathered, t) for t in parameter.all_gather_outputs)
-                yield MemoryKind.parameters, parameter._sharded_param_data
-                whole = getattr(parameter, "_unsharded_param", None)
-                if whole is not None:
-                    yield MemoryKind.gathered, plain(whole)
-                    if whole.grad is not None:
-                        yield MemoryKind.gradients, plain(whole.grad)
-                if parameter.unsharded_accumulated_grad is not None:
-                    yield MemoryKind.gradients, plain(parameter.unsharded_accumulated_grad)
-                if parameter.sharded_param.grad is not None:
-                    yield MemoryKind.gradients, plain(parameter.sharded_param.grad)
+    yield from ((MemoryKind(kind), plain(tensor)) for kind, tensor in hidden_tensors(module))
 
 
 def _partitioned(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
@@ -92,40 +77,4 @@ def _partitioned(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
             yield MemoryKind.gathered, parameter
             yield MemoryKind.parameters, parameter.ds_tensor
     yield from _states(inner.optimizer)
-    for kind, names in _KEPT.items():
-        for name in names:
-            yield from ((kind, t) for t in _tensors(getattr(inner, name, None)))
-
-
-_KEPT = {
-    MemoryKind.parameters: ("bit16_groups_flat", "bf16_groups_flat", "fp16_partitioned_groups_flat"),
-    MemoryKind.optimizer: (
-        "single_partition_of_fp32_groups",
-        "fp32_groups_flat_partition",
-        "fp32_partitioned_groups_flat",
-    ),
-    MemoryKind.gradients: (
-        "averaged_gradients",
-        "fp32_groups_gradients_flat",
-        "fp32_groups_gradient_flat_partition",
-        "grad_partitions_flat_buffer",
-        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
-        "temp_grad_gpu_buffer",
-        "averaged_gradients",
-    ),
-    MemoryKind.communication: ("ipg_buckets", "_DeepSpeedZeroOptimizer_Stage3__ipg_bucket_flat_buffer", "ipg_buffer"),
-}
-"""Attributes of DeepSpeed's optimizers, tensors or collections of them, by what they hold."""
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if torch.is_tensor(value):
-        yield plain(value)
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-    elif hasattr(value, "buffer"):  # a bucket
-        yield from _tensors(value.buffer)
+    yield from ((MemoryKind(kind), plain(tensor)) for kind, tensor in tensors_of_optimizer(inner))

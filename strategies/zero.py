@@ -23,17 +23,16 @@ from strategies.base import (
     ZeroConfig,
     plan_of,
 )
+from strategies.compat.deepspeed import forget_groups, restore_linear
+from strategies.compat.modules import stay_in_place
 from strategies.deepspeed_library import (
     AsksBeforeUpdate,
     ClipsOnDevice,
     exchange_through,
-    forget_groups,
     import_deepspeed,
     norm_of,
     release,
-    restore_linear,
     settle_accelerator,
-    stay_in_place,
 )
 from strategies.ema import Average
 from strategies.errors import ConfigError

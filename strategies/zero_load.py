@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from strategies.base import ParameterSource, plan_of
+from strategies.compat.modules import own_parameters, replace_buffers
 from strategies.parameters import named_parameters
 from strategies.runtime import Runtime
 
@@ -31,7 +32,7 @@ def load_partitioned(
     names = {id(p): name for name, p in named_parameters(step_module, teacher=True)}
     for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
         fresh: dict[int, str] = {}
-        owners = [(o, key, p) for o in module.modules() for key, p in o._parameters.items() if p is not None]
+        owners = [(o, key, p) for o in module.modules() for key, p in own_parameters(o).items() if p is not None]
         made: dict[int, nn.Parameter] = {}
         for owner, key, p in owners:
             if not p.is_meta or hasattr(p, "ds_id"):
@@ -41,15 +42,12 @@ def load_partitioned(
                 made[id(p)], fresh[id(p)] = whole, names[id(p)]
                 if to_drive and runtime.is_main:
                     whole.data.view(-1).copy_(source.run(names[id(p)], p.shape, 0, p.numel()))
-            owner._parameters[key] = made[id(p)]
+            own_parameters(owner)[key] = made[id(p)]
         if made:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
-        for key, parameter in made.items() if not to_drive else ():
-            _fill(parameter, fresh[key], source, runtime.rank)
-    for owner in step_module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = buffer.to(runtime.device)
+        for identity, parameter in made.items() if not to_drive else ():
+            _fill(parameter, fresh[identity], source, runtime.rank)
+    replace_buffers(step_module, lambda buffer: buffer.to(runtime.device))
 
 
 def keep_together(step_module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from strategies.compat.deepspeed import fp32_fragment
 from strategies.ema import KEY, Average
 from strategies.saving import FlatRange
 
@@ -44,7 +45,7 @@ class Masters:
         groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
         for flat, more, parameters in zip(flats, beside, groups, strict=True):
             for p in parameters:
-                name, mapping = names[id(p)], p._hp_mapping
+                name, mapping = names[id(p)], fp32_fragment(p)
                 if mapping is None:
                     yield _run(name, p.numel(), 0, (flat, more), (0, 0))
                 else:

@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from strategies.compat.python import end_process
 from strategies.hardware import listed_gpus
 from trainer.stopping.signals import hold
 
@@ -130,7 +131,7 @@ def _heed(words: int) -> None:
     for _ in range(2):  # as Ctrl-C: a few seconds to save, then none
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(END_S)
-    os._exit(130)
+    end_process(130)
 
 
 def _line(descriptor: int, timeout_s: float | None = None) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
+from strategies.compat.python import end_process
 from strategies.errors import Preempted
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _leave(signal_name: str) -> None:
     """End this process, which was asked to stop and is stuck: what is half prepared has no name in the cache."""
     with suppress(OSError):  # nobody reads it any more
         os.write(2, f"shardtune prepare: stopped ({signal_name}); the same command begins again\n".encode())
-    os._exit(Preempted.exit_code)
+    end_process(Preempted.exit_code)
 
 
 def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:

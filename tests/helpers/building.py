@@ -215,7 +215,7 @@ def built_trainer(
     if "deepspeed" in sys.modules:
         # A process of the product has one engine; this one may have had ZeRO-3's, which leaves a linear function behind
         # that selective checkpointing cannot take.
-        from strategies.deepspeed_library import restore_linear
+        from strategies.compat.deepspeed import restore_linear
 
         restore_linear()
     tokenizer = load_tokenizer(config.model)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from strategies.compat.modules import is_compiled
 from trainer.model import attention, flex
 from trainer.model.architecture import text_settings
 from trainer.objectives.causal import plain_model
@@ -152,7 +153,7 @@ def stock_attention(model: Any) -> Iterator[None]:
     They would be compiled anew for each layer's keys, up to torch's limit, and then not once more for the steps of training.
     """
     config, before = model.config, model.config._attn_implementation
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    compiled = any(is_compiled(module) for module in model.modules())
     if before in (attention.NAME, flex.NAME):
         config._attn_implementation = "eager" if flex.needs_eager(model, text_settings(config)) else "sdpa"
     try:

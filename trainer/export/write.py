@@ -19,6 +19,7 @@ from torch import Tensor
 
 from strategies import atomic_io, shared_files
 from strategies.atomic_io import make_directories, no_room, publish, reason, sync_file
+from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.parameters import element_counts, trainable_parameters
 from strategies.runtime import Runtime, first_error, patience
@@ -209,9 +210,9 @@ class _Gathered:
                 value = folding.tensor(name, value)
             if value is not None:
                 yield tuning.base_name(name), value
-        for name, buffer in _persistent_buffers(model):
+        for name, buffer in persistent_buffers(model):
             if not tuning.owns(name):
-                yield tuning.base_name(name), buffer
+                yield tuning.base_name(name), buffer.detach().cpu()
 
     def exhaust(self) -> None:
         """Join what is left of the gathers. All ranks must call."""
@@ -227,13 +228,6 @@ def _base_or(base: BaseWeights, name: str, live: Tensor) -> Tensor:
     if base.resolve(name) is None or base.shape(name) != tuple(live.shape):
         return live
     return base.run(name, 0, math.prod(live.shape)).view(live.shape)
-
-
-def _persistent_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
-    for owner_name, owner in model.named_modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and name not in owner._non_persistent_buffers_set:
-                yield f"{owner_name}.{name}".removeprefix("."), buffer.detach().cpu()
 
 
 def _check_mergeable(built: Built) -> None:

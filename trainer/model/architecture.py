@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from strategies.compat.modules import own_parameters
 from strategies.errors import ConfigError
 from trainer.model import experts
 from trainer.model.config import Attention, ModelConfig, ModelKind
@@ -190,5 +191,8 @@ def vocabulary_names(model: Any) -> frozenset[str]:
     """Full names of the token embeddings' and the output head's parameters."""
     wanted = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     return frozenset(
-        f"{name}.{key}" for name, module in model.named_modules() if id(module) in wanted for key in module._parameters
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if id(module) in wanted
+        for key in own_parameters(module)
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from strategies.compat.modules import own_buffers, own_parameters
 from strategies.errors import ConfigError
 from trainer.model.architecture import auto_class
 from trainer.model.config import ModelKind
@@ -108,8 +109,10 @@ def take_layers(model: nn.Module, directory: str, settings: Any, device: torch.d
             owner, _, key = name.rpartition(".")
             setattr(model.get_submodule(owner), key, theirs)
         elif theirs is not None:
-            mine._parameters.update({key: theirs._parameters.get(key) for key in mine._parameters})
-            mine._buffers.update({key: theirs._buffers.get(key, mine._buffers[key]) for key in mine._buffers})
+            parameters = own_parameters(mine)
+            parameters.update({key: own_parameters(theirs).get(key) for key in parameters})
+            buffers = own_buffers(mine)
+            buffers.update({key: own_buffers(theirs).get(key, buffer) for key, buffer in buffers.items()})
     if left := [name for name, each in model.named_parameters() if each.is_meta]:
         raise ConfigError(f"model.path={directory}: transformers loads nothing for {', '.join(left[:3])}")
     return loaded.dtype  # type: ignore[no-any-return]

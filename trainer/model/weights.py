@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError
 from strategies.parameters import TEACHER
 from strategies.runtime import derive_seed
@@ -81,14 +82,11 @@ def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, l
 
 def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[str], str]) -> None:
     """Load the buffers that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay zero."""
-    for owner_name, owner in model.named_modules():
-        for key, buffer in owner._buffers.items():
-            if buffer is None or key in owner._non_persistent_buffers_set:
-                continue
-            name = base_name(f"{owner_name}.{key}".removeprefix("."))
-            if checkpoint.resolve(name) is not None:
-                values = checkpoint.run(name, 0, math.prod(checkpoint.shape(name)))
-                buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
+    for plain_name, buffer in persistent_buffers(model):
+        name = base_name(plain_name)
+        if checkpoint.resolve(name) is not None:
+            values = checkpoint.run(name, 0, math.prod(checkpoint.shape(name)))
+            buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
 
 
 class BaseWeights(Checkpoint):

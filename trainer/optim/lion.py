@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from strategies.compat.optimizers import add_each, multiply_each, product_of_each, take_sign_of_each
+
 
 class Lion(torch.optim.Optimizer):
     """Each element moves by the rate, in the direction of the sign of an interpolated momentum; decay is decoupled.
@@ -29,10 +31,10 @@ class Lion(torch.optim.Optimizer):
                     self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             moments = [self.state[p]["exp_avg"] for p in params]
             (beta1, beta2), lr = group["betas"], group["lr"]
-            update = torch._foreach_mul(moments, beta1)
-            torch._foreach_add_(update, grads, alpha=1 - beta1)
-            torch._foreach_sign_(update)
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, update, alpha=-lr)
-            torch._foreach_mul_(moments, beta2)
-            torch._foreach_add_(moments, grads, alpha=1 - beta2)
+            update = product_of_each(moments, beta1)
+            add_each(update, grads, alpha=1 - beta1)
+            take_sign_of_each(update)
+            multiply_each(params, 1 - lr * group["weight_decay"])
+            add_each(params, update, alpha=-lr)
+            multiply_each(moments, beta2)
+            add_each(moments, grads, alpha=1 - beta2)

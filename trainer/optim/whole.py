@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim._adafactor import adafactor
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+from strategies.compat.optimizers import adafactor, adjusted_rate, orthogonalised_in_bf16
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class ShardedMuon(torch.optim.Muon):
 
     def __init__(self, params: Any, *, bf16: bool, **settings: Any) -> None:
         super().__init__(params, **settings)
-        self.turn = _zeropower_via_newtonschulz if bf16 else orthogonalise
+        self.turn = orthogonalised_in_bf16 if bf16 else orthogonalise
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -64,7 +64,7 @@ class ShardedMuon(torch.optim.Muon):
                 update = p.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
                 turned = self.turn(whole(update), group["ns_coefficients"], group["ns_steps"], group["eps"])
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(part(turned.to(p.dtype), p), alpha=-_adjust_lr(lr, group["adjust_lr_fn"], p.shape))
+                p.add_(part(turned.to(p.dtype), p), alpha=-adjusted_rate(lr, group["adjust_lr_fn"], p.shape))
 
 
 class ShardedAdafactor(torch.optim.Adafactor):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from strategies.compat.modules import replace_buffers
 from trainer.data.batches.collate import each_tensor
 from trainer.step import Built
 
@@ -14,10 +15,7 @@ from trainer.step import Built
 def faked(built: Built, sizes: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
     """Fake tensors in place of the real ones in a model's buffers and in micro-batches; within `fake_tensors`."""
     shape_of = _Shapes()
-    for module in built.step_module.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = shape_of(buffer)
+    replace_buffers(built.step_module, shape_of)
     return [[each_tensor(batch, shape_of) for batch in batches] for batches in sizes]
 
 

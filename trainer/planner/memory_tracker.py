@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from strategies.compat.dispatch import (
+    CAST,
+    TorchDispatchMode,
+    resizes_reported,
+    storage_key,
+    within_no_dispatch_mode,
+    within_no_function_mode,
+)
+from strategies.compat.fake_tensors import FakeTensor
 from strategies.tensor_inventory import MemoryKind
 
-_DEVICE, _TO_COPY = torch.ops.prim.device.default, torch.ops.aten._to_copy.default
+_DEVICE, _TO_COPY = torch.ops.prim.device.default, CAST.default
 GRAIN = 512
 """Bytes that an allocation is a multiple of, as torch's allocator for GPUs hands them out."""
 
@@ -90,7 +98,7 @@ class LiveBytes(TorchDispatchMode):
         self._held: dict[int, _Held] = {}
         self._explain: dict[Moment, int] = {}
         self._owned: Callable[[], Iterable[tuple[MemoryKind, Tensor]]] = lambda: ()
-        self._resize: Any = None
+        self._reports: AbstractContextManager[None] = nullcontext()
         self._counts = True
 
     @classmethod
@@ -110,7 +118,7 @@ class LiveBytes(TorchDispatchMode):
         if device_of(tensor) != self.device:
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         held = self._held.get(key)
         if held is None:
             size = rounded(storage.nbytes())
@@ -128,7 +136,7 @@ class LiveBytes(TorchDispatchMode):
         return free
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        held = self._held.get(storage._cdata)
+        held = self._held.get(storage_key(storage))
         if held is not None:
             size = rounded(storage.nbytes())
             self.now += size - held.size
@@ -162,7 +170,7 @@ class LiveBytes(TorchDispatchMode):
         found = list(self._owned())
         self._counts = True
         for kind, tensor in found:
-            if device_of(tensor) == self.device and tensor.untyped_storage()._cdata in self._held:
+            if device_of(tensor) == self.device and storage_key(tensor.untyped_storage()) in self._held:
                 self.see(tensor, kind)
         out: dict[MemoryKind, int] = {}
         for held in self._held.values():
@@ -191,18 +199,12 @@ class LiveBytes(TorchDispatchMode):
                 highest.kinds[MemoryKind.communication] = highest.kinds.get(MemoryKind.communication, 0) + self.more
 
     def __enter__(self) -> Any:
-        self._resize = resize = torch.UntypedStorage.resize_
-
-        def resized(storage: Any, size: int) -> Any:
-            out = resize(storage, size)
-            self._resized(storage)
-            return out
-
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        self._reports = resizes_reported(self._resized)
+        self._reports.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign,assignment]
+        self._reports.__exit__(*error)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -213,9 +215,9 @@ class LiveBytes(TorchDispatchMode):
             return args[0].fake_device
         if func.namespace == "profiler":  # labels of stretches of a step, which have no tensors
             self._note()
-            with torch._C._DisableTorchDispatch():
+            with within_no_dispatch_mode():
                 return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():  # what is asked of tensors on the way is no operation of the step
+        with within_no_function_mode():  # what is asked of tensors on the way is no operation of the step
             out = self.run(func, args, kwargs or {})
             if func.namespace in ("c10d", "_c10d_functional"):
                 self._exchanged(args)
@@ -237,13 +239,13 @@ class LiveBytes(TorchDispatchMode):
                 self._seen(None, (), each)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
-        held = self._held.get(tensor.untyped_storage()._cdata)
+        held = self._held.get(storage_key(tensor.untyped_storage()))
         return held is not None and held.kind is MemoryKind.parameters
 
     def _exchanged(self, value: Any) -> None:
         """What a collective reads and writes is a buffer, unless it has an owner."""
         if isinstance(value, Tensor):
-            held = self._held.get(value.untyped_storage()._cdata)
+            held = self._held.get(storage_key(value.untyped_storage()))
             if held is not None and held.kind in (MemoryKind.activations, MemoryKind.other):
                 held.kind = MemoryKind.communication
         elif isinstance(value, tuple | list):

@@ -8,9 +8,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from strategies.base import Precision
+from strategies.compat.process_groups import default_store
 from strategies.errors import DoesNotFit
 from strategies.runtime import Runtime, free_host_memory
 from trainer.build.parts import build_engine, workload
@@ -100,7 +100,7 @@ def agreed(trial: Trial, why: str | None, runtime: Runtime) -> bool:
     """
     if runtime.world_size == 1:
         return why is not None
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     keys = [f"shardtune/{trial.setting}/{trial.of}/{rank}" for rank in range(runtime.world_size)]
     store.set(keys[runtime.rank], "out" if why else "held")
     patience = PATIENCE * runtime.timeout_s / (2 if why else 1)

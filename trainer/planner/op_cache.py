@@ -11,8 +11,21 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from strategies.compat.dispatch import storage_key, within_no_dispatch_mode
+from strategies.compat.fake_tensors import (
+    FAKE_MODE,
+    FakeTensor,
+    FakeTensorMode,
+    default_device_at_work,
+    dispatch_keys,
+    make_subclass,
+    mode_at_work,
+    operation_name,
+    pointer_may_be_read,
+    refuse_when_pointer_is_read,
+    warn_when_pointer_is_read,
+)
 
 _SPACES = ("aten", "prims", "fsdp")
 _BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.inplace_view)
@@ -23,7 +36,6 @@ _ABSOLUTE = ("as_strided", "as_strided_", "as_strided_scatter", "_reshape_alias"
 """Operations that are told places in a storage; all others go by those of their operands."""
 _SLICE = torch.ops.aten.slice.Tensor
 _PLAIN = (type(None), str, int, torch.dtype, torch.device, torch.layout, torch.memory_format)
-_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class _NotByForm(Exception):
@@ -77,15 +89,15 @@ _GIVEN: dict[Any, OperationResult] = {}
 
 def simulating() -> bool:
     """Whether tensors have no memory now."""
-    return torch._C._get_dispatch_mode(_FAKE) is not None
+    return mode_at_work(FAKE_MODE) is not None
 
 
 def asked(func: Any, args: Any, kwargs: Any) -> Operation | None:
     """The operation, where what comes out is told by the form of its operands; None elsewhere, as for real tensors."""
-    mode: Any = torch._C._get_dispatch_mode(_FAKE)
+    mode: Any = mode_at_work(FAKE_MODE)
     if mode is None or not _by_form(func):
         return None
-    key: list[Any] = [func, torch.get_default_dtype(), torch._C._get_default_device()]
+    key: list[Any] = [func, torch.get_default_dtype(), default_device_at_work()]
     tensors: list[Any] = []
     start = 0
     try:
@@ -102,7 +114,7 @@ def asked(func: Any, args: Any, kwargs: Any) -> Operation | None:
         return None
     if any(tensor.fake_mode is not mode for tensor in tensors):
         return None
-    if func._opname in _ABSOLUTE:
+    if operation_name(func) in _ABSOLUTE:
         key += [tensor.storage_offset() for tensor in tensors]
     return Operation(tuple(key), tensors, mode, start)
 
@@ -151,7 +163,7 @@ def given(operation: Operation) -> OperationResult | None:
 
 def again(what: OperationResult, operation: Operation) -> Any:
     """The same, made anew."""
-    with torch._C._DisableTorchDispatch():
+    with within_no_dispatch_mode():
         return _make(what.out, operation)
 
 
@@ -169,11 +181,11 @@ def _make(made: Any, operation: Operation) -> Any:
         offset = operand.storage_offset() + operation.start + made.offset
         empty.set_(operand.untyped_storage(), offset, made.shape, made.stride)
     device = made.state["_fake_device"]
-    tensor = Tensor._make_subclass(FakeTensor, empty, False, dispatch_device=True, device_for_backend_keys=device)
-    if operation.mode._allow_unsafe_data_ptr_access:
-        torch._C._set_warn_deprecated_on_mutable_data_ptr(tensor)
+    tensor = make_subclass(FakeTensor, empty, False, dispatch_device=True, device_for_backend_keys=device)
+    if pointer_may_be_read(operation.mode):
+        warn_when_pointer_is_read(tensor)
     else:
-        torch._C._set_throw_on_mutable_data_ptr(tensor)
+        refuse_when_pointer_is_read(tensor)
     vars(tensor).update(made.state)
     tensor.fake_mode = operation.mode
     return tensor
@@ -200,7 +212,7 @@ def _noted(out: Any, operation: Operation, new: set[int]) -> Any:
         raise _NotByForm
     state = {name: value for name, value in vars(out).items() if name != "fake_mode"}
     storage = out.untyped_storage()
-    found = [i for i, t in enumerate(operation.tensors) if t.untyped_storage()._cdata == storage._cdata]
+    found = [i for i, t in enumerate(operation.tensors) if storage_key(t.untyped_storage()) == storage_key(storage)]
     if len(found) > 1:  # which of them it goes by, another time?
         raise _NotByForm
     shares = found[0] if found else None
@@ -209,13 +221,13 @@ def _noted(out: Any, operation: Operation, new: set[int]) -> Any:
     made = _Made(itself, shares, out.shape, out.stride(), int(out.storage_offset() - before), out.dtype, state)
     if itself is not None:
         return made
-    if out.requires_grad or storage._cdata in new:
+    if out.requires_grad or storage_key(storage) in new:
         raise _NotByForm
     other = again(OperationResult(made, 0, 0), operation)
     if shares is None:
-        new.add(storage._cdata)
+        new.add(storage_key(storage))
         if other.untyped_storage().nbytes() != storage.nbytes() or made.offset:
             raise _NotByForm
-    if torch._C._dispatch_key_set(other) != torch._C._dispatch_key_set(out):
+    if dispatch_keys(other) != dispatch_keys(out):
         raise _NotByForm
     return made

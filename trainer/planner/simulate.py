@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from strategies.base import OptimizerFactory, Precision, StepResult, StrategyConfig, UpdateFilter
 from strategies.build import build_strategy
+from strategies.compat.deepspeed import restore_linear
+from strategies.compat.dispatch import storage_key
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from strategies.tensor_inventory import MemoryKind, owned
@@ -103,11 +105,7 @@ def watch(parts: StepParts, runtime: Runtime, *, warm: int = 1, repeat: int = 1)
 @contextmanager
 def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
     """The engine of `parts`, watched from its making on; `parts.built` is used up. All ranks must call."""
-    if (
-        "deepspeed" in sys.modules
-    ):  # of ZeRO-3 simulated before, a linear function is left that casts weights anew each time
-        from strategies.deepspeed_library import restore_linear
-
+    if "deepspeed" in sys.modules:  # ZeRO-3 simulated before leaves a linear function that casts weights anew each time
         restore_linear()
     recorder = Recorder(runtime.device)
     with _uncollected(), recorder:
@@ -196,7 +194,8 @@ class WatchedEngine:
     def report(self, moments: dict[Moment, Highest], record: Record) -> Simulated:
         """What a step was found to take, with what rests now that it is over."""
         resting, kept = self.recorder.tally(), [t for _, t in owned(self.engine) if t.device != self.recorder.device]
-        host = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+        storages = [tensor.untyped_storage() for tensor in kept]
+        host = {storage_key(storage): storage.nbytes() for storage in storages}
         return Simulated(
             moments=moments,
             resting=resting,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork, Work
-from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from strategies.compat.dispatch import CAST, GROUPED_PRODUCT, READ_ON_HOST, operation_schema, tree_leaves
+from strategies.compat.fake_collectives import CollectiveOp, FakeWork, Work, collective_ops, sync_ops
+from strategies.compat.python import calling_frame
 from trainer.model import flex_shapes
 from trainer.planner import op_cache
 from trainer.planner.memory_tracker import LiveBytes, Moment, device_of
@@ -126,15 +125,16 @@ class Recorder(LiveBytes):
             self.record.to_device += size
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
-        packet = func._overloadpacket
-        if func._schema.name.startswith(_ATTENTION):
-            backward = "backward" in func._schema.name
+        packet = func.overloadpacket
+        name = _name(func)
+        if name.startswith(_ATTENTION):
+            backward = "backward" in name
             query = args[1] if backward else args[0]
             windows = self.squares / 2  # causal: half of each square
             return (10 if backward else 4) * windows * query.shape[1] * query.shape[-1]
         if packet is torch.ops.aten.addmm_:
             return 2.0 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
-        if packet is torch.ops.aten._grouped_mm:  # rows by groups, each with a matrix of its own, or columns by groups
+        if packet is GROUPED_PRODUCT:  # rows by groups, each with a matrix of its own, or columns by groups
             left, right = args[:2]
             each = left.shape[0] if left.dim() == right.dim() == 3 else 1
             return 2.0 * each * left.shape[-2] * left.shape[-1] * right.shape[-1]
@@ -147,8 +147,8 @@ class Recorder(LiveBytes):
 _FREE = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "detach", "alias", "_unsafe_view"})
 """Operations that touch no value, beside views."""
 _ATTENTION = ("torch_attn::_varlen_attn", flex_shapes.FORWARD)
-_PRODUCTS = (torch.ops.aten.addmm_, torch.ops.aten._grouped_mm)
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+_PRODUCTS = (torch.ops.aten.addmm_, GROUPED_PRODUCT)
+_COPIES = (CAST.default, torch.ops.aten.copy_.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,32 +167,37 @@ class _Known:
 
 @cache
 def _known(func: Any) -> _Known:
-    packet = func._overloadpacket
+    packet = func.overloadpacket
     return _Known(
         exchanges=func in collective_ops and func not in sync_ops,
         answers=func in CollectiveOp.WK_ARG_1 and func.namespace == "c10d",
-        reads=func is torch.ops.aten._local_scalar_dense.default,
+        reads=func is READ_ON_HOST.default,
         copies=func in _COPIES,
-        counted=func._schema.name.startswith(_ATTENTION) or packet in _PRODUCTS or packet in flop_registry,
+        counted=_name(func).startswith(_ATTENTION) or packet in _PRODUCTS or packet in flop_registry,
         free=_free(func),
     )
 
 
+def _name(func: Any) -> str:
+    """An operation's name with its namespace, without its overload: `aten::empty`."""
+    return str(func.name()).partition(".")[0]
+
+
 def _free(func: Any) -> bool:
     """Whether an operation reads and writes nothing on the device, or is counted as a collective."""
-    name = func._schema.name.partition("::")
+    name = _name(func).partition("::")
     return func.is_view or func in collective_ops or name[0] == "prim" or name[2] in _FREE
 
 
 def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:
-    names = [argument.name for argument in func._schema.arguments]
+    names = [argument.name for argument in operation_schema(func).arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     return bool(given.get("is_causal", False))
 
 
 def _caller() -> str:
     """The line of the project that is at work."""
-    frame = sys._getframe(1)
+    frame = calling_frame(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _FILES:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from strategies.compat.modules import is_compiled
 from trainer.reporting.step_times import now, seconds_between
 
 
@@ -20,7 +21,7 @@ def timed_modules(blocks: list[nn.Module]) -> list[nn.Module]:
 
     None of them where blocks are compiled: what is put around them would be compiled, too.
     """
-    if any(block._compiled_call_impl is not None for block in blocks):
+    if any(is_compiled(block) for block in blocks):
         return []
     if not any(hasattr(parameter, "ds_id") for block in blocks for parameter in block.parameters()):
         return blocks

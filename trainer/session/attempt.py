@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
+from strategies.compat.python import end_process
 from strategies.errors import ConfigError, NotOurs, Preempted, ShardtuneError, StorageError, is_panic, tokenizer_panic
 from strategies.flight_recorder import Exchange
 from strategies.heartbeat import LOST_PEER, WAITED, Behind, CutOff, Heartbeats, Silent
@@ -260,7 +261,7 @@ def _leave(where: Where, signal_name: str) -> None:
         text = f"{place}stopped during {where.phase}, nothing lost; the same command begins again"
         with contextlib.suppress(OSError):  # nobody reads it any more
             os.write(2, f"{text}\n".encode())
-    os._exit(code)
+    end_process(code)
 
 
 class TimedOut(RuntimeError):
@@ -285,7 +286,7 @@ def _end_cut_off(where: Where, rank: int, error: CutOff) -> None:
         record_failure(where.run_dir, rank, error, where.phase, where.step)
     with contextlib.suppress(OSError):  # nobody reads it any more
         os.write(2, f"{error}\n".encode())
-    os._exit(error.exit_code)
+    end_process(error.exit_code)
 
 
 def first_sentence(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from strategies.compat.modules import own_buffers, own_parameters
 from strategies.errors import ConfigError
 from trainer.tuning.adapter_checkpoint import StoredAdapter, check_settings
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
@@ -154,7 +155,7 @@ class Adapter:
             for name, buffer in self.replicas.buffers():
                 if f"base_model.{name}" in on_meta:
                     owner, _, key = f"base_model.{name}".rpartition(".")
-                    tuned.get_submodule(owner)._buffers[key] = buffer
+                    own_buffers(tuned.get_submodule(owner))[key] = buffer
 
     def settle_files(self, model: nn.Module, trained: dict[str, Tensor]) -> None:
         """What peft's settings must say of the gathered values, before these are written; nothing for most methods."""
@@ -277,7 +278,7 @@ def check_targets(model: nn.Module, targets: Any) -> None:
 def _to_meta(layer: nn.Module, key: str) -> None:
     """Drop the values of a parameter that peft left on the CPU: they are drawn anew."""
     owner, _, last = key.rpartition(".")
-    parameters = layer.get_submodule(owner)._parameters
+    parameters = own_parameters(layer.get_submodule(owner))
     parameter = parameters[last]
     if parameter is not None and not parameter.is_meta:
         parameters[last] = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strategies.compat.modules import own_buffers
 from strategies.errors import ConfigError
 from trainer.tuning.initial_adapter import SETTINGS, WEIGHTS, difference, read_settings
 from trainer.tuning.key_mapping import keys_in_file
@@ -100,7 +101,7 @@ class StoredAdapter:
         for name, buffer in list(tuned.named_buffers(remove_duplicate=False)):
             if name in self.names and buffer is not None:
                 owner, _, key = name.rpartition(".")
-                tuned.get_submodule(owner)._buffers[key] = self.tensor(name)
+                own_buffers(tuned.get_submodule(owner))[key] = self.tensor(name)
 
 
 def check_settings(settings: Any, directory: str | Path, key: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError
 from trainer.tuning.adapter import PREFIX, Adapter
 from trainer.tuning.base import BaseReader
@@ -80,12 +81,8 @@ def _double_rank(settings: Any) -> None:
 
 def _added_buffers(model: nn.Module) -> dict[str, Tensor]:
     """What peft stores beside parameters; its own selection drops what is the base's."""
-    found = {}
-    for path, owner in model.named_modules(remove_duplicate=False):
-        for key, buffer in owner._buffers.items():
-            if buffer is not None and key not in owner._non_persistent_buffers_set:
-                found[f"{path}.{key}"] = buffer.detach().cpu()
-    return found
+    buffers = persistent_buffers(model, remove_duplicate=False)
+    return {name: buffer.detach().cpu() for name, buffer in buffers}
 
 
 def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strategies.compat.dispatch import RESHAPED_IN_PLACE
+
 ADAPTER = "default"
 SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Layers of one parent that decoders and encoders call on the same input."""
@@ -47,7 +49,7 @@ class _LowRankLinears(torch.autograd.Function):
             else:
                 out = torch.addmm(out, part, typed, alpha=scaling)
             # No view: a model may change what it is given in place.
-            outs.append(torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]]))
+            outs.append(RESHAPED_IN_PLACE(out, [*x.shape[:-1], out.shape[-1]]))
         ctx.save_for_backward(rows, low, *weights, *downs, *ups)
         ctx.scalings = scalings
         return tuple(outs)

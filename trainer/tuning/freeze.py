@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from strategies.compat.modules import own_parameters
 from strategies.errors import ConfigError
 from trainer.tuning.config import FreezeConfig
 from trainer.tuning.full import Full
@@ -61,7 +62,7 @@ class Freeze(Full):
         found = set()
         for module in model.modules():
             norm = "norm" in type(module).__name__.lower()
-            for key, parameter in module._parameters.items():
+            for key, parameter in own_parameters(module).items():
                 wanted = (self.config.norm_only and norm) or (self.config.bias_only and key == "bias")
                 if parameter is not None and wanted:
                     found.add(id(parameter))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from strategies.base import Precision
+from strategies.compat.modules import lstm_weight_names, set_lstm_weights
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -22,12 +23,13 @@ class EncoderLstm(nn.LSTM):
 
     def forward(self, given: Any, state: Any = None) -> Any:  # type: ignore[override]
         # The list that an LSTM keeps of its weights is not known to strategies that replace parameters.
-        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]  # type: ignore[assignment]
+        weights = [getattr(self, name) for name in lstm_weight_names(self)]
+        set_lstm_weights(self, weights)
         asked = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else given.dtype
         if given.device.type != "cpu" or asked not in DTYPES.values() or runs(asked):
             return super().forward(given, state)
         with torch.autocast("cpu", enabled=False):
-            self._flat_weights = [weight.float() for weight in self._flat_weights]  # type: ignore[union-attr,misc]
+            set_lstm_weights(self, [weight.float() for weight in weights])
             output, last = super().forward(given.float(), state)
         return output.to(asked), last
 

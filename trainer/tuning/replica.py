@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strategies.compat.modules import own_buffers, own_modules, own_parameters
 from strategies.runtime import derive_seed
 from trainer.tuning.base import BaseReader
 
@@ -62,9 +63,11 @@ class AdapterReplicas:
             for key, value in trained.items():
                 parameters[key].copy_(value)
             for path, owner in layer.named_modules():
-                for key in owner._buffers:
-                    if not f"{path}.".startswith("base_layer."):
-                        owner._buffers[key] = live.get_submodule(path)._buffers[key].cpu()  # type: ignore[union-attr]
+                if f"{path}.".startswith("base_layer."):
+                    continue
+                buffers = own_buffers(owner)
+                for key in buffers:
+                    buffers[key] = own_buffers(live.get_submodule(path))[key].cpu()  # type: ignore[union-attr]
             layer.eval()
             layer.merge(safe_merge=True)
         return {key: p.detach() for key, p in layer.get_base_layer().named_parameters()}
@@ -114,9 +117,9 @@ class AdapterReplicas:
 def _place(holder: nn.Module, name: str, layer: nn.Module) -> None:
     *parents, last = name.split(".")
     for part in parents:
-        if part not in holder._modules:
+        if part not in own_modules(holder):
             holder.add_module(part, nn.Module())
-        holder = holder._modules[part]  # type: ignore[assignment]
+        holder = own_modules(holder)[part]  # type: ignore[assignment]
     holder.add_module(last, layer)
 
 
@@ -124,7 +127,8 @@ def _filled(template: nn.Module, name: str, base: BaseReader | None) -> nn.Modul
     """A copy with values from `base`, in float32; without it, with parameters that have a shape and no memory."""
     layer = copy.deepcopy(template)
     for path, owner in layer.named_modules():
-        for key, p in owner._parameters.items():
+        parameters = own_parameters(owner)
+        for key, p in parameters.items():
             if p is None:
                 continue
             if base is None:
@@ -132,5 +136,5 @@ def _filled(template: nn.Module, name: str, base: BaseReader | None) -> nn.Modul
             else:
                 # A copy: what is read may be the file's own memory, and peft subtracts in place.
                 value = base.whole(".".join(part for part in (name, path, key) if part)).to(torch.float32, copy=True)
-            owner._parameters[key] = nn.Parameter(value, requires_grad=False)
+            parameters[key] = nn.Parameter(value, requires_grad=False)
     return layer

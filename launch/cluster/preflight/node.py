@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from launch.cluster.preflight.node_facts import PreflightRequest, look
+from strategies.compat.python import end_process
 
 MARK = "preflight"
 PIECE = 700
@@ -62,7 +63,7 @@ def rank() -> int:
     except Exception as error:  # noqa: BLE001 - whatever the libraries raise is what is to be told
         sys.stdout.write(lines_of(number, own, {"error": f"{type(error).__name__}: {error}"[:2000]}))
         sys.stdout.flush()
-        os._exit(1)  # the groups of a peer that has gone may wait
+        end_process(1)  # the groups of a peer that has gone may wait
     if own == 0:
         sys.stdout.write(lines_of(number, own, {"exchange": found}))
         sys.stdout.flush()

@@ -1,0 +1,150 @@
+"""What DeepSpeed keeps for itself, and what is put in the place of its functions.
+
+Read in DeepSpeed 0.19.8. Nothing here imports DeepSpeed before it is called: most strategies run without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strategies.compat.process_groups import living_groups
+
+# -- what is put in the place of its functions -------------------------------------------------------------------------
+
+
+def silence_memory_reports() -> None:
+    """Let `BF16_Optimizer` not print what memory is in use: `see_memory_usage` prints, whatever the level of its logger."""
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
+
+
+def leave_shared_memory_op_out() -> None:
+    """Let DeepSpeed not compile its op for exchange on a CPU, which needs a C++ compiler; no setting says so."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def restore_linear() -> None:
+    """Undo DeepSpeed's replacement of torch's linear function by an earlier engine of this process, which persists.
+
+    `zero.Init` puts its own in the place of `torch.nn.functional.linear` and leaves it there; what was there before is in
+    `InsertPostInitMethodToModuleSubClasses.linear_bk`.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
+
+    torch.nn.functional.linear = getattr(Replaced, "linear_bk", torch.nn.functional.linear)
+
+
+def replace_backend(replacement: Callable[[Any], Any]) -> None:
+    """Let DeepSpeed's collectives go to `replacement(backend)`, where `backend` is what they go to now (`comm.cdb`).
+
+    `init_distributed` takes the name of a backend that torch knows, and no object.
+    """
+    from deepspeed.comm import comm
+
+    comm.cdb = replacement(comm.cdb)
+
+
+def replace_in_stage3(
+    *, reduce_scatter: Callable[..., Any], gathered_handle: type, compare_integers: Callable[[Any], None]
+) -> None:
+    """Put these in the place of what stage 3 calls by names of its own modules.
+
+    They are the exchange of many gradients, the handle of a gather of many parameters, and the question whether all ranks have
+    the same numbers. No setting replaces them.
+    """
+    from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+
+    stage3.reduce_scatter_coalesced = reduce_scatter
+    partition_parameters.AllGatherCoalescedHandle = gathered_handle
+    for module in (partition_parameters, partitioned_param_coordinator, stage3):
+        module.assert_ints_same_as_other_ranks = compare_integers
+
+
+# -- process groups that it remembers ----------------------------------------------------------------------------------
+
+
+def forget_groups(*, living: bool = False) -> None:
+    """Let go of the process groups of an earlier run of this process, which DeepSpeed keeps beyond their end.
+
+    With `living`, also of those that torch still has. `groups._release_process_group_references` is what DeepSpeed's own
+    `destroy_process_group` calls; a run that ends through torch does not come by there.
+    """
+    from deepspeed.utils import groups
+
+    remembered = groups._WORLD_GROUP
+    if living or (remembered is not None and remembered not in living_groups()):
+        groups._release_process_group_references()
+
+
+def forget_backend() -> None:
+    """Let DeepSpeed form its backend anew with its next engine (`comm.cdb`)."""
+    from deepspeed.comm import comm
+
+    comm.cdb = None
+
+
+# -- what its optimizers keep ------------------------------------------------------------------------------------------
+
+grad_norm_in_step: Callable[[Any], Any] = attrgetter("_global_grad_norm")
+"""`grad_norm_in_step(zero_optimizer)`: the norm of the step that is being taken.
+
+The engine's public `get_global_grad_norm` has it when the step is over.
+"""
+
+fp32_fragment: Callable[[Any], Any] = attrgetter("_hp_mapping")
+"""`fp32_fragment(parameter)`: which part of a parameter's fp32 master this rank has, and where; None if it has none.
+
+The public `safe_get_full_fp32_param` gathers the whole from all ranks.
+"""
+
+_TENSORS_BY_KIND = {
+    "parameters": ("bit16_groups_flat", "bf16_groups_flat", "fp16_partitioned_groups_flat"),
+    "optimizer": (
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+        "fp32_partitioned_groups_flat",
+    ),
+    "gradients": (
+        "averaged_gradients",
+        "fp32_groups_gradients_flat",
+        "fp32_groups_gradient_flat_partition",
+        "grad_partitions_flat_buffer",
+        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+        "temp_grad_gpu_buffer",
+        "averaged_gradients",
+    ),
+    "communication": ("ipg_buckets", "_DeepSpeedZeroOptimizer_Stage3__ipg_bucket_flat_buffer", "ipg_buffer"),
+}
+"""Attributes of the optimizers of the three stages, by what they hold; each stage has some of them."""
+
+
+def tensors_of_optimizer(zero_optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """(kind, tensor) of what a ZeRO optimizer keeps beside the state of its inner optimizer.
+
+    `kind` is parameters, optimizer, gradients or communication. DeepSpeed shows them nowhere.
+    """
+    for kind, names in _TENSORS_BY_KIND.items():
+        for name in names:
+            yield from ((kind, tensor) for tensor in _tensors_in(getattr(zero_optimizer, name, None)))
+
+
+def _tensors_in(collection: Any) -> Iterator[Tensor]:
+    """The tensors of a tensor, of nested dicts, lists and tuples, or of a bucket."""
+    if torch.is_tensor(collection):
+        yield collection
+    elif isinstance(collection, dict):
+        for entry in collection.values():
+            yield from _tensors_in(entry)
+    elif isinstance(collection, list | tuple):
+        for entry in collection:
+            yield from _tensors_in(entry)
+    elif hasattr(collection, "buffer"):  # a bucket
+        yield from _tensors_in(collection.buffer)

@@ -1,0 +1,93 @@
+"""What FSDP2 keeps for itself (`torch.distributed.fsdp._fully_shard`).
+
+Read in torch 2.13.0 and 2.15.0. `FSDPModule` shows neither its parameter groups nor its hooks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+__all__ = ["AllGather", "DefaultAllocMixin", "ReduceScatter", "compute_local_shape_and_global_offset"]
+"""`AllGather`, `ReduceScatter` and `DefaultAllocMixin`: what the public `set_custom_all_gather` and `set_custom_reduce_scatter`
+take, which torch exports nowhere. `compute_local_shape_and_global_offset`: where a shard of a `DTensor` begins."""
+
+
+def finish_sharding(root: nn.Module) -> None:
+    """Let FSDP2 do now what it does in the first forward pass: pad uneven shards, pin those on the host. No collective.
+
+    `FSDPState._lazy_init` replaces the sharded tensors, so that whoever keeps them must come later. Nothing public calls it.
+    """
+    root._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+
+
+def _parameter_groups(root: nn.Module) -> Iterator[Any]:
+    """The groups of parameters that FSDP2 gathers together, below `root` and in it."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            yield from module._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator,attr-defined]
+
+
+def gather_on(root: nn.Module, device: torch.device) -> None:
+    """Let FSDP2 gather parameters on `device`: by itself it takes the host where the process group is not of GPUs."""
+    for group in _parameter_groups(root):
+        group.device = device
+        for parameter in group.fsdp_params:
+            parameter.device = device
+
+
+def hidden_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(kind, tensor) of what FSDP2 keeps beside the parameters that modules show.
+
+    `kind` is parameters, gradients, gathered or communication.
+    """
+    for group in _parameter_groups(root):
+        for reduced in getattr(group.comm_ctx, "reduce_scatter_states", ()):  # none before the first pass
+            yield "communication", reduced.reduce_scatter_input
+        for parameter in group.fsdp_params:
+            yield from (("gathered", tensor) for tensor in parameter.all_gather_outputs)
+            yield "parameters", parameter._sharded_param_data
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            if unsharded is not None:
+                yield "gathered", unsharded
+                if unsharded.grad is not None:
+                    yield "gradients", unsharded.grad
+            if parameter.unsharded_accumulated_grad is not None:
+                yield "gradients", parameter.unsharded_accumulated_grad
+            if parameter.sharded_param.grad is not None:
+                yield "gradients", parameter.sharded_param.grad
+
+
+@contextmanager
+def without_fsdp_hooks(modules: Sequence[Any]) -> Iterator[None]:
+    """Within it, FSDP's own hooks around the passes of `modules` are left out; other hooks stay.
+
+    Without gradients, with all weights gathered and no types to cast (`cast_forward_inputs=False`), they do nothing. In a small
+    block's pass for one token they take a tenth of the time. FSDP2 gives nobody the handles of its hooks.
+    """
+    before = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
+    try:
+        for module, (pre_hooks, hooks) in zip(modules, before, strict=True):
+            state: Any = module._get_fsdp_state()
+            module._forward_pre_hooks = _without(pre_hooks, state._pre_forward_hook_handle)
+            module._forward_hooks = _without(hooks, state._post_forward_hook_handle)
+        yield
+    finally:
+        for module, (pre_hooks, hooks) in zip(modules, before, strict=True):
+            module._forward_pre_hooks = pre_hooks
+            module._forward_hooks = hooks
+
+
+def _without(hooks: Any, handle: Any) -> OrderedDict[int, Any]:
+    """Hooks but the one with this handle; all of them where several modules share one."""
+    own = getattr(handle, "id", None)
+    return OrderedDict((number, hook) for number, hook in hooks.items() if number != own)
