@@ -1,7 +1,7 @@
 """What a rank exchanges with others, counted while somebody asks: bytes by collective, as a plan counts them.
 
-Seen are the calls of torch's process groups from Python, which FSDP2, DeepSpeed and the engines here make. What goes around them
-says so: the shared memory of a host, and DDP's reducer, which calls its group from C++.
+The collectives of torch's process groups are seen, whoever calls them: FSDP2, DeepSpeed, the reducer of DDP and the engines here.
+What goes around process groups says so itself: the shared memory of a host (`strategies/host_memory.py`).
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
+from strategies.compat.process_groups import collectives_reported
+
 GATHER, REDUCE, SCATTER, EACH = "all_gather", "all_reduce", "reduce_scatter", "all_to_all"
-_CALLS = {
-    **dict.fromkeys(("allgather", "allgather_coalesced", "_allgather_base"), GATHER),
-    **dict.fromkeys(("all_gather_single", "all_gather_single_coalesced", "allgather_into_tensor_coalesced"), GATHER),
-    **dict.fromkeys(("allreduce", "allreduce_coalesced"), REDUCE),
-    **dict.fromkeys(("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"), SCATTER),
-    **dict.fromkeys(("reduce_scatter_single", "reduce_scatter_single_coalesced"), SCATTER),
-    **dict.fromkeys(("alltoall", "alltoall_base", "all_to_all_single"), EACH),
-    **{each: each for each in ("broadcast", "reduce", "gather", "scatter", "send", "recv")},
+_OPERATIONS = {
+    **dict.fromkeys(("allgather_", "_allgather_base_", "allgather_coalesced_"), GATHER),
+    "allgather_into_tensor_coalesced_": GATHER,
+    **dict.fromkeys(("allreduce_", "allreduce_coalesced_"), REDUCE),
+    **dict.fromkeys(("reduce_scatter_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"), SCATTER),
+    **dict.fromkeys(("alltoall_", "alltoall_base_"), EACH),
+    **dict.fromkeys(("gather_", "gather_into_tensor_"), "gather"),
+    **dict.fromkeys(("recv_", "recv_any_source_"), "recv"),
+    "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "scatter_": "scatter",
+    "send": "send",
 }
-"""Methods of a process group, and what they are called here."""
+"""Operations of `torch.ops.c10d`, and what they are called here."""
 
 
 @dataclass(slots=True)
@@ -41,11 +46,6 @@ class Exchanged:
 
 
 _asking: list[Exchanged] = []
-
-
-def asked() -> bool:
-    """Whether anybody counts."""
-    return bool(_asking)
 
 
 def tell(collective: str, size: int) -> None:
@@ -76,31 +76,12 @@ def waits(collective: str, whole: int) -> Callable[[Any], Any]:
 
 @contextmanager
 def counting() -> Iterator[Exchanged]:
-    """What this rank exchanges meanwhile. No collective; costs a call of Python for each of them."""
+    """What this rank exchanges meanwhile. No collective; costs some 50 microseconds for each of them."""
     found = Exchanged()
-    kept = {name: call for name, call in vars(dist.ProcessGroup).items() if name in _CALLS}
+    first = not _asking
     _asking.append(found)
     try:
-        for name in kept:
-            setattr(dist.ProcessGroup, name, _told(getattr(dist.ProcessGroup, name), _CALLS[name]))
-        yield found
+        with collectives_reported(_OPERATIONS, tell) if first else nullcontext():
+            yield found
     finally:
-        for name, call in kept.items():
-            setattr(dist.ProcessGroup, name, call)
         _asking.remove(found)
-
-
-def _told(call: Any, collective: str) -> Any:
-    @wraps(call)
-    def told(group: Any, *args: Any, **kwargs: Any) -> Any:
-        tell(collective, max(map(_size, (*args, *kwargs.values())), default=0))
-        return call(group, *args, **kwargs)
-
-    return told
-
-
-def _size(value: Any) -> int:
-    """Bytes of a tensor, or of those in lists."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0

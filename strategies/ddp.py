@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from strategies.activation import apply_to_blocks
 from strategies.base import DdpConfig, OptimizerFactory, ParameterSource
-from strategies.communication_counters import REDUCE, asked, tell
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.native import NativeEngine
 from strategies.simulation import without_reading
@@ -28,14 +27,6 @@ class DdpEngine(NativeEngine):
         # DDP decides in the forward pass whether the coming backward pass synchronises.
         self.wrapped.require_backward_grad_sync = last or not self.defer_sync
         return super().forward(batch, last=last)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        super().backward(loss, last=last)
-        hooked = (
-            self.host_memory is not None or self.runtime.simulated
-        )  # what stands in for DDP's own reduction is seen
-        if asked() and self.wrapped.require_backward_grad_sync and not hooked:
-            tell(REDUCE, sum(p.grad.nbytes for _, p in self.trainable if p.grad is not None))
 
 
 def _reduce_bucket(memory: HostMemory, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -6,9 +6,12 @@ Read in torch 2.13.0 and 2.15.0.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -57,6 +60,47 @@ def recorded_exchanges() -> list[dict[str, Any]]:
         entries += json.loads(read(True, False)).get("entries") or []
     entries.sort(key=lambda entry: entry.get("time_created_ns", 0))
     return entries
+
+
+@contextmanager
+def collectives_reported(names: Mapping[str, str], report: Callable[[str, int], None]) -> Iterator[None]:
+    """Within it, `report(name, num_bytes)` is called as each collective of this process begins, whoever calls it.
+
+    `names`: the operations of `torch.ops.c10d` that are reported, and under what name; those that this torch does not have are
+    passed over. `num_bytes` is the size of the largest of an operation's arguments, that of a list the sum of its tensors: the
+    whole that is gathered or reduced.
+
+    The public `torch.library` puts a kernel before those of the backends, for these operations alone. A dispatch mode counts the
+    same, but sees every operation of a step, and autograd takes more memory while a mode is at work: it adds up gradients out
+    of place. The flight recorder does not know gloo's sum of shards from an all-reduce, and forgets. Private are the keys after
+    autograd's (`_after_autograd_keyset`) and the end of a library (`_destroy`): without it a kernel stays until it is collected.
+    """
+    library = torch.library.Library("c10d", "IMPL")
+    try:
+        for operation, name in names.items():
+            if hasattr(torch.ops.c10d, operation):
+                overload = getattr(torch.ops.c10d, operation).default
+                library.impl(overload, _reporting(overload, name, report), "Autograd", with_keyset=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def _reporting(operation: Any, name: str, report: Callable[[str, int], None]) -> Callable[..., Any]:
+    """The kernel that reports `operation` and calls those of the backends."""
+
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        report(name, max(map(_num_bytes, (*args, *kwargs.values())), default=0))
+        return operation.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    return kernel
+
+
+def _num_bytes(argument: Any) -> int:
+    """Bytes of a tensor, or of those in nested lists."""
+    if isinstance(argument, torch.Tensor):
+        return argument.nbytes
+    return sum(map(_num_bytes, argument)) if isinstance(argument, list | tuple) else 0
 
 
 class ReducerWithoutRebuild:

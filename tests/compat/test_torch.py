@@ -201,11 +201,14 @@ def test_a_fake_tensor_made_as_its_class_makes_it():
 
 
 def test_the_address_of_a_fake_tensor_is_told_with_a_warning():
-    with FakeTensorMode():
-        made = torch.empty(2)
-    fake_tensors.warn_when_pointer_is_read(made)
-    with pytest.warns(UserWarning, match="data"):
-        made.data_ptr()
+    """In a process of its own: torch warns once in each."""
+    program = (
+        "import torch; from strategies.compat.fake_tensors import FakeTensorMode, warn_when_pointer_is_read\n"
+        "with FakeTensorMode(): made = torch.empty(2)\n"
+        "warn_when_pointer_is_read(made); made.data_ptr()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "data pointer" in done.stderr
 
 
 def test_the_device_of_what_is_made_anew():
@@ -275,6 +278,18 @@ def test_exchanges_are_recorded():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "gloo:all_reduce [[3]] default_pg 1 False True True"
+
+
+def test_collectives_are_reported_while_it_is_asked_for(group):
+    names = {"allreduce_": "sum", "_allgather_base_": "gather", "allgather_": "gather", "is_no_collective": "none"}
+    reported = []
+    x = torch.ones(3)
+    with process_groups.collectives_reported(names, lambda name, num_bytes: reported.append((name, num_bytes))):
+        dist.all_reduce(x)
+        dist.all_gather([torch.empty(3)], x)
+        dist.broadcast(x, 0)
+    dist.all_reduce(x)
+    assert reported == [("sum", 12), ("gather", 12)] and x.tolist() == [1, 1, 1]
 
 
 def test_a_reducer_that_makes_no_buckets_anew(group):

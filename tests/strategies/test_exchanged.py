@@ -1,0 +1,62 @@
+"""What is counted of a step's exchange is what methods of process groups are called with, wherever those are seen."""
+
+import json
+
+import pytest
+
+from strategies.communication_counters import GATHER, REDUCE, SCATTER, counting
+from tests.helpers.building import model_dir
+from tests.helpers.warm import run_ranks
+from tests.strategies.exchanged_job import CASES
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("exchanged")
+    model_dir(directory)
+    run_ranks(["-m", "tests.strategies.exchanged_job", directory], 2)
+    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "ddp"])
+def test_as_much_as_methods_are_called_with(reports, case):
+    for report in reports:
+        assert report[case]["exchanged"] == report[case]["methods"] != {}
+
+
+def test_what_the_reducer_of_ddp_calls_from_cpp(reports):
+    """Which no method in Python sees."""
+    for report in reports:
+        assert report["ddp"]["methods"] == {} and report["ddp"]["exchanged"] == {REDUCE: report["ddp"]["gradients"]}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_as_much_through_the_memory_of_the_host(reports, case):
+    for report in reports:
+        assert report[f"{case} shared"]["exchanged"] == report[case]["exchanged"]
+        assert report[case]["waited"] is False and report[f"{case} shared"]["waited"] is (case != "hsdp")
+
+
+def test_shards_are_gathered_and_scattered(reports):
+    for report in reports:
+        assert report["fsdp2"]["exchanged"].keys() == report["zero3"]["exchanged"].keys() == {GATHER, REDUCE, SCATTER}
+
+
+def test_nobody_counts_for_another(group_of_one):
+    """Counters within each other have each what was exchanged while they were open, and none has what came later."""
+    with counting() as outer:
+        group_of_one()
+        with counting() as inner:
+            group_of_one()
+    group_of_one()
+    assert (outer.sizes, inner.sizes) == ({REDUCE: 24}, {REDUCE: 12})
+
+
+@pytest.fixture
+def group_of_one():
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield lambda: dist.all_reduce(torch.ones(3))
+    dist.destroy_process_group()
