@@ -50,7 +50,7 @@ def main(descriptor: int, *also: str) -> None:
     """In the process that forks: import, and start ranks as they are asked for, until nobody asks any more."""
     look_seldom()  # and so do those that are forked
     _import(*IMPORTED)
-    importlib.import_module("trainer.tuning.peft_configs").load_peft()
+    importlib.import_module("trainer.tuning.compat.peft").load_peft()
     _import(*also)
     _measure()
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # as in the process of the tests

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.covering import EVERYTHING
-from trainer.tuning.peft_configs import load_peft
+from trainer.tuning.compat.peft import load_peft
 
 
 def bitsandbytes() -> Any:

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from trainer.tuning.peft_configs import load_peft
+from trainer.tuning.compat.peft import load_peft
 
 ASKS = """
 import torch

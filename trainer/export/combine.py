@@ -151,7 +151,7 @@ def _combined(settings: CombineSettings, plain: Any) -> Any:
 
 def _save_adapter(model: Any, base: str, to: Path) -> None:
     """Write the combined adapter itself; peft would put it one directory deeper, and a card beside that."""
-    from peft.utils.save_and_load import get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     tensors = get_peft_model_state_dict(model, adapter_name=COMBINED, save_embedding_layers=False)

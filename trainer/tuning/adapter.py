@@ -18,7 +18,8 @@ from strategies.compat.modules import own_buffers, own_parameters
 from strategies.errors import ConfigError
 from trainer.tuning.adapter_checkpoint import StoredAdapter, check_settings
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
-from trainer.tuning.expert_lora import as_named, choose
+from trainer.tuning.compat.peft import adapters_off, targets_as_named
+from trainer.tuning.expert_lora import choose
 from trainer.tuning.peft_configs import peft_config
 from trainer.tuning.replica import ADAPTER, AdapterReplicas, Lone
 from trainer.tuning.table import method_of, rewrites_base
@@ -60,7 +61,7 @@ class Adapter:
         if self.config.targets != []:
             check_targets(model, self.config.targets)
         settings = self._settings(model)
-        with as_named():
+        with targets_as_named():
             tuned = self.wrap(model, settings)
         if self.config.from_ is not None:
             check_settings(tuned.peft_config[ADAPTER], self.config.from_, "tuning.from")  # type: ignore[index,union-attr]
@@ -127,7 +128,7 @@ class Adapter:
 
     def _take_stock(self, tuned: nn.Module, settings: Any) -> None:
         """Note what peft added, layer by layer, and make its buffers real."""
-        from peft.tuners.lora.layer import ParamWrapper
+        from peft.tuners.lora import ParamWrapper
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         bases: dict[str, nn.Module] = {}
@@ -168,21 +169,10 @@ class Adapter:
     def reference(self, model: nn.Module) -> Iterator[None]:
         """Switch the adapters off, and modules trained in full back to their originals.
 
-        Only flags change: peft's own `disable_adapter` also toggles `requires_grad`, and a parameter gathered meanwhile
-        by a sharding engine would never get a gradient.
+        Only flags change, so that an engine may gather parameters meanwhile.
         """
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
-
-        layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-        before = [layer._disable_adapters for layer in layers]
-        for layer in layers:
-            layer._disable_adapters = True
-        try:
+        with adapters_off(model):
             yield
-        finally:
-            for layer, flag in zip(layers, before, strict=True):
-                layer._disable_adapters = flag
 
     def base_name(self, name: str) -> str:
         """The name a wrapped parameter has in the base model's checkpoint."""

@@ -21,7 +21,7 @@ _OURS = ("ensure_weight_tying", "task_type", "trainable_token_indices")
 
 def file_names(tuned: nn.Module) -> dict[str, str]:
     """The key that each parameter and buffer of a PeftModel is stored under, by plain name; only of what peft stores."""
-    from peft.utils.save_and_load import get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     named: dict[str, Any] = dict(tuned.named_parameters(remove_duplicate=False))
     named |= dict(tuned.named_buffers(remove_duplicate=False))

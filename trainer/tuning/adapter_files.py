@@ -40,7 +40,7 @@ def write_adapter(
     `revision`) that loaders will look for; `double_rank` says that
     `trained` is what `as_plain_lora` made. Errors: OSError, SafetensorError.
     """
-    from peft.utils.save_and_load import get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     state = {**trained, **_tied_copies(model, trained), **_added_buffers(model)}

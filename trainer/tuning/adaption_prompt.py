@@ -19,6 +19,7 @@ from strategies.runtime import derive_seed
 from trainer.tuning.adapter import PREFIX
 from trainer.tuning.adapter_files import write_adapter
 from trainer.tuning.base import BaseReader
+from trainer.tuning.compat.peft import is_adapted_attention
 from trainer.tuning.config import AdaptionPromptConfig
 from trainer.tuning.own_adapters import Added
 
@@ -36,7 +37,6 @@ class AdaptionPrompt(Added):
         """Wrap in a PeftModel; raises ConfigError for architectures that peft does not know, and for too many layers."""
         from peft import AdaptionPromptConfig as PeftSettings
         from peft import get_peft_model
-        from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
 
         settings: Any = model.config
         kind, layers = settings.model_type, settings.num_hidden_layers
@@ -63,7 +63,7 @@ class AdaptionPrompt(Added):
         for name in self.new_heads:
             model.get_submodule(name).requires_grad_(True)
         for name, module in tuned.named_modules():
-            if isinstance(module, _BaseAdaptedAttention):
+            if is_adapted_attention(module):
                 module.forward = partial(_adapted, self, module, module.forward)  # type: ignore[method-assign]
                 self._owned |= {f"{name}.adaption_prompt", f"{name}.adaption_gate"}
         for parameter in (p for name, p in tuned.named_parameters() if name in self._owned):

@@ -8,8 +8,6 @@ forward pass: engines that gather parameters module by module see both.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from trainer.tuning.base import LoraConfig
+from trainer.tuning.compat.peft import names_read_as_experts
 from trainer.tuning.expert_parts import expert_modules, linear_routers, router_weights, unreachable, weight_names
 from trainer.tuning.low_rank import LowRank
 from trainer.tuning.replica import ADAPTER
@@ -61,34 +60,15 @@ def choose(settings: Any, model: nn.Module, config: LoraConfig) -> None:
         settings.target_modules = "|".join([f"({settings.target_modules})", *map(re.escape, linear)])
 
 
-@contextmanager
-def as_named() -> Iterator[None]:
-    """Let peft adapt what its settings name, and nothing else.
-
-    For models whose experts were linear layers in transformers 4, peft takes `gate_proj` and the like, also of a dense layer
-    or a shared expert, for the experts' parameters of today. What is chosen here is chosen by today's names.
-    """
-    from peft.utils import transformers_weight_conversion as conversion
-
-    before = conversion.convert_peft_config_for_transformers
-    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        conversion.convert_peft_config_for_transformers = before
-
-
 def settle_names(settings: Any, model: Any) -> None:
     """Write into peft's `settings` names that plain peft, when it loads them, takes for what is adapted in `model`.
 
     Where peft would take a linear layer for experts of old, its weight is named as a parameter instead: the same tensors
     under the same keys.
     """
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+    from peft.tuners.lora import LoraLayer, ParamWrapper
 
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    taken = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, kind))
+    taken = names_read_as_experts(getattr(getattr(model, "config", None), "model_type", ""))
     if not taken or str(settings.peft_type.value) != "LORA":
         return
     named = model.get_base_model().named_modules()
@@ -138,7 +118,7 @@ def _with_update(kind: Any) -> type[nn.Module]:
 @cache
 def _wrapper_class() -> type:
     """peft's wrapper of a parameter with another forward pass; made on first use, since peft is a heavy import."""
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora import ParamWrapper
 
     class LowRankWrapper(ParamWrapper):
         """As peft's, without a copy of the adapted weights."""
@@ -169,7 +149,7 @@ def use_low_rank(model: nn.Module) -> int:
     """Give every adapted parameter of a PeftModel that forward pass, in place; how many there are."""
     if not hasattr(model, "peft_config"):
         return 0
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora import ParamWrapper
 
     wrappers: list[Any] = [m for m in model.modules() if type(m) is ParamWrapper]
     for wrapper in wrappers:

@@ -121,7 +121,7 @@ class _Together:
 @cache
 def _fused_class() -> type:
     """peft's linear layer with another forward pass; made on first use, since peft is a heavy import."""
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora import Linear
 
     class FusedLoraLinear(Linear):
         """As peft's layer, with the low-rank product accumulated into the base layer's output."""
@@ -153,7 +153,7 @@ def fuse_lora(model: nn.Module) -> int:
     """Give every plain LoRA layer of a PeftModel the fused forward pass, in place; how many there are. Others stay."""
     if not hasattr(model, "peft_config"):
         return 0
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora import Linear
 
     plain = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
     for layer in plain:

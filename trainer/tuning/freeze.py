@@ -9,6 +9,7 @@ from torch import nn
 
 from strategies.compat.modules import own_parameters
 from strategies.errors import ConfigError
+from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.config import FreezeConfig
 from trainer.tuning.full import Full
 
@@ -71,7 +72,7 @@ class Freeze(Full):
 
 def _blocks(model: Any, layers: str) -> list[nn.Module]:
     """The blocks that `last-n` or `first-last` means; raises ConfigError with how many there are."""
-    classes = set(getattr(model, "_no_split_modules", None) or ())
+    classes = block_class_names(model)
     blocks = [m for m in model.modules() if type(m).__name__ in classes]
     match = LAYERS.fullmatch(layers)
     assert match is not None, layers

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from strategies.errors import ConfigError
+from trainer.tuning.compat.peft import keys_after_loading
+from trainer.tuning.compat.transformers import checkpoint_name
 from trainer.tuning.replica import ADAPTER
 
 _PREFIX = "base_model.model."
@@ -24,12 +25,12 @@ def keys_in_file(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[s
     `model`: wrapped or plain; `settings`: peft's config.
     """
     keys = list(keys)
-    back = _read_back(model, settings, keys)
+    back = keys_after_loading(model, settings, keys, ADAPTER)
     lost = [key for key in keys if back[key] != key]
     if not lost:
         return {}
     other = {key: _as_stored(model, key) for key in lost}
-    back = _read_back(model, settings, other.values())
+    back = keys_after_loading(model, settings, other.values(), ADAPTER)
     return {key: stored if back[stored] == key else None for key, stored in other.items()}
 
 
@@ -57,22 +58,7 @@ def check_read_back(model: Any) -> None:
         )
 
 
-def _read_back(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
-    """What plain peft makes of each stored key."""
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-
-    marks = {key: torch.empty(0, device="meta") for key in keys}
-    made = convert_peft_adapter_state_dict_for_transformers(model, settings, dict(marks), ADAPTER)
-    names = {id(value): key for key, value in made.items()}
-    return {key: names.get(id(mark)) for key, mark in marks.items()}
-
-
 def _as_stored(model: Any, key: str) -> str:
     """The key with the checkpoint's name of the layer in place of the model's."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
-
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    renamings = [t for t in get_model_conversion_mapping(plain) if isinstance(t, WeightRenaming)]
-    back = [t.reverse_transform() for t in reversed(renamings)]
-    return _PREFIX + apply_renamings(key.removeprefix(_PREFIX), back)
+    return _PREFIX + checkpoint_name(plain, key.removeprefix(_PREFIX))

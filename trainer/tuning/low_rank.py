@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.tuning.compat.transformers import gated, grouped_product, has_grouped_kernel, is_expert_parallel
+
 ALIGNMENT = 16
 """Bytes of which the rows of grouped products must be a multiple."""
 
@@ -46,7 +48,7 @@ def frozen_experts(
     hidden `[T, H]`, chosen and weights `[T, k]`; returns `[T, H]` in the type of `hidden`. Weights may be stored packed
     (`module.packed_experts`); they are then numbers of the type of `hidden` for the moment of each product.
     """
-    assert not getattr(module, "_is_expert_parallel", False), "experts are not split over ranks here"
+    assert not is_expert_parallel(module), "experts are not split over ranks here"
     top = chosen.shape[-1]
     # One row for each pair of token and expert, those of one expert together.
     ids, order = torch.sort(chosen.reshape(-1))
@@ -68,7 +70,7 @@ def frozen_experts(
         return made + getattr(module, f"{name}_bias")[ids].to(dtype) if module.has_bias else made
 
     if module.has_gate:
-        inner = module._apply_gate(product(rows, "gate_up_proj"))
+        inner = gated(module, product(rows, "gate_up_proj"))
     else:
         inner = module.act_fn(product(rows, "up_proj"))
     out = product(inner, "down_proj")
@@ -98,12 +100,12 @@ class FrozenWeights:
     def product(self, x: Tensor, parameter: Tensor) -> Tensor:
         """`x @ W.T`, each row with its expert's W."""
         weight = self.read(parameter)
-        return _grouped(x, weight if self.transposed else weight.mT, self.offsets)
+        return grouped_product(x, weight if self.transposed else weight.mT, self.offsets)
 
     def gradient(self, grad: Tensor, parameter: Tensor) -> Tensor:
         """`grad @ W`."""
         weight = self.read(parameter)
-        return _grouped(grad, weight.mT if self.transposed else weight, self.offsets)
+        return grouped_product(grad, weight.mT if self.transposed else weight, self.offsets)
 
 
 class _GroupedFrozen(torch.autograd.Function):
@@ -132,38 +134,29 @@ class _GroupedLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, parameter: Tensor, down: Tensor, up: Tensor, scaling: float, frozen: FrozenWeights
     ) -> Tensor:
-        low = _grouped(x, down.mT, frozen.offsets)
+        low = grouped_product(x, down.mT, frozen.offsets)
         out = frozen.product(x, parameter)
         ctx.save_for_backward(x, parameter, down, up, low)
         ctx.scaling, ctx.frozen = scaling, frozen
-        return torch.add(out, _grouped(low, up.mT, frozen.offsets), alpha=scaling)
+        return torch.add(out, grouped_product(low, up.mT, frozen.offsets), alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, parameter, down, up, low = ctx.saved_tensors
         offsets, grad = ctx.frozen.offsets, grad.contiguous()
-        grad_low = _grouped(grad, up, offsets) * ctx.scaling
+        grad_low = grouped_product(grad, up, offsets) * ctx.scaling
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.frozen.gradient(grad, parameter)
-            grad_x = torch.add(grad_x, _grouped(grad_low, down, offsets))
+            grad_x = torch.add(grad_x, grouped_product(grad_low, down, offsets))
         grad_down = _outer(grad_low, x, offsets)
         grad_up = _outer(grad, low, offsets) * ctx.scaling
         return grad_x, None, grad_down, grad_up, None, None
 
 
-def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """`x [S, a]` times `weight [E, a, b]`, each group of rows with its own: `[S, b]`."""
-    from transformers.integrations.moe import _grouped_mm
-
-    return _grouped_mm(x, weight, offsets)  # type: ignore[no-any-return]
-
-
 def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """`left[group].T @ right[group]` for each group of rows: `[E, a, b]` of `[S, a]` and `[S, b]`."""
-    from transformers.integrations.moe import _can_use_grouped_mm
-
-    if _can_use_grouped_mm(left, right, offsets):
+    if has_grouped_kernel(left, right, offsets):
         return torch.nn.functional.grouped_mm(left.mT, right, offs=offsets)
     made = left.new_zeros(offsets.numel(), left.shape[1], right.shape[1])
     start = 0

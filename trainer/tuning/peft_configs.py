@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import fields
-from functools import cache, partial, wraps
-from types import ModuleType
 from typing import Any
 
 from strategies.errors import ConfigError
 from trainer.tuning.base import AdapterConfig, LoraConfig
+from trainer.tuning.compat.peft import load_peft
 from trainer.tuning.config import (
     AdaLoraConfig,
     BoftConfig,
@@ -29,36 +27,11 @@ _OURS = ("target_modules", "modules_to_save", "peft_type", "task_type", "inferen
 """Fields of peft's classes that this project sets itself."""
 
 
-def load_peft() -> ModuleType:
-    """peft. bitsandbytes, which it imports wherever that is installed, hands functions to `torch.compile`.
-
-    torch loads its whole compiler for that, a third of what a start takes, and most runs call none of them: each is handed over
-    when it is called first.
-    """
-    import torch
-
-    compiled = torch.compile
-
-    def later(function: Callable[..., Any] | None = None, **settings: Any) -> Any:
-        if function is None:
-            return partial(later, **settings)
-        made = cache(lambda: compiled(function, **settings))
-        return wraps(function)(lambda *given, **named: made()(*given, **named))
-
-    torch.compile = later  # type: ignore[assignment]
-    try:
-        import peft
-    finally:
-        torch.compile = compiled
-    return peft
-
-
 def peft_config(config: AdapterConfig) -> Any:
     """peft's config with the method's own options; targets and the task are the caller's. Errors: ConfigError."""
     peft = load_peft()
     kind = config.type if isinstance(config, PeftConfig) and config.type else str(config.name)
-    mapping = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
-    settings_class = mapping[peft.PeftType({"ln": "ln_tuning"}.get(kind, kind).upper())]
+    settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType({"ln": "ln_tuning"}.get(kind, kind).upper())]
     try:
         return settings_class(**_options(config))
     except (TypeError, ValueError, ImportError) as error:
@@ -158,7 +131,7 @@ def virtual_config(config: VirtualConfig, task: str) -> Any:
 def option_problems(kind: str, options: dict[str, Any]) -> list[str]:
     """What is wrong with the options of `tuning=peft tuning.type=<kind>`; imports peft, which knows them."""
     peft = load_peft()
-    settings_class = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.upper())]
+    settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.upper())]
     known = sorted({f.name for f in fields(settings_class)} - set(_OURS))
     problems = []
     for name in options:

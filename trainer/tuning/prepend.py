@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.tuning.compat.transformers import recompute_with_cache
 from trainer.tuning.own_adapters import is_causal
 
 
@@ -52,10 +53,8 @@ class Prepend:
         decoder.register_forward_pre_hook(self._before, with_kwargs=True)
         decoder.register_forward_hook(self._after)
         if prefix is not None:
-            for block in decoder.modules():
-                if hasattr(block, "_can_checkpoint_with_cache"):
-                    # The cache of a prefix only reads, so that recomputing a block finds what the first pass found.
-                    block._can_checkpoint_with_cache = True  # type: ignore[assignment]
+            # The cache of a prefix only reads, so that recomputing a block finds what the first pass found.
+            recompute_with_cache(decoder)
 
     def _before(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         inputs = {**dict(zip(self.words, args, strict=False)), **kwargs}
@@ -129,7 +128,7 @@ def prefix_cache(by_layer: Tensor) -> Any:
 
     A cache as transformers makes it grows with every call, so that a block that is recomputed would meet its own keys.
     """
-    from transformers.cache_utils import Cache, DynamicLayer
+    from transformers import Cache, DynamicLayer
 
     class Prefix(DynamicLayer):
         """One layer: what it is given comes back behind the prefix, and is not kept."""

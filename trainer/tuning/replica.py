@@ -90,7 +90,7 @@ class AdapterReplicas:
 
     def _wrap(self, names: list[str], base: BaseReader | None, seed: int) -> nn.Module:
         """peft's wrapper of a model that has only the layers `names`, under their own names."""
-        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+        from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
         holder = nn.Module()
         for name in names:

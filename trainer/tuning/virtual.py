@@ -23,6 +23,7 @@ from strategies.errors import ConfigError
 from strategies.runtime import derive_seed
 from strategies.small_files import read_object
 from trainer.tuning.base import BaseReader
+from trainer.tuning.compat.peft import detach_word_embeddings, fully_trained_tensors
 from trainer.tuning.config import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
 from trainer.tuning.lstm import EncoderLstm
 from trainer.tuning.own_adapters import Added, is_causal
@@ -59,8 +60,7 @@ class Virtual(Added):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel and hook the decoder; raises ConfigError for architectures that read no prefix."""
-        from peft import get_peft_model
-        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+        from peft import PEFT_TYPE_TO_TUNER_MAPPING, get_peft_model
 
         classifier = "SequenceClass" in type(model).__name__
         decoder = _decoder_of(model)
@@ -77,8 +77,7 @@ class Virtual(Added):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
-        # A second name for the embeddings would make them a second module to whoever walks over children.
-        object.__setattr__(tuned, "word_embeddings", tuned._modules.pop("word_embeddings"))
+        detach_word_embeddings(tuned)
         # The wrapper would put the tokens there a second time.
         tuned.forward = model.__call__
         if not classifier:
@@ -152,17 +151,13 @@ class Virtual(Added):
 
         `trained` holds the full trainable tensors under plain names. Errors: OSError, SafetensorError.
         """
-        from peft.utils.other import AuxiliaryTrainingWrapper
         from safetensors.torch import save_file
 
         encoder = self._new_encoder().eval()
         encoder.load_state_dict({k.removeprefix(f"{ENCODER}."): v for k, v in trained.items() if k in self._owned})
         with torch.no_grad():
             state = {"prompt_embeddings": encoder(torch.arange(self.tokens)[None])[0]}
-        for name, module in model.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                own = {k.removeprefix(f"{name}."): v for k, v in trained.items() if k.startswith(f"{name}.")}
-                state |= {f"{name}.{k}": v for k, v in module.adapter_state_dict(ADAPTER, own).items()}
+        state |= fully_trained_tensors(model, trained, ADAPTER)
         save_file(
             {k: v.contiguous() for k, v in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"}
         )

@@ -1,0 +1,79 @@
+"""What adapters need of transformers beside its public interface. Read in transformers 5.24.
+
+tests/compat/test_transformers.py calls each of them. What models alone need stands in `trainer/model/compat.py`. transformers
+is imported when a function is called, since composing a run must not import it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def block_class_names(model: nn.Module) -> set[str]:
+    """Class names of a model's repeated blocks, the layers of its stacks; empty where the architecture names none.
+
+    Uses `PreTrainedModel._no_split_modules`, which transformers keeps for its own placement on several devices. No public
+    attribute says which classes are the blocks.
+    """
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`x [S, a]` times `weight [E, a, b]`, each group of rows with its own matrix: `[S, b]`.
+
+    `offsets [E]`: where each group's rows end. Uses `transformers.integrations.moe._grouped_mm`, the product of transformers'
+    own experts, so that frozen and trained experts round alike. torch's public `grouped_mm` refuses some data types,
+    alignments and GPUs; this function chooses another way there.
+    """
+    from transformers.integrations.moe import _grouped_mm
+
+    return _grouped_mm(x, weight, offsets)  # type: ignore[no-any-return]
+
+
+def has_grouped_kernel(x: Tensor, weight: Tensor, offsets: Tensor) -> bool:
+    """Whether torch's public `grouped_mm` takes these tensors, by `transformers.integrations.moe._can_use_grouped_mm`."""
+    from transformers.integrations.moe import _can_use_grouped_mm
+
+    return bool(_can_use_grouped_mm(x, weight, offsets))
+
+
+def gated(experts: Any, gate_and_up: Tensor) -> Tensor:
+    """What a module of experts makes of its gate and up projections: `[S, 2 * I]` becomes `[S, I]`.
+
+    Calls `_apply_gate`, which transformers' `use_experts_implementation` gives each class of experts. Some models override
+    it (GPT-OSS clamps), so that it cannot be written anew here.
+    """
+    return experts._apply_gate(gate_and_up)  # type: ignore[no-any-return]
+
+
+def is_expert_parallel(experts: Any) -> bool:
+    """Whether transformers split a module's experts over ranks; reads `_is_expert_parallel`, which no public name tells."""
+    return bool(getattr(experts, "_is_expert_parallel", False))
+
+
+def recompute_with_cache(decoder: nn.Module) -> None:
+    """Let activation checkpointing recompute blocks that are called with a cache.
+
+    Sets `_can_checkpoint_with_cache` of transformers' `GradientCheckpointingLayer`, which else drops the cache from a block
+    that is recomputed. transformers has no argument for it. Right only for a cache that a second call does not change.
+    """
+    for block in decoder.modules():
+        if hasattr(block, "_can_checkpoint_with_cache"):
+            block._can_checkpoint_with_cache = True  # type: ignore[assignment]
+
+
+def checkpoint_name(model: nn.Module, name: str) -> str:
+    """The name that a parameter, or a layer, of a plain model may have in a published checkpoint of its architecture.
+
+    Renamings alone are taken back: a parameter that is made of several stored tensors has no such name. Reverses
+    `get_model_conversion_mapping` by `apply_renamings` of `transformers.core_model_loading`. The public way is
+    `save_pretrained`, which would write the model to tell a name.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    backwards = [rule.reverse_transform() for rule in reversed(renamings)]
+    return str(apply_renamings(name, backwards))
