@@ -1,7 +1,10 @@
-"""Estimated memory of one rank, from shapes alone: what a run chooses recomputation and waiting gradients by, as it starts.
+"""Bytes that one rank needs, by arithmetic on shapes: what a run plans and warns by as it starts.
 
-Model state follows from the strategy by arithmetic. Activations are counted on the meta device where the caller has done so
-(`strategies.activation_plan`), else a rule of thumb (stated below). What people are told is simulated (`trainer/forecast`).
+A simulation of the step knows better (`trainer/planner`), but cannot stand here. It runs in a process that belongs to no job,
+so that each start would wait for another Python to import everything and take three steps: 5 to 30 seconds for a model of two
+blocks. Some architectures cannot be simulated at all, and every run needs an answer. `run.must_fit` and `shardtune plan`
+simulate. Only what they cannot answer in time is estimated here: the bytes of the model's state, and a rule of thumb for
+activations that nobody has counted (`strategies.activation_plan` counts them).
 """
 
 from __future__ import annotations
@@ -16,92 +19,90 @@ from strategies.parameters import COMPUTE_DTYPE, named_parameters
 
 ACTIVATIONS_PER_WIDTH = 18
 """Values kept a token, block and hidden unit: norms, projections and residuals of a gated block."""
+KEPT_PER_WIDTH = {
+    ActivationCheckpointing.full: 1,
+    ActivationCheckpointing.selective: ACTIVATIONS_PER_WIDTH // 2,
+}
+"""The same for a block that recomputes."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryEstimate:
-    """Bytes on one rank, by kind."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    gathered: float
-    """Parameters of the block at work, gathered from the other ranks."""
-    activations: float
-
-    @property
-    def total(self) -> float:
-        """Sum of all kinds, in bytes."""
-        return self.parameters + self.gradients + self.optimizer + self.gathered + self.activations
+def activations_by_rule(
+    tokens: int, width: int, blocks: int, checkpointing: ActivationCheckpointing, precision: Precision
+) -> float:
+    """Bytes that a forward pass of `tokens` tokens keeps, by a rule of thumb, in a model `width` wide with `blocks` blocks."""
+    per_block = KEPT_PER_WIDTH.get(checkpointing, ACTIVATIONS_PER_WIDTH)
+    # The block at work is there with everything it keeps, also if it recomputes.
+    values = tokens * width * (blocks * per_block + ACTIVATIONS_PER_WIDTH)
+    return float(values * _compute_bytes(precision))
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """A forward pass of `micro_tokens` tokens through a model `width` wide with `blocks` blocks."""
+def state_bytes(
+    step_module: nn.Module, config: StrategyConfig, precision: Precision, *, world_size: int, replicate: int
+) -> float:
+    """Bytes of parameters, gradients and optimizer state on one rank's device, copies in the compute type included.
 
-    micro_tokens: int = 0
-    width: int = 0
-    blocks: int = 0
-    activations: float | None = None
-    """Bytes that were counted; without them the rule of thumb is taken."""
-
-
-def estimate(
-    step_module: nn.Module,
-    config: StrategyConfig,
-    precision: Precision,
-    *,
-    world_size: int,
-    replicate: int,
-    load: Pass,
-) -> MemoryEstimate:
-    """Memory of one rank with that load."""
-    compute = torch.finfo(COMPUTE_DTYPE[precision]).bits // 8
-
-    def computed(p: nn.Parameter) -> int:
-        """Bytes in the compute type; packed weights stay as they are."""
-        return p.numel() * (compute if p.is_floating_point() else p.element_size())
-
-    frozen = sum(computed(p) for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
-    trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
-    moments = 8 + 4 * bool(plan_of(step_module).ema_decay)  # AdamW's, and the average
-    units = step_module.shard_units()  # type: ignore[operator]
-    whole = frozen + trained * compute
-    block = max((sum(map(computed, unit.parameters())) for unit in units), default=whole)
-    rest = whole - sum(computed(p) for unit in units for p in unit.parameters())
-    kept = ACTIVATIONS_PER_WIDTH
-    if config.activation_checkpointing is ActivationCheckpointing.full:
-        kept = 1
-    elif config.activation_checkpointing is ActivationCheckpointing.selective:
-        kept = ACTIVATIONS_PER_WIDTH // 2
-    activations = load.activations
-    if activations is None:
-        activations = float(load.micro_tokens * load.width * compute * (load.blocks * kept + ACTIVATIONS_PER_WIDTH))
+    `step_module` is not sharded yet; `replicate` is the number of whole copies of the model among the ranks (hsdp).
+    """
+    sizes = _sizes(step_module, _compute_bytes(precision))
     if isinstance(config, ZeroConfig):
-        shards = world_size
-        masters = 0 if precision is Precision.fp32 and config.stage == 3 else 4
-        parameters = whole / (shards if config.stage == 3 else 1)
-        optimizer = trained * (moments + masters) / shards
-        gradients = trained * 4 / shards
-        if config.stage == 1:  # whole on every rank, summed in fp32 (in fp16 as they come)
-            gradients = trained * (compute if precision is Precision.fp16 else 4.0)
-        if config.offload_optimizer != "none":
-            optimizer = 0.0
-        if config.offload_parameters != "none":
-            parameters = 0.0
-        gathered = float(2 * block + rest) if config.stage == 3 else 0.0
-    elif isinstance(config, Fsdp2Config):
-        shards = world_size // replicate
-        parameters = (frozen + trained * 4) / shards
-        gradients, optimizer = trained * 4 / shards, trained * moments / shards
-        gathered = float(2 * block + rest)
-        if config.cpu_offload:
-            parameters = gradients = optimizer = 0.0
-    else:
-        parameters, gradients, optimizer, gathered = (
-            frozen + trained * 4.0,
-            trained * 4.0,
-            float(trained * moments),
-            0.0,
-        )
-    return MemoryEstimate(float(parameters), float(gradients), float(optimizer), float(gathered), activations)
+        return _zero_bytes(sizes, config, precision, world_size)
+    if isinstance(config, Fsdp2Config):
+        shard = (sizes.frozen + sizes.trained * (4 + 4 + sizes.optimizer)) / (world_size // replicate)
+        return sizes.gathered + (0.0 if config.cpu_offload else shard)
+    total = sizes.frozen + sizes.trained * (4.0 + 4.0 + sizes.optimizer)
+    if precision is not Precision.fp32:
+        total += 2 * sizes.trained  # autocast's copies
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What the state of a whole model is made of."""
+
+    frozen: int
+    """Bytes of what does not train, in the compute type; packed weights stay as they are."""
+    trained: int
+    """Elements that train."""
+    compute: int
+    """Bytes of all parameters in the compute type."""
+    gathered: float
+    """Bytes that a rank gathers from the others at once: the block at work and the next one, and what is outside blocks."""
+    optimizer: int
+    """Bytes of optimizer state a trained element: AdamW's two moments, and the average if there is one."""
+
+
+def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
+    def size_of(parameter: nn.Parameter) -> int:
+        return parameter.numel() * (compute_bytes if parameter.is_floating_point() else parameter.element_size())
+
+    frozen = sum(size_of(p) for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
+    trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
+    compute = frozen + trained * compute_bytes
+    blocks = [sum(map(size_of, unit.parameters())) for unit in step_module.shard_units()]  # type: ignore[operator]
+    return _Sizes(
+        frozen=frozen,
+        trained=trained,
+        compute=compute,
+        gathered=float(2 * max(blocks, default=compute) + compute - sum(blocks)),
+        optimizer=8 + 4 * bool(plan_of(step_module).ema_decay),
+    )
+
+
+def _zero_bytes(sizes: _Sizes, config: ZeroConfig, precision: Precision, ranks: int) -> float:
+    masters = 0 if precision is Precision.fp32 and config.stage == 3 else 4
+    parameters = sizes.compute / (ranks if config.stage == 3 else 1)
+    optimizer = sizes.trained * (sizes.optimizer + masters) / ranks
+    gradients = sizes.trained * 4 / ranks
+    if config.stage == 1:  # whole on every rank, summed in fp32 (in fp16 as they come)
+        gradients = sizes.trained * (2.0 if precision is Precision.fp16 else 4.0)
+    if config.offload_optimizer != "none":
+        optimizer = 0.0
+    if config.offload_parameters != "none":
+        parameters = 0.0
+    gathered = sizes.gathered if config.stage == 3 else 0.0
+    return parameters + optimizer + gradients + gathered
+
+
+def _compute_bytes(precision: Precision) -> int:
+    """Bytes of one value in the type that the model computes in."""
+    return torch.finfo(COMPUTE_DTYPE[precision]).bits // 8

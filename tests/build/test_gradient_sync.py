@@ -13,7 +13,7 @@ from tests.helpers.building import data_set, model_dir, run_config
 from trainer.build import gradient_sync
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.parts import build_model, workload
-from trainer.build.recomputation import measured, model_state
+from trainer.build.recomputation import activations_of, measured, model_state
 from trainer.config.validate import problems_of
 from trainer.model.loading import load_tokenizer
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory):
 def planned(made, strategy, monkeypatch, *, steps=4, memories=(64.0,)):
     """(decision, what is said of it) where the ranks have these GiB."""
     built, work = made
-    built.step_module.plan.defer_sync = None
+    built.step_module.plan.defer_sync = built.activations = None
     built.substitutions.clear()
     monkeypatch.setattr(gradient_sync.processes, "gather_objects", lambda value, runtime: list(memories))
     plan_reduction(built, work, strategy, Precision.bf16, RANKS, steps=steps)
@@ -76,9 +76,14 @@ def test_nothing_is_decided_where_there_is_nothing_to_decide(made, monkeypatch):
 
 
 def test_activations_that_cannot_be_counted_are_estimated(made, monkeypatch):
-    monkeypatch.setattr(gradient_sync, "expected", lambda *_: None)
-    assert planned(made, replace(FSDP2, memory_gib=64.0), monkeypatch)[0] is True
-    assert planned(made, replace(FSDP2, memory_gib=1e-6), monkeypatch)[0] is False
+    monkeypatch.setattr(gradient_sync, "counted", lambda *_: None)
+    built, work = made
+    built.activations = None
+    trained = sum(p.numel() for _, p in named_parameters(built.step_module))
+    need = model_state(built, FSDP2, Precision.bf16, RANKS) + activations_of(built, work, FSDP2, Precision.bf16)
+    need += 4 * trained * 7 / 8
+    assert planned(made, replace(FSDP2, memory_gib=1.01 * need / 2**30), monkeypatch)[0] is True
+    assert planned(made, replace(FSDP2, memory_gib=0.99 * need / 2**30), monkeypatch)[0] is False
 
 
 def test_memory_is_accepted_where_something_plans_with_it(tmp_path):

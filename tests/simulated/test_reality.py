@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from strategies.base import Precision
-from strategies.memory import Pass, estimate
+from strategies.memory import state_bytes
 from strategies.parameters import named_parameters
 from strategies.runtime import SIMULATED
 from strategies.simulation import simulated_rank
@@ -117,9 +117,8 @@ def test_an_average_of_the_weights_is_counted(place, strategy):
         with simulated_rank(0, world, device=SIMULATED) as runtime:
             parts = parts_of(config, LENGTHS, runtime)
             sizes = [p.numel() for _, p in named_parameters(parts.built.step_module) if p.requires_grad]
-            load = Pass(activations=0.0)
-            config_of = (parts.built.step_module, config.strategy, Precision.bf16)
-            found["estimated", decay] = estimate(*config_of, world_size=world, replicate=1, load=load).total
+            of_run = (parts.built.step_module, config.strategy, Precision.bf16)
+            found["estimated", decay] = state_bytes(*of_run, world_size=world, replicate=1)
             simulated_step = simulate(parts, runtime)
         found["rest", decay] = simulated_step.resting[MemoryKind.optimizer]
         found["peak", decay] = max(moment.total for moment in simulated_step.moments.values())

@@ -8,7 +8,7 @@ import torch
 from launch.config.compose import compose
 from strategies.base import Fsdp2Config, Precision, SingleConfig
 from strategies.errors import ConfigError
-from strategies.memory import Pass, estimate
+from strategies.memory import state_bytes
 from strategies.parameters import element_counts, named_parameters
 from tests.helpers.exports import assert_same_logits, export, logits_of, trained
 from tests.helpers.methods import ADAPTERS
@@ -237,16 +237,19 @@ def test_modules_that_train_in_full_are_not_quantised(base, runtime):
 
 
 def test_the_memory_estimate_counts_bytes(base, runtime):
-    found = {}
+    gathered = {}
     for kind, settings in (("plain", {}), ("nf4", settings_of(SCHEMES["nf4"]))):
         engine, _, _ = trained(base, LoraConfig(rank=4), runtime, steps=0, **settings)
-        for strategy in (SingleConfig(), Fsdp2Config()):
-            load = Pass(micro_tokens=8, width=32, blocks=2)
-            estimated = estimate(engine.step_module, strategy, Precision.fp32, world_size=2, replicate=1, load=load)
-            held = sum(p.nbytes for _, p in named_parameters(engine.step_module))
-            assert estimated.parameters == held / (2 if strategy.name == "fsdp2" else 1)
-            found[kind, strategy.name] = estimated.gathered
-    assert 0 < found["nf4", "fsdp2"] < found["plain", "fsdp2"]
+        parameters = [p for _, p in named_parameters(engine.step_module)]
+        stored = sum(p.nbytes for p in parameters)
+        moving = sum(p.numel() * (4 + 8) for p in parameters if p.requires_grad)  # gradients, and moments of AdamW
+        state = {
+            type(strategy): state_bytes(engine.step_module, strategy, Precision.fp32, world_size=2, replicate=1)
+            for strategy in (SingleConfig(), Fsdp2Config())
+        }
+        assert state[SingleConfig] == stored + moving
+        gathered[kind] = state[Fsdp2Config] - (stored + moving) / 2
+    assert 0 < gathered["nf4"] < gathered["plain"]
 
 
 @pytest.fixture

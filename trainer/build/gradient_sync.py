@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from strategies import runtime as processes
 from strategies.base import Fsdp2Config, Precision, StrategyConfig
-from strategies.memory import estimate
 from strategies.mesh import replicas
 from strategies.parameters import trainable_parameters
-from trainer.build.recomputation import USABLE, Workload, by_rule, device_gib, expected, model_state
+from trainer.build.recomputation import USABLE, Workload, activations_of, counted, device_gib, model_state
 from trainer.step import Built
 
 SMALL = 0.01
@@ -39,18 +38,10 @@ def plan_reduction(
     built.step_module.plan.defer_sync = more < SMALL * budget
     why = f"whole gradients take {more / 2**30:.2f} GiB more"
     if not built.step_module.plan.defer_sync:
-        rest = model_state(built, strategy, precision, runtime) + _activations(built, work, strategy, precision)
+        if built.activations is None:
+            built.activations = counted(built, work, strategy.activation_checkpointing, precision)
+        rest = model_state(built, strategy, precision, runtime) + activations_of(built, work, strategy, precision)
         built.step_module.plan.defer_sync = rest + more <= budget
         why += f"; estimated peak with them {(rest + more) / 2**30:.2f} of {budget / 2**30:.2f} GiB"
     said = "true" if built.step_module.plan.defer_sync else "false, reduced in each micro-batch"
     built.substitutions["strategy.defer_sync"] = f"null -> {said} ({why})"
-
-
-def _activations(built: Built, work: Workload, strategy: StrategyConfig, precision: Precision) -> float:
-    """Bytes of the longest micro-batch: counted, under the plan where there is one, else by the rule of thumb."""
-    modes = built.step_module.plan.recomputation
-    built.activations = expected(built, work, strategy.activation_checkpointing, precision, modes)
-    if built.activations is not None:
-        return built.activations
-    load = by_rule(built, work)
-    return estimate(built.step_module, strategy, precision, world_size=1, replicate=1, load=load).activations

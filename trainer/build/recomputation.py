@@ -11,17 +11,10 @@ import torch
 
 from strategies import runtime as processes
 from strategies.activation_plan import Activations, choose, measure
-from strategies.base import (
-    ActivationCheckpointing,
-    DdpConfig,
-    Precision,
-    SingleConfig,
-    StrategyConfig,
-)
+from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
-from strategies.memory import Pass, estimate
+from strategies.memory import activations_by_rule, state_bytes
 from strategies.mesh import replicas
-from strategies.parameters import named_parameters
 from trainer.data.config import Layout
 from trainer.data.objective_spec import Reading
 from trainer.data.store.sequences import Sample, TokenDataset
@@ -59,13 +52,6 @@ def longest_lengths(reading: Reading, work: Workload) -> list[int]:
     return longest
 
 
-def by_rule(built: Built, work: Workload) -> Pass:
-    """The longest micro-batch for the rule of thumb of `strategies/memory.py`."""
-    lengths = longest_lengths(built.reading, work)
-    tokens = sum(lengths) if built.layout is Layout.padding_free else len(lengths) * max(lengths, default=0)
-    return Pass(tokens, *width_and_blocks(built.plain))
-
-
 def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
     """A micro-batch of sequences of these lengths in tokens, all supervised, on the CPU; their values mean nothing."""
     # Shapes do not depend on the values of marks, counts and means.
@@ -95,23 +81,25 @@ def measured(built: Built, work: Workload, precision: Precision) -> Activations:
         ) from error
 
 
-def expected(
-    built: Built,
-    work: Workload,
-    mode: ActivationCheckpointing,
-    precision: Precision,
-    modes: list[ActivationCheckpointing] | None = None,
-) -> float | None:
-    """Bytes of activations at the peak of the longest micro-batch under a mode, before memory has a say in it.
-
-    `modes`: what was planned for each block, where it was. None where they cannot be counted.
-    """
-    mode = ActivationCheckpointing.none if mode is ActivationCheckpointing.auto else mode
+def counted(built: Built, work: Workload, mode: ActivationCheckpointing, precision: Precision) -> float | None:
+    """Bytes of activations at the peak of the longest micro-batch if every block does `mode`; None if they cannot be counted."""
     try:
         activations = measured(built, work, precision)
     except ConfigError:
         return None
-    return activations.total(modes or [mode] * len(activations.none))
+    return activations.total([mode] * len(activations.none))
+
+
+def activations_of(built: Built, work: Workload, strategy: StrategyConfig, precision: Precision) -> float:
+    """Bytes of activations of the longest micro-batch: as they were counted for a plan, else by a rule of thumb."""
+    if built.activations is not None:
+        return built.activations
+    lengths = longest_lengths(built.reading, work)
+    tokens = sum(lengths)
+    if built.layout is not Layout.padding_free:
+        tokens = len(lengths) * max(lengths, default=0)
+    width, blocks = width_and_blocks(built.plain)
+    return activations_by_rule(tokens, width, blocks, strategy.activation_checkpointing, precision)
 
 
 def plan_checkpointing(
@@ -140,13 +128,13 @@ def plan_checkpointing(
 
 def model_state(built: Built, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank, copies in the compute type included."""
-    replicate = replicas(strategy, runtime.world_size, runtime.hosts)
-    state = Pass(activations=0.0)
-    world = runtime.world_size
-    total = estimate(built.step_module, strategy, precision, world_size=world, replicate=replicate, load=state).total
-    if isinstance(strategy, SingleConfig | DdpConfig) and precision is not Precision.fp32:
-        total += 2 * sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)  # autocast's
-    return total
+    return state_bytes(
+        built.step_module,
+        strategy,
+        precision,
+        world_size=runtime.world_size,
+        replicate=replicas(strategy, runtime.world_size, runtime.hosts),
+    )
 
 
 def device_gib(runtime: processes.Runtime) -> float:
@@ -161,11 +149,5 @@ def expect_memory(
     built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
     """Note in `built` what memory a rank is expected to take. Needs the model before it is sharded; no collective."""
-    activations = built.activations
-    if activations is None:
-        world, replicate = runtime.world_size, replicas(strategy, runtime.world_size, runtime.hosts)
-        load = by_rule(built, work)
-        activations = estimate(
-            built.step_module, strategy, precision, world_size=world, replicate=replicate, load=load
-        ).activations
-    built.expected = model_state(built, strategy, precision, runtime), activations
+    state = model_state(built, strategy, precision, runtime)
+    built.expected = state, activations_of(built, work, strategy, precision)
