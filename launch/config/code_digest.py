@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from strategies.errors import ConfigError
+from strategies.small_files import texts_in
 from trainer.model.config import ModelConfig
 
 MOST_FILES = 20_000
@@ -142,7 +143,7 @@ def _included(tree: Any) -> Iterator[str]:
             continue
         seen.add(id(value))
         if isinstance(value, dict):
-            yield from _texts(value.get("include"))
+            yield from texts_in(value.get("include"))
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
@@ -170,15 +171,7 @@ def _references(directory: Path) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise NoDigest(str(file)) from error
         if isinstance(settings, dict):
-            yield from _texts(settings.get("auto_map"))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
+            yield from texts_in(settings.get("auto_map"))
 
 
 def _content(file: Path) -> bytes:

@@ -22,7 +22,6 @@ from trainer.checkpoints.layout import STEP_DIR, names_in, published
 from trainer.checkpoints.manifest import seal
 
 NOTE = "rank-{:05d}.part.json"
-NOTE_NAME = re.compile(r"rank-\d{5}\.part\.json")
 ASIDE = re.compile(r"\.step-(\d{1,15})\.writing")
 MOST_NOTE = 2**30
 """Bytes of a note; more is not read."""

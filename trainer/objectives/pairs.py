@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from trainer.data.config import DataConfig, DataFormat, OverLength
 from trainer.data.document import WRONG_KIND, Document, Tally
 from trainer.data.store.sequences import REFERENCE, Sample
@@ -74,3 +76,20 @@ def pair_problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
     for key, chosen in formats_of(data).items():
         if chosen not in (DataFormat.auto, DataFormat.preference):
             yield f"{key}.format={chosen}: objective={config.name} reads pairs; set {key}.format=preference"
+
+
+def pair_terms(losses: Tensor, chosen: Tensor, rejected: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """Sums over pairs, of the loss and of what is logged beside it.
+
+    All `[pairs]`: the loss, the rewards of the preferred and of the other answer, and 1.0 for each pair that counts (a filler
+    does not).
+    """
+    chosen = chosen.detach()
+    rejected = rejected.detach()
+    return {
+        "loss": (losses * counted).sum(),
+        "margin": ((chosen - rejected) * counted).sum(),
+        "accuracy": ((chosen > rejected).float() * counted).sum(),
+        "chosen_reward": (chosen * counted).sum(),
+        "rejected_reward": (rejected * counted).sum(),
+    }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from strategies.settings import DESCRIBES, number, setting
 from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig, Reference
 from trainer.objectives.causal import reference_logps, sequence_logps
-from trainer.objectives.pairs import PairReading, pair_problems
+from trainer.objectives.pairs import PairReading, pair_problems, pair_terms
 
 
 class PairLoss(StrEnum):
@@ -116,14 +116,7 @@ class Preference(Objective):
         pairs = Pairs(*(column for table in (logps, tokens, before) for column in table.view(-1, 2).unbind(1)))
         losses, chosen, rejected = self.losses(pairs)
         counted = ((pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)).float()
-        chosen, rejected = chosen.detach(), rejected.detach()
-        return {
-            "loss": (losses * counted).sum(),
-            "margin": ((chosen - rejected) * counted).sum(),
-            "accuracy": ((chosen > rejected).float() * counted).sum(),
-            "chosen_reward": (chosen * counted).sum(),
-            "rejected_reward": (rejected * counted).sum(),
-        }
+        return pair_terms(losses, chosen, rejected, counted)
 
     def reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities under the model as it was, `[S]` float32."""

@@ -13,7 +13,7 @@ from strategies.settings import number
 from trainer.data.config import Layout
 from trainer.model.config import ModelKind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig
-from trainer.objectives.pairs import PairReading, pair_problems
+from trainer.objectives.pairs import PairReading, pair_problems, pair_terms
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,14 +48,7 @@ class Reward(Objective):
         losses = -F.logsigmoid(chosen - rejected)
         if self.config.centre:
             losses = losses + self.config.centre * (chosen + rejected).square()
-        chosen, rejected = chosen.detach(), rejected.detach()
-        return {
-            "loss": (losses * counted).sum(),
-            "margin": ((chosen - rejected) * counted).sum(),
-            "accuracy": ((chosen > rejected).float() * counted).sum(),
-            "chosen_reward": (chosen * counted).sum(),
-            "rejected_reward": (rejected * counted).sum(),
-        }
+        return pair_terms(losses, chosen, rejected, counted)
 
 
 REWARD = Family(

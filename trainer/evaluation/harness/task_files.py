@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, ShardtuneError
+from strategies.small_files import texts_in
 from trainer.data.read.paths import expand
 
 _INCLUDE = re.compile(rb"^include:((?:[ ]*\S.*)?(?:\n[ ]*-[ ]*\S+)*)", re.MULTILINE)
@@ -192,7 +193,7 @@ def not_local(settings: dict[str, Any]) -> tuple[str | None, str | None]:
     if path not in BUILDERS:
         part = f" ({settings['dataset_name']})" if settings.get("dataset_name") else ""
         return None, None if Path(path).expanduser().exists() else f"{path}{part}"
-    files = [*_texts(more.get("data_files"))] or [*_texts(more.get("data_dir"))]
+    files = [*texts_in(more.get("data_files"))] or [*texts_in(more.get("data_dir"))]
     more = more if more.get("data_files") else {}
     if not files:
         return f"dataset_path: {path} without files; give dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}", None
@@ -204,11 +205,3 @@ def not_local(settings: dict[str, Any]) -> tuple[str | None, str | None]:
         except ShardtuneError as error:
             return str(error), None
     return None, None
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
