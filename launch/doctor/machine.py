@@ -6,12 +6,13 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from launch.cluster.preflight.node_facts import GIB, installed_version, nvidia_smi
 
 DISTRIBUTION = "shardtune"
 EXTRAS = {
@@ -39,7 +40,6 @@ EXTRAS = {
 """Extras that users ask for, and what each brings."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")
 LEFT_OVER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SHARDTUNE_RUN_DIR")
-GIB = 2**30
 LEAST_SHARED, LEAST_CACHE = 1.0, 5.0
 """GiB below which a word is said."""
 
@@ -78,7 +78,7 @@ def _packages(found: Machine) -> None:
         return
     found.facts[DISTRIBUTION] = metadata.version(DISTRIBUTION)
     needed, extras = _requirements(about.get_all("Provides-Extra") or [])
-    found.facts["packages"] = {name: _version(name) for name, _ in needed}
+    found.facts["packages"] = {name: installed_version(name) for name, _ in needed}
     for name, wanted in needed:
         if problem := _unmet(name, wanted):
             found.problems.append(f"{problem}: pip install '{name}{wanted}'")
@@ -105,16 +105,9 @@ def _requirements(extras: list[str]) -> tuple[list[tuple[str, Any]], dict[str, l
     return needed, of_extra
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _unmet(name: str, wanted: Any) -> str | None:
     """What is wrong with an installed package; None where nothing is."""
-    version = _version(name)
+    version = installed_version(name)
     if version is None:
         return f"{name} is not installed"
     return None if wanted.contains(version, prereleases=True) else f"{name} is {version}, and {wanted} is needed"
@@ -163,14 +156,9 @@ def _torch(found: Machine) -> None:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver; None where there is no GPU that it names."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.split()
-    return lines[0] if done.returncode == 0 and lines else None
+    """The version of NVIDIA's driver; None if no GPU has one."""
+    rows = nvidia_smi("gpu", ("driver_version",))
+    return rows[0][0] if rows else None
 
 
 def _places(found: Machine, env: Mapping[str, str]) -> None:

@@ -102,7 +102,7 @@ def look(asked: PreflightRequest, node: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "executable": sys.executable,
         "clone": clone(),
-        "packages": {name: version for name in LIBRARIES if (version := _version(name)) is not None},
+        "packages": {name: version for name in LIBRARIES if (version := installed_version(name)) is not None},
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_free_gib": _memory_free(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(VARIABLES)},
@@ -128,7 +128,8 @@ def clone() -> dict[str, str]:
     return {"path": str(root), "digest": digest.hexdigest()[:12]}
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """The version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -193,12 +194,12 @@ def holdings(name: str, revision: str | None) -> dict[str, Any]:
 def gpus() -> dict[str, Any]:
     """The GPUs of this node, NVIDIA's with the processes on them, or else AMD's; none where neither driver lists any."""
     fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
-    rows = next(filter(None, (_smi("gpu", (*fields, *slow)) for slow in SLOWDOWN)), [])
+    rows = next(filter(None, (nvidia_smi("gpu", (*fields, *slow)) for slow in SLOWDOWN)), [])
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
     found = [{key: _number(value) for key, value in zip(keys, row, strict=False)} for row in rows] or _of_amd()
     for gpu in found:
         gpu["slowed"] = gpu.get("slowed") == "Active"
-    on_them = _smi("compute-apps", ("pid", "process_name", "used_memory")) or []
+    on_them = nvidia_smi("compute-apps", ("pid", "process_name", "used_memory")) or []
     lists = [value.split(",") for name in VISIBLE if (value := os.environ.get(name)) is not None]
     count = min([len(found), *(sum(bool(each.strip()) for each in listed) for listed in lists)])
     return {"gpus": found, "gpu_count": count, "gpu_processes": [" ".join(row) for row in on_them]}
@@ -219,8 +220,8 @@ def _of_amd() -> list[dict[str, Any]]:
     return found
 
 
-def _smi(of: str, fields: tuple[str, ...]) -> list[list[str]] | None:
-    """Rows of nvidia-smi; None where it is not there, or knows one of the fields not."""
+def nvidia_smi(of: str, fields: tuple[str, ...]) -> list[list[str]] | None:
+    """Rows of `nvidia-smi --query-<of>`; None if it is not there, fails, or does not know one of the fields."""
     command = ["nvidia-smi", f"--query-{of}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
