@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
 from launch.config.process_role import is_worker
+from launch.config.verb_words import asks_for_help, help_rows
 from launch.evaluate.kinds import KINDS_READ
+from launch.evaluate.words import EvaluateWords
 from launch.output import give, said_to_stderr
 from trainer.stopping.signals import hold
 
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
     from launch.evaluate.words import EvaluationPlan
 
 CONFIG, JOB = "job.yaml", "job.json"
-FLAGS = ("--json", "--print")
-USAGE = """usage: shardtune evaluate <run directory> [evaluation.tasks=...] [against=...] [key=value ...] [--json]
+KINDS_WIDTH = max(map(len, KINDS_READ))
+KINDS = "\n".join(f"  {kind:<{KINDS_WIDTH}}  {reads}" for kind, reads in KINDS_READ.items())
+USAGE = f"""usage: shardtune evaluate <run directory> [evaluation.tasks=...] [against=...] [key=value ...] [--json]
        shardtune evaluate model.path=<directory> [adapter=<directory>] evaluation.tasks... [against=...] [--json]
 
   shardtune evaluate runs/first against=base
@@ -31,18 +34,12 @@ USAGE = """usage: shardtune evaluate <run directory> [evaluation.tasks=...] [aga
 
 Without tasks it runs those of the run's configuration, or else loss, bits per byte and token accuracy of its evaluation
 documents. Beside a run stand words of evaluation.*, strategy, launcher.*, run.*, precision and logging.*; beside model.path all.
+With launcher=slurm it is submitted as a job on one node, with the launcher's settings.
 
-  against=base               the run's model before training; or the directory of a run or a model; or an evaluation.json:
-                             then what fell beyond its limit or its interval is listed, and the exit code is 69
-  checkpoint=last            last, best or a step
-  adapter=<directory>        an adapter on top of model.path
-  accept=[base,data]         go on although the base, or the run's own documents, are not those of the training
-  to=<directory>             where evaluation.json, evaluation_rows.jsonl and evaluation.html go; default: the run's
-  --json                     print the report in place of tables
-  launcher=slurm             submit it as a job on one node, with the launcher's settings; --print shows the script
+{help_rows(EvaluateWords)}
 
 kinds of tasks:
-{kinds}
+{KINDS}
 
 The same words on every rank: torchrun --nproc-per-node=8 -m launch.evaluate <words>
 
@@ -51,31 +48,25 @@ docs/evaluation.md says what each kind reads and measures."""
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError and what evaluating raises."""
-    asks = bool({"-h", "--help"} & set(argv))
+    asks = asks_for_help(argv)
     if is_worker(os.environ) and not asks:
         return worker(argv)
     if asks or not argv:
-        show_help(usage())
+        show_help(USAGE)
         return 0 if argv else 64
     from launch.evaluate.words import plan, sort
     from strategies.errors import ConfigError
     from trainer.config.run import LauncherName
 
-    words = [word for word in argv if word not in FLAGS]
-    made = plan(sort(words))
+    words = sort(argv)
+    made = plan(words)
     if made.config.launcher.name is LauncherName.slurm:
         from launch.evaluate.slurm import submit
 
-        return submit(made, [*words, *(["--json"] if "--json" in argv else [])], print_only="--print" in argv)
-    if "--print" in argv:
+        return submit(made, [each for each in argv if each != "--print"], print_only=words.print_only)
+    if words.print_only:
         raise ConfigError("--print: shows a job script; add launcher=slurm, or leave it out")
-    return run(made, as_json="--json" in argv)
-
-
-def usage() -> str:
-    """The text of `shardtune evaluate --help`."""
-    width = max(map(len, KINDS_READ)) + 2
-    return USAGE.format(kinds="\n".join(f"  {kind:<{width}}{reads}" for kind, reads in KINDS_READ.items()))
+    return run(made, as_json=words.as_json)
 
 
 def run(made: EvaluationPlan, *, as_json: bool) -> int:
@@ -142,7 +133,7 @@ def worker(words: list[str]) -> int:
         directory = Path(frozen).parent
         config, job = load_frozen(frozen), EvaluationJob(**json.loads((directory / JOB).read_text(encoding="utf-8")))
     else:
-        made = plan(sort([word for word in words if word != "--json"]))
+        made = plan(sort(words))
         if made.other is not None:
             raise ConfigError(
                 f"against={made.job.against}: under torchrun one model is evaluated at a time; evaluate the other one first, "

@@ -1,4 +1,4 @@
-"""The words of `shardtune evaluate` become a configuration and a job: of a run's checkpoint, or of a model as it is."""
+"""The words of `shardtune evaluate`, and the configuration and job that they ask for: of a run's checkpoint, or of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.export.words import ACCEPT, accepted_kinds
+from launch.config.verb_words import VerbWords, bare_word, flag, read_words, setting_words, word
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.evaluate import EvaluationJob
 
-OWN = ("against", "checkpoint", "to", "adapter", "run.dir", ACCEPT)
-"""Words that are no settings."""
 ALLOWED = frozenset({"evaluation", "strategy", "launcher", "run", "precision", "logging"})
 """Groups of settings that can be typed beside a run."""
 AGAINST = "against."
@@ -31,13 +29,32 @@ PLAIN = ("loss", "bits_per_byte", "token_accuracy")
 """Tasks of a language model's run where none are asked for."""
 
 
-@dataclass(slots=True)
-class EvaluationWords:
-    """The command line, sorted."""
+@dataclass(kw_only=True)
+class EvaluateWords(VerbWords):
+    """What `shardtune evaluate` takes."""
 
-    run: Path | None
-    own: dict[str, str]
-    settings: list[str]
+    run: Path | None = bare_word("one run is evaluated at a time; name another as against=<run>", required=False)
+    against: str | None = word(
+        "the run's model before training; or the directory of a run or a model; or an evaluation.json: then what fell beyond its "
+        "limit or its interval is listed, and the exit code is 69",
+        like="base",
+    )
+    checkpoint: str = word("last, best or a step", default="last", needs="run.dir")
+    adapter: str | None = word("an adapter on top of model.path", like="<directory>", needs="model.path")
+    accept: list[str] = word(
+        "go on although the base, or the run's own documents, are not those of the training",
+        default=[],
+        like="[base,data]",
+        choices=("base", "data"),
+        also=("run.accept",),
+    )
+    to: str | None = word(
+        "where evaluation.json, evaluation_rows.jsonl and evaluation.html go; default: the run's", like="<directory>"
+    )
+    settings: list[str] = setting_words()
+    as_json: bool = flag("print the report in place of tables", key="--json")
+    print_only: bool = flag("with launcher=slurm: show the job's script, and submit nothing", key="--print")
+
     allowing: list[str] = field(default_factory=list)
     """Settings typed with `against.` before them: they allow what the other run reaches out to."""
     command: list[str] = field(default_factory=list)
@@ -63,65 +80,44 @@ class EvaluationPlan:
         return Path(self.job.to) / "evaluation"
 
 
-def sort(argv: list[str]) -> EvaluationWords:
-    """The words. Errors: ConfigError with every problem."""
+def sort(argv: list[str]) -> EvaluateWords:
+    """What was typed. Errors: ConfigError with every problem."""
     from launch.config.read_run import take_words
 
-    command = ["evaluate", *argv]
-    allowing, argv = take_words(argv, AGAINST)
-    runs, own, settings, problems = [], dict[str, str](), list[str](), []
-    for word in argv:
-        key, assigned, value = word.partition("=")
-        key = ACCEPT if key == f"run.{ACCEPT}" else key  # the same words as of training
-        if word.startswith("-"):
-            problems.append(f"{word}: there is no such flag; evaluate takes --json, --print and --help")
-        elif key in OWN and assigned:
-            problems += [f"{word}: {key} is given twice"] if key in own else []
-            problems += [] if value else [f"{word}: {key} needs a value"]
-            own[key] = value
-        elif assigned:
-            settings.append(f"{SERVER}.url={value}" if key == SERVER else word)
-        else:
-            runs.append(word)
-    if "run.dir" in own:
-        runs.append(own.pop("run.dir"))
-    if len(runs) > 1:
-        problems.append(f"{' '.join(runs)}: one run is evaluated at a time; name another as against={runs[1]}")
-    model = next((word for word in settings if word.startswith("model.path=")), None)
-    if not runs and model is None:
+    allowing, argv_of_verb = take_words(argv, AGAINST)
+    words, problems = read_words("evaluate", EvaluateWords, argv_of_verb)
+    words.allowing = allowing
+    words.command = ["evaluate", *argv]
+    words.settings = [
+        each.replace(SERVER, f"{SERVER}.url", 1) if each.startswith(f"{SERVER}=") else each for each in words.settings
+    ]
+    model = next((each for each in words.settings if each.startswith("model.path=")), None)
+    asks_server = any(each.startswith(SERVER) for each in words.settings)
+    if words.run is None and model is None:
+        problems.append("nothing to evaluate: give a run (shardtune evaluate runs/x) or model.path=<directory>")
+    if words.run is not None and model is not None:
+        problems.append(f"{model}: the run {words.run} has its model; give one of the two")
+    if words.run is not None and asks_server:
         problems.append(
-            "nothing to evaluate is named; give a run (shardtune evaluate runs/x) or model.path=<directory>"
+            f"{SERVER}: a server answers for files that were exported; name them: model.path={words.run}/export"
         )
-    elif runs and model is not None:
-        problems.append(f"{model}: the run {runs[0]} has its model; give one of the two")
-    if runs and any(word.startswith(SERVER) for word in settings):
+    if asks_server and words.against is not None and not Path(words.against).expanduser().is_file():
         problems.append(
-            f"{SERVER}: a server answers for files that were exported; name them: model.path={runs[0]}/export"
+            f"against={words.against}: one server answers for one model; evaluate the other first, and give its evaluation.json"
         )
-    if (
-        any(word.startswith(SERVER) for word in settings)
-        and own.get("against")
-        and not Path(own["against"]).expanduser().is_file()
-    ):
-        problems.append(
-            f"against={own['against']}: one server answers for one model; evaluate the other first, and give its evaluation.json"
-        )
-    if runs and "adapter" in own:
-        problems.append(f"adapter={own['adapter']}: goes with model.path; the run {runs[0]} has its own")
-    if not runs and "checkpoint" in own:
-        problems.append(f"checkpoint={own['checkpoint']}: is of a run; name the run, or leave it out")
+    if words.adapter is not None and "data" in words.accept:
+        problems.append(f"accept={words.typed['accept']}: an adapter brings no documents of a run; write accept=[base]")
     if problems:
         raise ConfigError(problems)
-    return EvaluationWords(Path(runs[0]).expanduser() if runs else None, own, settings, allowing, command)
+    return words
 
 
-def plan(asked: EvaluationWords) -> EvaluationPlan:
+def plan(asked: EvaluateWords) -> EvaluationPlan:
     """What to do, checked as far as that goes without a model. Errors: ConfigError with every problem, DataError."""
     from launch.config.read_run import is_own
     from trainer.evaluate import EvaluationJob
-    from trainer.session.run_data import DATA
 
-    to = asked.own.get("to")
+    to = asked.to
     if asked.run is not None:
         config, checkpoint, accepted = _of_run(asked.run, asked)
         own = is_own(asked.run)
@@ -130,7 +126,7 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
             run=str(asked.run),
             checkpoint=checkpoint,
             data_run=str(asked.run),
-            accept_data=DATA in accepted_kinds(asked.own),
+            accept_data="data" in asked.accept,
             accepted=accepted,
             recorded=own,
         )
@@ -138,8 +134,8 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
         path = next(word.partition("=")[2] for word in asked.settings if word.startswith("model.path="))
         job = EvaluationJob(to=to or str(Path("runs") / f"evaluate-{Path(path).name}"))
         config = _of_model(asked, path, Path(job.to) / "evaluation")
-        if "adapter" in asked.own:
-            job = replace(job, accepted=_accepted_base(asked, path))
+        if asked.adapter is not None:
+            job = replace(job, accepted=_accepted_base(asked.adapter, path, accept="base" in asked.accept))
     if (Path(job.to)).is_file():
         raise ConfigError(f"to={job.to}: is a file; name a directory")
     made = EvaluationPlan(config, job)
@@ -151,23 +147,22 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
         _check(config, asked.settings, trained=of_run or has_training_data, run=asked.run)
     except ConfigError as error:
         raise ConfigError([*_missing_model(config), *error.problems]) from None
-    if (against := asked.own.get("against")) is not None:
-        _against(made, against, asked)
+    if asked.against is not None:
+        _against(made, asked.against, asked)
     return made
 
 
-def _accepted_base(asked: EvaluationWords, base: str) -> list[str]:
+def _accepted_base(adapter: str, base: str, *, accept: bool) -> list[str]:
     """How the base beside an adapter differs from that of its training, if that is accepted. Errors: ConfigError."""
     from trainer.model.base_files import refuse_another_base
     from trainer.model.config import ModelConfig
     from trainer.model.loading import weights_directory
 
-    accept = bool(accepted_kinds(asked.own, reads_rows=False))
     try:
         directory = weights_directory(ModelConfig(path=base))
     except ConfigError:
         return []  # it is not on this machine, which is told with all else that is wrong
-    return refuse_another_base(Path(asked.own["adapter"]).expanduser(), directory, accept=accept)
+    return refuse_another_base(Path(adapter).expanduser(), directory, accept=accept)
 
 
 def _missing_model(config: RunConfig) -> list[str]:
@@ -180,7 +175,7 @@ def _missing_model(config: RunConfig) -> list[str]:
     ]
 
 
-def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str]]:
+def _of_run(run: Path, asked: EvaluateWords) -> tuple[RunConfig, str, list[str]]:
     """The run's configuration with the words on top, the checkpoint, and how the base differs where that is accepted."""
     from launch.config.compose import recompose
     from launch.config.read_run import ReadingVerb, read_run
@@ -203,12 +198,10 @@ def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str
     settled = frozenset[str]() if asked.compared_with is None else frozenset({"evaluation"})
     verb = ReadingVerb(asked.command, _needs, asked.prefix, ALLOWED, settled)
     config = read_run(run, verb, asked.settings, with_own_words)
-    checkpoint = find_checkpoint(run, asked.own.get("checkpoint", "last"), config.checkpoint)
-    if asked.own.get("checkpoint") == "best":
+    checkpoint = find_checkpoint(run, asked.checkpoint, config.checkpoint)
+    if asked.checkpoint == "best":
         tell_if_base_was_better(run, checkpoint, config)
-    accepted = use_recorded_base(
-        config, run, accepted_kinds(asked.own), teacher=True, start=asked.own.get("against") == "base"
-    )
+    accepted = use_recorded_base(config, run, asked.accept, teacher=True, start=asked.against == "base")
     return config, str(checkpoint), accepted
 
 
@@ -233,7 +226,7 @@ def _needs(value: OutsideValue, config: RunConfig) -> bool:
     return True
 
 
-def _of_model(asked: EvaluationWords, path: str, directory: Path) -> RunConfig:
+def _of_model(asked: EvaluateWords, path: str, directory: Path) -> RunConfig:
     """A configuration around a model, whose training data is a stand-in where none is named."""
     from launch.config.compose import compose
     from trainer.model.rules import read_config
@@ -245,8 +238,8 @@ def _of_model(asked: EvaluationWords, path: str, directory: Path) -> RunConfig:
     labels = [about["id2label"][key] for key in sorted(about.get("id2label") or {}, key=int)] if classifier else []
     if not any(word.startswith("objective=") for word in words) and (classifier or about.get("is_encoder_decoder")):
         words.append(f"objective={'classification' if classifier else 'seq2seq'}")
-    if "adapter" in asked.own:
-        words.append(f"model.adapters=[{asked.own['adapter']}]")
+    if asked.adapter is not None:
+        words.append(f"model.adapters=[{asked.adapter}]")
     config = compose(words, check=False).config
     if labels and getattr(config.objective, "labels", 0) is None:
         config.objective.labels = labels  # type: ignore[attr-defined]
@@ -258,7 +251,7 @@ def _of_model(asked: EvaluationWords, path: str, directory: Path) -> RunConfig:
     return config
 
 
-def _settle(config: RunConfig, asked: EvaluationWords) -> None:
+def _settle(config: RunConfig, asked: EvaluateWords) -> None:
     """What an evaluation needs no choice for."""
     from launch.config.compose import world_size_of
     from strategies.base import DdpConfig, Precision, SingleConfig
@@ -343,7 +336,7 @@ def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
         yield f"model.path={path}: lies in few bits ({kit}), of which only causal language models are evaluated"
 
 
-def _against(made: EvaluationPlan, value: str, asked: EvaluationWords) -> None:
+def _against(made: EvaluationPlan, value: str, asked: EvaluateWords) -> None:
     """What `against` means: base, a report, a run, a model. Errors: ConfigError."""
     from trainer.evaluation.report.record import REPORT, read
 
@@ -400,15 +393,20 @@ def _first_job(made: EvaluationPlan, to: Path) -> EvaluationJob:
     return EvaluationJob(to=str(to), data_run=made.job.data_run, accept_data=made.job.accept_data, asked_first=True)
 
 
-def _other_run(run: Path, made: EvaluationPlan, asked: EvaluationWords) -> EvaluationWords:
+def _other_run(run: Path, made: EvaluationPlan, asked: EvaluateWords) -> EvaluateWords:
     """The words of the run that is compared with: started as this one is, and allowed what was typed for it."""
     config = made.config
     words = [f"launcher.processes={config.launcher.processes}", f"run.device={config.run.device}"]
     words += [f"strategy={config.strategy.name}", *asked.allowing]
-    own = {"to": str(Path(made.job.to) / "against")}
-    if ACCEPT in asked.own:
-        own[ACCEPT] = asked.own[ACCEPT]
-    return EvaluationWords(run, own, words, command=asked.command, prefix=AGAINST, compared_with=made)
+    return EvaluateWords(
+        run=run,
+        to=str(Path(made.job.to) / "against"),
+        accept=asked.accept,
+        settings=words,
+        command=asked.command,
+        prefix=AGAINST,
+        compared_with=made,
+    )
 
 
 def replace_evaluation(other: EvaluationPlan, made: EvaluationPlan) -> EvaluationPlan:

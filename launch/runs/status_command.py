@@ -7,34 +7,47 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config.help_text import show_help
+from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
 from launch.runs import status_lineage
+from launch.runs.status_lineage import PLACE
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.runs.queue import Queue
     from launch.runs.status_tables import StatusAnswer
 
-USAGE = """usage: shardtune status [directory | run] [document=<file>:<line> | text=<piece>] [--watch] [--verify] [--json]
+
+@dataclass(kw_only=True)
+class StatusWords(VerbWords):
+    """What `shardtune status` takes."""
+
+    root: Path | None = bare_word("name one directory; all runs below it are shown", required=False)
+    document: str | None = word("which runs were trained on this line of a file", like="train.jsonl:12")
+    text: str | None = word("or on documents with this text in them", like="'Jane Roe'")
+    watch: bool = flag("look again every two seconds, until Ctrl-C")
+    verify: bool = flag("read every checkpoint and compare it with its checksums; 69 if one is damaged")
+    as_json: bool = flag("print JSON (with --watch: an object a line)", key="--json")
+
+
+USAGE = f"""usage: shardtune status [directory | run] [document=<file>:<line> | text=<piece>] [--watch] [--verify] [--json]
 
   shardtune status                    all runs below runs/, and your jobs in SLURM's queue
   shardtune status /scratch/sweep     all runs below another directory
   shardtune status runs/first         one run in full, with its checkpoints
-  shardtune status runs document=train.jsonl:12       which runs were trained on this document
-  shardtune status runs "text=Jane Roe"               or on those with this text in them
+  shardtune status runs document=train.jsonl:12
+  shardtune status runs "text=Jane Roe"
 
 A run that says it is running, but gives no sign of life, is called lost. Rates are medians over the last steps, all
 ranks together; memory is the largest peak of a rank; "heard" is the time since the last sign of life, or the end.
 
-  --watch     look again every two seconds, until Ctrl-C
-  --verify    read every checkpoint and compare it with its seal; 69 where one is damaged
-  --json      print JSON (with --watch: an object a line)
+{help_rows(StatusWords)}
 
 Ends with 64 where the word is no directory. docs/following.md says what each state means."""
-FLAGS = ("--watch", "--verify", "--json")
 HOME = Path("runs")
 """Where runs without a `run.dir` are."""
 EVERY_S, ASK_S = 2.0, 15.0
@@ -44,44 +57,47 @@ DAMAGED = 69
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
-    if {"-h", "--help"} & set(argv):
+    if asks_for_help(argv):
         show_help(USAGE)
         return 0
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no bars
-    words = [word for word in argv if word not in FLAGS]
-    asked = [word for word in words if status_lineage.is_wanted([word])]
-    root = read_words([word for word in words if word not in asked])
-    if asked:
-        if {"--watch", "--verify"} & {*argv}:
-            raise ConfigError(f"{asked[0]}: is looked for once; leave --watch and --verify out")
-        return status_lineage.main(root, asked, as_json="--json" in argv)
-    if "--watch" in argv:
-        if "--verify" in argv:
-            raise ConfigError("--watch --verify: every look would read all checkpoints; give one of the two")
-        watch(root, as_json="--json" in argv)
+    words = status_words(argv)
+    root = words.root or HOME
+    if words.document is not None or words.text is not None:
+        return status_lineage.main(root, words.document, words.text, as_json=words.as_json)
+    if words.watch:
+        watch(root, as_json=words.as_json)
     from launch.runs.status_tables import as_dict, text
 
     found = look(root)
-    damaged = _verify(found, quiet="--json" in argv) if "--verify" in argv else None
-    if "--json" in argv:
+    damaged = _verify(found, quiet=words.as_json) if words.verify else None
+    if words.as_json:
         print(json.dumps(as_dict(found, damaged), indent=1, allow_nan=False))
     else:
         print(text(found, damaged))
     return DAMAGED if damaged else 0
 
 
-def read_words(words: list[str]) -> Path:
-    """The directory to look in. Raises ConfigError."""
-    flags = [word for word in words if word.startswith("-")]
-    if flags:
-        raise ConfigError([f"{flag}: there is no such flag; status takes {', '.join(FLAGS)}" for flag in flags])
-    named = [Path(word.removeprefix("run.dir=")).expanduser() for word in words]
-    if len(named) > 1:
-        raise ConfigError(f"{' '.join(words)}: name one directory; all runs below it are shown")
-    if named and not named[0].is_dir():
-        raise ConfigError(f"{words[0]}: there is no such directory; name a run, or the directory of your runs")
-    return named[0] if named else HOME
+def status_words(argv: list[str]) -> StatusWords:
+    """What was typed. Errors: ConfigError with every problem."""
+    words, problems = read_words("status", StatusWords, argv)
+    if words.root is not None and not words.root.is_dir():
+        problems.append(f"{words.root}: there is no such directory; name a run, or the directory of your runs")
+    sought = [f"{key}={words.typed[key]}" for key in ("document", "text") if key in words.typed]
+    if len(sought) > 1:
+        problems.append(f"{' '.join(sought)}: name one document, or one piece of text")
+    if sought and (words.watch or words.verify):
+        problems.append(f"{sought[0]}: is looked for once; leave --watch and --verify out")
+    if words.watch and words.verify:
+        problems.append("--watch --verify: every look would read all checkpoints; give one of the two")
+    if words.document is not None and PLACE.fullmatch(words.document) is None:
+        problems.append(
+            f"document={words.document}: must be a file and a line, as in document=train.jsonl:12; text= looks for a text"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return words
 
 
 def look(root: Path, known: Queue | None = None) -> StatusAnswer:

@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from launch.runs.data_lineage import DocumentQuery, Sighting
     from trainer.config.run import RunConfig
 
-WORDS = ("document=", "text=")
-PLACE = re.compile(r"(?P<file>.+):(?P<line>\d+)")
+PLACE = re.compile(r"(?P<file>.+):(?P<line>[0-9]+)")
+"""`<file>:<line>`, what `document=` takes."""
 
 
-def is_wanted(words: list[str]) -> bool:
-    """Whether `status` is asked for a document."""
-    return any(word.startswith(WORDS) for word in words)
+def main(root: Path, document: str | None, piece: str | None, *, as_json: bool) -> int:
+    """Look for a document by its `PLACE`, or for a piece of text, and print what each run has of it; returns 0.
 
-
-def main(root: Path, words: list[str], *, as_json: bool) -> int:
-    """Look, and say what each run has of it; returns 0. Errors: ConfigError."""
-    from launch.runs.data_lineage import sightings
+    Errors: ConfigError.
+    """
+    from launch.runs.data_lineage import DocumentQuery, sightings
     from launch.runs.status import find
 
-    wanted = read(words)
+    wanted = DocumentQuery(text=piece)
+    if document is not None and (place := PLACE.fullmatch(document)) is not None:
+        wanted = DocumentQuery(file=place["file"], line=int(place["line"]))
     try:
         runs = find(root).runs
     except OSError as error:
@@ -35,25 +35,6 @@ def main(root: Path, words: list[str], *, as_json: bool) -> int:
     found = sightings([(run, _config(run)) for run in runs], wanted)
     print(json.dumps(as_dict(wanted, found), indent=1) if as_json else text(root, wanted, found))
     return 0
-
-
-def read(words: list[str]) -> DocumentQuery:
-    """What is looked for. Raises ConfigError."""
-    from launch.runs.data_lineage import DocumentQuery
-
-    if len(words) > 1:
-        raise ConfigError(f"{' '.join(words)}: name one document, or one piece of text")
-    key, _, value = words[0].partition("=")
-    if key == "text":
-        if not value.strip():
-            raise ConfigError("text=: names no text; give a piece that only this document has, as in text='Jane Roe'")
-        return DocumentQuery(text=value)
-    place = PLACE.fullmatch(value)
-    if place is None:
-        raise ConfigError(
-            f"{words[0]}: must be a file and a line, as in document=train.jsonl:12; text= looks for a text"
-        )
-    return DocumentQuery(file=place["file"], line=int(place["line"]))
 
 
 def _config(run: Path) -> RunConfig | str:

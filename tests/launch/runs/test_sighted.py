@@ -113,7 +113,7 @@ def test_of_a_killed_run_its_rows_say_how_far_it_was(taken, capsys, tmp_path):
     ("words", "part"),
     [
         (["document=rows.jsonl"], "must be a file and a line, as in document=train.jsonl:12"),
-        (["text= "], "names no text"),
+        (["text= "], "text needs a value, as in text='Jane Roe'"),
         (["text=a", "document=b:1"], "name one document"),
         (["text=a", "--watch"], "leave --watch and --verify out"),
     ],

@@ -1,0 +1,381 @@
+"""Reads the words of verbs that are no settings of a run. A verb declares its words as the fields of one dataclass:
+
+    @dataclass(kw_only=True)
+    class StopWords(VerbWords):
+        run: Path = bare_word("name one run directory, as in shardtune stop runs/first")
+        wait_s: int = word("seconds to wait; the run goes on saving after that", default=600, least=0)
+        dry_run: bool = flag("say what would be done")
+
+The declaration gives the values their types, `--help` its rows, and every word that cannot be used its line of message. What is
+special about a verb stands beside its declaration as plain conditions, which add to the same list of problems.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from launch.config.axes import split
+from launch.config.choices import groups
+
+LOOKS_LIKE_KEY = re.compile(r"[+~]{0,2}[\w./@*-]+=")
+"""The start of `key=value`. An address has a colon before its `=`, and a sentence has spaces: they are bare words."""
+SPELLINGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+WIDEST_HEAD = 26
+"""Columns of a word in `--help` up to which its text is lined up with that of the others."""
+_SPEC = "spec"
+Config = TypeVar("Config")
+
+
+@dataclass(kw_only=True)
+class VerbWords:
+    """Base of what verbs declare."""
+
+    typed: dict[str, str] = field(default_factory=dict)
+    """The text of each word that was typed, by its key; a flag and the words of a list of bare words are not in it."""
+
+
+Declared = TypeVar("Declared", bound=VerbWords)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordSpec:
+    """How one word is typed, what it may be, and what `--help` says of it."""
+
+    kind: str
+    """`word` (key=value), `flag`, `bare` or `settings`."""
+    text: str
+    """Its sentence in `--help`; of a bare word: what to say where there are more or fewer."""
+    key: str = ""
+    """As it is typed; empty: the field's name, with `--` and dashes if it is a flag."""
+    also: tuple[str, ...] = ()
+    """Other spellings of the key."""
+    like: str = ""
+    """What `--help` and messages show behind the equals sign; empty: the default."""
+    needs: str = ""
+    """The key of another word that must be typed too, or its beginning, as in `to=hub:`."""
+    required: str = ""
+    """What to do if it is not typed; empty: it may be left out."""
+    choices: tuple[str, ...] = ()
+    least: float = -math.inf
+    most: float = math.inf
+    above: float | None = None
+
+
+def word(text: str, *, default: Any = None, **details: Any) -> Any:
+    """A word `key=value`. `details`: the fields of `WordSpec`."""
+    return _declared(default, WordSpec(kind="word", text=text, **details))
+
+
+def flag(text: str, **details: Any) -> Any:
+    """A switch such as `--dry-run`, which changes the answer alone. `details`: `key`, `also` and `needs` of `WordSpec`."""
+    return _declared(False, WordSpec(kind="flag", text=text, **details))
+
+
+def bare_word(advice: str, *, required: bool = True, key: str = "run.dir") -> Any:
+    """A word without an equals sign, for which `key=` says the same. `advice`: what to name, if there are more, or none."""
+    return _declared(None, WordSpec(kind="bare", text=advice, key=key, required=advice if required else ""))
+
+
+def bare_words() -> Any:
+    """The list of all bare words behind those that have fields of their own."""
+    return _declared([], WordSpec(kind="bare", text=""))
+
+
+def setting_words(*, and_flags: bool = False) -> Any:
+    """The list of all words that the verb hands on, in their order. `and_flags`: also those that begin with a dash."""
+    return _declared([], WordSpec(kind="settings", text="", also=("-",) if and_flags else ()))
+
+
+def read_words(verb: str, declaration: type[Declared], argv: Iterable[str]) -> tuple[Declared, list[str]]:
+    """(the words with their types, a line about each that cannot be used). A word with such a line has its default."""
+    reader = _WordReader(verb, declaration)
+    for argument in argv:
+        reader.take(argument)
+    return reader.finish()
+
+
+def read_group(prefix: str, defaults: Config, words: Iterable[str]) -> tuple[Config, list[str], list[str]]:
+    """(settings with what `<prefix>.<field>=` words say in place of the defaults, the other words, a line about each problem).
+
+    `defaults` is an object of a dataclass whose annotations say what the words may be.
+    """
+    hints = get_type_hints(type(defaults))
+    others: list[str] = []
+    problems: list[str] = []
+    changes: dict[str, Any] = {}
+    for argument in words:
+        key, assigned, text = argument.partition("=")
+        group, dot, name = key.partition(".")
+        if not (assigned and dot and group == prefix):
+            others.append(argument)
+        elif name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            listed = ", ".join(f"{prefix}.{each}" for each in hints)
+            hint = f"did you mean {prefix}.{near[0]}?" if near else f"one of {listed}"
+            problems.append(f"{argument}: there is no setting {key}; {hint}")
+        elif text == "null" and type(None) in get_args(hints[name]):
+            changes[name] = None
+        else:
+            try:
+                changes[name] = convert(text, hints[name])
+            except ValueError as error:
+                problems.append(f"{argument}: {error}")
+    return replace(defaults, **changes), others, problems  # type: ignore[type-var]
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether `--help` or `-h` is among the words."""
+    return "--help" in argv or "-h" in argv
+
+
+def did_you_mean(typed: str, known: Iterable[str], *, end: str = "") -> str:
+    """`; did you mean ...?` with the known word that is most like the typed one; empty if none is. `end` is put behind it."""
+    near = difflib.get_close_matches(typed, list(known), n=1)
+    return f"; did you mean {near[0]}{end}?" if near else ""
+
+
+def help_rows(declaration: type[VerbWords]) -> str:
+    """The rows of `--help`: one for each word, then one for each flag."""
+    declared = _specs(declaration)
+    rows = {_head(name, spec, declaration): spec.text for name, spec in declared.items() if spec.kind == "word"}
+    rows |= {", ".join((spec.key, *spec.also)): spec.text for spec in declared.values() if spec.kind == "flag"}
+    width = max((len(head) for head in rows if len(head) <= WIDEST_HEAD), default=0)
+    return "\n".join(f"  {head:<{width}}  {text}" for head, text in rows.items())
+
+
+def convert(text: str, hint: Any, spec: WordSpec | None = None) -> Any:
+    """The text as a value of the annotated type. Raises ValueError with what it must be."""
+    spec = spec or WordSpec(kind="word", text="")
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (each for each in get_args(hint) if each is not type(None))
+        if text == "null" and hint is not str:
+            return None
+    if get_origin(hint) is list:
+        (entry_hint,) = get_args(hint)
+        return [convert(entry, entry_hint, spec) for entry in split_list(text)]
+    if hint is bool:
+        if text.lower() not in SPELLINGS:
+            raise ValueError("must be true or false")
+        return SPELLINGS[text.lower()]
+    if hint in (int, float):
+        return _number(text, hint, spec)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        # By its name: that is how the settings of a run are typed.
+        _check_choice(text, tuple(member.name for member in hint))
+        return hint[text]
+    if spec.choices:
+        _check_choice(text, spec.choices)
+    return Path(text).expanduser() if hint is Path else text
+
+
+def split_list(text: str) -> list[str]:
+    """The entries of `[a,b]`, or of one entry without brackets, without the quotes around any of them."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    entries = (entry.strip().strip("'\"") for entry in split(inner))
+    return [entry for entry in entries if entry]
+
+
+def _exists(argument: str) -> bool:
+    """Whether a word names a file or directory; a text too long for a name does not."""
+    try:
+        return Path(argument).exists()
+    except OSError:
+        return False
+
+
+def _number(text: str, hint: type, spec: WordSpec) -> float:
+    """A whole number or any, within the bounds of the word. Raises ValueError with the bounds."""
+    number = math.nan
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        number = int(text)
+    elif hint is float and re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", text, re.IGNORECASE):
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+    is_above = spec.above is None or number > spec.above
+    if is_above and spec.least <= number <= spec.most:
+        return hint(number)
+    name = "a whole number" if hint is int else "a number"
+    bounds = "" if spec.above is None else f" above {spec.above:g}"
+    if spec.least > -math.inf and spec.most < math.inf:
+        bounds = f" from {spec.least:g} to {spec.most:g}"
+    elif spec.least > -math.inf:
+        bounds = f", at least {spec.least:g}"
+    raise ValueError(f"must be {name}{bounds}")
+
+
+def _check_choice(text: str, choices: tuple[str, ...]) -> None:
+    if text not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}{did_you_mean(text, choices)}")
+
+
+def _declared(default: Any, spec: WordSpec) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={_SPEC: spec})
+    return field(default=default, metadata={_SPEC: spec})
+
+
+def _specs(declaration: type[VerbWords]) -> dict[str, WordSpec]:
+    """What is declared of each field, by the field's name, with the key as it is typed."""
+    specs = {}
+    for each in fields(declaration):
+        spec: WordSpec | None = each.metadata.get(_SPEC)
+        if spec is None:
+            continue
+        key = spec.key or each.name
+        if spec.kind == "flag" and not spec.key:
+            key = "--" + each.name.replace("_", "-")
+        specs[each.name] = replace(spec, key=key)
+    return specs
+
+
+def _default(declared: Field[Any]) -> Any:
+    return declared.default_factory() if declared.default_factory is not MISSING else declared.default
+
+
+def _head(name: str, spec: WordSpec, declaration: type[VerbWords]) -> str:
+    """`key=value` as `--help` shows it."""
+    default = _default(declaration.__dataclass_fields__[name])
+    shown = str(default).lower() if isinstance(default, bool) else str(default)
+    if isinstance(default, list):
+        shown = f"[{','.join(default)}]"
+    return f"{spec.key}={spec.like or shown}"
+
+
+class _WordReader:
+    """Takes one argument after the other, and notes what is wrong with each."""
+
+    def __init__(self, verb: str, declaration: type[Any]) -> None:
+        self.verb = verb
+        self.declaration = declaration
+        self.specs = _specs(declaration)
+        self.keys = {key: name for name, spec in self.specs.items() for key in (spec.key, *spec.also)}
+        self.typed: dict[str, str] = {}
+        """The text of each word by the name of its field."""
+        self.flags: set[str] = set()
+        self.bare: list[str] = []
+        self.settings: list[str] = []
+        self.problems: list[str] = []
+
+    def take(self, argument: str) -> None:
+        """Sort one argument in."""
+        key, assigned, text = argument.partition("=")
+        name = self.keys.get(key)
+        kind = self.specs[name].kind if name is not None else ""
+        if name is not None and kind == "flag" and not assigned:
+            self.flags.add(name)
+        elif name is not None and kind in ("word", "bare") and (assigned or not _exists(argument)):
+            self._take_own(name, argument, text)
+        elif argument.startswith("-") and argument != "-":
+            self._take_unknown_flag(argument)
+        elif LOOKS_LIKE_KEY.match(argument) and not _exists(argument):
+            self._take_unknown_key(argument)
+        elif self._names("bare"):
+            self.bare.append(argument)
+        else:
+            self._take_unknown_key(argument)
+
+    def finish(self) -> tuple[Any, list[str]]:
+        """(the object of the declared class, the problems)."""
+        self._place_bare_words()
+        hints = get_type_hints(self.declaration)
+        values: dict[str, Any] = dict.fromkeys(self.flags, True)
+        for name, text in self.typed.items():
+            spec = self.specs[name]
+            try:
+                values[name] = convert(text, hints[name], spec)
+            except ValueError as error:
+                self.problems.append(f"{spec.key}={text}: {error}")
+        for name in self._names("settings"):
+            values[name] = self.settings
+        for name in self._names("bare"):
+            if get_origin(hints[name]) is list:
+                values[name] = [convert(each, get_args(hints[name])[0]) for each in self.bare]
+        for name, spec in self.specs.items():
+            is_typed = name in self.typed or name in self.flags
+            if spec.required and not is_typed:
+                self.problems.append(f"{spec.key}: not set; {spec.required}")
+            if spec.needs and is_typed and not self._is_typed(spec.needs):
+                shown = spec.key if spec.kind == "flag" else f"{spec.key}={self.typed[name]}"
+                self.problems.append(f"{shown}: goes with {self._shown(spec.needs)}; add that, or leave {spec.key} out")
+        typed = {self.specs[name].key: text for name, text in self.typed.items()}
+        return self.declaration(typed=typed, **values), self.problems
+
+    def _names(self, kind: str) -> list[str]:
+        return [name for name, spec in self.specs.items() if spec.kind == kind]
+
+    def _take_own(self, name: str, argument: str, text: str) -> None:
+        key = self.specs[name].key
+        if not text.strip():
+            like = self.specs[name].like or "..."
+            self.problems.append(f"{argument}: {key} needs a value, as in {key}={like}")
+        elif name in self.typed:
+            self.problems.append(
+                f"{argument}: {key} is given twice, as {self.typed[name]} and {text}; give one of the two"
+            )
+        else:
+            self.typed[name] = text
+
+    def _take_unknown_flag(self, argument: str) -> None:
+        takes_flags = any("-" in self.specs[name].also for name in self._names("settings"))
+        if takes_flags:
+            self.settings.append(argument)
+            return
+        flags = [self.specs[name].key for name in self._names("flag")] + ["--help"]
+        listed = ", ".join(flags[:-1]) + f" and {flags[-1]}" if len(flags) > 1 else flags[0]
+        hint = did_you_mean(argument, flags) or f"; {self.verb} takes {listed}"
+        self.problems.append(f"{argument}: there is no such flag{hint}")
+
+    def _take_unknown_key(self, argument: str) -> None:
+        keys = [self.specs[name].key for name in self._names("word")]
+        if self._names("settings"):
+            key = argument.partition("=")[0]
+            is_misspelt = "." not in key and key not in groups() and difflib.get_close_matches(key, keys, cutoff=0.8)
+            if not is_misspelt:
+                self.settings.append(argument)
+                return
+        listed = ", ".join(f"{key}=" for key in keys) or "none"
+        hint = did_you_mean(argument.partition("=")[0], keys, end="=") or f"; {self.verb} takes {listed}"
+        self.problems.append(f"{argument}: there is no such word{hint}")
+
+    def _place_bare_words(self) -> None:
+        """Give each field for one bare word the next one, unless `key=` has said it; the rest stays for a list."""
+        hints = get_type_hints(self.declaration)
+        named: list[str] = []
+        takes_rest = False
+        for name in self._names("bare"):
+            if get_origin(hints[name]) is list:
+                takes_rest = True
+                continue
+            if name not in self.typed and self.bare:
+                self.typed[name] = self.bare.pop(0)
+            named.append(name)
+        if self.bare and not takes_rest:
+            advice = self.specs[named[-1]].text
+            words = [self.typed[name] for name in named if name in self.typed] + self.bare
+            self.problems.append(f"{' '.join(words)}: {advice}")
+
+    def _is_typed(self, needs: str) -> bool:
+        """Whether a word of that key, or with that beginning, is among the arguments."""
+        key, _, beginning = needs.partition("=")
+        name = self.keys.get(key)
+        if name is not None:
+            return name in self.typed and self.typed[name].startswith(beginning)
+        return any(each.startswith(f"{key}={beginning}") for each in self.settings)
+
+    def _shown(self, needs: str) -> str:
+        """The needed word as it is typed."""
+        name = self.keys.get(needs)
+        if name is None:
+            return needs if "=" in needs else f"{needs}=..."
+        spec = self.specs[name]
+        return "a run" if spec.kind == "bare" else f"{spec.key}={spec.like or '...'}"

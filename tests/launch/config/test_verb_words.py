@@ -1,0 +1,165 @@
+"""The reader of verbs' own words: what people really mistype, and what is said about it."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import pytest
+
+from launch.config.verb_words import (
+    VerbWords,
+    bare_word,
+    bare_words,
+    flag,
+    help_rows,
+    read_group,
+    read_words,
+    setting_words,
+    word,
+)
+
+
+class Engine(Enum):
+    small = "small"
+    large = "large"
+
+
+@dataclass(kw_only=True)
+class ExampleWords(VerbWords):
+    run: Path = bare_word("name one run, as in shardtune example runs/x")
+    question: str | None = bare_word("put it into quotes", required=False, key="prompt")
+    wait_s: float = word("seconds to wait", default=600.0, least=0)
+    steps: int | None = word("steps to look at", like="10", above=0)
+    share: float = word("of the rows", default=0.5, least=0, most=1)
+    merge: bool = word("fold the adapter in", default=True)
+    engine: Engine = word("what computes", default=Engine.small, like="small")
+    kinds: list[str] = word("what may differ", default=[], choices=("base", "data"), also=("run.kinds",))
+    gguf: str | None = word("one file more", like="<type>")
+    python: str | None = word("what converts it", key="gguf.python", needs="gguf")
+    to: str | None = word("where it goes", like="<directory>")
+    private: bool | None = word("who sees it", key="hub.private", needs="to=hub:")
+    dry_run: bool = flag("say what would be done", needs="to=hub:")
+    as_json: bool = flag("for a script", key="--json")
+
+
+def read(*argv):
+    return read_words("example", ExampleWords, argv)
+
+
+def test_words_get_the_types_of_their_fields():
+    words, problems = read(
+        "runs/x", "Is 1+1=2?", "wait_s=1e1", "steps=3", "merge=no", "engine=large", "run.kinds=[base, 'data']", "--json"
+    )
+    assert problems == []
+    assert (words.run, words.question, words.wait_s, words.steps) == (Path("runs/x"), "Is 1+1=2?", 10.0, 3)
+    assert (words.merge, words.engine, words.kinds, words.as_json) == (False, Engine.large, ["base", "data"], True)
+    assert words.typed["kinds"] == "[base, 'data']", "as it was typed, by the usual spelling of its key"
+    assert (words.share, words.dry_run, words.gguf) == (0.5, False, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "run.dir: not set; name one run, as in shardtune example runs/x"),
+        (["a", "b", "c"], "a b c: put it into quotes"),
+        (["a", "run.dir=b", "c"], "b a c: put it into quotes"),
+        (["a", "--dry-rum"], "--dry-rum: there is no such flag; did you mean --dry-run?"),
+        (["a", "-f"], "-f: there is no such flag; example takes --dry-run, --json and --help"),
+        (["a", "enigne=small"], "enigne=small: there is no such word; did you mean engine=?"),
+        (["a", "to=x", "to=y"], "to=y: to is given twice, as x and y; give one of the two"),
+        (["a", "to="], "to=: to needs a value, as in to=<directory>"),
+        (["a", "b", "to"], "to: to needs a value, as in to=<directory>"),
+        (["a", "wait_s=-1"], "wait_s=-1: must be a number, at least 0"),
+        (["a", "wait_s=nan"], "wait_s=nan: must be a number, at least 0"),
+        (["a", "steps=0"], "steps=0: must be a whole number above 0"),
+        (["a", "steps=1.5"], "steps=1.5: must be a whole number above 0"),
+        (["a", f"steps={'9' * 400}"], "must be a whole number above 0"),
+        (["a", "share=2"], "share=2: must be a number from 0 to 1"),
+        (["a", "merge=maybe"], "merge=maybe: must be true or false"),
+        (["a", "engine=larg"], "engine=larg: must be one of small, large; did you mean large?"),
+        (["a", "kinds=[base,date]"], "kinds=[base,date]: must be one of base, data; did you mean data?"),
+        (["a", "gguf.python=py"], "gguf.python=py: goes with gguf=<type>; add that, or leave gguf.python out"),
+        (["a", "to=here", "--dry-run"], "--dry-run: goes with to=hub:; add that, or leave --dry-run out"),
+        (["a", "to=here", "hub.private=no"], "hub.private=no: goes with to=hub:"),
+    ],
+)
+def test_a_word_that_cannot_be_used_is_named(argv, said):
+    _, problems = read(*argv)
+    assert len(problems) == 1, "nothing else is wrong with it"
+    assert said in problems[0]
+
+
+def test_all_problems_are_told_together():
+    _, problems = read("--fast", "steps=x", "colour=red", "hub.private=yes")
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "--fast",
+        "colour=red",
+        "steps=x",
+        "run.dir",
+        "hub.private=yes",
+    ]
+
+
+def test_a_bare_word_may_contain_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=2e-4").mkdir()
+    words, problems = read("lr=2e-4", "https://wandb.ai/team/runs/a?nw=1")
+    assert (str(words.run), words.question, problems) == ("lr=2e-4", "https://wandb.ai/team/runs/a?nw=1", [])
+    words, problems = read("a", "say this: " + "long " * 200)
+    assert problems == [] and words.question is not None and words.question.startswith("say this")
+
+
+@dataclass(kw_only=True)
+class PassingWords(VerbWords):
+    run: Path | None = bare_word("name one", required=False)
+    files: list[Path] = bare_words()
+    against: str | None = word("the other one", like="base")
+    adapter: str | None = word("on top", needs="model.path")
+    settings: list[str] = setting_words()
+
+
+def test_settings_are_handed_on_and_misspelt_words_of_the_verb_are_not():
+    argv = ["evaluation.tasks=[a,b]", "strategy=fsdp2", "runs/x", "a.json", "b.json", "against=base", "data.path=a b"]
+    words, problems = read_words("passing", PassingWords, argv)
+    assert problems == []
+    assert words.settings == ["evaluation.tasks=[a,b]", "strategy=fsdp2", "data.path=a b"]
+    assert (words.run, words.files) == (Path("runs/x"), [Path("a.json"), Path("b.json")])
+    _, problems = read_words("passing", PassingWords, ["agianst=base", "--cfg", "adapter=x"])
+    assert problems == [
+        "agianst=base: there is no such word; did you mean against=?",
+        "--cfg: there is no such flag; passing takes --help",
+        "adapter=x: goes with model.path=...; add that, or leave adapter out",
+    ]
+    assert read_words("passing", PassingWords, ["model.path=m", "adapter=x"])[1] == []
+
+
+def test_help_shows_each_word_and_flag_in_columns():
+    rows = help_rows(ExampleWords).splitlines()
+    assert "  wait_s=600.0      seconds to wait" in rows
+    assert "  gguf=<type>       one file more" in rows
+    assert "  kinds=[]          what may differ" in rows
+    assert rows[-1] == "  --json            for a script"
+    assert not any("runs/x" in row for row in rows), "a bare word is in the line that says usage"
+
+
+@dataclass(kw_only=True, slots=True)
+class GroupConfig:
+    port: int = 8000
+    name: str | None = None
+    engine: Engine = Engine.small
+    kinds: list[Engine] = field(default_factory=list)
+    batching: bool = False
+
+
+def test_a_group_of_settings_is_read_by_its_annotations():
+    words = ["serve.port=0", "serve.name=null", "serve.engine=large", "serve.kinds=[small,large]", "other=1", "serve=2"]
+    settings, others, problems = read_group("serve", GroupConfig(name="a"), words)
+    assert settings == GroupConfig(port=0, engine=Engine.large, kinds=[Engine.small, Engine.large])
+    assert (others, problems) == (["other=1", "serve=2"], [])
+    _, _, problems = read_group("serve", GroupConfig(), ["serve.prot=1", "serve.port=x", "serve.zzz=1"])
+    assert problems == [
+        "serve.prot=1: there is no setting serve.prot; did you mean serve.port?",
+        "serve.port=x: must be a whole number",
+        "serve.zzz=1: there is no setting serve.zzz; one of serve.port, serve.name, serve.engine, serve.kinds, "
+        "serve.batching",
+    ]
