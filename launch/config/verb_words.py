@@ -16,7 +16,7 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -25,8 +25,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from launch.config.axes import split
 from launch.config.choices import groups
 
-LOOKS_LIKE_KEY = re.compile(r"[+~]{0,2}[\w./@*-]+=")
-"""The start of `key=value`. An address has a colon before its `=`, and a sentence has spaces: they are bare words."""
+LOOKS_LIKE_KEY = re.compile(r"[+~]{0,2}[a-z_][\w./@*-]*=")
+"""The start of `key=value`. An address has a colon before its `=`, a sentence a capital or spaces: both are bare words."""
 SPELLINGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 WIDEST_HEAD = 26
 """Columns of a word in `--help` up to which its text is lined up with that of the others."""
@@ -56,13 +56,17 @@ class WordSpec:
     key: str = ""
     """As it is typed; empty: the field's name, with `--` and dashes if it is a flag."""
     also: tuple[str, ...] = ()
-    """Other spellings of the key."""
+    """Other spellings of the key; one that begins with `--` says true by itself."""
     like: str = ""
     """What `--help` and messages show behind the equals sign; empty: the default."""
     needs: str = ""
     """The key of another word that must be typed too, or its beginning, as in `to=hub:`."""
     required: str = ""
     """What to do if it is not typed; empty: it may be left out."""
+    beginning: str = ""
+    """Of settings: what the words that are taken begin with; empty: all are taken."""
+    and_flags: bool = False
+    """Of settings: whether flags that the verb does not know are handed on too."""
     choices: tuple[str, ...] = ()
     least: float = -math.inf
     most: float = math.inf
@@ -89,9 +93,12 @@ def bare_words() -> Any:
     return _declared([], WordSpec(kind="bare", text=""))
 
 
-def setting_words(*, and_flags: bool = False) -> Any:
-    """The list of all words that the verb hands on, in their order. `and_flags`: also those that begin with a dash."""
-    return _declared([], WordSpec(kind="settings", text="", also=("-",) if and_flags else ()))
+def setting_words(*, beginning: str = "", and_flags: bool = False) -> Any:
+    """The list of the words `key=value` that are not the verb's own, in their order: those that it hands on.
+
+    `beginning`: only words that begin so are taken. `and_flags`: flags that the verb does not know are handed on too.
+    """
+    return _declared([], WordSpec(kind="settings", text="", beginning=beginning, and_flags=and_flags))
 
 
 def read_words(verb: str, declaration: type[Declared], argv: Iterable[str]) -> tuple[Declared, list[str]]:
@@ -102,10 +109,12 @@ def read_words(verb: str, declaration: type[Declared], argv: Iterable[str]) -> t
     return reader.finish()
 
 
-def read_group(prefix: str, defaults: Config, words: Iterable[str]) -> tuple[Config, list[str], list[str]]:
+def read_group(
+    prefix: str, defaults: Config, words: Iterable[str], *, brackets: bool = True
+) -> tuple[Config, list[str], list[str]]:
     """(settings with what `<prefix>.<field>=` words say in place of the defaults, the other words, a line about each problem).
 
-    `defaults` is an object of a dataclass whose annotations say what the words may be.
+    `defaults` is an object of a dataclass whose annotations say what the words may be. `brackets`: a list of one needs them too.
     """
     hints = get_type_hints(type(defaults))
     others: list[str] = []
@@ -121,8 +130,12 @@ def read_group(prefix: str, defaults: Config, words: Iterable[str]) -> tuple[Con
             listed = ", ".join(f"{prefix}.{each}" for each in hints)
             hint = f"did you mean {prefix}.{near[0]}?" if near else f"one of {listed}"
             problems.append(f"{argument}: there is no setting {key}; {hint}")
+        elif name in changes:
+            problems.append(f"{argument}: {key} is given twice; give one")
         elif text == "null" and type(None) in get_args(hints[name]):
             changes[name] = None
+        elif brackets and get_origin(hints[name]) is list and not text.startswith("["):
+            problems.append(f"{argument}: is a list; write {key}=[{text}]")
         else:
             try:
                 changes[name] = convert(text, hints[name])
@@ -142,13 +155,26 @@ def did_you_mean(typed: str, known: Iterable[str], *, end: str = "") -> str:
     return f"; did you mean {near[0]}{end}?" if near else ""
 
 
-def help_rows(declaration: type[VerbWords]) -> str:
-    """The rows of `--help`: one for each word, then one for each flag."""
+def help_rows(declaration: type[VerbWords], more: Mapping[str, str] | None = None) -> str:
+    """The rows of `--help`: one for each word, then those of `more` (head and text), then one for each flag."""
     declared = _specs(declaration)
-    rows = {_head(name, spec, declaration): spec.text for name, spec in declared.items() if spec.kind == "word"}
+    rows: dict[str, str] = {}
+    for name, spec in declared.items():
+        if spec.kind == "word":
+            default = _default(declaration.__dataclass_fields__[name])
+            rows[f"{spec.key}={spec.like or _shown(default)}"] = spec.text
+    rows |= more or {}
     rows |= {", ".join((spec.key, *spec.also)): spec.text for spec in declared.values() if spec.kind == "flag"}
-    width = max((len(head) for head in rows if len(head) <= WIDEST_HEAD), default=0)
-    return "\n".join(f"  {head:<{width}}  {text}" for head, text in rows.items())
+    return _in_columns(rows)
+
+
+def group_rows(prefix: str, settings: type) -> str:
+    """The rows of `--help` for `<prefix>.<field>=` words: the sentence that stands under each field."""
+    from trainer.config.descriptions import docstrings
+
+    sentences = docstrings(settings)
+    rows = {f"{prefix}.{each.name}={_shown(_default(each))}": sentences[each.name] for each in fields(settings)}
+    return _in_columns(rows)
 
 
 def convert(text: str, hint: Any, spec: WordSpec | None = None) -> Any:
@@ -179,8 +205,12 @@ def convert(text: str, hint: Any, spec: WordSpec | None = None) -> Any:
 def split_list(text: str) -> list[str]:
     """The entries of `[a,b]`, or of one entry without brackets, without the quotes around any of them."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    entries = (entry.strip().strip("'\"") for entry in split(inner))
-    return [entry for entry in entries if entry]
+    return [_unquoted(entry) for entry in split(inner) if entry]
+
+
+def _unquoted(text: str) -> str:
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if is_quoted else text
 
 
 def _exists(argument: str) -> bool:
@@ -242,13 +272,23 @@ def _default(declared: Field[Any]) -> Any:
     return declared.default_factory() if declared.default_factory is not MISSING else declared.default
 
 
-def _head(name: str, spec: WordSpec, declaration: type[VerbWords]) -> str:
-    """`key=value` as `--help` shows it."""
-    default = _default(declaration.__dataclass_fields__[name])
-    shown = str(default).lower() if isinstance(default, bool) else str(default)
+def _shown(default: Any) -> str:
+    """A default as it would be typed."""
+    if default is None:
+        return "null"
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, Enum):
+        return default.name
     if isinstance(default, list):
-        shown = f"[{','.join(default)}]"
-    return f"{spec.key}={spec.like or shown}"
+        return f"[{','.join(default)}]"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _in_columns(rows: dict[str, str]) -> str:
+    """Rows of `--help`, the texts in one column except behind heads that are very wide."""
+    width = max((len(head) for head in rows if len(head) <= WIDEST_HEAD), default=0)
+    return "\n".join(f"  {head:<{width}}  {text}" for head, text in rows.items())
 
 
 class _WordReader:
@@ -273,6 +313,8 @@ class _WordReader:
         kind = self.specs[name].kind if name is not None else ""
         if name is not None and kind == "flag" and not assigned:
             self.flags.add(name)
+        elif name is not None and kind == "word" and argument.startswith("--") and not assigned:
+            self._take_own(name, argument, "true")
         elif name is not None and kind in ("word", "bare") and (assigned or not _exists(argument)):
             self._take_own(name, argument, text)
         elif argument.startswith("-") and argument != "-":
@@ -319,15 +361,13 @@ class _WordReader:
             like = self.specs[name].like or "..."
             self.problems.append(f"{argument}: {key} needs a value, as in {key}={like}")
         elif name in self.typed:
-            self.problems.append(
-                f"{argument}: {key} is given twice, as {self.typed[name]} and {text}; give one of the two"
-            )
+            before = self.typed[name]
+            self.problems.append(f"{argument}: {key} is given twice, as {before} and {text}; give one of the two")
         else:
             self.typed[name] = text
 
     def _take_unknown_flag(self, argument: str) -> None:
-        takes_flags = any("-" in self.specs[name].also for name in self._names("settings"))
-        if takes_flags:
+        if any(self.specs[name].and_flags for name in self._names("settings")):
             self.settings.append(argument)
             return
         flags = [self.specs[name].key for name in self._names("flag")] + ["--help"]
@@ -336,15 +376,16 @@ class _WordReader:
         self.problems.append(f"{argument}: there is no such flag{hint}")
 
     def _take_unknown_key(self, argument: str) -> None:
+        """Hand a word on if the verb does so, and if it is not one of the verb's own that was mistyped."""
+        key = argument.partition("=")[0]
         keys = [self.specs[name].key for name in self._names("word")]
-        if self._names("settings"):
-            key = argument.partition("=")[0]
-            is_misspelt = "." not in key and key not in groups() and difflib.get_close_matches(key, keys, cutoff=0.8)
-            if not is_misspelt:
-                self.settings.append(argument)
-                return
-        listed = ", ".join(f"{key}=" for key in keys) or "none"
-        hint = did_you_mean(argument.partition("=")[0], keys, end="=") or f"; {self.verb} takes {listed}"
+        is_misspelt = "." not in key and key not in groups() and difflib.get_close_matches(key, keys, cutoff=0.8)
+        beginnings = [self.specs[name].beginning for name in self._names("settings")]
+        if not is_misspelt and any(argument.startswith(beginning) for beginning in beginnings):
+            self.settings.append(argument)
+            return
+        listed = ", ".join([*(f"{each}=" for each in keys), *(f"{each}*" for each in beginnings)]) or "none"
+        hint = did_you_mean(key, keys, end="=") or f"; {self.verb} takes {listed}"
         self.problems.append(f"{argument}: there is no such word{hint}")
 
     def _place_bare_words(self) -> None:

@@ -3,116 +3,99 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
+from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
+from launch.serve.config import ServedType
 from launch.streams import printable
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.serve.conversation import Talk, TalkSettings
+    from launch.serve.conversation import Talk
 
-USAGE = """usage: shardtune chat <run or export> ["prompt"] [against=base|none|<run or export>] [--json]
+
+@dataclass(kw_only=True)
+class ChatWords(VerbWords):
+    """What `shardtune chat` takes."""
+
+    export: str = bare_word("give one run or export, as in shardtune chat runs/x")
+    prompt: str | None = bare_word(
+        "a prompt is one word for the shell; put it into quotes", required=False, key="prompt"
+    )
+    against: str | None = word(
+        "what to show beside it: base, none, a run or export; default: base in a terminal, none where the output goes elsewhere",
+        like="base",
+    )
+    system: str | None = word("what the models are told first", like='"..."')
+    max_tokens: int = word("most new tokens of an answer", default=512, least=1)
+    temperature: float | None = word("0 takes the most likely token; null: as the export says, else 0", least=0, most=2)
+    seed: int = word("of the draws", default=0, least=0)
+    device: str = word("where it is computed: auto, cpu, cuda, cuda:1", default="auto")
+    dtype: ServedType = word("type that is computed in", default=ServedType.auto)
+    accept: list[str] = word(
+        "talk with an adapter on another base than it was trained on", default=[], like="[base]", choices=("base",)
+    )
+    as_json: bool = flag("one JSON object an answer", key="--json")
+
+
+USAGE = f"""usage: shardtune chat <run or export> ["prompt"] [against=base|none|<run or export>] [--json]
 
   shardtune chat runs/first                       in the terminal, tuned beside base
   shardtune chat runs/first "Sum this up: ..."    one answer
   cat letter.txt | shardtune chat runs/first > answer.txt
 
 The export's own chat template and stop tokens hold. A model without a template goes on with the text it is given.
+A prompt that looks like a setting is given as prompt="...".
 
-  against=base      what to show beside it; default: base in a terminal, none where the output goes elsewhere
-  system="..."      what the models are told first
-  max_tokens=512    most new tokens of an answer
-  temperature=null  0 takes the most likely token; null: as the export says, else 0
-  seed=0            of the draws
-  device=auto  dtype=auto
-  accept=[base]     talk with an adapter on another base than it was trained on
-  prompt="..."      the prompt, where it looks like a setting
-
-  --json            one JSON object an answer
+{help_rows(ChatWords)}
 
 In the terminal: /new begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
-KEYS = ("run.dir", "against", "system", "max_tokens", "temperature", "seed", "device", "dtype", "prompt", "accept")
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
-    if {"-h", "--help"} & set(argv):
+    if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    from launch.export.words import accepted_kinds, parse
-    from launch.serve.exported import compare_base, find_export
-
-    as_json = "--json" in argv
-    words, problems = parse(_with_prompt([word for word in argv if word != "--json"]), KEYS)
-    settings = _settings(words, problems)
-    if "run.dir" not in words:
-        problems.append("no model is named; give a run or an export, as in shardtune chat runs/x")
+    words, problems = read_words("chat", ChatWords, argv)
     if problems:
         raise ConfigError(problems)
-    exported = find_export(words["run.dir"])
-    for line in compare_base(exported, accept=bool(accepted_kinds(words, reads_rows=False))):
+    from launch.serve.exported import compare_base, find_export
+
+    exported = find_export(words.export)
+    for line in compare_base(exported, accept="base" in words.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
-    against = words.get("against", "base" if sys.stdout.isatty() and not as_json else "none")
+    against = words.against or ("base" if sys.stdout.isatty() and not words.as_json else "none")
     other = None if against in ("base", "none") else find_export(against)
-    prompt = words.get("prompt")
+    prompt = words.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty; give one in quotes, or pipe one in")
-    talks = _talks(exported, other, against, words, settings)
+    talks = _talks(exported, other, against, words)
     if prompt is None:
         return _converse(talks)
-    _one_answer(talks, prompt, as_json)
+    _one_answer(talks, prompt, words.as_json)
     return 0
 
 
-def _with_prompt(argv: list[str]) -> list[str]:
-    """The second bare word, which is anything that is no `key=value`, as `prompt=`."""
-    bare = [at for at, word in enumerate(argv) if not re.match(r"[a-z_]+(\.[a-z_]+)*=|-", word)]
-    if len(bare) == 2:
-        argv = [f"prompt={word}" if at == bare[1] else word for at, word in enumerate(argv)]
-    elif len(bare) > 2:
-        raise ConfigError(f"{argv[bare[2]]}: a prompt is one word for the shell; put it into quotes")
-    return argv
-
-
-def _settings(words: dict[str, str], problems: list[str]) -> TalkSettings:
-    from launch.serve.config import ServedType
-    from launch.serve.conversation import TalkSettings
-
-    found = TalkSettings(system=words.get("system"))
-    for key, least, most in (("max_tokens", 1, math.inf), ("seed", 0, 2**63 - 1), ("temperature", 0, 2)):
-        if (typed := words.get(key)) is None or (key == "temperature" and typed == "null"):
-            continue
-        try:
-            value: Any = float(typed) if key == "temperature" else int(typed)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            what = "a number" if key == "temperature" else "a whole number"
-            problems.append(f"{key}={typed}: must be {what} from {least}" + (f" to {most}" if most < math.inf else ""))
-            continue
-        setattr(found, key, value)
-    if words.get("dtype", "auto") not in [*ServedType]:
-        problems.append(f"dtype={words['dtype']}: must be one of {', '.join(ServedType)}")
-    return found
-
-
-def _talks(exported: Any, other: Any, against: str, words: dict[str, str], settings: TalkSettings) -> list[Talk]:
+def _talks(exported: Any, other: Any, against: str, words: ChatWords) -> list[Talk]:
     """The models, loaded: what is shown beside first, the tuned one last."""
-    from launch.serve.conversation import Talk
+    from launch.serve.conversation import Talk, TalkSettings
     from launch.serve.models import load, load_base
 
-    where = {"device": words.get("device", "auto"), "dtype": words.get("dtype", "auto")}
+    settings = TalkSettings(
+        max_tokens=words.max_tokens, temperature=words.temperature, seed=words.seed, system=words.system
+    )
+    where = {"device": words.device, "dtype": str(words.dtype)}
     tuned = load(exported, **where)
     beside = None
     if against == "base":
         beside = load_base(exported, **where)
-        if beside is None and "against" in words:
+        if beside is None and words.against is not None:
             raise ConfigError(
                 f"against=base: the base of {exported.path} is not on this machine; name another export, or against=none"
             )

@@ -5,20 +5,47 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config.help_text import show_help
-from launch.output import FLAG, give
+from launch.config.verb_words import (
+    VerbWords,
+    asks_for_help,
+    bare_word,
+    flag,
+    group_rows,
+    help_rows,
+    read_group,
+    read_words,
+    setting_words,
+    word,
+)
+from launch.output import give
+from launch.serve.config import ServeConfig
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.serve.config import ServeConfig
     from launch.serve.exported import Exported
 
-USAGE = """usage: shardtune serve <run or export> [serve.<name>=...] [--dry-run] [--print] [--json]
+
+@dataclass(kw_only=True)
+class ServeWords(VerbWords):
+    """What `shardtune serve` takes."""
+
+    export: str = bare_word("give one run or export, as in shardtune serve runs/x")
+    accept: list[str] = word(
+        "serve an adapter on another base than it was trained on", default=[], like="[base]", choices=("base",)
+    )
+    settings: list[str] = setting_words(beginning="serve.")
+    dry_run: bool = flag("say what would be started, and start nothing")
+    print_only: bool = flag("the commands that serve it with vLLM and SGLang", key="--print")
+    as_json: bool = flag("both, for a script", key="--json")
+
+
+USAGE = f"""usage: shardtune serve <run or export> [serve.<name>=...] [--dry-run] [--print] [--json]
 
   shardtune serve runs/first
   SERVE_KEY=... shardtune serve runs/first serve.host=0.0.0.0 serve.port=8080 serve.key_env=SERVE_KEY
@@ -26,54 +53,34 @@ USAGE = """usage: shardtune serve <run or export> [serve.<name>=...] [--dry-run]
 One model, at /v1/chat/completions, /v1/completions, /v1/models and /health; vLLM computes where it is installed, else
 transformers' own server. It listens on 127.0.0.1 unless told otherwise.
 
-  serve.host=127.0.0.1    others can reach any other address, and must send a key
-  serve.port=8000         0 takes a free one
-  serve.key_env=null      name of the environment variable with the key clients must send
-  serve.name=null         what clients call the model; null: the run's name
-  serve.engine=auto       auto, transformers, vllm
-  serve.max_tokens=1024   most new tokens of an answer, and how many where none are asked for
-  serve.max_requests=256  answered or waiting at a time; more are told to try later (429)
-  serve.max_body_kib=1024 largest request
-  serve.batching=false    many answers at once (transformers); sampled as the export says, whatever a request says
-  serve.device=auto  serve.dtype=auto
+{group_rows("serve", ServeConfig)}
 
-  accept=[base]           serve an adapter on another base than it was trained on
-
-  --dry-run   say what would be started, and start nothing
-  --print     the commands that serve it with vLLM and SGLang
-  --json      both, for a script"""
-FLAGS = ("--dry-run", "--print", FLAG)
+{help_rows(ServeWords)}"""
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
-    if {"-h", "--help"} & set(argv):
+    if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    from launch.export.words import ACCEPT, accepted_kinds, parse
-    from launch.serve.config import ServeConfig, read_words
-    from launch.serve.exported import compare_base, find_export
-
-    flags = {word for word in argv if word in FLAGS}
-    keys = ("run.dir", ACCEPT, *(f"serve.{field.name}" for field in fields(ServeConfig)))
-    words, problems = parse([word for word in argv if word not in FLAGS and not word.startswith("serve.key=")], keys)
-    if any(word.startswith("serve.key=") for word in argv):
+    words, problems = read_words("serve", ServeWords, argv)
+    if any(each.startswith("serve.key=") for each in words.settings):
         problems.append(
             "serve.key: a key on a command line can be read by everybody on this machine; put it into a variable, as SERVE_KEY, "
             "and set serve.key_env=SERVE_KEY"
         )
-    config, more = read_words(words)
-    if problems := [*problems, *more]:
+    settings = [each for each in words.settings if not each.startswith("serve.key=")]
+    config, _, unusable = read_group("serve", ServeConfig(), settings)
+    if problems := [*problems, *(unusable or config.problems())]:
         raise ConfigError(problems)
-    if "run.dir" not in words:
-        raise ConfigError("nothing to serve is named; give a run or an export, as in shardtune serve runs/x")
-    exported = find_export(words["run.dir"])
-    accept = bool(accepted_kinds(words, reads_rows=False))
-    for line in compare_base(exported, accept=accept):
+    from launch.serve.exported import compare_base, find_export
+
+    exported = find_export(words.export)
+    for line in compare_base(exported, accept="base" in words.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     engine = chosen_engine(config, exported)
-    if flags:
-        return tell(exported, config, engine, flags)
+    if words.dry_run or words.print_only or words.as_json:
+        return tell(exported, config, engine, words)
     if engine == "vllm":
         return start_vllm(exported, config)
     from launch.serve.app import check_packages
@@ -106,7 +113,7 @@ def chosen_engine(config: ServeConfig, exported: Exported) -> str:
     return "vllm" if there and takes else "transformers"
 
 
-def tell(exported: Exported, config: ServeConfig, engine: str, flags: set[str]) -> int:
+def tell(exported: Exported, config: ServeConfig, engine: str, words: ServeWords) -> int:
     """What would be started, and how others would serve it."""
     from launch.serve.other_servers import sglang, shown, vllm
 
@@ -120,10 +127,10 @@ def tell(exported: Exported, config: ServeConfig, engine: str, flags: set[str]) 
         "vllm": shown(vllm(exported, config)),
         "sglang": shown(sglang(exported, config)),
     }
-    if FLAG in flags:
+    if words.as_json:
         give(told)
         return 0
-    if "--print" in flags:
+    if words.print_only:
         for name in ("vllm", "sglang"):
             print(told[name] or f"# {name} takes no such adapter; export with merge=true")
         return 0
@@ -145,7 +152,6 @@ def start_vllm(exported: Exported, config: ServeConfig) -> int:
 
 def print_lines(directory: Path) -> None:
     """How to serve what was exported, where it writes text."""
-    from launch.serve.config import ServeConfig
     from launch.serve.exported import find_export
     from launch.serve.other_servers import sglang, shown, vllm
 

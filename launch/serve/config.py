@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from strategies.settings import number, traits_of
 
@@ -83,28 +82,3 @@ class ServeConfig:
     def key(self) -> str:
         """What clients must send; empty: nothing."""
         return os.environ.get(self.key_env or "", "")
-
-
-def read_words(words: dict[str, str]) -> tuple[ServeConfig, list[str]]:
-    """(the settings that `serve.<name>` words say, a line about each that cannot be one)."""
-    config, problems = ServeConfig(), []
-    for field in fields(ServeConfig):
-        if (typed := words.get(f"serve.{field.name}")) is None:
-            continue
-        value, problem = _value(getattr(config, field.name), typed)
-        if problem:
-            problems.append(f"serve.{field.name}={typed}: must be {problem}")
-        else:
-            setattr(config, field.name, value)
-    return config, problems or list(config.problems())
-
-
-def _value(default: Any, typed: str) -> tuple[Any, str]:
-    if isinstance(default, bool):
-        return typed.lower() == "true", "" if typed.lower() in ("true", "false") else "true or false"
-    if isinstance(default, StrEnum):
-        known = type(default)
-        return (known(typed), "") if typed in [*known] else (None, f"one of {', '.join(known)}")
-    if isinstance(default, int):
-        return (int(typed), "") if re.fullmatch(r"-?\d+", typed) else (None, "a whole number")
-    return (None if typed == "null" else typed), ""

@@ -17,6 +17,7 @@ from launch.config.verb_words import (
     setting_words,
     word,
 )
+from launch.export.combine import WAYS
 
 
 class Engine(Enum):
@@ -135,7 +136,7 @@ def test_settings_are_handed_on_and_misspelt_words_of_the_verb_are_not():
 
 def test_help_shows_each_word_and_flag_in_columns():
     rows = help_rows(ExampleWords).splitlines()
-    assert "  wait_s=600.0      seconds to wait" in rows
+    assert "  wait_s=600        seconds to wait" in rows
     assert "  gguf=<type>       one file more" in rows
     assert "  kinds=[]          what may differ" in rows
     assert rows[-1] == "  --json            for a script"
@@ -163,3 +164,9 @@ def test_a_group_of_settings_is_read_by_its_annotations():
         "serve.zzz=1: there is no setting serve.zzz; one of serve.port, serve.name, serve.engine, serve.kinds, "
         "serve.batching",
     ]
+
+
+def test_the_ways_to_combine_adapters_are_those_of_the_trainer():
+    from trainer.export.combine import Combination
+
+    assert tuple(Combination) == WAYS

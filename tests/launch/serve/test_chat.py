@@ -102,9 +102,9 @@ def test_stopped_in_the_middle_it_ends(site):
 def test_bad_words_are_told_with_the_rule(site, capsys, tmp_path):
     run = str(site / "full")
     for words, said in (
-        ([], "no model is named"),
+        ([], "give one run or export, as in shardtune chat runs/x"),
         ([run, "two", "words"], "put it into quotes"),
-        ([run, "max_tokens=0", "hi"], "from 1"),
+        ([run, "max_tokens=0", "hi"], "a whole number, at least 1"),
         ([run, "temperature=3", "hi"], "from 0 to 2"),
         ([run, "temprature=1", "hi"], "did you mean temperature"),
         ([run, "dtype=int4", "hi"], "one of auto, float32"),

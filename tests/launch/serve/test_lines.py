@@ -7,7 +7,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from launch.serve.config import ServeConfig, ServedType, read_words
+from launch.config.verb_words import read_group
+from launch.serve.config import ServeConfig, ServedType
 from launch.serve.exported import Exported, find_export
 from launch.serve.middleware import VllmDoor
 from launch.serve.other_servers import DOOR, environment, sglang, vllm
@@ -89,7 +90,7 @@ REFUSED = {
     "key": ({"serve.key_env": "sk-123"}, "not shown"),
     "no key": ({"serve.key_env": "NOT_SET_ANYWHERE"}, "not set, or empty"),
     "engine": ({"serve.engine": "tgi"}, "one of auto, transformers, vllm"),
-    "switch": ({"serve.batching": "yes"}, "true or false"),
+    "switch": ({"serve.batching": "perhaps"}, "true or false"),
     "tokens": ({"serve.max_tokens": "0"}, "at least 1"),
 }
 
@@ -97,7 +98,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_settings_that_cannot_be_are_told(case):
     words, said = REFUSED[case]
-    _, problems = read_words(words)
+    config, _, unusable = read_group("serve", ServeConfig(), [f"{key}={value}" for key, value in words.items()])
+    problems = unusable or [*config.problems()]
     assert len(problems) == 1 and said in problems[0]
     assert "sk-123" not in problems[0]
 
@@ -109,7 +111,7 @@ def test_the_command_says_what_is_wrong(site, tmp_path, capsys):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
     for words, said in (
-        ([], "nothing to serve is named"),
+        ([], "give one run or export, as in shardtune serve runs/x"),
         (["nowhere"], "there is no such directory"),
         ([str(tmp_path / "unfinished")], "has no export; write it first"),
         ([str(tmp_path / "labels")], "a classifier"),
