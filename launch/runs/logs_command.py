@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.output import FLAG, give
+from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
+from launch.output import give
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,18 +20,35 @@ if TYPE_CHECKING:
     from launch.runs.queue import Queue
     from launch.runs.status import RunView
 
-USAGE = """usage: shardtune logs <run> [rank=3 | job=last] [lines=40] [--follow] [--json]
+
+@dataclass(kw_only=True)
+class LogsWords(VerbWords):
+    """What `shardtune logs` takes."""
+
+    run: Path = bare_word("name one run directory: shardtune logs runs/first")
+    rank: int | None = word("what this rank said", like="3", least=0)
+    job: str | None = word(
+        "what this SLURM job, or start over ssh, printed on every node; last is the newest", like="last"
+    )
+    lines: int = word("the last lines of each file", default=40, least=0)
+    follow: bool = flag("what is added, also after restarts and requeues, until the run is done")
+    as_json: bool = flag(
+        "the same for a script: files with their lines, and failure.json of a run that failed; with --follow an object a line, "
+        "and a last one that says how the run ended",
+        key="--json",
+    )
+
+
+USAGE = f"""usage: shardtune logs <run> [rank=3 | job=last] [lines=40] [--follow] [--json]
 
   shardtune logs runs/first             of a run that failed: the rank that failed, its job's output, and the cause
-  shardtune logs runs/first rank=3      what rank 3 said
-  shardtune logs runs/first job=last    what its newest SLURM job, or start over ssh, printed, on every node; or job=<id>
-  shardtune logs runs/first --follow    what is added, also after restarts and requeues, until the run is done
-  shardtune logs runs/first --json      the same for a script: files with their lines, and failure.json of a run that failed;
-                                        with --follow an object a line, and a last one that says how the run ended
+  shardtune logs runs/first rank=3
+  shardtune logs runs/first --follow
+
+{help_rows(LogsWords)}
 
 Without rank= and job= it is rank 0, and where no rank has said anything yet, the job's output.
 Ends with 64 where there is no such run, rank or job, and with 130 at Ctrl-C."""
-LINES = 40
 EVERY_S = 0.5
 LOOK_S = 2.0
 """Seconds between looks at how the run stands."""
@@ -42,22 +60,24 @@ AGAIN_S = 5.0
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
-    if {"-h", "--help"} & set(argv) or not argv:
+    if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    run_dir, wanted, lines = read_words([word for word in argv if word not in ("--follow", FLAG)])
-    from launch.runs.logs import choose
+    words = logs_words(argv)
+    from launch.runs.logs import LogsRequest, choose
     from trainer.reporting.status import State, read_failure, read_status
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+    run_dir, wanted = words.run, LogsRequest(words.rank, words.job)
     failed = read_status(run_dir).get("state") in (None, State.failed) and read_failure(run_dir)
     rank = failed.get("rank") if failed else None
     files = choose(run_dir, wanted, rank if isinstance(rank, int) else None)
-    follow, ours = "--follow" in argv, failed and wanted.rank in (None, rank) and wanted.job is None
-    printer = Collected(at_once=follow) if FLAG in argv else Printer(headed=follow or len(files) > 1)
-    places = show(files, lines, printer)
-    if follow:
+    ours = failed and wanted.rank in (None, rank) and wanted.job is None
+    headed = words.follow or len(files) > 1
+    printer = Collected(at_once=words.follow) if words.as_json else Printer(headed=headed)
+    places = show(files, words.lines, printer)
+    if words.follow:
         Follow(run_dir, wanted, printer, places).until_done()
     elif isinstance(printer, Collected):
         give({"run": str(run_dir), "files": printer.files, "failure": failed if ours else None})
@@ -69,35 +89,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_words(words: list[str]) -> tuple[Path, LogsRequest, int]:
-    """(the run, what of it, how many lines). Raises ConfigError with every problem."""
-    from launch.runs.logs import LogsRequest
-
-    problems: list[str] = []
-    runs: list[Path] = []
-    given: dict[str, str] = {}
-    for word in words:
-        key, assigned, value = word.partition("=")
-        if assigned and key in ("rank", "job", "lines"):
-            given[key] = value
-        elif word.startswith("-"):
-            problems.append(f"{word}: there is no such flag; logs takes --follow, --json and --help")
-        elif assigned and key != "run.dir" and not Path(word).exists():
-            problems.append(f"{word}: there is no such word; logs takes rank=, job= and lines=")
-        else:
-            runs.append(Path(value if key == "run.dir" and assigned else word).expanduser())
-    for key in ("rank", "lines"):
-        if key in given and not given[key].isdecimal():
-            problems.append(f"{key}={given[key]}: give a number")
-    if {"rank", "job"} <= set(given):
+def logs_words(argv: list[str]) -> LogsWords:
+    """What was typed. Errors: ConfigError with every problem."""
+    words, problems = read_words("logs", LogsWords, argv)
+    if words.rank is not None and words.job is not None:
         problems.append("rank= and job= name different files; give one of the two")
-    if len(runs) != 1:
-        problems.append(f"name one run directory, not {len(runs)}: shardtune logs runs/first")
-    problems += [f"{run}: there is no such run directory" for run in runs if not run.is_dir()]
+    if words.run is not None and not words.run.is_dir():
+        problems.append(f"{words.run}: there is no such run directory")
     if problems:
         raise ConfigError(problems)
-    rank = int(given["rank"]) if "rank" in given else None
-    return runs[0], LogsRequest(rank, given.get("job")), int(given.get("lines", LINES))
+    return words
 
 
 class Printer:

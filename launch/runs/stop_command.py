@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.output import FLAG, give, said_to_stderr
+from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
+from launch.output import give, said_to_stderr
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.runs.stop import Cancel, Signal, Slurm
 
-USAGE = """usage: shardtune stop <run> [wait_s=600] [--dry-run] [--json]
+
+@dataclass(kw_only=True)
+class StopWords(VerbWords):
+    """What `shardtune stop` takes."""
+
+    run: Path = bare_word("name one run directory: shardtune stop runs/first")
+    wait_s: int = word("seconds to wait; the run goes on saving after that", default=600, least=0)
+    dry_run: bool = flag("say what would be done")
+    as_json: bool = flag("print how the run stands afterwards, for a script; what is said goes to stderr", key="--json")
+
+
+USAGE = f"""usage: shardtune stop <run> [wait_s=600] [--dry-run] [--json]
 
   shardtune stop runs/first
 
@@ -23,14 +35,11 @@ Asks the run to save and to end, and waits until it has. A process of this host 
 has one, which then does not start it again. A SLURM job saves and is not requeued; one that pends is taken out of the
 queue. For a run on another host, without SLURM, it says what to type there.
 
-  wait_s=600   seconds to wait; the run goes on saving after that
-  --dry-run    say what would be done
-  --json       print how the run stands afterwards, for a script; what is said goes to stderr
+{help_rows(StopWords)}
 
 Ends with 0 where the run is not running any more, or was not; with 64 where there is no such run; with 69 where it
 cannot be stopped from here, has not ended in time, or SLURM's queue cannot be asked, so that nobody knows; with 70
 where it failed instead."""
-WAIT_S = 600
 LOOK_S, ASK_S, TELL_S = 0.5, 5.0, 15.0
 """Seconds between looks at the run, questions to SLURM, and words on the screen."""
 NOT_IN_TIME, FAILED = 69, 70
@@ -38,15 +47,28 @@ NOT_IN_TIME, FAILED = 69, 70
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, Refused."""
-    if {"-h", "--help"} & set(argv) or not argv:
+    if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    run_dir, wait_s = read_words([word for word in argv if word not in ("--dry-run", FLAG)])
-    with said_to_stderr(FLAG in argv):
-        code, way = stop(run_dir, wait_s, dry="--dry-run" in argv)
-    if FLAG in argv:
-        give(stands(run_dir, way))
+    words = stop_words(argv)
+    with said_to_stderr(words.as_json):
+        code, way = stop(words.run, words.wait_s, dry=words.dry_run)
+    if words.as_json:
+        give(stands(words.run, way))
     return code
+
+
+def stop_words(argv: list[str]) -> StopWords:
+    """What was typed. Errors: ConfigError with every problem."""
+    from launch.runs.status import is_frozen
+
+    words, problems = read_words("stop", StopWords, argv)
+    run = words.run
+    if run is not None and not ((run / "config.yaml").is_file() and is_frozen(run)):
+        problems.append(f"{run}: is no run directory (there is no configuration of a run in it)")
+    if problems:
+        raise ConfigError(problems)
+    return words
 
 
 def stop(run_dir: Path, wait_s: float, *, dry: bool) -> tuple[int, str | None]:
@@ -89,36 +111,6 @@ def stands(run_dir: Path, way: str | None) -> dict[str, Any]:
         "step": run.step,
         "checkpoint": known,
     }
-
-
-def read_words(words: list[str]) -> tuple[Path, float]:
-    """(the run, seconds to wait). Raises ConfigError with every problem."""
-    from launch.runs.status import is_frozen
-
-    problems: list[str] = []
-    runs: list[Path] = []
-    wait_s = float(WAIT_S)
-    for word in words:
-        key, assigned, value = word.partition("=")
-        if assigned and key == "wait_s":
-            if value.isdecimal():
-                wait_s = float(value)
-            else:
-                problems.append(f"{word}: give a number of seconds")
-        elif word.startswith("-"):
-            problems.append(f"{word}: there is no such flag; stop takes --dry-run, --json and --help")
-        elif assigned and key != "run.dir" and not Path(word).exists():
-            problems.append(f"{word}: there is no such word; stop takes wait_s=")
-        else:
-            runs.append(Path(value if key == "run.dir" and assigned else word).expanduser())
-    if len(runs) != 1:
-        problems.append(f"name one run directory, not {len(runs)}: shardtune stop runs/first")
-    for run in runs:
-        if not (run / "config.yaml").is_file() or not is_frozen(run):
-            problems.append(f"{run}: is no run directory (there is no configuration of a run in it)")
-    if problems:
-        raise ConfigError(problems)
-    return runs[0], wait_s
 
 
 def saved(run_dir: Path, step: int | None) -> str:

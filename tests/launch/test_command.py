@@ -96,7 +96,7 @@ def test_help_of_every_verb_fits_80_columns_and_imports_no_torch():
 
 
 def test_folding_help_loses_no_word():
-    for text in (evaluate.USAGE, train.usage(), export.__doc__, compare.USAGE, prepare.USAGE, logs_command.USAGE):
+    for text in (evaluate.USAGE, train.usage(), export.USAGE, compare.USAGE, prepare.USAGE, logs_command.USAGE):
         assert folded(text).replace(" \\\n", " ").split() == text.replace("\\\n", " ").split()
     row = "  --flag   " + "word " * 20
     assert folded(row).splitlines()[1].startswith(" " * 11 + "word")

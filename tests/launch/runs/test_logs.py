@@ -109,10 +109,10 @@ def test_without_a_log_of_a_rank_it_is_the_jobs_output_or_a_word(tmp_path, capsy
     [
         (["nowhere"], "nowhere: there is no such run directory"),
         (["{run}", "rank=7"], "rank=7: it left no log in"),
-        (["{run}", "rank=x"], "rank=x: give a number"),
+        (["{run}", "rank=x"], "rank=x: must be a whole number, at least 0"),
         (["{run}", "job=99"], "there is that of: 17"),
         (["{run}", "rank=0", "job=17"], "give one of the two"),
-        (["{run}", "{run}"], "name one run directory, not 2"),
+        (["{run}", "{run}"], "name one run directory: shardtune logs runs/first"),
         (["{run}", "-f"], "-f: there is no such flag"),
         (["{run}", "ranks=1"], "ranks=1: there is no such word"),
         (["{run}", "rank=7", "--follow"], "those of 0 to 0"),

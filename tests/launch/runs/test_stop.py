@@ -241,10 +241,10 @@ def test_a_job_with_another_script_is_left_to_its_user(tmp_path, capsys, slurm):
     ("words", "problem"),
     [
         (["nowhere"], "nowhere: is no run directory"),
-        (["{run}", "wait_s=long"], "wait_s=long: give a number"),
+        (["{run}", "wait_s=long"], "wait_s=long: must be a whole number, at least 0"),
         (["{run}", "--now"], "--now: there is no such flag"),
         (["{run}", "step=3"], "step=3: there is no such word"),
-        (["{run}", "{run}"], "name one run directory, not 2"),
+        (["{run}", "{run}"], "name one run directory: shardtune stop runs/first"),
     ],
 )
 def test_words_that_mean_nothing_are_named(tmp_path, capsys, words, problem):
