@@ -1,88 +1,78 @@
 """`shardtune export adapters=[a,b] to=<dir>`: several LoRA adapters of one base as one merged model, or one adapter.
 
-shardtune export adapters=[runs/a/export,runs/b/export] to=<dir> [weights=[0.7,0.3]] [combine=cat|linear|ties|dare_linear]
-    [combine=dare_ties] [density=0.5] [seed=0] [base=<dir>] [merge=false] [dtype=bfloat16] [max_shard_gib=5]
-
-`combine=cat` is exactly the weighted sum of the updates. One adapter alone is merged as it is. What was written is loaded
-again, and its logits compared, before the command ends.
+One adapter alone is merged as it is. What was written is loaded again, and its logits compared, before the command ends.
 """
 
 from __future__ import annotations
 
-import difflib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.export.words import destination, flag_of, parse
+from launch.config.verb_words import VerbWords, flag, read_words, word
+from launch.export.words import destination
 from strategies.errors import ConfigError
+from trainer.export.config import ExportType
 
-KEYS = ("adapters", "weights", "combine", "density", "seed", "base", "to", "merge", "dtype", "max_shard_gib", "verify")
+WAYS = ("cat", "linear", "ties", "dare_linear", "dare_ties")
+"""The names of `trainer.export.combine.Combination`, which takes torch to import."""
+
+
+@dataclass(kw_only=True)
+class CombineWords(VerbWords):
+    """What `shardtune export adapters=[...]` takes."""
+
+    adapters: list[str] = word(
+        "directories of LoRA adapters of one base", default=[], like="[runs/a/export,runs/b/export]"
+    )
+    to: Path = word("a new directory", like="<directory>", required="name a new directory, as in to=models/merged")
+    weights: list[float] = word("a factor for each; default: 1", default=[], like="[0.7,0.3]")
+    combine: str = word(
+        f"{', '.join(WAYS)}; cat is exactly the weighted sum of the updates", default="cat", choices=WAYS
+    )
+    density: float = word("share of entries that ties and dare keep", default=0.5, above=0)
+    seed: int = word("of the entries that dare drops", default=0, least=0)
+    base: str | None = word("the model; default: the one that the adapters name", like="<directory>")
+    merge: bool = word("false writes one adapter", default=True)
+    dtype: ExportType = word("stored type of a whole model", default=ExportType.auto)
+    max_shard_gib: float = word("largest safetensors file in GiB", default=5.0, above=0)
+    verify: bool = word("what was written is always verified", default=True, also=("--verify",))
+    as_json: bool = flag("print where the model is, for a script", key="--json")
 
 
 def wanted(argv: list[str]) -> bool:
     """Whether these words of `export` combine adapters."""
-    return any(word.startswith("adapters=") for word in argv)
+    return any(each.startswith("adapters=") for each in argv)
 
 
 def run(argv: list[str]) -> dict[str, Any]:
     """Do what the words say; where the model is. Errors: ConfigError with every word that cannot be used, DriftError."""
-    words, problems = parse(argv, KEYS, beside=" beside adapters=")
-    numbers = {key: _number(key, words, problems) for key in ("density", "seed", "max_shard_gib") if key in words}
-    try:
-        weights = [float(part) for part in _list(words.get("weights", "[]"))]
-    except ValueError:
-        weights = []
-        problems.append(f"weights={words['weights']}: must be numbers, as in weights=[0.7,0.3]")
-    merge = flag_of(words, "merge", True, problems)
-    if "to" not in words:
-        problems.append("to: not set; name a new directory, as in to=models/merged")
+    words, problems = read_words("export adapters=", CombineWords, argv)
 
     import torch
 
     from trainer.export.combine import Combination, CombineSettings, combine
     from trainer.export.combine import problems as combine_problems
-    from trainer.export.config import ExportType
 
-    kinds, how, dtype = list(Combination), words.get("combine", "cat"), words.get("dtype", "auto")
-    if how not in kinds:
-        near = difflib.get_close_matches(how, kinds, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        problems.append(f"combine={how}: must be one of {', '.join(kinds)}{hint}")
-    if dtype not in list(ExportType):
-        problems.append(f"dtype={dtype}: must be one of {', '.join(ExportType)}")
     settings = CombineSettings(
-        adapters=_list(words["adapters"]),
-        weights=weights,
-        how=Combination(how) if how in kinds else Combination.cat,
-        density=numbers.get("density", 0.5),
-        seed=int(numbers.get("seed", 0)),
-        base=words.get("base"),
+        adapters=words.adapters,
+        weights=words.weights,
+        how=Combination(words.combine),
+        density=words.density,
+        seed=words.seed,
+        base=words.base,
     )
     problems += combine_problems(settings)
     if problems:
         raise ConfigError(problems)
 
-    to = destination(Path(), words["to"])
+    to = destination(Path(), str(words.to))
     combine(
         settings,
         to,
-        merge=merge,
-        dtype=None if dtype == "auto" else getattr(torch, dtype),
-        max_shard_gib=numbers.get("max_shard_gib", 5.0),
+        merge=words.merge,
+        dtype=None if words.dtype is ExportType.auto else getattr(torch, words.dtype),
+        max_shard_gib=words.max_shard_gib,
     )
     print(f"model: {to}")
     return {"adapters": settings.adapters, "model": str(to)}
-
-
-def _list(text: str) -> list[str]:
-    return [part.strip().strip("'\"") for part in text.strip("[]").split(",") if part.strip()]
-
-
-def _number(key: str, words: dict[str, str], problems: list[str]) -> float:
-    try:
-        value = float(words[key])
-    except ValueError:
-        value = 0.0
-    if not value > 0 and not (key == "seed" and value == 0):
-        problems.append(f"{key}={words[key]}: must be a number above 0")
-    return value

@@ -1,21 +1,4 @@
-"""`shardtune export`: turn a checkpoint of a run into a model directory that plain transformers (and peft) loads.
-
-    shardtune export runs/x [checkpoint=last|best|<step> | average=last:<n>|[<step>,<step>]] [to=<dir>] [merge=true]
-        [dtype=bfloat16] [--verify]
-        [to=hub:<owner>/<name> [--dry-run] [hub.private=false] [benchmarks={task: <owner>/<data set>}]]
-        [gguf=f32|f16|bf16|q8_0 [gguf.converter=<convert_hf_to_gguf.py>] [gguf.python=<python>]]
-        [bits=nf4|int8|torchao_int8|torchao_nvfp4|llmcompressor_<scheme> [bits.python=<python>]]
-        [accept=[base]]
-        [papers=[datasheet,annex_xi,...]] [answers=<file.yaml>] [gates={eval/loss: "<2.1"}] [gates.override="<why>"]
-        [--json]
-
-    shardtune export adapters=[<dir>,<dir>] to=<dir> [weights=[..]] [combine=cat]     (launch/export/combine.py)
-
-One process rebuilds the run from its frozen configuration, whatever strategy and number of ranks it trained with. `to`
-defaults to `<run.dir>/export`, which is replaced; any other directory must be new or empty. The run's gates, and
-those typed, must hold of what was measured of this checkpoint (exit code 69), or `gates.override` says why not. `--json`
-prints where everything is, for a script; what is said goes to stderr. The schemes of llmcompressor are w4a16, w8a8 and fp8.
-"""
+"""`shardtune export`: turn a checkpoint of a run into a model directory that plain transformers (and peft) loads."""
 
 from __future__ import annotations
 
@@ -26,20 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.export import average
+from launch.config.verb_words import asks_for_help, help_rows, read_words
+from launch.export import average, combine
 from launch.export import gguf as export_gguf
 from launch.export import hub as export_hub
-from launch.export.words import (
-    ACCEPT,
-    accepted_kinds,
-    destination,
-    flag_of,
-    gates_of,
-    parse,
-    record_of,
-    run_named,
-    unfinished,
-)
+from launch.export.combine import CombineWords
+from launch.export.words import ExportWords, destination, read_gates, record_of, refuse_no_run, unfinished
 from launch.output import FLAG, give, said_to_stderr
 from launch.serve import command as serve
 from strategies.errors import ConfigError
@@ -53,24 +28,25 @@ if TYPE_CHECKING:
     from trainer.export.gates.judge import JudgedGates
     from trainer.session.run_data import RowsNeeded
 
-KEYS = (
-    "run.dir",
-    "checkpoint",
-    "average",
-    "to",
-    "merge",
-    "dtype",
-    "max_shard_gib",
-    "verify",
-    "papers",
-    "answers",
-    ACCEPT,
-    *export_hub.WORDS,
-    *export_gguf.WORDS,
-    export_gguf.BITS,
-    export_gguf.BITS_PYTHON,
-)
+GATES = {
+    'gates={eval/loss: "<2.1"}': "gates beside those of the run",
+    'gates.override="<why>"': "go on although a gate says no",
+}
+USAGE = f"""usage: shardtune export <run> [key=value ...] [--json]
+       shardtune export adapters=[<dir>,<dir>] to=<dir> [key=value ...] [--json]
 
+  shardtune export runs/first checkpoint=best merge=true to=models/first
+  shardtune export runs/first to=hub:team/first --dry-run
+  shardtune export adapters=[runs/a/export,runs/b/export] weights=[0.7,0.3] to=models/merged
+
+One process rebuilds the run from its frozen configuration, whatever strategy and number of ranks it trained with. The run's
+gates, and those typed, must hold of what was measured of this checkpoint (exit code 69), or gates.override says why not.
+
+{help_rows(ExportWords, GATES)}
+
+With adapters= one model is made of several LoRA adapters:
+
+{help_rows(CombineWords)}"""
 
 MOST_LOOKS = 10
 """Checkpoints that may be deleted one after the other while each is read."""
@@ -101,17 +77,30 @@ class ExportRequest:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, StorageError, DriftError."""
-    if {"-h", "--help"} & set(argv):
-        show_help(__doc__ or "")
+    if asks_for_help(argv):
+        show_help(USAGE)
         return 0
-    from launch.export import combine
-
-    words = [word for word in argv if word != FLAG]
-    with said_to_stderr(FLAG in argv):
-        answer = combine.run(words) if combine.wanted(words) else run(words)
-    if FLAG in argv:
+    as_json = FLAG in argv
+    with said_to_stderr(as_json):
+        answer = combine.run(argv) if combine.wanted(argv) else run(argv)
+    if as_json:
         give(answer)
     return 0
+
+
+def export_words(argv: list[str]) -> tuple[ExportWords, dict[str, Any]]:
+    """(what was typed, the gates that were). Errors: ConfigError with every problem."""
+    words, problems = read_words("export", ExportWords, argv)
+    gates, unusable_gates = read_gates(words.gates)
+    problems += unusable_gates
+    if words.average is not None and "checkpoint" in words.typed:
+        problems.append(f"average={words.average}: says which checkpoints; leave checkpoint={words.checkpoint} out")
+    if "data" in words.accept and words.bits is None:
+        problems.append(f"accept={words.typed['accept']}: only bits= reads the run's data; write accept=[base]")
+    if problems:
+        raise ConfigError(problems)
+    refuse_no_run(words.run)
+    return words, gates
 
 
 def run(argv: list[str]) -> dict[str, Any]:
@@ -119,51 +108,41 @@ def run(argv: list[str]) -> dict[str, Any]:
     from launch.config.read_run import ReadingVerb, read_run, take_words
     from trainer.export.gates.judge import record
     from trainer.session.base_files import use_recorded_base
-    from trainer.session.run_data import DATA
 
-    dry = "--dry-run" in argv
-    command = ["export", *argv]
-    argv, typed, problems = gates_of([word for word in argv if word != "--dry-run"])
-    allowing, argv = take_words(argv)
-    words, more = parse(argv, KEYS)
-    if problems := [*problems, *more]:
-        raise ConfigError(problems)
-    run_dir = run_named(words)
-    config = read_run(run_dir, ReadingVerb(command, partial(_needs, words)), allowing)
+    allowing, argv_of_verb = take_words(argv)
+    words, typed_gates = export_words(argv_of_verb)
+    run_dir = words.run
+    config = read_run(run_dir, ReadingVerb(["export", *argv], partial(_needs, words)), allowing)
     settle(config, words)
     averaged = []
-    if "average" in words:
-        if "checkpoint" in words:
-            raise ConfigError(
-                f"average={words['average']}: says which checkpoints; leave checkpoint={words['checkpoint']} out"
-            )
-        averaged = average.chosen(run_dir, words["average"], config)
-    gguf, bits = export_gguf.wanted(words, config), export_gguf.wanted_bits(words, config)
-    hub = export_hub.target(words, run_dir, dry=dry)
-    last = averaged[-1] if averaged else find_checkpoint(run_dir, words.get("checkpoint", "last"), config.checkpoint)
-    only_convert = gguf is not None and bits is None and hub is None and "to" in words
-    only_convert = only_convert and export_gguf.waits(Path(words["to"]).expanduser(), words, averaged or [last])
+    if words.average is not None:
+        averaged = average.chosen(run_dir, words.average, config)
+    gguf = export_gguf.wanted(words, config)
+    bits = export_gguf.wanted_bits(words, config)
+    hub = export_hub.target(words)
+    last = averaged[-1] if averaged else find_checkpoint(run_dir, words.checkpoint, config.checkpoint)
+    only_convert = False
+    if gguf is not None and bits is None and hub is None and words.to is not None:
+        only_convert = export_gguf.waits(Path(words.to).expanduser(), words, averaged or [last])
     asked = ExportRequest(
         run_dir,
         last,
-        hub.folder if hub is not None else destination(run_dir, words.get("to"), holds_it=only_convert),
+        hub.folder if hub is not None else destination(run_dir, words.to, holds_it=only_convert),
         averaged,
-        benchmarks=export_hub.benchmarks_of(words),
-        named=words.get("checkpoint", "last"),
+        benchmarks=export_hub.benchmarks_of(words.benchmarks or "{}"),
+        named=words.checkpoint,
     )
     if asked.named == "best":
         tell_if_base_was_better(run_dir, last, config)
-    asked.accepted = use_recorded_base(
-        config, run_dir, accepted_kinds(words, reads_rows=bits is not None), teacher=False
-    )
-    asked.accept_data = DATA in accepted_kinds(words, reads_rows=bits is not None)
+    asked.accepted = use_recorded_base(config, run_dir, words.accept, teacher=False)
+    asked.accept_data = "data" in words.accept
     if bits is not None:
         asked.rows_needed = export_gguf.rows_needed(bits)
     for line in asked.accepted:
         print(f"accepted: {line}", flush=True)
     if bits is not None:
         export_gguf.refuse_sizes(bits.kind, config)
-    asked.gates = pass_gates(config, typed, asked)
+    asked.gates = pass_gates(config, typed_gates, asked)
     what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
     print(f"exporting {what} to {asked.to}{unfinished(run_dir, None if averaged else asked.checkpoint)}", flush=True)
     data = None
@@ -188,14 +167,14 @@ def run(argv: list[str]) -> dict[str, Any]:
     return answer
 
 
-def _needs(words: dict[str, str], value: OutsideValue, config: RunConfig) -> bool:
+def _needs(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:
     """Whether an export with these words uses a value of the run that reaches out of it."""
     from launch.config.read_run import uses_model_alone
 
     if "export.answers" in value.settings:
-        return "answers" not in words
+        return words.answers is None
     if any(key in value.settings for key in ("data.cache_dir", "data.remote", "data.streaming")):
-        return export_gguf.BITS in words  # which is fitted to rows
+        return words.bits is not None  # which is fitted to rows
     return uses_model_alone(value, config)
 
 
@@ -238,32 +217,17 @@ def pass_gates(config: RunConfig, typed: dict[str, Any], asked: ExportRequest) -
     return judged
 
 
-def settle(config: RunConfig, words: dict[str, str]) -> None:
+def settle(config: RunConfig, words: ExportWords) -> None:
     """Put what was asked for into the run's own export settings, and make it a run of one process."""
     from strategies.base import SingleConfig
     from trainer.config.gates import paper_words
     from trainer.config.run import Device
-    from trainer.export.config import ExportType
 
-    problems: list[str] = []
-    for key in ("merge", "verify"):
-        setattr(config.export, key, flag_of(words, key, getattr(config.export, key), problems))
-    if "dtype" in words:
-        try:
-            config.export.dtype = ExportType(words["dtype"])
-        except ValueError:
-            problems.append(f"dtype={words['dtype']}: must be one of {', '.join(ExportType)}")
-    if "max_shard_gib" in words:
-        try:
-            config.export.max_shard_gib = float(words["max_shard_gib"])
-        except ValueError:
-            config.export.max_shard_gib = 0.0
-        if not config.export.max_shard_gib > 0:
-            problems.append(f"max_shard_gib={words['max_shard_gib']}: must be a number of GiB above 0")
-    if "papers" in words:
-        config.export.papers = [name.strip() for name in words["papers"].strip("[]").split(",") if name.strip()]
-    config.export.answers = words.get("answers", config.export.answers)
-    problems += [line.removeprefix("export.") for line in paper_words(config)]
+    for name in ("merge", "dtype", "max_shard_gib", "verify", "papers", "answers"):
+        chosen = getattr(words, name)
+        if chosen is not None:
+            setattr(config.export, name, chosen)
+    problems = [line.removeprefix("export.") for line in paper_words(config)]
     if problems:
         raise ConfigError(problems)
     config.strategy, config.run.device = SingleConfig(), Device.cpu  # the host has the room, and values are only copied

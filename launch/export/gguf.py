@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launch.export.words import ExportWords
     from trainer.config.run import RunConfig
     from trainer.data.prepare import Prepared
     from trainer.export.gguf import Converter, GgufType
     from trainer.export.quantised import FewBits
     from trainer.session.run_data import RowsNeeded
 
-WORDS = ("gguf", "gguf.converter", "gguf.python")
-BITS, BITS_PYTHON = "bits", "bits.python"
-
-
+OF_CONVERTER = ("gguf", "gguf.converter", "gguf.python")
+"""Words that may be mended before an export goes on."""
 MARKER = ".waits-for-gguf.json"
 """In an export whose GGUF file could not be made: which export it is, so that the same command only converts it."""
 
@@ -33,22 +32,18 @@ class GgufRequest:
     name: str
 
 
-def wanted(words: dict[str, str], config: RunConfig) -> GgufRequest | None:
-    """What the words ask for; None where they ask for none. Raises ConfigError before anything is written."""
-    if "gguf" not in words:
-        if given := [word for word in WORDS if word in words]:
-            raise ConfigError(f"{given[0]}={words[given[0]]}: goes with gguf=<type>")
+def wanted(words: ExportWords, config: RunConfig) -> GgufRequest | None:
+    """What the words ask for; None if they ask for none. Raises ConfigError before anything is written."""
+    if words.gguf is None:
         return None
-    from trainer.export.gguf import GgufType, find_converter
+    from trainer.export.gguf import find_converter
 
-    _whole(words, "gguf", config)
-    if words["gguf"] not in [*GgufType]:
-        raise ConfigError(f"gguf={words['gguf']}: must be one of {', '.join(GgufType)}")
-    found = find_converter(words.get("gguf.converter"), words.get("gguf.python"))
-    return GgufRequest(GgufType(words["gguf"]), found, Path(words["run.dir"]).expanduser().resolve().name)
+    _refuse_adapter(f"gguf={words.gguf}", config)
+    converter = find_converter(words.gguf_converter, words.gguf_python)
+    return GgufRequest(words.gguf, converter, words.run.resolve().name)
 
 
-def waits(directory: Path, words: dict[str, str], checkpoints: list[Path]) -> bool:
+def waits(directory: Path, words: ExportWords, checkpoints: list[Path]) -> bool:
     """Whether the directory holds this very export, whole, and only its GGUF file is lacking."""
     try:
         kept = json.loads((directory / MARKER).read_text(encoding="utf-8"))
@@ -57,7 +52,7 @@ def waits(directory: Path, words: dict[str, str], checkpoints: list[Path]) -> bo
     return bool(kept == _export_key(words, checkpoints))
 
 
-def note_waiting(directory: Path, words: dict[str, str], checkpoints: list[Path]) -> None:
+def note_waiting(directory: Path, words: ExportWords, checkpoints: list[Path]) -> None:
     """Write down which export is whole before it is converted."""
     (directory / MARKER).write_text(json.dumps(_export_key(words, checkpoints)), encoding="utf-8")
 
@@ -67,9 +62,9 @@ def note_converted(directory: Path) -> None:
     (directory / MARKER).unlink(missing_ok=True)
 
 
-def _export_key(words: dict[str, str], checkpoints: list[Path]) -> dict[str, Any]:
+def _export_key(words: ExportWords, checkpoints: list[Path]) -> dict[str, Any]:
     """What decides an export: the words but those of the converter, which may be mended, and the checkpoints."""
-    deciding = {key: value for key, value in words.items() if key not in WORDS}
+    deciding = {key: text for key, text in words.typed.items() if key not in OF_CONVERTER}
     return {"words": deciding, "checkpoints": [path.name for path in checkpoints]}
 
 
@@ -89,11 +84,11 @@ def write(asked: GgufRequest, directory: Path, *, verify: bool) -> Path:
     return file
 
 
-def _whole(words: dict[str, str], key: str, config: RunConfig) -> None:
+def _refuse_adapter(word: str, config: RunConfig) -> None:
     from trainer.tuning.base import LoraConfig
 
     if isinstance(config.tuning, LoraConfig) and not config.export.merge:
-        raise ConfigError(f"{key}={words[key]}: is of a whole model; fold the adapter in with merge=true")
+        raise ConfigError(f"{word}: is of a whole model; fold the adapter in with merge=true")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +100,16 @@ class Few:
     """Of the environment that stores it, where that is another one."""
 
 
-def wanted_bits(words: dict[str, str], config: RunConfig) -> Few | None:
+def wanted_bits(words: ExportWords, config: RunConfig) -> Few | None:
     """The type that `bits=` asks for. Raises ConfigError before anything is written."""
-    named = words.get(BITS_PYTHON)
-    if BITS not in words:
-        if named is not None:
-            raise ConfigError(f"{BITS_PYTHON}={named}: goes with bits=llmcompressor_...")
+    if words.bits is None:
         return None
     from trainer.export.llm_compressor import find_python
     from trainer.export.quantised import check_few_bits
 
-    kind = check_few_bits(words[BITS])
-    if named is not None and not kind.apart:
-        raise ConfigError(f"{BITS_PYTHON}={named}: goes with bits=llmcompressor_...; bits={kind} is stored here")
-    _whole(words, BITS, config)
-    return Few(kind, find_python(named) if kind.apart else None)
+    kind = check_few_bits(words.bits)
+    _refuse_adapter(f"bits={words.bits}", config)
+    return Few(kind, find_python(words.bits_python) if kind.apart else None)
 
 
 def refuse_sizes(kind: FewBits, config: RunConfig) -> None:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.export.words import flag_of
+from launch.export.words import ExportWords
 from strategies.errors import ConfigError, ShardtuneError
 
 PREFIX = "hub:"
-WORDS = ("hub.private", "benchmarks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,39 +27,31 @@ class Target:
     exists: bool = False
 
 
-def target(words: dict[str, str], run_dir: Path, *, dry: bool) -> Target | None:
+def target(words: ExportWords) -> Target | None:
     """What `to=hub:` asks for, looked up at the hub unless it is a dry run; None for a directory. Raises ConfigError."""
-    to = words.get("to", "")
+    to = words.to or ""
     if not to.startswith(PREFIX):
-        if dry or "hub.private" in words:
-            word = "--dry-run" if dry else f"hub.private={words['hub.private']}"
-            raise ConfigError(f"{word}: goes with to=hub:<owner>/<name>")
         return None
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     name = to.removeprefix(PREFIX)
-    problems: list[str] = []
-    private = flag_of(words, "hub.private", True, problems)
-    if problems:
-        raise ConfigError(problems)
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ConfigError(f"to={to}: is no name of a repository ({str(error).splitlines()[0]})") from error
     if "/" not in name:
         raise ConfigError(f"to={to}: name the owner too, as to=hub:<owner>/{name}")
-    folder = run_dir / "hub" / name.replace("/", "--")
-    if dry or _offline():
-        return Target(name, private, folder, True)
-    return Target(name, private, folder, False, _exists(name, private))
+    folder = words.run / "hub" / name.replace("/", "--")
+    if words.dry_run or _offline():
+        return Target(name, words.hub_private, folder, True)
+    return Target(name, words.hub_private, folder, False, _exists(name, words.hub_private))
 
 
-def benchmarks_of(words: dict[str, str]) -> dict[str, str]:
-    """`benchmarks={task: <owner>/<data set>[/<task there>]}`. Raises ConfigError."""
+def benchmarks_of(typed: str) -> dict[str, str]:
+    """`{task: <owner>/<data set>[/<task there>]}`, what `benchmarks=` takes, by task. Raises ConfigError."""
     import yaml
 
-    typed = words.get("benchmarks", "{}")
     try:
         found = yaml.safe_load(typed)
         assert isinstance(found, dict) and all(str(value).count("/") in (1, 2) for value in found.values())

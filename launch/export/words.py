@@ -1,79 +1,84 @@
-"""What both ways of `shardtune export` read alike: words of the form key=value, where the result goes, the run's own record."""
+"""The words of `shardtune export`, and what both of its ways need: where the result goes, the run's own record."""
 
 from __future__ import annotations
 
-import difflib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.config.verb_words import VerbWords, bare_word, flag, setting_words, word
 from strategies.errors import ConfigError
+from trainer.export.config import ExportType
+from trainer.export.gguf import GgufType
 
-ACCEPT = "accept"
-"""The word that goes on with another base than the run was trained on."""
-
-
-def parse(argv: list[str], keys: tuple[str, ...], *, beside: str = "") -> tuple[dict[str, str], list[str]]:
-    """The words by key, and a line about each word that cannot be used; `--verify` is `verify=true`, a bare word the run.
-
-    `beside` is added to the line about a key that is not known.
-    """
-    words: dict[str, str] = {}
-    problems = []
-    for word in argv:
-        key, equals, value = ("verify", "=", "true") if word == "--verify" else word.partition("=")
-        if "run.dir" in keys and not equals and key not in keys and not key.startswith("-"):
-            key, equals, value = "run.dir", "=", word
-        if key in words:
-            problems.append(f"{word}: {key} is given twice, as {words[key]} and {value}; give one")
-            continue
-        if key in keys and equals and value:
-            words[key] = value
-            continue
-        near = difflib.get_close_matches(key, keys, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(keys)}"
-        problems.append(
-            f"{word}: {key} needs a value ({key}=...)" if key in keys else f"{word}: no such key{beside}{hint}"
-        )
-    return words, problems
+HUB = "to=hub:"
+"""The word that pushes to the hub, up to the repository's name."""
 
 
-def flag_of(words: dict[str, str], key: str, default: bool, problems: list[str]) -> bool:
-    """Whether a word is on, in any spelling that a setting of `train` takes; another value becomes a problem."""
-    value = words.get(key)
-    if value is None:
-        return default
-    if value.lower() in ("true", "yes", "on", "1"):
-        return True
-    if value.lower() not in ("false", "no", "off", "0"):
-        problems.append(f"{key}={value}: must be true or false")
-    return False
+@dataclass(kw_only=True)
+class ExportWords(VerbWords):
+    """What `shardtune export <run>` takes."""
+
+    run: Path = bare_word("name the directory of one run, as in shardtune export runs/x")
+    checkpoint: str = word("last, best or a step", default="last")
+    average: str | None = word("the mean of several checkpoints: last:<n>, or steps as in [100,200]", like="last:3")
+    to: str | None = word(
+        "a new or empty directory, or hub:<owner>/<name>; default: <run>/export, which is replaced", like="<directory>"
+    )
+    merge: bool | None = word("fold the adapter into the base and write a whole model", like="true")
+    dtype: ExportType | None = word("stored type of a whole model: auto, float32, bfloat16, float16", like="bfloat16")
+    max_shard_gib: float | None = word("largest safetensors file in GiB", like="5", above=0)
+    verify: bool | None = word(
+        "reload the export and compare its logits with the trained model's; --verify says the same",
+        like="true",
+        also=("--verify",),
+    )
+    accept: list[str] = word(
+        "go on although the base (with bits= the data too) is not that of the training",
+        default=[],
+        like="[base]",
+        choices=("base", "data"),
+    )
+    papers: list[str] | None = word("papers beside the card (docs/papers.md)", like="[datasheet,annex_xi]")
+    answers: str | None = word("what only the owner can say in papers", like="<file.yaml>")
+    gates: list[str] = setting_words(beginning="gates")
+    hub_private: bool = word("who sees the repository", key="hub.private", default=True, needs=HUB)
+    benchmarks: str | None = word("data sets of the hub behind tasks", like="{task: <owner>/<data set>}")
+    gguf: GgufType | None = word("a GGUF file too: f32, f16, bf16 or q8_0", like="q8_0")
+    gguf_converter: str | None = word(
+        "llama.cpp's converter", key="gguf.converter", like="<convert_hf_to_gguf.py>", needs="gguf"
+    )
+    gguf_python: str | None = word("what runs the converter", key="gguf.python", like="<python>", needs="gguf")
+    bits: str | None = word(
+        "in few bits too: nf4, int8, torchao_int8, torchao_nvfp4, llmcompressor_w4a16, llmcompressor_w8a8, llmcompressor_fp8",
+        like="nf4",
+    )
+    bits_python: str | None = word(
+        "of the environment that has llmcompressor", key="bits.python", like="<python>", needs="bits=llmcompressor_"
+    )
+    dry_run: bool = flag("write the folder for the hub, and push nothing", needs=HUB)
+    as_json: bool = flag("print where everything is, for a script; what is said goes to stderr", key="--json")
 
 
-def gates_of(argv: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
-    """(the other words, the gates that are typed, a line about each that is none)."""
+def read_gates(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """(the gates that are typed, a line about each word that is none)."""
     from trainer.export.gates.bounds import problems, read_word
 
-    rest, gates, found = [], dict[str, Any](), []
-    for word in argv:
-        if word.partition("=")[0].split(".")[0] != "gates":
-            rest.append(word)
-            continue
-        typed, problem = read_word(word)
-        found += [problem] if typed is None else problems(typed)
+    gates: dict[str, Any] = {}
+    unusable: list[str] = []
+    for each in words:
+        typed, problem = read_word(each)
+        unusable += [problem] if typed is None else problems(typed)
         gates |= typed or {}
-    return rest, gates, found
+    return gates, unusable
 
 
-def run_named(words: dict[str, str]) -> Path:
-    """The run that is exported. Errors: ConfigError where none is named, or there is none."""
-    if "run.dir" not in words:
-        raise ConfigError("run.dir: not set; name the directory of a run, as in shardtune export runs/x")
-    run = Path(words["run.dir"]).expanduser()
+def refuse_no_run(run: Path) -> None:
+    """Raise ConfigError if the directory holds no run."""
     if not (run / "config.yaml").is_file():
         what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
         raise ConfigError(f"{run}: {what}; name a run, as in shardtune export runs/x")
-    return run
 
 
 def destination(run_dir: Path, to: str | None, *, holds_it: bool = False) -> Path:
@@ -110,21 +115,3 @@ def record_of(run_dir: Path) -> dict[str, Any]:
             f"{run_dir / 'run.json'}: cannot be read ({error}), and the precision and the card of an export come from it; "
             "bring it back"
         ) from None
-
-
-def accepted_kinds(words: dict[str, str], *, reads_rows: bool = True) -> list[str]:
-    """What `accept=[base,data]` names: kinds in which the files of today may differ from those of training.
-
-    `reads_rows`: whether the verb may read the run's own rows; without them there is no data to accept. Errors: ConfigError.
-    """
-    from trainer.session.base_files import BASE
-    from trainer.session.run_data import DATA
-
-    typed = words.get(ACCEPT, "")
-    kinds = [kind.strip() for kind in typed.removeprefix("[").removesuffix("]").split(",") if kind.strip()]
-    known = [BASE, DATA] if reads_rows else [BASE]
-    if typed and (not kinds or not set(kinds) <= set(known)):
-        raise ConfigError(
-            f"{ACCEPT}={typed}: must be [{','.join(known)}] or a part of it, of what may have changed since the training"
-        )
-    return kinds

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
+from launch.config.verb_words import asks_for_help, help_rows
+from launch.review.words import MakeWords, ScoreWords
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.review.sheet import Sheet
     from launch.review.words import Making
 
-USAGE = """usage: shardtune review make <run directory> prompts=<file> [n=50] [arms=[base,tuned,...]] [key=value ...]
+MORE = {"review.*": "rubric, repeats and how answers are written; beside it strategy, launcher.*, run.*, precision"}
+USAGE = f"""usage: shardtune review make <run directory> prompts=<file> [n=50] [arms=[base,tuned,...]] [key=value ...]
        shardtune review score <run directory> <answers> ... [drop=[name]] [--json]
 
   shardtune review make runs/first prompts=prompts.jsonl n=50
@@ -25,23 +28,17 @@ make draws prompts, has the models answer, and writes into <run>/review (or to=<
   review.csv                 the same as a table; both hide which model an answer is by
   key.json                   which is which: keep it, and send it to nobody
 
-  arms=[base,tuned]          what is compared with the tuned model: base, other runs, model directories
-  checkpoint=last            last, best or a step
-  accept=[base]              go on although the base is not the one that the run was trained on
-  n=50, seed=0               prompts drawn, and their seed: review.n and review.seed
-  review.*                   rubric, repeats and how answers are written; beside it strategy, launcher.*, run.*, precision
+{help_rows(MakeWords, MORE)}
 
 score reads what reviewers saved, and puts the result into the run's records, its card and its gates (review/win_rate):
-  review=<directory>         where make wrote; default: <run>/review
-  drop=[name]                reviewers whose votes do not count, as the record then says
-  --json                     print the result in place of tables
+{help_rows(ScoreWords)}
 
 docs/review.md says how it is judged."""
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError and what writing answers raises."""
-    if not argv or {"-h", "--help"} & set(argv):
+    if not argv or asks_for_help(argv):
         show_help(USAGE)
         return 0 if argv else 64
     do = {"make": make, "score": score}.get(argv[0])
@@ -121,6 +118,7 @@ def score(argv: list[str]) -> int:
     from trainer.reporting.status import write_text_atomic
 
     asked = scoring(argv)
+    assert asked.review is not None
     review, key = read_key(asked.review)
     reviewers = read(asked.answers, review, key)
     names = [each.name for each in reviewers]

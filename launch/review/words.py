@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import difflib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.export.words import ACCEPT, accepted_kinds
+from launch.config.verb_words import VerbWords, bare_word, bare_words, flag, read_words, setting_words, word
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,11 +16,49 @@ if TYPE_CHECKING:
     from trainer.config.review import ReviewConfig
     from trainer.config.run import RunConfig
 
-MAKE = ("prompts", "n", "arms", "seed", "to", "checkpoint", ACCEPT)
-SCORE = ("review", "drop")
 ARMS = "arms."
 """Before a setting: it allows what the runs of `arms=` reach out to."""
 ALLOWED = frozenset({"review", "evaluation", "strategy", "launcher", "run", "precision"})
+
+
+@dataclass(kw_only=True)
+class MakeWords(VerbWords):
+    """What `shardtune review make` takes."""
+
+    run: Path = bare_word("name one run, as in shardtune review make runs/x prompts=<file>")
+    prompts: str = word(
+        "the file that prompts are drawn from",
+        like="prompts.jsonl",
+        required="give a file of prompts, as in prompts=prompts.jsonl",
+    )
+    n: int | None = word("prompts drawn, as review.n", like="50")
+    seed: int | None = word("of drawing them, as review.seed", like="0")
+    arms: list[str] = word(
+        "what is compared with the tuned model: base, other runs, model directories", default=["base", "tuned"]
+    )
+    checkpoint: str = word("last, best or a step", default="last")
+    accept: list[str] = word(
+        "go on although the base is not the one that the run was trained on",
+        default=[],
+        like="[base]",
+        choices=("base", "data"),
+        also=("run.accept",),
+    )
+    to: Path | None = word("where the files go; default: <run>/review", like="<directory>")
+    settings: list[str] = setting_words()
+
+
+@dataclass(kw_only=True)
+class ScoreWords(VerbWords):
+    """What `shardtune review score` takes."""
+
+    run: Path = bare_word(
+        "name a run and the files that reviewers saved: shardtune review score runs/x ada.json bert.json"
+    )
+    answers: list[Path] = bare_words()
+    review: Path | None = word("where make wrote; default: <run>/review", like="<directory>")
+    drop: list[str] = word("reviewers whose votes do not count, as the record then says", default=[], like="[name]")
+    as_json: bool = flag("print the result in place of tables", key="--json")
 
 
 @dataclass(slots=True)
@@ -47,57 +84,38 @@ class Making:
     """The word that takes another base than the runs were trained on, empty where it was not typed."""
 
 
-@dataclass(slots=True)
-class Scoring:
-    """What `review score` is asked for."""
-
-    run: Path
-    review: Path
-    answers: list[Path]
-    drop: list[str] = field(default_factory=list)
-    as_json: bool = False
-
-
 def making(argv: list[str]) -> Making:
     """The words of `review make`. Errors: ConfigError with every problem."""
     from launch.config.compose import recompose
     from launch.config.read_run import ReadingVerb, read_run, take_words
     from launch.export.command import find_checkpoint
-    from launch.review.sheet import BASE, TUNED
     from trainer.checkpoints.manifest import fingerprint
     from trainer.config.ranges import range_problems
     from trainer.session.base_files import use_recorded_base
 
     command = ["review", "make", *argv]
     allowing, argv = take_words(argv, ARMS)
-    bare, own, settings, problems = _sort(argv, MAKE)
-    problems += [f"{word}: there is no such flag; review make takes --help" for word in bare if word.startswith("-")]
-    runs = [word for word in bare if not word.startswith("-")]
-    if len(runs) != 1:
-        problems.append(
-            f"{' '.join(runs) or 'no run'}: name one run, as in shardtune review make runs/x prompts=<file>"
-        )
-    if "prompts" not in own:
-        problems.append("prompts: not set; give a file of prompts, as in prompts=prompts.jsonl")
+    words, problems = read_words("review make", MakeWords, argv)
     if problems:
         raise ConfigError(problems)
-    run = Path(runs[0]).expanduser()
+    run = words.run
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: is no run directory (it has no config.yaml); name a run")
-    settings += [f"review.{key}={own[key]}" for key in ("n", "seed") if key in own]
+    own_settings = [f"review.{key}={words.typed[key]}" for key in ("n", "seed") if key in words.typed]
+    settings = [*words.settings, *own_settings]
 
     def with_own_words(frozen: RunConfig, words: list[str]) -> RunConfig:
         frozen.run.dir, frozen.run.resume = None, "auto"
         return recompose(frozen, words, ALLOWED)
 
     config = read_run(run, ReadingVerb(command, _needs, own_groups=ALLOWED), settings, with_own_words)
-    checkpoint = find_checkpoint(run, own.get("checkpoint", "last"), config.checkpoint)
-    accepted = use_recorded_base(config, run, accepted_kinds(own), teacher=True, start=True)
+    checkpoint = find_checkpoint(run, words.checkpoint, config.checkpoint)
+    accepted = use_recorded_base(config, run, words.accept, teacher=True, start=True)
     review = config.review
     problems += range_problems(review, "review")
     problems += review.problems()
-    arms, wrong = _arms(own.get("arms", f"[{BASE},{TUNED}]"))
-    to = Path(own["to"]).expanduser() if "to" in own else run / "review"
+    arms, wrong = _arms(words.arms)
+    to = words.to or run / "review"
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         wrong.append(f"to={to}: exists and is not empty; a review is never written over: name a new directory")
     if problems := [*problems, *wrong]:
@@ -105,57 +123,31 @@ def making(argv: list[str]) -> Making:
     artefact = None if accepted else fingerprint(checkpoint)  # on another base these are other weights
     model = {"run": str(run), "checkpoint": checkpoint.name, "artefact": artefact, "accepted": accepted}
     plain = [word for word in settings if not word.startswith("review.")]
-    accept = f"{ACCEPT}={own[ACCEPT]}" if ACCEPT in own else ""
-    return Making(run, own["prompts"], arms, to, checkpoint, model, review, plain, allowing, command, accept)
+    accept = f"accept=[{','.join(words.accept)}]" if words.accept else ""
+    return Making(run, words.prompts, arms, to, checkpoint, model, review, plain, allowing, command, accept)
 
 
-def scoring(argv: list[str]) -> Scoring:
+def scoring(argv: list[str]) -> ScoreWords:
     """The words of `review score`. Errors: ConfigError with every problem."""
     from launch.review.sheet import KEY
 
-    bare, own, settings, problems = _sort(argv, SCORE)
-    as_json = "--json" in bare
-    flags = [word for word in bare if word.startswith("-") and word != "--json"]
-    problems += [f"{word}: there is no such flag; review score takes --json and --help" for word in flags]
-    for word in settings:
-        near = difflib.get_close_matches(word.partition("=")[0], SCORE, n=1)
-        problems.append(f"{word}: review score has no such word; {near[0] + '=' if near else ', '.join(SCORE)}")
-    words = [word for word in bare if not word.startswith("-")]
-    if len(words) < 2:
+    words, problems = read_words("review score", ScoreWords, argv)
+    if words.run is not None and not words.answers:
         problems.append(
             "name a run and the files that reviewers saved: shardtune review score runs/x ada.json bert.json"
         )
     if problems:
         raise ConfigError(problems)
-    run, *answers = (Path(word).expanduser() for word in words)
-    if not run.is_dir():
-        raise ConfigError(f"{run}: there is no such run")
-    if missing := [str(path) for path in answers if not path.is_file()]:
+    if not words.run.is_dir():
+        raise ConfigError(f"{words.run}: there is no such run")
+    if missing := [str(path) for path in words.answers if not path.is_file()]:
         raise ConfigError(f"{', '.join(missing)}: there is no such file")
-    review = Path(own["review"]).expanduser() if "review" in own else run / "review"
-    if not (review / KEY).is_file():
+    words.review = words.review or words.run / "review"
+    if not (words.review / KEY).is_file():
         raise ConfigError(
-            f"review={review}: holds no review; name the directory that review make wrote, as review=<directory>"
+            f"review={words.review}: holds no review; name the directory that review make wrote, as review=<directory>"
         )
-    return Scoring(run, review, answers, _list(own.get("drop", "")), as_json)
-
-
-def _sort(argv: list[str], keys: tuple[str, ...]) -> tuple[list[str], dict[str, str], list[str], list[str]]:
-    """(bare words, own words by key, settings, problems)."""
-    bare, own, settings, problems = list[str](), dict[str, str](), list[str](), list[str]()
-    for word in argv:
-        key, assigned, value = word.partition("=")
-        if key == "run.dir" and assigned:
-            bare.append(value)
-        elif not assigned or word.startswith("-"):
-            bare.append(word)
-        elif key in keys:
-            problems += [f"{word}: {key} is given twice"] if key in own else []
-            problems += [] if value else [f"{word}: {key} needs a value"]
-            own[key] = value
-        else:
-            settings.append(word)
-    return bare, own, settings, problems
+    return words
 
 
 def _needs(value: OutsideValue, config: RunConfig) -> bool:
@@ -172,30 +164,27 @@ def _computing(settings: list[str]) -> list[str]:
     return [word for word in settings if not is_allowing_word(word)]
 
 
-def _list(text: str) -> list[str]:
-    return [part.strip().strip("'\"") for part in text.strip("[]").split(",") if part.strip()]
-
-
-def _arms(text: str) -> tuple[dict[str, str | None], list[str]]:
+def _arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
     """(arms by name, problems)."""
     from launch.review.sheet import BASE, TUNED
 
-    found: dict[str, str | None] = {}
+    shown = f"arms=[{','.join(typed)}]"
+    arms: dict[str, str | None] = {}
     problems = []
-    for arm in _list(text):
+    for arm in typed:
         path = Path(arm).expanduser()
         if arm in (BASE, TUNED):
-            found[arm] = None
+            arms[arm] = None
         elif (path / "config.yaml").is_file() or (path / "config.json").is_file():
             name = path.name
-            while name in found:
+            while name in arms:
                 name += "'"
-            found[name] = str(path)
+            arms[name] = str(path)
         else:
-            problems.append(f"arms={text}: {arm} is neither {BASE}, {TUNED}, a run nor a model directory")
-    if not problems and (TUNED not in found or len(found) < 2):
-        problems.append(f"arms={text}: needs {TUNED}, and something to compare it with, as in arms=[{BASE},{TUNED}]")
-    return found, problems
+            problems.append(f"{shown}: {arm} is neither {BASE}, {TUNED}, a run nor a model directory")
+    if not problems and (TUNED not in arms or len(arms) < 2):
+        problems.append(f"{shown}: needs {TUNED}, and something to compare it with, as in arms=[{BASE},{TUNED}]")
+    return arms, problems
 
 
 def arm_plan(asked: Making, name: str, where: str | None) -> EvaluationPlan:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from launch.export.command import export_words
 from launch.export.gguf import wanted_bits
 from strategies.errors import ConfigError, ShardtuneError
 from tests.helpers.models import tiny_model_dir
@@ -80,16 +81,20 @@ def test_it_is_called_offline_with_rows_of_the_training_and_its_files_are_read_b
         ({"bits": "llmcompressor_fp8"}, r"lives apart; name the Python of its environment with bits\.python"),
         ({"bits": "llmcompressor_fp8", "bits.python": "nowhere"}, "there is no such program"),
         ({"bits": "llmcompressor_fp8", "bits.python": "false"}, "no Python that has llmcompressor"),
-        ({"bits": "torchao_int8", "bits.python": "true"}, "torchao_int8 is stored here"),
+        ({"bits": "torchao_int8", "bits.python": "true"}, "goes with bits=llmcompressor_"),
         ({"bits.python": "true"}, "goes with bits=llmcompressor_"),
     ],
 )
-def test_what_does_not_go_is_told_before_anything_is_written(words, said, monkeypatch):
+def test_what_does_not_go_is_told_before_anything_is_written(words, said, monkeypatch, tmp_path):
     from trainer.config.run import RunConfig
 
     monkeypatch.setattr(quantised, "lacking", lambda kit: None)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
     with pytest.raises(ConfigError, match=said):
-        wanted_bits(words, RunConfig())
+        typed, _ = export_words([str(run), *(f"{key}={text}" for key, text in words.items())])
+        wanted_bits(typed, RunConfig())
 
 
 @pytest.mark.skipif(

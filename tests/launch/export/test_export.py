@@ -197,7 +197,7 @@ def test_a_gguf_file_stands_beside_a_whole_model(run_dir, tmp_path, capsys):
     for more, said in (
         (words, "fold the adapter in with merge=true"),
         (["merge=true", "gguf=q2"], "must be one of f32"),
-        (["merge=true", "gguf.python=python"], "goes with gguf=<type>"),
+        (["merge=true", "gguf.python=python"], "goes with gguf=q8_0"),
     ):
         assert run(run_dir, *more) == 64
         assert said in capsys.readouterr().err

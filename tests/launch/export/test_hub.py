@@ -130,4 +130,4 @@ def test_the_checkpoint_of_the_report_is_the_one_exported(run):
     with pytest.raises(ConfigError):
         from launch.export.hub import benchmarks_of
 
-        benchmarks_of({"benchmarks": "{a: b}"})
+        benchmarks_of("{a: b}")
