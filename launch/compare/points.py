@@ -9,13 +9,14 @@ import shlex
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.cluster.array_size import refuse_large_arrays
 from launch.compare.settings import CompareConfig, ComparisonRow, write_rows
-from launch.config.axes import Axes, label, left_out, name_in_trackers, read_axes, split
+from launch.config.axes import Axes, label, left_out, name_in_trackers, read_axes
+from launch.config.verb_words import read_group
 from strategies.errors import ConfigError, NotOurs
 
 if TYPE_CHECKING:
@@ -104,27 +105,7 @@ def plan_points(words: list[str]) -> PointsPlan:
 
 def read_own(words: list[str]) -> tuple[CompareConfig, list[str]]:
     """The settings of the comparison, and the words of its runs. Raises ConfigError with every problem."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree = OmegaConf.structured(CompareConfig)
-    known = [each.name for each in fields(CompareConfig)]
-    problems, rest = [], []
-    for word in words:
-        key, _, value = word.partition("=")
-        group, _, leaf = key.partition(".")
-        if group != "compare":
-            rest.append(word)
-        elif leaf not in known:
-            names = ", ".join(f"compare.{name}" for name in known)
-            problems.append(f"{word}: there is no setting {key}; one of {names}")
-        else:
-            listed = leaf in ("skip", "where")
-            try:
-                OmegaConf.update(tree, leaf, _conditions(value) if listed else None if value == "null" else value)
-            except (OmegaConfBaseException, ValueError) as error:
-                problems.append(f"{word}: {str(error).splitlines()[0]}")
-    settings: CompareConfig = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    settings, rest, problems = read_group("compare", CompareConfig(), words, brackets=False)
     least = {"steps": 1, "repeats": 1, "warmup": 0, "price_per_hour": 0}
     for name, bound in least.items():
         if (value := getattr(settings, name)) is not None and value < bound:
@@ -132,12 +113,6 @@ def read_own(words: list[str]) -> tuple[CompareConfig, list[str]]:
     if problems:
         raise ConfigError(problems)
     return settings, rest
-
-
-def _conditions(text: str) -> list[str]:
-    """`[a+b,c+d]`, or one condition alone."""
-    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    return [part for part in split(inner) if part]
 
 
 def _extra(axes: Axes, settings: CompareConfig) -> list[str]:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.config.choices import CONF_DIR
 from launch.config.help_text import show_help
-from launch.output import FLAG, give
+from launch.config.verb_words import (
+    VerbWords,
+    asks_for_help,
+    flag,
+    help_rows,
+    read_group,
+    read_words,
+    setting_words,
+    word,
+)
+from launch.output import give
 from launch.streams import draw
+from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.plan.from_run import Calibrated
@@ -17,7 +29,46 @@ if TYPE_CHECKING:
     from trainer.planner.hardware import Card
     from trainer.planner.plan import PlanConfig
 
-USAGE = """usage: shardtune plan [--json] hardware=<card> [key=value ...]
+CARDS = sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
+
+
+@dataclass(kw_only=True)
+class PlanWords(VerbWords):
+    """What `shardtune plan` takes."""
+
+    hardware: str = word(
+        f"the card, or a YAML file like those of conf/hardware/: {', '.join(CARDS)}",
+        like="<card>",
+        required=f"give the card to plan for, one of {', '.join(CARDS)}",
+    )
+    measured: str | None = word(
+        "reckon with what that run measured on this card: steps, memory, checkpoints", key="from", like="runs/first"
+    )
+    settings: list[str] = setting_words(and_flags=True)
+    as_json: bool = flag("print the plan for a script", key="--json")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What is to be planned."""
+
+    words: PlanWords
+    card: Card
+    settings: PlanConfig
+    of_run: list[str]
+    """The words of the run that is planned."""
+
+
+OF_GROUPS = {
+    "hardware.<key>=...": "another figure for the card, as hardware.price_per_hour=2.10 or hardware.memory_gib=40",
+    "launcher.nodes=4": "with launcher.gpus_per_node the ranks; one card where nothing is said",
+    "plan.offload=true": "look at states in host memory too",
+    "plan.quantisation=[nf4]": "and at other ways to store a frozen base: none, nf4",
+    "plan.exact=true": "simulate whole models in place of two shallow ones each",
+    "plan.theirs=[pure_bf16]": ("what other trainers hold, told beside: stock_loss, fused_loss, fp32_head, pure_bf16"),
+    "plan.workers=0": "processes that simulate; 0 takes one a core",
+}
+USAGE = f"""usage: shardtune plan [--json] hardware=<card> [key=value ...]
 
   shardtune plan model.path=models/llama3-8b data.max_length=4096 hardware=h100_80g \\
       launcher.nodes=4 launcher.gpus_per_node=8
@@ -26,32 +77,17 @@ USAGE = """usage: shardtune plan [--json] hardware=<card> [key=value ...]
 Takes the words of `train`. What is typed stays as it is; strategy, strategy.activation_checkpointing and batch.micro are
 looked at in all their values where they are not. The model needs its config.json alone; data only where data.path is given.
 
-  hardware=<card>            one of these, or a YAML file like those of conf/hardware/:
-{cards}
-  hardware.<key>=...         another figure for it, as hardware.price_per_hour=2.10 or hardware.memory_gib=40
-  launcher.nodes, launcher.gpus_per_node     the ranks; one card where nothing is said
-  plan.offload=true          look at states in host memory too
-  plan.quantisation=[none,nf4]               and at other ways to store a frozen base
-  plan.exact=true            simulate whole models in place of two shallow ones each
-  from=runs/first            reckon with what that run measured on this card: steps, memory, checkpoints
-  plan.theirs=[stock_loss,pure_bf16]         what other trainers hold, told beside: stock_loss, fused_loss, fp32_head, pure_bf16
-  plan.workers=0             processes that simulate; 0 takes one a core
+{help_rows(PlanWords, OF_GROUPS)}
 
 Ends with 69 where nothing fits. docs/planning.md says what is counted, and how far it is from what was measured."""
-OWN = ("plan", "hardware")
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
-    if {"-h", "--help"} & set(argv):
-        show_help(USAGE.format(cards=", ".join(cards())))
+    if asks_for_help(argv):
+        show_help(USAGE)
         return 0
-    as_json = FLAG in argv
-    words = [word for word in argv if word != FLAG]
-    own = [word for word in words if word.split("=")[0].split(".")[0] in OWN]
-    froms = [word for word in words if word.startswith(("from=", "from."))]
-    words = [word for word in words if word not in (*own, *froms)]
-    card, settings = read_own(own)
+    request = read_plan(argv)
     from launch.config.compose import ranks_of
     from launch.plan.answer import as_dict, text
     from launch.plan.job import job_of
@@ -59,103 +95,73 @@ def main(argv: list[str]) -> int:
     from trainer.planner.plan import micro_batches, ways
     from trainer.planner.sweep import sweep
 
-    config, typed = composed(words, card)
+    config, typed = composed(request.of_run, request.card)
     # What can be known to be wrong is said before data is prepared, which may take an hour.
-    found, refused = ways(config, settings, typed, ranks_of(config))
+    found, refused = ways(config, request.settings, typed, ranks_of(config))
     load_model_config(config.model)
-    measured = measured_by(froms, card, settings, ["plan", *argv])
+    measured = measured_by(request, ["plan", *argv])
     job = job_of(config, measured.card)
     micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
-    answer = sweep(found, refused, job, micros, settings, _progress())
-    if as_json:
-        give(as_dict(answer, words, measured.said))
+    answer = sweep(found, refused, job, micros, request.settings, _progress())
+    if request.words.as_json:
+        give(as_dict(answer, request.of_run, measured.said))
     else:
-        print(text(answer, words, measured.said), flush=True)
+        print(text(answer, request.of_run, measured.said), flush=True)
     return 0 if answer.best is not None else 69
 
 
-def measured_by(words: list[str], card: Card, settings: PlanConfig, command: list[str]) -> Calibrated:
+def measured_by(request: PlanRequest, command: list[str]) -> Calibrated:
     """The card as the run of `from=` found it, or as its file says. Errors: ConfigError."""
     from launch.config.read_run import take_words
     from launch.plan.from_run import ALLOWING, Calibrated, calibrated
-    from strategies.errors import ConfigError
 
-    allowing, words = take_words(words, ALLOWING)
-    if wrong := [word for word in words if not word.startswith("from=")]:
-        raise ConfigError(f"{wrong[0]}: allows nothing; from.* takes what the run of from= reaches out to")
-    if allowing and not words:
+    words = request.words
+    of_measured = [each for each in words.settings if each.startswith(ALLOWING)]
+    allowing, others = take_words(of_measured, ALLOWING)
+    if others:
+        raise ConfigError(f"{others[0]}: allows nothing; from.* takes what the run of from= reaches out to")
+    if allowing and words.measured is None:
         raise ConfigError(f"{ALLOWING}{allowing[0]}: there is no run that it allows something; name one with from=")
-    if len(words) > 1:
-        raise ConfigError(f"{' '.join(words)}: a plan goes by one run; name one")
-    named = [word.partition("=")[2] for word in words]
-    if named == [""]:
-        raise ConfigError("from=: names no run; write from=runs/first, or leave it out")
-    if not named:
-        return Calibrated(card)
-    print(f"simulating {named[0]} as it ran", file=sys.stderr, flush=True)
-    return calibrated(card, named[0], settings, allowing, command)
+    if words.measured is None:
+        return Calibrated(request.card)
+    print(f"simulating {words.measured} as it ran", file=sys.stderr, flush=True)
+    return calibrated(request.card, words.measured, request.settings, allowing, command)
 
 
-def cards() -> list[str]:
-    """The cards of conf/hardware."""
-    from launch.config.choices import CONF_DIR
-
-    return sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
-
-
-def read_own(words: list[str]) -> tuple[Card, PlanConfig]:
-    """The card and the settings of the plan. Raises ConfigError with every problem."""
+def read_plan(argv: list[str]) -> PlanRequest:
+    """What was typed, read. Raises ConfigError with every problem."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from strategies.errors import ConfigError
+    from launch.plan.from_run import ALLOWING
     from trainer.planner.hardware import Card
     from trainer.planner.plan import PlanConfig
 
-    problems: list[str] = []
-    trees: dict[str, Any] = {"hardware": OmegaConf.structured(Card), "plan": OmegaConf.structured(PlanConfig)}
-    named = [word.partition("=")[2] for word in words if word.startswith("hardware=")]
-    if named:
+    words, problems = read_words("plan", PlanWords, argv)
+    tree = OmegaConf.structured(Card)
+    if words.hardware is not None:
         try:
-            trees["hardware"] = OmegaConf.merge(trees["hardware"], _keys_of(_card_file(named[-1])))
+            tree = OmegaConf.merge(tree, _keys_of(_card_file(words.hardware)))
         except OSError as error:
-            problems.append(f"hardware={named[-1]}: {str(error).splitlines()[0]}; one of {', '.join(cards())}")
+            problems.append(f"hardware={words.hardware}: {str(error).splitlines()[0]}; one of {', '.join(CARDS)}")
         except (OmegaConfBaseException, ValueError, YAMLError) as error:
             why = " ".join(str(error).split("\n    full_key")[0].split())
-            problems.append(f"hardware={named[-1]}: {why}; write it as those of conf/hardware/ are")
-    else:
-        problems.append(f"hardware: not set; give the card to plan for, one of {', '.join(cards())}")
-    for word in words:
-        key, _, value = word.partition("=")
-        if key == "hardware":
-            continue
-        group, _, leaf = key.partition(".")
-        known = list(trees[group])
-        if leaf not in known:
-            problems.append(
-                f"{word}: there is no setting {key}; one of {', '.join(f'{group}.{name}' for name in known)}"
-            )
-            continue
-        try:
-            trees[group] = OmegaConf.merge(trees[group], OmegaConf.from_dotlist([f"{leaf}={value}"]))
-        except (OmegaConfBaseException, ValueError) as error:
-            problems.append(f"{word}: {str(error).splitlines()[0]}")
-            if key in ("plan.quantisation", "plan.theirs") and not value.startswith("["):
-                problems[-1] = f"{word}: is a list; write {key}=[{value}]"
-    if trees["plan"].workers < 0:
-        problems.append(f"plan.workers={trees['plan'].workers}: must be at least 0; 0 takes one a core")
-    card, settings = OmegaConf.to_object(trees["hardware"]), OmegaConf.to_object(trees["plan"])
-    assert isinstance(card, Card) and isinstance(settings, PlanConfig)
+            problems.append(f"hardware={words.hardware}: {why}; write it as those of conf/hardware/ are")
+    card = OmegaConf.to_object(tree)
+    assert isinstance(card, Card)
+    card, others, unusable = read_group("hardware", card, words.settings)
+    settings, others, unusable_settings = read_group("plan", PlanConfig(), others)
+    problems += unusable + unusable_settings
+    if settings.workers < 0:
+        problems.append(f"plan.workers={settings.workers}: must be at least 0; 0 takes one a core")
     problems = problems or _lacking(card)
     if problems:
         raise ConfigError(problems)
-    return card, settings
+    return PlanRequest(words, card, settings, [each for each in others if not each.startswith(ALLOWING)])
 
 
 def _card_file(name: str) -> Path:
-    from launch.config.choices import CONF_DIR
-
     file = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else CONF_DIR / "hardware" / f"{name}.yaml"
     if not file.is_file():
         raise OSError("there is no such card")
@@ -210,7 +216,6 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     from launch.config.compose import compose, ranks_of
     from launch.config.overrides import parse
     from strategies.base import Precision
-    from strategies.errors import ConfigError
     from trainer.config.run import AUTO, MICRO, STRATEGY, Device
 
     parsed = parse(words)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.config.verb_words import read_group
 from launch.sweep.space import WAYS, Searched, read_space
 from strategies.errors import ConfigError
 
@@ -132,37 +133,15 @@ def plan_search(words: list[str]) -> Search:
 
 def read_own(words: list[str]) -> tuple[SweeperConfig, list[str]]:
     """The settings of the search, and the words of its runs. Raises ConfigError with every problem."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree = OmegaConf.structured(SweeperConfig)
-    known = [each.name for each in fields(SweeperConfig)]
-    problems: list[str] = []
-    rest: list[str] = []
-    chosen = False
-    for word in words:
-        key, _, value = word.partition("=")
-        group, _, leaf = key.partition(".")
-        if group != "sweeper":
-            rest.append(word)
-        elif not leaf:
-            chosen = True
-            if value not in SWEEPERS:
-                problems.append(
-                    f"{word}: there is no such sweeper; sweeper=optuna searches, sweeper=wandb writes a file for W&B's "
-                    "agent, and without it -m runs all points"
-                )
-        elif leaf not in known:
-            problems.append(
-                f"{word}: there is no setting {key}; one of {', '.join(f'sweeper.{name}' for name in known)}"
-            )
-        else:
-            try:
-                OmegaConf.update(tree, leaf, None if value == "null" else value)
-            except (OmegaConfBaseException, ValueError):
-                what = {"prune": "one of none, median", "metric": "the name of a metric, such as eval/loss"}
-                problems.append(f"{word}: must be {what.get(leaf, 'a whole number')}")
-    settings: SweeperConfig = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    settings, others, problems = read_group("sweeper", SweeperConfig(), words)
+    chosen = [word for word in others if word == "sweeper" or word.startswith("sweeper=")]
+    rest = [word for word in others if word not in chosen]
+    problems += [
+        f"{word}: there is no such sweeper; sweeper=optuna searches, sweeper=wandb writes a file for W&B's agent, and without "
+        "it -m runs all points"
+        for word in chosen
+        if word.partition("=")[2] not in SWEEPERS
+    ]
     if settings.trials < 1:
         problems.append(f"sweeper.trials={settings.trials}: must be at least 1")
     if settings.seed < 0:

@@ -13,7 +13,7 @@ from launch.compare.points import plan_points
 from launch.config.choices import groups
 from launch.config.compose import compose
 from launch.main import EXIT_CODES, VERBS, module_of
-from launch.plan.command import OWN, composed, read_own
+from launch.plan.command import composed, read_plan
 from launch.sweep.sweeper import is_search, plan_search
 from tests.helpers.covering import chosen
 from tests.helpers.launching import ROOT
@@ -139,9 +139,8 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         for key, _, value in (word.partition("="),)
     ]
     if words[:2] == ["shardtune", "plan"]:
-        own = [word for word in settings if word.startswith(OWN)]
-        card, _ = read_own([word.replace("<card>", "l4") for word in own])
-        composed([word for word in settings if word not in own], card)
+        request = read_plan([word.replace("<card>", "l4") for word in settings])
+        composed(request.of_run, request.card)
         return
     for number in range(max(map(len, choices))):
         compose([values[min(number, len(values) - 1)] for values in choices])

@@ -104,7 +104,7 @@ def test_what_a_run_does_not_tell_stays_and_is_named(capsys, tmp_path, words):
         (None, {}, [], "it has measured nothing yet"),
         ({"device_name": GPU}, {"receipt": None}, [], "holds no receipt"),
         ({"device_name": "NVIDIA L4"}, {}, [], f"it ran on NVIDIA L4, and hardware names {GPU}"),
-        ({"device_name": GPU}, {}, ["from=other"], "a plan goes by one run"),
+        ({"device_name": GPU}, {}, ["from=other"], "from is given twice"),
     ],
 )
 def test_runs_that_tell_nothing_are_refused(capsys, tmp_path, words, measured, facts, more, said):
@@ -114,7 +114,11 @@ def test_runs_that_tell_nothing_are_refused(capsys, tmp_path, words, measured, f
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [("from=", "from=: names no run"), ("from=nowhere", "from=nowhere: not a run directory")]
+    ("word", "said"),
+    [
+        ("from=", "from=: from needs a value, as in from=runs/first"),
+        ("from=nowhere", "from=nowhere: not a run directory"),
+    ],
 )
 def test_words_that_name_no_run_are_refused(capsys, monkeypatch, tmp_path, words, word, said):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ import torch
 from launch import main as command
 from launch.config.compose import compose, ranks_of
 from launch.plan.answer import by_reason, command_of, costs, stored
-from launch.plan.command import cards, composed, read_own
+from launch.plan.command import CARDS, composed, read_plan
 from launch.plan.job import job_of
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
@@ -51,9 +51,9 @@ def plan(capsys, model, *words):
     return code, said.out + said.err
 
 
-@pytest.mark.parametrize("name", cards())
+@pytest.mark.parametrize("name", CARDS)
 def test_a_card_says_all_that_a_plan_asks(name):
-    card, _ = read_own([f"hardware={name}"])
+    card = read_plan([f"hardware={name}"]).card
     assert card.name in PEAK_TFLOPS
     said = " ".join(card.sources)
     assert card.date and [key for key in FIGURES if key not in said] == []
@@ -63,11 +63,12 @@ def test_a_card_says_all_that_a_plan_asks(name):
 
 
 def test_a_figure_of_a_card_can_be_another(tmp_path):
-    card, settings = read_own(["hardware=l4", "hardware.price_per_hour=0.5", "plan.offload=true"])
+    asked = read_plan(["hardware=l4", "hardware.price_per_hour=0.5", "plan.offload=true"])
+    card, settings = asked.card, asked.settings
     assert card.price_per_hour == 0.5 and settings.offload
     (tmp_path / "mine.yaml").write_text("name: NVIDIA L4\ncapability: [8, 9]\nmemory_gib: 20\n")
     with pytest.raises(ConfigError, match=r"hardware\.memory_gb_s=0: must be above 0"):
-        read_own([f"hardware={tmp_path / 'mine.yaml'}"])
+        read_plan([f"hardware={tmp_path / 'mine.yaml'}"])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_a_figure_of_a_card_can_be_another(tmp_path):
     [
         ([], "hardware: not set; give the card to plan for, one of a100_40g"),
         (["hardware=h1000"], "hardware=h1000: there is no such card; one of a100_40g"),
-        (["hardware=l4", "plan.exacct=true"], "there is no setting plan.exacct; one of plan.exact"),
+        (["hardware=l4", "plan.exacct=true"], "there is no setting plan.exacct; did you mean plan.exact?"),
         (["hardware=l4", "hardware.memory_gib=much"], "hardware.memory_gib=much: "),
         (["hardware=l4", "hardware.name=Voodoo"], "hardware.name=Voodoo: its speed is not known"),
         (["hardware=torn.yaml"], "hardware=torn.yaml: while parsing a flow sequence"),
@@ -151,7 +152,7 @@ def test_what_train_would_refuse_is_refused_once_and_before_data_is_prepared(
 
 
 def test_a_micro_batch_that_a_run_would_choose_is_looked_at_in_all_its_values(model):
-    card, _ = read_own(["hardware=l4"])
+    card = read_plan(["hardware=l4"]).card
     config, typed = composed([f"model.path={model}", "batch.micro=auto"], card)
     assert config.batch["micro"] == 1 and "batch.micro" not in typed
 
@@ -191,7 +192,7 @@ def test_the_words_to_paste_make_a_run(capsys, model):
     assert code == 0 and set(answer["best"]) <= set(words)
     best = answer["ways"][0]
     assert sum(best["kinds_gib"].values()) == pytest.approx(best["peak_gib"], rel=1e-3, abs=1e-5)
-    card, _ = read_own(["hardware=a10g"])
+    card = read_plan(["hardware=a10g"]).card
     assert best["hours"] > 0 and best["price"] == pytest.approx(best["hours"] * 8 * card.price_per_hour)
     assert {one["micro"] for one in answer["all"]} == {1, 2, 4}
 
@@ -210,7 +211,7 @@ def test_the_words_to_paste_make_a_run(capsys, model):
 )
 def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ranks):
     """Wherever it is pasted: a host may have more GPUs, and jobs of SLURM get none that are not asked for."""
-    card, _ = read_own(["hardware=a10g"])
+    card = read_plan(["hardware=a10g"]).card
     words = [f"model.path={model}", "budget.steps=1", "precision=bf16", *asked]
     config, _ = composed(words, card)
     best = SimpleNamespace(words=["strategy=ddp", "batch.global=32", "batch.micro=2"], way=Way(config, ()))
@@ -262,7 +263,8 @@ def killed(config, *asked):
 def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
     """Those that were done by then stay; one after the other, so that it is known which."""
     monkeypatch.setattr(sweep, "_simulate", killed)
-    card, settings = read_own(["hardware=l4", "plan.workers=1"])
+    asked = read_plan(["hardware=l4", "plan.workers=1"])
+    card, settings = asked.card, asked.settings
     config, typed = composed([f"model.path={model}", "strategy.activation_checkpointing=none"], card)
     found, _ = ways(config, settings, typed, 1)
     told = []
@@ -286,7 +288,7 @@ def job(card, *, nodes=2, per_node=4, batch=32):
 
 
 def test_ways_are_all_but_those_that_are_typed_or_ruled_out(model):
-    card, _ = read_own(["hardware=l4"])
+    card = read_plan(["hardware=l4"]).card
     config, typed = composed([f"model.path={model}", *GPUS, "tuning=lora"], card)
     found, refused = ways(config, PlanConfig(), typed, 8)
     assert {way.name for way in found} == {"ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"}
@@ -313,14 +315,14 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
 
     monkeypatch.setattr(plan_module, "waiting_bytes", heard)
     strategy = Fsdp2Config(name=StrategyName(name), replicate=asked)
-    card, _ = read_own(["hardware=l4"])
+    card = read_plan(["hardware=l4"]).card
     with pytest.raises(LookupError) as found:
         choices(Way(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
     assert found.value.args == (shards,)
 
 
 def test_micro_batches_divide_the_part_of_a_rank():
-    card, _ = read_own(["hardware=l4"])
+    card = read_plan(["hardware=l4"]).card
     assert micro_batches(job(card, batch=96), None) == [1, 2, 3, 4, 6, 12]
     assert micro_batches(job(card, batch=96), 4) == [4]
     assert micro_batches(job(card, batch=96), 5) == []
@@ -328,7 +330,7 @@ def test_micro_batches_divide_the_part_of_a_rank():
 
 
 def test_rows_say_all_that_is_stored_otherwise(model):
-    card, _ = read_own(["hardware=l4"])
+    card = read_plan(["hardware=l4"]).card
     config, typed = composed([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
     settings = PlanConfig(offload=True, quantisation=[Quantisation.none, Quantisation.nf4])
     found, _ = ways(config, settings, typed, 1)
@@ -363,7 +365,7 @@ def test_rows_say_all_that_is_stored_otherwise(model):
     ],
 )
 def test_what_the_cost_of_a_run_lacks_is_said(model, words, card, said):
-    a10g, _ = read_own(["hardware=a10g", *card])
+    a10g = read_plan(["hardware=a10g", *card]).card
     config, _ = composed([f"model.path={model}", *GPUS, *words], a10g)
     hours = 0.0125 if "budget.steps=3" in words else None
     price = None if hours is None or card else 0.1
@@ -374,7 +376,7 @@ def test_what_the_cost_of_a_run_lacks_is_said(model, words, card, said):
 
 
 def test_rates_of_groups_within_and_between_nodes():
-    card = replace(read_own(["hardware=h100_80g"])[0], link_gb_s=450.0, node_gb_s=400.0, gpus_per_node=8)
+    card = replace(read_plan(["hardware=h100_80g"]).card, link_gb_s=450.0, node_gb_s=400.0, gpus_per_node=8)
     assert rate(card, 8, 1) == 450e9 * LINKS
     assert rate(card, 32, 4) == 400e9 * LINKS  # a ring leaves a node by all its ports
     assert rate(card, 4, 4) == 50e9 * LINKS  # one rank a node has one of them
@@ -398,7 +400,7 @@ class Form:
 
 
 def test_exchange_is_hidden_behind_arithmetic_where_there_is_enough():
-    card = replace(read_own(["hardware=h100_80g"])[0], link_gb_s=400.0)
+    card = replace(read_plan(["hardware=h100_80g"]).card, link_gb_s=400.0)
     one = 4 * CALL_S + 7 / 8 * 8e9 / (400e9 * LINKS)
     inside, after = exchange_s(Form(0.0), 4, card)
     assert inside == pytest.approx(4 * one) and after == pytest.approx(CALL_S, rel=1e-3)

@@ -83,7 +83,10 @@ def test_a_value_is_run_as_it_is_shown():
         (["optim.lr=1e-4,2e-4", "optim.lr=1e-3"], "optim.lr is given twice"),
         (["optim.lr=1e-4"], "no word has several values to search"),
         (["optim.lr=interval(-1,1e-3)"], r"optim.lr=-1\S*:? "),
-        (["optim.lr=1e-4,2e-4", "sweeper.trails=3"], "there is no setting sweeper.trails; one of sweeper.trials"),
+        (
+            ["optim.lr=1e-4,2e-4", "sweeper.trails=3"],
+            "there is no setting sweeper.trails; did you mean sweeper.trials?",
+        ),
         (["optim.lr=1e-4,2e-4", "sweeper.trials=0"], "sweeper.trials=0: must be at least 1"),
         (["optim.lr=1e-4,2e-4", "sweeper.prune=hyperband"], "must be one of none, median"),
         (["optim.lr=1e-4,2e-4", "sweeper.prune=median"], "set evaluation.every_steps, or leave it out"),
