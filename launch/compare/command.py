@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from launch.compare.settings import CompareConfig
 from launch.config.help_text import show_help
 from launch.config.prices import price_of
+from launch.config.verb_words import (
+    VerbWords,
+    asks_for_help,
+    bare_words,
+    flag,
+    group_rows,
+    help_rows,
+    read_words,
+    setting_words,
+    word,
+)
 from strategies.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -17,7 +29,22 @@ if TYPE_CHECKING:
     from launch.compare.points import PointsPlan
     from launch.compare.settings import ComparisonRow
 
-USAGE = """usage: shardtune compare <axes and settings> [compare.<key>=...] [to=<directory>] [--dry-run] [--follow] [--json]
+
+@dataclass(kw_only=True)
+class CompareWords(VerbWords):
+    """What `shardtune compare` takes."""
+
+    runs: list[str] = bare_words()
+    to: Path | None = word(
+        "the runs and the answer; default: a directory below runs/, the same for the same points", like="<directory>"
+    )
+    settings: list[str] = setting_words()
+    dry_run: bool = flag("list the points and what would be refused, and stop")
+    follow: bool = flag("write the page again while runs go on, until all have ended")
+    as_json: bool = flag("print JSON in place of tables", key="--json")
+
+
+USAGE = f"""usage: shardtune compare <axes and settings> [compare.<key>=...] [to=<directory>] [--dry-run] [--follow] [--json]
        shardtune compare <run directory> ... [to=<directory>] [--follow] [--json]
 
   shardtune compare strategy=ddp,fsdp2,zero2 tuning=full,lora model.path=<dir> data.path=train.jsonl \\
@@ -32,14 +59,7 @@ With settings: takes the words of `train`, and a comma makes an axis of any of t
 one job array with launcher=slurm. A point that fails or is refused stays a row with its reason. After Ctrl-C, or with
 more repeats, the same command goes on: what is done is not run again, what failed is tried once more.
 
-  to=<directory>             the runs and the answer; default: a directory below runs/, the same for the same points
-  compare.steps=N            optimizer steps of each point (or a budget.* word)
-  compare.repeats=1          runs of each point, in alternating order: the table shows how far they differ
-  compare.warmup=1           first steps left out of speeds, with the rest of their logging interval
-  compare.skip=[strategy=zero1+tuning=full,...]           leaves out points that have all the words of a condition
-  compare.where=[tuning=full+optim.lr=2e-5,tuning=lora+optim.lr=2e-4]    where a point has the first, it has the others
-  compare.price_per_hour=2.5 US dollars for the device of a rank; default: that of its card in conf/hardware
-  --dry-run                  list the points and what would be refused, and stop
+{help_rows(CompareWords, group_rows("compare", CompareConfig))}
 
 With run directories: the first one is what the others are compared with. A directory that holds runs, as `train -m` and
 `compare` leave it, stands for all of them; W&B's own of a run (runs/a/wandb/offline-run-...) for the run, and what is on its
@@ -47,36 +67,38 @@ server is wandb:<entity>/<project>/<run id>, or the address of its page. Nothing
 compare.csv, compare.json, and with the extra `report` compare.html and plots/*.png. Of a single run the page is its
 report.html, also without to=.
 
-  --follow                   write the page again while runs go on, until all have ended
-  --json                     print JSON in place of tables
-
 Ends with 64 where a word cannot be used, 75 or 130 where it was stopped, and with a run's own code where none succeeded.
 docs/comparing.md says what each number is."""
-SETTING = re.compile(r"[+~]{0,2}[\w./@]+=.*", re.DOTALL)
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, StorageError."""
-    if {"-h", "--help"} & set(argv) or not argv:
+    if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    words = [word for word in argv if word not in ("--json", "--follow")]
-    how = How("--json" in argv, "--follow" in argv)
-    if any(_is_setting(word) for word in words):
-        return _points(words, how)
-    rows, to = read_words(words)
-    if how.follow:
-        follow_runs(rows, to or _home(rows, words), how.as_json)
+    words, problems = read_words("compare", CompareWords, argv)
+    if words.to is not None and words.to.exists() and not words.to.is_dir():
+        problems.append(f"to={words.to}: is a file; name a directory")
+    if words.settings:
+        problems += [
+            f"{each}: not of the form key=value; name runs that exist, or settings of new ones, not both"
+            for each in words.runs
+        ]
+    elif words.dry_run:
+        problems.append("--dry-run: lists points of new runs; name an axis, as in strategy=ddp,fsdp2, or leave it out")
+    rows: list[ComparisonRow] = []
+    if not words.settings:
+        rows, unusable = rows_of(words.runs)
+        problems += unusable
+    if problems:
+        raise ConfigError(problems)
+    if words.settings:
+        return _points(words)
+    if words.follow:
+        follow_runs(rows, words.to or _home(rows, words.runs), words.as_json)
     else:
-        answer(rows, to, how.as_json)
+        answer(rows, words.to, words.as_json)
     return 0
-
-
-class How(NamedTuple):
-    """The flags that change the answer."""
-
-    as_json: bool
-    follow: bool
 
 
 def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
@@ -128,67 +150,36 @@ def _home(rows: list[ComparisonRow], words: list[str]) -> Path | None:
     return there if len(words) == 1 and (there / RECORD).is_file() else None
 
 
-def _is_setting(word: str) -> bool:
-    key, assigned, _ = word.partition("=")
-    return bool(assigned) and key != "to" and SETTING.fullmatch(word) is not None and not Path(word).exists()
-
-
-def _points(argv: list[str], how: How) -> int:
+def _points(words: CompareWords) -> int:
+    """Run new points, and say how they compare; returns the exit code."""
     from launch.compare.follow import Meanwhile
     from launch.compare.page import missing
     from launch.compare.points import STOPPED, plan_points, run_points
     from trainer.stopping.signals import hold, release
 
-    dry_run = "--dry-run" in argv
-    words = [word for word in argv if word != "--dry-run" and not word.startswith("to=")]
-    problems: list[str] = []
-    given: Path | None = None
-    for word in argv:
-        given = _read_to(word, given, problems) if word.startswith("to=") else given
-    problems += [
-        f"{word}: there is no such flag; compare takes --dry-run, --follow, --json and --help"
-        if word.startswith("-")
-        else f"{word}: not of the form key=value; name runs that exist, or settings of new ones, not both"
-        for word in words
-        if not _is_setting(word)
-    ]
-    if problems:
-        raise ConfigError(problems)
-    if not dry_run:
+    if not words.dry_run:
         hold()
-    plan = plan_points(words)
-    to = given or Path("runs") / plan.name
+    plan = plan_points(words.settings)
+    to = words.to or Path("runs") / plan.name
     if (to / "config.yaml").exists():
         raise ConfigError(f"to={to}: is the directory of a run; name another one")
-    if dry_run:
+    if words.dry_run:
         print(listing(plan, to))
         return 0
-    if how.follow and (lacks := missing()) is not None:
+    if words.follow and (lacks := missing()) is not None:
         raise ConfigError(f"--follow: {lacks}")
     print(listing(plan, to), file=sys.stderr, flush=True)
     rows = plan.rows(to)
-    pages = Meanwhile(lambda again_s: _write_page(rows, to / "compare.html", again_s)) if how.follow else None
+    pages = Meanwhile(lambda again_s: _write_page(rows, to / "compare.html", again_s)) if words.follow else None
     code = run_points(plan, to, pages)
     release()
     if code in STOPPED:
         print("stopped; the same command goes on", file=sys.stderr, flush=True)
-    if how.follow and not code:  # what SLURM runs goes on
-        follow_runs(rows, to, how.as_json)
+    if words.follow and not code:  # what SLURM runs goes on
+        follow_runs(rows, to, words.as_json)
     else:
-        answer(rows, to, how.as_json)
+        answer(rows, to, words.as_json)
     return code
-
-
-def _read_to(word: str, before: Path | None, problems: list[str]) -> Path:
-    value = word.partition("=")[2]
-    to = Path(value).expanduser()
-    if before is not None:
-        problems.append(f"{word}: to is given twice; name one directory")
-    elif not value:
-        problems.append("to=: names no directory; write to=reports/sweep, or leave it out")
-    elif to.exists() and not to.is_dir():
-        problems.append(f"{word}: is a file; name a directory")
-    return to
 
 
 def listing(plan: PointsPlan, to: Path) -> str:
@@ -262,48 +253,41 @@ def _write_own(found: Comparison, page: Path) -> list[str]:
         return []
 
 
-def read_words(words: list[str]) -> tuple[list[ComparisonRow], Path | None]:
-    """(rows of runs that exist, where to write). Raises ConfigError with every problem."""
+def rows_of(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:
+    """(rows of runs that exist, a line about each word that names none)."""
     from launch.compare.run_files import is_run
     from launch.compare.settings import ComparisonRow, read_rows
     from launch.compare.wandb_files import is_wandb, on_server
 
     problems: list[str] = []
-    found: list[ComparisonRow] = []
-    to: Path | None = None
-    for word in words:
-        path = Path(word).expanduser()
+    rows: list[ComparisonRow] = []
+    for each in words:
+        path = Path(each).expanduser()
         try:
-            server = on_server(word)
+            server = on_server(each)
         except ConfigError as error:
             problems += error.problems
             continue
         if server is not None:
-            found.append(ComparisonRow((Path(server),)))
-        elif word.startswith("to="):
-            to = _read_to(word, to, problems)
+            rows.append(ComparisonRow((Path(server),)))
         elif is_run(path) or is_wandb(path):
-            found.append(ComparisonRow((path,)))
-        elif rows := read_rows(path):
-            found += rows
+            rows.append(ComparisonRow((path,)))
+        elif kept := read_rows(path):
+            rows += kept
         elif inner := [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]:
-            found += [ComparisonRow((child,)) for child in inner]
-        elif word.startswith("-"):
-            problems.append(f"{word}: there is no such flag; compare takes --follow, --json and --help")
+            rows += [ComparisonRow((child,)) for child in inner]
         elif path.exists():
-            parts = [each.name for each in sorted(path.glob("*run-*")) if is_wandb(each)]
+            parts = [part.name for part in sorted(path.glob("*run-*")) if is_wandb(part)]
             more = f"; name a run of W&B in it, such as {path / parts[0]}" if parts else ""
-            problems.append(f"{word}: not a run directory (there is no config.yaml in it, and no runs below it){more}")
+            problems.append(f"{each}: not a run directory (there is no config.yaml in it, and no runs below it){more}")
         else:
-            problems.append(f"{word}: there is no such directory; name run directories")
-    paths = [path for row in found for path in row.directories]
+            problems.append(f"{each}: there is no such directory; name run directories")
+    paths = [path for row in rows for path in row.directories]
     doubled = {path for path in paths if sum(path.resolve() == other.resolve() for other in paths) > 1}
     problems += [f"{path}: named twice; name each run once" for path in sorted(doubled)]
-    if not found and not problems:
+    if not rows and not problems:
         problems.append("no run directory is named; shardtune compare runs/a runs/b")
-    if problems:
-        raise ConfigError(problems)
-    return found, to
+    return rows, problems
 
 
 def _in_order(path: Path) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -28,7 +28,7 @@ from launch.config.choices import groups
 LOOKS_LIKE_KEY = re.compile(r"[+~]{0,2}[a-z_][\w./@*-]*=")
 """The start of `key=value`. An address has a colon before its `=`, a sentence a capital or spaces: both are bare words."""
 SPELLINGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-WIDEST_HEAD = 26
+WIDEST_HEAD = 28
 """Columns of a word in `--help` up to which its text is lined up with that of the others."""
 _SPEC = "spec"
 Config = TypeVar("Config")
@@ -54,9 +54,9 @@ class WordSpec:
     text: str
     """Its sentence in `--help`; of a bare word: what to say where there are more or fewer."""
     key: str = ""
-    """As it is typed; empty: the field's name, with `--` and dashes if it is a flag."""
+    """As it is typed; empty: the field's name, with `--` and dashes if it is a flag. A word may have dashes too: `--cfg job`."""
     also: tuple[str, ...] = ()
-    """Other spellings of the key; one that begins with `--` says true by itself."""
+    """Other spellings of the key."""
     like: str = ""
     """What `--help` and messages show behind the equals sign; empty: the default."""
     needs: str = ""
@@ -104,7 +104,7 @@ def setting_words(*, beginning: str = "", and_flags: bool = False) -> Any:
 def read_words(verb: str, declaration: type[Declared], argv: Iterable[str]) -> tuple[Declared, list[str]]:
     """(the words with their types, a line about each that cannot be used). A word with such a line has its default."""
     reader = _WordReader(verb, declaration)
-    for argument in argv:
+    for argument in reader.with_values(list(argv)):
         reader.take(argument)
     return reader.finish()
 
@@ -162,19 +162,20 @@ def help_rows(declaration: type[VerbWords], more: Mapping[str, str] | None = Non
     for name, spec in declared.items():
         if spec.kind == "word":
             default = _default(declaration.__dataclass_fields__[name])
-            rows[f"{spec.key}={spec.like or _shown(default)}"] = spec.text
+            between = " " if spec.key.startswith("-") else "="
+            rows[f"{spec.key}{between}{spec.like or _shown(default)}"] = spec.text
     rows |= more or {}
     rows |= {", ".join((spec.key, *spec.also)): spec.text for spec in declared.values() if spec.kind == "flag"}
-    return _in_columns(rows)
+    width = max((len(head) for head in rows if len(head) <= WIDEST_HEAD), default=0)
+    return "\n".join(f"  {head:<{width}}  {text}" for head, text in rows.items())
 
 
-def group_rows(prefix: str, settings: type) -> str:
-    """The rows of `--help` for `<prefix>.<field>=` words: the sentence that stands under each field."""
+def group_rows(prefix: str, settings: type) -> dict[str, str]:
+    """Rows for `help_rows` about `<prefix>.<field>=` words: the sentence that stands under each field."""
     from trainer.config.descriptions import docstrings
 
     sentences = docstrings(settings)
-    rows = {f"{prefix}.{each.name}={_shown(_default(each))}": sentences[each.name] for each in fields(settings)}
-    return _in_columns(rows)
+    return {f"{prefix}.{each.name}={_shown(_default(each))}": sentences[each.name] for each in fields(settings)}
 
 
 def convert(text: str, hint: Any, spec: WordSpec | None = None) -> Any:
@@ -285,12 +286,6 @@ def _shown(default: Any) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def _in_columns(rows: dict[str, str]) -> str:
-    """Rows of `--help`, the texts in one column except behind heads that are very wide."""
-    width = max((len(head) for head in rows if len(head) <= WIDEST_HEAD), default=0)
-    return "\n".join(f"  {head:<{width}}  {text}" for head, text in rows.items())
-
-
 class _WordReader:
     """Takes one argument after the other, and notes what is wrong with each."""
 
@@ -298,6 +293,7 @@ class _WordReader:
         self.verb = verb
         self.declaration = declaration
         self.specs = _specs(declaration)
+        self.hints = get_type_hints(declaration)
         self.keys = {key: name for name, spec in self.specs.items() for key in (spec.key, *spec.also)}
         self.typed: dict[str, str] = {}
         """The text of each word by the name of its field."""
@@ -306,6 +302,24 @@ class _WordReader:
         self.settings: list[str] = []
         self.problems: list[str] = []
 
+    def with_values(self, argv: list[str]) -> Iterator[str]:
+        """The arguments, in which a dashed word and its value are one: `--shard 0/8` and `--cfg job` are two for a shell."""
+        while argv:
+            argument = argv.pop(0)
+            name = self.keys.get(argument)
+            if name is None or self.specs[name].kind != "word" or not argument.startswith("-"):
+                yield argument
+                continue
+            choices = self.specs[name].choices
+            text = ""
+            if bool in (self.hints[name], *get_args(self.hints[name])):
+                text = "true"
+            elif choices and not (argv and argv[0] in choices):
+                text = choices[0]  # such a word may stand alone
+            elif argv:
+                text = argv.pop(0)
+            yield f"{argument}={text}"
+
     def take(self, argument: str) -> None:
         """Sort one argument in."""
         key, assigned, text = argument.partition("=")
@@ -313,8 +327,6 @@ class _WordReader:
         kind = self.specs[name].kind if name is not None else ""
         if name is not None and kind == "flag" and not assigned:
             self.flags.add(name)
-        elif name is not None and kind == "word" and argument.startswith("--") and not assigned:
-            self._take_own(name, argument, "true")
         elif name is not None and kind in ("word", "bare") and (assigned or not _exists(argument)):
             self._take_own(name, argument, text)
         elif argument.startswith("-") and argument != "-":
@@ -329,19 +341,18 @@ class _WordReader:
     def finish(self) -> tuple[Any, list[str]]:
         """(the object of the declared class, the problems)."""
         self._place_bare_words()
-        hints = get_type_hints(self.declaration)
         values: dict[str, Any] = dict.fromkeys(self.flags, True)
         for name, text in self.typed.items():
             spec = self.specs[name]
             try:
-                values[name] = convert(text, hints[name], spec)
+                values[name] = convert(text, self.hints[name], spec)
             except ValueError as error:
                 self.problems.append(f"{spec.key}={text}: {error}")
         for name in self._names("settings"):
             values[name] = self.settings
         for name in self._names("bare"):
-            if get_origin(hints[name]) is list:
-                values[name] = [convert(each, get_args(hints[name])[0]) for each in self.bare]
+            if get_origin(self.hints[name]) is list:
+                values[name] = [convert(each, get_args(self.hints[name])[0]) for each in self.bare]
         for name, spec in self.specs.items():
             is_typed = name in self.typed or name in self.flags
             if spec.required and not is_typed:
@@ -367,10 +378,13 @@ class _WordReader:
             self.typed[name] = text
 
     def _take_unknown_flag(self, argument: str) -> None:
-        if any(self.specs[name].and_flags for name in self._names("settings")):
-            self.settings.append(argument)
-            return
-        flags = [self.specs[name].key for name in self._names("flag")] + ["--help"]
+        for name in self._names("settings"):
+            # `--model.path=x` is a setting with dashes: whoever reads settings says how it is typed.
+            is_setting = "=" in argument and not self.specs[name].beginning
+            if self.specs[name].and_flags or is_setting:
+                self.settings.append(argument)
+                return
+        flags = [spec.key for spec in self.specs.values() if spec.key.startswith("-")] + ["--help"]
         listed = ", ".join(flags[:-1]) + f" and {flags[-1]}" if len(flags) > 1 else flags[0]
         hint = did_you_mean(argument, flags) or f"; {self.verb} takes {listed}"
         self.problems.append(f"{argument}: there is no such flag{hint}")
@@ -378,8 +392,8 @@ class _WordReader:
     def _take_unknown_key(self, argument: str) -> None:
         """Hand a word on if the verb does so, and if it is not one of the verb's own that was mistyped."""
         key = argument.partition("=")[0]
-        keys = [self.specs[name].key for name in self._names("word")]
-        is_misspelt = "." not in key and key not in groups() and difflib.get_close_matches(key, keys, cutoff=0.8)
+        keys = [key for name in self._names("word") if not (key := self.specs[name].key).startswith("-")]
+        is_misspelt = "." not in key and key not in groups() and difflib.get_close_matches(key, keys, cutoff=0.85)
         beginnings = [self.specs[name].beginning for name in self._names("settings")]
         if not is_misspelt and any(argument.startswith(beginning) for beginning in beginnings):
             self.settings.append(argument)
@@ -390,11 +404,10 @@ class _WordReader:
 
     def _place_bare_words(self) -> None:
         """Give each field for one bare word the next one, unless `key=` has said it; the rest stays for a list."""
-        hints = get_type_hints(self.declaration)
         named: list[str] = []
         takes_rest = False
         for name in self._names("bare"):
-            if get_origin(hints[name]) is list:
+            if get_origin(self.hints[name]) is list:
                 takes_rest = True
                 continue
             if name not in self.typed and self.bare:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import textwrap
+from dataclasses import dataclass
 from typing import Any
 
 from launch.config.help_text import show_help
-from launch.output import FLAG, give
+from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words
+from launch.output import give
 from strategies.errors import ConfigError
 
-USAGE = """usage: shardtune doctor [--json]
+
+@dataclass(kw_only=True)
+class DoctorWords(VerbWords):
+    """What `shardtune doctor` takes."""
+
+    settings: list[str] = setting_words()
+    as_json: bool = flag("print what was found for a script", key="--json")
+
+
+USAGE = f"""usage: shardtune doctor [--json]
        shardtune doctor launcher=slurm launcher.nodes=2 <words of a run> [--json]
 
 Looks at this machine and changes nothing: Python and packages with their versions, extras that are missing, cores and
@@ -23,6 +34,8 @@ named. Nodes are asked of SLURM for that, unless this is an allocation; without 
   shardtune doctor launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8 run.dir=runs/first model.path=models/llama
   shardtune doctor launcher.processes=2
 
+{help_rows(DoctorWords)}
+
 Ends with 0 where a run can start, with 69 where something keeps it from that."""
 UNFIT = 69
 WIDTH = 80
@@ -30,17 +43,18 @@ WIDTH = 80
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError."""
-    if {"-h", "--help"} & set(argv):
+    if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    if flags := [word for word in argv if word.startswith("-") and word != FLAG]:
-        raise ConfigError([f"{word}: there is no such flag; doctor takes --json and --help" for word in flags])
-    if words := [word for word in argv if word != FLAG]:
-        return preflight(words, FLAG in argv)
+    words, problems = read_words("doctor", DoctorWords, argv)
+    if problems:
+        raise ConfigError(problems)
+    if words.settings:
+        return preflight(words.settings, words.as_json)
     from launch.doctor.machine import look
 
     found = look(os.environ)
-    if FLAG in argv:
+    if words.as_json:
         give({**found.facts, "problems": found.problems, "notes": found.notes})
     else:
         print("\n".join(text(found.facts, found.problems, found.notes)))

@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
+from launch.config.user_files import ENDINGS
+from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.download.pieces import FetchedPiece, Piece
 
-USAGE = """usage: shardtune download <words of a run> [to=pinned.yaml] [--dry-run] [--json]
+DAMAGED = 69
+
+
+@dataclass(kw_only=True)
+class DownloadWords(VerbWords):
+    """What `shardtune download` takes."""
+
+    to: Path = word(
+        "settings with those commits, a file for every verb; beside it, as pinned.json, what was fetched: each file with its "
+        "size and SHA-256",
+        default=Path("pinned.yaml"),
+    )
+    settings: list[str] = setting_words()
+    dry_run: bool = flag("say what would be fetched and how much of it is there already")
+    verify: bool = flag(
+        "read all files again, offline, and compare them with the list; 69 where one is missing or differs"
+    )
+    as_json: bool = flag("print the answer for a script", key="--json")
+
+
+USAGE = f"""usage: shardtune download <words of a run> [to=pinned.yaml] [--dry-run] [--json]
        shardtune download --verify <pinned.yaml> [--json]
 
   shardtune download model.path=HuggingFaceTB/SmolLM2-135M data.path=hub:org/questions to=smollm2.yaml
@@ -23,32 +46,22 @@ Fetches into the hub's own cache (HF_HOME) what the words name by hub ids: model
 each at the commit that its branch or tag (model.revision, data.sources.<name>.revision) stands for now. Nothing else
 reaches the hub: a run takes what the cache has.
 
-  to=pinned.yaml   settings with those commits, a file for every verb; beside it, as pinned.json, what was fetched:
-                   each file with its size and SHA-256
-  --dry-run        say what would be fetched and how much of it is there already
-  --verify         read all files again, offline, and compare them with the list; 69 where one is missing or differs"""
-DAMAGED = 69
+{help_rows(DownloadWords)}"""
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
-    flags = {word for word in argv if word.startswith("-")}
-    words = [word for word in argv if word not in flags]
-    if flags & {"-h", "--help"} or not argv:
+    if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    if unknown := sorted(flags - {"--dry-run", "--json", "--verify"}):
-        raise ConfigError(
-            [f"{flag}: there is no such flag; download takes --dry-run, --verify, --json" for flag in unknown]
-        )
-    as_json = "--json" in flags
-    if "--verify" in flags:
-        return _verify(words, as_json)
-    to = [word.removeprefix("to=") for word in words if word.startswith("to=")]
-    target = Path(to[-1] if to else "pinned.yaml").expanduser()
-    if target.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"to={target}: is a file of settings; give it a name that ends in .yaml")
-    return _download([word for word in words if not word.startswith("to=")], target, "--dry-run" in flags, as_json)
+    words, problems = read_words("download", DownloadWords, argv)
+    if words.to.suffix not in ENDINGS:
+        problems.append(f"to={words.to}: is a file of settings; give it a name that ends in .yaml")
+    if problems:
+        raise ConfigError(problems)
+    if words.verify:
+        return _verify(words.settings, words.as_json)
+    return _download(words.settings, words.to, words.dry_run, words.as_json)
 
 
 def _download(words: list[str], target: Path, dry: bool, as_json: bool) -> int:

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
 from launch.config.user_files import ENDINGS
-from launch.output import FLAG, give
+from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
+from launch.output import give
 from strategies.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from launch.config.importers.conversion import Converted, Said
 
-USAGE = """usage: shardtune init model.path=<model> data.path=<data> [key=value ...] to=my.yaml
+
+@dataclass(kw_only=True)
+class InitWords(VerbWords):
+    """What `shardtune init` takes."""
+
+    to: Path = word(
+        "the file to write; one that is there is never overwritten",
+        like="my.yaml",
+        required="name the file to write, as in to=my.yaml",
+    )
+    source: str | None = word(
+        "a file of another trainer, whose settings are turned into ours", key="from", like="axolotl.yml"
+    )
+    settings: list[str] = setting_words()
+    as_json: bool = flag("the answer for programs", key="--json")
+
+
+USAGE = f"""usage: shardtune init model.path=<model> data.path=<data> [key=value ...] to=my.yaml
        shardtune init from=<file of another trainer> [key=value ...] to=my.yaml
 
 Writes a file of settings for `shardtune train my.yaml`: what was typed is set, and what people set most stands beside it
-as a comment, with its meaning and default. A file that is there is never overwritten.
+as a comment, with its meaning and default.
 
-from= takes a file of axolotl, LLaMA-Factory, Hugging Face's Trainer and TRL (YAML), or DeepSpeed's (JSON), and turns its
-settings into ours; what is typed goes before it. What has no equal is listed with the reason, in the answer and at the
-end of the file.
+from= takes a file of axolotl, LLaMA-Factory, Hugging Face's Trainer and TRL (YAML), or DeepSpeed's (JSON); what is typed goes
+before it. What has no equal is listed with the reason, in the answer and at the end of the file.
 
   shardtune init model.path=models/smollm2 data.path=train.jsonl tuning=lora to=my.yaml
   shardtune init from=axolotl.yml to=my.yaml
   shardtune init from=ds_config.json model.path=models/llama data.path=train.jsonl budget.epochs=1 to=my.yaml
 
-  --json    the answer for programs"""
+{help_rows(InitWords)}"""
 WIDTH = 80
 
 
@@ -49,43 +67,34 @@ class InitResult:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, StorageError."""
-    if {"-h", "--help"} & set(argv):
+    if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    if flags := [word for word in argv if word.startswith("-") and word != FLAG and "=" not in word]:
-        raise ConfigError([f"{word}: there is no such flag; init takes --json and --help" for word in flags])
-    words = [word for word in argv if word != FLAG and not word.startswith(("to=", "from="))]
-    target = _target(_one("to", argv))
-    source = _one("from", argv)
-    written, text = _from_file(source, words, target) if source else _typed(words, target)
-    _write(target, text)
-    if FLAG in argv:
+    words, problems = read_words("init", InitWords, argv)
+    if words.to is not None:
+        problems += _target_problems(words.to)
+    if problems:
+        raise ConfigError(problems)
+    if words.source is not None:
+        written, text = _from_file(words.source, words.settings, words.to)
+    else:
+        written, text = _typed(words.settings, words.to)
+    _write(words.to, text)
+    if words.as_json:
         give(as_dict(written))
     else:
         print("\n".join(said(written)))
     return 0
 
 
-def _one(name: str, argv: list[str]) -> str | None:
-    given = [word.partition("=")[2] for word in argv if word.startswith(f"{name}=")]
-    if len(given) > 1:
-        raise ConfigError(f"{name}={given[-1]}: {name}= is there already; give one")
-    if given and not given[0]:
-        raise ConfigError(f"{name}=: name a file, as in {name}={'my.yaml' if name == 'to' else 'axolotl.yml'}")
-    return given[0] if given else None
-
-
-def _target(to: str | None) -> Path:
-    if to is None:
-        raise ConfigError("to=: name the file to write, as in to=my.yaml")
-    path = Path(to).expanduser()
-    if path.suffix not in ENDINGS:
-        raise ConfigError(f"to={to}: must end in .yaml, so that `shardtune train {to}.yaml` takes it")
-    if path.exists() or path.is_symlink():
-        raise ConfigError(f"to={to}: is there already, and is not overwritten; name another file, or remove it")
-    if not path.parent.is_dir():
-        raise ConfigError(f"to={to}: there is no directory {path.parent}; make it first")
-    return path
+def _target_problems(to: Path) -> Iterator[str]:
+    """Why the file cannot be written, one line each."""
+    if to.suffix not in ENDINGS:
+        yield f"to={to}: must end in .yaml, so that `shardtune train {to}.yaml` takes it"
+    if to.exists() or to.is_symlink():
+        yield f"to={to}: is there already, and is not overwritten; name another file, or remove it"
+    if not to.parent.is_dir():
+        yield f"to={to}: there is no directory {to.parent}; make it first"
 
 
 def _typed(words: list[str], target: Path) -> tuple[InitResult, str]:

@@ -53,9 +53,7 @@ USAGE = f"""usage: shardtune serve <run or export> [serve.<name>=...] [--dry-run
 One model, at /v1/chat/completions, /v1/completions, /v1/models and /health; vLLM computes where it is installed, else
 transformers' own server. It listens on 127.0.0.1 unless told otherwise.
 
-{group_rows("serve", ServeConfig)}
-
-{help_rows(ServeWords)}"""
+{help_rows(ServeWords, group_rows("serve", ServeConfig))}"""
 
 
 def main(argv: list[str]) -> int:

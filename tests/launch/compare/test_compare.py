@@ -167,7 +167,7 @@ def test_files_for_others(runs, tmp_path, capsys):
         (["runs", "runs/1"], "runs/1: named twice"),
         (["runs", "--jsn"], "--jsn: there is no such flag"),
         (["runs", "to=train.jsonl"], "to=train.jsonl: is a file; name a directory"),
-        (["runs", "to="], "to=: names no directory"),
+        (["runs", "to="], "to needs a value, as in to=<directory>"),
         (["runs", "to=report", "to=report"], "to=report: to is given twice"),
         (["to=report"], "no run directory is named"),
     ],

@@ -81,13 +81,13 @@ def test_a_file_is_written_once_and_only_of_what_could_run(tmp_path, capsys):
     (tmp_path / "train.jsonl").touch()
     good = ["model.path=llama", "data.path=train.jsonl", "tuning=lora", "budget.steps=1"]
     for words, said in (
-        ([], "to=: name the file to write"),
+        ([], "to: not set; name the file to write, as in to=my.yaml"),
         (["to=my.json"], "must end in .yaml"),
         (["to=no/my.yaml"], "there is no directory no"),
         (["to=axolotl.yml"], "is there already, and is not overwritten"),
         (["to=my.yaml"], "model.path: not set"),
         (["to=my.yaml", "to=b.yaml"], "give one"),
-        (["to=my.yaml", "from="], "name a file"),
+        (["to=my.yaml", "from="], "from needs a value, as in from=axolotl.yml"),
         (["to=my.yaml", *good, "--dry-run"], "there is no such flag"),
         (["to=my.yaml", *good, "~optim.lr"], "nothing to go back from"),
         (["to=my.yaml", *good, "learning_rate=2e-4"], "here it is optim.lr=2e-4"),
