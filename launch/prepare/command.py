@@ -9,18 +9,33 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
+from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
 from strategies.compat.python import end_process
-from strategies.errors import Preempted
+from strategies.errors import ConfigError, Preempted
 
 if TYPE_CHECKING:
     from trainer.data.prepare import Prepared
 
-USAGE = """usage: shardtune prepare [--shard i/n] [--json] [key=value ...]
-       shardtune prepare --print <directory> | <words of a run>       (prepare --print --help)
+
+@dataclass(kw_only=True)
+class PrepareWords(VerbWords):
+    """What `shardtune prepare` takes."""
+
+    shard: str | None = word(
+        "make one of n parts, as a job of an array; the same words without it merge them", key="--shard", like="0/8"
+    )
+    settings: list[str] = setting_words(and_flags=True)
+    as_json: bool = flag("print the audit's numbers and where the data lies", key="--json")
+
+
+MORE = {"--print": "show documents and masks (prepare --print --help)"}
+USAGE = f"""usage: shardtune prepare [--shard i/n] [--json] [key=value ...]
+       shardtune prepare --print <directory> | <words of a run>
 
   shardtune prepare model.path=models/smollm2 data.path=raw.jsonl
   shardtune prepare data=audited model.path=... data.path=...      look at everything, change nothing
@@ -28,8 +43,9 @@ USAGE = """usage: shardtune prepare [--shard i/n] [--json] [key=value ...]
   sbatch --array=0-7 --wrap 'shardtune prepare --shard $SLURM_ARRAY_TASK_ID/8 ...'    then once without --shard
 
 Writes manifest.json, audit.json, audit.html, datacard.md and documents.arrow into the cache (data.cache_dir); rows that
-cannot be used are listed in quarantine.jsonl, dropped documents in dropped.jsonl. --json prints the audit's numbers and
-where the data lies; --print shows documents and masks."""
+cannot be used are listed in quarantine.jsonl, dropped documents in dropped.jsonl.
+
+{help_rows(PrepareWords, MORE)}"""
 
 
 def main(argv: list[str]) -> int:
@@ -37,17 +53,22 @@ def main(argv: list[str]) -> int:
     if "--print" in argv:
         from launch.prepare import print_documents
 
-        return print_documents.main([word for word in argv if word != "--print"], lambda words: made(words)[1])
-    if {"-h", "--help"} & set(argv):
+        return print_documents.main([each for each in argv if each != "--print"], lambda words: made(words)[1])
+    if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    words, shard = _shard([word for word in argv if word != "--json"])
-    if shard is not None:
-        _prepare(words, shard)
+    words, problems = read_words("prepare", PrepareWords, argv)
+    if problems:
+        raise ConfigError(problems)
+    if words.shard is not None:
+        from trainer.data.cache import parse_shard
+
+        shard = parse_shard(words.shard)
+        _prepare(words.settings, shard)
         print(f"shard {shard[0]} of {shard[1]}: done; when all are, the same words without --shard merge them")
         return 0
-    report, directory, cached = made(words)
-    if "--json" in argv:
+    report, directory, cached = made(words.settings)
+    if words.as_json:
         print(json.dumps({"directory": str(directory), "cached": cached, "report": report}, ensure_ascii=False))
         return 0
     return show(report, directory, cached=cached)
@@ -63,7 +84,6 @@ def made(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
 def _prepare(words: list[str], shard: tuple[int, int] | None) -> Prepared | None:
     """The prepared data; None after preparing one shard of it, which leaves its part for the others."""
     from launch.config.compose import compose
-    from strategies.errors import ConfigError
     from trainer.config.validate import problems_of
 
     config = compose(words, check=False).config
@@ -109,17 +129,3 @@ def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
     print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
     print(f"look at:  {directory / 'audit.html'}", flush=True)
     return 0
-
-
-def _shard(argv: list[str]) -> tuple[list[str], tuple[int, int] | None]:
-    """The words without `--shard i/n` (or `--shard=i/n`), and its numbers. Raises ConfigError."""
-    from trainer.data.cache import parse_shard
-
-    words, shard = [], None
-    rest = iter(argv)
-    for word in rest:
-        if word == "--shard" or word.startswith("--shard="):
-            shard = parse_shard(word.partition("=")[2] or next(rest, ""))
-        else:
-            words.append(word)
-    return words, shard

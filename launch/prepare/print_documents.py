@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
+from launch.config.verb_words import (
+    VerbWords,
+    asks_for_help,
+    did_you_mean,
+    help_rows,
+    read_words,
+    setting_words,
+    word,
+)
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +26,27 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 1000
 """Samples of one call."""
-USAGE = """usage: shardtune prepare --print <directory> [key=value ...]
+
+
+@dataclass(kw_only=True)
+class PrintWords(VerbWords):
+    """What `shardtune prepare --print` takes."""
+
+    split: str | None = word("the split to look at", like="train")
+    rows: str | None = word("sequences to decode, counted from 0", like="[0,5,10-12]")
+    random: int | None = word("so many drawn without repeats", like="3", least=1)
+    seed: int = word("of the drawing", default=0, least=0)
+    find: str | None = word("those whose document holds the text, in any case", like="text")
+    limit: int = word("how many of those are shown", default=5, least=1)
+    documents: bool = word("the document beside each sequence", default=False, like="true")
+    histogram: bool = word("the lengths even where sequences are decoded", default=False, like="true")
+    lines: int = word("longest sample in lines; its middle is left out", default=40, least=2)
+    tokenizer: str | None = word("the tokenizer to decode with; default: the one recorded", like="<dir>")
+    data: list[str] = setting_words(and_flags=True)
+    """What says of which data: a directory, or the words of a run."""
+
+
+USAGE = f"""usage: shardtune prepare --print <directory> [key=value ...]
        shardtune prepare --print [key=value ...] <words of a run>
 
   shardtune prepare --print runs/first random=3 documents=true
@@ -27,81 +55,35 @@ USAGE = """usage: shardtune prepare --print <directory> [key=value ...]
 Splits, lengths and samples of what `prepare` made: the directory it printed, one of the splits in it, or a run. With the
 words of a run instead, the data is prepared first where it is not there. Learned text is green, or between ⟦ and ⟧.
 
-  split=train         the split to look at
-  rows=[0,5,10-12]    sequences to decode, counted from 0
-  random=3 seed=0     so many drawn without repeats
-  find=text limit=5   those whose document holds the text, in any case; how many are shown
-  documents=true      the document beside each sequence
-  histogram=true      the lengths even where sequences are decoded
-  lines=40            longest sample in lines; its middle is left out
-  tokenizer=<dir>     the tokenizer to decode with; default: the one recorded"""
+{help_rows(PrintWords)}"""
 
 
-@dataclass(slots=True)
-class PrintRequest:
-    """What is to be shown, as the words say."""
-
-    split: str | None = None
-    rows: str | None = None
-    random: int | None = None
-    find: str | None = None
-    seed: int = 0
-    limit: int = 5
-    documents: bool = False
-    histogram: bool = False
-    lines: int = 40
-    tokenizer: str | None = None
-
-
-LEAST = {"random": 1, "limit": 1, "lines": 2, "seed": 0}
-FLAGS = {"true": True, "false": False}
-
-
-def read_words(words: list[str]) -> tuple[PrintRequest, list[str]]:
-    """(what is asked for, the words that say of which data). Raises ConfigError with every problem."""
-    asked, others, problems = PrintRequest(), list[str](), list[str]()
-    keys = {field.name: field.type for field in fields(PrintRequest)}
-    for word in words:
-        key, assigned, value = word.partition("=")
-        if not assigned or key not in keys:
-            others.append(word)
-        elif "bool" in str(keys[key]):
-            if value in FLAGS:
-                setattr(asked, key, FLAGS[value])
-            else:
-                problems.append(f"{word}: must be true or false")
-        elif key in LEAST:
-            if value.isascii() and value.isdigit() and len(value) < 16 and int(value) >= LEAST[key]:
-                setattr(asked, key, int(value))
-            else:
-                problems.append(f"{word}: must be a whole number, at least {LEAST[key]}")
-        else:
-            setattr(asked, key, value)
-    if asked.find == "":
-        problems.append("find=: needs some text to look for")
-    which = [key for key in ("rows", "random", "find") if getattr(asked, key) is not None]
-    if len(which) > 1:
-        problems.append(f"{' and '.join(f'{key}=' for key in which)}: give one of them")
+def print_words(argv: list[str]) -> PrintWords:
+    """What was typed. Errors: ConfigError with every problem."""
+    words, problems = read_words("prepare --print", PrintWords, argv)
+    chosen = [key for key in ("rows", "random", "find") if key in words.typed]
+    if len(chosen) > 1:
+        problems.append(f"{' and '.join(f'{key}=' for key in chosen)}: give one of them")
     if problems:
         raise ConfigError(problems)
-    return asked, others
+    return words
 
 
 def directory_of(words: list[str]) -> Path | None:
     """The one directory that `words` name; None where they are those of a run. Raises ConfigError for a mixture."""
-    bare = [word for word in words if not word.endswith(".yaml") and ("=" not in word or Path(word).is_dir())]
+    bare = [each for each in words if not each.endswith(".yaml") and ("=" not in each or Path(each).is_dir())]
     if len(bare) == len(words) == 1 and not bare[0].startswith("-"):
         return Path(bare[0]).expanduser()
     if bare:
-        known = [field.name for field in fields(PrintRequest)]
-        problems = []
-        for word in words[1:] if words[0] in bare else words:
-            near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
-            problems.append(
-                f"{word}: no such word beside a directory; "
-                + (f"did you mean {near[0]}=?" if near else f"one of {', '.join(known)}")
-            )
-        raise ConfigError(problems)
+        known = [each.name for each in fields(PrintWords)]
+        others = words[1:] if words[0] in bare else words
+        raise ConfigError(
+            [
+                f"{each}: no such word beside a directory"
+                + (did_you_mean(each.partition("=")[0], known, end="=") or f"; one of {', '.join(known)}")
+                for each in others
+            ]
+        )
     return None
 
 
@@ -110,15 +92,15 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
 
     Errors: ConfigError, DataError.
     """
-    if {"-h", "--help"} & set(argv) or not argv:
+    if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    asked, others = read_words(argv)
-    directory = directory_of(others)
-    return show(directory if directory is not None else prepare(others), asked)
+    words = print_words(argv)
+    directory = directory_of(words.data)
+    return show(directory if directory is not None else prepare(words.data), words)
 
 
-def show(directory: Path, asked: PrintRequest) -> int:
+def show(directory: Path, asked: PrintWords) -> int:
     """Print what is asked for; nothing is printed before all of it is known to be possible."""
     from rich.console import Console
     from rich.text import Text
@@ -149,7 +131,7 @@ def show(directory: Path, asked: PrintRequest) -> int:
     return 0
 
 
-def _sample(prepared: Entry, split: str, index: int, tokenizer: Any, console: Any, asked: PrintRequest) -> None:
+def _sample(prepared: Entry, split: str, index: int, tokenizer: Any, console: Any, asked: PrintWords) -> None:
     from trainer.data.report import inspection
 
     console.print(
@@ -157,7 +139,7 @@ def _sample(prepared: Entry, split: str, index: int, tokenizer: Any, console: An
     )
 
 
-def _chosen(prepared: Entry, split: str, asked: PrintRequest) -> tuple[list[int], int | None]:
+def _chosen(prepared: Entry, split: str, asked: PrintWords) -> tuple[list[int], int | None]:
     """The sequences to decode; and for find= how many there are in all."""
     from trainer.data.report.inspection import find
 
@@ -177,18 +159,18 @@ def _chosen(prepared: Entry, split: str, asked: PrintRequest) -> tuple[list[int]
 
 def parse_rows(words: str, length: int, split: str) -> list[int]:
     """`[0,5,10-12]` as numbers below `length`. Raises ConfigError that names every word that cannot be used."""
-    rows, problems = list[int](), list[str]()
-    for word in words.removeprefix("[").removesuffix("]").split(","):
-        first, dash, last = word.strip().partition("-")
+    rows: list[int] = []
+    problems: list[str] = []
+    for entry in words.removeprefix("[").removesuffix("]").split(","):
+        shown = entry.strip()
+        first, dash, last = shown.partition("-")
         ends = (first, last if dash else first)
         if not all(end.isascii() and end.isdigit() and len(end) < 16 for end in ends):
-            problems.append(
-                f"rows={word.strip() or 'nothing'}: must be a number or a range such as 3-7, counted from 0"
-            )
+            problems.append(f"rows={shown or 'nothing'}: must be a number or a range such as 3-7, counted from 0")
         elif int(ends[0]) > int(ends[1]) or int(ends[1]) >= length:
-            problems.append(f"rows={word.strip()}: {split} has {length:,} sequences, numbered from 0 to {length - 1:,}")
+            problems.append(f"rows={shown}: {split} has {length:,} sequences, numbered from 0 to {length - 1:,}")
         elif len(rows) + int(ends[1]) - int(ends[0]) >= MOST_ROWS:
-            problems.append(f"rows={word.strip()}: at most {MOST_ROWS} sequences in one call")
+            problems.append(f"rows={shown}: at most {MOST_ROWS} sequences in one call")
         else:
             rows += range(int(ends[0]), int(ends[1]) + 1)
     if problems:

@@ -155,10 +155,10 @@ def test_accepts_a_split_and_a_run_directory(prepared, capsys, tmp_path):
         (["rows=3-1"], "rows=3-1"),
         (["split=dev"], "split=dev: there is no such split; one of train, eval"),
         (["random=0"], "random=0: must be a whole number, at least 1"),
-        (["lines=x", "documents=1"], "lines=x: must be a whole number, at least 2\ndocuments=1: must be true or false"),
+        (["lines=x", "documents=2"], "lines=x: must be a whole number, at least 2\ndocuments=2: must be true or false"),
         (["random=1", "rows=1"], "rows= and random=: give one of them"),
-        (["find="], "find=: needs some text"),
-        (["splt=eval"], "splt=eval: no such word beside a directory; did you mean split="),
+        (["find="], "find needs a value, as in find=text"),
+        (["splt=eval"], "splt=eval: there is no such word; did you mean split="),
         (["--colour"], "--colour: no such word beside a directory; one of split, rows"),
         (["rows=0", "tokenizer=nowhere/at-all"], "tokenizer=nowhere/at-all: cannot be loaded"),
     ],
@@ -197,6 +197,6 @@ def test_looking_at_sizes_loads_no_tokenizer_library(prepared):
 
 def test_help_and_the_verb_that_is_gone(capsys):
     assert main(["--print"]) == 64 and main(["--print", "--help"]) == 0
-    assert capsys.readouterr().out.count("documents=true      the document") == 2
+    assert capsys.readouterr().out.count("documents=true    the document") == 2
     assert command(["data", "inspect", "x"]) == 64
     assert "there is no verb data; did you mean prepare --print?" in capsys.readouterr().err
