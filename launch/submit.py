@@ -5,13 +5,35 @@ Refuses any launcher but SLURM's; without a choice on the command line it takes 
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launch.config import show_config as looking
 from launch.config.help_text import show_help
-from launch.output import FLAG, give, said_to_stderr
+from launch.config.show_config import KINDS
+from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
+from launch.output import give, said_to_stderr
+from strategies.errors import ConfigError
 
-USAGE = """usage: shardtune submit [--print] [--json] [-m] [--cfg] [key=value ...]
+
+@dataclass(kw_only=True)
+class SubmitWords(VerbWords):
+    """What `shardtune submit` takes."""
+
+    settings: list[str] = setting_words(and_flags=True)
+    print_only: bool = flag("print the script of each job and stop", key="--print", also=("--dry-run",))
+    as_json: bool = flag(
+        "print the job ids, run directories and scripts in place of what a person needs to know", key="--json"
+    )
+    cfg: str | None = word(
+        "print the whole configuration and stop", key="--cfg", also=("-c",), like="[job|hydra|all]", choices=KINDS
+    )
+    multirun: bool = flag(
+        "one run a point, as a job array: shardtune submit -m strategy=fsdp2,zero3 ...", key="-m", also=("--multirun",)
+    )
+
+
+USAGE = f"""usage: shardtune submit [--print] [--json] [-m] [--cfg] [key=value ...]
 
   shardtune submit model.path=... data.path=... strategy=fsdp2 launcher.nodes=2 launcher.gpus_per_node=8 run.dir=runs/first
   shardtune submit <the words> data.eval_share=0.05 launcher.pipeline=[prepare,train,evaluate,export] launcher.cpu_partition=cpu
@@ -20,53 +42,51 @@ USAGE = """usage: shardtune submit [--print] [--json] [-m] [--cfg] [key=value ..
 Takes the words of train; the same words requeue a run that is not finished. What is asked of SLURM is launcher.*, listed in
 conf/launcher/slurm.yaml.
 
-  --print, --dry-run   print the script of each job and stop
-  --json               print the job ids, run directories and scripts in place of what a person needs to know
-  --cfg                print the whole configuration and stop
-  -m                   one run a point, as a job array: shardtune submit -m strategy=fsdp2,zero3 ...
+{help_rows(SubmitWords)}
 
 docs/slurm.md goes from login to a requeued run of two nodes."""
 
 
 def main(argv: list[str]) -> int:
     """Submit the run that the overrides in `argv` describe; returns 0. Errors: those of composing and of `submit`."""
-    if {"-h", "--help"} & set(argv):
+    if asks_for_help(argv):
         show_help(USAGE)
         return 0
     from launch.cluster.submission import Submitted, submit
-    from launch.config import show_config
     from launch.config.compose import compose, default_run_dir, is_finished
     from launch.runs.freeze import freeze
-    from strategies.errors import ConfigError
 
-    flags, as_json = {"--print", "--dry-run"} & set(argv), FLAG in argv
-    words = [word for word in argv if word not in flags and word != FLAG]
-    if as_json and (flags or {"-m", "--multirun", "--cfg"} & set(words)):
-        raise ConfigError(
+    words, problems = read_words("submit", SubmitWords, argv)
+    if words.as_json and (words.print_only or words.multirun or words.cfg is not None):
+        problems.append(
             "--json: tells what was submitted of one run; leave --print, --dry-run, --cfg and -m out, or it"
         )
-    if not any(word.startswith("launcher=") for word in words):
-        words.insert(0, "launcher=slurm")
-    if {"-m", "--multirun"} & set(words):
+    if problems:
+        raise ConfigError(problems)
+    settings = words.settings
+    if not any(each.startswith("launcher=") for each in settings):
+        settings.insert(0, "launcher=slurm")
+    if words.multirun:
         from launch import train
 
-        return train.main([*words, *(["--dry-run"] if flags else [])])
-    words, cfg, _ = show_config.take(words)
-    with said_to_stderr(as_json):
-        composed = compose(words, check=not cfg)
-        if cfg:
-            show_config.show(composed, cfg)
+        show_only = ["--dry-run"] if words.print_only else []
+        show_config = [] if words.cfg is None else ["--cfg", words.cfg]
+        return train.main(["-m", *settings, *show_only, *show_config])
+    with said_to_stderr(words.as_json):
+        composed = compose(settings, check=words.cfg is None)
+        if words.cfg is not None:
+            looking.show(composed, words.cfg)
             return 0
         asked, submitted = composed.config.run.dir, []
         run_dir = Path(asked).expanduser() if asked else default_run_dir(composed.sha256)
-        finished = not flags and is_finished(run_dir)
-        if not flags:
+        finished = not words.print_only and is_finished(run_dir)
+        if not words.print_only:
             run_dir = freeze(composed, run_dir, another_way=True)
         if finished and not getattr(composed.config.launcher, "pipeline", []):
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
-            submitted = submit(composed.config, [run_dir], print_only=bool(flags))
-    if as_json:
+            submitted = submit(composed.config, [run_dir], print_only=words.print_only)
+    if words.as_json:
         [told] = submitted or [Submitted({}, [str(run_dir.absolute())], {}, None)]
         give(asdict(told))
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,63 +18,87 @@ from launch.config import show_config
 from launch.config.choices import groups
 from launch.config.help_text import show_help
 from launch.config.process_role import is_worker, seems_a_worker
-from launch.output import FLAG, give, said_to_stderr
+from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
+from launch.output import give, said_to_stderr
 from strategies.compat.python import end_process, run_exit_functions
+from strategies.errors import ConfigError
 from trainer.stopping.signals import hold, release
 
 if TYPE_CHECKING:
     from launch.config.frozen import Composed
     from trainer.config.run import RunConfig
 
-FLAGS = ("-h", "--help", "--dry-run", "-m", "--multirun", FLAG)
+
+@dataclass(kw_only=True)
+class TrainWords(VerbWords):
+    """What `shardtune train` takes beside settings."""
+
+    settings: list[str] = setting_words(and_flags=True)
+    cfg: str | None = word(
+        "print the whole configuration (hydra: Hydra's own) and stop",
+        key="--cfg",
+        also=("-c",),
+        like="[job|hydra|all]",
+        choices=show_config.KINDS,
+    )
+    info: str | None = word(
+        "print where the configuration comes from and stop",
+        key="--info",
+        also=("-i",),
+        like="[defaults|...]",
+        choices=show_config.INFO,
+    )
+    dry_run: bool = flag("print what the run would do and stop")
+    as_json: bool = flag("at the end print how it ended, for a script; what is said goes to stderr", key="--json")
+    multirun: bool = flag(
+        "one run a point: shardtune train -m strategy=ddp,fsdp2 optim.lr=1e-4,2e-4", key="-m", also=("--multirun",)
+    )
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError and whatever the run itself raises."""
-    argv, cfg, info = show_config.take(argv)
-    flags = {word for word in argv if word in FLAGS}
-    words = [word for word in argv if word not in FLAGS]
-    if flags - {"-m", "--multirun"} or cfg or info:
+    words, problems = read_words("train", TrainWords, argv)
+    shows = words.cfg is not None or words.info is not None or words.dry_run or words.as_json or asks_for_help(argv)
+    if shows or problems:
         release()
-    if flags & {"-h", "--help"}:
+    if asks_for_help(argv):
         show_help(usage())
         return 0
-    if info:
-        print("\n".join(show_config.info(words)))
-        return 0
-    if is_worker(os.environ) and not flags and not cfg:
-        return worker(words)
-    if FLAG in flags and (flags - {FLAG, "--dry-run"} or cfg):
-        from strategies.errors import ConfigError
-
-        other = "--cfg" if cfg else "-m"
-        raise ConfigError(
-            f"{FLAG}: works for a single run; leave {other} out (runs by -m: shardtune compare <their directory> {FLAG})"
+    if words.as_json and (words.multirun or words.cfg is not None):
+        other = "-m" if words.cfg is None else "--cfg"
+        problems.append(
+            f"--json: works for a single run; leave {other} out (runs by -m: shardtune compare <their directory> --json)"
         )
+    if problems:
+        raise ConfigError(problems)
+    settings = words.settings
+    if words.info is not None:
+        print("\n".join(show_config.info(settings)))
+        return 0
+    if is_worker(os.environ) and not shows and not words.multirun:
+        return worker(settings)
     from launch.config.compose import compose
     from launch.sweep.sweeper import is_search
 
-    if flags & {"-m", "--multirun"}:
+    if words.multirun:
         from launch.sweep.multirun import multirun
 
-        look = partial(show, cfg=cfg) if cfg or "--dry-run" in flags else None
-        if is_search(words):
-            return _search(words, look)
-        return multirun(words, launch=launch, show=look, check=not cfg)
-    if is_search(words):
-        from strategies.errors import ConfigError
-
+        look = partial(show, cfg=words.cfg) if words.cfg is not None or words.dry_run else None
+        if is_search(settings):
+            return _search(settings, look)
+        return multirun(settings, launch=launch, show=look, check=words.cfg is None)
+    if is_search(settings):
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
-    if cfg:
-        show_config.show(compose(words, check=False), cfg)
+    if words.cfg is not None:
+        show_config.show(compose(settings, check=False), words.cfg)
         return 0
-    if "--dry-run" in flags:
-        return _dry_run(words, as_json=FLAG in flags)
-    with said_to_stderr(FLAG in flags):
-        composed = compose(words)
+    if words.dry_run:
+        return _dry_run(settings, as_json=words.as_json)
+    with said_to_stderr(words.as_json):
+        composed = compose(settings)
         run_dir = run_dir_of(composed)
         code = launch(composed, run_dir)
-    if FLAG in flags:
+    if words.as_json:
         give(ended(run_dir, code))
     return code
 
@@ -212,8 +237,6 @@ def worker(words: list[str]) -> int:
 
 
 def _refuse_restarts(env: Mapping[str, str]) -> None:
-    from strategies.errors import ConfigError
-
     if int(env.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         raise ConfigError(
             f"torchrun --max-restarts={env['TORCHELASTIC_MAX_RESTARTS']}: ranks that torchrun starts again may wait for each "
@@ -281,21 +304,15 @@ def usage() -> str:
         ("run.resume=auto", "auto, never or a checkpoint directory"),
         ("logging.wandb=offline", "online, offline or disabled; docs/tracking.md"),
     ]
-    flags = [
-        ("--cfg [job|hydra|all]", "print the whole configuration (hydra: Hydra's own) and stop"),
-        ("--info", "print where the configuration comes from and stop"),
-        ("--config-dir <dir>", "a directory laid out as conf/ whose files are choices too"),
-        ("--dry-run", "print what the run would do and stop"),
-        ("--json", "at the end print how it ended, for a script; what is said goes to stderr"),
-        ("-m, --multirun", "one run a point: shardtune train -m strategy=ddp,fsdp2 optim.lr=1e-4,2e-4"),
-        ("-m sweeper=optuna", "a search: optim.lr='tag(log,interval(1e-5,1e-3))'; sweeper=wandb: for W&B's agent"),
-    ]
+    more = {
+        "--config-dir <dir>": "a directory laid out as conf/ whose files are choices too",
+        "-m sweeper=optuna": "a search: optim.lr='tag(log,interval(1e-5,1e-3))'; sweeper=wandb: for W&B's agent",
+    }
     rows = "\n".join(f"  {key:<32}{what}" for key, what in common)
     choices = "\n".join(f"  {group + '=':<12}{' '.join(names)}" for group, names in groups().items() if names)
-    options = "\n".join(f"  {key:<32}{what}" for key, what in flags)
     return (
         f"usage: shardtune train [flags] [key=value ...]\n\nsettings:\n{rows}\n\n"
-        f"groups:\n{choices}\n\nflags:\n{options}\n\n"
+        f"groups:\n{choices}\n\nflags:\n{help_rows(TrainWords, more)}\n\n"
         "A bare my.yaml is a file of settings; what is typed goes before it. ~key takes a setting back to its default.\n"
         "Every setting is listed with its meaning in conf/. The same words work as\n"
         "  torchrun --nproc-per-node=8 -m launch.train <words>\n  sbatch slurm/train.sbatch <words>"

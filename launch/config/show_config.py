@@ -15,27 +15,6 @@ KINDS = ("job", "hydra", "all")
 INFO = ("all", "config", "defaults", "searchpath", "plugins")
 
 
-def take(argv: list[str]) -> tuple[list[str], str | None, str | None]:
-    """(the other words, what `--cfg` is to show, what `--info` is to show). Errors: ConfigError for another kind."""
-    words: list[str] = []
-    rest = list(argv)
-    shown: dict[str, str | None] = {"--cfg": None, "--info": None}
-    while rest:
-        word = rest.pop(0)
-        flag, assigned, kind = word.partition("=")
-        flag = {"-c": "--cfg", "-i": "--info"}.get(flag, flag)
-        if flag not in shown:
-            words.append(word)
-            continue
-        known = KINDS if flag == "--cfg" else INFO
-        if not assigned:
-            kind = rest.pop(0) if rest and rest[0] in known else known[0]
-        if kind not in known:
-            raise ConfigError(f"{word}: {flag} shows one of {', '.join(known)}")
-        shown[flag] = kind
-    return words, shown["--cfg"], shown["--info"]
-
-
 def show(composed: Composed, kind: str) -> None:
     """Print the configuration of the run, Hydra's own, or both. Raises ConfigError, after that, for values out of range.
 

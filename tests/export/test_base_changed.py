@@ -88,7 +88,7 @@ def test_another_base_is_taken_when_that_is_accepted_and_the_card_says_so(replac
     assert not list(run_dir.glob("reports/*")), "it is no record of the run"
     capsys.readouterr()
     assert command_here(["export", str(run_dir), "accept=[code]", f"to={tmp_path / 'x'}"]) == 64
-    assert "accept=[code]: must be [base]" in capsys.readouterr().err
+    assert "accept=[code]: must be one of base, data" in capsys.readouterr().err
 
 
 def test_a_base_that_is_cut_off_or_gone_is_named(trained, tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_another_checkpoint_merged_elsewhere(run_dir, tmp_path):
     [
         ([], "run.dir: not set"),
         (["run.dir={run}", "chekpoint=4"], "did you mean checkpoint"),
-        (["{run}", "run.dir={run}"], "given twice"),
+        (["{run}", "run.dir={run}"], "name the directory of one run"),
         (["run.dir={run}", "to="], "needs a value"),
         (["run.dir={run}", "checkpoint=5"], "its checkpoints are 4, 6"),
         (["run.dir={run}", "merge=perhaps"], "true or false"),
