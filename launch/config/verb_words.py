@@ -110,11 +110,12 @@ def read_words(verb: str, declaration: type[Declared], argv: Iterable[str]) -> t
 
 
 def read_group(
-    prefix: str, defaults: Config, words: Iterable[str], *, brackets: bool = True
+    prefix: str, defaults: Config, words: Iterable[str], *, brackets: bool = True, once: bool = False
 ) -> tuple[Config, list[str], list[str]]:
     """(settings with what `<prefix>.<field>=` words say in place of the defaults, the other words, a line about each problem).
 
     `defaults` is an object of a dataclass whose annotations say what the words may be. `brackets`: a list of one needs them too.
+    `once`: a setting that is typed again is a problem; elsewhere the last one counts, as in the words of a run.
     """
     hints = get_type_hints(type(defaults))
     others: list[str] = []
@@ -130,7 +131,7 @@ def read_group(
             listed = ", ".join(f"{prefix}.{each}" for each in hints)
             hint = f"did you mean {prefix}.{near[0]}?" if near else f"one of {listed}"
             problems.append(f"{argument}: there is no setting {key}; {hint}")
-        elif name in changes:
+        elif once and name in changes:
             problems.append(f"{argument}: {key} is given twice; give one")
         elif text == "null" and type(None) in get_args(hints[name]):
             changes[name] = None
@@ -392,7 +393,7 @@ class _WordReader:
     def _take_unknown_key(self, argument: str) -> None:
         """Hand a word on if the verb does so, and if it is not one of the verb's own that was mistyped."""
         key = argument.partition("=")[0]
-        keys = [key for name in self._names("word") if not (key := self.specs[name].key).startswith("-")]
+        keys = [spec.key for spec in self.specs.values() if spec.kind == "word" and not spec.key.startswith("-")]
         is_misspelt = "." not in key and key not in groups() and difflib.get_close_matches(key, keys, cutoff=0.85)
         beginnings = [self.specs[name].beginning for name in self._names("settings")]
         if not is_misspelt and any(argument.startswith(beginning) for beginning in beginnings):

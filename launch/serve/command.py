@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
             "and set serve.key_env=SERVE_KEY"
         )
     settings = [each for each in words.settings if not each.startswith("serve.key=")]
-    config, _, unusable = read_group("serve", ServeConfig(), settings)
+    config, _, unusable = read_group("serve", ServeConfig(), settings, once=True)
     if problems := [*problems, *(unusable or config.problems())]:
         raise ConfigError(problems)
     from launch.serve.exported import compare_base, find_export

@@ -123,6 +123,7 @@ def test_settings_are_handed_on_and_misspelt_words_of_the_verb_are_not():
     argv = ["evaluation.tasks=[a,b]", "strategy=fsdp2", "runs/x", "a.json", "b.json", "against=base", "data.path=a b"]
     words, problems = read_words("passing", PassingWords, argv)
     assert problems == []
+    assert read_words("passing", PassingWords, ["optim.lr=1"])[1] == []
     assert words.settings == ["evaluation.tasks=[a,b]", "strategy=fsdp2", "data.path=a b"]
     assert (words.run, words.files) == (Path("runs/x"), [Path("a.json"), Path("b.json")])
     _, problems = read_words("passing", PassingWords, ["agianst=base", "--cfg", "adapter=x"])
@@ -132,6 +133,33 @@ def test_settings_are_handed_on_and_misspelt_words_of_the_verb_are_not():
         "adapter=x: goes with model.path=...; add that, or leave adapter out",
     ]
     assert read_words("passing", PassingWords, ["model.path=m", "adapter=x"])[1] == []
+
+
+@dataclass(kw_only=True)
+class DashedWords(VerbWords):
+    cfg: str | None = word("what is shown", key="--cfg", also=("-c",), choices=("job", "all"))
+    shard: str | None = word("one of n parts", key="--shard", like="0/8")
+    settings: list[str] = setting_words(and_flags=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "cfg", "shard", "settings"),
+    [
+        (["--cfg", "all", "a=1"], "all", None, ["a=1"]),
+        (["--cfg", "a=1"], "job", None, ["a=1"]),
+        (["-c"], "job", None, []),
+        (["--cfg=all", "--shard", "0/8", "my.yaml"], "all", "0/8", ["my.yaml"]),
+        (["--shard=1/8", "--model.path=m"], None, "1/8", ["--model.path=m"]),
+    ],
+)
+def test_a_dashed_word_takes_the_next_argument(argv, cfg, shard, settings):
+    words, problems = read_words("dashed", DashedWords, argv)
+    assert (words.cfg, words.shard, words.settings, problems) == (cfg, shard, settings, [])
+    _, problems = read_words("dashed", DashedWords, ["--cfg=jbo", "--shard"])
+    assert problems == [
+        "--shard=: --shard needs a value, as in --shard=0/8",
+        "--cfg=jbo: must be one of job, all; did you mean job?",
+    ]
 
 
 def test_help_shows_each_word_and_flag_in_columns():
@@ -157,6 +185,11 @@ def test_a_group_of_settings_is_read_by_its_annotations():
     settings, others, problems = read_group("serve", GroupConfig(name="a"), words)
     assert settings == GroupConfig(port=0, engine=Engine.large, kinds=[Engine.small, Engine.large])
     assert (others, problems) == (["other=1", "serve=2"], [])
+    twice = ["serve.port=1", "serve.port=2"]
+    assert read_group("serve", GroupConfig(), twice)[0].port == 2, "as in the words of a run, the last one counts"
+    assert read_group("serve", GroupConfig(), twice, once=True)[2] == [
+        "serve.port=2: serve.port is given twice; give one"
+    ]
     _, _, problems = read_group("serve", GroupConfig(), ["serve.prot=1", "serve.port=x", "serve.zzz=1"])
     assert problems == [
         "serve.prot=1: there is no setting serve.prot; did you mean serve.port?",
