@@ -1,1 +1,1 @@
-"""What is typed and what files say, made into a checked configuration."""
+"""Words of the command line become one typed, frozen configuration; and what of it a verb may trust."""
