@@ -148,9 +148,9 @@ def read_plan(argv: list[str]) -> PlanRequest:
         except (OmegaConfBaseException, ValueError, YAMLError) as error:
             why = " ".join(str(error).split("\n    full_key")[0].split())
             problems.append(f"hardware={words.hardware}: {why}; write it as those of conf/hardware/ are")
-    card = OmegaConf.to_object(tree)
-    assert isinstance(card, Card)
-    card, others, unusable = read_group("hardware", card, words.settings)
+    card_of_file = OmegaConf.to_object(tree)
+    assert isinstance(card_of_file, Card)
+    card, others, unusable = read_group("hardware", card_of_file, words.settings)
     settings, others, unusable_settings = read_group("plan", PlanConfig(), others)
     problems += unusable + unusable_settings
     if settings.workers < 0:
