@@ -13,10 +13,13 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch import streams
 from trainer.stopping.signals import hold
+
+if TYPE_CHECKING:
+    from launch.config.verb_words import VerbWords
 
 GROUPS = {
     "start": {
@@ -121,11 +124,20 @@ def completion(words: list[str]) -> int:
 
     shell = words[0].partition("=")[2] or (words[1] if len(words) > 1 else "")
     try:
-        print(script(shell, VERBS), end="")
+        print(script(shell, VERBS, declared_words()), end="")
     except ConfigError as error:
         print(f"shardtune: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def declared_words() -> dict[str, list[type[VerbWords]]]:
+    """What each verb declares of its own words."""
+    from importlib import import_module
+
+    from launch.config.verb_words import declared_in
+
+    return {verb: declared_in(import_module(module_of(verb))) for verb in VERBS}
 
 
 def module_of(verb: str) -> str:

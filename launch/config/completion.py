@@ -6,11 +6,13 @@ from enum import Enum
 
 from launch.config.choices import groups
 from launch.config.user_files import CHOSEN_BY_NAME
+from launch.config.verb_words import VerbWords, specs
 from strategies.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
 PATHS = "model.path|model.tokenizer|data.path|data.eval_path|data.test_path|run.dir|run.resume|tuning.from|to|from"
-FLAGS = "--help --cfg --info --config-dir --dry-run --json --print --verify --follow --watch -m --multirun"
+OF_ALL = ("--help", "--config-dir")
+"""Flags that are read before the verb."""
 
 BASH = r"""# Completion of shardtune in bash. Written by: shardtune --shell-completion bash
 _shardtune() {
@@ -35,7 +37,11 @@ _shardtune() {
             return ;;
     esac
     compopt -o nospace 2>/dev/null
-    COMPREPLY=($(compgen -S = -W "@KEYS@" -- "$word"))
+    case "$verb" in
+@OWN@
+        *) candidates="" ;;
+    esac
+    COMPREPLY=($(compgen -S = -W "@KEYS@ $candidates" -- "$word"))
     case "$verb" in
         status|logs|stop|export|serve|chat|compare) COMPREPLY+=($(compgen -d -- "$word")) ;;
     esac
@@ -46,7 +52,7 @@ complete -F _shardtune shardtune
 ZSH = r"""#compdef shardtune
 # Completion of shardtune in zsh. Written by: shardtune --shell-completion zsh
 _shardtune() {
-    local word="${words[CURRENT]}" key
+    local word="${words[CURRENT]}" key candidates
     local -a verbs keys values flags
     verbs=(@VERBS@ --help --version)
     flags=(@FLAGS@)
@@ -69,6 +75,11 @@ _shardtune() {
             compadd -- $values
             return ;;
     esac
+    case "${words[2]}" in
+@OWN@
+        *) candidates="" ;;
+    esac
+    keys+=(${=candidates})
     compadd -S '' -- ${^keys}=
     _files -g '*.y(a|)ml'
     [[ "${words[2]}" == (status|logs|stop|export|serve|chat|compare) ]] && _files -/
@@ -77,25 +88,50 @@ compdef _shardtune shardtune 2>/dev/null
 """
 
 
-def script(shell: str, verbs: dict[str, str]) -> str:
-    """The script of a shell, to be loaded by it; `verbs` with what each does. Errors: ConfigError."""
+def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]) -> str:
+    """The script of a shell, to be loaded by it. Errors: ConfigError.
+
+    `verbs` with what each does, `declared` with the classes that say which words and flags each takes.
+    """
     shell = shell.removeprefix("install=")
     if shell not in SHELLS:
         raise ConfigError(f"--shell-completion {shell}: give one of {', '.join(SHELLS)}")
     values = values_of_settings()
     if shell == "fish":
-        return _fish(values, verbs)
+        return _fish(values, verbs, declared)
     cases = "\n".join(f'                {key}) candidates="{" ".join(of)}" ;;' for key, of in values.items() if of)
+    own = "\n".join(
+        f'        {verb}) candidates="{" ".join(keys_of(classes))}" ;;' for verb, classes in declared.items()
+    )
     text = BASH if shell == "bash" else ZSH
     for mark, content in (
         ("@VERBS@", " ".join(verbs)),
-        ("@FLAGS@", FLAGS),
+        ("@FLAGS@", " ".join(flags_of(declared))),
+        ("@OWN@", own),
         ("@PATHS@", PATHS if shell == "zsh" else "=*|".join(PATHS.split("|"))),
         ("@VALUES@", cases),
         ("@KEYS@", " ".join(values)),
     ):
         text = text.replace(mark, content)
     return text
+
+
+def keys_of(classes: list[type[VerbWords]]) -> list[str]:
+    """The keys that stand before an equals sign."""
+    keys = []
+    for each in classes:
+        keys += [spec.key for spec in specs(each).values() if spec.kind == "word" and not spec.key.startswith("-")]
+    return keys
+
+
+def flags_of(declared: dict[str, list[type[VerbWords]]]) -> list[str]:
+    """All that begins with a dash, of all verbs."""
+    flags = [*OF_ALL]
+    for classes in declared.values():
+        for each in classes:
+            for spec in specs(each).values():
+                flags += [key for key in (spec.key, *spec.also) if key.startswith("-")]
+    return list(dict.fromkeys(flags))
 
 
 def values_of_settings() -> dict[str, list[str]]:
@@ -116,7 +152,7 @@ def values_of_settings() -> dict[str, list[str]]:
     return found
 
 
-def _fish(values: dict[str, list[str]], verbs: dict[str, str]) -> str:
+def _fish(values: dict[str, list[str]], verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]) -> str:
     lines = [
         "# Completion of shardtune in fish. Written by: shardtune --shell-completion fish",
         "complete -c shardtune -f",
@@ -141,9 +177,13 @@ def _fish(values: dict[str, list[str]], verbs: dict[str, str]) -> str:
     lines.append("            __fish_complete_suffix .yaml")
     lines += ["    end", "end"]
     lines.append("complete -c shardtune -n 'not __fish_use_subcommand' -a '(__shardtune_words)'")
+    for verb, classes in declared.items():
+        if keys := keys_of(classes):
+            words = " ".join(f"{key}=" for key in keys)
+            lines.append(f"complete -c shardtune -n '__fish_seen_subcommand_from {verb}' -a '{words}'")
     lines += [
         f"complete -c shardtune -n 'not __fish_use_subcommand' -l {flag.removeprefix('--')}"
-        for flag in FLAGS.split()
+        for flag in flags_of(declared)
         if flag.startswith("--")
     ]
     return "\n".join(lines) + "\n"

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from launch.config.axes import split
@@ -145,6 +146,12 @@ def read_group(
     return replace(defaults, **changes), others, problems  # type: ignore[type-var]
 
 
+def declared_in(module: ModuleType) -> list[type[VerbWords]]:
+    """The declarations that a module defines or imports."""
+    known = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, VerbWords)]
+    return [each for each in known if each is not VerbWords]
+
+
 def asks_for_help(argv: Sequence[str]) -> bool:
     """Whether `--help` or `-h` is among the words."""
     return "--help" in argv or "-h" in argv
@@ -158,7 +165,7 @@ def did_you_mean(typed: str, known: Iterable[str], *, end: str = "") -> str:
 
 def help_rows(declaration: type[VerbWords], more: Mapping[str, str] | None = None) -> str:
     """The rows of `--help`: one for each word, then those of `more` (head and text), then one for each flag."""
-    declared = _specs(declaration)
+    declared = specs(declaration)
     rows: dict[str, str] = {}
     for name, spec in declared.items():
         if spec.kind == "word":
@@ -256,7 +263,7 @@ def _declared(default: Any, spec: WordSpec) -> Any:
     return field(default=default, metadata={_SPEC: spec})
 
 
-def _specs(declaration: type[VerbWords]) -> dict[str, WordSpec]:
+def specs(declaration: type[VerbWords]) -> dict[str, WordSpec]:
     """What is declared of each field, by the field's name, with the key as it is typed."""
     specs = {}
     for each in fields(declaration):
@@ -293,7 +300,7 @@ class _WordReader:
     def __init__(self, verb: str, declaration: type[Any]) -> None:
         self.verb = verb
         self.declaration = declaration
-        self.specs = _specs(declaration)
+        self.specs = specs(declaration)
         self.hints = get_type_hints(declaration)
         self.keys = {key: name for name, spec in self.specs.items() for key in (spec.key, *spec.also)}
         self.typed: dict[str, str] = {}

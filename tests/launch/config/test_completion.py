@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from launch.config.completion import script
-from launch.main import VERBS
+from launch.main import VERBS, declared_words
 from tests.helpers.speed import seconds
 
 ASK = {
@@ -19,13 +19,15 @@ ask 'shardtune train strat'
 ask 'shardtune train strategy=z'
 ask 'shardtune train data.packing='
 ask 'shardtune train --dr'
+ask 'shardtune export gguf'
+ask 'shardtune train gguf'
 ask 'shardtune train model.path={directory}/mod'
 ask 'shardtune train {directory}/my'
 """,
     "fish": """
 source {script}
 for line in 'shardtune tr' 'shardtune train strat' 'shardtune train strategy=z' \\
-    'shardtune train data.packing=' 'shardtune train --dr' \\
+    'shardtune train data.packing=' 'shardtune train --dr' 'shardtune export gguf' 'shardtune train gguf' \\
     'shardtune train model.path={directory}/mod' 'shardtune train {directory}/my'
     echo (complete -C $line | string split -f 1 \\t)
 end
@@ -40,15 +42,17 @@ def test_a_real_shell_completes(shell, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "my.yaml").touch()
     file = tmp_path / "completion"
-    file.write_text(script(shell, VERBS))
+    file.write_text(script(shell, VERBS, declared_words()))
     commands = ASK[shell].format(script=file, directory=tmp_path)
     done = subprocess.run([shell, "-c", commands], capture_output=True, text=True, timeout=seconds(60))
-    verbs, keys, choices, switch, flags, paths, files = done.stdout.splitlines()
+    verbs, keys, choices, switch, flags, own, none, paths, files = done.stdout.splitlines()
     assert verbs.split() == ["train"]
     assert {"strategy=", "strategy.compile="} <= set(keys.split())
     assert [re.sub(".*=", "", each) for each in choices.split()] == ["zero1", "zero2", "zero3"]
     assert sorted(re.sub(".*=", "", each) for each in switch.split()) == ["false", "true"]
     assert "--dry-run" in flags.split()
+    assert own.split() == ["gguf=", "gguf.converter=", "gguf.python="], "words of a verb are offered for it"
+    assert none.split() == [], "and for no other verb"
     assert paths.rstrip("/").endswith(f"{tmp_path}/models")
     assert f"{tmp_path}/my.yaml" in files.split()
 
@@ -56,7 +60,7 @@ def test_a_real_shell_completes(shell, tmp_path):
 def test_zsh_loads_the_script(tmp_path):
     if shutil.which("zsh") is None:
         pytest.skip("no zsh here")
-    (tmp_path / "_shardtune").write_text(script("zsh", VERBS))
+    (tmp_path / "_shardtune").write_text(script("zsh", VERBS, declared_words()))
     told = "words=(shardtune train strategy=z); CURRENT=3; compadd() { echo $@ }; compset() { }; "
     commands = f"autoload -U compinit; compinit -u -d {tmp_path}/dump; source {tmp_path}/_shardtune; {told} _shardtune"
     done = subprocess.run(["zsh", "-fc", commands], capture_output=True, text=True, timeout=seconds(60))
