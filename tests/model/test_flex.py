@@ -109,16 +109,20 @@ def test_what_it_does_not_compute_is_said():
 def test_transformers_is_told_of_the_documents_that_it_would_look_for():
     from transformers import masking_utils
 
-    looked_for = masking_utils.find_packed_sequence_indices
+    find = masking_utils.find_packed_sequence_indices
+    flex.register()
+    assert masking_utils.find_packed_sequence_indices is find, "registered twice, it asks once"
     positions, one = torch.cat([torch.arange(n) for n in (5, 23, 14)])[None], torch.arange(42)[None]
+    by_positions = find(positions)
     with flex.documents({"cu_seq_lens_q": torch.tensor([0, 5, 28, 42], dtype=torch.int32)}):
-        told = masking_utils.find_packed_sequence_indices(positions)
+        told = find(positions)
         with flex.documents({"attention_mask": torch.ones(1, 42)}):  # another model, on padded rows
-            assert masking_utils.find_packed_sequence_indices(one) is None
-    assert torch.equal(told - told[:, :1], looked_for(positions))
+            assert find(one) is None
+        assert torch.equal(find(one), told), "what is declared goes before what positions say"
+    assert torch.equal(told - told[:, :1], by_positions)
     with flex.documents({"cu_seq_lens_q": torch.tensor([0, 42], dtype=torch.int32, device="meta")}):
-        assert masking_utils.find_packed_sequence_indices(one.to("meta")).shape == (1, 42), "no value is looked at"
-    assert masking_utils.find_packed_sequence_indices is looked_for
+        assert find(one.to("meta")).shape == (1, 42), "no value is looked at"
+    assert find(one) is None and torch.equal(find(positions), by_positions)
 
 
 def counted(tmp_path, monkeypatch, name, kernel, micro):

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import transformers
 
 from strategies.parameters import meta_context
@@ -29,6 +28,7 @@ import sys
 import torch, transformers
 from tests.models import tiny
 from trainer.model import attention, kernels
+from trainer.model.compat import without_kernel_packages
 from trainer.objectives import passage
 from strategies.parameters import meta_context
 
@@ -44,7 +44,7 @@ except RuntimeError as error:
     assert "a kernel on a CPU" in str(error)
 else:
     sys.exit("the stand-in was not called at all")
-with kernels.torch_alone():
+with without_kernel_packages():
     model(input_ids=ids, use_cache=False)
 found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
 print(found.padded, kernels.missing_kernels(plain))
@@ -125,11 +125,3 @@ def test_on_a_cpu_the_packages_are_not_called(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("Way(fused=True, positions=True, alone=False)")
-
-
-def test_torch_is_let_go_of_again():
-    from transformers.integrations import hub_kernels
-
-    with kernels.torch_alone():
-        assert hub_kernels.is_torchdynamo_exporting()
-    assert not hub_kernels.is_torchdynamo_exporting() and not torch.compiler.is_compiling()

@@ -33,10 +33,11 @@ from trainer.model.architecture import (
     text_settings,
     vocabulary_names,
 )
+from trainer.model.compat import names_kept_in_float32
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.frozen_rows import still_rows
 from trainer.model.loading import load_model_config, weights_directory
-from trainer.model.quantisation import Scheme, kept_in_float32, not_packed, quantise_layers
+from trainer.model.quantisation import Scheme, not_packed, quantise_layers
 from trainer.model.quantised_experts import quantise_experts
 from trainer.model.rules import check_kind
 from trainer.model.weights import WeightSource, fill_buffers
@@ -53,6 +54,7 @@ from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
 from trainer.tuning.build import build_tuning, fold_adapters, fold_start, optimizer_hooks
 from trainer.tuning.check import check_room
+from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.expert_lora import use_low_rank
 from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.key_mapping import check_read_back
@@ -266,7 +268,7 @@ def build_step(
         fuse_head(model, model_config, still=next(iter(zeroed.values()), None))
     vocabulary = vocabulary_names(model)
     heads = head_names(model) if classifier else ()
-    blocks = encoder_decoder.block_classes(model) if seq2seq else set(getattr(model, "_no_split_modules", None) or ())
+    blocks = encoder_decoder.block_classes(model) if seq2seq else block_class_names(model)
     folded, head = fold_adapters(model, config.adapters), model.get_output_embeddings()
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
@@ -313,7 +315,7 @@ def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
             built.step_module.model, scheme, keep=head, heads=built.head_prefixes, base_name=built.tuning.base_name
         )
         model, named = built.step_module.model, built.tuning.base_name
-        built.quantised |= quantise_experts(model, scheme, plain=kept_in_float32(model), base_name=named)
+        built.quantised |= quantise_experts(model, scheme, plain=names_kept_in_float32(model), base_name=named)
         trains = {named(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         if (left := not_packed(built.plain, {*built.quantised, *built.vocabulary, *trains})) is not None:
             built.substitutions["model.quantisation"] = f"{scheme} -> {left}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from strategies.compat.modules import is_compiled
 from trainer.model import attention, flex
 from trainer.model.architecture import text_settings
+from trainer.model.compat import attention_of, other_attention
 from trainer.objectives.causal import plain_model
 
 if TYPE_CHECKING:
@@ -152,12 +153,11 @@ def stock_attention(model: Any) -> Iterator[None]:
 
     They would be compiled anew for each layer's keys, up to torch's limit, and then not once more for the steps of training.
     """
-    config, before = model.config, model.config._attn_implementation
+    config = model.config
+    name = attention_of(config)
+    if name in (attention.NAME, flex.NAME):
+        name = "eager" if flex.needs_eager(model, text_settings(config)) else "sdpa"
     compiled = any(is_compiled(module) for module in model.modules())
-    if before in (attention.NAME, flex.NAME):
-        config._attn_implementation = "eager" if flex.needs_eager(model, text_settings(config)) else "sdpa"
-    try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
-    finally:
-        config._attn_implementation = before
+    as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with other_attention(config, name), as_written:
+        yield

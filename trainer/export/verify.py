@@ -16,7 +16,7 @@ from trainer.export.load import load_export
 from trainer.export.routing_choices import Choices, KeptChoices
 from trainer.export.tensors import stored_type
 from trainer.model import flex
-from trainer.model.kernels import torch_alone
+from trainer.model.compat import without_kernel_packages
 from trainer.objectives.causal import MODEL_INPUTS, plain_model
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tens
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder_start is not None:
         inputs["decoder_input_ids"] = shifted(ids, decoder_start)
-    with torch.no_grad(), torch_alone():
+    with torch.no_grad(), without_kernel_packages():
         logits = model(**inputs).logits
     if logits.dim() == 3:
         logits = logits[:, -len(token_ids) :]  # virtual tokens come first

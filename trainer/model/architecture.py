@@ -11,7 +11,9 @@ from torch import nn
 from strategies.compat.modules import own_parameters
 from strategies.errors import ConfigError
 from trainer.model import experts
+from trainer.model.compat import ignore_in_checkpoints
 from trainer.model.config import Attention, ModelConfig, ModelKind
+from trainer.tuning.compat.transformers import block_class_names
 
 DROPOUT = re.compile(r"dropout|_pdrop$")
 """What the names of dropout probabilities have in common, whatever an architecture calls them."""
@@ -60,14 +62,15 @@ def architecture(
 def auto_class(kind: ModelKind, model_config: Any) -> Any:
     """The class of transformers that picks the architecture. A model that also sees or hears is built whole."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
     names = {
         ModelKind.causal: "AutoModelForCausalLM",
         ModelKind.classifier: "AutoModelForSequenceClassification",
         ModelKind.encoder_decoder: "AutoModelForSeq2SeqLM",
     }
-    whole = type(model_config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and model_config.model_type not in TEXT_ALONE
+    whole = (
+        type(model_config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING and model_config.model_type not in TEXT_ALONE
+    )
     if kind is ModelKind.causal and whole:
         return transformers.AutoModelForMultimodalLM
     return getattr(transformers, names[kind])
@@ -109,7 +112,7 @@ def _built(kind: ModelKind, model_config: Any, config: ModelConfig, attention: s
         attention = "eager"
         model = auto.from_config(model_config, attn_implementation=attention, **options)
     if model_config.model_type in TEXT_ALONE:  # what it has no place for goes into the export as it is
-        model._keys_to_ignore_on_load_unexpected = {"."}
+        ignore_in_checkpoints(model, {"."})
     return model, attention
 
 
@@ -152,7 +155,7 @@ def width_and_blocks(plain: Any) -> tuple[int, int]:
     if width is None:
         width = max(module.embedding_dim for module in modules if isinstance(module, nn.Embedding))
     if blocks is None:
-        kinds = set(plain._no_split_modules or ())
+        kinds = block_class_names(plain)
         blocks = sum(type(module).__name__ in kinds for module in modules)
     return width, blocks
 

@@ -2,7 +2,7 @@
 
 Checkpoints and models of one architecture need not agree: experts stored one by one are one 3-d parameter, heads are
 renamed, projections joined or parted, blocks of 8 or 4 bits stand for numbers. transformers keeps these rules as
-transforms of names and operations on tensors; this module alone asks for them. Where an operation leaves rows apart, a
+transforms of names and operations on tensors; this module alone applies them. Where an operation leaves rows apart, a
 rank's rows are made of the sources' rows; any other is done on one parameter's sources whole.
 """
 
@@ -17,6 +17,17 @@ from typing import Any
 from torch import Tensor
 
 from strategies.errors import ConfigError
+from trainer.model.compat import (
+    NO_RULES,
+    ConversionRules,
+    conversion_rules,
+    ignored_in_checkpoints,
+    in_loading_order,
+    keeps_rows_apart,
+    quantisation_settings,
+    reading_quantizer,
+    stacking_dimension,
+)
 from trainer.model.files import Files
 
 RECOMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|version)$")
@@ -49,8 +60,8 @@ class Conversions:
         """`plain`: the architecture as transformers builds it, on the meta device, not tuned and never changed after."""
         self.plain, self.files = plain, files
         self.quantizer = dequantizer(plain.config, str(files.directory))
-        self._transforms, firsts, self.unused = self._places(self.quantizer)
-        """Of these transforms some were used, which they note; `unused`: stored names without a place in the model."""
+        self._rules, firsts, self.unused = self._places(self.quantizer)
+        """Of these rules some were used, which they note; `unused`: stored names without a place in the model."""
         self.groups: dict[str, ConversionGroup] = {}
         """By the name of each parameter and buffer that the files hold."""
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
@@ -61,30 +72,25 @@ class Conversions:
 
     # -- from the files ------------------------------------------------------------------------------------------
 
-    def _places(self, quantizer: Any) -> tuple[list[Any], dict[str, ConversionGroup], list[str]]:
-        """Every stored tensor's place, as transformers' loader finds it: (transforms, groups by first name, the rest)."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-        transforms = get_model_conversion_mapping(self.plain, hf_quantizer=quantizer)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    def _places(self, quantizer: Any) -> tuple[ConversionRules, dict[str, ConversionGroup], list[str]]:
+        """Every stored tensor's place, as transformers' loader finds it: (rules, groups by first name, the rest)."""
+        rules = conversion_rules(self.plain, quantizer)
+        converter_of = rules.converter_of()
         state, prefix = self.plain.state_dict(), self.plain.base_model_prefix
         firsts: dict[str, ConversionGroup] = {}
         unused: list[str] = []
-        for stored in sorted(self.files.names(), key=dot_natural_key):
-            name, pattern = rename_source_key(stored, renamings, converters, prefix, state)
+        for stored in in_loading_order(self.files.names()):
+            name, pattern = rules.name_in_model(stored, state, prefix)
             if name not in state and stored in state:
-                name, pattern = rename_source_key(stored, [], [], prefix, state)
+                name, pattern = NO_RULES.name_in_model(stored, state, prefix)
             if name not in state:
                 unused.append(stored)
             elif pattern is not None:
-                group = firsts.setdefault(name, ConversionGroup(name, by_pattern[pattern]))
+                group = firsts.setdefault(name, ConversionGroup(name, converter_of[pattern]))
                 group.sources.setdefault(pattern, []).append(stored)
             elif name not in firsts:
                 firsts[name] = ConversionGroup(name, None, {"": [stored]})
-        return transforms, firsts, unused
+        return rules, firsts, unused
 
     def _settle(self, group: ConversionGroup) -> None:
         """Find out what a group makes and how its rows can be read."""
@@ -154,25 +160,15 @@ class Conversions:
 
         A group is held until it is whole. Only transforms that were used on the way in are taken back.
         """
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            apply_converters,
-            apply_renamings,
-            dot_natural_key,
-        )
-
-        transforms = self._transforms if self.quantizer is None else self._places(None)[0]
-        back = [t.reverse_transform() for t in reversed(transforms) if t.was_used()]
-        renamings = [t for t in back if isinstance(t, WeightRenaming)]
-        converters = [t for t in back if isinstance(t, WeightConverter)]
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        rules = self._rules if self.quantizer is None else self._places(None)[0]
+        back = rules.reversed()
+        converter_of = back.converter_of()
         places: dict[str, tuple[str, str | None]] = {}
         waiting: dict[str, set[str]] = {}
-        for name in sorted(self.plain.state_dict(), key=dot_natural_key):
-            key, pattern = apply_converters(name, converters)
+        for name in in_loading_order(self.plain.state_dict()):
+            key, pattern = back.converted_name(name)
             if pattern is None:
-                key = apply_renamings(name, renamings)
+                key = back.renamed(name)
             else:
                 waiting.setdefault(key, set()).add(name)
             places[name] = key, pattern
@@ -186,13 +182,13 @@ class Conversions:
             held.setdefault(key, {})[name] = tensor
             if held[key].keys() < waiting[key]:
                 continue
-            group = ConversionGroup(key, by_pattern[pattern])
+            group = ConversionGroup(key, converter_of[pattern])
             members = held.pop(key)
             collected: dict[str, list[Tensor]] = {}
-            for member in sorted(members, key=dot_natural_key):
+            for member in in_loading_order(members):
                 collected.setdefault(str(places[member][1]), []).append(members[member])
             for stored, value in self._convert(group, collected).items():
-                yield part + apply_renamings(stored, renamings), value
+                yield part + back.renamed(stored), value
 
     def _part(self, places: dict[str, tuple[str, str | None]]) -> str:
         """What the files' names begin with where the model is a part of theirs: `language_model.` of Llama 4; else empty."""
@@ -208,7 +204,7 @@ class Conversions:
         """Stored weights that the architecture ignores on purpose (`mtp.*`), and that a whole export keeps untouched."""
         if self.quantizer is not None:  # their neighbours' scales would be read without a quantisation to go by
             return []
-        ignored = [re.compile(p) for p in self.plain._keys_to_ignore_on_load_unexpected or ()]
+        ignored = [re.compile(p) for p in ignored_in_checkpoints(self.plain)]
         return [s for s in self.left_out() if any(p.search(s) for p in ignored)]
 
     def left_out(self) -> list[str]:
@@ -218,23 +214,15 @@ class Conversions:
 
 def _rows_of(operations: list[Any], sources: list[list[Tensor]], dimensions: int) -> str:
     """How rows of a result can be made: see `ConversionGroup.rows`."""
-    from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose
-
     operations = list(operations)
     if type(operations[0]).__name__ == "Fp8Dequantize":  # tensor by tensor
-        if not any(isinstance(op, MergeModulelist) for op in operations):
+        if not any(stacking_dimension(operation) is not None for operation in operations):
             return "whole"
         operations = operations[1:]
-    merged = bool(operations) and isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
-    for op in operations[1:] if merged else operations:
-        if isinstance(op, Concatenate | Interleave):
-            apart = op.dim % dimensions != 0
-        elif isinstance(op, Transpose):
-            apart = not op.check_dims and op.dim0 % dimensions != 0 and op.dim1 % dimensions != 0
-        else:
-            apart = False
-        if not apart:
-            return "whole"
+    merged = bool(operations) and stacking_dimension(operations[0]) == 0
+    after_stacking = operations[1:] if merged else operations
+    if not all(keeps_rows_apart(operation, dimensions) for operation in after_stacking):
+        return "whole"
     if merged:
         return "list"
     return "rows" if all(len(tensors) == 1 and tensors[0].dim() == dimensions for tensors in sources) else "whole"
@@ -248,10 +236,8 @@ def dequantizer(config: Any, path: str) -> Any:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
-
     try:
-        settings = AutoQuantizationConfig.from_dict(dict(settings)) if isinstance(settings, dict) else settings
+        settings = quantisation_settings(dict(settings)) if isinstance(settings, dict) else settings
     except Exception as error:  # an unknown method, or fields that a known one lacks
         raise ConfigError(
             f"model.path={path}: the quantization_config of its config.json cannot be read "
@@ -268,4 +254,4 @@ def dequantizer(config: Any, path: str) -> Any:
             "they stand for, others are not: take the model's unquantised checkpoint (with model.quantisation=nf4 for QLoRA)"
         )
     settings.dequantize = True
-    return AutoHfQuantizer.from_config(settings, pre_quantized=True)
+    return reading_quantizer(settings)

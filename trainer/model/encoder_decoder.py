@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from strategies.small_files import read_object
 from trainer.model.weights import Checkpoint
+from trainer.tuning.compat.transformers import block_class_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,9 @@ def finish(model: Any, directory: Path) -> EncoderDecoder:
 
 def block_classes(model: Any) -> set[str]:
     """Names of the classes of the repeated blocks: what the architecture says, else those of its two lists of layers."""
-    named = set(getattr(model, "_no_split_modules", None) or ())
-    return named or {type(side.layers[0]).__name__ for side in (model.get_encoder(), model.get_decoder())}
+    return block_class_names(model) or {
+        type(side.layers[0]).__name__ for side in (model.get_encoder(), model.get_decoder())
+    }
 
 
 def untie(model: Any, checkpoint: Checkpoint) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.model.compat import grouped_experts, register_experts
 from trainer.model.routing import note_chosen
 from trainer.tuning.low_rank import LowRank, frozen_experts
 
@@ -21,9 +22,7 @@ NAME = "shardtune_experts"
 
 def register() -> None:
     """Make the function known to transformers under `NAME`. Idempotent."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    register_experts(NAME, experts_forward)
 
 
 class _Typed:
@@ -44,8 +43,6 @@ def experts_forward(
 
     `low_rank`: what adapters add to the module's frozen parameters, by their name; all of its weights or none.
     """
-    from transformers.integrations.moe import grouped_mm_experts_forward
-
     note_chosen(module, chosen)
     kind = hidden.device.type
     if not hidden.is_meta and torch.is_autocast_enabled(kind):
@@ -53,4 +50,4 @@ def experts_forward(
         module, hidden = _Typed(module, dtype), hidden.to(dtype)
     if low_rank is not None or hasattr(module, "packed_experts"):
         return frozen_experts(module, hidden, chosen, weights, low_rank)
-    return grouped_mm_experts_forward(module, hidden, chosen, weights)
+    return grouped_experts(module, hidden, chosen, weights)

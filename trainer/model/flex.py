@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.runtime import SIMULATED
+from trainer.model.compat import declares_flex_attention, tell_documents
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -39,28 +40,26 @@ def register() -> None:
 
     AttentionInterface.register(NAME, flex_attention)
     AttentionMaskInterface.register(NAME, block_mask)
+    tell_documents(_document_of)
 
 
 @contextmanager
 def documents(inputs: dict[str, Any]) -> Iterator[None]:
     """Within it the masks that a model makes keep apart the documents of its `inputs`, where these say so.
 
-    transformers would find them by the positions, and read on the host whether there are several; it is told instead.
+    transformers would find them by the positions, and read on the host whether there are several.
     """
-    from transformers import masking_utils
-
-    looks = masking_utils.find_packed_sequence_indices
-
-    def told(positions: Tensor) -> Tensor | None:
-        bounds = _BOUNDS.get()
-        return looks(positions) if bounds is None else _numbers(bounds, positions.shape[1])[None]
-
-    token, masking_utils.find_packed_sequence_indices = _BOUNDS.set(inputs.get("cu_seq_lens_q")), told
+    token = _BOUNDS.set(inputs.get("cu_seq_lens_q"))
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = looks
         _BOUNDS.reset(token)
+
+
+def _document_of(positions: Tensor) -> Tensor | None:
+    """The document of each of the `positions [1, T]`, int64 `[1, T]`; None outside `documents`."""
+    bounds = _BOUNDS.get()
+    return None if bounds is None else _numbers(bounds, positions.shape[1])[None]
 
 
 def _numbers(bounds: Tensor, length: int) -> Tensor:
@@ -212,7 +211,7 @@ def why_not_flex(plain: Any, heads: list[int], *, dropout: float) -> str | None:
 
     `plain`: the model on meta; `heads`: sizes of its heads.
     """
-    if not getattr(plain.get_decoder(), "_supports_flex_attn", False):
+    if not declares_flex_attention(plain.get_decoder()):
         return f"transformers has none for {type(plain).__name__}"
     if small := [size for size in heads if size < LEAST_HEAD]:
         return f"it has no heads of {small[0]}, {LEAST_HEAD} are the least"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from trainer.model.compat import zeroes_loaded_embedding
 from trainer.model.layout import Arrangement
 
 
@@ -15,14 +14,7 @@ def zeroed_row(model: Any) -> int | None:
     That of padding, in architectures whose initialisation takes loaded weights for new ones.
     """
     row = getattr(model.get_input_embeddings(), "padding_idx", None)
-    if row is None:
-        return None
-    with torch.device("cpu"), torch.no_grad():
-        probe = torch.nn.Embedding(row + 1, 1, padding_idx=row)
-        probe.weight.fill_(1.0)
-        probe.weight._is_hf_initialized = True  # type: ignore[attr-defined]
-        model._init_weights(probe)
-    return row if float(probe.weight.detach()[row]) == 0.0 else None
+    return row if row is not None and zeroes_loaded_embedding(model, row) else None
 
 
 def still_rows(plain: Any, arranged: Arrangement) -> dict[str, int]:

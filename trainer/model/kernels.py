@@ -6,8 +6,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
@@ -55,20 +54,3 @@ def missing_kernels(model: nn.Module) -> str:
 def _distribution(package: str) -> str:
     """What a package is called where it is installed from."""
     return "flash-linear-attention" if package == "fla" else package.replace("_", "-")
-
-
-@contextmanager
-def torch_alone() -> Iterator[None]:
-    """Within it transformers computes with torch alone, as a model on a CPU needs it where such packages are installed.
-
-    transformers takes a package's kernels wherever it can be imported, for tensors on CPUs too, which they fail on. It leaves
-    them out where a model is being exported, and asks that at each call.
-    """
-    from transformers.integrations import hub_kernels
-
-    before = hub_kernels.is_torchdynamo_exporting
-    hub_kernels.is_torchdynamo_exporting = lambda: True
-    try:
-        yield
-    finally:
-        hub_kernels.is_torchdynamo_exporting = before

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from strategies.simulation import kept_once
+from trainer.model.compat import names_kept_in_float32
 from trainer.model.config import Quantisation
 from trainer.model.rules import missing_package
 
@@ -195,7 +196,7 @@ def quantise_layers(
     if (missing := missing_package()) is not None:
         raise ConfigError(f"model.quantisation={scheme.kind}: {missing}, or set model.quantisation=none")
     shapes: dict[str, tuple[int, ...]] = {}
-    plain = kept_in_float32(model)
+    plain = names_kept_in_float32(model)
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or module is keep or _trains(name, module) or plain & set(name.split(".")):
             continue
@@ -212,11 +213,6 @@ def quantise_layers(
             "(GPT-2's are convolutions); set model.quantisation=none"
         )
     return shapes
-
-
-def kept_in_float32(model: nn.Module) -> set[str]:
-    """Parts of the names of modules that the architecture keeps in float32."""
-    return {part for module in model.modules() for part in getattr(module, "_keep_in_fp32_modules", None) or ()}
 
 
 def not_packed(plain: nn.Module, other: set[str]) -> str | None:

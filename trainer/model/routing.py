@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.model.compat import output_recorders
 from trainer.tuning.expert_parts import expert_modules
 
 BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -107,18 +108,12 @@ def number_experts(model: nn.Module) -> tuple[int, ...]:
 
 def recorded_routers(model: nn.Module) -> dict[str, int]:
     """The modules whose output transformers records as router logits, by name, and which part of it they are."""
-    from transformers import PreTrainedModel
-    from transformers.utils.output_capturing import OutputRecorder
-
     found: dict[str, int] = {}
 
     def search(module: nn.Module, name: str, recorders: list[Any]) -> None:
-        if isinstance(module, PreTrainedModel):
-            asked = (module._can_record_outputs or {}).get("router_logits", [])
-            recorders = asked if isinstance(asked, list) else [asked]
+        own = output_recorders(module, "router_logits")
+        recorders = recorders if own is None else own
         for recorder in recorders:
-            if not isinstance(recorder, OutputRecorder):
-                continue
             by_class = recorder.target_class is not None and isinstance(module, recorder.target_class)
             by_name = recorder.class_name is not None and f".{name}".endswith(recorder.class_name)
             placed = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."

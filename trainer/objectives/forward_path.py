@@ -29,8 +29,9 @@ from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.losses.fuse import fuse_head
 from trainer.model.architecture import auto_class, set_dropout, text_settings
+from trainer.model.compat import without_kernel_packages
 from trainer.model.config import ModelKind
-from trainer.model.kernels import kernel_versions, torch_alone
+from trainer.model.kernels import kernel_versions
 from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
 from trainer.objectives.causal import WAYS, CausalWay, plain_model, summed_loss
 
@@ -121,7 +122,7 @@ def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gp
 def _proof_of(config: Any, plain: Any) -> _Proof:
     """The proof of the first small copy that can be run. Raises what the first of them met, where none can."""
     first: Exception | None = None
-    with torch_alone():
+    with without_kernel_packages():
         for small in small_copies(config, plain):
             for dtype in (torch.float64, torch.float32):  # of some the code fixes a type
                 try:
@@ -235,7 +236,7 @@ class _Proof:
     def _difference(self, layout: Layout, way: CausalWay, attention: str, dtype: torch.dtype) -> str:
         """How our way differs from the stock model; empty where it does not."""
         if dtype is not torch.bfloat16:
-            with torch_alone():
+            with without_kernel_packages():
                 return self._found(layout, way, attention, dtype)
         return self._found(layout, way, attention, dtype)
 

@@ -23,6 +23,7 @@ from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.layout_choice import Proofs
 from trainer.objectives.registry import family_of
 from trainer.objectives.teacher import check_head
+from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.full import Full
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def frozen_model(
         weights = imitated
     model.requires_grad_(False)
     check_head(model, "objective.teacher.path")
-    return FrozenReference(model, weights, set(getattr(model, "_no_split_modules", None) or ()))
+    return FrozenReference(model, weights, block_class_names(model))
 
 
 def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) -> Any:

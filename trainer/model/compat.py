@@ -1,0 +1,300 @@
+"""What models need of transformers beside its public interface. Read in transformers 5.24.
+
+tests/compat/test_transformers.py calls each of these functions, and fails for a name that moved. transformers' public interface
+is what its documentation describes: the names of `transformers` itself, and methods without an underscore. What adapters need
+too stands in `trainer/tuning/compat/transformers.py`; the server's part stands beside the gateway. transformers is imported
+when a function is called, since composing a run must not import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# -- attention ---------------------------------------------------------------------------------------------------
+
+
+def tell_documents(document_of: Callable[[Tensor], Tensor | None]) -> None:
+    """Have transformers' masks ask `document_of` which document each position of a row belongs to. Idempotent.
+
+    `document_of` takes positions `[B, T]` and returns int64 `[B, T]`, or None where nobody knows: then transformers looks for
+    documents by itself. Replaces `transformers.masking_utils.find_packed_sequence_indices` for the life of the process. That
+    function compares positions and reads on the host whether there are several documents. So every forward pass would wait for
+    the GPU, and a model on the meta device would fail. A mask cannot be handed over instead: `attention_mask` and the
+    `or_mask_function` of `create_causal_mask` reach one kind of layer at most, and without a known document transformers does
+    not count chunks of Llama 4 from where a document begins.
+    """
+    from transformers import masking_utils
+
+    find = masking_utils.find_packed_sequence_indices
+    if getattr(find, "asks_first", None) is document_of:
+        return
+
+    @wraps(find)
+    def known_documents(position_ids: Tensor) -> Tensor | None:
+        documents = document_of(position_ids)
+        return find(position_ids) if documents is None else documents
+
+    known_documents.asks_first = document_of  # type: ignore[attr-defined]
+    masking_utils.find_packed_sequence_indices = known_documents
+
+
+def attention_of(settings: Any) -> str:
+    """The name of the attention that a model computes with, by its configuration's `_attn_implementation`.
+
+    transformers has a public method that sets the name, and none that tells it.
+    """
+    return str(settings._attn_implementation)
+
+
+@contextmanager
+def other_attention(settings: Any, name: str) -> Iterator[None]:
+    """Within it, the model of these `settings` computes with the attention `name`.
+
+    Sets `_attn_implementation`. The public `set_attn_implementation` asks once more whether the class declares SDPA, which some
+    classes that train here do not, and would refuse to go back to an attention with documents.
+    """
+    before = settings._attn_implementation
+    settings._attn_implementation = name
+    try:
+        yield
+    finally:
+        settings._attn_implementation = before
+
+
+def declares_flex_attention(model: Any) -> bool:
+    """Whether an architecture says that flex attention computes it, by `PreTrainedModel._supports_flex_attn`.
+
+    The public way is to build the model with `attn_implementation="flex_attention"` and to catch what it raises.
+    """
+    return bool(getattr(model, "_supports_flex_attn", False))
+
+
+# -- kernels and experts -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_kernel_packages() -> Iterator[None]:
+    """Within it transformers computes with torch alone, as a model on a CPU needs it where kernel packages are installed.
+
+    Replaces `transformers.integrations.hub_kernels.is_torchdynamo_exporting`. transformers chooses the kernels of a package when
+    a modelling file is imported, and then takes them for tensors on CPUs too, where they fail. It leaves them out only while a
+    model is being exported, which it asks at each call.
+    """
+    from transformers.integrations import hub_kernels
+
+    is_exporting = hub_kernels.is_torchdynamo_exporting
+    hub_kernels.is_torchdynamo_exporting = lambda: True
+    try:
+        yield
+    finally:
+        hub_kernels.is_torchdynamo_exporting = is_exporting
+
+
+def register_experts(name: str, function: Callable[..., Tensor]) -> None:
+    """Make a function that computes experts known under `name`, the value of `experts_implementation`. Idempotent.
+
+    Uses `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`: unlike `AttentionInterface`, the interface of experts is not
+    exported.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def grouped_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """What the `chosen [T, k]` experts make of `hidden [T, H]`, weighted by `weights [T, k]`: `[T, H]`.
+
+    Calls `transformers.integrations.moe.grouped_mm_experts_forward`, the function behind
+    `experts_implementation="grouped_mm"`. The setting is public, the function that a setting of ours falls back on is not.
+    """
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    return grouped_mm_experts_forward(experts, hidden, chosen, weights)  # type: ignore[no-any-return]
+
+
+def output_recorders(module: nn.Module, kind: str) -> list[Any] | None:
+    """The `OutputRecorder`s by which a model records outputs of `kind`; None for a module that is no whole model.
+
+    Uses `PreTrainedModel._can_record_outputs` and `transformers.utils.output_capturing.OutputRecorder`. The public
+    `output_router_logits=True` keeps the logits of every layer, and adds a loss of its own to the model's.
+    """
+    from transformers import PreTrainedModel
+    from transformers.utils.output_capturing import OutputRecorder
+
+    if not isinstance(module, PreTrainedModel):
+        return None
+    recorders = (module._can_record_outputs or {}).get(kind, [])
+    recorders = recorders if isinstance(recorders, list) else [recorders]
+    return [recorder for recorder in recorders if isinstance(recorder, OutputRecorder)]
+
+
+# -- loading -----------------------------------------------------------------------------------------------------
+
+
+def zeroes_loaded_embedding(model: Any, row: int) -> bool:
+    """Whether an architecture, whenever it is loaded, sets `row` of its token embeddings to zero.
+
+    Calls `PreTrainedModel._init_weights` on a small embedding that is marked `_is_hf_initialized`, as the loader marks weights
+    that it read. The public way is to load the model from files and look.
+    """
+    with torch.device("cpu"), torch.no_grad():
+        probe = nn.Embedding(row + 1, 1, padding_idx=row)
+        probe.weight.fill_(1.0)
+        probe.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        model._init_weights(probe)
+    return float(probe.weight.detach()[row]) == 0.0
+
+
+def names_kept_in_float32(model: nn.Module) -> set[str]:
+    """Parts of the names of modules that an architecture keeps in float32, by `PreTrainedModel._keep_in_fp32_modules`.
+
+    The loader and its quantisers read this attribute, and nothing public tells it.
+    """
+    return {part for module in model.modules() for part in getattr(module, "_keep_in_fp32_modules", None) or ()}
+
+
+def ignored_in_checkpoints(model: Any) -> list[str]:
+    """Regular expressions of stored names that an architecture ignores on purpose.
+
+    By `PreTrainedModel._keys_to_ignore_on_load_unexpected`, which the loader reads and nothing public tells.
+    """
+    return list(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def ignore_in_checkpoints(model: Any, patterns: set[str]) -> None:
+    """Let a model ignore stored tensors whose names match one of `patterns`; see `ignored_in_checkpoints`."""
+    model._keys_to_ignore_on_load_unexpected = patterns
+
+
+# -- the rules between a checkpoint and a model ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionRules:
+    """transformers' rules by which stored tensors become parameters, in the order in which they apply.
+
+    The objects are transformers' own, and note when they are used. They come from
+    `transformers.conversion_mapping.get_model_conversion_mapping` and are applied by the functions with which
+    `from_pretrained` and `save_pretrained` apply them (`transformers.core_model_loading`). These two are the public way; they
+    read and write whole models, where a rank needs the rows of a few tensors.
+    """
+
+    renamings: list[Any]
+    """`WeightRenaming`s: names alone change."""
+    converters: list[Any]
+    """`WeightConverter`s: tensors are joined, parted or turned."""
+    all: list[Any]
+
+    def converter_of(self) -> dict[str, Any]:
+        """The converter that each pattern of source names belongs to."""
+        return {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
+
+    def name_in_model(self, stored: str, state: Mapping[str, Tensor], prefix: str) -> tuple[str, str | None]:
+        """(the parameter that a stored tensor belongs to, the pattern of the converter that takes it; None: a rename alone).
+
+        `state`: the model's tensors by name; `prefix`: `base_model_prefix`, which checkpoints have or have not.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(stored, self.renamings, self.converters, prefix, state)
+        return name, pattern
+
+    def converted_name(self, name: str) -> tuple[str, str | None]:
+        """(the name under which a converter files `name`, the pattern that took it; None: no converter does)."""
+        from transformers.core_model_loading import apply_converters
+
+        converted, pattern = apply_converters(name, self.converters)
+        return converted, pattern
+
+    def renamed(self, name: str) -> str:
+        """The name after every renaming."""
+        from transformers.core_model_loading import apply_renamings
+
+        return str(apply_renamings(name, self.renamings))
+
+    def reversed(self) -> ConversionRules:
+        """The way back, of the rules that were used."""
+        return _by_kind([rule.reverse_transform() for rule in reversed(self.all) if rule.was_used()])
+
+
+NO_RULES = ConversionRules([], [], [])
+"""Names stay as they are, but for the model's prefix."""
+
+
+def conversion_rules(model: Any, quantizer: Any) -> ConversionRules:
+    """The rules of an architecture, and of the quantizer that reads its blocks of few bits (None: numbers are stored)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return _by_kind(get_model_conversion_mapping(model, hf_quantizer=quantizer))
+
+
+def _by_kind(rules: list[Any]) -> ConversionRules:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    return ConversionRules(
+        renamings=[rule for rule in rules if isinstance(rule, WeightRenaming)],
+        converters=[rule for rule in rules if isinstance(rule, WeightConverter)],
+        all=rules,
+    )
+
+
+def in_loading_order(names: Iterable[str]) -> list[str]:
+    """Names as the loader sorts them, so that tensors are joined in its order: layer 2 comes before layer 10.
+
+    Uses `transformers.core_model_loading.dot_natural_key`.
+    """
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)
+
+
+def stacking_dimension(operation: Any) -> int | None:
+    """The dimension along which a converter's operation makes one tensor of a list; None for an operation that does not.
+
+    Knows `transformers.core_model_loading.MergeModulelist`.
+    """
+    from transformers.core_model_loading import MergeModulelist
+
+    return operation.dim if isinstance(operation, MergeModulelist) else None
+
+
+def keeps_rows_apart(operation: Any, dimensions: int) -> bool:
+    """Whether row i of what a converter's operation makes depends on row i of its sources alone.
+
+    `dimensions`: of the tensors. Knows `Concatenate`, `Interleave` and `Transpose` of `transformers.core_model_loading`; any
+    other operation may mix rows.
+    """
+    from transformers.core_model_loading import Concatenate, Interleave, Transpose
+
+    if isinstance(operation, Concatenate | Interleave):
+        return bool(operation.dim % dimensions != 0)
+    if isinstance(operation, Transpose):
+        return not operation.check_dims and operation.dim0 % dimensions != 0 and operation.dim1 % dimensions != 0
+    return False
+
+
+def quantisation_settings(fields: dict[str, Any]) -> Any:
+    """transformers' object for a checkpoint's `quantization_config`. Raises what its class raises for fields it does not take.
+
+    Uses `transformers.quantizers.auto.AutoQuantizationConfig`, which alone knows every kind of settings.
+    """
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    return AutoQuantizationConfig.from_dict(fields)
+
+
+def reading_quantizer(settings: Any) -> Any:
+    """The quantizer that reads a published checkpoint in few bits, by `transformers.quantizers.auto.AutoHfQuantizer`.
+
+    Its rules are asked for in `conversion_rules`. The public way to use it is to load the whole model.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    return AutoHfQuantizer.from_config(settings, pre_quantized=True)
