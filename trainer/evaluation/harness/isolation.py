@@ -1,15 +1,15 @@
-"""What lm-evaluation-harness is called within: what it says and draws kept to itself, and no network."""
+"""What lm-evaluation-harness is called within: what it says kept to itself, and its random numbers its own."""
 
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
+from contextlib import contextmanager
 
 import numpy as np
+
+from trainer.evaluation.harness.compat import without_bars
 
 SEED, OTHER_SEED = 0, 1234
 """What the harness seeds `random`, and numpy and few-shot examples, with."""
@@ -20,7 +20,6 @@ def quiet() -> Iterator[list[str]]:
     """What the harness warns of goes into the list, each once, instead of to the screen; it draws no bars."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.utils import logging as datasets_logging
-    from lm_eval.api import task as tasks
 
     said: list[str] = []
     logger, handler = logging.getLogger("lm_eval"), _Into(said)
@@ -31,7 +30,7 @@ def quiet() -> Iterator[list[str]]:
     datasets_logging.set_verbosity_error()
     disable_progress_bars()
     try:
-        with patch.object(tasks, "tqdm", lambda items, **_: items):
+        with without_bars():
             yield said
     finally:
         logger.removeHandler(handler)
@@ -64,19 +63,3 @@ def seeded() -> Iterator[None]:
     finally:
         random.setstate(before)
         np.random.set_state(arrays)
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """Nothing is fetched, whatever a task asks for; what lies in the caches is read."""
-    import datasets
-    import evaluate
-    import huggingface_hub
-
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
-    with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, dict.fromkeys(names, "1")))
-        stack.enter_context(patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-        stack.enter_context(patch.object(datasets.config, "HF_HUB_OFFLINE", True))
-        stack.enter_context(patch.object(evaluate.config, "HF_EVALUATE_OFFLINE", True))
-        yield

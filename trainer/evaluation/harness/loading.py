@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
-from trainer.evaluation.harness.isolation import offline, quiet, seeded
+from trainer.evaluation.harness.compat import generation_settings, without_network
+from trainer.evaluation.harness.isolation import quiet, seeded
 from trainer.evaluation.harness.task_files import Named, not_local
 
 
@@ -19,7 +20,7 @@ def load(what: Named, options: dict[str, Any]) -> dict[str, Any]:
     hub = _local(what)
     manager = TaskManager(include_defaults=False)
     manager.task_index.update(what.index)
-    with quiet(), seeded(), offline():
+    with quiet(), seeded(), without_network():
         try:
             loaded: dict[str, Any] = dict(manager.load([what.name])["tasks"])
         except Exception as error:  # noqa: BLE001  what a task's own functions and `datasets` raise
@@ -80,8 +81,6 @@ def _would_fetch(what: Named, hub: dict[str, str]) -> str:
 
 def _settle(name: str, task: Any, options: dict[str, Any]) -> None:
     """Set what the harness's own command sets before it asks a model. Raises ConfigError."""
-    from lm_eval.models.utils import normalize_gen_kwargs
-
     there, asked = task.get_config("num_fewshot"), options["num_fewshot"]
     if asked is not None and there == 0 and asked != 0:
         raise ConfigError(f"{name}: options.num_fewshot={asked}: its YAML says num_fewshot: 0, which lm-eval keeps to")
@@ -92,7 +91,7 @@ def _settle(name: str, task: Any, options: dict[str, Any]) -> None:
     if options["generation"]:
         task.set_config(key="generation_kwargs", value=dict(options["generation"]), update=True)
     with quiet():
-        how = normalize_gen_kwargs(task.get_config("generation_kwargs") or {})
+        how = generation_settings(task.get_config("generation_kwargs") or {})
     if unknown := sorted(how.keys() - KNOWN):
         raise ConfigError(
             f"{name}: generation_kwargs has {', '.join(unknown)}, which this engine has not; it has {', '.join(sorted(KNOWN))}"

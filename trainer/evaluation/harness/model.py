@@ -15,10 +15,10 @@ from jinja2 import TemplateError
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, resolve_max_length
 
 from strategies.errors import ConfigError, DataError
 from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.harness.compat import begins_with, generation_settings, longest_context
 from trainer.evaluation.likelihood import Likelihood, Pair
 
 
@@ -45,7 +45,7 @@ class EngineLM(TemplateLM):
         self.writer, self.engine, self.how = writer, engine, how
         self.tokenizer = writer.tokenizer
         self.backend = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
-        self.max_length = resolve_max_length(config, self.tokenizer)
+        self.max_length = longest_context(config, self.tokenizer)
         self.cut: Counter[str] = Counter()
         """Texts that were too long for the model and lost their beginning, by what was asked."""
         self.systems_left_out = 0
@@ -73,7 +73,7 @@ class EngineLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids, with the first token that the tokenizer puts before a text unless the text has it."""
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+        if add_special_tokens is None and begins_with(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         ids: list[int] = self.tokenizer.encode(string, **special)
@@ -149,7 +149,7 @@ class EngineLM(TemplateLM):
         return found
 
     def _settings(self, kwargs: dict[str, Any]) -> WritingConfig:
-        said = normalize_gen_kwargs(kwargs, 256)
+        said = generation_settings(kwargs, 256)
         draws = bool(said["do_sample"])
         return WritingConfig(
             max_new_tokens=int(said["max_gen_toks"]),

@@ -17,6 +17,7 @@ from typing import Any
 from strategies.errors import ConfigError, ShardtuneError
 from strategies.small_files import texts_in
 from trainer.data.read.paths import expand
+from trainer.evaluation.harness.compat import read_task_file
 
 _INCLUDE = re.compile(rb"^include:((?:[ ]*\S.*)?(?:\n[ ]*-[ ]*\S+)*)", re.MULTILINE)
 BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "pandas", "webdataset")
@@ -81,13 +82,10 @@ def _files(path: str) -> list[Path]:
 
 def _read(files: list[Path], index: dict[str, Any]) -> list[str]:
     """Put the entries of files into the index; returns what is wrong with those that cannot be read."""
-    from lm_eval.tasks._index import TaskIndex
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     faults = []
     for file in files:
         try:
-            TaskIndex.process_cfg(load_yaml(file, resolve_func=False), file, index)
+            read_task_file(file, index)
         except Exception as error:  # noqa: BLE001  of a YAML anything may be wrong
             faults.append(f"{file}: cannot be read: {' '.join(str(error).split())[:300]}")
     return faults

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import DataError
+from trainer.evaluation.harness.compat import filter_names
 from trainer.evaluation.harness.task_files import Named
 from trainer.evaluation.tasks.base import Metric, TaskRow
 from trainer.evaluation.tasks.model_interface import SHOWN
@@ -63,7 +64,7 @@ class Scored:
         found: dict[str, Metric] = {}
         self.aggregates = {}
         for task in self.tasks.values():
-            better, filters = task.higher_is_better(), [each.name for each in task._filters]
+            better, filters = task.higher_is_better(), filter_names(task)
             for metric, aggregate in task.aggregation().items():
                 for filter_key in filters:
                     name = metric_name(metric, filter_key)
