@@ -24,6 +24,7 @@ from trainer.session.lease import InUse, Lease
 from trainer.stopping.signals import pending
 
 if TYPE_CHECKING:
+    from optuna.storages import JournalStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
@@ -107,11 +108,17 @@ def _rows(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in rows(run_dir) if any(key.startswith("eval/") for key in row)]
 
 
+def _storage(base: Path) -> JournalStorage:
+    """The journal of the search in the directory `base`, read from its beginning. Raises OSError."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(str(base / JOURNAL)))
+
+
 def open_study(search: Search, base: Path) -> Study:
     """The study of the directory, made where there is none. Raises ConfigError where it is of another search, StorageError."""
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if (base / "config.yaml").exists():
@@ -122,7 +129,7 @@ def open_study(search: Search, base: Path) -> Study:
             warnings.simplefilter("ignore")
             study = optuna.create_study(
                 study_name="search",
-                storage=JournalStorage(JournalFileBackend(str(base / JOURNAL))),
+                storage=_storage(base),
                 direction="maximize" if search.greater_is_better else "minimize",
                 pruner=optuna.pruners.MedianPruner()
                 if search.settings.prune is Prune.median
@@ -198,7 +205,10 @@ def _take_over(study: Study, search: Search, base: Path, left: list[int]) -> tup
             continue
         there = study.get_trials(deepcopy=False)[number]
         if there.state.name == "RUNNING" and len(there.params) == len(search.space):
-            return Trial(study, there._trial_id), lease
+            storage = _storage(base)
+            study_id = storage.get_study_id_from_name(study.study_name)
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+            return Trial(study, trial_id), lease
         if there.state.name == "RUNNING":  # killed while it was drawn
             study.tell(number, state=_state("FAIL"))
         lease.release()

@@ -7,6 +7,7 @@ from torch import nn
 
 from strategies.parameters import meta_context
 from tests.models import tiny
+from trainer.data.tokens.compat import render_conversations
 from trainer.model import compat
 from trainer.tuning.compat import transformers as tuning_compat
 
@@ -277,3 +278,16 @@ def test_blocks_of_eight_bits_are_read_as_numbers():
     )
     with pytest.raises(ValueError, match="quant"):
         compat.quantisation_settings({"quant_method": "no such method"})
+
+
+def test_conversations_are_rendered_with_the_spans_of_generation_blocks():
+    template = (
+        "{% for message in messages %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "hello "}, {"role": "assistant", "content": "there"}]
+    texts, spans = render_conversations([chat, chat[:1]], template, return_assistant_tokens_mask=True, eos_token="</s>")
+    assert texts == ["user: hello assistant: there</s>", "user: hello "]
+    assert [[texts[0][slice(*map(int, span))] for span in spans[0]], list(spans[1])] == [["there</s>"], []]
+    assert render_conversations([chat[:1]], template)[1] == [[]]

@@ -18,6 +18,7 @@ import numpy as np
 
 from strategies.errors import ShardtuneError
 from strategies.parent_death import die_with_parent
+from trainer.data.compat import close_own_writer
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
 from trainer.data.document import Document, RefusedDocument, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
@@ -243,7 +244,7 @@ def _kill(pool: ProcessPoolExecutor, workers: list[Worker]) -> None:
     The pool would read for ever the rest of a result whose writer died amid it. So this process keeps no end to write at: then
     the reading ends.
     """
-    pool._result_queue._writer.close()  # type: ignore[attr-defined]
+    close_own_writer(pool)
     for worker in workers:
         worker.kill()
 

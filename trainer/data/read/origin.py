@@ -12,6 +12,7 @@ from typing import Any
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row
 from trainer.data.read.columnar import BATCH, count_rows, read_table, table_rows, taken_of
+from trainer.data.read.compat import content_fingerprint
 from trainer.data.read.json_rows import read_json, read_json_lines
 from trainer.data.read.opening import File, compression_of, expansion
 from trainer.data.read.paths import COLUMN_KINDS, PREFIX, TEXT_KINDS, check_name, is_hub, kind_of
@@ -84,7 +85,7 @@ class Origin:
             if is_hub(path):
                 data = self.dataset(path)
                 version = data.version if data.version is not None else ""
-                about = (data.split or self.split, self.revision, version, data._fingerprint, data.num_rows)
+                about = (data.split or self.split, self.revision, version, content_fingerprint(data), data.num_rows)
                 parts = (str(path).removeprefix(PREFIX), self.subset, *about)
                 found.append(("hub", ":".join("" if part is None else str(part) for part in parts)))
                 continue

@@ -24,6 +24,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import THINK, Message, RefusedDocument, texts_in, thought_of
 from trainer.data.tokens.clock import with_date
+from trainer.data.tokens.compat import render_conversations
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, Spans, leading, mark_trimmed, mark_whole, marked
 from trainer.data.tokens.tool_call_masks import Chat, Turnwise, after_thought, refused
 
@@ -219,12 +220,10 @@ class ChatTemplate:
 
     def _rendered(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
         """Texts of conversations; each with its spans of generation blocks where a mask is asked for, else with none."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         special = self.tokenizer.special_tokens_map
         with bounded():
-            texts, blocks = render_jinja_template(conversations, chat_template=self.source, **options, **special)
-        return list(zip(texts, blocks or [[]] * len(texts), strict=True))
+            texts, blocks = render_conversations(conversations, self.source, **options, **special)
+        return list(zip(texts, blocks, strict=True))
 
     def _apply(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
         return self._rendered([messages], add_generation_prompt=prompt, tools=tools)[0][0]

@@ -15,6 +15,7 @@ import numpy as np
 from trainer.data.fields import Refusal, is_texts, shown
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.compat import weighted_score
 from trainer.evaluation.tasks.model_interface import Asking, answer_of
 from trainer.evaluation.tasks.pass_at_k import by_prompt, drawn_row, passing
 
@@ -167,14 +168,9 @@ class Translation(WrittenTask):
         return {"chrf": float(self.judges["chrf"].sentence_score(text, case.fields[REFERENCES][:1]).score)}
 
     def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        answers, references = [row.answer for row in rows], [[row.reference for row in rows]]
-
-        def of(judge: Any) -> Callable[[np.ndarray], float]:
-            # As in sacrebleu's own significance tests: counts of each sentence, which add up.
-            counts = np.array(judge._extract_corpus_statistics(answers, references), np.float64)
-            return lambda weights: float(judge._compute_score_from_stats((weights @ counts).tolist()).score)
-
-        return {name: of(judge) for name, judge in self.judges.items()}
+        answers = [row.answer for row in rows]
+        references = [row.reference for row in rows]
+        return {name: weighted_score(judge, answers, references) for name, judge in self.judges.items()}
 
     def signatures(self) -> dict[str, str]:
         for judge in self.judges.values():  # which is known once it has seen references

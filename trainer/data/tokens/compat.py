@@ -1,0 +1,24 @@
+"""What the project uses of transformers' chat templates beside its public interface.
+
+Read in transformers 5.24; tests/compat/test_transformers.py calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def render_conversations(
+    conversations: Sequence[Any], template: str, **options: Any
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """(the texts of conversations by a chat template, the spans of its `{% generation %}` blocks in each text).
+
+    Without `return_assistant_tokens_mask=True` there are no spans. `options`: the template's words, tools and special tokens.
+    Calls `transformers.utils.chat_template_utils.render_jinja_template`. The public `apply_chat_template` gives a mask over
+    tokens in place of the spans, which says nothing of a token that crosses an edge.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, blocks = render_jinja_template(conversations, chat_template=template, **options)
+    return texts, blocks or [[] for _ in texts]
