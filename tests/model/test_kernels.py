@@ -29,7 +29,7 @@ import torch, transformers
 from tests.models import tiny
 from trainer.model import attention, kernels
 from trainer.model.compat import without_kernel_packages
-from trainer.objectives import passage
+from trainer.objectives import forward_path
 from strategies.parameters import meta_context
 
 attention.register()
@@ -46,7 +46,7 @@ else:
     sys.exit("the stand-in was not called at all")
 with without_kernel_packages():
     model(input_ids=ids, use_cache=False)
-found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
+found = forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False)
 print(found.padded, kernels.missing_kernels(plain))
 """
 

@@ -123,7 +123,7 @@ def encoding_fixer() -> Callable[[str], str]:
     """ftfy (R. Speer, 2019) with nothing switched on but the repair of mojibake."""
     import ftfy
 
-    config = ftfy.TextFixerConfig(normalization=None)._replace(**dict.fromkeys(OFF, False))  # type: ignore[arg-type]  # its names are fields
+    config = ftfy.TextFixerConfig(normalization=None, **dict.fromkeys(OFF, False))  # type: ignore[arg-type]  # OFF names fields
     return lambda text: text if text.isascii() else ftfy.fix_text(text, config)
 
 
