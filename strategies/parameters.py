@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -74,14 +74,28 @@ def named_parameters(step_module: nn.Module, *, teacher: bool = False) -> Iterat
             yield name.removeprefix(PREFIX), parameter
 
 
+@runtime_checkable
+class PackedModule(Protocol):
+    """A module that stores weights packed, as bytes."""
+
+    packed_elements: dict[str, int]
+    """Elements that each packed weight stands for, by its name in the module."""
+
+
 def element_counts(step_module: nn.Module) -> dict[str, int]:
-    """Elements of the model behind each distinct parameter, whole, by plain name; a packed weight stands for more or
-    fewer than it has bytes (`packed_elements` of its module says how many)."""
+    """Elements of the model behind each distinct parameter, whole, by plain name.
+
+    A packed weight counts the elements that it stands for, not its bytes.
+    """
     counts: dict[str, int] = {}
     for name, parameter in named_parameters(step_module):
-        owner, _, key = name.rpartition(".")
-        packed: Any = getattr(step_module.get_submodule(PREFIX + owner), "packed_elements", {}) if owner else {}
-        counts[name] = packed.get(key) or getattr(parameter, "ds_numel", parameter.numel())
+        owner_name, _, key = name.rpartition(".")
+        owner = step_module.get_submodule(PREFIX + owner_name) if owner_name else None
+        if isinstance(owner, PackedModule) and key in owner.packed_elements:
+            counts[name] = owner.packed_elements[key]
+        else:
+            # ZeRO-3 leaves an empty tensor in the place of a parameter, and its whole size in `ds_numel`.
+            counts[name] = getattr(parameter, "ds_numel", parameter.numel())
     return counts
 
 

@@ -82,12 +82,12 @@ def _skipped(job: Job, config: RunConfig, data: Prepared) -> dict:
     for batch in trainer.loader.steps(0, STEPS):
         trainer.meter.add(trainer.train_step(batch))
     rows = trainer.meter.flush()
-    trainer.monitors.look(rows)
+    trainer.guards.look(rows)
     return {
         "found": [[row["loss"], row["grad_norm"]] for row in rows],
         "skipped": [row["step"] for row in rows if row.get("skipped")],
         "outliers": [row["step"] for row in rows if "outlier/grad_norm" in row],
-        "window": len(trainer.monitors.window()),
+        "window": len(trainer.guards.window()),
         "updates": int(trainer.engine._updates),  # type: ignore[attr-defined]
         "reads": reads,
         "expected": job.oracle(("guards", "skipped"), lambda: _never_updated(job, config, data), elsewhere=[]),
