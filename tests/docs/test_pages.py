@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -185,6 +186,18 @@ def test_every_setting_named_exists():
                 and not key.endswith((".json", ".yaml", ".html", ".csv"))
             ):
                 assert setting_of(known, key) or key in parts or (ROOT / key).exists(), f"{page.name}: {key}"
+
+
+def test_every_file_of_ours_named_exists():
+    """By its path from the root or from docs/; by its name alone, wherever it is."""
+    files = set(
+        subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()
+    )
+    names = {Path(file).name for file in files}
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+        for name in re.findall(r"(?<![\w/.<-])((?:[\w-]+/)*[\w-]+\.(?:py|j2))\b", page.read_text(encoding="utf-8")):
+            places = {name, f"docs/{name}", f"trainer/{name}", f"launch/{name}"}
+            assert places & files or ("/" not in name and name in names), f"{page.name}: {name}"
 
 
 def test_quoted_messages_exist_in_the_code():
