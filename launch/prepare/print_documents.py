@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from launch.config.verb_words import (
     help_rows,
     read_words,
     setting_words,
+    specs,
     word,
 )
 from strategies.errors import ConfigError
@@ -75,7 +76,7 @@ def directory_of(words: list[str]) -> Path | None:
     if len(bare) == len(words) == 1 and not bare[0].startswith("-"):
         return Path(bare[0]).expanduser()
     if bare:
-        known = [each.name for each in fields(PrintWords)]
+        known = [spec.key for spec in specs(PrintWords).values() if spec.kind == "word"]
         others = words[1:] if words[0] in bare else words
         raise ConfigError(
             [
