@@ -1,6 +1,6 @@
 """What a run was expected to take, beside what it took: `receipt` in `run.json`.
 
-What is expected costs a run nothing: it is arithmetic on what is known when it starts. Runs are simulated by `trainer/forecast`.
+What is expected costs a run nothing: it is arithmetic on what is known when it starts. Runs are simulated by `trainer/planner`.
 """
 
 from __future__ import annotations
