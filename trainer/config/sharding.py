@@ -11,8 +11,8 @@ from trainer.config.run import Device, RunConfig
 
 def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """Everything that does not fit the strategy. `world_size` is the number of ranks, None where it is not known."""
-    strategy, name = config.strategy, config.strategy.name
-    if name is StrategyName.single and world_size is not None and world_size > 1:
+    strategy = config.strategy
+    if strategy.name is StrategyName.single and world_size is not None and world_size > 1:
         yield f"strategy=single: runs in one process, not {world_size}; take strategy=ddp, or launcher.processes=1"
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
@@ -35,11 +35,12 @@ def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) 
         if strategy.replicate != 1:
             yield f"strategy.replicate={strategy.replicate}: replicas need strategy=hsdp; set one of the two"
         return
-    degree = strategy.replicate or (config.launcher.nodes if config.launcher.nodes > 1 else 2)
-    if world_size is not None and (world_size == 1 or world_size % degree):
-        legal = [str(d) for d in range(2, world_size + 1) if world_size % d == 0]
+    one_a_host = config.launcher.nodes if config.launcher.nodes > 1 else 2
+    replicas = strategy.replicate or one_a_host
+    if world_size is not None and (world_size == 1 or world_size % replicas):
+        legal = [str(divisor) for divisor in range(2, world_size + 1) if world_size % divisor == 0]
         remedy = f"set one of {', '.join(legal)}" if legal else "choose strategy=fsdp2, or more launcher.processes"
-        yield f"strategy.replicate={degree}: must divide the number of ranks, {world_size}; {remedy}"
+        yield f"strategy.replicate={replicas}: must divide the number of ranks, {world_size}; {remedy}"
 
 
 def _zero(strategy: ZeroConfig) -> Iterator[str]:

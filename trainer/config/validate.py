@@ -78,7 +78,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     problems += [*_base(config), *_schedule(config)]
     if not any(problem.startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
         problems += [*_batch(config, world_size), *sharding_problems(config, world_size)]
-    here = config.launcher.name is LauncherName.local
+    here = config.launcher.name is LauncherName.local  # else other machines decide which packages there are
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
     problems += combination_problems(config.tuning, config.strategy, config.optim)
     problems += tracker_problems(config.logging) if here else []
@@ -88,54 +88,73 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
 
 
 def candidates(config: RunConfig, world_size: int | None) -> tuple[list[StrategyConfig], list[str]]:
-    """(what `strategy=auto` may become on `world_size` ranks, what is wrong where that is nothing).
+    """(the strategies that `strategy=auto` may become on `world_size` ranks, the problems if it can become none).
 
-    One rank has nothing to share. What is wrong under every strategy is no reason against one of them.
+    A problem that every strategy has is no reason against one of them. It is reported by itself.
     """
-    every, one = every_strategy(config.strategy), world_size == 1
-    asked = [each for each in every if world_size is None or (each.name is StrategyName.single) == one]
-    found = [(each, problems_of(replace(config, strategy=each), world_size=world_size)) for each in asked]
-    always = [line for line in found[0][1] if all(line in lines for _, lines in found)]
-    legal = [each for each, lines in found if set(lines) <= set(always)]
-    if always or legal:
-        return legal, always
-    return [], [
-        "strategy=auto: no strategy can run this",
-        *(f"under {each.name}: {said[0]}" for each, said in found),
+    strategies = every_strategy(config.strategy)
+    if world_size == 1:  # one rank has nothing to share
+        strategies = [strategy for strategy in strategies if strategy.name is StrategyName.single]
+    elif world_size is not None:
+        strategies = [strategy for strategy in strategies if strategy.name is not StrategyName.single]
+    problems = [problems_of(replace(config, strategy=strategy), world_size=world_size) for strategy in strategies]
+    shared_problems = [line for line in problems[0] if all(line in lines for lines in problems)]
+    legal = [
+        strategy for strategy, lines in zip(strategies, problems, strict=True) if set(lines) <= set(shared_problems)
     ]
+    if shared_problems or legal:
+        return legal, shared_problems
+    first_problems = [
+        f"under {strategy.name}: {lines[0]}" for strategy, lines in zip(strategies, problems, strict=True)
+    ]
+    return [], ["strategy=auto: no strategy can run this", *first_problems]
 
 
 def _budget(config: RunConfig) -> Iterator[str]:
-    given = {name: getattr(config.budget, name) for name in ("steps", "epochs", "tokens")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) != 1:
-        text = " ".join(f"budget.{name}={value}" for name, value in given.items()) or "budget: not set"
-        others = f"; unset the others with budget.{list(given)[-1]}=null" if given else ", as in budget.epochs=3"
-        yield f"{text}: exactly one of budget.steps, budget.epochs and budget.tokens says how long to train{others}"
+    rule = "exactly one of budget.steps, budget.epochs and budget.tokens says how long to train"
+    budgets = {name: getattr(config.budget, name) for name in ("steps", "epochs", "tokens")}
+    set_names = [name for name, length in budgets.items() if length is not None]
+    if not set_names:
+        yield f"budget: not set: {rule}, as in budget.epochs=3"
+    elif len(set_names) > 1:
+        words = " ".join(f"budget.{name}={budgets[name]}" for name in set_names)
+        yield f"{words}: {rule}; unset the others with budget.{set_names[-1]}=null"
 
 
 def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    size, micro = config.batch.get("global"), config.batch.get("micro")
-    extra = sorted(set(config.batch) - {"global", "micro"})
-    if extra:
-        yield f"batch.{extra[0]}: there is no such setting; batch has global and micro (accumulation is derived)"
-    if size is None or micro is None:
+    global_batch = config.batch.get("global")
+    micro_batch = config.batch.get("micro")
+    unknown = sorted(set(config.batch) - {"global", "micro"})
+    if unknown:
+        yield f"batch.{unknown[0]}: there is no such setting; batch has global and micro (accumulation is derived)"
+    if global_batch is None or micro_batch is None:
         yield "batch: needs both batch.global and batch.micro"
         return
     ranks = world_size or 1
-    if micro == AUTO:
-        if size % ranks:
-            legal = " or ".join(f"batch.global={v}" for v in (size // ranks * ranks, -(-size // ranks) * ranks) if v)
-            yield f"batch.global={size}: must be a multiple of the {ranks} ranks; set {legal}"
+    if micro_batch == AUTO:
+        if global_batch % ranks:
+            legal = _nearest_multiples(global_batch, ranks)
+            yield f"batch.global={global_batch}: must be a multiple of the {ranks} ranks; set {legal}"
         return
-    if size % (micro * ranks):
-        step = micro * ranks
-        below, above = size // step * step, (size // step + 1) * step
-        legal = " or ".join(f"batch.global={value}" for value in (below, above) if value)
-        micros = [m for m in range(1, min(micro, size // ranks, MOST_TRIED) + 1) if size % (m * ranks) == 0]
-        other = f", or batch.micro={' or '.join(map(str, micros[-4:]))}" if micros else ""
+    forward_pass = micro_batch * ranks  # documents in one forward pass of all ranks
+    if global_batch % forward_pass:
+        legal = _nearest_multiples(global_batch, forward_pass)
+        largest = min(micro_batch, global_batch // ranks, MOST_TRIED)
+        legal_micros = [str(micro) for micro in range(1, largest + 1) if global_batch % (micro * ranks) == 0]
+        if legal_micros:
+            legal += f", or batch.micro={' or '.join(legal_micros[-4:])}"
         where = f"{ranks} rank{'s' * (ranks > 1)}" if world_size else "the ranks"
-        yield f"batch.global={size}: must be a multiple of batch.micro={micro} x {where} = {step}; set {legal}{other}"
+        yield (
+            f"batch.global={global_batch}: must be a multiple of batch.micro={micro_batch} x {where} = {forward_pass}; "
+            f"set {legal}"
+        )
+
+
+def _nearest_multiples(global_batch: int, divisor: int) -> str:
+    """The words that set the next smaller and the next larger global batch that `divisor` divides; `global_batch` is none."""
+    below = global_batch // divisor * divisor
+    sizes = [below, below + divisor] if below else [divisor]
+    return " or ".join(f"batch.global={size}" for size in sizes)
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -143,14 +162,22 @@ def _model(config: RunConfig) -> Iterator[str]:
     if model.path is None:
         yield "model.path: not set; give a model directory or a hub id, as in model.path=models/smollm2"
     for key in ("path", "tokenizer"):
-        value = getattr(model, key)
-        path = Path(value or "").expanduser()
-        if value is not None and not path.is_dir() and (path.is_file() or not may_be_hub_id(value)):
-            what = "is a file" if path.is_file() else "does not exist"
-            yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
-    here = Path(model.path or "").expanduser()
-    if model.path and not (here / "config.json").is_file() and (inside := sorted(here.glob("*/config.json"))):
-        yield f"model.path={model.path}: holds models, and is none; give one of them, as in model.path={inside[0].parent}"
+        name = getattr(model, key)
+        if name is None:
+            continue
+        path = Path(name).expanduser()
+        way_out = "give a model directory, or a hub id such as org/name"
+        if path.is_file():
+            yield f"model.{key}={name}: is a file; {way_out}"
+        elif not path.is_dir() and not may_be_hub_id(name):
+            yield f"model.{key}={name}: does not exist; {way_out}"
+    directory = Path(model.path or "").expanduser()
+    if model.path and not (directory / "config.json").is_file():
+        models_inside = [config.parent for config in sorted(directory.glob("*/config.json"))]
+        if models_inside:
+            yield (
+                f"model.path={model.path}: holds models, and is none; give one of them, as in model.path={models_inside[0]}"
+            )
     yield from model_problems(config.objective, config, read_config(model.path))
     if model.neftune_alpha:
         yield from _noise(config)
@@ -169,9 +196,12 @@ def _noise(config: RunConfig) -> Iterator[str]:
 
 def _base(config: RunConfig) -> Iterator[str]:
     """What is done to the base as it is loaded."""
-    model, here = config.model, config.launcher.name is LauncherName.local
-    if model.quantisation is not Quantisation.none and here and (missing := missing_package()) is not None:
-        yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
+    model = config.model
+    starts_here = config.launcher.name is LauncherName.local
+    if model.quantisation is not Quantisation.none and starts_here:
+        missing = missing_package()
+        if missing is not None:
+            yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
     for directory in model.adapters:
         yield from fold_problems(directory)
     method = rows().get(row_of(config.tuning))
@@ -185,37 +215,48 @@ def _base(config: RunConfig) -> Iterator[str]:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
-    named = {"data.path": data.path}
+    paths = {"data.path": data.path}
     for split in ("eval", "test"):
         try:
-            named.update(sets_of(getattr(data, f"{split}_path"), split).values())
+            paths.update(sets_of(getattr(data, f"{split}_path"), split).values())
         except ConfigError as error:
             yield from error.problems
-    named |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
-    named["data.decontamination.paths"] = data.decontamination.paths
-    for key, value in named.items():
-        for pattern in [] if value is None else value if isinstance(value, list) else [value]:
-            path = Path(str(pattern)).expanduser()
-            if data.remote and is_address(str(pattern)):
-                continue  # found, or not, where it is read: composing reaches no network
-            if not is_hub(str(pattern)) and not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207
-                try:
-                    expand(pattern, key)
-                except DataError as error:
-                    reason = str(error).removeprefix(f"{key}={pattern}").lstrip(": ")
-                    yield f"{key}={pattern}: {reason}; paths are relative to {Path.cwd()}"
+    paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    paths["data.decontamination.paths"] = data.decontamination.paths
+    for key, path_or_list in paths.items():
+        if path_or_list is None:
+            continue
+        for pattern in path_or_list if isinstance(path_or_list, list) else [path_or_list]:
+            # Composing reaches no network: whether an address or a data set of the hub exists shows when it is read.
+            if not (data.remote and is_address(str(pattern))) and not is_hub(str(pattern)):
+                yield from _missing_files(key, pattern)
     yield from data_problems(data)
     yield from objective_problems(config.objective, config)
 
 
+def _missing_files(key: str, pattern: object) -> Iterator[str]:
+    """A line if no file matches a path or glob on this machine."""
+    path = Path(str(pattern)).expanduser()
+    if path.exists() or glob.glob(str(path), recursive=True):  # noqa: PTH207
+        return
+    try:
+        expand(pattern, key)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{key}={pattern}").lstrip(": ")
+        yield f"{key}={pattern}: {reason}; paths are relative to {Path.cwd()}"
+
+
 def _resume(config: RunConfig) -> Iterator[str]:
-    resume, run_dir = config.run.resume, config.run.dir
+    """Whether the checkpoint to go on from exists, or that of a run directory that was named."""
+    resume = config.run.resume
+    run_dir = config.run.dir
     try:
         if run_dir is not None and run_dir.strip():
             resume = settled(places_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume)
         if resume in ("auto", "never"):
             return
-        if problem := refused(resume, places_of(Path(resume).expanduser(), config.checkpoint.fallback_dir)):
+        problem = refused(resume, places_of(Path(resume).expanduser(), config.checkpoint.fallback_dir))
+        if problem:
             yield problem
     except StorageError as error:
         yield str(error)
@@ -249,12 +290,17 @@ def _run(config: RunConfig) -> Iterator[str]:
             f"checkpoint.every_minutes={checkpoint.every_minutes:g}: checkpoint.every_steps={checkpoint.every_steps} says "
             "already when; set one of the two"
         )
-    spare, here = checkpoint.fallback_dir, config.launcher.name is LauncherName.local
-    if spare is not None and not (spare.strip() and (not here or _writable(Path(spare).expanduser()))):
-        yield f"checkpoint.fallback_dir={spare}: must be a directory on another disk that this user can write, or null"
+    starts_here = config.launcher.name is LauncherName.local  # else the disks are those of other machines
+    fallback_dir = checkpoint.fallback_dir
+    if fallback_dir is not None:
+        is_usable = bool(fallback_dir.strip()) and (not starts_here or _writable(Path(fallback_dir).expanduser()))
+        if not is_usable:
+            yield (
+                f"checkpoint.fallback_dir={fallback_dir}: must be a directory on another disk that this user can write, or null"
+            )
     if config.run.must_fit and config.run.device is Device.cpu:
         yield "run.must_fit=true: asks for the memory of GPUs, and run.device=cpu has none; leave it out"
-    if config.run.device is Device.cuda and config.launcher.name is LauncherName.local:
+    if config.run.device is Device.cuda and starts_here:
         import torch
 
         if not torch.cuda.is_available():
@@ -264,8 +310,8 @@ def _run(config: RunConfig) -> Iterator[str]:
 def _writable(directory: Path) -> bool:
     """Whether it is a directory that can be written, or could be made."""
     try:
-        there = next(each for each in (directory, *directory.absolute().parents) if each.exists())
-        return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
     except OSError:
         return False
 
