@@ -22,41 +22,46 @@ GENERATED = ("eval/bleu", "eval/rougeL")
 
 def problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the evaluation that is asked for, one line each; reads no rows."""
-    evaluation, has_data = config.evaluation, config.data.eval_path is not None or config.data.eval_share > 0
+    evaluation = config.evaluation
+    has_data = config.data.eval_path is not None or config.data.eval_share > 0
     has_general = config.challenges.forgetting.data is not None
-    remedy = "give data.eval_path or data.eval_share=0.05"
+    has_anything = has_data or has_general or bool(evaluation.tasks)
     for key in ("every_steps", "patience"):
-        if getattr(evaluation, key) > 0 and not has_data and not evaluation.tasks and not has_general:
-            yield f"evaluation.{key}={getattr(evaluation, key)}: there is no evaluation data; {remedy}, or set it to 0"
+        evaluations = getattr(evaluation, key)
+        if evaluations > 0 and not has_anything:
+            yield (
+                f"evaluation.{key}={evaluations}: there is no evaluation data; give data.eval_path or data.eval_share=0.05, or "
+                "set it to 0"
+            )
     if evaluation.patience > 0 and evaluation.every_steps == 0:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
     if not re.fullmatch(r"eval/[\w./-]+", evaluation.watch) and evaluation.watch not in FORGOTTEN:
         yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
-    elif evaluation.greater_is_better not in (None, better := more_is_better(config)):
-        word, right = ("larger", "true") if better else ("smaller", "false")
+    elif evaluation.greater_is_better not in (None, more_is_better(config)):
+        typed = str(evaluation.greater_is_better).lower()
+        right = str(more_is_better(config)).lower()
+        word = "larger" if more_is_better(config) else "smaller"
         yield (
-            f"evaluation.greater_is_better={str(not better).lower()}: with evaluation.watch={evaluation.watch} a {word} value is "
-            f"better; leave it out, or set it to {right}"
+            f"evaluation.greater_is_better={typed}: with evaluation.watch={evaluation.watch} a {word} value is better; leave it "
+            f"out, or set it to {right}"
         )
     if evaluation.tasks or has_general:
         yield from _watched_task(config, has_data=has_data)
     yield from _tasks(config)
     yield from _forgetting(config)
     yield from _generate(config, has_data=has_data)
-    of_task = evaluation.watch in registry.metrics_of(evaluation.tasks)
-    if (
-        not of_task
-        and evaluation.watch.rpartition("/")[2].startswith("f1_")
-        and not family_of(config.objective).judges_labels
-    ):
+    is_of_task = evaluation.watch in registry.metrics_of(evaluation.tasks)
+    is_f1 = evaluation.watch.rpartition("/")[2].startswith("f1_")
+    if is_f1 and not is_of_task and not family_of(config.objective).judges_labels:
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
 def more_is_better(config: RunConfig) -> bool:
     """Whether a larger value of the watched metric is better, as the task or the objective says whose metric it is."""
     watch = config.evaluation.watch
-    if (of_task := registry.metrics_of(asked_tasks(config)).get(watch)) is not None:
-        return of_task
+    larger_by_task = registry.metrics_of(asked_tasks(config)).get(watch)
+    if larger_by_task is not None:
+        return larger_by_task
     name = watch.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
     if "loss" in (name, *watch.split("/")[1:2]):
         return False
@@ -74,7 +79,8 @@ def asked_tasks(config: RunConfig) -> dict[str, TaskConfig]:
 
 def _forgetting(config: RunConfig) -> Iterator[str]:
     """What is wrong with the way forgetting is measured."""
-    watched, key = config.challenges.forgetting, "challenges.forgetting"
+    key = "challenges.forgetting"
+    watched = config.challenges.forgetting
     try:
         limit = limit_of(watched)
     except ValueError:
@@ -84,8 +90,8 @@ def _forgetting(config: RunConfig) -> Iterator[str]:
         yield f"{key}.limit={watched.limit}: nothing is measured; give {key}.data=general.jsonl, or {key}.tasks=[...]"
     for name in watched.tasks:
         if name not in config.evaluation.tasks:
-            there = ", ".join(config.evaluation.tasks) or "none"
-            yield f"{key}.tasks=[{name}]: there is no such task in evaluation.tasks, which has {there}"
+            known = ", ".join(config.evaluation.tasks) or "none"
+            yield f"{key}.tasks=[{name}]: there is no such task in evaluation.tasks, which has {known}"
     if watched.data is None:
         return
     if GENERAL in config.evaluation.tasks:
@@ -106,7 +112,9 @@ def _of_file(word: str, error: ShardtuneError) -> str:
 
 
 def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    samples, watch = config.evaluation.generate.samples, config.evaluation.watch
+    """What is wrong with the answers that are written to held-out prompts."""
+    samples = config.evaluation.generate.samples
+    watch = config.evaluation.watch
     if watch in GENERATED and not samples:
         yield f"evaluation.watch={watch}: needs answers to score; set evaluation.generate.samples=100"
     if samples and not has_data:
@@ -121,18 +129,15 @@ def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
 
 def _tasks(config: RunConfig) -> Iterator[str]:
     """What is wrong with the tasks, one line each; reads no rows."""
-    tasks, family = config.evaluation.tasks, family_of(config.objective)
+    tasks = config.evaluation.tasks
+    family = family_of(config.objective)
     yield from registry.problems(tasks)
     yield from config.evaluation.judge.problems("evaluation.judge")
     yield from _server(config)
-    asking = [
-        name
-        for name, task in tasks.items()
-        if task.kind in registry.KINDS and registry.KINDS[task.kind](name, task).needs_judge
-    ]
-    if asking and config.evaluation.judge.url is None:
+    judged = [name for name, task in tasks.items() if _needs_judge(name, task)]
+    if judged and config.evaluation.judge.url is None:
         yield (
-            f"evaluation.tasks.{asking[0]}.kind={tasks[asking[0]].kind}: asks a judge, and there is none; give "
+            f"evaluation.tasks.{judged[0]}.kind={tasks[judged[0]].kind}: asks a judge, and there is none; give "
             "evaluation.judge.url=http://host:port/v1 of an OpenAI-compatible server"
         )
     for name, task in tasks.items():
@@ -152,6 +157,11 @@ def _tasks(config: RunConfig) -> Iterator[str]:
                 yield _of_file(f"{key}.path={task.path}", error)
 
 
+def _needs_judge(name: str, task: TaskConfig) -> bool:
+    kind = registry.KINDS.get(task.kind)
+    return kind is not None and kind(name, task).needs_judge
+
+
 def _server(config: RunConfig) -> Iterator[str]:
     """What a server that writes answers cannot do."""
     server = config.evaluation.server
@@ -163,7 +173,8 @@ def _server(config: RunConfig) -> Iterator[str]:
     if config.strategy.name != "single" or (config.launcher.processes or 1) > 1:
         yield "evaluation.server: nothing is loaded here, so that there is nothing to shard; leave strategy and processes out"
     for name, task in config.evaluation.tasks.items():
-        key, kind = f"evaluation.tasks.{name}", registry.KINDS.get(task.kind)
+        key = f"evaluation.tasks.{name}"
+        kind = registry.KINDS.get(task.kind)
         if kind is not None and not kind.served:
             yield (
                 f"{key}.kind={task.kind}: asks for losses or tokens that no server tells; leave it out, or evaluate without "
@@ -175,13 +186,16 @@ def _server(config: RunConfig) -> Iterator[str]:
 
 def _watched_task(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     """What is wrong with watching this metric where there are tasks."""
-    evaluation = config.evaluation
-    metrics = registry.metrics_of(asked_tasks(config))
-    watch = evaluation.watch
-    if watch not in metrics and not has_data:
+    tasks = asked_tasks(config)
+    metrics = registry.metrics_of(tasks)
+    watch = config.evaluation.watch
+    if watch in metrics:
+        return
+    if not has_data:
         yield (
             f"evaluation.watch={watch}: there is no evaluation data, only tasks; watch one of {', '.join(metrics)}, or give "
             "data.eval_path or data.eval_share"
         )
-    elif watch not in metrics and watch.count("/") > 1 and watch.split("/")[1] in {*asked_tasks(config)} - {"loss"}:
+    # eval/<task>/<metric>: the task exists, and has no such metric. `eval/loss/<set>` is the loss on a named set.
+    elif watch.count("/") > 1 and watch.split("/")[1] in tasks.keys() - {"loss"}:
         yield f"evaluation.watch={watch}: the tasks yield {', '.join(metrics)}; watch one of them"

@@ -63,17 +63,18 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def _over_ssh(launcher: LauncherConfig) -> Iterator[str]:
-    said = f"launcher.hosts=[{','.join(launcher.hosts)}]"
+    hosts_word = f"launcher.hosts=[{','.join(launcher.hosts)}]"
     if launcher.nodes != len(launcher.hosts):
-        yield f"launcher.nodes={launcher.nodes}: {said} are {len(launcher.hosts)}; leave launcher.nodes out"
+        yield f"launcher.nodes={launcher.nodes}: {hosts_word} are {len(launcher.hosts)}; leave launcher.nodes out"
     for host in launcher.hosts:
         if not HOST.fullmatch(host):
-            yield f"{said}: `{host}` is no host; give names or addresses as ssh takes them, such as [n1,me@n2]"
+            yield f"{hosts_word}: `{host}` is no host; give names or addresses as ssh takes them, such as [n1,me@n2]"
     if len({*launcher.hosts}) < len(launcher.hosts):
-        yield f"{said}: a host stands there twice; its number of ranks is launcher.processes"
-    for key, value in (("address", launcher.address), ("node_rank", launcher.node_rank)):
-        if value is not None:
-            yield f"launcher.{key}={value}: {said} says it of each host; leave it out"
+        yield f"{hosts_word}: a host stands there twice; its number of ranks is launcher.processes"
+    for key in ("address", "node_rank"):
+        of_one_host = getattr(launcher, key)
+        if of_one_host is not None:
+            yield f"launcher.{key}={of_one_host}: {hosts_word} says it of each host; leave it out"
 
 
 def _slurm(launcher: SlurmConfig) -> Iterator[str]:
@@ -99,10 +100,13 @@ def _slurm(launcher: SlurmConfig) -> Iterator[str]:
 
 def _extra(launcher: SlurmConfig) -> Iterator[str]:
     """Options of sbatch that would make something else of the job than what is printed of it and what its script does."""
-    for setting, words in (("launcher.extra", launcher.extra), *_part_words(launcher)):
-        for option, value in options_of(words).items():
-            if (remedy := NOT_EXTRA.get(option)) is not None:
-                yield f"{setting}: --{option}{f'={value}' if value else ''}: {remedy}"
+    words_by_key = {"launcher.extra": launcher.extra}
+    words_by_key |= {f"launcher.part_options.{part}": words for part, words in launcher.part_options.items()}
+    for key, words in words_by_key.items():
+        for option, argument in options_of(words).items():
+            if option in NOT_EXTRA:
+                word = f"--{option}={argument}" if argument else f"--{option}"
+                yield f"{key}: {word}: {NOT_EXTRA[option]}"
     gpus = total_gpus(asdict(launcher))
     if gpus is not None and launcher.nodes > 1 and gpus % launcher.nodes:
         yield (
@@ -111,21 +115,19 @@ def _extra(launcher: SlurmConfig) -> Iterator[str]:
         )
 
 
-def _part_words(launcher: SlurmConfig) -> list[tuple[str, list[str]]]:
-    return [(f"launcher.part_options.{part}", words) for part, words in launcher.part_options.items()]
-
-
 def _pipeline(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
-    asked = launcher.pipeline
-    said = f"launcher.pipeline=[{','.join(asked)}]"
-    if asked and (asked != [part for part in PARTS if part in asked] or "train" not in asked):
-        yield f"{said}: must be train and others of [{','.join(PARTS)}], in this order, each once"
-    if "evaluate" in asked:
+    parts = launcher.pipeline
+    pipeline_word = f"launcher.pipeline=[{','.join(parts)}]"
+    in_order = [part for part in PARTS if part in parts]
+    if parts and (parts != in_order or "train" not in parts):
+        yield f"{pipeline_word}: must be train and others of [{','.join(PARTS)}], in this order, each once"
+    if "evaluate" in parts:
         held_out = config.data.eval_path is not None or config.data.eval_share > 0
         if not config.evaluation.tasks and not held_out:
             yield (
-                f"{said}: there is nothing to evaluate; give data.eval_path or data.eval_share, or tasks: "
+                f"{pipeline_word}: there is nothing to evaluate; give data.eval_path or data.eval_share, or tasks: "
                 "evaluation.tasks=[...] (docs/evaluation.md)"
             )
-    if unknown := sorted(launcher.part_options.keys() - set(PARTS)):
+    unknown = sorted(launcher.part_options.keys() - set(PARTS))
+    if unknown:
         yield f"launcher.part_options: {', '.join(unknown)}: no part of a pipeline; they are {', '.join(PARTS)}"

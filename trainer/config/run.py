@@ -1,7 +1,12 @@
-"""The whole configuration of a run: one typed tree, composed by Hydra.
+"""The whole configuration of a run: one typed tree, composed by Hydra. Read `RunConfig` first.
 
-Leaf settings live beside the code that uses them; this module composes them and owns the settings that belong to the
-run itself. Ranges and cross-field rules are `trainer.config.validate`'s.
+The settings of a group (`optim`, `data` ...) are a dataclass beside the code that uses them. This module puts them together
+and owns the groups that belong to the run itself: `run`, `launcher` and `batch`. A field says everything about its setting
+(`strategies/settings.py`), `trainer/config/tree.py` lists the fields by key, and `trainer/config/validate.py` has the rules
+between settings.
+
+A group whose choices differ in their keys (`tuning=lora`, `strategy=fsdp2`, `launcher=slurm`) has the class that all choices
+share as its type here. A run holds the subclass of its choice.
 """
 
 from __future__ import annotations
@@ -242,11 +247,18 @@ class BatchSettings:
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """Everything a run needs to know. Frozen once as `config.yaml` in the run directory."""
+    """Everything a run needs to know. Frozen once as `config.yaml` in the run directory.
 
+    `resume` is the kind of change that another value is when the run is resumed; `FREE` may change. The order of the fields is
+    that of `config.yaml`.
+    """
+
+    # The run itself, and what it learns from.
     run: RunSettings = group(RunSettings, resume=FREE)
     model: ModelConfig = group(ModelConfig, resume="base")
     data: DataConfig = group(DataConfig, resume="data")
+
+    # How many documents make a step, how long the run trains, in which arithmetic.
     batch: dict[str, Any] = setting(
         default_factory=lambda: {"global": 32, "micro": 4}, reach=DESCRIBES, resume=FREE, entries=BatchSettings
     )
@@ -255,14 +267,20 @@ class RunConfig:
     precision: Precision = setting(Precision.auto, reach=DESCRIBES, resume="precision")
     """`fp32`, `bf16`, `fp16` or `auto` (on GPUs bf16 where the hardware has it, else fp16; on CPUs fp32). `bf16` keeps fp32
     master weights for what trains."""
+
+    # What trains, towards which goal, on how many devices, and by which rule.
     tuning: TuningConfig = group(TuningConfig, resume="tuning")
     objective: ObjectiveConfig = group(ObjectiveConfig, resume="objective")
     strategy: StrategyConfig = group(StrategyConfig, resume=FREE)
     optim: OptimConfig = group(OptimConfig, resume="optimizer")
     schedule: ScheduleConfig = group(ScheduleConfig, resume="optimizer")
+
+    # What is watched on the way.
     guards: GuardsConfig = group(GuardsConfig, resume="optimizer")
     challenges: ChallengesConfig = group(ChallengesConfig, resume=FREE)
     evaluation: EvaluationConfig = group(EvaluationConfig, resume=FREE)
+
+    # What is kept, and what is given to others.
     checkpoint: CheckpointConfig = group(CheckpointConfig, resume=FREE)
     export: ExportConfig = group(ExportConfig, resume=FREE)
     gates: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES, resume=FREE)
@@ -270,9 +288,13 @@ class RunConfig:
     memorised: 0, bias/gap: "<0.05", review/win_rate: ">0.5"}`. Without it nothing is exported (docs/papers.md).
     `gates.override="<why>"` exports all the same."""
     review: ReviewConfig = group(ReviewConfig, resume=FREE)
+
+    # What is recorded, and where the processes run.
     logging: LoggingConfig = group(LoggingConfig, resume=FREE)
     profile: ProfileConfig = group(ProfileConfig, resume=FREE)
     launcher: LauncherConfig = group(LauncherConfig, resume=FREE)
+
+    # What the run has put in the place of `auto`.
     substitutions: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES, resume=FREE)
     """What stands in for settings, by key; not set by hand.
 
