@@ -200,7 +200,7 @@ def test_the_source_decides_its_digest(tmp_path, monkeypatch):
     nothing = hashlib.sha256().hexdigest()
     assert not nothing.startswith(source_digest()), "no source was read"  # where the module really lies
     (tmp_path / "trainer").mkdir()
-    monkeypatch.setattr(identity, "__file__", str(tmp_path / "trainer" / "lifecycle" / "identity.py"))
+    monkeypatch.setattr(identity, "__file__", str(tmp_path / "trainer" / "session" / "identity.py"))
     digests = []
     for text in ("a = 1\n", "a = 2\n", "a = 1\n"):
         (tmp_path / "trainer" / "x.py").write_text(text)

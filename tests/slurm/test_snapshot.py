@@ -21,7 +21,7 @@ def clone(tmp_path: Path) -> Path:
     for part in ("conf", "launch"):
         shutil.copytree(CLONE / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(CLONE / "strategies", clone / "strategies")
-    shutil.copytree(CLONE / "trainer" / "records", clone / "trainer" / "records")
+    shutil.copytree(CLONE / "trainer" / "reporting", clone / "trainer" / "reporting")
     shutil.copy(CLONE / "trainer" / "__init__.py", clone / "trainer")
     (clone / "slurm").mkdir()
     (clone / "slurm" / "env.sh").write_text("export SITE=here\n")
@@ -46,17 +46,17 @@ def test_a_copy_imports_by_itself_and_says_where_it_is_from(clone: Path, tmp_pat
 def test_another_code_is_another_copy_and_the_last_one_taken_is_in_use(clone: Path, tmp_path: Path) -> None:
     """An array's tasks may still run the earlier one, when one of its runs is submitted again."""
     first = snapshot.take(tmp_path / "run", clone)
-    made = (first / "launch" / "job.py").stat().st_ino
+    made = (first / "launch" / "main.py").stat().st_ino
     (clone / "launch" / "__pycache__").mkdir()
-    (clone / "launch" / "__pycache__" / "job.pyc").write_bytes(b"x")
-    assert snapshot.take(tmp_path / "run", clone) == first and (first / "launch" / "job.py").stat().st_ino == made
-    before = (clone / "launch" / "job.py").read_text()
-    (clone / "launch" / "job.py").write_text("changed = True\n")
+    (clone / "launch" / "__pycache__" / "main.pyc").write_bytes(b"x")
+    assert snapshot.take(tmp_path / "run", clone) == first and (first / "launch" / "main.py").stat().st_ino == made
+    before = (clone / "launch" / "main.py").read_text()
+    (clone / "launch" / "main.py").write_text("changed = True\n")
     second = snapshot.take(tmp_path / "run", clone)
     assert sorted(second.parent.iterdir()) == sorted([first, second]) and snapshot.taken(tmp_path / "run") == second
-    assert (second / "launch" / "job.py").read_text() == "changed = True\n"
+    assert (second / "launch" / "main.py").read_text() == "changed = True\n"
     snapshot.check(first)
-    (clone / "launch" / "job.py").write_text(before)
+    (clone / "launch" / "main.py").write_text(before)
     assert snapshot.take(tmp_path / "run", clone) == first and snapshot.taken(tmp_path / "run") == first
 
 
@@ -64,7 +64,7 @@ def test_a_copy_that_was_changed_is_refused_and_made_anew_at_the_next_submission
     place = snapshot.take(tmp_path / "run", clone)
     snapshot.check(place)
     snapshot.check(clone)
-    (place / "launch" / "job.py").unlink()
+    (place / "launch" / "main.py").unlink()
     with pytest.raises(ConfigError, match="changed since the job was submitted"):
         snapshot.check(place)
     assert snapshot.take(tmp_path / "run", clone) == place
