@@ -1,15 +1,134 @@
-"""What verbs say: answers of `--json` alone on stdout, and nothing that ends a run when whoever read it has gone away."""
+"""What verbs print: tables for people, JSON for scripts, and streams that outlive their reader.
+
+A table is a list of columns and a list of rows; rich lays it out, and is imported when the first table is drawn. All text is
+plain: no markup, no colours and no lines around cells, so that a table is the same in a terminal, a pipe and a log.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TextIO
 
+from launch.streams import printable
+
 FLAG = "--json"
+COLUMN_GAP = 2
+"""Blanks between two columns of a table."""
+LEAST_WORDS = 12
+"""Characters that a column of words keeps, however many columns of numbers stand beside it."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table. Numbers stand at the right and keep their line. Words are folded if the table is too wide."""
+
+    title: str = ""
+    is_number: bool = False
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """Cells of a table, one a column, and lines that stand below them across all columns."""
+
+    cells: Sequence[str]
+    notes: Sequence[str] = ()
+
+
+def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 0) -> list[str]:
+    """Lay out a table in lines of at most `width()` columns; no titles are drawn if no column has one.
+
+    No cell is cut. A table is wider than the terminal only if its numbers and `LEAST_WORDS` of each column of words are.
+    """
+    from rich.console import Console
+    from rich.style import Style
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, padding=(0, COLUMN_GAP, 0, 0), show_header=any(c.title for c in columns))
+    for column in columns:
+        grid.add_column(
+            Text(column.title),
+            justify="right" if column.is_number else "left",
+            overflow="fold",
+            no_wrap=column.is_number,
+        )
+    for number, row in enumerate(rows):
+        # Rich gives the style back with each line that it draws. So we know below which line the notes of a row stand.
+        grid.add_row(*(Text(writable(cell)) for cell in row.cells), style=Style(meta={"row": number}))
+    columns_of_text = max(width() - indent, _least_width(columns, rows))
+    # With a height rich asks no terminal for its size.
+    console = Console(file=io.StringIO(), width=columns_of_text, height=25, color_system=None)
+    lines = []
+    for row_number, drawn in groupby(console.render_lines(grid, pad=False), key=_row_number):
+        texts = ["".join(segment.text for segment in line) for line in drawn]
+        lines += [(" " * indent + text).rstrip() for text in texts]
+        lines += rows[row_number].notes if row_number is not None else []
+    return lines
+
+
+def _row_number(line: Sequence[Any]) -> int | None:
+    """The row that a line of rich's segments belongs to; None for the titles."""
+    return line[0].style.meta.get("row")
+
+
+def _least_width(columns: Sequence[Column], rows: Sequence[TableRow]) -> int:
+    """Columns of text in which numbers keep their line, and words `LEAST_WORDS` columns."""
+    from rich.cells import cell_len
+
+    least = COLUMN_GAP * (len(columns) - 1)
+    for number, column in enumerate(columns):
+        longest = max(cell_len(text) for text in (column.title, *(writable(row.cells[number]) for row in rows)))
+        least += longest if column.is_number else min(longest, LEAST_WORDS)
+    return least
+
+
+def width() -> int:
+    """Columns of the terminal, at least 80; 80 if stdout is none. The environment variable COLUMNS goes before both."""
+    return max(80, shutil.get_terminal_size((80, 24)).columns)
+
+
+def fold(text: str, indent: int = 4) -> list[str]:
+    """A sentence in lines of `width()` columns, all but the first indented. A path or a word is never broken."""
+    return textwrap.wrap(
+        writable(text), width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def fold_all(sentences: Sequence[str], *, indent: int = 2) -> list[str]:
+    """Each sentence as an indented entry of a list."""
+    return [line for sentence in sentences for line in fold(" " * indent + sentence)]
+
+
+def cut(text: str) -> str:
+    """A text on one line of at most `width()` columns: for messages that stand in full elsewhere."""
+    from rich.cells import cell_len, set_cell_size
+
+    line = writable(text)
+    return line if cell_len(line) <= width() else set_cell_size(line, width() - 3) + "..."
+
+
+def writable(text: str) -> str:
+    """A text as stdout can show it: control characters, and those that its encoding lacks, are spelled out."""
+    shown = printable(text)
+    return shown if is_utf8() else shown.encode(_encoding(), "backslashreplace").decode(_encoding())
+
+
+def is_utf8() -> bool:
+    """Whether stdout can show every character."""
+    return _encoding().lower().replace("-", "").replace("_", "") == "utf8"
+
+
+def _encoding() -> str:
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
 
 
 class said_to_stderr:
@@ -35,9 +154,7 @@ class said_to_stderr:
 
 def give(answer: dict[str, Any], *, one_line: bool = False) -> None:
     """Print the answer for a script. A stream that is not UTF-8 gets JSON's own escapes."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    is_utf8 = encoding.lower().replace("-", "").replace("_", "") == "utf8"
-    print(json.dumps(answer, indent=None if one_line else 1, ensure_ascii=not is_utf8), flush=True)
+    print(json.dumps(answer, indent=None if one_line else 1, ensure_ascii=not is_utf8()), flush=True)
 
 
 class Lasting:

@@ -60,8 +60,6 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no bars
     words = status_words(argv)
     root = words.root or HOME
     if words.document is not None or words.text is not None:
@@ -108,7 +106,7 @@ def look(root: Path, known: Queue | None = None) -> StatusAnswer:
     from launch.runs import checkpoints, queue
     from launch.runs.metrics_tail import curve
     from launch.runs.status import FoundRuns, find, look_at_all
-    from launch.runs.status_tables import One, StatusAnswer
+    from launch.runs.status_tables import RunDetails, StatusAnswer
 
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(lambda: known or queue.ask())
@@ -120,19 +118,19 @@ def look(root: Path, known: Queue | None = None) -> StatusAnswer:
             raise ConfigError(f"{root}: cannot be listed ({error.strerror})") from error
         jobs = asked.result()
     runs = look_at_all(found, jobs)
-    one = None
+    details = None
     if found.runs == [root] and runs:
         from launch.runs.efficiency import starts
         from trainer.reporting.status import read_failure
 
-        one = One(
+        details = RunDetails(
             store=checkpoints.saved(root),
             failure=read_failure(root),
             curve=curve(root / "metrics.jsonl", 60),
             logs=root / "logs",
             starts=starts(root),
         )
-    return StatusAnswer(root=root, runs=runs, queue=jobs, cut=found.cut, one=one)
+    return StatusAnswer(root=root, runs=runs, queue=jobs, cut=found.cut, details=details)
 
 
 def watch(root: Path, *, as_json: bool) -> None:
@@ -176,6 +174,6 @@ def _verify(found: StatusAnswer, *, quiet: bool) -> dict[Path, str]:
 
     damaged: dict[Path, str] = {}
     for run in found.runs:
-        store = found.one.store if found.one is not None else saved(run.directory)
+        store = found.details.store if found.details is not None else saved(run.directory)
         damaged |= damage(store, say)
     return damaged

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.output import fold, fold_all
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,44 +47,43 @@ def _config(run: Path) -> RunConfig | str:
         return " ".join(str(error).split())
 
 
-def text(root: Path, wanted: DocumentQuery, found: list[Sighting]) -> str:
-    """For people."""
-    saw = [each for each in found if each.trained or each.documents]
-    unknown = [each for each in found if each.unknown is not None and not each.trained]
-    width = max((len(str(each.run)) for each in (*saw, *unknown)), default=0)
-    lines = [
-        f"{wanted}: in {len(saw)} of {len(found)} runs below {root}" if saw else f"{wanted}: in no run below {root}"
-    ]
-    lines += [f"  {each.run!s:<{width}}  {_says(each)}" for each in saw]
+def text(root: Path, wanted: DocumentQuery, sightings: list[Sighting]) -> str:
+    """The page for people."""
+    saw = [sighting for sighting in sightings if sighting.trained or sighting.documents]
+    unknown = [sighting for sighting in sightings if sighting.unknown is not None and not sighting.trained]
+    if saw:
+        lines = [f"{wanted}: in {len(saw)} of {len(sightings)} runs below {root}"]
+        lines += fold_all([f"{sighting.run}: {_what_it_saw(sighting)}" for sighting in saw])
+    else:
+        lines = [f"{wanted}: in no run below {root}"]
     if unknown:
         lines.append(f"of {len(unknown)} it cannot be told:")
-        lines += [f"  {each.run!s:<{width}}  {each.unknown}" for each in unknown]
-    if any(each.trained for each in saw):
-        lines.append(
+        lines += fold_all([f"{sighting.run}: {sighting.unknown}" for sighting in unknown])
+    if any(sighting.trained for sighting in saw):
+        lines += fold(
             "weights that were trained on it, and copies of them elsewhere, keep what they learned: train anew without it"
         )
     return "\n".join(lines)
 
 
-def _says(one: Sighting) -> str:
-    count = one.documents.get("train", 0)
-    several = f"{count} documents of its training data" if count > 1 else "in its training data"
+def _what_it_saw(sighting: Sighting) -> str:
+    """How often a run trained on the document, where it holds it out, and by whose weights it came."""
+    trained_on = sighting.documents.get("train", 0)
+    held_out = sum(number for split, number in sighting.documents.items() if split != "train")
+    several = f"{trained_on} documents of its training data" if trained_on > 1 else "in its training data"
     parts = []
-    if one.times:
-        parts.append(
-            f"{several}, trained on {one.times} times by step {one.step}"
-            if one.times > 1
-            else f"{several}, trained on once by step {one.step}"
-        )
-    elif count:
-        parts.append(f"{several}, but not trained on by step {one.step}")
-    held = sum(number for split, number in one.documents.items() if split != "train")
-    if held:
-        parts.append(f"{held} held out, evaluated on alone" if held > 1 else "held out, evaluated on alone")
-    if one.through is not None:
-        parts.append(f"began with the weights of {one.through}")
-    if one.where and (count > 1 or held > 1):
-        parts.append(", ".join(one.where) + (" ..." if count + held > len(one.where) else ""))
+    if sighting.times:
+        often = "once" if sighting.times == 1 else f"{sighting.times} times"
+        parts.append(f"{several}, trained on {often} by step {sighting.step}")
+    elif trained_on:
+        parts.append(f"{several}, but not trained on by step {sighting.step}")
+    if held_out:
+        parts.append(f"{held_out} held out, evaluated on alone" if held_out > 1 else "held out, evaluated on alone")
+    if sighting.through is not None:
+        parts.append(f"began with the weights of {sighting.through}")
+    if sighting.where and (trained_on > 1 or held_out > 1):
+        more = " ..." if trained_on + held_out > len(sighting.where) else ""
+        parts.append(f"{', '.join(sighting.where)}{more}")
     return "; ".join(parts)
 
 

@@ -58,7 +58,8 @@ def taken(tmp_path_factory):
 
 def asked(capsys, root, word, *flags):
     assert main(["status", str(root / "runs"), word, *flags]) == 0
-    return capsys.readouterr().out
+    out = capsys.readouterr().out
+    return out if flags else " ".join(out.split())  # sentences are folded
 
 
 def test_how_often_each_document_was_taken_is_what_the_loader_handed_out(taken, capsys):
