@@ -23,7 +23,7 @@ from launch.streams import printable
 FLAG = "--json"
 COLUMN_GAP = 2
 """Blanks between two columns of a table."""
-LEAST_WORDS = 12
+LEAST_WORDS = 16
 """Characters that a column of words keeps, however many columns of numbers stand beside it."""
 
 

@@ -1,12 +1,12 @@
-"""The answer of a plan as a table of 80 columns, and as JSON."""
+"""The answer of a plan, for people and as JSON."""
 
 from __future__ import annotations
 
 import shlex
-import textwrap
 from dataclasses import fields
 from typing import Any
 
+from launch.output import Column, TableRow, fold, fold_all, table
 from trainer.config.run import LauncherConfig
 from trainer.model.config import Quantisation
 from trainer.planner.hardware import GIB, fit_of
@@ -14,41 +14,64 @@ from trainer.planner.plan import Choice, PlannedRun, Way
 from trainer.planner.predicted_vs_measured import checkpoint_bytes
 from trainer.planner.sweep import PlanAnswer
 
+COLUMNS = (Column("strategy"), Column("recompute"), Column("stored"), Column("micro", is_number=True))
+"""What names a way to train, in both tables of a plan."""
+
 
 def text(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> str:
     """What a person reads; `words` are those that were typed, `calibrated` says what was measured by which run."""
     job, form = answer.job, answer.form
-    mean = job.lengths.mean
+    cards = f"{job.world} x {job.card.name}"
     shape = f"{job.nodes} node{'s' if job.nodes > 1 else ''} x {job.per_node} GPU{'s' if job.per_node > 1 else ''}"
     lines = [
-        f"{form.parameters / 1e9:.2f} billion parameters, {form.trained / 1e9:.3f} trained; {job.precision} on {job.world} x "
-        f"{job.card.name}",
-        f"({shape}); a step is {job.global_batch} x {mean:,.0f} tokens; {form.layout} rows",
+        f"{form.parameters / 1e9:.2f} billion parameters, {form.trained / 1e9:.3f} trained; {job.precision} on {cards}",
+        f"({shape}); a step is {job.global_batch} x {job.lengths.mean:,.0f} tokens; {form.layout} rows",
         "",
-        f"{'strategy':<9}{'recompute':<10}{'stored':<12}{'micro':>5}{'GiB':>7}{'of ' + format(job.card.memory_gib, '.1f'):>9}"
-        f"{'largest':>8}{'tokens/s':>11}  why",
+        *_table_of_ways(answer),
+        "",
+        *_best(answer, words),
+        *_theirs(answer),
     ]
-    lines += [_row(choice, answer) for choice in answer.found]
-    lines += ["", *_best(answer, words)]
-    lines += _theirs(answer)
     if form.notes:
-        lines += ["", "chosen for you:"]
-        lines += [line for note in form.notes for line in _folded(f"  {note}")]
+        lines += ["", "chosen for you:", *fold_all(form.notes)]
     if answer.refused:
-        lines += ["", "left out:"]
-        for reason, of in by_reason(answer).items():
-            lines += _folded(f"  {of}: {reason}")
+        lines += ["", "left out:", *fold_all([f"{ways}: {reason}" for reason, ways in by_reason(answer).items()])]
     if calibrated:
-        lines += ["", *(line for said in calibrated for line in _folded(said))]
+        lines += ["", *fold_all(calibrated, indent=0)]
     rest = "; what stands above was measured" if calibrated else ""
     lines += [
         "",
-        *_folded(
+        *fold(
             "Expected, not measured: the memory of tensors is simulated, what is beside them and all speeds are "
-            f"reckoned{rest} (docs/planning.md)."
+            f"reckoned{rest} (docs/planning.md).",
+            0,
         ),
     ]
     return "\n".join(lines)
+
+
+def _table_of_ways(answer: PlanAnswer) -> list[str]:
+    columns = (
+        *COLUMNS,
+        Column("GiB", is_number=True),
+        Column(f"of {answer.job.card.memory_gib:.1f}", is_number=True),
+        Column("largest", is_number=True),
+        Column("tokens/s", is_number=True),
+        Column("why"),
+    )
+    rows = []
+    for choice in answer.found:
+        peak, margin = f"{choice.fit.total / GIB:.1f}", f"{choice.fit.margin / GIB:+.1f}"
+        speed = f"{choice.tokens_per_s:,.0f}" if choice.fits else "-"
+        cells = (*_name_of(choice), peak, margin, str(choice.largest_micro), speed, why(choice, answer))
+        rows.append(TableRow(cells))
+    return table(columns, rows)
+
+
+def _name_of(choice: Choice) -> tuple[str, str, str, str]:
+    """The cells of `COLUMNS`."""
+    recompute = str(choice.way.config.strategy.activation_checkpointing)
+    return choice.way.name, recompute, stored(choice.way), str(choice.micro)
 
 
 def by_reason(answer: PlanAnswer) -> dict[str, str]:
@@ -66,34 +89,26 @@ def stored(way: Way) -> str:
     return "+".join(["offload"] * way.offload + [str(store)] * (store is not Quantisation.none))
 
 
-def _row(choice: Choice, answer: PlanAnswer) -> str:
-    mode = str(choice.way.config.strategy.activation_checkpointing)
-    speed = f"{choice.tokens_per_s:,.0f}" if choice.fits else "-"
-    left = f"{choice.fit.margin / GIB:+.1f}"
-    return (
-        f"{choice.way.name:<9}{mode:<10}{stored(choice.way):<12}{choice.micro:>5}{choice.fit.total / GIB:>7.1f}{left:>9}"
-        f"{choice.largest_micro:>8}{speed:>11}  {why(choice, answer)}"
-    )
-
-
 def _theirs(answer: PlanAnswer) -> list[str]:
-    """What another trainer would hold, way by way; nothing where that was not asked for."""
-    found = [(choice, choice.theirs) for choice in answer.found if choice.theirs is not None]
-    if not found:
+    """What another trainer would hold, way by way; nothing if that was not asked for."""
+    rows = []
+    for choice in answer.found:
+        if choice.theirs is None:
+            continue
+        ours, theirs = f"{choice.taken.total / GIB:.1f}", f"{choice.theirs.total / GIB:.1f}"
+        fits = "yes" if fit_theirs(choice, answer.job) <= answer.job.card.memory_gib else "no"
+        parts = [f"{part} {size / GIB:.1f}" for part, size in choice.theirs.parts.items() if size >= 0.05 * GIB]
+        peak = ": ".join(filter(None, (str(choice.theirs.at), ", ".join(parts))))
+        rows.append(TableRow((*_name_of(choice), ours, theirs, fits, peak)))
+    if not rows:
         return []
-    limit = answer.job.card.memory_gib
-    lines = ["", *_folded("as another trainer would hold it (plan.theirs); reckoned, and of no account above:")]
-    lines.append(
-        f"{'strategy':<9}{'recompute':<10}{'stored':<12}{'micro':>5}{'ours':>8}{'theirs':>8}{'fits':>6}  theirs, at its peak"
-    )
-    for choice, theirs in found:
-        fits = "yes" if fit_theirs(choice, answer.job) <= limit else "no"
-        parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in theirs.parts.items() if size >= 0.05 * GIB)
-        lines.append(
-            f"{choice.way.name:<9}{choice.way.config.strategy.activation_checkpointing:<10}{stored(choice.way):<12}{choice.micro:>5}"
-            f"{choice.taken.total / GIB:>8.1f}{theirs.total / GIB:>8.1f}{fits:>6}  {theirs.at}{': ' * bool(parts)}{parts}"
-        )
-    return [*lines, *_folded("GiB of tensors; what is beside them counts in whether it fits.")]
+    numbers = (Column("ours", is_number=True), Column("theirs", is_number=True))
+    return [
+        "",
+        *fold("as another trainer would hold it (plan.theirs); reckoned, and of no account above:", 0),
+        *table((*COLUMNS, *numbers, Column("fits"), Column("theirs, at its peak")), rows),
+        *fold("GiB of tensors; what is beside them counts in whether it fits.", 0),
+    ]
 
 
 def fit_theirs(choice: Choice, job: PlannedRun) -> float:
@@ -116,34 +131,55 @@ def why(choice: Choice, answer: PlanAnswer) -> str:
 
 
 def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
+    """The command of the best way, and where its memory and its time go."""
     best, job = answer.best, answer.job
     if best is None:
         least = answer.found[0]
-        short = -least.fit.margin / GIB
-        return _folded(
-            f"Nothing fits: the smallest, {' '.join(least.words)}, is {short:.1f} GiB too much. Take more cards "
-            "(launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, or look "
-            "at plan.offload=true."
+        return fold(
+            f"Nothing fits: the smallest, {' '.join(least.words)}, is {-least.fit.margin / GIB:.1f} GiB too much. Take more "
+            "cards (launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, "
+            "or look at plan.offload=true.",
+            0,
         )
-    parts = sorted(best.taken.kinds.items(), key=lambda item: -item[1])
-    lines = command_of(words, best, job)
-    lines += ["", f"its peak, {best.taken.total / GIB:.2f} GiB of tensors, in {best.taken.peak}:"]
-    lines += [f"  {kind:<14}{size / GIB:8.2f} GiB" for kind, size in parts if size >= 0.005 * GIB]
-    lines += [
-        "beside them, reckoned:",
-        f"  {'process':<14}{best.fit.context / GIB:8.2f} GiB   context and libraries",
-        f"  {'allocator':<14}{best.fit.allocator / GIB:8.2f} GiB   reserved beyond what is allocated",
-        f"  {'NCCL':<14}{best.fit.exchange / GIB:8.2f} GiB   buffers of its groups",
-        f"host memory about {best.host_gib:.0f} GiB a node; a checkpoint is {checkpoint_gib(answer, best):.2f} GiB, "
-        f"{checkpoint_s(answer, best):,.0f} s to write",
-    ]
     step = best.step
-    lines += [
-        f"a step takes {step.total_s:.2f} s: products {step.products_s:.2f}, what memory bounds {step.moves_s:.2f}, exchange "
-        f"{step.exposed_s:.2f}",
-        f"  (of {step.exchange_s:.2f}, the rest hidden), update {step.update_s:.2f}",
+    return [
+        *command_of(words, best, job),
+        "",
+        *_memory(best),
+        *fold(
+            f"host memory about {best.host_gib:.0f} GiB a node; a checkpoint is {checkpoint_gib(answer, best):.2f} GiB, "
+            f"{checkpoint_s(answer, best):,.0f} s to write",
+            2,
+        ),
+        *fold(
+            f"a step takes {step.total_s:.2f} s: products {step.products_s:.2f}, what memory bounds {step.moves_s:.2f}, "
+            f"exchange {step.exposed_s:.2f} (of {step.exchange_s:.2f}, the rest hidden), update {step.update_s:.2f}",
+            2,
+        ),
+        *fold_all(costs(best, job), indent=0),
     ]
-    return [*lines, *(line for said in costs(best, job) for line in _folded(said))]
+
+
+def _memory(best: Choice) -> list[str]:
+    """The parts of the peak: tensors by kind, largest first, and what the process holds beside them."""
+    columns = (Column(), Column(is_number=True), Column())
+    kinds = sorted(best.taken.kinds.items(), key=lambda kind_and_size: -kind_and_size[1])
+    tensors = [TableRow((str(kind), _gib(size), "")) for kind, size in kinds if size >= 0.005 * GIB]
+    beside = [
+        TableRow(("process", _gib(best.fit.context), "context and libraries")),
+        TableRow(("allocator", _gib(best.fit.allocator), "reserved beyond what is allocated")),
+        TableRow(("NCCL", _gib(best.fit.exchange), "buffers of its groups")),
+    ]
+    return [
+        f"its peak, {_gib(best.taken.total)} of tensors, in {best.taken.peak}:",
+        *table(columns, tensors, indent=2),
+        "beside them, reckoned:",
+        *table(columns, beside, indent=2),
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
 
 
 def costs(best: Choice, job: PlannedRun) -> list[str]:
@@ -201,12 +237,6 @@ def checkpoint_s(answer: PlanAnswer, best: Choice) -> float:
     """Seconds to write one, at the rate that the card's file assumes of a node's disk."""
     rate = answer.job.card.disk_gb_s * 1e9 * answer.job.nodes
     return checkpoint_gib(answer, best) * GIB / rate
-
-
-def _folded(said: str, width: int = 80) -> list[str]:
-    indent = "    " if said.startswith(" ") else ""
-    # Paths stay whole, to be pasted.
-    return textwrap.wrap(said, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:

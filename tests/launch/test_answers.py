@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from launch.output import Column, TableRow, cut, fold, table
+from launch.output import LEAST_WORDS, Column, TableRow, cut, fold, table
 from launch.runs.sparkline import ASCII_BARS, BARS, sparkline
 from tests.helpers.launching import ROOT, clean_environment
 
@@ -42,9 +42,9 @@ def test_words_are_folded_and_numbers_keep_their_line():
 def test_a_table_that_cannot_be_80_columns_wide_is_wider_and_nothing_is_cut():
     row = TableRow(("some words that are folded", *["1234567890"] * 8))
     lines = table([WORDS, *[NUMBER] * 8], [row])
-    assert lines[1].split("  ")[-8:] == ["1234567890"] * 8
-    assert cells_of_words(lines, 12).replace(" ", "") == "somewordsthatarefolded"
-    assert len(lines[1]) == 12 + 8 * 12
+    assert lines[1].split()[-8:] == ["1234567890"] * 8
+    assert cells_of_words(lines, LEAST_WORDS).replace(" ", "") == "somewordsthatarefolded"
+    assert len(lines[1]) == LEAST_WORDS + 8 * 12
 
 
 def test_wide_characters_take_two_columns():
@@ -76,7 +76,7 @@ def test_notes_stand_below_their_row_across_all_columns():
         "  third",
     ]
     assert lines.index("  first note") == 3 and lines[-1] == "  third"
-    assert table([WORDS, NUMBER], []) == ["words  number"]
+    assert table([WORDS, NUMBER], []) == ["words  number"] and table([Column()], []) == []
 
 
 def test_lists_without_titles_are_indented():
