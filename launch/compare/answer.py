@@ -1,10 +1,9 @@
-"""A comparison as tables of 80 columns, and as Markdown, CSV and JSON."""
+"""A comparison as tables for people, and as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 from launch.compare import repeats
 from launch.compare.comparison import ComparedRun, Comparison, bound
 from launch.compare.events import stood_out, substituted
+from launch.output import Column, TableRow, fold_all, table
 from trainer.reporting.numbers import short
 
-WIDTH = 80
-NAME = 26
-Column = tuple[str, int, Callable[[ComparedRun], str]]
+Measure = tuple[str, Callable[[ComparedRun], str]]
+"""A column's title, and a run's cell in it."""
 
 
 def _number(value: float | None, form: str) -> str:
@@ -27,34 +26,34 @@ def _rate(value: float | None) -> str:
     return _number(value, ",.0f" if value is None or value >= 100 else ".1f")
 
 
-COLUMNS: tuple[Column, ...] = (
-    ("steps", 6, lambda run: str(run.measured.steps)),
-    ("loss", 8, lambda run: _number(run.measured.loss, ".4f")),
-    ("apart", 7, lambda run: bound(run.apart.early) if run.apart else "-"),
-    ("tokens/s", 10, lambda run: _rate(run.measured.tokens_per_s)),
-    ("learned/s", 10, lambda run: _rate(run.measured.supervised_tokens_per_s or None)),
-    ("MFU", 7, lambda run: _number(run.measured.mfu, ".1%")),
-    ("GiB", 6, lambda run: _number(run.measured.memory_gib, ".3g")),
+COLUMNS: tuple[Measure, ...] = (
+    ("steps", lambda run: str(run.measured.steps)),
+    ("loss", lambda run: _number(run.measured.loss, ".4f")),
+    ("apart", lambda run: bound(run.apart.early) if run.apart else "-"),
+    ("tokens/s", lambda run: _rate(run.measured.tokens_per_s)),
+    ("learned/s", lambda run: _rate(run.measured.supervised_tokens_per_s or None)),
+    ("MFU", lambda run: _number(run.measured.mfu, ".1%")),
+    ("GiB", lambda run: _number(run.measured.memory_gib, ".3g")),
 )
-TAKEN: tuple[Column, ...] = (
-    ("repeats", 16, lambda run: _spread(run)),
-    ("planned", 9, lambda run: _number(run.measured.planned_gib, ".3g")),
-    ("start s", 8, lambda run: _number(_started(run), ".1f")),
-    ("save s", 7, lambda run: _number(run.measured.checkpoint_s, ".2f")),
-    ("GiB saved", 10, lambda run: _number(run.measured.checkpoint_gib, ".3g")),
-    ("$/M", 8, lambda run: _number(run.taken.dollars_per_million, ".3g")),
+TAKEN: tuple[Measure, ...] = (
+    ("repeats", lambda run: _spread(run)),
+    ("planned", lambda run: _number(run.measured.planned_gib, ".3g")),
+    ("start s", lambda run: _number(_started(run), ".1f")),
+    ("save s", lambda run: _number(run.measured.checkpoint_s, ".2f")),
+    ("GiB saved", lambda run: _number(run.measured.checkpoint_gib, ".3g")),
+    ("$/M", lambda run: _number(run.taken.dollars_per_million, ".3g")),
 )
-PARTS: tuple[Column, ...] = (
-    ("whole", 9, lambda run: _ms(run.measured.step_s)),
+PARTS: tuple[Measure, ...] = (
+    ("whole", lambda run: _ms(run.measured.step_s)),
     *(
-        (name, width, lambda run, name=name: _ms(run.taken.parts_s.get(name)))
-        for name, width in (("data", 8), ("forward", 9), ("backward", 10), ("optimizer", 11), ("rest", 7))
+        (name, lambda run, name=name: _ms(run.taken.parts_s.get(name)))
+        for name in ("data", "forward", "backward", "optimizer", "rest")
     ),
 )
-EXCHANGED: tuple[Column, ...] = (
-    ("GiB a step", 13, lambda run: _number(run.measured.exchanged_gib, ".3g")),
-    ("planned", 9, lambda run: _number(run.measured.planned_exchanged_gib, ".3g")),
-    ("exposed ms", 13, lambda run: _ms(run.measured.exposed_s)),
+EXCHANGED: tuple[Measure, ...] = (
+    ("GiB a step", lambda run: _number(run.measured.exchanged_gib, ".3g")),
+    ("planned", lambda run: _number(run.measured.planned_exchanged_gib, ".3g")),
+    ("exposed ms", lambda run: _ms(run.measured.exposed_s)),
 )
 
 
@@ -73,35 +72,35 @@ def _spread(run: ComparedRun) -> str:
     return "-" if spread is None else f"{_rate(spread[0])}-{_rate(spread[1])}"
 
 
-def tables(found: Comparison) -> list[tuple[str, list[Column]]]:
+def tables(comparison: Comparison) -> list[tuple[str, list[Measure]]]:
     """(title, columns) of each table; of those behind the first, columns in which no row has anything are left out."""
-    begun = [run for run in found.runs if run.measured.steps]
+    begun = [run for run in comparison.runs if run.measured.steps]
     more = [("what it took", TAKEN)]
     more += [("a step in ms", PARTS)] if any(run.taken.parts_s for run in begun) else []
     more += [("exchanged", EXCHANGED)] if any(run.measured.exchanged_gib for run in begun) else []
-    kept = [(title, [c for c in columns if any(c[2](run) != "-" for run in begun)]) for title, columns in more]
-    first = [column for column in COLUMNS if len(found.runs) > 1 or column[0] != "apart"]
-    return [("", first), *((title, columns) for title, columns in kept if columns)]
+    first = [(title, cell_of) for title, cell_of in COLUMNS if len(comparison.runs) > 1 or title != "apart"]
+    shown = [("", first)]
+    for name, measures in more:
+        known = [(title, cell_of) for title, cell_of in measures if any(cell_of(run) != "-" for run in begun)]
+        shown += [(name, known)] if known else []
+    return shown
 
 
-def text(found: Comparison) -> str:
+def text(comparison: Comparison) -> str:
     """What a person reads in a terminal."""
     lines: list[str] = []
-    for title, columns in tables(found):
-        lines += ["", f"{title}:".ljust(NAME) + _titles(columns)] if lines else [" " * NAME + _titles(columns)]
-        for run in found.runs if not title else [run for run in found.runs if run.measured.steps]:
-            cells = "".join(f"{value(run):>{width}}" for _, width, value in columns)
-            lines += [f"{run.name:<{NAME}}{cells}"] if len(run.name) < NAME else [run.name, f"{'':<{NAME}}{cells}"]
-            lines += _folded(f"  {run.found.reason}") if run.found.reason and not title else []
-    for title, told in sections(found):
-        if told:
-            lines += ["", f"{title}:"]
-            lines += [line for said in told for line in _folded(f"  {said}")]
+    for name, measures in tables(comparison):
+        columns = [Column(f"{name}:" if name else ""), *(Column(title, is_number=True) for title, _ in measures)]
+        rows = []
+        for run in comparison.runs:
+            if name and not run.measured.steps:
+                continue  # only the first table has runs that never began
+            notes = fold_all([run.found.reason]) if run.found.reason and not name else []
+            rows.append(TableRow([run.name, *(cell_of(run) for _, cell_of in measures)], notes))
+        lines += [*([""] if lines else []), *table(columns, rows)]
+    for title, sentences in sections(comparison):
+        lines += ["", f"{title}:", *fold_all(sentences)] if sentences else []
     return "\n".join(lines)
-
-
-def _titles(columns: list[Column]) -> str:
-    return "".join(f"{title:>{width}}" for title, width, _ in columns)
 
 
 def sections(found: Comparison) -> list[tuple[str, list[str]]]:
@@ -146,19 +145,15 @@ def _evaluations(found: Comparison) -> list[str]:
     return lines
 
 
-def _folded(said: str) -> list[str]:
-    return textwrap.wrap(said, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
-
-
 def plain_tables(found: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, headings, cells of each row) of each table; the first one ends with each run's state."""
     plain = []
     for title, columns in tables(found):
-        headings = ["run", *(name for name, _, _ in columns), *([] if title else ["state"])]
+        headings = ["run", *(name for name, _ in columns), *([] if title else ["state"])]
         rows = [
             [
                 run.name,
-                *(value(run) for _, _, value in columns),
+                *(value(run) for _, value in columns),
                 *([] if title else [run.found.reason or run.found.state]),
             ]
             for run in found.runs

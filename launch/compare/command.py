@@ -22,6 +22,7 @@ from launch.config.verb_words import (
     setting_words,
     word,
 )
+from launch.output import Column, TableRow, fold_all, table
 from strategies.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -184,12 +185,14 @@ def _points(words: CompareWords) -> int:
 
 def listing(plan: PointsPlan, to: Path) -> str:
     """The points, and which of them cannot be run."""
-    settings, width = plan.settings, max(len(point.name) for point in plan.points)
+    settings = plan.settings
     times = f", each {settings.repeats} times in alternating order" if settings.repeats > 1 else ""
     lines = [f"{len(plan.points)} points in {to}{times}"]
+    rows = []
     for point in plan.points:
-        lines.append(f"  {point.name:<{width}}  {' '.join(point.words)}")
-        lines += [f"  {'':<{width}}  refused: {problem}" for problem in point.refused]
+        refusals = fold_all([f"refused: {problem}" for problem in point.refused], indent=4)
+        rows.append(TableRow((point.name, " ".join(point.words)), refusals))
+    lines += table((Column(), Column()), rows, indent=2)
     lines += plan.partly
     if plan.left_out:
         lines.append(f"left out by compare.skip and compare.where: {plan.left_out}")

@@ -1,21 +1,19 @@
-"""The trials of a search as a table of 80 columns, and the words of the best one."""
+"""The trials of a search as a table, and the words of the best one."""
 
 from __future__ import annotations
 
 import shlex
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.output import Column, TableRow, fold
+from launch.output import table as draw_table
 from launch.sweep.sweeper import Search
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-WIDTH = 80
-LEAST = 30
-"""Columns of words, however long the name of the metric is."""
 STATES = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "not done", "WAITING": "not done"}
 
 
@@ -28,39 +26,28 @@ def table(study: Study, search: Search, base: Path) -> str:
         key=lambda trial: (sign * (trial.value or 0.0), trial.number),
     )
     others = [trial for trial in trials if trial.state.name != "COMPLETE"]
-    width = max(len(search.metric), 9)
-    lines = [f"{'trial':>5}  {search.metric:>{width}}  {'state':<8}  words"]
-    for trial in [*done, *others]:
-        lines += _row(trial, search, width)
-    lines.append("")
+    columns = (Column("trial", is_number=True), Column(search.metric, is_number=True), Column("state"), Column("words"))
+    lines = [*draw_table(columns, [_row(trial, search) for trial in [*done, *others]]), ""]
     if not done:
-        lines.append("no trial is done: there is no best one")
-        return "\n".join(lines)
+        return "\n".join([*lines, "no trial is done: there is no best one"])
     best = done[0]
-    where = base / str(best.user_attrs.get("twin", best.number))
-    lines += textwrap.wrap(
-        f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {where}; its words:", WIDTH
-    )
-    lines.append(f"  {shlex.join(search.words_of(best.params))}")
-    return "\n".join(lines)
+    directory = base / str(best.user_attrs.get("twin", best.number))
+    lines += fold(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {directory}; its words:", 0)
+    return "\n".join([*lines, f"  {shlex.join(search.words_of(best.params))}"])
 
 
-def _row(trial: FrozenTrial, search: Search, width: int) -> list[str]:
-    value = trial.value
-    if value is None and trial.state.name == "PRUNED" and trial.intermediate_values:
-        value = trial.intermediate_values[max(trial.intermediate_values)]
-    shown = "-" if value is None else f"{value:.6g}"
-    head = f"{trial.number:>5}  {shown:>{width}}  {STATES[trial.state.name]:<8}  "
-    said = [" ".join(search.words_of(trial.params))]
-    if trial.state.name == "PRUNED" and trial.intermediate_values:
-        said.append(f"behind the median at step {max(trial.intermediate_values)}")
+def _row(trial: FrozenTrial, search: Search) -> TableRow:
+    is_pruned = trial.state.name == "PRUNED" and bool(trial.intermediate_values)
+    last_step = max(trial.intermediate_values) if is_pruned else None
+    metric = trial.value
+    if metric is None and last_step is not None:
+        metric = trial.intermediate_values[last_step]
+    words = [" ".join(search.words_of(trial.params))]
+    if last_step is not None:
+        words.append(f"behind the median at step {last_step}")
     if "twin" in trial.user_attrs:
-        said.append(f"the same words as trial {trial.user_attrs['twin']}, not run again")
+        words.append(f"the same words as trial {trial.user_attrs['twin']}, not run again")
     if trial.state.name == "FAIL":
-        said.append(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
-    folded = [
-        line
-        for part in said
-        for line in textwrap.wrap(part, max(LEAST, WIDTH - len(head)), break_on_hyphens=False) or [""]
-    ]
-    return [head + folded[0], *(" " * len(head) + line for line in folded[1:])]
+        words.append(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
+    shown = "-" if metric is None else f"{metric:.6g}"
+    return TableRow((str(trial.number), shown, STATES[trial.state.name], "\n".join(words)))

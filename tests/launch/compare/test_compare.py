@@ -253,6 +253,6 @@ def test_it_needs_no_torch(runs):
 
 
 def test_a_run_that_learns_labels_has_no_rate_of_learned_tokens():
-    learned = next(say for name, _, say in COLUMNS if name == "learned/s")
+    learned = next(say for name, say in COLUMNS if name == "learned/s")
     runs = [SimpleNamespace(measured=SimpleNamespace(supervised_tokens_per_s=rate)) for rate in (0.0, None, 12.34)]
     assert [learned(run) for run in runs] == ["-", "-", "12.3"]
