@@ -13,12 +13,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from launch.output import Column, TableRow
+from launch.output import table as draw_table
 from launch.runs.pipeline_jobs import RECORD
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.sbatch_options import without_gpus
 from trainer.reporting.status import write_text_atomic
 
+COLUMNS = (
+    Column("job"),
+    Column("part"),
+    Column("nodes", is_number=True),
+    Column("gpus", is_number=True),
+    Column("partition"),
+    Column("starts"),
+)
 WITHOUT_GPUS = ("prepare", "export")
 """Parts that compute nothing on a GPU."""
 PART = r"""
@@ -84,7 +94,7 @@ def table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -> str:
     """The chain, for people."""
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
-    lines = [f"{'job':<12}{'part':<10}{'nodes':>5}{'gpus':>6}  {'partition':<12}starts"]
+    rows = []
     for number, (part, job) in enumerate(jobs):
         asked = part_of(slurm, part, run_dir)
         request = asked.gpu_request
@@ -92,7 +102,8 @@ def table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -> str:
         starts = f"when {jobs[number - 1][0]} has ended well" if number else "when SLURM has the nodes"
         if not number and slurm.after:
             starts = f"when job {slurm.after} has ended well"
-        lines.append(f"{job:<12}{part:<10}{asked.nodes:>5}{gpus or '-':>6}  {asked.partition or 'default':<12}{starts}")
+        rows.append(TableRow((job, part, str(asked.nodes), str(gpus or "-"), asked.partition or "default", starts)))
+    lines = draw_table(COLUMNS, rows)
     return "\n".join([*lines, f"a part that fails ends the rest; shardtune status {shlex.quote(str(run_dir))}"])
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words
-from launch.output import give
+from launch.output import Column, TableRow, fold_all, give, table
 from strategies.errors import ConfigError
 
 
@@ -38,7 +37,6 @@ named. Nodes are asked of SLURM for that, unless this is an allocation; without 
 
 Ends with 0 where a run can start, with 69 where something keeps it from that."""
 UNFIT = 69
-WIDTH = 80
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +62,7 @@ def main(argv: list[str]) -> int:
 def preflight(words: list[str], as_json: bool) -> int:
     """Ask the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
     from launch.cluster.preflight.answer import as_dict
-    from launch.cluster.preflight.answer import text as table
+    from launch.cluster.preflight.answer import text as page
     from launch.cluster.preflight.coordinator import ask
     from launch.cluster.preflight.targets import nodes_of
 
@@ -73,40 +71,49 @@ def preflight(words: list[str], as_json: bool) -> int:
     if as_json:
         give(as_dict(asked, heard, verdict))
     else:
-        print(table(asked, heard, verdict))
+        print(page(asked, heard, verdict))
     return UNFIT if verdict.problems else 0
 
 
 def text(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:
-    """What a person reads, in 80 columns."""
-    rows = [("host", f"{facts['host']}, {facts['system']}")]
-    rows.append(("python", facts["python"]))
-    if "packages" in facts:
-        rows.append(("shardtune", facts["shardtune"]))
-        rows.append(
-            ("packages", ", ".join(f"{name} {version or '(missing)'}" for name, version in facts["packages"].items()))
-        )
-        for extra, about in facts["extras"].items():
-            lacks = f"{'; '.join(about['lacks'])} (pip install 'shardtune[{extra}]')" if about["lacks"] else "here"
-            rows.append((f"[{extra}]", f"{about['brings']}: {lacks}"))
-    if "cores" in facts:
-        rows.append(("cores", str(facts["cores"])))
-        rows.append(("memory", f"{facts['memory_gib']:.1f} GiB, {facts['memory_free_gib']:.1f} GiB free"))
-        rows += _gpus(facts)
-    for name, place in facts["places"].items():
-        more = f", {facts['models']} models" if name == "models" else ""
-        there = "" if place["exists"] else ", not made yet"
-        rows.append((name, f"{place['path']}: {place['free_gib']:.1f} GiB free{more}{there}"))
-    rows.append(("slurm", "yes" if facts["slurm"] else "no"))
-    rows += (
-        [("offline", ", ".join(f"{key}={value}" for key, value in facts["offline"].items()))]
-        if facts["offline"]
-        else []
-    )
-    lines = [line for title, told in rows for line in _folded(f"{title:<16}{told}", 16)]
-    for title, said in (("to know", notes), ("to mend", problems)):
-        lines += ["", f"{title}:", *(line for each in said for line in _folded(f"  {each}", 4))] if said else []
+    """What a person reads."""
+    facts_by_name = [*_packages(facts), *_hardware(facts), *_surroundings(facts)]
+    lines = table((Column(), Column()), [TableRow(fact) for fact in facts_by_name])
+    for title, sentences in (("to know", notes), ("to mend", problems)):
+        lines += ["", f"{title}:", *fold_all(sentences)] if sentences else []
     return lines if problems else [*lines, "", "a run can start here"]
+
+
+def _packages(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("host", f"{facts['host']}, {facts['system']}"), ("python", facts["python"])]
+    if "packages" not in facts:
+        return rows
+    versions = [f"{name} {version or '(missing)'}" for name, version in facts["packages"].items()]
+    rows += [("shardtune", facts["shardtune"]), ("packages", ", ".join(versions))]
+    for extra, about in facts["extras"].items():
+        lacks = f"{'; '.join(about['lacks'])} (pip install 'shardtune[{extra}]')" if about["lacks"] else "here"
+        rows.append((f"[{extra}]", f"{about['brings']}: {lacks}"))
+    return rows
+
+
+def _hardware(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if "cores" not in facts:
+        return []
+    memory = f"{facts['memory_gib']:.1f} GiB, {facts['memory_free_gib']:.1f} GiB free"
+    return [("cores", str(facts["cores"])), ("memory", memory), *_gpus(facts)]
+
+
+def _surroundings(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Directories, SLURM, and variables that keep libraries offline."""
+    rows = []
+    for name, place in facts["places"].items():
+        models = f", {facts['models']} models" if name == "models" else ""
+        missing = "" if place["exists"] else ", not made yet"
+        rows.append((name, f"{place['path']}: {place['free_gib']:.1f} GiB free{models}{missing}"))
+    rows.append(("slurm", "yes" if facts["slurm"] else "no"))
+    if facts["offline"]:
+        rows.append(("offline", ", ".join(f"{key}={setting}" for key, setting in facts["offline"].items())))
+    return rows
 
 
 def _gpus(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -117,7 +124,3 @@ def _gpus(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for number, gpu in enumerate(facts["gpus"]):
         rows.append((f"gpu {number}", f"{gpu['name']}, {gpu['memory_gib']:.1f} GiB, {gpu['free_gib']:.1f} GiB free"))
     return rows
-
-
-def _folded(said: str, indent: int) -> list[str]:
-    return textwrap.wrap(said, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)

@@ -1,55 +1,75 @@
-"""The report of `shardtune evaluate` as text."""
+"""The report of `shardtune evaluate` for people."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from launch.output import Column, TableRow, fold, table
+
+COLUMNS = (
+    Column("task"),
+    Column("metric"),
+    Column("value", is_number=True),
+    Column("95 % interval", is_number=True),
+)
+COLUMNS_AGAINST = (
+    Column("other", is_number=True),
+    Column("difference", is_number=True),
+    Column("95 % interval", is_number=True),
+    Column("p", is_number=True),
+    Column("verdict"),
+)
+"""What a comparison adds."""
+
 
 def text(report: dict[str, Any]) -> str:
-    """Tables a terminal shows."""
-    model = report["model"]
-    head = model["run"] or model["path"]
-    head += f", {model['checkpoint']}" if model["checkpoint"] else ""
-    head += f" with {', '.join(model['adapters'])}" if model["adapters"] else ""
+    """The table of metrics, and what is to know of each task."""
     against = report.get("against")
+    compared_tasks = against["tasks"] if against else {}
+    head = _model_name(report["model"])
     lines = [f"{head}, against {against['what']}" if against else head]
-    headings = ["task", "metric", "value", "95 % interval"]
-    headings += ["other", "difference", "95 % interval", "p", "verdict"] if against else []
-    rows = [headings]
+    rows = []
     for name, task in report["tasks"].items():
-        apart = (against or {"tasks": {}})["tasks"].get(name)
-        for metric, said in task["metrics"].items():
-            span = f"{_number(said['low'])} to {_number(said['high'])}" if "low" in said else ""
-            row = [name, metric, _number(said["value"]), span]
-            if against:
-                row += _apart(None if apart is None else apart["metrics"].get(metric))
-            rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(headings))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += ["", f"{report['method']}"]
-    lines += [f"accepted: {line}" for line in model.get("accepted", ())]
-    lines += [f"{name}: {note}" for name, task in report["tasks"].items() for note in task.get("notes", ())]
-    for name, apart in (against or {"tasks": {}})["tasks"].items():
-        if "changed" in apart:
-            changed = apart["changed"]
-            lines.append(
-                f"{name}: {changed['num_won']} rows right that were wrong, {changed['num_lost']} the other way"
-            )
-        elif not apart["paired"]:
-            lines.append(
-                f"{name}: other rows than then, or rows that are not known: compared as numbers, not row by row"
-            )
+        compared_metrics = compared_tasks.get(name, {}).get("metrics", {})
+        for metric, estimate in task["metrics"].items():
+            cells = [name, metric, _number(estimate["value"]), _interval(estimate)]
+            cells += _comparison_cells(compared_metrics.get(metric)) if against else []
+            rows.append(TableRow(cells))
+    lines += table((*COLUMNS, *COLUMNS_AGAINST) if against else COLUMNS, rows)
+    notes = [f"accepted: {line}" for line in report["model"].get("accepted", ())]
+    notes += [f"{name}: {note}" for name, task in report["tasks"].items() for note in task.get("notes", ())]
+    notes += [note for name, compared in compared_tasks.items() for note in _comparison_notes(name, compared)]
     if against and against["not_there"]:
-        lines.append(f"not in {against['what']}: {', '.join(against['not_there'])}")
+        notes.append(f"not in {against['what']}: {', '.join(against['not_there'])}")
+    lines += ["", *fold(str(report["method"])), *(line for note in notes for line in fold(note))]
     return "\n".join(lines)
 
 
-def _apart(apart: dict[str, Any] | None) -> list[str]:
-    if apart is None:
+def _model_name(model: dict[str, Any]) -> str:
+    name = str(model["run"] or model["path"])
+    name += f", {model['checkpoint']}" if model["checkpoint"] else ""
+    return name + (f" with {', '.join(model['adapters'])}" if model["adapters"] else "")
+
+
+def _comparison_cells(compared: dict[str, Any] | None) -> list[str]:
+    if compared is None:
         return ["-", "-", "", "", ""]
-    span = f"{_number(apart['low'])} to {_number(apart['high'])}"
-    return [_number(apart["value"]), _number(apart["difference"], "+"), span, _number(apart["p"]), apart["verdict"]]
+    other, difference, p = _number(compared["value"]), _number(compared["difference"], "+"), _number(compared["p"])
+    return [other, difference, _interval(compared), p, compared["verdict"]]
 
 
-def _number(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.4g}"
+def _comparison_notes(name: str, compared: dict[str, Any]) -> list[str]:
+    if "changed" in compared:
+        changed = compared["changed"]
+        return [f"{name}: {changed['num_won']} rows right that were wrong, {changed['num_lost']} the other way"]
+    if compared["paired"]:
+        return []
+    return [f"{name}: other rows than then, or rows that are not known: compared as numbers, not row by row"]
+
+
+def _interval(estimate: dict[str, Any]) -> str:
+    return f"{_number(estimate['low'])} to {_number(estimate['high'])}" if "low" in estimate else ""
+
+
+def _number(number: float | None, sign: str = "") -> str:
+    return "-" if number is None else f"{number:{sign}.4g}"

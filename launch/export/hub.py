@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.export.words import ExportWords
+from launch.output import Column, TableRow, table
 from strategies.errors import ConfigError, ShardtuneError
 
 PREFIX = "hub:"
@@ -104,7 +105,8 @@ def push(asked: Target) -> str | None:
     """List the folder, and push it unless it is a dry run; the commit's address. Raises ShardtuneError where the hub fails."""
     files = sorted(path for path in asked.folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(asked.folder).as_posix(): path.stat().st_size for path in files}
-    print("\n".join(f"  {size:>13,}  {name}" for name, size in sizes.items()))
+    rows = [TableRow((f"{size:,}", name)) for name, size in sizes.items()]
+    print("\n".join(table((Column(is_number=True), Column()), rows, indent=2)))
     what = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
     kind = "private" if asked.private else "public"
     if asked.dry:

@@ -1,58 +1,79 @@
-"""The result of `shardtune review score` as text."""
+"""The scores of `shardtune review score` for people."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from launch.output import Column, TableRow, fold, table
+
 SHOWN = 10
+COLUMNS = (
+    Column("tuned against"),
+    Column("question"),
+    *(Column(title, is_number=True) for title in ("win rate", "95 % interval", "wins", "ties", "losses", "equal")),
+)
 
 
-def text(found: dict[str, Any]) -> str:
-    """Tables a terminal shows."""
-    model = found["model"]
+def text(score: dict[str, Any]) -> str:
+    """The win rates, how far reviewers agree, and what stands out of each."""
+    model = score["model"]
     lines = [
-        f"{model['run']}, {model['checkpoint']}: {found['num_prompts']} prompts, {len(found['reviewers'])} reviewers"
+        f"{model['run']}, {model['checkpoint']}: {score['num_prompts']} prompts, {len(score['reviewers'])} reviewers"
     ]
-    rows = [["tuned against", "question", "win rate", "95 % interval", "wins", "ties", "losses", "equal"]]
-    for name, each in found["metrics"].items():
-        parts = name.split("/")
-        if parts[0] == "win_rate" and len(parts) > 1 and parts[1] in found["arms"]:
-            span = f"{_number(each['low'])} to {_number(each['high'])}" if each["value"] is not None else ""
-            counts = [str(each[side]) for side in ("wins", "ties", "losses")]
-            question = parts[2] if len(parts) > 2 else "overall"
-            rows.append([parts[1], question, _number(each["value"]), span, *counts, str(each.get("num_equal", 0))])
-    lines += [*_table(rows), "", found["method"], ""]
-    alphas = [f"{name} {_number(each['value'])}" for name, each in found["metrics"].items() if name.startswith("alpha")]
-    lines.append(
-        f"Krippendorff's nominal {', '.join(alphas)}"
-        + (" (- : nobody could have disagreed)" if "-" in str(alphas) else "")
-    )
-    for pair in found["kappa"]:
-        lines.append(
-            f"Cohen's kappa of {' and '.join(pair['reviewers'])}: {_number(pair['kappa'])} on {pair['items']} items"
-        )
-    for each in found["reviewers"]:
-        minutes = "" if each["minutes"] is None else f", {each['minutes']:.0f} min"
-        state = " (dropped)" if each["dropped"] else ""
-        lines.append(
-            f"{each['name']}{state}: {each['judged']} judged, {each['open']} open, left side {each['left']:.0%}{minutes}"
-        )
-        lines += [f"  stands out: {flag}" for flag in each["flags"]]
-    if (without := found["without_flagged"]) is not None:
-        span = f"[{_number(without['low'])}, {_number(without['high'])}]"
-        lines.append(f"without reviewers that stand out: win rate {_number(without['value'])} {span}")
-    if found["disagreements"]:
-        lines.append(f"{len(found['disagreements'])} items on which reviewers took opposite sides; the most even ones:")
-    for each in found["disagreements"][:SHOWN]:
-        votes = ", ".join(f"{reviewer} {vote}" for reviewer, vote in each["votes"].items())
-        lines.append(f"  {each['item']} (answers/prompts.jsonl, line {each['prompt'] + 1}): {votes}")
-    return "\n".join(lines)
+    lines += table(COLUMNS, _win_rates(score))
+    lines += ["", *fold(score["method"]), "", *_agreement(score)]
+    for reviewer in score["reviewers"]:
+        lines += _reviewer(reviewer)
+    if (without := score["without_flagged"]) is not None:
+        interval = f"[{_number(without['low'])}, {_number(without['high'])}]"
+        lines.append(f"without reviewers that stand out: win rate {_number(without['value'])} {interval}")
+    return "\n".join([*lines, *_disagreements(score["disagreements"])])
 
 
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _win_rates(score: dict[str, Any]) -> list[TableRow]:
+    """A row for each `win_rate/<arm>` and `win_rate/<arm>/<question>`."""
+    rows = []
+    for name, metric in score["metrics"].items():
+        kind, *parts = name.split("/")
+        if kind != "win_rate" or not parts or parts[0] not in score["arms"]:
+            continue
+        question = parts[1] if len(parts) > 1 else "overall"
+        interval = "" if metric["value"] is None else f"{_number(metric['low'])} to {_number(metric['high'])}"
+        counts = [
+            str(count) for count in (metric["wins"], metric["ties"], metric["losses"], metric.get("num_equal", 0))
+        ]
+        rows.append(TableRow((parts[0], question, _number(metric["value"]), interval, *counts)))
+    return rows
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def _agreement(score: dict[str, Any]) -> list[str]:
+    alphas = [
+        f"{name} {_number(metric['value'])}" for name, metric in score["metrics"].items() if name.startswith("alpha")
+    ]
+    without_a_value = " (- : nobody could have disagreed)" if "-" in str(alphas) else ""
+    lines = [f"Krippendorff's nominal {', '.join(alphas)}{without_a_value}"]
+    for pair in score["kappa"]:
+        reviewers = " and ".join(pair["reviewers"])
+        lines.append(f"Cohen's kappa of {reviewers}: {_number(pair['kappa'])} on {pair['items']} items")
+    return lines
+
+
+def _reviewer(reviewer: dict[str, Any]) -> list[str]:
+    minutes = "" if reviewer["minutes"] is None else f", {reviewer['minutes']:.0f} min"
+    dropped = " (dropped)" if reviewer["dropped"] else ""
+    counts = f"{reviewer['judged']} judged, {reviewer['open']} open, left side {reviewer['left']:.0%}{minutes}"
+    return [f"{reviewer['name']}{dropped}: {counts}", *(f"  stands out: {flag}" for flag in reviewer["flags"])]
+
+
+def _disagreements(disagreements: list[dict[str, Any]]) -> list[str]:
+    if not disagreements:
+        return []
+    lines = [f"{len(disagreements)} items on which reviewers took opposite sides; the most even ones:"]
+    for row in disagreements[:SHOWN]:
+        votes = ", ".join(f"{reviewer} {vote}" for reviewer, vote in row["votes"].items())
+        lines.append(f"  {row['item']} (answers/prompts.jsonl, line {row['prompt'] + 1}): {votes}")
+    return lines
+
+
+def _number(number: float | None) -> str:
+    return "-" if number is None else f"{number:.3g}"

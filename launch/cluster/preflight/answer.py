@@ -1,28 +1,26 @@
-"""The answer of a preflight: a table of 80 columns, and JSON."""
+"""The answer of a preflight, for people and as JSON."""
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 from launch.cluster.preflight.node_facts import PreflightRequest
 from launch.cluster.preflight.verdict import Heard, PreflightVerdict
+from launch.output import Column, TableRow, fold, fold_all, table
 
-WIDTH = 80
+COLUMNS = tuple(map(Column, ("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")))
 
 
 def text(asked: PreflightRequest, heard: Heard, verdict: PreflightVerdict) -> str:
     """What a person reads: a row for each node, the exchange, what is to be mended and what to know."""
-    many = [f"{asked.nodes} node{'s' * (asked.nodes > 1)}", f"{asked.processes} process{'es' * (asked.processes > 1)}"]
-    rows: list[tuple[str, ...]] = [("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")]
-    rows += [_row(node, heard) for node in range(asked.nodes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [f"preflight: {' x '.join(many)}"]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    nodes = f"{asked.nodes} node{'s' * (asked.nodes > 1)}"
+    processes = f"{asked.processes} process{'es' * (asked.processes > 1)}"
+    lines = [f"preflight: {nodes} x {processes}"]
+    lines += table(COLUMNS, [TableRow(_row(node, heard)) for node in range(asked.nodes)])
     if heard.exchange is not None:
-        lines += _folded(_exchange(heard), 2)
-    for title, said in (("to mend", verdict.problems), ("to know", verdict.notes)):
-        lines += [f"{title}:", *(line for each in said for line in _folded(f"  {each}", 4))] if said else []
+        lines += fold(_exchange(heard), 2)
+    for title, sentences in (("to mend", verdict.problems), ("to know", verdict.notes)):
+        lines += [f"{title}:", *fold_all(sentences)] if sentences else []
     return "\n".join(lines if verdict.problems else [*lines, "the nodes are fit"])
 
 
@@ -67,7 +65,3 @@ def as_dict(asked: PreflightRequest, heard: Heard, verdict: PreflightVerdict) ->
         "problems": verdict.problems,
         "notes": verdict.notes,
     }
-
-
-def _folded(said: str, indent: int) -> list[str]:
-    return textwrap.wrap(said, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
