@@ -113,7 +113,7 @@ def _run(
     record_reference(config, data, engine, built, place)
     checkpoints, resumed_from, progress = resume(config, engine, place)
     loader, total_steps = build_loader(config, data, built, engine, runtime)
-    facts = run_facts(
+    run_record = run_facts(
         config,
         checked,
         Started(
@@ -132,8 +132,8 @@ def _run(
 
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
     request.must_save()
-    trackers = open_records(config, facts, progress, place)
-    meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics)
+    trackers = open_records(config, run_record, progress, place)
+    meter = Meter(runtime, run_record.flops_per_token, run_record.reference_tflops, built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units())
     challenges = challenges_of(config, built, total_steps, place)
     monitors = monitors_of(config, data, loader, challenges, place)
@@ -147,18 +147,18 @@ def _run(
         sinks=Sinks(meter, trackers, console, checkpoints, profiler.at_step, lambda: where.still_ours(runtime)),
         monitors=monitors,
     )
-    with until_it_ends(config, trackers, trainer.outcome, facts, (meter, checkpoints), place):
+    with until_it_ends(config, trackers, trainer.outcome, run_record, (meter, checkpoints), place):
         where.phase = "training"
-        with metered(config, place), telling_of_memory(trainer, config, facts, runtime), profiler:
+        with metered(config, place), telling_of_memory(trainer, config, run_record, runtime), profiler:
             outcome = trainer.fit()
         where.phase = "export"
         where.still_ours(runtime)
-        of_model = model_facts(config, facts, outcome, place.run_dir)
+        of_model = model_facts(config, run_record, outcome, place.run_dir)
         exported = export(config, engine, built, tokenizer, of_model, place)
-        facts["gates"] = of_model.gates
-        facts["not_exported"] = of_model.run.get("not_exported", [])
+        run_record.gates = of_model.gates
+        run_record.not_exported = of_model.run.get("not_exported", [])
     where.still_ours(runtime)
-    close_records(facts, outcome, exported, trackers, place)
+    close_records(run_record, outcome, exported, trackers, place)
     staged.remove()
 
 

@@ -183,13 +183,14 @@ def _limits(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
 def _restarts(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     """How many starts the rest of a run takes, where an earlier start has measured its steps."""
     from launch.runs import metrics_tail
-    from launch.runs.status import read_record
+    from trainer.reporting.run_record import readable_run_record
 
     if len(run_dirs) > 1:
         return []
     newest = [row for row in metrics_tail.newest(run_dirs[0] / "metrics.jsonl") if "loss" in row]
-    total, pace = read_record(run_dirs[0]).get("total_steps"), metrics_tail.recent(newest, "step_s")
-    if not newest or not isinstance(total, int) or pace is None:
+    total = readable_run_record(run_dirs[0]).total_steps
+    pace = metrics_tail.recent(newest, "step_s")
+    if not newest or not total or pace is None:
         return ["starts  not known: no step of this run was measured yet (shardtune plan estimates one)"]
     left = max(0, total - int(newest[-1]["step"])) * pace
     each = max(1.0, seconds(slurm.time) - slurm.signal_lead_s)

@@ -350,7 +350,7 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
 
     tokenizer = load_tokenizer(config.model)
     record = record_of(asked.run_dir)
-    precision = Precision(record.get("precision", config.precision))
+    precision = Precision(record.precision or config.precision)
     if precision in (
         Precision.auto,
         Precision.fp16,
@@ -364,13 +364,15 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
         print(f"accepted: {line}", flush=True)
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
     if built.step_module.plan.optimizer_hooks is not None:
-        built.step_module.plan.optimizer_hooks.begin(record["total_steps"])
+        built.step_module.plan.optimizer_hooks.begin(record.total_steps)
     if not asked.averaged:
         asked.checkpoint = still_there(asked, config)
     progress = average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)
     # The run measured nothing of a mean of checkpoints, nor of a checkpoint on a base that has changed since.
     as_trained = not asked.averaged and not asked.accepted
-    facts = gather(asked.run_dir, {**record, "label_names": data.label_names}, read_answers(config.export.answers)[0])
+    facts = gather(
+        asked.run_dir, {**record.as_json(), "label_names": data.label_names}, read_answers(config.export.answers)[0]
+    )
     facts.step = progress.step
     facts.tokens = progress.tokens
     facts.as_trained = as_trained

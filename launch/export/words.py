@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from launch.config.verb_words import VerbWords, bare_word, flag, setting_words, 
 from strategies.errors import ConfigError
 from trainer.export.config import ExportType
 from trainer.export.gguf import GgufType
+from trainer.reporting.run_record import RUN_RECORD, RunRecord, read_run_record
 
 HUB = "to=hub:"
 """The word that pushes to the hub, up to the repository's name."""
@@ -103,15 +103,12 @@ def unfinished(run_dir: Path, checkpoint: Path | None) -> str:
     return f"; the run ended at step {last}" if behind else ""
 
 
-def record_of(run_dir: Path) -> dict[str, Any]:
-    """The run's `run.json`. Errors: ConfigError where it cannot be read."""
+def record_of(run_dir: Path) -> RunRecord:
+    """The run's record. Raises ConfigError if it cannot be read."""
     try:
-        found = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-        return found
-    except (OSError, ValueError) as error:
+        return read_run_record(run_dir)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{run_dir / 'run.json'}: cannot be read ({error}), and the precision and the card of an export come from it; "
+            f"{run_dir / RUN_RECORD}: cannot be read ({error}), and the precision and the card of an export come from it; "
             "bring it back"
         ) from None

@@ -6,12 +6,12 @@ all ways of the plan are then reckoned with. What a receipt does not tell stays 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from strategies.errors import ConfigError
+from trainer.reporting.run_record import RUN_RECORD, MeasuredCost, RunRecord, read_run_record
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
@@ -36,23 +36,23 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
 
     `allowing`: words that allow what the run reaches out to. `command`: all words that were typed, for messages.
     """
-    config, facts, took = _read(Path(run_dir).expanduser(), allowing, command)
-    named = took.get("device_name")
+    config, record, took = _read(Path(run_dir).expanduser(), allowing, command)
+    named = took.device_name
     if named != card.name:
         raise ConfigError(f"from={run_dir}: it ran on {named or 'an unnamed GPU'}, and hardware names {card.name}")
-    said, lacks = [f"from {run_dir} ({facts['strategy']}, {facts['world_size']} x {named}):"], []
-    choice = _as_planned(config, facts, card, settings)
+    said, lacks = [f"from {run_dir} ({record.strategy}, {record.world_size} x {named}):"], []
+    choice = _as_planned(config, record, card, settings)
     if isinstance(choice, str):
         lacks.append(f"steps and tensors are reckoned as without it: {choice}")
     else:
-        if step_s := _positive(took, "step_s"):
+        if step_s := _positive(took.step_s):
             card = replace(card, pace=step_s / choice.step.total_s)
             said.append(
                 f"steps take {card.pace:.2f} x what is reckoned ({step_s:.3g} s, {choice.step.total_s:.3g} reckoned)"
             )
         else:
             lacks.append("it tells no time of a step")
-        if peak := _positive(took, "memory_gib"):
+        if peak := _positive(took.memory_gib):
             simulated = choice.taken.total / 2**30
             # Its longest documents need not have come together: less is no proof that less is needed.
             card = replace(card, tensors=max(1.0, peak / simulated))
@@ -70,27 +70,27 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
     )
 
 
-def _beside(card: Card, took: dict[str, Any], nodes: int) -> tuple[Card, list[str], list[str]]:
+def _beside(card: Card, took: MeasuredCost, nodes: int) -> tuple[Card, list[str], list[str]]:
     """The card with the run's allocator and disk, and what is said of either."""
     of_memory, of_disk = [], []
-    peak, reserved = _positive(took, "memory_gib"), _positive(took, "memory_reserved_gib")
+    peak, reserved = _positive(took.memory_gib), _positive(took.memory_reserved_gib)
     if peak and reserved:
         card = replace(card, allocator=max(0.0, reserved / peak - 1))
         of_memory.append(f"the allocator reserves {card.allocator:.1%} beyond what is allocated")
-    size, seconds = _positive(took, "checkpoint_bytes"), _positive(took, "checkpoint_s")
+    size, seconds = _positive(took.checkpoint_bytes), _positive(took.checkpoint_s)
     if size and seconds:
         card = replace(card, disk_gb_s=size / seconds / 1e9 / nodes)
         of_disk.append(f"a node writes checkpoints at {card.disk_gb_s:.3g} GB/s")
     return card, of_memory, of_disk
 
 
-def _positive(took: dict[str, Any], key: str) -> float | None:
-    value = took.get(key)
-    return float(value) if isinstance(value, int | float) and value > 0 else None
+def _positive(measured: float | None) -> float | None:
+    """What was measured; None if it was not, or is no amount."""
+    return float(measured) if measured and measured > 0 else None
 
 
-def _read(run_dir: Path, allowing: list[str], command: list[str]) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
-    """(configuration, `run.json`, what was measured) of a run on GPUs."""
+def _read(run_dir: Path, allowing: list[str], command: list[str]) -> tuple[RunConfig, RunRecord, MeasuredCost]:
+    """(configuration, record, what was measured) of a run on GPUs."""
     from launch.config.read_run import ReadingVerb, read_run, uses_model_alone
 
     if not (run_dir / "config.yaml").is_file():
@@ -98,21 +98,22 @@ def _read(run_dir: Path, allowing: list[str], command: list[str]) -> tuple[RunCo
             f"from={run_dir}: not a run directory (there is no config.yaml in it); name one of a run on GPUs"
         )
     config = read_run(run_dir, ReadingVerb(command, uses_model_alone, ALLOWING), allowing)
-    path = run_dir / "run.json"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        took = facts["receipt"]["measured"]
-        device = str(facts["device"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"from={run_dir}: {path} holds no receipt ({error}); name a run that took steps") from error
-    if not device.startswith("cuda"):
-        raise ConfigError(f"from={run_dir}: it ran on {device}; a plan of GPUs goes by runs on GPUs")
-    if not isinstance(took, dict):
+        record = read_run_record(run_dir)
+        if record.receipt is None or not record.device:
+            raise ValueError("no key 'receipt' or 'device'")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"from={run_dir}: {run_dir / RUN_RECORD} holds no receipt ({error}); name a run that took steps"
+        ) from error
+    if not record.device.startswith("cuda"):
+        raise ConfigError(f"from={run_dir}: it ran on {record.device}; a plan of GPUs goes by runs on GPUs")
+    if record.receipt.measured is None:
         raise ConfigError(f"from={run_dir}: it has measured nothing yet; name a run that has ended, in whatever way")
-    return config, facts, took
+    return config, record, record.receipt.measured
 
 
-def _as_planned(config: RunConfig, facts: dict[str, Any], card: Card, settings: PlanConfig) -> Choice | str:
+def _as_planned(config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig) -> Choice | str:
     """What would be planned for the run as it ran, or why that cannot be told."""
     from launch.plan.job import job_of
     from strategies.base import ActivationCheckpointing, Precision
@@ -122,9 +123,9 @@ def _as_planned(config: RunConfig, facts: dict[str, Any], card: Card, settings: 
 
     if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
         return "it recomputed as its memory allowed (strategy.activation_checkpointing=auto); name a run that was told"
-    world, nodes, micro = facts["world_size"], config.launcher.nodes, facts["micro_batch"]
+    world, nodes, micro = record.world_size, config.launcher.nodes, record.micro_batch
     launcher = replace(config.launcher, processes=world // nodes)
-    config = replace(config, launcher=launcher, precision=Precision(facts["precision"]))
+    config = replace(config, launcher=launcher, precision=Precision(record.precision))
     config.run.device = Device.cuda
     job = job_of(config, card)
     accumulation = 2 if job.global_batch > job.world * micro else 1

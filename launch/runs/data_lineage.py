@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.runs.metrics_tail import newest, number
-from launch.runs.status import read_record
 from strategies.errors import ConfigError, DataError
+from trainer.reporting.run_record import RunRecord, readable_run_record
 from trainer.reporting.status import read_status
 
 if TYPE_CHECKING:
@@ -81,9 +81,8 @@ def sightings(runs: Iterable[tuple[Path, RunConfig | str]], wanted: DocumentQuer
 
 def _begun_with(run: Path, config: RunConfig | str, runs: Iterable[Path]) -> list[Path]:
     """The runs that lie above what this one loaded: its base, adapters folded into that, and the adapter it went on with."""
-    record = read_record(run)
-    start = record.get("tuning_from")
-    loaded = [start.get("path") if isinstance(start, dict) else None, record.get("base_model")]
+    record = readable_run_record(run)
+    loaded = [record.tuning_from.path if record.tuning_from else None, record.base_model]
     loaded += [] if isinstance(config, str) else config.model.adapters
     found = []
     for each in filter(None, loaded):
@@ -94,11 +93,10 @@ def _begun_with(run: Path, config: RunConfig | str, runs: Iterable[Path]) -> lis
 
 
 def _of(run: Path, config: RunConfig | str, wanted: DocumentQuery) -> Sighting:
-    record = read_record(run)
-    told, place = record.get("data_fingerprint"), record.get("data_directory")
+    record = readable_run_record(run)
     if isinstance(config, str):
         return Sighting(run=run, unknown=config)
-    if not isinstance(told, str) or not isinstance(place, str):
+    if not record.data_fingerprint or not record.data_directory:
         return Sighting(run=run, unknown="has no run.json: it never began to train, or was copied without it")
     try:
         return _read(run, config, record, wanted)
@@ -106,15 +104,15 @@ def _of(run: Path, config: RunConfig | str, wanted: DocumentQuery) -> Sighting:
         return Sighting(run=run, unknown=" ".join(str(error).split()))
 
 
-def _read(run: Path, config: RunConfig, record: dict[str, Any], wanted: DocumentQuery) -> Sighting:
+def _read(run: Path, config: RunConfig, record: RunRecord, wanted: DocumentQuery) -> Sighting:
     from trainer.data.store.documents import DocumentTable
     from trainer.data.store.sequences import TokenDataset
 
-    directory = Path(record["data_directory"])
+    directory = Path(record.data_directory)
     if not (directory / "train").is_dir():
         raise DataError(f"its prepared data {directory} is not there; the same command prepares it again")
     train = TokenDataset.open(directory / "train")
-    if train.fingerprint != record["data_fingerprint"]:
+    if train.fingerprint != record.data_fingerprint:
         raise DataError(f"its prepared data {directory} is not what it was trained on")
     table = DocumentTable(directory)
     rows = rows_of(table, wanted)
@@ -122,7 +120,7 @@ def _read(run: Path, config: RunConfig, record: dict[str, Any], wanted: Document
     mine = {name: _among(split, rows) for name, split in {"train": train, **sets}.items()}
     seen = np.unique(np.concatenate(list(mine.values())))
     places = [table.row(int(row)) for row in seen[:SHOWN]]
-    progress = (record.get("outcome") or {}).get("progress", {})
+    progress = record.outcome.progress if record.outcome else {}
     # A run that was killed says how far it was in its rows alone.
     rows_told = (int(number(row, "step") or 0) for row in newest(run / "metrics.jsonl"))
     step = int(progress.get("step") or max([int(read_status(run).get("step") or 0), *rows_told]))

@@ -18,8 +18,8 @@ from typing import Any
 
 from launch.config.prices import price_of
 from launch.runs.slurm_time import clock
-from launch.runs.status import read_record
-from trainer.reporting.status import write_text_atomic
+from trainer.reporting.results import note
+from trainer.reporting.run_record import readable_run_record
 
 STARTS = "jobs.jsonl"
 FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "MaxRSS", "TRESUsageInAve")
@@ -64,8 +64,7 @@ def record(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str
     try:
         with (run_dir / STARTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(found)) + "\n")
-        if run := read_record(run_dir):
-            write_text_atomic(run_dir / "run.json", json.dumps({**run, "jobs": starts(run_dir)}, indent=1) + "\n")
+        note(run_dir, "jobs", starts(run_dir))
     except OSError as error:
         return f"{said(asdict(found))}; not recorded ({error.strerror or error})"
     return said(asdict(found))
@@ -82,10 +81,10 @@ def measure(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, st
     cpu, held = _cpu_s(step.get("TotalCPU", "")), _gib(step.get("MaxRSS", ""))
     ran = _number(step.get("ElapsedRaw"))
     busy = GPU_BUSY.search(step.get("TRESUsageInAve", ""))
-    told = read_record(run_dir)
+    run_record = readable_run_record(run_dir)
     asked = _number(env.get("SLURM_MEM_PER_NODE"))
-    gpus = int(told.get("world_size") or 0) if told.get("device_name") else 0
-    price = price_of(str(told["device_name"])) if gpus else None
+    gpus = run_record.world_size if run_record.device_name else 0
+    price = price_of(run_record.device_name) if gpus and run_record.device_name else None
     return Start(
         job=job,
         start=start,

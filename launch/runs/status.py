@@ -6,7 +6,6 @@ for a directory to look in that does not exist.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from launch.runs.owner import Holder, holder
 from launch.runs.pipeline_jobs import PipelinePart, failed, parts_of
 from launch.runs.queue import SUBMITTED, Queue, QueuedJob, unfinished_job
 from strategies import atomic_io
+from trainer.reporting.run_record import RunRecord, readable_run_record
 from trainer.reporting.status import State, read_failure, read_status
 
 DEPTH = 4
@@ -27,8 +27,6 @@ DEPTH = 4
 MOST_DIRECTORIES = 5000
 AT_ONCE = 16
 """Runs that are read at a time: what a slow file system takes is waiting."""
-MOST_RECORD = 2**24
-"""Bytes of `run.json`; more is not read."""
 SEAL = b"# sha256: "
 """How the configuration of a run begins."""
 LOST, QUEUED, UNKNOWN, NOT_STARTED = "lost", "queued", "unknown", "not started"
@@ -152,8 +150,9 @@ def look(run_dir: Path, queue: Queue) -> RunView:
     except (OSError, ValueError) as error:
         held, trouble = Holder(0, None, None, None), f"its lease cannot be read: {atomic_io.reason(error)}"
     failure = read_failure(run_dir) if status.get("state") in (None, State.failed) else {}
-    record = {} if status.get("state") is None and not held.starts else read_record(run_dir)
-    job_id = held.owner.job if held.owner is not None else record.get("slurm_job_id")
+    has_started = status.get("state") is not None or held.starts > 0
+    record = readable_run_record(run_dir) if has_started else RunRecord()
+    job_id = held.owner.job if held.owner is not None else record.slurm_job_id
     job = queue.job_of(run_dir, None if job_id is None else str(job_id))
     state, why = _state(run_dir, status, failure, held, job)
     if job is None and state in (LOST, NOT_STARTED):
@@ -174,7 +173,7 @@ def look(run_dir: Path, queue: Queue) -> RunView:
         state=state,
         why=why or trouble,
         step=max(reached, default=None),
-        total=_whole(record.get("total_steps")),
+        total=record.total_steps or None,
         loss=metrics_tail.number(steps[-1], "loss") if steps else None,
         tokens_per_s=metrics_tail.recent(steps, "tokens_per_s"),
         step_s=metrics_tail.recent(steps, "step_s"),
@@ -246,15 +245,6 @@ def is_frozen(run_dir: Path) -> bool:
             return SEAL in os.pread(descriptor, 4096, 0)
     except OSError:
         return True
-
-
-def read_record(run_dir: Path) -> dict[str, Any]:
-    """`run.json`, empty where there is none that can be read."""
-    try:
-        value = json.loads(atomic_io.read_bytes(run_dir / "run.json", most=MOST_RECORD))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _evaluated(last: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a meter makes of steps: sums and maxima over ranks in one reduction, medians over intervals, and known cards."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from strategies.runtime import Runtime, peak_memory_gib
 from trainer.reporting import gpu_meters, metrics, step_times
 from trainer.reporting.gpu_peaks import PEAK_TFLOPS
 from trainer.reporting.metrics import Meter, StepRecord, reference_tflops
+from trainer.reporting.run_record import PredictedCost, Receipt, RunRecord, Sharding
 from trainer.reporting.step_times import PARTS
 from trainer.session.run_facts import start_text
 
@@ -158,28 +160,31 @@ def test_geforce_figures_are_twice_the_plain_ones():
 
 
 def test_an_unknown_card_and_too_little_memory_are_told_at_the_start():
-    facts = dict.fromkeys(("quantisation", "initialised", "weights_left_out", "resumed_from"))
-    sharding = {"held_per_rank": [10], "trainable_parameters": 5, "parameters": 10, "exchange": "nccl"}
-    numbers = dict.fromkeys(("global_batch", "micro_batch", "accumulation", "world_size", "tokens_per_step"), 1)
-    facts |= {
-        **numbers,
-        "total_steps": 1,
-        "epochs": 12.5,
-        "precision": "bf16",
-        "attention": "varlen",
-        "layout": "padded",
-    }
-    facts |= {"sharding": sharding, "substitutions": {}, "reference_tflops": None}
-    facts["reference_tflops_source"] = reference_tflops_of("NVIDIA Z9000")
-    facts["advice"] = "set precision=fp32"
-    facts["receipt"] = {"predicted": {"memory_gib": 79.5, "device_gib": 80.0}}
-    assert "warning" not in start_text(facts) and "1 tokens a step, 1 steps, 12.50 epochs" in start_text(facts)
-    assert "each document is used about 12.5 times in one step: batch.global=" in start_text(facts)
-    assert "times in one step" not in start_text({**facts, "epochs": 0.9})
-    facts["receipt"] = {"predicted": {"memory_gib": 80.5, "device_gib": 80.0}}
-    assert "warning: a rank is estimated to need 80.50 GiB, and has 80.00" in start_text(facts)
-    assert "\nadvice: set precision=fp32" in start_text(facts)
-    assert start_text(facts).count("no MFU: the peak of NVIDIA Z9000 is not known: set logging.reference_tflops") == 1
+    record = RunRecord(
+        global_batch=1,
+        micro_batch=1,
+        accumulation=1,
+        world_size=1,
+        tokens_per_step=1,
+        total_steps=1,
+        epochs=12.5,
+        precision="bf16",
+        attention="varlen",
+        layout="padded",
+        sharding=Sharding(parameters=10, trainable_parameters=5, exchange="nccl", held_per_rank=[10]),
+        reference_tflops_source=reference_tflops_of("NVIDIA Z9000"),
+        advice="set precision=fp32",
+        receipt=Receipt(predicted=PredictedCost(memory_gib=79.5, device_gib=80.0)),
+    )
+    text = start_text(record)
+    assert "warning" not in text and "1 tokens a step, 1 steps, 12.50 epochs" in text
+    assert "each document is used about 12.5 times in one step: batch.global=" in text
+    assert "times in one step" not in start_text(replace(record, epochs=0.9))
+    record.receipt.predicted.memory_gib = 80.5
+    text = start_text(record)
+    assert "warning: a rank is estimated to need 80.50 GiB, and has 80.00" in text
+    assert "\nadvice: set precision=fp32" in text
+    assert text.count("no MFU: the peak of NVIDIA Z9000 is not known: set logging.reference_tflops") == 1
 
 
 def reference_tflops_of(name):

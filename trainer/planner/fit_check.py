@@ -21,6 +21,7 @@ from trainer.data.prepare import Prepared
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import reading_of
 from trainer.planner.hardware import GIB, Fit, fit_of, groups_of
+from trainer.reporting.run_record import MemoryCheck
 from trainer.stopping.signals import SIGNALS
 from trainer.tuning.base import TuningName
 
@@ -70,7 +71,7 @@ def one_step(config: RunConfig, world: int, *, auto: ActivationCheckpointing) ->
 def must_fit(
     config: RunConfig, data: Prepared, precision: Precision, runtime: Runtime, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What `run.json` says of memory, simulated for the longest micro-batch; nothing where `run.must_fit` does not ask.
+    """The `must_fit` of the run record, simulated for the longest micro-batch; nothing where `run.must_fit` does not ask.
 
     All ranks must call: rank 0 simulates in another process, and all go by the card with the least memory. Raises DoesNotFit
     on every rank, also where it cannot be told; ConfigError where the ranks have no GPUs.
@@ -95,8 +96,10 @@ def must_fit(
     fit = fit_of(found.live, found.groups, least)
     if fit.margin < 0:
         raise DoesNotFit(refusal(fit, found, config))
-    told = {"live_gib": found.live / GIB, "needed_gib": fit.total / GIB, "device_gib": least, "when": found.when}
-    return {"must_fit": told}
+    simulated = MemoryCheck(
+        live_gib=found.live / GIB, needed_gib=fit.total / GIB, device_gib=least, when=str(found.when)
+    )
+    return {"must_fit": simulated}
 
 
 def refusal(fit: Fit, peak: Peak, config: RunConfig) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from trainer.data.batches.loader import StepBatch
 from trainer.loop import Trainer
 from trainer.planner.hardware import GIB
 from trainer.planner.lengths import divisors
+from trainer.reporting.run_record import PredictedCost, RunRecord
 
 REFUSED = ("DefaultCPUAllocator: ", "error: out of memory", "'out of memory'", "BLAS_STATUS_ALLOC_FAILED")
 """What those say of it who are refused memory beside torch's allocator of a GPU, and have no class for that: the host's, the
@@ -30,9 +30,7 @@ def of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def telling_of_memory(
-    trainer: Trainer, config: RunConfig, facts: Mapping[str, Any], runtime: Runtime
-) -> Iterator[None]:
+def telling_of_memory(trainer: Trainer, config: RunConfig, record: RunRecord, runtime: Runtime) -> Iterator[None]:
     """Raise DoesNotFit in the place of an error of memory, on the rank that has it; the others lose their peer.
 
     It is OutOfMemory amid a step that may be taken with a smaller `batch.micro`.
@@ -47,10 +45,10 @@ def telling_of_memory(
             if trainer.current_batch
             else f"the evaluation at step {trainer.progress.step}"
         )
-        expected = facts["receipt"]["predicted"]
+        expected = record.receipt.predicted if record.receipt else None
         said = [
             f"{where}: {_exceeded(error, runtime)}",
-            f"  {_held(runtime)}; expected {expected['memory_gib']:.2f} ({expected['memory_by']})",
+            f"  {_held(runtime)}{_expected(expected)}",
             *([f"  {_batch(trainer.current_batch)}"] if trainer.current_batch else []),
             f"  {_knobs(config, runtime, training=trainer.current_batch is not None)}",
         ]
@@ -74,6 +72,10 @@ def telling_of_evaluation(doing: Callable[[], str], config: RunConfig, runtime: 
         ]
         said = [f"{doing()}: {_exceeded(error, runtime)}", f"  {_held(runtime)}", f"  what helps: {'; '.join(ways)}"]
         raise DoesNotFit("\n".join(said)) from error
+
+
+def _expected(cost: PredictedCost | None) -> str:
+    return "" if cost is None else f"; expected {cost.memory_gib:.2f} ({cost.memory_by})"
 
 
 def _exceeded(error: BaseException, runtime: Runtime) -> str:

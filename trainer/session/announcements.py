@@ -25,6 +25,7 @@ from trainer.reporting.energy import metering, taken
 from trainer.reporting.findings import status_note
 from trainer.reporting.metrics import Meter
 from trainer.reporting.outcome import Outcome
+from trainer.reporting.run_record import RunRecord
 from trainer.reporting.status import State, write_status
 from trainer.reporting.trackers.base import Ended, Table, Tracked
 from trainer.reporting.tracking import Trackers, open_apart, open_trackers, summary_of
@@ -65,9 +66,9 @@ def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, 
     return console
 
 
-def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: RunPlace) -> Trackers:
+def open_records(config: RunConfig, record: RunRecord, progress: Progress, place: RunPlace) -> Trackers:
     """The start screen, and rank 0's trackers, with `run.json` and `status.json` begun; nothing on the others. All ranks call."""
-    place.console.say(start_text(facts))
+    place.console.say(start_text(record))
     place.where.still_ours(place.runtime)
     if not place.runtime.is_main:
         return Trackers()
@@ -78,19 +79,19 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
             run_id=progress.wandb_id or "",
             name=name_of(config),
             resumed_at=progress.step,
-            settings=tracker_settings(config, facts),
-            data=Path(facts["data_directory"]),
+            settings=tracker_settings(config, record),
+            data=Path(record.data_directory),
             say=place.console.say,
         )
     )
     place.where.on_move.append(opened.trackers.move_to)
     progress.wandb_id = opened.run_id
-    facts["substitutions"] |= opened.substitutions
+    record.substitutions |= opened.substitutions
     for key, value in opened.substitutions.items():
         place.console.say(f"substituted: {key}: {value}")
     if opened.passed_over:
         place.console.say(opened.passed_over)
-    write_run_record(place.run_dir, facts)
+    write_run_record(place.run_dir, record)
     write_status(place.run_dir, State.running, step=progress.step)
     return opened.trackers
 
@@ -130,7 +131,7 @@ def until_it_ends(
     config: RunConfig,
     trackers: Trackers,
     outcome: Outcome,
-    facts: dict[str, Any],
+    record: RunRecord,
     measures: tuple[Meter, Checkpoints],
     place: RunPlace,
 ) -> Iterator[None]:
@@ -154,20 +155,21 @@ def until_it_ends(
         if ended.state is not State.done:
             for name, where in trackers.hints:
                 place.console.say(f"{name + ':':<11} {where}")
-        facts["challenges"] = outcome.challenges
-        note_measured(facts, meter, checkpoints, place)
+        record.challenges = outcome.challenges
+        note_measured(record, meter, checkpoints, place)
 
 
-def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: RunPlace) -> None:
+def note_measured(record: RunRecord, meter: Meter, checkpoints: Checkpoints, place: RunPlace) -> None:
     """What the run took into `run.json`, however it ends: rank 0's word, without a collective."""
     if place.runtime.is_main:
         if (refused := checkpoints.copies.refused) is not None:
-            facts["substitutions"]["checkpoint.background"] = f"false: {refused}"
-        facts["receipt"]["measured"] = measured(meter, place.runtime.device, checkpoints.last)
+            record.substitutions["checkpoint.background"] = f"false: {refused}"
+        assert record.receipt is not None  # since `run_facts`
+        record.receipt.measured = measured(meter, place.runtime.device, checkpoints.last)
         with suppress(OSError, ShardtuneError):  # what ended the run is not to be hidden; a success writes it once more
             if place.where.lease is not None:
                 place.where.lease.check()
-            write_run_record(place.run_dir, facts)
+            write_run_record(place.run_dir, record)
 
 
 def metered(config: RunConfig, place: RunPlace) -> AbstractContextManager[None]:
@@ -176,12 +178,13 @@ def metered(config: RunConfig, place: RunPlace) -> AbstractContextManager[None]:
 
 
 def close_records(
-    facts: dict[str, Any], outcome: Outcome, exported: Path | None, trackers: Trackers, place: RunPlace
+    record: RunRecord, outcome: Outcome, exported: Path | None, trackers: Trackers, place: RunPlace
 ) -> None:
     """The outcome into `run.json`, and the last lines on the screen. All ranks must call."""
     if place.runtime.is_main:
-        facts["energy"] = taken(place.run_dir)
-        write_run_record(place.run_dir, {**facts, "outcome": outcome_record(outcome)})
+        record.energy = taken(place.run_dir)
+        record.outcome = outcome_record(outcome)
+        write_run_record(place.run_dir, record)
         place.console.say(end_text(place.run_dir, outcome, exported, trackers.hints))
     processes.barrier(place.runtime)
 

@@ -21,6 +21,7 @@ from trainer.model.config import ModelConfig
 from trainer.model.loading import weights_directory
 from trainer.objectives.frozen_model import teacher_model
 from trainer.objectives.registry import family_of
+from trainer.reporting.run_record import readable_run_record
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import rewrites_base
 
@@ -149,11 +150,8 @@ def pin_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> N
 
     Without `may_fetch` a model whose snapshot would have to be fetched stays as it is.
     """
-    try:
-        commit = json.loads((run_dir / "run.json").read_text(encoding="utf-8")).get("base_commit")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return  # a run that ended before its record was written
-    if not isinstance(commit, str):
+    commit = readable_run_record(run_dir).base_commit
+    if commit is None:  # also if the run ended before its record was written
         return
     if may_fetch:
         config.model = at_commit(config.model, commit)

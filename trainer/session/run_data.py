@@ -25,6 +25,7 @@ from trainer.data.store.sequences import Sample, Sequences, StoreWriter, TokenDa
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.registry import reading_of
+from trainer.reporting.run_record import readable_run_record
 from trainer.session.base_files import IDENTITY
 
 DATA = "data"
@@ -52,21 +53,21 @@ class DataRecord:
 
 def data_record(run_dir: Path) -> DataRecord:
     """The record of the run in a directory. Errors: ConfigError where neither `run.json` nor `identity.json` can be read."""
-    record, identity = _read_object(run_dir / "run.json"), _read_object(run_dir / IDENTITY)
-    fingerprint = (identity.get(DATA) or {}).get("fingerprint") or record.get("data_fingerprint")
+    record = readable_run_record(run_dir)
+    identity = _read_object(run_dir / IDENTITY)
+    fingerprint = (identity.get(DATA) or {}).get("fingerprint") or record.data_fingerprint
     if not fingerprint:
         raise ConfigError(
             f"{run_dir}: neither run.json nor {IDENTITY} can be read, and they alone say which data the run was trained on; "
             "bring one of them back"
         )
-    directory = record.get("data_directory")
     return DataRecord(
         run_dir=run_dir,
         fingerprint=str(fingerprint),
-        directory=Path(directory) if directory else None,
-        label_names=record.get("label_names"),
-        total_steps=record.get("total_steps"),
-        is_whole="label_names" in record,
+        directory=Path(record.data_directory) if record.data_directory else None,
+        label_names=record.label_names,
+        total_steps=record.total_steps or None,
+        is_whole="label_names" in record.keys,
     )
 
 

@@ -7,7 +7,7 @@ import platform
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from trainer.reporting.metrics import flops_per_token, reference_tflops
 from trainer.reporting.numbers import readable
 from trainer.reporting.outcome import Outcome
 from trainer.reporting.resolution import Resolution
+from trainer.reporting.run_record import RUN_RECORD, Receipt, RunOutcome, RunRecord, Sharding, TuningStart
 from trainer.reporting.status import write_text_atomic
 from trainer.session.base_files import base_commit
 from trainer.session.identity import versions_of
@@ -73,68 +74,74 @@ class Started:
     resumed_from: Path | None
 
 
-def run_facts(config: RunConfig, checked: Mapping[str, Any], started: Started) -> dict[str, Any]:
-    """Everything `run.json` records before the first step; `checked` is part of it. All ranks must call."""
-    facts = {**_facts(config, started), **checked}
-    expected = predicted(started.built, facts, str(config.optim.name), device_gib(started.runtime))
+def run_facts(config: RunConfig, checked: Mapping[str, Any], started: Started) -> RunRecord:
+    """Everything `run.json` records before the first step. All ranks must call.
+
+    `checked` has fields of the record that were settled before the model was built.
+    """
+    record = _record(config, checked, started)
+    prediction = predicted(started.built, record, str(config.optim.name), device_gib(started.runtime))
     parts = started.built, config.strategy, started.precision, started.runtime
-    expected["exchanged_bytes"] = expected_bytes(*parts, started.loader.accumulation)
-    return facts | {"receipt": {"predicted": expected, "measured": None}}
+    prediction.exchanged_bytes = expected_bytes(*parts, started.loader.accumulation)
+    record.receipt = Receipt(predicted=prediction)
+    return record
 
 
-def _facts(config: RunConfig, started: Started) -> dict[str, Any]:
+def _record(config: RunConfig, checked: Mapping[str, Any], started: Started) -> RunRecord:
     runtime, precision, built, data = started.runtime, started.precision, started.built, started.data
     loader, resumed_from = started.loader, started.resumed_from
     tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
     mean_tokens = float(loader.unit_tokens.mean())
+    supervised_share = float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
     start = getattr(config.tuning, "from_", None)
-    return {
-        "config_sha256": started.sha256,
-        "strategy": str(config.strategy.name),
-        "tuning": str(config.tuning.name),
-        "objective": str(config.objective.name),
-        "precision": str(precision),
-        "advice": advice(precision, runtime.device.type),
-        "attention": built.attention,
-        "layout": str(built.layout),
-        "world_size": runtime.world_size,
-        "global_batch": config.batch["global"],
-        "micro_batch": config.batch["micro"],
-        "accumulation": loader.accumulation,
-        "total_steps": started.total_steps,
-        "epochs": started.total_steps * config.batch["global"] / loader.order.num_units,
-        "tokens_per_step": round(mean_tokens * config.batch["global"]),
-        "host": socket.gethostname(),
-        "device": str(runtime.device),
-        "device_name": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None,
-        "resumed_from": resumed_from.name if resumed_from else None,
-        "base_model": config.model.path,
-        "base_commit": base_commit(config),
-        "quantisation": None if built.scheme is None else str(built.scheme),
-        "quantised_experts": sum(len(shape) == 3 for shape in built.quantised.values()),
-        "folded_adapters": {path: adapter_hash(path) for path in config.model.adapters},
-        "tuning_from": None if start is None else {"path": start, "sha256": adapter_hash(start)},
-        "data_fingerprint": data.train.fingerprint,
-        "data_directory": str(data.directory),
-        "data_report": data.report,
-        "label_names": data.label_names,
-        "sharding": sharding_record(started.engine, runtime),
-        "initialised": started.source.initialised,
-        "weights_read_bytes": gather_objects(started.source.checkpoint.conversions.files.bytes_read, runtime),
-        "packed_weights": _packed(started.source, runtime),
-        "weights_left_out": _left_out(started.source),
-        "routers": routed.said(loader.accumulation) if (routed := built.step_module.routed) else [],
-        "substitutions": _substitutions(config, built.substitutions, precision, runtime),
-        "base_parameters": sum(each.numel() for each in built.plain.parameters()),
-        "flops_per_token": _flops(
-            built, mean_tokens, float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
-        ),
-        "reference_tflops": tflops,
-        "reference_tflops_source": tflops_source,
-        "versions": versions(),
-        "git_revision": revision(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-    }
+    routed = built.step_module.routed
+    return RunRecord(
+        config_sha256=started.sha256,
+        strategy=str(config.strategy.name),
+        tuning=str(config.tuning.name),
+        objective=str(config.objective.name),
+        precision=str(precision),
+        advice=advice(precision, runtime.device.type),
+        attention=built.attention,
+        layout=str(built.layout),
+        world_size=runtime.world_size,
+        global_batch=config.batch["global"],
+        micro_batch=config.batch["micro"],
+        accumulation=loader.accumulation,
+        total_steps=started.total_steps,
+        epochs=started.total_steps * config.batch["global"] / loader.order.num_units,
+        tokens_per_step=round(mean_tokens * config.batch["global"]),
+        host=socket.gethostname(),
+        device=str(runtime.device),
+        device_name=torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None,
+        resumed_from=resumed_from.name if resumed_from else None,
+        base_model=config.model.path,
+        base_commit=base_commit(config),
+        quantisation=None if built.scheme is None else str(built.scheme),
+        quantised_experts=sum(len(shape) == 3 for shape in built.quantised.values()),
+        folded_adapters={path: adapter_hash(path) for path in config.model.adapters},
+        tuning_from=None if start is None else TuningStart(path=start, sha256=adapter_hash(start)),
+        data_fingerprint=data.train.fingerprint,
+        data_directory=str(data.directory),
+        data_report=data.report,
+        label_names=data.label_names,
+        sharding=Sharding(**sharding_record(started.engine, runtime)),
+        initialised=started.source.initialised,
+        weights_read_bytes=gather_objects(started.source.checkpoint.conversions.files.bytes_read, runtime),
+        packed_weights=_packed(started.source, runtime),
+        weights_left_out=_left_out(started.source),
+        routers=routed.said(loader.accumulation) if routed else [],
+        substitutions=_substitutions(config, built.substitutions, precision, runtime),
+        base_parameters=sum(parameter.numel() for parameter in built.plain.parameters()),
+        flops_per_token=_flops(built, mean_tokens, supervised_share),
+        reference_tflops=tflops,
+        reference_tflops_source=tflops_source,
+        versions=versions(),
+        git_revision=revision(),
+        slurm_job_id=os.environ.get("SLURM_JOB_ID"),
+        command=Path(sys.argv[0]).name,
+        **checked,
+    )
 
 
 def _packed(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
@@ -219,86 +226,84 @@ def repeated_in_a_step(global_batch: int, epochs: float, steps: int) -> list[str
     ]
 
 
-def start_text(facts: Mapping[str, Any]) -> str:
+def start_text(record: RunRecord) -> str:
     """The few lines before step 0: sizes, batch arithmetic, substitutions."""
-    sharding = facts["sharding"]
-    held = sharding["held_per_rank"]
-    share = sharding["trainable_parameters"] / max(1, sharding["parameters"])
-    ranks = "ranks" if facts["world_size"] == 1 else f"ranks (over {sharding['exchange']})"
+    sharding = record.sharding
+    held = sharding.held_per_rank
+    share = sharding.trainable_parameters / max(1, sharding.parameters)
+    ranks = "ranks" if record.world_size == 1 else f"ranks (over {sharding.exchange})"
     lines = [
-        f"parameters: {sharding['parameters']:,}, trainable {sharding['trainable_parameters']:,} ({share:.2%}); held per "
+        f"parameters: {sharding.parameters:,}, trainable {sharding.trainable_parameters:,} ({share:.2%}); held per "
         f"rank {min(held):,}" + (f" to {max(held):,}" if max(held) != min(held) else ""),
-        f"batch: {facts['global_batch']} = {facts['micro_batch']} micro x {facts['accumulation']} accumulation x "
-        f"{facts['world_size']} {ranks}; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps, "
-        f"{facts['epochs']:,.2f} epochs",
-        f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
+        f"batch: {record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
+        f"{record.world_size} {ranks}; about {record.tokens_per_step:,} tokens a step, {record.total_steps} steps, "
+        f"{record.epochs:,.2f} epochs",
+        f"precision {record.precision}, attention {record.attention}, layout {record.layout}",
     ]
-    lines += repeated_in_a_step(facts["global_batch"], facts["epochs"], facts["total_steps"])
-    lines += memory_text(facts)
-    if facts.get("advice"):
-        lines.append(f"advice: {facts['advice']}")
-    if facts.get("quantisation"):
-        also = ", each expert" if facts.get("quantised_experts") else ""
-        lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head{also}")
-    lines += facts.get("routers", [])
-    if kept := facts.get("packed_weights"):
-        size = f"{kept['bytes'] / 2**30:.2f} GiB"
-        lines.append(
-            f"packed weights are not kept for later runs: {kept['not_kept']}"
-            if kept["not_kept"]
-            else f"packed weights are kept for later runs: {size} in {kept['directory']} ({sum(kept['packed_now'])} weights "
-            "packed now); delete it when you like, or set model.keep_packed=false"
-        )
-    figure, source = facts["reference_tflops"], facts["reference_tflops_source"]
-    lines.append(f"MFU against {figure:.2f} TFLOP/s a device ({source})" if figure else f"no MFU: {source}")
-    if left := facts["weights_left_out"]:
+    lines += repeated_in_a_step(record.global_batch, record.epochs, record.total_steps)
+    lines += memory_text(record)
+    if record.advice:
+        lines.append(f"advice: {record.advice}")
+    if record.quantisation:
+        also = ", each expert" if record.quantised_experts else ""
+        lines.append(f"base stored in {record.quantisation}: frozen linear layers but the head{also}")
+    lines += record.routers
+    if packed := record.packed_weights:
+        lines.append(_packed_text(packed))
+    tflops = record.reference_tflops
+    source = record.reference_tflops_source
+    lines.append(f"MFU against {tflops:.2f} TFLOP/s a device ({source})" if tflops else f"no MFU: {source}")
+    if left := record.weights_left_out:
         lines.append(
             f"not trained, since the architecture has no place for them: {left['weights']} stored weights "
             f"({', '.join(left['first'][:3])} ...), of which a whole export keeps {left['kept_in_export']}"
         )
-    if facts["initialised"]:
-        lines.append(f"newly initialised (not in the checkpoint): {', '.join(facts['initialised'])}")
-    lines += [f"substituted: {key}: {value}" for key, value in facts["substitutions"].items()]
-    if facts["resumed_from"]:
-        lines.append(f"resumed from {facts['resumed_from']}")
-    lines += [f"accepted: {line}" for line in facts.get("accepted", ())]
+    if record.initialised:
+        lines.append(f"newly initialised (not in the checkpoint): {', '.join(record.initialised)}")
+    lines += [f"substituted: {key}: {sentence}" for key, sentence in record.substitutions.items()]
+    if record.resumed_from:
+        lines.append(f"resumed from {record.resumed_from}")
+    lines += [f"accepted: {line}" for line in record.accepted or ()]
     return "\n".join(lines)
 
 
-def write_run_record(run_dir: Path, facts: Mapping[str, Any]) -> None:
-    """Replace `run.json`."""
-    write_text_atomic(
-        run_dir / "run.json", json_text({**facts, "command": Path(sys.argv[0]).name}, indent=1, default=str)
+def _packed_text(packed: Mapping[str, Any]) -> str:
+    if packed["not_kept"]:
+        return f"packed weights are not kept for later runs: {packed['not_kept']}"
+    size = f"{packed['bytes'] / 2**30:.2f} GiB"
+    return (
+        f"packed weights are kept for later runs: {size} in {packed['directory']} ({sum(packed['packed_now'])} weights "
+        "packed now); delete it when you like, or set model.keep_packed=false"
     )
+
+
+def write_run_record(run_dir: Path, record: RunRecord) -> None:
+    """Replace `run.json`. Errors: StorageError."""
+    write_text_atomic(run_dir / RUN_RECORD, json_text(record.as_json(), indent=1, default=str))
 
 
 _STATE = ("recent", "evaluations", "interval_loss", "interval_steps", "first_loss", "recent_losses")
 """Of the progress: what only a resumed run needs."""
 
 
-def outcome_record(outcome: Outcome) -> dict[str, Any]:
-    """The outcome as JSON values."""
-    return {
-        "progress": {key: value for key, value in asdict(outcome.progress).items() if key not in _STATE},
-        "before": outcome.before,
-        "after": outcome.after,
-        "last_row": outcome.last_row,
-        "speed": outcome.speed,
-        "experts": outcome.experts,
-        "slow_ranks": outcome.slow_ranks,
-        "stopped_early": outcome.stopped_early,
-    }
+def outcome_record(outcome: Outcome) -> RunOutcome:
+    """The outcome as `run.json` has it: without what only a resumed run needs."""
+    return RunOutcome(
+        progress={key: content for key, content in asdict(outcome.progress).items() if key not in _STATE},
+        before=outcome.before,
+        after=outcome.after,
+        last_row=outcome.last_row,
+        speed=outcome.speed,
+        experts=outcome.experts,
+        slow_ranks=outcome.slow_ranks,
+        stopped_early=outcome.stopped_early,
+    )
 
 
-def model_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, run_dir: Path) -> ModelFacts:
+def model_facts(config: RunConfig, record: RunRecord, outcome: Outcome, run_dir: Path) -> ModelFacts:
     """What the documents of the exported model are written from."""
-    record = {
-        **facts,
-        "outcome": outcome_record(outcome),
-        "energy": taken(run_dir),
-        "challenges": outcome.challenges,
-    }
-    of_model = gather(run_dir, record, read_answers(config.export.answers)[0])
+    ended = replace(record, outcome=outcome_record(outcome), energy=taken(run_dir), challenges=outcome.challenges)
+    of_model = gather(run_dir, ended.as_json(), read_answers(config.export.answers)[0])
     of_model.step = outcome.progress.step
     of_model.tokens = outcome.progress.tokens
     of_model.artefact = artefact_of(run_dir, of_model.step, config.checkpoint.fallback_dir)
@@ -318,7 +323,7 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequen
     lines += [f"slow:       {Slow(**each).since()}" for each in outcome.slow_ranks]
     if export is not None:
         lines.append(f"model:      {export}")
-    lines += [f"run record: {run_dir / 'run.json'}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
+    lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
     lines += [f"{name + ':':<11} {where}" for name, where in hints]
     return "\n".join(lines)
 

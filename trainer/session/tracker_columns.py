@@ -11,6 +11,7 @@ from trainer.config.resuming import flat, plain
 from trainer.config.run import RunConfig
 from trainer.reporting.config import COLUMNS
 from trainer.reporting.numbers import short
+from trainer.reporting.run_record import RunRecord
 
 FACTS = ("world_size", "accumulation", "total_steps", "attention", "layout", "device_name")
 """What `run.json` says of how steps are computed; columns too."""
@@ -22,15 +23,20 @@ def name_of(config: RunConfig) -> str:
     return f"{config.strategy.name}-{config.tuning.name}-lr{short(config.optim.lr)}"
 
 
-def tracker_settings(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     """Flat columns, and under `config` the whole configuration."""
     tree = plain(config)
     leaves = flat(tree)
     columns = {name: _shown(key, leaves.get(key)) for key, name in COLUMNS.items()}
-    columns |= {key: facts.get(key) for key in FACTS}
-    columns |= {"base_model": facts["base_model"], "run_dir": config.run.dir, "precision": facts["precision"]}
+    columns |= {key: getattr(record, key) for key in FACTS}
+    columns |= {"base_model": record.base_model, "run_dir": config.run.dir, "precision": record.precision}
     columns |= chosen_columns(config.logging.columns, leaves)
-    more = {key: facts[key] for key in ("data_fingerprint", "git_revision", "versions", "substitutions")}
+    more = {
+        "data_fingerprint": record.data_fingerprint,
+        "git_revision": record.git_revision,
+        "versions": record.versions,
+        "substitutions": record.substitutions,
+    }
     return {**columns, **more, "config": tree}
 
 

@@ -1,0 +1,130 @@
+"""`run.json` as a typed record: written, read back, and tolerant of files that an earlier version or somebody else wrote."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from trainer.reporting.results import note
+from trainer.reporting.run_record import (
+    MOST_BYTES,
+    SAID_LATER,
+    MeasuredCost,
+    MemoryCheck,
+    PredictedCost,
+    Receipt,
+    RunOutcome,
+    RunRecord,
+    Sharding,
+    TuningStart,
+    read_run_record,
+    readable_run_record,
+)
+from trainer.session.run_facts import write_run_record
+
+ARCHIVE = Path(__file__).parents[1] / "golden" / "earlier_version.tar.gz"
+RECORD = RunRecord(
+    strategy="zero2",
+    world_size=2,
+    epochs=1.5,
+    base_model="org/base",
+    tuning_from=TuningStart(path="runs/first/export", sha256="ab"),
+    sharding=Sharding(parameters=10, trainable_parameters=4, exchange="gloo", held_per_rank=[5, 5]),
+    substitutions={"batch.micro": "auto -> 4 (planned)"},
+    must_fit=MemoryCheck(live_gib=1.0, needed_gib=2.0, device_gib=3.0, when="backward"),
+    receipt=Receipt(predicted=PredictedCost(memory_gib=1.0), measured=MeasuredCost(step_s=0.5)),
+    outcome=RunOutcome(progress={"step": 4}, before={"eval/loss": 2.0}),
+)
+
+
+def content_of(record):
+    """A record's fields but for those that say where it came from."""
+    return {**asdict(record), "keys": None, "other": None}
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    write_run_record(tmp_path, RECORD)
+    assert content_of(read_run_record(tmp_path)) == content_of(RECORD)
+    assert content_of(readable_run_record(tmp_path)) == content_of(RECORD)
+    tree = json.loads((tmp_path / "run.json").read_text())
+    assert tree["label_names"] is None and tree["sharding"]["held_per_rank"] == [5, 5]
+    assert "gates" not in tree and "jobs" not in tree  # nothing to say yet
+    # Verbs put something under a key of the file; the rest stays as it is.
+    note(tmp_path, "exports", [{"to": "there"}])
+    assert read_run_record(tmp_path).exports == [{"to": "there"}]
+    assert json.loads((tmp_path / "run.json").read_text()) == {**tree, "exports": [{"to": "there"}]}
+
+
+def test_records_of_an_earlier_version_are_read_and_lose_nothing(tmp_path):
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    for name in ("finished", "classifier", "stopped"):
+        record = read_run_record(tmp_path / "runs" / name)
+        tree = json.loads((tmp_path / "runs" / name / "run.json").read_text())
+        assert record.total_steps == tree["total_steps"] and record.data_fingerprint == tree["data_fingerprint"]
+        assert record.receipt.predicted.memory_gib == tree["receipt"]["predicted"]["memory_gib"]
+        again = record.as_json()
+        assert again.keys() == tree.keys() and not record.other
+        nested = ("receipt", "outcome", "sharding", "tuning_from")
+        assert all(again[key] == tree[key] for key in tree.keys() - {*nested})
+        assert again["receipt"]["predicted"].items() >= tree["receipt"]["predicted"].items()
+        assert record.base_commit is None and record.not_exported is None  # of which that version knew nothing
+
+
+def test_what_is_wrong_is_named_and_a_reader_who_shows_what_there_is_goes_on(tmp_path):
+    tree = RECORD.as_json() | {"world_size": "two", "epochs": True, "versions": ["torch"], "substitutions": {"a": 1}}
+    tree |= {"receipt": {"measured": {"step_s": "fast", "memory_gib": 2}}, "label_names": "neg", "sharding": None}
+    tree["of_somebody_else"] = {"a": [1]}
+    (tmp_path / "run.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError) as caught:
+        read_run_record(tmp_path)
+    assert {*str(caught.value).split("; ")} == {
+        "world_size is not a whole number",
+        "epochs is not a number",
+        "versions is not an object of text",
+        "substitutions is not an object of text",
+        "receipt.measured.step_s is not a number",
+        "label_names is not a list of text",
+    }
+    record = readable_run_record(tmp_path)
+    assert (record.strategy, record.world_size, record.epochs, record.versions) == ("zero2", 0, 0.0, {})
+    assert record.receipt.measured == MeasuredCost(memory_gib=2)
+    assert record.sharding == Sharding() and record.other == {"of_somebody_else": {"a": [1]}}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "{", "[" * 100_000, "\0", "null"])
+def test_a_file_that_is_no_record_is_refused_or_read_as_an_empty_one(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises((ValueError, RecursionError)):
+        read_run_record(tmp_path)
+    assert readable_run_record(tmp_path) == RunRecord()
+
+
+def test_no_file_and_a_huge_file_are_no_record(tmp_path):
+    with pytest.raises(OSError):
+        read_run_record(tmp_path)
+    with (tmp_path / "run.json").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(OSError, match="more than"):
+        read_run_record(tmp_path)
+    assert readable_run_record(tmp_path) == RunRecord()
+
+
+def test_keys_that_come_later_are_fields_without_a_value():
+    """Else a record would say a default as if it were known."""
+    tree = RunRecord().as_json()
+    assert not {*SAID_LATER} & tree.keys() and {*SAID_LATER} < {*asdict(RunRecord())}
+
+
+def test_the_record_needs_neither_torch_nor_a_configuration():
+    program = (
+        "import sys, trainer.reporting.run_record; "
+        "loaded = [name for name in sys.modules if name == 'torch' or name.startswith('trainer.config')]; "
+        "sys.exit(', '.join(loaded) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
