@@ -225,13 +225,16 @@ def _write_all(found: Comparison, said: dict[str, Any], to: Path) -> list[str]:
     from launch.compare.answer import as_csv, as_html, as_markdown
     from launch.compare.page import missing, write_pictures
     from launch.compare.workspace import script as workspace_script
+    from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
     from trainer.reporting.status import write_text_atomic
 
     script = workspace_script(found, to)
     pictures = write_pictures(found, to) if missing() is None else []
     write_text_atomic(to / "compare.md", as_markdown(found, pictures))
     write_text_atomic(to / "compare.csv", as_csv(found))
-    write_text_atomic(to / "compare.json", json.dumps(said, indent=1, allow_nan=False) + "\n")
+    write_text_atomic(
+        to / "compare.json", json.dumps({VERSION_KEY: FILE_VERSION, **said}, indent=1, allow_nan=False) + "\n"
+    )
     if missing() is None:
         write_text_atomic(to / "compare.html", as_html(found))
     if script is not None:

@@ -14,6 +14,7 @@ from strategies.atomic_io import reason
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import places_of, published
 from trainer.config.resuming import KINDS, flat
+from trainer.reporting.file_version import version_of
 from trainer.reporting.metric_rows import METRICS, MetricRows, read_rows
 from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import State, read_failure, read_status
@@ -151,6 +152,7 @@ def _object(path: Path, objects: Iterable[str] = ()) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it holds no keys")
+        version_of(value)
         if odd := [key for key in objects if not isinstance(value.get(key) or {}, dict)]:
             raise ValueError(f"{odd[0]} holds no keys")
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError
+from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY, version_of
 from trainer.reporting.shared_choice import COMPARISON
 from trainer.reporting.status import write_text_atomic
 
@@ -49,7 +50,9 @@ class ComparisonRow:
 def write_rows(to: Path, rows: list[ComparisonRow], words: list[str]) -> None:
     """Write `comparison.json` into `to`. Errors: StorageError."""
     points = [asdict(row) | {"directories": [str(path.relative_to(to)) for path in row.directories]} for row in rows]
-    write_text_atomic(to / RECORD, json.dumps({"words": words, "points": points}, indent=1) + "\n")
+    write_text_atomic(
+        to / RECORD, json.dumps({VERSION_KEY: FILE_VERSION, "words": words, "points": points}, indent=1) + "\n"
+    )
 
 
 def read_rows(to: Path) -> list[ComparisonRow]:
@@ -58,14 +61,16 @@ def read_rows(to: Path) -> list[ComparisonRow]:
     if not path.is_file():
         return []
     try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version_of(record)
         return [
             ComparisonRow(
                 **point
                 | {"directories": tuple(to / name for name in point["directories"]), "refused": tuple(point["refused"])}
             )
-            for point in json.loads(path.read_text(encoding="utf-8"))["points"]
+            for point in record["points"]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); name the run directories below {to} instead, or repeat the command that made it"
         ) from error

@@ -16,7 +16,9 @@ from launch.config.frozen import freeze_choices, load_frozen
 from strategies.matmul import Matmul
 from tests.helpers.launching import command_here
 from trainer.config.run import MICRO, kept_matmul
+from trainer.reporting.file_version import FILE_VERSION
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
+from trainer.reporting.run_record import read_run_record
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "earlier_version.tar.gz"
 SAME_WORDS = [
@@ -57,6 +59,9 @@ def test_a_stopped_run_goes_on_once_the_new_code_is_accepted(site, capsys):
     rows = [json.loads(line) for line in (site / "runs/stopped/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
     assert (site / "runs/stopped/export/adapter_model.safetensors").exists()
+    # Files that are written whole have the version of today; rows go on in the file that has none.
+    assert read_run_record(site / "runs/stopped").version == FILE_VERSION
+    assert not any("version" in row for row in rows)
 
 
 def test_every_verb_reads_them(site, capsys):
@@ -64,7 +69,11 @@ def test_every_verb_reads_them(site, capsys):
     states = {Path(run["directory"]).name: run["state"] for run in json.loads(capsys.readouterr().out)["runs"]}
     assert states == {"finished": "done", "classifier": "done", "stopped": "preempted"}
 
-    assert command_here(["compare", "runs/finished", "runs/stopped"]) == 0
+    assert command_here(["compare", "runs/finished", "runs/stopped", "to=compared"]) == 0
+    compared = json.loads((site / "compared/compare.json").read_text())
+    assert compared["version"] == FILE_VERSION
+    for name in ("finished", "classifier", "stopped"):
+        assert read_run_record(site / "runs" / name).version == 0
     assert command_here(["export", "runs/classifier", "to=exports/classifier"]) == 0
     exported = json.loads((site / "exports/classifier/config.json").read_text())
     assert exported["id2label"] == {"0": "neg", "1": "pos"}

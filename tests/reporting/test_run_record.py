@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.reporting.file_version import FILE_VERSION
 from trainer.reporting.results import note
 from trainer.reporting.run_record import (
     MOST_BYTES,
@@ -51,7 +52,9 @@ def test_what_is_written_is_read_back(tmp_path):
     assert content_of(read_run_record(tmp_path)) == content_of(RECORD)
     assert content_of(readable_run_record(tmp_path)) == content_of(RECORD)
     tree = json.loads((tmp_path / "run.json").read_text())
-    assert tree["label_names"] is None and tree["sharding"]["held_per_rank"] == [5, 5]
+    assert (
+        tree["version"] == FILE_VERSION and tree["label_names"] is None and tree["sharding"]["held_per_rank"] == [5, 5]
+    )
     assert "gates" not in tree and "jobs" not in tree  # nothing to say yet
     # Verbs put something under a key of the file; the rest stays as it is.
     note(tmp_path, "exports", [{"to": "there"}])
@@ -69,6 +72,7 @@ def test_records_of_an_earlier_version_are_read_and_lose_nothing(tmp_path):
         assert record.receipt.predicted.memory_gib == tree["receipt"]["predicted"]["memory_gib"]
         again = record.as_json()
         assert again.keys() == tree.keys() and not record.other
+        assert record.version == 0  # it was written before files had one
         nested = ("receipt", "outcome", "sharding", "tuning_from")
         assert all(again[key] == tree[key] for key in tree.keys() - {*nested})
         assert again["receipt"]["predicted"].items() >= tree["receipt"]["predicted"].items()
@@ -112,6 +116,16 @@ def test_no_file_and_a_huge_file_are_no_record(tmp_path):
     with pytest.raises(OSError, match="more than"):
         read_run_record(tmp_path)
     assert readable_run_record(tmp_path) == RunRecord()
+
+
+def test_a_record_of_a_later_version_is_refused_or_read_as_far_as_it_is_known(tmp_path):
+    (tmp_path / "run.json").write_text(
+        json.dumps(RECORD.as_json() | {"version": FILE_VERSION + 1, "strategy": ["new"]})
+    )
+    with pytest.raises(ValueError, match=f"it has version {FILE_VERSION + 1}, .* up to {FILE_VERSION}: use a later"):
+        read_run_record(tmp_path)
+    record = readable_run_record(tmp_path)
+    assert (record.version, record.world_size, record.strategy) == (FILE_VERSION + 1, 2, "")
 
 
 def test_keys_that_come_later_are_fields_without_a_value():

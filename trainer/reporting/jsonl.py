@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 from strategies import atomic_io
 from strategies.errors import StorageError
 from trainer.reporting.earlier_rows import EarlierResults, earlier
+from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
 from trainer.reporting.metric_rows import UnreadableLine, read_rows
 
 UNREADABLE = "metrics.unreadable.jsonl"
@@ -94,7 +96,9 @@ class JsonlTracker:
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._write_again_if_deleted()
-        self._file.write(json_text({"step": step, **metrics, **not_finite(metrics)}) + "\n")
+        # The first row has the file's version, as one more key: a row of its own would be no row to those who read the file.
+        version = {VERSION_KEY: FILE_VERSION} if os.fstat(self._file.fileno()).st_size == 0 else {}
+        self._file.write(json_text({"step": step, **metrics, **not_finite(metrics), **version}) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

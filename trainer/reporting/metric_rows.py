@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from strategies import atomic_io
+from strategies.errors import ConfigError
+from trainer.reporting.file_version import VERSION_KEY, version_of
 
 METRICS = "metrics.jsonl"
 MOST = 2**34
@@ -41,10 +43,12 @@ class MetricRows:
     """As they stand in the file, one for each of `rows`."""
     unreadable: list[UnreadableLine] = field(default_factory=list)
     """Without a last line that has no end: it is being written, or was when the run was killed."""
+    version: int = 0
+    """Of the file, as its first row says; 0 for a file of before there was one. No row has it."""
 
 
 def read_rows(path: Path) -> MetricRows:
-    """All rows of a file; none where there is no file. Errors: OSError."""
+    """All rows of a file; none where there is no file. Errors: OSError; ConfigError if it is of a later version."""
     try:
         data = atomic_io.read_bytes(path, most=MOST)
     except FileNotFoundError:
@@ -55,11 +59,14 @@ def read_rows(path: Path) -> MetricRows:
         if not line.strip():
             continue
         try:
-            row = row_of(line)
+            row = _object_of(line)
         except ValueError as error:
             if number < len(lines):
                 found.unreadable.append(UnreadableLine(number, str(error), line))
             continue
+        if VERSION_KEY in row:
+            found.version = _known_version(row, path)
+            del row[VERSION_KEY]
         found.rows.append(row)
         found.lines.append(line)
     return found
@@ -76,8 +83,21 @@ def rows_in(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     return rows
 
 
+def _known_version(row: dict[str, Any], path: Path) -> int:
+    try:
+        return version_of(row)
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
 def row_of(line: bytes) -> dict[str, Any]:
-    """The row that a line is. Raises ValueError with what is wrong with it, to follow "line 7"."""
+    """The row that a line is, without the file's version. Raises ValueError with what is wrong, to follow "line 7"."""
+    row = _object_of(line)
+    row.pop(VERSION_KEY, None)
+    return row
+
+
+def _object_of(line: bytes) -> dict[str, Any]:
     if b"\0" in line:
         raise ValueError("has NUL bytes, as a power cut leaves them")
     try:

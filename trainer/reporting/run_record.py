@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from strategies import atomic_io
+from trainer.reporting.file_version import FILE_VERSION, version_of
 
 RUN_RECORD = "run.json"
 MOST_BYTES = 2**24
@@ -128,6 +129,9 @@ class RunOutcome:
 class RunRecord:
     """What `run.json` says. Of a file that was read, what it does not say, or says as null, has its default."""
 
+    version: int = FILE_VERSION
+    """Of the file (`trainer/reporting/file_version.py`); 0 for a file of before there was one."""
+
     # What was asked for.
     config_sha256: str = ""
     strategy: str = ""
@@ -192,6 +196,8 @@ class RunRecord:
     git_revision: str | None = None
     slurm_job_id: str | None = None
     command: str = ""
+    energy: dict[str, Any] | None = None
+    """What the hosts measured, as the run ended; None if they measured nothing."""
 
     # From here on a key is in the file once there is something to say.
     identity: dict[str, Any] | None = None
@@ -205,7 +211,6 @@ class RunRecord:
     not_exported: list[str] | None = None
     """Files of the base that changed, so that nothing was exported."""
     exports: list[dict[str, Any]] | None = None
-    energy: dict[str, Any] | None = None
     outcome: RunOutcome | None = None
     jobs: list[dict[str, Any]] | None = None
     """Starts under SLURM, and what each used."""
@@ -220,7 +225,7 @@ class RunRecord:
         tree = asdict(self)
         known = tree.pop("keys")
         other = tree.pop("other")
-        defaults = asdict(RunRecord())
+        defaults = asdict(RunRecord(version=self.version))
         for key in tree.keys() - known:
             says_nothing = tree[key] is None if key in SAID_LATER else bool(known)
             if says_nothing and tree[key] == defaults[key]:
@@ -230,7 +235,7 @@ class RunRecord:
 
 SAID_LATER = (
     *("identity", "accepted", "must_fit", "staged", "receipt", "challenges", "gates", "not_exported", "exports"),
-    *("energy", "outcome", "jobs"),
+    *("outcome", "jobs"),
 )
 """Keys that are in the file once there is something to say. Every other key is there from the start, with null for None."""
 
@@ -240,6 +245,7 @@ def read_run_record(run_dir: Path) -> RunRecord:
     tree = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, most=MOST_BYTES))
     if not isinstance(tree, dict):
         raise ValueError("it holds no object")
+    version_of(tree)
     wrong: list[str] = []
     record = record_of(tree, wrong)
     if wrong:
@@ -248,7 +254,10 @@ def read_run_record(run_dir: Path) -> RunRecord:
 
 
 def readable_run_record(run_dir: Path) -> RunRecord:
-    """What can be read of the record of a run directory: an empty one if there is no file, or nothing in it can be read."""
+    """What can be read of the record of a run directory, also of a later version.
+
+    It is an empty record if there is no file, or nothing in it can be read.
+    """
     try:
         tree = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, most=MOST_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -260,7 +269,7 @@ def record_of(tree: Mapping[str, Any], wrong: list[str]) -> RunRecord:
     """The record that JSON values by key make. `wrong` gets a line for each value of another type; its field has its default."""
     known = _fields_of(RunRecord, tree, "", wrong)
     other = {key: value for key, value in tree.items() if key not in get_type_hints(RunRecord)}
-    return RunRecord(**known, other=other, keys=frozenset(tree))
+    return RunRecord(**{"version": 0, **known}, other=other, keys=frozenset(tree))
 
 
 def _fields_of(kind: type, tree: Mapping[str, Any], prefix: str, wrong: list[str]) -> dict[str, Any]:

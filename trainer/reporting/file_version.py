@@ -1,0 +1,27 @@
+"""The version of the files of a run directory that are written and read back.
+
+`run.json`, the first row of `metrics.jsonl`, `comparison.json` and `compare.json` have it as one whole number under one key;
+`evaluation.json` has a number of its own there, since reports change by themselves. A file without it is of version 0: it was
+written before files had one. A new key in a file is no new version; a key that means something else, or is gone, is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+VERSION_KEY = "version"
+FILE_VERSION = 1
+"""What is written now, and the latest that can be read."""
+
+
+def version_of(tree: Mapping[str, Any]) -> int:
+    """The version of a file with these keys. Raises ValueError, with a sentence for people, if it is a later one or is none."""
+    version = tree.get(VERSION_KEY, 0)
+    if type(version) is not int or version < 0:
+        raise ValueError(f"its {VERSION_KEY} is {version!r}, which is none")
+    if version > FILE_VERSION:
+        raise ValueError(
+            f"it has version {version}, and this shardtune reads versions up to {FILE_VERSION}: use a later shardtune"
+        )
+    return version
