@@ -18,6 +18,7 @@ from strategies.compat.dispatch import (
     FLASH_ATTENTION_ON_CPU,
     TorchDispatchMode,
 )
+from strategies.compat.transformers import checkpoint_block
 from strategies.errors import ConfigError
 
 # Costly to recompute, cheap to keep: matrix products and attention. Everything else is recomputed.
@@ -126,9 +127,8 @@ def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
     elif used := [mode for mode in modes if mode is not ActivationCheckpointing.none]:
         _checkpoint(step_module, used[0])
         for block, mode in zip(blocks, modes, strict=True):
-            block.gradient_checkpointing = mode is not ActivationCheckpointing.none
-            kwargs = _checkpoint_arguments(mode)
-            block._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, **kwargs)
+            checkpoint = partial(torch.utils.checkpoint.checkpoint, **_checkpoint_arguments(mode))
+            checkpoint_block(block, checkpoint, recomputes=mode is not ActivationCheckpointing.none)
             if mode is ActivationCheckpointing.selective:
                 _keep_outputs(block)
     if config.compile:

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 
+from strategies.compat.transformers import checkpoint_block
 from strategies.parameters import meta_context
 from tests.models import tiny
 from trainer.data.tokens.compat import render_conversations
@@ -167,6 +168,21 @@ def test_a_recomputed_block_gets_its_cache():
     cache = transformers.DynamicCache()
     layer(embedded, position_embeddings=model.model.rotary_emb(embedded, torch.arange(6)[None]), cache=cache)
     assert seen == [cache]
+
+
+def test_blocks_keep_or_recompute_by_their_own_function():
+    model = model_of(transformers.LlamaConfig(**SIZES)).train()
+    model.activation_checkpointing_enable()
+    called = []
+    for number, block in enumerate(model.model.layers):
+
+        def checkpoint(function, *args, number=number):
+            called.append(number)
+            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+        checkpoint_block(block, checkpoint, recomputes=number == 1)
+    model(input_ids=torch.arange(6)[None]).logits.sum().backward()
+    assert called == [1]
 
 
 def test_a_name_in_a_checkpoint_is_the_one_that_saving_writes(tmp_path):

@@ -57,8 +57,8 @@ def attention_of(settings: Any) -> str:
 def other_attention(settings: Any, name: str) -> Iterator[None]:
     """Within it, the model of these `settings` computes with the attention `name`.
 
-    Sets `_attn_implementation`. The public `set_attn_implementation` asks once more whether the class declares SDPA, which some
-    classes that train here do not, and would refuse to go back to an attention with documents.
+    Sets `_attn_implementation`. The public `set_attn_implementation` refuses SDPA for classes that do not declare it. Some of
+    these train and write here, such as Mamba and xLSTM, where the name decides nothing.
     """
     before = settings._attn_implementation
     settings._attn_implementation = name

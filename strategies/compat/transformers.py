@@ -1,0 +1,22 @@
+"""What activation checkpointing needs of transformers beside its public interface. Read in transformers 5.24.
+
+tests/compat/test_transformers.py calls it. Other names of transformers stand in `trainer/model/compat.py` and
+`trainer/tuning/compat/transformers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def checkpoint_block(block: nn.Module, checkpoint: Callable[..., Any], *, recomputes: bool) -> None:
+    """Let one block keep or recompute its activations by its own function.
+
+    Sets `gradient_checkpointing` and `_gradient_checkpointing_func` of transformers' `GradientCheckpointingLayer`. The public
+    `activation_checkpointing_enable` gives every block of a model the same function, and a plan has several kinds.
+    """
+    block.gradient_checkpointing = recomputes  # type: ignore[assignment]
+    block._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
