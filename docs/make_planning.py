@@ -38,8 +38,8 @@ def row(one: dict[str, Any], *predicted: str) -> str:
 
 def table(rows: list[dict[str, Any]], *predicted: tuple[str, str]) -> list[str]:
     """A table of these rows; `predicted` are (key, title)."""
-    titles = ["row", "model", "tuned", "rows x tokens", "measured GiB", *(title for _, title in predicted), "off"]
-    titles += ["tokens/s measured", "off"]
+    titles = ["row", "model", "tuned", "rows x tokens", "measured GiB", *(title for _, title in predicted), "error"]
+    titles += ["tokens/s measured", "error"]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     return lines + [row(one, *(key for key, _ in predicted)) for one in rows]
 
@@ -48,10 +48,12 @@ def said(rows: list[dict[str, Any]]) -> str:
     """How far these rows are off, in memory and speed."""
     off, speeds = [one["off_percent"] for one in rows], [one["speed_off_percent"] for one in rows]
     sizes, known = [abs(each) for each in off], [each for each in speeds if each is not None]
-    text = f"{len(rows)} rows, memory median {statistics.median(sizes):.1f} % off (signed {statistics.median(off):+.1f} %), "
-    text += f"within 10 %: {sum(each <= 10 for each in sizes)}, worst {max(sizes):.1f} %"
+    text = f"{len(rows)} rows. Predicted memory: median error {statistics.median(sizes):.1f} % "
+    text += f"(signed {statistics.median(off):+.1f} %), at most 10 % in {sum(each <= 10 for each in sizes)} rows, "
+    text += f"{max(sizes):.1f} % in the worst."
     if known:
-        text += f"; tokens/s median {statistics.median(known):+.1f} %, from {min(known):+.1f} to {max(known):+.1f} %"
+        text += f" Predicted tokens/s: median error {statistics.median(known):+.1f} %, "
+        text += f"from {min(known):+.1f} to {max(known):+.1f} %."
     return text
 
 
@@ -61,11 +63,11 @@ def section(found: dict[str, Any]) -> list[str]:
     own = [one for one in one_gpu if one["own_kind"]]
     others = [one for one in one_gpu if not one["own_kind"]]
     left = [one for one in found["left_out"] if one["why"] != NO_EQUAL]
-    lines = [f"**Trainers that, like this one, hold no logits:** {said(own)}. Worst first:", ""]
+    lines = [f"**Trainers that, like this one, hold no logits:** {said(own)} Worst first:", ""]
     lines += table(own, ("predicted_gib", "predicted GiB"))
     lines += [
         "",
-        f"**Other rows of one GPU:** {said(others)}. The {min(SHOWN, len(others))} worst first; the file has all:",
+        f"**Other rows of one GPU:** {said(others)} The {min(SHOWN, len(others))} worst rows (the file has all):",
         "",
     ]
     lines += table(others[:SHOWN], ("predicted_gib", "as this trainer"), ("as_theirs_gib", "as theirs"))
@@ -80,9 +82,9 @@ def died(rows: list[dict[str, Any]]) -> list[str]:
     theirs, ours = (sum(one[key] for one in rows) for key in ("as_theirs_fits", "predicted_fits"))
     own = [one["as_theirs_fits"] for one in rows if not one["holds_logits"] and one["method"] != "full"]
     lines = [
-        f"**Runs of one GPU that died of memory** (as is presumed): {len(rows)}, predicted to fit: {theirs} "
-        f"as theirs, {ours} as this trainer runs them. {len(own)} adapt a frozen base and hold no logits, as this one: of "
-        f"these {sum(own)}. With the allowances above. Worst first:",
+        f"**Runs of one GPU that probably ran out of memory:** {len(rows)} runs. Predicted to fit, with the allowances above: "
+        f"{theirs} as theirs, {ours} as this trainer would run them. {len(own)} of the runs adapt a frozen base and hold no "
+        f"logits, as this trainer does: of these {sum(own)} are predicted to fit. Worst first:",
         "",
         "| row | model | tuned | with | rows x tokens | GiB of the card | as this trainer | as theirs | predicted to fit |",
         f"|{'---|' * 9}",
