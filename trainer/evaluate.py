@@ -20,7 +20,7 @@ from trainer.checkpoints.manifest import fingerprint
 from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.prepare import ChooseDate, Prepared
-from trainer.data.progress import Say, say_on_rank_0
+from trainer.data.report.progress import Say, say_on_rank_0
 from trainer.evaluation.report import comparison as against
 from trainer.evaluation.report import page, record
 from trainer.evaluation.report.intervals import Bootstrap, resampled, spans

@@ -12,7 +12,7 @@ from trainer.data import prepare, progress
 from trainer.data.config import DataConfig
 from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
-from trainer.data.progress import PreparationProgress, say_on_rank_0
+from trainer.data.report.progress import PreparationProgress, say_on_rank_0
 from trainer.data.worker import ordered_map
 
 

@@ -14,7 +14,7 @@ from tests.helpers.endpoint import serving
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.data import progress
+from trainer.data.report import progress
 from trainer.evaluation import task_evaluator
 from trainer.evaluation.tasks.prepared import Ready
 

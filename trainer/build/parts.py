@@ -21,7 +21,7 @@ from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import steps_from_budget
 from trainer.data.config import Layout
 from trainer.data.prepare import ChooseDate, Preparation, Prepared, kept_or_first
-from trainer.data.progress import Say, say_on_rank_0
+from trainer.data.report.progress import Say, say_on_rank_0
 from trainer.losses.fuse import fuse_head
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex

@@ -24,11 +24,11 @@ from trainer.data.cache import DONE, Digests, Shards, build_once, compare, dated
 from trainer.data.config import BalanceBy, ControlTokens, DataConfig, OverLength, PrivacyMode, Verify, identifying
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import Reading
-from trainer.data.progress import PreparationProgress, Say, say_on_rank_0
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
 from trainer.data.rendered import refuse_rendered
 from trainer.data.report.describe import Description
+from trainer.data.report.progress import PreparationProgress, Say, say_on_rank_0
 from trainer.data.selection.splits import choose
 from trainer.data.shards import Assembly, Block
 from trainer.data.sources import inputs_of, jobs, readers_of, require_room, rows_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from strategies.errors import DataError, ShardtuneError
 from strategies.runtime import broadcast_object
 from trainer.data.document import RefusedDocument
-from trainer.data.progress import PreparationProgress
+from trainer.data.report.progress import PreparationProgress
 from trainer.evaluation.tasks.base import TaskRow
 from trainer.evaluation.tasks.model_interface import FirstRequest
 from trainer.evaluation.tasks.prepared import Ready

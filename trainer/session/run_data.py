@@ -20,7 +20,7 @@ from trainer.config.run import RunConfig, kept_date
 from trainer.data.cache import DONE
 from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation, Prepared, kept_or_first, open_prepared
-from trainer.data.progress import Say, say_on_rank_0
+from trainer.data.report.progress import Say, say_on_rank_0
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter, TokenDataset
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
