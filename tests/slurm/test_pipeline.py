@@ -77,12 +77,10 @@ def test_each_part_follows_the_one_before_and_asks_for_what_it_needs(site, capsy
         *[[f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"] for number in (1, 2, 3)],
     ]
     said = capsys.readouterr().out
-    for row in (
-        "1           prepare       1     -  cpu ",
-        "2           train         2     8  gpu ",
-        "4           export ",
-    ):
-        assert row in said, said
+    rows = [line.split()[:5] for line in said.splitlines()]
+    assert ["1", "prepare", "1", "-", "cpu"] in rows, said
+    assert ["2", "train", "2", "8", "gpu"] in rows, said
+    assert ["4", "export", "1", "-", "cpu"] in rows, said
     found = {part: options(site / "run" / f"{part}.sbatch") for part in ("prepare", "train", "evaluate", "export")}
     assert {part: (each["nodes"], each.get("gpus-per-node"), each["partition"]) for part, each in found.items()} == {
         "prepare": ("1", None, "cpu"),
