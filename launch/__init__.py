@@ -1,4 +1,4 @@
-"""What people type: one thin verb a file, over the trainer."""
+"""The command `shardtune`: a folder for each verb, with what the verbs share beside them."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""What verbs print: tables for people, JSON for scripts, and streams that outlive their reader.
+"""Prints for verbs: tables for people, JSON for scripts, and streams that survive a closed pipe.
 
 A table is a list of columns and a list of rows; rich lays it out, and is imported when the first table is drawn. All text is
 plain: no markup, no colours and no lines around cells, so that a table is the same in a terminal, a pipe and a log.

@@ -1,7 +1,7 @@
-"""What the process says, and in which encoding: made fit once, before a verb begins.
+"""Standard streams and their encoding, repaired once before a verb starts.
 
-A cron job or a daemon may start the command with its standard streams closed. A minimal container may give it a locale of
-ASCII alone, and a terminal an encoding that lacks most characters. None of that may end a run.
+A cron job or a daemon may start the command with closed standard streams. A minimal container may have a locale of
+ASCII alone, and a terminal an encoding that lacks most characters. None of these may end a run.
 """
 
 from __future__ import annotations

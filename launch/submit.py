@@ -1,4 +1,4 @@
-"""`shardtune submit`: compose and freeze a run, then hand it to SLURM. With `--print` (or `--dry-run`) show its scripts and stop.
+"""`shardtune submit`: composes and freezes a run and hands it to SLURM. `--print` or `--dry-run` only show the scripts.
 
 Refuses any launcher but SLURM's; without a choice on the command line it takes `launcher=slurm`.
 """

@@ -1,7 +1,8 @@
-"""`shardtune train`, and `python -m launch.train` under torchrun and srun: start a run, or be one rank of it.
+"""`shardtune train`, and `python -m launch.train` under torchrun and srun: starts a run, or is one rank of it.
 
-The environment decides which. A launcher composes, freezes and starts; a worker loads what was frozen (or composes the
-same words itself) and trains. How a run ended is read from its directory, where the first failing rank left its error.
+The environment decides which. A launcher composes, freezes and starts. A rank loads the frozen configuration (or
+composes the same words itself) and trains. How a run ended is read from its directory, where the first failing rank
+left its error.
 """
 
 from __future__ import annotations

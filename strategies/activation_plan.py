@@ -1,7 +1,7 @@
-"""Which blocks recompute their activations, so that a step fits a memory budget and recomputes no more than it must.
+"""Chooses the blocks that recompute activations, so that a step fits a memory budget with the least recomputation.
 
-What a block keeps is counted, not guessed: the step module runs once forward on the meta device, where tensors have shapes
-and no memory, and autograd's own hooks report what it saves.
+What a block keeps is counted, not guessed: the step module runs once forward on the meta device, where tensors have
+shapes and no memory, and autograd's own hooks report what it saves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Files that a run depends on: the one place that writes, syncs, renames, links and reads them.
+"""Writes, syncs, renames, links and reads the files that a run depends on. No other module does.
 
-What was written here survives a power cut once the call is back: the bytes of a file are synced before it gets its name,
-and the directory after. Calls to the operating system go through `disk`, in whose place tests put one that fails as disks
+A file written here survives a power cut once the call has returned: its bytes are synced before it gets its name, and
+the directory after. Calls to the operating system go through `disk`, which tests replace by one that fails as disks
 and network file systems do. Nothing here communicates.
 """
 

@@ -1,4 +1,4 @@
-"""The one place that turns a strategy's name into the class that runs it."""
+"""Makes the engine of a strategy from its name."""
 
 from __future__ import annotations
 

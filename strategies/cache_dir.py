@@ -1,4 +1,4 @@
-"""Where this host keeps what can be made or fetched again."""
+"""The directory on this host for files that can be made or fetched again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a rank exchanges with others, counted while somebody asks: bytes by collective, as a plan counts them.
+"""Counts the bytes that a rank exchanges, by collective, in the terms of a plan.
 
-The collectives of torch's process groups are seen, whoever calls them: FSDP2, DeepSpeed, the reducer of DDP and the engines here.
-What goes around process groups says so itself: the shared memory of a host (`strategies/host_memory.py`).
+Collectives of torch's process groups are counted whoever calls them: FSDP2, DeepSpeed, DDP's reducer and the engines
+here. Exchange outside process groups reports itself: the shared memory of a host (`strategies/host_memory.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""An exponential moving average of the trained weights, sharded as they are (Polyak and Juditsky 1992).
+"""An exponential moving average of the trained weights, sharded like them (Polyak and Juditsky 1992).
 
-After update `n` the average takes `1 - min(decay, (1 + n) / (10 + n))` of its way to the weights, so that it does not lag behind
-those of the first steps. It is element-wise: each rank averages what it holds, and all strategies come to the same values.
+After update `n`, the average moves by `1 - min(decay, (1 + n) / (10 + n))` towards the weights, so that early steps
+do not make it lag. It is element-wise: each rank averages its own elements, and all strategies give the same values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cheap fingerprints of large files: their size and blocks spread over them. Small files are read whole."""
+"""Fingerprints of large files from their size and a few blocks spread over them. Small files are hashed whole."""
 
 from __future__ import annotations
 

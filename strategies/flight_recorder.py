@@ -1,7 +1,8 @@
-"""The last exchange of this rank with others, out of the flight recorders that torch keeps, one for NCCL and one for gloo.
+"""The last collective of this rank, from the flight recorders that torch keeps for NCCL and for gloo.
 
-It is read as JSON, in the process itself: the files that NCCL's watchdog can write are pickles, which nothing here reads. Ranks
-that exchange through shared memory on one host (`strategies/host_memory.py`) are seen only where they use their group.
+They are read as JSON inside the process: the files that NCCL's watchdog can write are pickles, which nothing here
+reads. Ranks that exchange through shared memory on one host (`strategies/host_memory.py`) appear only when they use
+their process group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parameters made whole on every rank for many forward passes without gradients, as in writing answers token by token."""
+"""Gathers parameters on every rank for many forward passes without gradients, such as generation token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The squared norm of what a rank holds of the gradients."""
+"""The squared norm of the gradients that a rank holds."""
 
 from __future__ import annotations
 

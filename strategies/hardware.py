@@ -1,4 +1,4 @@
-"""What the hardware itself can do, a GPU by its capability: torch's own answers count what is emulated."""
+"""What a GPU can do, by its capability. torch's own answers also count what is emulated."""
 
 from __future__ import annotations
 

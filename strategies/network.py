@@ -1,4 +1,4 @@
-"""What the network of this host lacks for ranks to meet, said before a library ends in a traceback over it."""
+"""Finds network faults that keep ranks from meeting, and reports them before a library fails with a traceback."""
 
 from __future__ import annotations
 

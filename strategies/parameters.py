@@ -1,4 +1,4 @@
-"""Parameters on their way from the meta device to values: names, data types, materialising, filling."""
+"""Parameters between the meta device and their values: names, data types, materialising, filling."""
 
 from __future__ import annotations
 

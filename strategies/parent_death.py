@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""Makes processes end when the process that started them ends."""
 
 from __future__ import annotations
 

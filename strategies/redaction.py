@@ -1,4 +1,4 @@
-"""Secrets in texts that are shown, written or sent: what looks like one, or is one of this process's environment."""
+"""Removes secrets from texts that are shown, written or sent: known patterns, and values of the environment."""
 
 from __future__ import annotations
 

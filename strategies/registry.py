@@ -1,4 +1,4 @@
-"""All strategies that run, and what they have in common: what `strategy=auto` stands for."""
+"""All strategies, and their common properties; `strategy=auto` chooses among them."""
 
 from __future__ import annotations
 

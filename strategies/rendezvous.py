@@ -1,9 +1,9 @@
-"""What ranks tell each other before there is a process group, through the store by which the group will be formed.
+"""Decisions of all ranks before there is a process group, through the store that will form it.
 
-While data is prepared, which may take hours, no collective may wait. A rank that is told to stop then must not leave the
-others behind: they would wait for it until a timeout. So the ranks make one decision, to go on or to stop, the first that
-is made; who has decided to go on tells a later signal to the group. Where rank 0 stops since the directory of the run is no
-longer its own, all hear of that with the decision, and none writes there.
+Preparing data may take hours, and no collective may wait that long. If one rank is told to stop meanwhile, the others
+must not wait for it until a timeout. So the first decision of any rank, to go on or to stop, holds for all; a signal
+that comes after "go on" is handled by the group. If rank 0 stops because it lost the run directory, all learn it with
+the decision, and none writes there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Training state on its way to the disk: at once out of live tensors, or out of a copy while training goes on.
+"""Writes training state: at once from live tensors, or from a copy while training goes on.
 
-Each rank writes one file of tensors; rank 0 adds what says where each lies, and how far the run is. How it is read:
-`strategies/state.py`.
+Each rank writes one file of tensors. Rank 0 adds the index of where each tensor lies, and the progress of the run.
+`strategies/state.py` describes the format and reads it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was really sharded: counted from the live tensors, not from the settings."""
+"""Reports what was really sharded, counted from the live tensors and not from the settings."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Small files by which attempts at a run tell each other something: each appears whole or not at all, also on a network.
+"""Small files by which attempts at a run inform each other. Each appears whole or not at all, also on network disks.
 
-They are written through the seam of `strategies/atomic_io.py`. Errors: OSError.
+They are written through `strategies/atomic_io.py`. Errors: OSError.
 """
 
 from __future__ import annotations

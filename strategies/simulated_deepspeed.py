@@ -1,4 +1,4 @@
-"""DeepSpeed in a simulation: an accelerator that is not there, no look at values that do not exist, and no view for each rank."""
+"""DeepSpeed in a simulation: a stand-in accelerator, no reads of values that do not exist, no view for each rank."""
 
 from __future__ import annotations
 

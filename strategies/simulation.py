@@ -1,8 +1,9 @@
-"""A rank of a job that is not there: fake tensors, a process group that answers at once, and a GPU's choices without one.
+"""Simulates one rank without its hardware: fake tensors, a process group that answers at once, a GPU's choices.
 
-The run's own engine takes its steps on tensors that have shapes and no memory. The GPU is the device `SIMULATED`; the host is
-the device "cpu". torch tells them apart and refuses to mix them, and needs no build for GPUs. What torch or a library chooses
-by the type of device is chosen here as on a GPU: attention kernels, the types that autocast widens, pinned memory.
+The run's own engine takes its steps on tensors that have shapes and no memory. The GPU is the device `SIMULATED`; the
+host is the device "cpu". torch tells them apart and refuses to mix them, and needs no build for GPUs. What torch or a
+library chooses by the type of device is chosen as on a GPU: attention kernels, the types that autocast widens, pinned
+memory.
 """
 
 from __future__ import annotations

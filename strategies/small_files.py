@@ -1,8 +1,8 @@
-"""The one door to small files of a model's or an adapter's directory, which somebody else may have written.
+"""Reads small files of a model's or an adapter's directory, which somebody else may have written. No other module does.
 
-Of such a file only that much is believed: it is a regular file (or a link to one, as in the hub's cache), no larger than makes
-sense, UTF-8, and JSON of a reasonable depth. A pipe would be waited for without end, a device has no end, and a library that
-reads a torn file ends in a traceback that names none.
+A file must be a regular file (or a link to one, as in the hub's cache), of a sensible size, in UTF-8, and JSON of a
+reasonable depth. Otherwise a pipe would block, a device would never end, and a library that reads a torn file would
+end in a traceback that does not name it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which tensors an engine keeps, and as what: parameters, gradients, optimizer state, gathered parameters, buffers."""
+"""Lists the tensors of an engine by kind: parameters, gradients, optimizer state, gathered parameters, buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1, 2 and 3 behind the engine interface: wrapped once, never exposed."""
+"""DeepSpeed ZeRO 1, 2 and 3 behind the engine interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Typed ZeRO settings to DeepSpeed's own dictionary: a pure function, so that no number has two owners."""
+"""Typed ZeRO settings to DeepSpeed's own dictionary: a pure function, so that each number has one owner."""
 
 from __future__ import annotations
 

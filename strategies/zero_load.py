@@ -1,4 +1,4 @@
-"""Initial values under ZeRO-3, where each rank holds a part of every parameter and reads no more than that."""
+"""Initial values under ZeRO-3: each rank holds a part of every parameter and reads no more than that."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The trainer: model, data, tuning, objective, loop, evaluation, records and export, over any strategy."""
+"""What training runs: model, data, tuning, objective, loop, evaluation, reporting and export, over any strategy."""

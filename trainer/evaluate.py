@@ -1,4 +1,4 @@
-"""From a frozen configuration to an evaluation: what `shardtune evaluate` starts on every rank, the assembly drawing of it."""
+"""From a frozen configuration to an evaluation, in one straight line: what `shardtune evaluate` runs on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a frozen config to a finished run, in one straight line: the assembly drawing. All ranks run it."""
+"""From a frozen configuration to a finished run, in one straight line: the assembly drawing. All ranks run it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The root module that strategies shard (`TrainStep`: a model and an objective, from batch to summed terms), and `Built`,
-everything that is known of it before it is sharded."""
+"""`TrainStep`, the root module that strategies shard (a model and an objective), and `Built`, which describes it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Processes: the ranks of one host by torchrun, of several by ssh, of a job by SLURM; and what starts them again."""
+"""Starts the processes of a run (torchrun on one host, ssh on several, SLURM jobs), and restarts them if they fail."""

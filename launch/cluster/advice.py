@@ -1,6 +1,6 @@
-"""What is worth knowing before a job waits for days: what its partition gives, how often it will start again, what it costs.
+"""Checks a job before it is submitted: what its partition offers, how often SLURM may restart it, what it costs.
 
-A job that can never start is refused, where `sinfo` says so and nothing (a reservation, a QOS) may lift the limit.
+If `sinfo` says that a job can never start, and no reservation or QOS may lift the limit, the job is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many runs a job array may have: asked of SLURM before hundreds of points are composed."""
+"""The largest job array that SLURM allows. It is asked for before hundreds of points are composed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The image in which ranks run: what is put before their command, for pyxis (options of srun) and for apptainer. Needs no torch.
+"""Commands of ranks that run in an image: srun's options for pyxis, or a prefix for apptainer. Needs no torch.
 
-The job script itself, which asks SLURM and requeues, stays on the host. What a run reads and writes is mounted at its own place.
+The job script itself stays on the host: it asks SLURM and requeues the job. Directories that a run reads or writes
+are mounted under the same paths.
 """
 
 from __future__ import annotations

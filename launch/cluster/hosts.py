@@ -1,7 +1,7 @@
-"""Several hosts without SLURM: which of them this one is, and over which interface the others reach it.
+"""Several hosts without SLURM: which of them this one is, and the network interface by which the others reach it.
 
-Found out from `launcher.rdzv` (and `launcher.address`), since a host's own name often means 127.0.1.1 on itself and nothing
-elsewhere. Nothing is sent.
+Both are derived from `launcher.rdzv` and `launcher.address`, because a host's own name often resolves to 127.0.1.1 on
+that host and to nothing elsewhere. Nothing is sent.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a job script asks of Python: `begin` before its step is started, `end` after that has ended.
+"""`python -m launch.job begin` and `end`, which a job script calls before and after its training step.
 
-`begin [words]` settles which run this is (frozen by `shardtune submit`, or composed here from the words of slurm/train.sbatch),
-whether it may start, and where its ranks meet; it prints lines for the shell, and everything else to stderr. `end` requeues a run
-that saved and wants to go on, or lost a rank. What an earlier start left is told apart by the job's id and the number of its
-start, never by a clock.
+`begin [words]` settles which run this is (frozen by `shardtune submit`, or composed here from the words of
+slurm/train.sbatch), whether it may start, and where its ranks meet. It prints lines that the shell evaluates;
+everything else goes to stderr. `end` requeues a run that saved and wants to go on, or that lost a rank. Records of an
+earlier start are recognised by the job's id and the number of its start, never by a clock.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The end of a job's start: whether it is requeued, how often, and what is recorded of it; and which job this is.
+"""The end of one start of a job: whether and how often the job is requeued, and what is recorded.
 
-What an earlier start left is told apart by the job's id and the number of its start, never by a clock.
+Records of an earlier start are recognised by the job's id and the number of its start, never by a clock.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""One host of a run that is started over ssh: `python -m launch.cluster.node`, which `launch.cluster.ssh` talks with.
+"""One host of a run that is started over ssh. `launch/cluster/ssh.py` starts `python -m launch.cluster.node` there.
 
-Lines of JSON come in: first the environment, which it takes over by starting itself anew, then where the hosts meet, then
-signals. The first line that goes out says what this host is; all that follows is the ranks' output. Where nothing comes in any
-more (the other end closed, died, or is silent for `SILENT_S`) the ranks are ended: nothing outlives the command.
+The two talk in lines of JSON. First comes the environment: the process restarts itself with it. Then comes the
+address where the hosts meet, then signals. The first line that goes out describes this host; all further lines are
+output of the ranks. If nothing comes in for `SILENT_S` seconds, or the other end closes, the ranks are ended: nothing
+outlives the command.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""A run that ran out of memory is started again with less, where `launcher.retry` asks for it.
+"""Restarts a run that ran out of memory with smaller settings, if `launcher.retry` asks for it.
 
-Amid its steps with half of `batch.micro`; while it chose its strategy without the one it tried.
+If it ran out during training, `batch.micro` is halved. If it ran out while `strategy=auto` tried a strategy, that
+strategy is passed over.
 """
 
 from __future__ import annotations

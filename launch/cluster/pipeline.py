@@ -1,7 +1,8 @@
-"""A run as a chain of jobs: prepare, train, evaluate, export, each after the one before has ended well.
+"""A run as a chain of jobs: prepare, train, evaluate, export. Each starts after the one before has succeeded.
 
-Owns the scripts of the parts beside training, the resources of each, and the chain's submission. A part that fails ends the rest,
-since SLURM cancels what waits for it. `<run>/pipeline.json` has the jobs, `<run>/pipeline/<part>.json` how each ended.
+This module owns the scripts of the jobs beside training, the resources of each, and the submission of the chain. If a
+job fails, SLURM cancels those that depend on it. `<run>/pipeline.json` lists the jobs, `<run>/pipeline/<part>.json`
+says how each ended.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One part of a chain of jobs, as its job does it (`python -m launch.job part ...`). Needs no torch itself."""
+"""One job of such a chain: `python -m launch.job part`, called by its job script. Needs no torch itself."""
 
 from __future__ import annotations
 

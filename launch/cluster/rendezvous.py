@@ -1,4 +1,4 @@
-"""What the launcher of this host sees of the others while the hosts of a run meet at `launcher.rdzv`."""
+"""Reports which hosts of a run have not come to `launcher.rdzv` yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking SLURM to start a job again, for as long as the job's time allows; and how SLURM itself has ended a job."""
+"""Asks SLURM to start a job again, within the job's time limit; and reads how SLURM itself ended a job."""
 
 from __future__ import annotations
 

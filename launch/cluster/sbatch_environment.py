@@ -1,6 +1,7 @@
-"""`SBATCH_*` of the environment, which sbatch prefers to the lines of a script: what a run says wins over them.
+"""`SBATCH_*` variables, which sbatch prefers to the lines of a script. Settings of a run win over them.
 
-A variable for an option that the run leaves open is passed on. Which are passed on and which are not is told.
+A variable for an option that the run leaves open is passed on. The user is told which are passed on and which are
+not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""SLURM: the launcher's settings as an sbatch script.
+"""Writes the sbatch script of a run from the launcher's settings.
 
-Owns the script's text, and refuses settings that a script cannot carry (line breaks, and backslashes in paths). What the script
-does, signal by signal: slurm/README.md.
+Settings that a script cannot carry are refused: line breaks, and backslashes in paths. slurm/README.md explains what
+the script does, signal by signal.
 """
 
 from __future__ import annotations

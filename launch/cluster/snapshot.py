@@ -1,7 +1,7 @@
-"""The code of a job: a copy of it in the run directory, so that what was submitted runs, also after a requeue.
+"""Copies the code into the run directory, so that a queued or requeued job runs the code that was submitted.
 
-`<run>/code/<digest>` holds the packages, `conf` and `slurm`, a few MB, and a digest of it all. A clone that changes,
-switches its branch or is deleted meanwhile changes no job.
+`<run>/code/<digest>` holds the packages, `conf` and `slurm`, a few MB, under a digest of the content. Editing the
+clone, switching its branch or deleting it changes no job.
 """
 
 from __future__ import annotations

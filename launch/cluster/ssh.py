@@ -1,9 +1,9 @@
-"""Several hosts from one of them, or from any other: `launcher.hosts=[n1,n2]`, each reached by the user's own ssh.
+"""Starts a run on the hosts of `launcher.hosts=[n1,n2]`, from one of them or from any other, by the user's own ssh.
 
-On each host `launch.cluster.node` is started, which says what it is. If all hosts can run the same run, they are told
-where they meet, and their ranks start as by the command on each host. What node 0 prints is printed here, and what the
-others print to stderr, with their name. All of it is kept in `logs/hosts-<start>-<node>.log` of the run. The first node
-that ends badly ends all.
+`launch.cluster.node` is started on each host and describes it. If all hosts can run the same run, they are told where
+to meet, and their ranks start as by the command on each host. The output of node 0 is printed on stdout, that of the
+others on stderr with the host's name. All of it is kept in `logs/hosts-<start>-<node>.log` of the run. When one node
+fails, all are ended.
 """
 
 from __future__ import annotations

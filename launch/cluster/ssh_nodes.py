@@ -1,4 +1,4 @@
-"""The hosts of `launcher.hosts`: how each is reached, what it says of itself, and whether it can run what is frozen here."""
+"""The hosts of `launcher.hosts`: how each is reached, its facts, and whether it can run the frozen configuration."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Runs handed to SLURM: their code copied, their scripts written, `sbatch` called, and what a person needs to know said.
+"""Submits runs to SLURM: copies the code, writes the scripts, calls `sbatch`, and reports the job.
 
-Every refusal of `sbatch` is passed on; what can never start is refused before (`launch/cluster/advice.py`).
+Every refusal of `sbatch` is passed on. A job that can never start is refused first (`launch/cluster/advice.py`).
 """
 
 from __future__ import annotations

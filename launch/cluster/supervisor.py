@@ -1,4 +1,4 @@
-"""How a run ended, read from its directory (exit codes do not survive torchrun), and whether it is started again by itself."""
+"""How a run ended, read from its directory because torchrun loses exit codes; and whether it is restarted."""
 
 from __future__ import annotations
 

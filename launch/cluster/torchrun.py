@@ -1,8 +1,9 @@
-"""Several ranks on this host: torchrun's arguments (a pure function), its start, its supervision and its end.
+"""Starts, watches and ends the ranks of this host by torchrun. torchrun's arguments are made by a pure function.
 
-torchrun forgets exit codes and prints a wall of its own when a rank fails; so it runs under a small wrapper here and in the
-job scripts of SLURM (`python -m launch.torchrun <torchrun arguments>`), and how the run ended is read from its directory. Every
-process that was started is gone when `start` returns, within about ten seconds of a failure or of Ctrl-C.
+torchrun loses exit codes and prints a long report of its own when a rank fails. So it runs inside a small wrapper
+here and in SLURM's job scripts (`python -m launch.torchrun <torchrun arguments>`), and the run directory says how the
+run ended. When `start` returns, every process that it started is gone, at most about ten seconds after a failure or
+Ctrl-C.
 """
 
 from __future__ import annotations

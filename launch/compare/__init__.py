@@ -1,1 +1,1 @@
-"""`shardtune compare`: runs side by side, out of what they left in their directories. Needs no torch."""
+"""`shardtune compare`: sets runs side by side, from the files in their directories. Needs no torch."""

@@ -1,4 +1,4 @@
-"""A comparison as tables for people, and as Markdown, CSV and JSON."""
+"""Prints a comparison as tables, and as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 

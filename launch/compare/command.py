@@ -1,4 +1,4 @@
-"""`shardtune compare`: new points over axes, run and set side by side, or runs that exist, out of their directories."""
+"""`shardtune compare`: runs new points over axes and compares them, or compares runs that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs side by side: names, curves against the first run's, differing settings, and a verdict in words."""
+"""The comparison itself: names of the runs, loss differences from the first one, differing settings, and a verdict."""
 
 from __future__ import annotations
 

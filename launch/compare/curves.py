@@ -1,4 +1,4 @@
-"""Loss curves against that of another run: how far apart, where, and whether they can be compared at all."""
+"""Compares loss curves with the first run's: how far apart they are, where, and whether they may be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs have noted of themselves: steps that stood out and what was done, and what stood in for a setting."""
+"""What runs recorded of themselves: steps that stood out, what was done about them, and settings that were resolved."""
 
 from __future__ import annotations
 

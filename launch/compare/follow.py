@@ -1,4 +1,4 @@
-"""`shardtune compare --follow`: the pages are written again while runs go on."""
+"""`shardtune compare --follow`: rewrites the pages while runs train."""
 
 from __future__ import annotations
 

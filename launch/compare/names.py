@@ -1,4 +1,4 @@
-"""In which settings runs differ, and names that say it."""
+"""Finds the settings in which runs differ, and names the runs by them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compare.html`, and `report.html` of one run: tables, plots and notes in one file that needs no network (`page.html.j2`)."""
+"""Writes `compare.html`, or `report.html` of one run: one file with tables, plots and notes that needs no network."""
 
 from __future__ import annotations
 

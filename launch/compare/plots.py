@@ -1,4 +1,4 @@
-"""The plots of a comparison as Vega-Lite, each with its data in it. Needs the extra `report`."""
+"""Plots of a comparison as Vega-Lite, each with its data inside. Needs the extra `report`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The points of a comparison: composed from axes, checked, and run one after another or as one job array."""
+"""The points of a new comparison: composed from axes, checked, and run one after another or as a job array."""
 
 from __future__ import annotations
 

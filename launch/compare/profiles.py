@@ -1,4 +1,4 @@
-"""What a run's traces say, out of the summaries that lie beside them (`trainer/reporting/profile.py`)."""
+"""Reads the profiler summaries of a run (`trainer/reporting/profile.py`)."""
 
 from __future__ import annotations
 

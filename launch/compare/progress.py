@@ -1,4 +1,4 @@
-"""Where a comparison is while its points run: point, step, and about how long it will take. On stderr."""
+"""Prints the progress of a comparison on stderr: point, step, and time left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One row out of a point's repeats: medians with their spread, what it took beside what was planned, and its price."""
+"""Makes one row from the repeats of a point: medians with their spread, measured beside planned values, and price."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run left in its directory, and the numbers of it that are compared."""
+"""Reads the files of a run directory, and the numbers that are compared."""
 
 from __future__ import annotations
 

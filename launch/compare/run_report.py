@@ -1,4 +1,4 @@
-"""`report.html` of one run: written when it has ended, and by `shardtune compare <run>`."""
+"""Writes `report.html` of one run: at its end, and for `shardtune compare <run>`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison is of: its rows, and `comparison.json`, which keeps them beside the runs that were started for them."""
+"""The settings of a comparison: its rows, and `comparison.json`, which keeps them beside the runs."""
 
 from __future__ import annotations
 

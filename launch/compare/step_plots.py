@@ -1,4 +1,4 @@
-"""Plots of what happened step by step: losses, held-out metrics, and the course of the run. Needs the extra `report`."""
+"""Plots over steps: training losses, held-out metrics, and events of the run. Needs the extra `report`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run out of what W&B has of it, in files on this machine or on its server: where its directory is elsewhere."""
+"""Reads a run from W&B's own files or from W&B's server, for runs whose directory is not here."""
 
 from __future__ import annotations
 

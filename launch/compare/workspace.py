@@ -1,4 +1,4 @@
-"""A script that shows the runs of a comparison in W&B: a saved view of its workspace, and a report."""
+"""Writes a script that shows the runs of a comparison in W&B: a saved view of the workspace, and a report."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Words of the command line become one typed, frozen configuration; and what of it a verb may trust."""
+"""Turns the words of the command line into one typed, frozen configuration, and reads that of other people's runs."""

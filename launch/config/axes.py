@@ -1,4 +1,4 @@
-"""Words that give several values: axes, their points, and the conditions that leave points out."""
+"""Words with several values: the axes, their points, and the conditions that leave points out."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the Python code in a directory is, as one SHA-256: a model's own classes, or the functions of a task.
+"""One SHA-256 over the Python code in a directory, such as a model's own classes or the functions of a task.
 
-Weights, rows and pages in the directory do not count: only files that are run, and what names them.
+Only files that are executed, or that name such files, are hashed; weights, data and pages are not.
 """
 
 from __future__ import annotations

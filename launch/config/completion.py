@@ -1,4 +1,4 @@
-"""Completion in shells: a script that knows verbs, settings, choices and values, so that nothing is started on a Tab."""
+"""Writes shell completion scripts. They contain verbs, settings, choices and values, so a Tab starts no process."""
 
 from __future__ import annotations
 

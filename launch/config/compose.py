@@ -1,7 +1,7 @@
-"""Words of the command line to one typed, validated and hashed configuration.
+"""Composes the words of the command line into one typed, validated and hashed configuration.
 
-Owns the composition and the report of everything that is wrong with it, all at once. Freezing it into a run directory
-is `launch.config.frozen`'s part, whose functions are offered here too. Composing imports torch at most, never transformers,
+All problems are reported together. Freezing the configuration into a run directory is the task of
+`launch.config.frozen`, whose functions are also offered here. Composing imports torch at most, never transformers,
 peft, datasets, wandb or deepspeed.
 """
 

@@ -1,4 +1,4 @@
-"""Words that an earlier version took and this one refuses: a run that began with them goes on under the same words."""
+"""Words that earlier versions accepted and this one refuses. A run that began with such words is resumed by them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The frozen configuration: its identity, its text, and how it is compared with the one that a run directory has.
+"""The frozen configuration: its identity, its text, and how it differs from the one in a run directory.
 
-A directory belongs to one identity. The same one continues it; another one is an error that lists what differs.
+A directory belongs to one identity. The same identity resumes it; another one is an error that lists what differs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Help of the verbs in 80 columns: what a verb has to say is written in long lines, and folded here when it is printed."""
+"""Folds the help of the verbs to 80 columns when it is printed."""
 
 from __future__ import annotations
 

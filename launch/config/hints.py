@@ -1,4 +1,4 @@
-"""What to say of a word that cannot be used: what was probably meant, also in the words of other trainers."""
+"""Suggests what a wrong word probably meant, including the names that other trainers use."""
 
 from __future__ import annotations
 

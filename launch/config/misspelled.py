@@ -1,6 +1,6 @@
-"""Settings as people type them who know other trainers, or guess: what to type here.
+"""Names that people type who guess or know other trainers, each with the setting that they need here.
 
-`launch.config.hints` looks here before it looks for a similar name: a name may look like one that does something else.
+`launch.config.hints` looks here before it looks for a similar name, since a similar name may do something else.
 """
 
 from __future__ import annotations

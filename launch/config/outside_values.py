@@ -1,4 +1,4 @@
-"""The values of a configuration that reach out of its run: each with the words that allow it, and what it is remembered by."""
+"""Values of a configuration that reach out of its run: the words that allow each, and the key that remembers it."""
 
 from __future__ import annotations
 

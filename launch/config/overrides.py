@@ -1,7 +1,7 @@
-"""The words of the command line, `key=value`, read without stopping at the first mistake.
+"""Reads the words `key=value` of the command line, without stopping at the first mistake.
 
-Owns the grammar of one run's words: group choices apart from values, paths and other text kept as typed, and for every
-word that cannot be used a line that says what was probably meant. Hydra's own parser reads everything that is not text.
+Group choices are separated from values. Paths and other text stay as typed. Every word that cannot be used gets a
+line with what was probably meant. Hydra's own parser reads everything that is not text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a card costs an hour, out of `conf/hardware`. Needs no torch."""
+"""Price of a GPU per hour, from `conf/hardware`. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the environment says this process is: the one that starts a job, or one rank of it.
+"""Tells from the environment whether this process starts a job or is one of its ranks.
 
-Owns the mapping of SLURM's variables to torchrun's, and refuses starts that would train on one host of many.
+SLURM's variables are mapped to torchrun's. A start that would train on one host of many is refused.
 """
 
 from __future__ import annotations

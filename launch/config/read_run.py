@@ -1,8 +1,8 @@
-"""The one door for verbs that read a run: its configuration, of which what reaches out counts only if this user typed it.
+"""Reads a run directory's configuration for verbs. Values that reach out of the run count only if this user typed them.
 
-A run directory may be somebody else's. Its config.yaml then is data and gives no orders: it may not have this user's environment
-variables sent, code run, files read or directories written. Who owns the directory says nothing: a run that was downloaded is
-this user's own by its owner, and the own run in a container may not be.
+A run directory may be somebody else's, so its config.yaml is data and gives no orders: it must not send this user's
+environment variables, run code, read files or write directories. The owner of the directory proves nothing: a
+downloaded run belongs to this user, and a run made in a container may not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings that are gone, with what does their job now: a name that merely looks like theirs would mean something else."""
+"""Settings that were removed, each with its successor. By similarity, another meaning would be suggested for them."""
 
 from __future__ import annotations
 

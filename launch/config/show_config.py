@@ -1,4 +1,4 @@
-"""What a configuration is made of, without a run: `--cfg job|hydra|all` and `--info`."""
+"""`--cfg job|hydra|all` and `--info`: shows how a configuration is composed, without starting a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What this user has typed before of values that reach out of a run: a small file each, outside of all runs.
+"""Values that reach out of a run and that this user has typed before, one small file each, outside all runs.
 
-A file's name is the SHA-256 of the value, so that starts at the same time need no lock, and looking one up opens nothing. The
-directory is `SHARDTUNE_STATE`, or `shardtune` in `XDG_STATE_HOME`, or `~/.local/state/shardtune`.
+A file is named by the SHA-256 of its value, so that processes that start together need no lock, and a look-up opens
+no file. The directory is `SHARDTUNE_STATE`, or `shardtune` in `XDG_STATE_HOME`, or `~/.local/state/shardtune`.
 """
 
 from __future__ import annotations

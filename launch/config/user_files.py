@@ -1,4 +1,4 @@
-"""Configuration files of the user's own: a bare `my.yaml` among the words, and directories given by `--config-dir`."""
+"""The user's own configuration files: a bare `my.yaml` among the words, and directories given by `--config-dir`."""
 
 from __future__ import annotations
 

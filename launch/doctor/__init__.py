@@ -1,1 +1,1 @@
-"""`shardtune doctor`: what this machine has of what a run needs, and what is missing."""
+"""`shardtune doctor`: checks whether this machine has what a run needs."""

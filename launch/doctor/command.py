@@ -1,4 +1,4 @@
-"""`shardtune doctor`: what this machine has of what a run needs, what is missing, and what to do."""
+"""`shardtune doctor`: what this machine has, what is missing, and what to do about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine has of what a run needs: packages, cores and memory, GPUs, directories, SLURM. Only looks."""
+"""Facts of this machine: packages, cores, memory, GPUs, directories, SLURM. Changes nothing."""
 
 from __future__ import annotations
 

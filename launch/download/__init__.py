@@ -1,1 +1,1 @@
-"""`shardtune download`: what a run takes from the hub, pinned, for nodes that are offline."""
+"""`shardtune download`: fetches models and data from the hub, pinned, for nodes that are offline."""

@@ -1,4 +1,4 @@
-"""`shardtune download`: fetch what a run takes from the hub, pinned to commits, for nodes that are offline."""
+"""`shardtune download`: fetches what a run takes from the hub, pinned to commits, for nodes that are offline."""
 
 from __future__ import annotations
 

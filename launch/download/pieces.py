@@ -1,4 +1,4 @@
-"""What a run takes from the hub: its pieces, the commits they are pinned to, their files with sizes and hashes."""
+"""The models and data sets that a run takes from the hub: their commits, and their files with sizes and hashes."""
 
 from __future__ import annotations
 

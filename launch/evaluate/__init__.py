@@ -1,1 +1,1 @@
-"""`shardtune evaluate`: tasks of a run's checkpoint, or of a model."""
+"""`shardtune evaluate`: runs tasks on a run's checkpoint or on a model."""

@@ -1,4 +1,4 @@
-"""The report of `shardtune evaluate` for people."""
+"""Prints the report of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shardtune evaluate`, and `python -m launch.evaluate` under torchrun and srun: tasks of a run's checkpoint or of a model."""
+"""`shardtune evaluate`, and `python -m launch.evaluate` on each rank: runs tasks on a run's checkpoint or a model."""
 
 from __future__ import annotations
 

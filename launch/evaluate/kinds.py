@@ -1,6 +1,6 @@
-"""What each kind of evaluation task reads, for `shardtune evaluate --help`.
+"""Which files each kind of evaluation task reads, for `shardtune evaluate --help`.
 
-The tasks say it themselves (`Task.reads`), but importing them imports torch, which takes seconds. A test compares the two.
+The tasks say the same (`Task.reads`), but importing them imports torch, which takes seconds. A test compares the two.
 """
 
 KINDS_READ = {

@@ -1,7 +1,6 @@
-"""`shardtune evaluate ... launcher=slurm`: a job script that gives the same words to one node, and its submission.
+"""`shardtune evaluate ... launcher=slurm`: submits a one-node job that runs the same words.
 
-An evaluation keeps nothing to go on from, so the script has none of the requeueing of a training job's: where SLURM starts it
-again it begins again.
+An evaluation has no state to resume from. So the script does not requeue, and if SLURM restarts it, it starts over.
 """
 
 from __future__ import annotations

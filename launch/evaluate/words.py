@@ -1,4 +1,4 @@
-"""The words of `shardtune evaluate`, and the configuration and job that they ask for: of a run's checkpoint, or of a model."""
+"""The words of `shardtune evaluate`, and the configuration and job that follow from them."""
 
 from __future__ import annotations
 

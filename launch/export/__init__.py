@@ -1,1 +1,1 @@
-"""`shardtune export`: a checkpoint of a run as files that plain transformers and peft load."""
+"""`shardtune export`: turns a checkpoint into files that plain transformers and peft load."""

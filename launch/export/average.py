@@ -1,4 +1,4 @@
-"""`average=last:3` of `shardtune export`: the mean of what several checkpoints of a run would have exported."""
+"""`shardtune export average=last:3`: the mean of the weights that several checkpoints of a run would export."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`shardtune export adapters=[a,b] to=<dir>`: several LoRA adapters of one base as one merged model, or one adapter.
+"""`shardtune export adapters=[a,b] to=<dir>`: combines LoRA adapters of one base into one model or one adapter.
 
-One adapter alone is merged as it is. What was written is loaded again, and its logits compared, before the command ends.
+A single adapter is merged as it is. The files are loaded again and the logits compared before the command ends.
 """
 
 from __future__ import annotations

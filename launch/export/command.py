@@ -1,4 +1,4 @@
-"""`shardtune export`: turn a checkpoint of a run into a model directory that plain transformers (and peft) loads."""
+"""`shardtune export`: turns a checkpoint of a run into a directory that plain transformers (and peft) loads."""
 
 from __future__ import annotations
 

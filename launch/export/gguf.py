@@ -1,4 +1,4 @@
-"""`shardtune export ... gguf=<type> bits=<type>`: a whole model once more, as a GGUF file, or in 4 or 8 bits."""
+"""`shardtune export ... gguf=<type> bits=<type>`: also writes the whole model as GGUF, or in 4 or 8 bits."""
 
 from __future__ import annotations
 

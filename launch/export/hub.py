@@ -1,6 +1,7 @@
-"""`shardtune export runs/x to=hub:<owner>/<name>`: the export as a repository of the hub, private unless told otherwise.
+"""`shardtune export runs/x to=hub:<owner>/<name>`: pushes an export to the hub, as a private repository by default.
 
-The folder is written into the run first, exactly as it is pushed; `--dry-run`, and HF_HUB_OFFLINE=1, leave it at that.
+The folder is first written into the run directory, exactly as it is pushed. `--dry-run` and HF_HUB_OFFLINE=1 stop
+there.
 """
 
 from __future__ import annotations

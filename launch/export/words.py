@@ -1,4 +1,4 @@
-"""The words of `shardtune export`, and what both of its ways need: where the result goes, the run's own record."""
+"""The words of `shardtune export`, and what runs and adapters share: the target directory and the record of the run."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`shardtune init`: a commented file of settings, from words or from the file of another trainer."""
+"""`shardtune init`: writes a commented settings file, from words or from another trainer's file."""

@@ -1,4 +1,4 @@
-"""`shardtune init`: a commented file of settings, out of typed words or out of a file of another trainer."""
+"""`shardtune init`: writes a commented settings file, from words or from another trainer's file."""
 
 from __future__ import annotations
 

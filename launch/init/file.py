@@ -1,4 +1,4 @@
-"""The text of a file of settings: what is set, and beside it, commented, what people set most, each with its sentence."""
+"""Text of the settings file: what is set, and commented out below it the settings that people change most."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`python -m launch.job`: what a job script asks of Python. Scripts that people have copied call it by this name."""
+"""`python -m launch.job`: the commands of a job script. Scripts that people have copied call it by this name."""

@@ -1,4 +1,4 @@
-"""Answer one question of a job script: `begin`, `end`, `part` and the like."""
+"""Runs one command of a job script: `begin`, `end`, `part` and others."""
 
 import sys
 

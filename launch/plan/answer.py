@@ -1,4 +1,4 @@
-"""The answer of a plan, for people and as JSON."""
+"""Prints a plan, for people and as JSON."""
 
 from __future__ import annotations
 

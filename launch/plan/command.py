@@ -1,4 +1,4 @@
-"""`shardtune plan`: memory, time and price of a run before there is one, on a card that need not be there."""
+"""`shardtune plan`: memory, time and price of a run before it starts, on a GPU that need not be here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: sizes, batch arithmetic, steps and memory, from the meta device."""
+"""`train --dry-run`: sizes, batch arithmetic, steps and memory of a run, computed on the meta device."""
 
 from __future__ import annotations
 

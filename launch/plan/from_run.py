@@ -1,7 +1,7 @@
-"""`shardtune plan from=<run directory>`: a card as that run found it, out of its receipt in `run.json`.
+"""`shardtune plan from=<run directory>`: a plan calibrated by a finished run, from the receipt in its `run.json`.
 
-The run is simulated as it ran; what its steps, its memory and its checkpoints took beside what is reckoned for them is what
-all ways of the plan are then reckoned with. What a receipt does not tell stays as it was, and is named.
+The run is simulated as it ran. The ratios between its measured and its simulated steps, memory and checkpoints are
+then applied to every way of the plan. What the receipt does not contain stays uncalibrated, and is named.
 """
 
 from __future__ import annotations

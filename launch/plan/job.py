@@ -1,4 +1,4 @@
-"""The job of a plan: ranks, and how long what they are given is."""
+"""The job that a plan is for: its ranks, and the lengths of its documents."""
 
 from __future__ import annotations
 

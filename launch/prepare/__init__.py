@@ -1,1 +1,1 @@
-"""`shardtune prepare`: the data alone, with its audit."""
+"""`shardtune prepare`: prepares the data of a run without training."""

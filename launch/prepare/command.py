@@ -1,7 +1,7 @@
-"""`shardtune prepare`: data in, a prepared data set with its audit out; shows what would be learned, and stops.
+"""`shardtune prepare`: makes a prepared data set with its audit, shows what would be learned, and stops.
 
-Takes the same words as `train`; what concerns training alone (budget, batch) may be left out. `--shard i/n` makes one of
-n parts, as a job of an array; the same words without it merge them.
+It takes the words of `train`. Settings of training alone (budget, batch) may be left out. `--shard i/n` prepares one
+of n parts, as a job of an array; the same words without it merge the parts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`shardtune prepare --print`: look at prepared data, sequence by sequence, with what is learned of each."""
+"""`shardtune prepare --print`: shows prepared sequences one by one, with the tokens that are learned."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`shardtune review`: people judge answers on a blind page. Needs no torch."""
+"""`shardtune review`: people judge answers without knowing which model wrote them. Needs no torch."""

@@ -1,4 +1,4 @@
-"""Whether reviewers agree: Krippendorff's alpha over all, Cohen's kappa of pairs, by nltk."""
+"""Agreement of reviewers: Krippendorff's alpha over all of them, Cohen's kappa for each pair, by nltk."""
 
 from __future__ import annotations
 

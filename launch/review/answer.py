@@ -1,4 +1,4 @@
-"""The scores of `shardtune review score` for people."""
+"""Prints the scores of a review."""
 
 from __future__ import annotations
 

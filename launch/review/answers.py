@@ -1,4 +1,4 @@
-"""What reviewers sent back, as JSON from the page or as the filled-in CSV: read strictly, every problem told at once."""
+"""Reads what reviewers sent back: JSON from the page, or the filled-in CSV. All problems are reported together."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Reviewers who may have ticked without reading. The rules are stated, and nobody is left out by them: they are named, and why.
+"""Flags reviewers who may have answered without reading, each with the rule that applies. Nobody is left out for it.
 
-How often they are right and wrong of simulated reviewers is in docs/review.md.
+docs/review.md says how often the rules are right and wrong about simulated reviewers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`shardtune review make` writes a blind page for people, `shardtune review score` says what their answers mean."""
+"""`shardtune review make` writes the page for reviewers, `shardtune review score` evaluates their answers."""
 
 from __future__ import annotations
 

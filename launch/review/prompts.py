@@ -1,4 +1,4 @@
-"""Prompts of a review: read from a file of any format, and drawn by a seed."""
+"""Prompts of a review, read from a file of any format and sampled by a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a review found: win rates with intervals, agreement, disagreements, reviewers that stand out; the record of it."""
+"""Scores of a review: win rates with intervals, agreement, disputed items, careless reviewers; and their record."""
 
 from __future__ import annotations
 

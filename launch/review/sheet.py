@@ -1,7 +1,7 @@
-"""The items of a review and its key: which answer stands on which side, kept apart from what reviewers get.
+"""The items of a review, and the key that says which model's answer is on which side. Reviewers never get the key.
 
-The review's id is the hash of its key, salt included: the page has the id alone, from which nobody can tell the sides, and a
-key that was changed afterwards is no longer the one that the answers name.
+The review's id is a hash of the key with its salt. The page contains only the id, which does not reveal the sides. A
+key that was changed afterwards no longer matches the id in the answers.
 """
 
 from __future__ import annotations

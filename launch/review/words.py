@@ -1,4 +1,4 @@
-"""The words of `shardtune review` become what is to be made or scored."""
+"""The words of `shardtune review make` and `review score`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Run directories seen from outside, by a process that takes no part in them: `status`, `logs` and `stop`. Needs no torch."""
+"""`status`, `logs` and `stop`: run directories as seen by a process outside the run. Needs no torch."""

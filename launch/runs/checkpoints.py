@@ -1,4 +1,4 @@
-"""The checkpoints that a run has, with what is known of each without reading it, and whether they are whole."""
+"""Lists the checkpoints of a run without reading them, and verifies them on request."""
 
 from __future__ import annotations
 

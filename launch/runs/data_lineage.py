@@ -1,4 +1,4 @@
-"""Which runs have seen a document, for when it must be deleted: read out of what they prepared and how far they came."""
+"""Finds the runs that trained on a document that must be deleted, from their prepared data and their progress."""
 
 from __future__ import annotations
 

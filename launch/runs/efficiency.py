@@ -1,6 +1,7 @@
-"""What a start of a job took of what it had, and what that cost: time, CPUs, memory, GPUs. Needs no torch.
+"""What one start of a job used of its allocation, and what that cost: time, CPUs, memory, GPUs. Needs no torch.
 
-SLURM is asked (`sacct`); what it does not know is said. Each start is a line of `<run>/jobs.jsonl`; all stand in `run.json`.
+The numbers come from SLURM's `sacct`; what it does not know is reported as unknown. Each start is a line of
+`<run>/jobs.jsonl`, and `run.json` has all of them.
 """
 
 from __future__ import annotations

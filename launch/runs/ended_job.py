@@ -1,4 +1,4 @@
-"""How a job ended that is not in the queue any more, as its script and SLURM have it: for runs whose ranks wrote nothing."""
+"""How a job ended that has left the queue, by its script's record and SLURM: for runs whose ranks wrote nothing."""
 
 from __future__ import annotations
 

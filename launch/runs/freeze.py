@@ -1,4 +1,4 @@
-"""Freezing a run: `config.yaml` is written into its directory, unless another run owns that directory or waits for it."""
+"""Writes `config.yaml` into a run directory, unless another run owns the directory or is queued for it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`job.json` of a run: which start of which job worked on it last, and how that ended, in the words of its own job script.
+"""`job.json` of a run: which start of which job worked on it last, and how that start ended.
 
-The script writes it before the ranks are started and after they have ended, so that it also tells of a start whose ranks wrote
-nothing. A record without an end is of a script that was killed, or that still runs.
+The job script writes it before the ranks start and after they end, so it also covers a start whose ranks wrote
+nothing. A record without an end belongs to a script that was killed or still runs.
 """
 
 from __future__ import annotations

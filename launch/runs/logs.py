@@ -1,4 +1,4 @@
-"""Which files of a run hold what it said, their last lines, and what is added to them."""
+"""Finds the log files of a run, reads their last lines, and follows what is added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shardtune logs`: the last lines of the right file of a run, and what is added to it until the run is done."""
+"""`shardtune logs`: prints the last lines of the right log file; `--follow` goes on until the run ends."""
 
 from __future__ import annotations
 

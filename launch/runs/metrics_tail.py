@@ -1,6 +1,6 @@
-"""The end of a run's `metrics.jsonl`, and its loss at a few places: never all of a file that grows for weeks.
+"""Reads the end of `metrics.jsonl`, and the loss at a few places, without reading a file that grows for weeks.
 
-The file may be growing, torn or empty; what cannot be read is left out. Nothing here raises.
+The file may be growing, torn or empty. What cannot be read is left out. Nothing here raises.
 """
 
 from __future__ import annotations

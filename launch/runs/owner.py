@@ -1,7 +1,7 @@
-"""Who runs a run, as its lease says, and whether they give signs of life.
+"""Which process owns a run, by its lease, and whether that process is alive.
 
-Whether another host's attempt lives is judged by the age of its last sign of life, which the clock of the file system and that
-of this host decide: good for a look. Who wants to act on it watches, as `trainer/session/lease.py` does.
+For a process on another host, the age of its last heartbeat decides, as measured by the clocks of the file system and
+of this host. That suffices for display. Before acting on it, watch the heartbeat as `trainer/session/lease.py` does.
 """
 
 from __future__ import annotations

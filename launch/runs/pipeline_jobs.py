@@ -1,4 +1,4 @@
-"""The chain of jobs that a run was submitted as, seen from outside: which parts there are, and how each stands."""
+"""The chain of jobs that a run was submitted as, and the state of each job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SLURM's queue holds of this user, and which run each job is for."""
+"""The user's jobs in SLURM's queue, and the run that each is for."""
 
 from __future__ import annotations
 

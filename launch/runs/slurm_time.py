@@ -1,4 +1,4 @@
-"""SLURM's way to write times, read and written."""
+"""Reads and writes times in SLURM's format."""
 
 from __future__ import annotations
 

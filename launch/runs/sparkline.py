@@ -1,4 +1,4 @@
-"""Curves in a line of characters."""
+"""Draws a curve as one line of characters."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How runs stand, out of a few small files of each directory: for looking at hundreds of them on a slow file system.
+"""The state of runs, from a few small files per directory: fast enough for hundreds of runs on a slow file system.
 
-Runs may be written meanwhile, torn, empty or not readable: each is a row with what is known of it. Nothing here raises but
-for a directory to look in that does not exist.
+Files may be incomplete, torn, empty or unreadable: the run still gets a row, with what is known. Only a missing root
+directory raises.
 """
 
 from __future__ import annotations

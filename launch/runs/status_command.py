@@ -1,4 +1,4 @@
-"""`shardtune status`: runs below a directory and the queue, or one run with its checkpoints. Reads; writes nothing."""
+"""`shardtune status`: the runs below a directory and the queue, or one run with its checkpoints. Writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shardtune status <directory> document=<file>:<line>`, or `text=<piece>`: which runs have seen a document."""
+"""`shardtune status <directory> document=<file>:<line>` or `text=<piece>`: the runs that trained on a document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How runs stand: tables for people, and JSON."""
+"""Prints the state of runs as tables and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run can be made to save and end: by a signal to the process that owns it, by SLURM, or by somebody on another host."""
+"""Ways to make a run save and end: a signal to its process, SLURM, or advice for somebody on another host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shardtune stop`: save and end a run, wherever it runs, and say what it saved."""
+"""`shardtune stop`: makes a run save and end, wherever it runs, and reports what it saved."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`shardtune serve` and `chat`: an export behind an OpenAI-compatible address, or in the terminal."""
+"""`shardtune serve` and `chat`: an exported model behind an OpenAI-compatible address, or in the terminal."""

@@ -1,4 +1,4 @@
-"""transformers' own server around one model, behind our door."""
+"""transformers' own server around one model, behind our middleware."""
 
 from __future__ import annotations
 

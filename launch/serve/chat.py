@@ -1,4 +1,4 @@
-"""`shardtune chat`: talk with an exported model in the terminal, its base beside it."""
+"""`shardtune chat`: talk with an exported model in the terminal, with its base model beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers side by side in a terminal, while they are written."""
+"""Draws two answers side by side in a terminal while they are generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation with a model of this process: prompts by its own template, answers piece by piece."""
+"""A conversation with a model in this process: prompts by its chat template, answers streamed."""
 
 from __future__ import annotations
 

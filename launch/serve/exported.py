@@ -1,4 +1,4 @@
-"""What lies in the directory of an export, read without torch: whether it can talk, and how it was made."""
+"""What an export's directory contains, read without torch: whether the model can chat, and how it was made."""
 
 from __future__ import annotations
 

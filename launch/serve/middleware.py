@@ -1,4 +1,4 @@
-"""The door of the server: key, limits, one model and few addresses, before transformers' own application."""
+"""Middleware in front of transformers' application: API key, limits, one model, few addresses."""
 
 from __future__ import annotations
 

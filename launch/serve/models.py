@@ -1,4 +1,4 @@
-"""An export, loaded to write: the tuned model, and its base beside it."""
+"""Loads an export for generation: the tuned model, and its base beside it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The commands that serve an export with vLLM and with SGLang: words for them alone, with arguments of their own lists.
+"""Commands that serve an export with vLLM and SGLang, with arguments that these two accept.
 
-`tests/launch/serve/arguments.json` holds the arguments that these were checked against, with the versions.
+`tests/launch/serve/arguments.json` has the arguments of the versions that this was checked against.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a request may ask for, checked before any model sees it; what is refused is told in OpenAI's form.
+"""Checks a request before the model sees it. A refusal has OpenAI's error format.
 
-A field that the engine would drop in silence is an error here, unless it has the value at which it changes nothing.
+A field that the engine would silently ignore is an error, unless its value changes nothing.
 """
 
 from __future__ import annotations

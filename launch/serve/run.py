@@ -1,4 +1,4 @@
-"""Starts a server and says where; what happens when it ends."""
+"""Starts the server, prints its address, and shuts it down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stops in a stream: the text ends before the first stop, although stops arrive in pieces."""
+"""Stop sequences in a stream: the text ends before the first one, even if it arrives in pieces."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Several runs from one command line: `train -m`, and searches by optuna or W&B."""
+"""Several runs from one command line: `train -m`, and searches by Optuna or W&B."""

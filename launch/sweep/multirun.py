@@ -1,7 +1,7 @@
-"""Several runs from one command line: the cartesian product of the words that give several values.
+"""`train -m`: one run for each combination of the words that give several values.
 
-Every point is composed and validated before the first one starts. Here they run one after another, each in processes of
-its own; with launcher=slurm they are one job array, or one for each request where they ask for different nodes.
+Every point is composed and validated before the first one starts. Here the points run one after another, each in its
+own processes. With launcher=slurm they are a job array, or one array for each kind of node that they ask for.
 """
 
 from __future__ import annotations

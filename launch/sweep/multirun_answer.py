@@ -1,4 +1,4 @@
-"""The points of `train -m`: how each ended, its losses, speed and memory, and what told it apart."""
+"""Prints the points of `train -m`: the settings that differ, how each ended, its losses, speed and memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`shardtune train -m sweeper=optuna`: draw a trial, run it as `train` runs a job, tell how it ended, draw the next.
+"""`shardtune train -m sweeper=optuna`: draws a trial, runs it as `train` runs a job, reports its result, repeats.
 
-The study is a journal in the search's directory, which several commands can work on together. Whoever runs a trial holds a
-lease for it: a trial whose command is gone is gone on with, in its directory, by the next one that starts.
+The study is a journal in the search's directory; several commands can work on it together. The command that runs a
+trial holds a lease for it. If that command is gone, the next one that starts resumes the trial in its directory.
 """
 
 from __future__ import annotations

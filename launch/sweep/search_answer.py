@@ -1,4 +1,4 @@
-"""The trials of a search as a table, and the words of the best one."""
+"""Prints the trials of a search as a table, and the words of the best one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The space of a search: words of the command line that stand for many values, as what is drawn from them."""
+"""The search space: words with ranges or lists, as Optuna distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search is asked for: its settings, its space, the job that all trials share; checked before anything starts."""
+"""A search before it starts: its settings, its space and the job that all trials share, all checked."""
 
 from __future__ import annotations
 

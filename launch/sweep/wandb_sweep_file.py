@@ -1,4 +1,4 @@
-"""`train -m sweeper=wandb`: the search as a sweep file, whose trials the agent of W&B draws and starts."""
+"""`train -m sweeper=wandb`: writes a sweep file, from which W&B's agent draws and starts trials."""
 
 from __future__ import annotations
 

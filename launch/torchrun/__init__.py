@@ -1,1 +1,1 @@
-"""`python -m launch.torchrun`: the ranks of one node. Job scripts that people have copied call it by this name."""
+"""`python -m launch.torchrun`: starts the ranks of one node. Scripts that people have copied call it by this name."""

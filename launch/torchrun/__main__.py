@@ -1,4 +1,4 @@
-"""Start the ranks of this node with torchrun's own options."""
+"""Starts the ranks of this node. Takes torchrun's own options."""
 
 import sys
 

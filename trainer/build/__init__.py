@@ -1,1 +1,1 @@
-"""The parts of a run, made from its configuration: data, model, engine, batches. `trainer/run.py` puts them together."""
+"""Makes the parts of a run from its configuration: data, model, engine, batches. `trainer/run.py` joins them."""

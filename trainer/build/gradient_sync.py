@@ -1,4 +1,4 @@
-"""Whether gradients of sharded parameters wait whole for a step's last micro-batch, or are reduced in each: as memory allows."""
+"""Decides whether sharded gradients stay whole until a step's last micro-batch or are reduced in each, by memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a run out of its configuration: data, the model up to a sharded engine, batches. All ranks call them alike."""
+"""Makes data, the model up to a sharded engine, and batches from the configuration of a run. All ranks must call."""
 
 from __future__ import annotations
 

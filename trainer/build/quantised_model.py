@@ -1,4 +1,4 @@
-"""The engine of an evaluation around a model that lies in 4 or 8 bits, whole on each rank. All ranks call it alike."""
+"""The engine that evaluates a model stored in 4 or 8 bits, whole on each rank. All ranks must call."""
 
 from __future__ import annotations
 

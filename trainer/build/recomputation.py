@@ -1,4 +1,4 @@
-"""The plan of what is recomputed, from the run's own model, longest micro-batch and memory."""
+"""Plans which blocks recompute, from the run's own model, its longest micro-batch and its memory."""
 
 from __future__ import annotations
 

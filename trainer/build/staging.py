@@ -1,8 +1,8 @@
-"""Copies on a disk of the node: `launcher.stage`, for the weights and the tokens that ranks would read from a slow one.
+"""`launcher.stage`: copies weights and tokens from slow storage to a disk of the node.
 
-Every rank calls; the first on a node copies and the others wait for a lock of that disk. A copy is named by what it is of (place,
-names, sizes, times of change), checked when it is made and when it is found, kept while a run uses it or may go on, and removed
-when its last run is done. Nothing communicates.
+All ranks must call. The first rank of a node copies, and the others wait for a lock on that disk. A copy is named by
+its source (path, names, sizes, modification times), verified when it is made and when it is used, kept while a run
+needs it or may be resumed, and removed when its last run is done. Nothing communicates.
 """
 
 from __future__ import annotations

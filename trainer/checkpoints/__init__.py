@@ -1,1 +1,1 @@
-"""Resumable training state on disk: when it is written, how it is sealed, which one is trusted, which are kept."""
+"""Resumable training state on disk: when it is written, how it is verified, which one is resumed, which are kept."""

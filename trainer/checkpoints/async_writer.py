@@ -1,8 +1,9 @@
-"""A checkpoint that is written while training goes on.
+"""Writes a checkpoint while training goes on.
 
-At a step boundary the training state is copied to one buffer in host memory, which is kept and used again; a thread of this rank
-writes and hashes the rank's file out of it, and talks to nobody. At a later step boundary all ranks agree that they are done, and
-only then the checkpoint is sealed and gets its name. Hashing and writing leave Python's lock to the training.
+At a step boundary, the training state is copied to one reused buffer in host memory. A thread of this rank hashes and
+writes the rank's file from it, and communicates with nobody. At a later step boundary all ranks agree that they are
+done; only then the checkpoint is sealed and gets its name. Hashing and writing release Python's lock, so training
+goes on.
 """
 
 from __future__ import annotations

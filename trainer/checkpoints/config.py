@@ -1,4 +1,4 @@
-"""The settings of training state on disk."""
+"""Settings of checkpoints."""
 
 from __future__ import annotations
 

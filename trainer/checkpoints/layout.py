@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie, and what they are called; needs no torch."""
+"""Paths and names of a run's checkpoints. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resumable training state on disk: written aside, sealed, published by a rename; and which of it stays."""
+"""Writes checkpoints into a staging directory, publishes them by a rename, and deletes those that are not kept."""
 
 from __future__ import annotations
 

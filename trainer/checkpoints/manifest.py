@@ -1,8 +1,8 @@
-"""What a checkpoint's files must be: a manifest of sizes and SHA-256 that also seals itself.
+"""The manifest of a checkpoint: sizes and SHA-256 of its files, and a hash of itself.
 
-A directory is read only after every file in it was compared with its manifest, and the manifest with its own hash: a torn or
-flipped one is noticed, wherever it was hit. A seal does not say who made it: that reading is harmless is the format's doing
-(`strategies/tensor_files.py`).
+A checkpoint is read only after every file was compared with the manifest, and the manifest with its own hash. A torn
+file or a flipped bit is noticed wherever it is. The manifest does not say who made it: that reading is harmless is up
+to the format (`strategies/tensor_files.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How long ranks wait for each other while one of them waits for its disk.
+"""How long ranks wait for a rank that waits for its disk.
 
-An fsync comes back when the disk has the bytes, and a parallel file system that fails over may take ten minutes for that. Ranks
-that wait for such a rank must not end the run by their timeout (`run.timeout_s`). A disk that hangs for good must not go unseen
-either: the wait has a limit, which grows with the bytes, and is told of each minute.
+An fsync returns when the disk has the bytes, and a parallel file system that fails over may take ten minutes for
+that. Ranks that wait must not end the run by their timeout (`run.timeout_s`). A disk that hangs for good must not go
+unnoticed either: the wait has a limit, which grows with the bytes, and is reported each minute.
 """
 
 from __future__ import annotations

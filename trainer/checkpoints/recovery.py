@@ -1,8 +1,8 @@
-"""A checkpoint that was written beside training when the run failed: every rank's bytes are there, and nobody published it.
+"""Publishes a checkpoint that was complete when the run failed, but not published yet.
 
-The thread that writes a rank's file notes beside it what the file is and where each tensor lies (`rank-00000.part.json`). If all
-ranks have left such a note, the next start has all it needs to publish the checkpoint. It is read like any other then: every
-file is compared with its hash.
+The thread that writes a rank's file notes beside it what the file is and where each tensor lies
+(`rank-00000.part.json`). If all ranks have left such a note, the next start can publish the checkpoint. It is then
+read like any other: every file is compared with its hash.
 """
 
 from __future__ import annotations

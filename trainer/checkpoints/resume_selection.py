@@ -1,8 +1,8 @@
-"""Which checkpoint a run goes on from.
+"""Chooses the checkpoint from which a run resumes.
 
-A checkpoint that is named (`run.resume=<directory>`) is begun from once: the run notes in `resumed-from.json` of its directory
-that it did. The same words again, of a job that is requeued or of a command repeated after a stop, go on from what the run has
-made since, as `auto` would.
+A checkpoint named by `run.resume=<directory>` is used once, and `resumed-from.json` in the run directory records
+that. When the same words come again, from a requeued job or a command repeated after a stop, the run resumes from
+what it has made since, as with `auto`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""When a checkpoint is due: by steps, by time, or by what a save costs beside what a failure would."""
+"""When a checkpoint is due: by steps, by time, or by what a save costs against what a failure would cost."""
 
 from __future__ import annotations
 

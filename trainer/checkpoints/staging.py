@@ -1,4 +1,4 @@
-"""The directory aside in which a checkpoint is written until it is whole; what any rank meets there, all ranks hear of."""
+"""The directory in which a checkpoint is written until it is complete. An error of one rank there is raised on all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sentences under the settings in the code, for the pages and files that show them."""
+"""Reads the sentences under the settings in the code, for the pages and files that show them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation asks of the rest of a configuration: data, an objective that can do its tasks, a metric that is there."""
+"""Rules between evaluation and other settings: its data, an objective that can do its tasks, a metric that exists."""
 
 from __future__ import annotations
 

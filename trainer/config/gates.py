@@ -1,4 +1,4 @@
-"""Gates against the rest of a configuration: a metric that no task of it has is told before a run, with those there are."""
+"""Rules between gates and the rest of a configuration: a gate must name a metric that one of the tasks has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launcher's settings must satisfy: without SLURM, and of what sbatch is asked for."""
+"""Rules of the launcher's settings, without SLURM and for what sbatch is asked."""
 
 from __future__ import annotations
 

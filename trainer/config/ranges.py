@@ -1,4 +1,4 @@
-"""Numbers outside the range that their field says."""
+"""Checks numbers against the range that their field declares."""
 
 from __future__ import annotations
 

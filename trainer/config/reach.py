@@ -1,4 +1,4 @@
-"""What a setting does beyond the run itself: it describes the run, or it reaches out of it (`strategies.settings.Reach`)."""
+"""Whether a setting only describes the run or reaches out of it (`strategies.settings.Reach`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of sbatch as a user writes them in `launcher.extra`, and the GPUs of a node that a job asks for. Needs no torch."""
+"""Options of sbatch in `launcher.extra`, and the GPUs per node that a job asks for. Needs no torch."""
 
 from __future__ import annotations
 

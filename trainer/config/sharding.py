@@ -1,4 +1,4 @@
-"""What strategies ask of a run: ranks, replicas, offloading, precision; one line a problem."""
+"""Rules of strategies: ranks, replicas, offloading, precision. One line a problem."""
 
 from __future__ import annotations
 

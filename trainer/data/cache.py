@@ -1,8 +1,8 @@
-"""The cache of prepared data: the fingerprint that names an entry, the lock under which one process makes it, its hashes, shards.
+"""The cache of prepared data: the fingerprint that names an entry, the lock of its writer, its hashes, its shards.
 
-Shards are parts of a preparation made by the jobs of an array, one file a block, until a last call merges them. A block is
-stored as a `.npz` without pickles, so that merging reads what a worker would have handed over: a merged data set is the same,
-byte for byte, as one prepared in one go.
+Shards are parts of a preparation made by the jobs of an array, one file a block, until a last call merges them. A
+block is stored as a `.npz` without pickles. Merging reads what a worker would have returned, so a merged data set
+equals, byte for byte, one that was prepared in one go.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the data pipeline uses of Python's process pools beside their public interface. Read in Python 3.11 and 3.13."""
+"""What data preparation uses of Python's process pools beside their public interface. Read in Python 3.11 and 3.13."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The normal form of a row of any format: what checks, cleaning, privacy and tokenising work on; and their tally.
+"""The normal form of a row of any format, for checks, cleaning, privacy and tokenisation; and the tally of rows.
 
-Every stage takes a document and gives it back, perhaps changed, or drops it; each drop is counted under one reason, so
-that rows in = documents kept + rows dropped by reason.
+Every transform takes a document and returns it, perhaps changed, or drops it. Each drop is counted under one reason,
+so that rows in = documents kept + rows dropped by reason.
 """
 
 from __future__ import annotations

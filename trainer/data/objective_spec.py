@@ -1,7 +1,7 @@
-"""What an objective decides of the data: which rows it takes, what becomes of a document, which marks its sequences carry.
+"""What an objective decides about the data: the rows it takes, how a document becomes sequences, and their marks.
 
-`Reading` itself is that of a next-token loss over documents, each a sequence of its own. An objective that reads otherwise
-derives from it, in its own module; preparation, loader and evaluation ask the object and know no objective by name.
+`Reading` is that of a next-token loss over documents, each a sequence of its own. An objective that reads otherwise
+derives from it, in its own module. Preparation, loader and evaluation ask the object and know no objective by name.
 """
 
 from __future__ import annotations

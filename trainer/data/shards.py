@@ -1,8 +1,8 @@
-"""Blocks of rows, and the data set that they are put together to.
+"""Blocks of prepared rows, and how they are joined into the data set.
 
-A block's result depends on its rows and the settings alone, so that any number of workers makes the same data set. Blocks
-arrive in input order. What each document is, and where it came from, is written to disk once; in memory are columns of
-numbers only, so that the data may be larger than memory.
+The result for a block depends on its rows and the settings alone, so any number of workers makes the same data set.
+Blocks arrive in input order. Documents and their origins are written to disk once. Memory holds only columns of
+numbers, so the data may be larger than memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a data configuration names: inputs by split and source, their rows, and whether the disk has room for what they become."""
+"""The inputs that a data configuration names, by split and source; their rows; and whether the disk has room."""
 
 from __future__ import annotations
 

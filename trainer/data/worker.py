@@ -1,4 +1,4 @@
-"""A job on its way through every step that looks at one document at a time, up to its tokens; many at once, in one order."""
+"""Takes blocks of rows through all steps that look at one document at a time, in several processes, in input order."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Evaluators: small things that run the model without gradients and yield (name, value)."""
+"""Evaluators: each runs the model without gradients and yields (name, value)."""

@@ -1,4 +1,4 @@
-"""What an evaluator is, and when evaluators run."""
+"""The interface of an evaluator, and when evaluators run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best evaluation so far, by the metric that is watched, and how long ago it was."""
+"""The best evaluation so far by the watched metric, and how long ago it was."""
 
 from __future__ import annotations
 

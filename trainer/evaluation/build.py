@@ -1,4 +1,4 @@
-"""The evaluators that a run asks for."""
+"""Makes the evaluators that a run asks for."""
 
 from __future__ import annotations
 

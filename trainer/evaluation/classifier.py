@@ -1,4 +1,4 @@
-"""A text classifier of another directory that judges what a model writes; nothing is fetched."""
+"""A text classifier from a local directory that judges generated texts. Nothing is downloaded."""
 
 from __future__ import annotations
 

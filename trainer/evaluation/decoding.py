@@ -1,4 +1,4 @@
-"""How a model writes: transformers' `generate` inside the root module's own forward, with draws that belong to a row.
+"""Generation: transformers' `generate` inside the root module's own forward, with random numbers that belong to a row.
 
 Sampling is greedy search over logits to which noise was added (the Gumbel-max trick: with noise of Gumbel's distribution the
 argmax is a draw from the softmax). The noise of a row is a function of its own seed, of the place in the answer and of the

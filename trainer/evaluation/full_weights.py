@@ -1,4 +1,4 @@
-"""Whether sharded weights are gathered once for all passes of an evaluation, or block by block in each: as memory allows."""
+"""Decides by memory whether an evaluation gathers sharded weights once, or block by block in each pass."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a model writes to prompts, and how likely it holds given texts, all ranks together and under every strategy.
+"""Generates answers to prompts, and computes likelihoods of given texts, on all ranks and under every strategy.
 
-Rows are sorted by length and dealt to the ranks in turns. Sharded weights are gathered once for all turns where they fit
-(`gathering.py`). Where they do not, every forward pass is a collective: ranks take the same number of turns, and one whose
-answers are finished goes on with the others until all are (transformers' `synced_gpus`).
+Rows are sorted by length and dealt to the ranks in batches. Sharded weights are gathered once for all batches if they
+fit (`full_weights.py`). If they do not, every forward pass is a collective: all ranks take the same number of
+batches, and a rank whose answers are finished keeps calling until all are (transformers' `synced_gpus`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""BLEU and ROUGE-L of answers that the model writes to held-out prompts, under every strategy.
+"""BLEU and ROUGE-L of answers that the model generates for held-out prompts, under every strategy.
 
 BLEU (Papineni et al. 2002) is sacrebleu's corpus score, 0 to 100; ROUGE-L (Lin 2004) the mean F-measure of rouge-score
 with stemming, 0 to 1.

@@ -1,4 +1,4 @@
-"""How likely a model holds a text after another one: a pass of the model, run inside the root module's own forward."""
+"""The likelihood of a text after another one: a pass of the model inside the root module's own forward."""
 
 from __future__ import annotations
 

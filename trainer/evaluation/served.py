@@ -1,6 +1,7 @@
-"""A server that writes answers in place of the model here: vLLM, SGLang, any with OpenAI's /v1/completions.
+"""Generates answers by a server in place of the local model: vLLM, SGLang, any with OpenAI's /v1/completions.
 
-It is sent the tokens that the model here would be told, so that chat templates and special tokens are those of training.
+It is sent the token ids that the local model would get, so that chat templates and special tokens are those of
+training.
 """
 
 from __future__ import annotations

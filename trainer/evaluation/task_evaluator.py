@@ -1,4 +1,4 @@
-"""Tasks with what came of them: in training at each evaluation, in `shardtune evaluate` once, with the rows kept."""
+"""Runs tasks and reports their metrics: at each evaluation of a training, or once in `shardtune evaluate` with rows."""
 
 from __future__ import annotations
 

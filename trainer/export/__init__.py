@@ -1,1 +1,1 @@
-"""Files for others: written, verified, combined, and described by a card."""
+"""Writes models and adapters for others: verified, combined, quantised, and released only if their gates hold."""

@@ -1,4 +1,4 @@
-"""Which tokens end an answer: those of the generation settings, and the one that closes the assistant's turn."""
+"""Tokens that end an answer: those of the generation settings, and the one that closes the assistant's turn."""
 
 from __future__ import annotations
 

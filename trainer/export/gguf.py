@@ -1,4 +1,4 @@
-"""A GGUF file of a whole model by llama.cpp's own converter, in an environment of its own, read back by transformers."""
+"""Writes a GGUF file of a whole model by llama.cpp's own converter, in its own environment, and reads it back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llm-compressor in an environment of its own, since it pins an older transformers: it stores a model, we read it back."""
+"""Runs llm-compressor in its own environment, since it pins an older transformers, and reads the stored model back."""
 
 from __future__ import annotations
 

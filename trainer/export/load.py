@@ -1,4 +1,4 @@
-"""An export as plain transformers and peft load it."""
+"""Loads an export by plain transformers and peft."""
 
 from __future__ import annotations
 

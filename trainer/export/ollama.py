@@ -1,7 +1,8 @@
-"""An Ollama Modelfile beside a GGUF file: the chat template in Ollama's language, and what ends an answer.
+"""An Ollama Modelfile beside a GGUF file: the chat template in Ollama's language, and the tokens that end an answer.
 
-Ollama's templates are Go's, so the model's own is taken apart by rendering it, and what was put together from the parts must
-give the same text for other conversations. A template that is not a row of turns, each alike, gives none.
+Ollama's templates are Go's, so the model's own is taken apart by rendering it. The template that is put together from
+the parts must render other conversations to the same text. A template that is not a row of turns, each alike, gives
+no Modelfile.
 """
 
 from __future__ import annotations

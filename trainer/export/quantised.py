@@ -1,5 +1,4 @@
-"""A whole model in 4 or 8 bits by bitsandbytes, torchao or llm-compressor, read back, and what that costs: its loss beside
-that of the export."""
+"""Writes a model in 4 or 8 bits by bitsandbytes, torchao or llm-compressor, reads it back, and compares its loss."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which experts each token goes to, and which keys are picked: noted in one forward pass, kept to in another one.
+"""Records the routing of one forward pass (experts and keys chosen for each token), and repeats it in another.
 
-Rounding to few bits moves tokens whose experts are nearly tied, and what another expert computes is something else. So an export
-in such a type is compared once more with every token where training had it.
+Rounding to few bits moves tokens whose experts are nearly tied, and another expert computes something else. So an
+export in such a type is also compared with every token routed as in training.
 """
 
 from __future__ import annotations

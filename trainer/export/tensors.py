@@ -1,4 +1,4 @@
-"""Tensors into safetensors files as transformers lays them out, and what base checkpoints tell about themselves."""
+"""Writes tensors into safetensors files as transformers lays them out, and reads facts about base checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an export computes what was trained: its logits, reloaded by plain transformers and peft, against the engine's."""
+"""Verifies an export: its logits, reloaded by plain transformers and peft, against the engine's."""
 
 from __future__ import annotations
 

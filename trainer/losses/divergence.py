@@ -1,7 +1,8 @@
-"""How far apart a student and a teacher are over the vocabulary, fused with the heads: logits exist a chunk at a time.
+"""Divergence of student and teacher over the vocabulary, fused with both heads: logits exist only a chunk at a time.
 
-As `trainer/losses/next_token.py`, each head is called as a module exactly once a micro-batch, whatever it holds, since sharding
-gathers its weight for that call on all ranks together: the student's head asks the teacher's to lend its weight.
+As in `trainer/losses/next_token.py`, each head is called as a module exactly once a micro-batch, whatever the
+micro-batch holds, because sharding gathers the head's weight for that call on all ranks together. The student's head
+asks the teacher's to lend its weight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A weight of which one row does not train."""
+"""A weight with one row that does not train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's own output layer made to compute the loss itself."""
+"""Makes a model's own output layer compute the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an output head says of each row's target: its log-probability, and whether it is the likeliest token."""
+"""Scores of the output head for each row's target: its log-probability, and whether it is the likeliest token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a head's logits are: the z-loss of the output, fused with the head as the plain loss is."""
+"""The z-loss of the output logits, fused with the head like the next-token loss."""
 
 from __future__ import annotations
 

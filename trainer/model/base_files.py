@@ -1,4 +1,4 @@
-"""Digests of the files that a base model's weights and architecture lie in, and what has changed of them since."""
+"""Digests of a base model's weight and architecture files, and which of them have changed since."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the model, and the kinds of models there are."""
+"""Settings of the model, and the kinds of models."""
 
 from __future__ import annotations
 

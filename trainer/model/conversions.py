@@ -1,9 +1,9 @@
-"""What the tensors of a checkpoint become in a model, by transformers' own rules, and the way back.
+"""Converts the tensors of a checkpoint into those of a model and back, by transformers' own rules.
 
-Checkpoints and models of one architecture need not agree: experts stored one by one are one 3-d parameter, heads are
-renamed, projections joined or parted, blocks of 8 or 4 bits stand for numbers. transformers keeps these rules as
-transforms of names and operations on tensors; this module alone applies them. Where an operation leaves rows apart, a
-rank's rows are made of the sources' rows; any other is done on one parameter's sources whole.
+A checkpoint and a model of one architecture may differ: experts stored one by one are one 3-d parameter, heads are
+renamed, projections joined or split, blocks of 8 or 4 bits stand for numbers. transformers keeps these rules as
+renames and operations on tensors; this module alone applies them. If an operation keeps rows separate, a rank's rows
+are made from the sources' rows. Any other operation is applied to one parameter's sources whole.
 """
 
 from __future__ import annotations

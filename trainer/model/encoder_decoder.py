@@ -1,4 +1,4 @@
-"""Encoder-decoder architectures: what building one needs. Which of them go with which objective: `rules.py`."""
+"""Builds encoder-decoder architectures. `rules.py` says which of them go with which objective."""
 
 from __future__ import annotations
 

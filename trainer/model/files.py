@@ -1,4 +1,4 @@
-"""The safetensors files of a model directory: which tensors they hold, and rows of them, read as they are asked for."""
+"""The safetensors files of a model directory: their tensors, and rows of them, read on demand."""
 
 from __future__ import annotations
 

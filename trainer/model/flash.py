@@ -1,4 +1,4 @@
-"""Whether FlashAttention can be used: the package, the GPU, and the sizes of a model's heads."""
+"""Whether FlashAttention can be used: the package, the GPU, and the sizes of the model's heads."""
 
 from __future__ import annotations
 

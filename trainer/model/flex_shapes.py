@@ -1,6 +1,7 @@
-"""What torch's flex attention makes and keeps, in shapes: for tensors that have no values, on meta or of a simulated GPU.
+"""Shapes of what torch's flex attention computes and keeps, for tensors without values (meta, or a simulated GPU).
 
-The kernel itself would be compiled for them. It is never kept by selective checkpointing, and these operations are not either.
+The kernel itself would have to be compiled for them. Selective checkpointing never keeps the kernel's results, nor
+these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of token embeddings that cannot be trained, since transformers sets them to zero whenever it loads the model."""
+"""Embedding rows that cannot be trained, because transformers sets them to zero whenever it loads the model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which layers of a model its small copy keeps, so that each kind of them is there, and what settings of layers become.
+"""Which layers a small copy of a model keeps, so that every kind of layer is there, and how per-layer settings change.
 
-What a layer is, is read off the built modules, not off the configuration; the settings that part layers into stretches (those
-that run in a loop, or share the keys of others) tell apart what looks alike.
+The kind of a layer is read from the built modules, not from the configuration. Settings that divide layers into
+stretches (those that run in a loop, or share the keys of others) tell layers apart that look alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packages with GPU kernels that transformers takes for the layers of hybrids and state-space models where they are there."""
+"""Packages with GPU kernels that transformers uses, if installed, for the layers of hybrids and state-space models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How documents lie in memory for a model, and with which attention kernel."""
+"""How documents lie in memory for a model, and which attention kernel it uses."""
 
 from __future__ import annotations
 

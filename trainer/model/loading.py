@@ -1,4 +1,4 @@
-"""Where a model's files are, and what is loaded of them whole: its config, its tokenizer, how it generates."""
+"""Finds a model's files, and loads its config, its tokenizer and its generation settings."""
 
 from __future__ import annotations
 

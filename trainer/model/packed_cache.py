@@ -1,7 +1,8 @@
-"""Packed weights of a quantised base, kept on the host: each is packed once, by the rank that comes to it first.
+"""Packed weights of a quantised base, cached on the host. Each is packed once, by the first rank that needs it.
 
-The others, and every later run on the same weights, read of it what they hold. A rank that packs a weight has it locked; when
-it dies the lock is gone, and another rank packs. Nothing here communicates: files are made aside and renamed.
+The other ranks, and later runs on the same weights, read their part of it. A rank holds a lock while it packs a
+weight. If it dies, the lock is released and another rank packs. Nothing here communicates: files are written under
+another name and renamed.
 """
 
 from __future__ import annotations

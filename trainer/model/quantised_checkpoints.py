@@ -1,6 +1,7 @@
-"""Models that lie in 4 or 8 bits as others store them: which library reads one, and its layers as transformers loads them.
+"""Checkpoints that others stored in 4 or 8 bits: the library that reads one, and its layers as transformers loads them.
 
-Such a model is evaluated as it is, never trained: each rank holds it whole, and it computes in the types that it is stored with.
+Such a model is evaluated as it is and never trained. Each rank holds it whole, and it computes in the types that it
+is stored in.
 """
 
 from __future__ import annotations

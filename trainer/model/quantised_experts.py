@@ -1,8 +1,8 @@
-"""Quantised experts: the weights of a layer's experts, each expert's stored apart in 4 or 8 bits.
+"""Quantised weights of a layer's experts, stored expert by expert in 4 or 8 bits.
 
-A weight `[experts, ., .]` becomes one flat tensor of bytes, expert after expert as `Scheme.pack` writes a matrix of that shape.
-A rank therefore packs the experts it holds and no others, and reads no more than these. For the moment of a product a layer's
-experts are numbers of the run's type again; nothing of that is kept for the backward pass.
+A weight `[experts, ., .]` becomes one flat tensor of bytes, expert after expert, each as `Scheme.pack` writes a
+matrix of that shape. A rank therefore packs and reads only the experts that it holds. For a product, a layer's
+experts are dequantised to the run's type; nothing of that is kept for the backward pass.
 """
 
 from __future__ import annotations

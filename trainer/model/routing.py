@@ -1,7 +1,7 @@
-"""What is seen of routers and experts in a forward pass: how many tokens each expert gets, and the routers' logits.
+"""Observes routers and experts in a forward pass: the tokens of each expert, and the routers' logits.
 
-Nothing here changes what a model computes. Outside `watching` nothing is noted, so that blocks which are computed again in a
-backward pass count once.
+Nothing here changes what a model computes. Outside `watching` nothing is recorded, so that blocks which are
+recomputed in a backward pass count once.
 """
 
 from __future__ import annotations

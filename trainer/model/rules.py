@@ -1,4 +1,4 @@
-"""What a model's config.json and the settings alone can answer, before anything that computes is imported."""
+"""Answers questions about a model from its config.json and the settings alone, before heavy libraries are imported."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A small copy of a model's own configuration that keeps every kind of layer: what is proven of it holds for the model.
+"""Makes a small copy of a model's configuration with every kind of layer; what is proven of it holds for the model.
 
-Widths, counts and windows shrink by the names that configurations give them; what must multiply to the same is made to. Where
-the names do not do, widths and heads are divided by one number. Which layers stay is said by `kept_layers.py`.
+Widths, counts and windows shrink by the names that configurations give them; factors of one product are kept
+consistent. If the names do not suffice, widths and heads are divided by one number. `kept_layers.py` says which
+layers stay.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Heads that a checkpoint stores beside the embeddings, with values of their own, although its configuration ties them."""
+"""Heads that a checkpoint stores with values of their own although its configuration ties them to the embeddings."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What watches a run: steps that stand out, divergence, overfitting, forgetting, degenerate answers, slow ranks."""
+"""Monitors of a run: outlying steps, divergence, overfitting, forgetting, degenerate answers, slow ranks."""

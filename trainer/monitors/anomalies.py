@@ -1,4 +1,4 @@
-"""The guards of one run: which steps stand out, which updates are left out, and when a run has diverged."""
+"""Judges every step: which ones stand out, which updates are skipped, and when a run has diverged."""
 
 from __future__ import annotations
 

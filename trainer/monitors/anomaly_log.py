@@ -1,4 +1,4 @@
-"""Records steps whose loss or gradient norm stands out: on the screen, and in `events.jsonl` with their documents."""
+"""Reports steps whose loss or gradient norm stands out: on the screen, and in `events.jsonl` with their documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a detector finds, and what it is given."""
+"""The interface of a detector: its inputs and its findings."""
 
 from __future__ import annotations
 

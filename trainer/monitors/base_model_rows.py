@@ -1,4 +1,4 @@
-"""What the base says of the tasks by which forgetting is measured: asked once, and kept in the run directory."""
+"""The base model's answers to the tasks that measure forgetting, computed once and kept in the run directory."""
 
 from __future__ import annotations
 

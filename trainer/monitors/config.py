@@ -1,4 +1,4 @@
-"""The settings of the detectors."""
+"""Settings of the detectors."""
 
 from __future__ import annotations
 

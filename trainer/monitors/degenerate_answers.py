@@ -1,7 +1,8 @@
-"""Degenerate answers: empty, repeating themselves, or in another language than the right ones.
+"""Detects degenerate answers: empty ones, repetition, or another language than that of the references.
 
-Each share is compared with that of the references by Fisher's exact test, one-sided, at a level of 5 % over all evaluations and
-the three kinds together; and nothing is told of fewer than three answers, or of less than a tenth of them.
+Each share is compared with that of the references by Fisher's exact test, one-sided, at a level of 5 % over all
+evaluations and the three kinds together. Nothing is reported for fewer than three answers, or for less than a tenth
+of them.
 """
 
 from __future__ import annotations

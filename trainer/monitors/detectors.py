@@ -1,4 +1,4 @@
-"""The detectors of one run: what they are given, what they find, and what is told of it. The same on all ranks."""
+"""Runs the detectors of a run after each evaluation, and reports their findings. The same on all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evaluation before the first step by micro-batch, with which later ones are paired; kept in the run directory."""
+"""The evaluation before the first step, by micro-batch, kept in the run directory. Later ones are paired with it."""
 
 from __future__ import annotations
 

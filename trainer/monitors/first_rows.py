@@ -1,4 +1,4 @@
-"""What a run's tasks looked like when they were first asked, kept in the run directory: what changed sides is told since then."""
+"""Rows of a run's tasks at their first evaluation, kept in the run directory. Rows that changed since are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of the guards."""
+"""Settings of the anomaly guards."""
 
 from __future__ import annotations
 

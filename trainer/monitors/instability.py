@@ -1,4 +1,4 @@
-"""Instability: what the guards have seen of single steps (`trainer/monitors/`), told once more where the run ends."""
+"""Reports at the end of a run what the guards (`anomalies.py`) saw of single steps."""
 
 from __future__ import annotations
 

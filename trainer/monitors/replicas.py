@@ -1,7 +1,7 @@
-"""Whether ranks that hold the same parameters still do: a flipped bit, or a host that computes otherwise, is found.
+"""Checks that ranks with the same parameters still agree: it finds a flipped bit, or a host that computes otherwise.
 
-What is compared is a sum of each local tensor's bytes taken as whole numbers, modulo 2**64: any single flipped bit moves it.
-Nothing but a number a rank is exchanged while all agree.
+It compares a sum over each local tensor's bytes, taken as whole numbers modulo 2**64: any single flipped bit changes
+it. As long as all agree, only one number per rank is exchanged.
 """
 
 from __future__ import annotations

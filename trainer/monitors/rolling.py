@@ -1,4 +1,4 @@
-"""How far a step stands out from those before it, by median and median absolute deviation, where its values are."""
+"""How far a step stands out from those before it, by median and median absolute deviation, computed on the device."""
 
 from __future__ import annotations
 

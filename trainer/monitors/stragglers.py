@@ -1,6 +1,6 @@
-"""Which rank holds the others up: its blocks take longer than those of the others, interval after interval.
+"""Finds a rank that holds the others up: its blocks take longer than theirs in several intervals in a row.
 
-All ranks judge by the same numbers, which came with the rows of the interval, and come to the same answer.
+All ranks judge by the same numbers, which came with the rows of the interval, and come to the same result.
 """
 
 from __future__ import annotations

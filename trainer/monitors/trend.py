@@ -1,4 +1,4 @@
-"""Whether numbers in time rise: the one-sided test of Mann (1945) and Kendall, with its exact distribution without ties."""
+"""Tests whether a series rises: the one-sided Mann-Kendall test, with its exact distribution without ties."""
 
 from __future__ import annotations
 

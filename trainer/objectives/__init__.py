@@ -1,1 +1,1 @@
-"""What is learned: each objective turns a batch into sums, and a sample into the counts that divide them."""
+"""Objectives: each turns a batch into sums of losses, and a sample into the counts that divide them."""

@@ -1,4 +1,4 @@
-"""What objectives over next tokens share: the decoder on all tokens, the head on supervised rows only."""
+"""What objectives over next tokens share: the decoder runs on all tokens, the head on supervised rows only."""
 
 from __future__ import annotations
 

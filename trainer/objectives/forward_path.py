@@ -1,9 +1,10 @@
-"""How a batch passes through a causal model to the loss at supervised rows, and the proof that it does so rightly.
+"""The way of a batch through a causal model to the loss, and the proof that it is right for this architecture.
 
 Fast ways exist that not every architecture allows: documents one after another in a row without padding, and the loss
-computed by the head itself, a chunk of rows at a time. Whether a model allows them is proven, not tabled: on a small random
-copy of its own configuration, with every kind of layer and documents longer than its windows, our way on documents together
-must give the loss and the gradients of the stock model in eager attention on each document apart.
+computed by the head itself, a chunk of rows at a time. Whether a model allows them is proven, not tabled. On a small
+random copy of its own configuration, with every kind of layer and documents longer than its windows, our way on
+documents together must give the loss and the gradients of the stock model, in eager attention, on each document
+alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The frozen model beside the tuned one: which it is, how it is built on meta, and where its weights come from."""
+"""The frozen model beside the trained one: which it is, how it is built on meta, and where its weights come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain causal model of a run, arranged: its attention, how documents lie in a row, and its way from batch to loss."""
+"""Chooses for a causal model its attention kernel, the layout of documents, and the forward path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs of answers to the same prompt, of which one was preferred: how they are read, for every objective that compares them."""
+"""Pairs of a chosen and a rejected answer to one prompt: how they are read, for every objective that compares them."""
 
 from __future__ import annotations
 

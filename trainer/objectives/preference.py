@@ -1,4 +1,4 @@
-"""Learning from pairs of answers to the same prompt, of which one was preferred.
+"""Learning from pairs of a chosen and a rejected answer to one prompt.
 
 Every loss is a sum over pairs, divided by the number of pairs of the whole step: where a method takes a mean over
 tokens (ORPO, SimPO, IPO, the share of plain fine-tuning), it is the mean over the tokens of one answer. A pair then

@@ -1,7 +1,8 @@
-"""What the model said before training, recorded once: log-probabilities of every answer, for objectives that compare.
+"""Log-probabilities of every answer before training, recorded once for objectives that compare with that model.
 
-With an adapter the base model is at hand at any step, with the adapter off. Where the model itself trains, a second copy
-would cost its memory again; a pass over the data before the first step costs about a third of an epoch, once.
+With an adapter, the base model is available at any step by switching the adapter off. If the model itself trains, a
+second copy would cost its memory again; a pass over the data before the first step costs about a third of an epoch,
+once.
 """
 
 from __future__ import annotations

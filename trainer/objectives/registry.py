@@ -1,4 +1,4 @@
-"""Every objective, and what is asked of the one that a configuration names."""
+"""All objectives, and questions to the one that a configuration names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reward model: one score an answer from a classification head, learned from pairs."""
+"""A reward model: one score per answer from a classification head, learned from pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model adds to the loss of its step, for its routers and its logits, and how the tokens spread over experts."""
+"""Loss terms that a model adds over a whole step, for its routers and its logits; and the load of its experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the next-token loss on supervised tokens; and what is done against forgetting beside it."""
+"""Supervised fine-tuning: the next-token loss on supervised tokens, with optional terms against forgetting."""
 
 from __future__ import annotations
 

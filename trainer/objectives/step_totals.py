@@ -1,4 +1,4 @@
-"""What has to be known of a whole step before its first backward pass, because no sum of later micro-batches can give it."""
+"""Totals of a whole step that are needed before its first backward pass, because no sum of micro-batches gives them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom a model is compared with over the whole vocabulary: another, frozen model, or itself with the adapter off."""
+"""The teacher of a loss over the whole vocabulary: another, frozen model, or the same model with the adapter off."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Optimizers: parameter groups, construction, what each needs of a strategy."""
+"""Optimizers: parameter groups, construction, and the strategies that each runs under."""

@@ -1,4 +1,4 @@
-"""From an optimizer's settings to the object that steps."""
+"""Makes an optimizer from its settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizers' settings. What runs behind them is built in `trainer.optim`."""
+"""Settings of the optimizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which optimizer runs under which strategy, and why not: the data behind validation and behind `docs/optimizers.md`."""
+"""Which optimizer runs under which strategy, and why not: the data of validation and of `docs/optimizers.md`."""
 
 from __future__ import annotations
 

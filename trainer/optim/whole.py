@@ -1,4 +1,4 @@
-"""Muon and Adafactor on shards: what needs a whole matrix is computed on the gathered one, one parameter at a time.
+"""Muon and Adafactor on shards: operations on a whole matrix run on the gathered one, one parameter at a time.
 
 The arithmetic is torch's own (`torch.optim.Muon`, `torch.optim.Adafactor`). Every rank computes the whole update and
 keeps its rows, so the result is that of one process. On plain tensors nothing is gathered.

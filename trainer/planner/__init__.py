@@ -1,1 +1,1 @@
-"""What a run will take, found by simulating it: memory, time, the strategy and micro-batch that fit."""
+"""Predicts what a run will take by simulating it: memory, time, and the strategy and micro-batch that fit."""

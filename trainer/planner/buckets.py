@@ -1,8 +1,9 @@
-"""Gradients that DeepSpeed reduces by the bucket (ZeRO's stages 1 and 2), in a model of few blocks that stands for a deeper one.
+"""Gradient buckets of DeepSpeed (ZeRO 1 and 2) in a shallow model that stands for a deeper one.
 
-Which gradient fills a bucket, and how full it was, repeats with no number of blocks, so what a reduction takes lies on no line.
-In a shallow model each gradient of a block therefore counts as if it came to a full bucket, which is the most that the whole
-model can take there, and the reductions themselves count outside blocks alone, as if of full buckets.
+Which gradient fills a bucket, and how full it was, does not repeat with the blocks, so the memory of a reduction is
+not linear in their number. In a shallow model each gradient of a block therefore counts as if it filled a bucket,
+which is the most that the whole model can take there. The reductions themselves count only outside blocks, as if of
+full buckets.
 """
 
 from __future__ import annotations

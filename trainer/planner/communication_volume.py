@@ -1,6 +1,7 @@
-"""What a rank is expected to exchange in a step, by arithmetic on what is sharded: bytes of each collective.
+"""Bytes of each collective that a rank is expected to exchange in a step, computed from what is sharded.
 
-Flags, norms and counts are left out. `tests/planner/test_communication_volume.py` compares it with the simulated step.
+Flags, norms and counts are left out. `tests/planner/test_communication_volume.py` compares it with the simulated
+step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A step's memory and work as straight lines in its number of blocks and in its tokens: one answer for every micro-batch.
+"""The cost model of a step: memory and work, linear in blocks and in tokens, for every micro-batch at once.
 
-One engine takes steps of two sizes, in models of two depths. In each moment live bytes lie on a line in either, so that four
-corners say what any depth and any size takes; `tests/planner/test_cost_model.py` compares them with the step itself.
+One engine takes steps of two sizes, in models of two depths. Live bytes in each step phase are linear in both, so the
+four corners give any depth and any size. `tests/planner/test_cost_model.py` compares them with the step itself.
 """
 
 from __future__ import annotations

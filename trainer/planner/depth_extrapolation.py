@@ -1,8 +1,8 @@
-"""From models of few blocks to the whole one: what a step takes is a straight line in the number of blocks, moment by moment.
+"""Extrapolates from models of few blocks to the whole one: each step phase costs linearly in the number of blocks.
 
-Blocks of a kind do the same. So in a moment counted from either end (the second block, the last but one) live bytes grow by
-the same amount with each further block, and so do exchanges and arithmetic; between the ends they lie on a line. A peak is the
-highest of the lines at the full depth, which may be that of another moment than in the shallow models.
+Blocks of one kind cost the same. So live bytes, exchanges and arithmetic in a phase, counted from either end (the
+second block, the last but one), grow by the same amount with each further block. Between the ends they lie on a line.
+The peak is the highest of these lines at full depth, which may be in another phase than in the shallow models.
 """
 
 from __future__ import annotations

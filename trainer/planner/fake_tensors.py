@@ -1,4 +1,4 @@
-"""Fake tensors in place of the real ones that a model and its batches still hold."""
+"""Replaces the real tensors that a model and its batches still hold by fake ones."""
 
 from __future__ import annotations
 

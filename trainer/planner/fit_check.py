@@ -1,4 +1,4 @@
-"""Whether a run fits its GPUs, simulated by a process of its own before the model is built: `run.must_fit`."""
+"""`run.must_fit`: whether a run fits its GPUs, simulated in a process of its own before the model is built."""
 
 from __future__ import annotations
 

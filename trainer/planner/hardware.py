@@ -1,4 +1,4 @@
-"""A card that a plan is made for: its memory, speeds and price, as `conf/hardware/<card>.yaml` says them."""
+"""A GPU that a plan is made for: memory, speeds and price, from `conf/hardware/<card>.yaml`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long what a run is given is: as long as it may be, or as its data says."""
+"""Lengths of the documents that a plan assumes: the longest allowed, or those of the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live bytes through a step: counted by storage, as they come and go, on real tensors as on fake ones."""
+"""Tracks live bytes through a step, by storage, on real tensors as on fake ones."""
 
 from __future__ import annotations
 

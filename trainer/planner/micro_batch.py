@@ -1,8 +1,8 @@
-"""`batch.micro=auto`: as many documents in one forward pass as memory allows, chosen once and frozen into the configuration.
+"""`batch.micro=auto`: the largest micro-batch that fits in memory, chosen once and frozen into the configuration.
 
-The run's own step is simulated for every micro-batch; the largest that is planned to fit is tried by two real steps of the
-longest documents, which all ranks take, and by the next smaller one where any rank runs out of memory. What was tried is
-built anew for the run, so that it takes the steps of one that was told its micro-batch.
+The run's own step is simulated for every micro-batch. The largest that should fit is tried by two real steps of the
+longest documents, on all ranks. If any rank runs out of memory, the next smaller one is tried. What a trial built is
+built anew for the run, so that it takes the same steps as a run with a given micro-batch.
 """
 
 from __future__ import annotations

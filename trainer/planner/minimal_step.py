@@ -1,4 +1,4 @@
-"""A step of the training loop with nothing around it: no data set, no records, no checkpoints."""
+"""A step of the training loop alone: no data set, no records, no checkpoints."""
 
 from __future__ import annotations
 

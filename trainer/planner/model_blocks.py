@@ -1,4 +1,4 @@
-"""A model's blocks: which kinds there are, how they repeat, and the same model with fewer of them."""
+"""The blocks of a model: their kinds, how they repeat, and the same model with fewer of them."""
 
 from __future__ import annotations
 

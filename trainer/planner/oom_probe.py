@@ -1,4 +1,4 @@
-"""Two real steps of the longest documents, to see whether memory holds what a run would choose; all ranks take them."""
+"""Two real steps of the longest documents, to see whether a choice fits in memory. All ranks must call."""
 
 from __future__ import annotations
 

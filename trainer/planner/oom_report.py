@@ -1,4 +1,4 @@
-"""A run that ran out of memory amid its steps, or an evaluation: what it held, what was expected, and what to turn."""
+"""Reports a run or an evaluation that ran out of memory: what it held, what was expected, and which settings help."""
 
 from __future__ import annotations
 

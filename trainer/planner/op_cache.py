@@ -1,7 +1,7 @@
-"""Operations on tensors without memory, answered by what they gave before for operands of the same form.
+"""A cache of operation results on fake tensors, keyed by the operands' metadata.
 
-A step repeats a few hundred operations in block after block, and torch works out anew each time what comes out. Only what is
-told by the form of the operands is remembered: never what depends on values, and nothing of real tensors.
+A step repeats a few hundred operations in block after block, and torch computes the result's metadata anew each time.
+Only results that depend on metadata alone are cached: never on values, and never for real tensors.
 """
 
 from __future__ import annotations

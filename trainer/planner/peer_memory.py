@@ -1,7 +1,7 @@
-"""What other trainers hold in the same step, reckoned beside what is simulated of this one, to be set beside published figures.
+"""Memory that other trainers would need for the same step, to compare plans with published figures.
 
-Arithmetic from the sizes of model and batch alone. Bytes of the losses follow from the code of the libraries: logits in bf16 and
-a copy in fp32, shifted, with softmax and gradient; nothing is fitted to measurements.
+It is arithmetic on the sizes of model and batch alone. The bytes of the losses follow from the code of the libraries:
+logits in bf16 and a copy in fp32, shifted, with softmax and gradient. Nothing is fitted to measurements.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What a run would take, before there is one: memory, time and price of each way to run it, found by simulating its step.
+"""Plans a run before it starts: memory, time and price of each way to run it, by simulating its step.
 
-A way is a strategy with what its blocks recompute, what is offloaded and how the base is stored. Each is simulated once
-(`trainer/planner/simulation.py`), in processes of their own, and answers for every micro-batch (`trainer/planner/cost_model.py`).
+A way is a strategy with its recomputation, offloading and the storage type of its base. Each is simulated once
+(`trainer/planner/simulation.py`), in processes of their own, and answers for every micro-batch
+(`trainer/planner/cost_model.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What a run was expected to take, beside what it took: `receipt` in `run.json`.
+"""The `receipt` in `run.json`: what a run was predicted to take, beside what it took.
 
-What is expected costs a run nothing: it is arithmetic on what is known when it starts. Runs are simulated by `trainer/planner`.
+The prediction is arithmetic on what is known when a run starts, and costs it nothing. `trainer/planner` simulates
+runs.
 """
 
 from __future__ import annotations

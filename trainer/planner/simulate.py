@@ -1,4 +1,4 @@
-"""The real step on tensors without memory: what a run would take, hold and exchange, found by running it."""
+"""Takes the real step on tensors without memory, to find what a run would take, hold and exchange."""
 
 from __future__ import annotations
 

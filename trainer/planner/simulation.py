@@ -1,4 +1,4 @@
-"""A run's step, simulated: out of a configuration and a model's config.json, without weights, data, tokenizer or GPU."""
+"""Simulates a run's step from its configuration and a model's config.json, without weights, data, tokenizer or GPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How long a step takes, from its arithmetic, the bytes it moves and exchanges, and the rates of a card.
+"""Seconds of a step on a GPU, from its arithmetic, the bytes that it moves and exchanges, and the GPU's rates.
 
-No kernel was timed for it: the shares below are what well-shaped work is commonly seen to reach, and stand apart from every
+No kernel was timed for it. The shares of peak below are what well-shaped work commonly reaches, independent of every
 measurement that plans are compared with in docs/planning.md.
 """
 

@@ -1,4 +1,4 @@
-"""What a step does beside taking memory: its collectives in order, what the host reads of the device, its arithmetic."""
+"""Records the collectives of a step in order, the host's reads from the device, and the arithmetic."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """`strategy=auto`: the fastest strategy that fits, chosen once and frozen into the configuration.
 
-Where the ranks' card is one of `conf/hardware/`, all strategies are planned on it as by `shardtune plan`, and taken in that
-order. Of other devices no rates are known: of the strategies that fit, the one that shards least is taken, since what is
-sharded must be exchanged. Two real steps of the longest documents, which all ranks take, have the last word; where memory
-runs out the next in order is tried.
+If the ranks' GPU is in `conf/hardware/`, all strategies are planned on it as by `shardtune plan`, and tried in order
+of speed. The rates of other devices are unknown: there the strategy that shards least is taken of those that fit,
+because what is sharded must be exchanged. Two real steps of the longest documents, on all ranks, decide. If memory
+runs out, the next strategy is tried.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ways to run, simulated side by side in processes of their own, and put in order."""
+"""Simulates several ways to run in parallel processes, and sorts them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""How long a rank's own part of a forward pass takes: its blocks, without what they wait for in exchanges with other ranks.
+"""Times a rank's own part of a forward pass: its blocks, without waiting for other ranks in exchanges.
 
-One step of each logging interval is looked at. Nothing is waited for: on GPUs the times lie between events of the stream that
-computes, read when the rows are. All ranks end a step together, whoever held it up; what each computed tells them apart.
+One step of each logging interval is timed. Nothing waits for it: on GPUs the times lie between events of the compute
+stream, which are read with the interval's rows. All ranks end a step together, whoever held it up; only their own
+times tell them apart.
 """
 
 from __future__ import annotations

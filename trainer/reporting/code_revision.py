@@ -1,4 +1,4 @@
-"""Which code runs: the clone's revision, or what a job's copy of it says of itself. Needs no torch."""
+"""Which code runs: the clone's revision, or that of a job's copy of it. Needs no torch."""
 
 from __future__ import annotations
 

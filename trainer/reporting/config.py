@@ -1,4 +1,4 @@
-"""Settings of what a run records, and where."""
+"""Settings of what a run records and where."""
 
 from __future__ import annotations
 

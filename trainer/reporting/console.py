@@ -1,4 +1,4 @@
-"""What a person sees: on rank 0 a progress bar in a terminal, or one line an interval elsewhere; for every rank a log file."""
+"""The screen and the log files: on rank 0 a progress bar or one line an interval, and a log file for every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run that goes on had measured before it was interrupted, out of its own rows."""
+"""What a resumed run measured before it was interrupted, from its own rows."""
 
 from __future__ import annotations
 

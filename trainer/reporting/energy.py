@@ -1,7 +1,7 @@
-"""Energy of the hosts while they train, by codecarbon's offline tracker; an estimate where a host has no meter of its own.
+"""Energy of the hosts while they train, by codecarbon's offline tracker; an estimate if a host has no meter.
 
-One process of each host measures, and writes `energy/<begin>-<host>.json` in the run directory every minute and at its end: what
-a run took is the sum over its hosts and starts, also where it was killed.
+One process per host measures, and writes `energy/<begin>-<host>.json` in the run directory every minute and at its
+end. The energy of a run is the sum over its hosts and starts, including those that were killed.
 """
 
 from __future__ import annotations

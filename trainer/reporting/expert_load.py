@@ -1,4 +1,4 @@
-"""How evenly the tokens of a step spread over the experts of each layer."""
+"""How evenly a step's tokens spread over the experts of each layer."""
 
 from __future__ import annotations
 

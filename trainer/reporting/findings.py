@@ -1,4 +1,4 @@
-"""What the detectors found of a run, out of `challenges` of its record: for last lines, `status.json` and the model card."""
+"""Findings of the detectors, from `challenges` in a run's record: for its last lines, `status.json` and its card."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""How busy, full and warm each rank's GPU is, by the driver's own meters: seen by a thread, told with the rows of an interval.
+"""Utilisation, memory, power and temperature of each rank's GPU: read by a thread, reported with an interval's rows.
 
-A tracker's own monitor sees the host of rank 0 alone. What ranks of all hosts saw goes with the reduction that is made anyway.
+A tracker's own monitor sees the host of rank 0 alone. The numbers of all hosts travel with the reduction that is made
+anyway.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Peak speed of known cards, for MFU."""
+"""Peak speed of known GPUs, for MFU."""
 
 from __future__ import annotations
 

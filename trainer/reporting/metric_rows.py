@@ -1,7 +1,7 @@
-"""Reads `metrics.jsonl`, for everybody who does: one JSON object a line, each with the step it is of.
+"""Reads `metrics.jsonl` for everybody: one JSON object a line, each with its step.
 
-A disk can flip a bit in any line, and a kill or a power cut can tear the last one. A line that cannot be read costs that line: it
-never stops a start, and no verb.
+A disk can flip a bit in any line, and a kill or a power cut can tear the last one. A line that cannot be read costs
+that line: it never stops a start or a verb.
 """
 
 from __future__ import annotations

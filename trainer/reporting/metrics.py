@@ -1,4 +1,4 @@
-"""Per-step numbers: buffered on the device, read and summed over ranks once a logging interval."""
+"""Per-step metrics: buffered on the device, read and summed over ranks once a logging interval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces of a few steps by torch's profiler, where `profile.steps` asks for them: one of each rank, and what it says in short.
+"""Profiles a few steps by torch's profiler if `profile.steps` asks for it: a trace and a summary for each rank.
 
 `profile/rank-0.json.gz` opens in https://ui.perfetto.dev and in Chrome's tracing; `profile/rank-0.summary.json` is what the
 run's page shows of it. Nothing is imported or hooked where no steps are asked for.

@@ -1,7 +1,7 @@
-"""What was measured of a run after its training: reports of evaluations and of reviews by people, kept with the run.
+"""Results measured after a run's training, kept with the run: evaluation reports and reviews by people.
 
-Every report lies in `reports/` of the run directory, wherever else it was written, so that a later one does not take its place.
-Each says which weights it is about: the hash of the checkpoint's manifest.
+Every report is also kept in `reports/` of the run directory, so that a later one does not replace it. Each names its
+weights, by the hash of the checkpoint's manifest.
 """
 
 from __future__ import annotations

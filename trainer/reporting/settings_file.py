@@ -1,4 +1,4 @@
-"""`config.yaml` read as what it may be: a file of somebody else's. Bounded, and nothing in it is looked up or multiplied."""
+"""Reads `config.yaml` as an untrusted file: of bounded size, without aliases, and with interpolations left as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A choice that all points of a comparison share: `<comparison>/run.matmul.json` has it, written by the first that starts."""
+"""A choice that all points of a comparison share: `<comparison>/run.matmul.json`, written by the first that starts."""
 
 from __future__ import annotations
 

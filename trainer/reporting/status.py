@@ -1,8 +1,8 @@
-"""How a run stands and how it ended: two small files in its directory (exit codes do not survive torchrun or srun).
+"""The state of a run and how it ended, in two small files, because exit codes do not survive torchrun or srun.
 
-`status.json` (state, reason, step, job, restart, pid, host, time) is replaced atomically by the launcher and by rank 0;
-`failure.json` is written once, by the first rank that fails, and removed by a success and by the next attempt. Nothing here
-communicates.
+`status.json` (state, reason, step, job, restart, pid, host, time) is replaced atomically by the launcher and by rank
+0. `failure.json` is written once, by the first rank that fails, and removed by a success and by the next attempt.
+Nothing here communicates.
 """
 
 from __future__ import annotations

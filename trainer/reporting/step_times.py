@@ -1,6 +1,6 @@
-"""How long the parts of a step take: an engine whose passes are timed, where `logging.step_parts` asks for it.
+"""Times the parts of a step (`logging.step_parts`): an engine whose passes are timed.
 
-On GPUs the times are those of the stream that computes, between events, and the host waits for nothing before the flush.
+On GPUs the times are those between events of the compute stream, and the host waits for nothing before the flush.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a trace of torch's profiler says in short: top operators, communication that nothing hides, idle time, memory."""
+"""Summarises a profiler trace: top operators, communication that is not overlapped, idle time, memory."""
 
 from __future__ import annotations
 

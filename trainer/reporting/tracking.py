@@ -1,4 +1,4 @@
-"""All that rows of numbers are written to: `metrics.jsonl` always, and the trackers that are asked for."""
+"""Writes rows of metrics to `metrics.jsonl`, always, and to the trackers that the settings name."""
 
 from __future__ import annotations
 

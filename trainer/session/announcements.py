@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: on the screen, in `run.json` and `status.json`, and to trackers."""
+"""What a run reports while it trains: on the screen, in `run.json` and `status.json`, and to trackers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One attempt at a run: that it owns the directory, how far it is, and what it leaves when it ends, however it ends."""
+"""One attempt at a run: it owns the run directory, knows its phase, and records how it ends, however it ends."""
 
 from __future__ import annotations
 

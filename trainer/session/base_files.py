@@ -1,7 +1,7 @@
-"""The base that a run began with: digests of its files, compared with what lies there whenever the base is used again.
+"""Digests of the base model that a run began with, compared with the files whenever the base is used again.
 
-`identity.json` records the digests at each start. An export or an evaluation reads the base once more, perhaps months later.
-By then somebody may have put other weights under the same path: the result would be a model that nobody trained.
+`identity.json` records the digests at each start. An export or an evaluation reads the base once more, perhaps months
+later. If somebody has put other weights under the same path by then, the result would be a model that nobody trained.
 """
 
 from __future__ import annotations

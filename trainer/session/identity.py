@@ -1,8 +1,8 @@
-"""What a run is, so that it is not silently gone on with as another: compared between ranks, and with the run resumed from.
+"""What identifies a run, so that it is not silently resumed as another. Compared between ranks and with earlier starts.
 
-`identity.json` lies in the run directory beside `checkpoints/`. It holds, by kind (`trainer/config/resuming.py`), the settings
-that decide the result and fingerprints of what settings only name: prepared data, files of the base, source and libraries; and
-the differences that were accepted on the way here.
+`identity.json` lies in the run directory beside `checkpoints/`. It holds, by kind (`trainer/config/resuming.py`), the
+settings that decide the result and fingerprints of what settings only name (prepared data, files of the base, source
+and libraries), and the differences that were accepted on the way here.
 """
 
 from __future__ import annotations

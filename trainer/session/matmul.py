@@ -1,6 +1,7 @@
-"""Which library of float32 products a run computes with on CPUs: settled at its first start, kept at every later one.
+"""Which library multiplies float32 matrices on CPUs, chosen at a run's first start and kept at every later one.
 
-Two libraries round differently. A run that changed its library when it is resumed would not be the run that was interrupted.
+Two libraries round differently. A run that changed its library when it resumes would not be the run that was
+interrupted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run is watched for beside its steps, out of its configuration: the detectors, and the evaluators that feed them."""
+"""Builds what watches a run beside its steps: the detectors, and the evaluators that feed them."""
 
 from __future__ import annotations
 

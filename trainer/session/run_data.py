@@ -1,7 +1,8 @@
-"""What a run remembers of its data, so that its model is built again without a row: label names, fingerprint, length.
+"""What a run records of its data, so that its model can be rebuilt without the data: label names, fingerprint, length.
 
-`data.path` may be replaced, grow or disappear after the training. An export and tasks with a file of their own do not need it.
-Tasks on the run's own documents, and what `bits=` measures, do: they get the documents of training or none.
+`data.path` may be replaced, grow or disappear after the training. An export and tasks with a file of their own do not
+need it. Tasks on the run's own documents, and the loss that `bits=` measures, do: they get the documents of training
+or none.
 """
 
 from __future__ import annotations

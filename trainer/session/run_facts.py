@@ -1,4 +1,4 @@
-"""What a run says about itself: at its start, in `run.json`, to W&B, in the model card and at its end."""
+"""Gathers the facts of a run for its start screen, `run.json`, W&B, the model card and its end."""
 
 from __future__ import annotations
 

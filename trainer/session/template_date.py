@@ -1,6 +1,7 @@
-"""Which date a chat template writes for today: chosen at the first start of a run, kept at every later one.
+"""The date that a chat template writes as today's, chosen at a run's first start and kept at every later one.
 
-Data prepared on another day would differ, and so would what a resumed run, another host or another point of a comparison learns.
+Otherwise data prepared on another day would differ, and a resumed run, another host or another point of a comparison
+would learn something else.
 """
 
 from __future__ import annotations

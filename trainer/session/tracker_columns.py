@@ -1,4 +1,4 @@
-"""What the run table of a tracker shows of a run: its name, flat columns, and the whole configuration."""
+"""What a tracker's run table shows of a run: its name, flat columns, and the whole configuration."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Ending a run in good order: signals, and the decision of all ranks."""
+"""Stops a run in good order: signals, and one decision of all ranks."""

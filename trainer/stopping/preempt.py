@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal on any rank becomes one decision of all ranks at the same step."""
+"""Turns a signal on any rank into one decision of all ranks to stop at the same step."""
 
 from __future__ import annotations
 

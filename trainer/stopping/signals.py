@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop: held from the first moment, then taken by one waiting thread.
+"""Signals that ask a run to save and stop: blocked from the first moment, then received by one waiting thread.
 
 They are blocked before any import that starts a thread (libraries of matrix products start theirs when they are loaded, and a
 thread that does not block a signal takes it, and the process dies of it). What the process starts inherits the mask: data

@@ -1,8 +1,9 @@
-"""A small process beside the one that prepares a run: it kills that one where a request to stop cannot reach Python any more.
+"""A small process that kills the one which prepares a run if a request to stop cannot reach Python any more.
 
-Some native code keeps the interpreter's lock (the tokenizers library while it encodes a text, Python's own powers of large
-integers). No thread of the process runs then, and its blocked signals stay pending, which Linux shows in `/proc`. The watchdog
-looks there. It imports nothing of the project: `python -I -S watchdog.py <mask of the signals, hexadecimal> <seconds>`.
+Some native code keeps the interpreter's lock (the tokenizers library while it encodes a text, Python's own powers of
+large integers). No thread of the process runs then, and its blocked signals stay pending, which Linux shows in
+`/proc`. The watchdog looks there. It imports nothing of the project: `python -I -S watchdog.py <mask of the signals,
+hexadecimal> <seconds>`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Which parameters train, and how adapters are added, initialised and merged. The only place that imports peft."""
+"""Tuning methods: which parameters train, and how adapters are added, initialised and merged."""

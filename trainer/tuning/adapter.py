@@ -1,6 +1,6 @@
-"""Adapters through peft, whatever the method: choose and check targets, hand over, and own what peft added.
+"""Adapters through peft, whatever the method: chooses and checks targets, and manages what peft adds to the model.
 
-Values come from `trainer.tuning.replica`. What a method can do is said by `trainer.tuning.table`.
+Values come from `trainer.tuning.replica`. `trainer.tuning.table` says what a method can do.
 """
 
 from __future__ import annotations

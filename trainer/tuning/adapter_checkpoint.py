@@ -1,4 +1,4 @@
-"""The tensors of an adapter directory that exists already, matched with a model that is wrapped in such an adapter."""
+"""Loads the tensors of an existing adapter directory into a model that is wrapped in such an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fields of an adapter_config.json that are computed with, and the kind of value that each must have. Imports no torch."""
+"""The fields of an adapter_config.json that are computed with, and the type that each must have. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tuning method is, and the settings of each."""
+"""The interface of a tuning method, and the settings of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a tuning method's name to the object."""
+"""Makes a tuning method from its name."""
 
 from __future__ import annotations
 

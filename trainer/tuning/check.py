@@ -1,4 +1,4 @@
-"""What is wrong with the settings of a tuning method, alone and with the rest of the run; one line a problem."""
+"""Rules of a tuning method's settings, alone and with the rest of the run. One line a problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of the tuning methods beside full tuning and LoRA."""
+"""Settings of the tuning methods other than full tuning and LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a mixture of experts: modules of experts, the routers that choose them, and their matrices."""
+"""The parts of a mixture of experts: its expert modules, the routers that choose them, and their matrices."""
 
 from __future__ import annotations
 

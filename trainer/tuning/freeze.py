@@ -1,4 +1,4 @@
-"""A part of the base trains, the rest is frozen."""
+"""Trains a part of the base and freezes the rest."""
 
 from __future__ import annotations
 

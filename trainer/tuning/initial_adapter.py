@@ -1,4 +1,4 @@
-"""The settings of an adapter directory against those of a run, from its JSON file alone: composing a run asks this."""
+"""Compares an adapter directory's settings with those of a run, from its JSON file alone, when the run is composed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Under which keys an adapter must be stored, so that plain peft finds each tensor's place again.
+"""The keys under which an adapter is stored, so that plain peft finds each tensor's place again.
 
-peft passes the keys of a LoRA file through the renames by which transformers loads the base's checkpoint. Where a model's own
-name is renamed once more, the checkpoint's name is stored in its place; of some layers no name comes back.
+transformers loads a base's checkpoint with renames, and peft applies these to the keys of a LoRA file too. If peft
+would not find a layer again under the model's own name, the checkpoint's name is stored instead. For some layers
+neither name leads back.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Experts with frozen weights, perhaps with low-rank adapters: products grouped by expert, and never a weight with its
-update added.
+"""Experts with frozen weights and optional low-rank adapters: products grouped by expert, weights never added up.
 
-Adding the update to the weights first, as peft does, makes one more copy of all experts of a layer in every forward pass
-and keeps it for the backward pass; of the experts that no token chose too.
+peft adds the update to the weights first. That makes one more copy of all experts of a layer in every forward pass,
+and keeps it for the backward pass, including experts that no token chose.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Base weights with adapters folded in as they are loaded (`model.adapters`), layer by layer."""
+"""`model.adapters`: merges adapters into the base weights layer by layer while these are loaded."""
 
 from __future__ import annotations
 

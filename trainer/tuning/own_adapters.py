@@ -1,4 +1,4 @@
-"""What methods have in common that add parameters of their own beside a frozen base, without peft's tuner layers."""
+"""What methods share that add their own parameters beside a frozen base, without peft's tuner layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From this project's settings to peft's config objects, and the options of peft's own config classes."""
+"""Makes peft's config objects from our settings, and lists the options of peft's own config classes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Puts virtual tokens before the inputs of a decoder and cuts their rows off its output, from hooks on the decoder.
+"""Puts virtual tokens before the inputs of a decoder and removes their rows from its output, by hooks on the decoder.
 
-Whoever calls the model sees documents as they are: no index shifts, and generation keeps the tokens in its cache.
+The caller of the model sees documents as they are: no index shifts, and generation keeps the tokens in its cache.
 """
 
 from __future__ import annotations

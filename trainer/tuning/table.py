@@ -1,4 +1,4 @@
-"""What each tuning method can do, as data: read when a run is composed, and printed as docs/methods.md."""
+"""What each tuning method can do, as data: read when a run is composed, and printed in docs/methods.md."""
 
 from __future__ import annotations
 

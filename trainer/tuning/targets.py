@@ -1,4 +1,4 @@
-"""Which modules an adapter must leave alone, although they are linear layers."""
+"""Linear layers that an adapter must leave alone."""
 
 from __future__ import annotations
 

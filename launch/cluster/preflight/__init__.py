@@ -1,1 +1,1 @@
-"""Whether the nodes of a job can run it: what each sees, how they exchange, and which one is the odd one out."""
+"""`shardtune doctor` for the nodes of a job: checks each node and their network, and names the node that differs."""

@@ -1,4 +1,4 @@
-"""The answer of a preflight, for people and as JSON."""
+"""Prints the result of a preflight, for people and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A preflight from the outside: what is started on the nodes, and what is heard of them until it is enough."""
+"""Starts a preflight on the nodes, and collects their reports until they suffice."""
 
 from __future__ import annotations
 

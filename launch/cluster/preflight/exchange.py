@@ -1,4 +1,4 @@
-"""How the ranks of a job exchange: all-reduce, all-gather, and each pair of nodes, within seconds, over the job's own backend."""
+"""Times all-reduce, all-gather and transfers between each pair of nodes over the job's own backend, within seconds."""
 
 from __future__ import annotations
 

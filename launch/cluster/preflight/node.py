@@ -1,7 +1,7 @@
-"""One node of a preflight, and one rank of it: `python -m launch.cluster.preflight.node node`.
+"""Runs on one node of a preflight, and as one of its ranks: `python -m launch.cluster.preflight.node node`.
 
-The node says what it sees and starts the ranks. It prints lines that `coordinator.py` reads back.
-srun carries them, so that no disk and no network of ours is needed.
+It reports the facts of the node, starts the ranks, and prints lines that `coordinator.py` reads. srun carries these
+lines, so no shared disk and no network connection of ours is needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one node sees: the clone, Python and libraries, run directory, model and data, GPUs; within a second, without torch."""
+"""Facts of one node: code, Python, libraries, directories, model, data and GPUs; in under a second, without torch."""
 
 from __future__ import annotations
 

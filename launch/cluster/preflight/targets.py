@@ -1,4 +1,4 @@
-"""Which nodes the words of `shardtune doctor` are about, and how they are reached."""
+"""Which nodes the words of `shardtune doctor` name, and how they are reached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with nodes, by what each of them saw and how they exchanged; the odd one is named."""
+"""Judges the nodes of a preflight by their facts and transfer times, and names the one that differs from the others."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Files of other trainers (axolotl, LLaMA-Factory, TRL, accelerate, DeepSpeed) in our settings. Needs no torch."""
+"""Translates settings of axolotl, LLaMA-Factory, TRL, accelerate and DeepSpeed into ours. Needs no torch."""

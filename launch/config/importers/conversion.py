@@ -1,4 +1,4 @@
-"""What became of the settings of a file of another trainer: each ends as words of ours, as needless, or as without an equal."""
+"""The result of a translation: each foreign setting has words of ours, is needless here, or has no equivalent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists of data sets as axolotl and LLaMA-Factory write them, in our words."""
+"""Translates lists of data sets as axolotl and LLaMA-Factory write them."""
 
 from __future__ import annotations
 

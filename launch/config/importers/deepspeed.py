@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, a file of its own or a block of another trainer's, in our words."""
+"""Translates a DeepSpeed configuration: a file of its own, or a block in another trainer's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a setting of another trainer, and what the others beside it say."""
+"""One foreign setting in our words, and the settings of a foreign file that its translation may depend on."""
 
 from __future__ import annotations
 

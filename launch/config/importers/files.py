@@ -1,4 +1,4 @@
-"""A whole file of settings of another trainer in our words. Needs no torch."""
+"""Translates a whole settings file of another trainer. Needs no torch."""
 
 from __future__ import annotations
 

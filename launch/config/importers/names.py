@@ -1,4 +1,4 @@
-"""Names of settings of Hugging Face's Trainer, TRL, axolotl, LLaMA-Factory, accelerate and DeepSpeed, and what each is here."""
+"""Setting names of Hugging Face's Trainer, TRL, axolotl, LLaMA-Factory, accelerate and DeepSpeed, with our names."""
 
 from __future__ import annotations
 

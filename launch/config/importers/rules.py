@@ -1,4 +1,4 @@
-"""How values of other trainers become ours, where it is more than another name."""
+"""Translations of values, for settings where another name is not enough."""
 
 from __future__ import annotations
 

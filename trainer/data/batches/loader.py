@@ -1,7 +1,7 @@
-"""From the prepared data set to batches: a step's documents, how they are dealt to ranks, how they lie in memory.
+"""Makes batches from the prepared data set: a step's documents, dealt to ranks and laid out in memory.
 
-Every rank computes the whole step's global batch from the same order, so totals need no communication. The tensors of
-the next steps are made by one background thread.
+Every rank computes the whole step's global batch from the same order, so totals need no communication. One background
+thread makes the tensors of the next steps.
 """
 
 from __future__ import annotations

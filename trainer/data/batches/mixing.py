@@ -1,8 +1,7 @@
-"""What is drawn as one (a document, a pack, the sequences of one document), and how many of each source make an epoch.
+"""Units of sampling (a document, a pack, the sequences of one document), and how many of each source make an epoch.
 
-A weight is the share that a source is to have, relative to the other weights. The plan is a function of sizes and weights
-alone, packs one of lengths: no tokens are touched. The order in which the units are then drawn is that of
-`trainer.data.batches.order`.
+A weight is the share of a source relative to the other weights. The plan is a function of sizes and weights alone,
+that of packs one of lengths: no tokens are read. The units are drawn in the order of `trainer.data.batches.order`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The order of training: a function of (seed, epoch, number of the sample) alone, never of ranks or workers; and how long it is
-followed.
+"""The order of training samples, a function of (seed, epoch, sample number) alone, never of ranks or workers.
 
-The whole state of the order is one integer, the number of samples consumed since the start of the run; and, where a run has given
-up samples, which places of the order are passed over.
+The whole state of the order is one integer: the number of samples consumed since the start of the run. After a
+rollback, the places that are skipped are kept beside it.
 """
 
 from __future__ import annotations

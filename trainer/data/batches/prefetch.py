@@ -1,4 +1,4 @@
-"""Batches made ahead by a thread, in memory that a GPU copies from while it computes."""
+"""Makes batches ahead in a thread, in pinned memory that a GPU copies from while it computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signs of life while data is prepared: a line every 15 s on rank 0, nothing for what is done before the first is due."""
+"""Progress of data preparation: a line every 15 s on rank 0, and none if preparation takes less."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What needs the whole data set, decided from columns of numbers: copies, held-out splits, leakage, balance."""
+"""Steps that need the whole data set, on columns of numbers: copies, held-out splits, leakage, balance."""

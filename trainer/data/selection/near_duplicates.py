@@ -1,6 +1,6 @@
-"""The search for texts that are nearly the same: candidates from rensa's index of MinHash bands, each compared truly.
+"""Finds texts that are nearly the same: candidates from rensa's MinHash index, each verified by its true similarity.
 
-A function of the texts and their order, by one process.
+The result is a function of the texts and their order. One process computes it.
 """
 
 from __future__ import annotations

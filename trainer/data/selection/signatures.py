@@ -1,4 +1,4 @@
-"""What documents are compared by: their texts, the normal form of these, and digests, in columns made block by block.
+"""What documents are compared by: their texts, the normal form of these, and digests, as columns, block by block.
 
 Each is a pure function of the document: the same in every process and for every division into blocks.
 """

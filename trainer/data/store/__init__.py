@@ -1,1 +1,1 @@
-"""The prepared data on disk: token sequences, documents, shards, entries of the cache."""
+"""Prepared data on disk: token sequences and documents."""

@@ -1,1 +1,1 @@
-"""From documents to tokens and the marks of what is learned: template, encoding, over-length."""
+"""From documents to tokens and the mask of what is learned: template, encoding, truncation."""

@@ -1,6 +1,6 @@
-"""What becomes of a sample longer than `data.max_length`: dropped, cut at the end or the beginning, split, or an error.
+"""What happens to a sample longer than `data.max_length`: dropped, cut at the end or the beginning, split, or an error.
 
-Cuts keep what a model needs to make sense of the rest: BOS, the system turn, the closing tokens of labelled texts.
+Cuts keep what the rest needs to make sense: BOS, the system turn, the closing tokens of labelled texts.
 """
 
 from __future__ import annotations

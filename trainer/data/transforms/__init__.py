@@ -1,1 +1,1 @@
-"""What is done to one document at a time: checks, cleaning, filters, personal data, decontamination."""
+"""Steps that look at one document at a time: checks, cleaning, filters, personal data, decontamination."""

@@ -1,1 +1,1 @@
-"""Models behind an OpenAI-compatible address: one that judges answers, one that writes them in place of the model here."""
+"""Models behind an OpenAI-compatible address: one judges answers, one writes them in place of the local model."""

@@ -1,4 +1,4 @@
-"""A client of an OpenAI-compatible server: its address and key, what it serves, and its refusals in our words.
+"""A client of an OpenAI-compatible server: its address, key and models; its refusals in our words.
 
 Requests go through the `openai` package, which waits and tries again where a server is busy (408, 409, 429, 5xx, no connection;
 it obeys Retry-After). The key comes from an environment variable, whose name alone is a setting.

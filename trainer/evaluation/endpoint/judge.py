@@ -1,4 +1,4 @@
-"""A model behind an address that judges answers: cached, within a budget, on rank 0 alone."""
+"""A judge model behind an address: cached, within a budget, on rank 0 alone."""
 
 from __future__ import annotations
 

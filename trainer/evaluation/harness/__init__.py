@@ -1,1 +1,1 @@
-"""lm-evaluation-harness: its tasks found and read on this machine, and our engine as the model that it asks."""
+"""lm-evaluation-harness: finds and reads its tasks on this machine, and is our engine in the role of its model."""

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness is called within: what it says kept to itself, and its random numbers its own."""
+"""Isolates calls of lm-evaluation-harness: its warnings are collected, and its random numbers are its own."""
 
 from __future__ import annotations
 

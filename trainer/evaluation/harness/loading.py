@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness with their data, read without a network."""
+"""Loads tasks of lm-evaluation-harness with their data, without a network."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Which tasks of lm-evaluation-harness a name stands for, and whether what they read is on this machine.
+"""Finds the lm-evaluation-harness tasks that a name stands for, and checks whether their data is on this machine.
 
-The harness has some 14,000 YAML files, which take ten seconds to read: only those in which a name stands are.
+The harness has some 14,000 YAML files, and reading them takes ten seconds. Only files that contain a requested name
+are read.
 """
 
 from __future__ import annotations

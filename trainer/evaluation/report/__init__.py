@@ -1,1 +1,1 @@
-"""What an evaluation leaves: metrics with intervals, what they are against another one, a page."""
+"""Reports of an evaluation: metrics with intervals, comparison with another evaluation, a page."""

@@ -1,4 +1,4 @@
-"""One model against another: differences with intervals, rows that changed sides, and what fell beyond its limit."""
+"""Compares two evaluations: differences with intervals, rows that turned from right to wrong or back, broken limits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Metrics of one family, as the groups of a task: how likely any of them would differ so much if the two models did not.
+"""Significance of several metrics together, such as the groups of a task, by exchanging rows between the two models.
 
-Where two models do not differ, it does not matter which of them answered a row. So rows are exchanged between them at random,
-and a metric's difference is held against the largest one of the family in each exchange (single-step max T of Westfall &
-Young 1993, of differences over their spread): with a p below 0.05 for each, any is told by chance in one comparison of twenty.
+If two models do not differ, it does not matter which of them answered a row. So rows are exchanged between them at
+random, and each metric's difference is compared with the largest one of the family in each exchange (single-step max
+T of Westfall & Young 1993, on differences over their spread). With p below 0.05 for each, one comparison in twenty
+reports any difference by chance.
 """
 
 from __future__ import annotations

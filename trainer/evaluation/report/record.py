@@ -1,4 +1,4 @@
-"""`evaluation.json` and `evaluation_rows.jsonl`: what an evaluation found, and what a later one is compared with."""
+"""`evaluation.json` and `evaluation_rows.jsonl`: the results of an evaluation, with which a later one is compared."""
 
 from __future__ import annotations
 

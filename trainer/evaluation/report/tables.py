@@ -1,4 +1,4 @@
-"""Rows of tasks as tables that trackers show: the worst ones, and those that changed sides."""
+"""Tables of task rows for trackers: the worst rows, and those that changed from right to wrong or back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The finished tasks of an evaluation that has others before it: on the disk, so that a later failure does not cost them."""
+"""Keeps the finished tasks of an evaluation on disk, so that a later failure does not lose them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Tasks: what is asked of a model beyond its loss, one family a module, and the registry that knows them."""
+"""Tasks that ask a model for more than its loss: one family a module, and their registry."""

@@ -1,4 +1,4 @@
-"""What a task is: rows out of a file, what the model is asked about them, scores of each row, and metrics of all rows.
+"""The interface of a task: rows from a file, requests to the model, scores of each row, metrics over all rows.
 
 To add a kind: a class in a module beside this one, and its line in `registry.py`. Metrics are functions of rows alone, so that
 they can be computed again from what was written down, and resampled.

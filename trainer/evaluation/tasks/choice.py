@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the model holds one of the given answers likelier than the others; nothing is written."""
+"""Multiple choice by likelihood: which of the given answers the model finds likeliest. Nothing is generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels of texts: by a classifier's own head, or by the likeliest label of a language model; how right, and how sure of it."""
+"""Labels of texts, by a classification head or by the likeliest label of a language model: accuracy and calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same text about different people (counterfactual pairs): does the model say, think or decide something else?"""
+"""The same text about different people (counterfactual pairs): whether the model's answers or decisions differ."""
 
 from __future__ import annotations
 

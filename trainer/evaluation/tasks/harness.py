@@ -1,6 +1,6 @@
-"""Any task of lm-evaluation-harness (Gao et al. 2021) whose data is on this machine, asked of our engine.
+"""Runs any task of lm-evaluation-harness (Gao et al. 2021) whose data is on this machine, on our engine.
 
-The harness reads the data, makes the requests and scores each row; intervals and comparisons are ours, over its rows.
+The harness reads the data, makes the requests and scores each row. Intervals and comparisons are ours, over its rows.
 """
 
 from __future__ import annotations

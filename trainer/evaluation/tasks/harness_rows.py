@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness says of each document as rows, and its metrics as ours."""
+"""Converts lm-evaluation-harness's results for each document into rows, and its metrics into ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's own loss says of evaluation documents: loss and perplexity, bits per byte, token accuracy; by source."""
+"""Loss, perplexity, bits per byte and token accuracy on evaluation documents, by source."""
 
 from __future__ import annotations
 

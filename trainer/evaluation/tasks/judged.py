@@ -1,4 +1,4 @@
-"""Answers graded by another model (Zheng et al. 2023, "Judging LLM-as-a-judge"): a number from 1 to 10 for each."""
+"""Grades answers from 1 to 10 by another model (Zheng et al. 2023, "Judging LLM-as-a-judge")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of its training data a model has by heart: rows continued from their beginning, canaries, membership by loss."""
+"""Memorised training data: continuation of training rows, canaries, membership inference by loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tasks may ask of a model: answers, likelihoods, labels, losses. Each is a collective: all ranks must call."""
+"""What tasks may ask of a model: answers, likelihoods, labels, losses. All are collectives: all ranks must call."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Several answers to one prompt (`write.draws`): a row's scores are their means; whether any of k is right is reckoned of all.
+"""Several samples for one prompt: the row's scores are their means, and pass@k is computed over all of them.
 
-Rows stay the unit of chance: an interval over rows says nothing less for answers of one row that resemble each other.
+The row stays the unit of statistics: samples of one row resemble each other, and must not narrow an interval.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Personal data in what a model writes, found by the scanners of `data.privacy`; what the prompt said itself does not count."""
+"""Personal data in generated text, found by the scanners of `data.privacy`. What the prompt contains does not count."""
 
 from __future__ import annotations
 

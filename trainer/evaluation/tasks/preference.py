@@ -1,4 +1,4 @@
-"""Whose answer another model prefers: each pair is shown twice, the second time in the other order (Zheng et al. 2023)."""
+"""Which of two answers a judge model prefers. Each pair is shown twice, in both orders (Zheng et al. 2023)."""
 
 from __future__ import annotations
 

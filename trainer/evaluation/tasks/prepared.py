@@ -1,4 +1,4 @@
-"""Tasks with their rows, read and checked before there is a model."""
+"""Reads and checks the rows of all tasks before there is a model."""
 
 from __future__ import annotations
 

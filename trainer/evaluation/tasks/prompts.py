@@ -1,4 +1,4 @@
-"""Tasks whose rows are prompts alone: what the model writes is judged without a reference."""
+"""Tasks whose rows are prompts alone: the generated text is judged without a reference."""
 
 from __future__ import annotations
 

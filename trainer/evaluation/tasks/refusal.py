@@ -1,4 +1,4 @@
-"""Refusals: whether what should be refused is, and what should be answered is not (Zou et al. 2023; Röttger et al. 2024)."""
+"""Refusals of harmful prompts, and of harmless ones (Zou et al. 2023; Röttger et al. 2024)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How likely numbers are by chance where several are looked at and any of them would be told."""
+"""Significance when several numbers are tested together and any one of them would be reported."""
 
 from __future__ import annotations
 

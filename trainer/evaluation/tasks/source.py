@@ -1,6 +1,6 @@
 """The rows of a task: a file in the formats of `prepare`, or the run's evaluation documents. Needs no model.
 
-Every row must be usable: a task whose rows are left out in silence measures something else from one day to the next.
+Every row must be usable. A task that silently leaves rows out measures something else from one day to the next.
 """
 
 from __future__ import annotations

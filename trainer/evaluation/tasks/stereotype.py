@@ -1,7 +1,7 @@
-"""Stereotypes by likelihood: which of two sentences that differ in whom they are about a model holds likelier.
+"""Stereotypes by likelihood: which of two sentences about different people a model finds likelier.
 
-Row are the published files of CrowS-Pairs (Nangia et al. 2020), StereoSet (Nadeem et al. 2021) and WinoBias (Zhao et al.
-2018), and pairs of one's own.
+Rows are the published files of CrowS-Pairs (Nangia et al. 2020), StereoSet (Nadeem et al. 2021) and WinoBias (Zhao et
+al. 2018), or pairs of your own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Answers that programs read: calls of tools, JSON after a schema, numbers that a calculation ends in."""
+"""Answers that programs read: tool calls, JSON by a schema, the final number of a calculation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole texts as questions of likelihood: no chat template, the first token judged too."""
+"""Likelihood of whole texts: no chat template, and the first token counts too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Toxicity of what a model writes, as a local classifier sees it (Gehman et al. 2020, "RealToxicityPrompts")."""
+"""Toxicity of generated text by a local classifier (Gehman et al. 2020, "RealToxicityPrompts")."""
 
 from __future__ import annotations
 

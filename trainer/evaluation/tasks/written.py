@@ -1,4 +1,4 @@
-"""Tasks whose answers are written by the model and compared with a reference: exact match, F1, summaries, translations."""
+"""Generated answers compared with a reference: exact match, F1, summaries, translations."""
 
 from __future__ import annotations
 

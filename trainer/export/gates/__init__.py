@@ -1,1 +1,1 @@
-"""Bounds on what was measured of a model, which must hold before it is given to others."""
+"""Gates: bounds on measured metrics of a model that must hold before it is released."""

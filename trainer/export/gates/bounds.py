@@ -1,4 +1,4 @@
-"""`gates={eval/loss: "<2.1", memorised: 0}`: the words become bounds. Reads no files."""
+"""Parses `gates={eval/loss: "<2.1", memorised: 0}` into bounds. Reads no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether weights may be given to others: each gate against what was measured of these very weights."""
+"""Judges the gates of a model: each bound against what was measured of these very weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which measurement a gate means: metrics of training's evaluations, of evaluation reports and of reviews, by name.
+"""Finds the measurement that a gate names: metrics of training's evaluations, of evaluation reports, of reviews.
 
-A report's metric is met by `TASK/METRIC` (`eval/` before it or not), by the one name of a task and its metric that are called
-alike, by `KIND/METRIC`, by `METRIC`, and by the name of its task or kind, which stands for its first metric; the first of
-these that anything has, and then everything that has it.
+A gate may name a report's metric by `TASK/METRIC` (`eval/` before it or not), by one name if task and metric are
+called alike, by `KIND/METRIC`, by `METRIC`, or by a task or kind, which stands for its first metric. The first of
+these forms that matches anything counts, with everything that it matches.
 """
 
 from __future__ import annotations

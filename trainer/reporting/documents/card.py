@@ -1,6 +1,7 @@
-"""The model card (README.md of an export), and everything else that goes with the weights: papers, and results for the hub.
+"""The model card (README.md of an export) and the files beside the weights: papers, and results for the hub.
 
-The card states only what the run knows. What nobody measured (risks, biases, fitness for a use) is named as not measured.
+The card states only what the run knows. What nobody measured (risks, biases, fitness for a use) is named as not
+measured.
 """
 
 from __future__ import annotations

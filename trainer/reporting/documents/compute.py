@@ -1,4 +1,4 @@
-"""What a training took, out of its record: operations, device hours, energy; estimates that say how they were made."""
+"""Compute of a training from its record: operations, device hours, energy. Estimates say how they were made."""
 
 from __future__ import annotations
 

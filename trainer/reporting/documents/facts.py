@@ -1,4 +1,4 @@
-"""The facts that documents of a model are written from: what its run recorded, what was measured, what the owner answered.
+"""The facts for documents about a model: what its run recorded, what was measured, what the owner answered.
 
 The model card, the papers and the hub's files of evaluation results all read this one model of facts.
 """

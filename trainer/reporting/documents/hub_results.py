@@ -1,4 +1,4 @@
-"""Measurements as the hub reads them: `model-index` in the card's metadata, and `.eval_results/*.yaml` of known benchmarks."""
+"""Results in the hub's formats: `model-index` in the card's metadata, `.eval_results/*.yaml` of known benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Licences of base and data as they are stated, and what stands against giving the tuned model away. No legal advice."""
+"""Licences of base and data as stated, and what they say against publishing the tuned model. No legal advice."""
 
 from __future__ import annotations
 

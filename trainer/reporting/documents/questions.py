@@ -1,4 +1,4 @@
-"""What no run can know and papers must say: questions by name, whose answers come from a file of the owner's."""
+"""Questions that papers must answer and no run can: by name, answered in a file of the owner's."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where metrics go beside `metrics.jsonl`: one module a tracker."""
+"""Trackers that metrics go to beside `metrics.jsonl`, one module each."""

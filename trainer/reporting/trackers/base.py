@@ -1,4 +1,4 @@
-"""What a tracker is: it takes rows and a summary, and is told how the run ended."""
+"""The interface of a tracker: it takes rows and a summary, and is told how the run ended."""
 
 from __future__ import annotations
 

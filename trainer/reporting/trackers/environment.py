@@ -1,4 +1,4 @@
-"""W&B's own variables: they decide where no setting does, and what loses is said."""
+"""W&B's environment variables. They apply if no setting does; one that a setting overrides is reported."""
 
 from __future__ import annotations
 

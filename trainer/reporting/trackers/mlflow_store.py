@@ -1,4 +1,4 @@
-"""MLflow: rows where MLFLOW_TRACKING_URI says, else in a database beside the run directory."""
+"""MLflow: rows go to MLFLOW_TRACKING_URI, or else to a database beside the run directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a server answers, found out in a few seconds whatever the network does."""
+"""Whether a server answers, within a few seconds whatever the network does."""
 
 from __future__ import annotations
 

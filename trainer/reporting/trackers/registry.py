@@ -1,4 +1,4 @@
-"""Which trackers there are. One more is a module behind `base.Tracker`, a setting of `logging`, and a line here."""
+"""All trackers. A new one is a module with a `base.Tracker`, a setting of `logging`, and a line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""trackio: rows in its local database, or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say."""
+"""trackio: rows go to its local database, or to TRACKIO_SPACE_ID or TRACKIO_SERVER_URL."""
 
 from __future__ import annotations
 

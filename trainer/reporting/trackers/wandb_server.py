@@ -1,4 +1,4 @@
-"""A run as W&B's server has it, and whether there is a server to ask."""
+"""A run on W&B's server, and whether that server is reachable."""
 
 from __future__ import annotations
 
