@@ -84,7 +84,7 @@ def died(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"**Runs of one GPU that probably ran out of memory:** {len(rows)} runs. Predicted to fit, with the allowances above: "
         f"{theirs} as theirs, {ours} as this trainer would run them. {len(own)} of the runs adapt a frozen base and hold no "
-        f"logits, as this trainer does: of these {sum(own)} are predicted to fit. Worst first:",
+        f"logits, as this trainer does. Of these, {sum(own)} are predicted to fit. Worst first:",
         "",
         "| row | model | tuned | with | rows x tokens | GiB of the card | as this trainer | as theirs | predicted to fit |",
         f"|{'---|' * 9}",
