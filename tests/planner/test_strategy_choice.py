@@ -9,7 +9,7 @@ import torch
 from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, Precision, SingleConfig, StrategyName
 from strategies.errors import DoesNotFit, OutOfMemory
 from tests.helpers.building import data_set, model_dir, run_config
-from trainer.config.run import STRATEGY
+from trainer.config.run import AUTO, MICRO, STRATEGY
 from trainer.model.loading import load_tokenizer
 from trainer.optim.config import MuonConfig
 from trainer.planner import oom_probe
@@ -18,6 +18,7 @@ from trainer.planner.hardware import card_named
 from trainer.planner.micro_batch import needed_gib
 from trainer.planner.oom_probe import TrialInputs
 from trainer.planner.strategy_choice import Devices, Planner, Proposal, proposals, settle_strategy
+from trainer.reporting.resolution import Resolution
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,16 @@ def test_what_a_start_before_ran_out_with_is_not_tried(made, two):
     before = replace(made[0], substitutions={STRATEGY: "auto (ddp ran out of memory)"})
     settled, _, _ = choose({"ddp", "single"}, before)
     assert taken == ["single"] and "ddp ran out of memory" in str(settled.substitutions[STRATEGY])
+
+
+def test_a_micro_batch_that_was_chosen_for_other_ranks_is_open_again(made, two):
+    """Else the steps on trial could not be cut into it; the micro-batch is chosen after the strategy."""
+    choose, taken = two
+    too_large = made[0].batch["global"] + 1
+    batch = {**made[0].batch, "micro": too_large}
+    before = replace(made[0], batch=batch, substitutions={MICRO: Resolution(MICRO, AUTO, too_large)})
+    settled, _, frozen = choose({"ddp"}, before)
+    assert taken == ["ddp"] and settled.batch["micro"] == AUTO and frozen == [settled]
 
 
 def test_a_rank_alone_has_nothing_to_share(made, runtime):

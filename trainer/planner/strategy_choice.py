@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from strategies.errors import DoesNotFit, OutOfMemory
 from strategies.hardware import gpu_of
 from strategies.registry import common_settings
 from strategies.runtime import Runtime, broadcast_object, gather_objects
-from trainer.config.run import AUTO, STRATEGY, RunConfig
+from trainer.config.run import AUTO, STRATEGY, RunConfig, asked_micro
 from trainer.config.sharding import problems as sharding_problems
 from trainer.config.validate import candidates
 from trainer.data.prepare import Prepared
@@ -76,8 +77,9 @@ def settle_strategy(
     none holds; OutOfMemory where some ranks alone run out, after which a new start may take the next.
     """
     runtime = given.runtime
-    strategy, earlier = broadcast_object((config.strategy, config.resolution(STRATEGY)), runtime)
-    config = _with(config, strategy, earlier)
+    batch = _batch_for_ranks(config, runtime.world_size)
+    strategy, earlier, batch = broadcast_object((config.strategy, config.resolution(STRATEGY), batch), runtime)
+    config = replace(_with(config, strategy, earlier), batch=batch)
     if not isinstance(strategy, AutoConfig):
         was_open = earlier is not None and (earlier.asked, earlier.chosen) == (AUTO, strategy.name)
         if not (was_open and list(sharding_problems(config, runtime.world_size))):
@@ -126,6 +128,18 @@ def would_choose_strategy(config: RunConfig, data: Prepared) -> RunConfig:
     first = next(proposals(config, data, config.precision, devices, PATIENCE * config.run.timeout_s))
     trials = "" if world == 1 else f"; {STEPS} steps of the longest documents will be tried"
     return _with(config, first.strategy, Resolution(STRATEGY, AUTO, first.name, f"{first.why}{trials}"))
+
+
+def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
+    """`batch`, with `micro` open again if the run itself chose one that is not for so many ranks.
+
+    The steps on trial could not be cut into it. `settle_micro`, which comes after the strategy, chooses it anew.
+    """
+    batch = config.batch
+    if batch["micro"] == AUTO or asked_micro(batch, config.substitutions) != AUTO:
+        return batch
+    is_divisor = (batch["global"] // ranks) % batch["micro"] == 0
+    return batch if is_divisor else {**batch, "micro": AUTO}
 
 
 def _with(config: RunConfig, strategy: StrategyConfig, note: Resolution | str | None) -> RunConfig:
