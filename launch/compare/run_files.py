@@ -155,7 +155,7 @@ def _object(path: Path, objects: Iterable[str] = ()) -> dict[str, Any]:
         version_of(value)
         if odd := [key for key in objects if not isinstance(value.get(key) or {}, dict)]:
             raise ValueError(f"{odd[0]} holds no keys")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison") from error
     return value
 

@@ -70,7 +70,7 @@ def read_rows(to: Path) -> list[ComparisonRow]:
             )
             for point in record["points"]
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); name the run directories below {to} instead, or repeat the command that made it"
         ) from error

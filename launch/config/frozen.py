@@ -117,10 +117,11 @@ def load_frozen(path: Path | str) -> RunConfig:
         for group in variants():
             tree[group] = OmegaConf.structured(settings_of(group, raw[group]["name"]))
         config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
+        # The hash is taken of what the file says, not of what this version makes of it: a later one may know more settings.
+        sha256 = _hash(_identifying(raw))
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
-    # The hash is taken of what the file says, not of what this version makes of it: a later one may know more settings.
-    if written is None or written[1] != _hash(_identifying(raw)):
+    if written is None or written[1] != sha256:
         raise ConfigError(f"{path}: does not match its hash; frozen files are not edited: start a new run.dir")
     return config
 

@@ -18,6 +18,7 @@ from launch.export.words import ExportWords, destination, read_gates, record_of,
 from launch.output import FLAG, give, said_to_stderr
 from launch.serve import command as serve
 from strategies.errors import ConfigError
+from trainer.reporting.run_record import RUN_RECORD
 
 if TYPE_CHECKING:
     from launch.config.outside_values import OutsideValue
@@ -350,12 +351,14 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
 
     tokenizer = load_tokenizer(config.model)
     record = record_of(asked.run_dir)
-    precision = Precision(record.precision or config.precision)
-    if precision in (
-        Precision.auto,
-        Precision.fp16,
-    ):  # fp16 cannot be computed on a CPU, and masters are float32 anyway
-        precision = Precision.fp32
+    trained_in = record.precision or config.precision
+    if trained_in not in [*Precision]:
+        raise ConfigError(
+            f"{asked.run_dir / RUN_RECORD}: its precision is {trained_in}, which is none of {', '.join(Precision)}; bring it back"
+        )
+    precision = Precision(trained_in)
+    if precision in (Precision.auto, Precision.fp16):
+        precision = Precision.fp32  # fp16 cannot be computed on a CPU, and masters are float32 anyway
     recorded = data_record(asked.run_dir)
     config.objective, data, accepted_rows = data_of_run(
         config, recorded, tokenizer, needed=asked.rows_needed, accept=asked.accept_data

@@ -100,12 +100,12 @@ def _read(run_dir: Path, allowing: list[str], command: list[str]) -> tuple[RunCo
     config = read_run(run_dir, ReadingVerb(command, uses_model_alone, ALLOWING), allowing)
     try:
         record = read_run_record(run_dir)
-        if record.receipt is None or not record.device:
-            raise ValueError("no key 'receipt' or 'device'")
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"from={run_dir}: {run_dir / RUN_RECORD} holds no receipt ({error}); name a run that took steps"
+            f"from={run_dir}: {run_dir / RUN_RECORD} cannot be read ({error}); name another run that took steps"
         ) from error
+    if record.receipt is None or not record.device:
+        raise ConfigError(f"from={run_dir}: {run_dir / RUN_RECORD} holds no receipt; name a run that took steps")
     if not record.device.startswith("cuda"):
         raise ConfigError(f"from={run_dir}: it ran on {record.device}; a plan of GPUs goes by runs on GPUs")
     if record.receipt.measured is None:
@@ -123,6 +123,14 @@ def _as_planned(config: RunConfig, record: RunRecord, card: Card, settings: Plan
 
     if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
         return "it recomputed as its memory allowed (strategy.activation_checkpointing=auto); name a run that was told"
+    # A foreign or damaged record may lack what the run was computed with.
+    is_known = {
+        "world_size": record.world_size > 0,
+        "micro_batch": record.micro_batch > 0,
+        "precision": record.precision in [*Precision],
+    }
+    if missing := [key for key, known in is_known.items() if not known]:
+        return f"its {RUN_RECORD} does not say {', '.join(missing)}"
     world, nodes, micro = record.world_size, config.launcher.nodes, record.micro_batch
     launcher = replace(config.launcher, processes=world // nodes)
     config = replace(config, launcher=launcher, precision=Precision(record.precision))

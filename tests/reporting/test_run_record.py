@@ -82,7 +82,9 @@ def test_records_of_an_earlier_version_are_read_and_lose_nothing(tmp_path):
 def test_what_is_wrong_is_named_and_a_reader_who_shows_what_there_is_goes_on(tmp_path):
     tree = RECORD.as_json() | {"world_size": "two", "epochs": True, "versions": ["torch"], "substitutions": {"a": 1}}
     tree |= {"receipt": {"measured": {"step_s": "fast", "memory_gib": 2}}, "label_names": "neg", "sharding": None}
-    tree["of_somebody_else"] = {"a": [1]}
+    tree |= {"exports": [3], "outcome": {"after": {"loss": "low"}}}
+    foreign = {"of_somebody_else": {"a": [1]}, "other": 1, "keys": ["a"]}
+    tree |= foreign
     (tmp_path / "run.json").write_text(json.dumps(tree))
     with pytest.raises(ValueError) as caught:
         read_run_record(tmp_path)
@@ -93,11 +95,15 @@ def test_what_is_wrong_is_named_and_a_reader_who_shows_what_there_is_goes_on(tmp
         "substitutions is not an object of text",
         "receipt.measured.step_s is not a number",
         "label_names is not a list of text",
+        "exports is not a list of objects",
+        "outcome.after is not an object of numbers",
     }
     record = readable_run_record(tmp_path)
     assert (record.strategy, record.world_size, record.epochs, record.versions) == ("zero2", 0, 0.0, {})
     assert record.receipt.measured == MeasuredCost(memory_gib=2)
-    assert record.sharding == Sharding() and record.other == {"of_somebody_else": {"a": [1]}}
+    assert record.sharding == Sharding() and record.other == foreign
+    # Nobody may take the default for what the file says: a classifier would be read as a model without labels.
+    assert "label_names" not in record.keys and "sharding" in record.keys
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "{", "[" * 100_000, "\0", "null"])

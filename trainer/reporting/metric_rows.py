@@ -1,7 +1,7 @@
 """Reads `metrics.jsonl` for everybody: one JSON object a line, each with its step.
 
 A disk can flip a bit in any line, and a kill or a power cut can tear the last one. A line that cannot be read costs
-that line: it never stops a start or a verb.
+that line: it never stops a start or a verb. A file of a later version is refused as a whole.
 """
 
 from __future__ import annotations

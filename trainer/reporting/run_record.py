@@ -27,6 +27,7 @@ TYPE_NAMES = {
     list: "a list",
     dict: "an object",
 }
+ELEMENT_NAMES = {int: "whole numbers", float: "numbers", str: "text", dict: "objects"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -218,7 +219,7 @@ class RunRecord:
     other: dict[str, Any] = field(default_factory=dict)
     """What the file says under keys that this version does not know."""
     keys: frozenset[str] = frozenset()
-    """Keys of the file that was read, also those with null; empty for a record that was made here."""
+    """Keys of the file that could be read, also those with null; empty for a record that was made here."""
 
     def as_json(self) -> dict[str, Any]:
         """The record as JSON values by key. Of a record that was read, what the file does not say stays out."""
@@ -238,6 +239,8 @@ SAID_LATER = (
     *("outcome", "jobs"),
 )
 """Keys that are in the file once there is something to say. Every other key is there from the start, with null for None."""
+NOT_IN_FILE = ("other", "keys")
+"""Fields that say how the file was read, and are no keys of it."""
 
 
 def read_run_record(run_dir: Path) -> RunRecord:
@@ -268,8 +271,11 @@ def readable_run_record(run_dir: Path) -> RunRecord:
 def record_of(tree: Mapping[str, Any], wrong: list[str]) -> RunRecord:
     """The record that JSON values by key make. `wrong` gets a line for each value of another type; its field has its default."""
     known = _fields_of(RunRecord, tree, "", wrong)
-    other = {key: value for key, value in tree.items() if key not in get_type_hints(RunRecord)}
-    return RunRecord(**{"version": 0, **known}, other=other, keys=frozenset(tree))
+    keys = get_type_hints(RunRecord).keys() - {*NOT_IN_FILE}
+    other = {key: content for key, content in tree.items() if key not in keys}
+    # A key whose content is of another type counts as absent: nobody takes its default for what the file says.
+    readable = {key for key, content in tree.items() if content is None or key in known or key in other}
+    return RunRecord(**{"version": 0, **known}, other=other, keys=frozenset(readable))
 
 
 def _fields_of(kind: type, tree: Mapping[str, Any], prefix: str, wrong: list[str]) -> dict[str, Any]:
@@ -277,7 +283,7 @@ def _fields_of(kind: type, tree: Mapping[str, Any], prefix: str, wrong: list[str
     arguments = {}
     for name, hint in get_type_hints(kind).items():
         content = tree.get(name)
-        if content is None or name in ("other", "keys"):
+        if content is None or (kind is RunRecord and name in NOT_IN_FILE):
             continue
         needed = _without_none(hint)
         is_nested = is_dataclass(needed)
@@ -292,8 +298,11 @@ def _fields_of(kind: type, tree: Mapping[str, Any], prefix: str, wrong: list[str
 
 def _name_of(hint: Any) -> str:
     name = TYPE_NAMES.get(get_origin(hint) or hint, TYPE_NAMES[dict])
-    elements = [TYPE_NAMES[part] for part in get_args(hint)[-1:] if part in TYPE_NAMES]
-    return f"{name} of {elements[0]}" if elements else name
+    if not get_args(hint):
+        return name
+    element = get_args(hint)[-1]
+    elements = ELEMENT_NAMES.get(get_origin(element) or element)
+    return f"{name} of {elements}" if elements else name
 
 
 def _without_none(hint: Any) -> Any:

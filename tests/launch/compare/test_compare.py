@@ -198,6 +198,7 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(runs, tmp_path, capsy
         ("identity.json", '{"data": 3}', "data holds no keys"),
         ("identity.json", "[]", "it holds no keys"),
         ("run.json", '{"receipt": "none"}', "receipt holds no keys"),
+        ("run.json", "[" * 100_000, "maximum recursion depth exceeded"),
     ],
 )
 def test_files_that_hold_something_else_are_named(runs, tmp_path, capsys, file, text, said):

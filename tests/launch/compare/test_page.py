@@ -152,6 +152,7 @@ def test_without_what_draws_it_the_rest_is_written(rows, tmp_path, monkeypatch, 
 def test_rows_are_read_back_and_a_damaged_record_is_named(rows, tmp_path):
     write_rows(tmp_path, rows, ["strategy=a,b"])
     assert read_rows(tmp_path) == rows
-    (tmp_path / "comparison.json").write_text('{"points": [{"directories": 3}]}')
-    with pytest.raises(ConfigError, match=r"comparison\.json: cannot be read"):
-        read_rows(tmp_path)
+    for text in ('{"points": [{"directories": 3}]}', "[" * 100_000):
+        (tmp_path / "comparison.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"comparison\.json: cannot be read"):
+            read_rows(tmp_path)

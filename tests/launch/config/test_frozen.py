@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from launch.config.compose import compose, default_run_dir, load_frozen
 from launch.config.frozen import NOT_IDENTIFYING, freeze_choices, identity, keep_earlier_defaults
@@ -83,6 +84,17 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
         load_frozen(tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_frozen(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("key", ["substitutions", "batch", "run"])
+def test_a_file_that_lost_a_group_is_refused(tmp_path, key):
+    path = freeze(composed(), tmp_path) / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    del tree[key]
+    header = path.read_text().partition("\n")[0]
+    path.write_text(f"{header}\n{yaml.safe_dump(tree)}")
+    with pytest.raises(ConfigError, match=f"not a configuration of this version .*{key}"):
+        load_frozen(path)
 
 
 @pytest.mark.parametrize("content", [b"", bytes(4096), b"\xff\xfe"])

@@ -164,6 +164,9 @@ def test_an_older_checkpoint_is_told_and_a_record_that_cannot_be_read_is_refused
         file.write_bytes(whole[:40])
         assert run(f"run.dir={run_dir}", f"to={tmp_path / 'c'}") == 64
         assert "run.json: cannot be read" in capsys.readouterr().err and not (tmp_path / "c").exists()
+        file.write_text(json.dumps(json.loads(whole) | {"precision": "fp7"}))
+        assert run(f"run.dir={run_dir}", f"to={tmp_path / 'c'}") == 64
+        assert "run.json: its precision is fp7, which is none of auto, fp32" in capsys.readouterr().err
     finally:
         file.write_bytes(whole)
 

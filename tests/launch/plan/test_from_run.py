@@ -11,6 +11,7 @@ from launch.runs.freeze import freeze
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from trainer.planner import sweep
+from trainer.reporting.file_version import FILE_VERSION
 
 GPU = "NVIDIA A10G"
 CARD = ["hardware=a10g", "strategy=fsdp2", "tuning=lora", "strategy.defer_sync=false"]
@@ -103,6 +104,8 @@ def test_what_a_run_does_not_tell_stays_and_is_named(capsys, tmp_path, words):
         ({"device_name": GPU}, {"device": "cpu"}, [], "it ran on cpu; a plan of GPUs goes by runs on GPUs"),
         (None, {}, [], "it has measured nothing yet"),
         ({"device_name": GPU}, {"receipt": None}, [], "holds no receipt"),
+        ({"device_name": GPU}, {"version": FILE_VERSION + 1}, [], "cannot be read (it has version"),
+        ({"device_name": GPU, "step_s": "fast"}, {}, [], "cannot be read (receipt.measured.step_s is not a number)"),
         ({"device_name": "NVIDIA L4"}, {}, [], f"it ran on NVIDIA L4, and hardware names {GPU}"),
         ({"device_name": GPU}, {}, ["from=other"], "from is given twice"),
     ],
@@ -111,6 +114,13 @@ def test_runs_that_tell_nothing_are_refused(capsys, tmp_path, words, measured, f
     run = write_run(tmp_path / "run", words, measured, **facts)
     code, out, _ = plan(capsys, *words, *CARD, f"from={run}", *more)
     assert code == 64 and said in out
+
+
+def test_a_record_that_lacks_how_the_run_was_computed_calibrates_no_steps(capsys, tmp_path, words):
+    facts = {"world_size": None, "micro_batch": 0, "precision": "fp7"}
+    run = write_run(tmp_path / "run", words, {"device_name": GPU, "step_s": 1.0}, **facts)
+    said = plan(capsys, *words, *CARD, "launcher.gpus_per_node=2", "--json", f"from={run}")[2]["hardware"]["calibrated"]
+    assert any("its run.json does not say world_size, micro_batch, precision" in line for line in said)
 
 
 @pytest.mark.parametrize(
