@@ -57,7 +57,7 @@ def rows(table: dict[str, Any]) -> list[str]:
     types = table["types"]
     counts = {case: Counter(outcome(found, case) for found in types.values()) for case in CASES}
     versions = ", ".join(f"{name} {number}" for name, number in table["versions"].items())
-    lines = [f"Of {len(types)} architectures ({versions}):", ""]
+    lines = [f"These are the counts for all {len(types)} architectures ({versions}):", ""]
     for case, count in counts.items():
         told = ", ".join(f"{number} {name}" for name, number in count.most_common())
         trains = sum(count[name] for name in TRAINS) / len(types)
