@@ -35,9 +35,9 @@ _OPERATIONS = {
 """Operations of `torch.ops.c10d`, and what they are called here."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Exchanged:
-    """What a rank exchanged."""
+    """What a rank exchanged. Two of them are never equal: one that ends must not end another with the same numbers."""
 
     sizes: Counter[str] = field(default_factory=Counter)
     """Bytes by collective: of the whole that is gathered or reduced."""

@@ -36,27 +36,6 @@ OWNERS = {  # external package -> the only places that may import it
     "lm_eval.models": ("trainer/evaluation/harness/compat.py",),
 }
 
-NOT_MENDED = {
-    "launch/sweep/search.py": 1,
-    "strategies/activation.py": 1,
-    "trainer/data/worker.py": 1,
-    "trainer/evaluation/decoding.py": 3,
-    "trainer/evaluation/harness/task_files.py": 2,
-    "trainer/evaluation/tasks/harness_rows.py": 1,
-    "trainer/evaluation/tasks/written.py": 2,
-    "trainer/model/architecture.py": 2,
-    "trainer/model/conversions.py": 1,
-    "trainer/model/frozen_rows.py": 2,
-    "trainer/model/routing.py": 1,
-    "trainer/tuning/adapter.py": 3,
-    "trainer/tuning/adaption_prompt.py": 1,
-    "trainer/tuning/expert_lora.py": 2,
-    "trainer/tuning/low_rank.py": 3,
-    "trainer/tuning/prepend.py": 1,
-    "trainer/tuning/virtual.py": 1,
-}
-"""Private names of libraries that still stand outside a compat file, a file: this only shrinks."""
-
 
 @cache
 def parsed(path: Path) -> ast.Module:
@@ -140,8 +119,7 @@ def private_names(paths: list[Path]) -> list[str]:
         if "compat" in path.relative_to(ROOT).parts or path.stem == "compat":
             continue
         places = private_imports(parsed(path)) + private_attributes(parsed(path), own)
-        if len(places) > NOT_MENDED.get(name, 0):
-            out += [f"{name}:{line}: {what} is private: it belongs in a compat file" for what, line in sorted(places)]
+        out += [f"{name}:{line}: {what} is private: it belongs in a compat file" for what, line in sorted(places)]
     return out
 
 

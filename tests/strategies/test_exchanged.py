@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from strategies.communication_counters import GATHER, REDUCE, SCATTER, counting
 from tests.helpers.building import model_dir
@@ -52,11 +54,26 @@ def test_nobody_counts_for_another(group_of_one):
     assert (outer.sizes, inner.sizes) == ({REDUCE: 24}, {REDUCE: 12})
 
 
+def test_counters_that_have_the_same_numbers_are_not_mistaken_for_each_other(group_of_one):
+    with counting() as outer:
+        with counting() as inner:
+            pass
+        group_of_one()
+    assert (outer.sizes, inner.sizes) == ({REDUCE: 12}, {})
+
+
+def test_a_step_that_raises_leaves_no_kernel_behind(group_of_one):
+    with pytest.raises(ZeroDivisionError), counting() as broken_off:
+        group_of_one()
+        raise ZeroDivisionError
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Autograd")
+    with counting() as later:
+        group_of_one()
+    assert (broken_off.sizes, later.sizes) == ({REDUCE: 12}, {REDUCE: 12})
+
+
 @pytest.fixture
 def group_of_one():
-    import torch
-    import torch.distributed as dist
-
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield lambda: dist.all_reduce(torch.ones(3))
     dist.destroy_process_group()
