@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch.config import show_config as looking
 from launch.config.help_text import show_help
-from launch.config.show_config import KINDS
+from launch.config.show_config import KINDS, show
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
 from launch.output import give, said_to_stderr
 from strategies.errors import ConfigError
@@ -75,7 +74,7 @@ def main(argv: list[str]) -> int:
     with said_to_stderr(words.as_json):
         composed = compose(settings, check=words.cfg is None)
         if words.cfg is not None:
-            looking.show(composed, words.cfg)
+            show(composed, words.cfg)
             return 0
         asked, submitted = composed.config.run.dir, []
         run_dir = Path(asked).expanduser() if asked else default_run_dir(composed.sha256)

@@ -93,7 +93,7 @@ class Disk:
 
 
 disk = Disk()
-"""Asked for by name at each call (`durable.disk`), so that a test can put another in its place."""
+"""Asked for by name at each call (`atomic_io.disk`), so that a test can put another in its place."""
 
 
 @dataclass(frozen=True, slots=True)

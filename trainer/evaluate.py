@@ -21,8 +21,7 @@ from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.prepare import ChooseDate, Prepared
 from trainer.data.report.progress import Say, say_on_rank_0
-from trainer.evaluation.report import comparison as against
-from trainer.evaluation.report import page, record
+from trainer.evaluation.report import comparison, page, record
 from trainer.evaluation.report.intervals import Bootstrap, resampled, spans
 from trainer.evaluation.report.record import BASE, TUNED, EarlierEvaluation, EvaluatedModel
 from trainer.evaluation.report.tables import tables
@@ -341,9 +340,9 @@ def _report(
         other = _other(task, found.get(BASE), earlier)
         shown |= tables(task, mine.rows[task.name], None if other is None else other[0])
         if other is not None:
-            apart[task.name] = against.compare(task, mine, drawn, *other, how)
+            apart[task.name] = comparison.compare(task, mine, drawn, *other, how)
             if job.gate:
-                fell += against.regressions(task, apart[task.name]["metrics"])
+                fell += comparison.regressions(task, apart[task.name]["metrics"])
     report = {**about, "method": how.says(paired=bool(apart)), "tasks": said}
     if job.against is not None:
         missing = [task.name for task in tasks if task.name not in apart]

@@ -45,7 +45,7 @@ class Signal:
         return f"kill -TERM {self.pid}"
 
     def send(self) -> bool:
-        """Send it; whether the process was still there. Raises Refused where it is another user's."""
+        """Send it; whether the process was still there. Raises CannotStop where it is another user's."""
         try:
             handle = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -84,7 +84,7 @@ class Slurm:
         return "; ".join(shlex.join(command) for command in self.commands)
 
     def send(self) -> None:
-        """Send both. Raises Refused with scancel's words."""
+        """Send both. Raises CannotStop with scancel's words."""
         for command in self.commands:
             call(command)
 
@@ -99,7 +99,7 @@ class Cancel:
         return f"scancel {self.job.id}"
 
     def send(self) -> None:
-        """Take it out of the queue. Raises Refused with scancel's words."""
+        """Take it out of the queue. Raises CannotStop with scancel's words."""
         call(["scancel", self.job.id])
 
 
@@ -107,7 +107,7 @@ Way = Nothing | Signal | Slurm | Cancel
 
 
 def way(run_dir: Path, queue: Queue, job: QueuedJob | None) -> Way:
-    """How the run is stopped; `job` is its job in the queue. Raises Refused, with what to type, where it cannot be from here."""
+    """How the run is stopped; `job` is its job in the queue. Raises CannotStop, with what to type, if it cannot be from here."""
     try:
         held = holder(run_dir)
     except OSError as error:
@@ -203,7 +203,7 @@ def _is_ours(job: QueuedJob) -> bool:
 
 
 def call(command: list[str]) -> str:
-    """What a command of SLURM's says. Raises Refused with its words where it fails."""
+    """What a command of SLURM's says. Raises CannotStop with its words where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CALL_S)
     except FileNotFoundError as error:

@@ -46,7 +46,7 @@ NOT_IN_TIME, FAILED = 69, 70
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, Refused."""
+    """Run the verb; returns the exit code. Errors: ConfigError, CannotStop."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
@@ -72,7 +72,7 @@ def stop_words(argv: list[str]) -> StopWords:
 
 
 def stop(run_dir: Path, wait_s: float, *, dry: bool) -> tuple[int, str | None]:
-    """(the exit code, by what it was stopped or would be; None where nothing ran). Errors: Refused."""
+    """(the exit code, by what it was stopped or would be; None where nothing ran). Errors: CannotStop."""
     from launch.runs.queue import ask_twice
     from launch.runs.status import look
     from launch.runs.stop import Nothing, refuse_unknown, way

@@ -91,7 +91,7 @@ class Door:
                 return content
 
     def _asked(self, path: str, content: bytes) -> dict[str, Any]:
-        """The body that is passed on. Raises Refused."""
+        """The body that is passed on. Raises RefusedRequest."""
         try:
             body = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -146,7 +146,7 @@ class Guard(Door):
 
 
 class VllmDoor(Door):
-    """The door as vLLM's `--middleware` takes it, told by the environment (`lines.environment`); vLLM checks fields itself.
+    """The middleware as vLLM's `--middleware` takes it, configured by `other_servers.environment`. vLLM checks fields itself.
 
     Its own key leaves addresses beside /v1 open, and an adapter's base would be a second model.
     """

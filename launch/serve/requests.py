@@ -74,7 +74,7 @@ class Served:
 
 
 def checked(path: str, sent: dict[str, Any], served: Served) -> dict[str, Any]:
-    """The body that the engine gets. Raises Refused."""
+    """The body that the engine gets. Raises RefusedRequest."""
     body = {key: value for key, value in sent.items() if value is not None and key not in NOTES}
     _neutral(body)
     named = body.get("model", served.name)

@@ -38,6 +38,14 @@ def test_a_wheel_unpacked_elsewhere_answers(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "usage: shardtune" in done.stdout
     assert (tmp_path / "settings.yaml").exists()
+    # Templates, style sheets and lists: pages and cards that were not asked for above are made of them.
+    assert beside_the_code(site) == beside_the_code(ROOT)
+
+
+def beside_the_code(root: Path) -> set[Path]:
+    """Files in the packages of a clone, or of a wheel, that are no Python."""
+    files = (file for package in ("launch", "strategies", "trainer") for file in (root / package).rglob("*.*"))
+    return {file.relative_to(root) for file in files if file.is_file() and file.suffix not in (".py", ".pyc")}
 
 
 def unpack_wheel(work: Path, site: Path) -> None:

@@ -31,8 +31,8 @@ def places_of(run_dir: Path, fallback_dir: str | None) -> list[Path]:
 def published(places: list[Path]) -> list[tuple[int, Path]]:
     """(step, path) of all that has the name of a checkpoint in these directories, ascending; of a step the first place's last.
 
-    Also what lost its name to one that has never got it: the power went between the two (`chosen.put_back`). Errors: StorageError
-    where a directory is there and cannot be listed.
+    Also what lost its name to one that has never got it: the power went between the two
+    (`resume_selection.put_back`). Errors: StorageError where a directory is there and cannot be listed.
     """
     found = []
     for order, place in enumerate(places):

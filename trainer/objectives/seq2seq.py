@@ -136,7 +136,7 @@ class SourceTargetEncoder(Encoder):
             self.closing = [*self.closing, self.eos_id]
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
-        """Samples in the order of the documents, untruncated. Raises Refused."""
+        """Samples in the order of the documents, untruncated. Raises RefusedDocument."""
         source = iter(documents)
         while batch := list(islice(source, BATCH)):
             sides = [source_and_target(document) for document in batch]
@@ -179,7 +179,7 @@ class SourceTargetEncoder(Encoder):
 
 
 def source_and_target(document: Document) -> tuple[str, str, float]:
-    """The prompt, the answer, and its weight, 0 where it is not learned. Raises Refused for what has none.
+    """The prompt, the answer, and its weight, 0 where it is not learned. Raises RefusedDocument for what has none.
 
     Of a conversation: an optional system turn, one user turn and one assistant turn; the prompt is the system turn, an
     empty line, and the user turn. The separator of prompt/completion rows is left out: the two sides stand apart.

@@ -83,7 +83,7 @@ class Marker:
     def spans(
         self, messages: list[Message], learned: list[int], text: str, where: str, *, fast: bool = True
     ) -> tuple[str, Spans]:
-        """The closed text of a conversation that is rendered as `text`, and its spans. Raises DataError, also as Refused."""
+        """The closed text of a conversation that is rendered as `text`, and its spans. Errors: DataError, RefusedDocument."""
         found = self._by_skeleton(messages, learned, text) if fast else None
         return self._exact(messages, learned, text, where) if found is None else found
 

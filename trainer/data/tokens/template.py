@@ -107,7 +107,7 @@ class ChatTemplate:
 
         Learned are the content of a learned turn and the end-of-turn token after it, whitespace between them included.
         A template that closes the last turn with nothing gets the eos token appended. Where nothing is learned there
-        are no spans. `fast=False` renders every conversation twice. Raises Refused for one that cannot be used.
+        are no spans. `fast=False` renders every conversation twice. Raises RefusedDocument for one that cannot be used.
         """
         jobs = [self._job(messages, where, tools) for messages, where, tools in conversations]
         turns = [job for job in jobs if job[3] is None]
@@ -129,7 +129,7 @@ class ChatTemplate:
         return rendered
 
     def text(self, messages: Sequence[Message], where: str, tools: Tools = None) -> str:
-        """A conversation as the template writes it, its last turn not closed. Raises Refused."""
+        """A conversation as the template writes it, its last turn not closed. Raises RefusedDocument."""
         job = messages, _, _, chat = self._job(messages, where, tools)
         return self._apply_all([job])[0][0] if chat is None else self._guard(chat.apply, chat.messages, where=where)
 
@@ -283,7 +283,7 @@ class ChatTemplate:
 
 
 def _without_thought(message: Message, where: str) -> Message:
-    """An assistant turn without its thought. Raises Refused where nothing is left."""
+    """An assistant turn without its thought. Raises RefusedDocument where nothing is left."""
     if message["role"] != "assistant" or thought_of(message) is None:
         return message
     content = THINK.sub("", message["content"], count=1) if THINK.match(message["content"]) else message["content"]

@@ -129,7 +129,7 @@ class Turnwise:
         return Chat(messages, tools, where, partial(self._apply, tools=tools))
 
     def checked(self, chat: Chat) -> str:
-        """The text of a conversation. Raises Refused for tools, calls or results that the template leaves out."""
+        """The text of a conversation. Raises RefusedDocument for tools, calls or results that the template leaves out."""
         text, marked = chat.apply(chat.messages), list[Message]()
         if chat.tools:
             try:
@@ -277,7 +277,7 @@ class Turnwise:
         return found
 
     def check_thought(self, chat: Chat, index: int, text: str) -> None:
-        """Raise Refused where the template has thrown away the thought of a turn, the last one."""
+        """Raise RefusedDocument where the template has thrown away the thought of a turn, the last one."""
         thought = thought_of(chat.messages[index])
         if thought and thought.strip() not in text:
             raise refused(
