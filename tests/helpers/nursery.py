@@ -25,7 +25,7 @@ from tests.helpers.garbage import look_seldom
 IMPORTED = (
     "launch.config.compose",
     "launch.train",
-    "launch.torchrun",
+    "launch.cluster.torchrun",
     "trainer.run",
     "transformers.models.llama.modeling_llama",
     "torch._dynamo",

@@ -195,7 +195,7 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("kind", [*MIXED][: None if EVERYTHING else 1])  # test_blocks.py tells the others apart
+@pytest.mark.parametrize("kind", [*MIXED][: None if EVERYTHING else 1])  # test_model_blocks.py tells the others apart
 def test_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, kind):
     """Fewer blocks say what all do, although some gather so much less than the others."""
     config = MIXED[kind]

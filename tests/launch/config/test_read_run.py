@@ -435,20 +435,24 @@ def test_every_setting_says_at_its_own_field_what_it_reaches():
 def test_verbs_read_a_run_by_the_one_door():
     """Who reads a frozen configuration without it starts or follows what this user has started, or compares texts with it.
 
-    `begun` takes one of the budgets that were typed now. `evaluate_words` asks whether a value that counts as a secret now is
-    the run's own.
+    `earlier_words.py` takes one of the budgets that were typed now. `words.py` of evaluate asks whether a value that counts as
+    a secret now is the run's own.
     """
     allowed = {
-        "begun",
-        "compose",
-        "evaluate",
-        "evaluate_words",
-        "frozen",
-        "lowered",
-        "node",
-        "read_run",
-        "status_saw",
-        "train",
+        "cluster/node.py",
+        "cluster/oom_retry.py",
+        "config/earlier_words.py",
+        "config/frozen.py",
+        "config/read_run.py",
+        "evaluate/command.py",
+        "evaluate/words.py",
+        "runs/status_lineage.py",
+        "train.py",
     }
-    there = {file.stem for file in (ROOT / "launch").glob("*.py") if "load_frozen(" in file.read_text(encoding="utf-8")}
-    assert there <= allowed, f"read a run by launch.config.read_run.read_run: {there - allowed}"
+    launch = ROOT / "launch"
+    readers = {
+        file.relative_to(launch).as_posix()
+        for file in launch.rglob("*.py")
+        if "load_frozen(" in file.read_text(encoding="utf-8")
+    }
+    assert readers == allowed, f"read a run by launch.config.read_run.read_run: {readers ^ allowed}"
