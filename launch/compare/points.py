@@ -105,7 +105,7 @@ def plan_points(words: list[str]) -> PointsPlan:
 
 def read_own(words: list[str]) -> tuple[CompareConfig, list[str]]:
     """The settings of the comparison, and the words of its runs. Raises ConfigError with every problem."""
-    settings, rest, problems = read_group("compare", CompareConfig(), words, brackets=False)
+    settings, rest, problems = read_group("compare", CompareConfig(), words)
     least = {"steps": 1, "repeats": 1, "warmup": 0, "price_per_hour": 0}
     for name, bound in least.items():
         if (value := getattr(settings, name)) is not None and value < bound:

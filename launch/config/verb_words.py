@@ -69,6 +69,7 @@ class WordSpec:
     and_flags: bool = False
     """Of settings: whether flags that the verb does not know are handed on too."""
     choices: tuple[str, ...] = ()
+    """All that it may be. Of a word with dashes: the first one if it stands alone, as `--cfg` does."""
     least: float = -math.inf
     most: float = math.inf
     above: float | None = None
@@ -111,11 +112,11 @@ def read_words(verb: str, declaration: type[Declared], argv: Iterable[str]) -> t
 
 
 def read_group(
-    prefix: str, defaults: Config, words: Iterable[str], *, brackets: bool = True, once: bool = False
+    prefix: str, defaults: Config, words: Iterable[str], *, once: bool = False
 ) -> tuple[Config, list[str], list[str]]:
     """(settings with what `<prefix>.<field>=` words say in place of the defaults, the other words, a line about each problem).
 
-    `defaults` is an object of a dataclass whose annotations say what the words may be. `brackets`: a list of one needs them too.
+    `defaults` is an object of a dataclass whose annotations say what the words may be.
     `once`: a setting that is typed again is a problem; elsewhere the last one counts, as in the words of a run.
     """
     hints = get_type_hints(type(defaults))
@@ -134,10 +135,11 @@ def read_group(
             problems.append(f"{argument}: there is no setting {key}; {hint}")
         elif once and name in changes:
             problems.append(f"{argument}: {key} is given twice; give one")
+        elif not text.strip():
+            # A shell has put nothing in place of a variable that is not set.
+            problems.append(f"{argument}: {key} needs a value")
         elif text == "null" and type(None) in get_args(hints[name]):
             changes[name] = None
-        elif brackets and get_origin(hints[name]) is list and not text.startswith("["):
-            problems.append(f"{argument}: is a list; write {key}=[{text}]")
         else:
             try:
                 changes[name] = convert(text, hints[name])
@@ -264,14 +266,16 @@ def _declared(default: Any, spec: WordSpec) -> Any:
 
 
 def specs(declaration: type[VerbWords]) -> dict[str, WordSpec]:
-    """What is declared of each field, by the field's name, with the key as it is typed."""
+    """What is declared of each field, by the field's name, with the key as it is typed. Lists of words have no key."""
     specs = {}
     for each in fields(declaration):
         spec: WordSpec | None = each.metadata.get(_SPEC)
         if spec is None:
             continue
-        key = spec.key or each.name
-        if spec.kind == "flag" and not spec.key:
+        key = spec.key
+        if spec.kind == "word" and not key:
+            key = each.name
+        elif spec.kind == "flag" and not key:
             key = "--" + each.name.replace("_", "-")
         specs[each.name] = replace(spec, key=key)
     return specs
@@ -302,7 +306,8 @@ class _WordReader:
         self.declaration = declaration
         self.specs = specs(declaration)
         self.hints = get_type_hints(declaration)
-        self.keys = {key: name for name, spec in self.specs.items() for key in (spec.key, *spec.also)}
+        self.keys = {key: name for name, spec in self.specs.items() for key in (spec.key, *spec.also) if key}
+        """The field's name by each spelling of its key."""
         self.typed: dict[str, str] = {}
         """The text of each word by the name of its field."""
         self.flags: set[str] = set()

@@ -135,6 +135,12 @@ def test_settings_are_handed_on_and_misspelt_words_of_the_verb_are_not():
     assert read_words("passing", PassingWords, ["model.path=m", "adapter=x"])[1] == []
 
 
+def test_the_field_of_a_list_is_no_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, problems = read_words("passing", PassingWords, ["a", "files", "settings", "files=b"])
+    assert (words.files, words.settings, problems) == ([Path("files"), Path("settings")], ["files=b"], [])
+
+
 @dataclass(kw_only=True)
 class DashedWords(VerbWords):
     cfg: str | None = word("what is shown", key="--cfg", also=("-c",), choices=("job", "all"))
@@ -185,17 +191,19 @@ def test_a_group_of_settings_is_read_by_its_annotations():
     settings, others, problems = read_group("serve", GroupConfig(name="a"), words)
     assert settings == GroupConfig(port=0, engine=Engine.large, kinds=[Engine.small, Engine.large])
     assert (others, problems) == (["other=1", "serve=2"], [])
+    assert read_group("serve", GroupConfig(), ["serve.kinds=small"])[0].kinds == [Engine.small], "brackets may be left out"
     twice = ["serve.port=1", "serve.port=2"]
     assert read_group("serve", GroupConfig(), twice)[0].port == 2, "as in the words of a run, the last one counts"
     assert read_group("serve", GroupConfig(), twice, once=True)[2] == [
         "serve.port=2: serve.port is given twice; give one"
     ]
-    _, _, problems = read_group("serve", GroupConfig(), ["serve.prot=1", "serve.port=x", "serve.zzz=1"])
+    _, _, problems = read_group("serve", GroupConfig(), ["serve.prot=1", "serve.port=x", "serve.zzz=1", "serve.name="])
     assert problems == [
         "serve.prot=1: there is no setting serve.prot; did you mean serve.port?",
         "serve.port=x: must be a whole number",
         "serve.zzz=1: there is no setting serve.zzz; one of serve.port, serve.name, serve.engine, serve.kinds, "
         "serve.batching",
+        "serve.name=: serve.name needs a value",
     ]
 
 
