@@ -311,6 +311,8 @@ class _WordReader:
         self.typed: dict[str, str] = {}
         """The text of each word by the name of its field."""
         self.flags: set[str] = set()
+        self.empty: set[str] = set()
+        """Fields whose words were typed without a value: nobody forgot them."""
         self.bare: list[str] = []
         self.settings: list[str] = []
         self.problems: list[str] = []
@@ -368,7 +370,7 @@ class _WordReader:
                 values[name] = [convert(each, get_args(self.hints[name])[0]) for each in self.bare]
         for name, spec in self.specs.items():
             is_typed = name in self.typed or name in self.flags
-            if spec.required and not is_typed:
+            if spec.required and not is_typed and name not in self.empty:
                 self.problems.append(f"{spec.key}: not set; {spec.required}")
             if spec.needs and is_typed and not self._is_typed(spec.needs):
                 shown = spec.key if spec.kind == "flag" else f"{spec.key}={self.typed[name]}"
@@ -383,6 +385,7 @@ class _WordReader:
         key = self.specs[name].key
         if not text.strip():
             like = self.specs[name].like or "..."
+            self.empty.add(name)
             self.problems.append(f"{argument}: {key} needs a value, as in {key}={like}")
         elif name in self.typed:
             before = self.typed[name]

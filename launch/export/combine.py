@@ -48,6 +48,8 @@ def wanted(argv: list[str]) -> bool:
 def run(argv: list[str]) -> dict[str, Any]:
     """Do what the words say; where the model is. Errors: ConfigError with every word that cannot be used, DriftError."""
     words, problems = read_words("export adapters=", CombineWords, argv)
+    if words.typed.get("adapters") and not words.adapters:
+        problems.append(f"adapters={words.typed['adapters']}: names no adapter; write adapters=[runs/a/export]")
 
     import torch
 

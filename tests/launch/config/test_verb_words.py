@@ -62,6 +62,7 @@ def test_words_get_the_types_of_their_fields():
     ("argv", "said"),
     [
         ([], "run.dir: not set; name one run, as in shardtune example runs/x"),
+        (["run.dir="], "run.dir=: run.dir needs a value, as in run.dir=..."),
         (["a", "b", "c"], "a b c: put it into quotes"),
         (["a", "run.dir=b", "c"], "b a c: put it into quotes"),
         (["a", "--dry-rum"], "--dry-rum: there is no such flag; did you mean --dry-run?"),
@@ -191,7 +192,9 @@ def test_a_group_of_settings_is_read_by_its_annotations():
     settings, others, problems = read_group("serve", GroupConfig(name="a"), words)
     assert settings == GroupConfig(port=0, engine=Engine.large, kinds=[Engine.small, Engine.large])
     assert (others, problems) == (["other=1", "serve=2"], [])
-    assert read_group("serve", GroupConfig(), ["serve.kinds=small"])[0].kinds == [Engine.small], "brackets may be left out"
+    assert read_group("serve", GroupConfig(), ["serve.kinds=small"])[0].kinds == [Engine.small], (
+        "brackets may be left out"
+    )
     twice = ["serve.port=1", "serve.port=2"]
     assert read_group("serve", GroupConfig(), twice)[0].port == 2, "as in the words of a run, the last one counts"
     assert read_group("serve", GroupConfig(), twice, once=True)[2] == [
