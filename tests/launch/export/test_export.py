@@ -103,6 +103,7 @@ def test_another_checkpoint_merged_elsewhere(run_dir, tmp_path):
         (["run.dir={run}", "to={run}"], "not empty"),
         (["run.dir={run}/none"], "none: there is no such directory; name a run"),
         (["{run}/checkpoints"], "not a run directory"),
+        (["adapters=[]", "to={run}/none"], "adapters=[]: names no adapter"),
     ],
 )
 def test_what_cannot_be_used_is_said(words, said, run_dir, capsys):
