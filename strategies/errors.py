@@ -4,7 +4,12 @@ Everything that is the user's to mend derives from `ShardtuneError`; the command
 traceback. Anything else is a defect of ours and ends with exit code 70 and a traceback.
 """
 
+import re
+
 from strategies.redaction import redacted
+
+_KEY = re.compile(r"[a-z][\w-]*(?:\.[\w-]+)*", re.ASCII)
+"""The full key of a setting, as it begins a line about it."""
 
 
 class ShardtuneError(Exception):
@@ -19,13 +24,22 @@ class ShardtuneError(Exception):
 
 
 class ConfigError(ShardtuneError):
-    """One or more settings cannot be used. `problems` holds a line for each, and all are shown at once."""
+    """One or more settings cannot be used. `problems` holds a line for each, and all are shown at once.
+
+    A line about a setting begins with the setting's full key. What follows the key is for people: no code reads it.
+    """
 
     exit_code = 64
 
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [redacted(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
+
+
+def key_of_problem(problem: str) -> str:
+    """The full key of the setting or group that a line of `ConfigError.problems` is about; empty if it begins with none."""
+    match = _KEY.match(problem)
+    return match[0] if match else ""
 
 
 def is_panic(error: BaseException) -> bool:

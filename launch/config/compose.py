@@ -21,7 +21,7 @@ from launch.config.choices import CONF_DIR, OWN_DIRECTORIES, register_schemas, s
 from launch.config.earlier_words import begun_with, keep_budget
 from launch.config.frozen import Composed, default_run_dir, is_finished, load_frozen
 from strategies.base import Precision, StrategyName
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, key_of_problem
 from strategies.hardware import Gpu, best_precision, listed_gpus
 from strategies.redaction import secret_in
 from strategies.runtime import missing_cuda
@@ -57,13 +57,20 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
         config.substitutions |= settle_start(config.tuning, {key for key, _, _ in parsed.values})
         config.substitutions |= settle_merge(config.export, config.tuning)
         if check:
-            # A word that could not be used was meant for some key; complaints about that key would only be echoes.
-            echoes = [f"{key}{sign}" for key in parsed.suspects for sign in "=:."]
-            echoes += [f"{key.rpartition('.')[0]}: not set" for key in parsed.suspects]  # as of budget, of budget.steps
-            problems += [problem for problem in _refusals_here(config, argv) if not problem.startswith(tuple(echoes))]
+            problems += [problem for problem in _refusals_here(config, argv) if not _is_echo(problem, parsed.suspects)]
     if problems or config is None:
         raise ConfigError(problems)
     return Composed(config, list(argv))
+
+
+def _is_echo(problem: str, suspects: set[str]) -> bool:
+    """Whether a problem only repeats that a word could not be used, which was meant for one of the keys `suspects`.
+
+    A complaint about the key, about a setting below it, or about the whole group of the key (`budget`, for `budget.steps`).
+    """
+    key = key_of_problem(problem)
+    groups = {suspect.rpartition(".")[0] for suspect in suspects if "." in suspect}
+    return key in suspects | groups or any(key.startswith(f"{suspect}.") for suspect in suspects)
 
 
 def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> RunConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config.verb_words import VerbWords, bare_word, flag, read_words, setting_words, word
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, key_of_problem
 
 if TYPE_CHECKING:
     from launch.config.outside_values import OutsideValue
@@ -298,9 +298,13 @@ def _check(config: RunConfig, typed: list[str], *, trained: bool, run: Path | No
             f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(KINDS)}"
         )
     # Training data of a run is read only where a task asks for it, and then as the run recorded it.
-    passed_over = ("evaluation.watch=",) if run is None else ("evaluation.watch=", "data.")
     written = None if run is None else load_frozen(run / "config.yaml")
-    found = [problem for problem in refusals(config, written=written) if not problem.startswith(passed_over)]
+    found = []
+    for problem in refusals(config, written=written):
+        key = key_of_problem(problem)
+        is_of_training = key == "evaluation.watch" or (run is not None and key.startswith("data."))
+        if not is_of_training:
+            found.append(problem)
     found += _few_bits(config, typed)
     if found:
         raise ConfigError(found)

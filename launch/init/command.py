@@ -12,7 +12,7 @@ from launch.config.help_text import show_help
 from launch.config.user_files import ENDINGS
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
 from launch.output import give
-from strategies.errors import ConfigError, StorageError
+from strategies.errors import ConfigError, StorageError, key_of_problem
 
 if TYPE_CHECKING:
     from launch.config.importers.conversion import Converted, Said
@@ -128,7 +128,7 @@ def _from_file(source: str, typed: list[str], target: Path) -> tuple[InitResult,
             key: problem.removeprefix(f"{key}={value}").removeprefix(key).removeprefix(": ")
             for key, value in _theirs(converted).items()
             for problem in problems
-            if problem.startswith((f"{key}={value}:", f"{key}: "))
+            if key_of_problem(problem) == key
         }
         if not bad:
             raise ConfigError(problems)

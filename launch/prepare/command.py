@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
 from strategies.compat.python import end_process
-from strategies.errors import ConfigError, Preempted
+from strategies.errors import ConfigError, Preempted, key_of_problem
 
 if TYPE_CHECKING:
     from trainer.data.prepare import Prepared
@@ -87,7 +87,7 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> Prepared | None
     from trainer.config.validate import problems_of
 
     config = compose(words, check=False).config
-    problems = [p for p in problems_of(config) if p.startswith(("data.", "model.", "objective"))]
+    problems = [p for p in problems_of(config) if key_of_problem(p).startswith(("data.", "model.", "objective"))]
     if problems:
         raise ConfigError(problems)
     from trainer.build.parts import prepare_data, prepare_shard

@@ -9,7 +9,7 @@ import pytest
 
 from launch.config import overrides
 from launch.config.compose import compose
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, key_of_problem
 from strategies.registry import STRATEGIES
 from strategies.settings import Range, Traits, number, traits_of
 from tests.helpers.covering import chosen
@@ -271,6 +271,14 @@ def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):
     found = problems(*words.split())
     assert any(said in line for line in found), found
     assert all(": " in line and "\n" not in line for line in found)
+    keys = {*(key.partition(".*")[0] for key in overrides.settings()), *VARIANTS}
+    unknown = [line for line in found if not is_of_a_setting(key_of_problem(line), keys)]
+    assert unknown == [], "a line begins with the key of its setting"
+
+
+def is_of_a_setting(key: str, keys: set[str]) -> bool:
+    """Whether a key is a setting, a group of settings, or stands below a table whose names the user chooses."""
+    return any(known == key or known.startswith(f"{key}.") or key.startswith(f"{known}.") for known in keys if key)
 
 
 @pytest.mark.parametrize(

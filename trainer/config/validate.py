@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from strategies.base import AutoConfig, StrategyConfig, StrategyName
-from strategies.errors import ConfigError, DataError, StorageError
+from strategies.errors import ConfigError, DataError, StorageError, key_of_problem
 from strategies.registry import every_strategy
 from trainer.checkpoints.layout import places_of
 from trainer.checkpoints.resume_selection import refused, settled
@@ -76,7 +76,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         *_run(config),
     ]
     problems += [*_base(config), *_schedule(config)]
-    if not any(problem.startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
+    if not any(key_of_problem(problem).startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
         problems += [*_batch(config, world_size), *sharding_problems(config, world_size)]
     here = config.launcher.name is LauncherName.local  # else other machines decide which packages there are
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)

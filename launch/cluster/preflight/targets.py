@@ -10,7 +10,7 @@ import sys
 from launch.cluster import containers
 from launch.cluster.preflight.coordinator import Command, asked_of, by_srun, here
 from launch.cluster.preflight.node_facts import PreflightRequest
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, key_of_problem
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.reporting.code_revision import ROOT
 
@@ -24,7 +24,7 @@ def nodes_of(words: list[str]) -> tuple[PreflightRequest, list[Command], list[st
     from trainer.config.resuming import plain
 
     config = compose(words, check=False).config
-    if problems := [problem for problem in refusals(config) if problem.startswith("launcher.")]:
+    if problems := [line for line in refusals(config) if key_of_problem(line).startswith("launcher.")]:
         raise ConfigError(problems)
     config.launcher.processes = config.launcher.per_node
     if isinstance(config.launcher, SlurmConfig):
