@@ -20,6 +20,9 @@ def library(monkeypatch):
     """DeepSpeed in a process group of this process alone, which it forgets afterwards."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     found = import_deepspeed(on_cpu=True)
+    # Another test of this process may have left groups behind, which DeepSpeed would go on with.
+    compat.forget_groups(living=True)
+    compat.forget_backend()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
     found.init_distributed(dist_backend="gloo", verbose=False)
     yield found

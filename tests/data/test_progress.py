@@ -8,10 +8,11 @@ import pytest
 
 from strategies.errors import Preempted
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
-from trainer.data import prepare, progress
+from trainer.data import prepare
 from trainer.data.config import DataConfig
 from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
+from trainer.data.report import progress
 from trainer.data.report.progress import PreparationProgress, say_on_rank_0
 from trainer.data.worker import ordered_map
 

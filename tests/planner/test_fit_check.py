@@ -47,8 +47,8 @@ def test_what_is_simulated_decides(made, monkeypatch):
         monkeypatch.setenv(name, "1")
     card(monkeypatch, needed + 1e-6)
     told = must_fit(config, data, Precision.bf16, rank(), print)["must_fit"]
-    assert told["live_gib"] == found.total / GIB and told["when"] == str(found.peak)
-    assert told["needed_gib"] == pytest.approx(needed, abs=1e-8)
+    assert told.live_gib == found.total / GIB and told.when == str(found.peak)
+    assert told.needed_gib == pytest.approx(needed, abs=1e-8)
     monkeypatch.setattr(fit_check, "simulated_apart", lambda *_: Peak(found.total, str(found.peak), 0))
     card(monkeypatch, needed - 1e-6)
     with pytest.raises(
@@ -62,7 +62,7 @@ def test_what_is_simulated_decides(made, monkeypatch):
 def test_groups_of_ranks_take_memory_too(made, monkeypatch):
     monkeypatch.setattr(fit_check, "simulated_apart", lambda *_: Peak(2 * GIB, "forward", 2))
     card(monkeypatch, 2.1 + 0.75 + 0.81)
-    assert must_fit(*made, Precision.bf16, rank(), print)["must_fit"]["needed_gib"] == pytest.approx(2.1 + 0.75 + 0.8)
+    assert must_fit(*made, Precision.bf16, rank(), print)["must_fit"].needed_gib == pytest.approx(2.1 + 0.75 + 0.8)
     card(monkeypatch, 2.1 + 0.75 + 0.79)
     with pytest.raises(DoesNotFit):
         must_fit(*made, Precision.bf16, rank(), print)

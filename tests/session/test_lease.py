@@ -55,7 +55,7 @@ def test_a_stop_before_training_is_looked_at_by_all_ranks(monkeypatch):
     with pytest.raises(LeaseLost):
         run_module.record_reference(RunConfig(), MagicMock(), MagicMock(), built, place)
     with pytest.raises(LeaseLost):  # and so before what the run is, and that it runs, is written down
-        run_module.check(RunConfig(), MagicMock(), place)
+        run_module.check_identity(RunConfig(), MagicMock(), place)
     monkeypatch.setattr(telling, "start_text", lambda facts: "")
     with pytest.raises(LeaseLost):
         telling.open_records(RunConfig(), {}, MagicMock(), place)

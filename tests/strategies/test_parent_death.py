@@ -23,11 +23,11 @@ time.sleep(600)
 """
 APART = """
 import threading
-from trainer.planner import fitting
+from trainer.planner import fit_check
 forked = multiprocessing.get_context("fork")  # in place of one that would import all that again
-fitting.multiprocessing.get_context = lambda kind: forked
+fit_check.multiprocessing.get_context = lambda kind: forked
 said = lambda: print(os.getpid(), flush=True) or time.sleep(600)
-threading.Thread(target=fitting.answered_apart, args=(said, (), 600), daemon=True).start()
+threading.Thread(target=fit_check.answered_apart, args=(said, (), 600), daemon=True).start()
 """
 
 

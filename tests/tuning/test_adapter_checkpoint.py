@@ -243,7 +243,7 @@ def test_other_combinations_are_peft_s_own(base, made, tmp_path, how):
         ("combine=ties", "needs adapters of one rank"),
         ("weights=[1]", "1 for 2 adapters"),
         ("density=2", "must be above 0 and at most 1"),
-        ("wieghts=[1,1]", "did you mean weights?"),
+        ("wieghts=[1,1]", "did you mean weights=?"),
         ("merge=maybe", "must be true or false"),
     ],
 )
