@@ -25,6 +25,8 @@ TIMES = {
     *("data_wait_s", "step_s", "time", "blocks_s", "blocks_s/worst", "blocks_s/rank"),
 }
 """What of a row depends on the hour."""
+VERSION = "version"
+"""Of the file: its first row has it since the files have versions."""
 CHAT = "data.path=chat.jsonl data.eval_path=chat_eval.jsonl"
 PAIRS = "data.path=pairs.jsonl data.eval_path=pairs_eval.jsonl"
 GENERAL = "data.sources.own.path=chat.jsonl data.sources.general.path=general.jsonl data.sources.general.replay=true"
@@ -90,7 +92,7 @@ def curve(site: Path, case: str, strategy: str) -> list[dict]:
     if done.returncode:
         raise SystemExit(f"{case}, {strategy}: ended with {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if key not in {*TIMES, VERSION}} for row in rows]
 
 
 def curves(chosen: str) -> dict[str, list[dict]]:
