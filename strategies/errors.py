@@ -8,8 +8,8 @@ import re
 
 from strategies.redaction import redacted
 
-_KEY = re.compile(r"[a-z][\w-]*(?:\.[\w-]+)*", re.ASCII)
-"""The full key of a setting, as it begins a line about it."""
+_KEY = re.compile(r"[a-z][\w-]*(?:\.[\w-]+)*(?=[=:]| with )", re.ASCII)
+"""The full key of a setting, as it begins a line about it: its value follows, the rule, or what it was combined with."""
 
 
 class ShardtuneError(Exception):

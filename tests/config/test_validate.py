@@ -276,6 +276,19 @@ def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):
     assert unknown == [], "a line begins with the key of its setting"
 
 
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("budget: not set: exactly one", "budget"),
+        ("launcher.hosts=[a,b]: two", "launcher.hosts"),
+        ("there is no verb: x", ""),
+        ("nothing to evaluate: name a run", ""),
+    ],
+)
+def test_a_sentence_is_about_no_setting(line, key):
+    assert key_of_problem(line) == key
+
+
 def is_of_a_setting(key: str, keys: set[str]) -> bool:
     """Whether a key is a setting, a group of settings, or stands below a table whose names the user chooses."""
     return any(known == key or known.startswith(f"{key}.") or key.startswith(f"{known}.") for known in keys if key)
