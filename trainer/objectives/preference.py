@@ -9,7 +9,7 @@ plain share over the tokens of a batch instead, so that long answers weigh more 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -108,19 +108,19 @@ class Preference(Objective):
 
     metrics = ("margin", "accuracy", "chosen_reward", "rejected_reward")
 
+    def __init__(self, config: Any, reference: Reference | None = None) -> None:
+        self.config = config
+        self.reference = reference
+
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run chosen and rejected answers side by side; a pair without supervised tokens (a filler) counts nothing."""
-        reference = self.reference_logps(model, batch) if self.uses_reference else None
+        reference = reference_logps(model, batch, self.reference) if self.uses_reference else None
         logps, tokens = sequence_logps(model, batch)
         before = torch.zeros_like(logps) if reference is None else reference
         pairs = Pairs(*(column for table in (logps, tokens, before) for column in table.view(-1, 2).unbind(1)))
         losses, chosen, rejected = self.losses(pairs)
         counted = ((pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)).float()
         return pair_terms(losses, chosen, rejected, counted)
-
-    def reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Log-probabilities under the model as it was, `[S]` float32."""
-        raise AssertionError(f"{type(self).__name__} uses no reference")
 
     @abstractmethod
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,13 +135,7 @@ class Dpo(Preference):
     """
 
     uses_reference = True
-
-    def __init__(self, config: DpoConfig, reference: Reference | None = None) -> None:
-        self.config, self.reference = config, reference
-
-    def reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """As recorded, or computed with the adapter off and dropout off."""
-        return reference_logps(model, batch, self.reference)
+    config: DpoConfig
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards are beta times the log-ratio to the reference."""
@@ -165,8 +159,7 @@ class Dpo(Preference):
 class Orpo(Preference):
     """Odds-ratio preference optimisation (Hong et al. 2024): the chosen answer's mean loss, and the log odds ratio."""
 
-    def __init__(self, config: OrpoConfig) -> None:
-        self.config = config
+    config: OrpoConfig
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards are beta times the mean log-probability of a token, as in TRL."""
@@ -178,8 +171,7 @@ class Orpo(Preference):
 class Simpo(Preference):
     """Simple preference optimisation (Meng et al. 2024): rewards are beta times the mean log-probability of a token."""
 
-    def __init__(self, config: SimpoConfig) -> None:
-        self.config = config
+    config: SimpoConfig
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """The chosen answer's reward shall exceed the other's by gamma."""
@@ -202,16 +194,21 @@ def _log_complement(logp: Tensor) -> Tensor:
     return torch.where(logp < -0.6931472, torch.log1p(-torch.exp(logp)), torch.log(-torch.expm1(logp)))
 
 
-def _family(settings: type[ObjectiveConfig], build: Callable[[Any, Beside], Objective]) -> Family:
+def _family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Family:
+    """An objective over pairs. `loss` says whether it uses a reference, so that its log-probabilities are recorded with the data."""
+
+    def build(config: Any, beside: Beside) -> Objective:
+        return loss(config, beside.reference)
+
     return Family(
         settings=settings,
-        reading=lambda config: PairReading(uses_reference=settings is DpoConfig),
+        reading=lambda config: PairReading(uses_reference=loss.uses_reference),
         build=build,
         problems=problems,
         better_when_larger=("accuracy", "margin"),
     )
 
 
-DPO = _family(DpoConfig, lambda config, beside: Dpo(config, beside.reference))
-ORPO = _family(OrpoConfig, lambda config, beside: Orpo(config))
-SIMPO = _family(SimpoConfig, lambda config, beside: Simpo(config))
+DPO = _family(DpoConfig, Dpo)
+ORPO = _family(OrpoConfig, Orpo)
+SIMPO = _family(SimpoConfig, Simpo)

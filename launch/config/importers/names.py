@@ -124,7 +124,7 @@ DATA = {
         "template chat_template", none("the tokenizer's own template is used; model.chat_template=<file> names another")
     ),
     **_named("shuffle_dataset", same("data.shuffle")),
-    **_named("stage rl", lambda value, theirs: _objective(value, theirs)),
+    **_named("stage rl", rules.objective),
     **_named("pref_beta dpo_beta rl_beta", same("objective.beta")),
     **_named("pref_loss", lambda value, _: _pair_loss(value)),
     **_named("simpo_gamma", same("objective.gamma")),
@@ -191,12 +191,6 @@ def answer(name: str, theirs: ForeignSettings) -> TranslatedSetting | None:
     """What `name` of `theirs.given` is here; None where no other trainer has it either."""
     rule = NAMES.get(plain(name))
     return None if rule is None else rule(theirs.given[plain(name)], theirs)
-
-
-def _objective(value: str, theirs: ForeignSettings) -> TranslatedSetting:
-    if value.lower() == "ipo":
-        return _pair_loss("ipo")
-    return choice("objective", rules.OBJECTIVES)(value, theirs)
 
 
 def _pair_loss(value: str) -> TranslatedSetting:

@@ -45,7 +45,7 @@ OBJECTIVES = {
     "sft": "sft",
     "pretrain": "pt pretrain",
     "reward": "rm reward",
-    "dpo": "dpo ipo",
+    "dpo": "dpo",
     "kto": "kto",
     "orpo": "orpo",
     "simpo": "simpo",
@@ -53,6 +53,8 @@ OBJECTIVES = {
     "seq2seq": "seq2seq",
     "distillation": "distillation",
 }
+LOSS_TYPES_OF_DPO = ("ipo", "hinge")
+"""Values of `objective.loss_type` under objective=dpo that others take for objectives of their own."""
 ATTENTION = {
     "flash_attention_2": "flash_attention_2 fa2 flash_attention flash_attn true",
     "sdpa": "sdpa",
@@ -305,10 +307,17 @@ def whole_prompts(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     )
 
 
+def objective(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+    """An objective of another trainer. A variant of DPO's loss is an objective elsewhere, and a setting of dpo here."""
+    if value.lower() in LOSS_TYPES_OF_DPO:
+        return TranslatedSetting({"objective": "dpo", "objective.loss_type": value.lower()})
+    return choice("objective", OBJECTIVES)(value, theirs)
+
+
 CHOICES: dict[str, Rule] = {
     "optim": choice("optim", OPTIMIZERS),
     "schedule": choice("schedule", SCHEDULES),
-    "objective": choice("objective", OBJECTIVES),
+    "objective": objective,
     "tuning": tuning,
 }
 """Groups of ours whose choices others name otherwise."""

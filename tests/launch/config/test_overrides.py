@@ -142,6 +142,8 @@ def test_patterns_and_site_options_are_kept_as_typed():
         ("--dry_run", "did you mean --dry-run?"),
         ("tuning", "as in tuning=full"),
         ("optim=1", "no such choice, one of adafactor, adamw"),
+        ("objective=hinge", "here it is objective=dpo objective.loss_type=hinge"),
+        ("objective=ipo", "here it is objective=dpo objective.loss_type=ipo"),
         ("run=x", "run is not one value"),
         ("~optim.lrr=1", "did you mean optim.lr?"),
         ("hydra.run.dir=x", "Hydra's own settings"),
