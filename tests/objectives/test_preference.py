@@ -12,18 +12,18 @@ from torch import nn
 from tests.golden.make_preference_vectors import CASES, FILE, fill, fingerprints, model_config, pairs
 from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, pair_set, run_config, take_steps, trainer_for
 from tests.helpers.covering import chosen, values
+from tests.helpers.objectives import variants_of
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.losses.fuse import fuse_head
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.causal import reference_logps
-from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
+from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss
 from trainer.objectives.reference import RecordLogps
-from trainer.objectives.registry import build_objective, reading_of
-from trainer.objectives.reward import RewardConfig
+from trainer.objectives.registry import FAMILIES, build_objective, reading_of
 from trainer.tuning.base import LoraConfig
 
-SETTINGS = {"dpo": DpoConfig, "orpo": OrpoConfig, "simpo": SimpoConfig, "reward": RewardConfig}
+OBJECTIVES = variants_of("dpo", "orpo", "simpo", "reward")
 RECORDED = json.loads(FILE.read_text())
 
 
@@ -39,7 +39,7 @@ def settings(case: dict) -> ObjectiveConfig:
     chosen = {key: value for key, value in case.items() if key != "objective"}
     if "loss_type" in chosen:
         chosen["loss_type"] = PairLoss(chosen["loss_type"])
-    return SETTINGS[case["objective"]](**chosen)
+    return FAMILIES[case["objective"]].settings(**chosen)
 
 
 def samples() -> list[Sample]:
@@ -124,7 +124,7 @@ def test_a_filler_counts_nothing(name):
 
 
 def test_a_pair_counts_once():
-    for config in (DpoConfig(), OrpoConfig(), SimpoConfig(), RewardConfig()):
+    for config in OBJECTIVES.values():
         counts = [reading_of(config).counts(sample)["loss"] for sample in samples()]
         assert counts == [1, 0] * len(pairs())
 
@@ -140,9 +140,6 @@ def test_odds_stay_finite_for_certain_answers():
     losses.sum().backward()
     for found in (losses, chosen.grad, rejected.grad):
         assert torch.isfinite(found).all()
-
-
-OBJECTIVES = {"dpo": DpoConfig(beta=0.5), "orpo": OrpoConfig(), "simpo": SimpoConfig(), "reward": RewardConfig()}
 
 
 @pytest.mark.parametrize(("name", "tuning"), chosen(itertools.product(OBJECTIVES, ("lora", "full")), values))

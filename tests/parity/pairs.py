@@ -4,19 +4,12 @@ from dataclasses import replace
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config
 from tests.helpers.building import STRATEGIES, model_dir, pair_set, run_config
+from tests.helpers.objectives import variants_of
 from tests.parity.base import Curve, Job
 from tests.parity.methods import FEWER
-from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
-from trainer.objectives.reward import RewardConfig
 
 STEPS = 5
-OBJECTIVES = {
-    "dpo": DpoConfig(beta=0.5),
-    "ipo": DpoConfig(loss_type=PairLoss.ipo, sft_weight=0.2),
-    "orpo": OrpoConfig(),
-    "simpo": SimpoConfig(label_smoothing=0.1),
-    "reward": RewardConfig(centre=0.01),
-}
+OBJECTIVES = variants_of("dpo", "orpo", "simpo", "reward")
 CHECKPOINTED = Fsdp2Config(activation_checkpointing=ActivationCheckpointing.full)
 CASES = {
     **{
@@ -33,7 +26,8 @@ CASES = {
     "dpo lora fsdp2 padded": ("dpo", "lora", "gemma2", STRATEGIES["fsdp2"]),
     **{
         f"{objective} full {strategy}": (objective, "full", "llama", STRATEGIES[strategy])
-        for objective in ("ipo", "orpo", "simpo", "reward")
+        for objective in OBJECTIVES
+        if objective != "dpo"
         for strategy in ("fsdp2", "zero3")
     },
     "reward lora ddp": ("reward", "lora", "llama", STRATEGIES["ddp"]),

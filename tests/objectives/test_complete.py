@@ -1,0 +1,71 @@
+"""Every objective and every schedule has its tests, its page, its curve, and its words of other trainers."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.config.importers import rules
+from tests import curves, house_rules
+from tests.helpers.launching import ROOT
+from tests.helpers.objectives import OBJECTIVE_TESTS, variants_of
+from trainer.data.store.sequences import REFERENCE
+from trainer.objectives.preference import DpoConfig, PairLoss
+from trainer.objectives.registry import FAMILIES, build_objective, reading_of
+from trainer.optim.schedule import ScheduleName
+
+WORDS_OF_EVERY_ROOM = {"sft", "pretrain", "reward"}
+"""Objectives whose names trainer/data and strategies may use for other things."""
+VARIANTS = variants_of(*OBJECTIVE_TESTS)
+
+
+def text(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_every_objective_has_a_row_of_tests():
+    assert list(OBJECTIVE_TESTS) == [name for name in FAMILIES if name in OBJECTIVE_TESTS], "in the registry's order"
+    assert set(OBJECTIVE_TESTS) == set(FAMILIES), "give the objective a row in tests/helpers/objectives.py"
+    for name, tests in OBJECTIVE_TESTS.items():
+        assert name in tests.variants, name
+        assert all(variant.name == name for variant in tests.variants.values()), name
+
+
+def test_every_loss_type_is_a_variant():
+    tested = {variant.loss_type for variant in VARIANTS.values() if isinstance(variant, DpoConfig)}
+    assert tested == set(PairLoss)
+    assert {*rules.LOSS_TYPES_OF_DPO, PairLoss.sigmoid.value} == {loss_type.value for loss_type in PairLoss}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_said_of_an_objective_elsewhere(name):
+    tests = OBJECTIVE_TESTS[name]
+    settings = FAMILIES[name].settings.__name__
+    assert settings in text(tests.oracle) or f'"{name}"' in text(tests.oracle) or name == "sft", (
+        f"{tests.oracle} compares no loss of {name}"
+    )
+    parity = text(f"tests/parity/{tests.parity}")
+    assert name in ("sft", "pretrain") or settings in parity or f'"{name}"' in parity, (
+        f"tests/parity/{tests.parity} has no case of {name}"
+    )
+    page = text("docs/objectives.md")
+    assert f"| `{name}`" in page or f", `{name}`" in page, f"docs/objectives.md has no row of {name}"
+    assert any(f"objective={name}" in words for words in curves.CASES.values()) or name == "sft", (
+        "tests/curves.py has no case"
+    )
+    assert name in rules.OBJECTIVES, "launch/config/importers/rules.py does not know it"
+    assert name in WORDS_OF_EVERY_ROOM or house_rules.OBJECTIVES.search(name), "OBJECTIVES of tests/house_rules.py"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_reference_is_read_if_and_only_if_the_loss_uses_it(variant):
+    config = VARIANTS[variant]
+    assert (REFERENCE in reading_of(config).marks) is build_objective(config).uses_reference
+
+
+@pytest.mark.parametrize("name", list(ScheduleName))
+def test_what_is_said_of_a_schedule_elsewhere(name):
+    page = text("docs/optimizers.md")
+    assert f"| `schedule={name}`" in page, "docs/optimizers.md says when to take it"
+    assert f"\n| `{name}` |" in page, "docs/optimizers.md has its factors"
+    assert name in rules.SCHEDULES, "launch/config/importers/rules.py does not know it"
+    assert Path(ROOT / "conf" / "schedule" / f"{name}.yaml").exists()
