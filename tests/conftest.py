@@ -33,6 +33,8 @@ LIMIT_S = 300
 
 _SLOWNESS: list[float] = []
 """What each worker has measured."""
+_LEFT_OUT: dict[str, int] = covering.LEFT_OUT
+"""Cases that are not run, by file; each worker collects all files, so that any of them knows all."""
 
 
 def pytest_addoption(parser):
@@ -86,6 +88,9 @@ def pytest_terminal_summary(terminalreporter):
         f"ran {runs} (SHARDTUNE_TEST_ALL, SHARDTUNE_TEST_SEED); "
         f"limits for a machine {max(_SLOWNESS, default=0.0) or speed.slowness():.1f} times as slow"
     )
+    lines = covering.left_out_of_changed_files(_LEFT_OUT, covering.changed_files()) if _LEFT_OUT else []
+    for line in lines:
+        terminalreporter.write_line(f"{line}; SHARDTUNE_TEST_ALL=1 runs them")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -104,14 +109,17 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_sessionfinish(session):
-    """In a worker: tell how slow the machine was taken to be."""
+    """In a worker: tell how slow the machine was taken to be, and which cases were left out."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["slowness"] = speed.slowness()
+        session.config.workeroutput["left_out"] = covering.LEFT_OUT
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
-    _SLOWNESS.append(getattr(node, "workeroutput", {}).get("slowness", 0.0))
+    output = getattr(node, "workeroutput", {})
+    _SLOWNESS.append(output.get("slowness", 0.0))
+    _LEFT_OUT.update(output.get("left_out", {}))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,11 +4,15 @@ The choice is a function of the matrix and of a seed, 0 unless SHARDTUNE_TEST_SE
 """
 
 import heapq
+import inspect
 import itertools
 import os
 import random
+import re
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -17,6 +21,8 @@ Case = TypeVar("Case")
 EVERYTHING = bool(os.environ.get("SHARDTUNE_TEST_ALL"))
 TRIES = 20
 """Orders in which cases are looked at."""
+LEFT_OUT: dict[str, int] = {}
+"""How many cases each test file, by its path, does not run in this session."""
 SEED = int(os.environ.get("SHARDTUNE_TEST_SEED", "0"))
 
 
@@ -108,7 +114,39 @@ def chosen(
     cases: Iterable[Case], marks: Callable[[Case], set[Hashable]], cost: Callable[[Case], float] = lambda case: 1.0
 ) -> list[Case]:
     """What this session of tests runs of a matrix: a covering choice, or with SHARDTUNE_TEST_ALL all of it."""
-    return list(cases) if EVERYTHING else cover(cases, marks, cost=cost)
+    cases = list(cases)
+    if EVERYTHING:
+        return cases
+    covering = cover(cases, marks, cost=cost)
+    caller = inspect.stack(context=0)[1].filename
+    LEFT_OUT[caller] = LEFT_OUT.get(caller, 0) + len(cases) - len(covering)
+    return covering
+
+
+def left_out_of_changed_files(left_out: dict[str, int], changed: Iterable[str]) -> list[str]:
+    """One line for each test file with cases that were left out, if it or a test module that it imports has changed.
+
+    `left_out`: number of cases by the test file's path. `changed`: paths as git prints them, relative to the checkout.
+    """
+    modules = {Path(path).stem for path in changed if path.startswith("tests/") and path.endswith(".py")}
+    lines = []
+    for path, number in sorted(left_out.items()):
+        imports = [
+            line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.startswith("from tests")
+        ]
+        imported = {word.rpartition(".")[2] for line in imports for word in re.findall(r"[\w.]+", line)}
+        if number and modules & {Path(path).stem, *imported}:
+            lines.append(f"{os.path.relpath(path)} (changed): left out {number} cases of its matrices")
+    return lines
+
+
+def changed_files() -> list[str]:
+    """Files that differ from the branch `main`, committed or not; none outside a git checkout."""
+    listed = subprocess.run(["git", "diff", "--name-only", "main"], capture_output=True, text=True, check=False)
+    new = subprocess.run(
+        ["git", "ls-files", "--others", "--exclude-standard"], capture_output=True, text=True, check=False
+    )
+    return [*listed.stdout.split(), *new.stdout.split()]
 
 
 def examples(number: int) -> int:

@@ -2,7 +2,8 @@
 
 import itertools
 
-from tests.helpers.covering import cover, pairs, values
+from tests.helpers import covering
+from tests.helpers.covering import cover, left_out_of_changed_files, pairs, values
 
 AXES = [("a", "b", "c"), (1, 2, 3, 4), (True, False), ("x", "y")]
 WHOLE = [case for case in itertools.product(*AXES) if case[:2] != ("a", 4)]
@@ -42,3 +43,21 @@ def test_of_coverings_the_cheapest_is_taken_and_what_is_given_is_not_proven_agai
     assert not any(dear(case) > 1 for case in rest)
     assert set().union(*map(values, [*rest, *given])) == set().union(*map(values, WHOLE))
     assert cover(given, values, given=given) == []
+
+
+def test_cases_left_out_are_counted_by_the_file_that_chose(monkeypatch):
+    monkeypatch.setattr(covering, "EVERYTHING", False)
+    monkeypatch.setattr(covering, "LEFT_OUT", {})
+    taken = covering.chosen(WHOLE, pairs)
+    assert {__file__: len(WHOLE) - len(taken)} == covering.LEFT_OUT
+
+
+def test_left_out_is_told_of_files_that_changed_or_import_what_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"test_a": "from tests.parity.pairs import X\n", "test_b": "import os\n", "test_c": ""}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    left_out = {str(tmp_path / "test_a.py"): 3, str(tmp_path / "test_b.py"): 5, str(tmp_path / "test_c.py"): 0}
+    expected = "test_a.py (changed): left out 3 cases of its matrices"
+    assert left_out_of_changed_files(left_out, ["tests/parity/pairs.py", "trainer/test_b.py"]) == [expected]
+    assert len(left_out_of_changed_files(left_out, ["tests/x/test_b.py", "tests/x/test_c.py"])) == 1
+    assert left_out_of_changed_files(left_out, ["docs/test_a.md"]) == []
