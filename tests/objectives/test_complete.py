@@ -1,17 +1,21 @@
-"""Every objective and every schedule has its tests, its page, its curve, and its words of other trainers."""
+"""Every objective, schedule, task and tracker is on its page; objectives have tests, curves and words of other trainers."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from launch.config.choices import groups
 from launch.config.importers import rules
 from tests import curves, house_rules
 from tests.helpers.launching import ROOT
 from tests.helpers.objectives import OBJECTIVE_TESTS, variants_of
 from trainer.data.store.sequences import REFERENCE
+from trainer.evaluation.tasks.registry import KINDS
 from trainer.objectives.preference import DpoConfig, PairLoss
 from trainer.objectives.registry import FAMILIES, build_objective, reading_of
 from trainer.optim.schedule import ScheduleName
+from trainer.reporting.trackers import registry as trackers
 
 WORDS_OF_EVERY_ROOM = {"sft", "pretrain", "reward"}
 """Objectives whose names trainer/data and strategies may use for other things."""
@@ -69,3 +73,21 @@ def test_what_is_said_of_a_schedule_elsewhere(name):
     assert f"\n| `{name}` |" in page, "docs/optimizers.md has its factors"
     assert name in rules.SCHEDULES, "launch/config/importers/rules.py does not know it"
     assert Path(ROOT / "conf" / "schedule" / f"{name}.yaml").exists()
+
+
+def test_every_kind_of_task_is_on_its_page():
+    pages = text("docs/evaluation.md") + text("docs/ethics.md")
+    assert not [kind for kind in KINDS if f"`{kind}`" not in pages], "docs/evaluation.md or docs/ethics.md says it"
+
+
+def test_every_tracker_is_on_its_page():
+    page = text("docs/tracking.md")
+    assert not [kind.setting for kind in trackers.KINDS if f"logging.{kind.setting}=" not in page]
+
+
+def test_the_comments_of_train_yaml_list_all_choices():
+    lines = re.sub(r"\|\n +# ", "| ", text("conf/train.yaml")).splitlines()
+    listed = {match[1]: match[2] for line in lines if (match := re.match(r"  - (\w+): \w+ +# (.*\|.*)", line))}
+    assert {"tuning", "objective", "strategy", "optim", "schedule"} <= set(listed)
+    for group, choices in listed.items():
+        assert set(choices.split(" | ")) == set(groups()[group]), f"conf/train.yaml: {group}"

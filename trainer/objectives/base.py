@@ -1,7 +1,6 @@
 """What an objective is: a family of settings, of how data is read, and of a loss; one family a module of this room.
 
-`Family` lists what the rest of the trainer asks of one. To add an objective: a module here, its line in `registry.py`, its
-file in `conf/objective/`, and its row in `docs/objectives.md`.
+`Family` lists what the rest of the trainer asks of one. docs/extending.md shows how to add an objective.
 """
 
 from __future__ import annotations

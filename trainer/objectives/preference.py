@@ -194,7 +194,7 @@ def _log_complement(logp: Tensor) -> Tensor:
     return torch.where(logp < -0.6931472, torch.log1p(-torch.exp(logp)), torch.log(-torch.expm1(logp)))
 
 
-def _family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Family:
+def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Family:
     """An objective over pairs. `loss` says whether it uses a reference, so that its log-probabilities are recorded with the data."""
 
     def build(config: Any, beside: Beside) -> Objective:
@@ -209,6 +209,6 @@ def _family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Family:
     )
 
 
-DPO = _family(DpoConfig, Dpo)
-ORPO = _family(OrpoConfig, Orpo)
-SIMPO = _family(SimpoConfig, Simpo)
+DPO = pair_family(DpoConfig, Dpo)
+ORPO = pair_family(OrpoConfig, Orpo)
+SIMPO = pair_family(SimpoConfig, Simpo)
