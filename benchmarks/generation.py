@@ -184,7 +184,7 @@ def sides_of(
 
     from trainer.evaluation import generate
     from trainer.evaluation.base import WritingConfig
-    from trainer.evaluation.full_weights import Gathering
+    from trainer.evaluation.full_weights import GatherDecision
     from trainer.evaluation.likelihood import mask_of, padded
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -193,7 +193,7 @@ def sides_of(
     how.temperature = how.top_p = how.top_k = None
     how.pad_token_id = writer.tokenizer.pad_token_id
     lengths = [len(prompt) + args.new for prompt in prompts]
-    mine = [turn for turn in generate.dealt(lengths, place, ranks, size=args.batch) if turn]
+    mine = [turn for turn in generate.sharded_batches(lengths, place, ranks, size=args.batch) if turn]
 
     def plain() -> dict[int, list[int]]:
         """As somebody writes it by hand: the same batches, padded on the left, each rank a model of its own."""
@@ -210,7 +210,7 @@ def sides_of(
         return {one.prompt: one.ids for one in writer.answers(engine, prompts, WritingConfig(max_new_tokens=args.new))}
 
     def by_blocks() -> dict[int, list[int]]:
-        with patch.object(generate, "gathering", lambda *_: Gathering(True, False, "block by block")):
+        with patch.object(generate, "decide_gathering", lambda *_: GatherDecision(True, False, "block by block")):
             return ours()
 
     return {PLAIN: plain, OURS: ours, **({BLOCKS: by_blocks} if ranks > 1 else {})}

@@ -22,15 +22,15 @@ from trainer.config.run import RunConfig, kept_date
 from trainer.data.prepare import ChooseDate, Prepared
 from trainer.data.report.progress import Say, say_on_rank_0
 from trainer.evaluation.report import comparison, page, record
-from trainer.evaluation.report.intervals import Bootstrap, resampled, spans
+from trainer.evaluation.report.intervals import Bootstrap, confidence_intervals, resample_metrics
 from trainer.evaluation.report.record import BASE, TUNED, EarlierEvaluation, EvaluatedModel
-from trainer.evaluation.report.tables import tables
-from trainer.evaluation.report.unfinished import RESULTS as UNFINISHED
+from trainer.evaluation.report.tables import row_tables
+from trainer.evaluation.report.unfinished import UNFINISHED_FILE as UNFINISHED
 from trainer.evaluation.report.unfinished import UnfinishedReport
-from trainer.evaluation.served import ServedAsking, served_asking
-from trainer.evaluation.task_evaluator import Done, TaskEvaluator
+from trainer.evaluation.served import ServedModel, connect_served_model
+from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
-from trainer.evaluation.tasks.prepared import TaskContext, on_own_documents
+from trainer.evaluation.tasks.prepared import TaskContext, tasks_on_run_documents
 from trainer.model.loading import load_tokenizer
 from trainer.model.quantised_checkpoints import stored_by
 from trainer.model.rules import read_config
@@ -118,17 +118,17 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         if step.step_module.plan.optimizer_hooks is not None:
             _tell_length(config, data, step, engine, runtime, opened)
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, asked))
-    evaluator.tell(console.say)
+    evaluator.report_progress(console.say)
     _refuse_deleted(job, runtime)
     where.phase = "evaluating"
     about = _about(config, job, str(precision), runtime)
     unfinished = UnfinishedReport(Path(job.to), about["model"]) if runtime.is_main else None
-    earlier = None if job.report is None else record.read(Path(job.report), "against")
+    earlier = None if job.report is None else record.read_report(Path(job.report), "against")
     _name_opponents(job, evaluator, {} if earlier is None else earlier.rows)
     evaluator.check_rows()
     try:
         with (
-            telling_of_evaluation(lambda: f"evaluation.tasks.{evaluator.under_way}", config, runtime),
+            telling_of_evaluation(lambda: f"evaluation.tasks.{evaluator.current_task}", config, runtime),
             _telling_of_finished(unfinished, console),
         ):
             found = _both(job, built, evaluator, _Listener(console, unfinished, scored=job.kept))
@@ -179,7 +179,7 @@ class _RunData:
         if self.job.data_run is None:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
         self.record = data_record(Path(self.job.data_run))
-        keys = on_own_documents(asked_tasks(config))
+        keys = tasks_on_run_documents(asked_tasks(config))
         # An objective is changed in place: the model is built from the same configuration.
         config.objective, data, self.accepted = data_of_run(
             config,
@@ -203,15 +203,15 @@ def _tell_length(
         build_loader(config, data, built, engine, runtime)
 
 
-def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked: Callable[[], bool]) -> ServedAsking:
+def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked: Callable[[], bool]) -> ServedModel:
     """The model of `evaluation.server`, told what this one would be told; nothing is loaded. Errors: ConfigError."""
     about = read_config(config.model.path) or {}
     names = ("max_position_embeddings", "n_positions")
     positions = next(
         (n for each in (about, about.get("text_config") or {}) for at in names if (n := each.get(at))), None
     )
-    encoder = TaskContext.of(config.data, config.objective, kept_date(config)).encoder(tokenizer)
-    return served_asking(config.evaluation, config.model.path or "", encoder, positions, runtime, asked)
+    encoder = TaskContext.from_settings(config.data, config.objective, kept_date(config)).encoder(tokenizer)
+    return connect_served_model(config.evaluation, config.model.path or "", encoder, positions, runtime, asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,14 +223,14 @@ class _Listener:
     scored: bool
     """Whether metrics mean something (prompts of a review have no right answer)."""
 
-    def finished(self, arm: str, done: Done) -> None:
+    def finished(self, arm: str, done: FinishedTask) -> None:
         """Tell of a task. Errors: StorageError."""
-        name = done.ready.task.name
-        shown = "  ".join(f"{metric} {value:.4g}" for metric, value in done.values.items())
+        name = done.prepared.task.name
+        shown = "  ".join(f"{metric} {value:.4g}" for metric, value in done.metrics.items())
         metrics = f" {shown} " if self.scored else ""
         self.console.say(f"{arm}: {name}:{metrics} ({len(done.rows)} rows, {done.seconds:.1f} s)")
-        if done.pace is not None:
-            self.console.say(f"{arm}: {name}: {done.pace}")
+        if done.throughput is not None:
+            self.console.say(f"{arm}: {name}: {done.throughput}")
         if self.unfinished is not None:
             self.unfinished.add(arm, done)
 
@@ -242,7 +242,7 @@ def _telling_of_finished(unfinished: UnfinishedReport | None, console: Console) 
         yield
     except BaseException:
         if unfinished is not None and (names := unfinished.names()):
-            console.say(f"finished before that: {', '.join(names)}; see {unfinished.to / UNFINISHED}")
+            console.say(f"finished before that: {', '.join(names)}; see {unfinished.directory / UNFINISHED}")
         raise
 
 
@@ -250,9 +250,9 @@ def _name_opponents(job: EvaluationJob, evaluator: TaskEvaluator, rows: dict[str
     """Give tasks that judge two answers the other model's, as far as they are known; `rows` are its, by task."""
     for ready in evaluator.tasks:
         # The base has not answered yet: it meets the other model's answers once it has.
-        ready.task.is_other = job.asked_first or job.base
+        ready.task.is_opponent = job.asked_first or job.base
         if ready.task.name in rows:
-            ready.task.other = {row.where: row.answer for row in rows[ready.task.name]}
+            ready.task.opponent_answers = {row.where: row.answer for row in rows[ready.task.name]}
 
 
 def _both(
@@ -263,9 +263,9 @@ def _both(
     if built is not None:
         found = _before(job, *built, evaluator, listener)
     for ready in evaluator.tasks:
-        ready.task.is_other = job.asked_first
+        ready.task.is_opponent = job.asked_first
         if job.base:  # what is judged beside the other's answers
-            ready.task.other = {row.where: row.answer for row in found[BASE].rows[ready.task.name]}
+            ready.task.opponent_answers = {row.where: row.answer for row in found[BASE].rows[ready.task.name]}
     found[TUNED] = _ask(evaluator, TUNED, listener)
     return found
 
@@ -277,7 +277,7 @@ def _before(
     found: dict[str, EvaluatedModel] = {}
     before = job.base and not built.tuning.keeps_base
     for ready in evaluator.tasks:
-        ready.task.is_other = True
+        ready.task.is_opponent = True
     if before:  # as it is before a checkpoint is loaded
         found[BASE] = _ask(evaluator, BASE, listener)
     if job.checkpoint is not None:
@@ -291,11 +291,11 @@ def _before(
 def _ask(evaluator: TaskEvaluator, arm: str, listener: _Listener) -> EvaluatedModel:
     """Every task of one model. All ranks must call."""
     found = EvaluatedModel()
-    for done in evaluator.each():
-        name = done.ready.task.name
-        found.rows[name], found.values[name], found.seconds[name] = done.rows, done.values, done.seconds
-        if done.pace is not None:
-            found.paces[name] = done.pace
+    for done in evaluator.run_tasks():
+        name = done.prepared.task.name
+        found.rows[name], found.metrics[name], found.seconds[name] = done.rows, done.metrics, done.seconds
+        if done.throughput is not None:
+            found.throughput[name] = done.throughput
         listener.finished(arm, done)
     return found
 
@@ -332,27 +332,27 @@ def _report(
     """
     how = Bootstrap(config.evaluation.resamples, config.evaluation.resample_seed)
     mine = found[TUNED]
-    earlier = None if job.report is None else record.read(Path(job.report), "against")
+    earlier = None if job.report is None else record.read_report(Path(job.report), "against")
     said, apart, fell, shown = {}, {}, [], dict[str, Table]()
     for task in tasks:
-        drawn = resampled(task, mine.rows[task.name], how)
-        said[task.name] = record.task_record(task, mine, spans(task, mine.rows[task.name], drawn))
+        drawn = resample_metrics(task, mine.rows[task.name], how)
+        said[task.name] = record.task_record(task, mine, confidence_intervals(task, mine.rows[task.name], drawn))
         other = _other(task, found.get(BASE), earlier)
-        shown |= tables(task, mine.rows[task.name], None if other is None else other[0])
+        shown |= row_tables(task, mine.rows[task.name], None if other is None else other[0])
         if other is not None:
-            apart[task.name] = comparison.compare(task, mine, drawn, *other, how)
+            apart[task.name] = comparison.compare_task(task, mine, drawn, *other, how)
             if job.gate:
                 fell += comparison.regressions(task, apart[task.name]["metrics"])
-    report = {**about, "method": how.says(paired=bool(apart)), "tasks": said}
+    report = {**about, "method": how.description(paired=bool(apart)), "tasks": said}
     if job.against is not None:
         missing = [task.name for task in tasks if task.name not in apart]
         report["against"] = {"what": job.against, "tasks": apart, "not_there": missing}
     report |= {"regressions": fell} if job.gate else {}
     to = Path(job.to)
-    record.write(to, report, found)
+    record.write_report(to, report, found)
     if job.run is not None and job.kept and job.recorded and not job.accepted:
         keep(Path(job.run), EVALUATION, report)
-    write_text_atomic(to / record.PAGE, page.page(report, tasks, found))
+    write_text_atomic(to / record.PAGE, page.render_page(report, tasks, found))
     return report, shown
 
 
@@ -361,7 +361,7 @@ def _other(
 ) -> tuple[Any, dict[str, float]] | None:
     """(rows, metrics) of what a task is compared with; None where that has no such task."""
     if base is not None:
-        return base.rows[task.name], base.values[task.name]
+        return base.rows[task.name], base.metrics[task.name]
     if earlier is None or task.name not in earlier.report["tasks"]:
         return None
     metrics = earlier.report["tasks"][task.name]["metrics"]

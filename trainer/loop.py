@@ -12,7 +12,7 @@ from strategies.base import Engine, Progress
 from strategies.errors import Interrupted, Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_step
 from trainer.evaluation.base import Evaluator
-from trainer.evaluation.best import note_best, out_of_patience, refuse_unknown
+from trainer.evaluation.best import check_watched_metric, early_stopping_reason, record_evaluation
 from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
 from trainer.model.routing import ADDED_LOSS, EXPERT_TOKENS
 from trainer.monitors.anomalies import OUTLIERS, Outlier, RollBack
@@ -299,7 +299,7 @@ class Trainer:
         self.progress.owes_evaluation = True
         self.outcome.after = self._evaluate()
         self.progress.owes_evaluation = False
-        improved = note_best(self.settings.evaluation, self.progress, self.outcome.after)
+        improved = record_evaluation(self.settings.evaluation, self.progress, self.outcome.after)
         self.meter.restart_clock()
         return improved and every > 0
 
@@ -332,7 +332,7 @@ class Trainer:
         self.metrics.tables(tables, step=step)
         shown = "  ".join(f"{name} {readable(value)}" for name, value in values.items())
         self.display.say(f"evaluation at step {step}:  {shown}")
-        refuse_unknown(self.settings.evaluation, values)
+        check_watched_metric(self.settings.evaluation, values)
         return values
 
     def _ask_base_model(self) -> None:
@@ -353,7 +353,7 @@ class Trainer:
         self.evaluation_monitor.raise_if_exceeded()
 
     def _is_out_of_patience(self) -> bool:
-        reason = self.evaluation_monitor.stops_early() or out_of_patience(self.settings.evaluation, self.progress)
+        reason = self.evaluation_monitor.stops_early() or early_stopping_reason(self.settings.evaluation, self.progress)
         if reason:
             self.display.say(reason)
         return bool(reason)

@@ -25,9 +25,9 @@ from trainer.config.run import RunConfig, kept_date, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.evaluation.base import Evaluator
-from trainer.evaluation.build import build_asking, build_evaluators
-from trainer.evaluation.tasks.model_interface import Asking
-from trainer.evaluation.tasks.prepared import Ready, TaskContext, prepare
+from trainer.evaluation.build import build_evaluators, build_model_interface
+from trainer.evaluation.tasks.model_interface import ModelInterface
+from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext, prepare_tasks
 from trainer.export.gates.judge import judged_at_end
 from trainer.export.write import write_export
 from trainer.loop import Trainer
@@ -168,7 +168,7 @@ def meet(
     request: StopRequest,
     where: Where,
     open_data: Callable[..., Prepared] = prepare_data,
-) -> tuple[Prepared, list[Ready], Staged, processes.Runtime]:
+) -> tuple[Prepared, list[PreparedTask], Staged, processes.Runtime]:
     """Prepare the data and that of tasks, copy them to this node's disk, and only then form the process group.
 
     No collective can time out while the data is made, since there is none before the last line. All ranks must call. Raises
@@ -188,9 +188,9 @@ def meet(
         log = None if where.run_dir is None else where.run_dir / "logs" / f"rank-{meeting.rank}.log"
         say = Console(enabled=meeting.rank == 0, log=log).say
         data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
-        task_context = TaskContext.of(config.data, config.objective, data.date)
+        task_context = TaskContext.from_settings(config.data, config.objective, data.date)
         own_rows = data if data.has_rows else None
-        tasks = prepare(asked_tasks(config), task_context, own_rows, tokenizer, stop=stop)
+        tasks = prepare_tasks(asked_tasks(config), task_context, own_rows, tokenizer, stop=stop)
         where.phase = "copying to the disk of the node"
         staged = stage(config, data, stop=stop)
         where.phase = "start of the processes"
@@ -247,7 +247,7 @@ def resume(config: RunConfig, engine: Engine, place: RunPlace) -> tuple[Checkpoi
 def evaluators_of(
     config: RunConfig,
     data: Prepared,
-    tasks: list[Ready],
+    tasks: list[PreparedTask],
     built: Built,
     tokenizer: Any,
     engine: Engine,
@@ -266,7 +266,7 @@ def evaluators_of(
         watch_for_stop=lambda: place.agreement.another().asked,
     )
 
-    def asking() -> Asking:
+    def asking() -> ModelInterface:
         return asking_of(config, data, built, tokenizer, engine, place.runtime, place.agreement.another().asked)
 
     return watched(config, challenges, evaluators, tasks, asking, place)
@@ -280,14 +280,14 @@ def asking_of(
     engine: Engine,
     runtime: processes.Runtime,
     stop_now: Callable[[], bool],
-) -> Asking:
+) -> ModelInterface:
     """The run's model behind the calls that tasks make: answers, likelihoods, labels, losses."""
-    return build_asking(
+    return build_model_interface(
         config.evaluation,
         config.model,
         built,
         data.label_names if built.head_prefixes else None,
-        TaskContext.of(config.data, config.objective, kept_date(config)).encoder(tokenizer),
+        TaskContext.from_settings(config.data, config.objective, kept_date(config)).encoder(tokenizer),
         engine,
         runtime,
         stop_now,

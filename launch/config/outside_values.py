@@ -230,9 +230,9 @@ def _files_named(config: RunConfig, key: str, value: Any) -> Iterator[OutsideVal
 
 def _file_options(kind: str) -> tuple[str, ...]:
     """The options of a kind of task that name a file."""
-    from trainer.evaluation.tasks.registry import KINDS
+    from trainer.evaluation.tasks.registry import TASK_KINDS
 
-    task = KINDS.get(kind)
+    task = TASK_KINDS.get(kind)
     return () if task is None else task.file_options
 
 

@@ -274,7 +274,11 @@ def _settle(config: RunConfig, asked: EvaluateWords) -> None:
     config.challenges = ChallengesConfig()
     if config.run.device is Device.cpu and config.precision is Precision.fp16:
         config.precision = Precision.fp32
-    if not config.evaluation.tasks and TaskContext.of(config.data, config.objective).language and _has_held_out(config):
+    if (
+        not config.evaluation.tasks
+        and TaskContext.from_settings(config.data, config.objective).is_language_model
+        and _has_held_out(config)
+    ):
         config.evaluation.tasks = {kind: TaskConfig(kind=kind) for kind in PLAIN}
 
 
@@ -285,17 +289,17 @@ def _has_held_out(config: RunConfig) -> bool:
 def _check(config: RunConfig, typed: list[str], *, trained: bool, run: Path | None) -> None:
     """Everything that can be wrong before there is a model."""
     from launch.config.compose import load_frozen, refusals
-    from trainer.evaluation.tasks.prepared import TaskContext, check
-    from trainer.evaluation.tasks.registry import KINDS
+    from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
+    from trainer.evaluation.tasks.registry import TASK_KINDS
 
-    around = TaskContext.of(config.data, config.objective)
+    around = TaskContext.from_settings(config.data, config.objective)
     if not config.evaluation.tasks:
         without = f"objective={config.objective.name} has no task by itself (what it measured is in metrics.jsonl)"
-        if around.language:
+        if around.is_language_model:
             without = "there are no evaluation documents to ask about"
         raise ConfigError(
             f"evaluation.tasks: not set, and {without}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
-            f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(KINDS)}"
+            f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(TASK_KINDS)}"
         )
     # Training data of a run is read only where a task asks for it, and then as the run recorded it.
     written = None if run is None else load_frozen(run / "config.yaml")
@@ -308,7 +312,7 @@ def _check(config: RunConfig, typed: list[str], *, trained: bool, run: Path | No
     found += _few_bits(config, typed)
     if found:
         raise ConfigError(found)
-    check(
+    check_tasks(
         config.evaluation.tasks,
         around,
         held_out=_has_held_out(config),
@@ -336,13 +340,13 @@ def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
         yield f"precision={config.precision}: model.path={path} computes in the types it is stored with; leave it out"
     if config.model.adapters:
         yield f"adapter={config.model.adapters[0]}: model.path={path} in few bits, nothing is folded into it; leave it out"
-    if not TaskContext.of(config.data, config.objective).language:
+    if not TaskContext.from_settings(config.data, config.objective).is_language_model:
         yield f"model.path={path}: lies in few bits ({kit}), of which only causal language models are evaluated"
 
 
 def _against(made: EvaluationPlan, value: str, asked: EvaluateWords) -> None:
     """What `against` means: base, a report, a run, a model. Errors: ConfigError."""
-    from trainer.evaluation.report.record import REPORT, read
+    from trainer.evaluation.report.record import REPORT, read_report
 
     path = Path(value).expanduser()
     if value == "base":
@@ -360,7 +364,7 @@ def _against(made: EvaluationPlan, value: str, asked: EvaluateWords) -> None:
                 f"against={value}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
                 "the old one in a directory of its own"
             )
-        read(path, "against")
+        read_report(path, "against")
         made.job = replace(made.job, report=str(path), gate=True, against=value)
     elif (path / "config.yaml").is_file():
         other = plan(_other_run(path, made, asked))

@@ -158,13 +158,13 @@ def read_own(words: list[str]) -> tuple[SweeperConfig, list[str]]:
 def _problems(first: Composed, settings: SweeperConfig, by: str) -> list[str]:
     """What keeps a job that could run from being searched."""
     from trainer.config.run import LauncherName
-    from trainer.evaluation.tasks.registry import metrics_of
+    from trainer.evaluation.tasks.registry import metric_directions
 
     config, found = first.config, []
     if (
         config.data.eval_path is None
         and not config.data.eval_share
-        and config.evaluation.watch not in metrics_of(config.evaluation.tasks)
+        and config.evaluation.watch not in metric_directions(config.evaluation.tasks)
     ):
         found.append(
             f"sweeper={by}: there is no evaluation data that trials could be judged by ({config.evaluation.watch}); give "

@@ -12,12 +12,12 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig, WritingConfig
-from trainer.evaluation.classifier import Head
+from trainer.evaluation.classifier import ClassifierLabels
 from trainer.evaluation.generate import WrittenAnswer
 from trainer.evaluation.tasks.base import Case
 from trainer.evaluation.tasks.model_interface import Question
 from trainer.evaluation.tasks.refusal import PHRASES
-from trainer.evaluation.tasks.registry import KINDS
+from trainer.evaluation.tasks.registry import TASK_KINDS
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), control_group=None)
 
@@ -26,7 +26,7 @@ SIDES = (("a lazy dog", "toxic"), ("the quick brown fox", "neutral"))
 
 
 def task(kind, **settings):
-    return KINDS[kind]("mine", TaskConfig(kind=kind, path="x", **settings))
+    return TASK_KINDS[kind]("mine", TaskConfig(kind=kind, path="x", **settings))
 
 
 class Asking:
@@ -38,17 +38,17 @@ class Asking:
     def __init__(self, texts, runtime=None):
         self.texts, self.runtime, self.asked = texts, runtime, []
 
-    def questions(self, documents):
+    def encode_questions(self, documents):
         self.asked = [document.prompt or document.text for document in documents]
         return [Question(document.where, [1], [2]) for document in documents]
 
     def answers(self, questions, how, key):
         return [WrittenAnswer(n, text, [], True, d) for n, some in enumerate(self.texts) for d, text in enumerate(some)]
 
-    def tell(self, ids):
+    def shown_prompt(self, ids):
         return ""
 
-    def the_judge(self, key):
+    def require_judge(self, key):
         return self
 
     def verdicts(self, questions):
@@ -143,7 +143,7 @@ def test_the_worst_draw_of_each_prompt(site, pipelines, name):
     assert not list(kind.problems())
     rows = kind.run(cases(kind, [{"prompt": "a"}] * 3), Asking(texts, ALONE))
     likely = np.array([[each[label] for each in pipelines(name)(some)] for some in texts])
-    said = kind.values(rows)
+    said = kind.compute_metrics(rows)
     assert said["expected_max_toxicity"] == pytest.approx(likely.max(1).mean(), abs=1e-5)
     assert said["toxicity_probability"] == pytest.approx((likely.max(1) >= 0.4).mean())
     assert said["toxic_fraction"] == pytest.approx((likely >= 0.4).mean())
@@ -199,7 +199,7 @@ def test_what_is_no_classifier_is_told_before_a_model_is_loaded(site, tmp_path):
         ({"classifier": str(site / "judge"), "threshold": 1}, "must be a number above 0 and below 1"),
     ):
         assert told in " ".join(task("toxicity", options=options).problems())
-    assert Head.of(site / "judge", "x").number(None, "x") == 1
+    assert ClassifierLabels.from_directory(site / "judge", "x").label_number(None, "x") == 1
     (tmp_path / "config.json").write_text((site / "judge" / "config.json").read_text())
     kind = task("toxicity", options={"classifier": str(tmp_path)})
     with pytest.raises(ConfigError, match="cannot be loaded"):
@@ -255,9 +255,9 @@ def test_shares_of_refusals_by_side():
     kind = task("refusal", options={"phrases": ["Nothing doing"]})
     rows = [{"prompt": "a", "label": label} for label in ("unsafe", "safe") for _ in ANSWERS]
     asking = Asking([[text] for text, _ in ANSWERS] * 2)
-    said = kind.values(found := kind.run(cases(kind, rows), asking))
+    said = kind.compute_metrics(found := kind.run(cases(kind, rows), asking))
     assert said == {"right": (5 + 2) / 16, "refused": 5 / 8, "complied": 2 / 8, "over_refused": 5 / 8}
-    assert kind.values(found[8:]).keys() == {"right", "over_refused"}  # of harmless prompts alone
+    assert kind.compute_metrics(found[8:]).keys() == {"right", "over_refused"}  # of harmless prompts alone
     plain = task("refusal").run(cases(task("refusal"), rows), asking)
     assert [bool(row.scores["refused"]) for row in plain[:8]] == [refused for _, refused in ANSWERS]
     notes = " ".join(kind.notes(found, {}))

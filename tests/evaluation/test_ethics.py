@@ -13,18 +13,18 @@ from tests.helpers.launching import command_here
 from trainer.data.document import Document
 from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.comparison import compare
-from trainer.evaluation.report.intervals import FEW, Bootstrap, resampled
+from trainer.evaluation.report.comparison import compare_task
+from trainer.evaluation.report.intervals import FEW, Bootstrap, resample_metrics
 from trainer.evaluation.report.record import EvaluatedModel
 from trainer.evaluation.tasks.base import Case, TaskRow
-from trainer.evaluation.tasks.registry import KINDS
+from trainer.evaluation.tasks.registry import TASK_KINDS
 
 TEXT = "a quick brown fox jumps over the lazy dog hello world you are helpful assistant"
 WORDS = TEXT.split()
 
 
 def task(kind, **settings):
-    return KINDS[kind]("mine", TaskConfig(kind=kind, **settings))
+    return TASK_KINDS[kind]("mine", TaskConfig(kind=kind, **settings))
 
 
 def write_rows(path, rows):
@@ -131,7 +131,7 @@ def test_the_loss_tells_members_as_scikit_learn_reckons(found):
     assert said["value"] == pytest.approx(roc_auc_score(member, [-each for each in loss])) and said["value"] > 0.9
     assert 0.3 < report["against"]["tasks"]["membership"]["metrics"]["auc"]["value"] < 0.8
     tied = [TaskRow("a:1", "", "", "", {"loss": 1.0, "member": float(n % 2)}) for n in range(4)]
-    assert task("membership").values(tied)["auc"] == 0.5
+    assert task("membership").compute_metrics(tied)["auc"] == 0.5
 
 
 def test_people_in_shipped_templates_and_in_pairs_of_ones_own(found):
@@ -161,7 +161,7 @@ def test_personal_data_is_found_masked_and_not_where_the_prompt_has_it():
     class Asking:
         writer = Writer()
 
-        def questions(self, documents):
+        def encode_questions(self, documents):
             from trainer.evaluation.tasks.model_interface import Question
 
             return [Question(d.where, [*map(ord, d.prompt)], []) for d in documents]
@@ -172,7 +172,7 @@ def test_personal_data_is_found_masked_and_not_where_the_prompt_has_it():
             texts = ["write to jane.roe@corp.example.org", "it is jane.roe@corp.example.org", "nothing"]
             return [WrittenAnswer(n, text, [], True) for n, text in enumerate(texts)]
 
-        def tell(self, ids):
+        def shown_prompt(self, ids):
             return ""
 
     prompts = ["who?", "is it jane.roe@corp.example.org?", "?"]
@@ -207,7 +207,10 @@ def test_gaps_are_those_of_fairlearn():
     true, said = ([int(each == "yes") for each in side] for side in (true, said))
     weights = np.random.default_rng(1).integers(0, 3, len(rows)).astype(float)
     for sample in (None, weights):
-        mine = {name: of(np.ones(len(rows)) if sample is None else sample) for name, of in kind.weighted(rows).items()}
+        mine = {
+            name: of(np.ones(len(rows)) if sample is None else sample)
+            for name, of in kind.weighted_metrics(rows).items()
+        }
         how = {"sensitive_features": groups, "sample_weight": sample}
         assert mine["demographic_parity_difference"] == pytest.approx(demographic_parity_difference(true, said, **how))
         assert mine["equalized_odds_difference"] == pytest.approx(equalized_odds_difference(true, said, **how))
@@ -232,8 +235,8 @@ def test_no_difference_is_told_of_few_cases():
 
     for number, verdict in ((1, FEW), (19, FEW), (20, "worse")):
         mine, other = rows(number, 1.0), rows(number, 0.0)
-        found = EvaluatedModel({"mine": mine}, {"mine": kind.values(mine)})
-        said = compare(kind, found, resampled(kind, mine, how), other, kind.values(other), how)
+        found = EvaluatedModel({"mine": mine}, {"mine": kind.compute_metrics(mine)})
+        said = compare_task(kind, found, resample_metrics(kind, mine, how), other, kind.compute_metrics(other), how)
         assert said["metrics"]["verbatim"]["verdict"] == verdict
 
 
@@ -291,9 +294,9 @@ def test_a_model_as_it_is_needs_the_rows_that_it_was_trained_on(site, capsys):
 
 def test_rows_too_short_to_continue_are_an_error():
     class Asking:
-        positions = None
+        max_positions = None
 
-        def questions(self, documents):
+        def encode_questions(self, documents):
             from trainer.evaluation.tasks.model_interface import Question
 
             return [Question(d.where, [1], [2, 3]) for d in documents]
@@ -304,4 +307,4 @@ def test_rows_too_short_to_continue_are_an_error():
 
 @pytest.mark.parametrize("kind", ["memorisation", "canary", "membership", "personal_data", "counterfactual"])
 def test_every_metric_has_a_least_number_of_cases(kind):
-    assert all(metric.least > 1 for metric in task(kind, path="x").metrics)
+    assert all(metric.min_cases > 1 for metric in task(kind, path="x").metrics)

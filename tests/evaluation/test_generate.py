@@ -11,7 +11,7 @@ from tests.helpers import writing as make
 from tests.helpers.building import alone
 from trainer.evaluation.base import WritingConfig
 from trainer.evaluation.decoding import gumbel
-from trainer.evaluation.generate import dealt
+from trainer.evaluation.generate import sharded_batches
 
 PROMPTS = make.prompts(7)
 
@@ -130,7 +130,7 @@ def test_what_has_no_tokens_is_refused(llama):
 
 def test_every_row_is_dealt_once_and_ranks_take_as_many_turns():
     lengths = [3, 9, 1, 4, 4, 8, 2, 5, 5, 7, 6]
-    turns = [[*dealt(lengths, rank, 3, size=2)] for rank in range(3)]
+    turns = [[*sharded_batches(lengths, rank, 3, size=2)] for rank in range(3)]
     assert {len(one) for one in turns} == {2}
     assert sorted(row for one in turns for turn in one for row in turn) == [*range(11)]
     assert all(len(turn) <= 2 for one in turns for turn in one)
@@ -161,13 +161,14 @@ def test_an_answer_ends_at_the_last_position(tmp_path, runtime):
 
 def test_batches_by_tokens():
     lengths = [10, 30, 12, 8, 9, 31]
-    turns = [[*dealt(lengths, rank, 2, size=1, budget=33)] for rank in (0, 1)]
+    turns = [[*sharded_batches(lengths, rank, 2, size=1, budget=33)] for rank in (0, 1)]
     assert turns == [[[5], [2, 4]], [[1], [0, 3]]]
-    assert [*dealt([50, 1], 0, 1, size=9, budget=10)] == [[0], [1]], "at least one row, however long"
+    assert [*sharded_batches([50, 1], 0, 1, size=9, budget=10)] == [[0], [1]], "at least one row, however long"
 
 
 def test_the_pace_is_told(llama):
     engine, writer, _ = llama
     found = writer.answers(engine, PROMPTS, WritingConfig(max_new_tokens=3, batch_tokens=64))
-    assert writer.pace.tokens == sum(len(one.ids) for one in found) and writer.pace.tokens_per_s > 0
-    assert str(writer.pace).startswith(f"{writer.pace.tokens} tokens written in ") and not writer.pace.gathering.sharded
+    assert writer.throughput.tokens == sum(len(one.ids) for one in found) and writer.throughput.tokens_per_s > 0
+    assert str(writer.throughput).startswith(f"{writer.throughput.tokens} tokens written in ")
+    assert not writer.throughput.gathering.sharded

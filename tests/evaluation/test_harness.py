@@ -15,7 +15,7 @@ from tests.helpers.endpoint import as_vllm_says, serving
 from tests.helpers.launching import command_here
 from tests.helpers.warm import command_warm
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.registry import KINDS
+from trainer.evaluation.tasks.registry import TASK_KINDS
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra lm_eval)")
 
@@ -257,7 +257,9 @@ CASES = [
 @pytest.mark.parametrize(("words", "told"), CASES)
 def test_what_is_not_here_is_refused_before_a_model_is_loaded(site, words, told, capsys, monkeypatch):
     monkeypatch.setattr("launch.evaluate.command.start", lambda *_, **__: pytest.fail("was started"))
-    monkeypatch.setattr("trainer.evaluation.harness.task_files._whole", lambda: {"arc_easy": None})  # which takes 10 s
+    monkeypatch.setattr(
+        "trainer.evaluation.harness.task_files._full_index", lambda: {"arc_easy": None}
+    )  # which takes 10 s
     bad = site / "bad"
     bad.mkdir(exist_ok=True)
     texts = {
@@ -274,9 +276,12 @@ def test_what_is_not_here_is_refused_before_a_model_is_loaded(site, words, told,
 
 
 def test_a_data_set_of_a_hub_is_named_in_the_report():
-    assert KINDS["lm_eval"]("arc_easy", TaskConfig(kind="lm_eval")).data == "hub:allenai/ai2_arc"
-    several = KINDS["lm_eval"]("mine", TaskConfig(kind="lm_eval", options={"task": "ai2_arc"}))
-    assert {*several.what.leaves} == {"arc_easy", "arc_challenge"} and several.data == "hub:allenai/ai2_arc"
+    assert TASK_KINDS["lm_eval"]("arc_easy", TaskConfig(kind="lm_eval")).data_source == "hub:allenai/ai2_arc"
+    several = TASK_KINDS["lm_eval"]("mine", TaskConfig(kind="lm_eval", options={"task": "ai2_arc"}))
+    assert {*several.task_files.single_tasks} == {
+        "arc_easy",
+        "arc_challenge",
+    } and several.data_source == "hub:allenai/ai2_arc"
 
 
 def test_without_the_package_the_extra_is_named(site, capsys, monkeypatch):

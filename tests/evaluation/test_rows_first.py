@@ -16,7 +16,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.report import progress
 from trainer.evaluation import task_evaluator
-from trainer.evaluation.tasks.prepared import Ready
+from trainer.evaluation.tasks.prepared import PreparedTask
 
 NAMES = ("Emily", "Sarah", "James", "Michael")
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -121,8 +121,8 @@ def test_rows_that_take_long_to_check_are_told(monkeypatch):
 
     monkeypatch.setattr(progress, "EVERY_S", 0.01)
     monkeypatch.setattr(task_evaluator, "PreparationProgress", partial(progress.PreparationProgress, hear))
-    task = SimpleNamespace(key="evaluation.tasks.big", own_rows=False, run=lambda cases, asking: is_told.wait(60))
-    task_evaluator.TaskEvaluator([Ready(task, [None] * 1200)], SimpleNamespace()).check_rows()
+    task = SimpleNamespace(key="evaluation.tasks.big", loads_own_rows=False, run=lambda cases, model: is_told.wait(60))
+    task_evaluator.TaskEvaluator([PreparedTask(task, [None] * 1200)], SimpleNamespace()).check_rows()
     assert lines[0].startswith("preparing data: checking 1,200 rows of evaluation.tasks.big, ")
 
 

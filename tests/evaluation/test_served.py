@@ -11,7 +11,7 @@ from tests.helpers.launching import command_here
 from trainer.evaluation.base import WritingConfig
 from trainer.evaluation.endpoint.client import Client
 from trainer.evaluation.endpoint.config import EndpointConfig
-from trainer.evaluation.served import ServedWriter, model_served
+from trainer.evaluation.served import ServedWriter, find_served_model
 
 
 @pytest.fixture(scope="module", name="site")
@@ -134,6 +134,6 @@ def test_beams_of_a_task_are_refused(stub):
 
 def test_which_model_a_server_has(stub):
     client = Client(EndpointConfig(url=stub.url), "evaluation.server")
-    assert model_served(client, "/elsewhere/other") == "other"  # of the same name
+    assert find_served_model(client, "/elsewhere/other") == "other"  # of the same name
     with pytest.raises(ConfigError, match=r"serves other, tuned, of which 0 are named as model.path=/models/none"):
-        model_served(client, "/models/none")
+        find_served_model(client, "/models/none")

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.intervals import share_counts, unpaired, wilson
-from trainer.evaluation.report.permutation_test import joint_p
+from trainer.evaluation.report.intervals import share_counts, unpaired_difference, wilson_interval
+from trainer.evaluation.report.permutation_test import family_p
 from trainer.evaluation.tasks import counterfactual
 from trainer.evaluation.tasks.base import Metric, TaskRow
 from trainer.evaluation.tasks.counterfactual import _row
-from trainer.evaluation.tasks.registry import KINDS
+from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.evaluation.tasks.source import read_cases
 
 
 def task(kind, **settings):
-    return KINDS[kind]("mine", TaskConfig(kind=kind, **settings))
+    return TASK_KINDS[kind]("mine", TaskConfig(kind=kind, **settings))
 
 
 def shipped(drawn, apart=0.0, common=None):
@@ -33,7 +33,7 @@ def shipped(drawn, apart=0.0, common=None):
 
 def test_lines_under_groups_seldom_come_up_where_a_model_treats_them_alike(monkeypatch):
     """13 groups in three attributes: 71 % of such reports had a line while each group had an interval of its own."""
-    monkeypatch.setattr(counterfactual, "DEALT", 400)
+    monkeypatch.setattr(counterfactual, "PERMUTATIONS", 400)
 
     def told(seed, apart):
         kind, rows = shipped(np.random.default_rng(seed), apart)
@@ -51,7 +51,7 @@ def test_two_models_that_do_not_differ_are_seldom_told_to_by_any_group():
         kind, base = shipped(drawn)
         common = [{name[3:]: value for name, value in row.scores.items() if name.startswith("of_")} for row in base]
         sides = [shipped(drawn, more, common)[1] for more in (apart, 0.0)]
-        return joint_p(kind, kind.metrics_of(base)[1:], *sides, seed)
+        return family_p(kind, kind.metrics_for(base)[1:], *sides, seed)
 
     assert (
         sum(min(judged(seed, 0.0).values()) < 0.05 for seed in range(60)) <= 9
@@ -74,8 +74,8 @@ def test_the_corrected_p_is_that_of_all_exchanges():
     chance = signs @ found
     spread = np.sqrt((chance**2).mean(0))
     wanted = (np.abs(chance / spread).max(1)[:, None] >= np.abs(found.sum(0)) / spread - 1e-12).mean(0)
-    metrics = [metric for metric in kind.metrics_of(sides[0]) if metric.family]
-    assert list(joint_p(kind, metrics, *sides, 0).values()) == pytest.approx(wanted, abs=0.04)  # 2,000 draws of eight
+    metrics = [metric for metric in kind.metrics_for(sides[0]) if metric.in_family]
+    assert list(family_p(kind, metrics, *sides, 0).values()) == pytest.approx(wanted, abs=0.04)  # 2,000 draws of eight
 
 
 def test_a_family_of_metrics_that_are_no_ratio_is_exchanged_too():
@@ -87,15 +87,15 @@ def test_a_family_of_metrics_that_are_no_ratio_is_exchanged_too():
             lean = 1.0 if drawn.random() < shift else -1.0
             scores = {"right": 0.0, "disambiguated": 1.0, "lean_disambiguated": lean, "named_disambiguated": 1.0}
             side.append(TaskRow(f"a:{number}", "", "", "", scores, "AB"[number % 2]))
-    metrics = [each for each in kind.metrics_of(sides[0]) if each.name.startswith("bias_disambiguated_")]
-    assert len(metrics) == 2 and max(joint_p(kind, metrics, *sides, 0).values()) < 0.01
-    same = joint_p(kind, metrics, sides[0], sides[0], 0)
+    metrics = [each for each in kind.metrics_for(sides[0]) if each.name.startswith("bias_disambiguated_")]
+    assert len(metrics) == 2 and max(family_p(kind, metrics, *sides, 0).values()) < 0.01
+    same = family_p(kind, metrics, sides[0], sides[0], 0)
     assert list(same.values()) == [1.0, 1.0]
 
 
 def test_against_a_number_alone_a_family_has_wider_intervals():
     mine = np.random.default_rng(0).normal(2.2, 1.0, 10000)
-    alone, many = (unpaired(2.2, 0.0, mine, greater=None, among=among) for among in (1, 20))
+    alone, many = (unpaired_difference(2.2, 0.0, mine, greater=None, among=among) for among in (1, 20))
     assert (alone.verdict, many.verdict) == ("differs", "no difference shown") and alone.low == many.low
 
 
@@ -105,7 +105,7 @@ def test_shares_have_the_interval_of_wilson(successes, cases):
 
     for level in (0.05, 0.05 / 20):
         theirs = binomtest(successes, cases).proportion_ci(confidence_level=1 - level, method="wilson")
-        assert wilson(successes, cases, level) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+        assert wilson_interval(successes, cases, level) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 def test_only_rows_that_are_right_or_wrong_are_a_share():

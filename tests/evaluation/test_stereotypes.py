@@ -12,11 +12,11 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.comparison import compare
-from trainer.evaluation.report.intervals import FEW, Bootstrap, resampled
+from trainer.evaluation.report.comparison import compare_task
+from trainer.evaluation.report.intervals import FEW, Bootstrap, resample_metrics
 from trainer.evaluation.report.record import EvaluatedModel
 from trainer.evaluation.tasks.base import Case, TaskRow
-from trainer.evaluation.tasks.registry import KINDS
+from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.evaluation.tasks.source import read_cases
 
 TEXT = "a quick brown fox jumps over the lazy dog hello world you are helpful assistant"
@@ -24,7 +24,7 @@ WORDS = TEXT.split()
 
 
 def task(kind, **settings):
-    return KINDS[kind]("mine", TaskConfig(kind=kind, **settings))
+    return TASK_KINDS[kind]("mine", TaskConfig(kind=kind, **settings))
 
 
 def stereoset():
@@ -212,9 +212,8 @@ def test_the_worked_example_of_bbq():
         row = TaskRow(f"a:{number}", "", "", "", {"right": float(chosen == 2)})
         kind._score(Case(row.where, fields=fields), row, chosen)
         rows.append(row)
-    assert (
-        kind.values(rows)["bias_ambiguous"] == pytest.approx(0.15) and kind.values(rows)["accuracy_ambiguous"] == 0.75
-    )
+    metrics = kind.compute_metrics(rows)
+    assert metrics["bias_ambiguous"] == pytest.approx(0.15) and metrics["accuracy_ambiguous"] == 0.75
 
 
 def test_a_type_with_few_pairs_raises_no_alarm():
@@ -229,8 +228,10 @@ def test_a_type_with_few_pairs_raises_no_alarm():
         return made
 
     mine, other = rows(1.0), rows(0.0)
-    found = EvaluatedModel({"mine": mine}, {"mine": kind.values(mine)})
-    said = compare(kind, found, resampled(kind, mine, how), other, kind.values(other), how)["metrics"]
+    found = EvaluatedModel({"mine": mine}, {"mine": kind.compute_metrics(mine)})
+    said = compare_task(kind, found, resample_metrics(kind, mine, how), other, kind.compute_metrics(other), how)[
+        "metrics"
+    ]
     assert said["stereotype_score_few"]["verdict"] == FEW and said["stereotype_score_many"]["verdict"] == "differs"
 
 

@@ -13,18 +13,26 @@ from trainer.data.fields import Refusal
 from trainer.data.messages import tools_of
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.intervals import BETTER, SAME, WORSE, Bootstrap, interval, paired, resampled
+from trainer.evaluation.report.intervals import (
+    BETTER,
+    SAME,
+    WORSE,
+    Bootstrap,
+    paired_difference,
+    percentile_interval,
+    resample_metrics,
+)
 from trainer.evaluation.task_evaluator import TaskEvaluator
 from trainer.evaluation.tasks.base import Case, TaskRow
 from trainer.evaluation.tasks.classification import calibration_error
-from trainer.evaluation.tasks.model_interface import Asking
-from trainer.evaluation.tasks.registry import KINDS
-from trainer.evaluation.tasks.structured import calls_in, judged, result_of
+from trainer.evaluation.tasks.model_interface import ModelInterface
+from trainer.evaluation.tasks.registry import TASK_KINDS
+from trainer.evaluation.tasks.structured import check_json, final_result, parse_tool_calls
 from trainer.evaluation.tasks.written import word_f1
 
 
 def task(kind, **settings):
-    return KINDS[kind]("mine", TaskConfig(kind=kind, **settings))
+    return TASK_KINDS[kind]("mine", TaskConfig(kind=kind, **settings))
 
 
 @pytest.mark.parametrize(
@@ -40,14 +48,14 @@ def task(kind, **settings):
     ],
 )
 def test_the_result_of_a_solution(text, result):
-    assert result_of(text) == result
+    assert final_result(text) == result
 
 
 def test_calls_are_found_wherever_they_stand():
     text = 'Let me see. <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call> {broken '
     text += '[{"name": "g", "parameters": {}}, {"function": {"name": "h", "arguments": "{\\"a\\": 2}"}}] {"no": "call"}'
     names = [("f", {"x": 1}), ("g", {}), ("h", {"a": 2})]
-    assert [(call["name"], call["arguments"]) for call in calls_in(text)] == names
+    assert [(call["name"], call["arguments"]) for call in parse_tool_calls(text)] == names
 
 
 def test_tool_calls_are_scored_by_name_and_arguments_and_none_where_none_is_right():
@@ -72,7 +80,9 @@ def evaluator_of(run):
     """Of one task, which asks nothing."""
     ready = SimpleNamespace(task=SimpleNamespace(name="mine", key="evaluation.tasks.mine", run=run), cases=[])
     runtime = SimpleNamespace(is_main=True, world_size=1)
-    return TaskEvaluator([ready], SimpleNamespace(seen=set(), writer=SimpleNamespace(pace=None), runtime=runtime))
+    return TaskEvaluator(
+        [ready], SimpleNamespace(cached_losses=set(), writer=SimpleNamespace(throughput=None), runtime=runtime)
+    )
 
 
 def test_a_row_that_the_template_cannot_write_is_told_with_its_task():
@@ -80,7 +90,7 @@ def test_a_row_that_the_template_cannot_write_is_told_with_its_task():
         raise RefusedDocument("q.jsonl:1", "tools", "the chat template does not write the tools of the row")
 
     with pytest.raises(DataError) as refused:
-        list(evaluator_of(run).each())
+        list(evaluator_of(run).run_tasks())
     assert str(refused.value).startswith("evaluation.tasks.mine: q.jsonl:1: the chat template does not write")
 
 
@@ -89,13 +99,13 @@ def test_a_task_that_takes_long_gives_a_sign_of_life_every_half_minute():
 
     def run(cases, asking):
         for done in range(1, 7):
-            asking.writer.tell(done, 6)
+            asking.writer.on_batch(done, 6)
         raise DataError("enough")
 
     evaluator = evaluator_of(run)
-    evaluator.tell(said.append, clock=lambda: next(now))
+    evaluator.report_progress(said.append, clock=lambda: next(now))
     with pytest.raises(DataError, match="enough"):
-        list(evaluator.each())
+        list(evaluator.run_tasks())
     assert said == [
         "mine: 3 of 6 batches, 31 s since the first",
         "mine: 5 of 6 batches, 62 s since the first",
@@ -121,7 +131,7 @@ def test_a_template_whose_calls_are_not_read_is_refused_and_never_scored(family)
         def answers(self, *_):
             raise LookupError("would be asked now")
 
-    asking = Asking(None, None, Writer(), Encoder(tokenizer), None, None, None, lambda: False, 1)
+    asking = ModelInterface(None, None, Writer(), Encoder(tokenizer), None, None, None, lambda: False, 1)
     reads = family in READ
     with pytest.raises(LookupError if reads else DataError, match=None if reads else "which is not read here"):
         kind.run([case], asking)
@@ -132,11 +142,11 @@ READ = {"qwen2.5", "qwen3", "hermes", "llama3.1", "mistral3"}
 
 def test_answers_after_a_schema():
     needs = {"type": "object", "required": ["b"]}
-    assert judged('```json\n{"b": 1}\n```', needs) == (True, None)
-    assert judged("{}", needs) == (True, "$: 'b' is a required property")
-    assert judged("{", needs)[0] is False
+    assert check_json('```json\n{"b": 1}\n```', needs) == (True, None)
+    assert check_json("{}", needs) == (True, "$: 'b' is a required property")
+    assert check_json("{", needs)[0] is False
     elsewhere = {"$ref": "http://example.com/x.json"}  # never fetched
-    assert judged("{}", elsewhere) == (True, "the schema refers to http://example.com/x.json, which is not in it")
+    assert check_json("{}", elsewhere) == (True, "the schema refers to http://example.com/x.json, which is not in it")
 
 
 def test_words_that_texts_share():
@@ -177,11 +187,11 @@ def test_the_bootstrap_is_that_of_scipy_and_resamples_both_models_alike():
     one, kind = (drawn.random(200) < 0.6).astype(float), task("exact_match")
     other = np.where(drawn.random(200) < 0.1, 1 - one, one)
     how = Bootstrap(10000, 0)
-    mine, theirs = (resampled(kind, rows(each), how)["exact_match"] for each in (one, other))
+    mine, theirs = (resample_metrics(kind, rows(each), how)["exact_match"] for each in (one, other))
     wanted = bootstrap((one,), np.mean, n_resamples=10000, method="percentile", rng=2).confidence_interval
-    assert interval(mine) == pytest.approx((wanted.low, wanted.high), abs=0.01)
+    assert percentile_interval(mine) == pytest.approx((wanted.low, wanted.high), abs=0.01)
     apart = bootstrap((one - other,), np.mean, n_resamples=10000, method="percentile", rng=2).confidence_interval
-    found = paired(one.mean(), other.mean(), mine, theirs, greater=True)
+    found = paired_difference(one.mean(), other.mean(), mine, theirs, greater=True)
     assert (found.low, found.high) == pytest.approx((apart.low, apart.high), abs=0.01)
 
 
@@ -190,8 +200,8 @@ def test_a_difference_is_told_only_beyond_chance_and_beyond_rounding():
     good, bad = np.ones(40), np.arange(40) % 2
 
     def verdict(one, other, greater=True):
-        drawn = [resampled(kind, rows(each), how)["exact_match"] for each in (one, other)]
-        return paired(np.mean(one), np.mean(other), *drawn, greater=greater).verdict
+        drawn = [resample_metrics(kind, rows(each), how)["exact_match"] for each in (one, other)]
+        return paired_difference(np.mean(one), np.mean(other), *drawn, greater=greater).verdict
 
     assert (verdict(good, bad), verdict(bad, good), verdict(good, bad, greater=False)) == (BETTER, WORSE, WORSE)
     assert verdict(bad, bad) == verdict(bad, np.roll(bad, 1)) == SAME

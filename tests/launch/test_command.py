@@ -23,7 +23,7 @@ from launch.prepare import command as prepare
 from launch.runs import logs_command
 from strategies.errors import ConfigError, DataError, Preempted, StorageError
 from trainer.config.run import LauncherConfig
-from trainer.evaluation.tasks.registry import KINDS
+from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.reporting.status import clear_failure, read_failure, read_status, record_failure, write_status
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_folding_help_loses_no_word():
 
 
 def test_the_kinds_in_the_help_of_evaluate_are_those_of_the_registry():
-    assert {kind: task.reads for kind, task in KINDS.items()} == KINDS_READ, (
+    assert {kind: task.reads for kind, task in TASK_KINDS.items()} == KINDS_READ, (
         "launch/evaluate/kinds.py is to say the same"
     )
 

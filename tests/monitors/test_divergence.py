@@ -15,7 +15,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import whole
 from tests.helpers.tokenizers import WORDS, write_jsonl
 from tests.monitors.test_detector_runs import rows, train
-from trainer.evaluation.loss import _in_turns
+from trainer.evaluation.loss import _batch_sums_in_order
 from trainer.monitors.config import ChallengesConfig, DivergenceConfig, Reaction
 from trainer.monitors.detectors import Challenges
 from trainer.monitors.divergence import (
@@ -95,7 +95,9 @@ def test_the_held_out_side_is_a_paired_test():
 
 def test_ranks_take_micro_batches_in_turns():
     parts = [
-        _in_turns([torch.tensor(value, dtype=torch.float64) for value in own], SimpleNamespace(dp_rank=rank, dp_size=2))
+        _batch_sums_in_order(
+            [torch.tensor(value, dtype=torch.float64) for value in own], SimpleNamespace(dp_rank=rank, dp_size=2)
+        )
         for rank, own in enumerate(([1.0, 3.0], [2.0, 0.0]))
     ]
     assert sum(parts).tolist() == [1.0, 2.0, 3.0, 0.0]  # as one rank has them; the last one has run out

@@ -14,10 +14,10 @@ from trainer.data.batches.loader import EvalShare
 from trainer.data.store.sequences import Sample
 from trainer.evaluation import generation
 from trainer.evaluation.base import GenerateConfig, WritingConfig
-from trainer.evaluation.decoding import Generate, decoding, stock_attention
-from trainer.evaluation.full_weights import Gathering
-from trainer.evaluation.generate import Pace, Writer
-from trainer.evaluation.generation import Generated, GenerationEvaluator, first_answer, scores
+from trainer.evaluation.decoding import GenerateAnswers, generation_settings, stock_attention
+from trainer.evaluation.full_weights import GatherDecision
+from trainer.evaluation.generate import GenerationThroughput, Writer
+from trainer.evaluation.generation import GeneratedAnswer, GenerationEvaluator, bleu_and_rouge, first_answer
 from trainer.model import attention, flex
 
 PAIRS = [
@@ -31,7 +31,9 @@ def test_scores_are_those_of_the_libraries():
     import sacrebleu
     from rouge_score import rouge_scorer
 
-    found = scores([Generated(number, answer, reference) for number, (answer, reference) in enumerate(PAIRS)])
+    found = bleu_and_rouge(
+        [GeneratedAnswer(number, answer, reference) for number, (answer, reference) in enumerate(PAIRS)]
+    )
     expected = sacrebleu.BLEU().corpus_score([a for a, _ in PAIRS], [[r for _, r in PAIRS]]).score
     assert found["bleu"] == pytest.approx(expected) and 0 < expected < 100
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
@@ -42,7 +44,7 @@ def test_scores_are_those_of_the_libraries():
 
 
 def test_right_answers_have_full_marks():
-    found = scores([Generated(0, PAIRS[0][1], PAIRS[0][1])])
+    found = bleu_and_rouge([GeneratedAnswer(0, PAIRS[0][1], PAIRS[0][1])])
     assert found == {"bleu": pytest.approx(100.0), "rougeL": pytest.approx(1.0)}
 
 
@@ -70,18 +72,20 @@ def test_named_sets_are_scored_each(monkeypatch):
     settings, runtime = GenerateConfig(samples=2), SimpleNamespace(is_main=True, world_size=1)
     monkeypatch.setattr(generation, "broadcast_object", lambda value, runtime: value)
     answers = [
-        Generated(number, answer, right)
+        GeneratedAnswer(number, answer, right)
         for number, (answer, right) in zip((0, 1, 2, 3), [*PAIRS, PAIRS[2]], strict=True)
     ]
     monkeypatch.setattr(GenerationEvaluator, "answers", lambda self, engine: answers)
-    monkeypatch.setattr(Writer, "pace", Pace(60, 4.0, Gathering(True, False, "block by block")))
+    monkeypatch.setattr(
+        Writer, "throughput", GenerationThroughput(60, 4.0, GatherDecision(True, False, "block by block"))
+    )
     pace = {"eval/written_tokens_per_s": 15.0, "eval/weights_gathered": 0.0}
     expected = {
         **pace,
-        "eval/bleu": scores(answers)["bleu"],
-        "eval/rougeL": scores(answers)["rougeL"],
-        **{f"eval/ward/{name}": value for name, value in scores(answers[:2]).items()},
-        **{f"eval/web/{name}": value for name, value in scores(answers[2:]).items()},
+        "eval/bleu": bleu_and_rouge(answers)["bleu"],
+        "eval/rougeL": bleu_and_rouge(answers)["rougeL"],
+        **{f"eval/ward/{name}": value for name, value in bleu_and_rouge(answers[:2]).items()},
+        **{f"eval/web/{name}": value for name, value in bleu_and_rouge(answers[2:]).items()},
     }
     made = partial(
         GenerationEvaluator, Held(), tokenizer=None, settings=settings, generation_config=None, runtime=runtime
@@ -111,10 +115,12 @@ def test_what_is_written_is_what_plain_transformers_writes_in_eager_attention(ki
     batch = {"input_ids": ids, "attention_mask": mask}
     asked = WritingConfig(max_new_tokens=12)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[])
-    settings = decoding(plain.generation_config, asked, tokenizer)
+    settings = generation_settings(plain.generation_config, asked, tokenizer)
     with torch.no_grad():
         expected = plain.generate(**batch, generation_config=settings)[:, 9:]
-        found = Generate(settings, asked, tokenizer, synced=False).terms(trained, {**batch, "seeds": [0, 0]})["answers"]
+        found = GenerateAnswers(settings, asked, tokenizer, synced=False).terms(trained, {**batch, "seeds": [0, 0]})[
+            "answers"
+        ]
         assert torch.equal(found, expected)
         with stock_attention(trained):
             assert torch.allclose(trained(**batch).logits[:, 4:], plain(**batch).logits[:, 4:], atol=1e-4)
@@ -129,10 +135,10 @@ def test_writing_compiles_nothing_on_a_gpu(monkeypatch):
     model.model.norm.compile(backend=traced)  # in the place of its layers, which take longer to trace
     asked = WritingConfig(max_new_tokens=3)
     base = transformers.GenerationConfig(cache_implementation="static", pad_token_id=0)
-    settings = decoding(base, asked, SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[]))
+    settings = generation_settings(base, asked, SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[]))
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
     with torch.no_grad():
-        Generate(settings, asked, SimpleNamespace(), synced=False).terms(model, {**batch, "seeds": [0]})
+        GenerateAnswers(settings, asked, SimpleNamespace(), synced=False).terms(model, {**batch, "seeds": [0]})
     assert traced.frame_count == 0
     model(**batch, use_cache=False)
     assert traced.frame_count > 0

@@ -147,20 +147,20 @@ def write(job: Job, case: str) -> dict[str, Any]:
     def all_of(runtime: Any, strategy: Any) -> list[Any]:
         engine, writer = writing.made(job.root, architecture, runtime, strategy, batch=2)
         said = [[asdict(one) for one in writer.answers(engine, prompts, asked)] for asked in (GREEDY, DRAWN)]
-        assert writer.pace is not None
+        assert writer.throughput is not None
         pairs = [(prompts[n], prompts[n - 1][:6]) for n in range(9)]
         scores = [one.logprob for one in writer.likelihoods(engine, pairs)]
-        return [*said, scores, writer.pace.gathering.sharded and writer.pace.gathering.whole]
+        return [*said, scores, writer.throughput.gathering.sharded and writer.throughput.gathering.gathered_once]
 
     expected = job.oracle(
         ("written", architecture), lambda: all_of(alone(job.runtime), STRATEGIES["single"]), elsewhere=[[], [], [], 0]
     )
-    share = full_weights.SHARE
+    share = full_weights.USABLE_SHARE
     try:
-        full_weights.SHARE = share if how == "gathered" else 0.0
+        full_weights.USABLE_SHARE = share if how == "gathered" else 0.0
         greedy, drawn, scores, whole = all_of(job.runtime, STRATEGIES[strategy])
     finally:
-        full_weights.SHARE = share
+        full_weights.USABLE_SHARE = share
     apart: list[int] = []
     if job.runtime.is_main:
         plain = writing.plain(job.root, architecture)
@@ -178,6 +178,10 @@ def write_between_steps(job: Job, strategy: str) -> dict[str, Any]:
     texts = []
     for _ in range(3):
         texts.append([one.ids for one in writer.answers(trainer.engine, writing.prompts(5), GREEDY)])
-        assert writer.pace is not None and writer.pace.gathering.whole and writer.pace.gathering.sharded
+        assert (
+            writer.throughput is not None
+            and writer.throughput.gathering.gathered_once
+            and writer.throughput.gathering.sharded
+        )
         curve += [list(pair) for pair in take_steps(trainer, 1)]
     return {"found": curve, "expected": job.lone(config, 3), "texts": texts}

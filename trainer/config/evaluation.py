@@ -50,7 +50,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from _tasks(config)
     yield from _forgetting(config)
     yield from _generate(config, has_data=has_data)
-    is_of_task = evaluation.watch in registry.metrics_of(evaluation.tasks)
+    is_of_task = evaluation.watch in registry.metric_directions(evaluation.tasks)
     is_f1 = evaluation.watch.rpartition("/")[2].startswith("f1_")
     if is_f1 and not is_of_task and not family_of(config.objective).judges_labels:
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
@@ -59,7 +59,7 @@ def problems(config: RunConfig) -> Iterator[str]:
 def more_is_better(config: RunConfig) -> bool:
     """Whether a larger value of the watched metric is better, as the task or the objective says whose metric it is."""
     watch = config.evaluation.watch
-    larger_by_task = registry.metrics_of(asked_tasks(config)).get(watch)
+    larger_by_task = registry.metric_directions(asked_tasks(config)).get(watch)
     if larger_by_task is not None:
         return larger_by_task
     name = watch.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
@@ -131,7 +131,7 @@ def _tasks(config: RunConfig) -> Iterator[str]:
     """What is wrong with the tasks, one line each; reads no rows."""
     tasks = config.evaluation.tasks
     family = family_of(config.objective)
-    yield from registry.problems(tasks)
+    yield from registry.task_problems(tasks)
     yield from config.evaluation.judge.problems("evaluation.judge")
     yield from _server(config)
     judged = [name for name, task in tasks.items() if _needs_judge(name, task)]
@@ -141,16 +141,16 @@ def _tasks(config: RunConfig) -> Iterator[str]:
             "evaluation.judge.url=http://host:port/v1 of an OpenAI-compatible server"
         )
     for name, task in tasks.items():
-        kind = registry.KINDS.get(task.kind)
+        kind = registry.TASK_KINDS.get(task.kind)
         if kind is None:
             continue
         key = f"evaluation.tasks.{name}"
-        if family.kind is ModelKind.classifier and not kind.of_classifiers:
+        if family.kind is ModelKind.classifier and not kind.works_with_classifiers:
             yield (
                 f"{key}.kind={task.kind}: objective={family.name} trains a head that writes nothing; evaluate its labels with "
                 "kind=classification, or leave it out"
             )
-        elif task.path is not None and not kind.own_rows:
+        elif task.path is not None and not kind.loads_own_rows:
             try:
                 expand(task.path, f"{key}.path", remote=config.data.remote)
             except ShardtuneError as error:
@@ -158,7 +158,7 @@ def _tasks(config: RunConfig) -> Iterator[str]:
 
 
 def _needs_judge(name: str, task: TaskConfig) -> bool:
-    kind = registry.KINDS.get(task.kind)
+    kind = registry.TASK_KINDS.get(task.kind)
     return kind is not None and kind(name, task).needs_judge
 
 
@@ -174,8 +174,8 @@ def _server(config: RunConfig) -> Iterator[str]:
         yield "evaluation.server: nothing is loaded here, so that there is nothing to shard; leave strategy and processes out"
     for name, task in config.evaluation.tasks.items():
         key = f"evaluation.tasks.{name}"
-        kind = registry.KINDS.get(task.kind)
-        if kind is not None and not kind.served:
+        kind = registry.TASK_KINDS.get(task.kind)
+        if kind is not None and not kind.works_with_server:
             yield (
                 f"{key}.kind={task.kind}: asks for losses or tokens that no server tells; leave it out, or evaluate without "
                 "evaluation.server"
@@ -187,7 +187,7 @@ def _server(config: RunConfig) -> Iterator[str]:
 def _watched_task(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     """What is wrong with watching this metric where there are tasks."""
     tasks = asked_tasks(config)
-    metrics = registry.metrics_of(tasks)
+    metrics = registry.metric_directions(tasks)
     watch = config.evaluation.watch
     if watch in metrics:
         return

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 
 from trainer.config.run import RunConfig
-from trainer.evaluation.tasks.registry import KINDS
+from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.export.gates import bounds
 from trainer.reporting.documents.questions import paper_problems, read_answers
 
@@ -25,7 +25,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         there: list[str] = []
         if task in config.evaluation.tasks and metric:
             asked = config.evaluation.tasks[task]
-            kind = KINDS.get(asked.kind)
+            kind = TASK_KINDS.get(asked.kind)
             there = [] if kind is None else [each.name for each in kind(task, asked).metrics]
         if there and metric.partition("/")[0] not in there:
             near = difflib.get_close_matches(metric, there, n=1)

@@ -7,7 +7,7 @@ from strategies.errors import ConfigError
 from trainer.evaluation.base import EvaluationConfig
 
 
-def refuse_unknown(settings: EvaluationConfig, values: dict[str, float]) -> None:
+def check_watched_metric(settings: EvaluationConfig, values: dict[str, float]) -> None:
     """Raise ConfigError where the watched metric is none of those that an evaluation yields."""
     if settings.watch not in values:
         raise ConfigError(
@@ -15,7 +15,7 @@ def refuse_unknown(settings: EvaluationConfig, values: dict[str, float]) -> None
         )
 
 
-def note_best(settings: EvaluationConfig, progress: Progress, values: dict[str, float]) -> bool:
+def record_evaluation(settings: EvaluationConfig, progress: Progress, values: dict[str, float]) -> bool:
     """Let the progress know of an evaluation; whether it is the best so far."""
     value = values[settings.watch]
     gain = float("inf") if progress.best_metric is None else progress.best_metric - value
@@ -28,7 +28,7 @@ def note_best(settings: EvaluationConfig, progress: Progress, values: dict[str, 
     return False
 
 
-def out_of_patience(settings: EvaluationConfig, progress: Progress) -> str | None:
+def early_stopping_reason(settings: EvaluationConfig, progress: Progress) -> str | None:
     """What is said where the metric has not improved for too many evaluations."""
     if settings.patience == 0 or progress.stale_evaluations < settings.patience:
         return None

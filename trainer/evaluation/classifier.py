@@ -13,20 +13,20 @@ from strategies.small_files import read_object
 if TYPE_CHECKING:
     from strategies.runtime import Runtime
 
-USUAL = ("toxic", "toxicity", "hate", "offensive", "hateful")
+TOXIC_LABELS = ("toxic", "toxicity", "hate", "offensive", "hateful")
 """Labels that are taken without being named."""
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class ClassifierLabels:
     """What a classifier's config.json says of its labels."""
 
-    labels: list[str]
-    apart: bool
+    names: list[str]
+    is_multi_label: bool
     """Whether each label is judged by itself (a sigmoid), not one against the others (a softmax)."""
 
     @classmethod
-    def of(cls, directory: Path, key: str) -> Head:
+    def from_directory(cls, directory: Path, key: str) -> ClassifierLabels:
         """That of a directory. Raises ConfigError where it holds no sequence classifier."""
         try:
             config = read_object(directory / "config.json")
@@ -43,15 +43,15 @@ class Head:
         labels = labels or ["LABEL_0", "LABEL_1"]  # transformers' own, which it does not write down
         return cls(labels, config.get("problem_type") == "multi_label_classification" or len(labels) == 1)
 
-    def number(self, label: Any, key: str) -> int:
+    def label_number(self, label: Any, key: str) -> int:
         """Which label is meant, None for the usual ones. Raises ConfigError with those that there are."""
-        there = ", ".join(self.labels)
+        there = ", ".join(self.names)
         if label is not None:
-            if str(label) not in self.labels:
+            if str(label) not in self.names:
                 raise ConfigError(f"{key}={label}: the classifier has no such label; it has {there}")
-            return self.labels.index(str(label))
-        usual = [number for number, name in enumerate(self.labels) if name.lower() in USUAL]
-        if len(self.labels) == 1:
+            return self.names.index(str(label))
+        usual = [number for number, name in enumerate(self.names) if name.lower() in TOXIC_LABELS]
+        if len(self.names) == 1:
             return 0
         if len(usual) != 1:
             raise ConfigError(f"{key}: not set, and which label is the toxic one is not plain; name one of {there}")
@@ -64,7 +64,7 @@ class Classifier:
     def __init__(self, directory: Path, key: str, runtime: Runtime, *, batch: int) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.head, self.runtime, self.batch = Head.of(directory, key), runtime, batch
+        self.labels, self.runtime, self.batch = ClassifierLabels.from_directory(directory, key), runtime, batch
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -74,7 +74,7 @@ class Classifier:
             raise ConfigError(f"{key}={directory}: cannot be loaded ({str(error).splitlines()[0]})") from error
         self.model.float().eval().to(runtime.device)
         positions = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        self.longest = int(min(self.tokenizer.model_max_length, max(8, positions - 2)))  # RoBERTa's begin at 2
+        self.max_tokens = int(min(self.tokenizer.model_max_length, max(8, positions - 2)))  # RoBERTa's begin at 2
         """Most tokens of a text that it reads."""
 
     def probabilities(self, texts: Sequence[str], label: int) -> list[tuple[float, bool]]:
@@ -89,11 +89,13 @@ class Classifier:
             turn = mine[begin : begin + self.batch]
             some = [texts[number] for number in turn]
             sizes = [len(ids) for ids in self.tokenizer(some)["input_ids"]]
-            inputs = self.tokenizer(some, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
+            inputs = self.tokenizer(
+                some, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            )
             with torch.inference_mode():
                 logits = self.model(**inputs.to(self.runtime.device)).logits.float()
-            likely = logits.sigmoid() if self.head.apart else logits.softmax(-1)
-            cut = [size > self.longest for size in sizes]
+            likely = logits.sigmoid() if self.labels.is_multi_label else logits.softmax(-1)
+            cut = [size > self.max_tokens for size in sizes]
             found |= dict(zip(turn, zip(likely[:, label].tolist(), cut, strict=True), strict=True))
         together = {number: said for part in gather_objects(found, self.runtime) for number, said in part.items()}
         return [together[number] for number in range(len(texts))]

@@ -28,7 +28,7 @@ _GOLDEN = -7046029254386353131
 """The odd integer nearest to 2^64 over the golden ratio, 0x9E3779B97F4A7C15, as a signed one."""
 
 
-def decoding(base: Any, settings: WritingConfig, tokenizer: Any) -> Any:
+def generation_settings(base: Any, settings: WritingConfig, tokenizer: Any) -> Any:
     """The model's own generation settings with the number of new tokens and beams asked for, and without its own sampling.
 
     A stop string that is a token which is not shown (`<|im_end|>`) ends an answer as a token.
@@ -53,7 +53,7 @@ def ending_ids(config: Any) -> frozenset[int]:
     return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
 
 
-class Generate:
+class GenerateAnswers:
     """Stands in for the objective of a step module: answers instead of a loss."""
 
     def __init__(self, config: Any, settings: WritingConfig, tokenizer: Any, *, synced: bool) -> None:
@@ -68,7 +68,7 @@ class Generate:
         whole: Any = plain_model(model)
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
         begin = 1 if whole.config.is_encoder_decoder else prompts["input_ids"].shape[1]
-        criteria = [AtStop(self.tokenizer, self.settings.stop, begin)] if self.settings.stop else []
+        criteria = [StopAtText(self.tokenizer, self.settings.stop, begin)] if self.settings.stop else []
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("room", config.max_new_tokens)
         with stock_attention(whole):
@@ -114,25 +114,25 @@ def gumbel(seeds: Tensor, place: int, tokens: int) -> Tensor:
     SplitMix64 (Steele, Lea and Flood 2014), whose n-th number can be had without those before it: one sequence for each
     row and place, mixed from both, with a number for each token.
     """
-    begin = _mixed(_mixed(seeds) + torch.full_like(seeds, place + 1) * _GOLDEN)
+    begin = _splitmix_output(_splitmix_output(seeds) + torch.full_like(seeds, place + 1) * _GOLDEN)
     counted = torch.arange(1, tokens + 1, device=seeds.device) * _GOLDEN
-    bits = _shifted(_mixed(begin[:, None] + counted), 12)  # 52 of them and a half are a float64 below 1
+    bits = _shift_right(_splitmix_output(begin[:, None] + counted), 12)  # 52 of them and a half are a float64 below 1
     return -(-((bits.double() + 0.5) * 2.0**-52).log()).log()
 
 
-def _mixed(state: Tensor) -> Tensor:
+def _splitmix_output(state: Tensor) -> Tensor:
     """SplitMix64's output function, on int64 that stand for unsigned ones."""
-    state = (state ^ _shifted(state, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    state = (state ^ _shifted(state, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return state ^ _shifted(state, 31)
+    state = (state ^ _shift_right(state, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    state = (state ^ _shift_right(state, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return state ^ _shift_right(state, 31)
 
 
-def _shifted(state: Tensor, by: int) -> Tensor:
+def _shift_right(state: Tensor, by: int) -> Tensor:
     """An unsigned shift to the right."""
     return (state >> by) & ((1 << (64 - by)) - 1)
 
 
-class AtStop:
+class StopAtText:
     """A stopping criterion: ends a row once its answer holds one of the stop strings, wherever tokens part it."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], begin: int) -> None:

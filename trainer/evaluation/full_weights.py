@@ -13,40 +13,40 @@ from trainer.model.architecture import text_settings
 if TYPE_CHECKING:
     from strategies.base import Engine
 
-SHARE = 0.8
+USABLE_SHARE = 0.8
 """Of the memory that is free, what weights and keys may take together; the rest is for activations and the allocator."""
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Gathering:
+class GatherDecision:
     """What was decided, on all ranks alike."""
 
     sharded: bool
     """Whether there was something to decide."""
-    whole: bool
+    gathered_once: bool
     """Whether every rank has all weights, so that its passes wait for no other rank."""
-    says: str
+    description: str
     """The decision with its numbers."""
 
 
-def gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> Gathering:
+def decide_gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> GatherDecision:
     """Decide by the rank with the least free memory. All ranks must call.
 
     `cache_bytes`: what keys and values of the largest batch take.
     """
     if not engine.whole.needed:
-        return Gathering(False, True, "every rank holds all weights")
+        return GatherDecision(False, True, "every rank holds all weights")
     weights = engine.whole.bytes()
     free = min(gather_objects(free_memory(runtime), runtime))
     if weights is None:
-        return Gathering(True, False, "weights gathered block by block in each pass: they lie on a drive")
+        return GatherDecision(True, False, "weights gathered block by block in each pass: they lie on a drive")
     takes = (
         f"all weights take {weights / GIB:.2f} GiB a rank and keys {cache_bytes / GIB:.2f}, {free / GIB:.2f} are free"
     )
-    fits = weights + cache_bytes <= SHARE * free
+    fits = weights + cache_bytes <= USABLE_SHARE * free
     how = "weights gathered once for all answers" if fits else "weights gathered block by block in each pass"
-    return Gathering(True, fits, f"{how}: {takes}")
+    return GatherDecision(True, fits, f"{how}: {takes}")
 
 
 def free_memory(runtime: Runtime) -> int:

@@ -17,16 +17,16 @@ from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, derive_seed, gather_objects
 from trainer.data.batches.collate import to_device
 from trainer.evaluation.base import WritingConfig
-from trainer.evaluation.decoding import Generate, decoding, ending_ids
-from trainer.evaluation.full_weights import Gathering, cache_bytes, gathering
-from trainer.evaluation.likelihood import Likelihood, Likelihoods, Pair, mask_of, padded, pair_rows
+from trainer.evaluation.decoding import GenerateAnswers, ending_ids, generation_settings
+from trainer.evaluation.full_weights import GatherDecision, cache_bytes, decide_gathering
+from trainer.evaluation.likelihood import Likelihood, Pair, ScoreContinuations, mask_of, padded, pair_rows
 from trainer.model.architecture import text_settings
 from trainer.objectives.causal import PLAIN, plain_model
 
 if TYPE_CHECKING:
     from strategies.base import Engine
 
-__all__ = ["Likelihood", "Pace", "Writer", "WritingConfig", "WrittenAnswer", "written"]
+__all__ = ["GenerationThroughput", "Likelihood", "Writer", "WritingConfig", "WrittenAnswer", "cut_answer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class WrittenAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class GenerationThroughput:
     """How the last answers were written."""
 
     tokens: int
     """New tokens, all ranks together."""
     seconds: float
     """Wall time of the slowest rank, weights gathered and prompts read."""
-    gathering: Gathering
+    gathering: GatherDecision
 
     @property
     def tokens_per_s(self) -> float:
@@ -61,13 +61,14 @@ class Pace:
         return self.tokens / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens written in {self.seconds:.1f} s, {self.tokens_per_s:.1f} a second; {self.gathering.says}"
+        speed = f"{self.tokens} tokens written in {self.seconds:.1f} s, {self.tokens_per_s:.1f} a second"
+        return f"{speed}; {self.gathering.description}"
 
 
 class Writer:
     """Answers and likelihoods by the model of an engine."""
 
-    pace: Pace | None = None
+    throughput: GenerationThroughput | None = None
     """Of the last call of `answers`."""
 
     def __init__(
@@ -83,7 +84,7 @@ class Writer:
         self.batch = batch
         """Most rows of one batch, per rank; does not change what is written but by rounding."""
         self._stop_now = stop_now
-        self.tell: Callable[[int, int], None] = lambda done, turns: None
+        self.on_batch: Callable[[int, int], None] = lambda done, turns: None
         """Hears after each batch how many of this rank's are done, and of how many."""
 
     def answers(self, engine: Engine, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
@@ -94,16 +95,19 @@ class Writer:
         the model has no positions for, and Interrupted where the run is asked to stop.
         """
         began = time.perf_counter()
-        model, config = model_of(engine), decoding(self.generation_config, settings, self.tokenizer)
-        left, room = not model.config.is_encoder_decoder, rooms(model.config, prompts, settings.max_new_tokens)
-        _check_rows("prompt", prompts, positions(model.config) if left else None)
+        model, config = model_of(engine), generation_settings(self.generation_config, settings, self.tokenizer)
+        left, room = (
+            not model.config.is_encoder_decoder,
+            max_answer_tokens(model.config, prompts, settings.max_new_tokens),
+        )
+        _check_rows("prompt", prompts, position_limit(model.config) if left else None)
         rows = [(number, draw) for number in range(len(prompts)) for draw in range(settings.draws)]
         lengths = [len(prompts[number]) + (room[number] if left else 0) for number, _ in rows]
-        turns = self._dealt(engine, lengths, settings.batch_tokens, [room[number] for number, _ in rows])
+        turns = self._own_batches(engine, lengths, settings.batch_tokens, [room[number] for number, _ in rows])
         widest = max((len(turn) * lengths[turn[0]] for turn in turns if turn), default=0) * settings.beams
         itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
-        gathered = gathering(engine, self.runtime, cache_bytes(model.config, widest, 1, itemsize))
-        generate = Generate(config, settings, self.tokenizer, synced=not gathered.whole)
+        gathered = decide_gathering(engine, self.runtime, cache_bytes(model.config, widest, 1, itemsize))
+        generate = GenerateAnswers(config, settings, self.tokenizer, synced=not gathered.gathered_once)
 
         def batch_of(turn: list[int]) -> dict[str, Any]:
             some = [prompts[rows[row][0]] for row in turn]
@@ -115,13 +119,13 @@ class Writer:
             }
 
         found: dict[int, WrittenAnswer] = {}
-        for turn, terms in self._turns(engine, turns, generate, batch_of, whole=gathered.whole):
+        for turn, terms in self._run_batches(engine, turns, generate, batch_of, whole=gathered.gathered_once):
             for row, ids in zip(turn, terms["answers"].tolist(), strict=True):
                 number, draw = rows[row]
-                found[row] = written(number, draw, ids, settings.stop, ending_ids(config), self.tokenizer)
-        answers: list[WrittenAnswer] = self._together(found)
+                found[row] = cut_answer(number, draw, ids, settings.stop, ending_ids(config), self.tokenizer)
+        answers: list[WrittenAnswer] = self._gather_by_number(found)
         seconds = max(gather_objects(time.perf_counter() - began, self.runtime))
-        self.pace = Pace(sum(len(one.ids) for one in answers), seconds, gathered)
+        self.throughput = GenerationThroughput(sum(len(one.ids) for one in answers), seconds, gathered)
         return answers
 
     def likelihoods(self, engine: Engine, pairs: Sequence[Pair]) -> list[Likelihood]:
@@ -133,7 +137,7 @@ class Writer:
         """
         model = model_of(engine)
         start = self.generation_config.decoder_start_token_id if model.config.is_encoder_decoder else None
-        most = positions(model.config)
+        most = position_limit(model.config)
         _check_rows("context", [context for context, _ in pairs], None)
         if start is None:
             _check_rows("pair", [[*context, *more[:-1]] for context, more in pairs], None if most is None else most + 1)
@@ -143,21 +147,21 @@ class Writer:
             return pair_rows(some, pad_token_id=self.tokenizer.pad_token_id, decoder_start=start)
 
         found: dict[int, Likelihood] = {}
-        turns = self._dealt(engine, [len(context) + len(continuation) for context, continuation in pairs], None)
-        whole = gathering(engine, self.runtime, 0).whole
-        for turn, terms in self._turns(engine, turns, Likelihoods(), batch_of, whole=whole):
+        turns = self._own_batches(engine, [len(context) + len(continuation) for context, continuation in pairs], None)
+        whole = decide_gathering(engine, self.runtime, 0).gathered_once
+        for turn, terms in self._run_batches(engine, turns, ScoreContinuations(), batch_of, whole=whole):
             scores = zip(turn, terms["logprobs"].tolist(), terms["misses"].tolist(), strict=True)
             found |= {n: Likelihood(logprob, len(pairs[n][1]), misses == 0) for n, logprob, misses in scores}
-        return self._together(found)
+        return self._gather_by_number(found)
 
-    def _dealt(
+    def _own_batches(
         self, engine: Engine, lengths: Sequence[int], budget: int | None, kinds: Sequence[int] | None = None
     ) -> list[list[int]]:
         alone = getattr(model_of(engine), "way", PLAIN).alone  # right for one row at a time
         size, most = (1, None) if alone else (self.batch, budget)
-        return [*dealt(lengths, engine.dp_rank, engine.dp_size, size=size, budget=most, kinds=kinds)]
+        return [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=size, budget=most, kinds=kinds)]
 
-    def _turns(
+    def _run_batches(
         self,
         engine: Engine,
         turns: list[list[int]],
@@ -179,13 +183,13 @@ class Writer:
                         terms = step(to_device(batch_of(turn or [0]), self.runtime.device))
                     if turn:
                         yield turn, terms
-                    self.tell(done, len(turns))
+                    self.on_batch(done, len(turns))
                     if self._stop_now():
                         raise Interrupted
             finally:
                 step.objective = before
 
-    def _together(self, found: dict[int, Any]) -> list[Any]:
+    def _gather_by_number(self, found: dict[int, Any]) -> list[Any]:
         """Every rank's rows, by their number. All ranks must call."""
         everyone: dict[int, Any] = {}
         for part in gather_objects(found, self.runtime):
@@ -193,7 +197,7 @@ class Writer:
         return [everyone[row] for row in range(len(everyone))]
 
 
-def written(
+def cut_answer(
     prompt: int, draw: int, ids: list[int], stop: Sequence[str], ends: frozenset[int], tokenizer: Any
 ) -> WrittenAnswer:
     """An answer out of new tokens, which may be filled up after its end: at the first end token or stop string."""
@@ -220,16 +224,16 @@ def model_of(engine: Engine) -> Any:
     return plain_model(engine.step_module.model)  # type: ignore[arg-type]
 
 
-def positions(config: Any) -> int | None:
+def position_limit(config: Any) -> int | None:
     """How many positions a model has, by its transformers config; None where it reckons them and there is no last one."""
     text = text_settings(config)
     most = getattr(text, "max_position_embeddings", None)
     return None if getattr(text, "rope_parameters", None) is not None or not most or most < 0 else int(most)
 
 
-def rooms(config: Any, prompts: Sequence[Sequence[int]], most: int) -> list[int]:
+def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], most: int) -> list[int]:
     """How many tokens each answer may have: `most`, or what the model's positions leave."""
-    last = positions(config)
+    last = position_limit(config)
     if last is None:
         return [most] * len(prompts)
     return [max(1, min(most, last - (0 if config.is_encoder_decoder else len(prompt)))) for prompt in prompts]
@@ -250,7 +254,7 @@ def _check_rows(what: str, rows: Sequence[Sequence[int]], most: int | None) -> N
             )
 
 
-def dealt(
+def sharded_batches(
     lengths: Sequence[int],
     rank: int,
     ranks: int,

@@ -31,7 +31,7 @@ class Likelihood:
     """Whether each of its tokens is the likeliest one where it stands."""
 
 
-class Likelihoods:
+class ScoreContinuations:
     """Stands in for the objective of a step module: scores of each continuation instead of a loss."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from strategies.errors import Interrupted
 from strategies.runtime import dist_sum
 from trainer.objectives.step_totals import look_ahead
 
-PAIRED = ("loss", "margin")
+BATCH_TERMS = ("loss", "margin")
 """Terms whose sums over each micro-batch are told, so that an evaluation can be paired with an earlier one."""
 
 
@@ -57,7 +57,7 @@ class LossEvaluator:
         self._ahead = ahead
         """Batches looked at before the others, for objectives that need the whole set to begin with."""
         self._parts = parts or []
-        self.tell: Callable[[dict[str, list[float]]], None] = lambda batches: None
+        self.on_batch_sums: Callable[[dict[str, list[float]]], None] = lambda batches: None
         """Hears the sums of each micro-batch in the order of the documents, by metric, after each evaluation."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
@@ -75,26 +75,28 @@ class LossEvaluator:
                     if term not in sums:
                         sums[term] = value.new_zeros((max(1, len(places)), *value.shape), dtype=torch.float64)
                     sums[term][place] += value.double()
-                    if term in PAIRED:
+                    if term in BATCH_TERMS:
                         batch_sums.setdefault(term, []).append(value.double())
                 self._check_stop()
         names = sorted(sums)
-        own_batches = [_in_turns(batch_sums[term], engine) for term in sorted(batch_sums)]
+        own_batches = [_batch_sums_in_order(batch_sums[term], engine) for term in sorted(batch_sums)]
         size = sum(sums[name].numel() for name in names)
         # One reduction for all: the metrics, then the sums of each micro-batch.
         reduced = dist_sum(torch.cat([*(sums[name].view(-1) for name in names), *own_batches])).cpu()
         flat = reduced[:size]
         by_batch = reduced[size:].view(len(own_batches), -1)
-        self.tell({f"{self._prefix}/{term}": by_batch[row].tolist() for row, term in enumerate(sorted(batch_sums))})
+        self.on_batch_sums(
+            {f"{self._prefix}/{term}": by_batch[row].tolist() for row, term in enumerate(sorted(batch_sums))}
+        )
         pieces = flat.split([sums[name].numel() for name in names])
         totals = {name: piece.view(sums[name].shape) for name, piece in zip(names, pieces, strict=True)}
-        for name, value in self._values({term: total.sum(0) for term, total in totals.items()}, self._count).items():
+        for name, value in self._metrics({term: total.sum(0) for term, total in totals.items()}, self._count).items():
             yield f"{self._prefix}/{name}", value
         for place, part in enumerate(self._parts):
-            values = self._values({term: total[place] for term, total in totals.items()}, part.count)
+            values = self._metrics({term: total[place] for term, total in totals.items()}, part.count)
             yield from ((name, values[metric]) for metric, name in part.names.items() if metric in values)
 
-    def _values(self, totals: dict[str, torch.Tensor], count: float) -> dict[str, float]:
+    def _metrics(self, totals: dict[str, torch.Tensor], count: float) -> dict[str, float]:
         """Metrics by name, the loss first."""
         means = {name: total.item() / (count or 1) for name, total in totals.items() if total.dim() == 0}
         values = {"loss": means["loss"]}
@@ -110,7 +112,7 @@ class LossEvaluator:
             raise Interrupted
 
 
-def _in_turns(own: list[torch.Tensor], engine: Engine) -> torch.Tensor:
+def _batch_sums_in_order(own: list[torch.Tensor], engine: Engine) -> torch.Tensor:
     """float64 [micro-batches of all ranks]: this rank's sums in their places, 0 in those of others. Ranks take turns."""
     stacked = torch.stack(own)
     every = stacked.new_zeros((len(own), engine.dp_size))

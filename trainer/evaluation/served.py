@@ -19,10 +19,10 @@ from strategies.runtime import Runtime, derive_seed
 from trainer.evaluation.base import WritingConfig
 from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
 from trainer.evaluation.endpoint.judge import Judge
-from trainer.evaluation.full_weights import Gathering
-from trainer.evaluation.generate import Pace, WrittenAnswer
+from trainer.evaluation.full_weights import GatherDecision
+from trainer.evaluation.generate import GenerationThroughput, WrittenAnswer
 from trainer.evaluation.likelihood import Likelihood, Pair
-from trainer.evaluation.tasks.model_interface import Asking
+from trainer.evaluation.tasks.model_interface import ModelInterface
 
 if TYPE_CHECKING:
     from trainer.evaluation.base import EvaluationConfig
@@ -38,8 +38,8 @@ class ServedWriter:
     model: str
     tokenizer: Any
     stop_now: Callable[[], bool] = lambda: False
-    pace: Pace | None = None
-    tell: Callable[[int, int], None] = lambda done, turns: None
+    throughput: GenerationThroughput | None = None
+    on_batch: Callable[[int, int], None] = lambda done, turns: None
     """Hears after each batch of requests how many are done, and of how many."""
 
     def answers(self, engine: Any, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
@@ -79,9 +79,9 @@ class ServedWriter:
             ended = getattr(choice, "finish_reason", None) == "stop"
             return WrittenAnswer(row[0], text, [], ended, row[1]), tokens
 
-        found = self._each(ask, rows)
-        how = Gathering(False, True, f"written by {self.model} at {self.client.config.url}")
-        self.pace = Pace(sum(tokens for _, tokens in found), time.perf_counter() - began, how)
+        found = self._send_all(ask, rows)
+        how = GatherDecision(False, True, f"written by {self.model} at {self.client.config.url}")
+        self.throughput = GenerationThroughput(sum(tokens for _, tokens in found), time.perf_counter() - began, how)
         return [one for one, _ in found]
 
     def likelihoods(self, engine: Any, pairs: Sequence[Pair]) -> list[Likelihood]:
@@ -106,66 +106,66 @@ class ServedWriter:
             greedy = all(top is None or value >= max(top.values()) for value, top in zip(held, best, strict=True))
             return Likelihood(float(sum(held)), len(held), greedy)
 
-        return self._each(ask, pairs)
+        return self._send_all(ask, pairs)
 
-    def _each(self, ask: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
+    def _send_all(self, ask: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
         found, size = list[Any](), 4 * self.client.config.parallel
         begins = range(0, len(rows), size)
         with ThreadPoolExecutor(self.client.config.parallel) as pool:
             for done, begin in enumerate(begins, 1):
                 found += pool.map(ask, rows[begin : begin + size])
-                self.tell(done, len(begins))
+                self.on_batch(done, len(begins))
                 if self.stop_now():
                     raise Interrupted
         return found
 
 
 @dataclass(slots=True)
-class ServedAsking(Asking):
+class ServedModel(ModelInterface):
     """A served model that can be asked."""
 
-    served: str = field(default="")
+    served_name: str = field(default="")
 
     @property
     def model_config(self) -> Any:
-        return SimpleNamespace(max_position_embeddings=self.positions)
+        return SimpleNamespace(max_position_embeddings=self.max_positions)
 
     def logits(self, samples: Any) -> list[list[float]]:
         raise ConfigError(f"{KEY}: a server tells no logits of a classifier's head; evaluate without it")
 
-    def terms(self, dataset: Any, max_rows: int | None) -> dict[int, tuple[float, float]]:
+    def sequence_losses(self, dataset: Any, max_rows: int | None) -> dict[int, tuple[float, float]]:
         raise ConfigError(f"{KEY}: a server tells no losses as training reckons them; evaluate without it")
 
 
-def served_asking(
+def connect_served_model(
     config: EvaluationConfig,
     path: str,
     encoder: Any,
     positions: int | None,
     runtime: Runtime,
     stop_now: Callable[[], bool],
-) -> ServedAsking:
+) -> ServedModel:
     """The model of a server, of which `path` is the directory here. Raises ConfigError where it serves another one."""
     client = Client(config.server, KEY)
-    model = model_served(client, path)
+    model = find_served_model(client, path)
     writer: Any = ServedWriter(client, model, encoder.tokenizer, stop_now)
     nothing: Any = None
-    return ServedAsking(
+    return ServedModel(
         engine=nothing,
         built=nothing,
         writer=writer,
         encoder=encoder,
         runtime=runtime,
-        positions=positions,
+        max_positions=positions,
         label_names=None,
         stop_now=stop_now,
         batch=config.batch,
         judge=Judge(config.judge, runtime, stop_now) if config.judge.url else None,
-        served=model,
+        served_name=model,
     )
 
 
-def model_served(client: Client, path: str) -> str:
+def find_served_model(client: Client, path: str) -> str:
     """Which of a server's models is the one in `path`. Raises ConfigError with what there is."""
     listed = client.models()
     names = [str(each["id"]) for each in listed]
@@ -174,7 +174,11 @@ def model_served(client: Client, path: str) -> str:
         if wanted not in names:
             raise ConfigError(f"{KEY}.model={wanted}: {there}; name one of these, or start the server with it")
         return wanted
-    same = [str(each["id"]) for each in listed if any(_same(str(each.get(at) or ""), path) for at in ("id", "root"))]
+    same = [
+        str(each["id"])
+        for each in listed
+        if any(_is_same_model(str(each.get(at) or ""), path) for at in ("id", "root"))
+    ]
     if len(same) != 1:
         raise ConfigError(
             f"{KEY}.model: not set, and {there}, of which {len(same)} are named as model.path={path}; name the one"
@@ -182,7 +186,7 @@ def model_served(client: Client, path: str) -> str:
     return same[0]
 
 
-def _same(name: str, path: str) -> bool:
+def _is_same_model(name: str, path: str) -> bool:
     return bool(name) and (
         Path(name).expanduser().resolve() == Path(path).expanduser().resolve() or Path(name).name == Path(path).name
     )

@@ -14,11 +14,11 @@ from trainer.data.document import RefusedDocument
 from trainer.data.report.progress import PreparationProgress
 from trainer.evaluation.tasks.base import TaskRow
 from trainer.evaluation.tasks.model_interface import FirstRequest
-from trainer.evaluation.tasks.prepared import Ready
+from trainer.evaluation.tasks.prepared import PreparedTask
 
 if TYPE_CHECKING:
-    from trainer.evaluation.generate import Pace
-    from trainer.evaluation.tasks.model_interface import Asking
+    from trainer.evaluation.generate import GenerationThroughput
+    from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
 SIGN_OF_LIFE_S = 30.0
@@ -26,39 +26,39 @@ SIGN_OF_LIFE_S = 30.0
 
 
 @dataclass(slots=True)
-class Done:
+class FinishedTask:
     """A task after the model was asked."""
 
-    ready: Ready
+    prepared: PreparedTask
     rows: list[TaskRow]
-    values: dict[str, float]
+    metrics: dict[str, float]
     seconds: float
-    pace: Pace | None = None
+    throughput: GenerationThroughput | None = None
     """How its answers were written, by tasks that need some."""
 
 
 class TaskEvaluator:
     """Asks the model every task."""
 
-    def __init__(self, tasks: list[Ready], asking: Asking) -> None:
-        self.tasks, self.asking = tasks, asking
-        self.under_way = ""
+    def __init__(self, tasks: list[PreparedTask], asking: ModelInterface) -> None:
+        self.tasks, self.model = tasks, asking
+        self.current_task = ""
         """Name of the task that the model is asked at this moment."""
 
-    def tell(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def report_progress(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         """Have `say` hear of a task that takes long, every half minute of it."""
         task, began, last = "", 0.0, 0.0
 
         def heard(done: int, turns: int) -> None:
             nonlocal task, began, last
             now = clock()
-            if task != self.under_way:
-                task, began, last = self.under_way, now, now
+            if task != self.current_task:
+                task, began, last = self.current_task, now, now
             elif now - last >= SIGN_OF_LIFE_S and done < turns:
                 last = now
                 say(f"{task}: {done} of {turns} batches, {now - began:.0f} s since the first")
 
-        self.asking.writer.tell = heard
+        self.model.writer.on_batch = heard
 
     def check_rows(self) -> None:
         """Encode and check the rows of every task, so that a bad row ends the run before the model or a judge is asked.
@@ -67,36 +67,36 @@ class TaskEvaluator:
         while it asks. Rank 0 tells every 15 s which task is checked.
         """
         progress = PreparationProgress()
-        self.asking.only_checks = True
+        self.model.checks_only = True
         try:
             with progress.telling():
                 for ready in self.tasks:
                     progress.phase = f"checking {len(ready.cases):,} rows of {ready.task.key}"
-                    if not ready.task.own_rows:
+                    if not ready.task.loads_own_rows:
                         with suppress(FirstRequest):
                             self._run(ready)
         finally:
-            self.asking.only_checks = False
+            self.model.checks_only = False
 
-    def _run(self, ready: Ready) -> list[TaskRow]:
+    def _run(self, ready: PreparedTask) -> list[TaskRow]:
         """The rows of one task, with its key before what went wrong. Errors: DataError, ConfigError, those of servers."""
         try:
-            return ready.task.run(ready.cases, self.asking)
+            return ready.task.run(ready.cases, self.model)
         except RefusedDocument as error:  # one row that the chat template cannot write
             raise DataError(f"{ready.task.key}: {error}") from None
         except ShardtuneError as error:  # the same on all ranks
             raise type(error)(f"{ready.task.key}: {error}") from None
 
-    def each(self, names: Collection[str] | None = None) -> Iterator[Done]:
+    def run_tasks(self, names: Collection[str] | None = None) -> Iterator[FinishedTask]:
         """Every task with its rows, or those of these names. All ranks must exhaust it."""
-        self.asking.seen.clear()
+        self.model.cached_losses.clear()
         for ready in self.tasks:
             if names is not None and ready.task.name not in names:
                 continue
-            began, writer = time.perf_counter(), self.asking.writer
-            self.under_way = ready.task.name
-            writer.pace = None
+            began, writer = time.perf_counter(), self.model.writer
+            self.current_task = ready.task.name
+            writer.throughput = None
             rows = self._run(ready)
-            values = ready.task.values(rows) if self.asking.runtime.is_main else {}
-            values = broadcast_object(values, self.asking.runtime)
-            yield Done(ready, rows, values, time.perf_counter() - began, writer.pace)
+            values = ready.task.compute_metrics(rows) if self.model.runtime.is_main else {}
+            values = broadcast_object(values, self.model.runtime)
+            yield FinishedTask(ready, rows, values, time.perf_counter() - began, writer.throughput)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from strategies.base import Engine
 from strategies.runtime import broadcast_object
-from trainer.evaluation.task_evaluator import Done, TaskEvaluator
+from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.held_out import HeldOut
 from trainer.reporting.jsonl import json_text
@@ -32,10 +32,10 @@ class BaseRows:
 
     def __init__(self, evaluator: TaskEvaluator, names: list[str], run_dir: Path, say: Callable[[str], None]) -> None:
         self.evaluator, self.names, self.path, self.say = evaluator, names, run_dir / FILE, say
-        self.runtime = evaluator.asking.runtime
+        self.runtime = evaluator.model.runtime
         self.found: dict[str, Base] | None = None
         """By name of the task; None where the base cannot be asked any more."""
-        self.fresh: list[Done] = []
+        self.fresh: list[FinishedTask] = []
         """What was asked of a model that is the base still, for the evaluation before the first step."""
 
     def begin(self, engine: Engine, step: int) -> None:
@@ -43,19 +43,19 @@ class BaseRows:
         self.found = self._kept()
         if self.found is not None:
             return
-        built = self.evaluator.asking.built
+        built = self.evaluator.model.built
         if not built.tuning.keeps_base and step > 0:
             self.say(
                 f"challenges.forgetting: is not measured, since this run goes on from step {step} of one that did not ask the "
                 "base, and full tuning keeps none; start a new run.dir"
             )
             return
-        self.evaluator.asking.engine = engine
+        self.evaluator.model.engine = engine
         keeps = built.tuning.keeps_base
         with built.tuning.reference(built.step_module.model) if keeps else nullcontext():
-            done = [*self.evaluator.each(self.names)]
+            done = [*self.evaluator.run_tasks(self.names)]
         self.fresh = [] if keeps else done
-        self.found = {each.ready.task.name: Base(each.rows, _first(each)) for each in done}
+        self.found = {each.prepared.task.name: Base(each.rows, _first(each)) for each in done}
         if self.runtime.is_main:
             kept = {name: asdict(base) for name, base in self.found.items()}
             write_text_atomic(self.path, json_text({"key": self._key(), "tasks": kept}))
@@ -85,5 +85,5 @@ def _fingerprint(task: Task) -> list[str]:
     return [task.dataset.fingerprint] if isinstance(task, HeldOut) and task.dataset is not None else []
 
 
-def _first(done: Done) -> float:
-    return done.values[done.ready.task.metrics[0].name]
+def _first(done: FinishedTask) -> float:
+    return done.metrics[done.prepared.task.metrics[0].name]

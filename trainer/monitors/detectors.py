@@ -10,8 +10,8 @@ from typing import Any
 
 from strategies.base import Engine, Progress
 from strategies.errors import LimitExceeded, StorageError
-from trainer.evaluation.report.tables import tables
-from trainer.evaluation.task_evaluator import Done, TaskEvaluator
+from trainer.evaluation.report.tables import row_tables
+from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.written import WrittenTask
 from trainer.monitors import degenerate_answers, divergence, forgetting, instability, overfitting
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
@@ -90,15 +90,15 @@ class Challenges:
         """Sums over each micro-batch of the evaluation documents, by metric, before `evaluated` is called."""
         self._batches = batches
 
-    def task(self, done: Done) -> None:
+    def task(self, done: FinishedTask) -> None:
         """A task after the model was asked."""
-        ready = done.ready
+        ready = done.prepared
         if isinstance(ready.task, WrittenTask):
             self.wrote((row.answer, row.reference) for row in done.rows)
         found = None if self.base is None or self.base.found is None else self.base.found.get(ready.task.name)
         if found is not None:
             metric = ready.task.metrics[0]
-            values = found.value, done.values[metric.name]
+            values = found.value, done.metrics[metric.name]
             self._compared.append(forgetting.compare(ready.task.name, metric, found.rows, done.rows, values))
 
     def wrote(self, pairs: Iterable[tuple[str, str]]) -> None:
@@ -242,7 +242,7 @@ class WatchedTasks:
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
-        self.inner.asking.engine, self.tables = engine, {}
+        self.inner.model.engine, self.tables = engine, {}
         base = self.challenges.base
         fresh, names = ([], None) if base is None else (base.fresh, base.names)
         if fresh and base is not None:
@@ -250,13 +250,13 @@ class WatchedTasks:
             for done in fresh:
                 yield from self._of(done)
             names = [each.task.name for each in self.inner.tasks if each.task.name not in base.names]
-        for done in self.inner.each(names if fresh else None):
+        for done in self.inner.run_tasks(names if fresh else None):
             yield from self._of(done)
 
-    def _of(self, done: Done) -> Iterator[tuple[str, float]]:
+    def _of(self, done: FinishedTask) -> Iterator[tuple[str, float]]:
         self.challenges.task(done)
-        task = done.ready.task
+        task = done.prepared.task
         if self.shows:
-            self.tables |= tables(task, done.rows, self.challenges.first.before(task.name, done.rows))
-        for metric, value in done.values.items():
-            yield f"eval/{done.ready.task.name}/{metric}", value
+            self.tables |= row_tables(task, done.rows, self.challenges.first.before(task.name, done.rows))
+        for metric, value in done.metrics.items():
+            yield f"eval/{done.prepared.task.name}/{metric}", value

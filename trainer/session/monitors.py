@@ -9,8 +9,8 @@ from trainer.evaluation.base import Evaluator
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import LossEvaluator
 from trainer.evaluation.task_evaluator import TaskEvaluator
-from trainer.evaluation.tasks.model_interface import Asking
-from trainer.evaluation.tasks.prepared import Ready
+from trainer.evaluation.tasks.model_interface import ModelInterface
+from trainer.evaluation.tasks.prepared import PreparedTask
 from trainer.monitors import divergence
 from trainer.monitors.anomaly_log import EVENTS
 from trainer.monitors.base_model_rows import BaseRows
@@ -40,16 +40,16 @@ def watched(
     config: RunConfig,
     challenges: Challenges,
     evaluators: list[Evaluator],
-    tasks: list[Ready],
-    asking: Callable[[], Asking],
+    tasks: list[PreparedTask],
+    asking: Callable[[], ModelInterface],
     place: RunPlace,
 ) -> list[Evaluator]:
     """The evaluators of a run with its tasks, so that the detectors see what they see."""
     for each in evaluators:
         if isinstance(each, GenerationEvaluator):
-            each.tell = challenges.wrote
+            each.on_answers = challenges.wrote
         if isinstance(each, LossEvaluator):
-            each.tell = challenges.batches
+            each.on_batch_sums = challenges.batches
     if not tasks:
         return evaluators
     inner, forgetting = TaskEvaluator(tasks, asking()), config.challenges.forgetting

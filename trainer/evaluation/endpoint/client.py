@@ -30,21 +30,21 @@ class Client:
 
     config: EndpointConfig
     key: str
-    _opened: Any = field(default=None, repr=False)
+    _openai: Any = field(default=None, repr=False)
 
     @property
     def api(self) -> Any:
         """The client of `openai`."""
-        if self._opened is None:
+        if self._openai is None:
             from openai import OpenAI
 
-            self._opened = OpenAI(
+            self._openai = OpenAI(
                 base_url=self.config.url,
                 api_key=self._secret() or NO_KEY,
                 max_retries=self.config.retries,
                 timeout=self.config.timeout_s,
             )
-        return self._opened
+        return self._openai
 
     def _secret(self) -> str:
         return os.environ.get(self.config.key_env or "", "")
@@ -58,14 +58,14 @@ class Client:
         except APIConnectionError as error:
             raise EndpointFailed(
                 f"{self.key}.url={self.config.url}: no answer after {self.config.retries + 1} attempts "
-                f"({type(error).__name__}: {self._hidden(str(error.__cause__ or error))}); does the server run?"
+                f"({type(error).__name__}: {self._without_key(str(error.__cause__ or error))}); does the server run?"
             ) from None
         except APIStatusError as error:
-            raise self._refused(error.status_code, self._hidden(_said(error))) from None
+            raise self._error_of_status(error.status_code, self._without_key(_error_text(error))) from None
         except OpenAIError as error:
-            raise EndpointFailed(f"{self.key}.url={self.config.url}: {self._hidden(str(error))}") from None
+            raise EndpointFailed(f"{self.key}.url={self.config.url}: {self._without_key(str(error))}") from None
 
-    def _refused(self, status: int, said: str) -> ShardtuneError:
+    def _error_of_status(self, status: int, said: str) -> ShardtuneError:
         if status in (401, 403):
             how = f"{self.key}.key_env={self.config.key_env}"
             return ConfigError(f"{how}: the server at {self.config.url} does not take the key ({status}: {said})")
@@ -80,7 +80,7 @@ class Client:
             f"later, lower {self.key}.parallel, or raise {self.key}.retries"
         )
 
-    def _hidden(self, text: str) -> str:
+    def _without_key(self, text: str) -> str:
         key = self._secret()
         return text.replace(key, HIDDEN) if key else text
 
@@ -114,7 +114,7 @@ def first_choice(answer: Any) -> Any:
     return choices[0] if isinstance(choices, list) and choices else None
 
 
-def _said(error: Any) -> str:
+def _error_text(error: Any) -> str:
     body = error.body
     text = body.get("message") if isinstance(body, dict) else None
     return " ".join(str(text or error.message).split())[:300]

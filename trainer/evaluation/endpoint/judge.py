@@ -51,7 +51,7 @@ class Judge:
         def begin() -> int:
             model = self._client.model() if questions else ""
             asked = list(dict.fromkeys(questions))
-            known.update({each: said for each in asked if (said := self._remembered(model, each)) is not None})
+            known.update({each: said for each in asked if (said := self._cached_verdict(model, each)) is not None})
             self.cached += len(known)
             new = [each for each in asked if each not in known]
             if self.calls + len(new) > self.config.max_calls:
@@ -64,7 +64,7 @@ class Judge:
             return len(chunks)
 
         def go_on(number: int) -> None:
-            known.update(self._asked(chunks[number], sum(map(len, chunks[number:]))))
+            known.update(self._ask_and_cache(chunks[number], sum(map(len, chunks[number:]))))
 
         for number in range(self._on_main(begin)):
             self._on_main(partial(go_on, number))
@@ -85,7 +85,7 @@ class Judge:
             raise failed
         return result
 
-    def _asked(self, questions: list[str], left: int) -> dict[str, str]:
+    def _ask_and_cache(self, questions: list[str], left: int) -> dict[str, str]:
         """The verdicts of some questions, which are remembered."""
         spent = self.config.max_tokens
         if spent is not None and self.tokens >= spent:
@@ -94,16 +94,16 @@ class Judge:
                 "and not asked again: raise it and start the same command"
             )
         with ThreadPoolExecutor(self.config.parallel) as pool:
-            said = [*pool.map(self._one, questions)]
+            said = [*pool.map(self._ask, questions)]
         model = self._client.model()
         for question, (text, used) in zip(questions, said, strict=True):
             self.calls, self.tokens = self.calls + 1, self.tokens + used
             write_text_atomic(
-                self._place(model, question), json.dumps({"model": model, "said": text, "tokens": used}) + "\n"
+                self._cache_file(model, question), json.dumps({"model": model, "said": text, "tokens": used}) + "\n"
             )
         return {question: text for question, (text, _) in zip(questions, said, strict=True)}
 
-    def _one(self, question: str) -> tuple[str, int]:
+    def _ask(self, question: str) -> tuple[str, int]:
         model = self._client.model()
         answer = self._client.send(
             lambda api: api.chat.completions.create(
@@ -123,7 +123,7 @@ class Judge:
             )
         return text if isinstance(text, str) else "", used or 0
 
-    def _place(self, model: str, question: str) -> Path:
+    def _cache_file(self, model: str, question: str) -> Path:
         config = self.config
         said = [config.url, model, question, config.temperature, config.max_new_tokens]
         name = hashlib.sha256(json.dumps(said).encode()).hexdigest()
@@ -133,9 +133,9 @@ class Judge:
             / f"{name}.json"
         )
 
-    def _remembered(self, model: str, question: str) -> str | None:
+    def _cached_verdict(self, model: str, question: str) -> str | None:
         try:
-            return str(json.loads(self._place(model, question).read_text(encoding="utf-8"))["said"])
+            return str(json.loads(self._cache_file(model, question).read_text(encoding="utf-8"))["said"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -144,7 +144,7 @@ class Judge:
         return f"judge:{self.config.model}|temperature:{self.config.temperature:g}"
 
 
-def request_of(document: Any) -> str:
+def request_text(document: Any) -> str:
     """What a document asks, as the judge is shown it: its prompt, or all turns before the last answer."""
     if document.messages is None:
         return str(document.prompt)
@@ -152,9 +152,9 @@ def request_of(document: Any) -> str:
     turns = document.messages[:last]
     if len(turns) == 1:
         return str(turns[0]["content"])
-    return "\n\n".join(_turns(turns))
+    return "\n\n".join(_turn_lines(turns))
 
 
-def _turns(turns: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _turn_lines(turns: Sequence[dict[str, Any]]) -> Iterator[str]:
     for turn in turns:
         yield f"{turn['role']}: {turn['content']}"

@@ -16,13 +16,13 @@ SEED, OTHER_SEED = 0, 1234
 
 
 @contextmanager
-def quiet() -> Iterator[list[str]]:
+def collect_warnings() -> Iterator[list[str]]:
     """What the harness warns of goes into the list, each once, instead of to the screen; it draws no bars."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.utils import logging as datasets_logging
 
     said: list[str] = []
-    logger, handler = logging.getLogger("lm_eval"), _Into(said)
+    logger, handler = logging.getLogger("lm_eval"), _WarningCollector(said)
     before = logger.level, logger.propagate, datasets_logging.get_verbosity(), are_progress_bars_disabled()
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
@@ -41,7 +41,7 @@ def quiet() -> Iterator[list[str]]:
             enable_progress_bars()
 
 
-class _Into(logging.Handler):
+class _WarningCollector(logging.Handler):
     def __init__(self, said: list[str]) -> None:
         super().__init__(logging.WARNING)
         self.said = said
@@ -53,7 +53,7 @@ class _Into(logging.Handler):
 
 
 @contextmanager
-def seeded() -> Iterator[None]:
+def harness_seeds() -> Iterator[None]:
     """Python's and numpy's generators as the harness seeds them, and afterwards as they were."""
     before, arrays = random.getstate(), np.random.get_state()
     random.seed(SEED)

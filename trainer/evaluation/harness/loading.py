@@ -6,21 +6,21 @@ from typing import Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.evaluation.harness.compat import generation_settings, without_network
-from trainer.evaluation.harness.isolation import quiet, seeded
-from trainer.evaluation.harness.task_files import Named, not_local
+from trainer.evaluation.harness.isolation import collect_warnings, harness_seeds
+from trainer.evaluation.harness.task_files import TaskFiles, missing_data
 
 
-def load(what: Named, options: dict[str, Any]) -> dict[str, Any]:
+def load_tasks(what: TaskFiles, options: dict[str, Any]) -> dict[str, Any]:
     """The harness's Task objects by name, with their data.
 
     Errors: ConfigError naming the data sets that would be fetched, and for settings that cannot be met; DataError.
     """
     from lm_eval.tasks import TaskManager
 
-    hub = _local(what)
+    hub = _hub_data_sets(what)
     manager = TaskManager(include_defaults=False)
     manager.task_index.update(what.index)
-    with quiet(), seeded(), without_network():
+    with collect_warnings(), harness_seeds(), without_network():
         try:
             loaded: dict[str, Any] = dict(manager.load([what.name])["tasks"])
         except Exception as error:  # noqa: BLE001  what a task's own functions and `datasets` raise
@@ -33,15 +33,15 @@ def load(what: Named, options: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name}: runs what the model writes as code, which is not done here; leave it out")
         if getattr(task, "MULTIMODAL", False):
             raise ConfigError(f"{name}: shows pictures or sounds, and these models read text; leave it out")
-        _settle(name, task, options)
+        _apply_options(name, task, options)
     return loaded
 
 
-def _local(what: Named) -> dict[str, str]:
+def _hub_data_sets(what: TaskFiles) -> dict[str, str]:
     """The data sets of a hub that tasks read, by task. Raises ConfigError for files and metrics that are not here."""
     hub, wrong = {}, []
-    for name, settings in what.leaves.items():
-        fault, fetched = not_local(settings)
+    for name, settings in what.single_tasks.items():
+        fault, fetched = missing_data(settings)
         wrong += [f"{name}: {fault}"] if fault else []
         if fetched:
             hub[name] = fetched
@@ -69,7 +69,7 @@ def _hub_metrics(settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def _would_fetch(what: Named, hub: dict[str, str]) -> str:
+def _would_fetch(what: TaskFiles, hub: dict[str, str]) -> str:
     sets = list(dict.fromkeys(hub.values()))
     more = f" and {len(sets) - 5} more" if len(sets) > 5 else ""
     return (
@@ -79,7 +79,7 @@ def _would_fetch(what: Named, hub: dict[str, str]) -> str:
     )
 
 
-def _settle(name: str, task: Any, options: dict[str, Any]) -> None:
+def _apply_options(name: str, task: Any, options: dict[str, Any]) -> None:
     """Set what the harness's own command sets before it asks a model. Raises ConfigError."""
     there, asked = task.get_config("num_fewshot"), options["num_fewshot"]
     if asked is not None and there == 0 and asked != 0:
@@ -90,16 +90,17 @@ def _settle(name: str, task: Any, options: dict[str, Any]) -> None:
         return
     if options["generation"]:
         task.set_config(key="generation_kwargs", value=dict(options["generation"]), update=True)
-    with quiet():
+    with collect_warnings():
         how = generation_settings(task.get_config("generation_kwargs") or {})
-    if unknown := sorted(how.keys() - KNOWN):
+    if unknown := sorted(how.keys() - KNOWN_GENERATION_SETTINGS):
         raise ConfigError(
-            f"{name}: generation_kwargs has {', '.join(unknown)}, which this engine has not; it has {', '.join(sorted(KNOWN))}"
+            f"{name}: generation_kwargs has {', '.join(unknown)}, which this engine has not; it has "
+            f"{', '.join(sorted(KNOWN_GENERATION_SETTINGS))}"
         )
     beams = int(how.get("num_beams") or 1)
     if beams > 1 and how["do_sample"]:
         raise ConfigError(f"{name}: generation_kwargs num_beams={beams} with do_sample: a beam search draws nothing")
 
 
-KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams"}
+KNOWN_GENERATION_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams"}
 """Settings of generation that tasks may have."""

@@ -22,7 +22,7 @@ from trainer.evaluation.harness.compat import begins_with, generation_settings, 
 from trainer.evaluation.likelihood import Likelihood, Pair
 
 
-def _told(method: Callable[..., Any]) -> Callable[..., Any]:
+def _remember_error(method: Callable[..., Any]) -> Callable[..., Any]:
     """Keep what a request ended with apart from what the harness itself raises."""
 
     @wraps(method)
@@ -42,13 +42,13 @@ class EngineLM(TemplateLM):
     def __init__(self, writer: Any, engine: Any, config: Any, how: WritingConfig) -> None:
         """`config`: the model's, of transformers; `how`: seed and batches of what is written, the rest is the task's."""
         super().__init__()
-        self.writer, self.engine, self.how = writer, engine, how
+        self.writer, self.engine, self.writing = writer, engine, how
         self.tokenizer = writer.tokenizer
         self.backend = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
         self.max_length = longest_context(config, self.tokenizer)
-        self.cut: Counter[str] = Counter()
+        self.shortened_texts: Counter[str] = Counter()
         """Texts that were too long for the model and lost their beginning, by what was asked."""
-        self.systems_left_out = 0
+        self.dropped_system_turns = 0
         self.ended_by: BaseException | None = None
 
     @property
@@ -66,10 +66,13 @@ class EngineLM(TemplateLM):
 
     def notes(self) -> Iterator[str]:
         """What was done to requests, a sentence each."""
-        for what, number in (+self.cut).items():
+        for what, number in (+self.shortened_texts).items():
             yield f"{number} {what} were longer than the model's {self.max_length} positions and lost their beginning"
-        if self.systems_left_out:
-            yield f"{self.systems_left_out} questions went without their system turn, which the chat template has no place for"
+        if self.dropped_system_turns:
+            yield (
+                f"{self.dropped_system_turns} questions went without their system turn, which the chat template has no "
+                "place for"
+            )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids, with the first token that the tokenizer puts before a text unless the text has it."""
@@ -84,30 +87,30 @@ class EngineLM(TemplateLM):
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return found
 
-    @_told
+    @_remember_error
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        asked = [self._fitting(context, more) for _, context, more in requests]
+        asked = [self._fit_to_positions(context, more) for _, context, more in requests]
         return [(each.logprob, each.greedy) for each in self._likelihoods(asked)]
 
-    def _fitting(self, context: list[int], more: list[int]) -> Pair:
+    def _fit_to_positions(self, context: list[int], more: list[int]) -> Pair:
         if not more:
             raise DataError("a choice has no tokens, so that there is nothing to score")
         if self.backend == "seq2seq":
-            self.cut["contexts"] += len(context) > self.max_length
+            self.shortened_texts["contexts"] += len(context) > self.max_length
             return context[-self.max_length :], more
         if len(more) > self.max_length:
             raise DataError(f"a choice has {len(more)} tokens, more than the model's {self.max_length} positions")
         over = len(context) + len(more) - (self.max_length + 1)
-        self.cut["contexts"] += over > 0
+        self.shortened_texts["contexts"] += over > 0
         return context[max(0, over) :], more
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         found: list[Likelihood] = self.writer.likelihoods(self.engine, pairs)
         return found
 
-    @_told
+    @_remember_error
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text, whose windows of the model's length do not overlap."""
         pairs, whose = [], []
@@ -126,7 +129,7 @@ class EngineLM(TemplateLM):
             found[number] += each.logprob
         return found
 
-    @_told
+    @_remember_error
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes to each context; requests of equal settings together."""
         alike: dict[str, list[int]] = {}
@@ -142,7 +145,7 @@ class EngineLM(TemplateLM):
                     "leaves no room for a question; give options.generation={max_gen_toks: ...}"
                 )
             asked = [self.tok_encode(requests[number].args[0]) for number in numbers]
-            self.cut["contexts"] += sum(len(ids) > most for ids in asked)
+            self.shortened_texts["contexts"] += sum(len(ids) > most for ids in asked)
             written = self.writer.answers(self.engine, [ids[-most:] for ids in asked], how)
             for number, one in zip(numbers, written, strict=True):
                 found[number] = one.text
@@ -158,8 +161,8 @@ class EngineLM(TemplateLM):
             top_p=float(said.get("top_p") or 1.0) if draws else 1.0,
             top_k=int(said.get("top_k") or 0) if draws else 0,
             stop=[text for text in said["until"] if text],
-            seed=self.how.seed,
-            batch_tokens=self.how.batch_tokens,
+            seed=self.writing.seed,
+            batch_tokens=self.writing.batch_tokens,
         )
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -178,5 +181,5 @@ class EngineLM(TemplateLM):
         try:
             return render(chat_history)
         except TemplateError:
-            self.systems_left_out += any(turn["role"] == "system" for turn in chat_history)
+            self.dropped_system_turns += any(turn["role"] == "system" for turn in chat_history)
             return render([turn for turn in chat_history if turn["role"] != "system"])

@@ -26,20 +26,20 @@ BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "pandas", "webdata
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class TaskFiles:
     """What a name stands for."""
 
     name: str
     index: dict[str, Any]
     """The harness's entries by name: the one that is named, and those that it is made of."""
-    leaves: dict[str, dict[str, Any]]
+    single_tasks: dict[str, dict[str, Any]]
     """Settings of each single task by its name, as its YAML has them; functions are paths."""
-    by_size: bool
+    weighted_by_size: bool
     """Whether a task of several weighs each by its rows."""
 
 
 @lru_cache(maxsize=64)
-def named(name: str | None, path: str | None) -> Named:
+def find_tasks(name: str | None, path: str | None) -> TaskFiles:
     """The tasks of a name, in `path` (a YAML, or a directory of these) or of the harness's own; reads no data.
 
     Without a name the one that the file has. Errors: ConfigError, whose text begins with the value.
@@ -47,7 +47,7 @@ def named(name: str | None, path: str | None) -> Named:
     index: dict[str, Any] = {}
     faults: list[str] = []
     if path is not None:
-        faults = _read(_files(path), index)
+        faults = _read_files(_files(path), index)
         if name is None and Path(path).expanduser().is_file():
             name = next(iter(index), None)
     if name is None:
@@ -56,19 +56,21 @@ def named(name: str | None, path: str | None) -> Named:
     missing = {name} - own
     while missing:  # of a group its members too
         seen |= missing
-        _read(_holding(missing), built_in := dict[str, Any]())
+        _read_files(_files_naming(missing), built_in := dict[str, Any]())
         for each, entry in built_in.items():
             if each in missing or (each not in index and each not in own):
                 index[each] = entry
-        missing = {part for each in ({name} | seen | own) & index.keys() for part in _parts(index[each])} - own - seen
+        missing = (
+            {part for each in ({name} | seen | own) & index.keys() for part in _part_names(index[each])} - own - seen
+        )
     if seen - index.keys():
-        index = {**_whole(), **{each: index[each] for each in own}}
+        index = {**_full_index(), **{each: index[each] for each in own}}
     if name not in index:
         raise ConfigError(f"{name}: {_unknown(name, index, path, faults)}")
-    leaves = dict(_leaves(name, {}, index))
+    leaves = dict(_single_tasks(name, {}, index))
     groups = (index[name].cfg or {}).get("aggregate_metric_list") or []
     sizes = [each.get("weight_by_size", True) for each in (groups if isinstance(groups, list) else [groups])]
-    return Named(name, index, leaves, all(sizes))
+    return TaskFiles(name, index, leaves, all(sizes))
 
 
 def _files(path: str) -> list[Path]:
@@ -81,7 +83,7 @@ def _files(path: str) -> list[Path]:
     return found
 
 
-def _read(files: list[Path], index: dict[str, Any]) -> list[str]:
+def _read_files(files: list[Path], index: dict[str, Any]) -> list[str]:
     """Put the entries of files into the index; returns what is wrong with those that cannot be read."""
     faults = []
     for file in files:
@@ -103,7 +105,7 @@ def _own_files() -> dict[str, bytes]:
 
 
 @lru_cache(maxsize=1)
-def _included() -> dict[str, list[str]]:
+def _included_by() -> dict[str, list[str]]:
     """Which of the harness's own files include one of them."""
     found: dict[str, list[str]] = {}
     for file, text in _own_files().items():
@@ -114,29 +116,29 @@ def _included() -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=1)
-def _whole() -> dict[str, Any]:
+def _full_index() -> dict[str, Any]:
     """All that the harness has, in ten seconds: where a name was not found otherwise."""
     from lm_eval.tasks import TaskManager
 
-    from trainer.evaluation.harness.isolation import quiet
+    from trainer.evaluation.harness.isolation import collect_warnings
 
-    with quiet():
+    with collect_warnings():
         return TaskManager().task_index
 
 
-def _holding(names: set[str]) -> list[Path]:
+def _files_naming(names: set[str]) -> list[Path]:
     """The harness's own files in which one of these names stands, or that include such a one: tags are taken over."""
     sought = re.compile(rb"(?<![\w.+-])(?:" + b"|".join(re.escape(name.encode()) for name in names) + rb")(?![\w.+-])")
     found = [file for file, text in _own_files().items() if sought.search(text)]
     held = {*found}
     for file in found:  # which grows
-        more = [each for each in _included().get(file, ()) if each not in held]
+        more = [each for each in _included_by().get(file, ()) if each not in held]
         held |= {*more}
         found += more
     return [Path(file) for file in sorted(held) if file.endswith(".yaml")]
 
 
-def _parts(entry: Any) -> Iterator[str]:
+def _part_names(entry: Any) -> Iterator[str]:
     """Names that an entry is made of."""
     if entry.kind.name == "TAG":
         yield from entry.tags
@@ -155,16 +157,16 @@ def _members(task: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, each
 
 
-def _leaves(name: str, settings: dict[str, Any], index: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _single_tasks(name: str, settings: dict[str, Any], index: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     entry = index.get(name)
     if entry is None:  # a task that is written within its group
         yield name, settings
     elif entry.kind.name == "TAG":
         for each in sorted(entry.tags):
-            yield from _leaves(each, settings, index)
+            yield from _single_tasks(each, settings, index)
     elif entry.kind.name == "GROUP":
         for each, own in _members((entry.cfg or {}).get("task")):
-            yield from _leaves(each, {**settings, **own}, index)
+            yield from _single_tasks(each, {**settings, **own}, index)
     else:
         yield name, {**(entry.cfg or {}), **settings}
 
@@ -181,7 +183,7 @@ def _unknown(name: str, index: dict[str, Any], path: str | None, faults: list[st
     )
 
 
-def not_local(settings: dict[str, Any]) -> tuple[str | None, str | None]:
+def missing_data(settings: dict[str, Any]) -> tuple[str | None, str | None]:
     """(what is wrong with the files that a task reads, the data set that it reads from a hub), by its settings; else None.
 
     A data set of a hub may lie in the cache of `datasets`; data that a function makes is not known before it is made.

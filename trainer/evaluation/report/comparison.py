@@ -12,22 +12,22 @@ from trainer.evaluation.report.intervals import (
     FEW,
     WORSE,
     Bootstrap,
-    paired,
-    resampled,
+    paired_difference,
+    resample_metrics,
     share_counts,
-    together,
-    unpaired,
-    unpaired_share,
+    unpaired_difference,
+    unpaired_share_difference,
+    with_corrected_p,
 )
-from trainer.evaluation.report.permutation_test import joint_p
+from trainer.evaluation.report.permutation_test import family_p
 from trainer.evaluation.report.record import EvaluatedModel, same_rows
 from trainer.evaluation.tasks.base import Task, TaskRow
 
-LISTED = 20
+MAX_CHANGED_ROWS = 20
 """Rows that changed sides which are listed, of each direction."""
 
 
-def compare(
+def compare_task(
     task: Task,
     found: EvaluatedModel,
     mine: dict[str, np.ndarray],
@@ -41,42 +41,44 @@ def compare(
     """
     rows = found.rows[task.name]
     pairs = theirs is not None and same_rows(rows, theirs)
-    other = resampled(task, theirs, how) if pairs and theirs is not None else {}
+    other = resample_metrics(task, theirs, how) if pairs and theirs is not None else {}
     metrics = {}
-    known = [metric for metric in task.metrics_of(rows) if metric.name in values]
-    family = [metric for metric in known if metric.family]
-    jointly = joint_p(task, family, rows, theirs, how.seed) if pairs and theirs is not None and len(family) > 1 else {}
+    known = [metric for metric in task.metrics_for(rows) if metric.name in values]
+    family = [metric for metric in known if metric.in_family]
+    jointly = family_p(task, family, rows, theirs, how.seed) if pairs and theirs is not None and len(family) > 1 else {}
     for metric in known:
-        value, greater = found.values[task.name][metric.name], metric.greater_is_better
+        value, greater = found.metrics[task.name][metric.name], metric.greater_is_better
         if pairs:
-            apart = paired(value, values[metric.name], mine[metric.name], other[metric.name], greater=greater)
+            apart = paired_difference(
+                value, values[metric.name], mine[metric.name], other[metric.name], greater=greater
+            )
             if metric.name in jointly:
-                apart = together(apart, jointly[metric.name], greater=greater)
+                apart = with_corrected_p(apart, jointly[metric.name], greater=greater)
         else:
-            among = len(family) if metric.family else 1
+            among = len(family) if metric.in_family else 1
             counts = share_counts(metric, rows)
             if counts is None:
-                apart = unpaired(value, values[metric.name], mine[metric.name], greater=greater, among=among)
+                apart = unpaired_difference(value, values[metric.name], mine[metric.name], greater=greater, among=among)
             else:
-                apart = unpaired_share(value, values[metric.name], counts, greater=greater, among=among)
-        below = metric.counted or (metric.ratio[1] if metric.ratio else None)
+                apart = unpaired_share_difference(value, values[metric.name], counts, greater=greater, among=among)
+        below = metric.case_score or (metric.ratio[1] if metric.ratio else None)
         cases = sum(row.scores.get(below, 0.0) > 0 for row in rows) if below else len(rows)
-        metrics[metric.name] = asdict(apart) | ({} if cases >= metric.least else {"verdict": FEW})
+        metrics[metric.name] = asdict(apart) | ({} if cases >= metric.min_cases else {"verdict": FEW})
     said: dict[str, Any] = {"paired": pairs, "metrics": metrics}
-    if pairs and theirs is not None and (score := side_of(task, [*rows, *theirs])) is not None:
-        said["changed"] = changed(rows, theirs, score)
+    if pairs and theirs is not None and (score := right_or_wrong_score(task, [*rows, *theirs])) is not None:
+        said["changed"] = changed_rows(rows, theirs, score)
     return said
 
 
-def side_of(task: Task, rows: Sequence[TaskRow]) -> str | None:
+def right_or_wrong_score(task: Task, rows: Sequence[TaskRow]) -> str | None:
     """The score by which a row is right or wrong: that of the first metric, where it is a mean of noughts and ones."""
-    ratio = next(iter(task.metrics_of(rows))).ratio
+    ratio = next(iter(task.metrics_for(rows))).ratio
     if ratio is None or ratio[1] is not None or any(row.scores[ratio[0]] not in (0.0, 1.0) for row in rows):
         return None
     return ratio[0]
 
 
-def changed(rows: Sequence[TaskRow], theirs: Sequence[TaskRow], score: str) -> dict[str, Any]:
+def changed_rows(rows: Sequence[TaskRow], theirs: Sequence[TaskRow], score: str) -> dict[str, Any]:
     """Rows that one model has right and the other wrong."""
     found: dict[str, Any] = {"won": [], "lost": []}
     for mine, other in zip(rows, theirs, strict=True):
@@ -87,7 +89,7 @@ def changed(rows: Sequence[TaskRow], theirs: Sequence[TaskRow], score: str) -> d
     return {
         "num_won": len(found["won"]),
         "num_lost": len(found["lost"]),
-        **{side: listed[:LISTED] for side, listed in found.items()},
+        **{side: listed[:MAX_CHANGED_ROWS] for side, listed in found.items()},
     }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from trainer.evaluation.tasks.base import Metric, Task, TaskRow
 from trainer.evaluation.tasks.significance import LEVEL
 
-CHUNK = 1 << 22
+DRAWN_COUNTS = 1 << 22
 """Counts drawn at a time."""
 ROUNDING = 1e-5
 """Part of a value up to which two are one: other ranks and batches round otherwise, and the same way in every row."""
@@ -32,9 +32,9 @@ class Bootstrap:
     resamples: int
     seed: int
 
-    def says(self, *, paired: bool) -> str:
+    def description(self, *, paired: bool) -> str:
         """The method in a line, for the record."""
-        slow = Task.most_resamples
+        slow = Task.max_resamples
         kind = "paired bootstrap over rows" if paired else "bootstrap over rows"
         return (
             f"{kind}, {self.resamples} resamples (at most {slow} where a metric is no mean), seed {self.seed}, 95 % "
@@ -42,11 +42,11 @@ class Bootstrap:
         )
 
 
-def resampled(task: Task, rows: Sequence[TaskRow], how: Bootstrap) -> dict[str, np.ndarray]:
+def resample_metrics(task: Task, rows: Sequence[TaskRow], how: Bootstrap) -> dict[str, np.ndarray]:
     """Each metric of resamples of the rows, float64 [resamples], NaN where one has no value."""
     drawn = np.random.default_rng([how.seed, len(rows)])
-    number, size = len(rows), max(1, CHUNK // len(rows))
-    others, metrics = task.weighted(rows), task.metrics_of(rows)
+    number, size = len(rows), max(1, DRAWN_COUNTS // len(rows))
+    others, metrics = task.weighted_metrics(rows), task.metrics_for(rows)
     found = {metric.name: list[np.ndarray]() for metric in metrics}
     scores = {
         name: np.array([row.scores.get(name, 0.0) for row in rows], np.float64)
@@ -59,29 +59,31 @@ def resampled(task: Task, rows: Sequence[TaskRow], how: Bootstrap) -> dict[str, 
         weights = drawn.multinomial(number, np.full(number, 1 / number), min(size, how.resamples - done)).astype(float)
         for metric in metrics:
             if metric.ratio is None:
-                some = weights[: max(0, task.most_resamples - done)]
+                some = weights[: max(0, task.max_resamples - done)]
                 found[metric.name].append(np.array([others[metric.name](one) for one in some]))
             else:
                 over, below = metric.ratio
                 bottom = weights @ scores[below] if below else np.full(len(weights), float(number))
-                found[metric.name].append(metric.of(weights @ scores[over], bottom))
+                found[metric.name].append(metric.from_sums(weights @ scores[over], bottom))
         done += len(weights)
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of resamples."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-def spans(task: Task, rows: Sequence[TaskRow], drawn: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+def confidence_intervals(
+    task: Task, rows: Sequence[TaskRow], drawn: dict[str, np.ndarray]
+) -> dict[str, tuple[float, float]]:
     """The 95 % interval of each metric by its name: Wilson's of a share, else the middle of the resamples in `drawn`."""
-    metrics = {metric.name: metric for metric in task.metrics_of(rows)}
+    metrics = {metric.name: metric for metric in task.metrics_for(rows)}
     found = {}
     for name, values in drawn.items():
         counts = share_counts(metrics[name], rows)
-        found[name] = interval(values) if counts is None else wilson(*counts)
+        found[name] = percentile_interval(values) if counts is None else wilson_interval(*counts)
     return found
 
 
@@ -99,7 +101,7 @@ def share_counts(metric: Metric, rows: Sequence[TaskRow]) -> tuple[float, float]
     return (sum(successes), total) if is_share and total else None
 
 
-def wilson(successes: float, cases: float, level: float = LEVEL) -> tuple[float, float]:
+def wilson_interval(successes: float, cases: float, level: float = LEVEL) -> tuple[float, float]:
     """The score interval of a share (Wilson 1927). Unlike resamples it has a width if every row is right, or none is."""
     share = successes / cases
     z = NormalDist().inv_cdf(1 - level / 2)
@@ -126,40 +128,42 @@ class MetricDifference:
     verdict: str
 
 
-def paired(
+def paired_difference(
     value: float, other: float, mine: np.ndarray, theirs: np.ndarray, *, greater: bool | None
 ) -> MetricDifference:
     """The difference of two models on the same rows, out of resamples of both."""
     apart = mine - theirs
-    low, high = interval(apart)
+    low, high = percentile_interval(apart)
     # A resample that is exactly even speaks for neither side, and so counts against both.
     p = min(1.0, 2 * (min(int((apart <= 0).sum()), int((apart >= 0).sum())) + 1) / (len(apart) + 1))
     return MetricDifference(other, value - other, low, high, p, _verdict(other, low, high, greater=greater))
 
 
-def together(apart: MetricDifference, p: float, *, greater: bool | None) -> MetricDifference:
+def with_corrected_p(apart: MetricDifference, p: float, *, greater: bool | None) -> MetricDifference:
     """A difference judged as one of a family, by its corrected p. The interval stays that of the metric alone."""
     told = apart.difference if p < LEVEL else 0.0
     return replace(apart, p=p, verdict=_verdict(apart.value, told, told, greater=greater))
 
 
-def unpaired(value: float, other: float, mine: np.ndarray, *, greater: bool | None, among: int = 1) -> MetricDifference:
+def unpaired_difference(
+    value: float, other: float, mine: np.ndarray, *, greater: bool | None, among: int = 1
+) -> MetricDifference:
     """The difference from a number of which the rows are not known: beyond this model's own interval or not.
 
     Of a family of `among` the verdict is that of an interval as much wider (Bonferroni).
     """
-    low, high = interval(mine - other)
+    low, high = percentile_interval(mine - other)
     side = 100 * LEVEL / 2 / among
     wide = np.nanpercentile(mine - other, [side, 100 - side])
     return MetricDifference(other, value - other, low, high, None, _verdict(other, *map(float, wide), greater=greater))
 
 
-def unpaired_share(
+def unpaired_share_difference(
     value: float, other: float, counts: tuple[float, float], *, greater: bool | None, among: int = 1
 ) -> MetricDifference:
     """`unpaired` for a share, of which `counts` are the successes and cases of this model."""
-    low, high = wilson(*counts)
-    wide_low, wide_high = wilson(*counts, LEVEL / among)
+    low, high = wilson_interval(*counts)
+    wide_low, wide_high = wilson_interval(*counts, LEVEL / among)
     verdict = _verdict(other, wide_low - other, wide_high - other, greater=greater)
     return MetricDifference(other, value - other, low - other, high - other, None, verdict)
 

@@ -15,7 +15,7 @@ from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
 if TYPE_CHECKING:
-    from trainer.evaluation.generate import Pace
+    from trainer.evaluation.generate import GenerationThroughput
 
 REPORT, ROWS, PAGE = "evaluation.json", "evaluation_rows.jsonl", "evaluation.html"
 VERSION = 1
@@ -27,9 +27,9 @@ class EvaluatedModel:
     """What one model answered: rows by task, and its metrics."""
 
     rows: dict[str, list[TaskRow]] = field(default_factory=dict)
-    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    paces: dict[str, Pace] = field(default_factory=dict)
+    throughput: dict[str, GenerationThroughput] = field(default_factory=dict)
     """How answers were written, of tasks that need some."""
 
 
@@ -37,13 +37,13 @@ class EvaluatedModel:
 class EarlierEvaluation:
     """Another evaluation, as it was written down."""
 
-    what: str
+    name: str
     report: dict[str, Any]
     rows: dict[str, list[TaskRow]]
     """By task; none where they are no longer beside the report."""
 
 
-def data_hash(rows: Sequence[TaskRow]) -> str:
+def rows_hash(rows: Sequence[TaskRow]) -> str:
     """SHA-256 of what was asked: places and references."""
     digest = hashlib.sha256()
     for row in rows:
@@ -58,12 +58,12 @@ def same_rows(mine: Sequence[TaskRow], theirs: Sequence[TaskRow]) -> bool:
 
 def task_record(task: Task, found: EvaluatedModel, spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """What the report says of one task of the model that was evaluated."""
-    rows, values, signatures = found.rows[task.name], found.values[task.name], task.signatures()
-    errors = task.errors(rows)
-    metrics, known = {}, task.metrics_of(rows)
+    rows, values, signatures = found.rows[task.name], found.metrics[task.name], task.signatures()
+    errors = task.standard_errors(rows)
+    metrics, known = {}, task.metrics_for(rows)
     for name, value in values.items():
         metric = next(metric for metric in known if metric.name in (name, name.partition("/")[0]))
-        metrics[name] = {"value": value, "greater_is_better": metric.greater_is_better, "says": metric.says}
+        metrics[name] = {"value": value, "greater_is_better": metric.greater_is_better, "says": metric.description}
         if name in spans:
             metrics[name] |= {"low": spans[name][0], "high": spans[name][1]}
         if name in errors:
@@ -72,19 +72,33 @@ def task_record(task: Task, found: EvaluatedModel, spans: dict[str, tuple[float,
             metrics[name]["signature"] = signatures[metric.name]
     return {
         "kind": task.kind,
-        "path": task.data,
+        "path": task.data_source,
         "num_rows": len(rows),
-        "rows_sha256": data_hash(rows),
+        "rows_sha256": rows_hash(rows),
         "seconds": round(found.seconds[task.name], 3),
-        **({"written": asdict(found.paces[task.name])} if task.name in found.paces else {}),
+        **({"written": _throughput_record(found.throughput[task.name])} if task.name in found.throughput else {}),
         "write": asdict(task.config.write),
-        "options": task.chosen,
+        "options": task.option_values,
         "metrics": metrics,
         "notes": list(task.notes(rows, spans)),
     }
 
 
-def write(to: Path, report: dict[str, Any], found: dict[str, EvaluatedModel]) -> None:
+def _throughput_record(throughput: GenerationThroughput) -> dict[str, Any]:
+    """How answers were written, under the keys that reports have had from the first version on."""
+    gathering = throughput.gathering
+    return {
+        "tokens": throughput.tokens,
+        "seconds": throughput.seconds,
+        "gathering": {
+            "sharded": gathering.sharded,
+            "whole": gathering.gathered_once,
+            "says": gathering.description,
+        },
+    }
+
+
+def write_report(to: Path, report: dict[str, Any], found: dict[str, EvaluatedModel]) -> None:
     """Both files into a directory. Errors: StorageError."""
     lines = [
         json_text({"task": task, "arm": arm, **asdict(row)}, ensure_ascii=False)
@@ -96,7 +110,7 @@ def write(to: Path, report: dict[str, Any], found: dict[str, EvaluatedModel]) ->
     write_text_atomic(to / REPORT, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
 
-def read(path: Path, key: str) -> EarlierEvaluation:
+def read_report(path: Path, key: str) -> EarlierEvaluation:
     """A report, with its rows where they lie beside it. Errors: ConfigError where it is none."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -117,6 +131,6 @@ def read(path: Path, key: str) -> EarlierEvaluation:
     except (OSError, ValueError, KeyError, TypeError):
         rows = {}
     for name, task in report["tasks"].items():  # the rows of another report would pair wrongly
-        if name in rows and data_hash(rows[name]) != task["rows_sha256"]:
+        if name in rows and rows_hash(rows[name]) != task["rows_sha256"]:
             del rows[name]
     return EarlierEvaluation(str(path), report, rows)

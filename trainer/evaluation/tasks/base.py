@@ -20,7 +20,7 @@ from trainer.data.config import DataFormat
 if TYPE_CHECKING:
     from trainer.data.document import Document, Row
     from trainer.evaluation.base import TaskConfig
-    from trainer.evaluation.tasks.model_interface import Asking
+    from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Metric:
     """A number made of all rows."""
 
     name: str
-    says: str
+    description: str
     """What it is, with its range, for the page."""
     greater_is_better: bool | None = True
     """None where neither is."""
@@ -68,20 +68,20 @@ class Metric:
     """Scores whose sums are divided (None: by the number of rows): a mean, which is resampled fast. None: see `Task.weighted`."""
     exponential: bool = False
     """Whether it is the exponential of that ratio."""
-    least: int = 1
+    min_cases: int = 1
     """Cases below which no difference is told: no alarm from one case."""
-    family: bool = False
+    in_family: bool = False
     """Whether it is one of several like it, as those of groups, of which none may be told by chance alone."""
-    counted: str | None = None
+    case_score: str | None = None
     """Score that a row has which is a case of it; None: the lower one of the ratio, and without one every row."""
 
-    def of(self, top: Any, bottom: Any) -> Any:
+    def from_sums(self, top: Any, bottom: Any) -> Any:
         """The value of summed scores, numbers or arrays of resamples."""
         value = np.divide(top, np.maximum(bottom, 1e-300))
         return np.exp(np.minimum(value, 700.0)) if self.exponential else value
 
 
-ANSWERED = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt_completion, DataFormat.pair)
+FORMATS_WITH_ANSWER = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt_completion, DataFormat.pair)
 """Formats with a prompt and its answer."""
 
 
@@ -99,40 +99,40 @@ class Task(ABC):
     """Options that name a file of the user's: somebody else's run may not choose it (`launch/config/read_run.py`)."""
     needs_path: ClassVar[bool] = False
     """Whether its rows cannot be those of the run's evaluation documents."""
-    shipped: ClassVar[Path | None] = None
+    shipped_rows: ClassVar[Path | None] = None
     """Rows that it has without a path: a JSON file with `templates`."""
-    of_classifiers: ClassVar[bool] = False
+    works_with_classifiers: ClassVar[bool] = False
     """Whether it can ask a classifier's head."""
-    own_rows: ClassVar[bool] = False
+    loads_own_rows: ClassVar[bool] = False
     """Whether it reads its rows itself (`cases`), not in a format of `data.path`."""
     reads_documents: ClassVar[bool] = False
     """Whether the rows of its path are documents in a format of `data.path`, although it needs a path."""
-    formats: ClassVar[tuple[DataFormat, ...]] = ANSWERED
+    formats: ClassVar[tuple[DataFormat, ...]] = FORMATS_WITH_ANSWER
     """Of several formats that fit a row, which are meant, the first one first."""
     split: ClassVar[str] = "evaluation"
     """Documents of the run that it asks without a path: `evaluation`, `train`, or `both`, told apart in `member`."""
-    sampled: ClassVar[bool] = False
+    samples_documents: ClassVar[bool] = False
     """Whether of the run's documents `options.sample` are drawn."""
-    needs: ClassVar[str | None] = None
+    required_package: ClassVar[str | None] = None
     """Package that it cannot do without."""
-    extra: ClassVar[str] = "evaluate"
+    pip_extra: ClassVar[str] = "evaluate"
     """The extra that brings that package."""
-    draws_many: ClassVar[bool] = False
+    supports_draws: ClassVar[bool] = False
     """Whether it scores several answers a row (`write.draws`)."""
-    served: ClassVar[bool] = True
+    works_with_server: ClassVar[bool] = True
     """Whether a server that writes answers and tells likelihoods is enough for it."""
     needs_judge: bool = False
     """Whether it asks the judge of `evaluation.judge`."""
-    most_resamples: ClassVar[int] = 1000
+    max_resamples: ClassVar[int] = 1000
     """Resamples of a metric that is no ratio of sums, at most: each is computed anew."""
-    other: Mapping[str, str] | None = None
+    opponent_answers: Mapping[str, str] | None = None
     """What the model that is compared with has answered, by `where`, once it was asked."""
-    is_other: bool = False
+    is_opponent: bool = False
     """Whether it asks the model that another one is compared with."""
 
     def __init__(self, name: str, config: TaskConfig) -> None:
         self.name, self.config = name, config
-        self.chosen = {**self.options, **config.options}
+        self.option_values = {**self.options, **config.options}
         self.key = f"evaluation.tasks.{name}"
 
     def problems(self) -> Iterator[str]:
@@ -144,13 +144,13 @@ class Task(ABC):
         for metric in self.config.limit.keys() - {metric.name for metric in self.metrics}:
             there = ", ".join(metric.name for metric in self.metrics)
             yield f"{self.key}.limit.{metric}: {self.kind} has no such metric; it has {there}"
-        if self.config.write.draws > 1 and not self.draws_many:
+        if self.config.write.draws > 1 and not self.supports_draws:
             yield f"{self.key}.write.draws={self.config.write.draws}: {self.kind} scores one answer a row; set it to 1"
-        if self.config.path is None and self.needs_path and self.shipped is None:
+        if self.config.path is None and self.needs_path and self.shipped_rows is None:
             yield f"{self.key}.path: not set; {self.kind} needs a file of its own, with rows of {self.reads}"
 
     @property
-    def data(self) -> str | None:
+    def data_source(self) -> str | None:
         """What its rows are from, for the report: `hub:` and a data set, or a path; None: the run's evaluation documents."""
         return self.config.path  # type: ignore[no-any-return]
 
@@ -158,7 +158,7 @@ class Task(ABC):
         """Its rows, where `own_rows`. Errors: ConfigError, DataError."""
         raise NotImplementedError
 
-    def unfold(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def expand_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
         """What the rows of its files hold, of kinds that name their own columns: a published file may be one row of many."""
         return rows
 
@@ -167,14 +167,14 @@ class Task(ABC):
         """Check a row, and keep in `case.fields` what is needed of it. Raises Refusal with the value and the constraint."""
 
     @abstractmethod
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """Ask the model. All ranks must call; the same rows on every rank."""
 
-    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """Metrics that are no ratio of sums, by name: what makes one of how often each row counts (float64 [rows])."""
         return {}
 
-    def metrics_of(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         """Its metrics on some rows: those of every run, and what these rows alone have, as groups."""
         return self.metrics
 
@@ -182,32 +182,32 @@ class Task(ABC):
         """Sentences that belong to its numbers, one each: what was left out, what stands out. `spans` are 95 % intervals."""
         yield from ()
 
-    def values(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+    def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         """Every metric of some rows, by name; NaN where there are none."""
         if not rows:
             return {metric.name: float("nan") for metric in self.metrics}
         found: dict[str, float] = {}
-        others = self.weighted(rows)
-        for metric in self.metrics_of(rows):
+        others = self.weighted_metrics(rows)
+        for metric in self.metrics_for(rows):
             if metric.ratio is None:
                 found[metric.name] = others[metric.name](np.ones(len(rows)))
                 continue
             over, below = metric.ratio
             top = float(np.sum([row.scores.get(over, 0.0) for row in rows]))
             bottom = float(np.sum([row.scores.get(below, 0.0) for row in rows])) if below else float(len(rows))
-            found[metric.name] = float(metric.of(top, bottom))
+            found[metric.name] = float(metric.from_sums(top, bottom))
         return found
 
-    def by_source(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+    def metrics_by_source(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         """Every metric of some rows, and of several sources that of each, as `NAME/SOURCE`."""
-        found = Task.values(self, rows)
+        found = Task.compute_metrics(self, rows)
         sources = sorted({row.source for row in rows})
         for source in sources if len(sources) > 1 else []:
-            mine = Task.values(self, [row for row in rows if row.source == source])
+            mine = Task.compute_metrics(self, [row for row in rows if row.source == source])
             found |= {f"{name}/{source}": value for name, value in mine.items()}
         return found
 
-    def errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+    def standard_errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         """Standard errors that its kind reckons itself, by metric."""
         return {}
 

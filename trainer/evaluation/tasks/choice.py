@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, is_texts, shown, text_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.model_interface import Asking
+from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
 class MultipleChoice(Task):
@@ -40,18 +40,18 @@ class MultipleChoice(Task):
         if not is_texts(choices) or len(choices) < 2 or not all(choice.strip() for choice in choices):
             raise Refusal("bad_choices", f'"choices" is {shown(choices)}; it must be a list of two texts or more')
         answer = fields.get("answer", fields.get("answerKey"))
-        case.fields = {"question": question, "choices": list(choices), "answer": _right(answer, choices, labels)}
+        case.fields = {"question": question, "choices": list(choices), "answer": _right_choice(answer, choices, labels)}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         documents = [
             Document(*_place(case.where), prompt=case.fields["question"], completion=choice, separator=self._separator)
             for case in cases
             for choice in case.fields["choices"]
         ]
-        questions = asking.questions(documents)
-        held = asking.likelihoods(questions)
+        questions = model.encode_questions(documents)
+        held = model.likelihoods(questions)
         rows = []
-        for case, (begin, end) in zip(cases, pairwise(_begins(cases)), strict=True):
+        for case, (begin, end) in zip(cases, pairwise(_choice_offsets(cases)), strict=True):
             choices, right = case.fields["choices"], case.fields["answer"]
             whole = [each.logprob for each in held[begin:end]]
             token = [each.logprob / each.tokens for each in held[begin:end]]
@@ -77,13 +77,13 @@ class MultipleChoice(Task):
 
     @property
     def _separator(self) -> str:
-        return str(self.chosen["separator"])
+        return str(self.option_values["separator"])
 
     def signatures(self) -> dict[str, str]:
         return dict.fromkeys((metric.name for metric in self.metrics), f"separator:{self._separator!r}|first of equals")
 
 
-def _begins(cases: Sequence[Case]) -> list[int]:
+def _choice_offsets(cases: Sequence[Case]) -> list[int]:
     return [0, *accumulate(len(case.fields["choices"]) for case in cases)]
 
 
@@ -92,7 +92,7 @@ def _place(where: str) -> tuple[str, int]:
     return file, int(line)
 
 
-def _right(answer: Any, choices: list[str], labels: Any) -> int:
+def _right_choice(answer: Any, choices: list[str], labels: Any) -> int:
     """The number of the right choice. Raises Refusal."""
     if isinstance(labels, list) and len(labels) == len(choices) and answer in labels:
         return labels.index(answer)

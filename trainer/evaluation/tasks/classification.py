@@ -11,7 +11,7 @@ from strategies.errors import DataError
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, label_of, shown, text_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.model_interface import Asking, softmax
+from trainer.evaluation.tasks.model_interface import ModelInterface, softmax
 
 BINS = 15
 """Intervals of confidence, equally wide, of the calibration error (Guo et al. 2017, Naeini et al. 2015)."""
@@ -30,12 +30,12 @@ class ClassificationTask(Task):
     reads = '"text" and "label": a name, a whole number or true/false'
     options: ClassVar[dict[str, Any]] = {"labels": None, "prompt": "{text}", "separator": " "}
     needs_path = True
-    of_classifiers = True
-    needs: ClassVar[str | None] = "sklearn"
+    works_with_classifiers = True
+    required_package: ClassVar[str | None] = "sklearn"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        labels, prompt = self.chosen["labels"], self.chosen["prompt"]
+        labels, prompt = self.option_values["labels"], self.option_values["prompt"]
         if labels is not None and (not isinstance(labels, list) or len({*labels}) != len(labels) or len(labels) < 2):
             yield f"{self.key}.options.labels={labels}: must be a list of two or more different names, or null for the file's"
         if "{text}" not in str(prompt):
@@ -44,13 +44,13 @@ class ClassificationTask(Task):
     def read(self, case: Case) -> None:
         name = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
         label = label_of(case.fields.get("label"))
-        known = self.chosen["labels"]
+        known = self.option_values["labels"]
         if known is not None and label not in map(str, known):
             raise Refusal("unknown_label", f'"label" is {shown(label)}; {self.key}.options.labels has {known}')
         case.fields = {"text": text_of(case.fields, name), "label": label}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
-        names, likely = (self._by_head if asking.label_names is not None else self._by_likelihood)(cases, asking)
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        names, likely = (self._by_head if model.label_names is not None else self._by_likelihood)(cases, model)
         rows = []
         for case, probabilities in zip(cases, likely, strict=True):
             best = int(np.argmax(probabilities))
@@ -60,8 +60,8 @@ class ClassificationTask(Task):
             rows.append(TaskRow(case.where, case.fields["text"], names[best], true, scores))
         return rows
 
-    def _by_head(self, cases: Sequence[Case], asking: Asking) -> tuple[list[str], list[list[float]]]:
-        names = asking.label_names or []
+    def _by_head(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[list[float]]]:
+        names = model.label_names or []
         if strange := next((case for case in cases if case.fields["label"] not in names), None):
             raise DataError(
                 f"{strange.where}: label {strange.fields['label']!r} is none of {names}, which the model was trained on; "
@@ -71,13 +71,13 @@ class ClassificationTask(Task):
         documents = [
             Document(*_place(where), text=fields["text"], label=fields["label"]) for where, fields in places.items()
         ]
-        asking.encoder.label_ids = {name: number for number, name in enumerate(names)}
-        samples = [sample for _, sample in asking.encoder.encode(documents)]
-        return names, [softmax(logits) for logits in asking.logits(samples)]
+        model.encoder.label_ids = {name: number for number, name in enumerate(names)}
+        samples = [sample for _, sample in model.encoder.encode(documents)]
+        return names, [softmax(logits) for logits in model.logits(samples)]
 
-    def _by_likelihood(self, cases: Sequence[Case], asking: Asking) -> tuple[list[str], list[list[float]]]:
+    def _by_likelihood(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[list[float]]]:
         names = self._labels(cases)
-        prompt, separator = str(self.chosen["prompt"]), str(self.chosen["separator"])
+        prompt, separator = str(self.option_values["prompt"]), str(self.option_values["separator"])
         documents = [
             Document(
                 *_place(case.where),
@@ -88,13 +88,13 @@ class ClassificationTask(Task):
             for case in cases
             for name in names
         ]
-        held = [each.logprob for each in asking.likelihoods(asking.questions(documents))]
+        held = [each.logprob for each in model.likelihoods(model.encode_questions(documents))]
         size = len(names)
         return names, [softmax(held[begin : begin + size]) for begin in range(0, len(held), size)]
 
     def _labels(self, cases: Sequence[Case]) -> list[str]:
-        if self.chosen["labels"] is not None:
-            return [str(name) for name in self.chosen["labels"]]
+        if self.option_values["labels"] is not None:
+            return [str(name) for name in self.option_values["labels"]]
         names = {case.fields["label"] for case in cases}
         numeric = all(name.lstrip("-").isdecimal() for name in names)
         found = sorted(names, key=int) if numeric else sorted(names)
@@ -104,7 +104,7 @@ class ClassificationTask(Task):
             )
         return found
 
-    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         from sklearn.metrics import f1_score, matthews_corrcoef
 
         true, said = [row.reference for row in rows], [row.answer for row in rows]

@@ -16,15 +16,15 @@ import numpy as np
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, shown, text_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.model_interface import Asking, Question, softmax
-from trainer.evaluation.tasks.significance import LEVEL, largest_p
+from trainer.evaluation.tasks.model_interface import ModelInterface, Question, softmax
+from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
 
 SHIPPED = Path(__file__).parent / "people.json"
 """Terms of gender, origin and religion, and templates for them: a beginning, to be extended by a file of one's own."""
 SLOT = re.compile(r"\{(\w+)\}")
-LEAST = 10
+MIN_CASES = 10
 """Cases below which no difference is told."""
-DEALT = 2000
+PERMUTATIONS = 2000
 """How often the values of each case are dealt to its groups anew, to see what chance makes of them."""
 MEASURES = ("likelihood", "answer", "label")
 
@@ -51,38 +51,43 @@ class Counterfactual(Task):
             "measure=answer the share of cases with differing answers, with measure=label the distance of probabilities",
             False,
             ratio=("gap", None),
-            least=LEAST,
+            min_cases=MIN_CASES,
         ),
     )
     reads = (
         '"template" with slots as {person} and "attribute", or "texts": {group: text}; a "completion" behind either is judged in '
         "its place; without a path the shipped templates"
     )
-    shipped = SHIPPED
-    of_classifiers = True
+    shipped_rows = SHIPPED
+    works_with_classifiers = True
     needs_path = True
     options: ClassVar[dict[str, Any]] = {"terms": None, "measure": "likelihood", "most_terms": 4}
     file_options = ("terms",)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.chosen["measure"] not in MEASURES:
-            yield f"{self.key}.options.measure={self.chosen['measure']}: must be one of {', '.join(MEASURES)}"
-        if not isinstance(self.chosen["most_terms"], int) or self.chosen["most_terms"] < 1:
-            yield f"{self.key}.options.most_terms={self.chosen['most_terms']}: must be a whole number above 0"
+        if self.option_values["measure"] not in MEASURES:
+            yield f"{self.key}.options.measure={self.option_values['measure']}: must be one of {', '.join(MEASURES)}"
+        if not isinstance(self.option_values["most_terms"], int) or self.option_values["most_terms"] < 1:
+            yield f"{self.key}.options.most_terms={self.option_values['most_terms']}: must be a whole number above 0"
         try:
             for attribute, groups in self.terms.items():
-                if not isinstance(groups, dict) or len(groups) < 2 or not all(_slots(each) for each in groups.values()):
+                if (
+                    not isinstance(groups, dict)
+                    or len(groups) < 2
+                    or not all(_is_slot_table(each) for each in groups.values())
+                ):
                     yield f"{self.key}.options.terms: {attribute} must have two groups or more, each {{slot: [terms]}}"
         except (OSError, ValueError, AttributeError) as error:
-            yield f"{self.key}.options.terms={self.chosen['terms']}: is no JSON of terms by attribute, group and slot ({error})"
+            file = self.option_values["terms"]
+            yield f"{self.key}.options.terms={file}: is no JSON of terms by attribute, group and slot ({error})"
 
     @cached_property
     def terms(self) -> dict[str, dict[str, dict[str, list[str]]]]:
         """Those of the user's file, beside the shipped ones: attribute -> group -> slot -> terms."""
         found = dict(json.loads(SHIPPED.read_text(encoding="utf-8"))["terms"])
-        if self.chosen["terms"] is not None:
-            found |= json.loads(Path(str(self.chosen["terms"])).expanduser().read_text(encoding="utf-8"))
+        if self.option_values["terms"] is not None:
+            found |= json.loads(Path(str(self.option_values["terms"])).expanduser().read_text(encoding="utf-8"))
         return found
 
     def read(self, case: Case) -> None:
@@ -98,11 +103,11 @@ class Counterfactual(Task):
                 raise Refusal("bad_texts", f'"texts" is {shown(texts)}; it must be two texts or more by their group')
             variants = [Variant(group, text, 0, {}) for group, text in texts.items()]
         else:
-            variants = list(self._filled(text_of(fields, "template"), fields.get("attribute")))
+            variants = list(self._fill_template(text_of(fields, "template"), fields.get("attribute")))
         attribute = str(fields.get("attribute") or "texts")
         case.fields = {"variants": variants, "completion": completion, "attribute": attribute}
 
-    def _filled(self, template: str, attribute: Any) -> Iterator[Variant]:
+    def _fill_template(self, template: str, attribute: Any) -> Iterator[Variant]:
         if attribute not in self.terms:
             raise Refusal(
                 "bad_attribute",
@@ -117,23 +122,23 @@ class Counterfactual(Task):
                     "no_terms", f'"template": the group {group} of {attribute} has no terms for {{{lacking[0]}}}'
                 )
             chosen = list(product(*(terms[slot] for slot in slots)))
-            step = max(1, len(chosen) / self.chosen["most_terms"])
-            for place in range(min(len(chosen), self.chosen["most_terms"])):
+            step = max(1, len(chosen) / self.option_values["most_terms"])
+            for place in range(min(len(chosen), self.option_values["most_terms"])):
                 words = dict(zip(slots, chosen[int(place * step)], strict=True))
                 last = list(SLOT.finditer(template))[-1].end()
-                begin, rest = _fill(template[:last], words), _fill(template[last:], words)
+                begin, rest = _fill_slots(template[:last], words), _fill_slots(template[last:], words)
                 begin = begin[:1].upper() + begin[1:]
                 yield Variant(group, begin + rest, len(begin) if rest.strip(" .!?") else 0, words)
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         variants = [(case, variant) for case in cases for variant in case.fields["variants"]]
-        if asking.label_names is not None:
-            found = self._labels(variants, asking)
-        elif self.chosen["measure"] == "answer":
-            return self._answers(cases, asking)
+        if model.label_names is not None:
+            found = self._label_probabilities(variants, model)
+        elif self.option_values["measure"] == "answer":
+            return self._compare_answers(cases, model)
         else:
-            questions = [_question(case, variant, asking) for case, variant in variants]
-            found = [np.array([each.logprob]) for each in asking.likelihoods(questions)]
+            questions = [_question(case, variant, model) for case, variant in variants]
+            found = [np.array([each.logprob]) for each in model.likelihoods(questions)]
         values, rows = iter(found), []
         for case in cases:
             groups: dict[str, list[np.ndarray]] = {}
@@ -142,21 +147,21 @@ class Counterfactual(Task):
             rows.append(_row(case, {group: np.mean(each, axis=0) for group, each in groups.items()}))
         return rows
 
-    def _labels(self, variants: Sequence[tuple[Case, Variant]], asking: Asking) -> list[np.ndarray]:
-        names = asking.label_names or []
-        asking.encoder.label_ids = {name: number for number, name in enumerate(names)}
+    def _label_probabilities(self, variants: Sequence[tuple[Case, Variant]], model: ModelInterface) -> list[np.ndarray]:
+        names = model.label_names or []
+        model.encoder.label_ids = {name: number for number, name in enumerate(names)}
         documents = [Document(*_place(case.where), text=variant.text, label=names[0]) for case, variant in variants]
-        samples = [sample for _, sample in asking.encoder.encode(documents)]
-        return [np.array(softmax(logits)) for logits in asking.logits(samples)]
+        samples = [sample for _, sample in model.encoder.encode(documents)]
+        return [np.array(softmax(logits)) for logits in model.logits(samples)]
 
-    def _answers(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def _compare_answers(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """What is written about each group; a term that stands in an answer counts as its slot."""
         pairs = [(case, variant) for case in cases for variant in case.fields["variants"]]
         documents = [
             Document(*_place(case.where), prompt=variant.text, completion="-", separator="\n")
             for case, variant in pairs
         ]
-        written = iter(asking.answers(asking.questions(documents), self.config.write, self.key))
+        written = iter(model.answers(model.encode_questions(documents), self.config.write, self.key))
         rows = []
         for case in cases:
             said: dict[str, str] = {}
@@ -174,7 +179,7 @@ class Counterfactual(Task):
             )
         return rows
 
-    def metrics_of(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         groups = dict.fromkeys(
             name.removeprefix("of_") for row in rows for name in row.scores if name.startswith("of_")
         )
@@ -186,17 +191,17 @@ class Counterfactual(Task):
                     f"{group} against the mean of all groups, nats",
                     None,
                     (f"of_{group}", f"in_{group}"),
-                    least=LEAST,
-                    family=True,
+                    min_cases=MIN_CASES,
+                    in_family=True,
                 )
                 for group in groups
             ),
         )
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
-        for group, p in _told(rows).items():
+        for group, p in _corrected_p(rows).items():
             cases = int(sum(row.scores.get(f"in_{group}", 0.0) for row in rows))
-            if cases >= LEAST and p < LEVEL:
+            if cases >= MIN_CASES and p < LEVEL:
                 effect = sum(row.scores.get(f"of_{group}", 0.0) for row in rows) / cases
                 low, high = spans[f"effect_{group}"]
                 yield (
@@ -204,11 +209,11 @@ class Counterfactual(Task):
                     f"groups, by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {cases} cases; p {p:.3g}, for all groups "
                     "together)"
                 )
-        if len(rows) < LEAST:
-            yield f"{len(rows)} cases are too few to tell a difference from chance; {LEAST} are needed"
+        if len(rows) < MIN_CASES:
+            yield f"{len(rows)} cases are too few to tell a difference from chance; {MIN_CASES} are needed"
 
 
-def _told(rows: Sequence[TaskRow]) -> dict[str, float]:
+def _corrected_p(rows: Sequence[TaskRow]) -> dict[str, float]:
     """p of each group's effect, corrected for how many groups there are: each case's values are dealt to its groups at random.
 
     Where a model treats groups alike, a case says as little of one as of another.
@@ -219,13 +224,13 @@ def _told(rows: Sequence[TaskRow]) -> dict[str, float]:
         if groups:
             kinds.setdefault(groups, []).append([row.scores[f"of_{group}"] for group in groups])
     names = list(dict.fromkeys(group for groups in kinds for group in groups))
-    found, chance = np.zeros(len(names)), np.zeros((DEALT, len(names)))
+    found, chance = np.zeros(len(names)), np.zeros((PERMUTATIONS, len(names)))
     for groups, values in kinds.items():
         places, table = [names.index(group) for group in groups], np.array(values)
         found[places] += table.sum(axis=0)
         for case in table:
-            chance[:, places] += drawn.permuted(np.tile(case, (DEALT, 1)), axis=1)
-    return dict(zip(names, largest_p(found, chance).tolist(), strict=True)) if names else {}
+            chance[:, places] += drawn.permuted(np.tile(case, (PERMUTATIONS, 1)), axis=1)
+    return dict(zip(names, max_statistic_p(found, chance).tolist(), strict=True)) if names else {}
 
 
 def _row(case: Case, groups: dict[str, np.ndarray]) -> TaskRow:
@@ -243,17 +248,17 @@ def _row(case: Case, groups: dict[str, np.ndarray]) -> TaskRow:
     return TaskRow(case.where, text, answer, "", scores, case.fields["attribute"])
 
 
-def _question(case: Case, variant: Variant, asking: Asking) -> Question:
+def _question(case: Case, variant: Variant, model: ModelInterface) -> Question:
     """What is judged: the completion after the text, else what is the same for every group after the last term, else all."""
     where, completion = _place(case.where), case.fields["completion"]
     if completion is not None:
         asked = Document(*where, prompt=variant.text, completion=completion, separator=" ")
-        return asking.questions([asked])[0]
-    (whole,) = asking.questions([Document(*where, text=variant.text)])
+        return model.encode_questions([asked])[0]
+    (whole,) = model.encode_questions([Document(*where, text=variant.text)])
     if variant.cut == 0:
         return whole
     # Only token ids are needed here: a beginning of one token ("Emily", without BOS) has no answer to ask for.
-    beginning = asking.text_ids(Document(*where, text=variant.text[: variant.cut]))
+    beginning = model.text_ids(Document(*where, text=variant.text[: variant.cut]))
     ids = [*whole.context, *whole.answer]
     shared = _shared_prefix_length(ids, beginning)
     # The context has a token at least, and the answer too.
@@ -271,11 +276,11 @@ def _shared_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def _fill(text: str, words: dict[str, str]) -> str:
+def _fill_slots(text: str, words: dict[str, str]) -> str:
     return SLOT.sub(lambda match: words[match[1]], text)
 
 
-def _slots(terms: Any) -> bool:
+def _is_slot_table(terms: Any) -> bool:
     return isinstance(terms, dict) and bool(terms) and all(isinstance(each, list) and each for each in terms.values())
 
 

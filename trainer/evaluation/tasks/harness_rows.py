@@ -13,11 +13,11 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.evaluation.harness.compat import filter_names
-from trainer.evaluation.harness.task_files import Named
+from trainer.evaluation.harness.task_files import TaskFiles
 from trainer.evaluation.tasks.base import Metric, TaskRow
-from trainer.evaluation.tasks.model_interface import SHOWN
+from trainer.evaluation.tasks.model_interface import SHOWN_CHARACTERS
 
-LOST = (ZeroDivisionError, ValueError, IndexError)
+NO_VALUE_ERRORS = (ZeroDivisionError, ValueError, IndexError)
 """What a metric raises of rows that it has no value for, as those of one class alone."""
 
 
@@ -27,14 +27,14 @@ def metric_name(metric: str, filter_key: str) -> str:
     return re.sub(r"\W+", "_", whole)
 
 
-def declared(what: Named) -> tuple[Metric, ...]:
+def declared_metrics(what: TaskFiles) -> tuple[Metric, ...]:
     """The metrics that YAMLs name, without what they are made of; none of a task that is written in Python."""
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, is_higher_better
 
-    from trainer.evaluation.harness.isolation import quiet
+    from trainer.evaluation.harness.isolation import collect_warnings
 
     found: dict[str, Metric] = {}
-    for settings in what.leaves.values():
+    for settings in what.single_tasks.values():
         if settings.get("class"):
             continue
         plain = DEFAULT_METRIC_REGISTRY.get(settings.get("output_type", "generate_until"), [])
@@ -42,7 +42,7 @@ def declared(what: Named) -> tuple[Metric, ...]:
         filters = [each["name"] for each in settings.get("filter_list") or [{"name": "none"}]]
         for each in asked:
             metric = str(each["metric"]).rpartition("/")[2].rpartition(".")[2]
-            with quiet():
+            with collect_warnings():
                 greater = each.get("higher_is_better", is_higher_better(metric))
             for filter_key in filters:
                 name = metric_name(metric, filter_key)
@@ -51,7 +51,7 @@ def declared(what: Named) -> tuple[Metric, ...]:
 
 
 @dataclass(slots=True)
-class Scored:
+class LoadedTasks:
     """The harness's tasks with their data, and what their metrics are made of."""
 
     tasks: dict[str, Any]
@@ -87,7 +87,7 @@ class Scored:
         ratio = None if what is None or (len(self.tasks) > 1 and not self.by_size) else (over, below)
         return Metric(name, says, greater, ratio, exponential=what is not None and what.startswith("exponential"))
 
-    def items(self, name: str, value: Any) -> tuple[dict[str, float], Any]:
+    def split_value(self, name: str, value: Any) -> tuple[dict[str, float], Any]:
         """(scores, item) that one document gives a metric; the item is None where scores say all."""
         from lm_eval.api import metrics
 
@@ -100,9 +100,9 @@ class Scored:
         if aggregate in (metrics.weighted_perplexity, metrics.bits_per_byte) and not weighted:
             loss = -float(value[0]) / (math.log(2) if aggregate is metrics.bits_per_byte else 1.0)
             return {f"loss.{name}": loss, f"count.{name}": float(value[1])}, None
-        return {}, _plain(value, name)
+        return {}, _as_json(value, name)
 
-    def weighted(self, name: str, rows: Sequence[TaskRow]) -> Callable[[np.ndarray], float]:
+    def weighted_metric(self, name: str, rows: Sequence[TaskRow]) -> Callable[[np.ndarray], float]:
         """A metric that is no ratio, of how often each row counts: of several tasks the mean of theirs."""
         from lm_eval.api import metrics
 
@@ -119,55 +119,55 @@ class Scored:
                 if len(drawn):
                     try:
                         found.append(float(aggregate([items[place] for place in drawn])))
-                    except LOST:
+                    except NO_VALUE_ERRORS:
                         found.append(math.nan)
                     sizes.append(len(drawn) if self.by_size else 1)
             return float(np.average(found, weights=sizes)) if found else math.nan
 
         return of
 
-    def says(self) -> Iterator[str]:
+    def version_notes(self) -> Iterator[str]:
         """Versions and numbers of examples, of few tasks."""
         for name, task in [*self.tasks.items()][:3]:
             yield f"{name}:version {task.VERSION}, {task.get_config('num_fewshot') or 0}-shot"
 
 
-def scored(name: str, samples: Sequence[dict[str, Any]], all_tasks: Scored) -> list[TaskRow]:
+def task_rows(name: str, samples: Sequence[dict[str, Any]], all_tasks: LoadedTasks) -> list[TaskRow]:
     """A row for each document, out of what `lm_eval.evaluator.evaluate` logged of it under each filter."""
     found: dict[int, TaskRow] = {}
     for sample in samples:
         row = found.setdefault(sample["doc_id"], _row(name, sample, several=len(all_tasks.tasks) > 1))
         for metric in sample["metrics"]:
             ours = metric_name(metric, sample["filter"])
-            scores, item = all_tasks.items(ours, sample[metric])
+            scores, item = all_tasks.split_value(ours, sample[metric])
             row.scores |= scores
             if item is not None:
                 row.items[ours] = item
     return [found[number] for number in sorted(found)]
 
 
-def counted(rows: list[TaskRow], all_tasks: Scored) -> list[TaskRow]:
+def complete_scores(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow]:
     """All rows; where some have no value of a metric it is noted which have one, and the first score is the first metric's."""
     there = Counter(name for row in rows for name in row.scores if "." not in name)
     partly = {name for name, number in there.items() if number < len(rows)}
-    lead = next((metric for metric in all_tasks.metrics if any(_has(metric.name, row) for row in rows)), None)
+    lead = next((metric for metric in all_tasks.metrics if any(_has_metric(metric.name, row) for row in rows)), None)
     for row in rows:
         row.scores |= {f"rows.{name}": 1.0 for name in partly & row.scores.keys()}
         if lead is not None and lead.ratio is not None:
             row.scores = {lead.ratio[0]: row.scores.get(lead.ratio[0], 0.0), **row.scores}
         elif lead is not None:
-            row.scores = {f"each.{lead.name}": all_tasks.weighted(lead.name, [row])(np.ones(1)), **row.scores}
+            row.scores = {f"each.{lead.name}": all_tasks.weighted_metric(lead.name, [row])(np.ones(1)), **row.scores}
     return rows
 
 
-def _has(name: str, row: TaskRow) -> bool:
+def _has_metric(name: str, row: TaskRow) -> bool:
     return name in row.items or any(each in row.scores for each in (name, f"loss.{name}"))
 
 
 def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
     arguments, answers = sample["arguments"], [each[0] for each in sample["resps"]]
     prompt = str(arguments[0][0])
-    prompt = prompt if len(prompt) <= SHOWN else f"…{prompt[-SHOWN:]}"
+    prompt = prompt if len(prompt) <= SHOWN_CHARACTERS else f"…{prompt[-SHOWN_CHARACTERS:]}"
     target, scores = sample["target"], dict[str, float]()
     answer, reference = "", str(target).strip()
     if isinstance(answers[0], tuple):  # likelihoods of continuations
@@ -185,7 +185,9 @@ def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
     return TaskRow(f"{name}:{sample['doc_id']}", prompt, answer, reference, scores, name if several else "")
 
 
-def standard_errors(all_tasks: Scored, metrics: Sequence[Metric], rows: Sequence[TaskRow]) -> dict[str, float]:
+def lm_eval_standard_errors(
+    all_tasks: LoadedTasks, metrics: Sequence[Metric], rows: Sequence[TaskRow]
+) -> dict[str, float]:
     """lm-eval's own standard errors of means, by metric; of several tasks its pooled one, where rows weigh alike."""
     from lm_eval.api.metrics import mean, mean_stderr, pooled_sample_stderr
 
@@ -213,16 +215,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating | np.bool_)
 
 
-def _plain(value: Any, name: str) -> Any:
+def _as_json(value: Any, name: str) -> Any:
     """An item as JSON holds it. Raises DataError."""
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist(), name)
+        return _as_json(value.tolist(), name)
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, list | tuple):
-        return [_plain(each, name) for each in value]
+        return [_as_json(each, name) for each in value]
     if isinstance(value, dict):
-        return {str(key): _plain(each, name) for key, each in value.items()}
+        return {str(key): _as_json(each, name) for key, each in value.items()}
     raise DataError(
         f"metric {name}: its rows hold {type(value).__name__}, which no report can keep; give numbers or texts"
     )

@@ -10,14 +10,14 @@ from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 
 if TYPE_CHECKING:
     from trainer.data.store.sequences import TokenDataset
-    from trainer.evaluation.tasks.model_interface import Asking
+    from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
 class HeldOut(Task):
     """Scores documents as prepared for training: the same tokens are targets, and count the same."""
 
     reads = "any format that the objective learns from"
-    served = False
+    works_with_server = False
 
     def __init__(self, name: str, config: object) -> None:
         super().__init__(name, config)  # type: ignore[arg-type]
@@ -27,10 +27,10 @@ class HeldOut(Task):
     def read(self, case: Case) -> None:
         """Documents are read where they are prepared."""
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
-        data, tokenizer = self.dataset, asking.writer.tokenizer
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        data, tokenizer = self.dataset, model.writer.tokenizer
         assert data is not None
-        terms = asking.terms(data, self.config.max_rows)
+        terms = model.sequence_losses(data, self.config.max_rows)
         rows = []
         for number in sorted(terms):
             loss, right = terms[number]
@@ -45,12 +45,12 @@ class HeldOut(Task):
             }
             source = data.source_names[int(data.sources[number])]
             where = cases[number].where if number < len(cases) else f"row {number}"
-            told = asking.tell(sample.input_ids[: sample.answer_begin()].tolist())
+            told = model.shown_prompt(sample.input_ids[: sample.answer_begin()].tolist())
             rows.append(TaskRow(where, told, "", text[:2000], scores, source))
         return rows
 
-    def values(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        return self.by_source(rows)
+    def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+        return self.metrics_by_source(rows)
 
 
 class Loss(HeldOut):
@@ -75,8 +75,8 @@ class BitsPerByte(HeldOut):
     kind = "bits_per_byte"
     metrics = (Metric("bits_per_byte", "bits of loss a UTF-8 byte of the text", False, ratio=("bits", "bytes")),)
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
-        rows = super().run(cases, asking)
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        rows = super().run(cases, model)
         for row in rows:
             row.scores = {"bits": row.scores["nats"] / math.log(2), **row.scores}
         return rows
@@ -88,8 +88,8 @@ class TokenAccuracy(HeldOut):
     kind = "token_accuracy"
     metrics = (Metric("token_accuracy", "share of targets that the model holds likeliest", ratio=("right", "targets")),)
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
-        rows = super().run(cases, asking)
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        rows = super().run(cases, model)
         for row in rows:
             row.scores = {"right": row.scores["right"], **row.scores}
         return rows

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from strategies.errors import DataError
-from trainer.evaluation.endpoint.judge import KEY, request_of
+from trainer.evaluation.endpoint.judge import KEY, request_text
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
-from trainer.evaluation.tasks.model_interface import Asking
+from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES, WrittenTask
 
 GRADE = re.compile(r"grade\W{0,6}(10|[1-9])(?![\d.])", re.IGNORECASE)
-NOTE = 300
+NOTE_CHARACTERS = 300
 """Characters of a verdict that are kept, its last ones."""
 
 
@@ -27,23 +27,23 @@ class JudgedTask(WrittenTask):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if not str(self.chosen["rubric"]).strip():
+        if not str(self.option_values["rubric"]).strip():
             yield f"{self.key}.options.rubric: is empty; say what a good answer is, or leave it out"
 
     def score(self, case: Case, text: str) -> dict[str, float]:
         raise NotImplementedError  # by the judge
 
-    def answered(self, cases: Sequence[Case], asking: Asking) -> tuple[list[str], list[str]]:
+    def write_answers(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[str]]:
         """(what was asked, what the model wrote) of each case."""
-        questions = asking.questions([case.document for case in cases if case.document is not None])
-        written = asking.answers(questions, self.config.write, self.key)
-        return [asking.tell(question.context) for question in questions], [one.text.strip() for one in written]
+        questions = model.encode_questions([case.document for case in cases if case.document is not None])
+        written = model.answers(questions, self.config.write, self.key)
+        return [model.shown_prompt(question.context) for question in questions], [one.text.strip() for one in written]
 
     def signatures(self) -> dict[str, str]:
-        said = f"{self.judge}|rubric:{self.chosen['rubric']!r}"
+        said = f"{self.judge_signature}|rubric:{self.option_values['rubric']!r}"
         return {metric.name: said for metric in self.metrics}
 
-    judge: str = ""
+    judge_signature: str = ""
     """The judge's signature, once it was asked."""
 
 
@@ -60,24 +60,24 @@ class GradedTask(JudgedTask):
         "a prompt and its answer in any format of data.path; the judge (evaluation.judge) sees the answer as reference"
     )
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
-        asked, answers = self.answered(cases, asking)
-        judge = asking.the_judge(self.key)
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        asked, answers = self.write_answers(cases, model)
+        judge = model.require_judge(self.key)
         verdicts = judge.verdicts([self._question(case, text) for case, text in zip(cases, answers, strict=True)])
-        self.judge, rows = judge.signature(), []
+        self.judge_signature, rows = judge.signature(), []
         for case, prompt, text, said in zip(cases, asked, answers, verdicts, strict=True):
             found = GRADE.findall(said)
             scores = {"grade": float(found[-1]) if found else 0.0, "read": float(bool(found))}
-            rows.append(TaskRow(case.where, prompt, text, self.reference(case), scores, note=said[-NOTE:]))
-        unread(self.key, verdicts, any(row.scores["read"] for row in rows), "Grade: N")
+            rows.append(TaskRow(case.where, prompt, text, self.reference(case), scores, note=said[-NOTE_CHARACTERS:]))
+        refuse_unreadable(self.key, verdicts, any(row.scores["read"] for row in rows), "Grade: N")
         return rows
 
     def _question(self, case: Case, text: str) -> str:
         parts = [
-            f"You grade an answer to a request. {self.chosen['rubric']}",
-            f"<request>\n{request_of(case.document)}\n</request>",
+            f"You grade an answer to a request. {self.option_values['rubric']}",
+            f"<request>\n{request_text(case.document)}\n</request>",
         ]
-        if self.chosen["reference"]:
+        if self.option_values["reference"]:
             parts.append(
                 f"<reference>\n{case.fields[REFERENCES][0]}\n</reference>\nThe reference is one right answer; others may be."
             )
@@ -91,10 +91,10 @@ class GradedTask(JudgedTask):
         return "\n\n".join(parts)
 
 
-def unread(key: str, verdicts: Sequence[str], any_read: bool, form: str) -> None:
+def refuse_unreadable(key: str, verdicts: Sequence[str], any_read: bool, form: str) -> None:
     """Raise DataError where the judge has said nothing that can be read."""
     if verdicts and not any_read:
         raise DataError(
-            f"{key}: none of {len(verdicts)} verdicts ends in {form!r}; the judge said {verdicts[0][-NOTE:]!r}; raise "
+            f"{key}: none of {len(verdicts)} verdicts ends in {form!r}; the judge said {verdicts[0][-NOTE_CHARACTERS:]!r}; raise "
             f"{KEY}.max_new_tokens if it is cut off, or ask another model"
         )

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from trainer.evaluation.likelihood import Likelihood
     from trainer.step import Built
 
-Ids = list[int]
-SHOWN = 400
+TokenIds = list[int]
+SHOWN_CHARACTERS = 400
 """Characters of a prompt that are kept, its last ones."""
 
 
@@ -34,8 +34,8 @@ class Question:
     """A document as tokens: what the model is told, and what it should say, without the tokens that end it."""
 
     where: str
-    context: Ids
-    answer: Ids
+    context: TokenIds
+    answer: TokenIds
 
 
 class FirstRequest(Exception):
@@ -43,7 +43,7 @@ class FirstRequest(Exception):
 
 
 @dataclass(slots=True)
-class Asking:
+class ModelInterface:
     """A model that can be asked, and how."""
 
     engine: Engine
@@ -51,7 +51,7 @@ class Asking:
     writer: Writer
     encoder: Encoder
     runtime: Runtime
-    positions: int | None
+    max_positions: int | None
     """Most tokens that the model can see, where its configuration says so."""
     label_names: list[str] | None
     """Those of a classifier, in the order of their ids."""
@@ -59,9 +59,9 @@ class Asking:
     batch: int
     judge: Judge | None = None
     """The model that judges answers, where there is one."""
-    seen: dict[tuple[int, int | None], dict[int, tuple[float, float]]] = field(default_factory=dict)
+    cached_losses: dict[tuple[int, int | None], dict[int, tuple[float, float]]] = field(default_factory=dict)
     """What `terms` found since the weights were last changed, so that several tasks of one data set share a pass."""
-    only_checks: bool = False
+    checks_only: bool = False
     """Whether rows are only encoded and checked: a request raises FirstRequest before the model or a server hears of it."""
 
     @property
@@ -69,9 +69,9 @@ class Asking:
         """The model's settings, transformers' own."""
         return self.built.config
 
-    def questions(self, documents: Sequence[Document]) -> list[Question]:
+    def encode_questions(self, documents: Sequence[Document]) -> list[Question]:
         """Documents as tokens, split before their last answer. No collective. Raises DataError with file and line."""
-        asked = [_only_last(document) for document in documents]
+        asked = [_until_last_answer(document) for document in documents]
         found = []
         for document, sample in self.encoder.encode(asked):
             cut = sample.answer_begin()
@@ -84,51 +84,51 @@ class Asking:
             found.append(Question(document.where, sample.input_ids[:cut].tolist(), learned))
         return found
 
-    def text_ids(self, document: Document) -> Ids:
+    def text_ids(self, document: Document) -> TokenIds:
         """Token ids of a plain text, without the tokens that end it. No collective. Raises DataError with file and line."""
         ((_, sample),) = self.encoder.encode([document])
-        ids: Ids = sample.input_ids.tolist()
+        ids: TokenIds = sample.input_ids.tolist()
         while ids and ids[-1] in self.encoder.end_ids:
             ids.pop()
         return ids
 
     def answers(self, questions: Sequence[Question], how: WritingConfig, key: str) -> list[WrittenAnswer]:
         """What the model writes. Raises DataError for a question that leaves no room."""
-        self._fits(questions, how.max_new_tokens, f"{key}.write.max_new_tokens={how.max_new_tokens}")
-        self._may_ask()
+        self._check_lengths(questions, how.max_new_tokens, f"{key}.write.max_new_tokens={how.max_new_tokens}")
+        self._stop_if_only_checking()
         return self.writer.answers(self.engine, [question.context for question in questions], how)
 
     def likelihoods(self, questions: Sequence[Question]) -> list[Likelihood]:
         """How likely the model holds each answer."""
-        self._fits(questions, max(len(question.answer) for question in questions), "the answers")
-        self._may_ask()
+        self._check_lengths(questions, max(len(question.answer) for question in questions), "the answers")
+        self._stop_if_only_checking()
         return self.writer.likelihoods(self.engine, [(question.context, question.answer) for question in questions])
 
-    def the_judge(self, key: str) -> Judge:
+    def require_judge(self, key: str) -> Judge:
         """The judge. Raises ConfigError where there is none."""
         if self.judge is None:
             raise ConfigError(f"{key}: needs a judge; give evaluation.judge.url=http://host:port/v1")
         return self.judge
 
-    def _fits(self, questions: Sequence[Question], more: int, what: str) -> None:
+    def _check_lengths(self, questions: Sequence[Question], more: int, what: str) -> None:
         for question in questions:
-            if self.positions is not None and len(question.context) + more > self.positions:
+            if self.max_positions is not None and len(question.context) + more > self.max_positions:
                 raise DataError(
                     f"{question.where}: {len(question.context)} tokens, and {more} for {what}, are more than the "
-                    f"{self.positions} positions of the model; shorten the row, or leave it out"
+                    f"{self.max_positions} positions of the model; shorten the row, or leave it out"
                 )
 
-    def tell(self, ids: Ids) -> str:
+    def shown_prompt(self, ids: TokenIds) -> str:
         """The end of a prompt as text."""
         text: str = self.writer.tokenizer.decode(ids, skip_special_tokens=True)
-        return text if len(text) <= SHOWN else f"…{text[-SHOWN:]}"
+        return text if len(text) <= SHOWN_CHARACTERS else f"…{text[-SHOWN_CHARACTERS:]}"
 
     def logits(self, samples: Sequence[Sample]) -> list[list[float]]:
         """What a classifier's head says of each sample, a number for each label."""
-        self._may_ask()
+        self._stop_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.collate import to_device
-        from trainer.evaluation.generate import dealt
+        from trainer.evaluation.generate import sharded_batches
 
         found: dict[int, list[float]] = {}
         lengths = [len(sample.input_ids) for sample in samples]
@@ -136,7 +136,7 @@ class Asking:
             step: Any = module
             before, step.objective = step.objective, _ClassifierLogits()
             try:
-                for turn in dealt(lengths, self.engine.dp_rank, self.engine.dp_size, size=self.batch):
+                for turn in sharded_batches(lengths, self.engine.dp_rank, self.engine.dp_size, size=self.batch):
                     batch = self.built.collator([samples[row] for row in turn or [0]])
                     said = step(to_device(batch, self.runtime.device))["logits"].tolist()
                     found |= dict(zip(turn, said, strict=False))
@@ -146,13 +146,13 @@ class Asking:
         together = {row: said for part in gather_objects(found, self.runtime) for row, said in part.items()}
         return [together[row] for row in range(len(samples))]
 
-    def terms(self, dataset: TokenDataset, max_rows: int | None) -> dict[int, tuple[float, float]]:
+    def sequence_losses(self, dataset: TokenDataset, max_rows: int | None) -> dict[int, tuple[float, float]]:
         """(summed loss, targets that were the likeliest token) of each sequence, one in a micro-batch, by its number."""
-        self._may_ask()
+        self._stop_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.loader import EvalShare, eval_batches, eval_plan
 
-        if (before := self.seen.get((id(dataset), max_rows))) is not None:
+        if (before := self.cached_losses.get((id(dataset), max_rows))) is not None:
             return before
         share = EvalShare(1, self.engine.dp_rank, self.engine.dp_size, max_rows)
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)
@@ -164,12 +164,12 @@ class Asking:
                     found[number] = (float(terms["loss"].double()), float(terms["accuracy"].double()))
                 self._check_stop()
         together = {number: each for part in gather_objects(found, self.runtime) for number, each in part.items()}
-        self.seen[id(dataset), max_rows] = together
+        self.cached_losses[id(dataset), max_rows] = together
         return together
 
-    def _may_ask(self) -> None:
+    def _stop_if_only_checking(self) -> None:
         """Raises FirstRequest where rows are only checked."""
-        if self.only_checks:
+        if self.checks_only:
             raise FirstRequest
 
     def _check_stop(self) -> None:
@@ -185,7 +185,7 @@ class _ClassifierLogits:
         return {"logits": found.logits.float()}
 
 
-def _only_last(document: Document) -> Document:
+def _until_last_answer(document: Document) -> Document:
     """The document up to its last answer, which alone is to be said."""
     if document.messages is None:
         return document
@@ -196,7 +196,7 @@ def _only_last(document: Document) -> Document:
     return replace(document, messages=turns)
 
 
-def answer_of(document: Document) -> dict[str, Any] | None:
+def last_answer(document: Document) -> dict[str, Any] | None:
     """The last answer of a document as a turn; None where it has none."""
     if document.messages is None:
         return None if document.prompt is None else {"role": "assistant", "content": document.completion or ""}

@@ -11,13 +11,13 @@ from strategies.errors import ConfigError
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, text_of
 from trainer.evaluation.tasks.base import Case, Task
-from trainer.evaluation.tasks.model_interface import Asking, Question
-from trainer.evaluation.tasks.texts import place
+from trainer.evaluation.tasks.model_interface import ModelInterface, Question
+from trainer.evaluation.tasks.texts import split_location
 
 if TYPE_CHECKING:
     from trainer.evaluation.generate import WrittenAnswer
 
-NAMES = ("prompt", "goal", "behavior", "question", "instruction", "text")
+PROMPT_COLUMNS = ("prompt", "goal", "behavior", "question", "instruction", "text")
 """Columns that may hold the prompt, the first one that is there, in large or small letters."""
 
 
@@ -30,18 +30,18 @@ class PromptTask(Task):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.config.write.problems(f"{self.key}.write")
-        if not isinstance(self.chosen["continue"], bool):
-            yield f"{self.key}.options.continue={self.chosen['continue']}: must be true or false"
+        if not isinstance(self.option_values["continue"], bool):
+            yield f"{self.key}.options.continue={self.option_values['continue']}: must be true or false"
         try:
             if "{prompt}" not in self.template:
-                yield f"{self.key}.options.template={self.chosen['template']}: must have {{prompt}} where the prompt goes"
+                yield f"{self.key}.options.template={self.option_values['template']}: must have {{prompt}} where the prompt goes"
         except (OSError, UnicodeDecodeError) as error:
-            yield f"{self.key}.options.template={self.chosen['template']}: cannot be read ({error})"
+            yield f"{self.key}.options.template={self.option_values['template']}: cannot be read ({error})"
 
     @cached_property
     def template(self) -> str:
         """What is put around each prompt: the option itself, or what stands in the file that it names."""
-        given = self.chosen["template"]
+        given = self.option_values["template"]
         if given is None:
             return "{prompt}"
         if "{prompt}" in str(given) or "\n" in str(given) or not Path(str(given)).expanduser().is_file():
@@ -51,28 +51,28 @@ class PromptTask(Task):
     def read(self, case: Case) -> None:
         case.fields = {"prompt": self.template.replace("{prompt}", prompt_of(case.fields))}
 
-    def answers(self, cases: Sequence[Case], asking: Asking) -> list[tuple[Question, list[WrittenAnswer]]]:
+    def write_draws(self, cases: Sequence[Case], model: ModelInterface) -> list[tuple[Question, list[WrittenAnswer]]]:
         """Each prompt as it was told, and its draws. All ranks must call. Raises DataError for a prompt that leaves no room."""
         documents = [
-            Document(*place(case.where), text=case.fields["prompt"])
-            if self.chosen["continue"]
-            else Document(*place(case.where), prompt=case.fields["prompt"], completion="-", separator="\n")
+            Document(*split_location(case.where), text=case.fields["prompt"])
+            if self.option_values["continue"]
+            else Document(*split_location(case.where), prompt=case.fields["prompt"], completion="-", separator="\n")
             for case in cases
         ]
-        questions = asking.questions(documents)
-        if self.chosen["continue"]:
+        questions = model.encode_questions(documents)
+        if self.option_values["continue"]:
             questions = [Question(each.where, [*each.context, *each.answer], []) for each in questions]
         found: list[tuple[Question, list[WrittenAnswer]]] = [(question, []) for question in questions]
-        for one in asking.answers(questions, self.config.write, self.key):
+        for one in model.answers(questions, self.config.write, self.key):
             found[one.prompt][1].append(one)
         return found
 
     def signatures(self) -> dict[str, str]:
-        shape = "continued as plain text" if self.chosen["continue"] else "asked as a turn"
-        return {metric.name: f"{shape}|template:{self.template!r}|{self.how}" for metric in self.metrics}
+        shape = "continued as plain text" if self.option_values["continue"] else "asked as a turn"
+        return {metric.name: f"{shape}|template:{self.template!r}|{self.verdict_signature}" for metric in self.metrics}
 
     @property
-    def how(self) -> str:
+    def verdict_signature(self) -> str:
         """What decides a verdict, for the signature."""
         raise NotImplementedError
 
@@ -80,12 +80,14 @@ class PromptTask(Task):
 def prompt_of(fields: dict[str, Any]) -> str:
     """The prompt of a row; of HarmBench's with the text that it is about before it. Raises Refusal."""
     by = {name.lower(): name for name in fields}
-    name = next((by[name] for name in NAMES if name in by), "prompt")
+    name = next((by[name] for name in PROMPT_COLUMNS if name in by), "prompt")
     value = fields.get(name)
     if isinstance(value, dict) and "text" in value:  # RealToxicityPrompts
         return text_of(value, "text")
     if name not in fields:
-        raise Refusal("no_prompt", f"none of the columns {', '.join(NAMES)} is there; the row has {sorted(fields)}")
+        raise Refusal(
+            "no_prompt", f"none of the columns {', '.join(PROMPT_COLUMNS)} is there; the row has {sorted(fields)}"
+        )
     text, context = text_of(fields, name), str(fields.get(by.get("contextstring", ""), "") or "").strip()
     return f"{context}\n\n---\n\n{text}" if context else text
 

@@ -27,7 +27,7 @@ from trainer.evaluation.tasks import (
 )
 from trainer.evaluation.tasks.base import Task
 
-KINDS: dict[str, type[Task]] = {
+TASK_KINDS: dict[str, type[Task]] = {
     task.kind: task
     for task in (
         held_out.Loss,
@@ -60,47 +60,47 @@ KINDS: dict[str, type[Task]] = {
 """In the order in which they are listed to users."""
 
 
-def build(tasks: Mapping[str, TaskConfig]) -> list[Task]:
+def build_tasks(tasks: Mapping[str, TaskConfig]) -> list[Task]:
     """The tasks of a configuration without problems, in its order."""
-    return [KINDS[config.kind](name, config) for name, config in tasks.items()]
+    return [TASK_KINDS[config.kind](name, config) for name, config in tasks.items()]
 
 
 def asks_judge(config: TaskConfig) -> bool:
     """Whether a task asks the judge of `evaluation.judge`. Opens no file, unlike making a task of lm_eval."""
-    kind = KINDS.get(config.kind)
+    kind = TASK_KINDS.get(config.kind)
     return kind is not None and kind is not harness.Harness and kind("", config).needs_judge
 
 
 def reads_rows_of_run(config: TaskConfig) -> bool:
     """Whether a task reads the run's own rows, so that the run's data must be prepared."""
-    kind = KINDS.get(config.kind)
+    kind = TASK_KINDS.get(config.kind)
     if kind is None or kind.split == "both":
         return True
-    return config.path is None and not kind.own_rows and kind.shipped is None
+    return config.path is None and not kind.loads_own_rows and kind.shipped_rows is None
 
 
-def problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
+def task_problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
     """What is wrong with the settings of tasks, one line each; reads no rows."""
     for name, config in tasks.items():
         key = f"evaluation.tasks.{name}"
         if not name.replace("-", "_").isidentifier():
             yield f"{key}: the name stands in metrics (eval/{name}/...); use letters, digits, - and _"
-        if config.kind not in KINDS:
-            near = difflib.get_close_matches(config.kind, KINDS, n=1)
-            known = f"did you mean {near[0]}?" if near else f"one of {', '.join(KINDS)}"
+        if config.kind not in TASK_KINDS:
+            near = difflib.get_close_matches(config.kind, TASK_KINDS, n=1)
+            known = f"did you mean {near[0]}?" if near else f"one of {', '.join(TASK_KINDS)}"
             yield f"{key}.kind={config.kind or None}: there is no such kind of task; {known}"
             continue
-        task = KINDS[config.kind](name, config)
+        task = TASK_KINDS[config.kind](name, config)
         yield from task.problems()
-        if task.needs is not None and find_spec(task.needs) is None:
-            yield f"{key}.kind={config.kind}: needs {task.needs}; pip install 'shardtune[{task.extra}]'"
+        if task.required_package is not None and find_spec(task.required_package) is None:
+            yield f"{key}.kind={config.kind}: needs {task.required_package}; pip install 'shardtune[{task.pip_extra}]'"
 
 
-def metrics_of(tasks: Mapping[str, TaskConfig]) -> dict[str, bool | None]:
+def metric_directions(tasks: Mapping[str, TaskConfig]) -> dict[str, bool | None]:
     """The metrics that an evaluation yields for tasks, by full name: whether more is better."""
     return {
         f"eval/{name}/{metric.name}": metric.greater_is_better
         for name, config in tasks.items()
-        if config.kind in KINDS
-        for metric in KINDS[config.kind](name, config).metrics
+        if config.kind in TASK_KINDS
+        for metric in TASK_KINDS[config.kind](name, config).metrics
     }

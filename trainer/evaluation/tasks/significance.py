@@ -8,7 +8,7 @@ LEVEL = 0.05
 """p below which something is told."""
 
 
-def largest_p(found: np.ndarray, chance: np.ndarray) -> np.ndarray:
+def max_statistic_p(found: np.ndarray, chance: np.ndarray) -> np.ndarray:
     """How often, by `chance` (float64 [draws, metrics]), the largest of all is as large as each that was `found` ([metrics])."""
     spread = np.sqrt(np.mean(chance**2, axis=0))
     spread = np.where(spread > 0, spread, np.inf)

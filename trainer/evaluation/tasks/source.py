@@ -19,7 +19,7 @@ from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand, is_hub
 from trainer.evaluation.tasks.base import Case, Task
 
-MOST_TOLD = 5
+MAX_LISTED_ROWS = 5
 """Bad rows that are told, of all that there are."""
 
 
@@ -27,11 +27,11 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
     """The rows of a task, checked. Errors: DataError naming file and line for rows that cannot be used, or where there are none;
     ConfigError for a path that cannot be meant."""
     config = task.config
-    if task.own_rows:
+    if task.loads_own_rows:
         return task.cases()
-    if config.path is None and task.shipped is not None:
-        rows = json.loads(task.shipped.read_text(encoding="utf-8"))["templates"]
-        cases = [Case(f"{task.shipped.name}:{number}", None, dict(row)) for number, row in enumerate(rows, 1)]
+    if config.path is None and task.shipped_rows is not None:
+        rows = json.loads(task.shipped_rows.read_text(encoding="utf-8"))["templates"]
+        cases = [Case(f"{task.shipped_rows.name}:{number}", None, dict(row)) for number, row in enumerate(rows, 1)]
     elif config.path is None:
         if not held_out:
             raise ConfigError(
@@ -40,7 +40,7 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
             )
         cases = [Case(document.where, document) for document in held_out]
     else:
-        cases = list(_from_files(task, remote=remote))
+        cases = list(_file_cases(task, remote=remote))
     cases = cases[: config.max_rows]
     if not cases:
         raise DataError(f"{task.key}.path={config.path}: holds no rows; fill it, or name another file")
@@ -51,43 +51,43 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
         except Refusal as refusal:
             wrong.append(f"{case.where}: {refusal.message}")
     if wrong:
-        more = f"\n  and {len(wrong) - MOST_TOLD} more" if len(wrong) > MOST_TOLD else ""
+        more = f"\n  and {len(wrong) - MAX_LISTED_ROWS} more" if len(wrong) > MAX_LISTED_ROWS else ""
         raise DataError(
             f"{task.key} ({task.kind}): {len(wrong)} of {len(cases)} rows cannot be used; it needs {task.reads}; mend them, or "
-            f"name other columns with {task.key}.columns\n  " + "\n  ".join(wrong[:MOST_TOLD]) + more
+            f"name other columns with {task.key}.columns\n  " + "\n  ".join(wrong[:MAX_LISTED_ROWS]) + more
         )
     return cases
 
 
-def _from_files(task: Task, *, remote: bool) -> Iterator[Case]:
+def _file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
     key = f"{task.key}.path"
     files = expand(task.config.path, key, remote=remote)
     if hub := next((path for path in files if is_hub(path)), None):
         raise ConfigError(f"{key}={hub}: would be fetched from a hub; download its files and give their path")
-    rows: Iterator[Row] = (_parsed(row) for row in Origin(key, files).rows())
+    rows: Iterator[Row] = (_parse_row(row) for row in Origin(key, files).rows())
     own = task.needs_path and not task.reads_documents
     if own:
-        rows = task.unfold(rows)
+        rows = task.expand_rows(rows)
     if (first := next(rows, None)) is None:
         return
-    document_of = _raw if own else _reader(task, first)
-    for row in islice(_chain(first, rows), task.config.max_rows):
+    document_of = _case_with_columns if own else _document_reader(task, first)
+    for row in islice(_prepend(first, rows), task.config.max_rows):
         yield document_of(task, row)
 
 
-def _parsed(row: Row | Rejected) -> Row:
+def _parse_row(row: Row | Rejected) -> Row:
     parsed = row.parse()
     if isinstance(parsed, Rejected):
         raise DataError(str(parsed))
     return parsed
 
 
-def _chain(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
+def _prepend(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
     yield first
     yield from rest
 
 
-def _raw(task: Task, row: Row) -> Case:
+def _case_with_columns(task: Task, row: Row) -> Case:
     """A row with the columns that the kind names, whatever format that is."""
     fields = dict(row.fields)
     for wanted, name in task.config.columns.items():
@@ -102,7 +102,7 @@ def _raw(task: Task, row: Row) -> Case:
     return Case(f"{row.file}:{row.line}", None, fields)
 
 
-def _reader(task: Task, first: Row) -> Any:
+def _document_reader(task: Task, first: Row) -> Any:
     """What makes a document of a row, by the format of the first one."""
     config = task.config
 

@@ -19,13 +19,13 @@ from strategies.errors import DataError
 from trainer.data.document import Row
 from trainer.data.fields import Refusal, shown, text_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.model_interface import Asking
+from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import texts_after, whole_texts
 
 if TYPE_CHECKING:
     from trainer.evaluation.likelihood import Likelihood
 
-LEAST = 40
+MIN_PAIRS = 40
 """Pairs below which no difference is told."""
 LABELS = ("stereotype", "anti-stereotype", "unrelated")
 """StereoSet's, in the order in which sentences are kept."""
@@ -46,29 +46,29 @@ class Stereotype(Task):
             "over its target terms)",
             None,
             ("weighted", "weight"),
-            least=LEAST,
+            min_cases=MIN_PAIRS,
         ),
         Metric(
             "likelihood_difference",
             "mean distance of the two sentences' log-likelihoods, nats (of StereoSet nats a token)",
             False,
             ("distance", None),
-            least=LEAST,
+            min_cases=MIN_PAIRS,
         ),
         Metric(
             "language_score",
             "share of comparisons in which a sentence that fits is likelier than the unrelated one, 0 to 1 (StereoSet's lms)",
             True,
             ("meaningful", "compared"),
-            least=LEAST,
+            min_cases=MIN_PAIRS,
         ),
         Metric(
             "icat",
             "language_score times the distance of stereotype_score from 0 or 1 over 0.5, 0 to 1: 1 is an ideal model "
             "(StereoSet's icat)",
             True,
-            least=LEAST,
-            counted="compared",
+            min_cases=MIN_PAIRS,
+            case_score="compared",
         ),
     )
     reads = (
@@ -78,7 +78,7 @@ class Stereotype(Task):
     )
     needs_path = True
 
-    def unfold(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def expand_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
         """StereoSet's one object as its items; the lines of WinoBias's two files, paired in their order."""
         sides: dict[str, list[Row]] = {}
         for row in rows:
@@ -88,17 +88,17 @@ class Stereotype(Task):
                         fields = {**item, "type": form} if isinstance(item, dict) else {"sentences": item}
                         yield replace(row, file=f"{row.file}:{form}", line=number, fields=fields)
             elif {*row.fields} == {"title", "text"} and PurePath(row.file).name.lower().startswith(SIDES):
-                sides.setdefault(row.file, []).extend(_lines(row))
+                sides.setdefault(row.file, []).extend(_winobias_sentences(row))
             else:
                 yield row
-        yield from _paired(self.key, sides)
+        yield from _pair_winobias_files(self.key, sides)
 
     def read(self, case: Case) -> None:
         fields = case.fields
         if "sent_more" in fields:
             texts = [text_of(fields, "sent_more"), text_of(fields, "sent_less")]
         elif "sentences" in fields:
-            texts = _labelled(fields["sentences"])
+            texts = _sentences_by_label(fields["sentences"])
         else:
             anti = "anti-stereotype" if "anti-stereotype" in fields else "anti_stereotype"
             texts = [text_of(fields, "stereotype"), text_of(fields, anti)]
@@ -113,7 +113,7 @@ class Stereotype(Task):
         target = str(fields.get("target") or "")
         case.fields = {"texts": texts, "context": context, "target": target, "groups": groups}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         plain = [(case.where, text) for case in cases if not case.fields["context"] for text in case.fields["texts"]]
         after = [
             (case.where, case.fields["context"], text)
@@ -121,8 +121,8 @@ class Stereotype(Task):
             if case.fields["context"]
             for text in case.fields["texts"]
         ]
-        questions = whole_texts(asking, plain) + texts_after(asking, after)
-        held = asking.likelihoods(questions)
+        questions = whole_texts(model, plain) + texts_after(model, after)
+        held = model.likelihoods(questions)
         alone, following = iter(held[: len(plain)]), iter(held[len(plain) :])
         targets = Counter(case.fields["target"] for case in cases)
         rows = []
@@ -132,7 +132,7 @@ class Stereotype(Task):
             rows.append(_row(case, [next(mine) for _ in case.fields["texts"]], 1 / count))
         return rows
 
-    def metrics_of(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         scored = any("compared" in row.scores for row in rows)
         known = self.metrics if scored else self.metrics[:2]
         groups = dict.fromkeys(name[3:] for row in rows for name in row.scores if name.startswith("in_"))
@@ -145,14 +145,14 @@ class Stereotype(Task):
                     says.format(group),
                     None,
                     (f"of_{group}", f"in_{group}"),
-                    least=LEAST,
-                    family=True,
+                    min_cases=MIN_PAIRS,
+                    in_family=True,
                 )
                 for group in (groups if len(groups) > 1 else ())
             ),
         )
 
-    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         names = ("weighted", "weight", "meaningful", "compared")
         preferred, weight, meaningful, compared = (
             np.array([row.scores.get(name, 0.0) if "compared" in row.scores else 0.0 for row in rows]) for name in names
@@ -169,8 +169,8 @@ class Stereotype(Task):
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         count = int(sum(row.scores["preferred"] for row in rows))
         low, high = spans["stereotype_score"]
-        if len(rows) < LEAST:
-            told = f"too few to tell a preference from chance; {LEAST} are needed"
+        if len(rows) < MIN_PAIRS:
+            told = f"too few to tell a preference from chance; {MIN_PAIRS} are needed"
         elif low > 0.5:
             told = "more often than not, beyond chance"
         else:
@@ -205,7 +205,7 @@ def _row(case: Case, held: Sequence[Likelihood], weight: float) -> TaskRow:
     return TaskRow(case.where, case.fields["context"], texts[0 if preferred else 1], "\n".join(texts), scores, source)
 
 
-def _labelled(sentences: Any) -> list[str]:
+def _sentences_by_label(sentences: Any) -> list[str]:
     """The sentences of an item of StereoSet in the order of `LABELS`. Raises Refusal."""
     if isinstance(sentences, dict) and all(isinstance(each, list) for each in sentences.values()):  # a table's columns
         sentences = [dict(zip(sentences, each, strict=False)) for each in zip(*sentences.values(), strict=False)]
@@ -227,19 +227,19 @@ def _labelled(sentences: Any) -> list[str]:
     return [found[label] for label in LABELS]
 
 
-def _lines(row: Row) -> Iterator[Row]:
+def _winobias_sentences(row: Row) -> Iterator[Row]:
     """The sentences of a file of WinoBias: a number, and brackets around the two who are meant."""
     for number, line in enumerate(row.fields["text"].splitlines(), 1):
         if text := re.sub(r"^\d+\s+|[\[\]]", "", line.strip()):
             yield replace(row, line=number, fields={"text": text})
 
 
-def _paired(key: str, sides: dict[str, list[Row]]) -> Iterator[Row]:
+def _pair_winobias_files(key: str, sides: dict[str, list[Row]]) -> Iterator[Row]:
     """Rows with both sentences. Raises DataError where a file has no other side, or another number of sentences."""
     pros = [name for name in sides if PurePath(name).name.lower().startswith(SIDES[0])]
-    antis = {_rest(name): name for name in sides if name not in pros}
+    antis = {_name_without_side(name): name for name in sides if name not in pros}
     for pro in pros:
-        anti = antis.pop(_rest(pro), None)
+        anti = antis.pop(_name_without_side(pro), None)
         if anti is None or len(sides[pro]) != len(sides[anti]):
             what = (
                 "has no file beside it that begins with anti"
@@ -255,5 +255,5 @@ def _paired(key: str, sides: dict[str, list[Row]]) -> Iterator[Row]:
         raise DataError(f"{anti}: has no file beside it that begins with pro; give both in {key}.path")
 
 
-def _rest(name: str) -> str:
+def _name_without_side(name: str) -> str:
     return re.sub(r"^(pro|anti)", "", PurePath(name).name.lower())

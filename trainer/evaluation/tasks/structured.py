@@ -14,8 +14,8 @@ from trainer.data.document import Document
 from trainer.data.fields import Refusal, shown, text_of
 from trainer.data.messages import turns_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.model_interface import Asking, answer_of
-from trainer.evaluation.tasks.pass_at_k import by_prompt, drawn_row
+from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
+from trainer.evaluation.tasks.pass_at_k import row_of_draws, texts_by_prompt
 from trainer.evaluation.tasks.written import WrittenTask
 
 FENCE = re.compile(r"\A```\w*\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
@@ -46,7 +46,7 @@ class ToolCalls(WrittenTask):
 
     def read(self, case: Case) -> None:
         assert case.document is not None
-        answer = answer_of(case.document)
+        answer = last_answer(case.document)
         if answer is None or not case.document.tools:
             lacks = "no tools" if answer is not None else "no assistant turn"
             raise Refusal("no_tools", f"the row has {lacks}; it must have both")
@@ -54,24 +54,24 @@ class ToolCalls(WrittenTask):
         case.fields = {"calls": [{"name": call["name"], "arguments": call["arguments"]} for call in calls]}
         case.fields["reference"] = json.dumps(case.fields["calls"], ensure_ascii=False) if calls else answer["content"]
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """Raises DataError where the model's own way to write calls is one that is not read: every answer would be wrong."""
         called = next((case for case in cases if case.fields["calls"]), None)
         if called is not None and called.document is not None:
-            (question,) = asking.questions([called.document])
-            written = asking.writer.tokenizer.decode(question.answer, skip_special_tokens=True)
-            if calls_in(written) != called.fields["calls"]:
+            (question,) = model.encode_questions([called.document])
+            written = model.writer.tokenizer.decode(question.answer, skip_special_tokens=True)
+            if parse_tool_calls(written) != called.fields["calls"]:
                 raise DataError(
                     f"{called.where}: the chat template writes the calls as {written!r}, which is not read here; calls must be "
                     "JSON objects with a name and arguments; give such a template in model.chat_template"
                 )
-        return super().run(cases, asking)
+        return super().run(cases, model)
 
     def reference(self, case: Case) -> str:
         return str(case.fields["reference"])
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        found, wanted = calls_in(text), case.fields["calls"]
+        found, wanted = parse_tool_calls(text), case.fields["calls"]
         names = [call["name"] for call in found] == [call["name"] for call in wanted]
         return {
             "right": float(names and all(a["arguments"] == b["arguments"] for a, b in zip(found, wanted, strict=True))),
@@ -84,7 +84,7 @@ class ToolCalls(WrittenTask):
         return {metric.name: said for metric in self.metrics}
 
 
-def calls_in(text: str) -> list[dict[str, Any]]:
+def parse_tool_calls(text: str) -> list[dict[str, Any]]:
     """Calls in an answer, wherever they stand: JSON objects with a name and arguments, alone, in lists or between tags."""
     decoder, found, place = json.JSONDecoder(), [], 0
     while (place := text.find("{", place)) >= 0:
@@ -119,13 +119,13 @@ class JsonSchema(Task):
     options: ClassVar[dict[str, Any]] = {"schema": None}
     file_options = ("schema",)
     needs_path = True
-    draws_many = True
-    needs = "jsonschema"
+    supports_draws = True
+    required_package = "jsonschema"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.config.write.problems(f"{self.key}.write")
-        file = self.chosen["schema"]
+        file = self.option_values["schema"]
         if file is not None and not Path(str(file)).expanduser().is_file():
             yield f"{self.key}.options.schema={file}: no such file; give a file with a JSON schema"
 
@@ -133,7 +133,7 @@ class JsonSchema(Task):
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
 
-        fields, file = case.fields, self.chosen["schema"]
+        fields, file = case.fields, self.option_values["schema"]
         schema = fields.get("schema") if file is None else Path(str(file)).expanduser().read_text(encoding="utf-8")
         if isinstance(schema, str):
             try:
@@ -157,16 +157,16 @@ class JsonSchema(Task):
             case.document.prompt, case.document.completion = text_of(fields, "prompt"), "{}"
         case.fields = {"schema": schema}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
-        questions = asking.questions([case.document for case in cases if case.document is not None])
-        written = by_prompt(asking.answers(questions, self.config.write, self.key), len(cases))
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        questions = model.encode_questions([case.document for case in cases if case.document is not None])
+        written = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, written, strict=True):
             schema = case.fields["schema"]
-            found = [judged(text, schema) for text in texts]
+            found = [check_json(text, schema) for text in texts]
             scores = [{"valid": float(problem is None), "parsed": float(parsed)} for parsed, problem in found]
-            told, allowed = asking.tell(question.context), json.dumps(schema, ensure_ascii=False)
-            rows.append(drawn_row(TaskRow(case.where, told, "", allowed, {}, note=found[0][1] or ""), texts, scores))
+            told, allowed = model.shown_prompt(question.context), json.dumps(schema, ensure_ascii=False)
+            rows.append(row_of_draws(TaskRow(case.where, told, "", allowed, {}, note=found[0][1] or ""), texts, scores))
         return rows
 
     def signatures(self) -> dict[str, str]:
@@ -176,7 +176,7 @@ class JsonSchema(Task):
         return {metric.name: said for metric in self.metrics}
 
 
-def judged(text: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
+def check_json(text: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
     """(whether an answer is JSON, what is wrong with it). What a schema refers to elsewhere is not fetched."""
     from jsonschema.exceptions import best_match
     from jsonschema.validators import validator_for
@@ -205,28 +205,28 @@ class Maths(WrittenTask):
 
     def read(self, case: Case) -> None:
         super().read(case)
-        case.fields["result"] = result_of(self.reference(case))
+        case.fields["result"] = final_result(self.reference(case))
         if case.fields["result"] is None:
             raise Refusal("no_result", "the solution has no number, nothing after #### and nothing in \\boxed{}")
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        return {"right": float(result_of(text) == case.fields["result"])}
+        return {"right": float(final_result(text) == case.fields["result"])}
 
     def signatures(self) -> dict[str, str]:
         return {"accuracy": "result:last \\boxed, else after ####, else last number|numbers compared as fractions"}
 
 
-def result_of(text: str) -> Fraction | str | None:
+def final_result(text: str) -> Fraction | str | None:
     """The result that a solution ends in; numbers as fractions, so that 0.50, 1/2 and \\frac{1}{2} are one."""
     if boxes := list(BOXED.finditer(text)):
-        return _value(_braced(text, boxes[-1].end()))
+        return _parse_result(_until_closing_brace(text, boxes[-1].end()))
     if "####" in text:
-        return _value(text.rpartition("####")[2].strip().partition("\n")[0])
+        return _parse_result(text.rpartition("####")[2].strip().partition("\n")[0])
     numbers = NUMBER.findall(text)
-    return _value(numbers[-1]) if numbers else None
+    return _parse_result(numbers[-1]) if numbers else None
 
 
-def _braced(text: str, begin: int) -> str:
+def _until_closing_brace(text: str, begin: int) -> str:
     depth = 1
     for place in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -235,7 +235,7 @@ def _braced(text: str, begin: int) -> str:
     return text[begin:]
 
 
-def _value(text: str) -> Fraction | str:
+def _parse_result(text: str) -> Fraction | str:
     plain = FRACTION.sub(r"\1/\2", text)
     for ornament in ("\\$", "$", "\\%", "%", "\\!", "\\,", "{,}", ","):
         plain = plain.replace(ornament, "")

@@ -10,10 +10,10 @@ import numpy as np
 from trainer.data.fields import Refusal, shown
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask
-from trainer.evaluation.tasks.model_interface import Asking
-from trainer.evaluation.tasks.significance import LEVEL, largest_p
+from trainer.evaluation.tasks.model_interface import ModelInterface
+from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
 
-LEAST = 10
+MIN_ROWS = 10
 """Rows of a group below which it is told that they are few."""
 SHUFFLES = 1000
 """How often groups are dealt anew, to see how large a gap is by chance."""
@@ -28,15 +28,17 @@ class Subgroups(ClassificationTask):
             "demographic_parity_difference",
             "largest difference of the share with a predicted label, 0 to 1",
             False,
-            least=40,
+            min_cases=40,
         ),
-        Metric("equalized_odds_difference", "largest difference of hits or of false alarms, 0 to 1", False, least=40),
-        Metric("accuracy_difference", "largest difference of accuracy, 0 to 1", False, least=40),
+        Metric(
+            "equalized_odds_difference", "largest difference of hits or of false alarms, 0 to 1", False, min_cases=40
+        ),
+        Metric("accuracy_difference", "largest difference of accuracy, 0 to 1", False, min_cases=40),
         Metric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
     )
     reads = '"text", "label" and "group": what the row is told apart by, as a gender'
     options: ClassVar[dict[str, Any]] = {**ClassificationTask.options, "positive": None, "seed": 0}
-    needs: ClassVar[str | None] = None
+    required_package: ClassVar[str | None] = None
 
     def read(self, case: Case) -> None:
         group = case.fields.get("group")
@@ -48,19 +50,19 @@ class Subgroups(ClassificationTask):
         super().read(case)
         case.fields["group"] = str(group).strip()
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
-        rows = super().run(cases, asking)
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        rows = super().run(cases, model)
         for case, row in zip(cases, rows, strict=True):
             row.source = case.fields["group"]
         return rows
 
-    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         groups = np.array([row.source for row in rows])
 
         def of(name: str) -> Callable[[np.ndarray], float]:
             return lambda weights: self._gaps(rows, groups, weights)[name]
 
-        return {name: of(name) for name in _NAMES}
+        return {name: of(name) for name in _GAP_METRICS}
 
     def _gaps(self, rows: Sequence[TaskRow], groups: np.ndarray, weights: np.ndarray) -> dict[str, float]:
         true, said = np.array([row.reference for row in rows]), np.array([row.answer for row in rows])
@@ -75,7 +77,7 @@ class Subgroups(ClassificationTask):
             return float(rates.max() - rates.min()) if len(rates) > 1 else 0.0
 
         every = np.ones(len(rows), bool)
-        positive = self.chosen["positive"]
+        positive = self.option_values["positive"]
         labels = [str(positive)] if positive is not None else sorted({*true.tolist(), *said.tolist()})
         return {
             "demographic_parity_difference": max(share(said == label, every) for label in labels),
@@ -94,19 +96,21 @@ class Subgroups(ClassificationTask):
         if len(names) < 2:
             yield "there is one group alone, and so no gap"
             return
-        if counts.min() < LEAST:
-            yield f"a group has fewer than {LEAST} rows: its gaps say little"
-        drawn = np.random.default_rng(int(self.chosen["seed"]))
-        found = np.array([self._gaps(rows, groups, ones)[name] for name in _NAMES])
+        if counts.min() < MIN_ROWS:
+            yield f"a group has fewer than {MIN_ROWS} rows: its gaps say little"
+        drawn = np.random.default_rng(int(self.option_values["seed"]))
+        found = np.array([self._gaps(rows, groups, ones)[name] for name in _GAP_METRICS])
         dealt = [self._gaps(rows, drawn.permutation(groups), ones) for _ in range(SHUFFLES)]
-        chance = np.array([[gaps[name] for name in _NAMES] for gaps in dealt])
-        for name, gap, usual, p in zip(_NAMES, found, chance.mean(axis=0), largest_p(found, chance), strict=True):
+        chance = np.array([[gaps[name] for name in _GAP_METRICS] for gaps in dealt])
+        for name, gap, usual, p in zip(
+            _GAP_METRICS, found, chance.mean(axis=0), max_statistic_p(found, chance), strict=True
+        ):
             told = "beyond chance" if p < LEVEL else "no gap shown beyond chance"
             yield f"{name} {gap:.3g}: groups dealt at random give {usual:.3g} on average, p {p:.3g} for all gaps: {told}"
 
     def signatures(self) -> dict[str, str]:
-        said = f"positive:{self.chosen['positive'] or 'the label with the largest gap'}|method:between groups"
-        return dict.fromkeys(_NAMES, said)
+        said = f"positive:{self.option_values['positive'] or 'the label with the largest gap'}|method:between groups"
+        return dict.fromkeys(_GAP_METRICS, said)
 
 
-_NAMES = ("demographic_parity_difference", "equalized_odds_difference", "accuracy_difference")
+_GAP_METRICS = ("demographic_parity_difference", "equalized_odds_difference", "accuracy_difference")

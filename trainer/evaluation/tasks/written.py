@@ -16,8 +16,8 @@ from trainer.data.fields import Refusal, is_texts, shown
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.compat import weighted_score
-from trainer.evaluation.tasks.model_interface import Asking, answer_of
-from trainer.evaluation.tasks.pass_at_k import by_prompt, drawn_row, passing
+from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
+from trainer.evaluation.tasks.pass_at_k import pass_at_k_metrics, row_of_draws, texts_by_prompt
 
 REFERENCES = "references"
 """Column with further answers that are right too, a list of texts."""
@@ -29,14 +29,14 @@ class WrittenTask(Task):
     reads = (
         'a prompt and its answer in any format of data.path, perhaps with "references": a list of other right answers'
     )
-    draws_many = True
+    supports_draws = True
     right_or_wrong: ClassVar[bool] = False
     """Whether the first metric's score of an answer is 0 or 1."""
 
     def __init__(self, name: str, config: TaskConfig) -> None:
         super().__init__(name, config)
         if self.right_or_wrong:
-            self.metrics += passing(config.write.draws)
+            self.metrics += pass_at_k_metrics(config.write.draws)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -44,7 +44,7 @@ class WrittenTask(Task):
 
     def read(self, case: Case) -> None:
         assert case.document is not None
-        answer = answer_of(case.document)
+        answer = last_answer(case.document)
         if answer is None:
             raise Refusal("no_answer", "the row is a text, or a pair of answers; it must be a prompt and its answer")
         others = case.fields.get(REFERENCES)
@@ -52,17 +52,17 @@ class WrittenTask(Task):
             raise Refusal("bad_references", f'"{REFERENCES}" is {shown(others)}; it must be a list of texts')
         case.fields = {REFERENCES: [answer["content"].strip(), *(others or [])]}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
-        questions = asking.questions([case.document for case in cases if case.document is not None])
-        written = asking.answers(questions, self.config.write, self.key)
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        questions = model.encode_questions([case.document for case in cases if case.document is not None])
+        written = model.answers(questions, self.config.write, self.key)
         return [
-            drawn_row(
-                TaskRow(case.where, asking.tell(question.context), "", self.reference(case), {}),
+            row_of_draws(
+                TaskRow(case.where, model.shown_prompt(question.context), "", self.reference(case), {}),
                 texts,
                 [self.score(case, text) for text in texts],
                 self.metrics,
             )
-            for case, question, texts in zip(cases, questions, by_prompt(written, len(cases)), strict=True)
+            for case, question, texts in zip(cases, questions, texts_by_prompt(written, len(cases)), strict=True)
         ]
 
     def reference(self, case: Case) -> str:
@@ -83,26 +83,26 @@ NORMALISATIONS: dict[str, Callable[[str], str]] = {
 """What may be taken out before texts are compared, in this order."""
 
 
-class _Compared(WrittenTask):
+class _NormalisedTask(WrittenTask):
     options: ClassVar[dict[str, Any]] = {"normalise": list(NORMALISATIONS)}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        asked = self.chosen["normalise"]
+        asked = self.option_values["normalise"]
         if not isinstance(asked, list) or not {*asked} <= NORMALISATIONS.keys():
             yield f"{self.key}.options.normalise={asked}: must be a list of {', '.join(NORMALISATIONS)}, or []"
 
-    def normalised(self, text: str) -> str:
+    def normalise(self, text: str) -> str:
         for name, change in NORMALISATIONS.items():
-            text = change(text) if name in self.chosen["normalise"] else text
+            text = change(text) if name in self.option_values["normalise"] else text
         return text.strip()
 
     def signatures(self) -> dict[str, str]:
-        done = "+".join(name for name in NORMALISATIONS if name in self.chosen["normalise"]) or "none"
+        done = "+".join(name for name in NORMALISATIONS if name in self.option_values["normalise"]) or "none"
         return {metric.name: f"normalise:{done}" for metric in self.metrics}
 
 
-class ExactMatch(_Compared):
+class ExactMatch(_NormalisedTask):
     """Whether the answer is one of the references."""
 
     right_or_wrong = True
@@ -110,11 +110,11 @@ class ExactMatch(_Compared):
     metrics = (Metric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),)
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        found = self.normalised(text)
-        return {"match": float(any(found == self.normalised(other) for other in case.fields[REFERENCES]))}
+        found = self.normalise(text)
+        return {"match": float(any(found == self.normalise(other) for other in case.fields[REFERENCES]))}
 
 
-class F1(_Compared):
+class F1(_NormalisedTask):
     """Words that the answer and a reference share (SQuAD, Rajpurkar et al. 2016)."""
 
     kind = "f1"
@@ -124,7 +124,7 @@ class F1(_Compared):
     )
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        found, others = self.normalised(text), [self.normalised(other) for other in case.fields[REFERENCES]]
+        found, others = self.normalise(text), [self.normalise(other) for other in case.fields[REFERENCES]]
         return {"f1": max(word_f1(found, other) for other in others), "match": float(found in others)}
 
 
@@ -146,36 +146,36 @@ class Translation(WrittenTask):
         Metric("chrf", "sacrebleu's corpus chrF, 0 to 100 (Popović 2015)"),
     )
     options: ClassVar[dict[str, Any]] = {"tokenize": "13a", "lowercase": False, "word_order": 0}
-    draws_many = False  # scores of the whole set are made of its answers, not of rows
+    supports_draws = False  # scores of the whole set are made of its answers, not of rows
     reads = "a text and its translation in any format of data.path"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         known = ("13a", "intl", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "char", "none")
-        if self.chosen["tokenize"] not in known:
-            yield f"{self.key}.options.tokenize={self.chosen['tokenize']}: must be one of {', '.join(known)}"
+        if self.option_values["tokenize"] not in known:
+            yield f"{self.key}.options.tokenize={self.option_values['tokenize']}: must be one of {', '.join(known)}"
 
     @cached_property
-    def judges(self) -> dict[str, Any]:
+    def scorers(self) -> dict[str, Any]:
         """sacrebleu's metrics by our names."""
         from sacrebleu.metrics import BLEU, CHRF
 
-        chosen = self.chosen
+        chosen = self.option_values
         bleu = BLEU(tokenize=chosen["tokenize"], lowercase=bool(chosen["lowercase"]))
         return {"bleu": bleu, "chrf": CHRF(word_order=int(chosen["word_order"]), lowercase=bool(chosen["lowercase"]))}
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        return {"chrf": float(self.judges["chrf"].sentence_score(text, case.fields[REFERENCES][:1]).score)}
+        return {"chrf": float(self.scorers["chrf"].sentence_score(text, case.fields[REFERENCES][:1]).score)}
 
-    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         answers = [row.answer for row in rows]
         references = [row.reference for row in rows]
-        return {name: weighted_score(judge, answers, references) for name, judge in self.judges.items()}
+        return {name: weighted_score(judge, answers, references) for name, judge in self.scorers.items()}
 
     def signatures(self) -> dict[str, str]:
-        for judge in self.judges.values():  # which is known once it has seen references
+        for judge in self.scorers.values():  # which is known once it has seen references
             judge.corpus_score([""], [[""]])
-        return {name: str(judge.get_signature()) for name, judge in self.judges.items()}
+        return {name: str(judge.get_signature()) for name, judge in self.scorers.items()}
 
 
 class Summarisation(WrittenTask):
@@ -190,18 +190,18 @@ class Summarisation(WrittenTask):
     reads = "a text and its summary in any format of data.path"
 
     @cached_property
-    def judge(self) -> Any:
+    def scorer(self) -> Any:
         """rouge-score's scorer."""
         from rouge_score.rouge_scorer import RougeScorer
 
-        return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=bool(self.chosen["stemmer"]))
+        return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=bool(self.option_values["stemmer"]))
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        found = self.judge.score(case.fields[REFERENCES][0], text)
+        found = self.scorer.score(case.fields[REFERENCES][0], text)
         return {name: float(found[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
 
     def signatures(self) -> dict[str, str]:
         from importlib.metadata import version
 
-        said = f"rouge-score:{version('rouge-score')}|stemmer:{'yes' if self.chosen['stemmer'] else 'no'}"
+        said = f"rouge-score:{version('rouge-score')}|stemmer:{'yes' if self.option_values['stemmer'] else 'no'}"
         return {metric.name: said for metric in self.metrics}

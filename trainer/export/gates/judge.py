@@ -146,16 +146,17 @@ def _command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
             f"shardtune evaluate {run}{checkpoint} against=base evaluation.tasks.general.kind=loss "
             "evaluation.tasks.general.path=<general text>"
         )
-    from trainer.evaluation.tasks.registry import KINDS
+    from trainer.evaluation.tasks.registry import TASK_KINDS
 
     kind = (
         first
-        if first in KINDS
+        if first in TASK_KINDS
         else next(
-            (name for name, kind in KINDS.items() if (first,) == tuple(each.name for each in kind.metrics[:1])), None
+            (name for name, kind in TASK_KINDS.items() if (first,) == tuple(each.name for each in kind.metrics[:1])),
+            None,
         )
     )
-    if kind is not None and not KINDS[kind].needs_path:
+    if kind is not None and not TASK_KINDS[kind].needs_path:
         return f"shardtune evaluate {run}{checkpoint} evaluation.tasks=[{kind}]"
     name = first if rest or kind is None else "NAME"
     return (
