@@ -11,7 +11,7 @@ from tests import curves, house_rules
 from tests.helpers.launching import ROOT
 from tests.helpers.objectives import OBJECTIVE_TESTS, variants_of
 from trainer.data.store.sequences import REFERENCE
-from trainer.evaluation.tasks.registry import KINDS
+from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.objectives.preference import DpoConfig, PairLoss
 from trainer.objectives.registry import FAMILIES, build_objective, reading_of
 from trainer.optim.schedule import ScheduleName
@@ -77,12 +77,12 @@ def test_what_is_said_of_a_schedule_elsewhere(name):
 
 def test_every_kind_of_task_is_on_its_page():
     pages = text("docs/evaluation.md") + text("docs/ethics.md")
-    assert not [kind for kind in KINDS if f"`{kind}`" not in pages], "docs/evaluation.md or docs/ethics.md says it"
+    assert not [kind for kind in TASK_KINDS if f"`{kind}`" not in pages], "docs/evaluation.md or docs/ethics.md says it"
 
 
 def test_every_tracker_is_on_its_page():
     page = text("docs/tracking.md")
-    assert not [kind.setting for kind in trackers.KINDS if f"logging.{kind.setting}=" not in page]
+    assert not [kind.setting for kind in trackers.TASK_KINDS if f"logging.{kind.setting}=" not in page]
 
 
 def test_the_comments_of_train_yaml_list_all_choices():

@@ -195,7 +195,10 @@ def _log_complement(logp: Tensor) -> Tensor:
 
 
 def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Family:
-    """An objective over pairs. `loss` says whether it uses a reference, so that its log-probabilities are recorded with the data."""
+    """An objective over pairs.
+
+    `loss` says whether it uses a reference, so that the reference's log-probabilities are recorded with the data.
+    """
 
     def build(config: Any, beside: Beside) -> Objective:
         return loss(config, beside.reference)
