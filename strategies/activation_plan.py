@@ -38,9 +38,9 @@ class Activations:
 
     def total(self, modes: list[ActivationCheckpointing]) -> float:
         """Bytes at the peak: what all blocks keep, and what the one that is recomputed makes."""
-        kept = sum(getattr(self, mode.value)[i] for i, mode in enumerate(modes))
-        again = [self.none[i] for i, mode in enumerate(modes) if mode is not ActivationCheckpointing.none]
-        return self.outside + kept + max(again, default=0.0) + self.transient
+        kept_bytes = sum(getattr(self, mode.value)[i] for i, mode in enumerate(modes))
+        recomputed_bytes = [self.none[i] for i, mode in enumerate(modes) if mode is not ActivationCheckpointing.none]
+        return self.outside + kept_bytes + max(recomputed_bytes, default=0.0) + self.transient
 
 
 class _Attention(torch.autograd.Function):
@@ -70,23 +70,25 @@ class _ShapesOfFlashAttention(TorchFunctionMode):
         return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
 
 
-class _Count(TorchDispatchMode):
+class _ActivationCounter(TorchDispatchMode):
     """Sums up what autograd saves and what costly operations make, by the block in which it happens."""
 
     def __init__(self, blocks: list[nn.Module], parameters: list[Tensor]) -> None:
         super().__init__()
         self.current = len(blocks)  # outside all blocks
-        self.saved, self.products, self.inputs = ([0.0] * (len(blocks) + 1) for _ in range(3))
-        self.largest = 0.0
-        self._seen: dict[int, Any] = {}
-        self._own = [p.untyped_storage() for p in parameters]  # kept alive: an address is unique only while it is used
-        self._skip = {storage_key(s) for s in self._own}
+        self.saved, self.kept_products, self.inputs = ([0.0] * (len(blocks) + 1) for _ in range(3))
+        self.largest_outside = 0.0
+        self._counted_storages: dict[int, Any] = {}
+        self._parameter_storages = [
+            p.untyped_storage() for p in parameters
+        ]  # kept alive: an address is unique only while it is used
+        self._parameter_keys = {storage_key(s) for s in self._parameter_storages}
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage_key(storage)
-        if key not in self._seen and key not in self._skip:
-            self._seen[key] = storage
+        if key not in self._counted_storages and key not in self._parameter_keys:
+            self._counted_storages[key] = storage
             self.saved[self.current] += storage.nbytes()
         return tensor
 
@@ -95,9 +97,9 @@ class _Count(TorchDispatchMode):
         if isinstance(out, Tensor):
             size = out.untyped_storage().nbytes()
             if is_kept(func):
-                self.products[self.current] += size
+                self.kept_products[self.current] += size
             if self.current == len(self.saved) - 1:
-                self.largest = max(self.largest, size)
+                self.largest_outside = max(self.largest_outside, size)
         return out
 
     def enter(self, index: int, hidden: Tensor | None) -> None:
@@ -109,7 +111,7 @@ class _Count(TorchDispatchMode):
         self.current = len(self.saved) - 1
 
 
-def measure(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> Activations:
+def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> Activations:
     """What the micro-batch `batch` leaves behind in a step module whose parameters are on meta; allocates nothing.
 
     Counted in the compute type. Where autocast casts the weights as it goes (single, ddp), their copies come on top.
@@ -120,34 +122,37 @@ def measure(step_module: nn.Module, batch: dict[str, Any], precision: Precision)
     probe.to("meta")  # buffers
     probe.train()
     blocks = probe.shard_units()  # type: ignore[operator]
-    count = _Count(blocks, [*probe.parameters(), *probe.buffers()])
+    counter = _ActivationCounter(blocks, [*probe.parameters(), *probe.buffers()])
     for index, block in enumerate(blocks):
 
         def enter(_m: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-            given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
-            count.enter(index, next(given, None))
+            hidden_states = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+            counter.enter(index, next(hidden_states, None))
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
-        block.register_forward_hook(lambda *_: count.leave())
-    moved = _on_meta(batch)
-    hooks = torch.autograd.graph.saved_tensors_hooks(count.pack, lambda tensor: tensor)
-    with torch.enable_grad(), _ShapesOfFlashAttention(), count, hooks:
-        terms = probe(moved)
+        block.register_forward_hook(lambda *_: counter.leave())
+    meta_batch = _on_meta(batch)
+    hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor)
+    with torch.enable_grad(), _ShapesOfFlashAttention(), counter, hooks:
+        terms = probe(meta_batch)
     del terms
-    none, inputs = count.saved[:-1], count.inputs[:-1]
-    selective = [min(kept, made + given) for kept, made, given in zip(none, count.products, inputs, strict=False)]
-    return Activations(none, selective, inputs, count.saved[-1], 2 * count.largest)
+    none, inputs = counter.saved[:-1], counter.inputs[:-1]
+    selective = [
+        min(kept, made + hidden_states)
+        for kept, made, hidden_states in zip(none, counter.kept_products, inputs, strict=False)
+    ]
+    return Activations(none, selective, inputs, counter.saved[-1], 2 * counter.largest_outside)
 
 
 def _on_meta(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with its tensors, those of batches within it too, as shapes."""
     return {
-        key: value.to("meta") if torch.is_tensor(value) else _on_meta(value) if isinstance(value, dict) else value
-        for key, value in batch.items()
+        key: entry.to("meta") if torch.is_tensor(entry) else _on_meta(entry) if isinstance(entry, dict) else entry
+        for key, entry in batch.items()
     }
 
 
-def choose(activations: Activations, budget: float) -> tuple[list[ActivationCheckpointing], bool]:
+def plan_blocks(activations: Activations, budget: float) -> tuple[list[ActivationCheckpointing], bool]:
     """(what each block does, whether the peak fits): as few blocks as the budget in bytes needs, the milder means first.
 
     Earlier blocks recompute first: what they keep lives longest, until the end of the backward pass.

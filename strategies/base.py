@@ -261,13 +261,13 @@ class Progress:
     """The W&B run that a resumed run continues."""
 
 
-class Whole:
+class FullParameters:
     """Every rank holds every parameter anyway: nothing to gather."""
 
-    needed = False
+    sharded = False
     """Whether parameters are sharded."""
 
-    def bytes(self) -> int | None:
+    def gather_bytes(self) -> int | None:
         """What gathering them takes on this rank's device beside what it holds; None where it cannot be done."""
         return 0
 
@@ -288,7 +288,7 @@ class Engine(Protocol):
     """The step module, sharded; its parameters are this rank's part."""
     host_memory: HostMemory | None
     """Through which the ranks exchange parameters and gradients, where they do not through their process group."""
-    whole: Whole
+    full_parameters: FullParameters
     """How parameters are made whole on every rank, for many forward passes in `inference`."""
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:

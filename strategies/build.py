@@ -42,10 +42,10 @@ def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtim
     return SingleStrategy(config, precision, runtime)
 
 
-def resolve_precision(asked: Precision, runtime: Runtime) -> Precision:
+def resolve_precision(requested: Precision, runtime: Runtime) -> Precision:
     """What `auto` means on the GPUs of this job: the best that all of them have. All ranks must call."""
-    if asked is not Precision.auto:
-        return asked
-    found = gather_objects(best_precision(gpu_of(runtime.device)), runtime)
+    if requested is not Precision.auto:
+        return requested
+    best_by_rank = gather_objects(best_precision(gpu_of(runtime.device)), runtime)
     # A job with several kinds of GPU takes what the least of them has.
-    return next(p for p in (Precision.fp32, Precision.fp16, Precision.bf16) if p in found)
+    return next(p for p in (Precision.fp32, Precision.fp16, Precision.bf16) if p in best_by_rank)

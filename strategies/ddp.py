@@ -14,7 +14,7 @@ from strategies.base import DdpConfig, OptimizerFactory, ParameterSource
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.native import NativeEngine
 from strategies.simulation import without_reading
-from strategies.single import SingleStrategy, load_whole
+from strategies.single import SingleStrategy, load_in_full
 
 
 class DdpEngine(NativeEngine):
@@ -51,7 +51,7 @@ class DdpStrategy(SingleStrategy):
         max_grad_norm: float,
     ) -> NativeEngine:
         """Load everything on every rank, wrap, then build the optimizer. All ranks must call."""
-        load_whole(step_module, source, self.precision, self.runtime)
+        load_in_full(step_module, source, self.precision, self.runtime)
         apply_to_blocks(step_module, self.config)
         wrapped = DistributedDataParallel(
             step_module,

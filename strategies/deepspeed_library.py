@@ -28,7 +28,7 @@ from strategies.host_memory import HostMemory
 from strategies.runtime import Runtime
 
 _CPU = torch.device("cpu")
-_SMALLEST = 2**12
+_MIN_ELEMENTS = 2**12
 """Elements below which a collective stays with the process group: flags and norms."""
 _AVERAGES = {"SUM": False, "AVG": True}
 """Reductions that go through the memory, by name: DeepSpeed and torch each have their own enumeration."""
@@ -63,7 +63,7 @@ def _without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-def release(engine: Any) -> None:
+def free_engine_memory(engine: Any) -> None:
     """Give up the memory of an engine that is used no more. No collective.
 
     Its hooks, and under stage 3 more than those, keep parameters alive from within autograd, where no garbage collection looks:
@@ -72,9 +72,9 @@ def release(engine: Any) -> None:
     engine.destroy()
     optimizer = engine.optimizer
     parameters = list(engine.module.parameters())
-    held = [list(vars(optimizer).values()), list(optimizer.optimizer.state.values()), parameters]
-    held += [[p.grad for p in parameters], [getattr(p, "ds_tensor", None) for p in parameters]]
-    for tensor in tree_leaves(held):
+    kept_alive = [list(vars(optimizer).values()), list(optimizer.optimizer.state.values()), parameters]
+    kept_alive += [[p.grad for p in parameters], [getattr(p, "ds_tensor", None) for p in parameters]]
+    for tensor in tree_leaves(kept_alive):
         if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.untyped_storage().resizable():
             tensor.untyped_storage().resize_(0)
 
@@ -87,12 +87,12 @@ def settle_accelerator(runtime: Runtime) -> None:
     if runtime.device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(runtime.device.index)
     if runtime.simulated or "strategies.simulated_deepspeed" in sys.modules:
-        from strategies.simulated_deepspeed import settle
+        from strategies.simulated_deepspeed import choose_accelerator
 
-        settle(runtime)
+        choose_accelerator(runtime)
 
 
-class _Done:
+class _FinishedWork:
     """The handle of a collective that has ended."""
 
     def wait(self) -> None:
@@ -108,24 +108,24 @@ class HostExchange:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
-    def _takes(self, tensor: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> bool:
+    def _goes_through_memory(self, tensor: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> bool:
         """Whether a collective is ours: of all ranks, large, in one piece; decided alike on every rank."""
         everyone = group is None or dist.get_world_size(group) == self.memory.size
-        return everyone and tensor.numel() >= _SMALLEST and tensor.is_contiguous() and op.name in _AVERAGES
+        return everyone and tensor.numel() >= _MIN_ELEMENTS and tensor.is_contiguous() and op.name in _AVERAGES
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-        if not self._takes(tensor, group, op):
+        if not self._goes_through_memory(tensor, group, op):
             return self.backend.all_reduce(tensor, op, group=group, async_op=async_op)
         self.memory.all_reduce(tensor, average=_AVERAGES[op.name])
-        return _Done()
+        return _FinishedWork()
 
     def all_gather_into_tensor(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
-        if not self._takes(output_tensor, group):
+        if not self._goes_through_memory(output_tensor, group):
             return self.backend.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
         self.memory.all_gather(output_tensor, input_tensor)
-        return _Done()
+        return _FinishedWork()
 
     def reduce_scatter_tensor(
         self,
@@ -135,13 +135,13 @@ class HostExchange:
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
-        if not self._takes(input_tensor, group, op):
+        if not self._goes_through_memory(input_tensor, group, op):
             return self.backend.reduce_scatter_tensor(output_tensor, input_tensor, op, group=group, async_op=async_op)
         self.memory.reduce_scatter(output_tensor, input_tensor, average=_AVERAGES[op.name])
-        return _Done()
+        return _FinishedWork()
 
 
-def exchange_through(memory: HostMemory | None) -> None:
+def route_collectives_through(memory: HostMemory | None) -> None:
     """Let DeepSpeed's collectives go through `memory`, or as it makes them itself."""
 
     def through_memory(current: Any) -> Any:
@@ -151,7 +151,7 @@ def exchange_through(memory: HostMemory | None) -> None:
     replace_backend(through_memory)
 
 
-def norm_of(
+def global_norm(
     gradients: list[Tensor], parameters: list[Any], norm_type: float = 2.0, *, device: torch.device = _CPU
 ) -> Tensor:
     """What DeepSpeed asks its optimizer for: the norm over all ranks' `gradients` on `device`, -1 where it is not finite.
@@ -165,7 +165,7 @@ def norm_of(
     return torch.where(norm.isfinite(), norm, -1.0)
 
 
-class ClipsOnDevice:
+class DeviceClipping:
     """Clips, and leaves out what is not finite, where the gradients are: a hook before each step of the inner optimizer.
 
     DeepSpeed reads the norm on the host to decide both, several times a step. For torch's fused optimizers, which look at
@@ -175,34 +175,34 @@ class ClipsOnDevice:
     def __init__(self, zero: Any, max_norm: float, device: torch.device) -> None:
         self.zero, self.max_norm, self.device = zero, max_norm, device
         self._update_filter: UpdateFilter | None = None
-        self._kept: Tensor | None = None
+        self._applied: Tensor | None = None
         zero.optimizer.register_step_pre_hook(self._before_step)
 
     def begin(self, update_filter: UpdateFilter | None) -> None:
         """A step is about to be taken; `update_filter` may leave its update out."""
-        self._update_filter, self._kept = update_filter, None
+        self._update_filter, self._applied = update_filter, None
 
     def norm(self) -> Tensor:
         """Of the gradients of this step before clipping, 0-d float32, infinite where one is not finite; waits for nothing."""
         return torch.as_tensor(grad_norm_in_step(self.zero), dtype=torch.float32, device=self.device)
 
-    def kept(self) -> Tensor:
+    def applied(self) -> Tensor:
         """Whether the update of this step is made, 0-d bool; the filter is asked once, all ranks alike."""
-        if self._kept is None:
+        if self._applied is None:
             norm = self.norm()
-            self._kept = norm.isfinite()
+            self._applied = norm.isfinite()
             if self._update_filter is not None:
-                self._kept = self._kept & ~self._update_filter(norm)
-        return self._kept
+                self._applied = self._applied & ~self._update_filter(norm)
+        return self._applied
 
     def _before_step(self, inner: Any, *_: Any) -> None:
-        inner.found_inf = (~self.kept()).float()
+        inner.found_inf = (~self.applied()).float()
         if self.max_norm > 0:
             factor = (self.max_norm / (self.norm() + 1e-6)).clamp(max=1.0)
             multiply_each([p.grad for g in inner.param_groups for p in g["params"] if p.grad is not None], factor)
 
 
-class AsksBeforeUpdate:
+class UpdateGate:
     """Leaves an update out where a filter says so: before the first step of the inner optimizer, when the norm is known.
 
     The rest of DeepSpeed's step goes on, with weights and moments as they were. The answer is read on the host, as DeepSpeed
@@ -211,18 +211,18 @@ class AsksBeforeUpdate:
 
     def __init__(self, zero: Any, device: torch.device) -> None:
         self.zero, self.device = zero, device
-        self.left_out: bool | None = None
+        self.skipped: bool | None = None
         """Of this step; None where nobody was asked."""
         self._update_filter: UpdateFilter | None = None
-        self._step = zero.optimizer.step
-        zero.optimizer.step = self._ask
+        self._inner_step = zero.optimizer.step
+        zero.optimizer.step = self._step_unless_refused
 
     def begin(self, update_filter: UpdateFilter | None) -> None:
         """A step is about to be taken; `update_filter` may leave its update out."""
-        self._update_filter, self.left_out = update_filter, None
+        self._update_filter, self.skipped = update_filter, None
 
-    def _ask(self, *args: Any, **kwargs: Any) -> Any:
-        if self._update_filter is not None and self.left_out is None:  # of several parameter groups, with the first
+    def _step_unless_refused(self, *args: Any, **kwargs: Any) -> Any:
+        if self._update_filter is not None and self.skipped is None:  # of several parameter groups, with the first
             norm = torch.as_tensor(grad_norm_in_step(self.zero), dtype=torch.float32, device=self.device)
-            self.left_out = bool(self._update_filter(norm))
-        return None if self.left_out else self._step(*args, **kwargs)
+            self.skipped = bool(self._update_filter(norm))
+        return None if self.skipped else self._inner_step(*args, **kwargs)

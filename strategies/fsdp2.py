@@ -24,7 +24,7 @@ from strategies.compat.fsdp import (
 )
 from strategies.compat.modules import replace_buffers
 from strategies.errors import ConfigError
-from strategies.full_params import FsdpWhole
+from strategies.full_params import FsdpFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replicas, shard_mesh
 from strategies.native import NativeEngine
@@ -129,16 +129,16 @@ class Fsdp2Engine(NativeEngine):
     def _mesh(self) -> Any:
         return self.trainable[0][1].device_mesh  # type: ignore[attr-defined]
 
-    def _held(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    def _local_range(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         assert isinstance(parameter, DTensor)
         local = parameter.to_local()
         return local.reshape(-1) if local.numel() == 0 else local.view(-1), dtensor_start(parameter)
 
-    def _writes(self) -> bool:
+    def _writes_checkpoint(self) -> bool:
         mesh = self._mesh
         return mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
 
-    def _whole(self, parameter: nn.Parameter) -> Tensor:
+    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
         tensor: Tensor = parameter
         if isinstance(tensor, DTensor):
             if tensor.to_local().device != self.runtime.device:  # offloaded: gather on the device, where NCCL can
@@ -190,7 +190,9 @@ class Fsdp2Strategy:
         planned = plan_of(step_module).defer_sync
         engine.defer_sync = self.config.defer_sync is not False if planned is None else planned
         engine.shard_group, engine.host_memory = group, memory
-        engine.whole = FsdpWhole(step_module, compute, reshard_after_forward=self.config.reshard_after_forward)
+        engine.full_parameters = FsdpFullParameters(
+            step_module, compute, reshard_after_forward=self.config.reshard_after_forward
+        )
         return engine
 
     def _shard(self, step_module: nn.Module, compute: torch.dtype) -> dist.ProcessGroup:

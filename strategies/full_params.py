@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.base import Whole
+from strategies.base import FullParameters
 from strategies.parameters import TEACHER, named_parameters
 
 
-class FsdpWhole(Whole):
+class FsdpFullParameters(FullParameters):
     """What FSDP2 has sharded. `dtype`: the type in which parameters are gathered."""
 
-    needed = True
+    sharded = True
 
     def __init__(self, wrapped: nn.Module, dtype: torch.dtype, *, reshard_after_forward: bool) -> None:
         self.wrapped, self.dtype, self.reshard_after_forward = wrapped, dtype, reshard_after_forward
 
-    def bytes(self) -> int | None:
+    def gather_bytes(self) -> int | None:
         return sum(
             p.numel() * (self.dtype.itemsize if p.is_floating_point() else p.element_size())
             for _, p in named_parameters(self.wrapped)
@@ -33,34 +33,36 @@ class FsdpWhole(Whole):
 
         from strategies.compat.fsdp import without_fsdp_hooks
 
-        named = [(name, module) for name, module in self.wrapped.named_modules() if isinstance(module, FSDPModule)]
-        parts = [module for name, module in named if not name.startswith(TEACHER)]
+        fsdp_modules = [
+            (name, module) for name, module in self.wrapped.named_modules() if isinstance(module, FSDPModule)
+        ]
+        student_parts = [module for name, module in fsdp_modules if not name.startswith(TEACHER)]
         root: Any = self.wrapped
         try:
-            for part in parts:
+            for part in student_parts:
                 part.set_reshard_after_forward(False, recurse=False)
                 part.unshard()
-            with without_fsdp_hooks([part for part in parts if part is not root]):
+            with without_fsdp_hooks([part for part in student_parts if part is not root]):
                 yield
         finally:
-            for part in parts:
+            for part in student_parts:
                 part.set_reshard_after_forward(part is not root and self.reshard_after_forward, recurse=False)
                 part.reshard()
 
 
-class ZeroWhole(Whole):
+class ZeroFullParameters(FullParameters):
     """What ZeRO stage 3 has partitioned; `offload` is DeepSpeed's keeper of its parameters."""
 
-    needed = True
+    sharded = True
 
     def __init__(self, step_module: nn.Module, offload: Any) -> None:
-        self.step_module, self.offload = step_module, offload
+        self.step_module, self.parameter_offload = step_module, offload
 
     @property
     def _parameters(self) -> list[Any]:
         return [p for _, p in named_parameters(self.step_module)]
 
-    def bytes(self) -> int | None:
+    def gather_bytes(self) -> int | None:
         if any(getattr(p, "nvme_swapper", None) is not None for p in self._parameters):
             return None  # they may be on a drive since the host has no room for them
         return sum(p.ds_numel * p.ds_tensor.element_size() for p in self._parameters)
@@ -69,17 +71,17 @@ class ZeroWhole(Whole):
     def gathered(self) -> Iterator[None]:
         import deepspeed
 
-        self.offload.partition_all_parameters()  # the same beginning on every rank, with nothing under way
-        usual = self.offload.param_coordinator
+        self.parameter_offload.partition_all_parameters()  # the same beginning on every rank, with nothing under way
+        usual_coordinator = self.parameter_offload.param_coordinator
         try:
             with deepspeed.zero.GatheredParameters(self._parameters):
-                self.offload.param_coordinator = _Idle()
+                self.parameter_offload.param_coordinator = _IdleCoordinator()
                 yield
         finally:
-            self.offload.param_coordinator = usual
+            self.parameter_offload.param_coordinator = usual_coordinator
 
 
-class _Idle:
+class _IdleCoordinator:
     """Stands in for DeepSpeed's coordinator, which fetches and frees by module and compares with other ranks what ran."""
 
     def reset_step(self) -> None: ...

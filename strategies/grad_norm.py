@@ -10,7 +10,7 @@ from torch import Tensor
 from strategies.compat.optimizers import norm_of_each
 from strategies.runtime import device_kind
 
-_PIECE = 2**14
+_PIECE_ELEMENTS = 2**14
 
 
 def squared_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -21,5 +21,5 @@ def squared_norm(grads: Sequence[Tensor]) -> Tensor:
     """
     pieces = [g.detach().float() for g in grads]
     if device_kind(pieces[0].device) == "cpu":
-        pieces = [piece for g in pieces for piece in g.reshape(-1).split(_PIECE)]
+        pieces = [piece for g in pieces for piece in g.reshape(-1).split(_PIECE_ELEMENTS)]
     return torch.stack(norm_of_each(pieces)).square().sum()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from strategies.base import OptimizerFactory, Precision, Progress, StepResult, UpdateFilter, Whole, plan_of
+from strategies.base import FullParameters, OptimizerFactory, Precision, Progress, StepResult, UpdateFilter, plan_of
 from strategies.compat.optimizers import copy_each, multiply_each
-from strategies.ema import KEY, Average
+from strategies.ema import EMA_KEY, WeightAverage
 from strategies.grad_norm import squared_norm
 from strategies.host_memory import HostMemory
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
@@ -36,7 +36,7 @@ class NativeEngine:
     """A step module, its optimizer, and the arithmetic between backward and update."""
 
     host_memory: HostMemory | None = None
-    whole = Whole()
+    full_parameters = FullParameters()
 
     casts_parameters = False
     """Whether the wrapper itself runs in the compute type; otherwise the forward pass runs under autocast."""
@@ -69,9 +69,9 @@ class NativeEngine:
         plan = plan_of(step_module)
         self.hooks = plan.optimizer_hooks
         assert self.hooks is None or self.replicated, "refused when a run is composed"
-        self.average: Average | None = None
+        self.average: WeightAverage | None = None
         if plan.ema_decay:
-            self.average = Average(plan.ema_decay, [self._local(p.detach()) for _, p in self.trainable])
+            self.average = WeightAverage(plan.ema_decay, [self._local(p.detach()) for _, p in self.trainable])
 
     def close(self) -> None:
         """Let go of gradients and optimizer state. See `Engine.close`."""
@@ -113,17 +113,17 @@ class NativeEngine:
             yield
             return
         trained = [self._local(p.detach()) for _, p in self.trainable]
-        kept = [value.clone() for value in trained]  # swapping back by arithmetic would round
+        trained_copies = [weight.clone() for weight in trained]  # swapping back by arithmetic would round
         self.optimizer.eval()
         try:
             yield
         finally:
             self.optimizer.train()  # type: ignore[attr-defined]
-            copy_each(trained, kept)
+            copy_each(trained, trained_copies)
             self._weights_changed()
 
     @contextmanager
-    def _swapped(self, average: Average) -> Iterator[None]:
+    def _swapped(self, average: WeightAverage) -> Iterator[None]:
         average.swap()
         self._weights_changed()
         try:
@@ -170,29 +170,29 @@ class NativeEngine:
         if self.scale is not None:
             factor = factor / self.scale
         if grads and (self.max_grad_norm > 0 or self.scale is not None):
-            by_device = factor.to(grads[0].device)
-            multiply_each(grads, by_device)
-        kept = finite if update_filter is None else finite & ~update_filter(norm)
-        self._update(kept, lr_factor)
+            factor_beside = factor.to(grads[0].device)
+            multiply_each(grads, factor_beside)
+        applied = finite if update_filter is None else finite & ~update_filter(norm)
+        self._update(applied, lr_factor)
         self._steps += 1
         if self.hooks is not None:
-            self.hooks.after_update(self._steps, finite=bool(kept))
+            self.hooks.after_update(self._steps, finite=bool(applied))
         self.optimizer.zero_grad(set_to_none=True)
-        self._updates += kept
+        self._updates += applied
         if self.average is not None:
-            self.average.update(self._updates, kept)
+            self.average.update(self._updates, applied)
         if self.scale is not None:
             self._adjust_scale(finite)
-        return StepResult(grad_norm=norm.float(), skipped=(~kept).float())
+        return StepResult(grad_norm=norm.float(), skipped=(~applied).float())
 
-    def _update(self, kept: Tensor, lr_factor: float) -> None:
+    def _update(self, applied: Tensor, lr_factor: float) -> None:
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
         if self._skips_on_device():
             # The fused kernels look at `found_inf` and leave parameters and moments alone: no host sync.
-            self.optimizer.found_inf = self._beside_parameters((~kept).float())  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._beside_parameters((~applied).float())  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif bool(kept):
+        elif bool(applied):
             self.optimizer.step()
 
     def _beside_parameters(self, flag: Tensor) -> Tensor:
@@ -212,34 +212,37 @@ class NativeEngine:
 
     # -- training state ------------------------------------------------------------------------------------------
 
-    def _held(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    def _local_range(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         """This rank's part of a parameter (or moment of it), flattened, and where it starts in the whole."""
         return parameter.view(-1), 0
 
-    def _runs(self, *, writing: bool) -> Iterator[FlatRange]:
+    def _flat_ranges(self, *, writing: bool) -> Iterator[FlatRange]:
         for number, (name, parameter) in enumerate(self.trainable):
-            held, start = self._held(parameter)
-            tensors, wholes = {"weight": held.detach()}, dict[str, Tensor]()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if not torch.is_tensor(value) or value.dim() == 0:
+            flat, start = self._local_range(parameter)
+            tensors, whole_states = {"weight": flat.detach()}, dict[str, Tensor]()
+            for key, moment in self.optimizer.state.get(parameter, {}).items():
+                if not torch.is_tensor(moment) or moment.dim() == 0:
                     continue
-                if value.shape == parameter.shape and isinstance(value, DTensor) == isinstance(parameter, DTensor):
-                    tensors[key] = self._local(value).view(-1)
+                if moment.shape == parameter.shape and isinstance(moment, DTensor) == isinstance(parameter, DTensor):
+                    tensors[key] = self._local(moment).view(-1)
                 else:
-                    wholes[key] = value.view(-1)
+                    whole_states[key] = moment.view(-1)
             if self.average is not None:
-                tensors[KEY] = self.average.values[number].reshape(-1)
+                tensors[EMA_KEY] = self.average.averages[number].reshape(-1)
             if self.hooks is not None:
-                tensors |= {key: value.view(-1) for key, value in self.hooks.state_of(name).items()}
+                tensors |= {key: moment.view(-1) for key, moment in self.hooks.state_of(name).items()}
             if writing and self.replicated:  # each rank writes its share, so that no rank writes everything
-                low, high = (held.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
-                tensors = {key: value[low:high] for key, value in tensors.items()}
+                low, high = (flat.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
+                tensors = {key: moment[low:high] for key, moment in tensors.items()}
                 start = low
-            yield FlatRange(name, parameter.numel(), start, tensors, write=self._writes())
-            for key, value in wholes.items():  # factored moments and the like: whole, and the same, on every rank
-                yield FlatRange(name, value.numel(), 0, {key: value}, write=self.runtime.is_main)
+            yield FlatRange(name, parameter.numel(), start, tensors, write=self._writes_checkpoint())
+            for (
+                key,
+                moment,
+            ) in whole_states.items():  # factored moments and the like: whole, and the same, on every rank
+                yield FlatRange(name, moment.numel(), 0, {key: moment}, write=self.runtime.is_main)
 
-    def _writes(self) -> bool:
+    def _writes_checkpoint(self) -> bool:
         return True
 
     def _ensure_moments(self) -> None:
@@ -247,7 +250,7 @@ class NativeEngine:
         if any(self.optimizer.state.values()):
             return
         groups = self.optimizer.param_groups
-        before = [dict(group) for group in groups]
+        settings_before = [dict(group) for group in groups]
         for group in groups:
             group["lr"] = 0.0
         for _, parameter in self.trainable:
@@ -256,8 +259,8 @@ class NativeEngine:
             self.optimizer.found_inf = self._beside_parameters(torch.zeros(()))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for group, values in zip(groups, before, strict=True):
-            group.update(values)
+        for group, settings in zip(groups, settings_before, strict=True):
+            group.update(settings)
         self._set_step(0)
 
     def _set_step(self, updates: int) -> None:
@@ -279,20 +282,20 @@ class NativeEngine:
             loss_scale=None if self.scale is None else float(self.scale),
             groups=[{key: g[key] for key in _GROUP_STATE if key in g} for g in self.optimizer.param_groups],
         )
-        return RankState(self._runs(writing=True), header.json(), self.runtime)
+        return RankState(self._flat_ranges(writing=True), header.json(), self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
         """Read the training state written by any strategy at any world size, between two steps. All ranks must call."""
         self._ensure_moments()
-        header = load_state(path, self._runs(writing=False), self.runtime)
+        header = load_state(path, self._flat_ranges(writing=False), self.runtime)
         self._updates.fill_(header.optimizer_steps)
         self._set_step(header.optimizer_steps)
         self._steps = header.progress.step
         if self.hooks is not None:
             self.hooks.restored()
-        for group, values in zip(self.optimizer.param_groups, header.groups, strict=False):
-            group.update({key: values[key] for key in _GROUP_STATE if key in values})
+        for group, saved_group in zip(self.optimizer.param_groups, header.groups, strict=False):
+            group.update({key: saved_group[key] for key in _GROUP_STATE if key in saved_group})
         if self.scale is not None and header.loss_scale is not None:
             self.scale.fill_(header.loss_scale)
             self._steps_since_overflow.zero_()
@@ -301,13 +304,13 @@ class NativeEngine:
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """Full parameters one by one, on the CPU, under plain names; None on all ranks but 0."""
-        pairs = self.trainable if trainable_only else list(named_parameters(self.step_module))
+        parameters = self.trainable if trainable_only else list(named_parameters(self.step_module))
         with self._averaged():
-            for name, parameter in pairs:
-                whole = self._whole(parameter)
+            for name, parameter in parameters:
+                full = self._full_parameter(parameter)
                 # A copy where the live weights are about to change back.
-                yield name, whole.detach().to("cpu", copy=True) if self.runtime.is_main else None
+                yield name, full.detach().to("cpu", copy=True) if self.runtime.is_main else None
 
-    def _whole(self, parameter: nn.Parameter) -> Tensor:
+    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
         """The full parameter. All ranks must call."""
         return parameter

@@ -22,12 +22,14 @@ TEACHER = "teacher."
 COMPUTE_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
-LARGE = 2**20
+LARGE_ELEMENTS = 2**20
 """Elements from which a tensor is no longer made before it is thrown away."""
-STARTS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+CONSTRUCTORS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 """What makes parameters beside `torch.empty`, and masks."""
 
-DRAWS = frozenset(("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "xavier_normal_"))
+RANDOM_FILLS = frozenset(
+    ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "xavier_normal_")
+)
 """What draws the first values of a parameter: on meta there are none, and torch takes a third of the time for drawing them."""
 
 
@@ -47,21 +49,21 @@ class _Unallocated(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        asked = kwargs or {}
-        if getattr(func, "__name__", "") in DRAWS:
-            drawn = asked["tensor"] if "tensor" in asked else args[0]
-            if isinstance(drawn, torch.Tensor) and drawn.is_meta:
-                return drawn
-        return func(*args, **asked | ({"device": "meta"} if self._is_large(func, args, asked) else {}))
+        kwargs_given = kwargs or {}
+        if getattr(func, "__name__", "") in RANDOM_FILLS:
+            tensor = kwargs_given["tensor"] if "tensor" in kwargs_given else args[0]
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs_given | ({"device": "meta"} if self._is_large(func, args, kwargs_given) else {}))
 
     @staticmethod
     def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if kwargs.get("device") is not None or (func is not torch.empty and func not in STARTS):
+        if kwargs.get("device") is not None or (func is not torch.empty and func not in CONSTRUCTORS):
             return False
         size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
         if not all(isinstance(n, int) for n in size) or (func is not torch.empty and len(size) < 3):
             return False
-        return math.prod(size) >= LARGE
+        return math.prod(size) >= LARGE_ELEMENTS
 
 
 def named_parameters(step_module: nn.Module, *, teacher: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
@@ -106,17 +108,17 @@ def trainable_parameters(step_module: nn.Module) -> list[tuple[str, nn.Parameter
 
 def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], torch.Tensor]) -> None:
     """Replace every parameter by `make(parameter)`, keeping ties and requires_grad."""
-    made: dict[int, nn.Parameter] = {}
+    replacements: dict[int, nn.Parameter] = {}
     keep_alive = []  # an id is only unique while its object lives
     for owner in module.modules():
         parameters = own_parameters(owner)
         for name, old in list(parameters.items()):
             if old is None:
                 continue
-            if id(old) not in made:
+            if id(old) not in replacements:
                 keep_alive.append(old)
-                made[id(old)] = nn.Parameter(make(old), requires_grad=old.requires_grad)
-            parameters[name] = made[id(old)]
+                replacements[id(old)] = nn.Parameter(make(old), requires_grad=old.requires_grad)
+            parameters[name] = replacements[id(old)]
 
 
 def set_dtypes(step_module: nn.Module, *, trainable: torch.dtype, frozen: torch.dtype) -> None:
@@ -137,7 +139,7 @@ def materialize(step_module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def fill_whole(step_module: nn.Module, source: ParameterSource) -> None:
+def fill_in_full(step_module: nn.Module, source: ParameterSource) -> None:
     """Load every parameter in full (strategies that replicate)."""
     for name, parameter in named_parameters(step_module, teacher=True):
         values = source.run(name, parameter.shape, 0, parameter.numel())

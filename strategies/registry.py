@@ -13,12 +13,20 @@ STRATEGIES = tuple(name for name in StrategyName if name is not StrategyName.aut
 
 def common_settings(strategy: StrategyConfig) -> dict[str, Any]:
     """The settings that every strategy has, by name, without the strategy's own."""
-    return {each.name: getattr(strategy, each.name) for each in fields(StrategyConfig) if each.name != "name"}
+    return {
+        setting_field.name: getattr(strategy, setting_field.name)
+        for setting_field in fields(StrategyConfig)
+        if setting_field.name != "name"
+    }
 
 
 def every_strategy(common: StrategyConfig) -> list[StrategyConfig]:
     """All that run, in the order of `STRATEGIES`, with the settings of `common` that every strategy has."""
-    kept = common_settings(common)
-    made: list[StrategyConfig] = [SingleConfig(**kept), DdpConfig(**kept), Fsdp2Config(**kept)]
-    made.append(Fsdp2Config(name=StrategyName.hsdp, replicate=0, **kept))
-    return made + [ZeroConfig(name=StrategyName(f"zero{n}"), stage=n, **kept) for n in (1, 2, 3)]
+    common_values = common_settings(common)
+    strategies: list[StrategyConfig] = [
+        SingleConfig(**common_values),
+        DdpConfig(**common_values),
+        Fsdp2Config(**common_values),
+    ]
+    strategies.append(Fsdp2Config(name=StrategyName.hsdp, replicate=0, **common_values))
+    return strategies + [ZeroConfig(name=StrategyName(f"zero{n}"), stage=n, **common_values) for n in (1, 2, 3)]

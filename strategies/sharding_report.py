@@ -13,16 +13,16 @@ from strategies.runtime import Runtime, gather_objects
 
 def held_elements(step_module: nn.Module) -> int:
     """Parameter elements that lie on this rank between steps."""
-    held, counts = 0, element_counts(step_module)
+    held_total, counts = 0, element_counts(step_module)
     for name, p in named_parameters(step_module):
         if hasattr(p, "ds_tensor"):
-            here, whole = p.ds_tensor.ds_numel, int(p.ds_numel)  # type: ignore[attr-defined]
+            local_numel, full_numel = p.ds_tensor.ds_numel, int(p.ds_numel)  # type: ignore[attr-defined]
         elif hasattr(p, "to_local"):
-            here, whole = p.to_local().numel(), p.numel()
+            local_numel, full_numel = p.to_local().numel(), p.numel()
         else:
-            here = whole = p.numel()
-        held += here if counts[name] == whole else here * counts[name] // whole
-    return held
+            local_numel = full_numel = p.numel()
+        held_total += local_numel if counts[name] == full_numel else local_numel * counts[name] // full_numel
+    return held_total
 
 
 def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:

@@ -88,26 +88,30 @@ class SimulatedAccelerator(CPU_Accelerator):
 
 
 @torch.no_grad()
-def reduce_scatter(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
+def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
     """`reduce_scatter_coalesced` as far as shapes go: its buffers and its exchange, without views of each rank's parts.
 
     They are most of what a step of many ranks would otherwise compute.
     """
     ranks, rank = comm.get_world_size(group), comm.get_rank(group)
-    counts = [tensor.numel() for tensor in tensors]
-    parts = [-(-count // ranks) for count in counts]
+    numels = [tensor.numel() for tensor in tensors]
+    part_sizes = [-(-numel // ranks) for numel in numels]
     pieces: list[Tensor] = []
-    for tensor, count, part in zip(tensors, counts, parts, strict=True):
+    for tensor, numel, part_size in zip(tensors, numels, part_sizes, strict=True):
         pieces.append(tensor.view(-1))
-        lacking = (part - min(part, max(0, count - part * each)) for each in range(count // part, ranks))
-        pieces += [torch.empty(n, dtype=tensor.dtype, device=tensor.device) for n in lacking if n]
+        paddings = (
+            part_size - min(part_size, max(0, numel - part_size * owner)) for owner in range(numel // part_size, ranks)
+        )
+        pieces += [torch.empty(n, dtype=tensor.dtype, device=tensor.device) for n in paddings if n]
     flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     flat.div_(ranks)
-    mine = flat.narrow(0, rank * sum(parts), sum(parts))
-    comm.reduce_scatter_fn(mine, flat, group=group)
-    starts = [sum(parts[:index]) for index in range(len(parts))]
-    held = (min(part, max(0, count - part * rank)) for count, part in zip(counts, parts, strict=True))
-    return [mine.narrow(0, start, count) for start, count in zip(starts, held, strict=True)]
+    own_part = flat.narrow(0, rank * sum(part_sizes), sum(part_sizes))
+    comm.reduce_scatter_fn(own_part, flat, group=group)
+    starts = [sum(part_sizes[:index]) for index in range(len(part_sizes))]
+    own_counts = (
+        min(part_size, max(0, numel - part_size * rank)) for numel, part_size in zip(numels, part_sizes, strict=True)
+    )
+    return [own_part.narrow(0, start, numel) for start, numel in zip(starts, own_counts, strict=True)]
 
 
 class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
@@ -129,11 +133,13 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
             AllGatherCoalescedHandle.data_buffer.append([part])
 
 
-def settle(runtime: Runtime) -> None:
+def choose_accelerator(runtime: Runtime) -> None:
     """Give DeepSpeed the accelerator of `runtime`, and no memory of the process groups of an earlier simulation."""
     if runtime.simulated:
         replace_in_stage3(
-            reduce_scatter=reduce_scatter, gathered_handle=GatheredTogether, compare_integers=lambda _integers: None
+            reduce_scatter=reduce_scatter_shapes,
+            gathered_handle=GatheredTogether,
+            compare_integers=lambda _integers: None,
         )
     else:
         replace_in_stage3(

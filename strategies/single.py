@@ -10,7 +10,7 @@ from torch import nn
 from strategies.activation import apply_to_blocks
 from strategies.base import OptimizerFactory, ParameterSource, Precision, StrategyConfig
 from strategies.native import NativeEngine
-from strategies.parameters import COMPUTE_DTYPE, fill_whole, materialize, meta_context, set_dtypes
+from strategies.parameters import COMPUTE_DTYPE, fill_in_full, materialize, meta_context, set_dtypes
 from strategies.runtime import Runtime
 
 
@@ -32,7 +32,7 @@ class SingleStrategy:
         max_grad_norm: float,
     ) -> NativeEngine:
         """Load everything onto the device, then build the optimizer."""
-        load_whole(step_module, source, self.precision, self.runtime)
+        load_in_full(step_module, source, self.precision, self.runtime)
         apply_to_blocks(step_module, self.config)
         return NativeEngine(
             step_module,
@@ -45,8 +45,8 @@ class SingleStrategy:
         )
 
 
-def load_whole(step_module: nn.Module, source: ParameterSource, precision: Precision, runtime: Runtime) -> None:
+def load_in_full(step_module: nn.Module, source: ParameterSource, precision: Precision, runtime: Runtime) -> None:
     """Put all parameters, filled, on this rank's device: trainable ones in fp32, frozen ones in the compute type."""
     set_dtypes(step_module, trainable=torch.float32, frozen=COMPUTE_DTYPE[precision])
     materialize(step_module, runtime.device)
-    fill_whole(step_module, source)
+    fill_in_full(step_module, source)

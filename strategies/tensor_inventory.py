@@ -32,39 +32,39 @@ class MemoryKind(StrEnum):
     other = "other"
 
 
-def plain(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a distributed tensor; any other as it is."""
     while isinstance(tensor, DTensor):
         tensor = local_part(tensor)
     return tensor
 
 
-def owned(engine: Engine) -> Iterator[tuple[MemoryKind, Tensor]]:
+def engine_tensors(engine: Engine) -> Iterator[tuple[MemoryKind, Tensor]]:
     """(kind, tensor) of what `engine` keeps at this moment; a later one for the same storage counts."""
     module = engine.step_module
-    yield from ((MemoryKind.parameters, plain(t)) for t in (*module.parameters(), *module.buffers()))
+    yield from ((MemoryKind.parameters, local_tensor(t)) for t in (*module.parameters(), *module.buffers()))
     for parameter in module.parameters():
         if parameter.grad is not None:
-            yield MemoryKind.gradients, plain(parameter.grad)
+            yield MemoryKind.gradients, local_tensor(parameter.grad)
     yield from _sharded(module)
     yield from _partitioned(engine)
     optimizer: Any = getattr(engine, "optimizer", None)
     if optimizer is not None:
         yield from _states(optimizer)
     if (average := getattr(engine, "average", None)) is not None:
-        yield from ((MemoryKind.optimizer, plain(value)) for value in average.values)
+        yield from ((MemoryKind.optimizer, local_tensor(value)) for value in average.averages)
 
 
 def _states(optimizer: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
     for state in optimizer.state.values():
-        yield from ((MemoryKind.optimizer, plain(value)) for value in state.values() if torch.is_tensor(value))
+        yield from ((MemoryKind.optimizer, local_tensor(value)) for value in state.values() if torch.is_tensor(value))
 
 
 def _sharded(module: nn.Module) -> Iterator[tuple[MemoryKind, Tensor]]:
     """What FSDP2 keeps beside the parameters that a module shows."""
     from strategies.compat.fsdp import hidden_tensors
 
-    yield from ((MemoryKind(kind), plain(tensor)) for kind, tensor in hidden_tensors(module))
+    yield from ((MemoryKind(kind), local_tensor(tensor)) for kind, tensor in hidden_tensors(module))
 
 
 def _partitioned(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
@@ -77,4 +77,4 @@ def _partitioned(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
             yield MemoryKind.gathered, parameter
             yield MemoryKind.parameters, parameter.ds_tensor
     yield from _states(inner.optimizer)
-    yield from ((MemoryKind(kind), plain(tensor)) for kind, tensor in tensors_of_optimizer(inner))
+    yield from ((MemoryKind(kind), local_tensor(tensor)) for kind, tensor in tensors_of_optimizer(inner))

@@ -13,34 +13,34 @@ from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
 from strategies.base import (
+    FullParameters,
     OptimizerFactory,
     ParameterSource,
     Precision,
     Progress,
     StepResult,
     UpdateFilter,
-    Whole,
     ZeroConfig,
     plan_of,
 )
 from strategies.compat.deepspeed import forget_groups, restore_linear
 from strategies.compat.modules import stay_in_place
 from strategies.deepspeed_library import (
-    AsksBeforeUpdate,
-    ClipsOnDevice,
-    exchange_through,
+    DeviceClipping,
+    UpdateGate,
+    free_engine_memory,
+    global_norm,
     import_deepspeed,
-    norm_of,
-    release,
+    route_collectives_through,
     settle_accelerator,
 )
-from strategies.ema import Average
+from strategies.ema import WeightAverage
 from strategies.errors import ConfigError
-from strategies.full_params import ZeroWhole
+from strategies.full_params import ZeroFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
     COMPUTE_DTYPE,
-    fill_whole,
+    fill_in_full,
     materialize,
     meta_context,
     named_parameters,
@@ -52,7 +52,7 @@ from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
 from strategies.zero_config import deepspeed_config, steps_on_device
 from strategies.zero_load import keep_together, load_partitioned
-from strategies.zero_masters import Masters
+from strategies.zero_masters import Fp32Masters
 
 
 class ZeroEngine:
@@ -65,14 +65,18 @@ class ZeroEngine:
         self.dp_rank, self.dp_size = runtime.rank, runtime.world_size
         self.trainable: list[tuple[str, Any]] = list(trainable_parameters(step_module))
         self.base_lrs = [group["lr"] for group in engine.optimizer.param_groups]
-        self.clips: ClipsOnDevice | None = None
+        self.device_clipping: DeviceClipping | None = None
         """Set where DeepSpeed leaves clipping and skipping to us."""
-        self.asks = AsksBeforeUpdate(engine.optimizer, runtime.device)
+        self.update_gate = UpdateGate(engine.optimizer, runtime.device)
         self._updates = torch.zeros((), device=runtime.device)
-        self.masters = Masters(engine, config.stage, runtime.rank, self.trainable)
-        self.average: Average | None = None
+        self.masters = Fp32Masters(engine, config.stage, runtime.rank, self.trainable)
+        self.average: WeightAverage | None = None
         """Of the fp32 masters, where the run asks for one."""
-        self.whole = ZeroWhole(step_module, engine.optimizer.parameter_offload) if config.stage == 3 else Whole()
+        self.full_parameters = (
+            ZeroFullParameters(step_module, engine.optimizer.parameter_offload)
+            if config.stage == 3
+            else FullParameters()
+        )
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -80,7 +84,7 @@ class ZeroEngine:
 
     def close(self) -> None:
         """Give up parameters, gradients and optimizer state. See `Engine.close`."""
-        release(self.engine)
+        free_engine_memory(self.engine)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -88,27 +92,27 @@ class ZeroEngine:
 
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
         """Clip, update and zero, and let the average follow. See `Engine.step`."""
-        result = self._step(lr_factor, update_filter)
+        step_result = self._step(lr_factor, update_filter)
         if self.average is not None:
-            self.average.update(self._updates, 1 - result.skipped)
-        return result
+            self.average.update(self._updates, 1 - step_result.skipped)
+        return step_result
 
     def _step(self, lr_factor: float, update_filter: UpdateFilter | None) -> StepResult:
         """Clip, update and zero. Where it decides on skipping, DeepSpeed waits for the device to do so."""
         for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
-        if self.clips is not None:
-            self.clips.begin(update_filter)
+        if self.device_clipping is not None:
+            self.device_clipping.begin(update_filter)
             self.engine.step()
-            kept = self.clips.kept()
-            self._updates += kept
-            return StepResult(grad_norm=self.clips.norm(), skipped=(~kept).float())
-        self.asks.begin(update_filter)
+            applied = self.device_clipping.applied()
+            self._updates += applied
+            return StepResult(grad_norm=self.device_clipping.norm(), skipped=(~applied).float())
+        self.update_gate.begin(update_filter)
         self.engine.step()
-        skipped = bool(self.engine.optimizer.overflow) or bool(self.asks.left_out)
+        skipped = bool(self.engine.optimizer.overflow) or bool(self.update_gate.skipped)
         self._updates += not skipped
-        found, device = self.engine.get_global_grad_norm(), self.runtime.device
-        norm = torch.as_tensor(float("nan") if found is None else found, dtype=torch.float32, device=device)
+        engine_norm, device = self.engine.get_global_grad_norm(), self.runtime.device
+        norm = torch.as_tensor(float("nan") if engine_norm is None else engine_norm, dtype=torch.float32, device=device)
         return StepResult(grad_norm=norm, skipped=torch.tensor(float(skipped), device=device))
 
     @contextmanager
@@ -140,7 +144,7 @@ class ZeroEngine:
     def _flat_groups(self) -> list[Tensor]:
         return self.masters.flat_groups()
 
-    def _runs(self) -> Iterator[FlatRange]:
+    def _flat_ranges(self) -> Iterator[FlatRange]:
         return self.masters.runs(self.average)
 
     def _ensure_moments(self) -> None:
@@ -149,25 +153,25 @@ class ZeroEngine:
         if inner.state:
             return
         parameters = [p for group in inner.param_groups for p in group["params"]]
-        rates = [group["lr"] for group in inner.param_groups]
-        kept = inner.param_groups
+        lrs = [group["lr"] for group in inner.param_groups]
+        groups = inner.param_groups
         # Stage 3 hands its sub-groups to the optimizer one at a time; the state belongs to the flat tensors all the same.
         flats = self._flat_groups()
-        for group in kept:
+        for group in groups:
             group["lr"] = 0.0
-        original = [group["params"] for group in kept]
+        original_parameters = [group["params"] for group in groups]
         if {id(p) for p in parameters} != {id(f) for f in flats}:
-            for group in kept:
+            for group in groups:
                 group["params"] = []
-            kept[0]["params"] = list(flats)
+            groups[0]["params"] = list(flats)
         for flat in flats:
             flat.grad = torch.zeros_like(flat)
         inner.step()
         for flat in flats:
             flat.grad = None
         self._set_step(0)
-        for group, rate, params in zip(kept, rates, original, strict=True):
-            group["lr"], group["params"] = rate, params
+        for group, lr, parameters_of_group in zip(groups, lrs, original_parameters, strict=True):
+            group["lr"], group["params"] = lr, parameters_of_group
 
     def _set_step(self, updates: int) -> None:
         """Tell the inner optimizer how many updates were applied, where it counts them."""
@@ -192,13 +196,13 @@ class ZeroEngine:
             strategy=str(self.config.name),
             loss_scale=None if scaler is None else float(scaler.cur_scale),
         )
-        return RankState(self._runs(), header.json(), self.runtime)
+        return RankState(self._flat_ranges(), header.json(), self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
         """Read the training state written by any strategy at any world size, between two steps. All ranks must call."""
         self._ensure_moments()
-        header = load_state(path, self._runs(), self.runtime)
+        header = load_state(path, self._flat_ranges(), self.runtime)
         self._updates.fill_(header.optimizer_steps)
         self._set_step(header.optimizer_steps)
         if header.loss_scale is not None and (scaler := self._scaler()) is not None:
@@ -222,11 +226,18 @@ class ZeroEngine:
     @torch.no_grad()
     def set_masters(self, source: ParameterSource) -> None:
         """Give the fp32 masters their exact initial values: they were cloned from rounded compute copies."""
-        for run in self._runs():
-            held = run.tensors["weight"]
-            if held.numel():
-                shape = torch.Size([run.numel])
-                held.copy_(source.run(run.name, self._shapes.get(run.name, shape), run.start, run.start + held.numel()))
+        for flat_range in self._flat_ranges():
+            master = flat_range.tensors["weight"]
+            if master.numel():
+                shape = torch.Size([flat_range.numel])
+                master.copy_(
+                    source.run(
+                        flat_range.name,
+                        self._shapes.get(flat_range.name, shape),
+                        flat_range.start,
+                        flat_range.start + master.numel(),
+                    )
+                )
 
     @property
     def _shapes(self) -> dict[str, torch.Size]:
@@ -244,12 +255,12 @@ class ZeroEngine:
         trainable = {id(p) for _, p in self.trainable}
         for name, p in named_parameters(self.step_module):
             if id(p) in trainable:
-                whole = safe_get_full_fp32_param(p).view(getattr(p, "ds_shape", p.shape))
-                yield name, whole.cpu() if self.runtime.is_main else None
+                master = safe_get_full_fp32_param(p).view(getattr(p, "ds_shape", p.shape))
+                yield name, master.cpu() if self.runtime.is_main else None
             elif not trainable_only and self.config.stage == 3:
                 with deepspeed.zero.GatheredParameters([p]):
-                    value = p.detach().cpu().clone() if self.runtime.is_main else None
-                yield name, value
+                    full = p.detach().cpu().clone() if self.runtime.is_main else None
+                yield name, full
             elif not trainable_only:
                 yield name, p.detach().cpu() if self.runtime.is_main else None
 
@@ -290,7 +301,7 @@ class ZeroStrategy:
             precision=self.precision,
             max_grad_norm=max_grad_norm,
             on_cpu=self.on_cpu,
-            part=sum(p.numel() for _, p in trainable_parameters(step_module)) // self.runtime.world_size,
+            trained_per_rank=sum(p.numel() for _, p in trainable_parameters(step_module)) // self.runtime.world_size,
         )
         settings = settings_for()
         if self.config.stage == 3:
@@ -304,24 +315,24 @@ class ZeroStrategy:
             load_partitioned(step_module, source, settings, compute, self.runtime, to_drive=to_drive)
         else:
             materialize(step_module, self.runtime.device)
-            fill_whole(step_module, source)
+            fill_in_full(step_module, source)
         optimizer = make_optimizer(trainable_parameters(step_module))
         on_device = steps_on_device(self.config, self.precision, optimizer)
         settings = settings_for(on_device=on_device)
         memory = open_host_memory(self.runtime)
-        exchange_through(memory)
+        route_collectives_through(memory)
         if self.runtime.simulated:
             stay_in_place(step_module)
         engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
         bound_groups(self.runtime)
         if (self.on_cpu or on_device) and hasattr(engine.optimizer, "get_grad_norm_direct"):
-            engine.optimizer.get_grad_norm_direct = partial(norm_of, device=self.runtime.device)
-        result = ZeroEngine(step_module, engine, self.config, self.runtime)
+            engine.optimizer.get_grad_norm_direct = partial(global_norm, device=self.runtime.device)
+        zero_engine = ZeroEngine(step_module, engine, self.config, self.runtime)
         if on_device:
-            result.clips = ClipsOnDevice(engine.optimizer, max_grad_norm, self.runtime.device)
-        result.host_memory = memory
+            zero_engine.device_clipping = DeviceClipping(engine.optimizer, max_grad_norm, self.runtime.device)
+        zero_engine.host_memory = memory
         if self.precision is not Precision.fp32:
-            result.set_masters(source)
+            zero_engine.set_masters(source)
         if decay := plan_of(step_module).ema_decay:
-            result.average = Average(decay, result._flat_groups())
-        return result
+            zero_engine.average = WeightAverage(decay, zero_engine._flat_groups())
+        return zero_engine

@@ -7,7 +7,7 @@ from typing import Any
 from strategies.base import ActivationCheckpointing, Precision, ZeroConfig
 
 MIB = 2**20
-LIVE = int(1e9)
+MAX_LIVE_PARAMETERS = int(1e9)
 """Parameters that stage 3 keeps gathered at most beside those in use, and over how many to the next use it keeps them."""
 
 
@@ -25,8 +25,8 @@ def _offloads(config: ZeroConfig, *, on_cpu: bool) -> dict[str, Any]:
         "offload_optimizer": _offload(config.offload_optimizer, config.nvme_path),
         "offload_param": _offload(config.offload_parameters, config.nvme_path),
     }
-    found = {key: section for key, section in sections.items() if section is not None}
-    return {key: {**section, "pin_memory": not on_cpu} for key, section in found.items()}
+    used_sections = {key: section for key, section in sections.items() if section is not None}
+    return {key: {**section, "pin_memory": not on_cpu} for key, section in used_sections.items()}
 
 
 def steps_on_device(config: ZeroConfig, precision: Precision, optimizer: Any) -> bool:
@@ -35,7 +35,7 @@ def steps_on_device(config: ZeroConfig, precision: Precision, optimizer: Any) ->
     return fused and config.stage == 2 and precision is Precision.bf16 and config.offload_optimizer == "none"
 
 
-NO_LEAVES: dict[str, Any] = {"classes": []}
+NO_LEAF_MODULES: dict[str, Any] = {"classes": []}
 """By default some blocks of experts are gathered whole, and reduced by a hook that fires before there are gradients where
 nothing below them trains. A layer's experts are one module here: none is left ungathered."""
 
@@ -46,10 +46,10 @@ def deepspeed_config(
     precision: Precision,
     max_grad_norm: float,
     on_cpu: bool,
-    part: int = 0,
+    trained_per_rank: int = 0,
     on_device: bool = False,
 ) -> dict[str, Any]:
-    """The dictionary given to `deepspeed.initialize`; `part` is the number of trained elements of one rank.
+    """The dictionary given to `deepspeed.initialize`; `trained_per_rank` is the number of trained elements of one rank.
 
     `on_device`: DeepSpeed leaves clipping and skipping to us.
 
@@ -68,20 +68,20 @@ def deepspeed_config(
         "allgather_bucket_size": numel,
         # Each part of a bucket to the rank that keeps it is half of an all-reduce's traffic, in as many calls as a bucket has
         # owners: where those are few. Through host memory all ranks read the same bucket anyway.
-        "use_multi_rank_bucket_allreduce": on_cpu or part < numel // 4,
+        "use_multi_rank_bucket_allreduce": on_cpu or trained_per_rank < numel // 4,
     }
     zero |= _offloads(config, on_cpu=on_cpu)
     if config.stage == 3:
         zero["stage3_param_persistence_threshold"] = config.persistence_threshold
         zero["stage3_prefetch_bucket_size"] = config.prefetch_mib * MIB // 2
-        zero["stage3_max_live_parameters"] = LIVE
-        zero["stage3_max_reuse_distance"] = LIVE
+        zero["stage3_max_live_parameters"] = MAX_LIVE_PARAMETERS
+        zero["stage3_max_reuse_distance"] = MAX_LIVE_PARAMETERS
         # DeepSpeed's own linear function adds biases in place, into results that selective checkpointing keeps: they
         # would be added again with every recomputation. What it saves is small beside that of checkpointing.
         zero["memory_efficient_linear"] = config.activation_checkpointing is not ActivationCheckpointing.selective
         zero["stage3_gather_16bit_weights_on_model_save"] = False
-        zero["leaf_module"] = NO_LEAVES
-    result: dict[str, Any] = {
+        zero["leaf_module"] = NO_LEAF_MODULES
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0 if on_device else max_grad_norm,
@@ -94,9 +94,9 @@ def deepspeed_config(
     }
     if precision is Precision.bf16:
         # Stage 1 adds each gradient to an fp32 sum, whole on every rank, and would keep those in bf16 beside it.
-        result["bf16"] = {"enabled": True, "check_grad_overflow": not on_device, "immediate_grad_update": True}
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
-        result["communication_data_type"] = "fp32"
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": not on_device, "immediate_grad_update": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
     elif precision is Precision.fp16:
-        result["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2000}
-    return result
+        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2000}
+    return settings

@@ -31,22 +31,22 @@ def load_partitioned(
 
     names = {id(p): name for name, p in named_parameters(step_module, teacher=True)}
     for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
-        fresh: dict[int, str] = {}
+        names_of_allocated: dict[int, str] = {}
         owners = [(o, key, p) for o in module.modules() for key, p in own_parameters(o).items() if p is not None]
-        made: dict[int, nn.Parameter] = {}
+        allocated: dict[int, nn.Parameter] = {}
         for owner, key, p in owners:
             if not p.is_meta or hasattr(p, "ds_id"):
                 continue
-            if id(p) not in made:
-                whole = nn.Parameter(torch.empty_like(p.data, device=runtime.device), p.requires_grad)
-                made[id(p)], fresh[id(p)] = whole, names[id(p)]
+            if id(p) not in allocated:
+                full = nn.Parameter(torch.empty_like(p.data, device=runtime.device), p.requires_grad)
+                allocated[id(p)], names_of_allocated[id(p)] = full, names[id(p)]
                 if to_drive and runtime.is_main:
-                    whole.data.view(-1).copy_(source.run(names[id(p)], p.shape, 0, p.numel()))
-            own_parameters(owner)[key] = made[id(p)]
-        if made:
+                    full.data.view(-1).copy_(source.run(names[id(p)], p.shape, 0, p.numel()))
+            own_parameters(owner)[key] = allocated[id(p)]
+        if allocated:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
-        for identity, parameter in made.items() if not to_drive else ():
-            _fill(parameter, fresh[identity], source, runtime.rank)
+        for identity, parameter in allocated.items() if not to_drive else ():
+            _fill(parameter, names_of_allocated[identity], source, runtime.rank)
     replace_buffers(step_module, lambda buffer: buffer.to(runtime.device))
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from strategies.compat.deepspeed import fp32_fragment
-from strategies.ema import KEY, Average
+from strategies.ema import EMA_KEY, WeightAverage
 from strategies.saving import FlatRange
 
 
-class Masters:
+class Fp32Masters:
     """The flat partitions that the inner optimizer steps on, and where each parameter lies in them."""
 
     def __init__(self, engine: Any, stage: int, dp_rank: int, trainable: list[tuple[str, Any]]) -> None:
@@ -28,37 +28,43 @@ class Masters:
             return optimizer.fp32_groups_flat_partition
         return optimizer.single_partition_of_fp32_groups
 
-    def runs(self, average: Average | None) -> Iterator[FlatRange]:
+    def flat_ranges(self, average: WeightAverage | None) -> Iterator[FlatRange]:
         """This rank's part of the masters, moments and average, parameter by parameter, as views."""
         names = {id(p): name for name, p in self.trainable}
         optimizer, flats = self.engine.optimizer, self.flat_groups()
-        beside = [self._moments(flat) for flat in flats]
-        for more, value in zip(beside, average.values if average is not None else [], strict=False):
-            more[KEY] = value
+        moments_by_flat = [self._moments(flat) for flat in flats]
+        for moments, group_average in zip(
+            moments_by_flat, average.averages if average is not None else [], strict=False
+        ):
+            moments[EMA_KEY] = group_average
         if self.stage == 3:
             for name, p in self.trainable:
                 group, offset, numel = optimizer.grad_position[optimizer.get_param_id(p)]
                 start = min(self.dp_rank * numel, p.ds_numel)
-                held = min(numel, p.ds_numel - start)  # the last partition is padded
-                yield _run(name, p.ds_numel, start, (flats[group], beside[group]), (offset, held))
+                local_numel = min(numel, p.ds_numel - start)  # the last partition is padded
+                yield _flat_range(
+                    name, p.ds_numel, start, (flats[group], moments_by_flat[group]), (offset, local_numel)
+                )
             return
         groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
-        for flat, more, parameters in zip(flats, beside, groups, strict=True):
+        for flat, moments, parameters in zip(flats, moments_by_flat, groups, strict=True):
             for p in parameters:
                 name, mapping = names[id(p)], fp32_fragment(p)
                 if mapping is None:
-                    yield _run(name, p.numel(), 0, (flat, more), (0, 0))
+                    yield _flat_range(name, p.numel(), 0, (flat, moments), (0, 0))
                 else:
                     inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    yield _run(name, p.numel(), outer.start, (flat, more), (inner.start, inner.numel))
+                    yield _flat_range(name, p.numel(), outer.start, (flat, moments), (inner.start, inner.numel))
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:
         state = self.engine.optimizer.optimizer.state.get(flat, {})
         return {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim() and v.shape == flat.shape}
 
 
-def _run(name: str, numel: int, start: int, of: tuple[Tensor, dict[str, Tensor]], where: tuple[int, int]) -> FlatRange:
-    flat, beside = of
-    offset, held = where
-    tensors = {key: value.narrow(0, offset, held) for key, value in {"weight": flat.data, **beside}.items()}
+def _flat_range(
+    name: str, numel: int, start: int, of: tuple[Tensor, dict[str, Tensor]], span: tuple[int, int]
+) -> FlatRange:
+    flat, moments = of
+    offset, local_numel = span
+    tensors = {key: value.narrow(0, offset, local_numel) for key, value in {"weight": flat.data, **moments}.items()}
     return FlatRange(name, numel, start, tensors)

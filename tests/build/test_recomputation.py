@@ -7,10 +7,10 @@ import torch
 
 from strategies import activation_plan, runtime
 from strategies.activation import is_kept
-from strategies.activation_plan import Activations, choose
+from strategies.activation_plan import Activations, plan_blocks
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from strategies.parameters import meta_context
-from strategies.single import load_whole
+from strategies.single import load_in_full
 from tests.helpers.building import (
     GLOBAL_BATCH,
     data_set,
@@ -69,7 +69,7 @@ def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning)
     built, source = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     found = measured(built, workload(config, data), Precision.fp32)
     batch = longest_micro_batch(built, workload(config, data))
-    load_whole(built.step_module, source, Precision.fp32, here)
+    load_in_full(built.step_module, source, Precision.fp32, here)
     assert sum(found.none) + found.outside == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
     assert all(f < s < n for n, s, f in zip(found.none, found.selective, found.full, strict=True))
 
@@ -87,13 +87,13 @@ def test_every_attention_kernel_is_kept_by_selective_checkpointing():
 
 def test_the_least_that_fits_is_chosen():
     found = Activations(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside=50.0, transient=5.0)
-    assert choose(found, 355.0) == ([NONE] * 3, True)
+    assert plan_blocks(found, 355.0) == ([NONE] * 3, True)
     # A recomputed block stands there whole once more: the first step down saves nothing here, the second does.
-    assert choose(found, 354.0) == ([SELECTIVE, SELECTIVE, NONE], True)
-    assert choose(found, 275.0) == ([SELECTIVE] * 3, True)
-    assert choose(found, 245.0) == ([FULL, SELECTIVE, SELECTIVE], True)
-    assert choose(found, 185.0) == ([FULL] * 3, True)
-    assert choose(found, 184.0) == ([FULL] * 3, False)
+    assert plan_blocks(found, 354.0) == ([SELECTIVE, SELECTIVE, NONE], True)
+    assert plan_blocks(found, 275.0) == ([SELECTIVE] * 3, True)
+    assert plan_blocks(found, 245.0) == ([FULL, SELECTIVE, SELECTIVE], True)
+    assert plan_blocks(found, 185.0) == ([FULL] * 3, True)
+    assert plan_blocks(found, 184.0) == ([FULL] * 3, False)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -121,7 +121,7 @@ def test_what_was_planned_is_recorded_and_kept(tmp_path, here):
     engine, built, _ = build_engine(config, load_tokenizer(config.model), data, Precision.fp32, here)
     note = built.substitutions["strategy.activation_checkpointing"]
     assert "full in 2 of 2 blocks" in note and "more than there is" in note
-    found = activation_plan.measure(
+    found = activation_plan.count_activations(
         built.step_module, longest_micro_batch(built, workload(config, data)), Precision.fp32
     )
     batch = longest_micro_batch(built, workload(config, data))

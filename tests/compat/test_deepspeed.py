@@ -37,7 +37,11 @@ def engine_of(library, stage):
     model = nn.Linear(4, 2, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     settings = deepspeed_config(
-        ZeroConfig(name=f"zero{stage}", stage=stage), precision=Precision.bf16, max_grad_norm=1.0, on_cpu=True, part=8
+        ZeroConfig(name=f"zero{stage}", stage=stage),
+        precision=Precision.bf16,
+        max_grad_norm=1.0,
+        on_cpu=True,
+        trained_per_rank=8,
     )
     engine, *_ = library.initialize(model=model, optimizer=optimizer, config=settings)
     return engine

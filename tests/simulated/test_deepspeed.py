@@ -24,11 +24,11 @@ def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
         import deepspeed.comm
         from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
 
-        from strategies.simulated_deepspeed import reduce_scatter
+        from strategies.simulated_deepspeed import reduce_scatter_shapes
 
         deepspeed.comm.init_distributed(auto_mpi_discovery=False, verbose=False)
         found = []
-        for deal in (reduce_scatter_coalesced, reduce_scatter):
+        for deal in (reduce_scatter_coalesced, reduce_scatter_shapes):
             with fake_tensors(SIMULATED):
                 recorder = Recorder(SIMULATED)
                 with recorder:

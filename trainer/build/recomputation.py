@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from strategies import runtime as processes
-from strategies.activation_plan import Activations, choose, measure
+from strategies.activation_plan import Activations, count_activations, plan_blocks
 from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
 from strategies.memory import activations_by_rule, state_bytes
@@ -73,7 +73,7 @@ def measured(built: Built, work: Workload, precision: Precision) -> Activations:
     try:
         if built.two_sides is not None:
             raise ValueError("its two sides have lengths of their own")
-        return measure(built.step_module, longest_micro_batch(built, work), precision)
+        return count_activations(built.step_module, longest_micro_batch(built, work), precision)
     except (RuntimeError, NotImplementedError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"strategy.activation_checkpointing=auto: what a {built.config.model_type} model keeps cannot be counted "
@@ -114,7 +114,7 @@ def plan_checkpointing(
     activations = measured(built, work, precision)
     kept = model_state(built, strategy, precision, runtime)
     budget = strategy.memory_gib or device_gib(runtime) * USABLE
-    modes, fits = choose(activations, budget * 2**30 - kept)
+    modes, fits = plan_blocks(activations, budget * 2**30 - kept)
     modes = processes.broadcast_object(modes, runtime)
     built.step_module.plan.recomputation = modes
     built.activations = activations.total(modes)

@@ -35,9 +35,9 @@ def decide_gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> Gath
 
     `cache_bytes`: what keys and values of the largest batch take.
     """
-    if not engine.whole.needed:
+    if not engine.full_parameters.sharded:
         return GatherDecision(False, True, "every rank holds all weights")
-    weights = engine.whole.bytes()
+    weights = engine.full_parameters.gather_bytes()
     free = min(gather_objects(free_memory(runtime), runtime))
     if weights is None:
         return GatherDecision(True, False, "weights gathered block by block in each pass: they lie on a drive")

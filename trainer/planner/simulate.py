@@ -20,7 +20,7 @@ from strategies.compat.deepspeed import restore_linear
 from strategies.compat.dispatch import storage_key
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
-from strategies.tensor_inventory import MemoryKind, owned
+from strategies.tensor_inventory import MemoryKind, engine_tensors
 from trainer.planner.buckets import bucketed
 from trainer.planner.fake_tensors import faked
 from trainer.planner.memory_tracker import Highest, Moment
@@ -117,7 +117,7 @@ def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
             make_optimizer=parts.make_optimizer,
             max_grad_norm=parts.max_grad_norm,
         )
-        for kind, tensor in owned(engine):
+        for kind, tensor in engine_tensors(engine):
             recorder.see(tensor, kind)
         watched = WatchedEngine(engine, recorder, blocks)
         with watched.places(), bucketed(engine, recorder, parts.whole):
@@ -175,7 +175,7 @@ class WatchedEngine:
         if explain is None:
             self.recorder.begin()
         else:
-            self.recorder.explain(explain, lambda: owned(self.engine))
+            self.recorder.explain(explain, lambda: engine_tensors(self.engine))
         self.start()
         batch = batch_of(batches, self.recorder.device)
         self._trainer.train_step(batch)
@@ -193,7 +193,10 @@ class WatchedEngine:
 
     def report(self, moments: dict[Moment, Highest], record: Record) -> Simulated:
         """What a step was found to take, with what rests now that it is over."""
-        resting, kept = self.recorder.tally(), [t for _, t in owned(self.engine) if t.device != self.recorder.device]
+        resting, kept = (
+            self.recorder.tally(),
+            [t for _, t in engine_tensors(self.engine) if t.device != self.recorder.device],
+        )
         storages = [tensor.untyped_storage() for tensor in kept]
         host = {storage_key(storage): storage.nbytes() for storage in storages}
         return Simulated(

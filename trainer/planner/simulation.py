@@ -17,7 +17,7 @@ from strategies.base import Precision, ZeroConfig
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED, Runtime
 from strategies.simulation import simulated_rank
-from strategies.zero_config import LIVE
+from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.parts import attach_frozen, build_step, right_alone
 from trainer.build.recomputation import micro_batch_of
 from trainer.config.run import RunConfig
@@ -164,7 +164,7 @@ def ends_of(config: RunConfig) -> int:
         few = replace(config, model=with_blocks(config.model, blocks.first + (blocks.period or 1), Path(place)))
         units = parts_of(few, [1], runtime).built.step_module.shard_units()
     smallest = min((sum(p.numel() for p in unit.parameters()) for unit in units), default=1)
-    return max(ends, LIVE // smallest + 1)
+    return max(ends, MAX_LIVE_PARAMETERS // smallest + 1)
 
 
 def joined(config: RunConfig) -> bool:
