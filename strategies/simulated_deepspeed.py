@@ -124,7 +124,8 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
             super().wait(handle_dependency)
             return
         self.allgather_handle.wait()
-        for param in self.params:
+        parameters: list[Any] = self.params  # DeepSpeed gives its parameters further attributes, `ds_...`
+        for param in parameters:
             part = self.partitions[0].as_strided((param.ds_numel,), (1,), 0)
             param.data = torch.cat([part]).view(param.ds_shape).to(param.ds_tensor.dtype)
             param.ds_status = ZeroParamStatus.AVAILABLE

@@ -145,7 +145,7 @@ class ZeroEngine:
         return self.masters.flat_groups()
 
     def _flat_ranges(self) -> Iterator[FlatRange]:
-        return self.masters.runs(self.average)
+        return self.masters.flat_ranges(self.average)
 
     def _ensure_moments(self) -> None:
         """Create the inner optimizer's state: a step with zero gradients at rate 0."""

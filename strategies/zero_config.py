@@ -30,7 +30,7 @@ def _offloads(config: ZeroConfig, *, on_cpu: bool) -> dict[str, Any]:
 
 
 def steps_on_device(config: ZeroConfig, precision: Precision, optimizer: Any) -> bool:
-    """Whether clipping and skipping can be decided without the host (`ClipsOnDevice`)."""
+    """Whether clipping and skipping can be decided without the host (`DeviceClipping`)."""
     fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
     return fused and config.stage == 2 and precision is Precision.bf16 and config.offload_optimizer == "none"
 

@@ -71,13 +71,14 @@ def text_server(manager: OneModel, *, batching: bool) -> tuple[Any, Callable[[],
     """
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # else a warning for each request
     state = GenerationState(continuous_batching=batching)
+    closed: Any = _Closed()  # has the one method that the server calls of the handlers it stands for
     application = build_server(
         manager,
         chat_handler=_seeded(ChatCompletionHandler)(manager, state),
         completion_handler=_seeded(CompletionHandler)(manager, state),
-        response_handler=_Closed(),
-        transcription_handler=_Closed(),
-        systemone_handler=_Closed(),
+        response_handler=closed,
+        transcription_handler=closed,
+        systemone_handler=closed,
         generation_state=state,
     )
     return application, state.shutdown

@@ -63,8 +63,10 @@ def replace_in_stage3(
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 
     stage3.reduce_scatter_coalesced = reduce_scatter
-    partition_parameters.AllGatherCoalescedHandle = gathered_handle
-    for module in (partition_parameters, partitioned_param_coordinator, stage3):
+    partition_parameters.AllGatherCoalescedHandle = gathered_handle  # type: ignore[misc, assignment]  # replaced on purpose
+    # Each of them has imported the function, and calls it by its own name.
+    modules: tuple[Any, ...] = (partition_parameters, partitioned_param_coordinator, stage3)
+    for module in modules:
         module.assert_ints_same_as_other_ranks = compare_integers
 
 

@@ -171,7 +171,7 @@ class Writer:
         whole: bool,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """This rank's rows of each turn, and what `objective` says of them. All ranks must exhaust it."""
-        with engine.inference() as module, engine.whole.gathered() if whole else nullcontext():
+        with engine.inference() as module, engine.full_parameters.gathered() if whole else nullcontext():
             step: Any = module
             # Asked through the root module's own forward: only there are its parameters gathered.
             before, step.objective = step.objective, objective

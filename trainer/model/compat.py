@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +203,9 @@ class ConversionRules:
         """
         from transformers.core_model_loading import rename_source_key
 
-        name, pattern = rename_source_key(stored, self.renamings, self.converters, prefix, state)
+        # Declared as a dict, and only asked which names it has.
+        names = cast("dict[str, Tensor]", state)
+        name, pattern = rename_source_key(stored, self.renamings, self.converters, prefix, names)
         return name, pattern
 
     def converted_name(self, name: str) -> tuple[str, str | None]:

@@ -135,6 +135,7 @@ class Adapter:
         for name, module in tuned.named_modules():
             if not isinstance(module, BaseTunerLayer):
                 continue
+            assert isinstance(module, nn.Module)  # peft's class is a mixin of modules
             layer, base = name.removeprefix(PREFIX), module.get_base_layer()
             if isinstance(module, ParamWrapper):  # of a module with several adapted parameters one lies in the other
                 layer = f"{self.base_name(name)}.{module.parameter_name}"

@@ -126,7 +126,8 @@ def _wrapper_class() -> type:
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.disable_adapters or self.merged:
                 return super().forward(x, *args, **kwargs)
-            wrappers, base = [self], self.base_layer
+            wrappers: list[ParamWrapper] = [self]
+            base = self.base_layer
             while isinstance(base, ParamWrapper):
                 wrappers.append(base)
                 base = base.base_layer

@@ -16,7 +16,7 @@ from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.transforms.privacy.rule import NOT_ASKED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
     from trainer.data.objective_spec import Reading
 
@@ -25,7 +25,7 @@ GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
 def preview(
     dataset: TokenDataset,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     reading: Reading | None = None,
     label_names: list[str] | None = None,
     *,
@@ -67,7 +67,7 @@ def render(runs: list[tuple[str, float]], *, width: int, colour: bool | None = N
     return "\n".join(_paint(line) if colour else "".join(c for c, _ in line) for line in lines)
 
 
-def pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:
+def pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
     """The decoded text of a sample in runs of tokens that are all context (0) or all learned, with the same weight.
 
     Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.

@@ -5,7 +5,7 @@ Read in transformers 5.24; tests/compat/test_transformers.py calls it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -20,5 +20,7 @@ def render_conversations(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, blocks = render_jinja_template(conversations, chat_template=template, **options)
+    # It is declared to return one text. It returns both lists, and takes any sequence.
+    render: Callable[..., Any] = render_jinja_template
+    texts, blocks = render(conversations, chat_template=template, **options)
     return texts, blocks or [[] for _ in texts]

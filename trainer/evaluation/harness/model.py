@@ -39,6 +39,8 @@ def _remember_error(method: Callable[..., Any]) -> Callable[..., Any]:
 class EngineLM(TemplateLM):
     """Answers the harness's requests. Each is a collective: all ranks must ask the same."""
 
+    tokenizer: Any  # the harness declares it as None
+
     def __init__(self, writer: Any, engine: Any, config: Any, how: WritingConfig) -> None:
         """`config`: the model's, of transformers; `how`: seed and batches of what is written, the rest is the task's."""
         super().__init__()

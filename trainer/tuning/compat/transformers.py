@@ -6,9 +6,13 @@ is imported when a function is called, since composing a run must not import it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightRenaming
 
 
 def block_class_names(model: nn.Module) -> set[str]:
@@ -74,6 +78,8 @@ def checkpoint_name(model: nn.Module, name: str) -> str:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    backwards = [rule.reverse_transform() for rule in reversed(renamings)]
+    rules = get_model_conversion_mapping(cast("PreTrainedModel", model))
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    # Declared as any transform, but the reverse of a renaming is a renaming.
+    backwards = cast("list[WeightRenaming]", [rule.reverse_transform() for rule in reversed(renamings)])
     return str(apply_renamings(name, backwards))
