@@ -23,17 +23,17 @@ from typing import TypeVar
 
 PATIENCE_S = 75.0
 """How long a name that another host has made may stay invisible: NFS clients keep what they know of a directory for 60 s."""
-PIECE = 2**23
+CHUNK_BYTES = 2**23
 """Bytes that are read and hashed at a time."""
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
-WAITED = (errno.ENOENT, errno.ESTALE)  # of what, or in what, another host has made a moment ago
-PASSING = (errno.EIO, errno.ETIMEDOUT)  # of a network mount or a disk that stumbles: the next look may succeed
+NOT_YET_VISIBLE = (errno.ENOENT, errno.ESTALE)  # of what, or in what, another host has made a moment ago
+TRANSIENT = (errno.EIO, errno.ETIMEDOUT)  # of a network mount or a disk that stumbles: the next look may succeed
 PAUSES_S = (10.0, 20.0)
 """Pauses between three looks at a file that met a passing error."""
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 
 
 class Disk:
@@ -63,12 +63,12 @@ class Disk:
         """Replace `target`, of files at once, by `source`."""
         source.rename(target)
 
-    def exchange(self, one: Path, other: Path) -> None:
+    def exchange(self, first: Path, second: Path) -> None:
         """Swap two names at once; ENOSYS, EINVAL or ENOTSUP where the system or the file system cannot (NFS)."""
         call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        if call is None or call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
+        if call is None or call(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE):
             code = errno.ENOSYS if call is None else ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(one), None, str(other))
+            raise OSError(code, os.strerror(code), str(first), None, str(second))
 
     def link(self, source: Path, target: Path) -> None:
         """A second name; fails where `target` exists."""
@@ -119,31 +119,33 @@ class NewFile:
 
     def __enter__(self) -> NewFile:
         flags = os.O_WRONLY | os.O_CREAT | (os.O_EXCL if self._exclusive else os.O_TRUNC)
-        self._descriptor = patiently(lambda: disk.open(self.path, flags), () if self._exclusive else WAITED)
+        self._descriptor = retry_until_visible(
+            lambda: disk.open(self.path, flags), () if self._exclusive else NOT_YET_VISIBLE
+        )
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        whole = False
+        synced = False
         try:
             if kind is None:
                 disk.sync(self._descriptor)
-                whole = True
+                synced = True
         finally:
             os.close(self._descriptor)
-            if self._exclusive and not whole:
+            if self._exclusive and not synced:
                 with suppress(OSError):
                     self.path.unlink()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append all of `data` (bytes). Errors: OSError, after which the file is to be given up."""
-        rest = memoryview(data)
-        self._hash.update(rest)
-        self.size += len(rest)
-        while len(rest):
-            done = disk.write(self._descriptor, rest)
+        remaining = memoryview(data)
+        self._hash.update(remaining)
+        self.size += len(remaining)
+        while len(remaining):
+            done = disk.write(self._descriptor, remaining)
             if done <= 0:
                 raise OSError(errno.EIO, "the disk took no more bytes", str(self.path))
-            rest = rest[done:]
+            remaining = remaining[done:]
 
     @property
     def written(self) -> WrittenFile:
@@ -181,11 +183,11 @@ def sync_file(path: Path) -> None:
 
 def make_directories(path: Path) -> None:
     """The directory `path` with those above it, durably; nothing where it exists. Errors: OSError."""
-    missing = [each for each in (path, *path.parents) if not each.exists()]
-    for each in reversed(missing):
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    for directory in reversed(missing):
         with suppress(FileExistsError):
-            disk.make_directory(each)
-        sync_directory(each.parent)
+            disk.make_directory(directory)
+        sync_directory(directory.parent)
 
 
 def publish(source: Path, target: Path) -> None:
@@ -195,7 +197,7 @@ def publish(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def publish_again(source: Path, target: Path, replaced: Path) -> None:
+def publish_replacing(source: Path, target: Path, replaced: Path) -> None:
     """As `publish`, in the place of a directory that has the name already: a cut leaves one of the two, whole. Errors: OSError.
 
     Both change names at once. Where the file system cannot do that, the old one is called `replaced` before the new one has the
@@ -222,19 +224,21 @@ def publish_again(source: Path, target: Path, replaced: Path) -> None:
         disk.remove_tree(replaced)
 
 
-def patiently(
-    call: Callable[[], Result], codes: tuple[int, ...] = WAITED, gone: Callable[[], bool] = lambda: False
-) -> Result:
+def retry_until_visible(
+    call: Callable[[], Returned],
+    codes: tuple[int, ...] = NOT_YET_VISIBLE,
+    was_deleted: Callable[[], bool] = lambda: False,
+) -> Returned:
     """What `call`, which opens, returns, tried again while a network file system has not heard of what another host wrote.
 
-    Nobody waits for what `gone` says was deleted.
+    Nobody waits for what `was_deleted` says was deleted.
     """
     waited, pause = 0.0, 0.05
     while True:
         try:
             return call()
         except OSError as error:
-            if error.errno not in codes or waited >= PATIENCE_S or gone():
+            if error.errno not in codes or waited >= PATIENCE_S or was_deleted():
                 raise
         disk.sleep(pause)
         waited, pause = waited + pause, min(2 * pause, 5.0)
@@ -244,53 +248,53 @@ class EndsTooEarly(OSError):
     """A file ends before what should be read of it: another look would find the same."""
 
 
-class SecondLooks:
+class RetryingReader:
     """Reads files of one checkpoint, three times over 30 s if the disk stumbles. For use by several threads.
 
     A disk that failed for that long is not waited for again at the next file.
     """
 
     def __init__(
-        self, say: Callable[[str], None] = lambda text: None, gone: Callable[[], bool] = lambda: False
+        self, say: Callable[[str], None] = lambda text: None, was_deleted: Callable[[], bool] = lambda: False
     ) -> None:
-        """`gone`: whether the checkpoint was deleted, and nobody waits for its files."""
-        self._say, self._exhausted = say, False
-        self._gone = gone
+        """`was_deleted`: whether the checkpoint was deleted, and nobody waits for its files."""
+        self._report, self._exhausted = say, False
+        self._was_deleted = was_deleted
 
-    def read(self, path: Path, look: Callable[[], Result], codes: tuple[int, ...] = WAITED) -> Result:
-        """What `look`, which opens and reads `path` from its beginning, returns; `codes` are waited for as by `patiently`.
+    def read(self, path: Path, read: Callable[[], Returned], codes: tuple[int, ...] = NOT_YET_VISIBLE) -> Returned:
+        """What `read` returns, a function that opens `path` and reads it from its beginning.
 
-        Errors: OSError, that of the last look.
+        `codes`: errors that are waited out, as in `retry_until_visible`. Errors: OSError, that of the last attempt.
         """
         for pause in PAUSES_S:
             try:
-                return patiently(look, codes, self._gone)
+                return retry_until_visible(read, codes, self._was_deleted)
             except EndsTooEarly:
                 raise
             except OSError as error:
-                if error.errno not in PASSING or self._exhausted:
+                if error.errno not in TRANSIENT or self._exhausted:
                     raise
-                self._say(f"{path}: {error.strerror}; looking again in {pause:.0f} s")
+                self._report(f"{path}: {error.strerror}; looking again in {pause:.0f} s")
             disk.sleep(pause)
         try:
-            return patiently(look, codes, self._gone)
+            return retry_until_visible(read, codes, self._was_deleted)
         except OSError as error:
-            self._exhausted = error.errno in PASSING
+            self._exhausted = error.errno in TRANSIENT
             raise
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[int, int]]:
+def open_regular(path: Path) -> Iterator[tuple[int, int]]:
     """(descriptor, size in bytes) of a regular file, to be read.
 
     Errors: OSError, also for what is no regular file: links, pipes and devices of others are not followed.
     """
     descriptor = disk.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
-        yield descriptor, about.st_size
+        yield descriptor, status.st_size
     finally:
         os.close(descriptor)
 
@@ -308,15 +312,15 @@ class OpenDirectory:
     def find(self) -> Path | None:
         """Where the directory is now; None if it was deleted, or is where this process cannot find it. Errors: OSError."""
         try:
-            about = os.fstat(self._descriptor)
+            own_status = os.fstat(self._descriptor)
         except OSError as error:
             if error.errno == errno.ESTALE:  # a network file system: deleted there
                 return None
             raise
         for candidate in self._candidates():
             with suppress(FileNotFoundError, NotADirectoryError):
-                found = candidate.stat()
-                if (found.st_dev, found.st_ino) == (about.st_dev, about.st_ino):
+                status = candidate.stat()
+                if (status.st_dev, status.st_ino) == (own_status.st_dev, own_status.st_ino):
                     self.path = candidate
                     return candidate
         return None
@@ -324,13 +328,13 @@ class OpenDirectory:
     def _candidates(self) -> Iterator[Path]:
         """The last known path, what Linux says of the open directory, and, for other systems, what lies beside it."""
         yield self.path
-        beside = self.path.absolute().parent
+        parent = self.path.absolute().parent
         with suppress(OSError):
-            said = Path(f"/proc/self/fd/{self._descriptor}").readlink()
+            current = Path(f"/proc/self/fd/{self._descriptor}").readlink()
             # As it was typed, if it was only given another name.
-            yield self.path.with_name(said.name) if said.parent == beside.resolve() else said
+            yield self.path.with_name(current.name) if current.parent == parent.resolve() else current
         with suppress(OSError):
-            yield from (self.path.with_name(entry.name) for entry in beside.iterdir() if entry.is_dir())
+            yield from (self.path.with_name(entry.name) for entry in parent.iterdir() if entry.is_dir())
 
 
 def fill(descriptor: int, into: memoryview, offset: int) -> None:
@@ -345,8 +349,8 @@ def fill(descriptor: int, into: memoryview, offset: int) -> None:
 def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
     """All of a regular file of at most `most` bytes; `patient` where another host may have just written it. Errors: OSError."""
     if patient:
-        return SecondLooks().read(path, lambda: read_bytes(path, most=most))
-    with opened(path) as (descriptor, size):
+        return RetryingReader().read(path, lambda: read_bytes(path, most=most))
+    with open_regular(path) as (descriptor, size):
         if size > most:
             raise OSError(errno.EFBIG, f"has {size} bytes, more than {most}", str(path))
         data = bytearray(size)
@@ -354,33 +358,33 @@ def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
     return bytes(data)
 
 
-def difference(directory: Path, expected: WrittenFile, looks: SecondLooks | None = None) -> str | None:
+def file_difference(directory: Path, expected: WrittenFile, reader: RetryingReader | None = None) -> str | None:
     """How a file that was seen there differs from what was written, None where it does not. Reads all of it. No errors.
 
-    `looks` are those of the checkpoint that it belongs to.
+    `reader` are those of the checkpoint that it belongs to.
     """
-    buffer = memoryview(bytearray(min(PIECE, max(1, expected.size))))
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, expected.size))))
 
-    def look() -> str | None:
-        found = hashlib.sha256()
-        with opened(directory / expected.name) as (descriptor, size):
+    def compare() -> str | None:
+        digest = hashlib.sha256()
+        with open_regular(directory / expected.name) as (descriptor, size):
             if size != expected.size:
                 return f"{expected.name} has {size} bytes instead of {expected.size}"
             for offset in range(0, size, len(buffer)):
-                part = buffer[: min(len(buffer), size - offset)]
-                fill(descriptor, part, offset)
-                found.update(part)
-        same = found.hexdigest() == expected.sha256
+                chunk = buffer[: min(len(buffer), size - offset)]
+                fill(descriptor, chunk, offset)
+                digest.update(chunk)
+        same = digest.hexdigest() == expected.sha256
         return None if same else f"{expected.name} does not have the bytes that were written"
 
     try:
-        return (looks or SecondLooks()).read(directory / expected.name, look)
+        return (reader or RetryingReader()).read(directory / expected.name, compare)
     except OSError as error:
         how = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({reason(error)})"
         return f"{expected.name} {how}"
 
 
-def no_room(directory: Path, needed: int) -> str | None:
+def missing_space(directory: Path, needed: int) -> str | None:
     """Why `needed` bytes do not fit into an existing directory; None where they do, or where nobody can say."""
     try:
         free = disk.free(directory)

@@ -34,14 +34,14 @@ class BoundedStore:
         self._answered_at = time.monotonic()
         threading.Thread(target=self._make_calls, name="store", daemon=True).start()
 
-    def set(self, key: str, value: str) -> None:
+    def set(self, key: str, stored: str) -> None:
         """Store a value."""
-        self._call(self._store.set, key, value)
+        self._call(self._store.set, key, stored)
 
     def get(self, key: str) -> bytes:
         """A value, which is waited for as the store does."""
-        value: bytes = self._call(self._store.get, key)
-        return value
+        stored: bytes = self._call(self._store.get, key)
+        return stored
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys have a value."""
@@ -59,12 +59,12 @@ class BoundedStore:
         answer: Future[Any] = Future()
         self._calls.put((function, arguments, answer))
         try:
-            value = answer.result(timeout=self._limit_s)
+            stored = answer.result(timeout=self._limit_s)
         except TimeoutError:
             self._late = answer
             raise Unanswered(f"the ranks' store has not answered for {self._limit_s:.0f} s") from None
         self._answered_at = time.monotonic()
-        return value
+        return stored
 
     def _make_calls(self) -> None:
         while True:

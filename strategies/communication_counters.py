@@ -18,13 +18,13 @@ from torch import Tensor
 
 from strategies.compat.process_groups import collectives_reported
 
-GATHER, REDUCE, SCATTER, EACH = "all_gather", "all_reduce", "reduce_scatter", "all_to_all"
+ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, ALL_TO_ALL = "all_gather", "all_reduce", "reduce_scatter", "all_to_all"
 _OPERATIONS = {
-    **dict.fromkeys(("allgather_", "_allgather_base_", "allgather_coalesced_"), GATHER),
-    "allgather_into_tensor_coalesced_": GATHER,
-    **dict.fromkeys(("allreduce_", "allreduce_coalesced_"), REDUCE),
-    **dict.fromkeys(("reduce_scatter_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"), SCATTER),
-    **dict.fromkeys(("alltoall_", "alltoall_base_"), EACH),
+    **dict.fromkeys(("allgather_", "_allgather_base_", "allgather_coalesced_"), ALL_GATHER),
+    "allgather_into_tensor_coalesced_": ALL_GATHER,
+    **dict.fromkeys(("allreduce_", "allreduce_coalesced_"), ALL_REDUCE),
+    **dict.fromkeys(("reduce_scatter_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"), REDUCE_SCATTER),
+    **dict.fromkeys(("alltoall_", "alltoall_base_"), ALL_TO_ALL),
     **dict.fromkeys(("gather_", "gather_into_tensor_"), "gather"),
     **dict.fromkeys(("recv_", "recv_any_source_"), "recv"),
     "broadcast_": "broadcast",
@@ -36,7 +36,7 @@ _OPERATIONS = {
 
 
 @dataclass(slots=True, eq=False)
-class Exchanged:
+class CommunicationTotals:
     """What a rank exchanged. Two of them are never equal: one that ends must not end another with the same numbers."""
 
     sizes: Counter[str] = field(default_factory=Counter)
@@ -45,29 +45,32 @@ class Exchanged:
     """Seconds in collectives that nothing hides: those through the memory of a host; None where there were none."""
 
 
-_asking: list[Exchanged] = []
+_open_totals: list[CommunicationTotals] = []
 
 
-def tell(collective: str, size: int) -> None:
+def count_bytes(collective: str, size: int) -> None:
     """This rank takes part in a collective of `size` bytes."""
-    for found in _asking:
-        found.sizes[collective] += size
+    for totals in _open_totals:
+        totals.sizes[collective] += size
 
 
-def waits(collective: str, whole: int) -> Callable[[Any], Any]:
-    """For a method that is a collective, and returns when it is over; `whole`: which of its tensors is gathered or reduced."""
+def counted_collective(collective: str, full_argument: int) -> Callable[[Any], Any]:
+    """Decorator that counts the bytes and the time of a method that is a collective and returns when it is over.
+
+    `full_argument`: position of the tensor that is gathered or reduced as a whole.
+    """
 
     def decorate(call: Any) -> Any:
         @wraps(call)
         def timed(self: Any, *tensors: Tensor, **kwargs: Any) -> None:
-            if not _asking:
+            if not _open_totals:
                 call(self, *tensors, **kwargs)
                 return
-            begun = time.perf_counter()
+            start = time.perf_counter()
             call(self, *tensors, **kwargs)
-            for found in _asking:
-                found.waited_s = (found.waited_s or 0.0) + time.perf_counter() - begun
-            tell(collective, tensors[whole].nbytes)
+            for totals in _open_totals:
+                totals.waited_s = (totals.waited_s or 0.0) + time.perf_counter() - start
+            count_bytes(collective, tensors[full_argument].nbytes)
 
         return timed
 
@@ -75,13 +78,13 @@ def waits(collective: str, whole: int) -> Callable[[Any], Any]:
 
 
 @contextmanager
-def counting() -> Iterator[Exchanged]:
+def count_communication() -> Iterator[CommunicationTotals]:
     """What this rank exchanges meanwhile. No collective; costs some 50 microseconds for each of them."""
-    found = Exchanged()
-    first = not _asking
-    _asking.append(found)
+    totals = CommunicationTotals()
+    outermost = not _open_totals
+    _open_totals.append(totals)
     try:
-        with collectives_reported(_OPERATIONS, tell) if first else nullcontext():
-            yield found
+        with collectives_reported(_OPERATIONS, count_bytes) if outermost else nullcontext():
+            yield totals
     finally:
-        _asking.remove(found)
+        _open_totals.remove(totals)

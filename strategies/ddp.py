@@ -13,7 +13,7 @@ from strategies.activation import apply_to_blocks
 from strategies.base import DdpConfig, OptimizerFactory, ParameterSource
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.native import NativeEngine
-from strategies.simulation import without_reading
+from strategies.simulation import reduce_without_reading
 from strategies.single import SingleStrategy, load_in_full
 
 
@@ -63,7 +63,7 @@ class DdpStrategy(SingleStrategy):
         )
         memory = open_host_memory(self.runtime)
         if self.runtime.simulated:
-            without_reading(wrapped)
+            reduce_without_reading(wrapped)
         elif memory is not None:
             # A lambda, since torch compares the annotations of a function, which are strings here, with its own types.
             wrapped.register_comm_hook(memory, lambda memory, bucket: _reduce_bucket(memory, bucket))

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-BLOCK, BLOCKS = 64 << 10, 64
+BLOCK_BYTES, MAX_BLOCKS = 64 << 10, 64
 
 
 def sampled_digest(path: Path) -> str:
@@ -17,10 +17,10 @@ def sampled_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size <= BLOCK * BLOCKS:
+        if size <= BLOCK_BYTES * MAX_BLOCKS:
             digest.update(file.read())
         else:
-            for number in range(BLOCKS):
-                file.seek((size - BLOCK) * number // (BLOCKS - 1))
-                digest.update(file.read(BLOCK))
+            for number in range(MAX_BLOCKS):
+                file.seek((size - BLOCK_BYTES) * number // (MAX_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
     return f"{size}:{digest.hexdigest()[:32]}"

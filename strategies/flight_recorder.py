@@ -11,7 +11,7 @@ import os
 import time
 from dataclasses import dataclass
 
-KEPT = 512
+RECORDED_EXCHANGES = 512
 """Exchanges that each recorder keeps, unless the environment says otherwise."""
 
 
@@ -29,7 +29,7 @@ class Exchange:
     """Seconds since it was begun; None where it is over."""
 
     @property
-    def row(self) -> tuple[str, str]:
+    def counter(self) -> tuple[str, str]:
         """Whose numbers it has: NCCL and gloo each count the exchanges of a group for themselves."""
         return self.group, self.what.partition(":")[0]
 
@@ -38,9 +38,9 @@ class Exchange:
         return f"{self.what} number {self.number} of {self.group} ({sizes})"
 
 
-def keep_records() -> None:
+def enable_recorder() -> None:
     """Before the first group is formed: let torch keep the last exchanges."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_EXCHANGES))
 
 
 def last_exchange() -> Exchange | None:
@@ -53,7 +53,7 @@ def last_exchange() -> Exchange | None:
     entries = recorded_exchanges()
     if not entries:
         return None
-    waiting = [each for each in entries if not each.get("retired")]
+    waiting = [recorded for recorded in entries if not recorded.get("retired")]
     entry = waiting[0] if waiting else entries[-1]
     return Exchange(
         number=entry.get("p2p_seq_id" if entry.get("is_p2p") else "collective_seq_id", 0),

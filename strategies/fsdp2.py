@@ -26,7 +26,7 @@ from strategies.compat.modules import replace_buffers
 from strategies.errors import ConfigError
 from strategies.full_params import FsdpFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
-from strategies.mesh import replicas, shard_mesh
+from strategies.mesh import replica_count, shard_mesh
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
 from strategies.runtime import Runtime
@@ -152,7 +152,7 @@ class Fsdp2Strategy:
 
     def __init__(self, config: Fsdp2Config, precision: Precision, runtime: Runtime) -> None:
         self.config, self.precision, self.runtime = config, precision, runtime
-        self.replicate = replicas(config, runtime.world_size, runtime.hosts)
+        self.replicate = replica_count(config, runtime.world_size, runtime.hosts)
 
     def init_context(self) -> AbstractContextManager[None]:
         return meta_context()

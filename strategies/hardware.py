@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 AMPERE, VOLTA = (8, 0), (7, 0)
 """CUDA capabilities of the first GPUs with matrix units for bf16, and for fp16."""
-SMALL = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
+SMALL_SHARED_MEMORY = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
 """Capabilities (from, to) of GPUs whose multiprocessors have little shared memory."""
-FLASH_HEAD = 256
+MAX_FLASH_HEAD = 256
 """Largest head that flash attention has, in torch and in the package flash-attn; sizes are multiples of 8."""
 AMD_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """AMD's architectures with matrix units for bf16: MI100 and later, RDNA 3 and later."""
@@ -47,10 +47,10 @@ class Gpu:
 
         torch's own rule: capabilities 8.6 to 8.9, 12.0 and 12.1 miss 200 to 224, and all above 192 with dropout.
         """
-        small = any(first <= self.capability <= last for first, last in SMALL)
+        small = any(first <= self.capability <= last for first, last in SMALL_SHARED_MEMORY)
         if self.architecture is not None or not small:
             return None
-        return 193, 224 if dropout == 0.0 else FLASH_HEAD
+        return 193, 224 if dropout == 0.0 else MAX_FLASH_HEAD
 
 
 def listed_gpus() -> int:
@@ -85,9 +85,9 @@ def cpu_has_bf16() -> bool:
 
     from strategies.compat.dispatch import onednn_multiplies_in_bf16
 
-    known = torch.cpu.get_capabilities()
-    inside = any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-    return inside and onednn_multiplies_in_bf16()
+    capabilities = torch.cpu.get_capabilities()
+    has_instructions = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    return has_instructions and onednn_multiplies_in_bf16()
 
 
 def advice(precision: Precision, device_type: str) -> str | None:

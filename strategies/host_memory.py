@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from strategies.communication_counters import GATHER, REDUCE, SCATTER, waits
+from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, counted_collective
 from strategies.runtime import Runtime
 
-_HEAD = 4096
+_HEADER_BYTES = 4096
 """Bytes before the slots of a region, for its counter."""
-_SLOT = 8 * 2**20
+_SLOT_BYTES = 8 * 2**20
 """Bytes that a rank hands over at a time. Each rank has two slots, used in turn: who writes a slot again has met everyone
 since it was last read."""
 _SPIN_S = 0.005
@@ -39,106 +39,108 @@ class HostMemory:
         self, group: dist.ProcessGroup | None, regions: list[Tensor], processes: list[int], timeout_s: float
     ) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), len(regions)
-        self._regions = [region[_HEAD:].view(2, -1) for region in regions]
+        self._regions = [region[_HEADER_BYTES:].view(2, -1) for region in regions]
         self._counters: list[np.ndarray] = [region[:8].view(torch.int64).numpy() for region in regions]
         self._ranks, self._processes, self._timeout_s = dist.get_process_group_ranks(group), processes, timeout_s
-        self._meetings = self._turn = 0
+        self._meetings_so_far = self._current_slot = 0
 
-    @waits(GATHER, 0)
+    @counted_collective(ALL_GATHER, 0)
     def all_gather(self, output: Tensor, input: Tensor) -> None:
         """The ranks' `input`s [n], one after another, to `output` [ranks * n] on every rank; `input` may be its own part."""
-        whole, own = output.view(self.size, -1), input.view(-1)
-        if whole[self.rank].data_ptr() != own.data_ptr():
-            whole[self.rank].copy_(own)
-        for at, slots in self._portions(own, own.numel()):
-            part = own[at : at + slots[0].numel()]
-            slots[self.rank].copy_(part)
-            self._meet()
-            for other in self._others():
-                whole[other, at : at + part.numel()].copy_(slots[other])
+        gathered, own_part = output.view(self.size, -1), input.view(-1)
+        if gathered[self.rank].data_ptr() != own_part.data_ptr():
+            gathered[self.rank].copy_(own_part)
+        for start, slots in self._chunks(own_part, own_part.numel()):
+            chunk = own_part[start : start + slots[0].numel()]
+            slots[self.rank].copy_(chunk)
+            self._wait_for_all()
+            for peer in self._peers():
+                gathered[peer, start : start + chunk.numel()].copy_(slots[peer])
 
-    @waits(SCATTER, 1)
+    @counted_collective(REDUCE_SCATTER, 1)
     def reduce_scatter(self, output: Tensor, input: Tensor, *, average: bool) -> None:
         """The sum or mean over the ranks of the part of `input` [ranks * n] that belongs to this rank, to `output` [n]."""
         parts, total = input.view(self.size, -1), output.view(-1)
-        for at, slots in self._portions(total, total.numel(), parts=self.size):
+        for start, slots in self._chunks(total, total.numel(), parts=self.size):
             count = slots[0].numel() // self.size
-            for other in self._others():
-                slots[self.rank].view(self.size, -1)[other].copy_(parts[other, at : at + count])
-            self._meet()
-            theirs = [slots[other].view(self.size, -1)[self.rank] for other in self._others()]
-            self._combine(parts[self.rank, at : at + count], theirs, total[at : at + count], average)
+            for peer in self._peers():
+                slots[self.rank].view(self.size, -1)[peer].copy_(parts[peer, start : start + count])
+            self._wait_for_all()
+            peer_parts = [slots[peer].view(self.size, -1)[self.rank] for peer in self._peers()]
+            self._combine(parts[self.rank, start : start + count], peer_parts, total[start : start + count], average)
 
-    @waits(REDUCE, 0)
+    @counted_collective(ALL_REDUCE, 0)
     def all_reduce(self, tensor: Tensor, *, average: bool) -> None:
         """The sum or mean of `tensor` over the ranks, in place, the same to the bit on every rank."""
         flat = tensor.view(-1)
-        for at, slots in self._portions(flat, flat.numel()):
-            part = flat[at : at + slots[0].numel()]
-            bounds = [part.numel() * rank // self.size for rank in range(self.size + 1)]
-            shares = [slice(*ends) for ends in pairwise(bounds)]
-            mine = shares[self.rank]
-            for other in self._others():
-                slots[self.rank][shares[other]].copy_(part[shares[other]])
-            self._meet()
-            self._combine(part[mine], [slots[other][mine] for other in self._others()], part[mine], average)
-            slots[self.rank][mine].copy_(part[mine])  # nobody else reads this share of the own slot before
-            self._meet()
-            for other in self._others():
-                part[shares[other]].copy_(slots[other][shares[other]])
+        for start, slots in self._chunks(flat, flat.numel()):
+            chunk = flat[start : start + slots[0].numel()]
+            bounds = [chunk.numel() * rank // self.size for rank in range(self.size + 1)]
+            shares = [slice(*share_bounds) for share_bounds in pairwise(bounds)]
+            own_share = shares[self.rank]
+            for peer in self._peers():
+                slots[self.rank][shares[peer]].copy_(chunk[shares[peer]])
+            self._wait_for_all()
+            self._combine(
+                chunk[own_share], [slots[peer][own_share] for peer in self._peers()], chunk[own_share], average
+            )
+            slots[self.rank][own_share].copy_(chunk[own_share])  # nobody else reads this share of the own slot before
+            self._wait_for_all()
+            for peer in self._peers():
+                chunk[shares[peer]].copy_(slots[peer][shares[peer]])
 
-    def _others(self) -> list[int]:
+    def _peers(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
-    def _portions(self, like: Tensor, count: int, parts: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
+    def _chunks(self, like: Tensor, count: int, parts: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
         """(start, each rank's slot for `parts` times as many elements as handed over) until `count` elements are."""
-        per = _SLOT // like.element_size() // parts
-        for at in range(0, count, per):
-            self._turn = 1 - self._turn
-            length = min(per, count - at) * parts
-            yield at, [region[self._turn].view(like.dtype)[:length] for region in self._regions]
+        chunk_numel = _SLOT_BYTES // like.element_size() // parts
+        for start in range(0, count, chunk_numel):
+            self._current_slot = 1 - self._current_slot
+            length = min(chunk_numel, count - start) * parts
+            yield start, [region[self._current_slot].view(like.dtype)[:length] for region in self._regions]
 
-    def _combine(self, own: Tensor, theirs: list[Tensor], out: Tensor, average: bool) -> None:
+    def _combine(self, own: Tensor, peer_parts: list[Tensor], out: Tensor, average: bool) -> None:
         """`out` may be `own`."""
-        torch.add(own, theirs[0], out=out)
-        for further in theirs[1:]:
-            out.add_(further)
+        torch.add(own, peer_parts[0], out=out)
+        for peer_part in peer_parts[1:]:
+            out.add_(peer_part)
         if average:
             out.div_(self.size)
 
-    def _meet(self) -> None:
+    def _wait_for_all(self) -> None:
         """Wait until every rank has come here as often as this one."""
-        if not _ORDERED:
+        if not _STORES_IN_ORDER:
             dist.barrier(self.group)
             return
-        self._meetings += 1
-        self._counters[self.rank][0] = self._meetings
-        for other in self._others():
-            if self._counters[other][0] < self._meetings:
-                self._await(other)
+        self._meetings_so_far += 1
+        self._counters[self.rank][0] = self._meetings_so_far
+        for peer in self._peers():
+            if self._counters[peer][0] < self._meetings_so_far:
+                self._wait_for(peer)
 
-    def _await(self, other: int) -> None:
-        counter, began, looked = self._counters[other], time.monotonic(), 0.0
-        while counter[0] < self._meetings:
-            waited = time.monotonic() - began
+    def _wait_for(self, peer: int) -> None:
+        counter, start_time, last_check_s = self._counters[peer], time.monotonic(), 0.0
+        while counter[0] < self._meetings_so_far:
+            waited = time.monotonic() - start_time
             if waited < _SPIN_S:
                 os.sched_yield()
                 continue
             time.sleep(1e-4)
-            if waited - looked > 0.1:
-                looked = waited
-                who = f"rank {self._ranks[self.rank]} waited {waited:.0f} s for its peer {self._ranks[other]}"
-                if _ended(self._processes[other]):
+            if waited - last_check_s > 0.1:
+                last_check_s = waited
+                who = f"rank {self._ranks[self.rank]} waited {waited:.0f} s for its peer {self._ranks[peer]}"
+                if _has_ended(self._processes[peer]):
                     raise RuntimeError(f"{who}, which has ended")
                 if waited > self._timeout_s:
                     raise RuntimeError(f"timed out: {who} (run.timeout_s={self._timeout_s:.0f})")
 
 
-_ORDERED = platform.machine().lower() in ("x86_64", "amd64")
+_STORES_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
 """Whether other cores see stores in the order they were made, so that a counter never overtakes what it announces."""
 
 
-def _ended(process: int) -> bool:
+def _has_ended(process: int) -> bool:
     """Whether a process is gone, or only its exit status is left."""
     try:
         return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] in "ZX"
@@ -153,15 +155,15 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
     size = dist.get_world_size(group)
     if size == 1 or runtime.kind != "cpu" or runtime.simulated or not runtime.shared_memory:
         return None
-    descriptor = _create()
+    descriptor = _create_region()
     offers: list[tuple[str | None, int, int] | None] = [None] * size
     try:
-        mine = None if descriptor is None else (_place(), os.getpid(), descriptor)
-        dist.all_gather_object(offers, mine, group=group)
-        regions = _map(offers)
-        reached = [False] * size
-        dist.all_gather_object(reached, regions is not None, group=group)
-        if regions is None or not all(reached):
+        own_offer = None if descriptor is None else (_process_namespace(), os.getpid(), descriptor)
+        dist.all_gather_object(offers, own_offer, group=group)
+        regions = _map_regions(offers)
+        mapped_by_rank = [False] * size
+        dist.all_gather_object(mapped_by_rank, regions is not None, group=group)
+        if regions is None or not all(mapped_by_rank):
             return None
         return HostMemory(group, regions, [offer[1] for offer in offers if offer], runtime.timeout_s)
     finally:
@@ -169,20 +171,20 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
             os.close(descriptor)  # what is mapped stays
 
 
-def _create() -> int | None:
+def _create_region() -> int | None:
     try:
         descriptor = os.memfd_create("shardtune")
     except (AttributeError, OSError):  # only Linux has it
         return None
     try:
-        os.posix_fallocate(descriptor, 0, _HEAD + 2 * _SLOT)
+        os.posix_fallocate(descriptor, 0, _HEADER_BYTES + 2 * _SLOT_BYTES)
     except OSError:
         os.close(descriptor)
         return None
     return descriptor
 
 
-def _place() -> str | None:
+def _process_namespace() -> str | None:
     """Where a process's number means the same process: the running kernel and the namespace of its processes."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + str(
@@ -192,12 +194,15 @@ def _place() -> str | None:
         return None
 
 
-def _map(offers: list[tuple[str | None, int, int] | None]) -> list[Tensor] | None:
-    here = _place()
-    if here is None or any(offer is None or offer[0] != here for offer in offers):
+def _map_regions(offers: list[tuple[str | None, int, int] | None]) -> list[Tensor] | None:
+    namespace = _process_namespace()
+    if namespace is None or any(offer is None or offer[0] != namespace for offer in offers):
         return None
     try:
         paths = [f"/proc/{offer[1]}/fd/{offer[2]}" for offer in offers if offer]
-        return [torch.from_file(path, shared=True, size=_HEAD + 2 * _SLOT, dtype=torch.uint8) for path in paths]
+        return [
+            torch.from_file(path, shared=True, size=_HEADER_BYTES + 2 * _SLOT_BYTES, dtype=torch.uint8)
+            for path in paths
+        ]
     except (OSError, RuntimeError):  # another user's process, or a system that hides them
         return None

@@ -2,7 +2,7 @@
 
 torch's published builds take MKL, which leaves AVX-512 unused on AMD processors; oneDNN, which every build has for other
 types, uses it. torch takes oneDNN for float32 products where it may round them to bfloat16 on the way; a processor
-without AMX computes them in float32 all the same, and `choose` makes sure of that before it says yes.
+without AMX computes them in float32 all the same, and `choose_library` makes sure of that before it says yes.
 
 The two libraries round differently, so one run must keep one library. `auto` therefore looks the processor up in a table. It
 never takes the time, which other work on the host would sway.
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FASTER = 1.5
+MIN_RATIO = 1.5
 """`auto` takes oneDNN from this measured ratio on: below it, compiling kernels and their memory cost more than they bring."""
-LONG = 512
+LONG_DOCUMENT = 512
 """Tokens of a document from which its attention pays for kernels of its own: 1.1 times as fast at 512 although they are
 compiled for each call, 1.8 times at 4,096."""
 _KEPT_KERNELS = "64"
@@ -91,31 +91,31 @@ MEASURED = (
 """Quiet machines only. A processor that is not listed keeps BLAS."""
 
 
-def choose(asked: Matmul) -> MatmulChoice:
+def choose_library(requested: Matmul) -> MatmulChoice:
     """Settle the library for this process, on a CPU, before its first product."""
     global _onednn
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and torch's of it
         os.environ.setdefault(name, _KEPT_KERNELS)
     _use(onednn=False)
-    choice = _judge(asked)
+    choice = _judge(requested)
     _onednn = choice.library is Matmul.onednn
     _use(onednn=_onednn)
     return choice
 
 
-def agree(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
+def agree_on_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
     """Settle for BLAS where the ranks, by the choice of each, have different libraries; what this rank now has.
 
     Replicas that round differently would drift apart.
     """
     if len({choice.library for choice in choices}) == 1:
         return choices[rank]
-    choose(Matmul.blas)
+    choose_library(Matmul.blas)
     odd_rank = next(number for number, choice in enumerate(choices) if choice.library is Matmul.blas)
     return MatmulChoice(Matmul.blas, f"rank {odd_rank}: {choices[odd_rank].reason}")
 
 
-def restore() -> None:
+def restore_default() -> None:
     """Leave the process with torch's own choice."""
     global _onednn
     if _onednn:
@@ -156,15 +156,15 @@ def _use(*, onednn: bool) -> None:
     torch.set_float32_matmul_precision("medium" if onednn else "highest")
 
 
-def _judge(asked: Matmul) -> MatmulChoice:
+def _judge(requested: Matmul) -> MatmulChoice:
     """The library that this process can take, and why."""
-    if asked is Matmul.blas:
+    if requested is Matmul.blas:
         return MatmulChoice(Matmul.blas, "as asked")
     if not torch.backends.mkldnn.is_available():
         return MatmulChoice(Matmul.blas, "this torch has no oneDNN")
     if not _is_float32():
         return MatmulChoice(Matmul.blas, "oneDNN would round float32 products to bfloat16 here")
-    if asked is Matmul.onednn:
+    if requested is Matmul.onednn:
         return MatmulChoice(Matmul.onednn, "as asked")
     return _by_table(this_processor())
 
@@ -173,7 +173,7 @@ def _by_table(processor: Processor) -> MatmulChoice:
     measured = next((row for row in MEASURED if row.processor == processor), None)
     if measured is None:
         return MatmulChoice(Matmul.blas, f"oneDNN was not measured on {processor}")
-    if measured.ratio < FASTER:
+    if measured.ratio < MIN_RATIO:
         return MatmulChoice(Matmul.blas, f"oneDNN is only {measured.ratio:.1f} times as fast on {measured.name}")
     return MatmulChoice(Matmul.onednn, f"oneDNN is {measured.ratio:.1f} times as fast on {measured.name}")
 

@@ -32,8 +32,8 @@ def activations_by_rule(
     """Bytes that a forward pass of `tokens` tokens keeps, by a rule of thumb, in a model `width` wide with `blocks` blocks."""
     per_block = KEPT_PER_WIDTH.get(checkpointing, ACTIVATIONS_PER_WIDTH)
     # The block at work is there with everything it keeps, also if it recomputes.
-    values = tokens * width * (blocks * per_block + ACTIVATIONS_PER_WIDTH)
-    return float(values * _compute_bytes(precision))
+    kept_values = tokens * width * (blocks * per_block + ACTIVATIONS_PER_WIDTH)
+    return float(kept_values * _compute_bytes(precision))
 
 
 def state_bytes(

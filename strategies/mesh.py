@@ -30,7 +30,7 @@ def replicate_degree(requested: int, world: int, hosts: int) -> int:
     return degree
 
 
-def replicas(config: StrategyConfig, world: int, hosts: int) -> int:
+def replica_count(config: StrategyConfig, world: int, hosts: int) -> int:
     """The number of replicas of a strategy that shards with `fully_shard`; 1 for any other. Errors: as `replicate_degree`."""
     if not isinstance(config, Fsdp2Config) or (config.name is not StrategyName.hsdp and config.replicate == 1):
         return 1

@@ -15,11 +15,11 @@ LOOPBACK = "127.0.0.1"
 def refuse_unknown_interface() -> None:
     """Raise ConfigError if the environment names an interface for gloo that this host does not have."""
     names = os.environ.get(GLOO_INTERFACES, "")
-    known = dict(socket.if_nameindex()).values()
-    absent = [name for name in names.split(",") if name and name not in known]
-    if absent:
+    interfaces = dict(socket.if_nameindex()).values()
+    missing = [name for name in names.split(",") if name and name not in interfaces]
+    if missing:
         raise ConfigError(
-            f"{GLOO_INTERFACES}={names}: this host has no interface {', '.join(absent)}, only {', '.join(known)}; "
+            f"{GLOO_INTERFACES}={names}: this host has no interface {', '.join(missing)}, only {', '.join(interfaces)}; "
             f"`unset {GLOO_INTERFACES}`, or name one of these"
         )
 

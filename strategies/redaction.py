@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 HIDDEN = "[secret]"
-KINDS = {
+SECRET_PATTERNS = {
     "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{20,}",
     "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
     "a token of GitLab": r"\bglpat-[\w-]{20,}",
@@ -35,28 +35,28 @@ KINDS = {
     "a key of a connection": r"(?i)\b(?:account|sharedaccess|shared_access|access|secret)key=(?P<key>[^\s;'\"&]{12,})",
 }
 """What a text is searched for. The secret is the named group of the pattern, or all of it if there is none."""
-STRONG = "TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|AUTHTOKEN|CREDENTIALS?"
+SECRET_WORDS = "TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|AUTHTOKEN|CREDENTIALS?"
 """Words that make a variable's value a secret wherever they stand in its name, as in HF_TOKEN_READ and API_KEY_1."""
-WEAK = "KEY|PASS|PAT|DSN|AUTH|WEBHOOK(?:_UR[LI])?|(?:DATABASE|DB)_UR[LI]|CONN(?:ECTION)?_?STR(?:ING)?"
+SECRET_ENDINGS = "KEY|PASS|PAT|DSN|AUTH|WEBHOOK(?:_UR[LI])?|(?:DATABASE|DB)_UR[LI]|CONN(?:ECTION)?_?STR(?:ING)?"
 """Words that do so at the end of a name alone."""
-WHOLE = "PGPASSWORD|SSHPASS"
+SECRET_NAMES = "PGPASSWORD|SSHPASS"
 """Names of programs' own variables, which run such a word together with another."""
-DESCRIBES = (
+DESCRIBING_ENDINGS = (
     "FILE|PATH|DIR|TYPE|NAME|LIMIT|COUNT|TTL|EXPIR[A-Z]*|LENGTH|SOCK|ID|HEADER|ENDPOINT|SERVER|UR[LI]|METHOD|MODE"
 )
 """Last words of the names of variables that say something about a secret."""
-OF_SECRETS = re.compile(
-    rf"(?:^|_)(?:(?:{STRONG})(?!\w*_(?:{DESCRIBES})$)(?:_\w+|\d*)|(?:{WEAK})(?:_?\d+)?)$|_PWD(?:_?\d+)?$|^(?:{WHOLE})$",
+NAME_OF_SECRET = re.compile(
+    rf"(?:^|_)(?:(?:{SECRET_WORDS})(?!\w*_(?:{DESCRIBING_ENDINGS})$)(?:_\w+|\d*)|(?:{SECRET_ENDINGS})(?:_?\d+)?)$|_PWD(?:_?\d+)?$|^(?:{SECRET_NAMES})$",
     re.IGNORECASE,
 )
 """Names of environment variables whose values are taken for secrets. PWD and OLDPWD are directories."""
-OF_KEYS_OF_SERVICES = re.compile(rf"(?:^|_)(?:{STRONG}|(?:ACCESS|PRIVATE|SECRET)_KEY)(?:$|_|\d)", re.IGNORECASE)
+NAME_OF_SERVICE_KEY = re.compile(rf"(?:^|_)(?:{SECRET_WORDS}|(?:ACCESS|PRIVATE|SECRET)_KEY)(?:$|_|\d)", re.IGNORECASE)
 """Names whose value is a secret also if it looks like a commit: W&B's keys had 40 hexadecimal digits as well."""
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-SHORTEST = 8
+MIN_SECRET_LENGTH = 8
 """Characters below which a variable's value is no secret: it would be found in words that are none."""
 
-_PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
+_PATTERNS = {kind: re.compile(pattern) for kind, pattern in SECRET_PATTERNS.items()}
 
 
 def secret_in(text: str) -> str | None:
@@ -110,9 +110,9 @@ def _secrets_of_environment() -> Iterator[tuple[str, str]]:
 @lru_cache(maxsize=512)
 def _holds_secret(name: str, value: str) -> bool:
     """Whether an environment variable holds a secret: by its name, unless the value is a path, a commit or a plain word."""
-    if not OF_SECRETS.search(name) or len(value) < SHORTEST or value.isdigit():
+    if not NAME_OF_SECRET.search(name) or len(value) < MIN_SECRET_LENGTH or value.isdigit():
         return False
-    if COMMIT.fullmatch(value) and not OF_KEYS_OF_SERVICES.search(name):
+    if COMMIT.fullmatch(value) and not NAME_OF_SERVICE_KEY.search(name):
         return False
     if name.upper().endswith("AUTH") and value.isalpha():
         return False  # how to authenticate: `required`, `kerberos`

@@ -21,7 +21,7 @@ from strategies.errors import Preempted, ShardtuneError
 
 DECISION, GO, STOP = "shardtune/decision", "go", "stop"
 LOOK_EVERY_S, LEAVE_S = 1.0, 10.0
-TELL_S = 15.0
+REPORT_EVERY_S = 15.0
 """Seconds of silence after which rank 0 says how many of the others it waits for."""
 
 
@@ -35,7 +35,7 @@ class Meeting:
         self, store: Any, rank: int, world: int, timeout_s: float, lost: Callable[[], str | None] = lambda: None
     ) -> None:
         self.store, self.rank, self.world = store, rank, world
-        self._timeout_s, self._looked_at, self._stopped, self._lost = timeout_s, float("-inf"), False, lost
+        self._timeout_s, self._looked_at, self._stopped, self._why_lost = timeout_s, float("-inf"), False, lost
 
     @classmethod
     def join(cls, timeout_s: float, lost: Callable[[], str | None] = lambda: None) -> Meeting:
@@ -45,29 +45,30 @@ class Meeting:
             return cls(None, rank, world, timeout_s, lost)
         import torch.distributed as dist
 
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            with _saying_that_it_waits(f"rank {rank} of {world} waits for the others to come to {place}"):
+            with _reported_wait(f"rank {rank} of {world} waits for the others to come to {address}"):
                 store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         except (dist.DistError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise ShardtuneError(
-                f"rank {rank} of {world} did not meet the others at {place} ({' '.join(str(error).split())[:200]}); do all hosts "
+                f"rank {rank} of {world} did not meet the others at {address} ({reason}); do all hosts "
                 "reach that place, and are RANK, WORLD_SIZE and MASTER_ADDR those of this job, not left over from another?"
             ) from error
         return cls(store, rank, world, timeout_s, lost)
 
-    def stopping(self, told: bool) -> bool:
-        """Whether the ranks stop; `told`: whether this one was asked to. Looks about once a second; waits for nobody."""
+    def stop_decided(self, asked_to_stop: bool) -> bool:
+        """Whether the ranks stop; `asked_to_stop`: whether this one was asked to. Looks about once a second; waits for nobody."""
         if self.store is None or self._stopped:
-            self._stopped |= told
-        elif told:
+            self._stopped |= asked_to_stop
+        elif asked_to_stop:
             self._stopped = self._decide_to_stop() != GO
         elif time.monotonic() - self._looked_at > LOOK_EVERY_S:
             self._looked_at = time.monotonic()
             self._stopped = self._decided() not in (None, GO)
         return self._stopped
 
-    def of_rank_0(self, name: str, choose: Callable[[], str], stop: Callable[[], bool]) -> str:
+    def chosen_by_rank_0(self, name: str, choose: Callable[[], str], stop: Callable[[], bool]) -> str:
         """What rank 0 chooses, on every rank. All ranks must call; `stop` says whether the ranks stop, and raises Preempted here.
 
         Raises ShardtuneError if rank 0 does not come within the run's timeout.
@@ -91,51 +92,51 @@ class Meeting:
             time.sleep(0.1)
         return self.store.get(key).decode()
 
-    def go_on(self, told: Callable[[], bool]) -> bool:
+    def wait_for_all(self, asked_to_stop: Callable[[], bool]) -> bool:
         """Wait until every rank is ready to form the group; False where they stop instead. All ranks must call.
 
         Raises ShardtuneError naming the ranks that did not come within the run's timeout.
         """
         if self.store is None:
-            return not told()
+            return not asked_to_stop()
         self.store.set(f"shardtune/ready/{self.rank}", "1")
         if self.store.add("shardtune/ready", 1) == self.world:
             return self._decide(GO) == GO
-        began = told_at = time.monotonic()
+        began = reported_at = time.monotonic()
         deadline = began + self._timeout_s
-        while (decision := self._decide_to_stop() if told() else self._decided()) is None:
+        while (decision := self._decide_to_stop() if asked_to_stop() else self._decided()) is None:
             if time.monotonic() > deadline:
                 missing = [r for r in range(self.world) if not self.store.check([f"shardtune/ready/{r}"])]
                 raise ShardtuneError(
                     f"rank {', '.join(map(str, missing[:8]))} has not finished preparing the data {self._timeout_s:.0f} s after "
                     f"rank {self.rank} had; raise run.timeout_s, or prepare the data before (shardtune prepare)"
                 )
-            if self.rank == 0 and time.monotonic() - told_at > TELL_S:
-                told_at = time.monotonic()
+            if self.rank == 0 and time.monotonic() - reported_at > REPORT_EVERY_S:
+                reported_at = time.monotonic()
                 ready = self.store.add("shardtune/ready", 0)
-                print(f"{told_at - began:.0f} s: {ready} of {self.world} ranks are ready to begin", flush=True)
+                print(f"{reported_at - began:.0f} s: {ready} of {self.world} ranks are ready to begin", flush=True)
             time.sleep(max(0.1, self.world / 1000))
         return decision == GO
 
-    def part(self) -> str | None:
+    def leave(self) -> str | None:
         """After the decision to stop: why rank 0 lost the directory of the run, where it stopped for that. All ranks are to call.
 
         Rank 0, whose process may have the store, leaves last: when all have heard of it, or after `LEAVE_S`.
         """
         if self.store is None:
-            return self._lost()
-        why = None
+            return self._why_lost()
+        why_lost = None
         with contextlib.suppress(RuntimeError):  # the store is gone: they heard, or waited in vain
-            why = (self._decided() or STOP).removeprefix(STOP) or None
-            left = self.store.add("shardtune/left", 1)
+            why_lost = (self._decided() or STOP).removeprefix(STOP) or None
+            ranks_gone = self.store.add("shardtune/left", 1)
             deadline = time.monotonic() + LEAVE_S
-            while self.rank == 0 and left < self.world and time.monotonic() < deadline:
+            while self.rank == 0 and ranks_gone < self.world and time.monotonic() < deadline:
                 time.sleep(0.1)
-                left = self.store.add("shardtune/left", 0)
-        return why
+                ranks_gone = self.store.add("shardtune/left", 0)
+        return why_lost
 
     def _decide_to_stop(self) -> str:
-        return self._decide(STOP + (self._lost() or ""))
+        return self._decide(STOP + (self._why_lost() or ""))
 
     def _decide(self, wish: str) -> str:
         """The decision, which is `wish` where none was made before."""
@@ -146,17 +147,17 @@ class Meeting:
 
 
 @contextlib.contextmanager
-def _saying_that_it_waits(what: str) -> Iterator[None]:
-    """Say `what` every `TELL_S` seconds while the block runs, which may wait in a library."""
+def _reported_wait(message: str) -> Iterator[None]:
+    """Say `message` every `REPORT_EVERY_S` seconds while the block runs, which may wait in a library."""
     over = threading.Event()
     began = time.monotonic()
 
-    def tell() -> None:
-        while int(os.environ.get("LOCAL_RANK", 0)) == 0 and not over.wait(TELL_S):  # once a host
+    def report() -> None:
+        while int(os.environ.get("LOCAL_RANK", 0)) == 0 and not over.wait(REPORT_EVERY_S):  # once a host
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-                print(f"{time.monotonic() - began:.0f} s: {what}", file=sys.stderr, flush=True)
+                print(f"{time.monotonic() - began:.0f} s: {message}", file=sys.stderr, flush=True)
 
-    threading.Thread(target=tell, name="waiting", daemon=True).start()
+    threading.Thread(target=report, name="waiting", daemon=True).start()
     try:
         yield
     finally:

@@ -17,17 +17,17 @@ import torch.distributed as dist
 from strategies.atomic_io import reason
 from strategies.compat.process_groups import living_groups, make_fake_backend_known, set_group_timeout
 from strategies.errors import ConfigError, StorageError
-from strategies.flight_recorder import keep_records
-from strategies.matmul import Matmul, MatmulChoice, agree, choose, restore
+from strategies.flight_recorder import enable_recorder
+from strategies.matmul import Matmul, MatmulChoice, agree_on_library, choose_library, restore_default
 from strategies.network import refuse_unknown_interface
 
-MANY = 64
+LAZY_CONNECTION_RANKS = 64
 """Ranks from which gloo connects two of them when they first talk: at once, each would open a socket to every other."""
 
 NO_NETWORK = "fake"
 """Backend of a group that talks to nobody: of a simulated rank, and of one rank on a host without any network."""
 
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 
 SIMULATED = torch.device("cpu", 0)
 """Stands for a GPU in a simulation (`strategies/simulation.py`); the host is the device "cpu", without an index."""
@@ -94,7 +94,7 @@ def start(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    torch.set_num_threads(threads or told_threads() or max(1, usable_cores() // local_world))
+    torch.set_num_threads(threads or threads_from_environment() or max(1, usable_cores() // local_world))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         # With one visible device per task (SLURM's gpus-per-task) the local rank can exceed the device count.
@@ -102,28 +102,36 @@ def start(
         torch.cuda.set_device(torch_device)
     else:
         torch_device = torch.device("cpu")
-    products = None if use_cuda else choose(matmul)
+    library_choice = None if use_cuda else choose_library(matmul)
     # DeepSpeed, which other libraries import when it is installed, would guess, and say so.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
-    if world >= MANY:
+    if world >= LAZY_CONNECTION_RANKS:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         refuse_unknown_interface()
-        keep_records()
+        enable_recorder()
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
         if store is not None:
-            met = dist.PrefixStore("default_pg", store)
-            dist.init_process_group(backend, store=met, rank=rank, world_size=world, timeout=timeout)
+            prefixed_store = dist.PrefixStore("default_pg", store)
+            dist.init_process_group(backend, store=prefixed_store, rank=rank, world_size=world, timeout=timeout)
         elif "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             for key, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
                 os.environ.setdefault(key, value)
             _form_group_of_one(backend, timeout)
-    control = dist.group.WORLD  # its CPU half: a second group of all ranks would connect each of them with each again
-    runtime = Runtime(rank, world, local_rank, local_world, torch_device, control, products, shared_memory, timeout_s)
-    return runtime if products is None else replace(runtime, matmul=agree(gather_objects(products, runtime), rank))
+    control_group = (
+        dist.group.WORLD
+    )  # its CPU half: a second group of all ranks would connect each of them with each again
+    runtime = Runtime(
+        rank, world, local_rank, local_world, torch_device, control_group, library_choice, shared_memory, timeout_s
+    )
+    return (
+        runtime
+        if library_choice is None
+        else replace(runtime, matmul=agree_on_library(gather_objects(library_choice, runtime), rank))
+    )
 
 
 def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
@@ -131,7 +139,7 @@ def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
 
     All ranks must call, with the same library.
     """
-    choice = agree(gather_objects(choose(library), runtime), runtime.rank)
+    choice = agree_on_library(gather_objects(choose_library(library), runtime), runtime.rank)
     return replace(runtime, matmul=choice)
 
 
@@ -153,24 +161,24 @@ def missing_cuda() -> str | None:
         return None
     if not (torch.version.cuda or torch.version.hip):
         return f"this torch ({torch.__version__}) is built for CPUs alone"
-    visible, said = os.environ.get("CUDA_VISIBLE_DEVICES"), ""
-    hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
+    visible, driver_error = os.environ.get("CUDA_VISIBLE_DEVICES"), ""
+    visible_devices = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
     try:
         torch.cuda.init()  # says why: a driver that is too old for this torch, no driver, no device
     except (RuntimeError, AssertionError) as error:
-        said = f": {str(error).split('. ')[0]}"
-    return f"torch {torch.__version__} finds no device{hidden}{said}; does nvidia-smi or rocm-smi show one?"
+        driver_error = f": {str(error).split('. ')[0]}"
+    return f"torch {torch.__version__} finds no device{visible_devices}{driver_error}; does nvidia-smi or rocm-smi show one?"
 
 
-def told_threads() -> int | None:
+def threads_from_environment() -> int | None:
     """What OMP_NUM_THREADS says; None where it is torchrun's own 1, which would leave all but one core of a rank idle."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
+    text = os.environ.get("OMP_NUM_THREADS", "")
     # Our launchers settle the number before they start torchrun.
-    by_torchrun = told == "1" and "TORCHELASTIC_RUN_ID" in os.environ and "SHARDTUNE_RUN_DIR" not in os.environ
-    return int(told) if told.isdecimal() and int(told) > 0 and not by_torchrun else None
+    set_by_torchrun = text == "1" and "TORCHELASTIC_RUN_ID" in os.environ and "SHARDTUNE_RUN_DIR" not in os.environ
+    return int(text) if text.isdecimal() and int(text) > 0 and not set_by_torchrun else None
 
 
-_CGROUPS, _MEMBERSHIP, _HOST = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/vmstat")
+_CGROUPS, _CGROUP_OF_PROCESS, _HOST_COUNTERS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/vmstat")
 
 
 def usable_cores() -> int:
@@ -192,8 +200,8 @@ def out_of_memory_kills() -> int | None:
     Of this process's cgroup and those below it (version 2), where its children are and no other job of the host; of the whole
     host where that is not counted.
     """
-    host = (path.read_text(encoding="utf-8") for path in [_HOST] if path.is_file())
-    for text in (*_cgroup_files("memory.events"), *host):
+    host_texts = (path.read_text(encoding="utf-8") for path in [_HOST_COUNTERS] if path.is_file())
+    for text in (*_cgroup_files("memory.events"), *host_texts):
         for line in text.splitlines():
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
@@ -207,26 +215,32 @@ def free_host_memory() -> int | None:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    for most, now, about in zip(*map(_cgroup_files, ("memory.max", "memory.current", "memory.stat")), strict=False):
-        if most.strip() != "max":  # of what is used, pages of files that were not touched lately can be had at once
-            cached = next((int(line.split()[1]) for line in about.splitlines() if line.startswith("inactive_file ")), 0)
-            free = min(free, int(most) - int(now) + cached)
+    for limit, used, statistics in zip(
+        *map(_cgroup_files, ("memory.max", "memory.current", "memory.stat")), strict=False
+    ):
+        if limit.strip() != "max":  # of what is used, pages of files that were not touched lately can be had at once
+            cached = next(
+                (int(line.split()[1]) for line in statistics.splitlines() if line.startswith("inactive_file ")), 0
+            )
+            free = min(free, int(limit) - int(used) + cached)
     return max(0, free)
 
 
 def _cgroup_files(name: str) -> Iterator[str]:
     """What the file `name` says in the cgroup (version 2) of this process and in those around it, where it exists."""
     try:
-        own = next(line[3:] for line in _MEMBERSHIP.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
+        own_cgroup = next(
+            line[3:] for line in _CGROUP_OF_PROCESS.read_text(encoding="utf-8").splitlines() if line.startswith("0::")
+        )
     except (OSError, StopIteration):
-        own = "/"
-    here = _CGROUPS / own.strip("/")
-    for place in (here, *here.parents):
-        if place.is_relative_to(_CGROUPS) and (place / name).is_file():
-            yield (place / name).read_text(encoding="utf-8")
+        own_cgroup = "/"
+    directory_of_process = _CGROUPS / own_cgroup.strip("/")
+    for directory in (directory_of_process, *directory_of_process.parents):
+        if directory.is_relative_to(_CGROUPS) and (directory / name).is_file():
+            yield (directory / name).read_text(encoding="utf-8")
 
 
-def bound_groups(runtime: Runtime, more_s: float = 0) -> None:
+def set_group_timeouts(runtime: Runtime, more_s: float = 0) -> None:
     """Give all groups the run's timeout, and `more_s` beside it; half an hour is torch's own. No collective."""
     for group in living_groups():
         if dist.get_rank(group) >= 0 and dist.get_backend(group) != NO_NETWORK:  # a simulated one answers at once
@@ -234,13 +248,13 @@ def bound_groups(runtime: Runtime, more_s: float = 0) -> None:
 
 
 @contextmanager
-def patience(runtime: Runtime, more_s: float) -> Iterator[None]:
+def longer_timeout(runtime: Runtime, more_s: float) -> Iterator[None]:
     """Meanwhile ranks wait so many seconds longer for each other: one works for all. No collective; all ranks are to enter."""
-    bound_groups(runtime, more_s)
+    set_group_timeouts(runtime, more_s)
     try:
         yield
     finally:
-        bound_groups(runtime)
+        set_group_timeouts(runtime)
 
 
 def stop(*, failed: bool = False) -> None:
@@ -249,7 +263,7 @@ def stop(*, failed: bool = False) -> None:
     After a failure in a job of several ranks the groups stay, since peers may sit in a collective, for which NCCL waits
     before it destroys one; the process is to leave at once.
     """
-    restore()
+    restore_default()
     if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
         dist.destroy_process_group()
 
@@ -265,35 +279,35 @@ def broadcast_object(value: Any, runtime: Runtime) -> Any:
     """Rank 0's `value`, on every rank. All ranks must call."""
     if runtime.world_size == 1 or runtime.simulated:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=runtime.control_group)
-    return box[0]
+    slots = [value]
+    dist.broadcast_object_list(slots, src=0, group=runtime.control_group)
+    return slots[0]
 
 
-def found_on_main(look: Callable[[], Result], runtime: Runtime) -> Result:
-    """What `look` finds on rank 0, where alone it is called, on every rank. All ranks must call.
+def call_on_main(function: Callable[[], Returned], runtime: Runtime) -> Returned:
+    """What `function` finds on rank 0, where alone it is called, on every rank. All ranks must call.
 
     Raises StorageError on every rank where it raised that or OSError: nobody waits for a rank that has left.
     """
-    found: tuple[Result | None, str | None] = (None, None)
+    outcome: tuple[Returned | None, str | None] = (None, None)
     if runtime.is_main:
         try:
-            found = (look(), None)
+            outcome = (function(), None)
         except (OSError, StorageError) as error:
-            found = (None, reason(error) if isinstance(error, OSError) else str(error))
-    result, problem = broadcast_object(found, runtime)
+            outcome = (None, reason(error) if isinstance(error, OSError) else str(error))
+    returned, problem = broadcast_object(outcome, runtime)
     if problem is not None:
         raise StorageError(problem)
-    return result  # type: ignore[no-any-return]
+    return returned  # type: ignore[no-any-return]
 
 
 def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank. All ranks must call."""
     if runtime.world_size == 1 or runtime.simulated:
         return [value] * runtime.world_size
-    box: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(box, value, group=runtime.control_group)
-    return box
+    gathered: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(gathered, value, group=runtime.control_group)
+    return gathered
 
 
 def first_error(error: BaseException | None, runtime: Runtime) -> str | None:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from strategies.atomic_io import WrittenFile, no_room, reason, sync_directory, write_new
+from strategies.atomic_io import WrittenFile, missing_space, reason, sync_directory, write_new
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, gather_objects
 from strategies.tensor_files import (
     FILE_NAME,
     INDEX,
     FilePart,
-    HeldElements,
+    LocalElements,
     index_json,
     layout,
     size_on_disk,
@@ -27,7 +27,7 @@ from strategies.tensor_files import (
 )
 
 PROGRESS = "progress.json"
-SPARE = 2**20
+SPARE_BYTES = 2**20
 """Bytes that the small files and the directory may take beside the tensors."""
 
 
@@ -45,10 +45,10 @@ class FlatRange:
     write: bool = True
     """Whether this rank writes it (one of several replicas does)."""
 
-    def held(self) -> list[HeldElements]:
+    def local_elements(self) -> list[LocalElements]:
         """What of it this rank has, by the names that are on the disk."""
         return [
-            HeldElements(f"{self.name}/{key}", self.numel, self.start, tensor)
+            LocalElements(f"{self.name}/{key}", self.numel, self.start, tensor)
             for key, tensor in self.tensors.items()
             if tensor.numel()
         ]
@@ -69,54 +69,56 @@ class RankState:
     It is written in three parts, of which the second communicates with nobody: `make_room`, `write_part`, `finish`.
     """
 
-    def __init__(self, runs: Iterable[FlatRange], header: bytes, runtime: Runtime) -> None:
-        self.held = [each for run in runs if run.write for each in run.held()]
+    def __init__(self, flat_ranges: Iterable[FlatRange], header: bytes, runtime: Runtime) -> None:
+        self.local = [
+            elements for flat_range in flat_ranges if flat_range.write for elements in flat_range.local_elements()
+        ]
         self.runtime = runtime
         self._file = FILE_NAME.format(runtime.rank)
-        self._head, self.parts = layout(self.held, self._file)
+        self._head, self.parts = layout(self.local, self._file)
         self.header = header
         """What becomes `progress.json`."""
 
     @property
-    def elements(self) -> int:
+    def num_elements(self) -> int:
         """Of all tensors that this rank writes, together."""
-        return sum(each.values.numel() for each in self.held)
+        return sum(elements.values.numel() for elements in self.local)
 
     def move_to(self, buffer: torch.Tensor) -> None:
         """Copy the values to a float32 tensor of at least `elements` elements on the host: training may go on then."""
         end = 0
-        for number, each in enumerate(self.held):
-            begin, end = end, end + each.values.numel()
-            copy = buffer[begin:end].copy_(each.values.detach())
-            self.held[number] = HeldElements(each.name, each.numel, each.start, copy)
+        for number, elements in enumerate(self.local):
+            begin, end = end, end + elements.values.numel()
+            copy = buffer[begin:end].copy_(elements.values.detach())
+            self.local[number] = LocalElements(elements.name, elements.numel, elements.start, copy)
 
     def make_room(self, path: Path) -> None:
         """All ranks must call. Raises StorageError on every rank where the file system of `path` has no room for all of it."""
-        sizes = gather_objects(size_on_disk(self._head, self.held), self.runtime)
-        _agree(no_room(path, sum(sizes) + SPARE) if self.runtime.is_main else None, self.runtime)
+        sizes = gather_objects(size_on_disk(self._head, self.local), self.runtime)
+        _agree(missing_space(path, sum(sizes) + SPARE_BYTES) if self.runtime.is_main else None, self.runtime)
 
     def write_part(self, path: Path) -> FileOutcome:
         """Write this rank's file into the existing directory `path`, durably. No collective, no errors."""
         try:
-            return FileOutcome(write_tensors(path / self._file, self._head, self.held) if self.held else None)
+            return FileOutcome(write_tensors(path / self._file, self._head, self.local) if self.local else None)
         except Exception as error:  # noqa: BLE001 - also a device that is lost: all ranks are told
             return FileOutcome(problem=reason(error))
 
-    def finish(self, path: Path, mine: FileOutcome) -> list[WrittenFile]:
+    def finish(self, path: Path, outcome: FileOutcome) -> list[WrittenFile]:
         """Write what says where all lies; every file of the state, on rank 0. All ranks must call, with their outcome.
 
         Raises StorageError on every rank where any of them could not write.
         """
-        told: list[tuple[dict[str, FilePart], WrittenFile | None]] = gather_objects(
-            (self.parts, mine.written), self.runtime
+        parts_and_files: list[tuple[dict[str, FilePart], WrittenFile | None]] = gather_objects(
+            (self.parts, outcome.written), self.runtime
         )
-        _agree(mine.problem, self.runtime)
-        files, problem = [each for _, each in told if each is not None], None
+        _agree(outcome.problem, self.runtime)
+        files, problem = [file for _, file in parts_and_files if file is not None], None
         try:
             if self.runtime.is_main:
-                files.append(write_new(path / INDEX, index_json(of_rank for of_rank, _ in told)))
+                files.append(write_new(path / INDEX, index_json(of_rank for of_rank, _ in parts_and_files)))
                 files.append(write_new(path / PROGRESS, self.header))
-            elif self.held:
+            elif self.local:
                 sync_directory(path)  # where each host keeps a cache of its own
         except OSError as error:
             problem = reason(error)

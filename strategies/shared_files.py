@@ -11,30 +11,30 @@ from pathlib import Path
 
 from strategies import atomic_io
 
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """What a file system without hard links answers."""
-MOST = 2**20
+MAX_BYTES = 2**20
 """Bytes that such a file has at most."""
 
 
 def read(path: Path) -> bytes:
     """The content, opened anew: opening is what makes an NFS client ask the server. A stale handle is opened once more."""
     try:
-        return atomic_io.read_bytes(path, most=MOST)
+        return atomic_io.read_bytes(path, most=MAX_BYTES)
     except OSError as error:
         if error.errno != errno.ESTALE:
             raise
-        return atomic_io.read_bytes(path, most=MOST)
+        return atomic_io.read_bytes(path, most=MAX_BYTES)
 
 
 def replace(path: Path, content: bytes, token: str) -> None:
     """Put this content under the name, at once; `token` tells apart who writes at the same time."""
-    aside = _written_aside(path, content, token)
+    temporary = _written_aside(path, content, token)
     try:
-        atomic_io.disk.rename(aside, path)
+        atomic_io.disk.rename(temporary, path)
     except OSError:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         raise
 
 
@@ -44,25 +44,25 @@ def claim(path: Path, content: bytes, token: str) -> bool:
     NFS may report an error for a link that was made, and the reverse; the number of links tells. Where there are no links,
     the name is created exclusively instead.
     """
-    aside = _written_aside(path, content, token)
+    temporary = _written_aside(path, content, token)
     try:
         try:
-            atomic_io.disk.link(aside, path)
+            atomic_io.disk.link(temporary, path)
         except OSError as error:
-            if error.errno in NO_LINKS:
+            if error.errno in NO_HARD_LINKS:
                 return _create_first(path, content)
-        return aside.stat().st_nlink == 2
+        return temporary.stat().st_nlink == 2
     finally:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
 
 
 def _written_aside(path: Path, content: bytes, token: str) -> Path:
-    aside = path.with_name(f".{path.name}.{token}")
+    temporary = path.with_name(f".{path.name}.{token}")
     with suppress(FileNotFoundError):  # of one that was killed amid this; in a container the next has its number again
-        aside.unlink()
-    _create(aside, content)
-    return aside
+        temporary.unlink()
+    _create(temporary, content)
+    return temporary
 
 
 def _create(path: Path, content: bytes) -> None:

@@ -45,17 +45,17 @@ def simulated_rank(
     if dist.is_initialized():
         raise RuntimeError("a rank is simulated in a process that is part of no job")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which other libraries import, would guess, and say so
-    local = min(local_world_size, world_size)
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(rank % local)  # DeepSpeed looks there
+    ranks_a_host = min(local_world_size, world_size)
+    local_rank_before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(rank % ranks_a_host)  # DeepSpeed looks there
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        yield Runtime(rank, world_size, rank % local, local, device, dist.group.WORLD, simulated=True)
+        yield Runtime(rank, world_size, rank % ranks_a_host, ranks_a_host, device, dist.group.WORLD, simulated=True)
     finally:
         dist.destroy_process_group()
         os.environ.pop("LOCAL_RANK")
-        if before is not None:
-            os.environ["LOCAL_RANK"] = before
+        if local_rank_before is not None:
+            os.environ["LOCAL_RANK"] = local_rank_before
 
 
 @contextmanager
@@ -79,25 +79,25 @@ def real_tensors() -> AbstractContextManager[Any]:
     return unset_fake_temporarily()
 
 
-def kept_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`make(*key)`, whose tensor is kept for its key: a real one for good, one without memory as long as its simulation."""
     real: dict[Any, Tensor] = {}
 
     @wraps(make)
-    def kept(*key: Any) -> Tensor:
+    def cached(*key: Any) -> Tensor:
         mode = active_fake_mode()
         store = real if mode is None else vars(mode).setdefault(f"{make.__module__}.{make.__qualname__}", {})
         if key not in store:
             store[key] = make(*key)
         return store[key]
 
-    mark_constant_when_compiled(kept)  # a compiled block has the tensor in it
-    return kept
+    mark_constant_when_compiled(cached)  # a compiled block has the tensor in it
+    return cached
 
 
 # -- what torch chooses by the type of device -------------------------------------------------------------------------
 
-_WIDENED = frozenset(
+_FLOAT32_ON_GPU = frozenset(
     {
         F.layer_norm,
         torch.layer_norm,
@@ -137,7 +137,7 @@ _WIDENED = frozenset(
     }
 )
 """What autocast computes in float32 on GPUs and, on CPUs, in the type that it is given."""
-_LOW = (torch.bfloat16, torch.float16)
+_HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 class AsOnGpu(TorchFunctionMode):
@@ -153,9 +153,9 @@ class AsOnGpu(TorchFunctionMode):
             return args[0]
         if func is Tensor.is_pinned:
             return True
-        if func in _WIDENED and torch.is_autocast_enabled("cpu"):
-            args = [a.float() if torch.is_tensor(a) and a.dtype in _LOW else a for a in args]
-            kwargs = {k: v.float() if torch.is_tensor(v) and v.dtype in _LOW else v for k, v in kwargs.items()}
+        if func in _FLOAT32_ON_GPU and torch.is_autocast_enabled("cpu"):
+            args = [a.float() if torch.is_tensor(a) and a.dtype in _HALF_TYPES else a for a in args]
+            kwargs = {k: v.float() if torch.is_tensor(v) and v.dtype in _HALF_TYPES else v for k, v in kwargs.items()}
         return func(*args, **kwargs)
 
     def _backward(
@@ -164,11 +164,17 @@ class AsOnGpu(TorchFunctionMode):
         """What is recomputed on the way is chosen likewise: torch's own entry would leave this mode behind."""
         assert inputs is None, "no engine asks for the gradients of some tensors alone"
         roots = (root,) if isinstance(root, Tensor) else tuple(root)
-        given = gradient if isinstance(gradient, tuple | list) else [gradient] * len(roots)
-        made = tuple(torch.ones_like(r) if g is None else g for r, g in zip(roots, given, strict=True))
+        gradients = gradient if isinstance(gradient, tuple | list) else [gradient] * len(roots)
+        root_gradients = tuple(torch.ones_like(r) if g is None else g for r, g in zip(roots, gradients, strict=True))
         with self:
             run_backward(
-                roots, made, bool(retain_graph), create_graph, (), allow_unreachable=True, accumulate_grad=True
+                roots,
+                root_gradients,
+                bool(retain_graph),
+                create_graph,
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
             )
 
 
@@ -191,7 +197,7 @@ def _attention(
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
     grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     width = query.shape[-1]
-    if query.dtype in _LOW and attn_mask is None and width <= 256 and width == value.shape[-1]:
+    if query.dtype in _HALF_TYPES and attn_mask is None and width <= 256 and width == value.shape[-1]:
         pad = -width % 8
         if pad:
             query, key, value = (F.pad(t, (0, pad)) for t in (query, key, value))
@@ -213,7 +219,7 @@ def _attention(
 # -- what engines take from the devices of their process group --------------------------------------------------------
 
 
-def without_reading(wrapped: Any) -> None:
+def reduce_without_reading(wrapped: Any) -> None:
     """Let a DistributedDataParallel module work on fake tensors: its all-reduce has no result to wait for."""
 
     def reduce(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -17,10 +17,10 @@ from strategies.errors import ConfigError
 
 LFS_POINTER = b"version https://git-lfs"
 """How the small text file begins that git leaves in the place of a large one."""
-MOST_BYTES = 16 << 20
-MOST_BYTES_OF = {"tokenizer.json": 256 << 20, "model.safetensors.index.json": 256 << 20, "tokenizer.model": 256 << 20}
+MAX_BYTES = 16 << 20
+MAX_BYTES_OF = {"tokenizer.json": 256 << 20, "model.safetensors.index.json": 256 << 20, "tokenizer.model": 256 << 20}
 """Files that grow with the vocabulary or the number of tensors; the largest known are near 40 MB."""
-OBJECTS = (
+JSON_OBJECT_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
@@ -30,7 +30,7 @@ OBJECTS = (
     "bottleneck_config.json",
 )
 """What libraries read as one JSON object, small enough to be looked at first."""
-OTHERS = (
+OTHER_FILES = (
     *("model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("chat_template.json", "processor_config.json", "preprocessor_config.json", "*.jinja", "*.model"),
     "additional_chat_templates/*.jinja",
@@ -68,10 +68,10 @@ def refuse_pointer(path: Path) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a small file. Raises ConfigError, naming the file, for anything else."""
-    refuse_irregular(path, most_bytes=MOST_BYTES_OF.get(path.name, MOST_BYTES))
+    refuse_irregular(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
     refuse_pointer(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _unreadable(path, error) from error
     except RecursionError as error:
@@ -80,32 +80,32 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: is not valid JSON ({error}); it was cut off or changed: download it again"
         ) from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds a JSON {type(value).__name__}, not an object; download it again")
-    return value
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{path}: holds a JSON {type(parsed).__name__}, not an object; download it again")
+    return parsed
 
 
-def texts_in(value: Any) -> Iterator[str]:
+def texts_in(parsed: Any) -> Iterator[str]:
     """Every text among the values of parsed JSON or YAML, in order, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
+    if isinstance(parsed, str):
+        yield parsed
+    elif isinstance(parsed, dict):
+        for inner in parsed.values():
             yield from texts_in(inner)
-    elif isinstance(value, list):
-        for inner in value:
+    elif isinstance(parsed, list):
+        for inner in parsed:
             yield from texts_in(inner)
 
 
 def check_small_files(directory: Path) -> None:
     """Look at every small file that a library would read in a model's or an adapter's directory. Raises ConfigError."""
-    for name in OBJECTS:
+    for name in JSON_OBJECT_FILES:
         path = directory / name
         if path.exists() or path.is_symlink():
             read_object(path)
-    for pattern in OTHERS:
+    for pattern in OTHER_FILES:
         for path in directory.glob(pattern):
-            refuse_irregular(path, most_bytes=MOST_BYTES_OF.get(path.name, MOST_BYTES))
+            refuse_irregular(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
             refuse_pointer(path)
 
 

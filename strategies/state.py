@@ -22,13 +22,13 @@ from strategies import atomic_io
 from strategies.atomic_io import read_bytes, reason
 from strategies.base import Progress
 from strategies.errors import ConfigError, StorageError
-from strategies.runtime import Runtime, found_on_main, gather_objects
+from strategies.runtime import Runtime, call_on_main, gather_objects
 from strategies.saving import PROGRESS, FlatRange
-from strategies.tensor_files import INDEX, Index, Malformed, numel, parse_index, parse_json, read_tensors, whole_number
+from strategies.tensor_files import INDEX, Index, Malformed, is_count, numel, parse_index, parse_json, read_tensors
 
-MOST_PROGRESS, MOST_INDEX = 2**20, 2**30
+MAX_PROGRESS_BYTES, MAX_INDEX_BYTES = 2**20, 2**30
 """Bytes of the two JSON files; more is not read."""
-ROWS = {
+ROW_FIELDS = {
     "recent": {"loss", "grad_norm"},
     "passed": {"first", "count"},
     "evaluations": {"step", "train", "held_out"},
@@ -58,9 +58,9 @@ class StateHeader:
 def read_header(path: Path, *, patient: bool = False) -> StateHeader:
     """The header of a saved state. Reads a small JSON file, no tensors; `patient` where it was seen. Errors: StorageError."""
     try:
-        raw = parse_json(read_bytes(path / PROGRESS, most=MOST_PROGRESS, patient=patient))
-        _check(StateHeader, raw, but="progress")
-        _check(Progress, raw.get("progress"))
+        raw = parse_json(read_bytes(path / PROGRESS, most=MAX_PROGRESS_BYTES, patient=patient))
+        _check_fields(StateHeader, raw, except_field="progress")
+        _check_fields(Progress, raw.get("progress"))
         if raw.get("loss_scale") is not None and not 0 < raw["loss_scale"] < math.inf:
             raise Malformed("has a loss_scale that is none")
         _check_rows(raw["progress"])
@@ -72,49 +72,50 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
     return StateHeader(**raw)
 
 
-def _check(kind: type, raw: Any, *, but: str | None = None) -> None:
+def _check_fields(kind: type, raw: Any, *, except_field: str | None = None) -> None:
     """Whether a JSON object has the fields of a data class, of their types. Errors: Malformed."""
     if not isinstance(raw, dict):
         raise Malformed("is no table")
-    hints, known = get_type_hints(kind), {each.name for each in fields(kind)}
-    needed = {"optimizer_steps", "world_size", "strategy", "progress"} & known
-    if odd := sorted((set(raw) - known) | (needed - set(raw))):
-        raise Malformed(f"has or lacks {odd[0][:80]}")
+    types, names = get_type_hints(kind), {declared.name for declared in fields(kind)}
+    needed = {"optimizer_steps", "world_size", "strategy", "progress"} & names
+    if odd_names := sorted((set(raw) - names) | (needed - set(raw))):
+        raise Malformed(f"has or lacks {odd_names[0][:80]}")
     for key, value in raw.items():
-        if key != but and not _is(value, hints[key]):
+        if key != except_field and not _has_type(value, types[key]):
             raise Malformed(f"has a {key} that is none")
 
 
 def _check_rows(progress: dict[str, Any]) -> None:
-    for key, names in ROWS.items():
+    for key, names in ROW_FIELDS.items():
         if any(set(row) != names for row in progress.get(key, ())):
             raise Malformed(f"has a {key} that is none")
-    if any(not whole_number(number) for row in progress.get("passed", ()) for number in row.values()):
+    if any(not is_count(number) for row in progress.get("passed", ()) for number in row.values()):
         raise Malformed("has a passed that is none")
 
 
-def _is(value: Any, hint: Any) -> bool:
-    if hint is bool:
+def _has_type(value: Any, expected: Any) -> bool:
+    if expected is bool:
         return isinstance(value, bool)
-    if hint is int:
-        return whole_number(value)
-    if hint is float:
+    if expected is int:
+        return is_count(value)
+    if expected is float:
         return type(value) in (int, float)
-    if hint is str:
+    if expected is str:
         return isinstance(value, str) and len(value) < 1000
-    if isinstance(hint, type(int | None)):
-        return any(_is(value, each) for each in get_args(hint))
-    if hint is type(None):
+    if isinstance(expected, type(int | None)):
+        return any(_has_type(value, alternative) for alternative in get_args(expected))
+    if expected is type(None):
         return value is None
     return isinstance(value, list) and all(  # of groups
-        isinstance(each, dict) and all(type(number) in (int, float) for number in each.values()) for each in value
+        isinstance(alternative, dict) and all(type(number) in (int, float) for number in alternative.values())
+        for alternative in value
     )
 
 
 def read_index(path: Path, *, patient: bool = False) -> Index:
     """What tensors a saved state has, and where; `patient` where the file was seen. Errors: StorageError."""
     try:
-        return parse_index(read_bytes(path / INDEX, most=MOST_INDEX, patient=patient))
+        return parse_index(read_bytes(path / INDEX, most=MAX_INDEX_BYTES, patient=patient))
     except OSError as error:
         raise StorageError(f"{path / INDEX}: {reason(error)}") from error
     except Malformed as error:
@@ -122,52 +123,52 @@ def read_index(path: Path, *, patient: bool = False) -> Index:
 
 
 @torch.no_grad()
-def load_state(path: Path, runs: Iterable[FlatRange], runtime: Runtime) -> StateHeader:
+def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> StateHeader:
     """Read the part of a saved state that this rank holds into its runs. All ranks must call.
 
     Raises ConfigError where the saved parameters or moments are not the ones this run trains, StorageError where a file
     cannot be read or does not hold what its index says; the same on every rank.
     """
-    held = list(runs)
+    flat_ranges = list(ranges)
     # What rank 0 sees is there, and another host may have to wait for it; what rank 0 does not see, nobody waits for.
-    seen = found_on_main(lambda: set(atomic_io.disk.names(path)), runtime)
+    visible_names = call_on_main(lambda: set(atomic_io.disk.names(path)), runtime)
     error: ConfigError | StorageError | None = None
     try:
-        header = read_header(path, patient=PROGRESS in seen)
-        values = _read(path, held, seen)
+        header = read_header(path, patient=PROGRESS in visible_names)
+        loaded = _read_values(path, flat_ranges, visible_names)
     except (ConfigError, StorageError) as caught:
         error = caught
-    told = gather_objects(None if error is None else (type(error), str(error)), runtime)
-    for kind, text in filter(None, told):
+    errors = gather_objects(None if error is None else (type(error), str(error)), runtime)
+    for kind, text in filter(None, errors):
         raise error or kind(text)
-    for tensor, value in values:
-        tensor.copy_(value.to(tensor.device, tensor.dtype))
+    for tensor, saved in loaded:
+        tensor.copy_(saved.to(tensor.device, tensor.dtype))
     return header
 
 
-def _read(path: Path, runs: list[FlatRange], seen: set[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _read_values(path: Path, runs: list[FlatRange], visible_names: set[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(live tensor, saved values) for all that this rank holds. Errors: ConfigError, StorageError."""
-    index = read_index(path, patient=INDEX in seen)
-    wanted = {f"{run.name}/{key}": run.numel for run in runs for key in run.tensors if run.numel}
-    if set(wanted) != set(index):
-        missing = sorted(set(wanted) - set(index))[:3]
+    index = read_index(path, patient=INDEX in visible_names)
+    numel_by_name = {f"{run.name}/{key}": run.numel for run in runs for key in run.tensors if run.numel}
+    if set(numel_by_name) != set(index):
+        missing = sorted(set(numel_by_name) - set(index))[:3]
         side = "does not hold" if missing else "holds, beyond what this run trains,"
-        names = ", ".join(missing or sorted(set(index) - set(wanted))[:3])
-        raise ConfigError(_other_run(path, f"{side} {names} ..."))
-    for name, size in wanted.items():
+        names = ", ".join(missing or sorted(set(index) - set(numel_by_name))[:3])
+        raise ConfigError(_of_other_run(path, f"{side} {names} ..."))
+    for name, size in numel_by_name.items():
         if numel(index[name]) != size:
-            raise ConfigError(_other_run(path, f"has {numel(index[name])} elements of {name}, this run {size}"))
-    if unseen := {part.file for parts in index.values() for part in parts} - seen:
+            raise ConfigError(_of_other_run(path, f"has {numel(index[name])} elements of {name}, this run {size}"))
+    if unseen := {part.file for parts in index.values() for part in parts} - visible_names:
         raise StorageError(f"{path}: {min(unseen)[:80]}, which {INDEX} names, is missing")
-    held = [each for run in runs for each in run.held()]
+    local_elements = [elements for run in runs for elements in run.local_elements()]
     try:
-        values = read_tensors(path, index, held)
+        values = read_tensors(path, index, local_elements)
     except OSError as error:
         raise StorageError(f"{path}: its tensors cannot be read ({reason(error)})") from error
-    return [(each.values, value) for each, value in zip(held, values, strict=True)]
+    return [(elements.values, saved) for elements, saved in zip(local_elements, values, strict=True)]
 
 
-def _other_run(path: Path, difference: str) -> str:
+def _of_other_run(path: Path, difference: str) -> str:
     return (
         f"run.resume: the state in {path} {difference}: it was written by a run with another model, tuning method or "
         "optimizer; start a new run.dir"

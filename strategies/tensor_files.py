@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.atomic_io import NewFile, SecondLooks, WrittenFile, fill, opened
+from strategies.atomic_io import NewFile, RetryingReader, WrittenFile, fill, open_regular
 
 INDEX = "index.json"
-ITEM = 4
+ELEMENT_BYTES = 4
 """Bytes of an element: all is kept in float32."""
 FILE_NAME = "rank-{:05d}.safetensors"
-MOST = 2**53
+MAX_INTEGER = 2**53
 """Larger whole numbers mean nothing here."""
 
 
@@ -47,7 +47,7 @@ Index = dict[str, list[FilePart]]
 
 
 @dataclass(slots=True)
-class HeldElements:
+class LocalElements:
     """Elements `[start, start + len)` of a flattened tensor of `numel` elements, in this rank's memory."""
 
     name: str
@@ -65,40 +65,40 @@ def parse_json(data: bytes) -> Any:
         raise Malformed("is not JSON") from error
 
 
-def whole_number(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     """Whether a JSON value counts something."""
-    return type(value) is int and 0 <= value < MOST
+    return type(value) is int and 0 <= value < MAX_INTEGER
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def layout(held: Iterable[HeldElements], file: str) -> tuple[bytes, dict[str, FilePart]]:
+def layout(local: Iterable[LocalElements], file: str) -> tuple[bytes, dict[str, FilePart]]:
     """(what stands before the data in a safetensors file of these, where each lies in it). Reads no values."""
-    places: dict[str, tuple[int, int, int]] = {}
+    spans: dict[str, tuple[int, int, int]] = {}
     end = 0
-    for each in held:
-        assert each.name not in places, each.name
-        places[each.name] = (each.start, each.values.numel(), end)
-        end += each.values.numel() * ITEM
+    for elements in local:
+        assert elements.name not in spans, elements.name
+        spans[elements.name] = (elements.start, elements.values.numel(), end)
+        end += elements.values.numel() * ELEMENT_BYTES
     table = {
-        name: {"dtype": "F32", "shape": [length], "data_offsets": [begin, begin + length * ITEM]}
-        for name, (_, length, begin) in places.items()
+        name: {"dtype": "F32", "shape": [length], "data_offsets": [begin, begin + length * ELEMENT_BYTES]}
+        for name, (_, length, begin) in spans.items()
     }
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     head = len(head).to_bytes(8, "little") + head
     return head, {
-        name: FilePart(file, start, length, len(head) + begin) for name, (start, length, begin) in places.items()
+        name: FilePart(file, start, length, len(head) + begin) for name, (start, length, begin) in spans.items()
     }
 
 
-def write_tensors(path: Path, head: bytes, held: Iterable[HeldElements]) -> WrittenFile:
+def write_tensors(path: Path, head: bytes, local: Iterable[LocalElements]) -> WrittenFile:
     """A safetensors file: `head` as `layout` made it of the same tensors, then their values. Errors: OSError."""
     with NewFile(path) as file:
         file.write(head)
-        for each in held:
-            values = each.values.detach().to("cpu", torch.float32).contiguous()
+        for elements in local:
+            values = elements.values.detach().to("cpu", torch.float32).contiguous()
             file.write(values.numpy().data.cast("B"))
     return file.written
 
@@ -131,8 +131,8 @@ def _parts(name: str, rows: Any) -> list[FilePart]:
         raise Malformed(f"has no parts of {name[:80]}")
     parts, end = [], 0
     for row in rows:
-        well = isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and all(map(whole_number, row[1:]))
-        if not well or not plain_name(row[0]):
+        is_row = isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and all(map(is_count, row[1:]))
+        if not is_row or not stays_in_directory(row[0]):
             raise Malformed(f"has a part of {name[:80]} that is none")
         part = FilePart(*row)
         if part.start != end or part.length == 0:
@@ -142,7 +142,7 @@ def _parts(name: str, rows: Any) -> list[FilePart]:
     return parts
 
 
-def plain_name(name: str) -> bool:
+def stays_in_directory(name: str) -> bool:
     """Whether a name stays in its directory."""
     return bool(name) and not name.startswith(".") and "/" not in name and "\0" not in name
 
@@ -152,39 +152,39 @@ def numel(parts: list[FilePart]) -> int:
     return parts[-1].start + parts[-1].length
 
 
-def read_tensors(directory: Path, index: Index, wanted: Iterable[HeldElements]) -> list[Tensor]:
-    """The values of each of `wanted` out of the files: float32, 1-d, on the CPU, new.
+def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) -> list[Tensor]:
+    """The values of each of `local` out of the files: float32, 1-d, on the CPU, new.
 
     The files are opened one after the other, each read in the order of its bytes. Errors: OSError, Malformed.
     """
     buffers: list[Tensor] = []
     by_file: dict[str, list[tuple[int, Tensor]]] = {}
-    for held in wanted:
-        parts, size = index[held.name], held.values.numel()
+    for elements in local:
+        parts, size = index[elements.name], elements.values.numel()
         buffer = torch.empty(size, dtype=torch.float32)
         filled = 0
         for part in parts:
-            low, high = max(part.start, held.start), min(part.start + part.length, held.start + size)
+            low, high = max(part.start, elements.start), min(part.start + part.length, elements.start + size)
             if low < high:
-                piece = buffer[low - held.start : high - held.start]
-                by_file.setdefault(part.file, []).append((part.offset + (low - part.start) * ITEM, piece))
+                target = buffer[low - elements.start : high - elements.start]
+                by_file.setdefault(part.file, []).append((part.offset + (low - part.start) * ELEMENT_BYTES, target))
                 filled += high - low
         if filled != size:
-            raise Malformed(f"does not cover {held.name[:80]}")
+            raise Malformed(f"does not cover {elements.name[:80]}")
         buffers.append(buffer)
-    looks = SecondLooks()
-    for file, pieces in by_file.items():
+    looks = RetryingReader()
+    for file, targets in by_file.items():
         path = directory / file
-        looks.read(path, partial(_fill_all, path, sorted(pieces, key=lambda each: each[0])))
+        looks.read(path, partial(_fill_all, path, sorted(targets, key=lambda offset_and_target: offset_and_target[0])))
     return buffers
 
 
-def _fill_all(file: Path, pieces: list[tuple[int, Tensor]]) -> None:
-    with opened(file) as (descriptor, _):
-        for offset, piece in pieces:
-            fill(descriptor, piece.numpy().data.cast("B"), offset)
+def _fill_all(file: Path, targets: list[tuple[int, Tensor]]) -> None:
+    with open_regular(file) as (descriptor, _):
+        for offset, target in targets:
+            fill(descriptor, target.numpy().data.cast("B"), offset)
 
 
-def size_on_disk(head: bytes, held: Iterable[HeldElements]) -> int:
+def size_on_disk(head: bytes, local: Iterable[LocalElements]) -> int:
     """Bytes of the file that `write_tensors` makes."""
-    return len(head) + ITEM * sum(each.values.numel() for each in held)
+    return len(head) + ELEMENT_BYTES * sum(elements.values.numel() for elements in local)

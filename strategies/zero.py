@@ -47,7 +47,7 @@ from strategies.parameters import (
     set_dtypes,
     trainable_parameters,
 )
-from strategies.runtime import Runtime, bound_groups
+from strategies.runtime import Runtime, set_group_timeouts
 from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
 from strategies.zero_config import deepspeed_config, steps_on_device
@@ -324,7 +324,7 @@ class ZeroStrategy:
         if self.runtime.simulated:
             stay_in_place(step_module)
         engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
-        bound_groups(self.runtime)
+        set_group_timeouts(self.runtime)
         if (self.on_cpu or on_device) and hasattr(engine.optimizer, "get_grad_norm_direct"):
             engine.optimizer.get_grad_norm_direct = partial(global_norm, device=self.runtime.device)
         zero_engine = ZeroEngine(step_module, engine, self.config, self.runtime)

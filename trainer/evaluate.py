@@ -151,7 +151,7 @@ def _refuse_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
     if job.checkpoint is None:
         return
     checkpoint = Path(job.checkpoint)
-    if not processes.found_on_main(checkpoint.is_dir, runtime):
+    if not processes.call_on_main(checkpoint.is_dir, runtime):
         raise ConfigError(
             f"checkpoint: {checkpoint} was deleted meanwhile, since the run goes on; start the same command again"
         )

@@ -12,7 +12,7 @@ from strategies import runtime as processes
 from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
-from strategies.runtime import found_on_main
+from strategies.runtime import call_on_main
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.staging import Staged, stage
 from trainer.checkpoints.layout import places_of
@@ -182,7 +182,7 @@ def meet(
     with where.meet(config.run.timeout_s) as meeting:
 
         def stop() -> bool:
-            return meeting.stopping(is_told_to_stop())
+            return meeting.stop_decided(is_told_to_stop())
 
         choose_date = date_of_run(config, where.run_dir, meeting, stop)
         log = None if where.run_dir is None else where.run_dir / "logs" / f"rank-{meeting.rank}.log"
@@ -194,7 +194,7 @@ def meet(
         where.phase = "copying to the disk of the node"
         staged = stage(config, data, stop=stop)
         where.phase = "start of the processes"
-        if not meeting.go_on(is_told_to_stop):
+        if not meeting.wait_for_all(is_told_to_stop):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
     return staged.tokens(data), tasks, staged, start_processes(config, meeting.store)
 
@@ -400,7 +400,7 @@ def changed_base(config: RunConfig, of_model: ModelFacts, place: RunPlace) -> li
         recorded = files_among(of_model.run["identity"][BASE])
         return changed_files(config, recorded, teacher=False, start=False)
 
-    changed = found_on_main(compare, place.runtime)
+    changed = call_on_main(compare, place.runtime)
     if changed:
         message = (
             "not exported: the base has changed since this run started; its checkpoints are whole. Bring these files back and "

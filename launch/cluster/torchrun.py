@@ -25,7 +25,7 @@ from typing import Any
 
 from launch.cluster.hosts import HostPlace, place_of
 from launch.cluster.rendezvous import AgentLeftBehind, WaitingForHosts, port_of
-from strategies.heartbeat import LAST_WORDS, LOST_PEER, WAITED, last_words
+from strategies.heartbeat import LAST_WORDS, LOST_PEER, TIMED_OUT, last_words
 from strategies.network import refuse_taken_port, refuse_unknown_interface, refuse_without_loopback
 from strategies.parent_death import die_with_parent
 from strategies.runtime import out_of_memory_kills
@@ -317,7 +317,7 @@ def _note_killed(error: BaseException, *, memory: bool) -> None:
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     before = read_failure(run_dir)
     # NCCL aborts whoever waits too long, and each has said before what it waited for.
-    replace = only_lost_a_peer(before) and not (name == "SIGABRT" and WAITED.search(before.get("message", "")))
+    replace = only_lost_a_peer(before) and not (name == "SIGABRT" and TIMED_OUT.search(before.get("message", "")))
     same = before.get("rank") == rank and before.get("gone")
     phase, step = (before["phase"], before["step"]) if same else ("killed", None)
     if not same and (seen := last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)) is not None:

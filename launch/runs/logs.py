@@ -58,7 +58,7 @@ def choose(run_dir: Path, wanted: LogsRequest, failed_rank: int | None) -> list[
 
 def last_lines(path: Path, count: int) -> tuple[list[str], int]:
     """(the last whole lines of a file, the byte behind them); a torn last line is left for later. Errors: OSError."""
-    with atomic_io.opened(path) as (descriptor, size):
+    with atomic_io.open_regular(path) as (descriptor, size):
         start = max(0, size - TAIL)
         data = os.pread(descriptor, size - start, start)
     whole, end, _ = data.rpartition(b"\n")
@@ -78,7 +78,7 @@ class AddedText:
     def lines(self, path: Path) -> list[str]:
         """Whole lines that were added; none where it cannot be read now."""
         try:
-            with atomic_io.opened(path) as (descriptor, size):
+            with atomic_io.open_regular(path) as (descriptor, size):
                 place = self.places.get(path, 0)
                 place = place if place <= size else 0
                 data = os.pread(descriptor, MOST, place)

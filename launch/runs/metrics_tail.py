@@ -22,7 +22,7 @@ PIECE = 2**13
 def newest(path: Path) -> list[dict[str, Any]]:
     """The last rows, oldest first: of steps, which have `loss`, and of evaluations."""
     try:
-        with atomic_io.opened(path) as (descriptor, size):
+        with atomic_io.open_regular(path) as (descriptor, size):
             start = max(0, size - TAIL)
             lines = os.pread(descriptor, TAIL, start).split(b"\n")
     except OSError:
@@ -34,7 +34,7 @@ def curve(path: Path, points: int) -> list[float]:
     """The loss at about so many places of the run, in its order; rows that are not finite are left out."""
     found: dict[int, float] = {}
     try:
-        with atomic_io.opened(path) as (descriptor, size):
+        with atomic_io.open_regular(path) as (descriptor, size):
             for place in range(points):
                 start = size * place // points
                 lines = os.pread(descriptor, PIECE, start).split(b"\n")

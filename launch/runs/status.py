@@ -241,7 +241,7 @@ def _lost(held: Holder) -> str:
 def is_frozen(run_dir: Path) -> bool:
     """Whether a run was composed for this directory; also where that cannot be read."""
     try:
-        with atomic_io.opened(run_dir / "config.yaml") as (descriptor, _):
+        with atomic_io.open_regular(run_dir / "config.yaml") as (descriptor, _):
             return SEAL in os.pread(descriptor, 4096, 0)
     except OSError:
         return True

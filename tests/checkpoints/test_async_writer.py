@@ -82,7 +82,7 @@ def test_what_is_written_is_the_moment_in_which_it_was_begun(job):
     made, engine, progress, disk, said = job(keep=1)
     for step in (1, 2):
         assert made.save(engine, engine.train(progress), must=False) and made.pending == step
-        buffer = made._writing.state.held[0].values.data_ptr()
+        buffer = made._writing.state.local[0].values.data_ptr()
         asked = [engine.train(progress).step for _ in range(3) if not made.written(progress.step)]
         assert len(asked) == 3 and step not in dict(published(made.places)), "training goes on, and nothing has a name"
         disk.let.set()
@@ -94,7 +94,7 @@ def test_what_is_written_is_the_moment_in_which_it_was_begun(job):
         assert made.last.row["checkpoint_stall_s"] < made.last.row["checkpoint_write_s"]
     assert disk.threads == ["checkpoint"] * 2, "not the thread that trains"
     made.save(engine, engine.train(progress), must=False)
-    assert made._writing.state.held[0].values.data_ptr() == buffer, "one buffer, used again"
+    assert made._writing.state.local[0].values.data_ptr() == buffer, "one buffer, used again"
     disk.let.set()
     assert made.settle() and [step for step, _ in published(made.places)] == [1, 3], "newest and best"
     assert "of which training waited" in said[-1]
@@ -200,7 +200,7 @@ def test_a_disk_that_does_not_answer_is_waited_for_by_size_and_told_of(tmp_path,
     disk.let.set()
     settling.join()
     assert made.last is not None
-    size = 4 * engine.state(Progress()).elements
+    size = 4 * engine.state(Progress()).num_elements
     assert more_s == [900, 900 + size / 10e6, 900 + size / 10e6]
 
 

@@ -31,7 +31,7 @@ def test_each_file_is_read_once_and_its_damage_is_found_whoever_reads_it(tmp_pat
         told.append(mine)
         return [mine]
 
-    monkeypatch.setattr(sealing, "difference", noted)
+    monkeypatch.setattr(sealing, "file_difference", noted)
     monkeypatch.setattr(sealing, "broadcast_object", lambda found, runtime: (None, read_manifest(tmp_path)))
     monkeypatch.setattr(sealing, "gather_objects", gathered)
     for rank in range(WORLD):

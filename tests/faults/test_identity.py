@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from strategies.errors import ConfigError, ShardtuneError, StorageError
-from strategies.file_fingerprints import BLOCK, BLOCKS, sampled_digest
+from strategies.file_fingerprints import BLOCK_BYTES, MAX_BLOCKS, sampled_digest
 from strategies.settings import FREE
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
@@ -210,8 +210,8 @@ def test_the_source_decides_its_digest(tmp_path, monkeypatch):
 
 def test_large_files_are_sampled_and_small_ones_read_whole(tmp_path):
     path = tmp_path / "file"
-    small = bytearray(BLOCK * BLOCKS)
-    large = bytearray(3 * BLOCK * BLOCKS)
+    small = bytearray(BLOCK_BYTES * MAX_BLOCKS)
+    large = bytearray(3 * BLOCK_BYTES * MAX_BLOCKS)
     for content, places in ((small, [0, 77_777, len(small) - 1]), (large, [0, len(large) - 1])):
         path.write_bytes(content)
         whole = sampled_digest(path)

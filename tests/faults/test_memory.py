@@ -11,7 +11,7 @@ import pytest
 
 from launch.cluster import torchrun
 from strategies import runtime
-from strategies.heartbeat import SignOfLife, Silent
+from strategies.heartbeat import SignOfLife, SilentRank
 from tests.faults.runs import ROOT, environment, rank_of, read, wait
 from tests.helpers.covering import whole
 from trainer.reporting.status import read_failure, read_status, record_failure
@@ -103,7 +103,7 @@ def test_under_slurm_a_rank_killed_for_memory_is_named_and_not_requeued(runs, gr
 @pytest.mark.parametrize("launcher", [None, "4711"])
 def test_what_a_peer_took_for_a_lost_node_is_corrected(tmp_path, monkeypatch, capsys, memory, launcher):
     seen = SignOfLife(rank=1, host="n2", pid=7, phase="training", step=9, count=3)
-    silent = Silent(seen, hung=False, since_s=3, told="Connection closed by peer")
+    silent = SilentRank(seen, hung=False, since_s=3, error_line="Connection closed by peer")
     record_failure(tmp_path, 1, silent, "training", 9, gone=True, retry="node_fail")
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     monkeypatch.delenv("SHARDTUNE_LAUNCHER", raising=False)
@@ -124,7 +124,7 @@ def test_what_a_peer_took_for_a_lost_node_is_corrected(tmp_path, monkeypatch, ca
 
 def test_kills_are_counted_in_the_own_control_group_else_on_the_host(tmp_path, monkeypatch):
     host, groups, membership = tmp_path / "vmstat", tmp_path / "cgroup", tmp_path / "membership"
-    for name, path in (("_HOST", host), ("_CGROUPS", groups), ("_MEMBERSHIP", membership)):
+    for name, path in (("_HOST_COUNTERS", host), ("_CGROUPS", groups), ("_CGROUP_OF_PROCESS", membership)):
         monkeypatch.setattr(runtime, name, path)
     assert runtime.out_of_memory_kills() is None
     host.write_text("nr_free_pages 17\noom_kill 5\n")

@@ -159,9 +159,12 @@ def test_only_a_rank_that_does_not_count_on_is_the_cause(monkeypatch):
             time.sleep(0.01)
             return
         looked.append(for_s)
-        before = [seen.count for seen in beats[0]._seen()]
+        before = [seen.count for seen in beats[0]._signs_of_life()]
         living = [0] if over.is_set() else [0, 1]
-        wait(lambda: all(beats[0]._seen()[rank].count > before[rank] for rank in living), "a beat of all that live")
+        wait(
+            lambda: all(beats[0]._signs_of_life()[rank].count > before[rank] for rank in living),
+            "a beat of all that live",
+        )
 
     monkeypatch.setattr(heartbeat, "time", types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     beats = [Heartbeats(store, 0, 2, lambda: ("training", 7)), Heartbeats(store, 1, 2, state)]
@@ -171,7 +174,7 @@ def test_only_a_rank_that_does_not_count_on_is_the_cause(monkeypatch):
     over.set()
     assert stands.wait(seconds(30))
     found = beats[0].cause(lost)
-    assert (found.seen.rank, found.seen.phase, found.seen.step, found.hung) == (1, "training", 7, False)
+    assert (found.sign.rank, found.sign.phase, found.sign.step, found.hung) == (1, "training", 7, False)
     assert beats[0].cause(RuntimeError("Timed out waiting 15000ms for recv")).hung
     assert looked == [2.5, 2.5, 6]  # seconds; a beat comes each second
 
@@ -197,7 +200,7 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
     )
     beats[0].write_stacks_to(tmp_path / "rank-0.stacks")
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", seconds(60))  # it waits for those that are slow, and for nobody else
-    assert beats[0].ask(None) == dict.fromkeys((0, 1), exchange(12, 5.0))
+    assert beats[0].collect_exchanges(None) == dict.fromkeys((0, 1), exchange(12, 5.0))
 
     late = RuntimeError("Timed out waiting 15000ms for recv")
     for others, said in (
@@ -209,13 +212,13 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
         ({}, None),
     ):
         beats[0].world = 1 + max(others, default=1)
-        found = beats[0].behind(late, {0: exchange(12, 9.0), **others})
+        found = beats[0].lagging_rank(late, {0: exchange(12, 9.0), **others})
         assert (found is None) == (said is None) and str(found).startswith(said or "None"), found
     beats[0].world = 2
     shared = RuntimeError("timed out: rank 0 waited 25 s for its peer 1 (run.timeout_s=25)")
-    assert "does not come to an exchange through shared memory" in str(beats[0].behind(shared, {}))
+    assert "does not come to an exchange through shared memory" in str(beats[0].lagging_rank(shared, {}))
     assert "lives and does not come to gloo:all_reduce number 12 of default_pg (4x2)" in str(
-        beats[0].behind(late, {0: exchange(12, 9.0), 1: exchange(11)})
+        beats[0].lagging_rank(late, {0: exchange(12, 9.0), 1: exchange(11)})
     )
 
 
@@ -236,7 +239,7 @@ def test_what_waits_is_told_before_nccl_ends_the_process(tmp_path, monkeypatch):
     assert patient.at_timeout is not None, "it may still be over in time"
 
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
-    monkeypatch.setattr(Heartbeats, "silent", lambda self, look_s: [])
+    monkeypatch.setattr(Heartbeats, "silent_ranks", lambda self, look_s: [])
     where = attempt.Where(phase="training", step=7, run_dir=tmp_path, heartbeats=beats)
     path = tmp_path / "failure.json"
     teller = threading.Thread(target=attempt._before_nccl_aborts, args=(where, 0, now[0]))
@@ -274,9 +277,9 @@ def test_both_recorders_of_a_build_for_gpus_are_read(monkeypatch):
     assert (flight_recorder.last_exchange().what, flight_recorder.last_exchange().number) == ("nccl:all_reduce", 7)
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 5, False), entry(8, "nccl", 6, False)))
     last = flight_recorder.last_exchange()
-    assert (last.number, last.row) == (7, ("default_pg", "nccl")) and last.waits_s > 0
+    assert (last.number, last.counter) == (7, ("default_pg", "nccl")) and last.waits_s > 0
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said())
-    assert flight_recorder.last_exchange().row == ("default_pg", "gloo")
+    assert flight_recorder.last_exchange().counter == ("default_pg", "gloo")
 
 
 def test_who_asks_where_all_are_has_said_it_of_itself(tmp_path, monkeypatch):
@@ -292,7 +295,7 @@ def test_who_asks_where_all_are_has_said_it_of_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
     beats = Heartbeats(store, 1, 2, state)
     beats.write_stacks_to(tmp_path / "rank-1.stacks")
-    assert beats.ask(None) == {1: exchange(3)}
+    assert beats.collect_exchanges(None) == {1: exchange(3)}
     assert stacks(tmp_path).count("last exchange: ") == 1 and "test_who_asks" in stacks(tmp_path)
 
 
@@ -304,7 +307,7 @@ def test_a_full_disk_makes_no_rank_silent(tmp_path, monkeypatch):
     (tmp_path / "rank-1.stacks").symlink_to("/dev/full")
     beats.write_stacks_to(tmp_path / "rank-1.stacks")
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
-    assert beats.ask(None) == {1: exchange(3)}
+    assert beats.collect_exchanges(None) == {1: exchange(3)}
 
 
 BUSY = """

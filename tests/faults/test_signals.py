@@ -164,11 +164,11 @@ def test_ranks_decide_once_whether_they_go_on():
         """What two ranks decide: rank 0 is ready and asks `told`; rank 1 prepares until `slow` returns."""
         store, answers = dist.HashStore(), {}
         first, second = Meeting(store, 0, 2, 30), Meeting(store, 1, 2, 30)
-        thread = threading.Thread(target=lambda: answers.update(first=first.go_on(told)))
+        thread = threading.Thread(target=lambda: answers.update(first=first.wait_for_all(told)))
         thread.start()
         slow(store)
-        stops = second.stopping(False)
-        answers["second"] = not stops and second.go_on(lambda: False)
+        stops = second.stop_decided(False)
+        answers["second"] = not stops and second.wait_for_all(lambda: False)
         thread.join()
         return answers
 
@@ -180,5 +180,5 @@ def test_ranks_decide_once_whether_they_go_on():
     both = Meeting(store, 0, 2, 30), Meeting(store, 1, 2, 30)
     store.set("shardtune/ready/0", "1")
     store.add("shardtune/ready", 1)
-    assert both[1].go_on(lambda: False) and both[0].go_on(lambda: True)
-    assert not both[0].stopping(True)
+    assert both[1].wait_for_all(lambda: False) and both[0].wait_for_all(lambda: True)
+    assert not both[0].stop_decided(True)

@@ -31,7 +31,7 @@ def libraries(monkeypatch):
     choices = []
 
     def choose(asked):
-        choices.append(matmul.choose(asked))
+        choices.append(matmul.choose_library(asked))
         return choices[-1]
 
     monkeypatch.setattr(processes, "choose", choose)

@@ -8,7 +8,7 @@ import pytest
 
 from launch.serve.exported import find_export
 from strategies.errors import ConfigError
-from strategies.small_files import MOST_BYTES, read_object
+from strategies.small_files import MAX_BYTES, read_object
 from tests.helpers.building import model_dir
 from trainer.model.config import ModelConfig
 from trainer.model.files import Files
@@ -52,7 +52,7 @@ SMALL = {
     "torn": (content('{"a": "b'), "is not valid JSON"),
     "a list": (content("[1]"), "holds a JSON list"),
     "no UTF-8": (lambda path: path.write_bytes(b'{"a": "\xff"}'), "is not valid JSON"),
-    "too large": (lambda path: path.open("wb").truncate(MOST_BYTES + 1), "bytes, and such a file has at most"),
+    "too large": (lambda path: path.open("wb").truncate(MAX_BYTES + 1), "bytes, and such a file has at most"),
 }
 
 

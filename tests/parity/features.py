@@ -292,5 +292,5 @@ def library(job: Job) -> list[list[str]]:
     ):
         runtime = processes.start("cpu", timeout_s=600, threads=1)
     found = processes.gather_objects([str(runtime.matmul), torch.get_float32_matmul_precision()], runtime)
-    matmul.choose(matmul.Matmul.blas)
+    matmul.choose_library(matmul.Matmul.blas)
     return found

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from strategies.base import Precision
-from strategies.communication_counters import GATHER, REDUCE, SCATTER, counting
+from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, count_communication
 from strategies.simulation import simulated_rank
 from tests.helpers.building import model_dir
 from tests.simulated.cases import LENGTHS, Case
@@ -13,7 +13,7 @@ from trainer.planner.communication_volume import expected_bytes
 from trainer.planner.simulate import simulate
 from trainer.planner.simulation import parts_of
 
-NAMES = {"allgather_base": GATHER, "allreduce": REDUCE, "reduce_scatter_base": SCATTER}
+NAMES = {"allgather_base": ALL_GATHER, "allreduce": ALL_REDUCE, "reduce_scatter_base": REDUCE_SCATTER}
 WAYS = [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora"), ("hsdp", "full"), ("zero1", "full"), ("zero2", "lora")]
 RANKS = 4
 
@@ -25,7 +25,7 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
     with simulated_rank(0, RANKS, local_world_size=2) as runtime:
         parts = parts_of(config, LENGTHS, runtime)
         expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches)
-        with counting() as counted:
+        with count_communication() as counted:
             step = simulate(parts, runtime, repeat=0)
     done = Counter()
     for each in step.collectives:

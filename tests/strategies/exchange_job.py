@@ -61,9 +61,9 @@ def refusals(runtime: processes.Runtime) -> dict[str, bool]:
     """{reason: whether every rank goes without}, where one rank alone has the reason."""
     odd, found = runtime.rank == 1, {}
     reasons = {
-        "no memory file": ("_create", lambda: None),
-        "another host": ("_place", lambda: "elsewhere"),
-        "cannot be mapped": ("_map", lambda _offers: None),
+        "no memory file": ("_create_region", lambda: None),
+        "another host": ("_process_namespace", lambda: "elsewhere"),
+        "cannot be mapped": ("_map_regions", lambda _offers: None),
     }
     for reason, (name, replacement) in reasons.items():
         before = getattr(host_memory, name)
@@ -107,7 +107,7 @@ def compared(here: processes.Runtime, directory: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     standard = open_host_memory(here)
     assert standard is not None
-    host_memory._SLOT = 4096  # several portions of what is small
+    host_memory._SLOT_BYTES = 4096  # several portions of what is small
     small = open_host_memory(here)
     opened = len(list(Path("/proc/self/fd").iterdir())) - before
     pair = dist.new_group([0, 2])
@@ -118,9 +118,9 @@ def compared(here: processes.Runtime, directory: Path) -> None:
         "refused": refusals(here),
         "left to DeepSpeed": left_to_deepspeed(standard),
     }
-    host_memory._ORDERED = False  # a processor whose cores may see stores in another order
+    host_memory._STORES_IN_ORDER = False  # a processor whose cores may see stores in another order
     report["barrier"] = differences(small, None, here.world_size)
-    host_memory._ORDERED = True
+    host_memory._STORES_IN_ORDER = True
     if here.rank != 1:
         report["pair"] = differences(open_host_memory(here, pair), pair, 2)
     norms = [float(global_norm(grads, [])) for grads in ([torch.full((9,), 1.0 + here.rank)], [torch.tensor([1e30])])]

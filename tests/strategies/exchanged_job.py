@@ -13,7 +13,7 @@ from torch import Tensor
 
 from strategies import runtime as processes
 from strategies.build import build_strategy
-from strategies.communication_counters import GATHER, REDUCE, SCATTER, counting
+from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, count_communication
 from strategies.matmul import Matmul
 from strategies.runtime import Runtime
 from tests.simulated.cases import LENGTHS, Case, Zeros
@@ -31,11 +31,13 @@ CASES = {
     "zero3 lora": Case("zero3", "lora", "fp32", "full"),
 }
 METHODS = {
-    **dict.fromkeys(("allgather", "allgather_coalesced", "_allgather_base"), GATHER),
-    **dict.fromkeys(("all_gather_single", "all_gather_single_coalesced", "allgather_into_tensor_coalesced"), GATHER),
-    **dict.fromkeys(("allreduce", "allreduce_coalesced"), REDUCE),
-    **dict.fromkeys(("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"), SCATTER),
-    **dict.fromkeys(("reduce_scatter_single", "reduce_scatter_single_coalesced"), SCATTER),
+    **dict.fromkeys(("allgather", "allgather_coalesced", "_allgather_base"), ALL_GATHER),
+    **dict.fromkeys(
+        ("all_gather_single", "all_gather_single_coalesced", "allgather_into_tensor_coalesced"), ALL_GATHER
+    ),
+    **dict.fromkeys(("allreduce", "allreduce_coalesced"), ALL_REDUCE),
+    **dict.fromkeys(("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"), REDUCE_SCATTER),
+    **dict.fromkeys(("reduce_scatter_single", "reduce_scatter_single_coalesced"), REDUCE_SCATTER),
     **{name: name for name in ("broadcast", "reduce", "gather", "scatter")},
 }
 """Methods by which Python calls a process group."""
@@ -83,7 +85,7 @@ def counts(case: Case, directory: Path, runtime: Runtime) -> dict:
     trainer = bare_trainer(engine)
     for _ in range(2):
         trainer.train_step(batch_of(parts.batches, runtime.device))
-    with methods_counted() as by_methods, counting() as exchanged:
+    with methods_counted() as by_methods, count_communication() as exchanged:
         trainer.train_step(batch_of(parts.batches, runtime.device))
     gradients = sum(p.numel() * p.element_size() for p in engine.step_module.parameters() if p.requires_grad)
     engine.close()

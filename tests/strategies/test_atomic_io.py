@@ -8,11 +8,11 @@ import pytest
 from strategies import atomic_io
 from strategies.atomic_io import (
     NewFile,
-    SecondLooks,
+    RetryingReader,
     WrittenFile,
-    difference,
+    file_difference,
     make_directories,
-    no_room,
+    missing_space,
     publish,
     read_bytes,
     reason,
@@ -82,7 +82,7 @@ def test_short_writes_and_reads_lose_nothing(tmp_path, on):
     on(most=7)
     written = write_new(tmp_path / "a", DATA)
     assert (tmp_path / "a").read_bytes() == DATA == read_bytes(tmp_path / "a", most=10**6)
-    assert written.size == len(DATA) and difference(tmp_path, written) is None
+    assert written.size == len(DATA) and file_difference(tmp_path, written) is None
 
 
 @pytest.mark.parametrize("call", ["write", "sync"])
@@ -101,8 +101,8 @@ def test_a_disk_that_takes_nothing_ends_the_write(tmp_path, on):
 def test_a_lasting_read_error_is_damage_and_said(tmp_path, on):
     written = write_new(tmp_path / "a", DATA)
     on(call="read", times=10**6)
-    assert difference(tmp_path, written) == "a cannot be read (Input/output error)"
-    assert difference(tmp_path, WrittenFile("a", 5, written.sha256)) == "a has 2304 bytes instead of 5"
+    assert file_difference(tmp_path, written) == "a cannot be read (Input/output error)"
+    assert file_difference(tmp_path, WrittenFile("a", 5, written.sha256)) == "a has 2304 bytes instead of 5"
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ETIMEDOUT])
@@ -112,12 +112,12 @@ def test_a_passing_error_is_looked_at_three_times_over_30_seconds(tmp_path, on, 
     said = []
     written = write_new(tmp_path / "a", DATA)
     disk = on(call=call, code=code, times=2)
-    assert difference(tmp_path, written, SecondLooks(said.append)) is None and disk.slept == 30
+    assert file_difference(tmp_path, written, RetryingReader(said.append)) is None and disk.slept == 30
     assert [line.split("; ")[1] for line in said] == ["looking again in 10 s", "looking again in 20 s"]
     disk = on(call=call, code=code, times=10**6)
-    looks = SecondLooks()
+    looks = RetryingReader()
     for _ in range(3):
-        assert f"a cannot be read ({os.strerror(code)}" in (difference(tmp_path, written, looks) or "")
+        assert f"a cannot be read ({os.strerror(code)}" in (file_difference(tmp_path, written, looks) or "")
     assert disk.slept == 30
 
 
@@ -126,11 +126,11 @@ def test_a_file_that_ends_too_early_is_not_waited_for(tmp_path, on):
     (tmp_path / "a").write_bytes(DATA)
 
     def look():
-        with atomic_io.opened(tmp_path / "a") as (descriptor, size):
+        with atomic_io.open_regular(tmp_path / "a") as (descriptor, size):
             atomic_io.fill(descriptor, memoryview(bytearray(size + 1)), 0)
 
     with pytest.raises(atomic_io.EndsTooEarly):
-        SecondLooks().read(tmp_path / "a", look)
+        RetryingReader().read(tmp_path / "a", look)
     assert disk.slept == 0
 
 
@@ -138,9 +138,9 @@ def test_a_file_that_ends_too_early_is_not_waited_for(tmp_path, on):
 def test_what_another_host_has_just_written_is_waited_for(tmp_path, on, code):
     written = write_new(tmp_path / "a", DATA)
     disk = on(call="open", code=code, times=6)
-    assert difference(tmp_path, written) is None and 1 < disk.slept < atomic_io.PATIENCE_S
+    assert file_difference(tmp_path, written) is None and 1 < disk.slept < atomic_io.PATIENCE_S
     disk = on(call="open", code=code, times=10**6)
-    assert "a is missing" in (text := difference(tmp_path, written) or "") or "cannot be read" in text
+    assert "a is missing" in (text := file_difference(tmp_path, written) or "") or "cannot be read" in text
     assert atomic_io.PATIENCE_S <= disk.slept < 2 * atomic_io.PATIENCE_S
     on(call="open", code=code, times=3)
     assert write_new(tmp_path / "b", DATA).size == len(DATA)
@@ -170,9 +170,9 @@ def test_a_directory_is_published_after_what_it_holds_is_on_the_disk(tmp_path, o
 
 def test_no_room_is_said_in_numbers(tmp_path, on):
     free = atomic_io.disk.free(tmp_path)
-    assert no_room(tmp_path, 1) is None and free > 0
-    assert no_room(tmp_path, 2**60).startswith(f"No space left on {tmp_path}: 1073741824.0 GiB are needed and ")
-    assert no_room(tmp_path / "nowhere", 2**60) is None
+    assert missing_space(tmp_path, 1) is None and free > 0
+    assert missing_space(tmp_path, 2**60).startswith(f"No space left on {tmp_path}: 1073741824.0 GiB are needed and ")
+    assert missing_space(tmp_path / "nowhere", 2**60) is None
     assert [size_text(n) for n in (5, 2048, 3 * 2**20, 2**40)] == ["5 bytes", "2 KiB", "3 MiB", "1024.0 GiB"]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from strategies.communication_counters import GATHER, REDUCE, SCATTER, counting
+from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, count_communication
 from tests.helpers.building import model_dir
 from tests.helpers.warm import run_ranks
 from tests.strategies.exchanged_job import CASES
@@ -29,7 +29,7 @@ def test_as_much_as_methods_are_called_with(reports, case):
 def test_what_the_reducer_of_ddp_calls_from_cpp(reports):
     """Which no method in Python sees."""
     for report in reports:
-        assert report["ddp"]["methods"] == {} and report["ddp"]["exchanged"] == {REDUCE: report["ddp"]["gradients"]}
+        assert report["ddp"]["methods"] == {} and report["ddp"]["exchanged"] == {ALL_REDUCE: report["ddp"]["gradients"]}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -41,35 +41,39 @@ def test_as_much_through_the_memory_of_the_host(reports, case):
 
 def test_shards_are_gathered_and_scattered(reports):
     for report in reports:
-        assert report["fsdp2"]["exchanged"].keys() == report["zero3"]["exchanged"].keys() == {GATHER, REDUCE, SCATTER}
+        assert (
+            report["fsdp2"]["exchanged"].keys()
+            == report["zero3"]["exchanged"].keys()
+            == {ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER}
+        )
 
 
 def test_nobody_counts_for_another(group_of_one):
     """Counters within each other have each what was exchanged while they were open, and none has what came later."""
-    with counting() as outer:
+    with count_communication() as outer:
         group_of_one()
-        with counting() as inner:
+        with count_communication() as inner:
             group_of_one()
     group_of_one()
-    assert (outer.sizes, inner.sizes) == ({REDUCE: 24}, {REDUCE: 12})
+    assert (outer.sizes, inner.sizes) == ({ALL_REDUCE: 24}, {ALL_REDUCE: 12})
 
 
 def test_counters_that_have_the_same_numbers_are_not_mistaken_for_each_other(group_of_one):
-    with counting() as outer:
-        with counting() as inner:
+    with count_communication() as outer:
+        with count_communication() as inner:
             pass
         group_of_one()
-    assert (outer.sizes, inner.sizes) == ({REDUCE: 12}, {})
+    assert (outer.sizes, inner.sizes) == ({ALL_REDUCE: 12}, {})
 
 
 def test_a_step_that_raises_leaves_no_kernel_behind(group_of_one):
-    with pytest.raises(ZeroDivisionError), counting() as broken_off:
+    with pytest.raises(ZeroDivisionError), count_communication() as broken_off:
         group_of_one()
         raise ZeroDivisionError
     assert not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Autograd")
-    with counting() as later:
+    with count_communication() as later:
         group_of_one()
-    assert (broken_off.sizes, later.sizes) == ({REDUCE: 12}, {REDUCE: 12})
+    assert (broken_off.sizes, later.sizes) == ({ALL_REDUCE: 12}, {ALL_REDUCE: 12})
 
 
 @pytest.fixture

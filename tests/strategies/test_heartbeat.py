@@ -12,7 +12,7 @@ import torch.distributed as dist
 from strategies import heartbeat, rendezvous
 from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.errors import ShardtuneError
-from strategies.heartbeat import CutOff, Heartbeats
+from strategies.heartbeat import CutOffRank, Heartbeats
 from strategies.rendezvous import Meeting
 from tests.helpers.launching import ROOT, clean_environment, free_port
 from tests.helpers.speed import seconds
@@ -56,17 +56,17 @@ def test_a_rank_that_is_cut_off_from_the_store_says_so_and_ends(server, monkeypa
     os.kill(process.pid, signal.SIGSTOP)
     # The exchange times out: whoever looks for its cause must not wait for the store, which is what kept such a rank for ever.
     cause = beats.cause(RuntimeError("[gloo] Timed out waiting 30000ms for recv operation to complete"))
-    assert isinstance(cause, CutOff) and cause.retry == "node_fail"
+    assert isinstance(cause, CutOffRank) and cause.retry == "node_fail"
     assert "is cut off: 10.0.0.1:29500, where the ranks meet, has not answered for" in str(cause)
-    assert beats.ask(None) == {}
+    assert beats.collect_exchanges(None) == {}
     # One whose main thread waits for a library without a limit is ended by the beat.
     assert ended.wait(seconds(30))
-    assert (told[0].seen.rank, told[0].seen.step) == (1, 7)
+    assert (told[0].sign.rank, told[0].sign.step) == (1, 7)
     assert "the link is down, or that host hangs; this rank ends after 1 s without progress" in capfd.readouterr().err
 
 
 def test_a_rank_says_that_the_others_do_not_come(monkeypatch, capfd):
-    monkeypatch.setattr(rendezvous, "TELL_S", 0.1)
+    monkeypatch.setattr(rendezvous, "REPORT_EVERY_S", 0.1)
     job = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in job.items():
         monkeypatch.setenv(name, value)

@@ -62,8 +62,8 @@ def waiting_for(process: int, timeout_s: float, monkeypatch) -> HostMemory:
     """The memory of rank 0 of two, whose peer is `process`."""
     monkeypatch.setattr(host_memory.dist, "get_rank", lambda _group: 0)
     monkeypatch.setattr(host_memory.dist, "get_process_group_ranks", lambda _group: [0, 1])
-    monkeypatch.setattr(host_memory, "_ORDERED", True)
-    size = host_memory._HEAD + 2 * host_memory._SLOT
+    monkeypatch.setattr(host_memory, "_STORES_IN_ORDER", True)
+    size = host_memory._HEADER_BYTES + 2 * host_memory._SLOT_BYTES
     regions = [torch.zeros(size, dtype=torch.uint8) for _ in range(2)]
     return HostMemory(None, regions, [os.getpid(), process], timeout_s)
 

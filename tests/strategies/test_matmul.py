@@ -18,9 +18,9 @@ from trainer.session import run_facts as report
 @pytest.fixture(autouse=True)
 def as_before():
     """Whatever ran before in this process."""
-    matmul.restore()
+    matmul.restore_default()
     yield
-    matmul.restore()
+    matmul.restore_default()
 
 
 def taken() -> str:
@@ -51,10 +51,10 @@ def on(monkeypatch, processor):
 )
 def test_auto_goes_by_the_processor(monkeypatch, processor, chosen):
     on(monkeypatch, processor)
-    choice = matmul.choose(Matmul.auto)
+    choice = matmul.choose_library(Matmul.auto)
     assert str(choice).startswith(chosen)
     assert taken() == choice.library
-    matmul.restore()
+    matmul.restore_default()
     assert taken() == "blas"
 
 
@@ -63,7 +63,9 @@ def test_auto_does_not_take_the_time(monkeypatch):
     on(monkeypatch, ZEN5)
     for clock in ("perf_counter", "monotonic", "process_time", "time"):
         monkeypatch.setattr(time, clock, lambda: pytest.fail("the choice asked a clock"))
-    assert {str(matmul.choose(Matmul.auto)) for _ in range(3)} == {"onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"}
+    assert {str(matmul.choose_library(Matmul.auto)) for _ in range(3)} == {
+        "onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"
+    }
 
 
 def test_the_processor_is_read_from_the_kernel_and_torch(monkeypatch, tmp_path):
@@ -87,9 +89,9 @@ def test_the_processor_is_read_from_the_kernel_and_torch(monkeypatch, tmp_path):
 def test_ranks_on_different_processors_take_the_same():
     matmul._use(onednn=True)
     blas, onednn = MatmulChoice(Matmul.blas, "unknown here"), MatmulChoice(Matmul.onednn, "fast here")
-    assert matmul.agree([onednn, onednn], 1) == onednn
+    assert matmul.agree_on_library([onednn, onednn], 1) == onednn
     assert taken() == "onednn"
-    assert str(matmul.agree([onednn, blas], 0)) == "blas (rank 1: unknown here)"
+    assert str(matmul.agree_on_library([onednn, blas], 0)) == "blas (rank 1: unknown here)"
     assert taken() == "blas"
 
 
@@ -106,7 +108,7 @@ def test_a_processor_that_would_round_is_refused(monkeypatch, asked):
 
     monkeypatch.setattr(matmul, "_use", switched)
     monkeypatch.setattr(torch, "eye", lambda n: eye(n) * (1.001 if rounding["on"] else 1.0))
-    assert str(matmul.choose(asked)) == "blas (oneDNN would round float32 products to bfloat16 here)"
+    assert str(matmul.choose_library(asked)) == "blas (oneDNN would round float32 products to bfloat16 here)"
     assert taken() == "blas"
 
 
@@ -130,7 +132,7 @@ def test_run_json_tells_what_was_taken(tmp_path, asked, settled, recorded):
 def test_kept_kernels_are_few(monkeypatch):
     monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
-    matmul.choose(Matmul.blas)
+    matmul.choose_library(Matmul.blas)
     assert os.environ["LRU_CACHE_CAPACITY"] == "64"
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"  # the user's word stands
 
@@ -139,7 +141,7 @@ def test_kept_kernels_are_few(monkeypatch):
 @pytest.mark.parametrize(("long", "of_seven"), [(8, "blas"), (6, "onednn")])
 def test_attention_of_short_documents_stays_with_blas(monkeypatch, softcap, long, of_seven):
     """There it is BLAS, before, after and in long ones the chosen library; the same backward; the same result."""
-    monkeypatch.setattr(attention, "LONG", long)
+    monkeypatch.setattr(attention, "LONG_DOCUMENT", long)
     seen = []
 
     class Spy(torch.autograd.Function):
@@ -173,7 +175,7 @@ def test_attention_of_short_documents_stays_with_blas(monkeypatch, softcap, long
     assert {library for _, _, library in seen} == {"blas"}
     seen.clear()
     monkeypatch.setattr(matmul, "_is_float32", lambda: True)  # where AMX would round, that is not this test's matter
-    matmul.choose(Matmul.onednn)
+    matmul.choose_library(Matmul.onednn)
     switched = run()
     expected = {"before": "onednn", 5: "blas", 7: of_seven, "after": "onednn"}
     assert {(where, way) for where, way, _ in seen} == {(w, way) for w in expected for way in ("forward", "backward")}

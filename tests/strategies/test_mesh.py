@@ -5,7 +5,7 @@ import pytest
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
 from strategies.fsdp2 import Fsdp2Strategy
-from strategies.mesh import replicas, shard_mesh
+from strategies.mesh import replica_count, shard_mesh
 from strategies.simulation import simulated_rank
 
 SHARDS = [("fsdp2", 1, 8), ("fsdp2", 2, 4), ("fsdp2", 4, 2), ("fsdp2", 0, 4)]
@@ -20,11 +20,11 @@ def test_ranks_among_which_a_parameter_lies():
             replicate = Fsdp2Strategy(config, Precision.bf16, runtime).replicate
             mesh = shard_mesh(runtime.device, runtime, replicate)
             found = mesh.size(mesh.mesh_dim_names.index("shard"))
-            assert (found, 8 // replicas(config, 8, 2)) == (shards, shards), (name, asked)
+            assert (found, 8 // replica_count(config, 8, 2)) == (shards, shards), (name, asked)
 
 
 def test_replicas_divide_the_ranks():
     with pytest.raises(
         ConfigError, match=r"strategy\.replicate=3: must divide the world size 8; legal values: 1, 2, 4, 8"
     ):
-        replicas(Fsdp2Config(name=StrategyName.hsdp, replicate=3), 8, 2)
+        replica_count(Fsdp2Config(name=StrategyName.hsdp, replicate=3), 8, 2)

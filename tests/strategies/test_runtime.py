@@ -16,7 +16,7 @@ def test_quotas_of_cgroups_around_the_process_count(tmp_path, monkeypatch):
     inner.mkdir(parents=True)
     (tmp_path / "membership").write_text("0::/system.slice/job_1\n")
     monkeypatch.setattr(runtime, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(runtime, "_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(runtime, "_CGROUP_OF_PROCESS", tmp_path / "membership")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     assert usable_cores() == 64 and runtime.cgroup_memory() is None
     (inner / "cpu.max").write_text("max 100000\n")
@@ -41,10 +41,10 @@ def test_torchruns_single_thread_is_no_limit(monkeypatch):
         runtime.start("cpu", timeout_s=30)
         assert torch.get_num_threads() == 3
         monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user's
-        assert runtime.told_threads() == 5
+        assert runtime.threads_from_environment() == 5
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         monkeypatch.setenv("SHARDTUNE_RUN_DIR", "runs/first")  # our launchers settle it before torchrun does
-        assert runtime.told_threads() == 1
+        assert runtime.threads_from_environment() == 1
     finally:
         runtime.stop()
         torch.set_num_threads(before)

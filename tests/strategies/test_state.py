@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 
 from strategies import atomic_io, tensor_files
-from strategies.atomic_io import WrittenFile, difference
+from strategies.atomic_io import WrittenFile, file_difference
 from strategies.base import Progress
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime
 from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state, read_header
-from strategies.tensor_files import FILE_NAME, HeldElements, Malformed, index_json, layout, parse_index, write_tensors
+from strategies.tensor_files import FILE_NAME, LocalElements, Malformed, index_json, layout, parse_index, write_tensors
 from tests.helpers.covering import EVERYTHING
 from trainer.checkpoints.manifest import seal, verify
 
@@ -54,7 +54,7 @@ def save_as(path: Path, world: int, values: dict[str, torch.Tensor]) -> None:
     RankState([], header(world_size=world).json(), ALONE).save(path)
     parts = []
     for rank in range(world):
-        held = [each for run in cut(values, world, rank) for each in run.held()]
+        held = [each for run in cut(values, world, rank) for each in run.local_elements()]
         head, places = layout(held, FILE_NAME.format(rank))
         write_tensors(path / FILE_NAME.format(rank), head, held)
         parts.append(places)
@@ -120,7 +120,7 @@ def test_what_is_returned_is_what_lies_there_and_other_types_come_as_float32(tmp
         [FlatRange("a", 6, 0, half), FlatRange("b", 6, 0, half, write=False)], header().json(), ALONE
     ).save(tmp_path)
     assert {each.name for each in files} == {path.name for path in tmp_path.iterdir()}
-    assert all(difference(tmp_path, each) is None for each in files)
+    assert all(file_difference(tmp_path, each) is None for each in files)
     back = {key: torch.zeros_like(value) for key, value in half.items()}
     load_state(tmp_path, [FlatRange("a", 6, 0, back)], ALONE)
     assert all(torch.equal(back[key], half[key]) for key in half)
@@ -323,7 +323,7 @@ def test_the_alarm_of_the_test_above_rings(tmp_path, monkeypatch):
 
 
 def test_held_names_are_those_of_the_parameter_and_its_moment():
-    held = FlatRange("a", 9, 3, {"weight": torch.ones(2), "exp_avg": torch.ones(0)}).held()
+    held = FlatRange("a", 9, 3, {"weight": torch.ones(2), "exp_avg": torch.ones(0)}).local_elements()
     assert [(each.name, each.numel, each.start) for each in held] == [("a/weight", 9, 3)] and isinstance(
-        held[0], HeldElements
+        held[0], LocalElements
     )

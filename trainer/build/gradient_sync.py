@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from strategies import runtime as processes
 from strategies.base import Fsdp2Config, Precision, StrategyConfig
-from strategies.mesh import replicas
+from strategies.mesh import replica_count
 from strategies.parameters import trainable_parameters
 from trainer.build.recomputation import USABLE, Workload, activations_of, counted, device_gib, model_state
 from trainer.step import Built
@@ -29,7 +29,7 @@ def plan_reduction(
     """
     if not isinstance(strategy, Fsdp2Config) or strategy.defer_sync is not None or steps == 1:
         return
-    shards = runtime.world_size // replicas(strategy, runtime.world_size, runtime.hosts)
+    shards = runtime.world_size // replica_count(strategy, runtime.world_size, runtime.hosts)
     trained = sum(p.numel() for _, p in trainable_parameters(built.step_module))
     more = 4.0 * trained * (1 - 1 / shards)  # in fp32, beside the shard that is there anyway
     if shards == 1 or not trained:

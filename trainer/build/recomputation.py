@@ -14,7 +14,7 @@ from strategies.activation_plan import Activations, count_activations, plan_bloc
 from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
 from strategies.memory import activations_by_rule, state_bytes
-from strategies.mesh import replicas
+from strategies.mesh import replica_count
 from trainer.data.config import Layout
 from trainer.data.objective_spec import Reading
 from trainer.data.store.sequences import Sample, TokenDataset
@@ -133,7 +133,7 @@ def model_state(built: Built, strategy: StrategyConfig, precision: Precision, ru
         strategy,
         precision,
         world_size=runtime.world_size,
-        replicate=replicas(strategy, runtime.world_size, runtime.hosts),
+        replicate=replica_count(strategy, runtime.world_size, runtime.hosts),
     )
 
 

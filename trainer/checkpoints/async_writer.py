@@ -43,14 +43,14 @@ class StateBuffer:
         """Copy the state's values; False where a host has no room or it failed, for the whole run then. All ranks must call."""
         if self.refused is not None:
             return False
-        fits = self._buffer is not None and self._buffer.numel() >= state.elements
-        self.refused = self._no_room(0 if fits else state.elements * 4)
+        fits = self._buffer is not None and self._buffer.numel() >= state.num_elements
+        self.refused = self._no_room(0 if fits else state.num_elements * 4)
         if self.refused is not None:
             return False
         problem = None
         try:
             if self._buffer is None or not fits:
-                self._buffer = torch.empty(state.elements, dtype=torch.float32)
+                self._buffer = torch.empty(state.num_elements, dtype=torch.float32)
             state.move_to(self._buffer)
         except (RuntimeError, MemoryError) as error:
             problem = reason(error)

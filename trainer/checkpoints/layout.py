@@ -48,7 +48,7 @@ def published(places: list[Path]) -> list[tuple[int, Path]]:
 
 def listed(directory: Path) -> list[str]:
     """What is in a directory; a stale handle of it, or a disk that stumbles, is waited for. Errors: OSError."""
-    return atomic_io.SecondLooks().read(directory, lambda: atomic_io.disk.names(directory), (errno.ESTALE,))
+    return atomic_io.RetryingReader().read(directory, lambda: atomic_io.disk.names(directory), (errno.ESTALE,))
 
 
 def names_in(directory: Path) -> list[str]:

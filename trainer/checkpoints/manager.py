@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from strategies import atomic_io
-from strategies.atomic_io import WrittenFile, publish, publish_again, reason, size_text, sync_directory
+from strategies.atomic_io import WrittenFile, publish, publish_replacing, reason, size_text, sync_directory
 from strategies.base import Engine, Progress
 from strategies.errors import StorageError
-from strategies.runtime import Runtime, first_error, found_on_main, gather_objects
+from strategies.runtime import Runtime, call_on_main, first_error, gather_objects
 from strategies.saving import RankState
 from trainer.checkpoints.async_writer import SavedCheckpoint, StateBuffer, Writing
 from trainer.checkpoints.config import CheckpointConfig
@@ -114,7 +114,7 @@ class Checkpoints:
 
     def any(self) -> bool:
         """Whether there are checkpoints of this run. All ranks must call. Errors: StorageError on every rank."""
-        return found_on_main(lambda: bool(published(self.places)), self.runtime)
+        return call_on_main(lambda: bool(published(self.places)), self.runtime)
 
     def go_back(self) -> Path:
         """The newest checkpoint of this branch that is whole, from which the run now goes on. All ranks must call.
@@ -179,7 +179,7 @@ class Checkpoints:
         began = time.monotonic()
         with self._patience(progress.step, 0):  # rank 0 may still bring its rows to the disk
             state = engine.state(progress)
-            size = 4 * sum(gather_objects(state.elements, self.runtime))
+            size = 4 * sum(gather_objects(state.num_elements, self.runtime))
         writing = Writing.of(progress, state, began, self.places)
         writing.size = size
         with self._patience(progress.step, size):
@@ -214,7 +214,7 @@ class Checkpoints:
         began = time.monotonic()
         problems: list[str] = []
         while True:
-            finish = partial(writing.state.finish, mine=writing.wait())
+            finish = partial(writing.state.finish, outcome=writing.wait())
             try:
                 path, size = self._close(writing, finish)
                 break
@@ -305,7 +305,7 @@ class Checkpoints:
             forget_notes(aside, self.runtime.world_size)
             seal(aside, files)
             if final in self._good and final.exists():  # this branch's own, of the same step: it owed an evaluation
-                publish_again(aside, final, final.with_name(REPLACED.format(final.name)))
+                publish_replacing(aside, final, final.with_name(REPLACED.format(final.name)))
                 return
             if final.exists():  # not of this branch, and made since it began
                 self._move_aside(place, [final])

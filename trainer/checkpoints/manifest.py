@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from strategies.atomic_io import SecondLooks, WrittenFile, difference, read_bytes, reason, write_new
+from strategies.atomic_io import RetryingReader, WrittenFile, file_difference, read_bytes, reason, write_new
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
 from strategies.saving import PROGRESS
-from strategies.tensor_files import Malformed, parse_json, plain_name, whole_number
+from strategies.tensor_files import Malformed, is_count, parse_json, stays_in_directory
 from trainer.checkpoints.layout import STEP_NAME, listed, places_of, published
 
 MANIFEST = "manifest.json"
@@ -47,9 +47,9 @@ def _render(files: dict[str, WrittenFile]) -> bytes:
     return (json.dumps({"format": FORMAT, "sha256": own, "files": rows}, indent=1) + "\n").encode()
 
 
-def read_manifest(directory: Path, looks: SecondLooks | None = None) -> list[WrittenFile]:
+def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[WrittenFile]:
     """What the files of a sealed directory must be; `looks` read its manifest. Errors: Malformed, with what is wrong with it."""
-    looks = looks or SecondLooks()
+    looks = looks or RetryingReader()
     try:
         present = set(listed(directory))
         if "state" in present and (directory / "state" / OF_OLD).exists():
@@ -98,8 +98,8 @@ def _parse(raw: object) -> dict[str, WrittenFile]:
         raise Malformed("is no manifest")
     found = {}
     for name, row in files.items():
-        known = isinstance(row, dict) and whole_number(row.get("bytes")) and isinstance(row.get("sha256"), str)
-        if not known or not plain_name(name) or not SHA256.fullmatch(row["sha256"]):
+        known = isinstance(row, dict) and is_count(row.get("bytes")) and isinstance(row.get("sha256"), str)
+        if not known or not stays_in_directory(name) or not SHA256.fullmatch(row["sha256"]):
             raise Malformed("is no manifest")
         found[name] = WrittenFile(name, row["bytes"], row["sha256"])
     return found
@@ -111,7 +111,7 @@ def verify(directory: Path, *, only: str | None = None, may_be_deleted: bool = F
     `may_be_deleted`: this process has listed it, so that a file which is not there is not one that is yet to appear: if the
     directory is gone, nobody waits for it.
     """
-    looks = SecondLooks(lambda text: print(text, flush=True), lambda: may_be_deleted and not directory.exists())
+    looks = RetryingReader(lambda text: print(text, flush=True), lambda: may_be_deleted and not directory.exists())
     try:
         files = read_manifest(directory, looks)
     except Malformed as error:
@@ -163,8 +163,8 @@ def _share(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
 
 
 def _first_difference(
-    directory: Path, files: list[WrittenFile], threads: int, looks: SecondLooks | None = None
+    directory: Path, files: list[WrittenFile], threads: int, looks: RetryingReader | None = None
 ) -> str | None:
-    looks = looks or SecondLooks(lambda text: print(text, flush=True))
+    looks = looks or RetryingReader(lambda text: print(text, flush=True))
     with ThreadPoolExecutor(max(1, min(threads, len(files), 8))) as pool:
-        return next(filter(None, pool.map(lambda each: difference(directory, each, looks), files)), None)
+        return next(filter(None, pool.map(lambda each: file_difference(directory, each, looks), files)), None)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from strategies.runtime import Runtime, patience
+from strategies.runtime import Runtime, longer_timeout
 
 DISK_S = 900.0
 """Seconds beside `run.timeout_s` for a disk that does not answer at all."""
@@ -40,7 +40,7 @@ def waiting_for_disk(what: str, size: float, runtime: Runtime, say: Callable[[st
 
     threading.Thread(target=tell, name="patience", daemon=True).start()
     try:
-        with patience(runtime, more_s):
+        with longer_timeout(runtime, more_s):
             yield
     finally:
         over.set()

@@ -14,7 +14,7 @@ from pathlib import Path
 from strategies import atomic_io
 from strategies.atomic_io import reason
 from strategies.errors import ConfigError, StorageError
-from strategies.runtime import Runtime, found_on_main
+from strategies.runtime import Runtime, call_on_main
 from strategies.tensor_files import Malformed
 from trainer.checkpoints.layout import REPLACED_NAME, STEP_NAME, names_in, published
 from trainer.checkpoints.manifest import MANIFEST, MOST_MANIFEST, NO_MANIFEST, read_manifest, verify_together
@@ -136,7 +136,7 @@ def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
     """
     if resume == "never":
         return None
-    asked, (resume, there) = resume, found_on_main(lambda: _look(places, resume), runtime)
+    asked, (resume, there) = resume, call_on_main(lambda: _look(places, resume), runtime)
     if asked != resume and runtime.is_main:
         print(
             f"run.resume={asked}: this run has begun from it already and goes on from what it has made since, as with "

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from strategies import atomic_io, shared_files
-from strategies.atomic_io import make_directories, no_room, publish, reason, sync_file
+from strategies.atomic_io import make_directories, missing_space, publish, reason, sync_file
 from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.parameters import element_counts, trainable_parameters
-from strategies.runtime import Runtime, first_error, patience
+from strategies.runtime import Runtime, first_error, longer_timeout
 from trainer.export.config import ExportConfig, ExportType
 from trainer.export.end_tokens import write_endings
 from trainer.export.tensors import hub_name, stored_type, write_tensors
@@ -63,7 +63,7 @@ def write_export(
     """
     adapter = built.tuning.adapter and not config.merge
     # Rank 0 alone writes, syncs, and loads what it wrote.
-    with patience(runtime, 4 * sum(element_counts(built.step_module).values()) / SLOWEST):
+    with longer_timeout(runtime, 4 * sum(element_counts(built.step_module).values()) / SLOWEST):
         aside = destination.with_name(f".{destination.name}.writing")
         error: BaseException | None = None
         tensors = _Gathered(engine, built, base_path, adapter=adapter)
@@ -73,7 +73,7 @@ def write_export(
             if runtime.is_main:
                 clear(aside)
                 make_directories(aside)
-                if full := no_room(aside, bytes_needed(built, config, base_path, adapter=adapter)):
+                if full := missing_space(aside, bytes_needed(built, config, base_path, adapter=adapter)):
                     raise StorageError(f"{full}; {_REMEDY}")
                 if adapter:
                     _write_adapter(built, tensors.trained(), aside, base_path)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strategies.hardware import FLASH_HEAD, gpu_of
-from strategies.matmul import LONG, as_chosen, in_blas
+from strategies.hardware import MAX_FLASH_HEAD, gpu_of
+from strategies.matmul import LONG_DOCUMENT, as_chosen, in_blas
 from strategies.runtime import device_kind
 
 NAME = "shardtune_varlen"
@@ -132,12 +132,12 @@ def _timed(module: Any, query: Tensor, bounds: list[int]) -> Tensor:
 
 def _by_document(whole: list[Tensor], lengths: list[int], attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """`attend` for each document of a row; on CPUs the products of short documents are left to BLAS (`strategies/matmul.py`)."""
-    all_short = max(lengths, default=0) < LONG
+    all_short = max(lengths, default=0) < LONG_DOCUMENT
     row = in_blas(*whole) if all_short else whole  # one switch for the row, or one for each short document
     pieces = []
     # Split, not sliced: the gradients of the parts are joined once instead of being added up in whole rows of zeros.
     for part, length in zip(zip(*(t.split(lengths, dim=2) for t in row), strict=True), lengths, strict=True):
-        alone = not all_short and length < LONG
+        alone = not all_short and length < LONG_DOCUMENT
         piece = attend(*(in_blas(*part) if alone else part))
         pieces.append(as_chosen(piece) if alone else piece)
     joined = torch.cat(pieces, dim=2)
@@ -245,7 +245,7 @@ def _has_varlen_kernel(query: Tensor, value: Tensor, softcap: float | None, drop
 def _has_flash(device: torch.device, head: int) -> bool:
     """Whether flash attention on `device` has forward and backward passes for heads of this size."""
     built, lacking = _flash_of(device)
-    return built and head % 8 == 0 and head <= FLASH_HEAD and not (lacking and lacking[0] <= head <= lacking[1])
+    return built and head % 8 == 0 and head <= MAX_FLASH_HEAD and not (lacking and lacking[0] <= head <= lacking[1])
 
 
 @torch.compiler.assume_constant_result

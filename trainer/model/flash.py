@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from strategies.hardware import FLASH_HEAD, Gpu
+from strategies.hardware import MAX_FLASH_HEAD, Gpu
 
 HEAD_SIZES = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim")
 """Names under which configurations have sizes of heads."""
@@ -34,8 +34,8 @@ def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: fl
     if not gpu.has_flash:
         return f"it is not built for {gpu.name}"
     sizes = head_sizes(model_config)
-    if odd := [size for size in sizes if size > FLASH_HEAD or size % 8]:
-        return f"heads of {odd[-1]} are none of the sizes it has: multiples of 8 up to {FLASH_HEAD}"
+    if odd := [size for size in sizes if size > MAX_FLASH_HEAD or size % 8]:
+        return f"heads of {odd[-1]} are none of the sizes it has: multiples of 8 up to {MAX_FLASH_HEAD}"
     first, last = gpu.lacking_heads(dropout) or (0, 0)
     if bad := [size for size in sizes if first <= size <= last]:
         return f"its backward pass has no heads of {bad[-1]} on {gpu.name}" + (" with dropout" if dropout else "")

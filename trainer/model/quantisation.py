@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from strategies.simulation import kept_once
+from strategies.simulation import cached_tensor
 from trainer.model.compat import names_kept_in_float32
 from trainer.model.config import Quantisation
 from trainer.model.rules import missing_package
@@ -125,7 +125,7 @@ def floats(piece: Tensor) -> Tensor:
     return piece.clone().view(torch.float32)
 
 
-@kept_once
+@cached_tensor
 def codes_of(kind: str, device: torch.device) -> Tensor:
     """The values that codes stand for; without a kind those of scales."""
     from bitsandbytes import functional as bnb

@@ -7,8 +7,8 @@ step.
 from __future__ import annotations
 
 from strategies.base import DdpConfig, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
-from strategies.communication_counters import GATHER, REDUCE, SCATTER
-from strategies.mesh import replicas
+from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
+from strategies.mesh import replica_count
 from strategies.parameters import named_parameters
 from strategies.runtime import Runtime
 from trainer.step import Built
@@ -31,15 +31,18 @@ def expected_bytes(
     short = 4 if precision is Precision.fp32 else 2
     if isinstance(strategy, ZeroConfig):
         reduced = trained * (2 if precision is Precision.fp16 else 4)
-        return {REDUCE: reduced * (micro_batches if strategy.stage == 2 else 1), GATHER: short * trained}
+        return {ALL_REDUCE: reduced * (micro_batches if strategy.stage == 2 else 1), ALL_GATHER: short * trained}
     if isinstance(strategy, Fsdp2Config):
         blocks = sum(p.numel() for unit in module.shard_units() for p in unit.parameters() if id(p) in sizes)
         gathered = whole + (blocks if strategy.reshard_after_forward else 0)
         planned = module.plan.defer_sync
         deferred = strategy.defer_sync is not False if planned is None else planned
-        found = {GATHER: short * gathered * micro_batches, SCATTER: 4 * trained * (1 if deferred else micro_batches)}
-        copies = replicas(strategy, runtime.world_size, runtime.hosts)
-        return found | ({REDUCE: 4 * trained * copies / runtime.world_size} if copies > 1 else {})
+        found = {
+            ALL_GATHER: short * gathered * micro_batches,
+            REDUCE_SCATTER: 4 * trained * (1 if deferred else micro_batches),
+        }
+        copies = replica_count(strategy, runtime.world_size, runtime.hosts)
+        return found | ({ALL_REDUCE: 4 * trained * copies / runtime.world_size} if copies > 1 else {})
     if isinstance(strategy, DdpConfig):
-        return {REDUCE: 4 * trained * (micro_batches if strategy.defer_sync is False else 1)}
+        return {ALL_REDUCE: 4 * trained * (micro_batches if strategy.defer_sync is False else 1)}
     return {}

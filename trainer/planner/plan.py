@@ -18,7 +18,7 @@ from strategies.base import (
     ZeroConfig,
 )
 from strategies.errors import ConfigError
-from strategies.mesh import replicas
+from strategies.mesh import replica_count
 from strategies.registry import every_strategy
 from strategies.tensor_inventory import MemoryKind
 from trainer.config.run import RunConfig
@@ -198,7 +198,9 @@ def _choice(way: Way, form: Form, job: PlannedRun, micro: int) -> Choice:
     taken, words = form.at(units), [*way.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     if accumulation > 1 and isinstance(way.config.strategy, Fsdp2Config) and way.config.strategy.defer_sync is None:
         # The run would decide by an estimate; the plan knows, and says it.
-        later = deferred(form, waiting_bytes(form, job.world // replicas(way.config.strategy, job.world, job.nodes)))
+        later = deferred(
+            form, waiting_bytes(form, job.world // replica_count(way.config.strategy, job.world, job.nodes))
+        )
         waits = fit(later, later.at(units), card).margin >= 0
         taken, form = (later.at(units), later) if waits else (taken, form)
         words.append(f"strategy.defer_sync={str(waits).lower()}")
@@ -228,7 +230,7 @@ def as_theirs(choice: Choice, form: Form, job: PlannedRun, theirs: Sequence[Thei
     tokens = choice.micro * float(job.lengths.longest[0]) if form.rows else units
     strategy, cut = choice.way.config.strategy, Cut()
     if isinstance(strategy, Fsdp2Config):
-        shards = job.world // replicas(strategy, job.world, job.nodes)
+        shards = job.world // replica_count(strategy, job.world, job.nodes)
         cut = Cut(shards, shards, shards)
     elif isinstance(strategy, ZeroConfig):
         cut = Cut(*(job.world if strategy.stage >= stage else 1 for stage in (3, 2, 1)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.base import Engine, StepResult
-from strategies.communication_counters import Exchanged, counting
+from strategies.communication_counters import CommunicationTotals, count_communication
 from strategies.runtime import Runtime, dist_sum, peak_memory_gib
 from trainer.reporting import expert_load, gpu_meters
 from trainer.reporting.block_times import Busy
@@ -90,7 +90,7 @@ class Meter:
     """Seconds of that for the evaluation before the first step."""
     busy: Busy | None = None
     """Times what this rank's blocks compute, in the first step of each interval."""
-    exchanged: Exchanged | None = None
+    exchanged: CommunicationTotals | None = None
     """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
     by_rank: list[RankTime] = field(default_factory=list)
     """What it came to in the last interval, by rank; equal on all ranks."""
@@ -133,7 +133,7 @@ class Meter:
         if self._steps != COUNTED_IN or self.runtime.world_size == 1:
             yield
             return
-        with counting() as self.exchanged:
+        with count_communication() as self.exchanged:
             yield
 
     def restart_clock(self) -> None:

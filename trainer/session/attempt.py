@@ -15,7 +15,7 @@ from strategies import runtime as processes
 from strategies.compat.python import end_process
 from strategies.errors import ConfigError, NotOurs, Preempted, ShardtuneError, StorageError, is_panic, tokenizer_panic
 from strategies.flight_recorder import Exchange
-from strategies.heartbeat import LOST_PEER, WAITED, Behind, CutOff, Heartbeats, Silent
+from strategies.heartbeat import LOST_PEER, TIMED_OUT, CutOffRank, Heartbeats, LaggingRank, SilentRank
 from strategies.redaction import redacted
 from strategies.rendezvous import Meeting
 from strategies.runtime import Runtime, broadcast_object
@@ -54,7 +54,7 @@ class Where:
     """Told the new path of the directory after it was renamed."""
     at_timeout: Callable[[Exchange], None] | None = None
     """Told of an exchange for which NCCL is about to end this process."""
-    when_cut_off: Callable[[CutOff], None] | None = None
+    when_cut_off: Callable[[CutOffRank], None] | None = None
     """Ends this process, which is cut off from the host of the ranks' store."""
 
     @contextlib.contextmanager
@@ -73,7 +73,7 @@ class Where:
         try:
             yield meeting
         except Preempted as stop:
-            if (lost := meeting.part()) is not None:
+            if (lost := meeting.leave()) is not None:
                 raise LeaseLost(lost) from stop
             raise
 
@@ -214,17 +214,19 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
         return
     if LOST_PEER.search(str(error)) and read_status(where.run_dir).get("state") == State.preempted:
         return  # a peer was asked to stop and has ended, which this rank met as a lost connection
-    cause: Silent | CutOff | Behind | None = None if where.heartbeats is None else where.heartbeats.cause(error)
-    waited = not isinstance(error, ShardtuneError) and WAITED.search(str(error)) is not None
+    cause: SilentRank | CutOffRank | LaggingRank | None = (
+        None if where.heartbeats is None else where.heartbeats.cause(error)
+    )
+    waited = not isinstance(error, ShardtuneError) and TIMED_OUT.search(str(error)) is not None
     exchanges: dict[int, Exchange] | None = None
     if waited and cause is None and where.heartbeats is not None:  # all give signs of life
-        exchanges = where.heartbeats.ask(None)
-        cause = where.heartbeats.behind(error, exchanges)
+        exchanges = where.heartbeats.collect_exchanges(None)
+        cause = where.heartbeats.lagging_rank(error, exchanges)
     phase, step = where.phase, where.step
     about: dict[str, Any] = {}
     if cause is not None:
         cause.__cause__ = error  # so that the record has where this rank waited
-        seen, error = cause.seen, cause
+        seen, error = cause.sign, cause
         rank, phase, step = seen.rank, seen.phase, seen.step
         about = {"host": seen.host, "pid": seen.pid, "gone": not cause.hung}
     if not record_failure(where.run_dir, rank, error, phase, step, **about) and read_failure(where.run_dir):
@@ -234,7 +236,7 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
         write_status(where.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {first}")
     if waited and where.heartbeats is not None:
         if exchanges is None:
-            exchanges = where.heartbeats.ask(cause.seen if cause else None)
+            exchanges = where.heartbeats.collect_exchanges(cause.sign if cause else None)
         about |= _where_all_were(where.run_dir, error, exchanges)
         record_failure(where.run_dir, rank, error, phase, step, replace=True, **about)
 
@@ -280,7 +282,7 @@ def _before_nccl_aborts(where: Where, rank: int, waited: Exchange) -> None:
         clear_failure(where.run_dir)
 
 
-def _end_cut_off(where: Where, rank: int, error: CutOff) -> None:
+def _end_cut_off(where: Where, rank: int, error: CutOffRank) -> None:
     """Record that this rank is cut off, and end its process, whose main thread may wait for a library without a limit."""
     if where.run_dir is not None:
         record_failure(where.run_dir, rank, error, where.phase, where.step)

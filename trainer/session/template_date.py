@@ -37,7 +37,7 @@ def date_of_run(
             proposal = str(first_date())
             return proposal if run_dir is None else str(shared_choice(run_dir, TEMPLATE_DATE, proposal))
 
-        return TemplateDate.parse(meeting.of_rank_0(TEMPLATE_DATE, of_rank_0, stop))
+        return TemplateDate.parse(meeting.chosen_by_rank_0(TEMPLATE_DATE, of_rank_0, stop))
 
     return choose
 
