@@ -105,7 +105,7 @@ def test_a_planned_run_is_the_same_run(tmp_path, here, monkeypatch, tuning):
     plans = [[NONE, NONE], [SELECTIVE, NONE], [FULL, SELECTIVE]]
     auto = replace(config, strategy=SingleConfig(activation_checkpointing=ActivationCheckpointing.auto, memory_gib=1.0))
     for plan in plans:
-        monkeypatch.setattr("trainer.build.recomputation.choose", lambda *_, plan=plan: (plan, True))
+        monkeypatch.setattr("trainer.build.recomputation.plan_blocks", lambda *_, plan=plan: (plan, True))
         trainer = trainer_for(auto, data, here)
         blocks = trainer.engine.step_module.shard_units()
         assert [block.gradient_checkpointing for block in blocks] == [mode is not NONE for mode in plan]

@@ -183,7 +183,7 @@ def test_a_disk_that_does_not_answer_is_waited_for_by_size_and_told_of(tmp_path,
         more_s.append(seconds)
         yield
 
-    monkeypatch.setattr(patience_module, "patience", patience)
+    monkeypatch.setattr(patience_module, "longer_timeout", patience)
     monkeypatch.setattr(patience_module, "TOLD_EVERY_S", 0.01)
     monkeypatch.setattr(manager, "TOLD_EVERY_S", 0.0)
     disk = Slow()

@@ -34,7 +34,7 @@ def libraries(monkeypatch):
         choices.append(matmul.choose_library(asked))
         return choices[-1]
 
-    monkeypatch.setattr(processes, "choose", choose)
+    monkeypatch.setattr(processes, "choose_library", choose)
     return choices
 
 

@@ -71,7 +71,7 @@ def test_many_ranks_connect_when_they_first_talk(monkeypatch):
     try:
         for world, lazy in (("63", None), ("64", "1")):
             monkeypatch.setenv("WORLD_SIZE", world)
-            monkeypatch.setattr(runtime, "agree", lambda heard, rank: heard[0])
+            monkeypatch.setattr(runtime, "agree_on_library", lambda heard, rank: heard[0])
             runtime.start("cpu", timeout_s=30, threads=1)
             assert os.environ.get("TORCH_GLOO_LAZY_INIT") == lazy
     finally:
