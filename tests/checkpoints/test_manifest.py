@@ -21,7 +21,7 @@ def test_each_file_is_read_once_and_its_damage_is_found_whoever_reads_it(tmp_pat
     seal(tmp_path, files)
     if damaged is not None:
         (tmp_path / files[damaged].name).write_bytes(bytes(SIZES[damaged] - 1) + b"\1")
-    read, told, real = [], [], sealing.difference
+    read, told, real = [], [], sealing.file_difference
 
     def noted(directory, expected, looks):
         read.append((rank, expected))
