@@ -156,7 +156,7 @@ def _run(
         of_model = model_facts(config, run_record, outcome, place.run_dir)
         exported = export(config, engine, built, tokenizer, of_model, place)
         run_record.gates = of_model.gates
-        run_record.not_exported = of_model.run.get("not_exported", [])
+        run_record.not_exported = of_model.run.not_exported or []
     where.still_ours(runtime)
     close_records(run_record, outcome, exported, trackers, place)
     staged.remove()
@@ -373,9 +373,9 @@ def export(
         place.console.say(judged.told(place.run_dir))
         if judged.override is None:
             return None
-    config = replace(config, model=at_commit(config.model, of_model.run.get("base_commit")))
+    config = replace(config, model=at_commit(config.model, of_model.run.base_commit))
     if changed := changed_base(config, of_model, place):
-        of_model.run["not_exported"] = changed
+        of_model.run.not_exported = changed
         return None
     return write_export(
         engine,
@@ -397,7 +397,7 @@ def changed_base(config: RunConfig, of_model: ModelFacts, place: RunPlace) -> li
     """
 
     def compare() -> list[str]:
-        recorded = files_among(of_model.run["identity"][BASE])
+        recorded = files_among((of_model.run.identity or {})[BASE])
         return changed_files(config, recorded, teacher=False, start=False)
 
     changed = call_on_main(compare, place.runtime)

@@ -145,9 +145,9 @@ def _times(ratio: float) -> str:
 def _notes(rows: list[Repeated], named: list[str]) -> list[str]:
     points = [point for row in rows for point in row.points]
     numbers = [row.measured for row in rows]
-    told = [point.facts for point in points if point.facts]
+    records = [point.record for point in points if not point.record.is_empty]
     found = []
-    peaks = [float(facts["reference_tflops"]) for facts in told if facts.get("reference_tflops")]
+    peaks = [record.reference_tflops for record in records if record.reference_tflops]
     if peaks and max(peaks) > 1.01 * min(peaks):
         figures = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
         found.append(
@@ -155,7 +155,7 @@ def _notes(rows: list[Repeated], named: list[str]) -> list[str]:
             "logging.reference_tflops to one figure for all"
         )
     for key, what in (("host", "hosts"), ("device", "devices"), ("git_revision", "revisions of shardtune")):
-        values = sorted({str(facts[key]) for facts in told if facts.get(key) is not None})
+        values = sorted({str(getattr(record, key)) for record in records if getattr(record, key)})
         if len(values) > 1:
             found.append(f"Speeds are of different {what}: {', '.join(values)}")
     short = [m.steps for m in numbers if 0 < m.steps - m.warmup_steps < FIRST_STEPS or (m.steps and not m.warmup_steps)]
@@ -164,7 +164,7 @@ def _notes(rows: list[Repeated], named: list[str]) -> list[str]:
             f"Speeds of runs with less than {FIRST_STEPS} steps behind the first logging interval say little; take "
             "more steps, or a smaller logging.every_steps"
         )
-    if any(facts.get("device") == "cpu" for facts in told):
+    if any(record.device == "cpu" for record in records):
         found.append("Memory on a CPU is the process's resident set, libraries included, and of the whole run")
     found += [f"Planned memory: {by}" for by in sorted({m.planned_by for m in numbers if m.planned_by})]
     if len(points) > 1:

@@ -68,7 +68,7 @@ def stood_out(found: Comparison) -> list[str]:
 
 def substituted(found: Comparison) -> list[str]:
     """What stood in for settings: a line for all runs where all say the same."""
-    told = {run.name: run.point.facts.get("substitutions") or {} for run in found.runs if run.point.facts}
+    told = {run.name: run.point.record.substitutions for run in found.runs if not run.point.record.is_empty}
     lines = []
     for key in dict.fromkeys(key for each in told.values() for key in each):
         values = {name: each.get(key) for name, each in told.items()}

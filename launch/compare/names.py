@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.compare.run_files import Point
 from trainer.reporting.numbers import short
+from trainer.reporting.run_record import RunRecord
 
 OWN = ("run.dir", "logging.name", "substitutions")
 """Keys that differ between any two runs, or follow from others."""
@@ -62,10 +63,14 @@ def differing(points: list[Point]) -> list[SettingDifference]:
         if any(len(values) > 1 for values in groups.values()):
             found.append(SettingDifference(key, tuple(point.config.get(key, ABSENT) for point in points)))
     for key in FACTS:
-        told = tuple(point.facts.get(key, ABSENT) for point in points)
+        told = tuple(_recorded(point.record, key) for point in points)
         if len({_text(value) for value in told if value != ABSENT}) > 1:
             found.append(SettingDifference(f"run.json {key}", told))
     return found
+
+
+def _recorded(record: RunRecord, key: str) -> Any:
+    return getattr(record, key) if key in record.keys else ABSENT
 
 
 def _text(value: Any) -> str:

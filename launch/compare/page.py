@@ -100,21 +100,28 @@ def write_pictures(found: Comparison, to: Path) -> list[tuple[str, str]]:
 
 
 def facts_of(point: Point) -> list[tuple[str, str]]:
-    """What is said of one run before anything else."""
-    told, batch = point.facts, ("global_batch", "micro_batch", "accumulation", "world_size")
-    found = [("state", point.reason or point.state), ("directory", str(point.directory))]
-    for title, key in (("model", "base_model"), ("data", "data_directory"), ("device", "device_name")):
-        value = told.get(key) or (told.get("device") if title == "device" else None)
-        found += [(title, str(value))] if value else []
-    kinds = [str(told[key]) for key in ("strategy", "tuning", "objective", "precision", "attention") if told.get(key)]
-    found += [("way", ", ".join(kinds))] if kinds else []
-    if all(told.get(key) for key in batch):
-        whole, micro, accumulation, ranks = (told[key] for key in batch)
-        found.append(("batch", f"{whole} = {micro} micro x {accumulation} accumulation x {ranks} rank(s)"))
-    made = [f"{name} {number}" for name, number in (told.get("versions") or {}).items()]
-    found += [("host", str(told["host"]))] if told.get("host") else []
-    found += [("revision", str(told["git_revision"]))] if told.get("git_revision") else []
-    return found + ([("versions", ", ".join(made))] if made else [])
+    """Rows of the table at the head of a run's page; facts that the run did not record have no row."""
+    record = point.record
+    choices = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
+    batch = ""
+    if record.global_batch and record.micro_batch and record.accumulation and record.world_size:
+        batch = (
+            f"{record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
+            f"{record.world_size} rank(s)"
+        )
+    rows = (
+        ("state", point.reason or point.state),
+        ("directory", str(point.directory)),
+        ("model", record.base_model),
+        ("data", record.data_directory),
+        ("device", record.device_name or record.device),
+        ("way", ", ".join(filter(None, choices))),
+        ("batch", batch),
+        ("host", record.host),
+        ("revision", record.git_revision),
+        ("versions", ", ".join(f"{package} {version}" for package, version in record.versions.items())),
+    )
+    return [(title, fact) for title, fact in rows if fact]
 
 
 def sort_value(shown: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from contextlib import suppress
@@ -15,6 +14,7 @@ from launch.runs.metrics_tail import newest
 from launch.streams import draw
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.metric_rows import METRICS
+from trainer.reporting.run_record import readable_run_record
 
 if TYPE_CHECKING:
     from launch.compare.follow import Meanwhile
@@ -69,13 +69,13 @@ class RunsProgress:
         from launch.compare.run_files import read_point
 
         took = time.monotonic() - self._began
-        facts, reason = {}, None
+        outcome, reason = None, None
         with suppress(ConfigError):  # of a file that cannot be read the answer will say so
             point = read_point(self._run_dir)
-            facts, reason = point.facts, point.reason
+            outcome, reason = point.record.outcome, point.reason
         if code == 0:
             self._took.append(took)
-            speed = ((facts.get("outcome") or {}).get("speed") or {}).get("tokens_per_s")
+            speed = outcome.speed.get("tokens_per_s") if outcome is not None else None
             said = f"done in {span(took)}" + (f", {speed:,.0f} tokens/s" if speed else "")
         elif code in (75, 130):
             said = reason or "stopped"
@@ -86,8 +86,7 @@ class RunsProgress:
     def _state(self, now: float) -> str:
         step = _last_step(self._run_dir)
         if self._steps is None:
-            with suppress(OSError, ValueError, AttributeError):
-                self._steps = json.loads((self._run_dir / "run.json").read_text(encoding="utf-8")).get("total_steps")
+            self._steps = readable_run_record(self._run_dir).total_steps or None
         told = f"[{self.number}/{self.of}] {self._name}: " + (
             f"step {step}" + (f" of {self._steps}" if self._steps else "") if step else "starting"
         )

@@ -12,6 +12,7 @@ from launch.compare.profiles import exposed_s
 from launch.compare.run_files import RATES, Point, RunMeasurements, is_run, measure, read_point, usual_rows
 from launch.compare.settings import ComparisonRow
 from launch.compare.wandb_files import is_server, is_wandb, read_server, read_wandb
+from trainer.reporting.run_record import RunRecord
 
 REFUSED = "refused"
 MEDIANS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
@@ -92,7 +93,7 @@ def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> Rep
         repeats=sum(bool(each.steps) for each in numbers),
         tokens_per_s_repeats=speeds,
         parts_s=_parts(points, row.warmup, measured.step_s),
-        dollars_per_million=_price(row, points[0].facts, measured.tokens_per_s, price_of),
+        dollars_per_million=_price(row, points[0].record, measured.tokens_per_s, price_of),
     )
     return Repeated(row, points, measured, taken)
 
@@ -108,7 +109,7 @@ def _refused(row: ComparisonRow) -> Point:
         directory=row.directories[0] if row.directories else Path(row.name or REFUSED),
         config=row.config,
         identity={},
-        facts={},
+        record=RunRecord(),
         status={"state": REFUSED, "reason": "; ".join(row.refused)},
         failure={},
         steps={},
@@ -128,14 +129,15 @@ def _parts(points: tuple[Point, ...], warmup: int, step_s: float | None) -> dict
 
 
 def _price(
-    row: ComparisonRow, facts: dict[str, Any], tokens_per_s: float | None, price_of: Callable[[str], float | None]
+    row: ComparisonRow, record: RunRecord, tokens_per_s: float | None, price_of: Callable[[str], float | None]
 ) -> float | None:
-    price = row.price_per_hour
-    if price is None and facts.get("device_name"):
-        price = price_of(str(facts["device_name"]))
-    if price is None or not tokens_per_s or not facts.get("world_size"):
+    """US dollars for a million tokens; None if the card's price, the speed or the number of devices is not known."""
+    price_per_hour = row.price_per_hour
+    if price_per_hour is None and record.device_name:
+        price_per_hour = price_of(record.device_name)
+    if price_per_hour is None or not tokens_per_s or not record.world_size:
         return None
-    return price * facts["world_size"] / 3600 / tokens_per_s * 1e6
+    return price_per_hour * record.world_size / 3600 / tokens_per_s * 1e6
 
 
 def _median(values: list[Any]) -> float | None:

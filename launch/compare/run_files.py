@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from strategies.atomic_io import reason
+from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import places_of, published
 from trainer.config.resuming import KINDS, flat
-from trainer.reporting.file_version import version_of
 from trainer.reporting.metric_rows import METRICS, MetricRows, read_rows
+from trainer.reporting.run_record import (
+    MOST_BYTES,
+    RUN_RECORD,
+    MeasuredCost,
+    PredictedCost,
+    Receipt,
+    RunRecord,
+    read_run_record,
+)
 from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import State, read_failure, read_status
 
@@ -32,8 +39,8 @@ class Point:
     """Leaves of `config.yaml` by dotted key."""
     identity: dict[str, dict[str, Any]]
     """`identity.json`."""
-    facts: dict[str, Any]
-    """`run.json`."""
+    record: RunRecord
+    """`run.json`; an empty record if there is none."""
     status: dict[str, Any]
     failure: dict[str, Any]
     steps: dict[int, dict[str, Any]]
@@ -126,8 +133,8 @@ def read_point(directory: Path) -> Point:
     return Point(
         directory=directory,
         config=_config(directory / "config.yaml"),
-        identity=_object(directory / "identity.json", KINDS),
-        facts=_object(directory / "run.json", ("receipt",)),
+        identity=_identity(directory / "identity.json"),
+        record=_record(directory),
         status=read_status(directory),
         failure=read_failure(directory),
         steps=steps,
@@ -144,20 +151,33 @@ def _config(path: Path) -> dict[str, Any]:
     return flat(tree)
 
 
-def _object(path: Path, objects: Iterable[str] = ()) -> dict[str, Any]:
-    """A JSON object, empty where there is no file; what `objects` names is one, too, or null."""
+def _record(run_dir: Path) -> RunRecord:
+    if not (run_dir / RUN_RECORD).exists():
+        return RunRecord()
+    try:
+        return read_run_record(run_dir)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(run_dir / RUN_RECORD, error) from error
+
+
+def _identity(path: Path) -> dict[str, dict[str, Any]]:
+    """`identity.json`: an object for each kind of difference; empty if there is no file."""
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no keys")
-        version_of(value)
-        if odd := [key for key in objects if not isinstance(value.get(key) or {}, dict)]:
-            raise ValueError(f"{odd[0]} holds no keys")
+        identity = json.loads(atomic_io.read_bytes(path, most=MOST_BYTES))
+        if not isinstance(identity, dict):
+            raise ValueError("it holds no object")
+        for kind in KINDS:
+            if not isinstance(identity.get(kind) or {}, dict):
+                raise ValueError(f"{kind} is not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison") from error
-    return value
+        raise _unreadable(path, error) from error
+    return identity
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison")
 
 
 def _by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
@@ -181,7 +201,9 @@ def _rows(path: Path) -> MetricRows:
     try:
         return read_rows(path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({reason(error)}); leave this run out of the comparison") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({atomic_io.reason(error)}); leave this run out of the comparison"
+        ) from error
 
 
 def usual_rows(point: Point, warmup: int) -> list[dict[str, Any]]:
@@ -202,8 +224,9 @@ def measure(point: Point, warmup: int = 1) -> RunMeasurements:
     quartiles = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else None
     evaluated = sorted(point.evaluations)
     losses = _finite(rows[-1:], "loss")
-    receipt = point.facts.get("receipt") or {}
-    planned, took = (part if isinstance(part := receipt.get(key), dict) else {} for key in ("predicted", "measured"))
+    receipt = point.record.receipt or Receipt()
+    predicted = receipt.predicted or PredictedCost()
+    measured = receipt.measured or MeasuredCost()
     return RunMeasurements(
         steps=len(rows),
         loss=losses[0] if losses else None,
@@ -213,15 +236,15 @@ def measure(point: Point, warmup: int = 1) -> RunMeasurements:
         memory_gib=max(_finite(rows, "memory_gib"), default=None),
         memory_reserved_gib=max(_finite(rows, "memory_reserved_gib"), default=None),
         checkpoint_gib=_checkpoint(point),
-        checkpoint_s=_number(took, "checkpoint_s"),
-        start_s=_number(took, "start_s"),
-        evaluation_before_s=_number(took, "evaluation_before_s"),
-        planned_gib=_number(planned, "memory_gib"),
-        planned_by=planned.get("memory_by"),
-        exchanged_gib=_gib(exchanged := _sizes(took)),
-        planned_exchanged_gib=_gib(_sizes(planned)),
-        exchanged_bytes=exchanged or {},
-        exposed_s=_number(took, "exposed_s"),
+        checkpoint_s=measured.checkpoint_s,
+        start_s=measured.start_s,
+        evaluation_before_s=measured.evaluation_before_s,
+        planned_gib=predicted.memory_gib,
+        planned_by=predicted.memory_by,
+        exchanged_gib=_total_gib(measured.exchanged_bytes),
+        planned_exchanged_gib=_total_gib(predicted.exchanged_bytes),
+        exchanged_bytes=_without_null(measured.exchanged_bytes or {}),
+        exposed_s=measured.exposed_s,
         before=point.evaluations.get(0, {}),
         after=point.evaluations[evaluated[-1]] if evaluated and evaluated[-1] > 0 else {},
     )
@@ -232,18 +255,13 @@ def _finite(rows: list[dict[str, Any]], key: str) -> list[float]:
     return [row[key] for row in rows if isinstance(row.get(key), int | float)]
 
 
-def _number(found: dict[str, Any], key: str) -> float | None:
-    return next(iter(_finite([found], key)), None)
+def _without_null(bytes_by_collective: dict[str, float]) -> dict[str, float]:
+    """Inside a record null stands for a number that is not finite."""
+    return {collective: size_bytes or 0.0 for collective, size_bytes in bytes_by_collective.items()}
 
 
-def _sizes(found: dict[str, Any]) -> dict[str, float] | None:
-    """Bytes by collective; None where they are not told."""
-    sizes = found.get("exchanged_bytes")
-    return {str(name): _number(sizes, name) or 0.0 for name in sizes} if isinstance(sizes, dict) else None
-
-
-def _gib(sizes: dict[str, float] | None) -> float | None:
-    return None if sizes is None else sum(sizes.values()) / GIB
+def _total_gib(bytes_by_collective: dict[str, float] | None) -> float | None:
+    return None if bytes_by_collective is None else sum(_without_null(bytes_by_collective).values()) / GIB
 
 
 def _checkpoint(point: Point) -> float | None:

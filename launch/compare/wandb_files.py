@@ -16,6 +16,7 @@ from typing import Any
 from launch.compare.run_files import Point
 from strategies.errors import ConfigError
 from trainer.config.resuming import flat
+from trainer.reporting.run_record import record_of
 from trainer.reporting.status import State
 from trainer.reporting.trackers.wandb_server import fetch
 
@@ -109,16 +110,18 @@ def _point(
     steps: dict[int, dict[str, Any]],
     evaluations: dict[int, dict[str, float]],
 ) -> Point:
-    """A run of the configuration that W&B was told, which has the facts of `run.json` beside it."""
+    """A run as W&B's copy of its configuration has it, with columns of the run table and keys of `run.json` beside it."""
     config = tree.get("config")
     if not isinstance(config, dict) or "strategy" not in config:
         raise ConfigError(f"{directory}: not a run of shardtune (W&B holds no configuration of one)")
-    told = {key: value for key, value in tree.items() if key != "config" and not key.startswith("_")}
+    recorded = {key: value for key, value in tree.items() if key != "config" and not key.startswith("_")}
+    # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
+    record = record_of(recorded | host, wrong=[])
     return Point(
         directory=directory,
         config=flat(config),
         identity={},
-        facts=told | host,
+        record=record,
         status=status,
         failure={},
         steps=steps,

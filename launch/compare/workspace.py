@@ -91,7 +91,7 @@ def script(found: Comparison, to: Path) -> str | None:
     points = [point for point in there if point.config.get("logging.wandb", "disabled") != "disabled"]
     if not points:
         return None
-    groups = {_asked(point, "group") for point in points}
+    groups = {_logging_setting(point, "group") for point in points}
     if None in groups:
         directories = sorted({str(point.config.get("run.dir")) for point in points})
         filters = f'ws.Config("run_dir").isin({directories!r})'
@@ -103,8 +103,8 @@ def script(found: Comparison, to: Path) -> str | None:
     chosen += [name.replace(".", "_") for name in sorted(named) if not {name, f"{name}.name"} & COLUMNS.keys()]
     return SCRIPT.substitute(
         title=repr(to.resolve().name),
-        entity=repr(_asked(points[0], "entity")),
-        project=repr(_asked(points[0], "project") or "shardtune"),
+        entity=repr(_logging_setting(points[0], "entity")),
+        project=repr(_logging_setting(points[0], "project") or "shardtune"),
         filters=filters,
         columns=repr(list(dict.fromkeys(chosen))),
         summary=repr(SUMMARY),
@@ -112,8 +112,15 @@ def script(found: Comparison, to: Path) -> str | None:
     )
 
 
-def _asked(point: Point, setting: str) -> str | None:
-    """A setting of `logging`, or what a variable decided, as the run has recorded."""
-    recorded = (point.facts.get("substitutions") or {}).get(f"logging.{setting}")
-    value = point.config.get(f"logging.{setting}") or (str(recorded).rpartition(" (")[0] if recorded else None)
+def _logging_setting(point: Point, name: str) -> str | None:
+    """A setting of `logging`: as configured, or as a variable such as WANDB_ENTITY decided when the run started."""
+    key = f"logging.{name}"
+    value = point.config.get(key) or (point.record.from_environment or {}).get(key)
+    if not value and point.record.from_environment is None:
+        value = _from_sentence(point.record.substitutions.get(key))
     return str(value) if value else None
+
+
+def _from_sentence(sentence: str | None) -> str | None:
+    """The value in `a team (WANDB_ENTITY)`: an early run's record has the sentence alone."""
+    return sentence.rpartition(" (")[0] if sentence else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -373,9 +373,8 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
     progress = average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)
     # The run measured nothing of a mean of checkpoints, nor of a checkpoint on a base that has changed since.
     as_trained = not asked.averaged and not asked.accepted
-    facts = gather(
-        asked.run_dir, {**record.as_json(), "label_names": data.label_names}, read_answers(config.export.answers)[0]
-    )
+    record = replace(record, label_names=data.label_names)
+    facts = gather(asked.run_dir, record, read_answers(config.export.answers)[0])
     facts.step = progress.step
     facts.tokens = progress.tokens
     facts.as_trained = as_trained

@@ -20,7 +20,8 @@ from launch.config.verb_words import (
     specs,
     word,
 )
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, DataError
+from trainer.reporting.run_record import RUN_RECORD, read_run_record
 
 if TYPE_CHECKING:
     from trainer.data.report.inspection import Entry
@@ -109,6 +110,8 @@ def show(directory: Path, asked: PrintWords) -> int:
     from trainer.data.report import inspection
     from trainer.data.report.inspection import load_tokenizer, locate
 
+    if (directory / RUN_RECORD).is_file():
+        directory = data_directory_of(directory)
     prepared = locate(directory)
     split = asked.split or prepared.asked or next(iter(prepared.splits))
     rows, found = _chosen(prepared, split, asked)
@@ -130,6 +133,28 @@ def show(directory: Path, asked: PrintWords) -> int:
     if tokenizer is None and found is None:
         console.print("\nsamples: rows=[0,1]  random=3  find=text; with documents=true the rows beside them")
     return 0
+
+
+def data_directory_of(run_dir: Path) -> Path:
+    """The prepared data of a run. A relative path counts from the working directory, else from the run.
+
+    Errors: ConfigError if it is not there, DataError if the run's record cannot be read.
+    """
+    try:
+        named = read_run_record(run_dir).data_directory
+    except (OSError, ValueError, RecursionError) as error:
+        path = run_dir / RUN_RECORD
+        raise DataError(f"{path}: cannot be read ({error}); name the directory of the prepared data") from error
+    if not named:
+        raise ConfigError(
+            f"{run_dir / RUN_RECORD}: does not say where the data of the run is; name its prepared directory"
+        )
+    for directory in (Path(named).expanduser(), run_dir / named):
+        if (directory / "manifest.json").is_file():
+            return directory
+    raise ConfigError(
+        f"{named}: the prepared data of {run_dir} is no longer there; prepare it again with shardtune prepare"
+    )
 
 
 def _sample(prepared: Entry, split: str, index: int, tokenizer: Any, console: Any, asked: PrintWords) -> None:

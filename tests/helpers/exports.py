@@ -16,6 +16,7 @@ from trainer.objectives.sft import SftConfig
 from trainer.optim.build import build_optimizer
 from trainer.optim.config import AdamwConfig
 from trainer.reporting.documents.facts import ModelFacts
+from trainer.reporting.run_record import record_of
 
 LABELS = ["calm", "angry", "glad"]
 EXACT = 1e-5
@@ -93,7 +94,7 @@ def export(parts, base, destination, runtime, *, facts=None, **settings):
         base_path=str(base),
         destination=destination,
         config=ExportConfig(**settings),
-        facts=ModelFacts(run={"tuning": "x", **(facts or {})}),
+        facts=ModelFacts(run=record_of({"tuning": "x", **(facts or {})}, [])),
         runtime=runtime,
     )
 

@@ -39,6 +39,7 @@ from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
 from trainer.reporting.documents.facts import ModelFacts
+from trainer.reporting.run_record import RunRecord
 
 GAP = 1e-4
 """Least relative distance between what a router chooses and what it passes over: twice the rounding of its scores by far."""
@@ -143,7 +144,7 @@ class Job:
                     base_path=str(directory),
                     destination=directory / f"export-{tuning}",
                     config=ExportConfig(verify=True),
-                    facts=ModelFacts(run={"tuning": tuning}),
+                    facts=ModelFacts(run=RunRecord(tuning=tuning)),
                     runtime=alone(self.runtime),
                 )
             except DriftError as error:

@@ -212,7 +212,7 @@ def test_the_environment_decides_where_no_setting_does():
     found = settle(LoggingConfig(project="mine"), given)
     assert (found.config.project, found.config.name, found.config.tags) == ("mine", "a", ["x", "y"])
     assert found.config.wandb is WandbMode.offline
-    assert found.taken == {
+    assert {key: str(resolution) for key, resolution in found.resolutions.items()} == {
         "logging.name": "a (WANDB_NAME)",
         "logging.tags": "x, y (WANDB_TAGS)",
         "logging.wandb": "offline (WANDB_MODE)",

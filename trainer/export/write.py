@@ -77,7 +77,7 @@ def write_export(
                     raise StorageError(f"{full}; {_REMEDY}")
                 if adapter:
                     _write_adapter(built, tensors.trained(), aside, base_path)
-                    write_record(aside, (facts.run.get("identity") or {}).get("base") or {})
+                    write_record(aside, (facts.run.identity or {}).get("base") or {})
                 else:
                     _write_model(built, tensors.as_stored(), aside, base_path, config, facts)
                 tokenizer.save_pretrained(str(aside))
@@ -277,7 +277,7 @@ def _write_model(
     settings.dtype = dtype
     if getattr(settings, "quantization_config", None) is not None:  # what is written are the numbers that it stood for
         del settings.quantization_config
-    if labels := facts.run.get("label_names"):
+    if labels := facts.run.label_names:
         settings.id2label = dict(enumerate(labels))
         settings.label2id = {label: number for number, label in enumerate(labels)}
     settings.save_pretrained(str(directory))

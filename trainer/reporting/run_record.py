@@ -185,7 +185,7 @@ class RunRecord:
     weights_left_out: dict[str, Any] | None = None
     routers: list[str] = field(default_factory=list)
     substitutions: dict[str, str] = field(default_factory=dict)
-    """What stands in for a setting, by its key: sentences for people."""
+    """How settings that were left open were resolved, by their key: sentences for people."""
     base_parameters: int = 0
     flops_per_token: float = 0.0
     reference_tflops: float | None = None
@@ -202,6 +202,8 @@ class RunRecord:
 
     # From here on a key is in the file once there is something to say.
     identity: dict[str, Any] | None = None
+    from_environment: dict[str, str] | None = None
+    """Settings that a variable such as WANDB_ENTITY decided, and their values, by key (`logging.entity`)."""
     accepted: list[str] | None = None
     """Differences from the run that is resumed which the user accepted."""
     must_fit: MemoryCheck | None = None
@@ -221,6 +223,11 @@ class RunRecord:
     keys: frozenset[str] = frozenset()
     """Keys of the file that could be read, also those with null; empty for a record that was made here."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was read: there was no file, or no key of it could be read."""
+        return not self.keys
+
     def as_json(self) -> dict[str, Any]:
         """The record as JSON values by key. Of a record that was read, what the file does not say stays out."""
         tree = asdict(self)
@@ -235,8 +242,8 @@ class RunRecord:
 
 
 SAID_LATER = (
-    *("identity", "accepted", "must_fit", "staged", "receipt", "challenges", "gates", "not_exported", "exports"),
-    *("outcome", "jobs"),
+    *("identity", "from_environment", "accepted", "must_fit", "staged", "receipt", "challenges", "gates"),
+    *("not_exported", "exports", "outcome", "jobs"),
 )
 """Keys that are in the file once there is something to say. Every other key is there from the start, with null for None."""
 NOT_IN_FILE = ("other", "keys")

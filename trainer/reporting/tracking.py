@@ -112,7 +112,9 @@ class Opened:
     run_id: str | None
     """That of the trackers, to be kept for a resume; None where there are none."""
     substitutions: dict[str, str] = field(default_factory=dict)
-    """What the environment decided, or the network, by setting."""
+    """What the environment decided, or the network, by setting: sentences for people."""
+    from_environment: dict[str, str] = field(default_factory=dict)
+    """Values that variables gave to settings, by setting."""
     passed_over: str | None = None
     """One line on variables that lose to a setting."""
 
@@ -135,7 +137,10 @@ def open_apart(about: Tracked, environment: dict[str, str] | None = None) -> Ope
     run_id = about.run_id or (environment.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12] if kinds else "")
     name = settled.config.name or about.name
     about = replace(about, config=settled.config, run_id=run_id, name=name)
-    found = Opened(Trackers(), run_id or None, dict(settled.taken) if kinds else {}, settled.passed_over)
+    found = Opened(Trackers(), run_id or None, passed_over=settled.passed_over)
+    if kinds:
+        found.substitutions = {key: str(resolution) for key, resolution in settled.resolutions.items()}
+        found.from_environment = {key: str(resolution.chosen) for key, resolution in settled.resolutions.items()}
     opened: list[Tracker] = []
     for kind in kinds:
         try:

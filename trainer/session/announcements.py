@@ -87,6 +87,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, place
     place.where.on_move.append(opened.trackers.move_to)
     progress.wandb_id = opened.run_id
     record.substitutions |= opened.substitutions
+    record.from_environment = opened.from_environment or None
     for key, value in opened.substitutions.items():
         place.console.say(f"substituted: {key}: {value}")
     if opened.passed_over:

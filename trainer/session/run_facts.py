@@ -303,7 +303,7 @@ def outcome_record(outcome: Outcome) -> RunOutcome:
 def model_facts(config: RunConfig, record: RunRecord, outcome: Outcome, run_dir: Path) -> ModelFacts:
     """What the documents of the exported model are written from."""
     ended = replace(record, outcome=outcome_record(outcome), energy=taken(run_dir), challenges=outcome.challenges)
-    of_model = gather(run_dir, ended.as_json(), read_answers(config.export.answers)[0])
+    of_model = gather(run_dir, ended, read_answers(config.export.answers)[0])
     of_model.step = outcome.progress.step
     of_model.tokens = outcome.progress.tokens
     of_model.artefact = artefact_of(run_dir, of_model.step, config.checkpoint.fallback_dir)

@@ -195,10 +195,11 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(runs, tmp_path, capsy
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("identity.json", '{"data": 3}', "data holds no keys"),
-        ("identity.json", "[]", "it holds no keys"),
-        ("run.json", '{"receipt": "none"}', "receipt holds no keys"),
+        ("identity.json", '{"data": 3}', "data is not an object"),
+        ("identity.json", "[]", "it holds no object"),
+        ("run.json", '{"receipt": "none"}', "receipt is not an object"),
         ("run.json", "[" * 100_000, "maximum recursion depth exceeded"),
+        ("run.json", " " * 2**24 + "{}", f"has {2**24 + 2} bytes, more than {2**24}"),
     ],
 )
 def test_files_that_hold_something_else_are_named(runs, tmp_path, capsys, file, text, said):

@@ -13,6 +13,7 @@ from launch.compare.command import answer
 from launch.compare.comparison import compare
 from launch.compare.page import sort_value
 from launch.compare.settings import ComparisonRow, read_rows, write_rows
+from launch.compare.workspace import script
 from launch.config.prices import price_of
 from strategies.errors import ConfigError
 
@@ -96,6 +97,23 @@ def test_numbers_over_repeats(rows):
     a, b, _ = compare(rows, price_of).runs
     assert a.taken.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
     assert b.taken.dollars_per_million == pytest.approx(price_of("NVIDIA A10G") * 2 / 3600 / 50 * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "entity"),
+    [
+        ({"from_environment": {"logging.entity": "us (all)", "logging.group": "g"}}, "us (all)"),
+        ({"substitutions": {"logging.entity": "us (WANDB_ENTITY)", "logging.group": "g (WANDB_RUN_GROUP)"}}, "us"),
+        ({"from_environment": {"logging.group": "g"}, "substitutions": {"logging.entity": "left out (no)"}}, None),
+    ],
+    ids=["values", "sentences of an early run", "no team"],
+)
+def test_the_team_of_a_workspace_is_what_a_variable_decided(rows, recorded, entity):
+    run = rows[1].directories[0]
+    (run / "config.yaml").write_text("strategy: {name: b}\nlogging: {wandb: offline}\n")
+    (run / "run.json").write_text(json.dumps(recorded))
+    text = script(compare([ComparisonRow((run,), "b")]), run)
+    assert f"ENTITY = {entity!r}" in text and "ws.Metric(\"Group\").isin(['g'])" in text
 
 
 def test_steps_of_the_warm_up_are_left_out_of_speeds(rows):

@@ -4,6 +4,7 @@ import yaml
 
 from trainer.reporting.documents.card import licence_of, render_card, write_documents
 from trainer.reporting.documents.facts import ModelFacts
+from trainer.reporting.run_record import record_of
 
 FACTS = {
     "tuning": "lora",
@@ -22,7 +23,7 @@ FACTS = {
 
 
 def facts(run=FACTS, **fields):
-    return ModelFacts(run=run, step=500, tokens=1_000_000, **fields)
+    return ModelFacts(run=record_of(run, []), step=500, tokens=1_000_000, **fields)
 
 
 def front_matter(text):

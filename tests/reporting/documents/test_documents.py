@@ -12,6 +12,7 @@ from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.documents.questions import Paper
 from trainer.reporting.documents.write import render
 from trainer.reporting.results import EVALUATION, REVIEW, KeptReport
+from trainer.reporting.run_record import record_of
 
 EXPECTED = Path(__file__).with_name("expected")
 RUN = {
@@ -125,7 +126,7 @@ def _review(artefact):
 def documents() -> dict[str, str]:
     """Text by file name."""
     facts = ModelFacts(
-        run=RUN,
+        run=record_of(RUN, []),
         config_yaml="model:\n  path: org/base\n",
         audit=AUDIT,
         answers=ANSWERS,

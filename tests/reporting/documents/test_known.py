@@ -11,13 +11,14 @@ from trainer.reporting.documents.licences import licence_conflicts
 from trainer.reporting.documents.questions import QUESTIONS, Paper, paper_problems, read_answers
 from trainer.reporting.documents.write import render
 from trainer.reporting.results import EVALUATION, KeptReport
+from trainer.reporting.run_record import RunOutcome, RunRecord, record_of
 
-RUN = {
-    "flops_per_token": 6e9,
-    "world_size": 4,
-    "base_parameters": 1_000_000_000,
-    "outcome": {"speed": {"tokens_per_s": 1000.0}},
-}
+RUN = RunRecord(
+    flops_per_token=6e9,
+    world_size=4,
+    base_parameters=1_000_000_000,
+    outcome=RunOutcome(speed={"tokens_per_s": 1000.0}),
+)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_compute_by_arithmetic():
 
 
 def test_what_is_not_known_is_not_reckoned():
-    took = compute({}, {}, None)
+    took = compute(RunRecord(), {}, None)
     assert (took.flop, took.device_hours, took.kwh, took.share, took.beyond) == (None,) * 5
     assert compute(RUN, {}, 10).kwh is None
 
@@ -88,7 +89,7 @@ def test_they_are_told_when_a_run_is_composed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["measured", *Paper])
 def test_a_paper_of_a_run_that_recorded_nothing_says_so(name):
-    text = render(name, ModelFacts(run={"config_sha256": "c"}))
+    text = render(name, ModelFacts(run=record_of({"config_sha256": "c"}, [])))
     assert ("not recorded" in text or name == "training_summary") and "None" not in text and "*Open:*" in text
 
 
@@ -110,6 +111,6 @@ def test_a_newer_report_without_the_base_does_not_hide_what_was_measured_of_it()
 
 
 def test_the_size_of_the_data_is_that_of_its_content_and_not_of_what_was_seen():
-    run = {"data_report": {"train": {"documents": 8, "tokens": 1052}}}
+    run = RunRecord(data_report={"train": {"documents": 8, "tokens": 1052}})
     text = render("training_summary", ModelFacts(run=run, tokens=126_240))
     assert "training data: 1,052 tokens in 8 documents; 126,240 tokens seen in training, each 120 times" in text

@@ -58,15 +58,13 @@ class Entry:
 
 
 def locate(path: Path) -> Entry:
-    """The data set at `path`: its directory, one of its splits, or a run directory whose `run.json` names it.
+    """The data set at `path`: its directory, or one of its splits.
 
     Raises ConfigError where there is none, DataError where a file of it cannot be read.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ConfigError(f"{path}: there is no such directory; name a prepared data set or a run directory")
-    if (path / "run.json").is_file():
-        return locate(_of_run(path))
     if not (path / "manifest.json").is_file():
         raise ConfigError(
             f"{path}: holds no manifest.json, so it is no prepared data set, and no run.json, so it is no run; "
@@ -80,19 +78,6 @@ def locate(path: Path) -> Entry:
     inside.sort(key=lambda entry: (ORDER.get(entry.name, len(ORDER)), entry.name))
     splits = {entry.name: entry for entry in inside} or {path.name: path}
     return Entry(path, read_object(path / "manifest.json", AGAIN), splits)
-
-
-def _of_run(run: Path) -> Path:
-    """The data directory of a run; a relative one counts from the working directory, else from the run."""
-    named = read_object(run / "run.json", AGAIN).get("data_directory")
-    if not named:
-        raise ConfigError(f"{run / 'run.json'}: does not say where the data of the run is; name its prepared directory")
-    for directory in (Path(named).expanduser(), run / named):
-        if (directory / "manifest.json").is_file():
-            return directory
-    raise ConfigError(
-        f"{named}: the prepared data of {run} is no longer there; prepare it again with shardtune prepare"
-    )
 
 
 def find(prepared: Entry, split: str, text: str) -> np.ndarray:

@@ -31,9 +31,9 @@ def write_documents(directory: Path, papers: list[str], facts: ModelFacts, *, ad
 
 def render_card(facts: ModelFacts, *, adapter: bool, base_path: str) -> str:
     """The text of README.md, with the hub's metadata block in front and the run's configuration at its end."""
-    objective = str(facts.run.get("objective"))
-    method = str(facts.run.get("tuning", "full"))
-    base = _base_name(facts.run.get("base_model") or base_path)
+    objective = facts.run.objective
+    method = facts.run.tuning or "full"
+    base = _base_name(facts.run.base_model or base_path)
     loader = "peft"
     if method == BOTTLENECK:
         loader = "shardtune"
@@ -48,7 +48,7 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str) -> str:
         base_to_load=_base_name(base_path),
         loader=loader if adapter else "transformers",
         auto_class=AUTO_CLASSES.get(objective, "AutoModelForCausalLM"),
-        num_labels=len(facts.run.get("label_names") or ()) if objective == "classification" else 0,
+        num_labels=len(facts.run.label_names or ()) if objective == "classification" else 0,
     )
     metadata = _metadata(facts, base=base, adapter=adapter, method=method)
     return f"---\n{metadata}\n---\n\n{card}{_configuration(facts.config_yaml)}"
@@ -73,7 +73,7 @@ def _metadata(facts: ModelFacts, *, base: str, adapter: bool, method: str) -> st
     """The metadata block's YAML, as the hub reads it."""
     from huggingface_hub import ModelCardData
 
-    task = HUB_TASKS.get(str(facts.run.get("objective")), "text-generation")
+    task = HUB_TASKS.get(facts.run.objective, "text-generation")
     results = model_index(facts, task)
     licence, licence_name = hub_licence(facts.licence)
     card_data = ModelCardData(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.reporting.documents.questions import number
+from trainer.reporting.run_record import RunRecord
 
 THIRD = 1 / 3
 GENERAL_PURPOSE, SYSTEMIC = 1e23, 1e25
@@ -44,30 +45,33 @@ class Compute:
         return self.flop / THIRD / (6 * self.parameters) if self.flop and self.parameters else None
 
 
-def compute(run: Mapping[str, Any], answers: Mapping[str, Any], tokens: int | None) -> Compute:
-    """Out of `run.json` and answers; `tokens` are those of the weights, all ranks together."""
-    each, world = run.get("flops_per_token"), run.get("world_size")
-    speed = ((run.get("outcome") or {}).get("speed") or {}).get("tokens_per_s")
-    flop = each * tokens if each and tokens else None
-    hours = tokens / speed / 3600 * world if tokens and speed and world else None
-    watts, base = number(answers.get("device_watts")), number(answers.get("base_flop"))
-    kwh, by = None, None
-    if metered := run.get("energy"):
+def compute(run: RunRecord, answers: Mapping[str, Any], tokens: int | None) -> Compute:
+    """What the training took, from its record and its owner's answers; `tokens` are those of the weights, of all ranks."""
+    devices = run.world_size or None
+    tokens_per_s = run.outcome.speed.get("tokens_per_s") if run.outcome is not None else None
+    flop = run.flops_per_token * tokens if run.flops_per_token and tokens else None
+    device_hours = tokens / tokens_per_s / 3600 * devices if tokens and tokens_per_s and devices else None
+    device_watts = number(answers.get("device_watts"))
+    base_flop = number(answers.get("base_flop"))
+    kwh = None
+    energy = None
+    if metered := run.energy:
         kwh = metered["kwh"]
-        by = (
+        energy = (
             f"an estimate by {metered['by']}, of {metered['hosts']} host(s) with CPU, memory and GPUs while they trained; "
             f"{metered['kg_co2e']:.3g} kg CO2e with the electricity of {metered['country']}"
         )
-    elif hours and watts:
-        kwh, by = hours * watts / 1000, f"an estimate: device hours times {watts:g} W"
+    elif device_hours and device_watts:
+        kwh = device_hours * device_watts / 1000
+        energy = f"an estimate: device hours times {device_watts:g} W"
     return Compute(
         tokens=tokens,
         flop=flop,
-        devices=world,
-        device_hours=hours,
+        devices=devices,
+        device_hours=device_hours,
         kwh=kwh,
-        energy=by,
-        parameters=run.get("base_parameters"),
-        base_flop=base,
-        share=flop / base if flop and base else None,
+        energy=energy,
+        parameters=run.base_parameters or None,
+        base_flop=base_flop,
+        share=flop / base_flop if flop and base_flop else None,
     )

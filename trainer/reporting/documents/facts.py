@@ -15,14 +15,15 @@ from trainer.reporting.documents.licences import licence_conflicts
 from trainer.reporting.documents.questions import QUESTIONS
 from trainer.reporting.findings import RecordedFinding, findings_in
 from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, kept, read_json
+from trainer.reporting.run_record import RunRecord
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelFacts:
     """What is known of the weights that an export is made of."""
 
-    run: dict[str, Any] = field(default_factory=dict)
-    """The run record (`run.json`): base model, tuning, strategy, data report, versions, substitutions and more."""
+    run: RunRecord = field(default_factory=RunRecord)
+    """What the run recorded of itself (`run.json`)."""
     config_yaml: str = ""
     """The run's frozen configuration, as YAML."""
     audit: dict[str, Any] = field(default_factory=dict)
@@ -77,23 +78,21 @@ class ModelFacts:
         return self._metrics_of_training("after")
 
     def _metrics_of_training(self, when: str) -> dict[str, float]:
-        outcome = self.run.get("outcome") or {}
-        last_step = (outcome.get("progress") or {}).get("step")
-        if not self.as_trained or last_step != self.step:
+        outcome = self.run.outcome
+        if outcome is None or not self.as_trained or outcome.progress.get("step") != self.step:
             return {}
-        return outcome.get(when) or {}
+        return outcome.before if when == "before" else outcome.after
 
     @property
     def findings(self) -> list[RecordedFinding]:
         """What the run's detectors found and it has not recovered from."""
-        return findings_in(self.run.get("challenges"))
+        return findings_in(self.run.challenges)
 
     @property
     def data_counts(self) -> dict[str, dict[str, int]]:
         """Documents, tokens and rows with each problem, by split; of a split that counted nothing there is no entry."""
-        report = self.run.get("data_report")
         counts = {}
-        for split, recorded in report.items() if isinstance(report, Mapping) else ():
+        for split, recorded in self.run.data_report.items():
             if isinstance(recorded, Mapping) and (split_counts := _counts_of(recorded)):
                 counts[split] = split_counts
         return counts
@@ -106,7 +105,7 @@ class ModelFacts:
     @property
     def data_size(self) -> str | None:
         """Size of the training data, and how often it was seen; None if the run did not record it."""
-        split = (self.run.get("data_report") or {}).get("train") or {}
+        split = self.run.data_report.get("train") or {}
         tokens = split.get("tokens")
         documents = split.get("documents")
         if not tokens or documents is None:
@@ -181,14 +180,13 @@ def _rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def gather(run_dir: Path, run: dict[str, Any], answers: dict[str, Any]) -> ModelFacts:
+def gather(run_dir: Path, run: RunRecord, answers: dict[str, Any]) -> ModelFacts:
     """Facts of a run, read from `run_dir` and from the directory of its data; the caller adds which weights they are about."""
-    data_directory = run.get("data_directory")
     config_file = run_dir / "config.yaml"
     return ModelFacts(
         run=run,
         config_yaml=config_file.read_text(encoding="utf-8") if config_file.exists() else "",
-        audit=read_json(Path(data_directory) / "audit.json") if data_directory else {},
+        audit=read_json(Path(run.data_directory) / "audit.json") if run.data_directory else {},
         answers=answers,
         reports=kept(run_dir),
     )

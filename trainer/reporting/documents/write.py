@@ -35,7 +35,7 @@ def render(name: str, facts: ModelFacts, **more: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": number, "cell": cell, "last": last_part, "readable": readable, "json": json.dumps}
-    recorded = {name: fact for name, fact in facts.run.items() if fact is not None}
+    recorded = {key: content for key, content in facts.run.as_json().items() if content is not None}
     text = environment.get_template(f"{name}.md.j2").render(
         facts=facts,
         run=defaultdict(lambda: "not recorded", recorded),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.reporting.config import LoggingConfig, WandbMode
+from trainer.reporting.resolution import Resolution
 
 VARIABLES = {
     "project": "WANDB_PROJECT",
@@ -27,15 +28,15 @@ class Settled:
     """Settings with what the environment decides."""
 
     config: LoggingConfig
-    taken: dict[str, str]
-    """What it decided: `logging.project` to `mine (WANDB_PROJECT)`."""
+    resolutions: dict[str, Resolution]
+    """What it decided, by setting. `str` of one that is of `logging.project` is `mine (WANDB_PROJECT)`."""
     passed_over: str | None
     """One line on the variables that lose to a setting; None where none does."""
 
 
 def settle(config: LoggingConfig, environment: Mapping[str, str]) -> Settled:
     """The settings as they hold in this environment: what is set wins, else the variable, else the default."""
-    taken: dict[str, str] = {}
+    resolutions: dict[str, Resolution] = {}
     lost: list[str] = []
     changes: dict[str, Any] = {}
     for key, variable in VARIABLES.items():
@@ -44,7 +45,8 @@ def settle(config: LoggingConfig, environment: Mapping[str, str]) -> Settled:
         if not value:
             continue
         if not getattr(config, key):
-            changes[key], taken[f"logging.{key}"] = value, f"{given} ({variable})"
+            changes[key] = value
+            resolutions[f"logging.{key}"] = Resolution(f"logging.{key}", asked=None, chosen=given, reason=variable)
         elif getattr(config, key) != value:
             lost.append(f"{variable}={given} (logging.{key} is set)")
     changes["wandb"] = config.wandb
@@ -55,8 +57,8 @@ def settle(config: LoggingConfig, environment: Mapping[str, str]) -> Settled:
     if config.wandb is WandbMode.auto:
         changes["wandb"] = WandbMode(asked or "offline")
         if asked:
-            taken["logging.wandb"] = f"{asked} (WANDB_MODE)"
+            resolutions["logging.wandb"] = Resolution("logging.wandb", asked=None, chosen=asked, reason="WANDB_MODE")
     elif asked and asked != config.wandb:
         lost.append(f"WANDB_MODE={given} (logging.wandb={config.wandb} is set)")
     line = f"passed over: {', '.join(lost)}" if lost else None
-    return Settled(replace(config, **changes), taken, line)
+    return Settled(replace(config, **changes), resolutions, line)
