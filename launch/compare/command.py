@@ -82,8 +82,8 @@ def main(argv: list[str]) -> int:
         problems.append(f"to={words.to}: is a file; name a directory")
     if words.settings:
         problems += [
-            f"{each}: not of the form key=value; name runs that exist, or settings of new ones, not both"
-            for each in words.runs
+            f"{run}: not of the form key=value; name runs that exist, or settings of new ones, not both"
+            for run in words.runs
         ]
     elif words.dry_run:
         problems.append("--dry-run: lists points of new runs; name an axis, as in strategy=ddp,fsdp2, or leave it out")
@@ -94,36 +94,38 @@ def main(argv: list[str]) -> int:
     if problems:
         raise ConfigError(problems)
     if words.settings:
-        return _points(words)
+        return _compare_new_points(words)
     if words.follow:
-        follow_runs(rows, words.to or _home(rows, words.runs), words.as_json)
+        follow_runs(rows, words.to or _comparison_directory(rows, words.runs), words.as_json)
     else:
-        answer(rows, words.to, words.as_json)
+        write_answer(rows, words.to, words.as_json)
     return 0
 
 
 def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
     """Write the page again while the runs go on, then answer. Errors: ConfigError, StorageError, KeyboardInterrupt."""
-    from launch.compare.follow import EVERY_S, follow
-    from launch.compare.page import missing
+    from launch.compare.follow import PAGE_INTERVAL_S, follow
+    from launch.compare.page import missing_packages
     from launch.compare.wandb_files import is_server, is_wandb
 
     directories = [directory for row in rows for directory in row.directories]
     if of_wandb := [str(directory) for directory in directories if is_wandb(directory) or is_server(directory)]:
         raise ConfigError(f"--follow: {of_wandb[0]} is of W&B, which is not asked again and again; name its run.dir")
-    page = _page(rows, to)
+    page = _page_path(rows, to)
     if page is None:
         raise ConfigError("--follow: name a directory for the page that is written again; to=reports/now")
-    if (lacks := missing(page.name)) is not None:
+    if (lacks := missing_packages(page.name)) is not None:
         raise ConfigError(f"--follow: {lacks}")
     print(
-        f"{page}: written every {EVERY_S:.0f} s until all runs have ended; Ctrl-C ends it", file=sys.stderr, flush=True
+        f"{page}: written every {PAGE_INTERVAL_S:.0f} s until all runs have ended; Ctrl-C ends it",
+        file=sys.stderr,
+        flush=True,
     )
     follow(directories, lambda again_s: _write_page(rows, page, again_s))
-    answer(rows, to, as_json)
+    write_answer(rows, to, as_json)
 
 
-def _page(rows: list[ComparisonRow], to: Path | None) -> Path | None:
+def _page_path(rows: list[ComparisonRow], to: Path | None) -> Path | None:
     """Where the page is written: `to`, or the directory of the only run."""
     from launch.compare.run_report import REPORT
     from launch.compare.wandb_files import is_server, is_wandb
@@ -143,18 +145,18 @@ def _write_page(rows: list[ComparisonRow], page: Path, again_s: float | None) ->
     write_text_atomic(page, as_html(compare(rows, price_of), again_s=again_s))
 
 
-def _home(rows: list[ComparisonRow], words: list[str]) -> Path | None:
+def _comparison_directory(rows: list[ComparisonRow], words: list[str]) -> Path | None:
     """The directory of the comparison that is the only word; None for runs."""
     from launch.compare.settings import RECORD
 
-    there = Path(words[0]).expanduser()
-    return there if len(words) == 1 and (there / RECORD).is_file() else None
+    directory = Path(words[0]).expanduser()
+    return directory if len(words) == 1 and (directory / RECORD).is_file() else None
 
 
-def _points(words: CompareWords) -> int:
+def _compare_new_points(words: CompareWords) -> int:
     """Run new points, and say how they compare; returns the exit code."""
-    from launch.compare.follow import Meanwhile
-    from launch.compare.page import missing
+    from launch.compare.follow import PeriodicPage
+    from launch.compare.page import missing_packages
     from launch.compare.points import STOPPED, plan_points, run_points
     from trainer.stopping.signals import hold, release
 
@@ -167,11 +169,11 @@ def _points(words: CompareWords) -> int:
     if words.dry_run:
         print(listing(plan, to))
         return 0
-    if words.follow and (lacks := missing()) is not None:
+    if words.follow and (lacks := missing_packages()) is not None:
         raise ConfigError(f"--follow: {lacks}")
     print(listing(plan, to), file=sys.stderr, flush=True)
     rows = plan.rows(to)
-    pages = Meanwhile(lambda again_s: _write_page(rows, to / "compare.html", again_s)) if words.follow else None
+    pages = PeriodicPage(lambda again_s: _write_page(rows, to / "compare.html", again_s)) if words.follow else None
     code = run_points(plan, to, pages)
     release()
     if code in STOPPED:
@@ -179,7 +181,7 @@ def _points(words: CompareWords) -> int:
     if words.follow and not code:  # what SLURM runs goes on
         follow_runs(rows, to, words.as_json)
     else:
-        answer(rows, to, words.as_json)
+        write_answer(rows, to, words.as_json)
     return code
 
 
@@ -190,70 +192,70 @@ def listing(plan: PointsPlan, to: Path) -> str:
     lines = [f"{len(plan.points)} points in {to}{times}"]
     rows = []
     for point in plan.points:
-        refusals = fold_all([f"refused: {problem}" for problem in point.refused], indent=4)
+        refusals = fold_all([f"refused: {problem}" for problem in point.refusals], indent=4)
         rows.append(TableRow((point.name, " ".join(point.words)), refusals))
     lines += table((Column(), Column()), rows, indent=2)
-    lines += plan.partly
+    lines += plan.partial_settings
     if plan.left_out:
         lines.append(f"left out by compare.skip and compare.where: {plan.left_out}")
     return "\n".join(lines)
 
 
-def answer(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
+def write_answer(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
     """Print what the rows say, and write it: into `to`, else the page of a single run. Errors: ConfigError, StorageError."""
-    from launch.compare.answer import as_dict, text
+    from launch.compare.answer import as_dict, as_text
     from launch.compare.comparison import compare
-    from launch.compare.page import missing
+    from launch.compare.page import missing_packages
 
-    found = compare(rows, price_of)
-    said = as_dict(found)
+    comparison = compare(rows, price_of)
+    answer_json = as_dict(comparison)
     written: list[str] = []
-    own = _page(rows, None) if to is None else None
+    run_page = _page_path(rows, None) if to is None else None
     if to is not None:
-        written = _write_all(found, said, to)
-    lacks = missing(own.name if own else "compare.html")
-    print(json.dumps(said, indent=1, allow_nan=False) if as_json else text(found), flush=True)
-    if own is not None and lacks is None:
-        written = _write_own(found, own)
-    if not as_json and (written or own is not None):
-        told = f"written: {', '.join(written)}" if written else ""
-        print("\n" + "\n".join(filter(None, [told, lacks])), flush=True)
+        written = _write_all(comparison, answer_json, to)
+    missing_for_page = missing_packages(run_page.name if run_page else "compare.html")
+    print(json.dumps(answer_json, indent=1, allow_nan=False) if as_json else as_text(comparison), flush=True)
+    if run_page is not None and missing_for_page is None:
+        written = _write_run_page(comparison, run_page)
+    if not as_json and (written or run_page is not None):
+        written_line = f"written: {', '.join(written)}" if written else ""
+        print("\n" + "\n".join(filter(None, [written_line, missing_for_page])), flush=True)
 
 
-def _write_all(found: Comparison, said: dict[str, Any], to: Path) -> list[str]:
+def _write_all(comparison: Comparison, answer_json: dict[str, Any], to: Path) -> list[str]:
     """Every file of the answer into `to`; what was written, for people."""
     from launch.compare.answer import as_csv, as_html, as_markdown
-    from launch.compare.page import missing, write_pictures
-    from launch.compare.workspace import script as workspace_script
+    from launch.compare.page import missing_packages, write_plot_images
+    from launch.compare.workspace import workspace_script as workspace_script
     from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
     from trainer.reporting.status import write_text_atomic
 
-    script = workspace_script(found, to)
-    pictures = write_pictures(found, to) if missing() is None else []
-    write_text_atomic(to / "compare.md", as_markdown(found, pictures))
-    write_text_atomic(to / "compare.csv", as_csv(found))
+    script_text = workspace_script(comparison, to)
+    pictures = write_plot_images(comparison, to) if missing_packages() is None else []
+    write_text_atomic(to / "compare.md", as_markdown(comparison, pictures))
+    write_text_atomic(to / "compare.csv", as_csv(comparison))
     write_text_atomic(
-        to / "compare.json", json.dumps({VERSION_KEY: FILE_VERSION, **said}, indent=1, allow_nan=False) + "\n"
+        to / "compare.json", json.dumps({VERSION_KEY: FILE_VERSION, **answer_json}, indent=1, allow_nan=False) + "\n"
     )
-    if missing() is None:
-        write_text_atomic(to / "compare.html", as_html(found))
-    if script is not None:
-        write_text_atomic(to / "workspace.py", script)
+    if missing_packages() is None:
+        write_text_atomic(to / "compare.html", as_html(comparison))
+    if script_text is not None:
+        write_text_atomic(to / "workspace.py", script_text)
     return [
         str(to / "compare.md"),
-        *(["compare.html"] if missing() is None else []),
+        *(["compare.html"] if missing_packages() is None else []),
         *("compare.csv", "compare.json"),
         *([f"plots/*.png ({len(pictures)})"] if pictures else []),
-        *(["workspace.py (for W&B)"] if script is not None else []),
+        *(["workspace.py (for W&B)"] if script_text is not None else []),
     ]
 
 
-def _write_own(found: Comparison, page: Path) -> list[str]:
+def _write_run_page(comparison: Comparison, page: Path) -> list[str]:
     """The page of a single run into its directory, which may be somebody else's."""
     from launch.compare.run_report import write
 
     try:
-        return [str(write(page.parent, found))]
+        return [str(write(page.parent, comparison))]
     except StorageError as error:
         print(f"{error}; to=<directory> writes elsewhere", file=sys.stderr, flush=True)
         return []
@@ -263,14 +265,14 @@ def rows_of(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:
     """(rows of runs that exist, a line about each word that names none)."""
     from launch.compare.run_files import is_run
     from launch.compare.settings import ComparisonRow, read_rows
-    from launch.compare.wandb_files import is_wandb, on_server
+    from launch.compare.wandb_files import is_wandb, server_name
 
     problems: list[str] = []
     rows: list[ComparisonRow] = []
-    for each in words:
-        path = Path(each).expanduser()
+    for typed in words:
+        path = Path(typed).expanduser()
         try:
-            server = on_server(each)
+            server = server_name(typed)
         except ConfigError as error:
             problems += error.problems
             continue
@@ -278,18 +280,18 @@ def rows_of(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:
             rows.append(ComparisonRow((Path(server),)))
         elif is_run(path) or is_wandb(path):
             rows.append(ComparisonRow((path,)))
-        elif kept := read_rows(path):
-            rows += kept
-        elif inner := [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]:
-            rows += [ComparisonRow((child,)) for child in inner]
+        elif kept_rows := read_rows(path):
+            rows += kept_rows
+        elif run_directories := [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]:
+            rows += [ComparisonRow((child,)) for child in run_directories]
         elif path.exists():
             parts = [part.name for part in sorted(path.glob("*run-*")) if is_wandb(part)]
             more = f"; name a run of W&B in it, such as {path / parts[0]}" if parts else ""
-            problems.append(f"{each}: not a run directory (there is no config.yaml in it, and no runs below it){more}")
+            problems.append(f"{typed}: not a run directory (there is no config.yaml in it, and no runs below it){more}")
         else:
-            problems.append(f"{each}: there is no such directory; name run directories")
+            problems.append(f"{typed}: there is no such directory; name run directories")
     paths = [path for row in rows for path in row.directories]
-    doubled = {path for path in paths if sum(path.resolve() == other.resolve() for other in paths) > 1}
+    doubled = {path for path in paths if sum(path.resolve() == other_path.resolve() for other_path in paths) > 1}
     problems += [f"{path}: named twice; name each run once" for path in sorted(doubled)]
     if not rows and not problems:
         problems.append("no run directory is named; shardtune compare runs/a runs/b")

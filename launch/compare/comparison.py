@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launch.compare.curves import FIRST_STEPS, SAME, Apart, apart, leader, not_finite, other_curves
-from launch.compare.names import SettingDifference, differing, names
-from launch.compare.repeats import REFUSED, Repeated, RepeatsSummary, read_row
+from launch.compare.curves import (
+    FIRST_STEPS,
+    SAME,
+    LossDifference,
+    baseline_index,
+    compare_losses,
+    first_step_not_finite,
+    why_not_comparable,
+)
+from launch.compare.names import SettingDifference, run_names, setting_differences
+from launch.compare.repeats import REFUSED, RepeatedRun, RepeatsSummary, read_row
 from launch.compare.run_files import Point, RunMeasurements
 from launch.compare.settings import ComparisonRow
 
@@ -17,10 +25,10 @@ class ComparedRun:
     """One row of a comparison."""
 
     name: str
-    found: Repeated
+    repeated: RepeatedRun
     against: str | None
     """Whose curve its own is set beside: the first run's, or that of the first one whose loss is promised to be the same."""
-    apart: Apart | None
+    loss_difference: LossDifference | None
     """From that curve; None for the first, and where the curves cannot be compared."""
     not_comparable: tuple[str, ...]
     """Why not, setting by setting."""
@@ -29,17 +37,17 @@ class ComparedRun:
     @property
     def point(self) -> Point:
         """Its first repeat."""
-        return self.found.point
+        return self.repeated.point
 
     @property
     def measured(self) -> RunMeasurements:
         """Its numbers, over all repeats."""
-        return self.found.measured
+        return self.repeated.measured
 
     @property
-    def taken(self) -> RepeatsSummary:
+    def summary(self) -> RepeatsSummary:
         """What else it took."""
-        return self.found.taken
+        return self.repeated.summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,35 +69,35 @@ def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | Non
     """
     found = [read_row(row, price_of) for row in rows]
     points = [each.point for each in found]
-    differences = differing(points)
-    made = names(points, differences)
+    differences = setting_differences(points)
+    made = run_names(points, differences)
     named = [row.name or name for row, name in zip(rows, made, strict=True)]
     first = next((number for number, point in enumerate(points) if point.steps), 0)
     runs = []
     for number, each in enumerate(found):
-        against = None if number == first or each.state == REFUSED else leader(points, number, first)
+        against = None if number == first or each.state == REFUSED else baseline_index(points, number, first)
         why_not: tuple[str, ...] = ()
         distance = None
         if against is not None:
-            why_not = tuple(other_curves(points[against], each.point))
-            distance = None if why_not else apart(points[against], each.point)
+            why_not = tuple(why_not_comparable(points[against], each.point))
+            distance = None if why_not else compare_losses(points[against], each.point)
         name = None if against is None else named[against]
         parts = [each.ended] if each.ended else []
-        parts += [] if name is None else [_loss(name, distance, why_not)]
+        parts += [] if name is None else [_loss_verdict(name, distance, why_not)]
         # The sentence has one yardstick: speed and memory are beside the run whose loss is compared.
         parts += [] if against is None else _ratios(found[against], each)
-        if (broke := not_finite(each.point)) is not None:
+        if (broke := first_step_not_finite(each.point)) is not None:
             parts.append(f"its loss is NaN or infinite from step {broke} on")
         verdict = f"{named[number]}: {'; '.join(parts)}"
         if len(found) == 1:
-            verdict = "; ".join([f"{named[0]}: {_alone(each)}", *parts[bool(each.ended) :]])
+            verdict = "; ".join([f"{named[0]}: {_outcome_of_single_run(each)}", *parts[bool(each.ended) :]])
         elif number == first:
             verdict = "; ".join([f"{named[number]} is what the others are compared with", *parts])
         runs.append(ComparedRun(named[number], each, name, distance, why_not, verdict))
     return Comparison(tuple(runs), named[first], tuple(differences), tuple(_notes(found, named)))
 
 
-def _alone(run: Repeated) -> str:
+def _outcome_of_single_run(run: RepeatedRun) -> str:
     """What came of a run beside which there is none."""
     m, losses = run.measured, [row["loss"] for row in run.point.steps.values() if row["loss"] is not None]
     said = [run.ended or "done"]
@@ -100,7 +108,7 @@ def _alone(run: Repeated) -> str:
     return ", ".join(said)
 
 
-def _loss(first: str, distance: Apart | None, why_not: tuple[str, ...]) -> str:
+def _loss_verdict(first: str, distance: LossDifference | None, why_not: tuple[str, ...]) -> str:
     if why_not:
         settings = [line.split(":")[0] for line in why_not]
         more = f" and {len(settings) - 3} more" if len(settings) > 3 else ""
@@ -111,16 +119,16 @@ def _loss(first: str, distance: Apart | None, why_not: tuple[str, ...]) -> str:
     if not distance.early:
         return f"same loss as {first}, to the last digit{few}"
     if distance.same:
-        return f"same loss as {first} within {bound(distance.early)}{few}"
-    return f"not the loss of {first}: {bound(distance.early)} apart at step {distance.early_step}"
+        return f"same loss as {first} within {rounded(distance.early)}{few}"
+    return f"not the loss of {first}: {rounded(distance.early)} apart at step {distance.early_step}"
 
 
-def bound(value: float) -> str:
+def rounded(value: float) -> str:
     """A relative difference, short: 3e-7, or 0 where there is none."""
     return f"{value:.1g}".replace("e-0", "e-") if value else "0"
 
 
-def _ratios(yardstick: Repeated, other: Repeated) -> list[str]:
+def _ratios(yardstick: RepeatedRun, other: RepeatedRun) -> list[str]:
     """Speed and memory beside those of the run that the sentence has named."""
     ratios = []
     for what, a, b in (
@@ -128,9 +136,9 @@ def _ratios(yardstick: Repeated, other: Repeated) -> list[str]:
         ("memory", yardstick.measured.memory_gib, other.measured.memory_gib),
     ):
         if a and b:
-            is_noise = what == "tokens/s" and _overlap(yardstick.taken.spread, other.taken.spread)
+            is_noise = what == "tokens/s" and _overlap(yardstick.summary.spread, other.summary.spread)
             noise = " (less than the repeats differ)" if is_noise else ""
-            ratios.append(f"{_times(b / a)} x its {what}{noise}")
+            ratios.append(f"{_ratio_text(b / a)} x its {what}{noise}")
     return [", ".join(ratios)] if ratios else []
 
 
@@ -138,11 +146,11 @@ def _overlap(one: tuple[float, float] | None, other: tuple[float, float] | None)
     return one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
 
 
-def _times(ratio: float) -> str:
+def _ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 0.1 else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
 
 
-def _notes(rows: list[Repeated], named: list[str]) -> list[str]:
+def _notes(rows: list[RepeatedRun], named: list[str]) -> list[str]:
     points = [point for row in rows for point in row.points]
     numbers = [row.measured for row in rows]
     records = [point.record for point in points if not point.record.is_empty]
@@ -177,7 +185,7 @@ def _notes(rows: list[Repeated], named: list[str]) -> list[str]:
         if point.unreadable_lines
     ]
     for row, name in zip(rows, named, strict=True):
-        distances = [distance for other in row.points[1:] if (distance := apart(row.point, other))]
+        distances = [distance for other in row.points[1:] if (distance := compare_losses(row.point, other))]
         if drift := max((distance.drift for distance in distances), default=0.0):
-            found.append(f"The repeats of {name} are up to {bound(drift)} apart in their losses")
+            found.append(f"The repeats of {name} are up to {rounded(drift)} apart in their losses")
     return found

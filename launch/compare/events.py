@@ -9,34 +9,34 @@ from launch.compare.comparison import ComparedRun, Comparison
 from launch.compare.run_files import Point
 from trainer.monitors.guard_config import DONE, Action
 
-MOST = 20
+MAX_STEPS = 20
 """Steps that are listed of a run, the last ones."""
-SHOWN = 3
+MAX_DOCUMENTS = 3
 """Documents that are named of a step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class NotableStep:
     """A step that stood out."""
 
     step: int
-    said: str
+    text: str
     """What stood out, how far, and what was done."""
 
 
-def marks_of(point: Point) -> list[Mark]:
+def notable_steps(point: Point) -> list[NotableStep]:
     """Steps that guards told of, and those whose update was left out since their gradients were not finite, in order."""
-    found = [Mark(event["step"], _event(event)) for event in point.events]
-    named = {mark.step for mark in found}
-    found += [
-        Mark(step, "its update was left out, since its gradients were not finite")
+    comparison = [NotableStep(event["step"], _event_text(event)) for event in point.events]
+    named = {mark.step for mark in comparison}
+    comparison += [
+        NotableStep(step, "its update was left out, since its gradients were not finite")
         for step, row in point.steps.items()
         if row.get("skipped") and step not in named
     ]
-    return sorted(found, key=lambda mark: mark.step)
+    return sorted(comparison, key=lambda mark: mark.step)
 
 
-def _event(event: dict[str, Any]) -> str:
+def _event_text(event: dict[str, Any]) -> str:
     if event.get("event") == "challenge":
         return f"{event.get('challenge')}: {event.get('says')}"
     scores = event.get("scores") or {}
@@ -49,26 +49,28 @@ def _event(event: dict[str, Any]) -> str:
     action = event.get("action")
     done = DONE[Action(action)] if action in set(Action) else str(action)
     documents = [f"{each.get('file')}:{each.get('line')}" for each in event.get("documents") or []]
-    more = f" and {len(documents) - SHOWN} more" if len(documents) > SHOWN else ""
-    return f"{far or 'stood out'}; {done}" + (f"; {', '.join(documents[:SHOWN])}{more}" if documents else "")
+    more = f" and {len(documents) - MAX_DOCUMENTS} more" if len(documents) > MAX_DOCUMENTS else ""
+    return f"{far or 'stood out'}; {done}" + (f"; {', '.join(documents[:MAX_DOCUMENTS])}{more}" if documents else "")
 
 
-def stood_out(found: Comparison) -> list[str]:
+def notable_step_lines(comparison: Comparison) -> list[str]:
     """A line for each such step of each run."""
     lines = []
-    for run in found.runs:
-        marks = marks_of(run.point)
-        left = len(marks) - MOST
+    for run in comparison.runs:
+        marks = notable_steps(run.point)
+        left = len(marks) - MAX_STEPS
         lines += (
-            [f"{_whose(found, run)}{left} earlier steps, in {run.point.directory}/events.jsonl"] if left > 0 else []
+            [f"{_run_prefix(comparison, run)}{left} earlier steps, in {run.point.directory}/events.jsonl"]
+            if left > 0
+            else []
         )
-        lines += [f"{_whose(found, run)}step {mark.step}: {mark.said}" for mark in marks[-MOST:]]
+        lines += [f"{_run_prefix(comparison, run)}step {mark.step}: {mark.text}" for mark in marks[-MAX_STEPS:]]
     return lines
 
 
-def substituted(found: Comparison) -> list[str]:
+def resolved_settings(comparison: Comparison) -> list[str]:
     """What stood in for settings: a line for all runs where all say the same."""
-    told = {run.name: run.point.record.substitutions for run in found.runs if not run.point.record.is_empty}
+    told = {run.name: run.point.record.substitutions for run in comparison.runs if not run.point.record.is_empty}
     lines = []
     for key in dict.fromkeys(key for each in told.values() for key in each):
         values = {name: each.get(key) for name, each in told.items()}
@@ -79,5 +81,5 @@ def substituted(found: Comparison) -> list[str]:
     return lines
 
 
-def _whose(found: Comparison, run: ComparedRun) -> str:
-    return f"{run.name}: " if len(found.runs) > 1 else ""
+def _run_prefix(comparison: Comparison, run: ComparedRun) -> str:
+    return f"{run.name}: " if len(comparison.runs) > 1 else ""

@@ -10,33 +10,33 @@ from time import monotonic, sleep
 from strategies.errors import ShardtuneError
 from trainer.reporting.status import State
 
-EVERY_S = 5.0
+PAGE_INTERVAL_S = 5.0
 """Seconds between two pages; a browser reads the page anew as often."""
 QUIET_S = 120.0
 """Seconds after the last sign of life of any run in which those that have not begun may still."""
-Write = Callable[[float | None], None]
+WritePage = Callable[[float | None], None]
 """Writes the answer; takes how often a browser is to read it anew, None for the last time."""
 
 
-def follow(directories: list[Path], write: Write) -> None:
+def follow(directories: list[Path], write: WritePage) -> None:
     """Write again and again until all runs have ended; the answer that follows is the last page. Errors: KeyboardInterrupt."""
-    heard = monotonic()
+    last_active = monotonic()
     try:
         while True:
-            works, may_begin = _standing(directories)
-            heard = monotonic() if works else heard
-            if not works and (not may_begin or monotonic() - heard > QUIET_S):
+            any_active, any_pending = _any_active_or_pending(directories)
+            last_active = monotonic() if any_active else last_active
+            if not any_active and (not any_pending or monotonic() - last_active > QUIET_S):
                 return
             with suppress(ShardtuneError):  # of a file that is just being written; the answer would say it
-                write(EVERY_S)
-            sleep(EVERY_S)
+                write(PAGE_INTERVAL_S)
+            sleep(PAGE_INTERVAL_S)
     except KeyboardInterrupt:
         with suppress(ShardtuneError):
             write(None)  # nobody writes it any more
         raise
 
 
-def _standing(directories: list[Path]) -> tuple[bool, bool]:
+def _any_active_or_pending(directories: list[Path]) -> tuple[bool, bool]:
     """Whether any run works or waits in the queue, and whether any has not begun."""
     from launch.runs.queue import ask
     from launch.runs.status import NOT_STARTED, QUEUED, look
@@ -46,16 +46,16 @@ def _standing(directories: list[Path]) -> tuple[bool, bool]:
     return bool(states & {State.running, QUEUED}), NOT_STARTED in states
 
 
-class Meanwhile:
+class PeriodicPage:
     """Pages of points that this process runs: `look` is called often, and writes when it is time."""
 
-    def __init__(self, write: Write) -> None:
-        self._write, self._next = write, monotonic() + EVERY_S
+    def __init__(self, write: WritePage) -> None:
+        self._write, self._next_write = write, monotonic() + PAGE_INTERVAL_S
 
-    def look(self) -> None:
+    def write_if_due(self) -> None:
         """Write, if it is time; what goes wrong meanwhile is left to the last page."""
-        if monotonic() < self._next:
+        if monotonic() < self._next_write:
             return
         with suppress(ShardtuneError):
-            self._write(EVERY_S)
-        self._next = monotonic() + EVERY_S
+            self._write(PAGE_INTERVAL_S)
+        self._next_write = monotonic() + PAGE_INTERVAL_S

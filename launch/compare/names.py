@@ -12,7 +12,7 @@ from launch.compare.run_files import Point
 from trainer.reporting.numbers import short
 from trainer.reporting.run_record import RunRecord
 
-OWN = ("run.dir", "logging.name", "substitutions")
+PER_RUN_KEYS = ("run.dir", "logging.name", "substitutions")
 """Keys that differ between any two runs, or follow from others."""
 NOT_NAMED = (
     "run.resume",
@@ -26,15 +26,15 @@ NOT_NAMED = (
     "data.workers",
 )
 """Keys that are listed where they differ, and are no part of a name: they say how a run was started or what it reports."""
-FACTS = ("world_size", "precision", "attention", "layout", "device", "host", "git_revision")
+RECORD_KEYS = ("world_size", "precision", "attention", "layout", "device", "host", "git_revision")
 """What `run.json` says of how the steps were computed."""
-LEADING = (
+FIRST_IN_NAME = (
     *("model.path", "data.path", "objective.name", "strategy.name", "tuning.name", "optim.name"),
     *("optim.lr", "batch.global", "batch.micro", "run.seed"),
 )
 """Come first in a name, in this order."""
 ABSENT = "-"
-LONGEST = 40
+MAX_NAME_LENGTH = 40
 """Characters of a name."""
 
 
@@ -46,7 +46,7 @@ class SettingDifference:
     values: tuple[Any, ...]
 
 
-def differing(points: list[Point]) -> list[SettingDifference]:
+def setting_differences(points: list[Point]) -> list[SettingDifference]:
     """Settings, then facts, in which runs differ.
 
     Settings that only one choice of a group has (`strategy.bucket_mib`) follow from the choice, and are compared between
@@ -54,7 +54,7 @@ def differing(points: list[Point]) -> list[SettingDifference]:
     """
     found = []
     keys = dict.fromkeys(key for point in points for key in point.config)
-    for key in (key for key in keys if not _under(key, OWN)):
+    for key in (key for key in keys if not _under(key, PER_RUN_KEYS)):
         choice = f"{key.split('.')[0]}.name"
         groups: dict[Any, set[str]] = {}
         for point in points:
@@ -62,7 +62,7 @@ def differing(points: list[Point]) -> list[SettingDifference]:
             groups.setdefault(same, set()).add(_text(point.config.get(key, ABSENT)))
         if any(len(values) > 1 for values in groups.values()):
             found.append(SettingDifference(key, tuple(point.config.get(key, ABSENT) for point in points)))
-    for key in FACTS:
+    for key in RECORD_KEYS:
         told = tuple(_recorded(point.record, key) for point in points)
         if len({_text(value) for value in told if value != ABSENT}) > 1:
             found.append(SettingDifference(f"run.json {key}", told))
@@ -80,16 +80,16 @@ def _text(value: Any) -> str:
     return repr(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
 
 
-def names(points: list[Point], differences: list[SettingDifference]) -> list[str]:
+def run_names(points: list[Point], differences: list[SettingDifference]) -> list[str]:
     """A name for each run out of what differs, such as `fsdp2-lora-lr2e-4`; its directory where that says nothing."""
     settings = {d.key: d for d in differences if not d.key.startswith("run.json ") and not _under(d.key, NOT_NAMED)}
-    parts = [[_part(key, value) for value in settings[key].values] for key in LEADING if key in settings]
+    parts = [[_part(key, value) for value in settings[key].values] for key in FIRST_IN_NAME if key in settings]
     parts += [[_ranks(world) for world in d.values] for d in differences if d.key == "run.json world_size"]
-    parts += [[_part(key, value) for value in settings[key].values] for key in settings if key not in LEADING]
+    parts += [[_part(key, value) for value in settings[key].values] for key in settings if key not in FIRST_IN_NAME]
     made = [""] * len(points)
     for part in parts:
         longer = ["-".join(filter(None, pair)) for pair in zip(made, part, strict=True)]
-        if max(map(len, longer)) <= LONGEST:  # else the table alone says it
+        if max(map(len, longer)) <= MAX_NAME_LENGTH:  # else the table alone says it
             made = longer
     often = Counter(made)
     own = [point.directory.resolve().name for point in points]
@@ -114,11 +114,11 @@ def _part(key: str, value: Any) -> str:
     if isinstance(value, int | float):
         return f"{leaf}{short(value)}"
     if leaf in ("path", "eval_path") and value:
-        return _plain(Path(str(value)).stem if leaf == "path" and "data" in key else Path(str(value)).name)
-    return f"{leaf}_{_plain(short(value))}"
+        return _word_characters(Path(str(value)).stem if leaf == "path" and "data" in key else Path(str(value)).name)
+    return f"{leaf}_{_word_characters(short(value))}"
 
 
-def _plain(text: str) -> str:
+def _word_characters(text: str) -> str:
     return re.sub(r"[^\w.]+", "_", text).strip("_")
 
 

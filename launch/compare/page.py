@@ -21,34 +21,34 @@ Table = tuple[str, list[str], list[list[str]]]
 """(title, headings, cells of each row)."""
 
 
-def missing(what: str = "compare.html") -> str | None:
+def missing_packages(what: str = "compare.html") -> str | None:
     """What to install for a page; None where all is there."""
     lacking = [package for package in NEEDS if find_spec(package) is None]
     return f"{what} needs {' and '.join(lacking)}: pip install 'shardtune[report]'" if lacking else None
 
 
 @cache
-def scripts() -> str:
+def vega_script() -> str:
     """What draws plots in a browser, one text; gathering it takes seconds, so it is kept in the cache directory."""
-    kept = cache_directory() / "pages" / f"vega-{version('vl-convert-python')}.js"
+    cached = cache_directory() / "pages" / f"vega-{version('vl-convert-python')}.js"
     try:
-        return kept.read_text(encoding="utf-8")
+        return cached.read_text(encoding="utf-8")
     except OSError:
         from vl_convert import javascript_bundle
 
         text = javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]  # its stub forgets the default
     with suppress(StorageError):  # the page does without
-        write_text_atomic(kept, text)
+        write_text_atomic(cached, text)
     return text
 
 
-def page(
+def render_page(
     found: Comparison, tables: list[Table], sections: list[tuple[str, list[str]]], *, again_s: float | None = None
 ) -> str:
     """The text of the page; what comes from runs is escaped. A browser reads it anew after `again_s` seconds."""
     from jinja2 import Environment, PackageLoader
 
-    from launch.compare.plots import plots
+    from launch.compare.plots import comparison_plots
 
     template = Environment(loader=PackageLoader("launch.compare", "."), autoescape=True).get_template("page.html.j2")
     cells = [
@@ -61,45 +61,45 @@ def page(
         found=found,
         tables=cells,
         sections=told,
-        plots=plots(found),
-        scripts=scripts(),
+        plots=comparison_plots(found),
+        scripts=vega_script(),
         again_s=again_s,
         one=one,
         settings=[] if one is None else [(key, str(value)) for key, value in one.config.items()],
-        facts=[] if one is None else facts_of(one),
+        facts=[] if one is None else run_facts(one),
         profile=None if one is None else profile_of(one),
     )
 
 
 def profile_of(point: Point) -> dict[str, Any] | None:
     """The traced steps of a run, and their tables as those of the page."""
-    from launch.compare.profiles import OPERATORS, RANKS, profiled
+    from launch.compare.profiles import OPERATORS, RANKS, read_profile
 
-    if (found := profiled(point.directory)) is None:
+    if (found := read_profile(point.directory)) is None:
         return None
     made = [("", RANKS, found.ranks), ("Operators, all ranks together", OPERATORS, found.operators)]
     cells = [
         (title, headings, [[(shown, sort_value(shown)) for shown in row] for row in rows])
         for title, headings, rows in made
     ]
-    return {"steps": found.steps, "of": found.of, "traces": found.traces, "tables": cells}
+    return {"steps": found.steps, "of": found.measured_on, "traces": found.traces, "tables": cells}
 
 
-def write_pictures(found: Comparison, to: Path) -> list[tuple[str, str]]:
+def write_plot_images(comparison: Comparison, to: Path) -> list[tuple[str, str]]:
     """Each plot as `plots/<name>.png` in `to`; (title, path from there) of each. Takes seconds. Errors: StorageError."""
     from vl_convert import vegalite_to_png
 
-    from launch.compare.plots import plots
+    from launch.compare.plots import comparison_plots
 
-    made = []
-    for plot in plots(found):
+    written = []
+    for plot in comparison_plots(comparison):
         path = to / "plots" / f"{plot.name}.png"
         write_atomic(path, vegalite_to_png(plot.spec.replace("<\\/", "</"), scale=2))
-        made.append((plot.title, f"plots/{plot.name}.png"))
-    return made
+        written.append((plot.title, f"plots/{plot.name}.png"))
+    return written
 
 
-def facts_of(point: Point) -> list[tuple[str, str]]:
+def run_facts(point: Point) -> list[tuple[str, str]]:
     """Rows of the table at the head of a run's page; facts that the run did not record have no row."""
     record = point.record
     choices = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
@@ -124,14 +124,14 @@ def facts_of(point: Point) -> list[tuple[str, str]]:
     return [(title, fact) for title, fact in rows if fact]
 
 
-def sort_value(shown: str) -> str:
+def sort_value(cell: str) -> str:
     """What a cell is sorted by: its first number, without separators and units, else its text; nothing where it has none."""
-    if shown == "-":
+    if cell == "-":
         return ""
-    first = shown.replace(",", "").split("%")[0]
+    first = cell.replace(",", "").split("%")[0]
     for candidate in (first, first.split("-")[0]):
         try:
             return repr(float(candidate))
         except ValueError:
             continue
-    return shown
+    return cell

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.compare.comparison import ComparedRun, Comparison
-from launch.compare.profiles import profiled
-from launch.compare.step_plots import HEIGHT, WIDEST_NAME, WIDTH, color, course, held_out, losses
+from launch.compare.profiles import read_profile
+from launch.compare.step_plots import HEIGHT, WIDEST_NAME, WIDTH, color, course_chart, held_out_chart, loss_chart
 
 BAR = 26
 """Pixels of a run in a bar chart."""
@@ -21,44 +21,48 @@ class Plot:
     name: str
     """Of its element."""
     title: str
-    said: str
+    caption: str
     """What is to be seen, in a sentence."""
     spec: str
     """Vega-Lite as JSON that may stand in a script."""
 
 
-def plots(found: Comparison) -> list[Plot]:
+def comparison_plots(comparison: Comparison) -> list[Plot]:
     """The plots for which there are numbers."""
-    begun = [run for run in found.runs if run.measured.steps]
-    loss = losses(begun)
-    made = [
+    begun = [run for run in comparison.runs if run.measured.steps]
+    loss = loss_chart(begun)
+    plots_or_none = [
         _plot("loss", "Loss", loss[1], loss[0]) if loss else None,
-        _plot("held-out", "Held-out metrics", "Before the first step, and after each evaluation.", held_out(begun)),
-        _plot("course", "Course", "Scroll or drag to zoom into all three; double-click to go back.", course(begun)),
+        _plot(
+            "held-out", "Held-out metrics", "Before the first step, and after each evaluation.", held_out_chart(begun)
+        ),
+        _plot(
+            "course", "Course", "Scroll or drag to zoom into all three; double-click to go back.", course_chart(begun)
+        ),
         _speeds(begun) if len(begun) > 1 else None,  # of one run its course says it
         _memory(begun),
         _parts(begun),
         _trade(begun),
         _profile(begun[0]) if len(begun) == 1 else None,
     ]
-    return [plot for plot in made if plot is not None]
+    return [plot for plot in plots_or_none if plot is not None]
 
 
-def _plot(name: str, title: str, said: str, chart: Any) -> Plot | None:
+def _plot(name: str, title: str, caption: str, chart: Any) -> Plot | None:
     if chart is None:
         return None
     text = json.dumps(chart.to_dict(), allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\!--")
-    return Plot(name, title, said, text)
+    return Plot(name, title, caption, text)
 
 
 def _profile(run: ComparedRun) -> Plot | None:
     import altair as alt
 
-    found = profiled(run.point.directory)
-    if found is None or not found.memory:
+    profile = read_profile(run.point.directory)
+    if profile is None or not profile.memory:
         return None
     chart = (
-        alt.Chart(alt.Data(values=found.memory), width=WIDTH, height=HEIGHT // 2)
+        alt.Chart(alt.Data(values=profile.memory), width=WIDTH, height=HEIGHT // 2)
         .mark_line(interpolate="step-after")
         .encode(
             x=alt.X("ms:Q"),
@@ -68,8 +72,8 @@ def _profile(run: ComparedRun) -> Plot | None:
         )
         .add_params(alt.selection_interval(name="zoom", bind="scales"))
     )
-    said = f"Steps {found.steps[0]} to {found.steps[1]}; on a CPU what was allocated since the trace began."
-    return _plot("profile", "Memory in the profiled steps", said, chart)
+    caption = f"Steps {profile.steps[0]} to {profile.steps[1]}; on a CPU what was allocated since the trace began."
+    return _plot("profile", "Memory in the profiled steps", caption, chart)
 
 
 def _bars(runs: list[ComparedRun], rows: list[dict[str, Any]]) -> Any:
@@ -88,7 +92,7 @@ def _speeds(runs: list[ComparedRun]) -> Plot | None:
     rows: list[dict[str, Any]] = []
     for run in runs:
         if run.measured.tokens_per_s:
-            low, high = run.taken.spread or (run.measured.tokens_per_s, run.measured.tokens_per_s)
+            low, high = run.summary.spread or (run.measured.tokens_per_s, run.measured.tokens_per_s)
             rows.append({"run": run.name, "speed": run.measured.tokens_per_s, "slowest": low, "fastest": high})
     if not rows:
         return None
@@ -138,7 +142,7 @@ def _parts(runs: list[ComparedRun]) -> Plot | None:
     rows = [
         {"run": run.name, "part": part, "ms": 1000 * seconds, "order": order.index(part)}
         for run in runs
-        for part, seconds in run.taken.parts_s.items()
+        for part, seconds in run.summary.parts_s.items()
     ]
     if not rows:
         return None
@@ -159,16 +163,16 @@ def _trade(runs: list[ComparedRun]) -> Plot | None:
     """What came out, beside what it cost: held-out loss where every run has it, else the last step's."""
     import altair as alt
 
-    held_out = all("eval/loss" in run.measured.after for run in runs)
+    held_out_chart = all("eval/loss" in run.measured.after for run in runs)
     costs = {
         "seconds of steps": lambda run: sum(row.get("step_s") or 0.0 for row in run.point.steps.values()),
         "GiB": lambda run: run.measured.memory_gib,
         "GiB saved": lambda run: run.measured.checkpoint_gib,
-        "dollars a million tokens": lambda run: run.taken.dollars_per_million,
+        "dollars a million tokens": lambda run: run.summary.dollars_per_million,
     }
     rows: list[dict[str, Any]] = []
     for run in runs:
-        loss = run.measured.after["eval/loss"] if held_out else run.measured.loss
+        loss = run.measured.after["eval/loss"] if held_out_chart else run.measured.loss
         if loss is not None:
             rows.append({"run": run.name, "loss": loss, **{name: cost(run) for name, cost in costs.items()}})
     known = [name for name in costs if any(row[name] is not None for row in rows)]
@@ -185,7 +189,7 @@ def _trade(runs: list[ComparedRun]) -> Plot | None:
             x=alt.X("x:Q", title="cost", scale=alt.Scale(zero=False, padding=40)),
             y=alt.Y(
                 "loss:Q",
-                title="held-out loss" if held_out else "last loss",
+                title="held-out loss" if held_out_chart else "last loss",
                 scale=alt.Scale(domain=[least - room, most + room]),
             ),
         )

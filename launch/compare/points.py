@@ -20,7 +20,7 @@ from launch.config.verb_words import read_group
 from strategies.errors import ConfigError, NotOurs
 
 if TYPE_CHECKING:
-    from launch.compare.follow import Meanwhile
+    from launch.compare.follow import PeriodicPage
     from launch.compare.progress import RunsProgress
     from launch.config.frozen import Composed
 
@@ -36,7 +36,7 @@ class RequestedPoint:
     words: tuple[str, ...]
     """Its values on the axes."""
     composed: Composed
-    refused: tuple[str, ...]
+    refusals: tuple[str, ...]
     """Why it cannot be run."""
 
 
@@ -49,7 +49,7 @@ class PointsPlan:
     left_out: int
     """Points that conditions left out."""
     words: tuple[str, ...]
-    partly: tuple[str, ...] = ()
+    partial_settings: tuple[str, ...] = ()
     """A line for each setting that some points do not have."""
 
     @property
@@ -65,10 +65,10 @@ class PointsPlan:
         ways = ["", *(f"-repeat{number}" for number in range(2, self.settings.repeats + 1))]
         return [
             ComparisonRow(
-                directories=() if point.refused else tuple(to / f"{point.name}{way}" for way in ways),
+                directories=() if point.refusals else tuple(to / f"{point.name}{way}" for way in ways),
                 name=point.name,
-                refused=point.refused,
-                config=flat(plain(point.composed.config)) if point.refused else {},
+                refused=point.refusals,
+                config=flat(plain(point.composed.config)) if point.refusals else {},
                 warmup=self.settings.warmup,
                 price_per_hour=self.settings.price_per_hour,
             )
@@ -77,7 +77,7 @@ class PointsPlan:
 
     def runs(self, to: Path) -> Iterator[tuple[RequestedPoint, Path]]:
         """What is run, in order: every second time the other way round, so that no point is always the later one."""
-        there = [(point, row) for point, row in zip(self.points, self.rows(to), strict=True) if not point.refused]
+        there = [(point, row) for point, row in zip(self.points, self.rows(to), strict=True) if not point.refusals]
         for repeat in range(self.settings.repeats):
             for point, row in there if repeat % 2 == 0 else reversed(there):
                 # Freezing notes in a configuration where it lies and what its run has chosen.
@@ -87,9 +87,9 @@ class PointsPlan:
 
 def plan_points(words: list[str]) -> PointsPlan:
     """Compose every point. Raises ConfigError for words that no point can use, and where no point could be run."""
-    settings, rest = read_own(words)
+    settings, rest = read_compare_settings(words)
     axes = read_axes(rest)
-    extra = _extra(axes, settings)
+    extra = _default_words(axes, settings)
     out = left_out(axes, settings.skip, settings.where)
     chosen = [axes.chosen(point) for point, skipped in zip(axes.points(), out, strict=True) if not skipped]
     kept = [point for point, skipped in zip(axes.points(), out, strict=True) if not skipped]
@@ -98,12 +98,12 @@ def plan_points(words: list[str]) -> PointsPlan:
         raise ConfigError(f"nothing to compare: {why}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
     refuse_large_arrays(kept, repeats=settings.repeats)
     points = tuple(_compose(kept, chosen, extra))
-    if all(point.refused for point in points):
-        raise ConfigError(_of_points({point.name: list(point.refused) for point in points}))
+    if all(point.refusals for point in points):
+        raise ConfigError(_problem_lines({point.name: list(point.refusals) for point in points}))
     return PointsPlan(settings, points, sum(out), tuple(words), tuple(axes.partly()))
 
 
-def read_own(words: list[str]) -> tuple[CompareConfig, list[str]]:
+def read_compare_settings(words: list[str]) -> tuple[CompareConfig, list[str]]:
     """The settings of the comparison, and the words of its runs. Raises ConfigError with every problem."""
     settings, rest, problems = read_group("compare", CompareConfig(), words)
     least = {"steps": 1, "repeats": 1, "warmup": 0, "price_per_hour": 0}
@@ -115,7 +115,7 @@ def read_own(words: list[str]) -> tuple[CompareConfig, list[str]]:
     return settings, rest
 
 
-def _extra(axes: Axes, settings: CompareConfig) -> list[str]:
+def _default_words(axes: Axes, settings: CompareConfig) -> list[str]:
     """Words that every point gets where nothing else was typed. Raises ConfigError for words that are not a point's."""
     typed = {values[0].partition("=")[0] for values in axes.words}
     problems = []
@@ -155,14 +155,14 @@ def _compose(points: list[list[str]], chosen: list[dict[str, str]], extra: list[
         words = tuple(f"{key}={value}" for key, value in values.items())
         found.append(RequestedPoint(name, words, composed, tuple(refusals(composed.config))))
     if problems:
-        raise ConfigError(_of_points(problems | {asked.name: [] for asked in found}))
+        raise ConfigError(_problem_lines(problems | {asked.name: [] for asked in found}))
     doubled = [asked.name for n, asked in enumerate(found) if asked.words in [one.words for one in found[:n]]]
     if doubled:
         raise ConfigError(f"{', '.join(doubled)}: the same as another point; name a value once, or set compare.repeats")
     yield from found
 
 
-def _of_points(problems: dict[str, list[str]]) -> list[str]:
+def _problem_lines(problems: dict[str, list[str]]) -> list[str]:
     """Each problem once, with the points that have it, unless all have."""
     where: dict[str, list[str]] = {}
     for name, found in problems.items():
@@ -173,7 +173,7 @@ def _of_points(problems: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def run_points(plan: PointsPlan, to: Path, pages: Meanwhile | None = None) -> int:
+def run_points(plan: PointsPlan, to: Path, pages: PeriodicPage | None = None) -> int:
     """Run what is not done yet, or submit it; returns 0, or the exit code of the run that was asked to stop.
 
     `pages` are written meanwhile.
@@ -212,7 +212,7 @@ def run_points(plan: PointsPlan, to: Path, pages: Meanwhile | None = None) -> in
 
 
 def _one_by_one(runs: list[tuple[RequestedPoint, Path]], progress: RunsProgress) -> int:
-    from launch.compare.progress import run_aside
+    from launch.compare.progress import run_with_progress
 
     codes: dict[str, int] = {}
     try:
@@ -220,7 +220,7 @@ def _one_by_one(runs: list[tuple[RequestedPoint, Path]], progress: RunsProgress)
             if codes.get(point.name):  # it would fail again; the same command tries it once more
                 progress.passed_over()
                 continue
-            codes[point.name] = run_aside(point.name, point.composed, run_dir, progress, verb="compare")
+            codes[point.name] = run_with_progress(point.name, point.composed, run_dir, progress, verb="compare")
             if codes[point.name] in STOPPED:
                 return codes[point.name]
     except KeyboardInterrupt:  # between two runs

@@ -15,11 +15,11 @@ OPERATORS = ["operator", "ms", "share", "calls"]
 
 
 @dataclass(frozen=True, slots=True)
-class Profiled:
+class ProfiledSteps:
     """The traced steps of one run."""
 
     steps: tuple[int, int]
-    of: str
+    measured_on: str
     """`device` or `operators`: what was looked at."""
     ranks: list[list[str]]
     """A row a rank, as `RANKS` names its cells."""
@@ -31,10 +31,10 @@ class Profiled:
     """Where they are."""
 
 
-def profiled(directory: Path) -> Profiled | None:
+def read_profile(directory: Path) -> ProfiledSteps | None:
     """None where no steps were traced; a file that cannot be read, as of a rank that writes it, is left out."""
     found = sorted(
-        filter(None, map(_read, (directory / "profile").glob("rank-*.summary.json"))), key=lambda e: e["rank"]
+        filter(None, map(_read_summary, (directory / "profile").glob("rank-*.summary.json"))), key=lambda e: e["rank"]
     )
     if not found:
         return None
@@ -44,10 +44,10 @@ def profiled(directory: Path) -> Profiled | None:
         seconds[each["name"]] += each["self_s"]
         calls[each["name"]] += each["calls"]
     whole = seconds.total() or 1.0
-    return Profiled(
+    return ProfiledSteps(
         steps=(first, last),
-        of=found[0]["of"],
-        ranks=[_rank(each) for each in found],
+        measured_on=found[0]["of"],
+        ranks=[_rank_row(each) for each in found],
         operators=[
             [name, f"{1e3 * took:.2f}", f"{took / whole:.0%}", str(calls[name])]
             for name, took in seconds.most_common(TOP)
@@ -63,21 +63,25 @@ def profiled(directory: Path) -> Profiled | None:
 
 def exposed_s(directory: Path) -> float | None:
     """Seconds of a traced step of GPUs in which there was exchange and nothing was computed, mean over the ranks; else None."""
-    found = filter(None, map(_read, (directory / "profile").glob("rank-*.summary.json")))
-    each = [told["exposed_s"] / (told["steps"][1] - told["steps"][0] + 1) for told in found if told["of"] == "device"]
-    return sum(each) / len(each) if each else None
+    summaries = filter(None, map(_read_summary, (directory / "profile").glob("rank-*.summary.json")))
+    seconds_per_step = [
+        summary["exposed_s"] / (summary["steps"][1] - summary["steps"][0] + 1)
+        for summary in summaries
+        if summary["of"] == "device"
+    ]
+    return sum(seconds_per_step) / len(seconds_per_step) if seconds_per_step else None
 
 
-def _rank(told: dict[str, Any]) -> list[str]:
-    window = told["window_s"] or 1.0
-    shares = [f"{told[key] / window:.0%}" for key in ("communication_s", "exposed_s", "idle_s")]
-    peak = max((point["gib"] for point in told["memory"]), default=None)
-    return [str(told["rank"]), f"{1e3 * told['window_s']:.1f}", *shares, "-" if peak is None else f"{peak:.3g}"]
+def _rank_row(summary: dict[str, Any]) -> list[str]:
+    window = summary["window_s"] or 1.0
+    shares = [f"{summary[key] / window:.0%}" for key in ("communication_s", "exposed_s", "idle_s")]
+    peak = max((point["gib"] for point in summary["memory"]), default=None)
+    return [str(summary["rank"]), f"{1e3 * summary['window_s']:.1f}", *shares, "-" if peak is None else f"{peak:.3g}"]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_summary(path: Path) -> dict[str, Any] | None:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return told if {"rank", "steps", "of", "operators", "memory", "window_s"} <= told.keys() else None
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        return summary if {"rank", "steps", "of", "operators", "memory", "window_s"} <= summary.keys() else None
     except (OSError, ValueError, AttributeError):
         return None

@@ -17,26 +17,26 @@ from trainer.reporting.metric_rows import METRICS
 from trainer.reporting.run_record import readable_run_record
 
 if TYPE_CHECKING:
-    from launch.compare.follow import Meanwhile
+    from launch.compare.follow import PeriodicPage
     from launch.config.frozen import Composed
 
-LOOK_S = 1.0
+UPDATE_INTERVAL_S = 1.0
 """Seconds between two looks at a run's files."""
-LINE_S = 60.0
+LINE_INTERVAL_S = 60.0
 """Seconds between two lines where they cannot be written over."""
 
 
 class RunsProgress:
     """`of` runs, of which `done` were there before; `pages` are looked after meanwhile."""
 
-    def __init__(self, of: int, done: int, pages: Meanwhile | None = None) -> None:
+    def __init__(self, of: int, done: int, pages: PeriodicPage | None = None) -> None:
         self.of, self.number, self.pages = of, done, pages
         self._out = sys.stderr
         self._terminal = self._out.isatty()
-        self._took: list[float] = []
-        self._looked = self._told = 0.0
+        self._durations_s: list[float] = []
+        self._updated_at = self._printed_at = 0.0
         if done:
-            self._say(f"{done} of {of} runs are done already")
+            self._print(f"{done} of {of} runs are done already")
 
     def begin(self, name: str, run_dir: Path, steps: int | None) -> None:
         """A run starts."""
@@ -44,66 +44,66 @@ class RunsProgress:
         self._name, self._run_dir, self._steps = name, run_dir, steps
         self._before = _last_step(run_dir)
         self._first: tuple[float, int] | None = None
-        self._began = self._told = time.monotonic()
+        self._started_at = self._printed_at = time.monotonic()
         if not self._terminal:
-            self._say(f"[{self.number}/{self.of}] {name} -> {run_dir}")
+            self._print(f"[{self.number}/{self.of}] {name} -> {run_dir}")
 
     def passed_over(self) -> None:
         """A run is not started, since its point failed before."""
         self.number += 1
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Tell where the run is, if it is time; called often."""
         now = time.monotonic()
-        if now - self._looked < LOOK_S:
+        if now - self._updated_at < UPDATE_INTERVAL_S:
             return
-        self._looked = now
+        self._updated_at = now
         if self.pages is not None:
-            self.pages.look()
-        if self._terminal or now - self._told >= LINE_S:
-            self._told = now
-            self._say(self._state(now), over=True)
+            self.pages.write_if_due()
+        if self._terminal or now - self._printed_at >= LINE_INTERVAL_S:
+            self._printed_at = now
+            self._print(self._state_line(now), over=True)
 
     def end(self, code: int, output: Path) -> None:
         """The run has ended with this exit code; what it printed is in `output`."""
         from launch.compare.run_files import read_point
 
-        took = time.monotonic() - self._began
+        took = time.monotonic() - self._started_at
         outcome, reason = None, None
         with suppress(ConfigError):  # of a file that cannot be read the answer will say so
             point = read_point(self._run_dir)
             outcome, reason = point.record.outcome, point.reason
         if code == 0:
-            self._took.append(took)
+            self._durations_s.append(took)
             speed = outcome.speed.get("tokens_per_s") if outcome is not None else None
-            said = f"done in {span(took)}" + (f", {speed:,.0f} tokens/s" if speed else "")
+            said = f"done in {duration_text(took)}" + (f", {speed:,.0f} tokens/s" if speed else "")
         elif code in (75, 130):
             said = reason or "stopped"
         else:
             said = f"{reason or f'ended with {code}'}; what it printed: {output}"
-        self._say(f"[{self.number}/{self.of}] {self._name}: {said}")
+        self._print(f"[{self.number}/{self.of}] {self._name}: {said}")
 
-    def _state(self, now: float) -> str:
+    def _state_line(self, now: float) -> str:
         step = _last_step(self._run_dir)
         if self._steps is None:
             self._steps = readable_run_record(self._run_dir).total_steps or None
         told = f"[{self.number}/{self.of}] {self._name}: " + (
             f"step {step}" + (f" of {self._steps}" if self._steps else "") if step else "starting"
         )
-        left = self._left(now, step)
-        return told if left is None else f"{told}, about {span(left)} left"
+        left = self._seconds_left(now, step)
+        return told if left is None else f"{told}, about {duration_text(left)} left"
 
-    def _left(self, now: float, step: int) -> float | None:
+    def _seconds_left(self, now: float, step: int) -> float | None:
         """Seconds to the end of all runs: each as long as those before it, the first as its start and its steps say."""
-        took = mean(self._took) if self._took else None
+        took = mean(self._durations_s) if self._durations_s else None
         if self._first is None and step > self._before:
             self._first = (now, step)
         if took is None and self._first is not None and self._steps and step > self._first[1]:
             seen, at = self._first
-            took = seen - self._began + (now - seen) / (step - at) * (self._steps - at)
-        return None if took is None else max(0.0, took - (now - self._began)) + took * (self.of - self.number)
+            took = seen - self._started_at + (now - seen) / (step - at) * (self._steps - at)
+        return None if took is None else max(0.0, took - (now - self._started_at)) + took * (self.of - self.number)
 
-    def _say(self, text: str, *, over: bool = False) -> None:
+    def _print(self, text: str, *, over: bool = False) -> None:
         """A line; in a terminal the next one takes its place where it is `over`."""
         with suppress(OSError, ValueError):  # a terminal that has gone away is no reason to end the runs
             if self._terminal:
@@ -116,7 +116,7 @@ class RunsProgress:
             )
 
 
-def span(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """A time as people say it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -130,7 +130,7 @@ def _last_step(run_dir: Path) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
-def run_aside(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
+def run_with_progress(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
     """Run what is frozen in `run_dir`, one of several, with its output in a file and `progress` told of it; the exit code."""
     from launch.cluster.supervisor import supervised
     from launch.cluster.torchrun import Aside
@@ -141,7 +141,7 @@ def run_aside(name: str, composed: Composed, run_dir: Path, progress: RunsProgre
     # The reason of a failure is shown with the others; what led to it stays beside the run.
     with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         try:
-            code = supervised(composed.config, run_dir, composed.sha256, Aside(output, progress.look))
+            code = supervised(composed.config, run_dir, composed.sha256, Aside(output, progress.update))
         except ShardtuneError as error:
             print(f"shardtune {verb}: {error}", file=sys.stderr)
             code = error.exit_code

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from launch.compare.profiles import exposed_s
-from launch.compare.run_files import RATES, Point, RunMeasurements, is_run, measure, read_point, usual_rows
+from launch.compare.run_files import RATES, Point, RunMeasurements, is_run, measure, read_point, rows_after_warmup
 from launch.compare.settings import ComparisonRow
 from launch.compare.wandb_files import is_server, is_wandb, read_server, read_wandb
 from trainer.reporting.run_record import RunRecord
@@ -17,7 +17,7 @@ from trainer.reporting.run_record import RunRecord
 REFUSED = "refused"
 MEDIANS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
 """What is a median over the repeats; memory is the largest."""
-PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s", "optimizer": "optimizer_s"}
+STEP_PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s", "optimizer": "optimizer_s"}
 """Parts of a step, and what rows call them."""
 
 
@@ -42,14 +42,14 @@ class RepeatsSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class Repeated:
+class RepeatedRun:
     """A row with what its repeats left."""
 
     row: ComparisonRow
     points: tuple[Point, ...]
     """The repeats that were frozen; of a refused row one without a step."""
     measured: RunMeasurements
-    taken: RepeatsSummary
+    summary: RepeatsSummary
 
     @property
     def point(self) -> Point:
@@ -78,10 +78,10 @@ class Repeated:
         return None
 
 
-def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> Repeated:
+def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> RepeatedRun:
     """Read a row's directories; `price_of` a card by its driver's name. Raises ConfigError as `read_point` does."""
     there = [path for number, path in enumerate(row.directories) if number == 0 or is_run(path)]
-    points = tuple(map(_read, there)) if not row.refused else (_refused(row),)
+    points = tuple(map(_read, there)) if not row.refused else (_refused_point(row),)
     numbers = [measure(point, row.warmup) for point in points]
     begun = [each for each in numbers if each.steps] or numbers[:1]
     speeds = tuple(each.tokens_per_s for each in begun if each.tokens_per_s is not None)
@@ -92,10 +92,10 @@ def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> Rep
     taken = RepeatsSummary(
         repeats=sum(bool(each.steps) for each in numbers),
         tokens_per_s_repeats=speeds,
-        parts_s=_parts(points, row.warmup, measured.step_s),
-        dollars_per_million=_price(row, points[0].record, measured.tokens_per_s, price_of),
+        parts_s=_step_parts_s(points, row.warmup, measured.step_s),
+        dollars_per_million=_dollars_per_million(row, points[0].record, measured.tokens_per_s, price_of),
     )
-    return Repeated(row, points, measured, taken)
+    return RepeatedRun(row, points, measured, taken)
 
 
 def _read(path: Path) -> Point:
@@ -104,7 +104,7 @@ def _read(path: Path) -> Point:
     return read_wandb(path) if is_wandb(path) else read_point(path)
 
 
-def _refused(row: ComparisonRow) -> Point:
+def _refused_point(row: ComparisonRow) -> Point:
     return Point(
         directory=row.directories[0] if row.directories else Path(row.name or REFUSED),
         config=row.config,
@@ -117,18 +117,21 @@ def _refused(row: ComparisonRow) -> Point:
     )
 
 
-def _parts(points: tuple[Point, ...], warmup: int, step_s: float | None) -> dict[str, float]:
+def _step_parts_s(points: tuple[Point, ...], warmup: int, step_s: float | None) -> dict[str, float]:
     found: dict[str, float] = {}
-    for name, key in PARTS.items():
+    for name, key in STEP_PARTS.items():
         rows = [
-            row for point in points for row in usual_rows(point, warmup) or point.steps.values() if "forward_s" in row
+            row
+            for point in points
+            for row in rows_after_warmup(point, warmup) or point.steps.values()
+            if "forward_s" in row
         ]
         if (seconds := _median([row.get(key) for row in rows])) is not None:
             found[name] = seconds
     return found | {"rest": max(0.0, (step_s or 0.0) - sum(found.values()))} if found else {}
 
 
-def _price(
+def _dollars_per_million(
     row: ComparisonRow, record: RunRecord, tokens_per_s: float | None, price_of: Callable[[str], float | None]
 ) -> float | None:
     """US dollars for a million tokens; None if the card's price, the speed or the number of devices is not known."""

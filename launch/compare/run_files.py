@@ -69,8 +69,8 @@ class Point:
     def reason(self) -> str | None:
         """The same with why, on one line."""
         if self.state == State.running:
-            heard = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
-            return f"{self.ended}, as last heard of at {heard}"
+            last_seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
+            return f"{self.ended}, as last heard of at {last_seen}"
         why = self.status.get("reason") or self.failure.get("message")
         return f"{self.ended}: {' '.join(str(why).split())}" if self.ended and why else self.ended
 
@@ -206,7 +206,7 @@ def _rows(path: Path) -> MetricRows:
         ) from error
 
 
-def usual_rows(point: Point, warmup: int) -> list[dict[str, Any]]:
+def rows_after_warmup(point: Point, warmup: int) -> list[dict[str, Any]]:
     """The steps behind the first `warmup` ones and the rest of their logging interval; empty where there are no others."""
     every = int(point.config.get("logging.every_steps") or 1)
     first = min(point.steps, default=0)
@@ -216,10 +216,10 @@ def usual_rows(point: Point, warmup: int) -> list[dict[str, Any]]:
 
 
 def measure(point: Point, warmup: int = 1) -> RunMeasurements:
-    """The numbers that are compared; of speeds those of `usual_rows`."""
+    """The numbers that are compared; of speeds those of `rows_after_warmup`."""
     rows = list(point.steps.values())
-    usual = usual_rows(point, warmup)
-    rates = {key: _finite(usual or rows, key) for key in RATES}
+    counted_rows = rows_after_warmup(point, warmup)
+    rates = {key: _finite(counted_rows or rows, key) for key in RATES}
     speeds = rates["tokens_per_s"]
     quartiles = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else None
     evaluated = sorted(point.evaluations)
@@ -232,10 +232,10 @@ def measure(point: Point, warmup: int = 1) -> RunMeasurements:
         loss=losses[0] if losses else None,
         **{key: median(values) if values else None for key, values in rates.items()},
         tokens_per_s_quartiles=(quartiles[0], quartiles[2]) if quartiles else None,
-        warmup_steps=len(rows) - len(usual) if usual else 0,
+        warmup_steps=len(rows) - len(counted_rows) if counted_rows else 0,
         memory_gib=max(_finite(rows, "memory_gib"), default=None),
         memory_reserved_gib=max(_finite(rows, "memory_reserved_gib"), default=None),
-        checkpoint_gib=_checkpoint(point),
+        checkpoint_gib=_checkpoint_gib(point),
         checkpoint_s=measured.checkpoint_s,
         start_s=measured.start_s,
         evaluation_before_s=measured.evaluation_before_s,
@@ -264,7 +264,7 @@ def _total_gib(bytes_by_collective: dict[str, float] | None) -> float | None:
     return None if bytes_by_collective is None else sum(_without_null(bytes_by_collective).values()) / GIB
 
 
-def _checkpoint(point: Point) -> float | None:
+def _checkpoint_gib(point: Point) -> float | None:
     """None where there is none, or a running run has just deleted it."""
     try:
         there = published(places_of(point.directory, point.config.get("checkpoint.fallback_dir")))

@@ -18,18 +18,18 @@ NO_PAGE = (State.running, None)
 """States in which another attempt has the directory, or nothing was begun there."""
 
 
-def write(run_dir: Path, found: Comparison, *, again_s: float | None = None) -> Path:
+def write(run_dir: Path, comparison: Comparison, *, again_s: float | None = None) -> Path:
     """The page of a comparison that is of this run alone, into its directory. Errors: StorageError."""
     from launch.compare.answer import as_html
 
     path = run_dir / REPORT
-    write_text_atomic(path, as_html(found, again_s=again_s))
+    write_text_atomic(path, as_html(comparison, again_s=again_s))
     return path
 
 
 def at_end(config: RunConfig, run_dir: Path | None) -> None:
     """After a run has ended, however it did: its page, where wanted, and a word on it. Never raises what a page is not worth."""
-    from launch.compare.page import missing
+    from launch.compare.page import missing_packages
 
     if (
         run_dir is None
@@ -40,7 +40,7 @@ def at_end(config: RunConfig, run_dir: Path | None) -> None:
         return
     if not (run_dir / "run.json").is_file():
         return  # it failed before its first step, and the page would have nothing to show
-    if (lacks := missing(REPORT)) is not None:
+    if (lacks := missing_packages(REPORT)) is not None:
         print(f"report:     {lacks}", flush=True)
         return
     from launch.compare.comparison import compare

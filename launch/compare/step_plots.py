@@ -7,29 +7,29 @@ from itertools import accumulate
 from typing import Any
 
 from launch.compare.comparison import ComparedRun
-from launch.compare.events import marks_of
+from launch.compare.events import notable_steps
 
 USUAL_COLORS = 10
 """Colours of the usual scheme."""
 MOST_POINTS = 400
 """Steps of one curve that are drawn; of a longer run evenly spread ones, and those that stand out."""
-HEIGHT, WIDTH, LOW = 320, 860, 110
-"""Pixels of a plot; `LOW`: of one of several beneath each other."""
+HEIGHT, WIDTH, STRIP_HEIGHT = 320, 860, 110
+"""Pixels of a plot; `STRIP_HEIGHT`: of one of several beneath each other."""
 WIDEST_NAME = 280
 """Pixels of a run's name, of which the end alone may tell two apart; vega cuts what is longer than 160."""
 OVER = ("step", "tokens", "seconds")
-COURSE = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
+COURSE_METRICS = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
 """What is drawn below the loss, of rows that have it."""
 
 
-def curve(run: ComparedRun) -> list[dict[str, Any]]:
+def curve_rows(run: ComparedRun) -> list[dict[str, Any]]:
     """Steps of a run with what is drawn of them: step, tokens and seconds until then, the loss, and the rest."""
     rows = list(run.point.steps.values())
     seconds = accumulate(row.get("step_s") or 0.0 for row in rows)
-    every, named = max(1, -(-len(rows) // MOST_POINTS)), {mark.step for mark in marks_of(run.point)}
+    every, named = max(1, -(-len(rows) // MOST_POINTS)), {mark.step for mark in notable_steps(run.point)}
     told = [
         {"run": run.name, "step": row["step"], "tokens": row.get("tokens"), "seconds": at, "loss": row["loss"]}
-        | {key: row[key] for key in COURSE if isinstance(row.get(key), int | float)}
+        | {key: row[key] for key in COURSE_METRICS if isinstance(row.get(key), int | float)}
         for row, at in zip(rows, seconds, strict=True)
     ]
     return [row for n, row in enumerate(told) if n % every == 0 or n == len(told) - 1 or row["step"] in named]
@@ -45,17 +45,17 @@ def color(runs: list[ComparedRun]) -> Any:
     return alt.Color("run:N", sort=[run.name for run in runs], title=None, **several)
 
 
-def _over() -> Any:
+def _x_choice() -> Any:
     import altair as alt
 
     return alt.param(name="over", value=OVER[0], bind=alt.binding_select(options=list(OVER), name="over"))
 
 
-def _x(title: str | None = "steps, tokens or seconds of steps") -> Any:
+def _x_axis(title: str | None = "steps, tokens or seconds of steps") -> Any:
     import altair as alt
 
-    whole = alt.Axis(tickMinStep=alt.ExprRef("over == 'seconds' ? 0.001 : 1"))  # type: ignore[arg-type]
-    return alt.X("x:Q", title=title, scale=alt.Scale(zero=False), axis=whole)
+    axis = alt.Axis(tickMinStep=alt.ExprRef("over == 'seconds' ? 0.001 : 1"))  # type: ignore[arg-type]
+    return alt.X("x:Q", title=title, scale=alt.Scale(zero=False), axis=axis)
 
 
 def _tooltip(*more: Any) -> list[Any]:
@@ -64,46 +64,46 @@ def _tooltip(*more: Any) -> list[Any]:
     return ["run:N", "step:Q", "tokens:Q", alt.Tooltip("seconds:Q", format=".1f"), *more]
 
 
-def losses(runs: list[ComparedRun]) -> tuple[Any, str] | None:
+def loss_chart(runs: list[ComparedRun]) -> tuple[Any, str] | None:
     """(the chart of the losses, with a line where a step stood out; what is to be seen), None without a loss."""
     import altair as alt
 
-    rows = [row for run in runs for row in curve(run) if row["loss"] is not None]
+    rows = [row for run in runs for row in curve_rows(run) if row["loss"] is not None]
     if not rows:
         return None
-    chosen = alt.selection_point(name="chosen", fields=["run"], bind="legend")
+    chosen_run = alt.selection_point(name="chosen", fields=["run"], bind="legend")
     lines = (
         alt.Chart(alt.Data(values=rows), width=WIDTH, height=HEIGHT)
         .transform_calculate(x="datum[over]")
         .mark_line(point={"size": 18})
         .encode(
-            x=_x(),
+            x=_x_axis(),
             y=alt.Y("loss:Q", scale=alt.Scale(zero=False)),
             color=color(runs),
-            opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)),
+            opacity=alt.condition(chosen_run, alt.value(1), alt.value(0.12)),
             tooltip=_tooltip(alt.Tooltip("loss:Q", format=".6f")),
         )
-        .add_params(_over(), chosen, alt.selection_interval(name="zoom", bind="scales"))
+        .add_params(_x_choice(), chosen_run, alt.selection_interval(name="zoom", bind="scales"))
     )
-    said = "Scroll to zoom, drag to move, double-click to go back"
-    said += "; a click in the legend shows one run alone." if len(runs) > 1 else "."
-    if not (noted := _marks(runs)):
-        return lines, said
+    caption = "Scroll to zoom, drag to move, double-click to go back"
+    caption += "; a click in the legend shows one run alone." if len(runs) > 1 else "."
+    if not (notable_rows := _notable_step_rows(runs)):
+        return lines, caption
     rules = (
-        alt.Chart(alt.Data(values=noted))
+        alt.Chart(alt.Data(values=notable_rows))
         .transform_calculate(x="datum[over]")
         .mark_rule(strokeDash=[4, 3], strokeWidth=1.5)
         .encode(x="x:Q", color=alt.value("#c0392b"), tooltip=["run:N", "step:Q", "what:N"])
     )
-    return lines + rules, f"{said} Dashed: steps that stood out; the pointer says what was done."
+    return lines + rules, f"{caption} Dashed: steps that stood out; the pointer says what was done."
 
 
-def _marks(runs: list[ComparedRun]) -> list[dict[str, Any]]:
+def _notable_step_rows(runs: list[ComparedRun]) -> list[dict[str, Any]]:
     """Steps that stand out, placed as the curves are."""
     found = []
     for run in runs:
-        rows = {row["step"]: row for row in curve(run)}
-        for mark in marks_of(run.point):
+        rows = {row["step"]: row for row in curve_rows(run)}
+        for mark in notable_steps(run.point):
             at = rows.get(mark.step, {})
             found.append(
                 {
@@ -111,13 +111,13 @@ def _marks(runs: list[ComparedRun]) -> list[dict[str, Any]]:
                     "step": mark.step,
                     "tokens": at.get("tokens"),
                     "seconds": at.get("seconds"),
-                    "what": mark.said,
+                    "what": mark.text,
                 }
             )
     return found
 
 
-def held_out(runs: list[ComparedRun]) -> Any | None:
+def held_out_chart(runs: list[ComparedRun]) -> Any | None:
     """The chart of each held-out metric over the run, one at a time."""
     import altair as alt
 
@@ -139,21 +139,21 @@ def held_out(runs: list[ComparedRun]) -> Any | None:
         .transform_calculate(x="datum[over]")
         .mark_line(point={"size": 40})
         .encode(
-            x=_x(),
+            x=_x_axis(),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
             color=color(runs),
             tooltip=_tooltip("metric:N", alt.Tooltip("value:Q", format=".6g")),
         )
-        .add_params(_over(), metric, alt.selection_interval(name="zoom", bind="scales"))
+        .add_params(_x_choice(), metric, alt.selection_interval(name="zoom", bind="scales"))
     )
 
 
-def course(runs: list[ComparedRun]) -> Any | None:
+def course_chart(runs: list[ComparedRun]) -> Any | None:
     """Gradient norm, learning rate and speed beneath each other, moved together."""
     import altair as alt
 
-    rows = [row for run in runs for row in curve(run)]
-    known = [key for key in COURSE if any(row.get(key) is not None for row in rows)]
+    rows = [row for run in runs for row in curve_rows(run)]
+    known = [key for key in COURSE_METRICS if any(row.get(key) is not None for row in rows)]
     if not known:
         return None
     along = alt.selection_interval(name="along", bind="scales", encodings=["x"])
@@ -161,13 +161,13 @@ def course(runs: list[ComparedRun]) -> Any | None:
         alt.Chart(
             alt.Data(values=[row for row in rows if row.get(key) is not None]),
             width=WIDTH,
-            height=LOW,
+            height=STRIP_HEIGHT,
         )
         .transform_calculate(x="datum[over]")
         .mark_line(point={"size": 12}, strokeWidth=1.5)
         .encode(
-            x=_x(None if key != known[-1] else "steps, tokens or seconds of steps"),
-            y=alt.Y(f"{key}:Q", title=COURSE[key], scale=alt.Scale(zero=False)),
+            x=_x_axis(None if key != known[-1] else "steps, tokens or seconds of steps"),
+            y=alt.Y(f"{key}:Q", title=COURSE_METRICS[key], scale=alt.Scale(zero=False)),
             color=color(runs),
             tooltip=_tooltip(alt.Tooltip(f"{key}:Q", format=".6g")),
         )
@@ -176,4 +176,4 @@ def course(runs: list[ComparedRun]) -> Any | None:
     ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Automatically deduplicated")  # one selection of all three is meant
-        return alt.vconcat(*charts, spacing=6).add_params(_over())
+        return alt.vconcat(*charts, spacing=6).add_params(_x_choice())

@@ -23,9 +23,9 @@ from trainer.reporting.trackers.wandb_server import fetch
 PART = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
 """How W&B calls the directory of a part of a run: one for each start."""
 NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
-SERVER = "wandb:"
+SERVER_PREFIX = "wandb:"
 """How a run on a server is named: wandb:<entity>/<project>/<run id>."""
-ADDRESS = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+)/runs/(?P<run>[^/?#]+).*")
+RUN_PAGE_URL = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+)/runs/(?P<run>[^/?#]+).*")
 """The page of a run."""
 
 
@@ -36,10 +36,10 @@ def is_wandb(directory: Path) -> bool:
 
 def parts_of(directory: Path) -> list[Path]:
     """All parts of a run that lie beside the one that is named, in the order of their starts."""
-    found = PART.fullmatch(directory.name)
-    assert found is not None
-    beside = [each for each in directory.parent.glob(f"*run-*-{found['id']}") if is_wandb(each)]
-    return sorted(beside, key=lambda each: each.name.removeprefix("offline-"))
+    match = PART.fullmatch(directory.name)
+    assert match is not None
+    beside = [part for part in directory.parent.glob(f"*run-*-{match['id']}") if is_wandb(part)]
+    return sorted(beside, key=lambda part: part.name.removeprefix("offline-"))
 
 
 def read_wandb(directory: Path) -> Point:
@@ -68,22 +68,22 @@ def read_wandb(directory: Path) -> Point:
             elif kind == "exit":
                 exits = record["exit"]
             elif kind == "history":
-                _take(record["history"].get("item", {}), steps, evaluations)
-    return _point(directory, tree, host, _status(exits, summary, started), steps, evaluations)
+                _add_row(record["history"].get("item", {}), steps, evaluations)
+    return _point_from_config(directory, tree, host, _status(exits, summary, started), steps, evaluations)
 
 
 def is_server(directory: Path) -> bool:
     """Whether this names a run on W&B's server."""
-    return str(directory).startswith(SERVER)
+    return str(directory).startswith(SERVER_PREFIX)
 
 
-def on_server(word: str) -> str | None:
+def server_name(word: str) -> str | None:
     """The run that a word names, as `wandb:<entity>/<project>/<run id>`; None where it names none, ConfigError where in part."""
-    if found := ADDRESS.fullmatch(word):
-        return f"{SERVER}{found['entity']}/{found['project']}/{found['run']}"
-    if not word.startswith(SERVER):
+    if match := RUN_PAGE_URL.fullmatch(word):
+        return f"{SERVER_PREFIX}{match['entity']}/{match['project']}/{match['run']}"
+    if not word.startswith(SERVER_PREFIX):
         return None
-    parts = word.removeprefix(SERVER).split("/")
+    parts = word.removeprefix(SERVER_PREFIX).split("/")
     if len(parts) != 3 or not all(parts):
         raise ConfigError(f"{word}: names no run; write wandb:<entity>/<project>/<run id>, or the address of its page")
     return word
@@ -91,18 +91,18 @@ def on_server(word: str) -> str | None:
 
 def read_server(directory: Path) -> Point:
     """Read a run that W&B's server has; what W&B is not told stays empty. Raises ConfigError where it cannot be had."""
-    entity, project, run = str(directory).removeprefix(SERVER).split("/")
-    found = fetch(entity, project, run)
+    entity, project, run = str(directory).removeprefix(SERVER_PREFIX).split("/")
+    fetched = fetch(entity, project, run)
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, float]] = {}
-    for row in found.rows:
-        _take(row, steps, evaluations)
-    exits = {} if found.state == "running" else {"exit_code": int(found.state != "finished")}
-    status = _status(exits, found.summary, _seconds(found.created) or 0.0)
-    return _point(directory, found.config, {}, status, steps, evaluations)
+    for row in fetched.rows:
+        _add_row(row, steps, evaluations)
+    exits = {} if fetched.state == "running" else {"exit_code": int(fetched.state != "finished")}
+    status = _status(exits, fetched.summary, _seconds(fetched.created) or 0.0)
+    return _point_from_config(directory, fetched.config, {}, status, steps, evaluations)
 
 
-def _point(
+def _point_from_config(
     directory: Path,
     tree: dict[str, Any],
     host: dict[str, Any],
@@ -146,14 +146,16 @@ def _records(part: Path) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"{part}: wandb cannot read its files ({why}); leave this run out")
 
 
-def _take(item: dict[str, Any], steps: dict[int, dict[str, Any]], evaluations: dict[int, dict[str, float]]) -> None:
+def _add_row(
+    logged: dict[str, Any], steps: dict[int, dict[str, Any]], evaluations: dict[int, dict[str, float]]
+) -> None:
     """A row of W&B, which has what was measured at one step in one."""
-    step = item.get("train_step")
+    step = logged.get("train_step")
     if not isinstance(step, int | float):
         return
     step = int(step)
     # Of a server a row has null where another row has a value.
-    row = {key: _finite(value) for key, value in item.items() if key[0] != "_" and value is not None}
+    row = {key: _finite_or_none(value) for key, value in logged.items() if key[0] != "_" and value is not None}
     del row["train_step"]
     # `blocks_s/worst` and `loss/a` are of the step, as `blocks_s` and `loss` are; `eval/loss` is not, without `eval`.
     of_step = {key for key in row if "/" not in key or key.partition("/")[0] in row}
@@ -164,20 +166,20 @@ def _take(item: dict[str, Any], steps: dict[int, dict[str, Any]], evaluations: d
         evaluations[step] = evaluations.get(step, {}) | measured
 
 
-def _finite(value: Any) -> Any:
+def _finite_or_none(value: Any) -> Any:
     """A value; None for one that is no finite number, which W&B writes as a word."""
     broken = value in NOT_FINITE if isinstance(value, str) else isinstance(value, float) and not math.isfinite(value)
     return None if broken else value
 
 
 def _status(exits: dict[str, Any], summary: dict[str, Any], started: float) -> dict[str, Any]:
-    heard = {"step": summary.get("train_step"), "time": started + float(summary.get("_runtime") or 0.0)}
+    status = {"step": summary.get("train_step"), "time": started + float(summary.get("_runtime") or 0.0)}
     if not exits:
-        return heard | {"state": State.running}
+        return status | {"state": State.running}
     state = str(summary.get("state"))
     if state in ("preempted", "done"):
-        return heard | {"state": state}
-    return heard | {"state": State.done if exits.get("exit_code", 0) == 0 else State.failed}
+        return status | {"state": state}
+    return status | {"state": State.done if exits.get("exit_code", 0) == 0 else State.failed}
 
 
 def _seconds(text: object) -> float | None:

@@ -85,9 +85,9 @@ if __name__ == "__main__":
 ''')
 
 
-def script(found: Comparison, to: Path) -> str | None:
+def workspace_script(comparison: Comparison, to: Path) -> str | None:
     """The script for a comparison that is written into `to`; None where none of its runs is in W&B."""
-    there = [point for run in found.runs if run.found.state != REFUSED for point in run.found.points]
+    there = [point for run in comparison.runs if run.repeated.state != REFUSED for point in run.repeated.points]
     points = [point for point in there if point.config.get("logging.wandb", "disabled") != "disabled"]
     if not points:
         return None
@@ -97,7 +97,7 @@ def script(found: Comparison, to: Path) -> str | None:
         filters = f'ws.Config("run_dir").isin({directories!r})'
     else:
         filters = f'ws.Metric("Group").isin({sorted(map(str, groups))!r})'
-    keys = [difference.key for difference in found.differences]
+    keys = [difference.key for difference in comparison.differences]
     named = {word.partition("=")[0] for point in points for word in point.config.get("logging.columns") or []}
     chosen = [COLUMNS[key] for key in keys if key in COLUMNS]
     chosen += [name.replace(".", "_") for name in sorted(named) if not {name, f"{name}.name"} & COLUMNS.keys()]
@@ -108,7 +108,7 @@ def script(found: Comparison, to: Path) -> str | None:
         filters=filters,
         columns=repr(list(dict.fromkeys(chosen))),
         summary=repr(SUMMARY),
-        verdict=repr([run.verdict for run in found.runs]),
+        verdict=repr([run.verdict for run in comparison.runs]),
     )
 
 

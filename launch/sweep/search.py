@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.compare.progress import RunsProgress, run_aside
+from launch.compare.progress import RunsProgress, run_with_progress
 from launch.sweep.sweeper import Prune, Search, listing
 from strategies.errors import ConfigError, NotOurs, ShardtuneError, StorageError
 from trainer.reporting.results import rows
@@ -49,9 +49,9 @@ class SearchProgress(RunsProgress):
         self.number = trial.number
         self.pruned = self._ended = False
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Read the metrics where there are more of them; ask a run that is behind or has no metric to end, as `stop` does."""
-        super().look()
+        super().update()
         file = self._directory / "metrics.jsonl"
         with suppress(OSError):
             size = file.stat().st_size
@@ -82,7 +82,7 @@ def start(name: str, composed: Composed, run_dir: Path, progress: RunsProgress) 
     freeze(composed, run_dir)
     if is_finished(run_dir):  # its command was killed before it could tell
         return 0
-    return run_aside(name, composed, run_dir, progress, verb="train")
+    return run_with_progress(name, composed, run_dir, progress, verb="train")
 
 
 def evaluations(run_dir: Path, metric: str) -> dict[int, float]:

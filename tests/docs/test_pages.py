@@ -129,7 +129,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         return
     if words[:2] == ["shardtune", "compare"]:
         points = plan_points([word for word in settings if not word.startswith("to=")]).points
-        assert not any(point.refused for point in points)
+        assert not any(point.refusals for point in points)
         return
     if is_search(settings):
         plan_search(settings)

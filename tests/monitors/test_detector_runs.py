@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.compare.events import marks_of
+from launch.compare.events import notable_steps
 from launch.compare.run_files import read_point
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
@@ -77,7 +77,9 @@ def test_both_are_found_and_told_everywhere(whole):
         assert record[name]["found"] and record[name]["remedies"], record
         assert f"warning: {name} at step {record[name]['step']}" in log
         assert [e["step"] for e in events if e.get("challenge") == name] == [record[name]["step"]]
-        assert f"{name}: {record[name]['says']}" in [mark.said for mark in marks_of(read_point(whole))]  # on its page
+        assert f"{name}: {record[name]['says']}" in [
+            mark.text for mark in notable_steps(read_point(whole))
+        ]  # on its page
     first, last = evaluations[0], evaluations[-1]
     assert first["step"] == 0 and first["forgetting"] == 0
     assert last["forgetting"] == pytest.approx(last["eval/general/loss"] / first["eval/general/loss"] - 1)

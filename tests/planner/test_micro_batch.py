@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from launch.compare.profiles import profiled
+from launch.compare.profiles import read_profile
 from strategies.base import DdpConfig, Precision
 from strategies.errors import DoesNotFit
 from strategies.runtime import Runtime
@@ -249,7 +249,9 @@ def test_a_run_that_chooses_takes_the_steps_of_one_that_was_told(tmp_path, strat
     said = capfd.readouterr().out
     told = [*words, f"run.dir={tmp_path / 'told'}", "budget.steps=3", f"batch.micro={part}", "profile.steps=[2,3]"]
     assert command_warm(["train", *told]) == 0
-    traced = profiled(tmp_path / "told")  # each rank leaves a trace, of which one page tells; its steps are the same
+    traced = read_profile(
+        tmp_path / "told"
+    )  # each rank leaves a trace, of which one page tells; its steps are the same
     ranks = [str(rank) for rank in range(1 if strategy == "single" else 2)]
     assert traced.steps == (2, 3) and [row[0] for row in traced.ranks] == ranks
     assert traced.operators and {each["rank"] for each in traced.memory} == {*ranks}

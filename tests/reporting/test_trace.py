@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from launch.compare.profiles import profiled
+from launch.compare.profiles import read_profile
 from trainer.reporting.profile import ProfileConfig, Profiler, profile_problems
 from trainer.reporting.trace import summarise
 
@@ -76,11 +76,11 @@ def test_a_rank_traces_its_steps_and_the_page_reads_what_it_left(tmp_path):
             profiler.at_step(step)
             (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
     assert heard == [1, 2, 3, 4] and "profiled steps 2 to 3" in said[0]
-    found = profiled(tmp_path)
+    found = read_profile(tmp_path)
     assert found is not None and found.steps == (2, 3) and found.ranks[0][0] == "1" and found.memory
     assert {row[0]: row[3] for row in found.operators}["aten::mm"] == "2"
     (tmp_path / "profile" / "rank-0.summary.json").write_text('{"rank": 0')  # being written
-    assert profiled(tmp_path) == found
+    assert read_profile(tmp_path) == found
 
 
 def test_operators_are_of_all_ranks(tmp_path):
@@ -90,7 +90,7 @@ def test_operators_are_of_all_ranks(tmp_path):
         about = {"rank": rank, "steps": [1, 2], "of": "device", "window_s": 5.0, "memory": [], "operators": operators}
         about |= {"communication_s": 1.0, "exposed_s": 0.5, "idle_s": 0.0}
         (tmp_path / f"profile/rank-{rank}.summary.json").write_text(json.dumps(about))
-    found = profiled(tmp_path)
+    found = read_profile(tmp_path)
     assert [row[0] for row in found.ranks] == ["0", "1"]
     assert found.operators == [
         ["cat", "4000.00", "50%", "2"],
@@ -104,4 +104,4 @@ def test_the_last_step_may_be_the_runs_last(tmp_path):
     with Profiler(ProfileConfig(steps=[1, 1]), tmp_path, runtime, lambda step: None, lambda text: None) as profiler:
         profiler.at_step(1)
         torch.ones(8).sum()
-    assert profiled(tmp_path).steps == (1, 1)
+    assert read_profile(tmp_path).steps == (1, 1)

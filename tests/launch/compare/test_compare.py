@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.compare.answer import COLUMNS
+from launch.compare.answer import MAIN_COLUMNS
 from launch.main import main
 from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, command_here
@@ -255,6 +255,6 @@ def test_it_needs_no_torch(runs):
 
 
 def test_a_run_that_learns_labels_has_no_rate_of_learned_tokens():
-    learned = next(say for name, say in COLUMNS if name == "learned/s")
+    learned = next(say for name, say in MAIN_COLUMNS if name == "learned/s")
     runs = [SimpleNamespace(measured=SimpleNamespace(supervised_tokens_per_s=rate)) for rate in (0.0, None, 12.34)]
     assert [learned(run) for run in runs] == ["-", "-", "12.3"]

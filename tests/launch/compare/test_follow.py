@@ -60,7 +60,7 @@ def test_a_run_is_followed_to_its_end(run, monkeypatch, capsys):
         assert main(["compare", str(run), "--follow"]) == 0
     finally:
         lease.release()
-    assert rests == [follow.EVERY_S] * 2 and all(REFRESH in each for each in seen)
+    assert rests == [follow.PAGE_INTERVAL_S] * 2 and all(REFRESH in each for each in seen)
     assert ["running at step 7" in each for each in seen] == [True, True]
     assert REFRESH not in page(run) and "done, 9 steps" in page(run)
     said = capsys.readouterr()
@@ -103,8 +103,8 @@ def test_what_cannot_be_followed_is_said(run, capsys):
 def test_pages_are_written_while_points_run(monkeypatch):
     written, now = [], [100.0]
     monkeypatch.setattr(follow, "monotonic", lambda: now[0])
-    pages = follow.Meanwhile(written.append)
+    pages = follow.PeriodicPage(written.append)
     for at in (101, 104.9, 105, 106, 111):
         now[0] = at
-        pages.look()
-    assert written == [follow.EVERY_S] * 2
+        pages.write_if_due()
+    assert written == [follow.PAGE_INTERVAL_S] * 2

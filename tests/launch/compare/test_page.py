@@ -9,11 +9,11 @@ import pytest
 
 from launch.compare import page as page_module
 from launch.compare.answer import as_html
-from launch.compare.command import answer
+from launch.compare.command import write_answer
 from launch.compare.comparison import compare
 from launch.compare.page import sort_value
 from launch.compare.settings import ComparisonRow, read_rows, write_rows
-from launch.compare.workspace import script
+from launch.compare.workspace import workspace_script
 from launch.config.prices import price_of
 from strategies.errors import ConfigError
 
@@ -86,17 +86,17 @@ def test_no_two_runs_share_a_colour(rows, tmp_path, count):
 def test_numbers_over_repeats(rows):
     """The middle of the repeats, their spread, price and parts; computed by hand here."""
     a, b, _ = compare(rows).runs
-    assert a.measured.tokens_per_s == 110 and a.taken.spread == (100, 120) and b.taken.spread is None
-    assert a.taken.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
-    assert b.taken.dollars_per_million is None
-    assert a.taken.parts_s == pytest.approx(
+    assert a.measured.tokens_per_s == 110 and a.summary.spread == (100, 120) and b.summary.spread is None
+    assert a.summary.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
+    assert b.summary.dollars_per_million is None
+    assert a.summary.parts_s == pytest.approx(
         {"data": 0.01, "forward": 0.1, "backward": 0.3, "optimizer": 0.04, "rest": 0.05}
     )
     facts = rows[1].directories[0] / "run.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"device_name": "NVIDIA A10G"}))
     a, b, _ = compare(rows, price_of).runs
-    assert a.taken.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
-    assert b.taken.dollars_per_million == pytest.approx(price_of("NVIDIA A10G") * 2 / 3600 / 50 * 1e6)
+    assert a.summary.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
+    assert b.summary.dollars_per_million == pytest.approx(price_of("NVIDIA A10G") * 2 / 3600 / 50 * 1e6)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_the_team_of_a_workspace_is_what_a_variable_decided(rows, recorded, enti
     run = rows[1].directories[0]
     (run / "config.yaml").write_text("strategy: {name: b}\nlogging: {wandb: offline}\n")
     (run / "run.json").write_text(json.dumps(recorded))
-    text = script(compare([ComparisonRow((run,), "b")]), run)
+    text = workspace_script(compare([ComparisonRow((run,), "b")]), run)
     assert f"ENTITY = {entity!r}" in text and "ws.Metric(\"Group\").isin(['g'])" in text
 
 
@@ -146,7 +146,7 @@ def test_a_loss_is_set_beside_that_of_the_same_job(rows, tmp_path):
     found = compare([refused, *(point(*way) for way in ways)])
     assert found.first == "full-ddp"
     assert [run.against for run in found.runs] == [None, None, "full-ddp", "full-ddp", "lora-ddp"]
-    assert [run.apart and run.apart.same for run in found.runs] == [None, None, True, False, True]
+    assert [run.loss_difference and run.loss_difference.same for run in found.runs] == [None, None, True, False, True]
     assert found.runs[4].verdict == (
         "lora-zero2: same loss as lora-ddp within 1e-7; 1.0 x its tokens/s, 1.0 x its memory"
     )
@@ -162,7 +162,7 @@ def test_a_cell_is_sorted_by_its_number():
 def test_without_what_draws_it_the_rest_is_written(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page_module, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "altair", None)
-    answer(rows, tmp_path / "to", as_json=False)
+    write_answer(rows, tmp_path / "to", as_json=False)
     assert "pip install 'shardtune[report]'" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "to").iterdir()} == {"compare.md", "compare.csv", "compare.json"}
 

@@ -322,7 +322,7 @@ def test_what_is_left_is_told_from_the_steps_and_then_from_the_runs_before(tmp_p
     def at(seconds: float, step: int) -> str:
         clock[0] = seconds
         (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, step + 1)))
-        return told._state(seconds)
+        return told._state_line(seconds)
 
     told.begin("a", tmp_path, 10)
     assert at(5, 0) == "[1/3] a: starting"

@@ -8,9 +8,9 @@ import pytest
 import wandb
 
 from launch.compare import wandb_files
-from launch.compare.names import differing
+from launch.compare.names import setting_differences
 from launch.compare.run_files import measure, read_point
-from launch.compare.wandb_files import is_wandb, on_server, read_server, read_wandb
+from launch.compare.wandb_files import is_wandb, read_server, read_wandb, server_name
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
@@ -35,7 +35,7 @@ def test_what_wandb_keeps_is_what_the_directory_has(run):
     ours, theirs = read_point(run[0]), read_wandb(run[1])
     assert theirs.steps == ours.steps and len(ours.steps) == 4
     assert theirs.evaluations == ours.evaluations and list(ours.evaluations) == [0, 2, 4]
-    assert differing([ours, theirs]) == []  # also where JSON has 0.0 as 0
+    assert setting_differences([ours, theirs]) == []  # also where JSON has 0.0 as 0
     assert (theirs.state, theirs.ended) == ("done", None)
     for key in ("host", "world_size", "data_fingerprint"):
         assert getattr(theirs.record, key) == getattr(ours.record, key)
@@ -135,7 +135,7 @@ def server(run, monkeypatch):
 def test_what_the_server_has_is_what_the_directory_has(run, server, tmp_path, capsys):
     ours, theirs = read_point(run[0]), read_server(Path("wandb:team/project/x1"))
     assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations
-    assert differing([ours, theirs]) == [] and theirs.ended is None
+    assert setting_differences([ours, theirs]) == [] and theirs.ended is None
     page = "https://wandb.ai/team/project/runs/x1?nw=nwuser"
     assert command_here(["compare", str(run[0]), page, f"to={tmp_path / 'answer'}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -162,7 +162,7 @@ def test_what_the_server_does_not_give_is_said(server, monkeypatch, capsys):
 
     assert "does not give it (Could not find run" in said("wandb:team/project/x2")
     assert "names no run; write wandb:<entity>/<project>/<run id>" in said("wandb:team/x1")
-    assert on_server("runs/wandb") is None
+    assert server_name("runs/wandb") is None
     server.config = {"lr": 1}
     assert "wandb:team/project/x1: not a run of shardtune" in said("wandb:team/project/x1")
     monkeypatch.undo()

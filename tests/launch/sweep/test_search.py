@@ -190,7 +190,7 @@ def test_pruning_and_words_that_came_before(site, monkeypatch, capsys):
             with (run_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, "eval/loss": value}) + "\n")
             if run_dir.name != "5":  # which ends before anybody looks: there is nothing left to stop
-                progress.look()
+                progress.update()
             if sent:
                 write_status(run_dir, State.preempted, step=step)
                 return 75
