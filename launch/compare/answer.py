@@ -15,28 +15,63 @@ from launch.output import Column, TableRow, fold_all, table
 from trainer.reporting.numbers import short
 
 MeasureColumn = tuple[str, Callable[[ComparedRun], str]]
-"""A column's title, and a run's cell in it."""
+"""A column's title, and the function that gives a run's cell in it."""
+UNKNOWN = "-"
+"""The cell of a number that is not known."""
+LOSS_DIFFERENCE = "loss diff"
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return UNKNOWN if value is None else format(value, form)
 
 
-def _rate(value: float | None) -> str:
-    return _number(value, ",.0f" if value is None or value >= 100 else ".1f")
+def _rate(per_second: float | None) -> str:
+    if per_second is None:
+        return UNKNOWN
+    return format(per_second, ",.0f" if per_second >= 100 else ".1f")
+
+
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 1:
+        return f"{seconds * 1000:.3g}"
+    return f"{seconds * 1000:,.0f}"
+
+
+def _loss_difference(run: ComparedRun) -> str:
+    return UNKNOWN if run.loss_difference is None else rounded(run.loss_difference.early)
+
+
+def _start_seconds(run: ComparedRun) -> float | None:
+    """Seconds to the first step, without the evaluation before it."""
+    measured = run.measured
+    if measured.start_s is None:
+        return None
+    return measured.start_s - (measured.evaluation_before_s or 0)
+
+
+def _spread(run: ComparedRun) -> str:
+    spread = run.summary.spread
+    return UNKNOWN if spread is None else f"{_rate(spread[0])}-{_rate(spread[1])}"
+
+
+def _part_column(part: str) -> MeasureColumn:
+    return part, lambda run: _milliseconds(run.summary.parts_s.get(part))
 
 
 MAIN_COLUMNS: tuple[MeasureColumn, ...] = (
     ("steps", lambda run: str(run.measured.steps)),
     ("loss", lambda run: _number(run.measured.loss, ".4f")),
-    ("apart", lambda run: rounded(run.loss_difference.early) if run.loss_difference else "-"),
+    (LOSS_DIFFERENCE, _loss_difference),
     ("tokens/s", lambda run: _rate(run.measured.tokens_per_s)),
-    ("learned/s", lambda run: _rate(run.measured.supervised_tokens_per_s or None)),
+    # A model that learns labels has no supervised tokens: its rate of 0 is no measurement.
+    ("supervised/s", lambda run: _rate(run.measured.supervised_tokens_per_s or None)),
     ("MFU", lambda run: _number(run.measured.mfu, ".1%")),
     ("GiB", lambda run: _number(run.measured.memory_gib, ".3g")),
 )
 COST_COLUMNS: tuple[MeasureColumn, ...] = (
-    ("repeats", lambda run: _spread(run)),
+    ("repeats", _spread),
     ("planned", lambda run: _number(run.measured.planned_gib, ".3g")),
     ("start s", lambda run: _number(_start_seconds(run), ".1f")),
     ("save s", lambda run: _number(run.measured.checkpoint_s, ".2f")),
@@ -45,10 +80,7 @@ COST_COLUMNS: tuple[MeasureColumn, ...] = (
 )
 STEP_PART_COLUMNS: tuple[MeasureColumn, ...] = (
     ("whole", lambda run: _milliseconds(run.measured.step_s)),
-    *(
-        (name, lambda run, name=name: _milliseconds(run.summary.parts_s.get(name)))
-        for name in ("data", "forward", "backward", "optimizer", "rest")
-    ),
+    *map(_part_column, (*repeats.STEP_PARTS, "rest")),
 )
 EXCHANGE_COLUMNS: tuple[MeasureColumn, ...] = (
     ("GiB a step", lambda run: _number(run.measured.exchanged_gib, ".3g")),
@@ -57,89 +89,106 @@ EXCHANGE_COLUMNS: tuple[MeasureColumn, ...] = (
 )
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:,.0f}"
-
-
-def _start_seconds(run: ComparedRun) -> float | None:
-    """Seconds to the first step, without the evaluation before it."""
-    m = run.measured
-    return None if m.start_s is None else m.start_s - (m.evaluation_before_s or 0)
-
-
-def _spread(run: ComparedRun) -> str:
-    spread = run.summary.spread
-    return "-" if spread is None else f"{_rate(spread[0])}-{_rate(spread[1])}"
-
-
 def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
     """(title, columns) of each table; of those behind the first, columns in which no row has anything are left out."""
     begun = [run for run in comparison.runs if run.measured.steps]
-    more = [("what it took", COST_COLUMNS)]
-    more += [("a step in ms", STEP_PART_COLUMNS)] if any(run.summary.parts_s for run in begun) else []
-    more += [("exchanged", EXCHANGE_COLUMNS)] if any(run.measured.exchanged_gib for run in begun) else []
-    first = [(title, cell_of) for title, cell_of in MAIN_COLUMNS if len(comparison.runs) > 1 or title != "apart"]
-    shown = [("", first)]
-    for name, measures in more:
-        known = [(title, cell_of) for title, cell_of in measures if any(cell_of(run) != "-" for run in begun)]
-        shown += [(name, known)] if known else []
+    details: list[tuple[str, tuple[MeasureColumn, ...]]] = [("what it took", COST_COLUMNS)]
+    if any(run.summary.parts_s for run in begun):
+        details.append(("a step in ms", STEP_PART_COLUMNS))
+    if any(run.measured.exchanged_gib for run in begun):
+        details.append(("exchanged", EXCHANGE_COLUMNS))
+
+    is_single = len(comparison.runs) == 1
+    main_columns = [column for column in MAIN_COLUMNS if not (is_single and column[0] == LOSS_DIFFERENCE)]
+    shown = [("", main_columns)]
+    for title, columns in details:
+        known_columns = [column for column in columns if _is_known(column, begun)]
+        if known_columns:
+            shown.append((title, known_columns))
     return shown
+
+
+def _is_known(column: MeasureColumn, runs: list[ComparedRun]) -> bool:
+    """Whether any run has a number in the column."""
+    _, cell_of = column
+    return any(cell_of(run) != UNKNOWN for run in runs)
 
 
 def as_text(comparison: Comparison) -> str:
     """What a person reads in a terminal."""
     lines: list[str] = []
-    for name, measures in tables(comparison):
-        columns = [Column(f"{name}:" if name else ""), *(Column(title, is_number=True) for title, _ in measures)]
+    for title, measures in tables(comparison):
+        columns = [Column(f"{title}:" if title else "")]
+        columns += [Column(heading, is_number=True) for heading, _ in measures]
         rows = []
         for run in comparison.runs:
-            if name and not run.measured.steps:
+            if title and not run.measured.steps:
                 continue  # only the first table has runs that never began
-            notes = fold_all([run.repeated.reason]) if run.repeated.reason and not name else []
-            rows.append(TableRow([run.name, *(cell_of(run) for _, cell_of in measures)], notes))
-        lines += [*([""] if lines else []), *table(columns, rows)]
+            notes = fold_all([run.repeated.reason]) if run.repeated.reason and not title else []
+            rows.append(TableRow(_row(run, measures), notes))
+        if lines:
+            lines.append("")
+        lines += table(columns, rows)
     for title, sentences in sections(comparison):
-        lines += ["", f"{title}:", *fold_all(sentences)] if sentences else []
+        if sentences:
+            lines += ["", f"{title}:", *fold_all(sentences)]
     return "\n".join(lines)
+
+
+def _row(run: ComparedRun, columns: Sequence[MeasureColumn]) -> list[str]:
+    return [run.name, *(cell_of(run) for _, cell_of in columns)]
 
 
 def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
     """(title, lines) of what is said below the tables."""
+    differences = []
+    for difference in comparison.differences:
+        values = ", ".join(short(value) for value in difference.values)
+        differences.append(f"{difference.key}: {values}")
     return [
         ("verdict", [run.verdict for run in comparison.runs]),
-        ("loss curves", _curves(comparison)),
-        ("held-out metrics, before and after", _evaluations(comparison)),
+        ("loss curves", _curve_lines(comparison)),
+        ("held-out metrics, before and after", _evaluation_lines(comparison)),
         ("steps that stood out", notable_step_lines(comparison)),
-        ("what differs", [f"{d.key}: {', '.join(short(value) for value in d.values)}" for d in comparison.differences]),
-        ("substituted", resolved_settings(comparison)),
+        ("what differs", differences),
+        ("resolved", resolved_settings(comparison)),
         ("to know", list(comparison.notes)),
     ]
 
 
-def _curves(comparison: Comparison) -> list[str]:
+def _curve_lines(comparison: Comparison) -> list[str]:
     lines = []
     for run in comparison.runs:
+        difference = run.loss_difference
         if run.against is None:
             continue
         if run.not_comparable:
             lines.append(f"{run.name}: not comparable with {run.against}: {'; '.join(run.not_comparable)}")
-        elif run.loss_difference is None:
+        elif difference is None:
             lines.append(f"{run.name}: no step with a loss that {run.against} has too")
         else:
-            a = run.loss_difference
             lines.append(
-                f"{run.name} beside {run.against}: largest relative difference {rounded(a.early)} over the first five steps "
-                f"(step {a.early_step}), {rounded(a.drift)} over all {a.steps} common ones (step {a.drift_step})"
+                f"{run.name} against {run.against}: largest relative difference {rounded(difference.early)} over the first "
+                f"five steps (step {difference.early_step}), {rounded(difference.drift)} over all {difference.steps} common "
+                f"ones (step {difference.drift_step})"
             )
     return lines
 
 
-def _evaluations(comparison: Comparison) -> list[str]:
-    metrics = dict.fromkeys(key for run in comparison.runs for key in {**run.measured.before, **run.measured.after})
+def _metric_names(comparison: Comparison) -> list[str]:
+    """Held-out metrics of any run, each once, in the order in which they come up."""
+    names: dict[str, None] = {}
+    for run in comparison.runs:
+        names |= dict.fromkeys(run.measured.before) | dict.fromkeys(run.measured.after)
+    return list(names)
+
+
+def _evaluation_lines(comparison: Comparison) -> list[str]:
     lines = []
-    for metric in metrics:
+    for metric in _metric_names(comparison):
         for run in comparison.runs:
-            before, after = run.measured.before.get(metric), run.measured.after.get(metric)
+            before = run.measured.before.get(metric)
+            after = run.measured.after.get(metric)
             if before is not None or after is not None:
                 lines.append(f"{metric}  {run.name}: {_number(before, '.4f')} -> {_number(after, '.4f')}")
     return lines
@@ -147,41 +196,46 @@ def _evaluations(comparison: Comparison) -> list[str]:
 
 def cell_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, headings, cells of each row) of each table; the first one ends with each run's state."""
-    plain = []
+    tables_of_cells = []
     for title, columns in tables(comparison):
-        headings = ["run", *(name for name, _ in columns), *([] if title else ["state"])]
-        rows = [
-            [
-                run.name,
-                *(value(run) for _, value in columns),
-                *([] if title else [run.repeated.reason or run.repeated.state]),
-            ]
-            for run in comparison.runs
-            if not title or run.measured.steps
-        ]
-        plain.append((title, headings, rows))
-    return plain
+        headings = ["run", *(heading for heading, _ in columns)]
+        if title:
+            rows = [_row(run, columns) for run in comparison.runs if run.measured.steps]
+        else:
+            headings.append("state")
+            rows = [[*_row(run, columns), run.repeated.reason or run.repeated.state] for run in comparison.runs]
+        tables_of_cells.append((title, headings, rows))
+    return tables_of_cells
 
 
 def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()) -> str:
     """The same as a page; `pictures` are (title, path beside it) of plots."""
     lines = [f"# Run {comparison.first}" if len(comparison.runs) == 1 else "# Comparison"]
     for title, headings, rows in cell_tables(comparison):
-        lines += ["", *([f"## {title[0].upper()}{title[1:]}", ""] if title else [])]
+        lines.append("")
+        if title:
+            lines += [f"## {_capitalised(title)}", ""]
         lines += [_markdown_row(headings), _markdown_row(["---"] * len(headings))]
         lines += [_markdown_row([f"`{name}`", *cells]) for name, *cells in rows]
-    for title, told in sections(comparison):
-        if told:
-            lines += ["", f"## {title[0].upper()}{title[1:]}", "", *(f"- {said}" for said in told)]
+    for title, sentences in sections(comparison):
+        if sentences:
+            lines += ["", f"## {_capitalised(title)}", "", *(f"- {sentence}" for sentence in sentences)]
     for title, path in pictures:
         lines += ["", f"## {title}", "", f"![{title}]({path})"]
     lines += ["", "## Runs", ""]
-    lines += [
-        f"- {run.name}: {', '.join(f'`{point.directory}`' for point in run.repeated.points)}"
-        for run in comparison.runs
-        if run.repeated.row.directories
-    ]
+    for run in comparison.runs:
+        if directories := _directories(run):
+            lines.append(f"- {run.name}: {', '.join(f'`{directory}`' for directory in directories)}")
     return "\n".join(lines) + "\n"
+
+
+def _capitalised(title: str) -> str:
+    return title[0].upper() + title[1:]
+
+
+def _directories(run: ComparedRun) -> list[str]:
+    """Of its repeats; none of a point that was refused, since it has no directory."""
+    return [str(point.directory) for point in run.repeated.points] if run.repeated.row.directories else []
 
 
 def as_html(comparison: Comparison, *, again_s: float | None = None) -> str:
@@ -191,79 +245,99 @@ def as_html(comparison: Comparison, *, again_s: float | None = None) -> str:
     return render_page(comparison, cell_tables(comparison), sections(comparison), again_s=again_s)
 
 
-def _markdown_row(values: list[str]) -> str:
-    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+def _markdown_row(cells: list[str]) -> str:
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values; GiB, seconds, tokens a second of all ranks together."""
     return {
         "first": comparison.first,
-        "runs": [
-            {
-                "name": run.name,
-                "directory": str(run.point.directory) if run.repeated.row.directories else None,
-                "repeats": [str(point.directory) for point in run.repeated.points if run.repeated.row.directories],
-                "state": run.repeated.state,
-                "reason": run.repeated.reason,
-                "measured": asdict(run.measured) | asdict(run.summary),
-                "against": run.against,
-                "apart": None
-                if run.loss_difference is None
-                else {**asdict(run.loss_difference), "same": run.loss_difference.same},
-                "not_comparable": list(run.not_comparable),
-                "verdict": run.verdict,
-                "differing": {d.key: d.values[number] for d in comparison.differences},
-            }
-            for number, run in enumerate(comparison.runs)
-        ],
+        "runs": [_run_as_dict(comparison, number) for number in range(len(comparison.runs))],
         "notes": list(comparison.notes),
+    }
+
+
+def _run_as_dict(comparison: Comparison, number: int) -> dict[str, Any]:
+    run = comparison.runs[number]
+    directories = _directories(run)
+    loss_difference = None
+    if run.loss_difference is not None:
+        loss_difference = {**asdict(run.loss_difference), "same": run.loss_difference.same}
+    return {
+        "name": run.name,
+        "directory": directories[0] if directories else None,
+        "repeats": directories,
+        "state": run.repeated.state,
+        "reason": run.repeated.reason,
+        "measured": asdict(run.measured) | asdict(run.summary),
+        "against": run.against,
+        "loss_difference": loss_difference,
+        "not_comparable": list(run.not_comparable),
+        "verdict": run.verdict,
+        "differing": {difference.key: difference.values[number] for difference in comparison.differences},
     }
 
 
 def as_csv(comparison: Comparison) -> str:
     """One row a run: what it measured, then the settings in which runs differ."""
-    metrics = dict.fromkeys(key for run in comparison.runs for key in {**run.measured.before, **run.measured.after})
-    collectives = dict.fromkeys(name for run in comparison.runs for name in run.measured.exchanged_bytes)
-    rows = []
-    for number, run in enumerate(comparison.runs):
-        measured = asdict(run.measured)
-        before, after, quartiles = (measured.pop(key) for key in ("before", "after", "tokens_per_s_quartiles"))
-        low, high = quartiles or (None, None)
-        exchanged = measured.pop("exchanged_bytes")
-        measured |= {f"exchanged_{name}_gib": exchanged.get(name, 0) / 2**30 for name in collectives}
-        taken = {
-            key: value for key, value in asdict(run.summary).items() if key not in ("tokens_per_s_repeats", "parts_s")
-        }
-        taken |= {f"{part}_s": run.summary.parts_s.get(part) for part in (*repeats.STEP_PARTS, "rest")}
-        slowest, fastest = run.summary.spread or (None, None)
-        distance = asdict(run.loss_difference) if run.loss_difference else {}
-        rows.append(
-            {
-                "name": run.name,
-                "directory": str(run.point.directory) if run.repeated.row.directories else None,
-                "state": run.repeated.state,
-                "reason": run.repeated.reason,
-                "verdict": run.verdict,
-                **measured,
-                "tokens_per_s_low": low,
-                "tokens_per_s_high": high,
-                **taken,
-                "tokens_per_s_slowest": slowest,
-                "tokens_per_s_fastest": fastest,
-                "against": run.against,
-                "apart_early": distance.get("early"),
-                "apart_early_step": distance.get("early_step"),
-                "apart_drift": distance.get("drift"),
-                "apart_drift_step": distance.get("drift_step"),
-                "not_comparable": "; ".join(run.not_comparable),
-                **{f"before/{key}": before.get(key) for key in metrics},
-                **{f"after/{key}": after.get(key) for key in metrics},
-                **{d.key: d.values[number] for d in comparison.differences},
-            }
-        )
+    metrics = _metric_names(comparison)
+    collectives: dict[str, None] = {}
+    for run in comparison.runs:
+        collectives |= dict.fromkeys(run.measured.exchanged_bytes)
+    rows = [_csv_row(comparison, number, metrics, list(collectives)) for number in range(len(comparison.runs))]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
+
+
+def _csv_row(comparison: Comparison, number: int, metrics: list[str], collectives: list[str]) -> dict[str, Any]:
+    """A run's cells by column; every run has the same columns in the same order."""
+    run = comparison.runs[number]
+    directories = _directories(run)
+    slowest, fastest = run.summary.spread or (None, None)
+    difference = run.loss_difference
+    row = {
+        "name": run.name,
+        "directory": directories[0] if directories else None,
+        "state": run.repeated.state,
+        "reason": run.repeated.reason,
+        "verdict": run.verdict,
+        **_measured_cells(run, collectives),
+        **_summary_cells(run),
+        "tokens_per_s_slowest": slowest,
+        "tokens_per_s_fastest": fastest,
+        "against": run.against,
+        "loss_difference_early": None if difference is None else difference.early,
+        "loss_difference_early_step": None if difference is None else difference.early_step,
+        "loss_difference_drift": None if difference is None else difference.drift,
+        "loss_difference_drift_step": None if difference is None else difference.drift_step,
+        "not_comparable": "; ".join(run.not_comparable),
+    }
+    row |= {f"before/{metric}": run.measured.before.get(metric) for metric in metrics}
+    row |= {f"after/{metric}": run.measured.after.get(metric) for metric in metrics}
+    row |= {setting.key: setting.values[number] for setting in comparison.differences}
+    return row
+
+
+def _measured_cells(run: ComparedRun, collectives: list[str]) -> dict[str, Any]:
+    """The measurements as columns of numbers: what holds several numbers has a column for each, or stands elsewhere."""
+    cells = asdict(run.measured)
+    for several in ("before", "after", "tokens_per_s_quartiles", "exchanged_bytes"):
+        del cells[several]
+    for name in collectives:
+        cells[f"exchanged_{name}_gib"] = run.measured.exchanged_bytes.get(name, 0) / 2**30
+    low, high = run.measured.tokens_per_s_quartiles or (None, None)
+    return {**cells, "tokens_per_s_low": low, "tokens_per_s_high": high}
+
+
+def _summary_cells(run: ComparedRun) -> dict[str, Any]:
+    cells = asdict(run.summary)
+    for several in ("tokens_per_s_repeats", "parts_s"):
+        del cells[several]
+    for part in (*repeats.STEP_PARTS, "rest"):
+        cells[f"{part}_s"] = run.summary.parts_s.get(part)
+    return cells

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ class CompareWords(VerbWords):
     )
     settings: list[str] = setting_words()
     dry_run: bool = flag("list the points and what would be refused, and stop")
-    follow: bool = flag("write the page again while runs go on, until all have ended")
+    follow: bool = flag("rewrite the page while runs train, until all have ended")
     as_json: bool = flag("print JSON in place of tables", key="--json")
 
 
@@ -58,15 +59,15 @@ USAGE = f"""usage: shardtune compare <axes and settings> [compare.<key>=...] [to
 With settings: takes the words of `train`, and a comma makes an axis of any of them (a literal comma is quoted:
 "data.path='a,b.jsonl'"). Every point runs on the same data with the same seed and global batch, one after another, or as
 one job array with launcher=slurm. A point that fails or is refused stays a row with its reason. After Ctrl-C, or with
-more repeats, the same command goes on: what is done is not run again, what failed is tried once more.
+more repeats, the same command continues: what is done is not run again, what failed is tried once more.
 
 {help_rows(CompareWords, group_rows("compare", CompareConfig))}
 
 With run directories: the first one is what the others are compared with. A directory that holds runs, as `train -m` and
-`compare` leave it, stands for all of them; W&B's own of a run (runs/a/wandb/offline-run-...) for the run, and what is on its
-server is wandb:<entity>/<project>/<run id>, or the address of its page. Nothing is computed anew; to= writes compare.md,
-compare.csv, compare.json, and with the extra `report` compare.html and plots/*.png. Of a single run the page is its
-report.html, also without to=.
+`compare` leave it, means all of them. A run that W&B has can be named, too: by W&B's own directory of it
+(runs/a/wandb/offline-run-...), or, on a server, as wandb:<entity>/<project>/<run id> or the address of its page. Nothing is
+computed anew; to= writes compare.md, compare.csv, compare.json, and with the extra `report` compare.html and plots/*.png.
+The page of a single run is its report.html, also without to=.
 
 Ends with 64 where a word cannot be used, 75 or 130 where it was stopped, and with a run's own code where none succeeded.
 docs/comparing.md says what each number is."""
@@ -80,15 +81,17 @@ def main(argv: list[str]) -> int:
     words, problems = read_words("compare", CompareWords, argv)
     if words.to is not None and words.to.exists() and not words.to.is_dir():
         problems.append(f"to={words.to}: is a file; name a directory")
-    if words.settings:
-        problems += [
-            f"{run}: not of the form key=value; name runs that exist, or settings of new ones, not both"
-            for run in words.runs
-        ]
-    elif words.dry_run:
-        problems.append("--dry-run: lists points of new runs; name an axis, as in strategy=ddp,fsdp2, or leave it out")
     rows: list[ComparisonRow] = []
-    if not words.settings:
+    if words.settings:
+        for run in words.runs:
+            problems.append(
+                f"{run}: not of the form key=value; name runs that exist, or settings of new ones, not both"
+            )
+    else:
+        if words.dry_run:
+            problems.append(
+                "--dry-run: lists points of new runs; name an axis, as in strategy=ddp,fsdp2, or leave it out"
+            )
         rows, unusable = rows_of(words.runs)
         problems += unusable
     if problems:
@@ -96,14 +99,14 @@ def main(argv: list[str]) -> int:
     if words.settings:
         return _compare_new_points(words)
     if words.follow:
-        follow_runs(rows, words.to or _comparison_directory(rows, words.runs), words.as_json)
+        follow_runs(rows, words.to or _comparison_directory(words.runs), words.as_json)
     else:
         write_answer(rows, words.to, words.as_json)
     return 0
 
 
 def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
-    """Write the page again while the runs go on, then answer. Errors: ConfigError, StorageError, KeyboardInterrupt."""
+    """Rewrite the page while the runs train, then answer. Errors: ConfigError, StorageError, KeyboardInterrupt."""
     from launch.compare.follow import PAGE_INTERVAL_S, follow
     from launch.compare.page import missing_packages
     from launch.compare.wandb_files import is_server, is_wandb
@@ -132,9 +135,13 @@ def _page_path(rows: list[ComparisonRow], to: Path | None) -> Path | None:
 
     if to is not None:
         return to / "compare.html"
-    alone = rows[0].directories if len(rows) == 1 else ()
+    if len(rows) != 1 or len(rows[0].directories) != 1:
+        return None
+    (directory,) = rows[0].directories
     # What W&B keeps is left as it is: it would be uploaded.
-    return alone[0] / REPORT if len(alone) == 1 and not (is_wandb(alone[0]) or is_server(alone[0])) else None
+    if is_wandb(directory) or is_server(directory):
+        return None
+    return directory / REPORT
 
 
 def _write_page(rows: list[ComparisonRow], page: Path, again_s: float | None) -> None:
@@ -145,12 +152,14 @@ def _write_page(rows: list[ComparisonRow], page: Path, again_s: float | None) ->
     write_text_atomic(page, as_html(compare(rows, price_of), again_s=again_s))
 
 
-def _comparison_directory(rows: list[ComparisonRow], words: list[str]) -> Path | None:
+def _comparison_directory(words: list[str]) -> Path | None:
     """The directory of the comparison that is the only word; None for runs."""
     from launch.compare.settings import RECORD
 
+    if len(words) != 1:
+        return None
     directory = Path(words[0]).expanduser()
-    return directory if len(words) == 1 and (directory / RECORD).is_file() else None
+    return directory if (directory / RECORD).is_file() else None
 
 
 def _compare_new_points(words: CompareWords) -> int:
@@ -177,8 +186,8 @@ def _compare_new_points(words: CompareWords) -> int:
     code = run_points(plan, to, pages)
     release()
     if code in STOPPED:
-        print("stopped; the same command goes on", file=sys.stderr, flush=True)
-    if words.follow and not code:  # what SLURM runs goes on
+        print("stopped; the same command continues", file=sys.stderr, flush=True)
+    if words.follow and not code:  # SLURM may still be running the points
         follow_runs(rows, to, words.as_json)
     else:
         write_answer(rows, to, words.as_json)
@@ -210,44 +219,47 @@ def write_answer(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> N
     comparison = compare(rows, price_of)
     answer_json = as_dict(comparison)
     written: list[str] = []
-    run_page = _page_path(rows, None) if to is None else None
-    if to is not None:
+    run_page = None
+    if to is None:
+        run_page = _page_path(rows, None)
+    else:
         written = _write_all(comparison, answer_json, to)
-    missing_for_page = missing_packages(run_page.name if run_page else "compare.html")
+    missing = missing_packages(run_page.name if run_page else "compare.html")
     print(json.dumps(answer_json, indent=1, allow_nan=False) if as_json else as_text(comparison), flush=True)
-    if run_page is not None and missing_for_page is None:
+    if run_page is not None and missing is None:
         written = _write_run_page(comparison, run_page)
-    if not as_json and (written or run_page is not None):
-        written_line = f"written: {', '.join(written)}" if written else ""
-        print("\n" + "\n".join(filter(None, [written_line, missing_for_page])), flush=True)
+    if as_json or not (written or run_page is not None):
+        return
+    lines = [f"written: {', '.join(written)}" if written else None, missing]
+    print("\n" + "\n".join(filter(None, lines)), flush=True)
 
 
 def _write_all(comparison: Comparison, answer_json: dict[str, Any], to: Path) -> list[str]:
     """Every file of the answer into `to`; what was written, for people."""
     from launch.compare.answer import as_csv, as_html, as_markdown
     from launch.compare.page import missing_packages, write_plot_images
-    from launch.compare.workspace import workspace_script as workspace_script
+    from launch.compare.workspace import workspace_script
     from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
     from trainer.reporting.status import write_text_atomic
 
-    script_text = workspace_script(comparison, to)
-    pictures = write_plot_images(comparison, to) if missing_packages() is None else []
+    has_packages = missing_packages() is None
+    script = workspace_script(comparison, to)
+    pictures = write_plot_images(comparison, to) if has_packages else []
+    versioned = {VERSION_KEY: FILE_VERSION, **answer_json}
     write_text_atomic(to / "compare.md", as_markdown(comparison, pictures))
     write_text_atomic(to / "compare.csv", as_csv(comparison))
-    write_text_atomic(
-        to / "compare.json", json.dumps({VERSION_KEY: FILE_VERSION, **answer_json}, indent=1, allow_nan=False) + "\n"
-    )
-    if missing_packages() is None:
+    write_text_atomic(to / "compare.json", json.dumps(versioned, indent=1, allow_nan=False) + "\n")
+    written = [str(to / "compare.md")]
+    if has_packages:
         write_text_atomic(to / "compare.html", as_html(comparison))
-    if script_text is not None:
-        write_text_atomic(to / "workspace.py", script_text)
-    return [
-        str(to / "compare.md"),
-        *(["compare.html"] if missing_packages() is None else []),
-        *("compare.csv", "compare.json"),
-        *([f"plots/*.png ({len(pictures)})"] if pictures else []),
-        *(["workspace.py (for W&B)"] if script_text is not None else []),
-    ]
+        written.append("compare.html")
+    written += ["compare.csv", "compare.json"]
+    if pictures:
+        written.append(f"plots/*.png ({len(pictures)})")
+    if script is not None:
+        write_text_atomic(to / "workspace.py", script)
+        written.append("workspace.py (for W&B)")
+    return written
 
 
 def _write_run_page(comparison: Comparison, page: Path) -> list[str]:
@@ -263,39 +275,46 @@ def _write_run_page(comparison: Comparison, page: Path) -> list[str]:
 
 def rows_of(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:
     """(rows of runs that exist, a line about each word that names none)."""
+    problems: list[str] = []
+    rows: list[ComparisonRow] = []
+    for typed in words:
+        try:
+            rows += _rows_named_by(typed)
+        except ConfigError as error:
+            problems += error.problems
+    directories: list[Path] = []
+    for row in rows:
+        directories += row.directories
+    times = Counter(directory.resolve() for directory in directories)
+    doubled = {directory for directory in directories if times[directory.resolve()] > 1}
+    problems += [f"{directory}: named twice; name each run once" for directory in sorted(doubled)]
+    if not rows and not problems:
+        problems.append("no run directory is named; shardtune compare runs/a runs/b")
+    return rows, problems
+
+
+def _rows_named_by(typed: str) -> list[ComparisonRow]:
+    """Rows of a run, of a comparison that was run, of runs below a directory. Errors: ConfigError if there are none."""
     from launch.compare.run_files import is_run
     from launch.compare.settings import ComparisonRow, read_rows
     from launch.compare.wandb_files import is_wandb, server_name
 
-    problems: list[str] = []
-    rows: list[ComparisonRow] = []
-    for typed in words:
-        path = Path(typed).expanduser()
-        try:
-            server = server_name(typed)
-        except ConfigError as error:
-            problems += error.problems
-            continue
-        if server is not None:
-            rows.append(ComparisonRow((Path(server),)))
-        elif is_run(path) or is_wandb(path):
-            rows.append(ComparisonRow((path,)))
-        elif kept_rows := read_rows(path):
-            rows += kept_rows
-        elif run_directories := [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]:
-            rows += [ComparisonRow((child,)) for child in run_directories]
-        elif path.exists():
-            parts = [part.name for part in sorted(path.glob("*run-*")) if is_wandb(part)]
-            more = f"; name a run of W&B in it, such as {path / parts[0]}" if parts else ""
-            problems.append(f"{typed}: not a run directory (there is no config.yaml in it, and no runs below it){more}")
-        else:
-            problems.append(f"{typed}: there is no such directory; name run directories")
-    paths = [path for row in rows for path in row.directories]
-    doubled = {path for path in paths if sum(path.resolve() == other_path.resolve() for other_path in paths) > 1}
-    problems += [f"{path}: named twice; name each run once" for path in sorted(doubled)]
-    if not rows and not problems:
-        problems.append("no run directory is named; shardtune compare runs/a runs/b")
-    return rows, problems
+    server = server_name(typed)
+    if server is not None:
+        return [ComparisonRow((Path(server),))]
+    path = Path(typed).expanduser()
+    if is_run(path) or is_wandb(path):
+        return [ComparisonRow((path,))]
+    if kept_rows := read_rows(path):
+        return kept_rows
+    run_directories = [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]
+    if run_directories:
+        return [ComparisonRow((directory,)) for directory in run_directories]
+    if not path.exists():
+        raise ConfigError(f"{typed}: there is no such directory; name run directories")
+    parts = [part.name for part in sorted(path.glob("*run-*")) if is_wandb(part)]
+    more = f"; name a run of W&B in it, such as {path / parts[0]}" if parts else ""
+    raise ConfigError(f"{typed}: not a run directory (there is no config.yaml in it, and no runs below it){more}")
 
 
 def _in_order(path: Path) -> tuple[int, str]:

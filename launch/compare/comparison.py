@@ -18,6 +18,7 @@ from launch.compare.names import SettingDifference, run_names, setting_differenc
 from launch.compare.repeats import REFUSED, RepeatedRun, RepeatsSummary, read_row
 from launch.compare.run_files import Point, RunMeasurements
 from launch.compare.settings import ComparisonRow
+from trainer.reporting.run_record import RunRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,9 @@ class ComparedRun:
     name: str
     repeated: RepeatedRun
     against: str | None
-    """Whose curve its own is set beside: the first run's, or that of the first one whose loss is promised to be the same."""
+    """Name of the run whose loss its own is compared with: the first, or the first one that takes the same steps."""
     loss_difference: LossDifference | None
-    """From that curve; None for the first, and where the curves cannot be compared."""
+    """From that run's; None for the first run, and if the curves cannot be compared."""
     not_comparable: tuple[str, ...]
     """Why not, setting by setting."""
     verdict: str
@@ -67,125 +68,175 @@ def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | Non
 
     `price_of` a card, by its driver's name: US dollars an hour, or None.
     """
-    found = [read_row(row, price_of) for row in rows]
-    points = [each.point for each in found]
+    read_rows = [read_row(row, price_of) for row in rows]
+    points = [repeated.point for repeated in read_rows]
     differences = setting_differences(points)
-    made = run_names(points, differences)
-    named = [row.name or name for row, name in zip(rows, made, strict=True)]
+    generated_names = run_names(points, differences)
+    names = [row.name or name for row, name in zip(rows, generated_names, strict=True)]
     first = next((number for number, point in enumerate(points) if point.steps), 0)
-    runs = []
-    for number, each in enumerate(found):
-        against = None if number == first or each.state == REFUSED else baseline_index(points, number, first)
-        why_not: tuple[str, ...] = ()
-        distance = None
-        if against is not None:
-            why_not = tuple(why_not_comparable(points[against], each.point))
-            distance = None if why_not else compare_losses(points[against], each.point)
-        name = None if against is None else named[against]
-        parts = [each.ended] if each.ended else []
-        parts += [] if name is None else [_loss_verdict(name, distance, why_not)]
+    runs = [_compared_run(read_rows, names, number, first) for number in range(len(rows))]
+    return Comparison(tuple(runs), names[first], tuple(differences), tuple(_notes(read_rows, names)))
+
+
+def _compared_run(rows: list[RepeatedRun], names: list[str], number: int, first: int) -> ComparedRun:
+    """The row `number` beside the run that its loss is compared with; `first` is the row that all are compared with."""
+    repeated = rows[number]
+    points = [row.point for row in rows]
+    baseline = None
+    if number != first and repeated.state != REFUSED:
+        baseline = baseline_index(points, number, first)
+
+    clauses: list[str] = []
+    why_not: tuple[str, ...] = ()
+    difference = None
+    if baseline is not None:
+        why_not = tuple(why_not_comparable(points[baseline], repeated.point))
+        difference = None if why_not else compare_losses(points[baseline], repeated.point)
+        clauses.append(_loss_verdict(names[baseline], difference, why_not))
         # The sentence has one yardstick: speed and memory are beside the run whose loss is compared.
-        parts += [] if against is None else _ratios(found[against], each)
-        if (broke := first_step_not_finite(each.point)) is not None:
-            parts.append(f"its loss is NaN or infinite from step {broke} on")
-        verdict = f"{named[number]}: {'; '.join(parts)}"
-        if len(found) == 1:
-            verdict = "; ".join([f"{named[0]}: {_outcome_of_single_run(each)}", *parts[bool(each.ended) :]])
-        elif number == first:
-            verdict = "; ".join([f"{named[number]} is what the others are compared with", *parts])
-        runs.append(ComparedRun(named[number], each, name, distance, why_not, verdict))
-    return Comparison(tuple(runs), named[first], tuple(differences), tuple(_notes(found, named)))
+        clauses += _ratios(rows[baseline], repeated)
+    broken_step = first_step_not_finite(repeated.point)
+    if broken_step is not None:
+        clauses.append(f"its loss is NaN or infinite from step {broken_step} on")
+
+    ended = [repeated.ended] if repeated.ended else []
+    if len(rows) == 1:
+        verdict = "; ".join([f"{names[0]}: {_outcome_of_single_run(repeated)}", *clauses])
+    elif number == first:
+        verdict = "; ".join([f"{names[number]} is what the others are compared with", *ended, *clauses])
+    else:
+        verdict = f"{names[number]}: {'; '.join([*ended, *clauses])}"
+    return ComparedRun(
+        name=names[number],
+        repeated=repeated,
+        against=None if baseline is None else names[baseline],
+        loss_difference=difference,
+        not_comparable=why_not,
+        verdict=verdict,
+    )
 
 
 def _outcome_of_single_run(run: RepeatedRun) -> str:
-    """What came of a run beside which there is none."""
-    m, losses = run.measured, [row["loss"] for row in run.point.steps.values() if row["loss"] is not None]
-    said = [run.ended or "done"]
-    said += [f"{m.steps} step{'s' if m.steps != 1 else ''}"] if m.steps else []
-    said += [f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"] if len(losses) > 1 else []
-    shown = [key for key in m.after if key in m.before and key != "eval/perplexity"]  # which follows from the loss
-    said += [f"{key} {m.before[key]:.4f} -> {m.after[key]:.4f}" for key in shown]
-    return ", ".join(said)
+    """How it ended, its losses and its held-out metrics: the verdict on a run that is compared with no other."""
+    measured = run.measured
+    losses = [row["loss"] for row in run.point.steps.values() if row["loss"] is not None]
+    clauses = [run.ended or "done"]
+    if measured.steps:
+        clauses.append(f"{measured.steps} step{'s' if measured.steps != 1 else ''}")
+    if len(losses) > 1:
+        clauses.append(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    for metric, after in measured.after.items():
+        # The perplexity follows from the loss.
+        if metric in measured.before and metric != "eval/perplexity":
+            clauses.append(f"{metric} {measured.before[metric]:.4f} -> {after:.4f}")
+    return ", ".join(clauses)
 
 
-def _loss_verdict(first: str, distance: LossDifference | None, why_not: tuple[str, ...]) -> str:
+def _loss_verdict(baseline: str, difference: LossDifference | None, why_not: tuple[str, ...]) -> str:
+    """The loss beside that of the run named `baseline`, as a clause."""
     if why_not:
         settings = [line.split(":")[0] for line in why_not]
         more = f" and {len(settings) - 3} more" if len(settings) > 3 else ""
-        return f"its losses cannot be compared with those of {first} (other {', '.join(settings[:3])}{more})"
-    if distance is None:
-        return f"no step to compare with {first}"
-    few = f" over {distance.steps} step{'s' if distance.steps > 1 else ''}" if distance.steps < FIRST_STEPS else ""
-    if not distance.early:
-        return f"same loss as {first}, to the last digit{few}"
-    if distance.same:
-        return f"same loss as {first} within {rounded(distance.early)}{few}"
-    return f"not the loss of {first}: {rounded(distance.early)} apart at step {distance.early_step}"
+        return f"its losses cannot be compared with those of {baseline} (other {', '.join(settings[:3])}{more})"
+    if difference is None:
+        return f"no step to compare with {baseline}"
+    over_steps = ""
+    if difference.steps < FIRST_STEPS:
+        over_steps = f" over {difference.steps} step{'s' if difference.steps > 1 else ''}"
+    if not difference.early:
+        return f"same loss as {baseline}, to the last digit{over_steps}"
+    if difference.same:
+        return f"same loss as {baseline} within {rounded(difference.early)}{over_steps}"
+    return f"not the loss of {baseline}: it differs by {rounded(difference.early)} at step {difference.early_step}"
 
 
-def rounded(value: float) -> str:
+def rounded(difference: float) -> str:
     """A relative difference, short: 3e-7, or 0 where there is none."""
-    return f"{value:.1g}".replace("e-0", "e-") if value else "0"
+    return f"{difference:.1g}".replace("e-0", "e-") if difference else "0"
 
 
-def _ratios(yardstick: RepeatedRun, other: RepeatedRun) -> list[str]:
-    """Speed and memory beside those of the run that the sentence has named."""
+def _ratios(baseline: RepeatedRun, run: RepeatedRun) -> list[str]:
+    """Speed and memory beside those of the baseline, as one clause; none if neither is known of both."""
     ratios = []
-    for what, a, b in (
-        ("tokens/s", yardstick.measured.tokens_per_s, other.measured.tokens_per_s),
-        ("memory", yardstick.measured.memory_gib, other.measured.memory_gib),
-    ):
-        if a and b:
-            is_noise = what == "tokens/s" and _overlap(yardstick.summary.spread, other.summary.spread)
-            noise = " (less than the repeats differ)" if is_noise else ""
-            ratios.append(f"{_ratio_text(b / a)} x its {what}{noise}")
+    if baseline.measured.tokens_per_s and run.measured.tokens_per_s:
+        ratio = _ratio_text(run.measured.tokens_per_s / baseline.measured.tokens_per_s)
+        is_noise = _overlap(baseline.summary.spread, run.summary.spread)
+        ratios.append(f"{ratio} x its tokens/s{' (less than the repeats differ)' if is_noise else ''}")
+    if baseline.measured.memory_gib and run.measured.memory_gib:
+        ratios.append(f"{_ratio_text(run.measured.memory_gib / baseline.measured.memory_gib)} x its memory")
     return [", ".join(ratios)] if ratios else []
 
 
-def _overlap(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
-    return one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
+def _overlap(spread: tuple[float, float] | None, other_spread: tuple[float, float] | None) -> bool:
+    if spread is None or other_spread is None:
+        return False
+    return spread[0] <= other_spread[1] and other_spread[0] <= spread[1]
 
 
 def _ratio_text(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio < 0.1 else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+    if ratio < 0.1:
+        return f"{ratio:.2f}"
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
 
 
-def _notes(rows: list[RepeatedRun], named: list[str]) -> list[str]:
+def _notes(rows: list[RepeatedRun], names: list[str]) -> list[str]:
+    """What to know before the numbers are used."""
     points = [point for row in rows for point in row.points]
-    numbers = [row.measured for row in rows]
-    records = [point.record for point in points if not point.record.is_empty]
-    found = []
-    peaks = [record.reference_tflops for record in records if record.reference_tflops]
-    if peaks and max(peaks) > 1.01 * min(peaks):
-        figures = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
-        found.append(
-            f"MFU is of different peaks ({figures} TFLOP/s a device) and cannot be compared; set "
-            "logging.reference_tflops to one figure for all"
-        )
-    for key, what in (("host", "hosts"), ("device", "devices"), ("git_revision", "revisions of shardtune")):
-        values = sorted({str(getattr(record, key)) for record in records if getattr(record, key)})
-        if len(values) > 1:
-            found.append(f"Speeds are of different {what}: {', '.join(values)}")
-    short = [m.steps for m in numbers if 0 < m.steps - m.warmup_steps < FIRST_STEPS or (m.steps and not m.warmup_steps)]
-    if short:
-        found.append(
+    notes = _notes_on_machines([point.record for point in points if not point.record.is_empty])
+    if any(_has_few_steps(row.measured) for row in rows):
+        notes.append(
             f"Speeds of runs with less than {FIRST_STEPS} steps behind the first logging interval say little; take "
             "more steps, or a smaller logging.every_steps"
         )
-    if any(record.device == "cpu" for record in records):
-        found.append("Memory on a CPU is the process's resident set, libraries included, and of the whole run")
-    found += [f"Planned memory: {by}" for by in sorted({m.planned_by for m in numbers if m.planned_by})]
+    if any(point.record.device == "cpu" for point in points):
+        notes.append("Memory on a CPU is the process's resident set, libraries included, and of the whole run")
+    methods = {row.measured.planned_by for row in rows if row.measured.planned_by}
+    notes += [f"Planned memory: {method}" for method in sorted(methods)]
     if len(points) > 1:
-        found.append(
-            f"Same loss: at most {SAME:g} apart, relatively, over the first {FIRST_STEPS} steps that both runs have"
+        notes.append(
+            f"Same loss: a relative difference of at most {SAME:g} over the first {FIRST_STEPS} steps that both runs have"
         )
-    found += [
-        f"{point.directory}: {point.unreadable_lines} lines of its metrics or events cannot be read and are left out"
-        for point in points
-        if point.unreadable_lines
-    ]
-    for row, name in zip(rows, named, strict=True):
-        distances = [distance for other in row.points[1:] if (distance := compare_losses(row.point, other))]
-        if drift := max((distance.drift for distance in distances), default=0.0):
-            found.append(f"The repeats of {name} are up to {rounded(drift)} apart in their losses")
-    return found
+    for point in points:
+        if point.unreadable_lines:
+            notes.append(
+                f"{point.directory}: {point.unreadable_lines} lines of its metrics or events cannot be read and are left out"
+            )
+    for row, name in zip(rows, names, strict=True):
+        if drift := _drift_of_repeats(row):
+            notes.append(f"The losses of the repeats of {name} differ by up to {rounded(drift)}")
+    return notes
+
+
+def _notes_on_machines(records: list[RunRecord]) -> list[str]:
+    """What makes figures of different machines or revisions hard to compare."""
+    notes = []
+    peaks = [record.reference_tflops for record in records if record.reference_tflops]
+    if peaks and max(peaks) > 1.01 * min(peaks):
+        figures = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
+        notes.append(
+            f"MFU is of different peaks ({figures} TFLOP/s a device) and cannot be compared; set "
+            "logging.reference_tflops to one figure for all"
+        )
+    machines: dict[str, set[str | None]] = {
+        "hosts": {record.host for record in records},
+        "devices": {record.device for record in records},
+        "revisions of shardtune": {record.git_revision for record in records},
+    }
+    for what, values in machines.items():
+        known = sorted(filter(None, values))
+        if len(known) > 1:
+            notes.append(f"Speeds are of different {what}: {', '.join(known)}")
+    return notes
+
+
+def _has_few_steps(measured: RunMeasurements) -> bool:
+    """Whether its medians are of so few steps that they say little; a run without any step is not meant."""
+    if not measured.steps:
+        return False
+    return not measured.warmup_steps or 0 < measured.steps - measured.warmup_steps < FIRST_STEPS
+
+
+def _drift_of_repeats(row: RepeatedRun) -> float:
+    """The largest relative loss difference of a repeat from the first one; 0 if there are no others."""
+    differences = [compare_losses(row.point, repeat) for repeat in row.points[1:]]
+    return max((difference.drift for difference in differences if difference is not None), default=0.0)

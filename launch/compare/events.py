@@ -25,59 +25,65 @@ class NotableStep:
 
 
 def notable_steps(point: Point) -> list[NotableStep]:
-    """Steps that guards told of, and those whose update was left out since their gradients were not finite, in order."""
-    comparison = [NotableStep(event["step"], _event_text(event)) for event in point.events]
-    named = {mark.step for mark in comparison}
-    comparison += [
-        NotableStep(step, "its update was left out, since its gradients were not finite")
-        for step, row in point.steps.items()
-        if row.get("skipped") and step not in named
-    ]
-    return sorted(comparison, key=lambda mark: mark.step)
+    """Steps in `events.jsonl`, and those whose update was left out since their gradients were not finite, in order."""
+    found = [NotableStep(event["step"], _event_text(event)) for event in point.events]
+    steps_with_event = {notable.step for notable in found}
+    for step, row in point.steps.items():
+        if row.get("skipped") and step not in steps_with_event:
+            found.append(NotableStep(step, "its update was left out, since its gradients were not finite"))
+    return sorted(found, key=lambda notable: notable.step)
 
 
 def _event_text(event: dict[str, Any]) -> str:
     if event.get("event") == "challenge":
         return f"{event.get('challenge')}: {event.get('says')}"
-    scores = event.get("scores") or {}
-    far = " and ".join(
-        f"{name} {value:.4g}"
-        + (f" ({scores[name]:.1f} standard deviations above the median)" if name in scores else "")
-        for name, value in (event.get("values") or {}).items()
-        if isinstance(value, int | float)
-    )
     action = event.get("action")
     done = DONE[Action(action)] if action in set(Action) else str(action)
-    documents = [f"{each.get('file')}:{each.get('line')}" for each in event.get("documents") or []]
+    text = f"{_values_text(event) or 'stood out'}; {done}"
+    documents = [f"{document.get('file')}:{document.get('line')}" for document in event.get("documents") or []]
+    if not documents:
+        return text
     more = f" and {len(documents) - MAX_DOCUMENTS} more" if len(documents) > MAX_DOCUMENTS else ""
-    return f"{far or 'stood out'}; {done}" + (f"; {', '.join(documents[:MAX_DOCUMENTS])}{more}" if documents else "")
+    return f"{text}; {', '.join(documents[:MAX_DOCUMENTS])}{more}"
+
+
+def _values_text(event: dict[str, Any]) -> str:
+    """The numbers that stood out, such as `loss 9.5 (7.1 standard deviations above the median)`."""
+    scores = event.get("scores") or {}
+    texts = []
+    for name, value in (event.get("values") or {}).items():
+        if not isinstance(value, int | float):
+            continue
+        score = f" ({scores[name]:.1f} standard deviations above the median)" if name in scores else ""
+        texts.append(f"{name} {value:.4g}{score}")
+    return " and ".join(texts)
 
 
 def notable_step_lines(comparison: Comparison) -> list[str]:
     """A line for each such step of each run."""
     lines = []
     for run in comparison.runs:
-        marks = notable_steps(run.point)
-        left = len(marks) - MAX_STEPS
-        lines += (
-            [f"{_run_prefix(comparison, run)}{left} earlier steps, in {run.point.directory}/events.jsonl"]
-            if left > 0
-            else []
-        )
-        lines += [f"{_run_prefix(comparison, run)}step {mark.step}: {mark.text}" for mark in marks[-MAX_STEPS:]]
+        prefix = _run_prefix(comparison, run)
+        steps = notable_steps(run.point)
+        if len(steps) > MAX_STEPS:
+            lines.append(f"{prefix}{len(steps) - MAX_STEPS} earlier steps, in {run.point.directory}/events.jsonl")
+        lines += [f"{prefix}step {notable.step}: {notable.text}" for notable in steps[-MAX_STEPS:]]
     return lines
 
 
 def resolved_settings(comparison: Comparison) -> list[str]:
-    """What stood in for settings: a line for all runs where all say the same."""
-    told = {run.name: run.point.record.substitutions for run in comparison.runs if not run.point.record.is_empty}
+    """Settings whose values the runs chose themselves: one line for all runs if all say the same."""
+    recorded = [run for run in comparison.runs if not run.point.record.is_empty]
+    keys: dict[str, None] = {}
+    for run in recorded:
+        keys |= dict.fromkeys(run.point.record.substitutions)
     lines = []
-    for key in dict.fromkeys(key for each in told.values() for key in each):
-        values = {name: each.get(key) for name, each in told.items()}
-        if len(set(map(str, values.values()))) == 1:
-            lines.append(f"{key}: {next(iter(values.values()))}")
+    for key in keys:
+        sentences = {run.name: run.point.record.substitutions.get(key) for run in recorded}
+        if len(set(sentences.values())) == 1:
+            lines.append(f"{key}: {next(iter(sentences.values()))}")
         else:
-            lines += [f"{name}: {key}: {value}" for name, value in values.items() if value is not None]
+            lines += [f"{name}: {key}: {sentence}" for name, sentence in sentences.items() if sentence is not None]
     return lines
 
 

@@ -15,11 +15,11 @@ PAGE_INTERVAL_S = 5.0
 QUIET_S = 120.0
 """Seconds after the last sign of life of any run in which those that have not begun may still."""
 WritePage = Callable[[float | None], None]
-"""Writes the answer; takes how often a browser is to read it anew, None for the last time."""
+"""Writes the page. Takes the seconds after which a browser reloads it; None for the last page."""
 
 
 def follow(directories: list[Path], write: WritePage) -> None:
-    """Write again and again until all runs have ended; the answer that follows is the last page. Errors: KeyboardInterrupt."""
+    """Write the page every few seconds until all runs have ended; the caller writes the last one. Errors: KeyboardInterrupt."""
     last_active = monotonic()
     try:
         while True:
@@ -50,7 +50,8 @@ class PeriodicPage:
     """Pages of points that this process runs: `look` is called often, and writes when it is time."""
 
     def __init__(self, write: WritePage) -> None:
-        self._write, self._next_write = write, monotonic() + PAGE_INTERVAL_S
+        self._write = write
+        self._next_write = monotonic() + PAGE_INTERVAL_S
 
     def write_if_due(self) -> None:
         """Write, if it is time; what goes wrong meanwhile is left to the last page."""

@@ -47,63 +47,92 @@ class SettingDifference:
 
 
 def setting_differences(points: list[Point]) -> list[SettingDifference]:
-    """Settings, then facts, in which runs differ.
+    """Settings, then facts of `run.json`, in which runs differ.
 
     Settings that only one choice of a group has (`strategy.bucket_mib`) follow from the choice, and are compared between
     runs that made the same one.
     """
-    found = []
-    keys = dict.fromkeys(key for point in points for key in point.config)
-    for key in (key for key in keys if not _under(key, PER_RUN_KEYS)):
-        choice = f"{key.split('.')[0]}.name"
-        groups: dict[Any, set[str]] = {}
-        for point in points:
-            same = None if key == choice else point.config.get(choice)
-            groups.setdefault(same, set()).add(_text(point.config.get(key, ABSENT)))
-        if any(len(values) > 1 for values in groups.values()):
-            found.append(SettingDifference(key, tuple(point.config.get(key, ABSENT) for point in points)))
+    differences = []
+    keys: dict[str, None] = {}
+    for point in points:
+        keys |= dict.fromkeys(point.config)
+    for key in keys:
+        if not _under(key, PER_RUN_KEYS) and _differs(key, points):
+            values = tuple(point.config.get(key, ABSENT) for point in points)
+            differences.append(SettingDifference(key, values))
     for key in RECORD_KEYS:
-        told = tuple(_recorded(point.record, key) for point in points)
-        if len({_text(value) for value in told if value != ABSENT}) > 1:
-            found.append(SettingDifference(f"run.json {key}", told))
-    return found
+        values = tuple(_recorded(point.record, key) for point in points)
+        known = {_comparable(value) for value in values if value != ABSENT}
+        if len(known) > 1:
+            differences.append(SettingDifference(f"run.json {key}", values))
+    return differences
+
+
+def _differs(key: str, points: list[Point]) -> bool:
+    """Whether runs that made the same choice of the setting's group have several values of it."""
+    choice = f"{key.split('.')[0]}.name"
+    values_by_choice: dict[Any, set[str]] = {}
+    for point in points:
+        chosen = None if key == choice else point.config.get(choice)
+        values_by_choice.setdefault(chosen, set()).add(_comparable(point.config.get(key, ABSENT)))
+    return any(len(values) > 1 for values in values_by_choice.values())
 
 
 def _recorded(record: RunRecord, key: str) -> Any:
     return getattr(record, key) if key in record.keys else ABSENT
 
 
-def _text(value: Any) -> str:
-    """A value to be compared; JSON of trackers has 0.0 as 0."""
+def _comparable(value: Any) -> str:
+    """A value as a text that is equal for equal settings: JSON of trackers has 0.0 as 0."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    return repr(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
+        return f"[{', '.join(map(_comparable, value))}]"
+    if isinstance(value, float) and value.is_integer():
+        return repr(int(value))
+    return repr(value)
 
 
 def run_names(points: list[Point], differences: list[SettingDifference]) -> list[str]:
     """A name for each run out of what differs, such as `fsdp2-lora-lr2e-4`; its directory where that says nothing."""
-    settings = {d.key: d for d in differences if not d.key.startswith("run.json ") and not _under(d.key, NOT_NAMED)}
-    parts = [[_part(key, value) for value in settings[key].values] for key in FIRST_IN_NAME if key in settings]
-    parts += [[_ranks(world) for world in d.values] for d in differences if d.key == "run.json world_size"]
-    parts += [[_part(key, value) for value in settings[key].values] for key in settings if key not in FIRST_IN_NAME]
-    made = [""] * len(points)
-    for part in parts:
-        longer = ["-".join(filter(None, pair)) for pair in zip(made, part, strict=True)]
-        if max(map(len, longer)) <= MAX_NAME_LENGTH:  # else the table alone says it
-            made = longer
-    often = Counter(made)
-    own = [point.directory.resolve().name for point in points]
-    return [
-        name if name and often[name] == 1 else "-".join(filter(None, (name, directory)))
-        for name, directory in zip(made, own, strict=True)
-    ]
+    names = [""] * len(points)
+    for parts in _name_parts(differences):
+        longer_names = [_joined(name, part) for name, part in zip(names, parts, strict=True)]
+        if max(map(len, longer_names)) <= MAX_NAME_LENGTH:  # else the table alone says it
+            names = longer_names
+    counts = Counter(names)
+    unique_names = []
+    for name, point in zip(names, points, strict=True):
+        is_unique = name and counts[name] == 1
+        unique_names.append(name if is_unique else _joined(name, point.directory.resolve().name))
+    return unique_names
 
 
-def _ranks(world: Any) -> str:
-    return "" if world == ABSENT else f"{world}rank{'s' if world != 1 else ''}"
+def _joined(name: str, part: str) -> str:
+    return "-".join(filter(None, (name, part)))
 
 
-def _part(key: str, value: Any) -> str:
+def _name_parts(differences: list[SettingDifference]) -> list[list[str]]:
+    """For each difference, the most telling first, the part that it adds to the name of each run."""
+    by_key = {difference.key: difference.values for difference in differences}
+    of_record = {f"run.json {key}" for key in RECORD_KEYS}
+    settings = [key for key in by_key if key not in of_record and not _under(key, NOT_NAMED)]
+    parts = []
+    for key in FIRST_IN_NAME:
+        if key in settings:
+            parts.append([_name_part(key, value) for value in by_key[key]])
+    if "run.json world_size" in by_key:
+        parts.append([_ranks(ranks) for ranks in by_key["run.json world_size"]])
+    for key in settings:
+        if key not in FIRST_IN_NAME:
+            parts.append([_name_part(key, value) for value in by_key[key]])
+    return parts
+
+
+def _ranks(world_size: Any) -> str:
+    return "" if world_size == ABSENT else f"{world_size}rank{'s' if world_size != 1 else ''}"
+
+
+def _name_part(key: str, value: Any) -> str:
+    """What a setting adds to a name: `lora`, `lr2e-4`, `no_dora`, or the stem of a data file."""
     leaf = key.rsplit(".", 1)[-1].strip("_")
     if value == ABSENT:
         return ""
@@ -114,7 +143,8 @@ def _part(key: str, value: Any) -> str:
     if isinstance(value, int | float):
         return f"{leaf}{short(value)}"
     if leaf in ("path", "eval_path") and value:
-        return _word_characters(Path(str(value)).stem if leaf == "path" and "data" in key else Path(str(value)).name)
+        path = Path(str(value))
+        return _word_characters(path.stem if leaf == "path" and "data" in key else path.name)
     return f"{leaf}_{_word_characters(short(value))}"
 
 

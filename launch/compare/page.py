@@ -23,8 +23,8 @@ Table = tuple[str, list[str], list[list[str]]]
 
 def missing_packages(what: str = "compare.html") -> str | None:
     """What to install for a page; None where all is there."""
-    lacking = [package for package in NEEDS if find_spec(package) is None]
-    return f"{what} needs {' and '.join(lacking)}: pip install 'shardtune[report]'" if lacking else None
+    missing = [package for package in NEEDS if find_spec(package) is None]
+    return f"{what} needs {' and '.join(missing)}: pip install 'shardtune[report]'" if missing else None
 
 
 @cache
@@ -43,7 +43,11 @@ def vega_script() -> str:
 
 
 def render_page(
-    found: Comparison, tables: list[Table], sections: list[tuple[str, list[str]]], *, again_s: float | None = None
+    comparison: Comparison,
+    tables: list[Table],
+    sections: list[tuple[str, list[str]]],
+    *,
+    again_s: float | None = None,
 ) -> str:
     """The text of the page; what comes from runs is escaped. A browser reads it anew after `again_s` seconds."""
     from jinja2 import Environment, PackageLoader
@@ -51,38 +55,47 @@ def render_page(
     from launch.compare.plots import comparison_plots
 
     template = Environment(loader=PackageLoader("launch.compare", "."), autoescape=True).get_template("page.html.j2")
-    cells = [
-        (title, headings, [[(shown, sort_value(shown)) for shown in row] for row in rows])
-        for title, headings, rows in tables
-    ]
-    told = [(title, said) for title, said in sections if title != "verdict"]
-    one = found.runs[0].point if len(found.runs) == 1 else None
+    single: dict[str, Any] = {"one": None, "settings": [], "facts": [], "profile": None}
+    if len(comparison.runs) == 1:
+        point = comparison.runs[0].point
+        settings = [(key, str(value)) for key, value in point.config.items()]
+        single = {"one": point, "settings": settings, "facts": run_facts(point), "profile": profile_of(point)}
     return template.render(
-        found=found,
-        tables=cells,
-        sections=told,
-        plots=comparison_plots(found),
+        found=comparison,
+        tables=_sortable(tables),
+        sections=[(title, lines) for title, lines in sections if title != "verdict"],
+        plots=comparison_plots(comparison),
         scripts=vega_script(),
         again_s=again_s,
-        one=one,
-        settings=[] if one is None else [(key, str(value)) for key, value in one.config.items()],
-        facts=[] if one is None else run_facts(one),
-        profile=None if one is None else profile_of(one),
+        **single,
     )
+
+
+def _sortable(tables: list[Table]) -> list[tuple[str, list[str], list[list[tuple[str, str]]]]]:
+    """The tables with, beside each cell, what a click on its heading sorts by."""
+    sortable = []
+    for title, headings, rows in tables:
+        cells = []
+        for row in rows:
+            cells.append([(cell, sort_value(cell)) for cell in row])
+        sortable.append((title, headings, cells))
+    return sortable
 
 
 def profile_of(point: Point) -> dict[str, Any] | None:
     """The traced steps of a run, and their tables as those of the page."""
     from launch.compare.profiles import OPERATORS, RANKS, read_profile
 
-    if (found := read_profile(point.directory)) is None:
+    profile = read_profile(point.directory)
+    if profile is None:
         return None
-    made = [("", RANKS, found.ranks), ("Operators, all ranks together", OPERATORS, found.operators)]
-    cells = [
-        (title, headings, [[(shown, sort_value(shown)) for shown in row] for row in rows])
-        for title, headings, rows in made
-    ]
-    return {"steps": found.steps, "of": found.measured_on, "traces": found.traces, "tables": cells}
+    tables = [("", RANKS, profile.ranks), ("Operators, all ranks together", OPERATORS, profile.operators)]
+    return {
+        "steps": profile.steps,
+        "of": profile.measured_on,
+        "traces": profile.traces,
+        "tables": _sortable(tables),
+    }
 
 
 def write_plot_images(comparison: Comparison, to: Path) -> list[tuple[str, str]]:

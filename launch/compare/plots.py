@@ -30,29 +30,38 @@ class Plot:
 def comparison_plots(comparison: Comparison) -> list[Plot]:
     """The plots for which there are numbers."""
     begun = [run for run in comparison.runs if run.measured.steps]
-    loss = loss_chart(begun)
-    plots_or_none = [
-        _plot("loss", "Loss", loss[1], loss[0]) if loss else None,
+    is_single = len(begun) == 1
+    plots = [
+        _loss(begun),
         _plot(
             "held-out", "Held-out metrics", "Before the first step, and after each evaluation.", held_out_chart(begun)
         ),
         _plot(
             "course", "Course", "Scroll or drag to zoom into all three; double-click to go back.", course_chart(begun)
         ),
-        _speeds(begun) if len(begun) > 1 else None,  # of one run its course says it
+        None if is_single else _speeds(begun),  # of one run its course says it
         _memory(begun),
         _parts(begun),
         _trade(begun),
-        _profile(begun[0]) if len(begun) == 1 else None,
+        _profile(begun[0]) if is_single else None,
     ]
-    return [plot for plot in plots_or_none if plot is not None]
+    return [plot for plot in plots if plot is not None]
 
 
 def _plot(name: str, title: str, caption: str, chart: Any) -> Plot | None:
+    """A chart as JSON that may stand in a script of the page; None without a chart."""
     if chart is None:
         return None
-    text = json.dumps(chart.to_dict(), allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\!--")
-    return Plot(name, title, caption, text)
+    spec = json.dumps(chart.to_dict(), allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\!--")
+    return Plot(name, title, caption, spec)
+
+
+def _loss(runs: list[ComparedRun]) -> Plot | None:
+    drawn = loss_chart(runs)
+    if drawn is None:
+        return None
+    chart, caption = drawn
+    return _plot("loss", "Loss", caption, chart)
 
 
 def _profile(run: ComparedRun) -> Plot | None:
@@ -109,12 +118,11 @@ def _speeds(runs: list[ComparedRun]) -> Plot | None:
 def _memory(runs: list[ComparedRun]) -> Plot | None:
     import altair as alt
 
-    rows = [
-        {"run": run.name, "what": what, "GiB": value}
-        for run in runs
-        for what, value in (("planned", run.measured.planned_gib), ("measured", run.measured.memory_gib))
-        if value is not None
-    ]
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        for what, gib in (("planned", run.measured.planned_gib), ("measured", run.measured.memory_gib)):
+            if gib is not None:
+                rows.append({"run": run.name, "what": what, "GiB": gib})
     if not rows:
         return None
     chart = (
@@ -139,11 +147,10 @@ def _parts(runs: list[ComparedRun]) -> Plot | None:
     import altair as alt
 
     order = ["data", "forward", "backward", "optimizer", "rest"]
-    rows = [
-        {"run": run.name, "part": part, "ms": 1000 * seconds, "order": order.index(part)}
-        for run in runs
-        for part, seconds in run.summary.parts_s.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        for part, seconds in run.summary.parts_s.items():
+            rows.append({"run": run.name, "part": part, "ms": 1000 * seconds, "order": order.index(part)})
     if not rows:
         return None
     chart = (
@@ -159,28 +166,36 @@ def _parts(runs: list[ComparedRun]) -> Plot | None:
     return _plot("parts", "A step's parts", "Communication is part of where it is waited for.", chart)
 
 
+def _costs(run: ComparedRun) -> dict[str, float | None]:
+    return {
+        "seconds of steps": sum(row.get("step_s") or 0.0 for row in run.point.steps.values()),
+        "GiB": run.measured.memory_gib,
+        "GiB saved": run.measured.checkpoint_gib,
+        "dollars a million tokens": run.summary.dollars_per_million,
+    }
+
+
 def _trade(runs: list[ComparedRun]) -> Plot | None:
-    """What came out, beside what it cost: held-out loss where every run has it, else the last step's."""
+    """Loss against cost: the held-out loss if every run has one, else that of the last step."""
     import altair as alt
 
-    held_out_chart = all("eval/loss" in run.measured.after for run in runs)
-    costs = {
-        "seconds of steps": lambda run: sum(row.get("step_s") or 0.0 for row in run.point.steps.values()),
-        "GiB": lambda run: run.measured.memory_gib,
-        "GiB saved": lambda run: run.measured.checkpoint_gib,
-        "dollars a million tokens": lambda run: run.summary.dollars_per_million,
-    }
+    held_out = all("eval/loss" in run.measured.after for run in runs)
     rows: list[dict[str, Any]] = []
+    known: dict[str, None] = {}
     for run in runs:
-        loss = run.measured.after["eval/loss"] if held_out_chart else run.measured.loss
+        loss = run.measured.after["eval/loss"] if held_out else run.measured.loss
         if loss is not None:
-            rows.append({"run": run.name, "loss": loss, **{name: cost(run) for name, cost in costs.items()}})
-    known = [name for name in costs if any(row[name] is not None for row in rows)]
+            costs = _costs(run)
+            rows.append({"run": run.name, "loss": loss, **costs})
+            known |= {name: None for name, cost in costs.items() if cost is not None}
     if len(rows) < 2 or not known:
         return None
-    least, most = min(row["loss"] for row in rows), max(row["loss"] for row in rows)
+    choices = [name for name in rows[0] if name in known]
+    losses = [row["loss"] for row in rows]
+    least = min(losses)
+    most = max(losses)
     room = max(0.1 * (most - least), 1e-3 * abs(most))  # differences of rounding are to be seen as none
-    against = alt.param(name="against", value=known[0], bind=alt.binding_select(options=known, name="against"))
+    against = alt.param(name="against", value=choices[0], bind=alt.binding_select(options=choices, name="against"))
     base = (
         alt.Chart(alt.Data(values=rows), width=WIDTH, height=HEIGHT)
         .transform_calculate(x="datum[against]")
@@ -189,7 +204,7 @@ def _trade(runs: list[ComparedRun]) -> Plot | None:
             x=alt.X("x:Q", title="cost", scale=alt.Scale(zero=False, padding=40)),
             y=alt.Y(
                 "loss:Q",
-                title="held-out loss" if held_out_chart else "last loss",
+                title="held-out loss" if held_out else "last loss",
                 scale=alt.Scale(domain=[least - room, most + room]),
             ),
         )

@@ -12,6 +12,8 @@ TOP = 12
 """Operators that are shown."""
 RANKS = ["rank", "window ms", "communication", "exposed", "idle", "peak GiB"]
 OPERATORS = ["operator", "ms", "share", "calls"]
+KEYS = {"rank", "steps", "of", "operators", "memory", "window_s"}
+"""What a summary has; a file without one of them is no summary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,44 +34,48 @@ class ProfiledSteps:
 
 
 def read_profile(directory: Path) -> ProfiledSteps | None:
-    """None where no steps were traced; a file that cannot be read, as of a rank that writes it, is left out."""
-    found = sorted(
-        filter(None, map(_read_summary, (directory / "profile").glob("rank-*.summary.json"))), key=lambda e: e["rank"]
-    )
-    if not found:
+    """The traced steps of a run; None if there are none. A summary that is just being written is left out."""
+    summaries = _read_summaries(directory)
+    if not summaries:
         return None
-    first, last = found[0]["steps"]
-    seconds, calls = Counter[str](), Counter[str]()
-    for each in (operator for rank in found for operator in rank["operators"]):
-        seconds[each["name"]] += each["self_s"]
-        calls[each["name"]] += each["calls"]
-    whole = seconds.total() or 1.0
+    memory = []
+    for summary in summaries:
+        for point in summary["memory"]:
+            memory.append({"rank": str(summary["rank"]), "ms": 1e3 * point["s"], "GiB": point["gib"]})
+    first, last = summaries[0]["steps"]
     return ProfiledSteps(
         steps=(first, last),
-        measured_on=found[0]["of"],
-        ranks=[_rank_row(each) for each in found],
-        operators=[
-            [name, f"{1e3 * took:.2f}", f"{took / whole:.0%}", str(calls[name])]
-            for name, took in seconds.most_common(TOP)
-        ],
-        memory=[
-            {"rank": str(each["rank"]), "ms": 1e3 * point["s"], "GiB": point["gib"]}
-            for each in found
-            for point in each["memory"]
-        ],
+        measured_on=summaries[0]["of"],
+        ranks=[_rank_row(summary) for summary in summaries],
+        operators=_operator_rows(summaries),
+        memory=memory,
         traces=str(directory / "profile" / "rank-*.json.gz"),
     )
 
 
 def exposed_s(directory: Path) -> float | None:
     """Seconds of a traced step of GPUs in which there was exchange and nothing was computed, mean over the ranks; else None."""
-    summaries = filter(None, map(_read_summary, (directory / "profile").glob("rank-*.summary.json")))
-    seconds_per_step = [
-        summary["exposed_s"] / (summary["steps"][1] - summary["steps"][0] + 1)
-        for summary in summaries
-        if summary["of"] == "device"
-    ]
+    seconds_per_step = []
+    for summary in _read_summaries(directory):
+        if summary["of"] == "device":
+            first, last = summary["steps"]
+            seconds_per_step.append(summary["exposed_s"] / (last - first + 1))
     return sum(seconds_per_step) / len(seconds_per_step) if seconds_per_step else None
+
+
+def _operator_rows(summaries: list[dict[str, Any]]) -> list[list[str]]:
+    """The operators that took longest, all ranks together, as `OPERATORS` names their cells."""
+    seconds = Counter[str]()
+    calls = Counter[str]()
+    for summary in summaries:
+        for operator in summary["operators"]:
+            seconds[operator["name"]] += operator["self_s"]
+            calls[operator["name"]] += operator["calls"]
+    total_s = seconds.total() or 1.0
+    return [
+        [name, f"{1e3 * self_s:.2f}", f"{self_s / total_s:.0%}", str(calls[name])]
+        for name, self_s in seconds.most_common(TOP)
+    ]
 
 
 def _rank_row(summary: dict[str, Any]) -> list[str]:
@@ -79,9 +85,16 @@ def _rank_row(summary: dict[str, Any]) -> list[str]:
     return [str(summary["rank"]), f"{1e3 * summary['window_s']:.1f}", *shares, "-" if peak is None else f"{peak:.3g}"]
 
 
+def _read_summaries(directory: Path) -> list[dict[str, Any]]:
+    """The ranks' summaries that can be read, by rank."""
+    files = (directory / "profile").glob("rank-*.summary.json")
+    summaries = [summary for file in files if (summary := _read_summary(file)) is not None]
+    return sorted(summaries, key=lambda summary: summary["rank"])
+
+
 def _read_summary(path: Path) -> dict[str, Any] | None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        return summary if {"rank", "steps", "of", "operators", "memory", "window_s"} <= summary.keys() else None
+        return summary if summary.keys() >= KEYS else None
     except (OSError, ValueError, AttributeError):
         return None

@@ -27,33 +27,45 @@ LINE_INTERVAL_S = 60.0
 
 
 class RunsProgress:
-    """`of` runs, of which `done` were there before; `pages` are looked after meanwhile."""
+    """Shows on stderr how far runs are that are started one after another.
+
+    `of` runs in all, of which `done` were done before; `pages` are rewritten meanwhile.
+    """
 
     def __init__(self, of: int, done: int, pages: PeriodicPage | None = None) -> None:
-        self.of, self.number, self.pages = of, done, pages
+        self.of = of
+        self.number = done
+        self.pages = pages
         self._out = sys.stderr
         self._terminal = self._out.isatty()
         self._durations_s: list[float] = []
-        self._updated_at = self._printed_at = 0.0
+        self._updated_at = 0.0
+        self._printed_at = 0.0
         if done:
             self._print(f"{done} of {of} runs are done already")
 
     def begin(self, name: str, run_dir: Path, steps: int | None) -> None:
         """A run starts."""
         self.number += 1
-        self._name, self._run_dir, self._steps = name, run_dir, steps
-        self._before = _last_step(run_dir)
+        self._name = name
+        self._run_dir = run_dir
+        self._steps = steps
+        self._step_before = _last_step(run_dir)
         self._first: tuple[float, int] | None = None
+        """When its first step was seen, and which it was."""
         self._started_at = self._printed_at = time.monotonic()
         if not self._terminal:
-            self._print(f"[{self.number}/{self.of}] {name} -> {run_dir}")
+            self._print(f"{self._heading()} -> {run_dir}")
+
+    def _heading(self) -> str:
+        return f"[{self.number}/{self.of}] {self._name}"
 
     def passed_over(self) -> None:
         """A run is not started, since its point failed before."""
         self.number += 1
 
     def update(self) -> None:
-        """Tell where the run is, if it is time; called often."""
+        """Print how far the run is, if a second has passed since the last time; called often."""
         now = time.monotonic()
         if now - self._updated_at < UPDATE_INTERVAL_S:
             return
@@ -68,52 +80,59 @@ class RunsProgress:
         """The run has ended with this exit code; what it printed is in `output`."""
         from launch.compare.run_files import read_point
 
-        took = time.monotonic() - self._started_at
-        outcome, reason = None, None
+        duration_s = time.monotonic() - self._started_at
+        outcome = None
+        reason = None
         with suppress(ConfigError):  # of a file that cannot be read the answer will say so
             point = read_point(self._run_dir)
-            outcome, reason = point.record.outcome, point.reason
+            outcome = point.record.outcome
+            reason = point.reason
         if code == 0:
-            self._durations_s.append(took)
-            speed = outcome.speed.get("tokens_per_s") if outcome is not None else None
-            said = f"done in {duration_text(took)}" + (f", {speed:,.0f} tokens/s" if speed else "")
+            self._durations_s.append(duration_s)
+            tokens_per_s = outcome.speed.get("tokens_per_s") if outcome is not None else None
+            speed = f", {tokens_per_s:,.0f} tokens/s" if tokens_per_s else ""
+            self._print(f"{self._heading()}: done in {duration_text(duration_s)}{speed}")
         elif code in (75, 130):
-            said = reason or "stopped"
+            self._print(f"{self._heading()}: {reason or 'stopped'}")
         else:
-            said = f"{reason or f'ended with {code}'}; what it printed: {output}"
-        self._print(f"[{self.number}/{self.of}] {self._name}: {said}")
+            self._print(f"{self._heading()}: {reason or f'ended with {code}'}; what it printed: {output}")
 
     def _state_line(self, now: float) -> str:
         step = _last_step(self._run_dir)
         if self._steps is None:
             self._steps = readable_run_record(self._run_dir).total_steps or None
-        told = f"[{self.number}/{self.of}] {self._name}: " + (
-            f"step {step}" + (f" of {self._steps}" if self._steps else "") if step else "starting"
-        )
-        left = self._seconds_left(now, step)
-        return told if left is None else f"{told}, about {duration_text(left)} left"
+        state = "starting"
+        if step:
+            state = f"step {step} of {self._steps}" if self._steps else f"step {step}"
+        seconds_left = self._seconds_left(now, step)
+        left = "" if seconds_left is None else f", about {duration_text(seconds_left)} left"
+        return f"{self._heading()}: {state}{left}"
 
     def _seconds_left(self, now: float, step: int) -> float | None:
-        """Seconds to the end of all runs: each as long as those before it, the first as its start and its steps say."""
-        took = mean(self._durations_s) if self._durations_s else None
-        if self._first is None and step > self._before:
+        """Seconds to the end of all runs; None before anything is known.
+
+        A run is expected to take as long as those before it. The first one: its start, and its steps at the pace so far.
+        """
+        if self._first is None and step > self._step_before:
             self._first = (now, step)
-        if took is None and self._first is not None and self._steps and step > self._first[1]:
-            seen, at = self._first
-            took = seen - self._started_at + (now - seen) / (step - at) * (self._steps - at)
-        return None if took is None else max(0.0, took - (now - self._started_at)) + took * (self.of - self.number)
+        if self._durations_s:
+            run_s = mean(self._durations_s)
+        elif self._first is not None and self._steps and step > self._first[1]:
+            first_at, first_step = self._first
+            step_s = (now - first_at) / (step - first_step)
+            run_s = first_at - self._started_at + step_s * (self._steps - first_step)
+        else:
+            return None
+        left_of_this_run = max(0.0, run_s - (now - self._started_at))
+        return left_of_this_run + run_s * (self.of - self.number)
 
     def _print(self, text: str, *, over: bool = False) -> None:
         """A line; in a terminal the next one takes its place where it is `over`."""
+        stays_open = over and self._terminal
         with suppress(OSError, ValueError):  # a terminal that has gone away is no reason to end the runs
             if self._terminal:
                 draw(self._out, "\r\033[K")
-            print(
-                text[:110] if over and self._terminal else text,
-                end="" if self._terminal and over else "\n",
-                file=self._out,
-                flush=True,
-            )
+            print(text[:110] if stays_open else text, end="" if stays_open else "\n", file=self._out, flush=True)
 
 
 def duration_text(seconds: float) -> str:
@@ -131,7 +150,10 @@ def _last_step(run_dir: Path) -> int:
 
 
 def run_with_progress(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
-    """Run what is frozen in `run_dir`, one of several, with its output in a file and `progress` told of it; the exit code."""
+    """Start the run that is frozen in `run_dir`, and wait for it; returns its exit code.
+
+    It is one of several: its output goes into `logs/output.log` of the run, and the screen shows `progress` alone.
+    """
     from launch.cluster.supervisor import supervised
     from launch.cluster.torchrun import Aside
 

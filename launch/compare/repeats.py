@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -64,38 +64,55 @@ class RepeatedRun:
     @property
     def ended(self) -> str | None:
         """How far the first repeat came that is not done."""
-        return self._first("ended")
+        return self._of_first(point.ended for point in self.points)
 
     @property
     def reason(self) -> str | None:
         """The same with why."""
-        return self._first("reason")
+        return self._of_first(point.reason for point in self.points)
 
-    def _first(self, what: str) -> str | None:
-        for number, point in enumerate(self.points, 1):
-            if said := getattr(point, what):
-                return f"repeat {number}: {said}" if number > 1 else str(said)
+    def _of_first(self, texts: Iterable[str | None]) -> str | None:
+        """The text of the first repeat that has one."""
+        for number, text in enumerate(texts, 1):
+            if text:
+                return f"repeat {number}: {text}" if number > 1 else text
         return None
 
 
 def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> RepeatedRun:
     """Read a row's directories; `price_of` a card by its driver's name. Raises ConfigError as `read_point` does."""
-    there = [path for number, path in enumerate(row.directories) if number == 0 or is_run(path)]
-    points = tuple(map(_read, there)) if not row.refused else (_refused_point(row),)
-    numbers = [measure(point, row.warmup) for point in points]
-    begun = [each for each in numbers if each.steps] or numbers[:1]
-    speeds = tuple(each.tokens_per_s for each in begun if each.tokens_per_s is not None)
-    over: dict[str, Any] = {key: _median([getattr(each, key) for each in begun]) for key in MEDIANS}
-    over |= {key: _largest([getattr(each, key) for each in begun]) for key in ("memory_gib", "memory_reserved_gib")}
-    traced = _median([exposed_s(point.directory) for point in points])
-    measured = replace(numbers[0], **over | ({} if traced is None else {"exposed_s": traced}))
-    taken = RepeatsSummary(
-        repeats=sum(bool(each.steps) for each in numbers),
-        tokens_per_s_repeats=speeds,
+    points = _points_of(row)
+    per_repeat = [measure(point, row.warmup) for point in points]
+    begun = [measured for measured in per_repeat if measured.steps] or per_repeat[:1]
+    exposed = _median([exposed_s(point.directory) for point in points])
+    measured = _over_repeats(per_repeat[0], begun)
+    if exposed is not None:
+        measured = replace(measured, exposed_s=exposed)  # of traced steps: truer than that of the counted step
+    summary = RepeatsSummary(
+        repeats=sum(bool(measured.steps) for measured in per_repeat),
+        tokens_per_s_repeats=tuple(m.tokens_per_s for m in begun if m.tokens_per_s is not None),
         parts_s=_step_parts_s(points, row.warmup, measured.step_s),
         dollars_per_million=_dollars_per_million(row, points[0].record, measured.tokens_per_s, price_of),
     )
-    return RepeatedRun(row, points, measured, taken)
+    return RepeatedRun(row, points, measured, summary)
+
+
+def _points_of(row: ComparisonRow) -> tuple[Point, ...]:
+    """The repeats of a row that were frozen, always with the first."""
+    if row.refused:
+        return (_refused_point(row),)
+    first, *others = row.directories
+    return tuple(_read(directory) for directory in [first, *filter(is_run, others)])
+
+
+def _over_repeats(first: RunMeasurements, begun: list[RunMeasurements]) -> RunMeasurements:
+    """The numbers of the first repeat, with medians over the repeats in `MEDIANS`, and the largest of their memory."""
+    over: dict[str, float | None] = {}
+    for name in MEDIANS:
+        over[name] = _median([getattr(measured, name) for measured in begun])
+    for name in ("memory_gib", "memory_reserved_gib"):
+        over[name] = max(_numbers([getattr(measured, name) for measured in begun]), default=None)
+    return replace(first, **over)  # type: ignore[arg-type]  # no other fields are among the names
 
 
 def _read(path: Path) -> Point:
@@ -118,17 +135,20 @@ def _refused_point(row: ComparisonRow) -> Point:
 
 
 def _step_parts_s(points: tuple[Point, ...], warmup: int, step_s: float | None) -> dict[str, float]:
-    found: dict[str, float] = {}
+    """Seconds of each part of a step, medians over all repeats; empty where parts were not timed."""
+    timed_rows = []
+    for point in points:
+        rows = rows_after_warmup(point, warmup) or point.steps.values()
+        timed_rows += [row for row in rows if "forward_s" in row]
+    parts: dict[str, float] = {}
     for name, key in STEP_PARTS.items():
-        rows = [
-            row
-            for point in points
-            for row in rows_after_warmup(point, warmup) or point.steps.values()
-            if "forward_s" in row
-        ]
-        if (seconds := _median([row.get(key) for row in rows])) is not None:
-            found[name] = seconds
-    return found | {"rest": max(0.0, (step_s or 0.0) - sum(found.values()))} if found else {}
+        seconds = _median([row.get(key) for row in timed_rows])
+        if seconds is not None:
+            parts[name] = seconds
+    if not parts:
+        return {}
+    rest = max(0.0, (step_s or 0.0) - sum(parts.values()))
+    return {**parts, "rest": rest}
 
 
 def _dollars_per_million(
@@ -144,9 +164,10 @@ def _dollars_per_million(
 
 
 def _median(values: list[Any]) -> float | None:
-    found = [value for value in values if isinstance(value, int | float)]
-    return median(found) if found else None
+    numbers = _numbers(values)
+    return median(numbers) if numbers else None
 
 
-def _largest(values: list[Any]) -> float | None:
-    return max((value for value in values if isinstance(value, int | float)), default=None)
+def _numbers(values: list[Any]) -> list[float]:
+    """Without what is not known, and without null, which stands for a number that is not finite."""
+    return [value for value in values if isinstance(value, int | float)]

@@ -70,7 +70,7 @@ class Point:
         """The same with why, on one line."""
         if self.state == State.running:
             last_seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
-            return f"{self.ended}, as last heard of at {last_seen}"
+            return f"{self.ended}, last seen at {last_seen}"
         why = self.status.get("reason") or self.failure.get("message")
         return f"{self.ended}: {' '.join(str(why).split())}" if self.ended and why else self.ended
 
@@ -128,7 +128,8 @@ def read_point(directory: Path) -> Point:
     """Read one run directory. Raises ConfigError where it is none, or one of its files is damaged."""
     if not is_run(directory):
         raise ConfigError(f"{directory}: not a run directory (there is no config.yaml in it)")
-    metrics, events = _rows(directory / METRICS), _rows(directory / "events.jsonl")
+    metrics = _rows(directory / METRICS)
+    events = _rows(directory / "events.jsonl")
     steps, evaluations = _by_step(metrics.rows)
     return Point(
         directory=directory,
@@ -188,10 +189,9 @@ def _by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dic
         if "loss" in row:
             steps[row["step"]] = row
         else:
+            metrics = {name: value for name, value in row.items() if name not in ("step", "tokens")}
             evaluations[row["step"]] = {
-                key: value
-                for key, value in row.items()
-                if key not in ("step", "tokens") and isinstance(value, int | float)
+                name: value for name, value in metrics.items() if isinstance(value, int | float)
             }
     return steps, evaluations
 
@@ -220,18 +220,15 @@ def measure(point: Point, warmup: int = 1) -> RunMeasurements:
     rows = list(point.steps.values())
     counted_rows = rows_after_warmup(point, warmup)
     rates = {key: _finite(counted_rows or rows, key) for key in RATES}
-    speeds = rates["tokens_per_s"]
-    quartiles = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else None
-    evaluated = sorted(point.evaluations)
-    losses = _finite(rows[-1:], "loss")
+    medians = {key: median(values) if values else None for key, values in rates.items()}
     receipt = point.record.receipt or Receipt()
     predicted = receipt.predicted or PredictedCost()
     measured = receipt.measured or MeasuredCost()
     return RunMeasurements(
         steps=len(rows),
-        loss=losses[0] if losses else None,
-        **{key: median(values) if values else None for key, values in rates.items()},
-        tokens_per_s_quartiles=(quartiles[0], quartiles[2]) if quartiles else None,
+        loss=next(iter(_finite(rows[-1:], "loss")), None),
+        **medians,
+        tokens_per_s_quartiles=_quartiles(rates["tokens_per_s"]),
         warmup_steps=len(rows) - len(counted_rows) if counted_rows else 0,
         memory_gib=max(_finite(rows, "memory_gib"), default=None),
         memory_reserved_gib=max(_finite(rows, "memory_reserved_gib"), default=None),
@@ -246,8 +243,21 @@ def measure(point: Point, warmup: int = 1) -> RunMeasurements:
         exchanged_bytes=_without_null(measured.exchanged_bytes or {}),
         exposed_s=measured.exposed_s,
         before=point.evaluations.get(0, {}),
-        after=point.evaluations[evaluated[-1]] if evaluated and evaluated[-1] > 0 else {},
+        after=_last_evaluation(point),
     )
+
+
+def _quartiles(values: list[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return None
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def _last_evaluation(point: Point) -> dict[str, float]:
+    """Held-out metrics at the last evaluation after the first step; empty if there was none."""
+    last_step = max(point.evaluations, default=0)
+    return point.evaluations[last_step] if last_step > 0 else {}
 
 
 def _finite(rows: list[dict[str, Any]], key: str) -> list[float]:
@@ -265,9 +275,12 @@ def _total_gib(bytes_by_collective: dict[str, float] | None) -> float | None:
 
 
 def _checkpoint_gib(point: Point) -> float | None:
-    """None where there is none, or a running run has just deleted it."""
+    """Size of the newest checkpoint; None where there is none, or a running run has just deleted it."""
     try:
-        there = published(places_of(point.directory, point.config.get("checkpoint.fallback_dir")))
-        return sum(f.stat().st_size for f in there[-1][1].rglob("*") if f.is_file()) / GIB if there else None
+        checkpoints = published(places_of(point.directory, point.config.get("checkpoint.fallback_dir")))
+        if not checkpoints:
+            return None
+        _, newest = checkpoints[-1]
+        return sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()) / GIB
     except (OSError, StorageError):
         return None

@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from strategies import atomic_io
 from strategies.errors import ConfigError
 from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY, version_of
 from trainer.reporting.shared_choice import COMPARISON
 from trainer.reporting.status import write_text_atomic
 
 RECORD = COMPARISON
+MOST_BYTES = 2**26
+"""Bytes of a record that are read at most: somebody else may have written the file."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,10 +52,12 @@ class ComparisonRow:
 
 def write_rows(to: Path, rows: list[ComparisonRow], words: list[str]) -> None:
     """Write `comparison.json` into `to`. Errors: StorageError."""
-    points = [asdict(row) | {"directories": [str(path.relative_to(to)) for path in row.directories]} for row in rows]
-    write_text_atomic(
-        to / RECORD, json.dumps({VERSION_KEY: FILE_VERSION, "words": words, "points": points}, indent=1) + "\n"
-    )
+    points = []
+    for row in rows:
+        directories = [str(path.relative_to(to)) for path in row.directories]
+        points.append({**asdict(row), "directories": directories})
+    record = {VERSION_KEY: FILE_VERSION, "words": words, "points": points}
+    write_text_atomic(to / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def read_rows(to: Path) -> list[ComparisonRow]:
@@ -61,16 +66,16 @@ def read_rows(to: Path) -> list[ComparisonRow]:
     if not path.is_file():
         return []
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(atomic_io.read_bytes(path, most=MOST_BYTES))
         version_of(record)
-        return [
-            ComparisonRow(
-                **point
-                | {"directories": tuple(to / name for name in point["directories"]), "refused": tuple(point["refused"])}
-            )
-            for point in record["points"]
-        ]
+        return [_row_of(point, to) for point in record["points"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); name the run directories below {to} instead, or repeat the command that made it"
         ) from error
+
+
+def _row_of(point: dict[str, Any], to: Path) -> ComparisonRow:
+    """A row out of its JSON values: directories are relative to that of the comparison."""
+    directories = tuple(to / name for name in point["directories"])
+    return ComparisonRow(**{**point, "directories": directories, "refused": tuple(point["refused"])})

@@ -13,8 +13,11 @@ USUAL_COLORS = 10
 """Colours of the usual scheme."""
 MOST_POINTS = 400
 """Steps of one curve that are drawn; of a longer run evenly spread ones, and those that stand out."""
-HEIGHT, WIDTH, STRIP_HEIGHT = 320, 860, 110
-"""Pixels of a plot; `STRIP_HEIGHT`: of one of several beneath each other."""
+HEIGHT = 320
+WIDTH = 860
+"""Pixels of a plot."""
+STRIP_HEIGHT = 110
+"""Pixels of one of several plots beneath each other."""
 WIDEST_NAME = 280
 """Pixels of a run's name, of which the end alone may tell two apart; vega cuts what is longer than 160."""
 OVER = ("step", "tokens", "seconds")
@@ -23,16 +26,37 @@ COURSE_METRICS = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_p
 
 
 def curve_rows(run: ComparedRun) -> list[dict[str, Any]]:
-    """Steps of a run with what is drawn of them: step, tokens and seconds until then, the loss, and the rest."""
+    """Steps of a run with what is drawn of them: step, tokens and seconds until then, the loss, and the rest.
+
+    Of a long run: evenly spread steps, the last one, and those that stood out.
+    """
     rows = list(run.point.steps.values())
-    seconds = accumulate(row.get("step_s") or 0.0 for row in rows)
-    every, named = max(1, -(-len(rows) // MOST_POINTS)), {mark.step for mark in notable_steps(run.point)}
-    told = [
-        {"run": run.name, "step": row["step"], "tokens": row.get("tokens"), "seconds": at, "loss": row["loss"]}
-        | {key: row[key] for key in COURSE_METRICS if isinstance(row.get(key), int | float)}
-        for row, at in zip(rows, seconds, strict=True)
-    ]
-    return [row for n, row in enumerate(told) if n % every == 0 or n == len(told) - 1 or row["step"] in named]
+    notable = {step.step for step in notable_steps(run.point)}
+    stride = max(1, -(-len(rows) // MOST_POINTS))  # rounded up
+    last = len(rows) - 1
+    elapsed_s = 0.0
+    drawn = []
+    for number, row in enumerate(rows):
+        elapsed_s += row.get("step_s") or 0.0
+        if number % stride != 0 and number != last and row["step"] not in notable:
+            continue
+        point = {
+            "run": run.name,
+            "step": row["step"],
+            "tokens": row.get("tokens"),
+            "seconds": elapsed_s,
+            "loss": row["loss"],
+        }
+        point |= {key: row[key] for key in COURSE_METRICS if isinstance(row.get(key), int | float)}
+        drawn.append(point)
+    return drawn
+
+
+def _curves(runs: list[ComparedRun]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        rows += curve_rows(run)
+    return rows
 
 
 def color(runs: list[ComparedRun]) -> Any:
@@ -68,7 +92,7 @@ def loss_chart(runs: list[ComparedRun]) -> tuple[Any, str] | None:
     """(the chart of the losses, with a line where a step stood out; what is to be seen), None without a loss."""
     import altair as alt
 
-    rows = [row for run in runs for row in curve_rows(run) if row["loss"] is not None]
+    rows = [row for row in _curves(runs) if row["loss"] is not None]
     if not rows:
         return None
     chosen_run = alt.selection_point(name="chosen", fields=["run"], bind="legend")
@@ -87,7 +111,8 @@ def loss_chart(runs: list[ComparedRun]) -> tuple[Any, str] | None:
     )
     caption = "Scroll to zoom, drag to move, double-click to go back"
     caption += "; a click in the legend shows one run alone." if len(runs) > 1 else "."
-    if not (notable_rows := _notable_step_rows(runs)):
+    notable_rows = _notable_step_rows(runs)
+    if not notable_rows:
         return lines, caption
     rules = (
         alt.Chart(alt.Data(values=notable_rows))
@@ -100,21 +125,35 @@ def loss_chart(runs: list[ComparedRun]) -> tuple[Any, str] | None:
 
 def _notable_step_rows(runs: list[ComparedRun]) -> list[dict[str, Any]]:
     """Steps that stand out, placed as the curves are."""
-    found = []
+    notable_rows = []
     for run in runs:
-        rows = {row["step"]: row for row in curve_rows(run)}
-        for mark in notable_steps(run.point):
-            at = rows.get(mark.step, {})
-            found.append(
+        row_by_step = {row["step"]: row for row in curve_rows(run)}
+        for notable in notable_steps(run.point):
+            row = row_by_step.get(notable.step, {})
+            notable_rows.append(
                 {
                     "run": run.name,
-                    "step": mark.step,
-                    "tokens": at.get("tokens"),
-                    "seconds": at.get("seconds"),
-                    "what": mark.text,
+                    "step": notable.step,
+                    "tokens": row.get("tokens"),
+                    "seconds": row.get("seconds"),
+                    "what": notable.text,
                 }
             )
-    return found
+    return notable_rows
+
+
+def _evaluation_rows(run: ComparedRun) -> list[dict[str, Any]]:
+    """A row for each held-out metric of each evaluation, with the tokens and seconds until then."""
+    elapsed_s = accumulate(row.get("step_s") or 0.0 for row in run.point.steps.values())
+    # The evaluation before the first step is at 0.
+    place_by_step: dict[int, dict[str, Any]] = {0: {"tokens": 0, "seconds": 0.0}}
+    for (step, row), seconds in zip(run.point.steps.items(), elapsed_s, strict=True):
+        place_by_step[step] = {"tokens": row.get("tokens"), "seconds": seconds}
+    rows: list[dict[str, Any]] = []
+    for step, metrics in run.point.evaluations.items():
+        place = {"step": step, **place_by_step.get(step, {"tokens": None, "seconds": None})}
+        rows += [{"run": run.name, **place, "metric": metric, "value": value} for metric, value in metrics.items()]
+    return rows
 
 
 def held_out_chart(runs: list[ComparedRun]) -> Any | None:
@@ -123,12 +162,7 @@ def held_out_chart(runs: list[ComparedRun]) -> Any | None:
 
     rows: list[dict[str, Any]] = []
     for run in runs:
-        seconds = list(accumulate(row.get("step_s") or 0.0 for row in run.point.steps.values()))
-        at = dict(zip(run.point.steps, seconds, strict=True))
-        for step, metrics in run.point.evaluations.items():
-            place = {"step": step, "tokens": run.point.steps.get(step, {}).get("tokens", 0 if step == 0 else None)}
-            place["seconds"] = at.get(step, 0.0 if step == 0 else None)
-            rows += [{"run": run.name, **place, "metric": key, "value": value} for key, value in metrics.items()]
+        rows += _evaluation_rows(run)
     if not rows:
         return None
     names = list(dict.fromkeys(row["metric"] for row in rows))
@@ -149,31 +183,33 @@ def held_out_chart(runs: list[ComparedRun]) -> Any | None:
 
 
 def course_chart(runs: list[ComparedRun]) -> Any | None:
-    """Gradient norm, learning rate and speed beneath each other, moved together."""
+    """Gradient norm, learning rate and speed beneath each other, moved together; None if no row has any of them."""
     import altair as alt
 
-    rows = [row for run in runs for row in curve_rows(run)]
-    known = [key for key in COURSE_METRICS if any(row.get(key) is not None for row in rows)]
-    if not known:
+    rows = _curves(runs)
+    rows_by_metric = {}
+    for metric in COURSE_METRICS:
+        if known := [row for row in rows if row.get(metric) is not None]:
+            rows_by_metric[metric] = known
+    if not rows_by_metric:
         return None
-    along = alt.selection_interval(name="along", bind="scales", encodings=["x"])
-    charts = [
-        alt.Chart(
-            alt.Data(values=[row for row in rows if row.get(key) is not None]),
-            width=WIDTH,
-            height=STRIP_HEIGHT,
+    shared_zoom = alt.selection_interval(name="along", bind="scales", encodings=["x"])
+    charts = []
+    last_metric = list(rows_by_metric)[-1]
+    for metric, metric_rows in rows_by_metric.items():
+        x_axis = _x_axis() if metric == last_metric else _x_axis(None)  # only the lowest chart names the shared axis
+        charts.append(
+            alt.Chart(alt.Data(values=metric_rows), width=WIDTH, height=STRIP_HEIGHT)
+            .transform_calculate(x="datum[over]")
+            .mark_line(point={"size": 12}, strokeWidth=1.5)
+            .encode(
+                x=x_axis,
+                y=alt.Y(f"{metric}:Q", title=COURSE_METRICS[metric], scale=alt.Scale(zero=False)),
+                color=color(runs),
+                tooltip=_tooltip(alt.Tooltip(f"{metric}:Q", format=".6g")),
+            )
+            .add_params(shared_zoom)
         )
-        .transform_calculate(x="datum[over]")
-        .mark_line(point={"size": 12}, strokeWidth=1.5)
-        .encode(
-            x=_x_axis(None if key != known[-1] else "steps, tokens or seconds of steps"),
-            y=alt.Y(f"{key}:Q", title=COURSE_METRICS[key], scale=alt.Scale(zero=False)),
-            color=color(runs),
-            tooltip=_tooltip(alt.Tooltip(f"{key}:Q", format=".6g")),
-        )
-        .add_params(along)
-        for key in known
-    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Automatically deduplicated")  # one selection of all three is meant
         return alt.vconcat(*charts, spacing=6).add_params(_x_choice())

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +39,9 @@ def parts_of(directory: Path) -> list[Path]:
     """All parts of a run that lie beside the one that is named, in the order of their starts."""
     match = PART.fullmatch(directory.name)
     assert match is not None
-    beside = [part for part in directory.parent.glob(f"*run-*-{match['id']}") if is_wandb(part)]
-    return sorted(beside, key=lambda part: part.name.removeprefix("offline-"))
+    siblings = directory.parent.glob(f"*run-*-{match['id']}")
+    parts = [sibling for sibling in siblings if is_wandb(sibling)]
+    return sorted(parts, key=lambda part: part.name.removeprefix("offline-"))
 
 
 def read_wandb(directory: Path) -> Point:
@@ -48,28 +50,30 @@ def read_wandb(directory: Path) -> Point:
     What W&B is not told stays empty: identity, receipt, checkpoints, events. Raises ConfigError where the run is no run of
     shardtune, its files cannot be read, or wandb is not installed.
     """
-    tree: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
-    host: dict[str, Any] = {}
-    exits: dict[str, Any] = {}
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, float]] = {}
-    started = 0.0
+    exit_record: dict[str, Any] = {}
+    history = _History()
+    host: str | None = None
+    started_at = 0.0
     for part in parts_of(directory):
-        exits = {}  # what ended an earlier part did not end the run
+        exit_record = {}  # what ended an earlier part did not end the run
         for record in _records(part):
             kind = record["type"]
             if kind == "run":
-                tree |= record["run"].get("config", {}).get("update", {})
-                host = {"host": record["run"]["host"]} if record["run"].get("host") else host
-                started = _seconds(record["run"].get("start_time")) or started
+                run = record["run"]
+                config |= run.get("config", {}).get("update", {})
+                host = run.get("host") or host
+                started_at = _seconds(run.get("start_time")) or started_at
             elif kind == "summary":
                 summary |= record["summary"].get("update", {})
             elif kind == "exit":
-                exits = record["exit"]
+                exit_record = record["exit"]
             elif kind == "history":
-                _add_row(record["history"].get("item", {}), steps, evaluations)
-    return _point_from_config(directory, tree, host, _status(exits, summary, started), steps, evaluations)
+                history.add(record["history"].get("item", {}))
+    if host is not None:
+        config["host"] = host
+    return _point_from_config(directory, config, _status(exit_record, summary, started_at), history)
 
 
 def is_server(directory: Path) -> bool:
@@ -78,7 +82,10 @@ def is_server(directory: Path) -> bool:
 
 
 def server_name(word: str) -> str | None:
-    """The run that a word names, as `wandb:<entity>/<project>/<run id>`; None where it names none, ConfigError where in part."""
+    """The run on a server that a word names, as `wandb:<entity>/<project>/<run id>`; None if it names none.
+
+    Errors: ConfigError if the word names a part of one.
+    """
     if match := RUN_PAGE_URL.fullmatch(word):
         return f"{SERVER_PREFIX}{match['entity']}/{match['project']}/{match['run']}"
     if not word.startswith(SERVER_PREFIX):
@@ -93,39 +100,32 @@ def read_server(directory: Path) -> Point:
     """Read a run that W&B's server has; what W&B is not told stays empty. Raises ConfigError where it cannot be had."""
     entity, project, run = str(directory).removeprefix(SERVER_PREFIX).split("/")
     fetched = fetch(entity, project, run)
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, float]] = {}
+    history = _History()
     for row in fetched.rows:
-        _add_row(row, steps, evaluations)
-    exits = {} if fetched.state == "running" else {"exit_code": int(fetched.state != "finished")}
-    status = _status(exits, fetched.summary, _seconds(fetched.created) or 0.0)
-    return _point_from_config(directory, fetched.config, {}, status, steps, evaluations)
+        history.add(row)
+    exit_record = {} if fetched.state == "running" else {"exit_code": int(fetched.state != "finished")}
+    status = _status(exit_record, fetched.summary, _seconds(fetched.created) or 0.0)
+    return _point_from_config(directory, fetched.config, status, history)
 
 
 def _point_from_config(
-    directory: Path,
-    tree: dict[str, Any],
-    host: dict[str, Any],
-    status: dict[str, Any],
-    steps: dict[int, dict[str, Any]],
-    evaluations: dict[int, dict[str, float]],
+    directory: Path, wandb_config: dict[str, Any], status: dict[str, Any], history: _History
 ) -> Point:
-    """A run as W&B's copy of its configuration has it, with columns of the run table and keys of `run.json` beside it."""
-    config = tree.get("config")
+    """A run out of W&B's config: the run's configuration, and beside it columns of the run table and keys of `run.json`."""
+    config = wandb_config.get("config")
     if not isinstance(config, dict) or "strategy" not in config:
         raise ConfigError(f"{directory}: not a run of shardtune (W&B holds no configuration of one)")
-    recorded = {key: value for key, value in tree.items() if key != "config" and not key.startswith("_")}
-    # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
-    record = record_of(recorded | host, wrong=[])
+    recorded = {key: value for key, value in wandb_config.items() if key != "config" and not key.startswith("_")}
     return Point(
         directory=directory,
         config=flat(config),
         identity={},
-        record=record,
+        # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
+        record=record_of(recorded, wrong=[]),
         status=status,
         failure={},
-        steps=steps,
-        evaluations=evaluations,
+        steps=history.steps,
+        evaluations=history.evaluations,
     )
 
 
@@ -139,47 +139,58 @@ def _records(part: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError:
-            if number < len(lines):  # the last one may be torn, as the file of a run that goes on is
+            if number < len(lines):  # the last one may be torn, as in the file of a run that is still training
                 raise ConfigError(f"{part}: record {number} cannot be read; leave this run out") from None
     if done.returncode and not lines:
-        why = (done.stderr.strip() or "no word why").splitlines()[-1]
+        why = (done.stderr.strip() or "it gives no reason").splitlines()[-1]
         raise ConfigError(f"{part}: wandb cannot read its files ({why}); leave this run out")
 
 
-def _add_row(
-    logged: dict[str, Any], steps: dict[int, dict[str, Any]], evaluations: dict[int, dict[str, float]]
-) -> None:
-    """A row of W&B, which has what was measured at one step in one."""
-    step = logged.get("train_step")
-    if not isinstance(step, int | float):
-        return
-    step = int(step)
-    # Of a server a row has null where another row has a value.
-    row = {key: _finite_or_none(value) for key, value in logged.items() if key[0] != "_" and value is not None}
-    del row["train_step"]
-    # `blocks_s/worst` and `loss/a` are of the step, as `blocks_s` and `loss` are; `eval/loss` is not, without `eval`.
-    of_step = {key for key in row if "/" not in key or key.partition("/")[0] in row}
-    if "loss" in row:
-        steps[step] = {"step": step} | {key: value for key, value in row.items() if key in of_step}
-    measured = {key: value for key, value in row.items() if key not in of_step and isinstance(value, int | float)}
-    if measured:
-        evaluations[step] = evaluations.get(step, {}) | measured
+@dataclass(slots=True)
+class _History:
+    """Rows of a run's steps and evaluations, out of W&B's, which have all that was logged at a step in one."""
+
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, logged: dict[str, Any]) -> None:
+        """Take a row of W&B; one without a step is of nothing that is compared."""
+        step = logged.get("train_step")
+        if not isinstance(step, int | float):
+            return
+        step = int(step)
+        # Of a server a row has null where another row has a value.
+        row = {key: _finite_or_none(value) for key, value in logged.items() if key[0] != "_" and value is not None}
+        del row["train_step"]
+        # `blocks_s/worst` and `loss/a` are of the step, as `blocks_s` and `loss` are; `eval/loss` is not, without `eval`.
+        of_step = {key: value for key, value in row.items() if "/" not in key or key.partition("/")[0] in row}
+        if "loss" in row:
+            self.steps[step] = {"step": step, **of_step}
+        evaluated = {key: value for key, value in row.items() if key not in of_step}
+        metrics = {key: value for key, value in evaluated.items() if isinstance(value, int | float)}
+        if metrics:
+            self.evaluations[step] = self.evaluations.get(step, {}) | metrics
 
 
 def _finite_or_none(value: Any) -> Any:
     """A value; None for one that is no finite number, which W&B writes as a word."""
-    broken = value in NOT_FINITE if isinstance(value, str) else isinstance(value, float) and not math.isfinite(value)
-    return None if broken else value
+    if isinstance(value, str):
+        return None if value in NOT_FINITE else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-def _status(exits: dict[str, Any], summary: dict[str, Any], started: float) -> dict[str, Any]:
-    status = {"step": summary.get("train_step"), "time": started + float(summary.get("_runtime") or 0.0)}
-    if not exits:
-        return status | {"state": State.running}
-    state = str(summary.get("state"))
-    if state in ("preempted", "done"):
-        return status | {"state": state}
-    return status | {"state": State.done if exits.get("exit_code", 0) == 0 else State.failed}
+def _status(exit_record: dict[str, Any], summary: dict[str, Any], started_at: float) -> dict[str, Any]:
+    """What `status.json` would say: running as long as W&B knows of no exit."""
+    last_seen = {"step": summary.get("train_step"), "time": started_at + float(summary.get("_runtime") or 0.0)}
+    if not exit_record:
+        state = State.running
+    elif summary.get("state") in (State.preempted, State.done):
+        state = State(summary["state"])
+    else:
+        state = State.done if exit_record.get("exit_code", 0) == 0 else State.failed
+    return {**last_seen, "state": state}
 
 
 def _seconds(text: object) -> float | None:

@@ -87,29 +87,44 @@ if __name__ == "__main__":
 
 def workspace_script(comparison: Comparison, to: Path) -> str | None:
     """The script for a comparison that is written into `to`; None where none of its runs is in W&B."""
-    there = [point for run in comparison.runs if run.repeated.state != REFUSED for point in run.repeated.points]
-    points = [point for point in there if point.config.get("logging.wandb", "disabled") != "disabled"]
+    points = _points_in_wandb(comparison)
     if not points:
         return None
     groups = {_logging_setting(point, "group") for point in points}
-    if None in groups:
+    if None in groups:  # runs without a group are found by their directories
         directories = sorted({str(point.config.get("run.dir")) for point in points})
         filters = f'ws.Config("run_dir").isin({directories!r})'
     else:
         filters = f'ws.Metric("Group").isin({sorted(map(str, groups))!r})'
-    keys = [difference.key for difference in comparison.differences]
-    named = {word.partition("=")[0] for point in points for word in point.config.get("logging.columns") or []}
-    chosen = [COLUMNS[key] for key in keys if key in COLUMNS]
-    chosen += [name.replace(".", "_") for name in sorted(named) if not {name, f"{name}.name"} & COLUMNS.keys()]
     return SCRIPT.substitute(
         title=repr(to.resolve().name),
         entity=repr(_logging_setting(points[0], "entity")),
         project=repr(_logging_setting(points[0], "project") or "shardtune"),
         filters=filters,
-        columns=repr(list(dict.fromkeys(chosen))),
+        columns=repr(_columns(comparison, points)),
         summary=repr(SUMMARY),
         verdict=repr([run.verdict for run in comparison.runs]),
     )
+
+
+def _points_in_wandb(comparison: Comparison) -> list[Point]:
+    points: list[Point] = []
+    for run in comparison.runs:
+        if run.repeated.state != REFUSED:
+            points += run.repeated.points
+    return [point for point in points if point.config.get("logging.wandb", "disabled") != "disabled"]
+
+
+def _columns(comparison: Comparison, points: list[Point]) -> list[str]:
+    """Columns of the run table: those of the settings that differ, then those that `logging.columns` names."""
+    columns = [COLUMNS[difference.key] for difference in comparison.differences if difference.key in COLUMNS]
+    named: set[str] = set()
+    for point in points:
+        named |= {word.partition("=")[0] for word in point.config.get("logging.columns") or []}
+    for name in sorted(named):
+        if name not in COLUMNS and f"{name}.name" not in COLUMNS:
+            columns.append(name.replace(".", "_"))
+    return list(dict.fromkeys(columns))
 
 
 def _logging_setting(point: Point, name: str) -> str | None:

@@ -81,11 +81,11 @@ def describe(config: RunConfig) -> DryRun:
         *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),
         *(
-            f"substituted: {key}: {config.substitutions[key]}"
+            f"resolved: {key}: {config.substitutions[key]}"
             for key in (STRATEGY, MICRO)
             if key in config.substitutions
         ),
-        *(f"substituted: {key}: {value}" for key, value in built.substitutions.items()),
+        *(f"resolved: {key}: {value}" for key, value in built.substitutions.items()),
         "nothing was trained (--dry-run)",
     ]
     facts = {

@@ -43,7 +43,7 @@ USAGE = f"""usage: shardtune status [directory | run] [document=<file>:<line> | 
   shardtune status runs "text=Jane Roe"
 
 A run that says it is running, but gives no sign of life, is called lost. Rates are medians over the last steps, all
-ranks together; memory is the largest peak of a rank; "heard" is the time since the last sign of life, or the end.
+ranks together; memory is the largest peak of a rank; "last seen" is the time since the last sign of life, or the end.
 
 {help_rows(StatusWords)}
 

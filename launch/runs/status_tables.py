@@ -33,7 +33,7 @@ COLUMNS = (
     Column("tok/s", is_number=True),
     Column("left", is_number=True),
     Column("GiB", is_number=True),
-    Column("heard", is_number=True),
+    Column("last seen", is_number=True),
 )
 
 
@@ -227,7 +227,7 @@ def _runner(run: RunView) -> list[str]:
         if run.state in (State.running, LOST):
             event = "last sign of life"
         elif run.state == UNKNOWN:
-            event = "heard of"
+            event = "last seen"
         else:
             event = "ended"
         words.append(f"{event} {age(run.heard_s)} ago")

@@ -203,7 +203,7 @@ class Waiting:
             return NOT_IN_TIME
         print(
             f"{self.run_dir}: has not ended within {self.wait_s:.0f} s: it still saves, or hangs. `shardtune status "
-            f"{self.run_dir}` says when it was last heard of, and wait_s= waits longer; {saved(self.run_dir, None)}",
+            f"{self.run_dir}` says when it was last seen, and wait_s= waits longer; {saved(self.run_dir, None)}",
             file=sys.stderr,
         )
         return NOT_IN_TIME

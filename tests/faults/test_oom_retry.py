@@ -23,7 +23,7 @@ def test_a_rank_out_of_memory_is_healed_by_half_the_micro_batch(runs, little, mo
     assert "started again (out_of_memory; 1 more times), batch.micro: 4 -> 2" in said
     assert "resumed from step-000002" in said and "batch: 16 = 2 micro x 4 accumulation x 2 ranks" in said
     note = "4 -> 2 (4 ran out of memory at step 4)"
-    assert f"substituted: batch.micro: {note}" in said
+    assert f"resolved: batch.micro: {note}" in said
     assert read(runs.root / "healed" / "run.json")["substitutions"]["batch.micro"] == note
     assert runs.status("healed")["state"] == "done" and not (runs.root / "healed" / "failure.json").exists()
     # The same words are still those of this run, which is finished.

@@ -25,7 +25,7 @@ def test_where_memory_runs_out_the_next_is_taken_and_the_run_is_as_if_told(runs,
     assert code == 0 and "Traceback" not in said, said
     assert "strategy=ddp runs out of memory; trying the next" in said
     note = "auto -> hsdp (not planned: not asked; 2 steps of the longest documents held; ddp ran out of memory)"
-    assert f"substituted: strategy: {note}" in said
+    assert f"resolved: strategy: {note}" in said
     record = read(runs.root / "chosen" / "run.json")
     assert (record["strategy"], record["substitutions"]["strategy"]) == ("hsdp", note)
     assert load_frozen(runs.root / "chosen" / "config.yaml").strategy.name == "hsdp"

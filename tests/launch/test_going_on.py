@@ -131,7 +131,7 @@ def test_a_host_that_cannot_keep_it_goes_on_with_blas_and_says_so(root, tmp_path
     reason = "auto -> blas (this run began with onednn; oneDNN would round float32 products to bfloat16 here)"
     assert libraries[-1].library is Matmul.blas
     assert noted(run) == (NOTE, reason)
-    assert f"substituted: run.matmul: {reason}" in " ".join(capfd.readouterr().out.split())
+    assert f"resolved: run.matmul: {reason}" in " ".join(capfd.readouterr().out.split())
 
     on(monkeypatch, ZEN5)
     for words, library, note in (

@@ -258,7 +258,7 @@ def test_a_run_that_chooses_takes_the_steps_of_one_that_was_told(tmp_path, strat
     assert all((tmp_path / f"told/profile/rank-{rank}.json.gz").stat().st_size > 1000 for rank in ranks)
     rows = [rows_of(tmp_path / name) for name in ("auto", "told")]
     assert rows[0] == rows[1] and len(rows[0]) == 3
-    assert f"substituted: batch.micro: auto -> {part} (planned " in said
+    assert f"resolved: batch.micro: auto -> {part} (planned " in said
     frozen = yaml.safe_load((tmp_path / "auto/config.yaml").read_text())
     record = json.loads((tmp_path / "auto/run.json").read_text())
     assert frozen["batch"]["micro"] == record["micro_batch"] == part

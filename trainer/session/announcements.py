@@ -89,7 +89,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, place
     record.substitutions |= opened.substitutions
     record.from_environment = opened.from_environment or None
     for key, value in opened.substitutions.items():
-        place.console.say(f"substituted: {key}: {value}")
+        place.console.say(f"resolved: {key}: {value}")
     if opened.passed_over:
         place.console.say(opened.passed_over)
     write_run_record(place.run_dir, record)
@@ -222,7 +222,7 @@ def track_evaluation(
         )
     )
     for key, value in opened.substitutions.items():
-        say(f"substituted: {key}: {value}")
+        say(f"resolved: {key}: {value}")
     values = {
         f"eval/{task}/{metric}{part and '/' + part}": each[part or "value"]
         for task, said in report["tasks"].items()

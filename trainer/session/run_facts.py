@@ -260,7 +260,7 @@ def start_text(record: RunRecord) -> str:
         )
     if record.initialised:
         lines.append(f"newly initialised (not in the checkpoint): {', '.join(record.initialised)}")
-    lines += [f"substituted: {key}: {sentence}" for key, sentence in record.substitutions.items()]
+    lines += [f"resolved: {key}: {sentence}" for key, sentence in record.substitutions.items()]
     if record.resumed_from:
         lines.append(f"resumed from {record.resumed_from}")
     lines += [f"accepted: {line}" for line in record.accepted or ()]

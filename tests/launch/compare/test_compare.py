@@ -65,8 +65,8 @@ def test_two_strategies_of_one_command(runs, capsys):
     """Names, the promise of the same loss, and numbers equal to what each run itself found."""
     ddp, fsdp2 = compared(capsys, runs / "runs")
     assert [ddp["name"], fsdp2["name"]] == ["ddp", "fsdp2"]
-    assert [ddp["state"], ddp["reason"], ddp["apart"]] == ["done", None, None]
-    assert fsdp2["apart"]["same"] and fsdp2["apart"]["early"] <= 1e-5 and fsdp2["apart"]["steps"] == 6
+    assert [ddp["state"], ddp["reason"], ddp["loss_difference"]] == ["done", None, None]
+    assert fsdp2["loss_difference"]["same"] and fsdp2["loss_difference"]["early"] <= 1e-5 and fsdp2["loss_difference"]["steps"] == 6
     assert fsdp2["verdict"].startswith("fsdp2: same loss as ddp")
     assert fsdp2["differing"] == {"strategy.name": "fsdp2"}
     for found, run in ((ddp, runs / "runs/0"), (fsdp2, runs / "runs/1")):
@@ -94,7 +94,7 @@ def test_a_failed_run_stays_a_row(runs, tmp_path, capsys):
     assert "its loss is NaN or infinite from step 2 on" in said
     assert max(map(len, out.splitlines())) <= 80
     _, broken = compared(capsys, runs / "runs/0", runs / "broken")
-    assert broken["not_comparable"] == ["run.seed: 42 and 1"] and broken["apart"] is None
+    assert broken["not_comparable"] == ["run.seed: 42 and 1"] and broken["loss_difference"] is None
 
 
 def test_where_curves_part(runs, tmp_path, capsys):
@@ -111,10 +111,10 @@ def test_where_curves_part(runs, tmp_path, capsys):
     late = changed(runs / "runs/0", tmp_path / "late", at(6))
     _, one, two = compared(capsys, runs / "runs/0", early, late)
     assert (one["name"], two["name"]) == ("early", "late")  # no setting differs
-    assert one["apart"]["early"] == pytest.approx(1e-3) and one["apart"]["early_step"] == 3 and not one["apart"]["same"]
-    assert "not the loss of 0: 0.001 apart at step 3" in one["verdict"]
-    assert two["apart"]["early"] == 0 and two["apart"]["same"]
-    assert two["apart"]["drift"] == pytest.approx(1e-3) and two["apart"]["drift_step"] == 6
+    assert one["loss_difference"]["early"] == pytest.approx(1e-3) and one["loss_difference"]["early_step"] == 3 and not one["loss_difference"]["same"]
+    assert "not the loss of 0: it differs by 0.001 at step 3" in one["verdict"]
+    assert two["loss_difference"]["early"] == 0 and two["loss_difference"]["same"]
+    assert two["loss_difference"]["drift"] == pytest.approx(1e-3) and two["loss_difference"]["drift_step"] == 6
     assert "same loss as 0, to the last digit" in two["verdict"]
 
 
@@ -140,7 +140,7 @@ def test_a_run_that_goes_on_and_one_that_never_began(runs, tmp_path, capsys):
     begun.mkdir()
     shutil.copy(runs / "runs/0/config.yaml", begun)
     _, one, two = compared(capsys, runs / "runs/0", running, begun)
-    assert one["reason"].startswith("running at step 5, as last heard of at ") and one["apart"]["steps"] == 5
+    assert one["reason"].startswith("running at step 5, last seen at ") and one["loss_difference"]["steps"] == 5
     assert two["reason"] == "not started" and two["measured"]["steps"] == 0 and two["measured"]["loss"] is None
     assert two["verdict"] == "begun: not started; no step to compare with 0"
 
@@ -255,6 +255,6 @@ def test_it_needs_no_torch(runs):
 
 
 def test_a_run_that_learns_labels_has_no_rate_of_learned_tokens():
-    learned = next(say for name, say in MAIN_COLUMNS if name == "learned/s")
+    learned = next(say for name, say in MAIN_COLUMNS if name == "supervised/s")
     runs = [SimpleNamespace(measured=SimpleNamespace(supervised_tokens_per_s=rate)) for rate in (0.0, None, 12.34)]
     assert [learned(run) for run in runs] == ["-", "-", "12.3"]

@@ -150,7 +150,7 @@ def test_a_loss_is_set_beside_that_of_the_same_job(rows, tmp_path):
     assert found.runs[4].verdict == (
         "lora-zero2: same loss as lora-ddp within 1e-7; 1.0 x its tokens/s, 1.0 x its memory"
     )
-    assert "not the loss of full-ddp: 0.01 apart" in found.runs[3].verdict
+    assert "not the loss of full-ddp: it differs by 0.01" in found.runs[3].verdict
 
 
 def test_a_cell_is_sorted_by_its_number():

@@ -102,7 +102,7 @@ def test_ctrl_c_keeps_what_was_measured(compared):
         "lr1e30-ddp": "not started",
     }
     assert stopped["runs"][0]["measured"]["steps"] == 4
-    assert "stopped; the same command goes on" in told
+    assert "stopped; the same command continues" in told
 
 
 def test_the_same_command_goes_on(compared, site):
@@ -125,7 +125,7 @@ def test_the_answer(compared, site):
     _, found, _, told, _ = compared
     ddp, fsdp2, single, failed = found["runs"]
     assert found["first"] == "lr1e-4-ddp" and fsdp2["against"] == "lr1e-4-ddp"
-    assert fsdp2["apart"]["same"] and fsdp2["apart"]["early"] <= 1e-5 and fsdp2["apart"]["steps"] == 4
+    assert fsdp2["loss_difference"]["same"] and fsdp2["loss_difference"]["early"] <= 1e-5 and fsdp2["loss_difference"]["steps"] == 4
     assert [ddp["state"], fsdp2["state"]] == ["done", "done"]
     assert single["state"] == "refused" and "runs in one process, not 2" in single["reason"]
     assert failed["state"] == "failed" and "gradients were not finite for 2 steps" in failed["reason"]
@@ -267,7 +267,7 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
     assert submitted == str(tmp_path / "new/ddp/train.sbatch") and "--array=0-2" in Path(submitted).read_text()
     said = capsys.readouterr()
     assert "submitted job 7" in said.err and "not started" in said.out
-    assert f"how the points stand, now and when their jobs have ended: shardtune compare {tmp_path / 'new'}" in said.err
+    assert f"to compare the points, now or when their jobs have ended: shardtune compare {tmp_path / 'new'}" in said.err
     assert "logging.name" not in said.out, "what a point is called is no difference of its own"
     write_status(tmp_path / "new/ddp", State.done, step=4)
     assert main(["compare", *asked, new]) == 0

@@ -56,7 +56,7 @@ def test_metadata_evaluation_and_lineage():
         "1,000,000",
     ):
         assert known in text
-    assert "substituted: precision -> auto -> bf16" in text and "```yaml\na: 1\n```" in text
+    assert "resolved: precision: auto -> bf16" in text and "```yaml\na: 1\n```" in text
     assert "PeftModel.from_pretrained" in text and "resize" not in text
 
 
