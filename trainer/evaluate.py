@@ -153,7 +153,7 @@ def _refuse_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
     checkpoint = Path(job.checkpoint)
     if not processes.call_on_main(checkpoint.is_dir, runtime):
         raise ConfigError(
-            f"checkpoint: {checkpoint} was deleted meanwhile, since the run goes on; start the same command again"
+            f"checkpoint: {checkpoint} was deleted meanwhile, since the run is still training; start the same command again"
         )
 
 

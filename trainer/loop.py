@@ -364,7 +364,7 @@ class Trainer:
         if self.progress.step:
             self._save()
         raise Preempted(
-            f"stopped at step {self.progress.step} of {self.settings.total_steps}; start the same run again to go on"
+            f"stopped at step {self.progress.step} of {self.settings.total_steps}; start the same run again to continue"
         )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def check_identity(config: RunConfig, data: Prepared, place: RunPlace) -> dict[s
     Raises ConfigError on every rank if code, data, model or settings differ from those of the checkpoint it resumes from, and
     `run.accept` does not name the difference.
     """
-    place.where.phase = "comparing with the run that is gone on with"
+    place.where.phase = "comparing with the run that is resumed"
     place.where.still_ours(place.runtime)
     return establish(config, data, place.run_dir, place.runtime)
 

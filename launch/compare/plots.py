@@ -214,6 +214,6 @@ def _trade(runs: list[ComparedRun]) -> Plot | None:
     return _plot(
         "trade",
         "Quality against cost",
-        "Lower is better, left is cheaper; names and numbers stand under the pointer.",
+        "Lower is better, left is cheaper; point at a mark to see its name and numbers.",
         points,
     )

@@ -145,7 +145,7 @@ def same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_way
     except ConfigError as error:
         if reached and FROZEN.search(path.read_text(encoding="utf-8", errors="replace")) is None:
             raise ConfigError(
-                f"{path}: is torn, as by a power cut; delete it, and the same command writes it again and goes on"
+                f"{path}: is torn, as by a power cut; delete it, and the same command writes it again and continues"
             ) from error
         if reached:
             raise
@@ -169,7 +169,7 @@ def same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_way
     if not changed or not reached:  # a corrected command may take its place
         return
     if another_way and all(line.startswith(ANOTHER_WAY) for line in changed):
-        print(f"{path.parent}: goes on in another way: {'; '.join(changed)}", file=sys.stderr)
+        print(f"{path.parent}: resumes in another way: {'; '.join(changed)}", file=sys.stderr)
         return
     more = [f"and {len(changed) - SHOWN_DIFFERENCES} more"] if len(changed) > SHOWN_DIFFERENCES else []
     refusal = (

@@ -142,7 +142,7 @@ def _values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterato
     elif reach is Reach.place:
         yield OutsideValue(reach, {key: value}, {key: _absolute(value)}, f"writes into {value}")
     else:
-        yield OutsideValue(reach, {key: value}, {key: value}, "has a tracker told, or says who is told")
+        yield OutsideValue(reach, {key: value}, {key: value}, "sends to a tracker, or decides who gets its messages")
 
 
 def _endpoint(config: RunConfig, key: str) -> Iterator[OutsideValue]:

@@ -3,7 +3,7 @@
     @dataclass(kw_only=True)
     class StopWords(VerbWords):
         run: Path = bare_word("name one run directory, as in shardtune stop runs/first")
-        wait_s: int = word("seconds to wait; the run goes on saving after that", default=600, least=0)
+        wait_s: int = word("seconds to wait; the run keeps saving after that", default=600, least=0)
         dry_run: bool = flag("say what would be done")
 
 The declaration gives the values their types, `--help` its rows, and every word that cannot be used its line of message. What is

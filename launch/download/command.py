@@ -94,7 +94,7 @@ def _download(words: list[str], target: Path, dry: bool, as_json: bool) -> int:
 
 def _planned(piece: Piece) -> str:
     there = "all of it is here" if not piece.lacking_bytes else f"{_size(piece.lacking_bytes)} to fetch"
-    size = _size(piece.total_bytes) if piece.total_bytes else "a size that is not told"
+    size = _size(piece.total_bytes) if piece.total_bytes else "a size that the server does not give"
     return f"{piece.key}: {piece.kind} {piece.name} at {piece.commit[:12]}: {size}, {there}"
 
 

@@ -51,7 +51,7 @@ KINDS_READ = {
         '"template" with slots as {person} and "attribute", or "texts": {group: text}; a "completion" '
         "behind either is judged in its place; without a path the shipped templates"
     ),
-    "subgroups": '"text", "label" and "group": what the row is told apart by, as a gender',
+    "subgroups": '"text", "label" and "group": the group of the row, such as a gender',
     "stereotype": (
         '"sent_more" and "sent_less" (CrowS-Pairs); StereoSet\'s dev.json, or its rows with "sentences"; '
         'WinoBias\'s files, named pro... and anti....txt; or "stereotype" and "anti_stereotype", perhaps '

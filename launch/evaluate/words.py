@@ -42,7 +42,7 @@ class EvaluateWords(VerbWords):
     checkpoint: str = word("last, best or a step", default="last", needs="run.dir")
     adapter: str | None = word("an adapter on top of model.path", like="<directory>", needs="model.path")
     accept: list[str] = word(
-        "go on although the base, or the run's own documents, are not those of the training",
+        "continue although the base, or the run's own documents, are not those of the training",
         default=[],
         like="[base,data]",
         choices=("base", "data"),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 GATES = {
     'gates={eval/loss: "<2.1"}': "gates beside those of the run",
-    'gates.override="<why>"': "go on although a gate says no",
+    'gates.override="<why>"': "continue although a gate says no",
 }
 USAGE = f"""usage: shardtune export <run> [key=value ...] [--json]
        shardtune export adapters=[<dir>,<dir>] to=<dir> [key=value ...] [--json]
@@ -190,7 +190,7 @@ def pass_gates(config: RunConfig, typed: dict[str, Any], asked: ExportRequest) -
     ]:
         raise ConfigError(
             [
-                f"gates: {name}: {typed[name]}: the run has {config.gates[name]}, which stays; gates.{OVERRIDE}=<why> goes on "
+                f"gates: {name}: {typed[name]}: the run has {config.gates[name]}, which stays; gates.{OVERRIDE}=<why> exports it "
                 "all the same"
                 for name in changed
             ]
@@ -264,7 +264,8 @@ def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig, *, look
     problem = verify(path, may_be_deleted=True)
     if problem and not path.exists() and asked in ("last", "best") and looks > 1:
         print(
-            f"checkpoint={asked}: {path.name} was deleted meanwhile, since the run goes on; taking the next", flush=True
+            f"checkpoint={asked}: {path.name} was deleted meanwhile, since the run is still training; taking the next",
+            flush=True,
         )
         return find_checkpoint(run_dir, asked, config, looks=looks - 1)
     if problem:
@@ -305,7 +306,7 @@ def still_there(asked: ExportRequest, config: RunConfig) -> Path:
         return asked.checkpoint
     if asked.gates is not None:
         raise ConfigError(
-            f"checkpoint={asked.named}: {asked.checkpoint.name} was deleted meanwhile, since the run goes on, and the gates "
+            f"checkpoint={asked.named}: {asked.checkpoint.name} was deleted meanwhile, since the run is still training, and the gates "
             "judged it; start the same command again"
         )
     return find_checkpoint(asked.run_dir, asked.named, config.checkpoint)

@@ -35,7 +35,7 @@ class ExportWords(VerbWords):
         also=("--verify",),
     )
     accept: list[str] = word(
-        "go on although the base (with bits= the data too) is not that of the training",
+        "continue although the base (with bits= the data too) is not that of the training",
         default=[],
         like="[base]",
         choices=("base", "data"),

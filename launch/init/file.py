@@ -108,7 +108,7 @@ def _group(
         current = parsed.choices.get(name)
         choice = current or str(dumped(holder.name))
         settings = settings_of(name, choice) if name in variants() else hint
-        said = f"One of {', '.join(groups()[name])}; docs/config.md has what each can be told."
+        said = f"One of {', '.join(groups()[name])}; docs/config.md lists the settings of each."
         mark = "" if current else "# "
         lines += [*_folded(said, "  "), f"  {mark}name: {choice}{_was(name, origin) if current else ''}"]
     lines += _block(name, settings, holder, given, whole, origin, 1)

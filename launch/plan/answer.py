@@ -38,7 +38,7 @@ def text(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ())
         lines += ["", "left out:", *fold_all([f"{ways}: {reason}" for reason, ways in by_reason(answer).items()])]
     if calibrated:
         lines += ["", *fold_all(calibrated, indent=0)]
-    rest = "; what stands above was measured" if calibrated else ""
+    rest = "; the figures above were measured" if calibrated else ""
     lines += [
         "",
         *fold(
@@ -194,7 +194,7 @@ def costs(best: Choice, job: PlannedRun) -> list[str]:
         said.append(f"what it costs is not known: no price was found for {job.card.name}; give hardware.price_per_hour")
     elif best.hours is None:
         million = job.world * rate / best.tokens_per_s / 3600 * 1e6
-        more = "" if epochs is not None else "; with a budget (budget.tokens=...) the whole is told"
+        more = "" if epochs is not None else "; with a budget (budget.tokens=...) the price of the whole run is shown"
         said.append(f"a million tokens cost ${million:.3f}{more}")
     return said
 

@@ -80,11 +80,7 @@ def describe(config: RunConfig) -> DryRun:
         *memory.lines,
         *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),
-        *(
-            f"resolved: {key}: {config.substitutions[key]}"
-            for key in (STRATEGY, MICRO)
-            if key in config.substitutions
-        ),
+        *(f"resolved: {key}: {config.substitutions[key]}" for key in (STRATEGY, MICRO) if key in config.substitutions),
         *(f"resolved: {key}: {value}" for key, value in built.substitutions.items()),
         "nothing was trained (--dry-run)",
     ]

@@ -122,7 +122,7 @@ def _as_planned(config: RunConfig, record: RunRecord, card: Card, settings: Plan
     from trainer.planner.sweep import simulate_ways
 
     if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
-        return "it recomputed as its memory allowed (strategy.activation_checkpointing=auto); name a run that was told"
+        return "its recomputation was chosen by its free memory (strategy.activation_checkpointing=auto); name a run that set it"
     # A foreign or damaged record may lack what the run was computed with.
     is_known = {
         "world_size": record.world_size > 0,

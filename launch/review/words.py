@@ -38,7 +38,7 @@ class MakeWords(VerbWords):
     )
     checkpoint: str = word("last, best or a step", default="last")
     accept: list[str] = word(
-        "go on although the base is not the one that the run was trained on",
+        "continue although the base is not the one that the run was trained on",
         default=[],
         like="[base]",
         choices=("base", "data"),

@@ -57,7 +57,7 @@ def text(root: Path, wanted: DocumentQuery, sightings: list[Sighting]) -> str:
     else:
         lines = [f"{wanted}: in no run below {root}"]
     if unknown:
-        lines.append(f"of {len(unknown)} it cannot be told:")
+        lines.append(f"of {len(unknown)} it is not known:")
         lines += fold_all([f"{sighting.run}: {sighting.unknown}" for sighting in unknown])
     if any(sighting.trained for sighting in saw):
         lines += fold(

@@ -22,9 +22,9 @@ class StopWords(VerbWords):
     """What `shardtune stop` takes."""
 
     run: Path = bare_word("name one run directory: shardtune stop runs/first")
-    wait_s: int = word("seconds to wait; the run goes on saving after that", default=600, least=0)
+    wait_s: int = word("seconds to wait; the run keeps saving after that", default=600, least=0)
     dry_run: bool = flag("say what would be done")
-    as_json: bool = flag("print how the run stands afterwards, for a script; what is said goes to stderr", key="--json")
+    as_json: bool = flag("print the run's state afterwards, for a script; what is said goes to stderr", key="--json")
 
 
 USAGE = f"""usage: shardtune stop <run> [wait_s=600] [--dry-run] [--json]
@@ -150,7 +150,7 @@ class Waiting:
                     print(f"  {now - began:.0f} s: not yet ended (step {step})", flush=True)
                 time.sleep(LOOK_S)
         except KeyboardInterrupt:
-            print(f"\n{self.run_dir}: was told to end, and goes on saving", file=sys.stderr)
+            print(f"\n{self.run_dir}: was told to end, and is still saving", file=sys.stderr)
             raise
         return self._tell()
 

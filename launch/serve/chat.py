@@ -47,7 +47,7 @@ USAGE = f"""usage: shardtune chat <run or export> ["prompt"] [against=base|none|
   shardtune chat runs/first "Sum this up: ..."    one answer
   cat letter.txt | shardtune chat runs/first > answer.txt
 
-The export's own chat template and stop tokens hold. A model without a template goes on with the text it is given.
+The export's own chat template and stop tokens hold. A model without a template continues the text it is given.
 A prompt that looks like a setting is given as prompt="...".
 
 {help_rows(ChatWords)}
@@ -135,7 +135,7 @@ def _converse(talks: list[Talk]) -> int:
     names = " and ".join(talk.talking.name for talk in talks)
     print(f"{names}; /new begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if not talks[-1].templated:
-        print("(no chat template: the model goes on with what you type, and remembers nothing)")
+        print("(no chat template: the model continues what you type, and remembers nothing)")
     while True:
         try:
             prompt = input("> ").strip()

@@ -166,10 +166,10 @@ def run_search(search: Search, base: Path, run: Run) -> int:
         code = _work(study, search, base, run)
     except OSError as error:  # of the journal: those of runs are told by them
         raise StorageError(
-            f"run.dir={base}: the search cannot go on ({error}); free space, and repeat the command"
+            f"run.dir={base}: the search cannot continue ({error}); free space, and repeat the command"
         ) from error
     if code in STOPPED:
-        print("stopped; the same command goes on", file=sys.stderr, flush=True)
+        print("stopped; the same command continues", file=sys.stderr, flush=True)
     print(table(study, search, base), flush=True)
     trials = study.get_trials(deepcopy=False)
     if code or any(trial.state.name == "COMPLETE" for trial in trials):

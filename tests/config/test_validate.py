@@ -253,7 +253,7 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("launcher.node_rank=1", "below launcher.nodes=1"),
         ("launcher.nodes=3 launcher.hosts=[a,b]", "launcher.hosts=[a,b] are 2; leave launcher.nodes out"),
         ("launcher.hosts=[a,b] launcher.node_rank=0", "says it of each host; leave it out"),
-        ("launcher.hosts=[a,a]", "a host stands there twice; its number of ranks is launcher.processes"),
+        ("launcher.hosts=[a,a]", "a host is named twice; its number of ranks is launcher.processes"),
         ("launcher.hosts=[a,-oProxyCommand]", "`-oProxyCommand` is no host"),
         ("launcher.stage=scratch", "must be the same on every node: an absolute path, or a variable"),
         ("launcher.ssh=[-p,2222]", "no host is reached over ssh; name them in launcher.hosts"),

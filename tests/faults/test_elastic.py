@@ -14,7 +14,7 @@ def test_another_number_of_ranks_and_another_strategy_need_no_word(runs, little)
     assert code == 64 and "batch.micro" in said and "Traceback" not in said  # with what is legal
     code, said = runs.run_here("elastic", *WORDS, "batch.micro=4")  # single, in this process
     assert code == 0 and "resumed from step-000003" in said, said
-    assert "goes on in another way: batch.micro: 2 there, 4 here; strategy." in said
+    assert "resumes in another way: batch.micro: 2 there, 4 here; strategy." in said
     found, expected = runs.curve("elastic"), runs.curve("elastic-alone")
     assert [step for step, *_ in found] == [1, 2, 3, 4, 5, 6]
     for one, other in zip(found, expected, strict=True):

@@ -25,7 +25,7 @@ class CheckpointConfig:
     save_final: bool = setting(True, reach=DESCRIBES)
     """Write a checkpoint after the last step, so that the run can be extended."""
     background: bool = setting(True, reach=DESCRIBES)
-    """Write checkpoints while training goes on, out of a copy in host memory (12 bytes a trained weight with AdamW, all ranks
+    """Write checkpoints while training continues, out of a copy in host memory (12 bytes a trained weight with AdamW, all ranks
     together); the last one, the one after a signal, and all where the copy has no room, in the step."""
     max_failures: int = number(3, least=0, advice="0 ends the run at the first")
     """Checkpoints in a row that may fail to be written, each with a warning, before the run ends; the last one of a run must

@@ -108,7 +108,7 @@ class Checkpoints:
         sync_directory(aside)
         sync_directory(place)
         self.say(
-            f"checkpoints that this run does not go on from ({', '.join(path.name for path in moved[:6])}) were moved to "
+            f"checkpoints that this run does not continue from ({', '.join(path.name for path in moved[:6])}) were moved to "
             f"{aside}, with the metrics so far; delete it when you need them no more"
         )
 
@@ -287,7 +287,7 @@ class Checkpoints:
             again = "" if must else f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
             raise StorageError(f"{'; '.join(problems)}.{again} Earlier checkpoints are intact.")
         self.say(
-            f"the run goes on without this checkpoint ({self._failures} failed in a row, {self.config.max_failures} may)"
+            f"the run continues without this checkpoint ({self._failures} failed in a row, {self.config.max_failures} may)"
         )
 
     def _close(self, writing: Writing, write: Callable[[Path], list[WrittenFile]]) -> tuple[Path, int]:

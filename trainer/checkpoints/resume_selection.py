@@ -139,7 +139,7 @@ def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
     asked, (resume, there) = resume, call_on_main(lambda: _look(places, resume), runtime)
     if asked != resume and runtime.is_main:
         print(
-            f"run.resume={asked}: this run has begun from it already and goes on from what it has made since, as with "
+            f"run.resume={asked}: this run has begun from it already and continues from what it has made since, as with "
             f"run.resume=auto; to go back once more, delete {places[0].parent / RESUMED_FROM}",
             flush=True,
         )

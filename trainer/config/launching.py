@@ -70,7 +70,7 @@ def _over_ssh(launcher: LauncherConfig) -> Iterator[str]:
         if not HOST.fullmatch(host):
             yield f"{hosts_word}: `{host}` is no host; give names or addresses as ssh takes them, such as [n1,me@n2]"
     if len({*launcher.hosts}) < len(launcher.hosts):
-        yield f"{hosts_word}: a host stands there twice; its number of ranks is launcher.processes"
+        yield f"{hosts_word}: a host is named twice; its number of ranks is launcher.processes"
     for key in ("address", "node_rank"):
         of_one_host = getattr(launcher, key)
         if of_one_host is not None:

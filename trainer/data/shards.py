@@ -178,7 +178,7 @@ class Assembly:
             advice = [knob.removesuffix(" or set data.over_length=split") for knob in advice]
         last = f"all of them are listed in {self.rejected}; {', '.join([*dict.fromkeys(advice), 'mend the data'])}"
         if num_bad < num_rows:
-            last += f", or go on without them with data.max_bad_share={math.ceil(100 * num_bad / num_rows) / 100:g}"
+            last += f", or continue without them with data.max_bad_share={math.ceil(100 * num_bad / num_rows) / 100:g}"
         counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
         allowed = f", more than data.max_bad_share={limit:g} allows" if num_bad / num_rows > limit else ""
         shown = "\n".join([*lines, last])

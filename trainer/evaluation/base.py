@@ -69,7 +69,7 @@ class TaskConfig:
     """One task: what is asked of the model, on which rows, and how its answers are judged (docs/evaluation.md)."""
 
     kind: str = setting("", reach=DESCRIBES)
-    """What is measured, as `exact_match`, `classification` or `multiple_choice`; an unknown one is told with all there are."""
+    """What is measured, as `exact_match`, `classification` or `multiple_choice`; an unknown one is refused with a list of all."""
     path: Any = setting(None, reach=Reach.file)
     """Its rows: a file, directory, glob or list of these, in the formats of `data.path`; null: the run's evaluation documents."""
     format: DataFormat = setting(DataFormat.auto, reach=DESCRIBES)
@@ -83,7 +83,7 @@ class TaskConfig:
     )
     """How answers are written, by tasks that need some."""
     options: dict[str, Any] = setting(default_factory=dict, reach=Reach.file)
-    """What its kind lets one choose, as `tokenize` of `translation`; an unknown one is told with all there are."""
+    """What its kind lets one choose, as `tokenize` of `translation`; an unknown one is refused with a list of all."""
     limit: dict[str, float] = setting(default_factory=dict, reach=DESCRIBES)
     """Largest loss of a metric against an earlier report, by its name; without it a loss beyond the interval counts."""
 

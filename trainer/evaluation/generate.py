@@ -244,7 +244,7 @@ def _check_rows(what: str, rows: Sequence[Sequence[int]], most: int | None) -> N
     for number, row in enumerate(rows):
         if len(row) == 0:
             raise DataError(
-                f"{what} {number} of {len(rows)} has no tokens, and a model goes on from at least one; begin it with the "
+                f"{what} {number} of {len(rows)} has no tokens, and a model needs at least one to continue; begin it with the "
                 "tokenizer's first token (<s>, <|endoftext|>), or leave it out"
             )
         if most is not None and len(row) >= most:

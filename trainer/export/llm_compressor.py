@@ -53,7 +53,9 @@ class Compressor:
 def find_python(named: str | None) -> str:
     """The Python that has llm-compressor. Raises ConfigError where there is none; nothing is fetched."""
     if named is None:
-        raise ConfigError(f"bits: llm-compressor pins an older transformers, so it lives apart; {HOW}")
+        raise ConfigError(
+            f"bits: llm-compressor pins an older transformers, so it needs an environment of its own; {HOW}"
+        )
     found = shutil.which(Path(named).expanduser())
     if found is None:
         raise ConfigError(f"bits.python={named}: there is no such program; {HOW}")

@@ -87,7 +87,7 @@ def refuse_another_base(adapter: Path, base: Path, *, accept: bool) -> list[str]
     if not changed or accept:
         return changed
     refusal = (
-        f"{adapter}: was trained on another base than {base}. Give the base of the training, or go on with this one: "
+        f"{adapter}: was trained on another base than {base}. Give the base of the training, or continue with this one: "
         "accept=[base]"
     )
     raise ConfigError("\n    ".join([refusal, *changed]))

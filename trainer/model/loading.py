@@ -148,8 +148,8 @@ def _config_error(path: str, error: Exception, config: ModelConfig) -> ConfigErr
     directory = Path(path)
     if _is_adapter(directory):
         return ConfigError(
-            f"model.path={path}: is an adapter; give its base as model.path, and this directory as tuning.from to go on "
-            "training it, or in model.adapters to fold it into the base"
+            f"model.path={path}: is an adapter; give its base as model.path, and this directory as tuning.from to train "
+            "it further, or in model.adapters to fold it into the base"
         )
     if "does not recognize this architecture" in str(error):
         import transformers

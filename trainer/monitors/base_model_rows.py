@@ -46,7 +46,7 @@ class BaseRows:
         built = self.evaluator.model.built
         if not built.tuning.keeps_base and step > 0:
             self.say(
-                f"challenges.forgetting: is not measured, since this run goes on from step {step} of one that did not ask the "
+                f"challenges.forgetting: is not measured, since this run continues from step {step} of one that did not ask the "
                 "base, and full tuning keeps none; start a new run.dir"
             )
             return

@@ -227,7 +227,7 @@ class Challenges:
             key = f"challenges.{self.ends.challenge}.action=note"
             raise LimitExceeded(
                 f"step {self.ends.step}: {self.ends.challenge}: {self.ends.says}. A checkpoint of this step is there; the same "
-                f"command with {key} goes on. Try: {'; '.join(self.ends.remedies)}"
+                f"command with {key} continues. Try: {'; '.join(self.ends.remedies)}"
             )
 
 

@@ -80,7 +80,7 @@ class ReplicaCheck:
         raise ReplicasDiffer(
             f"step {step}: {holds} other values of {named} than ranks that should hold the same, and did after step {begin}: "
             "memory that flips bits, or hosts whose processors compute differently. No checkpoint was written since; the same "
-            "command goes on from the last one. Leave such a host out, or where hosts differ on purpose set "
+            "command continues from the last one. Leave such a host out, or where hosts differ on purpose set "
             "guards.replicas_every_steps=0"
         )
 

@@ -260,11 +260,11 @@ class _Proof:
             loss = loss + summed.detach().cpu()
         off = abs(float(loss) - float(self.loss)) / float(self.loss)
         if not off <= tolerance:
-            return f"the loss differs by {off:.1e} from that of documents apart"
+            return f"the loss differs by {off:.1e} from that of the documents in separate rows"
         off = self._apart(_gradients(plain_model(model)))
         if off <= tolerance or (off <= MOST_ROUNDING and off <= self._own_rounding()):
             return ""
-        return f"gradients differ by {off:.1e} from those of documents apart"
+        return f"gradients differ by {off:.1e} from those of the documents in separate rows"
 
     def _apart(self, found: dict[str, Tensor]) -> float:
         """How far gradients are from the stock model's, by the norm of all."""

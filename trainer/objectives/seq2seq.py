@@ -77,7 +77,7 @@ def problems(config: Seq2seqConfig, around: Around) -> Iterator[str]:
         yield f"model.chat_template={model.chat_template}: objective=seq2seq writes plain text; set model.chat_template=null"
     if model.add_tokens and around.tuning.name != "full":
         yield (
-            f"model.add_tokens={model.add_tokens}: encoder and decoder look tokens up apart, and an adapter would "
+            f"model.add_tokens={model.add_tokens}: encoder and decoder look tokens up separately, and an adapter would "
             "train one of them; set tuning=full with objective=seq2seq"
         )
 

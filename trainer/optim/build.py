@@ -70,7 +70,7 @@ def build_optimizer(
             return torch.optim.SGD(
                 dicts, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
             )
-    raise TypeError(f"no optimizer stands behind {type(config).__name__}")
+    raise TypeError(f"no optimizer is known for {type(config).__name__}")
 
 
 def _pair(betas: list[float]) -> tuple[float, float]:

@@ -88,7 +88,7 @@ class AdafactorConfig(OptimConfig):
     lr: float = 1e-3
     """Peak rate relative to the root mean square of each parameter; capped by 1/sqrt(step); about 1e-3."""
     decay_exponent: float = number(0.8, least=0, most=1, advice="0.8 in the paper")
-    """The second moments average over more steps as the run goes on: step t counts `t ** -decay_exponent`, 0 to 1."""
+    """The second moments average over more steps later in the run: step t counts `t ** -decay_exponent`, 0 to 1."""
     clip_threshold: float = number(1.0, least=1, advice="1 in the paper")
     """Largest root mean square of one parameter's update before the rate, at least 1."""
     eps_scale: float = number(1e-3, above=0, advice="0.001 in the paper")

@@ -91,7 +91,7 @@ def must_fit(
     found = broadcast_object(found, runtime)
     if isinstance(found, str):
         raise DoesNotFit(
-            f"run.must_fit=true: whether the run fits cannot be told, since {found}; leave it out to try it"
+            f"run.must_fit=true: it is not known whether the run fits, since {found}; leave it out to try it"
         )
     fit = fit_of(found.live, found.groups, least)
     if fit.margin < 0:

@@ -77,7 +77,7 @@ def would_choose(config: RunConfig, data: Prepared) -> RunConfig:
         return config
     kind, local = str(config.run.device), config.launcher.per_node
     if kind == "cuda" and not torch.cuda.is_available():
-        return _with(config, 1, f"{AUTO} -> as memory allows, where the GPUs are; what stands here is of 1")
+        return _with(config, 1, f"{AUTO} -> as memory allows, on the host with the GPUs; the figures here are for 1")
     runtime = Runtime(
         0, local * config.launcher.nodes, 0, local, torch.device("cuda" if kind == "cuda" else "cpu"), None
     )

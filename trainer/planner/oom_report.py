@@ -117,4 +117,4 @@ def _knobs(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
     ways += (
         ["strategy=fsdp2 or zero3 on more ranks"] if str(strategy.name) not in ("fsdp2", "zero3") else ["more ranks"]
     )
-    return f"what helps: {'; '.join(ways)}. `shardtune plan` compares them; the run goes on from its last checkpoint"
+    return f"what helps: {'; '.join(ways)}. `shardtune plan` compares them; the run continues from its last checkpoint"

@@ -121,7 +121,7 @@ def would_choose_strategy(config: RunConfig, data: Prepared) -> RunConfig:
     if kind == "cuda" and not torch.cuda.is_available() and world > 1:
         legal = {str(each.name): each for each in candidates(config, world)[0]}
         stands = legal.get("fsdp2") or next(iter(legal.values()))
-        note = f"{AUTO} -> the fastest that fits, where the GPUs are; what stands here is of {stands.name}"
+        note = f"{AUTO} -> the fastest that fits, on the host with the GPUs; the figures here are for {stands.name}"
         return _with(config, stands, note)
     runtime = Runtime(0, world, 0, local, torch.device("cuda" if kind == "cuda" else "cpu"), None)
     devices = Devices(world, local, kind, memory_gib(runtime), _card(gpu_name(runtime)))

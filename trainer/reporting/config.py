@@ -59,7 +59,7 @@ class LoggingConfig:
     tags: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Tags in trackers; an empty list takes WANDB_TAGS (a,b)."""
     columns: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Settings that also stand as columns of the run table, such as optim.weight_decay, or name=text for one of your own."""
+    """Settings that are also columns of the run table, such as optim.weight_decay, or name=text for one of your own."""
     alerts: list[Alert] = setting(default_factory=list, reach=Reach.tracker)
     """Ends of a run of which W&B sends a message (Slack, e-mail): `failed`, `diverged`, `preempted`."""
     artifacts: bool = setting(False, reach=Reach.tracker)
@@ -77,7 +77,7 @@ class LoggingConfig:
     step_parts: bool = setting(False, reach=DESCRIBES)
     """Also time forward passes, backward passes and the optimizer in each step, without waiting for the device."""
     slow_rank: float = number(1.5, least=0, advice="1.5 names a rank that takes half as long again; 0 never looks")
-    """Times the median of the others that a rank computes, in five logging intervals in a row, to be told as slow; 0: never."""
+    """Times the median of the others that a rank computes, in five logging intervals in a row, to be called slow; 0: never."""
     report: bool = setting(True, reach=DESCRIBES)
     """Write `report.html` when the run has ended: its plots, numbers and settings in one file (needs the `report` extra)."""
     reference_tflops: float | None = number(None, above=0, advice="null takes what is known of the device")

@@ -62,7 +62,7 @@ class JsonlTracker:
         more = f" and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
         lines = f"{', '.join(map(str, unreadable[:SHOWN]))}{more}"
         print(
-            f"warning: {self.path}: {lines}; what cannot be read was moved to {aside.name}, and the run goes on without it",
+            f"warning: {self.path}: {lines}; what cannot be read was moved to {aside.name}, and the run continues without it",
             flush=True,
         )
 
@@ -109,7 +109,7 @@ class JsonlTracker:
             if not self._warned:
                 print(
                     f"warning: {self.path} could not be synced ({atomic_io.reason(error)}): a power cut may lose rows that the "
-                    "checkpoints count on; the checkpoints themselves are synced apart",
+                    "checkpoints count on; the checkpoints themselves are synced separately",
                     flush=True,
                 )
             self._warned = True

@@ -57,7 +57,7 @@ def recorded_files(run_dir: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}), and it alone says which base the run was trained on; bring the file back, or "
-            f"go on with the base that lies there now: accept=[{BASE}]"
+            f"continue with the base that lies there now: accept=[{BASE}]"
         ) from error
 
 
@@ -138,7 +138,7 @@ def use_recorded_base(
         "\n    ".join(
             [
                 f"{run_dir}: its base is not the one that it was trained on (base: {config.model.path}). Bring these files back, "
-                f"or go on with what lies there now: accept=[{BASE}]",
+                f"or continue with what lies there now: accept=[{BASE}]",
                 *changed,
             ]
         )

@@ -162,7 +162,7 @@ def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
     if lines := differences(before, mine, accept=config.run.accept):
         refusal = (
             f"run.resume: what is in {home} was trained with something else (there); undo it, start a new run.dir without "
-            f"run.resume, or go on with the change and have it recorded: {_word(lines, config.run.accept)}"
+            f"run.resume, or continue with the change and have it recorded: {_word(lines, config.run.accept)}"
         )
         raise ConfigError("\n    ".join([refusal, *_shown(lines)]))
     return list(dict.fromkeys([*accepted, *differences(before, mine, accept=[])]))

@@ -57,7 +57,7 @@ class AdapterConfig(TuningConfig):
     modules_to_save: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Modules trained in full beside the adapters and saved with them, such as a classification head."""
     from_: str | None = setting(None, reach=DESCRIBES, resume=FREE)
-    """Directory of an adapter to go on from; what is left unset here follows its settings. Typed as `tuning.from=<dir>`; in
+    """Directory of an adapter to continue from; what is left unset here follows its settings. Typed as `tuning.from=<dir>`; in
     files the key is `from_`."""
 
 

@@ -176,7 +176,7 @@ def _optimizer(block: Mapping[str, Any], into: Converted, name: str) -> None:
         elif key in ("lr", "betas", "eps", "weight_decay", "momentum"):
             into.take(f"{name}.params.{key}", value, TranslatedSetting({f"optim.{key}": text_of(value)}))
         else:
-            why = "the weights decay apart from the gradients, whatever the library behind it"
+            why = "weight decay is decoupled from the gradients, whatever the library behind it"
             torch_only = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(text_of(value))
             into.take(
                 f"{name}.params.{key}",

@@ -66,7 +66,11 @@ def test_two_strategies_of_one_command(runs, capsys):
     ddp, fsdp2 = compared(capsys, runs / "runs")
     assert [ddp["name"], fsdp2["name"]] == ["ddp", "fsdp2"]
     assert [ddp["state"], ddp["reason"], ddp["loss_difference"]] == ["done", None, None]
-    assert fsdp2["loss_difference"]["same"] and fsdp2["loss_difference"]["early"] <= 1e-5 and fsdp2["loss_difference"]["steps"] == 6
+    assert (
+        fsdp2["loss_difference"]["same"]
+        and fsdp2["loss_difference"]["early"] <= 1e-5
+        and fsdp2["loss_difference"]["steps"] == 6
+    )
     assert fsdp2["verdict"].startswith("fsdp2: same loss as ddp")
     assert fsdp2["differing"] == {"strategy.name": "fsdp2"}
     for found, run in ((ddp, runs / "runs/0"), (fsdp2, runs / "runs/1")):
@@ -111,7 +115,11 @@ def test_where_curves_part(runs, tmp_path, capsys):
     late = changed(runs / "runs/0", tmp_path / "late", at(6))
     _, one, two = compared(capsys, runs / "runs/0", early, late)
     assert (one["name"], two["name"]) == ("early", "late")  # no setting differs
-    assert one["loss_difference"]["early"] == pytest.approx(1e-3) and one["loss_difference"]["early_step"] == 3 and not one["loss_difference"]["same"]
+    assert (
+        one["loss_difference"]["early"] == pytest.approx(1e-3)
+        and one["loss_difference"]["early_step"] == 3
+        and not one["loss_difference"]["same"]
+    )
     assert "not the loss of 0: it differs by 0.001 at step 3" in one["verdict"]
     assert two["loss_difference"]["early"] == 0 and two["loss_difference"]["same"]
     assert two["loss_difference"]["drift"] == pytest.approx(1e-3) and two["loss_difference"]["drift_step"] == 6

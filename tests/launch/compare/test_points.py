@@ -125,7 +125,11 @@ def test_the_answer(compared, site):
     _, found, _, told, _ = compared
     ddp, fsdp2, single, failed = found["runs"]
     assert found["first"] == "lr1e-4-ddp" and fsdp2["against"] == "lr1e-4-ddp"
-    assert fsdp2["loss_difference"]["same"] and fsdp2["loss_difference"]["early"] <= 1e-5 and fsdp2["loss_difference"]["steps"] == 4
+    assert (
+        fsdp2["loss_difference"]["same"]
+        and fsdp2["loss_difference"]["early"] <= 1e-5
+        and fsdp2["loss_difference"]["steps"] == 4
+    )
     assert [ddp["state"], fsdp2["state"]] == ["done", "done"]
     assert single["state"] == "refused" and "runs in one process, not 2" in single["reason"]
     assert failed["state"] == "failed" and "gradients were not finite for 2 steps" in failed["reason"]

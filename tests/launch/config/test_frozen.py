@@ -205,7 +205,7 @@ def test_a_run_that_is_not_done_may_go_on_in_another_way(tmp_path, capsys):
     with pytest.raises(ConfigError, match="another configuration"):
         freeze(way, tmp_path)  # as a point of a comparison
     freeze(way, tmp_path, another_way=True)
-    assert "goes on in another way: batch.micro: 4 there, 2 here; " in (said := capsys.readouterr().err)
+    assert "resumes in another way: batch.micro: 4 there, 2 here; " in (said := capsys.readouterr().err)
     assert "strategy.name: single there, fsdp2 here" in said
     assert load_frozen(tmp_path / "config.yaml") == way.config
     for words in (["strategy=fsdp2", "batch.micro=2", "optim.lr=1e-6"], ["batch.micro=2", "run.seed=1"]):

@@ -225,7 +225,10 @@ def test_a_checkpoint_that_the_run_deletes_while_it_is_read_gives_way_to_the_nex
     monkeypatch.setattr(atomic_io.disk, "open", open_and_prune)
     assert run(copy, f"to={tmp_path / 'out'}", "--json") == 0
     said = capsys.readouterr()
-    assert "checkpoint=last: step-000006 was deleted meanwhile, since the run goes on; taking the next" in said.err
+    assert (
+        "checkpoint=last: step-000006 was deleted meanwhile, since the run is still training; taking the next"
+        in said.err
+    )
     assert json.loads(said.out)["checkpoints"] == ["step-000004"] and waited == []
     # Deleted after it was looked at, while the model was built.
     shutil.copytree(run_dir / "checkpoints" / "step-000006", newest)

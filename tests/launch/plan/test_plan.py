@@ -358,7 +358,7 @@ def test_rows_say_all_that_is_stored_otherwise(model):
             ["0.01 hours on 8 cards", "give hardware.price_per_hour"],
         ),
         ([], ["hardware.price_per_hour=null"], ["no price was found for NVIDIA A10G; give hardware.price_per_hour"]),
-        ([], [], ["a million tokens cost $", "with a budget (budget.tokens=...) the whole is told"]),
+        ([], [], ["a million tokens cost $", "with a budget (budget.tokens=...) the price of the whole run is shown"]),
     ],
 )
 def test_what_the_cost_of_a_run_lacks_is_said(model, words, card, said):

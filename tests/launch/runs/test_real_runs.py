@@ -88,7 +88,7 @@ def test_status_of_runs_as_they_come_and_go(runs, capsys):
     rest, _ = followed.communicate(timeout=seconds(60))
     assert followed.returncode == 0 and f"checkpoint step-{step:06d}: " in rest, rest
     assert rest.endswith(
-        f"alive: preempted at step {step}: stopped at step {step} of 5000; start the same run again to go on\n"
+        f"alive: preempted at step {step}: stopped at step {step} of 5000; start the same run again to continue\n"
     )
     assert main(["logs", str(runs.root / "failed")]) == 0
     assert "fit no format" in capsys.readouterr().out

@@ -109,7 +109,7 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
 
     def broken(before: bytes, message: str) -> DataError:
         number = line + before.count(b"\n")
-        return DataError(f"{path}:{number}: not valid JSON: {message}; rows from here on cannot be told apart")
+        return DataError(f"{path}:{number}: not valid JSON: {message}; rows from here on cannot be separated")
 
     with open_text(path) as stream:
         while True:

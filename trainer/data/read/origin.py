@@ -209,5 +209,5 @@ def _failed(what: str, error: Exception, *, streaming: bool = False) -> DataErro
             "(the cache is HF_HOME), or download its files and give their path"
         )
     else:
-        remedy = "download its files and give their path if this goes on"
+        remedy = "download its files and give their path if this keeps happening"
     return DataError(f"{what} cannot be loaded: {cause}; {remedy}")

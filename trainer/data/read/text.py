@@ -104,7 +104,7 @@ def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataEr
         what = f'{error}; double the quotes inside quoted cells ("") and quote the whole cell'
         if lines.number > line:
             what += f" (the record that starts here was read up to line {lines.number})"
-    return DataError(f"{path}:{line}: not valid CSV: {what}; rows from here on cannot be told apart")
+    return DataError(f"{path}:{line}: not valid CSV: {what}; rows from here on cannot be separated")
 
 
 def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Refusal | None) -> list[str]:

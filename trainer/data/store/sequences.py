@@ -185,7 +185,7 @@ def _refuse_cut_off(mapped: np.ndarray) -> None:
     if isinstance(mapped, np.memmap) and isinstance(mapped.base, mmap) and mapped.base.size() < mapped.nbytes:
         raise DataError(
             f"{mapped.filename}: was cut off from {mapped.nbytes} to {mapped.base.size()} bytes while the run reads it; delete "
-            "its directory, and the same command prepares the data again and goes on"
+            "its directory, and the same command prepares the data again and continues"
         )
 
 

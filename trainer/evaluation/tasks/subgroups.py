@@ -36,7 +36,7 @@ class Subgroups(ClassificationTask):
         Metric("accuracy_difference", "largest difference of accuracy, 0 to 1", False, min_cases=40),
         Metric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
     )
-    reads = '"text", "label" and "group": what the row is told apart by, as a gender'
+    reads = '"text", "label" and "group": the group of the row, such as a gender'
     options: ClassVar[dict[str, Any]] = {**ClassificationTask.options, "positive": None, "seed": 0}
     required_package: ClassVar[str | None] = None
 

@@ -171,7 +171,7 @@ def refuse(judged: JudgedGates, what: str) -> None:
         lines = "\n  ".join(judged.refused)
         raise GateRefused(
             f"{what}: {len(judged.refused)} of {len(judged.verdicts)} gates say no\n  {lines}\n"
-            f'To go on all the same, and have the reason recorded: gates.{OVERRIDE}="<why>"'
+            f'To export all the same, and have the reason recorded: gates.{OVERRIDE}="<why>"'
         )
 
 
