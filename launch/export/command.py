@@ -306,8 +306,8 @@ def still_there(asked: ExportRequest, config: RunConfig) -> Path:
         return asked.checkpoint
     if asked.gates is not None:
         raise ConfigError(
-            f"checkpoint={asked.named}: {asked.checkpoint.name} was deleted meanwhile, since the run is still training, and the gates "
-            "judged it; start the same command again"
+            f"checkpoint={asked.named}: {asked.checkpoint.name} was deleted meanwhile, since the run is still training, and "
+            "the gates judged it; start the same command again"
         )
     return find_checkpoint(asked.run_dir, asked.named, config.checkpoint)
 

@@ -33,7 +33,7 @@ class ExportConfig:
     papers: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Papers beside the card, in `papers/`: datasheet, annex_xi, annex_xii, training_summary, processing (docs/papers.md)."""
     answers: str | None = setting(None, reach=Reach.file)
-    """YAML file with what only its owner can say of the model, by question; what it leaves out is marked as open in the papers."""
+    """YAML file with what only its owner can say of the model, by question; what it leaves out is marked as open."""
     verify: bool = setting(False, reach=DESCRIBES)
     """Reload the export afresh and compare its logits with the trained model's; a drift fails the run."""
 
