@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.config.help_text import show_help
-from launch.config.show_config import KINDS, show
+from launch.config.show_config import CFG_KINDS, show
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
 from launch.output import give, said_to_stderr
 from strategies.errors import ConfigError
@@ -25,7 +25,7 @@ class SubmitWords(VerbWords):
         "print the job ids, run directories and scripts in place of what a person needs to know", key="--json"
     )
     cfg: str | None = word(
-        "print the whole configuration and stop", key="--cfg", also=("-c",), like="[job|hydra|all]", choices=KINDS
+        "print the whole configuration and stop", key="--cfg", also=("-c",), like="[job|hydra|all]", choices=CFG_KINDS
     )
     multirun: bool = flag(
         "one run a point, as a job array: shardtune submit -m strategy=fsdp2,zero3 ...", key="-m", also=("--multirun",)

@@ -40,14 +40,14 @@ class TrainWords(VerbWords):
         key="--cfg",
         also=("-c",),
         like="[job|hydra|all]",
-        choices=show_config.KINDS,
+        choices=show_config.CFG_KINDS,
     )
     info: str | None = word(
         "print where the configuration comes from and stop",
         key="--info",
         also=("-i",),
         like="[defaults|...]",
-        choices=show_config.INFO,
+        choices=show_config.INFO_KINDS,
     )
     dry_run: bool = flag("print what the run would do and stop")
     as_json: bool = flag("at the end print how it ended, for a script; what is said goes to stderr", key="--json")
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(problems)
     settings = words.settings
     if words.info is not None:
-        print("\n".join(show_config.info(settings)))
+        print("\n".join(show_config.composition_lines(settings)))
         return 0
     if is_worker(os.environ) and not shows and not words.multirun:
         return worker(settings)

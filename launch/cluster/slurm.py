@@ -138,7 +138,7 @@ def _python(config: RunConfig, slurm: SlurmConfig, places: list[Path]) -> list[s
         *(
             []
             if typed is None
-            else [f"export {trusted_values.VARIABLE}={shlex.quote(_path(typed, trusted_values.VARIABLE))}"]
+            else [f"export {trusted_values.STATE_VARIABLE}={shlex.quote(_path(typed, trusted_values.STATE_VARIABLE))}"]
         ),
         f"python={shlex.quote(one_line(sys.executable, 'the interpreter'))} # asks SLURM, on the host",
         f"inside={shlex.quote(one_line(slurm.python or 'python3', 'launcher.python'))} # of the ranks, in the container",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.cluster.array_size import refuse_large_arrays
 from launch.compare.settings import CompareConfig, ComparisonRow, write_rows
-from launch.config.axes import Axes, label, left_out, name_in_trackers, read_axes
+from launch.config.axes import Axes, excluded_points, label, name_in_trackers, read_axes
 from launch.config.verb_words import read_group
 from strategies.errors import ConfigError, NotOurs
 
@@ -96,16 +96,16 @@ def plan_points(words: list[str]) -> PointsPlan:
     settings, run_words = read_compare_settings(words)
     axes = read_axes(run_words)
     default_words = _default_words(axes, settings)
-    is_left_out = left_out(axes, settings.skip, settings.where)
+    is_left_out = excluded_points(axes, settings.skip, settings.where)
     points = [point for point, skipped in zip(axes.points(), is_left_out, strict=True) if not skipped]
     if len(points) < 2 and settings.repeats < 2:
         why = "the conditions leave no two points" if sum(is_left_out) else "no word has several values"
         raise ConfigError(f"nothing to compare: {why}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
     refuse_large_arrays(points, repeats=settings.repeats)
-    requested = _compose(points, [axes.chosen(point) for point in points], default_words)
+    requested = _compose(points, [axes.values_on_axes(point) for point in points], default_words)
     if all(point.refusals for point in requested):
         raise ConfigError(_problem_lines({point.name: list(point.refusals) for point in requested}))
-    return PointsPlan(settings, tuple(requested), sum(is_left_out), tuple(words), tuple(axes.partly()))
+    return PointsPlan(settings, tuple(requested), sum(is_left_out), tuple(words), tuple(axes.settings_of_some_points()))
 
 
 def read_compare_settings(words: list[str]) -> tuple[CompareConfig, list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 WHOLE_RUN_GROUPS = ("experiment", "debug", "local")
 """Groups whose files may set any key; their choice may be `null`."""
-OF_PLANS = "hardware"
+HARDWARE_DIRECTORY = "hardware"
 """A directory of conf/ whose files are no settings of a run: cards that `shardtune plan` plans for."""
 
 
@@ -23,35 +23,42 @@ OWN_DIRECTORIES: list[Path] = []
 @cache
 def groups() -> dict[str, list[str]]:
     """The choices of every group, both in alphabetical order, those of the user's directories included."""
-    found = dict(shipped())
-    for own in OWN_DIRECTORIES:
-        for name in found:
-            found[name] = sorted({*found[name], *(file.stem for file in (own / name).glob("*.yaml"))})
-    return found
+    choices_by_group = dict(shipped())
+    for directory in OWN_DIRECTORIES:
+        for group in choices_by_group:
+            choices_by_group[group] = sorted(
+                {*choices_by_group[group], *(file.stem for file in (directory / group).glob("*.yaml"))}
+            )
+    return choices_by_group
 
 
 @cache
 def shipped() -> dict[str, list[str]]:
     """The choices that `conf/` has."""
-    found = {
+    choices_by_group = {
         directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
         for directory in sorted(CONF_DIR.iterdir())
-        if directory.is_dir() and not directory.name.startswith(("_", ".")) and directory.name != OF_PLANS
+        if directory.is_dir() and not directory.name.startswith(("_", ".")) and directory.name != HARDWARE_DIRECTORY
     }
-    return {name: choices for name, choices in found.items() if choices or name == "local"}
+    return {name: choices for name, choices in choices_by_group.items() if choices or name == "local"}
 
 
 def add_directory(directory: Path) -> None:
     """Offer the files of a directory laid out as `conf/` as choices. Raises ConfigError where it would hide ours, or has none."""
     from strategies.errors import ConfigError
 
-    there = {name: sorted(file.stem for file in (directory / name).glob("*.yaml")) for name in shipped()}
-    if not any(there.values()):
+    choices_by_group = {group: sorted(file.stem for file in (directory / group).glob("*.yaml")) for group in shipped()}
+    if not any(choices_by_group.values()):
         raise ConfigError(
             f"--config-dir {directory}: has no <group>/<choice>.yaml, such as tuning/mine.yaml or experiment/mine.yaml; a whole "
             "file of settings is given as a bare word: my.yaml"
         )
-    if hidden := [f"{name}/{each}.yaml" for name, own in there.items() for each in own if each in shipped()[name]]:
+    if hidden := [
+        f"{group}/{choice}.yaml"
+        for group, choices in choices_by_group.items()
+        for choice in choices
+        if choice in shipped()[group]
+    ]:
         raise ConfigError(
             f"--config-dir {directory}: {', '.join(hidden)}: there is such a choice already; rename the file"
         )

@@ -23,9 +23,9 @@ MOST_FILES = 20_000
 MOST_BYTES = 64 * 2**20
 """Bytes of one file of code, or of one that names code."""
 CODE_OF_MODELS = (".py",)
-VERSIONED = "config.*.json"
+VERSIONED_CONFIGS = "config.*.json"
 """Configurations for some versions of transformers, which config.json names and which take its place."""
-ELSEWHERE = "--"
+REPOSITORY_MARK = "--"
 """Between a repository and a class, where `auto_map` names code of another repository."""
 
 
@@ -60,17 +60,19 @@ def digest_of_model(directory: Path, *, download: bool = False) -> str | None:
     files = dict(_files(directory, CODE_OF_MODELS))
     if not references and not files:
         return None
-    others: dict[str, str] = {}
+    digests_elsewhere: dict[str, str] = {}
     for reference in references:
-        repository, elsewhere, name = reference.rpartition(ELSEWHERE)
+        repository, elsewhere, name = reference.rpartition(REPOSITORY_MARK)
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise NoDigest(reference)  # a file that may lie anywhere
         if elsewhere:
-            other = model_directory(ModelConfig(), repository, None)
-            if other is None and download:
+            other_directory = model_directory(ModelConfig(), repository, None)
+            if other_directory is None and download:
                 raise NoDigest(reference)  # nobody has seen what would be fetched
-            others[reference] = "absent" if other is None else _digest(dict(_files(other, CODE_OF_MODELS)))
-    return _digest({**files, "auto_map": json.dumps([references, others]).encode()})
+            digests_elsewhere[reference] = (
+                "absent" if other_directory is None else _digest(dict(_files(other_directory, CODE_OF_MODELS)))
+            )
+    return _digest({**files, "auto_map": json.dumps([references, digests_elsewhere]).encode()})
 
 
 def digest_of_task(path: Path) -> str:
@@ -81,25 +83,25 @@ def digest_of_task(path: Path) -> str:
     """
     top = path.resolve()
     if top.is_dir():
-        waiting = sorted(top.rglob("*.yaml"))
+        pending = sorted(top.rglob("*.yaml"))
         files = dict(_files(top, CODE_OF_MODELS))
     else:
-        waiting, top = [top], top.parent
+        pending, top = [top], top.parent
         files = {file.name: _content(file) for file in sorted(top.glob("*.py"))}
-    seen = {*waiting}
-    while waiting:
-        file = waiting.pop()
+    known_files = {*pending}
+    while pending:
+        file = pending.pop()
         content = _content(file)
         files[os.path.relpath(file, top)] = content
         if file.suffix in CODE_OF_MODELS:
             continue
         try:
-            named = {each.resolve() for each in _named_by(file, content)}
+            named_files = {named.resolve() for named in _named_by(file, content)}
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise NoDigest(str(file)) from error
-        waiting += sorted(named - seen)
-        seen |= named
-        if len(seen) > MOST_FILES:
+        pending += sorted(named_files - known_files)
+        known_files |= named_files
+        if len(known_files) > MOST_FILES:
             raise NoDigest(str(path))
     return _digest(files)
 
@@ -136,17 +138,17 @@ def _named_by(file: Path, content: bytes) -> Iterator[Path]:
 
 def _included(tree: Any) -> Iterator[str]:
     """What a YAML includes, on whatever level. An alias is looked at once: with a few lines of them a tree has no end."""
-    waiting, seen = [tree], set[int]()
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
+    pending, visited_ids = [tree], set[int]()
+    while pending:
+        node = pending.pop()
+        if id(node) in visited_ids:
             continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            yield from texts_in(value.get("include"))
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
+        visited_ids.add(id(node))
+        if isinstance(node, dict):
+            yield from texts_in(node.get("include"))
+            pending += node.values()
+        elif isinstance(node, list):
+            pending += node
 
 
 def _files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
@@ -165,7 +167,7 @@ def _files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, by
 
 def _references(directory: Path) -> Iterator[str]:
     """The classes that the settings of a model name in `auto_map`."""
-    for file in sorted({*directory.glob("*config.json"), *directory.glob(VERSIONED)}):
+    for file in sorted({*directory.glob("*config.json"), *directory.glob(VERSIONED_CONFIGS)}):
         try:
             settings = json.loads(_content(file))  # not searched as text: JSON can spell `auto_map` with escapes
         except (ValueError, RecursionError) as error:

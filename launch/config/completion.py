@@ -11,7 +11,7 @@ from strategies.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
 PATHS = "model.path|model.tokenizer|data.path|data.eval_path|data.test_path|run.dir|run.resume|tuning.from|to|from"
-OF_ALL = ("--help", "--config-dir")
+COMMON_FLAGS = ("--help", "--config-dir")
 """Flags that are read before the verb."""
 
 BASH = r"""# Completion of shardtune in bash. Written by: shardtune --shell-completion bash
@@ -96,21 +96,23 @@ def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[Verb
     shell = shell.removeprefix("install=")
     if shell not in SHELLS:
         raise ConfigError(f"--shell-completion {shell}: give one of {', '.join(SHELLS)}")
-    values = values_of_settings()
+    values_by_key = values_of_settings()
     if shell == "fish":
-        return _fish(values, verbs, declared)
-    cases = "\n".join(f'                {key}) candidates="{" ".join(of)}" ;;' for key, of in values.items() if of)
-    own = "\n".join(
+        return _fish(values_by_key, verbs, declared)
+    value_cases = "\n".join(
+        f'                {key}) candidates="{" ".join(values)}" ;;' for key, values in values_by_key.items() if values
+    )
+    word_cases = "\n".join(
         f'        {verb}) candidates="{" ".join(keys_of(classes))}" ;;' for verb, classes in declared.items()
     )
     text = BASH if shell == "bash" else ZSH
     for mark, content in (
         ("@VERBS@", " ".join(verbs)),
         ("@FLAGS@", " ".join(flags_of(declared))),
-        ("@OWN@", own),
+        ("@OWN@", word_cases),
         ("@PATHS@", PATHS if shell == "zsh" else "=*|".join(PATHS.split("|"))),
-        ("@VALUES@", cases),
-        ("@KEYS@", " ".join(values)),
+        ("@VALUES@", value_cases),
+        ("@KEYS@", " ".join(values_by_key)),
     ):
         text = text.replace(mark, content)
     return text
@@ -119,17 +121,19 @@ def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[Verb
 def keys_of(classes: list[type[VerbWords]]) -> list[str]:
     """The keys that stand before an equals sign."""
     keys = []
-    for each in classes:
-        keys += [spec.key for spec in specs(each).values() if spec.kind == "word" and not spec.key.startswith("-")]
+    for declaration in classes:
+        keys += [
+            spec.key for spec in specs(declaration).values() if spec.kind == "word" and not spec.key.startswith("-")
+        ]
     return keys
 
 
 def flags_of(declared: dict[str, list[type[VerbWords]]]) -> list[str]:
     """All that begins with a dash, of all verbs."""
-    flags = [*OF_ALL]
+    flags = [*COMMON_FLAGS]
     for classes in declared.values():
-        for each in classes:
-            for spec in specs(each).values():
+        for declaration in classes:
+            for spec in specs(declaration).values():
                 flags += [key for key in (spec.key, *spec.also) if key.startswith("-")]
     return list(dict.fromkeys(flags))
 
@@ -138,28 +142,30 @@ def values_of_settings() -> dict[str, list[str]]:
     """Every group and setting as typed, with the values it takes where they can be listed."""
     from launch.config.overrides import settings
 
-    found: dict[str, list[str]] = {group: list(choices) for group, choices in groups().items()}
+    values_by_key: dict[str, list[str]] = {group: list(choices) for group, choices in groups().items()}
     for key, setting in settings().items():
         name = key.removesuffix("_")
         if "*" in name or (name.endswith(".name") and name.split(".")[0] in CHOSEN_BY_NAME):
             continue
-        of: list[str] = []
+        values: list[str] = []
         if isinstance(setting.type, type) and issubclass(setting.type, Enum):
-            of = [member.name for member in setting.type]
+            values = [member.name for member in setting.type]
         elif setting.type is bool or setting.type == bool | None:
-            of = ["true", "false"]
-        found[name] = of
-    return found
+            values = ["true", "false"]
+        values_by_key[name] = values
+    return values_by_key
 
 
-def _fish(values: dict[str, list[str]], verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]) -> str:
+def _fish(
+    values_by_key: dict[str, list[str]], verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]
+) -> str:
     lines = [
         "# Completion of shardtune in fish. Written by: shardtune --shell-completion fish",
         "complete -c shardtune -f",
     ]
-    for verb, what in verbs.items():
-        said = what.replace("'", "\\'")
-        lines.append(f"complete -c shardtune -n __fish_use_subcommand -a {verb} -d '{said}'")
+    for verb, text in verbs.items():
+        description = text.replace("'", "\\'")
+        lines.append(f"complete -c shardtune -n __fish_use_subcommand -a {verb} -d '{description}'")
     lines.append("function __shardtune_words")
     lines.append("    set -l word (commandline -ct)")
     lines.append("    switch $word")
@@ -168,12 +174,12 @@ def _fish(values: dict[str, list[str]], verbs: dict[str, str], declared: dict[st
     lines.append("            for each in (__fish_complete_path $parts[2])")
     lines.append("                echo $parts[1]=$each")
     lines.append("            end")
-    for key, of in values.items():
-        if of:
+    for key, options in values_by_key.items():
+        if options:
             lines.append(f"        case '{key}=*'")
-            lines.append(f"            printf '%s\\n' {' '.join(f'{key}={value}' for value in of)}")
+            lines.append(f"            printf '%s\\n' {' '.join(f'{key}={value}' for value in options)}")
     lines.append("        case '*'")
-    lines.append(f"            printf '%s\\n' {' '.join(f'{key}=' for key in values)}")
+    lines.append(f"            printf '%s\\n' {' '.join(f'{key}=' for key in values_by_key)}")
     lines.append("            __fish_complete_suffix .yaml")
     lines += ["    end", "end"]
     lines.append("complete -c shardtune -n 'not __fish_use_subcommand' -a '(__shardtune_words)'")

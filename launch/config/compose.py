@@ -57,7 +57,9 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
         config.substitutions |= settle_start(config.tuning, {key for key, _, _ in parsed.values})
         config.substitutions |= settle_merge(config.export, config.tuning)
         if check:
-            problems += [problem for problem in _refusals_here(config, argv) if not _is_echo(problem, parsed.suspects)]
+            problems += [
+                problem for problem in _problems_of_start(config, argv) if not _is_echo(problem, parsed.suspects)
+            ]
     if problems or config is None:
         raise ConfigError(problems)
     return Composed(config, list(argv))
@@ -80,8 +82,12 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     """
     parsed = overrides.parse(argv)
     fresh, problems = _base(parsed.choices)
-    typed = {key: word for key, _, word in parsed.values} | {g: f"{g}={choice}" for g, choice in parsed.choices.items()}
-    problems += [_not_beside_a_run(key, word, allowed) for key, word in typed.items() if not _is_of(key, allowed)]
+    typed = {key: word for key, _, word in parsed.values} | {
+        group: f"{group}={choice}" for group, choice in parsed.choices.items()
+    }
+    problems += [
+        _not_beside_a_run(key, word, allowed) for key, word in typed.items() if not _is_in_sections(key, allowed)
+    ]
     tree = _tree_of(config)
     for group in {"launcher", *parsed.choices} & {*variants()}:
         tree[group] = fresh[group]
@@ -89,11 +95,11 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     # The date that the chat template writes is the run's, whatever else this start chooses anew.
     tree.substitutions = {key: note for key, note in config.substitutions.items() if key == TEMPLATE_DATE}
     problems = parsed.problems + problems + ([] if problems else _apply(tree, parsed))
-    found = _to_config(tree, problems)
-    if found is None or problems:
+    recomposed = _to_config(tree, problems)
+    if recomposed is None or problems:
         raise ConfigError(problems)
-    _resolve(found)
-    return found
+    _resolve(recomposed)
+    return recomposed
 
 
 def with_words(config: RunConfig, argv: list[str]) -> RunConfig:
@@ -101,10 +107,10 @@ def with_words(config: RunConfig, argv: list[str]) -> RunConfig:
     parsed = overrides.parse(argv)
     tree = _tree_of(config)
     problems = parsed.problems or _apply(tree, parsed)
-    found = _to_config(tree, problems)
-    if found is None or problems:
+    changed = _to_config(tree, problems)
+    if changed is None or problems:
         raise ConfigError(problems)
-    return found
+    return changed
 
 
 def _tree_of(config: RunConfig) -> Any:
@@ -123,26 +129,26 @@ def typed_keys(argv: list[str]) -> set[str]:
     return {key for key, _, _ in parsed.values} | parsed.replaced | {key for key, _ in parsed.defaults}
 
 
-def _is_of(key: str, sections: frozenset[str]) -> bool:
+def _is_in_sections(key: str, sections: frozenset[str]) -> bool:
     """Whether a key belongs to one of the sections, such as `launcher` or `evaluation`."""
     return key.split(".")[0] in sections
 
 
 def _not_beside_a_run(key: str, word: str, allowed: frozenset[str]) -> str:
     """Why a word cannot stand beside a run: it is mistyped, or the run has its own value."""
-    known = overrides.settings()
-    if overrides.setting_of(known, key) is None and key not in variants():
-        return hints.unknown_key(key, word, known)[0]
+    settings_by_key = overrides.settings()
+    if overrides.setting_of(settings_by_key, key) is None and key not in variants():
+        return hints.unknown_key(key, word, settings_by_key)[0]
     return f"{word}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed))}"
 
 
-def _refusals_here(config: RunConfig, argv: list[str]) -> list[str]:
+def _problems_of_start(config: RunConfig, argv: list[str]) -> list[str]:
     """The refusals of a run of these words; one that an earlier version began with them goes on."""
-    found = refusals(config)
-    if found and (begun := begun_with(argv, config.run.dir)) is not None:
-        keep_budget(config, begun)
-        found = refusals(config, written=begun)
-    return found
+    problems = refusals(config)
+    if problems and (earlier := begun_with(argv, config.run.dir)) is not None:
+        keep_budget(config, earlier)
+        problems = refusals(config, written=earlier)
+    return problems
 
 
 def refusals(config: RunConfig, *, written: RunConfig | None = None) -> list[str]:
@@ -150,14 +156,18 @@ def refusals(config: RunConfig, *, written: RunConfig | None = None) -> list[str
 
     `written` is what the run's config.yaml holds already: of its values none is refused as a secret any more.
     """
-    return [*problems_of(config, world_size=world_size_of(config)), *_devices(config), *_secrets(config, written)]
+    return [
+        *problems_of(config, world_size=world_size_of(config)),
+        *_device_problems(config),
+        *_secret_problems(config, written),
+    ]
 
 
-def _secrets(config: RunConfig, written: RunConfig | None) -> Iterator[str]:
+def _secret_problems(config: RunConfig, written: RunConfig | None) -> Iterator[str]:
     """What is typed is written into config.yaml, the record and the model card, and sent to trackers."""
-    before = {} if written is None else flat(asdict(written))
+    written_values = {} if written is None else flat(asdict(written))
     for key, value in flat(asdict(config)).items():
-        if key in before and before[key] == value:
+        if key in written_values and written_values[key] == value:
             continue
         for text in value if isinstance(value, list) else [value]:
             kind = secret_in(text) if isinstance(text, str) else None
@@ -186,12 +196,12 @@ def _base(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:
     # A directory of the user's may be a whole project: only where choices can lie is looked.
     files = [
         file
-        for place in (CONF_DIR, *OWN_DIRECTORIES)
+        for directory in (CONF_DIR, *OWN_DIRECTORIES)
         for pattern in ("*.yaml", "*/*.yaml")
-        for file in place.glob(pattern)
+        for file in directory.glob(pattern)
     ]
-    there = tuple((file, file.stat().st_mtime_ns) for file in files if file.exists())
-    tree, problems = _composed(tuple(choices.items()), there)
+    modification_times = tuple((file, file.stat().st_mtime_ns) for file in files if file.exists())
+    tree, problems = _composed(tuple(choices.items()), modification_times)
     return copy.deepcopy(tree), list(problems)
 
 
@@ -214,22 +224,24 @@ def _composed(
         try:
             return hydra_compose("train", hydra_words(dict(choices))), []
         except (HydraException, OmegaConfBaseException) as error:
-            problem = f"{_blame(dict(choices))}: {' '.join(str(error).split())}"
+            problem = f"{_suspected_files(dict(choices))}: {' '.join(str(error).split())}"
         tree = OmegaConf.structured(RunConfig)
         OmegaConf.set_struct(tree, True)
         return tree, [problem]
 
 
-def _blame(choices: dict[str, str]) -> str:
+def _suspected_files(choices: dict[str, str]) -> str:
     files = [f"conf/{group}/{choices[group]}.yaml" for group in ("experiment", "debug") if choices.get(group)]
-    own = [f"a file below {directory}" for directory in OWN_DIRECTORIES]
-    return " or ".join([*files, *own, "conf/local/default.yaml"])
+    own_directories = [f"a file below {directory}" for directory in OWN_DIRECTORIES]
+    return " or ".join([*files, *own_directories, "conf/local/default.yaml"])
 
 
 def hydra_words(choices: dict[str, str]) -> list[str]:
     """What Hydra is asked for: the choices, looked for in the user's directories too."""
-    own = ",".join(f"'{directory}'" for directory in OWN_DIRECTORIES)
-    return [f"{group}={choice}" for group, choice in choices.items()] + ([f"hydra.searchpath=[{own}]"] if own else [])
+    search_path = ",".join(f"'{directory}'" for directory in OWN_DIRECTORIES)
+    return [f"{group}={choice}" for group, choice in choices.items()] + (
+        [f"hydra.searchpath=[{search_path}]"] if search_path else []
+    )
 
 
 def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
@@ -237,7 +249,7 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    known, problems = overrides.settings(), []
+    settings_by_key, problems = overrides.settings(), []
     current = {group: str(tree[group].name) for group in (*variants(), "schedule")}
     has_begun = _has_begun(parsed)
     for table in parsed.replaced:
@@ -250,15 +262,15 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
         if OmegaConf.select(default, key, default=default) is not default:
             OmegaConf.update(tree, key, OmegaConf.select(default, key), merge=False)
     for key, value, word in parsed.values:
-        setting = overrides.setting_of(known, key)
+        setting = overrides.setting_of(settings_by_key, key)
         if setting is None:
-            problem, meant = hints.unknown_key(key, word, known)
+            problem, meant_key = hints.unknown_key(key, word, settings_by_key)
             problems.append(problem)
-            parsed.suspects |= {meant} if meant else set()
+            parsed.suspects |= {meant_key} if meant_key else set()
         elif setting is not None and _is_of_another_choice(setting, key, value, current, has_begun=has_begun):
-            problems.append(overrides.wrong_choice(key, word, setting))
+            problems.append(overrides.needs_other_choice(key, word, setting))
         elif setting is not None and key.endswith(".name") and key.split(".")[0] in variants():
-            problems.append(hints.unknown_key(key, word, known)[0])
+            problems.append(hints.unknown_key(key, word, settings_by_key)[0])
         else:
             try:
                 _set(tree, key, value)
@@ -267,10 +279,10 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
                 problems.append(f"{word}: {key} must be {reason}")
                 parsed.suspects.add(key)
     budgets = {"budget.steps", "budget.epochs", "budget.tokens"}
-    of_files, typed = parsed.values[: parsed.from_files], parsed.values[parsed.from_files :]
-    chosen = budgets & {key for key, _, _ in typed} or budgets & {key for key, _, _ in of_files}
-    if chosen:  # a typed budget replaces that of a file, and this one that of an experiment or debug file
-        for budget in budgets - chosen:
+    from_files, typed = parsed.values[: parsed.from_files], parsed.values[parsed.from_files :]
+    budgets_set = budgets & {key for key, _, _ in typed} or budgets & {key for key, _, _ in from_files}
+    if budgets_set:  # a typed budget replaces that of a file, and this one that of an experiment or debug file
+        for budget in budgets - budgets_set:
             OmegaConf.update(tree, budget, None)
     return problems
 
@@ -302,9 +314,9 @@ def _set(tree: DictConfig, key: str, value: Any) -> None:
     from omegaconf import OmegaConf
 
     for table, entry in TABLES.items():
-        head, _, rest = key.removeprefix(f"{table}.").partition(".")
-        if rest and key.startswith(f"{table}.") and head not in OmegaConf.select(tree, table):
-            OmegaConf.update(tree, f"{table}.{head}", entry(), force_add=True)
+        entry_name, _, below = key.removeprefix(f"{table}.").partition(".")
+        if below and key.startswith(f"{table}.") and entry_name not in OmegaConf.select(tree, table):
+            OmegaConf.update(tree, f"{table}.{entry_name}", entry(), force_add=True)
     parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else None
     holder = OmegaConf.select(tree, key) if isinstance(value, dict) else parent
     is_table = holder is not None and OmegaConf.get_type(holder) is dict
@@ -319,9 +331,9 @@ def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
         # Once: what `literal` has escaped would be looked up by a second resolution.
         config: Any = OmegaConf.to_object(tree)
     except InterpolationResolutionError as error:
-        said = str(error).splitlines()[0].removesuffix(".")
+        reason = str(error).splitlines()[0].removesuffix(".")
         problems.append(
-            f"{error.full_key}: {said}; ${{...}} stands for another setting, or as ${{oc.env:NAME}} for a variable of the "
+            f"{error.full_key}: {reason}; ${{...}} stands for another setting, or as ${{oc.env:NAME}} for a variable of the "
             "environment; in a text for the shell write $NAME"
         )
         return None
@@ -330,10 +342,10 @@ def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
         return None
     assert isinstance(config, RunConfig)
     for group in variants():
-        chosen = getattr(config, group)
-        if problems and not isinstance(chosen, settings_of(group, str(chosen.name))):
+        settings = getattr(config, group)
+        if problems and not isinstance(settings, settings_of(group, str(settings.name))):
             return None  # a file that could not be composed: the tree has no group's own settings then
-        assert isinstance(chosen, settings_of(group, str(chosen.name))), f"{group}: composed without its schema"
+        assert isinstance(settings, settings_of(group, str(settings.name))), f"{group}: composed without its schema"
     return config
 
 
@@ -369,7 +381,7 @@ def _idle_gpus() -> str:
     return f", beside {number} GPUs that their driver lists here: {missing_cuda()}" if number else ""
 
 
-def _devices(config: RunConfig) -> Iterator[str]:
+def _device_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the devices asked for; a host that only submits to SLURM cannot tell."""
     if config.launcher.name is not LauncherName.local or config.run.device is not Device.cuda:
         return
@@ -378,10 +390,10 @@ def _devices(config: RunConfig) -> Iterator[str]:
     if reason := missing_cuda():
         yield f"run.device=cuda: {reason}; set run.device=cpu, or run where there is a GPU"
         return
-    asked, there = config.launcher.processes or 1, torch.cuda.device_count()
+    processes, devices = config.launcher.processes or 1, torch.cuda.device_count()
     # Ranks of a job that exists may each see their own device alone.
-    if "WORLD_SIZE" not in os.environ and asked > there:
-        yield f"launcher.processes={asked}: each needs a GPU of its own, and this host has {there}; set at most {there}"
+    if "WORLD_SIZE" not in os.environ and processes > devices:
+        yield f"launcher.processes={processes}: each needs a GPU of its own, and this host has {devices}; set at most {devices}"
 
 
 def _best_precision(device: Device) -> Precision:
@@ -390,9 +402,10 @@ def _best_precision(device: Device) -> Precision:
         return Precision.fp32
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        capabilities = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
         best = {
-            best_precision(Gpu("", (int(major), int(minor)))) for major, minor in (line.split(".") for line in answer)
+            best_precision(Gpu("", (int(major), int(minor))))
+            for major, minor in (line.split(".") for line in capabilities)
         }
     except (OSError, ValueError, subprocess.SubprocessError):
         best = set()

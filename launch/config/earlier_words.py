@@ -35,10 +35,11 @@ def keep_budget(config: RunConfig, begun: RunConfig) -> None:
     config.budget = begun.budget
     if seems_a_worker(os.environ):  # the other ranks would say the same
         return
-    words = " ".join(f"budget.{name}={value:g}" for name, value in begun_with_one.items())
-    others = " ".join(f"budget.{name}={value:g}" for name, value in typed.items() if name not in begun_with_one)
+    kept_words = " ".join(f"budget.{name}={value:g}" for name, value in begun_with_one.items())
+    ignored_words = " ".join(f"budget.{name}={value:g}" for name, value in typed.items() if name not in begun_with_one)
     print(
-        f"{config.run.dir}: keeps {words}, with which it began; {others} had no effect, leave it out", file=sys.stderr
+        f"{config.run.dir}: keeps {kept_words}, with which it began; {ignored_words} had no effect, leave it out",
+        file=sys.stderr,
     )
 
 

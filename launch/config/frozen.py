@@ -111,7 +111,7 @@ def load_frozen(path: Path | str) -> RunConfig:
 
     path = Path(path)
     text = settings_file.read_text(path)
-    written, raw = FROZEN.search(text), settings_file.tree_of(path, text)
+    recorded_hash, raw = FROZEN.search(text), settings_file.tree_of(path, text)
     try:
         tree = OmegaConf.structured(RunConfig)
         for group in variants():
@@ -121,7 +121,7 @@ def load_frozen(path: Path | str) -> RunConfig:
         sha256 = _hash(_identifying(raw))
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
-    if written is None or written[1] != sha256:
+    if recorded_hash is None or recorded_hash[1] != sha256:
         raise ConfigError(f"{path}: does not match its hash; frozen files are not edited: start a new run.dir")
     return config
 
@@ -152,12 +152,12 @@ def same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_way
         return
     changed = differences(composed.config, before)
     if changed and reached and _only_defaults_changed(composed, changed, before, path):
-        _take_over(composed.config, before)
+        _copy_identifying(composed.config, before)
         print(f"{path.parent}: keeps the defaults that it began with: {'; '.join(changed)}", file=sys.stderr)
         changed = []
     if not changed or another_way:
-        _take_matmul(composed.config, before)
-        _take_date(composed.config, before, path.parent, reached=reached)
+        _keep_matmul(composed.config, before)
+        _keep_template_date(composed.config, before, path.parent, reached=reached)
     if not changed and MICRO in before.substitutions:
         composed.config.batch["micro"] = before.batch["micro"]  # chosen once
         composed.config.substitutions[MICRO] = before.substitutions[MICRO]
@@ -165,7 +165,7 @@ def same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_way
         composed.config.strategy = before.strategy
         composed.config.substitutions[STRATEGY] = before.substitutions[STRATEGY]
     if not changed and reached:
-        _go_on_alike(composed.config, before)
+        _keep_control_tokens(composed.config, before)
     if not changed or not reached:  # a corrected command may take its place
         return
     if another_way and all(line.startswith(ANOTHER_WAY) for line in changed):
@@ -191,9 +191,9 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
     before = load_frozen(path)
     changed = differences(composed.config, before)
     if changed and _only_defaults_changed(composed, changed, before, path):
-        _take_over(composed.config, before)
+        _copy_identifying(composed.config, before)
     if not changed:
-        _go_on_alike(composed.config, before)
+        _keep_control_tokens(composed.config, before)
 
 
 def _only_defaults_changed(composed: Composed, changed: list[str], before: RunConfig, path: Path) -> bool:
@@ -220,28 +220,28 @@ def _reaches_further(before: RunConfig, config: RunConfig) -> bool:
     """
     from launch.config.outside_values import outside_values
 
-    known = outside_values(config)
+    typed_values = outside_values(config)
     for value in outside_values(before):
         is_taken_over = any(key.partition(".")[0] not in NOT_IDENTIFYING for key in value.settings)
-        if is_taken_over and value not in known and not is_remembered(value.identity):
+        if is_taken_over and value not in typed_values and not is_remembered(value.identity):
             return True
     return False
 
 
 def has_same_words(words: list[str], path: Path) -> bool:
     """Whether the `config.yaml` at `path` was composed from the same words, but for those that decide no result."""
-    return _identifying_words(words) == _identifying_words(_words_of(path))
+    return _identifying_words(words) == _identifying_words(_recorded_words(path))
 
 
-def _take_over(config: RunConfig, before: RunConfig) -> None:
+def _copy_identifying(config: RunConfig, before: RunConfig) -> None:
     """Give `config` every identifying setting of `before`, and the note on what that run chose itself."""
     for group in fields(RunConfig):
         if group.name not in (*NOT_IDENTIFYING, "run"):
             setattr(config, group.name, getattr(before, group.name))
     config.run.seed = before.run.seed
-    for chosen in (MICRO, STRATEGY):
-        if chosen in before.substitutions:
-            config.substitutions[chosen] = before.substitutions[chosen]
+    for key in (MICRO, STRATEGY):
+        if key in before.substitutions:
+            config.substitutions[key] = before.substitutions[key]
 
 
 def _identifying_words(words: list[str]) -> set[str]:
@@ -255,21 +255,21 @@ def _identifying_words(words: list[str]) -> set[str]:
     return identifying
 
 
-def _words_of(path: Path) -> list[str]:
+def _recorded_words(path: Path) -> list[str]:
     """The words that `freeze` noted in the head of a `config.yaml`; empty if there are none."""
     line = OVERRIDES.search(settings_file.read_text(path))
     if line is None:
         return []
-    decoder, text, words = json.JSONDecoder(), line[1], []
+    json_decoder, text, words = json.JSONDecoder(), line[1], []
     start = 0
     while start < len(text):
-        word, end = decoder.raw_decode(text, start)
+        word, end = json_decoder.raw_decode(text, start)
         words.append(str(word))
         start = end + 1  # the blank between two words
     return words
 
 
-def _take_date(config: RunConfig, before: RunConfig, run_dir: Path, *, reached: bool) -> None:
+def _keep_template_date(config: RunConfig, before: RunConfig, run_dir: Path, *, reached: bool) -> None:
     """Let a run go on with the date that its chat template wrote for today at the first start, if it writes one.
 
     A run of an earlier version has not noted it. Its prepared data has a fingerprint without a date, and the oldest file of the
@@ -285,7 +285,7 @@ def _take_date(config: RunConfig, before: RunConfig, run_dir: Path, *, reached: 
         config.substitutions[TEMPLATE_DATE] = str(TemplateDate(date.fromtimestamp(oldest), in_fingerprint=False))
 
 
-def _take_matmul(config: RunConfig, before: RunConfig) -> None:
+def _keep_matmul(config: RunConfig, before: RunConfig) -> None:
     """Let a run whose words leave the library of float32 products open go on with the one that it began with."""
     library = kept_matmul(before)
     if config.run.matmul is not Matmul.auto or library is Matmul.auto:
@@ -295,7 +295,7 @@ def _take_matmul(config: RunConfig, before: RunConfig) -> None:
     )
 
 
-def _go_on_alike(config: RunConfig, before: RunConfig) -> None:
+def _keep_control_tokens(config: RunConfig, before: RunConfig) -> None:
     """Keep what decides prepared bytes, beside the words, as it was when the run began.
 
     A run that began with `data.control_tokens=text`, typed or by an older default, goes on with it.
@@ -305,15 +305,15 @@ def _go_on_alike(config: RunConfig, before: RunConfig) -> None:
 
 
 def _identifying(tree: Any) -> dict[str, Any]:
-    kept = {key: value for key, value in tree.items() if key not in NOT_IDENTIFYING}
+    identifying_tree = {key: value for key, value in tree.items() if key not in NOT_IDENTIFYING}
     # It is still the run that was asked for.
-    kept["batch"] = {**tree["batch"], "micro": asked_micro(tree["batch"], tree["substitutions"])}
-    kept["strategy"] = asked_strategy(tree["strategy"], tree["substitutions"])
-    kept["data"] = identifying(tree["data"])
+    identifying_tree["batch"] = {**tree["batch"], "micro": asked_micro(tree["batch"], tree["substitutions"])}
+    identifying_tree["strategy"] = asked_strategy(tree["strategy"], tree["substitutions"])
+    identifying_tree["data"] = identifying(tree["data"])
     if "teacher" in tree["objective"]:  # whether its code may run decides no result, and earlier runs do not say
         teacher = {key: value for key, value in tree["objective"]["teacher"].items() if key != "trust_remote_code"}
-        kept["objective"] = {**tree["objective"], "teacher": teacher}
-    return kept | {"run": {"seed": tree["run"]["seed"]}}
+        identifying_tree["objective"] = {**tree["objective"], "teacher": teacher}
+    return identifying_tree | {"run": {"seed": tree["run"]["seed"]}}
 
 
 def _hash(tree: dict[str, Any]) -> str:

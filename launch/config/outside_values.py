@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 HARNESS = "lm_eval"
 """The kind of task whose YAML may name functions."""
-HARMLESS = (None, False, "")
+REACHING_NOTHING = (None, False, "")
 """Values that reach nothing, whatever the setting."""
-SILENT = ("auto", "disabled")
+DEFAULT_TRACKER_MODES = ("auto", "disabled")
 """Values of a tracker that tell nobody who was not chosen by the reader."""
 
 
@@ -41,16 +41,16 @@ class OutsideValue:
     @property
     def words(self) -> list[str]:
         """The words that allow it."""
-        return [f"{key}={_typed(value)}" for key, value in self.settings.items()]
+        return [f"{key}={_as_typed(value)}" for key, value in self.settings.items()]
 
     @property
-    def pasted(self) -> str:
+    def shell_words(self) -> str:
         """Those words as a shell takes them, without a control character in them."""
         return " ".join(shell_word(word) for word in self.words)
 
     def is_among(self, typed: set[str]) -> bool:
         """Whether every one of its settings is among the keys that were typed."""
-        return all(any(_covers(key, each) for each in typed) for key in self.settings)
+        return all(any(_sets(key, typed_key) for typed_key in typed) for key in self.settings)
 
 
 def shell_word(word: str) -> str:
@@ -65,34 +65,34 @@ def _escaped(char: str) -> str:
     return f"\\{char}" if char in "\\'" else "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))
 
 
-def _typed(value: Any) -> str:
+def _as_typed(value: Any) -> str:
     """A value in the grammar of the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(_in_list(each) for each in value)}]"
+        return f"[{','.join(_as_list_entry(entry) for entry in value)}]"
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def _in_list(value: Any) -> str:
-    text = _typed(value)
+def _as_list_entry(value: Any) -> str:
+    text = _as_typed(value)
     plain_text = all(char.isalnum() or char in "/._-" for char in text)
     return text if plain_text else f"'{text}'"
 
 
-def _covers(key: str, typed: str) -> bool:
+def _sets(key: str, typed: str) -> bool:
     """Whether typing one key sets another: the same, or a table that holds it."""
     return key == typed or key.startswith(f"{typed}.")
 
 
 def outside_values(config: RunConfig) -> list[OutsideValue]:
     """Every value of `config` that reaches out of its run; reads code only where the configuration has some run."""
-    found: list[OutsideValue] = []
+    values: list[OutsideValue] = []
     for key, value in _reaching(config).items():
-        found += _values_of(config, key, value, reach_of(key))
-    return found
+        values += _values_of(config, key, value, reach_of(key))
+    return values
 
 
 def clear(config: RunConfig, key: str) -> None:
@@ -109,12 +109,12 @@ def _reaching(config: RunConfig) -> dict[str, Any]:
     defaults = defaults_of(config)
     reaching = {}
     for key, value in flat(_with_undotted_names(plain(config))).items():
-        if value in HARMLESS or value in ([], {}) or value == defaults.get(key):
+        if value in REACHING_NOTHING or value in ([], {}) or value == defaults.get(key):
             continue
         if key.partition(".")[0] in OF_EACH_START:
             continue
         reach = reach_of(key)
-        if reach is Reach.describes or (reach is Reach.tracker and value in SILENT):
+        if reach is Reach.describes or (reach is Reach.tracker and value in DEFAULT_TRACKER_MODES):
             continue
         reaching[key] = value
     return reaching
@@ -136,7 +136,7 @@ def _values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterato
     elif reach is Reach.code:
         yield from _model_code(config, key)
     elif reach is Reach.network:
-        yield from _fetched(config, key)
+        yield from _network_sources(config, key)
     elif reach is Reach.file:
         yield from _files_named(config, key, value)
     elif reach is Reach.place:
@@ -189,11 +189,11 @@ def _model_code(config: RunConfig, key: str) -> Iterator[OutsideValue]:
             yield OutsideValue(Reach.code, {key: True}, identity, f"runs the Python code in {path}")
 
 
-def _fetched(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+def _network_sources(config: RunConfig, key: str) -> Iterator[OutsideValue]:
     """What is fetched from the network, each name by itself."""
     if key == "model.download":
-        named = [config.model.path, config.model.tokenizer, getattr(config.objective, "teacher", config.model).path]
-        sources = [str(each) for each in named if each is not None and not Path(each).expanduser().is_dir()]
+        names = [config.model.path, config.model.tokenizer, getattr(config.objective, "teacher", config.model).path]
+        sources = [str(name) for name in names if name is not None and not Path(name).expanduser().is_dir()]
     elif key == "data.remote":
         sources = [path for path in _data_paths(config) if is_address(path)]
     else:
@@ -205,11 +205,11 @@ def _fetched(config: RunConfig, key: str) -> Iterator[OutsideValue]:
 def _data_paths(config: RunConfig) -> Iterator[str]:
     """Every path of data and of tasks, as it was typed."""
     data = config.data
-    named = [data.path, data.eval_path, data.test_path, data.decontamination.paths]
-    named += [source.path for source in data.sources.values()]
-    named += [task.path for task in config.evaluation.tasks.values()]
-    for value in named:
-        yield from _texts(value)
+    path_values = [data.path, data.eval_path, data.test_path, data.decontamination.paths]
+    path_values += [source.path for source in data.sources.values()]
+    path_values += [task.path for task in config.evaluation.tasks.values()]
+    for path_value in path_values:
+        yield from _path_texts(path_value)
 
 
 def _files_named(config: RunConfig, key: str, value: Any) -> Iterator[OutsideValue]:
@@ -217,15 +217,15 @@ def _files_named(config: RunConfig, key: str, value: Any) -> Iterator[OutsideVal
     group, _, name = key.rpartition(".")
     task = config.evaluation.tasks.get(key.split(".")[2]) if key.startswith("evaluation.tasks.") else None
     if task is not None and task.kind == HARNESS and name == "path":
-        for path in _texts(value):
+        for path in _path_texts(value):
             yield _task_code(key, path)
         return
     if task is not None and ".options" in group and name not in _file_options(task.kind):
         return
-    shared = key if task is None else key.replace(f".{key.split('.')[2]}.", ".*.", 1)
-    for path in _texts(value):
+    key_of_all_tasks = key if task is None else key.replace(f".{key.split('.')[2]}.", ".*.", 1)
+    for path in _path_texts(value):
         effect = f"reads your file {path}, whose texts then stand in what is written"
-        yield OutsideValue(Reach.file, {key: value}, {shared: _absolute(path)}, effect)
+        yield OutsideValue(Reach.file, {key: value}, {key_of_all_tasks: _absolute(path)}, effect)
 
 
 def _file_options(kind: str) -> tuple[str, ...]:
@@ -245,13 +245,13 @@ def _task_code(key: str, path: str) -> OutsideValue:
     return OutsideValue(Reach.code, {key: path}, identity, f"runs the functions that the task in {path} names")
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _path_texts(value: Any) -> Iterator[str]:
     """The texts of a path value: one path, a list, or sets by name."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        for each in value:
-            yield from _texts(each)
+        for entry in value:
+            yield from _path_texts(entry)
     elif value is not None:
         yield str(value)
 

@@ -18,7 +18,7 @@ from strategies.errors import ConfigError
 from trainer.export.gates.bounds import read_word
 from trainer.optim.schedule import MEANT_UNDER
 
-NAMED_BY_KIND = "evaluation.tasks"
+TASKS_TABLE = "evaluation.tasks"
 """A table of which a list of kinds can be typed: an entry of each, of that name, or of the one after a colon."""
 GATES = "gates"
 """A table of bounds, which are no values of Hydra's grammar."""
@@ -56,23 +56,23 @@ def settings() -> dict[str, Setting]:
     from trainer.config.run import RunConfig
     from trainer.config.tree import keyed_fields
 
-    found: dict[str, Setting] = {}
-    typed = variants()
+    settings_by_key: dict[str, Setting] = {}
+    groups_with_variants = variants()
     for keyed in keyed_fields(RunConfig):
         name, _, below = keyed.key.partition(".")
-        if name in typed and not below:
-            found |= _settings_under_choices(name)
-        elif name not in typed and not keyed.is_group:
-            found[keyed.key] = Setting(keyed.type)
-    for key, setting in found.items():
+        if name in groups_with_variants and not below:
+            settings_by_key |= _settings_under_choices(name)
+        elif name not in groups_with_variants and not keyed.is_group:
+            settings_by_key[keyed.key] = Setting(keyed.type)
+    for key, setting in settings_by_key.items():
         if set(setting.under) == set(shipped().get(key.split(".")[0], ())):
-            found[key] = Setting(setting.type)
+            settings_by_key[key] = Setting(setting.type)
     for name, schedules in MEANT_UNDER.items():
-        found[f"schedule.{name}"] = Setting(
-            found[f"schedule.{name}"].type, tuple(str(schedule) for schedule in schedules)
+        settings_by_key[f"schedule.{name}"] = Setting(
+            settings_by_key[f"schedule.{name}"].type, tuple(str(schedule) for schedule in schedules)
         )
-    del found["substitutions"]
-    return found
+    del settings_by_key["substitutions"]
+    return settings_by_key
 
 
 def _settings_under_choices(group: str) -> dict[str, Setting]:
@@ -89,20 +89,20 @@ def _settings_under_choices(group: str) -> dict[str, Setting]:
     return settings_by_key
 
 
-def spelled(known: dict[str, Setting], key: str) -> str:
+def field_key(settings_by_key: dict[str, Setting], key: str) -> str:
     """A key as the code has it: named by a keyword of Python it ends in an underscore there, and is typed without."""
-    return f"{key}_" if key not in known and f"{key}_" in known else key
+    return f"{key}_" if key not in settings_by_key and f"{key}_" in settings_by_key else key
 
 
-def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
+def setting_of(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
     """The setting behind a key as typed: also in a table, such as `data.columns.text` or `data.sources.chat.path`."""
-    key = spelled(known, key)
+    key = field_key(settings_by_key, key)
     parts = key.split(".")
-    named = [".".join([*parts[:n], "*", *parts[n + 1 :]]) for n in range(1, len(parts))]
-    for form in (key, *named):
-        if form in known:
-            return known[form]
-        table = known.get(form.rpartition(".")[0])
+    wildcard_keys = [".".join([*parts[:n], "*", *parts[n + 1 :]]) for n in range(1, len(parts))]
+    for candidate in (key, *wildcard_keys):
+        if candidate in settings_by_key:
+            return settings_by_key[candidate]
+        table = settings_by_key.get(candidate.rpartition(".")[0])
         if table is not None and get_origin(table.type) is dict:
             entry = get_args(table.type)[1]  # of a table of anything, numbers are numbers
             return Setting(object if entry is Any else entry, table.under)
@@ -111,11 +111,11 @@ def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
 
 def parse(words: list[str]) -> Parsed:
     """Sort `words` into group choices and values; everything that cannot be read becomes a problem."""
-    parsed, known = Parsed(), settings()
-    words, parsed.problems = hints.split_by_spaces(words, known)
-    foreign = hints.Foreign(words, lambda key: setting_of(known, key) is not None)
+    parsed, settings_by_key = Parsed(), settings()
+    words, parsed.problems = hints.join_split_words(words, settings_by_key)
+    foreign = hints.ForeignWords(words, lambda key: setting_of(settings_by_key, key) is not None)
     for word in filter(user_files.is_file_word, words):  # first: what is typed goes before what a file says
-        _read_file(parsed, known, word)
+        _read_file(parsed, settings_by_key, word)
     parsed.from_files = len(parsed.values)
     for word in foreign.words:
         if user_files.is_file_word(word):
@@ -123,29 +123,29 @@ def parse(words: list[str]) -> Parsed:
         match = WORD.fullmatch(word)
         if (hint := foreign.hint(word)) is not None:
             parsed.problems.append(hint.problem)
-            parsed.suspects |= hint.meant
+            parsed.suspects |= hint.meant_keys
             continue
         if word.startswith("~"):
-            _remove(parsed, known, word)
+            _remove(parsed, settings_by_key, word)
             continue
         if match is None or word.startswith("-"):
             parsed.problems.append(hints.not_a_pair(word))
             continue
         key, text = match["key"], match["value"]
-        key = spelled(known, key)
+        key = field_key(settings_by_key, key)
         if key.split(".")[0].split("/")[0] == "hydra":
-            parsed.problems.append(hints.of_hydra(key, text, word))
+            parsed.problems.append(hints.hydra_setting(key, text, word))
         elif "_target_" in word:
             parsed.problems.append(f"{word}: `_target_` is not used here and never runs anything; remove it")
         elif key in groups():
             _choose(parsed, key, text, word)
         else:
-            _assign(parsed, known, key, text, word)
-    parsed.problems += _set_and_unset(parsed)
+            _assign(parsed, settings_by_key, key, text, word)
+    parsed.problems += _contradictions(parsed)
     return parsed
 
 
-def _set_and_unset(parsed: Parsed) -> list[str]:
+def _contradictions(parsed: Parsed) -> list[str]:
     """A problem for each `~key` beside a word that sets the same key: one of the two would be ignored."""
     typed = parsed.values[parsed.from_files :]
     return [
@@ -156,7 +156,7 @@ def _set_and_unset(parsed: Parsed) -> list[str]:
     ]
 
 
-def wrong_choice(key: str, word: str, setting: Setting) -> str:
+def needs_other_choice(key: str, word: str, setting: Setting) -> str:
     """What to say about a key that exists only under another choice of its group."""
     return f"{word}: needs {hints.condition(key, setting.under)}; add it, or leave {key.removesuffix('_')} out"
 
@@ -175,7 +175,7 @@ def describe(hint: Any) -> str:
     return names.get(hint, "a value")
 
 
-def _read_file(parsed: Parsed, known: dict[str, Setting], word: str) -> None:
+def _read_file(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> None:
     """The choices and values of the user's file, as if they had been typed first."""
     try:
         choices, values = user_files.read(word)
@@ -187,52 +187,53 @@ def _read_file(parsed: Parsed, known: dict[str, Setting], word: str) -> None:
             _choose(parsed, group, choice, f"{word}: {group}: {choice}")
         else:
             parsed.problems.append(f"{word}: defaults: there is no group {group}; one of {', '.join(groups())}")
-    foreign = hints.Foreign(
-        [f"{key}={value}" for key, value in values], lambda key: setting_of(known, spelled(known, key)) is not None
+    foreign = hints.ForeignWords(
+        [f"{key}={value}" for key, value in values],
+        lambda key: setting_of(settings_by_key, field_key(settings_by_key, key)) is not None,
     )
     for key, value in values:
         if (hint := foreign.hint(f"{key}={value}")) is not None:
             parsed.problems.append(f"{word}: {hint.problem.replace('=', ': ', 1)}")
-            parsed.suspects |= hint.meant
+            parsed.suspects |= hint.meant_keys
             continue
-        said = f"{word}: {key}: {value}"
+        line = f"{word}: {key}: {value}"
         if re.search(r"\$\{\s*(now|hydra)\s*:", str(value)):
-            parsed.problems.append(f"{said}: ranks would not agree on it; write the value out")
-        elif "_target_" in said:
-            parsed.problems.append(f"{said}: `_target_` is not used here and never runs anything; remove it")
-        elif key == NAMED_BY_KIND and isinstance(value, list):
-            _assign(parsed, known, key, f"[{','.join(map(str, value))}]", said)
+            parsed.problems.append(f"{line}: ranks would not agree on it; write the value out")
+        elif "_target_" in line:
+            parsed.problems.append(f"{line}: `_target_` is not used here and never runs anything; remove it")
+        elif key == TASKS_TABLE and isinstance(value, list):
+            _assign(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", line)
         else:
-            parsed.values.append((spelled(known, key), value, said))
+            parsed.values.append((field_key(settings_by_key, key), value, line))
 
 
-def _remove(parsed: Parsed, known: dict[str, Setting], word: str) -> None:
+def _remove(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> None:
     """`~key`: as the code has it, whatever an experiment says; `~experiment`: none."""
-    key = spelled(known, word.lstrip("~").partition("=")[0])
+    key = field_key(settings_by_key, word.lstrip("~").partition("=")[0])
     if key in WHOLE_RUN_GROUPS:
         parsed.choices[key] = "null"
     elif key in groups():
         parsed.problems.append(f"{word}: a run needs one; give another choice, as in {key}={groups()[key][0]}")
-    elif key in known or any(each.startswith(f"{key}.") for each in known):
+    elif key in settings_by_key or any(setting.startswith(f"{key}.") for setting in settings_by_key):
         parsed.defaults.append((key, word))
     else:
-        problem, meant = hints.unknown_key(key, word, known)
+        problem, meant_key = hints.unknown_key(key, word, settings_by_key)
         parsed.problems.append(problem)
-        parsed.suspects |= {meant} if meant else set()
+        parsed.suspects |= {meant_key} if meant_key else set()
 
 
-def _choose(parsed: Parsed, group: str, text: str, word: str) -> None:
+def _choose(parsed: Parsed, group: str, choice: str, word: str) -> None:
     choices = groups()[group]
-    if text in choices or (group in WHOLE_RUN_GROUPS and text == "null"):
-        parsed.choices[group] = text
-    elif "," in text:
+    if choice in choices or (group in WHOLE_RUN_GROUPS and choice == "null"):
+        parsed.choices[group] = choice
+    elif "," in choice:
         parsed.problems.append(f"{word}: several values are a sweep; add -m, or choose one")
     else:
-        parsed.problems.append(hints.wrong_value(group, text, word))
+        parsed.problems.append(hints.unknown_choice(group, choice, word))
         parsed.suspects.add(group)
 
 
-def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word: str) -> None:
+def _assign(parsed: Parsed, settings_by_key: dict[str, Setting], key: str, text: str, word: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -244,12 +245,12 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
         parsed.problems += [] if gates is not None else [problem]
         parsed.values.append((GATES, gates or {}, word))
         return
-    if key == NAMED_BY_KIND and (kinds := _names(text)) is not None:
+    if key == TASKS_TABLE and (kinds := _list_entries(text)) is not None:
         parsed.replaced.add(key)
-        named = [(kind, name or kind) for kind, _, name in (each.partition(":") for each in kinds)]
-        parsed.values += [(f"{key}.{name}.kind", kind, word) for kind, name in named]
+        kind_and_name = [(kind, name or kind) for kind, _, name in (entry.partition(":") for entry in kinds)]
+        parsed.values += [(f"{key}.{name}.kind", kind, word) for kind, name in kind_and_name]
         return
-    setting = setting_of(known, key)
+    setting = setting_of(settings_by_key, key)
     if setting is not None and _is_text(setting.type) and not _is_syntax(text):
         parsed.values.append((key, text, word))
         return
@@ -265,9 +266,9 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
         if setting is not None and _is_text(setting.type) and text.startswith("["):  # a list of paths as they are typed
             parsed.values.append((key, [part.strip().strip("'\"") for part in text[1:-1].split(",")], word))
         elif setting is None:
-            problem, meant = hints.unknown_key(key, word, known)
+            problem, meant_key = hints.unknown_key(key, word, settings_by_key)
             parsed.problems.append(problem)
-            parsed.suspects |= {meant} if meant else set()
+            parsed.suspects |= {meant_key} if meant_key else set()
         else:
             reason = str(error).splitlines()[0].split(" See https")[0]
             parsed.problems.append(f"{word}: cannot be read ({reason}); {key} is {describe(setting.type)}")
@@ -281,7 +282,7 @@ def _entries(key: str, value: Any, word: str) -> list[tuple[str, Any, str]]:
     return [(f"{key}.{name}", entry, word) for name, entry in value.items()]
 
 
-def _names(text: str) -> list[str] | None:
+def _list_entries(text: str) -> list[str] | None:
     """The words of a list; None where it is none."""
     inner = text[1:-1].split(",") if text.startswith("[") and text.endswith("]") else None
     return None if inner is None else [name for part in inner if (name := part.strip().strip("'\""))]

@@ -12,10 +12,10 @@ def cards() -> dict[str, dict[str, Any]]:
     """What `conf/hardware` says, by the names of its files."""
     import yaml
 
-    from launch.config.choices import CONF_DIR, OF_PLANS
+    from launch.config.choices import CONF_DIR, HARDWARE_DIRECTORY
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    files = sorted((CONF_DIR / OF_PLANS).glob("*.yaml"))
+    files = sorted((CONF_DIR / HARDWARE_DIRECTORY).glob("*.yaml"))
     return {file.stem: yaml.load(file.read_text(encoding="utf-8"), loader) for file in files}
 
 
@@ -29,5 +29,5 @@ def price_by_word(word: str) -> float | None:
     plain = re.sub(r"[^a-z0-9]", "", word.lower())
     if not plain:
         return None
-    found = {card.get("price_per_hour") for name, card in cards().items() if name.replace("_", "").startswith(plain)}
-    return found.pop() if len(found) == 1 else None
+    prices = {card.get("price_per_hour") for name, card in cards().items() if name.replace("_", "").startswith(plain)}
+    return prices.pop() if len(prices) == 1 else None

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from strategies.errors import ConfigError
 
-OF_A_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-NUMBERS_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NUMERIC_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 INTERACTIVE = str(0xFFFFFFFA)
 """SLURM's number for the step in which salloc puts a shell on the first node."""
@@ -21,10 +21,10 @@ INTERACTIVE = str(0xFFFFFFFA)
 
 def is_worker(env: Mapping[str, str]) -> bool:
     """Whether torchrun or a several-task srun started this process. Errors: ConfigError (lone host, variables of another job)."""
-    refuse_senseless_numbers(env)
+    refuse_non_numbers(env)
     refuse_lone_host(env)
     if "RANK" in env or "WORLD_SIZE" in env:
-        refuse_left_over(env)
+        refuse_incomplete_variables(env)
     return seems_a_worker(env)
 
 
@@ -35,12 +35,12 @@ def seems_a_worker(env: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks(env) > 1
 
 
-def refuse_senseless_numbers(env: Mapping[str, str]) -> None:
+def refuse_non_numbers(env: Mapping[str, str]) -> None:
     """Refuse variables of a rank that are no whole numbers. Errors: ConfigError."""
-    wrong = [f"{name}={env[name]}" for name in NUMBERS_OF_A_RANK if name in env and not env[name].isdecimal()]
+    wrong = [f"{name}={env[name]}" for name in NUMERIC_RANK_VARIABLES if name in env and not env[name].isdecimal()]
     if wrong:
         raise ConfigError(
-            f"{' '.join(wrong)}: no whole number, so left over from something else? `unset {' '.join(OF_A_RANK)}`; a launcher of "
+            f"{' '.join(wrong)}: no whole number, so left over from something else? `unset {' '.join(RANK_VARIABLES)}`; a launcher of "
             "your own must set them all"
         )
 
@@ -63,13 +63,13 @@ def refuse_lone_host(env: Mapping[str, str]) -> None:
     )
 
 
-def refuse_left_over(env: Mapping[str, str]) -> None:
+def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
     """Refuse variables of a rank that are not whole: they are left over from a job, and no other rank would come."""
-    there = [f"{name}={env[name]}" for name in OF_A_RANK if name in env]
-    lacks = [name for name in OF_A_RANK if name not in env]
-    if lacks:
+    set_variables = [f"{name}={env[name]}" for name in RANK_VARIABLES if name in env]
+    missing_names = [name for name in RANK_VARIABLES if name not in env]
+    if missing_names:
         raise ConfigError(
-            f"{' '.join(there)}: set without {' and '.join(lacks)}, so left over from a job? `unset {' '.join(OF_A_RANK)}`; a "
+            f"{' '.join(set_variables)}: set without {' and '.join(missing_names)}, so left over from a job? `unset {' '.join(RANK_VARIABLES)}`; a "
             "launcher of your own must set them all"
         )
 
@@ -126,22 +126,22 @@ def expand_hosts(nodelist: str) -> list[str]:
     It is read here and not by `scontrol show hostnames`, whose answer may stand among words that a site prints.
     """
     hosts: list[str] = []
-    for item in _split_outside_brackets(nodelist):
+    for entry in _split_outside_brackets(nodelist):
         # Alternating: literal text, the inside of brackets, literal text ...
-        pieces = BRACKETS.split(item)
+        pieces = BRACKETS.split(entry)
         if any(set(piece) & set("[] \t") for piece in pieces):
             raise ConfigError(f"SLURM_JOB_NODELIST={nodelist}: is not written as SLURM writes hosts, such as n[1-4,7]")
-        choices = [_numbers(piece, nodelist) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+        choices = [_expand_ranges(piece, nodelist) if number % 2 else [piece] for number, piece in enumerate(pieces)]
         hosts += ["".join(parts) for parts in itertools.product(*choices)]
     return hosts
 
 
 def _split_outside_brackets(nodelist: str) -> list[str]:
-    items = re.split(r",(?![^\[]*\])", nodelist.strip())
-    return [item for item in items if item]
+    entries = re.split(r",(?![^\[]*\])", nodelist.strip())
+    return [entry for entry in entries if entry]
 
 
-def _numbers(ranges: str, nodelist: str) -> list[str]:
+def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
     """`08-10,12` as 08, 09, 10, 12: numbers keep the width of the first one of their range."""
     numbers: list[str] = []
     for part in ranges.split(","):

@@ -25,10 +25,10 @@ from trainer.session.base_files import pin_commit
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
-TASKS = "evaluation.tasks."
-WRITTEN = ("evaluation", "against", "reports")
+TASKS_PREFIX = "evaluation.tasks."
+WRITTEN_BY_EVALUATION = ("evaluation", "against", "reports")
 """Directories of a run that an evaluation writes into."""
-Needs = Callable[[OutsideValue, "RunConfig"], bool]
+UsesValue = Callable[[OutsideValue, "RunConfig"], bool]
 """Whether a verb uses a value of a run's configuration."""
 
 
@@ -45,12 +45,12 @@ class ReadingVerb:
 
     command: list[str]
     """The words that were typed, the verb first."""
-    needs: Needs
+    uses: UsesValue
     prefix: str = ""
     """What stands before words that allow a value, if the command names several runs: `from.` or `against.`."""
     own_groups: frozenset[str] = frozenset()
     """Groups of settings that the verb takes as its own words."""
-    settled: frozenset[str] = frozenset()
+    settled_groups: frozenset[str] = frozenset()
     """Groups whose values do not come from this run: the verb has settled before that they may be used."""
 
 
@@ -65,13 +65,13 @@ def is_allowing_word(word: str) -> bool:
 
 def take_words(words: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
     """(words that allow a value of a run, without their prefix; the other words)."""
-    allowing, others = [], []
+    allowing, other_words = [], []
     for word in words:
         if word.startswith(prefix) and is_allowing_word(word.removeprefix(prefix)):
             allowing.append(word.removeprefix(prefix))
         else:
-            others.append(word)
-    return allowing, others
+            other_words.append(word)
+    return allowing, other_words
 
 
 def read_run(
@@ -88,19 +88,19 @@ def read_run(
     """
     from launch.config.compose import load_frozen, typed_keys
 
-    allowing, others = _sorted_words(words, verb.own_groups)
+    allowing, other_words = _split_words(words, verb.own_groups)
     frozen = load_frozen(run_dir / "config.yaml")
     # Before the code of a hub model is looked at: another commit may have other code.
     pin_commit(frozen, run_dir, may_fetch=False)
-    config = change(_allowed(frozen, allowing), others)
-    typed = typed_keys(words) | verb.settled
+    config = change(_with_allowing_words(frozen, allowing), other_words)
+    typed = typed_keys(words) | verb.settled_groups
     used, unused, refused = [], [], []
     for value in outside_values(config):
         if value.is_among(typed) or trusted_values.is_remembered(value.identity):
             used.append(value)
-        elif verb.needs(value, config):
+        elif verb.uses(value, config):
             refused.append(value)
-        elif not any(key.startswith(TASKS) for key in value.settings):  # else no task is run
+        elif not any(key.startswith(TASKS_PREFIX) for key in value.settings):  # else no task is run
             unused.append(value)
     if refused:
         raise ConfigError(_refusal(run_dir, verb, refused))
@@ -109,7 +109,7 @@ def read_run(
             clear(config, key)
     if os.environ.get("RANK", "0") == "0":
         trusted_values.remember(used)
-        _tell_unused(run_dir, unused)
+        _print_unused(run_dir, unused)
     return config
 
 
@@ -119,7 +119,7 @@ def is_own(run_dir: Path) -> bool:
     A downloaded run is its reader's own, and can hold a link in place of a directory for results or of a file in one.
     """
     is_owner = all(path.stat().st_uid == os.geteuid() for path in (run_dir, run_dir / "config.yaml"))
-    return is_owner and not any(has_link_out(run_dir / name, run_dir) for name in WRITTEN)
+    return is_owner and not any(has_link_out(run_dir / name, run_dir) for name in WRITTEN_BY_EVALUATION)
 
 
 def has_link_out(directory: Path, home: Path) -> bool:
@@ -131,13 +131,13 @@ def has_link_out(directory: Path, home: Path) -> bool:
     return any(not entry.resolve().is_relative_to(top) for entry in entries if entry.is_symlink())
 
 
-def _sorted_words(words: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
+def _split_words(words: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
     """(words that only allow a value, words that are the verb's own settings)."""
     allowing = [word for word in words if is_allowing_word(word) and word.partition(".")[0] not in own_groups]
     return allowing, [word for word in words if word not in allowing]
 
 
-def _allowed(config: RunConfig, allowing: list[str]) -> RunConfig:
+def _with_allowing_words(config: RunConfig, allowing: list[str]) -> RunConfig:
     """The configuration with the words that allow its values. Errors: ConfigError for one that would change the run's result."""
     from launch.config.compose import with_words
 
@@ -163,14 +163,14 @@ def _refusal(run_dir: Path, verb: ReadingVerb, refused: list[OutsideValue]) -> s
         words |= dict.fromkeys(f"{verb.prefix}{shell_word(word)}" for word in value.words)
     typed = " ".join(shell_word(word) for word in verb.command)
     lines = [f"{run_dir}: its config.yaml reaches out of the run, by values that you have not typed before:"]
-    lines += dict.fromkeys(f"{value.pasted}: it {value.effect}" for value in refused)
+    lines += dict.fromkeys(f"{value.shell_words}: it {value.effect}" for value in refused)
     lines += ["if you trust them, type them once:", f"  shardtune {typed} {' '.join(words)}"]
     if (home := trusted_values.directory()) is not None:
         lines.append(f"what you typed is kept in {home}; in a container, mount that directory")
     return "\n    ".join(lines)
 
 
-def _tell_unused(run_dir: Path, unused: list[OutsideValue]) -> None:
+def _print_unused(run_dir: Path, unused: list[OutsideValue]) -> None:
     if not unused:
         return
     keys = dict.fromkeys(key for value in unused for key in value.settings)

@@ -11,8 +11,8 @@ from strategies.redaction import redacted
 if TYPE_CHECKING:
     from launch.config.frozen import Composed
 
-KINDS = ("job", "hydra", "all")
-INFO = ("all", "config", "defaults", "searchpath", "plugins")
+CFG_KINDS = ("job", "hydra", "all")
+INFO_KINDS = ("all", "config", "defaults", "searchpath", "plugins")
 
 
 def show(composed: Composed, kind: str) -> None:
@@ -38,26 +38,26 @@ def hydra_yaml(words: list[str]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create({"hydra": _hydra(words)}), resolve=False)
 
 
-def info(words: list[str]) -> list[str]:
+def composition_lines(words: list[str]) -> list[str]:
     """Where the configuration comes from: directories, the choice of each group, versions; for a person, in 80 columns."""
     from importlib.metadata import version
     from pathlib import Path
 
     from launch.config.choices import CONF_DIR, OWN_DIRECTORIES
 
-    chosen = _hydra(words)["runtime"]["choices"]
+    choices = _hydra(words)["runtime"]["choices"]
     lines = [f"hydra       {version('hydra-core')}, omegaconf {version('omegaconf')}", "searched    " + str(CONF_DIR)]
     lines += [f"            {directory} (--config-dir)" for directory in OWN_DIRECTORIES]
     lines.append("chosen, in this order; the last word wins:")
-    for group, choice in reversed(chosen.items()):
+    for group, choice in reversed(choices.items()):
         if group.startswith("hydra/"):
             continue
-        places = [place / group / f"{choice}.yaml" for place in (CONF_DIR, *OWN_DIRECTORIES)]
-        file: Path | None = next((place for place in places if place.exists()), None)
-        said = "none" if choice is None else f"{choice}" + (f"  {_short(file)}" if file else "  no such file")
-        lines.append(f"  {group:<12}{said}")
-    own = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
-    return [*lines, *(f"  {'file':<12}{word}" for word in own)]
+        candidates = [directory / group / f"{choice}.yaml" for directory in (CONF_DIR, *OWN_DIRECTORIES)]
+        file: Path | None = next((directory for directory in candidates if directory.exists()), None)
+        text = "none" if choice is None else f"{choice}" + (f"  {_short_path(file)}" if file else "  no such file")
+        lines.append(f"  {group:<12}{text}")
+    file_words = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    return [*lines, *(f"  {'file':<12}{word}" for word in file_words)]
 
 
 def _hydra(words: list[str]) -> dict[str, dict[str, dict[str, str]]]:
@@ -71,12 +71,12 @@ def _hydra(words: list[str]) -> dict[str, dict[str, dict[str, str]]]:
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         tree = compose("train", hydra_words(overrides.parse(words).choices), return_hydra_config=True)
-    found = OmegaConf.to_container(tree.hydra, resolve=False)
-    assert isinstance(found, dict)
-    return found  # type: ignore[return-value]
+    hydra_settings = OmegaConf.to_container(tree.hydra, resolve=False)
+    assert isinstance(hydra_settings, dict)
+    return hydra_settings  # type: ignore[return-value]
 
 
-def _short(path: object) -> str:
+def _short_path(path: object) -> str:
     from launch.config.choices import CONF_DIR
 
     text = str(path)

@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from launch.config.outside_values import OutsideValue
     from trainer.config.run import RunConfig
 
-VARIABLE = "SHARDTUNE_STATE"
+STATE_VARIABLE = "SHARDTUNE_STATE"
 """The environment variable that names another directory."""
-PLACE = "typed"
+SUBDIRECTORY = "typed"
 MOST_VALUES = 2000
 """Values that are kept. Beyond that, those that were not used for longest are forgotten."""
 DAY_S = 86400.0
 """Seconds after which a value that is used is noted as used again."""
-OTHERS_MAY_WRITE = 0o022
+WRITABLE_BY_OTHERS = 0o022
 """Bits of a directory's mode. Values in such a directory may be somebody else's, and are not believed."""
 
 
 def directory() -> Path | None:
     """Where this user's values are kept; it need not be there yet. None if this user has no home."""
-    named = os.environ.get(VARIABLE)
-    if named:
-        return Path(named).absolute()
+    configured = os.environ.get(STATE_VARIABLE)
+    if configured:
+        return Path(configured).absolute()
     state_home = Path(os.environ.get("XDG_STATE_HOME", ""))
     if state_home.is_absolute():  # else the specification says to ignore it
         return state_home / "shardtune"
@@ -50,9 +50,9 @@ def is_remembered(identity: dict[str, Any] | None) -> bool:
     home = directory()
     if identity is None or home is None:
         return False
-    file = home / PLACE / _name(identity)
+    file = home / SUBDIRECTORY / _file_name(identity)
     try:
-        if _may_be_of_others(file.parent) or json.loads(file.read_bytes()) != _plain(identity):
+        if _may_be_of_others(file.parent) or json.loads(file.read_bytes()) != _as_read_from_json(identity):
             return False
         if time.time() - file.stat().st_mtime > DAY_S:
             os.utime(file)
@@ -64,25 +64,27 @@ def is_remembered(identity: dict[str, Any] | None) -> bool:
 def remember(values: Iterable[OutsideValue]) -> None:
     """Keep values that this user typed. A directory that cannot be written is told in a line, and is no error."""
     identities = [value.identity for value in values if value.identity is not None]
-    new = [identity for identity in identities if not is_remembered(identity)]
-    if not new:
+    new_identities = [identity for identity in identities if not is_remembered(identity)]
+    if not new_identities:
         return
     home = directory()
     if home is None:
-        _tell("this user has no home directory")
+        _warn("this user has no home directory")
         return
     try:
-        place = home / PLACE
-        for each in (home, place):
-            each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _may_be_of_others(place):
-            _tell(f"{place} is another user's, or can be written by others; chmod 700 it, or set {VARIABLE}")
+        values_directory = home / SUBDIRECTORY
+        for folder in (home, values_directory):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _may_be_of_others(values_directory):
+            _warn(
+                f"{values_directory} is another user's, or can be written by others; chmod 700 it, or set {STATE_VARIABLE}"
+            )
             return
-        for identity in new:
-            _write(place / _name(identity), json.dumps(_plain(identity)).encode())
-        _forget_oldest(place)
+        for identity in new_identities:
+            _write(values_directory / _file_name(identity), json.dumps(_as_read_from_json(identity)).encode())
+        _forget_oldest(values_directory)
     except OSError as error:
-        _tell(f"{home} cannot be written ({error.strerror or error})")
+        _warn(f"{home} cannot be written ({error.strerror or error})")
 
 
 def remember_config(config: RunConfig) -> None:
@@ -92,17 +94,17 @@ def remember_config(config: RunConfig) -> None:
     remember(outside_values(config))
 
 
-def _may_be_of_others(place: Path) -> bool:
+def _may_be_of_others(folder: Path) -> bool:
     """Whether others may have put values there. Root reads a mounted directory of whoever started the container."""
-    status = place.stat()
-    return bool(status.st_mode & OTHERS_MAY_WRITE) or os.geteuid() not in (0, status.st_uid)
+    status = folder.stat()
+    return bool(status.st_mode & WRITABLE_BY_OTHERS) or os.geteuid() not in (0, status.st_uid)
 
 
-def _name(identity: dict[str, Any]) -> str:
+def _file_name(identity: dict[str, Any]) -> str:
     return f"{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}.json"
 
 
-def _plain(identity: dict[str, Any]) -> Any:
+def _as_read_from_json(identity: dict[str, Any]) -> Any:
     """As it reads back from JSON."""
     return json.loads(json.dumps(identity))
 
@@ -116,8 +118,8 @@ def _write(file: Path, content: bytes) -> None:
     draft.replace(file)
 
 
-def _forget_oldest(place: Path) -> None:
-    files = sorted(place.glob("*.json"), key=_used_at, reverse=True)
+def _forget_oldest(values_directory: Path) -> None:
+    files = sorted(values_directory.glob("*.json"), key=_used_at, reverse=True)
     for file in files[MOST_VALUES:]:
         file.unlink(missing_ok=True)
 
@@ -129,7 +131,7 @@ def _used_at(file: Path) -> float:
         return 0.0
 
 
-def _tell(problem: str) -> None:
+def _warn(problem: str) -> None:
     print(
         f"warning: {problem}: verbs that read this run later will ask for what it reaches out to",
         file=sys.stderr,

@@ -10,16 +10,16 @@ from typing import Any
 from launch.config.choices import CONF_DIR, OWN_DIRECTORIES, groups
 from strategies.errors import ConfigError
 
-ENDINGS = (".yaml", ".yml")
+SUFFIXES = (".yaml", ".yml")
 CHOSEN_BY_NAME = ("tuning", "objective", "strategy", "optim", "schedule", "launcher")
 """Groups whose settings hold the choice as `name`; elsewhere a `name` is a setting."""
-RECORDS = ("substitutions",)
+NOT_SETTINGS = ("substitutions",)
 """What a frozen `config.yaml` holds beside settings."""
 
 
 def is_file_word(word: str) -> bool:
     """Whether a bare word names a file of settings."""
-    return word.endswith(ENDINGS) and "=" not in word and not word.startswith("-")
+    return word.endswith(SUFFIXES) and "=" not in word and not word.startswith("-")
 
 
 def own_files_may_apply(words: Iterable[str]) -> bool:
@@ -50,15 +50,22 @@ def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
     choices = dict(_defaults(word, tree.pop("defaults", [])))
     values: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        if key in RECORDS:
+        if key in NOT_SETTINGS:
             continue
         if key in groups() and isinstance(value, str):
             choices[key] = value
         elif key in groups() and isinstance(value, dict):
-            chosen = key in CHOSEN_BY_NAME and "name" in value
-            if chosen:
+            has_choice = key in CHOSEN_BY_NAME and "name" in value
+            if has_choice:
                 choices[key] = str(value["name"])
-            values += _leaves(key, {inner: each for inner, each in value.items() if not (chosen and inner == "name")})
+            values += _leaves(
+                key,
+                {
+                    inner_key: inner_value
+                    for inner_key, inner_value in value.items()
+                    if not (has_choice and inner_key == "name")
+                },
+            )
         elif isinstance(value, dict):
             values += _leaves(str(key), value)
         elif value is None and is_block(str(key)):
@@ -72,7 +79,7 @@ def is_block(key: str) -> bool:
     """Whether a key of the outermost level holds settings of its own."""
     from trainer.config.run import RunConfig
 
-    return key != "precision" and any(each.name == key for each in fields(RunConfig))
+    return key != "precision" and any(config_field.name == key for config_field in fields(RunConfig))
 
 
 def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
@@ -87,27 +94,27 @@ def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
 
 def _leaves(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
     """Settings by full key; an empty block sets nothing, and names with dots in them are a table of the user's, kept whole."""
-    found: list[tuple[str, Any]] = []
+    leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, dict) and not any("." in str(name) for name in value):
-            found += _leaves(f"{prefix}.{key}", value)
+            leaves += _leaves(f"{prefix}.{key}", value)
         else:
-            found.append((f"{prefix}.{key}", value))
-    return found
+            leaves.append((f"{prefix}.{key}", value))
+    return leaves
 
 
 def take_directories(argv: list[str]) -> list[str]:
     """The words without `--config-dir <directory>`, whose files become choices. Errors: ConfigError."""
     from launch.config.choices import add_directory
 
-    words, rest = [], list(argv)
-    while rest:
-        word = rest.pop(0)
+    words, remaining = [], list(argv)
+    while remaining:
+        word = remaining.pop(0)
         flag, assigned, value = word.partition("=")
         if flag in ("--config-dir", "-cd"):
-            if not assigned and not rest:
+            if not assigned and not remaining:
                 raise ConfigError(f"{word}: give a directory, as in --config-dir my/conf")
-            directory = Path(value if assigned else rest.pop(0)).expanduser().resolve()
+            directory = Path(value if assigned else remaining.pop(0)).expanduser().resolve()
             if not directory.is_dir():
                 raise ConfigError(f"--config-dir {directory}: there is no such directory")
             add_directory(directory)

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from launch.config.axes import split
+from launch.config.axes import split_at_commas
 from launch.config.choices import groups
 
 LOOKS_LIKE_KEY = re.compile(r"[+~]{0,2}[a-z_][\w./@*-]*=")
@@ -120,18 +120,18 @@ def read_group(
     `once`: a setting that is typed again is a problem; elsewhere the last one counts, as in the words of a run.
     """
     hints = get_type_hints(type(defaults))
-    others: list[str] = []
+    other_words: list[str] = []
     problems: list[str] = []
     changes: dict[str, Any] = {}
     for argument in words:
         key, assigned, text = argument.partition("=")
         group, dot, name = key.partition(".")
         if not (assigned and dot and group == prefix):
-            others.append(argument)
+            other_words.append(argument)
         elif name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            listed = ", ".join(f"{prefix}.{each}" for each in hints)
-            hint = f"did you mean {prefix}.{near[0]}?" if near else f"one of {listed}"
+            similar = difflib.get_close_matches(name, hints, n=1)
+            names_text = ", ".join(f"{prefix}.{name}" for name in hints)
+            hint = f"did you mean {prefix}.{similar[0]}?" if similar else f"one of {names_text}"
             problems.append(f"{argument}: there is no setting {key}; {hint}")
         elif once and name in changes:
             problems.append(f"{argument}: {key} is given twice; give one")
@@ -145,13 +145,17 @@ def read_group(
                 changes[name] = convert(text, hints[name])
             except ValueError as error:
                 problems.append(f"{argument}: {error}")
-    return replace(defaults, **changes), others, problems  # type: ignore[type-var]
+    return replace(defaults, **changes), other_words, problems  # type: ignore[type-var]
 
 
 def declared_in(module: ModuleType) -> list[type[VerbWords]]:
     """The declarations that a module defines or imports."""
-    known = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, VerbWords)]
-    return [each for each in known if each is not VerbWords]
+    declarations = [
+        declaration
+        for declaration in vars(module).values()
+        if isinstance(declaration, type) and issubclass(declaration, VerbWords)
+    ]
+    return [declaration for declaration in declarations if declaration is not VerbWords]
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
@@ -161,20 +165,20 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 def did_you_mean(typed: str, known: Iterable[str], *, end: str = "") -> str:
     """`; did you mean ...?` with the known word that is most like the typed one; empty if none is. `end` is put behind it."""
-    near = difflib.get_close_matches(typed, list(known), n=1)
-    return f"; did you mean {near[0]}{end}?" if near else ""
+    similar = difflib.get_close_matches(typed, list(known), n=1)
+    return f"; did you mean {similar[0]}{end}?" if similar else ""
 
 
-def help_rows(declaration: type[VerbWords], more: Mapping[str, str] | None = None) -> str:
-    """The rows of `--help`: one for each word, then those of `more` (head and text), then one for each flag."""
+def help_rows(declaration: type[VerbWords], extra_rows: Mapping[str, str] | None = None) -> str:
+    """The rows of `--help`: one for each word, then those of `extra_rows` (head and text), then one for each flag."""
     declared = specs(declaration)
     rows: dict[str, str] = {}
     for name, spec in declared.items():
         if spec.kind == "word":
-            default = _default(declaration.__dataclass_fields__[name])
+            default_value = _default(declaration.__dataclass_fields__[name])
             between = " " if spec.key.startswith("-") else "="
-            rows[f"{spec.key}{between}{spec.like or _shown(default)}"] = spec.text
-    rows |= more or {}
+            rows[f"{spec.key}{between}{spec.like or _default_text(default_value)}"] = spec.text
+    rows |= extra_rows or {}
     rows |= {", ".join((spec.key, *spec.also)): spec.text for spec in declared.values() if spec.kind == "flag"}
     width = max((len(head) for head in rows if len(head) <= WIDEST_HEAD), default=0)
     return "\n".join(f"  {head:<{width}}  {text}" for head, text in rows.items())
@@ -185,14 +189,17 @@ def group_rows(prefix: str, settings: type) -> dict[str, str]:
     from trainer.config.descriptions import docstrings
 
     sentences = docstrings(settings)
-    return {f"{prefix}.{each.name}={_shown(_default(each))}": sentences[each.name] for each in fields(settings)}
+    return {
+        f"{prefix}.{setting.name}={_default_text(_default(setting))}": sentences[setting.name]
+        for setting in fields(settings)
+    }
 
 
 def convert(text: str, hint: Any, spec: WordSpec | None = None) -> Any:
     """The text as a value of the annotated type. Raises ValueError with what it must be."""
     spec = spec or WordSpec(kind="word", text="")
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (each for each in get_args(hint) if each is not type(None))
+        (hint,) = (alternative for alternative in get_args(hint) if alternative is not type(None))
         if text == "null" and hint is not str:
             return None
     if get_origin(hint) is list:
@@ -216,7 +223,7 @@ def convert(text: str, hint: Any, spec: WordSpec | None = None) -> Any:
 def split_list(text: str) -> list[str]:
     """The entries of `[a,b]`, or of one entry without brackets, without the quotes around any of them."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    return [_unquoted(entry) for entry in split(inner) if entry]
+    return [_unquoted(entry) for entry in split_at_commas(inner) if entry]
 
 
 def _unquoted(text: str) -> str:
@@ -268,16 +275,16 @@ def _declared(default: Any, spec: WordSpec) -> Any:
 def specs(declaration: type[VerbWords]) -> dict[str, WordSpec]:
     """What is declared of each field, by the field's name, with the key as it is typed. Lists of words have no key."""
     specs = {}
-    for each in fields(declaration):
-        spec: WordSpec | None = each.metadata.get(_SPEC)
+    for declared in fields(declaration):
+        spec: WordSpec | None = declared.metadata.get(_SPEC)
         if spec is None:
             continue
         key = spec.key
         if spec.kind == "word" and not key:
-            key = each.name
+            key = declared.name
         elif spec.kind == "flag" and not key:
-            key = "--" + each.name.replace("_", "-")
-        specs[each.name] = replace(spec, key=key)
+            key = "--" + declared.name.replace("_", "-")
+        specs[declared.name] = replace(spec, key=key)
     return specs
 
 
@@ -285,7 +292,7 @@ def _default(declared: Field[Any]) -> Any:
     return declared.default_factory() if declared.default_factory is not MISSING else declared.default
 
 
-def _shown(default: Any) -> str:
+def _default_text(default: Any) -> str:
     """A default as it would be typed."""
     if default is None:
         return "null"
@@ -367,14 +374,16 @@ class _WordReader:
             values[name] = self.settings
         for name in self._names("bare"):
             if get_origin(self.hints[name]) is list:
-                values[name] = [convert(each, get_args(self.hints[name])[0]) for each in self.bare]
+                values[name] = [convert(entry, get_args(self.hints[name])[0]) for entry in self.bare]
         for name, spec in self.specs.items():
             is_typed = name in self.typed or name in self.flags
             if spec.required and not is_typed and name not in self.empty:
                 self.problems.append(f"{spec.key}: not set; {spec.required}")
             if spec.needs and is_typed and not self._is_typed(spec.needs):
-                shown = spec.key if spec.kind == "flag" else f"{spec.key}={self.typed[name]}"
-                self.problems.append(f"{shown}: goes with {self._shown(spec.needs)}; add that, or leave {spec.key} out")
+                typed_word = spec.key if spec.kind == "flag" else f"{spec.key}={self.typed[name]}"
+                self.problems.append(
+                    f"{typed_word}: goes with {self._needed_word(spec.needs)}; add that, or leave {spec.key} out"
+                )
         typed = {self.specs[name].key: text for name, text in self.typed.items()}
         return self.declaration(typed=typed, **values), self.problems
 
@@ -401,8 +410,8 @@ class _WordReader:
                 self.settings.append(argument)
                 return
         flags = [spec.key for spec in self.specs.values() if spec.key.startswith("-")] + ["--help"]
-        listed = ", ".join(flags[:-1]) + f" and {flags[-1]}" if len(flags) > 1 else flags[0]
-        hint = did_you_mean(argument, flags) or f"; {self.verb} takes {listed}"
+        known_flags = ", ".join(flags[:-1]) + f" and {flags[-1]}" if len(flags) > 1 else flags[0]
+        hint = did_you_mean(argument, flags) or f"; {self.verb} takes {known_flags}"
         self.problems.append(f"{argument}: there is no such flag{hint}")
 
     def _take_unknown_key(self, argument: str) -> None:
@@ -414,13 +423,13 @@ class _WordReader:
         if not is_misspelt and any(argument.startswith(beginning) for beginning in beginnings):
             self.settings.append(argument)
             return
-        listed = ", ".join([*(f"{each}=" for each in keys), *(f"{each}*" for each in beginnings)]) or "none"
-        hint = did_you_mean(key, keys, end="=") or f"; {self.verb} takes {listed}"
+        known_words = ", ".join([*(f"{name}=" for name in keys), *(f"{name}*" for name in beginnings)]) or "none"
+        hint = did_you_mean(key, keys, end="=") or f"; {self.verb} takes {known_words}"
         self.problems.append(f"{argument}: there is no such word{hint}")
 
     def _place_bare_words(self) -> None:
         """Give each field for one bare word the next one, unless `key=` has said it; the rest stays for a list."""
-        named: list[str] = []
+        placed: list[str] = []
         takes_rest = False
         for name in self._names("bare"):
             if get_origin(self.hints[name]) is list:
@@ -428,10 +437,10 @@ class _WordReader:
                 continue
             if name not in self.typed and self.bare:
                 self.typed[name] = self.bare.pop(0)
-            named.append(name)
+            placed.append(name)
         if self.bare and not takes_rest:
-            advice = self.specs[named[-1]].text
-            words = [self.typed[name] for name in named if name in self.typed] + self.bare
+            advice = self.specs[placed[-1]].text
+            words = [self.typed[name] for name in placed if name in self.typed] + self.bare
             self.problems.append(f"{' '.join(words)}: {advice}")
 
     def _is_typed(self, needs: str) -> bool:
@@ -440,9 +449,9 @@ class _WordReader:
         name = self.keys.get(key)
         if name is not None:
             return name in self.typed and self.typed[name].startswith(beginning)
-        return any(each.startswith(f"{key}={beginning}") for each in self.settings)
+        return any(setting.startswith(f"{key}={beginning}") for setting in self.settings)
 
-    def _shown(self, needs: str) -> str:
+    def _needed_word(self, needs: str) -> str:
         """The needed word as it is typed."""
         name = self.keys.get(needs)
         if name is None:

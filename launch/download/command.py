@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.user_files import ENDINGS
+from launch.config.user_files import SUFFIXES
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
 from strategies.errors import ConfigError
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0 if argv else 64
     words, problems = read_words("download", DownloadWords, argv)
-    if words.to.suffix not in ENDINGS:
+    if words.to.suffix not in SUFFIXES:
         problems.append(f"to={words.to}: is a file of settings; give it a name that ends in .yaml")
     if problems:
         raise ConfigError(problems)

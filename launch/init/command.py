@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.user_files import ENDINGS
+from launch.config.user_files import SUFFIXES
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
 from launch.output import give
 from strategies.errors import ConfigError, StorageError, key_of_problem
 
 if TYPE_CHECKING:
-    from launch.config.importers.conversion import Converted, Said
+    from launch.config.importers.conversion import Converted, SettingNote
 
 
 @dataclass(kw_only=True)
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 def _target_problems(to: Path) -> Iterator[str]:
     """Why the file cannot be written, one line each."""
-    if to.suffix not in ENDINGS:
+    if to.suffix not in SUFFIXES:
         yield f"to={to}: must end in .yaml, so that `shardtune train {to}.yaml` takes it"
     if to.exists() or to.is_symlink():
         yield f"to={to}: is there already, and is not overwritten; name another file, or remove it"
@@ -213,7 +213,7 @@ def _parts(converted: Converted, to_settle: list[str]) -> list[tuple[str, list[s
         ("empty there, so nothing was said", [", ".join(converted.empty)] if converted.empty else []),
         ("needs no setting here", needless),
         ("taken, with a difference", [str(each) for each in converted.remarks]),
-        ("no equal here", [str(each) for each in converted.lacking]),
+        ("no equal here", [str(each) for each in converted.no_equal]),
     ]
 
 
@@ -232,13 +232,13 @@ def as_dict(written: InitResult) -> dict[str, Any]:
     found: dict[str, Any] = {"to": written.to, "settings": written.settings}
     if (converted := written.converted) is not None:
 
-        def rows(entries: list[Said]) -> list[dict[str, str]]:
+        def rows(entries: list[SettingNote]) -> list[dict[str, str]]:
             return [asdict(each) for each in entries]
 
         found |= {
             "trainer": converted.trainer,
             "origin": converted.origin,
-            "no_equal": rows(converted.lacking),
+            "no_equal": rows(converted.no_equal),
             "differs": rows(converted.remarks),
             "needless": rows(converted.needless),
             "empty": converted.empty,
@@ -261,7 +261,7 @@ def said(written: InitResult) -> list[str]:
             entries = [", ".join(each.setting for each in converted.needless)] if entries else []
             title += f" (why: {written.to})"
         lines += [f"{title}:", *(line for entry in entries for line in _folded(entry))] if entries else []
-    return lines if converted.lacking else [*lines, "everything in it has an equal here"]
+    return lines if converted.no_equal else [*lines, "everything in it has an equal here"]
 
 
 def _folded(entry: str) -> list[str]:

@@ -42,23 +42,23 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
         try:
             composed.append(compose(point, check=check))
         except ConfigError as error:
-            problems += [f"point {number} ({axes.changed(point)}): {problem}" for problem in error.problems]
+            problems += [f"point {number} ({axes.describe_point(point)}): {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    for line in axes.partly():
+    for line in axes.settings_of_some_points():
         print(line, file=sys.stderr)
     if show is not None:
         for number, one in enumerate(composed):
-            print(f"# point {number}: {axes.changed(points[number])}")
+            print(f"# point {number}: {axes.describe_point(points[number])}")
             show(one)
         return 0
     asked = composed[0].config.run.dir
     together = hashlib.sha256(json.dumps([one.sha256 for one in composed]).encode()).hexdigest()
     base = Path(asked).expanduser() if asked else default_run_dir(together)
     run_dirs = [base / str(number) for number in range(len(points))]
-    labels = [axes.changed(point) for point in points]
+    labels = [axes.describe_point(point) for point in points]
     for point, one in zip(points, composed, strict=True):
-        chosen = axes.chosen(point)
+        chosen = axes.values_on_axes(point)
         name_in_trackers(one.config.logging, base, label(chosen), [f"{key}={value}" for key, value in chosen.items()])
     if composed[0].config.launcher.name.value == "slurm":
         from launch.cluster.submission import submit_array

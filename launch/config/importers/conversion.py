@@ -13,7 +13,7 @@ from strategies.redaction import redacted
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class SettingNote:
     """A setting of theirs, its value, and what there is to be known about it."""
 
     setting: str
@@ -34,67 +34,67 @@ class Converted:
     """Our settings as typed."""
     origin: dict[str, list[str]] = field(default_factory=dict)
     """By our key: theirs that say it, each with its value."""
-    lacking: list[Said] = field(default_factory=list)
+    no_equal: list[SettingNote] = field(default_factory=list)
     """What has no equal here, and why."""
-    needless: list[Said] = field(default_factory=list)
+    needless: list[SettingNote] = field(default_factory=list)
     """What needs no setting here: nothing is lost without it."""
-    remarks: list[Said] = field(default_factory=list)
+    remarks: list[SettingNote] = field(default_factory=list)
     """In what a setting that was taken differs here."""
     empty: list[str] = field(default_factory=list)
     """Settings that their file names and leaves without a value."""
 
-    def take(self, setting: str, value: Any, answer: TranslatedSetting) -> None:
+    def add(self, setting: str, value: Any, answer: TranslatedSetting) -> None:
         """File an answer. Of two that contradict each other the first one stays, and the other is told."""
-        text = shown_of(setting, value)
-        new = {key: ours for key, ours in answer.words.items() if key not in self.words}
-        self.words |= new
-        self.origin |= {key: [f"{setting}: {text}"] for key in new}
-        other = {key: ours for key, ours in answer.words.items() if self.words[key] != ours}
-        for key, ours in other.items():
-            stays = f"{' and '.join(self.origin[key])} gave {key}={self.words[key]}, which stays"
-            self.lack(setting, text, f"{key}={ours} here, but {stays}")
-        if answer.words and not new and not other:  # said twice
+        text = without_secrets(setting, value)
+        new_words = {key: our_value for key, our_value in answer.words.items() if key not in self.words}
+        self.words |= new_words
+        self.origin |= {key: [f"{setting}: {text}"] for key in new_words}
+        contradicting = {key: our_value for key, our_value in answer.words.items() if self.words[key] != our_value}
+        for key, our_value in contradicting.items():
+            reason = f"{' and '.join(self.origin[key])} gave {key}={self.words[key]}, which stays"
+            self.add_no_equal(setting, text, f"{key}={our_value} here, but {reason}")
+        if answer.words and not new_words and not contradicting:  # said twice
             self.origin[list(answer.words)[-1]].append(f"{setting}: {text}")
-        if answer.words and answer.said:
-            if all(known.why != answer.said for known in self.remarks):
-                self.remarks.append(Said(setting, text, answer.said))
-        elif answer.needless or not (answer.words or answer.said):
-            self.needless.append(Said(setting, text, answer.said or "it is so here without a setting"))
+        if answer.words and answer.note:
+            if all(remark.why != answer.note for remark in self.remarks):
+                self.remarks.append(SettingNote(setting, text, answer.note))
+        elif answer.needless or not (answer.words or answer.note):
+            self.needless.append(SettingNote(setting, text, answer.note or "it is so here without a setting"))
         elif not answer.words:
-            self.lack(setting, text, answer.said)
+            self.add_no_equal(setting, text, answer.note)
 
-    def lack(self, setting: str, value: Any, why: str) -> None:
+    def add_no_equal(self, setting: str, value: Any, why: str) -> None:
         """A setting has no equal."""
-        self.lacking.append(Said(setting, shown_of(setting, value), why))
+        self.no_equal.append(SettingNote(setting, without_secrets(setting, value), why))
 
     def drop(self, key: str, why: str) -> None:
         """A word of ours cannot be used after all."""
-        ours = self.words.pop(key)
-        for said in self.origin.pop(key):
-            setting, _, value = said.partition(": ")
-            self.lack(setting, value, f"{key}={ours}: {why}")
+        our_value = self.words.pop(key)
+        for foreign in self.origin.pop(key):
+            setting, _, value = foreign.partition(": ")
+            self.add_no_equal(setting, value, f"{key}={our_value}: {why}")
 
 
-def text_of(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value of YAML or JSON as it would be typed."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list) and not any(isinstance(each, dict | list) for each in value):
-        return f"[{','.join(map(text_of, value))}]"
+    if isinstance(value, list) and not any(isinstance(entry, dict | list) for entry in value):
+        return f"[{','.join(map(as_typed, value))}]"
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False, default=str)
     return "null" if value is None else str(value)
 
 
-def shown_of(setting: str, value: Any) -> str:
+def without_secrets(setting: str, value: Any) -> str:
     """The same for people to read: secrets are not repeated."""
     if re.search(r"(^|[_.])(token|key|api_key|secret|password)$", setting.lower()):
         return "(hidden)"
-    return redacted(text_of(value))
+    return redacted(as_typed(value))
 
 
-def texts(tree: Mapping[str, Any]) -> dict[str, str]:
+def typed_values(tree: Mapping[str, Any]) -> dict[str, str]:
     """The settings of a level that hold a value, as typed."""
     return {
-        str(key): text_of(value) for key, value in tree.items() if value is not None and not isinstance(value, dict)
+        str(key): as_typed(value) for key, value in tree.items() if value is not None and not isinstance(value, dict)
     }

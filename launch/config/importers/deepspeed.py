@@ -6,196 +6,223 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.config.importers import rules
-from launch.config.importers.conversion import Converted, text_of, texts
-from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, is_true, number, shown
-from launch.config.importers.names import answer
+from launch.config.importers.conversion import Converted, as_typed, typed_values
+from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, format_number, is_true, parse_number
+from launch.config.importers.names import translate
 
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-OF_TOP = {
+TOP_LEVEL = {
     "prescale_gradients gradient_predivide_factor communication_data_type sparse_gradients data_types": TranslatedSetting(
-        said="gradients are averaged over all tokens of a step, in the precision that the strategy chooses"
+        note="gradients are averaged over all tokens of a step, in the precision that the strategy chooses"
     ),
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer": TranslatedSetting(
-        said="docs/optimizers.md says which optimizer runs with ZeRO", needless=True
+        note="docs/optimizers.md says which optimizer runs with ZeRO", needless=True
     ),
     "wall_clock_breakdown dump_state memory_breakdown": TranslatedSetting(
-        said="logging.step_parts=true tells the parts of a step", needless=True
+        note="logging.step_parts=true tells the parts of a step", needless=True
     ),
 }
-OF_ZERO = {
+ZERO_SETTINGS = {
     "reduce_bucket_size allgather_bucket_size": TranslatedSetting(
-        said="strategy.bucket_mib sets both, in MiB instead of elements; it is chosen for the hardware otherwise"
+        note="strategy.bucket_mib sets both, in MiB instead of elements; it is chosen for the hardware otherwise"
     ),
-    "stage3_prefetch_bucket_size": TranslatedSetting(said="strategy.prefetch_mib sets it, in MiB instead of elements"),
+    "stage3_prefetch_bucket_size": TranslatedSetting(note="strategy.prefetch_mib sets it, in MiB instead of elements"),
     "overlap_comm contiguous_gradients allgather_partitions reduce_scatter round_robin_gradients": TranslatedSetting(
-        said="chosen for the hardware", needless=True
+        note="chosen for the hardware", needless=True
     ),
     "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save": TranslatedSetting(
-        said="export/ always holds whole weights", needless=True
+        note="export/ always holds whole weights", needless=True
     ),
 }
-NOT_HERE = "it is not passed on to DeepSpeed: what its engine is told is derived from strategy.*"
+NOT_PASSED_ON = "it is not passed on to DeepSpeed: what its engine is told is derived from strategy.*"
 
 
-def convert(tree: Mapping[str, Any], into: Converted, outer: Mapping[str, str] | None = None, prefix: str = "") -> None:
+def convert(
+    tree: Mapping[str, Any], conversion: Converted, outer: Mapping[str, str] | None = None, prefix: str = ""
+) -> None:
     """File every setting of `tree`; `outer` are those of the trainer that named the file, which go before it."""
-    theirs = ForeignSettings({**texts(tree), **(outer or {})})
+    foreign = ForeignSettings({**typed_values(tree), **(outer or {})})
     for key, value in tree.items():
         name, block = f"{prefix}{key}", value if isinstance(value, dict) else None
         if _is_auto(value):
-            into.empty.append(name)
+            conversion.empty.append(name)
         elif key == "zero_optimization" and block is not None:
-            _zero(block, into, name)
+            _add_zero(block, conversion, name)
         elif key in ("bf16", "bfloat16", "fp16") and block is not None:
-            _precision(key, block, tree, into, name, alone=outer is None)
+            _add_precision(key, block, tree, conversion, name, alone=outer is None)
         elif key == "optimizer" and block is not None:
-            _optimizer(block, into, name)
+            _add_optimizer(block, conversion, name)
         elif key == "scheduler" and block is not None:
-            _scheduler(block, into, name)
+            _add_scheduler(block, conversion, name)
         elif key in ("wandb", "tensorboard") and block is not None:
-            _tracker(key, block, into, name)
+            _add_tracker(key, block, conversion, name)
         elif key == "steps_per_print":
-            into.take(name, value, TranslatedSetting({"logging.every_steps": text_of(value)}))
-        elif (said := _of(OF_TOP, key)) is not None:
-            into.take(name, value, said)
+            conversion.add(name, value, TranslatedSetting({"logging.every_steps": as_typed(value)}))
+        elif (translation := _answer_in(TOP_LEVEL, key)) is not None:
+            conversion.add(name, value, translation)
         elif key == "activation_checkpointing":
-            into.lack(name, value, "strategy.activation_checkpointing=full or selective recomputes activations")
+            conversion.add_no_equal(
+                name, value, "strategy.activation_checkpointing=full or selective recomputes activations"
+            )
         else:
-            known = None if block is not None else answer(key, theirs) if str(key) in theirs.given else None
-            into.take(name, value, known or TranslatedSetting(said=NOT_HERE))
+            translation_by_name = (
+                None if block is not None else translate(key, foreign) if str(key) in foreign.by_name else None
+            )
+            conversion.add(name, value, translation_by_name or TranslatedSetting(note=NOT_PASSED_ON))
 
 
 def _is_auto(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.lower() in ("auto", ""))
 
 
-def _of(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
-    return next((said for names, said in table.items() if key in names.split()), None)
+def _answer_in(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
+    return next((translation for names, translation in table.items() if key in names.split()), None)
 
 
-def _zero(block: Mapping[str, Any], into: Converted, name: str) -> None:
-    given = text_of(block.get("stage", 0))
-    known = given in ("0", "1", "2", "3")
-    words = rules.zero_words({**block, "stage": given if known else "0"})
-    stage = words["strategy"]
-    said = (
-        TranslatedSetting({"strategy": stage})
-        if known
-        else TranslatedSetting(said="strategy is ddp, zero1, zero2 or zero3; type one")
+def _add_zero(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
+    stage_text = as_typed(block.get("stage", 0))
+    is_known_stage = stage_text in ("0", "1", "2", "3")
+    words = rules.zero_words({**block, "stage": stage_text if is_known_stage else "0"})
+    strategy = words["strategy"]
+    translation = (
+        TranslatedSetting({"strategy": strategy})
+        if is_known_stage
+        else TranslatedSetting(note="strategy is ddp, zero1, zero2 or zero3; type one")
     )
-    into.take(f"{name}.stage", given, said)
+    conversion.add(f"{name}.stage", stage_text, translation)
     for key, value in block.items():
-        inner = f"{name}.{key}"
+        full_name = f"{name}.{key}"
         if key == "stage":
             continue
         if _is_auto(value):
-            into.empty.append(inner)
+            conversion.empty.append(full_name)
         elif key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
-            _offload(key, value, words, into, inner)
+            _add_offload(key, value, words, conversion, full_name)
         elif key == "cpu_offload":
-            on = {"strategy.offload_optimizer": "cpu"} if stage != "ddp" else {}
-            into.take(
-                inner, value, TranslatedSetting(on) if is_true(text_of(value)) else TranslatedSetting(needless=True)
+            offload_words = {"strategy.offload_optimizer": "cpu"} if strategy != "ddp" else {}
+            conversion.add(
+                full_name,
+                value,
+                TranslatedSetting(offload_words) if is_true(as_typed(value)) else TranslatedSetting(needless=True),
             )
-        elif key in ("stage3_param_persistence_threshold", "param_persistence_threshold") and stage == "zero3":
-            into.take(
-                inner, value, TranslatedSetting({"strategy.persistence_threshold": shown(number(text_of(value)) or 0)})
+        elif key in ("stage3_param_persistence_threshold", "param_persistence_threshold") and strategy == "zero3":
+            conversion.add(
+                full_name,
+                value,
+                TranslatedSetting(
+                    {"strategy.persistence_threshold": format_number(parse_number(as_typed(value)) or 0)}
+                ),
             )
-        elif key.startswith("stage3_") and stage != "zero3":
-            into.take(inner, value, TranslatedSetting(said="of stage 3 alone", needless=True))
+        elif key.startswith("stage3_") and strategy != "zero3":
+            conversion.add(full_name, value, TranslatedSetting(note="of stage 3 alone", needless=True))
         else:
-            into.take(inner, value, _of(OF_ZERO, key) or TranslatedSetting(said=NOT_HERE))
+            conversion.add(full_name, value, _answer_in(ZERO_SETTINGS, key) or TranslatedSetting(note=NOT_PASSED_ON))
 
 
-def _offload(key: str, block: Mapping[str, Any], words: Mapping[str, str], into: Converted, name: str) -> None:
-    ours = "strategy.offload_optimizer" if key == "offload_optimizer" else "strategy.offload_parameters"
-    used = {each: words[each] for each in (ours, "strategy.nvme_path") if each in words}
+def _add_offload(
+    key: str, block: Mapping[str, Any], words: Mapping[str, str], conversion: Converted, name: str
+) -> None:
+    our_key = "strategy.offload_optimizer" if key == "offload_optimizer" else "strategy.offload_parameters"
+    used_words = {
+        key_of_ours: words[key_of_ours] for key_of_ours in (our_key, "strategy.nvme_path") if key_of_ours in words
+    }
     for inner, value in block.items():
         if inner == "device":
-            into.take(
+            conversion.add(
                 f"{name}.device",
                 value,
-                TranslatedSetting({ours: words[ours]}) if ours in words else TranslatedSetting(needless=True),
+                TranslatedSetting({our_key: words[our_key]}) if our_key in words else TranslatedSetting(needless=True),
             )
-        elif inner == "nvme_path" and "strategy.nvme_path" in used:
-            into.take(f"{name}.nvme_path", value, TranslatedSetting({"strategy.nvme_path": used["strategy.nvme_path"]}))
+        elif inner == "nvme_path" and "strategy.nvme_path" in used_words:
+            conversion.add(
+                f"{name}.nvme_path", value, TranslatedSetting({"strategy.nvme_path": used_words["strategy.nvme_path"]})
+            )
         elif inner == "pin_memory":
-            into.take(
-                f"{name}.pin_memory", value, TranslatedSetting(said="host memory is pinned on GPUs", needless=True)
+            conversion.add(
+                f"{name}.pin_memory", value, TranslatedSetting(note="host memory is pinned on GPUs", needless=True)
             )
         else:
-            into.lack(f"{name}.{inner}", value, NOT_HERE)
+            conversion.add_no_equal(f"{name}.{inner}", value, NOT_PASSED_ON)
 
 
-def _precision(
-    key: str, block: Mapping[str, Any], tree: Mapping[str, Any], into: Converted, name: str, *, alone: bool
+def _add_precision(
+    key: str, block: Mapping[str, Any], tree: Mapping[str, Any], conversion: Converted, name: str, *, alone: bool
 ) -> None:
-    ours = "fp16" if key == "fp16" else "bf16"
+    kind = "fp16" if key == "fp16" else "bf16"
     for inner, value in block.items():
         if _is_auto(value):
-            into.empty.append(f"{name}.{inner}")
+            conversion.empty.append(f"{name}.{inner}")
         elif inner != "enabled":
-            on = is_true(text_of(block.get("enabled")))
-            why = "the loss scale of fp16 finds itself" if ours == "fp16" else NOT_HERE
-            into.take(
+            is_on = is_true(as_typed(block.get("enabled")))
+            why = "the loss scale of fp16 finds itself" if kind == "fp16" else NOT_PASSED_ON
+            conversion.add(
                 f"{name}.{inner}",
                 value,
-                TranslatedSetting(said=why) if on else TranslatedSetting(said="it is off", needless=True),
+                TranslatedSetting(note=why) if is_on else TranslatedSetting(note="it is off", needless=True),
             )
-        elif is_true(text_of(value)):
-            into.take(f"{name}.enabled", value, TranslatedSetting({"precision": ours}))
+        elif is_true(as_typed(value)):
+            conversion.add(f"{name}.enabled", value, TranslatedSetting({"precision": kind}))
         else:
-            others = [tree.get(other) for other in ("fp16", "bf16", "bfloat16") if other != key]
-            says = any(isinstance(other, dict) and not _is_off(other.get("enabled", False)) for other in others)
-            off = TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
-            into.take(f"{name}.enabled", value, off if alone and not says else TranslatedSetting(needless=True))
+            other_blocks = [tree.get(other_key) for other_key in ("fp16", "bf16", "bfloat16") if other_key != key]
+            is_said_elsewhere = any(
+                isinstance(other_key, dict) and not _is_off(other_key.get("enabled", False))
+                for other_key in other_blocks
+            )
+            off_translation = TranslatedSetting(
+                {"precision": "fp32"}, "off means fp32 there; auto takes what the card has"
+            )
+            conversion.add(
+                f"{name}.enabled",
+                value,
+                off_translation if alone and not is_said_elsewhere else TranslatedSetting(needless=True),
+            )
 
 
 def _is_off(value: Any) -> bool:
-    return not is_true(text_of(value))
+    return not is_true(as_typed(value))
 
 
-def _parameters(block: Mapping[str, Any], into: Converted, name: str) -> Mapping[str, Any]:
-    found = block.get("params")
-    if isinstance(found, dict):
-        return found
-    if _is_auto(found):
-        into.empty.append(f"{name}.params")
+def _parameters(block: Mapping[str, Any], conversion: Converted, name: str) -> Mapping[str, Any]:
+    parameters = block.get("params")
+    if isinstance(parameters, dict):
+        return parameters
+    if _is_auto(parameters):
+        conversion.empty.append(f"{name}.params")
     else:
-        into.lack(f"{name}.params", found, "holds no settings")
+        conversion.add_no_equal(f"{name}.params", parameters, "holds no settings")
     return {}
 
 
-def _optimizer(block: Mapping[str, Any], into: Converted, name: str) -> None:
-    kind, parameters = block.get("type"), _parameters(block, into, name)
+def _add_optimizer(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
+    kind, parameters = block.get("type"), _parameters(block, conversion, name)
     if kind is not None:
-        into.take(f"{name}.type", kind, rules.CHOICES["optim"](text_of(kind), ForeignSettings({})))
+        conversion.add(f"{name}.type", kind, rules.CHOICES["optim"](as_typed(kind), ForeignSettings({})))
     for key, value in parameters.items():
         if _is_auto(value):
-            into.empty.append(f"{name}.params.{key}")
+            conversion.empty.append(f"{name}.params.{key}")
         elif key in ("lr", "betas", "eps", "weight_decay", "momentum"):
-            into.take(f"{name}.params.{key}", value, TranslatedSetting({f"optim.{key}": text_of(value)}))
+            conversion.add(f"{name}.params.{key}", value, TranslatedSetting({f"optim.{key}": as_typed(value)}))
         else:
             why = "weight decay is decoupled from the gradients, whatever the library behind it"
-            torch_only = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(text_of(value))
-            into.take(
+            torch_only = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(as_typed(value))
+            conversion.add(
                 f"{name}.params.{key}",
                 value,
-                TranslatedSetting(said=why if torch_only else NOT_HERE, needless=torch_only),
+                TranslatedSetting(note=why if torch_only else NOT_PASSED_ON, needless=torch_only),
             )
     for key in block.keys() - {"type", "params"}:
-        into.lack(f"{name}.{key}", block[key], NOT_HERE)
+        conversion.add_no_equal(f"{name}.{key}", block[key], NOT_PASSED_ON)
 
 
-def _scheduler(block: Mapping[str, Any], into: Converted, name: str) -> None:
-    kind, parameters = text_of(block.get("type")), _parameters(block, into, name)
+def _add_scheduler(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
+    kind, parameters = as_typed(block.get("type")), _parameters(block, conversion, name)
     if kind not in SCHEDULES:
-        into.lack(f"{name}.type", kind, "schedule is one of cosine, linear, constant, wsd")
+        conversion.add_no_equal(f"{name}.type", kind, "schedule is one of cosine, linear, constant, wsd")
     else:
         logarithmic = kind != "WarmupCosineLR" and parameters.get("warmup_type", "log") == "log"
         remark = "the rate rises linearly here, and there by the logarithm of the step" if logarithmic else ""
-        into.take(f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULES[kind]}, remark))
-    ours = {
+        conversion.add(f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULES[kind]}, remark))
+    our_keys = {
         "warmup_num_steps": "schedule.warmup_steps",
         "warmup_max_lr": "optim.lr",
         "total_num_steps": "budget.steps",
@@ -203,31 +230,33 @@ def _scheduler(block: Mapping[str, Any], into: Converted, name: str) -> None:
     }
     for key, value in parameters.items():
         if _is_auto(value):
-            into.empty.append(f"{name}.params.{key}")
-        elif key in ours:
-            into.take(f"{name}.params.{key}", value, TranslatedSetting({ours[key]: text_of(value)}))
-        elif (key == "warmup_min_lr" and not number(text_of(value))) or key == "warmup_type":
-            into.take(
+            conversion.empty.append(f"{name}.params.{key}")
+        elif key in our_keys:
+            conversion.add(f"{name}.params.{key}", value, TranslatedSetting({our_keys[key]: as_typed(value)}))
+        elif (key == "warmup_min_lr" and not parse_number(as_typed(value))) or key == "warmup_type":
+            conversion.add(
                 f"{name}.params.{key}",
                 value,
-                TranslatedSetting(said="the rate rises linearly from near 0", needless=True),
+                TranslatedSetting(note="the rate rises linearly from near 0", needless=True),
             )
         else:
-            into.lack(
+            conversion.add_no_equal(
                 f"{name}.params.{key}", value, "the schedule has no such setting; docs/config.md lists schedule.*"
             )
 
 
-def _tracker(key: str, block: Mapping[str, Any], into: Converted, name: str) -> None:
-    on = is_true(text_of(block.get("enabled")))
+def _add_tracker(key: str, block: Mapping[str, Any], conversion: Converted, name: str) -> None:
+    is_on = is_true(as_typed(block.get("enabled")))
     for inner, value in block.items():
         if inner == "enabled":
-            ours = {"logging.wandb": "online"} if key == "wandb" else {"logging.tensorboard": "true"}
-            into.take(f"{name}.enabled", value, TranslatedSetting(ours) if on else TranslatedSetting(needless=True))
-        elif key == "wandb" and on and inner in ("project", "group"):
-            into.take(f"{name}.{inner}", value, TranslatedSetting({f"logging.{inner}": text_of(value)}))
-        elif key == "wandb" and on and inner == "team":
-            into.take(f"{name}.team", value, TranslatedSetting({"logging.entity": text_of(value)}))
+            switch_words = {"logging.wandb": "online"} if key == "wandb" else {"logging.tensorboard": "true"}
+            conversion.add(
+                f"{name}.enabled", value, TranslatedSetting(switch_words) if is_on else TranslatedSetting(needless=True)
+            )
+        elif key == "wandb" and is_on and inner in ("project", "group"):
+            conversion.add(f"{name}.{inner}", value, TranslatedSetting({f"logging.{inner}": as_typed(value)}))
+        elif key == "wandb" and is_on and inner == "team":
+            conversion.add(f"{name}.team", value, TranslatedSetting({"logging.entity": as_typed(value)}))
         else:
-            why = "logs are in the run directory" if on else "it is off"
-            into.take(f"{name}.{inner}", value, TranslatedSetting(said=why, needless=True))
+            why = "logs are in the run directory" if is_on else "it is off"
+            conversion.add(f"{name}.{inner}", value, TranslatedSetting(note=why, needless=True))

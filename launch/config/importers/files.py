@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.importers import datasets, deepspeed, rules
-from launch.config.importers.conversion import Converted, text_of, texts
-from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, number, shown
-from launch.config.importers.names import NAMES, answer, plain
+from launch.config.importers.conversion import Converted, as_typed, typed_values
+from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, format_number, parse_number
+from launch.config.importers.names import NAMES, plain_name, translate
 from strategies import atomic_io
 from strategies.errors import ConfigError
 
-MOST = 2**20
+MAX_BYTES = 2**20
 """Bytes of a file of settings: hundreds of times what people write."""
 AXOLOTL, FACTORY, DEEPSPEED, ACCELERATE = "axolotl", "LLaMA-Factory", "DeepSpeed", "accelerate"
 HUGGING_FACE = "Hugging Face's Trainer and TRL"
@@ -32,23 +32,23 @@ MARKS = {
     FACTORY: ("finetuning_type", "stage", "template", "cutoff_len", "dataset_dir"),
 }
 """Settings by which a file is known; those of the first trainer that has one of them."""
-COMMON = {"learning_rate": "5e-5", "lr_scheduler_type": "linear", "num_train_epochs": "3", "warmup_steps": "0"}
+COMMON_DEFAULTS = {"learning_rate": "5e-5", "lr_scheduler_type": "linear", "num_train_epochs": "3", "warmup_steps": "0"}
 DEFAULTS = {
     AXOLOTL: {"sequence_len": "512", "num_epochs": "1", "micro_batch_size": "1", "lr_scheduler": "cosine"},
-    FACTORY: {**COMMON, "finetuning_type": "lora", "cutoff_len": "2048", "per_device_train_batch_size": "8"},
-    HUGGING_FACE: {**COMMON, "per_device_train_batch_size": "8"},
+    FACTORY: {**COMMON_DEFAULTS, "finetuning_type": "lora", "cutoff_len": "2048", "per_device_train_batch_size": "8"},
+    HUGGING_FACE: {**COMMON_DEFAULTS, "per_device_train_batch_size": "8"},
 }
 """What the others do where their file says nothing, and we would do otherwise."""
-INSTEAD = {
+OVERRIDING_SETTINGS = {
     "warmup_steps": ("warmup_ratio",),
     "num_train_epochs": ("max_steps", "epochs"),
     "num_epochs": ("max_steps",),
     "lr_scheduler": ("lr_scheduler_type",),
 }
 """Settings in whose presence a default of theirs does not hold."""
-FIRST = ("pref_loss", "stage", "finetuning_type", "adapter", "use_peft", "load_in_4bit", "deepspeed", "fsdp")
+DECIDING_FIRST = ("pref_loss", "stage", "finetuning_type", "adapter", "use_peft", "load_in_4bit", "deepspeed", "fsdp")
 """What decides on a whole group goes before what only sets a part of it."""
-WRAPPING = {
+FSDP_WRAPPING = {
     *(
         "transformer_layer_cls_to_wrap",
         "auto_wrap_policy",
@@ -60,7 +60,7 @@ WRAPPING = {
     *("limit_all_gathers", "forward_prefetch"),
 }
 """How FSDP is told of the model, and how it loads and saves."""
-STARTING = {
+PROCESS_STARTING = {
     *(
         "compute_environment",
         "distributed_type",
@@ -72,7 +72,7 @@ STARTING = {
     *("tpu_env", "tpu_use_cluster", "tpu_use_sudo", "enable_cpu_affinity"),
 }
 """How accelerate starts processes."""
-UNKNOWN = "no setting of this name is known here; docs/config.md lists all there are"
+UNKNOWN_SETTING = "no setting of this name is known here; docs/config.md lists all there are"
 
 
 def convert(path: Path, ranks: int | None = None) -> Converted:
@@ -81,18 +81,18 @@ def convert(path: Path, ranks: int | None = None) -> Converted:
     Errors: ConfigError where it cannot be read, or is no file of those trainers.
     """
     tree = read(path)
-    trainer = whose(tree)
+    trainer = detect_trainer(tree)
     if trainer is None:
         raise ConfigError(
             f"from={path}: no setting in it is one of axolotl, LLaMA-Factory, Hugging Face's Trainer, TRL or DeepSpeed; "
             "a file of ours is given as a bare word: shardtune train my.yaml"
         )
-    into = Converted(trainer)
+    conversion = Converted(trainer)
     if trainer == DEEPSPEED:
-        deepspeed.convert(tree, into)
+        deepspeed.convert(tree, conversion)
     else:
-        _convert(tree, into, path.parent, ranks)
-    return into
+        _convert(tree, conversion, path.parent, ranks)
+    return conversion
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        text = atomic_io.read_bytes(path.expanduser(), most=MOST).decode()
+        text = atomic_io.read_bytes(path.expanduser(), most=MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = atomic_io.reason(error) if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(f"from={path}: cannot be read ({reason})") from error
@@ -119,93 +119,104 @@ def read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def whose(tree: Mapping[str, Any]) -> str | None:
+def detect_trainer(tree: Mapping[str, Any]) -> str | None:
     """The trainer that a file was written for; None where no name in it is known."""
-    inner = {f"{key}.{name}" for key, value in tree.items() if isinstance(value, dict) for name in value}
-    there = {str(key) for key in tree} | inner
+    inner_names = {f"{key}.{name}" for key, value in tree.items() if isinstance(value, dict) for name in value}
+    setting_names = {str(key) for key in tree} | inner_names
     for trainer, marks in MARKS.items():
-        if there & set(marks):
+        if setting_names & set(marks):
             return trainer
-    return HUGGING_FACE if any(plain(str(key)) in NAMES for key in tree) else None
+    return HUGGING_FACE if any(plain_name(str(key)) in NAMES for key in tree) else None
 
 
-def _convert(tree: Mapping[str, Any], into: Converted, base: Path, ranks: int | None = None) -> None:
-    given = {plain(key): value for key, value in texts(tree).items()}
+def _convert(tree: Mapping[str, Any], conversion: Converted, base: Path, ranks: int | None = None) -> None:
+    typed_by_name = {plain_name(key): value for key, value in typed_values(tree).items()}
     defaults = {
         key: value
-        for key, value in DEFAULTS.get(into.trainer, {}).items()
-        if key not in given and not any(other in given for other in INSTEAD.get(key, ()))
+        for key, value in DEFAULTS.get(conversion.trainer, {}).items()
+        if key not in typed_by_name
+        and not any(other_name in typed_by_name for other_name in OVERRIDING_SETTINGS.get(key, ()))
     }
-    theirs = ForeignSettings({**defaults, **given}, ranks)
-    if into.trainer == AXOLOTL and "adapter" not in given:
-        into.take("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
-    for key in sorted(tree, key=lambda each: FIRST.index(each) if each in FIRST else len(FIRST)):
-        _one(str(key), tree, theirs, into, base)
+    foreign = ForeignSettings({**defaults, **typed_by_name}, ranks)
+    if conversion.trainer == AXOLOTL and "adapter" not in typed_by_name:
+        conversion.add("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
+    for key in sorted(
+        tree, key=lambda name: DECIDING_FIRST.index(name) if name in DECIDING_FIRST else len(DECIDING_FIRST)
+    ):
+        _add_setting(str(key), tree, foreign, conversion, base)
     for key, value in defaults.items():
-        said = answer(key, theirs)
-        into.take(key, f"{value} (what {into.trainer} does)", said or TranslatedSetting(needless=True))
-    if into.trainer == FACTORY and into.words.get("tuning") == "lora":
-        rank = number(theirs.get("lora_rank")) or 8
-        into.take("lora_rank", f"{shown(rank)}", TranslatedSetting({"tuning.rank": shown(rank)}))
-        if "lora_alpha" not in given:
-            into.take(
+        translation = translate(key, foreign)
+        conversion.add(
+            key, f"{value} (what {conversion.trainer} does)", translation or TranslatedSetting(needless=True)
+        )
+    if conversion.trainer == FACTORY and conversion.words.get("tuning") == "lora":
+        rank = parse_number(foreign.get("lora_rank")) or 8
+        conversion.add("lora_rank", f"{format_number(rank)}", TranslatedSetting({"tuning.rank": format_number(rank)}))
+        if "lora_alpha" not in typed_by_name:
+            conversion.add(
                 "lora_alpha",
                 "twice the rank (what LLaMA-Factory does)",
-                TranslatedSetting({"tuning.alpha": shown(2 * rank)}),
+                TranslatedSetting({"tuning.alpha": format_number(2 * rank)}),
             )
 
 
-def _one(key: str, tree: Mapping[str, Any], theirs: ForeignSettings, into: Converted, base: Path) -> None:
+def _add_setting(
+    key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: Converted, base: Path
+) -> None:
     """File one setting of the outermost level."""
-    value, name = tree[key], plain(key)
+    value, name = tree[key], plain_name(key)
     if value is None or value in ("", [], {}):
-        into.empty.append(key)
+        conversion.empty.append(key)
     elif name in ("datasets", "test_datasets"):
-        datasets.axolotl(value, name, into, base)
-    elif name in ("dataset", "eval_dataset") and into.trainer == FACTORY:
+        datasets.add_axolotl_datasets(value, name, conversion, base)
+    elif name in ("dataset", "eval_dataset") and conversion.trainer == FACTORY:
         names = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        datasets.factory(names, name, str(tree.get("dataset_dir", "data")), into, base)
+        datasets.add_factory_datasets(names, name, str(tree.get("dataset_dir", "data")), conversion, base)
     elif name == "dataset_dir":
-        into.take(key, value, TranslatedSetting(said="files are named whole in data.path", needless=True))
+        conversion.add(key, value, TranslatedSetting(note="files are named whole in data.path", needless=True))
     elif name in ("dataset", "dataset_name", "dataset_path"):
-        into.take(key, value, TranslatedSetting({"data.path": datasets.place(text_of(value), base)}))
+        conversion.add(key, value, TranslatedSetting({"data.path": datasets.data_path(as_typed(value), base)}))
     elif name == "deepspeed":
-        _deepspeed(value, theirs, into, base)
+        _add_deepspeed(value, foreign, conversion, base)
     elif name in ("fsdp", "fsdp_config"):
-        _fsdp(key, tree, theirs, into)
+        _add_fsdp(key, tree, foreign, conversion)
     elif name == "gradient_checkpointing" and value in ("unsloth", "offload"):
         why = "activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
-        into.lack(key, value, why)
+        conversion.add_no_equal(key, value, why)
     elif name == "deepspeed_config" and isinstance(value, dict):
-        _accelerated(value, theirs, into, base)
-    elif name in STARTING:
-        into.take(key, value, TranslatedSetting(said="processes are started by launcher.*", needless=True))
+        _add_accelerate_deepspeed(value, foreign, conversion, base)
+    elif name in PROCESS_STARTING:
+        conversion.add(key, value, TranslatedSetting(note="processes are started by launcher.*", needless=True))
     elif name not in NAMES:
-        into.lack(key, value, UNKNOWN)
+        conversion.add_no_equal(key, value, UNKNOWN_SETTING)
     elif isinstance(value, dict):
-        said = answer(name, ForeignSettings({**theirs.given, name: text_of(value)}))
-        why = said.said if said and said.said else "a block of settings has no equal as a whole"
-        into.take(key, value, TranslatedSetting(said=why, needless=said is not None and said.needless))
+        translation = translate(name, ForeignSettings({**foreign.by_name, name: as_typed(value)}))
+        why = translation.note if translation and translation.note else "a block of settings has no equal as a whole"
+        conversion.add(
+            key, value, TranslatedSetting(note=why, needless=translation is not None and translation.needless)
+        )
     else:
-        said = answer(name, theirs)
-        into.take(key, value, said or TranslatedSetting(said=UNKNOWN))
+        translation = translate(name, foreign)
+        conversion.add(key, value, translation or TranslatedSetting(note=UNKNOWN_SETTING))
 
 
-def _deepspeed(value: Any, theirs: ForeignSettings, into: Converted, base: Path) -> None:
+def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: Converted, base: Path) -> None:
     if isinstance(value, dict):
-        deepspeed.convert(value, into, theirs.given, "deepspeed.")
+        deepspeed.convert(value, conversion, foreign.by_name, "deepspeed.")
         return
-    here = [
+    files_here = [
         path for path in (Path(str(value)).expanduser(), base / str(value)) if datasets.exists(path) and path.is_file()
     ]
-    if not here:
-        into.take("deepspeed", value, rules.deepspeed(text_of(value), theirs))
+    if not files_here:
+        conversion.add("deepspeed", value, rules.deepspeed(as_typed(value), foreign))
         return
-    into.take("deepspeed", value, TranslatedSetting(said="its settings are turned one by one", needless=True))
-    deepspeed.convert(read(here[0]), into, theirs.given, f"{here[0].name}: ")
+    conversion.add("deepspeed", value, TranslatedSetting(note="its settings are turned one by one", needless=True))
+    deepspeed.convert(read(files_here[0]), conversion, foreign.by_name, f"{files_here[0].name}: ")
 
 
-def _accelerated(block: dict[str, Any], theirs: ForeignSettings, into: Converted, base: Path) -> None:
+def _add_accelerate_deepspeed(
+    block: dict[str, Any], foreign: ForeignSettings, conversion: Converted, base: Path
+) -> None:
     """accelerate's own block about DeepSpeed, which may name a file of DeepSpeed's."""
     names = {
         "zero_stage": "stage",
@@ -213,49 +224,55 @@ def _accelerated(block: dict[str, Any], theirs: ForeignSettings, into: Converted
         "offload_param_device": "offload_param",
     }
     for key, value in block.items():
-        said = f"deepspeed_config.{key}"
+        setting_name = f"deepspeed_config.{key}"
         if key == "deepspeed_config_file":
-            _deepspeed(value, theirs, into, base)
+            _add_deepspeed(value, foreign, conversion, base)
         elif key in names:
             zero = {"stage": block.get("zero_stage", 2)}
-            zero |= {} if key == "zero_stage" else {names[key]: {"device": text_of(value)}}
-            found = Converted(into.trainer)
-            deepspeed.convert({"zero_optimization": zero}, found)
-            into.take(said, value, TranslatedSetting(found.words, needless=not found.words))
-        elif plain(key) in NAMES:
-            into.take(
-                said,
+            zero |= {} if key == "zero_stage" else {names[key]: {"device": as_typed(value)}}
+            zero_conversion = Converted(conversion.trainer)
+            deepspeed.convert({"zero_optimization": zero}, zero_conversion)
+            conversion.add(
+                setting_name, value, TranslatedSetting(zero_conversion.words, needless=not zero_conversion.words)
+            )
+        elif plain_name(key) in NAMES:
+            conversion.add(
+                setting_name,
                 value,
-                answer(key, ForeignSettings({**theirs.given, plain(key): text_of(value)}))
-                or TranslatedSetting(said=UNKNOWN),
+                translate(key, ForeignSettings({**foreign.by_name, plain_name(key): as_typed(value)}))
+                or TranslatedSetting(note=UNKNOWN_SETTING),
             )
         else:
-            into.lack(said, value, deepspeed.NOT_HERE)
+            conversion.add_no_equal(setting_name, value, deepspeed.NOT_PASSED_ON)
 
 
-def _fsdp(key: str, tree: Mapping[str, Any], theirs: ForeignSettings, into: Converted) -> None:
+def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: Converted) -> None:
     """`fsdp` and `fsdp_config` decide together."""
     block = tree.get("fsdp_config")
     block = block if isinstance(block, dict) else {}
-    parts = [text_of(tree["fsdp"]).strip("[]")] if tree.get("fsdp") not in (None, "", []) else ["full_shard"]
+    parts = [as_typed(tree["fsdp"]).strip("[]")] if tree.get("fsdp") not in (None, "", []) else ["full_shard"]
     strategy = str(block.get("fsdp_sharding_strategy", block.get("sharding_strategy", "")))
     offload = block.get("fsdp_offload_params", block.get("offload_params", False))
-    kept = block.get("fsdp_reshard_after_forward", block.get("reshard_after_forward", True))
+    reshards = block.get("fsdp_reshard_after_forward", block.get("reshard_after_forward", True))
     parts += [strategy.lower()] if strategy else []
     parts += ["offload"] if offload is True else []
-    parts += ["shard_grad_op"] if kept is False else []
+    parts += ["shard_grad_op"] if reshards is False else []
     if key == "fsdp" or "fsdp" not in tree or tree["fsdp"] in (None, "", []):
-        into.take(key, tree[key], rules.fsdp(",".join(parts), theirs))
+        conversion.add(key, tree[key], rules.fsdp(",".join(parts), foreign))
     if key != "fsdp_config":
         return
     decided = ("sharding_strategy", "offload_params", "reshard_after_forward")
     for name, value in block.items():
-        if name.removeprefix("fsdp_") in WRAPPING:
+        if name.removeprefix("fsdp_") in FSDP_WRAPPING:
             why = "the repeated blocks of the model are sharded, and export/ is written, without it"
-            into.take(f"fsdp_config.{name}", value, TranslatedSetting(said=why, needless=True))
+            conversion.add(f"fsdp_config.{name}", value, TranslatedSetting(note=why, needless=True))
         elif name.removeprefix("fsdp_") in decided:
-            into.take(f"fsdp_config.{name}", value, TranslatedSetting(said="read together with fsdp", needless=True))
+            conversion.add(
+                f"fsdp_config.{name}", value, TranslatedSetting(note="read together with fsdp", needless=True)
+            )
         elif name in ("fsdp_activation_checkpointing", "activation_checkpointing") and value is True:
-            into.take(f"fsdp_config.{name}", value, TranslatedSetting({"strategy.activation_checkpointing": "full"}))
+            conversion.add(
+                f"fsdp_config.{name}", value, TranslatedSetting({"strategy.activation_checkpointing": "full"})
+            )
         else:
-            into.lack(f"fsdp_config.{name}", value, UNKNOWN)
+            conversion.add_no_equal(f"fsdp_config.{name}", value, UNKNOWN_SETTING)

@@ -10,11 +10,11 @@ from pathlib import Path
 from launch.config.importers.equivalent import (
     ForeignSettings,
     TranslatedSetting,
+    format_number,
     is_set,
     is_true,
-    listed,
-    number,
-    shown,
+    list_entries,
+    parse_number,
 )
 
 Rule = Callable[[str, ForeignSettings], TranslatedSetting]
@@ -69,109 +69,116 @@ def same(key: str) -> Rule:
     return lambda value, _: TranslatedSetting({key: value})
 
 
-def switch(on: dict[str, str], off: dict[str, str] | None = None, said: str = "") -> Rule:
+def switch(on: dict[str, str], off: dict[str, str] | None = None, note: str = "") -> Rule:
     """Words for a switch that is on, and for one that is off."""
     return lambda value, _: (
-        TranslatedSetting(on, said) if is_true(value) else TranslatedSetting(off or {}, needless=not off)
+        TranslatedSetting(on, note) if is_true(value) else TranslatedSetting(off or {}, needless=not off)
     )
 
 
-def choice(key: str, table: dict[str, str], said: str = "") -> Rule:
+def choice(key: str, table: dict[str, str], note: str = "") -> Rule:
     """A name of ours by one of theirs."""
 
     def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
-        ours = next((name for name, others in table.items() if value.lower() in others.split()), None)
+        our_name = next((name for name, foreign_names in table.items() if value.lower() in foreign_names.split()), None)
         return (
-            TranslatedSetting({key: ours}, said)
-            if ours
-            else TranslatedSetting(said=f"there is no {value} here; {key} is one of {', '.join(table)}")
+            TranslatedSetting({key: our_name}, note)
+            if our_name
+            else TranslatedSetting(note=f"there is no {value} here; {key} is one of {', '.join(table)}")
         )
 
     return rule
 
 
-def none(why: str) -> Rule:
+def no_equal(why: str) -> Rule:
     """Nothing here does that."""
-    return lambda value, _: TranslatedSetting(said=why)
+    return lambda value, _: TranslatedSetting(note=why)
 
 
 def needless(why: str) -> Rule:
     """Nothing is to be set."""
-    return lambda value, _: TranslatedSetting(said=why, needless=True)
+    return lambda value, _: TranslatedSetting(note=why, needless=True)
 
 
-def batch(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def batch(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Documents a rank and forward pass, and what follows for the whole step."""
-    micro, times = number(theirs.get(*MICRO)), number(theirs.get("gradient_accumulation_steps")) or 1
-    whole = number(theirs.get("train_batch_size"))
-    if micro is None and whole is None:
+    micro, accumulation = (
+        parse_number(foreign.get(*MICRO)),
+        parse_number(foreign.get("gradient_accumulation_steps")) or 1,
+    )
+    global_batch = parse_number(foreign.get("train_batch_size"))
+    if micro is None and global_batch is None:
         return TranslatedSetting(
-            said="it is derived: set batch.global, the documents of a whole step (per device x accumulation x ranks)"
+            note="it is derived: set batch.global, the documents of a whole step (per device x accumulation x ranks)"
         )
-    words = {} if micro is None else {"batch.micro": shown(micro)}
-    if whole is not None:
-        return TranslatedSetting({**words, "batch.global": shown(whole)})
+    words = {} if micro is None else {"batch.micro": format_number(micro)}
+    if global_batch is not None:
+        return TranslatedSetting({**words, "batch.global": format_number(global_batch)})
     assert micro is not None
-    ranks = theirs.ranks or 1
-    reckoned = f"{shown(micro)} per device x {shown(times)} accumulation x {ranks} rank{'s' if ranks > 1 else ''}"
-    more = "" if theirs.ranks else "; with more ranks, times their number"
-    return TranslatedSetting({**words, "batch.global": shown(micro * times * ranks)}, f"batch.global: {reckoned}{more}")
+    ranks = foreign.ranks or 1
+    calculation = f"{format_number(micro)} per device x {format_number(accumulation)} accumulation x {ranks} rank{'s' if ranks > 1 else ''}"
+    advice = "" if foreign.ranks else "; with more ranks, times their number"
+    return TranslatedSetting(
+        {**words, "batch.global": format_number(micro * accumulation * ranks)}, f"batch.global: {calculation}{advice}"
+    )
 
 
-def steps(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def steps(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """A budget in steps, where it is one."""
-    if (number(value) or 0) > 0:
+    if (parse_number(value) or 0) > 0:
         return TranslatedSetting({"budget.steps": value})
-    return TranslatedSetting(said="no limit; budget.epochs says how long", needless=True)
+    return TranslatedSetting(note="no limit; budget.epochs says how long", needless=True)
 
 
-def epochs(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def epochs(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """A budget in passes, unless steps are given."""
-    if (number(theirs.get("max_steps")) or 0) > 0:
+    if (parse_number(foreign.get("max_steps")) or 0) > 0:
         return TranslatedSetting(
-            said="max_steps goes before it there, and exactly one budget is given here", needless=True
+            note="max_steps goes before it there, and exactly one budget is given here", needless=True
         )
-    return TranslatedSetting({"budget.epochs": shown(passes) if (passes := number(value)) is not None else value})
+    return TranslatedSetting(
+        {"budget.epochs": format_number(passes) if (passes := parse_number(value)) is not None else value}
+    )
 
 
-def held_out(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def held_out(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """A share of the training data; a number of documents is none."""
-    share = number(value) or 0
+    share = parse_number(value) or 0
     if share == 0:
         return TranslatedSetting(needless=True)
     if share <= 0.5:
-        return TranslatedSetting({"data.eval_share": shown(share)})
+        return TranslatedSetting({"data.eval_share": format_number(share)})
     return TranslatedSetting(
-        said=f"a number of documents is no share; set data.eval_share to {value} over the number of documents"
+        note=f"a number of documents is no share; set data.eval_share to {value} over the number of documents"
     )
 
 
 def precision(kind: str) -> Rule:
     """fp16, bf16 and their like are switches there, and one setting here."""
 
-    def rule(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+    def rule(value: str, foreign: ForeignSettings) -> TranslatedSetting:
         if value.lower() == "auto":
             return TranslatedSetting({"precision": "auto"})
         if is_true(value) or value.lower() == "full":
             return TranslatedSetting({"precision": kind})
         other = "bf16" if kind == "fp16" else "fp16"
-        if is_true(theirs.get(other)) or str(theirs.given.get(other)).lower() == "auto":
+        if is_true(foreign.get(other)) or str(foreign.by_name.get(other)).lower() == "auto":
             return TranslatedSetting(needless=True)
         return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
 
     return rule
 
 
-def targets(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def targets(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Which layers get adapters."""
-    names = listed(value)
+    names = list_entries(value)
     if names in (["all"], ["all-linear"], ["all_linear"]):
         return TranslatedSetting({"tuning": "lora", "tuning.targets": "all-linear"})
     regex = len(names) == 1 and re.search(r"[*()|\\^$]", value)
     return TranslatedSetting({"tuning": "lora", "tuning.targets": value if regex else f"[{','.join(names)}]"})
 
 
-def tuning(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def tuning(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """lora, qlora, full, freeze."""
     words = {
         "lora": {"tuning": "lora"},
@@ -183,70 +190,70 @@ def tuning(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     return (
         TranslatedSetting(words)
         if words
-        else TranslatedSetting(said=f"there is no {value} here; `shardtune train --help` lists tuning=")
+        else TranslatedSetting(note=f"there is no {value} here; `shardtune train --help` lists tuning=")
     )
 
 
-def bits(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def bits(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """A base in 4 or 8 bits."""
-    ours = {"4": "nf4", "8": "int8"}.get(value)
+    quantisation = {"4": "nf4", "8": "int8"}.get(value)
     return (
-        TranslatedSetting({"model.quantisation": ours})
-        if ours
-        else TranslatedSetting(said="a frozen base is stored in 4 bits (nf4, fp4) or 8 (int8)")
+        TranslatedSetting({"model.quantisation": quantisation})
+        if quantisation
+        else TranslatedSetting(note="a frozen base is stored in 4 bits (nf4, fp4) or 8 (int8)")
     )
 
 
-def report_to(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def report_to(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Who hears of the run."""
-    names = [name.lower() for name in listed(value)]
+    names = [name.lower() for name in list_entries(value)]
     words = {"logging.wandb": "online" if {"wandb", "all"} & set(names) else "disabled"}
     if {"tensorboard", "all"} & set(names):
         words["logging.tensorboard"] = "true"
     words |= {f"logging.{name}": "true" for name in ("mlflow", "trackio") if name in names}
-    other = [name for name in names if name not in ("wandb", "tensorboard", "mlflow", "trackio", "all", "none")]
+    unsupported = [name for name in names if name not in ("wandb", "tensorboard", "mlflow", "trackio", "all", "none")]
     return TranslatedSetting(
-        words, f"{', '.join(other)}: metrics.jsonl in the run directory has every row" if other else ""
+        words, f"{', '.join(unsupported)}: metrics.jsonl in the run directory has every row" if unsupported else ""
     )
 
 
-def betas(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def betas(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Both decay rates are one list here."""
-    first, second = (theirs.get(f"adam_beta{n}") for n in (1, 2))
+    first, second = (foreign.get(f"adam_beta{n}") for n in (1, 2))
     return TranslatedSetting({"optim.betas": f"[{first or 0.9},{second or 0.999}]"})
 
 
-def warmup(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def warmup(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Steps, or (below one) a share of all steps."""
-    given = number(value)
-    if given is not None and 0 < given < 1:
-        return TranslatedSetting({"schedule.warmup_share": shown(given)})
-    if given == 0:
+    steps_or_share = parse_number(value)
+    if steps_or_share is not None and 0 < steps_or_share < 1:
+        return TranslatedSetting({"schedule.warmup_share": format_number(steps_or_share)})
+    if steps_or_share == 0:
         return (
             TranslatedSetting({"schedule.warmup_share": "0"})
-            if not theirs.get("warmup_ratio")
+            if not foreign.get("warmup_ratio")
             else TranslatedSetting(needless=True)
         )
     return TranslatedSetting({"schedule.warmup_steps": value})
 
 
-def saving(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def saving(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Steps between checkpoints."""
-    given = number(value)
-    if given is None or given < 1:
-        return TranslatedSetting(said="a share of the run; set checkpoint.every_steps or checkpoint.every_minutes")
-    return TranslatedSetting({"checkpoint.every_steps": shown(given)})
+    steps_or_share = parse_number(value)
+    if steps_or_share is None or steps_or_share < 1:
+        return TranslatedSetting(note="a share of the run; set checkpoint.every_steps or checkpoint.every_minutes")
+    return TranslatedSetting({"checkpoint.every_steps": format_number(steps_or_share)})
 
 
-def evaluating(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def evaluating(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Steps between evaluations."""
-    given = number(value)
-    if given is None or given < 1:
-        return TranslatedSetting(said="a share of the run; set evaluation.every_steps")
-    return TranslatedSetting({"evaluation.every_steps": shown(given)})
+    steps_or_share = parse_number(value)
+    if steps_or_share is None or steps_or_share < 1:
+        return TranslatedSetting(note="a share of the run; set evaluation.every_steps")
+    return TranslatedSetting({"evaluation.every_steps": format_number(steps_or_share)})
 
 
-def deepspeed(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def deepspeed(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """A ZeRO stage out of a file of DeepSpeed, or out of its name where there is no such file."""
     path = Path(value).expanduser()
     tree = None
@@ -254,16 +261,16 @@ def deepspeed(value: str, theirs: ForeignSettings) -> TranslatedSetting:
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            return TranslatedSetting(said=f"{value} cannot be read ({error}); set strategy=zero1, zero2 or zero3")
+            return TranslatedSetting(note=f"{value} cannot be read ({error}); set strategy=zero1, zero2 or zero3")
     if isinstance(tree, dict):
         zero = tree.get("zero_optimization") or {}
         if str(zero.get("stage") or 0) not in ("0", "1", "2", "3"):
-            return TranslatedSetting(said=f"{value} names no ZeRO stage; set strategy=zero1, zero2 or zero3")
+            return TranslatedSetting(note=f"{value} names no ZeRO stage; set strategy=zero1, zero2 or zero3")
         return TranslatedSetting(zero_words(zero), f"of {value}; `shardtune init from={value}` turns the rest")
     stage = re.search(r"(?:zero|stage|z)_?([0-3])", path.name.lower())
     if stage is None:
         return TranslatedSetting(
-            said="a ZeRO stage is strategy=zero1, zero2 or zero3; the rest of DeepSpeed's file is derived"
+            note="a ZeRO stage is strategy=zero1, zero2 or zero3; the rest of DeepSpeed's file is derived"
         )
     return TranslatedSetting(zero_words({"stage": int(stage[1])}), f"as the name says ({value} is not here)")
 
@@ -274,8 +281,8 @@ def zero_words(zero: dict[str, object]) -> dict[str, str]:
     if stage == 0:
         return {"strategy": "ddp"}
     words = {"strategy": f"zero{stage}"}
-    for theirs, ours in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
-        block = zero.get(theirs)
+    for foreign, ours in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
+        block = zero.get(foreign)
         device = block.get("device") if isinstance(block, dict) else None
         if device in ("cpu", "nvme"):
             words[f"strategy.{ours}"] = str(device)
@@ -284,9 +291,9 @@ def zero_words(zero: dict[str, object]) -> dict[str, str]:
     return words
 
 
-def fsdp(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def fsdp(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Sharded where it is asked for at all."""
-    if not listed(value) or value.lower() == "false":
+    if not list_entries(value) or value.lower() == "false":
         return TranslatedSetting(needless=True)
     if any(name in value for name in ("no_shard", "NO_SHARD")):
         return TranslatedSetting({"strategy": "ddp"})
@@ -298,7 +305,7 @@ def fsdp(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting(words)
 
 
-def whole_prompts(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def whole_prompts(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Whether the loss covers prompts too."""
     if not is_true(value):
         return TranslatedSetting(needless=True)

@@ -9,7 +9,7 @@ from launch.config.axes import read_axes
 from launch.config.choices import OWN_DIRECTORIES, groups, settings_of
 from launch.config.compose import Composed, compose
 from launch.config.importers.equivalent import ForeignSettings
-from launch.config.importers.names import NAMES, answer
+from launch.config.importers.names import NAMES, translate
 from launch.config.overrides import setting_of, settings
 from launch.config.removed import REMOVED
 from launch.config.user_files import take_directories
@@ -332,12 +332,12 @@ def test_what_is_said_of_other_trainers_words_can_be_typed(tmp_path):
     answered = 0
     for name in NAMES:
         for value in (text.get(name, "1"), "true"):
-            found = answer(name, ForeignSettings({name: value, "per_device_train_batch_size": "2"}))
+            found = translate(name, ForeignSettings({name: value, "per_device_train_batch_size": "2"}))
             for key, ours in found.words.items():
                 answered += 1
                 assert key in groups() or setting_of(known, key) is not None, (name, key)
                 assert key not in groups() or ours in groups()[key], (name, key, ours)
-            assert found.words or found.said or found.needless, name
+            assert found.words or found.note or found.needless, name
     assert answered > 100
 
 
@@ -377,10 +377,13 @@ def test_a_setting_of_some_choices_of_an_axis_is_for_points_with_one_of_them():
         ["tuning=vera", "tuning.rank=4", "tuning.gamma=1"],
         ["tuning=vera", "tuning.rank=8", "tuning.gamma=1"],
     ]
-    assert axes.partly() == ["tuning.rank: only where tuning is lora or vera", "tuning.dora: only where tuning is lora"]
-    assert [axes.changed(point) for point in axes.points()][:2] == ["tuning=full", "tuning=lora tuning.rank=4"]
+    assert axes.settings_of_some_points() == [
+        "tuning.rank: only where tuning is lora or vera",
+        "tuning.dora: only where tuning is lora",
+    ]
+    assert [axes.describe_point(point) for point in axes.points()][:2] == ["tuning=full", "tuning=lora tuning.rank=4"]
     assert expand(["tuning=full", "tuning.dora=true,false"])[0] == ["tuning=full", "tuning.dora=true"]  # refused there
-    assert read_axes(["tuning=lora,vera", "tuning.rank=4,8"]).partly() == []
+    assert read_axes(["tuning=lora,vera", "tuning.rank=4,8"]).settings_of_some_points() == []
 
 
 @pytest.mark.parametrize(
