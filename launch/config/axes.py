@@ -1,4 +1,4 @@
-"""Words with several values: the axes, their points, and the conditions that leave points out."""
+"""The axes of a sweep (words with several values), their points, and the conditions that leave points out."""
 
 from __future__ import annotations
 
@@ -20,81 +20,114 @@ if TYPE_CHECKING:
 FUNCTION = re.compile(r"[a-z]+\(.*\)", re.DOTALL)
 """Hydra's own way to write several values, such as range(0,3)."""
 BETWEEN_WORDS = re.compile(r"\s*\+\s*(?=[\w.]+=)|\s+(?=[\w.]+=)")
-"""Between the words of one condition."""
+"""What separates the words of one condition: `a=1+b=2` or `a=1 b=2`."""
 OPENING, CLOSING = "([{", ")]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """What was typed: one value for each of some words, several for the axes."""
+    """The words of a sweep: most have one value, an axis has several.
+
+    Two axes of two and three values span six points. A point is one run.
+    """
 
     words: tuple[tuple[str, ...], ...]
-    """The words as typed, in their order, each as the words that it stands for."""
+    """The words in the order typed. Each is the tuple of `key=value` words that it stands for, one for each value."""
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The values of each key that has several."""
-        return {
-            words[0].partition("=")[0]: tuple(word.partition("=")[2] for word in words)
-            for words in self.words
-            if len(words) > 1
-        }
+        axes = {}
+        for words in self.words:
+            if len(words) > 1:
+                axes[key_of(words[0])] = tuple(value_of(word) for word in words)
+        return axes
 
     def points(self) -> list[list[str]]:
-        """The cartesian product, last word fastest; a setting of some choices of an axis goes to their points alone."""
-        settings_of_some_choices, points, shortened = self._settings_of_some_choices(), [], set()
+        """The words of every point: the cartesian product, in which the last word changes fastest.
+
+        A setting that only some choices of an axis have is left out of the other points. Points that become equal by this
+        are one point: `tuning=full,lora tuning.rank=4,8` has three.
+        """
+        partial_settings = self._settings_of_some_choices()
+        points: list[list[str]] = []
+        shortened_points: set[tuple[str, ...]] = set()
         for full_point in itertools.product(*self.words):
-            values = {key: value for key, _, value in (word.partition("=") for word in full_point)}
-            point = tuple(
-                word
-                for word in full_point
-                if _exists_under(settings_of_some_choices.get(word.partition("=")[0]), values)
-            )
-            if point == full_point or point not in shortened:
+            values = {key_of(word): value_of(word) for word in full_point}
+            point = tuple(word for word in full_point if _exists_under(partial_settings.get(key_of(word)), values))
+            if point == full_point:
                 points.append(list(point))
-            if point != full_point:
-                shortened.add(point)
+            elif point not in shortened_points:
+                points.append(list(point))
+                shortened_points.add(point)
         return points
 
     def values_on_axes(self, point: list[str]) -> dict[str, str]:
-        """The values of a point on each axis that it has."""
+        """The values of a point, by axis. An axis that the point lacks is left out."""
         axes = self.axes
-        pairs = [word.partition("=") for word in point]
-        return {key: value for key, _, value in pairs if key in axes}
+        return {key_of(word): value_of(word) for word in point if key_of(word) in axes}
 
     def describe_point(self, point: list[str]) -> str:
-        """What a point has that others have not, in words."""
+        """The words of a point that differ between points, for people."""
         return " ".join(f"{key}={value}" for key, value in self.values_on_axes(point).items()) or "only point"
 
     def settings_of_some_points(self) -> list[str]:
-        """A line for each setting that some points do not have, since the choice of theirs has no such setting."""
+        """A line for each setting that some points lack, because their choice has no such setting."""
         axes = self.axes
-        return [
-            f"{key}: only where {group} is {' or '.join(choice for choice in axes[group] if choice in choices)}"
-            for key, (group, choices) in self._settings_of_some_choices().items()
-        ]
+        lines = []
+        for key, limit in self._settings_of_some_choices().items():
+            choices = [choice for choice in axes[limit.axis] if choice in limit.choices]
+            lines.append(f"{key}: only where {limit.axis} is {' or '.join(choices)}")
+        return lines
 
-    def _settings_of_some_choices(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """The typed settings that some values of an axis have and others have not: {key: (the axis, choices that have it)}."""
+    def _settings_of_some_choices(self) -> dict[str, SettingLimit]:
+        """The typed settings that some values of an axis have and others lack, by key."""
         from launch.config.overrides import setting_of, settings
 
-        axes, partial = self.axes, {}
-        for key in (words[0].partition("=")[0] for words in self.words):
+        axes = self.axes
+        limits = {}
+        for words in self.words:
+            key = key_of(words[0])
             group = key.partition(".")[0]
-            if key != group and group in axes:
-                setting = setting_of(settings(), key)
-                if setting is not None and any(choice in setting.under for choice in axes[group]):
-                    partial[key] = (group, setting.under)
-        return {key: limits for key, limits in partial.items() if not {*axes[limits[0]]} <= {*limits[1]}}
+            if key == group or group not in axes:
+                continue
+            setting = setting_of(settings(), key)
+            if setting is None:
+                continue
+            number_of_choices = sum(choice in setting.under for choice in axes[group])
+            # If no choice of the axis has the setting, it is wrong in every point and is refused there.
+            if 0 < number_of_choices < len(axes[group]):
+                limits[key] = SettingLimit(group, setting.under)
+        return limits
 
 
-def _exists_under(limit: tuple[str, tuple[str, ...]] | None, values: dict[str, str]) -> bool:
-    return limit is None or values[limit[0]] in limit[1]
+@dataclass(frozen=True, slots=True)
+class SettingLimit:
+    """The choices of an axis under which a setting exists, such as `tuning.rank` under `tuning=lora`."""
+
+    axis: str
+    choices: tuple[str, ...]
+
+
+def key_of(word: str) -> str:
+    """What stands before the equals sign."""
+    return word.partition("=")[0]
+
+
+def value_of(word: str) -> str:
+    """What stands behind the equals sign."""
+    return word.partition("=")[2]
+
+
+def _exists_under(limit: SettingLimit | None, values: dict[str, str]) -> bool:
+    """Whether a setting with this limit exists in a point with these values."""
+    return limit is None or values[limit.axis] in limit.choices
 
 
 def read_axes(words: list[str]) -> Axes:
-    """Sort the words out. Raises ConfigError where nothing stands between two commas."""
-    problems, expanded = [], []
+    """Split each word into its values. Errors: ConfigError for an empty value, as in `optim.lr=1e-4,,2e-4`."""
+    problems: list[str] = []
+    expanded: list[tuple[str, ...]] = []
     for word in words:
         try:
             expanded.append(tuple(_expand_word(word)))
@@ -106,11 +139,14 @@ def read_axes(words: list[str]) -> Axes:
 
 
 def split_at_commas(text: str) -> list[str]:
-    """What stands between commas, those within quotes, brackets, braces and parentheses left alone."""
-    parts, depth, quote = [""], 0, ""
+    """The parts between commas. Commas within quotes, brackets, braces and parentheses don't count."""
+    parts = [""]
+    depth = 0
+    quote = ""
     for before, character in zip(" " + text, text, strict=False):
         if quote:
-            quote = "" if character == quote and before != "\\" else quote
+            if character == quote and before != "\\":
+                quote = ""
         elif character in "'\"" and before in " ,=[({":  # a value's own apostrophe quotes nothing
             quote = character
         elif character in OPENING:
@@ -126,7 +162,8 @@ def split_at_commas(text: str) -> list[str]:
 
 def _expand_word(word: str) -> list[str]:
     """The words that a word stands for: itself, or one for each of its values."""
-    key, _, text = word.partition("=")
+    key = key_of(word)
+    text = value_of(word)
     parts = split_at_commas(text)
     if len(parts) > 1:
         if not all(parts):
@@ -141,54 +178,54 @@ def _expand_word(word: str) -> list[str]:
         try:
             override = OverridesParser.create().parse_override(word)
             if override.is_sweep_override():
-                return [f"{override.get_key_element()}={point}" for point in override.sweep_string_iterator()]
+                return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         except (HydraException, NotImplementedError):
-            pass  # text that looks like one, or reported when the point is composed
+            pass  # text that only looks like a function; if it is a mistake, composing the point reports it
     return [word]
 
 
 def _glob_matches(word: str, key: str, text: str) -> list[str]:
     """The choices of a group, or the files, that `glob(<pattern>)` or `glob([a,b],exclude=c)` means. Errors: ConfigError."""
+    included: set[str] = set()
+    excluded: set[str] = set()
+    for part in split_at_commas(text.removeprefix("glob(").removesuffix(")")):
+        name, assigned, patterns = part.partition("=")
+        matches = included
+        if assigned and name.strip() == "exclude":
+            matches = excluded
+        elif not (assigned and name.strip() == "include"):
+            patterns = part
+        for pattern in split_at_commas(patterns.strip().strip("[]")):
+            matches.update(_matches_of_pattern(key, pattern.strip("'\" ")))
+    if not included - excluded:
+        hint = f"; {key}= has {', '.join(groups()[key])}" if key in groups() else ""
+        raise ConfigError(f"{word}: matches nothing{hint}")
+    return sorted(included - excluded)
+
+
+def _matches_of_pattern(key: str, pattern: str) -> list[str]:
+    """The choices of the group `key` that fit a pattern; for any other setting, the files."""
     from glob import glob
 
-    parts = split_at_commas(text.removeprefix("glob(").removesuffix(")"))
-    patterns_by_use: dict[str, list[str]] = {"include": [], "exclude": []}
-    for part in parts:
-        use, assigned, patterns = part.partition("=")
-        use, patterns = (use.strip(), patterns) if assigned and use.strip() in patterns_by_use else ("include", part)
-        patterns_by_use[use] += [entry.strip("'\" ") for entry in split_at_commas(patterns.strip().strip("[]"))]
     if key in groups():
-        matches_by_pattern = {
-            pattern: fnmatch.filter(groups()[key], pattern)
-            for pattern in (*patterns_by_use["include"], *patterns_by_use["exclude"])
-        }
-    else:
-        all_patterns = (*patterns_by_use["include"], *patterns_by_use["exclude"])
-        matches_by_pattern = {pattern: glob(pattern, recursive=True) for pattern in all_patterns}  # noqa: PTH207 - absolute patterns too
-    excluded = {entry for pattern in patterns_by_use["exclude"] for entry in matches_by_pattern[pattern]}
-    matches = sorted(
-        {entry for pattern in patterns_by_use["include"] for entry in matches_by_pattern[pattern]} - excluded
-    )
-    if not matches:
-        raise ConfigError(
-            f"{word}: matches nothing" + (f"; {key}= has {', '.join(groups()[key])}" if key in groups() else "")
-        )
-    return matches
+        return fnmatch.filter(groups()[key], pattern)
+    return glob(pattern, recursive=True)  # noqa: PTH207 - absolute patterns too
 
 
 def excluded_points(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:
-    """Whether each point is left out by a condition.
+    """For each point: whether a condition leaves it out.
 
-    `skip`: a point that has all words of a condition is left out; `where`: one that has its first word and not all others is.
-    Raises ConfigError for conditions about what is no axis or no value of it: they would never hold.
+    A condition of `skip` leaves out the points that have all its words. A condition of `where` leaves out the points that have
+    its first word and lack another one. Errors: ConfigError for a word that is no axis or no value of it, since such a
+    condition would never hold.
     """
     problems: list[str] = []
-    skipping = [_condition("compare.skip", condition_text, axes, problems) for condition_text in skip]
-    keeping = [_condition("compare.where", condition_text, axes, problems) for condition_text in where]
-    for condition_text, condition in zip(where, keeping, strict=True):
+    skip_conditions = [_read_condition("compare.skip", text, axes, problems) for text in skip]
+    where_conditions = [_read_condition("compare.where", text, axes, problems) for text in where]
+    for text, condition in zip(where, where_conditions, strict=True):
         if len(condition) == 1:
             problems.append(
-                f"compare.where: {condition_text}: says nothing more of such points; add the words that must stand beside it, as in "
+                f"compare.where: {text}: says nothing more of such points; add the words that must stand beside it, as in "
                 "compare.where=[tuning=lora+optim.lr=2e-4]"
             )
     if problems:
@@ -196,19 +233,25 @@ def excluded_points(axes: Axes, skip: list[str], where: list[str]) -> list[bool]
     excluded = []
     for point in axes.points():
         values = axes.values_on_axes(point)
-
-        def holds(words: list[tuple[str, str]], values: dict[str, str] = values) -> bool:
-            return all(values.get(key) == value for key, value in words)
-
-        is_skipped = any(holds(condition) for condition in skipping)
-        excluded.append(is_skipped or any(holds(condition[:1]) and not holds(condition) for condition in keeping))
+        is_skipped = any(_holds(condition, values) for condition in skip_conditions)
+        is_not_kept = any(
+            _holds(condition[:1], values) and not _holds(condition, values) for condition in where_conditions
+        )
+        excluded.append(is_skipped or is_not_kept)
     return excluded
 
 
-def _condition(name: str, text: str, axes: Axes, problems: list[str]) -> list[tuple[str, str]]:
+def _holds(condition: list[tuple[str, str]], values: dict[str, str]) -> bool:
+    """Whether a point with these values has every (key, value) of a condition."""
+    return all(values.get(key) == value for key, value in condition)
+
+
+def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> list[tuple[str, str]]:
+    """The (key, value) pairs of one condition, such as `tuning=lora+optim.lr=2e-4`. `name`: its setting, for messages."""
     pairs = []
     for word in BETWEEN_WORDS.split(text.strip().strip("'\"")):
-        key, _, value = word.partition("=")
+        key = key_of(word)
+        value = value_of(word)
         values = axes.axes.get(key)
         if values is None:
             axis_names = ", ".join(axes.axes) or "none"
@@ -221,31 +264,39 @@ def _condition(name: str, text: str, axes: Axes, problems: list[str]) -> list[tu
 
 
 def label(values: dict[str, str]) -> str:
-    """A point's name for people and directories, such as `fsdp2-lora-lr2e-4`; `point` where there is no axis."""
-    return (
-        "-".join(filter(None, (_label_part(key, value) for key, value in values.items())))[:80].strip("-.") or "point"
-    )
+    """A point's name for people and directories, such as `fsdp2-lora-lr2e-4`; `point` if there is no axis."""
+    parts = [_label_part(key, value) for key, value in values.items()]
+    text = "-".join(part for part in parts if part)
+    return text[:80].strip("-.") or "point"
 
 
 def name_in_trackers(logging: LoggingConfig, base: Path, name: str, words: Iterable[str]) -> None:
-    """Let trackers show a point as one of several: the group is theirs, the name its own, each axis is a column.
+    """Let trackers show a point as one run of a group, with a column for each axis.
 
-    `words` are the point's values on the axes; what the user has set stays, and so does the group that WANDB_RUN_GROUP names.
+    `base`: the directory of the comparison, which names the group. `name`: of the point. `words`: the point's values on the
+    axes. What the user has set stays, and so does the group that WANDB_RUN_GROUP names.
     """
     logging.group = logging.group or os.environ.get("WANDB_RUN_GROUP") or base.resolve().name
     logging.name = f"{logging.name}-{name}" if logging.name else name
-    # What is no setting (experiment=) is a column by its word.
-    added = [word if (key := word.partition("=")[0]) in WHOLE_RUN_GROUPS else key for word in words]
-    logging.columns = list(dict.fromkeys([*logging.columns, *added]))
+    columns = list(logging.columns)
+    for word in words:
+        key = key_of(word)
+        # `experiment=x` is no setting of the run, so there is no value to look up: the whole word is the column.
+        columns.append(word if key in WHOLE_RUN_GROUPS else key)
+    logging.columns = list(dict.fromkeys(columns))
 
 
 def _label_part(key: str, value: str) -> str:
+    """The part of a label for one axis: `lora`, the last part of a path, or the setting's name before its value."""
     text = value.strip("'\"[]").rstrip("/")
     leaf = key.rsplit(".", 1)[-1]
+    is_number = re.fullmatch(r"[\d.]+(e[+-]?\d+)?", text) is not None
     if key in groups():
         part = text
     elif leaf in ("path", "eval_path", "tokenizer"):
         part = text.rsplit("/", 1)[-1]
+    elif is_number:
+        part = f"{leaf}{text}"
     else:
-        part = f"{leaf}{text}" if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", text) else f"{leaf}_{text}"
+        part = f"{leaf}_{text}"
     return re.sub(r"[^\w.-]+", "_", part).strip("_.-")

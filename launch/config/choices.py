@@ -25,40 +25,46 @@ def groups() -> dict[str, list[str]]:
     """The choices of every group, both in alphabetical order, those of the user's directories included."""
     choices_by_group = dict(shipped())
     for directory in OWN_DIRECTORIES:
-        for group in choices_by_group:
-            choices_by_group[group] = sorted(
-                {*choices_by_group[group], *(file.stem for file in (directory / group).glob("*.yaml"))}
-            )
+        for group, choices in choices_by_group.items():
+            choices_by_group[group] = sorted({*choices, *_choices_in(directory / group)})
     return choices_by_group
+
+
+def _choices_in(directory: Path) -> list[str]:
+    """The names of the YAML files in a directory of a group."""
+    return sorted(file.stem for file in directory.glob("*.yaml"))
 
 
 @cache
 def shipped() -> dict[str, list[str]]:
     """The choices that `conf/` has."""
-    choices_by_group = {
-        directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
-        for directory in sorted(CONF_DIR.iterdir())
-        if directory.is_dir() and not directory.name.startswith(("_", ".")) and directory.name != HARDWARE_DIRECTORY
-    }
-    return {name: choices for name, choices in choices_by_group.items() if choices or name == "local"}
+    choices_by_group = {}
+    for directory in sorted(CONF_DIR.iterdir()):
+        if not directory.is_dir() or directory.name.startswith(("_", ".")) or directory.name == HARDWARE_DIRECTORY:
+            continue
+        choices = _choices_in(directory)
+        if choices or directory.name == "local":  # `conf/local` is the user's and may be empty
+            choices_by_group[directory.name] = choices
+    return choices_by_group
 
 
 def add_directory(directory: Path) -> None:
-    """Offer the files of a directory laid out as `conf/` as choices. Raises ConfigError where it would hide ours, or has none."""
+    """Offer the files of a directory that is laid out as `conf/` as choices.
+
+    Errors: ConfigError if it has no choices, or if one of them would hide a choice of ours.
+    """
     from strategies.errors import ConfigError
 
-    choices_by_group = {group: sorted(file.stem for file in (directory / group).glob("*.yaml")) for group in shipped()}
+    choices_by_group = {group: _choices_in(directory / group) for group in shipped()}
     if not any(choices_by_group.values()):
         raise ConfigError(
             f"--config-dir {directory}: has no <group>/<choice>.yaml, such as tuning/mine.yaml or experiment/mine.yaml; a whole "
             "file of settings is given as a bare word: my.yaml"
         )
-    if hidden := [
-        f"{group}/{choice}.yaml"
-        for group, choices in choices_by_group.items()
-        for choice in choices
-        if choice in shipped()[group]
-    ]:
+    hidden = []
+    for group, choices in choices_by_group.items():
+        hidden += [f"{group}/{choice}.yaml" for choice in choices if choice in shipped()[group]]
+    if hidden:
         raise ConfigError(
             f"--config-dir {directory}: {', '.join(hidden)}: there is such a choice already; rename the file"
         )

@@ -19,9 +19,9 @@ from strategies.small_files import texts_in
 from trainer.model.config import ModelConfig
 
 MOST_FILES = 20_000
-"""Names of files and folders below a directory that are looked at. The code of a larger one is asked for each time."""
+"""Most files and folders of a directory. A larger one gets no digest, so its code must be allowed at each start."""
 MOST_BYTES = 64 * 2**20
-"""Bytes of one file of code, or of one that names code."""
+"""Most bytes of one file of code, or of one that names code."""
 CODE_OF_MODELS = (".py",)
 VERSIONED_CONFIGS = "config.*.json"
 """Configurations for some versions of transformers, which config.json names and which take its place."""
@@ -30,7 +30,7 @@ REPOSITORY_MARK = "--"
 
 
 class NoDigest(Exception):
-    """The code in a directory cannot be told apart from other code."""
+    """A directory is too large, unreadable or names code elsewhere, so its code cannot be identified by a digest."""
 
 
 def model_directory(config: ModelConfig, path: str | None, revision: str | None) -> Path | None:
@@ -62,23 +62,25 @@ def digest_of_model(directory: Path, *, download: bool = False) -> str | None:
         return None
     digests_elsewhere: dict[str, str] = {}
     for reference in references:
-        repository, elsewhere, name = reference.rpartition(REPOSITORY_MARK)
+        repository, mark, name = reference.rpartition(REPOSITORY_MARK)
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise NoDigest(reference)  # a file that may lie anywhere
-        if elsewhere:
-            other_directory = model_directory(ModelConfig(), repository, None)
-            if other_directory is None and download:
-                raise NoDigest(reference)  # nobody has seen what would be fetched
-            digests_elsewhere[reference] = (
-                "absent" if other_directory is None else _digest(dict(_files(other_directory, CODE_OF_MODELS)))
-            )
+        if not mark:
+            continue
+        other_directory = model_directory(ModelConfig(), repository, None)
+        if other_directory is None and download:
+            raise NoDigest(reference)  # nobody has seen what would be fetched
+        if other_directory is None:
+            digests_elsewhere[reference] = "absent"
+        else:
+            digests_elsewhere[reference] = _digest(dict(_files(other_directory, CODE_OF_MODELS)))
     return _digest({**files, "auto_map": json.dumps([references, digests_elsewhere]).encode()})
 
 
 def digest_of_task(path: Path) -> str:
-    """Digest of the YAML of a task of lm_eval, or of each in a directory, with what these include and the Python code beside.
+    """Digest of a task of lm_eval: its YAML (or each YAML in a directory), what they include, and the Python code beside them.
 
-    Of a single YAML only the Python files of its own folder count: it may lie above runs, whose files change all the time.
+    For a single YAML, only the Python files of its own folder count: it may lie above runs, whose files change all the time.
     Errors: NoDigest.
     """
     top = path.resolve()
@@ -86,7 +88,8 @@ def digest_of_task(path: Path) -> str:
         pending = sorted(top.rglob("*.yaml"))
         files = dict(_files(top, CODE_OF_MODELS))
     else:
-        pending, top = [top], top.parent
+        pending = [top]
+        top = top.parent
         files = {file.name: _content(file) for file in sorted(top.glob("*.py"))}
     known_files = {*pending}
     while pending:
@@ -137,8 +140,12 @@ def _named_by(file: Path, content: bytes) -> Iterator[Path]:
 
 
 def _included(tree: Any) -> Iterator[str]:
-    """What a YAML includes, on whatever level. An alias is looked at once: with a few lines of them a tree has no end."""
-    pending, visited_ids = [tree], set[int]()
+    """The values of `include` at every level of a YAML.
+
+    A YAML alias is visited once: a few lines of them can stand for a tree without an end.
+    """
+    pending = [tree]
+    visited_ids = set[int]()
     while pending:
         node = pending.pop()
         if id(node) in visited_ids:
@@ -152,7 +159,7 @@ def _included(tree: Any) -> Iterator[str]:
 
 
 def _files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """(relative name, content) of each file of code below a directory."""
+    """(relative name, content) of each file of code below a directory, in alphabetical order. Errors: NoDigest."""
     looked_at = 0
     for parent, folders, names in os.walk(directory, followlinks=True):  # a linked folder is imported like any other
         folders.sort()
@@ -177,6 +184,7 @@ def _references(directory: Path) -> Iterator[str]:
 
 
 def _content(file: Path) -> bytes:
+    """The bytes of a file. Errors: NoDigest if it cannot be read or is too large to be code."""
     try:
         if not file.is_file() or file.stat().st_size > MOST_BYTES:
             raise NoDigest(str(file))
@@ -186,6 +194,7 @@ def _content(file: Path) -> bytes:
 
 
 def _digest(files: dict[str, bytes]) -> str:
+    """SHA-256 over names and contents. The lengths keep files apart: `ab` + `c` is not `a` + `bc`."""
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape") + content)

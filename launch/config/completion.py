@@ -89,9 +89,9 @@ compdef _shardtune shardtune 2>/dev/null
 
 
 def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]) -> str:
-    """The script of a shell, to be loaded by it. Errors: ConfigError.
+    """The completion script of a shell, for the shell to load. Errors: ConfigError.
 
-    `verbs` with what each does, `declared` with the classes that say which words and flags each takes.
+    `verbs`: what each verb does. `declared`: the classes that declare the words and flags of each verb.
     """
     shell = shell.removeprefix("install=")
     if shell not in SHELLS:
@@ -99,66 +99,69 @@ def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[Verb
     values_by_key = values_of_settings()
     if shell == "fish":
         return _fish(values_by_key, verbs, declared)
-    value_cases = "\n".join(
-        f'                {key}) candidates="{" ".join(values)}" ;;' for key, values in values_by_key.items() if values
-    )
-    word_cases = "\n".join(
-        f'        {verb}) candidates="{" ".join(keys_of(classes))}" ;;' for verb, classes in declared.items()
-    )
+    value_cases = []
+    for key, values in values_by_key.items():
+        if values:
+            value_cases.append(f'                {key}) candidates="{" ".join(values)}" ;;')
+    word_cases = []
+    for verb, declarations in declared.items():
+        word_cases.append(f'        {verb}) candidates="{" ".join(keys_of(declarations))}" ;;')
+    replacements = {
+        "@VERBS@": " ".join(verbs),
+        "@FLAGS@": " ".join(flags_of(declared)),
+        "@OWN@": "\n".join(word_cases),
+        "@PATHS@": PATHS if shell == "zsh" else "=*|".join(PATHS.split("|")),
+        "@VALUES@": "\n".join(value_cases),
+        "@KEYS@": " ".join(values_by_key),
+    }
     text = BASH if shell == "bash" else ZSH
-    for mark, content in (
-        ("@VERBS@", " ".join(verbs)),
-        ("@FLAGS@", " ".join(flags_of(declared))),
-        ("@OWN@", word_cases),
-        ("@PATHS@", PATHS if shell == "zsh" else "=*|".join(PATHS.split("|"))),
-        ("@VALUES@", value_cases),
-        ("@KEYS@", " ".join(values_by_key)),
-    ):
-        text = text.replace(mark, content)
+    for mark, replacement in replacements.items():
+        text = text.replace(mark, replacement)
     return text
 
 
-def keys_of(classes: list[type[VerbWords]]) -> list[str]:
+def keys_of(declarations: list[type[VerbWords]]) -> list[str]:
     """The keys that stand before an equals sign."""
     keys = []
-    for declaration in classes:
-        keys += [
-            spec.key for spec in specs(declaration).values() if spec.kind == "word" and not spec.key.startswith("-")
-        ]
+    for declaration in declarations:
+        for spec in specs(declaration).values():
+            if spec.kind == "word" and not spec.key.startswith("-"):
+                keys.append(spec.key)
     return keys
 
 
 def flags_of(declared: dict[str, list[type[VerbWords]]]) -> list[str]:
-    """All that begins with a dash, of all verbs."""
+    """Everything that begins with a dash, of all verbs."""
     flags = [*COMMON_FLAGS]
-    for classes in declared.values():
-        for declaration in classes:
+    for declarations in declared.values():
+        for declaration in declarations:
             for spec in specs(declaration).values():
                 flags += [key for key in (spec.key, *spec.also) if key.startswith("-")]
     return list(dict.fromkeys(flags))
 
 
 def values_of_settings() -> dict[str, list[str]]:
-    """Every group and setting as typed, with the values it takes where they can be listed."""
+    """The values of every group and setting, by the key as typed; an empty list if they cannot be listed."""
     from launch.config.overrides import settings
 
     values_by_key: dict[str, list[str]] = {group: list(choices) for group, choices in groups().items()}
     for key, setting in settings().items():
         name = key.removesuffix("_")
-        if "*" in name or (name.endswith(".name") and name.split(".")[0] in CHOSEN_BY_NAME):
+        is_choice = name.endswith(".name") and name.split(".")[0] in CHOSEN_BY_NAME
+        if "*" in name or is_choice:
             continue
-        values: list[str] = []
+        values_by_key[name] = []
         if isinstance(setting.type, type) and issubclass(setting.type, Enum):
-            values = [member.name for member in setting.type]
+            values_by_key[name] = [member.name for member in setting.type]
         elif setting.type is bool or setting.type == bool | None:
-            values = ["true", "false"]
-        values_by_key[name] = values
+            values_by_key[name] = ["true", "false"]
     return values_by_key
 
 
 def _fish(
     values_by_key: dict[str, list[str]], verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]
 ) -> str:
+    """The script for fish, whose words are printed by a function of its own."""
     lines = [
         "# Completion of shardtune in fish. Written by: shardtune --shell-completion fish",
         "complete -c shardtune -f",
@@ -166,30 +169,35 @@ def _fish(
     for verb, text in verbs.items():
         description = text.replace("'", "\\'")
         lines.append(f"complete -c shardtune -n __fish_use_subcommand -a {verb} -d '{description}'")
-    lines.append("function __shardtune_words")
-    lines.append("    set -l word (commandline -ct)")
-    lines.append("    switch $word")
-    lines.append(f"        case {' '.join(chr(39) + key + '=*' + chr(39) for key in PATHS.split('|'))}")
-    lines.append("            set -l parts (string split -m 1 = -- $word)")
-    lines.append("            for each in (__fish_complete_path $parts[2])")
-    lines.append("                echo $parts[1]=$each")
-    lines.append("            end")
-    for key, options in values_by_key.items():
-        if options:
+    path_patterns = " ".join(f"'{key}=*'" for key in PATHS.split("|"))
+    lines += [
+        "function __shardtune_words",
+        "    set -l word (commandline -ct)",
+        "    switch $word",
+        f"        case {path_patterns}",
+        "            set -l parts (string split -m 1 = -- $word)",
+        "            for each in (__fish_complete_path $parts[2])",
+        "                echo $parts[1]=$each",
+        "            end",
+    ]
+    for key, values in values_by_key.items():
+        if values:
             lines.append(f"        case '{key}=*'")
-            lines.append(f"            printf '%s\\n' {' '.join(f'{key}={value}' for value in options)}")
-    lines.append("        case '*'")
-    lines.append(f"            printf '%s\\n' {' '.join(f'{key}=' for key in values_by_key)}")
-    lines.append("            __fish_complete_suffix .yaml")
-    lines += ["    end", "end"]
-    lines.append("complete -c shardtune -n 'not __fish_use_subcommand' -a '(__shardtune_words)'")
-    for verb, classes in declared.items():
-        if keys := keys_of(classes):
+            lines.append(f"            printf '%s\\n' {' '.join(f'{key}={value}' for value in values)}")
+    lines += [
+        "        case '*'",
+        f"            printf '%s\\n' {' '.join(f'{key}=' for key in values_by_key)}",
+        "            __fish_complete_suffix .yaml",
+        "    end",
+        "end",
+        "complete -c shardtune -n 'not __fish_use_subcommand' -a '(__shardtune_words)'",
+    ]
+    for verb, declarations in declared.items():
+        keys = keys_of(declarations)
+        if keys:
             words = " ".join(f"{key}=" for key in keys)
             lines.append(f"complete -c shardtune -n '__fish_seen_subcommand_from {verb}' -a '{words}'")
-    lines += [
-        f"complete -c shardtune -n 'not __fish_use_subcommand' -l {flag.removeprefix('--')}"
-        for flag in flags_of(declared)
-        if flag.startswith("--")
-    ]
+    for flag in flags_of(declared):
+        if flag.startswith("--"):
+            lines.append(f"complete -c shardtune -n 'not __fish_use_subcommand' -l {flag.removeprefix('--')}")
     return "\n".join(lines) + "\n"

@@ -29,18 +29,23 @@ def begun_with(words: list[str], run_dir: str | None) -> RunConfig | None:
 def keep_budget(config: RunConfig, begun: RunConfig) -> None:
     """Take the one budget that a run began with if its words name several: an earlier version took that one alone."""
     typed = _budgets(config)
-    begun_with_one = _budgets(begun)
-    if len(typed) < 2 or len(begun_with_one) != 1 or not begun_with_one.items() <= typed.items():
+    kept = _budgets(begun)
+    if len(typed) < 2 or len(kept) != 1 or not kept.items() <= typed.items():
         return
     config.budget = begun.budget
     if seems_a_worker(os.environ):  # the other ranks would say the same
         return
-    kept_words = " ".join(f"budget.{name}={value:g}" for name, value in begun_with_one.items())
-    ignored_words = " ".join(f"budget.{name}={value:g}" for name, value in typed.items() if name not in begun_with_one)
+    ignored = {name: value for name, value in typed.items() if name not in kept}
     print(
-        f"{config.run.dir}: keeps {kept_words}, with which it began; {ignored_words} had no effect, leave it out",
+        f"{config.run.dir}: keeps {_budget_words(kept)}, with which it began; {_budget_words(ignored)} had no effect, leave it "
+        "out",
         file=sys.stderr,
     )
+
+
+def _budget_words(budgets: dict[str, float]) -> str:
+    """Budgets as they are typed."""
+    return " ".join(f"budget.{name}={value:g}" for name, value in budgets.items())
 
 
 def _budgets(config: RunConfig) -> dict[str, float]:

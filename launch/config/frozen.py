@@ -42,9 +42,9 @@ from trainer.reporting.resolution import Resolution
 from trainer.reporting.status import FROZEN, State, read_status, write_text_atomic
 
 SHOWN_DIFFERENCES = 12
-ANOTHER_WAY = ("strategy.", f"{MICRO}: ")
-"""How differences begin that a run which is not done may go on with in its directory: how it is computed, and not what."""
+
 NOT_IDENTIFYING = ("logging", "profile", "launcher", "gates", "review", "challenges", "substitutions")
+"""Groups that do not decide the result of a run."""
 OVERRIDES = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
 
 
@@ -68,11 +68,10 @@ class Composed:
 
 
 def identity(config: RunConfig) -> str:
-    """SHA-256 of what decides the result of the run.
+    """SHA-256 of the settings that decide the result of the run.
 
-    Left out: `run.*` but the seed, `logging.*`, `profile.*`, `launcher.*`, `gates`, `review`, `challenges.*` and the
-    substitutions: where a run is started, how it is called, what it reports and what is asked of its export may change when it
-    is requeued or resumed.
+    Left out: `run.*` except for the seed, the groups of `NOT_IDENTIFYING`, and the substitutions. Where a run is started, how it
+    is called, what it reports and what its export must pass may change when it is requeued or resumed.
     """
     return _hash(_identifying(plain(config)))
 
@@ -105,19 +104,20 @@ def freeze_choices(run_dir: Path, config: RunConfig) -> None:
 
 
 def load_frozen(path: Path | str) -> RunConfig:
-    """Read a frozen `config.yaml` back. Errors: ConfigError where it is missing, edited or of another version."""
+    """Read a frozen `config.yaml` back. Errors: ConfigError if it is missing, was edited, or is of another version."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     path = Path(path)
     text = settings_file.read_text(path)
-    recorded_hash, raw = FROZEN.search(text), settings_file.tree_of(path, text)
+    recorded_hash = FROZEN.search(text)
+    raw = settings_file.tree_of(path, text)
     try:
         tree = OmegaConf.structured(RunConfig)
         for group in variants():
             tree[group] = OmegaConf.structured(settings_of(group, raw[group]["name"]))
         config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
-        # The hash is taken of what the file says, not of what this version makes of it: a later one may know more settings.
+        # Hash what the file says, not what this version makes of it: a later version may know more settings.
         sha256 = _hash(_identifying(raw))
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
@@ -126,57 +126,100 @@ def load_frozen(path: Path | str) -> RunConfig:
     return config
 
 
-def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
-    """The identifying keys in which two configurations differ, as `key: theirs there, ours here`."""
-    new, old = flat(_identifying(plain(ours))), flat(_identifying(plain(theirs)))
+@dataclass(frozen=True, slots=True)
+class DifferingSetting:
+    """A setting that two configurations have with different values. A value is `-` if one of them lacks the setting."""
+
+    key: str
+    there: Any
+    """The value in the run directory."""
+    here: Any
+    """The value of the command."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.there} there, {self.here} here"
+
+    @property
+    def is_about_computation(self) -> bool:
+        """Whether the setting says how the run is computed, and not what: a run that is not done may go on with another value."""
+        return self.key == MICRO or self.key.startswith("strategy.")
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> list[DifferingSetting]:
+    """The identifying settings in which this command (`ours`) and a run directory (`theirs`) differ."""
+    here = flat(_identifying(plain(ours)))
+    there = flat(_identifying(plain(theirs)))
     missing = object()
-    return [
-        f"{key}: {'-' if old.get(key, missing) is missing else old[key]} there, "
-        f"{'-' if new.get(key, missing) is missing else new[key]} here"
-        for key in sorted(new.keys() | old.keys())
-        if new.get(key, missing) != old.get(key, missing)
-    ]
+    found = []
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key, missing) != there.get(key, missing):
+            found.append(DifferingSetting(key, there.get(key, "-"), here.get(key, "-")))
+    return found
 
 
-def same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_way: bool) -> None:
-    """Take over what the run there has chosen itself, and refuse another run, unless nothing was `reached` there."""
+def same_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_compute_otherwise: bool) -> None:
+    """Refuse another run than the one in the `config.yaml` at `path`; of the same run, take over what it chose itself.
+
+    `has_progress`: the directory has a checkpoint or is finished. If not, another command may take its place.
+    `may_compute_otherwise`: the run may go on with another strategy or micro-batch. Errors: ConfigError.
+    """
+    config = composed.config
     try:
         before = load_frozen(path)
     except ConfigError as error:
-        if reached and FROZEN.search(path.read_text(encoding="utf-8", errors="replace")) is None:
+        if not has_progress:
+            return
+        if FROZEN.search(path.read_text(encoding="utf-8", errors="replace")) is None:
             raise ConfigError(
                 f"{path}: is torn, as by a power cut; delete it, and the same command writes it again and continues"
             ) from error
-        if reached:
-            raise
-        return
-    changed = differences(composed.config, before)
-    if changed and reached and _only_defaults_changed(composed, changed, before, path):
-        _copy_identifying(composed.config, before)
-        print(f"{path.parent}: keeps the defaults that it began with: {'; '.join(changed)}", file=sys.stderr)
+        raise
+    changed = differences(config, before)
+    if changed and has_progress and _only_defaults_changed(composed, changed, before, path):
+        _copy_identifying(config, before)
+        print(f"{path.parent}: keeps the defaults that it began with: {_listed(changed)}", file=sys.stderr)
         changed = []
-    if not changed or another_way:
-        _keep_matmul(composed.config, before)
-        _keep_template_date(composed.config, before, path.parent, reached=reached)
-    if not changed and MICRO in before.substitutions:
-        composed.config.batch["micro"] = before.batch["micro"]  # chosen once
-        composed.config.substitutions[MICRO] = before.substitutions[MICRO]
-    if not changed and STRATEGY in before.substitutions:
-        composed.config.strategy = before.strategy
-        composed.config.substitutions[STRATEGY] = before.substitutions[STRATEGY]
-    if not changed and reached:
-        _keep_control_tokens(composed.config, before)
-    if not changed or not reached:  # a corrected command may take its place
+    if not changed or may_compute_otherwise:
+        _keep_matmul(config, before)
+        _keep_template_date(config, before, path.parent, has_progress=has_progress)
+    if not changed:
+        _keep_own_choices(config, before)
+        if has_progress:
+            _keep_control_tokens(config, before)
         return
-    if another_way and all(line.startswith(ANOTHER_WAY) for line in changed):
-        print(f"{path.parent}: resumes in another way: {'; '.join(changed)}", file=sys.stderr)
+    if not has_progress:
         return
-    more = [f"and {len(changed) - SHOWN_DIFFERENCES} more"] if len(changed) > SHOWN_DIFFERENCES else []
+    if may_compute_otherwise and all(difference.is_about_computation for difference in changed):
+        print(f"{path.parent}: resumes in another way: {_listed(changed)}", file=sys.stderr)
+        return
+    raise ConfigError(_other_run(path.parent, changed))
+
+
+def _listed(changed: list[DifferingSetting]) -> str:
+    """All differences in one line."""
+    return "; ".join(str(difference) for difference in changed)
+
+
+def _other_run(run_dir: Path, changed: list[DifferingSetting]) -> str:
+    """The refusal of a command for a directory that holds another run: one problem of several lines."""
     refusal = (
-        f"run.dir={path.parent}: holds a run with another configuration; choose another run.dir (to start from its "
-        f"state: run.resume={path.parent}/checkpoints/<step>), or undo:"
+        f"run.dir={run_dir}: holds a run with another configuration; choose another run.dir (to start from its "
+        f"state: run.resume={run_dir}/checkpoints/<step>), or undo:"
     )
-    raise ConfigError("\n    ".join([refusal, *changed[:SHOWN_DIFFERENCES], *more]))  # one problem, however it shows
+    lines = [refusal, *(str(difference) for difference in changed[:SHOWN_DIFFERENCES])]
+    if len(changed) > SHOWN_DIFFERENCES:
+        lines.append(f"and {len(changed) - SHOWN_DIFFERENCES} more")
+    return "\n    ".join(lines)
+
+
+def _keep_own_choices(config: RunConfig, before: RunConfig) -> None:
+    """Take over the micro-batch and the strategy that the run chose itself: they are chosen once."""
+    if MICRO in before.substitutions:
+        config.batch["micro"] = before.batch["micro"]
+        config.substitutions[MICRO] = before.substitutions[MICRO]
+    if STRATEGY in before.substitutions:
+        config.strategy = before.strategy
+        config.substitutions[STRATEGY] = before.substitutions[STRATEGY]
 
 
 def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
@@ -185,8 +228,8 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
     For the ranks that compose the run themselves but do not freeze it: all ranks must train the same. Errors: ConfigError.
     """
     path = run_dir / "config.yaml"
-    reached = published(places_of(run_dir, composed.config.checkpoint.fallback_dir)) or is_finished(run_dir)
-    if not path.exists() or not reached:
+    has_checkpoint = bool(published(places_of(run_dir, composed.config.checkpoint.fallback_dir)))
+    if not path.exists() or not (has_checkpoint or is_finished(run_dir)):
         return
     before = load_frozen(path)
     changed = differences(composed.config, before)
@@ -196,7 +239,7 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
         _keep_control_tokens(composed.config, before)
 
 
-def _only_defaults_changed(composed: Composed, changed: list[str], before: RunConfig, path: Path) -> bool:
+def _only_defaults_changed(composed: Composed, changed: list[DifferingSetting], before: RunConfig, path: Path) -> bool:
     """Whether the settings differ although the user typed the same words: then a default of shardtune changed since.
 
     False if the words alone do not decide the settings: a file of the user's, a variable of the environment, or a value that
@@ -209,8 +252,8 @@ def _only_defaults_changed(composed: Composed, changed: list[str], before: RunCo
         return False
     if _reaches_further(before, composed.config):
         return False
-    changed_keys = {line.partition(":")[0] for line in changed}
-    return not changed_keys & {*composed.config.substitutions, *before.substitutions}
+    chosen_by_machine = {*composed.config.substitutions, *before.substitutions}
+    return not any(difference.key in chosen_by_machine for difference in changed)
 
 
 def _reaches_further(before: RunConfig, config: RunConfig) -> bool:
@@ -234,7 +277,7 @@ def has_same_words(words: list[str], path: Path) -> bool:
 
 
 def _copy_identifying(config: RunConfig, before: RunConfig) -> None:
-    """Give `config` every identifying setting of `before`, and the note on what that run chose itself."""
+    """Give `config` every identifying setting of `before`, with the notes on what that run chose itself."""
     for group in fields(RunConfig):
         if group.name not in (*NOT_IDENTIFYING, "run"):
             setattr(config, group.name, getattr(before, group.name))
@@ -260,24 +303,26 @@ def _recorded_words(path: Path) -> list[str]:
     line = OVERRIDES.search(settings_file.read_text(path))
     if line is None:
         return []
-    json_decoder, text, words = json.JSONDecoder(), line[1], []
+    decoder = json.JSONDecoder()
+    text = line[1]
+    words = []
     start = 0
     while start < len(text):
-        word, end = json_decoder.raw_decode(text, start)
+        word, end = decoder.raw_decode(text, start)
         words.append(str(word))
         start = end + 1  # the blank between two words
     return words
 
 
-def _keep_template_date(config: RunConfig, before: RunConfig, run_dir: Path, *, reached: bool) -> None:
-    """Let a run go on with the date that its chat template wrote for today at the first start, if it writes one.
+def _keep_template_date(config: RunConfig, before: RunConfig, run_dir: Path, *, has_progress: bool) -> None:
+    """Keep the date that the chat template wrote for "today" at the first start of the run, if it writes one.
 
-    A run of an earlier version has not noted it. Its prepared data has a fingerprint without a date, and the oldest file of the
-    run tells the day.
+    A run of an earlier version has not noted the date. Its prepared data has a fingerprint without a date, and the oldest file
+    of the run tells the day.
     """
     if TEMPLATE_DATE in before.substitutions:
         config.substitutions[TEMPLATE_DATE] = before.substitutions[TEMPLATE_DATE]
-    elif reached:
+    elif has_progress:
         oldest = time.time()
         for file in run_dir.rglob("*"):
             with suppress(OSError):  # removed meanwhile
@@ -286,34 +331,33 @@ def _keep_template_date(config: RunConfig, before: RunConfig, run_dir: Path, *, 
 
 
 def _keep_matmul(config: RunConfig, before: RunConfig) -> None:
-    """Let a run whose words leave the library of float32 products open go on with the one that it began with."""
+    """Keep the library of float32 products that the run began with, unless the words name one."""
     library = kept_matmul(before)
     if config.run.matmul is not Matmul.auto or library is Matmul.auto:
         return
-    config.substitutions[MATMUL] = before.resolution(MATMUL) or Resolution(
-        MATMUL, AUTO, str(library), "as this run began"
-    )
+    recorded = before.resolution(MATMUL)
+    config.substitutions[MATMUL] = recorded or Resolution(MATMUL, AUTO, str(library), "as this run began")
 
 
 def _keep_control_tokens(config: RunConfig, before: RunConfig) -> None:
-    """Keep what decides prepared bytes, beside the words, as it was when the run began.
-
-    A run that began with `data.control_tokens=text`, typed or by an older default, goes on with it.
-    """
+    """Keep how control tokens in texts are read. Prepared bytes depend on it, and `auto` may mean something else by now."""
     if config.data.control_tokens is ControlTokens.auto:
         config.data.control_tokens = before.data.control_tokens
 
 
 def _identifying(tree: Any) -> dict[str, Any]:
+    """The settings that decide the result, of a whole configuration as nested dictionaries."""
     identifying_tree = {key: value for key, value in tree.items() if key not in NOT_IDENTIFYING}
-    # It is still the run that was asked for.
+    # What was asked for, and not what the run made of `auto`: it is still the same run.
     identifying_tree["batch"] = {**tree["batch"], "micro": asked_micro(tree["batch"], tree["substitutions"])}
     identifying_tree["strategy"] = asked_strategy(tree["strategy"], tree["substitutions"])
     identifying_tree["data"] = identifying(tree["data"])
-    if "teacher" in tree["objective"]:  # whether its code may run decides no result, and earlier runs do not say
+    if "teacher" in tree["objective"]:
+        # Whether the teacher's code may run decides no result, and earlier runs did not record it.
         teacher = {key: value for key, value in tree["objective"]["teacher"].items() if key != "trust_remote_code"}
         identifying_tree["objective"] = {**tree["objective"], "teacher": teacher}
-    return identifying_tree | {"run": {"seed": tree["run"]["seed"]}}
+    identifying_tree["run"] = {"seed": tree["run"]["seed"]}
+    return identifying_tree
 
 
 def _hash(tree: dict[str, Any]) -> str:

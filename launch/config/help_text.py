@@ -19,8 +19,12 @@ WIDEST_HEAD = 36
 
 def folded(text: str) -> str:
     """The text with lines of at most 80 columns: paragraphs filled, tables in their columns, commands with backslashes."""
+    # Commands that the source has over several lines become one line each, and are folded again.
     lines = re.sub(r" *\\\n *", " ", text).split("\n")
-    return "\n".join(line for block in _blocks(lines) for line in _fold(block))
+    folded_lines: list[str] = []
+    for block in _blocks(lines):
+        folded_lines += _fold(block)
+    return "\n".join(folded_lines)
 
 
 def show_help(text: str) -> None:
@@ -59,7 +63,8 @@ def _fold(block: str) -> list[str]:
         return _fold_command(block, indent)
     row = ROW.fullmatch(block)
     if row is None:
-        return _fill(_pieces(block), indent=indent + 2 if indent else 0)
+        hanging_indent = indent + 2 if indent else 0
+        return _fill(_pieces(block), indent=hanging_indent)
     head = row["head"]
     if len(head) > WIDEST_HEAD:
         return [*_fold(head.rstrip()), *_indented(row["text"])]
@@ -67,12 +72,13 @@ def _fold(block: str) -> list[str]:
 
 
 def _fold_command(block: str, indent: int) -> list[str]:
-    """A command in lines that end in backslashes, and what it does below it; a synopsis gets no backslashes."""
+    """A command in lines that end in backslashes, and below it what it does. A synopsis, with brackets, gets no backslashes."""
     command, _, meaning = block.strip().partition("  ")
     is_synopsis = " [" in command
     end = "" if is_synopsis else " \\"
     lines = _fill(_pieces(" " * indent + command), indent=indent + 4, width=COLUMNS - len(end))
-    return [*(line + end for line in lines[:-1]), lines[-1], *_indented(meaning.strip())]
+    continued = [line + end for line in lines[:-1]]
+    return [*continued, lines[-1], *_indented(meaning.strip())]
 
 
 def _indented(text: str) -> list[str]:

@@ -17,22 +17,38 @@ from launch.config.removed import REMOVED
 SettingsByKey = Mapping[str, Any]
 """Every setting by its full name."""
 FLAGS = ("--help", "--cfg", "--info", "--config-dir", "--dry-run", "--multirun", "--version")
+SAME_IN_SUBMITIT = ("partition", "account", "qos", "cpus_per_task", "gpus_per_node", "nodes", "constraint", "exclusive")
+"""Settings of Hydra's submitit launcher that `launcher.*` has under the same name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A problem, and the keys of ours that were meant: complaints about them would be echoes."""
+    """What to say about a word that cannot be used.
 
-    problem: str
+    `meant_keys` are the settings that the word was probably meant for. Composing complains about them as well, because they
+    are not set; such a complaint only repeats this problem and is not shown.
+    """
+
+    word: str
+    reason: str
     meant_keys: frozenset[str]
+
+    @property
+    def problem(self) -> str:
+        """The line for the user."""
+        return f"{self.word}: {self.reason}"
 
 
 class ForeignWords:
-    """The words of a command line that are settings of other trainers, each to be answered with the others in sight."""
+    """The words of a command line that are settings of other trainers.
+
+    They are collected first, because the translation of one may depend on another: a batch size on the number of ranks.
+    """
 
     def __init__(self, words: list[str], is_ours: Callable[[str], bool]) -> None:
-        """`words` as typed, of which `--name value` are one; `is_ours` says whether a key is a setting here."""
+        """`words` as typed, in which `--name value` is one setting. `is_ours` says whether a key is a setting here."""
         self.words: list[str] = []
+        """All words, in their order. `--name value` of another trainer has become one word."""
         self._foreign_values: dict[str, str] = {}
         self._name_by_word: dict[str, str] = {}
         remaining = list(words)
@@ -49,85 +65,94 @@ class ForeignWords:
                 continue
             self.words.append(word)
             name = plain_name(key)
-            if name in NAMES and not is_ours(key.lstrip("-+~")) and key.lstrip("-+~") not in groups():
+            bare_key = key.lstrip("-+~")
+            if name in NAMES and not is_ours(bare_key) and bare_key not in groups():
                 self._foreign_values[name] = value.strip("'\"")
                 self._name_by_word[word] = name
         typed = dict(word.lstrip("+").partition("=")[::2] for word in words)
         self._ranks = ranks_of(typed, self._foreign_values)
 
     def hint(self, word: str) -> Hint | None:
-        """What the word is here; None where it is no other trainer's."""
+        """What to type instead of the word; None if it is no setting of another trainer."""
         name = self._name_by_word.get(word)
-        translation = None if name is None else translate(name, ForeignSettings(self._foreign_values, self._ranks))
+        if name is None:
+            return None
+        translation = translate(name, ForeignSettings(self._foreign_values, self._ranks))
         if translation is None:
             return None
-        return Hint(
-            f"{word}: {translation_text(translation)}", frozenset(translation.words) | _sibling_keys(translation)
-        )
+        meant_keys = frozenset(translation.words) | _sibling_keys(translation)
+        return Hint(word, translation_text(translation), meant_keys)
 
 
 def translation_text(translation: TranslatedSetting) -> str:
-    """An answer as a sentence."""
+    """A translation as a sentence."""
     if translation.words:
         note = f" ({translation.note})" if translation.note else ""
-        return "here it is " + " ".join(f"{key}={value}" for key, value in translation.words.items()) + note
+        return f"here it is {_words_text(translation.words)}{note}"
     if translation.needless:
-        return f"leave it out{': ' if translation.note else ''}{translation.note}"
+        return f"leave it out: {translation.note}" if translation.note else "leave it out"
     return f"there is no equal here: {translation.note}"
+
+
+def _words_text(words: Mapping[str, str]) -> str:
+    """Settings as they are typed."""
+    return " ".join(f"{key}={value}" for key, value in words.items())
 
 
 def unknown_choice(group: str, text: str, word: str) -> str:
     """What to say about a choice that a group does not have."""
-    if group in CHOICES and (words := CHOICES[group](text, ForeignSettings({})).words):
-        return f"{word}: no such choice; here it is " + " ".join(f"{key}={value}" for key, value in words.items())
+    if group in CHOICES:
+        words = CHOICES[group](text, ForeignSettings({})).words
+        if words:
+            return f"{word}: no such choice; here it is {_words_text(words)}"
     choices = groups()[group]
     if group == "strategy" and text in ("deepspeed", "zero"):
         return f"{word}: no such choice; did you mean strategy=zero2 or strategy=zero3? All: {', '.join(choices)}"
-    near = difflib.get_close_matches(text, choices, n=1, cutoff=0.4)
-    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    similar = difflib.get_close_matches(text, choices, n=1, cutoff=0.4)
+    hint = f"; did you mean {group}={similar[0]}?" if similar else ""
     return f"{word}: no such choice, one of {', '.join(choices)}{hint}"
 
 
 def hydra_setting(key: str, text: str, word: str) -> str:
-    """What does here what Hydra's own settings do."""
+    """What to say about a setting of Hydra's own, such as `hydra.run.dir`: what does the same here."""
     name = key.replace("/", ".").removeprefix("hydra.")
-    last = name.rsplit(".", 1)[-1]
-    if name in ("run.dir", "sweep.dir"):
-        equivalent = f"run.dir={text} names the directory, and under -m the one of all points"
-    elif name == "launcher" and "submitit" in text:
-        equivalent = "launcher=slurm submits, under -m one job array"
-    elif name == "launcher":
-        equivalent = "the points of -m run one after another here, or as one job array with launcher=slurm"
-    elif name.startswith("launcher."):
-        same_name_here = {
-            "partition",
-            "account",
-            "qos",
-            "cpus_per_task",
-            "gpus_per_node",
-            "nodes",
-            "constraint",
-            "exclusive",
-        }
-        renamed_here = {
-            "timeout_min": f"time={text}:00",
-            "mem_gb": f"mem={text}G",
-            "tasks_per_node": f"processes={text}",
-        }
-        equivalent = f"launcher.{renamed_here.get(last, f'{last}={text}' if last in same_name_here else '<key>=<value>')} with launcher=slurm"
-    elif name == "sweeper":
-        equivalent = "values separated by commas under -m are run in all combinations; -m sweeper=optuna searches"
-    elif name in ("sweeper.n_trials", "sweeper.sampler.seed"):
-        equivalent = f"sweeper.{'trials' if last == 'n_trials' else last}={text} with -m sweeper=optuna"
-    elif name.startswith("sweeper.params."):
-        equivalent = f"-m {name.removeprefix('sweeper.params.')}={text}"
-    elif name == "searchpath":
-        equivalent = "--config-dir <directory> adds one"
-    elif name in ("verbose", "job_logging") or name.startswith("job_logging"):
-        equivalent = "`shardtune logs <run>` shows what every rank said"
-    else:
+    equivalent = _equivalent_of_hydra(name, text)
+    if equivalent is None:
         return f"{word}: Hydra's own settings are fixed here; remove it"
     return f"{word}: Hydra's own settings are fixed here; in its place: {equivalent}"
+
+
+def _equivalent_of_hydra(name: str, text: str) -> str | None:
+    """What does here what a setting of Hydra's does; None if nothing does. `name`: without `hydra.`; `text`: its value."""
+    if name in ("run.dir", "sweep.dir"):
+        return f"run.dir={text} names the directory, and under -m the one of all points"
+    if name == "launcher" and "submitit" in text:
+        return "launcher=slurm submits, under -m one job array"
+    if name == "launcher":
+        return "the points of -m run one after another here, or as one job array with launcher=slurm"
+    if name.startswith("launcher."):
+        return f"launcher.{_submitit_setting(name.rsplit('.', 1)[-1], text)} with launcher=slurm"
+    if name == "sweeper":
+        return "values separated by commas under -m are run in all combinations; -m sweeper=optuna searches"
+    if name == "sweeper.n_trials":
+        return f"sweeper.trials={text} with -m sweeper=optuna"
+    if name == "sweeper.sampler.seed":
+        return f"sweeper.seed={text} with -m sweeper=optuna"
+    if name.startswith("sweeper.params."):
+        return f"-m {name.removeprefix('sweeper.params.')}={text}"
+    if name == "searchpath":
+        return "--config-dir <directory> adds one"
+    if name == "verbose" or name.startswith("job_logging"):
+        return "`shardtune logs <run>` shows what every rank said"
+    return None
+
+
+def _submitit_setting(name: str, text: str) -> str:
+    """A setting of Hydra's submitit launcher as `launcher.*` has it."""
+    renamed = {"timeout_min": f"time={text}:00", "mem_gb": f"mem={text}G", "tasks_per_node": f"processes={text}"}
+    if name in renamed:
+        return renamed[name]
+    return f"{name}={text}" if name in SAME_IN_SUBMITIT else "<key>=<value>"
 
 
 def condition(key: str, under: tuple[str, ...]) -> str:
@@ -147,32 +172,38 @@ def not_a_pair(word: str) -> str:
     if bare != word and "=" in bare:
         return f"{word}: settings have no dashes; type {bare}"
     if bare in groups():
-        first = next(iter(variants().get(bare, groups()[bare])), None)
-        return f"{word}: give its choice, as in {bare}={first}" if first else f"{word}: no choices"
-    near = difflib.get_close_matches(word, FLAGS, n=1)
-    return f"{word}: not of the form key=value" + (f"; did you mean {near[0]}?" if near else "")
+        choices = [*variants().get(bare, groups()[bare])]
+        return f"{word}: give its choice, as in {bare}={choices[0]}" if choices else f"{word}: no choices"
+    similar = difflib.get_close_matches(word, FLAGS, n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    return f"{word}: not of the form key=value{hint}"
 
 
-def join_split_words(words: list[str], settings_by_key: SettingsByKey) -> tuple[list[str], list[str]]:
+def take_split_settings(words: list[str], settings_by_key: SettingsByKey) -> tuple[list[str], list[str]]:
     """(the words that remain, a problem for each setting that was typed in several words).
 
     A shell splits `optim.lr = 1e-4` into three words, and `--optim.lr 1e-4` into two.
     """
     remaining: list[str] = []
     problems: list[str] = []
-    to_read = list(words)
-    while to_read:
-        word = to_read.pop(0)
-        following = to_read[0] if to_read else ""
+    unread = list(words)
+    while unread:
+        word = unread.pop(0)
+        following = unread[0] if unread else ""
         if word in settings_by_key and following.startswith("="):
-            value = to_read.pop(0)[1:] or (to_read.pop(0) if to_read else "")
+            value = unread.pop(0)[1:]
+            if not value and unread:
+                value = unread.pop(0)
             problems.append(f"{word} = {value}: no spaces around the equals sign; type {word}={value}")
         elif word.endswith("=") and word[:-1] in settings_by_key and _is_bare(following):
-            problems.append(f"{word} {to_read.pop(0)}: no spaces around the equals sign; type {word}{following}")
+            unread.pop(0)
+            problems.append(f"{word} {following}: no spaces around the equals sign; type {word}{following}")
         elif _is_dashed_key(word, settings_by_key) and _is_bare(following):
+            unread.pop(0)
             key = word.lstrip("-").replace("-", "_")
-            problem, _ = unknown_key(key, f"{key}={to_read.pop(0)}", settings_by_key)
-            hint = f"type {key}={following}" if key in settings_by_key else problem.partition(": ")[2]
+            hint = f"type {key}={following}"
+            if key not in settings_by_key:
+                hint = unknown_key(key, f"{key}={following}", settings_by_key).reason
             problems.append(f"{word} {following}: settings have no dashes; {hint}")
         else:
             remaining.append(word)
@@ -185,70 +216,100 @@ def _is_bare(word: str) -> bool:
 
 
 def _is_dashed_key(word: str, settings_by_key: SettingsByKey) -> bool:
-    """Whether a word is `--key`, of a setting here or one that looks like a setting; flags and other trainers' names are not."""
+    """Whether a word is `--key` of a setting here, in full or its last part; not a flag, nor another trainer's name."""
     key = word.lstrip("-").replace("-", "_")
     if not word.startswith("--") or "=" in word or plain_name(word) in NAMES or key in misspelled.FLAGS_OF_OTHERS:
         return False
-    is_setting = key in settings_by_key or key in {name.rpartition(".")[2] for name in settings_by_key}
+    last_parts = {name.rpartition(".")[2] for name in settings_by_key}
+    is_setting = key in settings_by_key or key in last_parts
     return is_setting and not difflib.get_close_matches(word, FLAGS, n=1, cutoff=0.8)
 
 
-def unknown_key(key: str, word: str, settings_by_key: SettingsByKey) -> tuple[str, str | None]:
-    """What to say about a key that does not exist, and the key that was probably meant."""
+@dataclass(frozen=True, slots=True)
+class UnknownKey:
+    """What to say about a word whose key does not exist."""
+
+    word: str
+    reason: str
+    meant_key: str | None = None
+    """The setting that was probably meant."""
+
+    @property
+    def problem(self) -> str:
+        """The line for the user."""
+        return f"{self.word}: {self.reason}"
+
+    @property
+    def suspects(self) -> set[str]:
+        """The setting that was probably meant, as a set."""
+        return set() if self.meant_key is None else {self.meant_key}
+
+
+def unknown_key(key: str, word: str, settings_by_key: SettingsByKey) -> UnknownKey:
+    """What to say about a key that does not exist: where it went, or what is like it."""
+    missing = f"there is no setting {key}"
     if key in REMOVED:
-        return f"{word}: there is no setting {key} any more: {REMOVED[key]}", None
-    if (words := misspelled.in_place_of(key, word.partition("=")[2])) is not None:
-        return f"{word}: there is no setting {key}; {words}", None
-    if key.split(".")[-1] == "name" and key.split(".")[0] in groups():
-        group = key.split(".")[0]
-        return f"{word}: chosen as a group; type {group}=<choice>, one of {', '.join(groups()[group])}", None
-    if any(candidate.startswith(f"{key}.") for candidate in settings_by_key):
-        inside = sorted(candidate for candidate in settings_by_key if candidate.startswith(key + "."))
-        return f"{word}: {key} is not one value; set {', '.join(inside[:8])}", None
-    if (group_problem := _similar_group(key, word, settings_by_key)) is not None:
-        return group_problem, None
-    similar = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.75)
-    last = key.split(".")[-1]
-    same_last_part = [
-        candidate for candidate in settings_by_key if candidate.split(".")[-1] == last and candidate not in similar
-    ]
-    candidates = [*similar, *same_last_part] or difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.5)
+        return UnknownKey(word, f"{missing} any more: {REMOVED[key]}")
+    instead = misspelled.in_place_of(key, word.partition("=")[2])
+    if instead is not None:
+        return UnknownKey(word, f"{missing}; {instead}")
+    group = key.split(".")[0]
+    last_part = key.split(".")[-1]
+    if last_part == "name" and group in groups():
+        return UnknownKey(word, f"chosen as a group; type {group}=<choice>, one of {', '.join(groups()[group])}")
+    inside = sorted(name for name in settings_by_key if name.startswith(f"{key}."))
+    if inside:
+        return UnknownKey(word, f"{key} is not one value; set {', '.join(inside[:8])}")
+    similar_group = _similar_group(key, word.partition("=")[2], settings_by_key)
+    if similar_group is not None:
+        return UnknownKey(word, f"{missing}; {similar_group}")
+    candidates = _similar_keys(key, settings_by_key)
     if not candidates:
-        similar_last_part = difflib.get_close_matches(
-            last, [candidate.split(".")[-1] for candidate in settings_by_key], n=1, cutoff=0.7
-        )
-        candidates = [
-            candidate
-            for candidate in settings_by_key
-            if similar_last_part and candidate.split(".")[-1] == similar_last_part[0]
-        ]
-    candidates_text = " or ".join(
-        f"{candidate} (with {condition(candidate, settings_by_key[candidate].under)})"
-        if settings_by_key[candidate].under
-        else candidate
-        for candidate in candidates[:3]
-    )
-    return f"{word}: there is no setting {key}" + (
-        f"; did you mean {candidates_text}?" if candidates_text else ""
-    ), candidates[0] if candidates else None
+        return UnknownKey(word, missing)
+    listed = []
+    for candidate in candidates[:3]:
+        under = settings_by_key[candidate].under
+        listed.append(f"{candidate} (with {condition(candidate, under)})" if under else candidate)
+    return UnknownKey(word, f"{missing}; did you mean {' or '.join(listed)}?", candidates[0])
 
 
-def _similar_group(key: str, word: str, settings_by_key: SettingsByKey) -> str | None:
-    """The group that a key of one part looks like, with the value that was typed."""
-    value = word.partition("=")[2]
-    groups_with_value = [name for name in groups() if value in groups()[name]]
+def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
+    """The settings that a mistyped key may mean, the likeliest first.
+
+    Those that are nearly the same, or have the same last part; if there are none, more distant ones.
+    """
+    last_part = key.split(".")[-1]
+    similar = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.75)
+    same_last_part = [name for name in settings_by_key if name.split(".")[-1] == last_part and name not in similar]
+    if similar or same_last_part:
+        return [*similar, *same_last_part]
+    distant = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.5)
+    if distant:
+        return distant
+    last_parts = [name.split(".")[-1] for name in settings_by_key]
+    similar_last_part = difflib.get_close_matches(last_part, last_parts, n=1, cutoff=0.7)
+    return [name for name in settings_by_key if name.split(".")[-1] in similar_last_part]
+
+
+def _similar_group(key: str, value: str, settings_by_key: SettingsByKey) -> str | None:
+    """A question about the group that a key of one part looks like, with the value that was typed; None if none."""
+    if "." in key:
+        return None
     similar = difflib.get_close_matches(key, [*groups(), *settings_by_key], n=1, cutoff=0.7)
-    similar = [name for name in similar if name in groups()]
-    group = similar[0] if similar else groups_with_value[0] if len(groups_with_value) == 1 and "." not in key else None
-    if group is None or "." in key:
+    groups_with_value = [name for name in groups() if value in groups()[name]]
+    if similar and similar[0] in groups():
+        group = similar[0]
+    elif len(groups_with_value) == 1:
+        group = groups_with_value[0]
+    else:
         return None
     if value in groups()[group]:
-        return f"{word}: there is no setting {key}; did you mean {group}={value}?"
-    return f"{word}: there is no setting {key}; did you mean {group}=<choice>, one of {', '.join(groups()[group])}?"
+        return f"did you mean {group}={value}?"
+    return f"did you mean {group}=<choice>, one of {', '.join(groups()[group])}?"
 
 
 def ranks_of(typed: Mapping[str, str], foreign_values: Mapping[str, str]) -> int | None:
-    """Ranks of the run where the words say so."""
+    """Ranks of the run if the words say so, by our names or those of other trainers; else None."""
     settings = ForeignSettings({**foreign_values, **typed})
     per_node = parse_number(
         settings.get("launcher.processes", "launcher.gpus_per_node", "nproc_per_node", "num_processes")
@@ -258,5 +319,5 @@ def ranks_of(typed: Mapping[str, str], foreign_values: Mapping[str, str]) -> int
 
 
 def _sibling_keys(translation: TranslatedSetting) -> frozenset[str]:
-    """A budget or batch that was meant stands for its siblings."""
+    """`budget` or `batch`, if the translation sets one of theirs: a complaint about the group repeats the problem too."""
     return frozenset(key.split(".")[0] for key in translation.words if key.startswith(("budget.", "batch.")))

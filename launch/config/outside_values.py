@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 HARNESS = "lm_eval"
 """The kind of task whose YAML may name functions."""
 REACHING_NOTHING = (None, False, "")
-"""Values that reach nothing, whatever the setting."""
-DEFAULT_TRACKER_MODES = ("auto", "disabled")
-"""Values of a tracker that tell nobody who was not chosen by the reader."""
+"""Values with which no setting reaches out."""
+SILENT_TRACKER_MODES = ("auto", "disabled")
+"""Values of a tracker's switch with which only a tracker of the reader's own choice hears of the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +49,28 @@ class OutsideValue:
         return " ".join(shell_word(word) for word in self.words)
 
     def is_among(self, typed: set[str]) -> bool:
-        """Whether every one of its settings is among the keys that were typed."""
-        return all(any(_sets(key, typed_key) for typed_key in typed) for key in self.settings)
+        """Whether every one of its settings is among the keys that were typed, by itself or by a table that holds it."""
+        return all(self._is_typed(key, typed) for key in self.settings)
+
+    def _is_typed(self, key: str, typed: set[str]) -> bool:
+        return any(_sets(key, typed_key) for typed_key in typed)
 
 
 def shell_word(word: str) -> str:
     """A word as a shell takes it, printable whatever it holds."""
     if word.isprintable():
         return shlex.quote(word)
-    escaped = "".join(char if char.isprintable() and char not in "\\'" else _escaped(char) for char in word)
+    escaped = "".join(_escaped(char) for char in word)
     return f"$'{escaped}'"
 
 
 def _escaped(char: str) -> str:
-    return f"\\{char}" if char in "\\'" else "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))
+    """A character within `$'...'` of a shell."""
+    if char in "\\'":
+        return f"\\{char}"
+    if char.isprintable():
+        return char
+    return "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))
 
 
 def _as_typed(value: Any) -> str:
@@ -73,13 +81,16 @@ def _as_typed(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(_as_list_entry(entry) for entry in value)}]"
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(value)
 
 
 def _as_list_entry(value: Any) -> str:
+    """A value within a list of the command line, quoted if it has characters of the grammar."""
     text = _as_typed(value)
-    plain_text = all(char.isalnum() or char in "/._-" for char in text)
-    return text if plain_text else f"'{text}'"
+    is_plain = all(char.isalnum() or char in "/._-" for char in text)
+    return text if is_plain else f"'{text}'"
 
 
 def _sets(key: str, typed: str) -> bool:
@@ -88,7 +99,7 @@ def _sets(key: str, typed: str) -> bool:
 
 
 def outside_values(config: RunConfig) -> list[OutsideValue]:
-    """Every value of `config` that reaches out of its run; reads code only where the configuration has some run."""
+    """Every value of `config` that reaches out of its run. Reads code only if the configuration would run some."""
     values: list[OutsideValue] = []
     for key, value in _reaching(config).items():
         values += _values_of(config, key, value, reach_of(key))
@@ -114,14 +125,17 @@ def _reaching(config: RunConfig) -> dict[str, Any]:
         if key.partition(".")[0] in OF_EACH_START:
             continue
         reach = reach_of(key)
-        if reach is Reach.describes or (reach is Reach.tracker and value in DEFAULT_TRACKER_MODES):
-            continue
-        reaching[key] = value
+        is_silent_tracker = reach is Reach.tracker and value in SILENT_TRACKER_MODES
+        if reach is not Reach.describes and not is_silent_tracker:
+            reaching[key] = value
     return reaching
 
 
 def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """The settings; in a table with a name that has a dot, numbers for names: a task `x.kind` must not pass for a kind."""
+    """The settings, with numbers for the names of a table in which a name has a dot.
+
+    Else a task that is called `x.kind` would pass for the setting `kind` of a task `x`.
+    """
     for table in NAMED_TABLES:
         group, _, name = table.partition(".")
         entries = tree[group].get(name) or {}
@@ -131,6 +145,7 @@ def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
+    """What one setting reaches: a list of paths reaches several things."""
     if reach is Reach.address:
         yield from _endpoint(config, key)
     elif reach is Reach.code:
@@ -146,7 +161,7 @@ def _values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterato
 
 
 def _endpoint(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """A server and the variable that is sent to it, as one value."""
+    """A server and the environment variable that is sent to it, as one value."""
     group, _, name = key.rpartition(".")
     server = getattr(config.evaluation, group.rpartition(".")[2])
     if name != "url":
@@ -160,39 +175,38 @@ def _endpoint(config: RunConfig, key: str) -> Iterator[OutsideValue]:
 
 
 def _model_code(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """The code of each directory that the flag stands for: the model's and the tokenizer's, or the teacher's."""
+    """The code of each directory that the flag allows: the model's and the tokenizer's, or the teacher's."""
     if key == "model.trust_remote_code":
-        directories = {(path, config.model.revision): None for path in (config.model.path, config.model.tokenizer)}
+        sources = [(config.model.path, config.model.revision), (config.model.tokenizer, config.model.revision)]
     else:
-        teacher: Any = config.objective
-        directories = {(teacher.teacher.path, teacher.teacher.revision): None}
-    for path, revision in directories:
+        objective: Any = config.objective
+        sources = [(objective.teacher.path, objective.teacher.revision)]
+    for path, revision in dict.fromkeys(sources):
         if path is None:
             continue
         directory = model_directory(config.model, path, revision)
-        is_fetched = config.model.download and not Path(path).expanduser().is_dir()
-        if directory is None and not is_fetched:
-            continue  # there is nothing here that could be run
-        if is_fetched:  # files that are not in the cache can still come, whatever the code there is
-            yield OutsideValue(
-                Reach.code, {key: True}, {"code_of": path}, f"fetches and runs the Python code of {path}"
-            )
+        if config.model.download and not Path(path).expanduser().is_dir():
+            # Files that are not in the cache can still come, whatever the code there is.
+            effect = f"fetches and runs the Python code of {path}"
+            yield OutsideValue(Reach.code, {key: True}, {"code_of": path}, effect)
         if directory is None:
-            continue
-        identity: dict[str, Any] | None
+            continue  # there is nothing here that could be run
+        effect = f"runs the Python code in {path}"
         try:
             digest = digest_of_model(directory, download=config.model.download)
-            identity = {"code": digest}
         except NoDigest:
-            digest, identity = "", None
+            yield OutsideValue(Reach.code, {key: True}, None, effect)
+            continue
         if digest is not None:
-            yield OutsideValue(Reach.code, {key: True}, identity, f"runs the Python code in {path}")
+            yield OutsideValue(Reach.code, {key: True}, {"code": digest}, effect)
 
 
 def _network_sources(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """What is fetched from the network, each name by itself."""
+    """Everything that the flag `key` lets be fetched from the network, each source by itself."""
+    sources: list[str]
     if key == "model.download":
-        names = [config.model.path, config.model.tokenizer, getattr(config.objective, "teacher", config.model).path]
+        teacher = getattr(config.objective, "teacher", config.model)
+        names = [config.model.path, config.model.tokenizer, teacher.path]
         sources = [str(name) for name in names if name is not None and not Path(name).expanduser().is_dir()]
     elif key == "data.remote":
         sources = [path for path in _data_paths(config) if is_address(path)]
@@ -213,19 +227,21 @@ def _data_paths(config: RunConfig) -> Iterator[str]:
 
 
 def _files_named(config: RunConfig, key: str, value: Any) -> Iterator[OutsideValue]:
-    """Files of the reader, whose texts stand in what is written; a task of lm_eval runs what its YAML names."""
+    """Files of the reader's, whose texts then stand in what is written. A task of lm_eval runs code that its YAML names."""
     group, _, name = key.rpartition(".")
-    task = config.evaluation.tasks.get(key.split(".")[2]) if key.startswith("evaluation.tasks.") else None
+    task_name = key.split(".")[2] if key.startswith("evaluation.tasks.") else None
+    task = config.evaluation.tasks.get(task_name) if task_name is not None else None
     if task is not None and task.kind == HARNESS and name == "path":
         for path in _path_texts(value):
             yield _task_code(key, path)
         return
     if task is not None and ".options" in group and name not in _file_options(task.kind):
         return
-    key_of_all_tasks = key if task is None else key.replace(f".{key.split('.')[2]}.", ".*.", 1)
+    # The name of a task is the author's: the same file under another task's name needs no new word.
+    shared_key = key if task is None else key.replace(f".{task_name}.", ".*.", 1)
     for path in _path_texts(value):
         effect = f"reads your file {path}, whose texts then stand in what is written"
-        yield OutsideValue(Reach.file, {key: value}, {key_of_all_tasks: _absolute(path)}, effect)
+        yield OutsideValue(Reach.file, {key: value}, {shared_key: _absolute(path)}, effect)
 
 
 def _file_options(kind: str) -> tuple[str, ...]:
@@ -237,6 +253,7 @@ def _file_options(kind: str) -> tuple[str, ...]:
 
 
 def _task_code(key: str, path: str) -> OutsideValue:
+    """The code of a task of lm_eval."""
     identity: dict[str, Any] | None
     try:
         identity = {"code": digest_of_task(Path(path).expanduser())}

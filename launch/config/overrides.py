@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 from launch.config import hints, user_files
 from launch.config.choices import WHOLE_RUN_GROUPS, groups, settings_of, shipped, variants
@@ -19,27 +19,42 @@ from trainer.export.gates.bounds import read_word
 from trainer.optim.schedule import MEANT_UNDER
 
 TASKS_TABLE = "evaluation.tasks"
-"""A table of which a list of kinds can be typed: an entry of each, of that name, or of the one after a colon."""
+"""A table for which a list of kinds can be typed: `[json,json:strict]` makes the entries `json` and `strict` of kind json."""
 GATES = "gates"
-"""A table of bounds, which are no values of Hydra's grammar."""
+"""A table of bounds such as `eval/loss<2`, which Hydra's grammar cannot read."""
+OF_EACH_RANK = re.compile(r"\$\{\s*(now|hydra)\s*:")
+"""Interpolations that every process would resolve for itself, each at its own time."""
+RANKS_DISAGREE = "ranks would not agree on it; write the value out"
+NO_TARGET = "`_target_` is not used here and never runs anything; remove it"
 WORD = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
+
+
+class TypedValue(NamedTuple):
+    """One setting as it was typed or read from a file."""
+
+    key: str
+    value: Any
+    word: str
+    """The whole word, for messages."""
 
 
 @dataclass(slots=True)
 class Parsed:
-    """The command line, sorted. `values` are (key, value, word) in the order typed."""
+    """The command line, sorted."""
 
     choices: dict[str, str] = field(default_factory=dict)
-    values: list[tuple[str, Any, str]] = field(default_factory=list)
+    """The choice of each group that was typed."""
+    values: list[TypedValue] = field(default_factory=list)
+    """The settings, in their order. The last one of a key counts."""
     problems: list[str] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
-    """Tables of which the whole was typed: what an experiment or a run has in them gives way."""
+    """Tables that were typed as a whole. Entries that an experiment or a run has in them are dropped."""
     from_files: int = 0
-    """How many of the values, the first ones, are not typed but read from files."""
+    """How many of the values, the first ones, were read from files and not typed."""
     defaults: list[tuple[str, str]] = field(default_factory=list)
-    """(key, word) of the settings that are to be as the code has them: `~key`."""
+    """(key, word) of each `~key`, which sets a setting back to the default of the code."""
     suspects: set[str] = field(default_factory=set)
-    """Keys that a wrong word was probably meant for: what validation says about them is not worth showing."""
+    """Keys that a wrong word was probably meant for. Validation complains about them too, and that is not shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,70 +105,84 @@ def _settings_under_choices(group: str) -> dict[str, Setting]:
 
 
 def field_key(settings_by_key: dict[str, Setting], key: str) -> str:
-    """A key as the code has it: named by a keyword of Python it ends in an underscore there, and is typed without."""
-    return f"{key}_" if key not in settings_by_key and f"{key}_" in settings_by_key else key
+    """The key of the dataclass field behind a typed key.
+
+    A field whose name would be a keyword of Python ends in an underscore (`tuning.from_`); it is typed without.
+    """
+    if key not in settings_by_key and f"{key}_" in settings_by_key:
+        return f"{key}_"
+    return key
 
 
 def setting_of(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
-    """The setting behind a key as typed: also in a table, such as `data.columns.text` or `data.sources.chat.path`."""
+    """The setting behind a key as typed, also inside a table: `data.columns.text`, `data.sources.chat.path`."""
     key = field_key(settings_by_key, key)
     parts = key.split(".")
+    # `data.sources.chat.path` is known as `data.sources.*.path`: any part but the first may be a name of the user's.
     wildcard_keys = [".".join([*parts[:n], "*", *parts[n + 1 :]]) for n in range(1, len(parts))]
     for candidate in (key, *wildcard_keys):
         if candidate in settings_by_key:
             return settings_by_key[candidate]
         table = settings_by_key.get(candidate.rpartition(".")[0])
         if table is not None and get_origin(table.type) is dict:
-            entry = get_args(table.type)[1]  # of a table of anything, numbers are numbers
-            return Setting(object if entry is Any else entry, table.under)
+            entry_type = get_args(table.type)[1]
+            # `Any` alone would be read as text. In a table of anything, numbers are numbers.
+            return Setting(object if entry_type is Any else entry_type, table.under)
     return None
 
 
 def parse(words: list[str]) -> Parsed:
-    """Sort `words` into group choices and values; everything that cannot be read becomes a problem."""
-    parsed, settings_by_key = Parsed(), settings()
-    words, parsed.problems = hints.join_split_words(words, settings_by_key)
+    """Sort `words` into group choices and values. Everything that cannot be read becomes a problem."""
+    parsed = Parsed()
+    settings_by_key = settings()
+    words, parsed.problems = hints.take_split_settings(words, settings_by_key)
     foreign = hints.ForeignWords(words, lambda key: setting_of(settings_by_key, key) is not None)
-    for word in filter(user_files.is_file_word, words):  # first: what is typed goes before what a file says
+    # Files first, so that a typed word overrides what a file says.
+    for word in filter(user_files.is_file_word, words):
         _read_file(parsed, settings_by_key, word)
     parsed.from_files = len(parsed.values)
     for word in foreign.words:
         if user_files.is_file_word(word):
             continue
-        match = WORD.fullmatch(word)
-        if (hint := foreign.hint(word)) is not None:
+        hint = foreign.hint(word)
+        if hint is not None:
             parsed.problems.append(hint.problem)
             parsed.suspects |= hint.meant_keys
-            continue
-        if word.startswith("~"):
-            _remove(parsed, settings_by_key, word)
-            continue
-        if match is None or word.startswith("-"):
-            parsed.problems.append(hints.not_a_pair(word))
-            continue
-        key, text = match["key"], match["value"]
-        key = field_key(settings_by_key, key)
-        if key.split(".")[0].split("/")[0] == "hydra":
-            parsed.problems.append(hints.hydra_setting(key, text, word))
-        elif "_target_" in word:
-            parsed.problems.append(f"{word}: `_target_` is not used here and never runs anything; remove it")
-        elif key in groups():
-            _choose(parsed, key, text, word)
+        elif word.startswith("~"):
+            _reset(parsed, settings_by_key, word)
         else:
-            _assign(parsed, settings_by_key, key, text, word)
+            _read_word(parsed, settings_by_key, word)
     parsed.problems += _contradictions(parsed)
     return parsed
 
 
+def _read_word(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> None:
+    """Sort in one word of the form `key=value`."""
+    match = WORD.fullmatch(word)
+    if match is None or word.startswith("-"):
+        parsed.problems.append(hints.not_a_pair(word))
+        return
+    key = field_key(settings_by_key, match["key"])
+    text = match["value"]
+    if key.split(".")[0].split("/")[0] == "hydra":
+        parsed.problems.append(hints.hydra_setting(key, text, word))
+    elif "_target_" in word:
+        parsed.problems.append(f"{word}: {NO_TARGET}")
+    elif key in groups():
+        _choose(parsed, key, text, word)
+    else:
+        _assign(parsed, settings_by_key, key, text, word)
+
+
 def _contradictions(parsed: Parsed) -> list[str]:
     """A problem for each `~key` beside a word that sets the same key: one of the two would be ignored."""
+    problems = []
     typed = parsed.values[parsed.from_files :]
-    return [
-        f"{removal}: {word} sets the same; leave one of the two out"
-        for key, removal in parsed.defaults
-        for typed_key, _, word in typed
-        if typed_key == key or typed_key.startswith(f"{key}.")
-    ]
+    for key, removal in parsed.defaults:
+        for typed_key, _, word in typed:
+            if typed_key == key or typed_key.startswith(f"{key}."):
+                problems.append(f"{removal}: {word} sets the same; leave one of the two out")
+    return problems
 
 
 def needs_other_choice(key: str, word: str, setting: Setting) -> str:
@@ -161,22 +190,22 @@ def needs_other_choice(key: str, word: str, setting: Setting) -> str:
     return f"{word}: needs {hints.condition(key, setting.under)}; add it, or leave {key.removesuffix('_')} out"
 
 
-def describe(hint: Any) -> str:
+def describe(annotation: Any) -> str:
     """What a value of this type looks like, in words."""
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(member.name for member in hint)
-    if get_origin(hint) is list:
-        return f"a list such as [a,b] of which each is {describe(get_args(hint)[0])}"
-    if get_origin(hint) is dict:
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "one of " + ", ".join(member.name for member in annotation)
+    if get_origin(annotation) is list:
+        return f"a list such as [a,b] of which each is {describe(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
         return "pairs such as {a:b}"
-    if get_args(hint):
-        return " or ".join(describe(part) for part in get_args(hint))
+    if get_args(annotation):
+        return " or ".join(describe(part) for part in get_args(annotation))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return names.get(hint, "a value")
+    return names.get(annotation, "a value")
 
 
 def _read_file(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> None:
-    """The choices and values of the user's file, as if they had been typed first."""
+    """Sort in the choices and values of the user's file, as if they had been typed. `word`: the file as typed."""
     try:
         choices, values = user_files.read(word)
     except ConfigError as error:
@@ -192,39 +221,40 @@ def _read_file(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -
         lambda key: setting_of(settings_by_key, field_key(settings_by_key, key)) is not None,
     )
     for key, value in values:
-        if (hint := foreign.hint(f"{key}={value}")) is not None:
-            parsed.problems.append(f"{word}: {hint.problem.replace('=', ': ', 1)}")
-            parsed.suspects |= hint.meant_keys
-            continue
         line = f"{word}: {key}: {value}"
-        if re.search(r"\$\{\s*(now|hydra)\s*:", str(value)):
-            parsed.problems.append(f"{line}: ranks would not agree on it; write the value out")
+        hint = foreign.hint(f"{key}={value}")
+        if hint is not None:
+            parsed.problems.append(f"{line}: {hint.reason}")
+            parsed.suspects |= hint.meant_keys
+        elif OF_EACH_RANK.search(str(value)):
+            parsed.problems.append(f"{line}: {RANKS_DISAGREE}")
         elif "_target_" in line:
-            parsed.problems.append(f"{line}: `_target_` is not used here and never runs anything; remove it")
+            parsed.problems.append(f"{line}: {NO_TARGET}")
         elif key == TASKS_TABLE and isinstance(value, list):
             _assign(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", line)
         else:
-            parsed.values.append((field_key(settings_by_key, key), value, line))
+            parsed.values.append(TypedValue(field_key(settings_by_key, key), value, line))
 
 
-def _remove(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> None:
-    """`~key`: as the code has it, whatever an experiment says; `~experiment`: none."""
+def _reset(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> None:
+    """Sort in a word `~key`, which takes back what an experiment sets; `~experiment` takes back the experiment."""
     key = field_key(settings_by_key, word.lstrip("~").partition("=")[0])
+    is_table = any(name.startswith(f"{key}.") for name in settings_by_key)
     if key in WHOLE_RUN_GROUPS:
         parsed.choices[key] = "null"
     elif key in groups():
         parsed.problems.append(f"{word}: a run needs one; give another choice, as in {key}={groups()[key][0]}")
-    elif key in settings_by_key or any(setting.startswith(f"{key}.") for setting in settings_by_key):
+    elif key in settings_by_key or is_table:
         parsed.defaults.append((key, word))
     else:
-        problem, meant_key = hints.unknown_key(key, word, settings_by_key)
-        parsed.problems.append(problem)
-        parsed.suspects |= {meant_key} if meant_key else set()
+        unknown = hints.unknown_key(key, word, settings_by_key)
+        parsed.problems.append(unknown.problem)
+        parsed.suspects |= unknown.suspects
 
 
 def _choose(parsed: Parsed, group: str, choice: str, word: str) -> None:
-    choices = groups()[group]
-    if choice in choices or (group in WHOLE_RUN_GROUPS and choice == "null"):
+    """Sort in the choice of a group."""
+    if choice in groups()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:
         parsed.problems.append(f"{word}: several values are a sweep; add -m, or choose one")
@@ -234,26 +264,35 @@ def _choose(parsed: Parsed, group: str, choice: str, word: str) -> None:
 
 
 def _assign(parsed: Parsed, settings_by_key: dict[str, Setting], key: str, text: str, word: str) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    if re.search(r"\$\{\s*(now|hydra)\s*:", text):
-        parsed.problems.append(f"{word}: ranks would not agree on it; write the value out")
+    """Sort in the value of a setting. Text stays as typed; the rest is read by Hydra's grammar."""
+    if OF_EACH_RANK.search(text):
+        parsed.problems.append(f"{word}: {RANKS_DISAGREE}")
         return
     if key.split(".")[0] == GATES:
         gates, problem = read_word(word.lstrip("+"))
-        parsed.problems += [] if gates is not None else [problem]
-        parsed.values.append((GATES, gates or {}, word))
+        if gates is None:
+            parsed.problems.append(problem)
+        parsed.values.append(TypedValue(GATES, gates or {}, word))
         return
-    if key == TASKS_TABLE and (kinds := _list_entries(text)) is not None:
+    kinds = _list_entries(text) if key == TASKS_TABLE else None
+    if kinds is not None:
         parsed.replaced.add(key)
-        kind_and_name = [(kind, name or kind) for kind, _, name in (entry.partition(":") for entry in kinds)]
-        parsed.values += [(f"{key}.{name}.kind", kind, word) for kind, name in kind_and_name]
+        for entry in kinds:
+            kind, _, name = entry.partition(":")
+            parsed.values.append(TypedValue(f"{key}.{name or kind}.kind", kind, word))
         return
     setting = setting_of(settings_by_key, key)
     if setting is not None and _is_text(setting.type) and not _is_syntax(text):
-        parsed.values.append((key, text, word))
+        parsed.values.append(TypedValue(key, text, word))
         return
+    _assign_by_grammar(parsed, settings_by_key, key, text, word)
+
+
+def _assign_by_grammar(parsed: Parsed, settings_by_key: dict[str, Setting], key: str, text: str, word: str) -> None:
+    """Sort in a value that Hydra's own parser reads: a number, a list, pairs, null."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")
         if override.is_sweep_override():
@@ -263,40 +302,48 @@ def _assign(parsed: Parsed, settings_by_key: dict[str, Setting], key: str, text:
             return
         parsed.values += _entries(key, override.value(), word)
     except (HydraException, NotImplementedError) as error:
-        if setting is not None and _is_text(setting.type) and text.startswith("["):  # a list of paths as they are typed
-            parsed.values.append((key, [part.strip().strip("'\"") for part in text[1:-1].split(",")], word))
-        elif setting is None:
-            problem, meant_key = hints.unknown_key(key, word, settings_by_key)
-            parsed.problems.append(problem)
-            parsed.suspects |= {meant_key} if meant_key else set()
+        setting = setting_of(settings_by_key, key)
+        if setting is None:
+            unknown = hints.unknown_key(key, word, settings_by_key)
+            parsed.problems.append(unknown.problem)
+            parsed.suspects |= unknown.suspects
+        elif _is_text(setting.type) and text.startswith("["):
+            # A list of paths with characters that the grammar would want quoted.
+            paths = [part.strip().strip("'\"") for part in text[1:-1].split(",")]
+            parsed.values.append(TypedValue(key, paths, word))
         else:
             reason = str(error).splitlines()[0].split(" See https")[0]
             parsed.problems.append(f"{word}: cannot be read ({reason}); {key} is {describe(setting.type)}")
             parsed.suspects.add(key)
 
 
-def _entries(key: str, value: Any, word: str) -> list[tuple[str, Any, str]]:
-    """A value as (key, value, word); `budget={epochs: 3}` and `batch={...}` as a value for each of their settings."""
+def _entries(key: str, value: Any, word: str) -> list[TypedValue]:
+    """The settings that a value sets: `budget={epochs: 3}` and `batch={...}` set one for each entry."""
     if key not in ("batch", "budget") or not isinstance(value, dict):
-        return [(key, value, word)]
-    return [(f"{key}.{name}", entry, word) for name, entry in value.items()]
+        return [TypedValue(key, value, word)]
+    return [TypedValue(f"{key}.{name}", entry, word) for name, entry in value.items()]
 
 
 def _list_entries(text: str) -> list[str] | None:
-    """The words of a list; None where it is none."""
-    inner = text[1:-1].split(",") if text.startswith("[") and text.endswith("]") else None
-    return None if inner is None else [name for part in inner if (name := part.strip().strip("'\""))]
+    """The entries of `[a,b]` without quotes; None if the text is no list."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    entries = [part.strip().strip("'\"") for part in text[1:-1].split(",")]
+    return [entry for entry in entries if entry]
 
 
-def _is_text(hint: Any) -> bool:
-    """Whether the words of the user are the value: plain text, or the paths and patterns typed `Any`."""
-    if get_origin(hint) is dict:
+def _is_text(annotation: Any) -> bool:
+    """Whether the typed characters are the value: plain text, or the paths and patterns whose type is `Any`."""
+    if get_origin(annotation) is dict:
         return False
-    return hint in (str, Any) or (get_args(hint) != () and set(get_args(hint)) <= {str, type(None)})
+    alternatives = set(get_args(annotation))
+    is_optional_text = bool(alternatives) and alternatives <= {str, type(None)}
+    return annotation in (str, Any) or is_optional_text
 
 
 def _is_syntax(text: str) -> bool:
-    """Whether text is meant for the grammar: null, a list, pairs, or quoted as a whole."""
-    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
-    pairs = text.startswith("{") and text.endswith("}") and ":" in text
-    return text == "null" or quoted or pairs or (text.startswith("[") and text.endswith("]"))
+    """Whether a text is meant for the grammar: null, a list, pairs, or quoted as a whole."""
+    is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+    is_list = text.startswith("[") and text.endswith("]")
+    is_pairs = text.startswith("{") and text.endswith("}") and ":" in text
+    return text == "null" or is_quoted or is_list or is_pairs

@@ -20,14 +20,23 @@ def cards() -> dict[str, dict[str, Any]]:
 
 
 def price_of(device: str) -> float | None:
-    """US dollars an hour for a card, by its driver's name; None where conf/hardware does not say."""
-    return next((card.get("price_per_hour") for card in cards().values() if card.get("name") == device), None)
+    """US dollars per hour for a card, by its driver's name; None if conf/hardware does not say."""
+    for card in cards().values():
+        if card.get("name") == device:
+            return card.get("price_per_hour")
+    return None
 
 
 def price_by_word(word: str) -> float | None:
-    """The same by a site's word for the card, such as the `h100` of `gpu:h100:8`; None where it fits cards of several prices."""
+    """US dollars per hour by a site's word for a card, such as the `h100` of `gpu:h100:8`.
+
+    None if it fits no card, or cards of several prices.
+    """
     plain = re.sub(r"[^a-z0-9]", "", word.lower())
     if not plain:
         return None
-    prices = {card.get("price_per_hour") for name, card in cards().items() if name.replace("_", "").startswith(plain)}
+    prices = set()
+    for name, card in cards().items():
+        if name.replace("_", "").startswith(plain):
+            prices.add(card.get("price_per_hour"))
     return prices.pop() if len(prices) == 1 else None

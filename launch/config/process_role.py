@@ -14,6 +14,7 @@ from strategies.errors import ConfigError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMERIC_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+UNSET_COMMAND = f"`unset {' '.join(RANK_VARIABLES)}`"
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 INTERACTIVE = str(0xFFFFFFFA)
 """SLURM's number for the step in which salloc puts a shell on the first node."""
@@ -40,13 +41,16 @@ def refuse_non_numbers(env: Mapping[str, str]) -> None:
     wrong = [f"{name}={env[name]}" for name in NUMERIC_RANK_VARIABLES if name in env and not env[name].isdecimal()]
     if wrong:
         raise ConfigError(
-            f"{' '.join(wrong)}: no whole number, so left over from something else? `unset {' '.join(RANK_VARIABLES)}`; a launcher of "
-            "your own must set them all"
+            f"{' '.join(wrong)}: no whole number, so left over from something else? {UNSET_COMMAND}; a launcher of your own "
+            "must set them all"
         )
 
 
 def refuse_lone_host(env: Mapping[str, str]) -> None:
-    """Refuse to run on the first host of an allocation of several, where the others would idle or be waited for."""
+    """Refuse to run on the first host of an allocation of several: the others would idle, or be waited for in vain.
+
+    Errors: ConfigError.
+    """
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
     by_hand = env.get("SLURM_STEP_ID") == INTERACTIVE or "SLURM_PTY_PORT" in env
     if nodes == 1 or ("SLURM_STEP_ID" in env and not by_hand):
@@ -56,26 +60,30 @@ def refuse_lone_host(env: Mapping[str, str]) -> None:
     if by_hand and _tasks(env) > 1:
         return
     where = "in a terminal on one" if by_hand else "outside srun, on the first"
+    overlap = "--overlap " if by_hand else ""
     raise ConfigError(
         f"SLURM_NNODES={nodes}: this process runs {where} of {nodes} hosts only; start it with `srun --nodes={nodes} "
-        f"--ntasks-per-node=1 {'--overlap ' if by_hand else ''}python -m launch.train ...` (one task a rank; with --nodes=1 "
-        "on this host alone), with slurm/train.sbatch, or with launcher=slurm"
+        f"--ntasks-per-node=1 {overlap}python -m launch.train ...` (one task a rank; with --nodes=1 on this host alone), with "
+        "slurm/train.sbatch, or with launcher=slurm"
     )
 
 
 def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
-    """Refuse variables of a rank that are not whole: they are left over from a job, and no other rank would come."""
-    set_variables = [f"{name}={env[name]}" for name in RANK_VARIABLES if name in env]
-    missing_names = [name for name in RANK_VARIABLES if name not in env]
-    if missing_names:
+    """Refuse variables of a rank if some are missing: they are left over from a job, and no other rank would come.
+
+    Errors: ConfigError.
+    """
+    present = [f"{name}={env[name]}" for name in RANK_VARIABLES if name in env]
+    missing = [name for name in RANK_VARIABLES if name not in env]
+    if missing:
         raise ConfigError(
-            f"{' '.join(set_variables)}: set without {' and '.join(missing_names)}, so left over from a job? `unset {' '.join(RANK_VARIABLES)}`; a "
-            "launcher of your own must set them all"
+            f"{' '.join(present)}: set without {' and '.join(missing)}, so left over from a job? {UNSET_COMMAND}; a launcher of "
+            "your own must set them all"
         )
 
 
 def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR ... of a task that srun started; what is already set is kept."""
+    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR ... of a task that srun started. What is already set is left out."""
     if "RANK" in env:
         return {}
     tasks = _tasks(env)
@@ -94,7 +102,9 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 def port(env: Mapping[str, str]) -> int:
     """A port that two jobs on a host, two starts or two steps of one job do not share; below the ephemeral range."""
-    job, restart, step = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    job = int(env.get("SLURM_JOB_ID") or 0)
+    restart = int(env.get("SLURM_RESTART_COUNT") or 0)
+    step = int(env.get("SLURM_STEP_ID") or 0)
     return 20000 + (job * 7 + restart + step * 131) % 10000
 
 
@@ -108,6 +118,7 @@ def tasks_on_node(counts: str, node: int) -> str:
 
 
 def _tasks(env: Mapping[str, str]) -> int:
+    """Tasks of this step of the job."""
     return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
 
 
@@ -121,33 +132,41 @@ def first_host(nodelist: str) -> str:
 
 
 def expand_hosts(nodelist: str) -> list[str]:
-    """The hosts of SLURM's shorthand in its order: `n[08-10],gpu1` is n08, n09, n10 and gpu1. Raises ConfigError.
+    """The hosts of SLURM's shorthand in its order: `n[08-10],gpu1` is n08, n09, n10 and gpu1. Errors: ConfigError.
 
-    It is read here and not by `scontrol show hostnames`, whose answer may stand among words that a site prints.
+    `scontrol show hostnames` could do it as well, but its answer may stand among words that a site prints.
     """
     hosts: list[str] = []
     for entry in _split_outside_brackets(nodelist):
         # Alternating: literal text, the inside of brackets, literal text ...
         pieces = BRACKETS.split(entry)
         if any(set(piece) & set("[] \t") for piece in pieces):
-            raise ConfigError(f"SLURM_JOB_NODELIST={nodelist}: is not written as SLURM writes hosts, such as n[1-4,7]")
-        choices = [_expand_ranges(piece, nodelist) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+            raise ConfigError(_not_slurms(nodelist))
+        choices = []
+        for number, piece in enumerate(pieces):
+            is_inside_brackets = number % 2 == 1
+            choices.append(_expand_ranges(piece, nodelist) if is_inside_brackets else [piece])
         hosts += ["".join(parts) for parts in itertools.product(*choices)]
     return hosts
 
 
+def _not_slurms(nodelist: str) -> str:
+    return f"SLURM_JOB_NODELIST={nodelist}: is not written as SLURM writes hosts, such as n[1-4,7]"
+
+
 def _split_outside_brackets(nodelist: str) -> list[str]:
+    """The parts between commas that stand outside brackets."""
     entries = re.split(r",(?![^\[]*\])", nodelist.strip())
     return [entry for entry in entries if entry]
 
 
 def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
-    """`08-10,12` as 08, 09, 10, 12: numbers keep the width of the first one of their range."""
+    """`08-10,12` as 08, 09, 10, 12: numbers keep the width of the first one of their range. Errors: ConfigError."""
     numbers: list[str] = []
     for part in ranges.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(f"SLURM_JOB_NODELIST={nodelist}: is not written as SLURM writes hosts, such as n[1-4,7]")
+            raise ConfigError(_not_slurms(nodelist))
         stop = int(last) if dash else int(first)
         numbers += [f"{number:0{len(first)}d}" for number in range(int(first), stop + 1)]
     return numbers

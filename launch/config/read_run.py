@@ -41,7 +41,7 @@ def uses_model_alone(value: OutsideValue, config: RunConfig) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ReadingVerb:
-    """The verb that reads a run, and what of the run it uses."""
+    """A verb that reads a run, and which of the run's values it uses."""
 
     command: list[str]
     """The words that were typed, the verb first."""
@@ -51,21 +51,24 @@ class ReadingVerb:
     own_groups: frozenset[str] = frozenset()
     """Groups of settings that the verb takes as its own words."""
     settled_groups: frozenset[str] = frozenset()
-    """Groups whose values do not come from this run: the verb has settled before that they may be used."""
+    """Groups whose values do not come from this run. The verb has checked before that they may be used."""
 
 
 def is_allowing_word(word: str) -> bool:
-    """Whether a word sets something that reaches out, and so may stand beside a run to allow it."""
+    """Whether a word sets a value that reaches out, and so may stand beside a run to allow that value."""
     key, assigned, _ = word.partition("=")
+    if not assigned or key.partition(".")[0] in OF_EACH_START:
+        return False
     try:
-        return bool(assigned) and key.partition(".")[0] not in OF_EACH_START and reach_of(key) is not Reach.describes
-    except KeyError:
+        return reach_of(key) is not Reach.describes
+    except KeyError:  # no setting
         return False
 
 
 def take_words(words: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
     """(words that allow a value of a run, without their prefix; the other words)."""
-    allowing, other_words = [], []
+    allowing: list[str] = []
+    other_words: list[str] = []
     for word in words:
         if word.startswith(prefix) and is_allowing_word(word.removeprefix(prefix)):
             allowing.append(word.removeprefix(prefix))
@@ -83,8 +86,8 @@ def read_run(
     """The configuration of a run, as its reader may use it.
 
     `words` are settings that the reader typed beside the run. Those that only allow a value are applied here; `change` gets the
-    others and applies them. A value that reaches out and that the verb does not need is set to its default, which a line says.
-    Errors: ConfigError if the verb needs a value that this user never typed, with the words that allow it.
+    others and applies them. A value that reaches out and that the verb does not use is set to its default, and a line says so.
+    Errors: ConfigError if the verb uses a value that this user never typed, with the words that allow it.
     """
     from launch.config.compose import load_frozen, typed_keys
 
@@ -94,13 +97,16 @@ def read_run(
     pin_commit(frozen, run_dir, may_fetch=False)
     config = change(_with_allowing_words(frozen, allowing), other_words)
     typed = typed_keys(words) | verb.settled_groups
-    used, unused, refused = [], [], []
+    used: list[OutsideValue] = []
+    unused: list[OutsideValue] = []
+    refused: list[OutsideValue] = []
     for value in outside_values(config):
+        is_of_task = any(key.startswith(TASKS_PREFIX) for key in value.settings)
         if value.is_among(typed) or trusted_values.is_remembered(value.identity):
             used.append(value)
         elif verb.uses(value, config):
             refused.append(value)
-        elif not any(key.startswith(TASKS_PREFIX) for key in value.settings):  # else no task is run
+        elif not is_of_task:  # a verb that does not use the values of a task runs no task
             unused.append(value)
     if refused:
         raise ConfigError(_refusal(run_dir, verb, refused))
@@ -128,7 +134,8 @@ def has_link_out(directory: Path, home: Path) -> bool:
     entries = [directory]
     for parent, folders, files in os.walk(directory):
         entries += [Path(parent, name) for name in (*folders, *files)]
-    return any(not entry.resolve().is_relative_to(top) for entry in entries if entry.is_symlink())
+    links = [entry for entry in entries if entry.is_symlink()]
+    return any(not link.resolve().is_relative_to(top) for link in links)
 
 
 def _split_words(words: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -138,40 +145,47 @@ def _split_words(words: list[str], own_groups: frozenset[str]) -> tuple[list[str
 
 
 def _with_allowing_words(config: RunConfig, allowing: list[str]) -> RunConfig:
-    """The configuration with the words that allow its values. Errors: ConfigError for one that would change the run's result."""
+    """The configuration with the words that allow its values.
+
+    Errors: ConfigError for a word that names another file than the run: that would change the run's result.
+    """
     from launch.config.compose import with_words
 
     if not allowing:
         return config
     allowed = with_words(config, allowing)
-    before, after = flat(plain(config)), flat(plain(allowed))
-    changed = [key for key, value in after.items() if value != before.get(key) and reach_of(key) is Reach.file]
-    if changed:
-        raise ConfigError(
-            [
-                f"{key}={after[key]}: the run has {before.get(key)}, which stays; give that, or leave it out"
-                for key in changed
-            ]
-        )
+    values_of_run = flat(plain(config))
+    problems = []
+    for key, value in flat(plain(allowed)).items():
+        of_run = values_of_run.get(key)
+        if value != of_run and reach_of(key) is Reach.file:
+            problems.append(f"{key}={value}: the run has {of_run}, which stays; give that, or leave it out")
+    if problems:
+        raise ConfigError(problems)
     return allowed
 
 
 def _refusal(run_dir: Path, verb: ReadingVerb, refused: list[OutsideValue]) -> str:
-    """What stands in the way, and the command that allows it: one problem, however it shows."""
-    words: dict[str, None] = {}
+    """What the reader never typed, and the command that allows it: one problem of several lines."""
+    allowing: dict[str, None] = {}
     for value in refused:
-        words |= dict.fromkeys(f"{verb.prefix}{shell_word(word)}" for word in value.words)
+        for word in value.words:
+            allowing[f"{verb.prefix}{shell_word(word)}"] = None
     typed = " ".join(shell_word(word) for word in verb.command)
     lines = [f"{run_dir}: its config.yaml reaches out of the run, by values that you have not typed before:"]
     lines += dict.fromkeys(f"{value.shell_words}: it {value.effect}" for value in refused)
-    lines += ["if you trust them, type them once:", f"  shardtune {typed} {' '.join(words)}"]
-    if (home := trusted_values.directory()) is not None:
+    lines += ["if you trust them, type them once:", f"  shardtune {typed} {' '.join(allowing)}"]
+    home = trusted_values.directory()
+    if home is not None:
         lines.append(f"what you typed is kept in {home}; in a container, mount that directory")
     return "\n    ".join(lines)
 
 
 def _print_unused(run_dir: Path, unused: list[OutsideValue]) -> None:
+    """Say which settings of the run are not used, in a line on stderr."""
     if not unused:
         return
-    keys = dict.fromkeys(key for value in unused for key in value.settings)
+    keys: dict[str, None] = {}
+    for value in unused:
+        keys |= dict.fromkeys(value.settings)
     print(f"{run_dir}: not used, since you have not typed it before: {', '.join(keys)}", file=sys.stderr, flush=True)

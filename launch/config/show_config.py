@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.config.user_files import is_file_word
 from strategies.errors import ConfigError
 from strategies.redaction import redacted
 
@@ -16,9 +18,9 @@ INFO_KINDS = ("all", "config", "defaults", "searchpath", "plugins")
 
 
 def show(composed: Composed, kind: str) -> None:
-    """Print the configuration of the run, Hydra's own, or both. Raises ConfigError, after that, for values out of range.
+    """Print the configuration of the run, Hydra's own, or both (`kind`). Values out of range are a ConfigError after that.
 
-    What a run needs besides, such as a model, may be missing: a part of a configuration can be looked at.
+    Nothing else is checked: a configuration can be looked at while its model or data is still missing.
     """
     from trainer.config.ranges import range_problems
 
@@ -26,7 +28,8 @@ def show(composed: Composed, kind: str) -> None:
         print(f"# sha256: {composed.sha256}\n{redacted(composed.yaml)}", end="")
     if kind in ("hydra", "all"):
         print(f"# Hydra's own settings, which are fixed here\n{hydra_yaml(composed.overrides)}", end="")
-    if problems := range_problems(composed.config):
+    problems = range_problems(composed.config)
+    if problems:
         sys.stdout.flush()
         raise ConfigError(problems)
 
@@ -39,9 +42,8 @@ def hydra_yaml(words: list[str]) -> str:
 
 
 def composition_lines(words: list[str]) -> list[str]:
-    """Where the configuration comes from: directories, the choice of each group, versions; for a person, in 80 columns."""
+    """Where the configuration comes from, for a person: versions, directories, and the file of each group's choice."""
     from importlib.metadata import version
-    from pathlib import Path
 
     from launch.config.choices import CONF_DIR, OWN_DIRECTORIES
 
@@ -50,17 +52,29 @@ def composition_lines(words: list[str]) -> list[str]:
     lines += [f"            {directory} (--config-dir)" for directory in OWN_DIRECTORIES]
     lines.append("chosen, in this order; the last word wins:")
     for group, choice in reversed(choices.items()):
-        if group.startswith("hydra/"):
-            continue
-        candidates = [directory / group / f"{choice}.yaml" for directory in (CONF_DIR, *OWN_DIRECTORIES)]
-        file: Path | None = next((directory for directory in candidates if directory.exists()), None)
-        text = "none" if choice is None else f"{choice}" + (f"  {_short_path(file)}" if file else "  no such file")
-        lines.append(f"  {group:<12}{text}")
-    file_words = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
-    return [*lines, *(f"  {'file':<12}{word}" for word in file_words)]
+        if not group.startswith("hydra/"):
+            lines.append(f"  {group:<12}{_choice_text(group, choice)}")
+    for word in words:
+        if is_file_word(word):
+            lines.append(f"  {'file':<12}{word}")
+    return lines
+
+
+def _choice_text(group: str, choice: str | None) -> str:
+    """The choice of a group with the file that it is read from."""
+    from launch.config.choices import CONF_DIR, OWN_DIRECTORIES
+
+    if choice is None:
+        return "none"
+    for directory in (CONF_DIR, *OWN_DIRECTORIES):
+        file = directory / group / f"{choice}.yaml"
+        if file.exists():
+            return f"{choice}  {_short_path(file)}"
+    return f"{choice}  no such file"
 
 
 def _hydra(words: list[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """Hydra's own configuration for these words, as nested dictionaries."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -76,7 +90,8 @@ def _hydra(words: list[str]) -> dict[str, dict[str, dict[str, str]]]:
     return hydra_settings  # type: ignore[return-value]
 
 
-def _short_path(path: object) -> str:
+def _short_path(path: Path) -> str:
+    """A file of ours from `conf/` on; one of the user's whole."""
     from launch.config.choices import CONF_DIR
 
     text = str(path)

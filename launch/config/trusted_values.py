@@ -24,9 +24,9 @@ STATE_VARIABLE = "SHARDTUNE_STATE"
 """The environment variable that names another directory."""
 SUBDIRECTORY = "typed"
 MOST_VALUES = 2000
-"""Values that are kept. Beyond that, those that were not used for longest are forgotten."""
+"""Most values that are kept. Beyond that, those that were not used for longest are forgotten."""
 DAY_S = 86400.0
-"""Seconds after which a value that is used is noted as used again."""
+"""Seconds after which the use of a value is noted again, so that not every start writes."""
 WRITABLE_BY_OTHERS = 0o022
 """Bits of a directory's mode. Values in such a directory may be somebody else's, and are not believed."""
 

@@ -12,9 +12,9 @@ from strategies.errors import ConfigError
 
 SUFFIXES = (".yaml", ".yml")
 CHOSEN_BY_NAME = ("tuning", "objective", "strategy", "optim", "schedule", "launcher")
-"""Groups whose settings hold the choice as `name`; elsewhere a `name` is a setting."""
+"""Groups whose block holds the choice as `name`. In other groups a `name` is a setting."""
 NOT_SETTINGS = ("substitutions",)
-"""What a frozen `config.yaml` holds beside settings."""
+"""Keys of a frozen `config.yaml` that are no settings."""
 
 
 def is_file_word(word: str) -> bool:
@@ -30,10 +30,34 @@ def own_files_may_apply(words: Iterable[str]) -> bool:
 
 
 def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """(group choices, settings by full key) of a file. Errors: ConfigError where it cannot be read or is no such file.
+    """(group choices, settings by full key) of a file. Errors: ConfigError if it cannot be read or holds no settings.
 
     A choice is `tuning: lora`, an entry of `defaults`, or a block with a `name`, as in the config.yaml of a run.
     """
+    tree = _read_tree(word)
+    choices = dict(_defaults(word, tree.pop("defaults", [])))
+    values: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if key in NOT_SETTINGS:
+            continue
+        if key in groups() and isinstance(value, str):
+            choices[key] = value
+        elif key in groups() and isinstance(value, dict):
+            block = dict(value)
+            if key in CHOSEN_BY_NAME and "name" in block:
+                choices[key] = str(block.pop("name"))
+            values += _leaves(key, block)
+        elif isinstance(value, dict):
+            values += _leaves(str(key), value)
+        elif value is None and is_block(str(key)):
+            continue  # all lines of the block are comments
+        else:
+            values.append((str(key), value))
+    return choices, values
+
+
+def _read_tree(word: str) -> dict[Any, Any]:
+    """The file as nested dictionaries. Errors: ConfigError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -47,42 +71,19 @@ def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
         raise ConfigError(f"{word}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{word}: holds no settings; write them as in `tuning: lora` or `optim: {{lr: 2e-4}}`")
-    choices = dict(_defaults(word, tree.pop("defaults", [])))
-    values: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if key in NOT_SETTINGS:
-            continue
-        if key in groups() and isinstance(value, str):
-            choices[key] = value
-        elif key in groups() and isinstance(value, dict):
-            has_choice = key in CHOSEN_BY_NAME and "name" in value
-            if has_choice:
-                choices[key] = str(value["name"])
-            values += _leaves(
-                key,
-                {
-                    inner_key: inner_value
-                    for inner_key, inner_value in value.items()
-                    if not (has_choice and inner_key == "name")
-                },
-            )
-        elif isinstance(value, dict):
-            values += _leaves(str(key), value)
-        elif value is None and is_block(str(key)):
-            continue  # all lines of the block are comments
-        else:
-            values.append((str(key), value))
-    return choices, values
+    return tree
 
 
 def is_block(key: str) -> bool:
     """Whether a key of the outermost level holds settings of its own."""
     from trainer.config.run import RunConfig
 
-    return key != "precision" and any(config_field.name == key for config_field in fields(RunConfig))
+    names = [config_field.name for config_field in fields(RunConfig)]
+    return key in names and key != "precision"
 
 
 def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
+    """(group, choice) of each entry of a `defaults` list, as Hydra writes it. Errors: ConfigError."""
     for entry in entries if isinstance(entries, list) else [entries]:
         if entry == "_self_":
             continue
@@ -93,7 +94,10 @@ def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
 
 
 def _leaves(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Settings by full key; an empty block sets nothing, and names with dots in them are a table of the user's, kept whole."""
+    """The settings of a block by full key. An empty block sets nothing.
+
+    A block in which a name has a dot is a table of the user's, and stays one value: the dot is no boundary of keys.
+    """
     leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, dict) and not any("." in str(name) for name in value):
@@ -107,17 +111,20 @@ def take_directories(argv: list[str]) -> list[str]:
     """The words without `--config-dir <directory>`, whose files become choices. Errors: ConfigError."""
     from launch.config.choices import add_directory
 
-    words, remaining = [], list(argv)
+    words = []
+    remaining = list(argv)
     while remaining:
         word = remaining.pop(0)
         flag, assigned, value = word.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            if not assigned and not remaining:
-                raise ConfigError(f"{word}: give a directory, as in --config-dir my/conf")
-            directory = Path(value if assigned else remaining.pop(0)).expanduser().resolve()
-            if not directory.is_dir():
-                raise ConfigError(f"--config-dir {directory}: there is no such directory")
-            add_directory(directory)
-        else:
+        if flag not in ("--config-dir", "-cd"):
             words.append(word)
+            continue
+        if not assigned:
+            if not remaining:
+                raise ConfigError(f"{word}: give a directory, as in --config-dir my/conf")
+            value = remaining.pop(0)
+        directory = Path(value).expanduser().resolve()
+        if not directory.is_dir():
+            raise ConfigError(f"--config-dir {directory}: there is no such directory")
+        add_directory(directory)
     return words

@@ -48,28 +48,28 @@ Declared = TypeVar("Declared", bound=VerbWords)
 
 @dataclass(frozen=True, kw_only=True)
 class WordSpec:
-    """How one word is typed, what it may be, and what `--help` says of it."""
+    """How one word is typed, which values it takes, and what `--help` says about it."""
 
     kind: str
     """`word` (key=value), `flag`, `bare` or `settings`."""
     text: str
-    """Its sentence in `--help`; of a bare word: what to say where there are more or fewer."""
+    """Its sentence in `--help`. For a bare word: what to say if there are more, or none."""
     key: str = ""
     """As it is typed; empty: the field's name, with `--` and dashes if it is a flag. A word may have dashes too: `--cfg job`."""
     also: tuple[str, ...] = ()
     """Other spellings of the key."""
     like: str = ""
-    """What `--help` and messages show behind the equals sign; empty: the default."""
+    """The example value in `--help` and messages; empty: the default."""
     needs: str = ""
     """The key of another word that must be typed too, or its beginning, as in `to=hub:`."""
     required: str = ""
     """What to do if it is not typed; empty: it may be left out."""
     beginning: str = ""
-    """Of settings: what the words that are taken begin with; empty: all are taken."""
+    """For settings: the words that begin with this are taken; empty: all."""
     and_flags: bool = False
-    """Of settings: whether flags that the verb does not know are handed on too."""
+    """For settings: whether flags that the verb does not know are handed on too."""
     choices: tuple[str, ...] = ()
-    """All that it may be. Of a word with dashes: the first one if it stands alone, as `--cfg` does."""
+    """All values that it takes. For a word with dashes, the first one is meant if it stands alone, as in `--cfg`."""
     least: float = -math.inf
     most: float = math.inf
     above: float | None = None
@@ -114,12 +114,12 @@ def read_words(verb: str, declaration: type[Declared], argv: Iterable[str]) -> t
 def read_group(
     prefix: str, defaults: Config, words: Iterable[str], *, once: bool = False
 ) -> tuple[Config, list[str], list[str]]:
-    """(settings with what `<prefix>.<field>=` words say in place of the defaults, the other words, a line about each problem).
+    """(settings with the typed values in place of the defaults, the other words, a line about each problem).
 
-    `defaults` is an object of a dataclass whose annotations say what the words may be.
-    `once`: a setting that is typed again is a problem; elsewhere the last one counts, as in the words of a run.
+    The words are `<prefix>.<field>=`, and `defaults` is an object of a dataclass whose annotations say what they may be.
+    `once`: a setting that is typed again is a problem; without it the last one counts, as in the words of a run.
     """
-    hints = get_type_hints(type(defaults))
+    annotations = get_type_hints(type(defaults))
     other_words: list[str] = []
     problems: list[str] = []
     changes: dict[str, Any] = {}
@@ -128,9 +128,9 @@ def read_group(
         group, dot, name = key.partition(".")
         if not (assigned and dot and group == prefix):
             other_words.append(argument)
-        elif name not in hints:
-            similar = difflib.get_close_matches(name, hints, n=1)
-            names_text = ", ".join(f"{prefix}.{name}" for name in hints)
+        elif name not in annotations:
+            similar = difflib.get_close_matches(name, annotations, n=1)
+            names_text = ", ".join(f"{prefix}.{known}" for known in annotations)
             hint = f"did you mean {prefix}.{similar[0]}?" if similar else f"one of {names_text}"
             problems.append(f"{argument}: there is no setting {key}; {hint}")
         elif once and name in changes:
@@ -138,11 +138,11 @@ def read_group(
         elif not text.strip():
             # A shell has put nothing in place of a variable that is not set.
             problems.append(f"{argument}: {key} needs a value")
-        elif text == "null" and type(None) in get_args(hints[name]):
+        elif text == "null" and type(None) in get_args(annotations[name]):
             changes[name] = None
         else:
             try:
-                changes[name] = convert(text, hints[name])
+                changes[name] = convert(text, annotations[name])
             except ValueError as error:
                 problems.append(f"{argument}: {error}")
     return replace(defaults, **changes), other_words, problems  # type: ignore[type-var]
@@ -150,12 +150,8 @@ def read_group(
 
 def declared_in(module: ModuleType) -> list[type[VerbWords]]:
     """The declarations that a module defines or imports."""
-    declarations = [
-        declaration
-        for declaration in vars(module).values()
-        if isinstance(declaration, type) and issubclass(declaration, VerbWords)
-    ]
-    return [declaration for declaration in declarations if declaration is not VerbWords]
+    classes = [found for found in vars(module).values() if isinstance(found, type)]
+    return [found for found in classes if issubclass(found, VerbWords) and found is not VerbWords]
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
@@ -170,16 +166,18 @@ def did_you_mean(typed: str, known: Iterable[str], *, end: str = "") -> str:
 
 
 def help_rows(declaration: type[VerbWords], extra_rows: Mapping[str, str] | None = None) -> str:
-    """The rows of `--help`: one for each word, then those of `extra_rows` (head and text), then one for each flag."""
+    """The rows of `--help`: one for each word, then `extra_rows` (head and text), then one for each flag."""
     declared = specs(declaration)
     rows: dict[str, str] = {}
     for name, spec in declared.items():
         if spec.kind == "word":
-            default_value = _default(declaration.__dataclass_fields__[name])
+            example = spec.like or _default_text(_default(declaration.__dataclass_fields__[name]))
             between = " " if spec.key.startswith("-") else "="
-            rows[f"{spec.key}{between}{spec.like or _default_text(default_value)}"] = spec.text
+            rows[f"{spec.key}{between}{example}"] = spec.text
     rows |= extra_rows or {}
-    rows |= {", ".join((spec.key, *spec.also)): spec.text for spec in declared.values() if spec.kind == "flag"}
+    for spec in declared.values():
+        if spec.kind == "flag":
+            rows[", ".join((spec.key, *spec.also))] = spec.text
     width = max((len(head) for head in rows if len(head) <= WIDEST_HEAD), default=0)
     return "\n".join(f"  {head:<{width}}  {text}" for head, text in rows.items())
 
@@ -195,29 +193,29 @@ def group_rows(prefix: str, settings: type) -> dict[str, str]:
     }
 
 
-def convert(text: str, hint: Any, spec: WordSpec | None = None) -> Any:
-    """The text as a value of the annotated type. Raises ValueError with what it must be."""
+def convert(text: str, annotation: Any, spec: WordSpec | None = None) -> Any:
+    """The text as a value of the annotated type. Raises ValueError that says what it must be."""
     spec = spec or WordSpec(kind="word", text="")
-    if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (alternative for alternative in get_args(hint) if alternative is not type(None))
-        if text == "null" and hint is not str:
+    if get_origin(annotation) in (Union, types.UnionType):
+        (annotation,) = (part for part in get_args(annotation) if part is not type(None))
+        if text == "null" and annotation is not str:
             return None
-    if get_origin(hint) is list:
-        (entry_hint,) = get_args(hint)
-        return [convert(entry, entry_hint, spec) for entry in split_list(text)]
-    if hint is bool:
+    if get_origin(annotation) is list:
+        (entry_type,) = get_args(annotation)
+        return [convert(entry, entry_type, spec) for entry in split_list(text)]
+    if annotation is bool:
         if text.lower() not in SPELLINGS:
             raise ValueError("must be true or false")
         return SPELLINGS[text.lower()]
-    if hint in (int, float):
-        return _number(text, hint, spec)
-    if isinstance(hint, type) and issubclass(hint, Enum):
+    if annotation in (int, float):
+        return _number(text, annotation, spec)
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
         # By its name: that is how the settings of a run are typed.
-        _check_choice(text, tuple(member.name for member in hint))
-        return hint[text]
+        _check_choice(text, tuple(member.name for member in annotation))
+        return annotation[text]
     if spec.choices:
         _check_choice(text, spec.choices)
-    return Path(text).expanduser() if hint is Path else text
+    return Path(text).expanduser() if annotation is Path else text
 
 
 def split_list(text: str) -> list[str]:
@@ -239,26 +237,31 @@ def _exists(argument: str) -> bool:
         return False
 
 
-def _number(text: str, hint: type, spec: WordSpec) -> float:
-    """A whole number or any, within the bounds of the word. Raises ValueError with the bounds."""
-    number = math.nan
-    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        number = int(text)
-    elif hint is float and re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", text, re.IGNORECASE):
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
+def _number(text: str, annotation: type, spec: WordSpec) -> float:
+    """A whole number (`int`) or any, within the bounds of the word. Raises ValueError with the bounds."""
+    number = _parse_number(text, annotation)
     is_above = spec.above is None or number > spec.above
     if is_above and spec.least <= number <= spec.most:
-        return hint(number)
-    name = "a whole number" if hint is int else "a number"
+        return annotation(number)
+    name = "a whole number" if annotation is int else "a number"
     bounds = "" if spec.above is None else f" above {spec.above:g}"
     if spec.least > -math.inf and spec.most < math.inf:
         bounds = f" from {spec.least:g} to {spec.most:g}"
     elif spec.least > -math.inf:
         bounds = f", at least {spec.least:g}"
     raise ValueError(f"must be {name}{bounds}")
+
+
+def _parse_number(text: str, annotation: type) -> float:
+    """The number that is written, and NaN for any other text, which lies within no bounds."""
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        return int(text)
+    if annotation is float and re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", text, re.IGNORECASE):
+        try:
+            return float(text)
+        except ValueError:  # several points, or none but points
+            return math.nan
+    return math.nan
 
 
 def _check_choice(text: str, choices: tuple[str, ...]) -> None:
@@ -273,8 +276,8 @@ def _declared(default: Any, spec: WordSpec) -> Any:
 
 
 def specs(declaration: type[VerbWords]) -> dict[str, WordSpec]:
-    """What is declared of each field, by the field's name, with the key as it is typed. Lists of words have no key."""
-    specs = {}
+    """The declared words by the field's name, each with the key as it is typed. Lists of words have no key."""
+    specs_by_name = {}
     for declared in fields(declaration):
         spec: WordSpec | None = declared.metadata.get(_SPEC)
         if spec is None:
@@ -284,8 +287,8 @@ def specs(declaration: type[VerbWords]) -> dict[str, WordSpec]:
             key = declared.name
         elif spec.kind == "flag" and not key:
             key = "--" + declared.name.replace("_", "-")
-        specs[declared.name] = replace(spec, key=key)
-    return specs
+        specs_by_name[declared.name] = replace(spec, key=key)
+    return specs_by_name
 
 
 def _default(declared: Field[Any]) -> Any:
@@ -312,29 +315,36 @@ class _WordReader:
         self.verb = verb
         self.declaration = declaration
         self.specs = specs(declaration)
-        self.hints = get_type_hints(declaration)
-        self.keys = {key: name for name, spec in self.specs.items() for key in (spec.key, *spec.also) if key}
+        self.annotations = get_type_hints(declaration)
+        self.field_by_key: dict[str, str] = {}
         """The field's name by each spelling of its key."""
+        for name, spec in self.specs.items():
+            for key in (spec.key, *spec.also):
+                if key:
+                    self.field_by_key[key] = name
         self.typed: dict[str, str] = {}
-        """The text of each word by the name of its field."""
+        """The text of each word, by the name of its field."""
         self.flags: set[str] = set()
+        """Fields of the flags that were typed."""
         self.empty: set[str] = set()
-        """Fields whose words were typed without a value: nobody forgot them."""
+        """Fields whose words were typed without a value: that is one problem, and "not set" would be a second."""
         self.bare: list[str] = []
+        """Words without an equals sign."""
         self.settings: list[str] = []
+        """Words that the verb hands on."""
         self.problems: list[str] = []
 
     def with_values(self, argv: list[str]) -> Iterator[str]:
-        """The arguments, in which a dashed word and its value are one: `--shard 0/8` and `--cfg job` are two for a shell."""
+        """The arguments, with a dashed word and its value as one: for a shell, `--shard 0/8` and `--cfg job` are two."""
         while argv:
             argument = argv.pop(0)
-            name = self.keys.get(argument)
+            name = self.field_by_key.get(argument)
             if name is None or self.specs[name].kind != "word" or not argument.startswith("-"):
                 yield argument
                 continue
             choices = self.specs[name].choices
             text = ""
-            if bool in (self.hints[name], *get_args(self.hints[name])):
+            if bool in (self.annotations[name], *get_args(self.annotations[name])):
                 text = "true"
             elif choices and not (argv and argv[0] in choices):
                 text = choices[0]  # such a word may stand alone
@@ -345,7 +355,7 @@ class _WordReader:
     def take(self, argument: str) -> None:
         """Sort one argument in."""
         key, assigned, text = argument.partition("=")
-        name = self.keys.get(key)
+        name = self.field_by_key.get(key)
         kind = self.specs[name].kind if name is not None else ""
         if name is not None and kind == "flag" and not assigned:
             self.flags.add(name)
@@ -355,7 +365,7 @@ class _WordReader:
             self._take_unknown_flag(argument)
         elif LOOKS_LIKE_KEY.match(argument) and not _exists(argument):
             self._take_unknown_key(argument)
-        elif self._names("bare"):
+        elif self._fields_of_kind("bare"):
             self.bare.append(argument)
         else:
             self._take_unknown_key(argument)
@@ -367,35 +377,41 @@ class _WordReader:
         for name, text in self.typed.items():
             spec = self.specs[name]
             try:
-                values[name] = convert(text, self.hints[name], spec)
+                values[name] = convert(text, self.annotations[name], spec)
             except ValueError as error:
                 self.problems.append(f"{spec.key}={text}: {error}")
-        for name in self._names("settings"):
+        for name in self._fields_of_kind("settings"):
             values[name] = self.settings
-        for name in self._names("bare"):
-            if get_origin(self.hints[name]) is list:
-                values[name] = [convert(entry, get_args(self.hints[name])[0]) for entry in self.bare]
-        for name, spec in self.specs.items():
-            is_typed = name in self.typed or name in self.flags
-            if spec.required and not is_typed and name not in self.empty:
-                self.problems.append(f"{spec.key}: not set; {spec.required}")
-            if spec.needs and is_typed and not self._is_typed(spec.needs):
-                typed_word = spec.key if spec.kind == "flag" else f"{spec.key}={self.typed[name]}"
-                self.problems.append(
-                    f"{typed_word}: goes with {self._needed_word(spec.needs)}; add that, or leave {spec.key} out"
-                )
+        for name in self._fields_of_kind("bare"):
+            if get_origin(self.annotations[name]) is list:
+                (entry_type,) = get_args(self.annotations[name])
+                values[name] = [convert(entry, entry_type) for entry in self.bare]
+        for name in self.specs:
+            self._check_needed_words(name)
         typed = {self.specs[name].key: text for name, text in self.typed.items()}
         return self.declaration(typed=typed, **values), self.problems
 
-    def _names(self, kind: str) -> list[str]:
+    def _check_needed_words(self, name: str) -> None:
+        """Note if a required word was not typed, or one without the word that it goes with."""
+        spec = self.specs[name]
+        is_typed = name in self.typed or name in self.flags
+        if spec.required and not is_typed and name not in self.empty:
+            self.problems.append(f"{spec.key}: not set; {spec.required}")
+        if spec.needs and is_typed and not self._is_typed(spec.needs):
+            typed_word = spec.key if spec.kind == "flag" else f"{spec.key}={self.typed[name]}"
+            needed_word = self._needed_word(spec.needs)
+            self.problems.append(f"{typed_word}: goes with {needed_word}; add that, or leave {spec.key} out")
+
+    def _fields_of_kind(self, kind: str) -> list[str]:
         return [name for name, spec in self.specs.items() if spec.kind == kind]
 
     def _take_own(self, name: str, argument: str, text: str) -> None:
+        """Take a word of the verb's own, with the text of its value."""
         key = self.specs[name].key
         if not text.strip():
-            like = self.specs[name].like or "..."
+            example = self.specs[name].like or "..."
             self.empty.add(name)
-            self.problems.append(f"{argument}: {key} needs a value, as in {key}={like}")
+            self.problems.append(f"{argument}: {key} needs a value, as in {key}={example}")
         elif name in self.typed:
             before = self.typed[name]
             self.problems.append(f"{argument}: {key} is given twice, as {before} and {text}; give one of the two")
@@ -403,15 +419,16 @@ class _WordReader:
             self.typed[name] = text
 
     def _take_unknown_flag(self, argument: str) -> None:
-        for name in self._names("settings"):
+        """Hand a flag on if the verb does so; else it is a problem."""
+        for name in self._fields_of_kind("settings"):
             # `--model.path=x` is a setting with dashes: whoever reads settings says how it is typed.
             is_setting = "=" in argument and not self.specs[name].beginning
             if self.specs[name].and_flags or is_setting:
                 self.settings.append(argument)
                 return
-        flags = [spec.key for spec in self.specs.values() if spec.key.startswith("-")] + ["--help"]
-        known_flags = ", ".join(flags[:-1]) + f" and {flags[-1]}" if len(flags) > 1 else flags[0]
-        hint = did_you_mean(argument, flags) or f"; {self.verb} takes {known_flags}"
+        flags = [spec.key for spec in self.specs.values() if spec.key.startswith("-")]
+        known_flags = f"{', '.join(flags)} and --help" if flags else "--help"
+        hint = did_you_mean(argument, [*flags, "--help"]) or f"; {self.verb} takes {known_flags}"
         self.problems.append(f"{argument}: there is no such flag{hint}")
 
     def _take_unknown_key(self, argument: str) -> None:
@@ -419,20 +436,22 @@ class _WordReader:
         key = argument.partition("=")[0]
         keys = [spec.key for spec in self.specs.values() if spec.kind == "word" and not spec.key.startswith("-")]
         is_misspelt = "." not in key and key not in groups() and difflib.get_close_matches(key, keys, cutoff=0.85)
-        beginnings = [self.specs[name].beginning for name in self._names("settings")]
+        beginnings = [self.specs[name].beginning for name in self._fields_of_kind("settings")]
         if not is_misspelt and any(argument.startswith(beginning) for beginning in beginnings):
             self.settings.append(argument)
             return
-        known_words = ", ".join([*(f"{name}=" for name in keys), *(f"{name}*" for name in beginnings)]) or "none"
-        hint = did_you_mean(key, keys, end="=") or f"; {self.verb} takes {known_words}"
+        known_words = [f"{name}=" for name in keys] + [f"{beginning}*" for beginning in beginnings]
+        hint = did_you_mean(key, keys, end="=")
+        if not hint:
+            hint = f"; {self.verb} takes {', '.join(known_words) or 'none'}"
         self.problems.append(f"{argument}: there is no such word{hint}")
 
     def _place_bare_words(self) -> None:
-        """Give each field for one bare word the next one, unless `key=` has said it; the rest stays for a list."""
+        """Give each field for one bare word the next one, unless `key=` has set it. The rest stays for a list."""
         placed: list[str] = []
         takes_rest = False
-        for name in self._names("bare"):
-            if get_origin(self.hints[name]) is list:
+        for name in self._fields_of_kind("bare"):
+            if get_origin(self.annotations[name]) is list:
                 takes_rest = True
                 continue
             if name not in self.typed and self.bare:
@@ -444,16 +463,16 @@ class _WordReader:
             self.problems.append(f"{' '.join(words)}: {advice}")
 
     def _is_typed(self, needs: str) -> bool:
-        """Whether a word of that key, or with that beginning, is among the arguments."""
+        """Whether the word of a key, or with a beginning such as `to=hub:`, is among the arguments."""
         key, _, beginning = needs.partition("=")
-        name = self.keys.get(key)
+        name = self.field_by_key.get(key)
         if name is not None:
             return name in self.typed and self.typed[name].startswith(beginning)
         return any(setting.startswith(f"{key}={beginning}") for setting in self.settings)
 
     def _needed_word(self, needs: str) -> str:
         """The needed word as it is typed."""
-        name = self.keys.get(needs)
+        name = self.field_by_key.get(needs)
         if name is None:
             return needs if "=" in needs else f"{needs}=..."
         spec = self.specs[name]

@@ -15,7 +15,7 @@ from launch.output import give
 from strategies.errors import ConfigError, StorageError, key_of_problem
 
 if TYPE_CHECKING:
-    from launch.config.importers.conversion import Converted, SettingNote
+    from launch.config.importers.conversion import Converted
 
 
 @dataclass(kw_only=True)
@@ -53,16 +53,16 @@ WIDTH = 80
 
 @dataclass(slots=True)
 class InitResult:
-    """What was written, and what is to be known of it."""
+    """The file that was written, and what the user should know about it."""
 
     to: str
     settings: dict[str, Any]
-    """What the file sets, by full key, the choices of groups included."""
+    """The settings of the file, by full key, the choices of groups included."""
     converted: Converted | None = None
     to_settle: list[str] = field(default_factory=list)
     """Why a run of the file would be refused as it is."""
     replaced: list[str] = field(default_factory=list)
-    """Settings of the other trainer's file in whose place something was typed."""
+    """Settings of the other trainer's file that a typed word overrides."""
 
 
 def main(argv: list[str]) -> int:
@@ -76,14 +76,14 @@ def main(argv: list[str]) -> int:
     if problems:
         raise ConfigError(problems)
     if words.source is not None:
-        written, text = _from_file(words.source, words.settings, words.to)
+        result, text = _file_from_other_trainer(words.source, words.settings, words.to)
     else:
-        written, text = _typed(words.settings, words.to)
+        result, text = _file_from_words(words.settings, words.to)
     _write(words.to, text)
     if words.as_json:
-        give(as_dict(written))
+        give(as_dict(result))
     else:
-        print("\n".join(said(written)))
+        print("\n".join(answer_lines(result)))
     return 0
 
 
@@ -97,123 +97,151 @@ def _target_problems(to: Path) -> Iterator[str]:
         yield f"to={to}: there is no directory {to.parent}; make it first"
 
 
-def _typed(words: list[str], target: Path) -> tuple[InitResult, str]:
-    """A file of what was typed alone, which must be a run that could start."""
+def _file_from_words(words: list[str], target: Path) -> tuple[InitResult, str]:
+    """(the result, the text of a file) of words alone, which must be a run that could start. Errors: ConfigError."""
     from launch.config.compose import compose
 
-    _no_removals(words)
+    _refuse_resets(words)
     compose(words)
-    head = [f"Settings of a run, written by `shardtune init`. Train with: shardtune train {target}", *_HOW]
-    return _made(words, target, None, head)
+    head = [f"Settings of a run, written by `shardtune init`. Train with: shardtune train {target}", *HOW_TO_EDIT]
+    return _build_file(words, target, None, head)
 
 
-def _from_file(source: str, typed: list[str], target: Path) -> tuple[InitResult, str]:
-    """A file of another trainer's settings, with what was typed before them."""
+def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tuple[InitResult, str]:
+    """(the result, the text of a file) of another trainer's file, which typed words override. Errors: ConfigError."""
     from launch.config.compose import compose
     from launch.config.hints import ranks_of
     from launch.config.importers.files import convert
 
-    _no_removals(typed)
+    _refuse_resets(typed)
     ranks = ranks_of(dict(word.partition("=")[::2] for word in typed), {})
     converted = convert(Path(source), ranks)
-    replaced = _give_way(converted, typed)
-    while True:
-        words = [f"{key}={value}" for key, value in _theirs(converted).items()] + typed
-        try:
-            compose(words, check=False)
-            break
-        except ConfigError as error:
-            problems = error.problems
-        bad = {
-            key: problem.removeprefix(f"{key}={value}").removeprefix(key).removeprefix(": ")
-            for key, value in _theirs(converted).items()
-            for problem in problems
-            if key_of_problem(problem) == key
-        }
-        if not bad:
-            raise ConfigError(problems)
-        for key, why in bad.items():
-            converted.drop(key, why)
+    replaced = _drop_overridden(converted, typed)
+    words = _words_that_compose(converted, typed)
+    to_settle: list[str] = []
     try:
         compose(words)
-        to_settle = []
     except ConfigError as error:
         to_settle = error.problems
     head = [
         f"Settings of a run, written by `shardtune init from={source}`, a file of {converted.trainer}. Train with: shardtune "
         f"train {target}",
         "A comment behind a setting says what it was there. What has no equal here is listed at the end.",
-        *_HOW,
+        *HOW_TO_EDIT,
     ]
-    written, text = _made(words, target, converted, head, to_settle)
-    written.to_settle, written.replaced = to_settle, replaced
-    return written, text
+    result, text = _build_file(words, target, converted, head, to_settle)
+    result.to_settle = to_settle
+    result.replaced = replaced
+    return result, text
 
 
-_HOW = [
+def _words_that_compose(converted: Converted, typed: list[str]) -> list[str]:
+    """The words of the other trainer's file, then the typed ones, without those of the file that cannot be used.
+
+    These are taken out of `converted`, with the reason. Errors: ConfigError if a typed word cannot be used.
+    """
+    from launch.config.compose import compose
+
+    while True:
+        file_words = _escaped_words(converted)
+        words = [f"{key}={value}" for key, value in file_words.items()] + typed
+        try:
+            compose(words, check=False)
+        except ConfigError as error:
+            problems = error.problems
+        else:
+            return words
+        reasons: dict[str, str] = {}
+        for problem in problems:
+            key = key_of_problem(problem)
+            if key in file_words:
+                text = problem.removeprefix(f"{key}={file_words[key]}").removeprefix(key)
+                reasons[key] = text.removeprefix(": ")
+        if not reasons:
+            raise ConfigError(problems)
+        for key in [key for key in file_words if key in reasons]:
+            converted.drop(key, reasons[key])
+
+
+HOW_TO_EDIT = [
     "A setting behind a `#` has the value shown unless it is set: remove the mark to set it. All are in docs/config.md."
 ]
+NEEDLESS_TITLE = "needs no setting here"
 
 
-def _no_removals(words: list[str]) -> None:
-    if bad := [f"{word}: a new file has nothing to go back from; leave it out" for word in words if word[:1] == "~"]:
-        raise ConfigError(bad)
+def _refuse_resets(words: list[str]) -> None:
+    """Refuse `~key`, which takes back what an experiment sets. Errors: ConfigError."""
+    problems = [
+        f"{word}: a new file has nothing to go back from; leave it out" for word in words if word.startswith("~")
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
-def _theirs(converted: Converted) -> dict[str, str]:
-    """The words of their file, in which nothing is looked up."""
+def _escaped_words(converted: Converted) -> dict[str, str]:
+    """Our words for the other trainer's file. `${...}` in them stays text, since somebody else may have written it."""
     from trainer.reporting.settings_file import literal
 
     return {key: literal(value) for key, value in converted.words.items()}
 
 
-def _give_way(converted: Converted, typed: list[str]) -> list[str]:
-    """Take out what is typed anew: the same key, another budget, other data; returns their settings."""
-    keys = {word.lstrip("+").partition("=")[0] for word in typed if "=" in word}
+def _drop_overridden(converted: Converted, typed: list[str]) -> list[str]:
+    """Take out the words that a typed one overrides: the same key, another budget, other data. Returns their settings."""
+    typed_keys = {word.lstrip("+").partition("=")[0] for word in typed if "=" in word}
+    has_budget = any(key.startswith("budget.") for key in typed_keys)
+    has_sources = any(key.startswith("data.sources.") for key in typed_keys)
     replaced: list[str] = []
     for key in list(converted.words):
-        again = key in keys
-        again |= key.startswith("budget.") and any(each.startswith("budget.") for each in keys)
-        again |= key.startswith("data.sources.") and "data.path" in keys
-        again |= key == "data.path" and any(each.startswith("data.sources.") for each in keys)
-        again |= key == "data.eval_share" and "data.eval_path" in keys
-        if again:
+        is_overridden = (
+            key in typed_keys
+            or (key.startswith("budget.") and has_budget)
+            or (key.startswith("data.sources.") and "data.path" in typed_keys)
+            or (key == "data.path" and has_sources)
+            or (key == "data.eval_share" and "data.eval_path" in typed_keys)
+        )
+        if is_overridden:
             del converted.words[key]
-            replaced += converted.origin.pop(key)
+            replaced += [str(source) for source in converted.origin.pop(key)]
     return replaced
 
 
-def _made(
+def _build_file(
     words: list[str], target: Path, converted: Converted | None, head: list[str], to_settle: list[str] | None = None
 ) -> tuple[InitResult, str]:
+    """(the result, the text of the file) for words that compose. `head`: the first sentences of the file."""
     from launch.config.overrides import parse
-    from launch.init.file import commented, text
+    from launch.init.file import commented, file_text
 
     parsed = parse(words)
-    origin = {key: "; ".join(theirs) for key, theirs in converted.origin.items()} if converted else {}
-    body = text(commented(head), parsed, origin, commented(_tail(converted, to_settle or [])))
-    settings = {**parsed.choices, **{key.removesuffix("_"): value for key, value, _ in parsed.values}}
-    return InitResult(str(target), settings, converted), body
+    origin = {}
+    if converted is not None:
+        origin = {key: "; ".join(map(str, sources)) for key, sources in converted.origin.items()}
+    text = file_text(commented(head), parsed, origin, commented(_tail(converted, to_settle or [])))
+    settings: dict[str, Any] = dict(parsed.choices)
+    for key, value, _ in parsed.values:
+        settings[key.removesuffix("_")] = value
+    return InitResult(str(target), settings, converted), text
 
 
 def _tail(converted: Converted | None, to_settle: list[str]) -> list[str]:
-    """What a file of another trainer said besides, for the end of ours."""
+    """The lines at the end of the file: what of another trainer's file is no setting of ours."""
     if converted is None:
         return []
     lines: list[str] = []
-    for title, entries in _parts(converted, to_settle):
-        lines += ["", f"{title}:", *(f"- {entry}" for entry in entries)] if entries else []
+    for title, entries in _sections(converted, to_settle):
+        if entries:
+            lines += ["", f"{title}:", *(f"- {entry}" for entry in entries)]
     return lines[1:]
 
 
-def _parts(converted: Converted, to_settle: list[str]) -> list[tuple[str, list[str]]]:
-    needless = [f"{each.setting}: {each.value}: {each.why}" for each in converted.needless]
+def _sections(converted: Converted, to_settle: list[str]) -> list[tuple[str, list[str]]]:
+    """(title, entries) of what the user should know about a converted file, in the order of importance."""
     return [
         ("to settle before it trains", to_settle),
         ("empty there, so nothing was said", [", ".join(converted.empty)] if converted.empty else []),
-        ("needs no setting here", needless),
-        ("taken, with a difference", [str(each) for each in converted.remarks]),
-        ("no equal here", [str(each) for each in converted.no_equal]),
+        (NEEDLESS_TITLE, [str(note) for note in converted.needless]),
+        ("taken, with a difference", [str(note) for note in converted.remarks]),
+        ("no equal here", [str(note) for note in converted.no_equal]),
     ]
 
 
@@ -227,41 +255,43 @@ def _write(path: Path, text: str) -> None:
         raise StorageError(f"to={path}: cannot be written ({error.strerror})") from error
 
 
-def as_dict(written: InitResult) -> dict[str, Any]:
+def as_dict(result: InitResult) -> dict[str, Any]:
     """The answer for programs."""
-    found: dict[str, Any] = {"to": written.to, "settings": written.settings}
-    if (converted := written.converted) is not None:
-
-        def rows(entries: list[SettingNote]) -> list[dict[str, str]]:
-            return [asdict(each) for each in entries]
-
-        found |= {
+    answer: dict[str, Any] = {"to": result.to, "settings": result.settings}
+    converted = result.converted
+    if converted is not None:
+        answer |= {
             "trainer": converted.trainer,
-            "origin": converted.origin,
-            "no_equal": rows(converted.no_equal),
-            "differs": rows(converted.remarks),
-            "needless": rows(converted.needless),
+            "origin": {key: [str(source) for source in sources] for key, sources in converted.origin.items()},
+            "no_equal": [asdict(note) for note in converted.no_equal],
+            "differs": [asdict(note) for note in converted.remarks],
+            "needless": [asdict(note) for note in converted.needless],
             "empty": converted.empty,
-            "replaced": written.replaced,
-            "to_settle": written.to_settle,
+            "replaced": result.replaced,
+            "to_settle": result.to_settle,
         }
-    return found
+    return answer
 
 
-def said(written: InitResult) -> list[str]:
+def answer_lines(result: InitResult) -> list[str]:
     """The answer for a person, in 80 columns."""
-    converted = written.converted
-    taken = f" of {converted.trainer}" if converted else ""
-    lines = [f"{written.to}: written, {len(written.settings)} settings{taken}", f"  shardtune train {written.to}"]
+    converted = result.converted
+    of_trainer = f" of {converted.trainer}" if converted else ""
+    lines = [f"{result.to}: written, {len(result.settings)} settings{of_trainer}", f"  shardtune train {result.to}"]
     if converted is None:
         return lines
-    parts = [("typed instead", written.replaced), *_parts(converted, written.to_settle)]
-    for title, entries in parts:
-        if title == "needs no setting here":
-            entries = [", ".join(each.setting for each in converted.needless)] if entries else []
-            title += f" (why: {written.to})"
-        lines += [f"{title}:", *(line for entry in entries for line in _folded(entry))] if entries else []
-    return lines if converted.no_equal else [*lines, "everything in it has an equal here"]
+    for title, entries in [("typed instead", result.replaced), *_sections(converted, result.to_settle)]:
+        if not entries:
+            continue
+        if title == NEEDLESS_TITLE:  # usually dozens: the names are enough here, the file has the reasons
+            title = f"{title} (why: {result.to})"
+            entries = [", ".join(note.setting for note in converted.needless)]
+        lines.append(f"{title}:")
+        for entry in entries:
+            lines += _folded(entry)
+    if not converted.no_equal:
+        lines.append("everything in it has an equal here")
+    return lines
 
 
 def _folded(entry: str) -> list[str]:

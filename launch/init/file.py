@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -29,51 +29,67 @@ logging.every_steps logging.wandb logging.project launcher.processes launcher.no
 launcher.time launcher.gpus_per_node
 """
 SHOWN = frozenset(NAMES.split())
-"""Settings that are shown where they are not set; those that the choices of a file do not have are left out."""
+"""Settings that the file shows as comments if they are not set, unless the choices of the file lack them."""
 
 
 def defaults_of(choices: Mapping[str, str]) -> RunConfig:
-    """The settings under these choices, before any is set and before `auto` becomes anything."""
+    """The settings under these choices, before any is set and while `auto` is still `auto`."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        found: Any = OmegaConf.to_object(compose("train", hydra_words(dict(choices))))
-    assert isinstance(found, RunConfig)
-    return found
+        defaults: Any = OmegaConf.to_object(compose("train", hydra_words(dict(choices))))
+    assert isinstance(defaults, RunConfig)
+    return defaults
 
 
-def text(head: list[str], parsed: Parsed, origin: Mapping[str, str], tail: list[str]) -> str:
-    """The whole file of words that compose. `origin` says of a key what it was elsewhere."""
-    given, whole = nested(parsed), defaults_of(parsed.choices)
-    chosen = {group: choice for group, choice in parsed.choices.items() if group not in CHOSEN_BY_NAME}
+@dataclass(frozen=True, slots=True)
+class FileContent:
+    """What a file of settings is written from."""
+
+    choices: Mapping[str, str]
+    """The choices that were typed, by group."""
+    defaults: RunConfig
+    """Every setting under these choices, with its default."""
+    origin: Mapping[str, str]
+    """What a setting was in another trainer's file, by our key."""
+
+
+def file_text(head: list[str], parsed: Parsed, origin: Mapping[str, str], tail: list[str]) -> str:
+    """The whole file for words that compose. `origin`: what a setting was in another trainer's file, by our key."""
+    content = FileContent(parsed.choices, defaults_of(parsed.choices), origin)
+    set_values = nested(parsed)
     lines = [*head, ""]
-    if chosen:
-        lines += ["defaults:", *(f"  - {group}: {choice}" for group, choice in chosen.items()), ""]
-    told = docstrings(RunConfig)
-    for name, hint in get_type_hints(RunConfig).items():
+    # The other choices stand in the block of their group, as `name`.
+    plain_choices = {group: choice for group, choice in parsed.choices.items() if group not in CHOSEN_BY_NAME}
+    if plain_choices:
+        lines += ["defaults:", *(f"  - {group}: {choice}" for group, choice in plain_choices.items()), ""]
+    sentences = docstrings(RunConfig)
+    for name, annotation in get_type_hints(RunConfig).items():
         if name == "substitutions":
             continue
-        if is_dataclass(hint) or name in variants():
-            assert isinstance(hint, type)
-            block = _group(name, hint, parsed, given.get(name, {}), whole, origin)
-            lines += [*block, ""] if block else []
+        if is_dataclass(annotation) or name in variants():
+            assert isinstance(annotation, type)
+            block = _group(name, annotation, set_values.get(name, {}), content)
         elif name == "batch":
-            lines += [*_folded(told[name], ""), "batch:", *_batch(given.get("batch", {}), whole, origin), ""]
+            block = [*_folded(sentences[name], ""), "batch:", *_batch(set_values.get("batch", {}), content)]
         else:
-            lines += [*_folded(told[name], ""), *_setting(name, name, given, getattr(whole, name), "", origin), ""]
+            default = getattr(content.defaults, name)
+            block = [*_folded(sentences[name], ""), *_setting(name, name, set_values, default, "", content)]
+        if block:
+            lines += [*block, ""]
     return "\n".join([*lines, *tail]).rstrip() + "\n"
 
 
 def nested(parsed: Parsed) -> dict[str, Any]:
-    """The values of the words as blocks."""
+    """The typed values as nested blocks."""
     tree: dict[str, Any] = {}
     for key, value, _ in parsed.values:
-        *above, last = key.split(".")
+        *parents, last = key.split(".")
         block = tree
-        for part in above:
-            block = block.setdefault(part, {})
+        for parent in parents:
+            block = block.setdefault(parent, {})
         last = last.removesuffix("_")
         if isinstance(value, dict) and isinstance(block.get(last), dict):
             block[last].update(value)
@@ -83,99 +99,122 @@ def nested(parsed: Parsed) -> dict[str, Any]:
 
 
 def dumped(value: Any) -> str:
-    """A value in YAML, on one line; nothing in it is looked up when it is read again."""
+    """A value in YAML, on one line."""
     import yaml
 
-    said = yaml.safe_dump(_plain(value), default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False)
-    return said.removesuffix("\n").removesuffix("\n...")
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False)
+    # YAML ends a document that is one bare value with `...`.
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _plain(value: Any) -> Any:
+    """A value without enums, which YAML cannot write."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return value
 
 
-def _group(
-    name: str, hint: type, parsed: Parsed, given: dict[str, Any], whole: RunConfig, origin: Mapping[str, str]
-) -> list[str]:
-    """One block of the outermost level; empty where nothing of it is set or shown."""
-    holder, lines = getattr(whole, name), list[str]()
-    settings = hint
+def _group(name: str, annotation: type, set_values: dict[str, Any], content: FileContent) -> list[str]:
+    """One block of the outermost level; empty if nothing in it is set or shown."""
+    group_defaults = getattr(content.defaults, name)
+    settings = annotation
+    lines: list[str] = []
     if name in CHOSEN_BY_NAME:
-        current = parsed.choices.get(name)
-        choice = current or str(dumped(holder.name))
-        settings = settings_of(name, choice) if name in variants() else hint
-        said = f"One of {', '.join(groups()[name])}; docs/config.md lists the settings of each."
-        mark = "" if current else "# "
-        lines += [*_folded(said, "  "), f"  {mark}name: {choice}{_was(name, origin) if current else ''}"]
-    lines += _block(name, settings, holder, given, whole, origin, 1)
-    about = [] if not settings.__doc__ else _folded(settings.__doc__.strip().split("\n\n")[0], "")
-    return [*about, f"{name}:", *(lines[1:] if not lines[0] else lines)] if lines else []
+        typed_choice = content.choices.get(name)
+        choice = typed_choice or str(dumped(group_defaults.name))
+        if name in variants():
+            settings = settings_of(name, choice)
+        lines += _folded(f"One of {', '.join(groups()[name])}; docs/config.md lists the settings of each.", "  ")
+        lines.append(f"  name: {choice}{_origin_comment(name, content)}" if typed_choice else f"  # name: {choice}")
+    lines += _block(name, settings, group_defaults, set_values, content, depth=1)
+    if not lines:
+        return []
+    about = []
+    if settings.__doc__:
+        about = _folded(settings.__doc__.strip().split("\n\n")[0], "")
+    if not lines[0]:  # an empty line stands between settings, not before the first one
+        lines = lines[1:]
+    return [*about, f"{name}:", *lines]
 
 
 def _block(
-    prefix: str,
-    settings: type,
-    holder: Any,
-    given: dict[str, Any],
-    whole: RunConfig,
-    origin: Mapping[str, str],
-    deep: int,
+    prefix: str, settings: type, defaults: Any, set_values: dict[str, Any], content: FileContent, *, depth: int
 ) -> list[str]:
-    """The settings of a class that are set or shown, those of its inner blocks where one of them is set."""
-    lines, told, hints, indent = list[str](), all_docstrings(settings), get_type_hints(settings), "  " * deep
-    for each in fields(settings):
-        name = each.name.removesuffix("_")
-        key, inner = f"{prefix}.{name}", hints[each.name]
-        chosen = deep == 1 and name == "name" and prefix in CHOSEN_BY_NAME
-        if chosen or (name not in given and key not in SHOWN):
+    """The settings of a class that are set or shown. An inner block stands there if it is set.
+
+    `prefix`: the key of the block. `defaults`: its object. `set_values`: what is set in it. `depth`: 1 for a group.
+    """
+    lines: list[str] = []
+    sentences = all_docstrings(settings)
+    annotations = get_type_hints(settings)
+    indent = "  " * depth
+    for setting in fields(settings):
+        name = setting.name.removesuffix("_")
+        key = f"{prefix}.{name}"
+        is_choice = depth == 1 and name == "name" and prefix in CHOSEN_BY_NAME
+        if is_choice or (name not in set_values and key not in SHOWN):
             continue
-        value = getattr(holder, each.name)
-        if is_dataclass(inner):
-            assert isinstance(inner, type)
-            below = _block(key, inner, value, given[name], whole, origin, deep + 1)
-            lines += ["", *_folded(told[each.name], indent), f"{indent}{name}:", *below[1:]] if below else []
-            continue
-        lines += ["", *_folded(told[each.name], indent), *_setting(key, name, given, value, indent, origin)]
+        default = getattr(defaults, setting.name)
+        annotation = annotations[setting.name]
+        if is_dataclass(annotation):
+            assert isinstance(annotation, type)
+            inner_lines = _block(key, annotation, default, set_values[name], content, depth=depth + 1)
+            if inner_lines:
+                lines += ["", *_folded(sentences[setting.name], indent), f"{indent}{name}:", *inner_lines[1:]]
+        else:
+            lines += ["", *_folded(sentences[setting.name], indent)]
+            lines += _setting(key, name, set_values, default, indent, content)
     return lines
 
 
-def _batch(given: dict[str, Any], whole: RunConfig, origin: Mapping[str, str]) -> list[str]:
-    names = ("global", "micro")
-    return [line for name in names for line in _setting(f"batch.{name}", name, given, whole.batch[name], "  ", origin)]
+def _batch(set_values: dict[str, Any], content: FileContent) -> list[str]:
+    """The block `batch`, which is a table and no class: both of its settings, set or commented."""
+    lines = []
+    for name in ("global", "micro"):
+        lines += _setting(f"batch.{name}", name, set_values, content.defaults.batch[name], "  ", content)
+    return lines
 
 
 def _setting(
-    key: str, name: str, given: Mapping[str, Any], default: Any, indent: str, origin: Mapping[str, str]
+    key: str, name: str, set_values: Mapping[str, Any], default: Any, indent: str, content: FileContent
 ) -> list[str]:
-    """The line of a setting: set, or commented with the value it has; a table has a line for each entry."""
-    if name not in given:
+    """The lines of a setting: set, or commented with its default. A table has a line for each entry."""
+    if name not in set_values:
         return [f"{indent}# {name}: {dumped(default)}"]
-    value = given[name]
+    value = set_values[name]
     if not isinstance(value, dict) or not value:
-        return [f"{indent}{dumped(name)}: {dumped(value)}{_was(key, origin)}"]
-    lines = [f"{indent}{dumped(name)}:{_was(key, origin)}"]
-    for inner in value:
-        lines += _setting(f"{key}.{inner}", inner, value, None, f"{indent}  ", origin)
+        return [f"{indent}{dumped(name)}: {dumped(value)}{_origin_comment(key, content)}"]
+    lines = [f"{indent}{dumped(name)}:{_origin_comment(key, content)}"]
+    for entry_name in value:
+        lines += _setting(f"{key}.{entry_name}", entry_name, value, None, f"{indent}  ", content)
     return lines
 
 
-def _was(key: str, origin: Mapping[str, str]) -> str:
-    """What a setting was in the file that it is from, as a comment."""
-    return f"  # {' '.join(origin[key].split())}" if key in origin else ""
+def _origin_comment(key: str, content: FileContent) -> str:
+    """What a setting was in the file that it is from, as a comment; empty if it was typed."""
+    return f"  # {' '.join(content.origin[key].split())}" if key in content.origin else ""
 
 
-def commented(lines: list[str]) -> list[str]:
-    """Sentences as comments."""
-    return [folded for line in lines for folded in (_folded(line, "") if line else ["#"])]
+def commented(sentences: list[str]) -> list[str]:
+    """Sentences as comments; an empty one is an empty line."""
+    lines = []
+    for sentence in sentences:
+        lines += _folded(sentence, "") if sentence else ["#"]
+    return lines
 
 
-def _folded(said: str, indent: str) -> list[str]:
-    said = " ".join(said.split())
+def _folded(sentence: str, indent: str) -> list[str]:
+    """A sentence as lines of comment."""
     begin = f"{indent}# "
     return textwrap.wrap(
-        said, WIDTH, initial_indent=begin, subsequent_indent=begin, break_on_hyphens=False, break_long_words=False
+        " ".join(sentence.split()),
+        WIDTH,
+        initial_indent=begin,
+        subsequent_indent=begin,
+        break_on_hyphens=False,
+        break_long_words=False,
     )

@@ -42,7 +42,7 @@ def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> P
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if path.exists():
         done = is_finished(run_dir)
-        same_or_refuse(composed, path, reached=bool(there) or done, another_way=another_way and not done)
+        same_or_refuse(composed, path, has_progress=bool(there) or done, may_compute_otherwise=another_way and not done)
     refuse_queued(run_dir)
     refuse_in_use(run_dir, composed.config.run.lease_s, pending)
     config = composed.config

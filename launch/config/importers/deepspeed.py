@@ -11,6 +11,16 @@ from launch.config.importers.equivalent import ForeignSettings, TranslatedSettin
 from launch.config.importers.names import translate
 
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+SCHEDULER_PARAMETERS = {
+    "warmup_num_steps": "schedule.warmup_steps",
+    "warmup_max_lr": "optim.lr",
+    "total_num_steps": "budget.steps",
+    "cos_min_ratio": "schedule.min_factor",
+}
+"""Our settings by the parameters of DeepSpeed's schedulers."""
+NVME_PATH = "strategy.nvme_path"
+BLOCKS = ("zero_optimization", "bf16", "bfloat16", "fp16", "optimizer", "scheduler", "wandb", "tensorboard")
+"""Blocks of the outermost level that have rules of their own."""
 TOP_LEVEL = {
     "prescale_gradients gradient_predivide_factor communication_data_type sparse_gradients data_types": TranslatedSetting(
         note="gradients are averaged over all tokens of a step, in the precision that the strategy chooses"
@@ -40,55 +50,74 @@ NOT_PASSED_ON = "it is not passed on to DeepSpeed: what its engine is told is de
 def convert(
     tree: Mapping[str, Any], conversion: Converted, outer: Mapping[str, str] | None = None, prefix: str = ""
 ) -> None:
-    """File every setting of `tree`; `outer` are those of the trainer that named the file, which go before it."""
+    """File every setting of `tree`.
+
+    `outer`: the settings of the trainer whose file names this one, which override it. `prefix`: what stands before the names of
+    settings in notes.
+    """
     foreign = ForeignSettings({**typed_values(tree), **(outer or {})})
     for key, value in tree.items():
-        name, block = f"{prefix}{key}", value if isinstance(value, dict) else None
+        name = f"{prefix}{key}"
         if _is_auto(value):
             conversion.empty.append(name)
-        elif key == "zero_optimization" and block is not None:
-            _add_zero(block, conversion, name)
-        elif key in ("bf16", "bfloat16", "fp16") and block is not None:
-            _add_precision(key, block, tree, conversion, name, alone=outer is None)
-        elif key == "optimizer" and block is not None:
-            _add_optimizer(block, conversion, name)
-        elif key == "scheduler" and block is not None:
-            _add_scheduler(block, conversion, name)
-        elif key in ("wandb", "tensorboard") and block is not None:
-            _add_tracker(key, block, conversion, name)
-        elif key == "steps_per_print":
-            conversion.add(name, value, TranslatedSetting({"logging.every_steps": as_typed(value)}))
-        elif (translation := _answer_in(TOP_LEVEL, key)) is not None:
-            conversion.add(name, value, translation)
+        elif key in BLOCKS and isinstance(value, dict):
+            _add_block(key, value, tree, conversion, name, is_own_file=outer is None)
         elif key == "activation_checkpointing":
-            conversion.add_no_equal(
-                name, value, "strategy.activation_checkpointing=full or selective recomputes activations"
-            )
+            why = "strategy.activation_checkpointing=full or selective recomputes activations"
+            conversion.add_no_equal(name, value, why)
         else:
-            translation_by_name = (
-                None if block is not None else translate(key, foreign) if str(key) in foreign.by_name else None
-            )
-            conversion.add(name, value, translation_by_name or TranslatedSetting(note=NOT_PASSED_ON))
+            conversion.add(name, value, _translate_top_level(key, value, foreign))
+
+
+def _add_block(
+    key: str, block: Mapping[str, Any], tree: Mapping[str, Any], conversion: Converted, name: str, *, is_own_file: bool
+) -> None:
+    """File one of `BLOCKS`."""
+    if key == "zero_optimization":
+        _add_zero(block, conversion, name)
+    elif key == "optimizer":
+        _add_optimizer(block, conversion, name)
+    elif key == "scheduler":
+        _add_scheduler(block, conversion, name)
+    elif key in ("wandb", "tensorboard"):
+        _add_tracker(key, block, conversion, name)
+    else:
+        _add_precision(key, block, tree, conversion, name, is_own_file=is_own_file)
+
+
+def _translate_top_level(key: str, value: Any, foreign: ForeignSettings) -> TranslatedSetting:
+    """A setting of the outermost level that is no block with a rule of its own."""
+    if key == "steps_per_print":
+        return TranslatedSetting({"logging.every_steps": as_typed(value)})
+    translation = _answer_in(TOP_LEVEL, key)
+    if translation is None and not isinstance(value, dict) and str(key) in foreign.by_name:
+        translation = translate(key, foreign)
+    return translation or TranslatedSetting(note=NOT_PASSED_ON)
 
 
 def _is_auto(value: Any) -> bool:
+    """Whether a value leaves the setting to DeepSpeed's integration."""
     return value is None or (isinstance(value, str) and value.lower() in ("auto", ""))
 
 
 def _answer_in(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
-    return next((translation for names, translation in table.items() if key in names.split()), None)
+    """The translation that a table has for a setting. Its keys are lists of names with blanks between."""
+    for names, translation in table.items():
+        if key in names.split():
+            return translation
+    return None
 
 
 def _add_zero(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
+    """File `zero_optimization`: the stage is our strategy, and the rest depends on it."""
     stage_text = as_typed(block.get("stage", 0))
     is_known_stage = stage_text in ("0", "1", "2", "3")
     words = rules.zero_words({**block, "stage": stage_text if is_known_stage else "0"})
     strategy = words["strategy"]
-    translation = (
-        TranslatedSetting({"strategy": strategy})
-        if is_known_stage
-        else TranslatedSetting(note="strategy is ddp, zero1, zero2 or zero3; type one")
-    )
+    if is_known_stage:
+        translation = TranslatedSetting({"strategy": strategy})
+    else:
+        translation = TranslatedSetting(note="strategy is ddp, zero1, zero2 or zero3; type one")
     conversion.add(f"{name}.stage", stage_text, translation)
     for key, value in block.items():
         full_name = f"{name}.{key}"
@@ -98,91 +127,86 @@ def _add_zero(block: Mapping[str, Any], conversion: Converted, name: str) -> Non
             conversion.empty.append(full_name)
         elif key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
             _add_offload(key, value, words, conversion, full_name)
-        elif key == "cpu_offload":
-            offload_words = {"strategy.offload_optimizer": "cpu"} if strategy != "ddp" else {}
-            conversion.add(
-                full_name,
-                value,
-                TranslatedSetting(offload_words) if is_true(as_typed(value)) else TranslatedSetting(needless=True),
-            )
-        elif key in ("stage3_param_persistence_threshold", "param_persistence_threshold") and strategy == "zero3":
-            conversion.add(
-                full_name,
-                value,
-                TranslatedSetting(
-                    {"strategy.persistence_threshold": format_number(parse_number(as_typed(value)) or 0)}
-                ),
-            )
-        elif key.startswith("stage3_") and strategy != "zero3":
-            conversion.add(full_name, value, TranslatedSetting(note="of stage 3 alone", needless=True))
         else:
-            conversion.add(full_name, value, _answer_in(ZERO_SETTINGS, key) or TranslatedSetting(note=NOT_PASSED_ON))
+            conversion.add(full_name, value, _translate_zero_setting(key, value, strategy))
+
+
+def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSetting:
+    """A setting of `zero_optimization`. `strategy`: what the stage is here."""
+    text = as_typed(value)
+    if key == "cpu_offload":  # a switch of older versions of DeepSpeed
+        if not is_true(text):
+            return TranslatedSetting(needless=True)
+        return TranslatedSetting({"strategy.offload_optimizer": "cpu"} if strategy != "ddp" else {})
+    if key in ("stage3_param_persistence_threshold", "param_persistence_threshold") and strategy == "zero3":
+        return TranslatedSetting({"strategy.persistence_threshold": format_number(parse_number(text) or 0)})
+    if key.startswith("stage3_") and strategy != "zero3":
+        return TranslatedSetting(note="of stage 3 alone", needless=True)
+    return _answer_in(ZERO_SETTINGS, key) or TranslatedSetting(note=NOT_PASSED_ON)
 
 
 def _add_offload(
     key: str, block: Mapping[str, Any], words: Mapping[str, str], conversion: Converted, name: str
 ) -> None:
+    """File `offload_optimizer` or `offload_param`. `words`: what the whole of `zero_optimization` is here."""
     our_key = "strategy.offload_optimizer" if key == "offload_optimizer" else "strategy.offload_parameters"
-    used_words = {
-        key_of_ours: words[key_of_ours] for key_of_ours in (our_key, "strategy.nvme_path") if key_of_ours in words
-    }
-    for inner, value in block.items():
-        if inner == "device":
-            conversion.add(
-                f"{name}.device",
-                value,
-                TranslatedSetting({our_key: words[our_key]}) if our_key in words else TranslatedSetting(needless=True),
-            )
-        elif inner == "nvme_path" and "strategy.nvme_path" in used_words:
-            conversion.add(
-                f"{name}.nvme_path", value, TranslatedSetting({"strategy.nvme_path": used_words["strategy.nvme_path"]})
-            )
-        elif inner == "pin_memory":
-            conversion.add(
-                f"{name}.pin_memory", value, TranslatedSetting(note="host memory is pinned on GPUs", needless=True)
-            )
+    for inner_key, value in block.items():
+        full_name = f"{name}.{inner_key}"
+        if inner_key == "device" and our_key in words:
+            conversion.add(full_name, value, TranslatedSetting({our_key: words[our_key]}))
+        elif inner_key == "device":
+            conversion.add(full_name, value, TranslatedSetting(needless=True))
+        elif inner_key == "nvme_path" and NVME_PATH in words:
+            conversion.add(full_name, value, TranslatedSetting({NVME_PATH: words[NVME_PATH]}))
+        elif inner_key == "pin_memory":
+            conversion.add(full_name, value, TranslatedSetting(note="host memory is pinned on GPUs", needless=True))
         else:
-            conversion.add_no_equal(f"{name}.{inner}", value, NOT_PASSED_ON)
+            conversion.add_no_equal(full_name, value, NOT_PASSED_ON)
 
 
 def _add_precision(
-    key: str, block: Mapping[str, Any], tree: Mapping[str, Any], conversion: Converted, name: str, *, alone: bool
+    key: str, block: Mapping[str, Any], tree: Mapping[str, Any], conversion: Converted, name: str, *, is_own_file: bool
 ) -> None:
-    kind = "fp16" if key == "fp16" else "bf16"
-    for inner, value in block.items():
+    """File a block `bf16` or `fp16`. `tree`: the whole file, which may have the other block too.
+
+    `is_own_file`: no other trainer names the file; if one does, that trainer's own settings decide on the precision.
+    """
+    precision = "fp16" if key == "fp16" else "bf16"
+    is_on = is_true(as_typed(block.get("enabled")))
+    for inner_key, value in block.items():
+        full_name = f"{name}.{inner_key}"
         if _is_auto(value):
-            conversion.empty.append(f"{name}.{inner}")
-        elif inner != "enabled":
-            is_on = is_true(as_typed(block.get("enabled")))
-            why = "the loss scale of fp16 finds itself" if kind == "fp16" else NOT_PASSED_ON
-            conversion.add(
-                f"{name}.{inner}",
-                value,
-                TranslatedSetting(note=why) if is_on else TranslatedSetting(note="it is off", needless=True),
-            )
-        elif is_true(as_typed(value)):
-            conversion.add(f"{name}.enabled", value, TranslatedSetting({"precision": kind}))
+            conversion.empty.append(full_name)
+        elif inner_key == "enabled":
+            decides = is_own_file and not _is_other_precision_on(key, tree)
+            conversion.add(full_name, value, _translate_enabled(value, precision, decides=decides))
+        elif not is_on:
+            conversion.add(full_name, value, TranslatedSetting(note="it is off", needless=True))
         else:
-            other_blocks = [tree.get(other_key) for other_key in ("fp16", "bf16", "bfloat16") if other_key != key]
-            is_said_elsewhere = any(
-                isinstance(other_key, dict) and not _is_off(other_key.get("enabled", False))
-                for other_key in other_blocks
-            )
-            off_translation = TranslatedSetting(
-                {"precision": "fp32"}, "off means fp32 there; auto takes what the card has"
-            )
-            conversion.add(
-                f"{name}.enabled",
-                value,
-                off_translation if alone and not is_said_elsewhere else TranslatedSetting(needless=True),
-            )
+            why = "the loss scale of fp16 finds itself" if precision == "fp16" else NOT_PASSED_ON
+            conversion.add(full_name, value, TranslatedSetting(note=why))
 
 
-def _is_off(value: Any) -> bool:
-    return not is_true(as_typed(value))
+def _translate_enabled(value: Any, precision: str, *, decides: bool) -> TranslatedSetting:
+    """The switch of a precision. `decides`: whether nothing else in the settings says the precision."""
+    if is_true(as_typed(value)):
+        return TranslatedSetting({"precision": precision})
+    if decides:
+        return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
+    return TranslatedSetting(needless=True)
+
+
+def _is_other_precision_on(key: str, tree: Mapping[str, Any]) -> bool:
+    """Whether a block of another precision than `key` is on."""
+    for other_key in ("fp16", "bf16", "bfloat16"):
+        block = tree.get(other_key)
+        if other_key != key and isinstance(block, dict) and is_true(as_typed(block.get("enabled", False))):
+            return True
+    return False
 
 
 def _parameters(block: Mapping[str, Any], conversion: Converted, name: str) -> Mapping[str, Any]:
+    """The `params` of an optimizer or scheduler; empty, with a note, if they are no block."""
     parameters = block.get("params")
     if isinstance(parameters, dict):
         return parameters
@@ -194,69 +218,67 @@ def _parameters(block: Mapping[str, Any], conversion: Converted, name: str) -> M
 
 
 def _add_optimizer(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
-    kind, parameters = block.get("type"), _parameters(block, conversion, name)
+    """File a block `optimizer`."""
+    kind = block.get("type")
+    parameters = _parameters(block, conversion, name)
     if kind is not None:
         conversion.add(f"{name}.type", kind, rules.CHOICES["optim"](as_typed(kind), ForeignSettings({})))
     for key, value in parameters.items():
+        full_name = f"{name}.params.{key}"
+        is_switch_on = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(as_typed(value))
         if _is_auto(value):
-            conversion.empty.append(f"{name}.params.{key}")
+            conversion.empty.append(full_name)
         elif key in ("lr", "betas", "eps", "weight_decay", "momentum"):
-            conversion.add(f"{name}.params.{key}", value, TranslatedSetting({f"optim.{key}": as_typed(value)}))
+            conversion.add(full_name, value, TranslatedSetting({f"optim.{key}": as_typed(value)}))
+        elif is_switch_on:
+            note = "weight decay is decoupled from the gradients, whatever the library behind it"
+            conversion.add(full_name, value, TranslatedSetting(note=note, needless=True))
         else:
-            why = "weight decay is decoupled from the gradients, whatever the library behind it"
-            torch_only = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(as_typed(value))
-            conversion.add(
-                f"{name}.params.{key}",
-                value,
-                TranslatedSetting(note=why if torch_only else NOT_PASSED_ON, needless=torch_only),
-            )
+            conversion.add(full_name, value, TranslatedSetting(note=NOT_PASSED_ON))
     for key in block.keys() - {"type", "params"}:
         conversion.add_no_equal(f"{name}.{key}", block[key], NOT_PASSED_ON)
 
 
 def _add_scheduler(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
-    kind, parameters = as_typed(block.get("type")), _parameters(block, conversion, name)
+    """File a block `scheduler`."""
+    kind = as_typed(block.get("type"))
+    parameters = _parameters(block, conversion, name)
     if kind not in SCHEDULES:
         conversion.add_no_equal(f"{name}.type", kind, "schedule is one of cosine, linear, constant, wsd")
     else:
-        logarithmic = kind != "WarmupCosineLR" and parameters.get("warmup_type", "log") == "log"
-        remark = "the rate rises linearly here, and there by the logarithm of the step" if logarithmic else ""
-        conversion.add(f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULES[kind]}, remark))
-    our_keys = {
-        "warmup_num_steps": "schedule.warmup_steps",
-        "warmup_max_lr": "optim.lr",
-        "total_num_steps": "budget.steps",
-        "cos_min_ratio": "schedule.min_factor",
-    }
+        # DeepSpeed's warmup is logarithmic unless it is told otherwise, but never that of WarmupCosineLR.
+        is_logarithmic = kind != "WarmupCosineLR" and parameters.get("warmup_type", "log") == "log"
+        note = "the rate rises linearly here, and there by the logarithm of the step" if is_logarithmic else ""
+        conversion.add(f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULES[kind]}, note))
     for key, value in parameters.items():
+        full_name = f"{name}.params.{key}"
+        starts_near_zero = key == "warmup_min_lr" and not parse_number(as_typed(value))
         if _is_auto(value):
-            conversion.empty.append(f"{name}.params.{key}")
-        elif key in our_keys:
-            conversion.add(f"{name}.params.{key}", value, TranslatedSetting({our_keys[key]: as_typed(value)}))
-        elif (key == "warmup_min_lr" and not parse_number(as_typed(value))) or key == "warmup_type":
-            conversion.add(
-                f"{name}.params.{key}",
-                value,
-                TranslatedSetting(note="the rate rises linearly from near 0", needless=True),
-            )
+            conversion.empty.append(full_name)
+        elif key in SCHEDULER_PARAMETERS:
+            conversion.add(full_name, value, TranslatedSetting({SCHEDULER_PARAMETERS[key]: as_typed(value)}))
+        elif starts_near_zero or key == "warmup_type":
+            note = "the rate rises linearly from near 0"
+            conversion.add(full_name, value, TranslatedSetting(note=note, needless=True))
         else:
-            conversion.add_no_equal(
-                f"{name}.params.{key}", value, "the schedule has no such setting; docs/config.md lists schedule.*"
-            )
+            why = "the schedule has no such setting; docs/config.md lists schedule.*"
+            conversion.add_no_equal(full_name, value, why)
 
 
 def _add_tracker(key: str, block: Mapping[str, Any], conversion: Converted, name: str) -> None:
+    """File a block `wandb` or `tensorboard`."""
     is_on = is_true(as_typed(block.get("enabled")))
-    for inner, value in block.items():
-        if inner == "enabled":
-            switch_words = {"logging.wandb": "online"} if key == "wandb" else {"logging.tensorboard": "true"}
-            conversion.add(
-                f"{name}.enabled", value, TranslatedSetting(switch_words) if is_on else TranslatedSetting(needless=True)
-            )
-        elif key == "wandb" and is_on and inner in ("project", "group"):
-            conversion.add(f"{name}.{inner}", value, TranslatedSetting({f"logging.{inner}": as_typed(value)}))
-        elif key == "wandb" and is_on and inner == "team":
-            conversion.add(f"{name}.team", value, TranslatedSetting({"logging.entity": as_typed(value)}))
+    for inner_key, value in block.items():
+        full_name = f"{name}.{inner_key}"
+        if inner_key == "enabled" and is_on:
+            words = {"logging.wandb": "online"} if key == "wandb" else {"logging.tensorboard": "true"}
+            conversion.add(full_name, value, TranslatedSetting(words))
+        elif inner_key == "enabled":
+            conversion.add(full_name, value, TranslatedSetting(needless=True))
+        elif key == "wandb" and is_on and inner_key in ("project", "group"):
+            conversion.add(full_name, value, TranslatedSetting({f"logging.{inner_key}": as_typed(value)}))
+        elif key == "wandb" and is_on and inner_key == "team":
+            conversion.add(full_name, value, TranslatedSetting({"logging.entity": as_typed(value)}))
         else:
-            why = "logs are in the run directory" if is_on else "it is off"
-            conversion.add(f"{name}.{inner}", value, TranslatedSetting(note=why, needless=True))
+            note = "logs are in the run directory" if is_on else "it is off"
+            conversion.add(full_name, value, TranslatedSetting(note=note, needless=True))

@@ -9,30 +9,36 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class TranslatedSetting:
-    """Our words for one of theirs."""
+    """What a setting of another trainer is here."""
 
     words: Mapping[str, str] = field(default_factory=dict)
-    """Our settings and their values, as typed; empty where there is no equal, or nothing to be set."""
+    """Our settings and their values, as typed; empty if there is no equal, or nothing needs to be set."""
     note: str = ""
-    """What is to be known besides: why there is no equal, or in what ours differs."""
+    """What the user should know: why there is no equal, or how ours differs."""
     needless: bool = False
-    """Whether nothing is lost without it: it is so anyway, or concerns the other trainer alone."""
+    """Whether nothing is lost without a word of ours: it is so anyway, or it concerns the other trainer alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignSettings:
-    """All settings that were written, by their plain names, and how many ranks there are, where that is known."""
+    """All settings of another trainer that were written, since the translation of one may depend on others."""
 
     by_name: Mapping[str, str]
+    """Their values, by plain name (`names.plain_name`)."""
     ranks: int | None = None
+    """Ranks of the run; None if nobody has said."""
 
     def get(self, *names: str) -> str | None:
         """The value of the first of these names that is set to something."""
-        return next((self.by_name[name] for name in names if is_set(self.by_name.get(name))), None)
+        for name in names:
+            value = self.by_name.get(name)
+            if is_set(value):
+                return value
+        return None
 
 
 def is_set(value: str | None) -> bool:
-    """Whether a value says something."""
+    """Whether a value is more than an empty text, null or `auto`."""
     return value is not None and value.lower() not in ("", "null", "none", "auto", "~")
 
 
@@ -42,7 +48,7 @@ def is_true(value: str | None) -> bool:
 
 
 def parse_number(value: str | None) -> float | None:
-    """The number that is written; None where it is none, or not finite."""
+    """The number that is written; None if it is no number, or not finite."""
     try:
         parsed = float(str(value).replace("_", ""))
     except ValueError:
@@ -51,10 +57,12 @@ def parse_number(value: str | None) -> float | None:
 
 
 def format_number(value: float) -> str:
-    """A number as people write it."""
-    return str(int(value)) if value == int(value) and abs(value) < 1e15 else f"{value:g}"
+    """A number as people write it: without `.0`."""
+    is_whole = value == int(value) and abs(value) < 1e15
+    return str(int(value)) if is_whole else f"{value:g}"
 
 
 def list_entries(value: str) -> list[str]:
-    """The entries of `[a,b]`, `a,b` or `a`."""
-    return [part.strip().strip("'\"") for part in value.strip().strip("[]").split(",") if part.strip().strip("'\"")]
+    """The entries of `[a,b]`, `a,b` or `a`, without quotes."""
+    entries = [part.strip().strip("'\"") for part in value.strip().strip("[]").split(",")]
+    return [entry for entry in entries if entry]

@@ -73,6 +73,7 @@ PROCESS_STARTING = {
 }
 """How accelerate starts processes."""
 UNKNOWN_SETTING = "no setting of this name is known here; docs/config.md lists all there are"
+NO_EQUAL_OF_BLOCK = "a block of settings has no equal as a whole"
 
 
 def convert(path: Path, ranks: int | None = None) -> Converted:
@@ -104,15 +105,17 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = atomic_io.reason(error) if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(f"from={path}: cannot be read ({reason})") from error
+    is_json = path.suffix == ".json"
     try:
-        if path.suffix == ".json":
+        if is_json:
             tree = json.loads(text)
         elif any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            # A few lines of aliases can stand for a tree without an end.
             raise ConfigError(f"from={path}: has YAML aliases (*name), which are not followed; write the values out")
         else:
             tree = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
+        kind = "JSON" if is_json else "YAML"
         raise ConfigError(f"from={path}: is no {kind} ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"from={path}: holds no settings; give a file of `name: value`")
@@ -120,9 +123,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def detect_trainer(tree: Mapping[str, Any]) -> str | None:
-    """The trainer that a file was written for; None where no name in it is known."""
-    inner_names = {f"{key}.{name}" for key, value in tree.items() if isinstance(value, dict) for name in value}
-    setting_names = {str(key) for key in tree} | inner_names
+    """The trainer that a file was written for; None if no name in it is known."""
+    setting_names = {str(key) for key in tree}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            setting_names |= {f"{key}.{name}" for name in value}
     for trainer, marks in MARKS.items():
         if setting_names & set(marks):
             return trainer
@@ -130,41 +135,48 @@ def detect_trainer(tree: Mapping[str, Any]) -> str | None:
 
 
 def _convert(tree: Mapping[str, Any], conversion: Converted, base: Path, ranks: int | None = None) -> None:
+    """File every setting of a trainer other than DeepSpeed, and what that trainer does without being told."""
     typed_by_name = {plain_name(key): value for key, value in typed_values(tree).items()}
-    defaults = {
-        key: value
-        for key, value in DEFAULTS.get(conversion.trainer, {}).items()
-        if key not in typed_by_name
-        and not any(other_name in typed_by_name for other_name in OVERRIDING_SETTINGS.get(key, ()))
-    }
+    defaults = _defaults_that_hold(conversion.trainer, typed_by_name)
     foreign = ForeignSettings({**defaults, **typed_by_name}, ranks)
     if conversion.trainer == AXOLOTL and "adapter" not in typed_by_name:
         conversion.add("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
-    for key in sorted(
-        tree, key=lambda name: DECIDING_FIRST.index(name) if name in DECIDING_FIRST else len(DECIDING_FIRST)
-    ):
+    for key in sorted(tree, key=_decides_first):
         _add_setting(str(key), tree, foreign, conversion, base)
     for key, value in defaults.items():
-        translation = translate(key, foreign)
-        conversion.add(
-            key, f"{value} (what {conversion.trainer} does)", translation or TranslatedSetting(needless=True)
-        )
+        translation = translate(key, foreign) or TranslatedSetting(needless=True)
+        conversion.add(key, f"{value} (what {conversion.trainer} does)", translation)
     if conversion.trainer == FACTORY and conversion.words.get("tuning") == "lora":
         rank = parse_number(foreign.get("lora_rank")) or 8
-        conversion.add("lora_rank", f"{format_number(rank)}", TranslatedSetting({"tuning.rank": format_number(rank)}))
+        conversion.add("lora_rank", format_number(rank), TranslatedSetting({"tuning.rank": format_number(rank)}))
         if "lora_alpha" not in typed_by_name:
+            alpha = format_number(2 * rank)
             conversion.add(
-                "lora_alpha",
-                "twice the rank (what LLaMA-Factory does)",
-                TranslatedSetting({"tuning.alpha": format_number(2 * rank)}),
+                "lora_alpha", "twice the rank (what LLaMA-Factory does)", TranslatedSetting({"tuning.alpha": alpha})
             )
+
+
+def _decides_first(key: str) -> int:
+    """The place of a setting in the order of filing."""
+    return DECIDING_FIRST.index(key) if key in DECIDING_FIRST else len(DECIDING_FIRST)
+
+
+def _defaults_that_hold(trainer: str, typed_by_name: Mapping[str, str]) -> dict[str, str]:
+    """The defaults of a trainer that nothing in its file overrides."""
+    defaults = {}
+    for key, value in DEFAULTS.get(trainer, {}).items():
+        overriding = (key, *OVERRIDING_SETTINGS.get(key, ()))
+        if not any(name in typed_by_name for name in overriding):
+            defaults[key] = value
+    return defaults
 
 
 def _add_setting(
     key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: Converted, base: Path
 ) -> None:
     """File one setting of the outermost level."""
-    value, name = tree[key], plain_name(key)
+    value = tree[key]
+    name = plain_name(key)
     if value is None or value in ("", [], {}):
         conversion.empty.append(key)
     elif name in ("datasets", "test_datasets"):
@@ -172,41 +184,46 @@ def _add_setting(
     elif name in ("dataset", "eval_dataset") and conversion.trainer == FACTORY:
         names = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         datasets.add_factory_datasets(names, name, str(tree.get("dataset_dir", "data")), conversion, base)
-    elif name == "dataset_dir":
-        conversion.add(key, value, TranslatedSetting(note="files are named whole in data.path", needless=True))
-    elif name in ("dataset", "dataset_name", "dataset_path"):
-        conversion.add(key, value, TranslatedSetting({"data.path": datasets.data_path(as_typed(value), base)}))
     elif name == "deepspeed":
         _add_deepspeed(value, foreign, conversion, base)
     elif name in ("fsdp", "fsdp_config"):
         _add_fsdp(key, tree, foreign, conversion)
-    elif name == "gradient_checkpointing" and value in ("unsloth", "offload"):
-        why = "activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
-        conversion.add_no_equal(key, value, why)
     elif name == "deepspeed_config" and isinstance(value, dict):
         _add_accelerate_deepspeed(value, foreign, conversion, base)
-    elif name in PROCESS_STARTING:
-        conversion.add(key, value, TranslatedSetting(note="processes are started by launcher.*", needless=True))
-    elif name not in NAMES:
-        conversion.add_no_equal(key, value, UNKNOWN_SETTING)
-    elif isinstance(value, dict):
-        translation = translate(name, ForeignSettings({**foreign.by_name, name: as_typed(value)}))
-        why = translation.note if translation and translation.note else "a block of settings has no equal as a whole"
-        conversion.add(
-            key, value, TranslatedSetting(note=why, needless=translation is not None and translation.needless)
-        )
     else:
-        translation = translate(name, foreign)
-        conversion.add(key, value, translation or TranslatedSetting(note=UNKNOWN_SETTING))
+        conversion.add(key, value, _translate_setting(name, value, foreign, base))
+
+
+def _translate_setting(name: str, value: Any, foreign: ForeignSettings, base: Path) -> TranslatedSetting:
+    """A setting of the outermost level that is translated by itself. `name`: its plain name."""
+    if name == "dataset_dir":
+        return TranslatedSetting(note="files are named whole in data.path", needless=True)
+    if name in ("dataset", "dataset_name", "dataset_path"):
+        return TranslatedSetting({"data.path": datasets.data_path(as_typed(value), base)})
+    if name == "gradient_checkpointing" and value in ("unsloth", "offload"):
+        return TranslatedSetting(
+            note="activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
+        )
+    if name in PROCESS_STARTING:
+        return TranslatedSetting(note="processes are started by launcher.*", needless=True)
+    if name not in NAMES:
+        return TranslatedSetting(note=UNKNOWN_SETTING)
+    if not isinstance(value, dict):
+        return translate(name, foreign) or TranslatedSetting(note=UNKNOWN_SETTING)
+    # A block has no equal as a whole, but its rule may say why, or that it is not needed.
+    translation = translate(name, ForeignSettings({**foreign.by_name, name: as_typed(value)}))
+    if translation is None:
+        return TranslatedSetting(note=NO_EQUAL_OF_BLOCK)
+    return TranslatedSetting(note=translation.note or NO_EQUAL_OF_BLOCK, needless=translation.needless)
 
 
 def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: Converted, base: Path) -> None:
+    """File `deepspeed`: a block of its settings, a file of them, or the name of a file that is not here."""
     if isinstance(value, dict):
         deepspeed.convert(value, conversion, foreign.by_name, "deepspeed.")
         return
-    files_here = [
-        path for path in (Path(str(value)).expanduser(), base / str(value)) if datasets.exists(path) and path.is_file()
-    ]
+    candidates = (Path(str(value)).expanduser(), base / str(value))
+    files_here = [path for path in candidates if datasets.exists(path) and path.is_file()]
     if not files_here:
         conversion.add("deepspeed", value, rules.deepspeed(as_typed(value), foreign))
         return
@@ -217,8 +234,8 @@ def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: Converted, 
 def _add_accelerate_deepspeed(
     block: dict[str, Any], foreign: ForeignSettings, conversion: Converted, base: Path
 ) -> None:
-    """accelerate's own block about DeepSpeed, which may name a file of DeepSpeed's."""
-    names = {
+    """File accelerate's own block about DeepSpeed, which may name a file of DeepSpeed's."""
+    deepspeed_names = {
         "zero_stage": "stage",
         "offload_optimizer_device": "offload_optimizer",
         "offload_param_device": "offload_param",
@@ -227,52 +244,55 @@ def _add_accelerate_deepspeed(
         setting_name = f"deepspeed_config.{key}"
         if key == "deepspeed_config_file":
             _add_deepspeed(value, foreign, conversion, base)
-        elif key in names:
-            zero = {"stage": block.get("zero_stage", 2)}
-            zero |= {} if key == "zero_stage" else {names[key]: {"device": as_typed(value)}}
+        elif key in deepspeed_names:
+            zero_block: dict[str, Any] = {"stage": block.get("zero_stage", 2)}
+            if key != "zero_stage":
+                zero_block[deepspeed_names[key]] = {"device": as_typed(value)}
             zero_conversion = Converted(conversion.trainer)
-            deepspeed.convert({"zero_optimization": zero}, zero_conversion)
-            conversion.add(
-                setting_name, value, TranslatedSetting(zero_conversion.words, needless=not zero_conversion.words)
-            )
+            deepspeed.convert({"zero_optimization": zero_block}, zero_conversion)
+            words = zero_conversion.words
+            conversion.add(setting_name, value, TranslatedSetting(words, needless=not words))
         elif plain_name(key) in NAMES:
-            conversion.add(
-                setting_name,
-                value,
-                translate(key, ForeignSettings({**foreign.by_name, plain_name(key): as_typed(value)}))
-                or TranslatedSetting(note=UNKNOWN_SETTING),
-            )
+            settings = ForeignSettings({**foreign.by_name, plain_name(key): as_typed(value)})
+            translation = translate(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING)
+            conversion.add(setting_name, value, translation)
         else:
             conversion.add_no_equal(setting_name, value, deepspeed.NOT_PASSED_ON)
 
 
 def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: Converted) -> None:
-    """`fsdp` and `fsdp_config` decide together."""
+    """File `fsdp` or `fsdp_config`. The two decide together: their words are filed once, with `fsdp` if it is set."""
+    has_fsdp = tree.get("fsdp") not in (None, "", [])
     block = tree.get("fsdp_config")
-    block = block if isinstance(block, dict) else {}
-    parts = [as_typed(tree["fsdp"]).strip("[]")] if tree.get("fsdp") not in (None, "", []) else ["full_shard"]
-    strategy = str(block.get("fsdp_sharding_strategy", block.get("sharding_strategy", "")))
-    offload = block.get("fsdp_offload_params", block.get("offload_params", False))
-    reshards = block.get("fsdp_reshard_after_forward", block.get("reshard_after_forward", True))
-    parts += [strategy.lower()] if strategy else []
-    parts += ["offload"] if offload is True else []
-    parts += ["shard_grad_op"] if reshards is False else []
-    if key == "fsdp" or "fsdp" not in tree or tree["fsdp"] in (None, "", []):
-        conversion.add(key, tree[key], rules.fsdp(",".join(parts), foreign))
+    if not isinstance(block, dict):
+        block = {}
+    if key == "fsdp" or not has_fsdp:
+        conversion.add(key, tree[key], rules.fsdp(_fsdp_parts(tree, block), foreign))
     if key != "fsdp_config":
         return
-    decided = ("sharding_strategy", "offload_params", "reshard_after_forward")
     for name, value in block.items():
+        setting_name = f"fsdp_config.{name}"
         if name.removeprefix("fsdp_") in FSDP_WRAPPING:
-            why = "the repeated blocks of the model are sharded, and export/ is written, without it"
-            conversion.add(f"fsdp_config.{name}", value, TranslatedSetting(note=why, needless=True))
-        elif name.removeprefix("fsdp_") in decided:
-            conversion.add(
-                f"fsdp_config.{name}", value, TranslatedSetting(note="read together with fsdp", needless=True)
-            )
+            note = "the repeated blocks of the model are sharded, and export/ is written, without it"
+            conversion.add(setting_name, value, TranslatedSetting(note=note, needless=True))
+        elif name.removeprefix("fsdp_") in ("sharding_strategy", "offload_params", "reshard_after_forward"):
+            note = "read together with fsdp"
+            conversion.add(setting_name, value, TranslatedSetting(note=note, needless=True))
         elif name in ("fsdp_activation_checkpointing", "activation_checkpointing") and value is True:
-            conversion.add(
-                f"fsdp_config.{name}", value, TranslatedSetting({"strategy.activation_checkpointing": "full"})
-            )
+            conversion.add(setting_name, value, TranslatedSetting({"strategy.activation_checkpointing": "full"}))
         else:
-            conversion.add_no_equal(f"fsdp_config.{name}", value, UNKNOWN_SETTING)
+            conversion.add_no_equal(setting_name, value, UNKNOWN_SETTING)
+
+
+def _fsdp_parts(tree: Mapping[str, Any], block: Mapping[str, Any]) -> str:
+    """What `fsdp` and the block `fsdp_config` say, as the words that `fsdp` alone would have: `full_shard,offload`."""
+    has_fsdp = tree.get("fsdp") not in (None, "", [])
+    parts = [as_typed(tree["fsdp"]).strip("[]") if has_fsdp else "full_shard"]
+    sharding = str(block.get("fsdp_sharding_strategy", block.get("sharding_strategy", "")))
+    if sharding:
+        parts.append(sharding.lower())
+    if block.get("fsdp_offload_params", block.get("offload_params", False)) is True:
+        parts.append("offload")
+    if block.get("fsdp_reshard_after_forward", block.get("reshard_after_forward", True)) is False:
+        parts.append("shard_grad_op")
+    return ",".join(parts)

@@ -192,7 +192,7 @@ def plain_name(name: str) -> str:
 
 
 def translate(name: str, foreign: ForeignSettings) -> TranslatedSetting | None:
-    """What `name` of `foreign.given` is here; None where no other trainer has it either."""
+    """What `name` of `foreign.by_name` is here; None where no other trainer has it either."""
     rule = NAMES.get(plain_name(name))
     return None if rule is None else rule(foreign.by_name[plain_name(name)], foreign)
 

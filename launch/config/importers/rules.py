@@ -71,21 +71,23 @@ def same(key: str) -> Rule:
 
 def switch(on: dict[str, str], off: dict[str, str] | None = None, note: str = "") -> Rule:
     """Words for a switch that is on, and for one that is off."""
-    return lambda value, _: (
-        TranslatedSetting(on, note) if is_true(value) else TranslatedSetting(off or {}, needless=not off)
-    )
+
+    def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
+        if is_true(value):
+            return TranslatedSetting(on, note)
+        return TranslatedSetting(off or {}, needless=not off)
+
+    return rule
 
 
 def choice(key: str, table: dict[str, str], note: str = "") -> Rule:
-    """A name of ours by one of theirs."""
+    """A choice of ours by one of theirs. `table`: for each of ours, the names that others have for it."""
 
     def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
-        our_name = next((name for name, foreign_names in table.items() if value.lower() in foreign_names.split()), None)
-        return (
-            TranslatedSetting({key: our_name}, note)
-            if our_name
-            else TranslatedSetting(note=f"there is no {value} here; {key} is one of {', '.join(table)}")
-        )
+        for our_name, foreign_names in table.items():
+            if value.lower() in foreign_names.split():
+                return TranslatedSetting({key: our_name}, note)
+        return TranslatedSetting(note=f"there is no {value} here; {key} is one of {', '.join(table)}")
 
     return rule
 
@@ -101,48 +103,48 @@ def needless(why: str) -> Rule:
 
 
 def batch(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Documents a rank and forward pass, and what follows for the whole step."""
-    micro, accumulation = (
-        parse_number(foreign.get(*MICRO)),
-        parse_number(foreign.get("gradient_accumulation_steps")) or 1,
-    )
+    """The documents of a rank's forward pass, and those of a whole step, which follow from it."""
+    micro = parse_number(foreign.get(*MICRO))
+    accumulation = parse_number(foreign.get("gradient_accumulation_steps")) or 1
     global_batch = parse_number(foreign.get("train_batch_size"))
-    if micro is None and global_batch is None:
-        return TranslatedSetting(
-            note="it is derived: set batch.global, the documents of a whole step (per device x accumulation x ranks)"
-        )
     words = {} if micro is None else {"batch.micro": format_number(micro)}
     if global_batch is not None:
         return TranslatedSetting({**words, "batch.global": format_number(global_batch)})
-    assert micro is not None
+    if micro is None:
+        return TranslatedSetting(
+            note="it is derived: set batch.global, the documents of a whole step (per device x accumulation x ranks)"
+        )
     ranks = foreign.ranks or 1
-    calculation = f"{format_number(micro)} per device x {format_number(accumulation)} accumulation x {ranks} rank{'s' if ranks > 1 else ''}"
-    advice = "" if foreign.ranks else "; with more ranks, times their number"
-    return TranslatedSetting(
-        {**words, "batch.global": format_number(micro * accumulation * ranks)}, f"batch.global: {calculation}{advice}"
+    words["batch.global"] = format_number(micro * accumulation * ranks)
+    rank_word = "ranks" if ranks > 1 else "rank"
+    note = (
+        f"batch.global: {format_number(micro)} per device x {format_number(accumulation)} accumulation x "
+        f"{ranks} {rank_word}"
     )
+    if not foreign.ranks:
+        note += "; with more ranks, times their number"
+    return TranslatedSetting(words, note)
 
 
 def steps(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """A budget in steps, where it is one."""
+    """A budget in steps. -1 means no limit in the other trainers."""
     if (parse_number(value) or 0) > 0:
         return TranslatedSetting({"budget.steps": value})
     return TranslatedSetting(note="no limit; budget.epochs says how long", needless=True)
 
 
 def epochs(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """A budget in passes, unless steps are given."""
+    """A budget in passes over the data, unless steps are given."""
     if (parse_number(foreign.get("max_steps")) or 0) > 0:
         return TranslatedSetting(
             note="max_steps goes before it there, and exactly one budget is given here", needless=True
         )
-    return TranslatedSetting(
-        {"budget.epochs": format_number(passes) if (passes := parse_number(value)) is not None else value}
-    )
+    passes = parse_number(value)
+    return TranslatedSetting({"budget.epochs": value if passes is None else format_number(passes)})
 
 
 def held_out(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """A share of the training data; a number of documents is none."""
+    """A share of the training data that is kept for evaluation. A number of documents cannot become one here."""
     share = parse_number(value) or 0
     if share == 0:
         return TranslatedSetting(needless=True)
@@ -179,61 +181,59 @@ def targets(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def tuning(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """lora, qlora, full, freeze."""
-    words = {
+    """lora, qlora, full, freeze, oft."""
+    words_by_name = {
         "lora": {"tuning": "lora"},
         "qlora": {"tuning": "lora", "model.quantisation": "nf4"},
         "full": {"tuning": "full"},
         "freeze": {"tuning": "freeze"},
         "oft": {"tuning": "oft"},
-    }.get(value.lower())
-    return (
-        TranslatedSetting(words)
-        if words
-        else TranslatedSetting(note=f"there is no {value} here; `shardtune train --help` lists tuning=")
-    )
+    }
+    words = words_by_name.get(value.lower())
+    if words is None:
+        return TranslatedSetting(note=f"there is no {value} here; `shardtune train --help` lists tuning=")
+    return TranslatedSetting(words)
 
 
 def bits(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """A base in 4 or 8 bits."""
+    """A frozen base in 4 or 8 bits."""
     quantisation = {"4": "nf4", "8": "int8"}.get(value)
-    return (
-        TranslatedSetting({"model.quantisation": quantisation})
-        if quantisation
-        else TranslatedSetting(note="a frozen base is stored in 4 bits (nf4, fp4) or 8 (int8)")
-    )
+    if quantisation is None:
+        return TranslatedSetting(note="a frozen base is stored in 4 bits (nf4, fp4) or 8 (int8)")
+    return TranslatedSetting({"model.quantisation": quantisation})
 
 
 def report_to(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Who hears of the run."""
+    """The trackers of the run."""
     names = [name.lower() for name in list_entries(value)]
-    words = {"logging.wandb": "online" if {"wandb", "all"} & set(names) else "disabled"}
-    if {"tensorboard", "all"} & set(names):
+    words = {"logging.wandb": "online" if "wandb" in names or "all" in names else "disabled"}
+    if "tensorboard" in names or "all" in names:
         words["logging.tensorboard"] = "true"
-    words |= {f"logging.{name}": "true" for name in ("mlflow", "trackio") if name in names}
-    unsupported = [name for name in names if name not in ("wandb", "tensorboard", "mlflow", "trackio", "all", "none")]
-    return TranslatedSetting(
-        words, f"{', '.join(unsupported)}: metrics.jsonl in the run directory has every row" if unsupported else ""
-    )
+    for name in ("mlflow", "trackio"):
+        if name in names:
+            words[f"logging.{name}"] = "true"
+    supported = ("wandb", "tensorboard", "mlflow", "trackio", "all", "none")
+    unsupported = [name for name in names if name not in supported]
+    note = f"{', '.join(unsupported)}: metrics.jsonl in the run directory has every row" if unsupported else ""
+    return TranslatedSetting(words, note)
 
 
 def betas(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Both decay rates are one list here."""
-    first, second = (foreign.get(f"adam_beta{n}") for n in (1, 2))
-    return TranslatedSetting({"optim.betas": f"[{first or 0.9},{second or 0.999}]"})
+    """Both decay rates, which are one list here."""
+    first = foreign.get("adam_beta1") or 0.9
+    second = foreign.get("adam_beta2") or 0.999
+    return TranslatedSetting({"optim.betas": f"[{first},{second}]"})
 
 
 def warmup(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Steps, or (below one) a share of all steps."""
+    """Warmup steps, or (below one) a share of all steps."""
     steps_or_share = parse_number(value)
     if steps_or_share is not None and 0 < steps_or_share < 1:
         return TranslatedSetting({"schedule.warmup_share": format_number(steps_or_share)})
     if steps_or_share == 0:
-        return (
-            TranslatedSetting({"schedule.warmup_share": "0"})
-            if not foreign.get("warmup_ratio")
-            else TranslatedSetting(needless=True)
-        )
+        if foreign.get("warmup_ratio"):
+            return TranslatedSetting(needless=True)  # the ratio says it
+        return TranslatedSetting({"schedule.warmup_share": "0"})
     return TranslatedSetting({"schedule.warmup_steps": value})
 
 
@@ -254,7 +254,7 @@ def evaluating(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def deepspeed(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """A ZeRO stage out of a file of DeepSpeed, or out of its name where there is no such file."""
+    """A ZeRO stage out of a file of DeepSpeed, or out of its name if there is no such file."""
     path = Path(value).expanduser()
     tree = None
     if path.suffix == ".json" and path.is_file():
@@ -276,18 +276,19 @@ def deepspeed(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def zero_words(zero: dict[str, object]) -> dict[str, str]:
-    """The strategy of a `zero_optimization`."""
+    """Our words for a block `zero_optimization`: the strategy, and what is offloaded where."""
     stage = int(str(zero.get("stage") or 0))
     if stage == 0:
         return {"strategy": "ddp"}
     words = {"strategy": f"zero{stage}"}
-    for foreign, ours in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
-        block = zero.get(foreign)
-        device = block.get("device") if isinstance(block, dict) else None
-        if device in ("cpu", "nvme"):
-            words[f"strategy.{ours}"] = str(device)
-            if device == "nvme" and isinstance(block, dict) and is_set(str(block.get("nvme_path"))):
-                words["strategy.nvme_path"] = str(block["nvme_path"])
+    our_names = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
+    for foreign_name, our_name in our_names.items():
+        block = zero.get(foreign_name)
+        if not isinstance(block, dict) or block.get("device") not in ("cpu", "nvme"):
+            continue
+        words[f"strategy.{our_name}"] = str(block["device"])
+        if block["device"] == "nvme" and is_set(str(block.get("nvme_path"))):
+            words["strategy.nvme_path"] = str(block["nvme_path"])
     return words
 
 
@@ -314,11 +315,11 @@ def whole_prompts(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     )
 
 
-def objective(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+def objective(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """An objective of another trainer. A variant of DPO's loss is an objective elsewhere, and a setting of dpo here."""
     if value.lower() in LOSS_TYPES_OF_DPO:
         return TranslatedSetting({"objective": "dpo", "objective.loss_type": value.lower()})
-    return choice("objective", OBJECTIVES)(value, theirs)
+    return choice("objective", OBJECTIVES)(value, foreign)
 
 
 CHOICES: dict[str, Rule] = {

@@ -59,7 +59,7 @@ def test_what_is_typed_is_set_and_what_is_shown_is_the_default(tmp_path, capsys)
     typed = compose(words, check=False)
     from launch.init import command as init
 
-    text = init._made(words, tmp_path / "my.yaml", None, [])[1]
+    text = init._build_file(words, tmp_path / "my.yaml", None, [])[1]
     (tmp_path / "my.yaml").write_text(text)
     assert compose(["my.yaml"], check=False).yaml == typed.yaml
     lines, block = [], ""
