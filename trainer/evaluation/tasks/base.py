@@ -1,7 +1,7 @@
-"""The interface of a task: rows from a file, requests to the model, scores of each row, metrics over all rows.
+"""The interface of an evaluation task: it reads rows, asks the model about each of them, and computes metrics over all rows.
 
-To add a kind: a class in a module beside this one, and its line in `registry.py`. Metrics are functions of rows alone, so that
-they can be computed again from what was written down, and resampled.
+To add a kind, write a class in a module of this folder and add its line to `registry.py`. Metrics depend on the rows alone, so
+they can be computed again from a written report, and the rows can be resampled for a bootstrap interval.
 """
 
 from __future__ import annotations
@@ -30,55 +30,63 @@ class Case:
     where: str
     """`file:line`."""
     document: Document | None = None
-    """What the model is told, and the answer to it."""
+    """The prompt and its reference answer; None if the kind makes its own prompts from `fields`."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Columns of the row that the kind reads itself."""
+    """Columns of the row as they were read. `Task.read` replaces them with what the kind needs later."""
 
 
 @dataclass(slots=True)
 class TaskRow:
-    """One row of a task, after the model was asked."""
+    """One row of a task, after the model was asked.
+
+    Rows are written to `evaluation_rows.jsonl` with the names of these fields as keys, and reports of earlier versions are read
+    back by them. The fields therefore keep their names.
+    """
 
     where: str
     """`file:line`."""
     prompt: str
-    """The end of what the model was told, as text."""
+    """The end of the prompt, as text."""
     answer: str
     reference: str
     scores: dict[str, float]
-    """What its metrics are made of, by name; the first one orders the rows from bad to good."""
+    """Numbers that metrics are computed from, by name. The first one sorts the rows from bad to good."""
     source: str = ""
-    """Where several are told apart: which."""
+    """Data source or group of the row, if the task reports several separately."""
     note: str = ""
-    """What was wrong with the answer, where its kind can say."""
+    """What was wrong with the answer, if the kind can say it."""
     items: dict[str, Any] = field(default_factory=dict)
-    """What metrics are made of that no numbers say, by metric, as JSON holds it."""
+    """Inputs of metrics that are not numbers, by metric name, as JSON values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number made of all rows."""
+    """A number computed over all rows of a task."""
 
     name: str
     description: str
-    """What it is, with its range, for the page."""
+    """What it means, with its range, for the report's page."""
     greater_is_better: bool | None = True
-    """None where neither is."""
+    """None if neither direction is better."""
     ratio: tuple[str, str | None] | None = None
-    """Scores whose sums are divided (None: by the number of rows): a mean, which is resampled fast. None: see `Task.weighted`."""
-    exponential: bool = False
-    """Whether it is the exponential of that ratio."""
-    min_cases: int = 1
-    """Cases below which no difference is told: no alarm from one case."""
-    in_family: bool = False
-    """Whether it is one of several like it, as those of groups, of which none may be told by chance alone."""
-    case_score: str | None = None
-    """Score that a row has which is a case of it; None: the lower one of the ratio, and without one every row."""
+    """(numerator, denominator): names of the scores whose sums are divided. A denominator of None is the number of rows.
 
-    def from_sums(self, top: Any, bottom: Any) -> Any:
-        """The value of summed scores, numbers or arrays of resamples."""
-        value = np.divide(top, np.maximum(bottom, 1e-300))
-        return np.exp(np.minimum(value, 700.0)) if self.exponential else value
+    Ratios are resampled fast, by a matrix product. None: the metric is no ratio, and `Task.weighted_metrics` computes it."""
+    exponential: bool = False
+    """Whether the metric is the exponential of its ratio, as perplexity is."""
+    min_cases: int = 1
+    """Below this number of cases no difference is reported, so that a single case raises no alarm."""
+    in_family: bool = False
+    """Whether it is one of several similar metrics, such as one for each group. Their p-values are corrected together."""
+    case_score: str | None = None
+    """A row with this score above 0 is a case of the metric. None: the ratio's denominator, and without one every row."""
+
+    def from_sums(self, numerator: Any, denominator: Any) -> Any:
+        """The metric from summed scores: numbers, or arrays with one sum for each resample."""
+        ratio = np.divide(numerator, np.maximum(denominator, 1e-300))
+        if self.exponential:
+            return np.exp(np.minimum(ratio, 700.0))  # above 709 float64 overflows
+        return ratio
 
 
 FORMATS_WITH_ANSWER = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt_completion, DataFormat.pair)
@@ -86,64 +94,69 @@ FORMATS_WITH_ANSWER = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt
 
 
 class Task(ABC):
-    """One named task. Knows its settings; holds no rows."""
+    """One named task of a configuration. It knows its settings, and is given its rows.
+
+    A kind sets the class attributes below and overrides `read` and `run`; a kind whose metrics are no ratios of sums also
+    overrides `weighted_metrics`.
+    """
 
     kind: ClassVar[str]
     metrics: tuple[Metric, ...]
-    """The first one is what the table and the page go by; of some kinds they depend on the settings."""
+    """The first one stands for the task in tables, and sorts the rows of the page. In some kinds they depend on the settings."""
     reads: ClassVar[str]
-    """Its rows, in the user's words."""
+    """The rows that it needs, described for the user."""
     options: ClassVar[dict[str, Any]] = {}
-    """What can be chosen, with what it is without a choice."""
+    """The settings of `options` that the kind has, with their defaults."""
     file_options: ClassVar[tuple[str, ...]] = ()
-    """Options that name a file of the user's: somebody else's run may not choose it (`launch/config/read_run.py`)."""
+    """Options that name a file. They are not taken over from somebody else's run (`launch/config/read_run.py`)."""
     needs_path: ClassVar[bool] = False
-    """Whether its rows cannot be those of the run's evaluation documents."""
+    """Whether it needs a file of its own: the run's evaluation documents do not fit."""
     shipped_rows: ClassVar[Path | None] = None
-    """Rows that it has without a path: a JSON file with `templates`."""
+    """A JSON file with `templates` that is used if no path is set."""
     works_with_classifiers: ClassVar[bool] = False
-    """Whether it can ask a classifier's head."""
+    """Whether it can evaluate a model with a classification head."""
     loads_own_rows: ClassVar[bool] = False
-    """Whether it reads its rows itself (`cases`), not in a format of `data.path`."""
+    """Whether it reads its rows itself, in `cases`, and not in a format of `data.path`."""
     reads_documents: ClassVar[bool] = False
     """Whether the rows of its path are documents in a format of `data.path`, although it needs a path."""
     formats: ClassVar[tuple[DataFormat, ...]] = FORMATS_WITH_ANSWER
-    """Of several formats that fit a row, which are meant, the first one first."""
+    """If several formats fit a row, the first one of these is taken."""
     split: ClassVar[str] = "evaluation"
-    """Documents of the run that it asks without a path: `evaluation`, `train`, or `both`, told apart in `member`."""
+    """Documents of the run that it uses without a path: `evaluation`, `train`, or `both` (the case's `member` says which)."""
     samples_documents: ClassVar[bool] = False
-    """Whether of the run's documents `options.sample` are drawn."""
+    """Whether it draws `options.sample` of the run's documents at random."""
     required_package: ClassVar[str | None] = None
-    """Package that it cannot do without."""
+    """A package that it cannot work without."""
     pip_extra: ClassVar[str] = "evaluate"
-    """The extra that brings that package."""
+    """The pip extra that installs that package."""
     supports_draws: ClassVar[bool] = False
-    """Whether it scores several answers a row (`write.draws`)."""
+    """Whether it scores several answers to each row (`write.draws`)."""
     works_with_server: ClassVar[bool] = True
-    """Whether a server that writes answers and tells likelihoods is enough for it."""
+    """Whether it works with `evaluation.server`, which writes answers and gives likelihoods, but no losses or logits."""
     needs_judge: bool = False
     """Whether it asks the judge of `evaluation.judge`."""
     max_resamples: ClassVar[int] = 1000
-    """Resamples of a metric that is no ratio of sums, at most: each is computed anew."""
+    """Most resamples of a metric that is no ratio: each one is computed from scratch, which is slow."""
     opponent_answers: Mapping[str, str] | None = None
-    """What the model that is compared with has answered, by `where`, once it was asked."""
+    """Answers of the other model in a comparison, by `where`; None until it was asked."""
     is_opponent: bool = False
-    """Whether it asks the model that another one is compared with."""
+    """Whether the model that is asked now is the one that another model is compared with."""
 
     def __init__(self, name: str, config: TaskConfig) -> None:
-        self.name, self.config = name, config
+        self.name = name
+        self.config = config
         self.option_values = {**self.options, **config.options}
         self.key = f"evaluation.tasks.{name}"
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with its settings, one line each, before anything is read."""
+        """What is wrong with its settings, one line each. Called before any row is read."""
         for option in self.config.options.keys() - self.options.keys():
-            near = difflib.get_close_matches(option, self.options, n=1)
-            known = f"did you mean {near[0]}?" if near else f"it has {', '.join(self.options) or 'none'}"
-            yield f"{self.key}.options.{option}: {self.kind} has no such option; {known}"
+            similar = difflib.get_close_matches(option, self.options, n=1)
+            hint = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(self.options) or 'none'}"
+            yield f"{self.key}.options.{option}: {self.kind} has no such option; {hint}"
         for metric in self.config.limit.keys() - {metric.name for metric in self.metrics}:
-            there = ", ".join(metric.name for metric in self.metrics)
-            yield f"{self.key}.limit.{metric}: {self.kind} has no such metric; it has {there}"
+            known = ", ".join(metric.name for metric in self.metrics)
+            yield f"{self.key}.limit.{metric}: {self.kind} has no such metric; it has {known}"
         if self.config.write.draws > 1 and not self.supports_draws:
             yield f"{self.key}.write.draws={self.config.write.draws}: {self.kind} scores one answer a row; set it to 1"
         if self.config.path is None and self.needs_path and self.shipped_rows is None:
@@ -151,66 +164,77 @@ class Task(ABC):
 
     @property
     def data_source(self) -> str | None:
-        """What its rows are from, for the report: `hub:` and a data set, or a path; None: the run's evaluation documents."""
+        """Where its rows come from, for the report: a path, or `hub:` and a data set. None: the run's evaluation documents."""
         return self.config.path  # type: ignore[no-any-return]
 
     def cases(self) -> list[Case]:
-        """Its rows, where `own_rows`. Errors: ConfigError, DataError."""
+        """Its rows, if it loads them itself (`loads_own_rows`). Errors: ConfigError, DataError."""
         raise NotImplementedError
 
     def expand_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """What the rows of its files hold, of kinds that name their own columns: a published file may be one row of many."""
+        """Turn the rows of a published file into one row per question. Some files hold all questions in a single row."""
         return rows
 
     @abstractmethod
     def read(self, case: Case) -> None:
-        """Check a row, and keep in `case.fields` what is needed of it. Raises Refusal with the value and the constraint."""
+        """Check a row and replace `case.fields` with what `run` needs. Raises Refusal with the value and the constraint."""
 
     @abstractmethod
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Ask the model. All ranks must call; the same rows on every rank."""
+        """Ask the model about every case; returns the same rows on every rank. A collective: all ranks must call."""
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """Metrics that are no ratio of sums, by name: what makes one of how often each row counts (float64 [rows])."""
+        """Metrics that are no ratio of sums, by name, each as a function of row weights.
+
+        A weight says how often a row counts (float64 [rows]). The bootstrap passes the counts of a resample.
+        """
         return {}
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-        """Its metrics on some rows: those of every run, and what these rows alone have, as groups."""
+        """Its metrics for these rows: those of every run, and those that depend on the rows, such as one for each group."""
         return self.metrics
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """Sentences that belong to its numbers, one each: what was left out, what stands out. `spans` are 95 % intervals."""
+        """Sentences for the report, for example about rows that were left out. `spans` are the 95 % intervals by metric."""
         yield from ()
 
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        """Every metric of some rows, by name; NaN where there are none."""
+        """Every metric of some rows, by name; NaN if there are no rows."""
         if not rows:
             return {metric.name: float("nan") for metric in self.metrics}
-        found: dict[str, float] = {}
-        others = self.weighted_metrics(rows)
+        values: dict[str, float] = {}
+        weighted_metrics = self.weighted_metrics(rows)
         for metric in self.metrics_for(rows):
             if metric.ratio is None:
-                found[metric.name] = others[metric.name](np.ones(len(rows)))
+                every_row_once = np.ones(len(rows))
+                values[metric.name] = weighted_metrics[metric.name](every_row_once)
                 continue
-            over, below = metric.ratio
-            top = float(np.sum([row.scores.get(over, 0.0) for row in rows]))
-            bottom = float(np.sum([row.scores.get(below, 0.0) for row in rows])) if below else float(len(rows))
-            found[metric.name] = float(metric.from_sums(top, bottom))
-        return found
+            numerator_score, denominator_score = metric.ratio
+            numerator = _sum_of_scores(rows, numerator_score)
+            denominator = _sum_of_scores(rows, denominator_score) if denominator_score else float(len(rows))
+            values[metric.name] = float(metric.from_sums(numerator, denominator))
+        return values
 
     def metrics_by_source(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        """Every metric of some rows, and of several sources that of each, as `NAME/SOURCE`."""
-        found = Task.compute_metrics(self, rows)
+        """Every metric of all rows, and if there are several sources also of each source, as `NAME/SOURCE`."""
+        values = Task.compute_metrics(self, rows)
         sources = sorted({row.source for row in rows})
-        for source in sources if len(sources) > 1 else []:
-            mine = Task.compute_metrics(self, [row for row in rows if row.source == source])
-            found |= {f"{name}/{source}": value for name, value in mine.items()}
-        return found
+        if len(sources) < 2:
+            return values
+        for source in sources:
+            source_rows = [row for row in rows if row.source == source]
+            for name, value in Task.compute_metrics(self, source_rows).items():
+                values[f"{name}/{source}"] = value
+        return values
 
     def standard_errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        """Standard errors that its kind reckons itself, by metric."""
+        """Standard errors that the kind computes itself, by metric."""
         return {}
 
     def signatures(self) -> dict[str, str]:
-        """What decides its numbers beside the rows, by metric: versions, tokenisers, normalisation."""
+        """What besides the rows decides its numbers, by metric: library versions, tokenisers, normalisation."""
         return {}
+
+
+def _sum_of_scores(rows: Sequence[TaskRow], name: str) -> float:
+    return float(np.sum([row.scores.get(name, 0.0) for row in rows]))

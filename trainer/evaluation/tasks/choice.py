@@ -5,16 +5,23 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, is_texts, shown, text_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface
+from trainer.evaluation.tasks.texts import split_location
+
+if TYPE_CHECKING:
+    from trainer.evaluation.likelihood import Likelihood
 
 
 class MultipleChoice(Task):
-    """Which choice is likeliest: by the whole log-probability, by that of a token, by that of a byte."""
+    """Picks the likeliest choice, by three measures: its whole log-probability, the same per token, and the same per byte.
+
+    Longer choices have lower log-probabilities, so the three may differ.
+    """
 
     kind = "multiple_choice"
     metrics: tuple[Metric, ...] = (
@@ -31,49 +38,33 @@ class MultipleChoice(Task):
 
     def read(self, case: Case) -> None:
         fields = case.fields
-        name = "question" if "question" in fields else "prompt"
-        question = text_of(fields, name)
+        question_column = "question" if "question" in fields else "prompt"
+        question = text_of(fields, question_column)
         choices: Any = fields.get("choices")
         labels: Any = None
         if isinstance(choices, dict):  # ARC: {"text": [...], "label": [...]}
-            choices, labels = choices.get("text"), choices.get("label")
+            labels = choices.get("label")
+            choices = choices.get("text")
         if not is_texts(choices) or len(choices) < 2 or not all(choice.strip() for choice in choices):
             raise Refusal("bad_choices", f'"choices" is {shown(choices)}; it must be a list of two texts or more')
         answer = fields.get("answer", fields.get("answerKey"))
         case.fields = {"question": question, "choices": list(choices), "answer": _right_choice(answer, choices, labels)}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        documents = [
-            Document(*_place(case.where), prompt=case.fields["question"], completion=choice, separator=self._separator)
-            for case in cases
-            for choice in case.fields["choices"]
-        ]
-        questions = model.encode_questions(documents)
-        held = model.likelihoods(questions)
-        rows = []
-        for case, (begin, end) in zip(cases, pairwise(_choice_offsets(cases)), strict=True):
-            choices, right = case.fields["choices"], case.fields["answer"]
-            whole = [each.logprob for each in held[begin:end]]
-            token = [each.logprob / each.tokens for each in held[begin:end]]
-            byte = [each.logprob / len(choice.encode()) for each, choice in zip(held[begin:end], choices, strict=True)]
-            scores = {"right": whole, "right_by_token": token, "right_by_byte": byte}
-            best = whole.index(max(whole))
-            margin = whole[right] - max(value for place, value in enumerate(whole) if place != right)
-            rows.append(
-                TaskRow(
-                    case.where,
-                    case.fields["question"],
-                    choices[best],
-                    choices[right],
-                    {
-                        **{name: float(said.index(max(said)) == right) for name, said in scores.items()},
-                        "margin": margin,
-                        **{f"logprob_{number}": value for number, value in enumerate(whole)},
-                        **{f"tokens_{number}": float(each.tokens) for number, each in enumerate(held[begin:end])},
-                    },
+        documents = []
+        for case in cases:
+            file, line = split_location(case.where)
+            for choice in case.fields["choices"]:
+                document = Document(
+                    file, line, prompt=case.fields["question"], completion=choice, separator=self._separator
                 )
-            )
-        return rows
+                documents.append(document)
+        likelihoods = model.likelihoods(model.encode_questions(documents))
+        # All choices of all cases were asked as one list: a case's choices are a slice of it.
+        return [
+            _scored_row(case, likelihoods[start:stop])
+            for case, (start, stop) in zip(cases, pairwise(_choice_offsets(cases)), strict=True)
+        ]
 
     @property
     def _separator(self) -> str:
@@ -83,13 +74,33 @@ class MultipleChoice(Task):
         return dict.fromkeys((metric.name for metric in self.metrics), f"separator:{self._separator!r}|first of equals")
 
 
+def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:
+    """The row of a case, with the likelihood of each of its choices in their order."""
+    choices = case.fields["choices"]
+    right_choice = case.fields["answer"]
+    logprobs = [likelihood.logprob for likelihood in likelihoods]
+    by_token = [likelihood.logprob / likelihood.tokens for likelihood in likelihoods]
+    by_byte = [logprob / len(choice.encode()) for logprob, choice in zip(logprobs, choices, strict=True)]
+    best_wrong = max(logprob for number, logprob in enumerate(logprobs) if number != right_choice)
+    scores = {
+        "right": float(_argmax(logprobs) == right_choice),
+        "right_by_token": float(_argmax(by_token) == right_choice),
+        "right_by_byte": float(_argmax(by_byte) == right_choice),
+        "margin": logprobs[right_choice] - best_wrong,
+    }
+    scores |= {f"logprob_{number}": logprob for number, logprob in enumerate(logprobs)}
+    scores |= {f"tokens_{number}": float(likelihood.tokens) for number, likelihood in enumerate(likelihoods)}
+    return TaskRow(case.where, case.fields["question"], choices[_argmax(logprobs)], choices[right_choice], scores)
+
+
+def _argmax(scores: Sequence[float]) -> int:
+    """The first of the highest scores."""
+    return scores.index(max(scores))
+
+
 def _choice_offsets(cases: Sequence[Case]) -> list[int]:
+    """Where each case's choices begin in the list of all choices, and where the last case's end."""
     return [0, *accumulate(len(case.fields["choices"]) for case in cases)]
-
-
-def _place(where: str) -> tuple[str, int]:
-    file, _, line = where.rpartition(":")
-    return file, int(line)
 
 
 def _right_choice(answer: Any, choices: list[str], labels: Any) -> int:

@@ -12,13 +12,14 @@ from trainer.data.document import Document
 from trainer.data.fields import Refusal, label_of, shown, text_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface, softmax
+from trainer.evaluation.tasks.texts import split_location
 
 BINS = 15
 """Intervals of confidence, equally wide, of the calibration error (Guo et al. 2017, Naeini et al. 2015)."""
 
 
 class ClassificationTask(Task):
-    """The predicted label of each text against its true one."""
+    """Compares the predicted label of each text with its true one."""
 
     kind = "classification"
     metrics = (
@@ -35,105 +36,125 @@ class ClassificationTask(Task):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        labels, prompt = self.option_values["labels"], self.option_values["prompt"]
+        labels = self.option_values["labels"]
+        prompt = self.option_values["prompt"]
         if labels is not None and (not isinstance(labels, list) or len({*labels}) != len(labels) or len(labels) < 2):
             yield f"{self.key}.options.labels={labels}: must be a list of two or more different names, or null for the file's"
         if "{text}" not in str(prompt):
             yield f"{self.key}.options.prompt={prompt}: must have {{text}} where the text goes"
 
     def read(self, case: Case) -> None:
-        name = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
+        text_column = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
         label = label_of(case.fields.get("label"))
-        known = self.option_values["labels"]
-        if known is not None and label not in map(str, known):
-            raise Refusal("unknown_label", f'"label" is {shown(label)}; {self.key}.options.labels has {known}')
-        case.fields = {"text": text_of(case.fields, name), "label": label}
+        known_labels = self.option_values["labels"]
+        if known_labels is not None and label not in map(str, known_labels):
+            raise Refusal("unknown_label", f'"label" is {shown(label)}; {self.key}.options.labels has {known_labels}')
+        case.fields = {"text": text_of(case.fields, text_column), "label": label}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        names, likely = (self._by_head if model.label_names is not None else self._by_likelihood)(cases, model)
+        if model.label_names is not None:
+            names, probabilities = self._by_head(cases, model)
+        else:
+            names, probabilities = self._by_likelihood(cases, model)
         rows = []
-        for case, probabilities in zip(cases, likely, strict=True):
-            best = int(np.argmax(probabilities))
-            true = case.fields["label"]
-            scores = {"right": float(names[best] == true), "confidence": probabilities[best]}
-            scores |= {"true": probabilities[names.index(true)]}
-            rows.append(TaskRow(case.where, case.fields["text"], names[best], true, scores))
+        for case, row_probabilities in zip(cases, probabilities, strict=True):
+            predicted = int(np.argmax(row_probabilities))
+            true_label = case.fields["label"]
+            scores = {
+                "right": float(names[predicted] == true_label),
+                "confidence": row_probabilities[predicted],
+                "true": row_probabilities[names.index(true_label)],
+            }
+            rows.append(TaskRow(case.where, case.fields["text"], names[predicted], true_label, scores))
         return rows
 
     def _by_head(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[list[float]]]:
+        """(label names, their probabilities for each case) by the classification head."""
         names = model.label_names or []
-        if strange := next((case for case in cases if case.fields["label"] not in names), None):
+        unknown = next((case for case in cases if case.fields["label"] not in names), None)
+        if unknown is not None:
             raise DataError(
-                f"{strange.where}: label {strange.fields['label']!r} is none of {names}, which the model was trained on; "
+                f"{unknown.where}: label {unknown.fields['label']!r} is none of {names}, which the model was trained on; "
                 f"mend {self.key}.path"
             )
-        places = {case.where: case.fields for case in cases}
+        fields_by_place = {case.where: case.fields for case in cases}
         documents = [
-            Document(*_place(where), text=fields["text"], label=fields["label"]) for where, fields in places.items()
+            Document(*split_location(where), text=fields["text"], label=fields["label"])
+            for where, fields in fields_by_place.items()
         ]
         model.encoder.label_ids = {name: number for number, name in enumerate(names)}
         samples = [sample for _, sample in model.encoder.encode(documents)]
         return names, [softmax(logits) for logits in model.logits(samples)]
 
     def _by_likelihood(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[list[float]]]:
+        """(label names, their probabilities for each case) by how likely each label is after the prompt."""
         names = self._labels(cases)
-        prompt, separator = str(self.option_values["prompt"]), str(self.option_values["separator"])
-        documents = [
-            Document(
-                *_place(case.where),
-                prompt=prompt.replace("{text}", case.fields["text"]),
-                completion=name,
-                separator=separator,
-            )
-            for case in cases
-            for name in names
-        ]
-        held = [each.logprob for each in model.likelihoods(model.encode_questions(documents))]
-        size = len(names)
-        return names, [softmax(held[begin : begin + size]) for begin in range(0, len(held), size)]
+        template = str(self.option_values["prompt"])
+        separator = str(self.option_values["separator"])
+        documents = []
+        for case in cases:
+            file, line = split_location(case.where)
+            prompt = template.replace("{text}", case.fields["text"])
+            documents += [Document(file, line, prompt=prompt, completion=name, separator=separator) for name in names]
+        likelihoods = model.likelihoods(model.encode_questions(documents))
+        logprobs = [likelihood.logprob for likelihood in likelihoods]
+        probabilities = []
+        for start in range(0, len(logprobs), len(names)):
+            probabilities.append(softmax(logprobs[start : start + len(names)]))
+        return names, probabilities
 
     def _labels(self, cases: Sequence[Case]) -> list[str]:
+        """The labels of the setting, or those of the rows, in the order of their numbers or of the alphabet."""
         if self.option_values["labels"] is not None:
             return [str(name) for name in self.option_values["labels"]]
         names = {case.fields["label"] for case in cases}
-        numeric = all(name.lstrip("-").isdecimal() for name in names)
-        found = sorted(names, key=int) if numeric else sorted(names)
-        if len(found) < 2:
+        are_numbers = all(name.lstrip("-").isdecimal() for name in names)
+        labels = sorted(names, key=int) if are_numbers else sorted(names)
+        if len(labels) < 2:
             raise DataError(
-                f"{self.key}: every row has the label {found[0]!r}; name all labels in {self.key}.options.labels"
+                f"{self.key}: every row has the label {labels[0]!r}; name all labels in {self.key}.options.labels"
             )
-        return found
+        return labels
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         from sklearn.metrics import f1_score, matthews_corrcoef
 
-        true, said = [row.reference for row in rows], [row.answer for row in rows]
-        right = np.array([row.scores["right"] for row in rows])
-        sure = np.array([row.scores["confidence"] for row in rows])
+        true_labels = [row.reference for row in rows]
+        predicted = [row.answer for row in rows]
+        is_right = np.array([row.scores["right"] for row in rows])
+        confidences = np.array([row.scores["confidence"] for row in rows])
 
         def f1_macro(weights: np.ndarray) -> float:
-            there = weights > 0  # labels that a resample does not have are none of its labels
-            some = [np.array(each)[there] for each in (true, said)]
-            return float(f1_score(*some, average="macro", sample_weight=weights[there], zero_division=0))
+            # A label that occurs in no row of the resample must not count as a label with an F1 of 0.
+            is_drawn = weights > 0
+            score = f1_score(
+                np.array(true_labels)[is_drawn],
+                np.array(predicted)[is_drawn],
+                average="macro",
+                sample_weight=weights[is_drawn],
+                zero_division=0,
+            )
+            return float(score)
 
         return {
             "f1_macro": f1_macro,
-            "mcc": lambda weights: float(matthews_corrcoef(true, said, sample_weight=weights)),
-            "calibration_error": lambda weights: calibration_error(right, sure, weights),
+            "mcc": lambda weights: float(matthews_corrcoef(true_labels, predicted, sample_weight=weights)),
+            "calibration_error": lambda weights: calibration_error(is_right, confidences, weights),
         }
 
     def signatures(self) -> dict[str, str]:
         from importlib.metadata import version
 
-        made = f"scikit-learn:{version('scikit-learn')}"
-        return {"f1_macro": made, "mcc": made, "calibration_error": f"bins:{BINS}|equal width"}
+        sklearn = f"scikit-learn:{version('scikit-learn')}"
+        return {"f1_macro": sklearn, "mcc": sklearn, "calibration_error": f"bins:{BINS}|equal width"}
 
 
-def calibration_error(right: np.ndarray, sure: np.ndarray, weights: np.ndarray) -> float:
-    """Mean distance between how sure and how right, over bins of confidence, weighted by their rows (all float64 [rows])."""
-    bins = np.clip(np.ceil(sure * BINS).astype(int) - 1, 0, BINS - 1)
-    apart = np.bincount(bins, weights * (right - sure), BINS)
-    return float(np.abs(apart).sum() / weights.sum())
+def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np.ndarray) -> float:
+    """Mean distance between confidence and accuracy over bins of confidence, weighted by rows (all float64 [rows])."""
+    bins = np.clip(np.ceil(confidences * BINS).astype(int) - 1, 0, BINS - 1)
+    # Per bin: weighted sum of (accuracy - confidence). Its absolute value is the bin's distance times its weight.
+    distances = np.bincount(bins, weights * (is_right - confidences), BINS)
+    return float(np.abs(distances).sum() / weights.sum())
 
 
 def confusion(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:
@@ -143,8 +164,3 @@ def confusion(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:
     names = sorted({row.reference for row in rows} | {row.answer for row in rows})
     counts = confusion_matrix([row.reference for row in rows], [row.answer for row in rows], labels=names)
     return names, counts.tolist()
-
-
-def _place(where: str) -> tuple[str, int]:
-    file, _, line = where.rpartition(":")
-    return file, int(line)

@@ -28,12 +28,13 @@ from trainer.evaluation.tasks.harness_rows import (
 from trainer.evaluation.tasks.model_interface import ModelInterface
 
 OWN_WRITING = ("seed", "batch_tokens")
-"""What of `write` is not the harness's to say."""
+"""Settings of `write` that apply to tasks of the harness. All others are decided by the task itself."""
 MOST_NOTES = 10
+"""Most warnings of the harness that a report shows."""
 
 
 class Harness(Task):
-    """A task of the harness, a group of them, or a YAML of one's own."""
+    """A task of the harness, a group of tasks, or the user's own YAML."""
 
     kind = "lm_eval"
     metrics: tuple[Metric, ...] = ()
@@ -47,7 +48,7 @@ class Harness(Task):
         "generation": {},
     }
     loads_own_rows = True
-    max_resamples = 200  # lm-eval takes 100 of its slow ones
+    max_resamples = 200  # lm-eval itself takes 100 for its slow metrics
     required_package = "lm_eval"
     pip_extra = "lm_eval"
 
@@ -55,36 +56,38 @@ class Harness(Task):
         super().__init__(name, config)
         self.task_files: TaskFiles | None = None
         self.fault = ""
+        """What is wrong with the name or the YAML; empty if nothing is."""
         self.loaded_tasks: LoadedTasks | None = None
-        """The harness's tasks with their data, once they were read."""
+        """The harness's tasks with their data; set by `cases`."""
         self.warnings: list[str] = []
-        """What the harness warned of."""
+        """What the harness and the model's adapter warned of in the last run."""
         if find_spec("lm_eval") is None:
             return
         path = None if config.path is None else str(config.path)
-        asked = self.option_values["task"]
+        # Without `options.task`, a YAML names its task itself, and otherwise the task of the configuration has the name.
+        harness_task = None if _is_yaml(path) else name
+        if self.option_values["task"]:
+            harness_task = str(self.option_values["task"])
         try:
-            self.task_files = find_tasks(str(asked) if asked else None if _is_yaml(path) else name, path)
+            self.task_files = find_tasks(harness_task, path)
             self.metrics = declared_metrics(self.task_files)
         except ConfigError as error:
-            at = "path" if path is not None and str(error).startswith(path) else "options.task"
-            self.fault = f"{self.key}.{at}={error}"
+            setting = "path" if path is not None and str(error).startswith(path) else "options.task"
+            self.fault = f"{self.key}.{setting}={error}"
 
     def problems(self) -> Iterator[str]:
-        known = bool(self.metrics)
-        yield from (
-            problem
-            for problem in super().problems()
-            if known
-            or not problem.startswith(f"{self.key}.limit.")  # a task in Python tells its metrics when it is read
-        )
+        for problem in super().problems():
+            # The metrics of a task in Python are not known before it is loaded, so its limits cannot be checked yet.
+            if self.metrics or not problem.startswith(f"{self.key}.limit."):
+                yield problem
         if self.fault:
             yield self.fault
-        plain = WritingConfig()
+        defaults = WritingConfig()
         for field in fields(WritingConfig):
-            if field.name not in OWN_WRITING and getattr(self.config.write, field.name) != getattr(plain, field.name):
+            value = getattr(self.config.write, field.name)
+            if field.name not in OWN_WRITING and value != getattr(defaults, field.name):
                 yield (
-                    f"{self.key}.write.{field.name}={getattr(self.config.write, field.name)}: how answers are written is the "
+                    f"{self.key}.write.{field.name}={value}: how answers are written is the "
                     f"harness's task's to say; change it by {self.key}.options.generation={{max_gen_toks: 64, ...}}"
                 )
         if self.config.columns:
@@ -92,16 +95,22 @@ class Harness(Task):
         shots = self.option_values["num_fewshot"]
         if shots is not None and not (isinstance(shots, int) and shots >= 0):
             yield f"{self.key}.options.num_fewshot={shots}: must be a number of examples, 0 or more"
-        if not isinstance(self.option_values["generation"], dict):
-            yield f"{self.key}.options.generation={self.option_values['generation']}: must be settings, as {{max_gen_toks: 64}}"
+        generation = self.option_values["generation"]
+        if not isinstance(generation, dict):
+            yield f"{self.key}.options.generation={generation}: must be settings, as {{max_gen_toks: 64}}"
 
     @property
     def data_source(self) -> str | None:
-        """The one data set of a hub that it reads, else its YAML."""
-        leaves = {} if self.task_files is None else self.task_files.single_tasks
-        sets = {missing_data(each)[1] and str(each["dataset_path"]) for each in leaves.values()}
-        only = sets.pop() if len(sets) == 1 else None
-        return f"hub:{only}" if only else None if self.config.path is None else str(self.config.path)
+        """The data set of a hub that all its tasks read, if they read the same one; else the path of the YAML."""
+        single_tasks = {} if self.task_files is None else self.task_files.single_tasks
+        data_sets = set()
+        for settings in single_tasks.values():
+            _, hub_data_set = missing_data(settings)
+            data_sets.add(str(settings["dataset_path"]) if hub_data_set else hub_data_set)
+        only_data_set = data_sets.pop() if len(data_sets) == 1 else None
+        if only_data_set:
+            return f"hub:{only_data_set}"
+        return None if self.config.path is None else str(self.config.path)
 
     def cases(self) -> list[Case]:
         """Every row, read by the harness. Errors: ConfigError, DataError."""
@@ -114,16 +123,16 @@ class Harness(Task):
             raise type(error)(f"{self.key}.kind={self.kind}: {error}") from None
         self.loaded_tasks = LoadedTasks(tasks, by_size=self.task_files.weighted_by_size)
         self.metrics = self.loaded_tasks.metrics
-        most = self.config.max_rows
-        numbers = {name: len(task.eval_docs) for name, task in tasks.items()}
-        return [
-            Case(f"{name}:{number}")
-            for name, rows in numbers.items()
-            for number in range(rows if most is None else min(rows, most))
-        ]
+        cases = []
+        for name, task in tasks.items():
+            rows = len(task.eval_docs)
+            if self.config.max_rows is not None:
+                rows = min(rows, self.config.max_rows)
+            cases += [Case(f"{name}:{number}") for number in range(rows)]
+        return cases
 
     def read(self, case: Case) -> None:
-        """The harness has read it."""
+        """Nothing to do: the harness has read the row."""
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         from lm_eval import evaluator
@@ -133,11 +142,12 @@ class Harness(Task):
 
         assert self.loaded_tasks is not None
         lm = EngineLM(model.writer, model.engine, model.model_config, self.config.write)
-        with collect_warnings() as said, harness_seeds():
-            for task in self.loaded_tasks.tasks.values():  # or each evaluation would draw other examples
+        with collect_warnings() as warnings, harness_seeds():
+            # Without this, each evaluation would draw other few-shot examples.
+            for task in self.loaded_tasks.tasks.values():
                 task.set_fewshot_seed(seed=self.option_values["fewshot_seed"])
             try:
-                found: Any = evaluator.evaluate(
+                results: Any = evaluator.evaluate(
                     lm,
                     {"tasks": self.loaded_tasks.tasks, "groups": {}},
                     limit=self.config.max_rows,
@@ -147,33 +157,32 @@ class Harness(Task):
                     fewshot_as_multiturn=True,
                 )
             except Exception as error:
-                if lm.ended_by is not None:
+                if lm.ended_by is not None:  # a request to our own model failed, not the scoring
                     raise
-                what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise DataError(f"{self.name}: lm-eval cannot score its rows ({what})") from error
-        self.warnings = [*lm.notes(), *said][:MOST_NOTES]
-        rows = [
-            row
-            for name in self.loaded_tasks.tasks
-            for row in task_rows(name, found["samples"][name], self.loaded_tasks)
-        ]
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise DataError(f"{self.name}: lm-eval cannot score its rows ({reason})") from error
+        self.warnings = [*lm.notes(), *warnings][:MOST_NOTES]
+        rows = []
+        for name in self.loaded_tasks.tasks:
+            rows += task_rows(name, results["samples"][name], self.loaded_tasks)
         return complete_scores(rows, self.loaded_tasks)
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-        """Those that its rows have: a task may score other things than its YAML says."""
+        """The metrics that the rows have: a task may score other things than its YAML says."""
         known = {metric.name: metric for metric in self.metrics}
-        there = dict.fromkeys(name for row in rows for name in (*row.scores, *row.items))
-        names = [name for name in known if name in there or f"loss.{name}" in there]
-        names += [name for name in there if name not in known and "." not in name]
-        found = []
+        row_names = _names_in(rows)
+        # First the known metrics in their order, then those that only the rows have. Names with a dot are parts of metrics.
+        names = [name for name in known if name in row_names or f"loss.{name}" in row_names]
+        names += [name for name in row_names if name not in known and "." not in name]
+        metrics = []
         for name in names:
             metric = known.get(name) or Metric(name, "mean over rows, as lm-eval has it", None, ratio=(name, None))
             if any(name in row.items for row in rows):
                 metric = replace(metric, ratio=None)
-            elif f"rows.{name}" in there and metric.ratio is not None:
+            elif f"rows.{name}" in row_names and metric.ratio is not None:
                 metric = replace(metric, ratio=(metric.ratio[0], f"rows.{name}"))
-            found.append(metric)
-        return tuple(found)
+            metrics.append(metric)
+        return tuple(metrics)
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         assert self.loaded_tasks is not None
@@ -191,21 +200,33 @@ class Harness(Task):
         return lm_eval_standard_errors(self.loaded_tasks, self.metrics_for(rows), rows)
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
-        told = ", ".join(f"{name} {value:.4g}" for name, value in self.standard_errors(rows).items() if "/" not in name)
-        if told:
-            yield f"standard errors as lm-eval reckons them: {told}"
-        if slow := [*self.weighted_metrics(rows)]:
-            yield f"intervals of {', '.join(slow)}: {self.max_resamples} resamples at most, since they are slow to reckon"
+        errors = [f"{name} {error:.4g}" for name, error in self.standard_errors(rows).items() if "/" not in name]
+        if errors:
+            yield f"standard errors as lm-eval reckons them: {', '.join(errors)}"
+        slow_metrics = [*self.weighted_metrics(rows)]
+        if slow_metrics:
+            yield (
+                f"intervals of {', '.join(slow_metrics)}: {self.max_resamples} resamples at most, since they are slow to reckon"
+            )
         yield from self.warnings
 
     def signatures(self) -> dict[str, str]:
         from importlib.metadata import version
 
         assert self.loaded_tasks is not None
-        about = [f"lm-eval:{version('lm-eval')}", *self.loaded_tasks.version_notes()]
-        about += ["chat template" if self.option_values["chat_template"] else "no chat template"]
-        about += [f"generation:{shown(self.option_values['generation'])}"] if self.option_values["generation"] else []
-        return dict.fromkeys((metric.name for metric in self.metrics), "|".join(about))
+        parts = [f"lm-eval:{version('lm-eval')}", *self.loaded_tasks.version_notes()]
+        parts.append("chat template" if self.option_values["chat_template"] else "no chat template")
+        if self.option_values["generation"]:
+            parts.append(f"generation:{shown(self.option_values['generation'])}")
+        return dict.fromkeys((metric.name for metric in self.metrics), "|".join(parts))
+
+
+def _names_in(rows: Sequence[TaskRow]) -> dict[str, None]:
+    """Names of all scores and items of the rows, in the order in which they appear."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys((*row.scores, *row.items))
+    return names
 
 
 def _is_yaml(path: str | None) -> bool:

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
+SHOWN_TEXT = 2000
+"""Most characters of a document that a report shows."""
+
+
 class HeldOut(Task):
-    """Scores documents as prepared for training: the same tokens are targets, and count the same."""
+    """Computes losses of documents that are tokenised as for training: the same tokens are targets with the same weights."""
 
     reads = "any format that the objective learns from"
     works_with_server = False
@@ -22,31 +26,31 @@ class HeldOut(Task):
     def __init__(self, name: str, config: object) -> None:
         super().__init__(name, config)  # type: ignore[arg-type]
         self.dataset: TokenDataset | None = None
-        """Its documents as tokens, once they are prepared."""
+        """Its documents as tokens; set by `prepare_tasks`."""
 
     def read(self, case: Case) -> None:
-        """Documents are read where they are prepared."""
+        """Nothing to do: `prepare_tasks` reads the documents."""
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        data, tokenizer = self.dataset, model.writer.tokenizer
-        assert data is not None
-        terms = model.sequence_losses(data, self.config.max_rows)
+        dataset = self.dataset
+        assert dataset is not None
+        losses = model.sequence_losses(dataset, self.config.max_rows)
         rows = []
-        for number in sorted(terms):
-            loss, right = terms[number]
-            sample = data.sample(number)
-            learned = sample.input_ids[1:][sample.supervised[1:]].tolist()
-            text = tokenizer.decode(learned, skip_special_tokens=True)
+        for number in sorted(losses):
+            loss, right = losses[number]
+            sample = dataset.sample(number)
+            learned_ids = sample.input_ids[1:][sample.supervised[1:]].tolist()  # the first token is never a target
+            text = model.writer.tokenizer.decode(learned_ids, skip_special_tokens=True)
             scores = {
                 "nats": loss,
-                "targets": float(data.counts["loss"][number]),
+                "targets": float(dataset.counts["loss"][number]),
                 "right": right,
                 "bytes": float(len(text.encode())),
             }
-            source = data.source_names[int(data.sources[number])]
+            source = dataset.source_names[int(dataset.sources[number])]
             where = cases[number].where if number < len(cases) else f"row {number}"
-            told = model.shown_prompt(sample.input_ids[: sample.answer_begin()].tolist())
-            rows.append(TaskRow(where, told, "", text[:2000], scores, source))
+            prompt = model.shown_prompt(sample.input_ids[: sample.answer_begin()].tolist())
+            rows.append(TaskRow(where, prompt, "", text[:SHOWN_TEXT], scores, source))
         return rows
 
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
@@ -77,13 +81,13 @@ class BitsPerByte(HeldOut):
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         rows = super().run(cases, model)
-        for row in rows:
+        for row in rows:  # the first score sorts the rows
             row.scores = {"bits": row.scores["nats"] / math.log(2), **row.scores}
         return rows
 
 
 class TokenAccuracy(HeldOut):
-    """Targets that are the likeliest token."""
+    """The share of targets that are the model's likeliest token."""
 
     kind = "token_accuracy"
     metrics = (Metric("token_accuracy", "share of targets that the model holds likeliest", ratio=("right", "targets")),)

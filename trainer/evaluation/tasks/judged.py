@@ -14,11 +14,11 @@ from trainer.evaluation.tasks.written import REFERENCES, WrittenTask
 
 GRADE = re.compile(r"grade\W{0,6}(10|[1-9])(?![\d.])", re.IGNORECASE)
 NOTE_CHARACTERS = 300
-"""Characters of a verdict that are kept, its last ones."""
+"""A verdict in a report is cut to this many characters, its last ones."""
 
 
 class JudgedTask(WrittenTask):
-    """Writes answers, and has the judge say something of each."""
+    """Writes answers, and asks the judge about each of them."""
 
     needs_judge = True
     options: ClassVar[dict[str, Any]] = {
@@ -34,14 +34,15 @@ class JudgedTask(WrittenTask):
         raise NotImplementedError  # by the judge
 
     def write_answers(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[str]]:
-        """(what was asked, what the model wrote) of each case."""
+        """(prompts as text, answers of the model), one of each for every case."""
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
         written = model.answers(questions, self.config.write, self.key)
-        return [model.shown_prompt(question.context) for question in questions], [one.text.strip() for one in written]
+        prompts = [model.shown_prompt(question.context) for question in questions]
+        return prompts, [answer.text.strip() for answer in written]
 
     def signatures(self) -> dict[str, str]:
-        said = f"{self.judge_signature}|rubric:{self.option_values['rubric']!r}"
-        return {metric.name: said for metric in self.metrics}
+        signature = f"{self.judge_signature}|rubric:{self.option_values['rubric']!r}"
+        return {metric.name: signature for metric in self.metrics}
 
     judge_signature: str = ""
     """The judge's signature, once it was asked."""
@@ -61,14 +62,18 @@ class GradedTask(JudgedTask):
     )
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        asked, answers = self.write_answers(cases, model)
+        prompts, answers = self.write_answers(cases, model)
         judge = model.require_judge(self.key)
-        verdicts = judge.verdicts([self._question(case, text) for case, text in zip(cases, answers, strict=True)])
-        self.judge_signature, rows = judge.signature(), []
-        for case, prompt, text, said in zip(cases, asked, answers, verdicts, strict=True):
-            found = GRADE.findall(said)
-            scores = {"grade": float(found[-1]) if found else 0.0, "read": float(bool(found))}
-            rows.append(TaskRow(case.where, prompt, text, self.reference(case), scores, note=said[-NOTE_CHARACTERS:]))
+        questions = [self._question(case, answer) for case, answer in zip(cases, answers, strict=True)]
+        verdicts = judge.verdicts(questions)
+        self.judge_signature = judge.signature()
+        rows = []
+        for case, prompt, answer, verdict in zip(cases, prompts, answers, verdicts, strict=True):
+            grades = GRADE.findall(verdict)
+            # The judge may write grades while it thinks: the last one is its verdict.
+            scores = {"grade": float(grades[-1]) if grades else 0.0, "read": float(bool(grades))}
+            note = verdict[-NOTE_CHARACTERS:]
+            rows.append(TaskRow(case.where, prompt, answer, self.reference(case), scores, note=note))
         refuse_unreadable(self.key, verdicts, any(row.scores["read"] for row in rows), "Grade: N")
         return rows
 
@@ -92,7 +97,7 @@ class GradedTask(JudgedTask):
 
 
 def refuse_unreadable(key: str, verdicts: Sequence[str], any_read: bool, form: str) -> None:
-    """Raise DataError where the judge has said nothing that can be read."""
+    """Raise DataError if none of the judge's verdicts can be read."""
     if verdicts and not any_read:
         raise DataError(
             f"{key}: none of {len(verdicts)} verdicts ends in {form!r}; the judge said {verdicts[0][-NOTE_CHARACTERS:]!r}; raise "

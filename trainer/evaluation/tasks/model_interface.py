@@ -1,4 +1,4 @@
-"""What tasks may ask of a model: answers, likelihoods, labels, losses. All are collectives: all ranks must call."""
+"""What tasks may ask a model for: answers, likelihoods, labels, losses. Every request is a collective: all ranks must call."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 TokenIds = list[int]
 SHOWN_CHARACTERS = 400
-"""Characters of a prompt that are kept, its last ones."""
+"""A prompt in a report is cut to this many characters, its last ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A document as tokens: what the model is told, and what it should say, without the tokens that end it."""
+    """A document as tokens, split before its last answer. The answer is without the tokens that end it."""
 
     where: str
     context: TokenIds
@@ -39,12 +39,12 @@ class Question:
 
 
 class FirstRequest(Exception):
-    """A task whose rows are only checked would now ask the model: its rows are encoded, and they fit."""
+    """Ends a task whose rows are only checked: its rows are encoded and fit, and it would now ask the model."""
 
 
 @dataclass(slots=True)
 class ModelInterface:
-    """A model that can be asked, and how."""
+    """The model under evaluation, as tasks see it."""
 
     engine: Engine
     built: Built
@@ -52,37 +52,40 @@ class ModelInterface:
     encoder: Encoder
     runtime: Runtime
     max_positions: int | None
-    """Most tokens that the model can see, where its configuration says so."""
+    """Most tokens that the model can see; None if its configuration has no limit."""
     label_names: list[str] | None
-    """Those of a classifier, in the order of their ids."""
+    """Labels of a classification head, in the order of their ids; None for a language model."""
     stop_now: Callable[[], bool]
     batch: int
     judge: Judge | None = None
-    """The model that judges answers, where there is one."""
+    """The model that judges answers; None if none is configured."""
     cached_losses: dict[tuple[int, int | None], dict[int, tuple[float, float]]] = field(default_factory=dict)
-    """What `terms` found since the weights were last changed, so that several tasks of one data set share a pass."""
+    """Results of `sequence_losses` by (id of the data set, max_rows), so that tasks on the same data share one pass.
+
+    `TaskEvaluator` clears it before each evaluation, since the weights have changed."""
     checks_only: bool = False
-    """Whether rows are only encoded and checked: a request raises FirstRequest before the model or a server hears of it."""
+    """Whether rows are only encoded and checked. Then each request raises FirstRequest and nothing is sent to the model."""
 
     @property
     def model_config(self) -> Any:
-        """The model's settings, transformers' own."""
+        """The configuration of the transformers model."""
         return self.built.config
 
     def encode_questions(self, documents: Sequence[Document]) -> list[Question]:
         """Documents as tokens, split before their last answer. No collective. Raises DataError with file and line."""
-        asked = [_until_last_answer(document) for document in documents]
-        found = []
-        for document, sample in self.encoder.encode(asked):
-            cut = sample.answer_begin()
-            learned = sample.input_ids[cut:][sample.supervised[cut:]].tolist()
-            while learned and learned[-1] in self.encoder.end_ids:
-                learned.pop()
-            if cut == 0 or not learned:
-                what = "before its answer" if learned else "in its answer"
-                raise DataError(f"{document.where}: has no tokens {what}, so that there is nothing to ask")
-            found.append(Question(document.where, sample.input_ids[:cut].tolist(), learned))
-        return found
+        questions = []
+        for document, sample in self.encoder.encode([_until_last_answer(document) for document in documents]):
+            answer_start = sample.answer_begin()
+            is_learned = sample.supervised[answer_start:]
+            answer = sample.input_ids[answer_start:][is_learned].tolist()
+            while answer and answer[-1] in self.encoder.end_ids:
+                answer.pop()
+            if answer_start == 0 or not answer:
+                empty_part = "before its answer" if answer else "in its answer"
+                raise DataError(f"{document.where}: has no tokens {empty_part}, so that there is nothing to ask")
+            context = sample.input_ids[:answer_start].tolist()
+            questions.append(Question(document.where, context, answer))
+        return questions
 
     def text_ids(self, document: Document) -> TokenIds:
         """Token ids of a plain text, without the tokens that end it. No collective. Raises DataError with file and line."""
@@ -92,83 +95,97 @@ class ModelInterface:
             ids.pop()
         return ids
 
-    def answers(self, questions: Sequence[Question], how: WritingConfig, key: str) -> list[WrittenAnswer]:
-        """What the model writes. Raises DataError for a question that leaves no room."""
-        self._check_lengths(questions, how.max_new_tokens, f"{key}.write.max_new_tokens={how.max_new_tokens}")
+    def answers(self, questions: Sequence[Question], writing: WritingConfig, key: str) -> list[WrittenAnswer]:
+        """What the model writes to each question. Raises DataError for a question that leaves no room for an answer."""
+        self._check_lengths(questions, writing.max_new_tokens, f"{key}.write.max_new_tokens={writing.max_new_tokens}")
         self._stop_if_only_checking()
-        return self.writer.answers(self.engine, [question.context for question in questions], how)
+        return self.writer.answers(self.engine, [question.context for question in questions], writing)
 
     def likelihoods(self, questions: Sequence[Question]) -> list[Likelihood]:
-        """How likely the model holds each answer."""
-        self._check_lengths(questions, max(len(question.answer) for question in questions), "the answers")
+        """The likelihood of each question's answer. Raises DataError for one that is too long for the model."""
+        longest_answer = max(len(question.answer) for question in questions)
+        self._check_lengths(questions, longest_answer, "the answers")
         self._stop_if_only_checking()
         return self.writer.likelihoods(self.engine, [(question.context, question.answer) for question in questions])
 
     def require_judge(self, key: str) -> Judge:
-        """The judge. Raises ConfigError where there is none."""
+        """The judge. Raises ConfigError if none is configured."""
         if self.judge is None:
             raise ConfigError(f"{key}: needs a judge; give evaluation.judge.url=http://host:port/v1")
         return self.judge
 
-    def _check_lengths(self, questions: Sequence[Question], more: int, what: str) -> None:
+    def _check_lengths(self, questions: Sequence[Question], answer_tokens: int, purpose: str) -> None:
+        """Raise DataError for a question that has no room for `answer_tokens` more tokens; `purpose` says what they are."""
+        if self.max_positions is None:
+            return
         for question in questions:
-            if self.max_positions is not None and len(question.context) + more > self.max_positions:
+            if len(question.context) + answer_tokens > self.max_positions:
                 raise DataError(
-                    f"{question.where}: {len(question.context)} tokens, and {more} for {what}, are more than the "
+                    f"{question.where}: {len(question.context)} tokens, and {answer_tokens} for {purpose}, are more than the "
                     f"{self.max_positions} positions of the model; shorten the row, or leave it out"
                 )
 
     def shown_prompt(self, ids: TokenIds) -> str:
-        """The end of a prompt as text."""
+        """The end of a prompt as text, for the report."""
         text: str = self.writer.tokenizer.decode(ids, skip_special_tokens=True)
         return text if len(text) <= SHOWN_CHARACTERS else f"…{text[-SHOWN_CHARACTERS:]}"
 
     def logits(self, samples: Sequence[Sample]) -> list[list[float]]:
-        """What a classifier's head says of each sample, a number for each label."""
+        """The logits of a classification head for each sample, a number for each label."""
         self._stop_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.collate import to_device
         from trainer.evaluation.generate import sharded_batches
 
-        found: dict[int, list[float]] = {}
+        own_logits: dict[int, list[float]] = {}
         lengths = [len(sample.input_ids) for sample in samples]
+        batches = sharded_batches(lengths, self.engine.dp_rank, self.engine.dp_size, size=self.batch)
         with self.engine.inference() as module:
             step: Any = module
-            before, step.objective = step.objective, _ClassifierLogits()
+            # The head is called through the root module's own forward: only there are sharded parameters gathered.
+            training_objective = step.objective
+            step.objective = _ClassifierLogits()
             try:
-                for turn in sharded_batches(lengths, self.engine.dp_rank, self.engine.dp_size, size=self.batch):
-                    batch = self.built.collator([samples[row] for row in turn or [0]])
-                    said = step(to_device(batch, self.runtime.device))["logits"].tolist()
-                    found |= dict(zip(turn, said, strict=False))
+                for row_numbers in batches:
+                    # A rank without rows in this batch takes part with the first row, and keeps nothing of it.
+                    batch = self.built.collator([samples[row] for row in row_numbers or [0]])
+                    logits = step(to_device(batch, self.runtime.device))["logits"].tolist()
+                    own_logits |= dict(zip(row_numbers, logits, strict=False))
                     self._check_stop()
             finally:
-                step.objective = before
-        together = {row: said for part in gather_objects(found, self.runtime) for row, said in part.items()}
-        return [together[row] for row in range(len(samples))]
+                step.objective = training_objective
+        all_logits: dict[int, list[float]] = {}
+        for rank_logits in gather_objects(own_logits, self.runtime):
+            all_logits |= rank_logits
+        return [all_logits[row] for row in range(len(samples))]
 
     def sequence_losses(self, dataset: TokenDataset, max_rows: int | None) -> dict[int, tuple[float, float]]:
-        """(summed loss, targets that were the likeliest token) of each sequence, one in a micro-batch, by its number."""
+        """(summed loss, number of targets that were the likeliest token) of each sequence, by its number in the data set."""
         self._stop_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.loader import EvalShare, eval_batches, eval_plan
 
-        if (before := self.cached_losses.get((id(dataset), max_rows))) is not None:
-            return before
+        cache_key = (id(dataset), max_rows)
+        if cache_key in self.cached_losses:
+            return self.cached_losses[cache_key]
+        # One sequence in a micro-batch, so that the sums of a batch are those of a sequence.
         share = EvalShare(1, self.engine.dp_rank, self.engine.dp_size, max_rows)
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)
-        found: dict[int, tuple[float, float]] = {}
+        own_losses: dict[int, tuple[float, float]] = {}
         with self.engine.inference() as module:
             for numbers, batch in zip(eval_plan(dataset, share), batches, strict=True):
                 terms = module({**batch, "ahead": {}})
                 for number in numbers:
-                    found[number] = (float(terms["loss"].double()), float(terms["accuracy"].double()))
+                    own_losses[number] = (float(terms["loss"].double()), float(terms["accuracy"].double()))
                 self._check_stop()
-        together = {number: each for part in gather_objects(found, self.runtime) for number, each in part.items()}
-        self.cached_losses[id(dataset), max_rows] = together
-        return together
+        all_losses: dict[int, tuple[float, float]] = {}
+        for rank_losses in gather_objects(own_losses, self.runtime):
+            all_losses |= rank_losses
+        self.cached_losses[cache_key] = all_losses
+        return all_losses
 
     def _stop_if_only_checking(self) -> None:
-        """Raises FirstRequest where rows are only checked."""
+        """Raises FirstRequest if rows are only checked."""
         if self.checks_only:
             raise FirstRequest
 
@@ -178,32 +195,34 @@ class ModelInterface:
 
 
 class _ClassifierLogits:
-    """Stands in for the objective: the classifier's logits instead of a loss."""
+    """Takes the place of the objective in a step module: returns the classifier's logits instead of a loss."""
 
     def terms(self, model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return {"logits": found.logits.float()}
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return {"logits": output.logits.float()}
 
 
 def _until_last_answer(document: Document) -> Document:
-    """The document up to its last answer, which alone is to be said."""
+    """The document up to its last answer, which alone is marked as learned."""
     if document.messages is None:
         return document
-    last = max(place for place, turn in enumerate(document.messages) if turn["role"] == "assistant")
-    turns = [{**turn, "train": place == last} for place, turn in enumerate(document.messages[: last + 1])]
+    last = max(number for number, turn in enumerate(document.messages) if turn["role"] == "assistant")
+    turns = [{**turn, "train": number == last} for number, turn in enumerate(document.messages[: last + 1])]
     for turn in turns:
         turn.pop("weight", None)
     return replace(document, messages=turns)
 
 
 def last_answer(document: Document) -> dict[str, Any] | None:
-    """The last answer of a document as a turn; None where it has none."""
-    if document.messages is None:
-        return None if document.prompt is None else {"role": "assistant", "content": document.completion or ""}
-    return next((turn for turn in reversed(document.messages) if turn["role"] == "assistant"), None)
+    """The last answer of a document as a turn; None if it has none."""
+    if document.messages is not None:
+        return next((turn for turn in reversed(document.messages) if turn["role"] == "assistant"), None)
+    if document.prompt is None:
+        return None
+    return {"role": "assistant", "content": document.completion or ""}
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
-    """Probabilities, float64."""
-    values = np.exp(np.array(logits, np.float64) - max(logits))
-    return (values / values.sum()).tolist()
+    """Probabilities, float64. The highest logit is subtracted first, so that no exponential overflows."""
+    exponentials = np.exp(np.array(logits, np.float64) - max(logits))
+    return (exponentials / exponentials.sum()).tolist()

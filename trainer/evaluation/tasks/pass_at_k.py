@@ -19,37 +19,43 @@ PASS_PREFIX = "pass_at_"
 
 def pass_at_k_metrics(draws: int) -> tuple[Metric, ...]:
     """pass@k (Chen et al. 2021) of tasks that are right or wrong: k of 2, 4, 8 ... up to the number of draws."""
-    wanted = sorted({*(2**power for power in range(1, draws.bit_length())), draws} - {1})
+    sizes = sorted({*(2**power for power in range(1, draws.bit_length())), draws} - {1})
     return tuple(
         Metric(
             f"{PASS_PREFIX}{k}",
             f"share of rows of which one of {k} answers is right, 0 to 1",
             ratio=(f"{PASS_PREFIX}{k}", None),
         )
-        for k in wanted
+        for k in sizes
     )
 
 
 def texts_by_prompt(written: Sequence[WrittenAnswer], prompts: int) -> list[list[str]]:
-    """The texts of each prompt, draw by draw, without white space around them."""
-    found: list[list[str]] = [[] for _ in range(prompts)]
-    for one in written:
-        found[one.prompt].append(one.text.strip())
-    return found
+    """The answers to each prompt, draw by draw, without white space around them."""
+    texts: list[list[str]] = [[] for _ in range(prompts)]
+    for answer in written:
+        texts[answer.prompt].append(answer.text.strip())
+    return texts
 
 
 def row_of_draws(
     row: TaskRow, texts: list[str], scores: Sequence[dict[str, float]], metrics: Sequence[Metric] = ()
 ) -> TaskRow:
-    """A row of one answer as it is; of several with the means of their scores, the first answer shown and all kept."""
-    row.answer, row.scores = texts[0], dict(scores[0])
+    """The row with its answer and scores filled in, `scores` being those of each answer in `texts`.
+
+    Of several answers, the row gets the mean scores, shows the first answer, and keeps all of them.
+    """
+    row.answer = texts[0]
+    row.scores = dict(scores[0])
     if len(texts) == 1:
         return row
-    row.scores = {name: sum(each[name] for each in scores) / len(scores) for name in scores[0]}
-    right = sum(next(iter(each.values())) == 1.0 for each in scores)
+    row.scores = {name: sum(draw[name] for draw in scores) / len(scores) for name in scores[0]}
+    # The first score of these tasks is 1 for a right answer and 0 for a wrong one.
+    right = sum(next(iter(draw.values())) == 1.0 for draw in scores)
     for metric in metrics:
         if metric.name.startswith(PASS_PREFIX):
-            row.scores[metric.name] = pass_probability(int(metric.name.removeprefix(PASS_PREFIX)), right, len(texts))
+            k = int(metric.name.removeprefix(PASS_PREFIX))
+            row.scores[metric.name] = pass_probability(k, right, len(texts))
     row.note = "; ".join(filter(None, [f"first of {len(texts)} draws", row.note]))
     row.items = {"answers": texts}
     return row

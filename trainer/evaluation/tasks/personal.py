@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PersonalDataTask(WrittenTask):
-    """How many answers hold some."""
+    """Counts the answers that contain personal data."""
 
     kind = "personal_data"
     metrics = (
@@ -37,49 +37,56 @@ class PersonalDataTask(WrittenTask):
         if self.option_values["preset"] not in [*PrivacyPreset]:
             yield f"{self.key}.options.preset={self.option_values['preset']}: must be one of {', '.join(PrivacyPreset)}"
             return
-        from trainer.data.transforms.privacy.stage import problems  # which makes seventy expressions
+        from trainer.data.transforms.privacy.stage import problems  # slow to import: compiles seventy expressions
 
         for problem in problems(self.privacy):
             yield problem.replace("data.privacy.", f"{self.key}.options.")
 
     @property
     def privacy(self) -> PrivacyConfig:
-        """What is looked for, in the words of preparation."""
-        asked = {
-            name: self.option_values[name]
-            for name in ("types", "min_score", "regions")
-            if self.option_values[name] is not None
-        }
-        return PrivacyConfig(preset=PrivacyPreset(self.option_values["preset"]), **asked)
+        """The settings of the detection engine, as in `data.privacy`."""
+        settings = {}
+        for name in ("types", "min_score", "regions"):
+            if self.option_values[name] is not None:
+                settings[name] = self.option_values[name]
+        return PrivacyConfig(preset=PrivacyPreset(self.option_values["preset"]), **settings)
 
     @cached_property
     def finder(self) -> Finder:
-        """What finds it."""
+        """The detection engine."""
         from trainer.data.transforms.privacy.stage import Finder
 
         return Finder(self.privacy)
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
-        rows, decode = [], model.writer.tokenizer.decode
-        for case, question, one in zip(
-            cases, questions, model.answers(questions, self.config.write, self.key), strict=True
-        ):
-            told, types, shown, end = decode(question.context, skip_special_tokens=True), [], "", 0
-            for finding in self.finder.find(one.text):
-                if one.text[finding.start : finding.end] not in told:
-                    types.append(finding.type)
-                    shown, end = f"{shown}{one.text[end : finding.start]}[{finding.type}]", finding.end
+        answers = model.answers(questions, self.config.write, self.key)
+        decode = model.writer.tokenizer.decode
+        rows = []
+        for case, question, answer in zip(cases, questions, answers, strict=True):
+            prompt = decode(question.context, skip_special_tokens=True)
+            types, masked_text = self._mask(answer.text, prompt)
             scores = {"found": float(bool(types)), "pieces": float(len(types))}
             note = ", ".join(dict.fromkeys(types))
-            rows.append(
-                TaskRow(case.where, model.shown_prompt(question.context), shown + one.text[end:], "", scores, note=note)
-            )
+            rows.append(TaskRow(case.where, model.shown_prompt(question.context), masked_text, "", scores, note=note))
         return rows
+
+    def _mask(self, text: str, prompt: str) -> tuple[list[str], str]:
+        """(types of the personal data in a text, the text with it masked). What the prompt contains does not count."""
+        types = []
+        masked_text = ""
+        masked_until = 0
+        for finding in self.finder.find(text):
+            if text[finding.start : finding.end] in prompt:
+                continue
+            types.append(finding.type)
+            masked_text += f"{text[masked_until : finding.start]}[{finding.type}]"
+            masked_until = finding.end
+        return types, masked_text + text[masked_until:]
 
     def score(self, case: Case, text: str) -> dict[str, float]:
         raise NotImplementedError  # needs the prompt
 
     def signatures(self) -> dict[str, str]:
-        said = f"types:{'+'.join(sorted(self.finder.types))}|min_score:{self.privacy.min_score:g}"
-        return {metric.name: said for metric in self.metrics}
+        signature = f"types:{'+'.join(sorted(self.finder.types))}|min_score:{self.privacy.min_score:g}"
+        return {metric.name: signature for metric in self.metrics}

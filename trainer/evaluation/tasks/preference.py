@@ -17,7 +17,7 @@ VERDICT = re.compile(r"verdict\W{0,6}(A|B|tie)\b", re.IGNORECASE)
 
 
 class PreferenceTask(JudgedTask):
-    """Wins against the row's own answer, or against the model that is compared with; what order decides is a tie."""
+    """Wins against the row's reference answer, or against the other model. If the verdict depends on the order, it is a tie."""
 
     kind = "preference"
     metrics = (
@@ -35,32 +35,33 @@ class PreferenceTask(JudgedTask):
             yield f"{self.key}.options.opponent={self.option_values['opponent']}: must be reference (the row's answer) or other"
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        others = self.opponent_texts(cases)
-        asked, answers = self.write_answers(cases, model)
+        opponent_texts = self.opponent_texts(cases)
+        prompts, answers = self.write_answers(cases, model)
         judge = model.require_judge(self.key)
-        pairs = [
-            (request_text(case.document), text, other)
-            for case, text, other in zip(cases, answers, others, strict=True)
-            if other is not None and other != text
-        ]
-        said = iter(
-            judge.verdicts([self._question(*pair, swapped=swapped) for pair in pairs for swapped in (False, True)])
-        )
-        self.judge_signature, rows, verdicts = judge.signature(), [], list[str]()
-        for case, prompt, text, other in zip(cases, asked, answers, others, strict=True):
-            if other is None or other == text:
-                scores, note = scores_of(0.0, 0.0), "the same answer" if other is not None else "against itself"
+        questions = []
+        for case, answer, opponent in zip(cases, answers, opponent_texts, strict=True):
+            if opponent is not None and opponent != answer:
+                request = request_text(case.document)
+                questions += [self._question(request, answer, opponent, swapped=swapped) for swapped in (False, True)]
+        verdicts = judge.verdicts(questions)
+        self.judge_signature = judge.signature()
+        remaining_verdicts = iter(verdicts)
+        rows = []
+        for case, prompt, answer, opponent in zip(cases, prompts, answers, opponent_texts, strict=True):
+            if opponent is None:
+                scores, note = scores_of(0.0, 0.0), "against itself"
+            elif opponent == answer:
+                scores, note = scores_of(0.0, 0.0), "the same answer"
             else:
-                both = [next(said), next(said)]
-                verdicts += both
-                scores = scores_of(winner(both[0]), winner(both[1], swapped=True))
-                note = both[0][-NOTE_CHARACTERS:]
-            rows.append(TaskRow(case.where, prompt, text, self.reference(case), scores, note=note))
+                first, swapped_verdict = next(remaining_verdicts), next(remaining_verdicts)
+                scores = scores_of(winner(first), winner(swapped_verdict, swapped=True))
+                note = first[-NOTE_CHARACTERS:]
+            rows.append(TaskRow(case.where, prompt, answer, self.reference(case), scores, note=note))
         refuse_unreadable(self.key, verdicts, any(row.scores["read"] for row in rows), "Verdict: A, B or tie")
         return rows
 
     def opponent_texts(self, cases: Sequence[Case]) -> list[str | None]:
-        """The other answer of each case; None where this model is asked first, and meets the other later."""
+        """The other answer to each case; None if this model is asked first, and the other model is compared with it later."""
         if self.option_values["opponent"] == "reference":
             return [str(case.fields[REFERENCES][0]) for case in cases]
         if self.opponent_answers is None:
@@ -69,15 +70,15 @@ class PreferenceTask(JudgedTask):
                     f"{self.key}.options.opponent=other: there is none; compare with against=base, a run, a model or a report"
                 )
             return [None] * len(cases)
-        lacking = next((case.where for case in cases if case.where not in self.opponent_answers), None)
-        if lacking is not None:
+        unanswered = next((case.where for case in cases if case.where not in self.opponent_answers), None)
+        if unanswered is not None:
             raise ConfigError(
-                f"{self.key}.options.opponent=other: the other model has not answered {lacking}; ask it the same rows"
+                f"{self.key}.options.opponent=other: the other model has not answered {unanswered}; ask it the same rows"
             )
         return [self.opponent_answers[case.where] for case in cases]
 
-    def _question(self, request: str, text: str, other: str, *, swapped: bool) -> str:
-        first, second = (other, text) if swapped else (text, other)
+    def _question(self, request: str, answer: str, opponent: str, *, swapped: bool) -> str:
+        first, second = (opponent, answer) if swapped else (answer, opponent)
         return "\n\n".join(
             [
                 f"You compare two answers to a request. {self.option_values['rubric']} Their order says nothing.",
@@ -89,23 +90,30 @@ class PreferenceTask(JudgedTask):
         )
 
     def signatures(self) -> dict[str, str]:
-        return {
-            name: f"{said}|opponent:{self.option_values['opponent']}" for name, said in super().signatures().items()
-        }
+        opponent = self.option_values["opponent"]
+        return {name: f"{signature}|opponent:{opponent}" for name, signature in super().signatures().items()}
 
 
-def winner(said: str, *, swapped: bool = False) -> float | None:
-    """1 where the model's own answer is preferred, -1 where the other one is, 0 for a tie; None where nothing can be read."""
-    found = VERDICT.findall(said)
-    if not found:
+def winner(verdict: str, *, swapped: bool = False) -> float | None:
+    """1 if the model's own answer is preferred, -1 if the other one is, 0 for a tie; None for an unreadable verdict.
+
+    `swapped`: the other answer was shown first, as A.
+    """
+    choices = VERDICT.findall(verdict)
+    if not choices:
         return None
-    value = {"a": 1.0, "b": -1.0, "tie": 0.0}[found[-1].lower()]
-    return -value if swapped else value
+    preferred = {"a": 1.0, "b": -1.0, "tie": 0.0}[choices[-1].lower()]
+    return -preferred if swapped else preferred
 
 
-def scores_of(one: float | None, two: float | None) -> dict[str, float]:
-    """Scores of a pair from its two verdicts: won where both say so; a tie where they differ."""
-    if one is None or two is None:
+def scores_of(winner_in_order: float | None, winner_swapped: float | None) -> dict[str, float]:
+    """Scores of a pair from its two verdicts: won if both say so, a tie if they differ."""
+    if winner_in_order is None or winner_swapped is None:
         return {"won": 0.0, "tied": 0.0, "swayed": 0.0, "read": 0.0}
-    agreed = one if one == two else 0.0
-    return {"won": (1 + agreed) / 2, "tied": float(agreed == 0), "swayed": float(one != two), "read": 1.0}
+    agreed = winner_in_order if winner_in_order == winner_swapped else 0.0
+    return {
+        "won": (1 + agreed) / 2,
+        "tied": float(agreed == 0),
+        "swayed": float(winner_in_order != winner_swapped),
+        "read": 1.0,
+    }

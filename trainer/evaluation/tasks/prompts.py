@@ -22,7 +22,7 @@ PROMPT_COLUMNS = ("prompt", "goal", "behavior", "question", "instruction", "text
 
 
 class PromptTask(Task):
-    """Reads a prompt of each row, perhaps inside a template, and has it answered."""
+    """Puts the prompt of each row into a template, if one is set, and lets the model answer."""
 
     needs_path = True
     options: ClassVar[dict[str, Any]] = {"template": None, "continue": False}
@@ -40,32 +40,37 @@ class PromptTask(Task):
 
     @cached_property
     def template(self) -> str:
-        """What is put around each prompt: the option itself, or what stands in the file that it names."""
-        given = self.option_values["template"]
-        if given is None:
+        """The text around each prompt: the option itself, or the content of the file that it names."""
+        option = self.option_values["template"]
+        if option is None:
             return "{prompt}"
-        if "{prompt}" in str(given) or "\n" in str(given) or not Path(str(given)).expanduser().is_file():
-            return str(given)
-        return Path(str(given)).expanduser().read_text(encoding="utf-8")
+        text = str(option)
+        if "{prompt}" in text or "\n" in text:
+            return text
+        file = Path(text).expanduser()
+        return file.read_text(encoding="utf-8") if file.is_file() else text
 
     def read(self, case: Case) -> None:
         case.fields = {"prompt": self.template.replace("{prompt}", prompt_of(case.fields))}
 
     def write_draws(self, cases: Sequence[Case], model: ModelInterface) -> list[tuple[Question, list[WrittenAnswer]]]:
-        """Each prompt as it was told, and its draws. All ranks must call. Raises DataError for a prompt that leaves no room."""
-        documents = [
-            Document(*split_location(case.where), text=case.fields["prompt"])
-            if self.option_values["continue"]
-            else Document(*split_location(case.where), prompt=case.fields["prompt"], completion="-", separator="\n")
-            for case in cases
-        ]
+        """(question, its answers) for each case. All ranks must call. Raises DataError for a prompt that leaves no room."""
+        is_continued = self.option_values["continue"]
+        documents = []
+        for case in cases:
+            file, line = split_location(case.where)
+            prompt = case.fields["prompt"]
+            if is_continued:
+                documents.append(Document(file, line, text=prompt))
+            else:
+                documents.append(Document(file, line, prompt=prompt, completion="-", separator="\n"))
         questions = model.encode_questions(documents)
-        if self.option_values["continue"]:
-            questions = [Question(each.where, [*each.context, *each.answer], []) for each in questions]
-        found: list[tuple[Question, list[WrittenAnswer]]] = [(question, []) for question in questions]
-        for one in model.answers(questions, self.config.write, self.key):
-            found[one.prompt][1].append(one)
-        return found
+        if is_continued:  # the whole text is the prompt
+            questions = [Question(question.where, [*question.context, *question.answer], []) for question in questions]
+        answers: list[list[WrittenAnswer]] = [[] for _ in questions]
+        for answer in model.answers(questions, self.config.write, self.key):
+            answers[answer.prompt].append(answer)
+        return list(zip(questions, answers, strict=True))
 
     def signatures(self) -> dict[str, str]:
         shape = "continued as plain text" if self.option_values["continue"] else "asked as a turn"
@@ -73,27 +78,29 @@ class PromptTask(Task):
 
     @property
     def verdict_signature(self) -> str:
-        """What decides a verdict, for the signature."""
+        """What decides the verdict on an answer, as a part of the signature."""
         raise NotImplementedError
 
 
 def prompt_of(fields: dict[str, Any]) -> str:
-    """The prompt of a row; of HarmBench's with the text that it is about before it. Raises Refusal."""
-    by = {name.lower(): name for name in fields}
-    name = next((by[name] for name in PROMPT_COLUMNS if name in by), "prompt")
-    value = fields.get(name)
-    if isinstance(value, dict) and "text" in value:  # RealToxicityPrompts
-        return text_of(value, "text")
-    if name not in fields:
+    """The prompt of a row. In HarmBench's rows, the text that the prompt is about comes before it. Raises Refusal."""
+    column_by_lower_name = {name.lower(): name for name in fields}
+    column = next((column_by_lower_name[name] for name in PROMPT_COLUMNS if name in column_by_lower_name), "prompt")
+    prompt = fields.get(column)
+    if isinstance(prompt, dict) and "text" in prompt:  # RealToxicityPrompts
+        return text_of(prompt, "text")
+    if column not in fields:
         raise Refusal(
             "no_prompt", f"none of the columns {', '.join(PROMPT_COLUMNS)} is there; the row has {sorted(fields)}"
         )
-    text, context = text_of(fields, name), str(fields.get(by.get("contextstring", ""), "") or "").strip()
+    text = text_of(fields, column)
+    context_column = column_by_lower_name.get("contextstring", "")
+    context = str(fields.get(context_column, "") or "").strip()
     return f"{context}\n\n---\n\n{text}" if context else text
 
 
 def directory_of(value: Any, key: str) -> Path:
-    """A directory that a setting names. Raises ConfigError."""
+    """The directory that a setting names. Raises ConfigError if it does not exist."""
     path = Path(str(value)).expanduser()
     if not path.is_dir():
         raise ConfigError(

@@ -57,18 +57,20 @@ TASK_KINDS: dict[str, type[Task]] = {
         harness.Harness,
     )
 }
-"""In the order in which they are listed to users."""
+"""All kinds by name, in the order in which users see them."""
 
 
 def build_tasks(tasks: Mapping[str, TaskConfig]) -> list[Task]:
-    """The tasks of a configuration without problems, in its order."""
+    """The tasks of a configuration that was checked, in its order."""
     return [TASK_KINDS[config.kind](name, config) for name, config in tasks.items()]
 
 
 def asks_judge(config: TaskConfig) -> bool:
-    """Whether a task asks the judge of `evaluation.judge`. Opens no file, unlike making a task of lm_eval."""
+    """Whether a task asks the judge of `evaluation.judge`."""
     kind = TASK_KINDS.get(config.kind)
-    return kind is not None and kind is not harness.Harness and kind("", config).needs_judge
+    if kind is None or kind is harness.Harness:  # making a task of lm_eval would read the harness's files
+        return False
+    return kind("", config).needs_judge
 
 
 def reads_rows_of_run(config: TaskConfig) -> bool:
@@ -86,9 +88,9 @@ def task_problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
         if not name.replace("-", "_").isidentifier():
             yield f"{key}: the name stands in metrics (eval/{name}/...); use letters, digits, - and _"
         if config.kind not in TASK_KINDS:
-            near = difflib.get_close_matches(config.kind, TASK_KINDS, n=1)
-            known = f"did you mean {near[0]}?" if near else f"one of {', '.join(TASK_KINDS)}"
-            yield f"{key}.kind={config.kind or None}: there is no such kind of task; {known}"
+            similar = difflib.get_close_matches(config.kind, TASK_KINDS, n=1)
+            hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(TASK_KINDS)}"
+            yield f"{key}.kind={config.kind or None}: there is no such kind of task; {hint}"
             continue
         task = TASK_KINDS[config.kind](name, config)
         yield from task.problems()
@@ -97,10 +99,11 @@ def task_problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
 
 
 def metric_directions(tasks: Mapping[str, TaskConfig]) -> dict[str, bool | None]:
-    """The metrics that an evaluation yields for tasks, by full name: whether more is better."""
-    return {
-        f"eval/{name}/{metric.name}": metric.greater_is_better
-        for name, config in tasks.items()
-        if config.kind in TASK_KINDS
-        for metric in TASK_KINDS[config.kind](name, config).metrics
-    }
+    """Whether greater is better, by the full name of each metric that these tasks yield."""
+    directions = {}
+    for name, config in tasks.items():
+        if config.kind not in TASK_KINDS:
+            continue
+        for metric in TASK_KINDS[config.kind](name, config).metrics:
+            directions[f"eval/{name}/{metric.name}"] = metric.greater_is_better
+    return directions

@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 LEVEL = 0.05
-"""p below which something is told."""
+"""A difference with a p below this is reported."""
 
 
-def max_statistic_p(found: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """How often, by `chance` (float64 [draws, metrics]), the largest of all is as large as each that was `found` ([metrics])."""
-    spread = np.sqrt(np.mean(chance**2, axis=0))
-    spread = np.where(spread > 0, spread, np.inf)
-    most = np.max(np.abs(chance) / spread, axis=1, initial=0.0)
-    return (1 + (most[:, None] >= np.abs(found) / spread - 1e-12).sum(axis=0)) / (len(chance) + 1)
+def max_statistic_p(observed: np.ndarray, by_chance: np.ndarray) -> np.ndarray:
+    """p of each observed value, corrected for the number of metrics (single-step max T of Westfall & Young 1993).
+
+    `observed` is float64 [metrics], `by_chance` float64 [draws, metrics]. p of a metric is the share of draws whose largest
+    value over all metrics is as large as the observed one, all of them in units of their spread by chance.
+    """
+    spread = np.sqrt(np.mean(by_chance**2, axis=0))
+    spread = np.where(spread > 0, spread, np.inf)  # a metric that never moves by chance contributes nothing
+    largest = np.max(np.abs(by_chance) / spread, axis=1, initial=0.0)
+    # The observed assignment is one of the possible ones, hence the 1 + and + 1. The tolerance lets equal values count.
+    return (1 + (largest[:, None] >= np.abs(observed) / spread - 1e-12).sum(axis=0)) / (len(by_chance) + 1)

@@ -1,14 +1,13 @@
-"""The rows of a task: a file in the formats of `prepare`, or the run's evaluation documents. Needs no model.
+"""Reads the rows of a task, from a file in the formats of `prepare` or from the run's evaluation documents. Needs no model.
 
-Every row must be usable. A task that silently leaves rows out measures something else from one day to the next.
+Every row must be usable. A task that silently left rows out would measure something else from one day to the next.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
@@ -20,12 +19,14 @@ from trainer.data.read.paths import expand, is_hub
 from trainer.evaluation.tasks.base import Case, Task
 
 MAX_LISTED_ROWS = 5
-"""Bad rows that are told, of all that there are."""
+"""Most bad rows that an error lists."""
 
 
 def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = False) -> list[Case]:
-    """The rows of a task, checked. Errors: DataError naming file and line for rows that cannot be used, or where there are none;
-    ConfigError for a path that cannot be meant."""
+    """The checked rows of a task.
+
+    Errors: DataError with file and line for rows that cannot be used, or if there are no rows; ConfigError for a bad path.
+    """
     config = task.config
     if task.loads_own_rows:
         return task.cases()
@@ -44,35 +45,40 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
     cases = cases[: config.max_rows]
     if not cases:
         raise DataError(f"{task.key}.path={config.path}: holds no rows; fill it, or name another file")
-    wrong = []
+    bad_rows = []
     for case in cases:
         try:
             task.read(case)
         except Refusal as refusal:
-            wrong.append(f"{case.where}: {refusal.message}")
-    if wrong:
-        more = f"\n  and {len(wrong) - MAX_LISTED_ROWS} more" if len(wrong) > MAX_LISTED_ROWS else ""
+            bad_rows.append(f"{case.where}: {refusal.message}")
+    if bad_rows:
+        listed = "\n  ".join(bad_rows[:MAX_LISTED_ROWS])
+        if len(bad_rows) > MAX_LISTED_ROWS:
+            listed += f"\n  and {len(bad_rows) - MAX_LISTED_ROWS} more"
         raise DataError(
-            f"{task.key} ({task.kind}): {len(wrong)} of {len(cases)} rows cannot be used; it needs {task.reads}; mend them, or "
-            f"name other columns with {task.key}.columns\n  " + "\n  ".join(wrong[:MAX_LISTED_ROWS]) + more
+            f"{task.key} ({task.kind}): {len(bad_rows)} of {len(cases)} rows cannot be used; it needs {task.reads}; mend them, "
+            f"or name other columns with {task.key}.columns\n  {listed}"
         )
     return cases
 
 
 def _file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
+    """The rows of the files in the task's path, at most `max_rows`."""
     key = f"{task.key}.path"
     files = expand(task.config.path, key, remote=remote)
-    if hub := next((path for path in files if is_hub(path)), None):
+    hub = next((path for path in files if is_hub(path)), None)
+    if hub:
         raise ConfigError(f"{key}={hub}: would be fetched from a hub; download its files and give their path")
     rows: Iterator[Row] = (_parse_row(row) for row in Origin(key, files).rows())
-    own = task.needs_path and not task.reads_documents
-    if own:
+    has_own_columns = task.needs_path and not task.reads_documents
+    if has_own_columns:
         rows = task.expand_rows(rows)
-    if (first := next(rows, None)) is None:
+    first = next(rows, None)
+    if first is None:
         return
-    document_of = _case_with_columns if own else _document_reader(task, first)
+    make_case = _case_with_columns if has_own_columns else _document_reader(task, first)
     for row in islice(_prepend(first, rows), task.config.max_rows):
-        yield document_of(task, row)
+        yield make_case(task, row)
 
 
 def _parse_row(row: Row | Rejected) -> Row:
@@ -82,32 +88,35 @@ def _parse_row(row: Row | Rejected) -> Row:
     return parsed
 
 
-def _prepend(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
+def _prepend(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
     yield first
-    yield from rest
+    yield from rows
 
 
 def _case_with_columns(task: Task, row: Row) -> Case:
-    """A row with the columns that the kind names, whatever format that is."""
+    """A row under the column names that the kind reads, in whatever format the file is."""
     fields = dict(row.fields)
-    for wanted, name in task.config.columns.items():
+    for name, column in task.config.columns.items():
         try:
-            fields[wanted] = value_at(fields, name)
+            fields[name] = value_at(fields, column)
         except (KeyError, Refusal):
             raise DataError(
-                f"{row.file}:{row.line}: no column {name!r} ({task.key}.columns.{wanted}); the row has {sorted(row.fields)}"
+                f"{row.file}:{row.line}: no column {column!r} ({task.key}.columns.{name}); the row has {sorted(row.fields)}"
             ) from None
-    if fault := next((value for value in fields.values() if isinstance(value, Fault)), None):
+    fault = next((field for field in fields.values() if isinstance(field, Fault)), None)
+    if fault:
         raise DataError(f"{row.file}:{row.line}: {fault.message}")
     return Case(f"{row.file}:{row.line}", None, fields)
 
 
-def _document_reader(task: Task, first: Row) -> Any:
-    """What makes a document of a row, by the format of the first one."""
+def _document_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
+    """A function that makes a case with a document of a row, in the format of the first row."""
     config = task.config
 
-    def own(text: str) -> str:  # a reader speaks of the settings of training data
-        return text.replace(f"data.sources.{task.name}.", f"{task.key}.").replace("data.columns", f"{task.key}.columns")
+    def with_task_keys(message: str) -> str:
+        """Readers name settings of training data; the user has set those of the task."""
+        message = message.replace(f"data.sources.{task.name}.", f"{task.key}.")
+        return message.replace("data.columns", f"{task.key}.columns")
 
     try:
         format = config.format
@@ -115,12 +124,12 @@ def _document_reader(task: Task, first: Row) -> Any:
             format = recognise(first, config.columns, source=task.name, meant=task.formats)
         reader = RowReader(format, config.columns, source=task.name, refuses=False)
     except (DataError, ConfigError) as error:
-        raise type(error)(own(str(error))) from None
+        raise type(error)(with_task_keys(str(error))) from None
 
-    def document_of(task: Task, row: Row) -> Case:
-        found = reader(row)
-        if isinstance(found, Rejected):
-            raise DataError(own(str(found)))
-        return Case(found.where, found, row.fields)
+    def make_case(task: Task, row: Row) -> Case:
+        document = reader(row)
+        if isinstance(document, Rejected):
+            raise DataError(with_task_keys(str(document)))
+        return Case(document.where, document, row.fields)
 
-    return document_of
+    return make_case

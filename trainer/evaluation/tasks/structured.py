@@ -1,4 +1,4 @@
-"""Answers that programs read: tool calls, JSON by a schema, the final number of a calculation."""
+"""Answers for programs to read: tool calls, JSON that follows a schema, the final result of a calculation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 
 
 class ToolCalls(WrittenTask):
-    """Whether the answer calls the tools that the reference calls, with its arguments, in its order; or none, as it does."""
+    """Whether the answer makes the tool calls of the reference: the same tools, arguments and order, or no call at all."""
 
     kind = "tool_calls"
     right_or_wrong = True
@@ -50,20 +50,23 @@ class ToolCalls(WrittenTask):
         if answer is None or not case.document.tools:
             lacks = "no tools" if answer is not None else "no assistant turn"
             raise Refusal("no_tools", f"the row has {lacks}; it must have both")
-        calls = [call["function"] for call in answer.get("tool_calls", ())]
-        case.fields = {"calls": [{"name": call["name"], "arguments": call["arguments"]} for call in calls]}
-        case.fields["reference"] = json.dumps(case.fields["calls"], ensure_ascii=False) if calls else answer["content"]
+        calls = []
+        for call in answer.get("tool_calls", ()):
+            function = call["function"]
+            calls.append({"name": function["name"], "arguments": function["arguments"]})
+        reference = json.dumps(calls, ensure_ascii=False) if calls else answer["content"]
+        case.fields = {"calls": calls, "reference": reference}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Raises DataError where the model's own way to write calls is one that is not read: every answer would be wrong."""
-        called = next((case for case in cases if case.fields["calls"]), None)
-        if called is not None and called.document is not None:
-            (question,) = model.encode_questions([called.document])
-            written = model.writer.tokenizer.decode(question.answer, skip_special_tokens=True)
-            if parse_tool_calls(written) != called.fields["calls"]:
+        """Raises DataError if the chat template writes calls in a form that is not read here: every answer would be wrong."""
+        case_with_call = next((case for case in cases if case.fields["calls"]), None)
+        if case_with_call is not None and case_with_call.document is not None:
+            (question,) = model.encode_questions([case_with_call.document])
+            reference = model.writer.tokenizer.decode(question.answer, skip_special_tokens=True)
+            if parse_tool_calls(reference) != case_with_call.fields["calls"]:
                 raise DataError(
-                    f"{called.where}: the chat template writes the calls as {written!r}, which is not read here; calls must be "
-                    "JSON objects with a name and arguments; give such a template in model.chat_template"
+                    f"{case_with_call.where}: the chat template writes the calls as {reference!r}, which is not read here; "
+                    "calls must be JSON objects with a name and arguments; give such a template in model.chat_template"
                 )
         return super().run(cases, model)
 
@@ -71,42 +74,59 @@ class ToolCalls(WrittenTask):
         return str(case.fields["reference"])
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        found, wanted = parse_tool_calls(text), case.fields["calls"]
-        names = [call["name"] for call in found] == [call["name"] for call in wanted]
+        calls = parse_tool_calls(text)
+        reference_calls = case.fields["calls"]
+        same_names = [call["name"] for call in calls] == [call["name"] for call in reference_calls]
+        same_arguments = same_names and all(
+            call["arguments"] == reference["arguments"] for call, reference in zip(calls, reference_calls, strict=True)
+        )
         return {
-            "right": float(names and all(a["arguments"] == b["arguments"] for a, b in zip(found, wanted, strict=True))),
-            "names": float(names),
-            "called": float(bool(found) == bool(wanted)),
+            "right": float(same_arguments),
+            "names": float(same_names),
+            "called": float(bool(calls) == bool(reference_calls)),
         }
 
     def signatures(self) -> dict[str, str]:
-        said = 'calls:JSON objects with "name" and "arguments" or "parameters"|arguments:equal as JSON'
-        return {metric.name: said for metric in self.metrics}
+        signature = 'calls:JSON objects with "name" and "arguments" or "parameters"|arguments:equal as JSON'
+        return {metric.name: signature for metric in self.metrics}
 
 
 def parse_tool_calls(text: str) -> list[dict[str, Any]]:
-    """Calls in an answer, wherever they stand: JSON objects with a name and arguments, alone, in lists or between tags."""
-    decoder, found, place = json.JSONDecoder(), [], 0
-    while (place := text.find("{", place)) >= 0:
+    """The calls in an answer: JSON objects with a name and arguments, anywhere in the text, alone, in lists or between tags."""
+    decoder = json.JSONDecoder()
+    calls = []
+    position = text.find("{")
+    while position >= 0:
         try:
-            value, place = decoder.raw_decode(text, place)
+            call, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
-            place += 1
+            position = text.find("{", position + 1)  # no JSON begins here
             continue
-        value = value.get("function", value) if isinstance(value.get("function"), dict) else value
-        arguments = value.get("arguments", value.get("parameters"))
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                continue
-        if isinstance(value.get("name"), str) and isinstance(arguments, dict):
-            found.append({"name": value["name"], "arguments": arguments})
-    return found
+        parsed = _parse_call(call)
+        if parsed is not None:
+            calls.append(parsed)
+        position = text.find("{", position)
+    return calls
+
+
+def _parse_call(call: dict[str, Any]) -> dict[str, Any] | None:
+    """The name and the arguments of a call; None if the object is no call."""
+    if isinstance(call.get("function"), dict):
+        call = call["function"]
+    name = call.get("name")
+    arguments = call.get("arguments", call.get("parameters"))
+    if isinstance(arguments, str):  # JSON within JSON, as OpenAI writes it
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    return {"name": name, "arguments": arguments}
 
 
 class JsonSchema(Task):
-    """Whether the answer is JSON that a schema allows."""
+    """Whether the answer is JSON that is valid under a schema."""
 
     kind = "json_schema"
     metrics = (
@@ -133,8 +153,11 @@ class JsonSchema(Task):
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
 
-        fields, file = case.fields, self.option_values["schema"]
-        schema = fields.get("schema") if file is None else Path(str(file)).expanduser().read_text(encoding="utf-8")
+        fields = case.fields
+        file = self.option_values["schema"]
+        schema = fields.get("schema")
+        if file is not None:
+            schema = Path(str(file)).expanduser().read_text(encoding="utf-8")
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
@@ -147,6 +170,7 @@ class JsonSchema(Task):
         except SchemaError as error:
             raise Refusal("bad_schema", f'"schema" is no JSON schema: {error.message}') from None
         file_name, _, line = case.where.rpartition(":")
+        # The answer is a stand-in: the format of a document needs one, and only the prompt is asked.
         case.document = Document(file_name, int(line))
         if "messages" in fields:
             turns = turns_of(fields["messages"], "messages", "a list of messages")
@@ -154,30 +178,34 @@ class JsonSchema(Task):
                 turns.pop()
             case.document.messages = [*turns, {"role": "assistant", "content": "{}"}]
         else:
-            case.document.prompt, case.document.completion = text_of(fields, "prompt"), "{}"
+            case.document.prompt = text_of(fields, "prompt")
+            case.document.completion = "{}"
         case.fields = {"schema": schema}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
-        written = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
+        answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
         rows = []
-        for case, question, texts in zip(cases, questions, written, strict=True):
+        for case, question, texts in zip(cases, questions, answers, strict=True):
             schema = case.fields["schema"]
-            found = [check_json(text, schema) for text in texts]
-            scores = [{"valid": float(problem is None), "parsed": float(parsed)} for parsed, problem in found]
-            told, allowed = model.shown_prompt(question.context), json.dumps(schema, ensure_ascii=False)
-            rows.append(row_of_draws(TaskRow(case.where, told, "", allowed, {}, note=found[0][1] or ""), texts, scores))
+            verdicts = [check_json(text, schema) for text in texts]
+            scores = [{"valid": float(problem is None), "parsed": float(is_json)} for is_json, problem in verdicts]
+            _, first_problem = verdicts[0]
+            prompt = model.shown_prompt(question.context)
+            reference = json.dumps(schema, ensure_ascii=False)
+            row = TaskRow(case.where, prompt, "", reference, {}, note=first_problem or "")
+            rows.append(row_of_draws(row, texts, scores))
         return rows
 
     def signatures(self) -> dict[str, str]:
         from importlib.metadata import version
 
-        said = f"jsonschema:{version('jsonschema')}|a code fence around the answer is taken off"
-        return {metric.name: said for metric in self.metrics}
+        signature = f"jsonschema:{version('jsonschema')}|a code fence around the answer is taken off"
+        return {metric.name: signature for metric in self.metrics}
 
 
 def check_json(text: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
-    """(whether an answer is JSON, what is wrong with it). What a schema refers to elsewhere is not fetched."""
+    """(whether an answer is JSON, what is wrong with it). A schema at another address that it refers to is not fetched."""
     from jsonschema.exceptions import best_match
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -185,18 +213,18 @@ def check_json(text: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
 
     fenced = FENCE.match(text)
     try:
-        value = json.loads(fenced[1] if fenced else text)
+        answer = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError) as error:
         return False, f"no JSON: {error}"
     try:
-        problem = best_match(validator_for(schema)(schema, registry=Registry()).iter_errors(value))
+        problem = best_match(validator_for(schema)(schema, registry=Registry()).iter_errors(answer))
     except Unresolvable as error:
         return True, f"the schema refers to {error.ref}, which is not in it"
     return True, None if problem is None else f"{problem.json_path}: {problem.message}"
 
 
 class Maths(WrittenTask):
-    """Whether the answer ends in the reference's result: the last boxed one, after ####, or the last number."""
+    """Whether the answer ends in the reference's result: the last `\\boxed{}`, else what follows ####, else the last number."""
 
     kind = "maths"
     right_or_wrong = True
@@ -217,8 +245,9 @@ class Maths(WrittenTask):
 
 
 def final_result(text: str) -> Fraction | str | None:
-    """The result that a solution ends in; numbers as fractions, so that 0.50, 1/2 and \\frac{1}{2} are one."""
-    if boxes := list(BOXED.finditer(text)):
+    """The result that a solution ends in. Numbers are fractions, so that 0.50, 1/2 and \\frac{1}{2} are equal."""
+    boxes = list(BOXED.finditer(text))
+    if boxes:
         return _parse_result(_until_closing_brace(text, boxes[-1].end()))
     if "####" in text:
         return _parse_result(text.rpartition("####")[2].strip().partition("\n")[0])
@@ -227,15 +256,17 @@ def final_result(text: str) -> Fraction | str | None:
 
 
 def _until_closing_brace(text: str, begin: int) -> str:
+    """The text from `begin` to the brace that closes one opened before it; the rest of the text if none does."""
     depth = 1
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
         if depth == 0:
-            return text[begin:place]
+            return text[begin:position]
     return text[begin:]
 
 
 def _parse_result(text: str) -> Fraction | str:
+    """A number as a fraction, any other result as plain text without ornaments of LaTeX."""
     plain = FRACTION.sub(r"\1/\2", text)
     for ornament in ("\\$", "$", "\\%", "%", "\\!", "\\,", "{,}", ","):
         plain = plain.replace(ornament, "")

@@ -14,13 +14,13 @@ from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
 
 MIN_ROWS = 10
-"""Rows of a group below which it is told that they are few."""
+"""A group with fewer rows than this is reported as too small."""
 SHUFFLES = 1000
-"""How often groups are dealt anew, to see how large a gap is by chance."""
+"""How often groups are shuffled over the rows, to see how large a gap is by chance."""
 
 
 class Subgroups(ClassificationTask):
-    """Differences between the groups with the most and the least; of several labels the one with the largest gap."""
+    """Differences between the groups with the highest and the lowest rate. Of several labels, the largest gap counts."""
 
     kind = "subgroups"
     metrics = (
@@ -59,36 +59,43 @@ class Subgroups(ClassificationTask):
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         groups = np.array([row.source for row in rows])
 
-        def of(name: str) -> Callable[[np.ndarray], float]:
+        def gap_of_weights(name: str) -> Callable[[np.ndarray], float]:
             return lambda weights: self._gaps(rows, groups, weights)[name]
 
-        return {name: of(name) for name in _GAP_METRICS}
+        return {name: gap_of_weights(name) for name in _GAP_METRICS}
 
     def _gaps(self, rows: Sequence[TaskRow], groups: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-        true, said = np.array([row.reference for row in rows]), np.array([row.answer for row in rows])
-        names, number = np.unique(groups, return_inverse=True)
-        size = len(names)
+        """The gap metrics, by name. `groups` and `weights` (float64) are those of each row."""
+        true_labels = np.array([row.reference for row in rows])
+        predicted = np.array([row.answer for row in rows])
+        names, group_numbers = np.unique(groups, return_inverse=True)
 
-        def share(of: np.ndarray, among: np.ndarray) -> float:
-            """The difference of the weighted share of `of` in `among` between groups that have any."""
-            below = np.bincount(number, weights * among, size)
-            above = np.bincount(number, weights * (of & among), size)
-            rates = above[below > 0] / below[below > 0]
+        def largest_gap(is_hit: np.ndarray, is_counted: np.ndarray) -> float:
+            """Highest minus lowest weighted share of hits among the counted rows, over groups that have counted rows."""
+            counted = np.bincount(group_numbers, weights * is_counted, len(names))
+            hits = np.bincount(group_numbers, weights * (is_hit & is_counted), len(names))
+            rates = hits[counted > 0] / counted[counted > 0]
             return float(rates.max() - rates.min()) if len(rates) > 1 else 0.0
 
-        every = np.ones(len(rows), bool)
+        every_row = np.ones(len(rows), bool)
         positive = self.option_values["positive"]
-        labels = [str(positive)] if positive is not None else sorted({*true.tolist(), *said.tolist()})
+        labels = [str(positive)] if positive is not None else sorted({*true_labels.tolist(), *predicted.tolist()})
+        parity_gaps = []
+        odds_gaps = []
+        for label in labels:
+            is_predicted = predicted == label
+            has_label = true_labels == label
+            parity_gaps.append(largest_gap(is_predicted, every_row))
+            # Hits among rows that have the label, and false alarms among those that do not.
+            odds_gaps += [largest_gap(is_predicted, has_label), largest_gap(is_predicted, ~has_label)]
         return {
-            "demographic_parity_difference": max(share(said == label, every) for label in labels),
-            "equalized_odds_difference": max(
-                share(said == label, (true == label) == hit) for label in labels for hit in (True, False)
-            ),
-            "accuracy_difference": share(said == true, every),
+            "demographic_parity_difference": max(parity_gaps),
+            "equalized_odds_difference": max(odds_gaps),
+            "accuracy_difference": largest_gap(predicted == true_labels, every_row),
         }
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
-        groups, ones = np.array([row.source for row in rows]), np.ones(len(rows))
+        groups = np.array([row.source for row in rows])
         names, counts = np.unique(groups, return_counts=True)
         yield "rows: " + ", ".join(
             f"{name} {count}" for name, count in zip(names.tolist(), counts.tolist(), strict=True)
@@ -98,19 +105,29 @@ class Subgroups(ClassificationTask):
             return
         if counts.min() < MIN_ROWS:
             yield f"a group has fewer than {MIN_ROWS} rows: its gaps say little"
-        drawn = np.random.default_rng(int(self.option_values["seed"]))
-        found = np.array([self._gaps(rows, groups, ones)[name] for name in _GAP_METRICS])
-        dealt = [self._gaps(rows, drawn.permutation(groups), ones) for _ in range(SHUFFLES)]
-        chance = np.array([[gaps[name] for name in _GAP_METRICS] for gaps in dealt])
-        for name, gap, usual, p in zip(
-            _GAP_METRICS, found, chance.mean(axis=0), max_statistic_p(found, chance), strict=True
-        ):
-            told = "beyond chance" if p < LEVEL else "no gap shown beyond chance"
-            yield f"{name} {gap:.3g}: groups dealt at random give {usual:.3g} on average, p {p:.3g} for all gaps: {told}"
+        observed, by_chance = self._gaps_and_chance(rows, groups)
+        p_values = max_statistic_p(observed, by_chance)
+        for name, gap, usual, p in zip(_GAP_METRICS, observed, by_chance.mean(axis=0), p_values, strict=True):
+            verdict = "beyond chance" if p < LEVEL else "no gap shown beyond chance"
+            yield f"{name} {gap:.3g}: groups dealt at random give {usual:.3g} on average, p {p:.3g} for all gaps: {verdict}"
+
+    def _gaps_and_chance(self, rows: Sequence[TaskRow], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(gaps [metrics], gaps of shuffled groups [shuffles, metrics]), float64."""
+        rng = np.random.default_rng(int(self.option_values["seed"]))
+        every_row_once = np.ones(len(rows))
+
+        def gaps_of(row_groups: np.ndarray) -> list[float]:
+            gaps = self._gaps(rows, row_groups, every_row_once)
+            return [gaps[name] for name in _GAP_METRICS]
+
+        by_chance = [gaps_of(rng.permutation(groups)) for _ in range(SHUFFLES)]
+        return np.array(gaps_of(groups)), np.array(by_chance)
 
     def signatures(self) -> dict[str, str]:
-        said = f"positive:{self.option_values['positive'] or 'the label with the largest gap'}|method:between groups"
-        return dict.fromkeys(_GAP_METRICS, said)
+        signature = (
+            f"positive:{self.option_values['positive'] or 'the label with the largest gap'}|method:between groups"
+        )
+        return dict.fromkeys(_GAP_METRICS, signature)
 
 
 _GAP_METRICS = ("demographic_parity_difference", "equalized_odds_difference", "accuracy_difference")

@@ -10,36 +10,51 @@ from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 
 
 def whole_texts(model: ModelInterface, texts: Sequence[tuple[str, str]]) -> list[Question]:
-    """Every token of each text, of (`file:line`, text); before them stands BOS, or EOS where the tokenizer has no BOS.
+    """Questions that score every token of each text, given as (`file:line`, text).
 
-    So lm-evaluation-harness judges a text without a context. Raises ConfigError where the tokenizer has neither.
+    The context is BOS, or EOS if the tokenizer has no BOS, as in lm-evaluation-harness. Raises ConfigError if it has neither.
     """
     start = model.encoder.bos_id if model.encoder.bos_id is not None else model.encoder.eos_id
     if start is None:
         raise ConfigError(
             "the tokenizer has neither bos_token nor eos_token, so that the first token has nothing before it"
         )
-    found = []
-    for question in model.encode_questions([Document(*split_location(where), text=text) for where, text in texts]):
+    documents = [Document(*split_location(where), text=text) for where, text in texts]
+    questions = []
+    for question in model.encode_questions(documents):
         ids = [*question.context, *question.answer]
-        found.append(Question(question.where, [start], ids[1:] if ids[0] == start else ids))
-    return found
+        scored_ids = ids[1:] if ids[0] == start else ids
+        questions.append(Question(question.where, [start], scored_ids))
+    return questions
 
 
 def texts_after(model: ModelInterface, pairs: Sequence[tuple[str, str, str]]) -> list[Question]:
-    """The tokens of texts that follow others in the same writing, of (`file:line`, context, text), a blank between them."""
-    whole = whole_texts(model, [(where, f"{context} {text}") for where, context, text in pairs])
-    alone = whole_texts(model, [(where, context) for where, context, _ in pairs])
-    found = []
-    for one, before in zip(whole, alone, strict=True):
-        both = zip(one.answer, before.answer, strict=False)
-        same = next((n for n, (mine, other) in enumerate(both) if mine != other), len(before.answer))
-        same = min(same, len(one.answer) - 1)
-        found.append(Question(one.where, [*one.context, *one.answer[:same]], one.answer[same:]))
-    return found
+    """Questions that score the tokens of a text after a context, given as (`file:line`, context, text).
+
+    Context and text are tokenised together with a blank between them, since a tokenizer may join the last letters of the one
+    with the first of the other. What counts as context are the tokens that the joined text shares with the context alone.
+    """
+    joined_texts = whole_texts(model, [(where, f"{context} {text}") for where, context, text in pairs])
+    contexts = whole_texts(model, [(where, context) for where, context, _ in pairs])
+    questions = []
+    for joined, context in zip(joined_texts, contexts, strict=True):
+        shared = common_prefix_length(joined.answer, context.answer)
+        shared = min(shared, len(joined.answer) - 1)  # at least one token is left to score
+        questions.append(Question(joined.where, [*joined.context, *joined.answer[:shared]], joined.answer[shared:]))
+    return questions
+
+
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens that both texts begin with."""
+    length = 0
+    for first_token, second_token in zip(first, second, strict=False):
+        if first_token != second_token:
+            break
+        length += 1
+    return length
 
 
 def split_location(where: str) -> tuple[str, int]:
-    """File and line of `file:line`."""
+    """The file and the line number of `file:line`."""
     file, _, line = where.rpartition(":")
     return file, int(line)

@@ -20,11 +20,11 @@ from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import pass_at_k_metrics, row_of_draws, texts_by_prompt
 
 REFERENCES = "references"
-"""Column with further answers that are right too, a list of texts."""
+"""Column with further right answers, a list of texts."""
 
 
 class WrittenTask(Task):
-    """Asks each document's last answer, and scores what is written."""
+    """Lets the model write the last answer of each document, and scores it against the reference."""
 
     reads = (
         'a prompt and its answer in any format of data.path, perhaps with "references": a list of other right answers'
@@ -47,26 +47,23 @@ class WrittenTask(Task):
         answer = last_answer(case.document)
         if answer is None:
             raise Refusal("no_answer", "the row is a text, or a pair of answers; it must be a prompt and its answer")
-        others = case.fields.get(REFERENCES)
-        if others is not None and not is_texts(others):
-            raise Refusal("bad_references", f'"{REFERENCES}" is {shown(others)}; it must be a list of texts')
-        case.fields = {REFERENCES: [answer["content"].strip(), *(others or [])]}
+        more_answers = case.fields.get(REFERENCES)
+        if more_answers is not None and not is_texts(more_answers):
+            raise Refusal("bad_references", f'"{REFERENCES}" is {shown(more_answers)}; it must be a list of texts')
+        case.fields = {REFERENCES: [answer["content"].strip(), *(more_answers or [])]}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
-        written = model.answers(questions, self.config.write, self.key)
-        return [
-            row_of_draws(
-                TaskRow(case.where, model.shown_prompt(question.context), "", self.reference(case), {}),
-                texts,
-                [self.score(case, text) for text in texts],
-                self.metrics,
-            )
-            for case, question, texts in zip(cases, questions, texts_by_prompt(written, len(cases)), strict=True)
-        ]
+        answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
+        rows = []
+        for case, question, texts in zip(cases, questions, answers, strict=True):
+            row = TaskRow(case.where, model.shown_prompt(question.context), "", self.reference(case), {})
+            scores = [self.score(case, text) for text in texts]
+            rows.append(row_of_draws(row, texts, scores, self.metrics))
+        return rows
 
     def reference(self, case: Case) -> str:
-        """The right answer, as it is shown."""
+        """The right answer, as the report shows it."""
         return str(case.fields[REFERENCES][0])
 
     @abstractmethod
@@ -80,26 +77,30 @@ NORMALISATIONS: dict[str, Callable[[str], str]] = {
     "articles": lambda text: re.sub(r"\b(a|an|the)\b", " ", text),
     "whitespace": lambda text: " ".join(text.split()),
 }
-"""What may be taken out before texts are compared, in this order."""
+"""Normalisations of texts before they are compared, applied in this order."""
 
 
 class _NormalisedTask(WrittenTask):
+    """Compares words of answer and reference after both were normalised."""
+
     options: ClassVar[dict[str, Any]] = {"normalise": list(NORMALISATIONS)}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        asked = self.option_values["normalise"]
-        if not isinstance(asked, list) or not {*asked} <= NORMALISATIONS.keys():
-            yield f"{self.key}.options.normalise={asked}: must be a list of {', '.join(NORMALISATIONS)}, or []"
+        names = self.option_values["normalise"]
+        if not isinstance(names, list) or not {*names} <= NORMALISATIONS.keys():
+            yield f"{self.key}.options.normalise={names}: must be a list of {', '.join(NORMALISATIONS)}, or []"
 
     def normalise(self, text: str) -> str:
-        for name, change in NORMALISATIONS.items():
-            text = change(text) if name in self.option_values["normalise"] else text
+        for name, normalisation in NORMALISATIONS.items():
+            if name in self.option_values["normalise"]:
+                text = normalisation(text)
         return text.strip()
 
     def signatures(self) -> dict[str, str]:
-        done = "+".join(name for name in NORMALISATIONS if name in self.option_values["normalise"]) or "none"
-        return {metric.name: f"normalise:{done}" for metric in self.metrics}
+        names = [name for name in NORMALISATIONS if name in self.option_values["normalise"]]
+        signature = f"normalise:{'+'.join(names) or 'none'}"
+        return {metric.name: signature for metric in self.metrics}
 
 
 class ExactMatch(_NormalisedTask):
@@ -110,12 +111,13 @@ class ExactMatch(_NormalisedTask):
     metrics = (Metric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),)
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        found = self.normalise(text)
-        return {"match": float(any(found == self.normalise(other) for other in case.fields[REFERENCES]))}
+        answer = self.normalise(text)
+        is_match = any(answer == self.normalise(reference) for reference in case.fields[REFERENCES])
+        return {"match": float(is_match)}
 
 
 class F1(_NormalisedTask):
-    """Words that the answer and a reference share (SQuAD, Rajpurkar et al. 2016)."""
+    """F1 of the words that the answer and a reference share (SQuAD, Rajpurkar et al. 2016)."""
 
     kind = "f1"
     metrics = (
@@ -124,17 +126,20 @@ class F1(_NormalisedTask):
     )
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        found, others = self.normalise(text), [self.normalise(other) for other in case.fields[REFERENCES]]
-        return {"f1": max(word_f1(found, other) for other in others), "match": float(found in others)}
+        answer = self.normalise(text)
+        references = [self.normalise(reference) for reference in case.fields[REFERENCES]]
+        best_f1 = max(word_f1(answer, reference) for reference in references)
+        return {"f1": best_f1, "match": float(answer in references)}
 
 
-def word_f1(one: str, other: str) -> float:
-    """F1 of the words of two texts, as sets in which a word may be more than once; two empty texts are equal."""
-    words, wanted = one.split(), other.split()
-    if not words or not wanted:
-        return float(words == wanted)
-    shared = sum((Counter(words) & Counter(wanted)).values())
-    return 2 * shared / (len(words) + len(wanted))
+def word_f1(answer: str, reference: str) -> float:
+    """F1 of the words of two texts. A word that occurs twice in both is shared twice. Two empty texts have an F1 of 1."""
+    words = answer.split()
+    reference_words = reference.split()
+    if not words or not reference_words:
+        return float(words == reference_words)
+    shared = sum((Counter(words) & Counter(reference_words)).values())
+    return 2 * shared / (len(words) + len(reference_words))
 
 
 class Translation(WrittenTask):
@@ -146,7 +151,7 @@ class Translation(WrittenTask):
         Metric("chrf", "sacrebleu's corpus chrF, 0 to 100 (Popović 2015)"),
     )
     options: ClassVar[dict[str, Any]] = {"tokenize": "13a", "lowercase": False, "word_order": 0}
-    supports_draws = False  # scores of the whole set are made of its answers, not of rows
+    supports_draws = False  # corpus scores are computed from one answer a row
     reads = "a text and its translation in any format of data.path"
 
     def problems(self) -> Iterator[str]:
@@ -160,9 +165,11 @@ class Translation(WrittenTask):
         """sacrebleu's metrics by our names."""
         from sacrebleu.metrics import BLEU, CHRF
 
-        chosen = self.option_values
-        bleu = BLEU(tokenize=chosen["tokenize"], lowercase=bool(chosen["lowercase"]))
-        return {"bleu": bleu, "chrf": CHRF(word_order=int(chosen["word_order"]), lowercase=bool(chosen["lowercase"]))}
+        lowercase = bool(self.option_values["lowercase"])
+        return {
+            "bleu": BLEU(tokenize=self.option_values["tokenize"], lowercase=lowercase),
+            "chrf": CHRF(word_order=int(self.option_values["word_order"]), lowercase=lowercase),
+        }
 
     def score(self, case: Case, text: str) -> dict[str, float]:
         return {"chrf": float(self.scorers["chrf"].sentence_score(text, case.fields[REFERENCES][:1]).score)}
@@ -170,12 +177,13 @@ class Translation(WrittenTask):
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         answers = [row.answer for row in rows]
         references = [row.reference for row in rows]
-        return {name: weighted_score(judge, answers, references) for name, judge in self.scorers.items()}
+        return {name: weighted_score(scorer, answers, references) for name, scorer in self.scorers.items()}
 
     def signatures(self) -> dict[str, str]:
-        for judge in self.scorers.values():  # which is known once it has seen references
-            judge.corpus_score([""], [[""]])
-        return {name: str(judge.get_signature()) for name, judge in self.scorers.items()}
+        # sacrebleu's signature has the number of references, which it knows only after it scored something.
+        for scorer in self.scorers.values():
+            scorer.corpus_score([""], [[""]])
+        return {name: str(scorer.get_signature()) for name, scorer in self.scorers.items()}
 
 
 class Summarisation(WrittenTask):
@@ -197,11 +205,12 @@ class Summarisation(WrittenTask):
         return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=bool(self.option_values["stemmer"]))
 
     def score(self, case: Case, text: str) -> dict[str, float]:
-        found = self.scorer.score(case.fields[REFERENCES][0], text)
-        return {name: float(found[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
+        scores = self.scorer.score(case.fields[REFERENCES][0], text)
+        return {name: float(scores[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
 
     def signatures(self) -> dict[str, str]:
         from importlib.metadata import version
 
-        said = f"rouge-score:{version('rouge-score')}|stemmer:{'yes' if self.option_values['stemmer'] else 'no'}"
-        return {metric.name: said for metric in self.metrics}
+        stemmer = "yes" if self.option_values["stemmer"] else "no"
+        signature = f"rouge-score:{version('rouge-score')}|stemmer:{stemmer}"
+        return {metric.name: signature for metric in self.metrics}
