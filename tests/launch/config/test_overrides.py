@@ -204,16 +204,30 @@ def test_a_setting_that_means_nothing_under_a_schedule_is_refused_unless_the_run
     assert compose(words, check=False).config.schedule.min_factor == 0.5, "a run of before goes on with its words"
 
 
-def test_a_file_of_settings_that_no_class_answers_is_named(tmp_path):
+WRONG_FILES = {
+    "name: wrong\n": "schedule.name: Invalid value 'wrong', expected one of [cosine, linear, constant, wsd]",
+    "name: cosine\nwarmup: 3\n": "there is no setting schedule.warmup",
+    "warmup_steps: many\n": "schedule.warmup_steps: Value 'many' of type 'str' could not be converted to Integer",
+    "name: [\n": "line 2 is not valid YAML: expected the node content",
+}
+"""Content of a user's file of the group `schedule`, and what is said of it."""
+
+
+@pytest.mark.parametrize("content", WRONG_FILES)
+def test_a_users_file_of_settings_is_named_with_what_is_wrong_in_it(tmp_path, content):
     (tmp_path / "schedule").mkdir()
-    (tmp_path / "schedule" / "mine.yaml").write_text("name: wrong\n")
+    file = tmp_path / "schedule" / "mine.yaml"
+    file.write_text(content)
     try:
         take_directories(["--config-dir", str(tmp_path)])
-        with pytest.raises(ConfigError, match=r"In 'schedule/mine'.*'wrong', expected one of"):
+        with pytest.raises(ConfigError, match=re.escape(f"{file}: {WRONG_FILES[content]}")):
             compose(["schedule=mine"])
     finally:
         OWN_DIRECTORIES.clear()
         groups.cache_clear()
+
+
+def test_a_choice_without_settings_of_its_name_is_named():
     with pytest.raises(ConfigError, match=r"conf/objective/x\.yaml: no settings of that name.*FAMILIES"):
         settings_of("objective", "x")
     with pytest.raises(ConfigError, match=r"conf/strategy/zero4\.yaml"):
