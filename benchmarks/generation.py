@@ -129,7 +129,7 @@ def rank(args: argparse.Namespace) -> int:
     words += ["evaluation.tasks.one.kind=exact_match", f"evaluation.tasks.one.path={rows}", f"run.matmul={args.matmul}"]
     config = plan(sort(words)).config
     with rank_of_job(work / "job", config.run.lease_s) as (request, where):
-        where.settle(work / "job", place)
+        where.set_run_dir(work / "job", place)
         tokenizer = load_tokenizer(config.model)
         data, _, _, runtime = meet(config, tokenizer, request, where)
         engine, built, _ = build_engine(config, tokenizer, data, resolve_precision(config.precision, runtime), runtime)

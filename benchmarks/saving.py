@@ -39,7 +39,7 @@ class Turns:
 
         from trainer.checkpoints.manager import Checkpoints
 
-        save, succeeded = Checkpoints.save, Checkpoints._succeeded
+        save, succeeded = Checkpoints.save, Checkpoints._note_success
 
         def in_turn(made: Checkpoints, engine: Any, progress: Any, *, must: bool = True) -> bool:
             way = WAYS[len(self.began) % len(WAYS)]
@@ -60,7 +60,7 @@ class Turns:
             succeeded(made, writing, saved)
 
         Checkpoints.save = in_turn  # type: ignore[method-assign]
-        Checkpoints._succeeded = noted  # type: ignore[method-assign]
+        Checkpoints._note_success = noted  # type: ignore[method-assign]
 
     def _copied(self, tensors: list[Any], torch: Any) -> float:
         """The time after a plain copy of the same tensors to warm memory, which is noted, too."""

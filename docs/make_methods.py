@@ -34,7 +34,7 @@ from trainer.tuning.config import (  # noqa: E402
     PTuningConfig,
     VeraConfig,
 )
-from trainer.tuning.table import METHODS, NOT_HERE, PROPERTIES, TYPES, Method  # noqa: E402
+from trainer.tuning.table import METHODS, PEFT_METHODS, PROPERTIES, UNSUPPORTED_TYPES, Method  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 MEASURED = ROOT / "benchmarks" / "results" / "methods.json"
@@ -250,7 +250,7 @@ def reasons() -> list[str]:
 def refused_types() -> list[str]:
     """The methods of peft that are refused: a row for each reason, with the names that share it."""
     sharing: dict[str, list[str]] = {}
-    for name, reason in NOT_HERE.items():
+    for name, reason in UNSUPPORTED_TYPES.items():
         sharing.setdefault(reason, []).append(f"`{name}`")
     lines = ["| `tuning.type=` | why (*it* is the method) |", "|---|---|"]
     return [*lines, *(f"| {', '.join(names)} | {reason} |" for reason, names in sharing.items())]
@@ -271,7 +271,7 @@ def page() -> str:
         "`tuning=peft tuning.type=<name>` takes another method of peft. `tuning.options.<option>=<value>` sets one of peft's",
         "own options. An option that peft does not know is an error.",
         "",
-        *rows(TYPES, "tuning.type"),
+        *rows(PEFT_METHODS, "tuning.type"),
         "",
         EXPERTS,
         "",

@@ -41,7 +41,7 @@ from trainer.reporting.status import write_text_atomic
 from trainer.reporting.trackers.base import Table
 from trainer.run import asking_of, meet
 from trainer.session.announcements import track_evaluation
-from trainer.session.attempt import Where, rank_of_job
+from trainer.session.attempt import Attempt, rank_of_job
 from trainer.session.run_data import DataRecord, RowsNeeded, data_of_run, data_record
 from trainer.session.run_facts import versions
 from trainer.step import Built
@@ -90,26 +90,26 @@ def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> Non
 
     Raises what ended it. `job_dir` has the records of the processes, apart from those of a run.
     """
-    with rank_of_job(job_dir, config.run.lease_s) as (request, where):
-        _evaluate(config, job, job_dir, request, where)
+    with rank_of_job(job_dir, config.run.lease_s) as (request, attempt):
+        _evaluate(config, job, job_dir, request, attempt)
 
 
-def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: StopRequest, where: Where) -> None:
-    where.settle(job_dir, int(os.environ.get("RANK", 0)))
+def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: StopRequest, attempt: Attempt) -> None:
+    attempt.set_run_dir(job_dir, int(os.environ.get("RANK", 0)))
     tokenizer = load_tokenizer(config.model)
     opened = _RunData(job)
-    data, tasks, staged, runtime = meet(config, tokenizer, request, where, opened.open)
+    data, tasks, staged, runtime = meet(config, tokenizer, request, attempt, opened.open)
     if opened.accepted:
         job = replace(job, accepted=[*job.accepted, *opened.accepted])
     console = Console(enabled=runtime.is_main, log=job_dir / "logs" / f"rank-{runtime.rank}.log")
     precision = resolve_precision(config.precision, runtime)
-    asked = Agreement(request, runtime).another().asked
-    where.phase = "building the model"
+    asked = Agreement(request, runtime).for_loop().ask_and_wait
+    attempt.phase = "building the model"
     built: tuple[Engine, Built] | None = None
     if config.evaluation.server.url is not None:
         evaluator = TaskEvaluator(tasks, _served(config, tokenizer, runtime, asked))
     else:
-        with telling_of_evaluation(lambda: where.phase, config, runtime):
+        with telling_of_evaluation(lambda: attempt.phase, config, runtime):
             if stored_by(config.model.path) is not None:
                 engine, step, precision = build_as_stored(config, tokenizer, data, runtime)
             else:
@@ -120,7 +120,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, asked))
     evaluator.report_progress(console.say)
     _refuse_deleted(job, runtime)
-    where.phase = "evaluating"
+    attempt.phase = "evaluating"
     about = _about(config, job, str(precision), runtime)
     unfinished = UnfinishedReport(Path(job.to), about["model"]) if runtime.is_main else None
     earlier = None if job.report is None else record.read_report(Path(job.report), "against")
@@ -134,9 +134,9 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             found = _both(job, built, evaluator, _Listener(console, unfinished, scored=job.kept))
     except Interrupted:
         raise Preempted("asked to stop; the same command begins the evaluation again, with its first task") from None
-    where.phase = "writing the report"
+    attempt.phase = "writing the report"
     request.must_save()
-    where.still_ours(runtime)
+    attempt.require_ownership(runtime)
     if unfinished is not None:
         report, shown = _report(config, job, about, [ready.task for ready in tasks], found)
         unfinished.discard()

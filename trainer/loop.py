@@ -140,7 +140,7 @@ class Trainer:
                 is_last = self.progress.step == total
                 if is_last or self.meter.pending >= self.settings.log_every:
                     self._flush()
-                if self.checkpoints.written(self.progress.step):
+                if self.checkpoints.pending_is_written(self.progress.step):
                     self._settle()
                 improved = self._evaluate_if_due(is_last)
                 if improved or self.checkpoints.due(self.progress.step):
@@ -244,7 +244,7 @@ class Trainer:
         self.guards.stop_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
 
         self._settle()  # a checkpoint that is being written is of a step before this one
-        loaded = self.engine.load(self.checkpoints.go_back())
+        loaded = self.engine.load(self.checkpoints.roll_back())
         # Field by field, since `self.outcome` holds the same object.
         for field in fields(Progress):
             setattr(self.progress, field.name, getattr(loaded, field.name))
@@ -389,7 +389,7 @@ class Trainer:
         """Publish the checkpoint that is pending, if there is one. All ranks must call."""
         if self.checkpoints.pending is not None:
             self.check_ownership()
-            self._note_saved(self.checkpoints.settle())
+            self._note_saved(self.checkpoints.publish_pending())
 
     def _note_saved(self, succeeded: bool) -> None:
         """Record whether the last save succeeded. If it failed, the best checkpoint is the one before it."""

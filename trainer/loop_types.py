@@ -172,7 +172,7 @@ class CheckpointStore(Protocol):
     def due(self, step: int) -> bool:
         """Whether the schedule asks for one after `step`. All ranks must call, after the same steps."""
 
-    def written(self, step: int) -> bool:
+    def pending_is_written(self, step: int) -> bool:
         """Whether every rank has written its part of the pending one. All ranks must call, after the same steps."""
 
     def save(self, engine: Engine, progress: Progress, *, must: bool) -> bool:
@@ -181,10 +181,10 @@ class CheckpointStore(Protocol):
         A pending one has to be settled before. Without `must`, a failure is a warning until too many follow each other.
         """
 
-    def settle(self) -> bool:
+    def publish_pending(self) -> bool:
         """Wait for the pending one and publish it; whether that succeeded. All ranks must call."""
 
-    def go_back(self) -> Path:
+    def roll_back(self) -> Path:
         """Directory of the newest checkpoint that is whole; newer ones are moved aside. All ranks must call."""
 
 

@@ -19,7 +19,7 @@ from trainer.checkpoints.layout import places_of
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.recovery import recover
-from trainer.checkpoints.resume_selection import choose
+from trainer.checkpoints.resume_selection import choose_checkpoint
 from trainer.config.evaluation import asked_tasks, more_is_better
 from trainer.config.run import RunConfig, kept_date, kept_matmul
 from trainer.data.batches.loader import StepLoader
@@ -37,7 +37,7 @@ from trainer.monitors.anomalies import Guards
 from trainer.monitors.anomaly_log import AnomalyLog
 from trainer.monitors.detectors import Challenges
 from trainer.monitors.stragglers import Stragglers
-from trainer.objectives.reference import Recording, record
+from trainer.objectives.reference import RecordingSettings, record_reference_logps
 from trainer.planner.fit_check import must_fit
 from trainer.planner.micro_batch import settle_micro
 from trainer.planner.oom_probe import TrialInputs
@@ -48,20 +48,20 @@ from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.metrics import Meter
 from trainer.reporting.profile import Profiler
 from trainer.session.announcements import (
-    RunPlace,
+    RunContext,
     close_records,
-    introduce,
-    metered,
+    metering_energy,
+    open_console,
     open_records,
-    tell_of_slow,
-    until_it_ends,
+    record_end,
+    slow_rank_reporter,
 )
-from trainer.session.attempt import Where, rank_of_job, refuse_replaced
+from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced
 from trainer.session.base_files import BASE, at_commit, changed_files, files_among
-from trainer.session.identity import agree_on_run, establish
+from trainer.session.identity import agree_on_run, compare_identity
 from trainer.session.matmul import settle_matmul
-from trainer.session.monitors import challenges_of, watched
-from trainer.session.run_facts import Started, model_facts, run_facts
+from trainer.session.monitors import challenges_of, with_tasks
+from trainer.session.run_facts import RunParts, model_facts, run_facts
 from trainer.session.template_date import date_of_run, keep_date
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
@@ -78,45 +78,45 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
     `run_dir` is needed on rank 0 only, which hands what the run chooses itself to `freeze`.
     How it ended is written down by `trainer/session/attempt.py`.
     """
-    with rank_of_job(run_dir, config.run.lease_s) as (request, where):
-        if where.lease is not None:
-            home = where.lease.home
+    with rank_of_job(run_dir, config.run.lease_s) as (request, attempt):
+        if attempt.lease is not None:
+            home = attempt.lease.home
             refuse_replaced(home, sha256)
             recover(places_of(home, config.checkpoint.fallback_dir), partial(print, flush=True))
-        _run(config, run_dir, sha256, request, where, freeze)
+        _run(config, run_dir, sha256, request, attempt, freeze)
 
 
 def _run(
-    config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where, freeze: Freeze
+    config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, attempt: Attempt, freeze: Freeze
 ) -> None:
     # Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
     tokenizer = load_tokenizer(config.model)
-    data, tasks, staged, runtime = meet(config, tokenizer, request, where)
-    run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
+    data, tasks, staged, runtime = meet(config, tokenizer, request, attempt)
+    run_dir = attempt.set_run_dir(agree_on_run(run_dir, sha256, runtime), runtime.rank)
 
     # What `auto` stands for is written into the frozen configuration, if the directory is still this attempt's.
-    where.still_ours(runtime)
+    attempt.require_ownership(runtime)
     config = keep_date(config, data.date, run_dir, runtime, freeze)
     config, runtime = settle_matmul(config, run_dir, runtime, freeze)
-    console = introduce(config, run_dir, data, tokenizer, runtime)
-    place = RunPlace(sha256, runtime, console, Agreement(request, runtime), where)
+    console = open_console(config, run_dir, data, tokenizer, runtime)
+    context = RunContext(sha256, runtime, console, Agreement(request, runtime), attempt)
     precision = resolve_precision(config.precision, runtime)
-    checked = check_identity(config, data, place)
-    config = settle_choices(config, TrialInputs(tokenizer, data, precision, runtime), place, freeze)
+    checked = check_identity(config, data, context)
+    config = settle_choices(config, TrialInputs(tokenizer, data, precision, runtime), context, freeze)
     # Refused here, before there are weights, rather than by the allocator an hour later.
-    where.phase = "simulating whether the run fits"
+    attempt.phase = "simulating whether the run fits"
     checked |= must_fit(config, data, precision, runtime, console.say) | staged.record()
 
-    where.phase = "building the model"
+    attempt.phase = "building the model"
     engine, built, source = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
     # Before a checkpoint is loaded: the reference is the initial model.
-    record_reference(config, data, engine, built, place)
-    checkpoints, resumed_from, progress = resume(config, engine, place)
+    record_reference(config, data, engine, built, context)
+    checkpoints, resumed_from, progress = resume(config, engine, context)
     loader, total_steps = build_loader(config, data, built, engine, runtime)
     run_record = run_facts(
         config,
         checked,
-        Started(
+        RunParts(
             sha256=sha256,
             precision=precision,
             runtime=runtime,
@@ -132,33 +132,35 @@ def _run(
 
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
     request.must_save()
-    trackers = open_records(config, run_record, progress, place)
+    trackers = open_records(config, run_record, progress, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.reference_tflops, built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units())
-    challenges = challenges_of(config, built, total_steps, place)
-    monitors = monitors_of(config, data, loader, challenges, place)
-    profiler = Profiler(config.profile, run_dir, runtime, where.at_step, console.say)
+    challenges = challenges_of(config, built, total_steps, context)
+    monitors = monitors_of(config, data, loader, challenges, context)
+    profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.say)
     trainer = Trainer(
         loop_settings(config, total_steps),
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
-        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, challenges, place),
-        sinks=Sinks(meter, trackers, console, checkpoints, profiler.at_step, lambda: where.still_ours(runtime)),
+        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, challenges, context),
+        sinks=Sinks(
+            meter, trackers, console, checkpoints, profiler.at_step, lambda: attempt.require_ownership(runtime)
+        ),
         monitors=monitors,
     )
-    with until_it_ends(config, trackers, trainer.outcome, run_record, (meter, checkpoints), place):
-        where.phase = "training"
-        with metered(config, place), telling_of_memory(trainer, config, run_record, runtime), profiler:
+    with record_end(config, trackers, trainer.outcome, run_record, (meter, checkpoints), context):
+        attempt.phase = "training"
+        with metering_energy(config, context), telling_of_memory(trainer, config, run_record, runtime), profiler:
             outcome = trainer.fit()
-        where.phase = "export"
-        where.still_ours(runtime)
-        of_model = model_facts(config, run_record, outcome, place.run_dir)
-        exported = export(config, engine, built, tokenizer, of_model, place)
+        attempt.phase = "export"
+        attempt.require_ownership(runtime)
+        of_model = model_facts(config, run_record, outcome, context.run_dir)
+        exported = export(config, engine, built, tokenizer, of_model, context)
         run_record.gates = of_model.gates
         run_record.not_exported = of_model.run.not_exported or []
-    where.still_ours(runtime)
-    close_records(run_record, outcome, exported, trackers, place)
+    attempt.require_ownership(runtime)
+    close_records(run_record, outcome, exported, trackers, context)
     staged.remove()
 
 
@@ -166,7 +168,7 @@ def meet(
     config: RunConfig,
     tokenizer: Any,
     request: StopRequest,
-    where: Where,
+    attempt: Attempt,
     open_data: Callable[..., Prepared] = prepare_data,
 ) -> tuple[Prepared, list[PreparedTask], Staged, processes.Runtime]:
     """Prepare the data and that of tasks, copy them to this node's disk, and only then form the process group.
@@ -179,68 +181,68 @@ def meet(
         return request.signal_name is not None
 
     check_files(config.model)
-    with where.meet(config.run.timeout_s) as meeting:
+    with attempt.join_ranks(config.run.timeout_s) as meeting:
 
         def stop() -> bool:
             return meeting.stop_decided(is_told_to_stop())
 
-        choose_date = date_of_run(config, where.run_dir, meeting, stop)
-        log = None if where.run_dir is None else where.run_dir / "logs" / f"rank-{meeting.rank}.log"
+        choose_date = date_of_run(config, attempt.run_dir, meeting, stop)
+        log = None if attempt.run_dir is None else attempt.run_dir / "logs" / f"rank-{meeting.rank}.log"
         say = Console(enabled=meeting.rank == 0, log=log).say
         data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
         task_context = TaskContext.from_settings(config.data, config.objective, data.date)
         own_rows = data if data.has_rows else None
         tasks = prepare_tasks(asked_tasks(config), task_context, own_rows, tokenizer, stop=stop)
-        where.phase = "copying to the disk of the node"
+        attempt.phase = "copying to the disk of the node"
         staged = stage(config, data, stop=stop)
-        where.phase = "start of the processes"
+        attempt.phase = "start of the processes"
         if not meeting.wait_for_all(is_told_to_stop):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
     return staged.tokens(data), tasks, staged, start_processes(config, meeting.store)
 
 
-def check_identity(config: RunConfig, data: Prepared, place: RunPlace) -> dict[str, Any]:
+def check_identity(config: RunConfig, data: Prepared, context: RunContext) -> dict[str, Any]:
     """What makes this run the one in its directory, for `run.json`. All ranks must call.
 
     Raises ConfigError on every rank if code, data, model or settings differ from those of the checkpoint it resumes from, and
     `run.accept` does not name the difference.
     """
-    place.where.phase = "comparing with the run that is resumed"
-    place.where.still_ours(place.runtime)
-    return establish(config, data, place.run_dir, place.runtime)
+    context.attempt.phase = "comparing with the run that is resumed"
+    context.attempt.require_ownership(context.runtime)
+    return compare_identity(config, data, context.run_dir, context.runtime)
 
 
-def settle_choices(config: RunConfig, inputs: TrialInputs, place: RunPlace, freeze: Freeze) -> RunConfig:
+def settle_choices(config: RunConfig, inputs: TrialInputs, context: RunContext, freeze: Freeze) -> RunConfig:
     """Choose the strategy and the micro-batch, if they are `auto`, and freeze the choice. All ranks must call.
 
     Raises DoesNotFit if no choice fits into memory.
     """
 
     def keep(chosen: RunConfig) -> None:
-        place.where.still_ours(place.runtime)
-        if place.runtime.is_main:
-            freeze(place.run_dir, chosen)
+        context.attempt.require_ownership(context.runtime)
+        if context.runtime.is_main:
+            freeze(context.run_dir, chosen)
 
-    place.where.phase = "choosing the strategy"
-    config = settle_strategy(config, inputs, place.console.say, keep)
-    place.where.phase = "choosing the micro-batch"
-    return settle_micro(config, inputs, place.console.say, keep)
+    context.attempt.phase = "choosing the strategy"
+    config = settle_strategy(config, inputs, context.console.say, keep)
+    context.attempt.phase = "choosing the micro-batch"
+    return settle_micro(config, inputs, context.console.say, keep)
 
 
-def resume(config: RunConfig, engine: Engine, place: RunPlace) -> tuple[Checkpoints, Path | None, Progress]:
+def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Checkpoints, Path | None, Progress]:
     """Load the checkpoint that `run.resume` names into `engine`. All ranks must call. Errors: StorageError, ConfigError.
 
     Returns the run's checkpoints, the one that was loaded (None at a first start), and its progress.
     """
-    place.where.phase = "resuming"
-    places = places_of(place.run_dir, config.checkpoint.fallback_dir)
-    checkpoints = Checkpoints(places, config.checkpoint, place.runtime, place.console.say)
-    place.where.on_move.append(checkpoints.move_to)
-    with waiting_for_disk("reading the checkpoints", 0, place.runtime, place.console.say):
-        resumed_from = choose(places, config.run.resume, place.runtime)
+    context.attempt.phase = "resuming"
+    places = places_of(context.run_dir, config.checkpoint.fallback_dir)
+    checkpoints = Checkpoints(places, config.checkpoint, context.runtime, context.console.say)
+    context.attempt.on_move.append(checkpoints.move_to)
+    with waiting_for_disk("reading the checkpoints", 0, context.runtime, context.console.say):
+        resumed_from = choose_checkpoint(places, config.run.resume, context.runtime)
         progress = engine.load(resumed_from) if resumed_from else Progress()
-        checkpoints.begin(resumed_from, config.run.resume)
-    place.where.step = progress.step
+        checkpoints.start_from(resumed_from, config.run.resume)
+    context.attempt.step = progress.step
     return checkpoints, resumed_from, progress
 
 
@@ -252,7 +254,7 @@ def evaluators_of(
     tokenizer: Any,
     engine: Engine,
     challenges: Challenges,
-    place: RunPlace,
+    context: RunContext,
 ) -> list[Evaluator]:
     """The evaluators that the configuration asks for; empty without held-out data and tasks."""
     evaluators = build_evaluators(
@@ -262,14 +264,16 @@ def evaluators_of(
         built,
         tokenizer,
         engine,
-        place.runtime,
-        watch_for_stop=lambda: place.agreement.another().asked,
+        context.runtime,
+        watch_for_stop=lambda: context.agreement.for_loop().ask_and_wait,
     )
 
     def asking() -> ModelInterface:
-        return asking_of(config, data, built, tokenizer, engine, place.runtime, place.agreement.another().asked)
+        return asking_of(
+            config, data, built, tokenizer, engine, context.runtime, context.agreement.for_loop().ask_and_wait
+        )
 
-    return watched(config, challenges, evaluators, tasks, asking, place)
+    return with_tasks(config, challenges, evaluators, tasks, asking, context)
 
 
 def asking_of(
@@ -295,13 +299,13 @@ def asking_of(
 
 
 def monitors_of(
-    config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, place: RunPlace
+    config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, context: RunContext
 ) -> Monitors:
     """What may end the run early, or leave an update out."""
-    anomaly_log = AnomalyLog(place.run_dir, data.directory, loader, place.console.say)
-    guards = Guards(config.guards, config.optim.max_skipped_steps, place.runtime, anomaly_log)
-    stragglers = Stragglers(config.logging.slow_rank, place.runtime, tell_of_slow(place))
-    return Monitors(place.agreement, guards, stragglers, challenges)
+    anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.say)
+    guards = Guards(config.guards, config.optim.max_skipped_steps, context.runtime, anomaly_log)
+    stragglers = Stragglers(config.logging.slow_rank, context.runtime, slow_rank_reporter(context))
+    return Monitors(context.agreement, guards, stragglers, challenges)
 
 
 def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
@@ -330,35 +334,35 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
     )
 
 
-def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: Built, place: RunPlace) -> None:
+def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: Built, context: RunContext) -> None:
     """Record the initial model's log-probabilities of the data, which the objective compares with. All ranks must call.
 
     Nothing is recorded if the objective needs none, or if the base stays in the model under its adapter.
     """
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return
-    place.where.phase = "recording the reference"
+    context.attempt.phase = "recording the reference"
     first_adapter = getattr(config.tuning, "from_", None)
-    place.console.say("reference: recording what the model says of every answer before training, once")
-    recording = Recording(
+    context.console.say("reference: recording what the model says of every answer before training, once")
+    recording = RecordingSettings(
         built.collator,
         built.reading.ahead,
-        batch=max(config.batch["micro"], config.evaluation.batch),
-        directory=place.run_dir / "reference",
+        max_batch=max(config.batch["micro"], config.evaluation.batch),
+        directory=context.run_dir / "reference",
         # What decides the initial model: the configuration, and the weights of the adapter that it begins from.
-        key=place.sha256 if first_adapter is None else f"{place.sha256}/{adapter_hash(first_adapter)}",
+        key=context.sha256 if first_adapter is None else f"{context.sha256}/{adapter_hash(first_adapter)}",
     )
     splits = {"train": data.train, "eval": data.evaluation}
     try:
-        record(splits, engine, recording, place.runtime, place.agreement.another().asked)
+        record_reference_logps(splits, engine, recording, context.runtime, context.agreement.for_loop().ask_and_wait)
     except Preempted:
         # Raised on all ranks alike. If the directory was lost meanwhile, that is the reason to give.
-        place.where.still_ours(place.runtime)
+        context.attempt.require_ownership(context.runtime)
         raise
 
 
 def export(
-    config: RunConfig, engine: Engine, built: Built, tokenizer: Any, of_model: ModelFacts, place: RunPlace
+    config: RunConfig, engine: Engine, built: Built, tokenizer: Any, of_model: ModelFacts, context: RunContext
 ) -> Path | None:
     """Write `export/` and return its directory; None if none is asked for, or if a gate or a changed base forbids it.
 
@@ -366,15 +370,15 @@ def export(
     """
     if not config.export.at_end:
         return None
-    at = (place.run_dir, of_model.step, config.checkpoint.fallback_dir)
-    judged = judged_at_end(config.gates, at, config.evaluation.tasks, place.runtime)
+    at = (context.run_dir, of_model.step, config.checkpoint.fallback_dir)
+    judged = judged_at_end(config.gates, at, config.evaluation.tasks, context.runtime)
     of_model.gates = judged.record()
     if judged.refused:
-        place.console.say(judged.told(place.run_dir))
+        context.console.say(judged.told(context.run_dir))
         if judged.override is None:
             return None
     config = replace(config, model=at_commit(config.model, of_model.run.base_commit))
-    if changed := changed_base(config, of_model, place):
+    if changed := changed_base(config, of_model, context):
         of_model.run.not_exported = changed
         return None
     return write_export(
@@ -382,14 +386,14 @@ def export(
         built,
         tokenizer,
         base_path=str(weights_directory(config.model)),
-        destination=place.run_dir / "export",
+        destination=context.run_dir / "export",
         config=config.export,
         facts=of_model,
-        runtime=place.runtime,
+        runtime=context.runtime,
     )
 
 
-def changed_base(config: RunConfig, of_model: ModelFacts, place: RunPlace) -> list[str]:
+def changed_base(config: RunConfig, of_model: ModelFacts, context: RunContext) -> list[str]:
     """Files of the base that have changed since this run started, one line each; mostly empty. All ranks must call.
 
     An export copies the base or merges into it: with another base it would be a model that nobody trained. The run itself
@@ -400,11 +404,11 @@ def changed_base(config: RunConfig, of_model: ModelFacts, place: RunPlace) -> li
         recorded = files_among((of_model.run.identity or {})[BASE])
         return changed_files(config, recorded, teacher=False, start=False)
 
-    changed = call_on_main(compare, place.runtime)
+    changed = call_on_main(compare, context.runtime)
     if changed:
         message = (
             "not exported: the base has changed since this run started; its checkpoints are whole. Bring these files back and "
-            f"run `shardtune export {place.run_dir}`, or add accept=[{BASE}] to export with the base that lies there then"
+            f"run `shardtune export {context.run_dir}`, or add accept=[{BASE}] to export with the base that lies there then"
         )
-        place.console.say("\n    ".join([message, *changed]))
+        context.console.say("\n    ".join([message, *changed]))
     return changed

@@ -20,9 +20,9 @@ from trainer.model.noise import noise
 from trainer.model.quantisation import Scheme
 from trainer.model.weights import BaseWeights, tied_names
 from trainer.objectives.base import Objective
-from trainer.objectives.routed import Routed
+from trainer.objectives.routed import AddedLosses
 from trainer.tuning.base import Tuning
-from trainer.tuning.merged_adapters import Folded
+from trainer.tuning.merged_adapters import MergedAdapters
 
 
 class TrainStep(nn.Module):
@@ -41,7 +41,7 @@ class TrainStep(nn.Module):
         self.objective = objective
         self.plan = StepPlan(gathered_as_one=CHOOSERS)
         """What the run decides for the engine while it is assembled."""
-        self.routed: Routed | None = None
+        self.routed: AddedLosses | None = None
         """Losses of routers and logits, and the count of tokens by expert; None for a model without any of them."""
         self.neftune_alpha = 0.0
         """Size of the noise on embeddings in training (`trainer/model/noise.py`); 0 adds none."""
@@ -128,7 +128,7 @@ class Built:
     """Bytes that the longest micro-batch holds at its peak on one rank; None if they were not counted."""
     expected: tuple[float, float] | None = None
     """(model state, activations) in bytes on one rank, as estimated before there are weights."""
-    folded: Folded | None = None
+    folded: MergedAdapters | None = None
     """Adapters that are folded into the base as it is loaded."""
 
     @property

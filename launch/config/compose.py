@@ -36,7 +36,7 @@ from trainer.export.config import settle_merge
 from trainer.optim.config import GroupRule
 from trainer.optim.schedule import ScheduleConfig
 from trainer.reporting.settings_file import literal
-from trainer.tuning.initial_adapter import settle as settle_start
+from trainer.tuning.initial_adapter import adopt_adapter_settings as settle_start
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from trainer.session.lease import BEATS, Owner, latest, lives_here, process_identity, this_process
+from trainer.session.lease import BEATS_PER_PATIENCE, Owner, is_alive_here, latest, process_identity, this_process
 
 LAUNCHER = b"SHARDTUNE_LAUNCHER="
 """The variable that a launcher gives its ranks."""
@@ -33,7 +33,7 @@ class Holder:
     @property
     def patience_s(self) -> float:
         """Seconds of silence after which another attempt may take its place."""
-        return BEATS * self.owner.beat_s if self.owner is not None else 0.0
+        return BEATS_PER_PATIENCE * self.owner.beat_s if self.owner is not None else 0.0
 
     @property
     def silent(self) -> bool:
@@ -51,12 +51,12 @@ def holder(run_dir: Path) -> Holder:
     number, owner = latest(run_dir / "lease")
     if owner is None:
         return Holder(number, None, None, None)
-    return Holder(number, owner, lives_here(owner, _here()), _silent_s(run_dir / "lease", number))
+    return Holder(number, owner, is_alive_here(owner, _here()), _silent_s(run_dir / "lease", number))
 
 
 def launcher(owner: Owner) -> tuple[int, str] | None:
     """(number, identity) of the process of this host that started the owner's ranks and waits for them; None without one."""
-    if lives_here(owner, _here()) is not True:
+    if is_alive_here(owner, _here()) is not True:
         return None
     try:
         words = Path(f"/proc/{owner.pid}/environ").read_bytes().split(b"\0")

@@ -47,10 +47,10 @@ def test_few_steps_are_asked_about_and_every_rank_asks_in_the_same(monkeypatch):
     job = Job(3, monkeypatch)
     for _ in range(60):
         assert job.step([0.1, 0.4, 0.2]) == {False}
-    assert 60 / preempt.AT_MOST <= job.rounds <= 60 / 4
+    assert 60 / preempt.MAX_STEPS_BETWEEN <= job.rounds <= 60 / 4
     job.requests[2].signal_name = "SIGUSR2"
     steps = next(n for n in range(1, 20) if job.step([0.1, 0.4, 0.2]) == {True})
-    assert steps <= preempt.AT_MOST
+    assert steps <= preempt.MAX_STEPS_BETWEEN
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.001, 8), (0.3, 8), (3.0, 1), (90.0, 1)])
@@ -61,14 +61,14 @@ def test_a_request_is_heard_in_time(seconds, steps, monkeypatch):
         assert job.step([seconds, seconds]) == {False}
     job.requests[0].signal_name = "SIGTERM"
     heard = next(n for n in range(1, 20) if job.step([seconds, seconds]) == {True})
-    assert heard <= steps and (heard - 1) * seconds <= 2 * preempt.ASK_EVERY_S
+    assert heard <= steps and (heard - 1) * seconds <= 2 * preempt.MAX_SECONDS_BETWEEN
 
 
 def test_slow_steps_after_fast_ones_are_asked_about_each(monkeypatch):
     job = Job(2, monkeypatch)
     for _ in range(40):
         job.step([0.01, 0.01])
-    for _ in range(preempt.AT_MOST):
+    for _ in range(preempt.MAX_STEPS_BETWEEN):
         job.step([20.0, 20.0])
     before = job.rounds
     for _ in range(5):
@@ -79,6 +79,6 @@ def test_slow_steps_after_fast_ones_are_asked_about_each(monkeypatch):
 def test_one_process_hears_at_once():
     request = SimpleNamespace(signal_name=None)
     agreement = Agreement(request, Runtime(0, 1, 0, 1, torch.device("cpu"), None))
-    assert not agreement.asked()
+    assert not agreement.ask_and_wait()
     request.signal_name = "SIGTERM"
-    assert agreement.asked() and agreement.another().asked()
+    assert agreement.ask_and_wait() and agreement.for_loop().ask_and_wait()

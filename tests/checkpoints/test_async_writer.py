@@ -22,7 +22,7 @@ from trainer.checkpoints.layout import places_of, published
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.manifest import verify
 from trainer.checkpoints.recovery import note_part, recover
-from trainer.checkpoints.resume_selection import choose
+from trainer.checkpoints.resume_selection import choose_checkpoint
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 PLACES = 3
@@ -82,11 +82,11 @@ def test_what_is_written_is_the_moment_in_which_it_was_begun(job):
     made, engine, progress, disk, said = job(keep=1)
     for step in (1, 2):
         assert made.save(engine, engine.train(progress), must=False) and made.pending == step
-        buffer = made._writing.state.local[0].values.data_ptr()
-        asked = [engine.train(progress).step for _ in range(3) if not made.written(progress.step)]
+        buffer = made._pending.state.local[0].values.data_ptr()
+        asked = [engine.train(progress).step for _ in range(3) if not made.pending_is_written(progress.step)]
         assert len(asked) == 3 and step not in dict(published(made.places)), "training goes on, and nothing has a name"
         disk.let.set()
-        assert made.settle() and made.pending is None
+        assert made.publish_pending() and made.pending is None
         disk.let.clear()
         path = made.last.path
         assert verify(path) is None and engine.load(path).step == step
@@ -94,9 +94,9 @@ def test_what_is_written_is_the_moment_in_which_it_was_begun(job):
         assert made.last.row["checkpoint_stall_s"] < made.last.row["checkpoint_write_s"]
     assert disk.threads == ["checkpoint"] * 2, "not the thread that trains"
     made.save(engine, engine.train(progress), must=False)
-    assert made._writing.state.local[0].values.data_ptr() == buffer, "one buffer, used again"
+    assert made._pending.state.local[0].values.data_ptr() == buffer, "one buffer, used again"
     disk.let.set()
-    assert made.settle() and [step for step, _ in published(made.places)] == [1, 3], "newest and best"
+    assert made.publish_pending() and [step for step, _ in published(made.places)] == [1, 3], "newest and best"
     assert "of which training waited" in said[-1]
 
 
@@ -110,12 +110,12 @@ def test_killed_amid_it_is_not_chosen_and_leaves_nothing(job, monkeypatch):
     names = sorted(path.name for path in made.places[0].iterdir())
     assert names == [".step-000002.writing", "step-000001"]
     later, *_ = job()
-    resumed = choose(later.places, "auto", ALONE)
-    later.begin(resumed)
+    resumed = choose_checkpoint(later.places, "auto", ALONE)
+    later.start_from(resumed)
     assert resumed.name == "step-000001" and [path.name for path in made.places[0].iterdir()] == ["step-000001"]
     monkeypatch.setattr(atomic_io, "PATIENCE_S", 0.0)  # else it looks for its directory while others are tested
     disk.let.set()
-    made._writing.wait()
+    made._pending.wait()
 
 
 def test_another_disk_takes_the_same_moment(job):
@@ -123,7 +123,7 @@ def test_another_disk_takes_the_same_moment(job):
     made.save(engine, engine.train(progress), must=False)
     engine.train(progress)
     disk.let.set()
-    assert made.settle() and "/spare/" in str(made.last.path) and engine.load(made.last.path).step == 1
+    assert made.publish_pending() and "/spare/" in str(made.last.path) and engine.load(made.last.path).step == 1
     assert said[0].startswith("warning: No space left on device")
 
 
@@ -131,9 +131,9 @@ def test_what_no_disk_takes_is_told_when_it_is_settled(job):
     made, engine, progress, disk, said = job("step-000001", max_failures=1)
     made.save(engine, engine.train(progress), must=False)
     disk.let.set()
-    assert made.settle() is False and made.pending is None and published(made.places) == []
-    assert "goes on without this checkpoint (1 failed in a row, 1 may)" in said[-1]
-    assert made.save(engine, engine.train(progress), must=False) and made.settle()
+    assert made.publish_pending() is False and made.pending is None and published(made.places) == []
+    assert "continues without this checkpoint (1 failed in a row, 1 may)" in said[-1]
+    assert made.save(engine, engine.train(progress), must=False) and made.publish_pending()
 
 
 def test_all_ranks_are_asked_at_fewer_and_fewer_steps_until_they_are_done(job, monkeypatch):
@@ -142,20 +142,20 @@ def test_all_ranks_are_asked_at_fewer_and_fewer_steps_until_they_are_done(job, m
     monkeypatch.setattr(
         "trainer.checkpoints.async_writer.gather_objects", lambda done, runtime: [asked.append(step), done]
     )
-    made._writing = None
-    made.copies.take = lambda state: True
+    made._pending = None
+    made.state_buffer.take = lambda state: True
     made.save(engine, engine.train(progress), must=False)
     for step in range(2, 40):
-        made.written(step)
+        made.pending_is_written(step)
     assert asked == [2, 3, 5, 9, 17, 25, 33]
     disk.let.set()
-    made._writing.wait()
+    made._pending.wait()
 
 
 def test_where_host_memory_is_short_it_is_written_in_the_step_and_said_once(job):
     made, engine, progress, disk, said = job()
     disk.let.set()
-    made.copies = StateBuffer(ALONE, free=lambda: 800)  # 792 bytes are needed, and something must be left
+    made.state_buffer = StateBuffer(ALONE, free=lambda: 800)  # 792 bytes are needed, and something must be left
     for step in (1, 2):
         assert made.save(engine, engine.train(progress), must=False) and made.pending is None
         assert made.last.path.name == f"step-{step:06d}" and disk.threads[-1] == "MainThread"
@@ -184,15 +184,15 @@ def test_a_disk_that_does_not_answer_is_waited_for_by_size_and_told_of(tmp_path,
         yield
 
     monkeypatch.setattr(patience_module, "longer_timeout", patience)
-    monkeypatch.setattr(patience_module, "TOLD_EVERY_S", 0.01)
-    monkeypatch.setattr(manager, "TOLD_EVERY_S", 0.0)
+    monkeypatch.setattr(patience_module, "REPORT_EVERY_S", 0.01)
+    monkeypatch.setattr(manager, "REPORT_EVERY_S", 0.0)
     disk = Slow()
     monkeypatch.setattr(atomic_io, "disk", disk)
     made = Checkpoints(places_of(tmp_path, None), CheckpointConfig(), ALONE, said.append)
     engine = Engine()
     assert made.save(engine, engine.train(Progress()), must=False)
-    assert not made.written(2)
-    settling = threading.Thread(target=made.settle)
+    assert not made.pending_is_written(2)
+    settling = threading.Thread(target=made.publish_pending)
     settling.start()
     wait(lambda: any("waiting for the disk" in line for line in said), "the wait is told of")
     assert "checkpoint step-000001: waiting for the disk for 0 s; as long as it takes" in said

@@ -16,7 +16,7 @@ from launch.main import main
 from strategies.atomic_io import WrittenFile
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
-from trainer.checkpoints.manifest import seal
+from trainer.checkpoints.manifest import write_manifest
 from trainer.data.tokens import template as rendering
 from trainer.reporting.status import State, record_failure, write_status
 
@@ -84,7 +84,9 @@ def as_now(name: str):
     def plant(step: Path, payload: bytes) -> None:
         (step / name).write_bytes(payload)
         files = [path for path in step.iterdir() if path.name != "manifest.json"]
-        seal(step, [WrittenFile(p.name, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
+        write_manifest(
+            step, [WrittenFile(p.name, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
+        )
 
     return plant
 

@@ -23,8 +23,8 @@ from tests.helpers.covering import EVERYTHING, SEED
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.layout import places_of, published
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.manifest import OLD, read_manifest, seal, verify
-from trainer.checkpoints.resume_selection import choose, refused
+from trainer.checkpoints.manifest import OLD_FORMAT, read_manifest, verify, write_manifest
+from trainer.checkpoints.resume_selection import choose_checkpoint, resume_problem
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -36,7 +36,7 @@ class FakeEngine:
         self.error, self.only_in, self.header = error, only_in, header
 
     def state(self, progress: Progress):
-        return SimpleNamespace(save=partial(self.save, progress), elements=512)
+        return SimpleNamespace(save=partial(self.save, progress), num_elements=512)
 
     def save(self, progress: Progress, path: Path):
         files = [write_new(path / "a.safetensors", bytes(range(256)) * 8)]
@@ -61,8 +61,8 @@ class Made:
         return self.all.last.path if saved else None
 
     def resume(self, asked="auto"):
-        path = choose(self.all.places, str(asked), ALONE)
-        self.all.begin(path, str(asked))
+        path = choose_checkpoint(self.all.places, str(asked), ALONE)
+        self.all.start_from(path, str(asked))
         return path
 
     @property
@@ -108,7 +108,10 @@ DAMAGE = {
         lambda p: ((p / "progress.json").unlink(), (p / "progress.json").symlink_to("/dev/zero")),
         "progress.json cannot be read",
     ),
-    "of an early version": (lambda p: (p / "state").mkdir() or (p / "state" / ".metadata").write_bytes(b""), OLD),
+    "of an early version": (
+        lambda p: (p / "state").mkdir() or (p / "state" / ".metadata").write_bytes(b""),
+        OLD_FORMAT,
+    ),
     "only a file": (lambda p: (shutil.rmtree(p), p.write_text("")), "is not a directory"),
 }
 
@@ -119,7 +122,7 @@ def test_a_damaged_one_is_named_passed_over_and_moved_away(made, damage, said, c
     newest = run.save(1, 2)
     damage(newest)
     with pytest.raises(ConfigError, match=r"run\.resume=.*step-000002"):
-        choose(run.all.places, str(newest), ALONE)
+        choose_checkpoint(run.all.places, str(newest), ALONE)
     assert run.resume().name == "step-000001"
     shown = capsys.readouterr().out
     assert "step-000002" in shown and said in shown
@@ -241,7 +244,7 @@ def test_the_same_words_again_go_on_and_do_not_go_back_a_second_time(made, tmp_p
     assert made().resume(replaced).name == "step-000007", "the same bytes"
     shutil.rmtree(replaced)
     replaced.mkdir()
-    seal(replaced, [write_new(replaced / "progress.json", b"{}")])
+    write_manifest(replaced, [write_new(replaced / "progress.json", b"{}")])
     assert made().resume(replaced) == replaced and made().steps == [], "another one under the same name"
 
 
@@ -376,11 +379,11 @@ def test_resume_words(made, tmp_path):
     assert run.resume() is None
     first, second = run.save(1), run.save(2)
     places = run.all.places
-    assert choose(places, "auto", ALONE) == second
-    assert choose(places, "never", ALONE) is None
-    assert choose(places, str(first), ALONE) == first
+    assert choose_checkpoint(places, "auto", ALONE) == second
+    assert choose_checkpoint(places, "never", ALONE) is None
+    assert choose_checkpoint(places, str(first), ALONE) == first
     with pytest.raises(ConfigError, match="not a directory"):
-        choose(places, str(tmp_path / "nope"), ALONE)
+        choose_checkpoint(places, str(tmp_path / "nope"), ALONE)
 
 
 NO_CHECKPOINTS = {
@@ -401,8 +404,8 @@ NO_CHECKPOINTS = {
     "something else": ("model", "is no checkpoint: it has no manifest.json"),
     "nothing": ("nowhere", "is not a directory"),
     "a file": ("model/config.json", "is not a directory"),
-    "of an early version": ("early/step-000004", OLD),
-    "its state": ("early/step-000004/state", OLD),
+    "of an early version": ("early/step-000004", OLD_FORMAT),
+    "its state": ("early/step-000004/state", OLD_FORMAT),
     "a torn one": ("torn/step-000005", "has no manifest"),
     "one without a file": ("run/checkpoints/step-000001", "a.safetensors is missing"),
 }
@@ -423,9 +426,9 @@ def test_what_is_no_checkpoint_is_refused_at_once_with_what_it_is(made, tmp_path
     (tmp_path / "torn" / "step-000005" / "a.safetensors").touch()
     (tmp_path / "early" / "step-000004" / "state" / ".metadata").touch()
     for name, said in NO_CHECKPOINTS.values():
-        found = refused(str(tmp_path / name), places_of(tmp_path / name, None))
+        found = resume_problem(str(tmp_path / name), places_of(tmp_path / name, None))
         assert re.search(said.format(tmp_path), found), found
-    assert refused(str(run.directory / "step-000002"), []) is None
+    assert resume_problem(str(run.directory / "step-000002"), []) is None
 
 
 class Unlisted(atomic_io.Disk):
@@ -456,7 +459,7 @@ def test_what_cannot_be_listed_is_said_alike_on_every_rank(made, tmp_path, monke
     ranks = [Runtime(rank, 2, rank, 2, torch.device("cpu"), None) for rank in range(2)]
     monkeypatch.setattr("strategies.runtime.dist.broadcast_object_list", broadcast)
     lists = {
-        "choose": lambda rank: choose(run.all.places, "auto", rank),
+        "choose": lambda rank: choose_checkpoint(run.all.places, "auto", rank),
         "load": lambda rank: load_state(newest, [], rank),
     }
     for name, call in (("checkpoints", lists["choose"]), (newest.name, lists["load"])):
@@ -467,7 +470,7 @@ def test_what_cannot_be_listed_is_said_alike_on_every_rank(made, tmp_path, monke
                 call(rank)
     assert verify(newest).startswith("cannot be read (Input/output error")
     with pytest.raises(StorageError, match=r"cannot be listed \(Input/output error"):
-        refused(str(newest), [])
+        resume_problem(str(newest), [])
 
 
 def test_a_manifest_says_what_was_meant_not_what_came_to_the_disk(made, monkeypatch):

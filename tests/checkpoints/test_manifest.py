@@ -8,7 +8,7 @@ import torch
 from strategies.atomic_io import write_new
 from strategies.runtime import Runtime
 from trainer.checkpoints import manifest as sealing
-from trainer.checkpoints.manifest import read_manifest, seal, verify_together
+from trainer.checkpoints.manifest import read_manifest, verify_together, write_manifest
 
 WORLD = 3
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
@@ -18,7 +18,7 @@ SIZES = (900, 700, 500, 400, 300, 200, 1)
 @pytest.mark.parametrize("damaged", [None, 0, 4, 6])
 def test_each_file_is_read_once_and_its_damage_is_found_whoever_reads_it(tmp_path, monkeypatch, damaged):
     files = [write_new(tmp_path / f"rank-{number:05d}.safetensors", bytes(size)) for number, size in enumerate(SIZES)]
-    seal(tmp_path, files)
+    write_manifest(tmp_path, files)
     if damaged is not None:
         (tmp_path / files[damaged].name).write_bytes(bytes(SIZES[damaged] - 1) + b"\1")
     read, told, real = [], [], sealing.file_difference

@@ -18,7 +18,7 @@ from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.layout import published
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.manifest import verify
-from trainer.checkpoints.resume_selection import choose
+from trainer.checkpoints.resume_selection import choose_checkpoint
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 CALLS = ("open", "write", "read", "sync", "names", "rename", "exchange", "make_directory", "remove_tree")
@@ -89,7 +89,7 @@ def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_
                 assert said[-1].startswith("the run goes on without") and os.strerror(code) in said[-2], said
         for again in range(2):  # a start that the network fails says so, or takes the newest; and the next one takes it
             try:
-                chosen = choose(places, "auto", ALONE)
+                chosen = choose_checkpoint(places, "auto", ALONE)
                 assert chosen is not None
                 assert int(chosen.name[5:]) >= best, (number, disk.failed, published(places))
                 break
@@ -98,7 +98,7 @@ def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_
         monkeypatch.setattr(atomic_io, "disk", atomic_io.Disk())
         assert verify(chosen) is None
         later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
-        later.begin(chosen)
+        later.start_from(chosen)
         assert later.save(Engine(), Progress(step=9)) and verify(places[0] / "step-000009") is None
         shutil.rmtree(root)
         if not disk.failed:
@@ -120,7 +120,7 @@ def test_a_passing_error_at_any_call_makes_no_start_take_an_older_one(tmp_path, 
         disk = Network(code, lost_answer=False)
         disk.fails_at = number
         monkeypatch.setattr(atomic_io, "disk", disk)
-        assert choose(places, "auto", ALONE) == places[0] / "step-000002", (number, disk.failed)
+        assert choose_checkpoint(places, "auto", ALONE) == places[0] / "step-000002", (number, disk.failed)
         if not disk.failed:
             break
         met.add(disk.failed)

@@ -17,7 +17,7 @@ from strategies.runtime import Runtime
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.layout import published
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.resume_selection import choose
+from trainer.checkpoints.resume_selection import choose_checkpoint
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -113,7 +113,7 @@ class Cache(atomic_io.Disk):
 
 class Engine:
     def state(self, progress: Progress):
-        return SimpleNamespace(save=partial(self.save, progress), elements=512)
+        return SimpleNamespace(save=partial(self.save, progress), num_elements=512)
 
     def save(self, progress: Progress, path: Path):
         return [
@@ -151,10 +151,10 @@ def test_no_moment_loses_what_was_saved(tmp_path, monkeypatch, names_arrived, ex
         disk.close()
         places = [found / "checkpoints"]
         put_back += any(path.name == ".step-000003.replaced" for _, path in published(places))
-        best = choose(places, "auto", ALONE)
+        best = choose_checkpoint(places, "auto", ALONE)
         assert (int(best.name[5:]) if best else 0) in (0, *SAVED)[saved : saved + 2], (cut, published(places))
         later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
-        later.begin(best)
+        later.start_from(best)
         assert later.save(Engine(), Progress(step=9))
         assert [path.name for path in places[0].iterdir()] == ["step-000009"], "and nothing is left over"
         shutil.rmtree(found)

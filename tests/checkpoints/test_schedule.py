@@ -44,7 +44,7 @@ class Job:
                 made.append((self.step, self.now))
                 self.now += price or 0
                 for rank in self.ranks:
-                    rank.tried(self.step, price)
+                    rank.note_attempt(self.step, price)
         return made
 
 

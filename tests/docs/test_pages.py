@@ -226,12 +226,12 @@ def test_the_tables_of_plans_are_those_of_the_results():
 
 
 def test_the_page_of_methods_is_up_to_date():
-    from trainer.tuning.table import METHODS, TYPES
+    from trainer.tuning.table import METHODS, PEFT_METHODS
 
     written = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "docs" / "make_methods.py"))["page"]() == written, (
         "run: python docs/make_methods.py"
     )
     assert {*METHODS, "peft"} == set(groups()["tuning"])
-    for name in (*METHODS, *TYPES):
+    for name in (*METHODS, *PEFT_METHODS):
         assert f"={name}`" in written

@@ -21,7 +21,7 @@ from trainer.config.resuming import KINDS, flat, plain
 from trainer.config.run import RunConfig, RunSettings
 from trainer.config.tree import kind_of, traits_by_key
 from trainer.session import identity
-from trainer.session.identity import _same_everywhere, differences, establish, source_digest
+from trainer.session.identity import _compare_ranks, compare_identity, differences, source_digest
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +110,13 @@ def test_ranks_with_another_version_or_clone_are_named():
     here["code"] = {"source": "1"}
     other = here | {"versions": {"torch": "2.12"}, "base": {}, "code": {}}  # only one rank a host reads files
     with pytest.raises(ConfigError) as caught:
-        _same_everywhere([("a", here), ("b", other)], [])
+        _compare_ranks([("a", here), ("b", other)], [])
     [problem] = caught.value.problems
     assert problem.startswith("rank 1 on b would train something else than rank 0 on a")
     assert problem.endswith("\n    versions: torch: 2.13 there, 2.12 here")
-    _same_everywhere([("a", here), ("b", other)], ["versions"])
+    _compare_ranks([("a", here), ("b", other)], ["versions"])
     with pytest.raises(ConfigError, match="code: source: 1 there, 2 here"):
-        _same_everywhere([("a", here), ("b", here | {"code": {"source": "2"}})], [])
+        _compare_ranks([("a", here), ("b", here | {"code": {"source": "2"}})], [])
     assert differences(here, here, accept=[]) == []
 
 
@@ -165,35 +165,37 @@ def test_what_fails_on_rank_0_alone_fails_alike_on_all(tmp_path, monkeypatch, br
         return {kind: {} for kind in KINDS} | {"base": {"model": "1"}, "code": {"source": "1"}}
 
     monkeypatch.setattr(identity, "identity_of", found)
-    monkeypatch.setattr(identity, "_home_of_state", lambda *_: tmp_path if broken == "read" else None)
+    monkeypatch.setattr(identity, "_run_of_checkpoint", lambda *_: tmp_path if broken == "read" else None)
     if broken == "written":
         (tmp_path / "identity.json").mkdir()
-    errors = TwoRanks(monkeypatch)(lambda runtime: establish(RunConfig(), None, tmp_path, runtime))
+    errors = TwoRanks(monkeypatch)(lambda runtime: compare_identity(RunConfig(), None, tmp_path, runtime))
     assert [type(error) for error in errors] == [kind, kind], errors
     assert all(said in str(error) for error in errors)
 
 
 def test_source_and_base_are_read_once_a_host(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(identity, "_home_of_state", lambda *_: None)
+    monkeypatch.setattr(identity, "_run_of_checkpoint", lambda *_: None)
     monkeypatch.setattr(identity, "base_files", lambda *_: read.append("base") or {"base/model.safetensors": "1"})
     monkeypatch.setattr(identity, "source_digest", lambda: read.append("code") or "1")
     data = SimpleNamespace(train=type("Rows", (list,), {"fingerprint": "f"})())
-    records = TwoRanks(monkeypatch)(lambda runtime: establish(RunConfig(), data, tmp_path, runtime))
+    records = TwoRanks(monkeypatch)(lambda runtime: compare_identity(RunConfig(), data, tmp_path, runtime))
     assert sorted(read) == ["base", "code"]
     assert records[0] == records[1] and records[0]["identity"]["code"] == {"source": "1"}
 
 
 @pytest.mark.parametrize("content", ["null", "[]", '{"data": 3}', '{"accepted": 3}', "{", None])
 def test_an_identity_that_says_nothing_is_refused_or_accepted_as_unknown(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(identity, "_home_of_state", lambda *_: tmp_path)
+    monkeypatch.setattr(identity, "_run_of_checkpoint", lambda *_: tmp_path)
     if content is not None:
         (tmp_path / "identity.json").write_text(content)
     mine = {kind: {} for kind in KINDS}
     with pytest.raises(ConfigError, match=r"cannot be read .* run.accept=\[unknown\]"):
-        identity._same_as_before(RunConfig(), mine, tmp_path)
+        identity._compare_with_earlier_start(RunConfig(), mine, tmp_path)
     config = RunConfig(run=RunSettings(accept=["unknown"]))
-    assert identity._same_as_before(config, mine, tmp_path) == [f"unknown: {tmp_path / 'identity.json'} cannot be read"]
+    assert identity._compare_with_earlier_start(config, mine, tmp_path) == [
+        f"unknown: {tmp_path / 'identity.json'} cannot be read"
+    ]
 
 
 def test_the_source_decides_its_digest(tmp_path, monkeypatch):

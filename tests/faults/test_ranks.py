@@ -240,7 +240,7 @@ def test_what_waits_is_told_before_nccl_ends_the_process(tmp_path, monkeypatch):
 
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
     monkeypatch.setattr(Heartbeats, "silent_ranks", lambda self, look_s: [])
-    where = attempt.Where(phase="training", step=7, run_dir=tmp_path, heartbeats=beats)
+    where = attempt.Attempt(phase="training", step=7, run_dir=tmp_path, heartbeats=beats)
     path = tmp_path / "failure.json"
     teller = threading.Thread(target=attempt._before_nccl_aborts, args=(where, 0, now[0]))
     teller.start()

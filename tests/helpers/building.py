@@ -46,8 +46,8 @@ from trainer.reporting.console import Console
 from trainer.reporting.metrics import Meter
 from trainer.reporting.tracking import Trackers
 from trainer.run import loop_settings, record_reference
-from trainer.session.announcements import RunPlace
-from trainer.session.attempt import Where
+from trainer.session.announcements import RunContext
+from trainer.session.attempt import Attempt
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
@@ -228,7 +228,7 @@ def built_trainer(
         data,
         engine,
         built,
-        RunPlace(key, runtime, Console(enabled=False), agreement, Where(run_dir=where)),
+        RunContext(key, runtime, Console(enabled=False), agreement, Attempt(run_dir=where)),
     )
     loader, total = build_loader(config, data, built, engine, runtime)
     meter = Meter(runtime, 1.0, None, built.step_module.objective.metrics)

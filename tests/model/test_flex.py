@@ -201,7 +201,7 @@ def test_asked_for_it_is_taken_or_refused():
             ModelConfig(path="x", attention=Attention.flex),
             copy.deepcopy(CONFIGS["sinks"]()),
             Layout.auto,
-            own_rows=False,
+            needs_padding=False,
             half_on_gpu=False,
             context=meta_context(),
         )

@@ -15,7 +15,7 @@ from trainer.data.config import Layout
 from trainer.model import kernels
 from trainer.model.config import ModelConfig
 from trainer.objectives import forward_path, layout_choice
-from trainer.objectives.causal import FUSED
+from trainer.objectives.causal import FUSED_PATH
 
 ASKED = {
     "qwen3_next": ["causal_conv1d", "fla"],
@@ -88,14 +88,14 @@ def test_what_is_missing_is_said_with_the_words_that_install_it(installed):
 
 
 def test_it_is_on_the_start_screen_of_a_gpu_alone(installed, monkeypatch):
-    right = forward_path.Passage(padding_free=FUSED, padded=FUSED)
-    monkeypatch.setattr(layout_choice, "passage_of", lambda *_, **__: right)
+    right = forward_path.ProvenPaths(padding_free=FUSED_PATH, padded=FUSED_PATH)
+    monkeypatch.setattr(layout_choice, "proven_paths", lambda *_, **__: right)
     for on_gpu in (False, True):
         _, found = layout_choice.causal_model(
             ModelConfig(path="x"),
             tiny.tiny_config("qwen3_next"),
             Layout.padded,
-            own_rows=False,
+            needs_padding=False,
             half_on_gpu=on_gpu,
             context=meta_context(),
         )

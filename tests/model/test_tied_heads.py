@@ -50,7 +50,7 @@ def test_a_model_is_built_once_more_only_where_they_differ_and_the_files_are_clo
 
     def arrange():
         return layout_choice.causal_model(
-            config, loaded(config), Layout.auto, own_rows=False, half_on_gpu=False, context=meta_context()
+            config, loaded(config), Layout.auto, needs_padding=False, half_on_gpu=False, context=meta_context()
         )
 
     arrange()  # what is proven of it is known now

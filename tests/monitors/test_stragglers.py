@@ -13,7 +13,7 @@ from tests.helpers.nursery import FAULT
 from trainer.monitors.stragglers import INTERVALS, Slow, Stragglers, factor_of
 from trainer.reporting.block_times import Busy, timed_modules
 from trainer.reporting.metrics import RankTime
-from trainer.session.announcements import tell_of_slow
+from trainer.session.announcements import slow_rank_reporter
 
 FACTOR = 1.5
 
@@ -84,8 +84,10 @@ def test_only_blocks_are_timed_and_only_while_it_is_on(monkeypatch):
 
 def test_while_a_rank_is_slow_the_status_says_so(tmp_path):
     said: list[str] = []
-    where = SimpleNamespace(lost=lambda: None, note=None)
-    tell = tell_of_slow(SimpleNamespace(run_dir=tmp_path, where=where, console=SimpleNamespace(say=said.append)))
+    where = SimpleNamespace(why_lost=lambda: None, note=None)
+    tell = slow_rank_reporter(
+        SimpleNamespace(run_dir=tmp_path, attempt=where, console=SimpleNamespace(say=said.append))
+    )
     slow = Slow(rank=3, host="node7", factor=1.84, from_step=120)
     tell(slow, [slow], 120)
     status = read(tmp_path / "status.json")
@@ -98,7 +100,7 @@ def test_while_a_rank_is_slow_the_status_says_so(tmp_path):
         "warning: step 120: rank 3 on node7 computes 1.8 times as long as the other ranks",
         "step 170: rank 3 on node7 is as fast as the other ranks again",
     ]
-    where.lost = lambda: "another attempt has it"
+    where.why_lost = lambda: "another attempt has it"
     (tmp_path / "status.json").unlink()
     tell(slow, [], 171)
     assert not (tmp_path / "status.json").exists()

@@ -187,7 +187,7 @@ def prepared(tmp_path, rows, eval_rows=None, **options):
     if eval_rows is not None:
         write_jsonl(tmp_path / "eval.jsonl", eval_rows)
         settings.eval_path = str(tmp_path / "eval.jsonl")
-    reading = LabelReading(**{"several": True, **options})
+    reading = LabelReading(**{"multi_label": True, **options})
     return Preparation(settings, tiny_tokenizer(None), reading, seed=1).open_or_make()
 
 
@@ -204,7 +204,7 @@ def test_several_labels_become_bits(tmp_path):
 def test_a_preview_says_labels_by_name():
     def said(label, names, several):
         sample = Sample(np.zeros(1, np.int32), np.zeros(1, bool), {"label": label})
-        return LabelReading(several=several).note(sample, names)
+        return LabelReading(multi_label=several).note(sample, names)
 
     assert said(0b101, ["a", "b", "c"], True) == "label: a, c"
     assert said(0, ["a", "b"], True) == "label: none"
@@ -221,7 +221,7 @@ def test_labels_that_tell_nothing_apart_are_refused(tmp_path):
     with pytest.raises(
         DataError, match="all training documents have the label 'up', and objective=classification tells"
     ):
-        prepared(tmp_path, [{"text": f"a dog {i}", "label": "up"} for i in range(3)], several=False)
+        prepared(tmp_path, [{"text": f"a dog {i}", "label": "up"} for i in range(3)], multi_label=False)
     assert prepared(tmp_path, [{"text": "a dog", "label": ["up"]}]).label_names == ["up"]  # it has it, or has it not
     with pytest.raises(DataError, match="all training documents have no label"):
         prepared(tmp_path, [{"text": "a dog", "label": []}])
@@ -238,4 +238,4 @@ def test_more_labels_than_bits_are_refused(tmp_path):
 def test_one_label_and_several_are_prepared_apart(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": label} for i, label in enumerate(("a|b", "a", "b"))]
     assert prepared(tmp_path, rows).label_names == ["a", "b"]
-    assert prepared(tmp_path, rows, several=False).label_names == ["a", "a|b", "b"]
+    assert prepared(tmp_path, rows, multi_label=False).label_names == ["a", "a|b", "b"]

@@ -27,7 +27,7 @@ from trainer.data.store.sequences import Sample
 from trainer.losses.divergence import Against, Divergence, Measure
 from trainer.losses.fuse import fuse_head
 from trainer.losses.next_token import LossHead
-from trainer.objectives.base import Beside, TeacherConfig
+from trainer.objectives.base import ReferenceModels, TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.registry import build_objective, reading_of
 from trainer.tuning.base import LoraConfig
@@ -67,7 +67,9 @@ def test_trl_computes_the_same(monkeypatch, name, chunk):
     case, expected = DISTILLATION[name], RECORDED[name]
     settings = {**case, "divergence": Divergence(case["divergence"])}
     student, rows = model(0.0), batch()
-    objective = build_objective(DistillationConfig(**settings), Beside(teacher=model(TEACHER).requires_grad_(False)))
+    objective = build_objective(
+        DistillationConfig(**settings), ReferenceModels(teacher=model(TEACHER).requires_grad_(False))
+    )
     terms, count = objective.terms(student, rows), len(rows["target_rows"])
     (terms["loss"] / count).backward()
     assert float(terms["loss"].detach()) / count == pytest.approx(expected["loss"], rel=1e-5)

@@ -15,7 +15,7 @@ from trainer.data.config import Layout
 from trainer.model import attention
 from trainer.model.config import Attention, ModelConfig
 from trainer.objectives import forward_path
-from trainer.objectives.causal import FUSED, WAYS, CausalWay
+from trainer.objectives.causal import FORWARD_PATHS, FUSED_PATH, ForwardPath
 from trainer.objectives.layout_choice import causal_model
 
 SIZES = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -50,13 +50,15 @@ def home(tmp_path, monkeypatch):
 
 def arranged(kind, **settings):
     model = ModelConfig(path=kind, **settings)
-    return causal_model(model, CONFIGS[kind](), Layout.auto, own_rows=False, half_on_gpu=False, context=meta_context())
+    return causal_model(
+        model, CONFIGS[kind](), Layout.auto, needs_padding=False, half_on_gpu=False, context=meta_context()
+    )
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "mixtral"])
 def test_windows_sinks_and_experts_are_proven_in_one_row(kind):
     model, found = arranged(kind)
-    assert (found.layout, found.attention, model.way) == (Layout.padding_free, attention.NAME, FUSED)
+    assert (found.layout, found.attention, model.way) == (Layout.padding_free, attention.NAME, FUSED_PATH)
 
 
 AS_IN_ROWS = {"_chunked": lambda bounds, size: bounds, "_timed": lambda module, query, bounds: query}
@@ -69,7 +71,7 @@ def test_chunks_and_scales_by_position_are_those_of_documents(broken, monkeypatc
         monkeypatch.setattr(attention, broken, AS_IN_ROWS[broken])
     model, found = arranged("llama4")
     assert found.layout is (Layout.padded if broken else Layout.padding_free)
-    assert model.way == WAYS[1]
+    assert model.way == FORWARD_PATHS[1]
 
 
 def test_distances_that_run_through_a_row_need_padded_rows():
@@ -78,7 +80,7 @@ def test_distances_that_run_through_a_row_need_padded_rows():
     assert "bloom is not proven padding-free: the loss differs by" in found.notes["data.layout"]
 
 
-@pytest.mark.parametrize(("kind", "way"), [("bert", WAYS[1]), ("roberta", WAYS[2])])
+@pytest.mark.parametrize(("kind", "way"), [("bert", FORWARD_PATHS[1]), ("roberta", FORWARD_PATHS[2])])
 def test_a_head_of_several_layers_and_positions_of_its_own_are_left_to_the_model(kind, way):
     model, found = arranged(kind)
     assert model.way == way
@@ -89,13 +91,13 @@ def test_a_model_that_padding_changes_reads_one_document_at_a_time():
     """Its head makes several predictions of each token, of which one are the logits."""
     model, found = arranged("prophetnet")
     assert (found.layout, found.attention) == (Layout.padded, "eager")
-    assert model.way == CausalWay(fused=False, positions=False, alone=True)
+    assert model.way == ForwardPath(fused=False, positions=False, alone=True)
 
 
 @pytest.mark.parametrize(("off", "own", "right"), [(4e-5, 5e-5, True), (6e-5, 5e-5, False), (2e-4, 1e-3, False)])
 def test_a_difference_is_rounding_only_where_the_stock_model_rounds_as_much(off, own, right, monkeypatch):
-    monkeypatch.setattr(forward_path._Proof, "_apart", lambda *_: off)
-    monkeypatch.setattr(forward_path._Proof, "_own_rounding", lambda _: own)
+    monkeypatch.setattr(forward_path._Proof, "_gradient_distance", lambda *_: off)
+    monkeypatch.setattr(forward_path._Proof, "_stock_rounding", lambda _: own)
     if right:
         assert arranged("mistral")[1].layout is Layout.padding_free
     else:
@@ -106,7 +108,7 @@ def test_a_difference_is_rounding_only_where_the_stock_model_rounds_as_much(off,
 def test_a_model_that_magnifies_rounding_takes_several_documents_a_batch():
     """Some of its parts are in float32 always: its own gradients in float32 are 5e-5 from those in float64."""
     model, found = arranged("xlstm")
-    assert (found.layout, model.way) == (Layout.padded, WAYS[1])
+    assert (found.layout, model.way) == (Layout.padded, FORWARD_PATHS[1])
 
 
 def test_a_model_whose_tokens_see_ahead_is_refused_with_what_helps_this_one():
@@ -145,10 +147,10 @@ def test_a_factor_on_the_logits_that_we_do_not_know_is_found_out(monkeypatch):
     config = transformers.GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0)
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
-    assert forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED
+    assert forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED_PATH
     monkeypatch.setattr("trainer.losses.fuse.head_transform", lambda _config: (None, 1.0))
     found = forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False)
-    assert found.padding_free == CausalWay(fused=False, positions=True)
+    assert found.padding_free == ForwardPath(fused=False, positions=True)
 
 
 def test_what_was_found_is_kept_and_what_is_damaged_is_found_again(home, monkeypatch):
@@ -178,12 +180,12 @@ def test_what_a_card_has_proven_counts_for_that_card_and_these_packages(monkeypa
     """One cache may be shared by hosts with several cards: an older one has no bf16 in flex attention, and a newer one has."""
     asked, config = [], CONFIGS["mistral"]()
     card, packages = [Gpu("H100", (9, 0))], [{}]
-    monkeypatch.setattr(forward_path, "_prove", lambda *_, on_gpu: asked.append(on_gpu) or forward_path.Passage())
+    monkeypatch.setattr(forward_path, "_prove", lambda *_, on_gpu: asked.append(on_gpu) or forward_path.ProvenPaths())
     monkeypatch.setattr(forward_path, "gpu_of", lambda _: card[0])
     monkeypatch.setattr(forward_path, "kernel_versions", lambda: packages[0])
 
     def times(*, on_gpu: bool) -> int:
-        forward_path.passage_of(config, lambda: None, "flex", on_gpu=on_gpu)
+        forward_path.proven_paths(config, lambda: None, "flex", on_gpu=on_gpu)
         return len(asked)
 
     assert [times(on_gpu=True), times(on_gpu=True)] == [1, 1]
@@ -205,7 +207,7 @@ def test_what_a_full_card_says_is_not_kept(monkeypatch):
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
     with monkeypatch.context() as busy:
-        busy.setattr(forward_path._Proof, "_difference", full)
-        found = forward_path.passage_of(config, lambda: plain, attention.NAME, on_gpu=False)
+        busy.setattr(forward_path._Proof, "_difference_from_stock", full)
+        found = forward_path.proven_paths(config, lambda: plain, attention.NAME, on_gpu=False)
     assert not found.tried and "CUDA out of memory" in found.reason
-    assert forward_path.passage_of(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED
+    assert forward_path.proven_paths(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED_PATH

@@ -24,7 +24,7 @@ from trainer.data.prepare import Preparation
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.evaluation.loss import LossEvaluator
 from trainer.losses.fuse import fuse_head
-from trainer.objectives.kto import FURTHEST, KtoConfig, mismatched, partner
+from trainer.objectives.kto import MAX_PARTNER_DISTANCE, KtoConfig, mismatched_sample, partner_index
 from trainer.objectives.reference import RecordLogps
 from trainer.objectives.registry import build_objective, reading_of
 
@@ -77,7 +77,7 @@ def test_trl_computes_the_same(tmp_path, name):
     totals = {term: int(counts.sum()) for term, counts in data.counts.items()}
     ahead = torch.zeros(())
     for slot in slots:
-        batch = recorded([mismatched(data, number) for number in slot], case["reference"])
+        batch = recorded([mismatched_sample(data, number) for number in slot], case["reference"])
         ahead = ahead + objective.terms(tuned, {**batch, "ahead_of": True})["kl"] / len(data)
     sums: dict[str, float] = {}
     for slot in slots:
@@ -112,17 +112,17 @@ def test_a_prompt_meets_the_answer_of_another_prompt(tmp_path):
         ([7], [14], True),
     ]
     data = data_of(tmp_path / "data", rows)
-    assert [partner(data, number) for number in range(5)] == [4, 0, 0, 0, 3]
-    found = mismatched(data, 2)
+    assert [partner_index(data, number) for number in range(5)] == [4, 0, 0, 0, 3]
+    found = mismatched_sample(data, 2)
     assert found.input_ids.tolist() == [5, 6, 9] and found.supervised.tolist() == [False, False, True]
     assert found.marks == {}
 
 
 def test_mismatched_sequences_are_no_longer_than_the_longest(tmp_path):
     data = data_of(tmp_path / "data", [(list(range(3, 13)), [20], True), ([3], list(range(20, 28)), False)])
-    assert mismatched(data, 0).input_ids.tolist() == [*range(3, 13), 20]
-    same = data_of(tmp_path / "same", [([3], [10 + number], True) for number in range(FURTHEST + 9)])
-    assert partner(same, 70) == 69 and partner(same, 0) == len(same) - 1
+    assert mismatched_sample(data, 0).input_ids.tolist() == [*range(3, 13), 20]
+    same = data_of(tmp_path / "same", [([3], [10 + number], True) for number in range(MAX_PARTNER_DISTANCE + 9)])
+    assert partner_index(same, 70) == 69 and partner_index(same, 0) == len(same) - 1
 
 
 def prepared(tmp_path: Path, rows: list[dict], **changes) -> TokenDataset:
@@ -162,7 +162,7 @@ def test_a_pair_is_two_answers(tmp_path):
     rows = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(2)]
     data = prepared(tmp_path, rows)
     assert learned(data) == [("good 0", True), ("bad 0", False), ("good 1", True), ("bad 1", False)]
-    assert [partner(data, number) for number in range(4)] == [3, 3, 1, 1]
+    assert [partner_index(data, number) for number in range(4)] == [3, 3, 1, 1]
     assert (
         prepared(tmp_path, rows, max_length=len(data.sample(0).input_ids) - 4).num_supervised.sum()
         < data.num_supervised.sum()
@@ -198,7 +198,7 @@ def test_the_reference_point_is_that_of_the_whole_step(tmp_path, runtime, tuning
     points = []
     for batch in trainer.loader.steps(0, 6):
         chosen = [number for slot in trainer.loader.plan(trainer.progress.samples)[0] for number in slot]
-        rows = collate([mismatched(trainer.loader.dataset, n) for n in chosen], Layout.padding_free)
+        rows = collate([mismatched_sample(trainer.loader.dataset, n) for n in chosen], Layout.padding_free)
         with torch.no_grad():
             now, before = (RecordLogps().terms(m.model, rows)["logps"] for m in (trainer.engine.step_module, base))
         record = trainer.train_step(batch)
@@ -221,7 +221,7 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path, runtime):
             return eval_batches(data.evaluation, EvalShare(batch, 0, 1), trainer.loader.collator, "cpu", **more)
 
         evaluator = LossEvaluator(
-            batches, count=48, prefix="eval", perplexity=False, ahead=lambda b=batches: b(ahead=mismatched)
+            batches, count=48, prefix="eval", perplexity=False, ahead=lambda b=batches: b(ahead=mismatched_sample)
         )
         results.append(dict(evaluator.run(trainer.engine)))
     assert results[0]["eval/kl"] > 0 and results[0]["eval/loss"] < 0.49
@@ -249,7 +249,7 @@ def test_a_run_and_its_export(tmp_path, monkeypatch):
     config = DataConfig(path="eval.jsonl", cache_dir="cache")
     data = Preparation(config, tiny_tokenizer(), READING, seed=0).open_or_make().train
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("llama"), "run/export").eval()
-    own, others = [data.sample(n) for n in range(12)], [mismatched(data, n) for n in range(12)]
+    own, others = [data.sample(n) for n in range(12)], [mismatched_sample(data, n) for n in range(12)]
     now = [log_probabilities(tuned, samples) for samples in (own, others)]
     with tuned.disable_adapter():
         before = [log_probabilities(tuned, samples) for samples in (own, others)]

@@ -29,10 +29,10 @@ from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.experts import NAME, register
 from trainer.model.routing import ADDED_LOSS, RoutingRecord, number_experts, record_logits, recorded_routers, watching
 from trainer.objectives import routed as routed_module
-from trainer.objectives.causal import PLAIN
+from trainer.objectives.causal import STOCK_PATH
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.preference import DpoConfig
-from trainer.objectives.routed import Routed, routed
+from trainer.objectives.routed import AddedLosses, added_losses
 from trainer.objectives.sft import SftConfig
 from trainer.reporting.expert_load import by_layer, of_step
 from trainer.tuning.base import LoraConfig
@@ -306,7 +306,7 @@ def test_the_z_loss_of_the_output_is_that_of_the_model_s_own_loss(root, runtime,
     oracle = oracles.compute(directory, made.samples)
     made._trained(directory, tuning, oracle)
     trainer, built = built_trainer(made._config(directory, "single", tuning), made.data, runtime)
-    assert built.step_module.routed.said(2) == [
+    assert built.step_module.routed.start_lines(2) == [
         "logits: z-loss times 0.02, the mean over tokens, as the model's configuration asks"
     ]
     (batch,) = trainer.loader.steps(0, 1)
@@ -320,8 +320,8 @@ def test_the_z_loss_of_the_output_is_that_of_the_model_s_own_loss(root, runtime,
 
 def test_a_z_loss_that_cannot_be_added_is_said():
     model = tiny_model("bamba")
-    model.way = PLAIN
-    found, notes = routed(ModelConfig(path="m"), model.config, model, Full().apply(model), ModelKind.causal)
+    model.way = STOCK_PATH
+    found, notes = added_losses(ModelConfig(path="m"), model.config, model, Full().apply(model), ModelKind.causal)
     assert found is None and "0 instead of 0.02" in notes["model.z_loss_coefficient"]
 
 
@@ -344,7 +344,7 @@ def test_recomputed_blocks_references_and_evaluations_count_nothing():
     out.sum().backward()  # the blocks are computed again
     assert experts == (4, 4) and len(seen.logits) == 2
     assert tokens.sum(1).tolist() == [24, 24]
-    routed = Routed(RouterLosses(balance=1.0, top_k=2), experts)
+    routed = AddedLosses(RouterLosses(balance=1.0, top_k=2), experts)
     with torch.no_grad():
         assert routed.terms(model, lambda: {"loss": model(input_ids=ids).logits.sum()}, {"input_ids": ids}).keys() == {
             "loss"
@@ -369,12 +369,15 @@ def test_load_of_layers_with_unlike_numbers_of_experts():
 def test_biases_that_balance_experts_stay_as_loaded_and_the_start_says_so():
     model = tiny_model("laguna")  # which holds them as parameters
     tuned = Full().apply(copy.deepcopy(model))
-    found, notes = routed(ModelConfig(path="m", router_z_loss=0.1), model.config, model, tuned, ModelKind.causal)
+    found, notes = added_losses(ModelConfig(path="m", router_z_loss=0.1), model.config, model, tuned, ModelKind.causal)
     assert not notes and found is not None
     free = {name for name, p in tuned.named_parameters() if p.requires_grad}
     assert {name for name, _ in tuned.named_parameters()} - free == {"model.layers.1.mlp.gate.e_score_correction_bias"}
-    said = found.said(accumulation=2)
+    said = found.start_lines(accumulation=2)
     assert any("biases that balance their experts stay as they were loaded" in line for line in said)
     assert any("z-loss times 0.1" in line for line in said) and not any("balancing loss" in line for line in said)
-    balanced = Routed(RouterLosses(balance=0.01, top_k=2), ())
-    assert "forward pass of its own" in balanced.said(2)[0] and "forward pass of its own" not in balanced.said(1)[0]
+    balanced = AddedLosses(RouterLosses(balance=0.01, top_k=2), ())
+    assert (
+        "forward pass of its own" in balanced.start_lines(2)[0]
+        and "forward pass of its own" not in balanced.start_lines(1)[0]
+    )

@@ -22,7 +22,7 @@ from trainer.config.run import RunConfig
 from trainer.reporting.status import record_failure
 from trainer.session import announcements as telling
 from trainer.session import lease as lease_module
-from trainer.session.attempt import Where, attempt
+from trainer.session.attempt import Attempt, run_attempt
 from trainer.session.lease import InUse, Lease, LeaseLost, Owner, other_owner
 from trainer.stopping.signals import StopRequest
 
@@ -30,7 +30,7 @@ from trainer.stopping.signals import StopRequest
 @pytest.mark.parametrize("end", [Preempted("asked to stop"), KeyboardInterrupt(), ValueError("x")], ids=repr)
 def test_however_an_attempt_ends_it_looks_whose_the_directory_is(tmp_path, another_host, end):
     status = tmp_path / "status.json"
-    with pytest.raises(BaseException, match="on elsewhere") as caught, attempt(tmp_path, 60, StopRequest()):
+    with pytest.raises(BaseException, match="on elsewhere") as caught, run_attempt(tmp_path, 60, StopRequest()):
         take_over(tmp_path, Owner(host="elsewhere"))
         status.write_text("the other's")
         raise end
@@ -46,10 +46,10 @@ def test_a_stop_before_training_is_looked_at_by_all_ranks(monkeypatch):
     def lost():
         raise LeaseLost("run.dir=x: another took it over")
 
-    monkeypatch.setattr(run_module, "record", stops)
+    monkeypatch.setattr(run_module, "record_reference_logps", stops)
     built = MagicMock()
     built.tuning.keeps_base = False
-    where = Where(lease=SimpleNamespace(check=lost))
+    where = Attempt(lease=SimpleNamespace(check=lost))
     place = SimpleNamespace(where=where, runtime=SimpleNamespace(world_size=1), run_dir=Path(), sha256="")
     place.console = place.agreement = MagicMock()
     with pytest.raises(LeaseLost):
@@ -80,7 +80,7 @@ PATIENCE_S = 60.0
 def another_host(monkeypatch):
     """Owners are judged by their signs of life alone, as between hosts, which come twelve times a second."""
     monkeypatch.setattr(lease_module, "process_identity", lambda pid: "")
-    monkeypatch.setattr(lease_module, "BEATS", 12 * PATIENCE_S)
+    monkeypatch.setattr(lease_module, "BEATS_PER_PATIENCE", 12 * PATIENCE_S)
 
 
 def test_only_signs_of_life_decide_between_hosts(tmp_path, another_host):
@@ -98,7 +98,7 @@ def test_only_signs_of_life_decide_between_hosts(tmp_path, another_host):
 
 HIDDEN = """
 import os, subprocess, time
-from trainer.session.lease import Owner, lives_here, process_identity, this_process
+from trainer.session.lease import Owner, is_alive_here, process_identity, this_process
 def become(user):
     os.setgroups([])
     os.setgid(user)
@@ -112,12 +112,12 @@ subprocess.run(["mount", "-t", "proc", "-o", "hidepid=2", "proc", "/proc"], chec
 asker = os.fork()
 if not asker:
     become(4712)
-    assert process_identity(there) == "" and lives_here(owner, mine) is None
+    assert process_identity(there) == "" and is_alive_here(owner, mine) is None
     os._exit(0)
 told = os.waitstatus_to_exitcode(os.waitpid(asker, 0)[1])
 os.kill(there, 9)
 os.waitpid(there, 0)
-os._exit(told or lives_here(owner, mine) is not False)
+os._exit(told or is_alive_here(owner, mine) is not False)
 """
 
 

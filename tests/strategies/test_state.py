@@ -21,7 +21,7 @@ from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state, read_header
 from strategies.tensor_files import FILE_NAME, LocalElements, Malformed, index_json, layout, parse_index, write_tensors
 from tests.helpers.covering import EVERYTHING
-from trainer.checkpoints.manifest import seal, verify
+from trainer.checkpoints.manifest import verify, write_manifest
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 SIZES = {"embed.weight": 977, "norm.weight": 8, "head.bias": 1}
@@ -283,7 +283,9 @@ def test_no_file_runs_code_raises_what_nobody_expects_or_leaves_memory_unread(tm
         for name, data in contents.items():
             (there / name).write_bytes(data)
         if chance.random() < 0.8:
-            seal(there, [WrittenFile(path.name, path.stat().st_size, digest(path)) for path in there.iterdir()])
+            write_manifest(
+                there, [WrittenFile(path.name, path.stat().st_size, digest(path)) for path in there.iterdir()]
+            )
             assert verify(there) is None
         elif chance.random() < 0.9:
             (there / "manifest.json").write_bytes(mutated(b'{"format": 2, "sha256": "x", "files": {}}', chance))

@@ -19,7 +19,7 @@ from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.tuning.base import FullConfig, LoraConfig
 from trainer.tuning.config import Ia3Config
-from trainer.tuning.initial_adapter import settle
+from trainer.tuning.initial_adapter import adopt_adapter_settings
 
 STARTS = ["lora", "lora patterns", "ia3", "vera", "oft", "loha", "lokr", "boft", "ln", "peft road", "peft miss"]
 
@@ -78,7 +78,7 @@ def test_modules_trained_in_full_go_on_too(base, made, runtime):
 def test_settings_left_alone_follow_the_adapter(made):
     directory = made("lora small", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=True)
     config = LoraConfig(from_=str(directory))
-    taken = settle(config, {"tuning.from_"})
+    taken = adopt_adapter_settings(config, {"tuning.from_"})
     assert (config.rank, config.alpha, config.rslora) == (2, 6.0, True)
     assert config.targets == ["q_proj", "v_proj"]
     assert set(taken) == {"tuning.rank", "tuning.alpha", "tuning.rslora", "tuning.targets"}

@@ -12,7 +12,7 @@ from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_expert_lora import CONFIGS
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.tuning.base import LoraConfig
-from trainer.tuning.initial_adapter import problems, settle
+from trainer.tuning.initial_adapter import adopt_adapter_settings, problems
 
 BOTH = {"rank": 4, "experts": True, "router": True}
 
@@ -77,7 +77,7 @@ def test_training_goes_on_from_an_adapter(bases, runtime, tmp_path):
     adapter = export(parts, base, tmp_path / "adapter", runtime)
     ids = probe_ids(parts[2])
     follows = LoraConfig(from_=str(adapter))
-    assert settle(follows, set())["tuning.experts"] == "False -> True (of tuning.from)"
+    assert adopt_adapter_settings(follows, set())["tuning.experts"] == "False -> True (of tuning.from)"
     assert follows.experts and follows.router and not list(problems(follows))
     assert any(name.endswith("shared_expert.up_proj") for name in follows.targets)
     (problem,) = problems(replace(follows, router=False))

@@ -51,8 +51,10 @@ def test_loss_and_gradients_are_pefts(tmp_path, architecture, settings):
 def widths(monkeypatch):
     """How many layers each call of the function computed."""
     seen = []
-    plain = fast_lora._outputs
-    monkeypatch.setattr(fast_lora, "_outputs", lambda layers, *rest: seen.append(len(layers)) or plain(layers, *rest))
+    plain = fast_lora._lora_outputs
+    monkeypatch.setattr(
+        fast_lora, "_lora_outputs", lambda layers, *rest: seen.append(len(layers)) or plain(layers, *rest)
+    )
     return seen
 
 

@@ -44,7 +44,7 @@ def types_met(monkeypatch):
 
 def test_a_processor_without_it_computes_in_fp32_and_the_run_says_so(tmp_path, runtime, monkeypatch):
     met = types_met(monkeypatch)
-    monkeypatch.setattr(lstm, "runs", lambda dtype: False)
+    monkeypatch.setattr(lstm, "supports_dtype", lambda dtype: False)
     trainer = trainer_for(config(tmp_path, Precision.bf16), data_set(tmp_path, uneven=True), runtime)
     found = take_steps(trainer, 3)
     assert met == {(torch.float32, False)}
@@ -58,7 +58,7 @@ def test_a_processor_without_it_computes_in_fp32_and_the_run_says_so(tmp_path, r
 
 
 def test_a_processor_that_has_it_computes_as_asked(tmp_path, runtime, monkeypatch):
-    if not lstm.runs(torch.bfloat16):
+    if not lstm.supports_dtype(torch.bfloat16):
         pytest.skip("this processor has no LSTM in bf16")
     met = types_met(monkeypatch)
     take_steps(trainer_for(config(tmp_path, Precision.bf16), data_set(tmp_path, uneven=True), runtime), 1)

@@ -21,7 +21,7 @@ from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.sft import SftConfig
 from trainer.tuning import bottleneck, virtual
 from trainer.tuning.base import FullConfig
-from trainer.tuning.check import check_room
+from trainer.tuning.check import check_positions
 from trainer.tuning.config import AdaptionPromptConfig, BottleneckConfig, PrefixConfig, PromptConfig, PromptInit
 
 EXACT = 1e-5
@@ -149,13 +149,13 @@ def test_what_an_architecture_cannot_have_is_refused_with_what_it_can(architectu
 
 
 def test_documents_that_leave_no_room_for_virtual_tokens_are_refused():
-    check_room(PromptConfig(num_virtual_tokens=12), 500, 512)
-    check_room(FullConfig(), 512, 512)
-    check_room(FullConfig(), 513, None)  # positions without an end
+    check_positions(PromptConfig(num_virtual_tokens=12), 500, 512)
+    check_positions(FullConfig(), 512, 512)
+    check_positions(FullConfig(), 513, None)  # positions without an end
     with pytest.raises(ConfigError, match=r"longest document takes 513 tokens.*512 positions.*data\.max_length=512"):
-        check_room(FullConfig(), 513, 512)
+        check_positions(FullConfig(), 513, 512)
     with pytest.raises(ConfigError, match=r"set data\.max_length=499"):
-        check_room(PromptConfig(num_virtual_tokens=13), 500, 512)
+        check_positions(PromptConfig(num_virtual_tokens=13), 500, 512)
 
 
 def test_a_prompt_starts_at_the_text_or_at_words_of_the_vocabulary(bases, runtime):

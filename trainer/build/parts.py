@@ -41,24 +41,24 @@ from trainer.model.quantisation import Scheme, not_packed, quantise_layers
 from trainer.model.quantised_experts import quantise_experts
 from trainer.model.rules import check_kind
 from trainer.model.weights import WeightSource, fill_buffers
-from trainer.objectives.base import Beside, ObjectiveConfig
+from trainer.objectives.base import ObjectiveConfig, ReferenceModels
 from trainer.objectives.causal import plain_model
 from trainer.objectives.frozen_model import common_layout, frozen_model, teacher_model
 from trainer.objectives.layout_choice import causal_model, padded_model
 from trainer.objectives.registry import build_objective, family_of, reading_of
-from trainer.objectives.routed import routed
+from trainer.objectives.routed import added_losses
 from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
 from trainer.step import Built, TrainStep
 from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
-from trainer.tuning.build import build_tuning, fold_adapters, fold_start, optimizer_hooks
-from trainer.tuning.check import check_room
+from trainer.tuning.build import build_tuning, merge_adapters, merge_initial_adapter, optimizer_hooks
+from trainer.tuning.check import check_positions
 from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.expert_lora import use_low_rank
 from trainer.tuning.fast_lora import fuse_lora
-from trainer.tuning.key_mapping import check_read_back
-from trainer.tuning.table import needs_own_rows
+from trainer.tuning.key_mapping import check_loadable
+from trainer.tuning.table import needs_padded_rows
 
 
 def prepare_data(
@@ -131,7 +131,7 @@ def build_engine(
         source.checkpoint.keep(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
     built.step_module.plan.ema_decay = config.optim.ema_decay
     built.step_module.neftune_alpha = config.model.neftune_alpha
-    built.substitutions.update(lstm.substituted(built.step_module, precision, runtime.device))
+    built.substitutions.update(lstm.lstm_substitutions(built.step_module, precision, runtime.device))
     work, per_step = workload(config, data), config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     plan_checkpointing(built, work, config.strategy, precision, runtime)
     plan_reduction(built, work, config.strategy, precision, runtime, steps=per_step)
@@ -171,7 +171,7 @@ def build_model(
     built.substitutions.update(noted | settled)
     check_fit(config, built, data)
     if config.export.at_end and not config.export.merge:
-        check_read_back(built.step_module.model)
+        check_loadable(built.step_module.model)
     checkpoint = built.base_weights(weights_directory(config.model))
     fill_buffers(built.step_module.model, checkpoint, built.tuning.base_name)
     source = WeightSource(
@@ -195,7 +195,7 @@ def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
     positions = getattr(text_settings(built.config), "max_position_embeddings", None)
     family = family_of(config.objective)
     if family.kind is not ModelKind.encoder_decoder:  # whose sides have positions each of their own
-        check_room(config.tuning, int(data.train.lengths.max(initial=0)), positions)
+        check_positions(config.tuning, int(data.train.lengths.max(initial=0)), positions)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
@@ -204,7 +204,7 @@ def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
     if right_alone(built, config.objective):
         _check_alone(config, built, data)
     if family.kind is ModelKind.encoder_decoder:
-        lengths = family.longest(config.objective, config.data)
+        lengths = family.max_positions(config.objective, config.data)
         check_kind(built.config.to_dict(), config.model.path, family.kind, family.name, lengths)
 
 
@@ -250,12 +250,12 @@ def build_step(
     check_kind(model_config.to_dict(), config.path, family.kind, family.name, {})
     classifier, seq2seq = family.kind is ModelKind.classifier, family.kind is ModelKind.encoder_decoder
     if classifier:
-        outputs = family.outputs or num_labels
-        describe_head(model_config, outputs, tokenizer.pad_token_id, several=family.several(objective_config))
-    own_rows = needs_own_rows(tuning_config)
+        outputs = family.num_outputs or num_labels
+        describe_head(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
+    own_rows = needs_padded_rows(tuning_config)
     if family.kind is ModelKind.causal:
         model, arranged = causal_model(
-            config, model_config, layout, own_rows=own_rows, half_on_gpu=half_on_gpu, context=context
+            config, model_config, layout, needs_padding=own_rows, half_on_gpu=half_on_gpu, context=context
         )
     else:
         model, arranged = padded_model(
@@ -269,7 +269,7 @@ def build_step(
     vocabulary = vocabulary_names(model)
     heads = head_names(model) if classifier else ()
     blocks = encoder_decoder.block_classes(model) if seq2seq else block_class_names(model)
-    folded, head = fold_adapters(model, config.adapters), model.get_output_embeddings()
+    folded, head = merge_adapters(model, config.adapters), model.get_output_embeddings()
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
     encoder_decoder.freeze_fixed(model)
@@ -277,7 +277,7 @@ def build_step(
     if choosers := freeze_choosers(model):
         arranged.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
     model.train()
-    objective = build_objective(objective_config, Beside(tuning.reference if tuning.keeps_base else None))
+    objective = build_objective(objective_config, ReferenceModels(tuning.reference if tuning.keeps_base else None))
     step = TrainStep(model, objective, blocks)
     step.plan.optimizer_hooks = optimizer_hooks(tuning)
     reading = family.reading(objective_config)
@@ -296,7 +296,7 @@ def _equip(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> Non
     _quantise(built, config, head)
     fuse_lora(step.model)
     use_low_rank(step.model)
-    step.routed, noted = routed(config, built.config, built.plain, step.model, kind)
+    step.routed, noted = added_losses(config, built.config, built.plain, step.model, kind)
     built.substitutions.update(noted)
 
 
@@ -336,14 +336,16 @@ def attach_frozen(
     cannot be compared.
     """
     family, step, tuning = family_of(objective), built.step_module, built.tuning
-    if not family.compares(objective):
+    if not family.compares_distributions(objective):
         return
     check_head(step.model, f"objective={family.name}")
     if family.teacher(objective) is None and tuning.keeps_base:
         return
     # A teacher has weights of its own, whatever the run begins with.
-    start = fold_start(built.plain, tuning_config) if family.teacher(objective) is None else None
+    start = merge_initial_adapter(built.plain, tuning_config) if family.teacher(objective) is None else None
     frozen = frozen_model(config, objective, built.config, built.arrangement, source, start, tokenizer)
     step.teacher, source.teacher = frozen.model, frozen.weights
-    step.objective = build_objective(objective, Beside(tuning.reference if tuning.keeps_base else None, frozen.model))
+    step.objective = build_objective(
+        objective, ReferenceModels(tuning.reference if tuning.keeps_base else None, frozen.model)
+    )
     step.add_block_classes(frozen.block_classes)

@@ -61,7 +61,7 @@ def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
         if "attention_mask" in rows:  # transformers would look for padding in its values; rows are as long as they get
             rows["attention_mask"] = None
     batch["totals"] = dict.fromkeys(built.reading.counts(samples[0]), 1)
-    batch["ahead"] = {term: torch.zeros(()) for term in built.step_module.objective.ahead}
+    batch["ahead"] = {term: torch.zeros(()) for term in built.step_module.objective.look_ahead_terms}
     return batch
 
 

@@ -1,9 +1,9 @@
-"""Writes a checkpoint while training goes on.
+"""Writes a checkpoint while training continues.
 
-At a step boundary, the training state is copied to one reused buffer in host memory. A thread of this rank hashes and
-writes the rank's file from it, and communicates with nobody. At a later step boundary all ranks agree that they are
-done; only then the checkpoint is sealed and gets its name. Hashing and writing release Python's lock, so training
-goes on.
+At a step boundary, the training state is copied to one reused buffer in host memory. A thread of this rank hashes the
+buffer and writes the rank's file; it communicates with no other rank. At a later step boundary all ranks agree that they
+are done. Only then the manifest is written and the checkpoint gets its name. Hashing and writing release Python's lock, so
+training is not held up.
 """
 
 from __future__ import annotations
@@ -24,27 +24,35 @@ from strategies.saving import FileOutcome, RankState
 from trainer.checkpoints.layout import STEP_DIR
 from trainer.checkpoints.recovery import note_part
 
-SHARE = 0.9
-"""Of the host's free memory that copies may take; the rest is for what training still asks for."""
-LOOK_EVERY = 8
-"""Steps, at most, from one question whether all ranks are done to the next."""
+MAX_MEMORY_SHARE = 0.9
+"""Share of the host's free memory that copies may take; the rest is for what training allocates later."""
+MAX_STEPS_BETWEEN_LOOKS = 8
+"""Most steps between two questions whether all ranks are done."""
 
 
 class StateBuffer:
-    """One buffer in host memory, as large as the state that this rank writes; or the knowledge that there is no room for it."""
+    """A reused buffer in host memory for a copy of the state that this rank writes.
+
+    If a host has no room for it, `refused` says so from then on, and checkpoints are written in the step.
+    """
 
     def __init__(self, runtime: Runtime, free: Callable[[], int | None] = free_host_memory) -> None:
-        self.runtime, self._free = runtime, free
+        """`free`: gives the host's free memory in bytes, None if it is not known."""
+        self.runtime = runtime
+        self._free_memory = free
         self._buffer: torch.Tensor | None = None
         self.refused: str | None = None
-        """Why checkpoints are written in the step; the same on all ranks."""
+        """Why no copy is taken, so that checkpoints are written in the step; None if copies are taken. The same on all ranks."""
 
     def take(self, state: RankState) -> bool:
-        """Copy the state's values; False where a host has no room or it failed, for the whole run then. All ranks must call."""
+        """Copy the state's values. False if a host has no room or the copy failed, and then for the rest of the run.
+
+        All ranks must call.
+        """
         if self.refused is not None:
             return False
         fits = self._buffer is not None and self._buffer.numel() >= state.num_elements
-        self.refused = self._no_room(0 if fits else state.num_elements * 4)
+        self.refused = self._why_no_room(0 if fits else state.num_elements * 4)
         if self.refused is not None:
             return False
         problem = None
@@ -58,24 +66,42 @@ class StateBuffer:
         return self.refused is None
 
     def release(self) -> None:
-        """Give the memory back; none is being written out of it. No collective."""
+        """Free the buffer. Nothing may be writing from it. No collective."""
         self._buffer = None
 
-    def _no_room(self, needed: int) -> str | None:
-        host = socket.gethostname()
-        told: list[tuple[str, int, int | None]] = gather_objects((host, needed, self._free()), self.runtime)
-        for name in dict.fromkeys(each[0] for each in told):
-            whole = sum(size for there, size, _ in told if there == name)
-            free = min((left for there, _, left in told if there == name and left is not None), default=None)
-            if free is not None and whole > SHARE * free:
-                needs = f"a copy of the training state needs {size_text(whole)} of host memory"
-                return f"{needs} on {name}, where {size_text(free)} are free"
+    def _why_no_room(self, needed_bytes: int) -> str | None:
+        """Why the ranks' needs do not fit on one of the hosts; None if they do. All ranks must call."""
+        own_need = _MemoryNeed(socket.gethostname(), needed_bytes, self._free_memory())
+        by_host: dict[str, list[_MemoryNeed]] = {}
+        for need in gather_objects(own_need, self.runtime):
+            by_host.setdefault(need.host, []).append(need)
+        for host, needs in by_host.items():
+            needed_on_host = sum(need.needed_bytes for need in needs)
+            # Ranks of a host may read different numbers, since memory changes meanwhile: the least counts.
+            known_free = [need.free_bytes for need in needs if need.free_bytes is not None]
+            if not known_free:
+                continue
+            free = min(known_free)
+            if needed_on_host > MAX_MEMORY_SHARE * free:
+                return (
+                    f"a copy of the training state needs {size_text(needed_on_host)} of host memory on {host}, where "
+                    f"{size_text(free)} are free"
+                )
         return None
 
 
 @dataclass(frozen=True, slots=True)
+class _MemoryNeed:
+    """What one rank's copy takes, and the memory that is free on its host."""
+
+    host: str
+    needed_bytes: int
+    free_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class SavedCheckpoint:
-    """A checkpoint, and what it took."""
+    """A published checkpoint, its size and its cost."""
 
     path: Path
     size: int
@@ -83,72 +109,75 @@ class SavedCheckpoint:
     took_s: float
     """Seconds from its beginning until it had its name."""
     stall_s: float
-    """Seconds of that in which training waited for it."""
+    """Seconds of `took_s` in which training waited."""
 
     @property
     def row(self) -> dict[str, float]:
-        """For the metrics."""
+        """The columns of a row of metrics."""
         return {"checkpoint_stall_s": self.stall_s, "checkpoint_write_s": self.took_s}
 
 
 @dataclass(slots=True)
-class Writing:
-    """One checkpoint under way, of the moment in which it was begun."""
+class PendingCheckpoint:
+    """A checkpoint that is being written, with the state of the moment in which it was begun."""
 
     step: int
     best_step: int | None
-    """The best step as it was then, which is on the disk."""
+    """The best step at that moment, whose checkpoint must be kept."""
     state: RankState
     began: float
+    """When it was begun, by the monotonic clock."""
     places: list[Path]
-    """Where it may still be tried."""
+    """Directories that have not been tried yet."""
     size: int = 0
     """Bytes of the tensors, of all ranks."""
     stall_s: float = 0.0
-    """Seconds that training waited for it so far."""
+    """Seconds that training has waited for it so far."""
     outcome: FileOutcome | None = None
+    """How the write of this rank's file ended; None while its thread runs."""
     place: Path = Path()
-    """Where it is being written."""
+    """The directory in which it is being written."""
     _thread: threading.Thread | None = None
-    _look_at: int = 0
+    _next_look: int = 0
 
     @classmethod
-    def of(cls, progress: Progress, state: RankState, began: float, places: list[Path]) -> Writing:
-        """Of the state that was copied when the run was so far."""
-        return cls(progress.step, progress.best_step, state, began, list(places), _look_at=progress.step + 1)
+    def begin(cls, progress: Progress, state: RankState, began: float, places: list[Path]) -> PendingCheckpoint:
+        """A checkpoint of `state`, which was copied when the run stood at `progress`."""
+        return cls(progress.step, progress.best_step, state, began, list(places), _next_look=progress.step + 1)
 
     @property
-    def aside(self) -> Path:
-        """The directory that it is written in until it is whole."""
+    def staging(self) -> Path:
+        """The staging directory, in which it is written until it is complete."""
         return self.place / f".{STEP_DIR.format(self.step)}.writing"
 
-    def start(self, aside: Path) -> None:
-        """Let a thread write this rank's file into the existing directory `aside`."""
+    def start(self, staging: Path) -> None:
+        """Let a thread write this rank's file into the existing directory `staging`."""
 
         def write() -> None:
-            self.outcome = self.state.write_part(aside)
+            self.outcome = self.state.write_part(staging)
             if self.outcome.problem is None:
-                with suppress(OSError):  # the checkpoint is whole without it
-                    note_part(aside, self.state, self.outcome)
+                with suppress(OSError):  # the note only helps a start after a crash
+                    note_part(staging, self.state, self.outcome)
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> FileOutcome:
-        """What became of the file, when the thread is done. No collective."""
+        """Wait for the thread; returns how the write ended. No collective."""
         assert self._thread is not None
         self._thread.join()
         assert self.outcome is not None
         return self.outcome
 
     def linger(self, limit_s: float) -> None:
-        """Give the thread at most `limit_s` to end. No collective."""
+        """Wait at most `limit_s` for the thread to end. No collective."""
         if self._thread is not None:
             self._thread.join(limit_s)
 
-    def done(self, step: int, runtime: Runtime) -> bool:
-        """Whether all ranks have written their files; asked at fewer and fewer steps. All ranks must call, at the same."""
-        if step < self._look_at or self._thread is None:
+    def is_written(self, step: int, runtime: Runtime) -> bool:
+        """Whether all ranks have written their files. The longer it takes, the fewer steps ask. All ranks must call, after the
+        same steps."""
+        if step < self._next_look or self._thread is None:
             return False
-        self._look_at = step + min(step - self.step, LOOK_EVERY)
+        self._next_look = step + min(step - self.step, MAX_STEPS_BETWEEN_LOOKS)
         return all(gather_objects(not self._thread.is_alive(), runtime))

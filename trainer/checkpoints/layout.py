@@ -14,45 +14,48 @@ from strategies.errors import StorageError
 STEP_DIR = "step-{:06d}"
 STEP_NAME = re.compile(r"step-(\d{1,15})")
 REPLACED = ".{}.replaced"
-"""What a checkpoint is called while one of the same step takes its name, where a file system cannot swap the two."""
+"""Name of a checkpoint while another of the same step takes its place, on file systems that cannot swap two names at once."""
 REPLACED_NAME = re.compile(r"\.(step-\d{1,15})\.replaced")
 
 
 def places_of(run_dir: Path, fallback_dir: str | None) -> list[Path]:
-    """`checkpoints/` of a run's directory, then its own part of `checkpoint.fallback_dir`."""
+    """The directories that hold a run's checkpoints: its `checkpoints/`, then its own directory in `checkpoint.fallback_dir`."""
     places = [run_dir / "checkpoints"]
     if fallback_dir is not None:
-        whole = run_dir.absolute()
-        name = f"{whole.name}-{hashlib.sha256(str(whole).encode()).hexdigest()[:8]}"
+        absolute = run_dir.absolute()
+        name = f"{absolute.name}-{hashlib.sha256(str(absolute).encode()).hexdigest()[:8]}"
         places.append(Path(fallback_dir).expanduser() / name)
     return places
 
 
 def published(places: list[Path]) -> list[tuple[int, Path]]:
-    """(step, path) of all that has the name of a checkpoint in these directories, ascending; of a step the first place's last.
+    """(step, path) of everything with the name of a checkpoint in these directories, by ascending step.
 
-    Also what lost its name to one that has never got it: the power went between the two
-    (`resume_selection.put_back`). Errors: StorageError where a directory is there and cannot be listed.
+    If several places have the same step, the first place comes last, as the newest. A checkpoint that lost its name to a
+    successor which never got it (the power failed in between) is listed too; `resume_selection.restore_replaced` renames it.
+    Errors: StorageError if a directory exists and cannot be listed.
     """
-    found = []
+    checkpoints = []
     for order, place in enumerate(places):
-        there = names_in(place)
-        for name in there:
+        names = names_in(place)
+        for name in names:
             replaced = REPLACED_NAME.fullmatch(name)
-            if replaced and replaced[1] in there:
-                continue
-            if step := STEP_NAME.fullmatch(replaced[1] if replaced else name):
-                found.append((int(step[1]), -order, place / name))
-    return [(step, path) for step, _, path in sorted(found)]
+            if replaced and replaced[1] in names:
+                continue  # its successor has the name
+            step_name = replaced[1] if replaced else name
+            match = STEP_NAME.fullmatch(step_name)
+            if match:
+                checkpoints.append((int(match[1]), -order, place / name))
+    return [(match, path) for match, _, path in sorted(checkpoints)]
 
 
 def listed(directory: Path) -> list[str]:
-    """What is in a directory; a stale handle of it, or a disk that stumbles, is waited for. Errors: OSError."""
+    """The names in a directory. Waits for a stale NFS handle or a disk error that passes. Errors: OSError."""
     return atomic_io.RetryingReader().read(directory, lambda: atomic_io.disk.names(directory), (errno.ESTALE,))
 
 
 def names_in(directory: Path) -> list[str]:
-    """What is in a directory; nothing where there is none. Errors: StorageError where it is there and cannot be listed."""
+    """The names in a directory; none if it does not exist. Errors: StorageError if it exists and cannot be listed."""
     try:
         return listed(directory)
     except (FileNotFoundError, NotADirectoryError):

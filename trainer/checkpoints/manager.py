@@ -15,22 +15,26 @@ from strategies.base import Engine, Progress
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, call_on_main, first_error, gather_objects
 from strategies.saving import RankState
-from trainer.checkpoints.async_writer import SavedCheckpoint, StateBuffer, Writing
+from trainer.checkpoints.async_writer import PendingCheckpoint, SavedCheckpoint, StateBuffer
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.layout import REPLACED, STEP_DIR, published
-from trainer.checkpoints.manifest import seal
-from trainer.checkpoints.patience import TOLD_EVERY_S, waiting_for_disk
+from trainer.checkpoints.manifest import write_manifest
+from trainer.checkpoints.patience import REPORT_EVERY_S, waiting_for_disk
 from trainer.checkpoints.recovery import forget_notes
-from trainer.checkpoints.resume_selection import choose, note_begun, put_back
+from trainer.checkpoints.resume_selection import choose_checkpoint, record_resume, restore_replaced
 from trainer.checkpoints.schedule import Schedule
-from trainer.checkpoints.staging import agree, fallback_problem, on_main, open_aside
+from trainer.checkpoints.staging import fallback_problem, on_main, open_staging, raise_on_all_ranks
 
 GIVEN_UP = "given-up-{}"
-UNFINISHED = (".step-*.writing", ".step-*.deleting", REPLACED.format("step-*"))
+UNFINISHED_NAMES = (".step-*.writing", ".step-*.deleting", REPLACED.format("step-*"))
 
 
 class Checkpoints:
-    """The checkpoints of one run, in the order of its steps: one branch, of which the newest and the best stay."""
+    """Writes and deletes the checkpoints of one run.
+
+    They form one branch in the order of steps, of which the newest and the best are kept. Checkpoints of a branch that was
+    given up are moved aside.
+    """
 
     def __init__(
         self,
@@ -39,104 +43,123 @@ class Checkpoints:
         runtime: Runtime,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.places, self.config, self.runtime, self.say = places, config, runtime, say
+        self.places = places
+        """The directories for checkpoints; the first is the run's own, the others are tried when it cannot take one."""
+        self.config = config
+        self.runtime = runtime
+        self.say = say
         self.schedule = Schedule(config, runtime)
         self.last: SavedCheckpoint | None = None
         """The last checkpoint of this process; None before the first."""
-        self.copies = StateBuffer(runtime)
-        self._writing: Writing | None = None
-        self._told_s = 0.0
-        """Seconds after which it was last told that a checkpoint is still being written."""
-        self._good: set[Path] = set()
-        """Of this branch, and known to be whole: resumed from, or written by this process."""
+        self.state_buffer = StateBuffer(runtime)
+        self._pending: PendingCheckpoint | None = None
+        self._reported_s = 0.0
+        """Age of the pending checkpoint, in seconds, when the last message said that it is still being written."""
+        self._verified: set[Path] = set()
+        """Checkpoints of this branch that are known to be complete: the one resumed from, and those written by this process."""
         self._failures = 0
-        self._warned: set[Path] = set()
+        """Checkpoints in a row that could not be written."""
+        self._undeletable: set[Path] = set()
+        """Old checkpoints that could not be deleted, each of which was warned of once."""
 
     # -- at the start ----------------------------------------------------------------------------------------------------
 
-    def begin(self, resumed: Path | None, asked: str = "auto") -> None:
-        """Go on from `resumed`: what is newer is of a branch given up, or damaged, and is moved aside. All ranks must call.
+    def start_from(self, resumed: Path | None, resume: str = "auto") -> None:
+        """Go on from the checkpoint `resumed`, or afresh: newer ones are of another branch or damaged, and are moved aside.
 
-        Where it is what `asked` (`run.resume`) names, that is noted. Errors: StorageError on every rank, where something could
-        not be moved (it would be taken for this run's newest) or noted (a requeue would begin there again), or where
-        `checkpoint.fallback_dir` cannot be written.
+        If `resumed` is what `resume` (the setting `run.resume`) names, that is recorded. All ranks must call. Errors:
+        StorageError on every rank if a checkpoint could not be moved (it would be taken for this run's newest), if the record
+        could not be written (a requeue would begin there again), or if `checkpoint.fallback_dir` cannot be written.
         """
         error: StorageError | None = None
         if self.runtime.is_main:
             error = fallback_problem(self.places[1:], self.config.fallback_dir, self.say)
             try:
                 if error is None:
-                    self._begin(resumed)
+                    self._set_aside_newer(resumed)
             except (OSError, StorageError) as caught:
                 error = StorageError(
                     f"checkpoint: what is newer than {resumed} could not be moved aside ({reason(caught)}); move it away by "
                     "hand"
                 )
-            try:  # last: a start that is cut short before goes back once more
+            # Last: if this start is cut short before it, the next one goes back to the named checkpoint once more.
+            try:
                 if error is None and resumed is not None:
-                    note_begun(self.places, asked, resumed)
+                    record_resume(self.places, resume, resumed)
             except OSError as caught:
                 error = StorageError(f"{self.places[0].parent}: cannot be written ({reason(caught)}); free space")
         if (message := first_error(error, self.runtime)) is not None:
             raise StorageError(message.split(": ", 2)[-1])
 
-    def _begin(self, resumed: Path | None) -> None:
-        mine = resumed.resolve() if resumed else None
-        put_back(self.places)
-        there = published(self.places)
-        reached = next((step for step, path in there if path.resolve() == mine), None)
-        given_up = [path for step, path in there if reached is None or step > reached]
-        given_up += [path for step, path in there if step == reached and path.resolve() != mine]
+    def _set_aside_newer(self, resumed: Path | None) -> None:
+        """Move checkpoints aside that are newer than `resumed`, and remove what killed runs left unfinished. On rank 0."""
+        resumed_path = resumed.resolve() if resumed else None
+        restore_replaced(self.places)
+        checkpoints = published(self.places)
+        resumed_step = next((step for step, path in checkpoints if path.resolve() == resumed_path), None)
+        self._verified = set()
+        given_up = []
+        for step, path in checkpoints:
+            if path.resolve() == resumed_path:
+                self._verified.add(path)
+            elif resumed_step is None or step >= resumed_step:  # also one of the same step in another place
+                given_up.append(path)
         for place in self.places:
-            for left in [path for kind in UNFINISHED for path in place.glob(kind)]:
-                with suppress(OSError):  # what a killed run had not finished; in nobody's way
-                    atomic_io.disk.remove_tree(left)
-            if moved := [path for path in given_up if path.parent == place]:
-                self._move_aside(place, moved)
-        self._good = {path for step, path in there if path.resolve() == mine}
+            for pattern in UNFINISHED_NAMES:
+                for unfinished in list(place.glob(pattern)):
+                    with suppress(OSError):  # it is in nobody's way
+                        atomic_io.disk.remove_tree(unfinished)
+            in_this_place = [path for path in given_up if path.parent == place]
+            if in_this_place:
+                self._move_aside(place, in_this_place)
 
-    def _move_aside(self, place: Path, moved: list[Path]) -> None:
+    def _move_aside(self, place: Path, checkpoints: list[Path]) -> None:
+        """Move checkpoints of one place into a new directory `given-up-<n>` there, durably. Errors: OSError."""
         number = next(n for n in range(1, 10**6) if not (place / GIVEN_UP.format(n)).exists())
-        aside = place / GIVEN_UP.format(number)
-        atomic_io.disk.make_directory(aside)
+        given_up_dir = place / GIVEN_UP.format(number)
+        atomic_io.disk.make_directory(given_up_dir)
         rows = place.parent / "metrics.jsonl"
-        if rows.is_file():  # its later rows are about to be taken again
-            shutil.copyfile(rows, aside / rows.name)
-            atomic_io.sync_file(aside / rows.name)
-        for path in moved:
-            atomic_io.disk.rename(path, aside / path.name)
-        sync_directory(aside)
+        if rows.is_file():  # the run will cut its later rows off
+            shutil.copyfile(rows, given_up_dir / rows.name)
+            atomic_io.sync_file(given_up_dir / rows.name)
+        for path in checkpoints:
+            atomic_io.disk.rename(path, given_up_dir / path.name)
+        sync_directory(given_up_dir)
         sync_directory(place)
         self.say(
-            f"checkpoints that this run does not continue from ({', '.join(path.name for path in moved[:6])}) were moved to "
-            f"{aside}, with the metrics so far; delete it when you need them no more"
+            f"checkpoints that this run does not continue from ({', '.join(path.name for path in checkpoints[:6])}) were "
+            f"moved to {given_up_dir}, with the metrics so far; delete it when you need them no more"
         )
 
     def any(self) -> bool:
         """Whether there are checkpoints of this run. All ranks must call. Errors: StorageError on every rank."""
         return call_on_main(lambda: bool(published(self.places)), self.runtime)
 
-    def go_back(self) -> Path:
-        """The newest checkpoint of this branch that is whole, from which the run now goes on. All ranks must call.
+    def roll_back(self) -> Path:
+        """The newest complete checkpoint of this branch, from which the run now goes on. All ranks must call.
 
-        Errors: StorageError on every rank where there is none.
+        Errors: StorageError on every rank if there is none.
         """
-        path = choose(self.places, "auto", self.runtime)
+        path = choose_checkpoint(self.places, "auto", self.runtime)
         if path is None:
             raise StorageError(f"there is no checkpoint in {self.places[0]} to go back to; was it deleted?")
-        self.begin(path)
-        self.schedule.tried(int(path.name.removeprefix("step-")), None)
+        self.start_from(path)
+        self.schedule.note_attempt(int(path.name.removeprefix("step-")), None)
         return path
 
     def move_to(self, run_dir: Path) -> None:
-        """Go on in a run directory that was renamed to `run_dir`, also with what is being written. No collective."""
-        before, now = self.places[0], run_dir / self.places[0].name
-        self.places[0] = now
-        self._good = {now / path.name if path.parent == before else path for path in self._good}
-        if self._writing is not None:
-            self._writing.places = [now if place == before else place for place in self._writing.places]
-            if self._writing.place == before:
-                self._writing.place = now
+        """Follow a run directory that was renamed to `run_dir`, also with the pending checkpoint. No collective."""
+        old_place = self.places[0]
+        new_place = run_dir / old_place.name
+
+        def moved(place: Path) -> Path:
+            return new_place if place == old_place else place
+
+        self.places[0] = new_place
+        self._verified = {moved(path.parent) / path.name for path in self._verified}
+        if self._pending is not None:
+            self._pending.places = [moved(place) for place in self._pending.places]
+            self._pending.place = moved(self._pending.place)
 
     # -- on the way ------------------------------------------------------------------------------------------------------
 
@@ -146,203 +169,227 @@ class Checkpoints:
 
     @property
     def pending(self) -> int | None:
-        """The step whose checkpoint is being written while training goes on; None where none is."""
-        return None if self._writing is None else self._writing.step
+        """The step whose checkpoint is being written while training continues; None if there is none."""
+        return None if self._pending is None else self._pending.step
 
-    def written(self, step: int) -> bool:
-        """Whether all ranks have written what is pending, so that it can be settled. All ranks must call, at the same."""
-        if self._writing is None:
+    def pending_is_written(self, step: int) -> bool:
+        """Whether all ranks have written the pending checkpoint, so that it can be published. All ranks must call, after the
+        same steps."""
+        if self._pending is None:
             return False
-        done = self._writing.done(step, self.runtime)
-        written_s = time.monotonic() - self._writing.began
-        if not done and written_s >= self._told_s + TOLD_EVERY_S:
-            self._told_s = written_s
-            self.say(f"checkpoint {STEP_DIR.format(self._writing.step)}: still being written after {written_s:.0f} s")
+        done = self._pending.is_written(step, self.runtime)
+        written_s = time.monotonic() - self._pending.began
+        if not done and written_s >= self._reported_s + REPORT_EVERY_S:
+            self._reported_s = written_s
+            self.say(f"checkpoint {STEP_DIR.format(self._pending.step)}: still being written after {written_s:.0f} s")
         return done
 
     def _patience(self, step: int, size: int) -> AbstractContextManager[None]:
         return waiting_for_disk(f"checkpoint {STEP_DIR.format(step)}", size, self.runtime, self.say)
 
     def linger(self, limit_s: float) -> None:
-        """Give what this rank is writing at most `limit_s` to come to the disk, where the next start finds it. No collective."""
-        if self._writing is not None:
-            self._writing.linger(limit_s)
+        """Wait at most `limit_s` for the file that this rank is writing. The next start can publish it. No collective."""
+        if self._pending is not None:
+            self._pending.linger(limit_s)
 
     def save(self, engine: Engine, progress: Progress, *, must: bool = True) -> bool:
-        """Write, seal and publish `step-<step>`; then drop what is beyond `checkpoint.keep`. All ranks must call.
+        """Write `step-<step>`, publish it, and delete what `checkpoint.keep` no longer keeps. All ranks must call.
 
-        What is pending is to be settled before.
-        Where the run's directory cannot take it, `checkpoint.fallback_dir` is tried. Raises StorageError on every rank when
-        neither could; nothing half-written stays. Unless it `must` be, the run goes on with a warning (and False is returned)
-        until `checkpoint.max_failures` in a row; and with `checkpoint.background` the checkpoint is only begun, and pending.
+        A pending checkpoint must be published before. If the run's directory cannot take the checkpoint,
+        `checkpoint.fallback_dir` is tried. If that fails too, nothing half-written stays, and StorageError is raised on every
+        rank with `must`, or after `checkpoint.max_failures` in a row. Otherwise the run goes on with a warning, and False is
+        returned. Without `must` and with `checkpoint.background`, the checkpoint is only begun, and is then pending.
         """
         began = time.monotonic()
-        with self._patience(progress.step, 0):  # rank 0 may still bring its rows to the disk
+        with self._patience(progress.step, 0):  # rank 0 may still be writing its rows to the disk
             state = engine.state(progress)
             size = 4 * sum(gather_objects(state.num_elements, self.runtime))
-        writing = Writing.of(progress, state, began, self.places)
+        writing = PendingCheckpoint.begin(progress, state, began, self.places)
         writing.size = size
         with self._patience(progress.step, size):
             return self._save(writing, must=must)
 
-    def _save(self, writing: Writing, *, must: bool) -> bool:
-        if must:  # the last one, as far as is known: exports need the memory
-            self.copies.release()
-        if must or not self.config.background or not self._copied(writing.state):
-            return self._in_step(writing, must=must)
-        self._writing, self._told_s = writing, 0.0
+    def _save(self, writing: PendingCheckpoint, *, must: bool) -> bool:
+        if must:  # probably the last one, and the export needs the memory
+            self.state_buffer.release()
+        if must or not self.config.background or not self._copy_state(writing.state):
+            return self._save_in_step(writing, must=must)
+        self._pending = writing
+        self._reported_s = 0.0
         problems: list[str] = []
-        begun = self._start(writing, problems)
+        begun = self._start_writing(writing, problems)
         writing.stall_s = time.monotonic() - writing.began
-        self.schedule.tried(writing.step, None)
+        self.schedule.note_attempt(writing.step, None)
         if not begun:
-            self._writing = None
-            self._failed(problems, must=False)
+            self._pending = None
+            self._note_failure(problems, must=False)
         return begun
 
-    def settle(self) -> bool:
-        """Wait for what is pending, seal and publish it; whether there is such a checkpoint now. All ranks must call.
+    def publish_pending(self) -> bool:
+        """Wait for the pending checkpoint and publish it. Returns whether it was published. All ranks must call.
 
-        What one place could not take, another is given out of the same copy. Raises StorageError as `save` does.
+        If one place could not take it, the next is tried with the same copy. Raises StorageError as `save` does.
         """
-        writing, self._writing = self._writing, None
+        writing = self._pending
+        self._pending = None
         assert writing is not None
         with self._patience(writing.step, writing.size):
-            return self._settle(writing)
+            return self._publish(writing)
 
-    def _settle(self, writing: Writing) -> bool:
-        began = time.monotonic()
+    def _publish(self, writing: PendingCheckpoint) -> bool:
+        wait_began = time.monotonic()
         problems: list[str] = []
         while True:
-            finish = partial(writing.state.finish, outcome=writing.wait())
+            # Each rank passes on how its own file ended: an error of one is raised on all.
+            finish_files = partial(writing.state.finish, outcome=writing.wait())
             try:
-                path, size = self._close(writing, finish)
+                path, size = self._seal_and_publish(writing, finish_files)
                 break
             except StorageError as error:
-                self._note(error, problems)
-            if not self._start(writing, problems):
-                self._failed(problems, must=False)
+                self._warn(error, problems)
+            if not self._start_writing(writing, problems):
+                self._note_failure(problems, must=False)
                 return False
         now = time.monotonic()
-        writing.stall_s += now - began
-        self._succeeded(writing, SavedCheckpoint(path, size, now - writing.began, writing.stall_s))
-        self.schedule.priced(writing.stall_s, now - writing.began)
+        writing.stall_s += now - wait_began
+        self._note_success(writing, SavedCheckpoint(path, size, now - writing.began, writing.stall_s))
+        self.schedule.note_cost(writing.stall_s, now - writing.began)
         return True
 
-    def _copied(self, state: RankState) -> bool:
-        known = self.copies.refused
-        if self.copies.take(state):
+    def _copy_state(self, state: RankState) -> bool:
+        """Copy the state to the buffer; False if there is no room, which is said once. All ranks must call."""
+        known_refusal = self.state_buffer.refused
+        if self.state_buffer.take(state):
             return True
-        if known is None:
-            self.say(f"checkpoints are written in the step (checkpoint.background=false): {self.copies.refused}")
+        if known_refusal is None:
+            self.say(f"checkpoints are written in the step (checkpoint.background=false): {self.state_buffer.refused}")
         return False
 
-    def _start(self, writing: Writing, problems: list[str]) -> bool:
-        """Let each rank's file be written in the first place left that has room for all of them."""
+    def _start_writing(self, writing: PendingCheckpoint, problems: list[str]) -> bool:
+        """Start writing in the first remaining place that has room for all ranks' files; False if none has. All ranks must
+        call."""
         while writing.places:
             writing.place = writing.places.pop(0)
             try:
-                open_aside(writing.aside, self.runtime, writing.state.make_room)
+                open_staging(writing.staging, self.runtime, writing.state.make_room)
             except StorageError as error:
-                self._note(error, problems)
+                self._warn(error, problems)
                 continue
-            writing.start(writing.aside)
+            writing.start(writing.staging)
             return True
         return False
 
-    def _in_step(self, writing: Writing, *, must: bool) -> bool:
+    def _save_in_step(self, writing: PendingCheckpoint, *, must: bool) -> bool:
+        """Write and publish while training waits. All ranks must call."""
         problems: list[str] = []
         while writing.places:
             writing.place = writing.places.pop(0)
             try:
-                open_aside(writing.aside, self.runtime)
-                path, size = self._close(writing, writing.state.save)
+                open_staging(writing.staging, self.runtime)
+                path, size = self._seal_and_publish(writing, writing.state.save)
             except StorageError as error:
-                self._note(error, problems)
+                self._warn(error, problems)
                 continue
-            took = time.monotonic() - writing.began
-            self._succeeded(writing, SavedCheckpoint(path, size, took, took))
-            self.schedule.tried(writing.step, took)
+            took_s = time.monotonic() - writing.began
+            self._note_success(writing, SavedCheckpoint(path, size, took_s, took_s))
+            self.schedule.note_attempt(writing.step, took_s)
             return True
-        self.schedule.tried(writing.step, None)
-        self._failed(problems, must=must)
+        self.schedule.note_attempt(writing.step, None)
+        self._note_failure(problems, must=must)
         return False
 
-    def _note(self, error: StorageError, problems: list[str]) -> None:
+    def _warn(self, error: StorageError, problems: list[str]) -> None:
         problems.append(str(error))
         self.say(f"warning: {error}")
 
-    def _succeeded(self, writing: Writing, saved: SavedCheckpoint) -> None:
-        self._failures, self.last, path = 0, saved, saved.path
-        self._tell(saved)
-        if self.runtime.is_main:
-            for twin in [each for each in self._good if each.name == path.name and each != path]:
-                self._delete(twin)  # written again in another place
-            self._good.add(path)
-            self._retain(writing.best_step)
+    def _note_success(self, writing: PendingCheckpoint, saved: SavedCheckpoint) -> None:
+        self._failures = 0
+        self.last = saved
+        self._report(saved)
+        if not self.runtime.is_main:
+            return
+        # The same step may have been written in another place before.
+        twins = [path for path in self._verified if path.name == saved.path.name and path != saved.path]
+        for twin in twins:
+            self._delete(twin)
+        self._verified.add(saved.path)
+        self._delete_old(writing.best_step)
 
-    def _failed(self, problems: list[str], *, must: bool) -> None:
+    def _note_failure(self, problems: list[str], *, must: bool) -> None:
         self._failures += 1
         if must or self._failures > self.config.max_failures:
-            again = "" if must else f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
-            raise StorageError(f"{'; '.join(problems)}.{again} Earlier checkpoints are intact.")
+            count_text = "" if must else f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
+            raise StorageError(f"{'; '.join(problems)}.{count_text} Earlier checkpoints are intact.")
         self.say(
             f"the run continues without this checkpoint ({self._failures} failed in a row, {self.config.max_failures} may)"
         )
 
-    def _close(self, writing: Writing, write: Callable[[Path], list[WrittenFile]]) -> tuple[Path, int]:
-        """(the checkpoint, its bytes) when `write` has given all its files. All ranks must call. Errors: StorageError."""
-        place, aside = writing.place, writing.aside
+    def _seal_and_publish(
+        self, writing: PendingCheckpoint, write: Callable[[Path], list[WrittenFile]]
+    ) -> tuple[Path, int]:
+        """Seal and publish the files that `write` makes in the staging directory. Returns the path and the bytes of all files.
+
+        All ranks must call. Errors: StorageError on every rank.
+        """
+        place = writing.place
+        staging = writing.staging
         final = place / STEP_DIR.format(writing.step)
         error: BaseException | None = None
         try:
-            files = write(aside)
+            files = write(staging)
         except (OSError, RuntimeError, StorageError) as caught:
             error = caught
-        agree(error, aside, self.runtime)
+        raise_on_all_ranks(error, staging, self.runtime)
 
         def finish() -> None:
-            forget_notes(aside, self.runtime.world_size)
-            seal(aside, files)
-            if final in self._good and final.exists():  # this branch's own, of the same step: it owed an evaluation
-                publish_replacing(aside, final, final.with_name(REPLACED.format(final.name)))
+            forget_notes(staging, self.runtime.world_size)
+            write_manifest(staging, files)
+            if final in self._verified and final.exists():
+                # This branch wrote the same step before, when it still owed an evaluation.
+                publish_replacing(staging, final, final.with_name(REPLACED.format(final.name)))
                 return
-            if final.exists():  # not of this branch, and made since it began
+            if final.exists():  # another branch's, made since this one began
                 self._move_aside(place, [final])
-            publish(aside, final)
+            publish(staging, final)
 
-        on_main(finish, aside, self.runtime)
-        return final, sum(each.size for each in files)
+        on_main(finish, staging, self.runtime)
+        return final, sum(file.size for file in files)
 
-    def _tell(self, saved: SavedCheckpoint) -> None:
+    def _report(self, saved: SavedCheckpoint) -> None:
+        """Say where a checkpoint was written, its size and its cost."""
         path = saved.path
-        interval = self.schedule.interval_s
-        after = "" if interval is None else f"; the next in about {max(1, round(interval / 60))} minutes"
-        where = "" if path.parent == self.places[0] else f" in {path.parent}"
-        waited = "" if saved.stall_s == saved.took_s else f", of which training waited {saved.stall_s:.1f} s"
-        self.say(f"checkpoint {path.name}{where}: {size_text(saved.size)} in {saved.took_s:.1f} s{waited}{after}")
+        text = f"checkpoint {path.name}"
+        if path.parent != self.places[0]:
+            text += f" in {path.parent}"
+        text += f": {size_text(saved.size)} in {saved.took_s:.1f} s"
+        if saved.stall_s != saved.took_s:
+            text += f", of which training waited {saved.stall_s:.1f} s"
+        interval_s = self.schedule.interval_s
+        if interval_s is not None:
+            text += f"; the next in about {max(1, round(interval_s / 60))} minutes"
+        self.say(text)
 
-    def _retain(self, best_step: int | None) -> None:
-        """Delete what `checkpoint.keep` newer ones, known to be whole, stand for; a warning where that is not possible."""
+    def _delete_old(self, best_step: int | None) -> None:
+        """Delete checkpoints older than the newest `checkpoint.keep` complete ones, but not the best. A failure is a warning."""
         try:
-            there = published(self.places)
+            checkpoints = published(self.places)
         except StorageError as error:
             self.say(f"warning: old checkpoints could not be looked for ({error})")
             return
-        whole = [step for step, path in there if path in self._good]
-        if len(whole) < self.config.keep:
+        verified_steps = [step for step, path in checkpoints if path in self._verified]
+        if len(verified_steps) < self.config.keep:
             return
-        for step, path in there:
-            if step < whole[-self.config.keep] and step != best_step:
+        for step, path in checkpoints:
+            if step < verified_steps[-self.config.keep] and step != best_step:
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:
-        aside = path.with_name(f".{path.name}.deleting")
+        doomed = path.with_name(f".{path.name}.deleting")
         try:
-            atomic_io.disk.rename(path, aside)  # at once, so that nobody meets half of it
-            self._good.discard(path)
-            atomic_io.disk.remove_tree(aside)
+            atomic_io.disk.rename(path, doomed)  # so that nobody finds half of it under its name
+            self._verified.discard(path)
+            atomic_io.disk.remove_tree(doomed)
         except OSError as error:
-            if path not in self._warned:
+            if path not in self._undeletable:
                 self.say(f"warning: the old checkpoint {path} could not be deleted ({reason(error)})")
-            self._warned.add(path)
+            self._undeletable.add(path)

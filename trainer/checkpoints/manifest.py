@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: sizes and SHA-256 of its files, and a hash of itself.
 
-A checkpoint is read only after every file was compared with the manifest, and the manifest with its own hash. A torn
-file or a flipped bit is noticed wherever it is. The manifest does not say who made it: that reading is harmless is up
-to the format (`strategies/tensor_files.py`).
+A checkpoint is read only after every file was compared with the manifest, and the manifest with its own hash. So a torn
+file or a flipped bit is noticed wherever it is. The manifest does not say who made it: it is the file format
+(`strategies/tensor_files.py`) that makes reading a foreign checkpoint harmless.
 """
 
 from __future__ import annotations
@@ -25,41 +25,44 @@ FORMAT = 2
 MOST_MANIFEST = 2**26
 """Bytes of a manifest; more is not read."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
-OTHERS = re.compile(r"\.nfs[0-9a-fA-F]+|\.DS_Store|\._.+|\.fuse_hidden[0-9a-fA-F]+|rank-\d{5}\.part\.json")
+IGNORED_NAMES = re.compile(r"\.nfs[0-9a-fA-F]+|\.DS_Store|\._.+|\.fuse_hidden[0-9a-fA-F]+|rank-\d{5}\.part\.json")
 """Names that NFS, macOS and FUSE put into a directory by themselves, and notes of ranks (`recovery.py`), which an old listing of
 a network file system may still show. Nobody reads them."""
 NO_MANIFEST = "has no manifest (its writing was interrupted)"
-OF_OLD = ".metadata"
-OLD = (
+OLD_METADATA = ".metadata"
+OLD_FORMAT = (
     "was written by an early version, in a format that can run code when it is read, so it is not read; export it with the "
     "version that wrote it, or train anew"
 )
 
 
-def seal(directory: Path, files: Iterable[WrittenFile]) -> None:
+def write_manifest(directory: Path, files: Iterable[WrittenFile]) -> None:
     """Write the manifest of a directory's files, durably. Errors: OSError."""
     write_new(directory / MANIFEST, _render({each.name: each for each in files}))
 
 
 def _render(files: dict[str, WrittenFile]) -> bytes:
     rows = {name: {"bytes": files[name].size, "sha256": files[name].sha256} for name in sorted(files)}
-    own = hashlib.sha256(json.dumps([FORMAT, rows]).encode()).hexdigest()
-    return (json.dumps({"format": FORMAT, "sha256": own, "files": rows}, indent=1) + "\n").encode()
+    own_sha256 = hashlib.sha256(json.dumps([FORMAT, rows]).encode()).hexdigest()
+    return (json.dumps({"format": FORMAT, "sha256": own_sha256, "files": rows}, indent=1) + "\n").encode()
 
 
 def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[WrittenFile]:
-    """What the files of a sealed directory must be; `looks` read its manifest. Errors: Malformed, with what is wrong with it."""
+    """Read and check the manifest of a checkpoint: name, size and SHA-256 that each file must have.
+
+    Errors: Malformed, with what is wrong with the directory or its manifest.
+    """
     looks = looks or RetryingReader()
     try:
         present = set(listed(directory))
-        if "state" in present and (directory / "state" / OF_OLD).exists():
-            raise Malformed(OLD)
+        if "state" in present and (directory / "state" / OLD_METADATA).exists():
+            raise Malformed(OLD_FORMAT)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Malformed("is not a directory") from error
     except OSError as error:
         raise Malformed(f"cannot be read ({reason(error)})") from error
     if MANIFEST not in present:
-        raise Malformed(OLD if OF_OLD in present else NO_MANIFEST)
+        raise Malformed(OLD_FORMAT if OLD_METADATA in present else NO_MANIFEST)
     present.remove(MANIFEST)
     try:
         data = looks.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MOST_MANIFEST))
@@ -68,48 +71,58 @@ def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[
         raise Malformed(f"cannot be read ({reason(error)})") from error
     except Malformed as error:
         raise Malformed("has a damaged manifest") from error
-    if _render(files) != data:  # to the byte: what this program writes, and its own hash with it
+    if _render(files) != data:  # equal to the byte, so the manifest's hash of itself is right too
         raise Malformed("has a damaged manifest")
-    if beyond := sorted(name for name in present - set(files) if not OTHERS.fullmatch(name)):
-        raise Malformed(f"holds files that are not in its manifest: {', '.join(beyond[:3])}")
-    if missing := sorted(set(files) - present):
+    extra = sorted(name for name in present - set(files) if not IGNORED_NAMES.fullmatch(name))
+    if extra:
+        raise Malformed(f"holds files that are not in its manifest: {', '.join(extra[:3])}")
+    missing = sorted(set(files) - present)
+    if missing:
         raise Malformed(f"{missing[0]} is missing")
     return list(files.values())
 
 
 def fingerprint(directory: Path) -> str | None:
-    """The hash that a checkpoint's manifest has of itself, and so of all its files; None where there is none to be read."""
+    """The hash that a checkpoint's manifest has of itself, and so of all its files; None if it cannot be read."""
     try:
-        found = parse_json(read_bytes(directory / MANIFEST, most=MOST_MANIFEST))
+        manifest = parse_json(read_bytes(directory / MANIFEST, most=MOST_MANIFEST))
     except (OSError, Malformed):
         return None
-    own = found.get("sha256") if isinstance(found, dict) else None
-    return own if isinstance(own, str) and SHA256.fullmatch(own) else None
+    if not isinstance(manifest, dict):
+        return None
+    own_sha256 = manifest.get("sha256")
+    if not isinstance(own_sha256, str) or not SHA256.fullmatch(own_sha256):
+        return None
+    return own_sha256
 
 
 def artefact_of(run_dir: Path, step: int, fallback_dir: str | None) -> str | None:
-    """The fingerprint of a run's checkpoint at a step; None where there is none. Errors: StorageError."""
-    there = dict(published(places_of(run_dir, fallback_dir)))
-    return fingerprint(there[step]) if step in there else None
+    """The fingerprint of a run's checkpoint at a step; None if there is none. Errors: StorageError."""
+    checkpoints = dict(published(places_of(run_dir, fallback_dir)))
+    if step not in checkpoints:
+        return None
+    return fingerprint(checkpoints[step])
 
 
 def _parse(raw: object) -> dict[str, WrittenFile]:
-    if not isinstance(raw, dict) or not isinstance(files := raw.get("files"), dict):
+    """The files that a manifest lists, by name. Errors: Malformed if it is not of the form that is written here."""
+    files = raw.get("files") if isinstance(raw, dict) else None
+    if not isinstance(files, dict):
         raise Malformed("is no manifest")
-    found = {}
+    parsed = {}
     for name, row in files.items():
-        known = isinstance(row, dict) and is_count(row.get("bytes")) and isinstance(row.get("sha256"), str)
-        if not known or not stays_in_directory(name) or not SHA256.fullmatch(row["sha256"]):
+        well_formed = isinstance(row, dict) and is_count(row.get("bytes")) and isinstance(row.get("sha256"), str)
+        if not well_formed or not stays_in_directory(name) or not SHA256.fullmatch(row["sha256"]):
             raise Malformed("is no manifest")
-        found[name] = WrittenFile(name, row["bytes"], row["sha256"])
-    return found
+        parsed[name] = WrittenFile(name, row["bytes"], row["sha256"])
+    return parsed
 
 
 def verify(directory: Path, *, only: str | None = None, may_be_deleted: bool = False) -> str | None:
-    """What is wrong with a sealed directory (or with its file `only`), None where nothing is. Reads all of it.
+    """What is wrong with a checkpoint, or with its file `only`; None if nothing is. Reads the whole files.
 
-    `may_be_deleted`: this process has listed it, so that a file which is not there is not one that is yet to appear: if the
-    directory is gone, nobody waits for it.
+    A missing file is usually waited for, since a network file system may show it late. `may_be_deleted` says that this process
+    has listed the directory before: if it is gone now, it was deleted, and nothing is waited for.
     """
     looks = RetryingReader(lambda text: print(text, flush=True), lambda: may_be_deleted and not directory.exists())
     try:
@@ -117,28 +130,28 @@ def verify(directory: Path, *, only: str | None = None, may_be_deleted: bool = F
     except Malformed as error:
         return str(error)
     if only is not None:
-        files = [each for each in files if each.name == only]
-    return _first_difference(directory, files, usable_cores(), looks) or _another_step(directory)
+        files = [file for file in files if file.name == only]
+    return _first_difference(directory, files, usable_cores(), looks) or _wrong_step(directory)
 
 
 def verify_together(directory: Path, runtime: Runtime) -> str | None:
-    """`verify`, with the files dealt to the ranks by size; the same answer on every rank. All ranks must call."""
-    found: tuple[str | None, list[WrittenFile]] = (None, [])
+    """As `verify`, with the files shared among the ranks by size. The same answer on every rank. All ranks must call."""
+    outcome: tuple[str | None, list[WrittenFile]] = (None, [])
     if runtime.is_main:
         try:
-            found = (None, read_manifest(directory))
+            outcome = (None, read_manifest(directory))
         except Malformed as error:
-            found = (str(error), [])
-    problem, files = broadcast_object(found, runtime)
+            outcome = (str(error), [])
+    problem, files = broadcast_object(outcome, runtime)
     if problem is None:
         problem = _first_difference(directory, _share(files, runtime), usable_cores() // runtime.local_world_size)
     if problem is None and runtime.is_main:
-        problem = _another_step(directory)
-    return next((each for each in gather_objects(problem, runtime) if each), None)
+        problem = _wrong_step(directory)
+    return next((rank_problem for rank_problem in gather_objects(problem, runtime) if rank_problem), None)
 
 
-def _another_step(directory: Path) -> str | None:
-    """That a checkpoint is named for another step than it is of, as a copy is that somebody renamed; None where it is not."""
+def _wrong_step(directory: Path) -> str | None:
+    """The problem, if a checkpoint is named for another step than its own, as a renamed copy is; None if it is not."""
     name = STEP_NAME.fullmatch(directory.name)
     if name is None:
         return None
@@ -146,25 +159,28 @@ def _another_step(directory: Path) -> str | None:
         about = parse_json(read_bytes(directory / PROGRESS, most=MOST_MANIFEST))
         step = about["progress"]["step"]
     except (OSError, Malformed, KeyError, TypeError):
-        return None  # which whoever reads it finds out
-    return None if step == int(name[1]) else f"is a checkpoint of step {step} under another name"
+        return None  # loading it will say what is wrong
+    if step == int(name[1]):
+        return None
+    return f"is a checkpoint of step {step} under another name"
 
 
 def _share(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
-    """This rank's files, of which every rank gets about as many bytes."""
+    """The files that this rank verifies. Every rank gets about as many bytes: the largest file goes to the least loaded rank."""
     loads = [0] * runtime.world_size
-    mine = []
-    for each in sorted(files, key=lambda file: (-file.size, file.name)):
+    own_files = []
+    for written in sorted(files, key=lambda file: (-file.size, file.name)):
         rank = loads.index(min(loads))
-        loads[rank] += each.size
+        loads[rank] += written.size
         if rank == runtime.rank:
-            mine.append(each)
-    return mine
+            own_files.append(written)
+    return own_files
 
 
 def _first_difference(
     directory: Path, files: list[WrittenFile], threads: int, looks: RetryingReader | None = None
 ) -> str | None:
+    """The first difference between files and their manifest; None if there is none."""
     looks = looks or RetryingReader(lambda text: print(text, flush=True))
     with ThreadPoolExecutor(max(1, min(threads, len(files), 8))) as pool:
-        return next(filter(None, pool.map(lambda each: file_difference(directory, each, looks), files)), None)
+        return next(filter(None, pool.map(lambda file: file_difference(directory, file, looks), files)), None)

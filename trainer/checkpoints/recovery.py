@@ -1,8 +1,8 @@
 """Publishes a checkpoint that was complete when the run failed, but not published yet.
 
-The thread that writes a rank's file notes beside it what the file is and where each tensor lies
-(`rank-00000.part.json`). If all ranks have left such a note, the next start can publish the checkpoint. It is then
-read like any other: every file is compared with its hash.
+The thread that writes a rank's file also writes a note beside it: what the file is and where each tensor lies
+(`rank-00000.part.json`). If all ranks have left such a note, the next start can publish the checkpoint. It is then read
+like any other: every file is compared with its hash.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from strategies.atomic_io import WrittenFile, publish, reason, write_new
 from strategies.saving import PROGRESS, FileOutcome, RankState
 from strategies.tensor_files import INDEX, FilePart, Malformed, index_json, parse_json
 from trainer.checkpoints.layout import STEP_DIR, names_in, published
-from trainer.checkpoints.manifest import seal
+from trainer.checkpoints.manifest import write_manifest
 
 NOTE = "rank-{:05d}.part.json"
-ASIDE = re.compile(r"\.step-(\d{1,15})\.writing")
+STAGING_NAME = re.compile(r"\.step-(\d{1,15})\.writing")
 MOST_NOTE = 2**30
 """Bytes of a note; more is not read."""
 
@@ -40,8 +40,8 @@ class PartNote:
     """What becomes `progress.json`."""
 
 
-def note_part(aside: Path, state: RankState, outcome: FileOutcome) -> None:
-    """Note what this rank has written into `aside`, durably. No collective. Errors: OSError."""
+def note_part(staging: Path, state: RankState, outcome: FileOutcome) -> None:
+    """Write the note of what this rank has written into `staging`, durably. No collective. Errors: OSError."""
     file = outcome.written
     note = {
         "world_size": state.runtime.world_size,
@@ -49,28 +49,31 @@ def note_part(aside: Path, state: RankState, outcome: FileOutcome) -> None:
         "file": None if file is None else [file.name, file.size, file.sha256],
         "progress": state.header.decode(),
     }
-    write_new(aside / NOTE.format(state.runtime.rank), json.dumps(note).encode())
+    write_new(staging / NOTE.format(state.runtime.rank), json.dumps(note).encode())
 
 
-def forget_notes(aside: Path, world_size: int) -> None:
+def forget_notes(staging: Path, world_size: int) -> None:
     """Remove the notes of all ranks from a checkpoint that is about to be published. Errors: OSError."""
     for rank in range(world_size):
-        (aside / NOTE.format(rank)).unlink(missing_ok=True)
+        (staging / NOTE.format(rank)).unlink(missing_ok=True)
 
 
 def recover(places: list[Path], say: Callable[[str], None]) -> None:
-    """Publish what all ranks had written when the last attempt failed. For the owner of the run alone. No collective."""
+    """Publish a checkpoint that all ranks had written when the last attempt failed. Only the owner of the run may call.
+
+    No collective.
+    """
     newest = max((step for step, _ in published(places)), default=-1)
     for place in places:
         for name in names_in(place):
-            aside = ASIDE.fullmatch(name)
-            if aside is None or int(aside[1]) <= newest:
+            staging_name = STAGING_NAME.fullmatch(name)
+            if staging_name is None or int(staging_name[1]) <= newest:
                 continue
-            final = STEP_DIR.format(int(aside[1]))
+            final = STEP_DIR.format(int(staging_name[1]))
             try:
                 if _publish(place / name, place / final):
                     say(f"checkpoint {final}: all of it was written when the run ended; it is published now")
-            # A note of other content than ours, too, is no reason not to start.
+            # A note of another form, too, is no reason not to start.
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 say(f"warning: {place / name}: could not be made a checkpoint ({reason(error)})")
 
@@ -83,7 +86,7 @@ def _publish(aside: Path, final: Path) -> bool:
     files = [note.file for note in notes if note.file is not None]
     files.append(write_new(aside / INDEX, index_json(note.parts for note in notes)))
     files.append(write_new(aside / PROGRESS, notes[0].progress.encode()))
-    seal(aside, files)
+    write_manifest(aside, files)
     forget_notes(aside, len(notes))
     publish(aside, final)
     return True

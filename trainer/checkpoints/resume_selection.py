@@ -1,8 +1,8 @@
 """Chooses the checkpoint from which a run resumes.
 
-A checkpoint named by `run.resume=<directory>` is used once, and `resumed-from.json` in the run directory records
-that. When the same words come again, from a requeued job or a command repeated after a stop, the run resumes from
-what it has made since, as with `auto`.
+A checkpoint named by `run.resume=<directory>` is used once, and `resumed-from.json` in the run directory records that.
+If the same command comes again, from a requeued job or after a stop, the run resumes from the checkpoints that it has
+written since, as with `run.resume=auto`.
 """
 
 from __future__ import annotations
@@ -24,56 +24,62 @@ MOST_RECORD = 2**16
 """Bytes of that record; more is not read."""
 
 
-def put_back(places: list[Path]) -> None:
-    """Give what lost its name to one that has never got it the name back, durably. Errors: OSError, StorageError."""
+def restore_replaced(places: list[Path]) -> None:
+    """Give checkpoints their names back, durably, if their successor never got the name (the power failed in between).
+
+    Errors: OSError, StorageError.
+    """
     for _, path in published(places):
-        if name := REPLACED_NAME.fullmatch(path.name):
-            atomic_io.disk.rename(path, path.with_name(name[1]))
+        replaced = REPLACED_NAME.fullmatch(path.name)
+        if replaced:
+            atomic_io.disk.rename(path, path.with_name(replaced[1]))
             atomic_io.sync_directory(path.parent)
 
 
-def settled(places: list[Path], resume: str) -> str:
-    """`run.resume` as it is meant in these places: `auto` where the run began from the named one and has made newer ones since.
+def effective_resume(places: list[Path], resume: str) -> str:
+    """The value of `run.resume` that counts: `auto` if the run began from the named checkpoint before and has newer ones.
 
-    Errors: StorageError where that cannot be found out.
+    Errors: StorageError if that cannot be found out.
     """
     if resume in ("auto", "never"):
         return resume
     path = Path(resume).expanduser().resolve()
     try:
-        record = _record(places[0].parent / RESUMED_FROM)
+        record = _read_record(places[0].parent / RESUMED_FROM)
         name = STEP_NAME.fullmatch(path.name)
         if record is None or record["path"] != str(path):
             return resume
         if name is not None and path.parent in [place.resolve() for place in places]:
-            least = int(name[1]) + 1  # it may have been deleted since, or been written again by this branch
+            # The run's own. It may have been deleted since, or been written again by this branch.
+            least_step = int(name[1]) + 1
         elif _manifest_sha256(path) in (None, record["manifest_sha256"]):
-            least = 0  # another run's: all that is here was made since
-        else:
+            least_step = 0  # another run's: every checkpoint here is newer
+        else:  # another checkpoint is under that path now
             return resume
     except (OSError, ValueError, KeyError, TypeError) as error:
-        where = places[0].parent / RESUMED_FROM
+        record_path = places[0].parent / RESUMED_FROM
         raise StorageError(
-            f"{where}: cannot be read ({reason(error)}), so that nobody knows whether this run has begun from "
+            f"{record_path}: cannot be read ({reason(error)}), so that nobody knows whether this run has begun from "
             f"run.resume={resume} already; delete the file to begin from there (again), or give run.resume=auto"
         ) from error
-    return "auto" if any(step >= least for step, _ in published(places)) else resume
+    has_newer = any(step >= least_step for step, _ in published(places))
+    return "auto" if has_newer else resume
 
 
-def note_begun(places: list[Path], resume: str, resumed: Path) -> None:
-    """Note that the run begins from `resumed`, durably, where that is what `run.resume` names. Errors: OSError."""
+def record_resume(places: list[Path], resume: str, resumed: Path) -> None:
+    """Record durably that the run begins from `resumed`, if that is the checkpoint that `run.resume` names. Errors: OSError."""
     if resume in ("auto", "never") or Path(resume).expanduser().resolve() != resumed.resolve():
         return
     path = places[0].parent / RESUMED_FROM
     record = {"path": str(resumed.resolve()), "manifest_sha256": _manifest_sha256(resumed)}
-    aside = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.writing")
     atomic_io.make_directories(path.parent)
-    atomic_io.write_new(aside, (json.dumps(record, indent=1) + "\n").encode())
-    atomic_io.disk.rename(aside, path)
+    atomic_io.write_new(temporary, (json.dumps(record, indent=1) + "\n").encode())
+    atomic_io.disk.rename(temporary, path)
     atomic_io.sync_directory(path.parent)
 
 
-def _record(path: Path) -> dict[str, str] | None:
+def _read_record(path: Path) -> dict[str, str] | None:
     try:
         raw: dict[str, str] = json.loads(atomic_io.read_bytes(path, most=MOST_RECORD))
     except FileNotFoundError:
@@ -82,15 +88,15 @@ def _record(path: Path) -> dict[str, str] | None:
 
 
 def _manifest_sha256(directory: Path) -> str | None:
-    """None where there is no such checkpoint any more."""
+    """The hash of a checkpoint's manifest; None if the checkpoint does not exist any more."""
     try:
         return hashlib.sha256(atomic_io.read_bytes(directory / MANIFEST, most=MOST_MANIFEST)).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def refused(resume: str, places: list[Path]) -> str | None:
-    """Why the directory that `run.resume` names is none to go on from, and what to give; None where it may be one.
+def resume_problem(resume: str, places: list[Path]) -> str | None:
+    """Why the directory that `run.resume` names cannot be resumed, and what to give instead; None if it may be a checkpoint.
 
     `places`: where its checkpoints lie if it is a run directory. Reads its manifest, no tensors. Errors: StorageError.
     """
@@ -100,46 +106,56 @@ def refused(resume: str, places: list[Path]) -> str | None:
         return None
     except Malformed as error:
         problem = str(error)
-    there = set(names_in(path))
+    names = set(names_in(path))
     advice = "give a checkpoint directory (step-...), auto or never"
-    if newest := next(filter(_reads_well, (each for _, each in reversed(published([path, *places])))), None):
+    newest = _newest_with_manifest([path, *places])
+    if newest:
         advice = f"give its newest: run.resume={newest}"
-    if there & {"config.yaml", "checkpoints"}:
+    if names & {"config.yaml", "checkpoints"}:
         problem = "is a run directory, and no checkpoint" + ("" if newest else "; it has none that can be used")
     elif newest:
         problem = "is no checkpoint, but holds some"
     elif problem == NO_MANIFEST and not STEP_NAME.search(path.name):
-        problem = f"is no checkpoint: it has no {MANIFEST}" if there else "is empty"
+        problem = f"is no checkpoint: it has no {MANIFEST}" if names else "is empty"
     return f"run.resume={resume}: {problem}; {advice}"
 
 
-def _reads_well(checkpoint: Path) -> bool:
-    try:
-        read_manifest(checkpoint)
-    except Malformed:
-        return False
-    return True
+def _newest_with_manifest(places: list[Path]) -> Path | None:
+    """The newest checkpoint in these directories whose manifest is intact."""
+    for _, checkpoint in reversed(published(places)):
+        try:
+            read_manifest(checkpoint)
+            return checkpoint
+        except Malformed:
+            continue
+    return None
 
 
-def _look(places: list[Path], resume: str) -> tuple[str, list[Path]]:
-    """(`run.resume` as it is meant, for `auto` all checkpoints from the newest on). Errors: OSError, StorageError."""
-    put_back(places)
-    meant = settled(places, resume)
-    return meant, [path for _, path in reversed(published(places))] if meant == "auto" else []
+def _candidates(places: list[Path], resume: str) -> tuple[str, list[Path]]:
+    """(the value of `run.resume` that counts, all checkpoints from the newest on if that is `auto`).
+
+    Errors: OSError, StorageError.
+    """
+    restore_replaced(places)
+    effective = effective_resume(places, resume)
+    if effective != "auto":
+        return effective, []
+    return effective, [path for _, path in reversed(published(places))]
 
 
-def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
-    """The checkpoint to resume from, the same on all ranks; None starts afresh. All ranks must call.
+def choose_checkpoint(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
+    """The checkpoint to resume from, the same on all ranks; None to start afresh. All ranks must call.
 
-    Errors: ConfigError for a named one that cannot be used; StorageError where there are checkpoints and none can be used,
-    or where nobody can say which there are.
+    Errors: ConfigError if a named one cannot be used. StorageError if there are checkpoints and none can be used, or if they
+    cannot be listed: starting afresh would lose what they hold.
     """
     if resume == "never":
         return None
-    asked, (resume, there) = resume, call_on_main(lambda: _look(places, resume), runtime)
-    if asked != resume and runtime.is_main:
+    given = resume
+    resume, candidates = call_on_main(lambda: _candidates(places, given), runtime)
+    if given != resume and runtime.is_main:
         print(
-            f"run.resume={asked}: this run has begun from it already and continues from what it has made since, as with "
+            f"run.resume={given}: this run has begun from it already and continues from what it has made since, as with "
             f"run.resume=auto; to go back once more, delete {places[0].parent / RESUMED_FROM}",
             flush=True,
         )
@@ -150,7 +166,7 @@ def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
             raise ConfigError(f"run.resume={resume}: {problem}; give a checkpoint directory (step-...), or auto")
         return path
     skipped = []
-    for path in there:
+    for path in candidates:
         problem = verify_together(path, runtime)
         if problem is None:
             return path
@@ -159,7 +175,8 @@ def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
             print(f"checkpoint ignored: {path.name}: {problem}", flush=True)
     if skipped:
         raise StorageError(
-            f"run.resume=auto: none of the checkpoints in {there[0].parent} can be used ({'; '.join(skipped[:6])}); nothing was "
-            "changed. Bring one back from a backup, name another with run.resume=<directory>, or start anew in another run.dir"
+            f"run.resume=auto: none of the checkpoints in {candidates[0].parent} can be used ({'; '.join(skipped[:6])}); "
+            "nothing was changed. Bring one back from a backup, name another with run.resume=<directory>, or start anew in "
+            "another run.dir"
         )
     return None

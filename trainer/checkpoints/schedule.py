@@ -1,4 +1,4 @@
-"""When a checkpoint is due: by steps, by time, or by what a save costs against what a failure would cost."""
+"""Decides when a checkpoint is due: by steps, by time, or by what a save costs compared with what a failure would cost."""
 
 from __future__ import annotations
 
@@ -12,40 +12,47 @@ from trainer.checkpoints.config import CheckpointConfig
 
 UNMEASURED_S = 30 * 60.0
 """Seconds between checkpoints until a save was measured."""
-LEAST_S = 60.0
-LOOKS = 30
-"""How often the ranks hear from rank 0 between two checkpoints, about."""
+MIN_INTERVAL_S = 60.0
+LOOKS_PER_INTERVAL = 30
+"""About how often the ranks hear from rank 0 between two checkpoints."""
 
 
-def best_interval(price_s: float, mtbf_s: float) -> float:
-    """Seconds between checkpoints that cost the least time: that of saving, and of steps that a failure takes with it.
+def best_interval(stall_s: float, mtbf_s: float) -> float:
+    """Seconds between checkpoints that lose the least time to saving and to steps that a failure undoes (Young 1974, Daly 2006).
 
-    Young 1974 and Daly 2006, in the first order; at least a minute, and at least the price itself.
+    The first-order formula, but at least a minute, and at least the `stall_s` of a save itself. `mtbf_s`: mean time between
+    failures of the job.
     """
-    return max(LEAST_S, price_s, math.sqrt(2 * price_s * mtbf_s) - price_s)
+    return max(MIN_INTERVAL_S, stall_s, math.sqrt(2 * stall_s * mtbf_s) - stall_s)
 
 
 class Schedule:
-    """The same answer on all ranks, of rank 0's clock: they hear it at a few steps on the way, not at each."""
+    """Decides when a checkpoint is due, the same on all ranks, by rank 0's clock.
+
+    The ranks do not exchange the answer at every step: rank 0 also says at which step they ask again.
+    """
 
     def __init__(self, config: CheckpointConfig, runtime: Runtime, clock: Callable[[], float] = time.monotonic) -> None:
-        self.config, self.runtime, self.clock = config, runtime, clock
-        self._prices: list[float] = []
+        self.config = config
+        self.runtime = runtime
+        self.clock = clock
+        self._stalls_s: list[float] = []
+        """Seconds that the last five checkpoints held training up."""
         self._write_s = 0.0
-        self._since = self._looked_at = clock()
+        self._last_save_at = self._looked_at = clock()
         self._looked_step: int | None = None
         self._next_look = 0
 
     @property
     def interval_s(self) -> float | None:
-        """Seconds between checkpoints; None where time does not decide."""
+        """Seconds between checkpoints; None if time does not decide."""
         if self.config.every_steps > 0 or self.config.every_minutes == 0:
             return None
         if self.config.every_minutes is not None:
             return self.config.every_minutes * 60
-        if not self._prices:
+        if not self._stalls_s:
             return UNMEASURED_S
-        return max(best_interval(median(self._prices), self.config.mtbf_h * 3600), self._write_s)
+        return max(best_interval(median(self._stalls_s), self.config.mtbf_h * 3600), self._write_s)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step. All ranks must call, after the same steps."""
@@ -53,28 +60,39 @@ class Schedule:
             return step % self.config.every_steps == 0
         if self.interval_s is None or step < self._next_look:
             return False
-        due, self._next_look = broadcast_object(self._look(step), self.runtime)
+        due, self._next_look = broadcast_object(self._is_time(step), self.runtime)
         return due
 
-    def _look(self, step: int) -> tuple[bool, int]:
-        """(whether it is time, the step after which to look again): soon enough that steps which became slow are noticed."""
-        interval = self.interval_s
-        assert interval is not None
+    def _is_time(self, step: int) -> tuple[bool, int]:
+        """(whether a checkpoint is due, the step after which to look again).
+
+        The next look comes after half of the remaining time at most, so that steps which became slow are noticed.
+        """
+        interval_s = self.interval_s
+        assert interval_s is not None
         now = self.clock()
-        pace = (now - self._looked_at) / max(1, step - (step - 1 if self._looked_step is None else self._looked_step))
-        self._looked_at, self._looked_step = now, step
-        left = interval - (now - self._since)
-        if left <= pace / 2:
+        steps = 1
+        if self._looked_step is not None:
+            steps = max(1, step - self._looked_step)
+        step_s = (now - self._looked_at) / steps
+        self._looked_at = now
+        self._looked_step = step
+        left_s = interval_s - (now - self._last_save_at)
+        if left_s <= step_s / 2:  # nearer to this step's end than to the next one's
             return True, step + 1
-        return False, step + max(1, int(min(left / 2, interval / LOOKS) / max(pace, 1e-6)))
+        wait_s = min(left_s / 2, interval_s / LOOKS_PER_INTERVAL)
+        return False, step + max(1, int(wait_s / max(step_s, 1e-6)))
 
-    def priced(self, stall_s: float, write_s: float) -> None:
-        """A checkpoint held training up for `stall_s` seconds, and was written `write_s` seconds after it was begun."""
-        self._prices, self._write_s = [*self._prices[-4:], stall_s], write_s
+    def note_cost(self, stall_s: float, write_s: float) -> None:
+        """Note the cost of a checkpoint: it held training up for `stall_s` seconds, and took `write_s` seconds in all."""
+        self._stalls_s = [*self._stalls_s[-4:], stall_s]
+        self._write_s = write_s
 
-    def tried(self, step: int, took_s: float | None) -> None:
-        """A checkpoint was written in `took_s` seconds, or could not be (None). All ranks must call."""
+    def note_attempt(self, step: int, took_s: float | None) -> None:
+        """Start the interval anew after a checkpoint. `took_s`: seconds that it took in the step; None if it was only begun or
+        could not be written. All ranks must call."""
         if took_s is not None:
-            self.priced(took_s, took_s)
-        self._since = self._looked_at = self.clock()
-        self._looked_step, self._next_look = step, step + 1
+            self.note_cost(took_s, took_s)
+        self._last_save_at = self._looked_at = self.clock()
+        self._looked_step = step
+        self._next_look = step + 1

@@ -1,4 +1,4 @@
-"""The directory in which a checkpoint is written until it is complete. An error of one rank there is raised on all."""
+"""The staging directory, in which a checkpoint is written until it is complete. An error of one rank is raised on all."""
 
 from __future__ import annotations
 
@@ -13,52 +13,62 @@ from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_error
 
 
-def open_aside(aside: Path, runtime: Runtime, look: Callable[[Path], None] = lambda aside: None) -> None:
-    """Make the empty directory, in which `look` is to find nothing wrong. All ranks must call. Errors: StorageError on all."""
+def open_staging(staging: Path, runtime: Runtime, check: Callable[[Path], None] = lambda aside: None) -> None:
+    """Make an empty staging directory. `check` runs on every rank and raises StorageError if the directory will not do.
+
+    All ranks must call. Errors: StorageError on all.
+    """
 
     def make() -> None:
-        if aside.exists():
-            atomic_io.disk.remove_tree(aside)
-        make_directories(aside)
+        if staging.exists():
+            atomic_io.disk.remove_tree(staging)
+        make_directories(staging)
 
-    on_main(make, aside, runtime)
+    on_main(make, staging, runtime)
     error: StorageError | None = None
     try:
-        look(aside)
+        check(staging)
     except StorageError as caught:
         error = caught
-    agree(error, aside, runtime)
+    raise_on_all_ranks(error, staging, runtime)
 
 
-def on_main(do: Callable[[], None], aside: Path, runtime: Runtime) -> None:
-    """`do` on rank 0. All ranks must call. Errors: StorageError on all, where it raised OSError."""
+def on_main(do: Callable[[], None], staging: Path, runtime: Runtime) -> None:
+    """Run `do` on rank 0. All ranks must call. Errors: StorageError on all ranks if it raised OSError."""
     error: BaseException | None = None
     try:
         if runtime.is_main:
             do()
     except OSError as caught:
         error = caught
-    agree(error, aside, runtime)
+    raise_on_all_ranks(error, staging, runtime)
 
 
-def agree(error: BaseException | None, aside: Path, runtime: Runtime) -> None:
-    """Raise on every rank, the cause first, what any rank met; nothing half-written stays. All ranks must call."""
-    told = None if error is None else str(error) if isinstance(error, StorageError) else reason(error)
-    message = first_error(None if told is None else StorageError(told), runtime)
+def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runtime) -> None:
+    """Raise StorageError on every rank if any rank has an `error`, and remove the staging directory. All ranks must call."""
+    own_error = None
+    if isinstance(error, StorageError):
+        own_error = StorageError(str(error))
+    elif error is not None:
+        own_error = StorageError(reason(error))
+    message = first_error(own_error, runtime)
     if message is None:
         return
     if runtime.is_main:
         with suppress(OSError):
-            atomic_io.disk.remove_tree(aside)
+            atomic_io.disk.remove_tree(staging)
     cause = message.split("StorageError: ", 1)[1]
-    step = aside.name.removeprefix(".").removesuffix(".writing")
+    step = staging.name.removeprefix(".").removesuffix(".writing")
     raise StorageError(
-        f"{cause}; checkpoint {step} was not written in {aside.parent}; free space or choose another disk"
+        f"{cause}; checkpoint {step} was not written in {staging.parent}; free space or choose another disk"
     )
 
 
-def fallback_problem(places: list[Path], given: str | None, say: Callable[[str], None]) -> StorageError | None:
-    """Why `checkpoint.fallback_dir` could take no checkpoint, before one is needed there; one that is full may be emptied."""
+def fallback_problem(places: list[Path], fallback_dir: str | None, say: Callable[[str], None]) -> StorageError | None:
+    """Why `checkpoint.fallback_dir` could take no checkpoint; None if it could. Tried at the start, before it is needed.
+
+    A full disk is only a warning, since it may be emptied by then.
+    """
     for place in places:
         trial = place / f".{place.name}.trial"
         try:
@@ -68,8 +78,8 @@ def fallback_problem(places: list[Path], given: str | None, say: Callable[[str],
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 return StorageError(
-                    f"checkpoint.fallback_dir={given}: cannot be written ({reason(error)}); give a directory on another disk "
-                    "that this user can write, or null"
+                    f"checkpoint.fallback_dir={fallback_dir}: cannot be written ({reason(error)}); give a directory on "
+                    "another disk that this user can write, or null"
                 )
-            say(f"warning: checkpoint.fallback_dir={given}: {reason(error)}")
+            say(f"warning: checkpoint.fallback_dir={fallback_dir}: {reason(error)}")
     return None

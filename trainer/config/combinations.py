@@ -17,7 +17,7 @@ from trainer.optim.config import OptimConfig, OptimName
 from trainer.optim.support import SUPPORT
 from trainer.tuning.base import TuningConfig
 from trainer.tuning.config import PeftConfig
-from trainer.tuning.table import METHODS, SHARDED, TYPES, Method
+from trainer.tuning.table import METHODS, PEFT_METHODS, SHARDED, Method
 
 
 class CellState(StrEnum):
@@ -87,7 +87,7 @@ class Cell:
 
 def rows() -> dict[str, Method]:
     """Every method by the name of its row: the choice of `tuning=`, or of `tuning.type` under `tuning=peft`."""
-    return {**METHODS, **TYPES}
+    return {**METHODS, **PEFT_METHODS}
 
 
 def row_of(config: TuningConfig) -> str:
@@ -118,7 +118,7 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig)
     row = row_of(tuning)
     if row not in rows():
         return
-    method, shown = rows()[row], f"tuning.type={row}" if row in TYPES else f"tuning={row}"
+    method, shown = rows()[row], f"tuning.type={row}" if row in PEFT_METHODS else f"tuning={row}"
     if reason := method.strategies.get(str(strategy.name)):
         yield f"strategy={strategy.name} with {shown}: {reason}; use {INSTEAD}"
     if strategy.compile and row not in COMPILED:

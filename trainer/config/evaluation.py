@@ -52,7 +52,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from _generate(config, has_data=has_data)
     is_of_task = evaluation.watch in registry.metric_directions(evaluation.tasks)
     is_f1 = evaluation.watch.rpartition("/")[2].startswith("f1_")
-    if is_f1 and not is_of_task and not family_of(config.objective).judges_labels:
+    if is_f1 and not is_of_task and not family_of(config.objective).scores_labels:
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
@@ -122,7 +122,7 @@ def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
             f"evaluation.generate.samples={samples}: there is no evaluation data; give data.eval_path or "
             "data.eval_share=0.05, or set it to 0"
         )
-    if samples and not family_of(config.objective).writes_answers:
+    if samples and not family_of(config.objective).generates_answers:
         yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
     yield from config.evaluation.generate.problems("evaluation.generate")
 

@@ -17,7 +17,7 @@ from strategies.base import AutoConfig, StrategyConfig, StrategyName
 from strategies.errors import ConfigError, DataError, StorageError, key_of_problem
 from strategies.registry import every_strategy
 from trainer.checkpoints.layout import places_of
-from trainer.checkpoints.resume_selection import refused, settled
+from trainer.checkpoints.resume_selection import effective_resume, resume_problem
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.evaluation import problems as evaluation_problems
@@ -40,8 +40,8 @@ from trainer.reporting.profile import profile_problems
 from trainer.reporting.trackers.registry import problems as tracker_problems
 from trainer.tuning.check import RunFacts
 from trainer.tuning.check import problems as tuning_problems
-from trainer.tuning.initial_adapter import fold_problems
-from trainer.tuning.table import needs_own_rows
+from trainer.tuning.initial_adapter import merge_problems
+from trainer.tuning.table import needs_padded_rows
 
 WRITTEN = (
     "run.dir",
@@ -190,7 +190,7 @@ def _noise(config: RunConfig) -> Iterator[str]:
     key = f"model.neftune_alpha={config.model.neftune_alpha:g}"
     if family_of(config.objective).kind is ModelKind.encoder_decoder:
         yield f"{key}: is not for encoder-decoder models, whose two sides share embeddings; set it to 0"
-    if needs_own_rows(config.tuning):
+    if needs_padded_rows(config.tuning):
         yield f"{key}: tuning={config.tuning.name} puts tokens of its own before a document's; set it to 0, or use tuning=lora"
 
 
@@ -203,7 +203,7 @@ def _base(config: RunConfig) -> Iterator[str]:
         if missing is not None:
             yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
     for directory in model.adapters:
-        yield from fold_problems(directory)
+        yield from merge_problems(directory)
     method = rows().get(row_of(config.tuning))
     if model.adapters and method is not None and method.adapter and config.export.at_end and not config.export.merge:
         merge = "" if method.no_merge else "set export.merge=true, or "
@@ -252,10 +252,10 @@ def _resume(config: RunConfig) -> Iterator[str]:
     run_dir = config.run.dir
     try:
         if run_dir is not None and run_dir.strip():
-            resume = settled(places_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume)
+            resume = effective_resume(places_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume)
         if resume in ("auto", "never"):
             return
-        problem = refused(resume, places_of(Path(resume).expanduser(), config.checkpoint.fallback_dir))
+        problem = resume_problem(resume, places_of(Path(resume).expanduser(), config.checkpoint.fallback_dir))
         if problem:
             yield problem
     except StorageError as error:

@@ -21,7 +21,7 @@ from trainer.evaluation.decoding import GenerateAnswers, ending_ids, generation_
 from trainer.evaluation.full_weights import GatherDecision, cache_bytes, decide_gathering
 from trainer.evaluation.likelihood import Likelihood, Pair, ScoreContinuations, mask_of, padded, pair_rows
 from trainer.model.architecture import text_settings
-from trainer.objectives.causal import PLAIN, plain_model
+from trainer.objectives.causal import STOCK_PATH, plain_model
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -157,7 +157,7 @@ class Writer:
     def _own_batches(
         self, engine: Engine, lengths: Sequence[int], budget: int | None, kinds: Sequence[int] | None = None
     ) -> list[list[int]]:
-        alone = getattr(model_of(engine), "way", PLAIN).alone  # right for one row at a time
+        alone = getattr(model_of(engine), "way", STOCK_PATH).alone  # right for one row at a time
         size, most = (1, None) if alone else (self.batch, budget)
         return [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=size, budget=most, kinds=kinds)]
 

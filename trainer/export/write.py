@@ -193,11 +193,11 @@ class _Gathered:
 
     def _whole(self, base: BaseWeights) -> Iterator[tuple[str, Tensor]]:
         """The whole model under its base names, adapters folded in; frozen values exact, from the base checkpoint."""
-        from trainer.tuning.adapter_files import Folding
+        from trainer.tuning.adapter_files import AdapterMerger
 
         tuning, model = self.built.tuning, self.built.step_module.model
         trains = {name for name, p in model.named_parameters() if p.requires_grad}
-        folding = Folding(tuning, model, self.trained(), base) if tuning.adapter else None  # type: ignore[arg-type]
+        folding = AdapterMerger(tuning, model, self.trained(), base) if tuning.adapter else None  # type: ignore[arg-type]
         for name, tensor in self._all:
             assert tensor is not None
             if tuning.owns(name):
@@ -248,10 +248,12 @@ def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, ba
     if not isinstance(tuning, Adapter):
         tuning.write(built.step_module.model, trained, directory, *hub_name(base_path))  # type: ignore[attr-defined]
         return
-    tuning.settle_files(built.step_module.model, trained)
-    if tuning.converts:
+    tuning.update_peft_settings(built.step_module.model, trained)
+    if tuning.needs_conversion:
         trained = as_plain_lora(tuning, trained, built.base_weights(Path(base_path)))
-    write_adapter(built.step_module.model, trained, directory, *hub_name(base_path), double_rank=tuning.converts)
+    write_adapter(
+        built.step_module.model, trained, directory, *hub_name(base_path), double_rank=tuning.needs_conversion
+    )
 
 
 def _plain(built: Built) -> Any:

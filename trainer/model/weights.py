@@ -26,7 +26,7 @@ from trainer.model.quantised_experts import pack_run, rounded_stack
 from trainer.tuning.base import Tuning
 
 if TYPE_CHECKING:
-    from trainer.tuning.merged_adapters import Folded
+    from trainer.tuning.merged_adapters import MergedAdapters
 
 
 class Checkpoint:
@@ -98,13 +98,13 @@ class BaseWeights(Checkpoint):
         plain: Any,
         tied: dict[str, list[str]] | None = None,
         *,
-        folded: Folded | None = None,
+        folded: MergedAdapters | None = None,
         scheme: Scheme | None = None,
         quantised: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__(directory, plain, tied)
         self.folded, self.scheme, self.quantised = folded, scheme, quantised or {}
-        changed = folded.changed() if folded is not None else set()
+        changed = folded.changed_names() if folded is not None else set()
         if missing := sorted(name for name in changed if self.resolve(name) is None):
             raise ConfigError(
                 f"model.adapters: change {missing[0]}, which {directory} does not have; merge them with peft, and give the "
@@ -187,10 +187,10 @@ class StartingWeights:
     These are the base's values with the adapter of `tuning.from` folded in. A base that is stored quantised counts as rounded.
     """
 
-    def __init__(self, own: WeightSource, folded: Folded | None) -> None:
+    def __init__(self, own: WeightSource, folded: MergedAdapters | None) -> None:
         """`own`: where the tuned model's values come from; `folded`: the adapter that it begins with, if there is one."""
         self.own, self.folded = own, folded
-        self.changed = set[str]() if folded is None else folded.changed()
+        self.changed = set[str]() if folded is None else folded.changed_names()
 
     def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from trainer.tuning.base import TuningConfig
 
 Reference = Callable[["nn.Module"], "AbstractContextManager[None]"]
-"""Within it the tuned model computes what it did before training: its adapter is switched off."""
+"""Switches the adapter of a tuned model off while the context is entered: the model then computes what it did before
+training."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,31 +52,34 @@ class TeacherConfig:
 
 
 class Objective(ABC):
-    """Turns a batch into sums, which the loop divides by counts of the whole step.
+    """Turns a micro-batch into sums ("terms"). The loop divides each by its count over the whole step.
 
-    The term `loss` carries the gradient; other terms are for metrics and carry none. A term may be made in evaluation
-    only, and then have a shape (`confusion`).
+    Sums, not means: a mean of means would depend on how documents are dealt to micro-batches and ranks. The term `loss`
+    carries the gradient; all other terms are metrics, without a gradient. A term that exists in evaluation only may have
+    a shape (`confusion`).
     """
 
     perplexity = False
     """Whether the exponential of the loss is the perplexity of a language model."""
     metrics: tuple[str, ...] = ()
     """Terms that are logged while training, beside the loss; each is divided by the count of `loss`."""
-    compared = "loss"
-    """Of the loss and these terms, the one that is like the loss of an evaluation."""
+    comparable_term = "loss"
+    """Name of the training term that can be compared with the loss of an evaluation: `loss` or one of `metrics`."""
     uses_reference = False
     """Whether it compares with the log-probabilities of the model as it was before training."""
-    ahead: tuple[str, ...] = ()
-    """Terms whose means over the whole step it needs before the first backward pass, in `batch["ahead"]`: it makes them of
-    batches that have `ahead_of` (`trainer/objectives/step_totals.py`)."""
+    look_ahead_terms: tuple[str, ...] = ()
+    """Terms whose mean over the whole step is needed before the first backward pass.
+
+    A pass over extra batches (marked by the key `ahead_of`) makes their sums, and `batch["ahead"]` holds the means; see
+    `trainer/objectives/step_totals.py`."""
 
     @abstractmethod
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Sums over the micro-batch, by term: float32 tensors on the model's device, 0-d in training."""
 
 
-class Around(Protocol):
-    """The settings beside an objective's own that its rules may speak about."""
+class OtherSettings(Protocol):
+    """The other settings of the run, for rules that concern an objective and something else."""
 
     data: DataConfig
     model: ModelConfig
@@ -84,16 +88,16 @@ class Around(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
-    """What an objective may compare the model with."""
+class ReferenceModels:
+    """The models that an objective may compare the trained one with."""
 
     reference: Reference | None = None
-    """Switches the tuned model's adapter off; None where there is none to switch off."""
+    """Switches the tuned model's adapter off; None if no adapter can be switched off."""
     teacher: nn.Module | None = None
-    """A frozen model of its own."""
+    """A second, frozen model; None without one."""
 
 
-def _nothing(config: Any, around: Around) -> Iterator[str]:
+def _no_problems(config: Any, other_settings: OtherSettings) -> Iterator[str]:
     yield from ()
 
 
@@ -103,33 +107,36 @@ class Family:
 
     settings: type[ObjectiveConfig]
     reading: Callable[[Any], Reading]
-    """How data is read for it."""
-    build: Callable[[Any, Beside], Objective]
-    """The loss."""
-    problems: Callable[[Any, Around], Iterator[str]] = _nothing
-    """What is wrong with its settings, alone and with others, one line each; before anything is read."""
+    """Makes its data spec: the rows it takes and how they become sequences."""
+    build: Callable[[Any, ReferenceModels], Objective]
+    """Makes the loss."""
+    problems: Callable[[Any, OtherSettings], Iterator[str]] = _no_problems
+    """Finds what is wrong with its settings, alone and with others, one line each. Runs before anything is read."""
     kind: ModelKind = ModelKind.causal
-    """The model that it trains."""
-    outputs: int | None = None
-    """Outputs of the head that it gives a classifier; None: one a label of the data."""
-    several: Callable[[Any], bool] = lambda config: False
+    """The kind of model that it trains."""
+    num_outputs: int | None = None
+    """Size of the classification head; None: one output for each label of the data."""
+    multi_label: Callable[[Any], bool] = lambda config: False
     """Whether several outputs of the head may be true at once."""
     settle: Callable[[Any, TokenDataset, list[str] | None], tuple[Any, dict[str, str]]] = lambda config, *_: (
         config,
         {},
     )
-    """The settings with what only the prepared data can tell, and what was put in their place, by key."""
-    compares: Callable[[Any], bool] = lambda config: False
+    """Fills in the settings that depend on the prepared data (`balanced` class weights): returns the new settings, and what
+    was put in their place, by key."""
+    compares_distributions: Callable[[Any], bool] = lambda config: False
     """Whether it compares distributions over the vocabulary, with a teacher or with the model as it was."""
     teacher: Callable[[Any], TeacherConfig | None] = lambda config: None
-    """The model that is imitated, where it is another one."""
-    longest: Callable[[Any, DataConfig], dict[str, int]] = lambda config, data: {"data.max_length": data.max_length}
-    """Most positions that a model needs, by the setting that says so."""
+    """Settings of the teacher model; None without a teacher."""
+    max_positions: Callable[[Any, DataConfig], dict[str, int]] = lambda config, data: {
+        "data.max_length": data.max_length
+    }
+    """The positions that the model must have, by the setting that asks for them."""
     replays: bool = False
-    """Whether it knows what to do with sources marked `replay`."""
-    writes_answers: bool = False
+    """Whether it can use sources that are marked `replay`."""
+    generates_answers: bool = False
     """Whether answers can be generated and scored in evaluations."""
-    judges_labels: bool = False
+    scores_labels: bool = False
     """Whether evaluations count labels by their names (F1)."""
     better_when_larger: tuple[str, ...] = ("accuracy",)
     """Metrics of evaluations of which more is better."""
@@ -141,15 +148,18 @@ class Family:
 
 
 class UnlabelledReading(Reading):
-    """Documents without labels: of labelled texts this objective would learn nothing."""
+    """Documents without labels. A labelled text is refused, since the objective would ignore its label."""
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.label is None:
             return None
-        said = "is a labelled text, of which this objective would learn nothing; set objective=classification, or "
-        return WRONG_KIND, f"{said}data.format=text to learn the texts themselves"
+        problem = "is a labelled text, of which this objective would learn nothing; set objective=classification, or "
+        return WRONG_KIND, f"{problem}data.format=text to learn the texts themselves"
 
 
 def formats_of(data: DataConfig) -> dict[str, DataFormat]:
-    """Formats by the setting that holds them, up to its last word."""
-    return {"data": data.format, **{f"data.sources.{name}": s.format for name, s in data.sources.items()}}
+    """The format of each source, by the setting's key without its last part: `data` or `data.sources.<name>`."""
+    formats = {"data": data.format}
+    for name, source in data.sources.items():
+        formats[f"data.sources.{name}"] = source.format
+    return formats

@@ -28,7 +28,7 @@ MODEL_INPUTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class CausalWay:
+class ForwardPath:
     """How a batch goes through a causal model (`trainer/objectives/forward_path.py` proves which way is right for which)."""
 
     fused: bool
@@ -40,10 +40,15 @@ class CausalWay:
     """A batch must be one document: beside another, padded to one length, the model computes something else, or nothing."""
 
 
-FUSED = CausalWay(fused=True, positions=True)
-PLAIN = CausalWay(fused=False, positions=False)
+FUSED_PATH = ForwardPath(fused=True, positions=True)
+STOCK_PATH = ForwardPath(fused=False, positions=False)
 """What the library itself does with padded rows."""
-WAYS = (FUSED, CausalWay(fused=False, positions=True), PLAIN, CausalWay(fused=False, positions=False, alone=True))
+FORWARD_PATHS = (
+    FUSED_PATH,
+    ForwardPath(fused=False, positions=True),
+    STOCK_PATH,
+    ForwardPath(fused=False, positions=False, alone=True),
+)
 """Every way, the fastest first."""
 
 
@@ -58,11 +63,14 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
     Where the model's own forward pass must be taken the "hidden states" are logits already, and the head passes them on.
     """
     causal_lm = plain_model(model)
-    way: CausalWay = getattr(causal_lm, "way", FUSED)
-    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch and (way.positions or key != "position_ids")}
-    rows, targets = batch["target_rows"], batch["targets"].view(-1)
-    if not way.fused:
-        return nn.Identity(), _own_logits(causal_lm, inputs, rows), targets[rows]
+    path: ForwardPath = getattr(causal_lm, "way", FUSED_PATH)
+    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    if not path.positions:
+        inputs.pop("position_ids", None)
+    rows = batch["target_rows"]
+    targets = batch["targets"].view(-1)
+    if not path.fused:
+        return nn.Identity(), _logits_at_rows(causal_lm, inputs, rows), targets[rows]
     with flex.documents(inputs):
         hidden = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
     head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
@@ -70,25 +78,29 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
 
 
 def forward_pass(model: nn.Module, batch: dict[str, Any]) -> None:
-    """A batch through a causal model or a classifier, for what happens on the way: no head and no loss of a causal one."""
+    """Run a batch for what hooks record on the way (routers, hidden states). A causal model computes no head and no loss."""
     if hasattr(plain_model(model), "way"):
+        # Without target rows the head has nothing to do.
         supervised_rows(model, {**batch, "target_rows": batch["target_rows"][:0]})
     else:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
-def _own_logits(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
-    """Logits `[N, V]` at `rows`, of the model's own forward pass, in which its head sees these rows alone where it can."""
+def _logits_at_rows(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
+    """Logits `[N, V]` at `rows`, from the model's own forward pass.
+
+    A hook on the head passes it the supervised rows alone, which saves most of the logits' memory. Where the hook cannot
+    tell which rows are which, all logits are made and the rows are taken from them.
+    """
     head = causal_lm.get_output_embeddings()
-    positions = inputs["input_ids"].numel()
+    num_tokens = inputs["input_ids"].numel()
 
     def select(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = args
-        if (
-            hidden.numel() != positions * hidden.shape[-1]
-        ):  # several predictions of a token, of which one are its logits
+        hidden, *more_args = args
+        # Some models call the head with several predictions for each token, of which one is its logits.
+        if hidden.numel() != num_tokens * hidden.shape[-1]:
             return args
-        return (hidden.reshape(1, -1, hidden.shape[-1])[:, rows], *rest)
+        return (hidden.reshape(1, -1, hidden.shape[-1])[:, rows], *more_args)
 
     hook = None if head is None else head.register_forward_pre_hook(select)
     try:
@@ -101,35 +113,45 @@ def _own_logits(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
     return logits if len(logits) == len(rows) else logits[rows]
 
 
-def counting_of(batch: dict[str, Any], smoothing: float = 0.0) -> Counting:
-    """The weights of the supervised rows, and whose source each is, where the batch says so; in training, `smoothing`."""
-    spread = smoothing if torch.is_grad_enabled() else 0.0
-    return Counting(batch.get("target_weights"), batch.get("row_source"), len(batch.get("source_names", ())), spread)
+def loss_counting(batch: dict[str, Any], smoothing: float = 0.0) -> Counting:
+    """How rows count in the loss: their weights and sources, where the batch has them, and label smoothing.
+
+    Evaluations measure the loss without smoothing, so `smoothing` applies only where gradients are made.
+    """
+    active_smoothing = smoothing if torch.is_grad_enabled() else 0.0
+    num_sources = len(batch.get("source_names", ()))
+    return Counting(batch.get("target_weights"), batch.get("row_source"), num_sources, active_smoothing)
 
 
-def counted(batch: dict[str, Any], loss: Tensor, correct: Tensor, *apart: Tensor) -> dict[str, Tensor]:
-    """The terms of a next-token loss; `loss/NAME` of each source where the batch tells them apart, `nll` where it is smoothed."""
+def next_token_terms(batch: dict[str, Any], loss: Tensor, correct: Tensor, *extra_losses: Tensor) -> dict[str, Tensor]:
+    """The terms of a next-token loss, from what `summed_loss` returned.
+
+    `extra_losses`: the loss by source if the batch has `row_source`, which become the terms `loss/<source>`; then the loss
+    without smoothing if labels are smoothed, which becomes `nll`.
+    """
     terms = {"loss": loss, "accuracy": correct.detach()}
-    if len(apart) > int("row_source" in batch):
-        *apart_only, plain = apart
-        apart, terms["nll"] = tuple(apart_only), plain.detach()
-    for parts in apart:
-        terms |= {f"loss/{name}": part for name, part in zip(batch["source_names"], parts.unbind(), strict=True)}
+    remaining = list(extra_losses)
+    num_by_source = int("row_source" in batch)
+    if len(remaining) > num_by_source:
+        terms["nll"] = remaining.pop().detach()
+    for source_losses in remaining:
+        for name, source_loss in zip(batch["source_names"], source_losses.unbind(), strict=True):
+            terms[f"loss/{name}"] = source_loss
     return terms
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0) -> tuple[Tensor, ...]:
-    """Cross-entropy summed over supervised rows, and how many argmaxes are right (counted in evaluation only).
+    """(loss, correct, ...): cross-entropy summed over supervised rows, and the number of right argmaxes (evaluation only).
 
-    Where the batch has `target_weights`, a row counts as much in both; with `row_source` the third is the loss by source; in
-    training with `smoothing` the last is the loss without.
+    `target_weights` in the batch weigh each row in both. With `row_source`, the loss of each source follows. In training
+    with `smoothing`, the loss without smoothing is last.
     """
-    head, selected, targets = supervised_rows(model, batch)
+    head, hidden, targets = supervised_rows(model, batch)
+    counting = loss_counting(batch, smoothing)
     if computes_loss(head):
-        return head(selected, targets=targets, counting=counting_of(batch, smoothing))
-    return logits_loss(
-        head(selected), targets, counting_of(batch, smoothing)
-    )  # an adapter on the head adds to logits, so the logits are needed
+        return head(hidden, targets=targets, counting=counting)
+    # An adapter on the head adds to its logits, so these must be made.
+    return logits_loss(head(hidden), targets, counting)
 
 
 def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -137,17 +159,24 @@ def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Ten
 
     Sequences lie in the batch one after another; `batch["row_sequence"]` says whose each supervised row is.
     """
-    head, selected, targets = supervised_rows(model, batch)
+    head, hidden, targets = supervised_rows(model, batch)
     if computes_loss(head):
-        nll = head(selected, targets=targets, by_row=True)
+        nll = head(hidden, targets=targets, by_row=True)
     else:
-        nll = F.cross_entropy(head(selected).float(), targets, reduction="none")
-    whose, empty = batch["row_sequence"], nll.new_zeros(batch["num_sequences"])
-    return empty.index_add(0, whose, -nll), empty.index_add(0, whose, nll.new_ones(len(whose)))
+        nll = F.cross_entropy(head(hidden).float(), targets, reduction="none")
+    row_sequence = batch["row_sequence"]
+    zeros = nll.new_zeros(batch["num_sequences"])
+    logps = zeros.index_add(0, row_sequence, -nll)
+    num_tokens = zeros.index_add(0, row_sequence, nll.new_ones(len(row_sequence)))
+    return logps, num_tokens
 
 
 def reference_logps(model: nn.Module, batch: dict[str, Any], reference: Reference | None) -> Tensor:
-    """`[S]` float32: what `sequence_logps` said before training, as recorded, or computed with adapter and dropout off."""
+    """`sequence_logps` of the model before training, `[S]` float32.
+
+    Without a `reference` they were recorded before the first step and come with the batch. With one, they are computed
+    here, with the adapter and dropout off.
+    """
     if reference is None:
         return batch["reference_logps"]
     training = model.training

@@ -23,13 +23,13 @@ from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.config import ModelKind
-from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig
+from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels
 
 BALANCED = "balanced"
-MARK = "|"
-"""Between the labels of a document that has several."""
-MOST = 62
-"""Labels that fit into the bits of a non-negative int64 column, one bit spare."""
+LABEL_SEPARATOR = "|"
+"""Stands between the labels of a document that has several, while they are one text."""
+MAX_LABELS = 62
+"""Most labels of `multi_label`: they are bits of a non-negative int64, one of which is spare."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,27 +45,45 @@ class ClassificationConfig(ObjectiveConfig):
     """A weight for each label in the order of `labels`, or `balanced`; with `multi_label` it counts where the label is true."""
 
 
-def problems(config: ClassificationConfig, around: Around) -> Iterator[str]:
-    """What labels ask of the data, and what is wrong with their names and weights."""
-    data = around.data
+def problems(config: ClassificationConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with the data settings for labelled rows, and with the labels' names and weights."""
+    data = other_settings.data
     if data.packing:
         yield "data.packing=true: a classified document has a row of its own; set data.packing=false"
     if data.format not in (DataFormat.auto, DataFormat.labelled):
         yield f"data.format={data.format}: objective=classification reads labelled rows; set data.format=labelled"
-    labels, weights = config.labels, config.class_weights
-    if labels is not None and len(set(labels)) < max(1 if config.multi_label else 2, len(labels)):
+    if config.labels is not None:
+        yield from _name_problems(config.labels, multi_label=config.multi_label)
+    yield from _weight_problems(config)
+
+
+def _name_problems(labels: list[str], *, multi_label: bool) -> Iterator[str]:
+    least = 1 if multi_label else 2
+    if len(labels) < least or len(set(labels)) < len(labels):
         yield f"objective.labels={labels}: must be two or more different names; null takes those of the data"
-    if labels is not None and config.multi_label and len(labels) > MOST:
-        yield f"objective.labels: {len(labels)} names, at most {MOST} with objective.multi_label=true; leave some out"
-    if labels is not None and config.multi_label and (marked := next((n for n in labels if "|" in n), None)):
-        yield f"objective.labels: {marked!r} contains |, which stands between labels; rename it"
-    if weights is None or weights == "balanced":
+    if not multi_label:
         return
-    numbers = weights if isinstance(weights, list) else []
-    if not numbers or not all(isinstance(w, int | float) and math.isfinite(w) and w > 0 for w in numbers):
+    if len(labels) > MAX_LABELS:
+        yield f"objective.labels: {len(labels)} names, at most {MAX_LABELS} with objective.multi_label=true; leave some out"
+    ambiguous = next((label for label in labels if LABEL_SEPARATOR in label), None)
+    if ambiguous:
+        yield f"objective.labels: {ambiguous!r} contains |, which stands between labels; rename it"
+
+
+def _weight_problems(config: ClassificationConfig) -> Iterator[str]:
+    weights = config.class_weights
+    if weights is None or weights == BALANCED:
+        return
+    if not isinstance(weights, list) or not weights or not all(map(_is_weight, weights)):
         yield f"objective.class_weights={weights}: must be balanced, or a list of numbers above 0, one for each label"
-    elif labels is not None and len(numbers) != len(labels):
-        yield f"objective.class_weights: {len(numbers)} weights for {len(labels)} labels; give one for each, or balanced"
+    elif config.labels is not None and len(weights) != len(config.labels):
+        yield (
+            f"objective.class_weights: {len(weights)} weights for {len(config.labels)} labels; give one for each, or balanced"
+        )
+
+
+def _is_weight(number: Any) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number) and number > 0
 
 
 class LabelReading(Reading):
@@ -74,44 +92,54 @@ class LabelReading(Reading):
     formats = (DataFormat.labelled,)
     marks = {LABEL: 0}  # noqa: RUF012 - never changed
 
-    def __init__(self, names: list[str] | None = None, *, several: bool = False) -> None:
-        self.names, self.several = names, several
+    def __init__(self, names: list[str] | None = None, *, multi_label: bool = False) -> None:
+        self.names = names
+        self.multi_label = multi_label
 
     def identity(self) -> dict[str, Any]:
-        return {"labels": self.names, "several": self.several}
+        return {"labels": self.names, "several": self.multi_label}
 
     def label(self, value: Any) -> str:
         """The label as one text. Where `objective.labels` gives names, a number that is none of them is the id of a name."""
-        if not self.several:
+        if not self.multi_label:
             return self._name_of(label_of(value))
-        labels = split_labels(labels_of(value))
-        return MARK.join(sorted({self._name_of(label) for label in labels}))
+        names = {self._name_of(label) for label in split_labels(labels_of(value))}
+        return LABEL_SEPARATOR.join(sorted(names))
 
     def _name_of(self, label: str) -> str:
+        """The name that a label means: itself, or that with this id if it is a number and no name is one."""
         names = self.names or []
-        if any(name.isdecimal() for name in names) or not (label.isdecimal() and label.isascii()):
+        is_number = label.isdecimal() and label.isascii()
+        if not is_number or any(name.isdecimal() for name in names):
             return label
-        return names[int(label)] if int(label) < len(names) else label
+        label_id = int(label)
+        if label_id >= len(names):  # no id either: `refuses` reports it
+            return label
+        return names[label_id]
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.label is None:
-            said = "has no label, which objective=classification learns and evaluates; it"
-            return WRONG_KIND, f"{said} needs rows with a text and a label (data.format=labelled)"
+            problem = "has no label, which objective=classification learns and evaluates; it"
+            return WRONG_KIND, f"{problem} needs rows with a text and a label (data.format=labelled)"
         if self.names is None:
             return None
-        labels = split_labels(document.label) if self.several else [document.label]
+        labels = [document.label]
+        if self.multi_label:
+            labels = split_labels(document.label)
         unknown = next((label for label in labels if label not in self.names), None)
         if unknown is None:
             return None
-        ids = f", and no id of one (0 to {len(self.names) - 1})" if unknown.isdecimal() else ""
-        return "unknown_label", f"label {unknown!r} is none of {sorted(self.names)} (objective.labels){ids}"
+        message = f"label {unknown!r} is none of {sorted(self.names)} (objective.labels)"
+        if unknown.isdecimal():
+            message += f", and no id of one (0 to {len(self.names) - 1})"
+        return "unknown_label", message
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """A document counts once, however many labels it has."""
         return {"loss": 1}
 
     def numbered(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
-        return number_labels(columns, table, self.names, several=self.several)
+        return number_labels(columns, table, self.names, multi_label=self.multi_label)
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
         return LabelCollator(layout, pad_token_id)
@@ -120,13 +148,14 @@ class LabelReading(Reading):
         label = int(sample.marks[LABEL])
         if label_names is None:
             return f"label: {label}"
-        if not self.several:
+        if not self.multi_label:
             return f"label: {label} ({label_names[label]})"
-        return "label: " + (", ".join(name for bit, name in enumerate(label_names) if label >> bit & 1) or "none")
+        names = [name for bit, name in enumerate(label_names) if label >> bit & 1]
+        return f"label: {', '.join(names) or 'none'}"
 
 
 class LabelCollator(Collator):
-    """Adds `labels`, int64 `[S]`; that of a row with nothing to score is -100."""
+    """Adds `labels`, int64 `[S]`: label ids (or bits of `multi_label`), -100 for a filler row."""
 
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         batch["labels"] = torch.tensor([int(sample.marks[LABEL]) for sample in samples], dtype=torch.int64)
@@ -135,56 +164,79 @@ class LabelCollator(Collator):
         return Sample(sample.input_ids, np.zeros_like(sample.supervised), {**sample.marks, LABEL: IGNORED})
 
 
-def labels_of(value: Any) -> str:
+def labels_of(labels: Any) -> str:
     """Any number of labels as one text, sorted, with `|` between them; none is the empty text. Raises Refusal: bad_label."""
-    if isinstance(value, str):
-        value = [name for name in value.split(MARK) if name.strip()]
-    names = {label_of(name) for name in (value if isinstance(value, list) else [value])}
-    if marked := next((name for name in names if MARK in name), None):
-        raise Refusal("bad_label", f'"label" holds {marked!r}; the name of a label must not contain {MARK}')
-    return MARK.join(sorted(names))
+    if isinstance(labels, str):
+        labels = [name for name in labels.split(LABEL_SEPARATOR) if name.strip()]
+    names = {label_of(name) for name in (labels if isinstance(labels, list) else [labels])}
+    if ambiguous := next((name for name in names if LABEL_SEPARATOR in name), None):
+        raise Refusal(
+            "bad_label", f'"label" holds {ambiguous!r}; the name of a label must not contain {LABEL_SEPARATOR}'
+        )
+    return LABEL_SEPARATOR.join(sorted(names))
 
 
 def split_labels(label: str) -> list[str]:
     """The names in what `labels_of` made."""
-    return label.split(MARK) if label else []
+    return label.split(LABEL_SEPARATOR) if label else []
 
 
 def number_labels(
-    columns: Columns, table: DocumentTable, names: list[str] | None, *, several: bool
+    columns: Columns, table: DocumentTable, names: list[str] | None, *, multi_label: bool
 ) -> tuple[list[str] | None, np.ndarray | None]:
-    """The label names in the order of their ids, and the id of each text in `columns.labels`.
+    """(label names in the order of their ids, the id of each text in `columns.labels`).
 
-    With `several` the id of several labels has the bit of each. Names that are not given are those of the training
-    split. Raises DataError for others, for more than fit into the bits, and for too few to tell apart.
+    With `multi_label` the id of a text has the bit of each of its labels. Without `names` they are those of the training
+    split. Raises DataError for labels that are no names, for more than fit into the bits, and for too few to tell apart.
     """
     if not columns.labels:
         return names, None
-    parts = [split_labels(label) if several else [label] for label in columns.labels]
+    label_sets = [[label] for label in columns.labels]
+    if multi_label:
+        label_sets = [split_labels(label) for label in columns.labels]
     if names is None:
-        known = np.unique(columns.label[columns.of_split("train")])
-        names = _sorted({name for number in known if number >= 0 for name in parts[number]})
-        strange = [number for number, part in enumerate(parts) if not {*part} <= {*names}]
-        if (rows := np.flatnonzero(np.isin(columns.label, strange))).size:
-            row = table.row(int(rows[0]))
-            raise DataError(
-                f"{row['file']}:{row['line']}: label {row['label']!r} is none of {names} (the labels of the training "
-                "data); set objective.labels to name them all"
-            )
-        if len(names) < (1 if several else 2):
-            held = f"have the label {names[0]!r}" if names else "have no label"
-            raise DataError(
-                f"data.path: all training documents {held}, and objective=classification tells labels apart; add documents "
-                "of another one"
-            )
-    if not several:
+        names = _names_of_training(columns, table, label_sets, multi_label=multi_label)
+    if not multi_label:
         return names, np.array([names.index(label) for label in columns.labels], np.int64)
-    if len(names) > MOST:
+    if len(names) > MAX_LABELS:
         raise DataError(
-            f"objective.multi_label=true: the data has {len(names)} labels, at most {MOST} fit; leave rare ones out, or "
+            f"objective.multi_label=true: the data has {len(names)} labels, at most {MAX_LABELS} fit; leave rare ones out, or "
             "train one run for each part of them"
         )
-    return names, np.array([sum(1 << names.index(name) for name in part) for part in parts], np.int64)
+    bit_of = {name: 1 << bit for bit, name in enumerate(names)}
+    bits = [sum(bit_of[name] for name in label_set) for label_set in label_sets]
+    return names, np.array(bits, np.int64)
+
+
+def _names_of_training(
+    columns: Columns, table: DocumentTable, label_sets: list[list[str]], *, multi_label: bool
+) -> list[str]:
+    """The sorted labels of the training split. Raises DataError if another split has other labels, or if they are too few.
+
+    `label_sets`: the labels in each text of `columns.labels`.
+    """
+    train_texts = np.unique(columns.label[columns.of_split("train")])
+    train_labels: set[str] = set()
+    for number in train_texts:
+        if number >= 0:
+            train_labels |= set(label_sets[number])
+    names = _sorted(train_labels)
+    unknown_texts = [number for number, label_set in enumerate(label_sets) if not set(label_set) <= train_labels]
+    rows = np.flatnonzero(np.isin(columns.label, unknown_texts))
+    if rows.size:
+        row = table.row(int(rows[0]))
+        raise DataError(
+            f"{row['file']}:{row['line']}: label {row['label']!r} is none of {names} (the labels of the training "
+            "data); set objective.labels to name them all"
+        )
+    least = 1 if multi_label else 2
+    if len(names) < least:
+        what_they_have = f"have the label {names[0]!r}" if names else "have no label"
+        raise DataError(
+            f"data.path: all training documents {what_they_have}, and objective=classification tells labels apart; add "
+            "documents of another one"
+        )
+    return names
 
 
 def _sorted(labels: set[str]) -> list[str]:
@@ -199,34 +251,37 @@ class Classification(Objective):
     `weights` multiply each document's loss by its label's; the denominator stays the number of documents.
     """
 
-    def __init__(self, weights: Sequence[float] | None = None) -> None:
-        self._weights = weights
-        self._on_device: Tensor | None = None
-
     metrics = ("accuracy",)
 
-    def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run padded rows; a label of -100 (a filler row of an evaluation batch) counts nothing.
+    def __init__(self, weights: Sequence[float] | None = None) -> None:
+        self._weights = weights
+        self._device_weights: Tensor | None = None
 
-        Without gradients `confusion [3, labels]` is made too: by label, how often it was right, predicted, and true.
+    def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Run padded rows. A label of -100 (a filler row of an evaluation batch) adds nothing.
+
+        Without gradients there is also `confusion [3, labels]`: for each label, how often it was right, predicted, and true.
         """
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-        loss, predicted, true = self._judge(logits, batch["labels"])
-        valid = (batch["labels"] >= 0)[:, None]
-        terms = {"loss": loss, "accuracy": ((predicted == true).all(-1, keepdim=True) & valid).sum().float()}
+        loss, is_predicted, is_true = self._loss_and_predictions(logits, batch["labels"])
+        is_valid = (batch["labels"] >= 0)[:, None]
+        all_right = (is_predicted == is_true).all(-1, keepdim=True)
+        terms = {"loss": loss, "accuracy": (all_right & is_valid).sum().float()}
         if not torch.is_grad_enabled():
-            predicted, true = predicted & valid, true & valid
-            terms["confusion"] = torch.stack([(predicted & true).sum(0), predicted.sum(0), true.sum(0)]).float()
+            is_predicted = is_predicted & is_valid
+            is_true = is_true & is_valid
+            counts = [(is_predicted & is_true).sum(0), is_predicted.sum(0), is_true.sum(0)]
+            terms["confusion"] = torch.stack(counts).float()
         return terms
 
-    def _judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed loss, and what is predicted and true, both bool [rows, labels]."""
-        weight = self._weight(logits)
+    def _loss_and_predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(the summed loss, which labels are predicted, which are true), the latter two bool [rows, labels]."""
+        weight = self._weights_on(logits)
         loss = F.cross_entropy(logits, labels, weight=weight, reduction="sum", ignore_index=-100)
         numbers = torch.arange(logits.shape[1], device=logits.device)
         return loss, logits.argmax(-1, keepdim=True) == numbers, labels[:, None] == numbers
 
-    def _weight(self, logits: Tensor) -> Tensor | None:
+    def _weights_on(self, logits: Tensor) -> Tensor | None:
         if self._weights is None:
             return None
         if len(self._weights) != logits.shape[1]:
@@ -234,9 +289,9 @@ class Classification(Objective):
                 f"objective.class_weights={list(self._weights)}: the data has {logits.shape[1]} labels; give a weight "
                 "for each, in the order of objective.labels (or of the sorted names), or balanced"
             )
-        if self._on_device is None or self._on_device.device != logits.device:
-            self._on_device = torch.tensor(list(self._weights), dtype=torch.float32, device=logits.device)
-        return self._on_device
+        if self._device_weights is None or self._device_weights.device != logits.device:
+            self._device_weights = torch.tensor(list(self._weights), dtype=torch.float32, device=logits.device)
+        return self._device_weights
 
 
 class MultiLabel(Classification):
@@ -245,12 +300,12 @@ class MultiLabel(Classification):
     `accuracy` counts documents all of whose labels are right; `weights` multiply the loss of a label where it is true.
     """
 
-    def _judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        true = (labels[:, None] >> torch.arange(logits.shape[1], device=logits.device)) & 1 > 0
+    def _loss_and_predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        is_true = (labels[:, None] >> torch.arange(logits.shape[1], device=logits.device)) & 1 > 0
         loss = F.binary_cross_entropy_with_logits(
-            logits, true.float(), pos_weight=self._weight(logits), reduction="none"
+            logits, is_true.float(), pos_weight=self._weights_on(logits), reduction="none"
         )
-        return (loss * (labels >= 0)[:, None]).sum(), logits > 0, true
+        return (loss * (labels >= 0)[:, None]).sum(), logits > 0, is_true
 
 
 def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: bool) -> list[float]:
@@ -261,19 +316,25 @@ def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: b
     that no training document has.
     """
     if multi_label:
-        having = np.array([int(((labels >> bit) & 1).sum()) for bit in range(len(names))])
+        documents_with_label = np.array([int(((labels >> bit) & 1).sum()) for bit in range(len(names))])
     else:
-        having = np.bincount(labels, minlength=len(names))
-    if (missing := np.flatnonzero(having == 0)).size:
+        documents_with_label = np.bincount(labels, minlength=len(names))
+    missing = np.flatnonzero(documents_with_label == 0)
+    if missing.size:
         raise DataError(
             f"objective.class_weights=balanced: no training document has the label {names[missing[0]]!r}; leave it out of "
             "objective.labels, or give the weights as a list"
         )
-    weights = (len(labels) - having) / having if multi_label else len(labels) / (len(names) * having)
-    if multi_label and (constant := np.flatnonzero(having == len(labels))).size:
+    num_documents = len(labels)
+    if not multi_label:
+        weights = num_documents / (len(names) * documents_with_label)
+        return [float(weight) for weight in weights]
+    weights = (num_documents - documents_with_label) / documents_with_label
+    in_every_document = np.flatnonzero(documents_with_label == num_documents)
+    if in_every_document.size:
         raise DataError(
-            f"objective.class_weights=balanced: every training document has the label {names[constant[0]]!r}; leave it out "
-            "of the data, or give the weights as a list"
+            f"objective.class_weights=balanced: every training document has the label {names[in_every_document[0]]!r}; "
+            "leave it out of the data, or give the weights as a list"
         )
     return [float(weight) for weight in weights]
 
@@ -281,7 +342,7 @@ def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: b
 def settle(
     config: ClassificationConfig, train: TokenDataset, names: list[str] | None
 ) -> tuple[ClassificationConfig, dict[str, str]]:
-    """The settings with weights in place of `balanced`, from the labels of the training documents."""
+    """Replace `class_weights=balanced` by weights from the labels of the training documents; see `Family.settle`."""
     if config.class_weights != BALANCED:
         return config, {}
     assert train.labels is not None and names is not None, "classification has labels"
@@ -289,7 +350,7 @@ def settle(
     return replace(config, class_weights=weights), {"objective.class_weights": f"balanced -> {weights}"}
 
 
-def build(config: ClassificationConfig, beside: Beside) -> Objective:
+def build(config: ClassificationConfig, references: ReferenceModels) -> Objective:
     """The loss over one label or several; before `settle`, balanced weights are not known, and left out."""
     weights = None if config.class_weights == BALANCED else config.class_weights
     return MultiLabel(weights) if config.multi_label else Classification(weights)
@@ -297,12 +358,12 @@ def build(config: ClassificationConfig, beside: Beside) -> Objective:
 
 CLASSIFICATION = Family(
     settings=ClassificationConfig,
-    reading=lambda config: LabelReading(config.labels, several=config.multi_label),
+    reading=lambda config: LabelReading(config.labels, multi_label=config.multi_label),
     build=build,
     problems=problems,
     kind=ModelKind.classifier,
-    several=lambda config: config.multi_label,
+    multi_label=lambda config: config.multi_label,
     settle=settle,
-    judges_labels=True,
+    scores_labels=True,
     better_when_larger=("accuracy", "f1_macro", "f1_micro"),
 )

@@ -17,11 +17,11 @@ from strategies.settings import DESCRIBES, FREE, group, number, setting
 from trainer.losses.divergence import Against, Divergence, Measure
 from trainer.model.config import may_be_hub_id
 from trainer.objectives.base import (
-    Around,
-    Beside,
     Family,
     Objective,
     ObjectiveConfig,
+    OtherSettings,
+    ReferenceModels,
     TeacherConfig,
     UnlabelledReading,
 )
@@ -46,24 +46,25 @@ class DistillationConfig(ObjectiveConfig):
     """Weight of the plain loss on the same tokens, added to the divergence; 0 leaves it out."""
 
 
-def problems(config: DistillationConfig, around: Around) -> Iterator[str]:
-    """What is wrong with the settings of a teacher, with its path, and what of the student's model it cannot share."""
-    mixes = config.divergence is Divergence.jensen_shannon
-    if not mixes and config.interpolation != DistillationConfig().interpolation:
+def problems(config: DistillationConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with the divergence, the teacher's path, and settings of the student that the teacher cannot share."""
+    uses_interpolation = config.divergence is Divergence.jensen_shannon
+    if not uses_interpolation and config.interpolation != DistillationConfig().interpolation:
         yield (
             f"objective.interpolation={config.interpolation:g}: only jensen_shannon mixes the two; set "
             f"objective.divergence=jensen_shannon, not {config.divergence}"
         )
-    value, path = config.teacher.path, Path(config.teacher.path or "").expanduser()
-    if value is None:
+    teacher_path = config.teacher.path
+    directory = Path(teacher_path or "").expanduser()
+    if teacher_path is None:
         yield "objective.teacher.path: not set; give the model to imitate, as in objective.teacher.path=models/large"
-    elif not path.is_dir() and (path.is_file() or not may_be_hub_id(value)):
-        what = "is a file" if path.is_file() else "does not exist"
-        yield f"objective.teacher.path={value}: {what}; give a model directory, or a hub id such as org/name"
-    if around.model.add_tokens:
+    elif not directory.is_dir() and (directory.is_file() or not may_be_hub_id(teacher_path)):
+        what = "is a file" if directory.is_file() else "does not exist"
+        yield f"objective.teacher.path={teacher_path}: {what}; give a model directory, or a hub id such as org/name"
+    if other_settings.model.add_tokens:
         yield (
-            f"model.add_tokens={list(around.model.add_tokens)}: the teacher of objective=distillation does not know them; "
-            "leave them out, or use objective=sft"
+            f"model.add_tokens={list(other_settings.model.add_tokens)}: the teacher of objective=distillation does not know "
+            "them; leave them out, or use objective=sft"
         )
 
 
@@ -75,32 +76,37 @@ class Distillation(Objective):
     metrics = ("divergence", "sft_loss")
 
     def __init__(self, config: DistillationConfig, teacher: Teacher) -> None:
-        self.config, self.teacher = config, teacher
+        self.config = config
+        self.teacher = teacher
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run both decoders on all tokens and both heads on supervised rows only."""
-        teacher_head, states = self.teacher(model, batch)
-        head, selected, targets = supervised_rows(model, batch)
+        teacher_head, teacher_hidden = self.teacher(model, batch)
+        head, student_hidden, targets = supervised_rows(model, batch)
         config = self.config
-        total, nll, apart, correct, _ = head(
-            selected,
+        loss, nll, divergence, correct, _ = head(
+            student_hidden,
             targets=targets,
             against=Against(
                 measure=Measure(config.divergence, config.temperature, config.interpolation),
-                hidden=states,
+                hidden=teacher_hidden,
                 head=teacher_head,
                 divergence_weight=1.0,
                 loss_weight=config.sft_weight,
                 weights=batch.get("target_weights"),
             ),
         )
-        parts = {"divergence": apart, "sft_loss": nll, "accuracy": correct}
-        return {"loss": total, **{name: value.detach() for name, value in parts.items()}}
+        return {
+            "loss": loss,
+            "divergence": divergence.detach(),
+            "sft_loss": nll.detach(),
+            "accuracy": correct.detach(),
+        }
 
 
-def build(config: DistillationConfig, beside: Beside) -> Objective:
-    """The loss, beside its teacher."""
-    return Distillation(config, teacher_of(beside))
+def build(config: DistillationConfig, references: ReferenceModels) -> Objective:
+    """The loss with its teacher."""
+    return Distillation(config, teacher_of(references))
 
 
 DISTILLATION = Family(
@@ -108,6 +114,6 @@ DISTILLATION = Family(
     reading=lambda config: UnlabelledReading(),
     build=build,
     problems=problems,
-    compares=lambda config: True,
+    compares_distributions=lambda config: True,
     teacher=lambda config: config.teacher,
 )

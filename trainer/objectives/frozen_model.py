@@ -27,14 +27,14 @@ from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.full import Full
 
 if TYPE_CHECKING:
-    from trainer.tuning.merged_adapters import Folded
+    from trainer.tuning.merged_adapters import MergedAdapters
 
-SHOWN = 3
+SHOWN_TOKENS = 3
 """How many differences of two vocabularies an error names."""
 
 
 def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfig | None:
-    """The settings of the teacher that is imitated; None where none is."""
+    """The model settings of the teacher; None if the objective has none."""
     teacher = family_of(objective).teacher(objective)
     if teacher is None:
         return None
@@ -50,11 +50,12 @@ def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfi
 
 
 def common_layout(layout: Layout, teacher: ModelConfig | None, *, half_on_gpu: bool) -> tuple[Layout, dict[str, str]]:
-    """(layout, substitution made): padded rows where the teacher is not proven to keep documents apart otherwise."""
+    """(layout, substitutions): padded rows if the teacher is not proven to keep documents in one row apart."""
     if teacher is None or layout is Layout.padded:
         return layout, {}
     settings = load_model_config(teacher)
-    reason, kind = Proofs(teacher, settings, half_on_gpu=half_on_gpu).unproven(NAME), settings.model_type
+    kind = settings.model_type
+    reason = Proofs(teacher, settings, half_on_gpu=half_on_gpu).why_not_one_row(NAME)
     if not reason:
         return layout, {}
     if layout is Layout.padding_free:
@@ -80,51 +81,52 @@ def frozen_model(
     objective: ObjectiveConfig,
     settings: Any,
     arrangement: Arrangement,
-    own: WeightSource,
-    folded: Folded | None,
+    initial: WeightSource,
+    folded: MergedAdapters | None,
     tokenizer: Any,
 ) -> FrozenReference:
-    """The teacher that is imitated, or else the model that the run begins with, once more.
+    """The teacher, or without one a second copy of the model that the run begins with.
 
-    That one has its `own` weights, with the adapter in `folded` if the run goes on from one.
-
-    `settings` are transformers' of the tuned model. Raises ConfigError where a teacher has another vocabulary, or a head
-    that cannot be compared.
+    The copy has the run's `initial` weights; if the run goes on from an adapter, `folded` adds it to them. `settings` are
+    transformers' of the tuned model. Raises ConfigError if a teacher has another vocabulary, or a head that cannot compare
+    distributions.
     """
     teacher = teacher_model(config, objective)
     if teacher is None:
         model = _architecture(config, settings, arrangement)
-        weights: WeightSource | StartingWeights = StartingWeights(own, folded)
+        weights: WeightSource | StartingWeights = StartingWeights(initial, folded)
     else:
         check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
         model = _architecture(teacher, load_model_config(teacher), arrangement)
-        imitated = WeightSource(
-            BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=own.seed, init_std=0.0
+        teacher_weights = WeightSource(
+            BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=initial.seed, init_std=0.0
         )
-        imitated.zeroed = still_rows(model, Arrangement(arrangement.layout, arrangement.attention, {}))
-        imitated.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
-        weights = imitated
+        teacher_weights.zeroed = still_rows(model, Arrangement(arrangement.layout, arrangement.attention, {}))
+        teacher_weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
+        weights = teacher_weights
     model.requires_grad_(False)
     check_head(model, "objective.teacher.path")
     return FrozenReference(model, weights, block_class_names(model))
 
 
 def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) -> Any:
-    """A causal model on meta, without dropout, its head ready to lend its weight; raises ConfigError where it is none."""
-    settings, attention = copy.deepcopy(settings), arrangement.attention
-    if attention == FLEX and Proofs(config, settings, half_on_gpu=True).unproven(FLEX):
+    """A frozen causal model on meta, without dropout, its head fused with the loss. Raises ConfigError for other models."""
+    settings = copy.deepcopy(settings)
+    attention = arrangement.attention
+    # The student's kernel may not be right for the teacher.
+    if attention == FLEX and Proofs(config, settings, half_on_gpu=True).why_not_one_row(FLEX):
         attention = NAME
     set_dropout(settings, 0.0)
-    auto = auto_class(ModelKind.causal, settings)
+    model_class = auto_class(ModelKind.causal, settings)
     remedy = "take a causal model of the student's family"
-    if getattr(settings, "is_encoder_decoder", False):  # of some, the decoder alone could be built
+    if getattr(settings, "is_encoder_decoder", False):  # transformers could build the decoder of some alone
         raise ConfigError(
             f"objective.teacher.path={config.path}: is an encoder-decoder ({settings.model_type}); {remedy}"
         )
 
     def build() -> Any:
         with meta_context():
-            return auto.from_config(settings, attn_implementation=attention, **build_options(config))
+            return model_class.from_config(settings, attn_implementation=attention, **build_options(config))
 
     try:
         model = build()
@@ -137,21 +139,30 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) 
     if untied_as_stored(config, settings, model):
         model = build()
     model.tie_weights()
-    noted = Arrangement(arrangement.layout, attention, {})
-    model.way = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).way(noted)
+    copy_arrangement = Arrangement(arrangement.layout, attention, {})
+    model.way = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).choose_path(
+        copy_arrangement
+    )
     if model.way.fused:
         fuse_head(model, settings)
     return model
 
 
 def check_vocabulary(student: Any, teacher: Any, path: str) -> None:
-    """Raise ConfigError where two tokenizers do not give every token the same number."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differ = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    if differ:
-        named = ", ".join(f"{t!r} is {ours.get(t, 'no token')} and {theirs.get(t, 'no token')}" for t in differ[:SHOWN])
-        raise ConfigError(
-            f"objective.teacher.path={path}: its vocabulary is not the student's ({len(differ)} tokens differ: {named}); "
-            "distributions can only be compared over one vocabulary: take a teacher of the same family, or train on texts "
-            "that the teacher wrote with objective=sft"
-        )
+    """Raise ConfigError if two tokenizers do not give every token the same id."""
+    student_ids = student.get_vocab()
+    teacher_ids = teacher.get_vocab()
+    tokens = student_ids.keys() | teacher_ids.keys()
+    differing = sorted(token for token in tokens if student_ids.get(token) != teacher_ids.get(token))
+    if not differing:
+        return
+    examples = []
+    for token in differing[:SHOWN_TOKENS]:
+        student_id = student_ids.get(token, "no token")
+        teacher_id = teacher_ids.get(token, "no token")
+        examples.append(f"{token!r} is {student_id} and {teacher_id}")
+    raise ConfigError(
+        f"objective.teacher.path={path}: its vocabulary is not the student's ({len(differing)} tokens differ: "
+        f"{', '.join(examples)}); distributions can only be compared over one vocabulary: take a teacher of the same family, "
+        "or train on texts that the teacher wrote with objective=sft"
+    )

@@ -25,22 +25,22 @@ from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.data.tokens.encode import BATCH, Encoder, share_prompt
 from trainer.data.tokens.truncation import fitted_answers
 from trainer.objectives.base import (
-    Around,
     Family,
     Objective,
     ObjectiveConfig,
+    OtherSettings,
     Reference,
     UnlabelledReading,
     formats_of,
 )
 from trainer.objectives.causal import reference_logps, sequence_logps
-from trainer.objectives.pairs import WHOLE, weight_refusal
+from trainer.objectives.pairs import ANSWER_POLICIES, weight_refusal
 from trainer.objectives.reference import REFERENCE_AHEAD
 
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
-"""Counts of answers by their verdict; the first is also the mark that says it, 1 or 0."""
-FURTHEST = 64
-"""How many sequences back another prompt is looked for."""
+"""Names of the counts of answers by their verdict. `DESIRABLE` is also a mark of each sequence: 1 or 0."""
+MAX_PARTNER_DISTANCE = 64
+"""How many sequences back a partner with another prompt is looked for."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,20 +56,20 @@ class KtoConfig(ObjectiveConfig):
     """Weight of undesirable ones; keep weight times number of both kinds within 1:1 and 4:3, the desirable ones heavier."""
 
 
-def problems(config: KtoConfig, around: Around) -> Iterator[str]:
-    """What answers with a verdict ask of the data."""
-    data = around.data
+def problems(config: KtoConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with the data settings for answers with a verdict."""
+    data = other_settings.data
     if data.packing:
         yield "data.packing=true: objective=kto counts answers, each with its verdict; set data.packing=false"
-    if data.over_length not in WHOLE:
+    if data.over_length not in ANSWER_POLICIES:
         yield (
             f"data.over_length={data.over_length.value}: would part an answer from its prompt; set "
             "data.over_length=truncate or data.over_length=drop"
         )
-    for key, chosen in formats_of(data).items():
-        if chosen not in (DataFormat.auto, DataFormat.thumbs, DataFormat.preference):
+    for key, data_format in formats_of(data).items():
+        if data_format not in (DataFormat.auto, DataFormat.thumbs, DataFormat.preference):
             yield (
-                f"{key}.format={chosen}: objective=kto reads answers with a verdict; set {key}.format=thumbs, or "
+                f"{key}.format={data_format}: objective=kto reads answers with a verdict; set {key}.format=thumbs, or "
                 f"{key}.format=preference"
             )
 
@@ -80,7 +80,7 @@ class RatedReading(UnlabelledReading):
     """
 
     formats = (DataFormat.thumbs, DataFormat.preference)
-    over_length = WHOLE
+    over_length = ANSWER_POLICIES
     marks = {DESIRABLE: 1, REFERENCE: 0.0}  # noqa: RUF012 - never changed
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
@@ -96,14 +96,20 @@ class RatedReading(UnlabelledReading):
     ) -> Iterator[tuple[Document, list[Sample]]]:
         for start in range(0, len(documents), BATCH):
             batch = documents[start : start + BATCH]
-            answers = [(document, turns) for document in batch for turns in _answers(document)]
-            made = iter(encoder.encode_answers(answers))
-            for document in batch:
-                samples = [next(made) for _ in _answers(document)]
+            conversations = [_rated_conversations(document) for document in batch]
+            # All answers of the batch are encoded together; `encoded` gives them in the same order.
+            answers = []
+            for document, of_document in zip(batch, conversations, strict=True):
+                answers += [(document, turns) for turns in of_document]
+            encoded = iter(encoder.encode_answers(answers))
+            for document, of_document in zip(batch, conversations, strict=True):
+                samples = [next(encoded) for _ in of_document]
                 if len(samples) == 2:
                     share_prompt(document, *samples)
                 fitted = fitted_answers(encoder, document, samples, config, tally)
-                verdicts = (True, False) if len(fitted) == 2 else (document.desirable,)
+                verdicts: tuple[bool | None, ...] = (document.desirable,)
+                if len(fitted) == 2:  # the chosen answer, then the rejected one
+                    verdicts = (True, False)
                 for sample, verdict in zip(fitted, verdicts, strict=False):
                     sample.marks[DESIRABLE] = int(bool(verdict))
                 yield document, fitted
@@ -115,24 +121,35 @@ class RatedReading(UnlabelledReading):
 
     def check(self, train: TokenDataset) -> None:
         """Raise DataError where all answers have the same verdict, as a column read the wrong way gives them."""
-        good, bad = (int(train.counts[term].sum()) if term in train.counts else 0 for term in (DESIRABLE, UNDESIRABLE))
-        if (good and bad) or not len(train):
+        desirable = _count(train, DESIRABLE)
+        undesirable = _count(train, UNDESIRABLE)
+        if (desirable and undesirable) or not len(train):
             return
-        verdict, other = (DESIRABLE, UNDESIRABLE) if good else (UNDESIRABLE, DESIRABLE)
-        remedy = f"add {other} ones" + (", or learn these with objective=sft" if good else "")
+        verdict = UNDESIRABLE
+        remedy = f"add {DESIRABLE} ones"
+        if desirable:
+            verdict = DESIRABLE
+            remedy = f"add {UNDESIRABLE} ones, or learn these with objective=sft"
         raise DataError(
-            f"data.path: all {good + bad} answers are {verdict}, and objective=kto tells both kinds apart; {remedy}"
+            f"data.path: all {desirable + undesirable} answers are {verdict}, and objective=kto tells both kinds apart; {remedy}"
         )
 
     def ahead(self, dataset: TokenDataset, index: int) -> Sample:  # type: ignore[override]
         """The prompt of a sequence with the answer of another: arbitrary answers, for the reference point."""
-        return mismatched(dataset, index)
+        return mismatched_sample(dataset, index)
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
         return RatedCollator(layout, pad_token_id)
 
     def note(self, sample: Sample, label_names: list[str] | None) -> str:
         return f"verdict: {DESIRABLE if sample.marks[DESIRABLE] else UNDESIRABLE}"
+
+
+def _count(train: TokenDataset, verdict: str) -> int:
+    """How many answers of a prepared split have a verdict."""
+    if verdict not in train.counts:
+        return 0
+    return int(train.counts[verdict].sum())
 
 
 class RatedCollator(Collator):
@@ -143,91 +160,109 @@ class RatedCollator(Collator):
             batch[DESIRABLE] = torch.tensor([bool(sample.marks[DESIRABLE]) for sample in samples])
 
 
-def _answers(document: Document) -> list[list[Message] | None]:
-    """The conversations that end in each answer of a document; None: its own prompt and completion."""
+def _rated_conversations(document: Document) -> list[list[Message] | None]:
+    """The conversation that ends in each rated answer of a document. None stands for its own prompt and completion.
+
+    Turns before the answer are marked `train: False`, so that only the answer counts.
+    """
     if document.chosen and document.rejected:
         prompt: list[Message] = [{**message, "train": False} for message in document.messages or []]
         return [prompt + document.chosen, prompt + document.rejected]
     if document.messages is None:
         return [None]
     turns = document.messages
-    asked = max((number for number, turn in enumerate(turns) if turn["role"] != "assistant"), default=-1)
-    return [[{**turn, "train": False} if number <= asked else turn for number, turn in enumerate(turns)]]
+    last_question = max((number for number, turn in enumerate(turns) if turn["role"] != "assistant"), default=-1)
+    context: list[Message] = [{**turn, "train": False} for turn in turns[: last_question + 1]]
+    return [context + turns[last_question + 1 :]]
 
 
-def partner(dataset: TokenDataset, index: int) -> int:
-    """Whose answer the prompt of sequence `index` is shown with: the nearest one before it that has another prompt.
+def partner_index(dataset: TokenDataset, index: int) -> int:
+    """Index of the sequence whose answer is put after the prompt of sequence `index`: the nearest before it with another prompt.
 
-    A function of the data set alone, the first sequence following the last; so every rank knows it, for any batch, and
-    what the model said of it before training can be recorded. Where none of the last `FURTHEST` has another prompt,
-    the one before.
+    Before the first sequence comes the last. If none of the `MAX_PARTNER_DISTANCE` before it has another prompt, it is the one
+    directly before. The partner depends on the data set alone: every rank knows it, for any batch, and its log-probability
+    before training can be recorded.
     """
-    prompt = _prompt(dataset.sample(index))
-    for back in range(1, min(len(dataset), FURTHEST + 1)):
-        other = (index - back) % len(dataset)
-        if not np.array_equal(prompt, _prompt(dataset.sample(other))):
-            return other
+    prompt = _prompt_ids(dataset.sample(index))
+    for distance in range(1, min(len(dataset), MAX_PARTNER_DISTANCE + 1)):
+        candidate = (index - distance) % len(dataset)
+        if not np.array_equal(prompt, _prompt_ids(dataset.sample(candidate))):
+            return candidate
     return (index - 1) % len(dataset)
 
 
-def mismatched(dataset: TokenDataset, index: int) -> Sample:
+def mismatched_sample(dataset: TokenDataset, index: int) -> Sample:
     """The prompt of sequence `index` with the answer of its partner, no longer than the longest sequence of the data."""
-    prompt = _prompt(dataset.sample(index))
-    other = dataset.sample(partner(dataset, index))
-    begin = len(_prompt(other))
+    prompt = _prompt_ids(dataset.sample(index))
+    donor = dataset.sample(partner_index(dataset, index))
+    answer_begin = len(_prompt_ids(donor))
     room = max(1, int(dataset.lengths.max()) - len(prompt))
-    answer, learned = other.input_ids[begin:][:room], other.supervised[begin:][:room]
+    answer = donor.input_ids[answer_begin:][:room]
+    answer_supervised = donor.supervised[answer_begin:][:room]
     marks = {}
-    if (before := dataset.marks.get(REFERENCE_AHEAD)) is not None:
-        marks[REFERENCE] = before[index].item()
-    return Sample(np.concatenate([prompt, answer]), np.concatenate([np.zeros(len(prompt), np.bool_), learned]), marks)
+    recorded = dataset.marks.get(REFERENCE_AHEAD)
+    if recorded is not None:
+        marks[REFERENCE] = recorded[index].item()
+    input_ids = np.concatenate([prompt, answer])
+    supervised = np.concatenate([np.zeros(len(prompt), np.bool_), answer_supervised])
+    return Sample(input_ids, supervised, marks)
 
 
-def _prompt(sample: Sample) -> np.ndarray:
+def _prompt_ids(sample: Sample) -> np.ndarray:
     """The tokens before the answer."""
     return sample.input_ids[: int(sample.supervised.argmax())]
 
 
 class Kto(Objective):
-    """Terms, summed so that the count of answers divides them: `loss`; `kl`, the reference point; `desirable_reward`
-    and `undesirable_reward`, means over the answers of their kind; `margin` between these; and `accuracy`, the answers
-    whose reward is on their side of the reference point. Of mismatched answers, `kl` alone: the sum of log-ratios.
+    """The KTO loss. Terms are summed so that the step's count of answers divides them:
+
+    - `loss`, and `kl`, the reference point;
+    - `desirable_reward` and `undesirable_reward`, means over the answers of their kind, and `margin` between the two;
+    - `accuracy`, the share of answers whose reward is on their side of the reference point.
+
+    A batch of mismatched answers (`ahead_of`) gives `kl` alone: the sum of their log-ratios.
     """
 
     metrics = ("kl", "desirable_reward", "undesirable_reward", "margin", "accuracy")
     uses_reference = True
-    ahead = ("kl",)
+    look_ahead_terms = ("kl",)
 
     def __init__(self, config: KtoConfig, reference: Reference | None = None) -> None:
-        self.config, self.reference = config, reference
+        self.config = config
+        self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """An answer without supervised tokens (a filler) counts nothing."""
-        before = reference_logps(model, batch, self.reference)
+        """An answer without supervised tokens (a filler row) adds nothing."""
+        reference = reference_logps(model, batch, self.reference)
         logps, tokens = sequence_logps(model, batch)
-        counted = (tokens > 0).float()
-        ratios = (logps - before) * counted
+        is_counted = (tokens > 0).float()
+        log_ratios = (logps - reference) * is_counted
         if "ahead_of" in batch:
-            return {"kl": ratios.detach().sum()}
-        point = batch["ahead"]["kl"].clamp(min=0)
-        config, beta = self.config, self.config.beta
-        good = batch["desirable"].float() * counted
-        bad = counted - good
+            return {"kl": log_ratios.detach().sum()}
+        reference_point = batch["ahead"]["kl"].clamp(min=0)
+        config = self.config
+        beta = config.beta
+        is_desirable = batch["desirable"].float() * is_counted
+        is_undesirable = is_counted - is_desirable
         # 1 - sigmoid(x) is sigmoid(-x), which does not cancel.
-        losses = config.desirable_weight * good * torch.sigmoid(-beta * (ratios - point))
-        losses = losses + config.undesirable_weight * bad * torch.sigmoid(-beta * (point - ratios))
-        rewards, limit = beta * ratios.detach(), beta * point
+        losses = config.desirable_weight * is_desirable * torch.sigmoid(-beta * (log_ratios - reference_point))
+        losses = losses + config.undesirable_weight * is_undesirable * torch.sigmoid(
+            -beta * (reference_point - log_ratios)
+        )
+        rewards = beta * log_ratios.detach()
+        reward_threshold = beta * reference_point
+        # The loop divides each term by the step's count of answers; these factors make it a mean over one kind instead.
         totals = batch["totals"]
-        good_mean = (rewards * good).sum() * (totals["loss"] / max(1, totals[DESIRABLE]))
-        bad_mean = (rewards * bad).sum() * (totals["loss"] / max(1, totals[UNDESIRABLE]))
-        right = good * (rewards > limit) + bad * (rewards < limit)
+        desirable_mean = (rewards * is_desirable).sum() * (totals["loss"] / max(1, totals[DESIRABLE]))
+        undesirable_mean = (rewards * is_undesirable).sum() * (totals["loss"] / max(1, totals[UNDESIRABLE]))
+        correct = is_desirable * (rewards > reward_threshold) + is_undesirable * (rewards < reward_threshold)
         return {
             "loss": losses.sum(),
-            "kl": point * counted.sum(),
-            "desirable_reward": good_mean,
-            "undesirable_reward": bad_mean,
-            "margin": good_mean - bad_mean,
-            "accuracy": right.sum(),
+            "kl": reference_point * is_counted.sum(),
+            "desirable_reward": desirable_mean,
+            "undesirable_reward": undesirable_mean,
+            "margin": desirable_mean - undesirable_mean,
+            "accuracy": correct.sum(),
         }
 
 

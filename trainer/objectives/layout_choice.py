@@ -22,12 +22,12 @@ from trainer.model.flash import head_sizes, why_not_flash
 from trainer.model.kernels import missing_kernels
 from trainer.model.layout import Arrangement, Kernels, resolve_layout
 from trainer.model.tied_heads import untied_as_stored
-from trainer.objectives.causal import PLAIN, CausalWay
-from trainer.objectives.forward_path import Passage, fails_on_tokens, passage_of
+from trainer.objectives.causal import STOCK_PATH, ForwardPath
+from trainer.objectives.forward_path import ProvenPaths, fails_on_tokens, proven_paths
 
 
 class Proofs:
-    """What is proven of one architecture, by attention; found out where it is not yet known on this host."""
+    """Proofs of the forward paths of one architecture, by attention kernel: cached on this host, or made when asked for."""
 
     def __init__(self, config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> None:
         """`settings`: transformers' configuration of the model; it is not changed."""
@@ -36,76 +36,88 @@ class Proofs:
         experts.register()
         self.config, self.settings, self.half_on_gpu = config, settings, half_on_gpu
 
-    def of(self, kernel: str) -> Passage:
+    def paths(self, kernel: str) -> ProvenPaths:
         """What is proven with this kernel for documents in one row."""
-        # Where a GPU is only meant, by a plan or a dry run, the CPU proves the same mathematics.
+        # A plan or a dry run may mean a GPU that is not here. The CPU then proves the same mathematics.
         on_gpu = self.half_on_gpu and torch.cuda.is_available()
-        return passage_of(self.settings, self.plain, kernel, on_gpu=on_gpu)
+        return proven_paths(self.settings, self.eager_model, kernel, on_gpu=on_gpu)
 
-    def unproven(self, kernel: str) -> str:
-        """Why documents cannot lie in one row; empty where they can."""
-        found = self.of(kernel)
-        return "" if found.padding_free is not None else found.reason or "it was not found right"
+    def why_not_one_row(self, kernel: str) -> str:
+        """Why documents cannot lie in one row with this kernel; empty if they can."""
+        proven = self.paths(kernel)
+        if proven.padding_free is not None:
+            return ""
+        return proven.reason or "it was not found right"
 
-    def plain(self) -> Any:
+    def eager_model(self) -> Any:
         """The model on meta, with dropout as the run has it, in eager attention."""
         with meta_context():
             return architecture(ModelKind.causal, copy.deepcopy(self.settings), self.config, "eager", "sft")[0]
 
-    def way(self, arrangement: Arrangement) -> CausalWay:
-        """The way from batch to loss, noted where it is not the fast one. Raises ConfigError where tokens see ahead."""
+    def choose_path(self, arrangement: Arrangement) -> ForwardPath:
+        """The proven forward path of an arrangement; a note is added to it if that is not the fastest.
+
+        Raises ConfigError if tokens see what follows them.
+        """
         layout = arrangement.layout
-        found = self.of(arrangement.attention if layout is Layout.padding_free else NAME)
-        if not found.causal:
+        kernel = NAME
+        if layout is Layout.padding_free:
+            kernel = arrangement.attention
+        proven = self.paths(kernel)
+        if not proven.causal:
             raise ConfigError(
                 f"model.path={self.config.path}: tokens of this {self.settings.model_type} see what follows them, so that "
-                f"predicting it would teach nothing; {' or '.join(_instead_of(self.settings))}"
+                f"predicting it would teach nothing; {' or '.join(_alternatives_to_causal(self.settings))}"
             )
-        if found.tried and found.of(layout) is None:
+        if proven.tried and proven.for_layout(layout) is None:
             raise ConfigError(
                 f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained here: on a small copy of it "
-                f"{found.reason}; take a model of another architecture (docs/models.md lists those that train)"
+                f"{proven.reason}; take a model of another architecture (docs/models.md lists those that train)"
             )
-        if not found.tried and (said := fails_on_tokens(self.plain())):
+        if not proven.tried and (refusal := fails_on_tokens(self.eager_model())):
             raise ConfigError(
                 f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained on texts alone: plain "
-                f"transformers says {said}; set what it lacks in its config.json, if it is that, or take a model of another "
+                f"transformers says {refusal}; set what it lacks in its config.json, if it is that, or take a model of another "
                 "architecture (docs/models.md lists those that train)"
             )
-        if found.random:
+        if proven.random:
             arrangement.notes["model"] = "draws something at random while it trains, whatever model.dropout says"
-        way = found.of(layout) or PLAIN
-        if found.of(layout) is None:
-            arrangement.notes["model.head"] = f"the model's own forward pass, not proven on a copy ({found.reason})"
-        elif not way.fused:
+        path = proven.for_layout(layout) or STOCK_PATH
+        if proven.for_layout(layout) is None:
+            arrangement.notes["model.head"] = f"the model's own forward pass, not proven on a copy ({proven.reason})"
+        elif not path.fused:
             arrangement.notes["model.head"] = "the model's own forward pass (its logits are more than a product)"
-        return way
+        return path
 
 
-def _instead_of(settings: Any) -> list[str]:
+def _alternatives_to_causal(settings: Any) -> list[str]:
     """What can be done instead of predicting tokens with a model that sees ahead."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-    ways = ["take a causal model"]
+    alternatives = ["take a causal model"]
     if getattr(settings, "is_decoder", None) is False:
-        ways.append("set is_decoder to true in its config.json")
+        alternatives.append("set is_decoder to true in its config.json")
     if type(settings) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        ways.append("use objective=classification")
-    return ways
+        alternatives.append("use objective=classification")
+    return alternatives
 
 
-def _kernels(config: ModelConfig, settings: Any, plain: Callable[[], Any] | None, *, half_on_gpu: bool) -> Kernels:
-    """What could compute this model's attention on this machine, or on a GPU that is only meant. `plain` builds a causal
-    model on meta."""
+def _kernels(
+    config: ModelConfig, settings: Any, build_eager: Callable[[], Any] | None, *, half_on_gpu: bool
+) -> Kernels:
+    """Which attention kernels could run this model on this machine, or on a GPU that a plan means, and why others could not.
+
+    `build_eager` builds a causal model on meta; None for other kinds of models, which use no FlexAttention.
+    """
     gpu = gpu_of(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
     no_flash = why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
-    if plain is None:
+    if build_eager is None:
         return Kernels(no_flash, "it is for objectives over next tokens")
     if not half_on_gpu:  # without building the model
         return Kernels(no_flash, flex.NEEDS)
-    model, text = plain(), text_settings(settings)
+    model = build_eager()
     no_flex = flex.why_not_flex(model, head_sizes(settings), dropout=config.dropout)
-    return Kernels(no_flash, no_flex, flex_first=flex.needs_eager(model, text))
+    return Kernels(no_flash, no_flex, flex_first=flex.needs_eager(model, text_settings(settings)))
 
 
 def causal_model(
@@ -113,29 +125,29 @@ def causal_model(
     settings: Any,
     layout: Layout,
     *,
-    own_rows: bool,
+    needs_padding: bool,
     half_on_gpu: bool,
     context: AbstractContextManager[None],
 ) -> tuple[Any, Arrangement]:
     """The plain model on meta, with its way set, and its arrangement.
 
-    `own_rows`: the tuning method needs a row for each document, and hidden states. Raises ConfigError.
+    `needs_padding`: the tuning method needs a row for each document, and hidden states. Raises ConfigError.
     """
     proofs = Proofs(config, settings, half_on_gpu=half_on_gpu)
     arrangement = resolve_layout(
         config,
         layout,
         settings.model_type,
-        unproven=proofs.unproven,
-        needs_padding=own_rows,
-        kernels=_kernels(config, settings, proofs.plain, half_on_gpu=half_on_gpu),
+        unproven=proofs.why_not_one_row,
+        needs_padding=needs_padding,
+        kernels=_kernels(config, settings, proofs.eager_model, half_on_gpu=half_on_gpu),
     )
     if arrangement.layout is Layout.padded and config.attention is Attention.auto:
-        arrangement = replace(arrangement, attention=proofs.of(NAME).stock)
+        arrangement = replace(arrangement, attention=proofs.paths(NAME).stock)
         if arrangement.attention != "sdpa":
             arrangement.notes["model.attention"] = f"{arrangement.attention} (SDPA is not there, or not right)"
-    way = proofs.way(arrangement)
-    if own_rows and not way.fused:
+    path = proofs.choose_path(arrangement)
+    if needs_padding and not path.fused:
         raise ConfigError(
             f"tuning: virtual tokens cannot be put before the inputs of a {settings.model_type}, whose logits are made by its "
             "own forward pass; use tuning=lora"
@@ -146,9 +158,11 @@ def causal_model(
         arrangement.notes["model.tied_head"] = untied
         with meta_context():
             model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
-    if half_on_gpu and (lacking := missing_kernels(model)):
-        arrangement.notes["model.kernels"] = lacking
-    model.way, model.beside_text = way, beside_text(model)
+    if half_on_gpu and (missing := missing_kernels(model)):
+        arrangement.notes["model.kernels"] = missing
+    # Read by `supervised_rows` and by the choice of adapter targets.
+    model.way = path
+    model.beside_text = beside_text(model)
     if model.beside_text:
         arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.beside_text)}"
     return model, replace(arrangement, attention=kernel)

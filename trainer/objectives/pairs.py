@@ -11,10 +11,10 @@ from trainer.data.document import WRONG_KIND, Document, Tally
 from trainer.data.store.sequences import REFERENCE, Sample
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.truncation import fitted_answers
-from trainer.objectives.base import Around, ObjectiveConfig, UnlabelledReading, formats_of
+from trainer.objectives.base import ObjectiveConfig, OtherSettings, UnlabelledReading, formats_of
 
-WHOLE = (OverLength.truncate, OverLength.drop, OverLength.fail)
-"""What may become of answers that are too long where prompt and answer must not be parted."""
+ANSWER_POLICIES = (OverLength.truncate, OverLength.drop, OverLength.fail)
+"""The values of `data.over_length` under which a prompt and its answer stay together."""
 REJECTED = "rejected"
 """Mark of a sequence: 1 for the answer that was not preferred."""
 
@@ -24,10 +24,12 @@ class PairReading(UnlabelledReading):
 
     formats = (DataFormat.preference,)
     sequences_per_document = 2
-    over_length = WHOLE
+    over_length = ANSWER_POLICIES
 
     def __init__(self, *, uses_reference: bool = False) -> None:
-        self.marks = {REJECTED: 0, **({REFERENCE: 0.0} if uses_reference else {})}
+        self.marks: dict[str, float] = {REJECTED: 0}
+        if uses_reference:
+            self.marks[REFERENCE] = 0.0
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.chosen and document.rejected:
@@ -41,10 +43,10 @@ class PairReading(UnlabelledReading):
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
         for document, chosen, rejected in encoder.encode_pairs(documents):
-            made = fitted_answers(encoder, document, [chosen, rejected], config, tally)
-            for number, sample in enumerate(made):
+            samples = fitted_answers(encoder, document, [chosen, rejected], config, tally)
+            for number, sample in enumerate(samples):
                 sample.marks[REJECTED] = number
-            yield document, made
+            yield document, samples
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """A pair counts once, with its chosen answer."""
@@ -55,41 +57,41 @@ class PairReading(UnlabelledReading):
 
 
 def weight_refusal(document: Document) -> tuple[str, str] | None:
-    """(reason, message) where a turn has a weight, which no loss over whole answers knows."""
+    """(reason, message) if a turn has a weight, which a loss over whole answers cannot use; else None."""
     weight = next((turn["weight"] for turn in document.turns() if "weight" in turn), None)
     if weight is None:
         return None
-    said = f"a turn has the weight {weight:g}, and this objective compares whole answers, whose tokens weigh alike"
-    return "bad_weight", f"{said}; name weight in data.ignore_columns to train without it, or use objective=sft"
+    problem = f"a turn has the weight {weight:g}, and this objective compares whole answers, whose tokens weigh alike"
+    return "bad_weight", f"{problem}; name weight in data.ignore_columns to train without it, or use objective=sft"
 
 
-def pair_problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
-    """What pairs of answers ask of the data, one line each."""
-    data = around.data
+def pair_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with the data settings for pairs of answers, one line each."""
+    data = other_settings.data
     if data.packing:
         yield "data.packing=true: the two answers of a pair stay together and fill no rows; set data.packing=false"
-    if data.over_length not in WHOLE:
+    if data.over_length not in ANSWER_POLICIES:
         yield (
             f"data.over_length={data.over_length.value}: would cut the two answers of a pair differently; set "
             "data.over_length=truncate or data.over_length=drop"
         )
-    for key, chosen in formats_of(data).items():
-        if chosen not in (DataFormat.auto, DataFormat.preference):
-            yield f"{key}.format={chosen}: objective={config.name} reads pairs; set {key}.format=preference"
+    for key, data_format in formats_of(data).items():
+        if data_format not in (DataFormat.auto, DataFormat.preference):
+            yield f"{key}.format={data_format}: objective={config.name} reads pairs; set {key}.format=preference"
 
 
-def pair_terms(losses: Tensor, chosen: Tensor, rejected: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """Sums over pairs, of the loss and of what is logged beside it.
+def pair_terms(losses: Tensor, chosen: Tensor, rejected: Tensor, is_counted: Tensor) -> dict[str, Tensor]:
+    """Sums over pairs, of the loss and of the metrics beside it.
 
-    All `[pairs]`: the loss, the rewards of the preferred and of the other answer, and 1.0 for each pair that counts (a filler
-    does not).
+    All arguments are `[pairs]`: the loss, the rewards of both answers, and `is_counted`, 1.0 for each pair that counts and
+    0.0 for a filler.
     """
     chosen = chosen.detach()
     rejected = rejected.detach()
     return {
-        "loss": (losses * counted).sum(),
-        "margin": ((chosen - rejected) * counted).sum(),
-        "accuracy": ((chosen > rejected).float() * counted).sum(),
-        "chosen_reward": (chosen * counted).sum(),
-        "rejected_reward": (rejected * counted).sum(),
+        "loss": (losses * is_counted).sum(),
+        "margin": ((chosen - rejected) * is_counted).sum(),
+        "accuracy": ((chosen > rejected).float() * is_counted).sum(),
+        "chosen_reward": (chosen * is_counted).sum(),
+        "rejected_reward": (rejected * is_counted).sum(),
     }

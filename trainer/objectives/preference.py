@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.settings import DESCRIBES, number, setting
-from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig, Reference
+from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, Reference, ReferenceModels
 from trainer.objectives.causal import reference_logps, sequence_logps
 from trainer.objectives.pairs import PairReading, pair_problems, pair_terms
 
@@ -71,9 +71,9 @@ class SimpoConfig(ObjectiveConfig):
     """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
 
 
-def problems(config: DpoConfig | OrpoConfig | SimpoConfig, around: Around) -> Iterator[str]:
-    """What objectives over pairs ask of the data, and of their own settings."""
-    yield from pair_problems(config, around)
+def problems(config: DpoConfig | OrpoConfig | SimpoConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with the data settings for pairs, and with the objective's own."""
+    yield from pair_problems(config, other_settings)
     if isinstance(config, DpoConfig) and config.label_smoothing and config.loss_type is not PairLoss.sigmoid:
         yield (
             f"objective.label_smoothing={config.label_smoothing:g}: objective.loss_type={config.loss_type} knows "
@@ -81,8 +81,8 @@ def problems(config: DpoConfig | OrpoConfig | SimpoConfig, around: Around) -> It
         )
 
 
-LEAST_LOG = -1e-6
-"""Largest mean log-probability of a token that odds are computed of: certainty has none."""
+MAX_MEAN_LOGP = -1e-6
+"""Upper bound of a mean log-probability in the odds ratio: at 0 (certainty) the odds would be infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,11 @@ class Pairs:
     """Zeros where no reference is used."""
     reference_rejected: Tensor
 
-    def mean(self) -> tuple[Tensor, Tensor]:
-        """Mean log-probabilities of a token of the chosen and of the rejected answer."""
-        return self.chosen / self.chosen_tokens.clamp(min=1), self.rejected / self.rejected_tokens.clamp(min=1)
+    def mean_logps(self) -> tuple[Tensor, Tensor]:
+        """(chosen, rejected): the mean log-probability of a token of each answer."""
+        chosen = self.chosen / self.chosen_tokens.clamp(min=1)
+        rejected = self.rejected / self.rejected_tokens.clamp(min=1)
+        return chosen, rejected
 
 
 class Preference(Objective):
@@ -113,14 +115,22 @@ class Preference(Objective):
         self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run chosen and rejected answers side by side; a pair without supervised tokens (a filler) counts nothing."""
-        reference = reference_logps(model, batch, self.reference) if self.uses_reference else None
-        logps, tokens = sequence_logps(model, batch)
-        before = torch.zeros_like(logps) if reference is None else reference
-        pairs = Pairs(*(column for table in (logps, tokens, before) for column in table.view(-1, 2).unbind(1)))
+        """Run chosen and rejected answers in one batch. A pair without supervised tokens (a filler) adds nothing."""
+        reference = None
+        if self.uses_reference:  # before the model itself, so that its activations are not held meanwhile
+            reference = reference_logps(model, batch, self.reference)
+        logps, num_tokens = sequence_logps(model, batch)
+        if reference is None:
+            reference = torch.zeros_like(logps)
+        # Sequences alternate: the chosen answer of a pair, then its rejected one.
+        pairs = Pairs(
+            *logps.view(-1, 2).unbind(1),
+            *num_tokens.view(-1, 2).unbind(1),
+            *reference.view(-1, 2).unbind(1),
+        )
         losses, chosen, rejected = self.losses(pairs)
-        counted = ((pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)).float()
-        return pair_terms(losses, chosen, rejected, counted)
+        is_counted = ((pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)).float()
+        return pair_terms(losses, chosen, rejected, is_counted)
 
     @abstractmethod
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,20 +150,21 @@ class Dpo(Preference):
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards are beta times the log-ratio to the reference."""
         config = self.config
-        chosen, rejected = pairs.chosen - pairs.reference_chosen, pairs.rejected - pairs.reference_rejected
-        difference = chosen - rejected
+        chosen_ratio = pairs.chosen - pairs.reference_chosen
+        rejected_ratio = pairs.rejected - pairs.reference_rejected
+        ratio_difference = chosen_ratio - rejected_ratio
         if config.loss_type is PairLoss.hinge:
-            losses = F.relu(1 - config.beta * difference)
+            losses = F.relu(1 - config.beta * ratio_difference)
         elif config.loss_type is PairLoss.ipo:
             # Per token, as IPO's authors have confirmed to TRL: sums would make the square grow with the length.
-            chosen_mean = chosen / pairs.chosen_tokens.clamp(min=1)
-            rejected_mean = rejected / pairs.rejected_tokens.clamp(min=1)
+            chosen_mean = chosen_ratio / pairs.chosen_tokens.clamp(min=1)
+            rejected_mean = rejected_ratio / pairs.rejected_tokens.clamp(min=1)
             losses = (chosen_mean - rejected_mean - 1 / (2 * config.beta)).square()
         else:
-            losses = smoothed_logistic(config.beta * difference, config.label_smoothing)
+            losses = smoothed_logistic(config.beta * ratio_difference, config.label_smoothing)
         if config.sft_weight:
-            losses = losses - config.sft_weight * pairs.mean()[0]
-        return losses, config.beta * chosen, config.beta * rejected
+            losses = losses - config.sft_weight * pairs.mean_logps()[0]
+        return losses, config.beta * chosen_ratio, config.beta * rejected_ratio
 
 
 class Orpo(Preference):
@@ -163,9 +174,11 @@ class Orpo(Preference):
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards are beta times the mean log-probability of a token, as in TRL."""
-        chosen, rejected = pairs.mean()
-        odds = (chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected))
-        return -chosen - self.config.beta * F.logsigmoid(odds), self.config.beta * chosen, self.config.beta * rejected
+        chosen, rejected = pairs.mean_logps()
+        log_odds_ratio = (chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected))
+        beta = self.config.beta
+        losses = -chosen - beta * F.logsigmoid(log_odds_ratio)
+        return losses, beta * chosen, beta * rejected
 
 
 class Simpo(Preference):
@@ -174,8 +187,9 @@ class Simpo(Preference):
     config: SimpoConfig
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen answer's reward shall exceed the other's by gamma."""
-        config, (chosen, rejected) = self.config, pairs.mean()
+        """The chosen answer's reward should exceed the rejected one's by gamma."""
+        config = self.config
+        chosen, rejected = pairs.mean_logps()
         losses = smoothed_logistic(config.beta * (chosen - rejected) - config.gamma, config.label_smoothing)
         if config.sft_weight:
             losses = losses - config.sft_weight * chosen
@@ -183,14 +197,16 @@ class Simpo(Preference):
 
 
 def smoothed_logistic(logits: Tensor, smoothing: float) -> Tensor:
-    """Logistic loss of each logit, where a share of the labels is believed to be wrong."""
+    """Logistic loss of each logit, with the share `smoothing` of the labels believed to be wrong."""
     losses = -F.logsigmoid(logits)
-    return losses if not smoothing else losses * (1 - smoothing) - F.logsigmoid(-logits) * smoothing
+    if not smoothing:
+        return losses
+    return losses * (1 - smoothing) - F.logsigmoid(-logits) * smoothing
 
 
 def _log_complement(logp: Tensor) -> Tensor:
     """log(1 - exp(logp)) without cancellation (Maechler 2012)."""
-    logp = logp.clamp(max=LEAST_LOG)
+    logp = logp.clamp(max=MAX_MEAN_LOGP)
     return torch.where(logp < -0.6931472, torch.log1p(-torch.exp(logp)), torch.log(-torch.expm1(logp)))
 
 
@@ -200,8 +216,8 @@ def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Fami
     `loss` says whether it uses a reference, so that the reference's log-probabilities are recorded with the data.
     """
 
-    def build(config: Any, beside: Beside) -> Objective:
-        return loss(config, beside.reference)
+    def build(config: Any, references: ReferenceModels) -> Objective:
+        return loss(config, references.reference)
 
     return Family(
         settings=settings,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from trainer.data.config import DataFormat, LearnConfig
 from trainer.data.document import WRONG_KIND, Document
 from trainer.objectives import sft
-from trainer.objectives.base import Around, formats_of
+from trainer.objectives.base import OtherSettings, formats_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,28 +26,28 @@ class TextReading(sft.SftReading):
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.text is not None:
             return super().refuses(document)
-        said = (
+        problem = (
             "is no plain text, which objective=pretrain learns; give rows of text or text files, or use objective=sft"
         )
-        return WRONG_KIND, said
+        return WRONG_KIND, problem
 
 
-def problems(config: PretrainConfig, around: Around) -> Iterator[str]:
-    """What continued pre-training leaves no room for."""
-    for key, chosen in formats_of(around.data).items():
-        if chosen not in (DataFormat.auto, DataFormat.text):
-            yield f"{key}.format={chosen}: objective=pretrain learns plain texts; set {key}.format=text, or objective=sft"
-    if around.data.learn != LearnConfig():
+def problems(config: PretrainConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with settings that plain texts cannot use: formats, turns to learn, chat templates."""
+    for key, data_format in formats_of(other_settings.data).items():
+        if data_format not in (DataFormat.auto, DataFormat.text):
+            yield f"{key}.format={data_format}: objective=pretrain learns plain texts; set {key}.format=text, or objective=sft"
+    if other_settings.data.learn != LearnConfig():
         yield "data.learn: says which turns of a conversation are learned, and objective=pretrain reads none; leave it out"
-    if around.model.chat_template is not None:
+    if other_settings.model.chat_template is not None:
         yield "model.chat_template: objective=pretrain learns plain texts, which need none; leave it out"
-    yield from sft.problems(config, around)
+    yield from sft.problems(config, other_settings)
 
 
 PRETRAIN = replace(
     sft.SFT,
     settings=PretrainConfig,
-    reading=lambda config: TextReading(held=sft.holds(config)),
+    reading=lambda config: TextReading(separate_replayed=sft.uses_replay_kl(config)),
     problems=problems,
-    writes_answers=False,
+    generates_answers=False,
 )

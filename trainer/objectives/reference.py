@@ -28,125 +28,133 @@ from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.objectives.causal import sequence_logps
 
 REFERENCE_AHEAD = "reference_ahead"
-"""Mark of a sequence: the reference of what is looked at of it before the first backward pass."""
+"""Mark of a sequence: the recorded log-probability of its look-ahead sequence (see `Reading.ahead`)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class RecordingSettings:
     """How the reference is recorded."""
 
     collator: Collator
-    ahead: AheadOf | None
-    """What is looked at of each sequence beside itself, and recorded too."""
-    batch: int
+    look_ahead_of: AheadOf | None
+    """Gives the look-ahead sequence of each sequence, whose log-probability is recorded too; None without one."""
+    max_batch: int
     """Most sequences in one micro-batch of a rank."""
     directory: Path
     """Where the columns are kept."""
     key: str
-    """Names what decides the initial model and the tokens."""
+    """Text of everything that decides the initial model and the tokens: part of the file's name."""
 
 
-def record(
+def record_reference_logps(
     datasets: dict[str, TokenDataset | None],
     engine: Engine,
-    how: Recording,
+    settings: RecordingSettings,
     runtime: processes.Runtime,
     stop_now: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Give each split its reference column, from `how.directory` or by a pass of `engine`'s initial model.
+    """Give each split its reference columns, from `settings.directory`, or by a pass of `engine`'s initial model.
 
-    Call before a checkpoint is loaded. All ranks must call. Raises StorageError on all ranks alike, and Preempted where
-    `stop_now`, asked on all ranks after each micro-batch, says so.
+    Call before a checkpoint is loaded: afterwards the model is no longer the initial one. All ranks must call. Raises
+    StorageError on all ranks alike, and Preempted if `stop_now`, asked on all ranks after each micro-batch, says so.
     """
     for split, dataset in datasets.items():
         if dataset is None or not len(dataset):
             continue
-        name = hashlib.sha256(f"{how.key}/{dataset.fingerprint}".encode()).hexdigest()[:16]
-        wanted: list[tuple[str, str, AheadOf]] = [("", REFERENCE, TokenDataset.sample)]
-        if how.ahead is not None:
-            wanted.append(("mismatched-", REFERENCE_AHEAD, how.ahead))
-        for prefix, mark, read in wanted:
-            path = how.directory / f"{split}-{prefix}{name}.npy"
-            column = _read(path, len(dataset), runtime)
+        name = hashlib.sha256(f"{settings.key}/{dataset.fingerprint}".encode()).hexdigest()[:16]
+        columns: list[tuple[str, str, AheadOf]] = [("", REFERENCE, TokenDataset.sample)]
+        if settings.look_ahead_of is not None:
+            columns.append(("mismatched-", REFERENCE_AHEAD, settings.look_ahead_of))
+        for prefix, mark, sample_of in columns:
+            path = settings.directory / f"{split}-{prefix}{name}.npy"
+            column = _read_column(path, len(dataset), runtime)
             if column is None:
-                column = _compute(dataset, engine, how, read, runtime, stop_now)
-                _write(path, column, runtime)
+                column = _compute_logps(dataset, engine, settings, sample_of, runtime, stop_now)
+                _write_column(path, column, runtime)
             dataset.attach(mark, column)
 
 
 class RecordLogps:
-    """Stands in for the objective for a pass over the data: each sequence's log-probability instead of a loss."""
+    """Stands in for the objective during the recording pass: gives each sequence's log-probability instead of a loss."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`logps`, `[S]` float32."""
         return {"logps": sequence_logps(model, batch)[0]}
 
 
-def _compute(
+def _compute_logps(
     dataset: TokenDataset,
     engine: Engine,
-    how: Recording,
-    read: Callable[[TokenDataset, int], Sample],
+    settings: RecordingSettings,
+    sample_of: Callable[[TokenDataset, int], Sample],
     runtime: processes.Runtime,
     stop_now: Callable[[], bool],
 ) -> np.ndarray:
-    """float32 [N]: the log-probability of each sequence, as `read` gives it, under the model as it is now.
+    """float32 [N]: the log-probability of each sequence, as `sample_of` gives it, under the model as it is now.
 
     All ranks must call.
     """
     device = runtime.device
-    found = torch.zeros(len(dataset), dtype=torch.float64, device=device)
-    plan = eval_plan(dataset, EvalShare(how.batch, engine.dp_rank, engine.dp_size))
+    logps_by_sequence = torch.zeros(len(dataset), dtype=torch.float64, device=device)
+    plan = eval_plan(dataset, EvalShare(settings.max_batch, engine.dp_rank, engine.dp_size))
     with engine.inference() as module:
-        # Asked through the root module's own forward: only there are its parameters gathered.
+        # Through the root module's own forward: a sharding engine gathers parameters only there.
         step: Any = module
-        objective, step.objective = step.objective, RecordLogps()
+        objective = step.objective
+        step.objective = RecordLogps()
         try:
             for sequences in plan:
-                samples = [read(dataset, number) for number in sequences] or how.collator.fillers(dataset, 1)
-                logps = step(to_device(how.collator(samples), device))["logps"]
+                samples = [sample_of(dataset, index) for index in sequences]
+                if not samples:  # this rank has none left, and must run the model as often as the others
+                    samples = settings.collator.fillers(dataset, 1)
+                logps = step(to_device(settings.collator(samples), device))["logps"]
                 if sequences:
-                    found[torch.tensor(sequences, device=device)] = logps.double()
+                    logps_by_sequence[torch.tensor(sequences, device=device)] = logps.double()
                 if stop_now():
                     raise Preempted("asked to stop while the reference was computed; start the same run again")
         finally:
             step.objective = objective
-    return _summed(found, runtime).astype(np.float32)
+    return _sum_over_ranks(logps_by_sequence, runtime).astype(np.float32)
 
 
-def _summed(values: torch.Tensor, runtime: processes.Runtime) -> np.ndarray:
-    """The sum over the ranks of this run, on every one of them. All ranks must call."""
-    return (processes.dist_sum(values) if runtime.world_size > 1 else values).cpu().numpy()
+def _sum_over_ranks(local: torch.Tensor, runtime: processes.Runtime) -> np.ndarray:
+    """The sum over the ranks of this run, on every rank. All ranks must call."""
+    if runtime.world_size > 1:
+        local = processes.dist_sum(local)
+    return local.cpu().numpy()
 
 
-def _read(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | None:
-    """Rank 0's file, on every rank; None where there is none of this length. All ranks must call."""
+def _read_column(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | None:
+    """The column in rank 0's file, on every rank; None if there is none of this length. All ranks must call."""
     column = None
     if runtime.is_main and path.exists():
         try:
             column = np.load(path, allow_pickle=False)
-        except (OSError, ValueError):  # torn: it is made again
+        except (OSError, ValueError):  # torn: the column is computed again
             column = None
     if not processes.broadcast_object(column is not None and column.shape == (length,), runtime):
         return None
-    whole = torch.zeros(length, device=runtime.device)
+    # Zeros on all ranks but 0, so that the sum is rank 0's column.
+    # Zeros on all ranks but 0, so that the sum is rank 0's column.
+    values = torch.zeros(length, device=runtime.device)
     if column is not None:
-        whole.copy_(torch.from_numpy(column))
-    return _summed(whole, runtime)
+        values.copy_(torch.from_numpy(column))
+    return _sum_over_ranks(values, runtime)
 
 
-def _write(path: Path, column: np.ndarray, runtime: processes.Runtime) -> None:
-    failed: OSError | None = None
+def _write_column(path: Path, column: np.ndarray, runtime: processes.Runtime) -> None:
+    """Write the column durably on rank 0. All ranks must call. Errors: StorageError on every rank."""
+    failure: OSError | None = None
     if runtime.is_main:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".tmp")
-            with aside.open("wb") as file:
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("wb") as file:
                 np.save(file, column)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(path)
+            temporary.replace(path)
         except OSError as error:
-            failed = error
-    if (message := processes.first_error(failed, runtime)) is not None:
+            failure = error
+    if (message := processes.first_error(failure, runtime)) is not None:
         raise StorageError(f"{path}: cannot write the reference log-probabilities: {message}")

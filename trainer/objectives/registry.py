@@ -8,7 +8,7 @@ from trainer.data.config import DataFormat
 from trainer.data.objective_spec import Reading
 from trainer.model.rules import kind_problems
 from trainer.objectives import classification, distillation, kto, preference, pretrain, reward, seq2seq, sft
-from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig
+from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -38,29 +38,32 @@ def reading_of(config: ObjectiveConfig) -> Reading:
     return family_of(config).reading(config)
 
 
-def build_objective(config: ObjectiveConfig, beside: Beside | None = None) -> Objective:
-    """Its loss. What it needs `beside` the model is asked for when `terms` is called, not here."""
-    return family_of(config).build(config, beside or Beside())
+def build_objective(config: ObjectiveConfig, references: ReferenceModels | None = None) -> Objective:
+    """The loss. `references` are needed when `terms` is called, not here: counting samples does without them."""
+    if references is None:
+        references = ReferenceModels()
+    return family_of(config).build(config, references)
 
 
-def problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
+def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with an objective's own settings and with the others for it, one line each."""
     family = family_of(config)
-    yield from family.problems(config, around)
-    replayed = [name for name, source in around.data.sources.items() if source.replay]
-    if replayed and not family.replays:
+    yield from family.problems(config, other_settings)
+    replayed_sources = [name for name, source in other_settings.data.sources.items() if source.replay]
+    if replayed_sources and not family.replays:
         yield (
-            f"data.sources.{replayed[0]}.replay=true: objective={config.name} replays nothing; set it to false, or "
+            f"data.sources.{replayed_sources[0]}.replay=true: objective={config.name} replays nothing; set it to false, or "
             "take objective=sft or objective=pretrain"
         )
-    labelled = DataFormat.labelled in family.reading(config).formats
-    if around.data.format is DataFormat.labelled and not labelled:
+    reads_labels = DataFormat.labelled in family.reading(config).formats
+    if other_settings.data.format is DataFormat.labelled and not reads_labels:
         yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
 
 
-def model_problems(config: ObjectiveConfig, around: Around, model: dict | None) -> Iterator[str]:
-    """What of a model, the content of its config.json, does not go with the objective; nothing where it is not known."""
-    if model is not None:
-        family = family_of(config)
-        lengths = family.longest(config, around.data)
-        yield from kind_problems(model, around.model.path, family.kind, config.name, lengths)
+def model_problems(config: ObjectiveConfig, other_settings: OtherSettings, model_config: dict | None) -> Iterator[str]:
+    """What in a model's config.json (`model_config`; None if it is not known) does not go with the objective."""
+    if model_config is None:
+        return
+    family = family_of(config)
+    lengths = family.max_positions(config, other_settings.data)
+    yield from kind_problems(model_config, other_settings.model.path, family.kind, config.name, lengths)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from strategies.settings import number
 from trainer.data.config import Layout
 from trainer.model.config import ModelKind
-from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig
+from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings
 from trainer.objectives.pairs import PairReading, pair_problems, pair_terms
 
 
@@ -25,10 +25,10 @@ class RewardConfig(ObjectiveConfig):
     """Weight of the squared sum of a pair's scores, which keeps scores around zero (arXiv:2312.09244); 0 leaves it out."""
 
 
-def problems(config: RewardConfig, around: Around) -> Iterator[str]:
+def problems(config: RewardConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What pairs ask of the data, and a score of its layout."""
-    yield from pair_problems(config, around)
-    if around.data.layout is Layout.padding_free:
+    yield from pair_problems(config, other_settings)
+    if other_settings.data.layout is Layout.padding_free:
         yield "data.layout=padding_free: a score belongs to a row of its own; set data.layout=auto"
 
 
@@ -44,11 +44,11 @@ class Reward(Objective):
         """Score padded rows, chosen and rejected in turn; a pair without targets (a filler) counts nothing."""
         scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
         chosen, rejected = scores.view(-1, 2).unbind(1)
-        counted = (batch["targets"] != -100).any(dim=1).view(-1, 2).all(dim=1).float()
+        is_counted = (batch["targets"] != -100).any(dim=1).view(-1, 2).all(dim=1).float()
         losses = -F.logsigmoid(chosen - rejected)
         if self.config.centre:
             losses = losses + self.config.centre * (chosen + rejected).square()
-        return pair_terms(losses, chosen, rejected, counted)
+        return pair_terms(losses, chosen, rejected, is_counted)
 
 
 REWARD = Family(
@@ -57,6 +57,6 @@ REWARD = Family(
     build=lambda config, beside: Reward(config),
     problems=problems,
     kind=ModelKind.classifier,
-    outputs=1,
+    num_outputs=1,
     better_when_larger=("accuracy", "margin"),
 )

@@ -27,106 +27,118 @@ from trainer.objectives.causal import forward_pass, plain_model
 
 
 @dataclass(frozen=True, slots=True)
-class Routed:
-    """What is asked of the routers, experts and logits of a model."""
+class AddedLosses:
+    """The losses that a model adds to its objective's, for its routers and its logits, and how it counts its experts' tokens."""
 
-    losses: RouterLosses
-    experts: tuple[int, ...]
-    """How many of them each layer has."""
-    biases: int = 0
-    """Biases that balance experts and stay as they were loaded."""
+    router_losses: RouterLosses
+    experts_by_layer: tuple[int, ...]
+    """Number of experts of each layer that has some."""
+    num_frozen_biases: int = 0
+    """Number of biases that balance experts; they are frozen."""
     logit_z: float = 0.0
-    """Weight of the z-loss of the output's logits; 0: it is not added."""
+    """Weight of the z-loss of the output's logits; 0 leaves it out."""
 
     @property
-    def adds(self) -> bool:
+    def changes_loss(self) -> bool:
         """Whether anything is added to the loss."""
-        return bool(self.losses or self.logit_z)
+        return bool(self.router_losses or self.logit_z)
 
     def terms(
         self, model: nn.Module, compute: Callable[[], dict[str, Tensor]], batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """The objective's terms, which `compute` gives of `model`, and in training `ADDED_LOSS`, its parts, and `expert_tokens`.
+        """The objective's terms, which `compute` gives; in training also `ADDED_LOSS`, its parts, and the tokens by expert.
 
-        With a balancing loss and several ranks, all ranks must call where the step's choices are not yet known.
+        All ranks must call: with a balancing loss, they add up their choices if the batch does not have the step's yet.
         """
         if not torch.is_grad_enabled():
             return compute()
         ids = batch["input_ids"]
-        tokens = self._none(ids) if self.experts else None
-        with watching(RoutingRecord(batch.get("attention_mask"), tokens)) as seen:
-            found = compute()
-        if tokens is not None:
-            found[EXPERT_TOKENS] = tokens
+        expert_tokens = self._empty_expert_tokens(ids) if self.experts_by_layer else None
+        with watching(RoutingRecord(batch.get("attention_mask"), expert_tokens)) as record:
+            terms = compute()
+        if expert_tokens is not None:
+            terms[EXPERT_TOKENS] = expert_tokens
         step_tokens = batch.get("step_tokens", ids.numel())
-        if self.losses:
-            found |= self.losses.terms(seen, self._choices(seen, batch), step_tokens)
+        if self.router_losses:
+            terms |= self.router_losses.terms(record, self._expert_choices(record, batch), step_tokens)
         if self.logit_z:
             head: nn.Module = plain_model(model).get_output_embeddings()  # type: ignore[operator]
-            hidden = [states.reshape(-1, states.shape[-1]) for states in seen.hidden]
-            parts = [squared_logsumexp(head, rows, seen.kept(len(rows))) for rows in hidden]
-            z = torch.stack(parts).sum() / float(step_tokens)
-            found[ADDED_LOSS] = self.logit_z * z + found.get(ADDED_LOSS, 0.0)
-            found["logits/z_loss"] = z.detach()
-        return found
+            z_parts = []
+            for hidden in record.hidden:
+                rows = hidden.reshape(-1, hidden.shape[-1])
+                z_parts.append(squared_logsumexp(head, rows, record.kept(len(rows))))
+            z = torch.stack(z_parts).sum() / float(step_tokens)
+            terms[ADDED_LOSS] = self.logit_z * z + terms.get(ADDED_LOSS, 0.0)
+            terms["logits/z_loss"] = z.detach()
+        return terms
 
-    def _none(self, ids: Tensor) -> Tensor:
-        """No token of any expert, on the device of `ids`; below zero where a layer has fewer experts than another."""
-        tokens = ids.new_zeros(len(self.experts), max(self.experts))
-        for row, number in enumerate(self.experts):
-            if number < tokens.shape[1]:
-                tokens[row, number:] = -1
-        return tokens
+    def _empty_expert_tokens(self, ids: Tensor) -> Tensor:
+        """Counters [layers, experts] of zero, on the device of `ids`; -1 where a layer has fewer experts than another."""
+        expert_tokens = ids.new_zeros(len(self.experts_by_layer), max(self.experts_by_layer))
+        for layer, number in enumerate(self.experts_by_layer):
+            if number < expert_tokens.shape[1]:
+                expert_tokens[layer, number:] = -1
+        return expert_tokens
 
-    def _choices(self, seen: RoutingRecord, batch: dict[str, Any]) -> Tensor | None:
-        if not self.losses.balance:
+    def _expert_choices(self, record: RoutingRecord, batch: dict[str, Any]) -> Tensor | None:
+        """[experts]: how many tokens of the whole step chose each expert; None without a balancing loss.
+
+        All ranks must call.
+        """
+        if not self.router_losses.balance:
             return None
-        if "choices" in batch:
+        if "choices" in batch:  # counted before, over all micro-batches
             return batch["choices"]
-        own = self.losses.choices(seen)
-        return dist_sum(own) if batch.get("ranks", 1) > 1 else own
+        local_choices = self.router_losses.choices(record)
+        if batch.get("ranks", 1) > 1:
+            return dist_sum(local_choices)
+        return local_choices
 
     def choices(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What the routers choose for a micro-batch, and nothing else of it."""
-        with watching(RoutingRecord(batch.get("attention_mask"), without_gradients=True)) as seen:
+        """How many tokens of a micro-batch chose each expert, in a forward pass of its own without gradients."""
+        with watching(RoutingRecord(batch.get("attention_mask"), without_gradients=True)) as record:
             forward_pass(model, batch)
-        return {"choices": self.losses.choices(seen)}
+        return {"choices": self.router_losses.choices(record)}
 
-    def said(self, accumulation: int) -> list[str]:
-        """What the start of a run says of this."""
+    def start_lines(self, accumulation: int) -> list[str]:
+        """Lines for the start screen: what is added to the loss, and which biases are frozen."""
         lines = []
-        if self.losses.balance:
-            again = "; counted in a forward pass of its own, since a step has several micro-batches"
+        if self.router_losses.balance:
+            extra_pass = ""
+            if accumulation > 1:
+                extra_pass = "; counted in a forward pass of its own, since a step has several micro-batches"
             lines.append(
-                f"routers: balancing loss times {self.losses.balance:g}, over the tokens of a whole step"
-                + (again if accumulation > 1 else "")
+                f"routers: balancing loss times {self.router_losses.balance:g}, over the tokens of a whole step{extra_pass}"
             )
-        if self.losses.z:
-            lines.append(f"routers: z-loss times {self.losses.z:g}, the mean over tokens and layers")
+        if self.router_losses.z:
+            lines.append(f"routers: z-loss times {self.router_losses.z:g}, the mean over tokens and layers")
         if self.logit_z:
             lines.append(
                 f"logits: z-loss times {self.logit_z:g}, the mean over tokens, as the model's configuration asks"
             )
-        if self.biases:
+        if self.num_frozen_biases:
             lines.append("routers: the biases that balance their experts stay as they were loaded")
         return lines
 
 
-def routed(
+def added_losses(
     config: ModelConfig, settings: Any, plain: nn.Module, model: nn.Module, kind: ModelKind
-) -> tuple[Routed | None, dict[str, str]]:
-    """Prepare the tuned `model` to be seen, and what its configuration asks that is not done, by setting.
+) -> tuple[AddedLosses | None, dict[str, str]]:
+    """Hook the tuned `model` so that its added losses can be computed; freezes biases that balance experts.
 
-    None where there is nothing to see, and of encoder-decoder models. `settings`: transformers' configuration; `plain`: its
-    model before tuning. Raises ConfigError where a word asks for what cannot be.
+    Returns None if the model adds nothing and has no experts, and for encoder-decoder models; and notes, by setting, on what
+    its configuration asks for and does not get. `settings`: transformers' configuration. `plain`: the model before tuning.
+    Raises ConfigError for settings that the model cannot follow.
     """
-    losses, routers, notes = losses_of(config, settings, plain, kind)
+    router_losses, routers, notes = losses_of(config, settings, plain, kind)
     if kind is ModelKind.encoder_decoder:
         return None, notes
     root = plain_model(model)
-    if losses:
+    if router_losses:
         record_logits(root, routers)
-    logit_z = logit_z_weight(settings) if kind is ModelKind.causal else 0.0
+    logit_z = 0.0
+    if kind is ModelKind.causal:
+        logit_z = logit_z_weight(settings)
     if logit_z and not root.way.fused:  # type: ignore[union-attr]
         notes["model.z_loss_coefficient"] = f"0 instead of {logit_z:g}: the model's own forward pass makes its logits"
         logit_z = 0.0
@@ -137,5 +149,7 @@ def routed(
         if name in biases:
             parameter.requires_grad_(False)
     experts = number_experts(root)
-    found = Routed(losses, experts, len(biases), logit_z)
-    return found if found.adds or experts or biases else None, notes
+    added = AddedLosses(router_losses, experts, len(biases), logit_z)
+    if added.changes_loss or experts or biases:
+        return added, notes
+    return None, notes

@@ -29,9 +29,9 @@ from trainer.data.tokens.template import Rendered
 from trainer.data.tokens.truncation import kept
 from trainer.losses.next_token import computes_loss, logits_loss
 from trainer.model.config import ModelKind
-from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig, UnlabelledReading, formats_of
-from trainer.objectives.causal import counted, counting_of, plain_model
-from trainer.objectives.pairs import WHOLE
+from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, UnlabelledReading, formats_of
+from trainer.objectives.causal import loss_counting, next_token_terms, plain_model
+from trainer.objectives.pairs import ANSWER_POLICIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,34 +48,35 @@ class Seq2seqConfig(ObjectiveConfig):
     """Longest answer in tokens; `data.max_length` bounds the prompt, and `data.over_length` says what happens beyond either."""
 
 
-def problems(config: Seq2seqConfig, around: Around) -> Iterator[str]:
-    """What encoder-decoder models ask of the data, the model and what is done to it."""
-    data, model = around.data, around.model
+def problems(config: Seq2seqConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with the settings of data, model, strategy and tuning for an encoder-decoder model."""
+    data = other_settings.data
+    model = other_settings.model
     if data.packing:
         yield "data.packing=true: prompts and answers are rows of their own, padded; set data.packing=false"
     if data.layout is Layout.padding_free:
         yield "data.layout=padding_free: encoder-decoder models are trained with padded rows; set data.layout=auto"
-    if data.over_length not in WHOLE:
+    if data.over_length not in ANSWER_POLICIES:
         yield (
             f"data.over_length={data.over_length.value}: would part a prompt from its answer; set data.over_length=truncate, "
             "drop or fail"
         )
     if data.learn != LearnConfig():
         yield "data.learn: objective=seq2seq learns the answer and nothing else; leave data.learn.turns and roles alone"
-    for key, chosen in formats_of(data).items():
-        if chosen in (DataFormat.text, DataFormat.preference):  # labelled rows are refused above
+    for key, data_format in formats_of(data).items():
+        if data_format in (DataFormat.text, DataFormat.preference):  # labelled rows are refused above
             yield (
-                f"{key}.format={chosen}: objective=seq2seq reads a prompt and an answer; set {key}.format=prompt_completion, "
-                "pair or messages"
+                f"{key}.format={data_format}: objective=seq2seq reads a prompt and an answer; set "
+                f"{key}.format=prompt_completion, pair or messages"
             )
-    if around.strategy.activation_checkpointing == "auto":
+    if other_settings.strategy.activation_checkpointing == "auto":
         yield (
             "strategy.activation_checkpointing=auto: what the two sides of an encoder-decoder model keep is not counted; set "
             "it to none, selective or full"
         )
     if model.chat_template is not None:
         yield f"model.chat_template={model.chat_template}: objective=seq2seq writes plain text; set model.chat_template=null"
-    if model.add_tokens and around.tuning.name != "full":
+    if model.add_tokens and other_settings.tuning.name != "full":
         yield (
             f"model.add_tokens={model.add_tokens}: encoder and decoder look tokens up separately, and an adapter would "
             "train one of them; set tuning=full with objective=seq2seq"
@@ -83,9 +84,9 @@ def problems(config: Seq2seqConfig, around: Around) -> Iterator[str]:
 
 
 class TwoSidedReading(UnlabelledReading):
-    """A prompt and its answer, tokenised apart."""
+    """A prompt for the encoder and its answer for the decoder, tokenised separately."""
 
-    over_length = WHOLE
+    over_length = ANSWER_POLICIES
     formats = (
         DataFormat.prompt_completion,
         DataFormat.pair,
@@ -95,7 +96,8 @@ class TwoSidedReading(UnlabelledReading):
     )
 
     def __init__(self, *, prefix: str, max_target: int) -> None:
-        self.prefix, self.max_target = prefix, max_target
+        self.prefix = prefix
+        self.max_target = max_target
 
     def identity(self) -> dict[str, Any]:
         return {"prefix": self.prefix, "max_target": self.max_target}
@@ -108,8 +110,8 @@ class TwoSidedReading(UnlabelledReading):
     ) -> Iterator[tuple[Document, list[Sample]]]:
         assert isinstance(encoder, SourceTargetEncoder)
         for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
-            made = encoder.fit(document, sample, config.max_length, config.over_length)
-            yield document, kept(encoder, document, sample, made, tally)
+            fitted = encoder.fit(document, sample, config.max_length, config.over_length)
+            yield document, kept(encoder, document, sample, fitted, tally)
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
         assert decoder_start is not None, "a model with two sides has a first token of its decoder"
@@ -117,7 +119,7 @@ class TwoSidedReading(UnlabelledReading):
 
 
 class SourceTargetEncoder(Encoder):
-    """Tokenises prompt and answer apart; a sample is the one and then the other, which alone is learned."""
+    """Tokenises prompt and answer separately. A sample is the prompt, then the answer; only the answer is learned."""
 
     def __init__(
         self,
@@ -127,7 +129,8 @@ class SourceTargetEncoder(Encoder):
         control_tokens: ControlTokens = ControlTokens.text,
     ) -> None:
         super().__init__(tokenizer, control_tokens=control_tokens)
-        self.prefix, self.max_target = prefix, max_target
+        self.prefix = prefix
+        self.max_target = max_target
         self.template = None
         if self.eos_id is None:
             raise ConfigError("the tokenizer has no eos_token, so no answer would ever end; set one in its config")
@@ -137,52 +140,64 @@ class SourceTargetEncoder(Encoder):
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
         """Samples in the order of the documents, untruncated. Raises RefusedDocument."""
-        source = iter(documents)
-        while batch := list(islice(source, BATCH)):
+        remaining = iter(documents)
+        while batch := list(islice(remaining, BATCH)):
             sides = [source_and_target(document) for document in batch]
-            asked = [self.told(document, prompt) for document, (prompt, _, _) in zip(batch, sides, strict=True)]
+            prompt_texts = [self.told(document, prompt) for document, (prompt, _, _) in zip(batch, sides, strict=True)]
             prompts = self._texts(
-                [Rendered(self.prefix + told, [], told != side[0]) for told, side in zip(asked, sides, strict=True)]
+                [
+                    Rendered(self.prefix + prompt_text, [], prompt_text != side[0])
+                    for prompt_text, side in zip(prompt_texts, sides, strict=True)
+                ]
             )
             answers = self._texts([Rendered(answer, []) for _, answer, _ in sides])
             for document, prompt, answer, (_, _, weight) in zip(batch, prompts, answers, sides, strict=True):
-                supervised = np.arange(len(prompt) + len(answer)) >= len(prompt)
-                weights = supervised.astype(np.float32) * np.float32(weight) if 0 < weight < 1 else None
-                sample = Sample(np.concatenate([prompt, answer]), supervised & (weight > 0), weights=weights)
-                yield document, sample
+                input_ids = np.concatenate([prompt, answer])
+                in_answer = np.arange(len(input_ids)) >= len(prompt)
+                weights = None
+                if 0 < weight < 1:
+                    weights = in_answer.astype(np.float32) * np.float32(weight)
+                yield document, Sample(input_ids, in_answer & (weight > 0), weights=weights)
 
     def _texts(self, texts: list[Rendered]) -> Iterator[np.ndarray]:
         for encoding in self.encodings(texts)[0]:
             yield np.array([*self.opening, *encoding.ids, *self.closing], dtype=np.int32)
 
     def fit(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
-        """The sample with both sides within their bounds; none where `policy` drops it.
+        """The sample with both sides within their bounds, or nothing if `policy` drops it.
 
-        A cut prompt keeps the tokenizer's closing tokens; a cut answer does not, since it does not end there. Raises
-        DataError where the policy is `fail`.
+        A cut prompt keeps the tokenizer's closing tokens. A cut answer has none: the model should not learn to end there.
+        Raises DataError if the policy is `fail`.
         """
-        cut, most = sample.answer_begin(), self.max_target
-        answer = sample.input_ids[cut:]
-        if cut <= max_source and len(answer) <= most:
+        prompt_length = sample.answer_begin()
+        max_answer = self.max_target
+        answer = sample.input_ids[prompt_length:]
+        if prompt_length <= max_source and len(answer) <= max_answer:
             return [sample]
         if policy is OverLength.drop:
             return []
         if policy is OverLength.fail:
             raise DataError(
-                f"{document.where}: {cut} tokens of prompt and {len(answer)} of answer are more than data.max_length="
-                f"{max_source} and objective.max_target={most}; raise them, or set data.over_length to truncate or drop"
+                f"{document.where}: {prompt_length} tokens of prompt and {len(answer)} of answer are more than data.max_length="
+                f"{max_source} and objective.max_target={max_answer}; raise them, or set data.over_length to truncate or drop"
             )
         if policy is not OverLength.truncate:
             raise AssertionError(f"the config layer refuses data.over_length={policy.value} here")
-        tail = min(len(self.closing), max_source - 1) if cut > max_source else 0
-        return [sample.cut(slice(min(cut, max_source) - tail), slice(cut - tail, cut), slice(cut, cut + most))]
+        closing_length = 0
+        if prompt_length > max_source:
+            closing_length = min(len(self.closing), max_source - 1)
+        prompt_start = slice(min(prompt_length, max_source) - closing_length)
+        prompt_end = slice(prompt_length - closing_length, prompt_length)
+        answer_start = slice(prompt_length, prompt_length + max_answer)
+        return [sample.cut(prompt_start, prompt_end, answer_start)]
 
 
 def source_and_target(document: Document) -> tuple[str, str, float]:
-    """The prompt, the answer, and its weight, 0 where it is not learned. Raises RefusedDocument for what has none.
+    """(prompt, answer, weight of the answer). A weight of 0 means that it is not learned.
 
-    Of a conversation: an optional system turn, one user turn and one assistant turn; the prompt is the system turn, an
-    empty line, and the user turn. The separator of prompt/completion rows is left out: the two sides stand apart.
+    A conversation has an optional system turn, one user turn and one assistant turn; its prompt is the system turn, an empty
+    line, and the user turn. The separator of prompt/completion rows is left out, since the two sides are separate sequences.
+    Raises RefusedDocument for any other document.
     """
     if document.prompt is not None:
         return document.prompt, document.completion or "", 1.0
@@ -190,11 +205,11 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
     *system, user, assistant = turns if len(turns) > 1 else [{"role": ""}, {"role": ""}]
     roles = [turn["role"] for turn in turns]
     if (user["role"], assistant["role"]) != ("user", "assistant") or roles[:-2] not in ([], ["system"]):
-        what = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
+        kind = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
         raise RefusedDocument(
             document.where,
             "not_two_sided" if turns else WRONG_KIND,
-            f"{what}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
+            f"{kind}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
             "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model",
         )
     if document.tools or "tool_calls" in assistant or "reasoning_content" in assistant:
@@ -206,16 +221,16 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
         )
     prompt = "\n\n".join([*(turn["content"] for turn in system), user["content"]])
     if any("weight" in turn for turn in turns[:-1]):
-        said = (
+        problem = (
             "a turn before the answer has a weight, and objective=seq2seq learns the answer alone; leave the weight out"
         )
-        raise RefusedDocument(document.where, "bad_weight", f"{said}, or name weight in data.ignore_columns")
+        raise RefusedDocument(document.where, "bad_weight", f"{problem}, or name weight in data.ignore_columns")
     weight = float(assistant.get("weight", assistant.get("train", True)))
     return prompt, str(assistant["content"]), weight
 
 
 class TwoSidedCollator(Collator):
-    """Micro-batches of two sides of padded rows, similar lengths together."""
+    """Micro-batches with padded rows for the encoder and for the decoder, similar lengths together."""
 
     def __init__(self, layout: Layout, pad_token_id: int, decoder_start: int) -> None:
         super().__init__(layout, pad_token_id)
@@ -239,7 +254,8 @@ def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_i
     targets = np.full_like(decoder, IGNORED)
     decoder[:, 0] = start_token_id
     for row, (sample, cut, answer) in enumerate(zip(samples, cuts, answers, strict=True)):
-        ids[row, :cut], mask[row, :cut] = sample.input_ids[:cut], 1
+        ids[row, :cut] = sample.input_ids[:cut]
+        mask[row, :cut] = 1
         decoder[row, 1 : len(answer)] = answer[:-1]
         targets[row, : len(answer)] = answer
     return {
@@ -250,21 +266,24 @@ def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_i
     }
 
 
-def deal_two_sides(data: TokenDataset, documents: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
+def deal_two_sides(dataset: TokenDataset, documents: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
     """Deal positions in `documents` into `num_slots` slots of exactly `capacity`, similar lengths together.
 
-    Sorted by prompt, by answer or by both, whichever pads least. Deterministic. Slots come back costliest first.
+    Documents are sorted by prompt, by answer and by both, and the order that pads least is taken. Deterministic. Slots come
+    back costliest first.
     """
-    answers = data.num_supervised[documents]
-    prompts = data.lengths[documents] - answers
+    answers = dataset.num_supervised[documents]
+    prompts = dataset.lengths[documents] - answers
     best: list[np.ndarray] = []
-    least = None
+    least_cost = None
     for keys in ((answers, prompts), (prompts, answers), (prompts, prompts + answers)):
         slots = list(np.lexsort(keys)[::-1].reshape(num_slots, capacity))
         costs = [capacity * int(prompts[slot].max() + answers[slot].max()) for slot in slots]
-        if least is None or sum(costs) < least:
-            least = sum(costs)
-            best = [slots[number] for number in sorted(range(num_slots), key=lambda n: (-costs[n], n))]
+        total_cost = sum(costs)
+        if least_cost is None or total_cost < least_cost:
+            least_cost = total_cost
+            by_cost = sorted(range(num_slots), key=lambda number: (-costs[number], number))
+            best = [slots[number] for number in by_cost]
     return [sorted(slot.tolist()) for slot in best]
 
 
@@ -276,33 +295,34 @@ class Seq2seq(Objective):
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the encoder on `input_ids [S, N]`, the decoder on `decoder_input_ids [S, M]`, the head on `target_rows`."""
         head, hidden, targets, bias = answer_rows(model, batch)
-        counting = counting_of(batch)
+        counting = loss_counting(batch)
         if computes_loss(head):
-            found = head(hidden, targets=targets, counting=counting, added_bias=bias)
+            loss_terms = head(hidden, targets=targets, counting=counting, added_bias=bias)
         else:  # an adapter on the head adds to logits, so the logits are needed
             logits = head(hidden)
-            found = logits_loss(logits if bias is None else logits + bias, targets, counting)
-        return counted(batch, *found)
+            loss_terms = logits_loss(logits if bias is None else logits + bias, targets, counting)
+        return next_token_terms(batch, *loss_terms)
 
 
 def answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
     """The output head, the hidden states `[N, H]` that it is given, their targets `[N]`, and what the model adds to the
     head's output, `[V]`."""
-    whole: Any = plain_model(model)
-    read = whole.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    plain: Any = plain_model(model)
+    encoded = plain.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     # Answers are padded on the right, and no token sees a later one: the decoder needs no mask of its own.
-    hidden = whole.get_decoder()(
+    hidden = plain.get_decoder()(
         input_ids=batch["decoder_input_ids"],
-        encoder_hidden_states=read.last_hidden_state,
+        encoder_hidden_states=encoded.last_hidden_state,
         encoder_attention_mask=batch["attention_mask"],
         use_cache=False,
     ).last_hidden_state
     rows = batch["target_rows"]
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1])[rows], batch["targets"].view(-1)[rows]
-    if getattr(whole.config, "scale_decoder_outputs", False):  # T5 of 2019, whose head is its embedding
-        hidden = hidden * whole.config.d_model**-0.5
-    bias = getattr(whole, "final_logits_bias", None)  # BART's kin: a buffer [1, V] added to the head's output
-    return whole.get_output_embeddings(), hidden, targets, None if bias is None else bias[0]
+    hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
+    targets = batch["targets"].view(-1)[rows]
+    if getattr(plain.config, "scale_decoder_outputs", False):  # T5 of 2019, whose head is its embedding
+        hidden = hidden * plain.config.d_model**-0.5
+    bias = getattr(plain, "final_logits_bias", None)  # BART's kin: a buffer [1, V] added to the head's output
+    return plain.get_output_embeddings(), hidden, targets, None if bias is None else bias[0]
 
 
 SEQ2SEQ = Family(
@@ -311,7 +331,7 @@ SEQ2SEQ = Family(
     build=lambda config, beside: Seq2seq(),
     problems=problems,
     kind=ModelKind.encoder_decoder,
-    longest=lambda config, data: {"data.max_length": data.max_length, "objective.max_target": config.max_target},
-    writes_answers=True,
+    max_positions=lambda config, data: {"data.max_length": data.max_length, "objective.max_target": config.max_target},
+    generates_answers=True,
     better_when_larger=("accuracy",),
 )

@@ -16,8 +16,15 @@ from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.losses.divergence import Against, Divergence, Measure
-from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig, UnlabelledReading
-from trainer.objectives.causal import counted, summed_loss, supervised_rows
+from trainer.objectives.base import (
+    Family,
+    Objective,
+    ObjectiveConfig,
+    OtherSettings,
+    ReferenceModels,
+    UnlabelledReading,
+)
+from trainer.objectives.causal import next_token_terms, summed_loss, supervised_rows
 from trainer.objectives.teacher import Teacher, teacher_of
 
 
@@ -41,26 +48,27 @@ class SftConfig(ObjectiveConfig):
     """What is done against forgetting."""
 
 
-def forgetting_of(config: ObjectiveConfig) -> ForgettingConfig:
-    """What is done against forgetting; nothing under settings that no choice was made of."""
+def forgetting_settings(config: ObjectiveConfig) -> ForgettingConfig:
+    """The settings against forgetting; the defaults (off) for objectives that have none."""
     return config.forgetting if isinstance(config, SftConfig) else ForgettingConfig()
 
 
-def smoothing_of(config: ObjectiveConfig) -> float:
-    """How far labels are smoothed."""
+def label_smoothing(config: ObjectiveConfig) -> float:
+    """The share of label smoothing; 0 for objectives without that setting."""
     return config.label_smoothing if isinstance(config, SftConfig) else 0.0
 
 
-def holds(config: ObjectiveConfig) -> bool:
-    """Whether the objective compares with the distributions of the model as it was before training."""
-    return forgetting_of(config).kl_weight > 0
+def uses_replay_kl(config: ObjectiveConfig) -> bool:
+    """Whether the loss has the divergence from the model before training, on replayed documents."""
+    return forgetting_settings(config).kl_weight > 0
 
 
-def problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
-    """Whether there is something to replay, and what for."""
-    sources, forgetting = around.data.sources, forgetting_of(config)
-    replayed = [name for name, source in sources.items() if source.replay]
-    if forgetting.kl_weight > 0 and not replayed:
+def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with the settings of replay, forgetting and label smoothing together."""
+    sources = other_settings.data.sources
+    forgetting = forgetting_settings(config)
+    replayed_sources = [name for name, source in sources.items() if source.replay]
+    if forgetting.kl_weight > 0 and not replayed_sources:
         yield (
             f"objective.forgetting.kl_weight={forgetting.kl_weight:g}: no source is replayed; mark one of general text with "
             "data.sources.<name>.replay=true, or set it to 0"
@@ -70,12 +78,13 @@ def problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
             "objective.forgetting.replay_loss=false: with objective.forgetting.kl_weight=0 replayed documents would do "
             "nothing; set objective.forgetting.kl_weight=0.5, or replay_loss=true"
         )
-    if smoothing_of(config) and forgetting.kl_weight > 0:
+    if label_smoothing(config) and forgetting.kl_weight > 0:
         yield (
-            f"objective.label_smoothing={smoothing_of(config):g} with objective.forgetting.kl_weight={forgetting.kl_weight:g}: "
-            "spread targets pull away from the model that is to be held; set one of them to 0"
+            f"objective.label_smoothing={label_smoothing(config):g} with "
+            f"objective.forgetting.kl_weight={forgetting.kl_weight:g}: spread targets pull away from the model "
+            "that is to be held; set one of them to 0"
         )
-    if replayed and len(replayed) == len(sources) and not forgetting.replay_loss:
+    if replayed_sources and len(replayed_sources) == len(sources) and not forgetting.replay_loss:
         yield (
             "objective.forgetting.replay_loss=false: every source is replayed, so that nothing would be learned; mark "
             "only the general text with replay=true"
@@ -83,19 +92,23 @@ def problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
 
 
 class SftReading(UnlabelledReading):
-    """Documents as they are; where the model is held, the replayed ones of a micro-batch stand in it once more, apart."""
+    """Documents as they are. With `separate_replayed`, a micro-batch also holds its replayed documents as a batch of their own,
+    which the model before training reads."""
 
-    def __init__(self, *, held: bool = False) -> None:
-        self.held = held
-        self.marks = {REPLAY: 1} if held else {}
+    def __init__(self, *, separate_replayed: bool = False) -> None:
+        self.separate_replayed = separate_replayed
+        self.marks = {REPLAY: 1} if separate_replayed else {}
 
     def counts(self, sample: Sample) -> dict[str, float]:
-        """Supervised targets: a document's first token has none. Those of replayed documents are counted once more."""
-        learned = sample.learned()
-        return {"loss": learned, **({REPLAY: learned * int(sample.marks[REPLAY])} if REPLAY in sample.marks else {})}
+        """Supervised targets (a document's first token has none), and among them those of replayed documents."""
+        num_learned = sample.learned()
+        counts = {"loss": num_learned}
+        if REPLAY in sample.marks:
+            counts[REPLAY] = num_learned * int(sample.marks[REPLAY])
+        return counts
 
     def check(self, train: TokenDataset) -> None:
-        if self.held and (REPLAY not in train.counts or not train.counts[REPLAY].any()):
+        if self.separate_replayed and (REPLAY not in train.counts or not train.counts[REPLAY].any()):
             raise DataError(
                 "objective.forgetting.kl_weight: no learned token of the sources marked replay=true is left (see what was "
                 "dropped in the data report); raise data.max_length, loosen data.filters, or set "
@@ -103,22 +116,28 @@ class SftReading(UnlabelledReading):
             )
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
-        return (ReplayCollator if self.held else Collator)(layout, pad_token_id)
+        if self.separate_replayed:
+            return ReplayCollator(layout, pad_token_id)
+        return Collator(layout, pad_token_id)
 
 
 class ReplayCollator(Collator):
-    """Adds a micro-batch of the replayed documents alone, `replay`, and whose each supervised row is: `replay_rows` and
-    `other_rows` (int64 each)."""
+    """Adds `replay`, a batch of the replayed documents alone, and the indices of supervised rows by kind of document:
+    `replay_rows` and `other_rows` (int64)."""
 
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         if REPLAY not in samples[0].marks:
             return
-        ours = torch.tensor([bool(sample.marks[REPLAY]) for sample in samples])[batch["row_sequence"]]
-        batch |= {"replay_rows": ours.nonzero()[:, 0], "other_rows": (~ours).nonzero()[:, 0]}
-        chosen = [replace(sample, marks={}) for sample in samples if sample.marks[REPLAY]]
-        # Where there is none, the shortest document with nothing supervised: all ranks must run the model alike.
-        shortest = min(samples, key=lambda sample: len(sample.input_ids))
-        batch["replay"] = self(chosen or [Sample(shortest.input_ids, np.zeros_like(shortest.supervised))])
+        is_replayed = torch.tensor([bool(sample.marks[REPLAY]) for sample in samples])
+        is_replay_row = is_replayed[batch["row_sequence"]]
+        batch["replay_rows"] = is_replay_row.nonzero()[:, 0]
+        batch["other_rows"] = (~is_replay_row).nonzero()[:, 0]
+        replayed = [replace(sample, marks={}) for sample in samples if sample.marks[REPLAY]]
+        if not replayed:
+            # All ranks must run the model equally often: the shortest document, with nothing supervised, fills in.
+            shortest = min(samples, key=lambda sample: len(sample.input_ids))
+            replayed = [Sample(shortest.input_ids, np.zeros_like(shortest.supervised))]
+        batch["replay"] = self(replayed)
 
 
 class Sft(Objective):
@@ -129,15 +148,16 @@ class Sft(Objective):
 
     def __init__(self, smoothing: float = 0.0) -> None:
         self.smoothing = smoothing
-        if smoothing:  # the loss without it is logged, and is like that of evaluations
-            self.metrics, self.compared = ("nll",), "nll"
+        if smoothing:  # evaluations measure the loss without smoothing, so that is logged too
+            self.metrics = ("nll",)
+            self.comparable_term = "nll"
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the decoder on all tokens and the head on supervised rows only."""
-        return counted(batch, *summed_loss(model, batch, self.smoothing))
+        return next_token_terms(batch, *summed_loss(model, batch, self.smoothing))
 
 
-class Replaying(Sft):
+class SftWithReplayKl(Sft):
     """Beside the loss, KL(before, now) on the supervised rows of replayed documents: a mean over their tokens.
 
     Terms in training, all to be divided by the count of `loss`: `loss`, the sum of both with the gradient, and its parts
@@ -145,52 +165,61 @@ class Replaying(Sft):
     """
 
     metrics = ("sft_loss", "replay_kl")
-    compared = "sft_loss"
+    comparable_term = "sft_loss"
 
-    def __init__(self, config: ForgettingConfig, before: Teacher) -> None:
+    def __init__(self, config: ForgettingConfig, initial_model: Teacher) -> None:
         super().__init__()
-        self.config, self.before = config, before
+        self.config = config
+        self.initial_model = initial_model
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the decoder once on all tokens, and the model before training on the replayed documents."""
         if not torch.is_grad_enabled():
             return super().terms(model, batch)
-        before_head, before = self.before(model, batch["replay"])
-        head, selected, targets = supervised_rows(model, batch)
-        learned, replayed = batch["totals"]["loss"], batch["totals"][REPLAY]
-        # The loop divides by all learned tokens; these turn that into a division by their own number.
-        per_replayed = learned / (replayed or 1)
-        per_other = 1.0 if self.config.replay_loss else learned / ((learned - replayed) or 1)
-        total, replayed_nll, apart, _, nll = head(
-            selected,
+        initial_head, initial_hidden = self.initial_model(model, batch["replay"])
+        head, hidden, targets = supervised_rows(model, batch)
+        num_learned = batch["totals"]["loss"]
+        num_replayed = batch["totals"][REPLAY]
+        # The loop divides by all learned tokens of the step; these factors make it a mean over the tokens that have the term.
+        replay_scale = num_learned / (num_replayed or 1)
+        other_scale = 1.0
+        if not self.config.replay_loss:
+            other_scale = num_learned / ((num_learned - num_replayed) or 1)
+        loss, replayed_nll, replay_kl, _, nll = head(
+            hidden,
             targets=targets,
             against=Against(
                 measure=Measure(Divergence.forward_kl),
-                hidden=before,
-                head=before_head,
-                divergence_weight=self.config.kl_weight * per_replayed,
+                hidden=initial_hidden,
+                head=initial_head,
+                divergence_weight=self.config.kl_weight * replay_scale,
                 loss_weight=float(self.config.replay_loss),
                 rows=batch["replay_rows"],
                 others=batch["other_rows"],
-                others_weight=per_other,
+                others_weight=other_scale,
                 weights=batch.get("target_weights"),
             ),
         )
-        nll = nll + replayed_nll if self.config.replay_loss else nll * per_other
-        return {"loss": total, "sft_loss": nll.detach(), "replay_kl": apart.detach() * per_replayed}
+        if self.config.replay_loss:
+            nll = nll + replayed_nll
+        else:
+            nll = nll * other_scale
+        return {"loss": loss, "sft_loss": nll.detach(), "replay_kl": replay_kl.detach() * replay_scale}
 
 
-def build(config: ObjectiveConfig, beside: Beside) -> Objective:
-    """The plain loss, or that which holds the model."""
-    return Replaying(forgetting_of(config), teacher_of(beside)) if holds(config) else Sft(smoothing_of(config))
+def build(config: ObjectiveConfig, references: ReferenceModels) -> Objective:
+    """The plain loss, or the one with a divergence on replayed documents if `objective.forgetting.kl_weight` asks for it."""
+    if uses_replay_kl(config):
+        return SftWithReplayKl(forgetting_settings(config), teacher_of(references))
+    return Sft(label_smoothing(config))
 
 
 SFT = Family(
     settings=SftConfig,
-    reading=lambda config: SftReading(held=holds(config)),
+    reading=lambda config: SftReading(separate_replayed=uses_replay_kl(config)),
     build=build,
     problems=problems,
-    compares=holds,
+    compares_distributions=uses_replay_kl,
     replays=True,
-    writes_answers=True,
+    generates_answers=True,
 )

@@ -12,7 +12,7 @@ from strategies.runtime import dist_sum
 if TYPE_CHECKING:
     from strategies.base import Engine
     from trainer.data.batches.loader import StepBatch
-    from trainer.objectives.routed import Routed
+    from trainer.objectives.routed import AddedLosses
 
 
 def look_ahead(
@@ -23,24 +23,28 @@ def look_ahead(
     averaged: bool,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
-    """Each term of `batches` (this rank's micro-batches), summed over all ranks and divided by `count`: 0-d float32.
+    """Each term of this rank's micro-batches `batches`, summed over all ranks and divided by `count`: 0-d float32.
 
-    Without gradients and without dropout; `averaged` as in `Engine.inference`. All ranks must call, with equally many
-    micro-batches; `check_stop` is called after each.
+    Computed without gradients and dropout; `averaged` as in `Engine.inference`. All ranks must call, with equally many
+    micro-batches; `check_stop` is called after each. `count` of 0 leaves the sums as they are.
     """
     sums: dict[str, torch.Tensor] = {}
     with engine.inference(averaged=averaged) as module:
         for batch in batches:
-            for term, value in module(batch).items():
-                sums[term] = sums[term] + value.double() if term in sums else value.double()
+            for term, term_sum in module(batch).items():
+                if term in sums:
+                    sums[term] = sums[term] + term_sum.double()
+                else:
+                    sums[term] = term_sum.double()
             check_stop()
     if not sums:
         return {}
+    # One exchange for all terms, in an order that is the same on every rank.
     names = sorted(sums)
-    table = torch.stack([sums[name] for name in names])
+    totals = torch.stack([sums[name] for name in names])
     if engine.dp_size > 1:
-        table = dist_sum(table)
-    return {name: (total / (count or 1)).float() for name, total in zip(names, table, strict=True)}
+        totals = dist_sum(totals)
+    return {name: (total / (count or 1)).float() for name, total in zip(names, totals, strict=True)}
 
 
 def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
@@ -50,13 +54,18 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
     `choices` [experts], int64: how many tokens of the whole step chose each expert. With one micro-batch the forward pass itself
     counts them. With several they are counted here, in a pass of its own without gradients and dropout.
     """
-    routed: Routed | None = getattr(engine.step_module, "routed", None)
-    if routed is None or not routed.adds:
+    added_losses: AddedLosses | None = getattr(engine.step_module, "routed", None)
+    if added_losses is None or not added_losses.changes_loss:
         return {}
     context: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.dp_size}
-    if routed.losses.balance and len(batch.micro_batches) > 1:
+    if added_losses.router_losses.balance and len(batch.micro_batches) > 1:
         with engine.inference(averaged=False) as module:
-            choices = [module({**each, "choices_alone": True})["choices"] for each in batch.micro_batches]
+            choices = []
+            for micro_batch in batch.micro_batches:
+                outputs = module({**micro_batch, "choices_alone": True})
+                choices.append(outputs["choices"])
         total = torch.stack(choices).sum(0)
-        context["choices"] = dist_sum(total) if engine.dp_size > 1 else total
+        if engine.dp_size > 1:
+            total = dist_sum(total)
+        context["choices"] = total
     return context

@@ -9,26 +9,29 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from trainer.losses.next_token import LossHead
-from trainer.objectives.base import Beside, Reference
+from trainer.objectives.base import Reference, ReferenceModels
 from trainer.objectives.causal import plain_model, supervised_rows
 
 
 class Teacher(Protocol):
-    """Gives the states that a distribution over the vocabulary is made of."""
+    """Gives the hidden states (and the head) from which the teacher's distribution over the vocabulary is made.
+
+    Not the distribution itself: the loss makes it inside the head, a chunk of rows at a time.
+    """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
         """(head, None for the student's own; states `[M, H]` at the supervised rows of `batch`), without gradients."""
 
 
-class Nobody:
-    """Stands in where an objective only counts samples."""
+class NoTeacher:
+    """Stands in for a teacher where an objective is built only to count samples."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
         raise AssertionError("this objective was built without the model that it compares with")
 
 
 class FrozenModel:
-    """A model of its own, held by the step module."""
+    """A second model as teacher. The step module holds it, so that it is sharded beside the student."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -40,7 +43,7 @@ class FrozenModel:
 
 
 class AdapterOff:
-    """The tuned model without its adapter and without dropout."""
+    """The tuned model itself as teacher, with its adapter and dropout switched off."""
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
@@ -54,23 +57,31 @@ class AdapterOff:
                 head, hidden, _ = supervised_rows(model, batch)
         finally:
             model.train(training)
-        # A head that is trained in full stands beside the one it was copied from.
+        # Where the head trains in full (`modules_to_save`), peft keeps the original beside the trained copy.
         return getattr(head, "original_module", None), hidden
 
 
-def teacher_of(beside: Beside) -> Teacher:
-    """The frozen model that stands beside, else the tuned one with its adapter off."""
-    if beside.teacher is not None:
-        return FrozenModel(beside.teacher)
-    return Nobody() if beside.reference is None else AdapterOff(beside.reference)
+def teacher_of(references: ReferenceModels) -> Teacher:
+    """The teacher of a run: the frozen model if there is one, else the tuned model with its adapter off."""
+    if references.teacher is not None:
+        return FrozenModel(references.teacher)
+    if references.reference is not None:
+        return AdapterOff(references.reference)
+    return NoTeacher()
 
 
-def check_head(model: nn.Module, what: str) -> None:
-    """Raise ConfigError where the output head cannot compare distributions without making all logits."""
+def check_head(model: nn.Module, setting: str) -> None:
+    """Raise ConfigError if the output head cannot compare distributions without making all logits.
+
+    `setting` begins the message: the setting that asks for the comparison.
+    """
     head: Any = plain_model(model).get_output_embeddings()  # type: ignore[operator]
-    wrapped = getattr(head, "modules_to_save", {})
-    if not isinstance(head, LossHead) and not (len(wrapped) and all(isinstance(m, LossHead) for m in wrapped.values())):
-        raise ConfigError(
-            f"{what}: compares distributions inside the output head, which here is no plain linear layer "
-            f"({type(head).__name__}); leave it out of tuning.targets, or train it whole with tuning.modules_to_save"
-        )
+    if isinstance(head, LossHead):
+        return
+    copies = getattr(head, "modules_to_save", {})  # of a head that peft trains in full
+    if len(copies) and all(isinstance(copy, LossHead) for copy in copies.values()):
+        return
+    raise ConfigError(
+        f"{setting}: compares distributions inside the output head, which here is no plain linear layer "
+        f"({type(head).__name__}); leave it out of tuning.targets, or train it whole with tuning.modules_to_save"
+    )

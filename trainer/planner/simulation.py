@@ -225,7 +225,7 @@ def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source:
         tuning_config=config.tuning,
         layout=config.data.layout,
         tokenizer=tokenizer,
-        num_labels=family_of(config.objective).outputs or 2,
+        num_labels=family_of(config.objective).num_outputs or 2,
         context=meta_context(),
         half_on_gpu=runtime.device == SIMULATED and precision is not Precision.fp32,
     )

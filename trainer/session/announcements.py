@@ -29,178 +29,194 @@ from trainer.reporting.run_record import RunRecord
 from trainer.reporting.status import State, write_status
 from trainer.reporting.trackers.base import Ended, Table, Tracked
 from trainer.reporting.tracking import Trackers, open_apart, open_trackers, summary_of
-from trainer.session.attempt import Where
+from trainer.session.attempt import Attempt
 from trainer.session.run_facts import end_text, outcome_record, start_text, write_run_record
 from trainer.session.tracker_columns import name_of, tracker_settings
 from trainer.stopping.preempt import Agreement
 
-LINGER_S = 20.0
-"""Seconds that a run which failed gives a checkpoint to come to the disk that is being written beside it."""
+FAILED_SAVE_PATIENCE_S = 20.0
+"""Seconds that a failed run waits for a checkpoint that is still being written."""
 
 
 @dataclass(slots=True)
-class RunPlace:
-    """Where a run takes place and who hears of it."""
+class RunContext:
+    """What the parts of a run share: its ranks, its console, its agreement on stopping, and the attempt that it is."""
 
     sha256: str
-    """Of the configuration."""
+    """Hash of the configuration."""
     runtime: processes.Runtime
     console: Console
     agreement: Agreement
-    where: Where
+    attempt: Attempt
 
     @property
     def run_dir(self) -> Path:
-        """The directory of the run, which somebody may rename."""
-        assert self.where.run_dir is not None
-        return self.where.run_dir
+        """The current path of the run directory; somebody may rename it while the run is under way."""
+        assert self.attempt.run_dir is not None
+        return self.attempt.run_dir
 
 
-def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime) -> Console:
-    """The console of this rank, and on it what will be learned, before anything is."""
+def open_console(
+    config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime
+) -> Console:
+    """Open the console of this rank, and show on it the run, the data report and samples of what will be learned."""
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
-    head = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
+    headline = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
     reading = reading_of(config.objective)
-    shown = preview(data.train, tokenizer, reading, data.label_names, width=console.width)
-    console.say("\n".join([head, summary(data.report), shown]))
+    samples = preview(data.train, tokenizer, reading, data.label_names, width=console.width)
+    console.say("\n".join([headline, summary(data.report), samples]))
     return console
 
 
-def open_records(config: RunConfig, record: RunRecord, progress: Progress, place: RunPlace) -> Trackers:
-    """The start screen, and rank 0's trackers, with `run.json` and `status.json` begun; nothing on the others. All ranks call."""
-    place.console.say(start_text(record))
-    place.where.still_ours(place.runtime)
-    if not place.runtime.is_main:
+def open_records(config: RunConfig, record: RunRecord, progress: Progress, context: RunContext) -> Trackers:
+    """Show the start screen. On rank 0, open the trackers and write `run.json` and `status.json`. Other ranks get no trackers.
+
+    All ranks must call.
+    """
+    context.console.say(start_text(record))
+    context.attempt.require_ownership(context.runtime)
+    if not context.runtime.is_main:
         return Trackers()
     opened = open_trackers(
         Tracked(
             config=config.logging,
-            run_dir=place.run_dir,
+            run_dir=context.run_dir,
             run_id=progress.wandb_id or "",
             name=name_of(config),
             resumed_at=progress.step,
             settings=tracker_settings(config, record),
             data=Path(record.data_directory),
-            say=place.console.say,
+            say=context.console.say,
         )
     )
-    place.where.on_move.append(opened.trackers.move_to)
+    context.attempt.on_move.append(opened.trackers.move_to)
     progress.wandb_id = opened.run_id
     record.substitutions |= opened.substitutions
     record.from_environment = opened.from_environment or None
     for key, value in opened.substitutions.items():
-        place.console.say(f"resolved: {key}: {value}")
+        context.console.say(f"resolved: {key}: {value}")
     if opened.passed_over:
-        place.console.say(opened.passed_over)
-    write_run_record(place.run_dir, record)
-    write_status(place.run_dir, State.running, step=progress.step)
+        context.console.say(opened.passed_over)
+    write_run_record(context.run_dir, record)
+    write_status(context.run_dir, State.running, step=progress.step)
     return opened.trackers
 
 
-def tell_of_slow(place: RunPlace) -> Tell:
-    """What rank 0 does about a rank that holds the others up: a warning, and a word in `status.json` while it lasts."""
+def slow_rank_reporter(context: RunContext) -> Tell:
+    """The function that rank 0 calls when a rank becomes slow or recovers: it warns, and keeps `status.json` up to date."""
 
-    def tell(slow: Slow, now: list[Slow], step: int) -> None:
-        again = f"rank {slow.rank} on {slow.host} is as fast as the other ranks again"
-        place.console.say(f"warning: step {step}: {slow}" if slow in now else f"step {step}: {again}")
-        if place.where.lost() is None:
-            with suppress(ShardtuneError):  # a full disk is told of by what must be written
-                reasons = [*([place.where.note] if place.where.note else []), *(each.since() for each in now)]
-                why = "; ".join(reasons) or None
-                write_status(place.run_dir, State.running, step=step, reason=why, slow=[asdict(each) for each in now])
-
-    return tell
-
-
-def tell_of_challenges(place: RunPlace) -> Callable[[dict[str, Any]], None]:
-    """What is done with the record of the detectors after each look: a few words in `status.json`, now and at the end."""
-
-    def tell(challenges: dict[str, Any]) -> None:
-        note = status_note(challenges)
-        if note == place.where.note:
+    def report(slow: Slow, slow_ranks: list[Slow], step: int) -> None:
+        """`slow`: the rank that changed; `slow_ranks`: all that are slow now."""
+        if slow in slow_ranks:
+            context.console.say(f"warning: step {step}: {slow}")
+        else:
+            context.console.say(f"step {step}: rank {slow.rank} on {slow.host} is as fast as the other ranks again")
+        if context.attempt.why_lost() is not None:
             return
-        place.where.note = note
-        if place.runtime.is_main and place.where.lost() is None:
-            with suppress(ShardtuneError):  # a full disk is told of by what must be written
-                write_status(place.run_dir, State.running, step=place.where.step, reason=note)
+        reasons = []
+        if context.attempt.note:
+            reasons.append(context.attempt.note)
+        reasons += [slow_rank.since() for slow_rank in slow_ranks]
+        reason = "; ".join(reasons) or None
+        rows = [asdict(slow_rank) for slow_rank in slow_ranks]
+        with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so
+            write_status(context.run_dir, State.running, step=step, reason=reason, slow=rows)
 
-    return tell
+    return report
+
+
+def challenge_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
+    """The function that is called with the detectors' record after each evaluation: it keeps the note in `status.json` up to
+    date, where it stays at the end of the run."""
+
+    def report(challenges: dict[str, Any]) -> None:
+        note = status_note(challenges)
+        if note == context.attempt.note:
+            return
+        context.attempt.note = note
+        if context.runtime.is_main and context.attempt.why_lost() is None:
+            with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so
+                write_status(context.run_dir, State.running, step=context.attempt.step, reason=note)
+
+    return report
 
 
 @contextmanager
-def until_it_ends(
+def record_end(
     config: RunConfig,
     trackers: Trackers,
     outcome: Outcome,
     record: RunRecord,
     measures: tuple[Meter, Checkpoints],
-    place: RunPlace,
+    context: RunContext,
 ) -> Iterator[None]:
-    """Around all that may end the run: however it does, trackers are told, and `run.json` has what it took."""
+    """A context around the steps of a run. However they end, trackers are closed, and `run.json` gets what the run took."""
     meter, checkpoints = measures
     ended = Ended(State.done)
     try:
         yield
     except BaseException as error:
         ended = Ended.by(error)
-        if ended.state is State.failed and isinstance(error, Exception):  # not where somebody pressed Ctrl-C
-            checkpoints.linger(LINGER_S)
+        if ended.state is State.failed and isinstance(error, Exception):  # not after a Ctrl-C
+            checkpoints.linger(FAILED_SAVE_PATIENCE_S)
         raise
     finally:
-        place.console.leave()
+        context.console.leave()
         speed = outcome.speed or meter.speed()
         trackers.summarise(summary_of({**outcome.last_row, **meter.peaks}, speed, outcome.after))
-        export = place.run_dir / "export"
-        done = ended.state is State.done and config.export.at_end and export.is_dir()
-        trackers.close(replace(ended, exported=export if done else None))
+        export = context.run_dir / "export"
+        has_export = ended.state is State.done and config.export.at_end and export.is_dir()
+        trackers.close(replace(ended, exported=export if has_export else None))
         if ended.state is not State.done:
-            for name, where in trackers.hints:
-                place.console.say(f"{name + ':':<11} {where}")
+            for name, link in trackers.hints:
+                context.console.say(f"{name + ':':<11} {link}")
         record.challenges = outcome.challenges
-        note_measured(record, meter, checkpoints, place)
+        record_measured(record, meter, checkpoints, context)
 
 
-def note_measured(record: RunRecord, meter: Meter, checkpoints: Checkpoints, place: RunPlace) -> None:
-    """What the run took into `run.json`, however it ends: rank 0's word, without a collective."""
-    if place.runtime.is_main:
-        if (refused := checkpoints.copies.refused) is not None:
+def record_measured(record: RunRecord, meter: Meter, checkpoints: Checkpoints, context: RunContext) -> None:
+    """Write into `run.json` what the run took, however it ended. On rank 0 alone; no collective."""
+    if context.runtime.is_main:
+        refused = checkpoints.state_buffer.refused
+        if refused is not None:
             record.substitutions["checkpoint.background"] = f"false: {refused}"
         assert record.receipt is not None  # since `run_facts`
-        record.receipt.measured = measured(meter, place.runtime.device, checkpoints.last)
-        with suppress(OSError, ShardtuneError):  # what ended the run is not to be hidden; a success writes it once more
-            if place.where.lease is not None:
-                place.where.lease.check()
-            write_run_record(place.run_dir, record)
+        record.receipt.measured = measured(meter, context.runtime.device, checkpoints.last)
+        # An error here would hide what ended the run. A run that succeeds writes the file once more.
+        with suppress(OSError, ShardtuneError):
+            if context.attempt.lease is not None:
+                context.attempt.lease.check()
+            write_run_record(context.run_dir, record)
 
 
-def metered(config: RunConfig, place: RunPlace) -> AbstractContextManager[None]:
-    """Meanwhile each host measures its energy, where that is asked for."""
-    return metering(config.logging.energy, place.run_dir, place.runtime, place.console.say)
+def metering_energy(config: RunConfig, context: RunContext) -> AbstractContextManager[None]:
+    """A context in which each host measures its energy, if `logging.energy` asks for it."""
+    return metering(config.logging.energy, context.run_dir, context.runtime, context.console.say)
 
 
 def close_records(
-    record: RunRecord, outcome: Outcome, exported: Path | None, trackers: Trackers, place: RunPlace
+    record: RunRecord, outcome: Outcome, exported: Path | None, trackers: Trackers, context: RunContext
 ) -> None:
-    """The outcome into `run.json`, and the last lines on the screen. All ranks must call."""
-    if place.runtime.is_main:
-        record.energy = taken(place.run_dir)
+    """Write the outcome into `run.json`, and show the last lines on the screen. All ranks must call."""
+    if context.runtime.is_main:
+        record.energy = taken(context.run_dir)
         record.outcome = outcome_record(outcome)
-        write_run_record(place.run_dir, record)
-        place.console.say(end_text(place.run_dir, outcome, exported, trackers.hints))
-    processes.barrier(place.runtime)
+        write_run_record(context.run_dir, record)
+        context.console.say(end_text(context.run_dir, outcome, exported, trackers.hints))
+    processes.barrier(context.runtime)
 
 
 def track_evaluation(
     config: RunConfig, directory: Path, report: dict[str, Any], shown: dict[str, Table], say: Callable[[str], None]
 ) -> None:
-    """A run of its own in W&B, where W&B is on, with the numbers of a report and its tables; rank 0 alone.
+    """Log an evaluation to W&B, if W&B is on, as a run of its own with the numbers and tables of its report. On rank 0 alone.
 
-    `directory`: where W&B's files go. A tracker that fails is told of and ends nothing.
+    `directory`: for W&B's files. A tracker that fails is reported and ends nothing.
     """
     model = report["model"]
     name = Path(model["run"] or model["path"]).name
     step = int(re.sub(r"\D", "", model["checkpoint"] or "") or 0)
-    about = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
+    facts = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
     opened = open_apart(
         Tracked(
             config=replace(
@@ -217,22 +233,22 @@ def track_evaluation(
             run_id="",
             name=f"evaluate-{name}",
             resumed_at=0,
-            settings={**model, **about, "against": report.get("against", {}).get("what"), "config": plain(config)},
+            settings={**model, **facts, "against": report.get("against", {}).get("what"), "config": plain(config)},
             say=say,
         )
     )
     for key, value in opened.substitutions.items():
         say(f"resolved: {key}: {value}")
-    values = {
-        f"eval/{task}/{metric}{part and '/' + part}": each[part or "value"]
-        for task, said in report["tasks"].items()
-        for metric, each in said["metrics"].items()
-        for part in ("", "low", "high")
-        if each.get(part or "value") is not None
-    }
+    values: dict[str, float] = {}
+    for task, task_report in report["tasks"].items():
+        for metric, measured_value in task_report["metrics"].items():
+            name = f"eval/{task}/{metric}"
+            for key, field in ((name, "value"), (f"{name}/low", "low"), (f"{name}/high", "high")):
+                if measured_value.get(field) is not None:
+                    values[key] = measured_value[field]
     opened.trackers.log(values, step=step)
     opened.trackers.tables(shown, step=step)
     opened.trackers.summarise(values)
     opened.trackers.close(Ended(State.done))
-    for tracker, where in opened.trackers.hints:
-        say(f"{tracker}: {where}")
+    for tracker, link in opened.trackers.hints:
+        say(f"{tracker}: {link}")

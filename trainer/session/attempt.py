@@ -31,39 +31,39 @@ from trainer.reporting.status import (
 from trainer.session.lease import Lease, LeaseLost
 from trainer.stopping.signals import StopRequest
 
-SHOWN = 8
+SHOWN_FILES = 8
 """Files that are named in a message."""
 
 
 @dataclass(slots=True)
-class Where:
-    """How far the run is, for the record of a failure."""
+class Attempt:
+    """One attempt at a run: its phase and step for the record of a failure, its directory, and who owns that."""
 
     phase: str = "data preparation"
     step: int | None = None
     note: str | None = None
-    """What is wrong with a run that goes on or is done, for `status.json`: findings of the detectors."""
+    """What the detectors found in a run that goes on or is done, for `status.json`."""
     run_dir: Path | None = None
     lease: Lease | None = None
-    """Rank 0's."""
+    """Ownership of the run directory; on rank 0 alone."""
     heartbeats: Heartbeats | None = None
-    """Signs of life of the ranks, where there are several and they have met."""
+    """Signs of life between the ranks; None for a single rank, and before the ranks have met."""
     renamed_from: Path | None = None
-    """Where the directory was before somebody renamed it while the run was under way."""
+    """The path of the directory before somebody renamed it while the run was under way."""
     on_move: list[Callable[[Path], None]] = field(default_factory=list)
-    """Told the new path of the directory after it was renamed."""
+    """Called with the new path of the directory after it was renamed."""
     at_timeout: Callable[[Exchange], None] | None = None
-    """Told of an exchange for which NCCL is about to end this process."""
+    """Called with an exchange for which NCCL is about to end this process."""
     when_cut_off: Callable[[CutOffRank], None] | None = None
-    """Ends this process, which is cut off from the host of the ranks' store."""
+    """Ends this process, which has lost its connection to the host of the ranks' store."""
 
     @contextlib.contextmanager
-    def meet(self, timeout_s: float) -> Iterator[Meeting]:
-        """Until there is a process group: this rank is heard of through the ranks' store, and hears of the others.
+    def join_ranks(self, timeout_s: float) -> Iterator[Meeting]:
+        """A context until there is a process group. The ranks meet in their store and start to send signs of life.
 
-        All ranks must call, within `timeout_s`. Where they stop (Preempted) since rank 0 lost the directory, all raise LeaseLost.
+        All ranks must call, within `timeout_s`. If they stop (Preempted) because rank 0 lost the directory, all raise LeaseLost.
         """
-        meeting = Meeting.join(timeout_s, self.lost)
+        meeting = Meeting.join(timeout_s, self.why_lost)
         if meeting.store is not None:
             self.heartbeats = Heartbeats(
                 meeting.store, meeting.rank, meeting.world, lambda: (self.phase, self.step), timeout_s
@@ -73,7 +73,8 @@ class Where:
         try:
             yield meeting
         except Preempted as stop:
-            if (lost := meeting.leave()) is not None:
+            lost = meeting.leave()
+            if lost is not None:
                 raise LeaseLost(lost) from stop
             raise
 
@@ -81,15 +82,15 @@ class Where:
         """Note the step that is being taken."""
         self.step = step
 
-    def settle(self, run_dir: Path, rank: int) -> Path:
-        """The directory of the run, now that this rank knows it; stacks of its threads go there when they are asked for."""
+    def set_run_dir(self, run_dir: Path, rank: int) -> Path:
+        """Note the directory of the run, and return it. Stacks of this rank's threads are written there on request."""
         self.run_dir = run_dir
         if self.heartbeats is not None:
             self.heartbeats.write_stacks_to(run_dir / "logs" / f"rank-{rank}.stacks")
         return run_dir
 
-    def lost(self) -> str | None:
-        """Why the directory is no longer this attempt's; None where it is, and on all ranks but 0."""
+    def why_lost(self) -> str | None:
+        """Why the directory is no longer this attempt's; None if it is, and on all ranks but 0."""
         if self.lease is not None:
             try:
                 self.lease.check()
@@ -97,33 +98,36 @@ class Where:
                 return str(caught)
         return None
 
-    def still_ours(self, runtime: Runtime) -> None:
-        """Before anything is published: follow a directory that was renamed; all ranks must call.
+    def require_ownership(self, runtime: Runtime) -> None:
+        """Check that the directory is still this attempt's, and follow it if it was renamed. To be called before anything is
+        published. All ranks must call.
 
-        Raises LeaseLost on every rank where another attempt owns the directory, or it was deleted.
+        Raises LeaseLost on every rank if another attempt owns the directory, or if it was deleted.
         """
-        lost = self.lost()
-        home = None if lost is not None or self.lease is None else self.lease.home
+        lost = self.why_lost()
+        home = None
+        if lost is None and self.lease is not None:
+            home = self.lease.home
         lost, home = broadcast_object((lost, home), runtime)
         if lost is not None:
             raise LeaseLost(lost)
         if home is not None:
-            self.move(home)
+            self.follow_rename(home)
 
-    def move(self, home: Path) -> None:
+    def follow_rename(self, home: Path) -> None:
         """Note that the directory of the run is `home`. No collective."""
         if self.run_dir is None or home == self.run_dir:
             return
         self.renamed_from = self.renamed_from or self.run_dir
         self.run_dir = home
-        for tell in self.on_move:
-            tell(home)
+        for notify in self.on_move:
+            notify(home)
 
 
 def refuse_replaced(run_dir: Path, sha256: str) -> None:
-    """For the owner of the directory: raise ConfigError where the configuration frozen there is not that of this attempt.
+    """Raise ConfigError if the configuration frozen in the directory is not this attempt's. For the owner of the directory.
 
-    Two starts in the same moment may both freeze theirs before either owns the directory.
+    Two starts in the same moment may both freeze their configuration before either owns the directory.
     """
     try:
         frozen = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
@@ -137,17 +141,17 @@ def refuse_replaced(run_dir: Path, sha256: str) -> None:
 
 
 @contextlib.contextmanager
-def rank_of_job(run_dir: Path | None, lease_s: int) -> Iterator[tuple[StopRequest, Where]]:
-    """This process as one rank of the job that its environment describes, from before the first record to after the last.
+def rank_of_job(run_dir: Path | None, lease_s: int) -> Iterator[tuple[StopRequest, Attempt]]:
+    """A context for this process as one rank of the job that its environment describes, around everything that it records.
 
-    Signals become a request to stop, the directory is owned and told how it ended (`attempt`), and the groups of processes end
-    with it: in order, or at once where this rank failed. Raises what ended it.
+    Within it, signals become a request to stop, and this attempt owns the run directory (`run_attempt`). At its end, the
+    process groups end too: in order, or at once if this rank failed. Raises what ended the run.
     """
     failed = False
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
-    with StopRequest(interrupts=alone) as request:  # over when everything is written down
+    is_single_rank = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
+    with StopRequest(interrupts=is_single_rank) as request:  # over when everything is written down
         try:
-            with attempt(run_dir, lease_s, request) as where:
+            with run_attempt(run_dir, lease_s, request) as where:
                 yield request, where
         except Preempted as stop:
             stop.signal_name = request.signal_name
@@ -160,160 +164,194 @@ def rank_of_job(run_dir: Path | None, lease_s: int) -> Iterator[tuple[StopReques
 
 
 @contextlib.contextmanager
-def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Where]:
-    """The life of this rank's attempt; `run_dir` is needed on rank 0 only, which owns it from here to the end.
+def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Attempt]:
+    """A context around this rank's attempt. `run_dir` is needed on rank 0 only, which owns it until the context ends.
 
-    The first failing rank leaves `failure.json`, which a success and the next attempt remove; rank 0 keeps `status.json`. Nothing
-    is written into a directory that is another attempt's. Raises what ended the run, InUse where it could not begin.
+    The first failing rank leaves `failure.json`, which a success and the next attempt remove. `status.json` says how it
+    ended. Nothing is written into a directory that is another attempt's. Raises what ended the run, or InUse if another
+    attempt owns the directory.
     """
-    where = Where(run_dir=run_dir)
+    attempt = Attempt(run_dir=run_dir)
     rank = int(os.environ.get("RANK", 0))
-    # Each host's first rank tells its own launcher; where the disk is shared, that is one directory and rank 0's word.
-    tells = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
-    with _owned(run_dir if rank == 0 else None, lease_s, request) as where.lease:
+    # The first rank of each host reports to that host's launcher. On a shared disk, all of them write the same file.
+    writes_status = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with _own_directory(run_dir if rank == 0 else None, lease_s, request) as attempt.lease:
         try:
-            if where.lease is not None and run_dir is not None:
+            if attempt.lease is not None and run_dir is not None:
                 clear_failure(run_dir)
                 write_status(run_dir, State.running, reason="starting")
-            where.at_timeout = partial(_before_nccl_aborts, where, rank)
-            where.when_cut_off = partial(_end_cut_off, where, rank)
-            request.leave_when_stuck(partial(_leave, where))
-            yield where
-            if tells and where.run_dir is not None:
-                write_status(where.run_dir, State.done, step=where.step, reason=where.note)
-                clear_failure(where.run_dir)
+            attempt.at_timeout = partial(_before_nccl_aborts, attempt, rank)
+            attempt.when_cut_off = partial(_end_cut_off, attempt, rank)
+            request.leave_when_stuck(partial(_end_before_training, attempt))
+            yield attempt
+            if writes_status and attempt.run_dir is not None:
+                write_status(attempt.run_dir, State.done, step=attempt.step, reason=attempt.note)
+                clear_failure(attempt.run_dir)
         except NotOurs:
             raise
         except BaseException as caught:
             error: BaseException = caught
-            if is_panic(caught):  # no Exception: nobody further out would take it for an error
+            if is_panic(caught):  # a BaseException, which no handler further out takes for an error
                 error = tokenizer_panic(caught, "a tokenizer of this run")
-            request.must_save()  # this thread writes down how it ended
-            if where.lease is not None:
-                where.lease.check()
-                where.move(where.lease.home)
-            if isinstance(error, Preempted | KeyboardInterrupt):
-                if tells and where.run_dir is not None:
-                    state = State.preempted if isinstance(error, Preempted) else State.failed
-                    reason = str(error) or "interrupted"
-                    if where.renamed_from is not None:
-                        reason = (
-                            f"the directory was renamed from {where.renamed_from} while the run was under way; {reason}"
-                        )
-                    write_status(where.run_dir, state, step=where.step, reason=reason)
-            else:
-                _record(where, rank, error)
+            request.must_save()  # from here on, only this thread ends the process
+            if attempt.lease is not None:
+                attempt.lease.check()
+                attempt.follow_rename(attempt.lease.home)
+            if not isinstance(error, Preempted | KeyboardInterrupt):
+                _record_failure(attempt, rank, error)
+            elif writes_status:
+                _write_stopped(attempt, error)
             if error is caught:
                 raise
             raise error from caught
 
 
-def _record(where: Where, rank: int, error: BaseException) -> None:
-    """The first cause into `failure.json` and `status.json`: the silent rank, where this one only lost its peer."""
-    if where.run_dir is None or read_failure(where.run_dir):
+def _write_stopped(attempt: Attempt, error: BaseException) -> None:
+    """Write into `status.json` that a signal or Ctrl-C stopped the run."""
+    if attempt.run_dir is None:
         return
-    if LOST_PEER.search(str(error)) and read_status(where.run_dir).get("state") == State.preempted:
-        return  # a peer was asked to stop and has ended, which this rank met as a lost connection
-    cause: SilentRank | CutOffRank | LaggingRank | None = (
-        None if where.heartbeats is None else where.heartbeats.cause(error)
-    )
-    waited = not isinstance(error, ShardtuneError) and TIMED_OUT.search(str(error)) is not None
-    exchanges: dict[int, Exchange] | None = None
-    if waited and cause is None and where.heartbeats is not None:  # all give signs of life
-        exchanges = where.heartbeats.collect_exchanges(None)
-        cause = where.heartbeats.lagging_rank(error, exchanges)
-    phase, step = where.phase, where.step
-    about: dict[str, Any] = {}
-    if cause is not None:
-        cause.__cause__ = error  # so that the record has where this rank waited
-        seen, error = cause.sign, cause
-        rank, phase, step = seen.rank, seen.phase, seen.step
-        about = {"host": seen.host, "pid": seen.pid, "gone": not cause.hung}
-    if not record_failure(where.run_dir, rank, error, phase, step, **about) and read_failure(where.run_dir):
-        return  # another rank was first; else the disk has no room for it
-    first = first_sentence(str(error)) or type(error).__name__
-    with contextlib.suppress(StorageError):  # which would hide what ended the run
-        write_status(where.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {first}")
-    if waited and where.heartbeats is not None:
-        if exchanges is None:
-            exchanges = where.heartbeats.collect_exchanges(cause.sign if cause else None)
-        about |= _where_all_were(where.run_dir, error, exchanges)
-        record_failure(where.run_dir, rank, error, phase, step, replace=True, **about)
+    state = State.failed
+    if isinstance(error, Preempted):
+        state = State.preempted
+    reason = str(error) or "interrupted"
+    if attempt.renamed_from is not None:
+        reason = f"the directory was renamed from {attempt.renamed_from} while the run was under way; {reason}"
+    write_status(attempt.run_dir, state, step=attempt.step, reason=reason)
 
 
-def _leave(where: Where, signal_name: str) -> None:
-    """End this process, whose main thread does not look at a request to stop before training. Nothing is lost by it.
+def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
+    """Write the first cause of a failure into `failure.json` and `status.json`.
 
-    Several ranks: the exit code makes torchrun or srun end the others, whatever they wait in. In a thread of its own.
+    If this rank only lost its connection to another, the cause is the rank that sends no signs of life any more.
     """
-    run_dir = where.run_dir
+    if attempt.run_dir is None or read_failure(attempt.run_dir):
+        return
+    if LOST_PEER.search(str(error)) and read_status(attempt.run_dir).get("state") == State.preempted:
+        return  # a peer was asked to stop and has ended, and this rank lost the connection to it
+    cause: SilentRank | CutOffRank | LaggingRank | None = None
+    if attempt.heartbeats is not None:
+        cause = attempt.heartbeats.cause(error)
+    timed_out = not isinstance(error, ShardtuneError) and TIMED_OUT.search(str(error)) is not None
+    exchanges: dict[int, Exchange] | None = None
+    if timed_out and cause is None and attempt.heartbeats is not None:
+        # All ranks give signs of life: the one that is behind in the order of exchanges is the cause.
+        exchanges = attempt.heartbeats.collect_exchanges(None)
+        cause = attempt.heartbeats.lagging_rank(error, exchanges)
+    phase = attempt.phase
+    step = attempt.step
+    details: dict[str, Any] = {}
+    if cause is not None:
+        cause.__cause__ = error  # so that the record also says where this rank waited
+        error = cause
+        last_sign = cause.sign
+        rank = last_sign.rank
+        phase = last_sign.phase
+        step = last_sign.step
+        details = {"host": last_sign.host, "pid": last_sign.pid, "gone": not cause.hung}
+    if not record_failure(attempt.run_dir, rank, error, phase, step, **details) and read_failure(attempt.run_dir):
+        return  # another rank was first
+    # If there is no failure.json even so, the disk has no room for it: try the status.
+    summary = first_sentence(str(error)) or type(error).__name__
+    with contextlib.suppress(StorageError):  # it would hide what ended the run
+        write_status(attempt.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {summary}")
+    if timed_out and attempt.heartbeats is not None:
+        if exchanges is None:
+            exchanges = attempt.heartbeats.collect_exchanges(cause.sign if cause else None)
+        details |= _hang_details(attempt.run_dir, error, exchanges)
+        record_failure(attempt.run_dir, rank, error, phase, step, replace=True, **details)
+
+
+def _end_before_training(attempt: Attempt, signal_name: str) -> None:
+    """End this process because its main thread, stuck before training, ignores a request to stop. Nothing is lost.
+
+    Runs in a thread of its own. With several ranks, the exit code makes torchrun or srun end the others, whatever they wait in.
+    """
+    run_dir = attempt.run_dir
     code = Preempted.exit_code
     if signal_name == "SIGINT":
         code = 130
-    with contextlib.suppress(ShardtuneError, OSError):  # a directory that is not ours any more, or a full disk
-        if where.lease is not None:
-            where.lease.check()
-        # torchrun sends TERM as well, to the peers of a rank that failed: that rank's record stays the cause.
+    with contextlib.suppress(ShardtuneError, OSError):  # the directory is another attempt's, or the disk is full
+        if attempt.lease is not None:
+            attempt.lease.check()
+        # torchrun also sends SIGTERM to the peers of a rank that failed. That rank's record stays the cause.
         if run_dir is not None and not read_failure(run_dir):
-            write_status(run_dir, State.preempted, reason=f"{signal_name} during: {where.phase}")
-        if where.lease is not None:
-            where.lease.release()
-    if "SHARDTUNE_LAUNCHER" not in os.environ:  # else the launcher says it
-        place = "" if run_dir is None else f"{run_dir}: "
-        text = f"{place}stopped during {where.phase}, nothing lost; the same command begins again"
+            write_status(run_dir, State.preempted, reason=f"{signal_name} during: {attempt.phase}")
+        if attempt.lease is not None:
+            attempt.lease.release()
+    if "SHARDTUNE_LAUNCHER" not in os.environ:  # a launcher prints this itself
+        directory = "" if run_dir is None else f"{run_dir}: "
+        text = f"{directory}stopped during {attempt.phase}, nothing lost; the same command begins again"
         with contextlib.suppress(OSError):  # nobody reads it any more
             os.write(2, f"{text}\n".encode())
     end_process(code)
 
 
 class TimedOut(RuntimeError):
-    """An exchange that others did not come to, under NCCL: its watchdog aborts the process, which raises nothing."""
+    """An exchange under NCCL that other ranks did not join. NCCL's watchdog aborts the process, so nothing is raised."""
 
     retry = "node_fail"
 
 
-def _before_nccl_aborts(where: Where, rank: int, waited: Exchange) -> None:
-    """Record the exchange as the failure, and forget it again where the run goes on after all. In a thread of its own."""
-    here = where.phase, where.step
-    _record(where, rank, TimedOut(f"timed out: {waited} is not over after {waited.waits_s or 0:.0f} s (run.timeout_s)"))
-    while (where.phase, where.step) == here:
+def _before_nccl_aborts(attempt: Attempt, rank: int, exchange: Exchange) -> None:
+    """Record the exchange as the failure, and remove the record if the run goes on after all. Runs in a thread of its own."""
+    position = (attempt.phase, attempt.step)
+    _record_failure(
+        attempt,
+        rank,
+        TimedOut(f"timed out: {exchange} is not over after {exchange.waits_s or 0:.0f} s (run.timeout_s)"),
+    )
+    while (attempt.phase, attempt.step) == position:
         time.sleep(1)
-    if where.run_dir is not None:
-        clear_failure(where.run_dir)
+    if attempt.run_dir is not None:
+        clear_failure(attempt.run_dir)
 
 
-def _end_cut_off(where: Where, rank: int, error: CutOffRank) -> None:
-    """Record that this rank is cut off, and end its process, whose main thread may wait for a library without a limit."""
-    if where.run_dir is not None:
-        record_failure(where.run_dir, rank, error, where.phase, where.step)
+def _end_cut_off(attempt: Attempt, rank: int, error: CutOffRank) -> None:
+    """Record that this rank is cut off, and end its process: the main thread may wait in a library without a limit."""
+    if attempt.run_dir is not None:
+        record_failure(attempt.run_dir, rank, error, attempt.phase, attempt.step)
     with contextlib.suppress(OSError):  # nobody reads it any more
         os.write(2, f"{error}\n".encode())
     end_process(error.exit_code)
 
 
 def first_sentence(text: str) -> str:
-    """The first line of a message, with what it announces by a colon."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    ends = next((n for n, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
-    return " ".join(lines[:ends])
+    """The first line of a message. After a line that ends with a colon, the next one is added."""
+    sentence = []
+    for line in text.splitlines():
+        line = line.strip()
+        if not line:
+            continue
+        sentence.append(line)
+        if not line.endswith(":"):
+            break
+    return " ".join(sentence)
 
 
-def _where_all_were(run_dir: Path, error: BaseException, exchanges: dict[int, Exchange]) -> dict[str, Any]:
-    """What `failure.json` has of a hang beside its cause: the last exchange of each rank, the files of their stacks."""
-    logs = run_dir / "logs"
-    stacks = [str(path.relative_to(run_dir)) for path in sorted(logs.glob("rank-*.stacks")) if path.stat().st_size]
-    said = [
-        f"rank {rank}: {'last exchange' if last.waits_s is None else 'waits in'} {last}"
-        for rank, last in sorted(exchanges.items())
-    ]
+def _hang_details(run_dir: Path, error: BaseException, exchanges: dict[int, Exchange]) -> dict[str, Any]:
+    """Fields of `failure.json` for a hang: the last exchange of each rank, and the files with the stacks of their threads."""
+    stacks = []
+    for path in sorted((run_dir / "logs").glob("rank-*.stacks")):
+        if path.stat().st_size:
+            stacks.append(str(path.relative_to(run_dir)))
+    lines = [redacted(str(error))]
+    for rank, exchange in sorted(exchanges.items()):
+        what = "last exchange" if exchange.waits_s is None else "waits in"
+        lines.append(f"  rank {rank}: {what} {exchange}")
     if stacks:
-        said.append(f"where the threads of ranks were: {', '.join(stacks[:SHOWN])}{' ...' * (len(stacks) > SHOWN)}")
-    message = "\n".join([redacted(str(error)), *(f"  {line}" for line in said)])
-    return {"message": message, "exchanges": {rank: str(last) for rank, last in exchanges.items()}, "stacks": stacks}
+        more = " ..." if len(stacks) > SHOWN_FILES else ""
+        lines.append(f"  where the threads of ranks were: {', '.join(stacks[:SHOWN_FILES])}{more}")
+    message = "\n".join(lines)
+    return {
+        "message": message,
+        "exchanges": {rank: str(exchange) for rank, exchange in exchanges.items()},
+        "stacks": stacks,
+    }
 
 
 @contextlib.contextmanager
-def _owned(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Lease | None]:
+def _own_directory(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Lease | None]:
+    """Own the run directory within the context. Losing or renaming it is a request to stop. No directory: no lease."""
     if run_dir is None:
         yield None
         return

@@ -26,8 +26,11 @@ from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import rewrites_base
 
 IDENTITY = "identity.json"
-BASE, TEACHER, START = "base", "teacher", "tuning.from"
-"""The word that accepts another base, which is also the kind of `identity.json`; the places of other files in it."""
+BASE = "base"
+"""The word that accepts another base. Also the kind in `identity.json` that holds the digests, and a place in it."""
+TEACHER = "teacher"
+START = "tuning.from"
+"""Places in `identity.json` of files that are not the base's: the teacher's, and the adapter's that training began from."""
 
 
 def base_files(config: RunConfig, *, teacher: bool = True) -> dict[str, str]:
@@ -37,19 +40,24 @@ def base_files(config: RunConfig, *, teacher: bool = True) -> dict[str, str]:
     not on this machine, OSError for a file that cannot be read.
     """
     places = {BASE: weights_directory(config.model)}
-    if teacher and (model := teacher_model(config.model, config.objective)):
-        places[TEACHER] = weights_directory(model)
-    if start := getattr(config.tuning, "from_", None):
+    if teacher:
+        model = teacher_model(config.model, config.objective)
+        if model is not None:
+            places[TEACHER] = weights_directory(model)
+    start = getattr(config.tuning, "from_", None)
+    if start:
         places[START] = Path(start).expanduser()
-    places |= {f"adapter {number}": Path(path).expanduser() for number, path in enumerate(config.model.adapters)}
+    for number, path in enumerate(config.model.adapters):
+        places[f"adapter {number}"] = Path(path).expanduser()
     digests: dict[str, str] = {}
     for place, directory in places.items():
-        digests |= {f"{place}/{name}": digest for name, digest in digests_of(directory).items()}
+        for name, digest in digests_of(directory).items():
+            digests[f"{place}/{name}"] = digest
     return digests
 
 
 def recorded_files(run_dir: Path) -> dict[str, str]:
-    """What `base_files` was when the run was last started. Errors: ConfigError where the record cannot be read."""
+    """The digests that `base_files` gave when the run was last started. Errors: ConfigError if the record cannot be read."""
     path = run_dir / IDENTITY
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))[BASE]
@@ -62,20 +70,21 @@ def recorded_files(run_dir: Path) -> dict[str, str]:
 
 
 def files_among(kind: dict[str, str]) -> dict[str, str]:
-    """The digests of files among what `identity.json` has of the kind `base`, which are the keys with a place."""
+    """The digests of files among the values that `identity.json` has of the kind `base`: their keys contain a slash."""
     return {name: digest for name, digest in kind.items() if "/" in name}
 
 
 def changed_files(config: RunConfig, recorded: dict[str, str], *, teacher: bool, start: bool) -> list[str]:
-    """What differs from the base that is recorded, one line a file; empty where nothing does. No collective.
+    """Differences between the recorded base and the files that lie there now, one line a file. No collective.
 
-    `teacher`: whether the files of what the objective compares with matter too. An export has nothing of a teacher.
-    `start`: whether the model before training is asked, so that the adapter that training went on from matters.
+    `teacher`: whether the teacher's files matter too. An export has nothing of a teacher. `start`: whether the model before
+    training is needed, so that the adapter that training began from matters.
     """
     try:
         present = base_files(config, teacher=teacher)
         directory = weights_directory(config.model)
-        recorded, present = _of_model(recorded, directory), _of_model(present, directory)
+        recorded = _files_that_load(recorded, directory)
+        present = _files_that_load(present, directory)
     except ConfigError as error:
         return [str(error)]
     except OSError as error:
@@ -85,16 +94,17 @@ def changed_files(config: RunConfig, recorded: dict[str, str], *, teacher: bool,
         left_out.append(f"{TEACHER}/")
     if not _reads_start(config, teacher=teacher, start=start):
         left_out.append(f"{START}/")
-    recorded, present = _without(recorded, left_out), _without(present, left_out)
-    return changes(recorded, present)
+    return changes(_without(recorded, left_out), _without(present, left_out))
 
 
-def _of_model(digests: dict[str, str], directory: Path) -> dict[str, str]:
-    """The digests without those of files in the base's `directory` that its loader does not read. Errors: ConfigError."""
+def _files_that_load(digests: dict[str, str], directory: Path) -> dict[str, str]:
+    """The digests, but in the base's `directory` only those of files that the loader reads. Errors: ConfigError."""
     prefix = f"{BASE}/"
     base = {name.removeprefix(prefix): digest for name, digest in digests.items() if name.startswith(prefix)}
-    read = files_of_model(base, directory)
-    return _without(digests, [prefix]) | {f"{prefix}{name}": digest for name, digest in read.items()}
+    kept = _without(digests, [prefix])
+    for name, digest in files_of_model(base, directory).items():
+        kept[f"{prefix}{name}"] = digest
+    return kept
 
 
 def _without(digests: dict[str, str], prefixes: list[str]) -> dict[str, str]:
@@ -102,27 +112,27 @@ def _without(digests: dict[str, str], prefixes: list[str]) -> dict[str, str]:
 
 
 def _reads_start(config: RunConfig, *, teacher: bool, start: bool) -> bool:
-    """Whether the adapter that `tuning.from` names still decides something once the run has a checkpoint.
+    """Whether the adapter that `tuning.from` names is still needed once the run has a checkpoint.
 
-    Of LoRA every tensor is trained, and so is in the checkpoint. Other methods take projections from the file that no
-    checkpoint has, and PiSSA and OLoRA the part that they split off the base.
+    All tensors of LoRA are trained, so a checkpoint has them all. Other methods read projections from the adapter's file that
+    no checkpoint has, and PiSSA and OLoRA the part that they split off the base.
     """
     if not isinstance(config.tuning, LoraConfig) or rewrites_base(config.tuning.init):
         return True
-    return start or (teacher and family_of(config.objective).compares(config.objective))
+    return start or (teacher and family_of(config.objective).compares_distributions(config.objective))
 
 
 def use_recorded_base(
     config: RunConfig, run_dir: Path, accept: Collection[str], *, teacher: bool, start: bool = False
 ) -> list[str]:
-    """Settle `config` on the base that the run in `run_dir` was trained on, and compare the files that lie there with it.
+    """Set `config` to the base that the run in `run_dir` was trained on, and compare its files with the recorded digests.
 
     A hub id is read at the commit that the run resolved it to. `teacher` and `start` are those of `changed_files`. Returns the
-    differences that were accepted. Errors: ConfigError that names each file where the base is another one and `accept` has no
-    `base`, and for a base that is not on this machine.
+    differences that were accepted. Errors: ConfigError, with each file, if the base is another one and `accept` has no `base`;
+    and for a base that is not on this machine.
     """
     pin_commit(config, run_dir)
-    weights_directory(config.model)  # a base that is not here at all is no other base
+    weights_directory(config.model)  # a missing base is an error that `accept` does not cover
     try:
         recorded = recorded_files(run_dir)
     except ConfigError as error:
@@ -146,12 +156,12 @@ def use_recorded_base(
 
 
 def pin_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> None:
-    """Let a hub id mean the commit that the run in `run_dir` resolved it to, if the run's record says which.
+    """Set the revision of a hub model to the commit that the run in `run_dir` resolved it to, if the run's record has it.
 
-    Without `may_fetch` a model whose snapshot would have to be fetched stays as it is.
+    Without `may_fetch`, a model whose snapshot would have to be fetched is left as it is.
     """
     commit = readable_run_record(run_dir).base_commit
-    if commit is None:  # also if the run ended before its record was written
+    if commit is None:  # a directory, or the run ended before its record was written
         return
     if may_fetch:
         config.model = at_commit(config.model, commit)
@@ -162,10 +172,10 @@ def pin_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> N
 
 
 def at_commit(model: ModelConfig, commit: str | None) -> ModelConfig:
-    """The settings of a hub model at one of its commits; those of a directory or of a typed revision stay as they are.
+    """The settings of a hub model at one of its commits. A directory or a typed revision is left as it is.
 
-    A tokenizer of another repository has no such commit, so that the base is then named by its snapshot. If this machine has
-    another commit alone, that one is taken: a new commit of a hub mostly has the same weights, and the digests say whether.
+    A tokenizer of another repository does not have that commit; the model is then named by its snapshot directory. If this
+    machine only has another commit, that one is taken: a new commit mostly has the same weights, and the digests tell.
     """
     if commit is None or model.revision not in (None, commit) or Path(str(model.path)).expanduser().is_dir():
         return model
@@ -173,10 +183,12 @@ def at_commit(model: ModelConfig, commit: str | None) -> ModelConfig:
     try:
         snapshot = weights_directory(replace(pinned, download=False))
     except ConfigError:
-        # Code is taken from no other commit than that of the run.
-        may_be_fetched = (model.download and model.tokenizer is None) or model.trust_remote_code
-        return pinned if may_be_fetched else replace(model, revision=None)
-    return pinned if model.tokenizer is None else replace(model, path=str(snapshot))
+        # The model's code is only taken from the run's own commit.
+        must_be_pinned = (model.download and model.tokenizer is None) or model.trust_remote_code
+        return pinned if must_be_pinned else replace(model, revision=None)
+    if model.tokenizer is None:
+        return pinned
+    return replace(model, path=str(snapshot))
 
 
 def base_commit(config: RunConfig) -> str | None:

@@ -1,8 +1,9 @@
-"""What identifies a run, so that it is not silently resumed as another. Compared between ranks and with earlier starts.
+"""The identity of a run: everything that decides its result, so that it is not silently resumed as another run.
 
-`identity.json` lies in the run directory beside `checkpoints/`. It holds, by kind (`trainer/config/resuming.py`), the
-settings that decide the result and fingerprints of what settings only name (prepared data, files of the base, source
-and libraries), and the differences that were accepted on the way here.
+It is compared between ranks and with the run's earlier starts. `identity.json` lies in the run directory beside
+`checkpoints/`. It holds, by kind (`trainer/config/resuming.py`), the settings that decide the result, and fingerprints of
+what settings only name (prepared data, files of the base, source and libraries). It also lists the differences that were
+accepted at this start and earlier ones.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
 from trainer.checkpoints.layout import places_of, published
-from trainer.checkpoints.resume_selection import settled
+from trainer.checkpoints.resume_selection import effective_resume
 from trainer.config.resuming import KINDS, defaults_of, flat, plain
 from trainer.config.run import RunConfig
 from trainer.config.tree import kind_of
@@ -30,7 +31,7 @@ from trainer.reporting.status import write_text_atomic
 from trainer.session.base_files import IDENTITY, base_files
 
 ACCEPTED = "accepted"
-COMPUTING = (
+COMPUTING_PACKAGES = (
     "torch",
     "transformers",
     "peft",
@@ -42,49 +43,57 @@ COMPUTING = (
     "flash-attn",
 )
 """Packages whose version may change a result."""
-PACKAGES = ("strategies", "trainer")
-SHOWN = 8
+SOURCE_PACKAGES = ("strategies", "trainer")
+SHOWN_LINES = 8
 Kinds = dict[str, dict[str, Any]]
 
 
 def identity_of(config: RunConfig, data: Prepared, *, files: bool = True) -> Kinds:
-    """What decides the run's result, by kind. `files=False` reads none, so that base and code are empty. No collective."""
+    """What decides the run's result, by kind. With `files=False` no file is read, and base and code are empty. No collective."""
     kinds: Kinds = {kind: {} for kind in KINDS if kind != "unknown"}
     settings = plain(config)
     settings["data"] = identifying(settings["data"])
     for key, value in flat(settings).items():
-        if kind := kind_of(key):
+        kind = kind_of(key)
+        if kind:
             kinds[kind][key] = value
     kinds["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}
-    kinds["base"] = {**kinds["base"], **base_files(config)} if files else {}
-    kinds["code"] = {"source": source_digest()} if files else {}
+    if files:
+        kinds["base"] |= base_files(config)
+        kinds["code"] = {"source": source_digest()}
+    else:
+        kinds["base"] = {}
+        kinds["code"] = {}
     kinds["versions"] = _versions()
-    settled: Kinds = json.loads(json.dumps(kinds, default=str))  # as it is read back
-    return settled
+    # Through JSON once, so that it compares equal to what is read from the file.
+    as_read: Kinds = json.loads(json.dumps(kinds, default=str))
+    return as_read
 
 
-def differences(there: Kinds, here: Kinds, *, accept: list[str]) -> list[str]:
-    """`kind: key: value there, value here` for everything that differs and is not accepted."""
+def differences(recorded: Kinds, current: Kinds, *, accept: list[str]) -> list[str]:
+    """`kind: key: value there, value here` for every recorded value that differs from the current one, but for accepted kinds."""
     lines = []
     for kind in KINDS:
-        old, new = there.get(kind, {}), here.get(kind, {})
-        if kind not in accept:
-            lines += [
-                f"{kind}: {key}: {old.get(key, '-')} there, {new.get(key, '-')} here"
-                for key in sorted(old.keys() | new.keys())
-                if old.get(key, "-") != new.get(key, "-")
-            ]
+        if kind in accept:
+            continue
+        recorded_values = recorded.get(kind, {})
+        current_values = current.get(kind, {})
+        for key in sorted(recorded_values.keys() | current_values.keys()):
+            there = recorded_values.get(key, "-")
+            here = current_values.get(key, "-")
+            if there != here:
+                lines.append(f"{kind}: {key}: {there} there, {here} here")
     return lines
 
 
 def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
-    """Rank 0's run directory, on every rank; raises ConfigError where ranks were given different configs."""
+    """Rank 0's run directory, on every rank. Raises ConfigError if ranks have different configurations. All ranks must call."""
     hashes = gather_objects(sha256, runtime)
     if len(set(hashes)) > 1:
-        odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+        differing_rank = next(rank for rank, rank_sha256 in enumerate(hashes) if rank_sha256 != hashes[0])
         raise ConfigError(
-            f"rank {odd} has another configuration than rank 0 ({hashes[odd][:8]} and {hashes[0][:8]}): start all ranks "
-            "with the same words and the same files"
+            f"rank {differing_rank} has another configuration than rank 0 ({hashes[differing_rank][:8]} and "
+            f"{hashes[0][:8]}): start all ranks with the same words and the same files"
         )
     agreed = broadcast_object(None if run_dir is None else str(run_dir), runtime)
     if agreed is None:
@@ -92,90 +101,102 @@ def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
     return Path(agreed)
 
 
-def establish(config: RunConfig, data: Prepared, run_dir: Path, runtime: Runtime) -> dict[str, Any]:
-    """Compare the ranks, and the run with the one whose state it goes on from; write `identity.json`. All ranks must call.
+def compare_identity(config: RunConfig, data: Prepared, run_dir: Path, runtime: Runtime) -> dict[str, Any]:
+    """Compare the ranks with each other and the run with the one whose checkpoint it loads, and write `identity.json`.
 
-    Returns what `run.json` says of it: the identity, and the differences that were accepted. Raises ConfigError on every
-    rank with each difference that `run.accept` does not name, StorageError on every rank where the file cannot be written
-    or what it tells of cannot be read.
+    All ranks must call. Returns the fields of `run.json`: the identity, and the differences that were accepted. Raises
+    ConfigError on every rank, with each difference that `run.accept` does not name. Raises StorageError on every rank if the
+    file cannot be written, or if something that it identifies cannot be read.
     """
-    mine: Kinds = {}
+    own_kinds: Kinds = {}
     error: ConfigError | StorageError | None = None
     try:
-        mine = identity_of(config, data, files=runtime.local_rank == 0)  # once a host
+        own_kinds = identity_of(config, data, files=runtime.local_rank == 0)  # one rank of a host reads files
     except (ConfigError, StorageError) as caught:
         error = caught
     except OSError as caught:
         error = StorageError(f"{caught.filename}: cannot be read ({caught.strerror or caught}); is it still there?")
-    _fail_alike(error, runtime)
+    _raise_on_all_ranks(error, runtime)
     accept = config.run.accept
     record: dict[str, Any] = {}
-    everybody = gather_objects((socket.gethostname(), mine), runtime)
+    kinds_by_rank = gather_objects((socket.gethostname(), own_kinds), runtime)
     if runtime.is_main:
         try:
-            _same_everywhere(everybody, accept)
-            accepted = _same_as_before(config, mine, run_dir)
-            record = {"identity": mine, "accepted": accepted}
-            write_text_atomic(run_dir / IDENTITY, json.dumps({**mine, ACCEPTED: accepted}, indent=1) + "\n")
+            _compare_ranks(kinds_by_rank, accept)
+            accepted = _compare_with_earlier_start(config, own_kinds, run_dir)
+            record = {"identity": own_kinds, "accepted": accepted}
+            write_text_atomic(run_dir / IDENTITY, json.dumps({**own_kinds, ACCEPTED: accepted}, indent=1) + "\n")
         except (ConfigError, StorageError) as caught:
             error = caught
-    _fail_alike(error, runtime)
+    _raise_on_all_ranks(error, runtime)
     return dict(broadcast_object(record, runtime))
 
 
-def _fail_alike(error: ConfigError | StorageError | None, runtime: Runtime) -> None:
-    """Raise on every rank where there is an error on any. All ranks must call."""
-    if failed := first_error(error, runtime):
-        if error is not None:
-            raise error
-        _, kind, message = failed.split(": ", 2)
-        raise StorageError(message) if kind == StorageError.__name__ else ConfigError(message)
+def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runtime) -> None:
+    """Raise on every rank if any rank has an error: its own, else the first. All ranks must call."""
+    failed = first_error(error, runtime)
+    if not failed:
+        return
+    if error is not None:
+        raise error
+    _, kind, message = failed.split(": ", 2)
+    if kind == StorageError.__name__:
+        raise StorageError(message)
+    raise ConfigError(message)
 
 
-def _same_everywhere(everybody: list[tuple[str, Kinds]], accept: list[str]) -> None:
-    first_host, first = everybody[0]
-    for rank, (host, kinds) in enumerate(everybody):
-        compared = first if kinds["code"] else {**first, "base": {}, "code": {}}
-        if lines := differences(compared, kinds, accept=accept):
+def _compare_ranks(kinds_by_rank: list[tuple[str, Kinds]], accept: list[str]) -> None:
+    """Raise ConfigError if a rank's identity differs from rank 0's. `kinds_by_rank`: (host, identity) of each rank."""
+    first_host, first = kinds_by_rank[0]
+    for rank, (host, kinds) in enumerate(kinds_by_rank):
+        expected = first
+        if not kinds["code"]:  # this rank read no files
+            expected = {**first, "base": {}, "code": {}}
+        lines = differences(expected, kinds, accept=accept)
+        if lines:
             refusal = (
                 f"rank {rank} on {host} would train something else than rank 0 on {first_host} (there); give both the "
-                f"same, or accept it: {_word(lines)}"
+                f"same, or accept it: {_accept_setting(lines)}"
             )
-            raise ConfigError("\n    ".join([refusal, *_shown(lines)]))
+            raise ConfigError("\n    ".join([refusal, *_first_lines(lines)]))
 
 
-def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
-    """What was accepted before in the run whose state is gone on from, then the differences from it, all accepted now."""
-    home = _home_of_state(config, run_dir)
-    if home is None:
+def _compare_with_earlier_start(config: RunConfig, current: Kinds, run_dir: Path) -> list[str]:
+    """The accepted differences: those of the run whose checkpoint will be loaded, then those between it and this start.
+
+    Raises ConfigError, with each difference, if `run.accept` does not name all of their kinds.
+    """
+    earlier_run = _run_of_checkpoint(config, run_dir)
+    if earlier_run is None:
         return []
     try:
-        before, accepted = _read(home / IDENTITY)
+        recorded, accepted = _read(earlier_run / IDENTITY)
     except (OSError, ValueError) as error:
         if "unknown" in config.run.accept:
-            return [f"unknown: {home / IDENTITY} cannot be read"]
+            return [f"unknown: {earlier_run / IDENTITY} cannot be read"]
         raise ConfigError(
-            f"run.resume: {home / IDENTITY} cannot be read ({error}), so that nobody knows what the checkpoints beside it were "
-            "trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
+            f"run.resume: {earlier_run / IDENTITY} cannot be read ({error}), so that nobody knows what the checkpoints "
+            "beside it were trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
         ) from error
-    before = _with_later_settings(before, config)
-    if lines := differences(before, mine, accept=config.run.accept):
+    recorded = _with_later_settings(recorded, config)
+    lines = differences(recorded, current, accept=config.run.accept)
+    if lines:
         refusal = (
-            f"run.resume: what is in {home} was trained with something else (there); undo it, start a new run.dir without "
-            f"run.resume, or continue with the change and have it recorded: {_word(lines, config.run.accept)}"
+            f"run.resume: what is in {earlier_run} was trained with something else (there); undo it, start a new run.dir without "
+            f"run.resume, or continue with the change and have it recorded: {_accept_setting(lines, config.run.accept)}"
         )
-        raise ConfigError("\n    ".join([refusal, *_shown(lines)]))
-    return list(dict.fromkeys([*accepted, *differences(before, mine, accept=[])]))
+        raise ConfigError("\n    ".join([refusal, *_first_lines(lines)]))
+    return list(dict.fromkeys([*accepted, *differences(recorded, current, accept=[])]))
 
 
-def _with_later_settings(before: Kinds, config: RunConfig) -> Kinds:
-    """`before` with the default of each setting that the version which wrote it did not know.
+def _with_later_settings(recorded: Kinds, config: RunConfig) -> Kinds:
+    """`recorded` with the default of each setting that the version which wrote it did not have.
 
-    An earlier version behaved as a new setting's default says: a run of that version is refused only if the setting has
+    An earlier version behaved as a new setting's default does. So a run of that version is refused only if the setting has
     another value now.
     """
-    kinds = {kind: dict(values) for kind, values in before.items()}
-    known_keys = {key for values in before.values() for key in values}
+    kinds = {kind: dict(values) for kind, values in recorded.items()}
+    known_keys = set[str]().union(*recorded.values())
     for key, default in defaults_of(config).items():
         kind = kind_of(key)
         if kind is not None and key not in known_keys:
@@ -184,61 +205,73 @@ def _with_later_settings(before: Kinds, config: RunConfig) -> Kinds:
 
 
 def _read(path: Path) -> tuple[Kinds, list[str]]:
-    """An `identity.json`: the kinds, and what was accepted. Raises OSError, ValueError where `establish` does not write such."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not all(isinstance(found.get(kind, {}), dict) for kind in KINDS):
+    """(the kinds, the accepted differences) of an `identity.json`. Raises OSError, and ValueError for a file of another form."""
+    kinds = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(kinds, dict) or not all(isinstance(kinds.get(kind, {}), dict) for kind in KINDS):
         raise ValueError("it does not say what belongs to each kind")
-    accepted = found.pop(ACCEPTED, [])
+    accepted = kinds.pop(ACCEPTED, [])
     if not isinstance(accepted, list) or not all(isinstance(line, str) for line in accepted):
         raise ValueError("it does not list what was accepted")
-    return found, accepted
+    return kinds, accepted
 
 
-def _home_of_state(config: RunConfig, run_dir: Path) -> Path | None:
-    """The run directory whose checkpoint will be loaded; None where the run starts afresh."""
+def _run_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
+    """The run directory whose checkpoint will be loaded; None if the run starts afresh."""
     places = places_of(run_dir, config.checkpoint.fallback_dir)
-    resume = settled(places, config.run.resume)
-    if resume == "never" or (resume == "auto" and not published(places)):
+    resume = effective_resume(places, config.run.resume)
+    if resume == "never":
         return None
     if resume == "auto":
+        return run_dir if published(places) else None
+    checkpoint = Path(resume).expanduser().absolute()
+    if checkpoint.parent in [place.absolute() for place in places]:
         return run_dir
-    state = Path(resume).expanduser().absolute()
-    if state.parent in [place.absolute() for place in places]:
-        return run_dir
-    above = list(state.parents)[1:3] or [state]  # of checkpoints/step-000005, of checkpoints/given-up-1/step-000005
-    return next((run for run in above if (run / IDENTITY).is_file()), above[0])
+    # Two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005.
+    candidates = list(checkpoint.parents)[1:3] or [checkpoint]
+    return next((run for run in candidates if (run / IDENTITY).is_file()), candidates[0])
 
 
-def _word(lines: list[str], accept: list[str] | None = None) -> str:
+def _accept_setting(lines: list[str], accept: list[str] | None = None) -> str:
+    """The setting that accepts the kinds of these differences, in addition to the kinds in `accept`."""
     kinds = [*(accept or []), *dict.fromkeys(line.partition(":")[0] for line in lines)]
     return f"run.accept=[{','.join(kinds)}]"
 
 
-def _shown(lines: list[str]) -> list[str]:
-    return [*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])]
+def _first_lines(lines: list[str]) -> list[str]:
+    if len(lines) <= SHOWN_LINES:
+        return lines
+    return [*lines[:SHOWN_LINES], f"and {len(lines) - SHOWN_LINES} more"]
 
 
 def source_digest() -> str:
     """SHA-256 of the source that trains, of this installation. Reads a few MB."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
-    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+    paths: list[Path] = []
+    for package in SOURCE_PACKAGES:
+        paths += (root / package).rglob("*.py")
+    for path in sorted(paths):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:32]
 
 
 def _versions() -> dict[str, str]:
-    return {"python": ".".join(platform.python_version_tuple()[:2]), **versions_of(COMPUTING)}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **versions_of(COMPUTING_PACKAGES)}
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """The installed version of each package; a missing one is left out."""
-    return {package: found for package in packages if (found := _version_of(package)) is not None}
+    """The installed version of each package; packages that are not installed are left out."""
+    installed = {}
+    for package in packages:
+        package_version = _version_of(package)
+        if package_version is not None:
+            installed[package] = package_version
+    return installed
 
 
 @cache
 def _version_of(package: str) -> str | None:
-    """Read once: what pip wrote of a package is long."""
+    """The installed version of a package; None if it is not installed. Cached, since reading a package's metadata is slow."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Builds what watches a run beside its steps: the detectors, and the evaluators that feed them."""
+"""Builds the monitors of a run: the detectors of overfitting, forgetting and instability, and the evaluators that feed them."""
 
 from __future__ import annotations
 
@@ -19,44 +19,51 @@ from trainer.monitors.detectors import Challenges, WatchedTasks
 from trainer.monitors.first_evaluation import KeptHeldOut
 from trainer.monitors.first_rows import FirstRows
 from trainer.optim.schedule import warmup_steps
-from trainer.session.announcements import RunPlace, tell_of_challenges
+from trainer.session.announcements import RunContext, challenge_reporter
 from trainer.step import Built
 
 
-def challenges_of(config: RunConfig, built: Built, total_steps: int, place: RunPlace) -> Challenges:
-    """The detectors of a run of so many steps, told on rank 0."""
-    every, main = config.evaluation.every_steps, place.runtime.is_main
-    planned = -(-total_steps // every) if every else 1
-    events = place.run_dir / EVENTS if main else None
-    challenges = Challenges(config.challenges, planned, built.step_module.objective.compared, place.console.say, events)
-    challenges.kept_before = KeptHeldOut(place.run_dir, place.runtime)
+def challenges_of(config: RunConfig, built: Built, total_steps: int, context: RunContext) -> Challenges:
+    """The detectors of a run of `total_steps`. Only rank 0 writes their events."""
+    every_steps = config.evaluation.every_steps
+    planned = 1
+    if every_steps:
+        planned = -(-total_steps // every_steps)  # rounded up
+    events = context.run_dir / EVENTS if context.runtime.is_main else None
+    challenges = Challenges(
+        config.challenges, planned, built.step_module.objective.comparable_term, context.console.say, events
+    )
+    challenges.kept_before = KeptHeldOut(context.run_dir, context.runtime)
     challenges.window = divergence.window_of(total_steps)
     challenges.first_judged = divergence.first_judged(warmup_steps(config.schedule, total_steps))
-    challenges.tell_status = tell_of_challenges(place)
+    challenges.tell_status = challenge_reporter(context)
     return challenges
 
 
-def watched(
+def with_tasks(
     config: RunConfig,
     challenges: Challenges,
     evaluators: list[Evaluator],
     tasks: list[PreparedTask],
-    asking: Callable[[], ModelInterface],
-    place: RunPlace,
+    make_asking: Callable[[], ModelInterface],
+    context: RunContext,
 ) -> list[Evaluator]:
-    """The evaluators of a run with its tasks, so that the detectors see what they see."""
-    for each in evaluators:
-        if isinstance(each, GenerationEvaluator):
-            each.on_answers = challenges.wrote
-        if isinstance(each, LossEvaluator):
-            each.on_batch_sums = challenges.batches
+    """The evaluators of a run, with one for its tasks, all connected to the detectors."""
+    for evaluator in evaluators:
+        if isinstance(evaluator, GenerationEvaluator):
+            evaluator.on_answers = challenges.wrote
+        if isinstance(evaluator, LossEvaluator):
+            evaluator.on_batch_sums = challenges.batches
     if not tasks:
         return evaluators
-    inner, forgetting = TaskEvaluator(tasks, asking()), config.challenges.forgetting
-    inner.check_rows()  # before a first forward pass, not at the first evaluation
-    names = [*([GENERAL] if forgetting.data is not None else []), *forgetting.tasks]
+    task_evaluator = TaskEvaluator(tasks, make_asking())
+    task_evaluator.check_rows()  # an error should come now, not at the first evaluation
+    forgetting = config.challenges.forgetting
+    names = list(forgetting.tasks)
+    if forgetting.data is not None:
+        names.insert(0, GENERAL)
     if names and forgetting.action is not Reaction.off:
-        challenges.base = BaseRows(inner, names, place.run_dir, place.console.say)
-    if config.logging.tables and place.runtime.is_main:
-        challenges.first = FirstRows(place.run_dir)
-    return [*evaluators, WatchedTasks(inner, challenges, shows=config.logging.tables)]
+        challenges.base = BaseRows(task_evaluator, names, context.run_dir, context.console.say)
+    if config.logging.tables and context.runtime.is_main:
+        challenges.first = FirstRows(context.run_dir)
+    return [*evaluators, WatchedTasks(task_evaluator, challenges, shows=config.logging.tables)]

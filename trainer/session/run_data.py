@@ -1,8 +1,7 @@
-"""What a run records of its data, so that its model can be rebuilt without the data: label names, fingerprint, length.
+"""Rebuilds a run's model from what the run recorded of its data, with or without the rows: label names, fingerprint, length.
 
-`data.path` may be replaced, grow or disappear after the training. An export and tasks with a file of their own do not
-need it. Tasks on the run's own documents, and the loss that `bits=` measures, do: they get the documents of training
-or none.
+`data.path` may be replaced, grow or disappear after the training. An export, and tasks with a file of their own, do not need
+it. Tasks on the run's own documents and the loss that `bits=` measures do: they get the documents of the training, or stop.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from trainer.reporting.run_record import readable_run_record
 from trainer.session.base_files import IDENTITY
 
 DATA = "data"
-"""The word that accepts other rows, which is also the kind of `identity.json`."""
+"""The word in `accept=[...]` that accepts other rows, and the kind in `identity.json`."""
 STAND_IN_TOKENS = 2
-"""Tokens of each sequence that stands in for the data, so that its last one is a target."""
+"""Tokens of each sequence that stands in for the data: two, so that the last one is a target."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataRecord:
-    """What a run wrote down of its data when it began."""
+    """What a run recorded of its data when it began."""
 
     run_dir: Path
     fingerprint: str
@@ -49,11 +48,11 @@ class DataRecord:
     total_steps: int | None
     """Steps of the run's budget; None if the run's record does not say."""
     is_whole: bool
-    """Whether `run.json` could be read: without it the label names are those of the documents with this fingerprint."""
+    """Whether `run.json` could be read. Without it, the label names have to come from the prepared data."""
 
 
 def data_record(run_dir: Path) -> DataRecord:
-    """The record of the run in a directory. Errors: ConfigError where neither `run.json` nor `identity.json` can be read."""
+    """The record of the run in a directory. Errors: ConfigError if neither `run.json` nor `identity.json` can be read."""
     record = readable_run_record(run_dir)
     identity = _read_object(run_dir / IDENTITY)
     fingerprint = (identity.get(DATA) or {}).get("fingerprint") or record.data_fingerprint
@@ -73,7 +72,7 @@ def data_record(run_dir: Path) -> DataRecord:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; empty where there is none."""
+    """The JSON object in a file; empty if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -103,8 +102,8 @@ def data_of_run(
 ) -> tuple[ObjectiveConfig, Prepared, list[str]]:
     """(objective, data, accepted differences) to build the run's model with. No collective.
 
-    If no documents are `needed`, none is read. Errors: DataError where they are needed and are not there any more, unless
-    `accept` takes those of today.
+    If no documents are `needed`, none are read. Errors: DataError if they are needed and do not exist any more, unless
+    `accept` takes the rows of today.
     """
     if needed is None and record.is_whole:
         return *without_rows(config, record), []
@@ -116,8 +115,8 @@ def data_of_run(
 def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig, Prepared]:
     """(objective, data) that build the run's model without reading a row. No collective.
 
-    The data is one document of no meaning, which gives shapes alone. Weights of classes that were balanced by the labels of all
-    rows are left out: they are part of the loss, and no part of the model.
+    The data is a single document without meaning, which only gives shapes. Class weights that were balanced by the labels of
+    all rows are left out: they belong to the loss, not to the model.
     """
     objective = config.objective
     if isinstance(objective, ClassificationConfig):
@@ -130,15 +129,16 @@ def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig
 
 
 def _one_document(directory: Path, reading: Reading, fingerprint: str) -> TokenDataset:
-    """A data set of one document, open; its files may be deleted."""
+    """An open data set of one document. Its files in `directory` may be deleted afterwards."""
     number = reading.sequences_per_document
-    samples = [
-        Sample(np.zeros(STAND_IN_TOKENS, np.int32), np.ones(STAND_IN_TOKENS, np.bool_), dict(reading.marks))
-        for _ in range(number)
-    ]
+    samples = []
+    for _ in range(number):
+        input_ids = np.zeros(STAND_IN_TOKENS, np.int32)
+        supervised = np.ones(STAND_IN_TOKENS, np.bool_)
+        samples.append(Sample(input_ids, supervised, dict(reading.marks)))
     sequences = Sequences.of(samples, reading.counts)
-    none = np.zeros(number, np.int64)
-    sequences.columns |= {"document": none, "source": none, "ended": none}
+    zeros = np.zeros(number, np.int64)
+    sequences.columns |= {"document": zeros, "source": zeros, "ended": zeros}
     store = StoreWriter(directory)
     store.append(sequences)
     store.finish()
@@ -155,10 +155,10 @@ def run_rows(
     stop: Callable[[], bool] = lambda: False,
     say: Say = say_on_rank_0,
 ) -> tuple[Prepared, list[str]]:
-    """(the documents that the run was trained on, differences that were accepted). No collective.
+    """(the documents that the run was trained on, accepted differences). No collective.
 
-    They come from the prepared data of the training, if that is still there, else from `data.path`. Errors: DataError where
-    neither has them, unless `accept` takes the rows of today.
+    They come from the prepared data of the training if that still exists, else from `data.path`. Errors: DataError if neither
+    has them, unless `accept` takes the rows of today.
     """
     for directory in (record.directory, Path(config.data.cache_dir).expanduser() / record.fingerprint[:32]):
         if directory is not None and _is_prepared(directory, record):
@@ -201,7 +201,7 @@ def _is_prepared(directory: Path, record: DataRecord) -> bool:
 
 
 def _with_names(data: Prepared, record: DataRecord, needed: RowsNeeded) -> Prepared:
-    """The data as it is. Raises DataError for other labels than the run's: their numbers would mean something else."""
+    """Return `data` if it has the run's label names. Raises DataError for others: their ids would mean something else."""
     if record.is_whole and data.label_names != record.label_names:
         raise DataError(
             f"{record.run_dir}: was trained with the labels {record.label_names}, and the rows of today have {data.label_names}. "

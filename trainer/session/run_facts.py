@@ -57,46 +57,46 @@ def versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Started:
-    """What a run is made of when it takes its first step."""
+class RunParts:
+    """The parts of a run before its first step, of which `run.json` is made."""
 
     sha256: str
-    """Of the configuration."""
+    """Hash of the configuration."""
     precision: Precision
     runtime: Runtime
     data: Prepared
     engine: Engine
     built: Built
     source: WeightSource
-    """Where the initial values came from."""
+    """The source of the initial values."""
     loader: StepLoader
     total_steps: int
     resumed_from: Path | None
 
 
-def run_facts(config: RunConfig, checked: Mapping[str, Any], started: Started) -> RunRecord:
-    """Everything `run.json` records before the first step. All ranks must call.
+def run_facts(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
+    """The record that becomes `run.json` before the first step. All ranks must call.
 
-    `checked` has fields of the record that were settled before the model was built.
+    `checked`: fields of the record that were known before the model was built.
     """
-    record = _record(config, checked, started)
-    prediction = predicted(started.built, record, str(config.optim.name), device_gib(started.runtime))
-    parts = started.built, config.strategy, started.precision, started.runtime
-    prediction.exchanged_bytes = expected_bytes(*parts, started.loader.accumulation)
+    record = _record(config, checked, run_parts)
+    prediction = predicted(run_parts.built, record, str(config.optim.name), device_gib(run_parts.runtime))
+    parts = run_parts.built, config.strategy, run_parts.precision, run_parts.runtime
+    prediction.exchanged_bytes = expected_bytes(*parts, run_parts.loader.accumulation)
     record.receipt = Receipt(predicted=prediction)
     return record
 
 
-def _record(config: RunConfig, checked: Mapping[str, Any], started: Started) -> RunRecord:
-    runtime, precision, built, data = started.runtime, started.precision, started.built, started.data
-    loader, resumed_from = started.loader, started.resumed_from
+def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
+    runtime, precision, built, data = run_parts.runtime, run_parts.precision, run_parts.built, run_parts.data
+    loader, resumed_from = run_parts.loader, run_parts.resumed_from
     tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
     mean_tokens = float(loader.unit_tokens.mean())
     supervised_share = float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
     start = getattr(config.tuning, "from_", None)
     routed = built.step_module.routed
     return RunRecord(
-        config_sha256=started.sha256,
+        config_sha256=run_parts.sha256,
         strategy=str(config.strategy.name),
         tuning=str(config.tuning.name),
         objective=str(config.objective.name),
@@ -108,8 +108,8 @@ def _record(config: RunConfig, checked: Mapping[str, Any], started: Started) -> 
         global_batch=config.batch["global"],
         micro_batch=config.batch["micro"],
         accumulation=loader.accumulation,
-        total_steps=started.total_steps,
-        epochs=started.total_steps * config.batch["global"] / loader.order.num_units,
+        total_steps=run_parts.total_steps,
+        epochs=run_parts.total_steps * config.batch["global"] / loader.order.num_units,
         tokens_per_step=round(mean_tokens * config.batch["global"]),
         host=socket.gethostname(),
         device=str(runtime.device),
@@ -125,12 +125,12 @@ def _record(config: RunConfig, checked: Mapping[str, Any], started: Started) -> 
         data_directory=str(data.directory),
         data_report=data.report,
         label_names=data.label_names,
-        sharding=Sharding(**sharding_record(started.engine, runtime)),
-        initialised=started.source.initialised,
-        weights_read_bytes=gather_objects(started.source.checkpoint.conversions.files.bytes_read, runtime),
-        packed_weights=_packed(started.source, runtime),
-        weights_left_out=_left_out(started.source),
-        routers=routed.said(loader.accumulation) if routed else [],
+        sharding=Sharding(**sharding_record(run_parts.engine, runtime)),
+        initialised=run_parts.source.initialised,
+        weights_read_bytes=gather_objects(run_parts.source.checkpoint.conversions.files.bytes_read, runtime),
+        packed_weights=_packed(run_parts.source, runtime),
+        weights_left_out=_left_out(run_parts.source),
+        routers=routed.start_lines(loader.accumulation) if routed else [],
         substitutions=_substitutions(config, built.substitutions, precision, runtime),
         base_parameters=sum(parameter.numel() for parameter in built.plain.parameters()),
         flops_per_token=_flops(built, mean_tokens, supervised_share),
@@ -145,27 +145,33 @@ def _record(config: RunConfig, checked: Mapping[str, Any], started: Started) -> 
 
 
 def _packed(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
-    """Where a quantised base is kept packed, its bytes, and how many weights each rank has packed just now; or why not."""
-    kept = source.checkpoint.kept
-    if kept is None:
+    """Facts of the packed copy of a quantised base: its directory and bytes, the weights that each rank packed in this start,
+    and why it is not kept, if it is not. None without quantisation. All ranks must call."""
+    cache = source.checkpoint.kept
+    if cache is None:
         return None
-    ranks = gather_objects((kept.packed, kept.reason), runtime)
+    ranks = gather_objects((cache.packed, cache.reason), runtime)
     reason = next((reason for _, reason in ranks if reason), "")
-    now = [packed for packed, _ in ranks]
-    return {"directory": str(kept.directory), "bytes": kept.total, "packed_now": now, "not_kept": reason}
+    packed_now = [packed for packed, _ in ranks]
+    return {"directory": str(cache.directory), "bytes": cache.total, "packed_now": packed_now, "not_kept": reason}
 
 
 def _left_out(source: WeightSource) -> dict[str, Any] | None:
-    """Stored weights that do not take part in training: how many, the first of them, and how many a whole export keeps."""
+    """Facts of stored weights that the architecture has no place for: how many, the first five, how many a whole export keeps.
+
+    None if there are none.
+    """
     conversions = source.checkpoint.conversions
-    left = conversions.left_out()
-    return {"weights": len(left), "first": left[:5], "kept_in_export": len(conversions.carried())} if left else None
+    unused = conversions.left_out()
+    return (
+        {"weights": len(unused), "first": unused[:5], "kept_in_export": len(conversions.carried())} if unused else None
+    )
 
 
 def _substitutions(
     config: RunConfig, of_model: Mapping[str, str], precision: Precision, runtime: Runtime
 ) -> dict[str, str]:
-    """What stands in for the settings asked, by setting: their `auto` choices, and what was refused."""
+    """Notes by setting on what the run uses instead of what was set: choices of `auto`, and settings that could not be met."""
     substitutions = {**config.substitutions, **of_model}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
@@ -180,27 +186,32 @@ def _substitutions(
 
 
 def _flops(built: Built, mean_length: float, answer_share: float) -> float:
-    """Of an encoder-decoder model each side is passed by its own tokens only; `answer_share` of them are the decoder's.
+    """Floating-point operations per token, forward and backward.
 
-    Of experts a token meets those that are chosen for it.
+    In an encoder-decoder model, each side processes its own tokens only: `answer_share` of all are the decoder's. Of experts,
+    only those that are chosen for a token compute.
     """
-    text, (width, blocks) = text_settings(built.config), width_and_blocks(built.plain)
-    met = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None)
+    text = text_settings(built.config)
+    width, blocks = width_and_blocks(built.plain)
+    experts_per_token = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None)
     total = trained = 0.0
     counts = element_counts(built.step_module)
-    for name, p in named_parameters(built.step_module):
-        shape, numel = getattr(p, "ds_shape", p.shape), float(counts[name])
-        if (base := built.tuning.base_name(name)) in built.quantised:
-            shape = built.quantised[base]
-        lookup = built.tuning.base_name(name) in built.vocabulary and not _is_head(built, name)
-        if len(shape) < 2 or lookup:  # norms, biases and embedding look-ups multiply nothing
+    for name, parameter in named_parameters(built.step_module):
+        base_name = built.tuning.base_name(name)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape beside an empty parameter
+        if base_name in built.quantised:
+            shape = built.quantised[base_name]
+        is_lookup = base_name in built.vocabulary and not _is_head(built, name)
+        if len(shape) < 2 or is_lookup:  # norms, biases and embedding look-ups multiply nothing
             continue
-        if len(shape) == 3 and isinstance(met, int):
-            numel *= min(met, shape[0]) / shape[0]
+        numel = float(counts[name])
+        if len(shape) == 3 and isinstance(experts_per_token, int):
+            numel *= min(experts_per_token, shape[0]) / shape[0]
         if built.two_sides is not None:
             numel *= 1 - answer_share if ".encoder." in f".{name}" else answer_share
         total += numel
-        trained += numel if p.requires_grad else 0
+        if parameter.requires_grad:
+            trained += numel
     return flops_per_token(
         matmul_parameters=round(total),
         trainable_matmul_parameters=round(trained),
@@ -211,12 +222,12 @@ def _flops(built: Built, mean_length: float, answer_share: float) -> float:
 
 
 def _is_head(built: Built, name: str) -> bool:
-    """A tied embedding is also the head's matrix, so it does multiply."""
+    """Whether a vocabulary parameter multiplies as the head's matrix; a tied embedding does."""
     return bool(getattr(built.config, "tie_word_embeddings", False)) or "head" in name or "embed_out" in name
 
 
 def repeated_in_a_step(global_batch: int, epochs: float, steps: int) -> list[str]:
-    """A line if a step takes more documents than there are: copies in one step teach nothing that one document does not."""
+    """A warning line if a step takes more documents than there are: copies in one step teach nothing new. Else none."""
     times = epochs / max(1, steps)
     if times <= 1:
         return []
@@ -229,12 +240,13 @@ def repeated_in_a_step(global_batch: int, epochs: float, steps: int) -> list[str
 def start_text(record: RunRecord) -> str:
     """The few lines before step 0: sizes, batch arithmetic, substitutions."""
     sharding = record.sharding
-    held = sharding.held_per_rank
+    held_per_rank = sharding.held_per_rank
     share = sharding.trainable_parameters / max(1, sharding.parameters)
     ranks = "ranks" if record.world_size == 1 else f"ranks (over {sharding.exchange})"
     lines = [
         f"parameters: {sharding.parameters:,}, trainable {sharding.trainable_parameters:,} ({share:.2%}); held per "
-        f"rank {min(held):,}" + (f" to {max(held):,}" if max(held) != min(held) else ""),
+        f"rank {min(held_per_rank):,}"
+        + (f" to {max(held_per_rank):,}" if max(held_per_rank) != min(held_per_rank) else ""),
         f"batch: {record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
         f"{record.world_size} {ranks}; about {record.tokens_per_step:,} tokens a step, {record.total_steps} steps, "
         f"{record.epochs:,.2f} epochs",
@@ -248,15 +260,15 @@ def start_text(record: RunRecord) -> str:
         also = ", each expert" if record.quantised_experts else ""
         lines.append(f"base stored in {record.quantisation}: frozen linear layers but the head{also}")
     lines += record.routers
-    if packed := record.packed_weights:
-        lines.append(_packed_text(packed))
+    if packed_weights := record.packed_weights:
+        lines.append(_packed_text(packed_weights))
     tflops = record.reference_tflops
     source = record.reference_tflops_source
     lines.append(f"MFU against {tflops:.2f} TFLOP/s a device ({source})" if tflops else f"no MFU: {source}")
-    if left := record.weights_left_out:
+    if unused := record.weights_left_out:
         lines.append(
-            f"not trained, since the architecture has no place for them: {left['weights']} stored weights "
-            f"({', '.join(left['first'][:3])} ...), of which a whole export keeps {left['kept_in_export']}"
+            f"not trained, since the architecture has no place for them: {unused['weights']} stored weights "
+            f"({', '.join(unused['first'][:3])} ...), of which a whole export keeps {unused['kept_in_export']}"
         )
     if record.initialised:
         lines.append(f"newly initialised (not in the checkpoint): {', '.join(record.initialised)}")
@@ -282,14 +294,17 @@ def write_run_record(run_dir: Path, record: RunRecord) -> None:
     write_text_atomic(run_dir / RUN_RECORD, json_text(record.as_json(), indent=1, default=str))
 
 
-_STATE = ("recent", "evaluations", "interval_loss", "interval_steps", "first_loss", "recent_losses")
-"""Of the progress: what only a resumed run needs."""
+_RESUME_ONLY = ("recent", "evaluations", "interval_loss", "interval_steps", "first_loss", "recent_losses")
+"""Fields of `Progress` that only a resumed run needs, and `run.json` leaves out."""
 
 
 def outcome_record(outcome: Outcome) -> RunOutcome:
-    """The outcome as `run.json` has it: without what only a resumed run needs."""
+    """The outcome as `run.json` has it."""
+    progress = asdict(outcome.progress)
+    for key in _RESUME_ONLY:
+        del progress[key]
     return RunOutcome(
-        progress={key: content for key, content in asdict(outcome.progress).items() if key not in _STATE},
+        progress=progress,
         before=outcome.before,
         after=outcome.after,
         last_row=outcome.last_row,
@@ -301,17 +316,19 @@ def outcome_record(outcome: Outcome) -> RunOutcome:
 
 
 def model_facts(config: RunConfig, record: RunRecord, outcome: Outcome, run_dir: Path) -> ModelFacts:
-    """What the documents of the exported model are written from."""
-    ended = replace(record, outcome=outcome_record(outcome), energy=taken(run_dir), challenges=outcome.challenges)
-    of_model = gather(run_dir, ended, read_answers(config.export.answers)[0])
-    of_model.step = outcome.progress.step
-    of_model.tokens = outcome.progress.tokens
-    of_model.artefact = artefact_of(run_dir, of_model.step, config.checkpoint.fallback_dir)
-    return of_model
+    """The facts from which the documents of the exported model are written."""
+    ended_record = replace(
+        record, outcome=outcome_record(outcome), energy=taken(run_dir), challenges=outcome.challenges
+    )
+    facts = gather(run_dir, ended_record, read_answers(config.export.answers)[0])
+    facts.step = outcome.progress.step
+    facts.tokens = outcome.progress.tokens
+    facts.artefact = artefact_of(run_dir, facts.step, config.checkpoint.fallback_dir)
+    return facts
 
 
 def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequence[tuple[str, str]]) -> str:
-    """The last lines of a run: what came of it and where everything is, `hints` of trackers with it."""
+    """The last lines of a run: its metrics, findings, and where its files are. `hints`: (tracker, link)."""
     speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)" if outcome.speed else ""
     lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
     width = max([22, *map(len, outcome.after)])
@@ -320,16 +337,16 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequen
         earlier = "" if before is None else f"   (before: {readable(before)})"
         lines.append(f"  {name:<{width}} {readable(value)}{earlier}")
     lines += _finding_lines(run_dir, outcome)
-    lines += [f"slow:       {Slow(**each).since()}" for each in outcome.slow_ranks]
+    lines += [f"slow:       {Slow(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
     if export is not None:
         lines.append(f"model:      {export}")
     lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
-    lines += [f"{name + ':':<11} {where}" for name, where in hints]
+    lines += [f"{name + ':':<11} {link}" for name, link in hints]
     return "\n".join(lines)
 
 
 def _finding_lines(run_dir: Path, outcome: Outcome) -> list[str]:
-    """What the detectors have found, with what to try, and the command for a better checkpoint."""
+    """Warnings of the detectors with remedies, and the export command for the best checkpoint if it is not the last."""
     findings = findings_in(outcome.challenges)
     lines = []
     for finding in findings:

@@ -24,9 +24,9 @@ FirstDate = Callable[[], TemplateDate]
 def date_of_run(
     config: RunConfig, run_dir: Path | None, meeting: Meeting, stop: Callable[[], bool]
 ) -> Callable[[FirstDate], TemplateDate]:
-    """What chooses the date for all ranks, for `Preparation`: that of the run, else of its comparison, else of the cache.
+    """The function that chooses the date for `Preparation`: the run's own, else that of its comparison, else the cache's.
 
-    Rank 0 decides, and the others wait for it, until `stop` says that the ranks stop (Preempted). Errors: StorageError.
+    Rank 0 chooses and the other ranks wait for it, until `stop` says that the ranks stop (Preempted). Errors: StorageError.
     """
 
     def choose(first_date: FirstDate) -> TemplateDate:

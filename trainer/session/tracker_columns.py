@@ -1,4 +1,4 @@
-"""What a tracker's run table shows of a run: its name, flat columns, and the whole configuration."""
+"""The name, the flat columns and the whole configuration of a run for a tracker's table of runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from trainer.reporting.numbers import short
 from trainer.reporting.run_record import RunRecord
 
 FACTS = ("world_size", "accumulation", "total_steps", "attention", "layout", "device_name")
-"""What `run.json` says of how steps are computed; columns too."""
+"""Fields of `run.json` on how steps are computed that become columns."""
 PATHS = ("model.path", "data.path")
 
 
 def name_of(config: RunConfig) -> str:
-    """What the run is, such as fsdp2-lora-lr2e-4."""
+    """The run's name in trackers, such as fsdp2-lora-lr2e-4."""
     return f"{config.strategy.name}-{config.tuning.name}-lr{short(config.optim.lr)}"
 
 
@@ -45,19 +45,19 @@ def chosen_columns(words: list[str], leaves: Mapping[str, Any]) -> dict[str, Any
 
     A choice of a group (`optim`) is its name; `name=text` is a column of one's own.
     """
-    found: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for word in words:
         key, assigned, text = word.partition("=")
         full = key if key in leaves else f"{key}.name"
         if assigned:
-            found[re.sub(r"\W", "_", key)] = text
+            columns[re.sub(r"\W", "_", key)] = text
         elif full not in COLUMNS and full in leaves:
-            found[re.sub(r"\W", "_", key.strip("_"))] = _shown(full, leaves[full])
-    return found
+            columns[re.sub(r"\W", "_", key.strip("_"))] = _shown(full, leaves[full])
+    return columns
 
 
 def _shown(key: str, value: Any) -> Any:
-    """A value as a column holds it: numbers stay numbers, of a path its last part, several values as one text."""
+    """A value as a column shows it: numbers as they are, paths by their last part, lists as one text."""
     if key in PATHS and value is not None:
         parts = value if isinstance(value, list) else [value]
         return "+".join(Path(str(part)).name or str(part) for part in parts)[:80]

@@ -10,53 +10,61 @@ import torch.distributed as dist
 from strategies.runtime import Runtime
 from trainer.stopping.signals import StopRequest
 
-ASK_EVERY_S, AT_MOST = 2.0, 8
+MAX_SECONDS_BETWEEN, MAX_STEPS_BETWEEN = 2.0, 8
 """Ranks ask each other about every two seconds, and never leave out more than seven steps, so that of the time that SLURM
 gives (`launcher.signal_lead_s`) little is lost, also where steps become slow at once."""
 
 
 class Agreement:
-    """Asks all ranks, every few steps, whether any of them was told to stop; the answer arrives while a step runs.
+    """Asks all ranks, every few steps, whether any of them was asked to stop. The answer arrives while a step runs.
 
-    How many steps go by is agreed with the answer, by the slowest rank: all go on asking in the same steps. What is called
-    anew in loops of other lengths (an evaluation's batches) is to have an agreement of its own.
+    The ranks also agree on the number of steps until the next question, by the slowest rank's pace, so that all ask in the
+    same steps. A loop of another length (an evaluation's batches) needs an agreement of its own: see `for_loop`.
     """
 
     def __init__(self, request: StopRequest, runtime: Runtime) -> None:
-        self._request, self._runtime = request, runtime
-        self._told = torch.zeros(2, dtype=torch.float64)
-        """Whether a rank was told to stop, and the seconds that a step took since it was last asked."""
+        self._request = request
+        self._runtime = runtime
+        self._answer = torch.zeros(2, dtype=torch.float64)
+        """[1.0 if a rank was asked to stop, seconds that a step took since the last question]: maxima over the ranks."""
         self._work: dist.Work | None = None
-        self._left_out, self._interval = 0, 1
+        self._steps_since_asked = 0
+        self._interval = 1
+        """Steps between two questions."""
         self._asked_at = time.monotonic()
 
-    def another(self) -> Agreement:
-        """The same for a loop of its own."""
+    def for_loop(self) -> Agreement:
+        """An agreement for another loop."""
         return Agreement(self._request, self._runtime)
 
     def ask(self) -> None:
-        """Start asking, where it is time to. All ranks must call, and then `stop_now`."""
-        told = self._request.signal_name is not None
+        """Start the exchange of the question, if it is due. All ranks must call, and `stop_now` afterwards."""
+        is_asked = self._request.signal_name is not None
         if self._runtime.world_size == 1:
-            self._told[0] = float(told)
+            self._answer[0] = float(is_asked)
             return
-        self._left_out += 1
-        if self._left_out < self._interval:
+        self._steps_since_asked += 1
+        if self._steps_since_asked < self._interval:
             return
         now = time.monotonic()
-        self._told[0], self._told[1] = float(told), (now - self._asked_at) / self._left_out
-        self._left_out, self._asked_at = 0, now
-        self._work = dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=self._runtime.control_group, async_op=True)
+        self._answer[0] = float(is_asked)
+        self._answer[1] = (now - self._asked_at) / self._steps_since_asked
+        self._steps_since_asked = 0
+        self._asked_at = now
+        self._work = dist.all_reduce(
+            self._answer, op=dist.ReduceOp.MAX, group=self._runtime.control_group, async_op=True
+        )
 
-    def asked(self) -> bool:
+    def ask_and_wait(self) -> bool:
         """Ask and wait for the answer. All ranks must call."""
         self.ask()
         return self.stop_now()
 
     def stop_now(self) -> bool:
-        """The agreed answer, equal on all ranks; where none was asked for, the last one."""
+        """The agreed answer, equal on all ranks; the last one if the question was not due."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-            self._interval = max(1, min(AT_MOST, int(ASK_EVERY_S / max(1e-9, float(self._told[1])))))
-        return bool(self._told[0])
+            step_s = max(1e-9, float(self._answer[1]))
+            self._interval = max(1, min(MAX_STEPS_BETWEEN, int(MAX_SECONDS_BETWEEN / step_s)))
+        return bool(self._answer[0])

@@ -1,12 +1,12 @@
 """Signals that ask a run to save and stop: blocked from the first moment, then received by one waiting thread.
 
-They are blocked before any import that starts a thread (libraries of matrix products start theirs when they are loaded, and a
-thread that does not block a signal takes it, and the process dies of it). What the process starts inherits the mask: data
-workers and helpers do not die of a signal that was meant for the trainer. Imports nothing heavy.
+They are blocked before any import that starts a thread. Libraries of matrix products start threads when they are loaded, and
+a thread that does not block a signal receives it, which ends the process. Child processes inherit the mask, so that data
+workers do not die of a signal that was meant for the trainer. This module imports nothing heavy.
 
-Before training there is nothing to save, and the main thread may sit in native code for long: a library loads weights or a
-tokenizer, or opens a pipe that nobody writes. `StopRequest.leave_when_stuck` has the process end without the main thread then:
-a thread ends it in good order, and where native code lets no thread run, the watchdog (`watchdog.py`) kills it.
+Before training there is nothing to save, and the main thread may be in native code for long: a library loads weights or a
+tokenizer, or opens a pipe that nobody writes. With `StopRequest.leave_when_stuck`, the process then ends without the main
+thread: another thread ends it in order, and if native code lets no thread run, the watchdog (`watchdog.py`) kills it.
 """
 
 from __future__ import annotations
@@ -39,40 +39,40 @@ INTERRUPTED = (
 
 
 def hold() -> None:
-    """Block the signals; they wait until `StopRequest` takes them. To be called before anything heavy is imported."""
+    """Block the signals; they stay pending until `StopRequest` takes them. Call it before anything heavy is imported."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def release() -> None:
-    """Let the signals end this process again: for what has nothing to save."""
+    """Let the signals end this process again, for commands that have nothing to save."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def pending() -> bool:
-    """Whether one of the signals came and is still held."""
+    """Whether one of the signals arrived and is still pending."""
     return not signal.sigpending().isdisjoint(SIGNALS)
 
 
 class StopRequest:
     """Whether this process was asked to save and stop. Enter it in the main thread, before threads and forks.
 
-    With `interrupts` Ctrl-C asks for the same; the second raises KeyboardInterrupt. Where the signals were held before, they
-    still are afterwards: the end of a run is written down before anything can end the process.
+    With `interrupts`, Ctrl-C asks for the same, and a second Ctrl-C raises KeyboardInterrupt. If the signals were blocked
+    before, they still are afterwards, so that the end of a run is recorded before anything can end the process.
     """
 
     def __init__(self, *, interrupts: bool = False) -> None:
         self._name: str | None = None
-        self._over = threading.Event()
-        self._taken = {*SIGNALS, signal.SIGINT} if interrupts else set(SIGNALS)
+        self._closed = threading.Event()
+        self._handled = {*SIGNALS, signal.SIGINT} if interrupts else set(SIGNALS)
         self._thread: threading.Thread | None = None
         self._leave: Callable[[str], None] | None = None
         self._watchdog: Watchdog | None = None
-        self._saves = threading.Event()
+        self._must_save = threading.Event()
         self._main_has_looked = False
 
     @property
     def signal_name(self) -> str | None:
-        """The signal (or other reason) that asked; None as long as none did. Replaces the waiting thread, should it have died."""
+        """The signal (or other reason) that asked to stop; None so far. Starts the waiting thread again if it has died."""
         if self._thread is not None and not self._thread.is_alive():
             self._listen()
         if self._name is not None and threading.current_thread() is threading.main_thread():
@@ -84,42 +84,41 @@ class StopRequest:
         self._name = self._name or reason
 
     def leave_when_stuck(self, leave: Callable[[str], None]) -> None:
-        """From here to `must_save`, end the process if the main thread does not look at a request within `STUCK_S`.
+        """Until `must_save`, end the process if the main thread does not read `signal_name` within `STUCK_S` of a request.
 
-        Reading `signal_name` is looking. `leave` gets the name of the signal, runs in a thread of its own, and must end the
-        process itself (`os._exit`). What has something to save, or to undo before it ends, must not call this.
-        Where native code keeps the interpreter's lock, nothing of the process can run, and the watchdog kills it as late.
+        `leave` gets the name of the signal, runs in a thread of its own, and must end the process itself (`os._exit`). Code that
+        has something to save or to undo must not call this. If native code keeps the interpreter's lock, no thread can run, and
+        the watchdog kills the process after the same time.
         """
         self._leave = leave
-        self._watchdog = Watchdog(self._taken, STUCK_S)
+        self._watchdog = Watchdog(self._handled, STUCK_S)
 
     def must_save(self) -> None:
-        """From here on only the main thread ends the process: there is something to save."""
+        """There is something to save from here on, so that only the main thread may end the process."""
         self._leave = None
-        self._saves.set()
+        self._must_save.set()
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
 
     def __enter__(self) -> StopRequest:
         """Block the signals in this process and everything it starts; a daemon thread waits for them."""
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._taken)
-        # A library that starts helpers may lift the mask (CPython's resource tracker does), or threads be older than it:
-        # then it is a handler that takes the signal.
-        self._handlers: dict[signal.Signals, Any] = {
-            number: signal.signal(number, self._interrupt if number is signal.SIGINT else self._note)
-            for number in self._taken
-        }
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._handled)
+        # Handlers too: a library may lift the mask (CPython's resource tracker does), or a thread be older than the mask.
+        self._handlers: dict[signal.Signals, Any] = {}
+        for number in self._handled:
+            handler = self._interrupt if number is signal.SIGINT else self._note
+            self._handlers[number] = signal.signal(number, handler)
         self._listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.must_save()
-        self._over.set()
+        self._closed.set()
         if self._thread is not None and self._thread.is_alive() and self._thread.ident is not None:
             signal.pthread_kill(self._thread.ident, signal.SIGUSR1)
             self._thread.join()
-        if self._name is None:  # else the process is about to end, and more of the same must not change how
+        if self._name is None:  # otherwise the process is about to end, and more signals must not change how
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
@@ -130,14 +129,14 @@ class StopRequest:
 
     def _wait(self) -> None:
         while True:
-            # What is waited for in the kernel is taken there, whether or not this thread can go on. What is polled stays pending
-            # until it can, which tells the watchdog that no thread runs.
-            if not self._saves.is_set() and signal.sigpending().isdisjoint(self._taken):
-                self._saves.wait(POLL_S)
+            # `sigwait` would take a signal in the kernel even if native code keeps this thread from running. So before training
+            # the signals are polled: an unhandled one stays pending, which tells the watchdog that no thread runs.
+            if not self._must_save.is_set() and signal.sigpending().isdisjoint(self._handled):
+                self._must_save.wait(POLL_S)
                 continue
-            # Not `sigtimedwait`: where the process was suspended past the deadline, CPython 3.11 hands out uninitialised memory.
-            number = signal.sigwait(self._taken)
-            if self._over.is_set():
+            # Not `sigtimedwait`: if the process was suspended past the deadline, CPython 3.11 returns uninitialised memory.
+            number = signal.sigwait(self._handled)
+            if self._closed.is_set():
                 return
             if self._leave is not None:
                 self._leave_later(signal.Signals(number).name)
@@ -152,7 +151,7 @@ class StopRequest:
         timer.start()
 
     def _leave_if_stuck(self, name: str) -> None:
-        if self._leave is not None and not self._main_has_looked and not self._over.is_set():
+        if self._leave is not None and not self._main_has_looked and not self._closed.is_set():
             self._leave(name)
 
     def _note(self, number: int, _: FrameType | None) -> None:

@@ -24,92 +24,110 @@ class AdaLora(Adapter):
     """Adapters of peft's AdaLoRA, and the allocation of their ranks."""
 
     config: AdaLoraConfig
-    allocation: Allocation
+    allocation: RankAllocation
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """As `Adapter.apply`; the allocation works on the model that is returned."""
+        """As `Adapter.apply`. Also makes the allocation of ranks for the model that is returned."""
         tuned: Any = super().apply(model)
         for name, parameter in tuned.named_parameters():
             if f".ranknum.{ADAPTER}" in name:  # a constant, which peft leaves trainable where it moves it to meta
                 parameter.requires_grad_(False)
-        self.allocation = Allocation(tuned.base_model, self.config)
+        self.allocation = RankAllocation(tuned.base_model, self.config)
         return tuned  # type: ignore[no-any-return]
 
-    def settle_files(self, model: nn.Module, trained: dict[str, Tensor]) -> None:
-        """Tell peft which ranks are left, so that it writes these alone; all where the run stopped in between."""
+    def update_peft_settings(self, model: nn.Module, trained: dict[str, Tensor]) -> None:
+        """Tell peft which ranks are left, so that it writes only these. If the run stopped before they settled, it writes all."""
         model.peft_config[ADAPTER].rank_pattern = self.allocation.pattern_of(trained)  # type: ignore[index,union-attr]
 
 
-class Allocation:
-    """What is done around each optimizer step; see `strategies.base.OptimizerStepHooks`. No call communicates."""
+class RankAllocation:
+    """The work of AdaLoRA around each optimizer step; see `strategies.base.OptimizerStepHooks`. No call communicates."""
 
     def __init__(self, tuner: Any, config: AdaLoraConfig) -> None:
-        self.tuner, self.config = tuner, config
-        """peft's AdaLoraModel, and the settings."""
-        self.allocator, self.settings = tuner.rankallocator, tuner.peft_config[ADAPTER]
+        """`tuner`: peft's AdaLoraModel."""
+        self.tuner = tuner
+        self.config = config
+        self.allocator = tuner.rankallocator
+        self.settings = tuner.peft_config[ADAPTER]
         self._masks: dict[str, Tensor] = {}
-        """Which entries of each E are left, `[init_rank, 1]` float32 of zeros and ones, by name in the base model."""
+        """The entries of each E that are left: `[init_rank, 1]` float32 of zeros and ones, by name in the base model."""
         self._settled = False
+        """Whether the ranks are final."""
         self._total = 0
+        """Steps of the run."""
 
     def begin(self, total_steps: int) -> None:
-        """Lay out the budget over a run of `total_steps`. The two shares sum to less than 1: one step at least is between."""
+        """Set the phases for a run of `total_steps`. The two shares sum to less than 1, so at least one step lies between."""
         self._total = self.settings.total_step = total_steps
         self.settings.tinit = int(self.config.initial_share * total_steps)
         self.settings.tfinal = int(self.config.final_share * total_steps)
 
     def before_clip(self, scale: Tensor | None) -> None:
-        """Add the penalty's gradient, times `scale` where the loss was; gradients of zero where a parameter has none."""
-        matrices = [(n, p) for n, p in self._parameters() if "lora_A" in n or "lora_B" in n]
-        weight = self.config.orth_reg_weight / max(1, len(matrices))
+        """Add the gradient of the orthogonality penalty, times the loss scale if there is one.
+
+        A parameter without a gradient gets one of zeros first, since peft's allocator reads them all.
+        """
+        num_matrices = sum(_is_matrix(name) for name, _ in self._parameters())
+        weight = self.config.orth_reg_weight / max(1, num_matrices)
         for name, parameter in self._parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if weight > 0 and ("lora_A" in name or "lora_B" in name):
-                with torch.enable_grad():
-                    value = parameter.detach().requires_grad_()
-                    (gradient,) = torch.autograd.grad(weight * _distance(value, rows="lora_A" in name), value)
-                parameter.grad.add_(gradient if scale is None else gradient * scale)
+            if weight <= 0 or not _is_matrix(name):
+                continue
+            with torch.enable_grad():
+                value = parameter.detach().requires_grad_()
+                penalty = weight * _orthogonality_error(value, rows="lora_A" in name)
+                (gradient,) = torch.autograd.grad(penalty, value)
+            if scale is not None:
+                gradient = gradient * scale
+            parameter.grad.add_(gradient)
 
     def after_update(self, step: int, *, finite: bool) -> None:
-        """Update the importance from the gradients that were applied, and allocate. `step` counts from 1."""
+        """Update the importance from the gradients that were applied, and allocate ranks. `step` counts from 1."""
         assert self._total > 0, "begin was not called"
         self._prepare()
-        last = self._total - self.settings.tfinal
-        if step > last and self._settled:
+        last_allocation = self._total - self.settings.tfinal
+        if step > last_allocation and self._settled:
+            # The optimizer may have moved entries that were taken: back to zero.
             for name, parameter in self._parameters():
                 if name in self._masks:
                     parameter.masked_fill_(self._masks[name] == 0, 0.0)
             return
-        if step < last and not finite:  # skipped: its gradients say nothing
+        if step < last_allocation and not finite:  # the step was skipped, and its gradients are worth nothing
             return
-        if step >= last and not any(bool(each.any()) for each in self.allocator.exp_avg_ipt.values()):
-            if not finite:  # nothing is known yet: the next step settles the ranks
+        if step >= last_allocation and not self._has_importance():
+            if not finite:  # the next step has to settle the ranks
                 return
             self.allocator.update_ipt(self.tuner.model)
         self.settings.rank_pattern = None
-        self.tuner.update_and_allocate(min(step, last))
+        self.tuner.update_and_allocate(min(step, last_allocation))
         for name, kept in (self.settings.rank_pattern or {}).items():
             self._masks[name].copy_(torch.tensor(kept, dtype=torch.float32)[:, None])
-        if step >= last:
+        if step >= last_allocation:
             self._settled = True
             self._prepare()
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """What belongs to a parameter beside its moments, of its shape, live; `name` is its plain name."""
+        """The allocation's state of a parameter, which checkpoints hold beside the optimizer's: live tensors of its shape.
+
+        `name` is the parameter's plain name.
+        """
         self._prepare()
         key = name.removeprefix(PREFIX)
         if key not in self.allocator.exp_avg_ipt:
             return {}
-        found = {"importance": self.allocator.exp_avg_ipt[key], "uncertainty": self.allocator.exp_avg_unc[key]}
-        return {**found, "kept": self._masks[key]} if key in self._masks else found
+        state = {"importance": self.allocator.exp_avg_ipt[key], "uncertainty": self.allocator.exp_avg_unc[key]}
+        if key in self._masks:
+            state["kept"] = self._masks[key]
+        return state
 
     def restored(self) -> None:
-        """The values of `state_of` were read from a checkpoint."""
-        self._settled = sum(int(mask.sum()) for mask in self._masks.values()) <= self.allocator.target_bgt
+        """Go on from the values of `state_of`, which were read from a checkpoint."""
+        entries_left = sum(int(mask.sum()) for mask in self._masks.values())
+        self._settled = entries_left <= self.allocator.target_bgt
 
     def pattern_of(self, trained: dict[str, Tensor]) -> dict[str, list[bool]] | None:
-        """peft's rank pattern for gathered values; None where an entry that was to go is not zero (any more)."""
+        """peft's rank pattern for gathered values; None if no rank was taken, or if an entry that was taken is not zero."""
         self._prepare()
         kept = {name: mask.cpu() > 0 for name, mask in self._masks.items()}
         for name, mask in kept.items():
@@ -119,12 +137,17 @@ class Allocation:
             return None
         return {name: mask.view(-1).tolist() for name, mask in kept.items()}
 
+    def _has_importance(self) -> bool:
+        """Whether any step has measured the importance of entries. Waits for the device."""
+        return any(bool(importance.any()) for importance in self.allocator.exp_avg_ipt.values())
+
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters of A, E and B as they are now, by the names that peft's allocator uses."""
-        return [(n, p) for n, p in self.tuner.model.named_parameters() if ".lora_" in n and f".{ADAPTER}" in n]
+        """The current parameters A, E and B, by the names that peft's allocator uses."""
+        named = self.tuner.model.named_parameters()
+        return [(name, parameter) for name, parameter in named if ".lora_" in name and f".{ADAPTER}" in name]
 
     def _prepare(self) -> None:
-        """Zeros where peft would make them with the first step, so that what is saved is always the same."""
+        """Make the state that peft would make in its first step, as zeros: a checkpoint always has the same tensors."""
         for name, parameter in self._parameters():
             if name not in self.allocator.ipt:
                 for table in (self.allocator.ipt, self.allocator.exp_avg_ipt, self.allocator.exp_avg_unc):
@@ -133,7 +156,13 @@ class Allocation:
                 self._masks[name] = torch.ones_like(parameter)
 
 
-def _distance(matrix: Tensor, *, rows: bool) -> Tensor:
+def _is_matrix(name: str) -> bool:
+    """Whether a parameter is an A or a B, which the penalty concerns; E is a diagonal."""
+    return "lora_A" in name or "lora_B" in name
+
+
+def _orthogonality_error(matrix: Tensor, *, rows: bool) -> Tensor:
     """How far the rows (columns) of a matrix are from orthonormal: the Frobenius norm, 0-d."""
     products = matrix @ matrix.T if rows else matrix.T @ matrix
-    return torch.linalg.matrix_norm(products - torch.eye(len(products), dtype=products.dtype, device=products.device))
+    identity = torch.eye(len(products), dtype=products.dtype, device=products.device)
+    return torch.linalg.matrix_norm(products - identity)

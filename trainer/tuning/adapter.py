@@ -19,11 +19,11 @@ from strategies.errors import ConfigError
 from trainer.tuning.adapter_checkpoint import StoredAdapter, check_settings
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
 from trainer.tuning.compat.peft import adapters_off, targets_as_named
-from trainer.tuning.expert_lora import choose
+from trainer.tuning.expert_lora import choose_expert_targets
 from trainer.tuning.peft_configs import peft_config
-from trainer.tuning.replica import ADAPTER, AdapterReplicas, Lone
+from trainer.tuning.replica import ADAPTER, AdapterReplicas, LoneParameter
 from trainer.tuning.table import method_of, rewrites_base
-from trainer.tuning.targets import left_alone
+from trainer.tuning.targets import excluded_modules
 
 PREFIX = "base_model.model."
 """Under which peft's wrapper holds the base model."""
@@ -38,27 +38,30 @@ class Adapter:
         self, config: AdapterConfig, *, train_embeddings: bool = False, new_heads: tuple[str, ...] = ()
     ) -> None:
         self.config = config
-        self.converts = isinstance(config, LoraConfig) and rewrites_base(config.init)
+        self.needs_conversion = isinstance(config, LoraConfig) and rewrites_base(config.init)
         """Whether the adapter trains a part split off the base weights, so that its files must be converted."""
-        self.keeps_base = not self.converts and config.from_ is None
-        """Without the part that was split off, the base is not whole; with a first adapter, the base is not the start."""
+        self.keeps_base = not self.needs_conversion and config.from_ is None
+        """Whether switching the adapter off gives the model before training. Not so if a part was split off the base, or if the
+        run goes on from an adapter."""
         self.new_heads = new_heads
-        """Modules that the base checkpoint does not have: trained in full and saved with the adapter."""
+        """Modules that the base checkpoint does not have. They train in full and are saved with the adapter."""
         self.train_embeddings = train_embeddings
-        """New vocabulary entries need trained embeddings: they (and an untied head) are then trained in full."""
+        """Whether the vocabulary grew: the embeddings, and a head that is not tied to them, then train in full."""
         self.replicas = AdapterReplicas(None, {}, reads_base=False)
         self.note = ""
-        """What to say of the targets: linear layers that get no adapter, and why."""
+        """A note for the start screen on linear layers that get no adapter, and why."""
         self.seed = 0
-        """Seed of the initial values, as given with the first question for one."""
+        """Seed of the initial values; set by the first call of `initial_value`."""
         self._owned: dict[str, tuple[str, str]] = {}
+        """(adapted layer, name in it) of each parameter that peft added, by its full name."""
         self._buffers: set[str] = set()
+        """Names of the buffers that peft added."""
         self._stored: StoredAdapter | None = None
-        """The adapter that training goes on from."""
+        """The adapter that training goes on from; None without one."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Wrap in a PeftModel; raises ConfigError that lists what exists when a target matches nothing."""
-        if self.config.targets != []:
+        """Wrap in a PeftModel. Raises ConfigError, with what exists, if a target matches nothing."""
+        if self.config.targets != []:  # empty: experts or routers alone
             check_targets(model, self.config.targets)
         settings = self._settings(model)
         with targets_as_named():
@@ -66,17 +69,17 @@ class Adapter:
         if self.config.from_ is not None:
             check_settings(tuned.peft_config[ADAPTER], self.config.from_, "tuning.from")  # type: ignore[index,union-attr]
             self._stored = StoredAdapter(self.config.from_, "tuning.from")
-            self._stored.match(tuned)
+            self._stored.match_names(tuned)
             self._stored.fill_buffers(tuned)
         return tuned
 
     def wrap(self, model: nn.Module, settings: Any) -> nn.Module:
-        """Let peft add what its `settings` say, and take stock of it."""
+        """Let peft add what its `settings` say, and record what it added."""
         from peft import get_peft_model
 
         known_buffers = {name for name, _ in model.named_buffers()}
-        own_start = getattr(settings, "init_lora_weights", None)
-        if self.converts:  # needs weights, which meta has not; replicas start as asked
+        initial_values = getattr(settings, "init_lora_weights", None)
+        if self.needs_conversion:  # that start reads weights, which meta does not have; the replicas make it later
             settings.init_lora_weights = True
         try:
             with warnings.catch_warnings():
@@ -87,47 +90,55 @@ class Adapter:
                 f"tuning={self.config.name}: peft cannot add it to this model with tuning.targets={self.config.targets}: "
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
-        of_replicas = copy.deepcopy(tuned.peft_config[ADAPTER])
-        if self.converts:
-            of_replicas.init_lora_weights = own_start
-        self._take_stock(tuned, of_replicas)
-        added = (name for name, _ in tuned.named_buffers(remove_duplicate=False))
-        self._buffers = {name for name in added if self.base_name(name) not in known_buffers}
+        replica_settings = copy.deepcopy(tuned.peft_config[ADAPTER])
+        if self.needs_conversion:
+            replica_settings.init_lora_weights = initial_values
+        self._record_adapters(tuned, replica_settings)
+        for name, _ in tuned.named_buffers(remove_duplicate=False):
+            if self.base_name(name) not in known_buffers:
+                self._buffers.add(name)
         return tuned
 
     def _settings(self, model: Any) -> Any:
         """peft's config with targets, task, and what trains in full."""
         settings = peft_config(self.config)
         targets = self.config.targets
-        if targets != "auto":
-            settings.target_modules = targets if isinstance(targets, str) else set(targets)
-        elif (feedforward := getattr(settings, "feedforward_modules", None)) is not None:
+        feedforward = getattr(settings, "feedforward_modules", None)
+        if targets == "auto" and feedforward is not None:
             raise ConfigError(
                 f"tuning.feedforward={list(feedforward)}: needs tuning.targets to name them too; list both, or neither"
             )
-        full = list(dict.fromkeys([*self.config.modules_to_save, *self.new_heads]))
-        tied = bool(getattr(model.config, "tie_word_embeddings", False))
-        if self.train_embeddings:
-            full += [_name_of(model, model.get_input_embeddings())]
-            if not tied:
-                full += [_name_of(model, model.get_output_embeddings())]
-            elif not hasattr(settings, "ensure_weight_tying"):
-                raise ConfigError(
-                    f"model.add_tokens with tuning={self.config.name}: peft keeps trained embeddings tied to the head only "
-                    "for LoRA; use tuning=lora, or tuning=full"
-                )
-            else:
-                settings.ensure_weight_tying = True
-        settings.modules_to_save = full or None
+        if targets != "auto":  # with auto peft chooses by the architecture
+            settings.target_modules = targets if isinstance(targets, str) else set(targets)
+        settings.modules_to_save = self._fully_trained(model, settings) or None
         if hasattr(settings, "exclude_modules"):
-            settings.exclude_modules, self.note = left_alone(model, settings, every_linear=targets == "all-linear")
+            settings.exclude_modules, self.note = excluded_modules(
+                model, settings, every_linear=targets == "all-linear"
+            )
         settings.task_type = _task_type(model)
         if isinstance(self.config, LoraConfig):
-            choose(settings, model, self.config)
+            choose_expert_targets(settings, model, self.config)
         return settings
 
-    def _take_stock(self, tuned: nn.Module, settings: Any) -> None:
-        """Note what peft added, layer by layer, and make its buffers real."""
+    def _fully_trained(self, model: Any, settings: Any) -> list[str]:
+        """Names of the modules that train in full; tells peft's `settings` to keep tied embeddings tied. Errors: ConfigError."""
+        names = list(dict.fromkeys([*self.config.modules_to_save, *self.new_heads]))
+        if not self.train_embeddings:
+            return names
+        names.append(_name_of(model, model.get_input_embeddings()))
+        if not getattr(model.config, "tie_word_embeddings", False):
+            names.append(_name_of(model, model.get_output_embeddings()))
+            return names
+        if not hasattr(settings, "ensure_weight_tying"):
+            raise ConfigError(
+                f"model.add_tokens with tuning={self.config.name}: peft keeps trained embeddings tied to the head only "
+                "for LoRA; use tuning=lora, or tuning=full"
+            )
+        settings.ensure_weight_tying = True
+        return names
+
+    def _record_adapters(self, tuned: nn.Module, settings: Any) -> None:
+        """Record what peft added, layer by layer; move its parameters to meta and give its buffers their values."""
         from peft.tuners.lora import ParamWrapper
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -136,31 +147,34 @@ class Adapter:
             if not isinstance(module, BaseTunerLayer):
                 continue
             assert isinstance(module, nn.Module)  # peft's class is a mixin of modules
-            layer, base = name.removeprefix(PREFIX), module.get_base_layer()
-            if isinstance(module, ParamWrapper):  # of a module with several adapted parameters one lies in the other
+            layer = name.removeprefix(PREFIX)
+            base = module.get_base_layer()
+            if isinstance(module, ParamWrapper):  # one parameter; of several in a module, the wrappers are nested
                 layer = f"{self.base_name(name)}.{module.parameter_name}"
-                flipped = getattr(base, "is_transposed", False)
-                bases[layer] = Lone(module.parameter_name, module.get_param(), is_transposed=flipped)
+                is_transposed = getattr(base, "is_transposed", False)
+                bases[layer] = LoneParameter(module.parameter_name, module.get_param(), is_transposed=is_transposed)
             else:
                 bases[layer] = copy.deepcopy(base)
             for key, _ in module.named_parameters():
                 if not key.startswith("base_layer."):
                     self._owned[f"{name}.{key}"] = layer, key
                     _to_meta(module, key)
-        if self.converts:
+        if self.needs_conversion:
             _refuse_shared(tuned, bases)
         self.replicas = AdapterReplicas(
             settings, bases, reads_base=method_of(self.config).reads_base or _is_dora(self.config)
         )
         on_meta = {name for name, buffer in tuned.named_buffers() if buffer.is_meta}
-        if on_meta:
-            for name, buffer in self.replicas.buffers():
-                if f"base_model.{name}" in on_meta:
-                    owner, _, key = f"base_model.{name}".rpartition(".")
-                    own_buffers(tuned.get_submodule(owner))[key] = buffer
+        if not on_meta:
+            return
+        for name, buffer in self.replicas.buffers():
+            full_name = f"base_model.{name}"
+            if full_name in on_meta:
+                owner, _, key = full_name.rpartition(".")
+                own_buffers(tuned.get_submodule(owner))[key] = buffer
 
-    def settle_files(self, model: nn.Module, trained: dict[str, Tensor]) -> None:
-        """What peft's settings must say of the gathered values, before these are written; nothing for most methods."""
+    def update_peft_settings(self, model: nn.Module, trained: dict[str, Tensor]) -> None:
+        """Bring peft's settings in line with the gathered values before both are written. Most methods need nothing."""
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold a loaded PeftModel's adapters into its weights; returns the plain model."""
@@ -183,14 +197,14 @@ class Adapter:
         return name
 
     def owns(self, name: str) -> bool:
-        """What peft added, buffers included; modules trained in full start as copies of the base's."""
+        """Whether peft added this parameter or buffer. Modules that train in full are not owned: they start as copies."""
         return name in self._owned or name in self._buffers
 
     def rewrites(self, name: str) -> bool:
-        """The weights off which the adapter's start was split, and modules that an earlier run trained in full."""
+        """Whether a base weight starts at another value: a part was split off it, or an earlier run trained it in full."""
         if self._stored is not None and name in self._stored.names:
             return True
-        return self.converts and name.endswith(".base_layer.weight")
+        return self.needs_conversion and name.endswith(".base_layer.weight")
 
     def rate_of(self, name: str) -> float:
         """LoRA+: the B matrices of linear layers learn faster."""
@@ -208,22 +222,26 @@ class Adapter:
         else:
             layer, _, key = name.removeprefix(PREFIX).rpartition(".base_layer.")
             key = f"base_layer.{key}"
-        value = self.replicas.initial(layer, base, seed).get_parameter(key).detach()
+        value = self.replicas.initial_layer(layer, base, seed).get_parameter(key).detach()
         assert tuple(value.shape) == shape or tuple(value.shape) == (), (name, value.shape, shape)
         return value
 
-    def changed(self) -> set[str]:
+    def changed_names(self) -> set[str]:
         """Base names of the parameters that the adapters change."""
-        bases = self.replicas.bases.items()
-        alone = {name for name, base in bases if isinstance(base, Lone)}
-        return alone | {
-            f"{name}.{key}" for name, base in bases if name not in alone for key, _ in base.named_parameters()
-        }
+        names = set()
+        for name, base in self.replicas.base_layers.items():
+            if isinstance(base, LoneParameter):
+                names.add(name)
+            else:
+                names.update(f"{name}.{key}" for key, _ in base.named_parameters())
+        return names
 
     def layer_of(self, name: str) -> tuple[str, str]:
-        """The adapted layer that would change a base parameter, and the parameter's name in it; it need not be there."""
+        """(the layer that holds a base parameter, the parameter's name in it). The layer need not be an adapted one."""
         layer, _, key = name.rpartition(".")
-        return (name if name in self.replicas.bases else layer), key
+        if name in self.replicas.base_layers:  # adapted by itself
+            layer = name
+        return layer, key
 
     def names_of(self, layer: str) -> list[str]:
         """What peft added for an adapted layer, by full name."""
@@ -231,14 +249,16 @@ class Adapter:
 
     def merged(self, name: str, base: BaseReader, trained: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """The base parameters of the adapted layer `name` with its part of `trained` folded in; see `AdapterReplicas.merged`."""
-        of_layer = {
-            key: trained[full] for full, (layer, key) in self._owned.items() if layer == name and full in trained
-        }
-        alone = isinstance(self.replicas.bases[name], Lone)
-        live = model if alone else model.get_submodule(PREFIX + name)
-        return self.replicas.merged(name, base, self.seed, of_layer, live)
+        trained_in_layer = {}
+        for full_name, (layer, key) in self._owned.items():
+            if layer == name and full_name in trained:
+                trained_in_layer[key] = trained[full_name]
+        live = model
+        if not isinstance(self.replicas.base_layers[name], LoneParameter):
+            live = model.get_submodule(PREFIX + name)
+        return self.replicas.merged(name, base, self.seed, trained_in_layer, live)
 
-    def starts(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
+    def initial_values(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
         """The initial values of the parameters in `trained` that peft added."""
         return {
             name: self.initial_value(name, tuple(value.shape), base, self.seed)
@@ -248,9 +268,9 @@ class Adapter:
 
 
 def check_targets(model: nn.Module, targets: Any) -> None:
-    """Raise ConfigError, with what exists, where a target matches no module."""
+    """Raise ConfigError, with what exists, if a target matches no module."""
     names = [name for name, _ in model.named_modules() if name]
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)})
+    linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
     if isinstance(targets, str):
         if targets not in ("all-linear", "auto") and not any(re.fullmatch(targets, name) for name in names):
             raise ConfigError(
@@ -258,7 +278,7 @@ def check_targets(model: nn.Module, targets: Any) -> None:
                 f"{', '.join(linear)}; or use tuning.targets=all-linear"
             )
         return
-    unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
+    unmatched = [target for target in targets if not _names_a_module(target, names)]
     if unmatched or not targets:
         raise ConfigError(
             f"tuning.targets={list(targets)}: {', '.join(unmatched) or 'nothing'} matches no module; linear layers "
@@ -266,8 +286,13 @@ def check_targets(model: nn.Module, targets: Any) -> None:
         )
 
 
+def _names_a_module(target: str, names: list[str]) -> bool:
+    """Whether a target is the whole name, or the last parts of the name, of one of the modules."""
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
 def _to_meta(layer: nn.Module, key: str) -> None:
-    """Drop the values of a parameter that peft left on the CPU: they are drawn anew."""
+    """Drop the values of a parameter that peft left on the CPU: replicas draw them again, the same on every rank."""
     owner, _, last = key.rpartition(".")
     parameters = own_parameters(layer.get_submodule(owner))
     parameter = parameters[last]
@@ -276,12 +301,12 @@ def _to_meta(layer: nn.Module, key: str) -> None:
 
 
 def _refuse_shared(tuned: nn.Module, bases: dict[str, nn.Module]) -> None:
-    """A weight that two modules share cannot lose a part in one of them."""
-    seen: dict[int, str] = {}
+    """Raise ConfigError if an adapted layer shares its weight: splitting a part off it would change the other module too."""
+    first_names: dict[int, str] = {}
     for name, parameter in tuned.named_parameters(remove_duplicate=False):
-        first = seen.setdefault(id(parameter), name)
+        first_name = first_names.setdefault(id(parameter), name)
         for layer in bases:
-            if first != name and any(n.startswith(f"{PREFIX}{layer}.base_layer.") for n in (first, name)):
+            if first_name != name and any(n.startswith(f"{PREFIX}{layer}.base_layer.") for n in (first_name, name)):
                 raise ConfigError(
                     f"tuning.init: {layer} shares its weight with another module, which would change too; leave it out of "
                     "tuning.targets, or use tuning.init=default"
@@ -289,6 +314,7 @@ def _refuse_shared(tuned: nn.Module, bases: dict[str, nn.Module]) -> None:
 
 
 def _is_dora(config: AdapterConfig) -> bool:
+    """Whether LoRA's initial values depend on base weights: DoRA's norms, or the split of PiSSA and OLoRA."""
     return isinstance(config, LoraConfig) and (config.dora or rewrites_base(config.init))
 
 
@@ -297,10 +323,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _task_type(model: nn.Module) -> str:
-    """How peft calls what the model does; loaders of the adapter go by it."""
+    """peft's name of what the model does; loaders of the adapter choose a model class by it."""
     if hasattr(model, "num_labels") and "SequenceClass" in type(model).__name__:
         return "SEQ_CLS"
-    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM"
 
 
 def _name_of(model: nn.Module, wanted: Any) -> str:

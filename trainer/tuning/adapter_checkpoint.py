@@ -11,28 +11,28 @@ from torch import Tensor, nn
 
 from strategies.compat.modules import own_buffers
 from strategies.errors import ConfigError
-from trainer.tuning.initial_adapter import SETTINGS, WEIGHTS, difference, read_settings
+from trainer.tuning.initial_adapter import SETTINGS, WEIGHTS, differing_fields, read_settings
 from trainer.tuning.key_mapping import keys_in_file
 from trainer.tuning.replica import ADAPTER
 
-_OURS = ("ensure_weight_tying", "task_type", "trainable_token_indices")
+_WRAPPING_FIELDS = ("ensure_weight_tying", "task_type", "trainable_token_indices")
 """Fields that say how a model is wrapped, not what an adapter computes."""
 
 
 def file_names(tuned: nn.Module) -> dict[str, str]:
-    """The key that each parameter and buffer of a PeftModel is stored under, by plain name; only of what peft stores."""
+    """The key in the adapter file of each parameter and buffer of a PeftModel, by plain name. Only those that peft stores."""
     from peft import get_peft_model_state_dict
 
     named: dict[str, Any] = dict(tuned.named_parameters(remove_duplicate=False))
     named |= dict(tuned.named_buffers(remove_duplicate=False))
-    # A tensor of its own for each name: tied parameters are one object.
-    marks = {name: torch.empty(0, device="meta") for name in named}
+    # An empty tensor for each name, to follow it through peft. Not the parameters: tied ones are a single object.
+    markers = {name: torch.empty(0, device="meta") for name in named}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        stored = get_peft_model_state_dict(tuned, state_dict=dict(marks), save_embedding_layers=False)
-    names = {id(mark): name for name, mark in marks.items()}
-    other = keys_in_file(tuned, tuned.peft_config[ADAPTER], stored)  # type: ignore[index,union-attr]
-    return {names[id(mark)]: other.get(key) or key for key, mark in stored.items()}
+        stored = get_peft_model_state_dict(tuned, state_dict=dict(markers), save_embedding_layers=False)
+    names = {id(marker): name for name, marker in markers.items()}
+    other_keys = keys_in_file(tuned, tuned.peft_config[ADAPTER], stored)  # type: ignore[index,union-attr]
+    return {names[id(marker)]: other_keys.get(key) or key for key, marker in stored.items()}
 
 
 def peft_settings(directory: str | Path, key: str) -> Any:
@@ -40,8 +40,8 @@ def peft_settings(directory: str | Path, key: str) -> Any:
     from peft import PeftConfig
 
     path = Path(directory).expanduser()
-    if isinstance(wrong := read_settings(path), str):
-        raise ConfigError(f"{key}={directory}: {wrong}")
+    if isinstance(problem := read_settings(path), str):
+        raise ConfigError(f"{key}={directory}: {problem}")
     try:
         return PeftConfig.from_pretrained(str(path))
     except Exception as error:  # a field that no method has, or a value that none takes
@@ -56,8 +56,9 @@ class StoredAdapter:
     def __init__(self, directory: str | Path, key: str) -> None:
         from safetensors import safe_open
 
-        self.directory, self.key = Path(directory).expanduser(), key
-        """Where it lies, and the setting that named it."""
+        self.directory = Path(directory).expanduser()
+        self.key = key
+        """The setting that named the directory, for messages."""
         path = self.directory / WEIGHTS
         try:
             self._file: Any = safe_open(str(path), framework="pt").__enter__()
@@ -66,29 +67,37 @@ class StoredAdapter:
         self._keys = set(self._file.keys())
         self.names: dict[str, str] = {}
 
-    def match(self, tuned: nn.Module) -> None:
-        """Find every trained parameter of `tuned` in the file. Raises ConfigError that says what both have."""
-        known = file_names(tuned)
-        shapes = {name: tuple(p.shape) for name, p in tuned.named_parameters(remove_duplicate=False)}
-        trained = {n for n, p in tuned.named_parameters(remove_duplicate=False) if p.requires_grad and n in known}
-        missing = sorted(name for name in trained if known[name] not in self._keys)
-        foreign = sorted(self._keys - set(known.values()))
+    def match_names(self, tuned: nn.Module) -> None:
+        """Find every trained parameter of `tuned` in the file. Raises ConfigError if the file has others, or other shapes."""
+        keys_by_name = file_names(tuned)
+        shapes = {}
+        missing = []
+        for name, parameter in tuned.named_parameters(remove_duplicate=False):
+            shapes[name] = tuple(parameter.shape)
+            if parameter.requires_grad and name in keys_by_name and keys_by_name[name] not in self._keys:
+                missing.append(name)
+        missing.sort()
+        unknown = sorted(self._keys - set(keys_by_name.values()))
         advice = "set tuning.targets and tuning.modules_to_save to those it was made with"
         if self.key != "tuning.from":
             advice = "give the base model and the objective that it was made with"
-        if missing or foreign:
+        if missing or unknown:
+            differences = []
+            if missing:
+                differences.append(f"missing in the file: {', '.join(missing[:3])}")
+            if unknown:
+                differences.append(f"in the file only: {', '.join(unknown[:3])}")
             raise ConfigError(
                 f"{self.key}={self.directory}: its adapter does not fit this model and these settings: "
-                f"{'missing in the file: ' + ', '.join(missing[:3]) if missing else ''}{'; ' if missing and foreign else ''}"
-                f"{'in the file only: ' + ', '.join(foreign[:3]) if foreign else ''}; {advice}"
+                f"{'; '.join(differences)}; {advice}"
             )
-        self.names = {name: key for name, key in known.items() if key in self._keys}
+        self.names = {name: key for name, key in keys_by_name.items() if key in self._keys}
         for name, key in self.names.items():
-            found = tuple(self._file.get_slice(key).get_shape())
-            if name in shapes and found != shapes[name]:
+            stored_shape = tuple(self._file.get_slice(key).get_shape())
+            if name in shapes and stored_shape != shapes[name]:
                 raise ConfigError(
-                    f"{self.key}={self.directory}: {key} has shape {found} in the file, {shapes[name]} in this run; use the "
-                    "settings, the base model and the vocabulary that it was made with"
+                    f"{self.key}={self.directory}: {key} has shape {stored_shape} in the file, {shapes[name]} in this "
+                    "run; use the settings, the base model and the vocabulary that it was made with"
                 )
 
     def tensor(self, name: str) -> Tensor:
@@ -97,7 +106,7 @@ class StoredAdapter:
         return value.float() if value.is_floating_point() else value
 
     def fill_buffers(self, tuned: nn.Module) -> None:
-        """What peft stores beside parameters (shared projections) as it is in the file."""
+        """Give buffers that peft stores (shared projections) the values in the file."""
         for name, buffer in list(tuned.named_buffers(remove_duplicate=False)):
             if name in self.names and buffer is not None:
                 owner, _, key = name.rpartition(".")
@@ -105,12 +114,13 @@ class StoredAdapter:
 
 
 def check_settings(settings: Any, directory: str | Path, key: str) -> None:
-    """Refuse a directory whose adapter computes something else than peft's `settings` do. Errors: ConfigError."""
-    theirs, ours = peft_settings(directory, key).to_dict(), settings.to_dict()
+    """Raise ConfigError if the directory's adapter computes something else than peft's `settings` do."""
+    stored = peft_settings(directory, key).to_dict()
+    expected = settings.to_dict()
     differing = [
-        f"{name}={theirs[name]} in its adapter_config.json, {ours[name]} here"
-        for name in difference(ours, theirs)
-        if name not in _OURS
+        f"{name}={stored[name]} in its adapter_config.json, {expected[name]} here"
+        for name in differing_fields(expected, stored)
+        if name not in _WRAPPING_FIELDS
     ]
     if differing:
         raise ConfigError(f"{key}={directory}: {'; '.join(differing)}; use the settings that it was made with")

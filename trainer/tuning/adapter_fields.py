@@ -13,19 +13,19 @@ NAMES = ("target_modules", "modules_to_save", "target_parameters")
 
 
 def wrong_field(settings: dict[str, Any]) -> str | None:
-    """The first field whose value is of the wrong kind, in words; None if there is none. A missing field or null is right."""
+    """Describe the first field whose value has the wrong type; None if there is none. Null is always right."""
     for name, value in settings.items():
         if value is None:
             continue
-        said = f"{name}={json.dumps(value)[:80]}"
+        assignment = f"{name}={json.dumps(value)[:80]}"
         if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
-            return f"{said}, which is no number"
+            return f"{assignment}, which is no number"
         if name in TEXTS and not isinstance(value, str):
-            return f"{said}, which is no text"
+            return f"{assignment}, which is no text"
         if name in TABLES and not isinstance(value, dict):
-            return f"{said}, which is no table of numbers by names"
+            return f"{assignment}, which is no table of numbers by names"
         if name in NAMES and not _are_names(value):
-            return f"{said}, which is no list of names"
+            return f"{assignment}, which is no list of names"
     return None
 
 

@@ -1,7 +1,7 @@
-"""Adapters as files: peft's own directory format, out of gathered values, and back onto a plain base model.
+"""Writes gathered adapter values in peft's own directory format, merges them into a base, and loads them onto one.
 
-Nothing here communicates: values arrive gathered, on one rank. peft folds an adapter into its base one layer at a time, so
-that the model is never held twice.
+Nothing here communicates: values arrive gathered, on one rank. An adapter is merged one layer at a time, so that the model
+is never held twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError
 from trainer.tuning.adapter import PREFIX, Adapter
 from trainer.tuning.base import BaseReader
-from trainer.tuning.expert_lora import settle_names
+from trainer.tuning.expert_lora import name_targets_for_peft
 from trainer.tuning.key_mapping import keys_in_file
 from trainer.tuning.replica import ADAPTER
 
@@ -36,9 +36,9 @@ def write_adapter(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into the existing `directory`.
 
-    `trained` holds the full trainable tensors under the model's plain names; `base_name` is the directory or hub id (with
-    `revision`) that loaders will look for; `double_rank` says that
-    `trained` is what `as_plain_lora` made. Errors: OSError, SafetensorError.
+    `trained` holds the full trainable tensors under the model's plain names. `base_name` is the directory or hub id (with
+    `revision`) that loaders will look for. `double_rank` says that `as_plain_lora` made `trained`. Errors: OSError,
+    SafetensorError.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -48,30 +48,32 @@ def write_adapter(
         warnings.simplefilter("ignore")
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     settings: Any = copy.deepcopy(model.peft_config[ADAPTER])  # type: ignore[index,union-attr]
-    other = keys_in_file(model, settings, state)
-    stored = {other.get(key) or key: value.contiguous() for key, value in state.items()}
+    other_keys = keys_in_file(model, settings, state)
+    stored = {other_keys.get(key) or key: value.contiguous() for key, value in state.items()}
     save_file(stored, directory / "adapter_model.safetensors", {"format": "pt"})
     if double_rank:
         _double_rank(settings)
-    settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True
-    settle_names(settings, model)
+    settings.base_model_name_or_path = base_name
+    settings.revision = revision
+    settings.inference_mode = True
+    name_targets_for_peft(settings, model)
     settings.save_pretrained(str(directory))
 
 
 def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
     """Adapters of PiSSA and OLoRA as LoRA of twice the rank on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0]."""
-    start = tuning.starts(trained, base)
+    initial = tuning.initial_values(trained, base)
     converted = dict(trained)
     for name, value in trained.items():
         if ".lora_A." in name:
-            converted[name] = torch.cat([value.float(), start[name]], dim=0)
+            converted[name] = torch.cat([value.float(), initial[name]], dim=0)
         elif ".lora_B." in name:
-            converted[name] = torch.cat([value.float(), -start[name]], dim=1)
+            converted[name] = torch.cat([value.float(), -initial[name]], dim=1)
     return converted
 
 
 def _double_rank(settings: Any) -> None:
-    """Twice the rank at the same scale."""
+    """Double the rank and keep the scale, which is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
     settings.r *= 2
     factor = 2**0.5 if settings.use_rslora else 2
     settings.lora_alpha *= factor
@@ -80,53 +82,58 @@ def _double_rank(settings: Any) -> None:
 
 
 def _added_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What peft stores beside parameters; its own selection drops what is the base's."""
+    """Persistent buffers on the CPU. peft's own selection drops those of the base."""
     buffers = persistent_buffers(model, remove_duplicate=False)
     return {name: buffer.detach().cpu() for name, buffer in buffers}
 
 
 def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A gathered parameter comes once; a tied one is stored under each of its names."""
-    first: dict[int, str] = {}
+    """Copies of tied parameters under their other names: gathering gives each once, peft's files have each name."""
+    first_names: dict[int, str] = {}
     copies = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        original = first.setdefault(id(parameter), name)
+        original = first_names.setdefault(id(parameter), name)
         if original != name and original in trained:
             copies[name] = trained[original].clone()
     return copies
 
 
-class Folding:
-    """Frozen parameters of a tuned model as they are in the merged one, layer by layer."""
+class AdapterMerger:
+    """Gives the base parameters of a tuned model with its adapter merged in. Keeps the layer that it merged last."""
 
     def __init__(self, tuning: Adapter, model: nn.Module, trained: dict[str, Tensor], base: BaseReader) -> None:
-        self.tuning, self.model, self.trained, self.base = tuning, model, trained, base
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self.tuning = tuning
+        self.model = model
+        self.trained = trained
+        self.base = base
+        self._cached: tuple[str, dict[str, Tensor]] = ("", {})
 
     def tensor(self, name: str, value: Tensor) -> Tensor | None:
-        """The merged tensor, float32 where the adapter changes it; None for one that a module trained in full replaced.
+        """The merged tensor, float32 if the adapter changes it. None for one that a fully trained copy replaces.
 
-        `name` is the parameter's plain name, `value` the base's.
+        `name` is the parameter's plain name, `value` its value in the base.
         """
         if ".original_module." in name:
             return None
+        adapted = self.tuning.replicas.base_layers
         layer, wrapped, key = name.removeprefix(PREFIX).rpartition(".base_layer.")
-        if (base := self.tuning.base_name(name)) in self.tuning.replicas.bases:  # a parameter adapted by itself
-            layer = base
-        if not wrapped or layer not in self.tuning.replicas.bases:
+        base_name = self.tuning.base_name(name)
+        if base_name in adapted:  # a parameter adapted by itself
+            layer = base_name
+        if not wrapped or layer not in adapted:
             return value
-        if self._last[0] != layer:
-            self._last = layer, self.tuning.merged(layer, self.base, self.trained, self.model)
-        return self._last[1][key]
+        if self._cached[0] != layer:
+            self._cached = layer, self.tuning.merged(layer, self.base, self.trained, self.model)
+        return self._cached[1][key]
 
 
 def check_mergeable(model: nn.Module, trained_names: set[str]) -> None:
-    """Refuse a fold that would change more than the adapted layer. Errors: ConfigError."""
+    """Raise ConfigError if merging would change more than the adapted layers, or is not supported."""
     names = {name for name, _ in model.named_parameters()}
     for name in trained_names:
         layer = name.split(".lora_")[0]
-        if ".lora_" not in name or hasattr(model.get_submodule(layer), "parameter_name"):  # of experts or a router
-            continue
+        if ".lora_" not in name or hasattr(model.get_submodule(layer), "parameter_name"):
+            continue  # adapters of experts and routers share no weights
         if layer + _BASE_WEIGHT not in names:
             raise ConfigError(
                 f"export.merge=true: {layer} shares its weight with the embeddings, and folding the adapter into one would "
@@ -140,7 +147,7 @@ def check_mergeable(model: nn.Module, trained_names: set[str]) -> None:
 
 
 def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
-    """Plain peft: the adapter of `directory` on a plain base model, for inference."""
+    """Load the adapter of `directory` onto a plain base model with plain peft, for inference."""
     from peft import PeftModel
 
     with warnings.catch_warnings():

@@ -21,25 +21,26 @@ from trainer.tuning.adapter_files import write_adapter
 from trainer.tuning.base import BaseReader
 from trainer.tuning.compat.peft import is_adapted_attention
 from trainer.tuning.config import AdaptionPromptConfig
-from trainer.tuning.own_adapters import Added
+from trainer.tuning.own_adapters import AddedParameters
 
 KINDS = ("llama", "mistral", "gpt2")
 """Architectures whose attention peft knows how to adapt."""
 
 
-class AdaptionPrompt(Added):
+class AdaptionPrompt(AddedParameters):
     """peft's AdaptedAttention around attention modules; with the adapter off the module inside is called alone."""
 
     config: AdaptionPromptConfig
     wrapper = PREFIX
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Wrap in a PeftModel; raises ConfigError for architectures that peft does not know, and for too many layers."""
+        """Wrap in a PeftModel. Raises ConfigError for architectures that peft cannot adapt, and for too many layers."""
         from peft import AdaptionPromptConfig as PeftSettings
         from peft import get_peft_model
 
         settings: Any = model.config
-        kind, layers = settings.model_type, settings.num_hidden_layers
+        kind = settings.model_type
+        layers = settings.num_hidden_layers
         head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
         if kind not in KINDS or head_dim * settings.num_attention_heads != settings.hidden_size:
             raise ConfigError(
@@ -52,22 +53,22 @@ class AdaptionPrompt(Added):
                 f"{layers}, or 0 for all"
             )
         classifier = "SequenceClass" in type(model).__name__
-        wanted = PeftSettings(
+        peft_settings = PeftSettings(
             adapter_len=self.config.adapter_len,
             adapter_layers=self.config.adapter_layers or layers,
             task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tuned: Any = get_peft_model(model, wanted)  # type: ignore[arg-type]
+            tuned: Any = get_peft_model(model, peft_settings)  # type: ignore[arg-type]
         for name in self.new_heads:
             model.get_submodule(name).requires_grad_(True)
         for name, module in tuned.named_modules():
             if is_adapted_attention(module):
                 module.forward = partial(_adapted, self, module, module.forward)  # type: ignore[method-assign]
                 self._owned |= {f"{name}.adaption_prompt", f"{name}.adaption_gate"}
-        for parameter in (p for name, p in tuned.named_parameters() if name in self._owned):
-            assert parameter.is_meta, "values are drawn when the run asks for them"
+        for name, parameter in tuned.named_parameters():
+            assert name not in self._owned or parameter.is_meta, "values are drawn when the run asks for them"
         return tuned
 
     def base_name(self, name: str) -> str:

@@ -109,13 +109,13 @@ class Tuning(Protocol):
     """Whether `reference` can switch back to the base model at any step."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Freeze and add; raises ConfigError that lists what exists when a target matches nothing."""
+        """Freeze what does not train, and add adapters. Raises ConfigError, with what exists, if a target matches nothing."""
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold adapters of a loaded model into its weights; returns the plain model."""
 
     def reference(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within it the tuned, perhaps sharded `model` computes what the base model does; where `keeps_base`."""
+        """A context in which the tuned, perhaps sharded `model` computes what the base model does. Only if `keeps_base`."""
 
     def base_name(self, name: str) -> str:
         """The name a parameter of the tuned model has in the base model's checkpoint."""

@@ -25,7 +25,7 @@ from strategies.runtime import derive_seed
 from strategies.small_files import read_object
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import Activation, BottleneckConfig, Placement
-from trainer.tuning.own_adapters import Added
+from trainer.tuning.own_adapters import AddedParameters
 
 NAME = "bottleneck"
 CONFIG_FILE = "bottleneck_config.json"
@@ -45,8 +45,10 @@ class BottleneckLayer(nn.Module):
 
     def __init__(self, width: int, size: int, activation: Activation, dropout: float) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
-        self.activation, self.dropout = activation, dropout
+        self.down = nn.Linear(width, size)
+        self.up = nn.Linear(size, width)
+        self.activation = activation
+        self.dropout = dropout
 
     def forward(self, hidden: Tensor) -> Tensor:
         inner = F.dropout(_ACTIVATIONS[self.activation](self.down(hidden)), self.dropout, self.training)
@@ -55,34 +57,36 @@ class BottleneckLayer(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlaces:
-    """Where adapters stand, by module names within a block."""
+    """The modules behind whose outputs adapters stand, by name within a block."""
 
     attention: str
     feedforward: str
 
 
-class Bottleneck(Added):
+class Bottleneck(AddedParameters):
     """Trains bottleneck adapters; they are children of the base's own modules, so that a block is sharded with them."""
 
     config: BottleneckConfig
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Freeze, and add adapters on meta; raises ConfigError that lists what a block has where a place is not found."""
+        """Freeze the base and add adapters on meta. Raises ConfigError, with what a block has, if no place is found."""
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         added = insert(model, self.config, is_active=lambda: self.active, device="meta")
         self._width: Any = model.config.hidden_size  # type: ignore[union-attr]
-        self._owned = {f"{name}.{key}" for name, layer in added.items() for key, _ in layer.named_parameters()}
+        for name, layer in added.items():
+            self._owned |= {f"{name}.{key}" for key, _ in layer.named_parameters()}
         for name in self.new_heads:
             model.get_submodule(name).requires_grad_(True)
         return model
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """`down` as torch starts a linear layer, drawn from (seed, layer name); `up` zero."""
+        """`down` starts as torch starts a linear layer, drawn from (seed, layer name); `up` starts at zero."""
         layer, part, key = name.rsplit(".", 2)
         if part == "up":
             return torch.zeros(shape)
-        width, size = (shape[1], shape[0]) if key == "weight" else (self._width, shape[0])
+        size = shape[0]
+        width = shape[1] if key == "weight" else self._width
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(seed, layer))
             return nn.Linear(width, size).get_parameter(key).detach()
@@ -96,22 +100,24 @@ class Bottleneck(Added):
         """
         from safetensors.torch import save_file
 
-        save_file({k: v.contiguous() for k, v in trained.items()}, directory / WEIGHTS_FILE, {"format": "pt"})
-        classifier = "SequenceClass" in type(model).__name__
-        settings = {
-            **{key: value for key, value in asdict(self.config).items() if key != "name"},
-            "base_model_name_or_path": base_name,
-            "revision": revision,
-            "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",
-            "num_labels": model.config.num_labels if classifier else None,  # type: ignore[union-attr]
-        }
+        contiguous = {name: value.contiguous() for name, value in trained.items()}
+        save_file(contiguous, directory / WEIGHTS_FILE, {"format": "pt"})
+        settings = asdict(self.config)
+        del settings["name"]
+        settings["base_model_name_or_path"] = base_name
+        settings["revision"] = revision
+        settings["task_type"] = "CAUSAL_LM"
+        settings["num_labels"] = None
+        if "SequenceClass" in type(model).__name__:
+            settings["task_type"] = "SEQ_CLS"
+            settings["num_labels"] = model.config.num_labels  # type: ignore[union-attr]
         (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Put the exported adapters of `directory` into a base model that transformers loaded; the model itself.
+    """Put the exported adapters of `directory` into a base model that transformers loaded, and return that model.
 
-    Errors: ConfigError where the files do not fit the model.
+    Errors: ConfigError if the files do not fit the model.
     """
     from safetensors.torch import load_file
 
@@ -126,49 +132,65 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
         feedforward=stored["feedforward"],
     )
     insert(model, settings)
-    wrong = model.load_state_dict(load_file(directory / WEIGHTS_FILE), strict=False)
-    missing = [name for name in wrong.missing_keys if f".{NAME}." in name]
-    if missing or wrong.unexpected_keys:
-        raise ConfigError(f"{directory}: the adapter does not fit this model ({(missing + wrong.unexpected_keys)[0]})")
+    load_report = model.load_state_dict(load_file(directory / WEIGHTS_FILE), strict=False)
+    missing = [name for name in load_report.missing_keys if f".{NAME}." in name]
+    if missing or load_report.unexpected_keys:
+        raise ConfigError(
+            f"{directory}: the adapter does not fit this model ({(missing + load_report.unexpected_keys)[0]})"
+        )
     return model
 
 
 def insert(
     model: Any, config: BottleneckConfig, *, is_active: Callable[[], bool] = lambda: True, device: str | None = None
 ) -> dict[str, BottleneckLayer]:
-    """Add an adapter behind each place of every block; what was added, by its name. Errors: ConfigError."""
-    blocks = [(name, places) for name, m in model.named_modules() if (places := _places(m, config)) is not None]
-    if not blocks:
-        raise ConfigError(_nothing_found(model, config))
+    """Add an adapter behind each place of every block. Returns the adapters by name. Errors: ConfigError.
+
+    With `device` they are float32 there (meta, for training); without it they follow the module that they stand behind.
+    """
+    places_by_block = {}
+    for name, module in model.named_modules():
+        places = _places(module, config)
+        if places is not None:
+            places_by_block[name] = places
+    if not places_by_block:
+        raise ConfigError(_no_places_message(model, config))
     added = {}
-    for block, place in blocks:
-        behind = [place.feedforward] if config.placement is Placement.pfeiffer else [place.attention, place.feedforward]
-        for part in behind:
+    for block, places in places_by_block.items():
+        parts = [places.attention, places.feedforward]
+        if config.placement is Placement.pfeiffer:
+            parts = [places.feedforward]
+        for part in parts:
             owner = model.get_submodule(f"{block}.{part}")
-            like = next(owner.parameters())
+            weight = next(owner.parameters())
             layer = BottleneckLayer(model.config.hidden_size, config.size, config.activation, config.dropout)
-            layer.to(device=device or like.device, dtype=torch.float32 if device else like.dtype)
+            layer.to(device=device or weight.device, dtype=torch.float32 if device else weight.dtype)
             owner.add_module(NAME, layer)
-            owner.register_forward_hook(partial(_behind, is_active))
+            owner.register_forward_hook(partial(_apply_adapter, is_active))
             added[f"{block}.{part}.{NAME}"] = layer
     return added
 
 
-def _behind(is_active: Callable[[], bool], owner: nn.Module, _args: Any, output: Any) -> Any:
+def _apply_adapter(is_active: Callable[[], bool], owner: nn.Module, _args: Any, output: Any) -> Any:
+    """A forward hook: the adapter of `owner` on its output, or on the first of several outputs."""
     if not is_active():
         return output
     layer: Any = owner.get_submodule(NAME)
-    return (layer(output[0]), *output[1:]) if isinstance(output, tuple) else layer(output)
+    if isinstance(output, tuple):
+        return (layer(output[0]), *output[1:])
+    return layer(output)
 
 
 def _places(module: nn.Module, config: BottleneckConfig) -> AdapterPlaces | None:
-    """The places of a block; None for a module that is none."""
+    """The places of adapters in a block; None if the module is not a block."""
     found = {name for name, _ in module.named_modules()}
     children = dict(module.named_children())
-    attention, feedforward = config.attention, config.feedforward
+    attention = config.attention
+    feedforward = config.feedforward
     if attention is None:
         attention = next((name for name in ATTENTION if name in children), None)
-        if attention is not None and f"{attention}.output.dense" in found:  # BERT's kind adds the input inside
+        # BERT's kind adds the input inside its attention module: the adapter stands before that, behind the dense layer.
+        if attention is not None and f"{attention}.output.dense" in found:
             attention = f"{attention}.output.dense"
     if feedforward is None:
         feedforward = next((name for name in FEEDFORWARD if name in children), None)
@@ -179,11 +201,16 @@ def _places(module: nn.Module, config: BottleneckConfig) -> AdapterPlaces | None
     return AdapterPlaces(attention, feedforward)
 
 
-def _nothing_found(model: nn.Module, config: BottleneckConfig) -> str:
-    asked = [f"tuning.{key}={getattr(config, key)}" for key in ("attention", "feedforward") if getattr(config, key)]
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    inside = sorted({name for blocks in lists for name, _ in blocks[0].named_modules() if name})
+def _no_places_message(model: nn.Module, config: BottleneckConfig) -> str:
+    set_options = [
+        f"tuning.{key}={getattr(config, key)}" for key in ("attention", "feedforward") if getattr(config, key)
+    ]
+    names: set[str] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            names.update(name for name, _ in module[0].named_modules() if name)
+    module_names = sorted(names)
     return (
-        f"{' '.join(asked) or 'tuning=bottleneck'}: no block has both an attention and a feed-forward part of that name; "
-        f"blocks here hold {', '.join(inside) or 'nothing'}; set tuning.attention and tuning.feedforward to two of them"
+        f"{' '.join(set_options) or 'tuning=bottleneck'}: no block has both an attention and a feed-forward part of that name; "
+        f"blocks here hold {', '.join(module_names) or 'nothing'}; set tuning.attention and tuning.feedforward to two of them"
     )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from strategies.base import OptimizerStepHooks
-    from trainer.tuning.merged_adapters import Folded
+    from trainer.tuning.merged_adapters import MergedAdapters
 
 
 def build_tuning(
@@ -58,32 +58,33 @@ def build_tuning(
 
 
 def optimizer_hooks(tuning: Tuning) -> OptimizerStepHooks | None:
-    """What an applied method does around each optimizer step; None for most."""
+    """The hooks that an applied method runs around each optimizer step; None for most methods."""
     return getattr(tuning, "allocation", None)
 
 
-def fold_start(model: nn.Module, tuning: TuningConfig) -> Folded | None:
-    """The adapter that `tuning.from` names on this architecture (on meta), to be folded into its weights; None without one.
+def merge_initial_adapter(model: nn.Module, tuning: TuningConfig) -> MergedAdapters | None:
+    """The base weights with the adapter that `tuning.from` names merged in, for this architecture on meta; None without one.
 
-    Raises ConfigError for one that cannot be folded.
+    Raises ConfigError for an adapter that cannot be merged.
     """
     start = tuning.from_ if isinstance(tuning, AdapterConfig) else None
     if start is None:
         return None
-    from trainer.tuning.merged_adapters import Folded
+    from trainer.tuning.merged_adapters import MergedAdapters
 
     if reason := method_of(tuning).no_merge:
         raise ConfigError(
             f"tuning.from={start}: the objective compares with the model that this run begins with, and that cannot be built: "
             f"{reason}; set objective.forgetting.kl_weight=0"
         )
-    return Folded(model, [start], "tuning.from")
+    return MergedAdapters(model, [start], "tuning.from")
 
 
-def fold_adapters(model: nn.Module, directories: list[str]) -> Folded | None:
-    """The adapters of some directories on this architecture (on meta), to be folded into its weights as they are read."""
+def merge_adapters(model: nn.Module, directories: list[str]) -> MergedAdapters | None:
+    """The base weights with the adapters of `directories` merged in as they are read, for this architecture on meta; None
+    without directories."""
     if not directories:
         return None
-    from trainer.tuning.merged_adapters import Folded
+    from trainer.tuning.merged_adapters import MergedAdapters
 
-    return Folded(model, directories)
+    return MergedAdapters(model, directories)

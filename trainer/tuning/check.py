@@ -22,12 +22,12 @@ from trainer.tuning.config import (
 )
 from trainer.tuning.freeze import LAYERS
 from trainer.tuning.initial_adapter import problems as start_problems
-from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, Method, method_of, rewrites_base
+from trainer.tuning.table import METHODS, PEFT_METHODS, SHARDED, UNSUPPORTED_TYPES, Method, method_of, rewrites_base
 
 INITS = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")
 
 
-OWN_CHOICE = {
+CHOICE_BY_PEFT_NAME = {
     "ln_tuning": "ln",
     "prompt_tuning": "prompt",
     "prefix_tuning": "prefix",
@@ -37,13 +37,13 @@ OWN_CHOICE = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFacts:
-    """What of the rest of a run a method may not go with."""
+    """The rest of a run, as far as a tuning method may not go with it."""
 
     strategy: StrategyConfig
     precision: Precision
     data: DataConfig
     merge: bool
-    """Whether the adapter is to be folded into the base."""
+    """Whether the export folds the adapter into the base (`export.merge`)."""
     new_head: bool = False
     """Whether the objective has a head of its own."""
     new_tokens: bool = False
@@ -54,54 +54,78 @@ class RunFacts:
 
 
 def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
-    """Every problem as `key=value: constraint; what to do`."""
+    """Every problem of a method's settings, alone and with the rest of the run, as `key=value: constraint; what to do`."""
+    yield from _problems_alone(tuning)
+    if isinstance(tuning, PeftConfig) and tuning.type not in PEFT_METHODS:
+        return  # an unknown method has no row in the table
+    method = method_of(tuning)
+    method_setting = f"tuning={tuning.name}"
+    if isinstance(tuning, PeftConfig):
+        method_setting = f"tuning.type={tuning.type}"
+    yield from _strategy_problems(method, method_setting, run)
+    yield from _layout_problems(method, method_setting, run.data)
+    yield from _model_problems(method, method_setting, run)
+    if run.quantisation != "none":
+        yield from _quantisation_problems(tuning, method, method_setting, run.quantisation)
+    if run.two_sides and method.no_seq2seq:
+        yield (
+            f"{method_setting} with objective=seq2seq: {method.no_seq2seq}; use tuning=lora, or objective=sft with a causal model"
+        )
+    if run.merge and method.no_merge:
+        yield f"export.merge=true with {method_setting}: {method.no_merge}; use export.merge=false"
+
+
+def _problems_alone(tuning: TuningConfig) -> Iterator[str]:
+    """What is wrong with the method's own settings."""
     if isinstance(tuning, AdapterConfig):
-        yield from _targets(tuning)
+        yield from _target_problems(tuning)
         yield from start_problems(tuning)
     if isinstance(tuning, FreezeConfig):
-        yield from _freeze(tuning)
+        yield from _freeze_problems(tuning)
     if isinstance(tuning, LoraConfig):
-        yield from _lora(tuning)
+        yield from _lora_problems(tuning)
     if isinstance(tuning, AdaLoraConfig):
-        yield from _adalora(tuning)
+        yield from _adalora_problems(tuning)
     if isinstance(tuning, Ia3Config):
-        yield from _ia3(tuning)
+        yield from _ia3_problems(tuning)
     if isinstance(tuning, PromptConfig):
-        yield from _prompt(tuning)
+        yield from _prompt_problems(tuning)
     if isinstance(tuning, PeftConfig):
-        wrong = list(_peft(tuning))
-        yield from wrong
-        if tuning.type not in TYPES:
-            return
-    method, shown = method_of(tuning), f"tuning={tuning.name}"
-    if isinstance(tuning, PeftConfig):
-        shown = f"tuning.type={tuning.type}"
+        yield from _peft_problems(tuning)
+
+
+def _strategy_problems(method: Method, method_setting: str, run: RunFacts) -> Iterator[str]:
     checkpointing = run.strategy.activation_checkpointing
     if checkpointing is ActivationCheckpointing.selective and (reason := method.refused.get("selective")):
-        yield f"strategy.activation_checkpointing=selective with {shown}: {reason}; use full or none"
+        yield f"strategy.activation_checkpointing=selective with {method_setting}: {reason}; use full or none"
     half = run.precision in (Precision.bf16, Precision.fp16) and run.strategy.name in SHARDED
     if half and (reason := method.refused.get("half")):
-        yield f"precision={run.precision} with {shown} and strategy={run.strategy.name}: {reason}; use fp32 or strategy=ddp"
-    if reason := method.refused.get("padding_free"):
-        if run.data.packing:
-            yield f"data.packing=true with {shown}: {reason}; set data.packing=false"
-        if run.data.layout is Layout.padding_free:
-            yield f"data.layout=padding_free with {shown}: {reason}; set data.layout=padded"
+        yield (
+            f"precision={run.precision} with {method_setting} and strategy={run.strategy.name}: {reason}; use fp32 or "
+            "strategy=ddp"
+        )
+
+
+def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> Iterator[str]:
+    reason = method.refused.get("padding_free")
+    if not reason:
+        return
+    if data.packing:
+        yield f"data.packing=true with {method_setting}: {reason}; set data.packing=false"
+    if data.layout is Layout.padding_free:
+        yield f"data.layout=padding_free with {method_setting}: {reason}; set data.layout=padded"
+
+
+def _model_problems(method: Method, method_setting: str, run: RunFacts) -> Iterator[str]:
     if run.new_head and method.no_head:
-        yield f"{shown} with an objective that has a head of its own: {method.no_head}; use tuning=lora or tuning=prompt"
+        yield f"{method_setting} with an objective that has a head of its own: {method.no_head}; use tuning=lora or tuning=prompt"
     if run.new_tokens and method.no_new_tokens:
-        yield f"model.add_tokens with {shown}: {method.no_new_tokens}; use tuning=lora or tuning=full"
-    if run.quantisation != "none":
-        yield from _quantised(tuning, method, shown, run.quantisation)
-    if run.two_sides and method.no_seq2seq:
-        yield f"{shown} with objective=seq2seq: {method.no_seq2seq}; use tuning=lora, or objective=sft with a causal model"
-    if run.merge and method.no_merge:
-        yield f"export.merge=true with {shown}: {method.no_merge}; use export.merge=false"
+        yield f"model.add_tokens with {method_setting}: {method.no_new_tokens}; use tuning=lora or tuning=full"
 
 
-def check_room(tuning: TuningConfig, longest: int, positions: int | None) -> None:
-    """Raise ConfigError where documents of `longest` tokens do not fit the model's `positions`, virtual tokens before them."""
-    if positions is None or positions < 1:  # XLNet says -1: any number
+def check_positions(tuning: TuningConfig, longest: int, positions: int | None) -> None:
+    """Raise ConfigError if documents of `longest` tokens, with virtual tokens before them, exceed the model's `positions`."""
+    if positions is None or positions < 1:  # XLNet has -1, which means any number
         return
     if longest > positions:
         raise ConfigError(
@@ -118,7 +142,7 @@ def check_room(tuning: TuningConfig, longest: int, positions: int | None) -> Non
         )
 
 
-def _prompt(tuning: PromptConfig) -> Iterator[str]:
+def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
     text = tuning.init_text
     if tuning.init is PromptInit.text and not (text or "").strip():
         yield "tuning.init=text: needs tuning.init_text, such as the instruction of the task; or use tuning.init=sampled"
@@ -126,41 +150,46 @@ def _prompt(tuning: PromptConfig) -> Iterator[str]:
         yield f"tuning.init_text: is not used with tuning.init={tuning.init}; set tuning.init=text, or leave it out"
 
 
-def _quantised(tuning: TuningConfig, method: Method, shown: str, quantisation: str) -> Iterator[str]:
-    word = f"model.quantisation={quantisation}"
+def _quantisation_problems(
+    tuning: TuningConfig, method: Method, method_setting: str, quantisation: str
+) -> Iterator[str]:
+    setting = f"model.quantisation={quantisation}"
     if reason := method.refused.get("quantised"):
-        yield f"{word} with {shown}: {reason}; use tuning=lora, or model.quantisation=none"
+        yield f"{setting} with {method_setting}: {reason}; use tuning=lora, or model.quantisation=none"
     if isinstance(tuning, LoraConfig) and tuning.dora:
-        yield f"{word} with tuning.dora=true: DoRA needs the norms of the base weights in every forward pass; set it false"
+        yield f"{setting} with tuning.dora=true: DoRA needs the norms of the base weights in every forward pass; set it false"
     if isinstance(tuning, LoraConfig) and rewrites_base(tuning.init):
         yield (
-            f"{word} with tuning.init={tuning.init}: what it leaves of each weight would be rounded anew, and the export no "
+            f"{setting} with tuning.init={tuning.init}: what it leaves of each weight would be rounded anew, and the export no "
             "longer belong to the unchanged base; use tuning.init=default"
         )
 
 
-def _targets(tuning: AdapterConfig) -> Iterator[str]:
+def _target_problems(tuning: AdapterConfig) -> Iterator[str]:
     targets = tuning.targets
     if targets == [] and isinstance(tuning, LoraConfig) and (tuning.experts or tuning.router):
-        return
-    if not (isinstance(targets, str) and targets) and not (isinstance(targets, list) and targets):
+        return  # experts and routers alone
+    if not isinstance(targets, str | list) or not targets:
         yield f"tuning.targets={targets}: must be all-linear, a regular expression or a list of module names"
-    elif isinstance(targets, str):
-        if targets == "auto" and type(tuning)().targets != "auto":
-            yield f"tuning.targets=auto: tuning={tuning.name} has no choice of its own; use tuning.targets=all-linear"
-        yield from _expression("tuning.targets", targets, f"{type(tuning)().targets} is the default")
+        return
+    if isinstance(targets, list):
+        return
+    default = type(tuning)().targets
+    if targets == "auto" and default != "auto":
+        yield f"tuning.targets=auto: tuning={tuning.name} has no choice of its own; use tuning.targets=all-linear"
+    yield from _regex_problems("tuning.targets", targets, f"{default} is the default")
 
 
-def _expression(key: str, text: str, advice: str) -> Iterator[str]:
+def _regex_problems(key: str, text: str, advice: str) -> Iterator[str]:
     try:
         re.compile(text)
     except re.error as error:
         yield f"{key}={text}: not a regular expression ({error}); {advice}"
 
 
-def _freeze(tuning: FreezeConfig) -> Iterator[str]:
-    chosen = (tuning.layers, tuning.modules, tuning.embeddings, tuning.bias_only, tuning.norm_only)
-    if not any(chosen):
+def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
+    choices = (tuning.layers, tuning.modules, tuning.embeddings, tuning.bias_only, tuning.norm_only)
+    if not any(choices):
         yield (
             "tuning=freeze: nothing is chosen to train; set tuning.layers=last-2, or one of tuning.modules, "
             "tuning.embeddings, tuning.bias_only and tuning.norm_only"
@@ -168,13 +197,15 @@ def _freeze(tuning: FreezeConfig) -> Iterator[str]:
     if tuning.layers is not None and not LAYERS.fullmatch(tuning.layers):
         yield f"tuning.layers={tuning.layers}: must be last-<n> or <first>-<last>, such as last-2 or 4-7"
     if tuning.modules is not None:
-        yield from _expression("tuning.modules", tuning.modules, r"such as .*\.mlp for all feed-forward parts")
+        yield from _regex_problems("tuning.modules", tuning.modules, r"such as .*\.mlp for all feed-forward parts")
 
 
-def _lora(tuning: LoraConfig) -> Iterator[str]:
+def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
     if not INITS.fullmatch(tuning.init):
-        near = difflib.get_close_matches(tuning.init, ["default", "gaussian", "pissa", "pissa_niter_4", "olora"], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        close_matches = difflib.get_close_matches(
+            tuning.init, ["default", "gaussian", "pissa", "pissa_niter_4", "olora"], n=1
+        )
+        hint = f"; did you mean {close_matches[0]}?" if close_matches else ""
         yield f"tuning.init={tuning.init}: must be default, gaussian, pissa, pissa_niter_<n> or olora{hint}"
     elif rewrites_base(tuning.init) and tuning.dora:
         yield (
@@ -182,32 +213,36 @@ def _lora(tuning: LoraConfig) -> Iterator[str]:
             "unchanged base; use tuning.init=default, or tuning.dora=false"
         )
     if tuning.experts or tuning.router:
-        yield from _parts(tuning)
-    for key, table, least in (("rank_pattern", tuning.rank_pattern, 1.0), ("alpha_pattern", tuning.alpha_pattern, 0.0)):
-        for name, value in table.items():
-            yield from _expression(f"tuning.{key}.{name}", name, "name a module, such as q_proj")
-            if not value >= least or value == 0:
-                bound = "at least 1" if least else "above 0"
-                yield f"tuning.{key}.{name}={value:g}: must be {bound}; leave the module out for tuning.{key[:-8]}"
+        yield from _expert_problems(tuning)
+    for name, rank in tuning.rank_pattern.items():
+        key = f"tuning.rank_pattern.{name}"
+        yield from _regex_problems(key, name, "name a module, such as q_proj")
+        if not rank >= 1:
+            yield f"{key}={rank:g}: must be at least 1; leave the module out for tuning.rank"
+    for name, alpha in tuning.alpha_pattern.items():
+        key = f"tuning.alpha_pattern.{name}"
+        yield from _regex_problems(key, name, "name a module, such as q_proj")
+        if not alpha > 0:
+            yield f"{key}={alpha:g}: must be above 0; leave the module out for tuning.alpha"
 
 
-def _parts(tuning: LoraConfig) -> Iterator[str]:
-    word = "tuning.experts=true" if tuning.experts else "tuning.router=true"
+def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
+    setting = "tuning.experts=true" if tuning.experts else "tuning.router=true"
     if tuning.dropout:
         yield (
-            f"{word} with tuning.dropout={tuning.dropout:g}: an update that is part of the weights has no input of its own to "
+            f"{setting} with tuning.dropout={tuning.dropout:g}: an update that is part of the weights has no input of its own to "
             "drop from, and peft refuses it; set tuning.dropout=0"
         )
     if tuning.dora:
-        yield f"{word} with tuning.dora=true: peft has no DoRA for parameters without a layer of their own; set it false"
+        yield f"{setting} with tuning.dora=true: peft has no DoRA for parameters without a layer of their own; set it false"
     if rewrites_base(tuning.init):
         yield (
-            f"{word} with tuning.init={tuning.init}: peft splits only the weights of layers; use tuning.init=default or "
+            f"{setting} with tuning.init={tuning.init}: peft splits only the weights of layers; use tuning.init=default or "
             "gaussian"
         )
 
 
-def _adalora(tuning: AdaLoraConfig) -> Iterator[str]:
+def _adalora_problems(tuning: AdaLoraConfig) -> Iterator[str]:
     if tuning.target_rank >= tuning.init_rank:
         yield (
             f"tuning.target_rank={tuning.target_rank}: must be below tuning.init_rank={tuning.init_rank}, from which ranks "
@@ -220,24 +255,25 @@ def _adalora(tuning: AdaLoraConfig) -> Iterator[str]:
         )
 
 
-def _ia3(tuning: Ia3Config) -> Iterator[str]:
+def _ia3_problems(tuning: Ia3Config) -> Iterator[str]:
     if tuning.feedforward and tuning.targets == "auto":
         yield f"tuning.feedforward={tuning.feedforward}: auto chooses both; list tuning.targets too, or leave both out"
     elif isinstance(tuning.targets, list) and (extra := sorted(set(tuning.feedforward) - set(tuning.targets))):
         yield f"tuning.feedforward={extra}: must be among tuning.targets={tuning.targets}; add them there"
 
 
-def _peft(tuning: PeftConfig) -> Iterator[str]:
-    kind, proven = tuning.type, ", ".join(TYPES)
+def _peft_problems(tuning: PeftConfig) -> Iterator[str]:
+    kind = tuning.type
+    proven = ", ".join(PEFT_METHODS)
     if kind is None:
         yield f"tuning.type: not set; name a method of peft, one of {proven}"
-    elif kind in METHODS or kind in OWN_CHOICE:
-        yield f"tuning.type={kind}: has settings of its own here; use tuning={OWN_CHOICE.get(kind, kind)}"
-    elif kind in NOT_HERE:
-        yield f"tuning.type={kind}: {NOT_HERE[kind]}; use one of {proven}, or another tuning="
-    elif kind not in TYPES:
-        near = difflib.get_close_matches(kind, TYPES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {proven}"
+    elif kind in METHODS or kind in CHOICE_BY_PEFT_NAME:
+        yield f"tuning.type={kind}: has settings of its own here; use tuning={CHOICE_BY_PEFT_NAME.get(kind, kind)}"
+    elif kind in UNSUPPORTED_TYPES:
+        yield f"tuning.type={kind}: {UNSUPPORTED_TYPES[kind]}; use one of {proven}, or another tuning="
+    elif kind not in PEFT_METHODS:
+        close_matches = difflib.get_close_matches(kind, PEFT_METHODS, n=1)
+        hint = f"did you mean {close_matches[0]}?" if close_matches else f"use one of {proven}"
         yield f"tuning.type={kind}: not proven to train alike under every strategy; {hint}"
     else:
         # The only settings that composing asks peft about; importing it takes seconds.

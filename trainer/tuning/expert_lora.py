@@ -16,37 +16,44 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.compat.peft import names_read_as_experts
-from trainer.tuning.expert_parts import expert_modules, linear_routers, router_weights, unreachable, weight_names
+from trainer.tuning.expert_parts import (
+    expert_modules,
+    linear_routers,
+    router_weights,
+    unsupported_experts,
+    weight_names,
+)
 from trainer.tuning.low_rank import LowRank
 from trainer.tuning.replica import ADAPTER
 
 
 def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the parameters that get adapters of their own kind. Raises ConfigError where there are none of those asked for."""
-    found: list[str] = []
+    """Names of the expert and router parameters that get adapters. Raises ConfigError if the model has none that can."""
+    targets: list[str] = []
     if config.experts:
         modules = expert_modules(model)
-        if foreign := unreachable(model):
+        if unsupported := unsupported_experts(model):
             raise ConfigError(
-                f"tuning.experts=true: {foreign[0]} ({type(model).__name__}) computes its experts in a way of its own, which "
+                f"tuning.experts=true: {unsupported[0]} ({type(model).__name__}) computes its experts in a way of its own, which "
                 "low-rank products cannot follow; set tuning.experts=false"
             )
         if not modules:
             raise ConfigError(f"tuning.experts=true: {type(model).__name__} has no experts; set tuning.experts=false")
-        found += [f"{name}.{key}" for name, module in modules.items() for key in weight_names(module)]
+        for name, module in modules.items():
+            targets += [f"{name}.{key}" for key in weight_names(module)]
     if config.router:
-        names = router_weights(model)
-        if not names:
+        router_names = router_weights(model)
+        if not router_names:
             raise ConfigError(
                 f"tuning.router=true: {type(model).__name__} has no router beside its experts that is known here; set "
                 "tuning.router=false"
             )
-        linear = {f"{name}.weight" for name in linear_routers(model)}
-        found += [name for name in names if name not in linear]
-    return found
+        linear_weights = {f"{name}.weight" for name in linear_routers(model)}
+        targets += [name for name in router_names if name not in linear_weights]
+    return targets
 
 
-def choose(settings: Any, model: nn.Module, config: LoraConfig) -> None:
+def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -> None:
     """Write into peft's `settings` which experts and routers get adapters, and which must not. Errors: ConfigError."""
     settings.target_parameters = parameter_targets(model, config) or None
     linear = linear_routers(model)
@@ -60,26 +67,28 @@ def choose(settings: Any, model: nn.Module, config: LoraConfig) -> None:
         settings.target_modules = "|".join([f"({settings.target_modules})", *map(re.escape, linear)])
 
 
-def settle_names(settings: Any, model: Any) -> None:
-    """Write into peft's `settings` names that plain peft, when it loads them, takes for what is adapted in `model`.
+def name_targets_for_peft(settings: Any, model: Any) -> None:
+    """Name the targets in peft's `settings` so that plain peft, when it loads them, adapts what is adapted in `model`.
 
-    Where peft would take a linear layer for experts of old, its weight is named as a parameter instead: the same tensors
-    under the same keys.
+    peft takes some names of linear layers for experts as transformers 4 had them. Such a layer's weight is named as a
+    parameter instead, which gives the same tensors under the same keys.
     """
     from peft.tuners.lora import LoraLayer, ParamWrapper
 
-    taken = names_read_as_experts(getattr(getattr(model, "config", None), "model_type", ""))
-    if not taken or str(settings.peft_type.value) != "LORA":
+    expert_names = names_read_as_experts(getattr(getattr(model, "config", None), "model_type", ""))
+    if not expert_names or str(settings.peft_type.value) != "LORA":
         return
-    named = model.get_base_model().named_modules()
-    layers = [name for name, layer in named if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)]
-    misread = {name for name in layers if name.rsplit(".", 1)[-1] in taken}
+    named_modules = model.get_base_model().named_modules()
+    layers = [
+        name for name, layer in named_modules if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+    ]
+    misread = {name for name in layers if name.rsplit(".", 1)[-1] in expert_names}
     settings.target_modules = set(layers) - misread
     settings.target_parameters = sorted({*(settings.target_parameters or ()), *(f"{name}.weight" for name in misread)})
 
 
 class _Matrix(nn.Linear):
-    """A matrix of an adapter, as a module that gives it away."""
+    """A matrix of an adapter, as a module whose forward pass returns it: engines gather parameters module by module."""
 
     def forward(self) -> Tensor:  # type: ignore[override]
         """A copy: the parameter itself may be freed when this returns."""
@@ -87,9 +96,10 @@ class _Matrix(nn.Linear):
 
 
 def _low_rank(wrapper: Any) -> LowRank:
-    """The matrices of one adapted parameter, of peft's layout: A `[E * r, in]`, B `[out, r * E]`."""
+    """The low-rank update of one adapted parameter. peft's layout is A `[E * r, in]`, B `[out, r * E]`."""
     count = wrapper.num_experts
-    down, up = wrapper.lora_A[ADAPTER](), wrapper.lora_B[ADAPTER]()
+    down = wrapper.lora_A[ADAPTER]()
+    up = wrapper.lora_B[ADAPTER]()
     down = down.view(count, -1, down.shape[-1])
     up = up.view(up.shape[0], -1, count).permute(2, 0, 1)
     return LowRank(down, up, wrapper.scaling[ADAPTER])
@@ -97,7 +107,7 @@ def _low_rank(wrapper: Any) -> LowRank:
 
 @cache
 def _with_update(kind: Any) -> type[nn.Module]:
-    """A router's class whose forward pass takes what is added to one of its matrices."""
+    """A subclass of a router's class whose forward pass takes an update of one of its matrices."""
 
     class Router(kind):  # type: ignore[misc]
         def forward(self, *args: Any, update: tuple[str, Tensor] | None = None, **kwargs: Any) -> Any:
@@ -105,7 +115,8 @@ def _with_update(kind: Any) -> type[nn.Module]:
                 return super().forward(*args, **kwargs)
             name, value = update
             weight = self._parameters[name]
-            self.__dict__[name] = weight + value.to(weight.dtype)  # read before the parameter of the same name
+            # `self.name` finds this before the parameter of the same name.
+            self.__dict__[name] = weight + value.to(weight.dtype)
             try:
                 return super().forward(*args, **kwargs)
             finally:
@@ -126,6 +137,7 @@ def _wrapper_class() -> type:
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.disable_adapters or self.merged:
                 return super().forward(x, *args, **kwargs)
+            # A module with several adapted parameters has one wrapper for each, nested.
             wrappers: list[ParamWrapper] = [self]
             base = self.base_layer
             while isinstance(base, ParamWrapper):
@@ -138,16 +150,17 @@ def _wrapper_class() -> type:
             return base(x, *args, update=(self.parameter_name, part.scaling * (part.up @ part.down)[0]), **kwargs)
 
         def __getattr__(self, name: str) -> Any:
-            held = self.__dict__.get("_modules", {}).get("base_layer")
-            if held is not None and name in held._buffers:  # some models read those of a router
-                return held._buffers[name]
+            # Some models read the buffers of a router from outside.
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is not None and name in base._buffers:
+                return base._buffers[name]
             return super().__getattr__(name)
 
     return LowRankWrapper
 
 
 def use_low_rank(model: nn.Module) -> int:
-    """Give every adapted parameter of a PeftModel that forward pass, in place; how many there are."""
+    """Give every adapted parameter of a PeftModel the low-rank forward pass, in place. Returns how many there are."""
     if not hasattr(model, "peft_config"):
         return 0
     from peft.tuners.lora import ParamWrapper

@@ -20,7 +20,7 @@ from strategies.compat.dispatch import RESHAPED_IN_PLACE
 
 ADAPTER = "default"
 SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-"""Layers of one parent that decoders and encoders call on the same input."""
+"""Names of layers that one parent module calls on the same input."""
 
 
 class _LowRankLinears(torch.autograd.Function):
@@ -34,10 +34,11 @@ class _LowRankLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scalings: Sequence[float], in_place: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        weights, biases, downs, ups = _quarters(tensors)
+        weights, biases, downs, ups = _split_in_four(tensors)
         rows = x.reshape(-1, x.shape[-1])
         ctx.ranks = [down.shape[0] for down in downs]
-        low = rows @ _joined(downs).to(x.dtype).T
+        # One product with all A's.
+        low = rows @ _concatenate(downs).to(x.dtype).T
         outs = []
         for weight, bias, up, part, scaling in zip(
             weights, biases, ups, low.split(ctx.ranks, dim=1), scalings, strict=True
@@ -48,7 +49,7 @@ class _LowRankLinears(torch.autograd.Function):
                 out.addmm_(part, typed, alpha=scaling)
             else:
                 out = torch.addmm(out, part, typed, alpha=scaling)
-            # No view: a model may change what it is given in place.
+            # Not a view: the model may change an output in place, and autograd refuses that for views of several outputs.
             outs.append(RESHAPED_IN_PLACE(out, [*x.shape[:-1], out.shape[-1]]))
         ctx.save_for_backward(rows, low, *weights, *downs, *ups)
         ctx.scalings = scalings
@@ -56,37 +57,46 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        rows, low, *rest = ctx.saved_tensors
-        n, scalings = len(grads), ctx.scalings
-        weights, downs, ups = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        rows, low, *layer_tensors = ctx.saved_tensors
+        n = len(grads)
+        scalings = ctx.scalings
+        weights = layer_tensors[:n]
+        downs = layer_tensors[n : 2 * n]
+        ups = layer_tensors[2 * n :]
         needs = ctx.needs_input_grad
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_low = _joined([(g @ up.to(g.dtype)).mul_(s) for g, up, s in zip(flat, ups, scalings, strict=True)], dim=1)
+        grad_lows = []
+        for grad, up, scaling in zip(flat, ups, scalings, strict=True):
+            grad_lows.append((grad @ up.to(grad.dtype)).mul_(scaling))
+        grad_low = _concatenate(grad_lows, dim=1)
         grad_x = None
         if needs[0]:
-            grad_x = grad_low @ _joined(downs).to(grad_low.dtype)
-            for g, weight in zip(flat, weights, strict=True):
-                grad_x.addmm_(g, weight)
+            grad_x = grad_low @ _concatenate(downs).to(grad_low.dtype)
+            for grad, weight in zip(flat, weights, strict=True):
+                grad_x.addmm_(grad, weight)
             grad_x = grad_x.view(*grads[0].shape[:-1], rows.shape[-1])
         grad_downs: Sequence[Tensor | None] = [None] * n
         if any(needs[-2 * n : -n]):
             grad_downs = (grad_low.T @ rows).to(downs[0].dtype).split(ctx.ranks)
-        parts = zip(flat, low.split(ctx.ranks, dim=1), scalings, needs[-n:], strict=True)
-        grad_ups = [(g.T @ part).mul_(s).to(ups[0].dtype) if needed else None for g, part, s, needed in parts]
+        grad_ups: list[Tensor | None] = []
+        for grad, part, scaling, needed in zip(flat, low.split(ctx.ranks, dim=1), scalings, needs[-n:], strict=True):
+            grad_ups.append((grad.T @ part).mul_(scaling).to(ups[0].dtype) if needed else None)
+        # The gradients of x, scalings, in_place, n weights, n biases, n A and n B.
         return grad_x, None, None, *[None] * (2 * n), *grad_downs, *grad_ups
 
 
-def _quarters(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+def _split_in_four(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """Four parts of equal length."""
     n = len(tensors) // 4
     return [tensors[start : start + n] for start in range(0, 4 * n, n)]
 
 
-def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
 
 
-def _outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What each of the layers makes of x, computed in `dtype`."""
+def _lora_outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The output of each of the layers for x, computed in `dtype`."""
     bases = [layer.get_base_layer() for layer in layers]
     tensors = [base.weight.to(dtype) for base in bases]
     tensors += [None if base.bias is None else base.bias.to(dtype) for base in bases]
@@ -96,10 +106,11 @@ def _outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple[Tens
     return _LowRankLinears.apply(x.to(dtype), scalings, layers[0].overwrites_output, *tensors)  # type: ignore[no-any-return]
 
 
-class _Together:
-    """Layers over one input: the first that is called computes for all, the others find their output waiting.
+class _SharedInput:
+    """Layers that read the same input: the first one called computes the outputs of all, and the others take theirs.
 
-    What waits is told by the input's identity, so a layer called on anything else computes anew and nothing is wrong.
+    Waiting outputs belong to one input tensor, by identity. A layer that is called on another tensor computes anew, so a
+    model that does not share its inputs after all is slower, not wrong.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -110,10 +121,11 @@ class _Together:
     def output(self, layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The output of one of the layers for x."""
         if self._input is not x or id(layer) not in self._waiting:
-            made = _outputs(self.layers, x, dtype)
-            self._input, self._waiting = x, {id(one): out for one, out in zip(self.layers, made, strict=True)}
+            outputs = _lora_outputs(self.layers, x, dtype)
+            self._input = x
+            self._waiting = {id(member): out for member, out in zip(self.layers, outputs, strict=True)}
         out = self._waiting.pop(id(layer))
-        if not self._waiting:
+        if not self._waiting:  # do not keep the input alive
             self._input = None
         return out
 
@@ -130,27 +142,27 @@ def _fused_class() -> type:
         """It uses its children's parameters itself; engines that gather parameters module by module switch this off."""
         overwrites_output = True
         """Whether the base output may be overwritten; selective checkpointing keeps it and switches this off."""
-        together: _Together | None = None
+        together: _SharedInput | None = None
         """The layers that share its input, where there are any."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            as_usual = self.fused and not (args or kwargs or self.disable_adapters or self.merged)
-            if not as_usual or self.active_adapters != [ADAPTER]:
+            is_plain_call = self.fused and not (args or kwargs or self.disable_adapters or self.merged)
+            if not is_plain_call or self.active_adapters != [ADAPTER]:
                 return super().forward(x, *args, **kwargs)
-            dtype, held = x.dtype, self.get_base_layer().weight.dtype
+            dtype = x.dtype
             if not x.is_meta and torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
-            elif held != dtype:
+            elif self.get_base_layer().weight.dtype != dtype:
                 return super().forward(x)
             if self.together is None or torch.compiler.is_compiling():
-                return _outputs([self], x, dtype)[0]
+                return _lora_outputs([self], x, dtype)[0]
             return self.together.output(self, x, dtype)
 
     return FusedLoraLinear
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Give every plain LoRA layer of a PeftModel the fused forward pass, in place; how many there are. Others stay."""
+    """Give every plain LoRA layer of a PeftModel the fused forward pass, in place. Returns how many there are."""
     if not hasattr(model, "peft_config"):
         return 0
     from peft.tuners.lora import Linear
@@ -159,7 +171,7 @@ def fuse_lora(model: nn.Module) -> int:
     for layer in plain:
         layer.__class__ = _fused_class()
     two_sides = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if plain and not two_sides:  # there, keys and values may be of the other side
+    if plain and not two_sides:  # in cross-attention, keys and values read the encoder's output
         share_inputs(model)
     return len(plain)
 
@@ -171,7 +183,7 @@ def share_inputs(model: nn.Module) -> None:
             children: list[Any] = [getattr(parent, name, None) for name in names]
             layers: list[Any] = [child for child in children if isinstance(child, _fused_class())]
             if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
-                together = _Together(layers)
+                together = _SharedInput(layers)
                 for layer in layers:
                     layer.together = together
 

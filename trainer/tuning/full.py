@@ -26,7 +26,7 @@ class Full:
         return model
 
     def reference(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Never asked: what trains is the model itself, and what it computed before must be recorded."""
+        """Never called: the model itself trains, so what it computed before training must be recorded."""
         raise AssertionError("training the model itself leaves no base model to switch back to")
 
     def base_name(self, name: str) -> str:
@@ -46,5 +46,5 @@ class Full:
         return 1.0
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """Never asked: nothing is owned."""
+        """Never called: full tuning owns no parameters."""
         raise AssertionError(f"{name} belongs to the base model")

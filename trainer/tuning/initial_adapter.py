@@ -12,9 +12,10 @@ from strategies.small_files import read_object
 from trainer.tuning.adapter_fields import wrong_field
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
 from trainer.tuning.config import BoftConfig, Ia3Config, LohaConfig, LokrConfig, OftConfig, PeftConfig, VeraConfig
-from trainer.tuning.table import METHODS, TYPES, method_of
+from trainer.tuning.table import METHODS, PEFT_METHODS, method_of
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 KEYS: dict[type, dict[str, str]] = {
     LoraConfig: {
         "rank": "r",
@@ -33,9 +34,10 @@ KEYS: dict[type, dict[str, str]] = {
     OftConfig: {"block_size": "oft_block_size", "block_share": "block_share"},
     BoftConfig: {"block_size": "boft_block_size", "num_factors": "boft_n_butterfly_factor"},
 }
-"""What decides what an adapter computes, by our names and peft's; the rest is compared when the model is built."""
+"""Settings that decide what an adapter computes: peft's key of each field of ours, by method. All other fields are compared
+when the model is built."""
 
-_FREE = (
+_IRRELEVANT_FIELDS = (
     *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "target_modules"),
     *("modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "corda_config", "eva_config"),
     "target_parameters",
@@ -43,10 +45,16 @@ _FREE = (
 """Fields of peft's settings that do not decide what the same tensors compute."""
 
 
-def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Names of the fields of two of peft's settings that make the same tensors compute something else."""
-    names = (n for n in sorted(ours.keys() & theirs.keys()) if n not in _FREE and not n.endswith("dropout"))
-    return [n for n in names if not n.startswith("init_") and _plain(ours[n]) != _plain(theirs[n])]
+def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Names of the fields that differ between two of peft's settings, and make the same tensors compute something else."""
+    differing = []
+    for name in sorted(ours.keys() & theirs.keys()):
+        # Dropout and the start concern training; the tensors compute the same.
+        if name in _IRRELEVANT_FIELDS or name.endswith("dropout") or name.startswith("init_"):
+            continue
+        if _comparable(ours[name]) != _comparable(theirs[name]):
+            differing.append(name)
+    return differing
 
 
 def read_settings(directory: str | Path) -> dict[str, Any] | str:
@@ -69,10 +77,11 @@ def adapter_hash(directory: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def settle(tuning: TuningConfig, typed: set[str]) -> dict[str, str]:
-    """Let settings that the user left at their defaults follow the adapter that `tuning.from` names.
+def adopt_adapter_settings(tuning: TuningConfig, typed: set[str]) -> dict[str, str]:
+    """Take settings that the user left at their defaults from the adapter that `tuning.from` names.
 
-    Changes `tuning`; returns what was taken, by key. A directory that cannot be read is left to `problems`.
+    `typed`: keys that the user gave. Changes `tuning`; returns what was taken, by key. A directory that cannot be read is
+    reported by `problems`.
     """
     if not isinstance(tuning, AdapterConfig) or tuning.from_ is None:
         return {}
@@ -80,82 +89,102 @@ def settle(tuning: TuningConfig, typed: set[str]) -> dict[str, str]:
     if isinstance(file, str) or not _same_method(tuning, file):
         return {}
     if isinstance(tuning, LoraConfig):
-        file = _with_parts(file)
-    taken = {}
+        file = _with_expert_settings(file)
+    adopted = {}
     defaults = type(tuning)()
-    wanted = {**KEYS.get(type(tuning), {}), "targets": "target_modules", "modules_to_save": "modules_to_save"}
-    for ours, theirs in wanted.items():
-        value = getattr(tuning, ours)
-        found: Any = file.get(theirs)
-        untouched = f"tuning.{ours}" not in typed and value == getattr(defaults, ours)
-        if untouched and found is not None and _plain(found) != _plain(value):
-            found = sorted(found) if isinstance(found, list) else found
-            setattr(tuning, ours, type(value)(found) if isinstance(value, int | float) else found)
-            taken[f"tuning.{ours}"] = f"{value} -> {found} (of tuning.from)"
-    return taken
+    file_keys = {**KEYS.get(type(tuning), {}), "targets": "target_modules", "modules_to_save": "modules_to_save"}
+    for field, file_key in file_keys.items():
+        current = getattr(tuning, field)
+        file_value: Any = file.get(file_key)
+        if f"tuning.{field}" in typed or current != getattr(defaults, field):
+            continue  # the user chose it
+        if file_value is None or _comparable(file_value) == _comparable(current):
+            continue
+        if isinstance(file_value, list):
+            file_value = sorted(file_value)
+        # JSON knows no difference between 16 and 16.0, and a bool field may hold 1.
+        setattr(tuning, field, type(current)(file_value) if isinstance(current, int | float) else file_value)
+        adopted[f"tuning.{field}"] = f"{current} -> {file_value} (of tuning.from)"
+    return adopted
 
 
 def problems(tuning: AdapterConfig) -> Iterator[str]:
-    """What keeps a run from going on from the adapter that it names, one line each."""
+    """What keeps a run from continuing the adapter that `tuning.from` names, one line each."""
     if tuning.from_ is None:
         return
-    word = f"tuning.from={tuning.from_}"
+    setting = f"tuning.from={tuning.from_}"
     if not isinstance(tuning, PeftConfig) and (reason := method_of(tuning).no_start):
-        yield f"{word} with tuning={tuning.name}: {reason}; fold that adapter with export.merge=true, and give model.path"
+        yield f"{setting} with tuning={tuning.name}: {reason}; fold that adapter with export.merge=true, and give model.path"
         return
     file = read_settings(tuning.from_)
     if isinstance(file, str):
-        yield f"{word}: {file}"
+        yield f"{setting}: {file}"
         return
     if not _same_method(tuning, file):
         kind = str(file.get("peft_type")).lower()
-        mine = tuning.type if isinstance(tuning, PeftConfig) else tuning.name
-        yield f"{word}: was made by {kind}, not by {mine}; choose the same method"
+        own_kind = tuning.type if isinstance(tuning, PeftConfig) else tuning.name
+        yield f"{setting}: was made by {kind}, not by {own_kind}; choose the same method"
         return
     if isinstance(tuning, LoraConfig):
-        file = _with_parts(file)
-    for ours, theirs in KEYS.get(type(tuning), {}).items():
-        value, found = getattr(tuning, ours), file.get(theirs)
-        if found is not None and _plain(found) != _plain(value):
-            yield f"{word}: was made with tuning.{ours}={found}, not {value}; set it so, or leave it out"
+        file = _with_expert_settings(file)
+    for field, file_key in KEYS.get(type(tuning), {}).items():
+        current = getattr(tuning, field)
+        file_value = file.get(file_key)
+        if file_value is not None and _comparable(file_value) != _comparable(current):
+            yield f"{setting}: was made with tuning.{field}={file_value}, not {current}; set it so, or leave it out"
     if isinstance(tuning, LoraConfig) and tuning.init != "default":
         yield f"tuning.init={tuning.init}: the values come from tuning.from; use tuning.init=default"
 
 
-def fold_problems(directory: str) -> Iterator[str]:
-    """What keeps an adapter from being folded into the base, one line each."""
-    word, file = f"model.adapters={directory}", read_settings(directory)
+def merge_problems(directory: str) -> Iterator[str]:
+    """What keeps an adapter from being merged into the base, one line each."""
+    setting = f"model.adapters={directory}"
+    file = read_settings(directory)
     if isinstance(file, str):
-        yield f"{word}: {file}"
+        yield f"{setting}: {file}"
         return
     kind = str(file.get("peft_type")).lower()
     kind = {"ln_tuning": "ln"}.get(kind, kind)
-    method = METHODS.get(kind) or TYPES.get(kind)
+    method = METHODS.get(kind) or PEFT_METHODS.get(kind)
     if method is None or method.no_merge or method.no_start:
         reason = "which is not proven here"
         if method is not None:
             reason = f"which cannot be folded: {method.no_merge or method.no_start}"
-        yield f"{word}: was made by {kind}, {reason}; leave it out, or merge it with peft and give that as model.path"
+        yield f"{setting}: was made by {kind}, {reason}; leave it out, or merge it with peft and give that as model.path"
 
 
-def _with_parts(file: dict[str, Any]) -> dict[str, Any]:
-    """LoRA's settings with `experts` and `router` as here; linear layers among peft's parameters are modules again."""
-    parameters, modules = file.get("target_parameters") or [], file.get("target_modules")
+def _with_expert_settings(file: dict[str, Any]) -> dict[str, Any]:
+    """LoRA's settings in a file with the fields `experts` and `router`, as settings here have them.
+
+    peft has one list, `target_parameters`. Parameters that do not end in `.weight` are experts'. Among the others, those of
+    `gate` and `router` are routers', and all else are linear layers, which belong to the modules.
+    """
+    parameters = file.get("target_parameters") or []
+    modules = file.get("target_modules")
     owners = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
-    linear = [name for name in owners if name.rsplit(".", 1)[-1] not in ("gate", "router")]
+    linear_owners = [name for name in owners if name.rsplit(".", 1)[-1] not in ("gate", "router")]
     if parameters and not isinstance(modules, str):
-        modules = [*(modules or ()), *linear]
-    experts, router = len(owners) < len(parameters), len(linear) < len(owners)
-    return {**file, "target_modules": modules, "experts": experts, "router": router}
+        modules = [*(modules or ()), *linear_owners]
+    return {
+        **file,
+        "target_modules": modules,
+        "experts": len(owners) < len(parameters),
+        "router": len(linear_owners) < len(owners),
+    }
 
 
 def _same_method(tuning: AdapterConfig, file: dict[str, Any]) -> bool:
-    kind = tuning.type if isinstance(tuning, PeftConfig) and tuning.type else str(tuning.name)
-    return str(file.get("peft_type", "")).lower() == {"ln": "ln_tuning"}.get(kind, kind)
+    """Whether the file's method is the run's."""
+    kind = str(tuning.name)
+    if isinstance(tuning, PeftConfig) and tuning.type:
+        kind = tuning.type
+    if kind == "ln":  # peft has another name for it
+        kind = "ln_tuning"
+    return str(file.get("peft_type", "")).lower() == kind
 
 
-def _plain(value: Any) -> Any:
-    """Sets and lists alike; nothing, false and empty alike."""
+def _comparable(value: Any) -> Any:
+    """A value that compares as equal for a set and a list of the same names, and for None, false and empty."""
     if isinstance(value, set | list | tuple):
         return sorted(map(str, value))
     return value or None

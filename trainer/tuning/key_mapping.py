@@ -1,8 +1,8 @@
-"""The keys under which an adapter is stored, so that plain peft finds each tensor's place again.
+"""Chooses the keys under which an adapter is stored, so that plain peft loads each tensor into its place again.
 
-transformers loads a base's checkpoint with renames, and peft applies these to the keys of a LoRA file too. If peft
-would not find a layer again under the model's own name, the checkpoint's name is stored instead. For some layers
-neither name leads back.
+transformers renames keys while it loads a base's checkpoint, and peft applies the same renames to the keys of a LoRA
+file. If a renamed key would no longer name its layer, the checkpoint's name of the layer is stored instead. For some
+layers neither name is loaded back.
 """
 
 from __future__ import annotations
@@ -21,36 +21,45 @@ _PREFIX = "base_model.model."
 
 
 def keys_in_file(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
-    """The key to store, by peft's own key of a tensor, of those that plain peft would not find again; None: there is none.
+    """The other key to store for each of `keys` that plain peft would not load back; None if no key would be loaded back.
 
-    `model`: wrapped or plain; `settings`: peft's config.
+    `keys` are peft's own. Those that are loaded back are not in the answer. `model`: wrapped or plain. `settings`: peft's
+    config.
     """
     keys = list(keys)
-    back = keys_after_loading(model, settings, keys, ADAPTER)
-    lost = [key for key in keys if back[key] != key]
+    loaded_keys = keys_after_loading(model, settings, keys, ADAPTER)
+    lost = [key for key in keys if loaded_keys[key] != key]
     if not lost:
         return {}
-    other = {key: _as_stored(model, key) for key in lost}
-    back = keys_after_loading(model, settings, other.values(), ADAPTER)
-    return {key: stored if back[stored] == key else None for key, stored in other.items()}
+    checkpoint_keys = {key: _checkpoint_key(model, key) for key in lost}
+    loaded_keys = keys_after_loading(model, settings, checkpoint_keys.values(), ADAPTER)
+    other_keys: dict[str, str | None] = {}
+    for key, checkpoint_key in checkpoint_keys.items():
+        other_keys[key] = checkpoint_key if loaded_keys[checkpoint_key] == key else None
+    return other_keys
 
 
-def lost_layers(model: nn.Module, settings: Any) -> list[str]:
-    """Names of the linear layers of a plain model whose adapters no stored key leads back to."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    keys = {f"{_PREFIX}{name}.lora_A.weight": name for name in names}
-    return [keys[key] for key, stored in keys_in_file(model, settings, keys).items() if stored is None]
+def unloadable_layers(model: nn.Module, settings: Any) -> list[str]:
+    """Names of the linear layers of a plain model whose LoRA adapters plain peft would not load back under any key."""
+    layer_of_key = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            layer_of_key[f"{_PREFIX}{name}.lora_A.weight"] = name
+    other_keys = keys_in_file(model, settings, layer_of_key)
+    return [layer_of_key[key] for key, other_key in other_keys.items() if other_key is None]
 
 
-def check_read_back(model: Any) -> None:
-    """Raise ConfigError where plain peft would not find all of a tuned model's adapters in its export again."""
+def check_loadable(model: Any) -> None:
+    """Raise ConfigError if plain peft would not load all of a tuned model's LoRA adapters back from its export."""
     settings = getattr(model, "peft_config", {}).get(ADAPTER)
     if settings is None:
         return
-    keys = [
-        name.replace(f".{ADAPTER}", "") for name, p in model.named_parameters() if ".lora_" in name and p.requires_grad
-    ]
-    if lost := [key for key, stored in keys_in_file(model, settings, keys).items() if stored is None]:
+    keys = []
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and parameter.requires_grad:
+            keys.append(name.replace(f".{ADAPTER}", ""))
+    lost = [key for key, other_key in keys_in_file(model, settings, keys).items() if other_key is None]
+    if lost:
         layer = lost[0].removeprefix(_PREFIX).split(".lora_")[0]
         raise ConfigError(
             f"tuning.targets: plain peft would not read the adapter of {layer} back, under whatever key it is stored (the base's "
@@ -59,7 +68,7 @@ def check_read_back(model: Any) -> None:
         )
 
 
-def _as_stored(model: Any, key: str) -> str:
+def _checkpoint_key(model: Any, key: str) -> str:
     """The key with the checkpoint's name of the layer in place of the model's."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     return _PREFIX + checkpoint_name(plain, key.removeprefix(_PREFIX))

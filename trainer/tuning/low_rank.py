@@ -32,7 +32,8 @@ class LowRank:
 
     def aligned(self, dtype: torch.dtype) -> LowRank:
         """The same update in `dtype`, with a rank (filled with zeros) that grouped products take."""
-        rank, step = self.down.shape[1], ALIGNMENT // dtype.itemsize
+        rank = self.down.shape[1]
+        step = ALIGNMENT // dtype.itemsize
         missing = -rank % step
         down = torch.nn.functional.pad(self.down.to(dtype), (0, 0, 0, missing))
         up = torch.nn.functional.pad(self.up.to(dtype), (0, missing))
@@ -42,16 +43,16 @@ class LowRank:
 def frozen_experts(
     module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None
 ) -> Tensor:
-    """As transformers' grouped experts, whose settings `module` has, with `low_rank` updates of its frozen weights.
+    """The output of transformers' grouped experts `module`, with `low_rank` updates of its frozen weights, by parameter name.
 
-    hidden `[T, H]`, chosen and weights `[T, k]`; returns `[T, H]` in the type of `hidden`. Weights may be stored packed
-    (`module.packed_experts`); they are then numbers of the type of `hidden` for the moment of each product.
+    `hidden` is `[T, H]`; `chosen` (expert ids) and `weights` are `[T, k]`. Returns `[T, H]` in the type of `hidden`. Weights
+    may be stored packed (`module.packed_experts`): they are then unpacked to the type of `hidden` for each product.
     """
     assert not is_expert_parallel(module), "experts are not split over ranks here"
-    top = chosen.shape[-1]
-    # One row for each pair of token and expert, those of one expert together.
+    experts_per_token = chosen.shape[-1]
+    # One row for each pair of token and expert; rows of one expert stand together.
     ids, order = torch.sort(chosen.reshape(-1))
-    rows = hidden[order // top]
+    rows = hidden[order // experts_per_token]
     offsets = torch.searchsorted(ids, torch.arange(module.num_experts, device=ids.device), right=True).to(torch.int32)
 
     packed = getattr(module, "packed_experts", None)
@@ -59,40 +60,43 @@ def frozen_experts(
     def product(rows: Tensor, name: str) -> Tensor:
         weight = getattr(module, name)
         dtype = weight.dtype if packed is None else hidden.dtype
-        read = _as_it_is if packed is None else partial(packed.whole, name, dtype=dtype)
+        read = _unpacked if packed is None else partial(packed.whole, name, dtype=dtype)
         frozen = FrozenWeights(read, offsets, module.is_transposed)
         if low_rank is None:
-            made = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
+            output = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
         else:
-            part = low_rank[name].aligned(dtype)
-            made = _GroupedLowRank.apply(rows.to(dtype), weight, part.down, part.up, part.scaling, frozen)
-        return made + getattr(module, f"{name}_bias")[ids].to(dtype) if module.has_bias else made
+            update = low_rank[name].aligned(dtype)
+            output = _GroupedLowRank.apply(rows.to(dtype), weight, update.down, update.up, update.scaling, frozen)
+        if module.has_bias:
+            output = output + getattr(module, f"{name}_bias")[ids].to(dtype)
+        return output
 
     if module.has_gate:
         inner = gated(module, product(rows, "gate_up_proj"))
     else:
         inner = module.act_fn(product(rows, "up_proj"))
-    out = product(inner, "down_proj")
+    expert_out = product(inner, "down_proj")
     if getattr(module, "has_post_expert_norm", False):
-        out = module.post_expert_norm(out)
-    out = out * weights.reshape(-1)[order, None]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    return out[back].view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
+        expert_out = module.post_expert_norm(expert_out)
+    expert_out = expert_out * weights.reshape(-1)[order, None]
+    # Back to the order of tokens, where the k experts of a token are added up.
+    inverse_order = torch.empty_like(order)
+    inverse_order[order] = torch.arange(order.numel(), device=order.device)
+    return expert_out[inverse_order].view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
 
 
-def _as_it_is(weight: Tensor) -> Tensor:
+def _unpacked(weight: Tensor) -> Tensor:
     return weight
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenWeights:
-    """What a product with frozen weights goes by."""
+    """How to read frozen weights, and which rows belong to which expert."""
 
     read: Callable[[Tensor], Tensor]
-    """The weights `[E, ., .]` out of the parameter that holds them."""
+    """Gives the weights `[E, ., .]` from the parameter that holds them, which may be packed."""
     offsets: Tensor
-    """`[E]`: where each expert's rows end."""
+    """`[E]` int32: where each expert's rows end."""
     transposed: bool
     """Whether weights are `[E, in, out]`, not `[E, out, in]`."""
 
@@ -108,7 +112,7 @@ class FrozenWeights:
 
 
 class _GroupedFrozen(torch.autograd.Function):
-    """The product alone; the parameter is kept as it is, and read again in the backward pass."""
+    """The product without an update. Saves the parameter, not the weights: the backward pass unpacks these again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: Tensor, frozen: FrozenWeights) -> Tensor:
@@ -136,31 +140,33 @@ class _GroupedLowRank(torch.autograd.Function):
         low = grouped_product(x, down.mT, frozen.offsets)
         out = frozen.product(x, parameter)
         ctx.save_for_backward(x, parameter, down, up, low)
-        ctx.scaling, ctx.frozen = scaling, frozen
+        ctx.scaling = scaling
+        ctx.frozen = frozen
         return torch.add(out, grouped_product(low, up.mT, frozen.offsets), alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, parameter, down, up, low = ctx.saved_tensors
-        offsets, grad = ctx.frozen.offsets, grad.contiguous()
+        offsets = ctx.frozen.offsets
+        grad = grad.contiguous()
         grad_low = grouped_product(grad, up, offsets) * ctx.scaling
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.frozen.gradient(grad, parameter)
             grad_x = torch.add(grad_x, grouped_product(grad_low, down, offsets))
-        grad_down = _outer(grad_low, x, offsets)
-        grad_up = _outer(grad, low, offsets) * ctx.scaling
+        grad_down = _grouped_outer(grad_low, x, offsets)
+        grad_up = _grouped_outer(grad, low, offsets) * ctx.scaling
         return grad_x, None, grad_down, grad_up, None, None
 
 
-def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """`left[group].T @ right[group]` for each group of rows: `[E, a, b]` of `[S, a]` and `[S, b]`."""
     if has_grouped_kernel(left, right, offsets):
         return torch.nn.functional.grouped_mm(left.mT, right, offs=offsets)
-    made = left.new_zeros(offsets.numel(), left.shape[1], right.shape[1])
+    products = left.new_zeros(offsets.numel(), left.shape[1], right.shape[1])
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         if end > start:
-            torch.mm(left[start:end].T, right[start:end], out=made[expert])
+            torch.mm(left[start:end].T, right[start:end], out=products[expert])
         start = end
-    return made
+    return products

@@ -1,7 +1,7 @@
-"""P-tuning's LSTM as sharded and half-precision training need it.
+"""P-tuning's LSTM for sharded and half-precision training.
 
-oneDNN has no bf16 LSTM for x86-64 processors without AVX-512, and stops in the forward pass. The encoder is a few rows beside
-the model: in float32 it costs nothing that a run would notice, and rounds less.
+oneDNN has no bf16 LSTM for x86-64 processors without AVX-512, and raises in the forward pass. The encoder reads a few rows
+only: in float32 it costs nothing that a run would notice, and rounds less.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
 class EncoderLstm(nn.LSTM):
-    """Takes its weights anew in each pass, and computes in float32 where this processor has no LSTM in the type asked for."""
+    """An LSTM that looks its weights up in each forward pass, and computes in float32 if this processor has no LSTM in the
+    wanted type."""
 
-    def forward(self, given: Any, state: Any = None) -> Any:  # type: ignore[override]
-        # The list that an LSTM keeps of its weights is not known to strategies that replace parameters.
+    def forward(self, inputs: Any, state: Any = None) -> Any:  # type: ignore[override]
+        # torch's LSTM keeps a list of its weights, which strategies that replace parameters do not update.
         weights = [getattr(self, name) for name in lstm_weight_names(self)]
         set_lstm_weights(self, weights)
-        asked = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else given.dtype
-        if given.device.type != "cpu" or asked not in DTYPES.values() or runs(asked):
-            return super().forward(given, state)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
+        if inputs.device.type != "cpu" or dtype not in DTYPES.values() or supports_dtype(dtype):
+            return super().forward(inputs, state)
         with torch.autocast("cpu", enabled=False):
             set_lstm_weights(self, [weight.float() for weight in weights])
-            output, last = super().forward(given.float(), state)
-        return output.to(asked), last
+            output, last = super().forward(inputs.float(), state)
+        return output.to(dtype), last
 
 
 @lru_cache
-def runs(dtype: torch.dtype) -> bool:
+def supports_dtype(dtype: torch.dtype) -> bool:
     """Whether this processor has the forward and backward pass of an LSTM in `dtype`."""
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         lstm = nn.LSTM(4, 4, bidirectional=True)
@@ -48,10 +49,10 @@ def runs(dtype: torch.dtype) -> bool:
     return True
 
 
-def substituted(model: nn.Module, precision: Precision, device: torch.device) -> dict[str, str]:
-    """What the LSTMs of `model` compute in instead of `precision`, where this processor makes it necessary."""
+def lstm_substitutions(model: nn.Module, precision: Precision, device: torch.device) -> dict[str, str]:
+    """The substitution note if the LSTMs of `model` compute in float32 instead of `precision` on this processor; else empty."""
     if not any(isinstance(module, EncoderLstm) for module in model.modules()):
         return {}
-    if precision not in DTYPES or device.type != "cpu" or runs(DTYPES[precision]):
+    if precision not in DTYPES or device.type != "cpu" or supports_dtype(DTYPES[precision]):
         return {}
     return {"tuning.encoder": f"lstm in {precision} -> lstm in fp32 (this processor has no LSTM in {precision})"}

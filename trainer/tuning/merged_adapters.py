@@ -15,37 +15,42 @@ from trainer.tuning.base import AdapterConfig, BaseReader
 from trainer.tuning.replica import ADAPTER
 
 
-class Folded:
-    """Base weights with the adapters of some directories folded in, one after the other, layer by layer."""
+class MergedAdapters:
+    """Base weights with the adapters of some directories merged in, in their order, layer by layer as they are read."""
 
     def __init__(self, model: nn.Module, directories: list[str], key: str = "model.adapters") -> None:
         """`model`: the architecture on meta, without adapters; `key`: the setting that names the directories."""
-        self._folds = [_Fold(model, directory, key) for directory in directories]
+        self._adapters = [_MergedAdapter(model, directory, key) for directory in directories]
 
-    def changed(self) -> set[str]:
-        """Base names of the parameters that are not those of the checkpoint."""
-        return {name for fold in self._folds for name in fold.changed}
+    def changed_names(self) -> set[str]:
+        """Base names of the parameters that an adapter changes."""
+        names: set[str] = set()
+        for adapter in self._adapters:
+            names |= adapter.changed_names
+        return names
 
     def whole(self, name: str, base: BaseReader) -> Tensor:
-        """The parameter with every adapter folded in, float32; `base` reads the checkpoint."""
+        """The parameter with every adapter merged in, float32. `base` reads the checkpoint."""
+        # Each adapter merges into what the readers before it give.
         reader: Any = base
-        for fold in self._folds:
-            reader = _Reader(fold, reader)
+        for adapter in self._adapters:
+            reader = _MergedReader(adapter, reader)
         return reader.whole(name)
 
 
-class _Reader:
-    """A base with one adapter folded in, as a base."""
+class _MergedReader:
+    """Reads a base with one adapter merged in, as if it were a base itself."""
 
-    def __init__(self, fold: _Fold, below: BaseReader) -> None:
-        self.fold, self.below = fold, below
+    def __init__(self, adapter: _MergedAdapter, base: BaseReader) -> None:
+        self.adapter = adapter
+        self.base = base
 
     def whole(self, name: str) -> Tensor:
-        return self.fold.whole(name, self.below)
+        return self.adapter.whole(name, self.base)
 
 
-class _Fold:
-    """One adapter directory on one architecture."""
+class _MergedAdapter:
+    """The adapter of one directory on one architecture. Keeps the layer that it merged last."""
 
     def __init__(self, model: nn.Module, directory: str, key: str) -> None:
         path = Path(directory).expanduser()
@@ -54,40 +59,47 @@ class _Fold:
         self.tuning = Adapter(AdapterConfig())
         self.model = self.tuning.wrap(copy.deepcopy(model), settings)
         self.stored = StoredAdapter(path, key)
-        self.stored.match(self.model)
+        self.stored.match_names(self.model)
         self.stored.fill_buffers(self.model)
-        self.replaced = {
-            self.tuning.base_name(name): name for name in self.stored.names if f".modules_to_save.{ADAPTER}." in name
-        }
-        self.changed = self.tuning.changed() | set(self.replaced)
-        self._refuse(f"{key}={directory}")
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self.replaced: dict[str, str] = {}
+        """Full names of modules that trained in full, by their base names: they replace the base's."""
+        for name in self.stored.names:
+            if f".modules_to_save.{ADAPTER}." in name:
+                self.replaced[self.tuning.base_name(name)] = name
+        self.changed_names = self.tuning.changed_names() | set(self.replaced)
+        self._refuse_unmergeable(f"{key}={directory}")
+        self._cached: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def _refuse(self, word: str) -> None:
-        """Raise ConfigError, with the setting in `word`, for what would be folded into another module too, or not at all."""
-        known = set(self.replaced.values())
-        if left := sorted(name for name in self.stored.names if not self.tuning.owns(name) and name not in known):
+    def _refuse_unmergeable(self, setting: str) -> None:
+        """Raise ConfigError for tensors that cannot be merged, or that would change another module too.
+
+        `setting` begins the message.
+        """
+        mergeable = set(self.replaced.values())
+        extra = sorted(name for name in self.stored.names if not self.tuning.owns(name) and name not in mergeable)
+        if extra:
             raise ConfigError(
-                f"{word}: holds {self.tuning.base_name(left[0])}, which is no part of an adapter (bias=all or lora_only); "
+                f"{setting}: holds {self.tuning.base_name(extra[0])}, which is no part of an adapter (bias=all or lora_only); "
                 "merge it with peft, and give the merged model as model.path"
             )
-        first: dict[int, str] = {}
+        first_names: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             base = self.tuning.base_name(name)
-            other = first.setdefault(id(parameter), base)
-            if other != base and {other, base} & self.changed:
+            first_name = first_names.setdefault(id(parameter), base)
+            if first_name != base and {first_name, base} & self.changed_names:
                 raise ConfigError(
-                    f"{word}: changes {base}, which {other} shares; the other would change too. Merge it with peft, and give "
-                    "the merged model as model.path"
+                    f"{setting}: changes {base}, which {first_name} shares; the other would change too. Merge it with "
+                    "peft, and give the merged model as model.path"
                 )
 
-    def whole(self, name: str, below: BaseReader) -> Tensor:
+    def whole(self, name: str, base: BaseReader) -> Tensor:
         if name in self.replaced:
             return self.stored.tensor(self.replaced[name])
-        if name not in self.changed:
-            return below.whole(name)
+        if name not in self.changed_names:
+            return base.whole(name)
         layer, key = self.tuning.layer_of(name)
-        if self._last[0] != layer:
-            trained = {n: self.stored.tensor(n) for n in self.tuning.names_of(layer) if n in self.stored.names}
-            self._last = layer, self.tuning.merged(layer, below, trained, self.model)
-        return self._last[1][key]
+        if self._cached[0] != layer:
+            stored_names = [full_name for full_name in self.tuning.names_of(layer) if full_name in self.stored.names]
+            trained = {full_name: self.stored.tensor(full_name) for full_name in stored_names}
+            self._cached = layer, self.tuning.merged(layer, base, trained, self.model)
+        return self._cached[1][key]

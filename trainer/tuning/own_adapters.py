@@ -1,4 +1,4 @@
-"""What methods share that add their own parameters beside a frozen base, without peft's tuner layers."""
+"""The base class of methods that add parameters beside a frozen base without peft's tuner layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from trainer.tuning.base import TuningConfig
 from trainer.tuning.replica import ADAPTER
 
 
-class Added:
-    """Frozen base, own parameters, no fold into the base. A subclass fills `_owned` and looks at `active`."""
+class AddedParameters:
+    """A frozen base and added parameters, which cannot be merged into it.
+
+    A subclass fills `_owned`, and leaves the added parameters out of its forward pass while `active` is false.
+    """
 
     adapter = True
     keeps_base = True
@@ -31,23 +34,26 @@ class Added:
                 f"model.add_tokens with tuning={config.name}: the embeddings of new tokens must train, and this method's "
                 "files have no place for them; use tuning=lora, or tuning=full"
             )
-        self.config, self.new_heads = config, new_heads
+        self.config = config
+        self.new_heads = new_heads
         self.active = True
-        """Whether what was added takes part; off while the reference is asked."""
+        """Whether the added parameters take part in forward passes; false within `reference`."""
         self._owned: set[str] = set()
+        """Full names of the added parameters."""
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """Never asked: composing and exporting refuse it with the reason in the table."""
+        """Never called: composing and exporting refuse to merge, with the reason in the table."""
         raise AssertionError(f"tuning={self.config.name} cannot be folded into the base")
 
     @contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:
-        """Switch off what was added; only a flag changes."""
-        before, self.active = self.active, False
+        """Switch the added parameters off. Only a flag changes, so that an engine may gather parameters meanwhile."""
+        was_active = self.active
+        self.active = False
         try:
             yield
         finally:
-            self.active = before
+            self.active = was_active
 
     def base_name(self, name: str) -> str:
         """The name a wrapped parameter has in the base model's checkpoint."""
@@ -57,7 +63,7 @@ class Added:
         return name
 
     def owns(self, name: str) -> bool:
-        """What the method added."""
+        """Whether the method added this parameter."""
         return name in self._owned
 
     def rewrites(self, name: str) -> bool:
@@ -70,6 +76,6 @@ class Added:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether the attention of a model looks back only (a decoder), else both ways (BERT's kind)."""
-    found: list[Any] = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
-    return bool(found) and all(found)
+    """Whether the attention of a model looks back only, as in a decoder; BERT's kind looks both ways."""
+    flags: list[Any] = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
+    return bool(flags) and all(flags)

@@ -23,7 +23,14 @@ from trainer.tuning.config import (
     VirtualConfig,
 )
 
-_OURS = ("target_modules", "modules_to_save", "peft_type", "task_type", "inference_mode", "base_model_name_or_path")
+_RESERVED_FIELDS = (
+    "target_modules",
+    "modules_to_save",
+    "peft_type",
+    "task_type",
+    "inference_mode",
+    "base_model_name_or_path",
+)
 """Fields of peft's classes that this project sets itself."""
 
 
@@ -132,15 +139,15 @@ def option_problems(kind: str, options: dict[str, Any]) -> list[str]:
     """What is wrong with the options of `tuning=peft tuning.type=<kind>`; imports peft, which knows them."""
     peft = load_peft()
     settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.upper())]
-    known = sorted({f.name for f in fields(settings_class)} - set(_OURS))
+    known = sorted({f.name for f in fields(settings_class)} - set(_RESERVED_FIELDS))
     problems = []
     for name in options:
         key = f"tuning.options.{name}={options[name]}"
         if name in ("target_modules", "modules_to_save"):
             problems.append(f"{key}: has a key of its own; set tuning.{name.replace('target_modules', 'targets')}")
         elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            close_matches = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close_matches[0]}?" if close_matches else f"it has {', '.join(known)}"
             problems.append(f"{key}: peft's {kind} has no such option; {hint}")
     if not problems:
         try:

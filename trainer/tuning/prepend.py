@@ -19,14 +19,17 @@ from trainer.tuning.own_adapters import is_causal
 
 @dataclass(frozen=True, slots=True)
 class PrefixShape:
-    """How the encoder's output for a prefix is cut: `tokens x (layers * 2 * heads * width of a head)`."""
+    """How the encoder's output for a prefix, `[tokens, layers * 2 * heads * width of a head]`, is cut into keys and values."""
 
     layers: int
     heads: int
 
 
 class Prepend:
-    """The running forward pass of one decoder; `active()` is asked at its beginning."""
+    """Hooks on one decoder that prepend virtual tokens to its inputs and strip their rows from its output.
+
+    `active()` is asked at the beginning of each forward pass: if it is false, the pass is left as it is.
+    """
 
     def __init__(
         self,
@@ -37,50 +40,54 @@ class Prepend:
         prefix: PrefixShape | None,
         active: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.encoder, self.embeddings, self.tokens, self.prefix, self.active = (
-            encoder,
-            embeddings,
-            tokens,
-            prefix,
-            active,
-        )
-        self.words = list(inspect.signature(decoder.forward).parameters)
-        self.cache_word = cache_word(decoder)
-        self.strips = is_causal(decoder)
-        """An encoder for classification is asked for its first row, which is a virtual token's under peft too."""
-        self.added = 0
-        """Rows that the running pass has more than its caller knows."""
-        decoder.register_forward_pre_hook(self._before, with_kwargs=True)
-        decoder.register_forward_hook(self._after)
+        self.encoder = encoder
+        self.embeddings = embeddings
+        self.tokens = tokens
+        self.prefix = prefix
+        self.active = active
+        self.argument_names = list(inspect.signature(decoder.forward).parameters)
+        self.cache_argument = cache_argument(decoder)
+        self.strips_rows = is_causal(decoder)
+        """Not for an encoder for classification (BERT's kind): its head reads the first row, a virtual token's, as under peft."""
+        self.added_rows = 0
+        """Rows that the running forward pass has in addition to the caller's."""
+        decoder.register_forward_pre_hook(self._prepend_tokens, with_kwargs=True)
+        decoder.register_forward_hook(self._strip_rows)
         if prefix is not None:
             # The cache of a prefix only reads, so that recomputing a block finds what the first pass found.
             recompute_with_cache(decoder)
 
-    def _before(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        inputs = {**dict(zip(self.words, args, strict=False)), **kwargs}
-        self.added = 0
+    def _prepend_tokens(
+        self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        inputs = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
+        self.added_rows = 0
         if not self.active():
             return (), inputs
         if inputs.get("cu_seq_lens_q") is not None:
             raise ValueError("virtual tokens need a row for each document; a padding-free row holds several")
-        cache = inputs.get(self.cache_word) if self.cache_word else None
-        self._make_room(inputs)
-        if cache is None or cache.get_seq_length() == 0:
-            if self.prefix is None:
-                self._give_prompt(inputs)
-            else:
-                self._give_prefix(inputs, cache, self.prefix)
+        cache = None
+        if self.cache_argument:
+            cache = inputs.get(self.cache_argument)
+        self._extend_mask_and_positions(inputs)
+        if cache is not None and cache.get_seq_length() > 0:
+            return (), inputs  # generation: the cache has the virtual tokens since its first pass
+        if self.prefix is None:
+            self._prepend_prompt(inputs)
+        else:
+            self._prepend_prefix(inputs, cache, self.prefix)
         return (), inputs
 
-    def _after(self, _decoder: nn.Module, _args: Any, output: Any) -> Any:
-        if self.added and self.strips:
-            output.last_hidden_state = output.last_hidden_state[:, self.added :]
-        self.added = 0
+    def _strip_rows(self, _decoder: nn.Module, _args: Any, output: Any) -> Any:
+        if self.added_rows and self.strips_rows:
+            output.last_hidden_state = output.last_hidden_state[:, self.added_rows :]
+        self.added_rows = 0
         return output
 
-    def _make_room(self, inputs: dict[str, Any]) -> None:
-        """Positions and mask of what follows the virtual tokens."""
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    def _extend_mask_and_positions(self, inputs: dict[str, Any]) -> None:
+        """Let the mask cover the virtual tokens, and shift the positions of what follows them."""
+        mask = inputs.get("attention_mask")
+        positions = inputs.get("position_ids")
         if mask is not None:
             if mask.dim() != 2:
                 raise ValueError("virtual tokens need a mask of two dimensions; switch static caches off")
@@ -88,39 +95,43 @@ class Prepend:
         if positions is not None:
             inputs["position_ids"] = positions + self.tokens
 
-    def _give_prompt(self, inputs: dict[str, Any]) -> None:
+    def _prepend_prompt(self, inputs: dict[str, Any]) -> None:
+        """Replace the inputs by embeddings that begin with the virtual tokens'."""
         ids = inputs.pop("input_ids", None)
         embedded = self.embeddings(ids) if ids is not None else inputs["inputs_embeds"]
         tokens = torch.arange(self.tokens, device=embedded.device)[None]
         prompt = self.encoder(tokens).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
         inputs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
-        if (positions := inputs.get("position_ids")) is not None:
+        positions = inputs.get("position_ids")
+        if positions is not None:
             inputs["position_ids"] = torch.cat([tokens.expand(positions.shape[0], -1), positions], dim=1)
-        self.added = self.tokens
+        self.added_rows = self.tokens
 
-    def _give_prefix(self, inputs: dict[str, Any], cache: Any, shape: PrefixShape) -> None:
-        given = inputs.get("input_ids")
-        given = given if given is not None else inputs["inputs_embeds"]
-        flat = self.encoder(torch.arange(self.tokens, device=given.device)[None])
+    def _prepend_prefix(self, inputs: dict[str, Any], cache: Any, shape: PrefixShape) -> None:
+        """Give every layer the prefix's keys and values: in the caller's cache, or in one that only reads."""
+        model_input = inputs.get("input_ids")
+        if model_input is None:
+            model_input = inputs["inputs_embeds"]
+        encoded = self.encoder(torch.arange(self.tokens, device=model_input.device)[None])
         # [layers, 2, B, heads, tokens, width of a head]
-        by_layer = flat.view(1, self.tokens, shape.layers, 2, shape.heads, -1).permute(2, 3, 0, 4, 1, 5)
-        by_layer = by_layer.expand(-1, -1, given.shape[0], -1, -1, -1)
-        assert self.cache_word is not None, "checked when the method was applied"
+        by_layer = encoded.view(1, self.tokens, shape.layers, 2, shape.heads, -1).permute(2, 3, 0, 4, 1, 5)
+        by_layer = by_layer.expand(-1, -1, model_input.shape[0], -1, -1, -1)
+        assert self.cache_argument is not None, "checked when the method was applied"
         if cache is None and not inputs.get("use_cache"):
-            inputs[self.cache_word] = prefix_cache(by_layer)
+            inputs[self.cache_argument] = prefix_cache(by_layer)
             return
         if cache is None:
             from transformers import DynamicCache
 
-            cache = inputs[self.cache_word] = DynamicCache()
+            cache = inputs[self.cache_argument] = DynamicCache()
         for layer, (keys, values) in enumerate(by_layer):
             cache.update(keys, values, layer)
 
 
-def cache_word(decoder: nn.Module) -> str | None:
-    """What the decoder's forward calls keys and values from outside; transformers renamed it."""
-    words = inspect.signature(decoder.forward).parameters
-    return next((word for word in ("cache", "past_key_values") if word in words), None)
+def cache_argument(decoder: nn.Module) -> str | None:
+    """Name of the decoder's argument for keys and values from outside, which transformers renamed; None without one."""
+    parameters = inspect.signature(decoder.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
 def prefix_cache(by_layer: Tensor) -> Any:
@@ -131,15 +142,18 @@ def prefix_cache(by_layer: Tensor) -> Any:
     from transformers import Cache, DynamicLayer
 
     class Prefix(DynamicLayer):
-        """One layer: what it is given comes back behind the prefix, and is not kept."""
+        """One layer of the cache: returns new keys and values behind the prefix's, and keeps none of them."""
 
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__()
-            self.keys, self.values, self.is_initialized = keys, values, True
+            self.keys = keys
+            self.values = values
+            self.is_initialized = True
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             """Keys and values `[B, heads, P + T, width]`."""
-            keys, values = self.keys.to(key_states.dtype), self.values.to(value_states.dtype)  # type: ignore[union-attr]
+            keys = self.keys.to(key_states.dtype)  # type: ignore[union-attr]
+            values = self.values.to(value_states.dtype)  # type: ignore[union-attr]
             return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     return Cache(layers=[Prefix(keys, values) for keys, values in by_layer])

@@ -1,8 +1,8 @@
-"""One adapted layer at a time, built by peft itself outside the model: initial values, buffers and merged weights.
+"""Builds adapted layers one at a time outside the model, through peft itself: initial values, buffers and merged weights.
 
-The model is on the meta device when adapters are added, where peft's initial values would be lost, and sharded when
-values are needed. So peft wraps a copy of the single layer, on the CPU, with random numbers drawn from (seed, layer
-name): the values are peft's own, whole, and the same on every rank and under every strategy.
+Adapters are added on the meta device, where peft's initial values would be lost, and the model is sharded when values
+are needed. So peft wraps a copy of the single layer, on the CPU, with random numbers drawn from (seed, layer name). The
+values are peft's own, whole, and the same on every rank and under every strategy.
 """
 
 from __future__ import annotations
@@ -22,42 +22,44 @@ from trainer.tuning.base import BaseReader
 ADAPTER = "default"
 
 
-class Lone(nn.Module):
-    """One parameter of a module that peft adapts by itself, apart from the rest: a layer of its own."""
+class LoneParameter(nn.Module):
+    """A layer with one parameter: stands for a parameter of a larger module that peft adapts by itself (`target_parameters`)."""
 
     def __init__(self, key: str, parameter: Tensor, *, is_transposed: bool) -> None:
         super().__init__()
         self.register_parameter(key, nn.Parameter(parameter.detach(), requires_grad=False))
         self.is_transposed = is_transposed
-        """Whether matrices lie as `[in, out]`; peft reads it."""
+        """Whether matrices are `[in, out]`; peft reads this attribute."""
 
 
 class AdapterReplicas:
-    """Copies of the adapted layers of one model, made when asked for; keeps the last one."""
+    """Copies of the adapted layers of one model, made when they are needed. Keeps the last one."""
 
-    def __init__(self, settings: Any, bases: dict[str, nn.Module], *, reads_base: bool) -> None:
-        self.settings, self.bases, self.reads_base = settings, bases, reads_base
-        """peft's config; the base layers, on meta, by their name in the base model; whether values depend on weights.
+    def __init__(self, settings: Any, base_layers: dict[str, nn.Module], *, reads_base: bool) -> None:
+        """`settings`: peft's config. `base_layers`: on meta, by name in the base model."""
+        self.settings = settings
+        self.base_layers = base_layers
+        """A `LoneParameter` is under its full name, `<module>.<parameter>`."""
+        self.reads_base = reads_base
+        """Whether initial values depend on the base weights."""
+        self._cached: tuple[tuple[str, int], nn.Module] | None = None
 
-        A `Lone` parameter has its own name, that of its module included.
-        """
-        self._last: tuple[tuple[str, int], nn.Module] | None = None
-
-    def initial(self, name: str, base: BaseReader, seed: int) -> nn.Module:
-        """The adapted layer `name` before training; its base weights hold values only where the method reads them."""
-        if self._last is None or self._last[0] != (name, seed):
-            self._last = (name, seed), self._layer(name, base if self.reads_base else None, seed)
-        return self._last[1]
+    def initial_layer(self, name: str, base: BaseReader, seed: int) -> nn.Module:
+        """The adapted layer `name` before training. Its base weights have values only if the method reads them."""
+        if self._cached is None or self._cached[0] != (name, seed):
+            layer = self._build_layer(name, base if self.reads_base else None, seed)
+            self._cached = (name, seed), layer
+        return self._cached[1]
 
     def merged(
         self, name: str, base: BaseReader, seed: int, trained: dict[str, Tensor], live: nn.Module
     ) -> dict[str, Tensor]:
-        """The base parameters of layer `name` with the adapter folded in, float32, by their name in the layer.
+        """The base parameters of layer `name` with the adapter merged in, float32, by their name in the layer.
 
-        `trained`: the adapter's full tensors by their name in the layer; `live`: the layer in the model, whose buffers
-        hold what layers share.
+        `trained`: the adapter's full tensors, by their name in the layer. `live`: the layer in the model, from which buffers
+        are copied, such as a projection that layers share.
         """
-        layer: Any = self._layer(name, base, seed)
+        layer: Any = self._build_layer(name, base, seed)
         parameters = dict(layer.named_parameters())
         with torch.no_grad():
             for key, value in trained.items():
@@ -73,8 +75,8 @@ class AdapterReplicas:
         return {key: p.detach() for key, p in layer.get_base_layer().named_parameters()}
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """What peft keeps beside parameters, by name in peft's wrapper of the whole model."""
-        layers = [name for name, base in self.bases.items() if not isinstance(base, Lone)]
+        """The buffers that peft adds, with their values, by name in peft's wrapper of the whole model."""
+        layers = [name for name, base in self.base_layers.items() if not isinstance(base, LoneParameter)]
         if not layers:
             return
         tuner = self._wrap(layers, None, seed=0)
@@ -82,27 +84,28 @@ class AdapterReplicas:
             if ".base_layer." not in name:
                 yield name, buffer
 
-    def _layer(self, name: str, base: BaseReader | None, seed: int) -> nn.Module:
-        return self._wrap([name], base, seed).model.get_submodule(self._place_of(name))  # type: ignore[union-attr]
+    def _build_layer(self, name: str, base: BaseReader | None, seed: int) -> nn.Module:
+        return self._wrap([name], base, seed).model.get_submodule(self._path_of(name))  # type: ignore[union-attr]
 
-    def _place_of(self, name: str) -> str:
-        return name.rpartition(".")[0] if isinstance(self.bases[name], Lone) else name
+    def _path_of(self, name: str) -> str:
+        return name.rpartition(".")[0] if isinstance(self.base_layers[name], LoneParameter) else name
 
     def _wrap(self, names: list[str], base: BaseReader | None, seed: int) -> nn.Module:
-        """peft's wrapper of a model that has only the layers `names`, under their own names."""
+        """peft's wrapper of a model that has only the layers `names`, under their own names. `base` of None: no values."""
         from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
         holder = nn.Module()
         for name in names:
-            place = self._place_of(name)
-            _place(holder, place, _filled(self.bases[name], place, base))
+            path = self._path_of(name)
+            _add_at_path(holder, path, _copy_with_values(self.base_layers[name], path, base))
         settings = copy.deepcopy(self.settings)
-        alone = [name for name in names if isinstance(self.bases[name], Lone)]
-        settings.target_modules = [name for name in names if name not in alone]
-        settings.exclude_modules, settings.modules_to_save = None, None
+        lone = [name for name in names if isinstance(self.base_layers[name], LoneParameter)]
+        settings.target_modules = [name for name in names if name not in lone]
+        settings.exclude_modules = None
+        settings.modules_to_save = None
         if hasattr(settings, "target_parameters"):
-            settings.target_parameters = alone or None
-        # The names are already those that were chosen; nothing else is here that could be tied or trained in full.
+            settings.target_parameters = lone or None
+        # The names are those that were chosen already, and nothing else is here to be chosen, tied or trained in full.
         for key in ("layers_to_transform", "layers_pattern", "modules_to_tie", "trainable_token_indices"):
             if hasattr(settings, key):
                 setattr(settings, key, None)
@@ -110,11 +113,14 @@ class AdapterReplicas:
             settings.ensure_weight_tying = False
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.default_generator.manual_seed(derive_seed(seed, ".".join(names) if len(names) == 1 else ""))
+            # The values of one layer depend on its name; those of buffers, which layers share, do not.
+            seed_name = names[0] if len(names) == 1 else ""
+            torch.default_generator.manual_seed(derive_seed(seed, seed_name))
             return PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](holder, settings, ADAPTER)
 
 
-def _place(holder: nn.Module, name: str, layer: nn.Module) -> None:
+def _add_at_path(holder: nn.Module, name: str, layer: nn.Module) -> None:
+    """Add `layer` under the dotted `name`, with empty modules as parents."""
     *parents, last = name.split(".")
     for part in parents:
         if part not in own_modules(holder):
@@ -123,18 +129,19 @@ def _place(holder: nn.Module, name: str, layer: nn.Module) -> None:
     holder.add_module(last, layer)
 
 
-def _filled(template: nn.Module, name: str, base: BaseReader | None) -> nn.Module:
-    """A copy with values from `base`, in float32; without it, with parameters that have a shape and no memory."""
+def _copy_with_values(template: nn.Module, name: str, base: BaseReader | None) -> nn.Module:
+    """A copy of a layer on meta: with values from `base` in float32, or without `base` with zeros that take no memory."""
     layer = copy.deepcopy(template)
     for path, owner in layer.named_modules():
         parameters = own_parameters(owner)
-        for key, p in parameters.items():
-            if p is None:
+        for key, parameter in parameters.items():
+            if parameter is None:
                 continue
             if base is None:
-                value = torch.zeros(()).expand(p.shape)
+                value = torch.zeros(()).expand(parameter.shape)
             else:
-                # A copy: what is read may be the file's own memory, and peft subtracts in place.
-                value = base.whole(".".join(part for part in (name, path, key) if part)).to(torch.float32, copy=True)
+                full_name = ".".join(part for part in (name, path, key) if part)
+                # A copy, since what is read may be the file's own memory, and peft subtracts in place.
+                value = base.whole(full_name).to(torch.float32, copy=True)
             parameters[key] = nn.Parameter(value, requires_grad=False)
     return layer

@@ -21,7 +21,7 @@ PROPERTIES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """One row: what a method is and what it cannot be combined with."""
+    """One row of the table: what a method is, and what it cannot be combined with. A reason is empty if it can."""
 
     title: str
     adapter: bool = True
@@ -37,11 +37,11 @@ class Method:
     no_seq2seq: str = ""
     """Why it cannot train an encoder-decoder model; empty where it can."""
     refused: dict[str, str] = field(default_factory=dict)
-    """Words of `PROPERTIES` that it does not work with, and why."""
+    """Keys of `PROPERTIES` that it does not work with, and why."""
     strategies: dict[str, str] = field(default_factory=dict)
     """Strategies that it does not work under, and why."""
     no_start: str = ""
-    """Why its files can neither be gone on from nor folded into a base here; empty where they can."""
+    """Why training cannot continue from its files, nor merge them into a base; empty if it can."""
     optimizers: dict[str, str] = field(default_factory=dict)
     """Optimizers that it is not trained with, and why; all others train it alike under every strategy that runs them."""
 
@@ -104,7 +104,7 @@ METHODS: dict[str, Method] = {
 }
 """The choices of `tuning=`; `peft` has a table of its own."""
 
-TYPES: dict[str, Method] = {
+PEFT_METHODS: dict[str, Method] = {
     "beft": Method(title="bias of values", no_merge="a layer without a bias has nothing to fold it into"),
     "c3a": Method(title="circular convolution", refused=_IN_PLACE),
     "glora": Method(title="generalised LoRA on weights, biases and activations", refused=_READS_WEIGHT),
@@ -121,7 +121,7 @@ TYPES: dict[str, Method] = {
 _VIRTUAL = "its virtual tokens are of a kind that is not built here; tuning=prompt, p_tuning and prefix are"
 _SHARED = "its layers share parameters, which sharding keeps in one layer only"
 _REBUILDS = "it takes the base weights apart when it is added, before there are any"
-NOT_HERE: dict[str, str] = {
+UNSUPPORTED_TYPES: dict[str, str] = {
     **dict.fromkeys(("multitask_prompt_tuning", "cpt", "cartridge"), _VIRTUAL),
     **dict.fromkeys(("vblora", "unilora", "tinylora", "lily"), _SHARED),
     **dict.fromkeys(("psoft", "osf", "frod"), _REBUILDS),
@@ -137,14 +137,14 @@ NOT_HERE: dict[str, str] = {
 
 def method_of(config: TuningConfig) -> Method:
     """The row of a method whose settings were checked."""
-    return TYPES[str(config.type)] if isinstance(config, PeftConfig) else METHODS[config.name]
+    return PEFT_METHODS[str(config.type)] if isinstance(config, PeftConfig) else METHODS[config.name]
 
 
 def rewrites_base(init: str) -> bool:
-    """Whether a start of LoRA takes its part off the base weight."""
+    """Whether an `init` of LoRA splits a part off the base weight."""
     return init.startswith("pissa") or init == "olora"
 
 
-def needs_own_rows(config: TuningConfig) -> bool:
+def needs_padded_rows(config: TuningConfig) -> bool:
     """Whether a method needs a padded row for each document."""
     return "padding_free" in method_of(config).refused

@@ -10,55 +10,58 @@ from typing import Any
 
 from torch import nn
 
-from trainer.tuning.key_mapping import lost_layers
+from trainer.tuning.key_mapping import unloadable_layers
 
-CHOOSES = re.compile(r"Router|Gate|Grouped")
-"""In the names of classes of linear layers that compute more than a product."""
+ROUTING_CLASSES = re.compile(r"Router|Gate|Grouped")
+"""In the class names of linear layers that compute more than a product, such as routers that return a choice."""
 
 
-def left_alone(model: nn.Module, settings: Any, *, every_linear: bool) -> tuple[str | None, str]:
-    """A regular expression of the names of modules that get no adapter (None: there are none), and what to say of it.
+def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> tuple[str | None, str]:
+    """(a regular expression of the names of modules that get no adapter, or None; a note for the user, or empty).
 
-    Towers for images and sound, which texts give no gradient. With `every_linear` also layers that compute more than a
-    product (routers that return a choice), all but the input projection of a state-space mixer, whose fused kernels take
-    the other weights past an adapter, layers whose weight their model takes so by itself, and those whose adapters plain
-    peft does not read back. `settings`: peft's config.
+    Towers for images and sound never get one: texts give them no gradient. With `every_linear`, these are left out too:
+    layers that compute more than a product; all layers of a state-space mixer but its input projection, since its fused
+    kernels read the other weights without calling the layers; other layers whose weight the model reads directly; and
+    layers whose adapter plain peft would not load back. `settings`: peft's config.
     """
-    towers = [rf"{re.escape(name)}(\..*)?" for name in getattr(model, "beside_text", ())]
+    tower_names = tuple(getattr(model, "beside_text", ()))
+    patterns = [rf"{re.escape(name)}(\..*)?" for name in tower_names]
     if not every_linear:
-        return "|".join(towers) or None, ""
-    product, passed = [], []
+        return "|".join(patterns) or None, ""
+    special, bypassed = _unsuitable_layers(model)
+    unloadable = [name for name in unloadable_layers(model, settings) if not name.startswith(tower_names)]
+    reasons = []
+    if bypassed:
+        reasons.append(f"{_last_parts(bypassed)} (the model takes the weight past the layer)")
+    if unloadable:
+        reasons.append(f"{_last_parts(unloadable)} (peft would not read its adapter back)")
+    patterns += [_pattern_for_all_layers(name) for name in (*special, *bypassed, *unloadable)]
+    note = f"all-linear but for {' and '.join(reasons)}" if reasons else ""
+    return "|".join(dict.fromkeys(patterns)) or None, note
+
+
+def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
+    """(linear layers that compute more than a product or lie in a mixer, those whose weight is read directly), by name."""
+    special = []
+    bypassed = []
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for owner_name, owner in model.named_modules():
         kind: Any = type(owner)
-        mixer = hasattr(owner, "A_log") and hasattr(owner, "D")
+        is_mixer = hasattr(owner, "A_log") and hasattr(owner, "D")
         for name, child in owner.named_children():
             if child is head or not isinstance(child, nn.Linear):
                 continue
-            full = f"{owner_name}.{name}".lstrip(".")
-            if CHOOSES.search(type(child).__name__) or (mixer and name != "in_proj"):
-                product.append(full)
-            elif name in _taken_past(kind):
-                passed.append(full)
-    lost = [
-        name for name in lost_layers(model, settings) if not name.startswith(tuple(getattr(model, "beside_text", ())))
-    ]
-    said = [
-        f"{_last(names)} ({why})"
-        for names, why in (
-            (passed, "the model takes the weight past the layer"),
-            (lost, "peft would not read its adapter back"),
-        )
-        if names
-    ]
-    names = [*towers, *(_any_layer(name) for name in (*product, *passed, *lost))]
-    note = f"all-linear but for {' and '.join(said)}" if said else ""
-    return "|".join(dict.fromkeys(names)) or None, note
+            full_name = f"{owner_name}.{name}".lstrip(".")
+            if ROUTING_CLASSES.search(type(child).__name__) or (is_mixer and name != "in_proj"):
+                special.append(full_name)
+            elif name in _weights_used_directly(kind):
+                bypassed.append(full_name)
+    return special, bypassed
 
 
 @cache
-def _taken_past(owner: type[nn.Module]) -> frozenset[str]:
-    """Names of the children whose weight a class multiplies with itself, not through the child."""
+def _weights_used_directly(owner: type[nn.Module]) -> frozenset[str]:
+    """Names of the children whose weight a class reads itself (`self.child.weight`), without calling the child."""
     try:
         source = inspect.getsource(owner)
     except (OSError, TypeError):  # code without a file
@@ -67,10 +70,10 @@ def _taken_past(owner: type[nn.Module]) -> frozenset[str]:
     return frozenset(re.findall(r"self\.(\w+)\.weight(?!\.(?:dtype|device|shape|data)\b)(?![\w\[])", source))
 
 
-def _any_layer(name: str) -> str:
-    """An expression for a module's name in every layer."""
+def _pattern_for_all_layers(name: str) -> str:
+    """A regular expression for a module's name with any layer number in place of its own."""
     return re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
 
 
-def _last(names: Iterable[str]) -> str:
+def _last_parts(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))

@@ -26,15 +26,15 @@ from trainer.tuning.base import BaseReader
 from trainer.tuning.compat.peft import detach_word_embeddings, fully_trained_tensors
 from trainer.tuning.config import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
 from trainer.tuning.lstm import EncoderLstm
-from trainer.tuning.own_adapters import Added, is_causal
+from trainer.tuning.own_adapters import AddedParameters, is_causal
 from trainer.tuning.peft_configs import virtual_config
-from trainer.tuning.prepend import PrefixShape, Prepend, cache_word
+from trainer.tuning.prepend import PrefixShape, Prepend, cache_argument
 from trainer.tuning.replica import ADAPTER
 
 ENCODER = f"prompt_encoder.{ADAPTER}"
 
 
-class Virtual(Added):
+class Virtual(AddedParameters):
     """Trained tokens before every document: as embeddings, or as keys and values of every layer (prefix)."""
 
     config: VirtualConfig
@@ -56,20 +56,20 @@ class Virtual(Added):
         self._vocabulary = 0
         self._settings: Any = None
         self._encoder: Callable[..., nn.Module] = nn.Module
-        self._last: tuple[int, nn.Module] | None = None
+        self._cached_replica: tuple[int, nn.Module] | None = None
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Wrap in a PeftModel and hook the decoder; raises ConfigError for architectures that read no prefix."""
+        """Wrap in a PeftModel and hook the decoder. Raises ConfigError for architectures that cannot read a prefix."""
         from peft import PEFT_TYPE_TO_TUNER_MAPPING, get_peft_model
 
-        classifier = "SequenceClass" in type(model).__name__
+        is_classifier = "SequenceClass" in type(model).__name__
         decoder = _decoder_of(model)
-        self._check(model, decoder)
+        self._check_prefix(model, decoder)
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         self._embedding = next(name for name, module in model.named_modules() if module is embeddings) + ".weight"
         self._vocabulary = embeddings.num_embeddings
-        settings = virtual_config(self.config, "SEQ_CLS" if classifier else "CAUSAL_LM")
-        if not self.prefix:  # as the embeddings say; peft looks for names that DistilBERT does not have
+        settings = virtual_config(self.config, "SEQ_CLS" if is_classifier else "CAUSAL_LM")
+        if not self.prefix:  # peft would look for attribute names that DistilBERT does not have
             settings.token_dim = embeddings.embedding_dim
             settings.num_layers = model.config.num_hidden_layers  # type: ignore[union-attr]
             settings.num_attention_heads = model.config.num_attention_heads  # type: ignore[union-attr]
@@ -78,9 +78,9 @@ class Virtual(Added):
             warnings.simplefilter("ignore")
             tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
         detach_word_embeddings(tuned)
-        # The wrapper would put the tokens there a second time.
+        # The hook on the decoder prepends the tokens; peft's wrapper would prepend them a second time.
         tuned.forward = model.__call__
-        if not classifier:
+        if not is_classifier:
             tuned.generate = model.generate
         encoder = tuned.prompt_encoder[ADAPTER]
         self._owned = {f"{ENCODER}.{name}" for name, _ in encoder.named_parameters()}
@@ -92,11 +92,12 @@ class Virtual(Added):
         Prepend(decoder, encoder, embeddings, self.tokens, _shape_of(self._settings), lambda: self.active)
         return tuned
 
-    def _check(self, model: Any, decoder: nn.Module) -> None:
+    def _check_prefix(self, model: Any, decoder: nn.Module) -> None:
+        """Raise ConfigError if prefix tuning does not go with the model's attention."""
         if not self.prefix:
             return
         kind = model.config.model_type
-        if not is_causal(decoder) or cache_word(decoder) is None:
+        if not is_causal(decoder) or cache_argument(decoder) is None:
             raise ConfigError(
                 f"tuning=prefix: {kind} takes no keys and values from outside; use tuning=prompt or tuning=p_tuning"
             )
@@ -113,14 +114,15 @@ class Virtual(Added):
             )
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The full initial tensor of a parameter of the encoder, float32: peft's own, drawn from (seed, its name)."""
-        if self._last is None or self._last[0] != seed:
-            self._last = seed, self._replica(base, seed)
-        value = self._last[1].get_parameter(name.removeprefix(f"{ENCODER}.")).detach()
+        """The full initial tensor of a parameter of the encoder, float32: peft's own value, drawn from (seed, encoder's name)."""
+        if self._cached_replica is None or self._cached_replica[0] != seed:
+            self._cached_replica = seed, self._replica(base, seed)
+        value = self._cached_replica[1].get_parameter(name.removeprefix(f"{ENCODER}.")).detach()
         assert tuple(value.shape) == shape, (name, value.shape, shape)
         return value
 
     def _replica(self, base: BaseReader, seed: int) -> nn.Module:
+        """The encoder with its initial values, on the CPU, the same on every rank."""
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(derive_seed(seed, ENCODER))
@@ -131,8 +133,11 @@ class Virtual(Added):
         return encoder
 
     def _new_encoder(self) -> nn.Module:
-        needs_words = isinstance(self.config, PromptConfig)
-        return self._encoder(self._settings, None) if needs_words else self._encoder(self._settings)
+        if isinstance(
+            self.config, PromptConfig
+        ):  # peft's class takes word embeddings too, which only a text start reads
+            return self._encoder(self._settings, None)
+        return self._encoder(self._settings)
 
     def _start_ids(self, config: PromptConfig) -> list[int]:
         """Tokens of the vocabulary at which the virtual ones start, as peft chooses them."""
@@ -142,7 +147,8 @@ class Virtual(Added):
         ids = self.tokenizer(config.init_text)["input_ids"]
         if not ids:
             raise ConfigError(f"tuning.init_text={config.init_text!r}: the tokenizer makes no token of it; use another")
-        return (ids * -(-self.tokens // len(ids)))[: self.tokens]
+        repeats = -(-self.tokens // len(ids))  # rounded up
+        return (ids * repeats)[: self.tokens]
 
     def write(
         self, model: Any, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
@@ -154,20 +160,25 @@ class Virtual(Added):
         from safetensors.torch import save_file
 
         encoder = self._new_encoder().eval()
-        encoder.load_state_dict({k.removeprefix(f"{ENCODER}."): v for k, v in trained.items() if k in self._owned})
+        encoder_state = {}
+        for name, value in trained.items():
+            if name in self._owned:
+                encoder_state[name.removeprefix(f"{ENCODER}.")] = value
+        encoder.load_state_dict(encoder_state)
         with torch.no_grad():
             state = {"prompt_embeddings": encoder(torch.arange(self.tokens)[None])[0]}
         state |= fully_trained_tensors(model, trained, ADAPTER)
-        save_file(
-            {k: v.contiguous() for k, v in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"}
-        )
+        contiguous = {name: value.contiguous() for name, value in state.items()}
+        save_file(contiguous, directory / "adapter_model.safetensors", {"format": "pt"})
         settings = copy.deepcopy(self._settings)
-        settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True
+        settings.base_model_name_or_path = base_name
+        settings.revision = revision
+        settings.inference_mode = True
         settings.save_pretrained(str(directory))
 
 
-class _Stored(nn.Embedding):
-    """Virtual tokens beside a model that does not hold them as a part: they go where it is moved."""
+class _LoadedTokens(nn.Embedding):
+    """Virtual tokens beside a model that does not own them: they follow its inputs to their device."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.weight.device != tokens.device:
@@ -183,28 +194,32 @@ def load(model: Any, directory: str | Path) -> Any:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    stored = read_object(directory / "adapter_config.json")
-    if stored["peft_type"] not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
-        raise ConfigError(f"{directory}: holds {stored['peft_type']}, not virtual tokens; load it with peft")
+    settings = read_object(directory / "adapter_config.json")
+    if settings["peft_type"] not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
+        raise ConfigError(f"{directory}: holds {settings['peft_type']}, not virtual tokens; load it with peft")
     state = load_file(directory / "adapter_model.safetensors")
-    like = model.get_input_embeddings().weight
-    encoder = _Stored.from_pretrained(state.pop("prompt_embeddings").to(like.dtype))
+    embedding_weight = model.get_input_embeddings().weight
+    encoder = _LoadedTokens.from_pretrained(state.pop("prompt_embeddings").to(embedding_weight.dtype))
     heads = {name.removeprefix("base_model."): value for name, value in state.items()}
     unknown = model.load_state_dict(heads, strict=False).unexpected_keys
     if unknown:
         raise ConfigError(f"{directory}: was trained for another kind of model: this one has no {unknown[0]}")
     shape = None
-    if stored["peft_type"] == "PREFIX_TUNING":
-        shape = PrefixShape(stored["num_layers"], stored["num_attention_heads"])
-    Prepend(_decoder_of(model), encoder, model.get_input_embeddings(), stored["num_virtual_tokens"], shape)
+    if settings["peft_type"] == "PREFIX_TUNING":
+        shape = PrefixShape(settings["num_layers"], settings["num_attention_heads"])
+    Prepend(_decoder_of(model), encoder, model.get_input_embeddings(), settings["num_virtual_tokens"], shape)
     return model
 
 
 def _decoder_of(model: Any) -> nn.Module:
-    classifier = "SequenceClass" in type(model).__name__
-    return getattr(model, model.base_model_prefix) if classifier else model.get_decoder()
+    """The module below the head: the decoder of a causal model, the base of a classifier."""
+    if "SequenceClass" in type(model).__name__:
+        return getattr(model, model.base_model_prefix)
+    return model.get_decoder()
 
 
 def _shape_of(settings: Any) -> PrefixShape | None:
-    prefix = settings.peft_type == "PREFIX_TUNING"
-    return PrefixShape(settings.num_layers, settings.num_attention_heads) if prefix else None
+    """The shape of a prefix; None for virtual tokens that are embeddings."""
+    if settings.peft_type != "PREFIX_TUNING":
+        return None
+    return PrefixShape(settings.num_layers, settings.num_attention_heads)

@@ -53,7 +53,7 @@ class TaskContext:
         cls, data: DataConfig, objective: ObjectiveConfig, date: TemplateDate | None = None
     ) -> TaskContext:
         """The context of these settings."""
-        writes_answers = family_of(objective).writes_answers
+        writes_answers = family_of(objective).generates_answers
         is_language_model = build_objective(objective).perplexity
         return cls(data, reading_of(objective), writes_answers, is_language_model, date)
 
