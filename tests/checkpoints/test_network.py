@@ -86,7 +86,7 @@ def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_
             if made.save(Engine(), Progress(step=step), must=False):
                 best = step
             else:
-                assert said[-1].startswith("the run goes on without") and os.strerror(code) in said[-2], said
+                assert said[-1].startswith("the run continues without") and os.strerror(code) in said[-2], said
         for again in range(2):  # a start that the network fails says so, or takes the newest; and the next one takes it
             try:
                 chosen = choose_checkpoint(places, "auto", ALONE)

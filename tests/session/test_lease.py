@@ -50,7 +50,7 @@ def test_a_stop_before_training_is_looked_at_by_all_ranks(monkeypatch):
     built = MagicMock()
     built.tuning.keeps_base = False
     where = Attempt(lease=SimpleNamespace(check=lost))
-    place = SimpleNamespace(where=where, runtime=SimpleNamespace(world_size=1), run_dir=Path(), sha256="")
+    place = SimpleNamespace(attempt=where, runtime=SimpleNamespace(world_size=1), run_dir=Path(), sha256="")
     place.console = place.agreement = MagicMock()
     with pytest.raises(LeaseLost):
         run_module.record_reference(RunConfig(), MagicMock(), MagicMock(), built, place)
