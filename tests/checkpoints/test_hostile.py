@@ -173,11 +173,13 @@ def test_a_configuration_looks_nothing_up_and_multiplies_nothing(root, tmp_path,
     ],
 )
 def test_a_chat_template_that_never_ends_or_multiplies_is_refused(root, tmp_path, monkeypatch, capfd, template, said):
-    monkeypatch.setattr(rendering, "SECONDS", 1)
-    monkeypatch.setattr(rendering, "BYTES", 2**28)
+    monkeypatch.setattr(rendering, "MAX_CPU_SECONDS", 1)
+    monkeypatch.setattr(rendering, "MAX_EXTRA_BYTES", 2**28)
     exceeded = []
-    known = rendering.TooMuch.__init__
-    monkeypatch.setattr(rendering.TooMuch, "__init__", lambda self, *why: (exceeded.append(why), known(self, *why))[1])
+    known = rendering.TemplateLimitExceeded.__init__
+    monkeypatch.setattr(
+        rendering.TemplateLimitExceeded, "__init__", lambda self, *why: (exceeded.append(why), known(self, *why))[1]
+    )
     (tmp_path / "theirs.jinja").write_text(template)
     rows = [
         {"messages": [{"role": "user", "content": f"to count {i}"}, {"role": "assistant", "content": "1"}]}

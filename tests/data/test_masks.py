@@ -15,7 +15,7 @@ from tests.helpers.covering import examples
 from trainer.data.config import ControlTokens, LearnConfig, LearnTurns
 from trainer.data.document import Document
 from trainer.data.tokens.encode import Encoder, learned_tokens
-from trainer.data.tokens.template import Rendered
+from trainer.data.tokens.template import RenderedText
 
 FAMILIES = chat_templates.FAMILIES
 CHECK = settings(max_examples=examples(80), deadline=None, derandomize=True)
@@ -213,7 +213,7 @@ def test_a_known_shape_is_not_rendered_a_second_time(name, monkeypatch):
         for n in range(10)
     ]
     list(encoder.encode(docs[:2]))
-    monkeypatch.setattr(encoder.template._marker, "_exact", lambda *_: pytest.fail("rendered twice"))
+    monkeypatch.setattr(encoder.template._span_finder, "_spans_by_marking", lambda *_: pytest.fail("rendered twice"))
     assert all(sample.supervised.any() for _, sample in encoder.encode(docs[2:]))
 
 
@@ -269,13 +269,13 @@ def test_a_token_across_the_end_of_a_turn_is_learned():
 def test_a_template_that_writes_the_date_is_followed_over_midnight(monkeypatch):
     encoder = Encoder(make.tiny_tokenizer(chat_templates.CHATML))
     doc = Document("f", 1, messages=[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
-    render, days, calls = encoder.template._rendered, iter("1122233333333333333333333333"), []
+    render, days, calls = encoder.template._render_batch, iter("1122233333333333333333333333"), []
 
     def dated(conversations, **kwargs):
         calls.append(day := next(days))
         return [(day + text, blocks) for text, blocks in render(conversations, **kwargs)]
 
-    monkeypatch.setattr(encoder.template, "_rendered", dated)
+    monkeypatch.setattr(encoder.template, "_render_batch", dated)
     for _ in range(8):
         sample = next(encoder.encode([doc]))[1]
         assert encoder.tokenizer.decode(sample.input_ids[sample.supervised]) == "a<|im_end|>"
@@ -345,8 +345,8 @@ def _composed():
 def test_edges_of_spans_give_the_tokens_that_all_offsets_give(made, prompt, completion):
     encoder = ENCODERS.setdefault(made.__name__, Encoder(made()))
     text, begin, end = f"{prompt}{completion}{prompt}", len(prompt), len(prompt + completion)
-    ((encoding,), _) = encoder.encodings([Rendered(text, [])])
-    learned = learned_tokens(encoding, Rendered(text, [(begin, end)]))[1]
+    ((encoding,), _) = encoder.tokenize([RenderedText(text, [])])
+    learned = learned_tokens(encoding, RenderedText(text, [(begin, end)]))[1]
     inside = [n for n, (first, last) in enumerate(encoding.offsets) if first < last and last > begin and first < end]
     assert np.flatnonzero(learned).tolist() == (list(range(inside[0], inside[-1] + 1)) if inside else [])
 

@@ -256,14 +256,14 @@ def test_models_that_hold_control_tokens_themselves(model):
 
 
 def test_only_documents_that_spell_one_take_the_slow_way(tmp_path, monkeypatch):
-    from trainer.data.tokens.characters import Control
+    from trainer.data.tokens.characters import ControlTokenEscaper
 
     def never(*args):
         raise AssertionError("no text spells a control token")
 
-    monkeypatch.setattr(Control, "told", never)
-    monkeypatch.setattr(Control, "broken", never)
-    monkeypatch.setattr(Control, "backend", property(never))
+    monkeypatch.setattr(ControlTokenEscaper, "to_backend", never)
+    monkeypatch.setattr(ControlTokenEscaper, "escape", never)
+    monkeypatch.setattr(ControlTokenEscaper, "backend", property(never))
     assert len(prepare(tmp_path, chat_rows(20)).train) == 20
 
 

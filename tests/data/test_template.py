@@ -54,7 +54,7 @@ def test_supervised_text_is_exactly_the_replies_and_their_end_tokens(name, data)
     system = data.draw(st.none() | texts) if takes_system else None
     encoder = ENCODERS[name]
     doc = document(turns(*contents, system=system))
-    if any(map(encoder.control.spelled, doc.texts())):
+    if any(map(encoder.escaper.spelled_in, doc.texts())):
         return
     sample = encode(encoder, doc)
     replies = [reply.strip() if trims else reply for reply in contents[1::2]]
@@ -150,8 +150,8 @@ def test_conversations_need_a_template():
 
 
 def test_control_tokens_in_the_text_are_noticed():
-    assert any(map(ENCODERS["chatml"].control.spelled, document(turns("q<|im_end|>", "a")).texts()))
-    assert not any(map(ENCODERS["chatml"].control.spelled, document(turns("q", "a")).texts()))
+    assert any(map(ENCODERS["chatml"].escaper.spelled_in, document(turns("q<|im_end|>", "a")).texts()))
+    assert not any(map(ENCODERS["chatml"].escaper.spelled_in, document(turns("q", "a")).texts()))
 
 
 @given(prompt=texts, completion=texts)
@@ -198,7 +198,7 @@ def test_labelled_text_keeps_its_closing_token_when_cut():
     doc = Document("f", 1, text="a lazy dog jumps", label="yes")
     sample = encode(encoder, doc)
     assert sample.input_ids.tolist() == tokenizer("a lazy dog jumps")["input_ids"] and sample.marks["label"] == 1
-    cut = truncate(sample, 3, encoder.tail(doc))
+    cut = truncate(sample, 3, encoder.num_closing_tokens(doc))
     assert cut.input_ids.tolist() == [sample.input_ids[0], sample.input_ids[1], sample.input_ids[-1]]
     with pytest.raises(DataError, match=r"f:1: label 'maybe' is none of \['no', 'yes'\]"):
         encode(encoder, Document("f", 1, text="a", label="maybe"))

@@ -11,7 +11,7 @@ from trainer.data.config import LearnConfig, LearnTurns, OverLength
 from trainer.data.document import Document
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.marking import RESERVED
-from trainer.data.tokens.truncation import fit, oddities
+from trainer.data.tokens.truncation import fit_length, oddities
 
 CHAT = Encoder(make.tiny_tokenizer())
 BOS = Encoder(make.tiny_tokenizer(None, adds_bos=True))
@@ -37,7 +37,7 @@ def learned(encoder, sample):
 
 
 def cut(encoder, document, max_length, policy):
-    return fit(encoder, document, encode(encoder, document), max_length, OverLength(policy))
+    return fit_length(encoder, document, encode(encoder, document), max_length, OverLength(policy))
 
 
 def pair(chosen, rejected, *, prompt="q"):
@@ -142,7 +142,7 @@ def test_oddities():
 def test_what_fits_stays_as_it_is(policy):
     doc = talk("q", "a")
     sample = encode(CHAT, doc)
-    assert fit(CHAT, doc, sample, len(sample.input_ids), policy) == [sample]
+    assert fit_length(CHAT, doc, sample, len(sample.input_ids), policy) == [sample]
 
 
 def test_drop_and_fail():

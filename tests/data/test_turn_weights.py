@@ -18,7 +18,7 @@ from trainer.data.report.preview import pieces, preview, summary
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, summed
 from trainer.data.tokens.encode import Encoder
-from trainer.data.tokens.truncation import fit
+from trainer.data.tokens.truncation import fit_length
 from trainer.objectives.kto import RatedReading
 from trainer.objectives.pairs import PairReading
 from trainer.objectives.seq2seq import SourceTargetEncoder, TwoSidedReading
@@ -120,10 +120,10 @@ def test_cuts_keep_weights_with_their_tokens(policy, expected):
     text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nthe quick<|im_end|>\n<|im_start|>user\nfox<|im_end|>\n"
     text += "<|im_start|>assistant\na lazy"
     most = len(CHAT.tokenizer(text, add_special_tokens=False).input_ids)
-    made = fit(CHAT, document(*TALK), whole, most, OverLength(policy))
+    made = fit_length(CHAT, document(*TALK), whole, most, OverLength(policy))
     assert [by_hand(CHAT, sample) for sample in made] == expected
     late = document(*TALK[:3], ("assistant", "a lazy dog", 0.5))
-    for sample in fit(CHAT, late, next(CHAT.encode([late]))[1], 12, OverLength(policy)):
+    for sample in fit_length(CHAT, late, next(CHAT.encode([late]))[1], 12, OverLength(policy)):
         weights = {0.25: "the quick<|im_end|>", 0.5: "a lazy dog<|im_end|>"}
         for found, weight in by_hand(CHAT, sample):
             assert found in weights[weight.expected]

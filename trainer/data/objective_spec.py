@@ -19,7 +19,7 @@ from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.encode import Encoder
-from trainer.data.tokens.truncation import fit, kept
+from trainer.data.tokens.truncation import fit_length, keep_learnable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -66,8 +66,8 @@ class Reading:
     ) -> Iterator[tuple[Document, list[Sample]]]:
         """Each document that teaches something with its sequences; none, with a reason counted, where nothing is left."""
         for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
-            made = fit(encoder, document, sample, config.max_length, config.over_length)
-            yield document, kept(encoder, document, sample, made, tally)
+            made = fit_length(encoder, document, sample, config.max_length, config.over_length)
+            yield document, keep_learnable(encoder, document, sample, made, tally)
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """Denominators that a sequence adds, by term; stored, after the shift: a first token has no target."""

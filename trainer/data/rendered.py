@@ -41,13 +41,13 @@ class TurnTokens:
         rendered = ""
         if encoder.template is not None:
             try:
-                rendered = encoder.template.text(_TURNS * 2, "the chat template")
+                rendered = encoder.template.render_text(_TURNS * 2, "the chat template")
             except DataError:  # a template that refuses this conversation is known by its ends of turns alone
                 rendered = "".join(encoder.template.all_end_tokens)
-        inside = tuple(name for name in encoder.control.names if name in rendered and name not in affixes)
+        inside = tuple(name for name in encoder.escaper.tokens if name in rendered and name not in affixes)
         return cls(inside, tokenizer.bos_token, tokenizer.eos_token)
 
-    def spelled(self, document: Document) -> str | None:
+    def find_token(self, document: Document) -> str | None:
         """The token that makes a document's prompt or text look rendered; None if there is none."""
         text = document.prompt or document.text or ""
         for name in self.inside:
@@ -66,24 +66,26 @@ class TurnTokens:
 def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReader], encoder: Encoder) -> None:
     """Raise DataError if most of an input's first texts or prompts already hold a rendered chat template."""
     tokens = TurnTokens.of(encoder)
-    for item in inputs:
+    for input_source in inputs:
         num_texts, num_rendered = 0, 0
         example: tuple[Document, str] | None = None
-        for document in _first_documents(item, readers[item.id]):
+        for document in _first_documents(input_source, readers[input_source.id]):
             if document.prompt is None and (document.text is None or document.label is not None):
                 continue  # a conversation, or a text that is only read to tell its label
             num_texts += 1
-            token = tokens.spelled(document)
+            token = tokens.find_token(document)
             if token is not None:
                 num_rendered += 1
                 example = example or (document, token)
         if example is not None and num_rendered > num_texts / 2:
-            raise DataError(f"{item.key}: {num_rendered} of the first {num_texts} {_explained(*example, tokens)}")
+            raise DataError(
+                f"{input_source.key}: {num_rendered} of the first {num_texts} {_explained(*example, tokens)}"
+            )
 
 
-def _first_documents(item: Input, reader: RowReader) -> Iterator[Document]:
+def _first_documents(input_source: Input, reader: RowReader) -> Iterator[Document]:
     """The documents among an input's first rows. Rows that cannot be read are refused elsewhere, with their reason."""
-    for row in islice(item.origin.rows(item.wanted), FIRST_ROWS):
+    for row in islice(input_source.origin.rows(input_source.wanted), FIRST_ROWS):
         parsed = row.parse()
         document = reader(parsed) if isinstance(parsed, Row) else parsed
         if isinstance(document, Document):

@@ -29,7 +29,7 @@ from trainer.data.sources import RowRange, evaluation_documents
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
 from trainer.data.tokens.clock import TemplateDate
-from trainer.data.tokens.truncation import last_learned
+from trainer.data.tokens.truncation import last_learned_id
 from trainer.data.transforms.checks import Checks, Cleaner
 from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
 from trainer.data.transforms.filters import Filters
@@ -134,7 +134,7 @@ class BlockMaker:
             left.append(document)
         block.pieces = np.array(pieces, np.int64)
         block.sequences = Sequences.of(samples, self.reading.counts)
-        ended = [last_learned(sample) in encoder.end_ids for sample in samples]
+        ended = [last_learned_id(sample) in encoder.end_ids for sample in samples]
         block.sequences.columns["ended"] = np.array(ended, np.int64)
         return left
 

@@ -22,8 +22,8 @@ from trainer.data.batches.collate import Collator
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.document import WRONG_KIND, Document, Message, Tally
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
-from trainer.data.tokens.encode import BATCH, Encoder, share_prompt
-from trainer.data.tokens.truncation import fitted_answers
+from trainer.data.tokens.encode import DOCUMENTS_PER_BATCH, Encoder, share_prompt
+from trainer.data.tokens.truncation import fit_answers
 from trainer.objectives.base import (
     Family,
     Objective,

@@ -24,9 +24,9 @@ from trainer.data.config import ControlTokens, DataConfig, DataFormat, Layout, L
 from trainer.data.document import WRONG_KIND, Document, RefusedDocument, Tally
 from trainer.data.objective_spec import imitable
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.data.tokens.encode import BATCH, Encoder
-from trainer.data.tokens.template import Rendered
-from trainer.data.tokens.truncation import kept
+from trainer.data.tokens.encode import DOCUMENTS_PER_BATCH, Encoder
+from trainer.data.tokens.template import RenderedText
+from trainer.data.tokens.truncation import keep_learnable
 from trainer.losses.next_token import computes_loss, logits_loss
 from trainer.model.config import ModelKind
 from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, UnlabelledReading, formats_of
@@ -150,7 +150,7 @@ class SourceTargetEncoder(Encoder):
                     for prompt_text, side in zip(prompt_texts, sides, strict=True)
                 ]
             )
-            answers = self._texts([Rendered(answer, []) for _, answer, _ in sides])
+            answers = self._texts([RenderedText(answer, []) for _, answer, _ in sides])
             for document, prompt, answer, (_, _, weight) in zip(batch, prompts, answers, sides, strict=True):
                 input_ids = np.concatenate([prompt, answer])
                 in_answer = np.arange(len(input_ids)) >= len(prompt)
@@ -159,8 +159,8 @@ class SourceTargetEncoder(Encoder):
                     weights = in_answer.astype(np.float32) * np.float32(weight)
                 yield document, Sample(input_ids, in_answer & (weight > 0), weights=weights)
 
-    def _texts(self, texts: list[Rendered]) -> Iterator[np.ndarray]:
-        for encoding in self.encodings(texts)[0]:
+    def _texts(self, texts: list[RenderedText]) -> Iterator[np.ndarray]:
+        for encoding in self.tokenize(texts)[0]:
             yield np.array([*self.opening, *encoding.ids, *self.closing], dtype=np.int32)
 
     def fit(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:

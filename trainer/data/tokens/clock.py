@@ -13,8 +13,8 @@ from datetime import date, datetime
 
 CLOCK = "strftime_now"
 """How a template asks for the time."""
-_LITERAL = re.compile(rf"""{CLOCK}\(\s*(?:format\s*=\s*)?(["'])([^"'\\]*)\1\s*\)""")
-_CALLED = re.compile(rf"{CLOCK}(?!\s+is\b)")
+_LITERAL_CALL = re.compile(rf"""{CLOCK}\(\s*(?:format\s*=\s*)?(["'])([^"'\\]*)\1\s*\)""")
+_CLOCK_CALL = re.compile(rf"{CLOCK}(?!\s+is\b)")
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 _UNDATED = " (not in the fingerprint)"
 
@@ -33,8 +33,8 @@ class TemplateDate:
     @classmethod
     def parse(cls, text: str) -> TemplateDate:
         """The date that `str` wrote. Raises ValueError."""
-        day, undated, rest = text.partition(_UNDATED)
-        if rest:
+        day, undated, trailing = text.partition(_UNDATED)
+        if trailing:
             raise ValueError(f"{text!r} is no date of a chat template")
         return cls(date.fromisoformat(day), not undated)
 
@@ -47,17 +47,19 @@ def reads_clock(template: str | None) -> bool:
 def with_date(template: str, day: date) -> str:
     """The template with a clock that stands at midnight of `day`."""
     midnight = datetime(day.year, day.month, day.day)
-    fixed = _LITERAL.sub(lambda match: json.dumps(midnight.strftime(match[2]), ensure_ascii=False), template)
-    if not _CALLED.search(fixed):
+    fixed = _LITERAL_CALL.sub(lambda match: json.dumps(midnight.strftime(match[2]), ensure_ascii=False), template)
+    if not _CLOCK_CALL.search(fixed):
         return fixed
     # A format that is computed is filled in by the template itself: its own macro takes the place of the function.
-    replaced = "".join(f" | replace({json.dumps(code)}, {json.dumps(value)})" for code, value in _values(midnight))
+    replaced = "".join(
+        f" | replace({json.dumps(code)}, {json.dumps(value)})" for code, value in _directive_values(midnight)
+    )
     # The newline is taken away with the tag before it, so that the template begins a line as it did.
     return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{fixed}"
 
 
-def _values(moment: datetime) -> list[tuple[str, str]]:
+def _directive_values(moment: datetime) -> list[tuple[str, str]]:
     """Each directive of strftime with its value, those with a flag first."""
     codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in _DIRECTIVES]
-    values = [(code, moment.strftime(code)) for code in codes]
-    return [(code, value) for code, value in values if value != code]
+    directives = [(code, moment.strftime(code)) for code in codes]
+    return [(code, value) for code, value in directives if value != code]

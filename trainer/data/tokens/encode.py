@@ -17,17 +17,17 @@ from strategies.errors import ConfigError, DataError, is_panic, tokenizer_panic
 from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, RefusedDocument
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.characters import MARK, Control
+from trainer.data.tokens.characters import ESCAPE, ControlTokenEscaper
 from trainer.data.tokens.clock import TemplateDate
-from trainer.data.tokens.template import ChatTemplate, Rendered
+from trainer.data.tokens.template import ChatTemplate, RenderedText
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
-BATCH = 512
+DOCUMENTS_PER_BATCH = 512
 """Documents that go to the encoder at a time."""
-Answer = tuple[Document, list[Message] | None]
+DocumentTurns = tuple[Document, list[Message] | None]
 
 
 class Encoder:
@@ -58,7 +58,7 @@ class Encoder:
         self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
         ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
         self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
-        self.control = Control(tokenizer, self._backend, ends)
+        self.escaper = ControlTokenEscaper(tokenizer, self._backend, ends)
         self.control_tokens = ControlTokens.text if control_tokens is ControlTokens.auto else control_tokens
 
     def fix_date(self, date: TemplateDate | None) -> None:
@@ -87,13 +87,13 @@ class Encoder:
         `fast=False` takes no short cuts: the same samples, found the long way. Raises DataError with file and line.
         """
         source = iter(documents)
-        while batch := list(islice(source, BATCH)):
+        while batch := list(islice(source, DOCUMENTS_PER_BATCH)):
             answers = [(document, _messages(document)) for document in batch]
             yield from zip(batch, self.encode_answers(answers, fast=fast), strict=True)
 
-    def encode_answers(self, answers: list[Answer], *, fast: bool = True) -> list[Sample]:
+    def encode_answers(self, answers: list[DocumentTurns], *, fast: bool = True) -> list[Sample]:
         """A sample of each document with the messages that stand for it; None: its prompt and completion, or its text."""
-        return self._samples([document for document, _ in answers], self._render_all(answers, fast=fast))
+        return self._to_samples([document for document, _ in answers], self._render_all(answers, fast=fast))
 
     def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
         """Preference pairs as (document, chosen, rejected): both begin with the same prompt tokens, which nobody learns.
@@ -102,8 +102,8 @@ class Encoder:
         also where the template writes the prompt of the two differently.
         """
         source = iter(documents)
-        while batch := list(islice(source, BATCH)):
-            answers: list[Answer] = []
+        while batch := list(islice(source, DOCUMENTS_PER_BATCH)):
+            answers: list[DocumentTurns] = []
             for document in batch:
                 prompt = [{**message, "train": False} for message in document.messages or []]
                 answers += [(document, prompt + (turns or [])) for turns in (document.chosen, document.rejected)]
@@ -118,112 +118,119 @@ class Encoder:
         if self.template is None:
             return None
         rendered = self._render_all([(document, _messages(document))], fast=True)[0]
-        turns = self._apart(document, document.messages or [])
-        begin = self.template.first_content(turns, document.where, document.tools)
+        turns = self._escape_messages(document, document.messages or [])
+        begin = self.template.first_content_begin(turns, document.where, document.tools)
         if begin is None:
             return None
-        (encoding,), (rendered,) = self.encodings([Rendered(rendered.text, [(0, begin)], rendered.apart)])
+        (encoding,), (rendered,) = self.tokenize([RenderedText(rendered.text, [(0, begin)], rendered.escaped)])
         ends = np.array(encoding.offsets, dtype=np.int64)[:, 1]
         return int(np.count_nonzero(ends <= rendered.spans[0][1]))
 
-    def told(self, document: Document, text: str) -> str:
+    def escape_text(self, document: Document, text: str) -> str:
         """A text of a document with the control tokens that it spells broken; the same object where it spells none."""
-        if self.control_tokens is ControlTokens.keep or not self.control.spelled(text):
+        if self.control_tokens is ControlTokens.keep or not self.escaper.spelled_in(text):
             return text
         if self.control_tokens is ControlTokens.refuse:
-            said = "a text spells control tokens of the tokenizer, which data.control_tokens=refuse does not allow"
-            raise RefusedDocument(document.where, "control_tokens", said)
-        if any(MARK in other for other in document.texts()):
-            said = "the text has the private-use character U+10FB06 beside a spelled control token; remove it"
-            raise RefusedDocument(document.where, "reserved_character", said)
-        return self.control.broken(text)
+            message = "a text spells control tokens of the tokenizer, which data.control_tokens=refuse does not allow"
+            raise RefusedDocument(document.where, "control_tokens", message)
+        if any(ESCAPE in document_text for document_text in document.texts()):
+            message = "the text has the private-use character U+10FB06 beside a spelled control token; remove it"
+            raise RefusedDocument(document.where, "reserved_character", message)
+        return self.escaper.escape(text)
 
-    def encodings(self, rendered: list[Rendered]) -> tuple[list[Encoding], list[Rendered]]:
+    def tokenize(self, texts: list[RenderedText]) -> tuple[list[Encoding], list[RenderedText]]:
         """The tokens of texts, and the texts as their offsets mean them."""
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
-        texts = [text.text for text in rendered]
+        plain_texts = [text.text for text in texts]
         try:
-            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+            encodings = self._backend.encode_batch(plain_texts, add_special_tokens=False)
         except BaseException as error:
             if is_panic(error):  # a pattern without end, for example
                 raise tokenizer_panic(error, self.tokenizer.name_or_path) from error
             raise
-        meant = list(rendered)
-        for number, text in enumerate(rendered):
-            if text.apart:
-                meant[number] = Rendered(*self.control.told(text.text, text.spans), weights=text.weights)
-                encodings[number] = self.control.backend.encode(meant[number].text, add_special_tokens=False)
-        return encodings, meant
+        escaped = list(texts)
+        for number, text in enumerate(texts):
+            if text.escaped:
+                escaped[number] = RenderedText(*self.escaper.to_backend(text.text, text.spans), weights=text.weights)
+                encodings[number] = self.escaper.backend.encode(escaped[number].text, add_special_tokens=False)
+        return encodings, escaped
 
-    def asked(self, document: Document) -> list[str]:
+    def context_texts(self, document: Document) -> list[str]:
         """The texts of a document that are neither answers nor learned turns."""
         turns = _messages(document) or []
-        texts = [turns[number]["content"] for number in self._asked(turns)]
+        texts = [turns[number]["content"] for number in self._context_turns(turns)]
         return texts + [text for text in (document.prompt, document.text) if text is not None]
 
-    def tail(self, document: Document) -> int:
+    def num_closing_tokens(self, document: Document) -> int:
         """How many tokens at the end of a sample must survive truncation."""
         return len(self.closing) if document.label is not None else 0
 
-    def _render_all(self, batch: list[Answer], *, fast: bool) -> list[Rendered]:
+    def _render_all(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
         """Text and learned characters of documents, each with the messages that stand for it if it is a conversation."""
         chats: list[tuple[list[Message], list[Message]] | None] = []
         for document, messages in batch:
             if messages is None and document.prompt is not None and self.template is not None:
                 messages = document.conversation()
-            chats.append(None if messages is None else (messages, self._apart(document, messages)))
-        told = [
+            chats.append(None if messages is None else (messages, self._escape_messages(document, messages)))
+        conversations = [
             (chat[1], document.where, document.tools) for chat, (document, _) in zip(chats, batch, strict=True) if chat
         ]
-        template = self.template or (ChatTemplate(self.tokenizer) if told else None)  # or says what it lacks
-        found = iter(template.render_all(told, fast=fast) if template else [])
+        template = self.template or (ChatTemplate(self.tokenizer) if conversations else None)  # or says what it lacks
+        rendered_chats = iter(template.render_all(conversations, fast=fast) if template else [])
         rendered = []
         for chat, (document, _) in zip(chats, batch, strict=True):
-            rendered.append(self._plain(document) if chat is None else next(found))
+            rendered.append(self._render_plain(document) if chat is None else next(rendered_chats))
             if chat is not None and template is not None:
-                self._finish(template, document, *chat, rendered[-1])
+                self._weigh_and_check(template, document, *chat, rendered[-1])
         return rendered
 
-    def _finish(
-        self, template: ChatTemplate, document: Document, given: list[Message], told: list[Message], text: Rendered
+    def _weigh_and_check(
+        self,
+        template: ChatTemplate,
+        document: Document,
+        messages: list[Message],
+        escaped_messages: list[Message],
+        rendered: RenderedText,
     ) -> None:
-        """Give the text of `told` the weights of its turns, and see that breaking control tokens changed nothing else."""
-        if any("weight" in message for message in told):
-            text.weights = span_weights(template.learned(told), told, text, document.where)
-        if told is not given:
-            text.apart = True
-            plain = template.text(given, document.where, document.tools).rstrip()
-            if not text.text.replace(MARK, "").startswith(plain):
-                said = "the chat template looks for a control token that a text spells; remove it from the text"
-                raise RefusedDocument(document.where, "refused_by_template", said)
+        """Set the weights of the turns, and refuse a document whose template reads the control tokens that were escaped."""
+        if any("weight" in message for message in escaped_messages):
+            rendered.weights = span_weights(
+                template.learned_turns(escaped_messages), escaped_messages, rendered, document.where
+            )
+        if escaped_messages is not messages:
+            rendered.escaped = True
+            plain = template.render_text(messages, document.where, document.tools).rstrip()
+            if not rendered.text.replace(ESCAPE, "").startswith(plain):
+                reason = "the chat template looks for a control token that a text spells; remove it from the text"
+                raise RefusedDocument(document.where, "refused_by_template", reason)
 
-    def _apart(self, document: Document, messages: list[Message]) -> list[Message]:
+    def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
         """Messages with spelled control tokens broken, but in answers and in what is learned; the same list where none is."""
-        if not any(m["role"] != "assistant" and self.control.spelled(m["content"]) for m in messages):
+        if not any(m["role"] != "assistant" and self.escaper.spelled_in(m["content"]) for m in messages):
             return messages
-        told = list(messages)
-        for number in self._asked(messages):
-            told[number] = {**messages[number], "content": self.told(document, messages[number]["content"])}
-        return messages if told == messages else told
+        escaped = list(messages)
+        for number in self._context_turns(messages):
+            escaped[number] = {**messages[number], "content": self.escape_text(document, messages[number]["content"])}
+        return messages if escaped == messages else escaped
 
-    def _asked(self, messages: list[Message]) -> list[int]:
+    def _context_turns(self, messages: list[Message]) -> list[int]:
         """Which messages are neither answers nor learned."""
-        learned = self.template.learned(messages) if self.template else ()
+        learned = self.template.learned_turns(messages) if self.template else ()
         return [n for n, message in enumerate(messages) if message["role"] != "assistant" and n not in learned]
 
-    def _plain(self, document: Document) -> Rendered:
+    def _render_plain(self, document: Document) -> RenderedText:
         """Text without a template: a completion is learned, an unlabelled text is learned whole."""
         if document.prompt is not None:
-            asked = self.told(document, document.prompt)
-            prompt = asked + document.separator
+            escaped_prompt = self.escape_text(document, document.prompt)
+            prompt = escaped_prompt + document.separator
             text = prompt + (document.completion or "")
-            return Rendered(text, [(len(prompt), len(text))], asked is not document.prompt)
-        text = self.told(document, document.text or "")
-        return Rendered(text, [] if document.label is not None else [(0, len(text))], text != (document.text or ""))
+            return RenderedText(text, [(len(prompt), len(text))], escaped_prompt is not document.prompt)
+        text = self.escape_text(document, document.text or "")
+        return RenderedText(text, [] if document.label is not None else [(0, len(text))], text != (document.text or ""))
 
-    def _samples(self, documents: list[Document], rendered: list[Rendered]) -> list[Sample]:
+    def _to_samples(self, documents: list[Document], rendered: list[RenderedText]) -> list[Sample]:
         samples, bos = [], self.bos_id
-        for document, encoding, text in zip(documents, *self.encodings(rendered), strict=True):
+        for document, encoding, text in zip(documents, *self.tokenize(rendered), strict=True):
             (input_ids, supervised, weights), marks = learned_tokens(encoding, text), dict[str, float]()
             # A text with control tokens of its own may begin with the BOS that would be put before it.
             begins_itself = (
@@ -232,16 +239,16 @@ class Encoder:
             if document.label is not None:
                 marks[LABEL] = self._label(document)
                 opening = [] if begins_itself and self.opening == [bos] else self.opening
-                input_ids, supervised = _affix(input_ids, supervised, opening, self.closing, learn=False)
+                input_ids, supervised = _add_affixes(input_ids, supervised, opening, self.closing, learn=False)
             elif document.text is not None or (document.prompt is not None and self.template is None):
                 if (eos := self.eos_id) is None:
                     raise ConfigError("the tokenizer has no eos_token, so no text would end; set one in its config")
                 opening = self.opening[:1] if self.opening[:1] == [bos] and not begins_itself else []
                 closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
-                input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
+                input_ids, supervised = _add_affixes(input_ids, supervised, opening, closing, learn=True)
             if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
-                said = f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
-                raise RefusedDocument(document.where, "doubled_bos", f"{said}template in model.chat_template")
+                message = f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
+                raise RefusedDocument(document.where, "doubled_bos", f"{message}template in model.chat_template")
             supervised[:1] = False
             samples.append(Sample(input_ids, supervised, marks, weights))
         return samples
@@ -255,7 +262,7 @@ class Encoder:
         return self.label_ids[document.label]
 
 
-def learned_tokens(encoding: Encoding, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Ids of a text, which of its tokens are learned, and where spans have weights those of their tokens.
 
     A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
@@ -265,14 +272,14 @@ def learned_tokens(encoding: Encoding, rendered: Rendered) -> tuple[np.ndarray, 
     supervised = np.zeros(len(input_ids), dtype=np.bool_)
     weights = None if rendered.weights is None else np.zeros(len(input_ids), dtype=np.float32)
     for place, span in enumerate(rendered.spans if len(input_ids) else ()):
-        inside = _tokens_of(encoding, *span)
+        inside = _tokens_of_span(encoding, *span)
         supervised[inside] = True
         if weights is not None and rendered.weights is not None:
             weights[inside] = rendered.weights[place]
     return input_ids, supervised, weights
 
 
-def _tokens_of(encoding: Encoding, begin: int, end: int) -> slice:
+def _tokens_of_span(encoding: Encoding, begin: int, end: int) -> slice:
     """The tokens of the characters [begin, end): by the first and the last of these, or by all offsets where one has none."""
     first, last = (encoding.char_to_token(at) if begin < end else None for at in (begin, end - 1))
     if first is not None and last is not None:
@@ -284,17 +291,17 @@ def _tokens_of(encoding: Encoding, begin: int, end: int) -> slice:
     return slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
 
 
-def span_weights(learned: list[int], messages: list[Message], rendered: Rendered, where: str) -> list[float] | None:
+def span_weights(learned: list[int], messages: list[Message], rendered: RenderedText, where: str) -> list[float] | None:
     """The weight of each span of a rendered conversation, whose turns `learned` are learned; None where each is 1."""
     weights = [messages[number].get("weight", 1.0) for number in learned]
     if all(weight == 1 for weight in weights):
         return None
     if len(rendered.spans) != len(weights):
-        said = (
+        message = (
             f"the chat template has {len(rendered.spans)} {{% generation %}} blocks for {len(weights)} turns with weights "
             "of their own; give another in model.chat_template, or leave the weights out with data.ignore_columns=[weight]"
         )
-        raise RefusedDocument(where, "refused_by_template", said)
+        raise RefusedDocument(where, "refused_by_template", message)
     return weights
 
 
@@ -323,13 +330,13 @@ def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
     chosen.supervised[shared : starts[0]] = rejected.supervised[shared : starts[1]] = True
 
 
-def _affix(
+def _add_affixes(
     ids: np.ndarray, supervised: np.ndarray, opening: list[int], closing: list[int], *, learn: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put special ids around a sample; the closing ones are learned if `learn`."""
     ids = np.concatenate([np.array(opening, np.int32), ids, np.array(closing, np.int32)])
-    around = (np.zeros(len(opening), np.bool_), np.full(len(closing), learn, np.bool_))
-    return ids, np.concatenate([around[0], supervised, around[1]])
+    masks = (np.zeros(len(opening), np.bool_), np.full(len(closing), learn, np.bool_))
+    return ids, np.concatenate([masks[0], supervised, masks[1]])
 
 
 def truncate(sample: Sample, max_length: int, tail: int) -> Sample:

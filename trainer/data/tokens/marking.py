@@ -24,7 +24,7 @@ _MARKS = re.compile(f"([{BEGIN}{END}{THOUGHT}])")
 _THOUGHT = re.compile(r"(\s*<think>\s*)?(.*</think>\s*)(.*)", re.DOTALL)
 _MAX_SHAPES = 4096
 _MAX_MISSES = 8
-_LEARN_AT = 2  # learning a shape costs a few renderings, which one that comes once does not pay back
+_SKELETON_AT_USE = 2  # learning a shape costs a few renderings, which one that comes once does not pay back
 
 Apply = Callable[..., str]
 """Renders messages, with the header of the turn to come if `prompt`."""
@@ -34,10 +34,10 @@ Shape = tuple[object, ...]
 
 
 @dataclass(slots=True)
-class _Turn:
+class _MarkedTurn:
     """Positions in the text without marks: of a thought, if the template kept it, and of the content."""
 
-    thought: int | None
+    thought_begin: int | None
     begin: int
     end: int
 
@@ -55,18 +55,18 @@ class _Skeleton:
 
     def fit(self, cores: list[str], text: str) -> tuple[str, Spans] | None:
         """The closed text and its spans, if `text` is the skeleton with these contents."""
-        pieces, before = [self.literals[0]], [0]
+        pieces, lengths_before = [self.literals[0]], [0]
         for core, literal in zip(cores, self.literals[1:], strict=True):
             pieces += (core, literal)
-            before.append(before[-1] + len(core))
+            lengths_before.append(lengths_before[-1] + len(core))
         if "".join(pieces) != text:
             return None
         if self.ending != (last := self.literals[-1]):
             text = text[: len(text) - len(last)] + self.ending
-        return text, [(before[i] + begin, before[j] + end) for i, begin, j, end in self.edges]
+        return text, [(lengths_before[i] + begin, lengths_before[j] + end) for i, begin, j, end in self.edges]
 
 
-class Marker:
+class SpanFinder:
     """Finds and closes learned turns with one template.
 
     `added` are the tokenizer's added tokens, one of which closes the last turn where it follows; `ends` match what closes a
@@ -74,20 +74,20 @@ class Marker:
     """
 
     def __init__(self, apply: Apply, added: list[str], ends: dict[str, re.Pattern[str]], eos: str) -> None:
-        self._apply, self._added, self._ends, self._eos = apply, added, ends, eos
-        self._any = leading(added)
-        self._known: dict[Shape, _Skeleton | None] = {}
-        self._seen: dict[Shape, int] = {}
+        self._apply, self._added_tokens, self._end_patterns, self._eos = apply, added, ends, eos
+        self._any_token = leading_token_pattern(added)
+        self._skeletons: dict[Shape, _Skeleton | None] = {}
+        self._times_seen: dict[Shape, int] = {}
         self._misses: dict[Shape, int] = {}
 
-    def spans(
+    def find_spans(
         self, messages: list[Message], learned: list[int], text: str, where: str, *, fast: bool = True
     ) -> tuple[str, Spans]:
         """The closed text of a conversation that is rendered as `text`, and its spans. Errors: DataError, RefusedDocument."""
-        found = self._by_skeleton(messages, learned, text) if fast else None
-        return self._exact(messages, learned, text, where) if found is None else found
+        spans = self._spans_by_skeleton(messages, learned, text) if fast else None
+        return self._spans_by_marking(messages, learned, text, where) if spans is None else spans
 
-    def _by_skeleton(self, messages: list[Message], learned: list[int], text: str) -> tuple[str, Spans] | None:
+    def _spans_by_skeleton(self, messages: list[Message], learned: list[int], text: str) -> tuple[str, Spans] | None:
         """The same by the skeleton of its shape; None where only the exact way tells."""
         roles, cores, spaces = [], [], []
         for number, message in enumerate(messages):
@@ -102,59 +102,68 @@ class Marker:
             roles.append(message["role"])
             cores.append(core)
         shape = (*roles, tuple(learned), *spaces)
-        skeleton = self._known[shape] if shape in self._known else self._learn(shape, roles, learned, spaces)
-        if skeleton is None or (found := skeleton.fit(cores, text)) is not None:
-            return None if skeleton is None else found
+        skeleton = (
+            self._skeletons[shape] if shape in self._skeletons else self._learn_skeleton(shape, roles, learned, spaces)
+        )
+        if skeleton is None or (spans := skeleton.fit(cores, text)) is not None:
+            return None if skeleton is None else spans
         # The template may write the time, and a skeleton learned anew fits; or it looks into contents, and none does.
         self._misses[shape] = self._misses.get(shape, 0) + 1
-        self._known[shape] = None
+        self._skeletons[shape] = None
         if self._misses[shape] < _MAX_MISSES:
-            del self._known[shape]
+            del self._skeletons[shape]
         return None
 
-    def _learn(
+    def _learn_skeleton(
         self, shape: Shape, roles: list[str], learned: list[int], spaces: list[tuple[int, str, str]]
     ) -> _Skeleton | None:
         """The skeleton of a shape that comes again, from the exact way with a conversation of placeholders."""
-        self._seen[shape] = self._seen.get(shape, 0) + 1
-        if self._seen[shape] < _LEARN_AT:
-            if len(self._seen) > _MAX_SHAPES:
-                self._seen.clear()
+        self._times_seen[shape] = self._times_seen.get(shape, 0) + 1
+        if self._times_seen[shape] < _SKELETON_AT_USE:
+            if len(self._times_seen) > _MAX_SHAPES:
+                self._times_seen.clear()
             return None
-        if len(self._known) >= _MAX_SHAPES:
-            self._known.clear()
-        around = {number: (before, after) for number, before, after in spaces}
+        if len(self._skeletons) >= _MAX_SHAPES:
+            self._skeletons.clear()
+        whitespace = {number: (before, after) for number, before, after in spaces}
         marks = [f"{RESERVED[3]}{number}{RESERVED[4]}" for number in range(len(roles))]
-        contents = [mark.join(around.get(number, ("", ""))) for number, mark in enumerate(marks)]
+        contents = [mark.join(whitespace.get(number, ("", ""))) for number, mark in enumerate(marks)]
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        self._known[shape] = None
+        self._skeletons[shape] = None
         try:
             text = self._apply(messages)
-            self._known[shape] = self._cut(marks, text, *self._exact(messages, learned, text, ""))
+            self._skeletons[shape] = self._cut_skeleton(
+                marks, text, *self._spans_by_marking(messages, learned, text, "")
+            )
         except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
             return None
-        return self._known[shape]
+        return self._skeletons[shape]
 
-    def _exact(self, messages: list[Message], learned: list[int], text: str, where: str) -> tuple[str, Spans]:
+    def _spans_by_marking(
+        self, messages: list[Message], learned: list[int], text: str, where: str
+    ) -> tuple[str, Spans]:
         try:
-            spans = self._contents(messages, learned, text, where)
+            spans = self._content_spans(messages, learned, text, where)
         except DataError:
             fresh = self._apply(messages)
             if fresh == text:
                 raise
             text = fresh  # the template writes the date, and a day ended between the two renderings
-            spans = self._contents(messages, learned, text, where)
-        return self.close(text, spans, [messages[i]["role"] for i in learned])
+            spans = self._content_spans(messages, learned, text, where)
+        return self.close_turns(text, spans, [messages[i]["role"] for i in learned])
 
-    def _contents(self, messages: list[Message], learned: list[int], text: str, where: str) -> Spans:
+    def _content_spans(self, messages: list[Message], learned: list[int], text: str, where: str) -> Spans:
         """Spans of the learned contents in `text`, by the first way of marking that leaves the text unchanged."""
         for mark in (mark_whole, mark_trimmed, mark_thought):
-            turns = marked(self._apply, messages, learned, text, [mark] * len(messages))
+            turns = render_marked(self._apply, messages, learned, text, [mark] * len(messages))
             if turns is None:
                 continue
             if mark is mark_trimmed:
-                self._widen(messages, learned, text, turns)
-            return [(self._begin(messages, learned, text, n, turn, where), turn.end) for n, turn in enumerate(turns)]
+                self._include_kept_whitespace(messages, learned, text, turns)
+            return [
+                (self._learning_begin(messages, learned, text, n, turn, where), turn.end)
+                for n, turn in enumerate(turns)
+            ]
         role = messages[learned[-1]]["role"]
         raise DataError(
             f"{where}: the chat template changes the text of {'an' if role == 'assistant' else 'a'} {role} turn (more than "
@@ -162,51 +171,55 @@ class Marker:
             "model.chat_template"
         )
 
-    def _widen(self, messages: list[Message], learned: list[int], text: str, turns: list[_Turn]) -> None:
+    def _include_kept_whitespace(
+        self, messages: list[Message], learned: list[int], text: str, turns: list[_MarkedTurn]
+    ) -> None:
         """A template may trim some turns only, or line ends only: what it keeps of the outer whitespace of one is learned too."""
         for number, index in enumerate(learned):
             content = messages[index]["content"]
             before = len(content) - len(content.lstrip())
             after = before + len(content.strip())
 
-            def found(first: int, last: int, number: int = number, index: int = index) -> bool:
+            def try_marks(first: int, last: int, number: int = number, index: int = index) -> bool:
                 marks: list[Callable[[str], str]] = [mark_trimmed] * len(messages)
                 marks[index] = partial(mark_between, first=first, last=last)
-                wider = marked(self._apply, messages, learned, text, marks)
+                wider = render_marked(self._apply, messages, learned, text, marks)
                 if wider is not None:
                     turns[number] = wider[number]
                 return wider is not None
 
-            if content == content.strip() or found(0, len(content)):
+            if content == content.strip() or try_marks(0, len(content)):
                 continue
             # What is trimmed is a beginning or an end: a mark within it keeps it from being trimmed, and the text differs.
-            first = bisect_left(range(before), True, key=lambda at: found(at, after))
+            first = bisect_left(range(before), True, key=lambda at: try_marks(at, after))
             last = len(content)
-            last -= bisect_left(range(last - after), True, key=lambda rest: found(first, last - rest))
+            last -= bisect_left(range(last - after), True, key=lambda left_out: try_marks(first, last - left_out))
 
-    def _begin(
-        self, messages: list[Message], learned: list[int], text: str, number: int, turn: _Turn, where: str
+    def _learning_begin(
+        self, messages: list[Message], learned: list[int], text: str, number: int, turn: _MarkedTurn, where: str
     ) -> int:
         """Where learning begins: at the content; with a thought, where generation would have begun."""
         has_thought = "</think>" in messages[learned[number]]["content"]
-        if turn.thought is None:
+        if turn.thought_begin is None:
             if has_thought and number == len(learned) - 1 and "</think>" not in text[turn.begin : turn.end]:
                 said = "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
                 raise RefusedDocument(where, "thought_lost", f"{said}or give another template in model.chat_template")
             return turn.begin
         prompt = self._apply(messages[: learned[number]], prompt=True)
-        if not text.startswith(prompt) or len(prompt) > turn.thought:
+        if not text.startswith(prompt) or len(prompt) > turn.thought_begin:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
             raise RefusedDocument(where, "thought_lost", message)
         return len(prompt)
 
-    def close(self, text: str, spans: Spans, roles: list[str], done: tuple[str, ...] = ()) -> tuple[str, Spans]:
-        """The end-of-turn token added to every span, but to those that end with one of `done`; and to the text if it has none."""
+    def close_turns(
+        self, text: str, spans: Spans, roles: list[str], already_closed: tuple[str, ...] = ()
+    ) -> tuple[str, Spans]:
+        """Extend every span by its end-of-turn token, unless it ends with one of `already_closed`; append EOS if needed."""
         closed = []
         for number, ((begin, end), role) in enumerate(zip(spans, roles, strict=True)):
             final = number == len(spans) - 1
-            if not (done and text[begin:end].rstrip().endswith(done)):
-                if match := (self._any if final else self._ends[role]).match(text, end):
+            if not (already_closed and text[begin:end].rstrip().endswith(already_closed)):
+                if match := (self._any_token if final else self._end_patterns[role]).match(text, end):
                     end = match.end()
                 elif final:  # only words or whitespace follow: what words the template adds are learned, then eos
                     text = text[:end] + text[end:].rstrip() + self._eos
@@ -214,7 +227,7 @@ class Marker:
             closed.append((begin, end))
         return text, closed
 
-    def _cut(self, marks: list[str], text: str, closed: str, spans: Spans) -> _Skeleton | None:
+    def _cut_skeleton(self, marks: list[str], text: str, closed: str, spans: Spans) -> _Skeleton | None:
         """Take the placeholders out of a text that has each of them once, in order."""
         literals, starts, position = [], [], 0
         for mark in marks:
@@ -229,32 +242,34 @@ class Marker:
         literals.append(text[position:])
         edges = []
         for span in spans:
-            edge: list[int] = []
+            span_edge: list[int] = []
             for at in span:  # as placeholders before it, and characters of literals before it
                 count = bisect_left(starts, at)
                 before = sum(map(len, marks[:count]))
                 if count and at < starts[count - 1] + len(marks[count - 1]):
                     return None
-                edge += (count, at - before)
+                span_edge += (count, at - before)
             # A content that begins like a token must not be taken into the token that closes the turn before it.
-            rest = literals[edge[2]].lstrip()
-            if edge[2] < len(marks) and any(len(t) > len(rest) and t.startswith(rest) for t in self._added):
+            literal = literals[span_edge[2]].lstrip()
+            if span_edge[2] < len(marks) and any(
+                len(token) > len(literal) and token.startswith(literal) for token in self._added_tokens
+            ):
                 return None
-            edges.append((edge[0], edge[1], edge[2], edge[3]))
+            edges.append((span_edge[0], span_edge[1], span_edge[2], span_edge[3]))
         return _Skeleton(literals, closed[position:], edges)
 
 
-def marked(
+def render_marked(
     apply: Apply, messages: list[Message], learned: list[int], text: str, marks: list[Callable[[str], str]]
-) -> list[_Turn] | None:
+) -> list[_MarkedTurn] | None:
     """Render with marks; None unless every learned turn shows them once, in order, and the text is the same."""
-    wrapped = list(messages)
+    marked_messages = list(messages)
     for i in learned:
-        wrapped[i] = {**messages[i], "content": marks[i](messages[i]["content"])}
-    pieces = _MARKS.split(apply(wrapped))
+        marked_messages[i] = {**messages[i], "content": marks[i](messages[i]["content"])}
+    pieces = _MARKS.split(apply(marked_messages))
     if "".join(pieces[::2]) != text:
         return None
-    turns: list[_Turn] = []
+    turns: list[_MarkedTurn] = []
     position, thought, begin = 0, None, None
     for piece, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
         position += len(piece)
@@ -263,14 +278,14 @@ def marked(
         elif mark == BEGIN and begin is None:
             begin = position
         elif mark == END and begin is not None:
-            turns.append(_Turn(thought, begin, position))
+            turns.append(_MarkedTurn(thought, begin, position))
             thought = begin = None
         elif mark:
             return None
     return turns if begin is None and thought is None and len(turns) == len(learned) else None
 
 
-def leading(tokens: list[str]) -> re.Pattern[str]:
+def leading_token_pattern(tokens: list[str]) -> re.Pattern[str]:
     """Matches one of the tokens, the longest first, after whitespace."""
     return re.compile(r"\s*(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
 

@@ -25,8 +25,18 @@ from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import THINK, Message, RefusedDocument, texts_in, thought_of
 from trainer.data.tokens.clock import with_date
 from trainer.data.tokens.compat import render_conversations
-from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, Spans, leading, mark_trimmed, mark_whole, marked
-from trainer.data.tokens.tool_call_masks import Chat, Turnwise, after_thought, refused
+from trainer.data.tokens.marking import (
+    BEGIN,
+    END,
+    RESERVED,
+    SpanFinder,
+    Spans,
+    leading_token_pattern,
+    mark_trimmed,
+    mark_whole,
+    render_marked,
+)
+from trainer.data.tokens.tool_call_masks import Chat, TurnSpanFinder, template_refusal, thought_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,16 +44,16 @@ if TYPE_CHECKING:
 _RESERVED = re.compile(f"[{RESERVED}]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = ("system", "user", "assistant")
-SECONDS = 30
+MAX_CPU_SECONDS = 30
 """Processor seconds for one call of a template: thousands of times what a batch of conversations takes."""
-BYTES = 4 * 2**30
+MAX_EXTRA_BYTES = 4 * 2**30
 """Memory that one call may add to its process."""
 Tools = list[dict[str, Any]] | None
-Job = tuple[list[Message], list[int], str, Chat | None]
+RenderJob = tuple[list[Message], list[int], str, Chat | None]
 
 
 @dataclass(slots=True)
-class Rendered:
+class RenderedText:
     """A conversation as text, and the [begin, end) character spans of it that are learned, ascending.
 
     `apart`: control tokens that its texts spell are broken, see `trainer/data/tokens/characters.py`. `weights`: what each span
@@ -52,7 +62,7 @@ class Rendered:
 
     text: str
     spans: list[tuple[int, int]]
-    apart: bool = False
+    escaped: bool = False
     weights: list[float] | None = None
 
 
@@ -74,68 +84,72 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.source: str = tokenizer.get_chat_template()
         self.marks_generation = _GENERATION.search(self.source) is not None
-        self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self.end_tokens, users = self._ends()
+        self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self.end_tokens, users = self._probe_end_tokens()
         """Tokens that close assistant turns."""
         self.all_end_tokens = self.end_tokens | users
         """Tokens that close a turn of any role."""
-        self._ends_of = {role: self.end_tokens if role == "assistant" else self.all_end_tokens for role in ROLES}
-        patterns = {role: leading([*ends]) for role, ends in self._ends_of.items()}
-        self._marker = Marker(self._apply, self._added, patterns, str(tokenizer.eos_token))
+        self._end_tokens_by_role = {
+            role: self.end_tokens if role == "assistant" else self.all_end_tokens for role in ROLES
+        }
+        patterns = {role: leading_token_pattern([*ends]) for role, ends in self._end_tokens_by_role.items()}
+        self._span_finder = SpanFinder(self._apply, self._added_tokens, patterns, str(tokenizer.eos_token))
 
     def fix_date(self, day: date) -> None:
         """From now on write `day` for today."""
         self.source = with_date(self.source, day)
 
     @cached_property
-    def _turnwise(self) -> Turnwise:
-        return Turnwise(self._apply, self.learn.reasoning, self._added, self._ends_of)
+    def _turn_span_finder(self) -> TurnSpanFinder:
+        return TurnSpanFinder(self._apply, self.learn.reasoning, self._added_tokens, self._end_tokens_by_role)
 
-    def learned(self, messages: Sequence[Message]) -> list[int]:
+    def learned_turns(self, messages: Sequence[Message]) -> list[int]:
         """Which messages are learned, ascending."""
-        found = []
+        learned = []
         for number, message in enumerate(messages):
-            own = message.get("train")
-            if own or (own is None and message["role"] in self.learn.roles):
-                found.append(number)
-        return found[-1:] if self.learn.turns is LearnTurns.last else found
+            is_learned = message.get("train")
+            if is_learned or (is_learned is None and message["role"] in self.learn.roles):
+                learned.append(number)
+        return learned[-1:] if self.learn.turns is LearnTurns.last else learned
 
     def render_all(
         self, conversations: Sequence[tuple[Sequence[Message], str, Tools]], *, fast: bool = True
-    ) -> list[Rendered]:
+    ) -> list[RenderedText]:
         """Texts and spans of conversations, each with its `file:line` and tools. Turns after the last learned one are left out.
 
         Learned are the content of a learned turn and the end-of-turn token after it, whitespace between them included.
         A template that closes the last turn with nothing gets the eos token appended. Where nothing is learned there
         are no spans. `fast=False` renders every conversation twice. Raises RefusedDocument for one that cannot be used.
         """
-        jobs = [self._job(messages, where, tools) for messages, where, tools in conversations]
+        jobs = [self._make_job(messages, where, tools) for messages, where, tools in conversations]
         turns = [job for job in jobs if job[3] is None]
-        in_blocks = [job for job in turns if self._by_blocks(*job[:2])]
-        plain = iter(self._apply_all([job for job in turns if not self._by_blocks(*job[:2])]))
+        in_blocks = [job for job in turns if self._uses_blocks(*job[:2])]
+        plain = iter(self._apply_all([job for job in turns if not self._uses_blocks(*job[:2])]))
         with_blocks = iter(self._apply_all(in_blocks, return_assistant_tokens_mask=True))
         rendered = []
         for messages, learned, where, chat in jobs:
             if chat is not None:
-                rendered.append(self._guard(self._called, chat, learned, where=where))
-            elif self._by_blocks(messages, learned):
-                rendered.append(self._guard(self._blocks, messages, learned, where, next(with_blocks), where=where))
+                rendered.append(self._guard(self._render_with_tools, chat, learned, where=where))
+            elif self._uses_blocks(messages, learned):
+                rendered.append(
+                    self._guard(self._spans_of_blocks, messages, learned, where, next(with_blocks), where=where)
+                )
             elif not learned:
-                rendered.append(Rendered(next(plain)[0], []))
+                rendered.append(RenderedText(next(plain)[0], []))
             else:
-                find = partial(self._marker.spans, fast=fast)
+                find = partial(self._span_finder.find_spans, fast=fast)
                 text, _ = next(plain)
-                rendered.append(Rendered(*self._guard(find, messages, learned, text, where, where=where)))
+                rendered.append(RenderedText(*self._guard(find, messages, learned, text, where, where=where)))
         return rendered
 
-    def text(self, messages: Sequence[Message], where: str, tools: Tools = None) -> str:
+    def render_text(self, messages: Sequence[Message], where: str, tools: Tools = None) -> str:
         """A conversation as the template writes it, its last turn not closed. Raises RefusedDocument."""
-        job = messages, _, _, chat = self._job(messages, where, tools)
+        job = messages, _, _, chat = self._make_job(messages, where, tools)
         return self._apply_all([job])[0][0] if chat is None else self._guard(chat.apply, chat.messages, where=where)
 
-    def first_content(self, messages: Sequence[Message], where: str, tools: Tools = None) -> int | None:
+    def first_content_begin(self, messages: Sequence[Message], where: str, tools: Tools = None) -> int | None:
         """Where the content of the first message that is no system turn begins in the text; None if not to be told."""
-        messages, _, _, chat = self._job(messages, where, tools)
+        messages, _, _, chat = self._make_job(messages, where, tools)
         index = next((i for i, message in enumerate(messages) if message["role"] != "system"), None)
         if index is None:
             return None
@@ -144,40 +158,42 @@ class ChatTemplate:
             apply = self._apply if chat is None else chat.apply
             text = apply(messages)
             for mark in (mark_whole, mark_trimmed):
-                if (turns := marked(apply, messages, [index], text, [mark] * len(messages))) is not None:
+                if (turns := render_marked(apply, messages, [index], text, [mark] * len(messages))) is not None:
                     return turns[0].begin
             return None
 
         return self._guard(find, where=where)
 
-    def _job(self, messages: Sequence[Message], where: str, tools: Tools) -> Job:
+    def _make_job(self, messages: Sequence[Message], where: str, tools: Tools) -> RenderJob:
         """The messages as the template gets them, up to the last learned one; with a `Chat` where they are no plain turns."""
-        learned = self.learned(messages)
+        learned = self.learned_turns(messages)
         if learned:
             messages = messages[: learned[-1] + 1]
         for message in messages:
             for text in texts_in(message):
                 if not text.isascii() and _RESERVED.search(text):
-                    said = "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
-                    raise RefusedDocument(where, "reserved_character", said)
-        bare = [_bare(message) if "train" in message else message for message in messages]
+                    message_text = "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
+                    raise RefusedDocument(where, "reserved_character", message_text)
+        bare = [_without_training_fields(message) if "train" in message else message for message in messages]
         thinks = self.learn.reasoning is not Reasoning.learn
         if thinks and self.learn.reasoning is Reasoning.drop:
             bare = [_without_thought(message, where) for message in bare]
         context = thinks and any("</think>" in message["content"] for message in bare)
         if not (tools or context or any(len(message) > 2 or message["role"] == "tool" for message in bare)):
             return bare, learned, where, None
-        chat = self._guard(self._turnwise.chat, bare, tools, where, where=where)
+        chat = self._guard(self._turn_span_finder.prepare_chat, bare, tools, where, where=where)
         return chat.messages, learned, where, chat
 
-    def _apply_all(self, jobs: list[Job], **options: Any) -> list[tuple[str, Spans]]:
+    def _apply_all(self, jobs: list[RenderJob], **options: Any) -> list[tuple[str, Spans]]:
         """`_rendered` of a batch; where the template refuses one of them, they are rendered one by one to tell which."""
         try:
-            return self._rendered([messages for messages, _, _, _ in jobs], **options) if jobs else []
-        except TooMuch as error:
-            raise self._endless(error, jobs[0][2], len(jobs)) from error
+            return self._render_batch([messages for messages, _, _, _ in jobs], **options) if jobs else []
+        except TemplateLimitExceeded as error:
+            raise self._limit_error(error, jobs[0][2], len(jobs)) from error
         except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
-            return [self._guard(lambda job: self._rendered([job[0]], **options)[0], job, where=job[2]) for job in jobs]
+            return [
+                self._guard(lambda job: self._render_batch([job[0]], **options)[0], job, where=job[2]) for job in jobs
+            ]
 
     def _guard(self, work: Callable[..., Any], *args: Any, where: str) -> Any:
         """What a template raises refuses the document at `where`; a template that is none is a ConfigError."""
@@ -187,99 +203,105 @@ class ChatTemplate:
             return work(*args)
         except DataError:
             raise
-        except TooMuch as error:
-            raise self._endless(error, where, 1) from error
+        except TemplateLimitExceeded as error:
+            raise self._limit_error(error, where, 1) from error
         except TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
             why = f"the chat template refuses the conversation: {error}; change the row, or give another in"
-            raise refused(where, f"{why} model.chat_template") from error
+            raise template_refusal(where, f"{why} model.chat_template") from error
 
-    def _called(self, chat: Chat, learned: list[int]) -> Rendered:
+    def _render_with_tools(self, chat: Chat, learned: list[int]) -> RenderedText:
         """Text and spans of a conversation with tools, calls or thoughts."""
-        text = self._turnwise.checked(chat)
+        text = self._turn_span_finder.render_checked(chat)
         if not learned:
-            return Rendered(text, [])
-        if not self._by_blocks(chat.messages, learned):
-            return Rendered(*self._turnwise.spans(chat, learned, text, str(self.tokenizer.eos_token)))
-        self._turnwise.check_thought(chat, learned[-1], text)
-        (found,) = self._rendered([chat.messages], tools=chat.tools, return_assistant_tokens_mask=True)
-        rendered = self._blocks(chat.messages, learned, chat.where, found)
+            return RenderedText(text, [])
+        if not self._uses_blocks(chat.messages, learned):
+            return RenderedText(*self._turn_span_finder.find_spans(chat, learned, text, str(self.tokenizer.eos_token)))
+        self._turn_span_finder.check_thought(chat, learned[-1], text)
+        (text_and_blocks,) = self._render_batch([chat.messages], tools=chat.tools, return_assistant_tokens_mask=True)
+        rendered = self._spans_of_blocks(chat.messages, learned, chat.where, text_and_blocks)
         if self.learn.reasoning is Reasoning.context:
-            spans = zip(rendered.spans, learned, strict=True)
-            rendered.spans = [(after_thought(chat, i, rendered.text, *span), span[1]) for span, i in spans]
+            spans = zip(rendered.find_spans, learned, strict=True)
+            rendered.find_spans = [(thought_end(chat, i, rendered.text, *span), span[1]) for span, i in spans]
         return rendered
 
     @staticmethod
-    def _endless(error: TooMuch, where: str, conversations: int) -> ConfigError:
+    def _limit_error(error: TemplateLimitExceeded, where: str, conversations: int) -> ConfigError:
         count = "a conversation" if conversations == 1 else f"{conversations} conversations"
         return ConfigError(
             f"the chat template {error} for {count} ({where}{' on' if conversations > 1 else ''}): it loops, or multiplies; "
             "give another in model.chat_template"
         )
 
-    def _rendered(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
+    def _render_batch(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
         """Texts of conversations; each with its spans of generation blocks where a mask is asked for, else with none."""
         special = self.tokenizer.special_tokens_map
-        with bounded():
+        with resource_limits():
             texts, blocks = render_conversations(conversations, self.source, **options, **special)
         return list(zip(texts, blocks, strict=True))
 
     def _apply(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
-        return self._rendered([messages], add_generation_prompt=prompt, tools=tools)[0][0]
+        return self._render_batch([messages], add_generation_prompt=prompt, tools=tools)[0][0]
 
-    def _by_blocks(self, messages: list[Message], learned: list[int]) -> bool:
+    def _uses_blocks(self, messages: list[Message], learned: list[int]) -> bool:
         """Whether the template's generation blocks tell the learned turns: they are about assistant turns alone."""
         return self.marks_generation and bool(learned) and all(messages[i]["role"] == "assistant" for i in learned)
 
-    def _blocks(self, messages: list[Message], learned: list[int], where: str, found: tuple[str, Spans]) -> Rendered:
-        """Text and spans by the generation blocks that `found` has."""
-        spans = [(int(begin), int(end)) for begin, end in found[1]]
+    def _spans_of_blocks(
+        self, messages: list[Message], learned: list[int], where: str, text_and_blocks: tuple[str, Spans]
+    ) -> RenderedText:
+        """Text and spans by the generation blocks that `text_and_blocks` has."""
+        spans = [(int(begin), int(end)) for begin, end in text_and_blocks[1]]
         if not spans or any(begin >= end for begin, end in spans):
             message = "the {% generation %} blocks of the chat template are empty here"
-            raise refused(where, message)
+            raise template_refusal(where, message)
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if assistants != learned:
             if len(spans) != len(assistants):
-                raise refused(
+                raise template_refusal(
                     where,
                     f"only some assistant turns are to be learned, but the chat template has {len(spans)} "
                     f"{{% generation %}} blocks for {len(assistants)} turns; learn all turns or give another template "
                     "in model.chat_template",
                 )
             spans = [spans[assistants.index(i)] for i in learned]
-        return Rendered(*self._marker.close(found[0], spans, ["assistant"] * len(spans), tuple(self.end_tokens)))
+        return RenderedText(
+            *self._span_finder.close_turns(
+                text_and_blocks[0], spans, ["assistant"] * len(spans), tuple(self.end_tokens)
+            )
+        )
 
-    def _ends(self) -> tuple[set[str], set[str]]:
+    def _probe_end_tokens(self) -> tuple[set[str], set[str]]:
         """Tokens with which the template closes assistant turns, in the middle and at the end; and user turns."""
-        found = {str(self.tokenizer.eos_token)}
+        end_tokens = {str(self.tokenizer.eos_token)}
         roles = ("user", "assistant", "user", "assistant")
         turn = [{"role": "user", "content": BEGIN}]
         try:
             text = self._apply([{"role": role, "content": f"{BEGIN}{role}{END}"} for role in roles])
-        except TooMuch as error:
-            raise self._endless(error, "the first look at it", 1) from error
+        except TemplateLimitExceeded as error:
+            raise self._limit_error(error, "the first look at it", 1) from error
         except Exception:  # noqa: BLE001 - a template that dislikes the probe is left to the conversations themselves
-            return found, set()
-        any_token = leading(self._added)
+            return end_tokens, set()
+        any_token = leading_token_pattern(self._added_tokens)
         parts = re.split(f"{BEGIN}[^{END}]*{END}", text)
         if len(parts) != 5:
-            return found, set()
+            return end_tokens, set()
         header, after_user, middle, _, tail = parts
         shared = 0  # what precedes the first user content, as far as it precedes the second too, opens a user turn
         while shared < min(len(header), len(middle)) and header[-shared - 1] == middle[-shared - 1]:
             shared += 1
         matches = [any_token.match(part) for part in (middle[: len(middle) - shared], tail)]
-        found |= {match.group(1) for match in matches if match}
+        end_tokens |= {match.group(1) for match in matches if match}
         try:
             bare, prompt = self._apply(turn), self._apply(turn, prompt=True)
-        except TooMuch as error:
-            raise self._endless(error, "the first look at it", 1) from error
+        except TemplateLimitExceeded as error:
+            raise self._limit_error(error, "the first look at it", 1) from error
         except Exception:  # noqa: BLE001 - as above
-            return found, set()
+            return end_tokens, set()
         opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
         user = any_token.match(after_user.removesuffix(opening))
-        return found, {user.group(1)} if user else set()
+        return end_tokens, {user.group(1)} if user else set()
 
 
 def _without_thought(message: Message, where: str) -> Message:
@@ -288,15 +310,20 @@ def _without_thought(message: Message, where: str) -> Message:
         return message
     content = THINK.sub("", message["content"], count=1) if THINK.match(message["content"]) else message["content"]
     if not content.strip() and "tool_calls" not in message:
-        raise refused(where, "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing")
-    return {**{key: value for key, value in message.items() if key != "reasoning_content"}, "content": content}
+        raise template_refusal(
+            where, "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing"
+        )
+    return {
+        **{key: field_value for key, field_value in message.items() if key != "reasoning_content"},
+        "content": content,
+    }
 
 
-def _bare(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key not in ("train", "weight")}
+def _without_training_fields(message: Message) -> Message:
+    return {key: field_value for key, field_value in message.items() if key not in ("train", "weight")}
 
 
-class TooMuch(BaseException):
+class TemplateLimitExceeded(BaseException):
     """A call of a template, which is a program that came with somebody's model, went past a bound; says which.
 
     No Exception: a template that refuses one rendering is tried with another, and one that went past a bound must not be.
@@ -304,20 +331,20 @@ class TooMuch(BaseException):
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def resource_limits() -> Iterator[None]:
     """Raise TooMuch where the body takes more. The time is bounded in a process's main thread only, memory anywhere."""
     watched = threading.current_thread() is threading.main_thread()
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
-    least = min(limit for limit in (before, size + BYTES) if limit != resource.RLIM_INFINITY)
+    least = min(limit for limit in (before, size + MAX_EXTRA_BYTES) if limit != resource.RLIM_INFINITY)
     if watched:
-        handler = signal.signal(signal.SIGVTALRM, _late)
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        handler = signal.signal(signal.SIGVTALRM, _on_time_limit)
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_CPU_SECONDS)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (least, hard))
         yield
     except MemoryError as error:
-        raise TooMuch(f"wanted more than {BYTES / 2**30:.3g} GiB of memory") from error
+        raise TemplateLimitExceeded(f"wanted more than {MAX_EXTRA_BYTES / 2**30:.3g} GiB of memory") from error
     finally:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (before, hard))
@@ -326,5 +353,5 @@ def bounded() -> Iterator[None]:
             signal.signal(signal.SIGVTALRM, handler)
 
 
-def _late(*_: Any) -> None:
-    raise TooMuch(f"took more than {SECONDS:g} seconds")
+def _on_time_limit(*_: Any) -> None:
+    raise TemplateLimitExceeded(f"took more than {MAX_CPU_SECONDS:g} seconds")
