@@ -163,7 +163,7 @@ def test_all_ranks_and_all_points_take_the_date_of_the_first(tmp_path):
 def test_evaluation_asks_with_the_date_of_the_run():
     context = TaskContext.from_settings(DataConfig(), SftConfig(), TemplateDate(CHRISTMAS))
     encoder = context.encoder(tiny_tokenizer(DATED))
-    assert "25 Dec 2025" in encoder.template.text([{"role": "user", "content": "q"}], "here")
+    assert "25 Dec 2025" in encoder.template.render_text([{"role": "user", "content": "q"}], "here")
 
 
 def test_a_run_keeps_its_date(tmp_path, another_day, monkeypatch, capsys):

@@ -1,9 +1,10 @@
-"""Control tokens, and those that a text only spells.
+"""Escaping of control tokens that a text only spells.
 
-A tokenizer takes `<|im_end|>` for the end of a turn wherever it stands. So what a text spells is set apart by a mark between
-its characters before the template is rendered; what is left unbroken is meant. A copy of the tokenizer then knows control
-tokens only with the mark before them: the meant ones get it, and what is spelled goes without as ordinary characters. Ids,
-context and offsets are those of the tokenizer itself.
+A tokenizer reads `<|im_end|>` as the end of a turn wherever it stands, also where a user merely wrote it. So before the
+template is rendered, a text that spells a control token gets an escape mark between its characters; a control token that is
+still in one piece afterwards was written by the template. A copy of the tokenizer (`backend`) knows control tokens only with
+the mark in front: those of the template get one, and the spelled ones become ordinary characters. Ids and offsets are those
+of the tokenizer itself.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ ESCAPE = "\U0010fb06"
 
 
 class ControlTokenEscaper:
-    """The control tokens of a tokenizer: its special tokens, and those in `ends`, which close turns."""
+    """Tells control tokens that are meant from those that a text only spells.
+
+    Control tokens are the special tokens of a tokenizer, and those in `ends`, which close turns.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, backend: Tokenizer, ends: Iterable[str | None]) -> None:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        # One of a single character could not be broken.
+        # No mark fits into a token of a single character. The longest come first, so that the pattern prefers them.
         self.tokens = sorted({name for name in (*special, *ends) if name and len(name) > 1}, key=len, reverse=True)
         self._backend = backend
         pattern = "|".join(map(re.escape, self.tokens))
@@ -41,23 +45,31 @@ class ControlTokenEscaper:
         return self._token_pattern is not None and self._token_pattern.search(text) is not None
 
     def escape(self, text: str) -> str:
-        """The text with marks between the characters of each control token that it spells."""
-        while self._token_pattern is not None and self._token_pattern.search(text):  # breaking one may uncover another
+        """The text with escape marks between the characters of each control token that it spells."""
+        # A loop, because taking one token apart may uncover another.
+        while self._token_pattern is not None and self._token_pattern.search(text):
             text = self._token_pattern.sub(lambda match: ESCAPE.join(match.group()), text)
         return text
 
     def to_backend(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-        """What `backend` encodes of a rendered text with broken tokens, and where its spans are in it."""
-        shifts = [
-            (match.start(), -1 if match.group() == ESCAPE else 1) for match in self._escape_or_token.finditer(text)
-        ]
-        backend_spans = [
-            (begin + sum(by for at, by in shifts if at < begin), end + sum(by for at, by in shifts if at < end))
-            for begin, end in spans
-        ]
-        return self._escape_or_token.sub(
-            lambda match: "" if match.group() == ESCAPE else ESCAPE + match.group(), text
-        ), backend_spans
+        """(the text that `backend` encodes, the spans in it), for a rendered text with escaped control tokens.
+
+        Escape marks disappear, and each control token that is meant gets one in front.
+        """
+        shifts: list[tuple[int, int]] = []
+        """(position, by how many characters everything behind it moves)"""
+        for match in self._escape_or_token.finditer(text):
+            is_escape = match.group() == ESCAPE
+            shifts.append((match.start(), -1 if is_escape else 1))
+
+        def moved(position: int) -> int:
+            return position + sum(shift for at, shift in shifts if at < position)
+
+        def replacement(match: re.Match[str]) -> str:
+            return "" if match.group() == ESCAPE else ESCAPE + match.group()
+
+        backend_spans = [(moved(begin), moved(end)) for begin, end in spans]
+        return self._escape_or_token.sub(replacement, text), backend_spans
 
     @cached_property
     def backend(self) -> Tokenizer:
@@ -65,7 +77,8 @@ class ControlTokenEscaper:
         from tokenizers import Tokenizer
 
         settings = json.loads(self._backend.to_str())
-        escaped, model = {name: ESCAPE + name for name in self.tokens}, settings["model"]
+        model = settings["model"]
+        escaped = {name: ESCAPE + name for name in self.tokens}
         for token in settings["added_tokens"]:
             token["content"] = escaped.get(token["content"], token["content"])
         # The model itself may hold them too, and would find them by their spelling (a Unigram model does).

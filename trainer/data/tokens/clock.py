@@ -54,12 +54,13 @@ def with_date(template: str, day: date) -> str:
     replaced = "".join(
         f" | replace({json.dumps(code)}, {json.dumps(value)})" for code, value in _directive_values(midnight)
     )
-    # The newline is taken away with the tag before it, so that the template begins a line as it did.
+    # Jinja (with trim_blocks) removes the newline after a tag, so the template still begins at the start of a line.
     return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{fixed}"
 
 
 def _directive_values(moment: datetime) -> list[tuple[str, str]]:
-    """Each directive of strftime with its value, those with a flag first."""
+    """(directive of strftime, its value) of all directives; `%-d` and the like first, since `%d` is a part of none."""
     codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in _DIRECTIVES]
     directives = [(code, moment.strftime(code)) for code in codes]
-    return [(code, value) for code, value in directives if value != code]
+    # A directive that this system does not know comes back unchanged.
+    return [(code, text) for code, text in directives if text != code]

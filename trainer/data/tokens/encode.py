@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DOCUMENTS_PER_BATCH = 512
 """Documents that go to the encoder at a time."""
 DocumentTurns = tuple[Document, list[Message] | None]
+"""A document, and the messages to encode for it; None: its prompt and completion, or its text."""
 
 
 class Encoder:
@@ -47,7 +48,9 @@ class Encoder:
                 "set model.tokenizer to one with a tokenizer.json"
             )
         self.tokenizer = tokenizer
-        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # each look costs a search
+        # Kept, because the tokenizer searches its vocabulary each time one asks for them.
+        self.bos_id = tokenizer.bos_token_id
+        self.eos_id = tokenizer.eos_token_id
         self.label_ids = {name: number for number, name in enumerate(label_names or [])}
         # A copy, because saved tokenizers may carry truncation and padding of their own.
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -76,7 +79,7 @@ class Encoder:
         return [], []
 
     def _drop_post_processor(self) -> None:
-        """Only affixes are left for it to do, and some (RoBERTa's) cut the spaces off the offsets of tokens."""
+        """Replace the post-processor: we add the affixes ourselves, and some (RoBERTa's) cut spaces off token offsets."""
         from tokenizers.processors import TemplateProcessing
 
         self._backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
@@ -106,28 +109,33 @@ class Encoder:
             answers: list[DocumentTurns] = []
             for document in batch:
                 prompt = [{**message, "train": False} for message in document.messages or []]
-                answers += [(document, prompt + (turns or [])) for turns in (document.chosen, document.rejected)]
+                answers.append((document, prompt + (document.chosen or [])))
+                answers.append((document, prompt + (document.rejected or [])))
             samples = self.encode_answers(answers)
             for document, chosen, rejected in zip(batch, samples[::2], samples[1::2], strict=True):
                 share_prompt(document, chosen, rejected)
                 yield document, chosen, rejected
 
     def num_tokens_before_first(self, document: Document) -> int | None:
-        """How many tokens of a conversation come before the content of its first turn that is no system turn; None if
-        that is not to be told."""
+        """How many tokens of a conversation come before the content of its first turn after the system turns.
+
+        None if the template does not let us tell.
+        """
         if self.template is None:
             return None
         rendered = self._render_all([(document, _messages(document))], fast=True)[0]
         turns = self._escape_messages(document, document.messages or [])
-        begin = self.template.first_content_begin(turns, document.where, document.tools)
-        if begin is None:
+        content_begin = self.template.first_content_begin(turns, document.where, document.tools)
+        if content_begin is None:
             return None
-        (encoding,), (rendered,) = self.tokenize([RenderedText(rendered.text, [(0, begin)], rendered.escaped)])
-        ends = np.array(encoding.offsets, dtype=np.int64)[:, 1]
-        return int(np.count_nonzero(ends <= rendered.spans[0][1]))
+        before = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
+        (encoding,), (rendered,) = self.tokenize([before])
+        _, last_character = rendered.spans[0]
+        token_ends = np.array(encoding.offsets, dtype=np.int64)[:, 1]
+        return int(np.count_nonzero(token_ends <= last_character))
 
     def escape_text(self, document: Document, text: str) -> str:
-        """A text of a document with the control tokens that it spells broken; the same object where it spells none."""
+        """A text of a document with the control tokens that it spells escaped; the same object if it spells none."""
         if self.control_tokens is ControlTokens.keep or not self.escaper.spelled_in(text):
             return text
         if self.control_tokens is ControlTokens.refuse:
@@ -139,7 +147,7 @@ class Encoder:
         return self.escaper.escape(text)
 
     def tokenize(self, texts: list[RenderedText]) -> tuple[list[Encoding], list[RenderedText]]:
-        """The tokens of texts, and the texts as their offsets mean them."""
+        """(tokens of texts, the texts to which the tokens' offsets refer, which differ where control tokens are escaped)."""
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
         plain_texts = [text.text for text in texts]
         try:
@@ -148,12 +156,13 @@ class Encoder:
             if is_panic(error):  # a pattern without end, for example
                 raise tokenizer_panic(error, self.tokenizer.name_or_path) from error
             raise
-        escaped = list(texts)
+        encoded_texts = list(texts)
         for number, text in enumerate(texts):
             if text.escaped:
-                escaped[number] = RenderedText(*self.escaper.to_backend(text.text, text.spans), weights=text.weights)
-                encodings[number] = self.escaper.backend.encode(escaped[number].text, add_special_tokens=False)
-        return encodings, escaped
+                backend_text, backend_spans = self.escaper.to_backend(text.text, text.spans)
+                encoded_texts[number] = RenderedText(backend_text, backend_spans, weights=text.weights)
+                encodings[number] = self.escaper.backend.encode(backend_text, add_special_tokens=False)
+        return encodings, encoded_texts
 
     def context_texts(self, document: Document) -> list[str]:
         """The texts of a document that are neither answers nor learned turns."""
@@ -168,20 +177,28 @@ class Encoder:
     def _render_all(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
         """Text and learned characters of documents, each with the messages that stand for it if it is a conversation."""
         chats: list[tuple[list[Message], list[Message]] | None] = []
+        """(messages, messages with escaped control tokens); None for a document that is no conversation."""
+        conversations = []
         for document, messages in batch:
             if messages is None and document.prompt is not None and self.template is not None:
                 messages = document.conversation()
-            chats.append(None if messages is None else (messages, self._escape_messages(document, messages)))
-        conversations = [
-            (chat[1], document.where, document.tools) for chat, (document, _) in zip(chats, batch, strict=True) if chat
-        ]
-        template = self.template or (ChatTemplate(self.tokenizer) if conversations else None)  # or says what it lacks
+            if messages is None:
+                chats.append(None)
+                continue
+            escaped_messages = self._escape_messages(document, messages)
+            chats.append((messages, escaped_messages))
+            conversations.append((escaped_messages, document.where, document.tools))
+        template = self.template
+        if template is None and conversations:
+            template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
         rendered_chats = iter(template.render_all(conversations, fast=fast) if template else [])
         rendered = []
         for chat, (document, _) in zip(chats, batch, strict=True):
-            rendered.append(self._render_plain(document) if chat is None else next(rendered_chats))
-            if chat is not None and template is not None:
-                self._weigh_and_check(template, document, *chat, rendered[-1])
+            if chat is None or template is None:
+                rendered.append(self._render_plain(document))
+                continue
+            rendered.append(next(rendered_chats))
+            self._weigh_and_check(template, document, *chat, rendered[-1])
         return rendered
 
     def _weigh_and_check(
@@ -194,23 +211,25 @@ class Encoder:
     ) -> None:
         """Set the weights of the turns, and refuse a document whose template reads the control tokens that were escaped."""
         if any("weight" in message for message in escaped_messages):
-            rendered.weights = span_weights(
-                template.learned_turns(escaped_messages), escaped_messages, rendered, document.where
-            )
-        if escaped_messages is not messages:
-            rendered.escaped = True
-            plain = template.render_text(messages, document.where, document.tools).rstrip()
-            if not rendered.text.replace(ESCAPE, "").startswith(plain):
-                reason = "the chat template looks for a control token that a text spells; remove it from the text"
-                raise RefusedDocument(document.where, "refused_by_template", reason)
+            learned = template.learned_turns(escaped_messages)
+            rendered.weights = span_weights(learned, escaped_messages, rendered, document.where)
+        if escaped_messages is messages:
+            return
+        rendered.escaped = True
+        plain = template.render_text(messages, document.where, document.tools).rstrip()
+        if not rendered.text.replace(ESCAPE, "").startswith(plain):
+            reason = "the chat template looks for a control token that a text spells; remove it from the text"
+            raise RefusedDocument(document.where, "refused_by_template", reason)
 
     def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
-        """Messages with spelled control tokens broken, but in answers and in what is learned; the same list where none is."""
-        if not any(m["role"] != "assistant" and self.escaper.spelled_in(m["content"]) for m in messages):
+        """Messages with spelled control tokens escaped, except in answers and learned turns; the same list if none is."""
+        context = (message["content"] for message in messages if message["role"] != "assistant")
+        if not any(self.escaper.spelled_in(content) for content in context):
             return messages
         escaped = list(messages)
         for number in self._context_turns(messages):
-            escaped[number] = {**messages[number], "content": self.escape_text(document, messages[number]["content"])}
+            content = self.escape_text(document, messages[number]["content"])
+            escaped[number] = {**messages[number], "content": content}
         return messages if escaped == messages else escaped
 
     def _context_turns(self, messages: list[Message]) -> list[int]:
@@ -224,31 +243,40 @@ class Encoder:
             escaped_prompt = self.escape_text(document, document.prompt)
             prompt = escaped_prompt + document.separator
             text = prompt + (document.completion or "")
-            return RenderedText(text, [(len(prompt), len(text))], escaped_prompt is not document.prompt)
-        text = self.escape_text(document, document.text or "")
-        return RenderedText(text, [] if document.label is not None else [(0, len(text))], text != (document.text or ""))
+            return RenderedText(text, [(len(prompt), len(text))], escaped=escaped_prompt is not document.prompt)
+        original = document.text or ""
+        text = self.escape_text(document, original)
+        spans = [(0, len(text))] if document.label is None else []  # of a labelled text only the label is learned
+        return RenderedText(text, spans, escaped=text != original)
 
     def _to_samples(self, documents: list[Document], rendered: list[RenderedText]) -> list[Sample]:
-        samples, bos = [], self.bos_id
-        for document, encoding, text in zip(documents, *self.tokenize(rendered), strict=True):
-            (input_ids, supervised, weights), marks = learned_tokens(encoding, text), dict[str, float]()
+        samples = []
+        bos = self.bos_id
+        encodings, texts = self.tokenize(rendered)
+        for document, encoding, text in zip(documents, encodings, texts, strict=True):
+            input_ids, supervised, weights = learned_tokens(encoding, text)
+            marks: dict[str, float] = {}
             # A text with control tokens of its own may begin with the BOS that would be put before it.
-            begins_itself = (
+            begins_with_bos = (
                 self.control_tokens is ControlTokens.keep and bos is not None and input_ids[:1].tolist() == [bos]
             )
             if document.label is not None:
                 marks[LABEL] = self._label(document)
-                opening = [] if begins_itself and self.opening == [bos] else self.opening
+                opening = [] if begins_with_bos and self.opening == [bos] else self.opening
                 input_ids, supervised = _add_affixes(input_ids, supervised, opening, self.closing, learn=False)
             elif document.text is not None or (document.prompt is not None and self.template is None):
-                if (eos := self.eos_id) is None:
+                eos = self.eos_id
+                if eos is None:
                     raise ConfigError("the tokenizer has no eos_token, so no text would end; set one in its config")
-                opening = self.opening[:1] if self.opening[:1] == [bos] and not begins_itself else []
+                opening = self.opening[:1] if self.opening[:1] == [bos] and not begins_with_bos else []
                 closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
                 input_ids, supervised = _add_affixes(input_ids, supervised, opening, closing, learn=True)
             if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
-                message = f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
-                raise RefusedDocument(document.where, "doubled_bos", f"{message}template in model.chat_template")
+                message = (
+                    f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
+                    "template in model.chat_template"
+                )
+                raise RefusedDocument(document.where, "doubled_bos", message)
             supervised[:1] = False
             samples.append(Sample(input_ids, supervised, marks, weights))
         return samples
@@ -263,7 +291,7 @@ class Encoder:
 
 
 def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Ids of a text, which of its tokens are learned, and where spans have weights those of their tokens.
+    """(ids of a text, which of its tokens are learned, the tokens' weights if the spans have weights).
 
     A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
     their own between two that have some.
@@ -271,28 +299,34 @@ def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarr
     input_ids = np.array(encoding.ids, dtype=np.int32)
     supervised = np.zeros(len(input_ids), dtype=np.bool_)
     weights = None if rendered.weights is None else np.zeros(len(input_ids), dtype=np.float32)
-    for place, span in enumerate(rendered.spans if len(input_ids) else ()):
-        inside = _tokens_of_span(encoding, *span)
-        supervised[inside] = True
+    if not len(input_ids):
+        return input_ids, supervised, weights
+    for number, (begin, end) in enumerate(rendered.spans):
+        tokens = _tokens_of_span(encoding, begin, end)
+        supervised[tokens] = True
         if weights is not None and rendered.weights is not None:
-            weights[inside] = rendered.weights[place]
+            weights[tokens] = rendered.weights[number]
     return input_ids, supervised, weights
 
 
 def _tokens_of_span(encoding: Encoding, begin: int, end: int) -> slice:
-    """The tokens of the characters [begin, end): by the first and the last of these, or by all offsets where one has none."""
-    first, last = (encoding.char_to_token(at) if begin < end else None for at in (begin, end - 1))
-    if first is not None and last is not None:
-        while (after := encoding.token_to_chars(last + 1)) is not None and after[0] < end <= after[1]:
-            last += 1  # a character may be several tokens
-        return slice(first, last + 1)
+    """The tokens of the characters [begin, end)."""
+    if begin < end:
+        first = encoding.char_to_token(begin)
+        last = encoding.char_to_token(end - 1)
+        if first is not None and last is not None:
+            # A character may be several tokens: the span ends with the last of them.
+            while (after := encoding.token_to_chars(last + 1)) is not None and after[0] < end <= after[1]:
+                last += 1
+            return slice(first, last + 1)
+    # The first or the last character is in no token (whitespace that the tokenizer drops): look at all offsets.
     begins, ends = np.array(encoding.offsets, dtype=np.int64).T
     inside = np.flatnonzero((begins < ends) & (ends > begin) & (begins < end))
     return slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
 
 
 def span_weights(learned: list[int], messages: list[Message], rendered: RenderedText, where: str) -> list[float] | None:
-    """The weight of each span of a rendered conversation, whose turns `learned` are learned; None where each is 1."""
+    """The weight of each learned span of a conversation; None if each is 1. `learned`: the turns that are learned."""
     weights = [messages[number].get("weight", 1.0) for number in learned]
     if all(weight == 1 for weight in weights):
         return None
@@ -306,8 +340,10 @@ def span_weights(learned: list[int], messages: list[Message], rendered: Rendered
 
 
 def _messages(document: Document) -> list[Message] | None:
-    """The conversation of a document, with the preferred answer of a pair."""
-    return document.messages if document.chosen is None else (document.messages or []) + document.chosen
+    """The conversation of a document; of a preference pair, the one with the preferred answer."""
+    if document.chosen is None:
+        return document.messages
+    return (document.messages or []) + document.chosen
 
 
 def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
@@ -326,8 +362,9 @@ def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
             "the chat template writes the prompt differently before the chosen and the rejected answer, so that they "
             "cannot be compared; give another template in model.chat_template",
         )
-    # where one answer merges with the end of the prompt into one token, the other learns the token it has there
-    chosen.supervised[shared : starts[0]] = rejected.supervised[shared : starts[1]] = True
+    # If one answer merges with the end of the prompt into one token, the other learns the token it has there.
+    chosen.supervised[shared : starts[0]] = True
+    rejected.supervised[shared : starts[1]] = True
 
 
 def _add_affixes(
@@ -335,8 +372,9 @@ def _add_affixes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put special ids around a sample; the closing ones are learned if `learn`."""
     ids = np.concatenate([np.array(opening, np.int32), ids, np.array(closing, np.int32)])
-    masks = (np.zeros(len(opening), np.bool_), np.full(len(closing), learn, np.bool_))
-    return ids, np.concatenate([masks[0], supervised, masks[1]])
+    opening_mask = np.zeros(len(opening), np.bool_)
+    closing_mask = np.full(len(closing), learn, np.bool_)
+    return ids, np.concatenate([opening_mask, supervised, closing_mask])
 
 
 def truncate(sample: Sample, max_length: int, tail: int) -> Sample:

@@ -24,7 +24,7 @@ _MARKS = re.compile(f"([{BEGIN}{END}{THOUGHT}])")
 _THOUGHT = re.compile(r"(\s*<think>\s*)?(.*</think>\s*)(.*)", re.DOTALL)
 _MAX_SHAPES = 4096
 _MAX_MISSES = 8
-_SKELETON_AT_USE = 2  # learning a shape costs a few renderings, which one that comes once does not pay back
+_SKELETON_AT_USE = 2  # a skeleton costs a few renderings, which a shape that comes only once does not pay back
 
 Apply = Callable[..., str]
 """Renders messages, with the header of the turn to come if `prompt`."""
@@ -44,25 +44,27 @@ class _MarkedTurn:
 
 @dataclass(slots=True)
 class _Skeleton:
-    """Text around n contents, and spans in it."""
+    """What a template writes around the n contents of a conversation, and where the learned spans lie in it."""
 
     literals: list[str]
     """n + 1 of them: before the first content, between the contents, after the last."""
     ending: str
     """What the last literal becomes once the last turn is closed."""
     edges: list[tuple[int, int, int, int]]
-    """Per span: contents before its begin, characters of literals before it; the same for its end."""
+    """Per span: how many contents are before its begin, how many characters of literals; the same two for its end."""
 
     def fit(self, cores: list[str], text: str) -> tuple[str, Spans] | None:
         """The closed text and its spans, if `text` is the skeleton with these contents."""
-        pieces, lengths_before = [self.literals[0]], [0]
+        pieces = [self.literals[0]]
+        lengths_before = [0]
         for core, literal in zip(cores, self.literals[1:], strict=True):
             pieces += (core, literal)
             lengths_before.append(lengths_before[-1] + len(core))
         if "".join(pieces) != text:
             return None
-        if self.ending != (last := self.literals[-1]):
-            text = text[: len(text) - len(last)] + self.ending
+        last_literal = self.literals[-1]
+        if self.ending != last_literal:
+            text = text[: len(text) - len(last_literal)] + self.ending
         return text, [(lengths_before[i] + begin, lengths_before[j] + end) for i, begin, j, end in self.edges]
 
 
@@ -74,22 +76,30 @@ class SpanFinder:
     """
 
     def __init__(self, apply: Apply, added: list[str], ends: dict[str, re.Pattern[str]], eos: str) -> None:
-        self._apply, self._added_tokens, self._end_patterns, self._eos = apply, added, ends, eos
+        self._apply = apply
+        self._added_tokens = added
+        self._end_patterns = ends
+        self._eos = eos
         self._any_token = leading_token_pattern(added)
         self._skeletons: dict[Shape, _Skeleton | None] = {}
+        """None for a shape that has no skeleton: its conversations are always rendered twice."""
         self._times_seen: dict[Shape, int] = {}
         self._misses: dict[Shape, int] = {}
 
     def find_spans(
         self, messages: list[Message], learned: list[int], text: str, where: str, *, fast: bool = True
     ) -> tuple[str, Spans]:
-        """The closed text of a conversation that is rendered as `text`, and its spans. Errors: DataError, RefusedDocument."""
-        spans = self._spans_by_skeleton(messages, learned, text) if fast else None
-        return self._spans_by_marking(messages, learned, text, where) if spans is None else spans
+        """(closed text, spans) of a conversation that is rendered as `text`. Errors: DataError, RefusedDocument."""
+        text_and_spans = self._spans_by_skeleton(messages, learned, text) if fast else None
+        if text_and_spans is None:
+            return self._spans_by_marking(messages, learned, text, where)
+        return text_and_spans
 
     def _spans_by_skeleton(self, messages: list[Message], learned: list[int], text: str) -> tuple[str, Spans] | None:
-        """The same by the skeleton of its shape; None where only the exact way tells."""
-        roles, cores, spaces = [], [], []
+        """Closed text and spans by the skeleton of the conversation's shape; None if it must be rendered with marks."""
+        roles: list[str] = []
+        cores: list[str] = []
+        spaces: list[tuple[int, str, str]] = []
         for number, message in enumerate(messages):
             content = message["content"]
             core = content.strip()
@@ -102,12 +112,17 @@ class SpanFinder:
             roles.append(message["role"])
             cores.append(core)
         shape = (*roles, tuple(learned), *spaces)
-        skeleton = (
-            self._skeletons[shape] if shape in self._skeletons else self._learn_skeleton(shape, roles, learned, spaces)
-        )
-        if skeleton is None or (spans := skeleton.fit(cores, text)) is not None:
-            return None if skeleton is None else spans
-        # The template may write the time, and a skeleton learned anew fits; or it looks into contents, and none does.
+        if shape in self._skeletons:
+            skeleton = self._skeletons[shape]
+        else:
+            skeleton = self._learn_skeleton(shape, roles, learned, spaces)
+        if skeleton is None:
+            return None
+        text_and_spans = skeleton.fit(cores, text)
+        if text_and_spans is not None:
+            return text_and_spans
+        # Either the template writes the time, and a skeleton learned anew will fit; or it looks into contents, and none
+        # ever does. After `_MAX_MISSES` we assume the latter.
         self._misses[shape] = self._misses.get(shape, 0) + 1
         self._skeletons[shape] = None
         if self._misses[shape] < _MAX_MISSES:
@@ -117,7 +132,10 @@ class SpanFinder:
     def _learn_skeleton(
         self, shape: Shape, roles: list[str], learned: list[int], spaces: list[tuple[int, str, str]]
     ) -> _Skeleton | None:
-        """The skeleton of a shape that comes again, from the exact way with a conversation of placeholders."""
+        """Make the skeleton of a shape that comes again, by marking a conversation of placeholders.
+
+        `spaces`: (turn, whitespace before its content, whitespace after it).
+        """
         self._times_seen[shape] = self._times_seen.get(shape, 0) + 1
         if self._times_seen[shape] < _SKELETON_AT_USE:
             if len(self._times_seen) > _MAX_SHAPES:
@@ -126,15 +144,18 @@ class SpanFinder:
         if len(self._skeletons) >= _MAX_SHAPES:
             self._skeletons.clear()
         whitespace = {number: (before, after) for number, before, after in spaces}
-        marks = [f"{RESERVED[3]}{number}{RESERVED[4]}" for number in range(len(roles))]
-        contents = [mark.join(whitespace.get(number, ("", ""))) for number, mark in enumerate(marks)]
-        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        placeholders: list[str] = []
+        messages: list[Message] = []
+        for number, role in enumerate(roles):
+            placeholder = f"{RESERVED[3]}{number}{RESERVED[4]}"
+            before, after = whitespace.get(number, ("", ""))
+            placeholders.append(placeholder)
+            messages.append({"role": role, "content": before + placeholder + after})
         self._skeletons[shape] = None
         try:
             text = self._apply(messages)
-            self._skeletons[shape] = self._cut_skeleton(
-                marks, text, *self._spans_by_marking(messages, learned, text, "")
-            )
+            closed, spans = self._spans_by_marking(messages, learned, text, "")
+            self._skeletons[shape] = self._cut_skeleton(placeholders, text, closed, spans)
         except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
             return None
         return self._skeletons[shape]
@@ -142,13 +163,14 @@ class SpanFinder:
     def _spans_by_marking(
         self, messages: list[Message], learned: list[int], text: str, where: str
     ) -> tuple[str, Spans]:
+        """Closed text and spans by rendering the conversation a second time, with marks around the learned contents."""
         try:
             spans = self._content_spans(messages, learned, text, where)
         except DataError:
-            fresh = self._apply(messages)
-            if fresh == text:
+            fresh_text = self._apply(messages)
+            if fresh_text == text:
                 raise
-            text = fresh  # the template writes the date, and a day ended between the two renderings
+            text = fresh_text  # the template writes the date, and a day ended between the two renderings
             spans = self._content_spans(messages, learned, text, where)
         return self.close_turns(text, spans, [messages[i]["role"] for i in learned])
 
@@ -160,10 +182,11 @@ class SpanFinder:
                 continue
             if mark is mark_trimmed:
                 self._include_kept_whitespace(messages, learned, text, turns)
-            return [
-                (self._learning_begin(messages, learned, text, n, turn, where), turn.end)
-                for n, turn in enumerate(turns)
-            ]
+            spans = []
+            for number, turn in enumerate(turns):
+                begin = self._learning_begin(messages, learned, text, number, turn, where)
+                spans.append((begin, turn.end))
+            return spans
         role = messages[learned[-1]]["role"]
         raise DataError(
             f"{where}: the chat template changes the text of {'an' if role == 'assistant' else 'a'} {role} turn (more than "
@@ -174,13 +197,14 @@ class SpanFinder:
     def _include_kept_whitespace(
         self, messages: list[Message], learned: list[int], text: str, turns: list[_MarkedTurn]
     ) -> None:
-        """A template may trim some turns only, or line ends only: what it keeps of the outer whitespace of one is learned too."""
+        """Widen each turn by the outer whitespace that the template keeps: it may trim some turns only, or line ends only."""
         for number, index in enumerate(learned):
             content = messages[index]["content"]
-            before = len(content) - len(content.lstrip())
-            after = before + len(content.strip())
+            core_begin = len(content) - len(content.lstrip())
+            core_end = core_begin + len(content.strip())
 
             def try_marks(first: int, last: int, number: int = number, index: int = index) -> bool:
+                """Whether marks around content[first:last] leave the text unchanged; if so, the turn takes this span."""
                 marks: list[Callable[[str], str]] = [mark_trimmed] * len(messages)
                 marks[index] = partial(mark_between, first=first, last=last)
                 wider = render_marked(self._apply, messages, learned, text, marks)
@@ -190,20 +214,30 @@ class SpanFinder:
 
             if content == content.strip() or try_marks(0, len(content)):
                 continue
-            # What is trimmed is a beginning or an end: a mark within it keeps it from being trimmed, and the text differs.
-            first = bisect_left(range(before), True, key=lambda at: try_marks(at, after))
+            # A template trims a beginning or an end of the whitespace. A mark inside that part would keep it from being
+            # trimmed, and the text would differ. So the outermost mark that works is found by bisection.
+            first = bisect_left(range(core_begin), True, key=lambda at: try_marks(at, core_end))
             last = len(content)
-            last -= bisect_left(range(last - after), True, key=lambda left_out: try_marks(first, last - left_out))
+            last -= bisect_left(range(last - core_end), True, key=lambda left_out: try_marks(first, last - left_out))
 
     def _learning_begin(
         self, messages: list[Message], learned: list[int], text: str, number: int, turn: _MarkedTurn, where: str
     ) -> int:
-        """Where learning begins: at the content; with a thought, where generation would have begun."""
+        """Where learning begins: at the content; with a thought, where generation would have begun.
+
+        `turn` is the `number`th learned turn.
+        """
         has_thought = "</think>" in messages[learned[number]]["content"]
+        is_last = number == len(learned) - 1
         if turn.thought_begin is None:
-            if has_thought and number == len(learned) - 1 and "</think>" not in text[turn.begin : turn.end]:
-                said = "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
-                raise RefusedDocument(where, "thought_lost", f"{said}or give another template in model.chat_template")
+            # Templates drop thoughts of earlier turns on purpose; without that of the last one there is nothing to learn.
+            if has_thought and is_last and "</think>" not in text[turn.begin : turn.end]:
+                raise RefusedDocument(
+                    where,
+                    "thought_lost",
+                    "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
+                    "or give another template in model.chat_template",
+                )
             return turn.begin
         prompt = self._apply(messages[: learned[number]], prompt=True)
         if not text.startswith(prompt) or len(prompt) > turn.thought_begin:
@@ -215,47 +249,56 @@ class SpanFinder:
         self, text: str, spans: Spans, roles: list[str], already_closed: tuple[str, ...] = ()
     ) -> tuple[str, Spans]:
         """Extend every span by its end-of-turn token, unless it ends with one of `already_closed`; append EOS if needed."""
-        closed = []
+        closed_spans = []
         for number, ((begin, end), role) in enumerate(zip(spans, roles, strict=True)):
-            final = number == len(spans) - 1
+            is_final = number == len(spans) - 1
             if not (already_closed and text[begin:end].rstrip().endswith(already_closed)):
-                if match := (self._any_token if final else self._end_patterns[role]).match(text, end):
+                pattern = self._any_token if is_final else self._end_patterns[role]
+                match = pattern.match(text, end)
+                if match:
                     end = match.end()
-                elif final:  # only words or whitespace follow: what words the template adds are learned, then eos
+                elif is_final:  # only words or whitespace follow: what words the template adds are learned, then eos
                     text = text[:end] + text[end:].rstrip() + self._eos
                     end = len(text)
-            closed.append((begin, end))
-        return text, closed
+            closed_spans.append((begin, end))
+        return text, closed_spans
 
-    def _cut_skeleton(self, marks: list[str], text: str, closed: str, spans: Spans) -> _Skeleton | None:
-        """Take the placeholders out of a text that has each of them once, in order."""
-        literals, starts, position = [], [], 0
-        for mark in marks:
-            at = text.find(mark, position)
-            if at < 0 or text.count(mark) != 1:
+    def _cut_skeleton(self, placeholders: list[str], text: str, closed: str, spans: Spans) -> _Skeleton | None:
+        """Take the placeholders out of a text; None unless it has each of them once, in order."""
+        literals: list[str] = []
+        starts: list[int] = []
+        position = 0
+        for placeholder in placeholders:
+            at = text.find(placeholder, position)
+            if at < 0 or text.count(placeholder) != 1:
                 return None
             literals.append(text[position:at])
             starts.append(at)
-            position = at + len(mark)
+            position = at + len(placeholder)
         if closed[:position] != text[:position]:
             return None
         literals.append(text[position:])
-        edges = []
-        for span in spans:
-            span_edge: list[int] = []
-            for at in span:  # as placeholders before it, and characters of literals before it
-                count = bisect_left(starts, at)
-                before = sum(map(len, marks[:count]))
-                if count and at < starts[count - 1] + len(marks[count - 1]):
-                    return None
-                span_edge += (count, at - before)
-            # A content that begins like a token must not be taken into the token that closes the turn before it.
-            literal = literals[span_edge[2]].lstrip()
-            if span_edge[2] < len(marks) and any(
-                len(token) > len(literal) and token.startswith(literal) for token in self._added_tokens
-            ):
+
+        def split_position(at: int) -> tuple[int, int] | None:
+            """(placeholders before a position, characters of literals before it); None inside a placeholder."""
+            count = bisect_left(starts, at)
+            if count and at < starts[count - 1] + len(placeholders[count - 1]):
                 return None
-            edges.append((span_edge[0], span_edge[1], span_edge[2], span_edge[3]))
+            return count, at - sum(map(len, placeholders[:count]))
+
+        edges = []
+        for begin, end in spans:
+            begin_edge = split_position(begin)
+            end_edge = split_position(end)
+            if begin_edge is None or end_edge is None:
+                return None
+            # A content that begins like a token must not be taken into the token that closes the turn before it.
+            contents_before_end = end_edge[0]
+            if contents_before_end < len(placeholders):
+                literal = literals[contents_before_end].lstrip()
+                if any(len(token) > len(literal) and token.startswith(literal) for token in self._added_tokens):
+                    return None
+            edges.append((*begin_edge, *end_edge))
         return _Skeleton(literals, closed[position:], edges)
 
 
@@ -266,11 +309,14 @@ def render_marked(
     marked_messages = list(messages)
     for i in learned:
         marked_messages[i] = {**messages[i], "content": marks[i](messages[i]["content"])}
+    # Text and marks alternate: pieces[0::2] is text, pieces[1::2] are marks.
     pieces = _MARKS.split(apply(marked_messages))
     if "".join(pieces[::2]) != text:
         return None
     turns: list[_MarkedTurn] = []
-    position, thought, begin = 0, None, None
+    position = 0
+    thought = None
+    begin = None
     for piece, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
         position += len(piece)
         if mark == THOUGHT and thought is None and begin is None:
@@ -282,12 +328,15 @@ def render_marked(
             thought = begin = None
         elif mark:
             return None
-    return turns if begin is None and thought is None and len(turns) == len(learned) else None
+    if begin is not None or thought is not None or len(turns) != len(learned):
+        return None
+    return turns
 
 
 def leading_token_pattern(tokens: list[str]) -> re.Pattern[str]:
     """Matches one of the tokens, the longest first, after whitespace."""
-    return re.compile(r"\s*(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
 def mark_whole(content: str) -> str:

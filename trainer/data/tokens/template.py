@@ -49,15 +49,28 @@ MAX_CPU_SECONDS = 30
 MAX_EXTRA_BYTES = 4 * 2**30
 """Memory that one call may add to its process."""
 Tools = list[dict[str, Any]] | None
-RenderJob = tuple[list[Message], list[int], str, Chat | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderJob:
+    """A conversation ready to be rendered."""
+
+    messages: list[Message]
+    """As the template gets them, up to the last learned one."""
+    learned: list[int]
+    """Which of them are learned."""
+    where: str
+    """`file:line` of the row."""
+    chat: Chat | None
+    """Set for conversations with tools, calls or thoughts, which are marked turn by turn."""
 
 
 @dataclass(slots=True)
 class RenderedText:
-    """A conversation as text, and the [begin, end) character spans of it that are learned, ascending.
+    """A conversation or a plain text, and the [begin, end) character spans of it that are learned, ascending.
 
-    `apart`: control tokens that its texts spell are broken, see `trainer/data/tokens/characters.py`. `weights`: what each span
-    counts for in the loss; None where all count as 1.
+    `escaped`: the control tokens that it merely spells are escaped, see `trainer/data/tokens/characters.py`. `weights`: what
+    each span counts for in the loss; None if all count as 1.
     """
 
     text: str
@@ -85,13 +98,11 @@ class ChatTemplate:
         self.source: str = tokenizer.get_chat_template()
         self.marks_generation = _GENERATION.search(self.source) is not None
         self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self.end_tokens, users = self._probe_end_tokens()
+        self.end_tokens, user_end_tokens = self._probe_end_tokens()
         """Tokens that close assistant turns."""
-        self.all_end_tokens = self.end_tokens | users
+        self.all_end_tokens = self.end_tokens | user_end_tokens
         """Tokens that close a turn of any role."""
-        self._end_tokens_by_role = {
-            role: self.end_tokens if role == "assistant" else self.all_end_tokens for role in ROLES
-        }
+        self._end_tokens_by_role = dict.fromkeys(ROLES, self.all_end_tokens) | {"assistant": self.end_tokens}
         patterns = {role: leading_token_pattern([*ends]) for role, ends in self._end_tokens_by_role.items()}
         self._span_finder = SpanFinder(self._apply, self._added_tokens, patterns, str(tokenizer.eos_token))
 
@@ -107,8 +118,8 @@ class ChatTemplate:
         """Which messages are learned, ascending."""
         learned = []
         for number, message in enumerate(messages):
-            is_learned = message.get("train")
-            if is_learned or (is_learned is None and message["role"] in self.learn.roles):
+            own_setting = message.get("train")  # goes before data.learn.roles
+            if own_setting or (own_setting is None and message["role"] in self.learn.roles):
                 learned.append(number)
         return learned[-1:] if self.learn.turns is LearnTurns.last else learned
 
@@ -122,81 +133,101 @@ class ChatTemplate:
         are no spans. `fast=False` renders every conversation twice. Raises RefusedDocument for one that cannot be used.
         """
         jobs = [self._make_job(messages, where, tools) for messages, where, tools in conversations]
-        turns = [job for job in jobs if job[3] is None]
-        in_blocks = [job for job in turns if self._uses_blocks(*job[:2])]
-        plain = iter(self._apply_all([job for job in turns if not self._uses_blocks(*job[:2])]))
-        with_blocks = iter(self._apply_all(in_blocks, return_assistant_tokens_mask=True))
+        # Plain conversations are rendered in two batches, without and with the spans of generation blocks.
+        without_blocks: list[RenderJob] = []
+        with_blocks: list[RenderJob] = []
+        for job in jobs:
+            if job.chat is None:
+                (with_blocks if self._uses_blocks(job.messages, job.learned) else without_blocks).append(job)
+        plain_texts = iter(self._apply_all(without_blocks))
+        block_texts = iter(self._apply_all(with_blocks, return_assistant_tokens_mask=True))
+        find_spans = partial(self._span_finder.find_spans, fast=fast)
         rendered = []
-        for messages, learned, where, chat in jobs:
-            if chat is not None:
-                rendered.append(self._guard(self._render_with_tools, chat, learned, where=where))
+        for job in jobs:
+            messages, learned, where = job.messages, job.learned, job.where
+            if job.chat is not None:
+                rendered.append(self._guard(self._render_with_tools, job.chat, learned, where=where))
             elif self._uses_blocks(messages, learned):
+                text_and_blocks = next(block_texts)
                 rendered.append(
-                    self._guard(self._spans_of_blocks, messages, learned, where, next(with_blocks), where=where)
+                    self._guard(self._spans_of_blocks, messages, learned, where, text_and_blocks, where=where)
                 )
             elif not learned:
-                rendered.append(RenderedText(next(plain)[0], []))
+                text, _ = next(plain_texts)
+                rendered.append(RenderedText(text, []))
             else:
-                find = partial(self._span_finder.find_spans, fast=fast)
-                text, _ = next(plain)
-                rendered.append(RenderedText(*self._guard(find, messages, learned, text, where, where=where)))
+                text, _ = next(plain_texts)
+                closed_text, spans = self._guard(find_spans, messages, learned, text, where, where=where)
+                rendered.append(RenderedText(closed_text, spans))
         return rendered
 
     def render_text(self, messages: Sequence[Message], where: str, tools: Tools = None) -> str:
         """A conversation as the template writes it, its last turn not closed. Raises RefusedDocument."""
-        job = messages, _, _, chat = self._make_job(messages, where, tools)
-        return self._apply_all([job])[0][0] if chat is None else self._guard(chat.apply, chat.messages, where=where)
+        job = self._make_job(messages, where, tools)
+        if job.chat is not None:
+            return self._guard(job.chat.apply, job.chat.messages, where=where)
+        text, _ = self._apply_all([job])[0]
+        return text
 
     def first_content_begin(self, messages: Sequence[Message], where: str, tools: Tools = None) -> int | None:
         """Where the content of the first message that is no system turn begins in the text; None if not to be told."""
-        messages, _, _, chat = self._make_job(messages, where, tools)
-        index = next((i for i, message in enumerate(messages) if message["role"] != "system"), None)
+        job = self._make_job(messages, where, tools)
+        index = next((i for i, message in enumerate(job.messages) if message["role"] != "system"), None)
         if index is None:
             return None
 
         def find() -> int | None:
-            apply = self._apply if chat is None else chat.apply
-            text = apply(messages)
+            apply = self._apply if job.chat is None else job.chat.apply
+            text = apply(job.messages)
             for mark in (mark_whole, mark_trimmed):
-                if (turns := render_marked(apply, messages, [index], text, [mark] * len(messages))) is not None:
+                turns = render_marked(apply, job.messages, [index], text, [mark] * len(job.messages))
+                if turns is not None:
                     return turns[0].begin
             return None
 
         return self._guard(find, where=where)
 
     def _make_job(self, messages: Sequence[Message], where: str, tools: Tools) -> RenderJob:
-        """The messages as the template gets them, up to the last learned one; with a `Chat` where they are no plain turns."""
+        """Make a conversation ready for the template. Raises RefusedDocument if it has reserved characters."""
         learned = self.learned_turns(messages)
         if learned:
             messages = messages[: learned[-1] + 1]
         for message in messages:
             for text in texts_in(message):
                 if not text.isascii() and _RESERVED.search(text):
-                    message_text = "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
-                    raise RefusedDocument(where, "reserved_character", message_text)
-        bare = [_without_training_fields(message) if "train" in message else message for message in messages]
-        thinks = self.learn.reasoning is not Reasoning.learn
-        if thinks and self.learn.reasoning is Reasoning.drop:
-            bare = [_without_thought(message, where) for message in bare]
-        context = thinks and any("</think>" in message["content"] for message in bare)
-        if not (tools or context or any(len(message) > 2 or message["role"] == "tool" for message in bare)):
-            return bare, learned, where, None
-        chat = self._guard(self._turn_span_finder.prepare_chat, bare, tools, where, where=where)
-        return chat.messages, learned, where, chat
+                    raise RefusedDocument(
+                        where,
+                        "reserved_character",
+                        "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it",
+                    )
+        turns = [_without_training_fields(message) if "train" in message else message for message in messages]
+        if self.learn.reasoning is Reasoning.drop:
+            turns = [_without_thought(message, where) for message in turns]
+        has_unlearned_thought = self.learn.reasoning is not Reasoning.learn and any(
+            "</think>" in message["content"] for message in turns
+        )
+        has_calls_or_results = any(len(message) > 2 or message["role"] == "tool" for message in turns)
+        if not (tools or has_unlearned_thought or has_calls_or_results):
+            return RenderJob(turns, learned, where, None)
+        chat = self._guard(self._turn_span_finder.prepare_chat, turns, tools, where, where=where)
+        return RenderJob(chat.messages, learned, where, chat)
 
     def _apply_all(self, jobs: list[RenderJob], **options: Any) -> list[tuple[str, Spans]]:
-        """`_rendered` of a batch; where the template refuses one of them, they are rendered one by one to tell which."""
+        """Render a batch; if the template refuses it, render one by one to tell which conversation it refuses."""
+        if not jobs:
+            return []
         try:
-            return self._render_batch([messages for messages, _, _, _ in jobs], **options) if jobs else []
+            return self._render_batch([job.messages for job in jobs], **options)
         except TemplateLimitExceeded as error:
-            raise self._limit_error(error, jobs[0][2], len(jobs)) from error
+            raise self._limit_error(error, jobs[0].where, len(jobs)) from error
         except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
-            return [
-                self._guard(lambda job: self._render_batch([job[0]], **options)[0], job, where=job[2]) for job in jobs
-            ]
+            return [self._guard(self._render_one, job, options, where=job.where) for job in jobs]
+
+    def _render_one(self, job: RenderJob, options: dict[str, Any]) -> tuple[str, Spans]:
+        return self._render_batch([job.messages], **options)[0]
 
     def _guard(self, work: Callable[..., Any], *args: Any, where: str) -> Any:
-        """What a template raises refuses the document at `where`; a template that is none is a ConfigError."""
+        """Call `work`, and turn what the template raises into errors about the document at `where` or about the settings."""
         from jinja2 import TemplateSyntaxError
 
         try:
@@ -208,8 +239,11 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
-            why = f"the chat template refuses the conversation: {error}; change the row, or give another in"
-            raise template_refusal(where, f"{why} model.chat_template") from error
+            raise template_refusal(
+                where,
+                f"the chat template refuses the conversation: {error}; change the row, or give another in "
+                "model.chat_template",
+            ) from error
 
     def _render_with_tools(self, chat: Chat, learned: list[int]) -> RenderedText:
         """Text and spans of a conversation with tools, calls or thoughts."""
@@ -222,8 +256,11 @@ class ChatTemplate:
         (text_and_blocks,) = self._render_batch([chat.messages], tools=chat.tools, return_assistant_tokens_mask=True)
         rendered = self._spans_of_blocks(chat.messages, learned, chat.where, text_and_blocks)
         if self.learn.reasoning is Reasoning.context:
-            spans = zip(rendered.find_spans, learned, strict=True)
-            rendered.find_spans = [(thought_end(chat, i, rendered.text, *span), span[1]) for span, i in spans]
+            # Thoughts inside the blocks are shown, not learned.
+            spans = []
+            for turn, (begin, end) in zip(learned, rendered.spans, strict=True):
+                spans.append((thought_end(chat, turn, rendered.text, begin, end), end))
+            rendered.spans = spans
         return rendered
 
     @staticmethod
@@ -235,7 +272,7 @@ class ChatTemplate:
         )
 
     def _render_batch(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
-        """Texts of conversations; each with its spans of generation blocks where a mask is asked for, else with none."""
+        """(text, spans of its generation blocks) of each conversation; no spans unless `options` ask for a mask."""
         special = self.tokenizer.special_tokens_map
         with resource_limits():
             texts, blocks = render_conversations(conversations, self.source, **options, **special)
@@ -251,11 +288,11 @@ class ChatTemplate:
     def _spans_of_blocks(
         self, messages: list[Message], learned: list[int], where: str, text_and_blocks: tuple[str, Spans]
     ) -> RenderedText:
-        """Text and spans by the generation blocks that `text_and_blocks` has."""
-        spans = [(int(begin), int(end)) for begin, end in text_and_blocks[1]]
+        """Text and spans of a conversation from the template's own `{% generation %}` blocks."""
+        text, blocks = text_and_blocks
+        spans = [(int(begin), int(end)) for begin, end in blocks]
         if not spans or any(begin >= end for begin, end in spans):
-            message = "the {% generation %} blocks of the chat template are empty here"
-            raise template_refusal(where, message)
+            raise template_refusal(where, "the {% generation %} blocks of the chat template are empty here")
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if assistants != learned:
             if len(spans) != len(assistants):
@@ -266,61 +303,74 @@ class ChatTemplate:
                     "in model.chat_template",
                 )
             spans = [spans[assistants.index(i)] for i in learned]
-        return RenderedText(
-            *self._span_finder.close_turns(
-                text_and_blocks[0], spans, ["assistant"] * len(spans), tuple(self.end_tokens)
-            )
-        )
+        roles = ["assistant"] * len(spans)
+        # A block may or may not hold the end-of-turn token.
+        closed_text, closed_spans = self._span_finder.close_turns(text, spans, roles, tuple(self.end_tokens))
+        return RenderedText(closed_text, closed_spans)
 
     def _probe_end_tokens(self) -> tuple[set[str], set[str]]:
-        """Tokens with which the template closes assistant turns, in the middle and at the end; and user turns."""
+        """(tokens with which the template closes assistant turns, in the middle and at the end; those of user turns).
+
+        Renders a conversation of four turns and looks at what follows each content.
+        """
         end_tokens = {str(self.tokenizer.eos_token)}
         roles = ("user", "assistant", "user", "assistant")
-        turn = [{"role": "user", "content": BEGIN}]
-        try:
-            text = self._apply([{"role": role, "content": f"{BEGIN}{role}{END}"} for role in roles])
-        except TemplateLimitExceeded as error:
-            raise self._limit_error(error, "the first look at it", 1) from error
-        except Exception:  # noqa: BLE001 - a template that dislikes the probe is left to the conversations themselves
+        text = self._render_probe([{"role": role, "content": f"{BEGIN}{role}{END}"} for role in roles])
+        if text is None:
             return end_tokens, set()
         any_token = leading_token_pattern(self._added_tokens)
         parts = re.split(f"{BEGIN}[^{END}]*{END}", text)
         if len(parts) != 5:
             return end_tokens, set()
         header, after_user, middle, _, tail = parts
-        shared = 0  # what precedes the first user content, as far as it precedes the second too, opens a user turn
+        # `middle` closes an assistant turn and opens a user turn. What it has in common with the end of `header`, which
+        # opens the first user turn, is the opening.
+        shared = 0
         while shared < min(len(header), len(middle)) and header[-shared - 1] == middle[-shared - 1]:
             shared += 1
-        matches = [any_token.match(part) for part in (middle[: len(middle) - shared], tail)]
-        end_tokens |= {match.group(1) for match in matches if match}
+        for closing in (middle[: len(middle) - shared], tail):
+            match = any_token.match(closing)
+            if match:
+                end_tokens.add(match.group(1))
+        turn = [{"role": "user", "content": BEGIN}]
+        text_without_prompt = self._render_probe(turn)
+        prompt = self._render_probe(turn, prompt=True)
+        if text_without_prompt is None or prompt is None:
+            return end_tokens, set()
+        # What a prompt adds opens the assistant turn: the rest of `after_user` closes the user turn.
+        opening = prompt[len(text_without_prompt) :] if prompt.startswith(text_without_prompt) else ""
+        user_end = any_token.match(after_user.removesuffix(opening))
+        return end_tokens, {user_end.group(1)} if user_end else set()
+
+    def _render_probe(self, messages: list[Message], *, prompt: bool = False) -> str | None:
+        """The probe as text; None for a template that dislikes it, which is left to the conversations themselves."""
         try:
-            bare, prompt = self._apply(turn), self._apply(turn, prompt=True)
+            return self._apply(messages, prompt=prompt)
         except TemplateLimitExceeded as error:
             raise self._limit_error(error, "the first look at it", 1) from error
-        except Exception:  # noqa: BLE001 - as above
-            return end_tokens, set()
-        opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
-        user = any_token.match(after_user.removesuffix(opening))
-        return end_tokens, {user.group(1)} if user else set()
+        except Exception:  # noqa: BLE001 - see above
+            return None
 
 
 def _without_thought(message: Message, where: str) -> Message:
     """An assistant turn without its thought. Raises RefusedDocument where nothing is left."""
     if message["role"] != "assistant" or thought_of(message) is None:
         return message
-    content = THINK.sub("", message["content"], count=1) if THINK.match(message["content"]) else message["content"]
+    content = message["content"]
+    if THINK.match(content):
+        content = THINK.sub("", content, count=1)
     if not content.strip() and "tool_calls" not in message:
         raise template_refusal(
             where, "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing"
         )
-    return {
-        **{key: field_value for key, field_value in message.items() if key != "reasoning_content"},
-        "content": content,
-    }
+    turn = {**message, "content": content}
+    turn.pop("reasoning_content", None)
+    return turn
 
 
 def _without_training_fields(message: Message) -> Message:
-    return {key: field_value for key, field_value in message.items() if key not in ("train", "weight")}
+    """A message without `train` and `weight`, which are not for the template."""
+    return {name: field for name, field in message.items() if name not in ("train", "weight")}
 
 
 class TemplateLimitExceeded(BaseException):
@@ -332,23 +382,26 @@ class TemplateLimitExceeded(BaseException):
 
 @contextmanager
 def resource_limits() -> Iterator[None]:
-    """Raise TooMuch where the body takes more. The time is bounded in a process's main thread only, memory anywhere."""
-    watched = threading.current_thread() is threading.main_thread()
-    before, hard = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
-    least = min(limit for limit in (before, size + MAX_EXTRA_BYTES) if limit != resource.RLIM_INFINITY)
-    if watched:
+    """Raise TemplateLimitExceeded if the body takes too much memory or, in the main thread, processor time.
+
+    Signals reach the main thread of a process only, so time is not bounded elsewhere.
+    """
+    limits_time = threading.current_thread() is threading.main_thread()
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+    process_bytes = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
+    limits = [limit for limit in (soft_limit, process_bytes + MAX_EXTRA_BYTES) if limit != resource.RLIM_INFINITY]
+    if limits_time:
         handler = signal.signal(signal.SIGVTALRM, _on_time_limit)
         signal.setitimer(signal.ITIMER_VIRTUAL, MAX_CPU_SECONDS)
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (least, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard_limit))
         yield
     except MemoryError as error:
         raise TemplateLimitExceeded(f"wanted more than {MAX_EXTRA_BYTES / 2**30:.3g} GiB of memory") from error
     finally:
         with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_AS, (before, hard))
-        if watched:
+            resource.setrlimit(resource.RLIMIT_AS, (soft_limit, hard_limit))
+        if limits_time:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, handler)
 

@@ -20,61 +20,70 @@ from trainer.data.tokens.encode import Encoder, truncate
 def keep_learnable(
     encoder: Encoder, document: Document, sample: Sample, pieces: list[Sample] | None, tally: Tally
 ) -> list[Sample]:
-    """Of the pieces that a length policy made of a sample those that teach something; what became of it is counted."""
+    """Those of the pieces of a sample that have something to learn; drops, cuts and oddities are counted.
+
+    `pieces`: what a length policy made of `sample` (see `fit_length`); None or empty if it dropped it.
+    """
     if not pieces:
         tally.drop("tokenise", "too_long", document.where)
         return []
     changed = len(pieces) > 1 or len(pieces[0].input_ids) < len(sample.input_ids)
-    pieces = [piece for piece in pieces if LABEL in piece.marks or piece.supervised.any()]
-    if not pieces:
+    learnable = [piece for piece in pieces if LABEL in piece.marks or piece.supervised.any()]
+    if not learnable:
         tally.drop("tokenise", "nothing_to_learn", document.where)
-    elif changed:
-        tally.note("tokenise", "split" if len(pieces) > 1 else "truncated", document.where)
-    if pieces:
-        note_oddities(encoder, document, sample, tally, uncut=not changed)
-    return pieces
+        return []
+    if changed:
+        tally.note("tokenise", "split" if len(learnable) > 1 else "truncated", document.where)
+    note_oddities(encoder, document, sample, tally, uncut=not changed)
+    return learnable
 
 
 def fit_answers(
     encoder: Encoder, document: Document, answers: list[Sample], config: DataConfig, tally: Tally
 ) -> list[Sample]:
-    """The one or two answers of a document, cut to their first `data.max_length` tokens where the policy says so, or none.
+    """The one or two answers of a document, truncated to `data.max_length` tokens if the policy is `truncate`.
 
-    None, with a reason counted, where one of them has nothing left to learn, or both are the same. Raises DataError where
-    the policy is `fail`.
+    Empty, with a reason counted, if an answer has nothing left to learn, if both are the same, or if the policy drops them.
+    Raises DataError if the policy is `fail`.
     """
-    max_length, policy = config.max_length, config.over_length
-    if changed := (length := max(len(sample.input_ids) for sample in answers)) > max_length:
-        if policy is OverLength.fail:
+    max_length = config.max_length
+    length = max(len(sample.input_ids) for sample in answers)
+    is_too_long = length > max_length
+    if is_too_long:
+        if config.over_length is OverLength.fail:
             raise _too_long(document, length, max_length, "truncate or drop")
-        if policy is OverLength.drop:
+        if config.over_length is OverLength.drop:
             tally.drop("tokenise", "too_long", document.where)
             return []
-        assert policy is OverLength.truncate, "others part an answer from its prompt: the config layer refuses them"
-    fitted = [truncate(one, max_length, 0) if len(one.input_ids) > max_length else one for one in answers]
+        assert config.over_length is OverLength.truncate, (
+            "the other policies separate an answer from its prompt: the config layer refuses them"
+        )
+    fitted = [truncate(answer, max_length, 0) if len(answer.input_ids) > max_length else answer for answer in answers]
     if not all(sample.supervised.any() for sample in fitted):
         tally.drop("tokenise", "nothing_to_learn", document.where)
         return []
     if len(fitted) == 2 and np.array_equal(fitted[0].input_ids, fitted[1].input_ids):
         tally.drop("tokenise", "same_answers", document.where)
         return []
-    if changed:
+    if is_too_long:
         tally.note("tokenise", "truncated", document.where)
-    note_oddities(encoder, document, answers[0], tally, uncut=not changed)
+    note_oddities(encoder, document, answers[0], tally, uncut=not is_too_long)
     return fitted
 
 
 def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally, *, uncut: bool) -> None:
-    """Count what is odd about a sample, see `oddities`; of one that was cut only what its texts spell."""
+    """Count what is odd about a sample, see `oddities`; of a sample that was cut, only control tokens in its texts."""
     for code in oddities(encoder, document, sample):
         if uncut or code.startswith("control_tokens"):
             tally.note("tokenise", code, document.where)
 
 
 def last_learned_id(sample: Sample) -> int:
-    """Id of the last token that is learned; -1 where none is."""
-    at = int(sample.supervised[::-1].argmax()) if len(sample.supervised) else 0
-    return int(sample.input_ids[~at]) if len(sample.supervised) and sample.supervised[~at] else -1
+    """Id of the last token that is learned; -1 if none is."""
+    if not sample.supervised.any():
+        return -1
+    from_the_end = int(sample.supervised[::-1].argmax())
+    return int(sample.input_ids[~from_the_end])
 
 
 def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
@@ -84,12 +93,14 @@ def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
     to stop; `control_tokens_in_text`: the data spells control tokens; `control_tokens_as_text`: they became ordinary
     characters, but for those of answers.
     """
-    codes, last, spelled = list[str](), last_learned_id(sample), encoder.escaper.spelled_in
-    if LABEL not in sample.marks and last not in encoder.end_ids:
-        codes.append("no_supervised" if last < 0 else "missing_eos")
-    if any(map(spelled, document.texts())):
+    codes: list[str] = []
+    spelled_in = encoder.escaper.spelled_in
+    last_id = last_learned_id(sample)
+    if LABEL not in sample.marks and last_id not in encoder.end_ids:
+        codes.append("no_supervised" if last_id < 0 else "missing_eos")
+    if any(map(spelled_in, document.texts())):
         codes.append("control_tokens_in_text")
-        if encoder.control_tokens is ControlTokens.text and any(map(spelled, encoder.context_texts(document))):
+        if encoder.control_tokens is ControlTokens.text and any(map(spelled_in, encoder.context_texts(document))):
             codes.append("control_tokens_as_text")
     return codes
 
@@ -139,10 +150,11 @@ def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:
 
 
 def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:
-    opening = len(encoder.opening)
+    """The policy `truncate_left`, see `fit_length`."""
     if document.label is not None:
-        return truncate_left(sample, max_length, min(opening, max_length - len(encoder.closing)))
-    bos = _num_bos(encoder, sample)
+        head = min(len(encoder.opening), max_length - len(encoder.closing))
+        return truncate_left(sample, max_length, head)
+    num_bos = _num_bos(encoder, sample)
     if document.turns():
         system, exchanges = _split_exchanges(encoder, document)
         shorter = _last_exchanges_that_fit(encoder, document, system, exchanges, max_length)
@@ -151,44 +163,56 @@ def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_
         document, sample = shorter
         if len(sample.input_ids) <= max_length:
             return sample
-        head = encoder.num_tokens_before_first(document)
-        if head is not None and head < max_length:
-            return truncate_left(sample, max_length, head)
-    return truncate_left(sample, max_length, bos)
+        head_tokens = encoder.num_tokens_before_first(document)
+        if head_tokens is not None and head_tokens < max_length:
+            return truncate_left(sample, max_length, head_tokens)
+    return truncate_left(sample, max_length, num_bos)
 
 
 def _last_exchanges_that_fit(
     encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]], max_length: int
 ) -> Sample | tuple[Document, Sample]:
-    """The longest row of last exchanges that fits; else the last learned exchange alone, with its sample."""
+    """As many of the last exchanges as fit; if none does, the last exchange alone, as a document and its sample."""
     samples: dict[int, Sample] = {}
+    """By how many exchanges are left out."""
 
     def fits(left_out: int) -> bool:
-        samples[left_out] = _encode_exchanges(encoder, document, system, exchanges[left_out:])[1]
+        _, samples[left_out] = _encode_exchanges(encoder, document, system, exchanges[left_out:])
         return len(samples[left_out].input_ids) <= max_length
 
     # by bisection: fewer exchanges never make it longer
-    first = 1 + bisect_left(range(1, len(exchanges)), True, key=fits)
-    return samples[first] if first < len(exchanges) else _encode_exchanges(encoder, document, system, exchanges[-1:])
+    left_out = 1 + bisect_left(range(1, len(exchanges)), True, key=fits)
+    if left_out < len(exchanges):
+        return samples[left_out]
+    return _encode_exchanges(encoder, document, system, exchanges[-1:])
 
 
 def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> list[Sample]:
+    """The policy `split` for conversations, see `fit_length`: windows of whole exchanges, as many in each as fit."""
     system, exchanges = _split_exchanges(encoder, document)
     samples: list[Sample] = []
     begin = 0
     while begin < len(exchanges):
-        end, window = begin + 1, _encode_exchanges(encoder, document, system, exchanges[begin : begin + 1])[1]
-        low, high = begin + 2, len(exchanges)
+        end = begin + 1
+        _, window = _encode_exchanges(encoder, document, system, exchanges[begin:end])
+        low = begin + 2
+        high = len(exchanges)
         if len(window.input_ids) > max_length:
-            window, high = truncate(window, max_length, 0), begin
+            window = truncate(window, max_length, 0)
+            high = begin  # nothing more fits: skip the search
+        # Doubling steps, then halving ones, find the last exchange that still fits.
         step = 1
-        while low <= high:  # doubling steps, then halving ones, find the last exchange that still fits
+        while low <= high:
             probe = min(low + step - 1, high)
-            longer = _encode_exchanges(encoder, document, system, exchanges[begin:probe])[1]
+            _, longer = _encode_exchanges(encoder, document, system, exchanges[begin:probe])
             if len(longer.input_ids) <= max_length:
-                end, window, low, step = probe, longer, probe + 1, step * 2
+                end = probe
+                window = longer
+                low = probe + 1
+                step *= 2
             else:
-                high, step = probe - 1, max(1, step // 2)
+                high = probe - 1
+                step = max(1, step // 2)
         if window.supervised.any():
             samples.append(window)
         begin = end
@@ -196,42 +220,51 @@ def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_
 
 
 def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message], list[list[Message]]]:
-    """The leading system turns, and the rest cut before every user turn; each turn says whether it is learned.
+    """(leading system turns, exchanges); an exchange reaches from one user turn up to the next.
 
-    What is learned goes by the whole conversation, and what comes after the last learned turn is left out.
+    Which turns are learned is decided by the whole conversation and written into each turn, because a window of exchanges
+    would decide otherwise. Turns after the last learned one are left out.
     """
     if encoder.template is None:
         raise AssertionError("a conversation was encoded without a chat template")
     turns = (document.messages or []) + (document.chosen or [])
     learned = encoder.template.learned_turns(turns)
-    last = learned[-1] if learned else len(turns) - 1
-    turns = [{**turn, "train": number in learned} for number, turn in enumerate(turns[: last + 1])]
-    first = next((number for number, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    if learned:
+        turns = turns[: learned[-1] + 1]
+    turns = [{**turn, "train": number in learned} for number, turn in enumerate(turns)]
+    num_system = next((number for number, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
     exchanges: list[list[Message]] = []
-    for number, turn in enumerate(turns[first:]):
-        if not exchanges or (turn["role"] == "user" and turns[first + number - 1]["role"] != "user"):
+    previous_role = None
+    for turn in turns[num_system:]:
+        if not exchanges or (turn["role"] == "user" and previous_role != "user"):
             exchanges.append([])
         exchanges[-1].append(turn)
-    return turns[:first], exchanges
+        previous_role = turn["role"]
+    return turns[:num_system], exchanges
 
 
 def _encode_exchanges(
     encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]]
 ) -> tuple[Document, Sample]:
-    turns = [*system, *(turn for exchange in exchanges for turn in exchange)]
+    """(the document with only these turns, its sample)."""
+    turns = list(system)
+    for exchange in exchanges:
+        turns += exchange
     return next(encoder.encode([replace(document, messages=turns, chosen=None, rejected=None)]))
 
 
 def _text_pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:
-    bos = _num_bos(encoder, sample)
-    room = max_length - bos
+    """The policy `split` for texts, see `fit_length`."""
+    num_bos = _num_bos(encoder, sample)
+    room = max_length - num_bos
     if room < 2:
         return [truncate(sample, max_length, 0)]
     length = len(sample.input_ids)
-    cuts = list(range(bos, length, room))
-    if length - cuts[-1] == 1:  # EOS alone would teach that texts are empty
-        cuts[-1] -= 1
-    return [sample.cut(slice(bos), slice(begin, end)) for begin, end in zip(cuts, [*cuts[1:], length], strict=True)]
+    begins = list(range(num_bos, length, room))
+    if length - begins[-1] == 1:  # EOS alone would teach that texts are empty
+        begins[-1] -= 1
+    ends = [*begins[1:], length]
+    return [sample.cut(slice(num_bos), slice(begin, end)) for begin, end in zip(begins, ends, strict=True)]
 
 
 def _num_bos(encoder: Encoder, sample: Sample) -> int:
