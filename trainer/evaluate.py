@@ -20,7 +20,7 @@ from trainer.checkpoints.manifest import fingerprint
 from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.prepare import ChooseDate, Prepared
-from trainer.data.report.progress import Say, say_on_rank_0
+from trainer.data.report.progress import PrintLine, print_on_rank_0
 from trainer.evaluation.report import comparison, page, record
 from trainer.evaluation.report.intervals import Bootstrap, confidence_intervals, resample_metrics
 from trainer.evaluation.report.record import BASE, TUNED, EarlierEvaluation, EvaluatedModel
@@ -173,7 +173,7 @@ class _RunData:
         *,
         stop: Callable[[], bool],
         choose_date: ChooseDate | None = None,
-        say: Say = say_on_rank_0,
+        say: PrintLine = print_on_rank_0,
     ) -> Prepared:
         """Open it or make it. Errors: those of preparing, DataError where the run's own rows are gone."""
         if self.job.data_run is None:

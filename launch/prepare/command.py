@@ -116,7 +116,7 @@ def _leave(signal_name: str) -> None:
 
 def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
     """Print what a person wants to know first; returns the exit code."""
-    from trainer.data.report.preview import render, summary
+    from trainer.data.report.preview import render_pieces, summary
     from trainer.data.report.wording import visible
 
     print(summary(report))
@@ -125,7 +125,7 @@ def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
             break
         runs = [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
         note = sample.get("note")  # data prepared by an earlier version has none
-        print(f"{sample['where']}{f' · {visible(note)}' if note else ''}:\n{render(runs, width=100)}")
+        print(f"{sample['where']}{f' · {visible(note)}' if note else ''}:\n{render_pieces(runs, width=100)}")
     print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
     print(f"look at:  {directory / 'audit.html'}", flush=True)
     return 0

@@ -24,7 +24,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.reporting.run_record import RUN_RECORD, read_run_record
 
 if TYPE_CHECKING:
-    from trainer.data.report.inspection import Entry
+    from trainer.data.report.inspection import PreparedEntry
 
 MOST_ROWS = 1000
 """Samples of one call."""
@@ -38,7 +38,7 @@ class PrintWords(VerbWords):
     rows: str | None = word("sequences to decode, counted from 0", like="[0,5,10-12]")
     random: int | None = word("so many drawn without repeats", like="3", least=1)
     seed: int = word("of the drawing", default=0, least=0)
-    find: str | None = word("those whose document holds the text, in any case", like="text")
+    find_sequences: str | None = word("those whose document holds the text, in any case", like="text")
     limit: int = word("how many of those are shown", default=5, least=1)
     documents: bool = word("the document beside each sequence", default=False, like="true")
     histogram: bool = word("the lengths even where sequences are decoded", default=False, like="true")
@@ -113,7 +113,7 @@ def show(directory: Path, asked: PrintWords) -> int:
     if (directory / RUN_RECORD).is_file():
         directory = data_directory_of(directory)
     prepared = locate(directory)
-    split = asked.split or prepared.asked or next(iter(prepared.splits))
+    split = asked.split or prepared.requested_split or next(iter(prepared.splits))
     rows, found = _chosen(prepared, split, asked)
     tokenizer = load_tokenizer(prepared, asked.tokenizer) if rows else None
     columns = None if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
@@ -124,7 +124,7 @@ def show(directory: Path, asked: PrintWords) -> int:
         if (groups := inspection.groups_table(prepared, split)) is not None:
             console.print(groups)
         if asked.find is None:
-            console.print(inspection.histogram(prepared, split, min(console.width, 100)))
+            console.print(inspection.length_histogram(prepared, split, min(console.width, 100)))
     if found is not None:
         more = f", the first {len(rows)} shown; limit= shows more" if found > len(rows) else ""
         console.print(f"{found:,} of {len(prepared.split(split)):,} sequences of {split} hold it{more}")
@@ -135,39 +135,19 @@ def show(directory: Path, asked: PrintWords) -> int:
     return 0
 
 
-def data_directory_of(run_dir: Path) -> Path:
-    """The prepared data of a run. A relative path counts from the working directory, else from the run.
-
-    Errors: ConfigError if it is not there, DataError if the run's record cannot be read.
-    """
-    try:
-        named = read_run_record(run_dir).data_directory
-    except (OSError, ValueError, RecursionError) as error:
-        path = run_dir / RUN_RECORD
-        raise DataError(f"{path}: cannot be read ({error}); name the directory of the prepared data") from error
-    if not named:
-        raise ConfigError(
-            f"{run_dir / RUN_RECORD}: does not say where the data of the run is; name its prepared directory"
-        )
-    for directory in (Path(named).expanduser(), run_dir / named):
-        if (directory / "manifest.json").is_file():
-            return directory
-    raise ConfigError(
-        f"{named}: the prepared data of {run_dir} is no longer there; prepare it again with shardtune prepare"
-    )
-
-
-def _sample(prepared: Entry, split: str, index: int, tokenizer: Any, console: Any, asked: PrintWords) -> None:
+def _sample(prepared: PreparedEntry, split: str, index: int, tokenizer: Any, console: Any, asked: PrintWords) -> None:
     from trainer.data.report import inspection
 
     console.print(
-        inspection.sample(prepared, split, index, tokenizer, console, document=asked.documents, max_lines=asked.lines)
+        inspection.render_sample(
+            prepared, split, index, tokenizer, console, document=asked.documents, max_lines=asked.lines
+        )
     )
 
 
-def _chosen(prepared: Entry, split: str, asked: PrintWords) -> tuple[list[int], int | None]:
+def _chosen(prepared: PreparedEntry, split: str, asked: PrintWords) -> tuple[list[int], int | None]:
     """The sequences to decode; and for find= how many there are in all."""
-    from trainer.data.report.inspection import find
+    from trainer.data.report.inspection import find_sequences
 
     data = prepared.split(split)
     if asked.rows is not None:
@@ -178,7 +158,7 @@ def _chosen(prepared: Entry, split: str, asked: PrintWords) -> tuple[list[int], 
         number = min(asked.random, len(data), MOST_ROWS)
         return sorted(np.random.default_rng(asked.seed).choice(len(data), number, replace=False).tolist()), None
     if asked.find is not None:
-        found = find(prepared, split, asked.find)
+        found = find_sequences(prepared, split, asked.find)
         return found[: asked.limit].tolist(), len(found)
     return ([0] if asked.documents and len(data) else []), None
 

@@ -8,7 +8,7 @@ from trainer.data.config import ChecksConfig, DataConfig
 from trainer.data.document import Document, Tally
 from trainer.data.selection.signatures import content
 from trainer.data.sources import problems
-from trainer.data.transforms.checks import KINDS, REPEATED, Checks
+from trainer.data.transforms.checks import KINDS, MIN_REPEATED_CHARACTERS, Checks
 
 LONG = "a sentence that is long enough to count as said twice"
 SENTENCES = [
@@ -45,7 +45,7 @@ def turns(roles):
 
 
 def verdicts(document, **config):
-    return list(Checks(ChecksConfig(**config))._found(document))
+    return list(Checks(ChecksConfig(**config))._first_places(document))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_repeated_turns():
     short = chat(("user", "yes"), ("assistant", "a"), ("user", "yes"), ("assistant", "a"))
     assert verdicts(repeated) == ["repeated_turn"]
     assert verdicts(echoed) == verdicts(short) == []
-    for length, found in ((REPEATED, ["repeated_turn"]), (REPEATED - 1, [])):
+    for length, found in ((MIN_REPEATED_CHARACTERS, ["repeated_turn"]), (MIN_REPEATED_CHARACTERS - 1, [])):
         said = "a" * length
         assert verdicts(chat(("user", said), ("assistant", "a"), ("user", said), ("assistant", "b"))) == found
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.helpers.covering import examples
 from trainer.data.config import CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Tally
-from trainer.data.transforms.checks import Cleaner, encoding_fixer, remove_controls
+from trainer.data.transforms.checks import Cleaner, encoding_fixer, remove_control_characters
 
 EVERYTHING = CleaningConfig(fix_encoding=True, control_characters=True, unicode=UnicodeForm.NFC)
 fix_encoding = encoding_fixer()
@@ -41,24 +41,24 @@ KEPT = [
 
 @pytest.mark.parametrize("character", REMOVED)
 def test_invisible_characters_go(character):
-    assert remove_controls(f"a{character}b\n{character}") == "ab\n"
+    assert remove_control_characters(f"a{character}b\n{character}") == "ab\n"
 
 
 @pytest.mark.parametrize("text", KEPT)
 def test_joiners_that_scripts_and_emoji_need_stay(text):
-    assert remove_controls(text) == text
+    assert remove_control_characters(text) == text
 
 
 def test_other_joiners_hidden_tags_and_colour_codes_go():
-    assert remove_controls(f"a{ZWJ}b{ZWNJ}c 👩{ZWJ} x") == "abc 👩 x"
-    assert remove_controls("a\U000e0041\U000e0042b c\U000e0101") == "ab c"
-    assert remove_controls("\x1b[1;31mred\x1b[0m") == "red"
-    assert remove_controls("page\x0cpage\x85x\ud800") == "page\npage\nx"
+    assert remove_control_characters(f"a{ZWJ}b{ZWNJ}c 👩{ZWJ} x") == "abc 👩 x"
+    assert remove_control_characters("a\U000e0041\U000e0042b c\U000e0101") == "ab c"
+    assert remove_control_characters("\x1b[1;31mred\x1b[0m") == "red"
+    assert remove_control_characters("page\x0cpage\x85x\ud800") == "page\npage\nx"
 
 
 @given(st.text())
 def test_no_control_is_left_and_nothing_else_is_lost(text):
-    new = remove_controls(text)
+    new = remove_control_characters(text)
     assert not [c for c in new if unicodedata.category(c) == "Cc" and c not in "\n\t\r"]
     visible = [c for c in text if unicodedata.category(c)[0] in "LNPSZ" or c in "\t\r"]
     if "\x1b[" not in text:

@@ -112,9 +112,9 @@ def test_unusable_settings_are_refused(config, message):
 
 
 def test_language_counts_of_a_sample(monkeypatch):
-    monkeypatch.setattr(filters, "SHORTEST", 50)
+    monkeypatch.setattr(filters, "MIN_JUDGED_CHARACTERS", 50)
     texts = [PROSE, GERMAN, GERMAN, FRENCH, CHINESE, THAI, "ok", CODE, FRENCH]
     documents = [plain(text) for text in texts]
-    counts = filters.share(documents)
+    counts = filters.count_languages(documents)
     assert counts == {"de": 2, "fr": 2, "unjudged": 2, "en": 1, "th": 1, "zh": 1}
     assert list(counts) == ["de", "fr", "unjudged", "en", "th", "zh"]

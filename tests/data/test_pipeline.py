@@ -77,7 +77,7 @@ def content(directory):
 
 def test_workers_and_shards_make_the_same_data_set(tmp_path, config, monkeypatch):
     write_jsonl(tmp_path / "train.jsonl", [*mixed_rows(1500), {"messages": []}, {"text": "not a chat"}])
-    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "SMALL_INPUT_BYTES", 0)
     config = replace(
         config,
         max_bad_share=0.1,

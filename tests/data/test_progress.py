@@ -13,7 +13,7 @@ from trainer.data.config import DataConfig
 from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
 from trainer.data.report import progress
-from trainer.data.report.progress import PreparationProgress, say_on_rank_0
+from trainer.data.report.progress import PreparationProgress, print_on_rank_0
 from trainer.data.worker import ordered_map
 
 
@@ -24,7 +24,7 @@ def preparation(tmp_path, num=2000, **options):
 
 
 def test_rows_done_of_how_many_and_their_rate(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     lines, said = [], threading.Event()
 
     def say(line):
@@ -57,14 +57,14 @@ def test_other_phases_and_other_ranks(monkeypatch, capsys):
     now[0] += 45
     told.phase = "writing the reports"
     assert told.line() == "preparing data: writing the reports, 45 s"
-    say_on_rank_0(told.line())
+    print_on_rank_0(told.line())
     monkeypatch.setenv("RANK", "1")
-    say_on_rank_0("another rank")
+    print_on_rank_0("another rank")
     assert capsys.readouterr().err == "preparing data: writing the reports, 45 s\n"
 
 
 def test_what_waits_for_another_process_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     lines, waits = [], threading.Event()
 
     def say(line):

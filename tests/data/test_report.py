@@ -35,9 +35,9 @@ from trainer.data.config import (
 from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
 from trainer.data.report.audit import Audit
-from trainer.data.report.pages import datacard, page
+from trainer.data.report.pages import audit_page, datacard
 from trainer.data.report.preview import summary
-from trainer.data.report.wording import Level, known_gaps, overall, percent, tiles
+from trainer.data.report.wording import Level, known_gaps, overall_level, percent, tiles
 from trainer.objectives.classification import LabelReading
 from trainer.objectives.pairs import PairReading
 
@@ -277,7 +277,7 @@ def test_verdict_by_its_rules(tmp_path):
         Level.good,
         Level.look,
     ]
-    assert overall(tiles(audit)) == (Level.look, "Worth a look: rows lost, truncated, personal data")
+    assert overall_level(tiles(audit)) == (Level.look, "Worth a look: rows lost, truncated, personal data")
     _, kept = everything(tmp_path, eval_share=0.0, max_bad_share=0.02, max_length=4096)
     assert level_of(kept, "Truncated") is Level.good and level_of(kept, "Leakage") is Level.none
     _, cut = everything(tmp_path, max_length=24, max_bad_share=1.0)
@@ -292,7 +292,7 @@ def test_verdict_by_its_rules(tmp_path):
     assert level_of(grave, "Personal") is Level.act and level_of(grave, "Duplicates") is Level.act
     _, copied = prepare(tmp_path, rows[1:] + rows[1:3])
     assert level_of(copied, "Duplicates") is Level.look
-    assert overall(tiles(prepare(tmp_path, rows[1:])[1])) == (Level.good, "Nothing stands out")
+    assert overall_level(tiles(prepare(tmp_path, rows[1:])[1])) == (Level.good, "Nothing stands out")
 
 
 def test_what_was_not_looked_for_is_said(tmp_path):
@@ -314,7 +314,7 @@ def test_what_was_not_looked_for_is_said(tmp_path):
     assert "organisations were not looked for." in card and "organisations were not looked for (data.privacy" in card
     looked_for = [*audit.privacy.looked_for, "PERSON"]
     named = replace(audit, privacy=replace(audit.privacy, looked_for=looked_for))
-    assert "organisations were looked for" in words_of(page(named, CardConfig()))
+    assert "organisations were looked for" in words_of(audit_page(named, CardConfig()))
     assert "organisations were looked for" in datacard(named, CardConfig())
     assert not [gap for gap in known_gaps(named, CardConfig()) if "organisations" in gap]
 
@@ -337,7 +337,7 @@ def test_samples_say_which_answer_is_wanted(tmp_path, capsys):
     assert [sample.note for sample in audit.samples] == ["chosen", "rejected"] * 5
     taught = ["".join(piece["text"] for piece in sample.pieces if piece["learned"]) for sample in audit.samples]
     assert all(("quick" in text) == (n % 2 == 1) for n, text in enumerate(taught)), taught
-    shown = words_of(page(audit, CardConfig()))
+    shown = words_of(audit_page(audit, CardConfig()))
     assert "train.jsonl:1 · rejected" in shown and "is learned, as what is said above it; the rest is context" in shown
     verb.show(audit.report(), made.directory, cached=False)
     said = capsys.readouterr().out
@@ -370,7 +370,7 @@ def test_the_page_is_made_of_the_file_and_of_nothing_but_its_form(tmp_path):
     assert asdict(audit) == told
     told["leakage"]["eval"]["train"]["exact"] = 17
     path.write_text(json.dumps(told))
-    assert "Leakage 17" in words_of(page(Audit.read(made.directory), CardConfig()))
+    assert "Leakage 17" in words_of(audit_page(Audit.read(made.directory), CardConfig()))
 
     def refused(change, place):
         broken = json.loads(json.dumps(told))

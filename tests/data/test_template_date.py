@@ -20,7 +20,7 @@ from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.config.run import TEMPLATE_DATE, kept_date
 from trainer.data.config import DataConfig
 from trainer.data.objective_spec import Reading
-from trainer.data.prepare import Preparation, kept_or_first
+from trainer.data.prepare import Preparation, keep_or_first_date
 from trainer.data.report.preview import summary
 from trainer.data.tokens.clock import TemplateDate, reads_clock, with_date
 from trainer.evaluation.tasks.prepared import TaskContext
@@ -95,7 +95,7 @@ def test_a_clock_that_stands_still(template, written):
 
 
 def test_the_first_preparation_decides_and_the_fingerprint_covers_it(tmp_path, another_day, monkeypatch):
-    first = preparation(tmp_path, choose_date=kept_or_first(TemplateDate(CHRISTMAS)))
+    first = preparation(tmp_path, choose_date=keep_or_first_date(TemplateDate(CHRISTMAS)))
     made = first.open_or_make()
     assert "25 Dec 2025" in text_of(made) and made.date == TemplateDate(CHRISTMAS)
     assert "the chat template writes 2025-12-25 for today" in summary(made.report)
@@ -117,7 +117,7 @@ def test_without_a_clock_nothing_is_dated(tmp_path):
 
 
 def test_what_an_earlier_version_prepared_is_gone_on_with(tmp_path, another_day):
-    undated = preparation(tmp_path, choose_date=kept_or_first(TemplateDate(CHRISTMAS, in_fingerprint=False)))
+    undated = preparation(tmp_path, choose_date=keep_or_first_date(TemplateDate(CHRISTMAS, in_fingerprint=False)))
     before = undated.open_or_make()
     known = preparation(tmp_path)
     assert known.fingerprint == undated.fingerprint, "its entry has the fingerprint without a date"

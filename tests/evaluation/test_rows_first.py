@@ -119,7 +119,7 @@ def test_rows_that_take_long_to_check_are_told(monkeypatch):
         lines.append(line)
         is_told.set()
 
-    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     monkeypatch.setattr(task_evaluator, "PreparationProgress", partial(progress.PreparationProgress, hear))
     task = SimpleNamespace(key="evaluation.tasks.big", loads_own_rows=False, run=lambda cases, model: is_told.wait(60))
     task_evaluator.TaskEvaluator([PreparedTask(task, [None] * 1200)], SimpleNamespace()).check_rows()

@@ -20,8 +20,8 @@ from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import steps_from_budget
 from trainer.data.config import Layout
-from trainer.data.prepare import ChooseDate, Preparation, Prepared, kept_or_first
-from trainer.data.report.progress import Say, say_on_rank_0
+from trainer.data.prepare import ChooseDate, Preparation, Prepared, keep_or_first_date
+from trainer.data.report.progress import PrintLine, print_on_rank_0
 from trainer.losses.fuse import fuse_head
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
@@ -67,7 +67,7 @@ def prepare_data(
     *,
     stop: Callable[[], bool] = lambda: False,
     choose_date: ChooseDate | None = None,
-    say: Say = say_on_rank_0,
+    say: PrintLine = print_on_rank_0,
 ) -> Prepared:
     """The prepared data set of the run, from the cache where nothing has changed. `stop` is asked now and then.
 
@@ -81,7 +81,7 @@ def prepare_data(
         reading,
         seed=config.run.seed,
         stop=stop,
-        choose_date=choose_date or kept_or_first(kept_date(config)),
+        choose_date=choose_date or keep_or_first_date(kept_date(config)),
         say=say,
     ).open_or_make()
     reading.check(data.train)
@@ -91,7 +91,7 @@ def prepare_data(
 def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, stop: Callable[[], bool]) -> None:
     """Part i of n of the first pass over the data; `prepare_data` merges them once all are made."""
     reading = reading_of(config.objective)
-    choose_date = kept_or_first(kept_date(config))
+    choose_date = keep_or_first_date(kept_date(config))
     Preparation(config.data, tokenizer, reading, seed=config.run.seed, stop=stop, choose_date=choose_date).make_shard(
         *shard
     )

@@ -27,8 +27,8 @@ from trainer.data.objective_spec import Reading
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
 from trainer.data.rendered import refuse_rendered
-from trainer.data.report.describe import Description
-from trainer.data.report.progress import PreparationProgress, Say, say_on_rank_0
+from trainer.data.report.describe import ReportWriter
+from trainer.data.report.progress import PreparationProgress, PrintLine, print_on_rank_0
 from trainer.data.selection.splits import choose
 from trainer.data.shards import Assembly, Block
 from trainer.data.sources import inputs_of, jobs, readers_of, require_room, rows_of
@@ -44,9 +44,9 @@ VERSION = 7
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
 TEMPLATE_DATE = "template_date"
 """Where a report has the date that the chat template wrote."""
-SMALL = 8 << 20
+SMALL_INPUT_BYTES = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
-NOT_CONTENT = (
+SETTINGS_NOT_IN_FINGERPRINT = (
     *("path", "eval_path", "test_path", "cache_dir", "remote", "streaming", "workers", "verify"),
     *("packing", "layout", "shuffle"),
 )
@@ -72,7 +72,7 @@ ChooseDate = Callable[[Callable[[], TemplateDate]], TemplateDate]
 """Decides which date the chat template writes, given a function for the date of the first preparation into the cache."""
 
 
-def kept_or_first(kept: TemplateDate | None) -> ChooseDate:
+def keep_or_first_date(kept: TemplateDate | None) -> ChooseDate:
     """What chooses `kept`; without one the date of the first preparation into the cache."""
     return lambda first_date: kept or first_date()
 
@@ -96,13 +96,13 @@ class Preparation:
         seed: int,
         stop: Callable[[], bool] = lambda: False,
         choose_date: ChooseDate | None = None,
-        say: Say = say_on_rank_0,
+        say: PrintLine = print_on_rank_0,
     ) -> None:
         self.config, self.tokenizer, self.reading = config, tokenizer, reading
         self.seed, self.stop = seed, stop
         self.progress = PreparationProgress(say)
-        with self.progress.telling():
-            self._identify(choose_date or kept_or_first(None))
+        with self.progress.printing():
+            self._identify(choose_date or keep_or_first_date(None))
 
     def _identify(self, choose_date: ChooseDate) -> None:
         """Find the inputs, read their bytes for the fingerprint, and settle the date of the chat template."""
@@ -110,13 +110,17 @@ class Preparation:
         self.inputs = inputs_of(config)
         options = {
             "version": VERSION,
-            "data": {key: value for key, value in identifying(asdict(config)).items() if key not in NOT_CONTENT},
+            "data": {
+                key: value
+                for key, value in identifying(asdict(config)).items()
+                if key not in SETTINGS_NOT_IN_FINGERPRINT
+            },
             "seed": seed if config.eval_share or config.test_share or config.balance.by is not BalanceBy.none else None,
             "reading": {"class": f"{type(reading).__module__}.{type(reading).__qualname__}", **reading.identity()},
         }
         cache = Path(config.cache_dir).expanduser()
         self.digest = Digests(cache)
-        self.small = sum(item.origin.size() for item in self.inputs) <= SMALL
+        self.small = sum(item.origin.size() for item in self.inputs) <= SMALL_INPUT_BYTES
         identities: list[Any] = [(i.split, i.source, i.origin.identity(self.digest)) for i in self.inputs]
         if config.decontamination.paths is not None:
             key = "data.decontamination.paths"
@@ -135,7 +139,7 @@ class Preparation:
 
     def open_or_make(self) -> Prepared:
         """The prepared data set: opened, or made by this process, or waited for while another makes it."""
-        with self.progress.telling():
+        with self.progress.printing():
             return self._open_or_make()
 
     def _open_or_make(self) -> Prepared:
@@ -164,7 +168,7 @@ class Preparation:
             return
         self._refuse_rendered_rows()
         readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
-        with self.progress.telling(), Shards(self.directory, count).writing(number, self.check_stop) as keep:
+        with self.progress.printing(), Shards(self.directory, count).writing(number, self.check_stop) as keep:
             if keep is None:
                 return
             with closing(self._blocks(readers, number, count)) as blocks:
@@ -173,7 +177,7 @@ class Preparation:
                     keep(block)
             self.digest.check()
 
-    def _dated(self) -> dict[str, str]:
+    def _date_for_report(self) -> dict[str, str]:
         return {} if self.date is None else {TEMPLATE_DATE: self.date.day.isoformat()}
 
     def _refuse_rendered_rows(self) -> None:
@@ -199,11 +203,11 @@ class Preparation:
                 for block in blocks:
                     self.check_stop()
                     assembly.append(block)
-                    self.progress.done(block.rows)
+                    self.progress.count_done(block.rows)
             self.progress.phase = "choosing documents (copies, held-out shares, balance)"
             columns, table = assembly.columns(), DocumentTable(target)
             if self.config.privacy.mode is PrivacyMode.fail:
-                from trainer.data.transforms.privacy.stage import check as check_findings
+                from trainer.data.transforms.privacy.stage import refuse_findings as check_findings
 
                 check_findings(assembly.totals.tally.findings, self.config.privacy)
             names, label_ids = self.reading.numbered(columns, table)
@@ -218,7 +222,7 @@ class Preparation:
             about |= {"sets": sets} if split == "eval" and sets else {}
             (target / split / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
         formats = {key: reader.format for key, reader in readers.items()}
-        about_it = Description(
+        about_it = ReportWriter(
             self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digest=self.digest
         )
         manifest = {
@@ -227,7 +231,8 @@ class Preparation:
             "sources": columns.sources,
             "splits": {split: len(documents) for split, documents in selection.splits.items()},
             "label_names": names,
-            "report": about_it.write(assembly.totals, columns, selection, self.reading, names) | self._dated(),
+            "report": about_it.write(assembly.totals, columns, selection, self.reading, names)
+            | self._date_for_report(),
             "hashes": hashes_of(target),
         }
         self.digest.check()
@@ -245,7 +250,7 @@ class Preparation:
         mine = every if parts == 1 else (job for job in every if job.number % parts == part)
         workers = 1 if self.small else self.config.workers or cores()
         self.progress.begin_rows()
-        mine = self.progress.reading(mine)
+        mine = self.progress.count_text_rows(mine)
         if workers > 1:
             yield from ordered_map(maker, mine, workers=workers, check=self.check_stop)
         else:

@@ -109,9 +109,9 @@ class BlockMaker:
         if config.filters != FilterConfig():
             yield Filters(config.filters)
         if config.privacy.mode is not PrivacyMode.none:
-            from trainer.data.transforms.privacy.stage import Privacy  # which makes seventy expressions
+            from trainer.data.transforms.privacy.stage import PrivacyStage  # which makes seventy expressions
 
-            yield Privacy(config.privacy, seen=job.offset)
+            yield PrivacyStage(config.privacy, seen=job.offset)
         if self.decontaminator is not None and job.split == "train":
             yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
 

@@ -69,7 +69,7 @@ class TaskEvaluator:
         progress = PreparationProgress()
         self.model.checks_only = True
         try:
-            with progress.telling():
+            with progress.printing():
                 for ready in self.tasks:
                     progress.phase = f"checking {len(ready.cases):,} rows of {ready.task.key}"
                     if not ready.task.loads_own_rows:

@@ -49,9 +49,9 @@ def repeats(text: str) -> bool:
 
 def language(text: str) -> str | None:
     """Its language, where there is enough of it to tell; None also where py3langid is not installed."""
-    from trainer.data.transforms.filters import spoken
+    from trainer.data.transforms.filters import detect_text_language
 
-    found = spoken(text) if find_spec("py3langid") is not None else None
+    found = detect_text_language(text) if find_spec("py3langid") is not None else None
     return found[0] if found is not None and found[1] >= SURE else None
 
 

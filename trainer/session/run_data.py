@@ -19,8 +19,8 @@ from strategies.errors import ConfigError, DataError
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.cache import DONE
 from trainer.data.objective_spec import Reading
-from trainer.data.prepare import Preparation, Prepared, kept_or_first, open_prepared
-from trainer.data.report.progress import Say, say_on_rank_0
+from trainer.data.prepare import Preparation, Prepared, keep_or_first_date, open_prepared
+from trainer.data.report.progress import PrintLine, print_on_rank_0
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter, TokenDataset
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
@@ -98,7 +98,7 @@ def data_of_run(
     needed: RowsNeeded | None,
     accept: bool,
     stop: Callable[[], bool] = lambda: False,
-    say: Say = say_on_rank_0,
+    say: PrintLine = print_on_rank_0,
 ) -> tuple[ObjectiveConfig, Prepared, list[str]]:
     """(objective, data, accepted differences) to build the run's model with. No collective.
 
@@ -153,7 +153,7 @@ def run_rows(
     *,
     accept: bool,
     stop: Callable[[], bool] = lambda: False,
-    say: Say = say_on_rank_0,
+    say: PrintLine = print_on_rank_0,
 ) -> tuple[Prepared, list[str]]:
     """(the documents that the run was trained on, accepted differences). No collective.
 
@@ -173,7 +173,7 @@ def run_rows(
             reading,
             seed=config.run.seed,
             stop=stop,
-            choose_date=kept_or_first(kept_date(config)),
+            choose_date=keep_or_first_date(kept_date(config)),
             say=say,
         )
     except (ConfigError, DataError) as error:

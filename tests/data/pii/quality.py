@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.data.pii.synthetic import Item, synthetic
 from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyPreset
 from trainer.data.transforms.privacy.rule import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES, PrivacyFinding
-from trainer.data.transforms.privacy.stage import Finder
+from trainer.data.transforms.privacy.stage import PersonalDataFinder
 
 HERE = Path(__file__).parent
 
@@ -50,14 +50,14 @@ def all_sets() -> list[list[Item]]:
     return [synthetic(), hand_labelled("hand-written"), hand_labelled("held-out")]
 
 
-def finder(engine: str) -> Finder:
+def finder(engine: str) -> PersonalDataFinder:
     """Every type that the engine looks for, but organisations, which are not labelled."""
     away = FOUND_BY_NONE | (NEEDS_PRESIDIO if engine == "patterns" else {"ORGANISATION"})
     types = [name for name in TYPES if name not in away]
-    return Finder(PrivacyConfig(preset=PrivacyPreset.none, types=types, engine=PrivacyEngine(engine)))
+    return PersonalDataFinder(PrivacyConfig(preset=PrivacyPreset.none, types=types, engine=PrivacyEngine(engine)))
 
 
-def measure(search: Finder, items: list[Item]) -> Quality:
+def measure(search: PersonalDataFinder, items: list[Item]) -> Quality:
     quality = Quality()
     for text, gold in items:
         found = search.find(text)
@@ -75,7 +75,7 @@ def covers(text: str, start: int, end: int, found: list[PrivacyFinding]) -> bool
     return all(any(f.start <= i < f.end for f in found) for i in range(start, end) if text[i].isalnum())
 
 
-def misses(search: Finder, items: list[Item]) -> list[str]:
+def misses(search: PersonalDataFinder, items: list[Item]) -> list[str]:
     """One line for each labelled piece that is not found under its type, and each finding that is wrong."""
     out = []
     for text, gold in items:

@@ -53,7 +53,7 @@ def iban(rng: random.Random) -> str:
 
 def fiscal_code(rng: random.Random) -> str:
     head = digits(rng, "@@@@@@##") + rng.choice("ABCDEHLMPRST") + f"{rng.randint(1, 28):02d}" + digits(rng, "@###")
-    return next(v for c in string.ascii_uppercase if patterns.known("it.codicefiscale")(v := head + c))
+    return next(v for c in string.ascii_uppercase if patterns.stdnum_check("it.codicefiscale")(v := head + c))
 
 
 def nir(rng: random.Random) -> str:
@@ -166,18 +166,18 @@ def mac(rng: random.Random) -> str:
 
 VALUES: dict[str, Callable[[random.Random], str]] = {
     "SECRET": secret,
-    "US_SSN": valid(patterns.known("us.ssn"), "###-##-####"),
+    "US_SSN": valid(patterns.stdnum_check("us.ssn"), "###-##-####"),
     "US_ITIN": valid(patterns.itin, "9##-##-####"),
-    "UK_NHS": valid(patterns.known("gb.nhs"), "### ### ####", "##########"),
+    "UK_NHS": valid(patterns.stdnum_check("gb.nhs"), "### ### ####", "##########"),
     "UK_NINO": lambda rng: digits(rng, rng.choice(("AB ## ## ## C", "JG######A", "SE ## ## ## D"))),
-    "DE_TAX_ID": valid(patterns.known("de.idnr"), "###########", "## ### ### ###"),
+    "DE_TAX_ID": valid(patterns.stdnum_check("de.idnr"), "###########", "## ### ### ###"),
     "FR_NIR": nir,
     "ES_NIF": nif,
     "IT_FISCAL_CODE": fiscal_code,
-    "NL_BSN": valid(patterns.known("nl.bsn"), "#########"),
-    "PL_PESEL": valid(patterns.known("pl.pesel"), "###########"),
-    "IN_AADHAAR": valid(patterns.known("in_.aadhaar"), "3### #### ####", "7### #### ####"),
-    "BR_CPF": valid(patterns.known("br.cpf"), "###.###.###-##"),
+    "NL_BSN": valid(patterns.stdnum_check("nl.bsn"), "#########"),
+    "PL_PESEL": valid(patterns.stdnum_check("pl.pesel"), "###########"),
+    "IN_AADHAAR": valid(patterns.stdnum_check("in_.aadhaar"), "3### #### ####", "7### #### ####"),
+    "BR_CPF": valid(patterns.stdnum_check("br.cpf"), "###.###.###-##"),
     "CREDIT_CARD": valid(patterns.card, "4### #### #### ####", "51##############", "37## ###### #####"),
     "IBAN": iban,
     "MEDICAL_RECORD": lambda rng: digits(rng, rng.choice(("########", "C-######", "@@#####"))),

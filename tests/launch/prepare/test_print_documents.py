@@ -15,7 +15,7 @@ from launch.prepare.print_documents import parse_rows
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.document import Document
-from trainer.data.report.inspection import find, locate
+from trainer.data.report.inspection import find_sequences, locate
 from trainer.data.store.documents import NAME, schema, to_batch
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter
 
@@ -121,7 +121,7 @@ def test_find_agrees_with_a_plain_search(prepared, capsys):
             for place, document in enumerate([3, 0, 1, 1])
             if any(text.lower() in turn.lower() for turn in TURNS[document])
         ]
-        assert find(locate(prepared), "train", text).tolist() == brute, text
+        assert find_sequences(locate(prepared), "train", text).tolist() == brute, text
     out = shown(capsys, prepared, "find=lazy", "limit=1")
     assert "2 of 4 sequences of train hold it, the first 1 shown" in out and out.count("a lazy dog") == 1
     assert "0 of 4 sequences" in shown(capsys, prepared, "find=nowhere")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 4
 AUDIT = "audit.json"
-TELLING = ("exact", "normalized", "near")
+LEAK_KINDS = ("exact", "normalized", "near")
 """Kinds of leakage that are a document seen in training; a shared prompt with another answer is none by itself."""
 
 
@@ -129,7 +129,7 @@ class Leaks(_Strict):
     @property
     def documents(self) -> int:
         """Training documents that are in the held-out split."""
-        return sum(self.train[kind] for kind in TELLING)
+        return sum(self.train[kind] for kind in LEAK_KINDS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -252,7 +252,7 @@ class Audit(_Strict):
         from pydantic import ValidationError
 
         try:
-            return _form().validate_json((directory / AUDIT).read_bytes())
+            return _audit_adapter().validate_json((directory / AUDIT).read_bytes())
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
@@ -272,14 +272,14 @@ class Audit(_Strict):
 
 
 @cache
-def _form() -> TypeAdapter[Audit]:
+def _audit_adapter() -> TypeAdapter[Audit]:
     """What an audit is checked against: it takes longer to make than to use."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Audit)
 
 
-def sizes(data: TokenDataset) -> dict[str, Any]:
+def split_sizes(data: TokenDataset) -> dict[str, Any]:
     """Sizes and lengths of a split, counted from its arrays: the first fields of `Split`."""
     lengths = data.lengths
     tokens, supervised = int(lengths.sum()), int(data.num_supervised.sum())
@@ -299,7 +299,7 @@ def sizes(data: TokenDataset) -> dict[str, Any]:
     }
 
 
-def distribution(values: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
+def make_histogram(values: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
     """Whole numbers in equal bins, but for a few far out, which share one; `shares` lie between 0 and 1."""
     low, most, high = map(int, np.quantile(values, (0, 0.98, 1))) if len(values) else (0, 0, 0)
     far = high > 2 * most

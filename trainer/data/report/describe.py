@@ -18,30 +18,30 @@ from trainer.data.document import Document, Tally
 from trainer.data.fields import shown_names
 from trainer.data.objective_spec import Reading
 from trainer.data.report import audit as form
-from trainer.data.report.pages import datacard, page
-from trainer.data.report.preview import pieces
-from trainer.data.report.wording import KNOBS
+from trainer.data.report.pages import audit_page, datacard
+from trainer.data.report.preview import decode_pieces
+from trainer.data.report.wording import STAGE_SETTINGS
 from trainer.data.selection.splits import Columns, Selection
 from trainer.data.shards import QUARANTINE, Totals
 from trainer.data.sources import Input
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
-from trainer.data.transforms.filters import share
+from trainer.data.transforms.filters import count_languages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FIRST_PASS = ("read", "checks", "cleaning", "filters", "privacy", "decontamination", "tokenise")
 SECOND_PASS = ("duplicates", "leakage", "balance")
-MOST_JUDGED = 1000
+MAX_JUDGED_DOCUMENTS = 1000
 """Documents whose language is judged."""
-MOST_TURNS = 2000
+MAX_COUNTED_DOCUMENTS = 2000
 """Documents whose turns are counted."""
-SAMPLES = 5
+NUM_SAMPLES = 5
 """Decoded samples in the audit."""
 
 
-class Description:
+class ReportWriter:
     """Looks at a finished store and writes its reports."""
 
     def __init__(
@@ -67,11 +67,11 @@ class Description:
 
         `reading` says what samples are, `names` are those of the labels in the order of their ids.
         """
-        samples = self._samples(TokenDataset.open(self.directory / "train"), reading, names)
+        samples = self._decode_samples(TokenDataset.open(self.directory / "train"), reading, names)
         made = self.audit(totals, columns, selection)
         made.samples = samples
         for split, part in made.splits.items():
-            self._check(split, part, made.flow)
+            self._refuse_useless_split(split, part, made.flow)
         for source in made.sources:
             if source.split != "train" and not source.kept:
                 raise DataError(
@@ -81,7 +81,7 @@ class Description:
         made.write(self.directory)
         # Page and card are made of what the file says, so that the three cannot differ.
         audit = form.Audit.read(self.directory)
-        (self.directory / "audit.html").write_text(page(audit, self.config.card), encoding="utf-8")
+        (self.directory / "audit.html").write_text(audit_page(audit, self.config.card), encoding="utf-8")
         (self.directory / "datacard.md").write_text(datacard(audit, self.config.card), encoding="utf-8")
         return audit.report()
 
@@ -96,13 +96,13 @@ class Description:
             raise AssertionError(f"{rows} rows in, {len(chosen)} kept and {dropped} dropped: some are unaccounted for")
         data = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
         found = selection.report
-        judged = self._documents(selection.splits["train"], MOST_JUDGED)
+        judged = self._documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS)
         return form.Audit(
             schema=form.SCHEMA,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             shardtune=_version(),
             fingerprint=self.fingerprint,
-            words=_words(asdict(self.config), "data"),
+            words=_dotted_settings(asdict(self.config), "data"),
             conserved={"rows_in": rows, "kept": len(chosen), "dropped": dropped},
             flow=_flow(rows, totals.tally, selection.tally),
             quarantine={"rows": totals.bad_reasons.total(), "file": QUARANTINE},
@@ -116,7 +116,7 @@ class Description:
             leakage={split: form.Leaks(**part) for split, part in found.get("leakage", {}).items()},
             groups={split: form.Groups(**part) for split, part in found.get("groups", {}).items()},
             privacy=self._privacy(totals),
-            languages=share(judged) if self.config.languages else {},
+            languages=count_languages(judged) if self.config.languages else {},
             samples=[],
         )
 
@@ -125,25 +125,27 @@ class Description:
         if bos is not None and len(data):
             starts = data.starts[lengths > 1]
             doubled = int(((data.tokens[starts] == bos) & (data.tokens[starts + 1] == bos)).sum())
-        sizes = form.sizes(data)
-        turns = np.array([len(document.turns()) for document in self._documents(documents, MOST_TURNS)], np.int64)
+        sizes = form.split_sizes(data)
+        turns = np.array(
+            [len(document.turns()) for document in self._documents(documents, MAX_COUNTED_DOCUMENTS)], np.int64
+        )
         return form.Split(
             **sizes,
             ends_supervised=data.num_ended,
             doubled_bos=doubled,
-            length_histogram=form.distribution(lengths),
-            supervised_histogram=form.distribution(data.num_supervised / np.maximum(lengths, 1), shares=True),
-            turns_histogram=form.distribution(turns) if turns.any() else None,
+            length_histogram=form.make_histogram(lengths),
+            supervised_histogram=form.make_histogram(data.num_supervised / np.maximum(lengths, 1), shares=True),
+            turns_histogram=form.make_histogram(turns) if turns.any() else None,
         )
 
-    def _check(self, split: str, part: form.Split, flow: list[form.StageReport]) -> None:
+    def _refuse_useless_split(self, split: str, part: form.Split, flow: list[form.StageReport]) -> None:
         """Law 5: refuse what would teach nothing."""
         own = getattr(self.config, f"{split}_path", None) is not None
         key = f"data.{split}_path" if own else "data.path"
         if not part.documents:
             reasons = ", ".join(f"{s.stage}/{reason} {count}" for s in flow for reason, count in s.dropped.items())
             worst = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
-            knob = KNOBS.get(worst)
+            knob = STAGE_SETTINGS.get(worst)
             too_long = any({"nothing_to_learn", "same_answers", "too_long"} & {*stage.dropped} for stage in flow)
             advice = f"loosen {knob} or " if knob else ""
             if too_long and not knob:
@@ -211,16 +213,18 @@ class Description:
         table = DocumentTable(self.directory)
         return (table.document(int(number)) for number in numbers[:: max(1, len(numbers) // most)])
 
-    def _samples(self, data: TokenDataset, reading: Reading, names: list[str] | None) -> list[form.DecodedSample]:
+    def _decode_samples(
+        self, data: TokenDataset, reading: Reading, names: list[str] | None
+    ) -> list[form.DecodedSample]:
         """Sequences spread over the whole; of pairs both answers, since a mark alone would not tell which is wanted."""
         table, samples, each = DocumentTable(self.directory), [], reading.sequences_per_document
         of_each = len(data) // each
-        for first in (np.linspace(0, of_each - 1, min(SAMPLES, of_each)).astype(int) * each).tolist():
+        for first in (np.linspace(0, of_each - 1, min(NUM_SAMPLES, of_each)).astype(int) * each).tolist():
             taken = [data.sample(number) for number in range(first, first + each)]
             where = table.document(int(data.documents[first])).where
             for sample, head in zip(taken, reading.headings(), strict=True):
                 note = " ".join(filter(None, (head.rstrip(":\n"), reading.note(sample, names))))
-                made = [_piece(text, weight) for text, weight in pieces(sample, self.tokenizer)]
+                made = [_piece(text, weight) for text, weight in decode_pieces(sample, self.tokenizer)]
                 samples.append(form.DecodedSample(where=where, note=note, pieces=made))
         return samples
 
@@ -248,10 +252,10 @@ def _piece(text: str, weight: float) -> dict[str, Any]:
     return {"text": text, "learned": weight > 0, **({"weight": weight} if 0 < weight < 1 else {})}
 
 
-def _words(value: Any, key: str) -> dict[str, Any]:
+def _dotted_settings(value: Any, key: str) -> dict[str, Any]:
     """Settings by dotted name, enumerations as their words."""
     if isinstance(value, dict) and value:
-        return {k: v for name, inner in value.items() for k, v in _words(inner, f"{key}.{name}").items()}
+        return {k: v for name, inner in value.items() for k, v in _dotted_settings(inner, f"{key}.{name}").items()}
     return {key: getattr(value, "value", value)}
 
 

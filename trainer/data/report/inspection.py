@@ -23,28 +23,28 @@ from rich.text import Text
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.read.opening import read_object
-from trainer.data.report.audit import distribution, sizes
+from trainer.data.report.audit import make_histogram, split_sizes
 from trainer.data.report.wording import percent, visible
 from trainer.data.store.documents import NAME, DocumentTable
 from trainer.data.store.sequences import LABEL, TokenDataset
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 
-ORDER = {"train": 0, "eval": 1, "test": 2}
-AGAIN = "prepare the data again"
+SPLIT_ORDER = {"train": 0, "eval": 1, "test": 2}
+PREPARE_AGAIN = "prepare the data again"
 
 
 @dataclass(slots=True)
-class Entry:
+class PreparedEntry:
     """A prepared data set found on disk."""
 
     directory: Path
     manifest: dict[str, Any]
     splits: dict[str, Path]
     """Directory of each split, train first."""
-    asked: str | None = None
+    requested_split: str | None = None
     """The split that the user's path pointed to."""
     opened: dict[str, TokenDataset] = field(default_factory=dict)
 
@@ -57,14 +57,16 @@ class Entry:
         return self.opened[name]
 
 
-def locate(path: Path) -> Entry:
-    """The data set at `path`: its directory, or one of its splits.
+def locate(path: Path) -> PreparedEntry:
+    """The data set at `path`: its directory, one of its splits, or a run directory whose `run.json` names it.
 
     Raises ConfigError where there is none, DataError where a file of it cannot be read.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ConfigError(f"{path}: there is no such directory; name a prepared data set or a run directory")
+    if (path / "run.json").is_file():
+        return locate(_data_directory_of_run(path))
     if not (path / "manifest.json").is_file():
         raise ConfigError(
             f"{path}: holds no manifest.json, so it is no prepared data set, and no run.json, so it is no run; "
@@ -72,22 +74,35 @@ def locate(path: Path) -> Entry:
         )
     if (path / "index.npy").is_file() and (path.parent / "manifest.json").is_file():
         found = locate(path.parent)
-        found.asked = path.name
+        found.requested_split = path.name
         return found
     inside = [entry for entry in path.iterdir() if (entry / "manifest.json").is_file()]
-    inside.sort(key=lambda entry: (ORDER.get(entry.name, len(ORDER)), entry.name))
+    inside.sort(key=lambda entry: (SPLIT_ORDER.get(entry.name, len(SPLIT_ORDER)), entry.name))
     splits = {entry.name: entry for entry in inside} or {path.name: path}
-    return Entry(path, read_object(path / "manifest.json", AGAIN), splits)
+    return PreparedEntry(path, read_object(path / "manifest.json", PREPARE_AGAIN), splits)
 
 
-def find(prepared: Entry, split: str, text: str) -> np.ndarray:
+def _data_directory_of_run(run: Path) -> Path:
+    """The data directory of a run; a relative one counts from the working directory, else from the run."""
+    named = read_object(run / "run.json", PREPARE_AGAIN).get("data_directory")
+    if not named:
+        raise ConfigError(f"{run / 'run.json'}: does not say where the data of the run is; name its prepared directory")
+    for directory in (Path(named).expanduser(), run / named):
+        if (directory / "manifest.json").is_file():
+            return directory
+    raise ConfigError(
+        f"{named}: the prepared data of {run} is no longer there; prepare it again with shardtune prepare"
+    )
+
+
+def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray:
     """Sequences of a split whose document holds `text`, whatever its case: int64, in order.
 
     Searches the texts and labels of `documents.arrow`, batch by batch. Raises DataError where the data set has none.
     """
     path, data = prepared.directory / NAME, prepared.split(split)
     if not path.is_file():
-        raise DataError(f"find=: {path} is not there, so texts cannot be searched; {AGAIN}")
+        raise DataError(f"find=: {path} is not there, so texts cannot be searched; {PREPARE_AGAIN}")
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -97,25 +112,25 @@ def find(prepared: Entry, split: str, text: str) -> np.ndarray:
             found = np.zeros(batch.num_rows, bool)
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 if name in ("prompt", "completion", "text", "label", "tools"):
-                    found |= _holds(pc, column, text)
+                    found |= _contains(pc, column, text)
                 elif name in ("messages", "chosen", "rejected"):
                     turns = pc.list_flatten(column)
                     said = ("content", "reasoning_content", "tool_calls")
-                    inside = np.logical_or.reduce([_holds(pc, pc.struct_field(turns, key), text) for key in said])
+                    inside = np.logical_or.reduce([_contains(pc, pc.struct_field(turns, key), text) for key in said])
                     found[pc.list_parent_indices(column).to_numpy(zero_copy_only=False)[inside]] = True
             hits.append(np.flatnonzero(found) + first)
             first += batch.num_rows
     except pa.ArrowException as error:
-        raise DataError(f"{path}: cannot be read ({error}); {AGAIN}") from error
+        raise DataError(f"{path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
     return np.flatnonzero(np.isin(data.documents, np.concatenate(hits))).astype(np.int64)
 
 
-def _holds(pc: Any, column: Any, text: str) -> np.ndarray:
+def _contains(pc: Any, column: Any, text: str) -> np.ndarray:
     """bool [n]: whether each text holds `text`; nothing is held by null."""
     return np.asarray(pc.fill_null(pc.match_substring(column, text, ignore_case=True), False))
 
 
-def load_tokenizer(prepared: Entry, path: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(prepared: PreparedEntry, path: str | None) -> PreTrainedTokenizerFast:
     """The tokenizer of the data set, or the one at `path`. Local files only.
 
     Raises ConfigError where there is none, or where its vocabulary has another size than the data was prepared with.
@@ -127,7 +142,7 @@ def load_tokenizer(prepared: Entry, path: str | None) -> PreTrainedTokenizerBase
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(where), local_files_only=True)
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(str(where), local_files_only=True)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"tokenizer={where}: cannot be loaded ({reason}); give the directory of the model") from error
@@ -140,14 +155,14 @@ def load_tokenizer(prepared: Entry, path: str | None) -> PreTrainedTokenizerBase
 
 
 BINS = 16
-MOST_GROUPS = 50
+MAX_GROUPS = 50
 
 
-def splits_table(prepared: Entry) -> RenderableType:
+def splits_table(prepared: PreparedEntry) -> RenderableType:
     """Sizes of every split, counted from the arrays."""
     table = _table("split", "documents", "sequences", "tokens", "learned", "share", "p50", "p90", "longest")
     for name in prepared.splits:
-        found = sizes(prepared.split(name))
+        found = split_sizes(prepared.split(name))
         share = percent(found["supervised_share"])
         numbers = [f"{found[key]:,}" for key in ("documents", "sequences", "tokens", "supervised_tokens")]
         lengths = [f"{found[key]:,}" for key in ("length_p50", "length_p90", "length_max")]
@@ -155,7 +170,7 @@ def splits_table(prepared: Entry) -> RenderableType:
     return table
 
 
-def groups_table(prepared: Entry, split: str) -> RenderableType | None:
+def groups_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
     """Sequences and tokens of a split by source and by label; None where there is one source and no label."""
     data = prepared.split(split)
     rows: list[tuple[str, str, np.ndarray]] = []
@@ -167,19 +182,19 @@ def groups_table(prepared: Entry, split: str) -> RenderableType | None:
     if not rows:
         return None
     table = _table("", "name", "sequences", "share", "tokens", title=f"{split}: by source and label")
-    for kind, name, chosen in rows[:MOST_GROUPS]:
+    for kind, name, chosen in rows[:MAX_GROUPS]:
         number = int(chosen.sum())
         share = percent(number / len(data))
         table.add_row(kind, _text(name), f"{number:,}", share, f"{int(data.lengths[chosen].sum()):,}")
-    if len(rows) > MOST_GROUPS:
-        table.add_row("", f"... and {len(rows) - MOST_GROUPS} more", "", "", "")
+    if len(rows) > MAX_GROUPS:
+        table.add_row("", f"... and {len(rows) - MAX_GROUPS} more", "", "", "")
     return table
 
 
-def histogram(prepared: Entry, split: str, width: int) -> RenderableType:
+def length_histogram(prepared: PreparedEntry, split: str, width: int) -> RenderableType:
     """Lengths of the sequences of a split in tokens, as bars within `width` columns."""
     data, title = prepared.split(split), Text(f"{split}: length of sequences in tokens", style="bold")
-    found = distribution(data.lengths, BINS)
+    found = make_histogram(data.lengths, BINS)
     ends = [(int(begin), int(end) - 1) for begin, end in pairwise(found.edges)]
     names = [f"{begin:,}-{end:,}" if end > begin else f"{begin:,}" for begin, end in ends]
     most, numbers = max(found.counts), [f"{count:,}" for count in found.counts]
@@ -193,11 +208,11 @@ def histogram(prepared: Entry, split: str, width: int) -> RenderableType:
     return Group(title, grid)
 
 
-def sample(
-    prepared: Entry,
+def render_sample(
+    prepared: PreparedEntry,
     split: str,
     index: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     console: Console,
     *,
     document: bool = False,

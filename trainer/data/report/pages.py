@@ -1,4 +1,4 @@
-"""The audit page, one HTML file that needs no network (`page.html.j2`), and the data card in Markdown (`card.md.j2`).
+"""The audit page, one HTML file that needs no network (`audit_page.html.j2`), and the data card in Markdown (`card.md.j2`).
 
 The card is in the form of the Hugging Face hub and follows the questions of Gebru et al., "Datasheets for Datasets" (2021,
 arXiv:1803.09010). Both say what preparation counted and what its settings say; what nobody stated or measured is listed
@@ -13,30 +13,32 @@ from typing import Any
 
 from trainer.data.config import CardConfig
 from trainer.data.report.audit import Audit, DecodedSample
-from trainer.data.report.wording import known_gaps, overall, templates, tiles, visible
+from trainer.data.report.wording import known_gaps, overall_level, templates, tiles, visible
 
-MOST_WORDS = 200
+MAX_TEXT_CHARACTERS = 200
 """Characters of any text but a sample: what is longer is cut, and stands in audit.json."""
-MOST_SAMPLE = 3000
+MAX_SAMPLE_CHARACTERS = 3000
 """Characters of one decoded sample."""
 
 
-def page(audit: Audit, stated: CardConfig) -> str:
+def audit_page(audit: Audit, stated: CardConfig) -> str:
     """The text of `audit.html`. Whatever comes from the data is escaped; long lists are cut, with the number left out."""
     found, gaps = tiles(audit), known_gaps(audit, stated)
-    level, words = overall(found)
-    made = templates(_shown, autoescape=True)
-    made.filters["runs"] = runs
+    level, words = overall_level(found)
+    made = templates(_shorten, autoescape=True)
+    made.filters["runs"] = sample_runs
     template = made.get_template("page.html.j2")
     return template.render(audit=audit, tiles=found, level=level, words=words, gaps=gaps, card=stated)
 
 
-def _shown(text: str) -> str:
+def _shorten(text: str) -> str:
     """Any text of the page: nothing invisible, nothing endless."""
-    return visible(text if len(text) <= MOST_WORDS else f"{text[:MOST_WORDS]}… ({len(text):,} characters)")
+    return visible(
+        text if len(text) <= MAX_TEXT_CHARACTERS else f"{text[:MAX_TEXT_CHARACTERS]}… ({len(text):,} characters)"
+    )
 
 
-def runs(sample: DecodedSample, room: int = MOST_SAMPLE) -> list[tuple[Any, str]]:
+def sample_runs(sample: DecodedSample, room: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
     """The sample's runs as (escaped text, "learned", "context" or "cut"), at most `room` characters: its head and tail."""
     from markupsafe import escape
 
@@ -83,7 +85,7 @@ def datacard(audit: Audit, config: CardConfig) -> str:
 
     names = ", ".join(dict.fromkeys(source.name for source in audit.sources[:5]))
     title = " ".join(visible(config.title or f"Fine-tuning data: {names}").split())
-    languages = list(config.languages) or _detected(audit.languages)
+    languages = list(config.languages) or _common_languages(audit.languages)
     documents = sum(split.documents for split in audit.splits.values())
     identifier, name = hub_licence(visible(config.licence or "").strip())
     labelled = any(split.labelled for split in audit.splits.values())
@@ -112,7 +114,7 @@ def escape(words: str) -> str:
     return re.sub(r"^(#+|[-+]|\d+[.)])(?= )", r"\\\1", shown)
 
 
-def _detected(languages: dict[str, int]) -> list[str]:
+def _common_languages(languages: dict[str, int]) -> list[str]:
     """Codes of the languages of at least one judged document in a hundred, the commonest first."""
     ranked = sorted(languages.items(), key=lambda entry: -entry[1])
     least = sum(languages.values()) / 100

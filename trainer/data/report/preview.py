@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.report.wording import SAID, templates, visible
+from trainer.data.report.wording import REASON_TEXTS, templates, visible
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.transforms.privacy.rule import NOT_ASKED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
     from trainer.data.objective_spec import Reading
 
@@ -25,7 +25,7 @@ GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
 def preview(
     dataset: TokenDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     reading: Reading | None = None,
     label_names: list[str] | None = None,
     *,
@@ -36,19 +36,19 @@ def preview(
 ) -> str:
     """The document that begins at sequence `index` as text, under the headings and above the notes of `reading`.
 
-    See `render`; without a reading, that one sequence alone.
+    See `render_pieces`; without a reading, that one sequence alone.
     """
     parts = []
     for place, head in enumerate(reading.headings() if reading is not None else [""]):
         sample = dataset.sample(index + place)
         note = reading.note(sample, label_names) if reading is not None else ""
-        shown = render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines)
+        shown = render_pieces(decode_pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines)
         parts.append(head + shown + (f"\n{note}" if note else ""))
     return "\n".join(parts)
 
 
-def render(runs: list[tuple[str, float]], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
-    """Text of `pieces`, the learned part in green on a terminal, else between ⟦ and ⟧; after it its weight, if not 1.
+def render_pieces(runs: list[tuple[str, float]], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
+    """Text of `decode_pieces`, the learned part in green on a terminal, else between ⟦ and ⟧; after it its weight, if not 1.
 
     `width` is the longest line in characters; of a long document the middle is left out.
     """
@@ -67,7 +67,7 @@ def render(runs: list[tuple[str, float]], *, width: int, colour: bool | None = N
     return "\n".join(_paint(line) if colour else "".join(c for c, _ in line) for line in lines)
 
 
-def pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
+def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:
     """The decoded text of a sample in runs of tokens that are all context (0) or all learned, with the same weight.
 
     Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.
@@ -103,4 +103,4 @@ def summary(report: dict[str, Any]) -> str:
         if doubled := report.get(split, {}).get("doubled_bos"):
             raise DataError(f"{split}: {doubled} documents begin with two BOS; check model.chat_template")
     template = templates(visible, autoescape=False).get_template("terminal.txt.j2")
-    return template.render(report=report, said=SAID, not_asked=NOT_ASKED).rstrip("\n")
+    return template.render(report=report, said=REASON_TEXTS, not_asked=NOT_ASKED).rstrip("\n")

@@ -15,15 +15,15 @@ from trainer.data.read.json_rows import Line
 from trainer.data.read.paths import is_hub
 from trainer.data.sources import Input, RowRange
 
-EVERY_S = 15.0
+LINE_EVERY_S = 15.0
 """Seconds between two lines."""
-MOST_FILES = 1000
+MAX_FILES_FOR_ESTIMATE = 1000
 """Files whose heads are looked at for an estimate."""
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 """Prints a line."""
 
 
-def say_on_rank_0(line: str) -> None:
+def print_on_rank_0(line: str) -> None:
     """Print to stderr, on the rank whose lines a user sees."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
@@ -35,23 +35,23 @@ class PreparationProgress:
     Native code may keep that thread waiting as long as it keeps the interpreter's lock.
     """
 
-    def __init__(self, say: Say = say_on_rank_0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, say: PrintLine = print_on_rank_0, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = "looking at the files"
-        self._say = say
+        self._print_line = say
         self._clock = clock
-        self._began = clock()
+        self._started_at = clock()
         self._rows_done = 0
-        self._rows_began = self._began
+        self._rows_started_at = self._started_at
         self._text_rows = 0
         self._text_bytes = 0
         self._total_bytes = 0.0
         self._total_table_rows: int | None = None
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Say a line every `EVERY_S` seconds as long as this is entered."""
+    def printing(self) -> Iterator[None]:
+        """Say a line every `LINE_EVERY_S` seconds as long as this is entered."""
         over = threading.Event()
-        thread = threading.Thread(target=self._tell, args=(over,), name="preparation-progress", daemon=True)
+        thread = threading.Thread(target=self._print_lines, args=(over,), name="preparation-progress", daemon=True)
         thread.start()
         try:
             yield
@@ -62,7 +62,7 @@ class PreparationProgress:
     def expect(self, inputs: list[Input], share: float) -> None:
         """Estimate how many rows there are, for `share` of the `inputs`; unknown for hub data sets and for very many files."""
         paths = [path for item in inputs for path in item.origin.paths]
-        if len(paths) > MOST_FILES or any(not isinstance(path, Path) or is_hub(path) for path in paths):
+        if len(paths) > MAX_FILES_FOR_ESTIMATE or any(not isinstance(path, Path) or is_hub(path) for path in paths):
             return
         try:
             extents = [item.origin.extent() for item in inputs]
@@ -75,9 +75,9 @@ class PreparationProgress:
         """From now on rows are counted."""
         self.phase = "rows"
         self._rows_done = 0
-        self._rows_began = self._clock()
+        self._rows_started_at = self._clock()
 
-    def reading(self, jobs: Iterable[RowRange]) -> Iterator[RowRange]:
+    def count_text_rows(self, jobs: Iterable[RowRange]) -> Iterator[RowRange]:
         """The jobs, as they are; lines of text files among them tell how long such a line is."""
         for job in jobs:
             lines = [len(row.raw) + 1 for row in job.rows if isinstance(row, Line)]
@@ -85,7 +85,7 @@ class PreparationProgress:
             self._text_bytes += sum(lines)
             yield job
 
-    def done(self, rows: int) -> None:
+    def count_done(self, rows: int) -> None:
         """Count rows that are done."""
         self._rows_done += rows
 
@@ -93,11 +93,11 @@ class PreparationProgress:
         """How far the preparation is."""
         now = self._clock()
         if self.phase != "rows":
-            return f"preparing data: {self.phase}, {now - self._began:.0f} s"
-        rate = self._rows_done / max(now - self._rows_began, 1e-9)
+            return f"preparing data: {self.phase}, {now - self._started_at:.0f} s"
+        rate = self._rows_done / max(now - self._rows_started_at, 1e-9)
         total = self._total_rows()
         of_total = f" of about {total:,}" if total is not None and total >= self._rows_done else ""
-        return f"preparing data: {self._rows_done:,}{of_total} rows, {rate:,.0f} rows/s, {now - self._began:.0f} s"
+        return f"preparing data: {self._rows_done:,}{of_total} rows, {rate:,.0f} rows/s, {now - self._started_at:.0f} s"
 
     def _total_rows(self) -> int | None:
         if self._total_table_rows is None:
@@ -108,7 +108,7 @@ class PreparationProgress:
             return None
         return self._total_table_rows + round(self._total_bytes * self._text_rows / self._text_bytes)
 
-    def _tell(self, over: threading.Event) -> None:
-        while not over.wait(EVERY_S):
+    def _print_lines(self, over: threading.Event) -> None:
+        while not over.wait(LINE_EVERY_S):
             with suppress(OSError, ValueError):  # nobody reads what is printed
-                self._say(self.line())
+                self._print_line(self.line())

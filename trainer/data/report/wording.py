@@ -48,12 +48,12 @@ def percent(value: float) -> str:
     return f"{value:.0%}" if value in (0, 1) else f"{value:.1%}"
 
 
-def reason(code: str) -> str:
+def reason_text(code: str) -> str:
     """A reason for dropping or noting a document, in words where the code alone would not tell."""
-    return SAID.get(code, code.replace("_", " "))
+    return REASON_TEXTS.get(code, code.replace("_", " "))
 
 
-SAID = {
+REASON_TEXTS = {
     "truncated": "truncated to data.max_length",
     "split": "split into pieces of data.max_length",
     "too_long": "longer than data.max_length",
@@ -86,14 +86,14 @@ def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"percent": percent, "reason": reason, "file_name": lambda path: PurePath(path).name}
+    made.filters |= {"percent": percent, "reason": reason_text, "file_name": lambda path: PurePath(path).name}
     made.filters |= {"count": lambda value: f"{value:,.0f}", "number": lambda value: f"{value:,.4g}"}
     made.filters |= {"weight": lambda value: f"{value:,.10g}"}
     made.globals |= {"plural": plural}
     return made
 
 
-KNOBS = {
+STAGE_SETTINGS = {
     "checks": "data.checks.quarantine",
     "filters": "data.filters",
     "privacy": "data.privacy.mode",
@@ -103,13 +103,13 @@ KNOBS = {
     "balance": "data.balance",
 }
 """The setting behind what a stage drops."""
-UNASKED = frozenset({"read", "checks", "cleaning", "tokenise"})
+UNREQUESTED_STAGES = frozenset({"read", "checks", "cleaning", "tokenise"})
 """Stages whose drops nobody asked for by a setting."""
-NOTHING = "\N{EN DASH}"
+NOT_MEASURED = "\N{EN DASH}"
 """Value of a tile that was not measured."""
-LEFT_IN = frozenset({"report", "none"})
+KEEPING_POLICIES = frozenset({"report", "none"})
 """Policies that leave what was found where it is."""
-GRAVE = re.compile(
+HARMFUL_TYPES = re.compile(
     "SECRET|PASSWORD|KEY|SSN|ITIN|NHS|NINO|TAX|NIR|NIF|FISCAL|BSN|PESEL|AADHAAR|CPF|CREDIT_CARD|IBAN|MEDICAL|HEALTH"
 )
 """Parts of the names of types whose leaking does direct harm: left in the data, they call for action."""
@@ -138,10 +138,17 @@ class Tile:
 
 def tiles(audit: Audit) -> list[Tile]:
     """The findings in reading order; what was not measured says so."""
-    return [_lost(audit), _learned(audit), _truncated(audit), _leakage(audit), _duplicates(audit), _personal(audit)]
+    return [
+        _rows_lost_tile(audit),
+        _learned_tile(audit),
+        _truncated_tile(audit),
+        _leakage_tile(audit),
+        _duplicates_tile(audit),
+        _personal_data_tile(audit),
+    ]
 
 
-def overall(found: list[Tile]) -> tuple[Level, str]:
+def overall_level(found: list[Tile]) -> tuple[Level, str]:
     """The level of the whole and a sentence on it."""
     for level, words in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
         names = [tile.what.lower() for tile in found if tile.level is level]
@@ -154,25 +161,25 @@ def _level(share: float, look: float, act: float) -> Level:
     return Level.act if share > act else Level.look if share > look else Level.good
 
 
-def _lost(audit: Audit) -> Tile:
+def _rows_lost_tile(audit: Audit) -> Tile:
     rows, dropped = audit.conserved["rows_in"], audit.conserved["dropped"]
-    unasked = sum(sum(stage.dropped.values()) for stage in audit.flow if stage.stage in UNASKED)
+    unasked = sum(sum(stage.dropped.values()) for stage in audit.flow if stage.stage in UNREQUESTED_STAGES)
     level = _level(unasked / max(rows, 1), 0.01, 0.1)
     if level is Level.good and audit.lost_share > 0.5:
         level = Level.look
     note, advice = f"{dropped:,} of {plural(rows, 'row')}", ""
     if dropped:
         # Where rows went that nobody asked to drop, these are what has to be looked at.
-        stages = [stage for stage in audit.flow if stage.stage in UNASKED or not unasked]
+        stages = [stage for stage in audit.flow if stage.stage in UNREQUESTED_STAGES or not unasked]
         number, code, stage = max((n, code, stage.stage) for stage in stages for code, n in stage.dropped.items())
-        note += f"; most: {reason(code) if stage in UNASKED else f'{stage}, {reason(code)}'} ({number:,})"
-        advice = f"see the places below, and {KNOBS.get(stage, 'quarantine.jsonl and dropped.jsonl')}"
+        note += f"; most: {reason_text(code) if stage in UNREQUESTED_STAGES else f'{stage}, {reason_text(code)}'} ({number:,})"
+        advice = f"see the places below, and {STAGE_SETTINGS.get(stage, 'quarantine.jsonl and dropped.jsonl')}"
         if code == "too_long":
             advice = "raise data.max_length, or set data.over_length=truncate or split"
     return Tile("Rows lost", percent(audit.lost_share), note, level, "rows", advice)
 
 
-def _learned(audit: Audit) -> Tile:
+def _learned_tile(audit: Audit) -> Tile:
     train = audit.splits["train"]
     if train.labelled:
         return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, "splits")
@@ -184,7 +191,7 @@ def _learned(audit: Audit) -> Tile:
     return Tile("Learned tokens", share, f"of {train.tokens:,} in training", level, "splits", "read the samples below")
 
 
-def _truncated(audit: Audit) -> Tile:
+def _truncated_tile(audit: Audit) -> Tile:
     number, kept = audit.truncated, max(audit.conserved["kept"], 1)
     if not number:
         return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
@@ -193,17 +200,17 @@ def _truncated(audit: Audit) -> Tile:
     return Tile("Truncated", percent(number / kept), note, _level(number / kept, 0, 0.1), "splits", advice)
 
 
-def _leakage(audit: Audit) -> Tile:
+def _leakage_tile(audit: Audit) -> Tile:
     if not audit.leakage:
-        return Tile("Leakage", NOTHING, "no held-out split to compare with", Level.none, "leakage")
+        return Tile("Leakage", NOT_MEASURED, "no held-out split to compare with", Level.none, "leakage")
     documents = sum(found.documents for found in audit.leakage.values())
     prompts = sum(found.train["prompt"] for found in audit.leakage.values())
     shared = sum(part.in_training for part in audit.groups.values())
-    if shared and all(found.policy in LEFT_IN for found in audit.leakage.values()):
+    if shared and all(found.policy in KEEPING_POLICIES for found in audit.leakage.values()):
         note = f"training documents of a {audit.words['data.group_by']} that is held out too"
         advice = "data.leakage.policy=drop_train takes them out"
         return Tile("Leakage", f"{shared:,}", note, Level.act, "leakage", advice)
-    if documents and all(found.policy in LEFT_IN for found in audit.leakage.values()):
+    if documents and all(found.policy in KEEPING_POLICIES for found in audit.leakage.values()):
         advice = "data.leakage.policy=drop_train takes them out; until then the evaluation measures memory"
         note = f"training documents are in {' and '.join(audit.leakage)} too"
         return Tile("Leakage", f"{documents:,}", note, Level.act, "leakage", advice)
@@ -215,12 +222,14 @@ def _leakage(audit: Audit) -> Tile:
     return Tile("Leakage", f"{documents:,}", note, Level.good, "leakage")
 
 
-def _duplicates(audit: Audit) -> Tile:
+def _duplicates_tile(audit: Audit) -> Tile:
     if not audit.duplicates:
-        return Tile("Duplicates", NOTHING, "not looked for", Level.none, "duplicates")
+        return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, "duplicates")
     found = sum(kind.documents for kind in audit.duplicates.values())
     left = {
-        name: kind.documents for name, kind in audit.duplicates.items() if kind.policy in LEFT_IN and kind.documents
+        name: kind.documents
+        for name, kind in audit.duplicates.items()
+        if kind.policy in KEEPING_POLICIES and kind.documents
     }
     if not left:
         note = "taken out" if found else "none found"
@@ -231,16 +240,18 @@ def _duplicates(audit: Audit) -> Tile:
     return Tile("Duplicates", f"{sum(left.values()):,}", note, _level(part, 0.01, 0.1), "duplicates", advice)
 
 
-def _personal(audit: Audit) -> Tile:
+def _personal_data_tile(audit: Audit) -> Tile:
     found = audit.privacy
     if found is None or not found.scanned:
-        return Tile("Personal data", NOTHING, "not looked for", Level.none, "privacy", "set data.privacy.mode=report")
+        return Tile(
+            "Personal data", NOT_MEASURED, "not looked for", Level.none, "privacy", "set data.privacy.mode=report"
+        )
     limits = "" if found.people_and_places else "; people and places were not looked for"
     where = f"in {plural(found.scanned, 'document')} searched"
     if not found.documents:
         return Tile("Personal data", "0", f"none found {where}{limits}", Level.good, "privacy")
     done = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(found.mode)
-    value, grave = f"{found.documents:,}", [name for name in found.types if GRAVE.search(name)]
+    value, grave = f"{found.documents:,}", [name for name in found.types if HARMFUL_TYPES.search(name)]
     if done:
         return Tile("Personal data", value, f"documents with findings, {done}{limits}", Level.good, "privacy")
     words = f"left in, with {', '.join(grave[:3])}" if grave else f"with findings {where}"
@@ -277,7 +288,7 @@ def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
         gaps.append(f"personal data was looked for in {found.scanned:,} of {plural(documents, 'document')}")
     if found is not None and not found.people_and_places:
         gaps.append("names of people, places and organisations were not looked for (data.privacy.engine=presidio)")
-    for tile in (_leakage(audit), _duplicates(audit), _truncated(audit)):
+    for tile in (_leakage_tile(audit), _duplicates_tile(audit), _truncated_tile(audit)):
         if tile.level is not Level.good:
             gaps.append(f"{tile.what.lower()}: {tile.value if tile.level is not Level.none else ''} {tile.note}")
     for part, key in ((audit.leakage, "data.leakage.near"), (audit.duplicates, "data.duplicates.near")):

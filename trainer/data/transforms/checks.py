@@ -28,7 +28,7 @@ KINDS = {
     "control_characters": "control characters other than tab and line ends, or characters that Unicode bars",
 }
 """What documents are checked for, in the order of verdicts."""
-REPEATED = 40
+MIN_REPEATED_CHARACTERS = 40
 """Shortest text in characters that counts as said twice; people do say yes twice."""
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufdd0-\ufdef\ufffe\uffff]")
 # The first and a further byte of a UTF-8 character, read in another encoding. Cyrillic has such pairs of its own.
@@ -52,7 +52,7 @@ class Checks:
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document, each trouble noted; None, under its first trouble, where one of them means quarantine."""
-        found = self._found(document)
+        found = self._first_places(document)
         for kind, place in found.items():
             if kind in self.config.quarantine:
                 tally.drop(self.name, kind, f"{document.where} ({place})")
@@ -61,7 +61,7 @@ class Checks:
             tally.note(self.name, kind, f"{document.where} ({place})")
         return document
 
-    def _found(self, document: Document) -> dict[str, str]:
+    def _first_places(self, document: Document) -> dict[str, str]:
         """Kinds of trouble, in the order of `KINDS`, each with its first place in the document."""
         places: dict[str, str] = {}
         for kind, place in self._troubles(document):
@@ -72,9 +72,9 @@ class Checks:
         prompt = document.messages or []
         if document.chosen is not None or document.rejected is not None:
             for name in ("chosen", "rejected"):
-                yield from _order([*prompt, *(getattr(document, name) or [])], f" of {name}")
+                yield from _turn_troubles([*prompt, *(getattr(document, name) or [])], f" of {name}")
         elif document.messages is not None:
-            yield from _order(prompt, "")
+            yield from _turn_troubles(prompt, "")
         for number, text in enumerate(document.texts(), 1):
             name = f"text {number}"
             if not text or text.isspace():
@@ -90,7 +90,7 @@ class Checks:
                 yield "encoding_damage", f"{name}, {match.group()!r} at character {match.start() + 1}"
 
 
-def _order(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
+def _turn_troubles(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
     roles = [turn["role"] for turn in turns]
     said: set[tuple[str, str]] = set()
     for number, (turn, role) in enumerate(zip(turns, roles, strict=True), 1):
@@ -101,18 +101,18 @@ def _order(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
             yield "assistant_before_user", where
         if number > 1 and role == roles[number - 2] and role not in ("system", "tool"):
             yield "same_role_twice", where
-        if len(turn["content"]) >= REPEATED and (role, turn["content"]) in said:
+        if len(turn["content"]) >= MIN_REPEATED_CHARACTERS and (role, turn["content"]) in said:
             yield "repeated_turn", where
         said.add((role, turn["content"]))
     if roles and roles[-1] != "assistant":
         yield "trailing_turns", f"turn {len(turns)}{suffix}"
 
 
-ROUNDS = 8
+MAX_PASSES = 8
 """Passes a text may take to come to rest; two are usual, the second being the proof."""
 
 
-OFF = (
+FTFY_STEPS_OFF = (
     *("unescape_html", "remove_terminal_escapes", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes"),
     *("fix_line_breaks", "fix_surrogates", "remove_control_chars"),
 )
@@ -123,7 +123,7 @@ def encoding_fixer() -> Callable[[str], str]:
     """ftfy (R. Speer, 2019) with nothing switched on but the repair of mojibake."""
     import ftfy
 
-    config = ftfy.TextFixerConfig(normalization=None, **dict.fromkeys(OFF, False))  # type: ignore[arg-type]  # OFF names fields
+    config = ftfy.TextFixerConfig(normalization=None, **dict.fromkeys(FTFY_STEPS_OFF, False))  # type: ignore[arg-type]  # OFF names fields
     return lambda text: text if text.isascii() else ftfy.fix_text(text, config)
 
 
@@ -149,7 +149,7 @@ INVISIBLE = re.compile(
 )
 
 
-def remove_controls(text: str) -> str:
+def remove_control_characters(text: str) -> str:
     """Remove characters nobody sees, but not tabs, line ends, and joiners between emoji or in scripts that need them.
 
     Vertical tab, form feed and NEL become line ends. Carriage returns stay.
@@ -169,7 +169,7 @@ class Cleaner:
         if config.fix_encoding:
             self.steps.append(("fix_encoding", encoding_fixer()))
         if config.control_characters:
-            self.steps.append(("control_characters", remove_controls))
+            self.steps.append(("control_characters", remove_control_characters))
         if config.unicode is not UnicodeForm.none:
             form: Any = config.unicode.value
             self.steps.append(("unicode", partial(unicodedata.normalize, form)))
@@ -197,7 +197,7 @@ class Cleaner:
         """The cleaned text and the switches that changed it; `unsettled` alone where it was left as it was."""
         kinds: set[str] = set()
         now = text
-        for _ in range(ROUNDS):
+        for _ in range(MAX_PASSES):
             before = now
             for kind, step in self.steps:
                 new = step(now)

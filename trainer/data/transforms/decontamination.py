@@ -24,12 +24,12 @@ MAX_SHARED = 10
 """Runs in more evaluation texts than this are the set's own wording, and ignored."""
 
 
-def _words(text: str) -> np.ndarray:
+def _hash_words(text: str) -> np.ndarray:
     """uint64: a number for each word, the same in this process and those forked from it."""
     return mix(np.array([hash(word) for word in normalize(text).split()], np.int64).view(np.uint64))
 
 
-def _runs(words: np.ndarray, length: int) -> np.ndarray:
+def _hash_ngrams(words: np.ndarray, length: int) -> np.ndarray:
     """uint64: the distinct runs of `length` words, other numbers than those of any other length."""
     number = max(len(words) - length + 1, 0)
     total = np.full(number, length, np.uint64)
@@ -67,13 +67,13 @@ class Decontaminator:
         parts, lengths = list[np.ndarray](), list[int]()
         seen: set[bytes] = set()
         for where, text in texts:
-            words = _words(text)
+            words = _hash_words(text)
             if len(words) < MIN_WORDS or words.tobytes() in seen:
                 self.skipped["too_short" if len(words) < MIN_WORDS else "repeated"] += 1
                 continue
             seen.add(words.tobytes())
             lengths.append(min(NGRAM, len(words)))
-            parts.append(_runs(words, lengths[-1]))
+            parts.append(_hash_ngrams(words, lengths[-1]))
             self._places.append(where)
         self._lengths = sorted({*lengths})
         """Words of a run: 13, and those of the shorter texts."""
@@ -82,11 +82,11 @@ class Decontaminator:
         _, inverse, counts = np.unique(runs, return_inverse=True, return_counts=True)
         own = (counts[inverse] <= MAX_SHARED) | (np.array(lengths, np.int64)[owners] < NGRAM)
         order = np.argsort(runs[own], kind="stable")
-        self._runs, self._texts_of = runs[own][order], owners[own][order]
+        self._ngrams, self._owners = runs[own][order], owners[own][order]
         """Sorted, and the evaluation text that each is of."""
-        self._sizes = np.bincount(self._texts_of, minlength=len(parts))
-        self.skipped["only_shared_wording"] = int((self._sizes == 0).sum())
-        if not self._sizes.any():
+        self._ngrams_per_text = np.bincount(self._owners, minlength=len(parts))
+        self.skipped["only_shared_wording"] = int((self._ngrams_per_text == 0).sum())
+        if not self._ngrams_per_text.any():
             raise DataError(
                 f"none of the {len(self._places) + self.skipped['too_short'] + self.skipped['repeated']} evaluation texts for "
                 f"decontamination can be looked for: {self.skipped['too_short']} have fewer than {MIN_WORDS} words and "
@@ -95,12 +95,12 @@ class Decontaminator:
 
     def match(self, text: str) -> tuple[str, float] | None:
         """The evaluation text (its place) of which `text` holds the largest share, and that share; None where clean."""
-        words, counts = _words(text), np.zeros(len(self._sizes), np.int64)
-        own = np.concatenate([_runs(words, length) for length in self._lengths])
-        left, right = np.searchsorted(self._runs, own, "left"), np.searchsorted(self._runs, own, "right")
+        words, counts = _hash_words(text), np.zeros(len(self._ngrams_per_text), np.int64)
+        own = np.concatenate([_hash_ngrams(words, length) for length in self._lengths])
+        left, right = np.searchsorted(self._ngrams, own, "left"), np.searchsorted(self._ngrams, own, "right")
         for begin, end in zip(left[left < right].tolist(), right[left < right].tolist(), strict=True):
-            counts[self._texts_of[begin:end]] += 1
-        shares = counts / np.maximum(self._sizes, 1)
+            counts[self._owners[begin:end]] += 1
+        shares = counts / np.maximum(self._ngrams_per_text, 1)
         best = int(np.argmax(shares))
         return (self._places[best], float(shares[best])) if shares[best] > 0 else None
 

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.data.config import FilterConfig
 from trainer.data.document import Document, Tally, texts_in
 
-SHORTEST = 60
+MIN_JUDGED_CHARACTERS = 60
 """Characters outside code below which nothing is judged: short texts are guessed badly."""
 JUDGED_CHARACTERS = 3000
 """A document is judged by this many characters from its start; more does not change the answer."""
@@ -21,7 +21,7 @@ NO_LANGUAGE = "zxx"
 """ISO 639-2: no linguistic content (code, numbers)."""
 FENCED = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,}).*?(^ {0,3}\1[`~]*[ \t\r]*$|\Z)", re.MULTILINE | re.DOTALL)
 """Code between Markdown fences (CommonMark 0.31, section 4.5); one that is never closed reaches to the end."""
-SHORTEST_ECHO = 12
+MIN_ECHO_CHARACTERS = 12
 """Letters and digits of an answer that counts as an echo: people do answer hello with hello."""
 UNJUDGED = "unjudged"
 """How the count names documents too short to judge or without linguistic content."""
@@ -35,43 +35,43 @@ def _identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def language(document: Document) -> tuple[str, float] | None:
+def detect_language(document: Document) -> tuple[str, float] | None:
     """(ISO 639 code, probability 0 to 1) of a document without its code, system prompts and rejected answers.
 
     None where it has too little text to judge, or none in a language.
     """
     texts = [turn["content"] for turn in document.conversation() if turn["role"] != "system"]
-    return spoken("\n".join([*texts, document.text or ""]))
+    return detect_text_language("\n".join([*texts, document.text or ""]))
 
 
-def spoken(text: str) -> tuple[str, float] | None:
+def detect_text_language(text: str) -> tuple[str, float] | None:
     """(ISO 639 code, probability 0 to 1) of a text without its code; None where it is too short, or in no language."""
     text = FENCED.sub("", text)[:JUDGED_CHARACTERS].strip()
-    if len(text) < SHORTEST:
+    if len(text) < MIN_JUDGED_CHARACTERS:
         return None
     code, probability = _identifier().classify(text)
     return None if code == NO_LANGUAGE else (str(code), float(probability))
 
 
-def share(documents: Iterable[Document]) -> dict[str, int]:
+def count_languages(documents: Iterable[Document]) -> dict[str, int]:
     """Documents by language, commonest first; `unjudged` are those with too little text."""
-    counts = Counter(found[0] if (found := language(document)) else UNJUDGED for document in documents)
+    counts = Counter(found[0] if (found := detect_language(document)) else UNJUDGED for document in documents)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def answers(document: Document) -> list[str]:
+def learned_answers(document: Document) -> list[str]:
     """Texts that are learned as answers: the assistant's turns that are not masked; never rejected ones."""
     turns = document.chosen or document.conversation()
     learned = [turn for turn in turns if turn["role"] == "assistant" and turn.get("train", True)]
     return [text for turn in learned for text in texts_in(turn)]
 
 
-def echoes(document: Document) -> bool:
+def has_echo(document: Document) -> bool:
     """Whether an answer of some length is its question again, but for case, punctuation and white space."""
     for before, after in itertools.pairwise(document.conversation()):
         if before["role"] == "user" and after["role"] == "assistant" and after.get("train", True):
             asked, answer = ("".join(filter(str.isalnum, turn["content"].casefold())) for turn in (before, after))
-            if asked == answer and len(answer) >= SHORTEST_ECHO:
+            if asked == answer and len(answer) >= MIN_ECHO_CHARACTERS:
                 return True
     return False
 
@@ -96,9 +96,9 @@ class Filters:
         large = "too_many_characters" if high is not None and size > high else None
         reason, remark = "too_few_characters" if size < low else large, ""
         if reason is None and document.desirable is not False:
-            reason = self._learned(document)
+            reason = self._reason_in_learned_text(document)
         if reason is None and self.config.languages:
-            if (found := language(document)) is None:
+            if (found := detect_language(document)) is None:
                 tally.note(self.name, "language_not_judged", document.where)
             elif found[0] not in self.config.languages:
                 reason, remark = "other_language", f" ({found[0]} {found[1]:.2f})"
@@ -107,11 +107,11 @@ class Filters:
         tally.drop(self.name, reason, document.where + remark)
         return None
 
-    def _learned(self, document: Document) -> str | None:
-        texts = answers(document)
+    def _reason_in_learned_text(self, document: Document) -> str | None:
+        texts = learned_answers(document)
         if texts and sum(len(text.strip()) for text in texts) < self.config.min_completion_characters:
             return "completion_too_short"
-        if self.config.drop_echoes and echoes(document):
+        if self.config.drop_echoes and has_echo(document):
             return "echoes_prompt"
         learned = "\n".join(texts) or document.text or ""
         return "phrase" if self.phrases is not None and self.phrases.search(learned) else None

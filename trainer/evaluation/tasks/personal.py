@@ -12,7 +12,7 @@ from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import WrittenTask
 
 if TYPE_CHECKING:
-    from trainer.data.transforms.privacy.stage import Finder
+    from trainer.data.transforms.privacy.stage import PersonalDataFinder
 
 
 class PersonalDataTask(WrittenTask):
@@ -52,11 +52,11 @@ class PersonalDataTask(WrittenTask):
         return PrivacyConfig(preset=PrivacyPreset(self.option_values["preset"]), **settings)
 
     @cached_property
-    def finder(self) -> Finder:
-        """The detection engine."""
-        from trainer.data.transforms.privacy.stage import Finder
+    def finder(self) -> PersonalDataFinder:
+        """What finds it."""
+        from trainer.data.transforms.privacy.stage import PersonalDataFinder
 
-        return Finder(self.privacy)
+        return PersonalDataFinder(self.privacy)
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         questions = model.encode_questions([case.document for case in cases if case.document is not None])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from strategies.errors import ConfigError
 from trainer.data.config import DataConfig, LearnConfig
 from trainer.data.objective_spec import Reading
-from trainer.data.prepare import Preparation, Prepared, kept_or_first
+from trainer.data.prepare import Preparation, Prepared, keep_or_first_date
 from trainer.data.sources import inputs_of, readers_of
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
@@ -133,7 +133,20 @@ def prepare_tasks(
     for task in build_tasks(tasks):
         _check_objective(task, context)
         if isinstance(task, HeldOut):
-            cases = _prepare_held_out(task, context, held_out, tokenizer, stop)
+            if task.config.path is not None:
+                made = _read_as_training_data(
+                    task,
+                    lambda data: Preparation(
+                        data, tokenizer, around.reading, seed=0, stop=stop, choose_date=keep_or_first_date(around.date)
+                    ).open_or_make(),
+                    around,
+                )
+                task.dataset, directory = made.train, made.directory
+            else:
+                read_cases(task, None if held_out is None else _run_documents(evaluation, task, held_out)[:1])
+                assert held_out is not None
+                task.dataset, directory = evaluation, held_out.directory
+            found.append(PreparedTask(task, _sequence_cases(task.dataset, directory)[: task.config.max_rows]))
         else:
             cases = _read_task_cases(task, held_out, remote=context.data.remote)
         prepared.append(PreparedTask(task, cases))

@@ -15,10 +15,10 @@ from functools import lru_cache
 
 from trainer.data.transforms.privacy.patterns import npi
 from trainer.data.transforms.privacy.rule import (
-    AFTER,
-    AGAINST,
-    BEFORE,
+    CHARACTERS_AFTER,
+    CHARACTERS_BEFORE,
     NOT_PERSONAL,
+    SCORE_IF_AGAINST,
     PrivacyFinding,
     PrivacyRule,
     rule,
@@ -183,32 +183,32 @@ PLACE = re.compile(r"[ \t]*\(?(?:mobile|cell|home|work|office|fax)\b", re.IGNORE
 THOUSANDS = re.compile(r"\d{1,3}(?:\.\d{3})+$")
 
 
-def phones(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
+def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
     """Telephone numbers, those right after the word fax as FAX."""
     out = []
     for match in CANDIDATE.finditer(text):
         raw = match[1]
         if not 7 <= sum(c.isdecimal() for c in raw) <= 17 or DATE.match(raw):
             continue
-        found = _numbers(raw, tuple(regions))
+        found = _valid_numbers(raw, tuple(regions))
         for place, (start, end, sure) in enumerate(found):
             last = place == len(found) - 1
             begin, finish = match.start(1) + start, match.end() if last and end == len(raw) else match.start(1) + end
-            before, after = text[max(0, begin - BEFORE) : begin], text[finish : finish + AFTER]
+            before, after = text[max(0, begin - CHARACTERS_BEFORE) : begin], text[finish : finish + CHARACTERS_AFTER]
             fax = FAX.search(before)
             score = sure
             if sure < 0.9 and NOT_PERSONAL.search(before):
-                score = AGAINST
+                score = SCORE_IF_AGAINST
             elif fax or PHONE.search(before) or PLACE.match(after):
                 score = max(sure, 0.85 if fax else 0.75)
             elif THOUSANDS.match(raw):
-                score = AGAINST
+                score = SCORE_IF_AGAINST
             out.append(PrivacyFinding("FAX" if fax else "PHONE", begin, finish, score))
     return out
 
 
 @lru_cache(maxsize=4096)
-def _numbers(raw: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
+def _valid_numbers(raw: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
     """(start, end, certainty) of the valid numbers in a run of digits; of several countries the most certain reading."""
     import phonenumbers
 
@@ -244,7 +244,7 @@ def _certainty(match: object) -> float:
     return 0.4
 
 
-def canonical(text: str, regions: Sequence[str]) -> str:
+def canonical_phone_number(text: str, regions: Sequence[str]) -> str:
     """E.164 of a number as written (`+14155552671`), or its digits where no country knows it."""
     import phonenumbers
 

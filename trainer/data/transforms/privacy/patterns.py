@@ -45,7 +45,7 @@ def compact(text: str) -> str:
     return "".join(character for character in text if character.isalnum()).upper()
 
 
-def known(module: str, **options: bool) -> Callable[[str], bool]:
+def stdnum_check(module: str, **options: bool) -> Callable[[str], bool]:
     """The check of a module of stdnum, for numbers written with any separators; one repeated digit is nobody's number."""
     is_valid = import_module(f"stdnum.{module}").is_valid
 
@@ -56,8 +56,8 @@ def known(module: str, **options: bool) -> Callable[[str], bool]:
     return holds
 
 
-luhn, iban = known("luhn"), known("iban", check_country=False)
-nie, dni = known("es.nie"), known("es.dni")
+luhn, iban = stdnum_check("luhn"), stdnum_check("iban", check_country=False)
+nie, dni = stdnum_check("es.nie"), stdnum_check("es.dni")
 
 
 def card(text: str) -> bool:
@@ -166,30 +166,30 @@ FISCAL_CODE = (
 NIF = r"(?:[XYZ][-. ]?\d{7}|\d{8}|\d{1,2}\.\d{3}\.\d{3})[-. ]?[A-HJ-NP-TV-Z]"
 SSN_WORDS, AADHAAR_WORDS = r"ssn|social security(?: number| no\.?)?", "aadhaar|aadhar|uidai"
 NATIONAL = [
-    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, known("us.ssn"), SSN_WORDS),
-    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, known("us.ssn"), SSN_WORDS),
-    _number("US_SSN", r"\d{9}", 0.2, known("us.ssn"), SSN_WORDS, boosted=0.9),
+    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, stdnum_check("us.ssn"), SSN_WORDS),
+    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, stdnum_check("us.ssn"), SSN_WORDS),
+    _number("US_SSN", r"\d{9}", 0.2, stdnum_check("us.ssn"), SSN_WORDS, boosted=0.9),
     _number("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, itin, r"itin|taxpayer (?:id|identification)\w*"),
     _number("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, itin),
-    _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, known("gb.nhs"), "nhs"),
-    _number("UK_NHS", r"\d{10}", 0.3, known("gb.nhs"), "nhs"),
+    _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, stdnum_check("gb.nhs"), "nhs"),
+    _number("UK_NHS", r"\d{10}", 0.3, stdnum_check("gb.nhs"), "nhs"),
     rule("UK_NINO", NINO, 0.75, check=nino, near="national insurance|ni (?:number|no)|nino", needs="digit"),
-    _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, known("de.idnr"), r"steuer\S*|idnr|tax id|tin"),
-    _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, known("fr.nir")),
+    _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, stdnum_check("de.idnr"), r"steuer\S*|idnr|tax id|tin"),
+    _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, stdnum_check("fr.nir")),
     _number("ES_NIF", NIF, 0.65, nif_es, "dni|nie|nif"),
-    rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=known("it.codicefiscale"), needs="digit"),
+    rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=stdnum_check("it.codicefiscale"), needs="digit"),
     _number(
         "NL_BSN",
         r"\d{9}|\d{4}[. ]\d{2}[. ]\d{3}|\d{3}[. ]\d{3}[. ]\d{3}",
         0.3,
-        known("nl.bsn"),
+        stdnum_check("nl.bsn"),
         r"bsn|burgerservicenummer|sofi\S*",
     ),
-    _number("PL_PESEL", r"\d{11}", 0.55, known("pl.pesel"), "pesel"),
-    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, known("in_.aadhaar"), AADHAAR_WORDS),
-    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, known("in_.aadhaar"), AADHAAR_WORDS),
-    _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, known("br.cpf")),
-    _number("BR_CPF", r"\d{11}", 0.4, known("br.cpf"), "cpf"),
+    _number("PL_PESEL", r"\d{11}", 0.55, stdnum_check("pl.pesel"), "pesel"),
+    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, stdnum_check("in_.aadhaar"), AADHAAR_WORDS),
+    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, stdnum_check("in_.aadhaar"), AADHAAR_WORDS),
+    _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, stdnum_check("br.cpf")),
+    _number("BR_CPF", r"\d{11}", 0.4, stdnum_check("br.cpf"), "cpf"),
 ]
 
 MBI = "[AC-HJKMNP-RT-Y]"

@@ -55,7 +55,7 @@ HIPAA = frozenset(TYPES) - {"ORGANISATION"}
 PRESETS = dict(zip(PrivacyPreset, (frozenset[str](), GENERAL, HIPAA, GDPR), strict=True))
 NOT_ASKED = "not asked for"
 
-BEFORE, AFTER = 48, 20
+CHARACTERS_BEFORE, CHARACTERS_AFTER = 48, 20
 """How many characters before and after a match are searched for words that speak for or against it."""
 
 
@@ -74,7 +74,7 @@ class PrivacyRule:
     """One way in which a type shows itself.
 
     The first group of the expression is the finding. It counts `score`; where `near` matches close by, `boosted`; where
-    `against` matches before it, `AGAINST`, whatever else is near. A rule is tried only on texts that hold `needs` and one of
+    `against` matches before it, `SCORE_IF_AGAINST`, whatever else is near. A rule is tried only on texts that hold `needs` and one of
     `hints`: both spare time on clean text.
     """
 
@@ -91,26 +91,26 @@ class PrivacyRule:
     hints: tuple[str, ...] = field(default=())
     """Lower-case pieces of text one of which has to be there; empty: none has to be."""
 
-    def score_of(self, text: str, start: int, end: int) -> float:
+    def score_in_context(self, text: str, start: int, end: int) -> float:
         """How certain the match at `text[start:end]` is, by the words around it."""
-        before, after = text[max(0, start - BEFORE) : start], text[end : end + AFTER]
+        before, after = text[max(0, start - CHARACTERS_BEFORE) : start], text[end : end + CHARACTERS_AFTER]
         if self.against and self.against.search(before):
-            return AGAINST
+            return SCORE_IF_AGAINST
         return self.boosted if self.near and (self.near.search(before) or self.near.search(after)) else self.score
 
 
-AGAINST = 0.2
+SCORE_IF_AGAINST = 0.2
 """Score of a match that the words before it explain as something else."""
 
-_OTHER = (
+_OTHER_NUMBER_WORDS = (
     r"(?:\b(?:orders?|invoices?|isbn(?:-1[03])?|issn|doi|sku|ref(?:erence)?|tickets?|tracking|version|ver|"
     r"release|build|"
     r"item|part|model|commit|bestellung|rechnung|commande|facture|pages?|pp|vol)\b(?: (?:number|no|nr|id|code))?\.?"
     r"(?: is| was)? ?[:#=°]{0,2}|(?<![\w.])v)"
 )
-NOT_PERSONAL = re.compile(rf"{_OTHER}[ #]*(?:[A-Z]{{1,4}}-)?$", re.IGNORECASE)
+NOT_PERSONAL = re.compile(rf"{_OTHER_NUMBER_WORDS}[ #]*(?:[A-Z]{{1,4}}-)?$", re.IGNORECASE)
 """Words that say that the number right after them is not a person's."""
-VERSION = re.compile(rf"{_OTHER}[ \w.-]{{0,12}}$", re.IGNORECASE)
+VERSION = re.compile(rf"{_OTHER_NUMBER_WORDS}[ \w.-]{{0,12}}$", re.IGNORECASE)
 """The same with up to twelve characters between, as in `version of driver 10.0.1.2`."""
 
 

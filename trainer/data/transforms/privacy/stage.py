@@ -19,7 +19,7 @@ from strategies.errors import DataError
 from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
 from trainer.data.document import Document, Findings, Tally, keep_first
 from trainer.data.transforms.privacy import context, patterns
-from trainer.data.transforms.privacy.context import canonical, phones
+from trainer.data.transforms.privacy.context import canonical_phone_number, find_phone_numbers
 from trainer.data.transforms.privacy.patterns import compact
 from trainer.data.transforms.privacy.rule import (
     FOUND_BY_NONE,
@@ -36,9 +36,9 @@ NUMBER = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
 DIGIT = re.compile(r"\d")
 PLACEHOLDER = re.compile(r"\[[A-Z][A-Z_]+(?:_[0-9a-f]{8})?\]")
 """What redaction and pseudonymisation leave behind; never looked into, so that a second pass changes nothing."""
-FREE = re.compile(b"1+")
+FREE_CHARACTERS = re.compile(b"1+")
 """Characters that no finding has taken."""
-ORDER = {name: place for place, name in enumerate(TYPES)}
+TYPE_ORDER = {name: place for place, name in enumerate(TYPES)}
 RULES = (*patterns.RULES, *context.RULES)
 KEY = "SHARDTUNE_PSEUDONYM_KEY"
 """The environment variable that holds the secret key of pseudonyms."""
@@ -67,7 +67,7 @@ def coverage(config: PrivacyConfig) -> dict[str, Any]:
     return {"looked_for": looked_for, "not_looked_for": left_out}
 
 
-class Finder:
+class PersonalDataFinder:
     """Finds personal data as the settings ask. Raises ConfigError where packages are missing."""
 
     def __init__(self, config: PrivacyConfig) -> None:
@@ -91,9 +91,9 @@ class Finder:
                 for match in rule.regex.finditer(text):
                     start, end = match.span(1)
                     if rule.check is None or rule.check(text[start:end]):
-                        found.append(PrivacyFinding(rule.type, start, end, rule.score_of(text, start, end)))
+                        found.append(PrivacyFinding(rule.type, start, end, rule.score_in_context(text, start, end)))
         if there["number"] and self.types & {"PHONE", "FAX"}:
-            found += [f for f in phones(text, self.regions) if f.type in self.types]
+            found += [f for f in find_phone_numbers(text, self.regions) if f.type in self.types]
         if self.presidio:
             found += self.presidio.find(text)
         found = [f for f in found if f.score >= self.min_score]
@@ -101,19 +101,21 @@ class Finder:
         if not found:
             return []
         done = [match.span() for match in PLACEHOLDER.finditer(text)] if "[" in text else []
-        return resolve(text, [f for f in found if not any(f.start < end and start < f.end for start, end in done)])
+        return resolve_overlaps(
+            text, [f for f in found if not any(f.start < end and start < f.end for start, end in done)]
+        )
 
 
-def resolve(text: str, found: list[PrivacyFinding]) -> list[PrivacyFinding]:
+def resolve_overlaps(text: str, found: list[PrivacyFinding]) -> list[PrivacyFinding]:
     """Names last, whose ends are uncertain; longer findings first, then surer ones, then the order of `TYPES`.
 
     What a later one adds stays, so every character that any finding covers is covered by exactly one finding of the result.
     """
     taken, free = list[PrivacyFinding](), bytearray(b"1") * len(text)
     for finding in sorted(
-        found, key=lambda f: (f.type in NEEDS_PRESIDIO, f.start - f.end, -f.score, ORDER[f.type], f.start)
+        found, key=lambda f: (f.type in NEEDS_PRESIDIO, f.start - f.end, -f.score, TYPE_ORDER[f.type], f.start)
     ):
-        for piece in list(FREE.finditer(free, finding.start, finding.end)):
+        for piece in list(FREE_CHARACTERS.finditer(free, finding.start, finding.end)):
             start, end = piece.span()
             if any(c.isalnum() for c in text[start:end]):
                 taken.append(PrivacyFinding(finding.type, start, end, finding.score))
@@ -123,13 +125,13 @@ def resolve(text: str, found: list[PrivacyFinding]) -> list[PrivacyFinding]:
 
 HEX_DIGITS = 8
 """Length of a pseudonym's tail: 32 bits; of 9,000 different values two share one with a probability of about 1 %."""
-SAME = {"FAX": "PHONE", "DATE_OF_BIRTH": "DATE"}
+NORMALISED_AS = {"FAX": "PHONE", "DATE_OF_BIRTH": "DATE"}
 """Types whose values are normalised alike, so that a number has one tail under both names."""
 LONGEST_MASK = 32
 SHOW_FIRST = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANISATION"})
 
 
-class Privacy:
+class PrivacyStage:
     """Report, redact, pseudonymise, drop or fail. Built from its settings in every worker process, for rows of one source.
 
     `seen` rows of the source came before, which count towards `scan_documents`.
@@ -141,12 +143,12 @@ class Privacy:
         self.config = config
         limit = config.scan_documents if config.mode == PrivacyMode.report else 0
         self._left = max(limit - seen, 0) if limit else None
-        self._finder = None if config.mode == PrivacyMode.none or self._left == 0 else Finder(config)
+        self._finder = None if config.mode == PrivacyMode.none or self._left == 0 else PersonalDataFinder(config)
         self._key = secret_key()
         assert config.mode != PrivacyMode.pseudonymise or len(self._key) >= KEY_CHARACTERS, "`problems` says so before"
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """The document, its texts perhaps changed; None where mode=drop dropped it. For mode=fail see `check`."""
+        """The document, its texts perhaps changed; None where mode=drop dropped it. For mode=fail see `refuse_findings`."""
         if self._finder is None or self._left == 0:
             return document
         self._left = None if self._left is None else self._left - 1
@@ -184,7 +186,7 @@ class Privacy:
         return "".join([*parts, text[end:]])
 
 
-def check(findings: Findings, config: PrivacyConfig) -> None:
+def refuse_findings(findings: Findings, config: PrivacyConfig) -> None:
     """Raise DataError where mode=fail and anything was found; call it once on the findings of all workers."""
     if config.mode != PrivacyMode.fail or not findings.counts:
         return
@@ -202,9 +204,9 @@ def check(findings: Findings, config: PrivacyConfig) -> None:
 def normalise(type_: str, value: str, regions: Sequence[str]) -> str:
     """One spelling for all spellings of a value: case, spaces, separators and national telephone formats vanish."""
     text = " ".join(unicodedata.normalize("NFKC", value).split())
-    kind = SAME.get(type_, type_)
+    kind = NORMALISED_AS.get(type_, type_)
     if kind == "PHONE":
-        return canonical(text, regions)
+        return canonical_phone_number(text, regions)
     if kind == "IP":
         try:
             return str(ipaddress.ip_address(text))
@@ -221,7 +223,7 @@ def normalise(type_: str, value: str, regions: Sequence[str]) -> str:
 
 def pseudonym(type_: str, value: str, key: bytes, regions: Sequence[str]) -> str:
     """`[PERSON_3fa9c01b]`: HMAC-SHA256 of the normalised value under a secret key, the same in every run with that key."""
-    message = f"{SAME.get(type_, type_)}\0{normalise(type_, value, regions)}".encode()
+    message = f"{NORMALISED_AS.get(type_, type_)}\0{normalise(type_, value, regions)}".encode()
     return f"[{type_}_{hmac.new(key, message, hashlib.sha256).hexdigest()[:HEX_DIGITS]}]"
 
 
