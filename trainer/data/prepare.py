@@ -29,7 +29,7 @@ from trainer.data.read.paths import expand
 from trainer.data.rendered import refuse_rendered
 from trainer.data.report.describe import ReportWriter
 from trainer.data.report.progress import PreparationProgress, PrintLine, print_on_rank_0
-from trainer.data.selection.splits import choose
+from trainer.data.selection.splits import Columns, Selection, choose
 from trainer.data.shards import Assembly, Block
 from trainer.data.sources import inputs_of, jobs, readers_of, require_room, rows_of
 from trainer.data.store.documents import DocumentTable
@@ -55,7 +55,7 @@ SETTINGS_NOT_IN_FINGERPRINT = (
 
 @dataclass(slots=True)
 class Prepared:
-    """The result: splits opened read-only, and what preparation saw."""
+    """A prepared data set: splits opened read-only, and the report of its preparation."""
 
     train: TokenDataset
     evaluation: TokenDataset | None
@@ -73,7 +73,7 @@ ChooseDate = Callable[[Callable[[], TemplateDate]], TemplateDate]
 
 
 def keep_or_first_date(kept: TemplateDate | None) -> ChooseDate:
-    """What chooses `kept`; without one the date of the first preparation into the cache."""
+    """A `ChooseDate` that returns `kept`; if that is None, the date of the first preparation into the cache."""
     return lambda first_date: kept or first_date()
 
 
@@ -98,44 +98,54 @@ class Preparation:
         choose_date: ChooseDate | None = None,
         say: PrintLine = print_on_rank_0,
     ) -> None:
-        self.config, self.tokenizer, self.reading = config, tokenizer, reading
-        self.seed, self.stop = seed, stop
+        self.config = config
+        self.tokenizer = tokenizer
+        self.reading = reading
+        self.seed = seed
+        self.stop = stop
         self.progress = PreparationProgress(say)
         with self.progress.printing():
             self._identify(choose_date or keep_or_first_date(None))
 
     def _identify(self, choose_date: ChooseDate) -> None:
         """Find the inputs, read their bytes for the fingerprint, and settle the date of the chat template."""
-        config, tokenizer, reading, seed = self.config, self.tokenizer, self.reading, self.seed
+        config = self.config
         self.inputs = inputs_of(config)
-        options = {
-            "version": VERSION,
-            "data": {
-                key: value
-                for key, value in identifying(asdict(config)).items()
-                if key not in SETTINGS_NOT_IN_FINGERPRINT
-            },
-            "seed": seed if config.eval_share or config.test_share or config.balance.by is not BalanceBy.none else None,
-            "reading": {"class": f"{type(reading).__module__}.{type(reading).__qualname__}", **reading.identity()},
-        }
         cache = Path(config.cache_dir).expanduser()
         self.digest = Digests(cache)
-        self.small = sum(item.origin.size() for item in self.inputs) <= SMALL_INPUT_BYTES
-        identities: list[Any] = [(i.split, i.source, i.origin.identity(self.digest)) for i in self.inputs]
+        self.small = sum(source.origin.size() for source in self.inputs) <= SMALL_INPUT_BYTES
+        identities: list[Any] = []
+        for source in self.inputs:
+            identities.append((source.split, source.source, source.origin.identity(self.digest)))
         if config.decontamination.paths is not None:
             key = "data.decontamination.paths"
-            against = Origin(key, expand(config.decontamination.paths, key, remote=config.remote))
-            identities.append(("decontamination", against.identity(self.digest)))
+            evaluation_files = Origin(key, expand(config.decontamination.paths, key, remote=config.remote))
+            identities.append(("decontamination", evaluation_files.identity(self.digest)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
-            from trainer.data.transforms.privacy.stage import key_identity  # which makes seventy expressions
+            from trainer.data.transforms.privacy.stage import (
+                key_identity,
+            )  # imported here: it compiles seventy expressions
 
             identities.append(("key of the pseudonyms", key_identity()))
-        undated = fingerprint(identities, tokenizer, options)
+        undated = fingerprint(identities, self.tokenizer, self._options())
         self.date: TemplateDate | None = None
-        if tokenizer.chat_template and reads_clock(tokenizer.get_chat_template()):
+        if self.tokenizer.chat_template and reads_clock(self.tokenizer.get_chat_template()):
             self.date = choose_date(partial(first_date, cache, undated))
         self.fingerprint = dated(undated, self.date)
         self.directory = cache / self.fingerprint[:32]
+
+    def _options(self) -> dict[str, Any]:
+        """What of the settings decides prepared bytes. Every key stands in the fingerprint: a new one outdates all caches."""
+        config = self.config
+        settings = identifying(asdict(config))
+        uses_seed = config.eval_share or config.test_share or config.balance.by is not BalanceBy.none
+        reading_class = type(self.reading)
+        return {
+            "version": VERSION,
+            "data": {key: setting for key, setting in settings.items() if key not in SETTINGS_NOT_IN_FINGERPRINT},
+            "seed": self.seed if uses_seed else None,
+            "reading": {"class": f"{reading_class.__module__}.{reading_class.__qualname__}", **self.reading.identity()},
+        }
 
     def open_or_make(self) -> Prepared:
         """The prepared data set: opened, or made by this process, or waited for while another makes it."""
@@ -143,22 +153,24 @@ class Preparation:
             return self._open_or_make()
 
     def _open_or_make(self) -> Prepared:
-        began = time.perf_counter()
-        if not (self.directory / DONE).exists():
+        started_at = time.perf_counter()
+        is_done = (self.directory / DONE).exists()
+        if not is_done:
             self._refuse_rendered_rows()
         self.progress.phase = "waiting for another process that prepares the same data"
         shards = None if (self.directory / DONE).exists() else Shards.finished(self.directory)
-        made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
+        was_made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
         self.progress.phase = "comparing the prepared data with its hashes"
-        verify = None if made else self.config.verify
-        if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:  # once a host
+        verify = None if was_made else self.config.verify
+        # All bytes are read once a host; the other processes of the host look at samples.
+        if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:
             verify = Verify.sampled
-        seconds = time.perf_counter() - began
-        prepared = open_prepared(self.directory, cached=not made, seconds=seconds, verify=verify)
+        seconds = time.perf_counter() - started_at
+        prepared = open_prepared(self.directory, cached=not was_made, seconds=seconds, verify=verify)
         prepared.date = self.date
         if self.date is not None:
             prepared.report.setdefault(TEMPLATE_DATE, self.date.day.isoformat())  # an earlier version did not write it
-        if not made and _spells_control_tokens(prepared.report):
+        if not was_made and _spells_control_tokens(prepared.report):
             self._refuse_rendered_rows()  # it was prepared when the user had typed data.control_tokens=text
         return prepared
 
@@ -192,11 +204,11 @@ class Preparation:
             raise Preempted("asked to stop while preparing data; nothing is lost but the preparation")
 
     def run(self, target: Path, shards: Shards | None = None) -> None:
-        """Both passes, and the reports."""
+        """Prepare the data into `target`: both passes, and the reports. `shards`: where the first pass lies already."""
         self.check_stop()
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
-        splits = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
-        assembly = Assembly(target, self.config.max_bad_share, rejected, splits=splits)
+        advise_split = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
+        assembly = Assembly(target, self.config.max_bad_share, rejected, splits=advise_split)
         with closing(assembly):
             readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
             with closing(self._blocks(readers) if shards is None else shards.blocks()) as blocks:
@@ -205,40 +217,48 @@ class Preparation:
                     assembly.append(block)
                     self.progress.count_done(block.rows)
             self.progress.phase = "choosing documents (copies, held-out shares, balance)"
-            columns, table = assembly.columns(), DocumentTable(target)
+            columns = assembly.columns()
+            table = DocumentTable(target)
             if self.config.privacy.mode is PrivacyMode.fail:
-                from trainer.data.transforms.privacy.stage import refuse_findings as check_findings
+                from trainer.data.transforms.privacy.stage import refuse_findings
 
-                check_findings(assembly.totals.tally.findings, self.config.privacy)
-            names, label_ids = self.reading.numbered(columns, table)
+                refuse_findings(assembly.totals.tally.findings, self.config.privacy)
+            label_names, label_ids = self.reading.numbered(columns, table)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
         self.progress.phase = "writing the reports"
-        sets = [item.source for item in self.inputs if item.split == "eval" != item.source]
-        for split, documents in selection.splits.items():
-            (target / split).mkdir()
-            np.save(target / split / "index.npy", sequences_of(documents, columns.pieces))
-            about = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
-            about |= {"sets": sets} if split == "eval" and sets else {}
-            (target / split / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
+        self._write_splits(target, columns, selection)
         formats = {key: reader.format for key, reader in readers.items()}
-        about_it = ReportWriter(
+        reports = ReportWriter(
             self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digest=self.digest
         )
+        report = reports.write(assembly.totals, columns, selection, self.reading, label_names)
         manifest = {
             "fingerprint": self.fingerprint,
             "tokenizer": {"path": str(self.tokenizer.name_or_path), "vocab_size": len(self.tokenizer)},
             "sources": columns.sources,
             "splits": {split: len(documents) for split, documents in selection.splits.items()},
-            "label_names": names,
-            "report": about_it.write(assembly.totals, columns, selection, self.reading, names)
-            | self._date_for_report(),
+            "label_names": label_names,
+            "report": report | self._date_for_report(),
             "hashes": hashes_of(target),
         }
         self.digest.check()
+        # Written last: an entry without this file is unfinished.
         (target / DONE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if shards is not None:
             shards.remove()
+
+    def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
+        """A directory for each split: which sequences it has, and its manifest."""
+        evaluation_sets = [source.source for source in self.inputs if source.split == "eval" != source.source]
+        for split, documents in selection.splits.items():
+            directory = target / split
+            directory.mkdir()
+            np.save(directory / "index.npy", sequences_of(documents, columns.pieces))
+            manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
+            if split == "eval" and evaluation_sets:
+                manifest["sets"] = evaluation_sets
+            (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Generator[Block]:
         """The blocks of every job of one `part` of `parts`, in input order. Raises StorageError for a disk too small."""
@@ -246,21 +266,24 @@ class Preparation:
         require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=parts)
         if self.config.max_documents is None:
             self.progress.expect(self.inputs, 1 / parts)
-        every = jobs(rows_of(self.inputs, self.config.max_documents))
-        mine = every if parts == 1 else (job for job in every if job.number % parts == part)
+        part_jobs = jobs(rows_of(self.inputs, self.config.max_documents))
+        if parts > 1:
+            part_jobs = (job for job in part_jobs if job.number % parts == part)
         workers = 1 if self.small else self.config.workers or cores()
         self.progress.begin_rows()
-        mine = self.progress.count_text_rows(mine)
+        part_jobs = self.progress.count_text_rows(part_jobs)
         if workers > 1:
-            yield from ordered_map(maker, mine, workers=workers, check=self.check_stop)
+            yield from ordered_map(maker, part_jobs, workers=workers, check=self.check_stop)
         else:
-            yield from map(maker, mine)
+            yield from map(maker, part_jobs)
 
 
 def _spells_control_tokens(report: dict[str, Any]) -> bool:
     """Whether control tokens were encoded as ordinary characters in any document of prepared data."""
-    noted = [stage["noted"] for stage in report["flow"] if stage["stage"] == "tokenise"]
-    return any("control_tokens_as_text" in counts for counts in noted)
+    for stage in report["flow"]:
+        if stage["stage"] == "tokenise" and "control_tokens_as_text" in stage["noted"]:
+            return True
+    return False
 
 
 def open_prepared(

@@ -262,50 +262,61 @@ class Audit(_Strict):
 
     def report(self) -> dict[str, Any]:
         """What a run records and the terminal tells: without settings, files and distributions."""
-        whole = asdict(self)
-        splits = {
-            name: {key: value for key, value in part.items() if not key.endswith("_histogram")}
-            for name, part in whole["splits"].items()
-        }
+        fields = asdict(self)
+        report: dict[str, Any] = {}
+        for name, split in fields["splits"].items():
+            report[name] = {key: field for key, field in split.items() if not key.endswith("_histogram")}
         names = ("conserved", "flow", "duplicates", "leakage", "groups", "privacy", "unread_columns", "samples")
-        return {**splits, **{name: whole[name] for name in names if whole[name]}}
+        for name in names:
+            if fields[name]:
+                report[name] = fields[name]
+        return report
 
 
 @cache
 def _audit_adapter() -> TypeAdapter[Audit]:
-    """What an audit is checked against: it takes longer to make than to use."""
+    """pydantic's reader of an audit; cached, because it takes longer to make than to use."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Audit)
 
 
-def split_sizes(data: TokenDataset) -> dict[str, Any]:
+def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
     """Sizes and lengths of a split, counted from its arrays: the first fields of `Split`."""
-    lengths = data.lengths
-    tokens, supervised = int(lengths.sum()), int(data.num_supervised.sum())
-    weighing = supervised if data.weights is None else summed(data.counts["loss"])
-    middle, most = np.quantile(lengths, (0.5, 0.9)).round().astype(int).tolist() if len(data) else (0, 0)
+    lengths = dataset.lengths
+    tokens = int(lengths.sum())
+    supervised = int(dataset.num_supervised.sum())
+    weighted = supervised if dataset.weights is None else summed(dataset.counts["loss"])
+    median = percentile_90 = longest = 0
+    if len(dataset):
+        median, percentile_90 = np.quantile(lengths, (0.5, 0.9)).round().astype(int).tolist()
+        longest = int(lengths.max())
     return {
-        "documents": len(np.unique(data.documents)),
-        "sequences": len(data),
+        "documents": len(np.unique(dataset.documents)),
+        "sequences": len(dataset),
         "tokens": tokens,
         "supervised_tokens": supervised,
         "supervised_share": supervised / max(tokens, 1),
-        "weighted_tokens": None if weighing == supervised else weighing,
-        "labelled": LABEL in data.marks,
-        "length_p50": middle,
-        "length_p90": most,
-        "length_max": int(lengths.max()) if len(data) else 0,
+        "weighted_tokens": None if weighted == supervised else weighted,
+        "labelled": LABEL in dataset.marks,
+        "length_p50": median,
+        "length_p90": percentile_90,
+        "length_max": longest,
     }
 
 
-def make_histogram(values: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
-    """Whole numbers in equal bins, but for a few far out, which share one; `shares` lie between 0 and 1."""
-    low, most, high = map(int, np.quantile(values, (0, 0.98, 1))) if len(values) else (0, 0, 0)
-    far = high > 2 * most
-    end = (most if far else high) + 1
-    step = max(1, -(-(end - low) // bins))
-    whole = np.arange(low, end + step, step)
-    edges = np.linspace(0, 1, bins + 1).round(4) if shares else np.append(whole, high + 1) if far else whole
-    counts, _ = np.histogram(values, bins=edges)
+def make_histogram(numbers: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
+    """Whole numbers in equal bins, but for a few far out, which share the last one; `shares` lie between 0 and 1."""
+    low = percentile_98 = high = 0
+    if len(numbers):
+        low, percentile_98, high = map(int, np.quantile(numbers, (0, 0.98, 1)))
+    has_outliers = high > 2 * percentile_98
+    end = (percentile_98 if has_outliers else high) + 1
+    width = max(1, -(-(end - low) // bins))  # rounded up
+    edges = np.arange(low, end + width, width)
+    if shares:
+        edges = np.linspace(0, 1, bins + 1).round(4)
+    elif has_outliers:
+        edges = np.append(edges, high + 1)
+    counts, _ = np.histogram(numbers, bins=edges)
     return Histogram(edges=edges.astype(float).tolist(), counts=counts.tolist())

@@ -55,30 +55,35 @@ class ReportWriter:
         *,
         digest: Callable[[Path], str],
     ) -> None:
-        self.config, self.tokenizer, self.inputs, self.digest = config, tokenizer, inputs, digest
+        self.config = config
+        self.tokenizer = tokenizer
+        self.inputs = inputs
         self.formats = formats
         """How the rows of each input were read, by its id."""
-        self.fingerprint, self.directory = fingerprint, directory
+        self.fingerprint = fingerprint
+        self.directory = directory
+        self.digest = digest
 
     def write(
         self, totals: Totals, columns: Columns, selection: Selection, reading: Reading, names: list[str] | None
     ) -> dict[str, Any]:
-        """Write `audit.json`, `audit.html` and `datacard.md`; returns the run's report. Raises DataError (law 5).
+        """Write `audit.json`, `audit.html` and `datacard.md`; returns the run's report.
 
-        `reading` says what samples are, `names` are those of the labels in the order of their ids.
+        `reading` says what samples are, `names` are those of the labels in the order of their ids. Raises DataError for data
+        that would teach nothing.
         """
         samples = self._decode_samples(TokenDataset.open(self.directory / "train"), reading, names)
-        made = self.audit(totals, columns, selection)
-        made.samples = samples
-        for split, part in made.splits.items():
-            self._refuse_useless_split(split, part, made.flow)
-        for source in made.sources:
+        audit = self.audit(totals, columns, selection)
+        audit.samples = samples
+        for name, split in audit.splits.items():
+            self._refuse_useless_split(name, split, audit.flow)
+        for source in audit.sources:
             if source.split != "train" and not source.kept:
                 raise DataError(
                     f"data.{source.split}_path.{source.name}: of {source.rows} rows none could be kept; mend the files, or "
                     "loosen what drops them"
                 )
-        made.write(self.directory)
+        audit.write(self.directory)
         # Page and card are made of what the file says, so that the three cannot differ.
         audit = form.Audit.read(self.directory)
         (self.directory / "audit.html").write_text(audit_page(audit, self.config.card), encoding="utf-8")
@@ -87,96 +92,100 @@ class ReportWriter:
 
     def audit(self, totals: Totals, columns: Columns, selection: Selection) -> form.Audit:
         """The audit of the store, without samples. Raises AssertionError where a row is unaccounted for."""
-        rows, dropped = (
-            totals.rows.total(),
-            sum(c.total() for t in (totals.tally, selection.tally) for c in t.dropped.values()),
-        )
-        chosen = np.unique(np.concatenate(list(selection.splits.values())))
-        if rows != len(chosen) + dropped:
-            raise AssertionError(f"{rows} rows in, {len(chosen)} kept and {dropped} dropped: some are unaccounted for")
-        data = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
-        found = selection.report
-        judged = self._documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS)
+        rows = totals.rows.total()
+        dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
+        kept = len(np.unique(np.concatenate(list(selection.splits.values()))))
+        if rows != kept + dropped:
+            raise AssertionError(f"{rows} rows in, {kept} kept and {dropped} dropped: some are unaccounted for")
+        datasets = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
+        parts = selection.report
+        languages = {}
+        if self.config.languages:
+            languages = count_languages(self._documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS))
         return form.Audit(
             schema=form.SCHEMA,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             shardtune=_version(),
             fingerprint=self.fingerprint,
             words=_dotted_settings(asdict(self.config), "data"),
-            conserved={"rows_in": rows, "kept": len(chosen), "dropped": dropped},
+            conserved={"rows_in": rows, "kept": kept, "dropped": dropped},
             flow=_flow(rows, totals.tally, selection.tally),
             quarantine={"rows": totals.bad_reasons.total(), "file": QUARANTINE},
-            splits={split: self._split(part, selection.splits[split]) for split, part in data.items()},
-            sources=[self._source(item, totals, columns, data.get(item.split)) for item in self.inputs],
+            splits={split: self._split(dataset, selection.splits[split]) for split, dataset in datasets.items()},
+            sources=[self._source(source, totals, columns, datasets.get(source.split)) for source in self.inputs],
             unread_columns={source: shown_names(names) for source, names in totals.unread.items() if names},
-            mixing=self._mixing(data["train"]),
-            labels=found.get("labels", {}),
-            balance=found.get("balance", {}),
-            duplicates={kind: form.Copies(**part) for kind, part in found.get("duplicates", {}).items()},
-            leakage={split: form.Leaks(**part) for split, part in found.get("leakage", {}).items()},
-            groups={split: form.Groups(**part) for split, part in found.get("groups", {}).items()},
+            mixing=self._mixing(datasets["train"]),
+            labels=parts.get("labels", {}),
+            balance=parts.get("balance", {}),
+            duplicates={kind: form.Copies(**copies) for kind, copies in parts.get("duplicates", {}).items()},
+            leakage={split: form.Leaks(**leaks) for split, leaks in parts.get("leakage", {}).items()},
+            groups={split: form.Groups(**groups) for split, groups in parts.get("groups", {}).items()},
             privacy=self._privacy(totals),
-            languages=count_languages(judged) if self.config.languages else {},
+            languages=languages,
             samples=[],
         )
 
-    def _split(self, data: TokenDataset, documents: np.ndarray) -> form.Split:
-        lengths, doubled, bos = data.lengths, 0, self.tokenizer.bos_token_id
-        if bos is not None and len(data):
-            starts = data.starts[lengths > 1]
-            doubled = int(((data.tokens[starts] == bos) & (data.tokens[starts + 1] == bos)).sum())
-        sizes = form.split_sizes(data)
-        turns = np.array(
-            [len(document.turns()) for document in self._documents(documents, MAX_COUNTED_DOCUMENTS)], np.int64
-        )
+    def _split(self, dataset: TokenDataset, documents: np.ndarray) -> form.Split:
+        lengths = dataset.lengths
+        bos = self.tokenizer.bos_token_id
+        doubled_bos = 0
+        if bos is not None and len(dataset):
+            starts = dataset.starts[lengths > 1]
+            is_doubled = (dataset.tokens[starts] == bos) & (dataset.tokens[starts + 1] == bos)
+            doubled_bos = int(is_doubled.sum())
+        counted_documents = self._documents(documents, MAX_COUNTED_DOCUMENTS)
+        turns = np.array([len(document.turns()) for document in counted_documents], np.int64)
         return form.Split(
-            **sizes,
-            ends_supervised=data.num_ended,
-            doubled_bos=doubled,
+            **form.split_sizes(dataset),
+            ends_supervised=dataset.num_ended,
+            doubled_bos=doubled_bos,
             length_histogram=form.make_histogram(lengths),
-            supervised_histogram=form.make_histogram(data.num_supervised / np.maximum(lengths, 1), shares=True),
+            supervised_histogram=form.make_histogram(dataset.num_supervised / np.maximum(lengths, 1), shares=True),
             turns_histogram=form.make_histogram(turns) if turns.any() else None,
         )
 
-    def _refuse_useless_split(self, split: str, part: form.Split, flow: list[form.StageReport]) -> None:
-        """Law 5: refuse what would teach nothing."""
-        own = getattr(self.config, f"{split}_path", None) is not None
-        key = f"data.{split}_path" if own else "data.path"
-        if not part.documents:
-            reasons = ", ".join(f"{s.stage}/{reason} {count}" for s in flow for reason, count in s.dropped.items())
-            worst = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
-            knob = STAGE_SETTINGS.get(worst)
-            too_long = any({"nothing_to_learn", "same_answers", "too_long"} & {*stage.dropped} for stage in flow)
-            advice = f"loosen {knob} or " if knob else ""
-            if too_long and not knob:
+    def _refuse_useless_split(self, name: str, split: form.Split, flow: list[form.StageReport]) -> None:
+        """Raise DataError for a split that would teach nothing, with the setting that took its documents."""
+        has_own_files = getattr(self.config, f"{name}_path", None) is not None
+        key = f"data.{name}_path" if has_own_files else "data.path"
+        if not split.documents:
+            drops = [(stage.stage, code, number) for stage in flow for code, number in stage.dropped.items()]
+            reasons = ", ".join(f"{stage}/{code} {number}" for stage, code, number in drops)
+            worst_stage = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
+            setting = STAGE_SETTINGS.get(worst_stage)
+            advice = ""
+            if setting:
+                advice = f"loosen {setting} or "
+            elif any(code in ("nothing_to_learn", "same_answers", "too_long") for _, code, _ in drops):
                 advice = f"raise data.max_length={self.config.max_length} or "
             raise DataError(
-                f"{key}: no document of the {split} split has a supervised token to learn (dropped: {reasons or 'none'}); "
+                f"{key}: no document of the {name} split has a supervised token to learn (dropped: {reasons or 'none'}); "
                 f"{advice}mend the data"
             )
-        if not part.labelled and part.supervised_share < self.config.min_supervised_share:
+        if not split.labelled and split.supervised_share < self.config.min_supervised_share:
             raise DataError(
-                f"{key}: only {part.supervised_share:.4%} of the {split} tokens are supervised, less than "
+                f"{key}: only {split.supervised_share:.4%} of the {name} tokens are supervised, less than "
                 f"data.min_supervised_share={self.config.min_supervised_share}; mend the data or lower the limit"
             )
 
-    def _source(self, item: Input, totals: Totals, columns: Columns, data: TokenDataset | None) -> form.Source:
-        files = item.origin.files(self.digest)
+    def _source(self, source: Input, totals: Totals, columns: Columns, dataset: TokenDataset | None) -> form.Source:
+        files = source.origin.files(self.digest)
         tokens = supervised = 0
-        if item.source in columns.sources and data is not None:
-            mine = data.sources == columns.sources.index(item.source)
-            tokens, supervised = int(data.lengths[mine].sum()), int(data.num_supervised[mine].sum())
+        if source.source in columns.sources and dataset is not None:
+            of_source = dataset.sources == columns.sources.index(source.source)
+            tokens = int(dataset.lengths[of_source].sum())
+            supervised = int(dataset.num_supervised[of_source].sum())
         return form.Source(
-            name=item.source,
-            split=item.split,
-            format=str(self.formats[item.id]),
+            name=source.source,
+            split=source.split,
+            format=str(self.formats[source.id]),
             files=[form.SourceFile(**file, rows=totals.rows_of_file.get(file["path"])) for file in files],
-            rows=totals.rows[item.id],
-            kept=totals.kept[item.id],
+            rows=totals.rows[source.id],
+            kept=totals.kept[source.id],
             tokens=tokens,
             supervised_tokens=supervised,
-            weight=item.weight,
-            licence=item.licence or self.config.card.licence,
+            weight=source.weight,
+            licence=source.licence or self.config.card.licence,
         )
 
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
@@ -184,79 +193,104 @@ class ReportWriter:
         if all(source.weight is None for source in self.config.sources.values()):
             return {}
         mix = Mix.of(self.config, train.source_names, train.sources, train.lengths)
-        told = mix.realised(mix.quotas(self.config.mixing))
-        return {name: part for name, part in told.items() if name in self.config.sources}
+        realised = mix.realised(mix.quotas(self.config.mixing))
+        return {name: shares for name, shares in realised.items() if name in self.config.sources}
 
     def _privacy(self, totals: Totals) -> form.PersonalData | None:
-        config, found = self.config.privacy, totals.tally.findings
+        config = self.config.privacy
         if config.mode is PrivacyMode.none:
             return None
-        from trainer.data.transforms.privacy.stage import coverage  # which makes seventy expressions
+        from trainer.data.transforms.privacy.stage import coverage  # imported here: it compiles seventy expressions
 
+        findings = totals.tally.findings
+        types: dict[str, form.PersonalType] = {}
+        for name, count in sorted(findings.counts.items(), key=lambda entry: (-entry[1], entry[0])):
+            types[name] = form.PersonalType(
+                findings=count, documents=findings.documents_by_type[name], examples=findings.examples.get(name, [])
+            )
+        with_findings = {source: number for source, number in sorted(findings.documents.items()) if number}
         return form.PersonalData(
             mode=str(config.mode),
             preset=str(config.preset),
             engine=str(config.engine),
             **coverage(config),
-            documents_scanned=dict(sorted(found.scanned.items())),
-            documents_with_findings=dict(sorted((k, v) for k, v in found.documents.items() if v)),
-            types={
-                name: form.PersonalType(
-                    findings=count, documents=found.documents_by_type[name], examples=found.examples.get(name, [])
-                )
-                for name, count in sorted(found.counts.items(), key=lambda item: (-item[1], item[0]))
-            },
+            documents_scanned=dict(sorted(findings.scanned.items())),
+            documents_with_findings=with_findings,
+            types=types,
         )
 
-    def _documents(self, numbers: np.ndarray, most: int) -> Iterator[Document]:
-        """About `most` of the documents, spread over the whole."""
+    def _documents(self, numbers: np.ndarray, at_most: int) -> Iterator[Document]:
+        """About `at_most` of the documents with these numbers, spread over all of them."""
         table = DocumentTable(self.directory)
-        return (table.document(int(number)) for number in numbers[:: max(1, len(numbers) // most)])
+        stride = max(1, len(numbers) // at_most)
+        return (table.document(int(number)) for number in numbers[::stride])
 
     def _decode_samples(
-        self, data: TokenDataset, reading: Reading, names: list[str] | None
+        self, dataset: TokenDataset, reading: Reading, label_names: list[str] | None
     ) -> list[form.DecodedSample]:
-        """Sequences spread over the whole; of pairs both answers, since a mark alone would not tell which is wanted."""
-        table, samples, each = DocumentTable(self.directory), [], reading.sequences_per_document
-        of_each = len(data) // each
-        for first in (np.linspace(0, of_each - 1, min(NUM_SAMPLES, of_each)).astype(int) * each).tolist():
-            taken = [data.sample(number) for number in range(first, first + each)]
-            where = table.document(int(data.documents[first])).where
-            for sample, head in zip(taken, reading.headings(), strict=True):
-                note = " ".join(filter(None, (head.rstrip(":\n"), reading.note(sample, names))))
-                made = [_piece(text, weight) for text, weight in decode_pieces(sample, self.tokenizer)]
-                samples.append(form.DecodedSample(where=where, note=note, pieces=made))
+        """Decoded sequences, spread over the split; of pairs both answers, since one alone would not tell which is wanted."""
+        table = DocumentTable(self.directory)
+        samples: list[form.DecodedSample] = []
+        per_document = reading.sequences_per_document
+        num_documents = len(dataset) // per_document
+        shown_documents = np.linspace(0, num_documents - 1, min(NUM_SAMPLES, num_documents)).astype(int)
+        for first in (shown_documents * per_document).tolist():
+            where = table.document(int(dataset.documents[first])).where
+            for number, heading in enumerate(reading.headings(), first):
+                sample = dataset.sample(number)
+                notes = (heading.rstrip(":\n"), reading.note(sample, label_names))
+                samples.append(
+                    form.DecodedSample(
+                        where=where,
+                        note=" ".join(filter(None, notes)),
+                        pieces=[_piece(text, weight) for text, weight in decode_pieces(sample, self.tokenizer)],
+                    )
+                )
         return samples
 
 
-def _flow(rows: int, first: Tally, second: Tally) -> list[form.StageReport]:
+def _num_dropped(tally: Tally) -> int:
+    return sum(reasons.total() for reasons in tally.dropped.values())
+
+
+def _flow(rows: int, first_pass: Tally, second_pass: Tally) -> list[form.StageReport]:
     """Every stage that did something, with what went in and came out."""
-    flow, left = [], rows
-    for stage in (*FIRST_PASS, *SECOND_PASS):
-        tally = second if stage in SECOND_PASS else first
-        dropped, noted = dict(tally.dropped.get(stage, {})), dict(tally.noted.get(stage, {}))
-        examples = {reason: tally.examples.get(f"{stage}/{reason}", []) for reason in (*dropped, *noted)}
-        out = left - sum(dropped.values())
-        if dropped or noted or stage == "read":
-            made = form.StageReport(
-                stage=stage, rows_in=left, rows_out=out, dropped=dropped, noted=noted, examples=examples
-            )
-            flow.append(made)
-        left = out
-    unknown = {*first.dropped, *second.dropped} - {*FIRST_PASS, *SECOND_PASS}
+    unknown = {*first_pass.dropped, *second_pass.dropped} - {*FIRST_PASS, *SECOND_PASS}
     assert not unknown, f"stages without a place in the flow: {unknown}"
+    flow: list[form.StageReport] = []
+    rows_in = rows
+    for stage in (*FIRST_PASS, *SECOND_PASS):
+        tally = second_pass if stage in SECOND_PASS else first_pass
+        dropped = dict(tally.dropped.get(stage, {}))
+        noted = dict(tally.noted.get(stage, {}))
+        examples = {code: tally.examples.get(f"{stage}/{code}", []) for code in (*dropped, *noted)}
+        rows_out = rows_in - sum(dropped.values())
+        if dropped or noted or stage == "read":
+            flow.append(
+                form.StageReport(
+                    stage=stage, rows_in=rows_in, rows_out=rows_out, dropped=dropped, noted=noted, examples=examples
+                )
+            )
+        rows_in = rows_out
     return flow
 
 
 def _piece(text: str, weight: float) -> dict[str, Any]:
-    return {"text": text, "learned": weight > 0, **({"weight": weight} if 0 < weight < 1 else {})}
+    """A piece as `form.DecodedSample` has it."""
+    piece: dict[str, Any] = {"text": text, "learned": weight > 0}
+    if 0 < weight < 1:
+        piece["weight"] = weight
+    return piece
 
 
-def _dotted_settings(value: Any, key: str) -> dict[str, Any]:
+def _dotted_settings(setting: Any, key: str) -> dict[str, Any]:
     """Settings by dotted name, enumerations as their words."""
-    if isinstance(value, dict) and value:
-        return {k: v for name, inner in value.items() for k, v in _dotted_settings(inner, f"{key}.{name}").items()}
-    return {key: getattr(value, "value", value)}
+    if not isinstance(setting, dict) or not setting:
+        return {key: getattr(setting, "value", setting)}
+    settings: dict[str, Any] = {}
+    for name, inner in setting.items():
+        settings |= _dotted_settings(inner, f"{key}.{name}")
+    return settings
 
 
 def _version() -> str:

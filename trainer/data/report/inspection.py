@@ -1,4 +1,4 @@
-"""A prepared data set found on disk, and in the terminal: its splits, the lengths of its sequences, samples beside documents.
+"""Shows a prepared data set in the terminal: its splits, the lengths of its sequences, samples beside their documents.
 
 Opens memory-mapped files only, so that it answers at once whatever the size. Text of the data set is printed as it is,
 never as markup or as terminal codes.
@@ -72,26 +72,29 @@ def locate(path: Path) -> PreparedEntry:
             f"{path}: holds no manifest.json, so it is no prepared data set, and no run.json, so it is no run; "
             "shardtune prepare prints the directory it made"
         )
-    if (path / "index.npy").is_file() and (path.parent / "manifest.json").is_file():
-        found = locate(path.parent)
-        found.requested_split = path.name
-        return found
-    inside = [entry for entry in path.iterdir() if (entry / "manifest.json").is_file()]
-    inside.sort(key=lambda entry: (SPLIT_ORDER.get(entry.name, len(SPLIT_ORDER)), entry.name))
-    splits = {entry.name: entry for entry in inside} or {path.name: path}
-    return PreparedEntry(path, read_object(path / "manifest.json", PREPARE_AGAIN), splits)
+    is_split = (path / "index.npy").is_file() and (path.parent / "manifest.json").is_file()
+    if is_split:
+        entry = locate(path.parent)
+        entry.requested_split = path.name
+        return entry
+    splits = [directory for directory in path.iterdir() if (directory / "manifest.json").is_file()]
+    splits.sort(key=lambda directory: (SPLIT_ORDER.get(directory.name, len(SPLIT_ORDER)), directory.name))
+    directories = {directory.name: directory for directory in splits}
+    if not directories:  # a store without splits is read as one
+        directories = {path.name: path}
+    return PreparedEntry(path, read_object(path / "manifest.json", PREPARE_AGAIN), directories)
 
 
 def _data_directory_of_run(run: Path) -> Path:
     """The data directory of a run; a relative one counts from the working directory, else from the run."""
-    named = read_object(run / "run.json", PREPARE_AGAIN).get("data_directory")
-    if not named:
+    recorded = read_object(run / "run.json", PREPARE_AGAIN).get("data_directory")
+    if not recorded:
         raise ConfigError(f"{run / 'run.json'}: does not say where the data of the run is; name its prepared directory")
-    for directory in (Path(named).expanduser(), run / named):
+    for directory in (Path(recorded).expanduser(), run / recorded):
         if (directory / "manifest.json").is_file():
             return directory
     raise ConfigError(
-        f"{named}: the prepared data of {run} is no longer there; prepare it again with shardtune prepare"
+        f"{recorded}: the prepared data of {run} is no longer there; prepare it again with shardtune prepare"
     )
 
 
@@ -100,29 +103,39 @@ def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray
 
     Searches the texts and labels of `documents.arrow`, batch by batch. Raises DataError where the data set has none.
     """
-    path, data = prepared.directory / NAME, prepared.split(split)
+    path = prepared.directory / NAME
+    dataset = prepared.split(split)
     if not path.is_file():
         raise DataError(f"find=: {path} is not there, so texts cannot be searched; {PREPARE_AGAIN}")
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    hits, first = [np.zeros(0, np.int64)], 0
+    matching_documents = [np.zeros(0, np.int64)]
+    first_row = 0
     try:
         for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
-            found = np.zeros(batch.num_rows, bool)
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                if name in ("prompt", "completion", "text", "label", "tools"):
-                    found |= _contains(pc, column, text)
-                elif name in ("messages", "chosen", "rejected"):
-                    turns = pc.list_flatten(column)
-                    said = ("content", "reasoning_content", "tool_calls")
-                    inside = np.logical_or.reduce([_contains(pc, pc.struct_field(turns, key), text) for key in said])
-                    found[pc.list_parent_indices(column).to_numpy(zero_copy_only=False)[inside]] = True
-            hits.append(np.flatnonzero(found) + first)
-            first += batch.num_rows
+            matching_documents.append(np.flatnonzero(_rows_with(batch, text)) + first_row)
+            first_row += batch.num_rows
     except pa.ArrowException as error:
         raise DataError(f"{path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
-    return np.flatnonzero(np.isin(data.documents, np.concatenate(hits))).astype(np.int64)
+    is_match = np.isin(dataset.documents, np.concatenate(matching_documents))
+    return np.flatnonzero(is_match).astype(np.int64)
+
+
+def _rows_with(batch: Any, text: str) -> np.ndarray:
+    """bool [rows of the batch]: whether a document holds `text`."""
+    import pyarrow.compute as pc
+
+    matches = np.zeros(batch.num_rows, bool)
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name in ("prompt", "completion", "text", "label", "tools"):
+            matches |= _contains(pc, column, text)
+        elif name in ("messages", "chosen", "rejected"):
+            # A list of turns in each row: search the turns of all rows at once, then go back to their rows.
+            turns = pc.list_flatten(column)
+            row_of_turn = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+            for key in ("content", "reasoning_content", "tool_calls"):
+                matches[row_of_turn[_contains(pc, pc.struct_field(turns, key), text)]] = True
+    return matches
 
 
 def _contains(pc: Any, column: Any, text: str) -> np.ndarray:
@@ -146,10 +159,11 @@ def load_tokenizer(prepared: PreparedEntry, path: str | None) -> PreTrainedToken
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"tokenizer={where}: cannot be loaded ({reason}); give the directory of the model") from error
-    size, wanted = len(tokenizer), about.get("vocab_size")
-    if wanted is not None and wanted not in (size, tokenizer.vocab_size):
+    size = len(tokenizer)
+    size_when_prepared = about.get("vocab_size")
+    if size_when_prepared is not None and size_when_prepared not in (size, tokenizer.vocab_size):
         raise ConfigError(
-            f"tokenizer={where}: has {size} tokens, the data was prepared with one of {wanted}; give that one"
+            f"tokenizer={where}: has {size} tokens, the data was prepared with one of {size_when_prepared}; give that one"
         )
     return tokenizer
 
@@ -162,49 +176,57 @@ def splits_table(prepared: PreparedEntry) -> RenderableType:
     """Sizes of every split, counted from the arrays."""
     table = _table("split", "documents", "sequences", "tokens", "learned", "share", "p50", "p90", "longest")
     for name in prepared.splits:
-        found = split_sizes(prepared.split(name))
-        share = percent(found["supervised_share"])
-        numbers = [f"{found[key]:,}" for key in ("documents", "sequences", "tokens", "supervised_tokens")]
-        lengths = [f"{found[key]:,}" for key in ("length_p50", "length_p90", "length_max")]
-        table.add_row(_text(name), *numbers, share, *lengths)
+        sizes = split_sizes(prepared.split(name))
+        numbers = [f"{sizes[key]:,}" for key in ("documents", "sequences", "tokens", "supervised_tokens")]
+        lengths = [f"{sizes[key]:,}" for key in ("length_p50", "length_p90", "length_max")]
+        table.add_row(_text(name), *numbers, percent(sizes["supervised_share"]), *lengths)
     return table
 
 
 def groups_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
     """Sequences and tokens of a split by source and by label; None where there is one source and no label."""
-    data = prepared.split(split)
-    rows: list[tuple[str, str, np.ndarray]] = []
-    if len(data.source_names) > 1:
-        rows += [("source", name, data.sources == number) for number, name in enumerate(data.source_names)]
-    if data.labels is not None:
-        names = prepared.manifest.get("label_names") or [str(n) for n in range(int(data.labels.max(initial=-1)) + 1)]
-        rows += [("label", str(name), data.labels == number) for number, name in enumerate(names)]
-    if not rows:
+    dataset = prepared.split(split)
+    groups: list[tuple[str, str, np.ndarray]] = []
+    """(kind, name, bool [N]: which sequences are of it)"""
+    if len(dataset.source_names) > 1:
+        for number, name in enumerate(dataset.source_names):
+            groups.append(("source", name, dataset.sources == number))
+    if dataset.labels is not None:
+        names = prepared.manifest.get("label_names")
+        if not names:
+            names = list(range(int(dataset.labels.max(initial=-1)) + 1))
+        for number, name in enumerate(names):
+            groups.append(("label", str(name), dataset.labels == number))
+    if not groups:
         return None
     table = _table("", "name", "sequences", "share", "tokens", title=f"{split}: by source and label")
-    for kind, name, chosen in rows[:MAX_GROUPS]:
-        number = int(chosen.sum())
-        share = percent(number / len(data))
-        table.add_row(kind, _text(name), f"{number:,}", share, f"{int(data.lengths[chosen].sum()):,}")
-    if len(rows) > MAX_GROUPS:
-        table.add_row("", f"... and {len(rows) - MAX_GROUPS} more", "", "", "")
+    for kind, name, is_member in groups[:MAX_GROUPS]:
+        sequences = int(is_member.sum())
+        tokens = int(dataset.lengths[is_member].sum())
+        table.add_row(kind, _text(name), f"{sequences:,}", percent(sequences / len(dataset)), f"{tokens:,}")
+    if len(groups) > MAX_GROUPS:
+        table.add_row("", f"... and {len(groups) - MAX_GROUPS} more", "", "", "")
     return table
 
 
 def length_histogram(prepared: PreparedEntry, split: str, width: int) -> RenderableType:
     """Lengths of the sequences of a split in tokens, as bars within `width` columns."""
-    data, title = prepared.split(split), Text(f"{split}: length of sequences in tokens", style="bold")
-    found = make_histogram(data.lengths, BINS)
-    ends = [(int(begin), int(end) - 1) for begin, end in pairwise(found.edges)]
-    names = [f"{begin:,}-{end:,}" if end > begin else f"{begin:,}" for begin, end in ends]
-    most, numbers = max(found.counts), [f"{count:,}" for count in found.counts]
-    room = max(width - max(map(len, names)) - max(map(len, numbers)) - 4, 10)
+    title = Text(f"{split}: length of sequences in tokens", style="bold")
+    histogram = make_histogram(prepared.split(split).lengths, BINS)
+    ranges = []
+    for begin, end in pairwise(histogram.edges):
+        first, last = int(begin), int(end) - 1
+        ranges.append(f"{first:,}-{last:,}" if last > first else f"{first:,}")
+    numbers = [f"{count:,}" for count in histogram.counts]
+    highest = max(histogram.counts)
+    bar_width = max(width - max(map(len, ranges)) - max(map(len, numbers)) - 4, 10)
     grid = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "right"):
         grid.add_column(justify=justify, no_wrap=True)
-    for name, count, number in zip(names, found.counts, numbers, strict=True):
-        seen = max(count, most / room) if count else 0  # a bar that can be seen wherever there is a sequence
-        grid.add_row(name, Bar(most, 0, seen, width=room, color="cyan"), number)
+    for name, count, number in zip(ranges, histogram.counts, numbers, strict=True):
+        # At least one column wide where there is a sequence, so that it can be seen.
+        bar_end = max(count, highest / bar_width) if count else 0
+        grid.add_row(name, Bar(highest, 0, bar_end, width=bar_width, color="cyan"), number)
     return Group(title, grid)
 
 
@@ -221,53 +243,76 @@ def render_sample(
     """Sequence `index` decoded, what is learned in green on a terminal or between ⟦ and ⟧; `document`: and its row."""
     from trainer.data.report.preview import preview  # needs torch and pyarrow, and the sizes of a data set do not
 
-    data = prepared.split(split)
-    raw: dict[str, Any] | None = None
+    dataset = prepared.split(split)
+    row: dict[str, Any] | None = None
     if (prepared.directory / NAME).is_file():
-        raw = DocumentTable(prepared.directory).row(int(data.documents[index]))
+        row = DocumentTable(prepared.directory).row(int(dataset.documents[index]))
     colour = console.is_terminal and not console.no_color
-    shown = preview(data, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)
-    decoded = Text.from_ansi(shown, no_wrap=True, overflow="fold")
-    words = f"{split} {index} · {data.lengths[index]:,} tokens, {int(data.num_supervised[index]):,} learned"
-    if (weighing := data.sample(index).learned()) != data.num_supervised[index]:
-        words += f" (weighing {weighing:g})"
-    if raw is not None:
-        words += f" · {visible(raw['file'])}:{raw['line']}"
-    if data.labels is not None:
+    decoded = preview(dataset, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)
+    decoded_text = Text.from_ansi(decoded, no_wrap=True, overflow="fold")
+    heading = _sample_heading(prepared, split, index, row)
+    title = Rule(Text(heading, style="bold", overflow="fold"), align="left")
+    if not document:
+        return Group(title, decoded_text)
+    if row is None:
+        return Group(title, decoded_text, _text("(no documents.arrow in this data set: its rows cannot be shown)"))
+    source = Padding(_document_text(row, max_lines), (0, 0, 0, 2))
+    return Group(title, decoded_text, Text("document:", style="bold"), source)
+
+
+def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[str, Any] | None) -> str:
+    """Size, place, label and marks of a sequence, on one line."""
+    dataset = prepared.split(split)
+    sample = dataset.sample(index)
+    heading = f"{split} {index} · {dataset.lengths[index]:,} tokens, {int(dataset.num_supervised[index]):,} learned"
+    weight_sum = sample.learned()
+    if weight_sum != dataset.num_supervised[index]:
+        heading += f" (weighing {weight_sum:g})"
+    if row is not None:
+        heading += f" · {visible(row['file'])}:{row['line']}"
+    if dataset.labels is not None:
         names = prepared.manifest.get("label_names") or []
-        number = int(data.labels[index])
-        words += f" · label {visible(names[number]) if 0 <= number < len(names) else number}"
-    words += "".join(f" · {name} {value:g}" for name, value in data.sample(index).marks.items() if name != LABEL)
-    title = Rule(Text(words, style="bold", overflow="fold"), align="left")
-    if not document or raw is None:
-        note = [_text("(no documents.arrow in this data set: its rows cannot be shown)")] if document else []
-        return Group(title, decoded, *note)
-    source = Padding(_document_text(raw, max_lines), (0, 0, 0, 2))
-    return Group(title, decoded, Text("document:", style="bold"), source)
+        number = int(dataset.labels[index])
+        heading += f" · label {visible(names[number]) if 0 <= number < len(names) else number}"
+    for name, mark in sample.marks.items():
+        if name != LABEL:
+            heading += f" · {name} {mark:g}"
+    return heading
 
 
-def _document_text(raw: Mapping[str, Any], max_lines: int) -> RenderableType:
+def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
     """A row as text: turns with their roles, other fields by name; the middle of a long one is left out."""
-    parts: list[tuple[str, str]] = []
-    if raw.get("tools"):
-        parts.append(("tools", raw["tools"]))
-    for name in ("messages", "chosen", "rejected"):
-        for turn in raw.get(name) or ():
-            head = str(turn.get("role")) if name == "messages" else f"{name}: {turn.get('role')}"
-            head += {True: " (learned)", False: " (not learned)"}.get(turn.get("train"), "")
-            said = [("", turn["content"]), *((key, turn.get(key)) for key in ("reasoning_content", "tool_calls"))]
-            parts += [(f"{head} {key}".rstrip(), text) for key, text in said if text or not key]
-    named = ("prompt", "completion", "text", "label", "desirable")
-    parts += [(name, str(raw[name])) for name in named if raw.get(name) is not None]
     lines: list[tuple[str, str]] = []
-    for head, body in parts:
-        lines += [(head, "bold"), *((line, "") for line in visible(body).split("\n"))]
+    """(line, its style)"""
+    for heading, body in _document_parts(row):
+        lines.append((heading, "bold"))
+        lines += [(line, "") for line in visible(body).split("\n")]
     if len(lines) > max_lines:
-        left_out, tail = len(lines) - max_lines, max_lines // 2
-        note = (f"[... {left_out} lines ...]", "dim")
-        lines = [*lines[: max_lines - tail], note, *(lines[-tail:] if tail else [])]
-    shown = [(visible(line), style) for line, style in lines]
-    return Text("\n", overflow="fold").join(Text(line, style=style) for line, style in shown)
+        num_tail = max_lines // 2
+        note = (f"[... {len(lines) - max_lines} lines ...]", "dim")
+        tail = lines[-num_tail:] if num_tail else []
+        lines = [*lines[: max_lines - num_tail], note, *tail]
+    return Text("\n", overflow="fold").join(Text(visible(line), style=style) for line, style in lines)
+
+
+def _document_parts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(heading, text) of all that a row says, in reading order."""
+    parts: list[tuple[str, str]] = []
+    if row.get("tools"):
+        parts.append(("tools", row["tools"]))
+    for name in ("messages", "chosen", "rejected"):
+        for turn in row.get(name) or ():
+            heading = str(turn.get("role")) if name == "messages" else f"{name}: {turn.get('role')}"
+            if turn.get("train") is not None:
+                heading += " (learned)" if turn["train"] else " (not learned)"
+            parts.append((heading, turn["content"]))
+            for key in ("reasoning_content", "tool_calls"):
+                if turn.get(key):
+                    parts.append((f"{heading} {key}", turn[key]))
+    for name in ("prompt", "completion", "text", "label", "desirable"):
+        if row.get(name) is not None:
+            parts.append((name, str(row[name])))
+    return parts
 
 
 def _table(*heads: str, **options: Any) -> Table:

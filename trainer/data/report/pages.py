@@ -23,19 +23,20 @@ MAX_SAMPLE_CHARACTERS = 3000
 
 def audit_page(audit: Audit, stated: CardConfig) -> str:
     """The text of `audit.html`. Whatever comes from the data is escaped; long lists are cut, with the number left out."""
-    found, gaps = tiles(audit), known_gaps(audit, stated)
-    level, words = overall_level(found)
-    made = templates(_shorten, autoescape=True)
-    made.filters["runs"] = sample_runs
-    template = made.get_template("page.html.j2")
-    return template.render(audit=audit, tiles=found, level=level, words=words, gaps=gaps, card=stated)
+    all_tiles = tiles(audit)
+    level, words = overall_level(all_tiles)
+    environment = templates(_shorten, autoescape=True)
+    environment.filters["runs"] = sample_runs
+    return environment.get_template("page.html.j2").render(
+        audit=audit, tiles=all_tiles, level=level, words=words, gaps=known_gaps(audit, stated), card=stated
+    )
 
 
 def _shorten(text: str) -> str:
     """Any text of the page: nothing invisible, nothing endless."""
-    return visible(
-        text if len(text) <= MAX_TEXT_CHARACTERS else f"{text[:MAX_TEXT_CHARACTERS]}… ({len(text):,} characters)"
-    )
+    if len(text) > MAX_TEXT_CHARACTERS:
+        text = f"{text[:MAX_TEXT_CHARACTERS]}… ({len(text):,} characters)"
+    return visible(text)
 
 
 def sample_runs(sample: DecodedSample, room: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
@@ -43,20 +44,28 @@ def sample_runs(sample: DecodedSample, room: int = MAX_SAMPLE_CHARACTERS) -> lis
     from markupsafe import escape
 
     total = sum(len(piece["text"]) for piece in sample.pieces)
-    head, tail = (total, total) if total <= room else (room * 2 // 3, total - room // 3)
-    out, at = list[tuple[Any, str]](), 0
+    # Characters [head_end, tail_begin) of the sample are left out.
+    head_end = tail_begin = total
+    if total > room:
+        head_end = room * 2 // 3
+        tail_begin = total - room // 3
+    page_runs: list[tuple[Any, str]] = []
+    position = 0
     for piece in sample.pieces:
-        text, kind = piece["text"], "learned" if piece["learned"] else "context"
-        if first := text[: max(head - at, 0)]:
-            out.append((escape(visible(first)), kind))
-        if at <= head < at + len(text) and head < tail:
-            out.append((f"… {tail - head:,} characters …", "cut"))
-        if last := text[max(tail - at, 0) :]:
-            out.append((escape(visible(last)), kind))
-        if "weight" in piece and out[-1][1] == "learned":
-            out.append((f"*{piece['weight']:g}", "cut"))
-        at += len(text)
-    return out
+        text = piece["text"]
+        kind = "learned" if piece["learned"] else "context"
+        head = text[: max(head_end - position, 0)]
+        if head:
+            page_runs.append((escape(visible(head)), kind))
+        if position <= head_end < position + len(text) and head_end < tail_begin:
+            page_runs.append((f"… {tail_begin - head_end:,} characters …", "cut"))
+        tail = text[max(tail_begin - position, 0) :]
+        if tail:
+            page_runs.append((escape(visible(tail)), kind))
+        if "weight" in piece and page_runs[-1][1] == "learned":
+            page_runs.append((f"*{piece['weight']:g}", "cut"))
+        position += len(text)
+    return page_runs
 
 
 HUB_LICENCES = re.compile(
@@ -83,35 +92,39 @@ def datacard(audit: Audit, config: CardConfig) -> str:
     from huggingface_hub import DatasetCard, DatasetCardData
     from markupsafe import Markup
 
-    names = ", ".join(dict.fromkeys(source.name for source in audit.sources[:5]))
-    title = " ".join(visible(config.title or f"Fine-tuning data: {names}").split())
+    source_names = ", ".join(dict.fromkeys(source.name for source in audit.sources[:5]))
+    title = " ".join(visible(config.title or f"Fine-tuning data: {source_names}").split())
     languages = list(config.languages) or _common_languages(audit.languages)
     documents = sum(split.documents for split in audit.splits.values())
-    identifier, name = hub_licence(visible(config.licence or "").strip())
+    licence, licence_name = hub_licence(visible(config.licence or "").strip())
     labelled = any(split.labelled for split in audit.splits.values())
-    about = DatasetCardData(
+    size_category = bisect_right([10**power for power in range(3, 10)], documents)
+    metadata = DatasetCardData(
         pretty_name=title,
-        license=identifier,
-        license_name=name,
+        license=licence,
+        license_name=licence_name,
         language=languages or None,
-        size_categories=[SIZES[bisect_right([10**power for power in range(3, 10)], documents)]],
+        size_categories=[SIZES[size_category]],
         task_categories=["text-classification" if labelled else "text-generation"],
         tags=["shardtune", "fine-tuning"],
     )
-    made = templates(escape, autoescape=False)
-    made.globals["stated"] = lambda words: Markup(visible(words or "").strip() or "Not stated.")
-    body = made.get_template("card.md.j2").render(
+    environment = templates(escape, autoescape=False)
+    environment.globals["stated"] = lambda words: Markup(visible(words or "").strip() or "Not stated.")
+    body = environment.get_template("card.md.j2").render(
         audit=audit, card=config, title=title, languages=languages, gaps=known_gaps(audit, config)
     )
-    return str(DatasetCard(f"---\n{about.to_yaml()}\n---\n\n{body}"))
+    return str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
 
 
 def escape(words: str) -> str:
-    """`words` on one line, with nothing that Markdown or HTML would act on."""
-    shown = " ".join(visible(words).split())
-    shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
-    shown = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", shown).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"^(#+|[-+]|\d+[.)])(?= )", r"\\\1", shown)
+    """`words` on one line, at most 300 characters, with nothing that Markdown or HTML would act on."""
+    line = " ".join(visible(words).split())
+    if len(line) > 300:
+        line = f"{line[:300]}…"
+    line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line)
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # A heading or the item of a list at the beginning.
+    return re.sub(r"^(#+|[-+]|\d+[.)])(?= )", r"\\\1", line)
 
 
 def _common_languages(languages: dict[str, int]) -> list[str]:

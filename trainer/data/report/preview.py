@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from trainer.data.objective_spec import Reading
 
-GREEN, RESET = "\x1b[32m", "\x1b[0m"
+GREEN = "\x1b[32m"
+RESET = "\x1b[0m"
 
 
 def preview(
@@ -38,33 +39,39 @@ def preview(
 
     See `render_pieces`; without a reading, that one sequence alone.
     """
+    headings = reading.headings() if reading is not None else [""]
     parts = []
-    for place, head in enumerate(reading.headings() if reading is not None else [""]):
-        sample = dataset.sample(index + place)
+    for number, heading in enumerate(headings, index):
+        sample = dataset.sample(number)
         note = reading.note(sample, label_names) if reading is not None else ""
-        shown = render_pieces(decode_pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines)
-        parts.append(head + shown + (f"\n{note}" if note else ""))
+        text = render_pieces(decode_pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines)
+        parts.append(heading + text + (f"\n{note}" if note else ""))
     return "\n".join(parts)
 
 
 def render_pieces(runs: list[tuple[str, float]], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
-    """Text of `decode_pieces`, the learned part in green on a terminal, else between ⟦ and ⟧; after it its weight, if not 1.
+    """Text of `decode_pieces`, the learned part in green on a terminal, else between ⟦ and ⟧; then its weight, if not 1.
 
     `width` is the longest line in characters; of a long document the middle is left out.
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     cells: list[tuple[str, bool]] = []
+    """(character, whether it is learned)"""
     for text, weight in runs:
-        marked = f"⟦{text}⟧" if weight and not colour else text
-        marked += f"*{weight:g}" if 0 < weight < 1 else ""
-        cells += [(character, weight > 0) for character in marked]
+        is_learned = weight > 0
+        marked_text = text if colour or not weight else f"⟦{text}⟧"
+        if 0 < weight < 1:
+            marked_text += f"*{weight:g}"
+        cells += [(character, is_learned) for character in marked_text]
     lines = _wrap(cells, max(width, 1))
     if len(lines) > max_lines:
-        head, left_out = max_lines - max_lines // 2, len(lines) - max_lines
-        note = [(c, False) for c in f"[... {left_out} lines ...]"]
-        lines = [*lines[:head], note, *lines[len(lines) - max_lines // 2 :]]
-    return "\n".join(_paint(line) if colour else "".join(c for c, _ in line) for line in lines)
+        num_tail = max_lines // 2
+        note = [(character, False) for character in f"[... {len(lines) - max_lines} lines ...]"]
+        lines = [*lines[: max_lines - num_tail], note, *lines[len(lines) - num_tail :]]
+    if colour:
+        return "\n".join(map(_paint, lines))
+    return "\n".join("".join(character for character, _ in line) for line in lines)
 
 
 def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:
@@ -74,33 +81,44 @@ def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tu
     """
     weights = sample.supervised * (np.float32(1) if sample.weights is None else sample.weights)
     edges = np.flatnonzero(np.diff(weights)) + 1
-    out = []
-    for ids, weighing in zip(np.split(sample.input_ids, edges), np.split(weights, edges), strict=True):
-        part = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        visible = "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in part)  # no escape codes
-        out.append((visible, float(f"{weighing[0]:.6g}") if len(weighing) else 0.0))
-    return out
+    pieces = []
+    for ids, run_weights in zip(np.split(sample.input_ids, edges), np.split(weights, edges), strict=True):
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        weight = float(f"{run_weights[0]:.6g}") if len(run_weights) else 0.0
+        pieces.append(("".join(map(_without_escape_codes, text)), weight))
+    return pieces
+
+
+def _without_escape_codes(character: str) -> str:
+    return character if character == "\n" or character.isprintable() else f"\\x{ord(character):02x}"
 
 
 def _wrap(cells: list[tuple[str, bool]], width: int) -> list[list[tuple[str, bool]]]:
+    """Cells in lines of at most `width`; a newline begins a line and is in none."""
     lines: list[list[tuple[str, bool]]] = [[]]
     for cell in cells:
-        if cell[0] == "\n" or len(lines[-1]) == width:
+        is_newline = cell[0] == "\n"
+        if is_newline or len(lines[-1]) == width:
             lines.append([])
-        if cell[0] != "\n":
+        if not is_newline:
             lines[-1].append(cell)
     return lines
 
 
 def _paint(line: list[tuple[str, bool]]) -> str:
-    runs = [(learned, "".join(c for c, _ in run)) for learned, run in groupby(line, key=itemgetter(1))]
-    return "".join(f"{GREEN}{text}{RESET}" if learned else text for learned, text in runs)
+    """A line with terminal codes around what is learned."""
+    painted = ""
+    for is_learned, run in groupby(line, key=itemgetter(1)):
+        text = "".join(character for character, _ in run)
+        painted += f"{GREEN}{text}{RESET}" if is_learned else text
+    return painted
 
 
 def summary(report: dict[str, Any]) -> str:
     """A few lines: rows lost, every split, what was dropped or changed and why. Raises DataError where one has two BOS."""
     for split in ("train", "eval", "test"):
-        if doubled := report.get(split, {}).get("doubled_bos"):
-            raise DataError(f"{split}: {doubled} documents begin with two BOS; check model.chat_template")
+        doubled_bos = report.get(split, {}).get("doubled_bos")
+        if doubled_bos:
+            raise DataError(f"{split}: {doubled_bos} documents begin with two BOS; check model.chat_template")
     template = templates(visible, autoescape=False).get_template("terminal.txt.j2")
     return template.render(report=report, said=REASON_TEXTS, not_asked=NOT_ASKED).rstrip("\n")

@@ -61,11 +61,15 @@ class PreparationProgress:
 
     def expect(self, inputs: list[Input], share: float) -> None:
         """Estimate how many rows there are, for `share` of the `inputs`; unknown for hub data sets and for very many files."""
-        paths = [path for item in inputs for path in item.origin.paths]
-        if len(paths) > MAX_FILES_FOR_ESTIMATE or any(not isinstance(path, Path) or is_hub(path) for path in paths):
+        paths: list[object] = []
+        for source in inputs:
+            paths += source.origin.paths
+        if len(paths) > MAX_FILES_FOR_ESTIMATE:
+            return
+        if any(not isinstance(path, Path) or is_hub(path) for path in paths):
             return
         try:
-            extents = [item.origin.extent() for item in inputs]
+            extents = [source.origin.extent() for source in inputs]
         except (DataError, OSError):  # whoever reads the file says what is wrong with it
             return
         self._total_bytes = share * sum(size for size, _ in extents)
@@ -80,9 +84,9 @@ class PreparationProgress:
     def count_text_rows(self, jobs: Iterable[RowRange]) -> Iterator[RowRange]:
         """The jobs, as they are; lines of text files among them tell how long such a line is."""
         for job in jobs:
-            lines = [len(row.raw) + 1 for row in job.rows if isinstance(row, Line)]
-            self._text_rows += len(lines)
-            self._text_bytes += sum(lines)
+            line_bytes = [len(row.raw) + 1 for row in job.rows if isinstance(row, Line)]
+            self._text_rows += len(line_bytes)
+            self._text_bytes += sum(line_bytes)
             yield job
 
     def count_done(self, rows: int) -> None:
@@ -100,6 +104,7 @@ class PreparationProgress:
         return f"preparing data: {self._rows_done:,}{of_total} rows, {rate:,.0f} rows/s, {now - self._started_at:.0f} s"
 
     def _total_rows(self) -> int | None:
+        """The estimate; None while nothing is known of the length of a line."""
         if self._total_table_rows is None:
             return None
         if self._total_bytes == 0:

@@ -27,11 +27,16 @@ JOINERS = "\u200c\u200d"
 
 
 def visible(text: object) -> str:
-    """`text` with control characters, direction overrides and lone surrogates spelled out as \\xNN."""
-    return "".join(
-        c if c.isprintable() or c == "\n" or c in JOINERS else (" " if c == "\t" else f"\\x{ord(c):02x}")
-        for c in str(text)
-    )
+    """`text` with control characters, direction overrides and lone surrogates spelled out as \\xNN; tabs become spaces."""
+    return "".join(map(_visible_character, str(text)))
+
+
+def _visible_character(character: str) -> str:
+    if character.isprintable() or character == "\n" or character in JOINERS:
+        return character
+    if character == "\t":
+        return " "
+    return f"\\x{ord(character):02x}"
 
 
 def plural(amount: int, word: str) -> str:
@@ -39,13 +44,13 @@ def plural(amount: int, word: str) -> str:
     return f"{amount:,} {word if amount == 1 else word + 's'}"
 
 
-def percent(value: float) -> str:
+def percent(share: float) -> str:
     """A share as a percentage that never rounds something to nothing, nor a part to the whole."""
-    if 0 < value < 0.0005:
+    if 0 < share < 0.0005:
         return "<0.1%"
-    if 0.9995 <= value < 1:
+    if 0.9995 <= share < 1:
         return ">99.9%"
-    return f"{value:.0%}" if value in (0, 1) else f"{value:.1%}"
+    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
 
 
 def reason_text(code: str) -> str:
@@ -75,10 +80,11 @@ def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    def finalize(value: Any) -> Any:
-        return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    def finalize(expression: Any) -> Any:
+        is_plain_text = isinstance(expression, str) and not isinstance(expression, Markup)
+        return shown(expression) if is_plain_text else expression
 
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,  # a name that is not in the audit is an error, never an empty place
         autoescape=autoescape,
@@ -86,11 +92,16 @@ def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"percent": percent, "reason": reason_text, "file_name": lambda path: PurePath(path).name}
-    made.filters |= {"count": lambda value: f"{value:,.0f}", "number": lambda value: f"{value:,.4g}"}
-    made.filters |= {"weight": lambda value: f"{value:,.10g}"}
-    made.globals |= {"plural": plural}
-    return made
+    environment.filters |= {
+        "percent": percent,
+        "reason": reason_text,
+        "file_name": lambda path: PurePath(path).name,
+        "count": lambda number: f"{number:,.0f}",
+        "number": lambda number: f"{number:,.4g}",
+        "weight": lambda number: f"{number:,.10g}",
+    }
+    environment.globals |= {"plural": plural}
+    return environment
 
 
 STAGE_SETTINGS = {
@@ -137,7 +148,7 @@ class Tile:
 
 
 def tiles(audit: Audit) -> list[Tile]:
-    """The findings in reading order; what was not measured says so."""
+    """The tiles at the top of the audit page, in reading order; a tile says so if its part was not measured."""
     return [
         _rows_lost_tile(audit),
         _learned_tile(audit),
@@ -148,32 +159,43 @@ def tiles(audit: Audit) -> list[Tile]:
     ]
 
 
-def overall_level(found: list[Tile]) -> tuple[Level, str]:
-    """The level of the whole and a sentence on it."""
+def overall_level(all_tiles: list[Tile]) -> tuple[Level, str]:
+    """(level of the whole data set, a sentence that names the tiles that made it so)."""
     for level, words in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
-        names = [tile.what.lower() for tile in found if tile.level is level]
+        names = [tile.what.lower() for tile in all_tiles if tile.level is level]
         if names:
             return level, f"{words}: {', '.join(names)}"
     return Level.good, "Nothing stands out"
 
 
-def _level(share: float, look: float, act: float) -> Level:
-    return Level.act if share > act else Level.look if share > look else Level.good
+def _level(share: float, look_above: float, act_above: float) -> Level:
+    """The level of a share that is the worse the larger it is."""
+    if share > act_above:
+        return Level.act
+    if share > look_above:
+        return Level.look
+    return Level.good
 
 
 def _rows_lost_tile(audit: Audit) -> Tile:
-    rows, dropped = audit.conserved["rows_in"], audit.conserved["dropped"]
-    unasked = sum(sum(stage.dropped.values()) for stage in audit.flow if stage.stage in UNREQUESTED_STAGES)
-    level = _level(unasked / max(rows, 1), 0.01, 0.1)
+    rows = audit.conserved["rows_in"]
+    dropped = audit.conserved["dropped"]
+    unrequested = sum(sum(stage.dropped.values()) for stage in audit.flow if stage.stage in UNREQUESTED_STAGES)
+    level = _level(unrequested / max(rows, 1), look_above=0.01, act_above=0.1)
     if level is Level.good and audit.lost_share > 0.5:
         level = Level.look
-    note, advice = f"{dropped:,} of {plural(rows, 'row')}", ""
+    note = f"{dropped:,} of {plural(rows, 'row')}"
+    advice = ""
     if dropped:
-        # Where rows went that nobody asked to drop, these are what has to be looked at.
-        stages = [stage for stage in audit.flow if stage.stage in UNREQUESTED_STAGES or not unasked]
-        number, code, stage = max((n, code, stage.stage) for stage in stages for code, n in stage.dropped.items())
-        note += f"; most: {reason_text(code) if stage in UNREQUESTED_STAGES else f'{stage}, {reason_text(code)}'} ({number:,})"
-        advice = f"see the places below, and {STAGE_SETTINGS.get(stage, 'quarantine.jsonl and dropped.jsonl')}"
+        # If rows are lost that no setting asked to drop, only their stages are named: these have to be looked at.
+        drops: list[tuple[int, str, str]] = []
+        for stage in audit.flow:
+            if stage.stage in UNREQUESTED_STAGES or not unrequested:
+                drops += [(number, code, stage.stage) for code, number in stage.dropped.items()]
+        number, code, name = max(drops)
+        cause = reason_text(code) if name in UNREQUESTED_STAGES else f"{name}, {reason_text(code)}"
+        note += f"; most: {cause} ({number:,})"
+        advice = f"see the places below, and {STAGE_SETTINGS.get(name, 'quarantine.jsonl and dropped.jsonl')}"
         if code == "too_long":
             advice = "raise data.max_length, or set data.over_length=truncate or split"
     return Tile("Rows lost", percent(audit.lost_share), note, level, "rows", advice)
@@ -187,36 +209,46 @@ def _learned_tile(audit: Audit) -> Tile:
     if train.doubled_bos:
         advice = "check model.chat_template"
         return Tile("Learned tokens", share, "documents begin with two BOS", Level.act, "splits", advice)
-    level = Level.good if train.supervised_share >= 0.05 else Level.look if train.supervised_share else Level.act
+    if train.supervised_share >= 0.05:
+        level = Level.good
+    elif train.supervised_share > 0:
+        level = Level.look
+    else:
+        level = Level.act
     return Tile("Learned tokens", share, f"of {train.tokens:,} in training", level, "splits", "read the samples below")
 
 
 def _truncated_tile(audit: Audit) -> Tile:
-    number, kept = audit.truncated, max(audit.conserved["kept"], 1)
-    if not number:
+    if not audit.truncated:
         return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
-    note = f"{plural(number, 'document')} cut to data.max_length={audit.words['data.max_length']}"
+    share = audit.truncated / max(audit.conserved["kept"], 1)
+    note = f"{plural(audit.truncated, 'document')} cut to data.max_length={audit.words['data.max_length']}"
     advice = "raise data.max_length, or choose data.over_length; a cut answer does not teach to stop"
-    return Tile("Truncated", percent(number / kept), note, _level(number / kept, 0, 0.1), "splits", advice)
+    level = _level(share, look_above=0, act_above=0.1)
+    return Tile("Truncated", percent(share), note, level, "splits", advice)
 
 
 def _leakage_tile(audit: Audit) -> Tile:
     if not audit.leakage:
         return Tile("Leakage", NOT_MEASURED, "no held-out split to compare with", Level.none, "leakage")
-    documents = sum(found.documents for found in audit.leakage.values())
-    prompts = sum(found.train["prompt"] for found in audit.leakage.values())
-    shared = sum(part.in_training for part in audit.groups.values())
-    if shared and all(found.policy in KEEPING_POLICIES for found in audit.leakage.values()):
+    all_leaks = audit.leakage.values()
+    documents = sum(leaks.documents for leaks in all_leaks)
+    prompts = sum(leaks.train["prompt"] for leaks in all_leaks)
+    in_held_out_groups = sum(groups.in_training for groups in audit.groups.values())
+    stay_in_training = all(leaks.policy in KEEPING_POLICIES for leaks in all_leaks)
+    if in_held_out_groups and stay_in_training:
         note = f"training documents of a {audit.words['data.group_by']} that is held out too"
         advice = "data.leakage.policy=drop_train takes them out"
-        return Tile("Leakage", f"{shared:,}", note, Level.act, "leakage", advice)
-    if documents and all(found.policy in KEEPING_POLICIES for found in audit.leakage.values()):
+        return Tile("Leakage", f"{in_held_out_groups:,}", note, Level.act, "leakage", advice)
+    if documents and stay_in_training:
         advice = "data.leakage.policy=drop_train takes them out; until then the evaluation measures memory"
         note = f"training documents are in {' and '.join(audit.leakage)} too"
         return Tile("Leakage", f"{documents:,}", note, Level.act, "leakage", advice)
     if prompts:
-        note = f"no shared document; {plural(prompts, 'prompt')} shared"
-        note = f"taken out; {plural(prompts, 'shared prompt')} left" if documents else note
+        if documents:
+            note = f"taken out; {plural(prompts, 'shared prompt')} left"
+        else:
+            note = f"no shared document; {plural(prompts, 'prompt')} shared"
         return Tile("Leakage", f"{documents:,}", note, Level.look, "leakage", "read them: is it a fixed instruction?")
     note = "taken out of training" if documents else "no held-out document in training"
     return Tile("Leakage", f"{documents:,}", note, Level.good, "leakage")
@@ -225,75 +257,94 @@ def _leakage_tile(audit: Audit) -> Tile:
 def _duplicates_tile(audit: Audit) -> Tile:
     if not audit.duplicates:
         return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, "duplicates")
-    found = sum(kind.documents for kind in audit.duplicates.values())
-    left = {
-        name: kind.documents
-        for name, kind in audit.duplicates.items()
-        if kind.policy in KEEPING_POLICIES and kind.documents
-    }
-    if not left:
-        note = "taken out" if found else "none found"
-        return Tile("Duplicates", f"{found:,}", note, Level.good, "duplicates")
-    part = sum(left.values()) / max(audit.conserved["rows_in"], 1)
-    advice = ", ".join(f"data.duplicates.{name}=drop" for name in left) + " takes them out"
-    note = f"still in the data, {percent(part)} of the rows"
-    return Tile("Duplicates", f"{sum(left.values()):,}", note, _level(part, 0.01, 0.1), "duplicates", advice)
+    documents = sum(copies.documents for copies in audit.duplicates.values())
+    left_in = {}
+    for kind, copies in audit.duplicates.items():
+        if copies.policy in KEEPING_POLICIES and copies.documents:
+            left_in[kind] = copies.documents
+    if not left_in:
+        note = "taken out" if documents else "none found"
+        return Tile("Duplicates", f"{documents:,}", note, Level.good, "duplicates")
+    share = sum(left_in.values()) / max(audit.conserved["rows_in"], 1)
+    advice = ", ".join(f"data.duplicates.{kind}=drop" for kind in left_in) + " takes them out"
+    note = f"still in the data, {percent(share)} of the rows"
+    level = _level(share, look_above=0.01, act_above=0.1)
+    return Tile("Duplicates", f"{sum(left_in.values()):,}", note, level, "duplicates", advice)
 
 
 def _personal_data_tile(audit: Audit) -> Tile:
-    found = audit.privacy
-    if found is None or not found.scanned:
-        return Tile(
-            "Personal data", NOT_MEASURED, "not looked for", Level.none, "privacy", "set data.privacy.mode=report"
-        )
-    limits = "" if found.people_and_places else "; people and places were not looked for"
-    where = f"in {plural(found.scanned, 'document')} searched"
-    if not found.documents:
+    privacy = audit.privacy
+    if privacy is None or not privacy.scanned:
+        advice = "set data.privacy.mode=report"
+        return Tile("Personal data", NOT_MEASURED, "not looked for", Level.none, "privacy", advice)
+    limits = "" if privacy.people_and_places else "; people and places were not looked for"
+    where = f"in {plural(privacy.scanned, 'document')} searched"
+    if not privacy.documents:
         return Tile("Personal data", "0", f"none found {where}{limits}", Level.good, "privacy")
-    done = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(found.mode)
-    value, grave = f"{found.documents:,}", [name for name in found.types if HARMFUL_TYPES.search(name)]
-    if done:
-        return Tile("Personal data", value, f"documents with findings, {done}{limits}", Level.good, "privacy")
-    words = f"left in, with {', '.join(grave[:3])}" if grave else f"with findings {where}"
-    level, advice = Level.act if grave else Level.look, "data.privacy.mode=redact replaces what was found"
-    return Tile("Personal data", value, f"documents {words}{limits}", level, "privacy", advice)
+    number = f"{privacy.documents:,}"
+    treatment = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(privacy.mode)
+    if treatment:
+        return Tile("Personal data", number, f"documents with findings, {treatment}{limits}", Level.good, "privacy")
+    harmful = [name for name in privacy.types if HARMFUL_TYPES.search(name)]
+    words = f"left in, with {', '.join(harmful[:3])}" if harmful else f"with findings {where}"
+    level = Level.act if harmful else Level.look
+    advice = "data.privacy.mode=redact replaces what was found"
+    return Tile("Personal data", number, f"documents {words}{limits}", level, "privacy", advice)
 
 
 def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
-    """What is not known about the data set, as short sentences, what its owner alone can tell first."""
-    asked = {
+    """What is not known about the data set, as short sentences; first what only its owner can tell."""
+    gaps = _unstated_gaps(audit, stated)
+    if "eval" not in audit.splits:
+        gaps.append("there is no evaluation split")
+    unusable = audit.quarantine["rows"]
+    if unusable:
+        gaps.append(f"{plural(unusable, 'row')} could not be used, listed in {audit.quarantine['file']}")
+    gaps += _privacy_gaps(audit)
+    for tile in (_leakage_tile(audit), _duplicates_tile(audit), _truncated_tile(audit)):
+        if tile.level is not Level.good:
+            number = "" if tile.level is Level.none else tile.value
+            gaps.append(f"{tile.what.lower()}: {number} {tile.note}")
+    if audit.leakage and audit.words["data.leakage.near"] in (False, "none"):
+        gaps.append("near leaks were not looked for (data.leakage.near)")
+    if audit.duplicates and audit.words["data.duplicates.near"] in (False, "none"):
+        gaps.append("near copies were not looked for (data.duplicates.near)")
+    for source, names in audit.unread_columns.items():
+        gaps.append(f"columns of {source} that nobody read: {', '.join(names)}")
+    return gaps
+
+
+def _unstated_gaps(audit: Audit, stated: CardConfig) -> list[str]:
+    """What the owner did not state in `data.card`, and what nobody detected either."""
+    questions = {
         "description": "what it was made for",
         "source_description": "how the data was collected",
         "intended_use": "what it may be used for",
         "contact": "who answers questions and requests for removal",
         "licence": "the licence of the whole",
     }
-    gaps = [
-        f"not stated: {words} (data.card.{name})"
-        for name, words in asked.items()
-        if not (getattr(stated, name) or "").strip()
-    ]
-    if open_ones := [source.name for source in audit.sources if not source.licence]:
-        gaps.append(f"not stated: the licence of {', '.join(open_ones[:10])}{' and others' if open_ones[10:] else ''}")
+    gaps = []
+    for name, question in questions.items():
+        if not (getattr(stated, name) or "").strip():
+            gaps.append(f"not stated: {question} (data.card.{name})")
+    unlicensed = [source.name for source in audit.sources if not source.licence]
+    if unlicensed:
+        more = " and others" if len(unlicensed) > 10 else ""
+        gaps.append(f"not stated: the licence of {', '.join(unlicensed[:10])}{more}")
     if not stated.languages and not audit.languages:
         gaps.append("languages neither stated nor detected (data.languages=true)")
-    if "eval" not in audit.splits:
-        gaps.append("there is no evaluation split")
-    if bad := audit.quarantine["rows"]:
-        gaps.append(f"{plural(bad, 'row')} could not be used, listed in {audit.quarantine['file']}")
-    documents, found = sum(split.documents for split in audit.splits.values()), audit.privacy
-    if found is None or not found.scanned:
+    return gaps
+
+
+def _privacy_gaps(audit: Audit) -> list[str]:
+    """What the search for personal data left out."""
+    gaps = []
+    privacy = audit.privacy
+    documents = sum(split.documents for split in audit.splits.values())
+    if privacy is None or not privacy.scanned:
         gaps.append("personal data was not looked for")
-    elif found.scanned < documents:
-        gaps.append(f"personal data was looked for in {found.scanned:,} of {plural(documents, 'document')}")
-    if found is not None and not found.people_and_places:
+    elif privacy.scanned < documents:
+        gaps.append(f"personal data was looked for in {privacy.scanned:,} of {plural(documents, 'document')}")
+    if privacy is not None and not privacy.people_and_places:
         gaps.append("names of people, places and organisations were not looked for (data.privacy.engine=presidio)")
-    for tile in (_leakage_tile(audit), _duplicates_tile(audit), _truncated_tile(audit)):
-        if tile.level is not Level.good:
-            gaps.append(f"{tile.what.lower()}: {tile.value if tile.level is not Level.none else ''} {tile.note}")
-    for part, key in ((audit.leakage, "data.leakage.near"), (audit.duplicates, "data.duplicates.near")):
-        if part and audit.words[key] in (False, "none"):
-            gaps.append(f"near {'leaks' if part is audit.leakage else 'copies'} were not looked for ({key})")
-    for source, names in audit.unread_columns.items():
-        gaps.append(f"columns of {source} that nobody read: {', '.join(names)}")
     return gaps

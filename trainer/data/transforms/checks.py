@@ -32,10 +32,12 @@ MIN_REPEATED_CHARACTERS = 40
 """Shortest text in characters that counts as said twice; people do say yes twice."""
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufdd0-\ufdef\ufffe\uffff]")
 # The first and a further byte of a UTF-8 character, read in another encoding. Cyrillic has such pairs of its own.
-_LEADS, _FOLLOWERS = bytes(range(0xC2, 0xF5)), bytes(range(0x80, 0xC0))
+_LEADS = bytes(range(0xC2, 0xF5))
+_FOLLOWERS = bytes(range(0x80, 0xC0))
 _LATIN_LEADS = _LEADS.decode("cp1252") + _LEADS.decode("cp1250")
 _LATIN = "".join(_FOLLOWERS.decode(name, "ignore") for name in ("latin-1", "cp1252", "cp1250"))
-_CYRILLIC_LEADS, _CYRILLIC = b"\xd0\xd1\xe2".decode("cp1251"), _FOLLOWERS.decode("cp1251", "ignore")
+_CYRILLIC_LEADS = b"\xd0\xd1\xe2".decode("cp1251")
+_CYRILLIC = _FOLLOWERS.decode("cp1251", "ignore")
 _SUSPECT = re.compile(f"[{_LATIN_LEADS}][{_LATIN}]|(?:[{_CYRILLIC_LEADS}][{_CYRILLIC}]){{2}}|\u0432\u0402")
 
 
@@ -52,12 +54,12 @@ class Checks:
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document, each trouble noted; None, under its first trouble, where one of them means quarantine."""
-        found = self._first_places(document)
-        for kind, place in found.items():
+        first_places = self._first_places(document)
+        for kind, place in first_places.items():
             if kind in self.config.quarantine:
                 tally.drop(self.name, kind, f"{document.where} ({place})")
                 return None
-        for kind, place in found.items():
+        for kind, place in first_places.items():
             tally.note(self.name, kind, f"{document.where} ({place})")
         return document
 
@@ -66,33 +68,43 @@ class Checks:
         places: dict[str, str] = {}
         for kind, place in self._troubles(document):
             places.setdefault(kind, place)
-        return {kind: places[kind] for kind in KINDS if kind in places} if places else places
+        if not places:
+            return places
+        return {kind: places[kind] for kind in KINDS if kind in places}
 
     def _troubles(self, document: Document) -> Iterator[tuple[str, str]]:
+        """(kind of trouble, its place in the document)."""
         prompt = document.messages or []
         if document.chosen is not None or document.rejected is not None:
-            for name in ("chosen", "rejected"):
-                yield from _turn_troubles([*prompt, *(getattr(document, name) or [])], f" of {name}")
+            yield from _turn_troubles([*prompt, *(document.chosen or [])], " of chosen")
+            yield from _turn_troubles([*prompt, *(document.rejected or [])], " of rejected")
         elif document.messages is not None:
             yield from _turn_troubles(prompt, "")
         for number, text in enumerate(document.texts(), 1):
-            name = f"text {number}"
-            if not text or text.isspace():
-                yield "empty_text", name
-            if match := _CONTROL.search(text):
-                yield "control_characters", f"{name}, U+{ord(match.group()):04X} at character {match.start() + 1}"
-            if text.isascii():
-                continue
-            at = text.find("\ufffd")
-            if at >= 0:
-                yield "encoding_damage", f"{name}, U+FFFD at character {at + 1}"
-            elif (match := _SUSPECT.search(text)) and self._is_bad(text):
-                yield "encoding_damage", f"{name}, {match.group()!r} at character {match.start() + 1}"
+            yield from self._text_troubles(text, f"text {number}")
+
+    def _text_troubles(self, text: str, place: str) -> Iterator[tuple[str, str]]:
+        if not text or text.isspace():
+            yield "empty_text", place
+        control = _CONTROL.search(text)
+        if control:
+            yield "control_characters", f"{place}, U+{ord(control.group()):04X} at character {control.start() + 1}"
+        if text.isascii():
+            return
+        at = text.find("\ufffd")
+        if at >= 0:
+            yield "encoding_damage", f"{place}, U+FFFD at character {at + 1}"
+            return
+        # The expression is a cheap first look: only what it finds is worth ftfy's own heuristic.
+        suspect = _SUSPECT.search(text)
+        if suspect and self._is_bad(text):
+            yield "encoding_damage", f"{place}, {suspect.group()!r} at character {suspect.start() + 1}"
 
 
 def _turn_troubles(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
+    """(kind of trouble, its place) in the order of the turns. `suffix` names the conversation, such as " of chosen"."""
     roles = [turn["role"] for turn in turns]
-    said: set[tuple[str, str]] = set()
+    previous_turns: set[tuple[str, str]] = set()
     for number, (turn, role) in enumerate(zip(turns, roles, strict=True), 1):
         where = f"turn {number}{suffix}"
         if role == "system" and number > 1:
@@ -101,9 +113,9 @@ def _turn_troubles(turns: list[Message], suffix: str) -> Iterator[tuple[str, str
             yield "assistant_before_user", where
         if number > 1 and role == roles[number - 2] and role not in ("system", "tool"):
             yield "same_role_twice", where
-        if len(turn["content"]) >= MIN_REPEATED_CHARACTERS and (role, turn["content"]) in said:
+        if len(turn["content"]) >= MIN_REPEATED_CHARACTERS and (role, turn["content"]) in previous_turns:
             yield "repeated_turn", where
-        said.add((role, turn["content"]))
+        previous_turns.add((role, turn["content"]))
     if roles and roles[-1] != "assistant":
         yield "trailing_turns", f"turn {len(turns)}{suffix}"
 
@@ -175,35 +187,36 @@ class Cleaner:
             self.steps.append(("unicode", partial(unicodedata.normalize, form)))
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        changed: set[str] = set()
+        switches: set[str] = set()
         emptied = False
 
-        def change(text: str) -> str:
+        def clean_text(text: str) -> str:
             nonlocal emptied
-            new, kinds = self.clean(text)
-            changed.update(kinds)
-            emptied |= bool(text) and not new.strip()
-            return new
+            cleaned, switches_of_text = self.clean(text)
+            switches.update(switches_of_text)
+            if text and not cleaned.strip():
+                emptied = True
+            return cleaned
 
-        document.map_texts(change)
+        document.map_texts(clean_text)
         if emptied:
             tally.drop(self.name, "empty_after_cleaning", document.where)
             return None
-        for kind in sorted(changed):
-            tally.note(self.name, kind, document.where)
+        for switch in sorted(switches):
+            tally.note(self.name, switch, document.where)
         return document
 
     def clean(self, text: str) -> tuple[str, set[str]]:
-        """The cleaned text and the switches that changed it; `unsettled` alone where it was left as it was."""
-        kinds: set[str] = set()
-        now = text
+        """(cleaned text, the switches that changed it); `unsettled` alone if the text was left as it was."""
+        switches: set[str] = set()
+        current = text
         for _ in range(MAX_PASSES):
-            before = now
-            for kind, step in self.steps:
-                new = step(now)
-                if new != now:
-                    kinds.add(kind)
-                    now = new
-            if now == before:
-                return now, kinds
+            before_pass = current
+            for switch, step in self.steps:
+                changed = step(current)
+                if changed != current:
+                    switches.add(switch)
+                    current = changed
+            if current == before_pass:
+                return current, switches
         return text, {"unsettled"}

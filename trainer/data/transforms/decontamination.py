@@ -25,17 +25,17 @@ MAX_SHARED = 10
 
 
 def _hash_words(text: str) -> np.ndarray:
-    """uint64: a number for each word, the same in this process and those forked from it."""
+    """uint64: a hash for each word, the same in this process and those forked from it."""
     return mix(np.array([hash(word) for word in normalize(text).split()], np.int64).view(np.uint64))
 
 
 def _hash_ngrams(words: np.ndarray, length: int) -> np.ndarray:
-    """uint64: the distinct runs of `length` words, other numbers than those of any other length."""
-    number = max(len(words) - length + 1, 0)
-    total = np.full(number, length, np.uint64)
+    """uint64: a hash for each distinct run of `length` words; runs of different lengths have different hashes."""
+    num_runs = max(len(words) - length + 1, 0)
+    hashes = np.full(num_runs, length, np.uint64)
     for step in range(length):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + words[step : step + number]
-    return np.unique(total)
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + words[step : step + num_runs]
+    return np.unique(hashes)
 
 
 def evaluation_texts(document: Document) -> Iterator[tuple[str, str]]:
@@ -46,7 +46,8 @@ def evaluation_texts(document: Document) -> Iterator[tuple[str, str]]:
     turns = [*document.conversation(), *(document.rejected or [])]
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     texts = [turn["content"] for turn in turns if turn["role"] not in ("assistant", "system")]
-    texts += [document.text] if document.text is not None else []
+    if document.text is not None:
+        texts.append(document.text)
     texts += [text for text in answers if len(normalize(text).split()) >= NGRAM]
     return ((document.where, text) for text in texts)
 
@@ -64,52 +65,66 @@ class Decontaminator:
         self.skipped: Counter[str] = Counter()
         """Evaluation texts that are not looked for, by reason."""
         self._places: list[str] = []
-        parts, lengths = list[np.ndarray](), list[int]()
-        seen: set[bytes] = set()
+        """`file:line` of each evaluation text that is looked for."""
+        ngrams_of_texts: list[np.ndarray] = []
+        lengths: list[int] = []
+        seen_texts: set[bytes] = set()
         for where, text in texts:
             words = _hash_words(text)
-            if len(words) < MIN_WORDS or words.tobytes() in seen:
-                self.skipped["too_short" if len(words) < MIN_WORDS else "repeated"] += 1
+            if len(words) < MIN_WORDS:
+                self.skipped["too_short"] += 1
                 continue
-            seen.add(words.tobytes())
+            if words.tobytes() in seen_texts:
+                self.skipped["repeated"] += 1
+                continue
+            seen_texts.add(words.tobytes())
             lengths.append(min(NGRAM, len(words)))
-            parts.append(_hash_ngrams(words, lengths[-1]))
+            ngrams_of_texts.append(_hash_ngrams(words, lengths[-1]))
             self._places.append(where)
         self._lengths = sorted({*lengths})
         """Words of a run: 13, and those of the shorter texts."""
-        runs = np.concatenate([np.zeros(0, np.uint64), *parts])
-        owners = np.repeat(np.arange(len(parts)), np.array([len(part) for part in parts], np.int64))
-        _, inverse, counts = np.unique(runs, return_inverse=True, return_counts=True)
-        own = (counts[inverse] <= MAX_SHARED) | (np.array(lengths, np.int64)[owners] < NGRAM)
-        order = np.argsort(runs[own], kind="stable")
-        self._ngrams, self._owners = runs[own][order], owners[own][order]
-        """Sorted, and the evaluation text that each is of."""
-        self._ngrams_per_text = np.bincount(self._owners, minlength=len(parts))
+        ngrams = np.concatenate([np.zeros(0, np.uint64), *ngrams_of_texts])
+        ngram_counts = np.array([len(part) for part in ngrams_of_texts], np.int64)
+        owners = np.repeat(np.arange(len(ngrams_of_texts)), ngram_counts)
+        _, inverse, counts = np.unique(ngrams, return_inverse=True, return_counts=True)
+        # Runs that many texts share are the set's own wording. A text shorter than 13 words is kept as it is.
+        is_telling = (counts[inverse] <= MAX_SHARED) | (np.array(lengths, np.int64)[owners] < NGRAM)
+        order = np.argsort(ngrams[is_telling], kind="stable")
+        self._ngrams = ngrams[is_telling][order]
+        """Sorted, for `np.searchsorted`."""
+        self._owners = owners[is_telling][order]
+        """Number of the evaluation text that each run is of."""
+        self._ngrams_per_text = np.bincount(self._owners, minlength=len(ngrams_of_texts))
         self.skipped["only_shared_wording"] = int((self._ngrams_per_text == 0).sum())
         if not self._ngrams_per_text.any():
+            num_texts = len(self._places) + self.skipped["too_short"] + self.skipped["repeated"]
             raise DataError(
-                f"none of the {len(self._places) + self.skipped['too_short'] + self.skipped['repeated']} evaluation texts for "
+                f"none of the {num_texts} evaluation texts for "
                 f"decontamination can be looked for: {self.skipped['too_short']} have fewer than {MIN_WORDS} words and "
                 f"{self.skipped['only_shared_wording']} only runs that are in more than {MAX_SHARED} texts; check the files"
             )
 
     def match(self, text: str) -> tuple[str, float] | None:
         """The evaluation text (its place) of which `text` holds the largest share, and that share; None where clean."""
-        words, counts = _hash_words(text), np.zeros(len(self._ngrams_per_text), np.int64)
-        own = np.concatenate([_hash_ngrams(words, length) for length in self._lengths])
-        left, right = np.searchsorted(self._ngrams, own, "left"), np.searchsorted(self._ngrams, own, "right")
-        for begin, end in zip(left[left < right].tolist(), right[left < right].tolist(), strict=True):
-            counts[self._owners[begin:end]] += 1
-        shares = counts / np.maximum(self._ngrams_per_text, 1)
+        words = _hash_words(text)
+        ngrams = np.concatenate([_hash_ngrams(words, length) for length in self._lengths])
+        begins = np.searchsorted(self._ngrams, ngrams, "left")
+        ends = np.searchsorted(self._ngrams, ngrams, "right")
+        is_shared = begins < ends
+        shared_counts = np.zeros(len(self._ngrams_per_text), np.int64)
+        for begin, end in zip(begins[is_shared].tolist(), ends[is_shared].tolist(), strict=True):
+            shared_counts[self._owners[begin:end]] += 1
+        shares = shared_counts / np.maximum(self._ngrams_per_text, 1)
         best = int(np.argmax(shares))
         return (self._places[best], float(shares[best])) if shares[best] > 0 else None
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """Count, and by policy drop, a document that holds evaluation text; its texts are looked at as one."""
-        found = self.match("\n".join(document.texts()))
-        if found is None:
+        match = self.match("\n".join(document.texts()))
+        if match is None:
             return document
-        where = f"{document.where} ({found[1]:.0%} of {found[0]})"
+        place, share = match
+        where = f"{document.where} ({share:.0%} of {place})"
         if self.policy is DecontaminationPolicy.drop:
             tally.drop(self.name, "holds evaluation text", where)
             return None

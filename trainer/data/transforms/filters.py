@@ -55,25 +55,37 @@ def detect_text_language(text: str) -> tuple[str, float] | None:
 
 def count_languages(documents: Iterable[Document]) -> dict[str, int]:
     """Documents by language, commonest first; `unjudged` are those with too little text."""
-    counts = Counter(found[0] if (found := detect_language(document)) else UNJUDGED for document in documents)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    counts: Counter[str] = Counter()
+    for document in documents:
+        detected = detect_language(document)
+        counts[detected[0] if detected else UNJUDGED] += 1
+    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def learned_answers(document: Document) -> list[str]:
     """Texts that are learned as answers: the assistant's turns that are not masked; never rejected ones."""
     turns = document.chosen or document.conversation()
-    learned = [turn for turn in turns if turn["role"] == "assistant" and turn.get("train", True)]
-    return [text for turn in learned for text in texts_in(turn)]
+    texts: list[str] = []
+    for turn in turns:
+        if turn["role"] == "assistant" and turn.get("train", True):
+            texts += texts_in(turn)
+    return texts
 
 
 def has_echo(document: Document) -> bool:
     """Whether an answer of some length is its question again, but for case, punctuation and white space."""
-    for before, after in itertools.pairwise(document.conversation()):
-        if before["role"] == "user" and after["role"] == "assistant" and after.get("train", True):
-            asked, answer = ("".join(filter(str.isalnum, turn["content"].casefold())) for turn in (before, after))
-            if asked == answer and len(answer) >= MIN_ECHO_CHARACTERS:
-                return True
+    for turn, next_turn in itertools.pairwise(document.conversation()):
+        is_answer = turn["role"] == "user" and next_turn["role"] == "assistant" and next_turn.get("train", True)
+        if not is_answer:
+            continue
+        answer = _letters_and_digits(next_turn["content"])
+        if len(answer) >= MIN_ECHO_CHARACTERS and answer == _letters_and_digits(turn["content"]):
+            return True
     return False
+
+
+def _letters_and_digits(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
 class Filters:
@@ -92,44 +104,66 @@ class Filters:
         self.phrases = re.compile(pattern, re.IGNORECASE) if phrases else None
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        size, low, high = sum(map(len, document.texts())), self.config.min_characters, self.config.max_characters
-        large = "too_many_characters" if high is not None and size > high else None
-        reason, remark = "too_few_characters" if size < low else large, ""
+        reason = self._reason_in_length(document)
+        remark = ""
         if reason is None and document.desirable is not False:
             reason = self._reason_in_learned_text(document)
         if reason is None and self.config.languages:
-            if (found := detect_language(document)) is None:
+            detected = detect_language(document)
+            if detected is None:
                 tally.note(self.name, "language_not_judged", document.where)
-            elif found[0] not in self.config.languages:
-                reason, remark = "other_language", f" ({found[0]} {found[1]:.2f})"
+            elif detected[0] not in self.config.languages:
+                code, probability = detected
+                reason = "other_language"
+                remark = f" ({code} {probability:.2f})"
         if reason is None:
             return document
         tally.drop(self.name, reason, document.where + remark)
         return None
 
+    def _reason_in_length(self, document: Document) -> str | None:
+        """Why the length of all texts together drops a row; None if it does not."""
+        size = sum(map(len, document.texts()))
+        if size < self.config.min_characters:
+            return "too_few_characters"
+        if self.config.max_characters is not None and size > self.config.max_characters:
+            return "too_many_characters"
+        return None
+
     def _reason_in_learned_text(self, document: Document) -> str | None:
-        texts = learned_answers(document)
-        if texts and sum(len(text.strip()) for text in texts) < self.config.min_completion_characters:
+        """Why what is learned of a row drops it; None if it does not."""
+        answers = learned_answers(document)
+        if answers and sum(len(text.strip()) for text in answers) < self.config.min_completion_characters:
             return "completion_too_short"
         if self.config.drop_echoes and has_echo(document):
             return "echoes_prompt"
-        learned = "\n".join(texts) or document.text or ""
-        return "phrase" if self.phrases is not None and self.phrases.search(learned) else None
+        learned_text = "\n".join(answers) or document.text or ""
+        if self.phrases is not None and self.phrases.search(learned_text):
+            return "phrase"
+        return None
 
 
 def problems(config: FilterConfig) -> Iterator[str]:
-    """Bounds that cross, empty phrases, languages that the detector does not know."""
-    low, high = config.min_characters, config.max_characters
-    if high is not None and high < low:
-        yield f"data.filters.max_characters={high} is below data.filters.min_characters={low}: every row would go"
+    """What is wrong with the settings: bounds that cross, empty phrases, languages that the detector does not know."""
+    min_characters = config.min_characters
+    max_characters = config.max_characters
+    if max_characters is not None and max_characters < min_characters:
+        yield (
+            f"data.filters.max_characters={max_characters} is below data.filters.min_characters={min_characters}: every row "
+            "would go"
+        )
     if any(not phrase.strip() for phrase in config.drop_phrases):
         yield "data.filters.drop_phrases has an empty phrase, which every text contains; remove it"
     if not config.languages:
         return
-    known = {str(code) for code in _identifier().labels} - {NO_LANGUAGE}
+    known_codes = {str(code) for code in _identifier().labels} - {NO_LANGUAGE}
     for code in config.languages:
-        if code not in known:
-            near = difflib.get_close_matches(code.lower(), sorted(known), n=1, cutoff=0.5)
-            near = [code[:2].lower()] if code[:2].lower() in known else near
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield f"data.filters.languages: {code!r} is not an ISO 639 code the detector knows{hint}"
+        if code in known_codes:
+            continue
+        two_letters = code[:2].lower()  # of a code with a region, such as de-AT, or of an English name
+        if two_letters in known_codes:
+            suggestions = [two_letters]
+        else:
+            suggestions = difflib.get_close_matches(code.lower(), sorted(known_codes), n=1, cutoff=0.5)
+        hint = f"; did you mean {suggestions[0]}?" if suggestions else ""
+        yield f"data.filters.languages: {code!r} is not an ISO 639 code the detector knows{hint}"

@@ -185,26 +185,32 @@ THOUSANDS = re.compile(r"\d{1,3}(?:\.\d{3})+$")
 
 def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
     """Telephone numbers, those right after the word fax as FAX."""
-    out = []
+    findings = []
     for match in CANDIDATE.finditer(text):
         raw = match[1]
-        if not 7 <= sum(c.isdecimal() for c in raw) <= 17 or DATE.match(raw):
+        num_digits = sum(character.isdecimal() for character in raw)
+        if not 7 <= num_digits <= 17 or DATE.match(raw):
             continue
-        found = _valid_numbers(raw, tuple(regions))
-        for place, (start, end, sure) in enumerate(found):
-            last = place == len(found) - 1
-            begin, finish = match.start(1) + start, match.end() if last and end == len(raw) else match.start(1) + end
-            before, after = text[max(0, begin - CHARACTERS_BEFORE) : begin], text[finish : finish + CHARACTERS_AFTER]
-            fax = FAX.search(before)
-            score = sure
-            if sure < 0.9 and NOT_PERSONAL.search(before):
+        numbers = _valid_numbers(raw, tuple(regions))
+        for place, (raw_start, raw_end, certainty) in enumerate(numbers):
+            start = match.start(1) + raw_start
+            end = match.start(1) + raw_end
+            if place == len(numbers) - 1 and raw_end == len(raw):
+                end = match.end()  # the extension, which follows the last number, belongs to it
+            before = text[max(0, start - CHARACTERS_BEFORE) : start]
+            after = text[end : end + CHARACTERS_AFTER]
+            is_fax = FAX.search(before) is not None
+            score = certainty
+            if certainty < 0.9 and NOT_PERSONAL.search(before):
                 score = SCORE_IF_AGAINST
-            elif fax or PHONE.search(before) or PLACE.match(after):
-                score = max(sure, 0.85 if fax else 0.75)
+            elif is_fax:
+                score = max(certainty, 0.85)
+            elif PHONE.search(before) or PLACE.match(after):
+                score = max(certainty, 0.75)
             elif THOUSANDS.match(raw):
                 score = SCORE_IF_AGAINST
-            out.append(PrivacyFinding("FAX" if fax else "PHONE", begin, finish, score))
-    return out
+            findings.append(PrivacyFinding("FAX" if is_fax else "PHONE", start, end, score))
+    return findings
 
 
 @lru_cache(maxsize=4096)
@@ -215,15 +221,22 @@ def _valid_numbers(raw: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, 
     if raw.startswith(("+", "00")):
         plain = "+" + raw[2:] if raw.startswith("00") else raw
         shift = len(raw) - len(plain)
-        found = [(m.start, m.end, 0.95) for m in phonenumbers.PhoneNumberMatcher(plain, None)]
-        if found:
-            return tuple((start + shift if start else 0, end + shift, sure) for start, end, sure in found)
+        numbers = []
+        for match in phonenumbers.PhoneNumberMatcher(plain, None):
+            start = match.start + shift if match.start else 0
+            numbers.append((start, match.end + shift, 0.95))
+        if numbers:
+            return tuple(numbers)
     best: tuple[tuple[int, int, float], ...] = ()
+    best_certainty = 0.0
     for region in regions:
-        found = [(m.start, m.end, _certainty(m)) for m in phonenumbers.PhoneNumberMatcher(raw, region)]
-        if found and (not best or max(f[2] for f in found) > max(f[2] for f in best)):
-            best = tuple(found)
-        if best and max(f[2] for f in best) >= 0.75:
+        matches = phonenumbers.PhoneNumberMatcher(raw, region)
+        numbers = [(match.start, match.end, _certainty(match)) for match in matches]
+        certainty = max((number[2] for number in numbers), default=0.0)
+        if certainty > best_certainty:
+            best = tuple(numbers)
+            best_certainty = certainty
+        if best_certainty >= 0.75:
             break  # grouped as this country groups them: no other country can be surer
     return best
 
@@ -233,11 +246,12 @@ def _certainty(match: object) -> float:
     import phonenumbers
     from phonenumbers import PhoneNumberFormat
 
-    number, raw = match.number, match.raw_string  # type: ignore[attr-defined]
+    number = match.number  # type: ignore[attr-defined]
+    raw = match.raw_string  # type: ignore[attr-defined]
     groups = re.findall(r"\d+", raw)
     for style in (PhoneNumberFormat.NATIONAL, PhoneNumberFormat.INTERNATIONAL):
-        usual = re.findall(r"\d+", phonenumbers.format_number(number, style))
-        if groups == usual and len(groups) > 1:
+        usual_groups = re.findall(r"\d+", phonenumbers.format_number(number, style))
+        if groups == usual_groups and len(groups) > 1:
             return 0.75
     if len(groups) > 1 and (raw.startswith(("0", "(")) or groups[0] == str(number.country_code)):
         return 0.55

@@ -56,16 +56,19 @@ def stdnum_check(module: str, **options: bool) -> Callable[[str], bool]:
     return holds
 
 
-luhn, iban = stdnum_check("luhn"), stdnum_check("iban", check_country=False)
-nie, dni = stdnum_check("es.nie"), stdnum_check("es.dni")
+luhn = stdnum_check("luhn")
+iban = stdnum_check("iban", check_country=False)
+nie = stdnum_check("es.nie")
+dni = stdnum_check("es.dni")
 
 
 def card(text: str) -> bool:
     """A payment card number: a known first range, a length issued there, and the Luhn digit."""
     number = compact(text)
-    return any(
-        low <= number[: len(low)] <= high and len(number) in lengths for low, high, lengths in CARD_LENGTHS
-    ) and luhn(number)
+    for low, high, lengths in CARD_LENGTHS:
+        if low <= number[: len(low)] <= high and len(number) in lengths:
+            return luhn(number)
+    return False
 
 
 def nif_es(text: str) -> bool:
@@ -90,7 +93,8 @@ def npi(text: str) -> bool:
     return luhn("80840" + compact(text))
 
 
-OPEN, CLOSE = r"(?<![\w.])(?<!\w-)", r"(?!\w|-\w|\.\d)"
+OPEN = r"(?<![\w.])(?<!\w-)"
+CLOSE = r"(?!\w|-\w|\.\d)"
 """Bounds of a number: not part of a longer word, decimal or hyphenated code."""
 
 
@@ -118,7 +122,11 @@ def ip_address(text: str) -> bool:
         return False
     if address.is_loopback or address.is_unspecified:
         return False
-    return address.version == 4 or (any(c.isdecimal() for c in text) and len([g for g in text.split(":") if g]) > 2)
+    if address.version == 4:
+        return True
+    # `a::b` and the like are more often code than an address.
+    num_groups = sum(1 for group in text.split(":") if group)
+    return any(character.isdecimal() for character in text) and num_groups > 2
 
 
 HEX = r"[0-9A-Fa-f]"
@@ -164,7 +172,8 @@ FISCAL_CODE = (
     r"(?i)(?<!\w)([a-z]{3} ?[a-z]{3} ?[0-9lmnp-v]{2}[abcdehlmprst][0-9lmnp-v]{2} ?[a-z][0-9lmnp-v]{3}[a-z])(?!\w)"
 )
 NIF = r"(?:[XYZ][-. ]?\d{7}|\d{8}|\d{1,2}\.\d{3}\.\d{3})[-. ]?[A-HJ-NP-TV-Z]"
-SSN_WORDS, AADHAAR_WORDS = r"ssn|social security(?: number| no\.?)?", "aadhaar|aadhar|uidai"
+SSN_WORDS = r"ssn|social security(?: number| no\.?)?"
+AADHAAR_WORDS = "aadhaar|aadhar|uidai"
 NATIONAL = [
     _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, stdnum_check("us.ssn"), SSN_WORDS),
     _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, stdnum_check("us.ssn"), SSN_WORDS),

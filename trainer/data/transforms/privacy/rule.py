@@ -55,8 +55,10 @@ HIPAA = frozenset(TYPES) - {"ORGANISATION"}
 PRESETS = dict(zip(PrivacyPreset, (frozenset[str](), GENERAL, HIPAA, GDPR), strict=True))
 NOT_ASKED = "not asked for"
 
-CHARACTERS_BEFORE, CHARACTERS_AFTER = 48, 20
-"""How many characters before and after a match are searched for words that speak for or against it."""
+CHARACTERS_BEFORE = 48
+"""How many characters before a match are searched for words that speak for or against it."""
+CHARACTERS_AFTER = 20
+"""The same after a match."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,9 @@ class PrivacyFinding:
 class PrivacyRule:
     """One way in which a type shows itself.
 
-    The first group of the expression is the finding. It counts `score`; where `near` matches close by, `boosted`; where
-    `against` matches before it, `SCORE_IF_AGAINST`, whatever else is near. A rule is tried only on texts that hold `needs` and one of
-    `hints`: both spare time on clean text.
+    The first group of the expression is the finding. Its score is `score`; `boosted` if `near` matches close by; and
+    `SCORE_IF_AGAINST` if `against` matches before it, whatever else is near. A rule is tried only on texts that hold `needs`
+    and one of `hints`: both save time on clean text.
     """
 
     type: str
@@ -93,10 +95,13 @@ class PrivacyRule:
 
     def score_in_context(self, text: str, start: int, end: int) -> float:
         """How certain the match at `text[start:end]` is, by the words around it."""
-        before, after = text[max(0, start - CHARACTERS_BEFORE) : start], text[end : end + CHARACTERS_AFTER]
+        before = text[max(0, start - CHARACTERS_BEFORE) : start]
+        after = text[end : end + CHARACTERS_AFTER]
         if self.against and self.against.search(before):
             return SCORE_IF_AGAINST
-        return self.boosted if self.near and (self.near.search(before) or self.near.search(after)) else self.score
+        if self.near and (self.near.search(before) or self.near.search(after)):
+            return self.boosted
+        return self.score
 
 
 SCORE_IF_AGAINST = 0.2
@@ -160,15 +165,14 @@ class Presidio:
         """What Presidio finds at `min_score` or above, under our type names."""
         if not self.entities or not any(c.isalnum() for c in text):
             return []
-        results = self.analyzer.analyze(text, language="en", entities=self.entities, score_threshold=self.min_score)
-        return [PrivacyFinding(ENTITIES[r.entity_type], r.start, r.end, float(r.score)) for r in results]
+        matches = self.analyzer.analyze(text, language="en", entities=self.entities, score_threshold=self.min_score)
+        return [PrivacyFinding(ENTITIES[m.entity_type], m.start, m.end, float(m.score)) for m in matches]
 
 
 @cache
 def _analyzer() -> Any:
-    logging.getLogger("presidio-analyzer").setLevel(
-        logging.ERROR
-    )  # it warns of recognisers for other languages, and of labels that nothing asks for
+    # It warns of recognisers for other languages, and of labels that nothing asks for.
+    logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
     try:
         from presidio_analyzer import AnalyzerEngine
         from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine

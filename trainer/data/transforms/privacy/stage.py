@@ -48,23 +48,24 @@ KEY_CHARACTERS = 16
 
 def coverage(config: PrivacyConfig) -> dict[str, Any]:
     """For the audit: `looked_for`, a list of types, and `not_looked_for`, every other known type with the reason."""
-    wanted = frozenset(config.types) or PRESETS[config.preset]
+    requested = frozenset(config.types) or PRESETS[config.preset]
     if config.mode == PrivacyMode.none:
-        wanted = frozenset()
-    looked_for, left_out = list[str](), dict[str, str]()
+        requested = frozenset()
+    looked_for: list[str] = []
+    not_looked_for: dict[str, str] = {}
     for name in TYPES:
         region = NATIONAL_IDS.get(name)
-        if name not in wanted:
-            left_out[name] = NOT_ASKED
+        if name not in requested:
+            not_looked_for[name] = NOT_ASKED
         elif name in FOUND_BY_NONE:
-            left_out[name] = "found by no engine"
+            not_looked_for[name] = "found by no engine"
         elif name in NEEDS_PRESIDIO and config.engine == PrivacyEngine.patterns:
-            left_out[name] = "needs data.privacy.engine=presidio"
+            not_looked_for[name] = "needs data.privacy.engine=presidio"
         elif region is not None and region not in config.regions:
-            left_out[name] = f"needs {region} in data.privacy.regions"
+            not_looked_for[name] = f"needs {region} in data.privacy.regions"
         else:
             looked_for.append(name)
-    return {"looked_for": looked_for, "not_looked_for": left_out}
+    return {"looked_for": looked_for, "not_looked_for": not_looked_for}
 
 
 class PersonalDataFinder:
@@ -82,45 +83,68 @@ class PersonalDataFinder:
 
     def find(self, text: str) -> list[PrivacyFinding]:
         """Personal data in a text that is certain enough, not allowed, and outside placeholders; no two findings overlap."""
-        digit = DIGIT.search(text) is not None
-        there = {"": True, "digit": digit, "number": digit and NUMBER.search(text) is not None, "at": "@" in text}
-        lower = text.lower()
-        found: list[PrivacyFinding] = []
-        for rule in self.rules:
-            if there[rule.needs] and (not rule.hints or any(hint in lower for hint in rule.hints)):
-                for match in rule.regex.finditer(text):
-                    start, end = match.span(1)
-                    if rule.check is None or rule.check(text[start:end]):
-                        found.append(PrivacyFinding(rule.type, start, end, rule.score_in_context(text, start, end)))
-        if there["number"] and self.types & {"PHONE", "FAX"}:
-            found += [f for f in find_phone_numbers(text, self.regions) if f.type in self.types]
+        findings = self._find_by_rules(text)
         if self.presidio:
-            found += self.presidio.find(text)
-        found = [f for f in found if f.score >= self.min_score]
-        found = [f for f in found if not any(p.fullmatch(text[f.start : f.end]) for p in self.allow)]
-        if not found:
+            findings += self.presidio.find(text)
+        findings = [finding for finding in findings if self._counts(text, finding)]
+        if not findings:
             return []
-        done = [match.span() for match in PLACEHOLDER.finditer(text)] if "[" in text else []
-        return resolve_overlaps(
-            text, [f for f in found if not any(f.start < end and start < f.end for start, end in done)]
-        )
+        placeholders = [match.span() for match in PLACEHOLDER.finditer(text)] if "[" in text else []
+        outside = []
+        for finding in findings:
+            if not any(finding.start < end and start < finding.end for start, end in placeholders):
+                outside.append(finding)
+        return resolve_overlaps(text, outside)
+
+    def _find_by_rules(self, text: str) -> list[PrivacyFinding]:
+        has_digit = DIGIT.search(text) is not None
+        has_number = has_digit and NUMBER.search(text) is not None
+        text_has = {"": True, "digit": has_digit, "number": has_number, "at": "@" in text}
+        """By what a rule may need, see `PrivacyRule.needs`."""
+        lower = text.lower()
+        findings: list[PrivacyFinding] = []
+        for rule in self.rules:
+            if not text_has[rule.needs]:
+                continue
+            if rule.hints and not any(hint in lower for hint in rule.hints):
+                continue
+            for match in rule.regex.finditer(text):
+                start, end = match.span(1)
+                if rule.check is None or rule.check(text[start:end]):
+                    findings.append(PrivacyFinding(rule.type, start, end, rule.score_in_context(text, start, end)))
+        if has_number and self.types & {"PHONE", "FAX"}:
+            numbers = find_phone_numbers(text, self.regions)
+            findings += [finding for finding in numbers if finding.type in self.types]
+        return findings
+
+    def _counts(self, text: str, finding: PrivacyFinding) -> bool:
+        """Whether a finding is certain enough, and not what `data.privacy.allow` names."""
+        if finding.score < self.min_score:
+            return False
+        matched_text = text[finding.start : finding.end]
+        return not any(pattern.fullmatch(matched_text) for pattern in self.allow)
 
 
-def resolve_overlaps(text: str, found: list[PrivacyFinding]) -> list[PrivacyFinding]:
-    """Names last, whose ends are uncertain; longer findings first, then surer ones, then the order of `TYPES`.
+def resolve_overlaps(text: str, findings: list[PrivacyFinding]) -> list[PrivacyFinding]:
+    """Findings without overlap: a finding keeps the characters that no better one has taken.
 
-    What a later one adds stays, so every character that any finding covers is covered by exactly one finding of the result.
+    Longer findings go first, then surer ones, then the order of `TYPES`; names last, whose ends are uncertain. Every character
+    that any finding covers is covered by exactly one finding of the result.
     """
-    taken, free = list[PrivacyFinding](), bytearray(b"1") * len(text)
-    for finding in sorted(
-        found, key=lambda f: (f.type in NEEDS_PRESIDIO, f.start - f.end, -f.score, TYPE_ORDER[f.type], f.start)
-    ):
-        for piece in list(FREE_CHARACTERS.finditer(free, finding.start, finding.end)):
-            start, end = piece.span()
-            if any(c.isalnum() for c in text[start:end]):
-                taken.append(PrivacyFinding(finding.type, start, end, finding.score))
-                free[start:end] = bytes(end - start)
-    return sorted(taken, key=lambda f: f.start)
+
+    def rank(finding: PrivacyFinding) -> tuple[bool, int, float, int, int]:
+        length = finding.end - finding.start
+        return (finding.type in NEEDS_PRESIDIO, -length, -finding.score, TYPE_ORDER[finding.type], finding.start)
+
+    without_overlap: list[PrivacyFinding] = []
+    is_free = bytearray(b"1") * len(text)
+    for finding in sorted(findings, key=rank):
+        for free_part in list(FREE_CHARACTERS.finditer(is_free, finding.start, finding.end)):
+            start, end = free_part.span()
+            if any(character.isalnum() for character in text[start:end]):
+                without_overlap.append(PrivacyFinding(finding.type, start, end, finding.score))
+                is_free[start:end] = bytes(end - start)
+    return sorted(without_overlap, key=lambda finding: finding.start)
 
 
 HEX_DIGITS = 8
@@ -142,45 +166,58 @@ class PrivacyStage:
     def __init__(self, config: PrivacyConfig, *, seen: int = 0) -> None:
         self.config = config
         limit = config.scan_documents if config.mode == PrivacyMode.report else 0
-        self._left = max(limit - seen, 0) if limit else None
-        self._finder = None if config.mode == PrivacyMode.none or self._left == 0 else PersonalDataFinder(config)
+        self._documents_left = max(limit - seen, 0) if limit else None
+        """How many more documents are searched; None for all."""
+        self._finder: PersonalDataFinder | None = None
+        if config.mode != PrivacyMode.none and self._documents_left != 0:
+            self._finder = PersonalDataFinder(config)
         self._key = secret_key()
         assert config.mode != PrivacyMode.pseudonymise or len(self._key) >= KEY_CHARACTERS, "`problems` says so before"
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document, its texts perhaps changed; None where mode=drop dropped it. For mode=fail see `refuse_findings`."""
-        if self._finder is None or self._left == 0:
+        if self._finder is None or self._documents_left == 0:
             return document
-        self._left = None if self._left is None else self._left - 1
-        texts, found, findings = document.texts(), dict[str, list[PrivacyFinding]](), tally.findings
-        seen: list[tuple[str, str]] = []
-        for text in texts:
-            found[text] = self._finder.find(text)
-            seen += [(f.type, mask(f.type, text[f.start : f.end])) for f in found[text]]
-        findings.scanned[document.source] += 1
-        if not seen:
+        if self._documents_left is not None:
+            self._documents_left -= 1
+        findings_by_text: dict[str, list[PrivacyFinding]] = {}
+        masked: list[tuple[str, str]] = []
+        """(type, masked text) of every finding, in reading order."""
+        for text in document.texts():
+            findings_by_text[text] = self._finder.find(text)
+            for finding in findings_by_text[text]:
+                masked.append((finding.type, mask(finding.type, text[finding.start : finding.end])))
+        tally.findings.scanned[document.source] += 1
+        if not masked:
             return document
-        findings.documents[document.source] += 1
-        findings.counts.update(type_ for type_, _ in seen)
-        findings.documents_by_type.update({type_ for type_, _ in seen})
-        for type_, shown in seen:
-            keep_first(findings.examples, type_, [f"{document.where} {shown}"])
+        self._count(tally.findings, document, masked)
         if self.config.mode == PrivacyMode.drop:
-            tally.drop(self.name, seen[0][0], document.where)
+            tally.drop(self.name, masked[0][0], document.where)
             return None
-        for type_, shown in seen:
-            tally.note(self.name, type_, f"{document.where} {shown}")
+        for type_, masked_text in masked:
+            tally.note(self.name, type_, f"{document.where} {masked_text}")
         if self.config.mode in (PrivacyMode.redact, PrivacyMode.pseudonymise):
-            document.map_texts(lambda text: self._rewrite(text, found[text]))
+            document.map_texts(lambda text: self._rewrite(text, findings_by_text[text]))
         return document
 
-    def _rewrite(self, text: str, found: list[PrivacyFinding]) -> str:
+    @staticmethod
+    def _count(findings: Findings, document: Document, masked: list[tuple[str, str]]) -> None:
+        types = [type_ for type_, _ in masked]
+        findings.documents[document.source] += 1
+        findings.counts.update(types)
+        findings.documents_by_type.update(set(types))
+        for type_, masked_text in masked:
+            keep_first(findings.examples, type_, [f"{document.where} {masked_text}"])
+
+    def _rewrite(self, text: str, findings: list[PrivacyFinding]) -> str:
         """The text with every finding replaced by its placeholder."""
-        parts, end = [], 0
-        for finding in found:
-            placeholder, value = f"[{finding.type}]", text[finding.start : finding.end]
+        parts: list[str] = []
+        end = 0
+        for finding in findings:
+            placeholder = f"[{finding.type}]"
             if self.config.mode == PrivacyMode.pseudonymise:
-                placeholder = pseudonym(finding.type, value, self._key, self.config.regions)
+                personal_text = text[finding.start : finding.end]
+                placeholder = pseudonym(finding.type, personal_text, self._key, self.config.regions)
             parts += [text[end : finding.start], placeholder]
             end = finding.end
         return "".join([*parts, text[end:]])
@@ -227,21 +264,21 @@ def pseudonym(type_: str, value: str, key: bytes, regions: Sequence[str]) -> str
     return f"[{type_}_{hmac.new(key, message, hashlib.sha256).hexdigest()[:HEX_DIGITS]}]"
 
 
-def mask(type_: str, value: str) -> str:
+def mask(type_: str, text: str) -> str:
     """What a report may show: `j***@e***.com`. The shape of numbers, first letters of names, no more than that.
 
-    No four letters or digits in a row of the value are ever shown, and of secrets nothing.
+    No four letters or digits in a row of the text are ever shown, and of secrets nothing.
     """
     if type_ == "SECRET":
         return "***"
-    value = " ".join(value.split())
+    text = " ".join(text.split())
     if type_ in SHOW_FIRST:
-        local, at, domain = value.rpartition("@")
+        local, at, domain = text.rpartition("@")
         if type_ == "EMAIL" and at:
-            host, _, top = domain.rpartition(".")
-            return f"{local[:1]}***@{host[:1]}***.{top if len(top) <= 3 else '***'}"
-        return " ".join(f"{word[:1]}***" for word in value.split()[:4])
-    shape = "".join("*" if c.isalnum() else c for c in value)
+            host, _, top_level = domain.rpartition(".")
+            return f"{local[:1]}***@{host[:1]}***.{top_level if len(top_level) <= 3 else '***'}"
+        return " ".join(f"{word[:1]}***" for word in text.split()[:4])
+    shape = "".join("*" if character.isalnum() else character for character in text)
     return shape if len(shape) <= LONGEST_MASK else shape[:LONGEST_MASK] + "..."
 
 
@@ -256,18 +293,20 @@ def key_identity() -> str:
 
 
 def problems(config: PrivacyConfig) -> Iterator[str]:
-    """Of the search for personal data: what is not known, what nothing would look for, a key that is missing."""
+    """What is wrong with the settings: types and regions that are not known, types nothing looks for, a missing key."""
     if config.mode == PrivacyMode.none:
         return
-    reasons = coverage(config)["not_looked_for"]
+    not_looked_for = coverage(config)["not_looked_for"]
+    remedies = {
+        "needs data.privacy.engine=presidio": "set it (pip install 'shardtune[pii]'), or leave the type out",
+        "found by no engine": "leave it out; LOCATION finds places in addresses with data.privacy.engine=presidio",
+    }
     for name in config.types:
         if name not in TYPES:
             yield f"data.privacy.types: {name!r} is not a type; the types are {', '.join(TYPES)}"
-        elif (why := reasons.get(name, NOT_ASKED)) != NOT_ASKED:
-            remedies = {
-                "needs data.privacy.engine=presidio": "set it (pip install 'shardtune[pii]'), or leave the type out",
-                "found by no engine": "leave it out; LOCATION finds places in addresses with data.privacy.engine=presidio",
-            }
+            continue
+        why = not_looked_for.get(name, NOT_ASKED)
+        if why != NOT_ASKED:
             yield f"data.privacy.types: {name} {why}; {remedies.get(why, 'add it, or leave the type out')}"
     if not config.types and config.preset == PrivacyPreset.none:
         yield "data.privacy.preset=none with an empty data.privacy.types looks for nothing; name types, or set mode=none"
