@@ -37,7 +37,7 @@ def decide(documents, config=NEAR):
     dropped = [copies for kind, copies in kinds.items() if policies[kind] is DuplicatePolicy.drop]
     kept = ~np.any([np.zeros(len(documents), bool), *dropped], axis=0)
     report = {kind: int(copies.sum()) for kind, copies in kinds.items()}
-    return SimpleNamespace(stands=found.stands, kind=found.kind, kept=kept, report=report, search=found.search)
+    return SimpleNamespace(stands=found.representative, kind=found.kind, kept=kept, report=report, search=found.search)
 
 
 def plain_ngrams(text, ngram=5):
@@ -98,10 +98,10 @@ def similarities(corpus):
 
 def test_near_duplicates_agree_with_brute_force(corpus, similarities):
     result = decide([text_document(text) for text in corpus])
-    rows = np.flatnonzero(result.stands != np.arange(len(corpus)))
+    rows = np.flatnonzero(result.representative != np.arange(len(corpus)))
     for row in rows.tolist():
-        leader = int(result.stands[row])
-        assert leader < row and result.stands[leader] == leader and result.kept[leader]
+        leader = int(result.representative[row])
+        assert leader < row and result.representative[leader] == leader and result.kept[leader]
         assert similarities[leader, row] >= 0.8
     greedy, expected = set(), set()
     alike = defaultdict(list)
@@ -149,7 +149,7 @@ def test_jaccard_is_the_true_one(corpus, similarities):
 def test_short_texts_are_near_only_with_the_same_words():
     documents = [text_document(text) for text in ("one two three", "one two four", "One, two, three!")]
     result = decide(documents)
-    assert result.stands.tolist() == [0, 1, 0] and result.report["normalized"] == 1
+    assert result.representative.tolist() == [0, 1, 0] and result.report["normalized"] == 1
 
 
 def test_texts_without_spaces_between_words():
@@ -157,13 +157,13 @@ def test_texts_without_spaces_between_words():
     long = "".join(chr(draw.randrange(0x4E00, 0x5E00)) for _ in range(300))
     documents = [text_document(long), text_document(long[:150] + "好" + long[151:]), text_document(long[::-1])]
     result = decide(documents)
-    assert result.stands.tolist() == [0, 0, 2] and result.report["near"] == 1
+    assert result.representative.tolist() == [0, 0, 2] and result.report["near"] == 1
 
 
 def test_texts_without_words_stay_apart():
     documents = [text_document(text) for text in ("", "...", "", "?!")]
     result = decide(documents)
-    assert result.stands.tolist() == [0, 1, 0, 3] and result.search["comparisons"] == 0
+    assert result.representative.tolist() == [0, 1, 0, 3] and result.search["comparisons"] == 0
 
 
 def test_five_thousand_copies_of_boilerplate_cost_one_comparison_each():
@@ -191,7 +191,7 @@ def test_likeness_is_not_passed_along_chains():
     similar = true_similarities(texts)
     assert similar[0, 1] > 0.85 and similar[0, 2] < 0.8
     result = decide([text_document(text) for text in texts])
-    assert result.stands.tolist() == [0, 0, 2, 2, 4, 4]
+    assert result.representative.tolist() == [0, 0, 2, 2, 4, 4]
 
 
 def test_policies():
@@ -219,7 +219,7 @@ def test_policies():
 def test_copies_of_a_near_duplicate_stand_for_the_kept_one():
     texts = [" ".join(WORDS[:80]), " ".join(WORDS[:79]), " ".join(WORDS[:79]), " ".join(WORDS[:79]).upper()]
     result = decide([text_document(text) for text in texts])
-    assert result.stands.tolist() == [0, 0, 0, 0] and result.kind.tolist() == [0, 3, 1, 2]
+    assert result.representative.tolist() == [0, 0, 0, 0] and result.kind.tolist() == [0, 3, 1, 2]
 
 
 def test_labels_and_verdicts_keep_documents_apart():
@@ -229,9 +229,9 @@ def test_labels_and_verdicts_keep_documents_apart():
         text_document(long, label="bad"),
         text_document(long + " x", label="bad"),
     ]
-    assert decide(labelled).stands.tolist() == [0, 1, 1]
+    assert decide(labelled).representative.tolist() == [0, 1, 1]
     thumbs = [Document(file="a", line=1, prompt="p", completion=long, desirable=value) for value in (True, False)]
-    assert decide(thumbs).stands.tolist() == [0, 1]
+    assert decide(thumbs).representative.tolist() == [0, 1]
 
 
 def _pair(chosen, rejected):
@@ -243,7 +243,7 @@ def _pair(chosen, rejected):
 def test_turned_preference_pairs_are_no_duplicates():
     one, other = " ".join(WORDS[:80]), " ".join(WORDS[100:180])
     documents = [_pair(one, other), _pair(other, one), _pair(one + " more", other)]
-    assert decide(documents).stands.tolist() == [0, 1, 0]
+    assert decide(documents).representative.tolist() == [0, 1, 0]
 
 
 def _chat(*turns):
@@ -260,10 +260,10 @@ def test_text_that_is_compared():
     ]
     assert [prompt_of(document) for document in documents] == ["hello there", "Hello there!", "bye"]
     assert prompt_of(text_document("x")) is None and prompt_of(text_document("x", label="l")) == "x"
-    by = {which: decide(documents, DuplicatesConfig(text=which)).stands.tolist() for which in ComparedText}
+    by = {which: decide(documents, DuplicatesConfig(text=which)).representative.tolist() for which in ComparedText}
     assert by == {"document": [0, 1, 2], "prompt": [0, 0, 2], "completion": [0, 1, 0]}
     columns = Signer(DuplicatesConfig()).sign([*documents, text_document("plain")])
     assert columns["prompt"][0] == columns["prompt"][1] != columns["prompt"][2] and columns["prompt"][3] == 0
     assert "verdict" not in columns
     empty = [Document(file="a", line=1, prompt="", completion=text) for text in ("one", "two")]
-    assert decide(empty, DuplicatesConfig(text=ComparedText.prompt)).stands.tolist() == [0, 1]
+    assert decide(empty, DuplicatesConfig(text=ComparedText.prompt)).representative.tolist() == [0, 1]

@@ -91,12 +91,12 @@ def test_recognise(fields, format):
     ],
 )
 def test_a_null_in_the_first_row_does_not_hide_the_column_that_the_objective_learns(fields, meant, format):
-    assert recognise(row(fields), {}, meant=meant) is format
+    assert recognise(row(fields), {}, preferred=meant) is format
 
 
 def test_columns_of_no_format_are_renamed_to_those_that_the_objective_reads():
     with pytest.raises(DataError, match=r"as in data\.columns='\{text:NAME,label:NAME\}'"):
-        recognise(row({"Text": "a", "Label": "b"}), {}, meant=(F.labelled,))
+        recognise(row({"Text": "a", "Label": "b"}), {}, preferred=(F.labelled,))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from trainer.data.config import (
     LeakagePolicy,
 )
 from trainer.data.document import Document, Tally
-from trainer.data.selection.leakage import LEAKS, find_leaks, first_equal, settle
+from trainer.data.selection.leakage import LEAKS, apply_policy, find_leaks, first_equal
 from trainer.data.selection.signatures import Signer, compared_text
 from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
 
@@ -85,18 +85,18 @@ def test_policies(planted):
     train, held_out, truth = planted
     leaks, both = leaks_of(train, held_out), [*train, *held_out]
     where = lambda number: both[number].where  # noqa: E731
-    taken, report = settle(leaks, LeakagePolicy.report, len(train), where)
+    taken, report = apply_policy(leaks, LeakagePolicy.report, len(train), where)
     assert not len(taken) and report["train"] == report["held_out"] == dict.fromkeys(LEAKS, 5)
     assert report["examples"]["exact"][0] == "train.jsonl:8 = eval.jsonl:1"
-    taken, _ = settle(leaks, LeakagePolicy.drop_train, len(train), where)
+    taken, _ = apply_policy(leaks, LeakagePolicy.drop_train, len(train), where)
     leaking = {place for place, (_, kind) in truth.items() if kind != "prompt"}  # a shared prompt is only reported
     assert set(taken.tolist()) == leaking and len(leaking) == 15
     with pytest.raises(
         DataError, match=r"15 of 400 .*exact 5, normalized 5.*train.jsonl:8 = eval.jsonl:1.*=drop_train"
     ):
-        settle(leaks, LeakagePolicy.fail, len(train), where)
+        apply_policy(leaks, LeakagePolicy.fail, len(train), where)
     clean = leaks_of(train[:5], held_out[40:])
-    assert not len(settle(clean, LeakagePolicy.fail, 5, where)[0])
+    assert not len(apply_policy(clean, LeakagePolicy.fail, 5, where)[0])
 
 
 def test_a_held_out_template_is_cut_and_said():

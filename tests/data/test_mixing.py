@@ -126,7 +126,9 @@ def test_a_weighted_source_without_documents_or_tokens_is_refused():
 
 def test_an_epoch_beyond_memory_is_refused_and_names_the_source_that_repeats():
     with pytest.raises(ConfigError, match=r"data\.mixing\.epoch=all.*tiny is repeated"):
-        quotas([10, mixing.LONGEST_EPOCH], [10, mixing.LONGEST_EPOCH], [1, 1], epoch=EpochEnd.all, names=["tiny", "b"])
+        quotas(
+            [10, mixing.MAX_EPOCH_UNITS], [10, mixing.MAX_EPOCH_UNITS], [1, 1], epoch=EpochEnd.all, names=["tiny", "b"]
+        )
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.sampled_from([0, 2, 5])), max_size=60), st.integers(50, 90))

@@ -262,7 +262,7 @@ def test_rank_0_whose_progress_is_seen_goes_before_those_that_come_earlier(tmp_p
     assert cache.build_once(entry, partial(build, "rank 0"))
     earlier.join(seconds(30))
     assert not earlier.is_alive() and made == ["rank 0"]
-    assert cache.build_once(tmp_path / "cache" / "own", partial(build, "another host"), after_s=0.1)
+    assert cache.build_once(tmp_path / "cache" / "own", partial(build, "another host"), head_start_s=0.1)
 
 
 def test_a_lock_is_had_where_shared_ones_ask_for_reading(tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_a_lock_is_had_where_shared_ones_ask_for_reading(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache.fcntl, "flock", flock)
     build = lambda target: (target / "manifest.json").write_text("{}")  # noqa: E731
-    assert cache.build_once(tmp_path / "cache" / "abc", build, after_s=0.1) and shared
+    assert cache.build_once(tmp_path / "cache" / "abc", build, head_start_s=0.1) and shared
 
 
 def test_what_is_prepared_is_on_the_disk_before_its_name_is(tmp_path, data, monkeypatch):

@@ -85,7 +85,7 @@ def test_fewer_documents_and_shards_need_less(tmp_path, room):
 
 def test_nothing_is_measured_where_there_is_plenty(tmp_path, monkeypatch):
     path = written_as(tmp_path, "")
-    monkeypatch.setattr(sources, "_measured", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sources, "_measure_first_block", lambda *_: pytest.fail("measured"))
     assert len(preparation(path, max_documents=10).open_or_make().train)
 
 

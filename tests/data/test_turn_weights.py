@@ -16,7 +16,7 @@ from trainer.data.objective_spec import Reading
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import decode_pieces, preview, summary
 from trainer.data.store.documents import DocumentTable
-from trainer.data.store.sequences import TokenDataset, summed
+from trainer.data.store.sequences import TokenDataset, exact_sum
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.truncation import fit_length
 from trainer.objectives.kto import RatedReading
@@ -144,8 +144,8 @@ def test_the_store_has_weights_and_their_sums(tmp_path):
     for number, row in enumerate(rows):
         stored = [turn.get("weight", 1) for turn in table.document(number).messages]
         assert stored == [turn.get("weight", 1) for turn in row["messages"]]
-    total = summed(train.counts["loss"])
-    assert total == summed(train.counts["loss"][::-1]) < train.num_supervised.sum()
+    total = exact_sum(train.counts["loss"])
+    assert total == exact_sum(train.counts["loss"][::-1]) < train.num_supervised.sum()
     audit = json.loads((prepared.directory / "audit.json").read_text())
     assert audit["splits"]["train"]["weighted_tokens"] == total
     assert audit["splits"]["train"]["supervised_tokens"] == train.num_supervised.sum()
@@ -170,7 +170,7 @@ def test_data_without_fractions_is_the_same_byte_for_byte(tmp_path):
     for prepared in made:
         assert not (prepared.directory / "weights.bin").exists()
         assert prepared.train.counts["loss"].dtype == np.int64 and isinstance(
-            summed(prepared.train.counts["loss"]), int
+            exact_sum(prepared.train.counts["loss"]), int
         )
         assert prepared.report["train"]["weighted_tokens"] is None and "weighing" not in summary(prepared.report)
         assert "weighing" not in (prepared.directory / "audit.html").read_text()
@@ -199,7 +199,7 @@ def test_workers_shards_and_late_weights_make_the_same_store(tmp_path):
     weights = np.fromfile(stores[0] / "weights.bin", np.float32)
     mask = np.fromfile(stores[0] / "supervised.bin", np.uint8)
     assert ((weights > 0) == mask).all() and set(weights.tolist()) == {0.0, 1.0, 0.5, np.float32(0.3).item()}
-    assert isinstance(TokenDataset.open(stores[0] / "train").sample(0).learned(), int)
+    assert isinstance(TokenDataset.open(stores[0] / "train").sample(0).learned_weight(), int)
 
 
 def test_a_batch_has_weights_only_where_one_weighs_less(tmp_path):
@@ -244,7 +244,7 @@ def test_an_encoder_decoder_answer_has_its_weight():
     for _, (sample,) in reading.sequences(encoder, documents, config, Tally()):
         assert sample.answer_begin() <= 8
         assert (sample.weights == np.where(sample.supervised, np.float32(0.5), 0)).all()
-        assert sample.learned() == 0.5 * sample.supervised.sum() == 2.0
+        assert sample.learned_weight() == 0.5 * sample.supervised.sum() == 2.0
     plain = next(encoder.encode([document(("user", "a", 1), ("assistant", "b", 1))]))[1]
     assert plain.weights is None
     asked = document(("user", "a", 1), ("assistant", "b", 1))

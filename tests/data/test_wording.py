@@ -7,7 +7,7 @@ import pytest
 from rensa import RMinHash, RMinHashLSH
 
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
-from trainer.data.selection.near_duplicates import SEED, choose_bands, ngrams, recall
+from trainer.data.selection.near_duplicates import MINHASH_SEED, choose_bands, ngrams, recall
 from trainer.data.selection.signatures import Signer, normal_digest, normalize
 
 
@@ -31,7 +31,7 @@ def test_bands_find_pairs_as_the_formula_says():
         other = [draw.choice(WORDS) if draw.random() < 0.05 else word for word in words]
         first, second = " ".join(words), " ".join(other)
         index = RMinHashLSH(0.8, 126, 18)
-        sketches = [RMinHash(126, SEED) for _ in range(2)]
+        sketches = [RMinHash(126, MINHASH_SEED) for _ in range(2)]
         for sketch, text in zip(sketches, (first, second), strict=True):
             sketch.update(ngrams(normalize(text)))
         index.insert(0, sketches[0])
@@ -86,4 +86,4 @@ def test_ngrams_by_counting():
     runs = [ngrams(normalize(text)) for text in texts]
     assert [len(one) for one in runs] == [4, 1, 0, 0, 5, 1] and len(set(runs[4])) == 1
     assert not set(runs[1]) & set(runs[5]), "the order of words counts"
-    assert not set(runs[0]) & set(ngrams(normalize(texts[0]), apart=7))
+    assert not set(runs[0]) & set(ngrams(normalize(texts[0]), partition=7))

@@ -13,7 +13,7 @@ from tests.helpers.tokenizers import WORDS, write_jsonl
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import DataConfig, Layout, SourceConfig
 from trainer.data.prepare import Preparation
-from trainer.data.store.sequences import summed
+from trainer.data.store.sequences import exact_sum
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
@@ -120,7 +120,7 @@ def test_evaluation_weighs_alike(tmp_path, runtime, model, batch):
     trainer = trainer_for(run_config(model, "single", "full", micro=4), data, runtime)
     sums = [Plain(model).sums(row) for row in made]
     weight = sum(weight for _, _, weight in sums)
-    count = summed(data.train.counts["loss"])
+    count = exact_sum(data.train.counts["loss"])
     assert count == pytest.approx(weight, rel=1e-7) and count < data.train.num_supervised.sum()
 
     def batches():
@@ -138,7 +138,7 @@ def test_a_step_whose_weights_sum_to_less_than_one(tmp_path, runtime, model):
         row["messages"] = [*row["messages"][:1], {**row["messages"][1], "weight": 0.002}]
     data = prepared(tmp_path, model, made)
     trainer = trainer_for(run_config(model, "single", "full", micro=4, steps=1), data, runtime)
-    assert 0 < summed(data.train.counts["loss"]) < 1
+    assert 0 < exact_sum(data.train.counts["loss"]) < 1
     for row in made:
         row["messages"][1].pop("weight")
     whole = prepared(tmp_path, model, made, "whole")

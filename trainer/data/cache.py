@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DONE = "manifest.json"
 """The file whose presence under the final name makes an entry complete."""
-ARRAYS = (".bin", ".npy", ".npz", ".arrow")
+ARRAY_SUFFIXES = (".bin", ".npy", ".npz", ".arrow")
 """Suffixes of what training reads of an entry."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -54,7 +54,7 @@ def file_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def state_of(path: Path) -> tuple[str | int, ...]:
+def file_state(path: Path) -> tuple[str | int, ...]:
     """Path, size, inode, and the times of the last change of a file. Raises DataError."""
     try:
         about = path.stat()
@@ -68,7 +68,7 @@ def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
 
     The inode's change time moves with every write and cannot be set back by a program. Raises DataError.
     """
-    identity = state_of(path)
+    identity = file_state(path)
     if int(identity[1]) < big:
         return file_digest(path)
     entry = cache_dir / "digests" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40]
@@ -97,13 +97,13 @@ class Digests:
     def __call__(self, path: Path) -> str:
         """Raises DataError."""
         if path not in self.known:
-            self.known[path] = state_of(path), remembered_digest(path, self.cache_dir)
+            self.known[path] = file_state(path), remembered_digest(path, self.cache_dir)
         return self.known[path][1]
 
     def check(self) -> None:
         """Raise DataError where a file is not what it was: rows would be kept under the name of others."""
         for path, (state, digest) in self.known.items():
-            if state_of(path) != state and remembered_digest(path, self.cache_dir) != digest:
+            if file_state(path) != state and remembered_digest(path, self.cache_dir) != digest:
                 raise DataError(
                     f"{path}: changed while it was prepared; start again when nothing writes it, or prepare a copy"
                 )
@@ -121,7 +121,7 @@ def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[s
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def dated(fingerprint: str, date: TemplateDate | None) -> str:
+def fingerprint_with_date(fingerprint: str, date: TemplateDate | None) -> str:
     """The fingerprint with the date that the chat template writes; as it is if there is none, or if it never knew of one."""
     if date is None or not date.in_fingerprint:
         return fingerprint
@@ -154,23 +154,23 @@ def build_once(
     build: Callable[[Path], None],
     *,
     stop: Callable[[], None] = lambda: None,
-    after_s: float | None = None,
+    head_start_s: float | None = None,
 ) -> bool:
     """Make `directory` by `build(temporary directory)` unless it is there; True if this process made it.
 
     One process builds, others wait for it. The result appears under its name by one rename; whatever a dead or failed
-    builder left is removed. `stop` is called while waiting, and may raise. Another that comes within `after_s` seconds (by
+    builder left is removed. `stop` is called while waiting, and may raise. Another that comes within `head_start_s` seconds (by
     default, those that rank 0 may take) goes first. Raises StorageError where the cache cannot be written or locked.
     """
     if (directory / DONE).exists():
         return False
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        wait_s = _after_s() if after_s is None else after_s
+        wait_s = _head_start_s() if head_start_s is None else head_start_s
         with _lock(directory.parent / f".{directory.name}.lock", directory, stop, wait_s):
             if (directory / DONE).exists():
                 return False
-            with _appearing(directory) as temporary:
+            with _publish_when_filled(directory) as temporary:
                 build(temporary)
     except OSError as error:
         raise StorageError(
@@ -180,7 +180,7 @@ def build_once(
 
 
 @contextmanager
-def _appearing(directory: Path) -> Iterator[Path]:
+def _publish_when_filled(directory: Path) -> Iterator[Path]:
     """A directory to fill, which takes the name and the place of `directory` by one rename, or is removed.
 
     All of it is on the disk before its name is.
@@ -199,7 +199,7 @@ def _appearing(directory: Path) -> Iterator[Path]:
         raise
 
 
-def _after_s() -> float:
+def _head_start_s() -> float:
     """Seconds in which rank 0, whose lines a user sees, may come and prepare; a host with a cache of its own begins soon."""
     if os.environ.get("RANK", "0") == "0":
         return 0
@@ -208,14 +208,14 @@ def _after_s() -> float:
 
 def hashes_of(directory: Path) -> dict[str, dict[str, str]]:
     """By relative path: the sampled and the whole SHA-256 of everything that training reads. Errors: OSError."""
-    files = sorted(path for path in directory.rglob("*") if path.suffix in ARRAYS)
+    files = sorted(path for path in directory.rglob("*") if path.suffix in ARRAY_SUFFIXES)
     return {
         path.relative_to(directory).as_posix(): {"sampled": sampled_digest(path), "sha256": file_digest(path)}
         for path in files
     }
 
 
-def compare(directory: Path, hashes: dict[str, dict[str, str]], how: Verify) -> None:
+def compare_hashes(directory: Path, hashes: dict[str, dict[str, str]], how: Verify) -> None:
     """Compare what lies in `directory` with its hashes. Raises DataError naming the first file that differs."""
     for name, written in hashes.items():
         path = directory / name
@@ -236,11 +236,11 @@ def _remedy(directory: Path) -> str:
 
 
 @contextmanager
-def _lock(path: Path, directory: Path, stop: Callable[[], None], after_s: float) -> Iterator[None]:
+def _lock(path: Path, directory: Path, stop: Callable[[], None], head_start_s: float) -> Iterator[None]:
     """An exclusive lock between processes; the kernel releases it when its holder dies."""
     with path.open("a+", encoding="utf-8") as file:  # NFS gives no shared lock of what is open for writing alone
         began, told = time.monotonic(), False
-        while time.monotonic() - began < after_s and not (directory / DONE).exists() and not _held(file):
+        while time.monotonic() - began < head_start_s and not (directory / DONE).exists() and not _is_locked(file):
             stop()
             time.sleep(0.05)
         while True:
@@ -255,7 +255,7 @@ def _lock(path: Path, directory: Path, stop: Callable[[], None], after_s: float)
         yield
 
 
-def _held(file: IO[str]) -> bool:
+def _is_locked(file: IO[str]) -> bool:
     """Whether another process has the lock; one that asks at this moment asks again."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -289,7 +289,7 @@ class Shards:
                 if path.exists():
                     yield None
                     return
-                with _appearing(path) as temporary:
+                with _publish_when_filled(path) as temporary:
                     yield lambda block: save(block, temporary / f"{block.number:09d}.npz")
         except OSError as error:
             raise StorageError(

@@ -152,9 +152,9 @@ class Row:
     """Line on which the row starts, from 1; the row's number in Parquet, Arrow and hub data; 1 in text files."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Named values: texts, numbers, true/false, None, lists and objects of these; a `Fault` where a column has none."""
-    others: tuple[str, ...] = ()
+    unread_columns: tuple[str, ...] = ()
     """Further columns of the file, which nobody asked for: their values were not read."""
-    added: tuple[str, ...] = ()
+    made_columns: tuple[str, ...] = ()
     """Columns that reading made: the file has none of that name."""
 
     def parse(self) -> Row | Rejected:

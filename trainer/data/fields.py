@@ -42,7 +42,7 @@ class Refusal(Exception):
         self.reason, self.message = reason, message
 
 
-def shown(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value as messages show it, shortened."""
     return value.message if isinstance(value, Fault) else _SHORT.repr(value)
 
@@ -72,7 +72,9 @@ def group_of(fields: dict[str, Any], name: str) -> str:
         return value.strip()
     if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
-    raise Refusal("missing_group", f'"{name}" (data.group_by) is {shown(value)}; it must be a text or a whole number')
+    raise Refusal(
+        "missing_group", f'"{name}" (data.group_by) is {show_value(value)}; it must be a text or a whole number'
+    )
 
 
 def is_nothing(value: Any) -> bool:
@@ -99,13 +101,13 @@ def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
     name = name or f'"{key}"'
     if is_texts(value):
         if len(value) > 1:
-            what = f"{name} is a list of {len(value)} texts, {shown(value)}"
+            what = f"{name} is a list of {len(value)} texts, {show_value(value)}"
             raise Refusal("not_text", f"{what}, and one is meant: join them{choice}")
         value = value[0]
     if not isinstance(value, str):
         as_text = f', as "{value}"' if type(value) in (int, float) else ""
         raise Refusal(
-            "not_text", f"{name} is {shown(value) if key in fields else 'missing'}; it must be a text{as_text}"
+            "not_text", f"{name} is {show_value(value) if key in fields else 'missing'}; it must be a text{as_text}"
         )
     if not value or value.isspace():
         raise Refusal("empty_text", f"{name} is an empty text")
@@ -120,7 +122,7 @@ def label_of(value: Any) -> str:
         return text_of({"label": value}, "label").strip()
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
-    raise Refusal("bad_label", f'"label" is {shown(value)}; it must be a name, a whole number or true/false')
+    raise Refusal("bad_label", f'"label" is {show_value(value)}; it must be a name, a whole number or true/false')
 
 
 def verdict_of(value: Any) -> bool | None:
@@ -141,17 +143,17 @@ def is_surely_verdict(value: Any) -> bool:
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns, and keys of turns, that hold what is no text."""
-_TALK = ("history", "tool_calls", "reasoning_content", "thinking")
-_BESIDE = ("passage", "context")
+_CONVERSATION_PARTS = ("history", "tool_calls", "reasoning_content", "thinking")
+_PASSAGES = ("passage", "context")
 CARRIERS: dict[DataFormat, tuple[str, ...]] = {
-    **dict.fromkeys(DataFormat, (*MEDIA, *_TALK, *_BESIDE)),
-    **dict.fromkeys((DataFormat.messages, DataFormat.sharegpt), (*MEDIA, *_TALK)),
+    **dict.fromkeys(DataFormat, (*MEDIA, *_CONVERSATION_PARTS, *_PASSAGES)),
+    **dict.fromkeys((DataFormat.messages, DataFormat.sharegpt), (*MEDIA, *_CONVERSATION_PARTS)),
     **dict.fromkeys((DataFormat.pair, DataFormat.labelled, DataFormat.text), MEDIA),
 }
 """Columns that carry meaning beside what a format reads."""
-MOST_NAMES = 1000
+MAX_NAMES = 1000
 """Names that are remembered for a source: data whose columns are values of their own must not fill the memory."""
-SHOWN = 20
+MAX_SHOWN_NAMES = 20
 """Names that are shown."""
 
 
@@ -165,30 +167,33 @@ class Unread:
     setting: str
     """The setting that renames columns, for messages."""
     names: dict[str, None] = field(default_factory=dict)
-    _known: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
+    _known_shapes: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
 
     def note(self, fields: Mapping[str, Any], others: tuple[str, ...], read: tuple[str, ...]) -> None:
         """Take in a row of which the columns `read` are read. Raises Refusal for a column that carries meaning."""
         shape = (read, others, *fields)
-        found = self._known.get(shape)
+        found = self._known_shapes.get(shape)
         if found is None:
             names = [name for name in (*fields, *others) if name not in read and name not in self.ignored]
             found = names, [name for name in self.refused if name in names and name in fields]
-            if len(self._known) < MOST_NAMES:
-                self._known[shape] = found
+            if len(self._known_shapes) < MAX_NAMES:
+                self._known_shapes[shape] = found
         names, carriers = found
         for name in carriers:
             if not is_nothing(fields[name]):
                 raise Refusal(
                     f"unread_{name}",
-                    f'column "{name}" is not read, and it carries meaning ({shown(fields[name])}): rename it with '
+                    f'column "{name}" is not read, and it carries meaning ({show_value(fields[name])}): rename it with '
                     f"{self.setting} if it is what is to be read, or name it in data.ignore_columns to train without it",
                 )
-        if len(self.names) < MOST_NAMES:
+        if len(self.names) < MAX_NAMES:
             self.names.update(dict.fromkeys(names))
 
 
 def shown_names(names: Collection[str]) -> list[str]:
     """The first names, and how many there are besides."""
-    more = len(names) - SHOWN
-    return [*list(names)[:SHOWN], *([f"and {more}{'' if len(names) < MOST_NAMES else '+'} more"] if more > 0 else [])]
+    more = len(names) - MAX_SHOWN_NAMES
+    return [
+        *list(names)[:MAX_SHOWN_NAMES],
+        *([f"and {more}{'' if len(names) < MAX_NAMES else '+'} more"] if more > 0 else []),
+    ]

@@ -25,12 +25,12 @@ from trainer.data.fields import (
     is_surely_verdict,
     is_texts,
     label_of,
-    shown,
+    show_value,
     text_of,
     value_at,
     verdict_of,
 )
-from trainer.data.messages import are_told, conversation, history_of, parted, tools_of, turns_of
+from trainer.data.messages import history_of, require_learnable, split_pair, tells_tools, tools_of, turns_of
 from trainer.data.suggested import suggested_columns
 
 NEEDS = {
@@ -45,7 +45,7 @@ NEEDS = {
     DataFormat.thumbs: '"prompt" and "completion", or "messages"; and "label": true/false, or "thumbs": up/down',
 }
 Spelling = tuple[str, ...]
-_TABLE = {  # the columns that make a format, likeliest spelling first
+_SPELLINGS_AS_TEXT = {  # the columns that make a format, likeliest spelling first
     DataFormat.messages: "messages | conversation",
     DataFormat.sharegpt: "conversations",
     DataFormat.alpaca: "instruction output | instruction response",
@@ -57,11 +57,11 @@ _TABLE = {  # the columns that make a format, likeliest spelling first
     DataFormat.thumbs: "prompt completion label | prompt completion thumbs | messages label | messages thumbs",
 }
 SPELLINGS: dict[DataFormat, list[Spelling]] = {
-    format: [tuple(spelling.split()) for spelling in text.split("|")] for format, text in _TABLE.items()
+    format: [tuple(spelling.split()) for spelling in text.split("|")] for format, text in _SPELLINGS_AS_TEXT.items()
 }
-_OF_TALK = ("system", "tools")
+_CONVERSATION_COLUMNS = ("system", "tools")
 _WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
-_OF_INSTRUCTIONS = ("input", "context", "history")
+_INSTRUCTION_COLUMNS = ("input", "context", "history")
 _ALSO_READS = {  # a format that was named reads these spellings too
     DataFormat.messages: SPELLINGS[DataFormat.sharegpt],
     DataFormat.sharegpt: SPELLINGS[DataFormat.messages],
@@ -80,38 +80,40 @@ def recognise(
     *,
     source: str = "data",
     ignored: Collection[str] = (),
-    meant: tuple[DataFormat, ...] = (),
+    preferred: tuple[DataFormat, ...] = (),
 ) -> DataFormat:
     """The format whose columns the row has; a null, or an `ignored` column, counts as one that is not there.
 
     Renamed columns decide: a format that does not use all of them is not considered. Where several fit, the first of those
-    that are `meant` does, and where none of these fits but for a null, which the first row may hold, that one. Raises
+    that are `preferred` does, and where none of these fits but for a null, which the first row may hold, that one. Raises
     DataError, with the row, where no format or more than one fits; ConfigError where `columns` names a column of no format.
     """
     setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
     _check_columns(columns, [*SPELLINGS], setting)
     try:
-        fields = _renamed({k: v for k, v in row.fields.items() if k not in ignored}, columns, setting)
+        fields = _rename_columns({k: v for k, v in row.fields.items() if k not in ignored}, columns, setting)
     except Refusal as refusal:
         raise DataError(f"{row.file}:{row.line}: {refusal.message}") from None
-    verdicts = DataFormat.thumbs in meant
-    found = _candidates({k: v for k, v in fields.items() if v is not None}, columns, verdicts=verdicts)
-    named = _candidates(fields, columns, verdicts=verdicts)
-    if meant and not {*meant} & {*found} and {*meant} & {*named}:
+    verdicts = DataFormat.thumbs in preferred
+    found = _fitting_formats({k: v for k, v in fields.items() if v is not None}, columns, verdicts=verdicts)
+    named = _fitting_formats(fields, columns, verdicts=verdicts)
+    if preferred and not {*preferred} & {*found} and {*preferred} & {*named}:
         found = named
     if len(found := found or named) == 1:
         return next(iter(found))
-    if (chosen := next((format for format in meant if format in found), None)) is not None:
+    if (chosen := next((format for format in preferred if format in found), None)) is not None:
         return chosen
-    names = f"{row.file}:{row.line}: columns {_names(fields)} fit"
+    names = f"{row.file}:{row.line}: columns {_column_names(fields)} fit"
     if found:
         readings = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in found.items())
         choice = (
             f"{setting.removesuffix('columns')}format={'|'.join(found)}, or leave columns out with data.ignore_columns"
         )
-        raise DataError(f"{names} several formats; choose with {choice}\n{readings}\nthe row: {shown(fields)}")
-    needs = "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items()) + f"\nthe row: {shown(fields)}"
-    wanted = SPELLINGS[meant[0] if meant else DataFormat.prompt_completion][0]
+        raise DataError(f"{names} several formats; choose with {choice}\n{readings}\nthe row: {show_value(fields)}")
+    needs = (
+        "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items()) + f"\nthe row: {show_value(fields)}"
+    )
+    wanted = SPELLINGS[preferred[0] if preferred else DataFormat.prompt_completion][0]
     suggested = suggested_columns(fields) if not columns else {}
     mapping = suggested or dict.fromkeys(wanted, "NAME")
     example = f"{setting}='{{{','.join(f'{expected}:{name}' for expected, name in mapping.items())}}}'"
@@ -133,7 +135,7 @@ def _about_columns(row: Row) -> str:
     return ""
 
 
-def _candidates(fields: dict[str, Any], columns: dict[str, str], *, verdicts: bool) -> dict[DataFormat, Spelling]:
+def _fitting_formats(fields: dict[str, Any], columns: dict[str, str], *, verdicts: bool) -> dict[DataFormat, Spelling]:
     """Formats that fit, with the spelling that does; those left out that another one extends.
 
     `verdicts`: the objective learns from verdicts, so that a column `label` holds one, whatever its value.
@@ -169,13 +171,13 @@ def _check_columns(columns: dict[str, str], formats: list[DataFormat], setting: 
             raise ConfigError(f"{setting}.{name}: no column that {reader} reads; {hint}")
 
 
-def _names(fields: dict[str, Any]) -> list[str]:
+def _column_names(fields: dict[str, Any]) -> list[str]:
     """Columns in order of their names; those of objects one level down, with dots."""
     nested = ([f"{k}.{inner}" for inner in v] if isinstance(v, dict) and v else [k] for k, v in fields.items())
     return sorted(name for names in nested for name in names)
 
 
-def _renamed(fields: dict[str, Any], columns: dict[str, str], setting: str) -> dict[str, Any]:
+def _rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str) -> dict[str, Any]:
     if not columns:
         return fields
     found = {}
@@ -183,7 +185,7 @@ def _renamed(fields: dict[str, Any], columns: dict[str, str], setting: str) -> d
         try:
             value = value_at(fields, name)
         except KeyError:
-            message = f"no column {name!r} ({setting}.{expected}); the row has {_names(fields)}"
+            message = f"no column {name!r} ({setting}.{expected}); the row has {_column_names(fields)}"
             raise Refusal("missing_column", message) from None
         found[expected] = value
     taken = set(columns.values())
@@ -216,13 +218,15 @@ class RowReader:
         own, *others = SPELLINGS[format]
         # Instructions come before input and output, which they have too.
         spellings = [own, *_ALSO_READS.get(format, ()), *others]
-        known = {*_OF_TALK, *_OF_INSTRUCTIONS}
+        known = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS}
         self._spellings = [s for s in spellings if columns.keys() <= {*s, *known}] or spellings
         asked = [*columns.values(), *([group] if group else ())]
         named = {*asked, *(name.split(".")[0] for name in asked)}
         self._reads = {spelling: (*_read_with(spelling, format), *named) for spelling in self._spellings}
         self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
-        self.wanted = frozenset({*CARRIERS[format], *(name for reads in self._reads.values() for name in reads)})
+        self.needed_columns = frozenset(
+            {*CARRIERS[format], *(name for reads in self._reads.values() for name in reads)}
+        )
         """Columns that decide over a document: of a table no others need be read."""
 
     def __call__(self, row: Row) -> Document | Rejected:
@@ -233,8 +237,8 @@ class RowReader:
                 fields = {name: value for name, value in fields.items() if name not in self.ignored}
             document = Document(row.file, row.line, self.source)
             document.group = group_of(fields, self.group) if self.group else None
-            fields = _renamed(fields, self.columns, self._setting)
-            spelling = self._spelling(fields, row.others)
+            fields = _rename_columns(fields, self.columns, self._setting)
+            spelling = self._spelling(fields, row.unread_columns)
             for name in (reads := self._reads[spelling]):
                 if isinstance(value := fields.get(name), Fault):
                     raise Refusal(value.reason, f'column "{name}": {value.message}')
@@ -243,8 +247,8 @@ class RowReader:
                 _add_system(document, text_of(fields, "system"))
             if self.format not in _WITHOUT_SYSTEM and (tools := tools_of(fields.get("tools"))):
                 document.messages = document.messages or document.take_turns()
-                document.tools = None if are_told(document.messages[0]["content"], tools) else tools
-            self.unread.note(fields, row.others, (*reads, *row.added) if row.added else reads)
+                document.tools = None if tells_tools(document.messages[0]["content"], tools) else tools
+            self.unread.note(fields, row.unread_columns, (*reads, *row.made_columns) if row.made_columns else reads)
         except Refusal as refusal:
             excerpt = json.dumps(row.fields, ensure_ascii=False, default=str)
             return Rejected(row.file, row.line, refusal.reason, refusal.message, excerpt)
@@ -257,20 +261,20 @@ class RowReader:
                 if names >= {*spelling}:
                     return spelling
         needs = f"{self._setting.removesuffix('columns')}format={self.format.value} needs {NEEDS[self.format]}"
-        raise Refusal("wrong_format", f"columns {sorted([*_names(fields), *others])}, but {needs}")
+        raise Refusal("wrong_format", f"columns {sorted([*_column_names(fields), *others])}, but {needs}")
 
     def _read(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
         if spelling[-1] in ("thumbs", "label") and self.format is DataFormat.thumbs:
             value = fields[spelling[-1]]
             document.desirable = verdict_of(value)
             if document.desirable is None:
-                raise Refusal("bad_label", f'"{spelling[-1]}" is {shown(value)}; it must be {VERDICTS}')
+                raise Refusal("bad_label", f'"{spelling[-1]}" is {show_value(value)}; it must be {VERDICTS}')
             spelling = spelling[:-1]
         if self.format is DataFormat.preference:
             _read_preference(document, fields, spelling, self.ignored)
         elif len(spelling) == 1 and self.format is not DataFormat.text:
             turns = turns_of(fields[spelling[0]], spelling[0], NEEDS[DataFormat.messages], self.ignored)
-            document.messages = conversation(turns)
+            document.messages = require_learnable(turns)
         elif self.format in (DataFormat.text, DataFormat.labelled):
             document.text = text_of(fields, spelling[0])
             document.label = self.label_of(fields["label"]) if self.format is DataFormat.labelled else None
@@ -280,8 +284,8 @@ class RowReader:
 
 def _read_with(spelling: Spelling, format: DataFormat) -> Spelling:
     """The columns that a spelling reads, those that may be missing included."""
-    beside = () if format in _WITHOUT_SYSTEM else _OF_TALK
-    return (*spelling, *beside, *(_OF_INSTRUCTIONS if spelling[0] == "instruction" else ()))
+    beside = () if format in _WITHOUT_SYSTEM else _CONVERSATION_COLUMNS
+    return (*spelling, *beside, *(_INSTRUCTION_COLUMNS if spelling[0] == "instruction" else ()))
 
 
 def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
@@ -293,7 +297,7 @@ def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling,
                 turn.setdefault("train", False)
         if all(turn["role"] != "assistant" for turn in after):
             raise Refusal("no_assistant_turn", f'"{completion}" has no assistant turn; there is nothing to learn')
-        document.messages = conversation([*before, *after])
+        document.messages = require_learnable([*before, *after])
         return
     document.prompt, document.completion = text_of(fields, prompt), text_of(fields, completion)
     # By custom "prompt" and "completion" hold the separator between them; columns of other names do not.
@@ -327,7 +331,7 @@ def _read_preference(document: Document, fields: dict[str, Any], spelling: Spell
     for name in ("chosen", "rejected"):
         transcript = alone and isinstance(fields[name], str)
         sides.append(turns_of(fields[name], name, "") if transcript else _side(fields, name, "assistant", ignored))
-    document.messages, document.chosen, document.rejected = parted(before, *sides)
+    document.messages, document.chosen, document.rejected = split_pair(before, *sides)
 
 
 def _add_system(document: Document, system: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from trainer.data.document import Message
-from trainer.data.fields import MEDIA, Refusal, is_nothing, is_texts, shown, text_of
+from trainer.data.fields import MEDIA, Refusal, is_nothing, is_texts, show_value, text_of
 
 ROLES = {  # what rows may say -> what chat templates know
     "system": "system",
@@ -29,16 +29,16 @@ ROLES = {  # what rows may say -> what chat templates know
     "observation": "tool",
     "ipython": "tool",
 }
-_CALLS = ("tool_calls", "function_call")
+_CALL_KEYS = ("tool_calls", "function_call")
 _WEIGHT_KEYS = ("weight", "loss_weight")
-_MASKS = ("loss_mask", "loss", "mask")
-LEAST_WEIGHT = 1e-6
+_MASK_KEYS = ("loss_mask", "loss", "mask")
+MIN_WEIGHT = 1e-6
 """Smallest weight of a turn that is learned."""
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-_CARRIERS = frozenset((*MEDIA, *_MASKS))
+_THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+_CARRIERS = frozenset((*MEDIA, *_MASK_KEYS))
 """Keys of turns that nothing reads, and without which a turn means something else."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_EACH = '{"name": ..., "arguments": {...}}, perhaps below "function"'
+_CALL_FORM = '{"name": ..., "arguments": {...}}, perhaps below "function"'
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -56,30 +56,30 @@ def turns_of(value: Any, name: str, needs: str, ignored: Collection[str] = ()) -
         spoken = zip(parts[1::2], parts[2::2], strict=True)
         value = [{"role": roles[speaker], "content": text.strip()} for speaker, text in spoken]
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        what = f'"{name}" is a JSON text, {shown(value)}; parse it first: it must be a list of messages'
+        what = f'"{name}" is a JSON text, {show_value(value)}; parse it first: it must be a list of messages'
         raise Refusal("bad_messages", f"{what}, not a text of one")
     if not isinstance(value, list) or not value:
-        raise Refusal("bad_messages", f'"{name}" is {shown(value)}; it must be {needs or "a list of messages"}')
+        raise Refusal("bad_messages", f'"{name}" is {show_value(value)}; it must be {needs or "a list of messages"}')
     return [_turn(turn, f"{name}[{number}]", ignored) for number, turn in enumerate(value, 1)]
 
 
 def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     if not isinstance(turn, dict):
-        raise Refusal("bad_messages", f'{name} is {shown(turn)}; it must be {{"role": ..., "content": ...}}')
+        raise Refusal("bad_messages", f'{name} is {show_value(turn)}; it must be {{"role": ..., "content": ...}}')
     role_key = "from" if "from" in turn and "role" not in turn else "role"
     text_key = "value" if "content" not in turn and ("value" in turn or role_key == "from") else "content"
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in ROLES:
         known = role.strip().lower() if isinstance(role, str) else ""
         remedy = f"write {known!r}" if known in ROLES else f"known roles are {', '.join(ROLES)}"
-        raise Refusal("unknown_role", f"{name}.{role_key} is {shown(role)}; {remedy}")
+        raise Refusal("unknown_role", f"{name}.{role_key} is {show_value(role)}; {remedy}")
     # most turns say something and have nothing else
     if len(turn) == 2 and role != "function_call" and isinstance(said := turn.get(text_key), str) and said.strip():
         return {"role": ROLES[role], "content": said}
     if not _CARRIERS.isdisjoint(turn):
         _refuse_carriers(turn, name, ignored)
     message: Message = {"role": ROLES[role]}
-    extra = _beside(turn, name, ROLES[role], ignored)
+    extra = _other_fields(turn, name, ROLES[role], ignored)
     if role == "function_call":
         extra["tool_calls"] = calls_of(turn.get(text_key), f"{name}.{text_key}")
         message["content"] = ""
@@ -97,18 +97,18 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     return {**message, **extra}
 
 
-def _beside(turn: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> Message:
+def _other_fields(turn: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> Message:
     """What a turn has beside its content: the thought and the calls of an assistant, what a result answers to."""
     extra: Message = {}
-    for key in (*_THOUGHTS, *_CALLS):
+    for key in (*_THOUGHT_KEYS, *_CALL_KEYS):
         if (value := turn.get(key)) is None or key in ignored or is_nothing(value):
             continue
         if role != "assistant":
-            raise Refusal(f"turn_{key}", f"{name} has {key} ({shown(value)}), which only assistant turns may have")
-        if key in _CALLS:
+            raise Refusal(f"turn_{key}", f"{name} has {key} ({show_value(value)}), which only assistant turns may have")
+        if key in _CALL_KEYS:
             extra["tool_calls"] = calls_of(value, f"{name}.{key}")
         elif extra.setdefault("reasoning_content", thought := text_of(turn, key, f"{name}.{key}")) != thought:
-            raise Refusal("two_thoughts", f"{name} has two thoughts that differ ({', '.join(_THOUGHTS)})")
+            raise Refusal("two_thoughts", f"{name} has two thoughts that differ ({', '.join(_THOUGHT_KEYS)})")
     if "reasoning_content" in extra and "</think>" in str(turn.get("content") or turn.get("value") or ""):
         raise Refusal("two_thoughts", f"{name} has a thought of its own and one in its content; give one of them")
     if role == "tool":
@@ -120,12 +120,12 @@ def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) 
     """Raise Refusal for a key that carries meaning and that nothing reads."""
     for key in sorted(_CARRIERS.intersection(turn) - {*ignored}):
         value = turn[key]
-        if value is None if key in _MASKS else is_nothing(value):
+        if value is None if key in _MASK_KEYS else is_nothing(value):
             continue
         remedy = "write what counts into its content"
-        if key in _MASKS:
+        if key in _MASK_KEYS:
             remedy = 'say whether the turn is learned by "train": true or false, or by "weight": 0 to 1'
-        what = f"{name} has {key} ({shown(value)}), which nothing reads"
+        what = f"{name} has {key} ({show_value(value)}), which nothing reads"
         raise Refusal(f"turn_{key}", f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
 
 
@@ -138,7 +138,7 @@ def _content(turn: dict[str, Any], key: str, name: str) -> str:
         said = (part.get("text") or part.get("value")) if isinstance(part, dict) else None
         if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or not isinstance(said, str):
             raise Refusal(
-                "not_text", f'{name}[{number}] is {shown(part)}; parts must be {{"type": "text", "text": ...}}'
+                "not_text", f'{name}[{number}] is {show_value(part)}; parts must be {{"type": "text", "text": ...}}'
             )
         texts.append(said)
     return text_of({key: "".join(texts)}, key, name)
@@ -152,13 +152,13 @@ def _weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> float 
         if key in ignored:
             continue
         if key in _WEIGHT_KEYS and isinstance(value, int | float):
-            if not (value == 0 or LEAST_WEIGHT <= value <= 1):  # nor is NaN
-                allowed = f"a number from 0 to 1 (what is not 0 at least {LEAST_WEIGHT:g})"
-                raise Refusal("bad_weight", f"{name}.{key} is {shown(value)}; it must be {allowed}")
+            if not (value == 0 or MIN_WEIGHT <= value <= 1):  # nor is NaN
+                allowed = f"a number from 0 to 1 (what is not 0 at least {MIN_WEIGHT:g})"
+                raise Refusal("bad_weight", f"{name}.{key} is {show_value(value)}; it must be {allowed}")
             found.add(float(value))
         elif not isinstance(value, bool):
             what = ("bad_weight", "a number from 0 to 1") if key in _WEIGHT_KEYS else ("bad_train", "true or false")
-            raise Refusal(what[0], f"{name}.{key} is {shown(value)}; it must be {what[1]}")
+            raise Refusal(what[0], f"{name}.{key} is {show_value(value)}; it must be {what[1]}")
         else:
             found.add(float(value is not (key == "masked")))
     least = min(found, default=None)
@@ -167,7 +167,7 @@ def _weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> float 
     return least
 
 
-def conversation(turns: list[Message]) -> list[Message]:
+def require_learnable(turns: list[Message]) -> list[Message]:
     """The turns, if something can be learned from them. Raises Refusal."""
     roles = [turn["role"] for turn in turns]
     if roles[0] in ("assistant", "tool"):
@@ -181,7 +181,7 @@ def conversation(turns: list[Message]) -> list[Message]:
     return turns
 
 
-def parted(before: list[Message], chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+def split_pair(before: list[Message], chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
     """A preference pair as (shared prompt, chosen turns, rejected turns).
 
     Where chosen and rejected are whole conversations, what both begin with becomes the prompt, which must contain
@@ -215,7 +215,7 @@ def history_of(value: Any) -> list[Message]:
     turns = []
     for number, pair in enumerate(value if isinstance(value, list) else [value], 1):
         if not is_texts(pair) or len(pair) != 2:
-            raise Refusal("bad_history", f"history[{number}] is {shown(pair)}; it must be [question, answer]")
+            raise Refusal("bad_history", f"history[{number}] is {show_value(pair)}; it must be [question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             turns.append({"role": role, "content": text_of({role: text}, role, f"history[{number}]")})
     return turns
@@ -225,11 +225,11 @@ def tools_of(value: Any) -> list[dict[str, Any]] | None:
     """The tools of a column: a list, or a JSON text of one; None where there are none. Raises Refusal: bad_tools."""
     if value is None or is_nothing(value):
         return None
-    found = _parsed(value) if isinstance(value, str) else value
+    found = _parse_json(value) if isinstance(value, str) else value
     found = [found] if isinstance(found, dict) else found
     if not isinstance(found, list):
         raise Refusal(
-            "bad_tools", f'"tools" is {shown(value)}; it must be a list of JSON schemas, or a JSON text of it'
+            "bad_tools", f'"tools" is {show_value(value)}; it must be a list of JSON schemas, or a JSON text of it'
         )
     tools = []
     for number, tool in enumerate(found, 1):
@@ -238,32 +238,34 @@ def tools_of(value: Any) -> list[dict[str, Any]] | None:
         inner = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
             needs = '{"name": ..., "description": ..., "parameters": {...}}, perhaps below "function"'
-            raise Refusal("bad_tools", f"tools[{number}] is {shown(tool)}; it must be {needs}")
+            raise Refusal("bad_tools", f"tools[{number}] is {show_value(tool)}; it must be {needs}")
         tools.append(tool)
     return _as_json(tools, "tools")
 
 
-def are_told(system: str, tools: list[dict[str, Any]]) -> bool:
+def tells_tools(system: str, tools: list[dict[str, Any]]) -> bool:
     """Whether a system turn tells the tools already, as in Hermes' data, so that a template must not tell them again."""
     return "<tools>" in system and all(json.dumps(tool["function"]["name"])[1:-1] in system for tool in tools)
 
 
 def calls_of(value: Any, name: str) -> list[dict[str, Any]]:
     """The calls of a turn: one or a list, or a JSON text of it. Raises Refusal: bad_tool_calls."""
-    found = _parsed(value) if isinstance(value, str) else value
+    found = _parse_json(value) if isinstance(value, str) else value
     calls = []
     for number, call in enumerate([found] if isinstance(found, dict) else found if isinstance(found, list) else [], 1):
         inner = call.get("function", call) if isinstance(call, dict) else None
         called = inner.get("name") if isinstance(inner, dict) else None
         arguments: Any = (inner or {}).get("arguments", (inner or {}).get("parameters"))
-        parsed = _parsed(arguments) if isinstance(arguments, str) else arguments
+        parsed = _parse_json(arguments) if isinstance(arguments, str) else arguments
         arguments = parsed if isinstance(parsed, dict) else {} if arguments in (None, "") else arguments
         if not isinstance(called, str) or not called.strip() or not isinstance(arguments, dict | str):
-            raise Refusal("bad_tool_calls", f"{name}[{number}] is {shown(call)}; a call must be {_EACH}")
+            raise Refusal("bad_tool_calls", f"{name}[{number}] is {show_value(call)}; a call must be {_CALL_FORM}")
         own = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
         calls.append({**own, "type": "function", "function": {"name": called, "arguments": arguments}})
     if not calls:
-        raise Refusal("bad_tool_calls", f"{name} is {shown(value)}; it must be a call or a list of calls, each {_EACH}")
+        raise Refusal(
+            "bad_tool_calls", f"{name} is {show_value(value)}; it must be a call or a list of calls, each {_CALL_FORM}"
+        )
     return _as_json(calls, name)
 
 
@@ -276,15 +278,15 @@ def _as_json(value: Any, name: str) -> Any:
     return value
 
 
-def _parsed(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     """The value of a JSON text; the text itself where it is none, or where reading it would lose a key."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_refuse_doubled_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return text
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is there twice")

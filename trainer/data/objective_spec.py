@@ -71,7 +71,7 @@ class Reading:
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """Denominators that a sequence adds, by term; stored, after the shift: a first token has no target."""
-        return {"loss": sample.learned()}
+        return {"loss": sample.learned_weight()}
 
     def numbered(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
         """(label names in the order of their ids, id of each text in `columns.labels`); None without labels."""

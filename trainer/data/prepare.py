@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError, Preempted
-from trainer.data.cache import DONE, Digests, Shards, build_once, compare, dated, fingerprint, first_date, hashes_of
+from trainer.data.cache import (
+    DONE,
+    Digests,
+    Shards,
+    build_once,
+    compare_hashes,
+    fingerprint,
+    fingerprint_with_date,
+    first_date,
+    hashes_of,
+)
 from trainer.data.config import BalanceBy, ControlTokens, DataConfig, OverLength, PrivacyMode, Verify, identifying
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import Reading
@@ -35,7 +45,7 @@ from trainer.data.sources import inputs_of, jobs, readers_of, require_room, rows
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequences_of
 from trainer.data.tokens.clock import TemplateDate, reads_clock
-from trainer.data.worker import BlockMaker, cores, ordered_map
+from trainer.data.worker import BlockMaker, ordered_map, usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -131,7 +141,7 @@ class Preparation:
         self.date: TemplateDate | None = None
         if self.tokenizer.chat_template and reads_clock(self.tokenizer.get_chat_template()):
             self.date = choose_date(partial(first_date, cache, undated))
-        self.fingerprint = dated(undated, self.date)
+        self.fingerprint = fingerprint_with_date(undated, self.date)
         self.directory = cache / self.fingerprint[:32]
 
     def _options(self) -> dict[str, Any]:
@@ -179,7 +189,7 @@ class Preparation:
         if (self.directory / DONE).exists():
             return
         self._refuse_rendered_rows()
-        readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
+        readers = readers_of(self.inputs, label=self.reading.label, preferred=self.reading.formats)
         with self.progress.printing(), Shards(self.directory, count).writing(number, self.check_stop) as keep:
             if keep is None:
                 return
@@ -195,7 +205,7 @@ class Preparation:
     def _refuse_rendered_rows(self) -> None:
         """Raise DataError for rows that hold a rendered chat template, unless the user has typed what becomes of it."""
         if self.config.control_tokens is ControlTokens.auto:
-            readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
+            readers = readers_of(self.inputs, label=self.reading.label, preferred=self.reading.formats)
             refuse_rendered(self.inputs, readers, self.reading.encoder(self.tokenizer, self.config))
 
     def check_stop(self) -> None:
@@ -210,7 +220,7 @@ class Preparation:
         advise_split = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
         assembly = Assembly(target, self.config.max_bad_share, rejected, splits=advise_split)
         with closing(assembly):
-            readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
+            readers = readers_of(self.inputs, label=self.reading.label, preferred=self.reading.formats)
             with closing(self._blocks(readers) if shards is None else shards.blocks()) as blocks:
                 for block in blocks:
                     self.check_stop()
@@ -269,7 +279,7 @@ class Preparation:
         part_jobs = jobs(rows_of(self.inputs, self.config.max_documents))
         if parts > 1:
             part_jobs = (job for job in part_jobs if job.number % parts == part)
-        workers = 1 if self.small else self.config.workers or cores()
+        workers = 1 if self.small else self.config.workers or usable_cores()
         self.progress.begin_rows()
         part_jobs = self.progress.count_text_rows(part_jobs)
         if workers > 1:
@@ -280,10 +290,8 @@ class Preparation:
 
 def _spells_control_tokens(report: dict[str, Any]) -> bool:
     """Whether control tokens were encoded as ordinary characters in any document of prepared data."""
-    for stage in report["flow"]:
-        if stage["stage"] == "tokenise" and "control_tokens_as_text" in stage["noted"]:
-            return True
-    return False
+    noted = [stage["noted"] for stage in report["flow"] if stage["stage"] == "tokenise"]
+    return any("control_tokens_as_text" in counts for counts in noted)
 
 
 def open_prepared(
@@ -298,7 +306,7 @@ def open_prepared(
             f"{directory / DONE}: is no manifest of prepared data ({error}); delete {directory} to prepare it again"
         ) from error
     if verify is not None:
-        compare(directory, hashes, verify)
+        compare_hashes(directory, hashes, verify)
     report = {**manifest["report"], "cached": cached, "seconds": round(seconds, 3)}
     evaluation = TokenDataset.open(directory / "eval") if (directory / "eval").is_dir() else None
     return Prepared(TokenDataset.open(directory / "train"), evaluation, directory, report, manifest["label_names"])

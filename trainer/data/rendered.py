@@ -85,7 +85,7 @@ def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReade
 
 def _first_documents(input_source: Input, reader: RowReader) -> Iterator[Document]:
     """The documents among an input's first rows. Rows that cannot be read are refused elsewhere, with their reason."""
-    for row in islice(input_source.origin.rows(input_source.wanted), FIRST_ROWS):
+    for row in islice(input_source.origin.rows(input_source.needed_columns), FIRST_ROWS):
         parsed = row.parse()
         document = reader(parsed) if isinstance(parsed, Row) else parsed
         if isinstance(document, Document):

@@ -19,10 +19,10 @@ import orjson
 
 from strategies.errors import DataError
 from trainer.data.document import EXAMPLES, WRONG_KIND, Findings, Rejected, Tally
-from trainer.data.fields import MOST_NAMES
+from trainer.data.fields import MAX_NAMES
 from trainer.data.selection.splits import Columns
-from trainer.data.store.documents import NAME, schema
-from trainer.data.store.sequences import LABEL, MARK_PREFIX, Sequences, StoreWriter, named
+from trainer.data.store.documents import DOCUMENTS_FILE, schema
+from trainer.data.store.sequences import LABEL, MARK_PREFIX, Sequences, StoreWriter, columns_with_prefix
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,7 +100,7 @@ class Assembly:
         import pyarrow as pa
 
         self.store = StoreWriter(directory)
-        self._table = pa.ipc.new_stream(str(directory / NAME), schema())
+        self._table = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), schema())
         self._quarantine = (directory / QUARANTINE).open("w", encoding="utf-8")
         self._dropped = (directory / DROPPED).open("w", encoding="utf-8")
         self._splits, self._sources, self._labels = dict[str, int](), dict[str, int](), dict[str, int]()
@@ -117,7 +117,7 @@ class Assembly:
             raise AssertionError(f"block {block.number}: {block.rows} rows in, {number} kept, the rest unaccounted for")
         totals.rows_of_file.update(block.rows_of_file)
         totals.tally.merge(block.tally)
-        if len(names := totals.unread.setdefault(block.source, {})) < MOST_NAMES:
+        if len(names := totals.unread.setdefault(block.source, {})) < MAX_NAMES:
             names.update(dict.fromkeys(block.unread))
         for bad in block.bad:
             self._quarantine.write(json.dumps({"source": block.source, **asdict(bad)}, ensure_ascii=False) + "\n")
@@ -253,7 +253,11 @@ def load(path: Path) -> Block:
         documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),
         pieces=arrays["pieces"],
         sequences=Sequences(
-            arrays["tokens"], arrays["supervised"], arrays["lengths"], named(arrays, "column."), arrays.get("weights")
+            arrays["tokens"],
+            arrays["supervised"],
+            arrays["lengths"],
+            columns_with_prefix(arrays, "column."),
+            arrays.get("weights"),
         ),
-        signatures=named(arrays, "signature."),
+        signatures=columns_with_prefix(arrays, "signature."),
     )

@@ -53,7 +53,7 @@ class Input:
     ignored: frozenset[str] = frozenset()
     group: str | None = None
     """Column that says what its rows belong to."""
-    wanted: frozenset[str] | None = None
+    needed_columns: frozenset[str] | None = None
     """Columns that its reader needs, once it is known."""
 
     @property
@@ -101,7 +101,7 @@ def problems(data: DataConfig) -> Iterator[str]:
     if data.balance != BalanceConfig():
         yield from balance.problems(data.balance)
     if data.streaming:
-        yield from _streamed(data)
+        yield from _streaming_problems(data)
     if data.packing and data.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
     if data.privacy != PrivacyConfig():
@@ -110,11 +110,11 @@ def problems(data: DataConfig) -> Iterator[str]:
         yield from stage.problems(data.privacy)
 
 
-def _streamed(data: DataConfig) -> Iterator[str]:
+def _streaming_problems(data: DataConfig) -> Iterator[str]:
     """Hub data sets whose commit is not given: what they hold later could not be told from what was prepared."""
     hub = []
     for name, source in data.sources.items():
-        of = [path for path in _texts(source.path) if is_hub(path)]
+        of = [path for path in _path_texts(source.path) if is_hub(path)]
         hub += of
         if of and not COMMIT.fullmatch(source.revision or ""):
             yield (
@@ -122,7 +122,7 @@ def _streamed(data: DataConfig) -> Iterator[str]:
                 "characters, which the hub shows beside the files"
             )
     for key in ("path", "eval_path", "test_path"):
-        of = [path for path in _texts(getattr(data, key)) if is_hub(path)]
+        of = [path for path in _path_texts(getattr(data, key)) if is_hub(path)]
         hub += of
         if of:
             yield (
@@ -133,7 +133,7 @@ def _streamed(data: DataConfig) -> Iterator[str]:
         yield "data.streaming=true: no data set of the hub is named (hub:<name>), and files are always streamed; leave it out"
 
 
-def _texts(value: Any) -> list[str]:
+def _path_texts(value: Any) -> list[str]:
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
     return [str(each) for each in values]
 
@@ -170,12 +170,12 @@ def readers_of(
     inputs: list[Input],
     *,
     label: Callable[[Any], str] = label_of,
-    meant: tuple[DataFormat, ...] = (),
+    preferred: tuple[DataFormat, ...] = (),
     refuses: bool = True,
 ) -> dict[tuple[str, str], RowReader]:
     """What makes documents of each input's rows, its format recognised from the first row that can be read.
 
-    `label` reads a label; `meant` are the formats that decide where several fit; `refuses` as in `RowReader`.
+    `label` reads a label; `preferred` are the formats that decide where several fit; `refuses` as in `RowReader`.
     """
     made = {}
     for item in inputs:
@@ -183,13 +183,13 @@ def readers_of(
         options: Any = {"source": item.source, "ignored": item.ignored}
         first: Any = _first_row(item) if format is DataFormat.auto else next(item.origin.rows()).parse()
         if format is DataFormat.auto:
-            format = recognise(first, item.columns, meant=meant, **options)
+            format = recognise(first, item.columns, preferred=preferred, **options)
         if item.split == "train" or not isinstance(first, Row) or (item.group or "").split(".")[0] in first.fields:
             options["group"] = item.group  # files of held-out rows need not say what these belong to
         reader = made[item.split, item.source] = RowReader(
             format, item.columns, label=label, refuses=refuses, **options
         )
-        item.wanted = reader.wanted
+        item.needed_columns = reader.needed_columns
         found = first if isinstance(first, Rejected) else reader(first)
         if isinstance(found, Rejected) and found.reason.startswith("unread_"):
             raise DataError(str(found))  # what the first row has all have: no work is lost
@@ -210,7 +210,7 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
     """All rows, each with its input's id; of the training split the first `max_documents`."""
     left = max_documents
     for item in inputs:
-        rows: Iterator[Row | Rejected] = item.origin.rows(item.wanted)
+        rows: Iterator[Row | Rejected] = item.origin.rows(item.needed_columns)
         if item.split == "train" and left is not None:
             rows = islice(rows, left)
         for row in rows:
@@ -246,7 +246,7 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
         item = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
         # what is compared are texts: a picture beside them matters to nobody
         (reader,) = readers_of([item], refuses=False).values()
-        for row in item.origin.rows(item.wanted):
+        for row in item.origin.rows(item.needed_columns):
             parsed = row.parse()
             found = parsed if isinstance(parsed, Rejected) else reader(parsed)
             if not isinstance(found, Document):
@@ -254,9 +254,9 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
             yield found
 
 
-PLENTY = 64
+PLENTY_FACTOR = 64
 """Bytes of room for each byte of input with which nothing is estimated; compressed text in single bytes may need so much."""
-NUMBERS = 8
+NUMBER_BYTES = 8
 """Bytes of a number in a column of the store."""
 
 
@@ -277,11 +277,11 @@ def require_room(
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if PLENTY * sum(item.origin.size() for item in inputs) <= free * parts:
+    if PLENTY_FACTOR * sum(item.origin.size() for item in inputs) <= free * parts:
         return
     total, train = 0.0, 0.0
     for item in inputs:
-        read, rows, written = _measured(item, make)
+        read, rows, written = _measure_first_block(item, make)
         size, num_rows = item.origin.extent()
         need = written * (size / max(read, 1) + num_rows / max(rows, 1))
         if item.split == "train" and max_documents is not None:
@@ -296,14 +296,14 @@ def require_room(
         )
 
 
-def _measured(item: Input, make: Callable[[RowRange], Block]) -> tuple[int, int, int]:
+def _measure_first_block(item: Input, make: Callable[[RowRange], Block]) -> tuple[int, int, int]:
     """(bytes read, rows read, bytes that are written of them), of an input's first block."""
-    first = next(jobs((item.id, row) for row in item.origin.rows(item.wanted)))
+    first = next(jobs((item.id, row) for row in item.origin.rows(item.needed_columns)))
     read = sum(_size(row) for row in first.rows if isinstance(row, Row))
     block = make(first)
     assert block.sequences is not None and block.documents is not None
     made = block.sequences
-    numbers = len(made.lengths) * (len(made.columns) + 3) * NUMBERS
+    numbers = len(made.lengths) * (len(made.columns) + 3) * NUMBER_BYTES
     a_token = 5 if made.weights is None else 9
     return read, len(first.rows), block.documents.nbytes + a_token * len(made.tokens) + numbers
 

@@ -17,20 +17,20 @@ _ROLES: dict[str, tuple[str, ...]] = {
 
 def suggested_columns(fields: dict[str, Any]) -> dict[str, str]:
     """Expected name by the name in the row, of columns that seem to be meant; empty if nothing is."""
-    chosen, rejected = (_named(fields, _ROLES[role]) for role in ("chosen", "rejected"))
+    chosen, rejected = (_first_with_value(fields, _ROLES[role]) for role in ("chosen", "rejected"))
     if chosen and rejected:
-        prompt = _named(fields, _PROMPTS)
+        prompt = _first_with_value(fields, _PROMPTS)
         return {"chosen": chosen, "rejected": rejected, **({"prompt": prompt} if prompt else {})}
-    question, answer = _named(fields, _PROMPTS), _named(fields, _COMPLETIONS)
+    question, answer = _first_with_value(fields, _PROMPTS), _first_with_value(fields, _COMPLETIONS)
     if not question or not answer:
         return {}
-    if passage := _named(fields, ("context", "passage")):
+    if passage := _first_with_value(fields, ("context", "passage")):
         return {"instruction": question, "input": passage, "output": answer}
-    system = _named(fields, _ROLES["system"])
+    system = _first_with_value(fields, _ROLES["system"])
     return {"prompt": question, "completion": answer, **({"system": system} if system else {})}
 
 
-def _named(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
+def _first_with_value(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
     """The first of `names` that the row has a value for, as the row spells it."""
     by_lower_case = {name.lower(): name for name in fields}
     for name in names:

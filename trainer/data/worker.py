@@ -163,18 +163,18 @@ class BlockMaker:
                 block.bad.append(Rejected(document.file, document.line, reason, said, content(document)[:200]))
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+Argument = TypeVar("Argument")
+Returned = TypeVar("Returned")
 
 _function: Callable[[Any], Any] | None = None
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-LOOK_S = 1.0
+LIVENESS_CHECK_S = 1.0
 """Seconds between looks whether workers live that are waited for."""
 
 
@@ -192,8 +192,12 @@ class Workers(ForkContext):
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, check: Callable[[], None] = lambda: None
-) -> Iterator[Result]:
+    function: Callable[[Argument], Returned],
+    items: Iterable[Argument],
+    *,
+    workers: int,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Returned]:
     """Results of `function` in the order of `items`, of which few more are taken than there are workers.
 
     `workers` processes are forked from this one, so that `function` may hold anything. `check` is called about once a second
@@ -202,17 +206,17 @@ def ordered_map(
     """
     global _function
     _function = function
-    pool = ProcessPoolExecutor(workers, mp_context=Workers(), initializer=_begin, initargs=(os.getpid(),))
-    waiting: deque[Future[Result]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=Workers(), initializer=_start_worker, initargs=(os.getpid(),))
+    waiting: deque[Future[Returned]] = deque()
     team: list[Worker] = []
     try:
         for item in items:
             waiting.append(pool.submit(_call, item))
             team = team or [child for child in active_children() if isinstance(child, Worker)]  # all, with the first
             if len(waiting) > 2 * workers:
-                yield _result(waiting.popleft(), pool, team, check)
+                yield _wait_for(waiting.popleft(), pool, team, check)
         while waiting:
-            yield _result(waiting.popleft(), pool, team, check)
+            yield _wait_for(waiting.popleft(), pool, team, check)
     except BrokenProcessPool as error:
         raise ShardtuneError(
             "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
@@ -227,11 +231,11 @@ def ordered_map(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _result(
-    future: Future[Result], pool: ProcessPoolExecutor, workers: list[Worker], check: Callable[[], None]
-) -> Result:
+def _wait_for(
+    future: Future[Returned], pool: ProcessPoolExecutor, workers: list[Worker], check: Callable[[], None]
+) -> Returned:
     """What a worker handed over. Where one worker is gone, all are killed, and the pool says that it is broken."""
-    while not wait([future], LOOK_S).done:
+    while not wait([future], LIVENESS_CHECK_S).done:
         check()
         if not all(worker.is_alive() for worker in workers):
             _kill(pool, workers)
@@ -262,7 +266,7 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _begin(parent: int) -> None:
+def _start_worker(parent: int) -> None:
     """In a new worker: end with the parent, who alone is interrupted, and leave the cores to the other workers."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from strategies.compat.modules import replace_buffers
-from trainer.data.batches.collate import each_tensor
+from trainer.data.batches.collate import map_tensors
 from trainer.step import Built
 
 
@@ -16,7 +16,7 @@ def faked(built: Built, sizes: list[list[dict[str, Any]]]) -> list[list[dict[str
     """Fake tensors in place of the real ones in a model's buffers and in micro-batches; within `fake_tensors`."""
     shape_of = _Shapes()
     replace_buffers(built.step_module, shape_of)
-    return [[each_tensor(batch, shape_of) for batch in batches] for batches in sizes]
+    return [[map_tensors(batch, shape_of) for batch in batches] for batches in sizes]
 
 
 class _Shapes:

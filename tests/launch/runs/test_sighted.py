@@ -29,7 +29,7 @@ def taken(tmp_path_factory):
 
     def train(name, *words):
         counts = taken[name] = Counter()
-        collated = StepLoader._collated
+        collated = StepLoader._collate
 
         def counted(self, samples, numbers=None):
             counts.update(sample.input_ids.tobytes() for sample in samples)
@@ -42,7 +42,7 @@ def taken(tmp_path_factory):
             f"model.path={model}",
         ]
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(StepLoader, "_collated", counted)
+            patched.setattr(StepLoader, "_collate", counted)
             given = {word.partition("=")[0]: word for word in [*own, f"data.path={data}", *words]}
             assert command_here(["train", *given.values()]) == 0
 

@@ -18,13 +18,13 @@ IGNORED = -100
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Copy the tensors of a batch; from pinned memory the copy does not wait."""
-    return each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def each_tensor(batch: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+def map_tensors(batch: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     """The batch, and a batch within it, with each tensor changed."""
     return {
-        k: change(v) if torch.is_tensor(v) else each_tensor(v, change) if isinstance(v, dict) else v
+        k: change(v) if torch.is_tensor(v) else map_tensors(v, change) if isinstance(v, dict) else v
         for k, v in batch.items()
     }
 

@@ -17,8 +17,8 @@ import torch
 
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.batches.order import Order
-from trainer.data.batches.prefetch import pinned, prefetched
-from trainer.data.store.sequences import Sample, TokenDataset, runs_of, summed
+from trainer.data.batches.prefetch import pin_batch, prefetch
+from trainer.data.store.sequences import Sample, TokenDataset, concatenated_ranges, exact_sum
 
 
 @dataclass(slots=True)
@@ -90,19 +90,19 @@ class StepLoader:
         self.accumulation = share.accumulation
         self.collator, self.ahead = collator, ahead
         self.device = torch.device(device)
-        self.sources = sources_of(dataset)
+        self.sources = sources_in(dataset)
         self.unit_tokens: np.ndarray = (
             dataset.lengths if units is None else np.array([dataset.lengths[unit].sum() for unit in units], np.int64)
         )
         # The sequences of all units in one row, and where each unit begins in it: the global batch is counted by arrays.
         sizes = [] if units is None else [len(unit) for unit in units]
-        self._begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._members = np.array([doc for unit in units or [] for doc in unit], dtype=np.int64)
+        self._unit_begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._unit_sequences = np.array([doc for unit in units or [] for doc in unit], dtype=np.int64)
 
     def plan(self, first_sample: int) -> list[list[list[int]]]:
         """Documents of the step that begins at `first_sample`, as [rank][micro-batch][document]; no tensors are made."""
         slots = self._slots(first_sample)
-        return [self._part(slots, rank) for rank in range(self.share.dp_size)]
+        return [self._micro_batches_of(slots, rank) for rank in range(self.share.dp_size)]
 
     def documents(self, first_sample: int) -> list[int]:
         """Rows of `documents.arrow` of the global batch that begins at `first_sample`, ascending."""
@@ -120,7 +120,7 @@ class StepLoader:
         dealt = self.collator.deal(self.dataset, chosen, self.unit_tokens[chosen], shape)
         return chosen[np.array(dealt, dtype=np.int64)]
 
-    def _part(self, slots: np.ndarray, rank: int) -> list[list[int]]:
+    def _micro_batches_of(self, slots: np.ndarray, rank: int) -> list[list[int]]:
         """Sequences of each micro-batch of one rank."""
         return [self._sequences(slot).tolist() for slot in slots[rank :: self.share.dp_size]]
 
@@ -128,8 +128,8 @@ class StepLoader:
         """int64: the sequences of `units` (int64 [U]), one unit after another."""
         if self.units is None:
             return units
-        begins = self._begins[units]
-        return self._members[runs_of(begins, self._begins[units + 1] - begins)]
+        begins = self._unit_begins[units]
+        return self._unit_sequences[concatenated_ranges(begins, self._unit_begins[units + 1] - begins)]
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
         """Batches of `num_steps` steps; `first_sample` is the number of samples consumed before the first one.
@@ -137,7 +137,7 @@ class StepLoader:
         Close the iterator (or exhaust it) to stop its thread. Errors of the thread are raised here.
         """
         batches = (self._step(first_sample + step * self.share.global_batch) for step in range(num_steps))
-        with closing(prefetched(batches)) as made:
+        with closing(prefetch(batches)) as made:
             for _ in range(num_steps):
                 began = time.perf_counter()
                 item = next(made)
@@ -148,15 +148,15 @@ class StepLoader:
 
     def _step(self, first_sample: int) -> StepBatch:
         slots = self._slots(first_sample)
-        part, everyone = self._part(slots, self.share.dp_rank), self._sequences(slots.ravel())
+        part, everyone = self._micro_batches_of(slots, self.share.dp_rank), self._sequences(slots.ravel())
         mine = [doc for slot in part for doc in slot]
-        totals = {term: summed(counts[everyone]) for term, counts in self.dataset.counts.items()}
+        totals = {term: exact_sum(counts[everyone]) for term, counts in self.dataset.counts.items()}
         batches = [
-            {**self._collated([self.dataset.sample(doc) for doc in slot], slot), "totals": totals} for slot in part
+            {**self._collate([self.dataset.sample(doc) for doc in slot], slot), "totals": totals} for slot in part
         ]
         ahead: list[dict[str, Any]] = []
         if (look := self.ahead) is not None:
-            ahead = [{**self._collated([look(self.dataset, doc) for doc in slot]), "ahead_of": True} for slot in part]
+            ahead = [{**self._collate([look(self.dataset, doc) for doc in slot]), "ahead_of": True} for slot in part]
         return StepBatch(
             micro_batches=batches,
             ahead=ahead,
@@ -166,20 +166,20 @@ class StepLoader:
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
             samples=self.share.global_batch,
             source_tokens={
-                name: int(number) for name, number in self._by_source(self.dataset.lengths, everyone).items()
+                name: int(number) for name, number in self._sum_by_source(self.dataset.lengths, everyone).items()
             },
-            source_counts=self._by_source(self.dataset.counts["loss"], everyone),
+            source_counts=self._sum_by_source(self.dataset.counts["loss"], everyone),
             balance=self._balance(slots),
         )
 
-    def _by_source(self, values: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
+    def _sum_by_source(self, values: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
         """The sum of `values` ([N], one a sequence) over the `sequences` of each source, where there are several sources."""
         if len(self.sources) < 2:
             return {}
         chosen, sources = values[sequences], self.dataset.sources[sequences]
-        return {name: summed(chosen[sources == number]) for number, name in self.sources.items()}
+        return {name: exact_sum(chosen[sources == number]) for number, name in self.sources.items()}
 
-    def _collated(self, samples: list[Sample], numbers: list[int] | None = None) -> dict[str, Any]:
+    def _collate(self, samples: list[Sample], numbers: list[int] | None = None) -> dict[str, Any]:
         """Samples as a micro-batch; of the sequences `numbers`, with whose source each supervised row is: `row_source`
         (int64, a place in `source_names`), where there are several."""
         batch = self.collator(samples)
@@ -187,7 +187,7 @@ class StepLoader:
             places = np.searchsorted(np.array([*self.sources]), self.dataset.sources[numbers])
             batch["row_source"] = torch.from_numpy(np.repeat(places, self.dataset.num_supervised[numbers]))
             batch["source_names"] = [*self.sources.values()]
-        return pinned(batch, self.device)
+        return pin_batch(batch, self.device)
 
     def _balance(self, slots: np.ndarray) -> float:
         """The share of all ranks' time that is work, if time goes with tokens and every micro-batch waits for all."""
@@ -226,7 +226,7 @@ class EvalShare:
         return (self.documents(dataset)[:, None] * per + np.arange(per)).ravel()
 
 
-def sources_of(dataset: TokenDataset) -> dict[int, str]:
+def sources_in(dataset: TokenDataset) -> dict[int, str]:
     """The sources of which a data set has sequences, by number."""
     return {number: dataset.source_names[number] for number in np.unique(dataset.sources).tolist()}
 
@@ -260,7 +260,7 @@ def eval_batches(
     are told apart, `source` is the number of the one that the micro-batch holds.
     """
     device, covered = torch.device(device), share.sequences(dataset)
-    totals = {term: summed(counts[covered]) for term, counts in dataset.counts.items()}
+    totals = {term: exact_sum(counts[covered]) for term, counts in dataset.counts.items()}
 
     def on_host(sequences: list[int]) -> dict[str, Any]:
         samples = [(ahead or TokenDataset.sample)(dataset, number) for number in sequences]
@@ -268,8 +268,8 @@ def eval_batches(
         batch = {**collator(samples), "totals": totals}
         if share.by_source:
             batch["source"] = int(dataset.sources[sequences[0] if sequences else 0])
-        return pinned({**batch, "ahead_of": True} if ahead is not None else batch, device)
+        return pin_batch({**batch, "ahead_of": True} if ahead is not None else batch, device)
 
-    with closing(prefetched(map(on_host, eval_plan(dataset, share)))) as made:
+    with closing(prefetch(map(on_host, eval_plan(dataset, share)))) as made:
         for batch in made:
             yield to_device(batch, device)

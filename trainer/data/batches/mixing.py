@@ -49,7 +49,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return packs
 
 
-LONGEST_EPOCH = 1 << 28
+MAX_EPOCH_UNITS = 1 << 28
 """Most units of one epoch: its order is held in memory, at 8 bytes a unit and three times that while it is drawn."""
 
 
@@ -106,11 +106,11 @@ class Mix:
         # The lengths of an epoch in which each has been seen once.
         lengths = {name: size / rate for name, size, rate in zip(self.names, sizes, rates, strict=True) if rate}
         length = min(lengths.values()) if mixing.epoch is EpochEnd.first else max(lengths.values())
-        quota = _whole([length * rate for rate in rates])
-        if sum(quota) > LONGEST_EPOCH:
+        quota = _round_to_whole([length * rate for rate in rates])
+        if sum(quota) > MAX_EPOCH_UNITS:
             small = min(lengths, key=lambda name: (lengths[name], name))
             raise ConfigError(
-                f"data.mixing.epoch={mixing.epoch}: an epoch would hold {sum(quota):,} units, more than {LONGEST_EPOCH:,}, for "
+                f"data.mixing.epoch={mixing.epoch}: an epoch would hold {sum(quota):,} units, more than {MAX_EPOCH_UNITS:,}, for "
                 f"{small} is repeated until every source has been seen; set data.mixing.epoch=first or weights nearer to the "
                 "sizes"
             )
@@ -141,7 +141,7 @@ class Mix:
         }
 
 
-def _whole(wanted: list[Fraction]) -> list[int]:
+def _round_to_whole(wanted: list[Fraction]) -> list[int]:
     """Whole numbers of nearly the same sum as `wanted`, by the largest remainder, but at least 1 where it is not 0."""
     floors = [math.floor(number) for number in wanted]
     missing = math.floor(sum(wanted, Fraction(0)) + Fraction(1, 2)) - sum(floors)

@@ -22,7 +22,7 @@ _PASS_STREAM = 1
 _INTERLEAVE_STREAM = 2
 
 
-def shuffled(size: int, entropy: np.random.SeedSequence) -> np.ndarray:
+def shuffle_numbers(size: int, entropy: np.random.SeedSequence) -> np.ndarray:
     """A permutation of 0..size-1 that depends on `entropy` alone, int64 [size]."""
     # Raw bits of a counter-based generator: unlike numpy's `permutation`, their stream is promised never to change.
     return np.argsort(np.random.Philox(entropy).random_raw(size), kind="stable").astype(np.int64)
@@ -39,20 +39,20 @@ class Order(ABC):
         self.seed = seed
         self.shuffle = shuffle
         self._cached: tuple[int, np.ndarray] | None = None
-        self._passed: list[tuple[int, int]] = []
+        self._skipped: list[tuple[int, int]] = []
 
     def set_skipped(self, places: Iterable[tuple[int, int]]) -> None:
         """Leave out exactly these places of the order, each as (first, count). Call it between two uses of the order."""
-        self._passed, reached = [], 0
+        self._skipped, reached = [], 0
         for first, count in sorted(places):
             first, end = max(first, reached), max(first + count, reached)
-            self._passed.append((first, end - first))
+            self._skipped.append((first, end - first))
             reached = end
 
     def places(self, start: int, count: int) -> list[tuple[int, int]]:
         """Where the consumed-sample numbers [start, start + count) lie in the order: runs of places, as (first, count)."""
         found = np.arange(start, start + count, dtype=np.int64)
-        for first, passed_count in self._passed:
+        for first, passed_count in self._skipped:
             found[found >= first] += passed_count
         runs = np.split(found, np.flatnonzero(np.diff(found) != 1) + 1)
         return [(int(run[0]), len(run)) for run in runs if len(run)]
@@ -93,7 +93,7 @@ class GlobalOrder(Order):
     def _draw(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.num_units, dtype=np.int64)
-        return shuffled(self.num_units, np.random.SeedSequence([self.seed, epoch]))
+        return shuffle_numbers(self.num_units, np.random.SeedSequence([self.seed, epoch]))
 
     def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
         return epoch * int(np.sum(unit_tokens, dtype=np.int64))
@@ -127,7 +127,7 @@ class MixedOrder(Order):
         kept = self._last_pass.get(source)
         if kept is None or kept[0] != number:
             entropy = np.random.SeedSequence(self.seed, spawn_key=(_PASS_STREAM, source, number))
-            kept = self._last_pass[source] = (number, members[shuffled(len(members), entropy)])
+            kept = self._last_pass[source] = (number, members[shuffle_numbers(len(members), entropy)])
         return kept[1]
 
     def _walk(self, source: int, begin: int, count: int) -> np.ndarray:
@@ -145,7 +145,7 @@ class MixedOrder(Order):
         turns = np.repeat(np.arange(len(self.quotas)), self.quotas)  # the source of each sample of the epoch
         if self.shuffle:
             entropy = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
-            turns = turns[shuffled(self.num_units, entropy)]
+            turns = turns[shuffle_numbers(self.num_units, entropy)]
         else:
             places = [(2 * np.arange(quota) + 1) / (2 * quota) for quota in self.quotas if quota]
             turns = turns[np.argsort(np.concatenate(places), kind="stable")]

@@ -10,19 +10,19 @@ from typing import Any, TypeVar
 
 import torch
 
-from trainer.data.batches.collate import each_tensor
+from trainer.data.batches.collate import map_tensors
 
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 PREFETCH = 2
 """Batches (in training: those of a whole step) that are made ahead."""
 
 
-def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def pin_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch in memory from which a GPU copies without being waited for; as it is for a CPU."""
-    return each_tensor(batch, torch.Tensor.pin_memory) if device.type == "cuda" else batch
+    return map_tensors(batch, torch.Tensor.pin_memory) if device.type == "cuda" else batch
 
 
-def prefetched(items: Iterator[Made]) -> Generator[Made, None, None]:
+def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The same items, made by one background thread up to `PREFETCH` ahead.
 
     Close it (or exhaust it) to stop the thread. Errors of the thread are raised here.

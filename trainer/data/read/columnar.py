@@ -25,15 +25,15 @@ from trainer.data.read.opening import (
     identify,
     open_binary,
     refuse_pointer,
-    too_long,
-    unreadable,
+    too_long_row,
+    unreadable_file,
 )
-from trainer.data.read.remote import Remote
+from trainer.data.read.remote import RemoteFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH = 512
+ROWS_PER_BATCH = 512
 """Rows turned into Python values at a time."""
 HEADS = {"Parquet": (b"PAR1",), "Arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 """How a file of each kind may begin."""
@@ -47,9 +47,11 @@ def read_table(path: File, wanted: Collection[str] | None = None) -> Iterator[Ro
     """
     _require_head(path)
     with _opened(path) as (schema, batches):
-        taken, others = taken_of(_names(schema, str(path)), wanted)
-        chosen = _validated(batch.select(taken) for batch in batches(taken))
-        slices = (batch.slice(at, BATCH) for batch in chosen for at in range(0, batch.num_rows, BATCH))
+        taken, others = split_columns(_names(schema, str(path)), wanted)
+        chosen = _validate(batch.select(taken) for batch in batches(taken))
+        slices = (
+            batch.slice(at, ROWS_PER_BATCH) for batch in chosen for at in range(0, batch.num_rows, ROWS_PER_BATCH)
+        )
         yield from table_rows(slices, str(path), others=others)
 
 
@@ -73,7 +75,7 @@ def _opened(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Itera
             import pyarrow.parquet as pq
 
             with open_binary(path) as source, pq.ParquetFile(source) as file:
-                yield file.schema_arrow, lambda names: file.iter_batches(BATCH, columns=names)
+                yield file.schema_arrow, lambda names: file.iter_batches(ROWS_PER_BATCH, columns=names)
         else:
             with pa.memory_map(str(path)) if isinstance(path, Path) else open_binary(path) as source:
                 schema, batches = _arrow_batches(path, source)
@@ -104,7 +106,7 @@ def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.Reco
     return stream.schema, batches()
 
 
-def taken_of(names: list[str], wanted: Collection[str] | None) -> tuple[list[str], tuple[str, ...]]:
+def split_columns(names: list[str], wanted: Collection[str] | None) -> tuple[list[str], tuple[str, ...]]:
     """The columns that are read, those `wanted` (all, where there is none of them), and the others."""
     taken = [name for name in names if wanted is None or name in wanted] or names
     return taken, tuple(name for name in names if name not in taken)
@@ -115,7 +117,7 @@ def _require_head(path: File) -> None:
         with open_binary(path) as file:
             head = file.read(4096)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_file(path, error) from error
     if not head:
         raise DataError(f"{path}:1: the file is empty (0 bytes)")
     refuse_pointer(path, head)
@@ -125,7 +127,7 @@ def _require_head(path: File) -> None:
 
 
 def _damaged(path: File, error: BaseException) -> DataError:
-    if isinstance(path, Remote) and isinstance(error, OSError):
+    if isinstance(path, RemoteFile) and isinstance(error, OSError):
         return DataError(f"{path}: cannot be read: {error}; download the file and give its path")
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return DataError(f"{path}: the {_kind(path)} file is damaged or cut off ({cause[:200]}); copy or make it again")
@@ -142,20 +144,20 @@ def table_rows(
     for batch in batches:
         large = batch.nbytes > MAX_ROW_BYTES
         names = _names(batch.schema, name)
-        columns = [_values(column) for column in batch.columns]
+        columns = [_column_values(column) for column in batch.columns]
         for values in zip(*columns, strict=True) if columns else [()] * batch.num_rows:
             number += 1
-            row = Row(name, number, dict(zip(names, values, strict=True)), others=others)
+            row = Row(name, number, dict(zip(names, values, strict=True)), unread_columns=others)
             if large and (size := len(json.dumps(row.fields, ensure_ascii=False, default=str))) > MAX_ROW_BYTES:
-                yield too_long(name, number, repr(row.fields), size)
+                yield too_long_row(name, number, repr(row.fields), size)
             else:
                 yield row
 
 
-def _validated(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Raise ArrowInvalid for buffers that contradict each other: reading them would end the process, not the run.
 
-    A text column that is not UTF-8 but sound otherwise passes; `_values` finds its rows.
+    A text column that is not UTF-8 but sound otherwise passes; `_column_values` finds its rows.
     """
     import pyarrow as pa
     from pyarrow import types
@@ -179,25 +181,25 @@ def _names(schema: pa.Schema, name: str) -> list[str]:
     return list(schema.names)
 
 
-def _values(column: pa.Array) -> list[Any]:
+def _column_values(column: pa.Array) -> list[Any]:
     """A column as JSON's values, with a `Fault` where there is none."""
     import pyarrow as pa
 
     try:
-        wanted = _plain(column.type)
+        wanted = _plain_type(column.type)
         column = column if column.type == wanted else column.cast(wanted)
     except (TypeError, pa.ArrowException) as error:
         fault = Fault("no_json", f"its type {column.type} cannot be turned into text ({error}); store it as text")
         return [fault if valid else None for valid in column.is_valid().to_pylist()]
-    if _ready(wanted):
+    if _is_json_ready(wanted):
         with suppress(UnicodeDecodeError, KeyError):  # only where these come is it worth to look value by value
             return list(column.to_pylist(maps_as_pydicts="strict"))
-    return [_value(item) for item in column]
+    return [_scalar_value(item) for item in column]
 
 
-def _value(item: pa.Scalar) -> Any:
+def _scalar_value(item: pa.Scalar) -> Any:
     try:
-        return _json(item.as_py(maps_as_pydicts="strict"))
+        return _to_json(item.as_py(maps_as_pydicts="strict"))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         return Fault("not_utf8", f"byte 0x{byte:02x} in a text column is not UTF-8; write the column anew")
@@ -207,7 +209,7 @@ def _value(item: pa.Scalar) -> Any:
         return Fault(refused.reason, refused.message)
 
 
-def _json(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """A Python value of Arrow's as JSON has it. Raises Refusal."""
     if isinstance(value, float) and not math.isfinite(value):
         if math.isnan(value):
@@ -221,43 +223,43 @@ def _json(value: Any) -> Any:
             holds = f" but {found}" if found else ""
             raise Refusal("binary", f"{len(value)} bytes that are not UTF-8 text{holds}; store text") from None
     if isinstance(value, list):
-        return [_json(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, dict):
-        return {str(name): _json(item) for name, item in value.items()}
+        return {str(name): _to_json(item) for name, item in value.items()}
     return value
 
 
-def _ready(kind: pa.DataType) -> bool:
+def _is_json_ready(kind: pa.DataType) -> bool:
     """Whether Python's values of a plain type are JSON's own."""
     from pyarrow import types
 
     if types.is_struct(kind):
-        return all(_ready(part.type) for part in kind)
+        return all(_is_json_ready(part.type) for part in kind)
     if types.is_list(kind) or types.is_large_list(kind):
-        return _ready(kind.value_type)
+        return _is_json_ready(kind.value_type)
     texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
     return texts or types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind)
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
+def _plain_type(kind: pa.DataType) -> pa.DataType:
     """The Arrow type to which values of `kind` are cast before they become Python values. Raises TypeError."""
     import pyarrow as pa
     from pyarrow import types
 
     if types.is_dictionary(kind):
-        return _plain(kind.value_type)
+        return _plain_type(kind.value_type)
     if isinstance(kind, pa.BaseExtensionType):
-        return _plain(kind.storage_type)
+        return _plain_type(kind.storage_type)
     if types.is_date(kind) or types.is_time(kind) or types.is_timestamp(kind) or types.is_decimal(kind):
         return pa.string()
     if types.is_large_list(kind):
-        return pa.large_list(_plain(kind.value_type))
+        return pa.large_list(_plain_type(kind.value_type))
     if types.is_list(kind) or types.is_fixed_size_list(kind):
-        return pa.list_(_plain(kind.value_type))
+        return pa.list_(_plain_type(kind.value_type))
     if types.is_map(kind):
-        return pa.map_(_plain(kind.key_type), _plain(kind.item_type))
+        return pa.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
     if types.is_struct(kind):
-        return pa.struct([pa.field(part.name, _plain(part.type)) for part in kind])
+        return pa.struct([pa.field(part.name, _plain_type(part.type)) for part in kind])
     if types.is_nested(kind) or types.is_interval(kind) or types.is_duration(kind) or types.is_run_end_encoded(kind):
         raise TypeError(f"no rule turns {kind} into JSON")
     return kind

@@ -19,8 +19,8 @@ import orjson
 
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row, excerpt
-from trainer.data.fields import Fault, Refusal, shown
-from trainer.data.read.opening import BUFFER, MAX_ROW_BYTES, File, decode_utf8, open_text, too_long
+from trainer.data.fields import Fault, Refusal, show_value
+from trainer.data.read.opening import BUFFER, MAX_ROW_BYTES, File, decode_utf8, open_text, too_long_row
 
 MAX_DEPTH = 100
 """Deepest nesting of lists and objects in a row. Fixed, so that it does not hang on the depth of the caller's stack."""
@@ -29,7 +29,7 @@ MAX_DIGITS = 4300
 _EXACT = 2.0**63
 """From here on `orjson` may have rounded a whole number to a float."""
 _TOO_DEEP = Fault("nested_too_deep", f"lists and objects are nested deeper than {MAX_DEPTH} levels")
-_HALF = Fault("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
+_LONE_SURROGATE = Fault("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)[ \t\r\n]*+|[][{},]', re.DOTALL)
 """A text and the blanks after it, whose last quote may still be to be read, or what nests and parts values."""
 _AFTER_TEXT = b",:]}"
@@ -60,7 +60,7 @@ def read_json_lines(path: File) -> Iterator[Row | Rejected]:
         while raw := stream.readline(MAX_ROW_BYTES + 1):
             number += 1
             if len(raw) > MAX_ROW_BYTES:
-                yield too_long(name, number, raw[:1000], _skip_line(stream, raw))
+                yield too_long_row(name, number, raw[:1000], _skip_line(stream, raw))
             elif not raw.isspace():
                 yield Line(name, number, raw=raw)
 
@@ -141,7 +141,9 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
             elif raw := own.strip():
                 empty, number = False, line + own[: own.index(raw)].count(b"\n")
                 whole = len(raw) <= MAX_ROW_BYTES
-                yield Line(str(path), number, raw=raw) if whole else too_long(str(path), number, raw[:1000], len(raw))
+                yield (
+                    Line(str(path), number, raw=raw) if whole else too_long_row(str(path), number, raw[:1000], len(raw))
+                )
             elif what == b"," or not empty:
                 raise broken(
                     own, f"a comma before {'another' if what == b',' else 'the closing bracket'} is not allowed"
@@ -156,10 +158,10 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
         raise broken(rest[: len(rest) - len(rest.lstrip())], "text after the end of the list")
 
 
-class _Doubled(dict[str, Any]):
+class _ObjectWithDoubledKeys(dict[str, Any]):
     """An object with keys that are there twice."""
 
-    twice: tuple[str, ...] = ()
+    doubled_keys: tuple[str, ...] = ()
 
 
 def decode_line(raw: bytes) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def decode_line(raw: bytes) -> dict[str, Any]:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
         value = None
-    if type(value) is dict and _sure(value, raw):
+    if type(value) is dict and _lost_nothing(value, raw):
         return value
     text = decode_utf8(raw)
     try:
@@ -180,14 +182,14 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise Refusal(_TOO_DEEP.reason, _TOO_DEEP.message) from None
     if not isinstance(value, dict):
-        raise Refusal("not_an_object", f"a row must be an object with named fields, and is {shown(value)}")
+        raise Refusal("not_an_object", f"a row must be an object with named fields, and is {show_value(value)}")
     if (fault := _fault_in([*value])) is not None:
         raise Refusal(fault.reason, fault.message)
-    doubled = {name: _twice(name) for name in getattr(value, "twice", ())}
+    doubled = {name: _duplicate_key(name) for name in getattr(value, "doubled_keys", ())}
     return {name: _fault_in(item) or item for name, item in value.items()} | doubled
 
 
-def _sure(fields: dict[str, Any], raw: bytes) -> bool:
+def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
     """Whether `orjson` lost nothing: no key that was there twice, no rounded number; and no deep nesting.
 
     Every key brings a colon, and further ones stand in texts: where as many are in the bytes, no key is missing. Only an
@@ -219,10 +221,10 @@ def _fault_in(value: Any) -> Fault | None:
         for node in level:
             if isinstance(node, Fault):
                 return node
-            if isinstance(node, _Doubled):
-                return _twice(node.twice[0])
+            if isinstance(node, _ObjectWithDoubledKeys):
+                return _duplicate_key(node.doubled_keys[0])
             if isinstance(node, str) and not node.isascii() and any("\ud800" <= c <= "\udfff" for c in node):
-                return _HALF
+                return _LONE_SURROGATE
         inside = [node for node in level if isinstance(node, dict | list)]
         depth += bool(inside)
         if depth > MAX_DEPTH:
@@ -254,7 +256,7 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
     return ""
 
 
-def _twice(name: str) -> Fault:
+def _duplicate_key(name: str) -> Fault:
     return Fault("duplicate_key", f"an object has the key {name[:60]!r} twice; only one can be meant")
 
 
@@ -275,14 +277,16 @@ def _int(digits: str) -> int | Fault:
     return int(digits)
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields
-    doubled, names = _Doubled(fields), [name for name, _ in pairs]
-    doubled.twice = tuple(name for name in fields if names.count(name) > 1)
+    doubled, names = _ObjectWithDoubledKeys(fields), [name for name, _ in pairs]
+    doubled.doubled_keys = tuple(name for name in fields if names.count(name) > 1)
     return doubled
 
 
-_DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_pairs)
-"""Reads JSON strictly; what it refuses stands as a `Fault` in its place, a doubled object as a `_Doubled`."""
+_DECODER = json.JSONDecoder(
+    parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_make_object
+)
+"""Reads JSON strictly; what it refuses stands as a `Fault` in its place, a doubled object as a `_ObjectWithDoubledKeys`."""

@@ -24,9 +24,9 @@ from strategies.errors import DataError
 from strategies.small_files import LFS_POINTER
 from trainer.data.document import Rejected, excerpt
 from trainer.data.fields import Refusal
-from trainer.data.read.remote import HEAD, Remote
+from trainer.data.read.remote import HEAD, RemoteFile
 
-File = Path | Remote
+File = Path | RemoteFile
 """A file that rows are read from."""
 BUFFER = 2**20
 """Bytes read at a time."""
@@ -35,7 +35,7 @@ MAX_ROW_BYTES = 64 * 2**20
 BOM = b"\xef\xbb\xbf"
 _DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _UNREADABLE = (OSError, EOFError, *_DAMAGED)
-_KNOWN = (  # how contents begin, what they are, and the suffix of those that can be read
+_FILE_TYPES = (  # how contents begin, what they are, and the suffix of those that can be read
     (rb"\x1f\x8b", "gzip-compressed data", ".gz"),
     (rb"\x28\xb5\x2f\xfd", "Zstandard-compressed data", ".zst"),
     (rb"BZh[1-9]1AY&SY", "bzip2-compressed data", ".bz2"),
@@ -55,10 +55,10 @@ _KNOWN = (  # how contents begin, what they are, and the suffix of those that ca
     (rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff", "UTF-32 text", ""),
     (rb"\xff\xfe|\xfe\xff", "UTF-16 text", ""),
 )
-_SIGNATURES = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name, _ in _KNOWN)
-SUFFIXES = {name: suffix for _, name, suffix in _KNOWN}
+_SIGNATURES = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name, _ in _FILE_TYPES)
+SUFFIXES = {name: suffix for _, name, suffix in _FILE_TYPES}
 """The suffix of what a file was found to hold; empty where that cannot be read."""
-COMPRESSION = {suffix: name for _, name, suffix in _KNOWN[:5]}
+COMPRESSION = {suffix: name for _, name, suffix in _FILE_TYPES[:5]}
 """Suffixes of compressed files, and what their first bytes say."""
 
 
@@ -72,7 +72,7 @@ def require_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_file(path, error) from error
     if not stat.S_ISREG(mode):
         kind = "a named pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
         raise DataError(f"{path}: is {kind}; data is read more than once, so write it to a regular file first")
@@ -111,7 +111,7 @@ def identify(head: bytes) -> str | None:
 
 def open_binary(path: File) -> io.BufferedReader:
     """The file's bytes as they are. Raises DataError and OSError."""
-    if isinstance(path, Remote):
+    if isinstance(path, RemoteFile):
         return cast("io.BufferedReader", path.open())
     require_regular(path)
     return cast("io.BufferedReader", path.open("rb", buffering=BUFFER))
@@ -143,7 +143,7 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
                     stream.read(len(BOM))
                 yield stream
     except _UNREADABLE as error:
-        raise unreadable(path, error) from error
+        raise unreadable_file(path, error) from error
 
 
 def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.BufferedReader:
@@ -163,7 +163,7 @@ def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.B
             raise DataError(f"{path}: the archive holds {len(names)} files, and one can be read; unpack it")
         raw = archive.open(names[0])
     else:
-        raw = _Members(file, bz2.BZ2Decompressor if compression == ".bz2" else lzma.LZMADecompressor)
+        raw = _MemberReader(file, bz2.BZ2Decompressor if compression == ".bz2" else lzma.LZMADecompressor)
     return io.BufferedReader(raw, BUFFER)
 
 
@@ -181,11 +181,11 @@ def expansion(path: Path) -> float:
             while part := stream.read1(1 << 16):
                 made += len(part)
     except _UNREADABLE as error:
-        raise unreadable(path, error) from error
+        raise unreadable_file(path, error) from error
     return max(1.0, made / max(1, len(head)))
 
 
-class _Members(io.RawIOBase):
+class _MemberReader(io.RawIOBase):
     """Compressed members one behind the other; unlike the library's own reader it refuses what follows them."""
 
     def __init__(self, file: io.BufferedReader, make: Callable[[], Any]) -> None:
@@ -225,7 +225,7 @@ def decode_utf8(raw: bytes) -> str:
         raise Refusal("not_utf8", said) from None
 
 
-def too_long(name: str, line: int, start: bytes | str, length: int) -> Rejected:
+def too_long_row(name: str, line: int, start: bytes | str, length: int) -> Rejected:
     """A row of `length` bytes, which begins with `start`, as one that cannot be read."""
     message = f"the row has {length / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
     return Rejected(name, line, "too_long", message, excerpt(start))
@@ -243,7 +243,7 @@ def _remedy(path: File, found: str) -> str:
     return f", not the text that {promised} promises; export it as text first, or remove it"
 
 
-def unreadable(path: File, error: BaseException) -> DataError:
+def unreadable_file(path: File, error: BaseException) -> DataError:
     """A failure of the operating system or of a decompressor, as a message that names the file and what to do."""
     if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
         return DataError(f"{path}: the compressed file is cut off before its end; copy or make it again")

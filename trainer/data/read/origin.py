@@ -11,15 +11,15 @@ from typing import Any
 
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row
-from trainer.data.read.columnar import BATCH, count_rows, read_table, table_rows, taken_of
+from trainer.data.read.columnar import ROWS_PER_BATCH, count_rows, read_table, split_columns, table_rows
 from trainer.data.read.compat import content_fingerprint
 from trainer.data.read.json_rows import read_json, read_json_lines
 from trainer.data.read.opening import File, compression_of, expansion
 from trainer.data.read.paths import COLUMN_KINDS, PREFIX, TEXT_KINDS, check_name, is_hub, kind_of
-from trainer.data.read.remote import Remote
+from trainer.data.read.remote import RemoteFile
 from trainer.data.read.text import read_csv, read_text_file
 
-BIG = 1 << 30
+HUB_SIZE_BYTES = 1 << 30
 """Size in bytes that stands for a hub data set."""
 _READERS: dict[str, Callable[..., Iterator[Row | Rejected]]] = {
     ".json": read_json,
@@ -32,7 +32,7 @@ _READERS: dict[str, Callable[..., Iterator[Row | Rejected]]] = {
     ".parquet": read_table,
     ".arrow": read_table,
 }
-UNREACHED = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}
+UNREACHED_ERRORS = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}
 """Errors that mean that no hub answered."""
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -89,14 +89,14 @@ class Origin:
                 parts = (str(path).removeprefix(PREFIX), self.subset, *about)
                 found.append(("hub", ":".join("" if part is None else str(part) for part in parts)))
                 continue
-            content = path.identity() if isinstance(path, Remote) else digest(path)
+            content = path.identity() if isinstance(path, RemoteFile) else digest(path)
             kind = f"{kind_of(path)}{compression_of(path)}"
             found.append((path.name if kind_of(path) in TEXT_KINDS else kind, content))
         return found
 
     def size(self) -> int:
         """Bytes, roughly."""
-        return sum(BIG if is_hub(path) else _size(path) for path in self.paths)
+        return sum(HUB_SIZE_BYTES if is_hub(path) else _size(path) for path in self.paths)
 
     def extent(self) -> tuple[float, int]:
         """How much there is to read: bytes of text, decompressed (an estimate), and rows of tables, whose bytes tell little."""
@@ -104,7 +104,7 @@ class Origin:
         for path in self.paths:
             if is_hub(path):
                 rows += self._count(self.dataset(path))
-            elif isinstance(path, Remote):
+            elif isinstance(path, RemoteFile):
                 size += path.size()
             elif kind_of(path) in COLUMN_KINDS:
                 rows += count_rows(path)
@@ -127,7 +127,7 @@ class Origin:
         data = self.dataset(path)
         place = "/".join(part for part in (str(path), self.subset, str(data.split or self.split or "")) if part)
         names: list[str] = data.column_names or next((table.column_names for table in self._tables(data, place)), [])
-        taken, others = taken_of(names, wanted)
+        taken, others = split_columns(names, wanted)
         tables = self._tables(data.select_columns(taken), place)
         batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
         return table_rows(batches, place, others=others)
@@ -135,11 +135,11 @@ class Origin:
     def _tables(self, data: Any, place: str) -> Iterator[Any]:
         """Its rows as Arrow tables. Raises DataError where a stream breaks off."""
         try:
-            yield from data.with_format("arrow").iter(BATCH)
+            yield from data.with_format("arrow").iter(ROWS_PER_BATCH)
         except Exception as error:
             if not self.streaming or isinstance(error, DataError):
                 raise
-            raise _failed(place, error, streaming=True) from error
+            raise _load_error(place, error, streaming=True) from error
 
     def _count(self, data: Any) -> int:
         """Rows; 0 of a stream that does not say how many it has."""
@@ -167,7 +167,7 @@ class Origin:
         except Exception as error:
             asked = {"config": self.subset, "split": self.split, "revision": self.revision}
             words = ", ".join(f"{word} {value!r}" for word, value in asked.items() if value)
-            raise _failed(f"{path}{f' ({words})' if words else ''}", error, streaming=self.streaming) from error
+            raise _load_error(f"{path}{f' ({words})' if words else ''}", error, streaming=self.streaming) from error
         finally:
             if quiet:
                 datasets.enable_progress_bars()
@@ -179,10 +179,10 @@ class Origin:
 
 
 def _size(path: File) -> int:
-    return path.size() if isinstance(path, Remote) else path.stat().st_size
+    return path.size() if isinstance(path, RemoteFile) else path.stat().st_size
 
 
-def _failed(what: str, error: Exception, *, streaming: bool = False) -> DataError:
+def _load_error(what: str, error: Exception, *, streaming: bool = False) -> DataError:
     """The cause in a line, and what to do about it."""
     text = str(error).strip()
     cause = text.splitlines()[0][:300] if text else type(error).__name__
@@ -198,12 +198,12 @@ def _failed(what: str, error: Exception, *, streaming: bool = False) -> DataErro
         remedy = (
             "it needs code from the hub, which is not run; use a copy converted to Parquet (often refs/convert/parquet)"
         )
-    elif streaming and (offline or kinds & UNREACHED):
+    elif streaming and (offline or kinds & UNREACHED_ERRORS):
         remedy = (
             "data.streaming=true reads from the hub, which is not reached here; run shardtune prepare where it is, into a "
             "data.cache_dir that is seen here, or set data.streaming=false"
         )
-    elif offline or kinds & UNREACHED:
+    elif offline or kinds & UNREACHED_ERRORS:
         remedy = (
             "no hub was reached and the data set is not in the local cache; load it once on a machine with internet "
             "(the cache is HF_HOME), or download its files and give their path"

@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
-_ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
+_ABOUT_FILES = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
 
 
 def kind_of(path: File) -> str | None:
@@ -118,13 +118,13 @@ def _expand_one(value: str, key: str) -> list[Path]:
         if path.is_dir():
             return _directory(path, key)
         if path.exists():
-            return [_usable(path, key)]
+            return [_require_readable(path, key)]
     except OSError as error:
         raise DataError(f"{key}={value}: {error.strerror}") from error
     if path.is_symlink():
-        raise DataError(f"{key}={value}: {_link(path)}")
+        raise DataError(f"{key}={value}: {_describe_broken_link(path)}")
     found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))  # noqa: PTH207
-    files = [_usable(p, key) for p in found if not p.is_dir()]
+    files = [_require_readable(p, key) for p in found if not p.is_dir()]
     if files:
         return files
     if found:
@@ -132,9 +132,9 @@ def _expand_one(value: str, key: str) -> list[Path]:
     raise DataError(f"{key}={value} does not exist{_other_form(value) or _nearest(path) + _perhaps_hub(value)}")
 
 
-def _usable(path: Path, key: str) -> Path:
+def _require_readable(path: Path, key: str) -> Path:
     if path.is_symlink() and not path.exists():
-        raise DataError(f"{key}: {path}: {_link(path)}")
+        raise DataError(f"{key}: {path}: {_describe_broken_link(path)}")
     if kind_of(path) is None:
         if path.suffix.lower() == ".zip":
             raise DataError(
@@ -145,7 +145,7 @@ def _usable(path: Path, key: str) -> Path:
     return path
 
 
-def _link(path: Path) -> str:
+def _describe_broken_link(path: Path) -> str:
     target = path.readlink()
     try:
         path.stat()
@@ -162,7 +162,7 @@ def _directory(path: Path, key: str) -> list[Path]:
         return saved
     found = list(_walk(path, key, (path.resolve(),)))
     if any(kind_of(file) not in TEXT_KINDS for file in found):
-        found = [file for file in found if not (kind_of(file) in TEXT_KINDS and _ABOUT.match(file.name))]
+        found = [file for file in found if not (kind_of(file) in TEXT_KINDS and _ABOUT_FILES.match(file.name))]
     if not found:
         raise DataError(f"{key}={path}: the directory holds no file that ends in {SUPPORTED}")
     return sorted(found)
@@ -187,7 +187,7 @@ def _walk(directory: Path, key: str, above: tuple[Path, ...]) -> Iterator[Path]:
             saved = _saved_files(entry, key)
             yield from saved if saved is not None else _walk(entry, key, (*above, real))
         elif kind_of(entry) is not None or (entry.is_symlink() and not entry.exists()):
-            yield _usable(entry, key)
+            yield _require_readable(entry, key)
 
 
 def _saved_files(directory: Path, key: str) -> list[Path] | None:

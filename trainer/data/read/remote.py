@@ -26,7 +26,7 @@ HEAD = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Remote:
+class RemoteFile:
     """One file by its address; named like a path."""
 
     url: str
@@ -52,18 +52,18 @@ class Remote:
 
     def open(self) -> BinaryIO:
         """Its bytes, streamed. Raises DataError where it cannot be reached, OSError while it is read."""
-        file = _asked(self.url, lambda files, path: files.open(path, "rb", block_size=BLOCK))
-        return cast("BinaryIO", io.BufferedReader(_Reading(file), BLOCK))
+        file = _query(self.url, lambda files, path: files.open(path, "rb", block_size=BLOCK))
+        return cast("BinaryIO", io.BufferedReader(_RemoteReader(file), BLOCK))
 
     def size(self) -> int:
         """Bytes, as the other machine says; 0 where it does not. Raises DataError."""
-        return int(_asked(self.url, lambda files, path: files.info(path)).get("size") or 0)
+        return int(_query(self.url, lambda files, path: files.info(path)).get("size") or 0)
 
     def identity(self) -> str:
         """A text that changes with its content: what its file system says, or the bytes' SHA-256. Raises DataError."""
         if not self.url.startswith("http"):
-            return f"{self.url}:{_asked(self.url, lambda files, path: files.ukey(path))}"
-        about = _asked(self.url, lambda files, path: files.info(path))
+            return f"{self.url}:{_query(self.url, lambda files, path: files.ukey(path))}"
+        about = _query(self.url, lambda files, path: files.info(path))
         if tags := [str(about[tag]) for tag in _TAGS if about.get(tag)]:
             return f"{self.url}:{about.get('size')}:{':'.join(tags)}"
         digest = hashlib.sha256()
@@ -73,27 +73,27 @@ class Remote:
         return digest.hexdigest()
 
 
-def remote_files(value: str, key: str, kind_of: Callable[[Remote], str | None]) -> list[Remote]:
+def remote_files(value: str, key: str, kind_of: Callable[[RemoteFile], str | None]) -> list[RemoteFile]:
     """Files of an address: one file, a pattern with `*`, or all below a directory. Raises DataError.
 
     `kind_of` says how a file is read, None where it cannot be; that tells a file from a directory.
     """
-    if kind_of(Remote(value)) and "*" not in value:
-        Remote(value).size()
-        return [Remote(value)]
+    if kind_of(RemoteFile(value)) and "*" not in value:
+        RemoteFile(value).size()
+        return [RemoteFile(value)]
 
     def below(files: Any, path: str) -> list[str]:
         names = files.glob(path) if "*" in value else files.find(path)
         return [files.unstrip_protocol(name) for name in sorted(names)]
 
-    found = [Remote(url) for url in _asked(value, below)]
+    found = [RemoteFile(url) for url in _query(value, below)]
     found = [file for file in found if kind_of(file) and not file.name.startswith(".")]
     if not found:
         raise DataError(f"{key}={value} names no file that can be read")
     return found
 
 
-class _Reading(io.RawIOBase):
+class _RemoteReader(io.RawIOBase):
     """A file of fsspec; whatever its library raises becomes an OSError."""
 
     def __init__(self, file: Any) -> None:
@@ -106,21 +106,21 @@ class _Reading(io.RawIOBase):
         return bool(self.file.seekable())
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self._asked(self.file.seek, offset, whence))
+        return int(self._call(self.file.seek, offset, whence))
 
     def tell(self) -> int:
         return int(self.file.tell())
 
     def readinto(self, buffer: Any) -> int:
-        part = self._asked(self.file.read, len(buffer))
+        part = self._call(self.file.read, len(buffer))
         while part and len(part) < min(HEAD, len(buffer)):  # a first look must see enough, whatever the network gives
-            if not (more := self._asked(self.file.read, len(buffer) - len(part))):
+            if not (more := self._call(self.file.read, len(buffer) - len(part))):
                 break
             part += more
         buffer[: len(part)] = part
         return len(part)
 
-    def _asked(self, ask: Callable[..., Any], *values: int) -> Any:
+    def _call(self, ask: Callable[..., Any], *values: int) -> Any:
         try:
             return ask(*values)
         except OSError:
@@ -134,7 +134,7 @@ class _Reading(io.RawIOBase):
         super().close()
 
 
-def _asked(url: str, ask: Callable[[Any, str], Any]) -> Any:
+def _query(url: str, ask: Callable[[Any, str], Any]) -> Any:
     """What the file system of an address answers, given its path there. Raises DataError, also for a package that is missing."""
     from fsspec.core import url_to_fs
 

@@ -153,7 +153,7 @@ def read_text_file(path: File) -> Iterator[Row | Rejected]:
         yield Rejected(name, 1, "empty", "the file holds only blanks", excerpt(text))
         return
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    yield Row(name, 1, {"text": text, "title": title(path)}, added=("title",))
+    yield Row(name, 1, {"text": text, "title": title(path)}, made_columns=("title",))
 
 
 def title(path: File) -> str:

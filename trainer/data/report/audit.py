@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.store.sequences import LABEL, summed
+from trainer.data.store.sequences import LABEL, exact_sum
 from trainer.data.transforms.privacy.rule import NEEDS_PRESIDIO, NOT_ASKED
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
     lengths = dataset.lengths
     tokens = int(lengths.sum())
     supervised = int(dataset.num_supervised.sum())
-    weighted = supervised if dataset.weights is None else summed(dataset.counts["loss"])
+    weighted = supervised if dataset.weights is None else exact_sum(dataset.counts["loss"])
     median = percentile_90 = longest = 0
     if len(dataset):
         median, percentile_90 = np.quantile(lengths, (0.5, 0.9)).round().astype(int).tolist()

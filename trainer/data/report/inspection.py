@@ -25,7 +25,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.read.opening import read_object
 from trainer.data.report.audit import make_histogram, split_sizes
 from trainer.data.report.wording import percent, visible
-from trainer.data.store.documents import NAME, DocumentTable
+from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable
 from trainer.data.store.sequences import LABEL, TokenDataset
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray
 
     Searches the texts and labels of `documents.arrow`, batch by batch. Raises DataError where the data set has none.
     """
-    path = prepared.directory / NAME
+    path = prepared.directory / DOCUMENTS_FILE
     dataset = prepared.split(split)
     if not path.is_file():
         raise DataError(f"find=: {path} is not there, so texts cannot be searched; {PREPARE_AGAIN}")
@@ -245,7 +245,7 @@ def render_sample(
 
     dataset = prepared.split(split)
     row: dict[str, Any] | None = None
-    if (prepared.directory / NAME).is_file():
+    if (prepared.directory / DOCUMENTS_FILE).is_file():
         row = DocumentTable(prepared.directory).row(int(dataset.documents[index]))
     colour = console.is_terminal and not console.no_color
     decoded = preview(dataset, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)
@@ -265,7 +265,7 @@ def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[s
     dataset = prepared.split(split)
     sample = dataset.sample(index)
     heading = f"{split} {index} · {dataset.lengths[index]:,} tokens, {int(dataset.num_supervised[index]):,} learned"
-    weight_sum = sample.learned()
+    weight_sum = sample.learned_weight()
     if weight_sum != dataset.num_supervised[index]:
         heading += f" (weighing {weight_sum:g})"
     if row is not None:

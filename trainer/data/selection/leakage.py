@@ -33,7 +33,7 @@ class LeakedDocuments:
     incomplete: int = 0
     """Training documents whose comparisons for near leaks were cut short: among them, leaks may be unseen."""
 
-    def telling(self) -> np.ndarray:
+    def beyond_prompts(self) -> np.ndarray:
         """The documents that leak by more than their prompt: a task's instruction is the prompt of every document."""
         return self.train[self.kind != LEAKS.index("prompt")]
 
@@ -94,14 +94,14 @@ def first_equal(values: np.ndarray, others: np.ndarray, names: np.ndarray) -> np
     return np.where(ordered[place] == values, names[order[place]], -1)
 
 
-def settle(
+def apply_policy(
     leaks: LeakedDocuments, policy: LeakagePolicy, number: int, where: Callable[[int], str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Carry out the policy for `number` training documents: (those that are taken out, report).
 
     Raises DataError where the policy is `fail` and there are leaks, with the counts and the first places.
     """
-    report, telling = leaks.report(where), leaks.telling()
+    report, telling = leaks.report(where), leaks.beyond_prompts()
     if len(telling) and policy is LeakagePolicy.fail:
         counts = ", ".join(f"{kind} {count}" for kind, count in report["train"].items() if count)
         places = [place for kind in LEAKS[:-1] for place in report["examples"][kind]][:EXAMPLES]

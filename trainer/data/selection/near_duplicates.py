@@ -17,23 +17,23 @@ NGRAM = 5
 """Words in a run, as Lee et al. (2022, arXiv:2107.06499) compare documents."""
 
 
-def ngrams(normalized: bytes, apart: int = 0) -> list[bytes]:
+def ngrams(normalized: bytes, partition: int = 0) -> list[bytes]:
     """The runs of 5 words of a normalised text, in order; of fewer words, but at least one, a single run of all.
 
-    Short texts are therefore similar only when their words are the same. Runs of texts with another `apart` are others.
+    Short texts are therefore similar only when their words are the same. Runs of texts with another `partition` are others.
     """
     words = normalized.split()
     if not words:
         return []
-    lead = b"%d " % apart if apart else b""
+    lead = b"%d " % partition if partition else b""
     return [lead + b" ".join(words[start : start + NGRAM]) for start in range(max(1, len(words) - NGRAM + 1))]
 
 
-SEED, VALUES = 1, 128
+MINHASH_SEED, MAX_MINHASH_VALUES = 1, 128
 """Of MinHash: the seed, and most values a document."""
 MIN_RECALL = 0.97
 """Share of the pairs exactly at the threshold that the bands must find, in theory."""
-DOUBT = 0.15
+ESTIMATE_MARGIN = 0.15
 """How far below the threshold an estimate may lie for a candidate to be verified: four standard deviations of it."""
 MAX_CHECKED = 64
 """Documents that one document is truly compared with at most, the likest by estimate first."""
@@ -54,23 +54,23 @@ class NearIndex:
 
         bands, rows = choose_bands(threshold)
         self._threshold, self._text_of = threshold, text_of
-        self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, SEED)
+        self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, MINHASH_SEED)
         self._index = RMinHashLSH(threshold, bands * rows, bands)
-        self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, apart: self._sketch(text_of(row), apart)[1])
+        self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, partition: self._sketch(text_of(row), partition)[1])
         self.report = {"comparisons": 0, "incomplete": 0}
         """True comparisons, and documents whose comparisons were cut short: among them, copies may be left."""
 
-    def find(self, text: str, apart: int = 0) -> int | None:
+    def find(self, text: str, partition: int = 0) -> int | None:
         """The likest document with a Jaccard similarity of `threshold` or more over word n-grams; None where there is none.
 
-        Documents with another `apart` (a label, a source) are never near copies, nor are those without words.
+        Documents with another `partition` (a label, a source) are never near copies, nor are those without words.
         """
-        return self._find(*self._sketch(text, apart), apart)
+        return self._find(*self._sketch(text, partition), partition)
 
-    def add(self, row: int, text: str, apart: int = 0, *, unless_found: bool = False) -> int | None:
+    def add(self, row: int, text: str, partition: int = 0, *, unless_found: bool = False) -> int | None:
         """Keep a document for later ones; with `unless_found` only where none is found, which is given back else."""
-        runs, sketch = self._sketch(text, apart)
-        found = self._find(runs, sketch, apart) if unless_found else None
+        runs, sketch = self._sketch(text, partition)
+        found = self._find(runs, sketch, partition) if unless_found else None
         if found is None and runs:
             if len(self._index.query(sketch)) < MAX_CANDIDATES:
                 self._index.insert(row, sketch)
@@ -78,17 +78,17 @@ class NearIndex:
                 self.report["incomplete"] += 1
         return found
 
-    def _sketch(self, text: str, apart: int) -> tuple[list[bytes], Any]:
-        runs, sketch = ngrams(normalize(text), apart), self._empty()
+    def _sketch(self, text: str, partition: int) -> tuple[list[bytes], Any]:
+        runs, sketch = ngrams(normalize(text), partition), self._empty()
         sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
         return runs, sketch
 
-    def _find(self, runs: list[bytes], sketch: Any, apart: int) -> int | None:
+    def _find(self, runs: list[bytes], sketch: Any, partition: int) -> int | None:
         rows = self._index.query(sketch) if runs else []
-        estimates = [(sketch.jaccard(self._sketch_of(row, apart)), row) for row in rows]
-        likely = [(-estimate, row) for estimate, row in estimates if estimate >= self._threshold - DOUBT]
+        estimates = [(sketch.jaccard(self._sketch_of(row, partition)), row) for row in rows]
+        likely = [(-estimate, row) for estimate, row in estimates if estimate >= self._threshold - ESTIMATE_MARGIN]
         for _, row in sorted(likely)[:MAX_CHECKED]:
-            other = ngrams(normalize(self._text_of(row)), apart)
+            other = ngrams(normalize(self._text_of(row)), partition)
             self.report["comparisons"] += 1
             if jaccard(set(runs), set(other)) >= self._threshold:
                 return row
@@ -97,15 +97,15 @@ class NearIndex:
 
 
 def near_copies(
-    alive: np.ndarray, text_of: Callable[[int], str], apart: np.ndarray, threshold: float
+    alive: np.ndarray, text_of: Callable[[int], str], partition: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The document that stands for each, itself where it is no near copy of an earlier one that is none: int64[n]; a report.
 
-    Only rows that are `alive` (bool[n]) and equal in `apart` (uint64[n]) are compared.
+    Only rows that are `alive` (bool[n]) and equal in `partition` (uint64[n]) are compared.
     """
     index, stands = NearIndex(text_of, threshold), np.arange(len(alive), dtype=np.int64)
     for row in np.flatnonzero(alive).tolist():
-        leader = index.add(row, text_of(row), int(apart[row]), unless_found=True)
+        leader = index.add(row, text_of(row), int(partition[row]), unless_found=True)
         stands[row] = row if leader is None else leader
     return stands, index.report
 
@@ -129,5 +129,9 @@ def choose_bands(threshold: float) -> tuple[int, int]:
     rows are the largest number for which that is at least 0.97 at s = threshold. For a threshold of 0.8: 18 bands of 7
     rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at 0.6, 0.13 at 0.5 and 0.03 at 0.4.
     """
-    rows = next(rows for rows in range(VALUES, 0, -1) if recall(threshold, VALUES // rows, rows) >= MIN_RECALL)
-    return VALUES // rows, rows
+    rows = next(
+        rows
+        for rows in range(MAX_MINHASH_VALUES, 0, -1)
+        if recall(threshold, MAX_MINHASH_VALUES // rows, rows) >= MIN_RECALL
+    )
+    return MAX_MINHASH_VALUES // rows, rows

@@ -110,7 +110,7 @@ def compared_text(document: Document, which: ComparedText) -> str:
     pairs with the answers the other way round teach opposite things.
     """
     if which is not ComparedText.document:
-        part = prompt_of(document) if which is ComparedText.prompt else "\n".join(_texts(_parted(document)[1]))
+        part = prompt_of(document) if which is ComparedText.prompt else "\n".join(_texts(_split_answer(document)[1]))
         if part is not None and part.strip():
             return part
     texts, rejected = document.texts(), _texts(document.rejected or [])
@@ -122,10 +122,10 @@ def prompt_of(document: Document) -> str | None:
     """What an answer is given to: the turns before the last answer without system turns; None for plain text."""
     if document.text is not None:
         return document.text if document.label is not None else None
-    return "\n".join(_texts([turn for turn in _parted(document)[0] if turn["role"] != "system"]))
+    return "\n".join(_texts([turn for turn in _split_answer(document)[0] if turn["role"] != "system"]))
 
 
-def _parted(document: Document) -> tuple[list[Message], list[Message]]:
+def _split_answer(document: Document) -> tuple[list[Message], list[Message]]:
     """The turns before an answer, and the answer: the preferred one of a pair, else the last turn of the assistant."""
     if document.chosen is not None:
         return document.messages or [], document.chosen

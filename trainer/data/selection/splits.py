@@ -18,7 +18,7 @@ from strategies.errors import DataError
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, DuplicatesConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.selection.balance import resample
-from trainer.data.selection.leakage import find_leaks, settle
+from trainer.data.selection.leakage import apply_policy, find_leaks
 from trainer.data.selection.near_duplicates import near_copies
 from trainer.data.selection.signatures import compared_text, mix
 from trainer.data.store.documents import DocumentTable
@@ -71,7 +71,7 @@ KINDS = ("exact", "normalized", "near")
 class Duplicates:
     """The decision over n documents."""
 
-    stands: np.ndarray
+    representative: np.ndarray
     """int64[n]: the earlier document it duplicates; its own index where it is none."""
     kind: np.ndarray
     """uint8[n]: 0 none, else 1 + the place in `KINDS`, the strictest that holds."""
@@ -104,14 +104,14 @@ def find_duplicates(
             _, first, which = np.unique(digests, return_index=True, return_inverse=True)
             stands[alive] = rows[alive][first[which]]
         found = stands != rows
-        result.stands[found], result.kind[found] = stands[found], 1 + KINDS.index(kind)
+        result.representative[found], result.kind[found] = stands[found], 1 + KINDS.index(kind)
     # A copy was compared with its first exemplar only; where that one turned out a duplicate, so is the copy.
     for _ in KINDS[1:]:
-        result.stands = result.stands[result.stands]
+        result.representative = result.representative[result.representative]
     return result
 
 
-class _Chooser:
+class _SplitChooser:
     """The documents still in, and what happened to the others."""
 
     def __init__(self, config: DataConfig, columns: Columns, table: DocumentTable, seed: int, log: Log) -> None:
@@ -146,15 +146,15 @@ class _Chooser:
             return
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
         found = find_duplicates(config, signatures, lambda number: self.text(int(train[number])))
-        self.content[train] = self.content[train[found.stands]]
+        self.content[train] = self.content[train[found.representative]]
         report: dict[str, Any] = {}
         for kind, policy in policies_of(config).items():
             copies = np.flatnonzero(found.kind == 1 + KINDS.index(kind))
-            pairs = [(int(train[found.stands[copy]]), int(train[copy])) for copy in copies[:EXAMPLES].tolist()]
+            pairs = [(int(train[found.representative[copy]]), int(train[copy])) for copy in copies[:EXAMPLES].tolist()]
             report[kind] = {
                 "policy": str(policy),
                 "documents": len(copies),
-                "groups": len(np.unique(found.stands[copies])),
+                "groups": len(np.unique(found.representative[copies])),
                 "examples": [{"a": self.where(a), "b": self.where(b)} for a, b in pairs],
             }
             if kind == "near":
@@ -190,7 +190,7 @@ class _Chooser:
             if self.groups is None:
                 chosen = free[draws[free] <= np.partition(draws[free], wanted - 1)[wanted - 1]]
             else:
-                chosen = free[whole_groups(draws[free], wanted)]
+                chosen = free[take_whole_groups(draws[free], wanted)]
             taken[chosen] = True
             splits[split] = train[chosen]
         if len(train) and taken.all():
@@ -213,7 +213,7 @@ class _Chooser:
             if not len(train) or not len(held_out):
                 continue
             found = find_leaks(self.columns.signatures, train, held_out, self.config, self.text)
-            taken, about = settle(found, policy, len(train), self.where)
+            taken, about = apply_policy(found, policy, len(train), self.where)
             report[split] = {"policy": str(policy), **about}
             self.drop(taken, "leakage", f"in_{split}")
             splits["train"] = np.setdiff1d(train, taken)
@@ -283,7 +283,7 @@ class _Chooser:
 
 def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: int, log: Log) -> Selection:
     """The splits. A function of the columns, the texts, the settings and the seed. Raises DataError, ConfigError."""
-    chooser = _Chooser(config, columns, table, seed, log)
+    chooser = _SplitChooser(config, columns, table, seed, log)
     chooser.copies()
     chooser.hold_out()
     chooser.leaks()
@@ -294,7 +294,7 @@ def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: 
     return selection
 
 
-def whole_groups(draws: np.ndarray, wanted: int) -> np.ndarray:
+def take_whole_groups(draws: np.ndarray, wanted: int) -> np.ndarray:
     """Which documents to take, as bool [n], so that about `wanted` are: those of one draw (uint64 [n]) all or none.
 
     Groups are taken in the order of their draws, one that would be too much passed over; at least one is taken.

@@ -17,7 +17,7 @@ from trainer.data.document import Document
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NAME = "documents.arrow"
+DOCUMENTS_FILE = "documents.arrow"
 TURNS = ("messages", "chosen", "rejected")
 
 
@@ -53,11 +53,11 @@ def _row(document: Document) -> dict[str, Any]:
     row = {name: value for name in schema().names if (value := getattr(document, name)) is not None}
     for name in TURNS:
         if name in row:
-            row[name] = [_stored(turn, "tool_calls") for turn in row[name]]
-    return _stored(row, "tools")
+            row[name] = [_with_json_text(turn, "tool_calls") for turn in row[name]]
+    return _with_json_text(row, "tools")
 
 
-def _stored(part: dict[str, Any], name: str) -> dict[str, Any]:
+def _with_json_text(part: dict[str, Any], name: str) -> dict[str, Any]:
     """A row or a turn with its `name`, if it has that, as a JSON text."""
     return {**part, name: json.dumps(part[name], ensure_ascii=False)} if name in part else part
 
@@ -73,7 +73,7 @@ class DocumentTable:
         """The batches, mapped, and the row that each begins with."""
         import pyarrow as pa
 
-        found = list(pa.ipc.open_stream(pa.memory_map(str(self.directory / NAME))))
+        found = list(pa.ipc.open_stream(pa.memory_map(str(self.directory / DOCUMENTS_FILE))))
         sizes = np.array([batch.num_rows for batch in found], np.int64)
         return found, np.cumsum(sizes) - sizes
 

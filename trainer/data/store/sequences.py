@@ -28,7 +28,7 @@ import numpy as np
 from strategies.errors import DataError
 
 WEIGHTS = "weights.bin"
-CHUNK = 1 << 22
+WEIGHTS_PER_WRITE = 1 << 22
 """Tokens whose weights are written at a time."""
 TERM_PREFIX, MARK_PREFIX = "term.", "mark."
 LABEL, REPLAY, REFERENCE = "label", "replay", "reference"
@@ -54,7 +54,7 @@ class Sample:
         found = None if self.weights is None else self.weights[1:][self.supervised[1:]]
         return None if found is None or (found == 1).all() else found
 
-    def learned(self) -> float:
+    def learned_weight(self) -> float:
         """The targets, as they are counted for the loss: their number, or the sum of their weights where they have some."""
         weights = self.target_weights()
         return int(self.supervised[1:].sum()) if weights is None else math.fsum(weights.tolist())
@@ -83,10 +83,10 @@ class TokenDataset:
         offsets: np.ndarray = np.load(store / "offsets.npy")
         with np.load(store / "columns.npz") as table:
             columns = {name: table[name] for name in table.files}
-        self.tokens = _map(store / "tokens.bin", np.int32, int(offsets[-1]))
-        self.supervised = _map(store / "supervised.bin", np.uint8, int(offsets[-1]))
+        self.tokens = _open_mapped(store / "tokens.bin", np.int32, int(offsets[-1]))
+        self.supervised = _open_mapped(store / "supervised.bin", np.uint8, int(offsets[-1]))
         there = (store / WEIGHTS).exists()
-        self.weights = _map(store / WEIGHTS, np.float32, int(offsets[-1])) if there else None
+        self.weights = _open_mapped(store / WEIGHTS, np.float32, int(offsets[-1])) if there else None
         index = np.load(directory / "index.npy") if is_split else np.arange(len(offsets) - 1)
         self.starts: np.ndarray = offsets[:-1][index]
         """int64 [N]: where each sequence begins in `tokens`."""
@@ -94,9 +94,9 @@ class TokenDataset:
         """int64 [N], in tokens."""
         chosen = {name: column[index] for name, column in columns.items()}
         self.num_supervised = chosen["supervised"]
-        self.counts = named(chosen, TERM_PREFIX)
+        self.counts = columns_with_prefix(chosen, TERM_PREFIX)
         """[N] each, by term: int64, or float64 where they are sums of weights."""
-        self.marks = named(chosen, MARK_PREFIX)
+        self.marks = columns_with_prefix(chosen, MARK_PREFIX)
         """[N] each, by name: int64 as prepared, float32 where they were attached since (see `attach`)."""
         self.sources = chosen["source"]
         """int64 [N]: number of each sequence's source in `manifest["sources"]`."""
@@ -151,29 +151,29 @@ class TokenDataset:
         return self.marks.get(LABEL)
 
 
-def named(columns: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def columns_with_prefix(columns: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The columns whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): column for name, column in columns.items() if name.startswith(prefix)}
 
 
-def summed(counts: np.ndarray) -> float:
+def exact_sum(counts: np.ndarray) -> float:
     """The sum of counts. That of weights is rounded once, so that it is the same in any order."""
     return int(counts.sum()) if counts.dtype.kind == "i" else math.fsum(counts.tolist())
 
 
 def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
     """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another."""
-    return runs_of((np.cumsum(pieces) - pieces)[documents], pieces[documents])
+    return concatenated_ranges((np.cumsum(pieces) - pieces)[documents], pieces[documents])
 
 
-def runs_of(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def concatenated_ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """int64: whole numbers in runs, one after another, of which each has its begin and its size."""
     ends = np.cumsum(sizes)
     within = np.arange(sizes.sum()) - np.repeat(ends - sizes, sizes)
     return (np.repeat(begins, sizes) + within).astype(np.int64)
 
 
-def _map(path: Path, dtype: type, count: int) -> np.ndarray:
+def _open_mapped(path: Path, dtype: type, count: int) -> np.ndarray:
     wanted = count * np.dtype(dtype).itemsize
     if path.stat().st_size != wanted:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {wanted}")
@@ -220,8 +220,8 @@ class Sequences:
         for name in {name for sample in samples for name in sample.marks}:
             terms[MARK_PREFIX + name] = np.array([sample.marks[name] for sample in samples], np.int64)
         return cls(
-            tokens=_joined([sample.input_ids for sample in samples], np.int32),
-            supervised=_joined([sample.supervised for sample in samples], np.uint8),
+            tokens=_concatenate([sample.input_ids for sample in samples], np.int32),
+            supervised=_concatenate([sample.supervised for sample in samples], np.uint8),
             lengths=np.array([len(sample.input_ids) for sample in samples], np.int64),
             columns={"supervised": np.array([int(s.supervised.sum()) for s in samples], np.int64), **terms},
             weights=_weights(samples),
@@ -233,10 +233,10 @@ def _weights(samples: list[Sample]) -> np.ndarray | None:
     if all(sample.target_weights() is None for sample in samples):
         return None
     rows = [sample.supervised * (1 if sample.weights is None else sample.weights) for sample in samples]
-    return _joined(rows, np.float32)
+    return _concatenate(rows, np.float32)
 
 
-def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
 
 
@@ -256,7 +256,7 @@ class StoreWriter:
         before = len(self.lengths)
         self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
         self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
-        self._weigh(sequences)
+        self._write_weights(sequences)
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
         for name, values in sequences.columns.items():
             column = self.columns.setdefault(name, array("q", bytes(8 * before)))
@@ -265,7 +265,7 @@ class StoreWriter:
             kind = np.int64 if column.typecode == "q" else np.float64
             column.frombytes(bytes(8 * (before - len(column))) + values.astype(kind).tobytes())
 
-    def _weigh(self, sequences: Sequences) -> None:
+    def _write_weights(self, sequences: Sequences) -> None:
         """Write the weights of a block: from the first that has some on, and those of all before it, which weigh 1."""
         if self._weights is None:
             if sequences.weights is None:
@@ -274,8 +274,8 @@ class StoreWriter:
             self._weights = (self.directory / WEIGHTS).open("wb")
             before = int(sum(self.lengths))
             mask = np.memmap(self._mask.name, np.uint8, "r")[:before] if before else np.zeros(0, np.uint8)
-            for start in range(0, before, CHUNK):
-                self._weights.write(mask[start : start + CHUNK].astype(np.float32).tobytes())
+            for start in range(0, before, WEIGHTS_PER_WRITE):
+                self._weights.write(mask[start : start + WEIGHTS_PER_WRITE].astype(np.float32).tobytes())
         weights = sequences.supervised if sequences.weights is None else sequences.weights
         self._weights.write(weights.astype(np.float32).tobytes())
 

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, is_texts, shown, text_of
+from trainer.data.fields import Refusal, is_texts, show_value, text_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import split_location
@@ -46,7 +46,7 @@ class MultipleChoice(Task):
             labels = choices.get("label")
             choices = choices.get("text")
         if not is_texts(choices) or len(choices) < 2 or not all(choice.strip() for choice in choices):
-            raise Refusal("bad_choices", f'"choices" is {shown(choices)}; it must be a list of two texts or more')
+            raise Refusal("bad_choices", f'"choices" is {show_value(choices)}; it must be a list of two texts or more')
         answer = fields.get("answer", fields.get("answerKey"))
         case.fields = {"question": question, "choices": list(choices), "answer": _right_choice(answer, choices, labels)}
 
@@ -119,4 +119,4 @@ def _right_choice(answer: Any, choices: list[str], labels: Any) -> int:
             return int(letter)
     last = len(choices) - 1
     allowed = f"a number from 0 to {last}, a letter up to {string.ascii_uppercase[last]}, or one of the choices"
-    raise Refusal("bad_answer", f'"answer" is {shown(answer)}; it must be {allowed}')
+    raise Refusal("bad_answer", f'"answer" is {show_value(answer)}; it must be {allowed}')

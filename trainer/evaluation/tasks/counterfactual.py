@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, shown, text_of
+from trainer.data.fields import Refusal, show_value, text_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question, softmax
 from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
@@ -95,9 +95,15 @@ class Counterfactual(Task):
         fields = case.fields
         completion = text_of(fields, "completion") if fields.get("completion") is not None else None
         texts = fields.get("texts")
-        if texts is None:
-            variants = list(self._fill_template(text_of(fields, "template"), fields.get("attribute")))
-        elif _is_text_by_group(texts):
+        if texts is not None:
+            if (
+                not isinstance(texts, dict)
+                or len(texts) < 2
+                or not all(isinstance(t, str) and t for t in texts.values())
+            ):
+                raise Refusal(
+                    "bad_texts", f'"texts" is {show_value(texts)}; it must be two texts or more by their group'
+                )
             variants = [Variant(group, text, 0, {}) for group, text in texts.items()]
         else:
             raise Refusal("bad_texts", f'"texts" is {shown(texts)}; it must be two texts or more by their group')
@@ -109,12 +115,11 @@ class Counterfactual(Task):
         if attribute not in self.terms:
             raise Refusal(
                 "bad_attribute",
-                f'"attribute" is {shown(attribute)}; terms are there of {", ".join(self.terms)} ({self.key}.options.terms)',
+                f'"attribute" is {show_value(attribute)}; terms are there of {", ".join(self.terms)} ({self.key}.options.terms)',
             )
         slots = list(dict.fromkeys(SLOT.findall(template)))
         if not slots:
-            raise Refusal("no_slot", f'"template" {shown(template)} has no slot such as {{person}}')
-        last_slot_end = list(SLOT.finditer(template))[-1].end()
+            raise Refusal("no_slot", f'"template" {show_value(template)} has no slot such as {{person}}')
         for group, terms in self.terms[attribute].items():
             missing = [slot for slot in slots if slot not in terms]
             if missing:

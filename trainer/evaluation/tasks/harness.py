@@ -14,18 +14,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.fields import shown
+from trainer.data.fields import show_value
 from trainer.evaluation.base import TaskConfig, WritingConfig
-from trainer.evaluation.harness.task_files import TaskFiles, find_tasks, missing_data
+from trainer.evaluation.harness.task_files import Named, named, not_local
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.harness_rows import (
-    LoadedTasks,
-    complete_scores,
-    declared_metrics,
-    lm_eval_standard_errors,
-    task_rows,
-)
-from trainer.evaluation.tasks.model_interface import ModelInterface
+from trainer.evaluation.tasks.harness_rows import Scored, counted, declared, scored, standard_errors
+from trainer.evaluation.tasks.model_interface import Asking
 
 OWN_WRITING = ("seed", "batch_tokens")
 """Settings of `write` that apply to tasks of the harness. All others are decided by the task itself."""
@@ -47,30 +41,26 @@ class Harness(Task):
         "system": None,
         "generation": {},
     }
-    loads_own_rows = True
-    max_resamples = 200  # lm-eval itself takes 100 for its slow metrics
-    required_package = "lm_eval"
-    pip_extra = "lm_eval"
+    own_rows = True
+    most_resamples = 200  # lm-eval takes 100 of its slow ones
+    needs = "lm_eval"
+    extra = "lm_eval"
 
     def __init__(self, name: str, config: TaskConfig) -> None:
         super().__init__(name, config)
-        self.task_files: TaskFiles | None = None
+        self.what: Named | None = None
         self.fault = ""
-        """What is wrong with the name or the YAML; empty if nothing is."""
-        self.loaded_tasks: LoadedTasks | None = None
-        """The harness's tasks with their data; set by `cases`."""
-        self.warnings: list[str] = []
-        """What the harness and the model's adapter warned of in the last run."""
+        self.scored: Scored | None = None
+        """The harness's tasks with their data, once they were read."""
+        self.said: list[str] = []
+        """What the harness warned of."""
         if find_spec("lm_eval") is None:
             return
         path = None if config.path is None else str(config.path)
-        # Without `options.task`, a YAML names its task itself, and otherwise the task of the configuration has the name.
-        harness_task = None if _is_yaml(path) else name
-        if self.option_values["task"]:
-            harness_task = str(self.option_values["task"])
+        asked = self.chosen["task"]
         try:
-            self.task_files = find_tasks(harness_task, path)
-            self.metrics = declared_metrics(self.task_files)
+            self.what = named(str(asked) if asked else None if _is_yaml(path) else name, path)
+            self.metrics = declared(self.what)
         except ConfigError as error:
             setting = "path" if path is not None and str(error).startswith(path) else "options.task"
             self.fault = f"{self.key}.{setting}={error}"
@@ -92,83 +82,74 @@ class Harness(Task):
                 )
         if self.config.columns:
             yield f"{self.key}.columns: the harness's task names its columns itself (doc_to_text, doc_to_target); leave it out"
-        shots = self.option_values["num_fewshot"]
+        shots = self.chosen["num_fewshot"]
         if shots is not None and not (isinstance(shots, int) and shots >= 0):
             yield f"{self.key}.options.num_fewshot={shots}: must be a number of examples, 0 or more"
-        generation = self.option_values["generation"]
-        if not isinstance(generation, dict):
-            yield f"{self.key}.options.generation={generation}: must be settings, as {{max_gen_toks: 64}}"
+        if not isinstance(self.chosen["generation"], dict):
+            yield f"{self.key}.options.generation={self.chosen['generation']}: must be settings, as {{max_gen_toks: 64}}"
 
     @property
-    def data_source(self) -> str | None:
-        """The data set of a hub that all its tasks read, if they read the same one; else the path of the YAML."""
-        single_tasks = {} if self.task_files is None else self.task_files.single_tasks
-        data_sets = set()
-        for settings in single_tasks.values():
-            _, hub_data_set = missing_data(settings)
-            data_sets.add(str(settings["dataset_path"]) if hub_data_set else hub_data_set)
-        only_data_set = data_sets.pop() if len(data_sets) == 1 else None
-        if only_data_set:
-            return f"hub:{only_data_set}"
-        return None if self.config.path is None else str(self.config.path)
+    def data(self) -> str | None:
+        """The one data set of a hub that it reads, else its YAML."""
+        leaves = {} if self.what is None else self.what.leaves
+        sets = {not_local(each)[1] and str(each["dataset_path"]) for each in leaves.values()}
+        only = sets.pop() if len(sets) == 1 else None
+        return f"hub:{only}" if only else None if self.config.path is None else str(self.config.path)
 
     def cases(self) -> list[Case]:
         """Every row, read by the harness. Errors: ConfigError, DataError."""
-        from trainer.evaluation.harness.loading import load_tasks
+        from trainer.evaluation.harness.loading import load
 
-        assert self.task_files is not None
+        assert self.what is not None
         try:
-            tasks = load_tasks(self.task_files, self.option_values)
+            tasks = load(self.what, self.chosen)
         except (ConfigError, DataError) as error:
             raise type(error)(f"{self.key}.kind={self.kind}: {error}") from None
-        self.loaded_tasks = LoadedTasks(tasks, by_size=self.task_files.weighted_by_size)
-        self.metrics = self.loaded_tasks.metrics
-        cases = []
-        for name, task in tasks.items():
-            rows = len(task.eval_docs)
-            if self.config.max_rows is not None:
-                rows = min(rows, self.config.max_rows)
-            cases += [Case(f"{name}:{number}") for number in range(rows)]
-        return cases
+        self.scored = Scored(tasks, by_size=self.what.by_size)
+        self.metrics = self.scored.metrics
+        most = self.config.max_rows
+        numbers = {name: len(task.eval_docs) for name, task in tasks.items()}
+        return [
+            Case(f"{name}:{number}")
+            for name, rows in numbers.items()
+            for number in range(rows if most is None else min(rows, most))
+        ]
 
     def read(self, case: Case) -> None:
         """Nothing to do: the harness has read the row."""
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         from lm_eval import evaluator
 
-        from trainer.evaluation.harness.isolation import collect_warnings, harness_seeds
+        from trainer.evaluation.harness.isolation import quiet, seeded
         from trainer.evaluation.harness.model import EngineLM
 
-        assert self.loaded_tasks is not None
-        lm = EngineLM(model.writer, model.engine, model.model_config, self.config.write)
-        with collect_warnings() as warnings, harness_seeds():
-            # Without this, each evaluation would draw other few-shot examples.
-            for task in self.loaded_tasks.tasks.values():
-                task.set_fewshot_seed(seed=self.option_values["fewshot_seed"])
+        assert self.scored is not None
+        model = EngineLM(asking.writer, asking.engine, asking.model_config, self.config.write)
+        with quiet() as said, seeded():
+            for task in self.scored.tasks.values():  # or each evaluation would draw other examples
+                task.set_fewshot_seed(seed=self.chosen["fewshot_seed"])
             try:
-                results: Any = evaluator.evaluate(
-                    lm,
-                    {"tasks": self.loaded_tasks.tasks, "groups": {}},
+                found: Any = evaluator.evaluate(
+                    model,
+                    {"tasks": self.scored.tasks, "groups": {}},
                     limit=self.config.max_rows,
                     bootstrap_iters=0,
-                    system_instruction=self.option_values["system"],
-                    apply_chat_template=bool(self.option_values["chat_template"]),
+                    system_instruction=self.chosen["system"],
+                    apply_chat_template=bool(self.chosen["chat_template"]),
                     fewshot_as_multiturn=True,
                 )
             except Exception as error:
-                if lm.ended_by is not None:  # a request to our own model failed, not the scoring
+                if model.ended_by is not None:
                     raise
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise DataError(f"{self.name}: lm-eval cannot score its rows ({reason})") from error
-        self.warnings = [*lm.notes(), *warnings][:MOST_NOTES]
-        rows = []
-        for name in self.loaded_tasks.tasks:
-            rows += task_rows(name, results["samples"][name], self.loaded_tasks)
-        return complete_scores(rows, self.loaded_tasks)
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise DataError(f"{self.name}: lm-eval cannot score its rows ({what})") from error
+        self.said = [*model.notes(), *said][:MOST_NOTES]
+        rows = [row for name in self.scored.tasks for row in scored(name, found["samples"][name], self.scored)]
+        return counted(rows, self.scored)
 
-    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-        """The metrics that the rows have: a task may score other things than its YAML says."""
+    def metrics_of(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+        """Those that its rows have: a task may score other things than its YAML says."""
         known = {metric.name: metric for metric in self.metrics}
         row_names = _names_in(rows)
         # First the known metrics in their order, then those that only the rows have. Names with a dot are parts of metrics.
@@ -184,49 +165,37 @@ class Harness(Task):
             metrics.append(metric)
         return tuple(metrics)
 
-    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        assert self.loaded_tasks is not None
+    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+        assert self.scored is not None
         return {
-            metric.name: self.loaded_tasks.weighted_metric(metric.name, rows)
-            for metric in self.metrics_for(rows)
+            metric.name: self.scored.weighted(metric.name, rows)
+            for metric in self.metrics_of(rows)
             if metric.ratio is None
         }
 
-    def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        return self.metrics_by_source(rows)
+    def values(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+        return self.by_source(rows)
 
-    def standard_errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        assert self.loaded_tasks is not None
-        return lm_eval_standard_errors(self.loaded_tasks, self.metrics_for(rows), rows)
+    def errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+        assert self.scored is not None
+        return standard_errors(self.scored, self.metrics_of(rows), rows)
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
-        errors = [f"{name} {error:.4g}" for name, error in self.standard_errors(rows).items() if "/" not in name]
-        if errors:
-            yield f"standard errors as lm-eval reckons them: {', '.join(errors)}"
-        slow_metrics = [*self.weighted_metrics(rows)]
-        if slow_metrics:
-            yield (
-                f"intervals of {', '.join(slow_metrics)}: {self.max_resamples} resamples at most, since they are slow to reckon"
-            )
-        yield from self.warnings
+        told = ", ".join(f"{name} {value:.4g}" for name, value in self.errors(rows).items() if "/" not in name)
+        if told:
+            yield f"standard errors as lm-eval reckons them: {told}"
+        if slow := [*self.weighted(rows)]:
+            yield f"intervals of {', '.join(slow)}: {self.most_resamples} resamples at most, since they are slow to reckon"
+        yield from self.said
 
     def signatures(self) -> dict[str, str]:
         from importlib.metadata import version
 
-        assert self.loaded_tasks is not None
-        parts = [f"lm-eval:{version('lm-eval')}", *self.loaded_tasks.version_notes()]
-        parts.append("chat template" if self.option_values["chat_template"] else "no chat template")
-        if self.option_values["generation"]:
-            parts.append(f"generation:{shown(self.option_values['generation'])}")
-        return dict.fromkeys((metric.name for metric in self.metrics), "|".join(parts))
-
-
-def _names_in(rows: Sequence[TaskRow]) -> dict[str, None]:
-    """Names of all scores and items of the rows, in the order in which they appear."""
-    names: dict[str, None] = {}
-    for row in rows:
-        names |= dict.fromkeys((*row.scores, *row.items))
-    return names
+        assert self.scored is not None
+        about = [f"lm-eval:{version('lm-eval')}", *self.scored.says()]
+        about += ["chat template" if self.chosen["chat_template"] else "no chat template"]
+        about += [f"generation:{show_value(self.chosen['generation'])}"] if self.chosen["generation"] else []
+        return dict.fromkeys((metric.name for metric in self.metrics), "|".join(about))
 
 
 def _is_yaml(path: str | None) -> bool:

@@ -121,7 +121,7 @@ def _document_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
     try:
         format = config.format
         if format is DataFormat.auto:
-            format = recognise(first, config.columns, source=task.name, meant=task.formats)
+            format = recognise(first, config.columns, source=task.name, preferred=task.formats)
         reader = RowReader(format, config.columns, source=task.name, refuses=False)
     except (DataError, ConfigError) as error:
         raise type(error)(with_task_keys(str(error))) from None

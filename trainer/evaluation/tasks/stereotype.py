@@ -17,7 +17,7 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.document import Row
-from trainer.data.fields import Refusal, shown, text_of
+from trainer.data.fields import Refusal, show_value, text_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import texts_after, whole_texts
@@ -107,7 +107,7 @@ class Stereotype(Task):
             if fields.get("unrelated") is not None:
                 texts.append(text_of(fields, "unrelated"))
         if texts[0] == texts[1]:
-            raise Refusal("same_texts", f"both sentences are {shown(texts[0])}; they must differ")
+            raise Refusal("same_texts", f"both sentences are {show_value(texts[0])}; they must differ")
         context = ""
         # The context of an intrasentence row is the sentence itself with a gap in it.
         if fields.get("context") is not None and fields.get("type") != "intrasentence":
@@ -244,7 +244,7 @@ def _sentences_by_label(sentences: Any) -> list[str]:
         sentences = [dict(zip(sentences, row, strict=False)) for row in rows]
     if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
         raise Refusal(
-            "bad_sentences", f'"sentences" is {shown(sentences)}; it must be a list of sentence and gold_label'
+            "bad_sentences", f'"sentences" is {show_value(sentences)}; it must be a list of sentence and gold_label'
         )
     text_by_label = {}
     for sentence in sentences:
@@ -255,7 +255,7 @@ def _sentences_by_label(sentences: Any) -> list[str]:
     if {*text_by_label} != {*LABELS}:
         raise Refusal(
             "bad_sentences",
-            f'"sentences" has the gold_labels {shown([*text_by_label])}; it must have {", ".join(LABELS)}, each once',
+            f'"sentences" has the gold_labels {show_value([*found])}; it must have {", ".join(LABELS)}, each once',
         )
     return [text_by_label[label] for label in LABELS]
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from strategies.errors import DataError
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, shown, text_of
+from trainer.data.fields import Refusal, show_value, text_of
 from trainer.data.messages import turns_of
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
@@ -164,7 +164,7 @@ class JsonSchema(Task):
             except ValueError as error:
                 raise Refusal("bad_schema", f"the schema is no JSON ({error})") from None
         if not isinstance(schema, dict):
-            raise Refusal("bad_schema", f'"schema" is {shown(schema)}; it must be a JSON schema')
+            raise Refusal("bad_schema", f'"schema" is {show_value(schema)}; it must be a JSON schema')
         try:
             validator_for(schema).check_schema(schema)
         except SchemaError as error:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trainer.data.fields import Refusal, shown
+from trainer.data.fields import Refusal, show_value
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask
 from trainer.evaluation.tasks.model_interface import ModelInterface
@@ -45,7 +45,7 @@ class Subgroups(ClassificationTask):
         if not isinstance(group, str | int) or not str(group).strip():
             raise Refusal(
                 "no_group",
-                f'"group" is {shown(group)}; it must be a name ({self.key}.columns.group names another column)',
+                f'"group" is {show_value(group)}; it must be a name ({self.key}.columns.group names another column)',
             )
         super().read(case)
         case.fields["group"] = str(group).strip()
