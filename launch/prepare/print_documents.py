@@ -38,7 +38,7 @@ class PrintWords(VerbWords):
     rows: str | None = word("sequences to decode, counted from 0", like="[0,5,10-12]")
     random: int | None = word("so many drawn without repeats", like="3", least=1)
     seed: int = word("of the drawing", default=0, least=0)
-    find_sequences: str | None = word("those whose document holds the text, in any case", like="text")
+    find: str | None = word("those whose document holds the text, in any case", like="text")
     limit: int = word("how many of those are shown", default=5, least=1)
     documents: bool = word("the document beside each sequence", default=False, like="true")
     histogram: bool = word("the lengths even where sequences are decoded", default=False, like="true")

@@ -125,7 +125,7 @@ def test_another_process_finds_the_same_and_no_thread_is_left():
         "import os, random; from tests.data.test_duplicates import changed, decide, sentences, text_document\n"
         "draw = random.Random(8); originals = [sentences(draw, 6) for _ in range(60)]\n"
         "texts = [' '.join(parts) for parts in originals] + [changed(draw, parts) for parts in originals]\n"
-        "before = len(os.listdir('/proc/self/task')); stands = decide([text_document(text) for text in texts]).stands\n"
+        "before = len(os.listdir('/proc/self/task')); stands = decide([text_document(text) for text in texts]).representative\n"
         "print(len(os.listdir('/proc/self/task')) - before, stands.tolist())"
     )
     said = [

@@ -313,7 +313,7 @@ def make_histogram(numbers: np.ndarray, bins: int = 25, *, shares: bool = False)
     has_outliers = high > 2 * percentile_98
     end = (percentile_98 if has_outliers else high) + 1
     width = max(1, -(-(end - low) // bins))  # rounded up
-    edges = np.arange(low, end + width, width)
+    edges: np.ndarray = np.arange(low, end + width, width)
     if shares:
         edges = np.linspace(0, 1, bins + 1).round(4)
     elif has_outliers:
