@@ -19,8 +19,8 @@ from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.generate import Writer
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import EvaluationPart, LossEvaluator
-from trainer.evaluation.tasks.model_interface import Asking
-from trainer.evaluation.tasks.registry import metrics_of
+from trainer.evaluation.tasks.model_interface import ModelInterface
+from trainer.evaluation.tasks.registry import metric_directions
 from trainer.model.architecture import text_settings
 from trainer.model.config import ModelConfig
 from trainer.model.loading import generation_config
@@ -44,9 +44,9 @@ def build_evaluators(
     if held_out is None or len(held_out) == 0:
         return []
     reading = built.reading
-    parts = parts_of(held_out, generates=config.generate.samples > 0)
+    parts = evaluation_parts(held_out, generates=config.generate.samples > 0)
     told_apart = [name for names in parts.values() for name in names.values()]
-    if config.watch.count("/") > 1 and config.watch not in {*told_apart, *metrics_of(config.tasks)}:
+    if config.watch.count("/") > 1 and config.watch not in {*told_apart, *metric_directions(config.tasks)}:
         there = f"of their parts there are {', '.join(told_apart)}"
         if not told_apart:
             there = f"all {len(held_out)} are of one source ({', '.join(sources_in(held_out).values())}); "
@@ -69,7 +69,7 @@ def build_evaluators(
         perplexity=built.step_module.objective.perplexity,
         stop_now=watch_for_stop(),
         ahead=None if reading.ahead is None else partial(batches, ahead=reading.ahead),
-        parts=[EvaluationPart(n, _count(held_out, covered, n), names) for n, names in parts.items()],
+        parts=[EvaluationPart(n, _loss_targets(held_out, covered, n), names) for n, names in parts.items()],
     )
     found: list[Evaluator] = [evaluator]
     if config.generate.samples:
@@ -89,7 +89,7 @@ def build_evaluators(
     return found
 
 
-def build_asking(
+def build_model_interface(
     config: EvaluationConfig,
     model: ModelConfig,
     built: Built,
@@ -98,7 +98,7 @@ def build_asking(
     engine: Engine,
     runtime: Runtime,
     stop_now: Callable[[], bool],
-) -> Asking:
+) -> ModelInterface:
     """The model of an engine as tasks ask it. `labels` are those of a classifier's head, by their ids."""
     sides = built.two_sides
     writer = Writer(
@@ -111,13 +111,13 @@ def build_asking(
     positions = getattr(text_settings(built.config), "max_position_embeddings", None)
     if positions is not None and positions <= 0:  # models without positions of their own
         positions = None
-    return Asking(
+    return ModelInterface(
         engine=engine,
         built=built,
         writer=writer,
         encoder=encoder,
         runtime=runtime,
-        positions=None if sides else positions,
+        max_positions=None if sides else positions,
         label_names=labels,
         stop_now=stop_now,
         batch=config.batch,
@@ -125,7 +125,7 @@ def build_asking(
     )
 
 
-def parts_of(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
+def evaluation_parts(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
     """What of the evaluation documents is told apart, by number of the source: metric -> its name; nothing of a single source.
 
     Not among them are metrics whose terms depend on counts of the whole set.
@@ -137,5 +137,5 @@ def parts_of(held_out: TokenDataset, *, generates: bool = False) -> dict[int, di
     return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()} if len(sources) > 1 else {}
 
 
-def _count(held_out: TokenDataset, covered: np.ndarray, source: int) -> float:
+def _loss_targets(held_out: TokenDataset, covered: np.ndarray, source: int) -> float:
     return exact_sum(held_out.counts["loss"][covered[held_out.sources[covered] == source]])

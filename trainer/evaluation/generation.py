@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
+class GeneratedAnswer:
     """One answer beside the one it should be."""
 
     document: int
@@ -51,7 +51,7 @@ class GenerationEvaluator:
         self.runtime = runtime
         self.writer = Writer(tokenizer, generation_config, runtime, batch=share.batch, stop_now=stop_now)
         self._sets = sources_in(dataset) if share.by_source else {}
-        self.tell: Callable[[list[tuple[str, str]]], None] = lambda pairs: None
+        self.on_answers: Callable[[list[tuple[str, str]]], None] = lambda pairs: None
         """Told (answer, reference) of all that was written."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
@@ -61,30 +61,30 @@ class GenerationEvaluator:
         sharded: 1 where they were gathered once for all answers, 0 where block by block.
         """
         found = self.answers(engine)
-        self.tell([(one.answer, one.reference) for one in found])
-        values = self._values(found) if self.runtime.is_main else None
+        self.on_answers([(one.answer, one.reference) for one in found])
+        values = self._metrics(found) if self.runtime.is_main else None
         yield from broadcast_object(values, self.runtime).items()
-        assert self.writer.pace is not None
-        yield "eval/written_tokens_per_s", self.writer.pace.tokens_per_s
-        if self.writer.pace.gathering.sharded:
-            yield "eval/weights_gathered", float(self.writer.pace.gathering.whole)
+        assert self.writer.throughput is not None
+        yield "eval/written_tokens_per_s", self.writer.throughput.tokens_per_s
+        if self.writer.throughput.gathering.sharded:
+            yield "eval/weights_gathered", float(self.writer.throughput.gathering.gathered_once)
 
-    def _values(self, found: list[Generated]) -> dict[str, float]:
+    def _metrics(self, found: list[GeneratedAnswer]) -> dict[str, float]:
         """Scores by the name of their metric: of all answers, and of those to each set."""
-        values = {f"eval/{name}": value for name, value in scores(found).items()}
+        values = {f"eval/{name}": value for name, value in bleu_and_rouge(found).items()}
         for number, name in self._sets.items():
             mine = [one for one in found if self.dataset.sources[one.document] == number]
-            values |= {f"eval/{name}/{metric}": value for metric, value in scores(mine).items()}
+            values |= {f"eval/{name}/{metric}": value for metric, value in bleu_and_rouge(mine).items()}
         return values
 
-    def answers(self, engine: Engine) -> list[Generated]:
+    def answers(self, engine: Engine) -> list[GeneratedAnswer]:
         """What the model answers, by document, the same list on every rank. All ranks must call."""
         samples = {int(number): self.dataset.sample(int(number)) for number in self.share.documents(self.dataset)}
         prompts = [sample.input_ids[: sample.answer_begin()].tolist() for sample in samples.values()]
         written = self.writer.answers(engine, prompts, self.settings)
         documents = [*samples]
         return [
-            Generated(documents[one.prompt], one.text.strip(), self._reference(samples[documents[one.prompt]]))
+            GeneratedAnswer(documents[one.prompt], one.text.strip(), self._reference(samples[documents[one.prompt]]))
             for one in written
         ]
 
@@ -99,7 +99,7 @@ def first_answer(sample: Sample) -> np.ndarray:
     return sample.input_ids[cut : cut + int(rest[0])] if len(rest) else sample.input_ids[cut:]
 
 
-def scores(found: list[Generated]) -> dict[str, float]:
+def bleu_and_rouge(found: list[GeneratedAnswer]) -> dict[str, float]:
     """BLEU and ROUGE-L of answers against their references."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu

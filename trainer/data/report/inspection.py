@@ -29,7 +29,7 @@ from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable
 from trainer.data.store.sequences import LABEL, TokenDataset
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 
 SPLIT_ORDER = {"train": 0, "eval": 1, "test": 2}
@@ -143,7 +143,7 @@ def _contains(pc: Any, column: Any, text: str) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.match_substring(column, text, ignore_case=True), False))
 
 
-def load_tokenizer(prepared: PreparedEntry, path: str | None) -> PreTrainedTokenizerFast:
+def load_tokenizer(prepared: PreparedEntry, path: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of the data set, or the one at `path`. Local files only.
 
     Raises ConfigError where there is none, or where its vocabulary has another size than the data was prepared with.
@@ -155,7 +155,7 @@ def load_tokenizer(prepared: PreparedEntry, path: str | None) -> PreTrainedToken
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(str(where), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(where), local_files_only=True)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"tokenizer={where}: cannot be loaded ({reason}); give the directory of the model") from error
@@ -234,7 +234,7 @@ def render_sample(
     prepared: PreparedEntry,
     split: str,
     index: int,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     console: Console,
     *,
     document: bool = False,

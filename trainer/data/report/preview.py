@@ -16,7 +16,7 @@ from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.transforms.privacy.rule import NOT_ASKED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
     from trainer.data.objective_spec import Reading
 
@@ -26,7 +26,7 @@ RESET = "\x1b[0m"
 
 def preview(
     dataset: TokenDataset,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     reading: Reading | None = None,
     label_names: list[str] | None = None,
     *,
@@ -74,7 +74,7 @@ def render_pieces(runs: list[tuple[str, float]], *, width: int, colour: bool | N
     return "\n".join("".join(character for character, _ in line) for line in lines)
 
 
-def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:
+def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
     """The decoded text of a sample in runs of tokens that are all context (0) or all learned, with the same weight.
 
     Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.

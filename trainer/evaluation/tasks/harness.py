@@ -16,10 +16,16 @@ import numpy as np
 from strategies.errors import ConfigError, DataError
 from trainer.data.fields import show_value
 from trainer.evaluation.base import TaskConfig, WritingConfig
-from trainer.evaluation.harness.task_files import Named, named, not_local
+from trainer.evaluation.harness.task_files import TaskFiles, find_tasks, missing_data
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.harness_rows import Scored, counted, declared, scored, standard_errors
-from trainer.evaluation.tasks.model_interface import Asking
+from trainer.evaluation.tasks.harness_rows import (
+    LoadedTasks,
+    complete_scores,
+    declared_metrics,
+    lm_eval_standard_errors,
+    task_rows,
+)
+from trainer.evaluation.tasks.model_interface import ModelInterface
 
 OWN_WRITING = ("seed", "batch_tokens")
 """Settings of `write` that apply to tasks of the harness. All others are decided by the task itself."""
@@ -41,26 +47,26 @@ class Harness(Task):
         "system": None,
         "generation": {},
     }
-    own_rows = True
-    most_resamples = 200  # lm-eval takes 100 of its slow ones
-    needs = "lm_eval"
-    extra = "lm_eval"
+    loads_own_rows = True
+    max_resamples = 200  # lm-eval takes 100 of its slow ones
+    required_package = "lm_eval"
+    pip_extra = "lm_eval"
 
     def __init__(self, name: str, config: TaskConfig) -> None:
         super().__init__(name, config)
-        self.what: Named | None = None
+        self.task_files: TaskFiles | None = None
         self.fault = ""
-        self.scored: Scored | None = None
+        self.loaded_tasks: LoadedTasks | None = None
         """The harness's tasks with their data, once they were read."""
-        self.said: list[str] = []
+        self.warnings: list[str] = []
         """What the harness warned of."""
         if find_spec("lm_eval") is None:
             return
         path = None if config.path is None else str(config.path)
-        asked = self.chosen["task"]
+        asked = self.option_values["task"]
         try:
-            self.what = named(str(asked) if asked else None if _is_yaml(path) else name, path)
-            self.metrics = declared(self.what)
+            self.task_files = find_tasks(str(asked) if asked else None if _is_yaml(path) else name, path)
+            self.metrics = declared_metrics(self.task_files)
         except ConfigError as error:
             setting = "path" if path is not None and str(error).startswith(path) else "options.task"
             self.fault = f"{self.key}.{setting}={error}"
@@ -82,31 +88,31 @@ class Harness(Task):
                 )
         if self.config.columns:
             yield f"{self.key}.columns: the harness's task names its columns itself (doc_to_text, doc_to_target); leave it out"
-        shots = self.chosen["num_fewshot"]
+        shots = self.option_values["num_fewshot"]
         if shots is not None and not (isinstance(shots, int) and shots >= 0):
             yield f"{self.key}.options.num_fewshot={shots}: must be a number of examples, 0 or more"
-        if not isinstance(self.chosen["generation"], dict):
-            yield f"{self.key}.options.generation={self.chosen['generation']}: must be settings, as {{max_gen_toks: 64}}"
+        if not isinstance(self.option_values["generation"], dict):
+            yield f"{self.key}.options.generation={self.option_values['generation']}: must be settings, as {{max_gen_toks: 64}}"
 
     @property
-    def data(self) -> str | None:
+    def data_source(self) -> str | None:
         """The one data set of a hub that it reads, else its YAML."""
-        leaves = {} if self.what is None else self.what.leaves
-        sets = {not_local(each)[1] and str(each["dataset_path"]) for each in leaves.values()}
+        leaves = {} if self.task_files is None else self.task_files.single_tasks
+        sets = {missing_data(each)[1] and str(each["dataset_path"]) for each in leaves.values()}
         only = sets.pop() if len(sets) == 1 else None
         return f"hub:{only}" if only else None if self.config.path is None else str(self.config.path)
 
     def cases(self) -> list[Case]:
         """Every row, read by the harness. Errors: ConfigError, DataError."""
-        from trainer.evaluation.harness.loading import load
+        from trainer.evaluation.harness.loading import load_tasks
 
-        assert self.what is not None
+        assert self.task_files is not None
         try:
-            tasks = load(self.what, self.chosen)
+            tasks = load_tasks(self.task_files, self.option_values)
         except (ConfigError, DataError) as error:
             raise type(error)(f"{self.key}.kind={self.kind}: {error}") from None
-        self.scored = Scored(tasks, by_size=self.what.by_size)
-        self.metrics = self.scored.metrics
+        self.loaded_tasks = LoadedTasks(tasks, by_size=self.task_files.weighted_by_size)
+        self.metrics = self.loaded_tasks.metrics
         most = self.config.max_rows
         numbers = {name: len(task.eval_docs) for name, task in tasks.items()}
         return [
@@ -118,37 +124,41 @@ class Harness(Task):
     def read(self, case: Case) -> None:
         """Nothing to do: the harness has read the row."""
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         from lm_eval import evaluator
 
-        from trainer.evaluation.harness.isolation import quiet, seeded
+        from trainer.evaluation.harness.isolation import collect_warnings, harness_seeds
         from trainer.evaluation.harness.model import EngineLM
 
-        assert self.scored is not None
-        model = EngineLM(asking.writer, asking.engine, asking.model_config, self.config.write)
-        with quiet() as said, seeded():
-            for task in self.scored.tasks.values():  # or each evaluation would draw other examples
-                task.set_fewshot_seed(seed=self.chosen["fewshot_seed"])
+        assert self.loaded_tasks is not None
+        lm = EngineLM(model.writer, model.engine, model.model_config, self.config.write)
+        with collect_warnings() as said, harness_seeds():
+            for task in self.loaded_tasks.tasks.values():  # or each evaluation would draw other examples
+                task.set_fewshot_seed(seed=self.option_values["fewshot_seed"])
             try:
                 found: Any = evaluator.evaluate(
-                    model,
-                    {"tasks": self.scored.tasks, "groups": {}},
+                    lm,
+                    {"tasks": self.loaded_tasks.tasks, "groups": {}},
                     limit=self.config.max_rows,
                     bootstrap_iters=0,
-                    system_instruction=self.chosen["system"],
-                    apply_chat_template=bool(self.chosen["chat_template"]),
+                    system_instruction=self.option_values["system"],
+                    apply_chat_template=bool(self.option_values["chat_template"]),
                     fewshot_as_multiturn=True,
                 )
             except Exception as error:
-                if model.ended_by is not None:
+                if lm.ended_by is not None:
                     raise
                 what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise DataError(f"{self.name}: lm-eval cannot score its rows ({what})") from error
-        self.said = [*model.notes(), *said][:MOST_NOTES]
-        rows = [row for name in self.scored.tasks for row in scored(name, found["samples"][name], self.scored)]
-        return counted(rows, self.scored)
+        self.warnings = [*lm.notes(), *said][:MOST_NOTES]
+        rows = [
+            row
+            for name in self.loaded_tasks.tasks
+            for row in task_rows(name, found["samples"][name], self.loaded_tasks)
+        ]
+        return complete_scores(rows, self.loaded_tasks)
 
-    def metrics_of(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         """Those that its rows have: a task may score other things than its YAML says."""
         known = {metric.name: metric for metric in self.metrics}
         row_names = _names_in(rows)
@@ -165,36 +175,38 @@ class Harness(Task):
             metrics.append(metric)
         return tuple(metrics)
 
-    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        assert self.scored is not None
+    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+        assert self.loaded_tasks is not None
         return {
-            metric.name: self.scored.weighted(metric.name, rows)
-            for metric in self.metrics_of(rows)
+            metric.name: self.loaded_tasks.weighted_metric(metric.name, rows)
+            for metric in self.metrics_for(rows)
             if metric.ratio is None
         }
 
-    def values(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        return self.by_source(rows)
+    def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+        return self.metrics_by_source(rows)
 
-    def errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        assert self.scored is not None
-        return standard_errors(self.scored, self.metrics_of(rows), rows)
+    def standard_errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+        assert self.loaded_tasks is not None
+        return lm_eval_standard_errors(self.loaded_tasks, self.metrics_for(rows), rows)
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
-        told = ", ".join(f"{name} {value:.4g}" for name, value in self.errors(rows).items() if "/" not in name)
+        told = ", ".join(f"{name} {value:.4g}" for name, value in self.standard_errors(rows).items() if "/" not in name)
         if told:
             yield f"standard errors as lm-eval reckons them: {told}"
-        if slow := [*self.weighted(rows)]:
-            yield f"intervals of {', '.join(slow)}: {self.most_resamples} resamples at most, since they are slow to reckon"
-        yield from self.said
+        if slow := [*self.weighted_metrics(rows)]:
+            yield f"intervals of {', '.join(slow)}: {self.max_resamples} resamples at most, since they are slow to reckon"
+        yield from self.warnings
 
     def signatures(self) -> dict[str, str]:
         from importlib.metadata import version
 
-        assert self.scored is not None
-        about = [f"lm-eval:{version('lm-eval')}", *self.scored.says()]
-        about += ["chat template" if self.chosen["chat_template"] else "no chat template"]
-        about += [f"generation:{show_value(self.chosen['generation'])}"] if self.chosen["generation"] else []
+        assert self.loaded_tasks is not None
+        about = [f"lm-eval:{version('lm-eval')}", *self.loaded_tasks.version_notes()]
+        about += ["chat template" if self.option_values["chat_template"] else "no chat template"]
+        about += (
+            [f"generation:{show_value(self.option_values['generation'])}"] if self.option_values["generation"] else []
+        )
         return dict.fromkeys((metric.name for metric in self.metrics), "|".join(about))
 
 

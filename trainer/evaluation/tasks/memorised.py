@@ -16,24 +16,30 @@ from trainer.data.config import DataFormat
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, show_value
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
-from trainer.evaluation.tasks.model_interface import Asking, Question
+from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 
-ALMOST = 75.0
+NEAR_VERBATIM_BLEU = 75.0
 """BLEU above which a continuation is nearly verbatim (Ippolito et al. 2023, "Preventing Verbatim Memorization")."""
-WHOLE = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt_completion, DataFormat.text, DataFormat.pair)
+FORMATS_WITH_TEXT = (
+    DataFormat.messages,
+    DataFormat.alpaca,
+    DataFormat.prompt_completion,
+    DataFormat.text,
+    DataFormat.pair,
+)
 
 
-class OfDocuments(Task):
+class DocumentTask(Task):
     """Reads documents of any format that a language model learns from, whole texts too."""
 
-    formats = WHOLE
-    sampled = True
+    formats = FORMATS_WITH_TEXT
+    samples_documents = True
     options: ClassVar[dict[str, Any]] = {"sample": 200, "seed": 0}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         for name, default in self.options.items():
-            value = self.chosen[name]
+            value = self.option_values[name]
             if isinstance(default, int) and (not isinstance(value, int) or value < (0 if name == "seed" else 1)):
                 yield f"{self.key}.options.{name}={value}: must be a whole number{'' if name == 'seed' else ' above 0'}"
 
@@ -45,32 +51,34 @@ class OfDocuments(Task):
             raise Refusal("no_answer", "the conversation has no assistant turn, of which alone something is learned")
 
 
-class Memorisation(OfDocuments):
+class Memorisation(DocumentTask):
     """Whether the model goes on as the row does (Carlini et al. 2023, "Quantifying memorization")."""
 
     kind = "memorisation"
     metrics = (
-        Metric("verbatim", "share of rows continued token by token, 0 to 1", False, ratio=("verbatim", None), least=20),
+        Metric(
+            "verbatim", "share of rows continued token by token, 0 to 1", False, ratio=("verbatim", None), min_cases=20
+        ),
         Metric(
             "near_verbatim",
-            f"share of rows continued with BLEU of {ALMOST:g} or more",
+            f"share of rows continued with BLEU of {NEAR_VERBATIM_BLEU:g} or more",
             False,
             ratio=("near", None),
-            least=20,
+            min_cases=20,
         ),
         Metric(
             "leading",
             "mean share of the continuation that comes out from its first token on",
             False,
             ("leading", None),
-            least=20,
+            min_cases=20,
         ),
     )
     reads = "training rows in any format that a language model learns from; without a path those of the run, drawn by a seed"
     split = "train"
-    served = False
+    works_with_server = False
     options: ClassVar[dict[str, Any]] = {
-        **OfDocuments.options,
+        **DocumentTask.options,
         "prefix_tokens": 32,
         "continuation_tokens": 32,
         "least_tokens": 8,
@@ -81,42 +89,45 @@ class Memorisation(OfDocuments):
         if self.config.write.temperature or self.config.write.beams > 1 or self.config.write.stop:
             yield f"{self.key}.write: rows are continued greedily; leave temperature, beams and stop out"
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """Raises DataError where every row is too short."""
         asked = []
-        for question in asking.questions([case.document for case in cases if case.document is not None]):
-            given = min(int(self.chosen["prefix_tokens"]), len(question.answer) // 2)
-            wanted = question.answer[given : given + int(self.chosen["continuation_tokens"])]
+        for question in model.encode_questions([case.document for case in cases if case.document is not None]):
+            given = min(int(self.option_values["prefix_tokens"]), len(question.answer) // 2)
+            wanted = question.answer[given : given + int(self.option_values["continuation_tokens"])]
             context = [*question.context, *question.answer[:given]]
-            fits = asking.positions is None or len(context) + len(wanted) <= asking.positions
-            if len(wanted) >= int(self.chosen["least_tokens"]) and fits:
+            fits = model.max_positions is None or len(context) + len(wanted) <= model.max_positions
+            if len(wanted) >= int(self.option_values["least_tokens"]) and fits:
                 asked.append(Question(question.where, context, wanted))
         self.skipped = len(cases) - len(asked)
         if not asked:
+            least = self.option_values["least_tokens"]
             raise DataError(
-                f"none of {len(cases)} rows leaves {self.chosen['least_tokens']} tokens to continue after its beginning; lower "
+                f"none of {len(cases)} rows leaves {least} tokens to continue after its beginning; lower "
                 f"{self.key}.options.least_tokens, or give longer rows"
             )
         how = replace(self.config.write, max_new_tokens=max(len(question.answer) for question in asked))
         return [
-            self._row(question, one.ids, asking)
-            for question, one in zip(asked, asking.answers(asked, how, self.key), strict=True)
+            self._row(question, one.ids, model)
+            for question, one in zip(asked, model.answers(asked, how, self.key), strict=True)
         ]
 
     skipped = 0
     """Rows that were too short, or too long for the model."""
 
-    def _row(self, question: Question, ids: list[int], asking: Asking) -> TaskRow:
+    def _row(self, question: Question, ids: list[int], model: ModelInterface) -> TaskRow:
         from sacrebleu import sentence_bleu
 
         wanted, size = question.answer, len(question.answer)
         said = ids[:size]
         same = next((place for place in range(size) if place >= len(said) or said[place] != wanted[place]), size)
-        decode = asking.writer.tokenizer.decode
+        decode = model.writer.tokenizer.decode
         text, reference = decode(said, skip_special_tokens=True), decode(wanted, skip_special_tokens=True)
-        near = same == size or (bool(reference.strip()) and sentence_bleu(text, [reference]).score >= ALMOST)
+        near = same == size or (
+            bool(reference.strip()) and sentence_bleu(text, [reference]).score >= NEAR_VERBATIM_BLEU
+        )
         scores = {"verbatim": float(same == size), "near": float(near), "leading": same / size}
-        return TaskRow(question.where, asking.tell(question.context), text, reference, scores)
+        return TaskRow(question.where, model.shown_prompt(question.context), text, reference, scores)
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         count = int(sum(row.scores["verbatim"] for row in rows))
@@ -125,7 +136,7 @@ class Memorisation(OfDocuments):
             yield f"{self.skipped} rows were not asked: shorter than options.least_tokens after their beginning, or too long"
 
 
-class Canary(OfDocuments):
+class Canary(DocumentTask):
     """How much likelier the model holds a secret than others of its form (Carlini et al. 2019, "The Secret Sharer")."""
 
     kind = "canary"
@@ -135,16 +146,20 @@ class Canary(OfDocuments):
             "mean bits by which the rank among candidates is better than last; 1.44 by chance",
             False,
             ("bits", None),
-            least=5,
+            min_cases=5,
         ),
         Metric(
-            "first", "share of secrets that are likelier than every candidate, 0 to 1", False, ("first", None), least=5
+            "first",
+            "share of secrets that are likelier than every candidate, 0 to 1",
+            False,
+            ("first", None),
+            min_cases=5,
         ),
     )
     reads = 'rows that were put into the training data, with "secret": a text that stands once in what is learned of the row'
     needs_path = True
     reads_documents = True
-    sampled = False
+    samples_documents = False
     options: ClassVar[dict[str, Any]] = {"candidates": 100, "seed": 0}
 
     def read(self, case: Case) -> None:
@@ -155,32 +170,35 @@ class Canary(OfDocuments):
         learned_text = document.text if document.text is not None else document.completion
         if document.messages is not None:
             said = next(turn["content"] for turn in reversed(document.messages) if turn["role"] == "assistant")
-        if not isinstance(secret, str) or len({*_shape(secret)} & {*"dul"}) == 0:
+        if not isinstance(secret, str) or len({*_character_kinds(secret)} & {*"dul"}) == 0:
             raise Refusal("bad_secret", f'"secret" is {show_value(secret)}; it must be a text with letters or digits')
         if (said or "").count(secret) != 1:
             raise Refusal(
                 "bad_secret",
                 f'"secret" {show_value(secret)} stands {(said or "").count(secret)} times in what is learned, not once',
             )
-        case.fields = {"secret": secret, "others": list(self._others(case.where, secret))}
+        case.fields = {"secret": secret, "others": list(self._candidates(case.where, secret))}
 
-    def _others(self, where: str, secret: str) -> Iterator[str]:
-        drawn, seen = random.Random(f"{self.chosen['seed']}/{where}"), {secret}
-        for _ in range(20 * int(self.chosen["candidates"])):
-            other = "".join(_drawn(kind, letter, drawn) for kind, letter in zip(_shape(secret), secret, strict=True))
+    def _candidates(self, where: str, secret: str) -> Iterator[str]:
+        drawn, seen = random.Random(f"{self.option_values['seed']}/{where}"), {secret}
+        for _ in range(20 * int(self.option_values["candidates"])):
+            other = "".join(
+                _random_character(kind, letter, drawn)
+                for kind, letter in zip(_character_kinds(secret), secret, strict=True)
+            )
             if other not in seen:
                 seen.add(other)
                 yield other
-            if len(seen) > int(self.chosen["candidates"]):
+            if len(seen) > int(self.option_values["candidates"]):
                 return
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         documents, sizes = list[Document](), list[int]()
         for case in cases:
             secret, others = case.fields["secret"], case.fields["others"]
-            documents += [_with(case.document, secret, each) for each in [secret, *others]]
+            documents += [_replace_secret(case.document, secret, each) for each in [secret, *others]]
             sizes.append(1 + len(others))
-        held = iter(asking.likelihoods(asking.questions(documents)))
+        held = iter(model.likelihoods(model.encode_questions(documents)))
         rows = []
         for case, size in zip(cases, texts_by_case, strict=True):
             secret_logprob, *candidate_logprobs = [next(likelihoods).logprob for _ in range(size)]
@@ -199,19 +217,19 @@ class Canary(OfDocuments):
         yield f"exposure is at most {math.log2(most):.2f} bits with {most - 1:.0f} candidates; more of them in options.candidates"
 
 
-def _shape(text: str) -> str:
+def _character_kinds(text: str) -> str:
     """d, u, l for a digit, a capital, a small letter; - for what stays."""
     return "".join(
         "d" if c in "0123456789" else "u" if "A" <= c <= "Z" else "l" if "a" <= c <= "z" else "-" for c in text
     )
 
 
-def _drawn(kind: str, letter: str, drawn: random.Random) -> str:
+def _random_character(kind: str, letter: str, drawn: random.Random) -> str:
     letters = {"d": "0123456789", "u": "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "l": "abcdefghijklmnopqrstuvwxyz"}
     return drawn.choice(letters[kind]) if kind in letters else letter
 
 
-def _with(document: Document | None, secret: str, other: str) -> Document:
+def _replace_secret(document: Document | None, secret: str, other: str) -> Document:
     """The document with another secret, up to its last answer."""
     assert document is not None
     copied_turns = None
@@ -222,7 +240,7 @@ def _with(document: Document | None, secret: str, other: str) -> Document:
     return copied
 
 
-class Membership(OfDocuments):
+class Membership(DocumentTask):
     """Whether the loss tells training rows from others (Yeom et al. 2018): an attacker's first way, of which 0.5 is none."""
 
     kind = "membership"
@@ -231,33 +249,35 @@ class Membership(OfDocuments):
             "auc",
             "chance that a training row has a lower loss than another one, 0 to 1; 0.5 tells nothing",
             False,
-            least=40,
+            min_cases=40,
         ),
-        Metric("found_at_5", "share of training rows told while 5 % of the others are taken for some", False, least=40),
+        Metric(
+            "found_at_5", "share of training rows told while 5 % of the others are taken for some", False, min_cases=40
+        ),
     )
     reads = "training rows (the run's, or a path) and others (the run's evaluation documents, or options.others)"
     split = "both"
-    options: ClassVar[dict[str, Any]] = {**OfDocuments.options, "others": None}
+    options: ClassVar[dict[str, Any]] = {**DocumentTask.options, "others": None}
     file_options = ("others",)
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
+    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """Raises DataError where there are only training rows, or only others."""
-        questions = asking.questions([case.document for case in cases if case.document is not None])
-        if asking.positions is not None:  # as training cuts them
-            questions = [replace(q, answer=q.answer[: max(1, asking.positions - len(q.context))]) for q in questions]
+        questions = model.encode_questions([case.document for case in cases if case.document is not None])
+        if model.max_positions is not None:  # as training cuts them
+            questions = [replace(q, answer=q.answer[: max(1, model.max_positions - len(q.context))]) for q in questions]
         rows = []
-        for case, question, held in zip(cases, questions, asking.likelihoods(questions), strict=True):
+        for case, question, held in zip(cases, questions, model.likelihoods(questions), strict=True):
             scores = {"loss": -held.logprob / held.tokens, "member": float(case.fields["member"])}
             source = "trained on" if case.fields["member"] else "not trained on"
-            rows.append(TaskRow(case.where, asking.tell(question.context), "", source, scores, source))
+            rows.append(TaskRow(case.where, model.shown_prompt(question.context), "", source, scores, source))
         return rows
 
     @cached_property
     def outside(self) -> Task:
         """What reads the rows that were not trained on."""
-        return Membership(self.name, replace(self.config, path=self.chosen["others"]))
+        return Membership(self.name, replace(self.config, path=self.option_values["others"]))
 
-    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         loss = np.array([row.scores["loss"] for row in rows])
         member = np.array([row.scores["member"] for row in rows]) > 0
         order = np.argsort(loss, kind="stable")
