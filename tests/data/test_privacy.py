@@ -283,7 +283,7 @@ def test_pseudonyms_are_the_same_in_another_process_and_change_with_the_key(monk
         "from trainer.data.document import Document, Tally; from trainer.data.config import *;"
         "from trainer.data.transforms.privacy.stage import *;"
         "d = Document('d', 1, text='jane@example.com');"
-        "Privacy(PrivacyConfig(mode=PrivacyMode.pseudonymise))(d, Tally()); print(d.text)"
+        "PrivacyStage(PrivacyConfig(mode=PrivacyMode.pseudonymise))(d, Tally()); print(d.text)"
     )
     there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     assert here == there and re.fullmatch(r"\[EMAIL_[0-9a-f]{8}\]", here)

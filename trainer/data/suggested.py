@@ -17,17 +17,25 @@ _ROLES: dict[str, tuple[str, ...]] = {
 
 def suggested_columns(fields: dict[str, Any]) -> dict[str, str]:
     """Expected name by the name in the row, of columns that seem to be meant; empty if nothing is."""
-    chosen, rejected = (_first_with_value(fields, _ROLES[role]) for role in ("chosen", "rejected"))
+    prompt = _first_with_value(fields, _PROMPTS)
+    chosen = _first_with_value(fields, _ROLES["chosen"])
+    rejected = _first_with_value(fields, _ROLES["rejected"])
     if chosen and rejected:
-        prompt = _first_with_value(fields, _PROMPTS)
-        return {"chosen": chosen, "rejected": rejected, **({"prompt": prompt} if prompt else {})}
-    question, answer = _first_with_value(fields, _PROMPTS), _first_with_value(fields, _COMPLETIONS)
-    if not question or not answer:
+        columns = {"chosen": chosen, "rejected": rejected}
+        if prompt:
+            columns["prompt"] = prompt
+        return columns
+    completion = _first_with_value(fields, _COMPLETIONS)
+    if not prompt or not completion:
         return {}
-    if passage := _first_with_value(fields, ("context", "passage")):
-        return {"instruction": question, "input": passage, "output": answer}
+    passage = _first_with_value(fields, ("context", "passage"))
+    if passage:
+        return {"instruction": prompt, "input": passage, "output": completion}
+    columns = {"prompt": prompt, "completion": completion}
     system = _first_with_value(fields, _ROLES["system"])
-    return {"prompt": question, "completion": answer, **({"system": system} if system else {})}
+    if system:
+        columns["system"] = system
+    return columns
 
 
 def _first_with_value(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:

@@ -22,11 +22,16 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def map_tensors(batch: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """The batch, and a batch within it, with each tensor changed."""
-    return {
-        k: change(v) if torch.is_tensor(v) else map_tensors(v, change) if isinstance(v, dict) else v
-        for k, v in batch.items()
-    }
+    """The batch, and batches within it, with each tensor changed."""
+    changed: dict[str, Any] = {}
+    for name, part in batch.items():
+        if torch.is_tensor(part):
+            changed[name] = change(part)
+        elif isinstance(part, dict):
+            changed[name] = map_tensors(part, change)
+        else:
+            changed[name] = part
+    return changed
 
 
 class Collator:
@@ -34,7 +39,8 @@ class Collator:
 
     def __init__(self, layout: Layout, pad_token_id: int) -> None:
         assert layout is not Layout.auto, "the layout is resolved before batches are made"
-        self.layout, self.pad_token_id = layout, pad_token_id
+        self.layout = layout
+        self.pad_token_id = pad_token_id
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Samples as one micro-batch on the CPU.
@@ -46,15 +52,18 @@ class Collator:
         batch = self.rows(samples)
         # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
         batch["target_rows"] = (batch["targets"].view(-1) != IGNORED).nonzero()[:, 0]
-        learned = [int(np.count_nonzero(sample.supervised[1:])) for sample in samples]
-        batch["row_sequence"] = torch.from_numpy(np.repeat(np.arange(len(samples)), learned))
+        num_targets = [int(np.count_nonzero(sample.supervised[1:])) for sample in samples]
+        batch["row_sequence"] = torch.from_numpy(np.repeat(np.arange(len(samples)), num_targets))
         batch["num_sequences"] = len(samples)
         weights = [sample.target_weights() for sample in samples]
-        if any(own is not None for own in weights):
-            found = [np.ones(n, np.float32) if own is None else own for n, own in zip(learned, weights, strict=True)]
-            batch["target_weights"] = torch.from_numpy(np.concatenate(found))
+        if any(sample_weights is not None for sample_weights in weights):
+            rows = []
+            for count, sample_weights in zip(num_targets, weights, strict=True):
+                rows.append(np.ones(count, np.float32) if sample_weights is None else sample_weights)
+            batch["target_weights"] = torch.from_numpy(np.concatenate(rows))
         if all(REFERENCE in sample.marks for sample in samples):
-            batch["reference_logps"] = torch.tensor([s.marks[REFERENCE] for s in samples], dtype=torch.float32)
+            logps = [sample.marks[REFERENCE] for sample in samples]
+            batch["reference_logps"] = torch.tensor(logps, dtype=torch.float32)
         self.add(batch, samples)
         return batch
 
@@ -92,10 +101,13 @@ def concatenated(samples: Sequence[Sample]) -> dict[str, Any]:
     """One row of T tokens: ids, positions that restart per document, targets, document boundaries."""
     lengths = [len(sample.input_ids) for sample in samples]
     boundaries = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
+    input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
+    position_ids = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+    targets = np.concatenate([_targets(sample) for sample in samples])
     return {
-        "input_ids": torch.from_numpy(np.concatenate([s.input_ids for s in samples]).astype(np.int64))[None],
-        "position_ids": torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]))[None],
-        "targets": torch.from_numpy(np.concatenate([_targets(s) for s in samples]))[None],
+        "input_ids": torch.from_numpy(input_ids)[None],
+        "position_ids": torch.from_numpy(position_ids)[None],
+        "targets": torch.from_numpy(targets)[None],
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
         "max_length_q": max(lengths),
@@ -107,16 +119,16 @@ def concatenated(samples: Sequence[Sample]) -> dict[str, Any]:
 def padded(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
     """One row a document, padded on the right to the longest."""
     longest = max(len(sample.input_ids) for sample in samples)
-    ids = np.full((len(samples), longest), pad_token_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    targets = np.full_like(ids, IGNORED)
+    input_ids = np.full((len(samples), longest), pad_token_id, dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    targets = np.full_like(input_ids, IGNORED)
     for row, sample in enumerate(samples):
-        n = len(sample.input_ids)
-        ids[row, :n] = sample.input_ids
-        mask[row, :n] = 1
-        targets[row, :n] = _targets(sample)
+        length = len(sample.input_ids)
+        input_ids[row, :length] = sample.input_ids
+        mask[row, :length] = 1
+        targets[row, :length] = _targets(sample)
     return {
-        "input_ids": torch.from_numpy(ids),
+        "input_ids": torch.from_numpy(input_ids),
         "position_ids": torch.arange(longest, dtype=torch.int64).repeat(len(samples), 1),
         "attention_mask": torch.from_numpy(mask),
         "targets": torch.from_numpy(targets),

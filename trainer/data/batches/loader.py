@@ -6,6 +6,7 @@ thread makes the tensors of the next steps.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -86,18 +87,26 @@ class StepLoader:
         ahead: Callable[[TokenDataset, int], Sample] | None = None,
     ) -> None:
         assert order.population == (len(dataset) if units is None else len(units)), "order and units differ in number"
-        self.dataset, self.order, self.units, self.share = dataset, order, units, share
+        self.dataset = dataset
+        self.order = order
+        self.units = units
+        self.share = share
         self.accumulation = share.accumulation
-        self.collator, self.ahead = collator, ahead
+        self.collator = collator
+        self.ahead = ahead
         self.device = torch.device(device)
         self.sources = sources_in(dataset)
-        self.unit_tokens: np.ndarray = (
-            dataset.lengths if units is None else np.array([dataset.lengths[unit].sum() for unit in units], np.int64)
-        )
+        self.unit_tokens: np.ndarray = dataset.lengths
+        """int64 [units]."""
         # The sequences of all units in one row, and where each unit begins in it: the global batch is counted by arrays.
-        sizes = [] if units is None else [len(unit) for unit in units]
+        sizes: list[int] = []
+        sequences: list[int] = []
+        if units is not None:
+            self.unit_tokens = np.array([dataset.lengths[unit].sum() for unit in units], np.int64)
+            sizes = [len(unit) for unit in units]
+            sequences = list(itertools.chain.from_iterable(units))
         self._unit_begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._unit_sequences = np.array([doc for unit in units or [] for doc in unit], dtype=np.int64)
+        self._unit_sequences = np.array(sequences, dtype=np.int64)
 
     def plan(self, first_sample: int) -> list[list[list[int]]]:
         """Documents of the step that begins at `first_sample`, as [rank][micro-batch][document]; no tensors are made."""
@@ -115,10 +124,10 @@ class StepLoader:
         The slots come sorted by load, so that the ranks' m-th micro-batches weigh about the same and none waits long.
         """
         share = self.share
-        chosen = self.order.units(first_sample, share.global_batch)
+        units = self.order.units(first_sample, share.global_batch)
         shape = share.global_batch // share.micro_batch, share.micro_batch
-        dealt = self.collator.deal(self.dataset, chosen, self.unit_tokens[chosen], shape)
-        return chosen[np.array(dealt, dtype=np.int64)]
+        positions = self.collator.deal(self.dataset, units, self.unit_tokens[units], shape)
+        return units[np.array(positions, dtype=np.int64)]
 
     def _micro_batches_of(self, slots: np.ndarray, rank: int) -> list[list[int]]:
         """Sequences of each micro-batch of one rank."""
@@ -137,55 +146,64 @@ class StepLoader:
         Close the iterator (or exhaust it) to stop its thread. Errors of the thread are raised here.
         """
         batches = (self._step(first_sample + step * self.share.global_batch) for step in range(num_steps))
-        with closing(prefetch(batches)) as made:
+        with closing(prefetch(batches)) as prefetched:
             for _ in range(num_steps):
-                began = time.perf_counter()
-                item = next(made)
-                item.micro_batches = [to_device(batch, self.device) for batch in item.micro_batches]
-                item.ahead = [to_device(batch, self.device) for batch in item.ahead]
-                item.wait_s = time.perf_counter() - began
-                yield item
+                started_at = time.perf_counter()
+                step_batch = next(prefetched)
+                step_batch.micro_batches = [to_device(batch, self.device) for batch in step_batch.micro_batches]
+                step_batch.ahead = [to_device(batch, self.device) for batch in step_batch.ahead]
+                step_batch.wait_s = time.perf_counter() - started_at
+                yield step_batch
 
     def _step(self, first_sample: int) -> StepBatch:
         slots = self._slots(first_sample)
-        part, everyone = self._micro_batches_of(slots, self.share.dp_rank), self._sequences(slots.ravel())
-        mine = [doc for slot in part for doc in slot]
-        totals = {term: exact_sum(counts[everyone]) for term, counts in self.dataset.counts.items()}
-        batches = [
-            {**self._collate([self.dataset.sample(doc) for doc in slot], slot), "totals": totals} for slot in part
-        ]
+        micro_batches = self._micro_batches_of(slots, self.share.dp_rank)
+        local_sequences = list(itertools.chain.from_iterable(micro_batches))
+        global_sequences = self._sequences(slots.ravel())
+        dataset = self.dataset
+        totals = {term: exact_sum(counts[global_sequences]) for term, counts in dataset.counts.items()}
+        batches = []
+        for sequences in micro_batches:
+            samples = [dataset.sample(sequence) for sequence in sequences]
+            batches.append({**self._collate(samples, sequences), "totals": totals})
         ahead: list[dict[str, Any]] = []
-        if (look := self.ahead) is not None:
-            ahead = [{**self._collate([look(self.dataset, doc) for doc in slot]), "ahead_of": True} for slot in part]
+        sample_ahead = self.ahead
+        if sample_ahead is not None:
+            for sequences in micro_batches:
+                samples = [sample_ahead(dataset, sequence) for sequence in sequences]
+                ahead.append({**self._collate(samples), "ahead_of": True})
+        source_tokens = self._sum_by_source(dataset.lengths, global_sequences)
         return StepBatch(
             micro_batches=batches,
             ahead=ahead,
             totals=totals,
-            tokens=int(self.dataset.lengths[everyone].sum()),
-            local_tokens=int(self.dataset.lengths[mine].sum()),
-            supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
+            tokens=int(dataset.lengths[global_sequences].sum()),
+            local_tokens=int(dataset.lengths[local_sequences].sum()),
+            supervised_tokens=int(dataset.num_supervised[global_sequences].sum()),
             samples=self.share.global_batch,
-            source_tokens={
-                name: int(number) for name, number in self._sum_by_source(self.dataset.lengths, everyone).items()
-            },
-            source_counts=self._sum_by_source(self.dataset.counts["loss"], everyone),
+            source_tokens={name: int(tokens) for name, tokens in source_tokens.items()},
+            source_counts=self._sum_by_source(dataset.counts["loss"], global_sequences),
             balance=self._balance(slots),
         )
 
-    def _sum_by_source(self, values: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
-        """The sum of `values` ([N], one a sequence) over the `sequences` of each source, where there are several sources."""
+    def _sum_by_source(self, counts: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
+        """The sum of `counts` ([N], one a sequence) over the `sequences` of each source, where there are several sources."""
         if len(self.sources) < 2:
             return {}
-        chosen, sources = values[sequences], self.dataset.sources[sequences]
-        return {name: exact_sum(chosen[sources == number]) for number, name in self.sources.items()}
+        batch_counts = counts[sequences]
+        batch_sources = self.dataset.sources[sequences]
+        return {name: exact_sum(batch_counts[batch_sources == number]) for number, name in self.sources.items()}
 
-    def _collate(self, samples: list[Sample], numbers: list[int] | None = None) -> dict[str, Any]:
-        """Samples as a micro-batch; of the sequences `numbers`, with whose source each supervised row is: `row_source`
-        (int64, a place in `source_names`), where there are several."""
+    def _collate(self, samples: list[Sample], sequences: list[int] | None = None) -> dict[str, Any]:
+        """Samples as a micro-batch.
+
+        `sequences`: their numbers, if the batch shall say of which source each supervised row is, where there are several
+        sources: `row_source` (int64, a place in `source_names`).
+        """
         batch = self.collator(samples)
-        if numbers is not None and len(self.sources) > 1:
-            places = np.searchsorted(np.array([*self.sources]), self.dataset.sources[numbers])
-            batch["row_source"] = torch.from_numpy(np.repeat(places, self.dataset.num_supervised[numbers]))
+        if sequences is not None and len(self.sources) > 1:
+            places = np.searchsorted(np.array([*self.sources]), self.dataset.sources[sequences])
+            batch["row_source"] = torch.from_numpy(np.repeat(places, self.dataset.num_supervised[sequences]))
             batch["source_names"] = [*self.sources.values()]
         return pin_batch(batch, self.device)
 
@@ -210,9 +228,10 @@ class EvalShare:
 
     def groups(self, dataset: TokenDataset) -> np.ndarray:
         """int64 [documents]: the source of each document, where sources are told apart; else 0."""
-        per = self.sequences_per_document
+        per_document = self.sequences_per_document
+        num_documents = len(dataset) // per_document
         sources = dataset.sources if self.by_source else np.zeros(len(dataset), np.int64)
-        return sources[: len(sources) // per * per : per]
+        return sources[: num_documents * per_document : per_document]
 
     def documents(self, dataset: TokenDataset) -> np.ndarray:
         """int64: the documents that the pass covers, all ranks together, in their order."""
@@ -222,8 +241,8 @@ class EvalShare:
 
     def sequences(self, dataset: TokenDataset) -> np.ndarray:
         """int64: the sequences of these documents."""
-        per = self.sequences_per_document
-        return (self.documents(dataset)[:, None] * per + np.arange(per)).ravel()
+        per_document = self.sequences_per_document
+        return (self.documents(dataset)[:, None] * per_document + np.arange(per_document)).ravel()
 
 
 def sources_in(dataset: TokenDataset) -> dict[int, str]:
@@ -233,16 +252,19 @@ def sources_in(dataset: TokenDataset) -> dict[int, str]:
 
 def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     """Sequences of each of this rank's micro-batches, as `eval_batches` says; none where the rank has run out."""
-    per, documents = share.sequences_per_document, share.documents(dataset)
-    tokens, groups = dataset.lengths[share.sequences(dataset)].reshape(-1, per).sum(axis=1), share.groups(dataset)
+    per_document = share.sequences_per_document
+    documents = share.documents(dataset)
+    groups = share.groups(dataset)
+    tokens = dataset.lengths[share.sequences(dataset)].reshape(-1, per_document).sum(axis=1)
     ordered = documents[np.lexsort((-tokens, groups[documents]))]  # longest first within a source
-    parts = np.split(ordered, np.flatnonzero(np.diff(groups[ordered])) + 1)
-    size = share.batch
-    batches = [part[start : start + size].tolist() for part in parts for start in range(0, len(part), size)]
+    batches: list[list[int]] = []
+    for part in np.split(ordered, np.flatnonzero(np.diff(groups[ordered])) + 1):
+        batches += [part[start : start + share.batch].tolist() for start in range(0, len(part), share.batch)]
+    # The ranks take batches in turn, and all of them the same number of turns.
     for turn in range(-(-len(batches) // share.dp_size)):
         number = turn * share.dp_size + share.dp_rank
-        chosen = batches[number] if number < len(batches) else []
-        yield [document * per + place for document in chosen for place in range(per)]
+        batch = batches[number] if number < len(batches) else []
+        yield [document * per_document + place for document in batch for place in range(per_document)]
 
 
 def eval_batches(
@@ -259,17 +281,22 @@ def eval_batches(
     alike; a sum over them does not depend on it. With `ahead`, what it gives for each sequence in its place. Where sources
     are told apart, `source` is the number of the one that the micro-batch holds.
     """
-    device, covered = torch.device(device), share.sequences(dataset)
+    device = torch.device(device)
+    covered = share.sequences(dataset)
     totals = {term: exact_sum(counts[covered]) for term, counts in dataset.counts.items()}
+    sample_of = ahead or TokenDataset.sample
 
-    def on_host(sequences: list[int]) -> dict[str, Any]:
-        samples = [(ahead or TokenDataset.sample)(dataset, number) for number in sequences]
-        samples = samples or collator.fillers(dataset, share.sequences_per_document)
+    def make_batch(sequences: list[int]) -> dict[str, Any]:
+        samples = [sample_of(dataset, sequence) for sequence in sequences]
+        if not samples:
+            samples = collator.fillers(dataset, share.sequences_per_document)
         batch = {**collator(samples), "totals": totals}
         if share.by_source:
             batch["source"] = int(dataset.sources[sequences[0] if sequences else 0])
-        return pin_batch({**batch, "ahead_of": True} if ahead is not None else batch, device)
+        if ahead is not None:
+            batch["ahead_of"] = True
+        return pin_batch(batch, device)
 
-    with closing(prefetch(map(on_host, eval_plan(dataset, share)))) as made:
-        for batch in made:
+    with closing(prefetch(map(make_batch, eval_plan(dataset, share)))) as batches:
+        for batch in batches:
             yield to_device(batch, device)

@@ -28,24 +28,26 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     if len(lengths) and (int(lengths.max()) > capacity or int(lengths.min()) < 1):
         raise ValueError(f"lengths must lie in 1..{capacity}, found {int(lengths.min())}..{int(lengths.max())}")
     packs: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free room -> packs that have exactly that
-    rooms = 0  # bit r is set while with_room[r] is not empty
+    packs_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free room -> packs that have exactly that
+    rooms = 0  # bit r is set while packs_by_room[r] is not empty
     for document in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
         length = int(lengths[document])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            pack = with_room[room].pop()
-            if not with_room[room]:
+        large_enough = rooms >> length
+        if large_enough:
+            smallest = (large_enough & -large_enough).bit_length() - 1  # place of the lowest bit that is set
+            room = length + smallest
+            pack = packs_by_room[room].pop()
+            if not packs_by_room[room]:
                 rooms &= ~(1 << room)
         else:
-            room, pack = capacity, len(packs)
+            room = capacity
+            pack = len(packs)
             packs.append([])
         packs[pack].append(document)
-        left = room - length
-        if left:
-            with_room[left].append(pack)
-            rooms |= 1 << left
+        room_left = room - length
+        if room_left:
+            packs_by_room[room_left].append(pack)
+            rooms |= 1 << room_left
     return packs
 
 
@@ -75,11 +77,18 @@ class Mix:
         documents: np.ndarray | None = None,
     ) -> Mix:
         """The mix of units with these sources, tokens, and documents in each (None: one), int [units]."""
-        units, held, each = (
-            np.bincount(sources, amounts, minlength=len(names)).astype(np.int64)
-            for amounts in (None, tokens, documents)
+
+        def sum_by_source(amounts: np.ndarray | None) -> np.ndarray:
+            """Without amounts, the number of units."""
+            return np.bincount(sources, amounts, minlength=len(names)).astype(np.int64)
+
+        return cls(
+            names,
+            source_weights(config, names),
+            units=sum_by_source(None),
+            documents=sum_by_source(documents),
+            tokens=sum_by_source(tokens),
         )
-        return cls(names, source_weights(config, names), units, each, held)
 
     def quotas(self, mixing: MixingConfig) -> np.ndarray:
         """Units of each source in one epoch, int64 [S].
@@ -88,67 +97,72 @@ class Mix:
         source with a weight above 0 gives at least one unit, so that none vanishes by rounding. Raises DataError for a
         weighted source without documents or without tokens, ConfigError for an epoch that is too long.
         """
-        sizes = [int(size) for size in self.units]
-        shares = [Fraction(repr(float(weight))) for weight in self.weights]  # the decimal number the user wrote
-        held = self.tokens if mixing.over is MixOver.tokens else self.documents
-        for name, share, size, amount in zip(self.names, shares, sizes, held, strict=True):
-            if share and (size < 1 or amount < 1):
+        amounts = self.tokens if mixing.over is MixOver.tokens else self.documents
+        rates: list[Fraction] = []
+        """Units of each source per unit of epoch length: its share, divided by what one of its units holds on average."""
+        seen_once: dict[str, Fraction] = {}
+        """The length of an epoch in which all units of a source have been seen once."""
+        for name, weight, units, amount in zip(self.names, self.weights, self.units, amounts, strict=True):
+            size = int(units)
+            share = Fraction(repr(float(weight)))  # the decimal number the user wrote
+            if share == 0:
+                rates.append(share)
+                continue
+            if size < 1 or amount < 1:
                 lacking = "documents" if size < 1 else str(mixing.over)
                 raise DataError(
                     f"data.sources.{name}.weight={float(share):g}: the source has no {lacking} to mix in; "
                     "set its weight to 0 or look at what cleaning dropped"
                 )
-        # Units of each source per unit of epoch length: its share, divided by what one of its units holds on average.
-        rates = [
-            share * size / int(amount) if share else share
-            for share, size, amount in zip(shares, sizes, held, strict=True)
-        ]
-        # The lengths of an epoch in which each has been seen once.
-        lengths = {name: size / rate for name, size, rate in zip(self.names, sizes, rates, strict=True) if rate}
-        length = min(lengths.values()) if mixing.epoch is EpochEnd.first else max(lengths.values())
-        quota = _round_to_whole([length * rate for rate in rates])
-        if sum(quota) > MAX_EPOCH_UNITS:
-            small = min(lengths, key=lambda name: (lengths[name], name))
+            rate = share * size / int(amount)
+            rates.append(rate)
+            seen_once[name] = size / rate
+        length = min(seen_once.values()) if mixing.epoch is EpochEnd.first else max(seen_once.values())
+        quotas = _round_to_whole([length * rate for rate in rates])
+        if sum(quotas) > MAX_EPOCH_UNITS:
+            smallest = min(seen_once, key=lambda name: (seen_once[name], name))
             raise ConfigError(
-                f"data.mixing.epoch={mixing.epoch}: an epoch would hold {sum(quota):,} units, more than {MAX_EPOCH_UNITS:,}, for "
-                f"{small} is repeated until every source has been seen; set data.mixing.epoch=first or weights nearer to the "
-                "sizes"
+                f"data.mixing.epoch={mixing.epoch}: an epoch would hold {sum(quotas):,} units, more than {MAX_EPOCH_UNITS:,}, "
+                f"for {smallest} is repeated until every source has been seen; set data.mixing.epoch=first or weights nearer "
+                "to the sizes"
             )
-        return np.array(quota, dtype=np.int64)
+        return np.array(quotas, dtype=np.int64)
 
-    def realised(self, quota: np.ndarray) -> dict[str, dict[str, float]]:
-        """Requested against realised shares of each source, by name; `quota` is the answer of `quotas`.
+    def realised(self, quotas: np.ndarray) -> dict[str, dict[str, float]]:
+        """Requested against realised shares of each source, by name; `quotas` is the answer of `quotas`.
 
         Of a source: its `weight` as set, the share `requested` of an epoch, `units` (documents or packs) of one, means over
         epochs of `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen
         in an epoch.
         """
-        passes = [int(number) / int(size) if size else 0.0 for number, size in zip(quota, self.units, strict=True)]
+        passes = [int(quota) / int(size) if size else 0.0 for quota, size in zip(quotas, self.units, strict=True)]
         documents = [rate * int(number) for rate, number in zip(passes, self.documents, strict=True)]
         tokens = [rate * int(number) for rate, number in zip(passes, self.tokens, strict=True)]
         columns = {
             "weight": self.weights,
             "requested": _shares(self.weights),
-            "units": quota.tolist(),
+            "units": quotas.tolist(),
             "documents": documents,
             "tokens": tokens,
             "share_documents": _shares(documents),
             "share_tokens": _shares(tokens),
             "passes": passes,
         }
-        return {
-            name: {key: column[source] for key, column in columns.items()} for source, name in enumerate(self.names)
-        }
+        by_name: dict[str, dict[str, float]] = {}
+        for source, name in enumerate(self.names):
+            by_name[name] = {key: column[source] for key, column in columns.items()}
+        return by_name
 
 
-def _round_to_whole(wanted: list[Fraction]) -> list[int]:
-    """Whole numbers of nearly the same sum as `wanted`, by the largest remainder, but at least 1 where it is not 0."""
-    floors = [math.floor(number) for number in wanted]
-    missing = math.floor(sum(wanted, Fraction(0)) + Fraction(1, 2)) - sum(floors)
-    by_remainder = sorted(range(len(wanted)), key=lambda source: (floors[source] - wanted[source], source))
+def _round_to_whole(amounts: list[Fraction]) -> list[int]:
+    """Whole numbers of nearly the same sum as `amounts`, by the largest remainder, but at least 1 where it is not 0."""
+    whole = [math.floor(amount) for amount in amounts]
+    rounded_sum = math.floor(sum(amounts, Fraction(0)) + Fraction(1, 2))
+    missing = rounded_sum - sum(whole)
+    by_remainder = sorted(range(len(amounts)), key=lambda source: (whole[source] - amounts[source], source))
     for source in by_remainder[:missing]:
-        floors[source] += 1
-    return [max(floor, 1) if number else 0 for floor, number in zip(floors, wanted, strict=True)]
+        whole[source] += 1
+    return [max(number, 1) if amount else 0 for number, amount in zip(whole, amounts, strict=True)]
 
 
 def _shares(amounts: Sequence[float]) -> list[float]:
@@ -169,18 +183,21 @@ def pack_by_source(
     packs: list[list[int]] = []
     source_of_pack = []
     for source in np.unique(sources):
-        members = np.flatnonzero(sources == source)
-        number = members.tolist()
-        plan = best_fit_decreasing(lengths[members], capacity)
-        packs.extend([number[position] for position in pack] for pack in plan)
-        source_of_pack.append(np.full(len(plan), source, dtype=np.int64))
+        documents = np.flatnonzero(sources == source)
+        document_numbers = documents.tolist()
+        packs_of_source = best_fit_decreasing(lengths[documents], capacity)
+        for positions in packs_of_source:
+            packs.append([document_numbers[position] for position in positions])
+        source_of_pack.append(np.full(len(packs_of_source), source, dtype=np.int64))
     return packs, np.concatenate(source_of_pack) if source_of_pack else np.zeros(0, dtype=np.int64)
 
 
 def source_weights(config: DataConfig, names: list[str]) -> list[float]:
     """The weight of each source by name, all of which have one; empty without weights. Held-out inputs, never drawn, have 0."""
     weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
-    return [weights.get(name, 0.0) for name in names] if weights else []
+    if not weights:
+        return []
+    return [weights.get(name, 0.0) for name in names]
 
 
 def build_order(
@@ -190,16 +207,22 @@ def build_order(
 
     Raises ConfigError and DataError for weights of sources that cannot be used.
     """
-    sources, per, shuffle = train.sources, sequences_per_document, config.shuffle
     weights = source_weights(config, train.source_names)
-    packs: list[list[int]] | None = None
-    if per > 1:
-        packs, sources = np.arange(len(train)).reshape(-1, per).tolist(), sources[::per]
+    sources = train.sources
+    units: list[list[int]] | None = None
+    if sequences_per_document > 1:
+        units = np.arange(len(train)).reshape(-1, sequences_per_document).tolist()
+        sources = sources[::sequences_per_document]
     elif config.packing:
-        packs, sources = pack_by_source(train.lengths, sources if weights else sources * 0, config.max_length)
+        # Without weights a pack may hold documents of several sources.
+        units, sources = pack_by_source(train.lengths, sources if weights else sources * 0, config.max_length)
     if not weights:
-        return packs, GlobalOrder(len(train) if packs is None else len(packs), seed=seed, shuffle=shuffle)
-    unit_tokens = train.lengths if packs is None else np.array([train.lengths[pack].sum() for pack in packs])
-    unit_documents = np.ones(len(train), np.int64) if packs is None else np.array([len(pack) // per for pack in packs])
+        num_units = len(train) if units is None else len(units)
+        return units, GlobalOrder(num_units, seed=seed, shuffle=config.shuffle)
+    unit_tokens: np.ndarray = train.lengths
+    unit_documents = np.ones(len(train), np.int64)
+    if units is not None:
+        unit_tokens = np.array([train.lengths[unit].sum() for unit in units])
+        unit_documents = np.array([len(unit) // sequences_per_document for unit in units])
     mix = Mix.of(config, train.source_names, sources, unit_tokens, unit_documents)
-    return packs, MixedOrder(sources, mix.quotas(config.mixing), seed=seed, shuffle=shuffle)
+    return units, MixedOrder(sources, mix.quotas(config.mixing), seed=seed, shuffle=config.shuffle)

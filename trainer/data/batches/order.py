@@ -43,18 +43,20 @@ class Order(ABC):
 
     def set_skipped(self, places: Iterable[tuple[int, int]]) -> None:
         """Leave out exactly these places of the order, each as (first, count). Call it between two uses of the order."""
-        self._skipped, reached = [], 0
+        self._skipped = []
+        covered_to = 0  # overlapping places count once
         for first, count in sorted(places):
-            first, end = max(first, reached), max(first + count, reached)
+            end = max(first + count, covered_to)
+            first = max(first, covered_to)
             self._skipped.append((first, end - first))
-            reached = end
+            covered_to = end
 
     def places(self, start: int, count: int) -> list[tuple[int, int]]:
         """Where the consumed-sample numbers [start, start + count) lie in the order: runs of places, as (first, count)."""
-        found = np.arange(start, start + count, dtype=np.int64)
-        for first, passed_count in self._skipped:
-            found[found >= first] += passed_count
-        runs = np.split(found, np.flatnonzero(np.diff(found) != 1) + 1)
+        places = np.arange(start, start + count, dtype=np.int64)
+        for first, skipped_count in self._skipped:
+            places[places >= first] += skipped_count
+        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
         return [(int(run[0]), len(run)) for run in runs if len(run)]
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -75,12 +77,13 @@ class Order(ABC):
     def units(self, start: int, count: int) -> np.ndarray:
         """Units of the consumed-sample numbers [start, start + count), int64 [count]; may span epochs."""
         parts = []
-        for place, left in self.places(start, count):
-            while left > 0:
+        for place, remaining in self.places(start, count):
+            while remaining > 0:
                 epoch, offset = divmod(place, self.num_units)
-                part = self.epoch(epoch)[offset : offset + left]
+                part = self.epoch(epoch)[offset : offset + remaining]
                 parts.append(part)
-                place, left = place + len(part), left - len(part)
+                place += len(part)
+                remaining -= len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
@@ -124,11 +127,11 @@ class MixedOrder(Order):
         members = self._members[source]
         if not self.shuffle:
             return members
-        kept = self._last_pass.get(source)
-        if kept is None or kept[0] != number:
+        last_pass = self._last_pass.get(source)
+        if last_pass is None or last_pass[0] != number:
             entropy = np.random.SeedSequence(self.seed, spawn_key=(_PASS_STREAM, source, number))
-            kept = self._last_pass[source] = (number, members[shuffle_numbers(len(members), entropy)])
-        return kept[1]
+            last_pass = self._last_pass[source] = (number, members[shuffle_numbers(len(members), entropy)])
+        return last_pass[1]
 
     def _walk(self, source: int, begin: int, count: int) -> np.ndarray:
         """Draws [begin, begin + count) of the endless walk through `source`."""
@@ -138,7 +141,8 @@ class MixedOrder(Order):
             number, offset = divmod(begin, size)
             part = self._pass(source, number)[offset : offset + count]
             parts.append(part)
-            begin, count = begin + len(part), count - len(part)
+            begin += len(part)
+            count -= len(part)
         return np.concatenate(parts)
 
     def _draw(self, epoch: int) -> np.ndarray:
@@ -147,25 +151,27 @@ class MixedOrder(Order):
             entropy = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
             turns = turns[shuffle_numbers(self.num_units, entropy)]
         else:
+            # Spread evenly: the k-th of q samples of a source at (2k + 1) / 2q of the epoch.
             places = [(2 * np.arange(quota) + 1) / (2 * quota) for quota in self.quotas if quota]
             turns = turns[np.argsort(np.concatenate(places), kind="stable")]
         # The walks are laid into the turns in their own order, so that no prefix uses a unit twice before another once.
-        drawn = np.empty(self.num_units, dtype=np.int64)
-        where = np.split(np.argsort(turns, kind="stable"), np.cumsum(self.quotas)[:-1])
+        units = np.empty(self.num_units, dtype=np.int64)
+        turns_of_source = np.split(np.argsort(turns, kind="stable"), np.cumsum(self.quotas)[:-1])
         for source, quota in enumerate(self.quotas.tolist()):
             if quota:
-                drawn[where[source]] = self._walk(source, epoch * quota, quota)
-        return drawn
+                units[turns_of_source[source]] = self._walk(source, epoch * quota, quota)
+        return units
 
     def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
         total = 0
         for source, quota in enumerate(self.quotas.tolist()):
-            if quota and epoch:
-                members = self._members[source]
-                passes, rest = divmod(epoch * quota, len(members))
-                total += passes * int(np.sum(unit_tokens[members], dtype=np.int64))
-                if rest:
-                    total += int(np.sum(unit_tokens[self._pass(source, passes)[:rest]], dtype=np.int64))
+            if not quota or not epoch:
+                continue
+            members = self._members[source]
+            whole_passes, remainder = divmod(epoch * quota, len(members))
+            total += whole_passes * int(np.sum(unit_tokens[members], dtype=np.int64))
+            if remainder:
+                total += int(np.sum(unit_tokens[self._pass(source, whole_passes)[:remainder]], dtype=np.int64))
         return total
 
 
@@ -176,15 +182,16 @@ def deal(lengths: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
     """
     slots: list[list[int]] = [[] for _ in range(num_slots)]
     tokens = np.asarray(lengths, dtype=np.int64)
-    weights = tokens.tolist()
-    # One number for a slot and its load, in the order of (load, slot): of every rank's documents each rank deals all.
-    heap, loads = list(range(num_slots)), [0] * num_slots
+    token_list = tokens.tolist()
+    loads = [0] * num_slots
+    # The heap holds one number for a slot and its load, in the order of (load, slot): numbers compare faster than tuples,
+    # and each rank deals the documents of all.
+    heap = list(range(num_slots))
     for position in np.argsort(-tokens, kind="stable").tolist():
         slot = heap[0] % num_slots
-        held = slots[slot]
-        held.append(position)
-        loads[slot] += weights[position]
-        if len(held) < capacity:
+        slots[slot].append(position)
+        loads[slot] += token_list[position]
+        if len(slots[slot]) < capacity:
             heapq.heapreplace(heap, loads[slot] * num_slots + slot)
         else:  # a full slot leaves the heap
             heapq.heappop(heap)
@@ -198,15 +205,18 @@ def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, t
     `unit_tokens` is int64 [order.population], at least 1 each. Exact also where epochs differ in their tokens.
     """
 
-    def before(epoch: int) -> int:
+    def tokens_before(epoch: int) -> int:
         return order.tokens_before(epoch, unit_tokens)
 
-    bound = 1
-    while before(bound) < tokens:
-        bound *= 2
-    epoch = bisect.bisect_left(range(bound + 1), tokens, key=before) - 1  # the last that begins short of the number
-    running = np.cumsum(unit_tokens[order.epoch(epoch)])
-    units = epoch * order.num_units + int(np.searchsorted(running, tokens - before(epoch), side="left")) + 1
+    max_epoch = 1
+    while tokens_before(max_epoch) < tokens:
+        max_epoch *= 2
+    # The last epoch that begins short of the number.
+    last_epoch = bisect.bisect_left(range(max_epoch + 1), tokens, key=tokens_before) - 1
+    cumulative = np.cumsum(unit_tokens[order.epoch(last_epoch)])
+    tokens_left = tokens - tokens_before(last_epoch)
+    units_of_last_epoch = int(np.searchsorted(cumulative, tokens_left, side="left")) + 1
+    units = last_epoch * order.num_units + units_of_last_epoch
     return -(-units // global_batch)
 
 

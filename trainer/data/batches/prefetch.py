@@ -28,12 +28,14 @@ def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
     Close it (or exhaust it) to stop the thread. Errors of the thread are raised here.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=PREFETCH)
+    """("item", an item), ("error", an exception) or ("over", None)."""
     stop = threading.Event()
 
-    def put(what: str, given: Any = None) -> None:
+    def put(kind: str, payload: Any = None) -> None:
+        # With a timeout, so that the thread notices `stop` although nobody takes anything any more.
         while not stop.is_set():
             with suppress(queue.Full):
-                ready.put((what, given), timeout=0.1)
+                ready.put((kind, payload), timeout=0.1)
                 return
 
     def produce() -> None:
@@ -49,10 +51,12 @@ def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
     thread = threading.Thread(target=produce, name="loader", daemon=True)
     thread.start()
     try:
-        while (got := ready.get())[0] == "item":
-            yield got[1]
-        if got[0] == "error":
-            raise got[1]
+        kind, payload = ready.get()
+        while kind == "item":
+            yield payload
+            kind, payload = ready.get()
+        if kind == "error":
+            raise payload
     finally:
         stop.set()
         thread.join()

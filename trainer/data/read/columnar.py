@@ -46,13 +46,13 @@ def read_table(path: File, wanted: Collection[str] | None = None) -> Iterator[Ro
     Raises DataError where the file is damaged or none.
     """
     _require_head(path)
-    with _opened(path) as (schema, batches):
-        taken, others = split_columns(_names(schema, str(path)), wanted)
-        chosen = _validate(batch.select(taken) for batch in batches(taken))
+    with _opened(path) as (schema, read_batches):
+        read_columns, unread_columns = split_columns(_names(schema, str(path)), wanted)
+        batches = _validate(batch.select(read_columns) for batch in read_batches(read_columns))
         slices = (
-            batch.slice(at, ROWS_PER_BATCH) for batch in chosen for at in range(0, batch.num_rows, ROWS_PER_BATCH)
+            batch.slice(at, ROWS_PER_BATCH) for batch in batches for at in range(0, batch.num_rows, ROWS_PER_BATCH)
         )
-        yield from table_rows(slices, str(path), others=others)
+        yield from table_rows(slices, str(path), unread_columns=unread_columns)
 
 
 def count_rows(path: Path) -> int:
@@ -85,6 +85,7 @@ def _opened(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Itera
 
 
 def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """(schema, batches) of an Arrow IPC file or stream. The library does not notice that a stream is cut off: this does."""
     import pyarrow as pa
 
     if source.read(6) == b"ARROW1":
@@ -107,12 +108,13 @@ def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.Reco
 
 
 def split_columns(names: list[str], wanted: Collection[str] | None) -> tuple[list[str], tuple[str, ...]]:
-    """The columns that are read, those `wanted` (all, where there is none of them), and the others."""
-    taken = [name for name in names if wanted is None or name in wanted] or names
-    return taken, tuple(name for name in names if name not in taken)
+    """(columns to read, the other columns): those `wanted`; all of them if `wanted` is None or names none of them."""
+    read_columns = [name for name in names if wanted is None or name in wanted] or names
+    return read_columns, tuple(name for name in names if name not in read_columns)
 
 
 def _require_head(path: File) -> None:
+    """Raise DataError if a file does not begin as its name promises."""
     try:
         with open_binary(path) as file:
             head = file.read(4096)
@@ -121,34 +123,40 @@ def _require_head(path: File) -> None:
     if not head:
         raise DataError(f"{path}:1: the file is empty (0 bytes)")
     refuse_pointer(path, head)
-    if not head.startswith(HEADS[_kind(path)]):
-        found = identify(head) or ("JSON text" if head.lstrip()[:1] in (b"{", b"[") else "something else")
-        raise DataError(f"{path}: not {_kind(path)} as its name says: it holds {found}; rename it")
+    if head.startswith(HEADS[_kind(path)]):
+        return
+    content = identify(head)
+    if content is None:
+        content = "JSON text" if head.lstrip()[:1] in (b"{", b"[") else "something else"
+    raise DataError(f"{path}: not {_kind(path)} as its name says: it holds {content}; rename it")
 
 
 def _damaged(path: File, error: BaseException) -> DataError:
     if isinstance(path, RemoteFile) and isinstance(error, OSError):
         return DataError(f"{path}: cannot be read: {error}; download the file and give its path")
-    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    cause = lines[0] if lines else type(error).__name__
     return DataError(f"{path}: the {_kind(path)} file is damaged or cut off ({cause[:200]}); copy or make it again")
 
 
 def table_rows(
-    batches: Iterable[pa.RecordBatch], name: str, *, others: tuple[str, ...] = ()
+    batches: Iterable[pa.RecordBatch], name: str, *, unread_columns: tuple[str, ...] = ()
 ) -> Iterator[Row | Rejected]:
     """Rows of Arrow batches that share a schema, numbered from 1 under the file name `name`.
 
-    `others`: further columns of the file, which the batches do not hold.
+    `unread_columns`: further columns of the file, which the batches do not hold.
     """
     number = 0
     for batch in batches:
-        large = batch.nbytes > MAX_ROW_BYTES
+        may_be_too_long = batch.nbytes > MAX_ROW_BYTES  # only then are rows measured one by one
         names = _names(batch.schema, name)
         columns = [_column_values(column) for column in batch.columns]
-        for values in zip(*columns, strict=True) if columns else [()] * batch.num_rows:
+        rows = zip(*columns, strict=True) if columns else [()] * batch.num_rows
+        for values in rows:
             number += 1
-            row = Row(name, number, dict(zip(names, values, strict=True)), unread_columns=others)
-            if large and (size := len(json.dumps(row.fields, ensure_ascii=False, default=str))) > MAX_ROW_BYTES:
+            row = Row(name, number, dict(zip(names, values, strict=True)), unread_columns=unread_columns)
+            size = len(json.dumps(row.fields, ensure_ascii=False, default=str)) if may_be_too_long else 0
+            if size > MAX_ROW_BYTES:
                 yield too_long_row(name, number, repr(row.fields), size)
             else:
                 yield row
@@ -167,9 +175,12 @@ def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             try:
                 column.validate(full=True)
             except pa.ArrowInvalid as error:
-                if "UTF8" not in str(error) or not (types.is_string(column.type) or types.is_large_string(column.type)):
+                is_text = types.is_string(column.type) or types.is_large_string(column.type)
+                if "UTF8" not in str(error) or not is_text:
                     raise
-                column.view(pa.binary() if types.is_string(column.type) else pa.large_binary()).validate(full=True)
+                # The same buffers as bytes: everything but the encoding is checked again.
+                as_bytes = pa.binary() if types.is_string(column.type) else pa.large_binary()
+                column.view(as_bytes).validate(full=True)
         yield batch
 
 
@@ -186,27 +197,29 @@ def _column_values(column: pa.Array) -> list[Any]:
     import pyarrow as pa
 
     try:
-        wanted = _plain_type(column.type)
-        column = column if column.type == wanted else column.cast(wanted)
+        plain_type = _plain_type(column.type)
+        if column.type != plain_type:
+            column = column.cast(plain_type)
     except (TypeError, pa.ArrowException) as error:
         fault = Fault("no_json", f"its type {column.type} cannot be turned into text ({error}); store it as text")
         return [fault if valid else None for valid in column.is_valid().to_pylist()]
-    if _is_json_ready(wanted):
+    if _is_json_ready(plain_type):
         with suppress(UnicodeDecodeError, KeyError):  # only where these come is it worth to look value by value
             return list(column.to_pylist(maps_as_pydicts="strict"))
-    return [_scalar_value(item) for item in column]
+    return [_scalar_value(scalar) for scalar in column]
 
 
-def _scalar_value(item: pa.Scalar) -> Any:
+def _scalar_value(scalar: pa.Scalar) -> Any:
+    """A scalar as JSON's value, or as a `Fault`."""
     try:
-        return _to_json(item.as_py(maps_as_pydicts="strict"))
+        return _to_json(scalar.as_py(maps_as_pydicts="strict"))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         return Fault("not_utf8", f"byte 0x{byte:02x} in a text column is not UTF-8; write the column anew")
     except KeyError:
         return Fault("duplicate_key", "a map has the same key twice; only one can be meant")
-    except Refusal as refused:
-        return Fault(refused.reason, refused.message)
+    except Refusal as refusal:
+        return Fault(refusal.reason, refusal.message)
 
 
 def _to_json(value: Any) -> Any:
@@ -219,13 +232,13 @@ def _to_json(value: Any) -> Any:
         try:
             return decode_utf8(value)
         except Refusal:
-            found = identify(value[:4096])
-            holds = f" but {found}" if found else ""
-            raise Refusal("binary", f"{len(value)} bytes that are not UTF-8 text{holds}; store text") from None
+            content = identify(value[:4096])
+            hint = f" but {content}" if content else ""
+            raise Refusal("binary", f"{len(value)} bytes that are not UTF-8 text{hint}; store text") from None
     if isinstance(value, list):
-        return [_to_json(item) for item in value]
+        return [_to_json(element) for element in value]
     if isinstance(value, dict):
-        return {str(name): _to_json(item) for name, item in value.items()}
+        return {str(name): _to_json(element) for name, element in value.items()}
     return value
 
 
@@ -237,8 +250,8 @@ def _is_json_ready(kind: pa.DataType) -> bool:
         return all(_is_json_ready(part.type) for part in kind)
     if types.is_list(kind) or types.is_large_list(kind):
         return _is_json_ready(kind.value_type)
-    texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return texts or types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind)
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return is_text or types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind)
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

@@ -47,8 +47,8 @@ class Line(Row):
         """The row with its `fields`, or why it cannot be read."""
         try:
             self.fields = decode_line(self.raw)
-        except Refusal as refused:
-            return Rejected(self.file, self.line, refused.reason, refused.message, excerpt(self.raw))
+        except Refusal as refusal:
+            return Rejected(self.file, self.line, refusal.reason, refusal.message, excerpt(self.raw))
         return self
 
 
@@ -75,17 +75,17 @@ def _skip_line(stream: BinaryIO, raw: bytes) -> int:
 
 def read_json(path: File) -> Iterator[Row | Rejected]:
     """A list of objects; or, under the same name, one object a line. Raises DataError with the line."""
-    number, start = _first_line(path)
-    if start.startswith(b"["):
+    number, first_line = _first_line(path)
+    if first_line.startswith(b"["):
         return _list_rows(path)
-    if start.startswith(b"{") and start.endswith(b"}"):
+    if first_line.startswith(b"{") and first_line.endswith(b"}"):
         return read_json_lines(path)
-    if not start:
+    if not first_line:
         raise DataError(f"{path}:1: the file is empty: it holds only blanks")
-    found = ""
-    if start.startswith(b"{"):
-        found = "; it begins with one object spread over several lines: put [ ] around it, or around the list in it"
-    raise DataError(f"{path}:{number}: a .json file must hold a list of objects, or one object a line{found}")
+    hint = ""
+    if first_line.startswith(b"{"):
+        hint = "; it begins with one object spread over several lines: put [ ] around it, or around the list in it"
+    raise DataError(f"{path}:{number}: a .json file must hold a list of objects, or one object a line{hint}")
 
 
 def _first_line(path: File) -> tuple[int, bytes]:
@@ -100,66 +100,92 @@ def _first_line(path: File) -> tuple[int, bytes]:
 
 
 def _list_rows(path: File) -> Iterator[Row | Rejected]:
-    """One row an element of a list, unparsed: what stands between its commas. One that is no JSON is a bad row, as a line is.
+    """One row for each element of a list, unparsed: what stands between its commas. An element that is no JSON is a bad row.
 
     Raises DataError where the elements cannot be told apart.
     """
-    data, start, at, depth, empty = b"", 0, 0, -1, True
-    line = 1  # of data[start], where an element begins
-
-    def broken(before: bytes, message: str) -> DataError:
-        number = line + before.count(b"\n")
-        return DataError(f"{path}:{number}: not valid JSON: {message}; rows from here on cannot be separated")
-
+    data = b""  # what was read, from a little before the element on
+    start = 0  # where the element begins in `data`
+    position = 0  # where to look for the next token
+    line = 1  # of data[start] in the file
+    depth = -1  # -1 before the list's own bracket, 0 between its elements
+    has_elements = False
     with open_text(path) as stream:
         while True:
-            token = _TOKEN.search(data, at)
+            token = _TOKEN.search(data, position)
+            # A text at the very end of the data may go on, or be followed by something that is yet to be read.
             if token is None or token[1] == b"" or (token[1] and token.end() == len(data)):
-                rest = data[start:]
-                lead = rest[: len(rest) - len(rest.lstrip())]
-                if len(rest) > 2 * MAX_ROW_BYTES:
-                    raise broken(
-                        lead, f"the element that starts here is longer than {MAX_ROW_BYTES >> 20} MiB or never ends"
-                    )
-                if not (part := stream.read(max(BUFFER, len(rest)))):  # a long element is looked at again: reads double
-                    raise broken(lead, "what starts here is cut off, or a quote or a bracket of it is never closed")
-                at, data, start = (token.start() if token else len(data)) - start, rest + part, 0
+                position = (token.start() if token else len(data)) - start
+                data = _read_on(path, stream, data[start:], line)
+                start = 0
                 continue
             if token[1] and data[token.end()] not in _AFTER_TEXT:
-                raise broken(
-                    data[start : token.start()],
-                    "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one too many",
-                )
-            what, at, own = token[0], token.end(), b"" if depth > 0 else data[start : token.start()]
+                message = "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one too many"
+                raise _broken_list(path, line, data[start : token.start()], message)
+            sign = token[0]
+            position = token.end()
+            if depth > 0:
+                depth += (sign in (b"[", b"{")) - (sign in (b"]", b"}"))
+                continue
+            element = data[start : token.start()]
             if depth < 0:
                 depth = 0  # the bracket that `read_json` saw
-            elif depth or what not in (b",", b"]"):
-                if not depth and (own.strip() or what == b"}"):
-                    raise broken(own, "',' and an object, or ']' expected")
-                depth += (what in (b"[", b"{")) - (what in (b"]", b"}"))
+            elif sign not in (b",", b"]"):
+                if element.strip() or sign == b"}":
+                    raise _broken_list(path, line, element, "',' and an object, or ']' expected")
+                depth += sign in (b"[", b"{")
                 continue
-            elif raw := own.strip():
-                empty, number = False, line + own[: own.index(raw)].count(b"\n")
-                whole = len(raw) <= MAX_ROW_BYTES
-                yield (
-                    Line(str(path), number, raw=raw) if whole else too_long_row(str(path), number, raw[:1000], len(raw))
-                )
-            elif what == b"," or not empty:
-                raise broken(
-                    own, f"a comma before {'another' if what == b',' else 'the closing bracket'} is not allowed"
-                )
-            start, line = at, line + own.count(b"\n")
-            if what == b"]":
+            elif raw := element.strip():
+                has_elements = True
+                number = line + element[: element.index(raw)].count(b"\n")
+                if len(raw) <= MAX_ROW_BYTES:
+                    yield Line(str(path), number, raw=raw)
+                else:
+                    yield too_long_row(str(path), number, raw[:1000], len(raw))
+            elif sign == b"," or has_elements:
+                before = "another" if sign == b"," else "the closing bracket"
+                raise _broken_list(path, line, element, f"a comma before {before} is not allowed")
+            start = position
+            line += element.count(b"\n")
+            if sign == b"]":
                 break
-        while not (rest := data[start:]).strip():
-            if not (data := stream.read(BUFFER)):
-                return
-            start, line = 0, line + rest.count(b"\n")
-        raise broken(rest[: len(rest) - len(rest.lstrip())], "text after the end of the list")
+        _require_end(path, stream, data[start:], line)
+
+
+def _read_on(path: File, stream: BinaryIO, element: bytes, line: int) -> bytes:
+    """The beginning of an element, on this line, with more of what follows. Raises DataError where nothing follows."""
+    blanks = element[: len(element) - len(element.lstrip())]
+    if len(element) > 2 * MAX_ROW_BYTES:
+        limit = MAX_ROW_BYTES >> 20
+        raise _broken_list(path, line, blanks, f"the element that starts here is longer than {limit} MiB or never ends")
+    # Reads double each time, because a long element is looked at again from its start.
+    more = stream.read(max(BUFFER, len(element)))
+    if not more:
+        raise _broken_list(
+            path, line, blanks, "what starts here is cut off, or a quote or a bracket of it is never closed"
+        )
+    return element + more
+
+
+def _require_end(path: File, stream: BinaryIO, rest: bytes, line: int) -> None:
+    """Raise DataError if anything but blanks follows the list; `rest`, on this line, was read already."""
+    while not rest.strip():
+        line += rest.count(b"\n")
+        rest = stream.read(BUFFER)
+        if not rest:
+            return
+    blanks = rest[: len(rest) - len(rest.lstrip())]
+    raise _broken_list(path, line, blanks, "text after the end of the list")
+
+
+def _broken_list(path: File, line: int, before: bytes, message: str) -> DataError:
+    """The error of a list whose trouble comes after the bytes `before`, which begin on `line`."""
+    number = line + before.count(b"\n")
+    return DataError(f"{path}:{number}: not valid JSON: {message}; rows from here on cannot be told apart")
 
 
 class _ObjectWithDoubledKeys(dict[str, Any]):
-    """An object with keys that are there twice."""
+    """An object that has some keys twice; of each it holds the last value."""
 
     doubled_keys: tuple[str, ...] = ()
 
@@ -167,26 +193,29 @@ class _ObjectWithDoubledKeys(dict[str, Any]):
 def decode_line(raw: bytes) -> dict[str, Any]:
     """The one JSON object in `raw`, its faulty columns as `Fault`. Raises Refusal."""
     try:
-        value = orjson.loads(raw)
+        row = orjson.loads(raw)
     except orjson.JSONDecodeError:
-        value = None
-    if type(value) is dict and _lost_nothing(value, raw):
-        return value
+        row = None
+    if type(row) is dict and _lost_nothing(row, raw):
+        return row
     text = decode_utf8(raw)
     try:
-        value = _DECODER.decode(text)
+        row = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
         where = f"{line}column {error.colno}"
         raise Refusal("not_json", f"not valid JSON: {error.msg} ({where}){_hint(text, error)}") from None
     except RecursionError:
         raise Refusal(_TOO_DEEP.reason, _TOO_DEEP.message) from None
-    if not isinstance(value, dict):
-        raise Refusal("not_an_object", f"a row must be an object with named fields, and is {show_value(value)}")
-    if (fault := _fault_in([*value])) is not None:
+    if not isinstance(row, dict):
+        raise Refusal("not_an_object", f"a row must be an object with named fields, and is {show_value(row)}")
+    fault = _fault_in([*row])  # in the names of the columns
+    if fault is not None:
         raise Refusal(fault.reason, fault.message)
-    doubled = {name: _duplicate_key(name) for name in getattr(value, "doubled_keys", ())}
-    return {name: _fault_in(item) or item for name, item in value.items()} | doubled
+    fields = {name: _fault_in(column) or column for name, column in row.items()}
+    for name in getattr(row, "doubled_keys", ()):
+        fields[name] = _duplicate_key(name)
+    return fields
 
 
 def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
@@ -195,29 +224,35 @@ def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
     Every key brings a colon, and further ones stand in texts: where as many are in the bytes, no key is missing. Only an
     escaped colon could make up for one.
     """
-    colons, nodes, stack = 0, 0, list[Any]((fields,))
+    num_colons = 0
+    num_containers = 0
+    stack: list[Any] = [fields]
     while stack:
-        node = stack.pop()
-        nodes += 1
-        if type(node) is dict:
-            colons += len(node)
-            node = node.values()
-        for value in node:
+        container = stack.pop()
+        num_containers += 1
+        if type(container) is dict:
+            num_colons += len(container)
+            container = container.values()
+        for value in container:
             kind = type(value)
             if kind is str:
-                colons += value.count(":")
+                num_colons += value.count(":")
             elif kind is dict or kind is list:
                 stack.append(value)
             elif kind is float and not -_EXACT < value < _EXACT:
                 return False
-    shallow = nodes <= MAX_DEPTH or all(_fault_in(value) is None for value in fields.values())
-    return colons == raw.count(b":") and shallow and b"\\u003" not in raw
+    # So few containers cannot be nested too deeply, which is the usual case.
+    is_shallow = num_containers <= MAX_DEPTH or all(_fault_in(value) is None for value in fields.values())
+    return num_colons == raw.count(b":") and is_shallow and b"\\u003" not in raw
 
 
-def _fault_in(value: Any) -> Fault | None:
-    """What is wrong with the value of a column, whose row is one level of nesting itself."""
-    level, depth = [value], 1
+def _fault_in(column: Any) -> Fault | None:
+    """What is wrong with the value of a column, whose row is one level of nesting itself; level by level."""
+    level = [column]
+    depth = 1
     while level:
+        next_level: list[Any] = []
+        has_containers = False
         for node in level:
             if isinstance(node, Fault):
                 return node
@@ -225,33 +260,39 @@ def _fault_in(value: Any) -> Fault | None:
                 return _duplicate_key(node.doubled_keys[0])
             if isinstance(node, str) and not node.isascii() and any("\ud800" <= c <= "\udfff" for c in node):
                 return _LONE_SURROGATE
-        inside = [node for node in level if isinstance(node, dict | list)]
-        depth += bool(inside)
+            if isinstance(node, dict):
+                next_level += (*node, *node.values())
+                has_containers = True
+            elif isinstance(node, list):
+                next_level += node
+                has_containers = True
+        if has_containers:
+            depth += 1
         if depth > MAX_DEPTH:
             return _TOO_DEEP
-        level = [item for node in inside for item in ((*node, *node.values()) if isinstance(node, dict) else node)]
+        level = next_level
     return None
 
 
 def _hint(text: str, error: json.JSONDecodeError) -> str:
     """What the writer probably did, where the place of the error tells."""
     position = error.pos
+    character = text[position : position + 1]
+    end = len(text.rstrip())
     if error.msg == "Extra data":
         if "\r" in text.strip():
             return "; the line holds carriage returns: end lines with a line feed"
-        comma = text[position : position + 1] == ","
-        return "; remove the comma after the object" if comma else "; a line holds one object"
-    before = text[:position].rstrip()
-    late = before.endswith(",") and text[position : position + 1] in ("}", "]")
-    if late or error.msg.startswith("Illegal trailing comma"):  # as Python says it since 3.13
+        return "; remove the comma after the object" if character == "," else "; a line holds one object"
+    follows_comma = text[:position].rstrip().endswith(",") and character in ("}", "]")
+    if follows_comma or error.msg.startswith("Illegal trailing comma"):  # as Python says it since 3.13
         return "; a comma before the closing bracket is not allowed"
-    if text[position : position + 1] == "'":
+    if character == "'":
         return "; JSON takes double quotes"
     if text.startswith(("True", "False", "None"), position):
         return "; JSON writes true, false and null"
-    if error.msg.startswith("Invalid control") and position < len(text.rstrip()):
+    if error.msg.startswith("Invalid control") and position < end:
         return "; inside a text, write line breaks and tabs as \\n and \\t"
-    if position >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
+    if position >= end or error.msg.startswith("Unterminated"):
         return "; the object is cut off, or spread over several lines"
     return ""
 
@@ -265,10 +306,10 @@ def _constant(name: str) -> Fault:
 
 
 def _float(digits: str) -> float | Fault:
-    value = float(digits)
-    if math.isinf(value):
+    number = float(digits)
+    if math.isinf(number):
         return Fault("number_too_large", f"the number {digits:.24} is beyond what a float can hold (1.8e308)")
-    return value
+    return number
 
 
 def _int(digits: str) -> int | Fault:
@@ -278,12 +319,14 @@ def _int(digits: str) -> int | Fault:
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object as the json module hands it over, one that remembers its keys that are there twice."""
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields
-    doubled, names = _ObjectWithDoubledKeys(fields), [name for name, _ in pairs]
-    doubled.doubled_keys = tuple(name for name in fields if names.count(name) > 1)
-    return doubled
+    names = [name for name, _ in pairs]
+    with_doubled_keys = _ObjectWithDoubledKeys(fields)
+    with_doubled_keys.doubled_keys = tuple(name for name in fields if names.count(name) > 1)
+    return with_doubled_keys
 
 
 _DECODER = json.JSONDecoder(

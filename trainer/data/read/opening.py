@@ -81,12 +81,12 @@ def require_regular(path: Path) -> None:
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in a file. Raises DataError with what to do about a file that has none."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise DataError(f"{path}: must hold a JSON object; {remedy}")
-    return found
+    return content
 
 
 def refuse_pointer(path: File, head: bytes) -> None:
@@ -103,8 +103,10 @@ def identify(head: bytes) -> str | None:
     for pattern, name in _SIGNATURES:
         if pattern.match(head):
             return name
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    if len(head) >= 4 and min(even, odd) == 0 and max(even, odd) > 0.3 * len(head) / 2:
+    # UTF-16 without a byte order mark: in Latin text every other byte is 0.
+    even_zeros = head[0::2].count(0)
+    odd_zeros = head[1::2].count(0)
+    if len(head) >= 4 and min(even_zeros, odd_zeros) == 0 and max(even_zeros, odd_zeros) > 0.3 * len(head) / 2:
         return "UTF-16 text"
     return None
 
@@ -131,14 +133,15 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")
             refuse_pointer(path, head)
             compression = compression_of(path)
-            found = identify(head)
-            if compression and found != COMPRESSION[compression]:
-                what = f"it holds {found}" if found else "it is not compressed"
+            content = identify(head)
+            if compression and content != COMPRESSION[compression]:
+                what = f"it holds {content}" if content else "it is not compressed"
                 raise DataError(f"{path}: not {COMPRESSION[compression]} as its name says: {what}; rename it")
             with _decompressed(path, file, compression) as stream:
                 head = stream.peek(HEAD)[:HEAD]
-                if found := identify(head):
-                    raise DataError(f"{path}: holds {found}{_remedy(path, found)}")
+                content = identify(head)
+                if content:
+                    raise DataError(f"{path}: holds {content}{_remedy(path, content)}")
                 if head.startswith(BOM):
                     stream.read(len(BOM))
                 yield stream
@@ -147,6 +150,7 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
 
 
 def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.BufferedReader:
+    """What reads the decompressed bytes of a file; `compression` is a suffix, or empty."""
     raw: Any
     if not compression:
         return file
@@ -158,39 +162,45 @@ def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.B
         raw = pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
     elif compression == ".zip":
         archive = zipfile.ZipFile(file)
-        names = [about.filename for about in archive.infolist() if not about.is_dir()]
+        names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
         if len(names) != 1:
             raise DataError(f"{path}: the archive holds {len(names)} files, and one can be read; unpack it")
         raw = archive.open(names[0])
+    elif compression == ".bz2":
+        raw = _MemberReader(file, bz2.BZ2Decompressor)
     else:
-        raw = _MemberReader(file, bz2.BZ2Decompressor if compression == ".bz2" else lzma.LZMADecompressor)
+        raw = _MemberReader(file, lzma.LZMADecompressor)
     return io.BufferedReader(raw, BUFFER)
 
 
 def expansion(path: Path) -> float:
     """Decompressed bytes for each byte of the file, judged by its first MiB; 1 for what is not compressed. Raises DataError."""
-    if not (suffix := compression_of(path)):
+    suffix = compression_of(path)
+    if not suffix:
         return 1.0
-    made = 0
+    decompressed_bytes = 0
     try:
         with open_binary(path) as file:
-            if suffix == ".zip":  # whose outline stands at its end
-                return sum(part.file_size for part in zipfile.ZipFile(file).infolist()) / max(1, path.stat().st_size)
+            if suffix == ".zip":  # the table of contents stands at its end
+                sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
+                return sum(sizes) / max(1, path.stat().st_size)
             head = file.read(BUFFER)
+        # The head ends amid the data, which the decompressor reports as an error at last.
         with suppress(*_UNREADABLE), _decompressed(path, io.BufferedReader(io.BytesIO(head)), suffix) as stream:
             while part := stream.read1(1 << 16):
-                made += len(part)
+                decompressed_bytes += len(part)
     except _UNREADABLE as error:
         raise unreadable_file(path, error) from error
-    return max(1.0, made / max(1, len(head)))
+    return max(1.0, decompressed_bytes / max(1, len(head)))
 
 
 class _MemberReader(io.RawIOBase):
     """Compressed members one behind the other; unlike the library's own reader it refuses what follows them."""
 
-    def __init__(self, file: io.BufferedReader, make: Callable[[], Any]) -> None:
-        self.file, self.make = file, make
-        self.member = make()
+    def __init__(self, file: io.BufferedReader, make_decompressor: Callable[[], Any]) -> None:
+        self.file = file
+        self.make_decompressor = make_decompressor
+        self.decompressor = make_decompressor()
 
     def readable(self) -> bool:
         return True
@@ -198,19 +208,30 @@ class _MemberReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Bytes of the next part; 0 at the end. Raises EOFError for a member that is cut off."""
         while True:
-            rest = b""
-            if self.member.eof:
-                rest = self.member.unused_data.lstrip(b"\0")  # padding is allowed
-                while not rest:
-                    if not (more := self.file.read(BUFFER)):
-                        return 0
-                    rest = more.lstrip(b"\0")
-                self.member = self.make()
-            elif self.member.needs_input and not (rest := self.file.read(BUFFER)):
-                raise EOFError
-            if part := self.member.decompress(rest, len(buffer)):
+            compressed = b""
+            if self.decompressor.eof:
+                compressed = self._next_member()
+                if not compressed:
+                    return 0
+                self.decompressor = self.make_decompressor()
+            elif self.decompressor.needs_input:
+                compressed = self.file.read(BUFFER)
+                if not compressed:
+                    raise EOFError
+            part = self.decompressor.decompress(compressed, len(buffer))
+            if part:
                 buffer[: len(part)] = part
                 return len(part)
+
+    def _next_member(self) -> bytes:
+        """The first bytes after a member that has ended, without padding; empty at the end of the file."""
+        following = self.decompressor.unused_data.lstrip(b"\0")
+        while not following:
+            block = self.file.read(BUFFER)
+            if not block:
+                return b""
+            following = block.lstrip(b"\0")
+        return following
 
 
 def decode_utf8(raw: bytes) -> str:
@@ -220,9 +241,9 @@ def decode_utf8(raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte, column = raw[error.start], error.start + 1
-        said = f"byte 0x{byte:02x} in column {column} is not UTF-8; save the file as UTF-8"
-        raise Refusal("not_utf8", said) from None
+        byte = raw[error.start]
+        message = f"byte 0x{byte:02x} in column {error.start + 1} is not UTF-8; save the file as UTF-8"
+        raise Refusal("not_utf8", message) from None
 
 
 def too_long_row(name: str, line: int, start: bytes | str, length: int) -> Rejected:
@@ -231,15 +252,17 @@ def too_long_row(name: str, line: int, start: bytes | str, length: int) -> Rejec
     return Rejected(name, line, "too_long", message, excerpt(start))
 
 
-def _remedy(path: File, found: str) -> str:
-    if found.startswith(("UTF-16", "UTF-32")):
+def _remedy(path: File, content: str) -> str:
+    """What to do about a text file that holds `content`, a phrase of `identify`."""
+    if content.startswith(("UTF-16", "UTF-32")):
         return "; save the file as UTF-8"
-    compressed, suffix = compression_of(path), SUFFIXES[found]
+    is_compressed = bool(compression_of(path))
+    suffix = SUFFIXES[content]
     if suffix in COMPRESSION:
-        return " inside the compression; decompress it once" if compressed else f"; name it {path.name}{suffix}"
+        return " inside the compression; decompress it once" if is_compressed else f"; name it {path.name}{suffix}"
     if suffix:
         return f"; name it {suffix}"
-    promised = path.suffixes[-2] if compressed else path.suffix
+    promised = path.suffixes[-2] if is_compressed else path.suffix
     return f", not the text that {promised} promises; export it as text first, or remove it"
 
 
@@ -247,7 +270,9 @@ def unreadable_file(path: File, error: BaseException) -> DataError:
     """A failure of the operating system or of a decompressor, as a message that names the file and what to do."""
     if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
         return DataError(f"{path}: the compressed file is cut off before its end; copy or make it again")
-    if isinstance(error, (gzip.BadGzipFile, *_DAMAGED)) or (isinstance(error, OSError) and not error.strerror):
+    # An OSError without a message of the system comes from a decompressor.
+    is_from_decompressor = isinstance(error, OSError) and not error.strerror
+    if isinstance(error, (gzip.BadGzipFile, *_DAMAGED)) or is_from_decompressor:
         return DataError(f"{path}: the compressed data is damaged ({error}); copy or make the file again")
     if isinstance(error, PermissionError):
         return DataError(f"{path}: cannot be read: {error.strerror}; give yourself the right to read it")

@@ -57,17 +57,20 @@ class Origin:
         Raises DataError, naming the file, for whatever concerns a file as a whole or leaves its further rows unknown.
         """
         for path in self.paths:
-            kind = kind_of(path) or ""  # `expand` lets no other names pass
-            if is_hub(path):
-                rows = self._hub_rows(path, wanted)
-            else:
-                rows = _READERS[kind](path, wanted) if kind in COLUMN_KINDS else _READERS[kind](path)
-            count = 0
-            for row in rows:
-                count += 1
+            num_rows = 0
+            for row in self._rows_of_file(path, wanted):
+                num_rows += 1
                 yield row
-            if not count:
+            if not num_rows:
                 raise DataError(f"{path}:1: the file holds no rows; fill it, or take it out of {self.key}")
+
+    def _rows_of_file(self, path: File, wanted: Collection[str] | None) -> Iterator[Row | Rejected]:
+        if is_hub(path):
+            return self._hub_rows(path, wanted)
+        kind = kind_of(path) or ""  # `expand` lets no other names pass
+        if kind in COLUMN_KINDS:
+            return _READERS[kind](path, wanted)
+        return _READERS[kind](path)
 
     def identity(self, digest: Callable[[Path], str]) -> list[tuple[str, str]]:
         """What the fingerprint covers: kinds and contents, not names. `digest` gives the SHA-256 of a file.
@@ -76,23 +79,26 @@ class Origin:
         elsewhere gives a text that changes with its content, a hub data set its name, the version loaded and its size, or, where
         it is streamed, its commit.
         """
-        found = []
+        identities = []
         for path in self.paths:
-            if is_hub(path) and self.streaming:  # the commit says all, and asks nobody
-                parts: tuple[Any, ...] = (str(path).removeprefix(PREFIX), self.subset, self.split, self.revision)
-                found.append(("hub stream", ":".join("" if part is None else str(part) for part in parts)))
-                continue
             if is_hub(path):
-                data = self.dataset(path)
-                version = data.version if data.version is not None else ""
-                about = (data.split or self.split, self.revision, version, content_fingerprint(data), data.num_rows)
-                parts = (str(path).removeprefix(PREFIX), self.subset, *about)
-                found.append(("hub", ":".join("" if part is None else str(part) for part in parts)))
+                identities.append(self._hub_identity(path))
                 continue
             content = path.identity() if isinstance(path, RemoteFile) else digest(path)
-            kind = f"{kind_of(path)}{compression_of(path)}"
-            found.append((path.name if kind_of(path) in TEXT_KINDS else kind, content))
-        return found
+            kind = path.name if kind_of(path) in TEXT_KINDS else f"{kind_of(path)}{compression_of(path)}"
+            identities.append((kind, content))
+        return identities
+
+    def _hub_identity(self, path: File) -> tuple[str, str]:
+        name = str(path).removeprefix(PREFIX)
+        if self.streaming:  # the commit says all, and the hub need not be reached
+            parts: tuple[Any, ...] = (name, self.subset, self.split, self.revision)
+            return "hub stream", ":".join("" if part is None else str(part) for part in parts)
+        dataset = self.dataset(path)
+        version = dataset.version if dataset.version is not None else ""
+        split = dataset.split or self.split
+        parts = (name, self.subset, split, self.revision, version, content_fingerprint(dataset), dataset.num_rows)
+        return "hub", ":".join("" if part is None else str(part) for part in parts)
 
     def size(self) -> int:
         """Bytes, roughly."""
@@ -100,53 +106,59 @@ class Origin:
 
     def extent(self) -> tuple[float, int]:
         """How much there is to read: bytes of text, decompressed (an estimate), and rows of tables, whose bytes tell little."""
-        size, rows = 0.0, 0
+        text_bytes = 0.0
+        table_rows = 0
         for path in self.paths:
             if is_hub(path):
-                rows += self._count(self.dataset(path))
+                table_rows += self._count(self.dataset(path))
             elif isinstance(path, RemoteFile):
-                size += path.size()
+                text_bytes += path.size()
             elif kind_of(path) in COLUMN_KINDS:
-                rows += count_rows(path)
+                table_rows += count_rows(path)
             else:
-                size += _size(path) * expansion(path)
-        return size, rows
+                text_bytes += _size(path) * expansion(path)
+        return text_bytes, table_rows
 
     def files(self, digest: Callable[[Path], str]) -> list[dict[str, Any]]:
         """Names, sizes and digests, for the records."""
-        found: list[dict[str, Any]] = []
+        records: list[dict[str, Any]] = []
         for path in self.paths:
-            about: dict[str, Any] = {} if is_hub(path) else {"bytes": _size(path)}
-            if isinstance(path, Path) and not is_hub(path):
-                about["sha256"] = digest(path)
-            found.append({"path": str(path), **about})
-        return found
+            record: dict[str, Any] = {"path": str(path)}
+            if not is_hub(path):
+                record["bytes"] = _size(path)
+                if isinstance(path, Path):
+                    record["sha256"] = digest(path)
+            records.append(record)
+        return records
 
     def _hub_rows(self, path: File, wanted: Collection[str] | None) -> Iterator[Row | Rejected]:
         """Rows of a hub data set, numbered from 1, with values as in `columnar`."""
-        data = self.dataset(path)
-        place = "/".join(part for part in (str(path), self.subset, str(data.split or self.split or "")) if part)
-        names: list[str] = data.column_names or next((table.column_names for table in self._tables(data, place)), [])
-        taken, others = split_columns(names, wanted)
-        tables = self._tables(data.select_columns(taken), place)
+        dataset = self.dataset(path)
+        split = str(dataset.split or self.split or "")
+        place = "/".join(part for part in (str(path), self.subset, split) if part)
+        names: list[str] = dataset.column_names
+        if not names:  # a stream may only know its columns once it is read
+            names = next((table.column_names for table in self._tables(dataset, place)), [])
+        read_columns, unread_columns = split_columns(names, wanted)
+        tables = self._tables(dataset.select_columns(read_columns), place)
         batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
-        return table_rows(batches, place, others=others)
+        return table_rows(batches, place, unread_columns=unread_columns)
 
-    def _tables(self, data: Any, place: str) -> Iterator[Any]:
+    def _tables(self, dataset: Any, place: str) -> Iterator[Any]:
         """Its rows as Arrow tables. Raises DataError where a stream breaks off."""
         try:
-            yield from data.with_format("arrow").iter(ROWS_PER_BATCH)
+            yield from dataset.with_format("arrow").iter(ROWS_PER_BATCH)
         except Exception as error:
             if not self.streaming or isinstance(error, DataError):
                 raise
             raise _load_error(place, error, streaming=True) from error
 
-    def _count(self, data: Any) -> int:
+    def _count(self, dataset: Any) -> int:
         """Rows; 0 of a stream that does not say how many it has."""
         if not self.streaming:
-            return int(data.num_rows)
-        about = (data.info.splits or {}).get(str(data.split))
-        return int(about.num_examples or 0) if about is not None else 0
+            return int(dataset.num_rows)
+        split_info = (dataset.info.splits or {}).get(str(dataset.split))
+        return int(split_info.num_examples or 0) if split_info is not None else 0
 
     def dataset(self, path: File) -> Any:
         """One split of a hub data set as `datasets` loads it. Raises DataError that says what to do about it."""
@@ -158,18 +170,19 @@ class Origin:
                 f"{path}: a local {name} exists here and would be read instead; to read it, write ./{name} as the path, "
                 "otherwise start in another directory"
             )
-        quiet = datasets.utils.logging.is_progress_bar_enabled()
+        had_progress_bars = datasets.utils.logging.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
             loaded: Any = datasets.load_dataset(
                 name, self.subset, split=self.split, revision=self.revision, streaming=self.streaming
             )
         except Exception as error:
-            asked = {"config": self.subset, "split": self.split, "revision": self.revision}
-            words = ", ".join(f"{word} {value!r}" for word, value in asked.items() if value)
-            raise _load_error(f"{path}{f' ({words})' if words else ''}", error, streaming=self.streaming) from error
+            settings = {"config": self.subset, "split": self.split, "revision": self.revision}
+            described = ", ".join(f"{word} {setting!r}" for word, setting in settings.items() if setting)
+            what = f"{path} ({described})" if described else str(path)
+            raise _load_error(what, error, streaming=self.streaming) from error
         finally:
-            if quiet:
+            if had_progress_bars:
                 datasets.enable_progress_bars()
         if not isinstance(loaded, dict):
             return loaded
@@ -186,9 +199,11 @@ def _load_error(what: str, error: Exception, *, streaming: bool = False) -> Data
     """The cause in a line, and what to do about it."""
     text = str(error).strip()
     cause = text.splitlines()[0][:300] if text else type(error).__name__
+    # By name, because the classes live in several libraries, which are not imported here.
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE)
-    if "DatasetNotFoundError" in kinds and not offline:
+    is_offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE)
+    is_unreached = is_offline or bool(kinds & UNREACHED_ERRORS)
+    if "DatasetNotFoundError" in kinds and not is_offline:
         remedy = "check the name; for a private or gated data set, log in with a token that has access (HF_TOKEN)"
     elif "onfig" in cause and "ValueError" in kinds and "ConnectionError" not in kinds:
         remedy = f"name one of its configs; the message says which there are: {' '.join(text.split())[:600]}"
@@ -198,12 +213,12 @@ def _load_error(what: str, error: Exception, *, streaming: bool = False) -> Data
         remedy = (
             "it needs code from the hub, which is not run; use a copy converted to Parquet (often refs/convert/parquet)"
         )
-    elif streaming and (offline or kinds & UNREACHED_ERRORS):
+    elif streaming and is_unreached:
         remedy = (
             "data.streaming=true reads from the hub, which is not reached here; run shardtune prepare where it is, into a "
             "data.cache_dir that is seen here, or set data.streaming=false"
         )
-    elif offline or kinds & UNREACHED_ERRORS:
+    elif is_unreached:
         remedy = (
             "no hub was reached and the data set is not in the local cache; load it once on a machine with internet "
             "(the cache is HF_HOME), or download its files and give their path"

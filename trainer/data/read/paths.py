@@ -37,9 +37,14 @@ _ABOUT_FILES = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|cit
 
 def kind_of(path: File) -> str | None:
     """The suffix that says how to read a file, without that of its compression (`.jsonl`); None if unknown."""
-    packed = bool(compression_of(path))
-    kind = "".join(path.suffixes[: -1 if packed else None][-1:]).lower()
-    return kind if kind in LINE_KINDS + TEXT_KINDS + (() if packed else COLUMN_KINDS) else None
+    suffixes = path.suffixes
+    kinds = LINE_KINDS + TEXT_KINDS
+    if compression_of(path):
+        suffixes = suffixes[:-1]
+    else:
+        kinds += COLUMN_KINDS  # these are never read compressed
+    kind = suffixes[-1].lower() if suffixes else ""
+    return kind if kind in kinds else None
 
 
 def is_address(value: str) -> bool:
@@ -60,76 +65,86 @@ def is_hub(path: File | str) -> bool:
     return str(path).startswith(PREFIX)
 
 
-def expand(path_value: Any, key: str, *, remote: bool = False) -> list[File]:
-    """Files named by `path_value`: a file, a directory, a glob or `hub:org/name`, or a list of these, in that order.
+def expand(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
+    """Files named by `path_setting`: a file, a directory, a glob or `hub:org/name`, or a list of these, in that order.
 
     With `remote` also addresses (s3://, https:// and so on), which are looked up; without it they are an error.
     A directory is searched with all below it, sorted by path; one written by `datasets.save_to_disk` gives its Arrow
     files. A name that exists as typed is never read as a glob. A file named twice is read once. Raises DataError that
     names `key` (the setting).
     """
-    values = list(path_value) if isinstance(path_value, Sequence) and not isinstance(path_value, str) else [path_value]
-    if not values:
+    paths = [path_setting]
+    if isinstance(path_setting, Sequence) and not isinstance(path_setting, str):
+        paths = list(path_setting)
+    if not paths:
         raise DataError(f"{key}=[] names no file; give a file, a directory or a glob")
     files: dict[File, File] = {}
-    for value in values:
-        if not isinstance(value, str | os.PathLike) or not str(value):
-            raise DataError(f"{key}={value!r} is not a path; give a file, a directory, a glob or a list of these")
-        if "\0" in str(value):
-            raise DataError(f"{key}={str(value)!r} holds a NUL character, which no path may")
-        if is_hub(str(value)):
-            check_name(str(value), key)
-            files.setdefault(Path(value), Path(value))
-            continue
-        if is_address(str(value)):
+    """By what makes two of them the same file."""
+    for path in paths:
+        if not isinstance(path, str | os.PathLike) or not str(path):
+            raise DataError(f"{key}={path!r} is not a path; give a file, a directory, a glob or a list of these")
+        text = str(path)
+        if "\0" in text:
+            raise DataError(f"{key}={text!r} holds a NUL character, which no path may")
+        if is_hub(text):
+            check_name(text, key)
+            files.setdefault(Path(path), Path(path))
+        elif is_address(text):
             if not remote:
                 raise DataError(
-                    f"{key}={value} is an address; set data.remote=true to read it over the network, or download the file, "
+                    f"{key}={path} is an address; set data.remote=true to read it over the network, or download the file, "
                     "or write hub:ORGANISATION/NAME"
                 )
-            files.update({file: file for file in remote_files(str(value), key, kind_of)})
-            continue
-        for found in _expand_one(str(value).removeprefix("file://"), key):
-            files.setdefault(found.resolve(), found)
+            files.update({file: file for file in remote_files(text, key, kind_of)})
+        else:
+            for file in _expand_one(text.removeprefix("file://"), key):
+                files.setdefault(file.resolve(), file)
     return list(files.values())
 
 
-def sets_of(value: Any, split: str) -> dict[str, tuple[str, Any]]:
+def sets_of(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
     """The sets of a held-out split by name, as (the setting that names it, its files): one named like the split, or several.
 
-    `value` is that of `data.<split>_path`. Raises ConfigError for a name that cannot be one.
+    `path_setting` is that of `data.<split>_path`. Raises ConfigError for a name that cannot be one.
     """
     key = f"data.{split}_path"
-    if not isinstance(value, Mapping):
-        return {} if value is None else {split: (key, value)}
-    if split != "eval" or not value:
-        raise ConfigError(f"{key}={dict(value)}: name files{'' if value else ', or sets of them as {name: file}'}")
-    for name in value:
+    if path_setting is None:
+        return {}
+    if not isinstance(path_setting, Mapping):
+        return {split: (key, path_setting)}
+    if split != "eval" or not path_setting:
+        example = "" if path_setting else ", or sets of them as {name: file}"
+        raise ConfigError(f"{key}={dict(path_setting)}: name files{example}")
+    sets: dict[str, tuple[str, Any]] = {}
+    for name, files in path_setting.items():
         if not re.fullmatch(r"[\w.-]+", str(name)) or name == split:
             raise ConfigError(
                 f"{key}.{name}: is no name of a set; take letters, digits, dots and dashes, and not {split}"
             )
-    return {str(name): (f"{key}.{name}", files) for name, files in value.items()}
+        sets[str(name)] = (f"{key}.{name}", files)
+    return sets
 
 
-def _expand_one(value: str, key: str) -> list[Path]:
-    path = Path(value).expanduser()
+def _expand_one(text: str, key: str) -> list[Path]:
+    """The files that one path names: itself, those of a directory, or those that match a glob."""
+    path = Path(text).expanduser()
     try:
         if path.is_dir():
             return _directory(path, key)
         if path.exists():
             return [_require_readable(path, key)]
     except OSError as error:
-        raise DataError(f"{key}={value}: {error.strerror}") from error
+        raise DataError(f"{key}={text}: {error.strerror}") from error
     if path.is_symlink():
-        raise DataError(f"{key}={value}: {_describe_broken_link(path)}")
-    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))  # noqa: PTH207
-    files = [_require_readable(p, key) for p in found if not p.is_dir()]
+        raise DataError(f"{key}={text}: {_describe_broken_link(path)}")
+    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
+    files = [_require_readable(match, key) for match in matches if not match.is_dir()]
     if files:
         return files
-    if found:
-        raise DataError(f"{key}={value} matches only directories; write {value.rstrip('/')}/**/*.jsonl or the like")
-    raise DataError(f"{key}={value} does not exist{_other_form(value) or _nearest(path) + _perhaps_hub(value)}")
+    if matches:
+        raise DataError(f"{key}={text} matches only directories; write {text.rstrip('/')}/**/*.jsonl or the like")
+    hint = _other_form(text) or _nearest(path) + _perhaps_hub(text)
+    raise DataError(f"{key}={text} does not exist{hint}")
 
 
 def _require_readable(path: Path, key: str) -> Path:
@@ -157,19 +172,21 @@ def _describe_broken_link(path: Path) -> str:
 
 
 def _directory(path: Path, key: str) -> list[Path]:
-    saved = _saved_files(path, key)
-    if saved is not None:
-        return saved
-    found = list(_walk(path, key, (path.resolve(),)))
-    if any(kind_of(file) not in TEXT_KINDS for file in found):
-        found = [file for file in found if not (kind_of(file) in TEXT_KINDS and _ABOUT_FILES.match(file.name))]
-    if not found:
+    """The data files of a directory and of all below it, by path."""
+    saved_files = _saved_files(path, key)
+    if saved_files is not None:
+        return saved_files
+    files = list(_walk(path, key, (path.resolve(),)))
+    # Beside data files a README is about them; in a directory of texts alone it is one of the texts.
+    if any(kind_of(file) not in TEXT_KINDS for file in files):
+        files = [file for file in files if kind_of(file) not in TEXT_KINDS or not _ABOUT_FILES.match(file.name)]
+    if not files:
         raise DataError(f"{key}={path}: the directory holds no file that ends in {SUPPORTED}")
-    return sorted(found)
+    return sorted(files)
 
 
-def _walk(directory: Path, key: str, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Readable files in `directory` and below; `above` are the real paths on the way here."""
+def _walk(directory: Path, key: str, parents: tuple[Path, ...]) -> Iterator[Path]:
+    """Readable files in `directory` and below; `parents` are the real paths on the way here, by which loops are found."""
     try:
         entries = sorted(directory.iterdir())
     except OSError as error:
@@ -178,14 +195,18 @@ def _walk(directory: Path, key: str, above: tuple[Path, ...]) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            real = entry.resolve()
-            if real in above:
+            real_path = entry.resolve()
+            if real_path in parents:
+                target = entry.readlink() if entry.is_symlink() else real_path
                 raise DataError(
-                    f"{key}: {entry}: the link leads to {entry.readlink() if entry.is_symlink() else real}, which "
+                    f"{key}: {entry}: the link leads to {target}, which "
                     "contains it: a loop; remove the link or name the files by a glob"
                 )
-            saved = _saved_files(entry, key)
-            yield from saved if saved is not None else _walk(entry, key, (*above, real))
+            saved_files = _saved_files(entry, key)
+            if saved_files is not None:
+                yield from saved_files
+            else:
+                yield from _walk(entry, key, (*parents, real_path))
         elif kind_of(entry) is not None or (entry.is_symlink() and not entry.exists()):
             yield _require_readable(entry, key)
 
@@ -199,15 +220,15 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
             example = directory / (splits[0] if splits else "train")
             raise DataError(f"{key}={directory} holds the splits {names}; name one of them, for example {example}")
         directory = directory / splits[0]
-    state = directory / "state.json"
-    if not (state.is_file() and (directory / "dataset_info.json").is_file()):
+    state_file = directory / "state.json"
+    if not (state_file.is_file() and (directory / "dataset_info.json").is_file()):
         return None
-    described = read_object(state, "save the data set again")
-    if described.get("_indices_data_files"):
+    state = read_object(state_file, "save the data set again")
+    if state.get("_indices_data_files"):
         raise DataError(
             f"{key}={directory} was saved with a selection of rows; call flatten_indices() and save it again"
         )
-    files = [directory / item["filename"] for item in described.get("_data_files", [])]
+    files = [directory / entry["filename"] for entry in state.get("_data_files", [])]
     for file in files:
         require_regular(file)
     return files
@@ -221,21 +242,26 @@ def _nearest(path: Path) -> str:
     if not missing.parent.is_dir():
         return ""
     try:
-        names = [p.name for p in missing.parent.iterdir()]
+        names = [sibling.name for sibling in missing.parent.iterdir()]
     except OSError:
         return ""
-    close = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {missing.parent / close[0]}?" if close else f"; nothing like it in {missing.parent}"
+    close_names = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
+    if close_names:
+        return f"; did you mean {missing.parent / close_names[0]}?"
+    return f"; nothing like it in {missing.parent}"
 
 
-def _other_form(value: str) -> str:
-    """How several files are written here; empty if the value is not their names with commas."""
-    parts = value.split(",")
-    if len(parts) > 1 and all(Path(part).expanduser().exists() for part in parts):
-        return f"; several files are a list: [{value}]"
+def _other_form(text: str) -> str:
+    """A hint at how several files are written, for existing names with commas between them; else empty."""
+    names = text.split(",")
+    if len(names) > 1 and all(Path(name).expanduser().exists() for name in names):
+        return f"; several files are a list: [{text}]"
     return ""
 
 
-def _perhaps_hub(value: str) -> str:
-    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value)
-    return f"; for a data set of the hub write {PREFIX}{value}" if looks and kind_of(Path(value)) is None else ""
+def _perhaps_hub(text: str) -> str:
+    """A hint at `hub:` for a text that looks like a name there; else empty."""
+    looks_like_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
+    if looks_like_name and kind_of(Path(text)) is None:
+        return f"; for a data set of the hub write {PREFIX}{text}"
+    return ""

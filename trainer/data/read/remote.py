@@ -63,9 +63,10 @@ class RemoteFile:
         """A text that changes with its content: what its file system says, or the bytes' SHA-256. Raises DataError."""
         if not self.url.startswith("http"):
             return f"{self.url}:{_query(self.url, lambda files, path: files.ukey(path))}"
-        about = _query(self.url, lambda files, path: files.info(path))
-        if tags := [str(about[tag]) for tag in _TAGS if about.get(tag)]:
-            return f"{self.url}:{about.get('size')}:{':'.join(tags)}"
+        info = _query(self.url, lambda files, path: files.info(path))
+        tags = [str(info[tag]) for tag in _TAGS if info.get(tag)]
+        if tags:
+            return f"{self.url}:{info.get('size')}:{':'.join(tags)}"
         digest = hashlib.sha256()
         with self.open() as file:
             while part := file.read(BLOCK):
@@ -73,24 +74,24 @@ class RemoteFile:
         return digest.hexdigest()
 
 
-def remote_files(value: str, key: str, kind_of: Callable[[RemoteFile], str | None]) -> list[RemoteFile]:
+def remote_files(address: str, key: str, kind_of: Callable[[RemoteFile], str | None]) -> list[RemoteFile]:
     """Files of an address: one file, a pattern with `*`, or all below a directory. Raises DataError.
 
     `kind_of` says how a file is read, None where it cannot be; that tells a file from a directory.
     """
-    if kind_of(RemoteFile(value)) and "*" not in value:
-        RemoteFile(value).size()
-        return [RemoteFile(value)]
+    if kind_of(RemoteFile(address)) and "*" not in address:
+        RemoteFile(address).size()  # raises where there is none
+        return [RemoteFile(address)]
 
-    def below(files: Any, path: str) -> list[str]:
-        names = files.glob(path) if "*" in value else files.find(path)
+    def list_urls(files: Any, path: str) -> list[str]:
+        names = files.glob(path) if "*" in address else files.find(path)
         return [files.unstrip_protocol(name) for name in sorted(names)]
 
-    found = [RemoteFile(url) for url in _query(value, below)]
-    found = [file for file in found if kind_of(file) and not file.name.startswith(".")]
-    if not found:
-        raise DataError(f"{key}={value} names no file that can be read")
-    return found
+    candidates = [RemoteFile(url) for url in _query(address, list_urls)]
+    readable = [file for file in candidates if kind_of(file) and not file.name.startswith(".")]
+    if not readable:
+        raise DataError(f"{key}={address} names no file that can be read")
+    return readable
 
 
 class _RemoteReader(io.RawIOBase):
@@ -113,16 +114,18 @@ class _RemoteReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         part = self._call(self.file.read, len(buffer))
-        while part and len(part) < min(HEAD, len(buffer)):  # a first look must see enough, whatever the network gives
-            if not (more := self._call(self.file.read, len(buffer) - len(part))):
+        # A first look at a file must see enough of it, however little the network gives at a time.
+        while part and len(part) < min(HEAD, len(buffer)):
+            more = self._call(self.file.read, len(buffer) - len(part))
+            if not more:
                 break
             part += more
         buffer[: len(part)] = part
         return len(part)
 
-    def _call(self, ask: Callable[..., Any], *values: int) -> Any:
+    def _call(self, method: Callable[..., Any], *arguments: int) -> Any:
         try:
-            return ask(*values)
+            return method(*arguments)
         except OSError:
             raise
         except Exception as error:
@@ -134,13 +137,13 @@ class _RemoteReader(io.RawIOBase):
         super().close()
 
 
-def _query(url: str, ask: Callable[[Any, str], Any]) -> Any:
-    """What the file system of an address answers, given its path there. Raises DataError, also for a package that is missing."""
+def _query(url: str, query: Callable[[Any, str], Any]) -> Any:
+    """What `query(file system, path)` returns for an address. Raises DataError, also for a package that is missing."""
     from fsspec.core import url_to_fs
 
     try:
         files, path = url_to_fs(url)
-        return ask(files, str(path))
+        return query(files, str(path))
     except ImportError as error:
         package = re.search(r"\b(s3fs|gcsfs|adlfs|ossfs|paramiko|aiohttp|huggingface_hub|\w+fs)\b", str(error))
         name = package.group() if package else str(error)
@@ -148,8 +151,9 @@ def _query(url: str, ask: Callable[[Any, str], Any]) -> Any:
     except FileNotFoundError as error:
         raise DataError(f"{url}: does not exist, or nobody answers there") from error
     except Exception as error:
-        cause = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+        lines = str(error).strip().splitlines()
+        cause = f": {lines[0][:300]}" if lines else ""
         raise DataError(
-            f"{url}: cannot be read: {type(error).__name__}{f': {cause}' if cause else ''}; check the address, the network "
+            f"{url}: cannot be read: {type(error).__name__}{cause}; check the address, the network "
             "and your credentials, or download the file and give its path"
         ) from error

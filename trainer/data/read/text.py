@@ -36,12 +36,13 @@ def read_csv(path: File, delimiter: str = ",") -> Iterator[Row | Rejected]:
 
 
 class _Lines:
-    """Physical lines for the csv module; remembers the lines of the current record and what is wrong with them."""
+    """Physical lines for the csv module; remembers the current record's first line and what is wrong with its lines."""
 
     def __init__(self, path: File, stream: BinaryIO) -> None:
         self.path = path
         self.stream = stream
         self.number = 0
+        """Lines read so far."""
         self.first = b""
         self.trouble: Refusal | None = None
 
@@ -55,13 +56,14 @@ class _Lines:
             self.first = self.first or raw
             try:
                 yield decode_utf8(raw)
-            except Refusal as refused:
-                self.trouble = self.trouble or refused
+            except Refusal as refusal:
+                self.trouble = self.trouble or refusal
                 yield raw.decode("utf-8", "surrogateescape")
 
     def begin(self) -> int:
         """Forget the last record; the line on which the next one starts."""
-        self.first, self.trouble = b"", None
+        self.first = b""
+        self.trouble = None
         return self.number + 1
 
 
@@ -84,13 +86,14 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Reject
         elif lines.trouble is not None:
             yield Rejected(name, line, lines.trouble.reason, lines.trouble.message, excerpt(lines.first))
         elif len(cells) != len(header):
-            found = f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'} where the header has {len(header)}"
-            some = ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
-            message = f"{found} ({some}); quote cells that hold {_SEPARATORS[delimiter]} or line breaks"
+            count = f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'} where the header has {len(header)}"
+            columns = ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
+            message = f"{count} ({columns}); quote cells that hold {_SEPARATORS[delimiter]} or line breaks"
             yield Rejected(name, line, "wrong_cell_count", message, excerpt(lines.first))
         else:
             # a cell's own line breaks are line feeds, whatever ends the file's lines
-            yield Row(name, line, dict(zip(header, (cell.replace("\r\n", "\n") for cell in cells), strict=True)))
+            texts = [cell.replace("\r\n", "\n") for cell in cells]
+            yield Row(name, line, dict(zip(header, texts, strict=True)))
 
 
 def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataError:
@@ -108,21 +111,14 @@ def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataEr
 
 
 def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Refusal | None) -> list[str]:
+    """The names of the columns. Raises DataError for a header that cannot be one."""
     if trouble is not None:
         raise DataError(f"{path}:{line}: in the header: {trouble.message}")
     header = [name.strip() for name in cells]
     if len(header) > 1 and header[0] == "" and INDEX not in header:  # a table's index, as pandas writes it
         header[0] = INDEX
     if len(header) == 1:
-        for other, word in _SEPARATORS.items():
-            if other != delimiter and other in cells[0]:
-                remedy = {",": "name the file .csv", "\t": "name the file .tsv"}.get(
-                    other, f"save it with {_SEPARATORS[delimiter]}"
-                )
-                raise DataError(
-                    f"{path}:{line}: the header is the single column {header[0][:80]!r}: the file seems to be "
-                    f"separated by {word}, not {_SEPARATORS[delimiter]}; {remedy}"
-                )
+        _refuse_other_separator(path, line, cells[0], delimiter)
     if header[0].lower().startswith("sep="):
         raise DataError(f"{path}:{line}: the first line is {','.join(header)!r}, which Excel writes; delete this line")
     doubled = sorted({name for name in header if header.count(name) > 1})
@@ -130,6 +126,23 @@ def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Re
         what = f"column {header.index('') + 1} without a name" if "" in header else f"the column {doubled[0]!r} twice"
         raise DataError(f"{path}:{line}: the header has {what}; every column needs a name of its own")
     return header
+
+
+def _refuse_other_separator(path: File, line: int, cell: str, delimiter: str) -> None:
+    """Raise DataError if the only cell of a header holds a separator other than `delimiter`."""
+    for separator, word in _SEPARATORS.items():
+        if separator == delimiter or separator not in cell:
+            continue
+        if separator == ",":
+            remedy = "name the file .csv"
+        elif separator == "\t":
+            remedy = "name the file .tsv"
+        else:
+            remedy = f"save it with {_SEPARATORS[delimiter]}"
+        raise DataError(
+            f"{path}:{line}: the header is the single column {cell.strip()[:80]!r}: the file seems to be "
+            f"separated by {word}, not {_SEPARATORS[delimiter]}; {remedy}"
+        )
 
 
 def read_text_file(path: File) -> Iterator[Row | Rejected]:
@@ -141,12 +154,12 @@ def read_text_file(path: File) -> Iterator[Row | Rejected]:
         message = f"the file is longer than {MAX_ROW_BYTES >> 20} MiB, the most one document may have; split it"
         yield Rejected(name, 1, "too_long", message, excerpt(raw))
         return
-    lines = list[str]()
+    lines: list[str] = []
     for number, line in enumerate(raw.split(b"\n"), 1):
         try:
             lines.append(decode_utf8(line))
-        except Refusal as refused:
-            yield Rejected(name, 1, refused.reason, f"line {number}: {refused.message}", excerpt(raw))
+        except Refusal as refusal:
+            yield Rejected(name, 1, refusal.reason, f"line {number}: {refusal.message}", excerpt(raw))
             return
     text = "\n".join(lines)
     if not text.strip():

@@ -35,22 +35,24 @@ def resample(
     of `cap` or `max_repeats` is stated in the report.
     """
     before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
-    limited: list[str | None] = [None] * len(groups)
-    base = before if config.cap is None else np.minimum(before, config.cap)
-    target = _targets(groups, base, config)
-    after = _sizes(base, target, config)
-    for name, bound in (("cap", config.cap), ("max_repeats", before * config.max_repeats)):
-        if bound is not None:
-            limited = [name if over else old for over, old in zip(after > bound, limited, strict=True)]
-            after = np.minimum(after, bound)
+    capped = before if config.cap is None else np.minimum(before, config.cap)
+    target = _targets(groups, capped, config)
+    after = _sizes(capped, target, config)
+    limited_by: list[str | None] = [None] * len(groups)
+    for setting, bound in (("cap", config.cap), ("max_repeats", before * config.max_repeats)):
+        if bound is None:
+            continue
+        for group in np.flatnonzero(after > bound).tolist():
+            limited_by[group] = setting
+        after = np.minimum(after, bound)
     times = _times(group_of, before, after, seed)
-    return np.repeat(np.arange(len(group_of)), times), _report(groups, group_of, times, target, limited)
+    return np.repeat(np.arange(len(group_of)), times), _report(groups, group_of, times, target, limited_by)
 
 
 def _targets(groups: list[str], base: np.ndarray, config: BalanceConfig) -> np.ndarray:
     """Share wanted of each group, float64 [groups], sum 1; a group without documents has none."""
     if config.target is BalanceTarget.shares:
-        return _share(_asked_shares(groups, base, config.shares))
+        return _share(_requested_shares(groups, base, config.shares))
     if config.target is BalanceTarget.uniform:
         return _share((base > 0).astype(np.float64))
     if config.target is BalanceTarget.temperature:
@@ -58,12 +60,16 @@ def _targets(groups: list[str], base: np.ndarray, config: BalanceConfig) -> np.n
     return _share(base)
 
 
-def _asked_shares(groups: list[str], base: np.ndarray, shares: dict[str, float]) -> np.ndarray:
+def _requested_shares(groups: list[str], base: np.ndarray, shares: dict[str, float]) -> np.ndarray:
+    """`data.balance.shares` in the order of `groups`. Raises ConfigError with all that is wrong with them."""
     problems = []
     for name, share in shares.items():
         if share > 0 and (name not in groups or not base[groups.index(name)]):
-            near = difflib.get_close_matches(name, groups, 1)
-            hint = f"did you mean {near[0]}?" if near and near[0] != name else f"groups found: {_listed(groups)}"
+            close_names = difflib.get_close_matches(name, groups, 1)
+            if close_names and close_names[0] != name:
+                hint = f"did you mean {close_names[0]}?"
+            else:
+                hint = f"groups found: {_listed(groups)}"
             problems.append(f"data.balance.shares.{name}={share:g}: no document is in that group; {hint}")
     unnamed = [name for name, size in zip(groups, base, strict=True) if size and name not in shares]
     if unnamed:
@@ -75,22 +81,24 @@ def _asked_shares(groups: list[str], base: np.ndarray, shares: dict[str, float])
     return np.array([shares.get(name, 0.0) for name in groups], dtype=np.float64)
 
 
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _listed(names: Sequence[str], at_most: int = 10) -> str:
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
 
 
 def _sizes(base: np.ndarray, target: np.ndarray, config: BalanceConfig) -> np.ndarray:
     """Documents wanted of each group, int64 [groups], before `cap` and `max_repeats` bound them."""
     if config.target is BalanceTarget.natural:
         return base
-    wanted = target > 0
-    per_share = base[wanted] / target[wanted]
-    total = per_share.min() if config.max_repeats == 1 else per_share.max()
+    only_shrinks = config.max_repeats == 1
+    has_share = target > 0
+    # The total at which a group would keep all its documents: the smallest where groups only shrink, else the largest.
+    totals = base[has_share] / target[has_share]
+    total = totals.min() if only_shrinks else totals.max()
     sizes = np.rint(np.minimum(target * total, 2.0**53)).astype(np.int64)  # a tiny share asks for no more than that
     # Rounding must not take from a group that is only to grow, nor add to one that is only to shrink.
-    sizes = np.minimum(sizes, base) if config.max_repeats == 1 else np.maximum(sizes, base)
-    return np.where(wanted, np.maximum(sizes, 1), 0)
+    sizes = np.minimum(sizes, base) if only_shrinks else np.maximum(sizes, base)
+    return np.where(has_share, np.maximum(sizes, 1), 0)
 
 
 def _times(group_of: np.ndarray, before: np.ndarray, after: np.ndarray, seed: int) -> np.ndarray:
@@ -110,14 +118,15 @@ def _share(amounts: np.ndarray) -> np.ndarray:
 
 
 def _report(
-    groups: list[str], group_of: np.ndarray, times: np.ndarray, target: np.ndarray, limited: list[str | None]
+    groups: list[str], group_of: np.ndarray, times: np.ndarray, target: np.ndarray, limited_by: list[str | None]
 ) -> dict[str, Shares]:
     before = np.bincount(group_of, minlength=len(groups))
     after = np.bincount(group_of, weights=times, minlength=len(groups)).astype(np.int64)
     dropped = np.bincount(group_of[times == 0], minlength=len(groups))
     repeats = np.zeros(len(groups), dtype=np.int64)
     np.maximum.at(repeats, group_of, times)
-    share_before, share_after = _share(before), _share(after)
+    share_before = _share(before)
+    share_after = _share(after)
     return {
         name: {
             "before": int(before[group]),
@@ -127,7 +136,7 @@ def _report(
             "share_target": float(target[group]),
             "dropped": int(dropped[group]),
             "repeats": int(repeats[group]),
-            "limited_by": limited[group],
+            "limited_by": limited_by[group],
         }
         for group, name in enumerate(groups)
     }

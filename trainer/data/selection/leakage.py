@@ -39,13 +39,22 @@ class LeakedDocuments:
 
     def report(self, where: Callable[[int], str]) -> dict[str, Any]:
         """Counts by kind on both sides, and the first places of each kind as "file:line = file:line"."""
-        result: dict[str, Any] = {"train": {}, "held_out": {}, "examples": {}, "incomplete": self.incomplete}
-        for place, kind in enumerate(LEAKS):
-            one, other = self.train[self.kind == place], self.held_out[self.kind == place]
-            result["train"][kind], result["held_out"][kind] = len(one), len(np.unique(other))
-            pairs = zip(one[:EXAMPLES].tolist(), other[:EXAMPLES].tolist(), strict=True)
-            result["examples"][kind] = [f"{where(a)} = {where(b)}" for a, b in pairs]
-        return result
+        train_counts: dict[str, int] = {}
+        held_out_counts: dict[str, int] = {}
+        examples: dict[str, list[str]] = {}
+        for number, kind in enumerate(LEAKS):
+            train = self.train[self.kind == number]
+            held_out = self.held_out[self.kind == number]
+            train_counts[kind] = len(train)
+            held_out_counts[kind] = len(np.unique(held_out))
+            pairs = zip(train[:EXAMPLES].tolist(), held_out[:EXAMPLES].tolist(), strict=True)
+            examples[kind] = [f"{where(train_row)} = {where(held_out_row)}" for train_row, held_out_row in pairs]
+        return {
+            "train": train_counts,
+            "held_out": held_out_counts,
+            "examples": examples,
+            "incomplete": self.incomplete,
+        }
 
 
 def find_leaks(
@@ -61,53 +70,64 @@ def find_leaks(
     column "verdict". Sources do not matter. Memory: some numbers a training document, and for near leaks 1.6 kB for each
     held-out one.
     """
-    partner, kind, incomplete = np.full(len(train), -1, np.int64), np.zeros(len(train), np.uint8), 0
-    for place, name in enumerate(LEAKS):
+    partner = np.full(len(train), -1, np.int64)
+    """The held-out document that each training document agrees with; -1 for none yet."""
+    kind = np.zeros(len(train), np.uint8)
+    incomplete = 0
+    # From the strictest kind on: a document that was found by one is not looked for by the next.
+    for number, name in enumerate(LEAKS):
         rows = np.flatnonzero(partner < 0)
         if name == "near":
             if not config.leakage.near:
                 continue
             index = NearIndex(text_of, config.duplicates.threshold)
-            for number in held_out.tolist():
-                index.add(number, text_of(number), int(signatures["verdict"][number]))
-            likest = [index.find(text_of(n), int(signatures["verdict"][n])) for n in train[rows].tolist()]
-            found = np.array([-1 if number is None else number for number in likest], np.int64)
+            for document in held_out.tolist():
+                index.add(document, text_of(document), int(signatures["verdict"][document]))
+            partners = np.full(len(rows), -1, np.int64)
+            for place, document in enumerate(train[rows].tolist()):
+                likest = index.find(text_of(document), int(signatures["verdict"][document]))
+                if likest is not None:
+                    partners[place] = likest
             incomplete = index.report["incomplete"]
         else:
             column = signatures[{"exact": "digest", "normalized": "normal"}.get(name, name)]
-            found = first_equal(column[train[rows]], column[held_out], held_out)
-            if name == "prompt":
-                found[column[train[rows]] == 0] = -1
-        partner[rows] = found
-        kind[rows[found >= 0]] = place
+            partners = first_equal(column[train[rows]], column[held_out], held_out)
+            if name == "prompt":  # 0 stands for no prompt
+                partners[column[train[rows]] == 0] = -1
+        partner[rows] = partners
+        kind[rows[partners >= 0]] = number
     leaking = np.flatnonzero(partner >= 0)
     return LeakedDocuments(train[leaking], partner[leaking], kind[leaking], incomplete)
 
 
-def first_equal(values: np.ndarray, others: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """For each value the one of `names` that stands beside the first equal one in `others`, -1 where there is none: int64."""
-    if not len(others):
-        return np.full(len(values), -1, dtype=np.int64)
-    order = np.argsort(others, kind="stable")
-    ordered = others[order]
-    place = np.minimum(np.searchsorted(ordered, values), len(others) - 1)
-    return np.where(ordered[place] == values, names[order[place]], -1)
+def first_equal(digests: np.ndarray, other_digests: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """int64: for each digest the name of the first equal one among `other_digests`; -1 if there is none.
+
+    `names` are those of `other_digests`.
+    """
+    if not len(other_digests):
+        return np.full(len(digests), -1, dtype=np.int64)
+    order = np.argsort(other_digests, kind="stable")
+    ordered = other_digests[order]
+    place = np.minimum(np.searchsorted(ordered, digests), len(other_digests) - 1)
+    return np.where(ordered[place] == digests, names[order[place]], -1)
 
 
 def apply_policy(
-    leaks: LeakedDocuments, policy: LeakagePolicy, number: int, where: Callable[[int], str]
+    leaks: LeakedDocuments, policy: LeakagePolicy, num_train: int, where: Callable[[int], str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Carry out the policy for `number` training documents: (those that are taken out, report).
+    """Carry out the policy for `num_train` training documents: (those that are taken out, report).
 
     Raises DataError where the policy is `fail` and there are leaks, with the counts and the first places.
     """
-    report, telling = leaks.report(where), leaks.beyond_prompts()
-    if len(telling) and policy is LeakagePolicy.fail:
+    report = leaks.report(where)
+    leaked = leaks.beyond_prompts()
+    if len(leaked) and policy is LeakagePolicy.fail:
         counts = ", ".join(f"{kind} {count}" for kind, count in report["train"].items() if count)
-        places = [place for kind in LEAKS[:-1] for place in report["examples"][kind]][:EXAMPLES]
+        places = [place for kind in LEAKS[:-1] for place in report["examples"][kind]]
         raise DataError(
-            f"{len(telling)} of {number} training documents are in the held-out data too ({counts}): "
-            f"{'; '.join(places)}. Take them out of one of the two, or set data.leakage.policy=drop_train, "
+            f"{len(leaked)} of {num_train} training documents are in the held-out data too ({counts}): "
+            f"{'; '.join(places[:EXAMPLES])}. Take them out of one of the two, or set data.leakage.policy=drop_train, "
             "or data.leakage.policy=report to train nevertheless"
         )
-    return telling if policy is LeakagePolicy.drop_train else telling[:0], report
+    return leaked if policy is LeakagePolicy.drop_train else leaked[:0], report

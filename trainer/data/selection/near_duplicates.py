@@ -20,17 +20,19 @@ NGRAM = 5
 def ngrams(normalized: bytes, partition: int = 0) -> list[bytes]:
     """The runs of 5 words of a normalised text, in order; of fewer words, but at least one, a single run of all.
 
-    Short texts are therefore similar only when their words are the same. Runs of texts with another `partition` are others.
+    Short texts are therefore similar only when their words are the same. Texts of different partitions share no run.
     """
     words = normalized.split()
     if not words:
         return []
-    lead = b"%d " % partition if partition else b""
-    return [lead + b" ".join(words[start : start + NGRAM]) for start in range(max(1, len(words) - NGRAM + 1))]
+    prefix = b"%d " % partition if partition else b""
+    num_runs = max(1, len(words) - NGRAM + 1)
+    return [prefix + b" ".join(words[start : start + NGRAM]) for start in range(num_runs)]
 
 
-MINHASH_SEED, MAX_MINHASH_VALUES = 1, 128
-"""Of MinHash: the seed, and most values a document."""
+MINHASH_SEED = 1
+MAX_MINHASH_VALUES = 128
+"""Most MinHash values of a document."""
 MIN_RECALL = 0.97
 """Share of the pairs exactly at the threshold that the bands must find, in theory."""
 ESTIMATE_MARGIN = 0.15
@@ -53,7 +55,8 @@ class NearIndex:
         from rensa import RMinHash, RMinHashLSH
 
         bands, rows = choose_bands(threshold)
-        self._threshold, self._text_of = threshold, text_of
+        self._threshold = threshold
+        self._text_of = text_of
         self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, MINHASH_SEED)
         self._index = RMinHashLSH(threshold, bands * rows, bands)
         self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, partition: self._sketch(text_of(row), partition)[1])
@@ -63,34 +66,42 @@ class NearIndex:
     def find(self, text: str, partition: int = 0) -> int | None:
         """The likest document with a Jaccard similarity of `threshold` or more over word n-grams; None where there is none.
 
-        Documents with another `partition` (a label, a source) are never near copies, nor are those without words.
+        Documents of another `partition` (a label, a source) are never near copies, nor are those without words.
         """
-        return self._find(*self._sketch(text, partition), partition)
+        runs, sketch = self._sketch(text, partition)
+        return self._find(runs, sketch, partition)
 
     def add(self, row: int, text: str, partition: int = 0, *, unless_found: bool = False) -> int | None:
-        """Keep a document for later ones; with `unless_found` only where none is found, which is given back else."""
+        """Keep a document for later ones; with `unless_found` only if no near copy of it is kept, which is returned else."""
         runs, sketch = self._sketch(text, partition)
-        found = self._find(runs, sketch, partition) if unless_found else None
-        if found is None and runs:
+        near_copy = self._find(runs, sketch, partition) if unless_found else None
+        if near_copy is None and runs:
             if len(self._index.query(sketch)) < MAX_CANDIDATES:
                 self._index.insert(row, sketch)
             else:
                 self.report["incomplete"] += 1
-        return found
+        return near_copy
 
     def _sketch(self, text: str, partition: int) -> tuple[list[bytes], Any]:
-        runs, sketch = ngrams(normalize(text), partition), self._empty()
+        """(runs of words, their MinHash sketch)."""
+        runs = ngrams(normalize(text), partition)
+        sketch = self._empty()
         sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
         return runs, sketch
 
     def _find(self, runs: list[bytes], sketch: Any, partition: int) -> int | None:
-        rows = self._index.query(sketch) if runs else []
-        estimates = [(sketch.jaccard(self._sketch_of(row, partition)), row) for row in rows]
-        likely = [(-estimate, row) for estimate, row in estimates if estimate >= self._threshold - ESTIMATE_MARGIN]
+        if not runs:
+            return None
+        likely: list[tuple[float, int]] = []
+        """(minus the estimated similarity, row), so that the likest comes first."""
+        for row in self._index.query(sketch):
+            estimate = sketch.jaccard(self._sketch_of(row, partition))
+            if estimate >= self._threshold - ESTIMATE_MARGIN:
+                likely.append((-estimate, row))
         for _, row in sorted(likely)[:MAX_CHECKED]:
-            other = ngrams(normalize(self._text_of(row)), partition)
+            candidate_runs = ngrams(normalize(self._text_of(row)), partition)
             self.report["comparisons"] += 1
-            if jaccard(set(runs), set(other)) >= self._threshold:
+            if jaccard(set(runs), set(candidate_runs)) >= self._threshold:
                 return row
         self.report["incomplete"] += len(likely) > MAX_CHECKED
         return None
@@ -99,15 +110,18 @@ class NearIndex:
 def near_copies(
     alive: np.ndarray, text_of: Callable[[int], str], partition: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """The document that stands for each, itself where it is no near copy of an earlier one that is none: int64[n]; a report.
+    """(int64[n]: the document that represents each, report): itself, or the earlier document that it is a near copy of.
 
-    Only rows that are `alive` (bool[n]) and equal in `partition` (uint64[n]) are compared.
+    A document that is itself a copy represents none. Only rows that are `alive` (bool[n]) and equal in `partition` (uint64[n])
+    are compared.
     """
-    index, stands = NearIndex(text_of, threshold), np.arange(len(alive), dtype=np.int64)
+    index = NearIndex(text_of, threshold)
+    representative = np.arange(len(alive), dtype=np.int64)
     for row in np.flatnonzero(alive).tolist():
-        leader = index.add(row, text_of(row), int(partition[row]), unless_found=True)
-        stands[row] = row if leader is None else leader
-    return stands, index.report
+        earlier = index.add(row, text_of(row), int(partition[row]), unless_found=True)
+        if earlier is not None:
+            representative[row] = earlier
+    return representative, index.report
 
 
 def jaccard(first: set[bytes], second: set[bytes]) -> float:
@@ -129,9 +143,8 @@ def choose_bands(threshold: float) -> tuple[int, int]:
     rows are the largest number for which that is at least 0.97 at s = threshold. For a threshold of 0.8: 18 bands of 7
     rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at 0.6, 0.13 at 0.5 and 0.03 at 0.4.
     """
-    rows = next(
-        rows
-        for rows in range(MAX_MINHASH_VALUES, 0, -1)
-        if recall(threshold, MAX_MINHASH_VALUES // rows, rows) >= MIN_RECALL
-    )
-    return MAX_MINHASH_VALUES // rows, rows
+    for rows in range(MAX_MINHASH_VALUES, 0, -1):
+        bands = MAX_MINHASH_VALUES // rows
+        if recall(threshold, bands, rows) >= MIN_RECALL:
+            return bands, rows
+    raise AssertionError(f"no bands for a threshold of {threshold}: one row a band finds enough of any above 0.03")

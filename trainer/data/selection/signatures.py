@@ -25,11 +25,11 @@ _UNSPACED = re.compile(
 )
 
 
-def mix(values: np.ndarray) -> np.ndarray:
+def mix(numbers: np.ndarray) -> np.ndarray:
     """A bijection of uint64 in which every bit depends on every bit (the finaliser of splitmix64, Steele et al. 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def digest64(data: bytes) -> int:
@@ -55,17 +55,14 @@ def _ascii_table() -> bytes:
 @functools.cache
 def _separators() -> re.Pattern[str]:
     """Runs of what separates words, other than the plain space: punctuation, control characters, other spaces."""
-    found = [chr(code) for code in range(128) if _ascii_table()[code] == 32 and code != 32]
+    separators = [chr(code) for code in range(128) if _ascii_table()[code] == 32 and code != 32]
     for code in (*range(0x80, 0x3100), *range(0xA000, 0xB000), *range(0xFE00, 0x10000)):
-        kind = unicodedata.category(chr(code))
-        if (
-            kind[0] == "Z"
-            or kind == "Cc"
-            or (kind[0] == "P" and kind != "Pd")
-            or chr(code) in "\u2013\u2014\u200b\ufeff"
-        ):
-            found.append(chr(code))
-    return re.compile("[" + re.escape("".join(found)) + "]+")
+        category = unicodedata.category(chr(code))
+        is_space_or_control = category[0] == "Z" or category == "Cc"
+        is_punctuation = category[0] == "P" and category != "Pd"  # hyphens are parts of words
+        if is_space_or_control or is_punctuation or chr(code) in "\u2013\u2014\u200b\ufeff":
+            separators.append(chr(code))
+    return re.compile("[" + re.escape("".join(separators)) + "]+")
 
 
 def normalize(text: str) -> bytes:
@@ -79,11 +76,12 @@ def normalize(text: str) -> bytes:
     if "!=" in text:
         text = text.replace("!=", "<>")
     if text.isascii():
-        data = text.encode("ascii").translate(_ascii_table())
+        words = text.encode("ascii").translate(_ascii_table())
     else:
         text = _separators().sub(" ", unicodedata.normalize("NFC", text.casefold()))
-        data = _UNSPACED.sub(lambda run: f" {' '.join(run[0])} ", text).encode("utf-8", "surrogatepass")
-    return data.replace(b"**", b"  ") if b"**" in data else data
+        text = _UNSPACED.sub(lambda run: f" {' '.join(run[0])} ", text)
+        words = text.encode("utf-8", "surrogatepass")
+    return words.replace(b"**", b"  ") if b"**" in words else words
 
 
 def normal_digest(normalized: bytes) -> int | None:
@@ -97,10 +95,14 @@ _as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps
 
 def content(document: Document) -> str:
     """Everything that makes the row what it is, as canonical text; its place and its source are no part of it."""
-    parts: tuple[Any, ...] = (document.messages, document.prompt, document.completion, document.text, document.label)
-    extra = (document.chosen, document.rejected, document.desirable)
-    parts += () if extra == (None, None, None) else extra
-    return _as_json(parts if document.tools is None else (*parts, document.tools))
+    parts: list[Any] = [document.messages, document.prompt, document.completion, document.text, document.label]
+    # Left out where there are none, so that digests of other documents stay what they were before there were these.
+    answers = [document.chosen, document.rejected, document.desirable]
+    if answers != [None, None, None]:
+        parts += answers
+    if document.tools is not None:
+        parts.append(document.tools)
+    return _as_json(parts)
 
 
 def compared_text(document: Document, which: ComparedText) -> str:
@@ -113,8 +115,11 @@ def compared_text(document: Document, which: ComparedText) -> str:
         part = prompt_of(document) if which is ComparedText.prompt else "\n".join(_texts(_split_answer(document)[1]))
         if part is not None and part.strip():
             return part
-    texts, rejected = document.texts(), _texts(document.rejected or [])
-    marked = [" ".join("~" + word for word in text.split()) for text in rejected]
+    texts = document.texts()
+    rejected = _texts(document.rejected or [])  # these are the last of `texts`
+    marked = []
+    for text in rejected:
+        marked.append(" ".join("~" + word for word in text.split()))
     return "\n".join([*texts[: len(texts) - len(rejected)], *marked])
 
 
@@ -122,7 +127,8 @@ def prompt_of(document: Document) -> str | None:
     """What an answer is given to: the turns before the last answer without system turns; None for plain text."""
     if document.text is not None:
         return document.text if document.label is not None else None
-    return "\n".join(_texts([turn for turn in _split_answer(document)[0] if turn["role"] != "system"]))
+    turns, _ = _split_answer(document)
+    return "\n".join(_texts([turn for turn in turns if turn["role"] != "system"]))
 
 
 def _split_answer(document: Document) -> tuple[list[Message], list[Message]]:
@@ -130,7 +136,8 @@ def _split_answer(document: Document) -> tuple[list[Message], list[Message]]:
     if document.chosen is not None:
         return document.messages or [], document.chosen
     turns = document.conversation()
-    last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+    answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    last = answers[-1] if answers else len(turns)
     return turns[:last], turns[last : last + 1]
 
 
@@ -156,22 +163,29 @@ class Signer:
         and "verdict", where near copies are looked for, for its label (0: none).
         Whole documents differ in "normal" when their label does.
         """
-        digests, normals, prompts = list[int](), list[int](), list[int]()
-        keys = np.zeros(len(documents), dtype=np.uint64)
-        whole = self.config.text is ComparedText.document
-        near = self.near or self.config.near is not DuplicatePolicy.none
-        worded = self.held_out or near or self.config.normalized is not DuplicatePolicy.none
+        digests: list[int] = []
+        normal_digests: list[int] = []
+        prompt_digests: list[int] = []
+        verdict_digests = np.zeros(len(documents), dtype=np.uint64)
+        compares_whole = self.config.text is ComparedText.document
+        looks_for_near = self.near or self.config.near is not DuplicatePolicy.none
+        needs_words = self.held_out or looks_for_near or self.config.normalized is not DuplicatePolicy.none
         for row, document in enumerate(documents):
-            text = compared_text(document, self.config.text) if worded or not whole else ""
-            digests.append(digest64((content(document) if whole else text).encode("utf-8", "surrogatepass")))
+            text = compared_text(document, self.config.text) if needs_words or not compares_whole else ""
+            identity = content(document) if compares_whole else text
+            digests.append(digest64(identity.encode("utf-8", "surrogatepass")))
             verdict = (document.label, document.desirable)
-            if whole and verdict != (None, None):
-                keys[row] = digest64(json.dumps(verdict).encode())
-            normal = normal_digest(normalize(text)) if worded else None
-            normals.append(digests[-1] if normal is None else normal)
+            if compares_whole and verdict != (None, None):
+                verdict_digests[row] = digest64(json.dumps(verdict).encode())
+            normal = normal_digest(normalize(text)) if needs_words else None
+            normal_digests.append(digests[-1] if normal is None else normal)
             prompt = prompt_of(document) if self.held_out else None
-            prompts.append(0 if prompt is None else normal_digest(normalize(prompt)) or 0)
-        found = {"digest": digests, "normal": normals, "prompt": prompts}
-        columns = {name: np.array(values, dtype=np.uint64) for name, values in found.items()}
-        columns["normal"] ^= keys
-        return {**columns, "verdict": keys} if near else columns
+            prompt_digests.append(0 if prompt is None else normal_digest(normalize(prompt)) or 0)
+        columns = {
+            "digest": np.array(digests, dtype=np.uint64),
+            "normal": np.array(normal_digests, dtype=np.uint64) ^ verdict_digests,
+            "prompt": np.array(prompt_digests, dtype=np.uint64),
+        }
+        if looks_for_near:
+            columns["verdict"] = verdict_digests
+        return columns

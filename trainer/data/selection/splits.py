@@ -24,7 +24,8 @@ from trainer.data.selection.signatures import compared_text, mix
 from trainer.data.store.documents import DocumentTable
 
 Log = Callable[[str, str, str], None]
-STEP, OFFSET = 0x9E3779B97F4A7C15, 0x632BE59BD9B4E019
+SEED_FACTOR = 0x9E3779B97F4A7C15
+SEED_OFFSET = 0x632BE59BD9B4E019
 """What the seed is multiplied with and added to, so that draws of different seeds have nothing in common."""
 
 
@@ -80,10 +81,18 @@ class Duplicates:
 
 
 def policies_of(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
-    """What is done about each kind that is looked for: at least what is done about the kinds after it."""
-    order = list(DuplicatePolicy)
-    given = [order.index(policy) for policy in (config.exact, config.normalized, config.near)]
-    return {kind: order[most] for place, kind in enumerate(KINDS) if (most := max(given[place:]))}
+    """What is done about each kind that is looked for: at least what is done about the kinds after it.
+
+    A near copy includes the exact copies, so that a policy for near ones holds for all.
+    """
+    severities = list(DuplicatePolicy)  # from `none` on
+    settings = [severities.index(policy) for policy in (config.exact, config.normalized, config.near)]
+    policies = {}
+    for place, kind in enumerate(KINDS):
+        severity = max(settings[place:])
+        if severity:
+            policies[kind] = severities[severity]
+    return policies
 
 
 def find_duplicates(
@@ -94,28 +103,34 @@ def find_duplicates(
     `text_of(row)` gives `compared_text(document, config.text)`.
     """
     rows = np.arange(len(columns["digest"]), dtype=np.int64)
-    result = Duplicates(rows.copy(), np.zeros(len(rows), np.uint8))
+    duplicates = Duplicates(rows.copy(), np.zeros(len(rows), np.uint8))
     for kind in policies_of(config):
-        alive = result.kind == 0
+        alive = duplicates.kind == 0
         if kind == "near":
-            stands, result.search = near_copies(alive, text_of, columns["verdict"], config.threshold)
+            representative, duplicates.search = near_copies(alive, text_of, columns["verdict"], config.threshold)
         else:
-            digests, stands = columns["digest" if kind == "exact" else "normal"][alive], rows.copy()
-            _, first, which = np.unique(digests, return_index=True, return_inverse=True)
-            stands[alive] = rows[alive][first[which]]
-        found = stands != rows
-        result.representative[found], result.kind[found] = stands[found], 1 + KINDS.index(kind)
+            representative = rows.copy()
+            digests = columns["digest" if kind == "exact" else "normal"][alive]
+            _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+            representative[alive] = rows[alive][first[inverse]]
+        is_copy = representative != rows
+        duplicates.representative[is_copy] = representative[is_copy]
+        duplicates.kind[is_copy] = 1 + KINDS.index(kind)
     # A copy was compared with its first exemplar only; where that one turned out a duplicate, so is the copy.
     for _ in KINDS[1:]:
-        result.representative = result.representative[result.representative]
-    return result
+        duplicates.representative = duplicates.representative[duplicates.representative]
+    return duplicates
 
 
 class _SplitChooser:
     """The documents still in, and what happened to the others."""
 
     def __init__(self, config: DataConfig, columns: Columns, table: DocumentTable, seed: int, log: Log) -> None:
-        self.config, self.columns, self.table, self.seed, self.log = config, columns, table, seed, log
+        self.config = config
+        self.columns = columns
+        self.table = table
+        self.seed = seed
+        self.log = log
         self.alive = np.ones(len(columns), bool)
         self.content = columns.signatures["digest"].copy()
         """What draws go by: near copies take the digest of the one they copy."""
@@ -139,26 +154,30 @@ class _SplitChooser:
         """What near copies are compared by."""
         return compared_text(self.table.document(number), self.config.duplicates.text)
 
-    def copies(self) -> None:
-        """Exact, normalised and near copies within the training documents."""
-        config, train = self.config.duplicates, self.columns.of_split("train")
+    def drop_copies(self) -> None:
+        """Report, and by policy drop, exact, normalised and near copies within the training documents."""
+        config = self.config.duplicates
+        train = self.columns.of_split("train")
         if not len(train):
             return
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
-        found = find_duplicates(config, signatures, lambda number: self.text(int(train[number])))
-        self.content[train] = self.content[train[found.representative]]
+        duplicates = find_duplicates(config, signatures, lambda number: self.text(int(train[number])))
+        representatives = train[duplicates.representative]
+        self.content[train] = self.content[representatives]
         report: dict[str, Any] = {}
         for kind, policy in policies_of(config).items():
-            copies = np.flatnonzero(found.kind == 1 + KINDS.index(kind))
-            pairs = [(int(train[found.representative[copy]]), int(train[copy])) for copy in copies[:EXAMPLES].tolist()]
+            copies = np.flatnonzero(duplicates.kind == 1 + KINDS.index(kind))
+            examples = []
+            for copy in copies[:EXAMPLES].tolist():
+                examples.append({"a": self.where(int(representatives[copy])), "b": self.where(int(train[copy]))})
             report[kind] = {
                 "policy": str(policy),
                 "documents": len(copies),
-                "groups": len(np.unique(found.representative[copies])),
-                "examples": [{"a": self.where(a), "b": self.where(b)} for a, b in pairs],
+                "groups": len(np.unique(duplicates.representative[copies])),
+                "examples": examples,
             }
             if kind == "near":
-                report[kind] |= {"threshold": config.threshold, "search": found.search}
+                report[kind] |= {"threshold": config.threshold, "search": duplicates.search}
             if policy is DuplicatePolicy.drop:
                 self.drop(train[copies], "duplicates", kind)
         self.selection.report["duplicates"] = report
@@ -168,7 +187,8 @@ class _SplitChooser:
 
         With groups it goes by group, and copies in two groups may fall apart, which the search for leaks then tells.
         """
-        columns, splits = self.columns, self.selection.splits
+        columns = self.columns
+        splits = self.selection.splits
         for split in HELD_OUT:
             if split in columns.splits:
                 splits[split] = columns.of_split(split)
@@ -177,104 +197,126 @@ class _SplitChooser:
         if not (self.config.eval_share or self.config.test_share):
             return
         drawn_by = self.content if self.groups is None else self.groups
-        draws = mix(drawn_by[train] + np.uint64((self.seed * STEP + OFFSET) % 2**64))
-        taken = np.zeros(len(train), bool)
+        draws = mix(drawn_by[train] + np.uint64((self.seed * SEED_FACTOR + SEED_OFFSET) % 2**64))
+        is_held_out = np.zeros(len(train), bool)
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
             if not share or not len(train):
                 continue
-            free = np.flatnonzero(~taken)
+            free = np.flatnonzero(~is_held_out)
             if not len(free):
                 break
-            wanted = min(len(free), max(1, round(share * len(train))))
+            number = min(len(free), max(1, round(share * len(train))))
             if self.groups is None:
-                chosen = free[draws[free] <= np.partition(draws[free], wanted - 1)[wanted - 1]]
+                # The documents with the smallest draws; copies have equal draws, so they come together.
+                largest_draw = np.partition(draws[free], number - 1)[number - 1]
+                held_out = free[draws[free] <= largest_draw]
             else:
-                chosen = free[take_whole_groups(draws[free], wanted)]
-            taken[chosen] = True
-            splits[split] = train[chosen]
-        if len(train) and taken.all():
-            shares = [(f"data.{s}_share", getattr(self.config, f"{s}_share")) for s in HELD_OUT]
-            named = " and ".join(f"{key}={share:g}" for key, share in shares if share)
-            different = (
-                "of them different" if self.groups is None else f"groups by data.group_by={self.config.group_by}"
-            )
-            raise DataError(
-                f"{named} leaves no training document: {len(train)} documents, {len(np.unique(draws))} {different}; "
-                "add data, or set it to 0"
-            )
-        splits["train"] = train[~taken]
+                held_out = free[take_whole_groups(draws[free], number)]
+            is_held_out[held_out] = True
+            splits[split] = train[held_out]
+        if len(train) and is_held_out.all():
+            self._refuse_empty_training(len(train), len(np.unique(draws)))
+        splits["train"] = train[~is_held_out]
 
-    def leaks(self) -> None:
-        """Training documents that are in a held-out split too."""
-        splits, report, policy = self.selection.splits, dict[str, Any](), self.config.leakage.policy
-        for split, held_out in self._sets():
+    def _refuse_empty_training(self, num_documents: int, num_draws: int) -> None:
+        """Raise DataError where the held-out shares leave nothing: copies, or members of a group, are never parted."""
+        settings = []
+        for split in HELD_OUT:
+            share = getattr(self.config, f"{split}_share")
+            if share:
+                settings.append(f"data.{split}_share={share:g}")
+        different = "of them different" if self.groups is None else f"groups by data.group_by={self.config.group_by}"
+        raise DataError(
+            f"{' and '.join(settings)} leaves no training document: {num_documents} documents, {num_draws} {different}; "
+            "add data, or set it to 0"
+        )
+
+    def drop_leaks(self) -> None:
+        """Report, and by policy drop, training documents that are in a held-out split too."""
+        splits = self.selection.splits
+        policy = self.config.leakage.policy
+        report: dict[str, Any] = {}
+        for split, held_out in self._held_out_sets():
             train = splits["train"]
             if not len(train) or not len(held_out):
                 continue
-            found = find_leaks(self.columns.signatures, train, held_out, self.config, self.text)
-            taken, about = apply_policy(found, policy, len(train), self.where)
-            report[split] = {"policy": str(policy), **about}
-            self.drop(taken, "leakage", f"in_{split}")
-            splits["train"] = np.setdiff1d(train, taken)
+            leaks = find_leaks(self.columns.signatures, train, held_out, self.config, self.text)
+            dropped, leak_report = apply_policy(leaks, policy, len(train), self.where)
+            report[split] = {"policy": str(policy), **leak_report}
+            self.drop(dropped, "leakage", f"in_{split}")
+            splits["train"] = np.setdiff1d(train, dropped)
         if report:
             self.selection.report["leakage"] = report
 
-    def shared_groups(self) -> None:
+    def drop_shared_groups(self) -> None:
         """Training documents whose group is in a held-out split too, which only files of held-out rows can bring about."""
         if self.groups is None:
             return
-        splits, policy, report = self.selection.splits, self.config.leakage.policy, dict[str, Any]()
-        held_out_sets = dict(self._sets())
+        splits = self.selection.splits
+        policy = self.config.leakage.policy
+        report: dict[str, Any] = {}
+        held_out_sets = dict(self._held_out_sets())
         for split, held_out in held_out_sets.items():
             train = splits["train"]
-            shared = np.isin(self.groups[train], self.groups[held_out]) & (self.groups[train] != 0)
-            report[split] = {"in_training": int(shared.sum())}
-            if policy is LeakagePolicy.fail and shared.any():
+            is_shared = np.isin(self.groups[train], self.groups[held_out]) & (self.groups[train] != 0)
+            report[split] = {"in_training": int(is_shared.sum())}
+            if policy is LeakagePolicy.fail and is_shared.any():
                 raise DataError(
-                    f"{int(shared.sum())} of {len(train)} training documents are of groups (data.group_by="
-                    f"{self.config.group_by}) that the {split} split has too: {self.where(int(train[shared][0]))} and others; "
-                    "take them out of one of the two, or set data.leakage.policy=drop_train, or report to continue"
+                    f"{int(is_shared.sum())} of {len(train)} training documents are of groups (data.group_by="
+                    f"{self.config.group_by}) that the {split} split has too: {self.where(int(train[is_shared][0]))} and "
+                    "others; take them out of one of the two, or set data.leakage.policy=drop_train, or report to go on"
                 )
             if policy is LeakagePolicy.drop_train:
-                self.drop(train[shared], "leakage", f"group_in_{split}")
-                splits["train"] = train[~shared]
+                self.drop(train[is_shared], "leakage", f"group_in_{split}")
+                splits["train"] = train[~is_shared]
         for split, documents in {"train": splits["train"], **held_out_sets}.items():
             groups = self.groups[np.unique(documents)]
             counts = {"documents": len(groups), "groups": len(np.unique(groups[groups != 0]))}
             report[split] = counts | report.get(split, {"in_training": 0})
         self.selection.report["groups"] = report
 
-    def _sets(self) -> Iterator[tuple[str, np.ndarray]]:
+    def _held_out_sets(self) -> Iterator[tuple[str, np.ndarray]]:
         """The held-out splits with their documents, that of evaluation by its sets where these have names."""
-        columns, splits, named = self.columns, self.selection.splits, self.config.eval_path
-        for split in [split for split in HELD_OUT if split in splits]:
-            if split != "eval" or not isinstance(named, Mapping):
+        columns = self.columns
+        splits = self.selection.splits
+        evaluation_sets = self.config.eval_path
+        for split in HELD_OUT:
+            if split not in splits:
+                continue
+            if split != "eval" or not isinstance(evaluation_sets, Mapping):
                 yield split, splits[split]
                 continue
             sources = columns.source[splits[split]]
-            for name in [name for name in named if name in columns.sources]:
-                yield f"{split}/{name}", splits[split][sources == columns.sources.index(name)]
+            for name in evaluation_sets:
+                if name in columns.sources:
+                    yield f"{split}/{name}", splits[split][sources == columns.sources.index(name)]
 
     def balance(self) -> None:
         """Resample the training documents; label counts before and after."""
-        columns, splits, config = self.columns, self.selection.splits, self.config.balance
+        columns = self.columns
+        splits = self.selection.splits
+        config = self.config.balance
         train = splits["train"]
-        before = self._labels(train)
+        labels_before = self._count_labels(train)
         if config.by is not BalanceBy.none and len(train):
-            names = columns.labels if config.by is BalanceBy.label else columns.sources
-            group_of = columns.label[train] if config.by is BalanceBy.label else columns.source[train]
+            if config.by is BalanceBy.label:
+                names = columns.labels
+                group_of = columns.label[train]
+            else:
+                names = columns.sources
+                group_of = columns.source[train]
             if not names or (group_of < 0).any():
                 raise DataError(f"data.balance.by={config.by}: not every training document has a label")
-            chosen, report = resample(names, group_of.astype(np.int64), config, self.seed)
-            left_out = np.setdiff1d(np.arange(len(train)), chosen)
+            kept, report = resample(names, group_of.astype(np.int64), config, self.seed)
+            left_out = np.setdiff1d(np.arange(len(train)), kept)
             self.drop(train[left_out], "balance", "left_out")
-            splits["train"] = train[chosen]
+            splits["train"] = train[kept]
             self.selection.report["balance"] = report
-        if before:
-            self.selection.report["labels"] = {"before": before, "after": self._labels(splits["train"])}
+        if labels_before:
+            self.selection.report["labels"] = {"before": labels_before, "after": self._count_labels(splits["train"])}
 
-    def _labels(self, documents: np.ndarray) -> dict[str, int]:
+    def _count_labels(self, documents: np.ndarray) -> dict[str, int]:
         if not self.columns.labels:
             return {}
         counts = np.bincount(self.columns.label[documents], minlength=len(self.columns.labels))
@@ -284,28 +326,30 @@ class _SplitChooser:
 def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: int, log: Log) -> Selection:
     """The splits. A function of the columns, the texts, the settings and the seed. Raises DataError, ConfigError."""
     chooser = _SplitChooser(config, columns, table, seed, log)
-    chooser.copies()
+    chooser.drop_copies()
     chooser.hold_out()
-    chooser.leaks()
-    chooser.shared_groups()
+    chooser.drop_leaks()
+    chooser.drop_shared_groups()
     chooser.balance()
     selection = chooser.selection
     selection.splits = {name: selection.splits[name] for name in ("train", *HELD_OUT) if name in selection.splits}
     return selection
 
 
-def take_whole_groups(draws: np.ndarray, wanted: int) -> np.ndarray:
-    """Which documents to take, as bool [n], so that about `wanted` are: those of one draw (uint64 [n]) all or none.
+def take_whole_groups(draws: np.ndarray, number: int) -> np.ndarray:
+    """bool [n]: which documents to take so that about `number` are; those of one draw (uint64 [n]) all or none.
 
     Groups are taken in the order of their draws, one that would be too much passed over; at least one is taken.
     """
     _, group, sizes = np.unique(draws, return_inverse=True, return_counts=True)
-    taken, left = np.zeros(len(sizes), bool), wanted
+    is_taken = np.zeros(len(sizes), bool)
+    missing = number
     for place, size in enumerate(sizes.tolist()):
-        if size <= left:
-            taken[place], left = True, left - size
-        if not left:
+        if size <= missing:
+            is_taken[place] = True
+            missing -= size
+        if not missing:
             break
-    if not taken.any():
-        taken[sizes.argmin()] = True
-    return taken[group]
+    if not is_taken.any():
+        is_taken[sizes.argmin()] = True
+    return is_taken[group]
