@@ -68,15 +68,15 @@ def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
 
     The inode's change time moves with every write and cannot be set back by a program. Raises DataError.
     """
-    identity = file_state(path)
-    if int(identity[1]) < big:
+    state = file_state(path)
+    _, size, *_ = state
+    if int(size) < big:
         return file_digest(path)
-    entry = cache_dir / "digests" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40]
+    entry = cache_dir / "digests" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:40]
     with suppress(OSError):
-        if SHA256.fullmatch(
-            known := entry.read_text(errors="replace", encoding="utf-8")
-        ):  # a power cut may have emptied it
-            return known
+        remembered = entry.read_text(errors="replace", encoding="utf-8")
+        if SHA256.fullmatch(remembered):  # a power cut may have emptied the entry
+            return remembered
     digest = file_digest(path)
     with suppress(OSError):  # a cache that cannot be written only costs time
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -208,11 +208,11 @@ def _head_start_s() -> float:
 
 def hashes_of(directory: Path) -> dict[str, dict[str, str]]:
     """By relative path: the sampled and the whole SHA-256 of everything that training reads. Errors: OSError."""
-    files = sorted(path for path in directory.rglob("*") if path.suffix in ARRAY_SUFFIXES)
-    return {
-        path.relative_to(directory).as_posix(): {"sampled": sampled_digest(path), "sha256": file_digest(path)}
-        for path in files
-    }
+    hashes = {}
+    for path in sorted(path for path in directory.rglob("*") if path.suffix in ARRAY_SUFFIXES):
+        name = path.relative_to(directory).as_posix()
+        hashes[name] = {"sampled": sampled_digest(path), "sha256": file_digest(path)}
+    return hashes
 
 
 def compare_hashes(directory: Path, hashes: dict[str, dict[str, str]], how: Verify) -> None:
@@ -237,19 +237,25 @@ def _remedy(directory: Path) -> str:
 
 @contextmanager
 def _lock(path: Path, directory: Path, stop: Callable[[], None], head_start_s: float) -> Iterator[None]:
-    """An exclusive lock between processes; the kernel releases it when its holder dies."""
+    """An exclusive lock between processes; the kernel releases it when its holder dies.
+
+    For `head_start_s` seconds this process does not ask for it, so that another one may take it first.
+    """
     with path.open("a+", encoding="utf-8") as file:  # NFS gives no shared lock of what is open for writing alone
-        began, told = time.monotonic(), False
-        while time.monotonic() - began < head_start_s and not (directory / DONE).exists() and not _is_locked(file):
+        started_at = time.monotonic()
+        while time.monotonic() - started_at < head_start_s:
+            if (directory / DONE).exists() or _is_locked(file):
+                break
             stop()
             time.sleep(0.05)
+        has_warned = False
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            if not told and time.monotonic() - began > 2:
+            if not has_warned and time.monotonic() - started_at > 2:
                 log.warning("waiting for another process that prepares the data in %s", directory)
-                told = True
+                has_warned = True
             stop()
             time.sleep(0.05)
         yield
@@ -305,7 +311,7 @@ class Shards:
             return None
         for count in counts:
             shards = cls(directory, count)
-            missing = [n for n in range(count) if not shards.path(n).exists()]
+            missing = [number for number in range(count) if not shards.path(number).exists()]
             if not missing:
                 return shards
         raise DataError(
@@ -315,7 +321,10 @@ class Shards:
 
     def blocks(self) -> Generator[Block]:
         """All blocks in input order."""
-        files = [path for number in range(self.count) for path in self.path(number).glob("*.npz")]
+        files: list[Path] = []
+        for number in range(self.count):
+            files += self.path(number).glob("*.npz")
+        # Named by their numbers, which are those of the whole input.
         for path in sorted(files, key=lambda path: path.name):
             yield load(path)
 

@@ -69,16 +69,20 @@ class Document:
         return f"{self.file}:{self.line}"
 
     def conversation(self) -> list[Message]:
-        """What is said, without rejected answers; prompt and completion as two turns. None of a text."""
+        """The turns, without rejected answers; prompt and completion as two turns. None of a text."""
         if self.prompt is not None:
-            asked, answer = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}
-            return [asked, answer]
+            return [
+                {"role": "user", "content": self.prompt},
+                {"role": "assistant", "content": self.completion},
+            ]
         return [*(self.messages or []), *(self.chosen or [])]
 
     def take_turns(self) -> list[Message]:
         """Prompt and completion, taken from the document, as two turns."""
         turns = self.conversation()
-        self.prompt, self.completion, self.separator = None, None, ""
+        self.prompt = None
+        self.completion = None
+        self.separator = ""
         return turns
 
     def turns(self) -> list[Message]:
@@ -94,52 +98,66 @@ class Document:
         """Replace every text by `change(text)`, in place."""
         for message in self.turns():
             for name in ("reasoning_content", "content"):
-                if old := message.get(name):
-                    message[name] = change(old)
+                if message.get(name):
+                    message[name] = change(message[name])
             for number, call in enumerate(message.get("tool_calls", ())):
-                new = with_texts(call["function"]["arguments"], change)
-                message["tool_calls"][number] = {**call, "function": {**call["function"], "arguments": new}}
+                function = call["function"]
+                arguments = with_texts(function["arguments"], change)
+                message["tool_calls"][number] = {**call, "function": {**function, "arguments": arguments}}
         for name in ("prompt", "completion", "text"):
-            if (text := getattr(self, name)) is not None:
+            text = getattr(self, name)
+            if text is not None:
                 setattr(self, name, change(text))
 
 
-def texts_of(value: Any) -> Iterator[str]:
+def texts_of(node: Any) -> Iterator[str]:
     """The texts in the arguments of calls (a list of calls, or anything inside), without names and keys."""
-    if isinstance(value, str):
-        if value.strip():
-            yield value
-    elif isinstance(value, dict):
-        for inner in [value["function"]["arguments"]] if "function" in value else value.values():
+    if isinstance(node, str):
+        if node.strip():
+            yield node
+    elif isinstance(node, dict):
+        # A call: only its arguments are text.
+        inner_nodes = [node["function"]["arguments"]] if "function" in node else node.values()
+        for inner in inner_nodes:
             yield from texts_of(inner)
-    elif isinstance(value, list):
-        for inner in value:
+    elif isinstance(node, list):
+        for inner in node:
             yield from texts_of(inner)
 
 
-def with_texts(value: Any, change: Callable[[str], str], key: Callable[[str], str] = str) -> Any:
-    """Arguments of a call with every text changed, and every key by `key`."""
-    if isinstance(value, str):
-        return change(value) if value.strip() else value
-    if isinstance(value, dict):
-        return {key(name): with_texts(inner, change, key) for name, inner in value.items()}
-    return [with_texts(inner, change, key) for inner in value] if isinstance(value, list) else value
+def with_texts(node: Any, change: Callable[[str], str], change_key: Callable[[str], str] = str) -> Any:
+    """Arguments of a call with every text changed, and every key by `change_key`."""
+    if isinstance(node, str):
+        return change(node) if node.strip() else node
+    if isinstance(node, dict):
+        return {change_key(name): with_texts(inner, change, change_key) for name, inner in node.items()}
+    if isinstance(node, list):
+        return [with_texts(inner, change, change_key) for inner in node]
+    return node
 
 
 def texts_in(message: Message) -> list[str]:
-    """The texts of a turn, in the order in which they are said; an empty content is none where something else is."""
+    """The texts of a turn in reading order. An empty content counts as a text only if the turn has nothing else."""
     if len(message) == 2:
         return [message["content"]]
-    said = [message["reasoning_content"]] if "reasoning_content" in message else []
+    texts: list[str] = []
+    if "reasoning_content" in message:
+        texts.append(message["reasoning_content"])
     calls = message.get("tool_calls")
-    said += [message["content"]] if message["content"] or not (said or calls or message["role"] == "tool") else []
-    return said if calls is None else [*said, *texts_of(calls)]
+    has_something_else = texts or calls or message["role"] == "tool"
+    if message["content"] or not has_something_else:
+        texts.append(message["content"])
+    if calls is not None:
+        texts += texts_of(calls)
+    return texts
 
 
 def thought_of(message: Message) -> str | None:
     """The thought of a turn: its own field, or <think>...</think> at the start of its content."""
+    if message.get("reasoning_content"):
+        return message["reasoning_content"]
     match = THINK.match(message["content"] or "")
-    return message.get("reasoning_content") or (match.group(1) if match else None)
+    return match.group(1) if match else None
 
 
 @dataclass(slots=True)
@@ -194,7 +212,9 @@ class RefusedDocument(DataError):
 
     def __init__(self, where: str, reason: str, message: str) -> None:
         super().__init__(where, reason, message)
-        self.where, self.reason, self.message = where, reason, message
+        self.where = where
+        self.reason = reason
+        self.message = message
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
@@ -225,8 +245,8 @@ class Findings:
 
 def keep_first(examples: dict[str, list[str]], key: str, places: list[str]) -> None:
     """Add places to those of a key, as far as `EXAMPLES` allows."""
-    kept = examples.setdefault(key, [])
-    kept.extend(places[: EXAMPLES - len(kept)])
+    places_of_key = examples.setdefault(key, [])
+    places_of_key.extend(places[: EXAMPLES - len(places_of_key)])
 
 
 @dataclass(slots=True)
@@ -254,9 +274,9 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add a later block's tally."""
-        for mine, theirs in ((self.dropped, other.dropped), (self.noted, other.noted)):
-            for stage, counts in theirs.items():
-                mine.setdefault(stage, Counter()).update(counts)
+        for table, other_table in ((self.dropped, other.dropped), (self.noted, other.noted)):
+            for stage, counts in other_table.items():
+                table.setdefault(stage, Counter()).update(counts)
         for key, places in other.examples.items():
             keep_first(self.examples, key, places)
         self.findings.merge(other.findings)

@@ -20,7 +20,9 @@ VERDICTS = "true or false, 1 or 0, yes or no, up or down, desirable or undesirab
 """The values of a verdict, for messages."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 3, 8, 4
+_SHORT.maxlevel = 3
+_SHORT.maxdict = 8
+_SHORT.maxlist = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class Refusal(Exception):
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
-        self.reason, self.message = reason, message
+        self.reason = reason
+        self.message = message
 
 
 def show_value(value: Any) -> str:
@@ -49,8 +52,10 @@ def show_value(value: Any) -> str:
 
 def value_at(fields: dict[str, Any], name: str) -> Any:
     """The value of a column, or of `b` inside `a` for `a.b`. Raises KeyError where there is none, Refusal for a fault."""
+    # A column that is itself called `a.b` goes first.
+    path = [name] if name in fields else name.split(".")
     value: Any = fields
-    for part in [name] if name in fields else name.split("."):  # a.b is a column of that name, or b inside a
+    for part in path:
         if isinstance(value, list) and part.isdecimal() and part.isascii() and int(part) < len(value):
             value = value[int(part)]
         elif isinstance(value, dict) and part in value:
@@ -65,15 +70,16 @@ def value_at(fields: dict[str, Any], name: str) -> Any:
 def group_of(fields: dict[str, Any], name: str) -> str:
     """What a row belongs to, as its column `name` says. Raises Refusal: missing_group."""
     try:
-        value = value_at(fields, name)
+        group = value_at(fields, name)
     except KeyError:
         raise Refusal("missing_group", f"no column {name!r} (data.group_by); the row has {sorted(fields)}") from None
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer()):
-        return str(int(value))
+    if isinstance(group, str) and group.strip():
+        return group.strip()
+    is_whole = isinstance(group, int) and not isinstance(group, bool)
+    if is_whole or (isinstance(group, float) and group.is_integer()):
+        return str(int(group))
     raise Refusal(
-        "missing_group", f'"{name}" (data.group_by) is {show_value(value)}; it must be a text or a whole number'
+        "missing_group", f'"{name}" (data.group_by) is {show_value(group)}; it must be a text or a whole number'
     )
 
 
@@ -81,58 +87,59 @@ def is_nothing(value: Any) -> bool:
     """Whether a value is one of those by which tables and files say that there is none."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
-    if isinstance(value, dict | list):
-        return all(is_nothing(item) for item in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        return all(map(is_nothing, value.values()))
+    if isinstance(value, list):
+        return all(map(is_nothing, value))
     return value is None
 
 
 def is_texts(value: Any) -> bool:
     """Whether a value is a list of texts, as some tables keep the one text that there is."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(element, str) for element in value)
 
 
 def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
     """The text in a column, or the one in its list. Raises Refusal: not_text, empty_text.
 
-    What is no character is refused where files are read.
+    What is no character is refused where files are read. `name`: what messages call the column.
     """
-    value: Any = fields.get(key)
-    choice = "" if name else f", or choose one with data.columns, as in data.columns.{key}={key}.0"
+    text: Any = fields.get(key)
+    advice = "" if name else f", or choose one with data.columns, as in data.columns.{key}={key}.0"
     name = name or f'"{key}"'
-    if is_texts(value):
-        if len(value) > 1:
-            what = f"{name} is a list of {len(value)} texts, {show_value(value)}"
-            raise Refusal("not_text", f"{what}, and one is meant: join them{choice}")
-        value = value[0]
-    if not isinstance(value, str):
-        as_text = f', as "{value}"' if type(value) in (int, float) else ""
-        raise Refusal(
-            "not_text", f"{name} is {show_value(value) if key in fields else 'missing'}; it must be a text{as_text}"
-        )
-    if not value or value.isspace():
+    if is_texts(text):
+        if len(text) > 1:
+            what = f"{name} is a list of {len(text)} texts, {show_value(text)}"
+            raise Refusal("not_text", f"{what}, and one is meant: join them{advice}")
+        text = text[0]
+    if not isinstance(text, str):
+        what = show_value(text) if key in fields else "missing"
+        as_text = f', as "{text}"' if type(text) in (int, float) else ""
+        raise Refusal("not_text", f"{name} is {what}; it must be a text{as_text}")
+    if not text or text.isspace():
         raise Refusal("empty_text", f"{name} is an empty text")
-    return value
+    return text
 
 
-def label_of(value: Any) -> str:
+def label_of(label: Any) -> str:
     """The class label as text: a name, a whole number, or true/false. Raises Refusal: bad_label."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str) and value.strip():
-        return text_of({"label": value}, "label").strip()
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return str(int(value))
-    raise Refusal("bad_label", f'"label" is {show_value(value)}; it must be a name, a whole number or true/false')
+    if isinstance(label, bool):
+        return "true" if label else "false"
+    if isinstance(label, str) and label.strip():
+        return text_of({"label": label}, "label").strip()
+    if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
+        return str(int(label))
+    raise Refusal("bad_label", f'"label" is {show_value(label)}; it must be a name, a whole number or true/false')
 
 
-def verdict_of(value: Any) -> bool | None:
+def verdict_of(verdict: Any) -> bool | None:
     """Thumbs up (True) or down (False) of a value in `VERDICTS`, in any case; None for anything else.
 
     A table with an empty cell makes 1.0 and 0.0 of its 1 and 0.
     """
-    if not isinstance(value, bool | str | int | float):
+    if not isinstance(verdict, bool | str | int | float):
         return None
-    text = str(value).strip().lower()
+    text = str(verdict).strip().lower()
     return _VERDICTS.get(text, _MORE_VERDICTS.get(text))
 
 
@@ -169,16 +176,21 @@ class Unread:
     names: dict[str, None] = field(default_factory=dict)
     _known_shapes: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
 
-    def note(self, fields: Mapping[str, Any], others: tuple[str, ...], read: tuple[str, ...]) -> None:
-        """Take in a row of which the columns `read` are read. Raises Refusal for a column that carries meaning."""
-        shape = (read, others, *fields)
-        found = self._known_shapes.get(shape)
-        if found is None:
-            names = [name for name in (*fields, *others) if name not in read and name not in self.ignored]
-            found = names, [name for name in self.refused if name in names and name in fields]
+    def note(self, fields: Mapping[str, Any], unread_columns: tuple[str, ...], read: tuple[str, ...]) -> None:
+        """Take in a row of which the columns `read` are read. Raises Refusal for a column that carries meaning.
+
+        `unread_columns`: further columns of the file, whose values are not in `fields`.
+        """
+        # Most rows of a source have the same columns, so the answer for these is kept.
+        shape = (read, unread_columns, *fields)
+        unread_and_carriers = self._known_shapes.get(shape)
+        if unread_and_carriers is None:
+            unread = [name for name in (*fields, *unread_columns) if name not in read and name not in self.ignored]
+            carriers = [name for name in self.refused if name in unread and name in fields]
+            unread_and_carriers = unread, carriers
             if len(self._known_shapes) < MAX_NAMES:
-                self._known_shapes[shape] = found
-        names, carriers = found
+                self._known_shapes[shape] = unread_and_carriers
+        unread, carriers = unread_and_carriers
         for name in carriers:
             if not is_nothing(fields[name]):
                 raise Refusal(
@@ -187,13 +199,14 @@ class Unread:
                     f"{self.setting} if it is what is to be read, or name it in data.ignore_columns to train without it",
                 )
         if len(self.names) < MAX_NAMES:
-            self.names.update(dict.fromkeys(names))
+            self.names.update(dict.fromkeys(unread))
 
 
 def shown_names(names: Collection[str]) -> list[str]:
     """The first names, and how many there are besides."""
-    more = len(names) - MAX_SHOWN_NAMES
-    return [
-        *list(names)[:MAX_SHOWN_NAMES],
-        *([f"and {more}{'' if len(names) < MAX_NAMES else '+'} more"] if more > 0 else []),
-    ]
+    first_names = list(names)[:MAX_SHOWN_NAMES]
+    num_more = len(names) - MAX_SHOWN_NAMES
+    if num_more > 0:
+        at_least = "+" if len(names) >= MAX_NAMES else ""  # no more were remembered
+        first_names.append(f"and {num_more}{at_least} more")
+    return first_names

@@ -59,6 +59,7 @@ _SPELLINGS_AS_TEXT = {  # the columns that make a format, likeliest spelling fir
 SPELLINGS: dict[DataFormat, list[Spelling]] = {
     format: [tuple(spelling.split()) for spelling in text.split("|")] for format, text in _SPELLINGS_AS_TEXT.items()
 }
+"""For each format the sets of columns that make it, likeliest first."""
 _CONVERSATION_COLUMNS = ("system", "tools")
 _WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
 _INSTRUCTION_COLUMNS = ("input", "context", "history")
@@ -90,37 +91,49 @@ def recognise(
     """
     setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
     _check_columns(columns, [*SPELLINGS], setting)
+    row_fields = {name: field for name, field in row.fields.items() if name not in ignored}
     try:
-        fields = _rename_columns({k: v for k, v in row.fields.items() if k not in ignored}, columns, setting)
+        fields = _rename_columns(row_fields, columns, setting)
     except Refusal as refusal:
         raise DataError(f"{row.file}:{row.line}: {refusal.message}") from None
+    filled_fields = {name: field for name, field in fields.items() if field is not None}
     verdicts = DataFormat.thumbs in preferred
-    found = _fitting_formats({k: v for k, v in fields.items() if v is not None}, columns, verdicts=verdicts)
-    named = _fitting_formats(fields, columns, verdicts=verdicts)
-    if preferred and not {*preferred} & {*found} and {*preferred} & {*named}:
-        found = named
-    if len(found := found or named) == 1:
-        return next(iter(found))
-    if (chosen := next((format for format in preferred if format in found), None)) is not None:
-        return chosen
-    names = f"{row.file}:{row.line}: columns {_column_names(fields)} fit"
-    if found:
-        readings = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in found.items())
-        choice = (
-            f"{setting.removesuffix('columns')}format={'|'.join(found)}, or leave columns out with data.ignore_columns"
-        )
-        raise DataError(f"{names} several formats; choose with {choice}\n{readings}\nthe row: {show_value(fields)}")
-    needs = (
-        "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items()) + f"\nthe row: {show_value(fields)}"
-    )
-    wanted = SPELLINGS[preferred[0] if preferred else DataFormat.prompt_completion][0]
-    suggested = suggested_columns(fields) if not columns else {}
-    mapping = suggested or dict.fromkeys(wanted, "NAME")
-    example = f"{setting}='{{{','.join(f'{expected}:{name}' for expected, name in mapping.items())}}}'"
-    way_out = f"no format; rename them with {setting}, as in {example},"
+    fitting = _fitting_formats(filled_fields, columns, verdicts=verdicts)
+    fitting_with_nulls = _fitting_formats(fields, columns, verdicts=verdicts)
+    is_preferred_only_with_nulls = not {*preferred} & {*fitting} and bool({*preferred} & {*fitting_with_nulls})
+    if not fitting or is_preferred_only_with_nulls:
+        fitting = fitting_with_nulls
+    if len(fitting) == 1:
+        return next(iter(fitting))
+    for format in preferred:
+        if format in fitting:
+            return format
+    place = f"{row.file}:{row.line}: columns {_column_names(fields)} fit"
+    if fitting:
+        raise DataError(f"{place} several formats; {_several_formats(fitting, setting)}\nthe row: {show_value(fields)}")
+    raise DataError(f"{place} {_no_format(fields, columns, setting, preferred)}{_about_columns(row)}")
+
+
+def _several_formats(fitting: dict[DataFormat, Spelling], setting: str) -> str:
+    """How to choose between several formats that fit, for messages."""
+    readings = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in fitting.items())
+    choice = f"{setting.removesuffix('columns')}format={'|'.join(fitting)}"
+    return f"choose with {choice}, or leave columns out with data.ignore_columns\n{readings}"
+
+
+def _no_format(fields: dict[str, Any], columns: dict[str, str], setting: str, preferred: tuple[DataFormat, ...]) -> str:
+    """What to do where no format fits, for messages: columns that may be meant, and what each format needs."""
+    suggested = {} if columns else suggested_columns(fields)
     if suggested:
-        way_out = f"no format; try {example}, or rename them"
-    raise DataError(f"{names} {way_out} to one of\n{needs}{_about_columns(row)}")
+        mapping = suggested
+    else:
+        likeliest_spelling = SPELLINGS[preferred[0] if preferred else DataFormat.prompt_completion][0]
+        mapping = dict.fromkeys(likeliest_spelling, "NAME")
+    pairs = ",".join(f"{expected}:{name}" for expected, name in mapping.items())
+    example = f"{setting}='{{{pairs}}}'"
+    way_out = f"try {example}, or rename them" if suggested else f"rename them with {setting}, as in {example},"
+    needs = "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items())
+    return f"no format; {way_out} to one of\n{needs}\nthe row: {show_value(fields)}"
 
 
 def _about_columns(row: Row) -> str:
@@ -140,56 +153,70 @@ def _fitting_formats(fields: dict[str, Any], columns: dict[str, str], *, verdict
 
     `verdicts`: the objective learns from verdicts, so that a column `label` holds one, whatever its value.
     """
-    found: dict[DataFormat, Spelling] = {}
+    fitting: dict[DataFormat, Spelling] = {}
     for format, spellings in SPELLINGS.items():
         for spelling in spellings:
-            if columns.keys() <= {*_read_with(spelling, format)} and all(name in fields for name in spelling):
-                found.setdefault(format, spelling)
-    sure = True
-    if found.get(DataFormat.thumbs, ("",))[-1] == "label" and "label" not in columns:
-        value = fields["label"]
-        sure = str(value) not in ("0", "1")  # which may be classes of another kind
-        if value is not None and not verdicts and not is_surely_verdict(value):
-            del found[DataFormat.thumbs]
-    if "conversations" in found.get(DataFormat.preference, ()):  # which are the prompt then
-        found.pop(DataFormat.sharegpt, None)
-    extended = {f for large in found if sure or large is not DataFormat.thumbs for f in _EXTENDS.get(large, ())}
-    found = {format: spelling for format, spelling in found.items() if format not in extended}
-    if len(found) > 1 and "content" not in columns and "content" in found.get(DataFormat.text, ()):
-        del found[DataFormat.text]  # too vague a name to stand against a format
-    return found
+            uses_renamed_columns = columns.keys() <= {*_read_with(spelling, format)}
+            if uses_renamed_columns and all(name in fields for name in spelling):
+                fitting.setdefault(format, spelling)
+    # A label that was not renamed to `label` may be a verdict or a class.
+    is_surely_thumbs = True
+    if fitting.get(DataFormat.thumbs, ("",))[-1] == "label" and "label" not in columns:
+        label = fields["label"]
+        is_surely_thumbs = str(label) not in ("0", "1")  # which may be classes of another kind
+        if label is not None and not verdicts and not is_surely_verdict(label):
+            del fitting[DataFormat.thumbs]
+    if "conversations" in fitting.get(DataFormat.preference, ()):  # which are the prompt then
+        fitting.pop(DataFormat.sharegpt, None)
+    extended: set[DataFormat] = set()
+    for format in fitting:
+        if is_surely_thumbs or format is not DataFormat.thumbs:
+            extended |= _EXTENDS.get(format, set())
+    fitting = {format: spelling for format, spelling in fitting.items() if format not in extended}
+    if len(fitting) > 1 and "content" not in columns and "content" in fitting.get(DataFormat.text, ()):
+        del fitting[DataFormat.text]  # too vague a name to stand against a format
+    return fitting
 
 
 def _check_columns(columns: dict[str, str], formats: list[DataFormat], setting: str) -> None:
-    spellings = [(s, f) for f in formats for s in (*SPELLINGS[f], *_ALSO_READS.get(f, ()))]
-    known = list(dict.fromkeys(name for spelling, format in spellings for name in _read_with(spelling, format)))
+    """Raise ConfigError for a renamed column that none of the formats reads."""
+    known: dict[str, None] = {}
+    for format in formats:
+        for spelling in (*SPELLINGS[format], *_ALSO_READS.get(format, ())):
+            known.update(dict.fromkeys(_read_with(spelling, format)))
     for name in columns:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            close_names = difflib.get_close_matches(name, list(known), n=1)
+            hint = f"did you mean {close_names[0]}?" if close_names else f"known are {', '.join(known)}"
             reader = f"format={formats[0].value}" if len(formats) == 1 else "any format"
             raise ConfigError(f"{setting}.{name}: no column that {reader} reads; {hint}")
 
 
 def _column_names(fields: dict[str, Any]) -> list[str]:
     """Columns in order of their names; those of objects one level down, with dots."""
-    nested = ([f"{k}.{inner}" for inner in v] if isinstance(v, dict) and v else [k] for k, v in fields.items())
-    return sorted(name for names in nested for name in names)
+    names: list[str] = []
+    for name, field in fields.items():
+        if isinstance(field, dict) and field:
+            names += [f"{name}.{inner}" for inner in field]
+        else:
+            names.append(name)
+    return sorted(names)
 
 
 def _rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str) -> dict[str, Any]:
+    """The fields with those that `columns` names under their expected names. Raises Refusal: missing_column."""
     if not columns:
         return fields
-    found = {}
+    renamed = {}
     for expected, name in columns.items():
         try:
-            value = value_at(fields, name)
+            renamed[expected] = value_at(fields, name)
         except KeyError:
             message = f"no column {name!r} ({setting}.{expected}); the row has {_column_names(fields)}"
             raise Refusal("missing_column", message) from None
-        found[expected] = value
-    taken = set(columns.values())
-    return {**{name: value for name, value in fields.items() if name not in taken}, **found}
+    old_names = set(columns.values())
+    others = {name: field for name, field in fields.items() if name not in old_names}
+    return {**others, **renamed}
 
 
 class RowReader:
@@ -211,127 +238,165 @@ class RowReader:
         refuses: bool = True,
         group: str | None = None,
     ) -> None:
-        self.format, self.columns, self.source, self.ignored = format, dict(columns), source, frozenset(ignored)
-        self.label_of, self.group = label, group
+        self.format = format
+        self.columns = dict(columns)
+        self.source = source
+        self.ignored = frozenset(ignored)
+        self.label_of = label
+        self.group = group
         self._setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
         _check_columns(columns, [format], self._setting)
-        own, *others = SPELLINGS[format]
+        first, *others = SPELLINGS[format]
         # Instructions come before input and output, which they have too.
-        spellings = [own, *_ALSO_READS.get(format, ()), *others]
-        known = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS}
-        self._spellings = [s for s in spellings if columns.keys() <= {*s, *known}] or spellings
-        asked = [*columns.values(), *([group] if group else ())]
-        named = {*asked, *(name.split(".")[0] for name in asked)}
-        self._reads = {spelling: (*_read_with(spelling, format), *named) for spelling in self._spellings}
-        self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
-        self.needed_columns = frozenset(
-            {*CARRIERS[format], *(name for reads in self._reads.values() for name in reads)}
-        )
+        spellings = [first, *_ALSO_READS.get(format, ()), *others]
+        optional = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS}
+        # Those that use all renamed columns.
+        self._spellings = [spelling for spelling in spellings if columns.keys() <= {*spelling, *optional}] or spellings
+        named_in_settings = [*columns.values()]
+        if group:
+            named_in_settings.append(group)
+        # `a.b` may be a column of that name, or b inside the column a.
+        also_read = {*named_in_settings, *(name.split(".")[0] for name in named_in_settings)}
+        self._reads: dict[Spelling, tuple[str, ...]] = {}
+        """The columns that are read, by spelling."""
+        needed_columns = {*CARRIERS[format]}
+        for spelling in self._spellings:
+            self._reads[spelling] = (*_read_with(spelling, format), *also_read)
+            needed_columns.update(self._reads[spelling])
+        self.needed_columns = frozenset(needed_columns)
         """Columns that decide over a document: of a table no others need be read."""
+        self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
 
     def __call__(self, row: Row) -> Document | Rejected:
         """The document of a row, or why there is none. Never raises for what a row holds."""
-        fields = row.fields
         try:
-            if self.ignored:
-                fields = {name: value for name, value in fields.items() if name not in self.ignored}
-            document = Document(row.file, row.line, self.source)
-            document.group = group_of(fields, self.group) if self.group else None
-            fields = _rename_columns(fields, self.columns, self._setting)
-            spelling = self._spelling(fields, row.unread_columns)
-            for name in (reads := self._reads[spelling]):
-                if isinstance(value := fields.get(name), Fault):
-                    raise Refusal(value.reason, f'column "{name}": {value.message}')
-            self._read(document, fields, spelling)
-            if fields.get("system") not in (None, "") and self.format not in _WITHOUT_SYSTEM:
-                _add_system(document, text_of(fields, "system"))
-            if self.format not in _WITHOUT_SYSTEM and (tools := tools_of(fields.get("tools"))):
-                document.messages = document.messages or document.take_turns()
-                document.tools = None if tells_tools(document.messages[0]["content"], tools) else tools
-            self.unread.note(fields, row.unread_columns, (*reads, *row.made_columns) if row.made_columns else reads)
+            return self._document(row)
         except Refusal as refusal:
             excerpt = json.dumps(row.fields, ensure_ascii=False, default=str)
             return Rejected(row.file, row.line, refusal.reason, refusal.message, excerpt)
+
+    def _document(self, row: Row) -> Document:
+        """The document of a row. Raises Refusal."""
+        fields = row.fields
+        if self.ignored:
+            fields = {name: field for name, field in fields.items() if name not in self.ignored}
+        document = Document(row.file, row.line, self.source)
+        document.group = group_of(fields, self.group) if self.group else None
+        fields = _rename_columns(fields, self.columns, self._setting)
+        spelling = self._spelling(fields, row.unread_columns)
+        read_columns = self._reads[spelling]
+        for name in read_columns:
+            field = fields.get(name)
+            if isinstance(field, Fault):
+                raise Refusal(field.reason, f'column "{name}": {field.message}')
+        self._read(document, fields, spelling)
+        if self.format not in _WITHOUT_SYSTEM:
+            if fields.get("system") not in (None, ""):
+                _add_system(document, text_of(fields, "system"))
+            tools = tools_of(fields.get("tools"))
+            if tools:
+                document.messages = document.messages or document.take_turns()
+                # A template must not write tools once more that the system turn tells already.
+                document.tools = None if tells_tools(document.messages[0]["content"], tools) else tools
+        if row.made_columns:
+            read_columns = (*read_columns, *row.made_columns)
+        self.unread.note(fields, row.unread_columns, read_columns)
         return document
 
-    def _spelling(self, fields: dict[str, Any], others: tuple[str, ...]) -> Spelling:
-        filled = {name for name, value in fields.items() if value is not None}
-        for names in (filled, fields.keys()):
+    def _spelling(self, fields: dict[str, Any], unread_columns: tuple[str, ...]) -> Spelling:
+        """The first spelling whose columns the row has, with values if there is one. Raises Refusal: wrong_format."""
+        filled_columns = {name for name, field in fields.items() if field is not None}
+        for names in (filled_columns, fields.keys()):
             for spelling in self._spellings:
                 if names >= {*spelling}:
                     return spelling
         needs = f"{self._setting.removesuffix('columns')}format={self.format.value} needs {NEEDS[self.format]}"
-        raise Refusal("wrong_format", f"columns {sorted([*_column_names(fields), *others])}, but {needs}")
+        raise Refusal("wrong_format", f"columns {sorted([*_column_names(fields), *unread_columns])}, but {needs}")
 
     def _read(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
-        if spelling[-1] in ("thumbs", "label") and self.format is DataFormat.thumbs:
-            value = fields[spelling[-1]]
-            document.desirable = verdict_of(value)
+        """Fill the document from the columns of a spelling. Raises Refusal."""
+        last_column = spelling[-1]
+        if last_column in ("thumbs", "label") and self.format is DataFormat.thumbs:
+            document.desirable = verdict_of(fields[last_column])
             if document.desirable is None:
-                raise Refusal("bad_label", f'"{spelling[-1]}" is {show_value(value)}; it must be {VERDICTS}')
+                message = f'"{last_column}" is {show_value(fields[last_column])}; it must be {VERDICTS}'
+                raise Refusal("bad_label", message)
             spelling = spelling[:-1]
         if self.format is DataFormat.preference:
             _read_preference(document, fields, spelling, self.ignored)
-        elif len(spelling) == 1 and self.format is not DataFormat.text:
-            turns = turns_of(fields[spelling[0]], spelling[0], NEEDS[DataFormat.messages], self.ignored)
-            document.messages = require_learnable(turns)
         elif self.format in (DataFormat.text, DataFormat.labelled):
             document.text = text_of(fields, spelling[0])
-            document.label = self.label_of(fields["label"]) if self.format is DataFormat.labelled else None
+            if self.format is DataFormat.labelled:
+                document.label = self.label_of(fields["label"])
+        elif len(spelling) == 1:
+            turns = turns_of(fields[spelling[0]], spelling[0], NEEDS[DataFormat.messages], self.ignored)
+            document.messages = require_learnable(turns)
         else:
             _read_prompt(document, fields, spelling, self.ignored)
 
 
 def _read_with(spelling: Spelling, format: DataFormat) -> Spelling:
     """The columns that a spelling reads, those that may be missing included."""
-    beside = () if format in _WITHOUT_SYSTEM else _CONVERSATION_COLUMNS
-    return (*spelling, *beside, *(_INSTRUCTION_COLUMNS if spelling[0] == "instruction" else ()))
+    columns = spelling
+    if format not in _WITHOUT_SYSTEM:
+        columns += _CONVERSATION_COLUMNS
+    if spelling[0] == "instruction":
+        columns += _INSTRUCTION_COLUMNS
+    return columns
 
 
 def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
-    prompt, completion = spelling
-    if _is_turns(fields[prompt]) or _is_turns(fields[completion]):
-        before, after = _side(fields, prompt, "user", ignored), _side(fields, completion, "assistant", ignored)
-        for turn in before:  # earlier answers are context: what is learned is the completion
+    """A prompt and its completion, each a text or a list of turns. Raises Refusal."""
+    prompt_column, completion_column = spelling
+    if _is_turns(fields[prompt_column]) or _is_turns(fields[completion_column]):
+        prompt_turns = _side(fields, prompt_column, "user", ignored)
+        completion_turns = _side(fields, completion_column, "assistant", ignored)
+        for turn in prompt_turns:  # earlier answers are context: what is learned is the completion
             if turn["role"] == "assistant":
                 turn.setdefault("train", False)
-        if all(turn["role"] != "assistant" for turn in after):
-            raise Refusal("no_assistant_turn", f'"{completion}" has no assistant turn; there is nothing to learn')
-        document.messages = require_learnable([*before, *after])
+        if all(turn["role"] != "assistant" for turn in completion_turns):
+            message = f'"{completion_column}" has no assistant turn; there is nothing to learn'
+            raise Refusal("no_assistant_turn", message)
+        document.messages = require_learnable([*prompt_turns, *completion_turns])
         return
-    document.prompt, document.completion = text_of(fields, prompt), text_of(fields, completion)
+    document.prompt = text_of(fields, prompt_column)
+    document.completion = text_of(fields, completion_column)
     # By custom "prompt" and "completion" hold the separator between them; columns of other names do not.
     document.separator = "" if spelling == ("prompt", "completion") else "\n\n"
-    if prompt == "instruction":
-        for extra in ("input", "context"):
-            if fields.get(extra) not in (None, ""):
-                document.prompt += "\n\n" + text_of(fields, extra)
+    if prompt_column == "instruction":
+        for column in ("input", "context"):
+            if fields.get(column) not in (None, ""):
+                document.prompt += "\n\n" + text_of(fields, column)
         if not is_nothing(fields.get("history")):
             earlier = history_of(fields["history"])
             document.messages = [*earlier, *document.take_turns()]
 
 
-def _is_turns(value: Any) -> bool:
-    return isinstance(value, list | dict) and not is_texts(value)
+def _is_turns(field: Any) -> bool:
+    """Whether a field holds turns, or one turn, rather than a text."""
+    return isinstance(field, list | dict) and not is_texts(field)
 
 
 def _side(fields: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> list[Message]:
-    """Turns of a column that holds a text, one message, or a list of messages."""
-    value = fields[name]
-    if _is_turns(value):
-        turns = [value] if isinstance(value, dict) else value
+    """Turns of a column that holds a text, one message, or a list of messages. A text is a turn of `role`."""
+    field = fields[name]
+    if _is_turns(field):
+        turns = [field] if isinstance(field, dict) else field
         return turns_of(turns, name, NEEDS[DataFormat.messages], ignored)
     return [{"role": role, "content": text_of(fields, name)}]
 
 
 def _read_preference(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
-    alone = len(spelling) == 2
-    before = [] if alone else _side(fields, spelling[0], "user", ignored)
-    sides = []
+    """A pair of answers, with its prompt in a column or at the beginning of both. Raises Refusal."""
+    has_prompt_column = len(spelling) > 2
+    prompt = _side(fields, spelling[0], "user", ignored) if has_prompt_column else []
+    answers = []
     for name in ("chosen", "rejected"):
-        transcript = alone and isinstance(fields[name], str)
-        sides.append(turns_of(fields[name], name, "") if transcript else _side(fields, name, "assistant", ignored))
-    document.messages, document.chosen, document.rejected = split_pair(before, *sides)
+        if not has_prompt_column and isinstance(fields[name], str):
+            answers.append(turns_of(fields[name], name, ""))  # a transcript
+        else:
+            answers.append(_side(fields, name, "assistant", ignored))
+    document.messages, document.chosen, document.rejected = split_pair(prompt, *answers)
 
 
 def _add_system(document: Document, system: str) -> None:

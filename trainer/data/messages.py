@@ -42,128 +42,161 @@ _CALL_FORM = '{"name": ..., "arguments": {...}}, perhaps below "function"'
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
-def turns_of(value: Any, name: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
+def turns_of(column: Any, name: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
     """The messages of a column, with the roles and keys of either convention; `ignored` keys of turns are left out.
 
-    A text is read as a transcript, as in the HH-RLHF data (Bai et al. 2022, arXiv:2204.05862): "\\n\\nHuman: ..." and
-    "\\n\\nAssistant: ..." in turn. Raises Refusal.
+    `needs` says in messages what the column must be. If it is empty, a text is read as a transcript, as in the HH-RLHF data
+    (Bai et al. 2022, arXiv:2204.05862): "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." in turn. Raises Refusal.
     """
-    if isinstance(value, str) and not needs:
-        parts = _SPEAKER.split(text_of({name: value}, name))
-        if parts[0].strip() or len(parts) == 1:
-            raise Refusal("no_prompt", f'"{name}" is a text; add its "prompt", or give it as a list of messages')
-        roles = {"Human": "user", "Assistant": "assistant"}
-        spoken = zip(parts[1::2], parts[2::2], strict=True)
-        value = [{"role": roles[speaker], "content": text.strip()} for speaker, text in spoken]
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        what = f'"{name}" is a JSON text, {show_value(value)}; parse it first: it must be a list of messages'
+    if isinstance(column, str) and not needs:
+        column = _transcript_turns(column, name)
+    if isinstance(column, str) and column.lstrip().startswith(("[", "{")):
+        what = f'"{name}" is a JSON text, {show_value(column)}; parse it first: it must be a list of messages'
         raise Refusal("bad_messages", f"{what}, not a text of one")
-    if not isinstance(value, list) or not value:
-        raise Refusal("bad_messages", f'"{name}" is {show_value(value)}; it must be {needs or "a list of messages"}')
-    return [_turn(turn, f"{name}[{number}]", ignored) for number, turn in enumerate(value, 1)]
+    if not isinstance(column, list) or not column:
+        raise Refusal("bad_messages", f'"{name}" is {show_value(column)}; it must be {needs or "a list of messages"}')
+    return [_turn(turn, f"{name}[{number}]", ignored) for number, turn in enumerate(column, 1)]
+
+
+def _transcript_turns(transcript: str, name: str) -> list[dict[str, str]]:
+    """The turns of a text in which every one begins with its speaker. Raises Refusal."""
+    parts = _SPEAKER.split(text_of({name: transcript}, name))
+    if parts[0].strip() or len(parts) == 1:
+        raise Refusal("no_prompt", f'"{name}" is a text; add its "prompt", or give it as a list of messages')
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = []
+    for speaker, text in zip(parts[1::2], parts[2::2], strict=True):
+        turns.append({"role": roles[speaker], "content": text.strip()})
+    return turns
 
 
 def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
+    """A message in normal form. `name` is what messages call the turn, such as `messages[2]`. Raises Refusal."""
     if not isinstance(turn, dict):
         raise Refusal("bad_messages", f'{name} is {show_value(turn)}; it must be {{"role": ..., "content": ...}}')
     role_key = "from" if "from" in turn and "role" not in turn else "role"
-    text_key = "value" if "content" not in turn and ("value" in turn or role_key == "from") else "content"
-    role = turn.get(role_key)
-    if not isinstance(role, str) or role not in ROLES:
-        known = role.strip().lower() if isinstance(role, str) else ""
-        remedy = f"write {known!r}" if known in ROLES else f"known roles are {', '.join(ROLES)}"
-        raise Refusal("unknown_role", f"{name}.{role_key} is {show_value(role)}; {remedy}")
-    # most turns say something and have nothing else
-    if len(turn) == 2 and role != "function_call" and isinstance(said := turn.get(text_key), str) and said.strip():
-        return {"role": ROLES[role], "content": said}
+    text_key = "content"
+    if "content" not in turn and ("value" in turn or role_key == "from"):
+        text_key = "value"
+    row_role = turn.get(role_key)
+    role = _role(row_role, f"{name}.{role_key}")
+    is_call = row_role == "function_call"
+    text = turn.get(text_key)
+    # Most turns have a text and nothing else.
+    if len(turn) == 2 and not is_call and isinstance(text, str) and text.strip():
+        return {"role": role, "content": text}
     if not _CARRIERS.isdisjoint(turn):
         _refuse_carriers(turn, name, ignored)
-    message: Message = {"role": ROLES[role]}
-    extra = _other_fields(turn, name, ROLES[role], ignored)
-    if role == "function_call":
-        extra["tool_calls"] = calls_of(turn.get(text_key), f"{name}.{text_key}")
+    message: Message = {"role": role}
+    other_fields = _other_fields(turn, name, role, ignored)
+    if is_call:
+        other_fields["tool_calls"] = calls_of(text, f"{name}.{text_key}")
         message["content"] = ""
-    elif ("tool_calls" in extra or message["role"] == "tool") and turn.get(text_key) in (None, "", []):
+    elif ("tool_calls" in other_fields or role == "tool") and text in (None, "", []):
         message["content"] = ""
     else:
         message["content"] = _content(turn, text_key, f"{name}.{text_key}")
     weight = _weight(turn, name, ignored)
     if weight is not None:
         message["train"] = weight > 0
-    if weight and weight < 1:
-        message["weight"] = weight
-    if weight and message["role"] == "tool":
-        raise Refusal("bad_train", f"{name} is the result of a tool and marked as learned; results are context")
-    return {**message, **extra}
+        if 0 < weight < 1:
+            message["weight"] = weight
+        if weight > 0 and role == "tool":
+            raise Refusal("bad_train", f"{name} is the result of a tool and marked as learned; results are context")
+    return {**message, **other_fields}
+
+
+def _role(row_role: Any, name: str) -> str:
+    """The role as chat templates know it. Raises Refusal: unknown_role."""
+    if isinstance(row_role, str) and row_role in ROLES:
+        return ROLES[row_role]
+    spelling = row_role.strip().lower() if isinstance(row_role, str) else ""
+    remedy = f"write {spelling!r}" if spelling in ROLES else f"known roles are {', '.join(ROLES)}"
+    raise Refusal("unknown_role", f"{name} is {show_value(row_role)}; {remedy}")
 
 
 def _other_fields(turn: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> Message:
     """What a turn has beside its content: the thought and the calls of an assistant, what a result answers to."""
-    extra: Message = {}
+    fields: Message = {}
     for key in (*_THOUGHT_KEYS, *_CALL_KEYS):
-        if (value := turn.get(key)) is None or key in ignored or is_nothing(value):
+        value = turn.get(key)
+        if value is None or key in ignored or is_nothing(value):
             continue
         if role != "assistant":
             raise Refusal(f"turn_{key}", f"{name} has {key} ({show_value(value)}), which only assistant turns may have")
         if key in _CALL_KEYS:
-            extra["tool_calls"] = calls_of(value, f"{name}.{key}")
-        elif extra.setdefault("reasoning_content", thought := text_of(turn, key, f"{name}.{key}")) != thought:
+            fields["tool_calls"] = calls_of(value, f"{name}.{key}")
+            continue
+        thought = text_of(turn, key, f"{name}.{key}")
+        if fields.setdefault("reasoning_content", thought) != thought:
             raise Refusal("two_thoughts", f"{name} has two thoughts that differ ({', '.join(_THOUGHT_KEYS)})")
-    if "reasoning_content" in extra and "</think>" in str(turn.get("content") or turn.get("value") or ""):
+    if "reasoning_content" in fields and "</think>" in str(turn.get("content") or turn.get("value") or ""):
         raise Refusal("two_thoughts", f"{name} has a thought of its own and one in its content; give one of them")
     if role == "tool":
-        extra |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str) and turn[key]}
-    return extra
+        for key in ("name", "tool_call_id"):
+            if isinstance(turn.get(key), str) and turn[key]:
+                fields[key] = turn[key]
+    return fields
 
 
 def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) -> None:
     """Raise Refusal for a key that carries meaning and that nothing reads."""
     for key in sorted(_CARRIERS.intersection(turn) - {*ignored}):
         value = turn[key]
-        if value is None if key in _MASK_KEYS else is_nothing(value):
+        is_mask = key in _MASK_KEYS
+        if value is None or (not is_mask and is_nothing(value)):
             continue
         remedy = "write what counts into its content"
-        if key in _MASK_KEYS:
+        if is_mask:
             remedy = 'say whether the turn is learned by "train": true or false, or by "weight": 0 to 1'
         what = f"{name} has {key} ({show_value(value)}), which nothing reads"
         raise Refusal(f"turn_{key}", f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
 
 
 def _content(turn: dict[str, Any], key: str, name: str) -> str:
-    value = turn.get(key)
-    if not isinstance(value, list) or is_texts(value):
+    """The text of a turn; one that is given in parts is joined. Raises Refusal."""
+    content = turn.get(key)
+    if not isinstance(content, list) or is_texts(content):
         return text_of(turn, key, name)
     texts = []
-    for number, part in enumerate(value, 1):
-        said = (part.get("text") or part.get("value")) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or not isinstance(said, str):
+    for number, part in enumerate(content, 1):
+        text = None
+        if isinstance(part, dict) and part.get("type") in _TEXT_PARTS:
+            text = part.get("text") or part.get("value")
+        if not isinstance(text, str):
             raise Refusal(
                 "not_text", f'{name}[{number}] is {show_value(part)}; parts must be {{"type": "text", "text": ...}}'
             )
-        texts.append(said)
+        texts.append(text)
     return text_of({key: "".join(texts)}, key, name)
 
 
 def _weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> float | None:
     """How much the turn is learned, from 0 (not at all) to 1, by `weight`, `train` or `masked`; None where none is given."""
-    found = set()
-    said = {key: turn[key] for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None}
-    for key, value in said.items():
+    settings = {key: turn[key] for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None}
+    weights: set[float] = set()
+    for key, setting in settings.items():
         if key in ignored:
             continue
-        if key in _WEIGHT_KEYS and isinstance(value, int | float):
-            if not (value == 0 or MIN_WEIGHT <= value <= 1):  # nor is NaN
+        if key in _WEIGHT_KEYS and isinstance(setting, int | float):
+            if not (setting == 0 or MIN_WEIGHT <= setting <= 1):  # nor is NaN
                 allowed = f"a number from 0 to 1 (what is not 0 at least {MIN_WEIGHT:g})"
-                raise Refusal("bad_weight", f"{name}.{key} is {show_value(value)}; it must be {allowed}")
-            found.add(float(value))
-        elif not isinstance(value, bool):
-            what = ("bad_weight", "a number from 0 to 1") if key in _WEIGHT_KEYS else ("bad_train", "true or false")
-            raise Refusal(what[0], f"{name}.{key} is {show_value(value)}; it must be {what[1]}")
+                raise Refusal("bad_weight", f"{name}.{key} is {show_value(setting)}; it must be {allowed}")
+            weights.add(float(setting))
+        elif key in _WEIGHT_KEYS:
+            raise Refusal("bad_weight", f"{name}.{key} is {show_value(setting)}; it must be a number from 0 to 1")
+        elif not isinstance(setting, bool):
+            raise Refusal("bad_train", f"{name}.{key} is {show_value(setting)}; it must be true or false")
+        elif key == "masked":
+            weights.add(0.0 if setting else 1.0)
         else:
-            found.add(float(value is not (key == "masked")))
-    least = min(found, default=None)
-    if found - {least} - ({1.0} if least else set()):  # "train": true beside a weight takes nothing from it
-        raise Refusal("bad_train", f"{name}: {', '.join(said)} contradict each other")
+            weights.add(1.0 if setting else 0.0)
+    if not weights:
+        return None
+    least = min(weights)
+    agreeing = {least, 1.0} if least > 0 else {least}  # "train": true beside a weight takes nothing from it
+    if weights - agreeing:
+        raise Refusal("bad_train", f"{name}: {', '.join(settings)} contradict each other")
     return least
 
 
@@ -181,39 +214,49 @@ def require_learnable(turns: list[Message]) -> list[Message]:
     return turns
 
 
-def split_pair(before: list[Message], chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
     """A preference pair as (shared prompt, chosen turns, rejected turns).
 
     Where chosen and rejected are whole conversations, what both begin with becomes the prompt, which must contain
-    `before`. Raises Refusal: identical_pair, no_prompt, no_answer, differing_prompts, assistant_first.
+    `prompt`. Raises Refusal: identical_pair, no_prompt, no_answer, differing_prompts, assistant_first.
     """
     if chosen == rejected:
         raise Refusal("identical_pair", '"chosen" and "rejected" are the same; there is nothing to prefer')
-    if not before or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        pairs = enumerate(zip(chosen, rejected, strict=False))
-        same = next((number for number, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-        shared, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    if not prompt or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        num_shared = _num_shared_turns(chosen, rejected)
+        shared = chosen[:num_shared]
+        chosen = chosen[num_shared:]
+        rejected = rejected[num_shared:]
         contents = {turn["content"].strip() for turn in shared}
-        if any(turn["content"].strip() not in contents for turn in before):
+        if any(turn["content"].strip() not in contents for turn in prompt):
             message = '"chosen" and "rejected" are conversations that do not both begin with the prompt of the row'
             raise Refusal("differing_prompts", message)
-        before = shared
+        prompt = shared
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer:
             raise Refusal("no_answer", f'"{name}" has no answer of its own after the turns that both share')
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         raise Refusal("differing_prompts", '"chosen" and "rejected" answer different prompts; they must share one')
-    if not before:
+    if not prompt:
         raise Refusal("no_prompt", '"chosen" and "rejected" have no prompt; add "prompt", or the turns before them')
-    if before[0]["role"] == "assistant":
+    if prompt[0]["role"] == "assistant":
         raise Refusal("assistant_first", "the prompt begins with an assistant turn; it must begin with a user turn")
-    return before, chosen, rejected
+    return prompt, chosen, rejected
 
 
-def history_of(value: Any) -> list[Message]:
+def _num_shared_turns(first: list[Message], second: list[Message]) -> int:
+    """With how many equal turns two conversations begin."""
+    for number, (turn, other_turn) in enumerate(zip(first, second, strict=False)):
+        if turn != other_turn:
+            return number
+    return min(len(first), len(second))
+
+
+def history_of(column: Any) -> list[Message]:
     """Earlier turns from pairs of a question and its answer. Raises Refusal."""
+    pairs = column if isinstance(column, list) else [column]
     turns = []
-    for number, pair in enumerate(value if isinstance(value, list) else [value], 1):
+    for number, pair in enumerate(pairs, 1):
         if not is_texts(pair) or len(pair) != 2:
             raise Refusal("bad_history", f"history[{number}] is {show_value(pair)}; it must be [question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
@@ -221,22 +264,25 @@ def history_of(value: Any) -> list[Message]:
     return turns
 
 
-def tools_of(value: Any) -> list[dict[str, Any]] | None:
+def tools_of(column: Any) -> list[dict[str, Any]] | None:
     """The tools of a column: a list, or a JSON text of one; None where there are none. Raises Refusal: bad_tools."""
-    if value is None or is_nothing(value):
+    if column is None or is_nothing(column):
         return None
-    found = _parse_json(value) if isinstance(value, str) else value
-    found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list):
+    row_tools = _parse_json(column) if isinstance(column, str) else column
+    if isinstance(row_tools, dict):
+        row_tools = [row_tools]
+    if not isinstance(row_tools, list):
         raise Refusal(
-            "bad_tools", f'"tools" is {show_value(value)}; it must be a list of JSON schemas, or a JSON text of it'
+            "bad_tools", f'"tools" is {show_value(column)}; it must be a list of JSON schemas, or a JSON text of it'
         )
     tools = []
-    for number, tool in enumerate(found, 1):
-        bare = isinstance(tool, dict) and "function" not in tool
-        tool = {"type": "function", "function": tool} if bare else tool
-        inner = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
+    for number, row_tool in enumerate(row_tools, 1):
+        tool = row_tool
+        if isinstance(row_tool, dict) and "function" not in row_tool:
+            tool = {"type": "function", "function": row_tool}
+        function = tool.get("function") if isinstance(tool, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name.strip():
             needs = '{"name": ..., "description": ..., "parameters": {...}}, perhaps below "function"'
             raise Refusal("bad_tools", f"tools[{number}] is {show_value(tool)}; it must be {needs}")
         tools.append(tool)
@@ -248,34 +294,47 @@ def tells_tools(system: str, tools: list[dict[str, Any]]) -> bool:
     return "<tools>" in system and all(json.dumps(tool["function"]["name"])[1:-1] in system for tool in tools)
 
 
-def calls_of(value: Any, name: str) -> list[dict[str, Any]]:
+def calls_of(column: Any, name: str) -> list[dict[str, Any]]:
     """The calls of a turn: one or a list, or a JSON text of it. Raises Refusal: bad_tool_calls."""
-    found = _parse_json(value) if isinstance(value, str) else value
-    calls = []
-    for number, call in enumerate([found] if isinstance(found, dict) else found if isinstance(found, list) else [], 1):
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        called = inner.get("name") if isinstance(inner, dict) else None
-        arguments: Any = (inner or {}).get("arguments", (inner or {}).get("parameters"))
-        parsed = _parse_json(arguments) if isinstance(arguments, str) else arguments
-        arguments = parsed if isinstance(parsed, dict) else {} if arguments in (None, "") else arguments
-        if not isinstance(called, str) or not called.strip() or not isinstance(arguments, dict | str):
-            raise Refusal("bad_tool_calls", f"{name}[{number}] is {show_value(call)}; a call must be {_CALL_FORM}")
-        own = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
-        calls.append({**own, "type": "function", "function": {"name": called, "arguments": arguments}})
-    if not calls:
+    row_calls = _parse_json(column) if isinstance(column, str) else column
+    if isinstance(row_calls, dict):
+        row_calls = [row_calls]
+    if not isinstance(row_calls, list) or not row_calls:
         raise Refusal(
-            "bad_tool_calls", f"{name} is {show_value(value)}; it must be a call or a list of calls, each {_CALL_FORM}"
+            "bad_tool_calls", f"{name} is {show_value(column)}; it must be a call or a list of calls, each {_CALL_FORM}"
         )
+    calls = [_call(call, f"{name}[{number}]") for number, call in enumerate(row_calls, 1)]
     return _as_json(calls, name)
 
 
-def _as_json(value: Any, name: str) -> Any:
-    """The value, if it is one that JSON and UTF-8 can have. Raises Refusal."""
+def _call(row_call: Any, name: str) -> dict[str, Any]:
+    """A call in normal form. Raises Refusal: bad_tool_calls."""
+    function = row_call.get("function", row_call) if isinstance(row_call, dict) else None
+    if not isinstance(function, dict):
+        function = {}
+    function_name = function.get("name")
+    arguments: Any = function.get("arguments", function.get("parameters"))
+    parsed = _parse_json(arguments) if isinstance(arguments, str) else arguments
+    if isinstance(parsed, dict):
+        arguments = parsed
+    elif arguments in (None, ""):
+        arguments = {}
+    is_named = isinstance(function_name, str) and bool(function_name.strip())
+    if not is_named or not isinstance(arguments, dict | str):
+        raise Refusal("bad_tool_calls", f"{name} is {show_value(row_call)}; a call must be {_CALL_FORM}")
+    call: dict[str, Any] = {}
+    if isinstance(row_call.get("id"), str) and row_call["id"]:
+        call["id"] = row_call["id"]
+    return {**call, "type": "function", "function": {"name": function_name, "arguments": arguments}}
+
+
+def _as_json(calls_or_tools: Any, name: str) -> Any:
+    """The same, if JSON and UTF-8 can have it. Raises Refusal."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        json.dumps(calls_or_tools, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise Refusal("bad_tools", f"{name} cannot be written as JSON: {error}") from None
-    return value
+    return calls_or_tools
 
 
 def _parse_json(text: str) -> Any:
@@ -287,10 +346,10 @@ def _parse_json(text: str) -> Any:
 
 
 def _refuse_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         raise ValueError("a key is there twice")
-    return found
+    return fields
 
 
 def _no_constant(name: str) -> Any:

@@ -65,9 +65,10 @@ class Reading:
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
         """Each document that teaches something with its sequences; none, with a reason counted, where nothing is left."""
-        for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
-            made = fit_length(encoder, document, sample, config.max_length, config.over_length)
-            yield document, keep_learnable(encoder, document, sample, made, tally)
+        imitable_documents = [document for document in documents if imitable(document, tally)]
+        for document, sample in encoder.encode(imitable_documents):
+            pieces = fit_length(encoder, document, sample, config.max_length, config.over_length)
+            yield document, keep_learnable(encoder, document, sample, pieces, tally)
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """Denominators that a sequence adds, by term; stored, after the shift: a first token has no target."""

@@ -54,7 +54,8 @@ class Block:
 
 
 LABELS = MARK_PREFIX + LABEL
-QUARANTINE, DROPPED = "quarantine.jsonl", "dropped.jsonl"
+QUARANTINE = "quarantine.jsonl"
+DROPPED = "dropped.jsonl"
 GIVE_UP = 1000
 """Bad rows after which a run that allows none (or fewer) stops reading."""
 LOST = {
@@ -95,7 +96,10 @@ class Assembly:
     """
 
     def __init__(self, directory: Path, max_bad_share: float, rejected: Path, *, splits: bool) -> None:
-        self.directory, self.max_bad_share, self.rejected, self.splits = directory, max_bad_share, rejected, splits
+        self.directory = directory
+        self.max_bad_share = max_bad_share
+        self.rejected = rejected
+        self.splits = splits
         self.totals = Totals()
         import pyarrow as pa
 
@@ -103,54 +107,72 @@ class Assembly:
         self._table = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), schema())
         self._quarantine = (directory / QUARANTINE).open("w", encoding="utf-8")
         self._dropped = (directory / DROPPED).open("w", encoding="utf-8")
-        self._splits, self._sources, self._labels = dict[str, int](), dict[str, int](), dict[str, int]()
+        self._splits: dict[str, int] = {}
+        self._sources: dict[str, int] = {}
+        self._labels: dict[str, int] = {}
+        """Numbers by name, in order of appearance, as those of splits and sources are."""
         self._columns: dict[str, list[np.ndarray]] = {}
-        self._number = 0
+        self._num_documents = 0
         """Documents so far."""
 
     def append(self, block: Block) -> None:
         """Write one block. Raises DataError as soon as too many rows are bad."""
-        totals, key, number = self.totals, (block.split, block.source), len(block.pieces)
-        totals.rows[key] += block.rows
-        totals.kept[key] += number
-        if block.rows != number + len(block.tally.drops):
-            raise AssertionError(f"block {block.number}: {block.rows} rows in, {number} kept, the rest unaccounted for")
-        totals.rows_of_file.update(block.rows_of_file)
-        totals.tally.merge(block.tally)
-        if len(names := totals.unread.setdefault(block.source, {})) < MAX_NAMES:
-            names.update(dict.fromkeys(block.unread))
+        self._count(block)
         for bad in block.bad:
             self._quarantine.write(json.dumps({"source": block.source, **asdict(bad)}, ensure_ascii=False) + "\n")
-        totals.bad_reasons.update(bad.reason for bad in block.bad)
-        totals.bad += block.bad[: EXAMPLES - len(totals.bad)]
         for drop in block.tally.drops:
             self.log_drop(*drop)
-        num_bad = totals.bad_reasons.total()
-        if num_bad > GIVE_UP and num_bad > self.max_bad_share * max(totals.rows.total(), 10 * GIVE_UP):
+        num_bad = self.totals.bad_reasons.total()
+        # Shares of the first rows say little: a run that allows some bad rows reads on for a while.
+        if num_bad > GIVE_UP and num_bad > self.max_bad_share * max(self.totals.rows.total(), 10 * GIVE_UP):
             self.refuse()
         assert block.sequences is not None and block.documents is not None
-        columns, source = block.sequences.columns, self._sources.setdefault(block.source, len(self._sources))
-        starts = np.cumsum(block.pieces) - block.pieces
-        labels = np.full(number, -1, np.int64)
+        num_documents = len(block.pieces)
+        columns = block.sequences.columns
+        source = self._sources.setdefault(block.source, len(self._sources))
+        labels = np.full(num_documents, -1, np.int64)
         if LABELS in columns:
-            local = [self._labels.setdefault(name, len(self._labels)) for name in block.labels]
-            columns[LABELS] = np.array(local, np.int64)[columns[LABELS]]
-            labels = columns[LABELS][starts]
-        columns["document"] = np.repeat(np.arange(self._number, self._number + number), block.pieces)
+            # From the block's own numbers to those of the whole data set.
+            numbers = [self._labels.setdefault(name, len(self._labels)) for name in block.labels]
+            columns[LABELS] = np.array(numbers, np.int64)[columns[LABELS]]
+            first_sequences = np.cumsum(block.pieces) - block.pieces
+            labels = columns[LABELS][first_sequences]
+        document_numbers = np.arange(self._num_documents, self._num_documents + num_documents)
+        columns["document"] = np.repeat(document_numbers, block.pieces)
         columns["source"] = np.full(len(block.sequences.lengths), source, np.int64)
-        self._number += number
-        values = {
-            "split": np.full(number, self._splits.setdefault(block.split, len(self._splits)), np.int16),
-            "source": np.full(number, source, np.int16),
+        self._num_documents += num_documents
+        split = self._splits.setdefault(block.split, len(self._splits))
+        document_columns = {
+            "split": np.full(num_documents, split, np.int16),
+            "source": np.full(num_documents, source, np.int16),
             "pieces": block.pieces,
             "label": labels,
             **{f"signature.{name}": column for name, column in block.signatures.items()},
         }
-        for name, column in values.items():
+        for name, column in document_columns.items():
             self._columns.setdefault(name, []).append(column)
         self.store.append(block.sequences)
-        if number:
+        if num_documents:
             self._table.write_batch(block.documents)
+
+    def _count(self, block: Block) -> None:
+        """Add a block to the totals."""
+        totals = self.totals
+        key = (block.split, block.source)
+        num_documents = len(block.pieces)
+        totals.rows[key] += block.rows
+        totals.kept[key] += num_documents
+        if block.rows != num_documents + len(block.tally.drops):
+            raise AssertionError(
+                f"block {block.number}: {block.rows} rows in, {num_documents} kept, the rest unaccounted for"
+            )
+        totals.rows_of_file.update(block.rows_of_file)
+        totals.tally.merge(block.tally)
+        unread_names = totals.unread.setdefault(block.source, {})
+        if len(unread_names) < MAX_NAMES:
+            unread_names.update(dict.fromkeys(block.unread))
+        totals.bad_reasons.update(bad.reason for bad in block.bad)
+        totals.bad += block.bad[: EXAMPLES - len(totals.bad)]
 
     def log_drop(self, stage: str, reason: str, where: str) -> None:
         """Write one dropped document down."""
@@ -161,28 +183,45 @@ class Assembly:
 
         Whatever `max_bad_share`, also where all rows are of a kind that the objective cannot learn from.
         """
-        reasons, num_rows, limit = self.totals.bad_reasons, self.totals.rows.total(), self.max_bad_share
+        reasons = self.totals.bad_reasons
+        num_rows = self.totals.rows.total()
         num_bad = reasons.total()
-        if not num_rows or (num_bad / num_rows <= limit and reasons[WRONG_KIND] < num_rows):
+        if not num_rows:
+            return
+        is_above_limit = num_bad / num_rows > self.max_bad_share
+        if not is_above_limit and reasons[WRONG_KIND] < num_rows:
             return
         self._quarantine.flush()
         self.rejected.parent.mkdir(parents=True, exist_ok=True)
         self.rejected.write_bytes((self.directory / QUARANTINE).read_bytes())
-        by_message = {bad.message: bad for bad in reversed(self.totals.bad)}  # the first row of each message
-        lines = [f"  {bad}" for bad in reversed(by_message.values())]
+        counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
+        allowed = f", more than data.max_bad_share={self.max_bad_share:g} allows" if is_above_limit else ""
+        lines = "\n".join([*self._example_lines(num_bad), self._advice(num_bad, num_rows)])
+        raise DataError(f"{num_bad} of {num_rows} rows cannot be used ({counts}){allowed}:\n{lines}")
+
+    def _example_lines(self, num_bad: int) -> list[str]:
+        """The first bad row of each message, and how many more there are."""
+        reasons = self.totals.bad_reasons
+        first_by_message: dict[str, Rejected] = {}
+        for bad in self.totals.bad:
+            first_by_message.setdefault(bad.message, bad)
+        lines = [f"  {bad}" for bad in first_by_message.values()]
         if num_bad > len(lines):
             like_it = " like it" if len(lines) == len(reasons) == 1 else ""
             lines.append(f"  ... and {num_bad - len(lines):,} more{like_it}")
-        advice = [knob for reason, knob in REMEDIES.items() if reason in reasons]
+        return lines
+
+    def _advice(self, num_bad: int, num_rows: int) -> str:
+        """Where all bad rows are listed, and what can be done about them."""
+        remedies = [remedy for reason, remedy in REMEDIES.items() if reason in self.totals.bad_reasons]
         if not self.splits:
-            advice = [knob.removesuffix(" or set data.over_length=split") for knob in advice]
-        last = f"all of them are listed in {self.rejected}; {', '.join([*dict.fromkeys(advice), 'mend the data'])}"
+            remedies = [remedy.removesuffix(" or set data.over_length=split") for remedy in remedies]
+        steps = ", ".join([*dict.fromkeys(remedies), "mend the data"])
+        advice = f"all of them are listed in {self.rejected}; {steps}"
         if num_bad < num_rows:
-            last += f", or continue without them with data.max_bad_share={math.ceil(100 * num_bad / num_rows) / 100:g}"
-        counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
-        allowed = f", more than data.max_bad_share={limit:g} allows" if num_bad / num_rows > limit else ""
-        shown = "\n".join([*lines, last])
-        raise DataError(f"{num_bad} of {num_rows} rows cannot be used ({counts}){allowed}:\n{shown}")
+            bearable_share = math.ceil(100 * num_bad / num_rows) / 100
+            advice += f", or go on without them with data.max_bad_share={bearable_share:g}"
+        return advice
 
     def columns(self) -> Columns:
         """Everything known of the documents; raises DataError where too many rows were bad. Call once, after the last block."""
@@ -196,7 +235,7 @@ class Assembly:
             source=joined["source"],
             pieces=joined["pieces"],
             label=joined["label"],
-            signatures={n.removeprefix("signature."): c for n, c in joined.items() if n.startswith("signature.")},
+            signatures=columns_with_prefix(joined, "signature."),
             splits=list(self._splits),
             sources=list(self._sources),
             labels=list(self._labels),
@@ -231,11 +270,14 @@ def save(block: Block, path: Path) -> None:
         "pieces": block.pieces,
         "tokens": block.sequences.tokens,
         "supervised": block.sequences.supervised,
-        **({} if block.sequences.weights is None else {"weights": block.sequences.weights}),
         "lengths": block.sequences.lengths,
-        **{f"column.{name}": values for name, values in block.sequences.columns.items()},
-        **{f"signature.{name}": values for name, values in block.signatures.items()},
     }
+    if block.sequences.weights is not None:
+        arrays["weights"] = block.sequences.weights
+    for name, column in block.sequences.columns.items():
+        arrays[f"column.{name}"] = column
+    for name, column in block.signatures.items():
+        arrays[f"signature.{name}"] = column
     np.savez(path, **arrays)
 
 
@@ -246,18 +288,20 @@ def load(path: Path) -> Block:
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     about = orjson.loads(arrays["about"].tobytes())
+    tally = {**about["tally"], "findings": Findings(**about["tally"]["findings"])}
+    sequences = Sequences(
+        tokens=arrays["tokens"],
+        supervised=arrays["supervised"],
+        lengths=arrays["lengths"],
+        columns=columns_with_prefix(arrays, "column."),
+        weights=arrays.get("weights"),
+    )
     return Block(
         **{name: about[name] for name in PLAIN},
         bad=[Rejected(**bad) for bad in about["bad"]],
-        tally=Tally(**{**about["tally"], "findings": Findings(**about["tally"]["findings"])}),
+        tally=Tally(**tally),
         documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),
         pieces=arrays["pieces"],
-        sequences=Sequences(
-            arrays["tokens"],
-            arrays["supervised"],
-            arrays["lengths"],
-            columns_with_prefix(arrays, "column."),
-            arrays.get("weights"),
-        ),
+        sequences=sequences,
         signatures=columns_with_prefix(arrays, "signature."),
     )

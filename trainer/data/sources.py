@@ -70,6 +70,28 @@ def problems(data: DataConfig) -> Iterator[str]:
 
     Ranges of single numbers stand at their fields, what files there are is said where they are opened.
     """
+    yield from _path_problems(data)
+    yield from _held_out_problems(data)
+    yield from _weight_problems(data)
+    for kind in data.checks.quarantine:
+        if kind not in KINDS:
+            yield f"data.checks.quarantine: {kind!r} is not looked for; known are {', '.join(KINDS)}"
+    # Most settings are the defaults, and their checks need not be imported for these.
+    if data.filters != FilterConfig():
+        yield from filters.problems(data.filters)
+    if data.balance != BalanceConfig():
+        yield from balance.problems(data.balance)
+    if data.streaming:
+        yield from _streaming_problems(data)
+    if data.packing and data.layout is Layout.padded:
+        yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
+    if data.privacy != PrivacyConfig():
+        from trainer.data.transforms.privacy import stage  # imported here: it compiles seventy expressions
+
+        yield from stage.problems(data.privacy)
+
+
+def _path_problems(data: DataConfig) -> Iterator[str]:
     if data.path in (None, "") and not data.sources:
         yield (
             "data.path: not set; name the training data: a file, a directory, a glob, or hub:<name>; or several under "
@@ -80,69 +102,66 @@ def problems(data: DataConfig) -> Iterator[str]:
     for name, source in data.sources.items():
         if source.path in (None, ""):
             yield f"data.sources.{name}.path: not set; give the source's files"
+
+
+def _held_out_problems(data: DataConfig) -> Iterator[str]:
     for split in HELD_OUT:
         share = getattr(data, f"{split}_share")
         if getattr(data, f"{split}_path") is not None and share:
             yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
     if data.group_by is not None and not any((data.eval_share, data.test_share, data.eval_path, data.test_path)):
         yield f"data.group_by={data.group_by}: nothing is held out; give data.eval_share=0.05 as well, or set it to null"
+
+
+def _weight_problems(data: DataConfig) -> Iterator[str]:
     weighted = [name for name, source in data.sources.items() if source.weight is not None]
     if weighted and len(weighted) < len(data.sources):
         without = ", ".join(sorted(data.sources.keys() - set(weighted)))
         yield f"data.sources: {without} has no weight, and others have; give every source one, or none"
     elif weighted and not any(source.weight for source in data.sources.values()):
         yield "data.sources: every weight is 0, so nothing is left to train on; give one source more than 0"
-    known = ", ".join(KINDS)
-    for kind in data.checks.quarantine:
-        if kind not in KINDS:
-            yield f"data.checks.quarantine: {kind!r} is not looked for; known are {known}"
-    if data.filters != FilterConfig():
-        yield from filters.problems(data.filters)
-    if data.balance != BalanceConfig():
-        yield from balance.problems(data.balance)
-    if data.streaming:
-        yield from _streaming_problems(data)
-    if data.packing and data.layout is Layout.padded:
-        yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
-    if data.privacy != PrivacyConfig():
-        from trainer.data.transforms.privacy import stage  # which makes seventy expressions
-
-        yield from stage.problems(data.privacy)
 
 
 def _streaming_problems(data: DataConfig) -> Iterator[str]:
     """Hub data sets whose commit is not given: what they hold later could not be told from what was prepared."""
-    hub = []
+    names_hub_data = False
     for name, source in data.sources.items():
-        of = [path for path in _path_texts(source.path) if is_hub(path)]
-        hub += of
-        if of and not COMMIT.fullmatch(source.revision or ""):
+        hub_paths = [path for path in _path_texts(source.path) if is_hub(path)]
+        names_hub_data |= bool(hub_paths)
+        if hub_paths and not COMMIT.fullmatch(source.revision or ""):
             yield (
-                f"data.sources.{name}.revision={source.revision}: data.streaming=true reads {of[0]} at one commit; give its 40 "
-                "characters, which the hub shows beside the files"
+                f"data.sources.{name}.revision={source.revision}: data.streaming=true reads {hub_paths[0]} at one commit; give "
+                "its 40 characters, which the hub shows beside the files"
             )
     for key in ("path", "eval_path", "test_path"):
-        of = [path for path in _path_texts(getattr(data, key)) if is_hub(path)]
-        hub += of
-        if of:
+        hub_paths = [path for path in _path_texts(getattr(data, key)) if is_hub(path)]
+        names_hub_data |= bool(hub_paths)
+        if hub_paths:
             yield (
-                f"data.{key}={of[0]}: data.streaming=true reads hub data sets at a commit, which only sources have: "
-                f"data.sources.<name>.path={of[0]} and its revision; or leave data.streaming out"
+                f"data.{key}={hub_paths[0]}: data.streaming=true reads hub data sets at a commit, which only sources have: "
+                f"data.sources.<name>.path={hub_paths[0]} and its revision; or leave data.streaming out"
             )
-    if not hub:
+    if not names_hub_data:
         yield "data.streaming=true: no data set of the hub is named (hub:<name>), and files are always streamed; leave it out"
 
 
-def _path_texts(value: Any) -> list[str]:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    return [str(each) for each in values]
+def _path_texts(path_setting: Any) -> list[str]:
+    """The paths of a setting, which holds one, a list of them, or sets by name."""
+    if isinstance(path_setting, dict):
+        paths = list(path_setting.values())
+    elif isinstance(path_setting, list | tuple):
+        paths = list(path_setting)
+    else:
+        paths = [path_setting]
+    return [str(path) for path in paths]
 
 
 def inputs_of(config: DataConfig) -> list[Input]:
     """The inputs in the order in which they are read. Raises ConfigError, and DataError for files that do not exist."""
-    if wrong := [*problems(config)]:
-        raise ConfigError(wrong)
-    found = []
+    found_problems = [*problems(config)]
+    if found_problems:
+        raise ConfigError(found_problems)
+    inputs = []
     if config.sources:
         for name, source in config.sources.items():
             key = f"data.sources.{name}"
@@ -150,20 +169,24 @@ def inputs_of(config: DataConfig) -> list[Input]:
             origin = Origin(f"{key}.path", files, source.subset, source.split, source.revision, config.streaming)
             columns = dict(source.columns) or dict(config.columns)
             format = config.format if source.format is DataFormat.auto else source.format
-            found.append(Input("train", name, key, origin, format, columns, source.weight, source.licence))
+            inputs.append(Input("train", name, key, origin, format, columns, source.weight, source.licence))
     else:
         origin = Origin("data.path", expand(config.path, "data.path", remote=config.remote))
-        found.append(Input("train", "data", "data.path", origin, config.format, dict(config.columns)))
+        inputs.append(Input("train", "data", "data.path", origin, config.format, dict(config.columns)))
     for split in HELD_OUT:
-        for name, (key, value) in sets_of(getattr(config, f"{split}_path"), split).items():
-            origin = Origin(key, expand(value, key, remote=config.remote))
-            found.append(Input(split, name, key, origin, config.format, dict(config.columns)))
-    for item in found:
-        item.ignored, item.group = frozenset(config.ignore_columns), config.group_by
-        if both := item.ignored & {*item.columns.values(), item.group}:
-            reader = "data.group_by reads" if item.group in both else f"{item.key} reads by its columns"
-            raise ConfigError(f"data.ignore_columns names {min(both)}, which {reader}; keep one")
-    return found
+        for name, (key, paths) in sets_of(getattr(config, f"{split}_path"), split).items():
+            origin = Origin(key, expand(paths, key, remote=config.remote))
+            inputs.append(Input(split, name, key, origin, config.format, dict(config.columns)))
+    for source_input in inputs:
+        source_input.ignored = frozenset(config.ignore_columns)
+        source_input.group = config.group_by
+        contradictions = source_input.ignored & {*source_input.columns.values(), source_input.group}
+        if contradictions:
+            reader = f"{source_input.key} reads by its columns"
+            if source_input.group in contradictions:
+                reader = "data.group_by reads"
+            raise ConfigError(f"data.ignore_columns names {min(contradictions)}, which {reader}; keep one")
+    return inputs
 
 
 def readers_of(
@@ -177,65 +200,74 @@ def readers_of(
 
     `label` reads a label; `preferred` are the formats that decide where several fit; `refuses` as in `RowReader`.
     """
-    made = {}
-    for item in inputs:
-        format = item.format
-        options: Any = {"source": item.source, "ignored": item.ignored}
-        first: Any = _first_row(item) if format is DataFormat.auto else next(item.origin.rows()).parse()
+    readers = {}
+    for source_input in inputs:
+        format = source_input.format
+        options: Any = {"source": source_input.source, "ignored": source_input.ignored}
+        first_row: Any
         if format is DataFormat.auto:
-            format = recognise(first, item.columns, preferred=preferred, **options)
-        if item.split == "train" or not isinstance(first, Row) or (item.group or "").split(".")[0] in first.fields:
-            options["group"] = item.group  # files of held-out rows need not say what these belong to
-        reader = made[item.split, item.source] = RowReader(
-            format, item.columns, label=label, refuses=refuses, **options
-        )
-        item.needed_columns = reader.needed_columns
-        found = first if isinstance(first, Rejected) else reader(first)
-        if isinstance(found, Rejected) and found.reason.startswith("unread_"):
-            raise DataError(str(found))  # what the first row has all have: no work is lost
-    return made
+            first_row = _first_row(source_input)
+            format = recognise(first_row, source_input.columns, preferred=preferred, **options)
+        else:
+            first_row = next(source_input.origin.rows()).parse()
+        # Files of held-out rows need not say what these belong to.
+        group_column = (source_input.group or "").split(".")[0]
+        if source_input.split == "train" or not isinstance(first_row, Row) or group_column in first_row.fields:
+            options["group"] = source_input.group
+        reader = RowReader(format, source_input.columns, label=label, refuses=refuses, **options)
+        readers[source_input.split, source_input.source] = reader
+        source_input.needed_columns = reader.needed_columns
+        document = first_row if isinstance(first_row, Rejected) else reader(first_row)
+        if isinstance(document, Rejected) and document.reason.startswith("unread_"):
+            raise DataError(str(document))  # every row has the column that the first one has: stop before any work
+    return readers
 
 
-def _first_row(item: Input) -> Row:
-    bad = list[Rejected]()
-    for row in islice(item.origin.rows(), 1000):
+def _first_row(source_input: Input) -> Row:
+    """The first row that can be read. Raises DataError where there is none among the first 1000."""
+    first_rejected: Rejected | None = None
+    for row in islice(source_input.origin.rows(), 1000):
         parsed = row.parse()
         if isinstance(parsed, Row):
             return parsed
-        bad.append(parsed)
-    raise DataError(f"{bad[0]}; no row of the first 1000 can be read")
+        first_rejected = first_rejected or parsed
+    raise DataError(f"{first_rejected}; no row of the first 1000 can be read")
 
 
 def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tuple[str, str], Row | Rejected]]:
     """All rows, each with its input's id; of the training split the first `max_documents`."""
-    left = max_documents
-    for item in inputs:
-        rows: Iterator[Row | Rejected] = item.origin.rows(item.needed_columns)
-        if item.split == "train" and left is not None:
-            rows = islice(rows, left)
+    rows_left = max_documents
+    for source_input in inputs:
+        rows: Iterator[Row | Rejected] = source_input.origin.rows(source_input.needed_columns)
+        is_limited = source_input.split == "train" and rows_left is not None
+        if is_limited:
+            rows = islice(rows, rows_left)
         for row in rows:
-            if item.split == "train" and left is not None:
-                left -= 1
-            yield item.id, row
+            if is_limited and rows_left is not None:
+                rows_left -= 1
+            yield source_input.id, row
 
 
 def jobs(
     rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, most_rows: int = 512, most_bytes: int = 4 << 20
 ) -> Iterator[RowRange]:
     """Group ((split, source), row) into jobs; where a job ends depends on the input alone."""
-    number, size, current = 0, 0, RowRange(0, "", "", 0, [])
+    number = 0
+    num_bytes = 0
+    job = RowRange(0, "", "", 0, [])
     for (split, source), row in rows:
-        same = (split, source) == (current.split, current.source)
-        if not same or len(current.rows) >= most_rows or size >= most_bytes:
-            if current.rows:
-                yield current
+        is_same_input = (split, source) == (job.split, job.source)
+        if not is_same_input or len(job.rows) >= most_rows or num_bytes >= most_bytes:
+            if job.rows:
+                yield job
                 number += 1
-            current = RowRange(number, split, source, current.offset + len(current.rows) if same else 0, [])
-            size = 0
-        current.rows.append(row)
-        size += len(row.raw) if isinstance(row, Line) else 1024
-    if current.rows:
-        yield current
+            offset = job.offset + len(job.rows) if is_same_input else 0
+            job = RowRange(number, split, source, offset, [])
+            num_bytes = 0
+        job.rows.append(row)
+        num_bytes += len(row.raw) if isinstance(row, Line) else 1024
+    if job.rows:
+        yield job
 
 
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
@@ -243,15 +275,15 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     key = "data.decontamination.paths"
     ignored = frozenset(config.ignore_columns)
     for path in expand(paths, key, remote=config.remote):  # each file in its own format
-        item = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
+        file_input = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
         # what is compared are texts: a picture beside them matters to nobody
-        (reader,) = readers_of([item], refuses=False).values()
-        for row in item.origin.rows(item.needed_columns):
+        (reader,) = readers_of([file_input], refuses=False).values()
+        for row in file_input.origin.rows(file_input.needed_columns):
             parsed = row.parse()
-            found = parsed if isinstance(parsed, Rejected) else reader(parsed)
-            if not isinstance(found, Document):
-                raise DataError(f"{key}: {found}")
-            yield found
+            document = parsed if isinstance(parsed, Rejected) else reader(parsed)
+            if not isinstance(document, Document):
+                raise DataError(f"{key}: {document}")
+            yield document
 
 
 PLENTY_FACTOR = 64
@@ -273,39 +305,46 @@ def require_room(
     What is written for each byte (of tables: each row) is measured on the first block of every input, made by `make`.
     Nothing is measured where there is plenty of room.
     """
-    place = directory
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if PLENTY_FACTOR * sum(item.origin.size() for item in inputs) <= free * parts:
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
+    free_bytes = shutil.disk_usage(existing).free
+    if PLENTY_FACTOR * sum(source_input.origin.size() for source_input in inputs) <= free_bytes * parts:
         return
-    total, train = 0.0, 0.0
-    for item in inputs:
-        read, rows, written = _measure_first_block(item, make)
-        size, num_rows = item.origin.extent()
-        need = written * (size / max(read, 1) + num_rows / max(rows, 1))
-        if item.split == "train" and max_documents is not None:
-            need = min(need, written / max(rows, 1) * max_documents)
-        total, train = total + need, train + need * (item.split == "train")
-    if total > free * parts:
-        whose = " by this shard" if parts > 1 else ""
+    total_bytes = 0.0
+    train_bytes = 0.0
+    for source_input in inputs:
+        bytes_read, rows_read, bytes_written = _measure_first_block(source_input, make)
+        text_bytes, table_rows = source_input.origin.extent()
+        needed = bytes_written * (text_bytes / max(bytes_read, 1) + table_rows / max(rows_read, 1))
+        is_train = source_input.split == "train"
+        if is_train and max_documents is not None:
+            needed = min(needed, bytes_written / max(rows_read, 1) * max_documents)
+        total_bytes += needed
+        if is_train:
+            train_bytes += needed
+    if total_bytes > free_bytes * parts:
+        by_shard = " by this shard" if parts > 1 else ""
         raise StorageError(
-            f"data.cache_dir={directory}: about {_gib(total / parts)} GiB will be written{whose}, and {_gib(free)} GiB are free "
-            f"(judged by the first rows of each input; {_gib(train / parts)} GiB of it is training data); set "
+            f"data.cache_dir={directory}: about {_gib(total_bytes / parts)} GiB will be written{by_shard}, and "
+            f"{_gib(free_bytes)} GiB are free "
+            f"(judged by the first rows of each input; {_gib(train_bytes / parts)} GiB of it is training data); set "
             "data.cache_dir to a larger disk, or read fewer rows with data.max_documents"
         )
 
 
-def _measure_first_block(item: Input, make: Callable[[RowRange], Block]) -> tuple[int, int, int]:
+def _measure_first_block(source_input: Input, make: Callable[[RowRange], Block]) -> tuple[int, int, int]:
     """(bytes read, rows read, bytes that are written of them), of an input's first block."""
-    first = next(jobs((item.id, row) for row in item.origin.rows(item.needed_columns)))
-    read = sum(_size(row) for row in first.rows if isinstance(row, Row))
-    block = make(first)
+    rows = source_input.origin.rows(source_input.needed_columns)
+    first_job = next(jobs((source_input.id, row) for row in rows))
+    bytes_read = sum(_size(row) for row in first_job.rows if isinstance(row, Row))
+    block = make(first_job)
     assert block.sequences is not None and block.documents is not None
-    made = block.sequences
-    numbers = len(made.lengths) * (len(made.columns) + 3) * NUMBER_BYTES
-    a_token = 5 if made.weights is None else 9
-    return read, len(first.rows), block.documents.nbytes + a_token * len(made.tokens) + numbers
+    sequences = block.sequences
+    column_bytes = len(sequences.lengths) * (len(sequences.columns) + 3) * NUMBER_BYTES
+    bytes_per_token = 5 if sequences.weights is None else 9  # the id, the mask, and perhaps the weight
+    token_bytes = bytes_per_token * len(sequences.tokens)
+    return bytes_read, len(first_job.rows), block.documents.nbytes + token_bytes + column_bytes
 
 
 def _size(row: Row) -> int:

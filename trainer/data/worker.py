@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -53,13 +54,15 @@ class BlockMaker:
         tokenizer: PreTrainedTokenizerFast,
         date: TemplateDate | None = None,
     ) -> None:
-        self.config, self.reading, self.readers = config, reading, readers
+        self.config = config
+        self.reading = reading
+        self.readers = readers
         self.encoder = reading.encoder(tokenizer, config)
         self.encoder.fix_date(date)
         self.decontaminator: Decontaminator | None = None
         if config.decontamination.paths is not None:
-            found = evaluation_documents(config.decontamination.paths, config)
-            texts = (text for document in found for text in evaluation_texts(document))
+            documents = evaluation_documents(config.decontamination.paths, config)
+            texts = itertools.chain.from_iterable(map(evaluation_texts, documents))
             self.decontaminator = Decontaminator(texts, config.decontamination)
         self.replays = any(source.replay for source in config.sources.values())
         splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
@@ -67,38 +70,54 @@ class BlockMaker:
 
     def __call__(self, job: RowRange) -> Block:
         """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
-        files = Counter(row.file for row in job.rows)
-        block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
-        reader, documents = self.readers[job.split, job.source], list[Document]()
-        reader.unread.names.clear()
-        for row in job.rows:
-            parsed = row.parse()
-            found = parsed if isinstance(parsed, Rejected) else reader(parsed)
-            if isinstance(found, Document) and (refusal := self.reading.refuses(found)) is not None:
-                found = Rejected(found.file, found.line, *refusal, found.text or content(found))
-            if isinstance(found, Document):
-                documents.append(found)
-            else:
-                self._quarantine(block, found, "read")
-        block.unread = list(reader.unread.names)
+        rows_of_file = Counter(row.file for row in job.rows)
+        block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(rows_of_file))
+        documents = self._read(job, block)
         for stage in self._stages(job):
-            dropped, all_kept = len(block.tally.drops), list[Document]()
-            for document in documents:
-                if (kept := stage(document, block.tally)) is not None:
-                    all_kept.append(kept)
-                elif stage.name == "checks":
-                    reason, excerpt = block.tally.drops[-1][1], content(document)[:200]
-                    row = Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt)
-                    block.bad.append(row)
-            if len(documents) - len(all_kept) != len(block.tally.drops) - dropped:
-                raise AssertionError(f"{job.source}: stage {stage.name} lost count of a document")
-            documents = all_kept
+            documents = self._run_stage(stage, documents, block)
         documents = self._tokenise(documents, block)
         block.documents = to_batch(documents)
         block.signatures = self.signer.sign(documents)
         if self.config.group_by is not None:
-            block.signatures["group"] = np.array([group_digest(d.group) for d in documents], np.uint64)
+            groups = [group_digest(document.group) for document in documents]
+            block.signatures["group"] = np.array(groups, np.uint64)
         return block
+
+    def _read(self, job: RowRange, block: Block) -> list[Document]:
+        """The documents among the rows of a job; the other rows go to quarantine."""
+        reader = self.readers[job.split, job.source]
+        reader.unread.names.clear()
+        documents: list[Document] = []
+        for row in job.rows:
+            parsed = row.parse()
+            document = parsed if isinstance(parsed, Rejected) else reader(parsed)
+            if isinstance(document, Document):
+                refusal = self.reading.refuses(document)
+                if refusal is None:
+                    documents.append(document)
+                    continue
+                reason, message = refusal
+                text = document.text or content(document)
+                document = Rejected(document.file, document.line, reason, message, text)
+            self._quarantine(block, document, "read")
+        block.unread = list(reader.unread.names)
+        return documents
+
+    def _run_stage(self, stage: Stage, documents: list[Document], block: Block) -> list[Document]:
+        """The documents that a stage keeps."""
+        drops_before = len(block.tally.drops)
+        kept: list[Document] = []
+        for document in documents:
+            changed = stage(document, block.tally)
+            if changed is not None:
+                kept.append(changed)
+            elif stage.name == "checks":
+                _, reason, _ = block.tally.drops[-1]
+                excerpt = content(document)[:200]
+                block.bad.append(Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt))
+        if len(documents) - len(kept) != len(block.tally.drops) - drops_before:
+            raise AssertionError(f"{block.source}: stage {stage.name} lost count of a document")
+        return kept
 
     def _stages(self, job: RowRange) -> Iterator[Stage]:
         """What the configuration asks for, in its order, each made when the documents come to it."""
@@ -109,7 +128,9 @@ class BlockMaker:
         if config.filters != FilterConfig():
             yield Filters(config.filters)
         if config.privacy.mode is not PrivacyMode.none:
-            from trainer.data.transforms.privacy.stage import PrivacyStage  # which makes seventy expressions
+            from trainer.data.transforms.privacy.stage import (
+                PrivacyStage,
+            )  # imported here: it compiles seventy expressions
 
             yield PrivacyStage(config.privacy, seen=job.offset)
         if self.decontaminator is not None and job.split == "train":
@@ -122,45 +143,54 @@ class BlockMaker:
 
     def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
         """The documents of which something is left, their sequences now in the block."""
-        encoder, samples, pieces, left = self.encoder, list[Sample](), list[int](), list[Document]()
-        block.labels = sorted({d.label for d in documents if d.label is not None})
+        encoder = self.encoder
+        samples: list[Sample] = []
+        pieces: list[int] = []
+        tokenised: list[Document] = []
+        # Labels get numbers of the block's own, because no worker knows those of the others; `Assembly` renumbers them.
+        block.labels = sorted({document.label for document in documents if document.label is not None})
         encoder.label_ids = {name: number for number, name in enumerate(block.labels)}
-        for document, made in self._sequences(documents, block):
+        for document, sequences in self._sequences(documents, block):
             if self.replays:
-                for sample in made:
-                    sample.marks[REPLAY] = block.split == "train" and self.config.sources[block.source].replay
-            samples += made
-            pieces.append(len(made))
-            left.append(document)
+                is_replay = block.split == "train" and self.config.sources[block.source].replay
+                for sample in sequences:
+                    sample.marks[REPLAY] = is_replay
+            samples += sequences
+            pieces.append(len(sequences))
+            tokenised.append(document)
         block.pieces = np.array(pieces, np.int64)
         block.sequences = Sequences.of(samples, self.reading.counts)
-        ended = [last_learned_id(sample) in encoder.end_ids for sample in samples]
-        block.sequences.columns["ended"] = np.array(ended, np.int64)
-        return left
+        is_ended = [last_learned_id(sample) in encoder.end_ids for sample in samples]
+        block.sequences.columns["ended"] = np.array(is_ended, np.int64)
+        return tokenised
 
     def _sequences(self, documents: list[Document], block: Block) -> Iterator[tuple[Document, list[Sample]]]:
         """What the objective makes of documents, one by one where it refuses one; what was lost unasked is quarantined."""
+        # A tally of its own, which is thrown away if the documents are tokenised again one by one.
         tally = Tally()
         try:
-            found = list(self.reading.sequences(self.encoder, documents, self.config, tally))
+            results = list(self.reading.sequences(self.encoder, documents, self.config, tally))
         except RefusedDocument as refused:
             if len(documents) > 1:
                 for document in documents:
                     yield from self._sequences([document], block)
                 return
-            (one,) = documents
-            row = Rejected(one.file, one.line, refused.reason, refused.message, content(one))
+            (document,) = documents
+            row = Rejected(document.file, document.line, refused.reason, refused.message, content(document))
             self._quarantine(block, row, "tokenise")
             return
         block.tally.merge(tally)
         block.tally.drops += tally.drops
         reasons = {where: reason for _, reason, where in tally.drops}
-        for document, made in found:
-            if made:
-                yield document, made
-            elif (message := LOST.get(reason := reasons[document.where])) is not None:
-                said = message.format(self.config.max_length)
-                block.bad.append(Rejected(document.file, document.line, reason, said, content(document)[:200]))
+        for document, sequences in results:
+            if sequences:
+                yield document, sequences
+                continue
+            reason = reasons[document.where]
+            if reason in LOST:
+                message = LOST[reason].format(self.config.max_length)
+                excerpt = content(document)[:200]
+                block.bad.append(Rejected(document.file, document.line, reason, message, excerpt))
 
 
 Argument = TypeVar("Argument")
@@ -193,12 +223,12 @@ class Workers(ForkContext):
 
 def ordered_map(
     function: Callable[[Argument], Returned],
-    items: Iterable[Argument],
+    arguments: Iterable[Argument],
     *,
     workers: int,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Returned]:
-    """Results of `function` in the order of `items`, of which few more are taken than there are workers.
+    """Results of `function` in the order of `arguments`, of which few more are taken than there are workers.
 
     `workers` processes are forked from this one, so that `function` may hold anything. `check` is called about once a second
     while a result is waited for, and may raise. An exception, and closing this generator, kills the workers amid their work.
@@ -208,22 +238,23 @@ def ordered_map(
     _function = function
     pool = ProcessPoolExecutor(workers, mp_context=Workers(), initializer=_start_worker, initargs=(os.getpid(),))
     waiting: deque[Future[Returned]] = deque()
-    team: list[Worker] = []
+    processes: list[Worker] = []
     try:
-        for item in items:
-            waiting.append(pool.submit(_call, item))
-            team = team or [child for child in active_children() if isinstance(child, Worker)]  # all, with the first
+        for argument in arguments:
+            waiting.append(pool.submit(_call, argument))
+            if not processes:  # the pool forks all of them with the first job
+                processes = [child for child in active_children() if isinstance(child, Worker)]
             if len(waiting) > 2 * workers:
-                yield _wait_for(waiting.popleft(), pool, team, check)
+                yield _wait_for(waiting.popleft(), pool, processes, check)
         while waiting:
-            yield _wait_for(waiting.popleft(), pool, team, check)
+            yield _wait_for(waiting.popleft(), pool, processes, check)
     except BrokenProcessPool as error:
         raise ShardtuneError(
             "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
             "set data.workers lower"
         ) from error
     except BaseException:
-        _kill(pool, team)  # native code in a worker may take long to come to an end
+        _kill(pool, processes)  # native code in a worker may take long to come to an end
         raise
     finally:
         _function = None
@@ -245,8 +276,8 @@ def _wait_for(
 def _kill(pool: ProcessPoolExecutor, workers: list[Worker]) -> None:
     """Kill all workers, whatever they do.
 
-    The pool would read for ever the rest of a result whose writer died amid it. So this process keeps no end to write at: then
-    the reading ends.
+    A worker that dies amid a result leaves half of it in the pipe, and the pool would wait for ever for the rest. Once this
+    process has closed its own end to write at, too, the reading ends.
     """
     close_own_writer(pool)
     for worker in workers:
@@ -273,6 +304,6 @@ def _start_worker(parent: int) -> None:
     die_with_parent(parent)
 
 
-def _call(item: Any) -> Any:
+def _call(argument: Any) -> Any:
     assert _function is not None, "set before the workers were forked"
-    return _function(item)
+    return _function(argument)

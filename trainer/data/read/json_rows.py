@@ -120,7 +120,10 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
                 start = 0
                 continue
             if token[1] and data[token.end()] not in _AFTER_TEXT:
-                message = "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one too many"
+                message = (
+                    "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one "
+                    "too many"
+                )
                 raise _broken_list(path, line, data[start : token.start()], message)
             sign = token[0]
             position = token.end()

@@ -38,7 +38,7 @@ _ABOUT_FILES = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|cit
 def kind_of(path: File) -> str | None:
     """The suffix that says how to read a file, without that of its compression (`.jsonl`); None if unknown."""
     suffixes = path.suffixes
-    kinds = LINE_KINDS + TEXT_KINDS
+    kinds: tuple[str, ...] = LINE_KINDS + TEXT_KINDS
     if compression_of(path):
         suffixes = suffixes[:-1]
     else:

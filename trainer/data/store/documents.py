@@ -26,13 +26,26 @@ def schema() -> pa.Schema:
     """The columns; what a document does not have is null. Tools and calls of tools are JSON texts."""
     import pyarrow as pa
 
-    said = [(name, pa.string()) for name in ("reasoning_content", "tool_calls", "name", "tool_call_id")]
-    own = [("role", pa.string()), ("content", pa.string()), ("train", pa.bool_()), ("weight", pa.float64())]
-    turns = pa.list_(pa.struct([*own, *said]))
-    text = [(name, pa.string()) for name in ("prompt", "completion", "text", "label", "separator", "tools")]
-    place = [("source", pa.string()), ("file", pa.string()), ("line", pa.int64())]
-    lists = [(name, turns) for name in TURNS]
-    return pa.schema([*place, *lists, *text, ("desirable", pa.bool_())])
+    def texts(*names: str) -> list[tuple[str, pa.DataType]]:
+        return [(name, pa.string()) for name in names]
+
+    turn = pa.struct(
+        [
+            *texts("role", "content"),
+            ("train", pa.bool_()),
+            ("weight", pa.float64()),
+            *texts("reasoning_content", "tool_calls", "name", "tool_call_id"),
+        ]
+    )
+    return pa.schema(
+        [
+            *texts("source", "file"),
+            ("line", pa.int64()),
+            *((name, pa.list_(turn)) for name in TURNS),
+            *texts("prompt", "completion", "text", "label", "separator", "tools"),
+            ("desirable", pa.bool_()),
+        ]
+    )
 
 
 def to_batch(documents: list[Document]) -> pa.RecordBatch:
@@ -42,15 +55,20 @@ def to_batch(documents: list[Document]) -> pa.RecordBatch:
     """
     from pyarrow import json as reader
 
-    data = b"\n".join(orjson.dumps(_row(document)) for document in documents) or b"{}"
-    read = reader.ReadOptions(use_threads=False, block_size=len(data) + 1)  # one block is one batch
+    json_lines = b"\n".join(orjson.dumps(_row(document)) for document in documents) or b"{}"
+    read = reader.ReadOptions(use_threads=False, block_size=len(json_lines) + 1)  # one block is one batch
     parse = reader.ParseOptions(explicit_schema=schema(), unexpected_field_behavior="error")
-    (batch,) = reader.read_json(io.BytesIO(data), read, parse).to_batches()
+    (batch,) = reader.read_json(io.BytesIO(json_lines), read, parse).to_batches()
     return batch.slice(0, len(documents))
 
 
 def _row(document: Document) -> dict[str, Any]:
-    row = {name: value for name in schema().names if (value := getattr(document, name)) is not None}
+    """A document as a row of the table."""
+    row: dict[str, Any] = {}
+    for name in schema().names:
+        field = getattr(document, name)
+        if field is not None:
+            row[name] = field
     for name in TURNS:
         if name in row:
             row[name] = [_with_json_text(turn, "tool_calls") for turn in row[name]]
@@ -59,7 +77,9 @@ def _row(document: Document) -> dict[str, Any]:
 
 def _with_json_text(part: dict[str, Any], name: str) -> dict[str, Any]:
     """A row or a turn with its `name`, if it has that, as a JSON text."""
-    return {**part, name: json.dumps(part[name], ensure_ascii=False)} if name in part else part
+    if name not in part:
+        return part
+    return {**part, name: json.dumps(part[name], ensure_ascii=False)}
 
 
 @dataclass
@@ -73,9 +93,9 @@ class DocumentTable:
         """The batches, mapped, and the row that each begins with."""
         import pyarrow as pa
 
-        found = list(pa.ipc.open_stream(pa.memory_map(str(self.directory / DOCUMENTS_FILE))))
-        sizes = np.array([batch.num_rows for batch in found], np.int64)
-        return found, np.cumsum(sizes) - sizes
+        batches = list(pa.ipc.open_stream(pa.memory_map(str(self.directory / DOCUMENTS_FILE))))
+        sizes = np.array([batch.num_rows for batch in batches], np.int64)
+        return batches, np.cumsum(sizes) - sizes
 
     @property
     def batches(self) -> list[pa.RecordBatch]:
@@ -86,8 +106,8 @@ class DocumentTable:
         """Row `index` as plain Python values."""
         batches, starts = self._batches
         batch = int(np.searchsorted(starts, index, side="right")) - 1
-        (found,) = batches[batch].slice(index - int(starts[batch]), 1).to_pylist()
-        return dict(found)
+        (row,) = batches[batch].slice(index - int(starts[batch]), 1).to_pylist()
+        return dict(row)
 
     def document(self, index: int) -> Document:
         """Row `index` as a document."""
@@ -100,5 +120,8 @@ class DocumentTable:
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    there = {name: value for name, value in turn.items() if value is not None}
-    return {**there, "tool_calls": json.loads(there["tool_calls"])} if "tool_calls" in there else there
+    """A turn of the table as a document has it: nulls left out, calls parsed."""
+    message = {name: field for name, field in turn.items() if field is not None}
+    if "tool_calls" in message:
+        message["tool_calls"] = json.loads(message["tool_calls"])
+    return message

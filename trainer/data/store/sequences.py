@@ -30,8 +30,11 @@ from strategies.errors import DataError
 WEIGHTS = "weights.bin"
 WEIGHTS_PER_WRITE = 1 << 22
 """Tokens whose weights are written at a time."""
-TERM_PREFIX, MARK_PREFIX = "term.", "mark."
-LABEL, REPLAY, REFERENCE = "label", "replay", "reference"
+TERM_PREFIX = "term."
+MARK_PREFIX = "mark."
+LABEL = "label"
+REPLAY = "replay"
+REFERENCE = "reference"
 """Marks that preparation itself knows of: the number of a labelled text's label, whether a source is marked `replay`; and the
 log-probability of a sequence's targets under the model before training, which is attached to a data set that is open."""
 
@@ -51,20 +54,28 @@ class Sample:
 
     def target_weights(self) -> np.ndarray | None:
         """float32 [targets]; None where each is 1."""
-        found = None if self.weights is None else self.weights[1:][self.supervised[1:]]
-        return None if found is None or (found == 1).all() else found
+        if self.weights is None:
+            return None
+        weights: np.ndarray = self.weights[1:][self.supervised[1:]]
+        return None if (weights == 1).all() else weights
 
     def learned_weight(self) -> float:
         """The targets, as they are counted for the loss: their number, or the sum of their weights where they have some."""
         weights = self.target_weights()
-        return int(self.supervised[1:].sum()) if weights is None else math.fsum(weights.tolist())
+        if weights is None:
+            return int(self.supervised[1:].sum())
+        return math.fsum(weights.tolist())
 
     def cut(self, *parts: slice) -> Sample:
         """The tokens of these parts, one after another."""
-        ids, supervised = (np.concatenate([row[part] for part in parts]) for row in (self.input_ids, self.supervised))
+
+        def join(row: np.ndarray) -> np.ndarray:
+            return np.concatenate([row[part] for part in parts])
+
+        supervised = join(self.supervised)
         supervised[:1] = False
-        weights = None if self.weights is None else np.concatenate([self.weights[part] for part in parts])
-        return Sample(ids, supervised, dict(self.marks), weights)
+        weights = None if self.weights is None else join(self.weights)
+        return Sample(join(self.input_ids), supervised, dict(self.marks), weights)
 
     def answer_begin(self) -> int:
         """Where the first token is learned; the end of the sequence where none is (a filler)."""
@@ -85,24 +96,25 @@ class TokenDataset:
             columns = {name: table[name] for name in table.files}
         self.tokens = _open_mapped(store / "tokens.bin", np.int32, int(offsets[-1]))
         self.supervised = _open_mapped(store / "supervised.bin", np.uint8, int(offsets[-1]))
-        there = (store / WEIGHTS).exists()
-        self.weights = _open_mapped(store / WEIGHTS, np.float32, int(offsets[-1])) if there else None
+        self.weights: np.ndarray | None = None
+        if (store / WEIGHTS).exists():
+            self.weights = _open_mapped(store / WEIGHTS, np.float32, int(offsets[-1]))
         index = np.load(directory / "index.npy") if is_split else np.arange(len(offsets) - 1)
         self.starts: np.ndarray = offsets[:-1][index]
         """int64 [N]: where each sequence begins in `tokens`."""
         self.lengths: np.ndarray = np.diff(offsets)[index]
         """int64 [N], in tokens."""
-        chosen = {name: column[index] for name, column in columns.items()}
-        self.num_supervised = chosen["supervised"]
-        self.counts = columns_with_prefix(chosen, TERM_PREFIX)
+        split_columns = {name: column[index] for name, column in columns.items()}
+        self.num_supervised = split_columns["supervised"]
+        self.counts = columns_with_prefix(split_columns, TERM_PREFIX)
         """[N] each, by term: int64, or float64 where they are sums of weights."""
-        self.marks = columns_with_prefix(chosen, MARK_PREFIX)
+        self.marks = columns_with_prefix(split_columns, MARK_PREFIX)
         """[N] each, by name: int64 as prepared, float32 where they were attached since (see `attach`)."""
-        self.sources = chosen["source"]
+        self.sources = split_columns["source"]
         """int64 [N]: number of each sequence's source in `manifest["sources"]`."""
-        self.documents = chosen["document"]
+        self.documents = split_columns["document"]
         """int64 [N]: row of `documents.arrow`."""
-        self.num_ended = int(chosen["ended"].sum())
+        self.num_ended = int(split_columns["ended"].sum())
         """Sequences whose last target is an end token."""
 
     @classmethod
@@ -152,7 +164,7 @@ class TokenDataset:
 
 
 def columns_with_prefix(columns: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The columns whose names begin with `prefix`, by the rest of their names."""
+    """The columns whose names begin with `prefix`, by their names without it."""
     return {name.removeprefix(prefix): column for name, column in columns.items() if name.startswith(prefix)}
 
 
@@ -167,17 +179,20 @@ def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
 
 
 def concatenated_ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """int64: whole numbers in runs, one after another, of which each has its begin and its size."""
+    """int64: the ranges [begin, begin + size), one after another."""
     ends = np.cumsum(sizes)
-    within = np.arange(sizes.sum()) - np.repeat(ends - sizes, sizes)
-    return (np.repeat(begins, sizes) + within).astype(np.int64)
+    offsets = np.arange(sizes.sum()) - np.repeat(ends - sizes, sizes)  # within each range
+    return (np.repeat(begins, sizes) + offsets).astype(np.int64)
 
 
 def _open_mapped(path: Path, dtype: type, count: int) -> np.ndarray:
-    wanted = count * np.dtype(dtype).itemsize
-    if path.stat().st_size != wanted:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {wanted}")
-    return np.memmap(path, dtype=dtype, mode="r") if wanted else np.zeros(0, dtype=dtype)
+    """A file of `count` numbers, mapped. Raises ValueError where it has another size."""
+    expected_bytes = count * np.dtype(dtype).itemsize
+    if path.stat().st_size != expected_bytes:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {expected_bytes}")
+    if not expected_bytes:  # an empty file cannot be mapped
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _refuse_cut_off(mapped: np.ndarray) -> None:
@@ -209,21 +224,24 @@ class Sequences:
         """Samples, one after another, with the counts of the objective; the first token of none is a target."""
         for sample in samples:
             sample.supervised[:1] = False
-        counted: dict[str, list[float]] = {}
+        columns = {"supervised": np.array([int(sample.supervised.sum()) for sample in samples], np.int64)}
+        counts_by_term: dict[str, list[float]] = {}
         for number, sample in enumerate(samples):
             for term, count in counts(sample).items():
-                counted.setdefault(TERM_PREFIX + term, [0] * len(samples))[number] = count
-        terms = {
-            term: np.array(column, np.int64 if all(isinstance(count, int) for count in column) else np.float64)
-            for term, column in counted.items()
-        }
-        for name in {name for sample in samples for name in sample.marks}:
-            terms[MARK_PREFIX + name] = np.array([sample.marks[name] for sample in samples], np.int64)
+                counts_by_term.setdefault(term, [0] * len(samples))[number] = count
+        for term, term_counts in counts_by_term.items():
+            are_whole = all(isinstance(count, int) for count in term_counts)
+            columns[TERM_PREFIX + term] = np.array(term_counts, np.int64 if are_whole else np.float64)
+        mark_names: set[str] = set()
+        for sample in samples:
+            mark_names.update(sample.marks)
+        for name in mark_names:
+            columns[MARK_PREFIX + name] = np.array([sample.marks[name] for sample in samples], np.int64)
         return cls(
             tokens=_concatenate([sample.input_ids for sample in samples], np.int32),
             supervised=_concatenate([sample.supervised for sample in samples], np.uint8),
             lengths=np.array([len(sample.input_ids) for sample in samples], np.int64),
-            columns={"supervised": np.array([int(s.supervised.sum()) for s in samples], np.int64), **terms},
+            columns=columns,
             weights=_weights(samples),
         )
 
@@ -253,17 +271,18 @@ class StoreWriter:
 
     def append(self, sequences: Sequences) -> None:
         """Write one block; a column that first appears late is zero before."""
-        before = len(self.lengths)
+        sequences_before = len(self.lengths)
         self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
         self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
         self._write_weights(sequences)
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
-        for name, values in sequences.columns.items():
-            column = self.columns.setdefault(name, array("q", bytes(8 * before)))
-            if values.dtype.kind == "f" and column.typecode == "q":
+        for name, numbers in sequences.columns.items():
+            column = self.columns.setdefault(name, array("q", bytes(8 * sequences_before)))
+            if numbers.dtype.kind == "f" and column.typecode == "q":
                 column = self.columns[name] = array("d", column)
             kind = np.int64 if column.typecode == "q" else np.float64
-            column.frombytes(bytes(8 * (before - len(column))) + values.astype(kind).tobytes())
+            zeros = bytes(8 * (sequences_before - len(column)))  # for earlier blocks that did not have the column
+            column.frombytes(zeros + numbers.astype(kind).tobytes())
 
     def _write_weights(self, sequences: Sequences) -> None:
         """Write the weights of a block: from the first that has some on, and those of all before it, which weigh 1."""
@@ -272,17 +291,19 @@ class StoreWriter:
                 return
             self._mask.flush()
             self._weights = (self.directory / WEIGHTS).open("wb")
-            before = int(sum(self.lengths))
-            mask = np.memmap(self._mask.name, np.uint8, "r")[:before] if before else np.zeros(0, np.uint8)
-            for start in range(0, before, WEIGHTS_PER_WRITE):
+            tokens_before = int(sum(self.lengths))
+            mask = np.zeros(0, np.uint8)
+            if tokens_before:
+                mask = np.memmap(self._mask.name, np.uint8, "r")[:tokens_before]
+            for start in range(0, tokens_before, WEIGHTS_PER_WRITE):
                 self._weights.write(mask[start : start + WEIGHTS_PER_WRITE].astype(np.float32).tobytes())
         weights = sequences.supervised if sequences.weights is None else sequences.weights
         self._weights.write(weights.astype(np.float32).tobytes())
 
     def column(self, name: str) -> np.ndarray:
         """int64 or float64 [S] of what was appended so far; zeros where no block had it."""
-        made = np.array(self.columns.get(name, array("q")))
-        return np.concatenate([made, np.zeros(len(self.lengths) - len(made), made.dtype)])
+        numbers = np.array(self.columns.get(name, array("q")))
+        return np.concatenate([numbers, np.zeros(len(self.lengths) - len(numbers), numbers.dtype)])
 
     def finish(self, **replaced: np.ndarray) -> None:
         """Write the tables, and close the files; `replaced` columns (int64 [S]) take the place of those appended."""
