@@ -135,6 +135,28 @@ def show(directory: Path, asked: PrintWords) -> int:
     return 0
 
 
+def data_directory_of(run_dir: Path) -> Path:
+    """The prepared data of a run. A relative path counts from the working directory, else from the run.
+
+    Errors: ConfigError if it is not there, DataError if the run's record cannot be read.
+    """
+    try:
+        named = read_run_record(run_dir).data_directory
+    except (OSError, ValueError, RecursionError) as error:
+        path = run_dir / RUN_RECORD
+        raise DataError(f"{path}: cannot be read ({error}); name the directory of the prepared data") from error
+    if not named:
+        raise ConfigError(
+            f"{run_dir / RUN_RECORD}: does not say where the data of the run is; name its prepared directory"
+        )
+    for directory in (Path(named).expanduser(), run_dir / named):
+        if (directory / "manifest.json").is_file():
+            return directory
+    raise ConfigError(
+        f"{named}: the prepared data of {run_dir} is no longer there; prepare it again with shardtune prepare"
+    )
+
+
 def _sample(prepared: PreparedEntry, split: str, index: int, tokenizer: Any, console: Any, asked: PrintWords) -> None:
     from trainer.data.report import inspection
 

@@ -37,7 +37,9 @@ def decide(documents, config=NEAR):
     dropped = [copies for kind, copies in kinds.items() if policies[kind] is DuplicatePolicy.drop]
     kept = ~np.any([np.zeros(len(documents), bool), *dropped], axis=0)
     report = {kind: int(copies.sum()) for kind, copies in kinds.items()}
-    return SimpleNamespace(representative=found.representative, kind=found.kind, kept=kept, report=report, search=found.search)
+    return SimpleNamespace(
+        representative=found.representative, kind=found.kind, kept=kept, report=report, search=found.search
+    )
 
 
 def plain_ngrams(text, ngram=5):

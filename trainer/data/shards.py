@@ -220,7 +220,7 @@ class Assembly:
         advice = f"all of them are listed in {self.rejected}; {steps}"
         if num_bad < num_rows:
             bearable_share = math.ceil(100 * num_bad / num_rows) / 100
-            advice += f", or go on without them with data.max_bad_share={bearable_share:g}"
+            advice += f", or continue without them with data.max_bad_share={bearable_share:g}"
         return advice
 
     def columns(self) -> Columns:

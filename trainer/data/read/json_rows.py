@@ -184,7 +184,7 @@ def _require_end(path: File, stream: BinaryIO, rest: bytes, line: int) -> None:
 def _broken_list(path: File, line: int, before: bytes, message: str) -> DataError:
     """The error of a list whose trouble comes after the bytes `before`, which begin on `line`."""
     number = line + before.count(b"\n")
-    return DataError(f"{path}:{number}: not valid JSON: {message}; rows from here on cannot be told apart")
+    return DataError(f"{path}:{number}: not valid JSON: {message}; rows from here on cannot be separated")
 
 
 class _ObjectWithDoubledKeys(dict[str, Any]):

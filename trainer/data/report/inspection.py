@@ -58,15 +58,13 @@ class PreparedEntry:
 
 
 def locate(path: Path) -> PreparedEntry:
-    """The data set at `path`: its directory, one of its splits, or a run directory whose `run.json` names it.
+    """The data set at `path`: its directory, or one of its splits.
 
     Raises ConfigError where there is none, DataError where a file of it cannot be read.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ConfigError(f"{path}: there is no such directory; name a prepared data set or a run directory")
-    if (path / "run.json").is_file():
-        return locate(_data_directory_of_run(path))
     if not (path / "manifest.json").is_file():
         raise ConfigError(
             f"{path}: holds no manifest.json, so it is no prepared data set, and no run.json, so it is no run; "
@@ -83,19 +81,6 @@ def locate(path: Path) -> PreparedEntry:
     if not directories:  # a store without splits is read as one
         directories = {path.name: path}
     return PreparedEntry(path, read_object(path / "manifest.json", PREPARE_AGAIN), directories)
-
-
-def _data_directory_of_run(run: Path) -> Path:
-    """The data directory of a run; a relative one counts from the working directory, else from the run."""
-    recorded = read_object(run / "run.json", PREPARE_AGAIN).get("data_directory")
-    if not recorded:
-        raise ConfigError(f"{run / 'run.json'}: does not say where the data of the run is; name its prepared directory")
-    for directory in (Path(recorded).expanduser(), run / recorded):
-        if (directory / "manifest.json").is_file():
-            return directory
-    raise ConfigError(
-        f"{recorded}: the prepared data of {run} is no longer there; prepare it again with shardtune prepare"
-    )
 
 
 def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray:

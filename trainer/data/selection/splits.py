@@ -265,7 +265,7 @@ class _SplitChooser:
                 raise DataError(
                     f"{int(is_shared.sum())} of {len(train)} training documents are of groups (data.group_by="
                     f"{self.config.group_by}) that the {split} split has too: {self.where(int(train[is_shared][0]))} and "
-                    "others; take them out of one of the two, or set data.leakage.policy=drop_train, or report to go on"
+                    "others; take them out of one of the two, or set data.leakage.policy=drop_train, or report to continue"
                 )
             if policy is LeakagePolicy.drop_train:
                 self.drop(train[is_shared], "leakage", f"group_in_{split}")

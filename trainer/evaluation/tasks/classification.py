@@ -46,10 +46,12 @@ class ClassificationTask(Task):
     def read(self, case: Case) -> None:
         text_column = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
         label = label_of(case.fields.get("label"))
-        known = self.option_values["labels"]
-        if known is not None and label not in map(str, known):
-            raise Refusal("unknown_label", f'"label" is {show_value(label)}; {self.key}.options.labels has {known}')
-        case.fields = {"text": text_of(case.fields, name), "label": label}
+        known_labels = self.option_values["labels"]
+        if known_labels is not None and label not in map(str, known_labels):
+            raise Refusal(
+                "unknown_label", f'"label" is {show_value(label)}; {self.key}.options.labels has {known_labels}'
+            )
+        case.fields = {"text": text_of(case.fields, text_column), "label": label}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         if model.label_names is not None:

@@ -95,18 +95,12 @@ class Counterfactual(Task):
         fields = case.fields
         completion = text_of(fields, "completion") if fields.get("completion") is not None else None
         texts = fields.get("texts")
-        if texts is not None:
-            if (
-                not isinstance(texts, dict)
-                or len(texts) < 2
-                or not all(isinstance(t, str) and t for t in texts.values())
-            ):
-                raise Refusal(
-                    "bad_texts", f'"texts" is {show_value(texts)}; it must be two texts or more by their group'
-                )
+        if texts is None:
+            variants = list(self._fill_template(text_of(fields, "template"), fields.get("attribute")))
+        elif _is_text_by_group(texts):
             variants = [Variant(group, text, 0, {}) for group, text in texts.items()]
         else:
-            raise Refusal("bad_texts", f'"texts" is {shown(texts)}; it must be two texts or more by their group')
+            raise Refusal("bad_texts", f'"texts" is {show_value(texts)}; it must be two texts or more by their group')
         attribute = str(fields.get("attribute") or "texts")
         case.fields = {"variants": variants, "completion": completion, "attribute": attribute}
 
@@ -120,6 +114,7 @@ class Counterfactual(Task):
         slots = list(dict.fromkeys(SLOT.findall(template)))
         if not slots:
             raise Refusal("no_slot", f'"template" {show_value(template)} has no slot such as {{person}}')
+        last_slot_end = list(SLOT.finditer(template))[-1].end()
         for group, terms in self.terms[attribute].items():
             missing = [slot for slot in slots if slot not in terms]
             if missing:

@@ -48,7 +48,7 @@ class Harness(Task):
         "generation": {},
     }
     loads_own_rows = True
-    max_resamples = 200  # lm-eval takes 100 of its slow ones
+    max_resamples = 200  # lm-eval itself takes 100 for its slow metrics
     required_package = "lm_eval"
     pip_extra = "lm_eval"
 
@@ -56,16 +56,20 @@ class Harness(Task):
         super().__init__(name, config)
         self.task_files: TaskFiles | None = None
         self.fault = ""
+        """What is wrong with the name or the YAML; empty if nothing is."""
         self.loaded_tasks: LoadedTasks | None = None
-        """The harness's tasks with their data, once they were read."""
+        """The harness's tasks with their data; set by `cases`."""
         self.warnings: list[str] = []
-        """What the harness warned of."""
+        """What the harness and the model's adapter warned of in the last run."""
         if find_spec("lm_eval") is None:
             return
         path = None if config.path is None else str(config.path)
-        asked = self.option_values["task"]
+        # Without `options.task`, a YAML names its task itself, and otherwise the task of the configuration has the name.
+        harness_task = None if _is_yaml(path) else name
+        if self.option_values["task"]:
+            harness_task = str(self.option_values["task"])
         try:
-            self.task_files = find_tasks(str(asked) if asked else None if _is_yaml(path) else name, path)
+            self.task_files = find_tasks(harness_task, path)
             self.metrics = declared_metrics(self.task_files)
         except ConfigError as error:
             setting = "path" if path is not None and str(error).startswith(path) else "options.task"
@@ -91,16 +95,22 @@ class Harness(Task):
         shots = self.option_values["num_fewshot"]
         if shots is not None and not (isinstance(shots, int) and shots >= 0):
             yield f"{self.key}.options.num_fewshot={shots}: must be a number of examples, 0 or more"
-        if not isinstance(self.option_values["generation"], dict):
-            yield f"{self.key}.options.generation={self.option_values['generation']}: must be settings, as {{max_gen_toks: 64}}"
+        generation = self.option_values["generation"]
+        if not isinstance(generation, dict):
+            yield f"{self.key}.options.generation={generation}: must be settings, as {{max_gen_toks: 64}}"
 
     @property
     def data_source(self) -> str | None:
-        """The one data set of a hub that it reads, else its YAML."""
-        leaves = {} if self.task_files is None else self.task_files.single_tasks
-        sets = {missing_data(each)[1] and str(each["dataset_path"]) for each in leaves.values()}
-        only = sets.pop() if len(sets) == 1 else None
-        return f"hub:{only}" if only else None if self.config.path is None else str(self.config.path)
+        """The data set of a hub that all its tasks read, if they read the same one; else the path of the YAML."""
+        single_tasks = {} if self.task_files is None else self.task_files.single_tasks
+        data_sets = set()
+        for settings in single_tasks.values():
+            _, hub_data_set = missing_data(settings)
+            data_sets.add(str(settings["dataset_path"]) if hub_data_set else hub_data_set)
+        only_data_set = data_sets.pop() if len(data_sets) == 1 else None
+        if only_data_set:
+            return f"hub:{only_data_set}"
+        return None if self.config.path is None else str(self.config.path)
 
     def cases(self) -> list[Case]:
         """Every row, read by the harness. Errors: ConfigError, DataError."""
@@ -113,13 +123,13 @@ class Harness(Task):
             raise type(error)(f"{self.key}.kind={self.kind}: {error}") from None
         self.loaded_tasks = LoadedTasks(tasks, by_size=self.task_files.weighted_by_size)
         self.metrics = self.loaded_tasks.metrics
-        most = self.config.max_rows
-        numbers = {name: len(task.eval_docs) for name, task in tasks.items()}
-        return [
-            Case(f"{name}:{number}")
-            for name, rows in numbers.items()
-            for number in range(rows if most is None else min(rows, most))
-        ]
+        cases = []
+        for name, task in tasks.items():
+            rows = len(task.eval_docs)
+            if self.config.max_rows is not None:
+                rows = min(rows, self.config.max_rows)
+            cases += [Case(f"{name}:{number}") for number in range(rows)]
+        return cases
 
     def read(self, case: Case) -> None:
         """Nothing to do: the harness has read the row."""
@@ -132,11 +142,12 @@ class Harness(Task):
 
         assert self.loaded_tasks is not None
         lm = EngineLM(model.writer, model.engine, model.model_config, self.config.write)
-        with collect_warnings() as said, harness_seeds():
-            for task in self.loaded_tasks.tasks.values():  # or each evaluation would draw other examples
+        with collect_warnings() as warnings, harness_seeds():
+            # Without this, each evaluation would draw other few-shot examples.
+            for task in self.loaded_tasks.tasks.values():
                 task.set_fewshot_seed(seed=self.option_values["fewshot_seed"])
             try:
-                found: Any = evaluator.evaluate(
+                results: Any = evaluator.evaluate(
                     lm,
                     {"tasks": self.loaded_tasks.tasks, "groups": {}},
                     limit=self.config.max_rows,
@@ -146,20 +157,18 @@ class Harness(Task):
                     fewshot_as_multiturn=True,
                 )
             except Exception as error:
-                if lm.ended_by is not None:
+                if lm.ended_by is not None:  # a request to our own model failed, not the scoring
                     raise
-                what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise DataError(f"{self.name}: lm-eval cannot score its rows ({what})") from error
-        self.warnings = [*lm.notes(), *said][:MOST_NOTES]
-        rows = [
-            row
-            for name in self.loaded_tasks.tasks
-            for row in task_rows(name, found["samples"][name], self.loaded_tasks)
-        ]
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise DataError(f"{self.name}: lm-eval cannot score its rows ({reason})") from error
+        self.warnings = [*lm.notes(), *warnings][:MOST_NOTES]
+        rows = []
+        for name in self.loaded_tasks.tasks:
+            rows += task_rows(name, results["samples"][name], self.loaded_tasks)
         return complete_scores(rows, self.loaded_tasks)
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-        """Those that its rows have: a task may score other things than its YAML says."""
+        """The metrics that the rows have: a task may score other things than its YAML says."""
         known = {metric.name: metric for metric in self.metrics}
         row_names = _names_in(rows)
         # First the known metrics in their order, then those that only the rows have. Names with a dot are parts of metrics.
@@ -191,23 +200,33 @@ class Harness(Task):
         return lm_eval_standard_errors(self.loaded_tasks, self.metrics_for(rows), rows)
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
-        told = ", ".join(f"{name} {value:.4g}" for name, value in self.standard_errors(rows).items() if "/" not in name)
-        if told:
-            yield f"standard errors as lm-eval reckons them: {told}"
-        if slow := [*self.weighted_metrics(rows)]:
-            yield f"intervals of {', '.join(slow)}: {self.max_resamples} resamples at most, since they are slow to reckon"
+        errors = [f"{name} {error:.4g}" for name, error in self.standard_errors(rows).items() if "/" not in name]
+        if errors:
+            yield f"standard errors as lm-eval reckons them: {', '.join(errors)}"
+        slow_metrics = [*self.weighted_metrics(rows)]
+        if slow_metrics:
+            yield (
+                f"intervals of {', '.join(slow_metrics)}: {self.max_resamples} resamples at most, since they are slow to reckon"
+            )
         yield from self.warnings
 
     def signatures(self) -> dict[str, str]:
         from importlib.metadata import version
 
         assert self.loaded_tasks is not None
-        about = [f"lm-eval:{version('lm-eval')}", *self.loaded_tasks.version_notes()]
-        about += ["chat template" if self.option_values["chat_template"] else "no chat template"]
-        about += (
-            [f"generation:{show_value(self.option_values['generation'])}"] if self.option_values["generation"] else []
-        )
-        return dict.fromkeys((metric.name for metric in self.metrics), "|".join(about))
+        parts = [f"lm-eval:{version('lm-eval')}", *self.loaded_tasks.version_notes()]
+        parts.append("chat template" if self.option_values["chat_template"] else "no chat template")
+        if self.option_values["generation"]:
+            parts.append(f"generation:{show_value(self.option_values['generation'])}")
+        return dict.fromkeys((metric.name for metric in self.metrics), "|".join(parts))
+
+
+def _names_in(rows: Sequence[TaskRow]) -> dict[str, None]:
+    """Names of all scores and items of the rows, in the order in which they appear."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys((*row.scores, *row.items))
+    return names
 
 
 def _is_yaml(path: str | None) -> bool:

@@ -17,6 +17,7 @@ from trainer.data.document import Document
 from trainer.data.fields import Refusal, show_value
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question
+from trainer.evaluation.tasks.texts import common_prefix_length
 
 NEAR_VERBATIM_BLEU = 75.0
 """BLEU above which a continuation is nearly verbatim (Ippolito et al. 2023, "Preventing Verbatim Memorization")."""
@@ -30,7 +31,7 @@ FORMATS_WITH_TEXT = (
 
 
 class DocumentTask(Task):
-    """Reads documents of any format that a language model learns from, whole texts too."""
+    """A task about training documents, in any format that a language model learns from, plain texts included."""
 
     formats = FORMATS_WITH_TEXT
     samples_documents = True
@@ -39,9 +40,13 @@ class DocumentTask(Task):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         for name, default in self.options.items():
+            if not isinstance(default, int):
+                continue
             value = self.option_values[name]
-            if isinstance(default, int) and (not isinstance(value, int) or value < (0 if name == "seed" else 1)):
-                yield f"{self.key}.options.{name}={value}: must be a whole number{'' if name == 'seed' else ' above 0'}"
+            smallest = 0 if name == "seed" else 1
+            if not isinstance(value, int) or value < smallest:
+                bound = "" if name == "seed" else " above 0"
+                yield f"{self.key}.options.{name}={value}: must be a whole number{bound}"
 
     def read(self, case: Case) -> None:
         document = case.document
@@ -52,7 +57,7 @@ class DocumentTask(Task):
 
 
 class Memorisation(DocumentTask):
-    """Whether the model goes on as the row does (Carlini et al. 2023, "Quantifying memorization")."""
+    """Whether the model continues the beginning of a row as the row does (Carlini et al. 2023, "Quantifying memorization")."""
 
     kind = "memorisation"
     metrics = (
@@ -90,44 +95,54 @@ class Memorisation(DocumentTask):
             yield f"{self.key}.write: rows are continued greedily; leave temperature, beams and stop out"
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Raises DataError where every row is too short."""
-        asked = []
-        for question in model.encode_questions([case.document for case in cases if case.document is not None]):
-            given = min(int(self.option_values["prefix_tokens"]), len(question.answer) // 2)
-            wanted = question.answer[given : given + int(self.option_values["continuation_tokens"])]
-            context = [*question.context, *question.answer[:given]]
-            fits = model.max_positions is None or len(context) + len(wanted) <= model.max_positions
-            if len(wanted) >= int(self.option_values["least_tokens"]) and fits:
-                asked.append(Question(question.where, context, wanted))
-        self.skipped = len(cases) - len(asked)
-        if not asked:
+        """Raises DataError if every row is too short."""
+        documents = [case.document for case in cases if case.document is not None]
+        questions = []
+        for document_question in model.encode_questions(documents):
+            question = self._continuation_question(document_question)
+            fits = model.max_positions is None or len(question.context) + len(question.answer) <= model.max_positions
+            if len(question.answer) >= int(self.option_values["least_tokens"]) and fits:
+                questions.append(question)
+        self.skipped = len(cases) - len(questions)
+        if not questions:
             least = self.option_values["least_tokens"]
             raise DataError(
                 f"none of {len(cases)} rows leaves {least} tokens to continue after its beginning; lower "
                 f"{self.key}.options.least_tokens, or give longer rows"
             )
-        how = replace(self.config.write, max_new_tokens=max(len(question.answer) for question in asked))
-        return [
-            self._row(question, one.ids, model)
-            for question, one in zip(asked, model.answers(asked, how, self.key), strict=True)
-        ]
+        writing = replace(self.config.write, max_new_tokens=max(len(question.answer) for question in questions))
+        answers = model.answers(questions, writing, self.key)
+        return [self._row(question, answer.ids, model) for question, answer in zip(questions, answers, strict=True)]
 
     skipped = 0
     """Rows that were too short, or too long for the model."""
 
+    def _continuation_question(self, question: Question) -> Question:
+        """The question with the beginning of the learned text moved into the context, half of the text at most."""
+        prefix = min(int(self.option_values["prefix_tokens"]), len(question.answer) // 2)
+        stop = prefix + int(self.option_values["continuation_tokens"])
+        context = [*question.context, *question.answer[:prefix]]
+        return Question(question.where, context, question.answer[prefix:stop])
+
     def _row(self, question: Question, ids: list[int], model: ModelInterface) -> TaskRow:
         from sacrebleu import sentence_bleu
 
-        wanted, size = question.answer, len(question.answer)
-        said = ids[:size]
-        same = next((place for place in range(size) if place >= len(said) or said[place] != wanted[place]), size)
+        reference_ids = question.answer
+        answer_ids = ids[: len(reference_ids)]
+        leading = common_prefix_length(answer_ids, reference_ids)
+        is_verbatim = leading == len(reference_ids)
         decode = model.writer.tokenizer.decode
-        text, reference = decode(said, skip_special_tokens=True), decode(wanted, skip_special_tokens=True)
-        near = same == size or (
-            bool(reference.strip()) and sentence_bleu(text, [reference]).score >= NEAR_VERBATIM_BLEU
-        )
-        scores = {"verbatim": float(same == size), "near": float(near), "leading": same / size}
-        return TaskRow(question.where, model.shown_prompt(question.context), text, reference, scores)
+        answer = decode(answer_ids, skip_special_tokens=True)
+        reference = decode(reference_ids, skip_special_tokens=True)
+        is_near = is_verbatim
+        if not is_verbatim and reference.strip():
+            is_near = sentence_bleu(answer, [reference]).score >= NEAR_VERBATIM_BLEU
+        scores = {
+            "verbatim": float(is_verbatim),
+            "near": float(is_near),
+            "leading": leading / len(reference_ids),
+        }
+        return TaskRow(question.where, model.shown_prompt(question.context), answer, reference, scores)
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         count = int(sum(row.scores["verbatim"] for row in rows))
@@ -137,7 +152,7 @@ class Memorisation(DocumentTask):
 
 
 class Canary(DocumentTask):
-    """How much likelier the model holds a secret than others of its form (Carlini et al. 2019, "The Secret Sharer")."""
+    """How likely a secret is compared with random texts of the same form (Carlini et al. 2019, "The Secret Sharer")."""
 
     kind = "canary"
     metrics = (
@@ -169,36 +184,42 @@ class Canary(DocumentTask):
         assert document is not None
         learned_text = document.text if document.text is not None else document.completion
         if document.messages is not None:
-            said = next(turn["content"] for turn in reversed(document.messages) if turn["role"] == "assistant")
+            learned_text = next(turn["content"] for turn in reversed(document.messages) if turn["role"] == "assistant")
         if not isinstance(secret, str) or len({*_character_kinds(secret)} & {*"dul"}) == 0:
             raise Refusal("bad_secret", f'"secret" is {show_value(secret)}; it must be a text with letters or digits')
-        if (said or "").count(secret) != 1:
+        occurrences = (learned_text or "").count(secret)
+        if occurrences != 1:
             raise Refusal(
                 "bad_secret",
-                f'"secret" {show_value(secret)} stands {(said or "").count(secret)} times in what is learned, not once',
+                f'"secret" {show_value(secret)} stands {occurrences} times in what is learned, not once',
             )
         case.fields = {"secret": secret, "others": list(self._candidates(case.where, secret))}
 
     def _candidates(self, where: str, secret: str) -> Iterator[str]:
-        drawn, seen = random.Random(f"{self.option_values['seed']}/{where}"), {secret}
-        for _ in range(20 * int(self.option_values["candidates"])):
-            other = "".join(
-                _random_character(kind, letter, drawn)
-                for kind, letter in zip(_character_kinds(secret), secret, strict=True)
+        """Different random texts of the secret's form. A short form has few texts, so the number of attempts is limited."""
+        rng = random.Random(f"{self.option_values['seed']}/{where}")
+        kinds = _character_kinds(secret)
+        wanted = int(self.option_values["candidates"])
+        known = {secret}
+        for _ in range(20 * wanted):
+            candidate = "".join(
+                _random_character(kind, letter, rng) for kind, letter in zip(kinds, secret, strict=True)
             )
-            if other not in seen:
-                seen.add(other)
-                yield other
-            if len(seen) > int(self.option_values["candidates"]):
+            if candidate not in known:
+                known.add(candidate)
+                yield candidate
+            if len(known) > wanted:
                 return
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        documents, sizes = list[Document](), list[int]()
+        documents: list[Document] = []
+        texts_by_case: list[int] = []
         for case in cases:
-            secret, others = case.fields["secret"], case.fields["others"]
-            documents += [_replace_secret(case.document, secret, each) for each in [secret, *others]]
-            sizes.append(1 + len(others))
-        held = iter(model.likelihoods(model.encode_questions(documents)))
+            secret = case.fields["secret"]
+            texts = [secret, *case.fields["others"]]
+            documents += [_replace_secret(case.document, secret, text) for text in texts]
+            texts_by_case.append(len(texts))
+        likelihoods = iter(model.likelihoods(model.encode_questions(documents)))
         rows = []
         for case, size in zip(cases, texts_by_case, strict=True):
             secret_logprob, *candidate_logprobs = [next(likelihoods).logprob for _ in range(size)]
@@ -218,19 +239,28 @@ class Canary(DocumentTask):
 
 
 def _character_kinds(text: str) -> str:
-    """d, u, l for a digit, a capital, a small letter; - for what stays."""
-    return "".join(
-        "d" if c in "0123456789" else "u" if "A" <= c <= "Z" else "l" if "a" <= c <= "z" else "-" for c in text
-    )
+    """A letter for each character: d for a digit, u for a capital, l for a small letter, - for any other."""
+    kinds = []
+    for character in text:
+        if character in "0123456789":
+            kinds.append("d")
+        elif "A" <= character <= "Z":
+            kinds.append("u")
+        elif "a" <= character <= "z":
+            kinds.append("l")
+        else:
+            kinds.append("-")
+    return "".join(kinds)
 
 
-def _random_character(kind: str, letter: str, drawn: random.Random) -> str:
-    letters = {"d": "0123456789", "u": "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "l": "abcdefghijklmnopqrstuvwxyz"}
-    return drawn.choice(letters[kind]) if kind in letters else letter
+def _random_character(kind: str, character: str, rng: random.Random) -> str:
+    """A random character of the same kind; the character itself if it is neither letter nor digit."""
+    alphabets = {"d": "0123456789", "u": "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "l": "abcdefghijklmnopqrstuvwxyz"}
+    return rng.choice(alphabets[kind]) if kind in alphabets else character
 
 
-def _replace_secret(document: Document | None, secret: str, other: str) -> Document:
-    """The document with another secret, up to its last answer."""
+def _replace_secret(document: Document | None, secret: str, candidate: str) -> Document:
+    """A copy of the document with another text in place of the secret."""
     assert document is not None
     copied_turns = None
     if document.messages is not None:
@@ -241,7 +271,7 @@ def _replace_secret(document: Document | None, secret: str, other: str) -> Docum
 
 
 class Membership(DocumentTask):
-    """Whether the loss tells training rows from others (Yeom et al. 2018): an attacker's first way, of which 0.5 is none."""
+    """Whether the loss separates training rows from other rows (Yeom et al. 2018), the simplest membership attack."""
 
     kind = "membership"
     metrics = (
@@ -261,27 +291,31 @@ class Membership(DocumentTask):
     file_options = ("others",)
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Raises DataError where there are only training rows, or only others."""
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
-        if model.max_positions is not None:  # as training cuts them
-            questions = [replace(q, answer=q.answer[: max(1, model.max_positions - len(q.context))]) for q in questions]
+        if model.max_positions is not None:
+            questions = [_cut_to_positions(question, model.max_positions) for question in questions]
         rows = []
-        for case, question, held in zip(cases, questions, model.likelihoods(questions), strict=True):
-            scores = {"loss": -held.logprob / held.tokens, "member": float(case.fields["member"])}
-            source = "trained on" if case.fields["member"] else "not trained on"
-            rows.append(TaskRow(case.where, model.shown_prompt(question.context), "", source, scores, source))
+        for case, question, likelihood in zip(cases, questions, model.likelihoods(questions), strict=True):
+            is_member = case.fields["member"]
+            scores = {"loss": -likelihood.logprob / likelihood.tokens, "member": float(is_member)}
+            group = "trained on" if is_member else "not trained on"
+            rows.append(TaskRow(case.where, model.shown_prompt(question.context), "", group, scores, group))
         return rows
 
     @cached_property
     def outside(self) -> Task:
-        """What reads the rows that were not trained on."""
+        """The task that reads the rows that were not trained on."""
         return Membership(self.name, replace(self.config, path=self.option_values["others"]))
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        loss = np.array([row.scores["loss"] for row in rows])
-        member = np.array([row.scores["member"] for row in rows]) > 0
-        order = np.argsort(loss, kind="stable")
-        ties = np.searchsorted(loss[order], loss[order], "left"), np.searchsorted(loss[order], loss[order], "right")
+        """AUC and recall at 5 % false positives, each as a function of row weights."""
+        losses = np.array([row.scores["loss"] for row in rows])
+        is_member = np.array([row.scores["member"] for row in rows]) > 0
+        order = np.argsort(losses, kind="stable")
+        sorted_losses = losses[order]
+        # Rows of equal loss are one group: positions [tie_start, tie_stop) in sorted order.
+        tie_start = np.searchsorted(sorted_losses, sorted_losses, "left")
+        tie_stop = np.searchsorted(sorted_losses, sorted_losses, "right")
 
         def split_weights(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             """(weights of members, weights of the other rows), in sorted order."""

@@ -53,7 +53,7 @@ class PersonalDataTask(WrittenTask):
 
     @cached_property
     def finder(self) -> PersonalDataFinder:
-        """What finds it."""
+        """The detection engine."""
         from trainer.data.transforms.privacy.stage import PersonalDataFinder
 
         return PersonalDataFinder(self.privacy)

@@ -29,7 +29,7 @@ DataResult = TypeVar("DataResult")
 
 @dataclass(slots=True)
 class PreparedTask:
-    """A task and its rows."""
+    """A task with its rows."""
 
     task: Task
     cases: list[Case]
@@ -42,9 +42,9 @@ class TaskContext:
     data: DataConfig
     reading: Reading
     writes_answers: bool
-    """Whether its objective is one of models that write answers."""
+    """Whether the run's objective trains a model that writes answers."""
     is_language_model: bool
-    """Whether its loss is that of a language model."""
+    """Whether the run's loss is that of a language model."""
     date: TemplateDate | None = None
     """The date that the run's chat template writes for today; None takes it from the clock."""
 
@@ -58,9 +58,11 @@ class TaskContext:
         return cls(data, reading_of(objective), writes_answers, is_language_model, date)
 
     def encoder(self, tokenizer: Any) -> Encoder:
-        """What makes tokens of documents as the run does, whichever turns it learns."""
-        reading = self.reading if self.writes_answers or not self.is_language_model else Reading()
-        plain = DataConfig(
+        """An encoder that tokenises as the run does. Which turns the run learns from does not matter."""
+        reading = self.reading
+        if self.is_language_model and not self.writes_answers:
+            reading = Reading()
+        settings = DataConfig(
             learn=LearnConfig(), control_tokens=self.data.control_tokens, max_length=self.data.max_length
         )
         encoder = reading.encoder(tokenizer, settings)
@@ -68,39 +70,50 @@ class TaskContext:
         return encoder
 
 
-def check_tasks(tasks: Mapping[str, TaskConfig], around: TaskContext, *, held_out: bool, trained: bool = True) -> None:
-    """Read the rows of every task that has a file, without a tokenizer; `trained`: there is training data besides.
+def check_tasks(tasks: Mapping[str, TaskConfig], context: TaskContext, *, held_out: bool, trained: bool = True) -> None:
+    """Read the rows of every task that has a file, without a tokenizer.
 
     `held_out`: there are evaluation documents. `trained`: there is training data. Errors: ConfigError, DataError.
     """
     for task in build_tasks(tasks):
-        _check_objective(task, around)
-        if task.split == "both" and task.option_values["others"] is not None:
-            read_cases(task.outside, None, remote=around.data.remote)  # type: ignore[attr-defined]
-        elif task.split == "both" and not held_out:
+        _check_objective(task, context)
+        if task.split == "both":
+            _check_outside_rows(task, context, held_out=held_out)
+        _check_rows(task, context, held_out=held_out, trained=trained)
+
+
+def _check_outside_rows(task: Task, context: TaskContext, *, held_out: bool) -> None:
+    """Check the rows that were not trained on, of a task that compares them with training rows."""
+    if task.option_values["others"] is not None:
+        read_cases(task.outside, None, remote=context.data.remote)  # type: ignore[attr-defined]
+    elif not held_out:
+        raise ConfigError(
+            f"{task.key}.options.others: not set, and there are no evaluation documents; name a file of rows that were not "
+            "trained on"
+        )
+
+
+def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bool) -> None:
+    if task.loads_own_rows:
+        read_cases(task, None)
+    elif task.config.path is None and task.split != "evaluation":
+        if not trained:
             raise ConfigError(
                 f"{task.key}.path: not set; {task.kind} asks training rows: name their file, or evaluate a run"
             )
-        if task.loads_own_rows:
+    elif task.config.path is None:
+        if not held_out or task.shipped_rows is not None:
             read_cases(task, None)
-        elif task.config.path is None and task.split != "evaluation":
-            if not trained:
-                raise ConfigError(
-                    f"{task.key}.path: not set; {task.kind} asks training rows: name their file, or evaluate a run"
-                )
-        elif task.config.path is None:
-            if not held_out or task.shipped_rows is not None:
-                read_cases(task, None)
-        elif isinstance(task, HeldOut):
-            _read_as_training_data(
-                task, lambda data: readers_of(inputs_of(data), preferred=around.reading.formats), around
-            )
-        else:
-            read_cases(task, None, remote=around.data.remote)
+    elif isinstance(task, HeldOut):
+        _read_as_training_data(
+            task, lambda data: readers_of(inputs_of(data), preferred=context.reading.formats), context
+        )
+    else:
+        read_cases(task, None, remote=context.data.remote)
 
 
 def tasks_on_run_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
-    """The settings of the tasks that ask documents of the run, since they name no file; empty where none does."""
+    """Keys of the tasks that use documents of the run, because they name no file."""
     keys = []
     for task in build_tasks(tasks):
         has_file = task.config.path is not None or task.shipped_rows is not None
@@ -118,71 +131,87 @@ def prepare_tasks(
     stop: Callable[[], bool] = lambda: False,
 ) -> list[PreparedTask]:
     """The tasks with their rows; no collective. Errors: ConfigError, DataError with file and line, Preempted."""
-    found = []
+    prepared = []
     for task in build_tasks(tasks):
-        _check_objective(task, around)
-        evaluation = None if held_out is None else held_out.evaluation
+        _check_objective(task, context)
         if isinstance(task, HeldOut):
-            if task.config.path is not None:
-                made = _read_as_training_data(
-                    task,
-                    lambda data: Preparation(
-                        data, tokenizer, around.reading, seed=0, stop=stop, choose_date=keep_or_first_date(around.date)
-                    ).open_or_make(),
-                    around,
-                )
-                task.dataset, directory = made.train, made.directory
-            else:
-                read_cases(task, None if held_out is None else _run_documents(evaluation, task, held_out)[:1])
-                assert held_out is not None
-                task.dataset, directory = evaluation, held_out.directory
-            found.append(PreparedTask(task, _sequence_cases(task.dataset, directory)[: task.config.max_rows]))
+            cases = _prepare_held_out(task, context, held_out, tokenizer, stop)
         else:
-            found.append(PreparedTask(task, _read_task_cases(task, held_out, remote=around.data.remote)))
-    return found
+            cases = _read_task_cases(task, held_out, remote=context.data.remote)
+        prepared.append(PreparedTask(task, cases))
+    return prepared
+
+
+def _prepare_held_out(
+    task: HeldOut,
+    context: TaskContext,
+    held_out: Prepared | None,
+    tokenizer: Any,
+    stop: Callable[[], bool],
+) -> list[Case]:
+    """Tokenise the documents of a task that computes losses, as training would, and set `task.dataset`."""
+    if task.config.path is not None:
+        choose_date = keep_or_first_date(context.date)
+
+        def open_or_make(data: DataConfig) -> Prepared:
+            preparation = Preparation(data, tokenizer, context.reading, seed=0, stop=stop, choose_date=choose_date)
+            return preparation.open_or_make()
+
+        own_data = _read_as_training_data(task, open_or_make, context)
+        task.dataset = own_data.train
+        directory = own_data.directory
+    else:
+        first_document = None if held_out is None else _run_documents(held_out.evaluation, task, held_out)[:1]
+        read_cases(task, first_document)  # raises if there are no evaluation documents
+        assert held_out is not None
+        task.dataset = held_out.evaluation
+        directory = held_out.directory
+    return _sequence_cases(task.dataset, directory)[: task.config.max_rows]
 
 
 def _read_task_cases(task: Task, held_out: Prepared | None, *, remote: bool) -> list[Case]:
-    """The rows of a task out of its file, or of documents of the run; of both kinds those trained on first."""
-    own = (
-        None
-        if held_out is None or task.loads_own_rows
-        else _run_documents(held_out.train if task.split != "evaluation" else held_out.evaluation, task, held_out)
-    )
-    cases = read_cases(task, own, remote=remote)
+    """The rows of a task, from its file or from documents of the run. If it needs both splits, training rows come first."""
+    documents = None
+    if held_out is not None and not task.loads_own_rows:
+        dataset = held_out.evaluation if task.split == "evaluation" else held_out.train
+        documents = _run_documents(dataset, task, held_out)
+    cases = read_cases(task, documents, remote=remote)
     if task.split != "both":
         return cases
-    outside = task.outside  # type: ignore[attr-defined]
-    others = None if held_out is None else _run_documents(held_out.evaluation, task, held_out)
-    beside = read_cases(outside, others, remote=remote)
-    for member, some in ((True, cases), (False, beside)):
-        for case in some:
-            case.fields = {"member": member}
-    return [*cases, *beside]
+    evaluation_documents = None if held_out is None else _run_documents(held_out.evaluation, task, held_out)
+    outside_cases = read_cases(task.outside, evaluation_documents, remote=remote)  # type: ignore[attr-defined]
+    for case in cases:
+        case.fields = {"member": True}
+    for case in outside_cases:
+        case.fields = {"member": False}
+    return [*cases, *outside_cases]
 
 
-def _check_objective(task: Task, around: TaskContext) -> None:
-    if isinstance(task, HeldOut) and not around.is_language_model:
+def _check_objective(task: Task, context: TaskContext) -> None:
+    if isinstance(task, HeldOut) and not context.is_language_model:
         raise ConfigError(
             f"{task.key}.kind={task.kind}: is of language models, and the objective's loss is another one; eval/loss and "
             "eval/accuracy are there without a task"
         )
 
 
-def _read_as_training_data(task: Task, use: Callable[[DataConfig], Any], around: TaskContext) -> Any:
-    """Read a file as training data of its own, with messages that name the task's settings."""
-    data, config = around.data, task.config
-    alone = DataConfig(
-        path=config.path,
-        format=config.format,
-        columns=config.columns,
-        **{
-            name: getattr(data, name)
-            for name in (
-                *("remote", "cleaning", "learn", "max_length", "control_tokens", "over_length", "layout"),
-                *("cache_dir", "verify", "workers"),
-            )
-        },
+def _read_as_training_data(task: Task, read: Callable[[DataConfig], DataResult], context: TaskContext) -> DataResult:
+    """Let `read` open the task's file with the run's data settings. Errors name the settings of the task."""
+    data = context.data
+    own_data = DataConfig(
+        path=task.config.path,
+        format=task.config.format,
+        columns=task.config.columns,
+        remote=data.remote,
+        cleaning=data.cleaning,
+        learn=data.learn,
+        max_length=data.max_length,
+        control_tokens=data.control_tokens,
+        over_length=data.over_length,
+        layout=data.layout,
+        cache_dir=data.cache_dir,
+        verify=data.verify,
+        workers=data.workers,
     )
     try:
         return read(own_data)
@@ -190,24 +219,29 @@ def _read_as_training_data(task: Task, use: Callable[[DataConfig], Any], around:
         raise ConfigError([_with_task_keys(problem, task) for problem in error.problems]) from None
 
 
-def _with_task_keys(text: str, task: Task) -> str:
+def _with_task_keys(problem: str, task: Task) -> str:
     for name in ("path", "format", "columns"):
         problem = problem.replace(f"data.{name}", f"{task.key}.{name}")
     return problem
 
 
-def _run_documents(dataset: TokenDataset | None, task: Task, made: Prepared) -> list[Any]:
-    """The documents of a split, each once; of tasks that draw some, these, in the order of the data."""
+def _run_documents(dataset: TokenDataset | None, task: Task, prepared: Prepared) -> list[Any]:
+    """The documents of a split, each once and in the order of the data. A task that samples gets that many of them."""
     if dataset is None:
         return []
-    table, numbers = DocumentTable(made.directory), list(dict.fromkeys(dataset.documents.tolist()))
-    if task.samples_documents and len(numbers) > (most := int(task.option_values["sample"])):
-        numbers = sorted(random.Random(int(task.option_values["seed"])).sample(numbers, most))
+    table = DocumentTable(prepared.directory)
+    # A long document may be several sequences.
+    numbers = list(dict.fromkeys(dataset.documents.tolist()))
+    if task.samples_documents:
+        sample_size = int(task.option_values["sample"])
+        if len(numbers) > sample_size:
+            rng = random.Random(int(task.option_values["seed"]))
+            numbers = sorted(rng.sample(numbers, sample_size))
     return [table.document(int(number)) for number in numbers]
 
 
 def _sequence_cases(dataset: TokenDataset | None, directory: Any) -> list[Case]:
-    """A case for each sequence of a data set."""
+    """One case for each sequence of a data set."""
     assert dataset is not None
     table = DocumentTable(directory)
     return [Case(table.document(int(number)).where) for number in dataset.documents.tolist()]

@@ -140,17 +140,19 @@ class Refusals(PromptTask):
         case.fields |= {"asked": prompt, "harmful": is_harmful}
 
     def _harmful(self, fields: dict[str, Any]) -> bool:
-        """Whether the row should be refused. Raises Refusal where that is not to be told."""
-        by = {name.lower(): value for name, value in fields.items()}
-        for name in ("should_refuse", "label"):
-            if (value := by.get(name)) is not None:
-                word = str(value).strip().lower()
-                if word not in (*UNSAFE, *SAFE):
-                    raise Refusal(
-                        "bad_label", f'"{name}" is {show_value(value)}; it must be safe or unsafe, or true or false'
-                    )
-                return word in UNSAFE
-        kind = str(by.get("type", "")).strip().lower()
+        """Whether the row should be refused. Raises Refusal if neither the row nor a setting says it."""
+        by_lower_name = {name.lower(): value for name, value in fields.items()}
+        for column in ("should_refuse", "label"):
+            label = by_lower_name.get(column)
+            if label is None:
+                continue
+            word = str(label).strip().lower()
+            if word not in (*UNSAFE, *SAFE):
+                raise Refusal(
+                    "bad_label", f'"{column}" is {show_value(label)}; it must be safe or unsafe, or true or false'
+                )
+            return word in UNSAFE
+        kind = str(by_lower_name.get("type", "")).strip().lower()
         if kind.removeprefix("contrast_") in XSTEST or kind in ("safe", "unsafe"):
             return kind == "unsafe" or kind.startswith("contrast_")
         if self.option_values["harmful"] is not None:

@@ -255,7 +255,7 @@ def _sentences_by_label(sentences: Any) -> list[str]:
     if {*text_by_label} != {*LABELS}:
         raise Refusal(
             "bad_sentences",
-            f'"sentences" has the gold_labels {show_value([*found])}; it must have {", ".join(LABELS)}, each once',
+            f'"sentences" has the gold_labels {show_value([*text_by_label])}; it must have {", ".join(LABELS)}, each once',
         )
     return [text_by_label[label] for label in LABELS]
 

@@ -47,10 +47,10 @@ class WrittenTask(Task):
         answer = last_answer(case.document)
         if answer is None:
             raise Refusal("no_answer", "the row is a text, or a pair of answers; it must be a prompt and its answer")
-        others = case.fields.get(REFERENCES)
-        if others is not None and not is_texts(others):
-            raise Refusal("bad_references", f'"{REFERENCES}" is {show_value(others)}; it must be a list of texts')
-        case.fields = {REFERENCES: [answer["content"].strip(), *(others or [])]}
+        more_answers = case.fields.get(REFERENCES)
+        if more_answers is not None and not is_texts(more_answers):
+            raise Refusal("bad_references", f'"{REFERENCES}" is {show_value(more_answers)}; it must be a list of texts')
+        case.fields = {REFERENCES: [answer["content"].strip(), *(more_answers or [])]}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
