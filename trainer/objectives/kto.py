@@ -94,8 +94,8 @@ class RatedReading(UnlabelledReading):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        for start in range(0, len(documents), BATCH):
-            batch = documents[start : start + BATCH]
+        for start in range(0, len(documents), DOCUMENTS_PER_BATCH):
+            batch = documents[start : start + DOCUMENTS_PER_BATCH]
             conversations = [_rated_conversations(document) for document in batch]
             # All answers of the batch are encoded together; `encoded` gives them in the same order.
             answers = []
@@ -106,7 +106,7 @@ class RatedReading(UnlabelledReading):
                 samples = [next(encoded) for _ in of_document]
                 if len(samples) == 2:
                     share_prompt(document, *samples)
-                fitted = fitted_answers(encoder, document, samples, config, tally)
+                fitted = fit_answers(encoder, document, samples, config, tally)
                 verdicts: tuple[bool | None, ...] = (document.desirable,)
                 if len(fitted) == 2:  # the chosen answer, then the rejected one
                     verdicts = (True, False)

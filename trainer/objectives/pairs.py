@@ -10,7 +10,7 @@ from trainer.data.config import DataConfig, DataFormat, OverLength
 from trainer.data.document import WRONG_KIND, Document, Tally
 from trainer.data.store.sequences import REFERENCE, Sample
 from trainer.data.tokens.encode import Encoder
-from trainer.data.tokens.truncation import fitted_answers
+from trainer.data.tokens.truncation import fit_answers
 from trainer.objectives.base import ObjectiveConfig, OtherSettings, UnlabelledReading, formats_of
 
 ANSWER_POLICIES = (OverLength.truncate, OverLength.drop, OverLength.fail)
@@ -43,7 +43,7 @@ class PairReading(UnlabelledReading):
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
         for document, chosen, rejected in encoder.encode_pairs(documents):
-            samples = fitted_answers(encoder, document, [chosen, rejected], config, tally)
+            samples = fit_answers(encoder, document, [chosen, rejected], config, tally)
             for number, sample in enumerate(samples):
                 sample.marks[REJECTED] = number
             yield document, samples

@@ -111,7 +111,7 @@ class TwoSidedReading(UnlabelledReading):
         assert isinstance(encoder, SourceTargetEncoder)
         for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
             fitted = encoder.fit(document, sample, config.max_length, config.over_length)
-            yield document, kept(encoder, document, sample, fitted, tally)
+            yield document, keep_learnable(encoder, document, sample, fitted, tally)
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
         assert decoder_start is not None, "a model with two sides has a first token of its decoder"
@@ -141,12 +141,14 @@ class SourceTargetEncoder(Encoder):
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
         """Samples in the order of the documents, untruncated. Raises RefusedDocument."""
         remaining = iter(documents)
-        while batch := list(islice(remaining, BATCH)):
+        while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
             sides = [source_and_target(document) for document in batch]
-            prompt_texts = [self.told(document, prompt) for document, (prompt, _, _) in zip(batch, sides, strict=True)]
+            prompt_texts = [
+                self.escape_text(document, prompt) for document, (prompt, _, _) in zip(batch, sides, strict=True)
+            ]
             prompts = self._texts(
                 [
-                    Rendered(self.prefix + prompt_text, [], prompt_text != side[0])
+                    RenderedText(self.prefix + prompt_text, [], prompt_text != side[0])
                     for prompt_text, side in zip(prompt_texts, sides, strict=True)
                 ]
             )

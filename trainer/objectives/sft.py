@@ -101,7 +101,7 @@ class SftReading(UnlabelledReading):
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """Supervised targets (a document's first token has none), and among them those of replayed documents."""
-        num_learned = sample.learned()
+        num_learned = sample.learned_weight()
         counts = {"loss": num_learned}
         if REPLAY in sample.marks:
             counts[REPLAY] = num_learned * int(sample.marks[REPLAY])
