@@ -14,9 +14,9 @@ is one of weighted losses and the count is the sum of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -217,14 +217,18 @@ OptimizerFactory = Callable[[Iterable[tuple[str, "nn.Parameter"]]], "torch.optim
 """Builds the optimizer from the trainable (plain name, parameter) pairs, after sharding."""
 
 
+PROGRESS_KEYS = {"recent_steps": "recent", "skipped_samples": "passed"}
+"""Keys in `progress.json` and `run.json` of the fields of `Progress` that have another name there."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """How far a run is; the whole state of the data order is `samples`, and what is `passed` over."""
+    """How far a run is. `samples` and `skipped_samples` are the whole state of the data order."""
 
     step: int = 0
     """Optimizer steps taken."""
     samples: int = 0
-    """Documents (packs) consumed since the start of the run, without those that are passed over."""
+    """Documents (packs) consumed since the start of the run, without those that are skipped."""
     tokens: int = 0
     """Tokens consumed, all ranks together."""
     supervised_tokens: int = 0
@@ -241,12 +245,12 @@ class Progress:
     """Steps whose update was left out, because a gradient was not finite or the step stood out."""
     outliers: int = 0
     """Steps whose loss or gradient norm stood out."""
-    recent: list[dict[str, float]] = field(default_factory=list)
-    """Loss and gradient norm of the last steps, with which the next ones are compared."""
+    recent_steps: list[dict[str, float]] = field(default_factory=list)
+    """Loss and gradient norm of the last steps, with which the anomaly guards compare the next ones."""
     rollbacks: int = 0
     """Times that the run went back to a checkpoint, since a step stood out."""
-    passed: list[dict[str, int]] = field(default_factory=list)
-    """Places of the run's order that are passed over, since a step on them stood out: the `first` one, and their `count`."""
+    skipped_samples: list[dict[str, int]] = field(default_factory=list)
+    """Ranges of the sample order that rollbacks left out, since a step on them stood out: `first` position and `count`."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """`step`, `train` and `held_out` loss of each evaluation, by which overfitting is told."""
     interval_loss: float = 0.0
@@ -259,6 +263,16 @@ class Progress:
     """`loss` of each of the last steps, the newest last."""
     wandb_id: str | None = None
     """The W&B run that a resumed run continues."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their keys in `progress.json` and `run.json`."""
+        return {PROGRESS_KEYS.get(name, name): content for name, content in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Progress:
+        """The progress whose `as_json` is `content`."""
+        names = {key: name for name, key in PROGRESS_KEYS.items()}
+        return cls(**{names.get(key, key): value for key, value in content.items()})
 
 
 class FullParameters:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -20,7 +20,7 @@ import torch
 
 from strategies import atomic_io
 from strategies.atomic_io import read_bytes, reason
-from strategies.base import Progress
+from strategies.base import PROGRESS_KEYS, Progress
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main, gather_objects
 from strategies.saving import PROGRESS, FlatRange
@@ -34,7 +34,7 @@ ROW_FIELDS = {
     "evaluations": {"step", "train", "held_out"},
     "recent_losses": {"loss"},
 }
-"""What each row has of the lists in `Progress`."""
+"""The keys of each row of the lists in `progress.json`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class StateHeader:
 
     def json(self) -> bytes:
         """What becomes `progress.json`."""
-        return json.dumps(asdict(self), indent=1).encode()
+        return json.dumps({**asdict(self), "progress": self.progress.as_json()}, indent=1).encode()
 
 
 def read_header(path: Path, *, patient: bool = False) -> StateHeader:
@@ -60,7 +60,7 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
     try:
         raw = parse_json(read_bytes(path / PROGRESS, most=MAX_PROGRESS_BYTES, patient=patient))
         _check_fields(StateHeader, raw, except_field="progress")
-        _check_fields(Progress, raw.get("progress"))
+        _check_fields(Progress, raw.get("progress"), keys=PROGRESS_KEYS)
         if raw.get("loss_scale") is not None and not 0 < raw["loss_scale"] < math.inf:
             raise Malformed("has a loss_scale that is none")
         _check_rows(raw["progress"])
@@ -68,15 +68,23 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
         raise StorageError(f"{path / PROGRESS}: {reason(error)}") from error
     except Malformed as error:
         raise StorageError(f"{path / PROGRESS}: {error}; it is damaged, or was not written by shardtune") from error
-    raw["progress"] = Progress(**raw["progress"])
+    raw["progress"] = Progress.from_json(raw["progress"])
     return StateHeader(**raw)
 
 
-def _check_fields(kind: type, raw: Any, *, except_field: str | None = None) -> None:
-    """Whether a JSON object has the fields of a data class, of their types. Errors: Malformed."""
+def _check_fields(
+    kind: type, raw: Any, *, except_field: str | None = None, keys: Mapping[str, str] | None = None
+) -> None:
+    """Raise Malformed if a JSON object does not have the fields of a data class, with their types.
+
+    `keys`: the keys of fields that have another name in the JSON object.
+    """
     if not isinstance(raw, dict):
         raise Malformed("is no table")
-    types, names = get_type_hints(kind), {declared.name for declared in fields(kind)}
+    keys = keys or {}
+    hints = get_type_hints(kind)
+    types = {keys.get(declared.name, declared.name): hints[declared.name] for declared in fields(kind)}
+    names = set(types)
     needed = {"optimizer_steps", "world_size", "strategy", "progress"} & names
     if odd_names := sorted((set(raw) - names) | (needed - set(raw))):
         raise Malformed(f"has or lacks {odd_names[0][:80]}")

@@ -227,10 +227,10 @@ class Trainer:
 
     def _restore_from_progress(self) -> None:
         """Put the anomaly guards and the sample order where `self.progress` says the run stands."""
-        self.guards.restore_window(self.progress.recent)
+        self.guards.restore_window(self.progress.recent_steps)
         self.guards.replicas.start_at(self.progress.step)
         # Samples that rollbacks left out for good. All of them: this replaces the order's earlier list.
-        skipped = [(place["first"], place["count"]) for place in self.progress.passed]
+        skipped = [(place["first"], place["count"]) for place in self.progress.skipped_samples]
         self.loader.order.set_skipped(skipped)
 
     def _roll_back(self, outlier: Outlier) -> None:
@@ -238,7 +238,7 @@ class Trainer:
         self.agreement.stop_now()  # takes in an answer that may be on its way
         self.check_ownership()
         # The checkpoint knows nothing of what happened after it: keep that over the load.
-        skipped_before = self.progress.passed
+        skipped_before = self.progress.skipped_samples
         rollbacks = self.progress.rollbacks + 1
         skipped_now = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
         self.guards.stop_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
@@ -249,7 +249,7 @@ class Trainer:
         for field in fields(Progress):
             setattr(self.progress, field.name, getattr(loaded, field.name))
         new_places = [{"first": first, "count": count} for first, count in skipped_now]
-        self.progress.passed = [*skipped_before, *new_places]
+        self.progress.skipped_samples = [*skipped_before, *new_places]
         self.progress.rollbacks = rollbacks
         self.progress.outliers += 1
         self._saved_step = self.progress.step
@@ -379,7 +379,7 @@ class Trainer:
         if self._saved_step != self.progress.step:
             self.check_ownership()
             self._compare_replicas(now=True)  # a checkpoint of replicas that differ would be worth nothing
-            self.progress.recent = self.guards.window()
+            self.progress.recent_steps = self.guards.window()
             self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
             self._being_saved = replace(self.progress)
             self._note_saved(self.checkpoints.save(self.engine, self.progress, must=must))

@@ -65,7 +65,7 @@ def test_every_parameter_is_the_one_that_transformers_loads(tmp_path, kind):
     checkpoint = read(tmp_path)
     for name, parameter in expected.named_parameters():
         assert checkpoint.shape(name) == tuple(parameter.shape)
-        assert torch.equal(checkpoint.whole(name), parameter.data)
+        assert torch.equal(checkpoint.full_tensor(name), parameter.data)
         low, high = parameter.numel() // 3, parameter.numel() // 2 + 1
         assert torch.equal(checkpoint.run(name, low, high), parameter.data.reshape(-1)[low:high])
     assert not checkpoint.conversions.left_out()
@@ -86,7 +86,7 @@ def test_what_was_read_is_stored_as_it_was_found(tmp_path, kind):
     saved(CONFIGS[kind], tmp_path)
     checkpoint = read(tmp_path)
     names = list(checkpoint.conversions.groups)
-    again = dict(checkpoint.conversions.stored_again((name, checkpoint.whole(name)) for name in names))
+    again = dict(checkpoint.conversions.stored_again((name, checkpoint.full_tensor(name)) for name in names))
     found = load_file(tmp_path / "model.safetensors")
     assert again.keys() == found.keys()
     assert all(torch.equal(again[name], found[name]) for name in found)
@@ -149,7 +149,7 @@ def test_the_language_model_of_a_larger_one_is_stored_as_a_part_of_it(tmp_path):
     with meta_context():
         plain, _ = architecture(ModelKind.causal, config, ModelConfig(path=str(tmp_path)), "eager", "sft")
     checkpoint = Checkpoint(tmp_path, plain)
-    pairs = [(name, checkpoint.whole(name)) for name in plain.state_dict() if checkpoint.resolve(name)]
+    pairs = [(name, checkpoint.full_tensor(name)) for name in plain.state_dict() if checkpoint.resolve(name)]
     again = [name for name, _ in checkpoint.conversions.stored_again(iter(pairs))]
     assert sorted([*again, *checkpoint.conversions.carried()]) == sorted(checkpoint.conversions.files.names())
 
@@ -167,8 +167,8 @@ def test_blocks_of_few_bits_are_read_as_numbers_and_stored_as_numbers(tmp_path, 
     )
     checkpoint = read(stored)
     for name, parameter in expected.named_parameters():
-        assert torch.equal(checkpoint.whole(name).float(), parameter.data), name
-    pairs = [(name, checkpoint.whole(name)) for name in sorted(plain_names) if checkpoint.resolve(name)]
+        assert torch.equal(checkpoint.full_tensor(name).float(), parameter.data), name
+    pairs = [(name, checkpoint.full_tensor(name)) for name in sorted(plain_names) if checkpoint.resolve(name)]
     again = dict(checkpoint.conversions.stored_again(iter(pairs)))
     assert again.keys() == as_numbers and all(t.is_floating_point() for t in again.values())
     (tmp_path / "again").mkdir()
@@ -249,4 +249,4 @@ def test_a_file_too_large_to_be_mapped_is_read_all_the_same(tmp_path, monkeypatc
 
     monkeypatch.setattr(safetensors, "safe_open", small)
     whole = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
-    assert torch.equal(read(tmp_path).whole("model.norm.weight"), whole)
+    assert torch.equal(read(tmp_path).full_tensor("model.norm.weight"), whole)

@@ -32,7 +32,7 @@ def test_a_row_that_is_zero_is_zero_beside_new_tokens_too(tmp_path):
     path = model_dir(tmp_path)
     with meta_context():
         plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    name, stored = "model.embed_tokens.weight", Checkpoint(path, plain).whole("model.embed_tokens.weight")
+    name, stored = "model.embed_tokens.weight", Checkpoint(path, plain).full_tensor("model.embed_tokens.weight")
     rows, columns = stored.shape
     wanted = torch.cat([stored, stored.mean(0, keepdim=True)])
     wanted[3] = 0
@@ -51,8 +51,8 @@ def test_a_closed_checkpoint_is_read_again(tmp_path):
         plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     checkpoint = Checkpoint(path, plain)
     name = "model.layers.0.mlp.up_proj.weight"
-    first = checkpoint.whole(name).clone()
+    first = checkpoint.full_tensor(name).clone()
     assert mapped(path)
     checkpoint.close()
     assert not mapped(path)
-    assert checkpoint.whole(name).equal(first)
+    assert checkpoint.full_tensor(name).equal(first)

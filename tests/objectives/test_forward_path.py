@@ -58,7 +58,7 @@ def arranged(kind, **settings):
 @pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "mixtral"])
 def test_windows_sinks_and_experts_are_proven_in_one_row(kind):
     model, found = arranged(kind)
-    assert (found.layout, found.attention, model.way) == (Layout.padding_free, attention.NAME, FUSED_PATH)
+    assert (found.layout, found.attention, model.forward_path) == (Layout.padding_free, attention.NAME, FUSED_PATH)
 
 
 AS_IN_ROWS = {"_chunked": lambda bounds, size: bounds, "_timed": lambda module, query, bounds: query}
@@ -71,7 +71,7 @@ def test_chunks_and_scales_by_position_are_those_of_documents(broken, monkeypatc
         monkeypatch.setattr(attention, broken, AS_IN_ROWS[broken])
     model, found = arranged("llama4")
     assert found.layout is (Layout.padded if broken else Layout.padding_free)
-    assert model.way == FORWARD_PATHS[1]
+    assert model.forward_path == FORWARD_PATHS[1]
 
 
 def test_distances_that_run_through_a_row_need_padded_rows():
@@ -83,7 +83,7 @@ def test_distances_that_run_through_a_row_need_padded_rows():
 @pytest.mark.parametrize(("kind", "way"), [("bert", FORWARD_PATHS[1]), ("roberta", FORWARD_PATHS[2])])
 def test_a_head_of_several_layers_and_positions_of_its_own_are_left_to_the_model(kind, way):
     model, found = arranged(kind)
-    assert model.way == way
+    assert model.forward_path == way
     assert "own forward pass" in found.notes["model.head"]
 
 
@@ -91,7 +91,7 @@ def test_a_model_that_padding_changes_reads_one_document_at_a_time():
     """Its head makes several predictions of each token, of which one are the logits."""
     model, found = arranged("prophetnet")
     assert (found.layout, found.attention) == (Layout.padded, "eager")
-    assert model.way == ForwardPath(fused=False, positions=False, alone=True)
+    assert model.forward_path == ForwardPath(fused=False, positions=False, alone=True)
 
 
 @pytest.mark.parametrize(("off", "own", "right"), [(4e-5, 5e-5, True), (6e-5, 5e-5, False), (2e-4, 1e-3, False)])
@@ -108,7 +108,7 @@ def test_a_difference_is_rounding_only_where_the_stock_model_rounds_as_much(off,
 def test_a_model_that_magnifies_rounding_takes_several_documents_a_batch():
     """Some of its parts are in float32 always: its own gradients in float32 are 5e-5 from those in float64."""
     model, found = arranged("xlstm")
-    assert (found.layout, model.way) == (Layout.padded, FORWARD_PATHS[1])
+    assert (found.layout, model.forward_path) == (Layout.padded, FORWARD_PATHS[1])
 
 
 def test_a_model_whose_tokens_see_ahead_is_refused_with_what_helps_this_one():

@@ -320,7 +320,7 @@ def test_the_z_loss_of_the_output_is_that_of_the_model_s_own_loss(root, runtime,
 
 def test_a_z_loss_that_cannot_be_added_is_said():
     model = tiny_model("bamba")
-    model.way = STOCK_PATH
+    model.forward_path = STOCK_PATH
     found, notes = added_losses(ModelConfig(path="m"), model.config, model, Full().apply(model), ModelKind.causal)
     assert found is None and "0 instead of 0.02" in notes["model.z_loss_coefficient"]
 

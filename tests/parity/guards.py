@@ -128,8 +128,8 @@ def rolled_back(job: Job, strategy: str) -> dict:
 
     return {
         "found": [[row["loss"], row["grad_norm"]] for _, row in sorted(rows.rows.items())],
-        "progress": [progress.step, progress.rollbacks, progress.passed, progress.samples],
-        "told": processes.gather_objects([progress.rollbacks, progress.passed], job.runtime),
+        "progress": [progress.step, progress.rollbacks, progress.skipped_samples, progress.samples],
+        "told": processes.gather_objects([progress.rollbacks, progress.skipped_samples], job.runtime),
         "expected": job.oracle(("guards", "never seen"), never_seen, elsewhere=[]),
     }
 

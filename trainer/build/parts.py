@@ -210,7 +210,10 @@ def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
 
 def right_alone(built: Built, objective: ObjectiveConfig) -> bool:
     """Whether the model is right for one row at a time only."""
-    return family_of(objective).kind is ModelKind.causal and bool(plain_model(built.step_module.model).way.alone)  # type: ignore[union-attr]
+    if family_of(objective).kind is not ModelKind.causal:
+        return False
+    plain: Any = plain_model(built.step_module.model)
+    return bool(plain.forward_path.alone)
 
 
 def _check_alone(config: RunConfig, built: Built, data: Prepared) -> None:
@@ -264,7 +267,7 @@ def build_step(
     model.tie_weights()
     two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
     plain, zeroed = copy.deepcopy(model), still_rows(model, arranged)
-    if seq2seq or (not classifier and model.way.fused):
+    if seq2seq or (not classifier and model.forward_path.fused):
         fuse_head(model, model_config, still=next(iter(zeroed.values()), None))
     vocabulary = vocabulary_names(model)
     heads = head_names(model) if classifier else ()

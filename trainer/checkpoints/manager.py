@@ -210,6 +210,7 @@ class Checkpoints:
             return self._save(writing, must=must)
 
     def _save(self, writing: PendingCheckpoint, *, must: bool) -> bool:
+        """Write the checkpoint in the step, or start its write in the background. All ranks must call."""
         if must:  # probably the last one, and the export needs the memory
             self.state_buffer.release()
         if must or not self.config.background or not self._copy_state(writing.state):
@@ -237,6 +238,7 @@ class Checkpoints:
             return self._publish(writing)
 
     def _publish(self, writing: PendingCheckpoint) -> bool:
+        """Publish a checkpoint that is being written, in the first place that can take it. All ranks must call."""
         wait_began = time.monotonic()
         problems: list[str] = []
         while True:
@@ -303,6 +305,7 @@ class Checkpoints:
         self.say(f"warning: {error}")
 
     def _note_success(self, writing: PendingCheckpoint, saved: SavedCheckpoint) -> None:
+        """Report a published checkpoint, and delete those that it replaces."""
         self._failures = 0
         self.last = saved
         self._report(saved)
@@ -316,6 +319,7 @@ class Checkpoints:
         self._delete_old(writing.best_step)
 
     def _note_failure(self, problems: list[str], *, must: bool) -> None:
+        """Count a failed checkpoint. Raises StorageError if it had to succeed, or if too many failed in a row."""
         self._failures += 1
         if must or self._failures > self.config.max_failures:
             count_text = "" if must else f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
@@ -342,6 +346,7 @@ class Checkpoints:
         raise_on_all_ranks(error, staging, self.runtime)
 
         def finish() -> None:
+            """Seal the staging directory and give it its name. On rank 0."""
             forget_notes(staging, self.runtime.world_size)
             write_manifest(staging, files)
             if final in self._verified and final.exists():
@@ -384,6 +389,7 @@ class Checkpoints:
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:
+        """Delete a checkpoint. A failure is a warning, once for each checkpoint."""
         doomed = path.with_name(f".{path.name}.deleting")
         try:
             atomic_io.disk.rename(path, doomed)  # so that nobody finds half of it under its name

@@ -38,7 +38,7 @@ OLD_FORMAT = (
 
 def write_manifest(directory: Path, files: Iterable[WrittenFile]) -> None:
     """Write the manifest of a directory's files, durably. Errors: OSError."""
-    write_new(directory / MANIFEST, _render({each.name: each for each in files}))
+    write_new(directory / MANIFEST, _render({file.name: file for file in files}))
 
 
 def _render(files: dict[str, WrittenFile]) -> bytes:
@@ -65,13 +65,13 @@ def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[
         raise Malformed(OLD_FORMAT if OLD_METADATA in present else NO_MANIFEST)
     present.remove(MANIFEST)
     try:
-        data = looks.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MOST_MANIFEST))
-        files = _parse(parse_json(data))
+        content = looks.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MOST_MANIFEST))
+        files = _parse(parse_json(content))
     except OSError as error:
         raise Malformed(f"cannot be read ({reason(error)})") from error
     except Malformed as error:
         raise Malformed("has a damaged manifest") from error
-    if _render(files) != data:  # equal to the byte, so the manifest's hash of itself is right too
+    if _render(files) != content:  # equal to the byte, so the manifest's hash of itself is right too
         raise Malformed("has a damaged manifest")
     extra = sorted(name for name in present - set(files) if not IGNORED_NAMES.fullmatch(name))
     if extra:

@@ -31,6 +31,7 @@ def waiting_for_disk(what: str, size: float, runtime: Runtime, say: Callable[[st
     finished = threading.Event()
 
     def report() -> None:
+        """Say each minute that the ranks wait; the body of a thread."""
         waited_s = REPORT_EVERY_S
         limit = "as long as it takes"
         if runtime.world_size > 1:

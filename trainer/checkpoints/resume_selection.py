@@ -151,11 +151,11 @@ def choose_checkpoint(places: list[Path], resume: str, runtime: Runtime) -> Path
     """
     if resume == "never":
         return None
-    given = resume
-    resume, candidates = call_on_main(lambda: _candidates(places, given), runtime)
-    if given != resume and runtime.is_main:
+    requested = resume
+    resume, candidates = call_on_main(lambda: _candidates(places, requested), runtime)
+    if requested != resume and runtime.is_main:
         print(
-            f"run.resume={given}: this run has begun from it already and continues from what it has made since, as with "
+            f"run.resume={requested}: this run has begun from it already and continues from what it has made since, as with "
             f"run.resume=auto; to go back once more, delete {places[0].parent / RESUMED_FROM}",
             flush=True,
         )

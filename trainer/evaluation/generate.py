@@ -157,7 +157,7 @@ class Writer:
     def _own_batches(
         self, engine: Engine, lengths: Sequence[int], budget: int | None, kinds: Sequence[int] | None = None
     ) -> list[list[int]]:
-        alone = getattr(model_of(engine), "way", STOCK_PATH).alone  # right for one row at a time
+        alone = getattr(model_of(engine), "forward_path", STOCK_PATH).alone  # right for one row at a time
         size, most = (1, None) if alone else (self.batch, budget)
         return [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=size, budget=most, kinds=kinds)]
 

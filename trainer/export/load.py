@@ -41,7 +41,7 @@ def load_export(
     try:
         model, load = _base(directory, base_path, transformers, dtype, writes)
         for name in rounded.quantised if rounded is not None else ():
-            model.get_parameter(name).data.copy_(rounded.whole(name))  # type: ignore[union-attr]
+            model.get_parameter(name).data.copy_(rounded.full_tensor(name))  # type: ignore[union-attr]
         model = load(model, directory).eval()
         return model.get_base_model() if writes and hasattr(model, "get_base_model") else model
     finally:

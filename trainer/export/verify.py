@@ -180,7 +180,9 @@ def _loaded_otherwise(directory: Path, model: Any) -> str:
     for name, parameter in model.named_parameters():
         if checkpoint.resolve(name) is None or checkpoint.shape(name) != tuple(parameter.shape):
             continue
-        apart = (checkpoint.whole(name).to(parameter.dtype) != parameter.detach()).reshape(len(parameter), -1).any(1)
+        apart = (
+            (checkpoint.full_tensor(name).to(parameter.dtype) != parameter.detach()).reshape(len(parameter), -1).any(1)
+        )
         if rows := apart.nonzero()[:, 0].tolist():
             shown = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
             told.append(f"{name} (rows {shown})")

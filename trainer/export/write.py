@@ -224,7 +224,7 @@ class _Gathered:
 def _base_or(base: BaseWeights, name: str, live: Tensor) -> Tensor:
     """The base's own value, or the live one of a parameter that it does not have (a new head)."""
     if name in base.quantised:
-        return base.whole(name)
+        return base.full_tensor(name)
     if base.resolve(name) is None or base.shape(name) != tuple(live.shape):
         return live
     return base.run(name, 0, math.prod(live.shape)).view(live.shape)

@@ -68,7 +68,7 @@ def untie(model: Any, checkpoint: Checkpoint) -> list[str]:
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if checkpoint.resolve(target) is None or checkpoint.resolve(source) is None:
             continue
-        if torch.equal(checkpoint.whole(target), checkpoint.whole(source)):
+        if torch.equal(checkpoint.full_tensor(target), checkpoint.full_tensor(source)):
             continue
         owner, _, key = target.rpartition(".")
         parameter = nn.Parameter(torch.empty_like(model.get_parameter(target).data))

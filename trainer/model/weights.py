@@ -61,7 +61,7 @@ class Checkpoint:
         """Elements `[start, stop)` of the flattened parameter; reads only the rows they lie in, where that can be."""
         return self.conversions.run(self._found(name), start, stop)
 
-    def whole(self, name: str) -> Tensor:
+    def full_tensor(self, name: str) -> Tensor:
         """A full parameter; raises ConfigError where the checkpoint does not have it."""
         shape = self.shape(name)
         return self.run(name, 0, math.prod(shape)).view(shape)
@@ -121,11 +121,11 @@ class BaseWeights(Checkpoint):
         if found not in self._changed:
             return super().run(found, start, stop)
         assert self.folded is not None
-        return self.folded.whole(self._changed[found], _Unchanged(self)).reshape(-1)[start:stop]
+        return self.folded.full_tensor(self._changed[found], _Unchanged(self)).reshape(-1)[start:stop]
 
-    def whole(self, name: str) -> Tensor:
+    def full_tensor(self, name: str) -> Tensor:
         """A full parameter as the model computes with it: rounded where it is stored quantised (then float32)."""
-        value = super().whole(name)
+        value = super().full_tensor(name)
         if name not in self.quantised or self.scheme is None:
             return value
         return self.scheme.rounded(value) if value.dim() == 2 else rounded_stack(self.scheme, value)
@@ -151,7 +151,7 @@ class BaseWeights(Checkpoint):
         """The bytes of a matrix that is stored quantised, `[num_bytes]` uint8."""
         assert self.scheme is not None
         if self._last is None or self._last[0] != name:
-            self._last = name, self.scheme.pack(super().whole(name))
+            self._last = name, self.scheme.pack(super().full_tensor(name))
         return self._last[1]
 
     def keep(self, adapters: list[str], share: tuple[int, int]) -> None:
@@ -173,12 +173,12 @@ class _Unchanged:
     def __init__(self, checkpoint: BaseWeights) -> None:
         self.checkpoint = checkpoint
 
-    def whole(self, name: str) -> Tensor:
+    def full_tensor(self, name: str) -> Tensor:
         shape = self.checkpoint.shape(name)
         return Checkpoint.run(self.checkpoint, name, 0, math.prod(shape)).view(shape)
 
     def rows(self, name: str, indices: list[int]) -> Tensor:
-        return torch.stack([self.whole(name)[i].float() for i in indices])
+        return torch.stack([self.full_tensor(name)[i].float() for i in indices])
 
 
 class StartingWeights:
@@ -196,9 +196,9 @@ class StartingWeights:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
         checkpoint = self.own.checkpoint
         if self.folded is not None and name in self.changed:
-            return self.folded.whole(name, checkpoint).reshape(-1)[start:stop]
+            return self.folded.full_tensor(name, checkpoint).reshape(-1)[start:stop]
         if name in checkpoint.quantised:  # the tuned model has its bytes, and this one its values
-            return checkpoint.whole(name).reshape(-1)[start:stop]
+            return checkpoint.full_tensor(name).reshape(-1)[start:stop]
         return self.own.run(name, shape, start, stop)
 
     def close(self) -> None:
@@ -292,9 +292,9 @@ class WeightSource:
         if self.teacher is not None:
             self.teacher.close()
 
-    def whole(self, name: str) -> Tensor:
+    def full_tensor(self, name: str) -> Tensor:
         """A full base parameter, for methods that read base weights."""
-        return self.checkpoint.whole(name)
+        return self.checkpoint.full_tensor(name)
 
     def rows(self, name: str, indices: list[int]) -> Tensor:
         """Rows of a base matrix, for methods that start at them."""

@@ -63,7 +63,7 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
     Where the model's own forward pass must be taken the "hidden states" are logits already, and the head passes them on.
     """
     causal_lm = plain_model(model)
-    path: ForwardPath = getattr(causal_lm, "way", FUSED_PATH)
+    path: ForwardPath = getattr(causal_lm, "forward_path", FUSED_PATH)
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     if not path.positions:
         inputs.pop("position_ids", None)
@@ -79,7 +79,7 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
 
 def forward_pass(model: nn.Module, batch: dict[str, Any]) -> None:
     """Run a batch for what hooks record on the way (routers, hidden states). A causal model computes no head and no loss."""
-    if hasattr(plain_model(model), "way"):
+    if hasattr(plain_model(model), "forward_path"):
         # Without target rows the head has nothing to do.
         supervised_rows(model, {**batch, "target_rows": batch["target_rows"][:0]})
     else:

@@ -58,6 +58,7 @@ def problems(config: ClassificationConfig, other_settings: OtherSettings) -> Ite
 
 
 def _name_problems(labels: list[str], *, multi_label: bool) -> Iterator[str]:
+    """What is wrong with `objective.labels`."""
     least = 1 if multi_label else 2
     if len(labels) < least or len(set(labels)) < len(labels):
         yield f"objective.labels={labels}: must be two or more different names; null takes those of the data"
@@ -71,6 +72,7 @@ def _name_problems(labels: list[str], *, multi_label: bool) -> Iterator[str]:
 
 
 def _weight_problems(config: ClassificationConfig) -> Iterator[str]:
+    """What is wrong with `objective.class_weights`."""
     weights = config.class_weights
     if weights is None or weights == BALANCED:
         return
@@ -118,6 +120,7 @@ class LabelReading(Reading):
         return names[label_id]
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
+        """Refuse a document without a label, or with one that `objective.labels` does not name."""
         if document.label is None:
             problem = "has no label, which objective=classification learns and evaluates; it"
             return WRONG_KIND, f"{problem} needs rows with a text and a label (data.format=labelled)"
@@ -145,6 +148,7 @@ class LabelReading(Reading):
         return LabelCollator(layout, pad_token_id)
 
     def note(self, sample: Sample, label_names: list[str] | None) -> str:
+        """The labels of a sequence for the preview."""
         label = int(sample.marks[LABEL])
         if label_names is None:
             return f"label: {label}"
@@ -282,6 +286,7 @@ class Classification(Objective):
         return loss, logits.argmax(-1, keepdim=True) == numbers, labels[:, None] == numbers
 
     def _weights_on(self, logits: Tensor) -> Tensor | None:
+        """The class weights on the device of `logits`; None without weights. Raises ConfigError for another number of labels."""
         if self._weights is None:
             return None
         if len(self._weights) != logits.shape[1]:

@@ -193,6 +193,7 @@ class _Proof:
             raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
 
     def _measure_causality(self, stock: Any) -> bool:
+        """Whether the logits of a document stay the same when its last token changes."""
         ids = torch.from_numpy(self.documents[1].input_ids.astype(np.int64))[None]
         # Change the last token alone: in a causal model the logits before it stay as they were.
         # Change the last token alone: in a causal model the logits before it stay as they were.
@@ -206,6 +207,7 @@ class _Proof:
         return bool(torch.allclose(logits, changed_logits, rtol=TOLERANCE, atol=TOLERANCE))
 
     def _measure_randomness(self, stock: Any) -> bool:
+        """Whether two passes in training mode differ from evaluation, although dropout is 0."""
         ids = torch.from_numpy(self.documents[1].input_ids.astype(np.int64))[None]
         with torch.no_grad():
             eval_logits = stock(input_ids=ids, use_cache=False).logits
@@ -216,6 +218,7 @@ class _Proof:
         )
 
     def _loss_and_gradients(self, stock: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed loss of the documents, each in a pass of its own, and its gradients by parameter."""
         loss = torch.zeros((), dtype=torch.float64)
         for document in self.documents:
             ids = torch.from_numpy(document.input_ids.astype(np.int64))
@@ -271,13 +274,14 @@ class _Proof:
         return self._compare_with_stock(layout, path, attention, dtype)
 
     def _compare_with_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
+        """Run a path on the documents together, and describe how its loss or gradients differ; empty if they do not."""
         in_half = dtype is torch.bfloat16
         tolerance = TOLERANCE
         if in_half:
             tolerance = HALF_TOLERANCE
         model = self._build(attention, dtype)
         model.load_state_dict(self.weights)
-        model.way = path
+        model.forward_path = path
         if path.fused:
             fuse_head(model, self.config)
         model.train(not self.is_random)

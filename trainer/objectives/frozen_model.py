@@ -140,10 +140,10 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) 
         model = build()
     model.tie_weights()
     copy_arrangement = Arrangement(arrangement.layout, attention, {})
-    model.way = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).choose_path(
+    model.forward_path = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).choose_path(
         copy_arrangement
     )
-    if model.way.fused:
+    if model.forward_path.fused:
         fuse_head(model, settings)
     return model
 

@@ -94,6 +94,7 @@ class RatedReading(UnlabelledReading):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
+        """One sequence for each rated answer, marked with its verdict."""
         for start in range(0, len(documents), DOCUMENTS_PER_BATCH):
             batch = documents[start : start + DOCUMENTS_PER_BATCH]
             conversations = [_rated_conversations(document) for document in batch]
@@ -269,7 +270,7 @@ class Kto(Objective):
 KTO = Family(
     settings=KtoConfig,
     reading=lambda config: RatedReading(),
-    build=lambda config, beside: Kto(config, beside.reference),
+    build=lambda config, references: Kto(config, references.reference),
     problems=problems,
     better_when_larger=("accuracy", "margin", "desirable_reward"),
 )

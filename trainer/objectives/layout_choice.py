@@ -161,7 +161,7 @@ def causal_model(
     if half_on_gpu and (missing := missing_kernels(model)):
         arrangement.notes["model.kernels"] = missing
     # Read by `supervised_rows` and by the choice of adapter targets.
-    model.way = path
+    model.forward_path = path
     model.beside_text = beside_text(model)
     if model.beside_text:
         arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.beside_text)}"

@@ -42,6 +42,7 @@ class PairReading(UnlabelledReading):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
+        """Two sequences a document: the chosen answer, then the rejected one, which is marked."""
         for document, chosen, rejected in encoder.encode_pairs(documents):
             samples = fit_answers(encoder, document, [chosen, rejected], config, tally)
             for number, sample in enumerate(samples):

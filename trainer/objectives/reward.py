@@ -54,7 +54,7 @@ class Reward(Objective):
 REWARD = Family(
     settings=RewardConfig,
     reading=lambda config: PairReading(),
-    build=lambda config, beside: Reward(config),
+    build=lambda config, references: Reward(config),
     problems=problems,
     kind=ModelKind.classifier,
     num_outputs=1,

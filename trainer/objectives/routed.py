@@ -139,7 +139,7 @@ def added_losses(
     logit_z = 0.0
     if kind is ModelKind.causal:
         logit_z = logit_z_weight(settings)
-    if logit_z and not root.way.fused:  # type: ignore[union-attr]
+    if logit_z and not root.forward_path.fused:  # type: ignore[union-attr]
         notes["model.z_loss_coefficient"] = f"0 instead of {logit_z:g}: the model's own forward pass makes its logits"
         logit_z = 0.0
     if logit_z:

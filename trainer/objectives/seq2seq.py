@@ -330,7 +330,7 @@ def answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Ten
 SEQ2SEQ = Family(
     settings=Seq2seqConfig,
     reading=lambda config: TwoSidedReading(prefix=config.prefix, max_target=config.max_target),
-    build=lambda config, beside: Seq2seq(),
+    build=lambda config, references: Seq2seq(),
     problems=problems,
     kind=ModelKind.encoder_decoder,
     max_positions=lambda config, data: {"data.max_length": data.max_length, "objective.max_target": config.max_target},

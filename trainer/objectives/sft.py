@@ -126,6 +126,7 @@ class ReplayCollator(Collator):
     `replay_rows` and `other_rows` (int64)."""
 
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+        """Add the replayed documents as a batch of their own; see the class."""
         if REPLAY not in samples[0].marks:
             return
         is_replayed = torch.tensor([bool(sample.marks[REPLAY]) for sample in samples])

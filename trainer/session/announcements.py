@@ -207,7 +207,7 @@ def close_records(
 
 
 def track_evaluation(
-    config: RunConfig, directory: Path, report: dict[str, Any], shown: dict[str, Table], say: Callable[[str], None]
+    config: RunConfig, directory: Path, report: dict[str, Any], tables: dict[str, Table], say: Callable[[str], None]
 ) -> None:
     """Log an evaluation to W&B, if W&B is on, as a run of its own with the numbers and tables of its report. On rank 0 alone.
 
@@ -239,16 +239,16 @@ def track_evaluation(
     )
     for key, value in opened.substitutions.items():
         say(f"resolved: {key}: {value}")
-    values: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for task, task_report in report["tasks"].items():
         for metric, measured_value in task_report["metrics"].items():
             name = f"eval/{task}/{metric}"
             for key, field in ((name, "value"), (f"{name}/low", "low"), (f"{name}/high", "high")):
                 if measured_value.get(field) is not None:
-                    values[key] = measured_value[field]
-    opened.trackers.log(values, step=step)
-    opened.trackers.tables(shown, step=step)
-    opened.trackers.summarise(values)
+                    metrics[key] = measured_value[field]
+    opened.trackers.log(metrics, step=step)
+    opened.trackers.tables(tables, step=step)
+    opened.trackers.summarise(metrics)
     opened.trackers.close(Ended(State.done))
     for tracker, link in opened.trackers.hints:
         say(f"{tracker}: {link}")

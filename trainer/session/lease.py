@@ -213,6 +213,7 @@ class Lease:
             return f"unreadable for {silent_s:.0f} s ({error.strerror})"
 
     def _why_superseded(self) -> str | None:
+        """Why the directory is not this attempt's any more; None if it is. Errors: OSError."""
         number, owner = latest(self.directory)
         if self._claim_is_here():
             if number > self.number and owner is not None:

@@ -7,7 +7,7 @@ import platform
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +80,35 @@ def run_facts(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts
     `checked`: fields of the record that were known before the model was built.
     """
     record = _record(config, checked, run_parts)
-    prediction = predicted(run_parts.built, record, str(config.optim.name), device_gib(run_parts.runtime))
-    parts = run_parts.built, config.strategy, run_parts.precision, run_parts.runtime
-    prediction.exchanged_bytes = expected_bytes(*parts, run_parts.loader.accumulation)
+    built = run_parts.built
+    runtime = run_parts.runtime
+    prediction = predicted(built, record, str(config.optim.name), device_gib(runtime))
+    prediction.exchanged_bytes = expected_bytes(
+        built, config.strategy, run_parts.precision, runtime, run_parts.loader.accumulation
+    )
     record.receipt = Receipt(predicted=prediction)
     return record
 
 
 def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
-    runtime, precision, built, data = run_parts.runtime, run_parts.precision, run_parts.built, run_parts.data
-    loader, resumed_from = run_parts.loader, run_parts.resumed_from
+    """The record without its predictions. All ranks must call."""
+    runtime = run_parts.runtime
+    precision = run_parts.precision
+    built = run_parts.built
+    data = run_parts.data
+    loader = run_parts.loader
+    resumed_from = run_parts.resumed_from
     tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
     mean_tokens = float(loader.unit_tokens.mean())
     supervised_share = float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
-    start = getattr(config.tuning, "from_", None)
-    routed = built.step_module.routed
+    first_adapter = getattr(config.tuning, "from_", None)
+    tuning_from = None
+    if first_adapter is not None:
+        tuning_from = TuningStart(path=first_adapter, sha256=adapter_hash(first_adapter))
+    device_name = None
+    if runtime.device.type == "cuda":
+        device_name = torch.cuda.get_device_name(runtime.device)
+    added_losses = built.step_module.routed
     return RunRecord(
         config_sha256=run_parts.sha256,
         strategy=str(config.strategy.name),
@@ -113,14 +127,14 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         tokens_per_step=round(mean_tokens * config.batch["global"]),
         host=socket.gethostname(),
         device=str(runtime.device),
-        device_name=torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None,
+        device_name=device_name,
         resumed_from=resumed_from.name if resumed_from else None,
         base_model=config.model.path,
         base_commit=base_commit(config),
         quantisation=None if built.scheme is None else str(built.scheme),
         quantised_experts=sum(len(shape) == 3 for shape in built.quantised.values()),
         folded_adapters={path: adapter_hash(path) for path in config.model.adapters},
-        tuning_from=None if start is None else TuningStart(path=start, sha256=adapter_hash(start)),
+        tuning_from=tuning_from,
         data_fingerprint=data.train.fingerprint,
         data_directory=str(data.directory),
         data_report=data.report,
@@ -130,7 +144,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         weights_read_bytes=gather_objects(run_parts.source.checkpoint.conversions.files.bytes_read, runtime),
         packed_weights=_packed(run_parts.source, runtime),
         weights_left_out=_left_out(run_parts.source),
-        routers=routed.start_lines(loader.accumulation) if routed else [],
+        routers=added_losses.start_lines(loader.accumulation) if added_losses else [],
         substitutions=_substitutions(config, built.substitutions, precision, runtime),
         base_parameters=sum(parameter.numel() for parameter in built.plain.parameters()),
         flops_per_token=_flops(built, mean_tokens, supervised_share),
@@ -150,9 +164,9 @@ def _packed(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
     cache = source.checkpoint.kept
     if cache is None:
         return None
-    ranks = gather_objects((cache.packed, cache.reason), runtime)
-    reason = next((reason for _, reason in ranks if reason), "")
-    packed_now = [packed for packed, _ in ranks]
+    by_rank = gather_objects((cache.packed, cache.reason), runtime)
+    packed_now = [packed for packed, _ in by_rank]
+    reason = next((reason for _, reason in by_rank if reason), "")
     return {"directory": str(cache.directory), "bytes": cache.total, "packed_now": packed_now, "not_kept": reason}
 
 
@@ -163,9 +177,9 @@ def _left_out(source: WeightSource) -> dict[str, Any] | None:
     """
     conversions = source.checkpoint.conversions
     unused = conversions.left_out()
-    return (
-        {"weights": len(unused), "first": unused[:5], "kept_in_export": len(conversions.carried())} if unused else None
-    )
+    if not unused:
+        return None
+    return {"weights": len(unused), "first": unused[:5], "kept_in_export": len(conversions.carried())}
 
 
 def _substitutions(
@@ -240,13 +254,18 @@ def repeated_in_a_step(global_batch: int, epochs: float, steps: int) -> list[str
 def start_text(record: RunRecord) -> str:
     """The few lines before step 0: sizes, batch arithmetic, substitutions."""
     sharding = record.sharding
-    held_per_rank = sharding.held_per_rank
+    least_held = min(sharding.held_per_rank)
+    most_held = max(sharding.held_per_rank)
+    held = f"{least_held:,}"
+    if most_held != least_held:
+        held += f" to {most_held:,}"
     share = sharding.trainable_parameters / max(1, sharding.parameters)
-    ranks = "ranks" if record.world_size == 1 else f"ranks (over {sharding.exchange})"
+    ranks = "ranks"
+    if record.world_size != 1:
+        ranks = f"ranks (over {sharding.exchange})"
     lines = [
         f"parameters: {sharding.parameters:,}, trainable {sharding.trainable_parameters:,} ({share:.2%}); held per "
-        f"rank {min(held_per_rank):,}"
-        + (f" to {max(held_per_rank):,}" if max(held_per_rank) != min(held_per_rank) else ""),
+        f"rank {held}",
         f"batch: {record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
         f"{record.world_size} {ranks}; about {record.tokens_per_step:,} tokens a step, {record.total_steps} steps, "
         f"{record.epochs:,.2f} epochs",
@@ -257,15 +276,18 @@ def start_text(record: RunRecord) -> str:
     if record.advice:
         lines.append(f"advice: {record.advice}")
     if record.quantisation:
-        also = ", each expert" if record.quantised_experts else ""
-        lines.append(f"base stored in {record.quantisation}: frozen linear layers but the head{also}")
+        experts_too = ", each expert" if record.quantised_experts else ""
+        lines.append(f"base stored in {record.quantisation}: frozen linear layers but the head{experts_too}")
     lines += record.routers
-    if packed_weights := record.packed_weights:
-        lines.append(_packed_text(packed_weights))
+    if record.packed_weights:
+        lines.append(_packed_text(record.packed_weights))
     tflops = record.reference_tflops
-    source = record.reference_tflops_source
-    lines.append(f"MFU against {tflops:.2f} TFLOP/s a device ({source})" if tflops else f"no MFU: {source}")
-    if unused := record.weights_left_out:
+    if tflops:
+        lines.append(f"MFU against {tflops:.2f} TFLOP/s a device ({record.reference_tflops_source})")
+    else:
+        lines.append(f"no MFU: {record.reference_tflops_source}")
+    unused = record.weights_left_out
+    if unused:
         lines.append(
             f"not trained, since the architecture has no place for them: {unused['weights']} stored weights "
             f"({', '.join(unused['first'][:3])} ...), of which a whole export keeps {unused['kept_in_export']}"
@@ -280,6 +302,7 @@ def start_text(record: RunRecord) -> str:
 
 
 def _packed_text(packed: Mapping[str, Any]) -> str:
+    """The line on packed weights for the start screen."""
     if packed["not_kept"]:
         return f"packed weights are not kept for later runs: {packed['not_kept']}"
     size = f"{packed['bytes'] / 2**30:.2f} GiB"
@@ -295,12 +318,12 @@ def write_run_record(run_dir: Path, record: RunRecord) -> None:
 
 
 _RESUME_ONLY = ("recent", "evaluations", "interval_loss", "interval_steps", "first_loss", "recent_losses")
-"""Fields of `Progress` that only a resumed run needs, and `run.json` leaves out."""
+"""Keys of the progress that only a resumed run needs, and `run.json` leaves out."""
 
 
 def outcome_record(outcome: Outcome) -> RunOutcome:
     """The outcome as `run.json` has it."""
-    progress = asdict(outcome.progress)
+    progress = outcome.progress.as_json()
     for key in _RESUME_ONLY:
         del progress[key]
     return RunOutcome(
@@ -332,10 +355,10 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequen
     speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)" if outcome.speed else ""
     lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
     width = max([22, *map(len, outcome.after)])
-    for name, value in outcome.after.items():
+    for name, metric_value in outcome.after.items():
         before = outcome.before.get(name)
         earlier = "" if before is None else f"   (before: {readable(before)})"
-        lines.append(f"  {name:<{width}} {readable(value)}{earlier}")
+        lines.append(f"  {name:<{width}} {readable(metric_value)}{earlier}")
     lines += _finding_lines(run_dir, outcome)
     lines += [f"slow:       {Slow(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
     if export is not None:

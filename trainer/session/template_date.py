@@ -30,6 +30,8 @@ def date_of_run(
     """
 
     def choose(first_date: FirstDate) -> TemplateDate:
+        """The date of all ranks. `first_date` gives that of this host's cache."""
+
         def of_rank_0() -> str:
             kept = kept_date(config)
             if kept is not None:

@@ -56,9 +56,9 @@ def chosen_columns(words: list[str], leaves: Mapping[str, Any]) -> dict[str, Any
     return columns
 
 
-def _shown(key: str, value: Any) -> Any:
+def _shown(key: str, setting_value: Any) -> Any:
     """A value as a column shows it: numbers as they are, paths by their last part, lists as one text."""
-    if key in PATHS and value is not None:
-        parts = value if isinstance(value, list) else [value]
+    if key in PATHS and setting_value is not None:
+        parts = setting_value if isinstance(setting_value, list) else [setting_value]
         return "+".join(Path(str(part)).name or str(part) for part in parts)[:80]
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+    return ",".join(map(str, setting_value)) if isinstance(setting_value, list) else setting_value

@@ -128,6 +128,7 @@ class StopRequest:
         self._thread.start()
 
     def _wait(self) -> None:
+        """Receive signals until the request is closed. The body of the waiting thread."""
         while True:
             # `sigwait` would take a signal in the kernel even if native code keeps this thread from running. So before training
             # the signals are polled: an unhandled one stays pending, which tells the watchdog that no thread runs.

@@ -75,9 +75,9 @@ class RankAllocation:
             if weight <= 0 or not _is_matrix(name):
                 continue
             with torch.enable_grad():
-                value = parameter.detach().requires_grad_()
-                penalty = weight * _orthogonality_error(value, rows="lora_A" in name)
-                (gradient,) = torch.autograd.grad(penalty, value)
+                matrix = parameter.detach().requires_grad_()
+                penalty = weight * _orthogonality_error(matrix, rows="lora_A" in name)
+                (gradient,) = torch.autograd.grad(penalty, matrix)
             if scale is not None:
                 gradient = gradient * scale
             parameter.grad.add_(gradient)
@@ -101,8 +101,8 @@ class RankAllocation:
             self.allocator.update_ipt(self.tuner.model)
         self.settings.rank_pattern = None
         self.tuner.update_and_allocate(min(step, last_allocation))
-        for name, kept in (self.settings.rank_pattern or {}).items():
-            self._masks[name].copy_(torch.tensor(kept, dtype=torch.float32)[:, None])
+        for name, is_left in (self.settings.rank_pattern or {}).items():
+            self._masks[name].copy_(torch.tensor(is_left, dtype=torch.float32)[:, None])
         if step >= last_allocation:
             self._settled = True
             self._prepare()
@@ -129,13 +129,13 @@ class RankAllocation:
     def pattern_of(self, trained: dict[str, Tensor]) -> dict[str, list[bool]] | None:
         """peft's rank pattern for gathered values; None if no rank was taken, or if an entry that was taken is not zero."""
         self._prepare()
-        kept = {name: mask.cpu() > 0 for name, mask in self._masks.items()}
-        for name, mask in kept.items():
+        masks = {name: mask.cpu() > 0 for name, mask in self._masks.items()}
+        for name, mask in masks.items():
             if bool((trained[PREFIX + name][~mask] != 0).any()):
                 return None
-        if all(bool(mask.all()) for mask in kept.values()):
+        if all(bool(mask.all()) for mask in masks.values()):
             return None
-        return {name: mask.view(-1).tolist() for name, mask in kept.items()}
+        return {name: mask.view(-1).tolist() for name, mask in masks.items()}
 
     def _has_importance(self) -> bool:
         """Whether any step has measured the importance of entries. Waits for the device."""
@@ -143,8 +143,8 @@ class RankAllocation:
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The current parameters A, E and B, by the names that peft's allocator uses."""
-        named = self.tuner.model.named_parameters()
-        return [(name, parameter) for name, parameter in named if ".lora_" in name and f".{ADAPTER}" in name]
+        named_parameters = self.tuner.model.named_parameters()
+        return [(name, parameter) for name, parameter in named_parameters if ".lora_" in name and f".{ADAPTER}" in name]
 
     def _prepare(self) -> None:
         """Make the state that peft would make in its first step, as zeros: a checkpoint always has the same tensors."""

@@ -222,9 +222,9 @@ class Adapter:
         else:
             layer, _, key = name.removeprefix(PREFIX).rpartition(".base_layer.")
             key = f"base_layer.{key}"
-        value = self.replicas.initial_layer(layer, base, seed).get_parameter(key).detach()
-        assert tuple(value.shape) == shape or tuple(value.shape) == (), (name, value.shape, shape)
-        return value
+        tensor = self.replicas.initial_layer(layer, base, seed).get_parameter(key).detach()
+        assert tuple(tensor.shape) == shape or tuple(tensor.shape) == (), (name, tensor.shape, shape)
+        return tensor
 
     def changed_names(self) -> set[str]:
         """Base names of the parameters that the adapters change."""
@@ -261,8 +261,8 @@ class Adapter:
     def initial_values(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
         """The initial values of the parameters in `trained` that peft added."""
         return {
-            name: self.initial_value(name, tuple(value.shape), base, self.seed)
-            for name, value in trained.items()
+            name: self.initial_value(name, tuple(tensor.shape), base, self.seed)
+            for name, tensor in trained.items()
             if name in self._owned
         }
 
@@ -331,5 +331,5 @@ def _task_type(model: nn.Module) -> str:
     return "CAUSAL_LM"
 
 
-def _name_of(model: nn.Module, wanted: Any) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+def _name_of(model: nn.Module, target: Any) -> str:
+    return next(name for name, module in model.named_modules() if module is target)

@@ -106,7 +106,9 @@ class AdapterMerger:
         self.model = model
         self.trained = trained
         self.base = base
-        self._cached: tuple[str, dict[str, Tensor]] = ("", {})
+        self._merged_layer = ""
+        self._merged: dict[str, Tensor] = {}
+        """The parameters of `_merged_layer`, the layer that was merged last: they are asked for one by one."""
 
     def tensor(self, name: str, value: Tensor) -> Tensor | None:
         """The merged tensor, float32 if the adapter changes it. None for one that a fully trained copy replaces.
@@ -122,9 +124,10 @@ class AdapterMerger:
             layer = base_name
         if not wrapped or layer not in adapted:
             return value
-        if self._cached[0] != layer:
-            self._cached = layer, self.tuning.merged(layer, self.base, self.trained, self.model)
-        return self._cached[1][key]
+        if self._merged_layer != layer:
+            self._merged = self.tuning.merged(layer, self.base, self.trained, self.model)
+            self._merged_layer = layer
+        return self._merged[key]
 
 
 def check_mergeable(model: nn.Module, trained_names: set[str]) -> None:

@@ -93,7 +93,7 @@ class LoraConfig(AdapterConfig):
 class BaseReader(Protocol):
     """Reads the base model's parameters by their own names."""
 
-    def whole(self, name: str) -> Tensor:
+    def full_tensor(self, name: str) -> Tensor:
         """The full parameter, on the CPU."""
 
     def rows(self, name: str, indices: list[int]) -> Tensor:

@@ -183,25 +183,26 @@ def _apply_adapter(is_active: Callable[[], bool], owner: nn.Module, _args: Any, 
 
 def _places(module: nn.Module, config: BottleneckConfig) -> AdapterPlaces | None:
     """The places of adapters in a block; None if the module is not a block."""
-    found = {name for name, _ in module.named_modules()}
+    descendants = {name for name, _ in module.named_modules()}
     children = dict(module.named_children())
     attention = config.attention
     feedforward = config.feedforward
     if attention is None:
         attention = next((name for name in ATTENTION if name in children), None)
         # BERT's kind adds the input inside its attention module: the adapter stands before that, behind the dense layer.
-        if attention is not None and f"{attention}.output.dense" in found:
+        if attention is not None and f"{attention}.output.dense" in descendants:
             attention = f"{attention}.output.dense"
     if feedforward is None:
         feedforward = next((name for name in FEEDFORWARD if name in children), None)
-        if feedforward is None and "intermediate" in children and "output.dense" in found:
+        if feedforward is None and "intermediate" in children and "output.dense" in descendants:
             feedforward = "output.dense"
-    if attention is None or feedforward is None or not {attention, feedforward} <= found:
+    if attention is None or feedforward is None or not {attention, feedforward} <= descendants:
         return None
     return AdapterPlaces(attention, feedforward)
 
 
 def _no_places_message(model: nn.Module, config: BottleneckConfig) -> str:
+    """The error for a model without fitting blocks, with the module names that its blocks have."""
     set_options = [
         f"tuning.{key}={getattr(config, key)}" for key in ("attention", "feedforward") if getattr(config, key)
     ]

@@ -95,6 +95,7 @@ def _problems_alone(tuning: TuningConfig) -> Iterator[str]:
 
 
 def _strategy_problems(method: Method, method_setting: str, run: RunFacts) -> Iterator[str]:
+    """What the method cannot do under the run's strategy: selective checkpointing, or half precision in shards."""
     checkpointing = run.strategy.activation_checkpointing
     if checkpointing is ActivationCheckpointing.selective and (reason := method.refused.get("selective")):
         yield f"strategy.activation_checkpointing=selective with {method_setting}: {reason}; use full or none"
@@ -107,6 +108,7 @@ def _strategy_problems(method: Method, method_setting: str, run: RunFacts) -> It
 
 
 def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> Iterator[str]:
+    """What a method that needs a row of its own for each document has against packed or padding-free data."""
     reason = method.refused.get("padding_free")
     if not reason:
         return
@@ -117,6 +119,7 @@ def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> I
 
 
 def _model_problems(method: Method, method_setting: str, run: RunFacts) -> Iterator[str]:
+    """What the method cannot train: a new head, or embeddings of new tokens."""
     if run.new_head and method.no_head:
         yield f"{method_setting} with an objective that has a head of its own: {method.no_head}; use tuning=lora or tuning=prompt"
     if run.new_tokens and method.no_new_tokens:
@@ -143,6 +146,7 @@ def check_positions(tuning: TuningConfig, longest: int, positions: int | None) -
 
 
 def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
+    """Whether `tuning.init` and `tuning.init_text` go together."""
     text = tuning.init_text
     if tuning.init is PromptInit.text and not (text or "").strip():
         yield "tuning.init=text: needs tuning.init_text, such as the instruction of the task; or use tuning.init=sampled"
@@ -153,6 +157,7 @@ def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
 def _quantisation_problems(
     tuning: TuningConfig, method: Method, method_setting: str, quantisation: str
 ) -> Iterator[str]:
+    """What the method, DoRA or a start that splits weights has against a quantised base."""
     setting = f"model.quantisation={quantisation}"
     if reason := method.refused.get("quantised"):
         yield f"{setting} with {method_setting}: {reason}; use tuning=lora, or model.quantisation=none"
@@ -166,6 +171,7 @@ def _quantisation_problems(
 
 
 def _target_problems(tuning: AdapterConfig) -> Iterator[str]:
+    """What is wrong with `tuning.targets`: its type, or its regular expression."""
     targets = tuning.targets
     if targets == [] and isinstance(tuning, LoraConfig) and (tuning.experts or tuning.router):
         return  # experts and routers alone
@@ -181,6 +187,7 @@ def _target_problems(tuning: AdapterConfig) -> Iterator[str]:
 
 
 def _regex_problems(key: str, text: str, advice: str) -> Iterator[str]:
+    """The problem, if `text` is not a regular expression."""
     try:
         re.compile(text)
     except re.error as error:
@@ -188,6 +195,7 @@ def _regex_problems(key: str, text: str, advice: str) -> Iterator[str]:
 
 
 def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
+    """What is wrong with the choice of the part that trains."""
     choices = (tuning.layers, tuning.modules, tuning.embeddings, tuning.bias_only, tuning.norm_only)
     if not any(choices):
         yield (
@@ -201,6 +209,7 @@ def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
 
 
 def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
+    """What is wrong with LoRA's start, its patterns, and its adapters of experts."""
     if not INITS.fullmatch(tuning.init):
         close_matches = difflib.get_close_matches(
             tuning.init, ["default", "gaussian", "pissa", "pissa_niter_4", "olora"], n=1
@@ -227,6 +236,7 @@ def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
 
 
 def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
+    """What adapters of experts or routers cannot be combined with, since they have no layer of their own."""
     setting = "tuning.experts=true" if tuning.experts else "tuning.router=true"
     if tuning.dropout:
         yield (
@@ -243,6 +253,7 @@ def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
 
 
 def _adalora_problems(tuning: AdaLoraConfig) -> Iterator[str]:
+    """What is wrong with AdaLoRA's ranks and the shares of its phases."""
     if tuning.target_rank >= tuning.init_rank:
         yield (
             f"tuning.target_rank={tuning.target_rank}: must be below tuning.init_rank={tuning.init_rank}, from which ranks "
@@ -256,6 +267,7 @@ def _adalora_problems(tuning: AdaLoraConfig) -> Iterator[str]:
 
 
 def _ia3_problems(tuning: Ia3Config) -> Iterator[str]:
+    """What is wrong with the feed-forward modules, which must be among the targets."""
     if tuning.feedforward and tuning.targets == "auto":
         yield f"tuning.feedforward={tuning.feedforward}: auto chooses both; list tuning.targets too, or leave both out"
     elif isinstance(tuning.targets, list) and (extra := sorted(set(tuning.feedforward) - set(tuning.targets))):
@@ -263,6 +275,7 @@ def _ia3_problems(tuning: Ia3Config) -> Iterator[str]:
 
 
 def _peft_problems(tuning: PeftConfig) -> Iterator[str]:
+    """What is wrong with the method of peft that `tuning.type` names, and with its options."""
     kind = tuning.type
     proven = ", ".join(PEFT_METHODS)
     if kind is None:

@@ -113,10 +113,10 @@ def _with_update(kind: Any) -> type[nn.Module]:
         def forward(self, *args: Any, update: tuple[str, Tensor] | None = None, **kwargs: Any) -> Any:
             if update is None:
                 return super().forward(*args, **kwargs)
-            name, value = update
+            name, update_matrix = update
             weight = self._parameters[name]
             # `self.name` finds this before the parameter of the same name.
-            self.__dict__[name] = weight + value.to(weight.dtype)
+            self.__dict__[name] = weight + update_matrix.to(weight.dtype)
             try:
                 return super().forward(*args, **kwargs)
             finally:

@@ -74,8 +74,8 @@ class Freeze(Full):
         for module in model.modules():
             is_norm = "norm" in type(module).__name__.lower()
             for key, parameter in own_parameters(module).items():
-                wanted = (self.config.norm_only and is_norm) or (self.config.bias_only and key == "bias")
-                if parameter is not None and wanted:
+                is_chosen_kind = (self.config.norm_only and is_norm) or (self.config.bias_only and key == "bias")
+                if parameter is not None and is_chosen_kind:
                     chosen.add(id(parameter))
         return chosen
 

@@ -45,14 +45,14 @@ _IRRELEVANT_FIELDS = (
 """Fields of peft's settings that do not decide what the same tensors compute."""
 
 
-def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def differing_fields(expected: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     """Names of the fields that differ between two of peft's settings, and make the same tensors compute something else."""
     differing = []
-    for name in sorted(ours.keys() & theirs.keys()):
+    for name in sorted(expected.keys() & stored.keys()):
         # Dropout and the start concern training; the tensors compute the same.
         if name in _IRRELEVANT_FIELDS or name.endswith("dropout") or name.startswith("init_"):
             continue
-        if _comparable(ours[name]) != _comparable(theirs[name]):
+        if _comparable(expected[name]) != _comparable(stored[name]):
             differing.append(name)
     return differing
 

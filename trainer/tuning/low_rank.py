@@ -58,6 +58,7 @@ def frozen_experts(
     packed = getattr(module, "packed_experts", None)
 
     def product(rows: Tensor, name: str) -> Tensor:
+        """`rows @ W.T` with each row's expert's weight `name`, its update and its bias."""
         weight = getattr(module, name)
         dtype = weight.dtype if packed is None else hidden.dtype
         read = _unpacked if packed is None else partial(packed.whole, name, dtype=dtype)

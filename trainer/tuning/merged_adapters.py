@@ -29,13 +29,13 @@ class MergedAdapters:
             names |= adapter.changed_names
         return names
 
-    def whole(self, name: str, base: BaseReader) -> Tensor:
+    def full_tensor(self, name: str, base: BaseReader) -> Tensor:
         """The parameter with every adapter merged in, float32. `base` reads the checkpoint."""
         # Each adapter merges into what the readers before it give.
         reader: Any = base
         for adapter in self._adapters:
             reader = _MergedReader(adapter, reader)
-        return reader.whole(name)
+        return reader.full_tensor(name)
 
 
 class _MergedReader:
@@ -45,8 +45,8 @@ class _MergedReader:
         self.adapter = adapter
         self.base = base
 
-    def whole(self, name: str) -> Tensor:
-        return self.adapter.whole(name, self.base)
+    def full_tensor(self, name: str) -> Tensor:
+        return self.adapter.full_tensor(name, self.base)
 
 
 class _MergedAdapter:
@@ -68,7 +68,9 @@ class _MergedAdapter:
                 self.replaced[self.tuning.base_name(name)] = name
         self.changed_names = self.tuning.changed_names() | set(self.replaced)
         self._refuse_unmergeable(f"{key}={directory}")
-        self._cached: tuple[str, dict[str, Tensor]] = ("", {})
+        self._merged_layer = ""
+        self._merged: dict[str, Tensor] = {}
+        """The parameters of `_merged_layer`, the layer that was merged last: they are asked for one by one."""
 
     def _refuse_unmergeable(self, setting: str) -> None:
         """Raise ConfigError for tensors that cannot be merged, or that would change another module too.
@@ -92,14 +94,18 @@ class _MergedAdapter:
                     "peft, and give the merged model as model.path"
                 )
 
-    def whole(self, name: str, base: BaseReader) -> Tensor:
+    def full_tensor(self, name: str, base: BaseReader) -> Tensor:
+        """The parameter with this adapter merged in. `base` reads the weights below it."""
         if name in self.replaced:
             return self.stored.tensor(self.replaced[name])
         if name not in self.changed_names:
-            return base.whole(name)
+            return base.full_tensor(name)
         layer, key = self.tuning.layer_of(name)
-        if self._cached[0] != layer:
-            stored_names = [full_name for full_name in self.tuning.names_of(layer) if full_name in self.stored.names]
-            trained = {full_name: self.stored.tensor(full_name) for full_name in stored_names}
-            self._cached = layer, self.tuning.merged(layer, base, trained, self.model)
-        return self._cached[1][key]
+        if self._merged_layer != layer:
+            trained = {}
+            for full_name in self.tuning.names_of(layer):
+                if full_name in self.stored.names:
+                    trained[full_name] = self.stored.tensor(full_name)
+            self._merged = self.tuning.merged(layer, base, trained, self.model)
+            self._merged_layer = layer
+        return self._merged[key]

@@ -48,6 +48,7 @@ def peft_config(config: AdapterConfig) -> Any:
 
 
 def _options(config: AdapterConfig) -> dict[str, Any]:
+    """The method's own options under peft's names."""
     match config:
         case LoraConfig():
             return {
@@ -101,6 +102,7 @@ def _options(config: AdapterConfig) -> dict[str, Any]:
 
 
 def _adalora(config: AdaLoraConfig) -> dict[str, Any]:
+    """AdaLoRA's options under peft's names."""
     return {
         "init_r": config.init_rank,
         "target_r": config.target_rank,
@@ -139,15 +141,15 @@ def option_problems(kind: str, options: dict[str, Any]) -> list[str]:
     """What is wrong with the options of `tuning=peft tuning.type=<kind>`; imports peft, which knows them."""
     peft = load_peft()
     settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.upper())]
-    known = sorted({f.name for f in fields(settings_class)} - set(_RESERVED_FIELDS))
+    known_options = sorted({f.name for f in fields(settings_class)} - set(_RESERVED_FIELDS))
     problems = []
     for name in options:
         key = f"tuning.options.{name}={options[name]}"
         if name in ("target_modules", "modules_to_save"):
             problems.append(f"{key}: has a key of its own; set tuning.{name.replace('target_modules', 'targets')}")
-        elif name not in known:
-            close_matches = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close_matches[0]}?" if close_matches else f"it has {', '.join(known)}"
+        elif name not in known_options:
+            close_matches = difflib.get_close_matches(name, known_options, n=1)
+            hint = f"did you mean {close_matches[0]}?" if close_matches else f"it has {', '.join(known_options)}"
             problems.append(f"{key}: peft's {kind} has no such option; {hint}")
     if not problems:
         try:

@@ -60,6 +60,7 @@ class Prepend:
     def _prepend_tokens(
         self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        """The hook before the decoder: its inputs, all as keywords, with the virtual tokens before them."""
         inputs = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         self.added_rows = 0
         if not self.active():
@@ -79,6 +80,7 @@ class Prepend:
         return (), inputs
 
     def _strip_rows(self, _decoder: nn.Module, _args: Any, output: Any) -> Any:
+        """The hook behind the decoder: its output without the rows of the virtual tokens."""
         if self.added_rows and self.strips_rows:
             output.last_hidden_state = output.last_hidden_state[:, self.added_rows :]
         self.added_rows = 0

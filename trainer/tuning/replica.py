@@ -62,8 +62,8 @@ class AdapterReplicas:
         layer: Any = self._build_layer(name, base, seed)
         parameters = dict(layer.named_parameters())
         with torch.no_grad():
-            for key, value in trained.items():
-                parameters[key].copy_(value)
+            for key, tensor in trained.items():
+                parameters[key].copy_(tensor)
             for path, owner in layer.named_modules():
                 if f"{path}.".startswith("base_layer."):
                     continue
@@ -138,10 +138,10 @@ def _copy_with_values(template: nn.Module, name: str, base: BaseReader | None) -
             if parameter is None:
                 continue
             if base is None:
-                value = torch.zeros(()).expand(parameter.shape)
+                tensor = torch.zeros(()).expand(parameter.shape)
             else:
                 full_name = ".".join(part for part in (name, path, key) if part)
                 # A copy, since what is read may be the file's own memory, and peft subtracts in place.
-                value = base.whole(full_name).to(torch.float32, copy=True)
-            parameters[key] = nn.Parameter(value, requires_grad=False)
+                tensor = base.full_tensor(full_name).to(torch.float32, copy=True)
+            parameters[key] = nn.Parameter(tensor, requires_grad=False)
     return layer

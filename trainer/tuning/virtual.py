@@ -56,7 +56,9 @@ class Virtual(AddedParameters):
         self._vocabulary = 0
         self._settings: Any = None
         self._encoder: Callable[..., nn.Module] = nn.Module
-        self._cached_replica: tuple[int, nn.Module] | None = None
+        self._replica_seed: int | None = None
+        self._initial_encoder: nn.Module | None = None
+        """The encoder with its initial values for `_replica_seed`; its parameters are asked for one by one."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel and hook the decoder. Raises ConfigError for architectures that cannot read a prefix."""
@@ -115,11 +117,12 @@ class Virtual(AddedParameters):
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """The full initial tensor of a parameter of the encoder, float32: peft's own value, drawn from (seed, encoder's name)."""
-        if self._cached_replica is None or self._cached_replica[0] != seed:
-            self._cached_replica = seed, self._replica(base, seed)
-        value = self._cached_replica[1].get_parameter(name.removeprefix(f"{ENCODER}.")).detach()
-        assert tuple(value.shape) == shape, (name, value.shape, shape)
-        return value
+        if self._initial_encoder is None or self._replica_seed != seed:
+            self._initial_encoder = self._replica(base, seed)
+            self._replica_seed = seed
+        tensor = self._initial_encoder.get_parameter(name.removeprefix(f"{ENCODER}.")).detach()
+        assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
+        return tensor
 
     def _replica(self, base: BaseReader, seed: int) -> nn.Module:
         """The encoder with its initial values, on the CPU, the same on every rank."""
