@@ -310,14 +310,31 @@ def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
     return gathered
 
 
-def first_error(error: BaseException | None, runtime: Runtime) -> str | None:
+@dataclass(frozen=True, slots=True)
+class RankError:
+    """The error with which a step failed that each rank did alone."""
+
+    rank: int
+    kind: str
+    """The name of the exception's class."""
+    text: str
+    """The exception's message."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.kind}: {self.text}"
+
+
+def first_error(error: BaseException | None, runtime: Runtime) -> RankError | None:
     """Agree on whether a step that each rank did alone has failed anywhere. All ranks must call.
 
-    Returns the lowest failing rank's message, None where all succeeded; so that no rank goes on into a collective that
+    Returns the error of the lowest rank that failed; None if all succeeded. Without it a rank would go on into a collective that
     a failed peer will never join.
     """
-    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}", runtime)
-    return next((f"rank {rank}: {message}" for rank, message in enumerate(messages) if message), None)
+    failures = gather_objects(None if error is None else (type(error).__name__, str(error)), runtime)
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            return RankError(rank, *failure)
+    return None
 
 
 def barrier(runtime: Runtime) -> None:

@@ -239,9 +239,8 @@ def test_a_setting_that_an_earlier_version_did_not_know_counts_as_its_default(mo
 
     config.optim.weight_decay = 0.5
     today = identity.identity_of(config, data)
-    assert differences(identity._with_later_settings(earlier, config), today, accept=[]) == [
-        "optimizer: optim.weight_decay: 0.0 there, 0.5 here"
-    ]
+    changed = differences(identity._with_later_settings(earlier, config), today, accept=[])
+    assert [str(difference) for difference in changed] == ["optimizer: optim.weight_decay: 0.0 there, 0.5 here"]
 
 
 class FakeDocuments:

@@ -88,8 +88,9 @@ class Checkpoints:
                     record_resume(self.places, resume, resumed)
             except OSError as caught:
                 error = StorageError(f"{self.places[0].parent}: cannot be written ({reason(caught)}); free space")
-        if (message := first_error(error, self.runtime)) is not None:
-            raise StorageError(message.split(": ", 2)[-1])
+        failure = first_error(error, self.runtime)
+        if failure is not None:
+            raise StorageError(failure.text)
 
     def _set_aside_newer(self, resumed: Path | None) -> None:
         """Move checkpoints aside that are newer than `resumed`, and remove what killed runs left unfinished. On rank 0."""

@@ -51,16 +51,15 @@ def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runt
         own_error = StorageError(str(error))
     elif error is not None:
         own_error = StorageError(reason(error))
-    message = first_error(own_error, runtime)
-    if message is None:
+    failure = first_error(own_error, runtime)
+    if failure is None:
         return
     if runtime.is_main:
         with suppress(OSError):
             atomic_io.disk.remove_tree(staging)
-    cause = message.split("StorageError: ", 1)[1]
     step = staging.name.removeprefix(".").removesuffix(".writing")
     raise StorageError(
-        f"{cause}; checkpoint {step} was not written in {staging.parent}; free space or choose another disk"
+        f"{failure.text}; checkpoint {step} was not written in {staging.parent}; free space or choose another disk"
     )
 
 

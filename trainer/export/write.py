@@ -129,15 +129,14 @@ def _agree(error: BaseException | None, aside: Path, destination: Path, runtime:
             mend = mend.replace("free space", "choose another directory (to=)")
         error = StorageError(f"{reason(cause)}; writing the export {destination} failed: {mend}")
         error.__cause__ = cause
-    message = first_error(error, runtime)
-    if message is None:
+    failure = first_error(error, runtime)
+    if failure is None:
         return
     if runtime.is_main:
         shutil.rmtree(aside, ignore_errors=True)
     if error is not None:
         raise error
-    _, kind, text = message.split(": ", 2)
-    raise {"StorageError": StorageError, "ConfigError": ConfigError}.get(kind, ShardtuneError)(text)
+    raise {"StorageError": StorageError, "ConfigError": ConfigError}.get(failure.kind, ShardtuneError)(failure.text)
 
 
 def _of_reading(error: BaseException) -> bool:

@@ -156,5 +156,6 @@ def _write_column(path: Path, column: np.ndarray, runtime: processes.Runtime) ->
             temporary.replace(path)
         except OSError as error:
             failure = error
-    if (message := processes.first_error(failure, runtime)) is not None:
-        raise StorageError(f"{path}: cannot write the reference log-probabilities: {message}")
+    rank_error = processes.first_error(failure, runtime)
+    if rank_error is not None:
+        raise StorageError(f"{path}: cannot write the reference log-probabilities: {rank_error}")

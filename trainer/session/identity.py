@@ -13,6 +13,7 @@ import json
 import platform
 import socket
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -70,20 +71,33 @@ def identity_of(config: RunConfig, data: Prepared, *, files: bool = True) -> Kin
     return as_read
 
 
-def differences(recorded: Kinds, current: Kinds, *, accept: list[str]) -> list[str]:
-    """`kind: key: value there, value here` for every recorded value that differs from the current one, but for accepted kinds."""
-    lines = []
+@dataclass(frozen=True, slots=True)
+class IdentityDifference:
+    """A value of a run's identity that differs between a record or another rank (`there`) and this start (`here`)."""
+
+    kind: str
+    """One of `KINDS`, which `run.accept` names."""
+    key: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.key}: {self.there} there, {self.here} here"
+
+
+def differences(recorded: Kinds, current: Kinds, *, accept: list[str]) -> list[IdentityDifference]:
+    """Every recorded value that differs from the current one, but for accepted kinds. A missing value is `-`."""
+    found = []
     for kind in KINDS:
         if kind in accept:
             continue
         recorded_values = recorded.get(kind, {})
         current_values = current.get(kind, {})
         for key in sorted(recorded_values.keys() | current_values.keys()):
-            there = recorded_values.get(key, "-")
-            here = current_values.get(key, "-")
-            if there != here:
-                lines.append(f"{kind}: {key}: {there} there, {here} here")
-    return lines
+            difference = IdentityDifference(kind, key, recorded_values.get(key, "-"), current_values.get(key, "-"))
+            if difference.there != difference.here:
+                found.append(difference)
+    return found
 
 
 def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
@@ -134,15 +148,12 @@ def compare_identity(config: RunConfig, data: Prepared, run_dir: Path, runtime: 
 
 def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runtime) -> None:
     """Raise on every rank if any rank has an error: its own, else the first. All ranks must call."""
-    failed = first_error(error, runtime)
-    if not failed:
+    failure = first_error(error, runtime)
+    if failure is None:
         return
     if error is not None:
         raise error
-    _, kind, message = failed.split(": ", 2)
-    if kind == StorageError.__name__:
-        raise StorageError(message)
-    raise ConfigError(message)
+    raise StorageError(failure.text) if failure.kind == StorageError.__name__ else ConfigError(failure.text)
 
 
 def _compare_ranks(kinds_by_rank: list[tuple[str, Kinds]], accept: list[str]) -> None:
@@ -152,13 +163,13 @@ def _compare_ranks(kinds_by_rank: list[tuple[str, Kinds]], accept: list[str]) ->
         expected = first
         if not kinds["code"]:  # this rank read no files
             expected = {**first, "base": {}, "code": {}}
-        lines = differences(expected, kinds, accept=accept)
-        if lines:
+        changed = differences(expected, kinds, accept=accept)
+        if changed:
             refusal = (
                 f"rank {rank} on {host} would train something else than rank 0 on {first_host} (there); give both the "
-                f"same, or accept it: {_accept_setting(lines)}"
+                f"same, or accept it: {_accept_setting(changed)}"
             )
-            raise ConfigError("\n    ".join([refusal, *_first_lines(lines)]))
+            raise ConfigError("\n    ".join([refusal, *_first_lines(changed)]))
 
 
 def _compare_with_earlier_start(config: RunConfig, current: Kinds, run_dir: Path) -> list[str]:
@@ -179,14 +190,15 @@ def _compare_with_earlier_start(config: RunConfig, current: Kinds, run_dir: Path
             "beside it were trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
         ) from error
     recorded = _with_later_settings(recorded, config)
-    lines = differences(recorded, current, accept=config.run.accept)
-    if lines:
+    changed = differences(recorded, current, accept=config.run.accept)
+    if changed:
         refusal = (
             f"run.resume: what is in {earlier_run} was trained with something else (there); undo it, start a new run.dir without "
-            f"run.resume, or continue with the change and have it recorded: {_accept_setting(lines, config.run.accept)}"
+            f"run.resume, or continue with the change and have it recorded: {_accept_setting(changed, config.run.accept)}"
         )
-        raise ConfigError("\n    ".join([refusal, *_first_lines(lines)]))
-    return list(dict.fromkeys([*accepted, *differences(recorded, current, accept=[])]))
+        raise ConfigError("\n    ".join([refusal, *_first_lines(changed)]))
+    accepted_now = [str(difference) for difference in differences(recorded, current, accept=[])]
+    return list(dict.fromkeys([*accepted, *accepted_now]))
 
 
 def _with_later_settings(recorded: Kinds, config: RunConfig) -> Kinds:
@@ -231,16 +243,18 @@ def _run_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
     return next((run for run in candidates if (run / IDENTITY).is_file()), candidates[0])
 
 
-def _accept_setting(lines: list[str], accept: list[str] | None = None) -> str:
+def _accept_setting(changed: list[IdentityDifference], accept: list[str] | None = None) -> str:
     """The setting that accepts the kinds of these differences, in addition to the kinds in `accept`."""
-    kinds = [*(accept or []), *dict.fromkeys(line.partition(":")[0] for line in lines)]
+    kinds = [*(accept or []), *dict.fromkeys(difference.kind for difference in changed)]
     return f"run.accept=[{','.join(kinds)}]"
 
 
-def _first_lines(lines: list[str]) -> list[str]:
-    if len(lines) <= SHOWN_LINES:
-        return lines
-    return [*lines[:SHOWN_LINES], f"and {len(lines) - SHOWN_LINES} more"]
+def _first_lines(changed: list[IdentityDifference]) -> list[str]:
+    """The first differences as lines, and how many more there are."""
+    lines = [str(difference) for difference in changed[:SHOWN_LINES]]
+    if len(changed) > SHOWN_LINES:
+        lines.append(f"and {len(changed) - SHOWN_LINES} more")
+    return lines
 
 
 def source_digest() -> str:

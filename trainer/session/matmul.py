@@ -35,8 +35,9 @@ def settle_matmul(
             resolution = _resolution_of_run(config, run_dir, runtime.matmul, freeze)
         except StorageError as caught:
             error = caught
-    if (message := first_error(error, runtime)) is not None:
-        raise StorageError(message.split(": ", 2)[-1])
+    failure = first_error(error, runtime)
+    if failure is not None:
+        raise StorageError(failure.text)
     resolution = broadcast_object(resolution, runtime)
     config = replace(config, substitutions={**config.substitutions, MATMUL: resolution})
     return config, _with_library(kept_matmul(config), runtime)

@@ -65,6 +65,7 @@ def keep_date(
             freeze(run_dir, dated)
         except StorageError as caught:
             error = caught
-    if (message := first_error(error, runtime)) is not None:
-        raise StorageError(message.split(": ", 2)[-1])
+    failure = first_error(error, runtime)
+    if failure is not None:
+        raise StorageError(failure.text)
     return dated
