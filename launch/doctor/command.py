@@ -17,25 +17,28 @@ class DoctorWords(VerbWords):
     """What `shardtune doctor` takes."""
 
     settings: list[str] = setting_words()
-    as_json: bool = flag("print what was found for a script", key="--json")
+    as_json: bool = flag("print the findings as JSON, for a script", key="--json")
 
 
 USAGE = f"""usage: shardtune doctor [--json]
        shardtune doctor launcher=slurm launcher.nodes=2 <words of a run> [--json]
 
-Looks at this machine and changes nothing: Python and packages with their versions, extras that are missing, cores and
-memory, GPUs as torch and their driver see them, caches and free space, SLURM, and variables that change what runs do.
-
-With settings it is the preflight of a run's nodes (docs/torchrun-and-slurm.md): each says which code, Python and libraries
-it has, and whether it sees the run directory, the model, the data and its GPUs; then the ranks exchange, and the odd node is
-named. Nodes are asked of SLURM for that, unless this is an allocation; without launcher=slurm it is this host.
-
+  shardtune doctor
+  shardtune doctor launcher.processes=2 model.path=models/llama
   shardtune doctor launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8 run.dir=runs/first model.path=models/llama
-  shardtune doctor launcher.processes=2
+
+Without settings, doctor checks this machine and changes nothing. It shows Python, the packages and the missing
+extras, cores and memory, the GPUs as torch and their driver see them, caches and free space, SLURM, and the
+environment variables that change a run.
+
+With settings, doctor checks the nodes of that run (preflight, docs/torchrun-and-slurm.md). Each node says which code,
+Python and libraries it has, and whether it can read the run directory, the model, the data and its GPUs. Then all
+ranks exchange data, and a node that differs is named. With launcher=slurm, doctor asks SLURM for nodes unless it
+already runs in an allocation. Without it, doctor checks this host.
 
 {help_rows(DoctorWords)}
 
-Ends with 0 where a run can start, with 69 where something keeps it from that."""
+exit codes: 0 a run can start, 69 something prevents it"""
 UNFIT = 69
 
 

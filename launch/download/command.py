@@ -24,16 +24,16 @@ class DownloadWords(VerbWords):
     """What `shardtune download` takes."""
 
     to: Path = word(
-        "settings with those commits, a file for every verb; beside it, as pinned.json, what was fetched: each file with its "
+        "a settings file with those commits, which every verb takes; pinned.json beside it lists each fetched file with its "
         "size and SHA-256",
         default=Path("pinned.yaml"),
     )
     settings: list[str] = setting_words()
-    dry_run: bool = flag("say what would be fetched and how much of it is there already")
+    dry_run: bool = flag("show what would be fetched, and how much of it is here already")
     verify: bool = flag(
-        "read all files again, offline, and compare them with the list; 69 where one is missing or differs"
+        "read all files again, offline, and compare them with the list; exit code 69 if one is missing or differs"
     )
-    as_json: bool = flag("print the answer for a script", key="--json")
+    as_json: bool = flag("print the answer as JSON, for a script", key="--json")
 
 
 USAGE = f"""usage: shardtune download <words of a run> [to=pinned.yaml] [--dry-run] [--json]
@@ -42,9 +42,9 @@ USAGE = f"""usage: shardtune download <words of a run> [to=pinned.yaml] [--dry-r
   shardtune download model.path=HuggingFaceTB/SmolLM2-135M data.path=hub:org/questions to=smollm2.yaml
   shardtune train smollm2.yaml tuning=lora budget.epochs=3          on a node without a network
 
-Fetches into the hub's own cache (HF_HOME) what the words name by hub ids: model, tokenizer, and data sets (hub:<name>),
-each at the commit that its branch or tag (model.revision, data.sources.<name>.revision) stands for now. Nothing else
-reaches the hub: a run takes what the cache has.
+download fetches the model, the tokenizer and the data sets (hub:<name>) of a run into the hub's own cache (HF_HOME).
+Each is pinned to the commit that its branch or tag points to now (model.revision, data.sources.<name>.revision). A run
+itself does not contact the hub. It takes what is in the cache.
 
 {help_rows(DownloadWords)}"""
 

@@ -32,18 +32,21 @@ USAGE = f"""usage: shardtune evaluate <run directory> [evaluation.tasks=...] [ag
       evaluation.tasks.facts.write.max_new_tokens=32 launcher.processes=4 strategy=fsdp2
   shardtune evaluate runs/tonight against=reports/good/evaluation.json to=reports/tonight
 
-Without tasks it runs those of the run's configuration, or else loss, bits per byte and token accuracy of its evaluation
-documents. Beside a run stand words of evaluation.*, strategy, launcher.*, run.*, precision and logging.*; beside model.path all.
-With launcher=slurm it is submitted as a job on one node, with the launcher's settings.
+evaluate runs evaluation tasks on a checkpoint and writes their metrics with confidence intervals. If you name no
+tasks, it runs those of the run's configuration. If there are none either, it measures loss, bits per byte and token
+accuracy on the run's evaluation documents.
+
+Beside a run you can set evaluation.*, strategy, launcher.*, run.*, precision and logging.*. Beside model.path you can
+set everything. With launcher=slurm, the evaluation is submitted as a job on one node.
 
 {help_rows(EvaluateWords)}
 
 kinds of tasks:
 {KINDS}
 
-The same words on every rank: torchrun --nproc-per-node=8 -m launch.evaluate <words>
+To start all ranks yourself: torchrun --nproc-per-node=8 -m launch.evaluate <words>
 
-docs/evaluation.md says what each kind reads and measures."""
+docs/evaluation.md explains what each kind reads and measures."""
 
 
 def main(argv: list[str]) -> int:

@@ -35,25 +35,27 @@ class EvaluateWords(VerbWords):
 
     run: Path | None = bare_word("one run is evaluated at a time; name another as against=<run>", required=False)
     against: str | None = word(
-        "the run's model before training; or the directory of a run or a model; or an evaluation.json: then what fell beyond its "
-        "limit or its interval is listed, and the exit code is 69",
+        "what to compare with: base (the run's model before training), the directory of a run or model, or an "
+        "evaluation.json; with an evaluation.json, the exit code is 69 if a metric got worse by more than its limit or "
+        "its interval",
         like="base",
     )
-    checkpoint: str = word("last, best or a step", default="last", needs="run.dir")
-    adapter: str | None = word("an adapter on top of model.path", like="<directory>", needs="model.path")
+    checkpoint: str = word("which checkpoint: last, best or a step", default="last", needs="run.dir")
+    adapter: str | None = word("an adapter to load on top of model.path", like="<directory>", needs="model.path")
     accept: list[str] = word(
-        "continue although the base, or the run's own documents, are not those of the training",
+        "continue although the base model, or the run's documents, have changed since training",
         default=[],
         like="[base,data]",
         choices=("base", "data"),
         also=("run.accept",),
     )
     to: str | None = word(
-        "where evaluation.json, evaluation_rows.jsonl and evaluation.html go; default: the run's", like="<directory>"
+        "where to write evaluation.json, evaluation_rows.jsonl and evaluation.html; default: the run's directory",
+        like="<directory>",
     )
     settings: list[str] = setting_words()
-    as_json: bool = flag("print the report in place of tables", key="--json")
-    print_only: bool = flag("with launcher=slurm: show the job's script, and submit nothing", key="--print")
+    as_json: bool = flag("print the report as JSON instead of tables", key="--json")
+    print_only: bool = flag("with launcher=slurm: print the job's script and submit nothing", key="--print")
 
     allowing: list[str] = field(default_factory=list)
     """Settings typed with `against.` before them: they allow what the other run reaches out to."""

@@ -23,21 +23,25 @@ class CombineWords(VerbWords):
     """What `shardtune export adapters=[...]` takes."""
 
     adapters: list[str] = word(
-        "directories of LoRA adapters of one base", default=[], like="[runs/a/export,runs/b/export]"
+        "the directories of LoRA adapters, all for the same base model",
+        default=[],
+        like="[runs/a/export,runs/b/export]",
     )
-    to: Path = word("a new directory", like="<directory>", required="name a new directory, as in to=models/merged")
-    weights: list[float] = word("a factor for each; default: 1", default=[], like="[0.7,0.3]")
+    to: Path = word(
+        "a new directory for the model", like="<directory>", required="name a new directory, as in to=models/merged"
+    )
+    weights: list[float] = word("a factor for each adapter; default: 1", default=[], like="[0.7,0.3]")
     combine: str = word(
         f"{', '.join(WAYS)}; cat is exactly the weighted sum of the updates", default="cat", choices=WAYS
     )
-    density: float = word("share of entries that ties and dare keep", default=0.5, above=0)
-    seed: int = word("of the entries that dare drops", default=0, least=0)
-    base: str | None = word("the model; default: the one that the adapters name", like="<directory>")
-    merge: bool = word("false writes one adapter", default=True)
-    dtype: ExportType = word("stored type of a whole model", default=ExportType.auto)
-    max_shard_gib: float = word("largest safetensors file in GiB", default=5.0, above=0)
-    verify: bool = word("what was written is always verified", default=True, also=("--verify",))
-    as_json: bool = flag("print where the model is, for a script", key="--json")
+    density: float = word("share of entries that ties and dare keep, such as 0.5", default=0.5, above=0)
+    seed: int = word("seed for the entries that dare drops", default=0, least=0)
+    base: str | None = word("the base model; default: the one that the adapters name", like="<directory>")
+    merge: bool = word("true writes a whole model, false writes one adapter", default=True)
+    dtype: ExportType = word("data type of a whole model", default=ExportType.auto)
+    max_shard_gib: float = word("size of the largest safetensors file, in GiB", default=5.0, above=0)
+    verify: bool = word("the model is always verified after it is written", default=True, also=("--verify",))
+    as_json: bool = flag("print where the model is as JSON, for a script", key="--json")
 
 
 def wanted(argv: list[str]) -> bool:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from trainer.session.run_data import RowsNeeded
 
 GATES = {
-    'gates={eval/loss: "<2.1"}': "gates beside those of the run",
-    'gates.override="<why>"': "continue although a gate says no",
+    'gates={eval/loss: "<2.1"}': "more gates, beside those of the run",
+    'gates.override="<why>"': "export although a gate fails; the reason is recorded",
 }
 USAGE = f"""usage: shardtune export <run> [key=value ...] [--json]
        shardtune export adapters=[<dir>,<dir>] to=<dir> [key=value ...] [--json]
@@ -40,12 +40,13 @@ USAGE = f"""usage: shardtune export <run> [key=value ...] [--json]
   shardtune export runs/first to=hub:team/first --dry-run
   shardtune export adapters=[runs/a/export,runs/b/export] weights=[0.7,0.3] to=models/merged
 
-One process rebuilds the run from its frozen configuration, whatever strategy and number of ranks it trained with. The run's
-gates, and those typed, must hold of what was measured of this checkpoint (exit code 69), or gates.override says why not.
+export turns a checkpoint into a model directory that transformers loads. It needs one process, whatever strategy and
+number of ranks the run trained with. The gates of the run, and those you type, must hold for the metrics of this
+checkpoint. If a gate fails, the exit code is 69, unless gates.override gives a reason.
 
 {help_rows(ExportWords, GATES)}
 
-With adapters= one model is made of several LoRA adapters:
+With adapters=, export combines several LoRA adapters into one model:
 
 {help_rows(CombineWords)}"""
 

@@ -21,44 +21,57 @@ class ExportWords(VerbWords):
     """What `shardtune export <run>` takes."""
 
     run: Path = bare_word("name the directory of one run, as in shardtune export runs/x")
-    checkpoint: str = word("last, best or a step", default="last")
-    average: str | None = word("the mean of several checkpoints: last:<n>, or steps as in [100,200]", like="last:3")
-    to: str | None = word(
-        "a new or empty directory, or hub:<owner>/<name>; default: <run>/export, which is replaced", like="<directory>"
+    checkpoint: str = word("which checkpoint: last, best or a step", default="last")
+    average: str | None = word(
+        "export the mean of several checkpoints: last:<n>, or steps such as [100,200]", like="last:3"
     )
-    merge: bool | None = word("fold the adapter into the base and write a whole model", like="true")
-    dtype: ExportType | None = word("stored type of a whole model: auto, float32, bfloat16, float16", like="bfloat16")
-    max_shard_gib: float | None = word("largest safetensors file in GiB", like="5", above=0)
+    to: str | None = word(
+        "a new or empty directory, or hub:<owner>/<name>; default: <run>/export, which is replaced if it exists",
+        like="<directory>",
+    )
+    merge: bool | None = word("merge the adapter into the base and write a whole model", like="true")
+    dtype: ExportType | None = word("data type of a whole model: auto, float32, bfloat16, float16", like="bfloat16")
+    max_shard_gib: float | None = word("size of the largest safetensors file, in GiB", like="5", above=0)
     verify: bool | None = word(
-        "reload the export and compare its logits with the trained model's; --verify says the same",
+        "reload the export and compare its logits with those of the trained model; --verify does the same",
         like="true",
         also=("--verify",),
     )
     accept: list[str] = word(
-        "continue although the base (with bits= the data too) is not that of the training",
+        "continue although the base model (with bits=, also the data) has changed since training",
         default=[],
         like="[base]",
         choices=("base", "data"),
     )
-    papers: list[str] | None = word("papers beside the card (docs/papers.md)", like="[datasheet,annex_xi]")
-    answers: str | None = word("what only the owner can say in papers", like="<file.yaml>")
-    gates: list[str] = setting_words(beginning="gates")
-    hub_private: bool = word("who sees the repository", key="hub.private", default=True, needs=HUB)
-    benchmarks: str | None = word("data sets of the hub behind tasks", like="{task: <owner>/<data set>}")
-    gguf: GgufType | None = word("a GGUF file too: f32, f16, bf16 or q8_0", like="q8_0")
-    gguf_converter: str | None = word(
-        "llama.cpp's converter", key="gguf.converter", like="<convert_hf_to_gguf.py>", needs="gguf"
+    papers: list[str] | None = word(
+        "documents to write beside the model card (docs/papers.md)", like="[datasheet,annex_xi]"
     )
-    gguf_python: str | None = word("what runs the converter", key="gguf.python", like="<python>", needs="gguf")
+    answers: str | None = word("your answers for these documents: what only the owner knows", like="<file.yaml>")
+    gates: list[str] = setting_words(beginning="gates")
+    hub_private: bool = word("whether the repository on the hub is private", key="hub.private", default=True, needs=HUB)
+    benchmarks: str | None = word(
+        "the hub data set of each evaluation task, for the model card", like="{task: <owner>/<data set>}"
+    )
+    gguf: GgufType | None = word("also write a GGUF file: f32, f16, bf16 or q8_0", like="q8_0")
+    gguf_converter: str | None = word(
+        "path of llama.cpp's converter", key="gguf.converter", like="<convert_hf_to_gguf.py>", needs="gguf"
+    )
+    gguf_python: str | None = word(
+        "the Python that runs the converter", key="gguf.python", like="<python>", needs="gguf"
+    )
     bits: str | None = word(
-        "in few bits too: nf4, int8, torchao_int8, torchao_nvfp4, llmcompressor_w4a16, llmcompressor_w8a8, llmcompressor_fp8",
+        "also write a quantised model: nf4, int8, torchao_int8, torchao_nvfp4, llmcompressor_w4a16, llmcompressor_w8a8, "
+        "llmcompressor_fp8",
         like="nf4",
     )
     bits_python: str | None = word(
-        "of the environment that has llmcompressor", key="bits.python", like="<python>", needs="bits=llmcompressor_"
+        "the Python of the environment that has llmcompressor",
+        key="bits.python",
+        like="<python>",
+        needs="bits=llmcompressor_",
     )
-    dry_run: bool = flag("write the folder for the hub, and push nothing", needs=HUB)
-    as_json: bool = flag("print where everything is, for a script; what is said goes to stderr", key="--json")
+    dry_run: bool = flag("write the folder for the hub and push nothing", needs=HUB)
+    as_json: bool = flag("print where everything is as JSON, for a script; messages go to stderr", key="--json")
 
 
 def read_gates(words: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -23,29 +23,28 @@ class InitWords(VerbWords):
     """What `shardtune init` takes."""
 
     to: Path = word(
-        "the file to write; one that is there is never overwritten",
+        "the file to write; an existing file is never overwritten",
         like="my.yaml",
         required="name the file to write, as in to=my.yaml",
     )
-    source: str | None = word(
-        "a file of another trainer, whose settings are turned into ours", key="from", like="axolotl.yml"
-    )
+    source: str | None = word("a settings file of another trainer, to convert", key="from", like="axolotl.yml")
     settings: list[str] = setting_words()
-    as_json: bool = flag("the answer for programs", key="--json")
+    as_json: bool = flag("print the answer as JSON, for a script", key="--json")
 
 
 USAGE = f"""usage: shardtune init model.path=<model> data.path=<data> [key=value ...] to=my.yaml
        shardtune init from=<file of another trainer> [key=value ...] to=my.yaml
 
-Writes a file of settings for `shardtune train my.yaml`: what was typed is set, and what people set most stands beside it
-as a comment, with its meaning and default.
-
-from= takes a file of axolotl, LLaMA-Factory, Hugging Face's Trainer and TRL (YAML), or DeepSpeed's (JSON); what is typed goes
-before it. What has no equal is listed with the reason, in the answer and at the end of the file.
-
   shardtune init model.path=models/smollm2 data.path=train.jsonl tuning=lora to=my.yaml
   shardtune init from=axolotl.yml to=my.yaml
   shardtune init from=ds_config.json model.path=models/llama data.path=train.jsonl budget.epochs=1 to=my.yaml
+
+init writes a settings file for `shardtune train my.yaml`. The file sets what you typed. It also lists the settings
+that people change most, as comments with their meaning and default.
+
+from= converts a file of axolotl, LLaMA-Factory, Hugging Face's Trainer or TRL (YAML), or of DeepSpeed (JSON). Words
+that you type override that file. A setting that has no equal here is listed with the reason, on the screen and at the
+end of the new file.
 
 {help_rows(InitWords)}"""
 WIDTH = 80

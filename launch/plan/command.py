@@ -42,10 +42,10 @@ class PlanWords(VerbWords):
         required=f"give the card to plan for, one of {', '.join(CARDS)}",
     )
     measured: str | None = word(
-        "reckon with what that run measured on this card: steps, memory, checkpoints", key="from", like="runs/first"
+        "use what that run measured on this card: step time, memory, checkpoints", key="from", like="runs/first"
     )
     settings: list[str] = setting_words(and_flags=True)
-    as_json: bool = flag("print the plan for a script", key="--json")
+    as_json: bool = flag("print the plan as JSON, for a script", key="--json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class PlanRequest:
 
 
 OF_GROUPS = {
-    "hardware.<key>=...": "another figure for the card, as hardware.price_per_hour=2.10 or hardware.memory_gib=40",
-    "launcher.nodes=4": "with launcher.gpus_per_node the ranks; one card where nothing is said",
+    "hardware.<key>=...": "change a figure of the card: hardware.price_per_hour=2.10, hardware.memory_gib=40",
+    "launcher.nodes=4": "nodes; together with launcher.gpus_per_node they give the ranks; default: one card",
     "plan.offload=true": "look at states in host memory too",
     "plan.quantisation=[nf4]": "and at other ways to store a frozen base: none, nf4",
     "plan.exact=true": "simulate whole models in place of two shallow ones each",
@@ -74,12 +74,14 @@ USAGE = f"""usage: shardtune plan [--json] hardware=<card> [key=value ...]
       launcher.nodes=4 launcher.gpus_per_node=8
   shardtune plan model.path=... data.path=train.jsonl hardware=a10g strategy=fsdp2 tuning=lora budget.epochs=3
 
-Takes the words of `train`. What is typed stays as it is; strategy, strategy.activation_checkpointing and batch.micro are
-looked at in all their values where they are not. The model needs its config.json alone; data only where data.path is given.
+plan predicts the memory, time and price of a run without training. It takes the words of `train`. A setting that you
+type stays fixed. If you leave out strategy, strategy.activation_checkpointing or batch.micro, plan tries all their
+values. From the model it needs only config.json. It reads data only if you set data.path.
 
 {help_rows(PlanWords, OF_GROUPS)}
 
-Ends with 69 where nothing fits. docs/planning.md says what is counted, and how far it is from what was measured."""
+The exit code is 69 if nothing fits. docs/planning.md says what is counted, and how far the plan is from measured
+runs."""
 
 
 def main(argv: list[str]) -> int:

@@ -27,23 +27,26 @@ class PrepareWords(VerbWords):
     """What `shardtune prepare` takes."""
 
     shard: str | None = word(
-        "make one of n parts, as a job of an array; the same words without it merge them", key="--shard", like="0/8"
+        "prepare one of n parts, as a job of an array; afterwards, the same words without --shard merge the parts",
+        key="--shard",
+        like="0/8",
     )
     settings: list[str] = setting_words(and_flags=True)
-    as_json: bool = flag("print the audit's numbers and where the data lies", key="--json")
+    as_json: bool = flag("print the numbers of the audit and the directory of the data as JSON", key="--json")
 
 
-MORE = {"--print": "show documents and masks (prepare --print --help)"}
+MORE = {"--print": "show documents and their masks; see prepare --print --help"}
 USAGE = f"""usage: shardtune prepare [--shard i/n] [--json] [key=value ...]
        shardtune prepare --print <directory> | <words of a run>
 
   shardtune prepare model.path=models/smollm2 data.path=raw.jsonl
-  shardtune prepare data=audited model.path=... data.path=...      look at everything, change nothing
+  shardtune prepare data=audited model.path=... data.path=...      check everything, change nothing
   shardtune prepare data=hipaa model.path=... data.path=...        replace the identifiers of the Safe Harbor rule
   sbatch --array=0-7 --wrap 'shardtune prepare --shard $SLURM_ARRAY_TASK_ID/8 ...'    then once without --shard
 
-Writes manifest.json, audit.json, audit.html, datacard.md and documents.arrow into the cache (data.cache_dir); rows that
-cannot be used are listed in quarantine.jsonl, dropped documents in dropped.jsonl.
+prepare reads, checks, cleans and tokenises the data of a run. `train` uses the result if it is there, and prepares
+the data itself if not. The cache (data.cache_dir) gets documents.arrow, manifest.json, audit.json, audit.html and
+datacard.md. quarantine.jsonl lists the rows that cannot be used, and dropped.jsonl the documents that were dropped.
 
 {help_rows(PrepareWords, MORE)}"""
 

@@ -34,16 +34,16 @@ MOST_ROWS = 1000
 class PrintWords(VerbWords):
     """What `shardtune prepare --print` takes."""
 
-    split: str | None = word("the split to look at", like="train")
+    split: str | None = word("the split to show", like="train")
     rows: str | None = word("sequences to decode, counted from 0", like="[0,5,10-12]")
-    random: int | None = word("so many drawn without repeats", like="3", least=1)
-    seed: int = word("of the drawing", default=0, least=0)
-    find: str | None = word("those whose document holds the text, in any case", like="text")
-    limit: int = word("how many of those are shown", default=5, least=1)
-    documents: bool = word("the document beside each sequence", default=False, like="true")
-    histogram: bool = word("the lengths even where sequences are decoded", default=False, like="true")
-    lines: int = word("longest sample in lines; its middle is left out", default=40, least=2)
-    tokenizer: str | None = word("the tokenizer to decode with; default: the one recorded", like="<dir>")
+    random: int | None = word("show this many sequences, drawn at random without repeats", like="3", least=1)
+    seed: int = word("seed of random=", default=0, least=0)
+    find: str | None = word("sequences whose document contains this text, upper or lower case", like="text")
+    limit: int = word("how many matches of find= to show", default=5, least=1)
+    documents: bool = word("also show the document of each sequence", default=False, like="true")
+    histogram: bool = word("show the lengths also when sequences are decoded", default=False, like="true")
+    lines: int = word("most lines of a sample; the middle of a longer one is left out", default=40, least=2)
+    tokenizer: str | None = word("the tokenizer to decode with; default: the one that prepared the data", like="<dir>")
     data: list[str] = setting_words(and_flags=True)
     """What says of which data: a directory, or the words of a run."""
 
@@ -54,8 +54,9 @@ USAGE = f"""usage: shardtune prepare --print <directory> [key=value ...]
   shardtune prepare --print runs/first random=3 documents=true
   shardtune prepare --print runs/first find=consultant
 
-Splits, lengths and samples of what `prepare` made: the directory it printed, one of the splits in it, or a run. With the
-words of a run instead, the data is prepared first where it is not there. Learned text is green, or between ⟦ and ⟧.
+prepare --print shows the splits, the lengths and samples of prepared data. Name the directory that `prepare` printed,
+one of the splits in it, or a run. You can also type the words of a run: if its data is not prepared yet, that is done
+first. Text that the model learns is green, or stands between ⟦ and ⟧.
 
 {help_rows(PrintWords)}"""
 

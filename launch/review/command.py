@@ -23,17 +23,19 @@ USAGE = f"""usage: shardtune review make <run directory> prompts=<file> [n=50] [
   shardtune review make runs/first prompts=prompts.jsonl arms=[base,tuned,runs/second] review.rubric.kind="Which is kinder?"
   shardtune review score runs/first ada.json bert.json table.csv
 
-make draws prompts, has the models answer, and writes into <run>/review (or to=<directory>):
-  review.html                one page for reviewers: works offline, keeps what they do, saves a file to send back
-  review.csv                 the same as a table; both hide which model an answer is by
-  key.json                   which is which: keep it, and send it to nobody
+review make draws prompts, lets the models answer, and writes three files into <run>/review, or into to=<directory>:
+  review.html                a page for reviewers; it works offline, keeps their votes and saves a file to send back
+  review.csv                 the same as a table; both files hide which model wrote an answer
+  key.json                   which model wrote which answer: keep it, and send it to nobody
 
 {help_rows(MakeWords, MORE)}
 
-score reads what reviewers saved, and puts the result into the run's records, its card and its gates (review/win_rate):
+review score reads the reviewers' files and adds the result to the run's records, its model card and its gates
+(review/win_rate).
+
 {help_rows(ScoreWords)}
 
-docs/review.md says how it is judged."""
+docs/review.md explains how the votes are counted."""
 
 
 def main(argv: list[str]) -> int:

@@ -31,20 +31,20 @@ class MakeWords(VerbWords):
         like="prompts.jsonl",
         required="give a file of prompts, as in prompts=prompts.jsonl",
     )
-    n: int | None = word("prompts drawn, as review.n", like="50")
-    seed: int | None = word("of drawing them, as review.seed", like="0")
+    n: int | None = word("number of prompts to draw; the same as review.n", like="50")
+    seed: int | None = word("seed of the drawing; the same as review.seed", like="0")
     arms: list[str] = word(
-        "what is compared with the tuned model: base, other runs, model directories", default=["base", "tuned"]
+        "the models to compare: base, tuned, other runs, model directories", default=["base", "tuned"]
     )
-    checkpoint: str = word("last, best or a step", default="last")
+    checkpoint: str = word("which checkpoint: last, best or a step", default="last")
     accept: list[str] = word(
-        "continue although the base is not the one that the run was trained on",
+        "continue although the base model has changed since training",
         default=[],
         like="[base]",
         choices=("base", "data"),
         also=("run.accept",),
     )
-    to: Path | None = word("where the files go; default: <run>/review", like="<directory>")
+    to: Path | None = word("where to write the files; default: <run>/review", like="<directory>")
     settings: list[str] = setting_words()
 
 
@@ -56,9 +56,9 @@ class ScoreWords(VerbWords):
         "name a run and the files that reviewers saved: shardtune review score runs/x ada.json bert.json"
     )
     answers: list[Path] = bare_words()
-    review: Path | None = word("where make wrote; default: <run>/review", like="<directory>")
-    drop: list[str] = word("reviewers whose votes do not count, as the record then says", default=[], like="[name]")
-    as_json: bool = flag("print the result in place of tables", key="--json")
+    review: Path | None = word("the directory that make wrote; default: <run>/review", like="<directory>")
+    drop: list[str] = word("reviewers whose votes do not count; the record names them", default=[], like="[name]")
+    as_json: bool = flag("print the result as JSON instead of tables", key="--json")
 
 
 @dataclass(slots=True)

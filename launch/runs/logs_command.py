@@ -26,29 +26,31 @@ class LogsWords(VerbWords):
     """What `shardtune logs` takes."""
 
     run: Path = bare_word("name one run directory: shardtune logs runs/first")
-    rank: int | None = word("what this rank said", like="3", least=0)
+    rank: int | None = word("show this rank", like="3", least=0)
     job: str | None = word(
-        "what this SLURM job, or start over ssh, printed on every node; last is the newest", like="last"
+        "show what this SLURM job, or this start over ssh, printed on every node; last means the newest", like="last"
     )
-    lines: int = word("the last lines of each file", default=40, least=0)
-    follow: bool = flag("what is added, also after restarts and requeues, until the run is done")
+    lines: int = word("how many of the last lines of each file to show", default=40, least=0)
+    follow: bool = flag("keep printing new lines, also after restarts and requeues, until the run is done")
     as_json: bool = flag(
-        "the same for a script: files with their lines, and failure.json of a run that failed; with --follow an object a line, "
-        "and a last one that says how the run ended",
+        "print JSON, for a script: the files with their lines, and failure.json if the run failed; with --follow one object "
+        "per line, and a last one that says how the run ended",
         key="--json",
     )
 
 
 USAGE = f"""usage: shardtune logs <run> [rank=3 | job=last] [lines=40] [--follow] [--json]
 
-  shardtune logs runs/first             of a run that failed: the rank that failed, its job's output, and the cause
+  shardtune logs runs/first             if the run failed: the failed rank, the job's output and the cause
   shardtune logs runs/first rank=3
   shardtune logs runs/first --follow
 
+logs prints the last lines of a run's output. Without rank= and job= it shows rank 0. If no rank has written anything
+yet, it shows the output of the job.
+
 {help_rows(LogsWords)}
 
-Without rank= and job= it is rank 0, and where no rank has said anything yet, the job's output.
-Ends with 64 where there is no such run, rank or job, and with 130 at Ctrl-C."""
+exit codes: 64 there is no such run, rank or job, 130 Ctrl-C"""
 EVERY_S = 0.5
 LOOK_S = 2.0
 """Seconds between looks at how the run stands."""

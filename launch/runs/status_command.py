@@ -27,11 +27,11 @@ class StatusWords(VerbWords):
     """What `shardtune status` takes."""
 
     root: Path | None = bare_word("name one directory; all runs below it are shown", required=False)
-    document: str | None = word("which runs were trained on this line of a file", like="train.jsonl:12")
-    text: str | None = word("or on documents with this text in them", like="'Jane Roe'")
-    watch: bool = flag("look again every two seconds, until Ctrl-C")
-    verify: bool = flag("read every checkpoint and compare it with its checksums; 69 if one is damaged")
-    as_json: bool = flag("print JSON (with --watch: an object a line)", key="--json")
+    document: str | None = word("show which runs were trained on this line of a file", like="train.jsonl:12")
+    text: str | None = word("show which runs were trained on documents with this text", like="'Jane Roe'")
+    watch: bool = flag("repeat every two seconds, until Ctrl-C")
+    verify: bool = flag("read every checkpoint and compare it with its checksums; exit code 69 if one is damaged")
+    as_json: bool = flag("print JSON; with --watch one object per line", key="--json")
 
 
 USAGE = f"""usage: shardtune status [directory | run] [document=<file>:<line> | text=<piece>] [--watch] [--verify] [--json]
@@ -42,12 +42,13 @@ USAGE = f"""usage: shardtune status [directory | run] [document=<file>:<line> | 
   shardtune status runs document=train.jsonl:12
   shardtune status runs "text=Jane Roe"
 
-A run that says it is running, but gives no sign of life, is called lost. Rates are medians over the last steps, all
-ranks together; memory is the largest peak of a rank; "last seen" is the time since the last sign of life, or the end.
+status shows the state of runs. A run is called lost if its last state is "running" but it gives no sign of life.
+Rates are medians over the last steps, for all ranks together. Memory is the largest peak of any rank. "last seen" is
+the time since the last sign of life, or since the end.
 
 {help_rows(StatusWords)}
 
-Ends with 64 where the word is no directory. docs/following.md says what each state means."""
+The exit code is 64 if there is no such directory. docs/following.md explains each state."""
 HOME = Path("runs")
 """Where runs without a `run.dir` are."""
 EVERY_S, ASK_S = 2.0, 15.0

@@ -22,24 +22,26 @@ class StopWords(VerbWords):
     """What `shardtune stop` takes."""
 
     run: Path = bare_word("name one run directory: shardtune stop runs/first")
-    wait_s: int = word("seconds to wait; the run keeps saving after that", default=600, least=0)
-    dry_run: bool = flag("say what would be done")
-    as_json: bool = flag("print the run's state afterwards, for a script; what is said goes to stderr", key="--json")
+    wait_s: int = word("seconds to wait; after that, the run keeps saving by itself", default=600, least=0)
+    dry_run: bool = flag("show what would be done, and do nothing")
+    as_json: bool = flag("print the run's state afterwards as JSON, for a script; messages go to stderr", key="--json")
 
 
 USAGE = f"""usage: shardtune stop <run> [wait_s=600] [--dry-run] [--json]
 
   shardtune stop runs/first
 
-Asks the run to save and to end, and waits until it has. A process of this host is sent TERM, by its launcher where it
-has one, which then does not start it again. A SLURM job saves and is not requeued; one that pends is taken out of the
-queue. For a run on another host, without SLURM, it says what to type there.
+stop asks a run to save and to end, and waits until it has. A process on this host gets the signal TERM, and its
+launcher does not restart it. A SLURM job saves and is not requeued. A job that is still pending is cancelled. If the
+run is on another host and not under SLURM, stop prints the command to type there.
 
 {help_rows(StopWords)}
 
-Ends with 0 where the run is not running any more, or was not; with 64 where there is no such run; with 69 where it
-cannot be stopped from here, has not ended in time, or SLURM's queue cannot be asked, so that nobody knows; with 70
-where it failed instead."""
+exit codes:
+  0   the run has ended, or was not running
+  64  there is no such run
+  69  it cannot be stopped from here, has not ended in time, or SLURM's queue does not answer
+  70  it failed instead"""
 LOOK_S, ASK_S, TELL_S = 0.5, 5.0, 15.0
 """Seconds between looks at the run, questions to SLURM, and words on the screen."""
 NOT_IN_TIME, FAILED = 69, 70

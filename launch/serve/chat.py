@@ -26,33 +26,38 @@ class ChatWords(VerbWords):
         "a prompt is one word for the shell; put it into quotes", required=False, key="prompt"
     )
     against: str | None = word(
-        "what to show beside it: base, none, a run or export; default: base in a terminal, none where the output goes elsewhere",
+        "a second model to show: base, none, a run or export; default: base in a terminal, none if the output goes elsewhere",
         like="base",
     )
-    system: str | None = word("what the models are told first", like='"..."')
-    max_tokens: int = word("most new tokens of an answer", default=512, least=1)
-    temperature: float | None = word("0 takes the most likely token; null: as the export says, else 0", least=0, most=2)
-    seed: int = word("of the draws", default=0, least=0)
-    device: str = word("where it is computed: auto, cpu, cuda, cuda:1", default="auto")
-    dtype: ServedType = word("type that is computed in", default=ServedType.auto)
-    accept: list[str] = word(
-        "talk with an adapter on another base than it was trained on", default=[], like="[base]", choices=("base",)
+    system: str | None = word("the system prompt", like='"..."')
+    max_tokens: int = word("most new tokens in an answer", default=512, least=1)
+    temperature: float | None = word(
+        "0 always takes the most likely token; null: the value in the export, or 0 if it has none", least=0, most=2
     )
-    as_json: bool = flag("one JSON object an answer", key="--json")
+    seed: int = word("seed of the sampling", default=0, least=0)
+    device: str = word("the device: auto, cpu, cuda, cuda:1", default="auto")
+    dtype: ServedType = word("data type: auto (as stored), float32, bfloat16, float16", default=ServedType.auto)
+    accept: list[str] = word(
+        "load the adapter although its base model has changed since training",
+        default=[],
+        like="[base]",
+        choices=("base",),
+    )
+    as_json: bool = flag("print one JSON object per answer", key="--json")
 
 
 USAGE = f"""usage: shardtune chat <run or export> ["prompt"] [against=base|none|<run or export>] [--json]
 
-  shardtune chat runs/first                       in the terminal, tuned beside base
+  shardtune chat runs/first                       in the terminal, the tuned model next to its base
   shardtune chat runs/first "Sum this up: ..."    one answer
   cat letter.txt | shardtune chat runs/first > answer.txt
 
-The export's own chat template and stop tokens hold. A model without a template continues the text it is given.
-A prompt that looks like a setting is given as prompt="...".
+chat uses the chat template and the stop tokens of the export. If the model has no template, it continues your text.
+If your prompt looks like a setting, write prompt="...".
 
 {help_rows(ChatWords)}
 
-In the terminal: /new begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
+In the terminal: /new starts a new conversation, /quit or Ctrl-D ends chat, Ctrl-C stops an answer."""
 
 
 def main(argv: list[str]) -> int:

@@ -37,12 +37,15 @@ class ServeWords(VerbWords):
 
     export: str = bare_word("give one run or export, as in shardtune serve runs/x")
     accept: list[str] = word(
-        "serve an adapter on another base than it was trained on", default=[], like="[base]", choices=("base",)
+        "serve the adapter although its base model has changed since training",
+        default=[],
+        like="[base]",
+        choices=("base",),
     )
     settings: list[str] = setting_words(beginning="serve.")
-    dry_run: bool = flag("say what would be started, and start nothing")
-    print_only: bool = flag("the commands that serve it with vLLM and SGLang", key="--print")
-    as_json: bool = flag("both, for a script", key="--json")
+    dry_run: bool = flag("show what would be started, and start nothing")
+    print_only: bool = flag("print the commands that serve the model with vLLM and with SGLang", key="--print")
+    as_json: bool = flag("print the answer of --dry-run or --print as JSON, for a script", key="--json")
 
 
 USAGE = f"""usage: shardtune serve <run or export> [serve.<name>=...] [--dry-run] [--print] [--json]
@@ -50,8 +53,9 @@ USAGE = f"""usage: shardtune serve <run or export> [serve.<name>=...] [--dry-run
   shardtune serve runs/first
   SERVE_KEY=... shardtune serve runs/first serve.host=0.0.0.0 serve.port=8080 serve.key_env=SERVE_KEY
 
-One model, at /v1/chat/completions, /v1/completions, /v1/models and /health; vLLM computes where it is installed, else
-transformers' own server. It listens on 127.0.0.1 unless told otherwise.
+serve offers one exported model at an OpenAI-compatible address: /v1/chat/completions, /v1/completions, /v1/models and
+/health. If vLLM is installed, vLLM computes the answers; if not, the server of transformers does. By default only
+this machine can reach it (127.0.0.1).
 
 {help_rows(ServeWords, group_rows("serve", ServeConfig))}"""
 
