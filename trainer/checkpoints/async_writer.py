@@ -52,9 +52,11 @@ class StateBuffer:
         if self.refused is not None:
             return False
         fits = self._buffer is not None and self._buffer.numel() >= state.num_elements
-        self.refused = self._why_no_room(0 if fits else state.num_elements * 4)
+        needed_bytes = 0 if fits else state.num_elements * 4  # float32
+        self.refused = self._why_no_room(needed_bytes)
         if self.refused is not None:
             return False
+        # An error of one rank must not stop it before the others' collective: it is exchanged instead.
         problem = None
         try:
             if self._buffer is None or not fits:

@@ -220,6 +220,7 @@ class Checkpoints:
         self._reported_s = 0.0
         problems: list[str] = []
         begun = self._start_writing(writing, problems)
+        # Training has waited for the copy so far; publishing adds its own wait later.
         writing.stall_s = time.monotonic() - writing.began
         self.schedule.note_attempt(writing.step, None)
         if not begun:
@@ -250,6 +251,7 @@ class Checkpoints:
                 break
             except StorageError as error:
                 self._warn(error, problems)
+            # The copy is still in the buffer, so that another place can be tried.
             if not self._start_writing(writing, problems):
                 self._note_failure(problems, must=False)
                 return False

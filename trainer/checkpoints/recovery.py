@@ -42,11 +42,16 @@ class PartNote:
 
 def note_part(staging: Path, state: RankState, outcome: FileOutcome) -> None:
     """Write the note of what this rank has written into `staging`, durably. No collective. Errors: OSError."""
-    file = outcome.written
+    parts = {}
+    for name, part in state.parts.items():
+        parts[name] = [part.file, part.start, part.length, part.offset]
+    file = None
+    if outcome.written is not None:
+        file = [outcome.written.name, outcome.written.size, outcome.written.sha256]
     note = {
         "world_size": state.runtime.world_size,
-        "parts": {name: [part.file, part.start, part.length, part.offset] for name, part in state.parts.items()},
-        "file": None if file is None else [file.name, file.size, file.sha256],
+        "parts": parts,
+        "file": file,
         "progress": state.header.decode(),
     }
     write_new(staging / NOTE.format(state.runtime.rank), json.dumps(note).encode())

@@ -207,6 +207,7 @@ def number_labels(
             f"objective.multi_label=true: the data has {len(names)} labels, at most {MAX_LABELS} fit; leave rare ones out, or "
             "train one run for each part of them"
         )
+    # A set of labels is one integer: bit i is set if the document has label i.
     bit_of = {name: 1 << bit for bit, name in enumerate(names)}
     bits = [sum(bit_of[name] for name in label_set) for label_set in label_sets]
     return names, np.array(bits, np.int64)

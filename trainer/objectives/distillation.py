@@ -84,6 +84,7 @@ class Distillation(Objective):
         teacher_head, teacher_hidden = self.teacher(model, batch)
         head, student_hidden, targets = supervised_rows(model, batch)
         config = self.config
+        # The head compares both distributions a chunk of rows at a time: neither model's logits exist as a whole.
         loss, nll, divergence, correct, _ = head(
             student_hidden,
             targets=targets,

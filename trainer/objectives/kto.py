@@ -37,7 +37,8 @@ from trainer.objectives.causal import reference_logps, sequence_logps
 from trainer.objectives.pairs import ANSWER_POLICIES, weight_refusal
 from trainer.objectives.reference import REFERENCE_AHEAD
 
-DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
+DESIRABLE = "desirable"
+UNDESIRABLE = "undesirable"
 """Names of the counts of answers by their verdict. `DESIRABLE` is also a mark of each sequence: 1 or 0."""
 MAX_PARTNER_DISTANCE = 64
 """How many sequences back a partner with another prompt is looked for."""

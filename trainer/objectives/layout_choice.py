@@ -34,7 +34,10 @@ class Proofs:
         attention.register()
         flex.register()
         experts.register()
-        self.config, self.settings, self.half_on_gpu = config, settings, half_on_gpu
+        self.config = config
+        self.settings = settings
+        self.half_on_gpu = half_on_gpu
+        """Whether the model runs in half precision on a GPU, or would in a plan."""
 
     def paths(self, kernel: str) -> ProvenPaths:
         """What is proven with this kernel for documents in one row."""
@@ -74,20 +77,27 @@ class Proofs:
                 f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained here: on a small copy of it "
                 f"{proven.reason}; take a model of another architecture (docs/models.md lists those that train)"
             )
-        if not proven.tried and (refusal := fails_on_tokens(self.eager_model())):
+        if not proven.tried:
+            self._refuse_without_tokens()
+        if proven.random:
+            arrangement.notes["model"] = "draws something at random while it trains, whatever model.dropout says"
+        path = proven.for_layout(layout)
+        if path is None:  # nothing could be tried: take what transformers itself does with padded rows
+            arrangement.notes["model.head"] = f"the model's own forward pass, not proven on a copy ({proven.reason})"
+            return STOCK_PATH
+        if not path.fused:
+            arrangement.notes["model.head"] = "the model's own forward pass (its logits are more than a product)"
+        return path
+
+    def _refuse_without_tokens(self) -> None:
+        """Raise ConfigError for a model that cannot be given tokens and nothing else."""
+        refusal = fails_on_tokens(self.eager_model())
+        if refusal:
             raise ConfigError(
                 f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained on texts alone: plain "
                 f"transformers says {refusal}; set what it lacks in its config.json, if it is that, or take a model of another "
                 "architecture (docs/models.md lists those that train)"
             )
-        if proven.random:
-            arrangement.notes["model"] = "draws something at random while it trains, whatever model.dropout says"
-        path = proven.for_layout(layout) or STOCK_PATH
-        if proven.for_layout(layout) is None:
-            arrangement.notes["model.head"] = f"the model's own forward pass, not proven on a copy ({proven.reason})"
-        elif not path.fused:
-            arrangement.notes["model.head"] = "the model's own forward pass (its logits are more than a product)"
-        return path
 
 
 def _alternatives_to_causal(settings: Any) -> list[str]:
@@ -129,7 +139,7 @@ def causal_model(
     half_on_gpu: bool,
     context: AbstractContextManager[None],
 ) -> tuple[Any, Arrangement]:
-    """The plain model on meta, with its way set, and its arrangement.
+    """(the plain model on meta, with its forward path set; its arrangement).
 
     `needs_padding`: the tuning method needs a row for each document, and hidden states. Raises ConfigError.
     """
@@ -154,12 +164,16 @@ def causal_model(
         )
     with context:
         model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
-    if untied := untied_as_stored(config, settings, model):
+    untied = untied_as_stored(config, settings, model)
+    if untied:
+        # The checkpoint has two matrices although the configuration ties them: `settings` are changed, so build again.
         arrangement.notes["model.tied_head"] = untied
         with meta_context():
             model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
-    if half_on_gpu and (missing := missing_kernels(model)):
-        arrangement.notes["model.kernels"] = missing
+    if half_on_gpu:
+        missing = missing_kernels(model)
+        if missing:
+            arrangement.notes["model.kernels"] = missing
     # Read by `supervised_rows` and by the choice of adapter targets.
     model.forward_path = path
     model.beside_text = beside_text(model)
@@ -178,7 +192,7 @@ def padded_model(
     *,
     half_on_gpu: bool,
 ) -> tuple[Any, Arrangement]:
-    """The plain model of another kind on meta, for one document a row. Raises ConfigError."""
+    """(the plain model of a kind that is not causal, on meta; its arrangement with one document a row). Raises ConfigError."""
     arrangement = resolve_layout(
         config,
         layout,

@@ -61,6 +61,7 @@ def record_reference_logps(
     for split, dataset in datasets.items():
         if dataset is None or not len(dataset):
             continue
+        # A file of another name belongs to another model, or to other tokens.
         name = hashlib.sha256(f"{settings.key}/{dataset.fingerprint}".encode()).hexdigest()[:16]
         columns: list[tuple[str, str, AheadOf]] = [("", REFERENCE, TokenDataset.sample)]
         if settings.look_ahead_of is not None:

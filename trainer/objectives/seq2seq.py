@@ -143,15 +143,11 @@ class SourceTargetEncoder(Encoder):
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
             sides = [source_and_target(document) for document in batch]
-            prompt_texts = [
-                self.escape_text(document, prompt) for document, (prompt, _, _) in zip(batch, sides, strict=True)
-            ]
-            prompts = self._texts(
-                [
-                    RenderedText(self.prefix + prompt_text, [], prompt_text != side[0])
-                    for prompt_text, side in zip(prompt_texts, sides, strict=True)
-                ]
-            )
+            rendered_prompts = []
+            for document, (prompt_text, _, _) in zip(batch, sides, strict=True):
+                escaped = self.escape_text(document, prompt_text)
+                rendered_prompts.append(RenderedText(self.prefix + escaped, [], escaped != prompt_text))
+            prompts = self._texts(rendered_prompts)
             answers = self._texts([RenderedText(answer, []) for _, answer, _ in sides])
             for document, prompt, answer, (_, _, weight) in zip(batch, prompts, answers, sides, strict=True):
                 input_ids = np.concatenate([prompt, answer])
@@ -252,8 +248,10 @@ def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_i
     answers = [sample.input_ids[cut:] for sample, cut in zip(samples, cuts, strict=True)]
     ids = np.full((len(samples), max(cuts)), pad_token_id, dtype=np.int64)
     mask = np.zeros_like(ids)
-    decoder = np.full((len(samples), max(1, *map(len, answers), 1)), pad_token_id, dtype=np.int64)
+    longest_answer = max(1, *map(len, answers), 1)
+    decoder = np.full((len(samples), longest_answer), pad_token_id, dtype=np.int64)
     targets = np.full_like(decoder, IGNORED)
+    # The decoder sees the answer shifted by one: position i predicts the answer's token i.
     decoder[:, 0] = start_token_id
     for row, (sample, cut, answer) in enumerate(zip(samples, cuts, answers, strict=True)):
         ids[row, :cut] = sample.input_ids[:cut]
@@ -278,6 +276,7 @@ def deal_two_sides(dataset: TokenDataset, documents: np.ndarray, num_slots: int,
     prompts = dataset.lengths[documents] - answers
     best: list[np.ndarray] = []
     least_cost = None
+    # `lexsort` sorts by its last key first.
     for keys in ((answers, prompts), (prompts, answers), (prompts, prompts + answers)):
         slots = list(np.lexsort(keys)[::-1].reshape(num_slots, capacity))
         costs = [capacity * int(prompts[slot].max() + answers[slot].max()) for slot in slots]

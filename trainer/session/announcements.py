@@ -90,6 +90,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
         )
     )
     context.attempt.on_move.append(opened.trackers.move_to)
+    # In the next checkpoint too, so that a resumed run continues the same W&B run.
     progress.wandb_id = opened.run_id
     record.substitutions |= opened.substitutions
     record.from_environment = opened.from_environment or None

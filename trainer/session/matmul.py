@@ -21,10 +21,10 @@ from trainer.reporting.shared_choice import shared_choice
 def settle_matmul(
     config: RunConfig, run_dir: Path, runtime: Runtime, freeze: Callable[[Path, RunConfig], None]
 ) -> tuple[RunConfig, Runtime]:
-    """The run with its library noted among the substitutions, and the runtime that has it. All ranks must call.
+    """(the configuration with the chosen library among its substitutions, the runtime that uses it). All ranks must call.
 
-    A first start takes what the processor speaks for, or what the comparison it belongs to has, and hands the note to `freeze`.
-    Errors: StorageError on every rank.
+    The first start chooses by the processor, or takes the choice of the comparison that the run belongs to, and passes the
+    configuration with that note to `freeze`. Errors: StorageError on every rank.
     """
     if runtime.matmul is None or config.run.matmul is not Matmul.auto:
         return config, runtime
@@ -46,7 +46,7 @@ def settle_matmul(
 def _resolution_of_run(
     config: RunConfig, run_dir: Path, choice: MatmulChoice, freeze: Callable[[Path, RunConfig], None]
 ) -> Resolution:
-    """The resolution that the configuration has, or the one that it gets now."""
+    """The library that an earlier start chose, else the choice of this start, which is then frozen. On rank 0."""
     earlier = config.resolution(MATMUL)
     if earlier is not None and kept_matmul(config) is not Matmul.auto:
         return earlier
@@ -57,7 +57,7 @@ def _resolution_of_run(
 
 
 def _with_library(library: Matmul, runtime: Runtime) -> Runtime:
-    """The runtime with the library of the run; with BLAS, and the reason, where a rank's host cannot take that one."""
+    """The runtime with the library of the run; with BLAS, and a reason, if this rank's host does not have that library."""
     assert runtime.matmul is not None
     if library in (runtime.matmul.library, Matmul.auto):
         return runtime

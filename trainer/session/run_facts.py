@@ -383,8 +383,10 @@ def _finding_lines(run_dir: Path, outcome: Outcome) -> list[str]:
     before = outcome.before.get(outcome.watch)
     if best_step is None or best is None or now is None:
         return lines
-    sign = 1 if outcome.greater_is_better else -1
-    if before is not None and sign * (best - before) <= 0:
+    improvement = None
+    if before is not None:
+        improvement = best - before if outcome.greater_is_better else before - best
+    if improvement is not None and improvement <= 0:
         lines.append(f"best:       no checkpoint has a better {outcome.watch} than before training ({before:.4f})")
     elif best_step != outcome.progress.step:
         lines.append(

@@ -51,9 +51,9 @@ def keep_date(
     runtime: Runtime,
     freeze: Callable[[Path, RunConfig], None],
 ) -> RunConfig:
-    """The run with its date among the substitutions, handed to `freeze` if it is new. All ranks must call.
+    """The configuration with the date among its substitutions, passed to `freeze` if the date is new. All ranks must call.
 
-    `date` is None, on all ranks, if the template writes none. Errors: StorageError on every rank.
+    `date` is None, on all ranks, if the template writes no date. Errors: StorageError on every rank.
     """
     substitutions = {key: note for key, note in config.substitutions.items() if key != TEMPLATE_DATE}
     if date is None:

@@ -24,41 +24,46 @@ def name_of(config: RunConfig) -> str:
 
 
 def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
-    """Flat columns, and under `config` the whole configuration."""
+    """Flat columns of a run, and the whole configuration under `config`."""
     tree = plain(config)
     leaves = flat(tree)
-    columns = {name: _shown(key, leaves.get(key)) for key, name in COLUMNS.items()}
-    columns |= {key: getattr(record, key) for key in FACTS}
-    columns |= {"base_model": record.base_model, "run_dir": config.run.dir, "precision": record.precision}
+    columns: dict[str, Any] = {name: _shown(key, leaves.get(key)) for key, name in COLUMNS.items()}
+    for key in FACTS:
+        columns[key] = getattr(record, key)
+    columns["base_model"] = record.base_model
+    columns["run_dir"] = config.run.dir
+    columns["precision"] = record.precision
     columns |= chosen_columns(config.logging.columns, leaves)
-    more = {
-        "data_fingerprint": record.data_fingerprint,
-        "git_revision": record.git_revision,
-        "versions": record.versions,
-        "substitutions": record.substitutions,
-    }
-    return {**columns, **more, "config": tree}
+    columns["data_fingerprint"] = record.data_fingerprint
+    columns["git_revision"] = record.git_revision
+    columns["versions"] = record.versions
+    columns["substitutions"] = record.substitutions
+    columns["config"] = tree
+    return columns
 
 
 def chosen_columns(words: list[str], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns of the settings that `logging.columns` names: `optim.weight_decay` stands as `optim_weight_decay`.
+    """The columns that `logging.columns` asks for: `optim.weight_decay` becomes the column `optim_weight_decay`.
 
-    A choice of a group (`optim`) is its name; `name=text` is a column of one's own.
+    A group (`optim`) gives the name of its choice. `name=text` makes a column of that name and content.
     """
     columns: dict[str, Any] = {}
     for word in words:
-        key, assigned, text = word.partition("=")
-        full = key if key in leaves else f"{key}.name"
-        if assigned:
+        key, is_own_column, text = word.partition("=")
+        if is_own_column:
             columns[re.sub(r"\W", "_", key)] = text
-        elif full not in COLUMNS and full in leaves:
-            columns[re.sub(r"\W", "_", key.strip("_"))] = _shown(full, leaves[full])
+            continue
+        setting = key if key in leaves else f"{key}.name"
+        if setting in leaves and setting not in COLUMNS:
+            columns[re.sub(r"\W", "_", key.strip("_"))] = _shown(setting, leaves[setting])
     return columns
 
 
 def _shown(key: str, setting_value: Any) -> Any:
     """A value as a column shows it: numbers as they are, paths by their last part, lists as one text."""
     if key in PATHS and setting_value is not None:
-        parts = setting_value if isinstance(setting_value, list) else [setting_value]
-        return "+".join(Path(str(part)).name or str(part) for part in parts)[:80]
-    return ",".join(map(str, setting_value)) if isinstance(setting_value, list) else setting_value
+        paths = setting_value if isinstance(setting_value, list) else [setting_value]
+        return "+".join(Path(str(path)).name or str(path) for path in paths)[:80]
+    if isinstance(setting_value, list):
+        return ",".join(map(str, setting_value))
+    return setting_value

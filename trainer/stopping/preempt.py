@@ -10,9 +10,10 @@ import torch.distributed as dist
 from strategies.runtime import Runtime
 from trainer.stopping.signals import StopRequest
 
-MAX_SECONDS_BETWEEN, MAX_STEPS_BETWEEN = 2.0, 8
-"""Ranks ask each other about every two seconds, and never leave out more than seven steps, so that of the time that SLURM
-gives (`launcher.signal_lead_s`) little is lost, also where steps become slow at once."""
+MAX_SECONDS_BETWEEN = 2.0
+"""About how many seconds pass between two questions: little of the time that SLURM gives (`launcher.signal_lead_s`)."""
+MAX_STEPS_BETWEEN = 8
+"""Most steps between two questions, so that little time is lost even if steps suddenly become slow."""
 
 
 class Agreement:

@@ -74,6 +74,7 @@ class RankAllocation:
                 parameter.grad = torch.zeros_like(parameter)
             if weight <= 0 or not _is_matrix(name):
                 continue
+            # Engines call this without gradients, and the penalty is not a part of the model's own graph.
             with torch.enable_grad():
                 matrix = parameter.detach().requires_grad_()
                 penalty = weight * _orthogonality_error(matrix, rows="lora_A" in name)

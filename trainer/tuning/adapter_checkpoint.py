@@ -92,6 +92,7 @@ class StoredAdapter:
                 f"{'; '.join(differences)}; {advice}"
             )
         self.names = {name: key for name, key in keys_by_name.items() if key in self._keys}
+        # Buffers have no shape to compare with: peft makes them anew from the file.
         for name, key in self.names.items():
             stored_shape = tuple(self._file.get_slice(key).get_shape())
             if name in shapes and stored_shape != shapes[name]:

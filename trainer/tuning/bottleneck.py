@@ -132,6 +132,7 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
         feedforward=stored["feedforward"],
     )
     insert(model, settings)
+    # Not strict: the file has the adapters (and heads) alone, so that every weight of the base is missing in it.
     load_report = model.load_state_dict(load_file(directory / WEIGHTS_FILE), strict=False)
     missing = [name for name in load_report.missing_keys if f".{NAME}." in name]
     if missing or load_report.unexpected_keys:
@@ -165,6 +166,7 @@ def insert(
             weight = next(owner.parameters())
             layer = BottleneckLayer(model.config.hidden_size, config.size, config.activation, config.dropout)
             layer.to(device=device or weight.device, dtype=torch.float32 if device else weight.dtype)
+            # As a child of the module that it follows, so that a sharding engine gathers both together.
             owner.add_module(NAME, layer)
             owner.register_forward_hook(partial(_apply_adapter, is_active))
             added[f"{block}.{part}.{NAME}"] = layer

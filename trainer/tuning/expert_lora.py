@@ -78,13 +78,15 @@ def name_targets_for_peft(settings: Any, model: Any) -> None:
     expert_names = names_read_as_experts(getattr(getattr(model, "config", None), "model_type", ""))
     if not expert_names or str(settings.peft_type.value) != "LORA":
         return
-    named_modules = model.get_base_model().named_modules()
-    layers = [
-        name for name, layer in named_modules if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
-    ]
+    layers = set()
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
+            layers.add(name)
     misread = {name for name in layers if name.rsplit(".", 1)[-1] in expert_names}
-    settings.target_modules = set(layers) - misread
-    settings.target_parameters = sorted({*(settings.target_parameters or ()), *(f"{name}.weight" for name in misread)})
+    parameters = set(settings.target_parameters or ())
+    parameters |= {f"{name}.weight" for name in misread}
+    settings.target_modules = layers - misread
+    settings.target_parameters = sorted(parameters)
 
 
 class _Matrix(nn.Linear):

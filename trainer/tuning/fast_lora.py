@@ -154,6 +154,7 @@ def _fused_class() -> type:
                 dtype = torch.get_autocast_dtype(x.device.type)
             elif self.get_base_layer().weight.dtype != dtype:
                 return super().forward(x)
+            # Under compilation the identity of an input is not known.
             if self.together is None or torch.compiler.is_compiling():
                 return _lora_outputs([self], x, dtype)[0]
             return self.together.output(self, x, dtype)

@@ -168,6 +168,7 @@ class Virtual(AddedParameters):
             if name in self._owned:
                 encoder_state[name.removeprefix(f"{ENCODER}.")] = value
         encoder.load_state_dict(encoder_state)
+        # peft's files have the encoder's output, not its weights: loaders need no encoder.
         with torch.no_grad():
             state = {"prompt_embeddings": encoder(torch.arange(self.tokens)[None])[0]}
         state |= fully_trained_tensors(model, trained, ADAPTER)
@@ -203,6 +204,7 @@ def load(model: Any, directory: str | Path) -> Any:
     state = load_file(directory / "adapter_model.safetensors")
     embedding_weight = model.get_input_embeddings().weight
     encoder = _LoadedTokens.from_pretrained(state.pop("prompt_embeddings").to(embedding_weight.dtype))
+    # What remains are heads that trained in full.
     heads = {name.removeprefix("base_model."): value for name, value in state.items()}
     unknown = model.load_state_dict(heads, strict=False).unexpected_keys
     if unknown:
