@@ -19,8 +19,8 @@ from trainer.model.layout import Arrangement
 from trainer.model.noise import noise
 from trainer.model.quantisation import Scheme
 from trainer.model.weights import BaseWeights, tied_names
+from trainer.objectives.added_losses import AddedLosses
 from trainer.objectives.base import Objective
-from trainer.objectives.routed import AddedLosses
 from trainer.tuning.base import Tuning
 from trainer.tuning.merged_adapters import MergedAdapters
 
@@ -41,7 +41,7 @@ class TrainStep(nn.Module):
         self.objective = objective
         self.plan = StepPlan(gathered_as_one=CHOOSERS)
         """What the run decides for the engine while it is assembled."""
-        self.routed: AddedLosses | None = None
+        self.added_losses: AddedLosses | None = None
         """Losses of routers and logits, and the count of tokens by expert; None for a model without any of them."""
         self.neftune_alpha = 0.0
         """Size of the noise on embeddings in training (`trainer/model/noise.py`); 0 adds none."""
@@ -52,12 +52,12 @@ class TrainStep(nn.Module):
             return self._forward(batch)
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        if self.routed is None:
+        if self.added_losses is None:
             return self.objective.terms(self.model, batch)
         # The pass before a step's first backward pass that only counts what the routers choose (`objectives/step_totals.py`).
         if "choices_alone" in batch:
-            return self.routed.choices(self.model, batch)
-        return self.routed.terms(self.model, lambda: self.objective.terms(self.model, batch), batch)
+            return self.added_losses.choices(self.model, batch)
+        return self.added_losses.terms(self.model, lambda: self.objective.terms(self.model, batch), batch)
 
     def add_block_classes(self, classes: set[str]) -> None:
         """Add classes of repeated blocks, by name: the teacher's, which may be another architecture."""

@@ -53,7 +53,7 @@ def ways(width: int, out: int, number: int, dtype: torch.dtype) -> dict[str, Any
     assert fuse_lora(shared) == number
     fused = copy.deepcopy(shared)
     for layer in fused.base_model.model.children():
-        layer.together = None
+        layer.shared_input = None
     return {
         "base": bases.to(dtype),
         "peft": stock.base_model.model,

@@ -23,7 +23,7 @@ from trainer.planner.lengths import drawn
 from trainer.planner.micro_batch import would_choose
 from trainer.planner.simulation import simulate_depth
 from trainer.planner.strategy_choice import would_choose_strategy
-from trainer.session.run_facts import repeated_in_a_step
+from trainer.session.run_facts import repetition_warning
 from trainer.step import Built
 
 DEFECTS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
@@ -76,7 +76,7 @@ def describe(config: RunConfig) -> DryRun:
         f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
         f"tokens per step: about {read.mean * size:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {len(data.train) // per:,} documents",
-        *repeated_in_a_step(size, epochs, steps),
+        *repetition_warning(size, epochs, steps),
         *memory.lines,
         *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),

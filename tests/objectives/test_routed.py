@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from trainer.objectives.added_losses import AddedLosses, added_losses
 
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, SingleConfig
@@ -32,7 +33,6 @@ from trainer.objectives import routed as routed_module
 from trainer.objectives.causal import STOCK_PATH
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.preference import DpoConfig
-from trainer.objectives.routed import AddedLosses, added_losses
 from trainer.objectives.sft import SftConfig
 from trainer.reporting.expert_load import by_layer, of_step
 from trainer.tuning.base import LoraConfig
@@ -306,7 +306,7 @@ def test_the_z_loss_of_the_output_is_that_of_the_model_s_own_loss(root, runtime,
     oracle = oracles.compute(directory, made.samples)
     made._trained(directory, tuning, oracle)
     trainer, built = built_trainer(made._config(directory, "single", tuning), made.data, runtime)
-    assert built.step_module.routed.start_lines(2) == [
+    assert built.step_module.added_losses.start_lines(2) == [
         "logits: z-loss times 0.02, the mean over tokens, as the model's configuration asks"
     ]
     (batch,) = trainer.loader.steps(0, 1)

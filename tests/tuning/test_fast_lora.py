@@ -64,7 +64,9 @@ def test_layers_over_one_input_compute_together(tmp_path, widths):
     step(model)
     assert widths == [3, 1, 2, 1] * 2  # q, k, v; o; gate, up; down
     attention = model.get_base_model().model.layers[0].self_attn
-    assert attention.q_proj.together._input is None and not attention.q_proj.together._waiting  # nothing is kept
+    assert (
+        attention.q_proj.shared_input._input is None and not attention.q_proj.shared_input._waiting
+    )  # nothing is kept
 
 
 def test_a_layer_called_on_another_input_computes_anew(tmp_path, widths):

@@ -22,13 +22,13 @@ from trainer.checkpoints.layout import STEP_NAME, listed, places_of, published
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-MOST_MANIFEST = 2**26
+MAX_MANIFEST_BYTES = 2**26
 """Bytes of a manifest; more is not read."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
 IGNORED_NAMES = re.compile(r"\.nfs[0-9a-fA-F]+|\.DS_Store|\._.+|\.fuse_hidden[0-9a-fA-F]+|rank-\d{5}\.part\.json")
 """Names that NFS, macOS and FUSE put into a directory by themselves, and notes of ranks (`recovery.py`), which an old listing of
 a network file system may still show. Nobody reads them."""
-NO_MANIFEST = "has no manifest (its writing was interrupted)"
+MISSING_MANIFEST = "has no manifest (its writing was interrupted)"
 OLD_METADATA = ".metadata"
 OLD_FORMAT = (
     "was written by an early version, in a format that can run code when it is read, so it is not read; export it with the "
@@ -62,10 +62,10 @@ def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[
     except OSError as error:
         raise Malformed(f"cannot be read ({reason(error)})") from error
     if MANIFEST not in present:
-        raise Malformed(OLD_FORMAT if OLD_METADATA in present else NO_MANIFEST)
+        raise Malformed(OLD_FORMAT if OLD_METADATA in present else MISSING_MANIFEST)
     present.remove(MANIFEST)
     try:
-        content = looks.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MOST_MANIFEST))
+        content = looks.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MAX_MANIFEST_BYTES))
         files = _parse(parse_json(content))
     except OSError as error:
         raise Malformed(f"cannot be read ({reason(error)})") from error
@@ -85,7 +85,7 @@ def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[
 def fingerprint(directory: Path) -> str | None:
     """The hash that a checkpoint's manifest has of itself, and so of all its files; None if it cannot be read."""
     try:
-        manifest = parse_json(read_bytes(directory / MANIFEST, most=MOST_MANIFEST))
+        manifest = parse_json(read_bytes(directory / MANIFEST, most=MAX_MANIFEST_BYTES))
     except (OSError, Malformed):
         return None
     if not isinstance(manifest, dict):
@@ -156,8 +156,8 @@ def _wrong_step(directory: Path) -> str | None:
     if name is None:
         return None
     try:
-        about = parse_json(read_bytes(directory / PROGRESS, most=MOST_MANIFEST))
-        step = about["progress"]["step"]
+        header = parse_json(read_bytes(directory / PROGRESS, most=MAX_MANIFEST_BYTES))
+        step = header["progress"]["step"]
     except (OSError, Malformed, KeyError, TypeError):
         return None  # loading it will say what is wrong
     if step == int(name[1]):

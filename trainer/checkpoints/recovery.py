@@ -23,7 +23,7 @@ from trainer.checkpoints.manifest import write_manifest
 
 NOTE = "rank-{:05d}.part.json"
 STAGING_NAME = re.compile(r"\.step-(\d{1,15})\.writing")
-MOST_NOTE = 2**30
+MAX_NOTE_BYTES = 2**30
 """Bytes of a note; more is not read."""
 
 
@@ -101,7 +101,7 @@ def _read_notes(aside: Path) -> list[PartNote]:
     """The notes of the ranks, as far as they follow each other from rank 0 on. Errors: OSError, Malformed."""
     notes: list[PartNote] = []
     while (path := aside / NOTE.format(len(notes))).exists():
-        raw: Any = parse_json(atomic_io.read_bytes(path, most=MOST_NOTE))
+        raw: Any = parse_json(atomic_io.read_bytes(path, most=MAX_NOTE_BYTES))
         try:
             parts = {str(name): FilePart(*part) for name, part in raw["parts"].items()}
             file = None if raw["file"] is None else WrittenFile(*raw["file"])

@@ -17,10 +17,10 @@ from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main
 from strategies.tensor_files import Malformed
 from trainer.checkpoints.layout import REPLACED_NAME, STEP_NAME, names_in, published
-from trainer.checkpoints.manifest import MANIFEST, MOST_MANIFEST, NO_MANIFEST, read_manifest, verify_together
+from trainer.checkpoints.manifest import MANIFEST, MAX_MANIFEST_BYTES, MISSING_MANIFEST, read_manifest, verify_together
 
 RESUMED_FROM = "resumed-from.json"
-MOST_RECORD = 2**16
+MAX_RECORD_BYTES = 2**16
 """Bytes of that record; more is not read."""
 
 
@@ -81,7 +81,7 @@ def record_resume(places: list[Path], resume: str, resumed: Path) -> None:
 
 def _read_record(path: Path) -> dict[str, str] | None:
     try:
-        raw: dict[str, str] = json.loads(atomic_io.read_bytes(path, most=MOST_RECORD))
+        raw: dict[str, str] = json.loads(atomic_io.read_bytes(path, most=MAX_RECORD_BYTES))
     except FileNotFoundError:
         return None
     return raw
@@ -90,7 +90,7 @@ def _read_record(path: Path) -> dict[str, str] | None:
 def _manifest_sha256(directory: Path) -> str | None:
     """The hash of a checkpoint's manifest; None if the checkpoint does not exist any more."""
     try:
-        return hashlib.sha256(atomic_io.read_bytes(directory / MANIFEST, most=MOST_MANIFEST)).hexdigest()
+        return hashlib.sha256(atomic_io.read_bytes(directory / MANIFEST, most=MAX_MANIFEST_BYTES)).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -115,7 +115,7 @@ def resume_problem(resume: str, places: list[Path]) -> str | None:
         problem = "is a run directory, and no checkpoint" + ("" if newest else "; it has none that can be used")
     elif newest:
         problem = "is no checkpoint, but holds some"
-    elif problem == NO_MANIFEST and not STEP_NAME.search(path.name):
+    elif problem == MISSING_MANIFEST and not STEP_NAME.search(path.name):
         problem = f"is no checkpoint: it has no {MANIFEST}" if names else "is empty"
     return f"run.resume={resume}: {problem}; {advice}"
 

@@ -69,11 +69,11 @@ def fallback_problem(places: list[Path], fallback_dir: str | None, say: Callable
     A full disk is only a warning, since it may be emptied by then.
     """
     for place in places:
-        trial = place / f".{place.name}.trial"
+        probe = place / f".{place.name}.trial"
         try:
             make_directories(place)
-            write_new(trial, b"\n")
-            trial.unlink()
+            write_new(probe, b"\n")
+            probe.unlink()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 return StorageError(

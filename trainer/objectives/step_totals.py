@@ -54,7 +54,7 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
     `choices` [experts], int64: how many tokens of the whole step chose each expert. With one micro-batch the forward pass itself
     counts them. With several they are counted here, in a pass of its own without gradients and dropout.
     """
-    added_losses: AddedLosses | None = getattr(engine.step_module, "routed", None)
+    added_losses: AddedLosses | None = getattr(engine.step_module, "added_losses", None)
     if added_losses is None or not added_losses.changes_loss:
         return {}
     context: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.dp_size}

@@ -108,7 +108,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
     device_name = None
     if runtime.device.type == "cuda":
         device_name = torch.cuda.get_device_name(runtime.device)
-    added_losses = built.step_module.routed
+    added_losses = built.step_module.added_losses
     return RunRecord(
         config_sha256=run_parts.sha256,
         strategy=str(config.strategy.name),
@@ -142,12 +142,12 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         sharding=Sharding(**sharding_record(run_parts.engine, runtime)),
         initialised=run_parts.source.initialised,
         weights_read_bytes=gather_objects(run_parts.source.checkpoint.conversions.files.bytes_read, runtime),
-        packed_weights=_packed(run_parts.source, runtime),
-        weights_left_out=_left_out(run_parts.source),
+        packed_weights=_packed_weight_facts(run_parts.source, runtime),
+        weights_left_out=_unused_weight_facts(run_parts.source),
         routers=added_losses.start_lines(loader.accumulation) if added_losses else [],
         substitutions=_substitutions(config, built.substitutions, precision, runtime),
         base_parameters=sum(parameter.numel() for parameter in built.plain.parameters()),
-        flops_per_token=_flops(built, mean_tokens, supervised_share),
+        flops_per_token=_flops_per_token(built, mean_tokens, supervised_share),
         reference_tflops=tflops,
         reference_tflops_source=tflops_source,
         versions=versions(),
@@ -158,7 +158,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
     )
 
 
-def _packed(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
+def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
     """Facts of the packed copy of a quantised base: its directory and bytes, the weights that each rank packed in this start,
     and why it is not kept, if it is not. None without quantisation. All ranks must call."""
     cache = source.checkpoint.kept
@@ -170,7 +170,7 @@ def _packed(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
     return {"directory": str(cache.directory), "bytes": cache.total, "packed_now": packed_now, "not_kept": reason}
 
 
-def _left_out(source: WeightSource) -> dict[str, Any] | None:
+def _unused_weight_facts(source: WeightSource) -> dict[str, Any] | None:
     """Facts of stored weights that the architecture has no place for: how many, the first five, how many a whole export keeps.
 
     None if there are none.
@@ -199,7 +199,7 @@ def _substitutions(
     return {setting: str(note) for setting, note in substitutions.items()}
 
 
-def _flops(built: Built, mean_length: float, answer_share: float) -> float:
+def _flops_per_token(built: Built, mean_length: float, answer_share: float) -> float:
     """Floating-point operations per token, forward and backward.
 
     In an encoder-decoder model, each side processes its own tokens only: `answer_share` of all are the decoder's. Of experts,
@@ -240,7 +240,7 @@ def _is_head(built: Built, name: str) -> bool:
     return bool(getattr(built.config, "tie_word_embeddings", False)) or "head" in name or "embed_out" in name
 
 
-def repeated_in_a_step(global_batch: int, epochs: float, steps: int) -> list[str]:
+def repetition_warning(global_batch: int, epochs: float, steps: int) -> list[str]:
     """A warning line if a step takes more documents than there are: copies in one step teach nothing new. Else none."""
     times = epochs / max(1, steps)
     if times <= 1:
@@ -271,7 +271,7 @@ def start_text(record: RunRecord) -> str:
         f"{record.epochs:,.2f} epochs",
         f"precision {record.precision}, attention {record.attention}, layout {record.layout}",
     ]
-    lines += repeated_in_a_step(record.global_batch, record.epochs, record.total_steps)
+    lines += repetition_warning(record.global_batch, record.epochs, record.total_steps)
     lines += memory_text(record)
     if record.advice:
         lines.append(f"advice: {record.advice}")
@@ -357,8 +357,8 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequen
     width = max([22, *map(len, outcome.after)])
     for name, metric_value in outcome.after.items():
         before = outcome.before.get(name)
-        earlier = "" if before is None else f"   (before: {readable(before)})"
-        lines.append(f"  {name:<{width}} {readable(metric_value)}{earlier}")
+        before_text = "" if before is None else f"   (before: {readable(before)})"
+        lines.append(f"  {name:<{width}} {readable(metric_value)}{before_text}")
     lines += _finding_lines(run_dir, outcome)
     lines += [f"slow:       {Slow(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
     if export is not None:

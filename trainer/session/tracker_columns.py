@@ -27,7 +27,7 @@ def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     """Flat columns of a run, and the whole configuration under `config`."""
     tree = plain(config)
     leaves = flat(tree)
-    columns: dict[str, Any] = {name: _shown(key, leaves.get(key)) for key, name in COLUMNS.items()}
+    columns: dict[str, Any] = {name: _column_content(key, leaves.get(key)) for key, name in COLUMNS.items()}
     for key in FACTS:
         columns[key] = getattr(record, key)
     columns["base_model"] = record.base_model
@@ -55,11 +55,11 @@ def chosen_columns(words: list[str], leaves: Mapping[str, Any]) -> dict[str, Any
             continue
         setting = key if key in leaves else f"{key}.name"
         if setting in leaves and setting not in COLUMNS:
-            columns[re.sub(r"\W", "_", key.strip("_"))] = _shown(setting, leaves[setting])
+            columns[re.sub(r"\W", "_", key.strip("_"))] = _column_content(setting, leaves[setting])
     return columns
 
 
-def _shown(key: str, setting_value: Any) -> Any:
+def _column_content(key: str, setting_value: Any) -> Any:
     """A value as a column shows it: numbers as they are, paths by their last part, lists as one text."""
     if key in PATHS and setting_value is not None:
         paths = setting_value if isinstance(setting_value, list) else [setting_value]

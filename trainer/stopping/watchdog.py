@@ -73,8 +73,8 @@ def watch(pid: int, mask: int, patience_s: float) -> None:
     """Kill process `pid`, our parent, once a signal of `mask` was pending for so long; back when the parent needs no watchdog."""
     waited_s = 0.0
     while os.getppid() == pid:
-        needed, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY_S)
-        if needed:  # the pipe was closed
+        readable, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY_S)
+        if readable:  # the pipe was closed
             return
         try:
             status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")

@@ -142,7 +142,7 @@ def _fused_class() -> type:
         """It uses its children's parameters itself; engines that gather parameters module by module switch this off."""
         overwrites_output = True
         """Whether the base output may be overwritten; selective checkpointing keeps it and switches this off."""
-        together: _SharedInput | None = None
+        shared_input: _SharedInput | None = None
         """The layers that share its input, where there are any."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -155,9 +155,9 @@ def _fused_class() -> type:
             elif self.get_base_layer().weight.dtype != dtype:
                 return super().forward(x)
             # Under compilation the identity of an input is not known.
-            if self.together is None or torch.compiler.is_compiling():
+            if self.shared_input is None or torch.compiler.is_compiling():
                 return _lora_outputs([self], x, dtype)[0]
-            return self.together.output(self, x, dtype)
+            return self.shared_input.output(self, x, dtype)
 
     return FusedLoraLinear
 
@@ -184,9 +184,9 @@ def share_inputs(model: nn.Module) -> None:
             children: list[Any] = [getattr(parent, name, None) for name in names]
             layers: list[Any] = [child for child in children if isinstance(child, _fused_class())]
             if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
-                together = _SharedInput(layers)
+                shared_input = _SharedInput(layers)
                 for layer in layers:
-                    layer.together = together
+                    layer.shared_input = shared_input
 
 
 def _is_plain(layer: Any) -> bool:
