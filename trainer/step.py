@@ -19,8 +19,8 @@ from trainer.model.layout import Arrangement
 from trainer.model.noise import noise
 from trainer.model.quantisation import Scheme
 from trainer.model.weights import BaseWeights, tied_names
-from trainer.objectives.added_losses import AddedLosses
 from trainer.objectives.base import Objective
+from trainer.objectives.routed import AddedLosses
 from trainer.tuning.base import Tuning
 from trainer.tuning.merged_adapters import MergedAdapters
 

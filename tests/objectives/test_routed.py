@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from trainer.objectives.added_losses import AddedLosses, added_losses
 
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, SingleConfig
@@ -33,6 +32,7 @@ from trainer.objectives import routed as routed_module
 from trainer.objectives.causal import STOCK_PATH
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.preference import DpoConfig
+from trainer.objectives.routed import AddedLosses, added_losses
 from trainer.objectives.sft import SftConfig
 from trainer.reporting.expert_load import by_layer, of_step
 from trainer.tuning.base import LoraConfig

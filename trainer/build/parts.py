@@ -41,12 +41,12 @@ from trainer.model.quantisation import Scheme, not_packed, quantise_layers
 from trainer.model.quantised_experts import quantise_experts
 from trainer.model.rules import check_kind
 from trainer.model.weights import WeightSource, fill_buffers
-from trainer.objectives.added_losses import added_losses
 from trainer.objectives.base import ObjectiveConfig, ReferenceModels
 from trainer.objectives.causal import plain_model
 from trainer.objectives.frozen_model import common_layout, frozen_model, teacher_model
 from trainer.objectives.layout_choice import causal_model, padded_model
 from trainer.objectives.registry import build_objective, family_of, reading_of
+from trainer.objectives.routed import added_losses
 from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
 from trainer.step import Built, TrainStep
