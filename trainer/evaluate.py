@@ -36,7 +36,7 @@ from trainer.model.quantised_checkpoints import stored_by
 from trainer.model.rules import read_config
 from trainer.planner.oom_report import telling_of_evaluation
 from trainer.reporting.console import Console
-from trainer.reporting.results import EVALUATION, keep
+from trainer.reporting.results import EVALUATION, keep_report
 from trainer.reporting.status import write_text_atomic
 from trainer.reporting.trackers.base import Table
 from trainer.run import asking_of, meet
@@ -351,7 +351,7 @@ def _report(
     to = Path(job.to)
     record.write_report(to, report, found)
     if job.run is not None and job.kept and job.recorded and not job.accepted:
-        keep(Path(job.run), EVALUATION, report)
+        keep_report(Path(job.run), EVALUATION, report)
     write_text_atomic(to / record.PAGE, page.render_page(report, tasks, found))
     return report, shown
 

@@ -18,8 +18,8 @@ from trainer.model.routing import ADDED_LOSS, EXPERT_TOKENS
 from trainer.monitors.anomalies import OUTLIERS, Outlier, RollBack
 from trainer.objectives.step_totals import look_ahead, routing_context
 from trainer.optim.schedule import lr_factor_at
-from trainer.reporting.console import Course
-from trainer.reporting.expert_load import by_layer
+from trainer.reporting.console import RunSchedule
+from trainer.reporting.expert_load import load_by_layer
 from trainer.reporting.metrics import StepRecord
 from trainer.reporting.numbers import readable
 from trainer.reporting.outcome import Outcome
@@ -105,7 +105,7 @@ class Trainer:
         gc.collect()
         gc.freeze()
         evaluate_every = self.settings.evaluation.every_steps if self.evaluators else 0
-        self._course = Course(self.settings.total_steps, self._first_step, time.perf_counter(), evaluate_every)
+        self._course = RunSchedule(self.settings.total_steps, self._first_step, time.perf_counter(), evaluate_every)
         self.meter.begin(evaluation_s)
         while True:
             try:
@@ -122,7 +122,7 @@ class Trainer:
         self.outcome.speed = self.meter.speed() or earlier.speed
         self.outcome.slow_ranks = self.stragglers.record()
         if self.meter.expert_tokens is not None:
-            self.outcome.experts = by_layer(self.meter.expert_tokens)
+            self.outcome.experts = load_by_layer(self.meter.expert_tokens)
         return self.outcome
 
     def _take_remaining_steps(self) -> None:

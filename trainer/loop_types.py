@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from strategies.runtime import Runtime
     from trainer.data.batches.loader import Share, StepBatch
-    from trainer.reporting.console import Course
+    from trainer.reporting.console import RunSchedule
     from trainer.reporting.earlier_rows import EarlierResults
     from trainer.reporting.metrics import RankTime, StepRecord
     from trainer.reporting.trackers.base import Table
@@ -143,7 +143,7 @@ class ProgressDisplay(Protocol):
     def say(self, text: str) -> None:
         """Print a line that stays."""
 
-    def progress(self, row: Row, course: Course) -> None:
+    def progress(self, row: Row, course: RunSchedule) -> None:
         """Show the newest step."""
 
 

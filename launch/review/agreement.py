@@ -9,7 +9,7 @@ Votes = dict[tuple[str, str], str]
 """Who won, by (reviewer, item)."""
 
 
-def undone(choice: str, item: dict[str, Any]) -> str:
+def winner(choice: str, item: dict[str, Any]) -> str:
     """A side as who stood on it."""
     if choice == TIE:
         return TIE
@@ -39,7 +39,7 @@ def kappa(one: list[str], other: list[str]) -> float | None:
     return float(AnnotationTask(data=rows).kappa_pairwise("1", "2"))
 
 
-def pairs(votes: Votes) -> list[dict[str, Any]]:
+def pairwise_kappas(votes: Votes) -> list[dict[str, Any]]:
     """Cohen's kappa of each two reviewers on the items that both judged."""
     names = sorted({reviewer for reviewer, _ in votes})
     found = []

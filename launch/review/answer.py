@@ -6,7 +6,7 @@ from typing import Any
 
 from launch.output import Column, TableRow, fold, table
 
-SHOWN = 10
+MAX_DISAGREEMENTS = 10
 COLUMNS = (
     Column("tuned against"),
     Column("question"),
@@ -14,7 +14,7 @@ COLUMNS = (
 )
 
 
-def text(score: dict[str, Any]) -> str:
+def score_text(score: dict[str, Any]) -> str:
     """The win rates, how far reviewers agree, and what stands out of each."""
     model = score["model"]
     lines = [
@@ -69,7 +69,7 @@ def _disagreements(disagreements: list[dict[str, Any]]) -> list[str]:
     if not disagreements:
         return []
     lines = [f"{len(disagreements)} items on which reviewers took opposite sides; the most even ones:"]
-    for row in disagreements[:SHOWN]:
+    for row in disagreements[:MAX_DISAGREEMENTS]:
         votes = ", ".join(f"{reviewer} {vote}" for reviewer, vote in row["votes"].items())
         lines.append(f"  {row['item']} (answers/prompts.jsonl, line {row['prompt'] + 1}): {votes}")
     return lines

@@ -13,7 +13,7 @@ from launch.review.sheet import CHOICES, VERSION
 from strategies.errors import DataError
 from trainer.config.review import OVERALL
 
-ALIKE = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie", "": None}
+SPELLINGS = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie", "": None}
 """What people write in a table, in lower case."""
 
 
@@ -36,7 +36,7 @@ class Reviewer:
     items: dict[str, ReviewerAnswer]
 
 
-def read(paths: list[Path], review: str, key: dict[str, Any]) -> list[Reviewer]:
+def read_reviewers(paths: list[Path], review: str, key: dict[str, Any]) -> list[Reviewer]:
     """Everybody's answers. Errors: DataError with every file that cannot be used, and why."""
     known = {item["id"] for item in key["items"]}
     questions = {OVERALL, *key["rubric"]}
@@ -104,11 +104,11 @@ def _from_table(path: Path, text: str, review: str) -> Reviewer:
         answers = {}
         for question in questions:
             said = (row[question] or "").strip().lower()
-            if said not in ALIKE:
+            if said not in SPELLINGS:
                 raise DataError(
                     f"{where}: {question} is {row[question]!r}; it must be one of {', '.join(CHOICES)}, or empty"
                 )
-            if (choice := ALIKE[said]) is not None:
+            if (choice := SPELLINGS[said]) is not None:
                 answers[question] = choice
         if row["item"] in given:
             raise DataError(f"{where}: item {row['item']} stands twice; keep one row of it")

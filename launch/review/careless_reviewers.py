@@ -45,9 +45,9 @@ def flags(reviewer: Reviewer, key: dict[str, Any], others: dict[str, str]) -> li
     if len(paces) >= MIN_ITEMS and median(paces) > WORDS_A_SECOND:
         found.append(f"time: {median(paces):.0f} words a second in the middle one of {len(paces)} items")
     if len(shared := [name for name in said if name in others]) >= MIN_ITEMS:
-        from launch.review.agreement import kappa, undone
+        from launch.review.agreement import kappa, winner
 
-        mine = [undone(said[name], items[name]) for name in shared]
+        mine = [winner(said[name], items[name]) for name in shared]
         if (value := kappa(mine, [others[name] for name in shared])) is not None and value <= 0:
             found.append(f"others: kappa {value:.2f} with the majority of the others on {len(shared)} items")
     return found

@@ -13,7 +13,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.review.sheet import Sheet
-    from launch.review.words import Making
+    from launch.review.words import MakeRequest
 
 MORE = {"review.*": "rubric, repeats and how answers are written; beside it strategy, launcher.*, run.*, precision"}
 USAGE = f"""usage: shardtune review make <run directory> prompts=<file> [n=50] [arms=[base,tuned,...]] [key=value ...]
@@ -51,13 +51,13 @@ def main(argv: list[str]) -> int:
 
 def make(argv: list[str]) -> int:
     """Draw, answer, blind, write."""
-    from launch.review.prompts import draw
-    from launch.review.sheet import KEY, PAGE, TABLE, made, page, table, write_key
-    from launch.review.words import making
+    from launch.review.prompts import draw_prompts
+    from launch.review.sheet import KEY, PAGE, TABLE, make_sheet, page, table, write_key
+    from launch.review.words import read_make_words
     from trainer.reporting.status import write_text_atomic
 
-    asked = making(argv)
-    prompts = draw(asked.prompts, asked.review.n, asked.review.seed)
+    asked = read_make_words(argv)
+    prompts = draw_prompts(asked.prompts, asked.review.n, asked.review.seed)
     if len(prompts) < asked.review.n:
         print(
             f"{asked.prompts} has {len(prompts)} prompts that differ, and not {asked.review.n}: all are taken",
@@ -65,7 +65,7 @@ def make(argv: list[str]) -> int:
         )
     if (answers := _answers(asked, prompts)) is None:
         return 75
-    sheet = made(prompts, answers, {"run": str(asked.run), "model": asked.model}, asked.review)
+    sheet = make_sheet(prompts, answers, {"run": str(asked.run), "model": asked.model}, asked.review)
     write_key(asked.to, sheet)
     write_text_atomic(asked.to / PAGE, page(sheet, asked.review))
     write_text_atomic(asked.to / TABLE, "\ufeff" + table(sheet, asked.review))
@@ -75,7 +75,7 @@ def make(argv: list[str]) -> int:
     return 0
 
 
-def _answers(asked: Making, prompts: list[Any]) -> dict[str, list[str]] | None:
+def _answers(asked: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
     """What every arm answers, by its name; None where it was asked to stop."""
     from launch.evaluate.command import start
     from launch.review.prompts import write_rows
@@ -97,7 +97,7 @@ def _answers(asked: Making, prompts: list[Any]) -> dict[str, list[str]] | None:
     return {name: found[name] for name in (TUNED, *(arm for arm in asked.arms if arm != TUNED))}
 
 
-def _told(sheet: Sheet, asked: Making) -> str:
+def _told(sheet: Sheet, asked: MakeRequest) -> str:
     repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
     lines = [f"accepted: {line}" for line in asked.model["accepted"]]
     lines += [
@@ -110,30 +110,30 @@ def _told(sheet: Sheet, asked: Making) -> str:
 
 def score(argv: list[str]) -> int:
     """Read, judge, record."""
-    from launch.review.answer import text
-    from launch.review.answers import read
-    from launch.review.score import result
+    from launch.review.answer import score_text
+    from launch.review.answers import read_reviewers
+    from launch.review.score import score_review
     from launch.review.sheet import RESULT, read_key
-    from launch.review.words import scoring
+    from launch.review.words import read_score_words
     from trainer.reporting.jsonl import json_text
-    from trainer.reporting.results import REVIEW, keep, note
+    from trainer.reporting.results import REVIEW, add_to_run_record, keep_report
     from trainer.reporting.status import write_text_atomic
 
-    asked = scoring(argv)
+    asked = read_score_words(argv)
     assert asked.review is not None
     review, key = read_key(asked.review)
-    reviewers = read(asked.answers, review, key)
+    reviewers = read_reviewers(asked.answers, review, key)
     names = [each.name for each in reviewers]
     if strange := [name for name in asked.drop if name not in names]:
         raise ConfigError(f"drop=[{','.join(strange)}]: no such reviewer; there are {', '.join(names)}")
     if not {*names} - {*asked.drop}:
         raise ConfigError("drop: leaves nobody; name fewer")
-    found = result(review, key, reviewers, asked.drop)
+    found = score_review(review, key, reviewers, asked.drop)
     said = json_text(found, indent=1, ensure_ascii=False)
     write_text_atomic(asked.review / RESULT, said + "\n")
-    where = keep(asked.run, REVIEW, found)
-    note(asked.run, "review", {"record": str(where.relative_to(asked.run)), "metrics": found["metrics"]})
-    print(said if asked.as_json else text(found))
+    where = keep_report(asked.run, REVIEW, found)
+    add_to_run_record(asked.run, "review", {"record": str(where.relative_to(asked.run)), "metrics": found["metrics"]})
+    print(said if asked.as_json else score_text(found))
     if not asked.as_json:
         print(f"\nwritten: {asked.review / RESULT}, {where}")
     return 0

@@ -15,7 +15,7 @@ from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
 COLUMNS = ("messages", "prompt", "instruction", "question")
-UNSAID = "-"
+NO_ANSWER = "-"
 """Stands where a row of a task has its answer, which is not asked about."""
 
 
@@ -31,7 +31,7 @@ class Prompt:
     """The conversation so far; None for a plain text."""
 
 
-def draw(path: str, n: int, seed: int) -> list[Prompt]:
+def draw_prompts(path: str, n: int, seed: int) -> list[Prompt]:
     """`n` prompts of a file in an order of the seed. Errors: ConfigError, DataError with file and line."""
     files = expand(path, "prompts")
     if hub := next((each for each in files if is_hub(each)), None):
@@ -55,8 +55,8 @@ def write_rows(path: Path, prompts: list[Prompt]) -> None:
     rows = []
     for prompt in prompts:
         turns = prompt.turns or [{"role": "user", "content": prompt.text}]
-        answered = {"messages": [*turns, {"role": "assistant", "content": UNSAID}]}
-        rows.append({"prompt": prompt.text, "completion": UNSAID} if plain else answered)
+        answered = {"messages": [*turns, {"role": "assistant", "content": NO_ANSWER}]}
+        rows.append({"prompt": prompt.text, "completion": NO_ANSWER} if plain else answered)
     write_text_atomic(path, "".join(f"{json_text(row, ensure_ascii=False)}\n" for row in rows))
 
 

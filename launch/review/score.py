@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from launch.review.agreement import TIE, TUNED_WINS, Votes, alpha, pairs, undone
+from launch.review.agreement import TIE, TUNED_WINS, Votes, alpha, pairwise_kappas, winner
 from launch.review.answers import Reviewer
 from launch.review.careless_reviewers import RULES, flags
 from launch.review.sheet import BASE, TUNED
 from trainer.config.review import OVERALL
 
 RESAMPLES = 10_000
-LISTED = 50
+MAX_LISTED = 50
 WORTH = {TUNED_WINS: 1.0, TIE: 0.5}
 METHOD = (
     "share of prompts that the tuned model wins, ties and equal answers as halves, reviewers of a prompt as their mean; "
@@ -24,7 +24,7 @@ METHOD = (
 )
 
 
-def result(review: str, key: dict[str, Any], reviewers: list[Reviewer], dropped: list[str]) -> dict[str, Any]:
+def score_review(review: str, key: dict[str, Any], reviewers: list[Reviewer], dropped: list[str]) -> dict[str, Any]:
     """The record of a review, JSON values; `dropped` are reviewers of these whose votes do not count."""
     counted = [each for each in reviewers if each.name not in dropped]
     questions = [OVERALL, *key["rubric"]]
@@ -46,11 +46,11 @@ def result(review: str, key: dict[str, Any], reviewers: list[Reviewer], dropped:
         "num_prompts": key["num_prompts"],
         "num_same": dict(Counter(each["other"] for each in key["same"])),
         "rubric": key["rubric"],
-        "reviewers": [_about(each, key, suspects[each.name], each.name in dropped) for each in reviewers],
+        "reviewers": [_reviewer_summary(each, key, suspects[each.name], each.name in dropped) for each in reviewers],
         "rules": RULES,
         "metrics": metrics,
         "without_flagged": without,
-        "kappa": pairs(votes[OVERALL]),
+        "kappa": pairwise_kappas(votes[OVERALL]),
         "disagreements": _disagreements(votes[OVERALL], counted, key),
     }
 
@@ -59,7 +59,7 @@ def _votes(reviewers: Iterable[Reviewer], key: dict[str, Any], question: str) ->
     """Who won, by (reviewer, item); repeated items are for the reviewer's own consistency alone."""
     items = {item["id"]: item for item in key["items"] if item["repeats"] is None}
     return {
-        (reviewer.name, name): undone(given.answers[question], items[name])
+        (reviewer.name, name): winner(given.answers[question], items[name])
         for reviewer in reviewers
         for name, given in reviewer.items.items()
         if name in items and question in given.answers
@@ -71,7 +71,7 @@ def _metrics(votes: dict[str, Votes], key: dict[str, Any], others: list[str]) ->
     found: dict[str, dict[str, Any]] = {}
     for other in others:
         for question, said in votes.items():
-            rate = _rate(said, key, other)
+            rate = _win_rate(said, key, other)
             found[f"win_rate/{other}" + ("" if question == OVERALL else f"/{question}")] = rate
     values = {other: found[f"win_rate/{other}"]["value"] for other in others}
     main = BASE if BASE in others else min(others, key=lambda other: (values[other] is None, values[other] or 0))
@@ -83,7 +83,7 @@ def _metrics(votes: dict[str, Votes], key: dict[str, Any], others: list[str]) ->
     return {name: found[name] for name in sorted(found, key=lambda name: (name.count("/"), name != "win_rate", name))}
 
 
-def _rate(votes: Votes, key: dict[str, Any], other: str) -> dict[str, Any]:
+def _win_rate(votes: Votes, key: dict[str, Any], other: str) -> dict[str, Any]:
     """The win rate against one arm, with its interval; None for both where nobody judged."""
     items = {item["id"]: item for item in key["items"] if item["other"] == other}
     by_prompt: dict[int, list[float]] = {}
@@ -115,7 +115,7 @@ def _majority(mine: Reviewer, reviewers: list[Reviewer], key: dict[str, Any]) ->
     return {item: said.most_common(1)[0][0] for item, said in by_item.items() if said.total() > 1}
 
 
-def _about(reviewer: Reviewer, key: dict[str, Any], suspicious: list[str], dropped: bool) -> dict[str, Any]:
+def _reviewer_summary(reviewer: Reviewer, key: dict[str, Any], suspicious: list[str], dropped: bool) -> dict[str, Any]:
     judged = [given for given in reviewer.items.values() if OVERALL in given.answers]
     timed = [given.seconds for given in judged if given.seconds is not None]
     return {
@@ -148,4 +148,4 @@ def _disagreements(votes: Votes, reviewers: list[Reviewer], key: dict[str, Any])
                 | {"comments": comments}
             )
     found.sort(key=lambda each: each["even"])
-    return [{name: value for name, value in each.items() if name != "even"} for each in found[:LISTED]]
+    return [{name: value for name, value in each.items() if name != "even"} for each in found[:MAX_LISTED]]

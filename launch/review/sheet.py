@@ -32,7 +32,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class SheetItem:
     """One pair of answers as it is shown."""
 
     id: str
@@ -46,11 +46,11 @@ class Sheet:
     """What goes to reviewers, and its key."""
 
     review: str
-    items: list[Item]
+    items: list[SheetItem]
     key: dict[str, Any]
 
 
-def made(
+def make_sheet(
     prompts: list[Prompt], answers: dict[str, list[str]], about: dict[str, Any], config: ReviewConfig, salt: str = ""
 ) -> Sheet:
     """Pair the tuned model's answers with those of each other arm. `answers`: by arm, in the order of the prompts.
@@ -73,14 +73,14 @@ def made(
     order = [*range(len(rows))]
     drawn.shuffle(order)
     again = sorted(drawn.sample(order, min(len(order), round(config.repeats * len(order)))), key=order.index)
-    shown, listed = list[Item](), list[dict[str, Any]]()
+    shown, listed = list[SheetItem](), list[dict[str, Any]]()
     for place, number in enumerate([*order, *again]):
         row, (text, tuned, other) = dict(rows[number]), items[number]
         if place >= len(order):  # sides exchanged
             row |= {"repeats": listed[order.index(number)]["id"], TUNED: SIDES[row[TUNED] == "a"]}
         row["id"] = hashlib.sha256(f"{salt} {place}".encode()).hexdigest()[:12]
         sides = (tuned, other) if row[TUNED] == "a" else (other, tuned)
-        shown.append(Item(row["id"], text, *sides))
+        shown.append(SheetItem(row["id"], text, *sides))
         listed.append(row)
     listed = [{**row, "sha256": _hash_of(item)} for row, item in zip(listed, shown, strict=True)]
     key = {"version": VERSION, **about, "rubric": config.rubric, "seed": config.seed, "salt": salt, "arms": [*answers]}
@@ -88,7 +88,7 @@ def made(
     return Sheet(id_of(key), shown, key)
 
 
-def _hash_of(item: Item) -> str:
+def _hash_of(item: SheetItem) -> str:
     return hashlib.sha256(json.dumps([item.prompt, item.a, item.b]).encode()).hexdigest()
 
 

@@ -62,7 +62,7 @@ class ScoreWords(VerbWords):
 
 
 @dataclass(slots=True)
-class Making:
+class MakeRequest:
     """What `review make` is asked for."""
 
     run: Path
@@ -84,7 +84,7 @@ class Making:
     """The word that takes another base than the runs were trained on, empty where it was not typed."""
 
 
-def making(argv: list[str]) -> Making:
+def read_make_words(argv: list[str]) -> MakeRequest:
     """The words of `review make`. Errors: ConfigError with every problem."""
     from launch.config.compose import recompose
     from launch.config.read_run import ReadingVerb, read_run, take_words
@@ -124,10 +124,10 @@ def making(argv: list[str]) -> Making:
     model = {"run": str(run), "checkpoint": checkpoint.name, "artefact": artefact, "accepted": accepted}
     plain = [word for word in settings if not word.startswith("review.")]
     accept = f"accept=[{','.join(words.accept)}]" if words.accept else ""
-    return Making(run, words.prompts, arms, to, checkpoint, model, review, plain, allowing, command, accept)
+    return MakeRequest(run, words.prompts, arms, to, checkpoint, model, review, plain, allowing, command, accept)
 
 
-def scoring(argv: list[str]) -> ScoreWords:
+def read_score_words(argv: list[str]) -> ScoreWords:
     """The words of `review score`. Errors: ConfigError with every problem."""
     from launch.review.sheet import KEY
 
@@ -187,7 +187,7 @@ def _arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
     return arms, problems
 
 
-def arm_plan(asked: Making, name: str, where: str | None) -> EvaluationPlan:
+def arm_plan(asked: MakeRequest, name: str, where: str | None) -> EvaluationPlan:
     """An evaluation that has one model (and the run's base, where that is an arm) answer the prompts."""
     from launch.evaluate.words import plan, sort
     from launch.review.sheet import BASE

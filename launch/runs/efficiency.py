@@ -19,7 +19,7 @@ from typing import Any
 
 from launch.config.prices import price_of
 from launch.runs.slurm_time import clock
-from trainer.reporting.results import note
+from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import readable_run_record
 
 STARTS = "jobs.jsonl"
@@ -65,7 +65,7 @@ def record(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str
     try:
         with (run_dir / STARTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(found)) + "\n")
-        note(run_dir, "jobs", starts(run_dir))
+        add_to_run_record(run_dir, "jobs", starts(run_dir))
     except OSError as error:
         return f"{said(asdict(found))}; not recorded ({error.strerror or error})"
     return said(asdict(found))

@@ -42,23 +42,24 @@ def test_false_alarms_and_what_is_found():
     looks = 10
     null = [
         any(
-            forgetting.find(config, Evidence(5, {}, looks, compared=[compared(drawn, noise=0.3)])) for _ in range(looks)
+            forgetting.find_problem(config, Evidence(5, {}, looks, compared_tasks=[compared(drawn, noise=0.3)]))
+            for _ in range(looks)
         )
         for _ in range(100)
     ]
     assert np.mean(null) <= 0.08  # 5 %, and its chance
-    found = forgetting.find(config, Evidence(5, {}, looks, compared=[compared(drawn, rise=0.05)]))
+    found = forgetting.find_problem(config, Evidence(5, {}, looks, compared_tasks=[compared(drawn, rise=0.05)]))
     assert found is not None and not found.stops and found.numbers["forgetting"] == pytest.approx(0.05, abs=0.01)
 
 
 def test_a_limit_is_held_against_the_number_itself():
     drawn = np.random.default_rng(3)
-    seen = Evidence(5, {}, 10, compared=[compared(drawn, rise=0.05), compared(drawn, rise=-0.01)])
-    assert forgetting.numbers(seen)["forgetting"] == pytest.approx(0.05, abs=0.01)
+    seen = Evidence(5, {}, 10, compared_tasks=[compared(drawn, rise=0.05), compared(drawn, rise=-0.01)])
+    assert forgetting.logged_metrics(seen)["forgetting"] == pytest.approx(0.05, abs=0.01)
     for limit, stops in (("3%", True), (0.03, True), ("8%", None), ("3 %", True)):
-        found = forgetting.find(ForgettingWatchConfig(limit=limit), seen)
+        found = forgetting.find_problem(ForgettingWatchConfig(limit=limit), seen)
         assert (found is None) if stops is None else (found is not None and found.stops)
-    noted = forgetting.find(ForgettingWatchConfig(limit="3%", action=Reaction.note), seen)
+    noted = forgetting.find_problem(ForgettingWatchConfig(limit="3%", action=Reaction.note), seen)
     assert noted is not None and not noted.stops
     for odd in ("three", "-1%", True, "nan"):
         with pytest.raises(ValueError, match=r"."):
@@ -79,22 +80,24 @@ GOOD = [f"The answer to number {n} is written in plain words and ends here." for
 )
 def test_degenerate_answers_are_told_apart(texts, kind):
     answers = [ModelAnswer(text, right) for text, right in zip(texts, GOOD, strict=True)]
-    found = degenerate_answers.find(OutputConfig(), Evidence(3, {}, 5, answers=answers))
+    found = degenerate_answers.find_problem(OutputConfig(), Evidence(3, {}, 5, answers=answers))
     assert found is not None and found.numbers[kind] > 0.9 and set(found.numbers) <= {kind, "foreign"}
-    assert degenerate_answers.find(OutputConfig(action=Reaction.off), Evidence(3, {}, 5, answers=answers)) is None
-    assert degenerate_answers.find(OutputConfig(), Evidence(0, {}, 5, answers=answers)) is None  # the base's
+    assert (
+        degenerate_answers.find_problem(OutputConfig(action=Reaction.off), Evidence(3, {}, 5, answers=answers)) is None
+    )
+    assert degenerate_answers.find_problem(OutputConfig(), Evidence(0, {}, 5, answers=answers)) is None  # the base's
 
 
 def test_good_answers_and_single_bad_ones_are_not():
     answers = [ModelAnswer(text, right) for text, right in zip(["", "", *GOOD[2:]], GOOD, strict=True)]
-    assert degenerate_answers.find(OutputConfig(), Evidence(3, {}, 5, answers=answers)) is None
+    assert degenerate_answers.find_problem(OutputConfig(), Evidence(3, {}, 5, answers=answers)) is None
     for bad, other, of in ((5, 0, 12), (6, 3, 20), (3, 3, 9)):
         theirs = scipy.stats.fisher_exact([[bad, of - bad], [other, of - other]], alternative="greater").pvalue
-        assert degenerate_answers.fisher(bad, other, of) == pytest.approx(theirs)
+        assert degenerate_answers.fisher_p_value(bad, other, of) == pytest.approx(theirs)
 
 
 def test_instability_needs_more_than_an_odd_batch():
-    assert instability.find(Progress(step=100, outliers=1)) is None
-    found = instability.find(Progress(step=100, outliers=4, skipped_steps=2))
+    assert instability.find_problem(Progress(step=100, outliers=1)) is None
+    found = instability.find_problem(Progress(step=100, outliers=4, skipped_steps=2))
     assert found is not None and "4 steps" in found.says
-    assert instability.find(Progress(step=100, rollbacks=1)) is not None
+    assert instability.find_problem(Progress(step=100, rollbacks=1)) is not None

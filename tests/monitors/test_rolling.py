@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.monitors.rolling import LEAST_SPREAD, MOST, NORMAL, Rolling
+from trainer.monitors.rolling import LEAST_SPREAD, MOST, NORMAL, RollingWindow
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def expected(before, value):
 @pytest.mark.parametrize("window", [10, 11, 20])
 def test_scores_are_numpys_over_the_last_steps(window):
     values = np.random.default_rng(0).lognormal(size=(40, 2)) + 1
-    rolling = Rolling(window, CPU)
+    rolling = RollingWindow(window, CPU)
     for number, row in enumerate(values):
         scores = rolling.scores(torch.tensor(row)).tolist()
         before = values[max(0, number - window) : number]
@@ -27,19 +27,19 @@ def test_scores_are_numpys_over_the_last_steps(window):
             assert np.isnan(scores).all()
         else:
             assert scores == pytest.approx([expected(before[:, i], row[i]) for i in range(2)], rel=1e-12)
-        rolling.take_in(torch.tensor(row), torch.tensor(True))
+        rolling.push(torch.tensor(row), torch.tensor(True))
     assert rolling.rows() == values[-window:].tolist()
-    again = Rolling(window, CPU, rolling.rows())
-    assert torch.equal(again.kept, rolling.kept)
+    again = RollingWindow(window, CPU, rolling.rows())
+    assert torch.equal(again.window, rolling.window)
 
 
 def test_what_is_left_out_does_not_join_and_a_flat_curve_has_no_outliers_of_trifles():
-    rolling = Rolling(10, CPU)
+    rolling = RollingWindow(10, CPU)
     for _ in range(10):
-        rolling.take_in(torch.tensor([2.0, 1.0]).double(), torch.tensor(True))
-    kept = rolling.kept
-    rolling.take_in(torch.tensor([99.0, 99.0]).double(), torch.tensor(False))
-    assert torch.equal(rolling.kept, kept)
+        rolling.push(torch.tensor([2.0, 1.0]).double(), torch.tensor(True))
+    kept = rolling.window
+    rolling.push(torch.tensor([99.0, 99.0]).double(), torch.tensor(False))
+    assert torch.equal(rolling.window, kept)
     # One hundredth of the median is one standard deviation, where nothing moves.
     assert rolling.scores(torch.tensor([2.02, 1.0]).double()).tolist() == pytest.approx([1.0, 0.0])
     for odd in ([torch.nan, 9.0], [9.0, torch.inf]):  # alike, however a strategy says that a norm is not finite

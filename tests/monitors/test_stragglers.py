@@ -10,8 +10,8 @@ from strategies.runtime import Runtime
 from tests.faults.runs import Runs, read
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.nursery import FAULT
-from trainer.monitors.stragglers import INTERVALS, Slow, Stragglers, factor_of
-from trainer.reporting.block_times import Busy, timed_modules
+from trainer.monitors.stragglers import INTERVALS, SlowRank, Stragglers, factor_of
+from trainer.reporting.block_times import BlockTimer, timed_modules
 from trainer.reporting.metrics import RankTime
 from trainer.session.announcements import slow_rank_reporter
 
@@ -68,7 +68,7 @@ def test_only_blocks_are_timed_and_only_while_it_is_on(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("trainer.reporting.step_times.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     blocks = [nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)) for _ in range(2)]
-    busy, model = Busy(torch.device("cpu")), nn.Sequential(*blocks)
+    busy, model = BlockTimer(torch.device("cpu")), nn.Sequential(*blocks)
     busy.watch(blocks)
     model(torch.ones(2))
     assert busy.read() == 0
@@ -88,7 +88,7 @@ def test_while_a_rank_is_slow_the_status_says_so(tmp_path):
     tell = slow_rank_reporter(
         SimpleNamespace(run_dir=tmp_path, attempt=where, console=SimpleNamespace(say=said.append))
     )
-    slow = Slow(rank=3, host="node7", factor=1.84, from_step=120)
+    slow = SlowRank(rank=3, host="node7", factor=1.84, from_step=120)
     tell(slow, [slow], 120)
     status = read(tmp_path / "status.json")
     why = "rank 3 on node7 computes 1.8 times as long as the other ranks, from step 120 on"
@@ -133,6 +133,6 @@ def test_a_slowed_rank_is_named_and_a_healthy_run_names_none(site, monkeypatch, 
     assert code == 0, said
     [slow] = read(site.root / f"slow-{strategy}" / "run.json")["outcome"]["slow_ranks"]
     assert slow["rank"] == 1 and slow["factor"] > FACTOR and slow["from_step"] >= INTERVALS
-    assert f"warning: step {slow['from_step']}: {Slow(**slow)}" in said and "slow:" in said
+    assert f"warning: step {slow['from_step']}: {SlowRank(**slow)}" in said and "slow:" in said
     assert {row["blocks_s/rank"] for row in site.rows(f"slow-{strategy}")} == {1}
     assert site.status(f"slow-{strategy}")["state"] == "done"

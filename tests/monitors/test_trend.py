@@ -9,7 +9,7 @@ import scipy
 from trainer.monitors import overfitting
 from trainer.monitors.base import Evidence
 from trainer.monitors.config import OverfittingConfig, Reaction
-from trainer.monitors.trend import rising
+from trainer.monitors.trend import rising_p_value
 
 
 @pytest.mark.parametrize("count", [4, 7, 12])
@@ -18,14 +18,14 @@ def test_the_test_is_scipys(count):
     for _ in range(5):
         values = drawn.normal(size=count) + 0.2 * np.arange(count)
         theirs = scipy.stats.kendalltau(np.arange(count), values, alternative="greater", method="exact").pvalue
-        assert rising(values.tolist()) == pytest.approx(theirs, rel=1e-9)
+        assert rising_p_value(values.tolist()) == pytest.approx(theirs, rel=1e-9)
 
 
 def test_every_order_of_five_is_as_likely_as_the_distribution_says():
-    found = [rising(order) for order in itertools.permutations(range(5))]
+    found = [rising_p_value(order) for order in itertools.permutations(range(5))]
     for level in (1 / 120, 5 / 120, 0.2):
         assert np.mean(np.array(found) <= level + 1e-12) <= level + 1e-12
-    assert min(found) == pytest.approx(1 / 120) and rising([1.0] * 9) == 1.0
+    assert min(found) == pytest.approx(1 / 120) and rising_p_value([1.0] * 9) == 1.0
 
 
 def seen(train, held_out, planned=20):
@@ -35,7 +35,7 @@ def seen(train, held_out, planned=20):
 
 def alarmed(train, held_out) -> bool:
     config, counts = OverfittingConfig(), range(1, len(train) + 1)
-    return any(overfitting.find(config, seen(train[:n], held_out[:n], len(train))) for n in counts)
+    return any(overfitting.find_problem(config, seen(train[:n], held_out[:n], len(train))) for n in counts)
 
 
 def test_a_run_that_hovers_is_rarely_called_overfitting_and_one_that_overfits_is():
@@ -59,13 +59,15 @@ def test_a_held_out_loss_that_drifts_is_no_overfitting_while_the_gap_hovers(coun
 
 def test_what_is_found_names_the_best_step_and_what_to_type():
     train, held_out = [3.0, 2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7], [3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6]
-    found = overfitting.find(OverfittingConfig(action=Reaction.stop), seen(train, held_out, 8))
+    found = overfitting.find_problem(OverfittingConfig(action=Reaction.stop), seen(train, held_out, 8))
     assert found is not None and found.stops and found.numbers["best_step"] == 1
     assert found.numbers["p_held_out"] == pytest.approx(1 / 720)
     assert any("evaluation.patience" in word for word in found.remedies)
-    assert overfitting.find(OverfittingConfig(action=Reaction.off), seen(train, held_out, 8)) is None
+    assert overfitting.find_problem(OverfittingConfig(action=Reaction.off), seen(train, held_out, 8)) is None
     assert (
-        overfitting.find(OverfittingConfig(), seen(train[:7], held_out[:7], 8)) is None
+        overfitting.find_problem(OverfittingConfig(), seen(train[:7], held_out[:7], 8)) is None
     )  # five say too little for eight looks
     worse = [3.0 + 0.1 * n for n in range(8)]
-    assert overfitting.find(OverfittingConfig(), seen(worse, [2 * loss for loss in worse], 8)) is None  # both get worse
+    assert (
+        overfitting.find_problem(OverfittingConfig(), seen(worse, [2 * loss for loss in worse], 8)) is None
+    )  # both get worse

@@ -34,7 +34,7 @@ from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.preference import DpoConfig
 from trainer.objectives.routed import AddedLosses, added_losses
 from trainer.objectives.sft import SftConfig
-from trainer.reporting.expert_load import by_layer, of_step
+from trainer.reporting.expert_load import expert_metrics, load_by_layer
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.config import PromptConfig
 from trainer.tuning.full import Full
@@ -362,8 +362,8 @@ def test_padding_and_virtual_tokens_are_no_tokens():
 
 def test_load_of_layers_with_unlike_numbers_of_experts():
     tokens = torch.tensor([[6, 2, 0, 4], [5, 1, -2, -2]])
-    assert by_layer(tokens) == [{"max_over_mean": 2.0, "unused": 0.25}, {"max_over_mean": 5 / 3, "unused": 0.0}]
-    assert of_step(tokens) == {"experts/max_over_mean": 2.0, "experts/unused": 1 / 6}
+    assert load_by_layer(tokens) == [{"max_over_mean": 2.0, "unused": 0.25}, {"max_over_mean": 5 / 3, "unused": 0.0}]
+    assert expert_metrics(tokens) == {"experts/max_over_mean": 2.0, "experts/unused": 1 / 6}
 
 
 def test_biases_that_balance_experts_stay_as_loaded_and_the_start_says_so():

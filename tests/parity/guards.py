@@ -26,7 +26,7 @@ from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.loop import Trainer
 from trainer.monitors.guard_config import Action, GuardsConfig
-from trainer.monitors.replicas import held_alike
+from trainer.monitors.replicas import replicated_parameters
 from trainer.objectives.sft import SftReading
 from trainer.reporting.metrics import StepRecord
 from trainer.reporting.tracking import Trackers
@@ -158,7 +158,7 @@ def replicas(job: Job, strategy: str, tuning: str, flips: bool) -> dict:
         said = ""
     except ReplicasDiffer as error:
         said = str(error)
-    held = len(list(held_alike(trainer.engine)))
+    held = len(list(replicated_parameters(trainer.engine)))
     names = [path.name for path in places[0].iterdir()] if job.runtime.is_main else []
     told = processes.gather_objects(said, job.runtime)
     return {"said": told, "held": held, "checkpoints": sorted(names), "step": trainer.progress.step}

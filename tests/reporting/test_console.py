@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.helpers.launching import ROOT, clean_environment
-from trainer.reporting.console import Console, Course
+from trainer.reporting.console import Console, RunSchedule
 
 SAYS = """
 from types import SimpleNamespace
@@ -64,7 +64,7 @@ def wide() -> list[str]:
 
 def test_what_is_said_stays_and_the_bar_is_below_it(wide):
     assert wide[:2] == ["a start screen", "evaluation at step 10"]
-    assert wide[2].startswith("step 20/20 ━━━━━━━━━━") and "loss 1.0000" in wide[2] and "left 0:00" in wide[2]
+    assert wide[2].startswith("step 20/20 ━━━━━━━━━━") and "loss 1.0000" in wide[2] and "eta 0:00" in wide[2]
     assert wide[3:] == ["the end", ""]
 
 
@@ -72,17 +72,13 @@ def test_a_run_that_ends_early_leaves_its_bar_and_a_line_of_their_own_to_others(
     *_, bar, end, _ = shown(120, end=False)
     assert bar.startswith("step 15/20 ") and end == "the end"
     assert (
-        "SKIPPED" in bar
-        and "4,812 tok/s" in bar
-        and "mem 12.3 GiB" in bar
-        and "eval in 1" in bar
-        and "left 0:10" in bar
+        "SKIPPED" in bar and "4,812 tok/s" in bar and "mem 12.3 GiB" in bar and "eval in 1" in bar and "eta 0:10" in bar
     )
 
 
 def test_a_narrow_terminal_leaves_out_what_matters_least():
     *_, bar, _, _ = shown(52, end=False)
-    assert "loss 1.2500" in bar and "left 0:10" in bar and "tok/s" not in bar and "━" in bar
+    assert "loss 1.2500" in bar and "eta 0:10" in bar and "tok/s" not in bar and "━" in bar
 
 
 @pytest.mark.parametrize("why", ["no terminal", "dumb"])
@@ -92,7 +88,7 @@ def test_elsewhere_an_interval_is_a_line(why, capsys, monkeypatch):
     else:
         console = Console(enabled=True)
         row = {"grad_norm": 1.5, "lr": 1e-4, "tokens_per_s": 4812.0, "memory_gib": 1.0, "data_wait_s": 0.0, "loss": 1.0}
-        console.progress({**row, "step": 20}, Course(20, 0, 0.0))
+        console.progress({**row, "step": 20}, RunSchedule(20, 0, 0.0))
         lines = capsys.readouterr().out.split("\n")
     assert any(
         re.match(r"step 20/20 \| loss 1.0000 \| grad 1.500 \| lr 1.00e-04 \| 4,812 tok/s", line) for line in lines

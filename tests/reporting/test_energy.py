@@ -42,7 +42,7 @@ def test_what_a_run_took_is_in_its_record_and_card(site):
     other = {"kwh": 2.0, "kg_co2e": 1.0, "hours": 3.0, "country": "DEU", "by": "codecarbon", "host": "n2"}
     (path.parent / "9-n2.json").write_text(json.dumps(other))
     (path.parent / "9-n3.json").write_text("{")  # killed amid its first
-    both = energy.taken(site / "run")
+    both = energy.energy_of_run(site / "run")
     assert (both["kwh"], both["hosts"]) == (pytest.approx(2.0 + said["kwh"]), 2)
 
 

@@ -69,8 +69,8 @@ def test_gpus_of_all_hosts_are_told_with_the_same_reduction(monkeypatch):
         monkeypatch.setattr(metrics, "peak_memory_gib", lambda device: {"memory_gib": 1.0})
         meter = Meter(rank(number, 2), 1.0, None)
         meter.gpu = gpu_meters.GpuWatcher(torch.device("cuda:0"))
-        meter.gpu.see()
-        meter.gpu.see()
+        meter.gpu.sample()
+        meter.gpu.sample()
         meter.add(step(1))
         meter.add(step(2))
         return meter.flush(), meter

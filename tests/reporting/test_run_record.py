@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer.reporting.file_version import FILE_VERSION
-from trainer.reporting.results import note
+from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import (
     MOST_BYTES,
     SAID_LATER,
@@ -57,7 +57,7 @@ def test_what_is_written_is_read_back(tmp_path):
     )
     assert "gates" not in tree and "jobs" not in tree  # nothing to say yet
     # Verbs put something under a key of the file; the rest stays as it is.
-    note(tmp_path, "exports", [{"to": "there"}])
+    add_to_run_record(tmp_path, "exports", [{"to": "there"}])
     assert read_run_record(tmp_path).exports == [{"to": "there"}]
     assert json.loads((tmp_path / "run.json").read_text()) == {**tree, "exports": [{"to": "there"}]}
 

@@ -21,7 +21,7 @@ from trainer.reporting.earlier_rows import EarlierResults
 from trainer.reporting.jsonl import UNREADABLE, JsonlTracker
 from trainer.reporting.metric_rows import read_rows
 from trainer.reporting.status import State
-from trainer.reporting.trackers.base import Ended, Tracked
+from trainer.reporting.trackers.base import RunEnding, TrackedRun
 from trainer.reporting.tracking import Trackers, open_trackers
 
 
@@ -96,7 +96,7 @@ def test_no_reader_stops_at_a_line_that_cannot_be_read(tmp_path, line):
 
 def tracked(run_dir, config, **about):
     given = {"run_id": "", "name": "fsdp2-lora-lr2e-4", "resumed_at": 0, "settings": {}, "say": print, **about}
-    return Tracked(config=config, run_dir=run_dir, **given)
+    return TrackedRun(config=config, run_dir=run_dir, **given)
 
 
 def test_a_mount_that_stumbles_while_a_row_is_written_ends_no_run(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_tensorboard_reads_back(tmp_path):
     config = LoggingConfig(wandb=WandbMode.disabled, tensorboard=True)
     trackers = open_trackers(tracked(tmp_path, config), {}).trackers
     trackers.log({"loss": 1.5}, step=3)
-    trackers.close(Ended(State.done))
+    trackers.close(RunEnding(State.done))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -136,7 +136,7 @@ def test_a_tracker_that_fails_is_told_and_costs_the_run_nothing(tmp_path):
     trackers = Trackers(JsonlTracker(tmp_path / "metrics.jsonl", 0), [Broken()], said.append)
     trackers.log({"loss": 1.0}, step=1)
     trackers.log({"loss": 2.0}, step=2)
-    trackers.close(Ended(State.done))
+    trackers.close(RunEnding(State.done))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert said == ["Broken stopped working and is dropped: RuntimeError: no quota"]
 
@@ -160,7 +160,7 @@ def test_rows_are_brought_to_the_disk_and_say_later_what_was_measured(tmp_path, 
             trackers.log({"eval/loss": 4.0, "tokens": 9}, step=step)
     trackers.sync()
     assert Seen.sizes == [path.stat().st_size]
-    trackers.close(Ended(State.done))
+    trackers.close(RunEnding(State.done))
     found = Trackers(JsonlTracker(path, 3)).earlier
     assert (found.before, found.after, found.last_row["step"]) == ({"eval/loss": 5.0}, {"eval/loss": 4.0}, 3)
     assert found.speed == {"tokens_per_s": 20.0}, "of the steps that count, and not of step 4"

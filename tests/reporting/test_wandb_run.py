@@ -26,8 +26,8 @@ from tests.reporting.test_tracking import tracked
 from trainer.reporting.config import Alert, LoggingConfig, WandbMode
 from trainer.reporting.status import State
 from trainer.reporting.trackers import reachable, weights_and_biases
-from trainer.reporting.trackers.base import Ended
-from trainer.reporting.trackers.environment import settle
+from trainer.reporting.trackers.base import RunEnding
+from trainer.reporting.trackers.environment import apply_environment
 from trainer.reporting.trackers.reachable import unreachable
 from trainer.reporting.tracking import open_trackers, summary_of
 from trainer.session.lease import LeaseLost
@@ -173,7 +173,7 @@ def test_rows_survive_the_signal_that_ends_wandbs_own_process(tmp_path, last):
     psutil.wait_procs(children, timeout=seconds(20))
     if last == "row":
         run.log({"loss": 0.2, "tokens": 5}, step=5)
-    run.close(Ended(State.preempted))
+    run.close(RunEnding(State.preempted))
     parts = sorted((tmp_path / "wandb").glob("offline-run-*-abc"), key=lambda part: part.stat().st_mtime)
     assert run.hint is not None and all(part.name in run.hint[1] for part in parts)
     records = [json.loads(line) for line in inspected(parts[-1]).splitlines()]
@@ -184,9 +184,11 @@ def test_rows_survive_the_signal_that_ends_wandbs_own_process(tmp_path, last):
 
 
 def test_how_a_run_ended():
-    assert Ended.by(Preempted("x")).alert is Alert.preempted and Ended.by(LeaseLost("x")).state is State.preempted
-    assert Ended.by(Diverged("x")).alert is Alert.diverged and Ended.by(RuntimeError("x")).exit_code == 70
-    assert Ended.by(KeyboardInterrupt()).exit_code == 130 and Ended(State.done).alert is None
+    assert (
+        RunEnding.by(Preempted("x")).alert is Alert.preempted and RunEnding.by(LeaseLost("x")).state is State.preempted
+    )
+    assert RunEnding.by(Diverged("x")).alert is Alert.diverged and RunEnding.by(RuntimeError("x")).exit_code == 70
+    assert RunEnding.by(KeyboardInterrupt()).exit_code == 130 and RunEnding(State.done).alert is None
 
 
 def test_points_of_a_sweep_share_a_group_and_are_columns(site, monkeypatch):
@@ -209,7 +211,7 @@ def test_points_of_a_sweep_share_a_group_and_are_columns(site, monkeypatch):
 
 def test_the_environment_decides_where_no_setting_does():
     given = {"WANDB_PROJECT": "theirs", "WANDB_NAME": "a", "WANDB_TAGS": "x, y", "WANDB_MODE": "dryrun"}
-    found = settle(LoggingConfig(project="mine"), given)
+    found = apply_environment(LoggingConfig(project="mine"), given)
     assert (found.config.project, found.config.name, found.config.tags) == ("mine", "a", ["x", "y"])
     assert found.config.wandb is WandbMode.offline
     assert {key: str(resolution) for key, resolution in found.resolutions.items()} == {
@@ -218,10 +220,13 @@ def test_the_environment_decides_where_no_setting_does():
         "logging.wandb": "offline (WANDB_MODE)",
     }
     assert found.passed_over == "passed over: WANDB_PROJECT=theirs (logging.project is set)"
-    same = settle(LoggingConfig(wandb=WandbMode.online), {"WANDB_MODE": "online"})
+    same = apply_environment(LoggingConfig(wandb=WandbMode.online), {"WANDB_MODE": "online"})
     assert (same.config.wandb, same.passed_over) == (WandbMode.online, None)
-    assert "WANDB_MODE=shared (is none of online" in settle(LoggingConfig(), {"WANDB_MODE": "shared"}).passed_over
-    assert settle(LoggingConfig(), {}).config.wandb is WandbMode.offline
+    assert (
+        "WANDB_MODE=shared (is none of online"
+        in apply_environment(LoggingConfig(), {"WANDB_MODE": "shared"}).passed_over
+    )
+    assert apply_environment(LoggingConfig(), {}).config.wandb is WandbMode.offline
 
 
 def test_online_without_an_account_is_offline_and_says_so(tmp_path, monkeypatch):
@@ -229,7 +234,7 @@ def test_online_without_an_account_is_offline_and_says_so(tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     opened = open_trackers(tracked(tmp_path, LoggingConfig(wandb=WandbMode.online)), {})
-    opened.trackers.close(Ended(State.done))
+    opened.trackers.close(RunEnding(State.done))
     assert "API key" in opened.substitutions["logging.wandb"]
     (hint,) = opened.trackers.hints
     assert hint[0] == "W&B" and hint[1].startswith("wandb sync ") and "offline-run" in hint[1]

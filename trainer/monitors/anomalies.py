@@ -15,7 +15,7 @@ from strategies.errors import Diverged
 from strategies.runtime import Runtime, dist_sum
 from trainer.monitors.guard_config import Action, GuardsConfig
 from trainer.monitors.replicas import ReplicaCheck
-from trainer.monitors.rolling import Rolling
+from trainer.monitors.rolling import RollingWindow
 
 WATCHED = ("loss", "grad_norm")
 OUTLIERS = tuple(f"outlier/{name}" for name in WATCHED)
@@ -37,7 +37,7 @@ class Outlier:
 
 
 class RollBack(Exception):
-    """The run is to go on from its last checkpoint, without the samples of this step; raised on all ranks alike."""
+    """Raised on all ranks alike: the run is to continue from its last checkpoint, without the samples of this step."""
 
     def __init__(self, outlier: Outlier) -> None:
         super().__init__(f"step {outlier.step} stands out")
@@ -55,29 +55,37 @@ class Guards:
     def __init__(
         self,
         config: GuardsConfig,
-        most_in_a_row: int,
+        max_skipped_in_a_row: int,
         runtime: Runtime,
-        tell: Callable[[Outlier], None] = lambda outlier: None,
+        on_outlier: Callable[[Outlier], None] = lambda outlier: None,
     ) -> None:
-        """`most_in_a_row` updates that are left out end the run. `tell` is told of outliers on rank 0."""
-        self.config, self.runtime, self.most_in_a_row, self.tell = config, runtime, most_in_a_row, tell
+        """`max_skipped_in_a_row` updates that are left out end the run. `on_outlier` is called on rank 0."""
+        self.config = config
+        self.runtime = runtime
+        self.max_skipped_in_a_row = max_skipped_in_a_row
+        self.on_outlier = on_outlier
         self.actions = (config.loss, config.grad_norm)
-        self.skips, self.goes_back = Action.skip in self.actions, Action.rollback in self.actions
+        self.skips = Action.skip in self.actions
+        self.goes_back = Action.rollback in self.actions
         self.replicas = ReplicaCheck(config.replicas_every_steps, runtime)
         device = runtime.device if self.skips else torch.device("cpu")
-        self._acts = torch.tensor([action is not Action.note for action in self.actions], device=device)
-        self._rolling = Rolling(config.window, device)
+        self._acting = torch.tensor([action is not Action.note for action in self.actions], device=device)
+        self._rolling = RollingWindow(config.window, device)
         self._pending: list[tuple[int, Tensor | None]] = []
         """Samples consumed before each step since the last look, and its scores where it was judged before its update."""
-        self._judged: Tensor | None = None
-        self._left_out: list[tuple[int, float]] = []
+        self._scores_before_update: Tensor | None = None
+        self._skipped_in_a_row: list[tuple[int, float]] = []
         """First sample and gradient norm of each of the last steps whose updates were left out, all in a row."""
 
     def restore_window(self, recent: list[dict[str, float]]) -> None:
         """Begin with the window of a checkpoint, oldest step first, and forget what was seen since."""
-        rows = [[step[name] for name in WATCHED] for step in recent]
-        self._rolling = Rolling(self.config.window, self._rolling.kept.device, rows)
-        self._pending, self._judged, self._left_out = [], None, []
+        rows = []
+        for step in recent:
+            rows.append([step[name] for name in WATCHED])
+        self._rolling = RollingWindow(self.config.window, self._rolling.window.device, rows)
+        self._pending = []
+        self._scores_before_update = None
+        self._skipped_in_a_row = []
 
     def window(self) -> list[dict[str, float]]:
         """The window, for a checkpoint; waits for the device."""
@@ -98,56 +106,75 @@ class Guards:
             values = torch.stack([local_loss.double() / (count or 1), norm.double() / self.runtime.world_size])
             if self.runtime.world_size > 1:
                 values = dist_sum(values)
-            self._judged, out = self._score(values)
-            return out
+            self._scores_before_update, is_left_out = self._score(values)
+            return is_left_out
 
         return left_out
 
     def note_step(self, first_sample: int) -> None:
         """A step was taken; it is looked at with the rows of its interval."""
-        self._pending.append((first_sample, self._judged))
-        self._judged = None
+        self._pending.append((first_sample, self._scores_before_update))
+        self._scores_before_update = None
 
     def _score(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of a step, and whether its update is left out; otherwise it joins the window."""
         scores = self._rolling.scores(values)
-        out = ((scores > self.config.threshold) & self._acts).any()
-        self._rolling.take_in(values, values.isfinite().all() & ~out)
-        return scores, out
+        is_left_out = ((scores > self.config.threshold) & self._acting).any()
+        self._rolling.push(values, values.isfinite().all() & ~is_left_out)
+        return scores, is_left_out
 
     # -- between steps ---------------------------------------------------------------------------------------------------
 
     def look(self, rows: list[dict[str, Any]]) -> None:
-        """Name in `rows` (equal on all ranks, of all steps taken since the last look) what stands out, and tell of it.
+        """Name in `rows` (equal on all ranks, of all steps taken since the last look) what stands out, and report it.
 
         Raises RollBack with the first step after which nothing is worth anything.
         """
-        pending, self._pending = self._pending, []
+        pending = self._pending
+        self._pending = []
         if not rows:
             return
-        if self.skips:
-            nothing = torch.full((len(WATCHED),), torch.nan, dtype=torch.float64, device=self._acts.device)
-            scores = torch.stack([nothing if each is None else each for _, each in pending]).tolist()
-        else:
-            scores = [self._score(torch.tensor([row[name] for name in WATCHED]).double())[0].tolist() for row in rows]
-        for row, (first, _), found in zip(rows, pending, scores, strict=True):
-            out = {name: score for name, score in zip(WATCHED, found, strict=True) if score > self.config.threshold}
-            row |= {key: out[name] for key, name in zip(OUTLIERS, WATCHED, strict=True) if name in out}
-            if out:
-                self._tell(row, out, first)
-            self._left_out = [*self._left_out, (first, row["grad_norm"])] if row.get("skipped") else []
+        scores_by_step = self._scores_of(rows, [scores for _, scores in pending])
+        for row, (first_sample, _), scores in zip(rows, pending, scores_by_step, strict=True):
+            outlying: dict[str, float] = {}
+            for name, key, score in zip(WATCHED, OUTLIERS, scores, strict=True):
+                if score > self.config.threshold:
+                    outlying[name] = score
+                    row[key] = score
+            if outlying:
+                self._report(row, outlying, first_sample)
+            if row.get("skipped"):
+                self._skipped_in_a_row = [*self._skipped_in_a_row, (first_sample, row["grad_norm"])]
+            else:
+                self._skipped_in_a_row = []
 
-    def _tell(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> None:
-        acts = [action for name, action in zip(WATCHED, self.actions, strict=True) if name in scores]
+    def _scores_of(self, rows: list[dict[str, Any]], before_update: list[Tensor | None]) -> list[list[float]]:
+        """The scores of each step: those of before its update if updates may be left out, else computed now."""
+        if self.skips:
+            unknown = torch.full((len(WATCHED),), torch.nan, dtype=torch.float64, device=self._acting.device)
+            scores: list[list[float]] = torch.stack(
+                [unknown if step is None else step for step in before_update]
+            ).tolist()
+            return scores
+        scores = []
+        for row in rows:
+            values = torch.tensor([row[name] for name in WATCHED]).double()
+            step_scores, _ = self._score(values)
+            scores.append(step_scores.tolist())
+        return scores
+
+    def _report(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> None:
+        """Hand an outlier to `on_outlier`; the strongest of the actions holds. Raises RollBack if that is a rollback."""
+        actions = [action for name, action in zip(WATCHED, self.actions, strict=True) if name in scores]
         outlier = Outlier(
             step=row["step"],
             values={name: row[name] for name in scores},
             scores=scores,
-            action=max(acts, key=list(Action).index),
+            action=max(actions, key=list(Action).index),
             first_sample=first_sample,
         )
         if self.runtime.is_main:
-            self.tell(outlier)
+            self.on_outlier(outlier)
         if outlier.action is Action.rollback:
             raise RollBack(outlier)
 
@@ -164,13 +191,14 @@ class Guards:
                 "single samples; lower optim.lr, raise guards.threshold, or look at the documents in events.jsonl. Limit: "
                 "guards.max_rollbacks"
             )
-        number = len(self._left_out)
-        if number < self.most_in_a_row:
+        number = len(self._skipped_in_a_row)
+        if number < self.max_skipped_in_a_row:
             return
-        first = self._left_out[0][0]
-        begin, end = places(first, 1)[0][0], places(max(first, samples - 1), 1)[0][0]
+        first_sample = self._skipped_in_a_row[0][0]
+        begin = places(first_sample, 1)[0][0]
+        end = places(max(first_sample, samples - 1), 1)[0][0]
         where = f"(samples {begin} to {end} of the run's order)"
-        if all(math.isfinite(norm) for _, norm in self._left_out):
+        if all(math.isfinite(norm) for _, norm in self._skipped_in_a_row):
             raise Diverged(
                 f"the updates of {number} steps in a row were left out, since their loss or gradient norm stood out {where}: "
                 "this is no longer about single samples; lower optim.lr, raise guards.threshold, or look at those samples. "

@@ -18,7 +18,7 @@ from trainer.monitors.guard_config import DONE
 from trainer.reporting.jsonl import json_text
 
 EVENTS = "events.jsonl"
-SHOWN = 4
+MAX_DOCUMENTS = 4
 """Documents that are named on the screen."""
 PLACE = ("source", "file", "line")
 
@@ -36,7 +36,7 @@ class AnomalyLog:
     def __call__(self, outlier: Outlier) -> None:
         rows = self.loader.documents(outlier.first_sample)
         table = DocumentTable(self.data) if rows else None
-        documents = [] if table is None else [_document(table, row) for row in rows]
+        documents = [_document(table, row) for row in rows] if table is not None else []
         places = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
         event = {"event": "outlier", "time": time.time(), **asdict(outlier), "places": places, "documents": documents}
         try:
@@ -56,8 +56,8 @@ class AnomalyLog:
         last_place = sum(places[-1]) - 1  # the last run of places is (first, count)
         documents_text = ""
         if documents:
-            named = ", ".join(f"{document['file']}:{document['line']}" for document in documents[:SHOWN])
-            more = f" and {len(documents) - SHOWN} more" if len(documents) > SHOWN else ""
+            named = ", ".join(f"{document['file']}:{document['line']}" for document in documents[:MAX_DOCUMENTS])
+            more = f" and {len(documents) - MAX_DOCUMENTS} more" if len(documents) > MAX_DOCUMENTS else ""
             documents_text = f": {named}{more}"
         return (
             f"step {outlier.step}: {scores} {stands} out; {DONE[outlier.action]}. Samples {first_place} to {last_place} of the "

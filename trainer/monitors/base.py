@@ -49,13 +49,13 @@ class Evidence:
     """What an evaluation hands to detectors; the same on all ranks."""
 
     step: int
-    values: dict[str, float]
+    metrics: dict[str, float]
     """Metrics by name."""
-    planned: int
+    planned_evaluations: int
     """Evaluations of the whole run, over which false alarms are counted."""
     history: list[dict[str, float]] = field(default_factory=list)
     """`step`, `train` and `held_out` loss of each evaluation so far, this one with it."""
     answers: list[ModelAnswer] = field(default_factory=list)
     """What was written in it."""
-    compared: list[Any] = field(default_factory=list)
+    compared_tasks: list[Any] = field(default_factory=list)
     """`trainer/monitors/forgetting.py`'s comparisons with the base."""

@@ -20,7 +20,7 @@ FILE = "forgetting-base.json"
 
 
 @dataclass(slots=True)
-class Base:
+class BaseTask:
     """A task of the base: its rows, of which scores alone are kept on the disk, and its first metric."""
 
     rows: list[TaskRow]
@@ -31,17 +31,20 @@ class BaseRows:
     """Asks the base, or reads what it said before the run was interrupted."""
 
     def __init__(self, evaluator: TaskEvaluator, names: list[str], run_dir: Path, say: Callable[[str], None]) -> None:
-        self.evaluator, self.names, self.path, self.say = evaluator, names, run_dir / FILE, say
+        self.evaluator = evaluator
+        self.names = names
+        self.path = run_dir / FILE
+        self.say = say
         self.runtime = evaluator.model.runtime
-        self.found: dict[str, Base] | None = None
+        self.tasks: dict[str, BaseTask] | None = None
         """By name of the task; None where the base cannot be asked any more."""
-        self.fresh: list[FinishedTask] = []
-        """What was asked of a model that is the base still, for the evaluation before the first step."""
+        self.fresh_tasks: list[FinishedTask] = []
+        """Tasks asked of a model that is the base still: the evaluation before the first step takes them."""
 
     def begin(self, engine: Engine, step: int) -> None:
         """Before the first step of this start. All ranks must call; raises Interrupted on all or none."""
-        self.found = self._kept()
-        if self.found is not None:
+        self.tasks = self._read_kept()
+        if self.tasks is not None:
             return
         built = self.evaluator.model.built
         if not built.tuning.keeps_base and step > 0:
@@ -51,39 +54,47 @@ class BaseRows:
             )
             return
         self.evaluator.model.engine = engine
-        keeps = built.tuning.keeps_base
-        with built.tuning.reference(built.step_module.model) if keeps else nullcontext():
-            done = [*self.evaluator.run_tasks(self.names)]
-        self.fresh = [] if keeps else done
-        self.found = {each.prepared.task.name: Base(each.rows, _first(each)) for each in done}
+        keeps_base = built.tuning.keeps_base
+        with built.tuning.reference(built.step_module.model) if keeps_base else nullcontext():
+            finished = [*self.evaluator.run_tasks(self.names)]
+        # Before the first step of full tuning the model is the base: its answers need not be asked for again.
+        self.fresh_tasks = [] if keeps_base else finished
+        self.tasks = {task.prepared.task.name: BaseTask(task.rows, _first_metric(task)) for task in finished}
         if self.runtime.is_main:
-            kept = {name: asdict(base) for name, base in self.found.items()}
-            write_text_atomic(self.path, json_text({"key": self._key(), "tasks": kept}))
+            tasks = {name: asdict(task) for name, task in self.tasks.items()}
+            write_text_atomic(self.path, json_text({"key": self._key(), "tasks": tasks}))
 
-    def _kept(self) -> dict[str, Base] | None:
+    def _read_kept(self) -> dict[str, BaseTask] | None:
         """What the file says, where it is of the same rows; rank 0's word. All ranks must call."""
-        found = None
-        if self.runtime.is_main and self.path.is_file():
-            try:
-                raw = json.loads(self.path.read_text(encoding="utf-8"))
-                if raw["key"] == self._key():
-                    tasks = raw["tasks"].items()
-                    found = {
-                        name: Base([TaskRow(**row) for row in each["rows"]], each["value"]) for name, each in tasks
-                    }
-            except (OSError, ValueError, KeyError, TypeError):
-                found = None  # asked again, where it can be
-        return broadcast_object(found, self.runtime)
+        tasks = self._read_file() if self.runtime.is_main and self.path.is_file() else None
+        return broadcast_object(tasks, self.runtime)
+
+    def _read_file(self) -> dict[str, BaseTask] | None:
+        """None if the file is damaged, or of other rows: the base is asked again, if it can be."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["key"] != self._key():
+                return None
+            tasks = {}
+            for name, task in content["tasks"].items():
+                tasks[name] = BaseTask([TaskRow(**row) for row in task["rows"]], task["value"])
+            return tasks
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def _key(self) -> list[list[object]]:
-        """What the rows are of."""
-        ready = [each for each in self.evaluator.tasks if each.task.name in self.names]
-        return [[each.task.name, each.task.kind, len(each.cases), *_fingerprint(each.task)] for each in ready]
+        """Which tasks and cases the rows are of."""
+        key: list[list[object]] = []
+        for prepared in self.evaluator.tasks:
+            task = prepared.task
+            if task.name in self.names:
+                key.append([task.name, task.kind, len(prepared.cases), *_fingerprint(task)])
+        return key
 
 
 def _fingerprint(task: Task) -> list[str]:
     return [task.dataset.fingerprint] if isinstance(task, HeldOut) and task.dataset is not None else []
 
 
-def _first(done: FinishedTask) -> float:
-    return done.metrics[done.prepared.task.metrics[0].name]
+def _first_metric(finished: FinishedTask) -> float:
+    return finished.metrics[finished.prepared.task.metrics[0].name]

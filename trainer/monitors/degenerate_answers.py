@@ -10,20 +10,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
 from trainer.monitors.config import OutputConfig, Reaction
 
 LEVEL = 0.05
-LEAST, LEAST_SHARE = 3, 0.1
-"""Answers, and share of all, below which nothing is told."""
+MIN_ANSWERS = 3
+MIN_SHARE = 0.1
+"""Answers, and share of all answers, below which nothing is reported."""
 GRAM = 4
 """Words (letters, in scripts without spaces) of the pieces that are counted."""
 REPEATED = 0.5
 """Share of an answer's pieces that occurred in it before, from which it repeats itself."""
-LEAST_PIECES = 8
-SURE = 0.9
+MIN_PIECES = 8
+MIN_LANGUAGE_PROBABILITY = 0.9
 """Probability of a language from which it counts."""
 REMEDIES = (
     "evaluation.generate.temperature=0.7 or evaluation.tasks.<name>.write.temperature=0.7 (what is greedy repeats)",
@@ -33,68 +35,98 @@ REMEDIES = (
 )
 
 
-def empty(text: str) -> bool:
+def is_empty(text: str) -> bool:
     """Whether nothing is said."""
     return not any(letter.isalnum() for letter in text)
 
 
-def repeats(text: str) -> bool:
+def repeats_itself(text: str) -> bool:
     """Whether at least half of its pieces of four words were said before."""
     words = text.split()
     pieces: list[object] = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
     if len(words) < len(text) / 30:  # no spaces
         pieces = [text[i : i + 2 * GRAM] for i in range(len(text) - 2 * GRAM + 1)]
-    return len(pieces) >= LEAST_PIECES and 1 - len(Counter(pieces)) / len(pieces) >= REPEATED
+    return len(pieces) >= MIN_PIECES and 1 - len(Counter(pieces)) / len(pieces) >= REPEATED
 
 
-def language(text: str) -> str | None:
+def language_of(text: str) -> str | None:
     """Its language, where there is enough of it to tell; None also where py3langid is not installed."""
     from trainer.data.transforms.filters import detect_text_language
 
-    found = detect_text_language(text) if find_spec("py3langid") is not None else None
-    return found[0] if found is not None and found[1] >= SURE else None
+    detected = detect_text_language(text) if find_spec("py3langid") is not None else None
+    if detected is None:
+        return None
+    language, probability = detected
+    return language if probability >= MIN_LANGUAGE_PROBABILITY else None
 
 
-def shares(answers: Sequence[ModelAnswer]) -> dict[str, tuple[int, int, int]]:
-    """By kind: how many answers are degenerate, how many references are, and of how many."""
-    tests: dict[str, Callable[[str], bool]] = {"empty": empty, "repeated": repeats}
-    found = {
-        name: (sum(test(each.text) for each in answers), sum(test(each.reference) for each in answers), len(answers))
-        for name, test in tests.items()
-    }
-    told = [(language(each.text), language(each.reference)) for each in answers]
-    both = [(mine, right) for mine, right in told if mine is not None and right is not None]
-    usual = {right for _, right in both}
-    if both:
-        found["foreign"] = (sum(mine not in usual for mine, _ in both), 0, len(both))
-    return found
+@dataclass(frozen=True, slots=True)
+class DegenerateCount:
+    """How many answers are degenerate in one way, beside the references."""
+
+    answers: int
+    references: int
+    total: int
+    """Of how many answers, and as many references."""
+
+    @property
+    def share(self) -> float:
+        """Of the answers."""
+        return self.answers / self.total
 
 
-def numbers(seen: Evidence) -> dict[str, float]:
+def degenerate_counts(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCount]:
+    """How many answers are empty, repeat themselves, or are in another language than all references."""
+    tests: dict[str, Callable[[str], bool]] = {"empty": is_empty, "repeated": repeats_itself}
+    counts = {}
+    for kind, test in tests.items():
+        degenerate = sum(test(answer.text) for answer in answers)
+        in_references = sum(test(answer.reference) for answer in answers)
+        counts[kind] = DegenerateCount(degenerate, in_references, len(answers))
+
+    answer_languages = []
+    reference_languages = []
+    for answer in answers:
+        language = language_of(answer.text)
+        reference_language = language_of(answer.reference)
+        if language is not None and reference_language is not None:
+            answer_languages.append(language)
+            reference_languages.append(reference_language)
+    if answer_languages:
+        usual = {*reference_languages}
+        foreign = sum(language not in usual for language in answer_languages)
+        counts["foreign"] = DegenerateCount(foreign, 0, len(answer_languages))
+    return counts
+
+
+def logged_metrics(evidence: Evidence) -> dict[str, float]:
     """What is logged in each evaluation: `output/empty` and its kin, shares of the answers."""
-    return {f"output/{name}": bad / of for name, (bad, _, of) in shares(seen.answers).items()} if seen.answers else {}
+    if not evidence.answers:
+        return {}
+    return {f"output/{kind}": count.share for kind, count in degenerate_counts(evidence.answers).items()}
 
 
-def find(config: OutputConfig, seen: Evidence) -> Finding | None:
+def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
     """What the answers of this evaluation say; nothing of those before the first step, which are the base's."""
-    if not seen.answers or config.action is Reaction.off or seen.step == 0:
+    if not evidence.answers or config.action is Reaction.off or evidence.step == 0:
         return None
-    level = LEVEL / max(1, seen.planned) / 3
-    told = {
-        name: (bad, right, of)
-        for name, (bad, right, of) in shares(seen.answers).items()
-        if bad >= LEAST and bad / of >= LEAST_SHARE and fisher(bad, right, of) <= level
-    }
-    if not told:
+    level = LEVEL / max(1, evidence.planned_evaluations) / 3
+    found = {}
+    for kind, count in degenerate_counts(evidence.answers).items():
+        is_frequent = count.answers >= MIN_ANSWERS and count.share >= MIN_SHARE
+        if is_frequent and fisher_p_value(count.answers, count.references, count.total) <= level:
+            found[kind] = count
+    if not found:
         return None
-    words = ", ".join(
-        f"{bad} of {of} {_WORDS[name]} ({right} of the right ones)" for name, (bad, right, of) in told.items()
-    )
+    clauses = [
+        f"{count.answers} of {count.total} {_WORDS[kind]} ({count.references} of the right ones)"
+        for kind, count in found.items()
+    ]
     return Finding(
         challenge="output",
-        step=seen.step,
-        says=f"of the answers written, {words} (Fisher's exact test, level {level:.2g})",
-        numbers={name: bad / of for name, (bad, _, of) in told.items()},
+        step=evidence.step,
+        says=f"of the answers written, {', '.join(clauses)} (Fisher's exact test, level {level:.2g})",
+        numbers={kind: count.share for kind, count in found.items()},
         remedies=REMEDIES,
         stops=config.action is Reaction.stop,
     )
@@ -103,7 +135,14 @@ def find(config: OutputConfig, seen: Evidence) -> Finding | None:
 _WORDS = {"empty": "are empty", "repeated": "repeat themselves", "foreign": "are in another language"}
 
 
-def fisher(bad: int, other: int, of: int) -> float:
-    """The p-value of `bad` of `of` against `other` of `of` being no more often so (Fisher's exact test, one-sided)."""
-    total, ways = bad + other, math.comb(2 * of, of)
-    return sum(math.comb(total, k) * math.comb(2 * of - total, of - k) for k in range(bad, min(total, of) + 1)) / ways
+def fisher_p_value(degenerate: int, in_references: int, total: int) -> float:
+    """The p-value of "answers are degenerate no more often than references" (Fisher's exact test, one-sided).
+
+    `degenerate` of `total` answers are, and `in_references` of as many references.
+    """
+    both = degenerate + in_references
+    ways = math.comb(2 * total, total)
+    as_many_or_more = 0
+    for count in range(degenerate, min(both, total) + 1):
+        as_many_or_more += math.comb(both, count) * math.comb(2 * total - both, total - count)
+    return as_many_or_more / ways

@@ -38,9 +38,13 @@ class Challenges:
         say: Callable[[str], None] = lambda text: None,
         events: Path | None = None,
     ) -> None:
-        """`planned` evaluations of the whole run; `compared` is the row's loss that is like the held-out one; `events`: the
-        file that findings are told in, on rank 0."""
-        self.config, self.planned, self.compared, self.say, self.events = config, planned, compared, say, events
+        """`planned`: evaluations of the whole run. `compared`: the loss of a row that is measured as the held-out one is.
+        `events`: the file that findings are written to, on rank 0."""
+        self.config = config
+        self.planned = planned
+        self.compared = compared
+        self.say = say
+        self.events = events
         self.base: BaseRows | None = None
         self.record: dict[str, Any] = {}
         """By detector: what was found first, or what was measured last. Into `run.json`."""
@@ -49,14 +53,16 @@ class Challenges:
         self.first = FirstRows(None)
         """What the tasks looked like at first, where that is to be shown."""
         self.kept_before: KeptHeldOut | None = None
-        """Keeps the evaluation before the first step; None: a run that goes on does not know it."""
+        """Keeps the evaluation before the first step; None: a resumed run does not know it."""
         self.before = HeldOutBefore()
-        self.window, self.first_judged = divergence.LEAST_WINDOW, divergence.FIRST_JUDGED
-        """Steps that stand for the training loss now, and the first step at which divergence is judged."""
-        self.tell_status: Callable[[dict[str, Any]], None] = lambda record: None
-        """Hears the record after each look, on all ranks."""
+        self.window = divergence.LEAST_WINDOW
+        """How many last steps the training loss now is the median of."""
+        self.first_judged = divergence.FIRST_JUDGED
+        """The first step at which divergence is judged."""
+        self.on_record: Callable[[dict[str, Any]], None] = lambda record: None
+        """Called with the record after each evaluation, on all ranks."""
         self._verdicts: set[str] = set()
-        """Verdicts on divergence that were told."""
+        """Verdicts on divergence that were reported."""
         self._batches: dict[str, list[float]] = {}
         self._answers: list[ModelAnswer] = []
         self._compared: list[forgetting.ComparedTask] = []
@@ -75,13 +81,13 @@ class Challenges:
         """The training loss of steps, for its mean since the last evaluation."""
         new_losses = list[dict[str, float]]()
         for row in rows:
-            value = row.get(self.compared, row["loss"])
-            if math.isfinite(value):
-                progress.interval_loss += value
+            loss = row.get(self.compared, row["loss"])
+            if math.isfinite(loss):
+                progress.interval_loss += loss
                 progress.interval_steps += 1
-                new_losses.append({"loss": value})
+                new_losses.append({"loss": loss})
                 if row["step"] == 1:
-                    progress.first_loss = value
+                    progress.first_loss = loss
         progress.recent_losses = [*progress.recent_losses, *new_losses][-divergence.MOST_WINDOW :]
         if not self.before.values and not progress.evaluations:
             self._judge_divergence(progress, {})
@@ -92,14 +98,15 @@ class Challenges:
 
     def task(self, done: FinishedTask) -> None:
         """A task after the model was asked."""
-        ready = done.prepared
-        if isinstance(ready.task, WrittenTask):
+        task = done.prepared.task
+        if isinstance(task, WrittenTask):
             self.wrote((row.answer, row.reference) for row in done.rows)
-        found = None if self.base is None or self.base.found is None else self.base.found.get(ready.task.name)
-        if found is not None:
-            metric = ready.task.metrics[0]
-            values = found.value, done.metrics[metric.name]
-            self._compared.append(forgetting.compare(ready.task.name, metric, found.rows, done.rows, values))
+        base_tasks = self.base.tasks if self.base is not None else None
+        base_task = base_tasks.get(task.name) if base_tasks is not None else None
+        if base_task is not None:
+            metric = task.metrics[0]
+            base_and_now = base_task.value, done.metrics[metric.name]
+            self._compared.append(forgetting.compare(task.name, metric, base_task.rows, done.rows, base_and_now))
 
     def wrote(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Answers that were written, and what they should have been."""
@@ -108,28 +115,30 @@ class Challenges:
     # -- what is found ---------------------------------------------------------------------------------------------
 
     def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
-        """After an evaluation: what is logged beside its `values`. Tells of what is found for the first time."""
+        """After an evaluation: what is logged beside its `values`. Reports what is found for the first time."""
         self._remember(progress, values)
-        seen = Evidence(progress.step, values, self.planned, progress.evaluations, self._answers, self._compared)
-        self._answers, self._compared = [], []
-        measured: dict[str, float] = {}
+        evidence = Evidence(progress.step, values, self.planned, progress.evaluations, self._answers, self._compared)
+        self._answers = []
+        self._compared = []
+        logged: dict[str, float] = {}
         for name, detector in DETECTORS.items():
             config = getattr(self.config, name)
             if config.action is Reaction.off:
                 continue
-            mine = detector.numbers(seen)
-            measured |= mine
-            before = self.record.get(name, {})
-            if mine and not before.get("found"):
-                self.record[name] = {"found": False, "step": progress.step, **mine}
-            if (finding := detector.find(config, seen)) is not None:
-                self._tell(finding, again=bool(before.get("found")))
+            metrics = detector.logged_metrics(evidence)
+            logged |= metrics
+            was_found = bool(self.record.get(name, {}).get("found"))
+            if metrics and not was_found:
+                self.record[name] = {"found": False, "step": progress.step, **metrics}
+            finding = detector.find_problem(config, evidence)
+            if finding is not None:
+                self._report(finding, again=was_found)
         if progress.step == 0:
             self._remember_before(values)
         else:
             self._judge_divergence(progress, values)
-        self.tell_status(self.record)
-        return measured
+        self.on_record(self.record)
+        return logged
 
     def _remember_before(self, values: dict[str, float]) -> None:
         """Keep the evaluation before the first step. Errors: StorageError."""
@@ -159,7 +168,7 @@ class Challenges:
             self.ends = finding if finding.stops and self.ends is None else self.ends
         else:
             self._verdicts.add(finding.verdict)
-            self._tell(finding, again=False)
+            self._report(finding, again=False)
         self.record[divergence.NAME]["first_step"] = first_step
 
     def _held_out_change(self, progress: Progress, values: dict[str, float]) -> divergence.HeldOutChange | None:
@@ -175,27 +184,30 @@ class Challenges:
         return None
 
     def _remember(self, progress: Progress, values: dict[str, float]) -> None:
-        """The evaluation joins the history, unless it was made up for or is of the same step as the last one."""
-        held_out, steps = values.get(HELD_OUT), progress.interval_steps
+        """Add the evaluation to the history, unless no step was taken since the last one."""
+        held_out = values.get(HELD_OUT)
+        steps = progress.interval_steps
         if held_out is None or not math.isfinite(held_out) or (progress.step and not steps):
             return
         train = progress.interval_loss / steps if progress.step else held_out
         progress.evaluations.append({"step": float(progress.step), "train": train, "held_out": held_out})
-        progress.interval_loss, progress.interval_steps = 0.0, 0
+        progress.interval_loss = 0.0
+        progress.interval_steps = 0
 
     def finished(self, progress: Progress) -> None:
         """When training is over: what its steps say as a whole."""
-        if (finding := instability.find(progress)) is not None:
-            self._tell(finding, again=False)
+        finding = instability.find_problem(progress)
+        if finding is not None:
+            self._report(finding, again=False)
         if not progress.evaluations:
             self._judge_divergence(progress, {})
         recovered_at = self.record.get(divergence.NAME, {}).get("recovered_at")
         if recovered_at is not None:
             verdict = self.record[divergence.NAME].get("verdict")
             self.say(f"recovered by step {recovered_at}: the run is no longer {verdict}")
-        self.tell_status(self.record)
+        self.on_record(self.record)
 
-    def _tell(self, finding: Finding, *, again: bool) -> None:
+    def _report(self, finding: Finding, *, again: bool) -> None:
         if finding.stops and self.ends is None:
             self.ends = finding
         if again:
@@ -236,22 +248,27 @@ class WatchedTasks:
 
     def __init__(self, inner: TaskEvaluator, challenges: Challenges, *, shows: bool = False) -> None:
         """`shows`: whether it makes tables of rows."""
-        self.inner, self.challenges, self.shows = inner, challenges, shows
+        self.inner = inner
+        self.challenges = challenges
+        self.shows = shows
         self.tables: dict[str, Table] = {}
         """Worst rows of the last run, and those that changed sides since the first one."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
-        self.inner.model.engine, self.tables = engine, {}
+        self.inner.model.engine = engine
+        self.tables = {}
         base = self.challenges.base
-        fresh, names = ([], None) if base is None else (base.fresh, base.names)
-        if fresh and base is not None:
-            base.fresh = []
-            for done in fresh:
-                yield from self._of(done)
-            names = [each.task.name for each in self.inner.tasks if each.task.name not in base.names]
-        for done in self.inner.run_tasks(names if fresh else None):
-            yield from self._of(done)
+        names = None
+        if base is not None and base.fresh_tasks:
+            # The base was asked these just now, and the model is the base still.
+            fresh_tasks = base.fresh_tasks
+            base.fresh_tasks = []
+            for finished in fresh_tasks:
+                yield from self._of(finished)
+            names = [prepared.task.name for prepared in self.inner.tasks if prepared.task.name not in base.names]
+        for finished in self.inner.run_tasks(names):
+            yield from self._of(finished)
 
     def _of(self, done: FinishedTask) -> Iterator[tuple[str, float]]:
         self.challenges.task(done)

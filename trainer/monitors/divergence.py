@@ -23,23 +23,29 @@ from trainer.monitors.base import Finding
 from trainer.monitors.config import DivergenceConfig, Reaction
 
 NAME = "divergence"
-LOSS, MARGIN = "eval/loss", "eval/margin"
+LOSS = "eval/loss"
+MARGIN = "eval/margin"
 FIRST_JUDGED = 20
 """Step before which nothing is judged, whatever the warm-up."""
-LEAST_WINDOW, MOST_WINDOW = 10, 100
-"""Steps whose median stands for the training loss now: a tenth of the run's, within these bounds."""
-TRAINING_RISE, TRAINING_RISE_ALONE = 0.10, 0.25
-"""Shares by which the training loss must exceed that of step 1: beside held-out data, and without any."""
+LEAST_WINDOW = 10
+MOST_WINDOW = 100
+"""The training loss now is the median of the last steps: a tenth of the run's, within these bounds."""
+TRAINING_RISE = 0.10
+"""Share by which the training loss must exceed that of step 1, if there is held-out data too."""
+TRAINING_RISE_ALONE = 0.25
+"""The same without held-out data."""
 DEVIATIONS = 3
 """Robust standard deviations by which it must exceed that, besides."""
 NORMAL = 1.4826
 """Standard deviations of normal values in one median absolute deviation."""
-HELD_OUT_RISE, HELD_OUT_RISE_UNPAIRED = 0.01, 0.25
-"""Shares by which the held-out loss must exceed that before: with a paired test, and with too few micro-batches for one."""
+HELD_OUT_RISE = 0.01
+"""Share by which the held-out loss must exceed that before training, with a paired test."""
+HELD_OUT_RISE_UNPAIRED = 0.25
+"""The same with too few micro-batches for a test."""
 LEAST_LOSS = 0.05
 """Loss below which a rise is a share of this value: a student that begins as its own teacher begins at 0."""
 LEVEL = 0.05
-"""How often, at most, a run that gets no worse is told that it does."""
+"""How often, at most, a run that gets no worse is said to get worse."""
 LEAST_BATCHES = 8
 """Micro-batches below which there is no paired test."""
 REMEDIES = (
@@ -166,10 +172,10 @@ def held_out_change(
         return HeldOutChange(metric, before, now, rise)
     # A rank that has run out of documents has an empty micro-batch, which sums to 0.
     pairs = [(old, new) for old, new in zip(*batches, strict=True) if old or new]
-    if len(pairs) < LEAST_BATCHES or not all(math.isfinite(value) for pair in pairs for value in pair):
-        return HeldOutChange(metric, before, now, rise)
     old_sums = [old for old, _ in pairs]
     new_sums = [new for _, new in pairs]
+    if len(pairs) < LEAST_BATCHES or not all(map(math.isfinite, [*old_sums, *new_sums])):
+        return HeldOutChange(metric, before, now, rise)
     quantile = forgetting.student_quantile(1 - level, len(pairs) - 1)
     if is_margin:
         drops = [old - new for old, new in pairs]
@@ -203,7 +209,7 @@ def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) 
 def finding_of(
     config: DivergenceConfig, step: int, training: TrainingChange | None, held_out: HeldOutChange | None
 ) -> Finding | None:
-    """What is told of a run at this step; None if nothing is wrong."""
+    """The finding about a run at this step; None if nothing is wrong."""
     verdict = verdict_of(training, held_out)
     if verdict is None:
         return None

@@ -37,10 +37,11 @@ class HeldOutBefore:
 
 
 class KeptHeldOut:
-    """That evaluation on the disk, so that a run that goes on still knows it."""
+    """That evaluation on the disk, so that a resumed run still knows it."""
 
     def __init__(self, run_dir: Path, runtime: Runtime) -> None:
-        self.path, self.runtime = run_dir / FILE, runtime
+        self.path = run_dir / FILE
+        self.runtime = runtime
 
     def read(self) -> HeldOutBefore:
         """What rank 0 finds, on every rank; empty if there is nothing, or it cannot be read. All ranks must call."""

@@ -26,17 +26,23 @@ class FirstRows:
         if self.path is None or step == 0:
             return
         try:
-            kept = json.loads(self.path.read_text(encoding="utf-8")).items()
-            self._rows = {name: [TaskRow(**row) for row in rows] for name, rows in kept}
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            rows_by_task = {}
+            for name, rows in content.items():
+                rows_by_task[name] = [TaskRow(**row) for row in rows]
+            self._rows = rows_by_task
         except (OSError, ValueError, TypeError, AttributeError):
             self._rows = {}
 
     def before(self, name: str, rows: list[TaskRow]) -> list[TaskRow] | None:
         """The first rows of a task; None where these are they, which are kept then. Raises StorageError."""
-        found = self._rows.get(name)
-        if found is None:
-            self._rows[name] = rows
-            if self.path is not None:
-                kept = {each: [asdict(row) for row in some] for each, some in self._rows.items()}
-                write_text_atomic(self.path, json_text(kept))
-        return found
+        first_rows = self._rows.get(name)
+        if first_rows is not None:
+            return first_rows
+        self._rows[name] = rows
+        if self.path is not None:
+            content = {}
+            for task_name, task_rows in self._rows.items():
+                content[task_name] = [asdict(row) for row in task_rows]
+            write_text_atomic(self.path, json_text(content))
+        return None

@@ -18,9 +18,9 @@ from trainer.monitors.base import Evidence, Finding
 from trainer.monitors.config import ForgettingWatchConfig, Reaction, limit_of
 
 LEVEL = 0.05
-"""How often, at most, a run that forgets nothing is told that it does."""
+"""How often, at most, a run that forgets nothing is said to forget."""
 LEAST_ROWS = 8
-"""Rows below which no bound is told."""
+"""Rows below which there is no bound."""
 LEAST_LOSS = 0.01
 """Share of the base's metric below which a clear loss is not worth a word, where no limit is set."""
 REMEDIES = (
@@ -55,16 +55,25 @@ def compare(
     name: str, metric: Metric, base: Sequence[TaskRow], now: Sequence[TaskRow], values: tuple[float, float]
 ) -> ComparedTask:
     """A task's first metric; `values` are those of the base and of the tuned model, whose rows are paired."""
-    before, after = values
-    lost = (before - after if metric.greater_is_better else after - before) / (abs(before) or 1.0)
-    error = None
-    if metric.ratio is not None and len(base) == len(now) >= LEAST_ROWS and before:
-        over, below = metric.ratio
-        same = below is None or all(a.scores[below] == b.scores[below] for a, b in zip(base, now, strict=True))
-        old, new = ([float(row.scores[over]) for row in rows] for rows in (base, now))
-        if same and math.fsum(old):
-            error = ratio_error(old, new)
-    return ComparedTask(name, metric.name, before, after, lost, error, len(now))
+    base_value, value = values
+    fall = base_value - value if metric.greater_is_better else value - base_value
+    lost = fall / (abs(base_value) or 1.0)
+    error = _error_of_share(metric, base, now) if base_value else None
+    return ComparedTask(name, metric.name, base_value, value, lost, error, len(now))
+
+
+def _error_of_share(metric: Metric, base: Sequence[TaskRow], now: Sequence[TaskRow]) -> float | None:
+    """Standard error of the share that was lost; None if the metric is no ratio of sums over the same rows."""
+    if metric.ratio is None or len(base) != len(now) or len(base) < LEAST_ROWS:
+        return None
+    numerator, denominator = metric.ratio
+    if denominator is not None:
+        for base_row, row in zip(base, now, strict=True):
+            if base_row.scores[denominator] != row.scores[denominator]:
+                return None
+    base_scores = [float(row.scores[numerator]) for row in base]
+    scores = [float(row.scores[numerator]) for row in now]
+    return ratio_error(base_scores, scores) if math.fsum(base_scores) else None
 
 
 def ratio_error(old: Sequence[float], new: Sequence[float]) -> float:
@@ -75,48 +84,57 @@ def ratio_error(old: Sequence[float], new: Sequence[float]) -> float:
     return math.sqrt(squares * len(old) / (len(old) - 1)) / abs(total)
 
 
-def numbers(seen: Evidence) -> dict[str, float]:
+def logged_metrics(evidence: Evidence) -> dict[str, float]:
     """What is logged in each evaluation: `forgetting`, the largest of all, and that of each where there are several."""
-    if not seen.compared:
+    compared: list[ComparedTask] = evidence.compared_tasks
+    if not compared:
         return {}
-    found = {"forgetting": max(each.lost for each in seen.compared)}
-    if len(seen.compared) > 1:
-        found |= {f"forgetting/{each.name}": each.lost for each in seen.compared}
-    return found
+    metrics = {"forgetting": max(task.lost for task in compared)}
+    if len(compared) > 1:
+        metrics |= {f"forgetting/{task.name}": task.lost for task in compared}
+    return metrics
 
 
-def find(config: ForgettingWatchConfig, seen: Evidence) -> Finding | None:
-    """What this evaluation says of the one that lost most."""
-    compared: list[ComparedTask] = seen.compared
-    if not compared or config.action is Reaction.off or seen.step == 0:
+def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding | None:
+    """What this evaluation says of the task that lost most."""
+    compared: list[ComparedTask] = evidence.compared_tasks
+    if not compared or config.action is Reaction.off or evidence.step == 0:
         return None
-    worst, limit = max(compared, key=lambda each: each.lost), limit_of(config)
-    level = LEVEL / max(1, seen.planned)
+    worst = max(compared, key=lambda task: task.lost)
+    limit = limit_of(config)
+    level = LEVEL / max(1, evidence.planned_evaluations)
     bound = worst.bound(level)
-    clear = bound is not None and bound > 0 and worst.lost > LEAST_LOSS
-    beyond = limit is not None and worst.lost > limit
-    if not (beyond if limit is not None else clear):
+    exceeds_limit = limit is not None and worst.lost > limit
+    is_clear = bound is not None and bound > 0 and worst.lost > LEAST_LOSS
+    is_problem = is_clear if limit is None else exceeds_limit
+    if not is_problem:
         return None
-    sure = "" if bound is None else f", at least {bound:+.2%} (paired, one-sided, level {level:.2g})"
-    against = "" if limit is None else f", more than challenges.forgetting.limit={limit:.3g}"
+    numbers = {"forgetting": worst.lost, "base": worst.base, "now": worst.now, "rows": float(worst.rows)}
+    certainty = ""
+    if bound is not None:
+        numbers["bound"] = bound
+        certainty = f", at least {bound:+.2%} (paired, one-sided, level {level:.2g})"
+    over_limit = ""
+    if limit is not None:
+        numbers["limit"] = limit
+        over_limit = f", more than challenges.forgetting.limit={limit:.3g}"
     return Finding(
         challenge="forgetting",
-        step=seen.step,
+        step=evidence.step,
         says=(
-            f"{worst.name}: {worst.metric} went from {worst.base:.4f} (base) to {worst.now:.4f}: {worst.lost:+.2%} lost{sure}"
-            f"{against}; {worst.rows} rows"
+            f"{worst.name}: {worst.metric} went from {worst.base:.4f} (base) to {worst.now:.4f}: {worst.lost:+.2%} "
+            f"lost{certainty}{over_limit}; {worst.rows} rows"
         ),
-        numbers={"forgetting": worst.lost, "base": worst.base, "now": worst.now, "rows": float(worst.rows)}
-        | ({} if bound is None else {"bound": bound})
-        | ({} if limit is None else {"limit": limit}),
+        numbers=numbers,
         remedies=REMEDIES,
-        stops=beyond and config.action is Reaction.stop,
+        stops=exceeds_limit and config.action is Reaction.stop,
     )
 
 
 def student_quantile(share: float, freedom: int) -> float:
     """The quantile of Student's distribution, by the expansion 26.7.5 of Abramowitz and Stegun."""
     z = NormalDist().inv_cdf(share)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3

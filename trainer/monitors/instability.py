@@ -17,7 +17,7 @@ LEAST_SHARE = 0.02
 """Share of steps that stand out, are left out or undone, from which a run is called unstable; one alone is an odd batch."""
 
 
-def find(progress: Progress) -> Finding | None:
+def find_problem(progress: Progress) -> Finding | None:
     """What the run's steps say as a whole."""
     odd = max(progress.outliers, progress.skipped_steps)
     if progress.rollbacks == 0 and (odd < 2 or odd < LEAST_SHARE * progress.step):

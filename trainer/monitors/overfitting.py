@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from trainer.monitors.base import Evidence, Finding
 from trainer.monitors.config import OverfittingConfig, Reaction
-from trainer.monitors.trend import rising
+from trainer.monitors.trend import rising_p_value
 
-HELD_OUT, GAP = 0.01, 0.05
-"""Levels of the two tests; that of the gap is divided by the evaluations of the run."""
+HELD_OUT = 0.01
+"""Level of the test of the held-out loss."""
+GAP = 0.05
+"""Level of the test of the gap, which is divided by the evaluations of the run."""
 LEAST = 5
-"""Evaluations after the lowest held-out loss, before which nothing is told: fewer cannot reach the level."""
+"""Evaluations after the lowest held-out loss, before which nothing is reported: fewer cannot reach the level."""
 REMEDIES = (
     "evaluation.patience=3 (stop at the best)",
     "fewer budget.epochs, or more and other data",
@@ -31,37 +33,44 @@ REMEDIES = (
 )
 
 
-def numbers(seen: Evidence) -> dict[str, float]:
-    """What is logged in each evaluation: the gap, and p-values of both trends once they can be told."""
-    if not seen.history or seen.history[-1]["step"] == 0:
+def logged_metrics(evidence: Evidence) -> dict[str, float]:
+    """What is logged in each evaluation: the gap, and p-values of both trends once there are enough evaluations."""
+    if not evidence.history or evidence.history[-1]["step"] == 0:
         return {}
-    last = seen.history[-1]
-    found = {"overfitting/gap": last["held_out"] - last["train"]}
-    later = _after_lowest(seen.history)
+    metrics = {"overfitting/gap": _gap(evidence.history[-1])}
+    later = _after_lowest(evidence.history)
     if len(later) >= LEAST:
-        found["overfitting/p_held_out"] = rising([each["held_out"] for each in later])
-        found["overfitting/p_gap"] = rising([each["held_out"] - each["train"] for each in later])
-    return found
+        metrics["overfitting/p_held_out"] = rising_p_value([evaluation["held_out"] for evaluation in later])
+        metrics["overfitting/p_gap"] = rising_p_value([_gap(evaluation) for evaluation in later])
+    return metrics
 
 
-def find(config: OverfittingConfig, seen: Evidence) -> Finding | None:
+def _gap(evaluation: dict[str, float]) -> float:
+    return evaluation["held_out"] - evaluation["train"]
+
+
+def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | None:
     """What the evaluations up to now say."""
-    measured = numbers(seen)
+    measured = logged_metrics(evidence)
     if "overfitting/p_gap" not in measured or config.action is Reaction.off:
         return None
-    if measured["overfitting/p_held_out"] > HELD_OUT or measured["overfitting/p_gap"] > GAP / max(1, seen.planned):
+    p_held_out = measured["overfitting/p_held_out"]
+    p_gap = measured["overfitting/p_gap"]
+    if p_held_out > HELD_OUT or p_gap > GAP / max(1, evidence.planned_evaluations):
         return None
-    if rising([each["train"] for each in _after_lowest(seen.history)]) < 0.5:
+    later = _after_lowest(evidence.history)
+    # If the training loss rises too, something else is wrong than overfitting.
+    if rising_p_value([evaluation["train"] for evaluation in later]) < 0.5:
         return None
-    best = min(seen.history, key=lambda each: each["held_out"])
-    last = seen.history[-1]
+    best = min(evidence.history, key=lambda evaluation: evaluation["held_out"])
+    last = evidence.history[-1]
     return Finding(
         challenge="overfitting",
-        step=seen.step,
+        step=evidence.step,
         says=(
             f"the held-out loss rose from {best['held_out']:.4f} at step {best['step']:.0f} to {last['held_out']:.4f} while its "
-            f"gap to the training loss grew to {last['held_out'] - last['train']:.4f}, in {len(_after_lowest(seen.history))} "
-            f"evaluations (Mann-Kendall: p {measured['overfitting/p_held_out']:.2g} and {measured['overfitting/p_gap']:.2g})"
+            f"gap to the training loss grew to {_gap(last):.4f}, in {len(later)} "
+            f"evaluations (Mann-Kendall: p {p_held_out:.2g} and {p_gap:.2g})"
         ),
         numbers={key.rpartition("/")[2]: value for key, value in measured.items()} | {"best_step": best["step"]},
         remedies=REMEDIES,

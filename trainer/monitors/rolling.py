@@ -13,43 +13,46 @@ NORMAL = 1.4826
 LEAST_SPREAD = 0.01
 """Share of the median that a standard deviation is at least: what hardly moves makes no outliers of trifles."""
 MOST = 1e6
-"""Largest score that is told."""
+"""Largest score."""
 
 
-class Rolling:
+class RollingWindow:
     """The values of the last steps that were taken in. Nothing here waits for the device or communicates."""
 
     def __init__(self, window: int, device: torch.device, rows: Sequence[Sequence[float]] = (), width: int = 2) -> None:
         """`rows` are values of earlier steps, oldest first, each of `width` numbers."""
-        self.kept = torch.full((window, width), torch.nan, dtype=torch.float64, device=device)
+        self.window = torch.full((window, width), torch.nan, dtype=torch.float64, device=device)
         """float64 [window, width], oldest first; NaN where there is no step yet."""
         if newest := rows[-window:]:
-            self.kept[-len(newest) :] = torch.tensor(newest, dtype=torch.float64)
+            self.window[-len(newest) :] = torch.tensor(newest, dtype=torch.float64)
         self.least = max(5, window // 4)
 
     def scores(self, values: Tensor) -> Tensor:
         """Standard deviations of each value (float64 [width]) above the median.
 
-        NaN while the window holds too few steps, and where any value is not finite: that is told by itself.
+        NaN while the window holds too few steps, and where any value is not finite: that is reported by itself.
         """
-        middle = _median(self.kept)
-        spread = NORMAL * _median((self.kept - middle).abs())
+        middle = _median(self.window)
+        spread = NORMAL * _median((self.window - middle).abs())
         spread = torch.maximum(spread, LEAST_SPREAD * middle.abs())
-        found = ((values - middle) / spread).clamp(max=MOST)
-        enough = (~self.kept.isnan()).sum(0) >= self.least
-        return torch.where(enough & values.isfinite().all(), found, torch.nan)
+        scores = ((values - middle) / spread).clamp(max=MOST)
+        has_enough = (~self.window.isnan()).sum(0) >= self.least
+        return torch.where(has_enough & values.isfinite().all(), scores, torch.nan)
 
-    def take_in(self, values: Tensor, where: Tensor) -> None:
+    def push(self, values: Tensor, where: Tensor) -> None:
         """Let the newest step push the oldest out, `where` (0-d bool) it is to count."""
-        self.kept = torch.where(where, torch.cat([self.kept[1:], values[None]]), self.kept)
+        self.window = torch.where(where, torch.cat([self.window[1:], values[None]]), self.window)
 
     def rows(self) -> list[list[float]]:
         """The values that are there, oldest first, on the host."""
-        return [row for row in self.kept.tolist() if not math.isnan(row[0])]
+        return [row for row in self.window.tolist() if not math.isnan(row[0])]
 
 
 def _median(values: Tensor) -> Tensor:
     """Of each column of float64 [n, width], NaN left out; NaN where there is nothing else."""
-    ordered, counts = values.sort(0).values, (~values.isnan()).sum(0)  # NaN is sorted last
-    low, high = ((counts - 1).clamp(min=0) // 2)[None], (counts // 2)[None]
-    return (ordered.gather(0, low) + ordered.gather(0, high.clamp(max=len(values) - 1)))[0] / 2
+    ordered = values.sort(0).values  # NaN is sorted last
+    counts = (~values.isnan()).sum(0)
+    # The two middle places of each column, which are one if the count is odd.
+    low = ((counts - 1).clamp(min=0) // 2)[None]
+    high = (counts // 2)[None].clamp(max=len(values) - 1)
+    return (ordered.gather(0, low) + ordered.gather(0, high))[0] / 2

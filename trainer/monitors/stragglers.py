@@ -21,13 +21,13 @@ LEAST_SHARE = 1 / 30
 
 
 @dataclass(kw_only=True, slots=True)
-class Slow:
+class SlowRank:
     """A rank that is slow, or was."""
 
     rank: int
     host: str
     factor: float
-    """How many times as long as the other ranks' median its blocks took, at the least, in the intervals that told it."""
+    """How many times as long as the other ranks' median its blocks took, at the least, in the intervals that showed it."""
     from_step: int
     until_step: int | None = None
     """Step at which it was as fast as the others again; None where it was not."""
@@ -40,56 +40,64 @@ class Slow:
         return f"{self}, from step {self.from_step}" + (f" to {self.until_step}" if self.until_step else " on")
 
 
-Tell = Callable[[Slow, list[Slow], int], None]
-"""Told of a rank that is slow, or no longer; with all that are now, and the step."""
+ReportSlow = Callable[[SlowRank, list[SlowRank], int], None]
+"""Called with a rank that became slow, or is slow no longer; with all that are slow now, and the step."""
 
 
 class Stragglers:
     """Looks at each logging interval of a run of several ranks."""
 
-    def __init__(self, factor: float, runtime: Runtime, tell: Tell = lambda *_: None) -> None:
+    def __init__(self, factor: float, runtime: Runtime, tell: ReportSlow = lambda *_: None) -> None:
         """A rank is slow from `factor` times the others' median on; 0 never looks. `tell` is called on rank 0."""
-        self.factor, self.runtime, self.tell = factor, runtime, tell
-        self.slow: list[Slow] = []
+        self.factor = factor
+        self.runtime = runtime
+        self.tell = tell
+        self.slow: list[SlowRank] = []
         """All that were found, in the order in which they were."""
-        self._above: list[list[float]] = [[] for _ in range(runtime.world_size)]
-        """Factors of the last intervals in a row in which a rank was slow (of one that is told: was not)."""
+        self._changed_factors: list[list[float]] = [[] for _ in range(runtime.world_size)]
+        """By rank: its factors in the last intervals in a row in which it was slow, or, once it is called slow, was not."""
 
     def look(self, rows: list[dict[str, Any]], times: list[RankTime]) -> None:
         """Judge an interval, and add the median and the largest time to its first row. All ranks must call."""
-        if not rows or len(times) < 2 or not all(each.seconds > 0 for each in times):
+        if not rows or len(times) < 2 or not all(time.seconds > 0 for time in times):
             return
-        worst = max(times, key=lambda each: each.seconds)
+        worst = max(times, key=lambda time: time.seconds)
         rows[0] |= {
-            "blocks_s": median(each.seconds for each in times),
+            "blocks_s": median(time.seconds for time in times),
             "blocks_s/worst": worst.seconds,
             "blocks_s/rank": times.index(worst),
         }
         if self.factor:
-            for rank, told in enumerate(self._above):
-                self._judge(rank, told, factor_of(rank, times), rows[-1]["step"])
+            for rank in range(len(self._changed_factors)):
+                self._judge(rank, factor_of(rank, times), rows[-1]["step"])
 
-    def _judge(self, rank: int, told: list[float], factor: float, step: int) -> None:
-        now = next((each for each in self.slow if each.rank == rank and each.until_step is None), None)
-        if (factor > self.factor) == (now is not None):  # as it was
-            told.clear()
+    def _judge(self, rank: int, factor: float, step: int) -> None:
+        """A rank becomes slow, or is no longer, once `INTERVALS` intervals in a row say so."""
+        current = next((slow for slow in self._slow_now() if slow.rank == rank), None)
+        changed_factors = self._changed_factors[rank]
+        is_slow = factor > self.factor
+        if is_slow == (current is not None):  # nothing has changed
+            changed_factors.clear()
             return
-        told.append(factor)
-        if len(told) < INTERVALS:
+        changed_factors.append(factor)
+        if len(changed_factors) < INTERVALS:
             return
-        if now is not None:
-            now.until_step = step
+        if current is not None:
+            current.until_step = step
         else:
             host = gather_objects(socket.gethostname(), self.runtime)[rank]
-            now = Slow(rank=rank, host=host, factor=min(told), from_step=step)
-            self.slow.append(now)
-        told.clear()
+            current = SlowRank(rank=rank, host=host, factor=min(changed_factors), from_step=step)
+            self.slow.append(current)
+        changed_factors.clear()
         if self.runtime.is_main:
-            self.tell(now, [each for each in self.slow if each.until_step is None], step)
+            self.tell(current, self._slow_now(), step)
+
+    def _slow_now(self) -> list[SlowRank]:
+        return [slow for slow in self.slow if slow.until_step is None]
 
     def record(self) -> list[dict[str, Any]]:
         """All that were found, as JSON values."""
-        return [asdict(each) for each in self.slow]
+        return [asdict(slow) for slow in self.slow]
 
 
 def factor_of(rank: int, times: list[RankTime]) -> float:
@@ -98,8 +106,10 @@ def factor_of(rank: int, times: list[RankTime]) -> float:
     A rank with more tokens is not slow, nor is one whose few tokens each bear more of what every pass costs. 1 where the
     excess is no matter to the step.
     """
-    own, others = times[rank], [each for number, each in enumerate(times) if number != rank]
-    usual, usual_each = median(each.seconds for each in others), median(each.each for each in others)
-    if own.seconds - usual < LEAST_SHARE * times[0].step_s:
+    own = times[rank]
+    others = [*times[:rank], *times[rank + 1 :]]
+    usual_s = median(time.seconds for time in others)
+    usual_s_per_token = median(time.seconds_per_token for time in others)
+    if own.seconds - usual_s < LEAST_SHARE * times[0].step_s:
         return 1.0
-    return min(own.seconds / usual, own.each / usual_each)
+    return min(own.seconds / usual_s, own.seconds_per_token / usual_s_per_token)

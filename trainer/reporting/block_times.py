@@ -24,19 +24,22 @@ def timed_modules(blocks: list[nn.Module]) -> list[nn.Module]:
     """
     if any(is_compiled(block) for block in blocks):
         return []
-    if not any(hasattr(parameter, "ds_id") for block in blocks for parameter in block.parameters()):
+    modules: list[nn.Module] = []
+    is_partitioned = False
+    for block in blocks:
+        is_partitioned = is_partitioned or any(hasattr(parameter, "ds_id") for parameter in block.parameters())
+        modules += block.modules()
+    if not is_partitioned:
         return blocks
-    return [
-        module for block in blocks for module in block.modules() if next(module.parameters(False), None) is not None
-    ]
+    return [module for module in modules if next(module.parameters(False), None) is not None]
 
 
 @dataclass(slots=True)
-class Busy:
+class BlockTimer:
     """Times modules while it is on."""
 
     device: torch.device
-    on: bool = False
+    is_on: bool = False
     _begun: dict[nn.Module, Any] = field(default_factory=dict)
     _passes: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -48,14 +51,15 @@ class Busy:
 
     def read(self) -> float:
         """Seconds since the last call, 0 where nothing was timed. Waits for the device."""
-        passes, self._passes = self._passes, []
+        passes = self._passes
+        self._passes = []
         self._begun.clear()
         return sum(seconds_between(self.device, begun, ended) for begun, ended in passes)
 
     def _begin(self, module: nn.Module, _: Any) -> None:
-        if self.on:
+        if self.is_on:
             self._begun[module] = now(self.device)
 
     def _end(self, module: nn.Module, *_: Any) -> None:
-        if self.on and (begun := self._begun.pop(module, None)) is not None:
+        if self.is_on and (begun := self._begun.pop(module, None)) is not None:
             self._passes.append((begun, now(self.device)))

@@ -16,16 +16,16 @@ MANIFEST = "CODE.json"
 def manifest(root: Path = ROOT) -> dict[str, Any]:
     """What a copy says of itself; empty for a clone or an installation."""
     try:
-        told = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        manifest_content = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return manifest_content if isinstance(manifest_content, dict) else {}
 
 
 def revision(root: Path = ROOT) -> str | None:
     """Revision of the code, `-dirty` where it was changed since; of a copy that of its clone. None outside a clone."""
-    if told := manifest(root):
-        return told.get("revision") or f"code {str(told.get('sha256'))[:12]}"
+    if manifest_content := manifest(root):
+        return manifest_content.get("revision") or f"code {str(manifest_content.get('sha256'))[:12]}"
     if not (root / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

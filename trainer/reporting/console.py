@@ -13,21 +13,21 @@ from typing import Any, TextIO
 
 from strategies.redaction import redacted
 
-LEAST_BAR = 10
+MIN_BAR_WIDTH = 10
 """Columns below which a bar says nothing; what has less room is left out before it."""
 CLEAR = "\r\x1b[2K"
 """To the beginning of the line, which is emptied."""
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
-    """What a step is a part of."""
+class RunSchedule:
+    """Which steps a run takes, and when this attempt began: what the time to the end is estimated from."""
 
-    total: int
+    total_steps: int
     """Steps of the run."""
-    first: int
+    first_step: int
     """The step that this attempt began behind."""
-    began: float
+    started_at: float
     """`time.perf_counter` at that moment."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 where there are none before the end."""
@@ -61,19 +61,20 @@ class Console:
     def note(self, text: str) -> None:
         """A line for the log file alone."""
         if self._log is not None:
-            with suppress(OSError):  # a full disk is told of, or gone on with, by what must be written
+            with suppress(OSError):  # a full disk is reported by whoever writes what the run depends on
                 self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
                 self._log.flush()
 
-    def progress(self, row: dict[str, Any], course: Course) -> None:
+    def progress(self, row: dict[str, Any], schedule: RunSchedule) -> None:
         """Show the newest step."""
-        self.note(line := " | ".join(_parts(row, course)))
+        line = " | ".join(_fields(row, schedule))
+        self.note(line)
         if not self._live:
             if self.enabled:
                 print(line, flush=True)
             return
-        self._draw(_bar(row, course, self.width - 1))
-        if row["step"] >= course.total:
+        self._draw(_bar(row, schedule, self.width - 1))
+        if row["step"] >= schedule.total_steps:
             self.leave()
 
     def leave(self) -> None:
@@ -89,47 +90,69 @@ class Console:
             sys.stdout.flush()
 
 
-def _parts(row: dict[str, Any], course: Course) -> list[str]:
-    """What is said of a step, in the order of a log's line."""
-    left = (time.perf_counter() - course.began) / max(1, row["step"] - course.first) * (course.total - row["step"])
-    return [
-        f"step {row['step']}/{course.total}",
+def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
+    """What is said of a step, in the order of a log's line. Each field begins with its name."""
+    steps_taken = max(1, row["step"] - schedule.first_step)
+    steps_left = schedule.total_steps - row["step"]
+    eta_s = (time.perf_counter() - schedule.started_at) / steps_taken * steps_left
+    fields = [
+        f"step {row['step']}/{schedule.total_steps}",
         f"loss {row['loss']:.4f}",
         f"grad {row['grad_norm']:.3f}",
         f"lr {row['lr']:.2e}",
         f"{row['tokens_per_s']:,.0f} tok/s",
-        *([f"mfu {row['mfu']:.1%}"] if "mfu" in row else []),
+    ]
+    if "mfu" in row:
+        fields.append(f"mfu {row['mfu']:.1%}")
+    fields += [
         f"mem {row['memory_gib']:.1f} GiB",
         f"wait {row['data_wait_s'] * 1e3:.0f} ms",
-        f"left {_clock(left)}",
-        *(["SKIPPED (not finite)"] if row.get("skipped") else []),
+        f"eta {_clock_text(eta_s)}",
     ]
+    if row.get("skipped"):
+        fields.append("SKIPPED (not finite)")
+    return fields
 
 
-def _bar(row: dict[str, Any], course: Course, width: int) -> str:
+def _bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
     """The same as a bar with what most matters beside it, as far as `width` columns have room for it."""
     from rich.console import Console as Terminal
     from rich.progress_bar import ProgressBar
 
-    said = {part.split()[0]: part for part in _parts(row, course)}
-    rate = f"{row['tokens_per_s']:,.0f} tok/s"
-    until = -row["step"] % course.evaluate_every if course.evaluate_every else 0
-    ahead = f"eval in {min(until, course.total - row['step'])}" if until and row["step"] < course.total else ""
-    wanted = [said["loss"], said["left"], said.get("SKIPPED", ""), rate, said["mem"], ahead]
-    wanted += [said["lr"], said["grad"], said.get("mfu", "")]
-    head, told, room = said["step"], "", width - LEAST_BAR - 2 - len(said["step"])
-    for part in filter(None, wanted):
-        if len(told) + 2 + len(part) > room:
+    field_by_name = {field.split()[0]: field for field in _fields(row, schedule)}
+    head = field_by_name["step"]
+    room = width - MIN_BAR_WIDTH - 2 - len(head)
+    beside = ""
+    for field in _by_importance(row, schedule, field_by_name):
+        if len(beside) + 2 + len(field) > room:
             break
-        told += f"  {part}"
-    bar = ProgressBar(total=course.total, completed=row["step"], width=max(1, min(40, room - len(told) + LEAST_BAR)))
+        beside += f"  {field}"
+    if not beside:
+        return head[:width]
+    bar_width = max(1, min(40, room - len(beside) + MIN_BAR_WIDTH))
+    bar = ProgressBar(total=schedule.total_steps, completed=row["step"], width=bar_width)
     terminal = Terminal(file=sys.stdout, width=width, legacy_windows=False)
     with terminal.capture() as drawn:
         terminal.print(bar, end="")
-    return f"{head} {drawn.get().rstrip()}{told}" if told else head[:width]
+    return f"{head} {drawn.get().rstrip()}{beside}"
 
 
-def _clock(seconds: float) -> str:
+def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: dict[str, str]) -> list[str]:
+    """What stands beside a bar, the most important first."""
+    next_evaluation = ""
+    if schedule.evaluate_every and row["step"] < schedule.total_steps:
+        steps = -row["step"] % schedule.evaluate_every
+        if steps:
+            next_evaluation = f"eval in {min(steps, schedule.total_steps - row['step'])}"
+    fields = [
+        *(field_by_name["loss"], field_by_name["eta"], field_by_name.get("SKIPPED", "")),
+        *(f"{row['tokens_per_s']:,.0f} tok/s", field_by_name["mem"], next_evaluation),
+        *(field_by_name["lr"], field_by_name["grad"], field_by_name.get("mfu", "")),
+    ]
+    return [field for field in fields if field]
+
+
+def _clock_text(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -23,20 +23,20 @@ class EarlierResults:
     """As `Meter.speed`, over steps instead of logging intervals."""
 
 
-def earlier(rows: Iterable[dict[str, Any]]) -> EarlierResults:
+def earlier_results(rows: Iterable[dict[str, Any]]) -> EarlierResults:
     """The results in rows of `metrics.jsonl`."""
-    found = EarlierResults()
+    results = EarlierResults()
     speeds: dict[str, list[float]] = {}
     for row in rows:
         if "loss" in row:
-            found.last_row = row
+            results.last_row = row
             for key in SPEED:
                 if isinstance(row.get(key), int | float):
                     speeds.setdefault(key, []).append(row[key])
             continue
-        values = {key: value for key, value in row.items() if key not in ("step", "tokens")}
+        metrics = {key: value for key, value in row.items() if key not in ("step", "tokens")}
         if row["step"] == 0:
-            found.before = values
-        found.after = values
-    found.speed = {key: median(values) for key, values in speeds.items()}
-    return found
+            results.before = metrics
+        results.after = metrics
+    results.speed = {key: median(metrics) for key, metrics in speeds.items()}
+    return results

@@ -24,9 +24,11 @@ from trainer.reporting.status import write_text_atomic
 if TYPE_CHECKING:
     from trainer.reporting.config import LoggingConfig
 
-PLACE = "energy"
-EVERY_S, WRITTEN_EVERY = 15, 4
-"""Seconds between two looks at power, and looks between two writes."""
+FOLDER = "energy"
+EVERY_S = 15
+"""Seconds between two measurements of power."""
+WRITTEN_EVERY = 4
+"""Measurements between two writes."""
 PATIENCE_S = 30
 """Seconds for which the end of a short run waits for a tracker that has not begun."""
 
@@ -47,7 +49,7 @@ def metering(country: str | None, run_dir: Path, runtime: Runtime, say: Callable
     if country is None or runtime.local_rank != 0:
         yield
         return
-    meter = _Meter(country, run_dir / PLACE / f"{time.time_ns()}-{socket.gethostname()}.json", say)
+    meter = _Meter(country, run_dir / FOLDER / f"{time.time_ns()}-{socket.gethostname()}.json", say)
     meter.start()
     try:
         yield
@@ -55,22 +57,22 @@ def metering(country: str | None, run_dir: Path, runtime: Runtime, say: Callable
         meter.stop()
 
 
-def taken(run_dir: Path) -> dict[str, Any] | None:
+def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
     """What all hosts and starts of a run took: `kwh`, `kg_co2e`, `hours` of hosts, `country`, `by`; None: nobody measured."""
     parts = []
-    for path in sorted((run_dir / PLACE).glob("*.json")):
+    for path in sorted((run_dir / FOLDER).glob("*.json")):
         try:
             parts.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):  # a host that was killed as it wrote its first
             continue
     if not parts:
         return None
-    sums = {name: sum(float(part[name]) for part in parts) for name in ("kwh", "kg_co2e", "hours")}
-    return {
-        **sums,
-        **{name: parts[-1][name] for name in ("country", "by")},
-        "hosts": len({part["host"] for part in parts}),
-    }
+    energy: dict[str, Any] = {}
+    for name in ("kwh", "kg_co2e", "hours"):
+        energy[name] = sum(float(part[name]) for part in parts)
+    last = parts[-1]
+    hosts = {part["host"] for part in parts}
+    return {**energy, "country": last["country"], "by": last["by"], "hosts": len(hosts)}
 
 
 class _Meter(threading.Thread):
@@ -78,7 +80,9 @@ class _Meter(threading.Thread):
 
     def __init__(self, country: str, path: Path, say: Callable[[str], None]) -> None:
         super().__init__(name="energy", daemon=True)
-        self.country, self.path, self.say = country, path, say
+        self.country = country
+        self.path = path
+        self.say = say
         self.tracker: Any = None
 
     def run(self) -> None:
@@ -86,7 +90,7 @@ class _Meter(threading.Thread):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.tracker = self._tracker()
             self.tracker.start()
-        except Exception as error:  # noqa: BLE001 - whatever a meter lacks, the run goes on
+        except Exception as error:  # noqa: BLE001 - whatever a meter lacks, the run trains on
             self.tracker = None
             self.say(f"energy is not measured on {socket.gethostname()}: {' '.join(str(error).split())}")
 
@@ -125,7 +129,7 @@ class _Meter(threading.Thread):
     def write(self, total: Any) -> None:
         """What was taken since the start."""
         parts = [f"{total.gpu_count} x {total.gpu_model}" if total.gpu_count else "", total.cpu_model, "memory"]
-        found = {
+        measured = {
             "host": socket.gethostname(),
             "kwh": total.energy_consumed,
             "gpu_kwh": total.gpu_energy,
@@ -137,4 +141,4 @@ class _Meter(threading.Thread):
             "of": ", ".join(filter(None, parts)),
             "by": f"codecarbon {total.codecarbon_version}",
         }
-        write_text_atomic(self.path, json.dumps(found, indent=1) + "\n")
+        write_text_atomic(self.path, json.dumps(measured, indent=1) + "\n")

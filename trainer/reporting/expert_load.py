@@ -5,29 +5,26 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def by_layer(tokens: Tensor) -> list[dict[str, float]]:
+def load_by_layer(tokens: Tensor) -> list[dict[str, float]]:
     """Of each layer of `tokens [layers, experts]` (below zero where a layer has no such expert):
 
     `max_over_mean`, the tokens of its busiest expert over the mean of all (1 where they are even), and `unused`, the share
     of its experts without a token.
     """
-    rows = []
-    for row in tokens.double():
-        there = row[row >= 0]
-        mean = float(there.mean())
-        rows.append(
-            {
-                "max_over_mean": float(there.max()) / mean if mean else 1.0,
-                "unused": float((there == 0).double().mean()),
-            }
-        )
-    return rows
+    loads = []
+    for layer in tokens.double():
+        expert_tokens = layer[layer >= 0]
+        mean = float(expert_tokens.mean())
+        max_over_mean = float(expert_tokens.max()) / mean if mean else 1.0
+        unused = float((expert_tokens == 0).double().mean())
+        loads.append({"max_over_mean": max_over_mean, "unused": unused})
+    return loads
 
 
-def of_step(tokens: Tensor) -> dict[str, float]:
+def expert_metrics(tokens: Tensor) -> dict[str, float]:
     """`experts/max_over_mean` of the least even layer, and `experts/unused` over the experts of all layers."""
-    layers, there = by_layer(tokens), tokens >= 0
+    num_experts = int((tokens >= 0).sum())
     return {
-        "experts/max_over_mean": max(layer["max_over_mean"] for layer in layers),
-        "experts/unused": int((tokens == 0).sum()) / int(there.sum()),
+        "experts/max_over_mean": max(layer["max_over_mean"] for layer in load_by_layer(tokens)),
+        "experts/unused": int((tokens == 0).sum()) / num_experts,
     }

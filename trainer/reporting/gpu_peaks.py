@@ -56,7 +56,9 @@ _SAME: dict[float, tuple[str, ...]] = {
     980.6: ("AMD Instinct MI300A",),
     1307.4: ("AMD Instinct MI300X", "AMD Instinct MI300X VF", "AMD Instinct MI325X"),
 }
-PEAK_TFLOPS = {name: figure for figure, names in _SAME.items() for name in names}
+PEAK_TFLOPS: dict[str, float] = {}
+for _figure, _names in _SAME.items():
+    PEAK_TFLOPS |= dict.fromkeys(_names, _figure)
 """TFLOP/s of one device in dense bf16 (fp16 before Ampere), without sparsity and with sums in fp32, by the driver's name.
 
 NVIDIA: the data sheets of H100, H200, H20, GH200, HGX B200, HGX B300, GB200 NVL72, A100, A30, A40, A10, A10G, L4, L20,

@@ -11,13 +11,13 @@ from typing import Any, TextIO
 
 from strategies import atomic_io
 from strategies.errors import StorageError
-from trainer.reporting.earlier_rows import EarlierResults, earlier
+from trainer.reporting.earlier_rows import EarlierResults, earlier_results
 from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
 from trainer.reporting.metric_rows import UnreadableLine, read_rows
 
 UNREADABLE = "metrics.unreadable.jsonl"
 """Beside the file of rows: lines of it that were no rows when a start read it, each with its number and what is wrong."""
-SHOWN = 3
+MAX_NAMED = 3
 """Lines that are named in a warning."""
 
 
@@ -25,7 +25,9 @@ class JsonlTracker:
     """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `not_finite`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        self.path, self.earlier, self._warned = path, EarlierResults(), False
+        self.path = path
+        self.earlier = EarlierResults()
+        self._warned = False
         try:
             if path.exists():  # rows after the checkpoint belong to a future that is now done again
                 self._keep_up_to(resume_step or -1)
@@ -41,26 +43,26 @@ class JsonlTracker:
 
         Lines that are no rows are moved to `metrics.unreadable.jsonl`, which is said.
         """
-        found = read_rows(self.path)
-        if found.unreadable:
-            self._set_aside(found.unreadable)
-        kept = [number for number, row in enumerate(found.rows) if row["step"] <= step]
+        content = read_rows(self.path)
+        if content.unreadable:
+            self._set_aside(content.unreadable)
+        kept = [number for number, row in enumerate(content.rows) if row["step"] <= step]
         aside = self.path.with_suffix(".tmp")
-        aside.write_bytes(b"".join(found.lines[number] + b"\n" for number in kept))
+        aside.write_bytes(b"".join(content.lines[number] + b"\n" for number in kept))
         atomic_io.sync_file(aside)
         atomic_io.disk.rename(aside, self.path)
-        self.earlier = earlier(found.rows[number] for number in kept)
+        self.earlier = earlier_results(content.rows[number] for number in kept)
 
     def _set_aside(self, unreadable: list[UnreadableLine]) -> None:
         aside = self.path.with_name(UNREADABLE)
         with aside.open("a", encoding="utf-8") as file:
-            for each in unreadable:
+            for broken in unreadable:
                 # Bytes that are not UTF-8 stand as lone surrogates, which Python turns back into the same bytes.
-                text = each.line.decode(errors="surrogateescape")
-                file.write(json.dumps({"line": each.number, "reason": each.reason, "text": text}) + "\n")
+                text = broken.line.decode(errors="surrogateescape")
+                file.write(json.dumps({"line": broken.number, "reason": broken.reason, "text": text}) + "\n")
         atomic_io.sync_file(aside)
-        more = f" and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
-        lines = f"{', '.join(map(str, unreadable[:SHOWN]))}{more}"
+        more = f" and {len(unreadable) - MAX_NAMED} more" if len(unreadable) > MAX_NAMED else ""
+        lines = f"{', '.join(map(str, unreadable[:MAX_NAMED]))}{more}"
         print(
             f"warning: {self.path}: {lines}; what cannot be read was moved to {aside.name}, and the run continues without it",
             flush=True,
@@ -81,7 +83,7 @@ class JsonlTracker:
         try:
             # A whole directory that is gone was renamed or deleted, which its owner finds out.
             is_deleted = not self.path.exists() and self.path.parent.is_dir()
-        except OSError:  # a network mount that stumbles; the file is open, and takes the row
+        except OSError:  # a network mount that fails for a moment; the file is open, and takes the row
             return
         if not is_deleted:
             return
@@ -115,7 +117,7 @@ class JsonlTracker:
             self._warned = True
 
     def close(self) -> None:
-        """Each row was flushed when it was logged: one that could not be was told of then, and hides nothing now."""
+        """Close the file. Each row was flushed when it was logged, so a failure was reported then and not here."""
         with suppress(OSError):
             self._write_again_if_deleted()
         with suppress(OSError):
@@ -129,13 +131,16 @@ def not_finite(metrics: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def json_text(value: Any, **how: Any) -> str:
-    """JSON that every reader takes: null where a number is not finite."""
+    """JSON that every reader takes: null where a number is not finite. `how` are arguments of `json.dumps`."""
+    return json.dumps(_with_null(value), allow_nan=False, **how)
 
-    def plain(part: Any) -> Any:
-        if isinstance(part, float):
-            return part if math.isfinite(part) else None
-        if isinstance(part, dict):
-            return {key: plain(inner) for key, inner in part.items()}
-        return [plain(inner) for inner in part] if isinstance(part, list | tuple) else part
 
-    return json.dumps(plain(value), allow_nan=False, **how)
+def _with_null(part: Any) -> Any:
+    """The same JSON values, with None for each number that is not finite."""
+    if isinstance(part, float):
+        return part if math.isfinite(part) else None
+    if isinstance(part, dict):
+        return {key: _with_null(inner) for key, inner in part.items()}
+    if isinstance(part, list | tuple):
+        return [_with_null(inner) for inner in part]
+    return part

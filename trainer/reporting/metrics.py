@@ -18,9 +18,9 @@ from strategies.base import Engine, StepResult
 from strategies.communication_counters import CommunicationTotals, count_communication
 from strategies.runtime import Runtime, dist_sum, peak_memory_gib
 from trainer.reporting import expert_load, gpu_meters
-from trainer.reporting.block_times import Busy
+from trainer.reporting.block_times import BlockTimer
 from trainer.reporting.gpu_peaks import peak_tflops
-from trainer.reporting.step_times import PARTS, PartTimes, timed
+from trainer.reporting.step_times import PARTS, PartTimes, timed_engine
 
 COUNTED_IN = 2
 """The step of an attempt whose exchange is counted: in the first, engines still find out what they need when."""
@@ -64,7 +64,7 @@ class RankTime:
     """Seconds of a step in the interval before, as this rank took its time; 0 in the first."""
 
     @property
-    def each(self) -> float:
+    def seconds_per_token(self) -> float:
         """Seconds for a token."""
         return self.seconds / max(1.0, self.tokens)
 
@@ -88,7 +88,7 @@ class Meter:
     """Times the parts of steps, where that was asked for."""
     evaluation_s: float = 0.0
     """Seconds of that for the evaluation before the first step."""
-    busy: Busy | None = None
+    block_timer: BlockTimer | None = None
     """Times what this rank's blocks compute, in the first step of each interval."""
     exchanged: CommunicationTotals | None = None
     """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
@@ -107,7 +107,8 @@ class Meter:
 
     def begin(self, evaluation_s: float) -> None:
         """The first step is about to be taken, after an evaluation of so many seconds."""
-        self.start_s, self.evaluation_s = process_age_s(), evaluation_s
+        self.start_s = process_age_s()
+        self.evaluation_s = evaluation_s
         if self.runtime.kind == "cuda":
             self.gpu = gpu_meters.GpuWatcher(self.runtime.device)
             self.gpu.start()
@@ -116,20 +117,20 @@ class Meter:
     def timing(self, engine: Engine) -> Engine:
         """The engine with the parts of its steps timed, for the rows from now on."""
         self.parts = PartTimes(self.runtime.device)
-        return timed(engine, self.parts)
+        return timed_engine(engine, self.parts)
 
     def watch(self, blocks: list[nn.Module]) -> None:
         """Time what these blocks compute from now on, in a run of several ranks."""
         if self.runtime.world_size > 1:
-            self.busy = Busy(self.runtime.device)
-            self.busy.watch(blocks)
+            self.block_timer = BlockTimer(self.runtime.device)
+            self.block_timer.watch(blocks)
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around a step: the first one of an interval is looked at, and what one of an attempt exchanges is counted."""
         self._steps += 1
-        if self.busy is not None:
-            self.busy.on = not self._records
+        if self.block_timer is not None:
+            self.block_timer.is_on = not self._records
         if self._steps != COUNTED_IN or self.runtime.world_size == 1:
             yield
             return
@@ -151,122 +152,152 @@ class Meter:
 
     def flush(self) -> list[dict[str, Any]]:
         """Rows of the buffered steps, equal on all ranks. All ranks must call; this is where the device is waited for."""
-        records, self._records = self._records, []
+        records = self._records
+        self._records = []
         if not records:
             return []
         terms = sorted(records[0].local_sums)
-        table = torch.stack([torch.stack([r.local_sums[t].double() for t in terms]) for r in records])
-        experts = [r.expert_tokens for r in records if r.expert_tokens is not None]
-        if experts:
-            table = torch.cat([table, torch.stack(experts).double().flatten(1)], dim=1)
-        parts: list[list[float]] = [[] for _ in records] if self.parts is None else self.parts.read()
-        waits = torch.tensor(
-            [[*took, r.wait_s, float(r.local_tokens)] for r, took in zip(records, parts, strict=True)],
-            dtype=torch.float64,
-        )
-        table, last = torch.cat([table, waits.to(table.device)], dim=1), waits.shape[1]
+        experts = [record.expert_tokens for record in records if record.expert_tokens is not None]
+        # A row a step. Columns: the sums of the terms, tokens of each expert, seconds of the step's parts, wait, tokens.
+        table = self._sums_on_device(records, terms, experts)
+        host_columns = self._host_columns(records)
+        num_host_columns = host_columns.shape[1]
+        table = torch.cat([table, host_columns.to(table.device)], dim=1)
         table, memory = self._over_ranks(table, records[0].local_tokens)
-        norms = torch.stack([r.result.grad_norm for r in records]).tolist()
-        skipped = torch.stack([r.result.skipped for r in records]).tolist()
+        norms = torch.stack([record.result.grad_norm for record in records]).tolist()
+        skipped = torch.stack([record.result.skipped for record in records]).tolist()
         # The device has just caught up, so the interval's wall time is true even where single steps' would not be.
-        seconds = (time.perf_counter() - self._clock) / len(records)
+        step_s = (time.perf_counter() - self._clock) / len(records)
         self._clock = time.perf_counter()
-        tokens, supervised = (
-            sum(getattr(r, of) for r in records) / len(records) for of in ("tokens", "supervised_tokens")
-        )
-        self._intervals.append((tokens, supervised, seconds))
-        rows = [
-            self._row(r, dict(zip(terms, sums, strict=True)), wait, norm, seconds)
-            for r, sums, wait, norm in zip(
-                records, table[:, : len(terms)].tolist(), table[:, -2].tolist(), norms, strict=True
-            )
-        ]
+        tokens = sum(record.tokens for record in records) / len(records)
+        supervised_tokens = sum(record.supervised_tokens for record in records) / len(records)
+        self._intervals.append((tokens, supervised_tokens, step_s))
+
+        term_sums = table[:, : len(terms)].tolist()
+        part_seconds = table[:, -num_host_columns:-2].tolist()
+        waits_s = table[:, -2].tolist()
+        expert_tokens = None
         if experts:
-            tokens = table[:, len(terms) : -last].view(len(records), *experts[0].shape)
-            self.expert_tokens = tokens.sum(0)
-            for row, each in zip(rows, tokens, strict=True):
-                row |= expert_load.of_step(each)
-        for row, took in zip(rows, table[:, -last:-2].tolist(), strict=True):
-            row |= {part: seconds / self.runtime.world_size for part, seconds in zip(PARTS, took, strict=False)}
-        for row, skip in zip(rows, skipped, strict=True):
-            row |= memory | ({"skipped": 1} if skip else {})
+            expert_tokens = table[:, len(terms) : -num_host_columns].view(len(records), *experts[0].shape)
+            self.expert_tokens = expert_tokens.sum(0)
+        rows = []
+        for number, record in enumerate(records):
+            sums = dict(zip(terms, term_sums[number], strict=True))
+            row = self._row(record, sums, waits_s[number], norms[number], step_s)
+            if expert_tokens is not None:
+                row |= expert_load.expert_metrics(expert_tokens[number])
+            # Without timed parts there is nothing to zip: the means over ranks of what was timed.
+            for part, seconds in zip(PARTS, part_seconds[number], strict=False):
+                row[part] = seconds / self.runtime.world_size
+            row |= memory
+            if skipped[number]:
+                row["skipped"] = 1
+            rows.append(row)
         rows[-1] |= self._gpus
         return rows
+
+    def _sums_on_device(self, records: list[StepRecord], terms: list[str], experts: list[Tensor]) -> Tensor:
+        """float64 [steps, terms + experts]: this rank's sums, where they are."""
+        sums_by_step = []
+        for record in records:
+            sums_by_step.append(torch.stack([record.local_sums[term].double() for term in terms]))
+        table = torch.stack(sums_by_step)
+        if not experts:
+            return table
+        return torch.cat([table, torch.stack(experts).double().flatten(1)], dim=1)
+
+    def _host_columns(self, records: list[StepRecord]) -> Tensor:
+        """float64 [steps, parts + 2]: what the host knows of this rank: seconds of the parts, wait for data, tokens."""
+        part_seconds: list[list[float]] = [[] for _ in records] if self.parts is None else self.parts.read()
+        columns = []
+        for record, seconds in zip(records, part_seconds, strict=True):
+            columns.append([*seconds, record.wait_s, float(record.local_tokens)])
+        return torch.tensor(columns, dtype=torch.float64)
 
     def _over_ranks(self, table: Tensor, tokens: int) -> tuple[Tensor, dict[str, float]]:
         """The sum of all ranks' `table`, on the host, and the largest of their peaks of memory, in one reduction.
 
-        With it goes what each rank computed, for `by_rank`.
+        With it goes what each rank computed, for `by_rank`: a table of one row a rank, in which each fills its own row
+        and leaves the others 0, so that the sum is the gathered table.
         """
         peaks = peak_memory_gib(self.runtime.device)
-        own = RankTime(
-            seconds=0.0 if self.busy is None else self.busy.read(),
-            tokens=tokens,
-            step_s=self._intervals[-1][-1] if self._intervals else 0.0,
-        )
-        seen = [] if self.gpu is None else self.gpu.take()
-        values = [*peaks.values(), own.seconds, own.tokens, own.step_s, *seen]
-        places = torch.zeros(self.runtime.world_size, len(values), dtype=table.dtype)
-        places[self.runtime.rank] = torch.tensor(values, dtype=table.dtype)
-        both = dist_sum(torch.cat([table.view(-1), places.view(-1).to(table.device)])).cpu()
-        summed, found = both.split([table.numel(), places.numel()])
-        found = found.view_as(places)
-        self.peaks = dict(zip(peaks, found.amax(0).tolist(), strict=False))
+        compute_s = 0.0 if self.block_timer is None else self.block_timer.read()
+        last_step_s = self._intervals[-1][-1] if self._intervals else 0.0
+        gpu_values = [] if self.gpu is None else self.gpu.means()
+        own_row = [*peaks.values(), compute_s, tokens, last_step_s, *gpu_values]
+        by_rank = torch.zeros(self.runtime.world_size, len(own_row), dtype=table.dtype)
+        by_rank[self.runtime.rank] = torch.tensor(own_row, dtype=table.dtype)
+        reduced = dist_sum(torch.cat([table.view(-1), by_rank.view(-1).to(table.device)])).cpu()
+        summed, gathered = reduced.split([table.numel(), by_rank.numel()])
+        gathered = gathered.view_as(by_rank)
+        self.peaks = dict(zip(peaks, gathered.amax(0).tolist(), strict=False))
+        gpu_start = len(own_row) - len(gpu_values)
         self.by_rank = [
             RankTime(seconds=seconds, tokens=tokens, step_s=step_s)
-            for seconds, tokens, step_s in found[:, len(peaks) : len(values) - len(seen)].tolist()
+            for seconds, tokens, step_s in gathered[:, len(peaks) : gpu_start].tolist()
         ]
-        self._gpus = gpu_meters.told(found[:, len(values) - len(seen) :].tolist()) if seen else {}
+        self._gpus = gpu_meters.row_metrics(gathered[:, gpu_start:].tolist()) if gpu_values else {}
         return summed.view(table.shape), self.peaks
 
     def speed(self) -> dict[str, float]:
         """What the run did in a second: the median of its logging intervals, without the first where there are others."""
-        usual = self._usual()
-        if not usual:
+        intervals = self._counted_intervals()
+        if not intervals:
             return {}
-        found = [
-            {**self._speed(tokens, seconds), "supervised_tokens_per_s": supervised / seconds, "step_s": seconds}
-            for tokens, supervised, seconds in usual
-        ]
-        return {"intervals": len(usual), **{key: median(each[key] for each in found) for key in found[0]}}
+        values_by_rate: dict[str, list[float]] = {}
+        for tokens, supervised_tokens, step_s in intervals:
+            rates = self._rates(tokens, step_s)
+            rates |= {"supervised_tokens_per_s": supervised_tokens / step_s, "step_s": step_s}
+            for name, value in rates.items():
+                values_by_rate.setdefault(name, []).append(value)
+        return {"intervals": len(intervals), **{name: median(values) for name, values in values_by_rate.items()}}
 
     def step_s(self) -> float | None:
         """Seconds of a step, as `speed` takes its median; None before the first flush."""
-        return median(seconds for *_, seconds in usual) if (usual := self._usual()) else None
+        intervals = self._counted_intervals()
+        return median(step_s for *_, step_s in intervals) if intervals else None
 
-    def _usual(self) -> list[tuple[float, float, float]]:
+    def _counted_intervals(self) -> list[tuple[float, float, float]]:
+        """Those whose speed counts. The first has caches to fill and kernels to choose."""
         return self._intervals[1:] or self._intervals
 
-    def _speed(self, tokens: float, seconds: float) -> dict[str, float]:
-        """Of a step of `tokens`, all ranks together, that took `seconds`."""
-        world = self.runtime.world_size
-        values = {"tokens_per_s": tokens / seconds, "tokens_per_s_per_rank": tokens / seconds / world}
+    def _rates(self, tokens: float, step_s: float) -> dict[str, float]:
+        """Speeds of a step of `tokens`, all ranks together, that took `step_s` seconds."""
+        world_size = self.runtime.world_size
+        rates = {"tokens_per_s": tokens / step_s, "tokens_per_s_per_rank": tokens / step_s / world_size}
         if self.reference_tflops:
-            values["mfu"] = self.flops_per_token * tokens / seconds / world / (self.reference_tflops * 1e12)
-        return values
+            peak_flops = self.reference_tflops * 1e12
+            rates["mfu"] = self.flops_per_token * tokens / step_s / world_size / peak_flops
+        return rates
 
-    def _row(self, r: StepRecord, sums: dict[str, float], wait: float, norm: float, seconds: float) -> dict[str, Any]:
+    def _row(
+        self, record: StepRecord, sums: dict[str, float], wait_s: float, norm: float, step_s: float
+    ) -> dict[str, Any]:
+        """A step's row; `sums` and `wait_s` are those of all ranks."""
+        loss_count = record.counts["loss"] or 1
         row: dict[str, Any] = {
-            "step": r.step,
-            "loss": sums["loss"] / (r.counts["loss"] or 1),
+            "step": record.step,
+            "loss": sums["loss"] / loss_count,
             "grad_norm": norm,
-            "lr": r.lr,
-            "tokens": r.total_tokens,
-            "step_tokens": r.tokens,
-            "supervised_tokens": r.total_supervised_tokens,
-            **self._speed(r.tokens, seconds),
-            "supervised_tokens_per_s": r.supervised_tokens / seconds,
-            "step_s": seconds,
-            "data_wait_s": wait / self.runtime.world_size,
-            "balance": r.balance,
+            "lr": record.lr,
+            "tokens": record.total_tokens,
+            "step_tokens": record.tokens,
+            "supervised_tokens": record.total_supervised_tokens,
+            **self._rates(record.tokens, step_s),
+            "supervised_tokens_per_s": record.supervised_tokens / step_s,
+            "step_s": step_s,
+            "data_wait_s": wait_s / self.runtime.world_size,
+            "balance": record.balance,
         }
-        row |= {f"step_tokens/{name}": tokens for name, tokens in r.source_tokens.items()}
-        apart = {f"loss/{name}": count for name, count in r.source_counts.items() if count}
-        row |= {name: sums[name] / count for name, count in apart.items() if name in sums}
-        row |= {name: sums[name] / (r.counts["loss"] or 1) for name in self.metrics}
-        row |= {
-            name: value for name, value in sums.items() if name.startswith(("router/", "logits/"))
-        }  # parts of the whole
+        for source, tokens in record.source_tokens.items():
+            row[f"step_tokens/{source}"] = tokens
+        for source, count in record.source_counts.items():
+            if count and f"loss/{source}" in sums:
+                row[f"loss/{source}"] = sums[f"loss/{source}"] / count
+        for name in self.metrics:
+            row[name] = sums[name] / loss_count
+        # These are parts of the whole already: nothing is left to divide by.
+        row |= {name: value for name, value in sums.items() if name.startswith(("router/", "logits/"))}
         return row
 
 
@@ -286,14 +317,16 @@ def reference_tflops(configured: float | None, device: torch.device) -> tuple[fl
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         figure = peak_tflops(name)
-        known = f"data sheet, dense bf16 or fp16, {name}"
-        return figure, known if figure else f"the peak of {name} is not known: set logging.reference_tflops"
+        if not figure:
+            return figure, f"the peak of {name} is not known: set logging.reference_tflops"
+        return figure, f"data sheet, dense bf16 or fp16, {name}"
     return measured_matmul_tflops(), f"fp32 matrix product measured at start, {torch.get_num_threads()} threads"
 
 
 def measured_matmul_tflops(size: int = 768) -> float:
     """TFLOP/s of a square fp32 product on this CPU, the best of a few."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    a = torch.randn(size, size)
+    b = torch.randn(size, size)
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()

@@ -35,13 +35,14 @@ class ProfileConfig:
 
 def profile_problems(config: ProfileConfig, total_steps: int | None) -> list[str]:
     """What is wrong with the settings; `total_steps` of the run, where they are known."""
-    steps, shown = config.steps, f"profile.steps={str(config.steps).replace(' ', '')}"
+    steps = config.steps
+    typed = f"profile.steps={str(steps).replace(' ', '')}"
     if not steps:
         return []
     if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
-        return [f"{shown}: must be the first and the last step, 1 at least; profile.steps=[10,12] traces three"]
+        return [f"{typed}: must be the first and the last step, 1 at least; profile.steps=[10,12] traces three"]
     if total_steps is not None and steps[1] > total_steps:
-        return [f"{shown}: the run has {total_steps} steps; name steps up to that, or raise budget.steps"]
+        return [f"{typed}: the run has {total_steps} steps; name steps up to that, or raise budget.steps"]
     return []
 
 
@@ -51,14 +52,17 @@ class Profiler:
     def __init__(
         self, config: ProfileConfig, run_dir: Path, runtime: Runtime, at_step: Callable[[int], None], say: Callable
     ) -> None:
-        """`at_step` is told of each step as well; `say` on the screen."""
-        self.steps, self.folder, self.runtime = config.steps, run_dir / FOLDER, runtime
-        self._at_step, self._say = at_step, say
+        """`at_step` is called with the number of each step as well; `say` prints a line on the screen."""
+        self.steps = config.steps
+        self.folder = run_dir / FOLDER
+        self.runtime = runtime
+        self._at_step = at_step
+        self._say = say
         self._live: Any = None
         self._begun = 0
 
     def at_step(self, step: int) -> None:
-        """Told the step about to be taken."""
+        """Called before each step with its number."""
         if self.steps:
             if self._live is not None and step > self.steps[1]:
                 self._end(step - 1)
@@ -72,11 +76,13 @@ class Profiler:
         kinds = [ProfilerActivity.CPU]
         if self.runtime.device.type == "cuda":
             kinds.append(ProfilerActivity.CUDA)
-        self._live, self._begun = profile(activities=kinds, profile_memory=True, acc_events=True), step
+        self._live = profile(activities=kinds, profile_memory=True, acc_events=True)
+        self._begun = step
         self._live.start()
 
     def _end(self, last: int) -> None:
-        live, self._live = self._live, None
+        live = self._live
+        self._live = None
         live.stop()
         rank = self.runtime.rank
         trace = self.folder / f"rank-{rank}.json.gz"
@@ -84,9 +90,9 @@ class Profiler:
             self.folder.mkdir(parents=True, exist_ok=True)
             live.export_chrome_trace(str(trace))
             with gzip.open(trace, "rt", encoding="utf-8") as file:
-                found = summarise(json.load(file)["traceEvents"])
-            told = {"rank": rank, "device": str(self.runtime.device), "steps": [self._begun, last], **found}
-            write_text_atomic(self.folder / f"rank-{rank}.summary.json", json_text(told, indent=1) + "\n")
+                measured = summarise(json.load(file)["traceEvents"])
+            summary = {"rank": rank, "device": str(self.runtime.device), "steps": [self._begun, last], **measured}
+            write_text_atomic(self.folder / f"rank-{rank}.summary.json", json_text(summary, indent=1) + "\n")
         except (OSError, ValueError) as error:  # the run does not end for its profile
             self._say(f"warning: {trace}: not written ({error}); free space")
             return

@@ -18,7 +18,8 @@ from trainer.reporting.metric_rows import METRICS, read_rows
 from trainer.reporting.status import write_text_atomic
 
 REPORTS = "reports"
-EVALUATION, REVIEW = "evaluation", "review"
+EVALUATION = "evaluation"
+REVIEW = "review"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ class KeptReport:
     @property
     def artefact(self) -> str | None:
         """SHA-256 of the weights that it is about."""
-        found = (self.report.get("model") or {}).get("artefact")
-        return str(found) if found else None
+        content = (self.report.get("model") or {}).get("artefact")
+        return str(content) if content else None
 
     @property
     def checkpoint(self) -> str:
@@ -47,7 +48,7 @@ class KeptReport:
         return str((self.report.get("model") or {}).get("checkpoint") or "other weights")
 
 
-def keep(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
+def keep_report(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
     """Put a report beside the earlier ones of its run; where. Errors: StorageError."""
     text = json_text(report, indent=1, ensure_ascii=False) + "\n"
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(report.get("time")))
@@ -56,24 +57,24 @@ def keep(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
     return path
 
 
-def kept(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
+def kept_reports(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
     """The reports of a run, the newest first; a file that cannot be read is passed over."""
-    found = []
+    reports = []
     for path in sorted((run_dir / REPORTS).glob("*.json")):
-        named = path.name.partition("-")[0]
+        kind_of_file = path.name.partition("-")[0]
         report = read_json(path)
-        if report and named in (EVALUATION, REVIEW) and kind in (None, named):
-            found.append(KeptReport(named, path, report))
-    return sorted(found, key=lambda each: each.time, reverse=True)
+        if report and kind_of_file in (EVALUATION, REVIEW) and kind in (None, kind_of_file):
+            reports.append(KeptReport(kind_of_file, path, report))
+    return sorted(reports, key=lambda report: report.time, reverse=True)
 
 
 def at_step(run_dir: Path, step: int) -> dict[str, Any]:
-    """What training's own evaluation said at a step, by metric: the rows of `metrics.jsonl`; empty where there was none."""
-    found: dict[str, Any] = {}
+    """Held-out metrics that training itself measured at a step: the rows of `metrics.jsonl`; empty if there are none."""
+    metrics: dict[str, Any] = {}
     for row in rows(run_dir):
         if row.get("step") == step:
-            found |= {name: value for name, value in row.items() if name.startswith("eval/")}
-    return found
+            metrics |= {name: value for name, value in row.items() if name.startswith("eval/")}
+    return metrics
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -84,8 +85,8 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
         return []
 
 
-def note(run_dir: Path, key: str, value: Any) -> None:
-    """Put something under a key of `run.json`, where there is one. Errors: StorageError."""
+def add_to_run_record(run_dir: Path, key: str, value: Any) -> None:
+    """Write a value under a key of `run.json`; without such a file nothing happens. Errors: StorageError."""
     path = run_dir / "run.json"
     if record := read_json(path):
         write_text_atomic(path, json_text({**record, key: value}, indent=1, default=str))
@@ -94,7 +95,7 @@ def note(run_dir: Path, key: str, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; empty where there is none that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

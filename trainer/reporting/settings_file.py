@@ -56,10 +56,10 @@ def _loader() -> Any:
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         pass
 
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in Loader.yaml_implicit_resolvers.items()
-    }
+    without_dates = {}
+    for first, resolvers in Loader.yaml_implicit_resolvers.items():
+        without_dates[first] = [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    Loader.yaml_implicit_resolvers = without_dates
     return Loader
 
 
@@ -70,5 +70,5 @@ def literal(value: Any) -> Any:
     if isinstance(value, list):
         return [literal(inner) for inner in value]
     if isinstance(value, str) and "${" in value:
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     return value

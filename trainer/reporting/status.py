@@ -84,7 +84,8 @@ def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
     }
     if isinstance(status["reason"], str):
         status["reason"] = redacted(status["reason"])
-    path, text = Path(run_dir) / "status.json", json.dumps(status, indent=1) + "\n"
+    path = Path(run_dir) / "status.json"
+    text = json.dumps(status, indent=1) + "\n"
     try:
         write_text_atomic(path, text)
     except StorageError:
@@ -140,7 +141,8 @@ def record_failure(
         "time": time.time(),
         **about,
     }
-    path, content = Path(run_dir) / "failure.json", json.dumps(record, indent=1).encode() + b"\n"
+    path = Path(run_dir) / "failure.json"
+    content = json.dumps(record, indent=1).encode() + b"\n"
     try:
         if not replace:
             return shared_files.claim(path, content, _token())

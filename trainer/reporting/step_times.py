@@ -56,18 +56,23 @@ class PartTimes:
 
     def read(self) -> list[list[float]]:
         """For each step since the last call its seconds in the order of `PARTS`. Waits for the device."""
-        steps, self._steps = self._steps, []
-        return [
-            [sum(seconds_between(self.device, a, b) for name, a, b in step if name == part) for part in PARTS]
-            for step in steps
-        ]
+        steps = self._steps
+        self._steps = []
+        seconds_by_step = []
+        for passes in steps:
+            seconds = dict.fromkeys(PARTS, 0.0)
+            for part, begun, ended in passes:
+                seconds[part] += seconds_between(self.device, begun, ended)
+            seconds_by_step.append(list(seconds.values()))
+        return seconds_by_step
 
 
-class _Timed:
+class _TimedEngine:
     """Passes everything on, whatever a pass takes: an engine's interface is its own."""
 
     def __init__(self, engine: Engine, parts: PartTimes) -> None:
-        self._engine, self._parts = engine, parts
+        self._engine = engine
+        self._parts = parts
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -85,6 +90,6 @@ class _Timed:
             return self._engine.step(*args, **kwargs)
 
 
-def timed(engine: Engine, parts: PartTimes) -> Engine:
+def timed_engine(engine: Engine, parts: PartTimes) -> Engine:
     """The engine with its passes timed in `parts`; it communicates as before."""
-    return cast(Engine, _Timed(engine, parts))
+    return cast(Engine, _TimedEngine(engine, parts))

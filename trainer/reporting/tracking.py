@@ -13,9 +13,9 @@ from strategies.errors import StorageError
 from strategies.redaction import redacted
 from trainer.reporting.earlier_rows import EarlierResults
 from trainer.reporting.jsonl import JsonlTracker
-from trainer.reporting.trackers.base import Ended, Table, Tracked, Tracker
-from trainer.reporting.trackers.environment import settle
-from trainer.reporting.trackers.registry import asked
+from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun, Tracker
+from trainer.reporting.trackers.environment import apply_environment
+from trainer.reporting.trackers.registry import enabled_trackers
 
 
 class Trackers:
@@ -24,7 +24,9 @@ class Trackers:
     def __init__(
         self, rows: JsonlTracker | None = None, others: Sequence[Tracker] = (), say: Callable[[str], None] = print
     ) -> None:
-        self._rows, self._others, self._say = rows, list(others), say
+        self._rows = rows
+        self._trackers = list(others)
+        self._say = say
         self._hints: list[tuple[str, str]] = []
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
@@ -34,24 +36,24 @@ class Trackers:
                 self._rows.log(metrics, step=step)
             except OSError as error:
                 raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
-        self._each(lambda tracker: tracker.log(metrics, step=step))
+        self._for_each(lambda tracker: tracker.log(metrics, step=step))
 
     def tables(self, tables: dict[str, Table], *, step: int) -> None:
         """Show tables of one step, by name, in the trackers."""
         for name, table in tables.items():
-            self._each(lambda tracker, name=name, table=table: tracker.table(name, table, step=step))  # type: ignore[misc]
+            self._for_each(lambda tracker, name=name, table=table: tracker.table(name, table, step=step))  # type: ignore[misc]
 
     def summarise(self, values: dict[str, Any]) -> None:
         """Set numbers of the whole run in the trackers."""
-        self._each(lambda tracker: tracker.summarise(values))
+        self._for_each(lambda tracker: tracker.summarise(values))
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._others):
+    def _for_each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
             try:
                 call(tracker)
             except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
-                self._say(f"{type(tracker).__name__} stopped working and is dropped: {_of(error)}")
-                self._others.remove(tracker)
+                self._say(f"{type(tracker).__name__} stopped working and is dropped: {_one_line(error)}")
+                self._trackers.remove(tracker)
 
     def rewind(self, step: int) -> None:
         """Forget the rows after a step in `metrics.jsonl`; elsewhere they stay until they are written again, or for good."""
@@ -81,16 +83,17 @@ class Trackers:
         """(name of a tracker, command or address that shows the run), once they are closed."""
         return self._hints
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: RunEnding) -> None:
         """Close all of them; what a tracker has against it is said and does not hide how the run ended."""
         if self._rows is not None:
             self._rows.close()
-        self._each(lambda tracker: tracker.close(ended))
-        self._hints = [tracker.hint for tracker in self._others if tracker.hint is not None]
-        self._rows, self._others = None, []
+        self._for_each(lambda tracker: tracker.close(ended))
+        self._hints = [tracker.hint for tracker in self._trackers if tracker.hint is not None]
+        self._rows = None
+        self._trackers = []
 
 
-def _of(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """On one line, without secrets."""
     return redacted(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
@@ -105,7 +108,7 @@ def summary_of(last_row: dict[str, Any], speed: dict[str, float], evaluated: dic
 
 
 @dataclass(slots=True)
-class Opened:
+class OpenedTrackers:
     """What rank 0 records to."""
 
     trackers: Trackers
@@ -119,25 +122,25 @@ class Opened:
     """One line on variables that lose to a setting."""
 
 
-def open_trackers(about: Tracked, environment: dict[str, str] | None = None) -> Opened:
+def open_trackers(about: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
     """Begin recording; for rank 0 only. `about.run_id` may be empty: a new run gets one. Errors: StorageError.
 
     A tracker that cannot begin is left out, and said: what it would show is in `metrics.jsonl`.
     """
-    found = open_apart(about, environment)
-    found.trackers._rows = JsonlTracker(about.run_dir / "metrics.jsonl", about.resumed_at)
-    return found
+    opened = open_without_rows(about, environment)
+    opened.trackers._rows = JsonlTracker(about.run_dir / "metrics.jsonl", about.resumed_at)
+    return opened
 
 
-def open_apart(about: Tracked, environment: dict[str, str] | None = None) -> Opened:
+def open_without_rows(about: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
     """The trackers alone, without `metrics.jsonl`."""
     environment = dict(os.environ) if environment is None else environment
-    settled = settle(about.config, environment)
-    kinds = asked(settled.config)
+    settled = apply_environment(about.config, environment)
+    kinds = enabled_trackers(settled.config)
     run_id = about.run_id or (environment.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12] if kinds else "")
     name = settled.config.name or about.name
     about = replace(about, config=settled.config, run_id=run_id, name=name)
-    found = Opened(Trackers(), run_id or None, passed_over=settled.passed_over)
+    found = OpenedTrackers(Trackers(), run_id or None, passed_over=settled.passed_over)
     if kinds:
         found.substitutions = {key: str(resolution) for key, resolution in settled.resolutions.items()}
         found.from_environment = {key: str(resolution.chosen) for key, resolution in settled.resolutions.items()}
@@ -146,7 +149,7 @@ def open_apart(about: Tracked, environment: dict[str, str] | None = None) -> Ope
         try:
             tracker = kind.open(about)
         except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
-            found.substitutions[f"logging.{kind.setting}"] = f"left out ({_of(error)})"
+            found.substitutions[f"logging.{kind.setting}"] = f"left out ({_one_line(error)})"
             continue
         if note := getattr(tracker, "note", None):
             found.substitutions[f"logging.{kind.setting}"] = redacted(note)

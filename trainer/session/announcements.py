@@ -17,18 +17,18 @@ from trainer.config.resuming import plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
-from trainer.monitors.stragglers import Slow, Tell
+from trainer.monitors.stragglers import ReportSlow, SlowRank
 from trainer.objectives.registry import reading_of
 from trainer.planner.predicted_vs_measured import measured
 from trainer.reporting.console import Console
-from trainer.reporting.energy import metering, taken
+from trainer.reporting.energy import energy_of_run, metering
 from trainer.reporting.findings import status_note
 from trainer.reporting.metrics import Meter
 from trainer.reporting.outcome import Outcome
 from trainer.reporting.run_record import RunRecord
 from trainer.reporting.status import State, write_status
-from trainer.reporting.trackers.base import Ended, Table, Tracked
-from trainer.reporting.tracking import Trackers, open_apart, open_trackers, summary_of
+from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
+from trainer.reporting.tracking import Trackers, open_without_rows, open_trackers, summary_of
 from trainer.session.attempt import Attempt
 from trainer.session.run_facts import end_text, outcome_record, start_text, write_run_record
 from trainer.session.tracker_columns import name_of, tracker_settings
@@ -78,7 +78,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
     if not context.runtime.is_main:
         return Trackers()
     opened = open_trackers(
-        Tracked(
+        TrackedRun(
             config=config.logging,
             run_dir=context.run_dir,
             run_id=progress.wandb_id or "",
@@ -106,7 +106,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
 def slow_rank_reporter(context: RunContext) -> Tell:
     """The function that rank 0 calls when a rank becomes slow or recovers: it warns, and keeps `status.json` up to date."""
 
-    def report(slow: Slow, slow_ranks: list[Slow], step: int) -> None:
+    def report(slow: SlowRank, slow_ranks: list[SlowRank], step: int) -> None:
         """`slow`: the rank that changed; `slow_ranks`: all that are slow now."""
         if slow in slow_ranks:
             context.console.say(f"warning: step {step}: {slow}")
@@ -153,11 +153,11 @@ def record_end(
 ) -> Iterator[None]:
     """A context around the steps of a run. However they end, trackers are closed, and `run.json` gets what the run took."""
     meter, checkpoints = measures
-    ended = Ended(State.done)
+    ended = RunEnding(State.done)
     try:
         yield
     except BaseException as error:
-        ended = Ended.by(error)
+        ended = RunEnding.by(error)
         if ended.state is State.failed and isinstance(error, Exception):  # not after a Ctrl-C
             checkpoints.linger(FAILED_SAVE_PATIENCE_S)
         raise
@@ -218,8 +218,8 @@ def track_evaluation(
     name = Path(model["run"] or model["path"]).name
     step = int(re.sub(r"\D", "", model["checkpoint"] or "") or 0)
     facts = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
-    opened = open_apart(
-        Tracked(
+    opened = open_without_rows(
+        TrackedRun(
             config=replace(
                 config.logging,
                 tensorboard=False,
@@ -250,6 +250,6 @@ def track_evaluation(
     opened.trackers.log(metrics, step=step)
     opened.trackers.tables(tables, step=step)
     opened.trackers.summarise(metrics)
-    opened.trackers.close(Ended(State.done))
+    opened.trackers.close(RunEnding(State.done))
     for tracker, link in opened.trackers.hints:
         say(f"{tracker}: {link}")

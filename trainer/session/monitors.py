@@ -36,7 +36,7 @@ def challenges_of(config: RunConfig, built: Built, total_steps: int, context: Ru
     challenges.kept_before = KeptHeldOut(context.run_dir, context.runtime)
     challenges.window = divergence.window_of(total_steps)
     challenges.first_judged = divergence.first_judged(warmup_steps(config.schedule, total_steps))
-    challenges.tell_status = challenge_reporter(context)
+    challenges.on_record = challenge_reporter(context)
     return challenges
 
 

@@ -25,13 +25,13 @@ from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
-from trainer.monitors.stragglers import Slow
+from trainer.monitors.stragglers import SlowRank
 from trainer.planner.communication_volume import expected_bytes
 from trainer.planner.predicted_vs_measured import memory_text, predicted
 from trainer.reporting.code_revision import revision
 from trainer.reporting.documents.facts import ModelFacts, gather
 from trainer.reporting.documents.questions import read_answers
-from trainer.reporting.energy import taken
+from trainer.reporting.energy import energy_of_run
 from trainer.reporting.findings import SHOWN_REMEDIES, findings_in
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.metrics import flops_per_token, reference_tflops
@@ -341,7 +341,7 @@ def outcome_record(outcome: Outcome) -> RunOutcome:
 def model_facts(config: RunConfig, record: RunRecord, outcome: Outcome, run_dir: Path) -> ModelFacts:
     """The facts from which the documents of the exported model are written."""
     ended_record = replace(
-        record, outcome=outcome_record(outcome), energy=taken(run_dir), challenges=outcome.challenges
+        record, outcome=outcome_record(outcome), energy=energy_of_run(run_dir), challenges=outcome.challenges
     )
     facts = gather(run_dir, ended_record, read_answers(config.export.answers)[0])
     facts.step = outcome.progress.step
@@ -360,7 +360,7 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequen
         before_text = "" if before is None else f"   (before: {readable(before)})"
         lines.append(f"  {name:<{width}} {readable(metric_value)}{before_text}")
     lines += _finding_lines(run_dir, outcome)
-    lines += [f"slow:       {Slow(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
+    lines += [f"slow:       {SlowRank(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
     if export is not None:
         lines.append(f"model:      {export}")
     lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]

@@ -14,7 +14,7 @@ from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.manifest import artefact_of
 from trainer.export.gates.bounds import OVERRIDE, Bound, bounds_of
 from trainer.export.gates.measured import FORGETTING, MeasuredMetric, matching, measured
-from trainer.reporting.results import note, read_json
+from trainer.reporting.results import add_to_run_record, read_json
 
 LISTED = 12
 """Metrics listed, where a gate names none of them."""
@@ -178,4 +178,4 @@ def refuse(judged: JudgedGates, what: str) -> None:
 def record(run_dir: Path, judged: JudgedGates, about: dict[str, Any]) -> None:
     """Add what was decided about an export to the run's `run.json`. Errors: StorageError."""
     before = read_json(run_dir / "run.json").get("exports") or []
-    note(run_dir, "exports", [*before, {**about, **judged.record()}])
+    add_to_run_record(run_dir, "exports", [*before, {**about, **judged.record()}])

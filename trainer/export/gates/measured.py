@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, at_step, kept, rows
+from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, at_step, kept_reports, rows
 
 FORGETTING = "forgetting"
 GENERAL = (FORGETTING, "general")
@@ -44,7 +44,7 @@ class MeasuredMetric:
 def measured(run_dir: Path, step: int | None, artefact: str | None) -> list[MeasuredMetric]:
     """All that is known of a run, the newest first: of the weights at `step`, whose hash is `artefact`, and of others."""
     found = []
-    for report in kept(run_dir):
+    for report in kept_reports(run_dir):
         mine = artefact is not None and report.artefact == artefact
         found += [*({EVALUATION: _of_evaluation, REVIEW: _of_review}[report.kind](report, mine))]
     evaluated = [row["step"] for row in rows(run_dir) if any(name.startswith("eval/") for name in row)]
@@ -72,19 +72,19 @@ def matching(gate: str, found: list[MeasuredMetric]) -> list[MeasuredMetric]:
     return []
 
 
-def _of_evaluation(kept: KeptReport, mine: bool) -> Iterator[MeasuredMetric]:
-    report = kept.report
+def _of_evaluation(kept_report: KeptReport, mine: bool) -> Iterator[MeasuredMetric]:
+    report = kept_report.report
     against = report.get("against") or {}
     for task, said in (report.get("tasks") or {}).items():
         for place, (metric, each) in enumerate((said.get("metrics") or {}).items()):
             kind, alike = str(said.get("kind")), metric if task == metric else ""
             for leading in (task, kind) if place == 0 else ("",):
                 names = (f"{task}/{metric}", alike, f"{kind}/{metric}", metric, leading)
-                yield _measured(kept, names, each, mine)
+                yield _measured(kept_report, names, each, mine)
         if against.get("what") == "base" and task.startswith(GENERAL):
             forgotten = _forgotten(said, (against.get("tasks") or {}).get(task) or {})
             names = (f"{task}/{FORGETTING}", "", "", FORGETTING, "")
-            yield from [_measured(kept, names, forgotten, mine)] if forgotten else []
+            yield from [_measured(kept_report, names, forgotten, mine)] if forgotten else []
 
 
 def _forgotten(said: dict[str, Any], apart: dict[str, Any]) -> dict[str, Any]:
@@ -97,14 +97,14 @@ def _forgotten(said: dict[str, Any], apart: dict[str, Any]) -> dict[str, Any]:
     return {"value": change["difference"] * scale, "low": low, "high": high}
 
 
-def _of_review(kept: KeptReport, mine: bool) -> Iterator[MeasuredMetric]:
-    for name, each in (kept.report.get("metrics") or {}).items():
-        yield _measured(kept, (f"review/{name}", "", "", "", ""), each, mine)
+def _of_review(kept_report: KeptReport, mine: bool) -> Iterator[MeasuredMetric]:
+    for name, each in (kept_report.report.get("metrics") or {}).items():
+        yield _measured(kept_report, (f"review/{name}", "", "", "", ""), each, mine)
 
 
-def _measured(kept: KeptReport, names: tuple[str, ...], each: dict[str, Any], mine: bool) -> MeasuredMetric:
+def _measured(kept_report: KeptReport, names: tuple[str, ...], each: dict[str, Any], mine: bool) -> MeasuredMetric:
     value = each.get("value")
-    where = f"{kept.kind} of {kept.checkpoint} ({kept.path.parent.name}/{kept.path.name})"
+    where = f"{kept_report.kind} of {kept_report.checkpoint} ({kept_report.path.parent.name}/{kept_report.path.name})"
     return MeasuredMetric(
         names, float("nan") if value is None else float(value), where, mine, each.get("low"), each.get("high")
     )

@@ -10,8 +10,10 @@ from trainer.reporting.documents.questions import number
 from trainer.reporting.run_record import RunRecord
 
 THIRD = 1 / 3
-GENERAL_PURPOSE, SYSTEMIC = 1e23, 1e25
-"""FLOP from which the Commission's guidelines presume a general-purpose model, and the AI Act systemic risk."""
+GENERAL_PURPOSE = 1e23
+"""FLOP from which the Commission's guidelines presume a general-purpose model."""
+SYSTEMIC = 1e25
+"""FLOP from which the AI Act presumes systemic risk."""
 
 
 @dataclass(frozen=True, slots=True)

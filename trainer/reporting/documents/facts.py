@@ -14,7 +14,7 @@ from trainer.reporting.documents.compute import Compute, compute
 from trainer.reporting.documents.licences import licence_conflicts
 from trainer.reporting.documents.questions import QUESTIONS
 from trainer.reporting.findings import RecordedFinding, findings_in
-from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, kept, read_json
+from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, kept_reports, read_json
 from trainer.reporting.run_record import RunRecord
 
 
@@ -124,7 +124,7 @@ class ModelFacts:
     def measured(self) -> list[dict[str, Any]]:
         """Every metric of reports on these very weights: the newest value of each, and the newest value of the base."""
         newest: dict[str, dict[str, Any]] = {}
-        for report in self.of_these(EVALUATION):
+        for report in self.reports_of_kind(EVALUATION):
             for row in _rows_of(report.report):
                 known = newest.setdefault(row["name"], row)
                 # A newer report without the base does not hide what an older one measured of it on the same rows.
@@ -135,14 +135,14 @@ class ModelFacts:
     @property
     def review(self) -> dict[str, Any] | None:
         """The newest review of these weights by people."""
-        return next((each.report for each in self.of_these(REVIEW)), None)
+        return next((each.report for each in self.reports_of_kind(REVIEW)), None)
 
     @property
     def elsewhere(self) -> int:
         """Reports of the run that are about other weights, and say nothing here."""
         return sum(each.artefact != self.artefact or self.artefact is None for each in self.reports)
 
-    def of_these(self, kind: str) -> list[KeptReport]:
+    def reports_of_kind(self, kind: str) -> list[KeptReport]:
         """Reports on these very weights."""
         return [r for r in self.reports if r.kind == kind and self.artefact is not None and r.artefact == self.artefact]
 
@@ -188,5 +188,5 @@ def gather(run_dir: Path, run: RunRecord, answers: dict[str, Any]) -> ModelFacts
         config_yaml=config_file.read_text(encoding="utf-8") if config_file.exists() else "",
         audit=read_json(Path(run.data_directory) / "audit.json") if run.data_directory else {},
         answers=answers,
-        reports=kept(run_dir),
+        reports=kept_reports(run_dir),
     )

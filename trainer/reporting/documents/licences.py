@@ -12,15 +12,17 @@ SHARE_ALIKE = re.compile(r"(^|[-_ ])sa($|[-_ ])|^(a|l)?gpl|odbl", re.IGNORECASE)
 OWN_TERMS = re.compile(r"^(llama|gemma|other|.*openrail|.*rail|deepseek|falcon|qwen|apple)", re.IGNORECASE)
 
 
-def licence_conflicts(base: str | None, sources: list[Mapping[str, Any]], own: str | None) -> list[str]:
-    """What speaks against a release under `own`, one line each. Only licences that are stated are read."""
+def licence_conflicts(base: str | None, sources: list[Mapping[str, Any]], export_licence: str | None) -> list[str]:
+    """What speaks against a release under `export_licence`, one line each. Only licences that are stated are read."""
     licences = {"the base model": base}
     for source in sources:
         licences[f"the data of {source.get('name')}"] = source.get("licence")
     lines = []
     for origin, licence in licences.items():
         if licence:
-            lines += [f"{origin} is under {licence}{consequence}" for consequence in _consequences(licence, own)]
+            lines += [
+                f"{origin} is under {licence}{consequence}" for consequence in _consequences(licence, export_licence)
+            ]
         else:
             lines.append(
                 f"{origin} states no licence: without one nobody else may use it, nor perhaps what was made of it"
@@ -28,15 +30,23 @@ def licence_conflicts(base: str | None, sources: list[Mapping[str, Any]], own: s
     return lines
 
 
-def _consequences(licence: str, own: str | None) -> Iterator[str]:
-    """What one licence means for a release under `own`; the second half of a sentence each."""
+def _consequences(licence: str, export_licence: str | None) -> Iterator[str]:
+    """What one licence means for a release under `export_licence`; the second half of a sentence each."""
     if NO_DERIVATIVES.search(licence):
         yield ", which allows no derivatives; a tuned model may be one"
     if NON_COMMERCIAL.search(licence):
-        clash = f", and {own} would allow that" if own and not NON_COMMERCIAL.search(own) else ""
+        clash = (
+            f", and {export_licence} would allow that"
+            if export_licence and not NON_COMMERCIAL.search(export_licence)
+            else ""
+        )
         yield f", which allows no commercial use{clash}"
     if SHARE_ALIKE.search(licence):
-        clash = f", and the tuned model is to be given under {own}" if own and own.lower() != licence.lower() else ""
+        clash = (
+            f", and the tuned model is to be given under {export_licence}"
+            if export_licence and export_licence.lower() != licence.lower()
+            else ""
+        )
         yield f": what is derived from it must be given on under the same terms{clash}"
     if OWN_TERMS.match(licence):
         yield ", a licence of its own terms: names, uses and duties that bind the export"

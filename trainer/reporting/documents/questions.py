@@ -51,8 +51,8 @@ def paper_problems(papers: list[str]) -> Iterator[str]:
     for name in papers:
         if name not in [*Paper]:
             near = difflib.get_close_matches(name, [*Paper], n=1)
-            known = f"did you mean {near[0]}?" if near else f"one of {', '.join(Paper)}"
-            yield f"export.papers=[{name}]: there is no such paper; {known}"
+            suggestion = f"did you mean {near[0]}?" if near else f"one of {', '.join(Paper)}"
+            yield f"export.papers=[{name}]: there is no such paper; {suggestion}"
 
 
 def read_answers(path: str | None) -> tuple[dict[str, Any], list[str]]:
@@ -62,20 +62,20 @@ def read_answers(path: str | None) -> tuple[dict[str, Any], list[str]]:
     if path is None:
         return {}, []
     try:
-        found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        answers = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [f"export.answers={path}: cannot be read ({' '.join(str(error).split())[:120]})"]
-    if not isinstance(found, dict):
+    if not isinstance(answers, dict):
         return {}, [f"export.answers={path}: must be pairs of a question and its answer, such as provider: Clinic of X"]
     problems = []
-    for name, answer in found.items():
+    for name, answer in answers.items():
         if name not in QUESTIONS:
             near = difflib.get_close_matches(str(name), QUESTIONS, n=1)
-            known = f"did you mean {near[0]}?" if near else f"one of {', '.join(QUESTIONS)}"
-            problems.append(f"export.answers={path}: {name}: there is no such question; {known}")
+            suggestion = f"did you mean {near[0]}?" if near else f"one of {', '.join(QUESTIONS)}"
+            problems.append(f"export.answers={path}: {name}: there is no such question; {suggestion}")
         elif name in NUMBERS and number(answer) is None:
             problems.append(f"export.answers={path}: {name}: {answer}: must be a number above 0, such as 1e21")
-    return {name: answer for name, answer in found.items() if answer not in (None, "")}, problems
+    return {name: answer for name, answer in answers.items() if answer not in (None, "")}, problems
 
 
 def number(answer: Any) -> float | None:

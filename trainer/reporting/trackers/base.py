@@ -13,7 +13,7 @@ from trainer.reporting.status import State
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tracked:
+class TrackedRun:
     """What a tracker is told of the run before its first row."""
 
     config: LoggingConfig
@@ -38,7 +38,7 @@ class Tracked:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RunEnding:
     """How a run ended."""
 
     state: State
@@ -57,7 +57,7 @@ class Ended:
         return Alert.diverged if self.diverged else Alert(str(self.state))
 
     @classmethod
-    def by(cls, error: BaseException) -> Ended:
+    def by(cls, error: BaseException) -> RunEnding:
         """The end that an exception means. A run that was stopped or taken over goes on elsewhere: it has not failed."""
         reason = str(error) or type(error).__name__
         if isinstance(error, Preempted | NotOurs):
@@ -89,5 +89,5 @@ class Tracker(Protocol):
     def summarise(self, values: dict[str, Any]) -> None:
         """Set numbers of the whole run."""
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: RunEnding) -> None:
         """Finish; nothing is lost if it is never called but how the run ended."""

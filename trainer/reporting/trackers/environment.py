@@ -24,7 +24,7 @@ MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "o
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class LoggingFromEnvironment:
     """Settings with what the environment decides."""
 
     config: LoggingConfig
@@ -34,31 +34,35 @@ class Settled:
     """One line on the variables that lose to a setting; None where none does."""
 
 
-def settle(config: LoggingConfig, environment: Mapping[str, str]) -> Settled:
+def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> LoggingFromEnvironment:
     """The settings as they hold in this environment: what is set wins, else the variable, else the default."""
     resolutions: dict[str, Resolution] = {}
-    lost: list[str] = []
+    passed_over: list[str] = []
     changes: dict[str, Any] = {}
-    for key, variable in VARIABLES.items():
-        given = environment.get(variable, "").strip()
-        value: Any = [tag.strip() for tag in given.split(",") if tag.strip()] if key == "tags" else given
+    for name, variable in VARIABLES.items():
+        text = environment.get(variable, "").strip()
+        value: Any = text
+        if name == "tags":
+            value = [tag.strip() for tag in text.split(",") if tag.strip()]
         if not value:
             continue
-        if not getattr(config, key):
-            changes[key] = value
-            resolutions[f"logging.{key}"] = Resolution(f"logging.{key}", asked=None, chosen=given, reason=variable)
-        elif getattr(config, key) != value:
-            lost.append(f"{variable}={given} (logging.{key} is set)")
+        configured = getattr(config, name)
+        if not configured:
+            changes[name] = value
+            resolutions[f"logging.{name}"] = Resolution(f"logging.{name}", asked=None, chosen=text, reason=variable)
+        elif configured != value:
+            passed_over.append(f"{variable}={text} (logging.{name} is set)")
+
     changes["wandb"] = config.wandb
-    given = environment.get("WANDB_MODE", "").strip().lower()
-    asked = MODES.get(given)
-    if given and asked is None:
-        lost.append(f"WANDB_MODE={given} (is none of online, offline and disabled)")
+    mode_text = environment.get("WANDB_MODE", "").strip().lower()
+    mode = MODES.get(mode_text)
+    if mode_text and mode is None:
+        passed_over.append(f"WANDB_MODE={mode_text} (is none of online, offline and disabled)")
     if config.wandb is WandbMode.auto:
-        changes["wandb"] = WandbMode(asked or "offline")
-        if asked:
-            resolutions["logging.wandb"] = Resolution("logging.wandb", asked=None, chosen=asked, reason="WANDB_MODE")
-    elif asked and asked != config.wandb:
-        lost.append(f"WANDB_MODE={given} (logging.wandb={config.wandb} is set)")
-    line = f"passed over: {', '.join(lost)}" if lost else None
-    return Settled(replace(config, **changes), resolutions, line)
+        changes["wandb"] = WandbMode(mode or "offline")
+        if mode:
+            resolutions["logging.wandb"] = Resolution("logging.wandb", asked=None, chosen=mode, reason="WANDB_MODE")
+    elif mode and mode != config.wandb:
+        passed_over.append(f"WANDB_MODE={mode_text} (logging.wandb={config.wandb} is set)")
+    line = f"passed over: {', '.join(passed_over)}" if passed_over else None
+    return LoggingFromEnvironment(replace(config, **changes), resolutions, line)

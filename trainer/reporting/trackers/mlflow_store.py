@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from trainer.reporting.status import State
-from trainer.reporting.trackers.base import Ended, Table, Tracked
+from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
 from trainer.reporting.trackers.reachable import unreachable
 
 MOST = 100
@@ -24,7 +24,7 @@ STATES = {State.done: "FINISHED", State.failed: "FAILED", State.preempted: "KILL
 class MlflowRun:
     """A run in an experiment named as the project."""
 
-    def __init__(self, about: Tracked) -> None:
+    def __init__(self, about: TrackedRun) -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
@@ -38,7 +38,7 @@ class MlflowRun:
         shown = f"mlflow ui --backend-store-uri {shlex.quote(address)}"
         self.hint: tuple[str, str] | None = ("MLflow", address if address.startswith("http") else shown)
 
-    def _begin(self, about: Tracked) -> str:
+    def _begin(self, about: TrackedRun) -> str:
         client = self._client
         known = client.get_experiment_by_name(about.project)
         experiment = known.experiment_id if known else client.create_experiment(about.project)
@@ -75,7 +75,7 @@ class MlflowRun:
     def summarise(self, values: dict[str, Any]) -> None:
         self.log(values, step=self._step)
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: RunEnding) -> None:
         self._client.set_tag(self._id, "state", str(ended.alert or ended.state))
         if ended.reason:
             self._client.set_tag(self._id, "reason", ended.reason[:LONGEST])

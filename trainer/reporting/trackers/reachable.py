@@ -18,15 +18,15 @@ DOWN = (502, 503, 504)
 
 def unreachable(address: str) -> str | None:
     """Why nobody answers at an http(s) address; None where somebody does, whatever the answer."""
-    found = [f"no answer within {LIMIT_S:.0f} s"]
+    answer = [f"no answer within {LIMIT_S:.0f} s"]
 
     def ask() -> None:
-        found[0] = _ask(address)
+        answer[0] = _ask(address)
 
     thread = threading.Thread(target=ask, name="reach", daemon=True)
     thread.start()
     thread.join(LIMIT_S)
-    return found[0] or None
+    return answer[0] or None
 
 
 def _ask(address: str) -> str:

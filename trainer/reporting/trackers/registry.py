@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from trainer.reporting.config import LoggingConfig, WandbMode
-from trainer.reporting.trackers.base import Tracked, Tracker
+from trainer.reporting.trackers.base import TrackedRun, Tracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class TrackerKind:
     extra: str | None
     """The extra of setup.py that installs it; None where it comes with shardtune."""
 
-    def open(self, about: Tracked) -> Tracker:
+    def open(self, about: TrackedRun) -> Tracker:
         """Begin recording. May raise whatever the tracker's own library raises."""
         module, _, name = self.place.partition(":")
         tracker: Tracker = getattr(import_module(f"trainer.reporting.trackers.{module}"), name)(about)
@@ -36,16 +36,16 @@ KINDS = (
 )
 
 
-def asked(config: LoggingConfig) -> list[TrackerKind]:
+def enabled_trackers(config: LoggingConfig) -> list[TrackerKind]:
     """The trackers that are on."""
     return [kind for kind in KINDS if getattr(config, kind.setting) not in (False, WandbMode.disabled)]
 
 
 def problems(config: LoggingConfig) -> Iterator[str]:
     """What is lacking for them on this host, one line each."""
-    if config.tables and not {kind.setting for kind in asked(config)} & {"wandb", "tensorboard"}:
+    if config.tables and not {kind.setting for kind in enabled_trackers(config)} & {"wandb", "tensorboard"}:
         yield "logging.tables=true: W&B and TensorBoard show them, and neither is on; set logging.wandb=offline, or leave it out"
-    for kind in asked(config):
+    for kind in enabled_trackers(config):
         if find_spec(kind.package) is None:
             yield (
                 f"logging.{kind.setting}={str(getattr(config, kind.setting)).lower()}: needs the package {kind.package} "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.reporting.trackers.base import Ended, Table, Tracked
+from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
 
 
 class TensorboardFiles:
     """Rows as scalars, and tables as texts; TensorBoard has no place for more."""
 
-    def __init__(self, about: Tracked) -> None:
+    def __init__(self, about: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         directory = about.run_dir / "tensorboard"
@@ -23,15 +23,17 @@ class TensorboardFiles:
                 self._writer.add_scalar(key, value, step)
 
     def table(self, name: str, table: Table, *, step: int) -> None:
-        lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-        cells = ([" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines)
-        self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+        lines = []
+        for row in (table.columns, ["---"] * len(table.columns), *table.rows):
+            cells = [" ".join(str(cell).replace("|", "\\|").split()) for cell in row]
+            lines.append(f"| {' | '.join(cells)} |")
+        self._writer.add_text(name, "\n".join(lines), step)
 
     def summarise(self, values: dict[str, Any]) -> None:
         for key, value in values.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(key, value)
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: RunEnding) -> None:
         self._writer.add_text("state", f"{ended.state} {ended.reason}".strip())
         self._writer.close()

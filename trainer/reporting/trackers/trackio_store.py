@@ -8,13 +8,13 @@ import shlex
 from typing import Any
 
 from trainer.reporting.status import State
-from trainer.reporting.trackers.base import Ended, Table, Tracked
+from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
 
 
 class TrackioRun:
     """A run in trackio. It has no summary and no state of a run: both are a last row."""
 
-    def __init__(self, about: Tracked) -> None:
+    def __init__(self, about: TrackedRun) -> None:
         import trackio
 
         self._about, self._step = about, about.resumed_at
@@ -40,7 +40,7 @@ class TrackioRun:
     def summarise(self, values: dict[str, Any]) -> None:
         self._run.log(values, step=self._step)
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: RunEnding) -> None:
         import trackio
 
         with contextlib.redirect_stdout(io.StringIO()):

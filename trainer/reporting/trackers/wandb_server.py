@@ -39,13 +39,13 @@ def fetch(entity: str, project: str, run: str) -> ServerRun:
             f"{name}: {why}; the run's directory, or the files that W&B keeps on its machine, need no server"
         )
     try:
-        found = wandb.Api(timeout=TIMEOUT_S).run(f"{entity}/{project}/{run}")
+        server_run = wandb.Api(timeout=TIMEOUT_S).run(f"{entity}/{project}/{run}")
         return ServerRun(
-            config=dict(found.config),
-            summary=dict(found.summary_metrics),
-            state=str(found.state),
-            rows=[dict(row) for row in found.scan_history(use_cache=False)],
-            created=str(found.created_at),
+            config=dict(server_run.config),
+            summary=dict(server_run.summary_metrics),
+            state=str(server_run.state),
+            rows=[dict(row) for row in server_run.scan_history(use_cache=False)],
+            created=str(server_run.created_at),
         )
     except (wandb.Error, OSError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split()) or type(error).__name__

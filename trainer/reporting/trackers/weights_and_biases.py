@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.reporting.config import WandbMode
 from trainer.reporting.status import State
-from trainer.reporting.trackers.base import Ended, Table, Tracked
+from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
 from trainer.reporting.trackers.wandb_server import address, no_server
 
 INIT_S = 30
@@ -29,7 +29,7 @@ MOST_PROCESSES = 3
 class WandbRun:
     """A run in W&B, online, or in files that `wandb sync` uploads."""
 
-    def __init__(self, about: Tracked) -> None:
+    def __init__(self, about: TrackedRun) -> None:
         self._about = about
         self._home = Path(os.environ.get("WANDB_DIR") or about.run_dir).absolute()
         """W&B's own process may have been started elsewhere."""
@@ -56,7 +56,8 @@ class WandbRun:
         """Start the run; why it could not be started online."""
         import wandb
 
-        about, config = self._about, self._about.config
+        about = self._about
+        config = about.config
         try:
             self._home.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(
@@ -93,9 +94,10 @@ class WandbRun:
         if online:
             self.hint = ("W&B", str(self._run.url))
             return
-        parts = sorted({self._home, self._about.run_dir.absolute()})
-        found = [part for home in parts for part in home.glob(f"wandb/offline-run-*-{self._about.run_id}")]
-        names = shlex.join(_shown(part) for part in sorted(found, key=lambda part: part.name))
+        parts: list[Path] = []
+        for home in sorted({self._home, self._about.run_dir.absolute()}):
+            parts += home.glob(f"wandb/offline-run-*-{self._about.run_id}")
+        names = shlex.join(_relative_to_here(part) for part in sorted(parts, key=lambda part: part.name))
         self.hint = ("W&B", f"wandb sync {names}")
 
     def _take_data(self, directory: Path, *, online: bool) -> None:
@@ -162,11 +164,11 @@ class WandbRun:
         import wandb
 
         # Columns have one type each, and one that is empty has none: texts where not all are numbers.
-        numbers = [all(isinstance(row[at], int | float) for row in table.rows) for at in range(len(table.columns))]
-        rows = [
-            [value if is_number else str(value) for value, is_number in zip(row, numbers, strict=True)]
-            for row in table.rows
-        ]
+        columns = []
+        for cells in zip(*table.rows, strict=True):
+            is_numeric = all(isinstance(cell, int | float) for cell in cells)
+            columns.append(cells if is_numeric else [str(cell) for cell in cells])
+        rows = [list(cells) for cells in zip(*columns, strict=True)]
         self._run.log({name: wandb.Table(columns=table.columns, data=rows)}, step=step)
 
     def summarise(self, values: dict[str, Any]) -> None:
@@ -176,14 +178,14 @@ class WandbRun:
         except ConnectionError:
             self._begin_again()
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: RunEnding) -> None:
         try:
             self._end(ended)
         except ConnectionError:
             self._begin_again()
             self._end(ended)
 
-    def _end(self, ended: Ended) -> None:
+    def _end(self, ended: RunEnding) -> None:
         if ended.state is State.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
         self._run.summary.update({"state": str(ended.alert or ended.state)})
@@ -196,7 +198,7 @@ class WandbRun:
         try:
             self._run.finish(exit_code=ended.exit_code)
         except TimeoutError:
-            part = _shown(Path(self._run.dir).parent)
+            part = _relative_to_here(Path(self._run.dir).parent)
             self.hint = ("W&B", f"wandb sync {shlex.quote(part)}   (not all was uploaded in time)")
 
 
@@ -204,12 +206,12 @@ def _by_reference(directory: Path, name: str, kind: str, settings: dict[str, Any
     """An artifact that names the files of a directory; none is copied or read."""
     import wandb
 
-    kept = ("strategy", "tuning", "objective", "base_model", "data_fingerprint", "git_revision", "run_dir")
-    artifact = wandb.Artifact(name, type=kind, metadata={key: settings.get(key) for key in kept})
+    metadata_keys = ("strategy", "tuning", "objective", "base_model", "data_fingerprint", "git_revision", "run_dir")
+    artifact = wandb.Artifact(name, type=kind, metadata={key: settings.get(key) for key in metadata_keys})
     artifact.add_reference(directory.absolute().as_uri(), checksum=False)
     return artifact
 
 
-def _shown(part: Path) -> str:
+def _relative_to_here(part: Path) -> str:
     """As the run's directory is named: relative where it lies below the working directory."""
     return str(part.relative_to(Path.cwd())) if part.is_relative_to(Path.cwd()) else str(part)
