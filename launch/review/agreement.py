@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
-TUNED_WINS, OTHER_WINS, TIE = "tuned", "other", "tie"
+TUNED_WINS = "tuned"
+OTHER_WINS = "other"
+TIE = "tie"
 Votes = dict[tuple[str, str], str]
-"""Who won, by (reviewer, item)."""
+"""Who won, by (reviewer, id of the item)."""
 
 
 def winner(choice: str, item: dict[str, Any]) -> str:
-    """A side as who stood on it."""
+    """Whose answer was chosen; `item` says on which side that of the tuned model was."""
     if choice == TIE:
         return TIE
     return TUNED_WINS if choice == item["tuned"] else OTHER_WINS
@@ -18,10 +21,13 @@ def winner(choice: str, item: dict[str, Any]) -> str:
 
 def alpha(votes: Votes) -> float | None:
     """Krippendorff's alpha of nominal votes, items that one alone judged left out; None where nobody could have disagreed."""
-    by_item: dict[str, list[tuple[str, str]]] = {}
-    for (reviewer, item), vote in votes.items():
-        by_item.setdefault(item, []).append((reviewer, vote))
-    rows = [(reviewer, item, vote) for item, said in by_item.items() if len(said) > 1 for reviewer, vote in said]
+    votes_by_item: dict[str, list[tuple[str, str]]] = {}
+    for (reviewer, item_id), vote in votes.items():
+        votes_by_item.setdefault(item_id, []).append((reviewer, vote))
+    rows = []
+    for item_id, votes_on_item in votes_by_item.items():
+        if len(votes_on_item) > 1:
+            rows += [(reviewer, item_id, vote) for reviewer, vote in votes_on_item]
     if len({vote for *_, vote in rows}) < 2:
         return None
     from nltk.metrics.agreement import AnnotationTask
@@ -29,23 +35,23 @@ def alpha(votes: Votes) -> float | None:
     return float(AnnotationTask(data=rows).alpha())
 
 
-def kappa(one: list[str], other: list[str]) -> float | None:
+def kappa(votes: list[str], other_votes: list[str]) -> float | None:
     """Cohen's kappa of two judges' votes on the same items; None where both always said one and the same."""
-    if not one or len({*one, *other}) < 2:
+    if not votes or len({*votes, *other_votes}) < 2:
         return None
     from nltk.metrics.agreement import AnnotationTask
 
-    rows = [(who, str(place), vote) for who, votes in (("1", one), ("2", other)) for place, vote in enumerate(votes)]
+    rows = [("1", str(number), vote) for number, vote in enumerate(votes)]
+    rows += [("2", str(number), vote) for number, vote in enumerate(other_votes)]
     return float(AnnotationTask(data=rows).kappa_pairwise("1", "2"))
 
 
 def pairwise_kappas(votes: Votes) -> list[dict[str, Any]]:
     """Cohen's kappa of each two reviewers on the items that both judged."""
-    names = sorted({reviewer for reviewer, _ in votes})
-    found = []
-    for place, one in enumerate(names):
-        for other in names[place + 1 :]:
-            shared = [item for reviewer, item in votes if reviewer == one and (other, item) in votes]
-            value = kappa([votes[one, item] for item in shared], [votes[other, item] for item in shared])
-            found.append({"reviewers": [one, other], "items": len(shared), "kappa": value})
-    return found
+    kappas = []
+    for first, second in combinations(sorted({reviewer for reviewer, _ in votes}), 2):
+        shared = [item_id for reviewer, item_id in votes if reviewer == first and (second, item_id) in votes]
+        first_votes = [votes[first, item_id] for item_id in shared]
+        second_votes = [votes[second, item_id] for item_id in shared]
+        kappas.append({"reviewers": [first, second], "items": len(shared), "kappa": kappa(first_votes, second_votes)})
+    return kappas

@@ -38,26 +38,26 @@ class Reviewer:
 
 def read_reviewers(paths: list[Path], review: str, key: dict[str, Any]) -> list[Reviewer]:
     """Everybody's answers. Errors: DataError with every file that cannot be used, and why."""
-    known = {item["id"] for item in key["items"]}
+    item_ids = {item["id"] for item in key["items"]}
     questions = {OVERALL, *key["rubric"]}
-    found: dict[str, Reviewer] = {}
+    reviewer_by_name: dict[str, Reviewer] = {}
     problems = []
     for path in paths:
         try:
             reviewer = _read_one(path, review)
-            _check(reviewer, known, questions)
+            _check(reviewer, item_ids, questions)
         except (DataError, OSError, UnicodeDecodeError) as error:
             problems.append(str(error) if isinstance(error, DataError) else f"{path}: cannot be read ({error})")
             continue
-        same = found.setdefault(reviewer.name.casefold(), reviewer)
-        if same is not reviewer:
+        earlier = reviewer_by_name.setdefault(reviewer.name.casefold(), reviewer)
+        if earlier is not reviewer:
             problems.append(
-                f"{path}: is by {reviewer.name}, as {same.path} is; one file counts for each reviewer: leave one out, or let "
-                "the other one give another name"
+                f"{path}: is by {reviewer.name}, as {earlier.path} is; one file counts for each reviewer: leave one out, or "
+                "let the other one give another name"
             )
     if problems:
         raise DataError("\n  ".join([f"{len(problems)} of {len(paths)} files of answers cannot be used", *problems]))
-    return [*found.values()]
+    return [*reviewer_by_name.values()]
 
 
 def _read_one(path: Path, review: str) -> Reviewer:
@@ -68,74 +68,92 @@ def _read_one(path: Path, review: str) -> Reviewer:
 
 
 def _from_page(path: Path, text: str, review: str) -> Reviewer:
+    """The file that the page saved."""
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise DataError(f"{path}:{line}: is no whole JSON ({error}); it was cut on its way: ask for it again") from None
-    if not isinstance(found, dict) or not isinstance(items := found.get("items"), dict) or not found.get("reviewer"):
+    items = content.get("items") if isinstance(content, dict) else None
+    if not isinstance(items, dict) or not content.get("reviewer"):
         raise DataError(f"{path}: is no file of answers; it must be the one that the page saved")
-    _of_this_review(path, found.get("review"), review)
-    if found.get("version") != VERSION:
-        raise DataError(f"{path}: is of version {found.get('version')} of reviews, and this one reads {VERSION}")
-    given = {}
-    for name, each in items.items():
-        if not isinstance(each, dict) or not isinstance(each.get("answers"), dict):
-            raise DataError(f"{path}: item {name} has no answers; it must be the file that the page saved")
-        seconds = each.get("seconds")
-        timed = seconds if isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds >= 0 else None
-        given[name] = ReviewerAnswer(dict(each["answers"]), str(each.get("comment") or ""), timed)
-    return Reviewer(str(found["reviewer"]).strip(), path, given)
+    _of_this_review(path, content.get("review"), review)
+    if content.get("version") != VERSION:
+        raise DataError(f"{path}: is of version {content.get('version')} of reviews, and this one reads {VERSION}")
+    answers = {}
+    for item_id, item in items.items():
+        if not isinstance(item, dict) or not isinstance(item.get("answers"), dict):
+            raise DataError(f"{path}: item {item_id} has no answers; it must be the file that the page saved")
+        comment = str(item.get("comment") or "")
+        answers[item_id] = ReviewerAnswer(dict(item["answers"]), comment, _seconds(item.get("seconds")))
+    return Reviewer(str(content["reviewer"]).strip(), path, answers)
+
+
+def _seconds(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and value >= 0 else None
 
 
 def _from_table(path: Path, text: str, review: str) -> Reviewer:
-    first = text.splitlines()[0]
-    rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
-    if missing := {"review", "reviewer", "item", OVERALL} - {*(rows.fieldnames or ())}:
+    """The filled-in CSV, with the separator that its spreadsheet uses."""
+    header = text.splitlines()[0]
+    rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
+    columns = [*(rows.fieldnames or ())]
+    if missing := {"review", "reviewer", "item", OVERALL} - {*columns}:
         raise DataError(
             f"{path}:1: has no column {', '.join(sorted(missing))}; keep the columns of the table that was sent"
         )
-    questions = rows.fieldnames[rows.fieldnames.index(OVERALL) : -1]  # type: ignore[union-attr,index]
-    names, given = set(), {}
+    questions = columns[columns.index(OVERALL) : -1]  # the last column is the comment
+    names = set()
+    answers: dict[str, ReviewerAnswer] = {}
     for row in rows:
         where = f"{path}:{rows.line_num}"
         _of_this_review(Path(where), row["review"], review)
-        names |= {name} if (name := (row["reviewer"] or "").strip()) else set()
-        answers = {}
-        for question in questions:
-            said = (row[question] or "").strip().lower()
-            if said not in SPELLINGS:
-                raise DataError(
-                    f"{where}: {question} is {row[question]!r}; it must be one of {', '.join(CHOICES)}, or empty"
-                )
-            if (choice := SPELLINGS[said]) is not None:
-                answers[question] = choice
-        if row["item"] in given:
-            raise DataError(f"{where}: item {row['item']} stands twice; keep one row of it")
-        given[row["item"]] = ReviewerAnswer(answers, (row.get("comment") or "").strip())
+        if name := (row["reviewer"] or "").strip():
+            names.add(name)
+        choices = _choices(row, questions, where)
+        if row["item"] in answers:
+            raise DataError(f"{where}: item {row['item']} is there twice; keep one row of it")
+        answers[row["item"]] = ReviewerAnswer(choices, (row.get("comment") or "").strip())
     if len(names) != 1:
-        what = "nobody" if not names else " and ".join(sorted(names))
-        raise DataError(f"{path}: the column reviewer names {what}; write one name in it, once at least")
-    return Reviewer(names.pop(), path, given)
+        named = " and ".join(sorted(names)) or "nobody"
+        raise DataError(f"{path}: the column reviewer names {named}; write one name in it, once at least")
+    return Reviewer(names.pop(), path, answers)
 
 
-def _of_this_review(path: Path, found: Any, review: str) -> None:
-    if found != review:
-        other = f"of the review {str(found)[:12]}" if found else "of no review that it names"
+def _choices(row: dict[str, Any], questions: list[str], where: str) -> dict[str, str]:
+    """a, b or tie by question; a question whose cell is empty is not answered."""
+    choices = {}
+    for question in questions:
+        spelling = (row[question] or "").strip().lower()
+        if spelling not in SPELLINGS:
+            raise DataError(
+                f"{where}: {question} is {row[question]!r}; it must be one of {', '.join(CHOICES)}, or empty"
+            )
+        choice = SPELLINGS[spelling]
+        if choice is not None:
+            choices[question] = choice
+    return choices
+
+
+def _of_this_review(path: Path, named_review: Any, review: str) -> None:
+    if named_review != review:
+        other = f"of the review {str(named_review)[:12]}" if named_review else "of no review that it names"
         raise DataError(f"{path}: is {other}, and this one is {review[:12]}; give the answers of this review")
 
 
-def _check(reviewer: Reviewer, known: set[str], questions: set[str]) -> None:
-    for name, given in reviewer.items.items():
-        if name not in known:
-            raise DataError(f"{reviewer.path}: item {name} is none of this review; was the file changed?")
-        for question, choice in given.answers.items():
+def _check(reviewer: Reviewer, item_ids: set[str], questions: set[str]) -> None:
+    """Raises DataError for an item, question or choice that this review does not have, and if nothing was judged."""
+    for item_id, answer in reviewer.items.items():
+        if item_id not in item_ids:
+            raise DataError(f"{reviewer.path}: item {item_id} is none of this review; was the file changed?")
+        for question, choice in answer.answers.items():
             if question not in questions or choice not in CHOICES:
                 raise DataError(
-                    f"{reviewer.path}: item {name}: {question}={choice}: must be one of {', '.join(CHOICES)} to one of "
+                    f"{reviewer.path}: item {item_id}: {question}={choice}: must be one of {', '.join(CHOICES)} to one of "
                     f"{', '.join(sorted(questions))}"
                 )
-    if not any(given.answers for given in reviewer.items.values()):
+    if not any(answer.answers for answer in reviewer.items.values()):
         raise DataError(
             f"{reviewer.path}: {reviewer.name} has judged nothing yet; ask for the file once it is filled in"
         )

@@ -12,7 +12,11 @@ from typing import Any
 from launch.review.answers import Reviewer
 from trainer.config.review import OVERALL
 
-MIN_REPEATS, MIN_ITEMS = 4, 20
+MIN_REPEATS = 4
+MIN_ITEMS = 20
+"""Repeated items, and items, below which a rule says nothing."""
+OTHER_SIDE = {"a": "b", "b": "a", "tie": "tie"}
+"""What the same judgement is called once sides are exchanged."""
 SAME_SIDE = 0.9
 WORDS_A_SECOND = 15.0
 """900 words a minute: nearly four times as fast as people read."""
@@ -24,30 +28,65 @@ RULES = {
 }
 
 
-def flags(reviewer: Reviewer, key: dict[str, Any], others: dict[str, str]) -> list[str]:
-    """What stands out in one reviewer's answers, in words. `others`: the majority vote of the others by item, sides undone."""
+def flags(reviewer: Reviewer, key: dict[str, Any], majority: dict[str, str]) -> list[str]:
+    """Rules that one reviewer's answers break, in words. `majority`: who won for most of the other reviewers, by item."""
     items = {item["id"]: item for item in key["items"]}
-    said = {name: given.answers[OVERALL] for name, given in reviewer.items.items() if OVERALL in given.answers}
-    found = []
-    again = [(said[name], said[first]) for name in said if (first := items[name]["repeats"]) in said]
-    agrees = sum(one == {"a": "b", "b": "a", "tie": "tie"}[before] for one, before in again)
-    if len(again) >= MIN_REPEATS and agrees <= len(again) / 2:
-        found.append(f"repeats: agrees with itself in {agrees} of {len(again)} repeated items")
-    if len(said) >= MIN_ITEMS:
-        (choice, most), *_ = Counter(said.values()).most_common(1)
-        if most > SAME_SIDE * len(said):
-            found.append(f"side: says {choice} in {most} of {len(said)} items")
-    paces = [
-        items[name]["words"] / max(given.seconds, 1e-3)
-        for name, given in reviewer.items.items()
-        if given.seconds is not None and OVERALL in given.answers
-    ]
-    if len(paces) >= MIN_ITEMS and median(paces) > WORDS_A_SECOND:
-        found.append(f"time: {median(paces):.0f} words a second in the middle one of {len(paces)} items")
-    if len(shared := [name for name in said if name in others]) >= MIN_ITEMS:
-        from launch.review.agreement import kappa, winner
+    choices = {}
+    for item_id, answer in reviewer.items.items():
+        if OVERALL in answer.answers:
+            choices[item_id] = answer.answers[OVERALL]
+    rules = (
+        _disagrees_with_itself(choices, items),
+        _always_same_side(choices),
+        _reads_too_fast(reviewer, items),
+        _agrees_by_chance(choices, items, majority),
+    )
+    return [flag for flag in rules if flag is not None]
 
-        mine = [winner(said[name], items[name]) for name in shared]
-        if (value := kappa(mine, [others[name] for name in shared])) is not None and value <= 0:
-            found.append(f"others: kappa {value:.2f} with the majority of the others on {len(shared)} items")
-    return found
+
+def _disagrees_with_itself(choices: dict[str, str], items: dict[str, dict[str, Any]]) -> str | None:
+    """Some items come twice, the second time with sides exchanged."""
+    repeated = 0
+    agreed = 0
+    for item_id, choice in choices.items():
+        first = items[item_id]["repeats"]
+        if first in choices:
+            repeated += 1
+            agreed += choice == OTHER_SIDE[choices[first]]
+    if repeated < MIN_REPEATS or agreed > repeated / 2:
+        return None
+    return f"repeats: agrees with itself in {agreed} of {repeated} repeated items"
+
+
+def _always_same_side(choices: dict[str, str]) -> str | None:
+    if len(choices) < MIN_ITEMS:
+        return None
+    choice, count = Counter(choices.values()).most_common(1)[0]
+    if count <= SAME_SIDE * len(choices):
+        return None
+    return f"side: says {choice} in {count} of {len(choices)} items"
+
+
+def _reads_too_fast(reviewer: Reviewer, items: dict[str, dict[str, Any]]) -> str | None:
+    words_per_s = []
+    for item_id, answer in reviewer.items.items():
+        if answer.seconds is not None and OVERALL in answer.answers:
+            words_per_s.append(items[item_id]["words"] / max(answer.seconds, 1e-3))
+    if len(words_per_s) < MIN_ITEMS or median(words_per_s) <= WORDS_A_SECOND:
+        return None
+    return f"time: {median(words_per_s):.0f} words a second in the middle one of {len(words_per_s)} items"
+
+
+def _agrees_by_chance(
+    choices: dict[str, str], items: dict[str, dict[str, Any]], majority: dict[str, str]
+) -> str | None:
+    shared = [item_id for item_id in choices if item_id in majority]
+    if len(shared) < MIN_ITEMS:
+        return None
+    from launch.review.agreement import kappa, winner
+
+    own_votes = [winner(choices[item_id], items[item_id]) for item_id in shared]
+    agreement = kappa(own_votes, [majority[item_id] for item_id in shared])
+    if agreement is None or agreement > 0:
+        return None
+    return f"others: kappa {agreement:.2f} with the majority of the others on {len(shared)} items"

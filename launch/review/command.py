@@ -56,26 +56,29 @@ def make(argv: list[str]) -> int:
     from launch.review.words import read_make_words
     from trainer.reporting.status import write_text_atomic
 
-    asked = read_make_words(argv)
-    prompts = draw_prompts(asked.prompts, asked.review.n, asked.review.seed)
-    if len(prompts) < asked.review.n:
+    request = read_make_words(argv)
+    prompts = draw_prompts(request.prompts, request.review.n, request.review.seed)
+    if len(prompts) < request.review.n:
         print(
-            f"{asked.prompts} has {len(prompts)} prompts that differ, and not {asked.review.n}: all are taken",
+            f"{request.prompts} has {len(prompts)} prompts that differ, and not {request.review.n}: all are taken",
             flush=True,
         )
-    if (answers := _answers(asked, prompts)) is None:
+    answers = _answers(request, prompts)
+    if answers is None:
         return 75
-    sheet = make_sheet(prompts, answers, {"run": str(asked.run), "model": asked.model}, asked.review)
-    write_key(asked.to, sheet)
-    write_text_atomic(asked.to / PAGE, page(sheet, asked.review))
-    write_text_atomic(asked.to / TABLE, "\ufeff" + table(sheet, asked.review))
-    print(_told(sheet, asked))
-    print(f"send to reviewers: {asked.to / PAGE}, or {asked.to / TABLE}\nkeep, and send to nobody: {asked.to / KEY}")
-    print(f"then: shardtune review score {asked.run} <answers>")
+    sheet = make_sheet(prompts, answers, {"run": str(request.run), "model": request.model}, request.review)
+    write_key(request.to, sheet)
+    write_text_atomic(request.to / PAGE, page(sheet, request.review))
+    write_text_atomic(request.to / TABLE, "\ufeff" + table(sheet, request.review))
+    print(_summary(sheet, request))
+    print(
+        f"send to reviewers: {request.to / PAGE}, or {request.to / TABLE}\nkeep, and send to nobody: {request.to / KEY}"
+    )
+    print(f"then: shardtune review score {request.run} <answers>")
     return 0
 
 
-def _answers(asked: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
+def _answers(request: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
     """What every arm answers, by its name; None where it was asked to stop."""
     from launch.evaluate.command import start
     from launch.review.prompts import write_rows
@@ -83,25 +86,27 @@ def _answers(asked: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | N
     from launch.review.words import arm_plan
     from trainer.evaluation.report.record import ROWS
 
-    write_rows(asked.to / "answers" / "prompts.jsonl", prompts)
-    found: dict[str, list[str]] = {}
-    for name, where in asked.arms.items():
+    write_rows(request.to / "answers" / "prompts.jsonl", prompts)
+    answers: dict[str, list[str]] = {}
+    for name, where in request.arms.items():
         if where is None and name == BASE:
             continue  # in one go with the tuned model
-        plan = arm_plan(asked, name, where)
+        plan = arm_plan(request, name, where)
         if start(plan, quiet=False):
             return None
         for line in (Path(plan.job.to) / ROWS).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            found.setdefault(row["arm"] if where is None else name, []).append(row["answer"])
-    return {name: found[name] for name in (TUNED, *(arm for arm in asked.arms if arm != TUNED))}
+            arm = row["arm"] if where is None else name
+            answers.setdefault(arm, []).append(row["answer"])
+    others = [arm for arm in request.arms if arm != TUNED]
+    return {arm: answers[arm] for arm in (TUNED, *others)}
 
 
-def _told(sheet: Sheet, asked: MakeRequest) -> str:
+def _summary(sheet: Sheet, request: MakeRequest) -> str:
     repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
-    lines = [f"accepted: {line}" for line in asked.model["accepted"]]
+    lines = [f"accepted: {line}" for line in request.model["accepted"]]
     lines += [
-        f"{len(sheet.items)} items: {', '.join(asked.arms)}; {sheet.key['num_prompts']} prompts, {repeated} items again"
+        f"{len(sheet.items)} items: {', '.join(request.arms)}; {sheet.key['num_prompts']} prompts, {repeated} items again"
     ]
     if same := len(sheet.key["same"]):
         lines.append(f"{same} pairs of equal answers are not shown, and count as ties")
@@ -119,21 +124,21 @@ def score(argv: list[str]) -> int:
     from trainer.reporting.results import REVIEW, add_to_run_record, keep_report
     from trainer.reporting.status import write_text_atomic
 
-    asked = read_score_words(argv)
-    assert asked.review is not None
-    review, key = read_key(asked.review)
-    reviewers = read_reviewers(asked.answers, review, key)
-    names = [each.name for each in reviewers]
-    if strange := [name for name in asked.drop if name not in names]:
-        raise ConfigError(f"drop=[{','.join(strange)}]: no such reviewer; there are {', '.join(names)}")
-    if not {*names} - {*asked.drop}:
+    words = read_score_words(argv)
+    assert words.review is not None
+    review, key = read_key(words.review)
+    reviewers = read_reviewers(words.answers, review, key)
+    names = [reviewer.name for reviewer in reviewers]
+    if unknown := [name for name in words.drop if name not in names]:
+        raise ConfigError(f"drop=[{','.join(unknown)}]: no such reviewer; there are {', '.join(names)}")
+    if not {*names} - {*words.drop}:
         raise ConfigError("drop: leaves nobody; name fewer")
-    found = score_review(review, key, reviewers, asked.drop)
-    said = json_text(found, indent=1, ensure_ascii=False)
-    write_text_atomic(asked.review / RESULT, said + "\n")
-    where = keep_report(asked.run, REVIEW, found)
-    add_to_run_record(asked.run, "review", {"record": str(where.relative_to(asked.run)), "metrics": found["metrics"]})
-    print(said if asked.as_json else score_text(found))
-    if not asked.as_json:
-        print(f"\nwritten: {asked.review / RESULT}, {where}")
+    scores = score_review(review, key, reviewers, words.drop)
+    text = json_text(scores, indent=1, ensure_ascii=False)
+    write_text_atomic(words.review / RESULT, text + "\n")
+    where = keep_report(words.run, REVIEW, scores)
+    add_to_run_record(words.run, "review", {"record": str(where.relative_to(words.run)), "metrics": scores["metrics"]})
+    print(text if words.as_json else score_text(scores))
+    if not words.as_json:
+        print(f"\nwritten: {words.review / RESULT}, {where}")
     return 0

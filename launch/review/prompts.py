@@ -34,18 +34,19 @@ class Prompt:
 def draw_prompts(path: str, n: int, seed: int) -> list[Prompt]:
     """`n` prompts of a file in an order of the seed. Errors: ConfigError, DataError with file and line."""
     files = expand(path, "prompts")
-    if hub := next((each for each in files if is_hub(each)), None):
+    hub = next((file for file in files if is_hub(file)), None)
+    if hub is not None:
         raise ConfigError(f"prompts={hub}: would be fetched from a hub; download its files and give their path")
-    found: dict[str, Prompt] = {}
+    prompt_by_text: dict[str, Prompt] = {}
     for row in Origin("prompts", files).rows():
         parsed = row.parse()
         if isinstance(parsed, Rejected):
             raise DataError(str(parsed))
         prompt = _prompt(parsed)
-        found.setdefault(prompt.text, prompt)  # the same one twice is asked once
-    if not found:
+        prompt_by_text.setdefault(prompt.text, prompt)  # the same one twice is asked once
+    if not prompt_by_text:
         raise DataError(f"prompts={path}: holds no rows; fill it, or name another file")
-    prompts = [*found.values()]
+    prompts = [*prompt_by_text.values()]
     return random.Random(f"prompts {seed}").sample(prompts, min(n, len(prompts)))
 
 
@@ -61,30 +62,39 @@ def write_rows(path: Path, prompts: list[Prompt]) -> None:
 
 
 def _prompt(row: Row) -> Prompt:
-    where, fields = f"{row.file}:{row.line}", row.fields
+    """The prompt of a row, from the first of `COLUMNS` that it has. Raises DataError if it has none."""
+    where = f"{row.file}:{row.line}"
+    fields = row.fields
     column = next((name for name in COLUMNS if fields.get(name)), None)
     if column is None:
         raise DataError(
             f"{where}: has no prompt; it needs one of {', '.join(COLUMNS)}, and has {', '.join(sorted(fields))}"
         )
-    value = fields[column]
+    content = fields[column]
     if column == "messages":
-        return _conversation(where, value)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {column} is {str(value)[:40]!r}; it must be a text")
-    more = fields.get("input")
-    if column == "instruction" and isinstance(more, str) and more.strip():
-        value = f"{value}\n\n{more}"
-    return Prompt(where, value, [{"role": "user", "content": value}] if column == "instruction" else None)
+        return _conversation(where, content)
+    if not isinstance(content, str) or not content.strip():
+        raise DataError(f"{where}: {column} is {str(content)[:40]!r}; it must be a text")
+    if column != "instruction":
+        return Prompt(where, content, None)
+    context = fields.get("input")
+    text = f"{content}\n\n{context}" if isinstance(context, str) and context.strip() else content
+    return Prompt(where, text, [{"role": "user", "content": text}])
 
 
-def _conversation(where: str, value: Any) -> Prompt:
+def _conversation(where: str, content: Any) -> Prompt:
     """The turns up to the last one of the user."""
-    turns = value if isinstance(value, list) else []
-    good = all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and turn.get("role") for turn in turns)
-    last = max((place for place, turn in enumerate(turns) if good and turn["role"] == "user"), default=None)
-    if last is None:
+    turns = content if isinstance(content, list) else []
+    last_user = None
+    if all(map(_is_turn, turns)):
+        last_user = max((place for place, turn in enumerate(turns) if turn["role"] == "user"), default=None)
+    if last_user is None:
         raise DataError(f"{where}: messages must be turns with a role and a text, one of the user's at least")
-    kept = [{"role": turn["role"], "content": turn["content"]} for turn in turns[: last + 1]]
-    said = [turn["content"] if len(kept) == 1 else f"{turn['role']}: {turn['content']}" for turn in kept]
-    return Prompt(where, "\n\n".join(said), kept)
+    asked = [{"role": turn["role"], "content": turn["content"]} for turn in turns[: last_user + 1]]
+    if len(asked) == 1:
+        return Prompt(where, asked[0]["content"], asked)
+    return Prompt(where, "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked), asked)
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("content"), str) and bool(turn.get("role"))

@@ -26,16 +26,20 @@ METHOD = (
 
 def score_review(review: str, key: dict[str, Any], reviewers: list[Reviewer], dropped: list[str]) -> dict[str, Any]:
     """The record of a review, JSON values; `dropped` are reviewers of these whose votes do not count."""
-    counted = [each for each in reviewers if each.name not in dropped]
-    questions = [OVERALL, *key["rubric"]]
-    votes = {question: _votes(counted, key, question) for question in questions}
-    suspects = {each.name: flags(each, key, _majority(each, reviewers, key)) for each in reviewers}
-    others = [arm for arm in key["arms"] if arm != TUNED]
-    metrics = _metrics(votes, key, others)
-    plain = [each for each in counted if not suspects[each.name]]
-    without = None
-    if 0 < len(plain) < len(counted):
-        without = _metrics({OVERALL: _votes(plain, key, OVERALL)}, key, others)["win_rate"]
+    counted = [reviewer for reviewer in reviewers if reviewer.name not in dropped]
+    votes = {question: _votes(counted, key, question) for question in [OVERALL, *key["rubric"]]}
+    flags_by_name = {}
+    for reviewer in reviewers:
+        flags_by_name[reviewer.name] = flags(reviewer, key, _majority(reviewer, reviewers, key))
+    arms = [arm for arm in key["arms"] if arm != TUNED]
+    unflagged = [reviewer for reviewer in counted if not flags_by_name[reviewer.name]]
+    without_flagged = None
+    if 0 < len(unflagged) < len(counted):
+        without_flagged = _metrics({OVERALL: _votes(unflagged, key, OVERALL)}, key, arms)["win_rate"]
+    summaries = []
+    for reviewer in reviewers:
+        is_dropped = reviewer.name in dropped
+        summaries.append(_reviewer_summary(reviewer, key, flags_by_name[reviewer.name], is_dropped))
     return {
         "version": 1,
         "review": review,
@@ -44,12 +48,12 @@ def score_review(review: str, key: dict[str, Any], reviewers: list[Reviewer], dr
         "arms": key["arms"],
         "method": METHOD,
         "num_prompts": key["num_prompts"],
-        "num_same": dict(Counter(each["other"] for each in key["same"])),
+        "num_same": dict(Counter(pair["other"] for pair in key["same"])),
         "rubric": key["rubric"],
-        "reviewers": [_reviewer_summary(each, key, suspects[each.name], each.name in dropped) for each in reviewers],
+        "reviewers": summaries,
         "rules": RULES,
-        "metrics": metrics,
-        "without_flagged": without,
+        "metrics": _metrics(votes, key, arms),
+        "without_flagged": without_flagged,
         "kappa": pairwise_kappas(votes[OVERALL]),
         "disagreements": _disagreements(votes[OVERALL], counted, key),
     }
@@ -58,94 +62,117 @@ def score_review(review: str, key: dict[str, Any], reviewers: list[Reviewer], dr
 def _votes(reviewers: Iterable[Reviewer], key: dict[str, Any], question: str) -> Votes:
     """Who won, by (reviewer, item); repeated items are for the reviewer's own consistency alone."""
     items = {item["id"]: item for item in key["items"] if item["repeats"] is None}
-    return {
-        (reviewer.name, name): winner(given.answers[question], items[name])
-        for reviewer in reviewers
-        for name, given in reviewer.items.items()
-        if name in items and question in given.answers
-    }
+    votes = {}
+    for reviewer in reviewers:
+        for item_id, answer in reviewer.items.items():
+            if item_id in items and question in answer.answers:
+                votes[reviewer.name, item_id] = winner(answer.answers[question], items[item_id])
+    return votes
 
 
-def _metrics(votes: dict[str, Votes], key: dict[str, Any], others: list[str]) -> dict[str, dict[str, Any]]:
-    """Win rates and agreement by the names that gates use."""
-    found: dict[str, dict[str, Any]] = {}
-    for other in others:
-        for question, said in votes.items():
-            rate = _win_rate(said, key, other)
-            found[f"win_rate/{other}" + ("" if question == OVERALL else f"/{question}")] = rate
-    values = {other: found[f"win_rate/{other}"]["value"] for other in others}
-    main = BASE if BASE in others else min(others, key=lambda other: (values[other] is None, values[other] or 0))
-    for question in votes:
-        tail = "" if question == OVERALL else f"/{question}"
-        found[f"win_rate{tail}"] = found[f"win_rate/{main}{tail}"]
-        found[f"alpha{tail}"] = {"value": alpha(votes[question])}
-    found["num_reviewers"] = {"value": float(len({reviewer for reviewer, _ in votes[OVERALL]}))}
-    return {name: found[name] for name in sorted(found, key=lambda name: (name.count("/"), name != "win_rate", name))}
+def _metrics(votes: dict[str, Votes], key: dict[str, Any], arms: list[str]) -> dict[str, dict[str, Any]]:
+    """Win rates and agreement by the names that gates use; `arms`: those that the tuned model is compared with."""
+    metrics: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        for question, votes_on_question in votes.items():
+            metrics[f"win_rate/{arm}{_suffix(question)}"] = _win_rate(votes_on_question, key, arm)
+    # Without a name of an arm: the base, or else the arm against which the tuned model does worst.
+    values = {arm: metrics[f"win_rate/{arm}"]["value"] for arm in arms}
+    main_arm = BASE if BASE in arms else min(arms, key=lambda arm: (values[arm] is None, values[arm] or 0))
+    for question, votes_on_question in votes.items():
+        suffix = _suffix(question)
+        metrics[f"win_rate{suffix}"] = metrics[f"win_rate/{main_arm}{suffix}"]
+        metrics[f"alpha{suffix}"] = {"value": alpha(votes_on_question)}
+    metrics["num_reviewers"] = {"value": float(len({reviewer for reviewer, _ in votes[OVERALL]}))}
+    in_order = sorted(metrics, key=lambda name: (name.count("/"), name != "win_rate", name))
+    return {name: metrics[name] for name in in_order}
 
 
-def _win_rate(votes: Votes, key: dict[str, Any], other: str) -> dict[str, Any]:
+def _suffix(question: str) -> str:
+    return "" if question == OVERALL else f"/{question}"
+
+
+def _win_rate(votes: Votes, key: dict[str, Any], arm: str) -> dict[str, Any]:
     """The win rate against one arm, with its interval; None for both where nobody judged."""
-    items = {item["id"]: item for item in key["items"] if item["other"] == other}
-    by_prompt: dict[int, list[float]] = {}
-    for (_, name), vote in votes.items():
-        if name in items:
-            by_prompt.setdefault(items[name]["prompt"], []).append(WORTH.get(vote, 0.0))
-    counts = Counter(vote for (_, name), vote in votes.items() if name in items)
-    said = {
+    items = {item["id"]: item for item in key["items"] if item["other"] == arm}
+    worth_by_prompt: dict[int, list[float]] = {}
+    counts = Counter[str]()
+    for (_, item_id), vote in votes.items():
+        if item_id in items:
+            worth_by_prompt.setdefault(items[item_id]["prompt"], []).append(WORTH.get(vote, 0.0))
+            counts[vote] += 1
+    outcomes = {
         "wins": counts[TUNED_WINS],
         "ties": counts[TIE],
         "losses": counts.total() - counts[TUNED_WINS] - counts[TIE],
     }
-    if not by_prompt:
-        return {"value": None, "low": None, "high": None, "num_prompts": 0, **said}
-    same = [each["prompt"] for each in key["same"] if each["other"] == other]
-    means = np.array([np.mean(each) for each in by_prompt.values()] + [0.5] * len(same))
-    drawn = np.random.default_rng([0, len(means)]).integers(0, len(means), (RESAMPLES, len(means)))
-    low, high = np.percentile(means[drawn].mean(axis=1), [2.5, 97.5])
+    if not worth_by_prompt:
+        return {"value": None, "low": None, "high": None, "num_prompts": 0, **outcomes}
+    num_equal = sum(pair["other"] == arm for pair in key["same"])
+    # Equal answers were not shown: they are ties.
+    means = np.array([np.mean(worth) for worth in worth_by_prompt.values()] + [WORTH[TIE]] * num_equal)
+    resampled = np.random.default_rng([0, len(means)]).integers(0, len(means), (RESAMPLES, len(means)))
+    low, high = np.percentile(means[resampled].mean(axis=1), [2.5, 97.5])
     rate = {"value": float(means.mean()), "low": float(low), "high": float(high), "greater_is_better": True}
-    return {**rate, "num_prompts": len(means), "num_equal": len(same), **said}
+    return {**rate, "num_prompts": len(means), "num_equal": num_equal, **outcomes}
 
 
-def _majority(mine: Reviewer, reviewers: list[Reviewer], key: dict[str, Any]) -> dict[str, str]:
-    """What most of the others say of each item that two of them judged at least."""
-    votes = _votes([each for each in reviewers if each is not mine], key, OVERALL)
-    by_item: dict[str, Counter[str]] = {}
-    for (_, item), vote in votes.items():
-        by_item.setdefault(item, Counter())[vote] += 1
-    return {item: said.most_common(1)[0][0] for item, said in by_item.items() if said.total() > 1}
+def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: dict[str, Any]) -> dict[str, str]:
+    """Who won for most of the other reviewers, by item; of items that at least two of them judged."""
+    votes = _votes([other for other in reviewers if other is not reviewer], key, OVERALL)
+    counts_by_item: dict[str, Counter[str]] = {}
+    for (_, item_id), vote in votes.items():
+        counts_by_item.setdefault(item_id, Counter())[vote] += 1
+    majority = {}
+    for item_id, counts in counts_by_item.items():
+        if counts.total() > 1:
+            majority[item_id] = counts.most_common(1)[0][0]
+    return majority
 
 
-def _reviewer_summary(reviewer: Reviewer, key: dict[str, Any], suspicious: list[str], dropped: bool) -> dict[str, Any]:
-    judged = [given for given in reviewer.items.values() if OVERALL in given.answers]
-    timed = [given.seconds for given in judged if given.seconds is not None]
+def _reviewer_summary(
+    reviewer: Reviewer, key: dict[str, Any], reviewer_flags: list[str], is_dropped: bool
+) -> dict[str, Any]:
+    judged = [answer for answer in reviewer.items.values() if OVERALL in answer.answers]
+    seconds = [answer.seconds for answer in judged if answer.seconds is not None]
+    left_side = sum(answer.answers[OVERALL] == "a" for answer in judged)
     return {
         "name": reviewer.name,
         "judged": len(judged),
         "open": len(key["items"]) - len(judged),
-        "left": sum(given.answers[OVERALL] == "a" for given in judged) / max(1, len(judged)),
-        "minutes": sum(timed) / 60 if timed else None,
-        "comments": sum(bool(given.comment) for given in reviewer.items.values()),
-        "flags": suspicious,
-        "dropped": dropped,
+        "left": left_side / max(1, len(judged)),
+        "minutes": sum(seconds) / 60 if seconds else None,
+        "comments": sum(bool(answer.comment) for answer in reviewer.items.values()),
+        "flags": reviewer_flags,
+        "dropped": is_dropped,
     }
 
 
 def _disagreements(votes: Votes, reviewers: list[Reviewer], key: dict[str, Any]) -> list[dict[str, Any]]:
     """Items on which both models were called the better one, the most even ones first."""
-    found = []
+    disagreements = []
     for item in key["items"]:
-        said = {reviewer: vote for (reviewer, name), vote in votes.items() if name == item["id"]}
-        wins = [vote for vote in said.values() if vote != TIE]
-        if len({*wins}) > 1:
-            comments = {
-                each.name: each.items[item["id"]].comment
-                for each in reviewers
-                if item["id"] in each.items and each.items[item["id"]].comment
-            }
-            even = abs(2 * wins.count(TUNED_WINS) - len(wins))
-            found.append(
-                {"item": item["id"], "prompt": item["prompt"], "other": item["other"], "votes": said, "even": even}
-                | {"comments": comments}
-            )
-    found.sort(key=lambda each: each["even"])
-    return [{name: value for name, value in each.items() if name != "even"} for each in found[:MAX_LISTED]]
+        vote_by_reviewer = {reviewer: vote for (reviewer, item_id), vote in votes.items() if item_id == item["id"]}
+        wins = [vote for vote in vote_by_reviewer.values() if vote != TIE]
+        if len({*wins}) < 2:
+            continue
+        imbalance = abs(2 * wins.count(TUNED_WINS) - len(wins))
+        row = {
+            "item": item["id"],
+            "prompt": item["prompt"],
+            "other": item["other"],
+            "votes": vote_by_reviewer,
+            "comments": _comments(item["id"], reviewers),
+        }
+        disagreements.append((imbalance, row))
+    disagreements.sort(key=lambda imbalance_and_row: imbalance_and_row[0])
+    return [row for _, row in disagreements[:MAX_LISTED]]
+
+
+def _comments(item_id: str, reviewers: list[Reviewer]) -> dict[str, str]:
+    comments = {}
+    for reviewer in reviewers:
+        answer = reviewer.items.get(item_id)
+        if answer is not None and answer.comment:
+            comments[reviewer.name] = answer.comment
+    return comments

@@ -23,8 +23,12 @@ from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
 VERSION = 1
-KEY, PAGE, TABLE, RESULT = "key.json", "review.html", "review.csv", "result.json"
-TUNED, BASE = "tuned", "base"
+KEY = "key.json"
+PAGE = "review.html"
+TABLE = "review.csv"
+RESULT = "result.json"
+TUNED = "tuned"
+BASE = "base"
 SIDES = ("a", "b")
 CHOICES = (*SIDES, "tie")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -58,34 +62,62 @@ def make_sheet(
     Pairs of equal answers are not shown: they are ties.
     """
     salt = salt or secrets.token_hex(16)
-    drawn = random.Random(f"sides {config.seed} {salt}")
-    items, rows, same = [], [], []
-    for other in (arm for arm in answers if arm != TUNED):
-        for number, prompt in enumerate(prompts):
-            pair = {TUNED: answers[TUNED][number], other: answers[other][number]}
-            side = drawn.choice(SIDES)
-            if pair[TUNED].strip() == pair[other].strip():
-                same.append({"prompt": number, "other": other})
-                continue
-            words = sum(len(text.split()) for text in (prompt.text, *pair.values()))
-            rows.append({"prompt": number, "other": other, TUNED: side, "repeats": None, "words": words})
-            items.append((prompt.text, pair[TUNED], pair[other]))
-    order = [*range(len(rows))]
-    drawn.shuffle(order)
-    again = sorted(drawn.sample(order, min(len(order), round(config.repeats * len(order)))), key=order.index)
-    shown, listed = list[SheetItem](), list[dict[str, Any]]()
-    for place, number in enumerate([*order, *again]):
-        row, (text, tuned, other) = dict(rows[number]), items[number]
-        if place >= len(order):  # sides exchanged
-            row |= {"repeats": listed[order.index(number)]["id"], TUNED: SIDES[row[TUNED] == "a"]}
+    rng = random.Random(f"sides {config.seed} {salt}")
+    pairs, same = _pairs(prompts, answers, rng)
+    order = [*range(len(pairs))]
+    rng.shuffle(order)
+    num_repeated = min(len(order), round(config.repeats * len(order)))
+    repeated = sorted(rng.sample(order, num_repeated), key=order.index)
+
+    items: list[SheetItem] = []
+    rows: list[dict[str, Any]] = []
+    for place, number in enumerate([*order, *repeated]):
+        pair = pairs[number]
+        row = dict(pair.row)
+        if place >= len(order):  # an item that comes again, with sides exchanged
+            row["repeats"] = rows[order.index(number)]["id"]
+            row[TUNED] = "b" if row[TUNED] == "a" else "a"
         row["id"] = hashlib.sha256(f"{salt} {place}".encode()).hexdigest()[:12]
-        sides = (tuned, other) if row[TUNED] == "a" else (other, tuned)
-        shown.append(SheetItem(row["id"], text, *sides))
-        listed.append(row)
-    listed = [{**row, "sha256": _hash_of(item)} for row, item in zip(listed, shown, strict=True)]
+        a, b = (pair.tuned, pair.other) if row[TUNED] == "a" else (pair.other, pair.tuned)
+        item = SheetItem(row["id"], pair.prompt, a, b)
+        row["sha256"] = _hash_of(item)
+        items.append(item)
+        rows.append(row)
     key = {"version": VERSION, **about, "rubric": config.rubric, "seed": config.seed, "salt": salt, "arms": [*answers]}
-    key |= {"num_prompts": len(prompts), "same": same, "items": listed}
-    return Sheet(id_of(key), shown, key)
+    key |= {"num_prompts": len(prompts), "same": same, "items": rows}
+    return Sheet(id_of(key), items, key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Two answers to one prompt, and what the key says of them."""
+
+    prompt: str
+    tuned: str
+    other: str
+    row: dict[str, Any]
+
+
+def _pairs(
+    prompts: list[Prompt], answers: dict[str, list[str]], rng: random.Random
+) -> tuple[list[_Pair], list[dict[str, Any]]]:
+    """(pairs whose answers differ, rows of those whose are equal). A side is drawn for each of both."""
+    pairs = []
+    same = []
+    for arm in answers:
+        if arm == TUNED:
+            continue
+        for number, prompt in enumerate(prompts):
+            tuned = answers[TUNED][number]
+            other = answers[arm][number]
+            side = rng.choice(SIDES)
+            if tuned.strip() == other.strip():
+                same.append({"prompt": number, "other": arm})
+                continue
+            words = sum(len(text.split()) for text in (prompt.text, tuned, other))
+            row = {"prompt": number, "other": arm, TUNED: side, "repeats": None, "words": words}
+            pairs.append(_Pair(prompt.text, tuned, other, row))
+    return pairs, same
 
 
 def _hash_of(item: SheetItem) -> str:
@@ -107,8 +139,9 @@ def read_key(directory: Path) -> tuple[str, dict[str, Any]]:
     """(id, key). Errors: ConfigError where there is none, DataError where it was changed."""
     path = directory / KEY
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        review, key = found["review"], found["key"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        review = content["review"]
+        key = content["key"]
         version = key["version"]
     except OSError as error:
         raise ConfigError(
@@ -133,9 +166,14 @@ def table(sheet: Sheet, config: ReviewConfig) -> str:
         ["review", "reviewer", "item", "prompt", "answer_a", "answer_b", OVERALL, *config.rubric, "comment"]
     )
     for item in sheet.items:
-        texts = [f"'{text}" if text.startswith(FORMULA) else text for text in (item.prompt, item.a, item.b)]
+        texts = [_no_formula(text) for text in (item.prompt, item.a, item.b)]
         writer.writerow([sheet.review, "", item.id, *texts, "", *[""] * len(config.rubric), ""])
     return out.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """A text as a spreadsheet shows it and never computes it."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def page(sheet: Sheet, config: ReviewConfig) -> str:

@@ -105,7 +105,8 @@ def read_make_words(argv: list[str]) -> MakeRequest:
     settings = [*words.settings, *own_settings]
 
     def with_own_words(frozen: RunConfig, words: list[str]) -> RunConfig:
-        frozen.run.dir, frozen.run.resume = None, "auto"
+        frozen.run.dir = None
+        frozen.run.resume = "auto"
         return recompose(frozen, words, ALLOWED)
 
     config = read_run(run, ReadingVerb(command, _needs, own_groups=ALLOWED), settings, with_own_words)
@@ -187,25 +188,36 @@ def _arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
     return arms, problems
 
 
-def arm_plan(asked: MakeRequest, name: str, where: str | None) -> EvaluationPlan:
-    """An evaluation that has one model (and the run's base, where that is an arm) answer the prompts."""
+def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> EvaluationPlan:
+    """An evaluation that has one model (and the run's base, where that is an arm) answer the prompts.
+
+    `directory`: the run or model of the arm; None for the run under review itself.
+    """
     from launch.evaluate.words import plan, sort
     from launch.review.sheet import BASE
 
-    key, to = "evaluation.tasks.answers", asked.to / "answers" / name
-    words = ["evaluation.tasks=[]", f"{key}.kind=exact_match", f"{key}.path={asked.to / 'answers' / 'prompts.jsonl'}"]
-    words += ["evaluation.resamples=1", f"to={to}"]
-    words += asked.settings if where is None else [*_computing(asked.settings), *asked.allowing]
-    words += [asked.accept] if asked.accept and (where is None or (Path(where) / "config.yaml").is_file()) else []
-    if where is None:
-        words += [str(asked.run), f"checkpoint={int(asked.checkpoint.name.rpartition('-')[2])}"]
-        words += [f"against={BASE}"] if BASE in asked.arms else []
+    task = "evaluation.tasks.answers"
+    is_run = directory is None or (Path(directory) / "config.yaml").is_file()
+    words = [
+        *("evaluation.tasks=[]", f"{task}.kind=exact_match", f"{task}.path={request.to / 'answers' / 'prompts.jsonl'}"),
+        *("evaluation.resamples=1", f"to={request.to / 'answers' / arm}"),
+    ]
+    if directory is None:
+        words += request.settings
     else:
-        words.append(where if (Path(where) / "config.yaml").is_file() else f"model.path={where}")
+        words += [*_computing(request.settings), *request.allowing]
+    if request.accept and is_run:
+        words.append(request.accept)
+    if directory is None:
+        words += [str(request.run), f"checkpoint={int(request.checkpoint.name.rpartition('-')[2])}"]
+        if BASE in request.arms:
+            words.append(f"against={BASE}")
+    else:
+        words.append(directory if is_run else f"model.path={directory}")
     sorted_words = sort(words)
-    sorted_words.command = asked.command
-    sorted_words.prefix = "" if where is None else ARMS
-    made = plan(sorted_words)
-    made.config.evaluation.tasks["answers"].write = copy.deepcopy(asked.review.write)
-    made.job = replace(made.job, kept=False)
-    return made
+    sorted_words.command = request.command
+    sorted_words.prefix = "" if directory is None else ARMS
+    evaluation = plan(sorted_words)
+    evaluation.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review.write)
+    evaluation.job = replace(evaluation.job, kept=False)
+    return evaluation

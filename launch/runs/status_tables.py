@@ -31,7 +31,7 @@ COLUMNS = (
     Column("step", is_number=True),
     Column("loss", is_number=True),
     Column("tok/s", is_number=True),
-    Column("left", is_number=True),
+    Column("eta", is_number=True),
     Column("GiB", is_number=True),
     Column("last seen", is_number=True),
 )
