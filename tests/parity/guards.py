@@ -116,7 +116,7 @@ def rolled_back(job: Job, strategy: str) -> dict:
     places = [Path(processes.broadcast_object(tempfile.mkdtemp(dir=job.root), job.runtime)) / "checkpoints"]
     trainer.checkpoints = Checkpoints(places, CheckpointConfig(every_steps=3), job.runtime)
     rows = Rows()
-    trainer.metrics = Trackers(others=[rows])
+    trainer.metrics = Trackers(trackers=[rows])
     progress = trainer.fit().progress
 
     never_had = documents(job, odd=False)

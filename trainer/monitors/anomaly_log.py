@@ -47,11 +47,10 @@ class AnomalyLog:
         self.say(f"warning: {self._text(outlier, places, documents)}")
 
     def _text(self, outlier: Outlier, places: list[tuple[int, int]], documents: list[dict[str, Any]]) -> str:
-        scores = " and ".join(
-            f"{name} {value:.4g} ({outlier.scores[name]:.1f} standard deviations above the median)"
-            for name, value in outlier.values.items()
-        )
-        stands = "stands" if len(outlier.values) == 1 else "stand"
+        clauses = []
+        for name, number in outlier.values.items():
+            clauses.append(f"{name} {number:.4g} ({outlier.scores[name]:.1f} standard deviations above the median)")
+        scores = f"{' and '.join(clauses)} {'stands' if len(clauses) == 1 else 'stand'}"
         first_place = places[0][0]
         last_place = sum(places[-1]) - 1  # the last run of places is (first, count)
         documents_text = ""
@@ -60,7 +59,7 @@ class AnomalyLog:
             more = f" and {len(documents) - MAX_DOCUMENTS} more" if len(documents) > MAX_DOCUMENTS else ""
             documents_text = f": {named}{more}"
         return (
-            f"step {outlier.step}: {scores} {stands} out; {DONE[outlier.action]}. Samples {first_place} to {last_place} of the "
+            f"step {outlier.step}: {scores} out; {DONE[outlier.action]}. Samples {first_place} to {last_place} of the "
             f"run's order{documents_text} ({EVENTS})"
         )
 

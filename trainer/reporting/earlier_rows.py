@@ -26,17 +26,18 @@ class EarlierResults:
 def earlier_results(rows: Iterable[dict[str, Any]]) -> EarlierResults:
     """The results in rows of `metrics.jsonl`."""
     results = EarlierResults()
-    speeds: dict[str, list[float]] = {}
+    values_by_rate: dict[str, list[float]] = {}
     for row in rows:
         if "loss" in row:
             results.last_row = row
-            for key in SPEED:
-                if isinstance(row.get(key), int | float):
-                    speeds.setdefault(key, []).append(row[key])
+            for rate in SPEED:
+                if isinstance(row.get(rate), int | float):
+                    values_by_rate.setdefault(rate, []).append(row[rate])
             continue
-        metrics = {key: value for key, value in row.items() if key not in ("step", "tokens")}
+        # A row without a loss is of an evaluation.
+        metrics = {name: metric for name, metric in row.items() if name not in ("step", "tokens")}
         if row["step"] == 0:
             results.before = metrics
         results.after = metrics
-    results.speed = {key: median(metrics) for key, metrics in speeds.items()}
+    results.speed = {rate: median(values) for rate, values in values_by_rate.items()}
     return results

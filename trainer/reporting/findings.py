@@ -43,4 +43,5 @@ def findings_in(challenges: Mapping[str, Any] | None) -> list[RecordedFinding]:
 
 def status_note(challenges: Mapping[str, Any] | None) -> str | None:
     """The findings in a few words, for `shardtune status`; None if there are none."""
-    return "; ".join(f"{each.name}, since step {each.step}" for each in findings_in(challenges)) or None
+    notes = [f"{finding.name}, since step {finding.step}" for finding in findings_in(challenges)]
+    return "; ".join(notes) or None

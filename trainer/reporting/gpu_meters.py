@@ -58,9 +58,9 @@ class GpuWatcher(threading.Thread):
 
     def sample(self) -> list[float]:
         """Take a look; what was seen."""
-        seen = list(self._read(self._device))
-        self._samples.append(seen)
-        return seen
+        figures = list(self._read(self._device))
+        self._samples.append(figures)
+        return figures
 
     def means(self) -> list[float]:
         """Means since the last call, as `NAMES` has them; NaN where nothing was measured."""

@@ -50,26 +50,26 @@ class MetricRows:
 def read_rows(path: Path) -> MetricRows:
     """All rows of a file; none where there is no file. Errors: OSError; ConfigError if it is of a later version."""
     try:
-        data = atomic_io.read_bytes(path, most=MOST)
+        text = atomic_io.read_bytes(path, most=MOST)
     except FileNotFoundError:
         return MetricRows()
-    found = MetricRows()
-    lines = data.split(b"\n")
+    content = MetricRows()
+    lines = text.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = _object_of(line)
         except ValueError as error:
-            if number < len(lines):
-                found.unreadable.append(UnreadableLine(number, str(error), line))
+            if number < len(lines):  # the last line has no end yet: it is just being written
+                content.unreadable.append(UnreadableLine(number, str(error), line))
             continue
         if VERSION_KEY in row:
-            found.version = _known_version(row, path)
+            content.version = _known_version(row, path)
             del row[VERSION_KEY]
-        found.rows.append(row)
-        found.lines.append(line)
-    return found
+        content.rows.append(row)
+        content.lines.append(line)
+    return content
 
 
 def rows_in(lines: Iterable[bytes]) -> list[dict[str, Any]]:

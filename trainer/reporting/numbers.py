@@ -8,10 +8,14 @@ from typing import Any
 
 def short(value: Any) -> str:
     """A value as people write it: 2e-4 for 0.0002."""
-    if isinstance(value, bool) or value is None or not isinstance(value, int | float):
-        return "none" if value is None else str(value)
-    if value == 0 or not math.isfinite(value) or 1e-2 <= abs(value) < 1e5 or isinstance(value, int):
-        return f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "none"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return str(value)
+    if value == 0 or not math.isfinite(value) or 1e-2 <= abs(value) < 1e5:
+        return f"{value:g}"
     digits, _, exponent = f"{value:.6e}".partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 

@@ -231,14 +231,15 @@ class RunRecord:
     def as_json(self) -> dict[str, Any]:
         """The record as JSON values by key. Of a record that was read, what the file does not say stays out."""
         tree = asdict(self)
-        known = tree.pop("keys")
-        other = tree.pop("other")
+        keys_in_file = tree.pop("keys")
+        unknown_to_us = tree.pop("other")
         defaults = asdict(RunRecord(version=self.version))
-        for key in tree.keys() - known:
-            says_nothing = tree[key] is None if key in SAID_LATER else bool(known)
-            if says_nothing and tree[key] == defaults[key]:
+        for key in tree.keys() - keys_in_file:
+            # A record that was made here says all its keys but those of `SAID_LATER`; one that was read, those of its file.
+            may_be_left_out = key in SAID_LATER or bool(keys_in_file)
+            if may_be_left_out and tree[key] == defaults[key]:
                 del tree[key]
-        return other | tree
+        return unknown_to_us | tree
 
 
 SAID_LATER = (
@@ -277,12 +278,12 @@ def readable_run_record(run_dir: Path) -> RunRecord:
 
 def record_of(tree: Mapping[str, Any], wrong: list[str]) -> RunRecord:
     """The record that JSON values by key make. `wrong` gets a line for each value of another type; its field has its default."""
-    known = _fields_of(RunRecord, tree, "", wrong)
+    arguments = _fields_of(RunRecord, tree, "", wrong)
     keys = get_type_hints(RunRecord).keys() - {*NOT_IN_FILE}
-    other = {key: content for key, content in tree.items() if key not in keys}
+    unknown_to_us = {key: content for key, content in tree.items() if key not in keys}
     # A key whose content is of another type counts as absent: nobody takes its default for what the file says.
-    readable = {key for key, content in tree.items() if content is None or key in known or key in other}
-    return RunRecord(**{"version": 0, **known}, other=other, keys=frozenset(readable))
+    readable = {key for key, content in tree.items() if content is None or key in arguments or key in unknown_to_us}
+    return RunRecord(**{"version": 0, **arguments}, other=unknown_to_us, keys=frozenset(readable))
 
 
 def _fields_of(kind: type, tree: Mapping[str, Any], prefix: str, wrong: list[str]) -> dict[str, Any]:

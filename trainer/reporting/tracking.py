@@ -22,10 +22,10 @@ class Trackers:
     """A run's rows, and its trackers, behind one `log`. Only rank 0 has any."""
 
     def __init__(
-        self, rows: JsonlTracker | None = None, others: Sequence[Tracker] = (), say: Callable[[str], None] = print
+        self, rows: JsonlTracker | None = None, trackers: Sequence[Tracker] = (), say: Callable[[str], None] = print
     ) -> None:
         self._rows = rows
-        self._trackers = list(others)
+        self._trackers = list(trackers)
         self._say = say
         self._hints: list[tuple[str, str]] = []
 
@@ -64,7 +64,7 @@ class Trackers:
                 raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
 
     def move_to(self, run_dir: Path) -> None:
-        """Know that the directory of the run has another name now: the rows go on in the file that is open."""
+        """Follow the run's directory to its new name: the open file takes further rows as before."""
         if self._rows is not None:
             self._rows.path = run_dir / self._rows.path.name
 
@@ -84,7 +84,7 @@ class Trackers:
         return self._hints
 
     def close(self, ended: RunEnding) -> None:
-        """Close all of them; what a tracker has against it is said and does not hide how the run ended."""
+        """Close all of them. A tracker that fails to is named, and does not hide how the run ended."""
         if self._rows is not None:
             self._rows.close()
         self._for_each(lambda tracker: tracker.close(ended))
@@ -102,9 +102,11 @@ def summary_of(last_row: dict[str, Any], speed: dict[str, float], evaluated: dic
     """The summary that the run table compares: median speeds, the largest memory, the last loss and final held-out metrics."""
     final = {**last_row, **speed}
     names = ("tokens_per_s", "tokens_per_s_per_rank", "supervised_tokens_per_s", "mfu", "step_s")
-    kept = (*names, "memory_gib", "memory_reserved_gib", "loss")
-    summary = {f"final/{key}": final[key] for key in kept if key in final}
-    return {**summary, **{f"final/{key}": value for key, value in evaluated.items()}}
+    summary = {}
+    for name in (*names, "memory_gib", "memory_reserved_gib", "loss"):
+        if name in final:
+            summary[f"final/{name}"] = final[name]
+    return summary | {f"final/{name}": metric for name, metric in evaluated.items()}
 
 
 @dataclass(slots=True)
@@ -135,24 +137,25 @@ def open_trackers(about: TrackedRun, environment: dict[str, str] | None = None) 
 def open_without_rows(about: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
     """The trackers alone, without `metrics.jsonl`."""
     environment = dict(os.environ) if environment is None else environment
-    settled = apply_environment(about.config, environment)
-    kinds = enabled_trackers(settled.config)
-    run_id = about.run_id or (environment.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12] if kinds else "")
-    name = settled.config.name or about.name
-    about = replace(about, config=settled.config, run_id=run_id, name=name)
-    found = OpenedTrackers(Trackers(), run_id or None, passed_over=settled.passed_over)
+    logging = apply_environment(about.config, environment)
+    kinds = enabled_trackers(logging.config)
+    run_id = about.run_id
+    if not run_id and kinds:
+        run_id = environment.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
+    about = replace(about, config=logging.config, run_id=run_id, name=logging.config.name or about.name)
+    opened = OpenedTrackers(Trackers(), run_id or None, passed_over=logging.passed_over)
     if kinds:
-        found.substitutions = {key: str(resolution) for key, resolution in settled.resolutions.items()}
-        found.from_environment = {key: str(resolution.chosen) for key, resolution in settled.resolutions.items()}
-    opened: list[Tracker] = []
+        opened.substitutions = {key: str(resolution) for key, resolution in logging.resolutions.items()}
+        opened.from_environment = {key: str(resolution.chosen) for key, resolution in logging.resolutions.items()}
+    trackers: list[Tracker] = []
     for kind in kinds:
         try:
             tracker = kind.open(about)
         except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
-            found.substitutions[f"logging.{kind.setting}"] = f"left out ({_one_line(error)})"
+            opened.substitutions[f"logging.{kind.setting}"] = f"left out ({_one_line(error)})"
             continue
         if note := getattr(tracker, "note", None):
-            found.substitutions[f"logging.{kind.setting}"] = redacted(note)
-        opened.append(tracker)
-    found.trackers = Trackers(None, opened, about.say)
-    return found
+            opened.substitutions[f"logging.{kind.setting}"] = redacted(note)
+        trackers.append(tracker)
+    opened.trackers = Trackers(None, trackers, about.say)
+    return opened

@@ -126,25 +126,30 @@ class ModelFacts:
         newest: dict[str, dict[str, Any]] = {}
         for report in self.reports_of_kind(EVALUATION):
             for row in _rows_of(report.report):
-                known = newest.setdefault(row["name"], row)
+                newest_row = newest.setdefault(row["name"], row)
                 # A newer report without the base does not hide what an older one measured of it on the same rows.
-                if known["base"] is None and known["rows_sha256"] == row["rows_sha256"]:
-                    known |= {"base": row["base"], "change": row["change"]}
+                if newest_row["base"] is None and newest_row["rows_sha256"] == row["rows_sha256"]:
+                    newest_row |= {"base": row["base"], "change": row["change"]}
         return [*newest.values()]
 
     @property
     def review(self) -> dict[str, Any] | None:
         """The newest review of these weights by people."""
-        return next((each.report for each in self.reports_of_kind(REVIEW)), None)
+        return next((kept.report for kept in self.reports_of_kind(REVIEW)), None)
 
     @property
     def elsewhere(self) -> int:
         """Reports of the run that are about other weights, and say nothing here."""
-        return sum(each.artefact != self.artefact or self.artefact is None for each in self.reports)
+        return len(self.reports) - len(self._reports_on_these_weights())
 
     def reports_of_kind(self, kind: str) -> list[KeptReport]:
         """Reports on these very weights."""
-        return [r for r in self.reports if r.kind == kind and self.artefact is not None and r.artefact == self.artefact]
+        return [report for report in self._reports_on_these_weights() if report.kind == kind]
+
+    def _reports_on_these_weights(self) -> list[KeptReport]:
+        if self.artefact is None:
+            return []
+        return [report for report in self.reports if report.artefact == self.artefact]
 
 
 def _counts_of(recorded: Mapping[str, Any]) -> dict[str, int]:
@@ -163,11 +168,11 @@ def _rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for task, record in (report.get("tasks") or {}).items():
         base_metrics = (base_tasks.get(task) or {}).get("metrics") or {}
-        for metric, values in (record.get("metrics") or {}).items():
+        for metric, result in (record.get("metrics") or {}).items():
             change = base_metrics.get(metric)
             rows.append(
                 {
-                    **values,
+                    **result,
                     "name": f"{task}/{metric}",
                     "kind": record.get("kind"),
                     "rows": record.get("num_rows"),

@@ -28,46 +28,49 @@ class MlflowRun:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        beside = about.run_dir.absolute().parent / "mlflow.db"
-        address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside}"
-        if address.startswith("http") and (why := unreachable(address)):
+        database = about.run_dir.absolute().parent / "mlflow.db"
+        address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
+        is_server = address.startswith("http")
+        # The client would try for minutes to reach a server that is not there.
+        if is_server and (why := unreachable(address)):
             raise ConnectionError(f"{address} cannot be reached: {why}")
         self._client = MlflowClient(tracking_uri=address)
         self._id = self._begin(about)
         self._step = about.resumed_at
-        shown = f"mlflow ui --backend-store-uri {shlex.quote(address)}"
-        self.hint: tuple[str, str] | None = ("MLflow", address if address.startswith("http") else shown)
+        command = f"mlflow ui --backend-store-uri {shlex.quote(address)}"
+        self.hint: tuple[str, str] | None = ("MLflow", address if is_server else command)
 
     def _begin(self, about: TrackedRun) -> str:
+        """Find the run again that is resumed, else create one; returns MLflow's id of it."""
         client = self._client
-        known = client.get_experiment_by_name(about.project)
-        experiment = known.experiment_id if known else client.create_experiment(about.project)
+        experiment = client.get_experiment_by_name(about.project)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(about.project)
         if about.resumed_at:
-            for found in client.search_runs([experiment], filter_string=f"tags.`{RUN}` = '{about.run_id}'"):
-                client.update_run(found.info.run_id, status="RUNNING")
-                return str(found.info.run_id)
+            for run in client.search_runs([experiment_id], filter_string=f"tags.`{RUN}` = '{about.run_id}'"):
+                client.update_run(run.info.run_id, status="RUNNING")
+                return str(run.info.run_id)
         from mlflow.entities import Param
 
         config = about.config
         tags = {RUN: about.run_id, "group": config.group, "job_type": config.job_type or "train"}
         tags |= {"mlflow.note.content": config.notes, "tags": ",".join(config.tags)}
-        told = {key: value for key, value in tags.items() if value}
-        run_id = str(client.create_run(experiment, run_name=about.name, tags=told).info.run_id)
-        given = [Param(key, str(value)[:LONGEST]) for key, value in _flat(about.settings).items()]
-        for first in range(0, len(given), MOST):
-            client.log_batch(run_id, params=given[first : first + MOST])
+        set_tags = {key: text for key, text in tags.items() if text}
+        run_id = str(client.create_run(experiment_id, run_name=about.name, tags=set_tags).info.run_id)
+        parameters = [Param(key, str(setting)[:LONGEST]) for key, setting in _flat(about.settings).items()]
+        for first in range(0, len(parameters), MOST):
+            client.log_batch(run_id, params=parameters[first : first + MOST])
         return run_id
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         from mlflow.entities import Metric
 
-        self._step, now = step, int(time.time() * 1000)
-        rows = [
-            Metric(key, float(each), now, step)
-            for key, each in metrics.items()
-            if key != "step" and isinstance(each, int | float)
-        ]
-        self._client.log_batch(self._id, metrics=rows)
+        self._step = step
+        now_ms = int(time.time() * 1000)
+        numbers = []
+        for name, number in metrics.items():
+            if name != "step" and isinstance(number, int | float):
+                numbers.append(Metric(name, float(number), now_ms, step))
+        self._client.log_batch(self._id, metrics=numbers)
 
     def table(self, name: str, table: Table, *, step: int) -> None:
         """Left out: it keeps numbers."""
@@ -84,8 +87,12 @@ class MlflowRun:
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves by dotted key, as names that MLflow takes."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = prefix + "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in str(key))
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
+    leaves: dict[str, Any] = {}
+    for key, content in tree.items():
+        letters = [letter if letter.isalnum() or letter in "_-./ " else "_" for letter in str(key)]
+        name = prefix + "".join(letters)
+        if isinstance(content, dict) and content:
+            leaves |= _flat(content, f"{name}.")
+        else:
+            leaves[name] = content
+    return leaves

@@ -17,7 +17,8 @@ class TrackioRun:
     def __init__(self, about: TrackedRun) -> None:
         import trackio
 
-        self._about, self._step = about, about.resumed_at
+        self._about = about
+        self._step = about.resumed_at
         with contextlib.redirect_stdout(io.StringIO()):  # how to show the runs, which `hint` says
             self._run = trackio.init(
                 project=about.project,
@@ -32,7 +33,7 @@ class TrackioRun:
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._step = step
-        self._run.log({key: value for key, value in metrics.items() if key != "step"}, step=step)
+        self._run.log({name: number for name, number in metrics.items() if name != "step"}, step=step)
 
     def table(self, name: str, table: Table, *, step: int) -> None:
         """Left out: it keeps numbers."""
