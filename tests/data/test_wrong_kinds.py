@@ -71,5 +71,5 @@ def test_where_all_rows_are_of_the_wrong_kind_the_run_ends(tmp_path, case, bound
         prepare(tmp_path, reading, path=str(path), max_bad_share=bound)
     error.match(rf"3 of 3 rows cannot be used \(\w+ 3\)(.|\n)*bad.jsonl:1: {said}")
     assert ("more than data.max_bad_share=0 allows" in str(error.value)) is (bound == 0)
-    assert "go on without them" not in str(error.value)
+    assert "continue without them" not in str(error.value)
     assert len(next((tmp_path / "cache" / "rejected").glob("*.jsonl")).read_text().splitlines()) == 3

@@ -224,7 +224,7 @@ def test_a_run_that_diverges_says_so_everywhere(site, capfd):
     stopped = site / "stopped"
     assert train(site, stopped, *HIGH, "challenges.divergence.action=stop") == 69
     shown = capfd.readouterr().err
-    assert "step 20: divergence: diverged" in shown and "challenges.divergence.action=note goes on" in shown
+    assert "step 20: divergence: diverged" in shown and "challenges.divergence.action=note continues" in shown
     assert (stopped / "checkpoints" / "step-000020").is_dir()
     assert train(site, stopped, *HIGH) == 0
     capfd.readouterr()

@@ -81,7 +81,7 @@ def test_what_a_run_measured_is_what_is_reckoned_with(capsys, tmp_path, words):
     said = " ".join(out.split())
     assert f"from {run} (fsdp2, 2 x {GPU}): steps take 2.00 x what is reckoned" in said
     assert "tensors take 1.10 x what is simulated" in said and "reserves 20.0% beyond" in said
-    assert "writes checkpoints at 3 GB/s" in said and "what stands above was measured" in said
+    assert "writes checkpoints at 3 GB/s" in said and "the figures above were measured" in said
 
 
 def test_what_a_run_does_not_tell_stays_and_is_named(capsys, tmp_path, words):
