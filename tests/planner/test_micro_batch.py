@@ -95,7 +95,7 @@ def test_a_dry_run_says_what_would_be_tried(made, monkeypatch):
     assert told.batch["micro"] == 8
     assert re.fullmatch(r"auto -> 8 \(planned .* GiB; 2 steps .* will be tried\)", str(told.substitutions[MICRO]))
     unseen = would_choose(replace(config, run=replace(config.run, device=Device.cuda)), made[1])
-    assert unseen.batch["micro"] == 1 and "where the GPUs are" in unseen.substitutions[MICRO]
+    assert unseen.batch["micro"] == 1 and "on the host with the GPUs" in unseen.substitutions[MICRO]
 
 
 def test_what_cannot_be_simulated_is_tried(made, monkeypatch):
