@@ -116,14 +116,19 @@ def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> No
     from launch.compare.page import missing_packages
     from launch.compare.wandb_files import is_server, is_wandb
 
-    directories = [directory for row in rows for directory in row.directories]
-    if of_wandb := [str(directory) for directory in directories if is_wandb(directory) or is_server(directory)]:
-        raise ConfigError(f"--follow: {of_wandb[0]} is of W&B, which is not asked again and again; name its run.dir")
+    directories: list[Path] = []
+    for row in rows:
+        directories += row.directories
+    for directory in directories:
+        # Reading a run of W&B starts a process of wandb, or asks a server: too much for every few seconds.
+        if is_wandb(directory) or is_server(directory):
+            raise ConfigError(f"--follow: {directory} is of W&B, which is not asked again and again; name its run.dir")
     page = _page_path(rows, to)
     if page is None:
         raise ConfigError("--follow: name a directory for the page that is written again; to=reports/now")
-    if (lacks := missing_packages(page.name)) is not None:
-        raise ConfigError(f"--follow: {lacks}")
+    missing = missing_packages(page.name)
+    if missing is not None:
+        raise ConfigError(f"--follow: {missing}")
     print(
         f"{page}: written every {PAGE_INTERVAL_S:.0f} s until all runs have ended; Ctrl-C ends it",
         file=sys.stderr,
@@ -175,7 +180,7 @@ def _compare_new_points(words: CompareWords) -> int:
     from trainer.stopping.signals import hold, release
 
     if not words.dry_run:
-        hold()
+        hold()  # a signal before the first run is kept for it: Ctrl-C then stops it as `train` would
     plan = plan_points(words.settings)
     to = words.to or Path("runs") / plan.name
     if (to / "config.yaml").exists():
@@ -183,8 +188,9 @@ def _compare_new_points(words: CompareWords) -> int:
     if words.dry_run:
         print(listing(plan, to))
         return 0
-    if words.follow and (lacks := missing_packages()) is not None:
-        raise ConfigError(f"--follow: {lacks}")
+    missing = missing_packages() if words.follow else None
+    if missing is not None:
+        raise ConfigError(f"--follow: {missing}")
     print(listing(plan, to), file=sys.stderr, flush=True)
     rows = plan.rows(to)
     pages = PeriodicPage(lambda again_s: _write_page(rows, to / "compare.html", again_s)) if words.follow else None

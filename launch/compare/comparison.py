@@ -181,7 +181,9 @@ def _ratio_text(ratio: float) -> str:
 
 def _notes(rows: list[RepeatedRun], names: list[str]) -> list[str]:
     """What to know before the numbers are used."""
-    points = [point for row in rows for point in row.points]
+    points: list[Point] = []
+    for row in rows:
+        points += row.points
     notes = _notes_on_machines([point.record for point in points if not point.record.is_empty])
     if any(_has_few_steps(row.measured) for row in rows):
         notes.append(

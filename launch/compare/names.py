@@ -73,8 +73,8 @@ def _differs(key: str, points: list[Point]) -> bool:
     choice = f"{key.split('.')[0]}.name"
     values_by_choice: dict[Any, set[str]] = {}
     for point in points:
-        chosen = None if key == choice else point.config.get(choice)
-        values_by_choice.setdefault(chosen, set()).add(_comparable(point.config.get(key, ABSENT)))
+        name = None if key == choice else point.config.get(choice)
+        values_by_choice.setdefault(name, set()).add(_comparable(point.config.get(key, ABSENT)))
     return any(len(values) > 1 for values in values_by_choice.values())
 
 
@@ -128,7 +128,9 @@ def _name_parts(differences: list[SettingDifference]) -> list[list[str]]:
 
 
 def _ranks(world_size: Any) -> str:
-    return "" if world_size == ABSENT else f"{world_size}rank{'s' if world_size != 1 else ''}"
+    if world_size == ABSENT:
+        return ""
+    return "1rank" if world_size == 1 else f"{world_size}ranks"
 
 
 def _name_part(key: str, value: Any) -> str:

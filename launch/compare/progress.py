@@ -132,7 +132,10 @@ class RunsProgress:
         with suppress(OSError, ValueError):  # a terminal that has gone away is no reason to end the runs
             if self._terminal:
                 draw(self._out, "\r\033[K")
-            print(text[:110] if stays_open else text, end="" if stays_open else "\n", file=self._out, flush=True)
+            if stays_open:  # cut, so that it stays on one line: the next one is drawn over it
+                print(text[:110], end="", file=self._out, flush=True)
+            else:
+                print(text, file=self._out, flush=True)
 
 
 def duration_text(seconds: float) -> str:

@@ -83,6 +83,7 @@ def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> Rep
     """Read a row's directories; `price_of` a card by its driver's name. Raises ConfigError as `read_point` does."""
     points = _points_of(row)
     per_repeat = [measure(point, row.warmup) for point in points]
+    # A repeat that failed before its first step has no numbers; without any other the first one is shown empty.
     begun = [measured for measured in per_repeat if measured.steps] or per_repeat[:1]
     exposed = _median([exposed_s(point.directory) for point in points])
     measured = _over_repeats(per_repeat[0], begun)
@@ -108,6 +109,7 @@ def _points_of(row: ComparisonRow) -> tuple[Point, ...]:
 def _over_repeats(first: RunMeasurements, begun: list[RunMeasurements]) -> RunMeasurements:
     """The numbers of the first repeat, with medians over the repeats in `MEDIANS`, and the largest of their memory."""
     over: dict[str, float | None] = {}
+    # A rate is that of a usual repeat. Memory is what a run must have room for: the worst repeat counts.
     for name in MEDIANS:
         over[name] = _median([getattr(measured, name) for measured in begun])
     for name in ("memory_gib", "memory_reserved_gib"):

@@ -71,7 +71,7 @@ def _reads_too_fast(reviewer: Reviewer, items: dict[str, dict[str, Any]]) -> str
     words_per_s = []
     for item_id, answer in reviewer.items.items():
         if answer.seconds is not None and OVERALL in answer.answers:
-            words_per_s.append(items[item_id]["words"] / max(answer.seconds, 1e-3))
+            words_per_s.append(items[item_id]["words"] / max(answer.seconds, 1e-3))  # a click may take 0 s
     if len(words_per_s) < MIN_ITEMS or median(words_per_s) <= WORDS_A_SECOND:
         return None
     return f"time: {median(words_per_s):.0f} words a second in the middle one of {len(words_per_s)} items"

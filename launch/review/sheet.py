@@ -184,10 +184,12 @@ def page(sheet: Sheet, config: ReviewConfig) -> str:
         loader=PackageLoader("launch.review", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     questions = {OVERALL: "Which answer is better, all in all?", **config.rubric}
+    # Only what the page shows: the key, which says whose answers these are, stays out of it.
+    items = [{"id": item.id, "prompt": item.prompt, "a": item.a, "b": item.b} for item in sheet.items]
     data = {
         "version": VERSION,
         "review": sheet.review,
         "questions": [{"name": name, "text": text} for name, text in questions.items()],
-        "items": [{"id": item.id, "prompt": item.prompt, "a": item.a, "b": item.b} for item in sheet.items],
+        "items": items,
     }
     return environment.get_template("review.html.j2").render(data=data)

@@ -78,7 +78,10 @@ def test_it_is_called_offline_with_rows_of_the_training_and_its_files_are_read_b
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"bits": "llmcompressor_fp8"}, r"needs an environment of its own; name the Python of its environment with bits\.python"),
+        (
+            {"bits": "llmcompressor_fp8"},
+            r"needs an environment of its own; name the Python of its environment with bits\.python",
+        ),
         ({"bits": "llmcompressor_fp8", "bits.python": "nowhere"}, "there is no such program"),
         ({"bits": "llmcompressor_fp8", "bits.python": "false"}, "no Python that has llmcompressor"),
         ({"bits": "torchao_int8", "bits.python": "true"}, "goes with bits=llmcompressor_"),

@@ -72,7 +72,9 @@ def test_what_cannot_be_told_is_refused_with_the_reason(made, monkeypatch):
     config, data = made
     card(monkeypatch, 80.0)
     monkeypatch.setattr(fit_check, "simulated_apart", lambda *_: "its step cannot be simulated yet (KeyError: x)")
-    with pytest.raises(DoesNotFit, match="it is not known whether the run fits, since its step cannot be simulated yet"):
+    with pytest.raises(
+        DoesNotFit, match="it is not known whether the run fits, since its step cannot be simulated yet"
+    ):
         must_fit(config, data, Precision.bf16, rank(), print)
     with pytest.raises(ConfigError, match=r"run.must_fit=true: asks for the memory of GPUs"):
         must_fit(config, data, Precision.bf16, rank("cpu"), print)

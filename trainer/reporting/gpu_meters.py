@@ -43,7 +43,8 @@ class GpuWatcher(threading.Thread):
 
     def __init__(self, device: torch.device, read: ReadGpu = read_gpu) -> None:
         super().__init__(name="gpu", daemon=True)
-        self._device, self._read = device, read
+        self._device = device
+        self._read = read
         self._samples: list[list[float]] = []
 
     def run(self) -> None:

@@ -62,12 +62,14 @@ def resolution_of(setting: str, note: Any) -> Resolution | None:
     if not isinstance(note, Mapping) or "asked" not in note:
         return None
     trials = note.get("tried")
+    if not isinstance(trials, list | tuple):
+        trials = ()
     return Resolution(
         setting=setting,
         asked=note["asked"],
         chosen=note.get("chosen"),
         reason=str(note.get("reason") or ""),
-        tried=tuple(_trial(trial) for trial in trials) if isinstance(trials, list | tuple) else (),
+        tried=tuple(map(_trial, trials)),
     )
 
 

@@ -17,18 +17,18 @@ from trainer.config.resuming import plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
-from trainer.monitors.stragglers import ReportSlow, SlowRank
+from trainer.monitors.stragglers import SlowRank
 from trainer.objectives.registry import reading_of
 from trainer.planner.predicted_vs_measured import measured
 from trainer.reporting.console import Console
-from trainer.reporting.energy import energy_of_run, metering
+from trainer.reporting.energy import metering
 from trainer.reporting.findings import status_note
 from trainer.reporting.metrics import Meter
 from trainer.reporting.outcome import Outcome
 from trainer.reporting.run_record import RunRecord
 from trainer.reporting.status import State, write_status
 from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
-from trainer.reporting.tracking import Trackers, open_without_rows, open_trackers, summary_of
+from trainer.reporting.tracking import Trackers, open_trackers, open_without_rows, summary_of
 from trainer.session.attempt import Attempt
 from trainer.session.run_facts import end_text, outcome_record, start_text, write_run_record
 from trainer.session.tracker_columns import name_of, tracker_settings
@@ -103,7 +103,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
     return opened.trackers
 
 
-def slow_rank_reporter(context: RunContext) -> Tell:
+def slow_rank_reporter(context: RunContext) -> ReportSlow:
     """The function that rank 0 calls when a rank becomes slow or recovers: it warns, and keeps `status.json` up to date."""
 
     def report(slow: SlowRank, slow_ranks: list[SlowRank], step: int) -> None:
@@ -200,7 +200,7 @@ def close_records(
 ) -> None:
     """Write the outcome into `run.json`, and show the last lines on the screen. All ranks must call."""
     if context.runtime.is_main:
-        record.energy = taken(context.run_dir)
+        record.energy = energy_of_run(context.run_dir)
         record.outcome = outcome_record(outcome)
         write_run_record(context.run_dir, record)
         context.console.say(end_text(context.run_dir, outcome, exported, trackers.hints))
