@@ -17,11 +17,11 @@ from trainer.config.resuming import plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
-from trainer.monitors.stragglers import SlowRank
+from trainer.monitors.stragglers import ReportSlow, SlowRank
 from trainer.objectives.registry import reading_of
 from trainer.planner.predicted_vs_measured import measured
 from trainer.reporting.console import Console
-from trainer.reporting.energy import metering
+from trainer.reporting.energy import energy_of_run, metering
 from trainer.reporting.findings import status_note
 from trainer.reporting.metrics import Meter
 from trainer.reporting.outcome import Outcome
