@@ -43,7 +43,7 @@ def watched(rounds):
     watch = Stragglers(
         FACTOR, Runtime(0, 1, 0, 1, torch.device("cpu"), None), lambda slow, still, step: told.append((str(slow), step))
     )
-    watch._above = [[], [], []]
+    watch._changed_factors = [[], [], []]
     for step, given in enumerate(rounds, 1):
         row: dict = {"step": step}
         watch.look([row], given)
@@ -72,7 +72,7 @@ def test_only_blocks_are_timed_and_only_while_it_is_on(monkeypatch):
     busy.watch(blocks)
     model(torch.ones(2))
     assert busy.read() == 0
-    busy.on = True
+    busy.is_on = True
     model(torch.ones(2))
     assert (busy.read(), busy.read()) == (2.0, 0)
     for parameter in model.parameters():

@@ -14,17 +14,17 @@ from trainer.reporting.console import Console, RunSchedule
 SAYS = """
 from types import SimpleNamespace
 from trainer.reporting import console as said
-from trainer.reporting.console import Console, Course
+from trainer.reporting.console import Console, RunSchedule
 said.time = SimpleNamespace(perf_counter=lambda: 30.0)  # seconds since the beginning, however long the bar takes to load
 console = Console(enabled=True)
-course = Course(total=20, first=0, began=0.0, evaluate_every=8)
+schedule = RunSchedule(total_steps=20, first_step=0, started_at=0.0, evaluate_every=8)
 row = dict(grad_norm=1.5, lr=1e-4, tokens_per_s=4812.0, mfu=0.25, memory_gib=12.34, data_wait_s=0.002)
 console.say("a start screen")
-console.progress({**row, "step": 10, "loss": 2.5}, course)
+console.progress({**row, "step": 10, "loss": 2.5}, schedule)
 console.say("evaluation at step 10")
-console.progress({**row, "step": 15, "loss": 1.25, "skipped": True}, course)
+console.progress({**row, "step": 15, "loss": 1.25, "skipped": True}, schedule)
 if END:
-    console.progress({**row, "step": 20, "loss": 1.0}, course)
+    console.progress({**row, "step": 20, "loss": 1.0}, schedule)
 else:
     console.leave()
 print("the end")

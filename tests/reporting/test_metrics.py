@@ -83,11 +83,11 @@ def test_gpus_of_all_hosts_are_told_with_the_same_reduction(monkeypatch):
         assert second["gpu/1/utilization_percent"] == 90 and second["gpu/1/memory_gib"] == 4
         assert "gpu/1/power_w" not in second and not any(name.startswith("gpu/") for name in first)
         assert [each.tokens for each in meter.by_rank] == [60, 60]
-        assert all(math.isnan(value) for value in meter.gpu.take())  # nothing was seen since
+        assert all(math.isnan(value) for value in meter.gpu.means())  # nothing was seen since
 
 
 def test_a_driver_that_tells_nothing_is_asked_once_and_one_that_fails_later_is_asked_again(monkeypatch):
-    monkeypatch.setattr(gpu_meters, "EVERY_S", 0)
+    monkeypatch.setattr(gpu_meters, "INTERVAL_S", 0)
     nothing, something = [math.nan] * len(gpu_meters.NAMES), [50, math.nan, math.nan, math.nan]
     looks = iter([nothing, something])
     gpu_meters.GpuWatcher(torch.device("cuda:0"), lambda _: next(looks)).run()
