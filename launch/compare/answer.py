@@ -98,6 +98,7 @@ def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
     if any(run.measured.exchanged_gib for run in begun):
         details.append(("exchanged", EXCHANGE_COLUMNS))
 
+    # A single run has no other whose loss it could differ from.
     is_single = len(comparison.runs) == 1
     main_columns = [column for column in MAIN_COLUMNS if not (is_single and column[0] == LOSS_DIFFERENCE)]
     shown = [("", main_columns)]
@@ -246,7 +247,7 @@ def as_html(comparison: Comparison, *, again_s: float | None = None) -> str:
 
 
 def _markdown_row(cells: list[str]) -> str:
-    escaped = [cell.replace("|", "\\|") for cell in cells]
+    escaped = [cell.replace("|", "\\|") for cell in cells]  # a bar would begin a cell
     return f"| {' | '.join(escaped)} |"
 
 
@@ -326,6 +327,7 @@ def _csv_row(comparison: Comparison, number: int, metrics: list[str], collective
 def _measured_cells(run: ComparedRun, collectives: list[str]) -> dict[str, Any]:
     """The measurements as columns of numbers: what holds several numbers has a column for each, or stands elsewhere."""
     cells = asdict(run.measured)
+    # A cell of CSV holds one number: these get columns of their own below, or stand in `before/` and `after/`.
     for several in ("before", "after", "tokens_per_s_quartiles", "exchanged_bytes"):
         del cells[several]
     for name in collectives:

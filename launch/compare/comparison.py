@@ -82,6 +82,7 @@ def _compared_run(rows: list[RepeatedRun], names: list[str], number: int, first:
     """The row `number` beside the run that its loss is compared with; `first` is the row that all are compared with."""
     repeated = rows[number]
     points = [row.point for row in rows]
+    # A refused point has no losses, and the first run is what the others are compared with.
     baseline = None
     if number != first and repeated.state != REFUSED:
         baseline = baseline_index(points, number, first)
@@ -213,6 +214,7 @@ def _notes_on_machines(records: list[RunRecord]) -> list[str]:
     """What makes figures of different machines or revisions hard to compare."""
     notes = []
     peaks = [record.reference_tflops for record in records if record.reference_tflops]
+    # On CPUs each run measures the peak anew: up to a percent is noise.
     if peaks and max(peaks) > 1.01 * min(peaks):
         figures = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
         notes.append(
@@ -235,6 +237,7 @@ def _has_few_steps(measured: RunMeasurements) -> bool:
     """Whether its medians are of so few steps that they say little; a run without any step is not meant."""
     if not measured.steps:
         return False
+    # No warm-up was left out: there was nothing behind it, so the medians are of the first interval itself.
     return not measured.warmup_steps or 0 < measured.steps - measured.warmup_steps < FIRST_STEPS
 
 

@@ -60,6 +60,7 @@ def compare_losses(first: Point, other: Point) -> LossDifference | None:
             difference_by_step[step] = _relative_difference(loss, other_loss)
     if not difference_by_step:
         return None
+    # Rounding grows with the steps, so only the first ones can show that strategies compute the same.
     first_steps = list(difference_by_step)[:FIRST_STEPS]
     early_step = max(first_steps, key=difference_by_step.__getitem__)
     drift_step = max(difference_by_step, key=difference_by_step.__getitem__)
@@ -85,6 +86,7 @@ def baseline_index(points: list[Point], number: int, first: int) -> int | None:
     """
     if number < first:
         return None
+    # A strategy is compared with the first one of the same method and rate, a method with the first run of all.
     settings = _step_settings(points[number])
     for earlier in range(number):
         if points[earlier].steps and _step_settings(points[earlier]) == settings:

@@ -27,6 +27,7 @@ class NotableStep:
 def notable_steps(point: Point) -> list[NotableStep]:
     """Steps in `events.jsonl`, and those whose update was left out since their gradients were not finite, in order."""
     found = [NotableStep(event["step"], _event_text(event)) for event in point.events]
+    # A guard may have left the same update out, and its event says more.
     steps_with_event = {notable.step for notable in found}
     for step, row in point.steps.items():
         if row.get("skipped") and step not in steps_with_event:

@@ -98,6 +98,7 @@ def run_names(points: list[Point], differences: list[SettingDifference]) -> list
         longer_names = [_joined(name, part) for name, part in zip(names, parts, strict=True)]
         if max(map(len, longer_names)) <= MAX_NAME_LENGTH:  # else the table alone says it
             names = longer_names
+    # Runs that differ in nothing that is named, and runs beyond the length, may have the same name so far.
     counts = Counter(names)
     unique_names = []
     for name, point in zip(names, points, strict=True):

@@ -54,6 +54,7 @@ def render_page(
 
     from launch.compare.plots import comparison_plots
 
+    # Texts of runs may hold markup, and so may those of data sets: everything is escaped but the plots' own JSON.
     template = Environment(loader=PackageLoader("launch.compare", "."), autoescape=True).get_template("page.html.j2")
     single: dict[str, Any] = {"one": None, "settings": [], "facts": [], "profile": None}
     if len(comparison.runs) == 1:

@@ -52,6 +52,7 @@ def _plot(name: str, title: str, caption: str, chart: Any) -> Plot | None:
     """A chart as JSON that may stand in a script of the page; None without a chart."""
     if chart is None:
         return None
+    # `</script>` or `<!--` in the name of a run would end the script that the JSON stands in.
     spec = json.dumps(chart.to_dict(), allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\!--")
     return Plot(name, title, caption, spec)
 

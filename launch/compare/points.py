@@ -131,6 +131,7 @@ def _default_words(axes: Axes, settings: CompareConfig) -> list[str]:
         problems.append(f"compare.steps={settings.steps}: {', '.join(budgets)} says how long too; give one of them")
     if problems:
         raise ConfigError(problems)
+    # A comparison exports nothing, and shows the parts of a step.
     defaults = {"export.at_end": "false", "logging.step_parts": "true"}
     words = [f"{key}={value}" for key, value in defaults.items() if key not in typed]
     return words if settings.steps is None else [f"budget.steps={settings.steps}", *words]

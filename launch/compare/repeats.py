@@ -102,6 +102,7 @@ def _points_of(row: ComparisonRow) -> tuple[Point, ...]:
     """The repeats of a row that were frozen, always with the first."""
     if row.refused:
         return (_refused_point(row),)
+    # The first is always read, so that its error is shown; a repeat that was not frozen yet is just not there.
     first, *others = row.directories
     return tuple(_read(directory) for directory in [first, *filter(is_run, others)])
 
@@ -149,6 +150,7 @@ def _step_parts_s(points: tuple[Point, ...], warmup: int, step_s: float | None) 
             parts[name] = seconds
     if not parts:
         return {}
+    # Medians of parts need not add up to the median step, so that the rest could be below zero.
     rest = max(0.0, (step_s or 0.0) - sum(parts.values()))
     return {**parts, "rest": rest}
 

@@ -153,7 +153,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _record(run_dir: Path) -> RunRecord:
-    if not (run_dir / RUN_RECORD).exists():
+    if not (run_dir / RUN_RECORD).exists():  # it failed before its model was built, or has not started
         return RunRecord()
     try:
         return read_run_record(run_dir)
@@ -163,7 +163,7 @@ def _record(run_dir: Path) -> RunRecord:
 
 def _identity(path: Path) -> dict[str, dict[str, Any]]:
     """`identity.json`: an object for each kind of difference; empty if there is no file."""
-    if not path.exists():
+    if not path.exists():  # it ended before its data was prepared
         return {}
     try:
         identity = json.loads(atomic_io.read_bytes(path, most=MOST_BYTES))

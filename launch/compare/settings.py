@@ -54,6 +54,7 @@ def write_rows(to: Path, rows: list[ComparisonRow], words: list[str]) -> None:
     """Write `comparison.json` into `to`. Errors: StorageError."""
     points = []
     for row in rows:
+        # Relative, so that a comparison can be moved or mounted elsewhere.
         directories = [str(path.relative_to(to)) for path in row.directories]
         points.append({**asdict(row), "directories": directories})
     record = {VERSION_KEY: FILE_VERSION, "words": words, "points": points}

@@ -133,6 +133,7 @@ def _records(part: Path) -> Iterator[dict[str, Any]]:
     if find_spec("wandb") is None:
         raise ConfigError(f"{part}: its files are read by wandb, which is not installed: pip install wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
+    # The command that reads files of W&B without a server.
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):

@@ -124,7 +124,7 @@ def _columns(comparison: Comparison, points: list[Point]) -> list[str]:
     for name in sorted(named):
         if name not in COLUMNS and f"{name}.name" not in COLUMNS:
             columns.append(name.replace(".", "_"))
-    return list(dict.fromkeys(columns))
+    return list(dict.fromkeys(columns))  # each once: a setting may both differ and be named
 
 
 def _logging_setting(point: Point, name: str) -> str | None:

@@ -52,6 +52,7 @@ def draw_prompts(path: str, n: int, seed: int) -> list[Prompt]:
 
 def write_rows(path: Path, prompts: list[Prompt]) -> None:
     """The rows of a task that asks them. Errors: StorageError."""
+    # A file has one form of rows: plain texts alone, or conversations throughout.
     plain = all(prompt.turns is None for prompt in prompts)
     rows = []
     for prompt in prompts:

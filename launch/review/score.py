@@ -28,6 +28,7 @@ def score_review(review: str, key: dict[str, Any], reviewers: list[Reviewer], dr
     """The record of a review, JSON values; `dropped` are reviewers of these whose votes do not count."""
     counted = [reviewer for reviewer in reviewers if reviewer.name not in dropped]
     votes = {question: _votes(counted, key, question) for question in [OVERALL, *key["rubric"]]}
+    # Also those of dropped reviewers: the record shows why they were dropped.
     flags_by_name = {}
     for reviewer in reviewers:
         flags_by_name[reviewer.name] = flags(reviewer, key, _majority(reviewer, reviewers, key))
@@ -112,6 +113,7 @@ def _win_rate(votes: Votes, key: dict[str, Any], arm: str) -> dict[str, Any]:
     # Equal answers were not shown: they are ties.
     means = np.array([np.mean(worth) for worth in worth_by_prompt.values()] + [WORTH[TIE]] * num_equal)
     resampled = np.random.default_rng([0, len(means)]).integers(0, len(means), (RESAMPLES, len(means)))
+    # Prompts are resampled, not votes: several votes on one prompt are not independent.
     low, high = np.percentile(means[resampled].mean(axis=1), [2.5, 97.5])
     rate = {"value": float(means.mean()), "low": float(low), "high": float(high), "greater_is_better": True}
     return {**rate, "num_prompts": len(means), "num_equal": num_equal, **outcomes}

@@ -63,6 +63,7 @@ def make_sheet(
     """
     salt = salt or secrets.token_hex(16)
     rng = random.Random(f"sides {config.seed} {salt}")
+    # The order of the draws from `rng` is part of the format: the same seed and salt give the same review.
     pairs, same = _pairs(prompts, answers, rng)
     order = [*range(len(pairs))]
     rng.shuffle(order)

@@ -12,6 +12,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.reporting import energy
 from trainer.reporting.documents.compute import compute
+from trainer.reporting.run_record import RunOutcome, RunRecord
 
 THERE = importlib.util.find_spec("codecarbon") is not None
 
@@ -59,7 +60,7 @@ def test_a_meter_that_fails_is_said_and_ends_nothing(site, monkeypatch, capsys):
 
 
 def test_what_nobody_measured_is_reckoned_with_the_answered_watts_or_open():
-    run = {"flops_per_token": 1.0, "world_size": 2, "outcome": {"speed": {"tokens_per_s": 100.0}}}
+    run = RunRecord(flops_per_token=1.0, world_size=2, outcome=RunOutcome(speed={"tokens_per_s": 100.0}))
     found = compute(run, {"device_watts": 500}, 360_000)
     assert (found.kwh, found.energy) == (1.0, "an estimate: device hours times 500 W")
     assert compute(run, {}, 360_000).kwh is None

@@ -68,6 +68,7 @@ class Guards:
         self.skips = Action.skip in self.actions
         self.goes_back = Action.rollback in self.actions
         self.replicas = ReplicaCheck(config.replicas_every_steps, runtime)
+        # Only an update that may be skipped is judged on the device; else the numbers are on the host already.
         device = runtime.device if self.skips else torch.device("cpu")
         self._acting = torch.tensor([action is not Action.note for action in self.actions], device=device)
         self._rolling = RollingWindow(config.window, device)
@@ -119,6 +120,7 @@ class Guards:
     def _score(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of a step, and whether its update is left out; otherwise it joins the window."""
         scores = self._rolling.scores(values)
+        # NaN compares as false: a step without a score never stands out.
         is_left_out = ((scores > self.config.threshold) & self._acting).any()
         self._rolling.push(values, values.isfinite().all() & ~is_left_out)
         return scores, is_left_out

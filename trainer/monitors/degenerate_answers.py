@@ -93,6 +93,7 @@ def degenerate_counts(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCou
             answer_languages.append(language)
             reference_languages.append(reference_language)
     if answer_languages:
+        # References may be in several languages: an answer is foreign if none of them has its language.
         usual = {*reference_languages}
         foreign = sum(language not in usual for language in answer_languages)
         counts["foreign"] = DegenerateCount(foreign, 0, len(answer_languages))
@@ -110,7 +111,7 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
     """What the answers of this evaluation say; nothing of those before the first step, which are the base's."""
     if not evidence.answers or config.action is Reaction.off or evidence.step == 0:
         return None
-    level = LEVEL / max(1, evidence.planned_evaluations) / 3
+    level = LEVEL / max(1, evidence.planned_evaluations) / 3  # Bonferroni over evaluations and the three kinds
     found = {}
     for kind, count in degenerate_counts(evidence.answers).items():
         is_frequent = count.answers >= MIN_ANSWERS and count.share >= MIN_SHARE

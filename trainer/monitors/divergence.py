@@ -194,6 +194,7 @@ def _yardstick(loss: float) -> float:
 
 def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) -> Verdict | None:
     """What both say together."""
+    # Held-out data decides where there is any: a training loss alone can rise by chance, or by harder data.
     is_worse = None if held_out is None else held_out.is_worse
     if is_worse is None:
         alone = training is not None and training.rose(TRAINING_RISE_ALONE)

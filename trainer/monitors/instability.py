@@ -19,8 +19,10 @@ LEAST_SHARE = 0.02
 
 def find_problem(progress: Progress) -> Finding | None:
     """What the run's steps say as a whole."""
-    odd = max(progress.outliers, progress.skipped_steps)
-    if progress.rollbacks == 0 and (odd < 2 or odd < LEAST_SHARE * progress.step):
+    # A step may be both an outlier and skipped, so that their sum would count it twice.
+    odd_steps = max(progress.outliers, progress.skipped_steps)
+    is_rare = odd_steps < 2 or odd_steps < LEAST_SHARE * progress.step
+    if progress.rollbacks == 0 and is_rare:
         return None
     return Finding(
         challenge="instability",

@@ -112,7 +112,7 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Place]]
     Nothing of parameters that are partitioned over all ranks (ZeRO-3).
     """
     for name, parameter in named_parameters(engine.step_module, teacher=True):
-        if hasattr(parameter, "ds_id"):
+        if hasattr(parameter, "ds_id"):  # ZeRO-3: each rank has a part of its own
             continue
         tensor = parameter.detach()
         if not isinstance(tensor, DTensor):

@@ -47,6 +47,7 @@ class BlockTimer:
         """Time these blocks from now on, inside of what strategies do around them."""
         for module in timed_modules(blocks):
             module.register_forward_pre_hook(self._begin)
+            # First of all hooks, so that what strategies do after the block is not timed.
             module.register_forward_hook(self._end, prepend=True)
 
     def read(self) -> float:

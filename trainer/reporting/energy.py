@@ -71,7 +71,7 @@ def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
     for name in ("kwh", "kg_co2e", "hours"):
         energy[name] = sum(float(part[name]) for part in parts)
     last = parts[-1]
-    hosts = {part["host"] for part in parts}
+    hosts = {part["host"] for part in parts}  # a host has a file for each start
     return {**energy, "country": last["country"], "by": last["by"], "hosts": len(hosts)}
 
 

@@ -131,6 +131,7 @@ class Meter:
         self._steps += 1
         if self.block_timer is not None:
             self.block_timer.is_on = not self._records
+        # Counting costs a little in each exchange, so it is on in one step of an attempt only.
         if self._steps != COUNTED_IN or self.runtime.world_size == 1:
             yield
             return
@@ -328,7 +329,7 @@ def measured_matmul_tflops(size: int = 768) -> float:
     a = torch.randn(size, size)
     b = torch.randn(size, size)
     best = float("inf")
-    for _ in range(4):
+    for _ in range(4):  # the first one wakes threads up, and others share the machine
         start = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - start)

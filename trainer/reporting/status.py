@@ -89,6 +89,7 @@ def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
     try:
         write_text_atomic(path, text)
     except StorageError:
+        # On a full disk there is no room for a second file, but the first one keeps its blocks.
         if not _overwritten(path, text.encode()):
             raise
 
