@@ -113,7 +113,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             if stored_by(config.model.path) is not None:
                 engine, step, precision = build_as_stored(config, tokenizer, data, runtime)
             else:
-                engine, step, _ = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
+                engine, step, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
         built = engine, step
         if step.step_module.plan.optimizer_hooks is not None:
             _tell_length(config, data, step, engine, runtime, opened)

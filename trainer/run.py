@@ -108,7 +108,7 @@ def _run(
     checked |= must_fit(config, data, precision, runtime, console.say) | staged.record()
 
     attempt.phase = "building the model"
-    engine, built, source = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
+    engine, built, source = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
     # Before a checkpoint is loaded: the reference is the initial model.
     record_reference(config, data, engine, built, context)
     checkpoints, resumed_from, progress = resume(config, engine, context)
@@ -198,7 +198,7 @@ def meet(
         attempt.phase = "start of the processes"
         if not meeting.wait_for_all(is_told_to_stop):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
-    return staged.tokens(data), tasks, staged, start_processes(config, meeting.store)
+    return staged.with_local_tokens(data), tasks, staged, start_processes(config, meeting.store)
 
 
 def check_identity(config: RunConfig, data: Prepared, context: RunContext) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.helpers.building import data_set, model_dir, run_config
 from trainer.build import gradient_sync
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.parts import build_model, workload
-from trainer.build.recomputation import activations_of, measured, model_state
+from trainer.build.recomputation import activations_of, measured_activations, model_state
 from trainer.config.validate import problems_of
 from trainer.model.loading import load_tokenizer
 
@@ -35,7 +35,7 @@ def planned(made, strategy, monkeypatch, *, steps=4, memories=(64.0,)):
     built.step_module.plan.defer_sync = built.activations = None
     built.substitutions.clear()
     monkeypatch.setattr(gradient_sync.processes, "gather_objects", lambda value, runtime: list(memories))
-    plan_reduction(built, work, strategy, Precision.bf16, RANKS, steps=steps)
+    plan_reduction(built, work, strategy, Precision.bf16, RANKS, micro_batches=steps)
     return built.step_module.plan.defer_sync, built.substitutions.get("strategy.defer_sync", "")
 
 
@@ -43,7 +43,7 @@ def test_whole_gradients_wait_where_they_fit_beside_everything_else(made, monkey
     """The bound is where state, activations and seven eighths of the gradients in fp32 fill what is planned with."""
     built, work = made
     trained = sum(p.numel() for _, p in named_parameters(built.step_module))
-    activations = measured(built, work, Precision.bf16)
+    activations = measured_activations(built, work, Precision.bf16)
     need = model_state(built, FSDP2, Precision.bf16, RANKS) + activations.total(2 * [FSDP2.activation_checkpointing])
     need += 4 * trained * 7 / 8
     for slack, decision in ((1.01, True), (0.99, False)):
@@ -76,7 +76,7 @@ def test_nothing_is_decided_where_there_is_nothing_to_decide(made, monkeypatch):
 
 
 def test_activations_that_cannot_be_counted_are_estimated(made, monkeypatch):
-    monkeypatch.setattr(gradient_sync, "counted", lambda *_: None)
+    monkeypatch.setattr(gradient_sync, "counted_activations", lambda *_: None)
     built, work = made
     built.activations = None
     trained = sum(p.numel() for _, p in named_parameters(built.step_module))

@@ -25,7 +25,7 @@ from tests.helpers.building import (
 )
 from tests.helpers.stores import write
 from trainer.build.parts import build_engine, build_model, workload
-from trainer.build.recomputation import longest_micro_batch, measured
+from trainer.build.recomputation import longest_micro_batch, measured_activations
 from trainer.config.validate import problems_of
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset
@@ -67,7 +67,7 @@ def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning)
     data = data_set(tmp_path, uneven=False)
     config = run_config(model_dir(tmp_path, architecture), "single", tuning, micro=4)
     built, source = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    found = measured(built, workload(config, data), Precision.fp32)
+    found = measured_activations(built, workload(config, data), Precision.fp32)
     batch = longest_micro_batch(built, workload(config, data))
     load_in_full(built.step_module, source, Precision.fp32, here)
     assert sum(found.none) + found.outside == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
@@ -157,7 +157,7 @@ def test_other_objectives_can_be_counted(tmp_path, objective, make, tuning, quan
     config = run_config(model_dir(tmp_path), "single", tuning, micro=4, objective=objective)
     config.model.quantisation = Quantisation(quantisation)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    found = measured(built, workload(config, data), Precision.bf16)
+    found = measured_activations(built, workload(config, data), Precision.bf16)
     assert len(found.none) == 2
     assert all(n > f > 0 for n, f in zip(found.none, found.full, strict=True)), (found.none, found.full)
 

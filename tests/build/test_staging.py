@@ -102,7 +102,7 @@ def test_without_room_it_is_refused_with_the_numbers_and_what_nobody_uses_makes_
         made()
     assert copies(made.root) == {"model", "data"}  # in use
     for copy in used.copies.values():
-        os.close(copy.use)  # as of a process that was killed
+        os.close(copy.lock)  # as of a process that was killed
     removed = staging._remove
     monkeypatch.setattr(staging, "_remove", lambda path: (removed(path), free.__setitem__(0, 10**9)))
     now = made().copies["model"].path
@@ -112,7 +112,7 @@ def test_without_room_it_is_refused_with_the_numbers_and_what_nobody_uses_makes_
 def test_what_was_left_a_week_ago_is_removed(made):
     left = made()
     for copy in left.copies.values():
-        os.close(copy.use)
+        os.close(copy.lock)
         os.utime(f"{copy.path}{staging.IN_USE}", (0, 0))
     (made.source / "model" / "config.json").write_text("{}")
     model = left.copies["model"].path

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer.losses import next_token
-from trainer.losses.next_token import Counting, LossHead, logits_loss
+from trainer.losses.next_token import LossHead, RowCounting, logits_loss
 
 EPS, ROWS, WIDTH, WORDS = 0.2, 7, 5, 11
 
@@ -17,7 +17,7 @@ def test_loss_and_gradients_are_torchs(monkeypatch, softcap):
     head = LossHead.replace(torch.nn.Linear(WIDTH, WORDS).double(), softcap=softcap, logit_scale=1.5)
     hidden = torch.randn(ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
     targets, weights = torch.randint(WORDS, (ROWS,)), torch.rand(ROWS, dtype=torch.float64)
-    counting = Counting(weights, torch.tensor([0, 1, 1, 0, 1, 0, 0]), 2, EPS)
+    counting = RowCounting(weights, torch.tensor([0, 1, 1, 0, 1, 0, 0]), 2, EPS)
     total, _, apart, plain = head(hidden, targets=targets, counting=counting)
     logits = F.linear(hidden, head.weight, head.bias) * 1.5
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)

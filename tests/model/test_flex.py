@@ -15,7 +15,7 @@ from strategies.parameters import meta_context
 from tests.helpers.building import GLOBAL_BATCH, alone, built_trainer, data_set, run_config, take_steps
 from tests.models import job
 from trainer.build.parts import build_model, workload
-from trainer.build.recomputation import measured
+from trainer.build.recomputation import measured_activations
 from trainer.data.config import Layout
 from trainer.export.verify import reference_logits
 from trainer.model import attention, flex
@@ -135,7 +135,7 @@ def counted(tmp_path, monkeypatch, name, kernel, micro):
     config = replace(config, model=replace(config.model, attention=Attention(kernel)))
     monkeypatch.setattr(layout_choice, "_kernels", lambda *_, **__: Kernels("no", None))
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    return measured(built, workload(config, data), Precision.bf16)
+    return measured_activations(built, workload(config, data), Precision.bf16)
 
 
 def test_what_the_kernel_keeps_is_counted_on_meta(tmp_path, monkeypatch):

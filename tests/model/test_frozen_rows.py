@@ -29,7 +29,7 @@ def test_the_row_gets_no_gradient_and_the_others_get_theirs(by_row):
     hidden, targets = torch.randn(7, weight.shape[1], generator=torch.Generator().manual_seed(3)), torch.arange(7) + 20
     found = {}
     for still in (None, 2):
-        fuse_head(model, model.config, still=still)
+        fuse_head(model, model.config, frozen_row=still)
         head, weight.grad = model.get_output_embeddings(), None
         result = head(hidden, targets=targets, by_row=True).sum() if by_row else head(hidden, targets=targets)[0]
         result.backward()

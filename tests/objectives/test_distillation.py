@@ -24,7 +24,7 @@ from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.losses.divergence import Against, Divergence, Measure
+from trainer.losses.divergence import Divergence, Measure, TeacherComparison
 from trainer.losses.fuse import fuse_head
 from trainer.losses.next_token import LossHead
 from trainer.objectives.base import ReferenceModels, TeacherConfig
@@ -123,7 +123,7 @@ def test_gradients_are_those_of_the_definition(divergence, kind, weighed):
     total, nll, apart, _, others = head(
         states,
         targets=targets[:5],
-        against=Against(
+        against=TeacherComparison(
             measure=measure,
             hidden=theirs[:3],
             head=other,

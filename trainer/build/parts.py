@@ -101,7 +101,7 @@ def build_loader(
     config: RunConfig, data: Prepared, built: Built, engine: Engine, runtime: processes.Runtime
 ) -> tuple[StepLoader, int]:
     """The batches of this rank, and how many steps the budget makes of them."""
-    reading, size = built.reading, config.batch["global"]
+    reading, global_batch = built.reading, config.batch["global"]
     units, order = build_order(
         config.data, data.train, sequences_per_document=reading.sequences_per_document, seed=config.run.seed
     )
@@ -109,12 +109,12 @@ def build_loader(
         data.train,
         order=order,
         units=units,
-        share=Share(size, config.batch["micro"], engine.dp_rank, engine.dp_size),
+        share=Share(global_batch, config.batch["micro"], engine.dp_rank, engine.dp_size),
         collator=built.collator,
         device=runtime.device,
         ahead=reading.ahead,
     )
-    steps = steps_from_budget(config.budget, order, loader.unit_tokens, size)
+    steps = steps_from_budget(config.budget, order, loader.unit_tokens, global_batch)
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(steps)
     return loader, steps
@@ -132,10 +132,11 @@ def build_engine(
     built.step_module.plan.ema_decay = config.optim.ema_decay
     built.step_module.neftune_alpha = config.model.neftune_alpha
     built.substitutions.update(lstm.lstm_substitutions(built.step_module, precision, runtime.device))
-    work, per_step = workload(config, data), config.batch["global"] // (config.batch["micro"] * runtime.world_size)
-    plan_checkpointing(built, work, config.strategy, precision, runtime)
-    plan_reduction(built, work, config.strategy, precision, runtime, steps=per_step)
-    expect_memory(built, work, config.strategy, precision, runtime)
+    longest_batch = workload(config, data)
+    micro_batches_per_step = config.batch["global"] // (config.batch["micro"] * runtime.world_size)
+    plan_checkpointing(built, longest_batch, config.strategy, precision, runtime)
+    plan_reduction(built, longest_batch, config.strategy, precision, runtime, micro_batches=micro_batches_per_step)
+    expect_memory(built, longest_batch, config.strategy, precision, runtime)
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
         built.step_module,
@@ -156,8 +157,10 @@ def build_model(
     config: RunConfig, tokenizer: Any, data: Prepared, context: AbstractContextManager[None], *, half_on_gpu: bool
 ) -> tuple[Built, WeightSource]:
     """The tuned architecture on meta and where its values come from, checked against each other; reads only headers."""
-    objective, settled = family_of(config.objective).settle(config.objective, data.train, data.label_names)
-    layout, noted = common_layout(config.data.layout, teacher_model(config.model, objective), half_on_gpu=half_on_gpu)
+    objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
+    layout, layout_notes = common_layout(
+        config.data.layout, teacher_model(config.model, objective), half_on_gpu=half_on_gpu
+    )
     built = build_step(
         config.model,
         objective_config=objective,
@@ -168,7 +171,7 @@ def build_model(
         context=context,
         half_on_gpu=half_on_gpu,
     )
-    built.substitutions.update(noted | settled)
+    built.substitutions.update(layout_notes | objective_notes)
     check_fit(config, built, data)
     if config.export.at_end and not config.export.merge:
         check_loadable(built.step_module.model)
@@ -220,14 +223,15 @@ def _check_alone(config: RunConfig, built: Built, data: Prepared) -> None:
     """Raise ConfigError where a model that reads one document at a time would be given several."""
     kind, name = built.config.model_type, config.objective.name
     if built.reading.sequences_per_document > 1:
-        word = f"objective={name}: compares documents of one batch, and a {kind} is right for one at a time only"
-        raise ConfigError(f"{word}; use objective=sft, or another model")
+        problem = f"objective={name}: compares documents of one batch, and a {kind} is right for one at a time only"
+        raise ConfigError(f"{problem}; use objective=sft, or another model")
     batches = {"batch.micro": config.batch["micro"]}
     batches |= {"evaluation.batch": config.evaluation.batch} if data.evaluation else {}
-    if wrong := {key: size for key, size in batches.items() if size > 1}:
+    if too_large := {key: size for key, size in batches.items() if size > 1}:
+        typed = " and ".join(f"{key}={size}" for key, size in too_large.items())
+        remedy = " ".join(f"{key}=1" for key in too_large)
         raise ConfigError(
-            f"{' and '.join(f'{key}={size}' for key, size in wrong.items())}: a {kind} computes something else where rows are "
-            f"padded to one length; set {' '.join(f'{key}=1' for key in wrong)}"
+            f"{typed}: a {kind} computes something else where rows are padded to one length; set {remedy}"
         )
 
 
@@ -255,20 +259,20 @@ def build_step(
     if classifier:
         outputs = family.num_outputs or num_labels
         describe_head(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
-    own_rows = needs_padded_rows(tuning_config)
+    needs_padding = needs_padded_rows(tuning_config)
     if family.kind is ModelKind.causal:
-        model, arranged = causal_model(
-            config, model_config, layout, needs_padding=own_rows, half_on_gpu=half_on_gpu, context=context
+        model, arrangement = causal_model(
+            config, model_config, layout, needs_padding=needs_padding, half_on_gpu=half_on_gpu, context=context
         )
     else:
-        model, arranged = padded_model(
+        model, arrangement = padded_model(
             family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
         )
     model.tie_weights()
     two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
-    plain, zeroed = copy.deepcopy(model), still_rows(model, arranged)
+    plain, zeroed = copy.deepcopy(model), still_rows(model, arrangement)
     if seq2seq or (not classifier and model.forward_path.fused):
-        fuse_head(model, model_config, still=next(iter(zeroed.values()), None))
+        fuse_head(model, model_config, frozen_row=next(iter(zeroed.values()), None))
     vocabulary = vocabulary_names(model)
     heads = head_names(model) if classifier else ()
     blocks = encoder_decoder.block_classes(model) if seq2seq else block_class_names(model)
@@ -278,14 +282,16 @@ def build_step(
     encoder_decoder.freeze_fixed(model)
     freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
     if choosers := freeze_choosers(model):
-        arranged.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
+        arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
     model.train()
     objective = build_objective(objective_config, ReferenceModels(tuning.reference if tuning.keeps_base else None))
     step = TrainStep(model, objective, blocks)
     step.plan.optimizer_hooks = optimizer_hooks(tuning)
     reading = family.reading(objective_config)
-    collator = reading.collator(arranged.layout, tokenizer.pad_token_id, two_sides.decoder_start if two_sides else None)
-    built = Built(step, tuning, reading, collator, arranged, new_ids, vocabulary, plain, heads, model_config)
+    collator = reading.collator(
+        arrangement.layout, tokenizer.pad_token_id, two_sides.decoder_start if two_sides else None
+    )
+    built = Built(step, tuning, reading, collator, arrangement, new_ids, vocabulary, plain, heads, model_config)
     built.two_sides, built.folded, built.zeroed = two_sides, folded, zeroed
     if note := getattr(tuning, "note", ""):
         built.substitutions["tuning.targets"] = note
@@ -299,8 +305,8 @@ def _equip(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> Non
     _quantise(built, config, head)
     fuse_lora(step.model)
     use_low_rank(step.model)
-    step.added_losses, noted = added_losses(config, built.config, built.plain, step.model, kind)
-    built.substitutions.update(noted)
+    step.added_losses, routing_notes = added_losses(config, built.config, built.plain, step.model, kind)
+    built.substitutions.update(routing_notes)
 
 
 def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> None:
@@ -317,11 +323,13 @@ def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
         built.quantised = quantise_layers(
             built.step_module.model, scheme, keep=head, heads=built.head_prefixes, base_name=built.tuning.base_name
         )
-        model, named = built.step_module.model, built.tuning.base_name
-        built.quantised |= quantise_experts(model, scheme, plain=names_kept_in_float32(model), base_name=named)
-        trains = {named(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if (left := not_packed(built.plain, {*built.quantised, *built.vocabulary, *trains})) is not None:
-            built.substitutions["model.quantisation"] = f"{scheme} -> {left}"
+        model, base_name = built.step_module.model, built.tuning.base_name
+        built.quantised |= quantise_experts(model, scheme, plain=names_kept_in_float32(model), base_name=base_name)
+        trained_names = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if (
+            unpacked_note := not_packed(built.plain, {*built.quantised, *built.vocabulary, *trained_names})
+        ) is not None:
+            built.substitutions["model.quantisation"] = f"{scheme} -> {unpacked_note}"
 
 
 def attach_frozen(

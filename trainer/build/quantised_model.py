@@ -26,7 +26,7 @@ def build_as_stored(
 
     Errors: ConfigError.
     """
-    objective, settled = family_of(config.objective).settle(config.objective, data.train, data.label_names)
+    objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
     built = build_step(
         config.model,
         objective_config=objective,
@@ -37,17 +37,17 @@ def build_as_stored(
         context=meta_context(),
         half_on_gpu=runtime.device.type == "cuda",
     )
-    built.substitutions.update(settled)
+    built.substitutions.update(objective_notes)
     check_fit(config, built, data)
     module = built.step_module
     dtype = take_layers(module.model, str(weights_directory(config.model)), built.config, runtime.device)
     engine = NativeEngine(
         module,
         module,
-        make_optimizer=lambda named: torch.optim.SGD([parameter for _, parameter in named]),
+        make_optimizer=lambda named_parameters: torch.optim.SGD([parameter for _, parameter in named_parameters]),
         max_grad_norm=0.0,
         precision=Precision.fp32,  # casts nothing
         runtime=runtime,
         strategy=config.strategy.name,
     )
-    return engine, built, next(each for each, computed in COMPUTE_DTYPE.items() if computed is dtype)
+    return engine, built, next(precision for precision, computed in COMPUTE_DTYPE.items() if computed is dtype)

@@ -21,7 +21,7 @@ from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.model.architecture import width_and_blocks
 from trainer.step import Built
 
-USABLE = 0.9
+USABLE_SHARE = 0.9
 """Share of the device's memory that is planned with: the rest is for the libraries, collectives and fragments."""
 
 
@@ -43,12 +43,12 @@ def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
 
 def longest_lengths(reading: Reading, work: Workload) -> list[int]:
     """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be."""
-    number = work.micro_batch * reading.sequences_per_document
+    num_sequences = work.micro_batch * reading.sequences_per_document
     if work.row_tokens is not None:
         return [work.row_tokens] * work.micro_batch
-    all_of = np.asarray(work.train.lengths)
-    number = min(number, len(all_of))
-    longest: list[int] = np.sort(np.partition(all_of, -number)[-number:])[::-1].tolist()
+    lengths = np.asarray(work.train.lengths)
+    num_sequences = min(num_sequences, len(lengths))
+    longest: list[int] = np.sort(np.partition(lengths, -num_sequences)[-num_sequences:])[::-1].tolist()
     return longest
 
 
@@ -65,7 +65,7 @@ def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
     return batch
 
 
-def measured(built: Built, work: Workload, precision: Precision) -> Activations:
+def measured_activations(built: Built, work: Workload, precision: Precision) -> Activations:
     """What the longest micro-batch keeps for its backward pass; allocates nothing.
 
     Raises ConfigError for a model that looks at values on its way, of which there are none.
@@ -81,10 +81,12 @@ def measured(built: Built, work: Workload, precision: Precision) -> Activations:
         ) from error
 
 
-def counted(built: Built, work: Workload, mode: ActivationCheckpointing, precision: Precision) -> float | None:
+def counted_activations(
+    built: Built, work: Workload, mode: ActivationCheckpointing, precision: Precision
+) -> float | None:
     """Bytes of activations at the peak of the longest micro-batch if every block does `mode`; None if they cannot be counted."""
     try:
-        activations = measured(built, work, precision)
+        activations = measured_activations(built, work, precision)
     except ConfigError:
         return None
     return activations.total([mode] * len(activations.none))
@@ -111,15 +113,15 @@ def plan_checkpointing(
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
         return
-    activations = measured(built, work, precision)
-    kept = model_state(built, strategy, precision, runtime)
-    budget = strategy.memory_gib or device_gib(runtime) * USABLE
-    modes, fits = plan_blocks(activations, budget * 2**30 - kept)
+    activations = measured_activations(built, work, precision)
+    state_size = model_state(built, strategy, precision, runtime)
+    budget = strategy.memory_gib or device_gib(runtime) * USABLE_SHARE
+    modes, fits = plan_blocks(activations, budget * 2**30 - state_size)
     modes = processes.broadcast_object(modes, runtime)
     built.step_module.plan.recomputation = modes
     built.activations = activations.total(modes)
     parts = [f"{mode} in {n} of {len(modes)} blocks" for mode in ActivationCheckpointing if (n := modes.count(mode))]
-    peak = (kept + built.activations) / 2**30
+    peak = (state_size + built.activations) / 2**30
     verdict = "" if fits else "; more than there is: lower batch.micro or data.max_length, or shard more"
     built.substitutions["strategy.activation_checkpointing"] = (
         f"auto -> {', '.join(parts) or 'none'} (estimated peak {peak:.2f} of {budget:.2f} GiB{verdict})"

@@ -28,16 +28,16 @@ from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import TokenDataset
 from trainer.model.loading import WANTED, weights_directory
 
-COPY = "copy.json"
+COPY_RECORD = "copy.json"
 """In a finished copy: what it is of, and the digests of its files."""
 IN_USE = ".in-use"
 """Behind a copy's name: the file that each process which reads it has locked with others."""
-PIECE = 16 << 20
+CHUNK_BYTES = 16 << 20
 STALE_S = 7 * 86400
 """Seconds after its last use in which a copy is left alone that no run took away: of one that was killed and never went on."""
-SPARE = 0.02
+SPARE_SHARE = 0.02
 """Share of the disk that stays free."""
-NOT_READ = ("documents.arrow", "audit.html", "audit.json", "datacard.md")
+NOT_COPIED = ("documents.arrow", "audit.html", "audit.json", "datacard.md")
 """Of prepared data: what training reads seldom or never, from where it was."""
 
 
@@ -49,7 +49,7 @@ class Copy:
     source: Path
     path: Path
     size: int
-    use: int
+    lock: int
     """Descriptor of the lock that says that it is read."""
 
 
@@ -59,13 +59,13 @@ class Staged:
 
     copies: dict[str, Copy] = field(default_factory=dict)
 
-    def reading(self, config: RunConfig) -> RunConfig:
+    def with_local_model(self, config: RunConfig) -> RunConfig:
         """The configuration for what reads weights, with their place here; what a run tells of itself has the given one."""
         if "model" not in self.copies:
             return config
         return replace(config, model=replace(config.model, path=str(self.copies["model"].path)))
 
-    def tokens(self, data: Prepared) -> Prepared:
+    def with_local_tokens(self, data: Prepared) -> Prepared:
         """The data with its tokens here."""
         if "data" not in self.copies:
             return data
@@ -84,9 +84,9 @@ class Staged:
         """The run is done: the last process of the node that reads a copy takes it away. What is open stays readable."""
         for copy in self.copies.values():
             with suppress(OSError):  # the disk of a node that ends is not worth a failure
-                fcntl.flock(copy.use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(copy.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(copy.path)
-            os.close(copy.use)
+            os.close(copy.lock)
         self.copies = {}
 
 
@@ -99,23 +99,23 @@ def stage(config: RunConfig, data: Prepared, *, stop: Callable[[], bool]) -> Sta
     if config.launcher.stage is None:
         return Staged()
     root = place_of(config.launcher.stage)
-    asked = {"model": _weights(weights_directory(config.model))}
+    wanted_files = {"model": _weights(weights_directory(config.model))}
     if data.has_rows:
-        asked["data"] = _tokens(data.directory)
+        wanted_files["data"] = _tokens(data.directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root, stop):
-            found = {what: _there(root, what, files) for what, files in asked.items()}
-            lacking = {what: files for what, files in asked.items() if found[what] is None}
-            _make_room(root, config.launcher.stage, lacking, keep={c.path for c in found.values() if c is not None})
-            for what, files in lacking.items():
-                found[what] = _copy(root, what, files, stop)
+            copies = {what: _valid_copy(root, what, files) for what, files in wanted_files.items()}
+            missing = {what: files for what, files in wanted_files.items() if copies[what] is None}
+            _make_room(root, config.launcher.stage, missing, keep={c.path for c in copies.values() if c is not None})
+            for what, files in missing.items():
+                copies[what] = _copy(root, what, files, stop)
     except OSError as error:
         raise StorageError(
             f"launcher.stage={config.launcher.stage}: {error.filename or root} on {socket.gethostname()}: "
             f"{error.strerror or error}; name a disk of the node that can be written, or leave launcher.stage out"
         ) from error
-    return Staged({what: copy for what, copy in found.items() if copy is not None})
+    return Staged({what: copy for what, copy in copies.items() if copy is not None})
 
 
 def place_of(text: str) -> Path:
@@ -139,9 +139,9 @@ class _Files:
 
     def __post_init__(self) -> None:
         stats = {name: (self.source / name).stat() for name in self.names}
-        self.sizes = {name: each.st_size for name, each in stats.items()}
-        about = [str(self.source), [[name, each.st_size, each.st_mtime_ns] for name, each in stats.items()]]
-        self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        self.sizes = {name: status.st_size for name, status in stats.items()}
+        identity = [str(self.source), [[name, status.st_size, status.st_mtime_ns] for name, status in stats.items()]]
+        self.key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @property
     def size(self) -> int:
@@ -153,16 +153,16 @@ def _weights(source: Path) -> _Files:
 
 
 def _tokens(source: Path) -> _Files:
-    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file() and path.name not in NOT_READ]
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file() and path.name not in NOT_COPIED]
     return _Files(source, sorted(path.as_posix() for path in files))
 
 
-def _there(root: Path, what: str, files: _Files) -> Copy | None:
+def _valid_copy(root: Path, what: str, files: _Files) -> Copy | None:
     """The copy that was made before, if every file of it is as it was written; a broken one is removed."""
     path = root / f"{what}-{files.key[:16]}"
-    use = _use(path, fcntl.LOCK_SH)  # first: the run that takes it away holds no other lock
+    use = _lock_for_use(path, fcntl.LOCK_SH)  # first: the run that takes it away holds no other lock
     try:
-        written = json.loads((path / COPY).read_text(encoding="utf-8"))["digests"]
+        written = json.loads((path / COPY_RECORD).read_text(encoding="utf-8"))["digests"]
         if written == {name: sampled_digest(path / name) for name in files.names}:
             return Copy(what, files.source, path, files.size, use)
     except (OSError, ValueError, KeyError, TypeError):
@@ -177,28 +177,28 @@ def _there(root: Path, what: str, files: _Files) -> Copy | None:
 def _copy(root: Path, what: str, files: _Files, stop: Callable[[], bool]) -> Copy:
     """Copy, and compare with what was read. Errors: OSError, StorageError, Preempted."""
     path = root / f"{what}-{files.key[:16]}"
-    aside = root / f".{path.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = root / f".{path.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     print(
         f"staging {what} on {socket.gethostname()}: {_gib(files.size)} GiB of {files.source} to {path}",
         file=sys.stderr,
         flush=True,
     )
     try:
-        digests = {name: _copy_file(files.source / name, aside / name, stop) for name in files.names}
-        about = {"of": str(files.source), "bytes": files.size, "digests": digests}
-        (aside / COPY).write_text(json.dumps(about, indent=1), encoding="utf-8")
-        aside.rename(path)
+        digests = {name: _copy_file(files.source / name, partial / name, stop) for name in files.names}
+        record = {"of": str(files.source), "bytes": files.size, "digests": digests}
+        (partial / COPY_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        partial.rename(path)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Copy(what, files.source, path, files.size, _use(path, fcntl.LOCK_SH))
+    return Copy(what, files.source, path, files.size, _lock_for_use(path, fcntl.LOCK_SH))
 
 
 def _copy_file(source: Path, target: Path, stop: Callable[[], bool]) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, target.open("wb") as write:
-        while piece := read.read(PIECE):
+        while piece := read.read(CHUNK_BYTES):
             if stop():
                 raise Preempted("asked to stop while model and data were copied; nothing is lost but the copy")
             write.write(piece)
@@ -208,9 +208,9 @@ def _copy_file(source: Path, target: Path, stop: Callable[[], bool]) -> str:
     return digest
 
 
-def _make_room(root: Path, asked: str, lacking: dict[str, _Files], *, keep: set[Path]) -> None:
+def _make_room(root: Path, setting: str, missing: dict[str, _Files], *, keep: set[Path]) -> None:
     """Remove what nobody uses, where it is old or in the way. Raises StorageError with the numbers where that is not enough."""
-    needed = sum(files.size for files in lacking.values())
+    needed = sum(files.size for files in missing.values())
     for broken in root.glob(".*.partial"):
         shutil.rmtree(broken, ignore_errors=True)
     for path in sorted(_unused(root, keep), key=_last_used):
@@ -218,16 +218,16 @@ def _make_room(root: Path, asked: str, lacking: dict[str, _Files], *, keep: set[
             _remove(path)
     if (free := _free(root)) >= needed:
         return
-    parts = ", ".join(f"{what} {_gib(files.size)}" for what, files in lacking.items())
+    parts = ", ".join(f"{what} {_gib(files.size)}" for what, files in missing.items())
     raise StorageError(
-        f"launcher.stage={asked}: {_gib(needed)} GiB are to be copied to {root} on {socket.gethostname()} ({parts}), and "
+        f"launcher.stage={setting}: {_gib(needed)} GiB are to be copied to {root} on {socket.gethostname()} ({parts}), and "
         f"{_gib(max(0, free))} GiB are free there; free space, name another disk, or leave launcher.stage out"
     )
 
 
 def _free(root: Path) -> int:
     usage = shutil.disk_usage(root)
-    return usage.free - int(SPARE * usage.total)
+    return usage.free - int(SPARE_SHARE * usage.total)
 
 
 def _unused(root: Path, keep: set[Path]) -> Iterator[Path]:
@@ -235,7 +235,7 @@ def _unused(root: Path, keep: set[Path]) -> Iterator[Path]:
     for name in {path.name.removesuffix(IN_USE) for path in root.iterdir() if not path.name.startswith(".")}:
         if (path := root / name) not in keep:
             with suppress(OSError):
-                os.close(_use(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                os.close(_lock_for_use(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
                 yield path
 
 
@@ -246,7 +246,7 @@ def _last_used(path: Path) -> float:
         return 0.0
 
 
-def _use(path: Path, how: int) -> int:
+def _lock_for_use(path: Path, how: int) -> int:
     """A descriptor with a lock of a copy's users, which ends with the process. Errors: OSError, also where others hold it."""
     descriptor = os.open(f"{path}{IN_USE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.losses.next_token import CHUNK_LOGITS, Counting, LossHead, _LinearCrossEntropy, _logits, _weighed
+from trainer.losses.next_token import CHUNK_LOGITS, LossHead, RowCounting, _LinearCrossEntropy, _logits, _weighted
 
 
 class Divergence(StrEnum):
@@ -44,27 +44,27 @@ class Measure:
 
         Times the square of the temperature, which keeps gradients of the same size (Hinton et al. 2015, arXiv:1503.02531).
         """
-        t = self.temperature
-        log_q, log_p = (student / t).log_softmax(-1), (teacher / t).log_softmax(-1)
+        temperature = self.temperature
+        log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
         q, p = log_q.exp(), log_p.exp()
         if self.divergence is Divergence.forward_kl:
-            value, slope = (p * (log_p - log_q)).sum(-1), q - p
+            divergence, gradient = (p * (log_p - log_q)).sum(-1), q - p
         elif self.divergence is Divergence.reverse_kl:
-            value = (q * (log_q - log_p)).sum(-1)
-            slope = q * (log_q - log_p - value[:, None])
+            divergence = (q * (log_q - log_p)).sum(-1)
+            gradient = q * (log_q - log_p - divergence[:, None])
         else:
             beta = self.interpolation
             log_m = torch.log(beta * p + (1 - beta) * q)
             from_student = torch.where(q > 0, log_q - log_m, 0.0)
             from_teacher = torch.where(p > 0, log_p - log_m, 0.0)
             inner = (q * from_student).sum(-1)
-            value = beta * (p * from_teacher).sum(-1) + (1 - beta) * inner
-            slope = (1 - beta) * q * (from_student - inner[:, None])
-        return value * t * t, slope * t
+            divergence = beta * (p * from_teacher).sum(-1) + (1 - beta) * inner
+            gradient = (1 - beta) * q * (from_student - inner[:, None])
+        return divergence * temperature * temperature, gradient * temperature
 
 
 @dataclass(frozen=True, slots=True)
-class Against:
+class TeacherComparison:
     """What supervised rows are compared with, and what becomes of it: part of the student's head's call."""
 
     measure: Measure
@@ -89,7 +89,7 @@ class Against:
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
+class _HeadParameters:
     """What makes logits of hidden states."""
 
     weight: Tensor
@@ -120,47 +120,51 @@ class _LinearDivergence(torch.autograd.Function):
         student, teacher, against, training = settings
         need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
         need_bias = training and bias is not None and ctx.needs_input_grad[2]
-        rows = max(1, CHUNK_LOGITS // (weight.shape[0] + teacher.weight.shape[0]))
+        chunk_rows = max(1, CHUNK_LOGITS // (weight.shape[0] + teacher.weight.shape[0]))
         ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)  # once, not for each chunk
         student = replace(student, weight=weight)
         nll = hidden.new_zeros((), dtype=torch.float32)
-        apart = hidden.new_zeros((), dtype=torch.float32)
+        divergence = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-        for start in range(0, len(targets), rows):
-            chunk, target = hidden[start : start + rows], targets[start : start + rows]
-            logits, other = student.logits(chunk), teacher.logits(against.hidden[start : start + rows])
+        for start in range(0, len(targets), chunk_rows):
+            chunk, target = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
+            logits, teacher_logits = student.logits(chunk), teacher.logits(against.hidden[start : start + chunk_rows])
             log_total = logits.logsumexp(dim=-1)
-            counted = None if row_weight is None else row_weight[start : start + rows]
-            nll += _weighed(log_total - logits.gather(1, target[:, None])[:, 0], counted).sum()
-            size = min(logits.shape[1], other.shape[1])  # rows beyond the tokenizer's are padding of either matrix
-            value, slope = against.measure(logits[:, :size], other[:, :size])
-            apart += _weighed(value, counted).sum()
+            chunk_weight = None if row_weight is None else row_weight[start : start + chunk_rows]
+            nll += _weighted(log_total - logits.gather(1, target[:, None])[:, 0], chunk_weight).sum()
+            shared_vocabulary = min(
+                logits.shape[1], teacher_logits.shape[1]
+            )  # rows beyond the tokenizer's are padding of either matrix
+            row_divergence, divergence_gradient = against.measure(
+                logits[:, :shared_vocabulary], teacher_logits[:, :shared_vocabulary]
+            )
+            divergence += _weighted(row_divergence, chunk_weight).sum()
             if not training:
-                correct += _weighed(logits.argmax(dim=-1) == target, counted).sum()
+                correct += _weighted(logits.argmax(dim=-1) == target, chunk_weight).sum()
                 continue
             grad = torch.zeros_like(logits)
             if against.loss_weight:
                 grad = torch.exp(logits - log_total[:, None])
                 grad[torch.arange(len(target), device=grad.device), target] -= 1.0
                 grad *= against.loss_weight
-            grad[:, :size] += against.divergence_weight * slope
+            grad[:, :shared_vocabulary] += against.divergence_weight * divergence_gradient
             if student.softcap is not None:
                 grad = grad * (1.0 - (logits / student.softcap).square())
             grad = grad * student.scale if student.scale != 1.0 else grad
-            grad = (grad if counted is None else grad.mul_(counted[:, None])).to(chunk.dtype)
+            grad = (grad if chunk_weight is None else grad.mul_(chunk_weight[:, None])).to(chunk.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+                torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
             if grad_weight is not None:
                 grad_weight += grad.T @ chunk
             if grad_bias is not None:
                 grad_bias += grad.float().sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        total = against.loss_weight * nll + against.divergence_weight * apart
-        ctx.mark_non_differentiable(nll, apart, correct)
-        return total, nll, apart, correct
+        total = against.loss_weight * nll + against.divergence_weight * divergence
+        ctx.mark_non_differentiable(nll, divergence, correct)
+        return total, nll, divergence, correct
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
@@ -175,41 +179,54 @@ class _LinearDivergence(torch.autograd.Function):
         )
 
 
-def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: Against) -> tuple[Tensor, ...]:
+def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: TeacherComparison) -> tuple[Tensor, ...]:
     """Sums over rows, 0-d float32: the weighted sum with the gradient, then without one the plain loss, divergence and
     correct argmaxes (in evaluation) of the compared rows, and the plain loss of the others.
 
     Called inside the student's head's own forward.
     """
     training = torch.is_grad_enabled()
-    own = _Head(head.training_weight, head.bias, head.softcap, head.logit_scale)
+    student_head = _HeadParameters(head.training_weight, head.bias, head.softcap, head.logit_scale)
 
     def weights(rows: Tensor | None) -> Tensor | None:
         return against.weights if rows is None or against.weights is None else against.weights[rows]
 
-    def measured(lent: _Head) -> tuple[Tensor, ...]:
-        compared, wanted = hidden, targets
+    def losses_against(teacher_head: _HeadParameters) -> tuple[Tensor, ...]:
+        compared_hidden, compared_targets = hidden, targets
         if against.rows is not None:
-            compared, wanted = hidden[against.rows], targets[against.rows]
-        settings = own, lent, against, training
+            compared_hidden, compared_targets = hidden[against.rows], targets[against.rows]
+        settings = student_head, teacher_head, against, training
         return _LinearDivergence.apply(
-            compared, head.training_weight, head.bias, wanted, weights(against.rows), settings
+            compared_hidden, head.training_weight, head.bias, compared_targets, weights(against.rows), settings
         )
 
-    total, nll, apart, correct = measured(own) if against.head is None else lend(against.head, measured)
+    total, nll, divergence, correct = (
+        losses_against(student_head) if against.head is None else lend(against.head, losses_against)
+    )
     if against.others is None:
-        return total, nll, apart, correct, torch.zeros_like(nll)
-    plain, *_ = _LinearCrossEntropy.apply(
+        return total, nll, divergence, correct, torch.zeros_like(nll)
+    other_loss, *_ = _LinearCrossEntropy.apply(
         hidden[against.others],
         head.training_weight,
         head.bias,
         targets[against.others],
-        Counting(weights(against.others)),
+        RowCounting(weights(against.others)),
         (head.softcap, head.logit_scale, training),
     )
-    return total + against.others_weight * plain, nll, apart, correct, plain.detach()
+    return total + against.others_weight * other_loss, nll, divergence, correct, other_loss.detach()
 
 
-def lend(head: nn.Module, use: Callable[[_Head], Any]) -> Any:
-    """`use` what makes the logits of another LossHead, inside the call of that head: only there its weight is whole."""
-    return head(None, lend=lambda: use(_Head(head.training_weight, head.bias, head.softcap, head.logit_scale)))  # type: ignore
+def lend(head: nn.Module, function: Callable[[_HeadParameters], Any]) -> Any:
+    """What `function` returns for the parameters of another LossHead.
+
+    It is called inside that head's own forward pass: only there the weight of a sharded head is whole.
+    """
+    # The head may stand inside a wrapper of peft, which passes attributes on: its type is no more than a module's.
+    loss_head: Any = head
+
+    def call_with_parameters() -> Any:
+        return function(
+            _HeadParameters(loss_head.training_weight, loss_head.bias, loss_head.softcap, loss_head.logit_scale)
+        )
+
+    return head(None, lend=call_with_parameters)

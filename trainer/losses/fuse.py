@@ -20,12 +20,12 @@ def head_transform(config: Any) -> tuple[float | None, float]:
     return softcap, scale
 
 
-def fuse_head(model: Any, model_config: Any, *, still: int | None = None) -> None:
-    """Let a model's plain output layer compute the loss itself. `still`: the row of a tied one that is not to train."""
+def fuse_head(model: Any, model_config: Any, *, frozen_row: int | None = None) -> None:
+    """Let a model's plain output layer compute the loss itself. `frozen_row`: the row of a tied one that is not to train."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         softcap, scale = head_transform(model_config)
-        fused = LossHead.replace(head, softcap=softcap, logit_scale=scale)
-        if still is not None and head.weight is model.get_input_embeddings().weight:
-            fused.still = still
-        model.set_output_embeddings(fused)
+        loss_head = LossHead.replace(head, softcap=softcap, logit_scale=scale)
+        if frozen_row is not None and head.weight is model.get_input_embeddings().weight:
+            loss_head.frozen_row = frozen_row
+        model.set_output_embeddings(loss_head)

@@ -18,7 +18,7 @@ from trainer.losses.frozen_row import without_row
 
 
 @dataclass(frozen=True, slots=True)
-class Counting:
+class RowCounting:
     """How rows are counted: by `weights [N]` (None: each as 1), and apart by `groups` (int64 `[N]`, `num` of them)."""
 
     weights: Tensor | None = None
@@ -28,7 +28,7 @@ class Counting:
     """Share of each target that is spread evenly over the vocabulary (Szegedy et al. 2016, arXiv:1512.00567, section 7)."""
 
 
-Settings = tuple[float | None, float, bool]
+HeadSettings = tuple[float | None, float, bool]
 """Soft cap and factor of the logits, and whether gradients are made."""
 CHUNK_LOGITS = 2**25
 """Most logits held at once (rows times vocabulary); 128 MiB in float32."""
@@ -73,7 +73,7 @@ def _sum_of_products(total: Tensor | None, grad: Tensor, chunk: Tensor) -> Tenso
     return total.add_(grad.T @ chunk)
 
 
-def _weighed(rows: Tensor, weight: Tensor | None) -> Tensor:
+def _weighted(rows: Tensor, weight: Tensor | None) -> Tensor:
     """Rows times their weights."""
     return rows if weight is None else rows * weight
 
@@ -91,45 +91,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        counting: Counting,
-        settings: Settings,
+        counting: RowCounting,
+        settings: HeadSettings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         softcap, scale, training = settings
         row_weight, groups, smoothing = counting.weights, counting.groups, counting.smoothing
         need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
         need_bias = training and bias is not None and ctx.needs_input_grad[2]
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
         ctx.weight_dtype, weight = (
             weight.dtype,
             weight.to(hidden.dtype),
         )  # once: for each chunk it would take as long as products
-        total = hidden.new_zeros((), dtype=torch.float32)
+        loss = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
-        apart = hidden.new_zeros(counting.num, dtype=torch.float32)
-        plain = hidden.new_zeros((), dtype=torch.float32) if smoothing else None
+        loss_by_group = hidden.new_zeros(counting.num, dtype=torch.float32)
+        unsmoothed = hidden.new_zeros((), dtype=torch.float32) if smoothing else None
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-        for start in range(0, hidden.shape[0], rows):
-            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+        for start in range(0, hidden.shape[0], chunk_rows):
+            chunk, target = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
             logits = _logits(chunk, weight, bias, softcap, scale)
             log_probabilities = F.log_softmax(logits, dim=-1)
-            counted = None if row_weight is None else row_weight[start : start + rows, None]
-            likely = _weighed(log_probabilities.gather(1, target[:, None]), counted)
-            if plain is not None:
-                plain -= likely.sum()
-                spread = _weighed(log_probabilities.mean(-1, keepdim=True), counted)
-                likely = (1 - smoothing) * likely + smoothing * spread
-            total -= likely.sum()
+            chunk_weight = None if row_weight is None else row_weight[start : start + chunk_rows, None]
+            target_log_probability = _weighted(log_probabilities.gather(1, target[:, None]), chunk_weight)
+            if unsmoothed is not None:
+                unsmoothed -= target_log_probability.sum()
+                mean_log_probability = _weighted(log_probabilities.mean(-1, keepdim=True), chunk_weight)
+                target_log_probability = (1 - smoothing) * target_log_probability + smoothing * mean_log_probability
+            loss -= target_log_probability.sum()
             if groups is not None:
-                apart.index_add_(0, groups[start : start + rows], -likely[:, 0].float())
+                loss_by_group.index_add_(0, groups[start : start + chunk_rows], -target_log_probability[:, 0].float())
             if not training:
-                correct += _weighed((logits.argmax(dim=-1) == target)[:, None], counted).sum()
+                correct += _weighted((logits.argmax(dim=-1) == target)[:, None], chunk_weight).sum()
                 continue
             grad = _product_gradient(logits, log_probabilities, target, softcap, scale, smoothing)
-            grad = (grad if counted is None else grad.mul_(counted)).to(chunk.dtype)
+            grad = (grad if chunk_weight is None else grad.mul_(chunk_weight)).to(chunk.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+                torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
             if need_weight:
                 grad_weight = _sum_of_products(grad_weight, grad, chunk)
             if grad_bias is not None:
@@ -139,8 +139,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ):  # no supervised row here: the other ranks wait for a gradient all the same
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(correct, apart, *(() if plain is None else (plain,)))
-        return total, correct, apart, plain
+        ctx.mark_non_differentiable(correct, loss_by_group, *(() if unsmoothed is None else (unsmoothed,)))
+        return loss, correct, loss_by_group, unsmoothed
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
@@ -166,49 +166,51 @@ class _RowCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Settings
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
     ) -> Tensor:
         softcap, scale, training = settings
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
-        given, weight = weight, weight.to(hidden.dtype)
+        chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        head_weight, weight = weight, weight.to(hidden.dtype)
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if training and ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), rows):
-            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+        for start in range(0, len(targets), chunk_rows):
+            chunk, target = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
             logits = _logits(chunk, weight, bias, softcap, scale)
             log_probabilities = F.log_softmax(logits, dim=-1)
-            nll[start : start + rows] = -log_probabilities.gather(1, target[:, None])[:, 0]
+            nll[start : start + chunk_rows] = -log_probabilities.gather(1, target[:, None])[:, 0]
             if grad_hidden is not None:
                 grad = _product_gradient(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
-                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+                torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
         head_trains = training and any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(grad_hidden, *((hidden, given, bias, targets) if head_trains else ()))
-        ctx.settings = softcap, scale, rows
+        ctx.save_for_backward(grad_hidden, *((hidden, head_weight, bias, targets) if head_trains else ()))
+        ctx.settings = softcap, scale, chunk_rows
         return nll
 
     @staticmethod
     def backward(ctx: Any, row_weight: Tensor) -> Any:  # type: ignore[override]
-        grad_hidden, *again = ctx.saved_tensors
-        for_hidden = None if grad_hidden is None else grad_hidden * row_weight[:, None].to(grad_hidden.dtype)
-        if not again:
-            return for_hidden, None, None, None, None
-        hidden, weight, bias, targets = again
-        softcap, scale, rows = ctx.settings
-        wide, given, weight = row_weight.dtype, weight.dtype, weight.to(hidden.dtype)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
-        for start in range(0, len(targets), rows):
-            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+        grad_hidden, *saved_for_head = ctx.saved_tensors
+        hidden_gradient = None if grad_hidden is None else grad_hidden * row_weight[:, None].to(grad_hidden.dtype)
+        if not saved_for_head:
+            return hidden_gradient, None, None, None, None
+        hidden, weight, bias, targets = saved_for_head
+        softcap, scale, chunk_rows = ctx.settings
+        accumulation_dtype, head_dtype, weight = row_weight.dtype, weight.dtype, weight.to(hidden.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=accumulation_dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=accumulation_dtype) if bias is not None and ctx.needs_input_grad[2] else None
+        )
+        for start in range(0, len(targets), chunk_rows):
+            chunk, target = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
             logits = _logits(chunk, weight, bias, softcap, scale)
             grad = _product_gradient(logits, F.log_softmax(logits, dim=-1), target, softcap, scale)
-            grad = grad * row_weight[start : start + rows, None]
+            grad = grad * row_weight[start : start + chunk_rows, None]
             if grad_weight is not None:
                 grad_weight += grad.to(chunk.dtype).T @ chunk
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         return (
-            for_hidden,
-            None if grad_weight is None else grad_weight.to(given),
+            hidden_gradient,
+            None if grad_weight is None else grad_weight.to(head_dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
@@ -227,30 +229,30 @@ class LossHead(nn.Linear):
 
     softcap: float | None = None
     logit_scale: float = 1.0
-    still: int | None = None
+    frozen_row: int | None = None
     """The row that is not to train."""
 
     @property
     def training_weight(self) -> Tensor:
         """The weight `[V, H]` as losses must use it."""
-        if self.still is None or not self.weight.requires_grad:
+        if self.frozen_row is None or not self.weight.requires_grad:
             return self.weight
-        return without_row(self.weight, self.still)
+        return without_row(self.weight, self.frozen_row)
 
     @classmethod
     def replace(cls, head: nn.Linear, *, softcap: float | None, logit_scale: float) -> LossHead:
         """The same layer (the same Parameter objects) with the additional duty."""
-        new = cls.__new__(cls)
-        new.__dict__.update(head.__dict__)
-        new.softcap, new.logit_scale = softcap, logit_scale
-        return new
+        loss_head = cls.__new__(cls)
+        loss_head.__dict__.update(head.__dict__)
+        loss_head.softcap, loss_head.logit_scale = softcap, logit_scale
+        return loss_head
 
     def forward(
         self,
         hidden: Tensor,
         targets: Tensor | None = None,
         *,
-        counting: Counting | None = None,
+        counting: RowCounting | None = None,
         by_row: bool = False,
         added_bias: Tensor | None = None,
         against: LossComparison | None = None,
@@ -280,16 +282,18 @@ class LossHead(nn.Linear):
             bias = added_bias if bias is None else bias + added_bias
         if by_row:
             return _RowCrossEntropy.apply(hidden, self.training_weight, bias, targets, settings)
-        counting = counting or Counting()
-        found = _LinearCrossEntropy.apply(hidden, self.training_weight, bias, targets, counting, settings)
-        return _asked(found, counting)
+        counting = counting or RowCounting()
+        results = _LinearCrossEntropy.apply(hidden, self.training_weight, bias, targets, counting, settings)
+        return _requested_results(results, counting)
 
 
-def _asked(found: tuple[Tensor, Tensor, Tensor, Tensor | None], counting: Counting) -> tuple[Tensor, ...]:
+def _requested_results(
+    results: tuple[Tensor, Tensor, Tensor, Tensor | None], counting: RowCounting
+) -> tuple[Tensor, ...]:
     """Of (loss, correct, by group, without smoothing) what was asked for."""
-    loss, correct, apart, plain = found
-    groups = (apart,) if counting.groups is not None else ()
-    return (loss, correct, *groups, *(() if plain is None else (plain,)))
+    loss, correct, loss_by_group, unsmoothed = results
+    group_losses = (loss_by_group,) if counting.groups is not None else ()
+    return (loss, correct, *group_losses, *(() if unsmoothed is None else (unsmoothed,)))
 
 
 def computes_loss(head: nn.Module) -> bool:
@@ -300,21 +304,23 @@ def computes_loss(head: nn.Module) -> bool:
     return wrapped is not None and all(isinstance(m, LossHead) for m in wrapped.values())  # type: ignore[operator]
 
 
-def logits_loss(logits: Tensor, targets: Tensor, counting: Counting | None = None) -> tuple[Tensor, ...]:
+def logits_loss(logits: Tensor, targets: Tensor, counting: RowCounting | None = None) -> tuple[Tensor, ...]:
     """Summed loss and number of correct argmaxes of `logits [N, V]`, for heads that are not a plain linear layer.
 
     With `counting` as `LossHead` has them.
     """
     logits = logits.float()
-    counting, right = counting or Counting(), (logits.argmax(-1) == targets).float()
+    counting, correct = counting or RowCounting(), (logits.argmax(-1) == targets).float()
     if counting.weights is None and counting.groups is None and not counting.smoothing:
-        return F.cross_entropy(logits, targets, reduction="sum"), right.sum()
-    plain = _weighed(F.cross_entropy(logits, targets, reduction="none"), counting.weights)
-    nll, smoothing = plain, counting.smoothing
+        return F.cross_entropy(logits, targets, reduction="sum"), correct.sum()
+    unsmoothed = _weighted(F.cross_entropy(logits, targets, reduction="none"), counting.weights)
+    nll, smoothing = unsmoothed, counting.smoothing
     if smoothing:
-        nll = _weighed(F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing), counting.weights)
-    apart = nll.new_zeros(counting.num)
+        nll = _weighted(F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing), counting.weights)
+    loss_by_group = nll.new_zeros(counting.num)
     if counting.groups is not None:
-        apart = apart.index_add(0, counting.groups, nll.detach())
-    without = plain.detach().sum() if smoothing else None
-    return _asked((nll.sum(), _weighed(right, counting.weights).sum(), apart, without), counting)
+        loss_by_group = loss_by_group.index_add(0, counting.groups, nll.detach())
+    unsmoothed_sum = unsmoothed.detach().sum() if smoothing else None
+    return _requested_results(
+        (nll.sum(), _weighted(correct, counting.weights).sum(), loss_by_group, unsmoothed_sum), counting
+    )

@@ -15,18 +15,20 @@ def row_scores(head: nn.Module, hidden: Tensor, targets: Tensor, bias: Tensor | 
     plain output layer. `bias [V]` is what the model adds to the head's output. No gradients.
     """
 
-    def scored(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def scored(logits: Tensor, wanted_ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.float() if bias is None else logits.float() + bias
-        likely = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-        return likely, logits.argmax(-1) == wanted
+        log_probability = logits.log_softmax(-1).gather(1, wanted_ids[:, None])[:, 0]
+        return log_probability, logits.argmax(-1) == wanted_ids
 
-    def by_chunks(plain: LossHead, rows: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-        weight, size = plain.training_weight, max(1, CHUNK_LOGITS // plain.weight.shape[0])
-        parts = [
-            scored(_logits(some, weight, plain.bias, plain.softcap, plain.logit_scale), right)
-            for some, right in zip(rows.split(size), wanted.split(size), strict=True)
+    def by_chunks(plain: LossHead, rows: Tensor, wanted_ids: Tensor) -> tuple[Tensor, ...]:
+        weight, chunk_rows = plain.training_weight, max(1, CHUNK_LOGITS // plain.weight.shape[0])
+        chunks = [
+            scored(_logits(chunk, weight, plain.bias, plain.softcap, plain.logit_scale), chunk_targets)
+            for chunk, chunk_targets in zip(rows.split(chunk_rows), wanted_ids.split(chunk_rows), strict=True)
         ]
-        return torch.cat([likely for likely, _ in parts]), torch.cat([best for _, best in parts])
+        return torch.cat([log_probability for log_probability, _ in chunks]), torch.cat(
+            [is_best for _, is_best in chunks]
+        )
 
     if computes_loss(head):
         return head(hidden, targets=targets, against=by_chunks)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.losses.next_token import LossHead, _logits, _RowCrossEntropy, _weighed, computes_loss
+from trainer.losses.next_token import LossHead, _logits, _RowCrossEntropy, _weighted, computes_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +24,14 @@ class _SquaredLogsumexp:
         nll: Any = _RowCrossEntropy.apply(hidden, weight, bias, targets, settings)
         # A row's negative log-likelihood of a token is its logsumexp without the logit of this token: here the first.
         first = _logits(hidden, weight[:1], None if bias is None else bias[:1], head.softcap, head.logit_scale)[:, 0]
-        return (_weighed((nll + first).square(), self.kept).sum(),)
+        return (_weighted((nll + first).square(), self.kept).sum(),)
 
 
 def squared_logsumexp(head: nn.Module, hidden: Tensor, kept: Tensor | None) -> Tensor:
     """The sum, 0-d float32, over the rows of `hidden [N, H]` where `kept [N]` is true; `head` is called once, as a module."""
-    rows = None if kept is None else kept.float()
+    row_weight = None if kept is None else kept.float()
     if computes_loss(head):
-        against = _SquaredLogsumexp(rows)
-        (found,) = head(hidden, targets=hidden.new_zeros(len(hidden), dtype=torch.int64), against=against)
-        return found
-    return _weighed(head(hidden).float().logsumexp(-1).square(), rows).sum()
+        against = _SquaredLogsumexp(row_weight)
+        (total,) = head(hidden, targets=hidden.new_zeros(len(hidden), dtype=torch.int64), against=against)
+        return total
+    return _weighted(head(hidden).float().logsumexp(-1).square(), row_weight).sum()

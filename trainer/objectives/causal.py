@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.losses.next_token import Counting, computes_loss, logits_loss
+from trainer.losses.next_token import RowCounting, computes_loss, logits_loss
 from trainer.model import flex
 from trainer.objectives.base import Reference
 
@@ -113,14 +113,14 @@ def _logits_at_rows(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Ten
     return logits if len(logits) == len(rows) else logits[rows]
 
 
-def loss_counting(batch: dict[str, Any], smoothing: float = 0.0) -> Counting:
+def loss_counting(batch: dict[str, Any], smoothing: float = 0.0) -> RowCounting:
     """How rows count in the loss: their weights and sources, where the batch has them, and label smoothing.
 
     Evaluations measure the loss without smoothing, so `smoothing` applies only where gradients are made.
     """
     active_smoothing = smoothing if torch.is_grad_enabled() else 0.0
     num_sources = len(batch.get("source_names", ()))
-    return Counting(batch.get("target_weights"), batch.get("row_source"), num_sources, active_smoothing)
+    return RowCounting(batch.get("target_weights"), batch.get("row_source"), num_sources, active_smoothing)
 
 
 def next_token_terms(batch: dict[str, Any], loss: Tensor, correct: Tensor, *extra_losses: Tensor) -> dict[str, Tensor]:

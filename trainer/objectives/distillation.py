@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from strategies.settings import DESCRIBES, FREE, group, number, setting
-from trainer.losses.divergence import Against, Divergence, Measure
+from trainer.losses.divergence import Divergence, Measure, TeacherComparison
 from trainer.model.config import may_be_hub_id
 from trainer.objectives.base import (
     Family,
@@ -88,7 +88,7 @@ class Distillation(Objective):
         loss, nll, divergence, correct, _ = head(
             student_hidden,
             targets=targets,
-            against=Against(
+            against=TeacherComparison(
                 measure=Measure(config.divergence, config.temperature, config.interpolation),
                 hidden=teacher_hidden,
                 head=teacher_head,

@@ -15,7 +15,7 @@ from strategies.settings import DESCRIBES, number, setting
 from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
-from trainer.losses.divergence import Against, Divergence, Measure
+from trainer.losses.divergence import Divergence, Measure, TeacherComparison
 from trainer.objectives.base import (
     Family,
     Objective,
@@ -189,7 +189,7 @@ class SftWithReplayKl(Sft):
         loss, replayed_nll, replay_kl, _, nll = head(
             hidden,
             targets=targets,
-            against=Against(
+            against=TeacherComparison(
                 measure=Measure(Divergence.forward_kl),
                 hidden=initial_hidden,
                 head=initial_head,

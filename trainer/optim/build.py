@@ -25,7 +25,7 @@ from trainer.optim.support import import_package
 
 def build_optimizer(
     config: OptimConfig,
-    named: Iterable[tuple[str, nn.Parameter]],
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     model_names: Sequence[str] = (),
     rate_of: Callable[[str], float] = lambda _: 1.0,
@@ -36,10 +36,14 @@ def build_optimizer(
     parameter, as its tuning method asks. AdamW has torch's fused kernel; the one of
     SGD knows no distributed tensors. Raises ConfigError for groups that fit no parameter and for a package that is not installed.
     """
-    groups = group_parameters(config, ((name, p) for name, p in named if p.requires_grad), model_names, rate_of)
+    groups = group_parameters(
+        config, ((name, p) for name, p in named_parameters if p.requires_grad), model_names, rate_of
+    )
     dicts = [group.as_dict() for group in groups]
     if type(config) is OptimConfig:  # what all share, no choice made
-        config = AdamwConfig(**{each.name: getattr(config, each.name) for each in fields(config)})
+        config = AdamwConfig(
+            **{setting_field.name: getattr(config, setting_field.name) for setting_field in fields(config)}
+        )
     match config:
         case Adamw8bitConfig():
             bitsandbytes = import_package(config.name)
@@ -79,13 +83,13 @@ def _pair(betas: list[float]) -> tuple[float, float]:
 
 def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
     """Muon on the matrices of blocks, AdamW on the rest (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
-    from trainer.optim.whole import Combined, ShardedMuon
+    from trainer.optim.whole import CombinedOptimizer, ShardedMuon
 
     parts: list[Any] = []
-    if matrices := [group.as_dict() for group in groups if group.matrices]:
+    if matrix_groups := [group.as_dict() for group in groups if group.matrices]:
         parts.append(
             ShardedMuon(
-                matrices,
+                matrix_groups,
                 lr=config.lr,
                 momentum=config.momentum,
                 nesterov=config.nesterov,
@@ -94,6 +98,8 @@ def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optim
                 bf16=config.bf16,
             )
         )
-    if others := [group.as_dict() for group in groups if not group.matrices]:
-        parts.append(torch.optim.AdamW(others, lr=config.lr, betas=_pair(config.betas), eps=config.eps, fused=True))
-    return cast(torch.optim.Optimizer, Combined(*parts))
+    if other_groups := [group.as_dict() for group in groups if not group.matrices]:
+        parts.append(
+            torch.optim.AdamW(other_groups, lr=config.lr, betas=_pair(config.betas), eps=config.eps, fused=True)
+        )
+    return cast(torch.optim.Optimizer, CombinedOptimizer(*parts))

@@ -43,7 +43,7 @@ def shape_of(parameter: nn.Parameter) -> Sequence[int]:
 
 def group_parameters(
     config: OptimConfig,
-    named: Iterable[tuple[str, nn.Parameter]],
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
     model_names: Sequence[str],
     rate_of: Callable[[str], float] = lambda _: 1.0,
 ) -> list[ParameterGroup]:
@@ -53,7 +53,7 @@ def group_parameters(
     `model_names` (all parameters, frozen ones too); `rate_of` gives the tuning method's own factors. Raises ConfigError for a
     rule that matches nothing or for two rules that match one parameter.
     """
-    pairs = list(named)
+    pairs = list(named_parameters)
     rules = _rules(config, [name for name, _ in pairs])
     factors = layer_factors([name for name, _ in pairs], model_names or [n for n, _ in pairs], config.layer_decay)
     groups: dict[tuple[float, float, bool], ParameterGroup] = {}
@@ -74,19 +74,20 @@ def group_parameters(
 
 def _rules(config: OptimConfig, names: list[str]) -> dict[str, str]:
     """Which rule each parameter falls under, by its name."""
-    found: dict[str, str] = {}
+    rule_of_parameter: dict[str, str] = {}
     for rule, settings in config.groups.items():
         matched = [name for name in names if re.search(settings.match, name)]
         key = f"optim.groups.{rule}.match={settings.match}"
         if not matched:
-            some = ", ".join([*names[:3], *names[-3:]] if len(names) > 6 else names)
-            raise ConfigError(f"{key}: matches none of the {len(names)} trained parameters, such as {some}")
-        if both := next((name for name in matched if name in found), None):
+            examples = ", ".join([*names[:3], *names[-3:]] if len(names) > 6 else names)
+            raise ConfigError(f"{key}: matches none of the {len(names)} trained parameters, such as {examples}")
+        if both := next((name for name in matched if name in rule_of_parameter), None):
             raise ConfigError(
-                f"{key}: {both} is matched by optim.groups.{found[both]} too; a parameter has one rule: narrow one of them"
+                f"{key}: {both} is matched by optim.groups.{rule_of_parameter[both]} too; a parameter has one rule: "
+                "narrow one of them"
             )
-        found |= dict.fromkeys(matched, rule)
-    return found
+        rule_of_parameter |= dict.fromkeys(matched, rule)
+    return rule_of_parameter
 
 
 def layer_factors(names: Sequence[str], model_names: Sequence[str], decay: float) -> dict[str, float]:

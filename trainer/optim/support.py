@@ -107,7 +107,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
             f"optim.ema_decay={config.ema_decay:g}: the average needs the masters in memory, and "
             "strategy.offload_optimizer=nvme keeps them on a drive; set strategy.offload_optimizer=cpu, or optim.ema_decay=0"
         )
-    yield from _values(config)
+    yield from _value_problems(config)
     for name, rule in config.groups.items():
         key = f"optim.groups.{name}.match"
         if not rule.match:
@@ -118,7 +118,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
             yield f"{key}={rule.match}: not a regular expression ({error}); a part of a name, such as embed_tokens, is one"
 
 
-def _values(config: OptimConfig) -> Iterator[str]:
+def _value_problems(config: OptimConfig) -> Iterator[str]:
     betas = getattr(config, "betas", None)
     if betas is not None:
         usual = "[0.9,0.99]" if config.name is OptimName.lion else "[0.9,0.999]"

@@ -14,12 +14,12 @@ from torch import Tensor
 from strategies.compat.optimizers import adafactor, adjusted_rate, orthogonalised_in_bf16
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a shard; all ranks must call. A plain tensor is returned as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def part(full: Tensor, like: Tensor) -> Tensor:
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """This rank's part of `full`, sharded as `like` is. No collective."""
     if not hasattr(like, "full_tensor"):
         return full
@@ -47,7 +47,7 @@ class ShardedMuon(torch.optim.Muon):
 
     def __init__(self, params: Any, *, bf16: bool, **settings: Any) -> None:
         super().__init__(params, **settings)
-        self.turn = orthogonalised_in_bf16 if bf16 else orthogonalise
+        self.orthogonalise = orthogonalised_in_bf16 if bf16 else orthogonalise
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -62,9 +62,11 @@ class ShardedMuon(torch.optim.Muon):
                 buffer = self.state[p]["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - momentum)
                 update = p.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
-                turned = self.turn(whole(update), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                orthogonal = self.orthogonalise(
+                    full_tensor(update), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(part(turned.to(p.dtype), p), alpha=-adjusted_rate(lr, group["adjust_lr_fn"], p.shape))
+                p.add_(shard_like(orthogonal.to(p.dtype), p), alpha=-adjusted_rate(lr, group["adjust_lr_fn"], p.shape))
 
 
 class ShardedAdafactor(torch.optim.Adafactor):
@@ -77,13 +79,13 @@ class ShardedAdafactor(torch.optim.Adafactor):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                value, grad = whole(p), whole(p.grad)
+                full_parameter, full_gradient = full_tensor(p), full_tensor(p.grad)
                 state = self.state[p]
                 if not state:
-                    state |= self._fresh(grad)
+                    state |= self._fresh(full_gradient)
                 adafactor(
-                    [value],
-                    [grad],
+                    [full_parameter],
+                    [full_gradient],
                     [state.get("row_var")],  # type: ignore[list-item]
                     [state.get("col_var")],  # type: ignore[list-item]
                     [state.get("variance")],  # type: ignore[list-item]
@@ -97,8 +99,8 @@ class ShardedAdafactor(torch.optim.Adafactor):
                     eps2=group["eps"][1],
                     maximize=False,
                 )
-                if value is not p:
-                    p.copy_(part(value, p))
+                if full_parameter is not p:
+                    p.copy_(shard_like(full_parameter, p))
 
     @staticmethod
     def _fresh(grad: Tensor) -> dict[str, Tensor]:
@@ -110,7 +112,7 @@ class ShardedAdafactor(torch.optim.Adafactor):
         return {"step": step, "row_var": grad.new_zeros(rows), "col_var": grad.new_zeros(columns)}
 
 
-class Combined:
+class CombinedOptimizer:
     """Several optimizers that the engine sees as one: their groups in order, their state together."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -119,19 +121,19 @@ class Combined:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The live groups of all parts."""
-        return [group for one in self.parts for group in one.param_groups]
+        return [group for part in self.parts for group in part.param_groups]
 
     @property
     def state(self) -> dict[Any, Any]:
         """State by parameter; the values are live."""
-        return {p: state for one in self.parts for p, state in one.state.items()}
+        return {p: state for part in self.parts for p, state in part.state.items()}
 
     def step(self) -> None:
         """One step of every part. All ranks must call."""
-        for one in self.parts:
-            one.step()
+        for part in self.parts:
+            part.step()
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
         """Drop the gradients of all parts."""
-        for one in self.parts:
-            one.zero_grad(set_to_none=set_to_none)
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)

@@ -14,7 +14,7 @@ from strategies.compat.process_groups import default_store
 from strategies.errors import DoesNotFit
 from strategies.runtime import Runtime, free_host_memory
 from trainer.build.parts import build_engine, workload
-from trainer.build.recomputation import USABLE, device_gib, longest_micro_batch
+from trainer.build.recomputation import USABLE_SHARE, device_gib, longest_micro_batch
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.planner.fit_check import PATIENCE
@@ -53,7 +53,7 @@ def memory_gib(runtime: Runtime) -> float:
     if runtime.device.type == "cuda":
         return device_gib(runtime)
     there, free = device_gib(runtime), free_host_memory()
-    return USABLE * (there if free is None else min(there, free / GIB / runtime.local_world_size))
+    return USABLE_SHARE * (there if free is None else min(there, free / GIB / runtime.local_world_size))
 
 
 def runs_out(config: RunConfig, given: TrialInputs, trial: Trial) -> bool:
