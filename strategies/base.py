@@ -134,8 +134,8 @@ class ZeroConfig(StrategyConfig):
 
 
 UpdateFilter = Callable[["Tensor"], "Tensor"]
-"""Takes the gradients' global norm before clipping (0-d, on the device) and returns whether the update is left out: a 0-d bool
-tensor on the same device, equal on all ranks. May communicate: all ranks call it, at most once a step, and alike."""
+"""Decides whether to skip an update. Takes the gradients' global norm before clipping (0-d, on the device). Returns a 0-d bool
+tensor on the same device, equal on all ranks: True to skip. It may communicate: all ranks call it together, at most once a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +145,12 @@ class StepResult:
     grad_norm: Tensor
     """Global L2 norm of the gradients before clipping, a 0-d float32 tensor, equal on all ranks."""
     skipped: Tensor
-    """0-d float32 tensor, 1 where the update was left out, since the gradients were not finite or the filter said so; equal
-    on all ranks."""
+    """0-d float32 tensor, equal on all ranks: 1 if the update was skipped, because gradients were not finite or the filter
+    said so."""
 
 
 class ParameterSource(Protocol):
-    """Where initial parameter values come from. No call communicates: ranks may ask for different runs."""
+    """Where initial parameter values come from. No call communicates: each rank may read other elements."""
 
     def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
@@ -158,19 +158,19 @@ class ParameterSource(Protocol):
 
 @dataclass(slots=True)
 class StepPlan:
-    """What a run has decided about its training step and no setting of the strategy says. Engines read it in `prepare`."""
+    """What the run decides about its training step beyond the settings of the strategy. Engines read it in `prepare`."""
 
     recomputation: list[ActivationCheckpointing] | None = None
     """What the backward pass recomputes, for each block in the order of `shard_units`.
 
-    None: `strategy.activation_checkpointing` holds for all of them.
+    None: `strategy.activation_checkpointing` holds for all blocks.
     """
     defer_sync: bool | None = None
-    """Whether ranks reduce gradients on the last micro-batch of a step alone. None: `strategy.defer_sync` says so."""
+    """Whether ranks reduce gradients only on the last micro-batch of a step. None: take `strategy.defer_sync`."""
     gathered_as_one: frozenset[str] = frozenset()
-    """Classes of modules that are gathered with all their parts, since their forward pass reaches into these."""
+    """Classes of modules that are gathered together with their submodules, because their forward pass reaches into them."""
     ema_decay: float = 0.0
-    """Decay of the moving average of the weights that evaluations and exports take; 0: they take the weights themselves."""
+    """Decay of the moving average of the weights, which is evaluated and exported in place of the weights. 0: no average."""
     optimizer_hooks: OptimizerStepHooks | None = None
     """What the tuning method does around each optimizer step; None if it does nothing."""
 
@@ -191,26 +191,32 @@ class StepModule(Protocol):
 
 
 class OptimizerStepHooks(Protocol):
-    """What a tuning method does around each optimizer step, on parameters and gradients that are whole on every rank.
+    """What a tuning method does around each optimizer step. Needs full parameters and gradients on every rank.
 
-    They stand in the step module's plan. Engines that shard cannot keep them: such a run is refused when it is composed.
-    No call communicates; all ranks do the same.
+    The hooks stand in the step module's plan. A run that combines them with sharding is refused when it is composed.
+    No call communicates, and all ranks make the same calls.
     """
 
     def begin(self, total_steps: int) -> None:
-        """The run takes `total_steps` optimizer steps, those before a resumed checkpoint included."""
+        """Called before training. `total_steps` counts all optimizer steps of the run, also those before a resume."""
 
     def before_clip(self, scale: Tensor | None) -> None:
-        """Gradients are reduced, and not yet clipped; `scale` is the factor on the loss, where it has one (fp16)."""
+        """Called when gradients are reduced and not yet clipped. `scale`: the loss scale (fp16); None if there is none."""
 
     def after_update(self, step: int, *, finite: bool) -> None:
-        """Optimizer step `step`, counted from 1, is done (where not `finite`, skipped); clipped gradients are still there."""
+        """Called after optimizer step `step`, counted from 1. The clipped gradients are still there.
+
+        `finite=False`: the update was skipped.
+        """
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """What belongs to the parameter `name` beside its moments: live, contiguous, of its shape; always the same keys."""
+        """What a checkpoint keeps for the parameter `name` beside its moments: always the same keys.
+
+        The tensors are live and contiguous, and have the parameter's shape.
+        """
 
     def restored(self) -> None:
-        """The tensors of `state_of` were overwritten by those of a checkpoint."""
+        """Called after a checkpoint has overwritten the tensors of `state_of`."""
 
 
 OptimizerFactory = Callable[[Iterable[tuple[str, "nn.Parameter"]]], "torch.optim.Optimizer"]
@@ -223,7 +229,10 @@ PROGRESS_KEYS = {"recent_steps": "recent", "skipped_samples": "passed"}
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """How far a run is. `samples` and `skipped_samples` are the whole state of the data order."""
+    """How far a run is. `samples` and `skipped_samples` are the whole state of the data order.
+
+    The names of the fields are keys of `progress.json`, except those in `PROGRESS_KEYS`.
+    """
 
     step: int = 0
     """Optimizer steps taken."""
@@ -240,9 +249,9 @@ class Progress:
     stale_evaluations: int = 0
     """Evaluations since the best one, for early stopping."""
     owes_evaluation: bool = False
-    """Whether the evaluation that was due at this step was broken off, and is to be made up before the next step."""
+    """Whether a stop interrupted the evaluation of this step. A resumed run makes it up before the next step."""
     skipped_steps: int = 0
-    """Steps whose update was left out, because a gradient was not finite or the step stood out."""
+    """Steps whose update was skipped, because a gradient was not finite or the step was an outlier."""
     outliers: int = 0
     """Steps whose loss or gradient norm stood out."""
     recent_steps: list[dict[str, float]] = field(default_factory=list)
@@ -252,13 +261,13 @@ class Progress:
     skipped_samples: list[dict[str, int]] = field(default_factory=list)
     """Ranges of the sample order that rollbacks left out, since a step on them stood out: `first` position and `count`."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
-    """`step`, `train` and `held_out` loss of each evaluation, by which overfitting is told."""
+    """`step`, `train` and `held_out` loss of each evaluation, from which overfitting is detected."""
     interval_loss: float = 0.0
     """Sum of the training losses of the steps since the last evaluation."""
     interval_steps: int = 0
     """Number of these steps."""
     first_loss: float | None = None
-    """Training loss of step 1, before any update, with which the last steps are compared; None of runs that did not note it."""
+    """Training loss of step 1, before any update, to compare the last steps with. None in states of earlier versions."""
     recent_losses: list[dict[str, float]] = field(default_factory=list)
     """`loss` of each of the last steps, the newest last."""
     wandb_id: str | None = None
@@ -276,19 +285,19 @@ class Progress:
 
 
 class FullParameters:
-    """Every rank holds every parameter anyway: nothing to gather."""
+    """Makes the full parameters available on every rank. This base class is for engines that never shard them."""
 
     sharded = False
-    """Whether parameters are sharded."""
+    """Whether parameters are sharded, so that there is something to gather."""
 
     def gather_bytes(self) -> int | None:
-        """What gathering them takes on this rank's device beside what it holds; None where it cannot be done."""
+        """Bytes that gathering takes on this rank's device, on top of its own shard. None if gathering is impossible."""
         return 0
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Parameters whole on every rank while entered: forward passes without gradients then need no other rank.
+        """Inside the context every rank holds all parameters: forward passes without gradients then need no other rank.
 
-        All ranks enter and leave, and take no optimizer step meanwhile.
+        All ranks must enter and leave it together, and may take no optimizer step inside.
         """
         return nullcontext()
 
@@ -301,51 +310,54 @@ class Engine(Protocol):
     step_module: nn.Module
     """The step module, sharded; its parameters are this rank's part."""
     host_memory: HostMemory | None
-    """Through which the ranks exchange parameters and gradients, where they do not through their process group."""
+    """Shared memory that CPU ranks of one host exchange through. None: they use their process group."""
     full_parameters: FullParameters
-    """How parameters are made whole on every rank, for many forward passes in `inference`."""
+    """Gathers parameters on every rank, for many forward passes in a row (generation)."""
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         """Run the sharded step module; returns {term: sum over the micro-batch}. All ranks must call.
 
-        `last` marks the last micro-batch of the step: some engines decide in the forward pass whether to synchronise.
+        `last` marks the last micro-batch of the step: some engines decide in the forward pass whether to reduce gradients.
         """
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; `last` marks the last micro-batch of the step, which synchronises. All ranks must call."""
+        """Accumulate gradients. On the `last` micro-batch of the step the ranks reduce them. All ranks must call."""
 
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
         """Clip, update and zero. Each parameter group's own base rate is multiplied by `lr_factor`. All ranks must call.
 
-        If gradients are not finite, or `update_filter` says so, weights, moments and what counts updates stay as they are. The
-        filter is asked whenever the gradients are finite.
+        If gradients are not finite, or `update_filter` says so, the update is skipped: weights, moments and the count of
+        updates stay as they are. The filter is called whenever the gradients are finite.
         """
 
     def inference(self, *, averaged: bool = True) -> AbstractContextManager[nn.Module]:
-        """The step module for forward passes without gradients, in eval mode; restores training mode. All ranks enter.
+        """The step module in eval mode, for forward passes without gradients. Restores training mode. All ranks must enter.
 
-        Where the optimizer averages weights, the average computes; with `averaged=False`, what trains.
+        If the run averages weights, the averages are in place inside the context; with `averaged=False`, the trained weights.
         """
 
     def state(self, progress: Progress) -> RankState:
-        """The training state as it is now, to be written at once or after it was copied. All ranks must call.
+        """The training state of this moment, ready to be written. All ranks must call.
 
-        Its tensors are live: it is to be written, or copied, before the next step.
+        Its tensors are the live ones: write them, or copy them, before the next step.
         """
 
     def load(self, path: Path) -> Progress:
-        """Read the training state written by any strategy at any world size, between two steps. All ranks must call.
+        """Read a training state, whatever strategy and world size wrote it. Call it between steps. All ranks must call.
 
-        Raises, on every rank, StorageError for files that cannot be used, ConfigError for the state of another kind of run.
+        Raises on every rank: StorageError if files cannot be used, ConfigError if the state is of another kind of run.
         """
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """Full parameters one by one, on the CPU, under plain names; None on all ranks but 0. All ranks must exhaust it."""
+        """(plain name, full parameter on the CPU), one by one; None in place of the tensor on all ranks but 0.
+
+        Gathering communicates: all ranks must exhaust the iterator.
+        """
 
     def close(self) -> None:
-        """Give up the memory of gradients and optimizer state, and of all else once nobody refers to it: it is used no more.
+        """Free gradients and optimizer state; the engine is not used again. No collective.
 
-        No collective.
+        Parameters are freed once nobody refers to them.
         """
 
 

@@ -12,27 +12,29 @@ import torch
 from torch import Tensor
 
 EMA_KEY = "ema"
-"""Its name beside the moments in a checkpoint."""
+"""Key of the average in a checkpoint, beside the optimizer's moments."""
 
 
 class WeightAverage:
-    """The average of live tensors; on each rank of what it holds. Nothing here communicates or waits for the device."""
+    """Averages the tensors that this rank holds. Nothing here communicates or waits for the device."""
 
     def __init__(self, decay: float, weights: Sequence[Tensor]) -> None:
-        """`weights` are float32, flat or not, and are updated in place by whoever owns them."""
-        self.decay, self.weights = decay, list(weights)
+        """`weights`: live float32 tensors of any shape, which the optimizer updates in place."""
+        self.decay = decay
+        self.weights = list(weights)
         self.averages = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
     def update(self, updates: Tensor, applied: Tensor) -> None:
-        """After update number `updates` (0-d); nothing moves where it was not `applied` (0-d bool or float)."""
-        share = applied.float() * (1 - ((1 + updates) / (10 + updates)).clamp(max=self.decay))
+        """Move the average after update number `updates` (0-d), unless it was skipped (`applied`, 0-d bool or float, is 0)."""
+        decay = ((1 + updates) / (10 + updates)).clamp(max=self.decay)
+        share = applied.float() * (1 - decay)
         for average, weight in zip(self.averages, self.weights, strict=True):
             average.lerp_(weight.detach(), share.to(average.device, average.dtype))
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Let the weights be the average, and the average the weights; twice is nothing, to the bit."""
+        """Exchange weights and averages in place. Doing it twice restores both, bit for bit."""
         for average, weight in zip(self.averages, self.weights, strict=True):
             trained = weight.detach().clone()
             weight.detach().copy_(average)

@@ -34,34 +34,38 @@ from strategies.simulation import real_tensors
 
 
 def dtensor_start(tensor: DTensor) -> int:
-    """Index, in the flattened whole, of the first element of a dim-0 shard."""
+    """Index of this rank's first element in the flattened full tensor; `tensor` is sharded along its first dimension."""
     with real_tensors():
         _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    row = 1
+    first_row = offsets[0] if offsets else 0  # a 0-d tensor has no offsets
+    elements_a_row = 1
     for size in tensor.shape[1:]:
-        row *= size
-    return (offsets[0] if offsets else 0) * row
+        elements_a_row *= size
+    return first_row * elements_a_row
 
 
 def check_experts(step_module: nn.Module, ranks: int, strategy: str) -> None:
-    """Raise ConfigError where experts would be dealt to more `ranks` than there are of them.
+    """Raise ConfigError if a layer has fewer experts than there are `ranks` to shard them over.
 
-    A parameter is sharded along its first dimension. With more ranks than experts some would hold a whole expert of each
-    layer, others nothing, and every gather would move the padding of those.
+    Parameters are sharded along their first dimension. With more ranks than experts, some ranks would hold a whole expert of
+    each layer and others nothing, and every gather would move padding for the latter.
     """
     for name, parameter in named_parameters(step_module):
-        experts = parameter.shape[0] if parameter.dim() == 3 and ".experts." in name else ranks
-        if experts < ranks:
-            fitting = max(d for d in range(1, experts + 1) if ranks % d == 0)
-            raise ConfigError(
-                f"strategy={strategy}: {name} holds {experts} experts, and {ranks} ranks would share them, so that "
-                f"{ranks - experts} ranks held none of them and the others a whole one each; use strategy=hsdp "
-                f"strategy.replicate={ranks // fitting}, which shards over {fitting}, or strategy=zero3, which cuts anywhere"
-            )
+        if parameter.dim() != 3 or ".experts." not in name:
+            continue
+        experts = parameter.shape[0]
+        if experts >= ranks:
+            continue
+        shards = max(divisor for divisor in range(1, experts + 1) if ranks % divisor == 0)
+        raise ConfigError(
+            f"strategy={strategy}: {name} holds {experts} experts, and {ranks} ranks would share them, so that "
+            f"{ranks - experts} ranks held none of them and the others a whole one each; use strategy=hsdp "
+            f"strategy.replicate={ranks // shards}, which shards over {shards}, or strategy=zero3, which cuts anywhere"
+        )
 
 
 class _AllGather(DefaultAllocMixin, AllGather):
-    """A block's parameters, through the host's memory."""
+    """Gathers a block's parameters through shared memory, in place of FSDP2's own all-gather."""
 
     def __init__(self, memory: HostMemory) -> None:
         self.memory = memory
@@ -73,7 +77,7 @@ class _AllGather(DefaultAllocMixin, AllGather):
 
 
 class _ReduceScatter(DefaultAllocMixin, ReduceScatter):
-    """A block's gradients, through the host's memory."""
+    """Reduces a block's gradients through shared memory, in place of FSDP2's own reduce-scatter."""
 
     def __init__(self, memory: HostMemory) -> None:
         self.memory = memory
@@ -91,25 +95,26 @@ class _ReduceScatter(DefaultAllocMixin, ReduceScatter):
 
 
 class Fsdp2Engine(NativeEngine):
-    """Gathers a block's parameters when it runs; keeps everything else sharded."""
+    """Gathers a block's parameters while the block runs, and keeps everything else sharded."""
 
     casts_parameters = True
     replicated = False
     defer_sync = True
     wrapped: FSDPModule  # type: ignore[assignment]
     shard_group: dist.ProcessGroup
-    """The ranks that hold one replica together."""
+    """The ranks that together hold one copy of the model."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         sync = last or not self.defer_sync
         self.wrapped.set_is_last_backward(last)
         self.wrapped.set_requires_gradient_sync(sync)
-        # Between replicas sums of shards can wait: they take no more memory than the shards.
+        # The all-reduce between replicas can always wait for the last micro-batch: what waits is as small as the shards.
         self.wrapped.set_requires_all_reduce(last)
         super().backward(loss, last=last)
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        # What rank 0 then does with the model alone may reshard it there (`state_dict` does, by a hook): all ranks begin alike.
+        # Between two iterations rank 0 may do something with the model that reshards it there alone (`state_dict` does, by a
+        # hook). If all ranks begin resharded, they gather alike.
         self._weights_changed()
         yield from super().gather(trainable_only=trainable_only)
 
@@ -132,7 +137,9 @@ class Fsdp2Engine(NativeEngine):
     def _local_range(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         assert isinstance(parameter, DTensor)
         local = parameter.to_local()
-        return local.reshape(-1) if local.numel() == 0 else local.view(-1), dtensor_start(parameter)
+        # An empty shard may have strides that no view can flatten.
+        flat = local.reshape(-1) if local.numel() == 0 else local.view(-1)
+        return flat, dtensor_start(parameter)
 
     def _writes_checkpoint(self) -> bool:
         mesh = self._mesh
@@ -140,18 +147,21 @@ class Fsdp2Engine(NativeEngine):
 
     def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
         tensor: Tensor = parameter
-        if isinstance(tensor, DTensor):
-            if tensor.to_local().device != self.runtime.device:  # offloaded: gather on the device, where NCCL can
-                tensor = tensor.to(self.runtime.device)
-            return tensor.full_tensor()  # type: ignore[attr-defined]
-        return tensor
+        if not isinstance(tensor, DTensor):
+            return tensor
+        if tensor.to_local().device != self.runtime.device:
+            # Offloaded to the host: gather on the device, because NCCL can do it only there.
+            tensor = tensor.to(self.runtime.device)
+        return tensor.full_tensor()  # type: ignore[attr-defined]
 
 
 class Fsdp2Strategy:
     """Shards on the meta device, then loads only this rank's rows."""
 
     def __init__(self, config: Fsdp2Config, precision: Precision, runtime: Runtime) -> None:
-        self.config, self.precision, self.runtime = config, precision, runtime
+        self.config = config
+        self.precision = precision
+        self.runtime = runtime
         self.replicate = replica_count(config, runtime.world_size, runtime.hosts)
 
     def init_context(self) -> AbstractContextManager[None]:
@@ -165,7 +175,7 @@ class Fsdp2Strategy:
         make_optimizer: OptimizerFactory,
         max_grad_norm: float,
     ) -> Fsdp2Engine:
-        """Block by block `fully_shard`, then values, then the optimizer. All ranks must call."""
+        """`fully_shard` block by block, then fill in the values, then build the optimizer. All ranks must call."""
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=torch.float32, frozen=compute)
         apply_to_blocks(step_module, self.config)
@@ -176,7 +186,7 @@ class Fsdp2Strategy:
         if self.config.cpu_offload:
             replace_buffers(step_module, lambda buffer: buffer.to(self.runtime.device))
         self._fill(step_module, source)
-        # Pads uneven shards and pins those on the host, in tensors of their own, which are the ones to keep from here on.
+        # Pads uneven shards and pins offloaded ones. Both make new tensors, so the optimizer must be built after this.
         finish_sharding(step_module)
         engine = Fsdp2Engine(
             step_module,
@@ -189,14 +199,15 @@ class Fsdp2Strategy:
         )
         planned = plan_of(step_module).defer_sync
         engine.defer_sync = self.config.defer_sync is not False if planned is None else planned
-        engine.shard_group, engine.host_memory = group, memory
+        engine.shard_group = group
+        engine.host_memory = memory
         engine.full_parameters = FsdpFullParameters(
             step_module, compute, reshard_after_forward=self.config.reshard_after_forward
         )
         return engine
 
     def _shard(self, step_module: nn.Module, compute: torch.dtype) -> dist.ProcessGroup:
-        """Wrap blocks and root; the ranks that hold one replica together."""
+        """Wrap blocks and root. Returns the group of ranks that together hold one copy of the model."""
         check_experts(step_module, self.runtime.world_size // self.replicate, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.replicate)
         offload: OffloadPolicy = OffloadPolicy()
@@ -217,15 +228,19 @@ class Fsdp2Strategy:
             return mesh["shard"].get_group()
 
     def _exchange(self, step_module: nn.Module, group: dist.ProcessGroup) -> HostMemory | None:
+        """Let FSDP2 exchange through shared memory if all ranks of `group` can. Returns that memory, else None."""
         memory = open_host_memory(self.runtime, group)
+        if memory is None:
+            return None
         for module in step_module.modules():
-            if memory is not None and isinstance(module, FSDPModule):
+            if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(_AllGather(memory))
                 module.set_custom_reduce_scatter(_ReduceScatter(memory))
         return memory
 
     @torch.no_grad()
     def _fill(self, step_module: nn.Module, source: ParameterSource) -> None:
+        """Read this rank's rows of every parameter, and nothing else."""
         for name, parameter in named_parameters(step_module, teacher=True):
             assert isinstance(parameter, DTensor)
             local = parameter.to_local()

@@ -54,24 +54,32 @@ class NativeEngine:
         runtime: Runtime,
         strategy: str,
     ) -> None:
-        self.step_module, self.wrapped, self.runtime, self.strategy = step_module, wrapped, runtime, strategy
-        self.dp_rank, self.dp_size = runtime.rank, runtime.world_size
+        self.step_module = step_module
+        self.wrapped = wrapped
+        self.runtime = runtime
+        self.strategy = strategy
+        self.dp_rank = runtime.rank
+        self.dp_size = runtime.world_size
         self.trainable = trainable_parameters(step_module)
         self.optimizer = make_optimizer(self.trainable)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.max_grad_norm = max_grad_norm
         self.precision = precision
         device = runtime.device
+        # All of these stay on the device: reading one would make the host wait for the step.
         self.scale = torch.full((), 2.0**16, device=device) if precision is Precision.fp16 else None
+        """The loss scale; None except in fp16."""
         self._steps_since_overflow = torch.zeros((), device=device)
         self._updates = torch.zeros((), device=device)
+        """Updates that were applied: fewer than `_steps` if some were skipped."""
         self._steps = 0
         plan = plan_of(step_module)
         self.hooks = plan.optimizer_hooks
         assert self.hooks is None or self.replicated, "refused when a run is composed"
         self.average: WeightAverage | None = None
         if plan.ema_decay:
-            self.average = WeightAverage(plan.ema_decay, [self._local(p.detach()) for _, p in self.trainable])
+            weights = [self._local(parameter.detach()) for _, parameter in self.trainable]
+            self.average = WeightAverage(plan.ema_decay, weights)
 
     def close(self) -> None:
         """Let go of gradients and optimizer state. See `Engine.close`."""
@@ -90,7 +98,9 @@ class NativeEngine:
             return self.wrapped(batch)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        (loss if self.scale is None else loss * self.scale).backward()
+        if self.scale is not None:
+            loss = loss * self.scale
+        loss.backward()
 
     @contextmanager
     def inference(self, *, averaged: bool = True) -> Iterator[nn.Module]:
@@ -104,7 +114,10 @@ class NativeEngine:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The averaged weights, ours or those of an optimizer that trains others (schedule-free); afterwards the very others."""
+        """Put averaged weights in place: our own average, or that of an optimizer (schedule-free). Then restore the trained ones.
+
+        They come back bit for bit.
+        """
         if self.average is not None:
             with self._swapped(self.average):
                 yield
@@ -112,8 +125,9 @@ class NativeEngine:
         if not hasattr(self.optimizer, "eval"):
             yield
             return
-        trained = [self._local(p.detach()) for _, p in self.trainable]
-        trained_copies = [weight.clone() for weight in trained]  # swapping back by arithmetic would round
+        trained = [self._local(parameter.detach()) for _, parameter in self.trainable]
+        # The optimizer could compute the trained weights back from the averages, but that would round.
+        trained_copies = [weight.clone() for weight in trained]
         self.optimizer.eval()
         try:
             yield
@@ -133,28 +147,30 @@ class NativeEngine:
             self._weights_changed()
 
     def _weights_changed(self) -> None:
-        """The weights were changed outside a step: drop what was gathered of them."""
+        """Called after weights were changed outside a step: sharding engines drop what they have gathered of them."""
 
     # -- update --------------------------------------------------------------------------------------------------
 
     def _local(self, tensor: Tensor) -> Tensor:
-        """The part of a parameter or gradient that lies on this rank, as a plain tensor."""
+        """This rank's part of a parameter or gradient, as a plain tensor."""
         return tensor
 
     def _reduce_norm(self, squared: Tensor) -> Tensor:
-        """Sum the squared norms of what each rank holds; the identity where every rank holds everything."""
+        """Sum the ranks' squared norms. Here the identity, because every rank holds everything."""
         return squared
 
     def _grad_norm(self, grads: list[Tensor]) -> Tensor:
+        """Global L2 norm. A rank without gradients takes part all the same: the sum may be a collective."""
         if not grads:
             return self._reduce_norm(torch.zeros((), device=self.runtime.device)).sqrt()
         return self._reduce_norm(squared_norm(grads).to(self.runtime.device)).sqrt()
 
     @torch.no_grad()
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
-        """Clip to the global norm and update, unless a gradient is not finite or `update_filter` leaves the update out.
+        """Clip to the global norm and update, unless a gradient is not finite or `update_filter` skips the update.
 
-        With torch's fused optimizers nothing here waits for the device; the others must know first whether to step.
+        With torch's fused optimizers nothing here waits for the device. Other optimizers must know first whether to step, so
+        the host reads the answer.
         """
         if self.hooks is not None:
             self.hooks.before_clip(self.scale)
@@ -162,7 +178,10 @@ class NativeEngine:
         norm = self._grad_norm(grads)
         if self.scale is not None:
             norm = norm / self.scale
+        # One gradient that is not finite makes the whole norm so, on all ranks alike.
         finite = torch.isfinite(norm)
+
+        # Clipping and undoing the loss scale are one multiplication.
         if self.max_grad_norm > 0:
             factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         else:
@@ -172,12 +191,14 @@ class NativeEngine:
         if grads and (self.max_grad_norm > 0 or self.scale is not None):
             factor_beside = factor.to(grads[0].device)
             multiply_each(grads, factor_beside)
+
         applied = finite if update_filter is None else finite & ~update_filter(norm)
         self._update(applied, lr_factor)
         self._steps += 1
         if self.hooks is not None:
             self.hooks.after_update(self._steps, finite=bool(applied))
         self.optimizer.zero_grad(set_to_none=True)
+
         self._updates += applied
         if self.average is not None:
             self.average.update(self._updates, applied)
@@ -186,6 +207,7 @@ class NativeEngine:
         return StepResult(grad_norm=norm.float(), skipped=(~applied).float())
 
     def _update(self, applied: Tensor, lr_factor: float) -> None:
+        """Let the optimizer step at this step's rates if `applied`, a 0-d bool tensor, is true."""
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
         if self._skips_on_device():
@@ -196,10 +218,15 @@ class NativeEngine:
             self.optimizer.step()
 
     def _beside_parameters(self, flag: Tensor) -> Tensor:
-        """Where they are, on the host where they are offloaded: torch's optimizers would copy it there and not wait for that."""
-        return flag.to(self._local(self.trainable[0][1]).device)
+        """`flag` on the device of the parameters, which is the host if they are offloaded.
+
+        torch's optimizers would copy it there themselves, but not wait for the copy.
+        """
+        _, first_parameter = self.trainable[0]
+        return flag.to(self._local(first_parameter).device)
 
     def _skips_on_device(self) -> bool:
+        """Whether the optimizer's kernels look at `found_inf` themselves, as torch's fused ones do."""
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
     def _adjust_scale(self, finite: Tensor) -> None:
@@ -207,19 +234,22 @@ class NativeEngine:
         assert self.scale is not None
         self._steps_since_overflow = torch.where(finite, self._steps_since_overflow + 1, 0.0)
         grow = self._steps_since_overflow >= _GROWTH_INTERVAL
-        self.scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
+        grown = torch.where(grow, self.scale * 2, self.scale)
+        self.scale = torch.where(finite, grown, self.scale / 2)
         self._steps_since_overflow = torch.where(grow, 0.0, self._steps_since_overflow)
 
     # -- training state ------------------------------------------------------------------------------------------
 
     def _local_range(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        """This rank's part of a parameter (or moment of it), flattened, and where it starts in the whole."""
+        """(this rank's part of a parameter, flattened, its first index in the flattened full parameter)."""
         return parameter.view(-1), 0
 
     def _flat_ranges(self, *, writing: bool) -> Iterator[FlatRange]:
+        """What this rank writes (`writing`) or reads of the training state, one trainable parameter after the other."""
         for number, (name, parameter) in enumerate(self.trainable):
             flat, start = self._local_range(parameter)
-            tensors, whole_states = {"weight": flat.detach()}, dict[str, Tensor]()
+            tensors = {"weight": flat.detach()}
+            whole_states: dict[str, Tensor] = {}
             for key, moment in self.optimizer.state.get(parameter, {}).items():
                 if not torch.is_tensor(moment) or moment.dim() == 0:
                     continue
@@ -230,23 +260,28 @@ class NativeEngine:
             if self.average is not None:
                 tensors[EMA_KEY] = self.average.averages[number].reshape(-1)
             if self.hooks is not None:
-                tensors |= {key: moment.view(-1) for key, moment in self.hooks.state_of(name).items()}
-            if writing and self.replicated:  # each rank writes its share, so that no rank writes everything
-                low, high = (flat.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
-                tensors = {key: moment[low:high] for key, moment in tensors.items()}
-                start = low
+                for key, hook_state in self.hooks.state_of(name).items():
+                    tensors[key] = hook_state.view(-1)
+
+            if writing and self.replicated:
+                # Every rank has everything: each writes its share, so that no rank writes it all.
+                start = flat.numel() * self.dp_rank // self.dp_size
+                stop = flat.numel() * (self.dp_rank + 1) // self.dp_size
+                tensors = {key: tensor[start:stop] for key, tensor in tensors.items()}
             yield FlatRange(name, parameter.numel(), start, tensors, write=self._writes_checkpoint())
-            for (
-                key,
-                moment,
-            ) in whole_states.items():  # factored moments and the like: whole, and the same, on every rank
+            # Factored moments have another shape than the parameter. They are full, and the same, on every rank.
+            for key, moment in whole_states.items():
                 yield FlatRange(name, moment.numel(), 0, {key: moment}, write=self.runtime.is_main)
 
     def _writes_checkpoint(self) -> bool:
+        """Whether this rank writes its ranges: of several replicas one does."""
         return True
 
     def _ensure_moments(self) -> None:
-        """Create the optimizer's state: a step with zero gradients at rate 0, which moves nothing and counts for nothing."""
+        """Create the optimizer's state before it is saved or loaded: optimizers make theirs in the first step.
+
+        A step with zero gradients at rate 0 does it. It moves no weight, and `_set_step` makes it count for nothing.
+        """
         if any(self.optimizer.state.values()):
             return
         groups = self.optimizer.param_groups
@@ -264,7 +299,7 @@ class NativeEngine:
         self._set_step(0)
 
     def _set_step(self, updates: int) -> None:
-        """Tell the optimizer how many updates were applied, which bias correction counts."""
+        """Set the optimizer's count of applied updates, which bias correction uses."""
         for state in self.optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"].fill_(updates)
@@ -272,7 +307,7 @@ class NativeEngine:
                 state["step"] = updates
 
     def state(self, progress: Progress) -> RankState:
-        """The training state as it is now, to be written. All ranks must call. See `Engine.state`."""
+        """The training state of this moment, ready to be written. All ranks must call. See `Engine.state`."""
         self._ensure_moments()
         header = StateHeader(
             progress=progress,
@@ -280,13 +315,13 @@ class NativeEngine:
             world_size=self.runtime.world_size,
             strategy=str(self.strategy),
             loss_scale=None if self.scale is None else float(self.scale),
-            groups=[{key: g[key] for key in _GROUP_STATE if key in g} for g in self.optimizer.param_groups],
+            groups=[_group_state(group) for group in self.optimizer.param_groups],
         )
         return RankState(self._flat_ranges(writing=True), header.json(), self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
-        """Read the training state written by any strategy at any world size, between two steps. All ranks must call."""
+        """Read a training state, whatever strategy and world size wrote it. All ranks must call. See `Engine.load`."""
         self._ensure_moments()
         header = load_state(path, self._flat_ranges(writing=False), self.runtime)
         self._updates.fill_(header.optimizer_steps)
@@ -295,7 +330,7 @@ class NativeEngine:
         if self.hooks is not None:
             self.hooks.restored()
         for group, saved_group in zip(self.optimizer.param_groups, header.groups, strict=False):
-            group.update({key: saved_group[key] for key in _GROUP_STATE if key in saved_group})
+            group.update(_group_state(saved_group))
         if self.scale is not None and header.loss_scale is not None:
             self.scale.fill_(header.loss_scale)
             self._steps_since_overflow.zero_()
@@ -303,14 +338,22 @@ class NativeEngine:
         return header.progress
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """Full parameters one by one, on the CPU, under plain names; None on all ranks but 0."""
+        """(plain name, full parameter on the CPU), one by one. All ranks must exhaust it. See `Engine.gather`."""
         parameters = self.trainable if trainable_only else list(named_parameters(self.step_module))
         with self._averaged():
             for name, parameter in parameters:
                 full = self._full_parameter(parameter)
-                # A copy where the live weights are about to change back.
-                yield name, full.detach().to("cpu", copy=True) if self.runtime.is_main else None
+                if not self.runtime.is_main:
+                    yield name, None
+                    continue
+                # Always a copy: on a CPU the averaged weights in place now are about to change back.
+                yield name, full.detach().to("cpu", copy=True)
 
     def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
         """The full parameter. All ranks must call."""
         return parameter
+
+
+def _group_state(group: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of a parameter group."""
+    return {key: group[key] for key in _GROUP_STATE if key in group}

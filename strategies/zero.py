@@ -56,49 +56,53 @@ from strategies.zero_masters import Fp32Masters
 
 
 class ZeroEngine:
-    """A DeepSpeed engine that steps when it is told to and reports what it did."""
+    """Drives a DeepSpeed engine through the `Engine` interface: accumulation, skipping and state are decided here."""
 
     host_memory: HostMemory | None = None
 
     def __init__(self, step_module: nn.Module, engine: Any, config: ZeroConfig, runtime: Runtime) -> None:
-        self.step_module, self.engine, self.config, self.runtime = step_module, engine, config, runtime
-        self.dp_rank, self.dp_size = runtime.rank, runtime.world_size
+        self.step_module = step_module
+        self.engine = engine
+        self.config = config
+        self.runtime = runtime
+        self.dp_rank = runtime.rank
+        self.dp_size = runtime.world_size
         self.trainable: list[tuple[str, Any]] = list(trainable_parameters(step_module))
         self.base_lrs = [group["lr"] for group in engine.optimizer.param_groups]
         self.device_clipping: DeviceClipping | None = None
-        """Set where DeepSpeed leaves clipping and skipping to us."""
+        """Set if DeepSpeed leaves clipping and skipping to us."""
         self.update_gate = UpdateGate(engine.optimizer, runtime.device)
         self._updates = torch.zeros((), device=runtime.device)
         self.masters = Fp32Masters(engine, config.stage, runtime.rank, self.trainable)
         self.average: WeightAverage | None = None
-        """Of the fp32 masters, where the run asks for one."""
-        self.full_parameters = (
-            ZeroFullParameters(step_module, engine.optimizer.parameter_offload)
-            if config.stage == 3
-            else FullParameters()
-        )
+        """Of the fp32 masters; None if the run has no average."""
+        if config.stage == 3:
+            self.full_parameters: FullParameters = ZeroFullParameters(step_module, engine.optimizer.parameter_offload)
+        else:
+            self.full_parameters = FullParameters()
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         self.engine.set_gradient_accumulation_boundary(last)
         return self.engine(batch)
 
     def close(self) -> None:
-        """Give up parameters, gradients and optimizer state. See `Engine.close`."""
+        """Free parameters, gradients and optimizer state. See `Engine.close`."""
         free_engine_memory(self.engine)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
+        # The loss is divided already (`strategies/base.py`): DeepSpeed is not to divide by the accumulation steps again.
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
-        """Clip, update and zero, and let the average follow. See `Engine.step`."""
+        """Clip, update and zero; then update the average. See `Engine.step`."""
         step_result = self._step(lr_factor, update_filter)
         if self.average is not None:
             self.average.update(self._updates, 1 - step_result.skipped)
         return step_result
 
     def _step(self, lr_factor: float, update_filter: UpdateFilter | None) -> StepResult:
-        """Clip, update and zero. Where it decides on skipping, DeepSpeed waits for the device to do so."""
+        """Clip, update and zero. If DeepSpeed decides on skipping, the host waits for the device."""
         for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
         if self.device_clipping is not None:
@@ -107,12 +111,16 @@ class ZeroEngine:
             applied = self.device_clipping.applied()
             self._updates += applied
             return StepResult(grad_norm=self.device_clipping.norm(), skipped=(~applied).float())
+
         self.update_gate.begin(update_filter)
         self.engine.step()
         skipped = bool(self.engine.optimizer.overflow) or bool(self.update_gate.skipped)
         self._updates += not skipped
-        engine_norm, device = self.engine.get_global_grad_norm(), self.runtime.device
-        norm = torch.as_tensor(float("nan") if engine_norm is None else engine_norm, dtype=torch.float32, device=device)
+        device = self.runtime.device
+        engine_norm = self.engine.get_global_grad_norm()
+        if engine_norm is None:  # DeepSpeed found an overflow and has computed no norm
+            engine_norm = float("nan")
+        norm = torch.as_tensor(engine_norm, dtype=torch.float32, device=device)
         return StepResult(grad_norm=norm, skipped=torch.tensor(float(skipped), device=device))
 
     @contextmanager
@@ -127,7 +135,7 @@ class ZeroEngine:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The averaged weights, where the run has them; afterwards the very same others. All ranks enter."""
+        """Put the averaged weights in place, if the run has them; then restore the trained ones bit for bit. All ranks enter."""
         if self.average is None:
             yield
             return
@@ -148,19 +156,20 @@ class ZeroEngine:
         return self.masters.flat_ranges(self.average)
 
     def _ensure_moments(self) -> None:
-        """Create the inner optimizer's state: a step with zero gradients at rate 0."""
+        """Create the inner optimizer's state before it is saved or loaded: a step with zero gradients at rate 0."""
         inner = self.engine.optimizer.optimizer
         if inner.state:
             return
-        parameters = [p for group in inner.param_groups for p in group["params"]]
-        lrs = [group["lr"] for group in inner.param_groups]
         groups = inner.param_groups
-        # Stage 3 hands its sub-groups to the optimizer one at a time; the state belongs to the flat tensors all the same.
+        lrs = [group["lr"] for group in groups]
+        original_parameters = [group["params"] for group in groups]
         flats = self._flat_groups()
         for group in groups:
             group["lr"] = 0.0
-        original_parameters = [group["params"] for group in groups]
-        if {id(p) for p in parameters} != {id(f) for f in flats}:
+        # In a real step stage 3 hands its sub-groups to the optimizer one at a time. The state belongs to the flat tensors all
+        # the same, so they stand in for the parameters here.
+        parameter_ids = {id(parameter) for parameters in original_parameters for parameter in parameters}
+        if parameter_ids != {id(flat) for flat in flats}:
             for group in groups:
                 group["params"] = []
             groups[0]["params"] = list(flats)
@@ -171,22 +180,23 @@ class ZeroEngine:
             flat.grad = None
         self._set_step(0)
         for group, lr, parameters_of_group in zip(groups, lrs, original_parameters, strict=True):
-            group["lr"], group["params"] = lr, parameters_of_group
+            group["lr"] = lr
+            group["params"] = parameters_of_group
 
     def _set_step(self, updates: int) -> None:
-        """Tell the inner optimizer how many updates were applied, where it counts them."""
+        """Set the inner optimizer's count of applied updates, which bias correction uses, if it has one."""
         inner = self.engine.optimizer.optimizer
         for flat in self._flat_groups():
             if "step" in inner.state.get(flat, {}):
                 inner.state[flat]["step"].fill_(updates)
 
     def _scaler(self) -> Any:
-        """DeepSpeed's dynamic loss scaler, None where there is none."""
+        """DeepSpeed's dynamic loss scaler (fp16); None if there is none."""
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
 
     def state(self, progress: Progress) -> RankState:
-        """The training state as it is now, to be written. All ranks must call. See `Engine.state`."""
+        """The training state of this moment, ready to be written. All ranks must call. See `Engine.state`."""
         self._ensure_moments()
         scaler = self._scaler()
         header = StateHeader(
@@ -200,51 +210,46 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
-        """Read the training state written by any strategy at any world size, between two steps. All ranks must call."""
+        """Read a training state, whatever strategy and world size wrote it. All ranks must call. See `Engine.load`."""
         self._ensure_moments()
         header = load_state(path, self._flat_ranges(), self.runtime)
         self._updates.fill_(header.optimizer_steps)
         self._set_step(header.optimizer_steps)
-        if header.loss_scale is not None and (scaler := self._scaler()) is not None:
+        scaler = self._scaler()
+        if header.loss_scale is not None and scaler is not None:
             scaler.cur_scale = header.loss_scale
         self.refresh_compute_copies()
         return header.progress
 
     @torch.no_grad()
     def refresh_compute_copies(self) -> None:
-        """Bring the parameters that the forward pass uses up to their fp32 masters. All ranks must call."""
+        """Copy the fp32 masters to the parameters that the forward pass uses. All ranks must call."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
-        if self.config.stage == 3:  # a forward pass before this may have left old values gathered
+        if self.config.stage == 3:
+            # An earlier forward pass may have left old values gathered.
             self.engine.optimizer.parameter_offload.partition_all_parameters()
-        for _, p in self.trainable:
+        for _, parameter in self.trainable:
             if self.config.stage == 3:
-                p.ds_tensor.data.copy_(safe_get_local_fp32_param(p).to(p.ds_tensor.dtype))
+                shard = parameter.ds_tensor
+                shard.data.copy_(safe_get_local_fp32_param(parameter).to(shard.dtype))
             else:
-                p.data.copy_(safe_get_full_fp32_param(p).view_as(p))
+                parameter.data.copy_(safe_get_full_fp32_param(parameter).view_as(parameter))
 
     @torch.no_grad()
     def set_masters(self, source: ParameterSource) -> None:
-        """Give the fp32 masters their exact initial values: they were cloned from rounded compute copies."""
+        """Give the fp32 masters their exact initial values: DeepSpeed cloned them from rounded compute copies."""
+        shapes = {name: _full_shape(parameter) for name, parameter in self.trainable}
         for flat_range in self._flat_ranges():
             master = flat_range.tensors["weight"]
             if master.numel():
-                shape = torch.Size([flat_range.numel])
-                master.copy_(
-                    source.run(
-                        flat_range.name,
-                        self._shapes.get(flat_range.name, shape),
-                        flat_range.start,
-                        flat_range.start + master.numel(),
-                    )
-                )
-
-    @property
-    def _shapes(self) -> dict[str, torch.Size]:
-        return {name: getattr(p, "ds_shape", p.shape) for name, p in self.trainable}
+                name = flat_range.name
+                shape = shapes.get(name, torch.Size([flat_range.numel]))
+                start = flat_range.start
+                master.copy_(source.run(name, shape, start, start + master.numel()))
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """Full parameters one by one, on the CPU, under plain names (masters where they train); None on all ranks but 0."""
+        """(plain name, full parameter on the CPU), one by one: fp32 masters for those that train. See `Engine.gather`."""
         with self._averaged():
             yield from self._gather(trainable_only=trainable_only)
 
@@ -252,24 +257,35 @@ class ZeroEngine:
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        trainable = {id(p) for _, p in self.trainable}
-        for name, p in named_parameters(self.step_module):
-            if id(p) in trainable:
-                master = safe_get_full_fp32_param(p).view(getattr(p, "ds_shape", p.shape))
-                yield name, master.cpu() if self.runtime.is_main else None
-            elif not trainable_only and self.config.stage == 3:
-                with deepspeed.zero.GatheredParameters([p]):
-                    full = p.detach().cpu().clone() if self.runtime.is_main else None
+        is_main = self.runtime.is_main
+        trainable_ids = {id(parameter) for _, parameter in self.trainable}
+        for name, parameter in named_parameters(self.step_module):
+            if id(parameter) in trainable_ids:
+                # All ranks gather, whoever takes the result.
+                master = safe_get_full_fp32_param(parameter).view(_full_shape(parameter))
+                yield name, master.cpu() if is_main else None
+            elif trainable_only:
+                continue
+            elif self.config.stage == 3:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    full = parameter.detach().cpu().clone() if is_main else None
                 yield name, full
-            elif not trainable_only:
-                yield name, p.detach().cpu() if self.runtime.is_main else None
+            else:
+                yield name, parameter.detach().cpu() if is_main else None
+
+
+def _full_shape(parameter: Any) -> torch.Size:
+    """Stage 3 leaves an empty tensor in the place of a parameter, and its shape in `ds_shape`."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class ZeroStrategy:
     """Builds a DeepSpeed engine; stage 3 partitions block by block, so that no rank ever holds the whole model."""
 
     def __init__(self, config: ZeroConfig, precision: Precision, runtime: Runtime) -> None:
-        self.config, self.precision, self.runtime = config, precision, runtime
+        self.config = config
+        self.precision = precision
+        self.runtime = runtime
         self.on_cpu = runtime.kind == "cpu"
         if self.on_cpu and precision is Precision.fp16:
             raise ConfigError(
@@ -295,27 +311,23 @@ class ZeroStrategy:
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=compute, frozen=compute)
         apply_to_blocks(step_module, self.config)
+        trained = sum(parameter.numel() for _, parameter in trainable_parameters(step_module))
         settings_for = partial(
             deepspeed_config,
             self.config,
             precision=self.precision,
             max_grad_norm=max_grad_norm,
             on_cpu=self.on_cpu,
-            trained_per_rank=sum(p.numel() for _, p in trainable_parameters(step_module)) // self.runtime.world_size,
+            trained_per_rank=trained // self.runtime.world_size,
         )
-        settings = settings_for()
         if self.config.stage == 3:
-            if not settings["zero_optimization"]["memory_efficient_linear"]:
-                restore_linear()
-            for module in step_module.modules():  # parameters are gathered when their own module runs, and only then
-                if getattr(module, "fused", False):
-                    module.fused = False  # type: ignore[assignment]
-            keep_together(step_module)
-            to_drive = self.config.offload_parameters == "nvme"
-            load_partitioned(step_module, source, settings, compute, self.runtime, to_drive=to_drive)
+            self._partition(step_module, source, settings_for(), compute)
         else:
             materialize(step_module, self.runtime.device)
             fill_in_full(step_module, source)
+
+        # Whether steps are decided on the device depends on the optimizer, and the optimizer on the partitioned parameters:
+        # the settings are made again.
         optimizer = make_optimizer(trainable_parameters(step_module))
         on_device = steps_on_device(self.config, self.precision, optimizer)
         settings = settings_for(on_device=on_device)
@@ -327,12 +339,28 @@ class ZeroStrategy:
         set_group_timeouts(self.runtime)
         if (self.on_cpu or on_device) and hasattr(engine.optimizer, "get_grad_norm_direct"):
             engine.optimizer.get_grad_norm_direct = partial(global_norm, device=self.runtime.device)
+
         zero_engine = ZeroEngine(step_module, engine, self.config, self.runtime)
         if on_device:
             zero_engine.device_clipping = DeviceClipping(engine.optimizer, max_grad_norm, self.runtime.device)
         zero_engine.host_memory = memory
         if self.precision is not Precision.fp32:
             zero_engine.set_masters(source)
-        if decay := plan_of(step_module).ema_decay:
-            zero_engine.average = WeightAverage(decay, zero_engine._flat_groups())
+        ema_decay = plan_of(step_module).ema_decay
+        if ema_decay:
+            zero_engine.average = WeightAverage(ema_decay, zero_engine._flat_groups())
         return zero_engine
+
+    def _partition(
+        self, step_module: nn.Module, source: ParameterSource, settings: dict[str, Any], compute: torch.dtype
+    ) -> None:
+        """Stage 3: partition the parameters and load this rank's parts. All ranks must call."""
+        if not settings["zero_optimization"]["memory_efficient_linear"]:
+            restore_linear()
+        # Parameters are gathered only while their own module runs: no module may compute with those of another.
+        for module in step_module.modules():
+            if getattr(module, "fused", False):
+                module.fused = False  # type: ignore[assignment]
+        keep_together(step_module)
+        to_drive = self.config.offload_parameters == "nvme"
+        load_partitioned(step_module, source, settings, compute, self.runtime, to_drive=to_drive)

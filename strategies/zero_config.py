@@ -1,4 +1,4 @@
-"""Typed ZeRO settings to DeepSpeed's own dictionary: a pure function, so that each number has one owner."""
+"""Turns our ZeRO settings into DeepSpeed's dictionary: a pure function, so that each number has one owner."""
 
 from __future__ import annotations
 
@@ -8,36 +8,32 @@ from strategies.base import ActivationCheckpointing, Precision, ZeroConfig
 
 MIB = 2**20
 MAX_LIVE_PARAMETERS = int(1e9)
-"""Parameters that stage 3 keeps gathered at most beside those in use, and over how many to the next use it keeps them."""
+"""Limit of elements that stage 3 keeps gathered beyond those in use. Also the distance to their next use, in elements, up to
+which it keeps them. Large: gathered parameters are kept until the next pass needs the room."""
 
 
-def _offload(target: str, nvme_path: str | None) -> dict[str, Any] | None:
-    if target == "none":
-        return None
-    section: dict[str, Any] = {"device": target, "pin_memory": True}
-    if target == "nvme":
-        section["nvme_path"] = nvme_path
-    return section
-
-
-def _offloads(config: ZeroConfig, *, on_cpu: bool) -> dict[str, Any]:
-    sections = {
-        "offload_optimizer": _offload(config.offload_optimizer, config.nvme_path),
-        "offload_param": _offload(config.offload_parameters, config.nvme_path),
-    }
-    used_sections = {key: section for key, section in sections.items() if section is not None}
-    return {key: {**section, "pin_memory": not on_cpu} for key, section in used_sections.items()}
+def _offload_sections(config: ZeroConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """DeepSpeed's sections for what is offloaded; a section that is left out means that nothing is."""
+    sections: dict[str, Any] = {}
+    targets = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
+    for name, target in targets.items():
+        if target == "none":
+            continue
+        sections[name] = {"device": target, "pin_memory": not on_cpu}
+        if target == "nvme":
+            sections[name]["nvme_path"] = config.nvme_path
+    return sections
 
 
 def steps_on_device(config: ZeroConfig, precision: Precision, optimizer: Any) -> bool:
-    """Whether clipping and skipping can be decided without the host (`DeviceClipping`)."""
+    """Whether clipping and skipping can be decided on the device, without the host (`DeviceClipping`)."""
     fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
     return fused and config.stage == 2 and precision is Precision.bf16 and config.offload_optimizer == "none"
 
 
 NO_LEAF_MODULES: dict[str, Any] = {"classes": []}
-"""By default some blocks of experts are gathered whole, and reduced by a hook that fires before there are gradients where
-nothing below them trains. A layer's experts are one module here: none is left ungathered."""
+"""DeepSpeed's default gathers some blocks of experts as one, and reduces their gradients in a hook that fires too early if
+nothing below them trains. Here a layer's experts are one module anyway, so that none is left ungathered."""
 
 
 def deepspeed_config(
@@ -49,9 +45,9 @@ def deepspeed_config(
     trained_per_rank: int = 0,
     on_device: bool = False,
 ) -> dict[str, Any]:
-    """The dictionary given to `deepspeed.initialize`; `trained_per_rank` is the number of trained elements of one rank.
+    """The dictionary for `deepspeed.initialize`.
 
-    `on_device`: DeepSpeed leaves clipping and skipping to us.
+    `trained_per_rank`: trained elements of one rank. `on_device`: DeepSpeed leaves clipping and skipping to us.
 
     Batch sizes are placeholders: the loop hands over micro-batches and marks the last one itself
     (`set_gradient_accumulation_boundary`), and losses arrive already divided.
@@ -62,15 +58,15 @@ def deepspeed_config(
     zero: dict[str, Any] = {
         "stage": config.stage,
         "overlap_comm": not on_cpu,
-        # Copies gradients into one buffer against fragments, which host memory does not suffer from.
+        # Copies gradients into one buffer, against fragmentation. Host memory does not suffer from that.
         "contiguous_gradients": not on_cpu or config.offload_optimizer != "none",
         "reduce_bucket_size": numel,
         "allgather_bucket_size": numel,
-        # Each part of a bucket to the rank that keeps it is half of an all-reduce's traffic, in as many calls as a bucket has
-        # owners: where those are few. Through host memory all ranks read the same bucket anyway.
+        # False: each part of a bucket goes to the rank that keeps it. That is half the traffic of an all-reduce, but takes a call
+        # for each owner, so it pays only if a bucket has few owners. Through host memory all ranks read the bucket anyway.
         "use_multi_rank_bucket_allreduce": on_cpu or trained_per_rank < numel // 4,
     }
-    zero |= _offloads(config, on_cpu=on_cpu)
+    zero |= _offload_sections(config, on_cpu=on_cpu)
     if config.stage == 3:
         zero["stage3_param_persistence_threshold"] = config.persistence_threshold
         zero["stage3_prefetch_bucket_size"] = config.prefetch_mib * MIB // 2
@@ -93,7 +89,7 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     if precision is Precision.bf16:
-        # Stage 1 adds each gradient to an fp32 sum, whole on every rank, and would keep those in bf16 beside it.
+        # Stage 1 adds each gradient to a full fp32 sum on every rank, and without `immediate_grad_update` keeps those in bf16 too.
         settings["bf16"] = {"enabled": True, "check_grad_overflow": not on_device, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"

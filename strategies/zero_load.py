@@ -22,36 +22,46 @@ def load_partitioned(
     *,
     to_drive: bool,
 ) -> None:
-    """Block by block: allocate, let `zero.Init` partition, and read what this rank holds. All ranks must call.
+    """Block by block: allocate, let `zero.Init` partition, and read this rank's part. All ranks must call.
 
-    What moves to a drive while it is partitioned (`to_drive`) is filled before, on rank 0, and broadcast. `settings` are
-    DeepSpeed's, `dtype` is the type of the run.
+    With `to_drive`, `zero.Init` moves a parameter to a drive as soon as it is partitioned. Such parameters are filled before,
+    on rank 0, and DeepSpeed broadcasts them. `settings`: DeepSpeed's own; `dtype`: the type that the run computes in.
     """
     import deepspeed
 
-    names = {id(p): name for name, p in named_parameters(step_module, teacher=True)}
+    names = {id(parameter): name for name, parameter in named_parameters(step_module, teacher=True)}
+    # The root comes last: what is on meta then belongs to no block.
     for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
-        names_of_allocated: dict[int, str] = {}
-        owners = [(o, key, p) for o in module.modules() for key, p in own_parameters(o).items() if p is not None]
-        allocated: dict[int, nn.Parameter] = {}
-        for owner, key, p in owners:
-            if not p.is_meta or hasattr(p, "ds_id"):
+        allocated: dict[int, nn.Parameter] = {}  # by the id of the meta parameter, so that ties are kept
+        for owner, key, meta in _own_parameters_below(module):
+            if not meta.is_meta or hasattr(meta, "ds_id"):  # an earlier block's, partitioned already
                 continue
-            if id(p) not in allocated:
-                full = nn.Parameter(torch.empty_like(p.data, device=runtime.device), p.requires_grad)
-                allocated[id(p)], names_of_allocated[id(p)] = full, names[id(p)]
+            if id(meta) not in allocated:
+                full = nn.Parameter(torch.empty_like(meta.data, device=runtime.device), meta.requires_grad)
+                allocated[id(meta)] = full
                 if to_drive and runtime.is_main:
-                    full.data.view(-1).copy_(source.run(names[id(p)], p.shape, 0, p.numel()))
-            own_parameters(owner)[key] = allocated[id(p)]
+                    full.data.view(-1).copy_(source.run(names[id(meta)], meta.shape, 0, meta.numel()))
+            own_parameters(owner)[key] = allocated[id(meta)]
         if allocated:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
-        for identity, parameter in allocated.items() if not to_drive else ():
-            _fill(parameter, names_of_allocated[identity], source, runtime.rank)
+        if not to_drive:
+            for meta_id, parameter in allocated.items():
+                _fill(parameter, names[meta_id], source, runtime.rank)
     replace_buffers(step_module, lambda buffer: buffer.to(runtime.device))
 
 
+def _own_parameters_below(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """(owner, name in the owner, parameter) for `module` and everything in it. A list: the caller replaces parameters."""
+    found = []
+    for owner in module.modules():
+        for key, parameter in own_parameters(owner).items():
+            if parameter is not None:
+                found.append((owner, key, parameter))
+    return found
+
+
 def keep_together(step_module: nn.Module) -> None:
-    """Let modules of the classes in the plan's `gathered_as_one` be gathered with all their parts, once a call."""
+    """Let modules of the classes in `StepPlan.gathered_as_one` be gathered with their submodules, once a call."""
     from deepspeed.utils import set_z3_leaf_module
 
     classes = plan_of(step_module).gathered_as_one
@@ -62,9 +72,10 @@ def keep_together(step_module: nn.Module) -> None:
 
 @torch.no_grad()
 def _fill(parameter: Any, name: str, source: ParameterSource, rank: int) -> None:
-    """Read this rank's part of a partitioned parameter; the last part may end in padding."""
+    """Read this rank's part of a partitioned parameter. The last ranks' parts may end in padding, or be nothing else."""
     part = parameter.ds_tensor
     start = part.ds_numel * rank
     stop = min(start + part.ds_numel, parameter.ds_numel)
     if start < stop:
-        part.data.view(-1)[: stop - start].copy_(source.run(name, parameter.ds_shape, start, stop))
+        values = source.run(name, parameter.ds_shape, start, stop)
+        part.data.view(-1)[: stop - start].copy_(values)

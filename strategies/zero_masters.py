@@ -1,8 +1,9 @@
-"""This rank's fp32 masters and moments inside a DeepSpeed engine, parameter by parameter."""
+"""Finds this rank's fp32 masters and moments inside a DeepSpeed engine, parameter by parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,54 +18,74 @@ class Fp32Masters:
     """The flat partitions that the inner optimizer steps on, and where each parameter lies in them."""
 
     def __init__(self, engine: Any, stage: int, dp_rank: int, trainable: list[tuple[str, Any]]) -> None:
-        self.engine, self.stage, self.dp_rank, self.trainable = engine, stage, dp_rank, trainable
+        self.engine = engine
+        self.stage = stage
+        self.dp_rank = dp_rank
+        self.trainable = trainable
 
     def flat_groups(self) -> list[Tensor]:
         """The fp32 master partitions that the inner optimizer steps on."""
         optimizer = self.engine.optimizer
         if self.stage == 3:
             return optimizer.fp32_partitioned_groups_flat
-        if hasattr(optimizer, "bf16_groups"):  # of another class, which DeepSpeed takes for stage 1 in bf16
+        if hasattr(optimizer, "bf16_groups"):  # another class, which DeepSpeed uses for stage 1 in bf16
             return optimizer.fp32_groups_flat_partition
         return optimizer.single_partition_of_fp32_groups
 
     def flat_ranges(self, average: WeightAverage | None) -> Iterator[FlatRange]:
         """This rank's part of the masters, moments and average, parameter by parameter, as views."""
-        names = {id(p): name for name, p in self.trainable}
-        optimizer, flats = self.engine.optimizer, self.flat_groups()
-        moments_by_flat = [self._moments(flat) for flat in flats]
-        for moments, group_average in zip(
-            moments_by_flat, average.averages if average is not None else [], strict=False
-        ):
-            moments[EMA_KEY] = group_average
+        groups = []
+        for number, flat in enumerate(self.flat_groups()):
+            tensors = {"weight": flat.data, **self._moments(flat)}
+            if average is not None:
+                tensors[EMA_KEY] = average.averages[number]
+            groups.append(_FlatGroup(tensors))
         if self.stage == 3:
-            for name, p in self.trainable:
-                group, offset, numel = optimizer.grad_position[optimizer.get_param_id(p)]
-                start = min(self.dp_rank * numel, p.ds_numel)
-                local_numel = min(numel, p.ds_numel - start)  # the last partition is padded
-                yield _flat_range(
-                    name, p.ds_numel, start, (flats[group], moments_by_flat[group]), (offset, local_numel)
-                )
-            return
-        groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
-        for flat, moments, parameters in zip(flats, moments_by_flat, groups, strict=True):
-            for p in parameters:
-                name, mapping = names[id(p)], fp32_fragment(p)
-                if mapping is None:
-                    yield _flat_range(name, p.numel(), 0, (flat, moments), (0, 0))
-                else:
-                    inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    yield _flat_range(name, p.numel(), outer.start, (flat, moments), (inner.start, inner.numel))
+            yield from self._ranges_of_stage_3(groups)
+        else:
+            yield from self._ranges_of_stages_1_and_2(groups)
+
+    def _ranges_of_stage_3(self, groups: list[_FlatGroup]) -> Iterator[FlatRange]:
+        """Every rank has a partition of each parameter, all of one length: the last ones end in padding, or are nothing else."""
+        optimizer = self.engine.optimizer
+        for name, parameter in self.trainable:
+            group, offset, partition_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = min(self.dp_rank * partition_numel, parameter.ds_numel)
+            local_numel = min(partition_numel, parameter.ds_numel - start)
+            yield FlatRange(name, parameter.ds_numel, start, groups[group].narrow(offset, local_numel))
+
+    def _ranges_of_stages_1_and_2(self, groups: list[_FlatGroup]) -> Iterator[FlatRange]:
+        """A group's parameters lie one after another, and its flat tensor is cut between the ranks wherever that falls."""
+        optimizer = self.engine.optimizer
+        names = {id(parameter): name for name, parameter in self.trainable}
+        parameter_groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+        for group, parameters in zip(groups, parameter_groups, strict=True):
+            for parameter in parameters:
+                name = names[id(parameter)]
+                fragment = fp32_fragment(parameter)
+                if fragment is None:  # no part of it is on this rank
+                    yield FlatRange(name, parameter.numel(), 0, group.narrow(0, 0))
+                    continue
+                in_flat = fragment.hp_fragment_address
+                in_parameter = fragment.lp_fragment_address
+                tensors = group.narrow(in_flat.start, in_flat.numel)
+                yield FlatRange(name, parameter.numel(), in_parameter.start, tensors)
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:
-        state = self.engine.optimizer.optimizer.state.get(flat, {})
-        return {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim() and v.shape == flat.shape}
+        """The element-wise state that the inner optimizer has for a flat tensor."""
+        moments = {}
+        for key, entry in self.engine.optimizer.optimizer.state.get(flat, {}).items():
+            if torch.is_tensor(entry) and entry.dim() and entry.shape == flat.shape:
+                moments[key] = entry
+        return moments
 
 
-def _flat_range(
-    name: str, numel: int, start: int, of: tuple[Tensor, dict[str, Tensor]], span: tuple[int, int]
-) -> FlatRange:
-    flat, moments = of
-    offset, local_numel = span
-    tensors = {key: value.narrow(0, offset, local_numel) for key, value in {"weight": flat.data, **moments}.items()}
-    return FlatRange(name, numel, start, tensors)
+@dataclass(slots=True)
+class _FlatGroup:
+    """One flat partition: the master weights, their moments and their average, all of one length."""
+
+    tensors: dict[str, Tensor]
+
+    def narrow(self, offset: int, numel: int) -> dict[str, Tensor]:
+        """Views of `numel` elements from `offset` on."""
+        return {key: tensor.narrow(0, offset, numel) for key, tensor in self.tensors.items()}
