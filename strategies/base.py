@@ -135,7 +135,7 @@ class ZeroConfig(StrategyConfig):
 
 UpdateFilter = Callable[["Tensor"], "Tensor"]
 """Decides whether to skip an update. Takes the gradients' global norm before clipping (0-d, on the device). Returns a 0-d bool
-tensor on the same device, equal on all ranks: True to skip. It may communicate: all ranks call it together, at most once a step."""
+tensor on the same device, equal on all ranks: True to skip. It may communicate: all ranks call it, at most once a step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from strategies.runtime import NO_NETWORK, Runtime, gather_objects
 
 
 def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtime) -> Strategy:
-    """The strategy that `config` names; imports only what that one needs. Errors: ConfigError."""
-    alone = config.name in (StrategyName.single, StrategyName.auto)
-    if not alone and not runtime.simulated and dist.get_backend(runtime.control_group) == NO_NETWORK:
+    """The strategy that `config` names. Imports only what that one needs. Errors: ConfigError."""
+    communicates = config.name not in (StrategyName.single, StrategyName.auto)
+    if communicates and not runtime.simulated and dist.get_backend(runtime.control_group) == NO_NETWORK:
         raise ConfigError(
             f"strategy={config.name}: this host has no network, not even a loopback interface, and the process group needs one; "
             "set strategy=single, or bring the interface up (`ip link set lo up`)"
@@ -43,9 +43,10 @@ def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtim
 
 
 def resolve_precision(requested: Precision, runtime: Runtime) -> Precision:
-    """What `auto` means on the GPUs of this job: the best that all of them have. All ranks must call."""
+    """The precision of the run. `auto` is the best one that the GPUs of all ranks have. All ranks must call."""
     if requested is not Precision.auto:
         return requested
     best_by_rank = gather_objects(best_precision(gpu_of(runtime.device)), runtime)
-    # A job with several kinds of GPU takes what the least of them has.
-    return next(p for p in (Precision.fp32, Precision.fp16, Precision.bf16) if p in best_by_rank)
+    # A job with several kinds of GPU takes what the weakest of them has.
+    weakest_first = (Precision.fp32, Precision.fp16, Precision.bf16)
+    return next(precision for precision in weakest_first if precision in best_by_rank)

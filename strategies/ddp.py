@@ -18,7 +18,7 @@ from strategies.single import SingleStrategy, load_in_full
 
 
 class DdpEngine(NativeEngine):
-    """Synchronises on the last micro-batch (or on each, with `strategy.defer_sync=false`)."""
+    """Reduces gradients on the last micro-batch of a step, or on each one with `strategy.defer_sync=false`."""
 
     wrapped: DistributedDataParallel
     defer_sync: bool = True
@@ -30,7 +30,7 @@ class DdpEngine(NativeEngine):
 
 
 def _reduce_bucket(memory: HostMemory, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """The mean of a bucket of gradients, at once: a thread that sends in the background would take the same core."""
+    """Average a bucket of gradients before returning: a thread that sends in the background would take the same core."""
     memory.all_reduce(bucket.buffer(), average=True)
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
@@ -38,7 +38,7 @@ def _reduce_bucket(memory: HostMemory, bucket: GradBucket) -> torch.futures.Futu
 
 
 class DdpStrategy(SingleStrategy):
-    """`single` on every rank, plus the all-reduce."""
+    """Does what `single` does on every rank, and all-reduces the gradients."""
 
     config: DdpConfig
 
@@ -65,7 +65,7 @@ class DdpStrategy(SingleStrategy):
         if self.runtime.simulated:
             reduce_without_reading(wrapped)
         elif memory is not None:
-            # A lambda, since torch compares the annotations of a function, which are strings here, with its own types.
+            # A lambda has no annotations: torch compares a hook's annotations with types, and ours would be strings.
             wrapped.register_comm_hook(memory, lambda memory, bucket: _reduce_bucket(memory, bucket))
         engine = DdpEngine(
             step_module,
@@ -76,6 +76,7 @@ class DdpStrategy(SingleStrategy):
             runtime=self.runtime,
             strategy=self.config.name,
         )
-        engine.defer_sync = self.config.defer_sync is not False  # its gradients are whole anyway
+        # null means true here: every rank keeps full gradients anyway, so waiting costs no memory.
+        engine.defer_sync = self.config.defer_sync is not False
         engine.host_memory = memory
         return engine

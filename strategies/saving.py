@@ -28,7 +28,7 @@ from strategies.tensor_files import (
 
 PROGRESS = "progress.json"
 SPARE_BYTES = 2**20
-"""Bytes that the small files and the directory may take beside the tensors."""
+"""Room for the small files and the directory, beside the tensors."""
 
 
 @dataclass(slots=True)
@@ -46,96 +46,113 @@ class FlatRange:
     """Whether this rank writes it (one of several replicas does)."""
 
     def local_elements(self) -> list[LocalElements]:
-        """What of it this rank has, by the names that are on the disk."""
-        return [
-            LocalElements(f"{self.name}/{key}", self.numel, self.start, tensor)
-            for key, tensor in self.tensors.items()
-            if tensor.numel()
-        ]
+        """The range tensor by tensor, under the names that they have on disk; without empty ones."""
+        named = {f"{self.name}/{key}": tensor for key, tensor in self.tensors.items() if tensor.numel()}
+        return [LocalElements(name, self.numel, self.start, tensor) for name, tensor in named.items()]
 
 
 @dataclass(slots=True)
 class FileOutcome:
-    """What became of one rank's file."""
+    """Whether one rank's file was written."""
 
     written: WrittenFile | None = None
-    """None where the rank holds nothing that is written."""
+    """None if the rank has nothing to write."""
     problem: str | None = None
+    """Why it could not be written; None if it was."""
 
 
 class RankState:
-    """What of the training state this rank writes, and what is true of the whole: live, or copied to host memory.
+    """This rank's part of a training state, ready to be written. Its tensors are live, or copies in host memory.
 
-    It is written in three parts, of which the second communicates with nobody: `make_room`, `write_part`, `finish`.
+    Writing takes three calls: `make_room`, `write_part`, `finish`. The second does not communicate, so a thread can make it while
+    training goes on.
     """
 
     def __init__(self, flat_ranges: Iterable[FlatRange], header: bytes, runtime: Runtime) -> None:
-        self.local = [
-            elements for flat_range in flat_ranges if flat_range.write for elements in flat_range.local_elements()
-        ]
+        self.local: list[LocalElements] = []
+        for flat_range in flat_ranges:
+            if flat_range.write:
+                self.local += flat_range.local_elements()
         self.runtime = runtime
         self._file = FILE_NAME.format(runtime.rank)
         self._head, self.parts = layout(self.local, self._file)
         self.header = header
-        """What becomes `progress.json`."""
+        """The content of `progress.json`."""
 
     @property
     def num_elements(self) -> int:
-        """Of all tensors that this rank writes, together."""
+        """Elements of all tensors that this rank writes."""
         return sum(elements.values.numel() for elements in self.local)
 
     def move_to(self, buffer: torch.Tensor) -> None:
-        """Copy the values to a float32 tensor of at least `elements` elements on the host: training may go on then."""
-        end = 0
+        """Copy the values into `buffer`, so that training may change the live tensors again.
+
+        `buffer`: a float32 tensor on the host with at least `num_elements` elements.
+        """
+        offset = 0
         for number, elements in enumerate(self.local):
-            begin, end = end, end + elements.values.numel()
-            copy = buffer[begin:end].copy_(elements.values.detach())
+            size = elements.values.numel()
+            copy = buffer[offset : offset + size].copy_(elements.values.detach())
             self.local[number] = LocalElements(elements.name, elements.numel, elements.start, copy)
+            offset += size
 
     def make_room(self, path: Path) -> None:
-        """All ranks must call. Raises StorageError on every rank where the file system of `path` has no room for all of it."""
+        """Check that the file system of `path` has room for the files of all ranks. All ranks must call.
+
+        Raises StorageError on every rank if it has not.
+        """
         sizes = gather_objects(size_on_disk(self._head, self.local), self.runtime)
-        _agree(missing_space(path, sum(sizes) + SPARE_BYTES) if self.runtime.is_main else None, self.runtime)
+        problem = None
+        if self.runtime.is_main:
+            problem = missing_space(path, sum(sizes) + SPARE_BYTES)
+        _raise_on_all_ranks(problem, self.runtime)
 
     def write_part(self, path: Path) -> FileOutcome:
         """Write this rank's file into the existing directory `path`, durably. No collective, no errors."""
         try:
-            return FileOutcome(write_tensors(path / self._file, self._head, self.local) if self.local else None)
-        except Exception as error:  # noqa: BLE001 - also a device that is lost: all ranks are told
+            if not self.local:
+                return FileOutcome()
+            return FileOutcome(write_tensors(path / self._file, self._head, self.local))
+        except Exception as error:  # noqa: BLE001 - whatever it is (a lost device too), all ranks must learn of it
             return FileOutcome(problem=reason(error))
 
     def finish(self, path: Path, outcome: FileOutcome) -> list[WrittenFile]:
-        """Write what says where all lies; every file of the state, on rank 0. All ranks must call, with their outcome.
+        """Write the index and the header. All ranks must call, with the outcome of their `write_part`.
 
-        Raises StorageError on every rank where any of them could not write.
+        Returns every file of the state on rank 0, an empty list on other ranks. Raises StorageError on every rank if any of
+        them could not write.
         """
-        parts_and_files: list[tuple[dict[str, FilePart], WrittenFile | None]] = gather_objects(
-            (self.parts, outcome.written), self.runtime
-        )
-        _agree(outcome.problem, self.runtime)
-        files, problem = [file for _, file in parts_and_files if file is not None], None
+        gathered = gather_objects((self.parts, outcome.written), self.runtime)
+        parts_by_rank: list[dict[str, FilePart]] = [parts for parts, _ in gathered]
+        files: list[WrittenFile] = [file for _, file in gathered if file is not None]
+        _raise_on_all_ranks(outcome.problem, self.runtime)
+
+        problem = None
         try:
             if self.runtime.is_main:
-                files.append(write_new(path / INDEX, index_json(of_rank for of_rank, _ in parts_and_files)))
+                files.append(write_new(path / INDEX, index_json(parts_by_rank)))
                 files.append(write_new(path / PROGRESS, self.header))
             elif self.local:
-                sync_directory(path)  # where each host keeps a cache of its own
+                # On a network file system each host has a cache of its own to sync.
+                sync_directory(path)
         except OSError as error:
             problem = reason(error)
-        _agree(problem, self.runtime)
+        _raise_on_all_ranks(problem, self.runtime)
         return files if self.runtime.is_main else []
 
     def save(self, path: Path) -> list[WrittenFile]:
-        """All of it at once, into the existing directory `path`; every file of it, on rank 0. All ranks must call.
+        """Write everything at once into the existing directory `path`. All ranks must call. Returns what `finish` returns.
 
-        Raises StorageError on every rank where any of them could not write, before the first byte where there is no room.
+        Raises StorageError on every rank if any of them could not write. If there is no room, nothing is written at all.
         """
         self.make_room(path)
         return self.finish(path, self.write_part(path))
 
 
-def _agree(problem: str | None, runtime: Runtime) -> None:
-    """Raise the first rank's problem on every rank. All ranks must call."""
+def _raise_on_all_ranks(problem: str | None, runtime: Runtime) -> None:
+    """Raise the problem of the lowest rank that has one, on every rank. All ranks must call."""
     for rank, text in enumerate(gather_objects(problem, runtime)):
+        if text and runtime.world_size > 1:
+            raise StorageError(f"{text} (rank {rank})")
         if text:
-            raise StorageError(text if runtime.world_size == 1 else f"{text} (rank {rank})")
+            raise StorageError(text)

@@ -15,10 +15,12 @@ from strategies.runtime import Runtime
 
 
 class SingleStrategy:
-    """No communication at all."""
+    """Trains in one process, without any communication."""
 
     def __init__(self, config: StrategyConfig, precision: Precision, runtime: Runtime) -> None:
-        self.config, self.precision, self.runtime = config, precision, runtime
+        self.config = config
+        self.precision = precision
+        self.runtime = runtime
 
     def init_context(self) -> AbstractContextManager[None]:
         return meta_context()
@@ -46,7 +48,7 @@ class SingleStrategy:
 
 
 def load_in_full(step_module: nn.Module, source: ParameterSource, precision: Precision, runtime: Runtime) -> None:
-    """Put all parameters, filled, on this rank's device: trainable ones in fp32, frozen ones in the compute type."""
+    """Load all parameters onto this rank's device: trainable ones in fp32, frozen ones in the compute type."""
     set_dtypes(step_module, trainable=torch.float32, frozen=COMPUTE_DTYPE[precision])
     materialize(step_module, runtime.device)
     fill_in_full(step_module, source)

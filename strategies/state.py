@@ -1,10 +1,10 @@
 """Training state on disk in one form for every strategy.
 
-Per trainable parameter, under its plain name: the full-precision weight and each element-wise optimizer moment, all as
-the flattened parameter; and whole, where an optimizer has it, what is not element-wise (factored moments). FSDP2's dim-0
-shards and ZeRO's flat partitions are both contiguous runs of the flattened parameter, so a rank writes and reads runs, and
-an index (`strategies/tensor_files.py`) matches them whatever the strategy or the world size was when they were written.
-Frozen parameters are not saved: they are the base model's. No pickle is written, and none is read.
+The state holds for each trainable parameter, under its plain name, the full-precision weight and each element-wise optimizer
+moment, flattened like the parameter. Moments that are not element-wise (factored ones) are stored in full. FSDP2's dim-0 shards
+and ZeRO's flat partitions are both contiguous ranges of the flattened parameter. So a rank writes and reads ranges, and an index
+(`strategies/tensor_files.py`) finds them whatever strategy and world size wrote them. Frozen parameters are not saved: they are
+those of the base model. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -24,10 +24,21 @@ from strategies.base import PROGRESS_KEYS, Progress
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main, gather_objects
 from strategies.saving import PROGRESS, FlatRange
-from strategies.tensor_files import INDEX, Index, Malformed, is_count, numel, parse_index, parse_json, read_tensors
+from strategies.tensor_files import (
+    INDEX,
+    Index,
+    LocalElements,
+    Malformed,
+    is_count,
+    numel,
+    parse_index,
+    parse_json,
+    read_tensors,
+)
 
-MAX_PROGRESS_BYTES, MAX_INDEX_BYTES = 2**20, 2**30
-"""Bytes of the two JSON files; more is not read."""
+MAX_PROGRESS_BYTES = 2**20
+MAX_INDEX_BYTES = 2**30
+"""Larger JSON files are not read: they are not ours."""
 ROW_FIELDS = {
     "recent": {"loss", "grad_norm"},
     "passed": {"first", "count"},
@@ -39,11 +50,11 @@ ROW_FIELDS = {
 
 @dataclass(kw_only=True, slots=True)
 class StateHeader:
-    """What is true of the whole saved state; lies beside the tensors as JSON."""
+    """What holds for the saved state as a whole. It is written beside the tensors as JSON, under the names of the fields."""
 
     progress: Progress
     optimizer_steps: int
-    """Updates applied, which moment bias correction counts; less than `progress.step` where steps were skipped."""
+    """Applied updates, which the optimizer's bias correction counts: fewer than `progress.step` if steps were skipped."""
     world_size: int
     strategy: str
     loss_scale: float | None = None
@@ -56,12 +67,16 @@ class StateHeader:
 
 
 def read_header(path: Path, *, patient: bool = False) -> StateHeader:
-    """The header of a saved state. Reads a small JSON file, no tensors; `patient` where it was seen. Errors: StorageError."""
+    """The header of a saved state, from a small JSON file; reads no tensors. Errors: StorageError.
+
+    `patient`: another host has seen the file, so wait until it is visible here.
+    """
     try:
         raw = parse_json(read_bytes(path / PROGRESS, most=MAX_PROGRESS_BYTES, patient=patient))
         _check_fields(StateHeader, raw, except_field="progress")
         _check_fields(Progress, raw.get("progress"), keys=PROGRESS_KEYS)
-        if raw.get("loss_scale") is not None and not 0 < raw["loss_scale"] < math.inf:
+        loss_scale = raw.get("loss_scale")
+        if loss_scale is not None and not 0 < loss_scale < math.inf:
             raise Malformed("has a loss_scale that is none")
         _check_rows(raw["progress"])
     except OSError as error:
@@ -75,7 +90,7 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
 def _check_fields(
     kind: type, raw: Any, *, except_field: str | None = None, keys: Mapping[str, str] | None = None
 ) -> None:
-    """Raise Malformed if a JSON object does not have the fields of a data class, with their types.
+    """Raise Malformed if a JSON object does not have the fields of a dataclass, with their types.
 
     `keys`: the keys of fields that have another name in the JSON object.
     """
@@ -86,38 +101,43 @@ def _check_fields(
     types = {keys.get(declared.name, declared.name): hints[declared.name] for declared in fields(kind)}
     names = set(types)
     needed = {"optimizer_steps", "world_size", "strategy", "progress"} & names
-    if odd_names := sorted((set(raw) - names) | (needed - set(raw))):
-        raise Malformed(f"has or lacks {odd_names[0][:80]}")
-    for key, value in raw.items():
-        if key != except_field and not _has_type(value, types[key]):
+    unknown_or_missing = sorted((set(raw) - names) | (needed - set(raw)))
+    if unknown_or_missing:
+        raise Malformed(f"has or lacks {unknown_or_missing[0][:80]}")
+    for key, entry in raw.items():
+        if key != except_field and not _has_type(entry, types[key]):
             raise Malformed(f"has a {key} that is none")
 
 
 def _check_rows(progress: dict[str, Any]) -> None:
-    for key, names in ROW_FIELDS.items():
-        if any(set(row) != names for row in progress.get(key, ())):
+    for key, row_fields in ROW_FIELDS.items():
+        if any(set(row) != row_fields for row in progress.get(key, ())):
             raise Malformed(f"has a {key} that is none")
-    if any(not is_count(number) for row in progress.get("passed", ()) for number in row.values()):
-        raise Malformed("has a passed that is none")
+    for row in progress.get("passed", ()):
+        if not all(is_count(number) for number in row.values()):
+            raise Malformed("has a passed that is none")
 
 
-def _has_type(value: Any, expected: Any) -> bool:
+def _has_type(entry: Any, expected: Any) -> bool:
+    """Whether a JSON value has a type of a field of `StateHeader` or `Progress`."""
     if expected is bool:
-        return isinstance(value, bool)
+        return isinstance(entry, bool)
     if expected is int:
-        return is_count(value)
+        return is_count(entry)
     if expected is float:
-        return type(value) in (int, float)
+        return type(entry) in (int, float)  # no bool, which is an int as well
     if expected is str:
-        return isinstance(value, str) and len(value) < 1000
+        return isinstance(entry, str) and len(entry) < 1000
     if isinstance(expected, type(int | None)):
-        return any(_has_type(value, alternative) for alternative in get_args(expected))
+        return any(_has_type(entry, alternative) for alternative in get_args(expected))
     if expected is type(None):
-        return value is None
-    return isinstance(value, list) and all(  # of groups
-        isinstance(alternative, dict) and all(type(number) in (int, float) for number in alternative.values())
-        for alternative in value
-    )
+        return entry is None
+    # The other fields are lists of rows of numbers.
+    return isinstance(entry, list) and all(_is_row_of_numbers(row) for row in entry)
+
+
+def _is_row_of_numbers(row: Any) -> bool:
+    return isinstance(row, dict) and all(type(number) in (int, float) for number in row.values())
 
 
 def read_index(path: Path, *, patient: bool = False) -> Index:
@@ -132,13 +152,14 @@ def read_index(path: Path, *, patient: bool = False) -> Index:
 
 @torch.no_grad()
 def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> StateHeader:
-    """Read the part of a saved state that this rank holds into its runs. All ranks must call.
+    """Read this rank's part of a saved state into the tensors of `ranges`. All ranks must call.
 
-    Raises ConfigError where the saved parameters or moments are not the ones this run trains, StorageError where a file
-    cannot be read or does not hold what its index says; the same on every rank.
+    Raises ConfigError if the saved parameters or moments are not the ones this run trains, StorageError if a file cannot be
+    read or does not hold what its index says; the same on every rank.
     """
     flat_ranges = list(ranges)
-    # What rank 0 sees is there, and another host may have to wait for it; what rank 0 does not see, nobody waits for.
+    # A file that rank 0 sees exists: another host may have to wait until it sees it too. One that rank 0 does not see is not
+    # waited for.
     visible_names = call_on_main(lambda: set(atomic_io.disk.names(path)), runtime)
     error: ConfigError | StorageError | None = None
     try:
@@ -146,34 +167,53 @@ def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> Sta
         loaded = _read_values(path, flat_ranges, visible_names)
     except (ConfigError, StorageError) as caught:
         error = caught
-    errors = gather_objects(None if error is None else (type(error), str(error)), runtime)
-    for kind, text in filter(None, errors):
-        raise error or kind(text)
+    # Nothing is written to live tensors before all ranks have read all of theirs.
+    failures = gather_objects(None if error is None else (type(error), str(error)), runtime)
+    for failure in failures:
+        if failure is not None:
+            kind, text = failure
+            raise error or kind(text)
     for tensor, saved in loaded:
         tensor.copy_(saved.to(tensor.device, tensor.dtype))
     return header
 
 
-def _read_values(path: Path, runs: list[FlatRange], visible_names: set[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(live tensor, saved values) for all that this rank holds. Errors: ConfigError, StorageError."""
+def _read_values(
+    path: Path, ranges: list[FlatRange], visible_names: set[str]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(live tensor, its saved values) for everything that this rank holds. Errors: ConfigError, StorageError."""
     index = read_index(path, patient=INDEX in visible_names)
-    numel_by_name = {f"{run.name}/{key}": run.numel for run in runs for key in run.tensors if run.numel}
-    if set(numel_by_name) != set(index):
-        missing = sorted(set(numel_by_name) - set(index))[:3]
-        side = "does not hold" if missing else "holds, beyond what this run trains,"
-        names = ", ".join(missing or sorted(set(index) - set(numel_by_name))[:3])
-        raise ConfigError(_of_other_run(path, f"{side} {names} ..."))
-    for name, size in numel_by_name.items():
-        if numel(index[name]) != size:
-            raise ConfigError(_of_other_run(path, f"has {numel(index[name])} elements of {name}, this run {size}"))
-    if unseen := {part.file for parts in index.values() for part in parts} - visible_names:
-        raise StorageError(f"{path}: {min(unseen)[:80]}, which {INDEX} names, is missing")
-    local_elements = [elements for run in runs for elements in run.local_elements()]
+    _check_index(path, index, ranges)
+    files = {part.file for parts in index.values() for part in parts}
+    missing_files = files - visible_names
+    if missing_files:
+        raise StorageError(f"{path}: {min(missing_files)[:80]}, which {INDEX} names, is missing")
+    local: list[LocalElements] = []
+    for flat_range in ranges:
+        local += flat_range.local_elements()
     try:
-        values = read_tensors(path, index, local_elements)
+        saved_values = read_tensors(path, index, local)
     except OSError as error:
         raise StorageError(f"{path}: its tensors cannot be read ({reason(error)})") from error
-    return [(elements.values, saved) for elements, saved in zip(local_elements, values, strict=True)]
+    return [(elements.values, saved) for elements, saved in zip(local, saved_values, strict=True)]
+
+
+def _check_index(path: Path, index: Index, ranges: list[FlatRange]) -> None:
+    """Raise ConfigError if a state does not hold the tensors that this run trains, in their sizes."""
+    numel_by_name: dict[str, int] = {}
+    for flat_range in ranges:
+        if flat_range.numel:
+            numel_by_name |= {f"{flat_range.name}/{key}": flat_range.numel for key in flat_range.tensors}
+    missing = sorted(set(numel_by_name) - set(index))
+    surplus = sorted(set(index) - set(numel_by_name))
+    if missing:
+        raise ConfigError(_of_other_run(path, f"does not hold {', '.join(missing[:3])} ..."))
+    if surplus:
+        raise ConfigError(_of_other_run(path, f"holds, beyond what this run trains, {', '.join(surplus[:3])} ..."))
+    for name, run_numel in numel_by_name.items():
+        saved_numel = numel(index[name])
+        if saved_numel != run_numel:
+            raise ConfigError(_of_other_run(path, f"has {saved_numel} elements of {name}, this run {run_numel}"))
 
 
 def _of_other_run(path: Path, difference: str) -> str:

@@ -1,8 +1,7 @@
-"""Tensors in safetensors files, one a rank, under one index that says where each element of each tensor lies.
+"""Tensors in safetensors files, one file a rank, with one index that says where each element of each tensor lies.
 
-Nothing here can run code that a file brings along: an index is JSON, a file is numbers, and where they lie is taken from the
-index. Other tools can open the files, too: they are plain safetensors. An index is used only where its parts cover every
-tensor exactly once, so that no element is read twice or left as the memory happened to be.
+No file can bring code along: the index is JSON, the files are numbers. Other tools can open them: they are plain safetensors. An
+index is used only if its parts cover every tensor exactly once, so that no element is read twice or left uninitialised.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from strategies.atomic_io import NewFile, RetryingReader, WrittenFile, fill, ope
 
 INDEX = "index.json"
 ELEMENT_BYTES = 4
-"""Bytes of an element: all is kept in float32."""
+"""Everything is stored in float32."""
 FILE_NAME = "rank-{:05d}.safetensors"
 MAX_INTEGER = 2**53
-"""Larger whole numbers mean nothing here."""
+"""JSON numbers from here on are refused: no tensor is that large, and floats lose precision."""
 
 
 class Malformed(ValueError):
@@ -43,7 +42,7 @@ class FilePart:
 
 
 Index = dict[str, list[FilePart]]
-"""By tensor; parts in the order of their elements, together the whole tensor."""
+"""The parts of each tensor, by its name: in the order of their elements, together the full tensor."""
 
 
 @dataclass(slots=True)
@@ -58,7 +57,7 @@ class LocalElements:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON out of a file that anybody may have written. Errors: Malformed."""
+    """Parse JSON from a file that anybody may have written. Errors: Malformed."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -66,7 +65,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a JSON value counts something."""
+    """Whether a JSON value is a non-negative integer of a sensible size."""
     return type(value) is int and 0 <= value < MAX_INTEGER
 
 
@@ -74,27 +73,32 @@ def is_count(value: Any) -> bool:
 
 
 def layout(local: Iterable[LocalElements], file: str) -> tuple[bytes, dict[str, FilePart]]:
-    """(what stands before the data in a safetensors file of these, where each lies in it). Reads no values."""
-    spans: dict[str, tuple[int, int, int]] = {}
-    end = 0
+    """(the head of a safetensors file with these tensors, where each of them lies in the file). Reads no values."""
+    local = list(local)
+    entries: dict[str, dict[str, Any]] = {}
+    data_end = 0
     for elements in local:
-        assert elements.name not in spans, elements.name
-        spans[elements.name] = (elements.start, elements.values.numel(), end)
-        end += elements.values.numel() * ELEMENT_BYTES
-    table = {
-        name: {"dtype": "F32", "shape": [length], "data_offsets": [begin, begin + length * ELEMENT_BYTES]}
-        for name, (_, length, begin) in spans.items()
-    }
-    head = json.dumps(table, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    head = len(head).to_bytes(8, "little") + head
-    return head, {
-        name: FilePart(file, start, length, len(head) + begin) for name, (start, length, begin) in spans.items()
-    }
+        assert elements.name not in entries, elements.name
+        length = elements.values.numel()
+        data_start = data_end
+        data_end += length * ELEMENT_BYTES
+        entries[elements.name] = {"dtype": "F32", "shape": [length], "data_offsets": [data_start, data_end]}
+
+    # Eight bytes of length, then JSON, padded so that the data is aligned.
+    table = json.dumps(entries, separators=(",", ":")).encode()
+    table += b" " * (-len(table) % 8)
+    head = len(table).to_bytes(8, "little") + table
+
+    parts = {}
+    for elements in local:
+        data_start, _ = entries[elements.name]["data_offsets"]
+        offset = len(head) + data_start
+        parts[elements.name] = FilePart(file, elements.start, elements.values.numel(), offset)
+    return head, parts
 
 
 def write_tensors(path: Path, head: bytes, local: Iterable[LocalElements]) -> WrittenFile:
-    """A safetensors file: `head` as `layout` made it of the same tensors, then their values. Errors: OSError."""
+    """Write a safetensors file: `head`, which `layout` made of the same tensors, then their values. Errors: OSError."""
     with NewFile(path) as file:
         file.write(head)
         for elements in local:
@@ -103,15 +107,16 @@ def write_tensors(path: Path, head: bytes, local: Iterable[LocalElements]) -> Wr
     return file.written
 
 
-def index_json(parts: Iterable[Mapping[str, FilePart]]) -> bytes:
-    """The index of what all ranks wrote."""
-    tensors: dict[str, list[list[Any]]] = {}
-    for of_rank in parts:
-        for name, part in of_rank.items():
-            tensors.setdefault(name, []).append([part.file, part.start, part.length, part.offset])
-    lines = [
-        f"{json.dumps(name)}: {json.dumps(sorted(rows, key=lambda row: row[1]))}" for name, rows in tensors.items()
-    ]
+def index_json(parts_by_rank: Iterable[Mapping[str, FilePart]]) -> bytes:
+    """The index of what all ranks wrote: one line a tensor."""
+    rows_by_tensor: dict[str, list[list[Any]]] = {}
+    for parts in parts_by_rank:
+        for name, part in parts.items():
+            rows_by_tensor.setdefault(name, []).append([part.file, part.start, part.length, part.offset])
+    lines = []
+    for name, rows in rows_by_tensor.items():
+        rows.sort(key=lambda row: row[1])  # by their first element
+        lines.append(f"{json.dumps(name)}: {json.dumps(rows)}")
     return ("{" + ",\n".join(lines) + "}\n").encode()
 
 
@@ -129,10 +134,10 @@ def parse_index(data: bytes) -> Index:
 def _parts(name: str, rows: Any) -> list[FilePart]:
     if not isinstance(rows, list) or not rows:
         raise Malformed(f"has no parts of {name[:80]}")
-    parts, end = [], 0
+    parts: list[FilePart] = []
+    end = 0
     for row in rows:
-        is_row = isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and all(map(is_count, row[1:]))
-        if not is_row or not stays_in_directory(row[0]):
+        if not _is_row(row) or not stays_in_directory(row[0]):
             raise Malformed(f"has a part of {name[:80]} that is none")
         part = FilePart(*row)
         if part.start != end or part.length == 0:
@@ -142,8 +147,13 @@ def _parts(name: str, rows: Any) -> list[FilePart]:
     return parts
 
 
+def _is_row(row: Any) -> bool:
+    """Whether a JSON value is a file's name and three counts."""
+    return isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and all(map(is_count, row[1:]))
+
+
 def stays_in_directory(name: str) -> bool:
-    """Whether a name stays in its directory."""
+    """Whether a file's name leads nowhere but into its directory."""
     return bool(name) and not name.startswith(".") and "/" not in name and "\0" not in name
 
 
@@ -153,33 +163,38 @@ def numel(parts: list[FilePart]) -> int:
 
 
 def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) -> list[Tensor]:
-    """The values of each of `local` out of the files: float32, 1-d, on the CPU, new.
+    """The saved values of each of `local`: new float32 tensors, 1-d, on the CPU.
 
-    The files are opened one after the other, each read in the order of its bytes. Errors: OSError, Malformed.
+    Opens one file after the other and reads each in the order of its bytes. Errors: OSError, Malformed.
     """
     buffers: list[Tensor] = []
-    by_file: dict[str, list[tuple[int, Tensor]]] = {}
+    targets_by_file: dict[str, list[tuple[int, Tensor]]] = {}
     for elements in local:
-        parts, size = index[elements.name], elements.values.numel()
+        size = elements.values.numel()
         buffer = torch.empty(size, dtype=torch.float32)
         filled = 0
-        for part in parts:
-            low, high = max(part.start, elements.start), min(part.start + part.length, elements.start + size)
-            if low < high:
-                target = buffer[low - elements.start : high - elements.start]
-                by_file.setdefault(part.file, []).append((part.offset + (low - part.start) * ELEMENT_BYTES, target))
-                filled += high - low
+        for part in index[elements.name]:
+            # The overlap of what the file has and what this rank holds.
+            start = max(part.start, elements.start)
+            stop = min(part.start + part.length, elements.start + size)
+            if start < stop:
+                offset = part.offset + (start - part.start) * ELEMENT_BYTES
+                target = buffer[start - elements.start : stop - elements.start]
+                targets_by_file.setdefault(part.file, []).append((offset, target))
+                filled += stop - start
         if filled != size:
             raise Malformed(f"does not cover {elements.name[:80]}")
         buffers.append(buffer)
-    looks = RetryingReader()
-    for file, targets in by_file.items():
-        path = directory / file
-        looks.read(path, partial(_fill_all, path, sorted(targets, key=lambda offset_and_target: offset_and_target[0])))
+
+    reader = RetryingReader()
+    for file, targets in targets_by_file.items():
+        targets.sort(key=lambda offset_and_target: offset_and_target[0])
+        reader.read(directory / file, partial(_fill_all, directory / file, targets))
     return buffers
 
 
 def _fill_all(file: Path, targets: list[tuple[int, Tensor]]) -> None:
+    """Fill each target tensor with the bytes from its offset on."""
     with open_regular(file) as (descriptor, _):
         for offset, target in targets:
             fill(descriptor, target.numpy().data.cast("B"), offset)

@@ -89,7 +89,7 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     if precision is Precision.bf16:
-        # Stage 1 adds each gradient to a full fp32 sum on every rank, and without `immediate_grad_update` keeps those in bf16 too.
+        # Stage 1 adds each gradient to a full fp32 sum on every rank. Without `immediate_grad_update` it keeps bf16 ones as well.
         settings["bf16"] = {"enabled": True, "check_grad_overflow": not on_device, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
