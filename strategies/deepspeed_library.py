@@ -1,4 +1,4 @@
-"""The DeepSpeed library as it is used here: quiet, and on CPUs without a compiler and with its own exchange and norm."""
+"""Adapts DeepSpeed: quiet, and on CPUs without a compiler, with our own exchange through shared memory and our own norm."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ from strategies.runtime import Runtime
 
 _CPU = torch.device("cpu")
 _MIN_ELEMENTS = 2**12
-"""Elements below which a collective stays with the process group: flags and norms."""
+"""Smaller tensors (flags and norms) stay with the process group."""
 _AVERAGES = {"SUM": False, "AVG": True}
-"""Reductions that go through the memory, by name: DeepSpeed and torch each have their own enumeration."""
+"""Whether a reduction averages, by its name: DeepSpeed and torch each have an enumeration of their own. Others are not ours."""
 
 
 def import_deepspeed(*, on_cpu: bool) -> Any:
-    """DeepSpeed, quiet, and on a CPU without the shared-memory op that would need a C++ compiler."""
+    """Import DeepSpeed, quiet, and on a CPU without the shared-memory op, which would need a C++ compiler."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with _without("mlflow"):  # its autotuner would report there; where it is installed, importing it takes seconds
+    # Its autotuner imports mlflow if that is installed, which takes seconds, and is not used here.
+    with _without("mlflow"):
         import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by their old names, once a warning each time.
+    # DeepSpeed calls collectives by their old names, and each call warns.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     silence_memory_reports()
     if on_cpu:
@@ -52,7 +53,7 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
 
 @contextmanager
 def _without(module: str) -> Iterator[None]:
-    """Within it, `module` cannot be imported, unless it is already."""
+    """Inside the context `module` cannot be imported, unless it already is."""
     if module in sys.modules:
         yield
         return
@@ -64,25 +65,30 @@ def _without(module: str) -> Iterator[None]:
 
 
 def free_engine_memory(engine: Any) -> None:
-    """Give up the memory of an engine that is used no more. No collective.
+    """Free the memory of an engine that is not used any more. No collective.
 
-    Its hooks, and under stage 3 more than those, keep parameters alive from within autograd, where no garbage collection looks:
-    what they keep is emptied.
+    Its hooks (and under stage 3 more than those) keep parameters alive from inside autograd, where garbage collection does not
+    look. So the storages are emptied, whoever still refers to them.
     """
     engine.destroy()
     optimizer = engine.optimizer
     parameters = list(engine.module.parameters())
-    kept_alive = [list(vars(optimizer).values()), list(optimizer.optimizer.state.values()), parameters]
-    kept_alive += [[p.grad for p in parameters], [getattr(p, "ds_tensor", None) for p in parameters]]
+    kept_alive: list[Any] = [
+        list(vars(optimizer).values()),
+        list(optimizer.optimizer.state.values()),
+        parameters,
+        [parameter.grad for parameter in parameters],
+        [getattr(parameter, "ds_tensor", None) for parameter in parameters],
+    ]
     for tensor in tree_leaves(kept_alive):
         if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.untyped_storage().resizable():
             tensor.untyped_storage().resize_(0)
 
 
 def settle_accelerator(runtime: Runtime) -> None:
-    """Let DeepSpeed see the device of `runtime`, one that is simulated too.
+    """Let DeepSpeed use the device of `runtime`, also a simulated one.
 
-    It takes the rank within its host for the number of a GPU, which it is not where each rank sees its own GPU alone.
+    DeepSpeed takes the rank within the host for the number of the GPU. That is wrong if each rank sees only its own GPU.
     """
     if runtime.device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(runtime.device.index)
@@ -93,25 +99,27 @@ def settle_accelerator(runtime: Runtime) -> None:
 
 
 class _FinishedWork:
-    """The handle of a collective that has ended."""
+    """The handle of a collective that is already over."""
 
     def wait(self) -> None:
         pass
 
 
 class HostExchange:
-    """Stands in for DeepSpeed's backend: large collectives of all ranks go through the memory, all else to the backend."""
+    """Stands in for DeepSpeed's backend. Large collectives of all ranks go through shared memory, the rest to the backend."""
 
     def __init__(self, backend: Any, memory: HostMemory) -> None:
-        self.backend, self.memory = backend, memory
+        self.backend = backend
+        self.memory = memory
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
     def _goes_through_memory(self, tensor: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> bool:
-        """Whether a collective is ours: of all ranks, large, in one piece; decided alike on every rank."""
-        everyone = group is None or dist.get_world_size(group) == self.memory.size
-        return everyone and tensor.numel() >= _MIN_ELEMENTS and tensor.is_contiguous() and op.name in _AVERAGES
+        """Whether shared memory can do a collective: of all ranks, large, contiguous. Every rank decides alike."""
+        of_all_ranks = group is None or dist.get_world_size(group) == self.memory.size
+        is_large = tensor.numel() >= _MIN_ELEMENTS
+        return of_all_ranks and is_large and tensor.is_contiguous() and op.name in _AVERAGES
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
         if not self._goes_through_memory(tensor, group, op):
@@ -142,11 +150,14 @@ class HostExchange:
 
 
 def route_collectives_through(memory: HostMemory | None) -> None:
-    """Let DeepSpeed's collectives go through `memory`, or as it makes them itself."""
+    """Let DeepSpeed's collectives go through `memory`; None: let it make them itself again."""
 
     def through_memory(current: Any) -> Any:
+        # An earlier engine of this process may have put an exchange there.
         backend = current.backend if isinstance(current, HostExchange) else current
-        return backend if memory is None else HostExchange(backend, memory)
+        if memory is None:
+            return backend
+        return HostExchange(backend, memory)
 
     replace_backend(through_memory)
 
@@ -154,9 +165,10 @@ def route_collectives_through(memory: HostMemory | None) -> None:
 def global_norm(
     gradients: list[Tensor], parameters: list[Any], norm_type: float = 2.0, *, device: torch.device = _CPU
 ) -> Tensor:
-    """What DeepSpeed asks its optimizer for: the norm over all ranks' `gradients` on `device`, -1 where it is not finite.
+    """The norm over all ranks' `gradients`, 0-d on `device`; -1 if it is not finite. All ranks must call.
 
-    Its own copies everything to float64 first, a tenth of a step on a CPU, and a GPU is waited for. All ranks must call.
+    Replaces a method of DeepSpeed's optimizers with this signature. Theirs copies everything to float64 first, which is a tenth
+    of a step on a CPU, and waits for a GPU.
     """
     assert norm_type == 2.0
     squared = squared_norm(gradients) if gradients else torch.zeros((), device=device)
@@ -166,28 +178,31 @@ def global_norm(
 
 
 class DeviceClipping:
-    """Clips, and leaves out what is not finite, where the gradients are: a hook before each step of the inner optimizer.
+    """Clips gradients and skips updates on the device, in a hook before each step of the inner optimizer.
 
-    DeepSpeed reads the norm on the host to decide both, several times a step. For torch's fused optimizers, which look at
-    `found_inf`, in bf16, with DeepSpeed's own clipping and its check of overflow switched off.
+    DeepSpeed itself reads the norm on the host several times a step to decide both. This is for bf16 with torch's fused
+    optimizers, which look at `found_inf`. DeepSpeed's own clipping and overflow check are switched off.
     """
 
-    def __init__(self, zero: Any, max_norm: float, device: torch.device) -> None:
-        self.zero, self.max_norm, self.device = zero, max_norm, device
+    def __init__(self, zero_optimizer: Any, max_norm: float, device: torch.device) -> None:
+        self.zero_optimizer = zero_optimizer
+        self.max_norm = max_norm
+        self.device = device
         self._update_filter: UpdateFilter | None = None
         self._applied: Tensor | None = None
-        zero.optimizer.register_step_pre_hook(self._before_step)
+        zero_optimizer.optimizer.register_step_pre_hook(self._before_step)
 
     def begin(self, update_filter: UpdateFilter | None) -> None:
-        """A step is about to be taken; `update_filter` may leave its update out."""
-        self._update_filter, self._applied = update_filter, None
+        """Called before each step. `update_filter` may skip its update."""
+        self._update_filter = update_filter
+        self._applied = None
 
     def norm(self) -> Tensor:
-        """Of the gradients of this step before clipping, 0-d float32, infinite where one is not finite; waits for nothing."""
-        return torch.as_tensor(grad_norm_in_step(self.zero), dtype=torch.float32, device=self.device)
+        """Norm of this step's gradients before clipping, 0-d float32; infinite if one is not finite. Does not wait."""
+        return torch.as_tensor(grad_norm_in_step(self.zero_optimizer), dtype=torch.float32, device=self.device)
 
     def applied(self) -> Tensor:
-        """Whether the update of this step is made, 0-d bool; the filter is asked once, all ranks alike."""
+        """Whether this step's update is applied, 0-d bool. Calls the filter once a step, on all ranks alike."""
         if self._applied is None:
             norm = self.norm()
             self._applied = norm.isfinite()
@@ -199,30 +214,36 @@ class DeviceClipping:
         inner.found_inf = (~self.applied()).float()
         if self.max_norm > 0:
             factor = (self.max_norm / (self.norm() + 1e-6)).clamp(max=1.0)
-            multiply_each([p.grad for g in inner.param_groups for p in g["params"] if p.grad is not None], factor)
+            parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+            multiply_each([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
 
 class UpdateGate:
-    """Leaves an update out where a filter says so: before the first step of the inner optimizer, when the norm is known.
+    """Skips an update if the filter says so, by replacing the inner optimizer's `step`: the norm is known there.
 
-    The rest of DeepSpeed's step goes on, with weights and moments as they were. The answer is read on the host, as DeepSpeed
+    The rest of DeepSpeed's step goes on, with weights and moments as they were. The host reads the answer, as DeepSpeed
     reads the norm.
     """
 
-    def __init__(self, zero: Any, device: torch.device) -> None:
-        self.zero, self.device = zero, device
+    def __init__(self, zero_optimizer: Any, device: torch.device) -> None:
+        self.zero_optimizer = zero_optimizer
+        self.device = device
         self.skipped: bool | None = None
-        """Of this step; None where nobody was asked."""
+        """Whether this step's update is skipped; None if the filter was not called."""
         self._update_filter: UpdateFilter | None = None
-        self._inner_step = zero.optimizer.step
-        zero.optimizer.step = self._step_unless_refused
+        self._inner_step = zero_optimizer.optimizer.step
+        zero_optimizer.optimizer.step = self._step_unless_refused
 
     def begin(self, update_filter: UpdateFilter | None) -> None:
-        """A step is about to be taken; `update_filter` may leave its update out."""
-        self._update_filter, self.skipped = update_filter, None
+        """Called before each step. `update_filter` may skip its update."""
+        self._update_filter = update_filter
+        self.skipped = None
 
     def _step_unless_refused(self, *args: Any, **kwargs: Any) -> Any:
-        if self._update_filter is not None and self.skipped is None:  # of several parameter groups, with the first
-            norm = torch.as_tensor(grad_norm_in_step(self.zero), dtype=torch.float32, device=self.device)
+        # DeepSpeed steps once for each parameter group. The filter is called with the first.
+        if self._update_filter is not None and self.skipped is None:
+            norm = torch.as_tensor(grad_norm_in_step(self.zero_optimizer), dtype=torch.float32, device=self.device)
             self.skipped = bool(self._update_filter(norm))
-        return None if self.skipped else self._inner_step(*args, **kwargs)
+        if self.skipped:
+            return None
+        return self._inner_step(*args, **kwargs)

@@ -14,18 +14,22 @@ from strategies.parameters import TEACHER, named_parameters
 
 
 class FsdpFullParameters(FullParameters):
-    """What FSDP2 has sharded. `dtype`: the type in which parameters are gathered."""
+    """Gathers what FSDP2 has sharded. `dtype`: the type in which FSDP2 gathers floating-point parameters."""
 
     sharded = True
 
     def __init__(self, wrapped: nn.Module, dtype: torch.dtype, *, reshard_after_forward: bool) -> None:
-        self.wrapped, self.dtype, self.reshard_after_forward = wrapped, dtype, reshard_after_forward
+        self.wrapped = wrapped
+        self.dtype = dtype
+        self.reshard_after_forward = reshard_after_forward
 
     def gather_bytes(self) -> int | None:
-        return sum(
-            p.numel() * (self.dtype.itemsize if p.is_floating_point() else p.element_size())
-            for _, p in named_parameters(self.wrapped)
-        )
+        total = 0
+        for _, parameter in named_parameters(self.wrapped):
+            # Packed weights are gathered as the bytes they are.
+            itemsize = self.dtype.itemsize if parameter.is_floating_point() else parameter.element_size()
+            total += parameter.numel() * itemsize
+        return total
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -33,10 +37,11 @@ class FsdpFullParameters(FullParameters):
 
         from strategies.compat.fsdp import without_fsdp_hooks
 
-        fsdp_modules = [
-            (name, module) for name, module in self.wrapped.named_modules() if isinstance(module, FSDPModule)
-        ]
-        student_parts = [module for name, module in fsdp_modules if not name.startswith(TEACHER)]
+        # Not the teacher's: answers are written by the student alone.
+        student_parts: list[FSDPModule] = []
+        for name, module in self.wrapped.named_modules():
+            if isinstance(module, FSDPModule) and not name.startswith(TEACHER):
+                student_parts.append(module)
         root: Any = self.wrapped
         try:
             for part in student_parts:
@@ -51,27 +56,32 @@ class FsdpFullParameters(FullParameters):
 
 
 class ZeroFullParameters(FullParameters):
-    """What ZeRO stage 3 has partitioned; `offload` is DeepSpeed's keeper of its parameters."""
+    """Gathers what ZeRO stage 3 has partitioned. `parameter_offload`: DeepSpeed's object that manages the partitions."""
 
     sharded = True
 
-    def __init__(self, step_module: nn.Module, offload: Any) -> None:
-        self.step_module, self.parameter_offload = step_module, offload
+    def __init__(self, step_module: nn.Module, parameter_offload: Any) -> None:
+        self.step_module = step_module
+        self.parameter_offload = parameter_offload
 
     @property
     def _parameters(self) -> list[Any]:
-        return [p for _, p in named_parameters(self.step_module)]
+        return [parameter for _, parameter in named_parameters(self.step_module)]
 
     def gather_bytes(self) -> int | None:
-        if any(getattr(p, "nvme_swapper", None) is not None for p in self._parameters):
-            return None  # they may be on a drive since the host has no room for them
-        return sum(p.ds_numel * p.ds_tensor.element_size() for p in self._parameters)
+        total = 0
+        for parameter in self._parameters:
+            if getattr(parameter, "nvme_swapper", None) is not None:
+                return None  # on a drive, perhaps because the host has no room for them
+            total += parameter.ds_numel * parameter.ds_tensor.element_size()
+        return total
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
         import deepspeed
 
-        self.parameter_offload.partition_all_parameters()  # the same beginning on every rank, with nothing under way
+        # Every rank begins with everything partitioned and no gather under way.
+        self.parameter_offload.partition_all_parameters()
         usual_coordinator = self.parameter_offload.param_coordinator
         try:
             with deepspeed.zero.GatheredParameters(self._parameters):
@@ -82,7 +92,10 @@ class ZeroFullParameters(FullParameters):
 
 
 class _IdleCoordinator:
-    """Stands in for DeepSpeed's coordinator, which fetches and frees by module and compares with other ranks what ran."""
+    """Stands in for DeepSpeed's coordinator while everything is gathered.
+
+    The real one fetches and frees parameters module by module, and compares with other ranks which modules ran.
+    """
 
     def reset_step(self) -> None: ...
     def trace_prologue(self, module: nn.Module) -> None: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from strategies.matmul import Matmul, MatmulChoice, agree_on_library, choose_lib
 from strategies.network import refuse_unknown_interface
 
 LAZY_CONNECTION_RANKS = 64
-"""Ranks from which gloo connects two of them when they first talk: at once, each would open a socket to every other."""
+"""From this many ranks on, gloo connects two ranks only when they first talk. Otherwise each opens a socket to every other."""
 
 NO_NETWORK = "fake"
 """Backend of a group that talks to nobody: of a simulated rank, and of one rank on a host without any network."""
@@ -40,7 +40,7 @@ def device_kind(device: torch.device) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Where this process stands. `control_group` talks over the CPU and never waits for the device."""
+    """Where this process stands in the job. `control_group` communicates over the CPU and never waits for the device."""
 
     rank: int
     world_size: int
@@ -55,7 +55,7 @@ class Runtime:
     timeout_s: float = 600
     """Seconds after which a collective that makes no progress fails."""
     simulated: bool = False
-    """Whether the other ranks are made up: then they answer what this one says."""
+    """Whether the other ranks do not exist. Every collective then answers as if they had said what this one says."""
 
     @property
     def kind(self) -> str:
@@ -84,14 +84,18 @@ def start(
 ) -> Runtime:
     """Join the job described by the environment (torchrun's variables), or form a job of one.
 
-    `store` is the one that the ranks have met by (`strategies/rendezvous.py`); without it they meet here.
+    `store`: where the ranks have met already (`strategies/rendezvous.py`); without it they meet here.
 
-    All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host;
-    on a CPU also the library of float32 products, the same on every rank. Raises ConfigError for `cuda` where there is none.
+    All ranks must call, once. Sets the number of CPU threads: `threads`, or this job's cores divided by the ranks on the host.
+    On a CPU it also settles the library of float32 products, the same on every rank. Raises ConfigError if `cuda` is asked for
+    and there is none.
     """
-    if device == "cuda" and (reason := missing_cuda()):
-        raise ConfigError(f"run.device=cuda: {reason}; set run.device=cpu, or run where there is a GPU")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        why_missing = missing_cuda()
+        if why_missing is not None:
+            raise ConfigError(f"run.device=cuda: {why_missing}; set run.device=cpu, or run where there is a GPU")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     torch.set_num_threads(threads or threads_from_environment() or max(1, usable_cores() // local_world))
@@ -103,39 +107,48 @@ def start(
     else:
         torch_device = torch.device("cpu")
     library_choice = None if use_cuda else choose_library(matmul)
-    # DeepSpeed, which other libraries import when it is installed, would guess, and say so.
+    # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
     if world >= LAZY_CONNECTION_RANKS:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
-        refuse_unknown_interface()
-        enable_recorder()
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        timeout = timedelta(seconds=timeout_s)
-        if store is not None:
-            prefixed_store = dist.PrefixStore("default_pg", store)
-            dist.init_process_group(backend, store=prefixed_store, rank=rank, world_size=world, timeout=timeout)
-        elif "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            for key, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
-                os.environ.setdefault(key, value)
-            _form_group_of_one(backend, timeout)
-    control_group = (
-        dist.group.WORLD
-    )  # its CPU half: a second group of all ranks would connect each of them with each again
+        _form_group(use_cuda=use_cuda, rank=rank, world=world, timeout=timedelta(seconds=timeout_s), store=store)
     runtime = Runtime(
-        rank, world, local_rank, local_world, torch_device, control_group, library_choice, shared_memory, timeout_s
+        rank=rank,
+        world_size=world,
+        local_rank=local_rank,
+        local_world_size=local_world,
+        device=torch_device,
+        # The CPU half of the group of all ranks. A group of its own would connect every rank with every other once more.
+        control_group=dist.group.WORLD,
+        matmul=library_choice,
+        shared_memory=shared_memory,
+        timeout_s=timeout_s,
     )
-    return (
-        runtime
-        if library_choice is None
-        else replace(runtime, matmul=agree_on_library(gather_objects(library_choice, runtime), rank))
-    )
+    if library_choice is None:
+        return runtime
+    return replace(runtime, matmul=agree_on_library(gather_objects(library_choice, runtime), rank))
+
+
+def _form_group(*, use_cuda: bool, rank: int, world: int, timeout: timedelta, store: Any) -> None:
+    """Form the process group of all ranks. All ranks must call."""
+    refuse_unknown_interface()
+    enable_recorder()
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if store is not None:
+        prefixed_store = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(backend, store=prefixed_store, rank=rank, world_size=world, timeout=timeout)
+    elif "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        # Libraries read these variables, which no launcher has set.
+        os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
+        _form_group_of_one(backend, timeout)
 
 
 def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
-    """The runtime of a CPU with `library` for its float32 products from now on, or BLAS where a rank cannot take it.
+    """Switch the float32 products of a CPU run to `library`, or to BLAS if some rank cannot take it. Returns the new runtime.
 
     All ranks must call, with the same library.
     """
@@ -144,11 +157,11 @@ def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
 
 
 def _form_group_of_one(backend: str, timeout: timedelta) -> None:
-    """The process group of a job of one rank, which talks to nobody and needs no network."""
+    """Form the process group of a job of one rank. It talks to nobody, so it must work without a network."""
     try:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     except RuntimeError as error:
-        # gloo binds an address, and a container without any network has none, not even 127.0.0.1.
+        # gloo binds an address. A container without any network has none, not even 127.0.0.1.
         if "Unable to find" not in str(error):
             raise
         make_fake_backend_known()
@@ -156,84 +169,111 @@ def _form_group_of_one(backend: str, timeout: timedelta) -> None:
 
 
 def missing_cuda() -> str | None:
-    """Why no CUDA device can be used here; None where one can."""
+    """Why no CUDA device can be used here; None if one can."""
     if torch.cuda.is_available():
         return None
     if not (torch.version.cuda or torch.version.hip):
         return f"this torch ({torch.__version__}) is built for CPUs alone"
-    visible, driver_error = os.environ.get("CUDA_VISIBLE_DEVICES"), ""
-    visible_devices = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
+    details = ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        details += f" (CUDA_VISIBLE_DEVICES={visible!r})"
     try:
-        torch.cuda.init()  # says why: a driver that is too old for this torch, no driver, no device
+        torch.cuda.init()  # its error says why: no driver, one that is too old for this torch, no device
     except (RuntimeError, AssertionError) as error:
-        driver_error = f": {str(error).split('. ')[0]}"
-    return f"torch {torch.__version__} finds no device{visible_devices}{driver_error}; does nvidia-smi or rocm-smi show one?"
+        first_sentence = str(error).split(". ")[0]
+        details += f": {first_sentence}"
+    return f"torch {torch.__version__} finds no device{details}; does nvidia-smi or rocm-smi show one?"
 
 
 def threads_from_environment() -> int | None:
-    """What OMP_NUM_THREADS says; None where it is torchrun's own 1, which would leave all but one core of a rank idle."""
+    """The number in OMP_NUM_THREADS; None if there is none, or if torchrun has set it.
+
+    torchrun sets 1 by default, which would leave all but one core of a rank idle.
+    """
     text = os.environ.get("OMP_NUM_THREADS", "")
-    # Our launchers settle the number before they start torchrun.
+    # Our own launchers settle the number before they start torchrun, so there a 1 is meant.
     set_by_torchrun = text == "1" and "TORCHELASTIC_RUN_ID" in os.environ and "SHARDTUNE_RUN_DIR" not in os.environ
-    return int(text) if text.isdecimal() and int(text) > 0 and not set_by_torchrun else None
+    if not text.isdecimal() or set_by_torchrun:
+        return None
+    return int(text) or None
 
 
-_CGROUPS, _CGROUP_OF_PROCESS, _HOST_COUNTERS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/vmstat")
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
+_HOST_COUNTERS = Path("/proc/vmstat")
 
 
 def usable_cores() -> int:
-    """Cores this process may use: its affinity, or the CPU quota of its cgroup where that is less; at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = (text.split() for text in _cgroup_files("cpu.max"))
-    return max(1, min([allowed, *(int(quota) // int(period) for quota, period in limits if quota != "max")]))
+    """Cores that this process may use: its affinity, or the CPU quota of its cgroups if that is less; at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    for text in _cgroup_files("cpu.max"):
+        quota, period = text.split()
+        if quota != "max":
+            cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
 
 
 def cgroup_memory() -> int | None:
-    """Bytes that the cgroups of this process allow, None where they set no limit."""
-    limits = (text.strip() for text in _cgroup_files("memory.max"))
+    """Bytes that the cgroups of this process allow; None if they set no limit."""
+    limits = [text.strip() for text in _cgroup_files("memory.max")]
     return min((int(limit) for limit in limits if limit != "max"), default=None)
 
 
 def out_of_memory_kills() -> int | None:
-    """Processes that the kernel has killed for memory so far; None where it does not say.
+    """Processes that the kernel has killed for memory so far; None if it does not say.
 
-    Of this process's cgroup and those below it (version 2), where its children are and no other job of the host; of the whole
-    host where that is not counted.
+    Counted in this process's cgroup (version 2) and those below it, where its children are and no other job of the host. If that
+    is not counted: on the whole host.
     """
-    host_texts = (path.read_text(encoding="utf-8") for path in [_HOST_COUNTERS] if path.is_file())
-    for text in (*_cgroup_files("memory.events"), *host_texts):
-        for line in text.splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
+    texts = list(_cgroup_files("memory.events"))
+    if _HOST_COUNTERS.is_file():
+        texts.append(_HOST_COUNTERS.read_text(encoding="utf-8"))
+    for text in texts:
+        kills = _counter(text, "oom_kill")
+        if kills is not None:
+            return kills
     return None
 
 
 def free_host_memory() -> int | None:
-    """Bytes that this process may still take of its host, by the kernel's estimate and its cgroups; None where nobody can say."""
+    """Bytes that this process may still take of its host, by the kernel's estimate and its cgroups; None if nobody can say."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+        available_kib = _counter(Path("/proc/meminfo").read_text(encoding="utf-8"), "MemAvailable:")
+    except OSError:
         return None
-    for limit, used, statistics in zip(
-        *map(_cgroup_files, ("memory.max", "memory.current", "memory.stat")), strict=False
-    ):
-        if limit.strip() != "max":  # of what is used, pages of files that were not touched lately can be had at once
-            cached = next(
-                (int(line.split()[1]) for line in statistics.splitlines() if line.startswith("inactive_file ")), 0
-            )
-            free = min(free, int(limit) - int(used) + cached)
+    if available_kib is None:
+        return None
+    free = available_kib * 1024
+    cgroup_files = map(_cgroup_files, ("memory.max", "memory.current", "memory.stat"))
+    for limit, used, statistics in zip(*cgroup_files, strict=False):
+        if limit.strip() == "max":
+            continue
+        # Some of what counts as used can be had at once: cached pages of files that were not touched lately.
+        cached = _counter(statistics, "inactive_file") or 0
+        free = min(free, int(limit) - int(used) + cached)
     return max(0, free)
 
 
+def _counter(text: str, name: str) -> int | None:
+    """The number behind `name` in a file of the kernel with a name and a number on each line; None if there is none."""
+    for line in text.splitlines():
+        if line.startswith(f"{name} "):
+            return int(line.split()[1])
+    return None
+
+
 def _cgroup_files(name: str) -> Iterator[str]:
-    """What the file `name` says in the cgroup (version 2) of this process and in those around it, where it exists."""
-    try:
-        own_cgroup = next(
-            line[3:] for line in _CGROUP_OF_PROCESS.read_text(encoding="utf-8").splitlines() if line.startswith("0::")
-        )
-    except (OSError, StopIteration):
-        own_cgroup = "/"
+    """The content of the file `name` in the cgroup (version 2) of this process, then in each one around it that has the file."""
+    own_cgroup = "/"
+    with suppress(OSError):
+        for line in _CGROUP_OF_PROCESS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("0::"):
+                own_cgroup = line.removeprefix("0::")
+                break
     directory_of_process = _CGROUPS / own_cgroup.strip("/")
     for directory in (directory_of_process, *directory_of_process.parents):
         if directory.is_relative_to(_CGROUPS) and (directory / name).is_file():
@@ -241,15 +281,20 @@ def _cgroup_files(name: str) -> Iterator[str]:
 
 
 def set_group_timeouts(runtime: Runtime, more_s: float = 0) -> None:
-    """Give all groups the run's timeout, and `more_s` beside it; half an hour is torch's own. No collective."""
+    """Give all groups of this rank the run's timeout plus `more_s`: torch's own is half an hour. No collective."""
+    timeout = timedelta(seconds=runtime.timeout_s + more_s)
     for group in living_groups():
-        if dist.get_rank(group) >= 0 and dist.get_backend(group) != NO_NETWORK:  # a simulated one answers at once
-            set_group_timeout(timedelta(seconds=runtime.timeout_s + more_s), group)
+        is_member = dist.get_rank(group) >= 0
+        if is_member and dist.get_backend(group) != NO_NETWORK:  # that one answers at once
+            set_group_timeout(timeout, group)
 
 
 @contextmanager
 def longer_timeout(runtime: Runtime, more_s: float) -> Iterator[None]:
-    """Meanwhile ranks wait so many seconds longer for each other: one works for all. No collective; all ranks are to enter."""
+    """Inside the context ranks wait `more_s` seconds longer for each other, because one of them works for all.
+
+    No collective, but all ranks must enter.
+    """
     set_group_timeouts(runtime, more_s)
     try:
         yield
@@ -260,8 +305,8 @@ def longer_timeout(runtime: Runtime, more_s: float) -> Iterator[None]:
 def stop(*, failed: bool = False) -> None:
     """Leave the job. No collective: a dead peer must not hold up the others.
 
-    After a failure in a job of several ranks the groups stay, since peers may sit in a collective, for which NCCL waits
-    before it destroys one; the process is to leave at once.
+    After a failure in a job of several ranks the groups are not destroyed. Peers may sit in a collective, and NCCL waits for it
+    before it destroys a group; but the process is to leave at once.
     """
     restore_default()
     if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
@@ -269,7 +314,7 @@ def stop(*, failed: bool = False) -> None:
 
 
 def dist_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum `values` over all ranks, in place where there is more than one. All ranks must call."""
+    """Sum `values` over all ranks, in place. All ranks must call. In a job of one nothing happens."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -285,17 +330,20 @@ def broadcast_object(value: Any, runtime: Runtime) -> Any:
 
 
 def call_on_main(function: Callable[[], Returned], runtime: Runtime) -> Returned:
-    """What `function` finds on rank 0, where alone it is called, on every rank. All ranks must call.
+    """Call `function` on rank 0 alone, and return its result on every rank. All ranks must call.
 
-    Raises StorageError on every rank where it raised that or OSError: nobody waits for a rank that has left.
+    If it raises OSError or StorageError, StorageError is raised on every rank, so that nobody waits for a rank that has left.
     """
-    outcome: tuple[Returned | None, str | None] = (None, None)
+    result: Returned | None = None
+    problem: str | None = None
     if runtime.is_main:
         try:
-            outcome = (function(), None)
-        except (OSError, StorageError) as error:
-            outcome = (None, reason(error) if isinstance(error, OSError) else str(error))
-    returned, problem = broadcast_object(outcome, runtime)
+            result = function()
+        except OSError as error:
+            problem = reason(error)
+        except StorageError as error:
+            problem = str(error)
+    returned, problem = broadcast_object((result, problem), runtime)
     if problem is not None:
         raise StorageError(problem)
     return returned  # type: ignore[no-any-return]
@@ -355,13 +403,17 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
-    """Peaks of this rank in GiB; waits for nothing. On a CPU the process's resident set under `memory_gib`.
+    """Peak memory of this rank in GiB, by metric. Does not wait for the device.
 
-    On CUDA what tensors took (`memory_gib`) and what the allocator held for them (`memory_reserved_gib`).
+    On CUDA what tensors took (`memory_gib`) and what the allocator held for them (`memory_reserved_gib`). On a CPU the resident
+    set of the process (`memory_gib`).
     """
     if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"memory_gib": allocated / 2**30, "memory_reserved_gib": reserved / 2**30}
+        return {
+            "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        }
     import resource
 
-    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux
+    return {"memory_gib": peak_kib / 2**20}
