@@ -26,9 +26,11 @@ PATIENCE_S = 75.0
 CHUNK_BYTES = 2**23
 """Bytes that are read and hashed at a time."""
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
-NOT_YET_VISIBLE = (errno.ENOENT, errno.ESTALE)  # of what, or in what, another host has made a moment ago
-TRANSIENT = (errno.EIO, errno.ETIMEDOUT)  # of a network mount or a disk that stumbles: the next look may succeed
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux
+NOT_YET_VISIBLE = (errno.ENOENT, errno.ESTALE)
+"""What a network file system answers for something that another host has made a moment ago."""
+TRANSIENT = (errno.EIO, errno.ETIMEDOUT)
+"""Errors of a network mount or a disk that stumbles: the next attempt may succeed."""
 PAUSES_S = (10.0, 20.0)
 """Pauses between three looks at a file that met a passing error."""
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -65,10 +67,14 @@ class Disk:
 
     def exchange(self, first: Path, second: Path) -> None:
         """Swap two names at once; ENOSYS, EINVAL or ENOTSUP where the system or the file system cannot (NFS)."""
-        call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        if call is None or call(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE):
-            code = errno.ENOSYS if call is None else ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(first), None, str(second))
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if renameat2 is None:
+            code = errno.ENOSYS
+        elif renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+            return
+        else:
+            code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(first), None, str(second))
 
     def link(self, source: Path, target: Path) -> None:
         """A second name; fails where `target` exists."""
@@ -98,7 +104,7 @@ disk = Disk()
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """A file as it was meant to be on the disk: what it must be found to be."""
+    """What a written file must look like when it is read again."""
 
     name: str
     """Within its directory."""
@@ -108,20 +114,24 @@ class WrittenFile:
 
 
 class NewFile:
-    """A file being written: hashed on the way, synced when the `with` block ends well.
+    """A file that is being written. It is hashed on the way, and synced when the `with` block ends without an error.
 
-    `exclusive`: it must not exist, nobody is waited for, and there is no file where the block, or its sync, ends badly.
+    `exclusive`: the file must not exist yet. Nothing is waited for, and after an error in the block or the sync it is removed.
     """
 
     def __init__(self, path: Path, *, exclusive: bool = False) -> None:
-        self.path, self.size, self._exclusive = path, 0, exclusive
+        self.path = path
+        self.size = 0
+        self._exclusive = exclusive
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> NewFile:
-        flags = os.O_WRONLY | os.O_CREAT | (os.O_EXCL if self._exclusive else os.O_TRUNC)
-        self._descriptor = retry_until_visible(
-            lambda: disk.open(self.path, flags), () if self._exclusive else NOT_YET_VISIBLE
-        )
+        flags = os.O_WRONLY | os.O_CREAT
+        if self._exclusive:
+            self._descriptor = disk.open(self.path, flags | os.O_EXCL)
+        else:
+            # Its directory may have been made by another host a moment ago.
+            self._descriptor = retry_until_visible(lambda: disk.open(self.path, flags | os.O_TRUNC))
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -220,7 +230,7 @@ def publish_replacing(source: Path, target: Path, replaced: Path) -> None:
     else:
         disk.rename(source, replaced)
     sync_directory(target.parent)
-    with suppress(OSError):  # in nobody's way
+    with suppress(OSError):  # if it stays, it is in nobody's way
         disk.remove_tree(replaced)
 
 
@@ -229,11 +239,12 @@ def retry_until_visible(
     codes: tuple[int, ...] = NOT_YET_VISIBLE,
     was_deleted: Callable[[], bool] = lambda: False,
 ) -> Returned:
-    """What `call`, which opens, returns, tried again while a network file system has not heard of what another host wrote.
+    """Call a function that opens something, again and again until a network file system shows what another host has written.
 
-    Nobody waits for what `was_deleted` says was deleted.
+    `codes`: the errors that are waited out, for at most `PATIENCE_S`. `was_deleted`: says that there is nothing to wait for.
     """
-    waited, pause = 0.0, 0.05
+    waited = 0.0
+    pause = 0.05
     while True:
         try:
             return call()
@@ -241,25 +252,27 @@ def retry_until_visible(
             if error.errno not in codes or waited >= PATIENCE_S or was_deleted():
                 raise
         disk.sleep(pause)
-        waited, pause = waited + pause, min(2 * pause, 5.0)
+        waited += pause
+        pause = min(2 * pause, 5.0)
 
 
 class EndsTooEarly(OSError):
-    """A file ends before what should be read of it: another look would find the same."""
+    """A file is shorter than what should be read of it. Another attempt would find the same."""
 
 
 class RetryingReader:
-    """Reads files of one checkpoint, three times over 30 s if the disk stumbles. For use by several threads.
+    """Reads the files of one checkpoint. If the disk stumbles, it makes three attempts over 30 s. Several threads may use it.
 
-    A disk that failed for that long is not waited for again at the next file.
+    A disk that failed all three attempts is not waited for again at the next file.
     """
 
     def __init__(
         self, say: Callable[[str], None] = lambda text: None, was_deleted: Callable[[], bool] = lambda: False
     ) -> None:
-        """`was_deleted`: whether the checkpoint was deleted, and nobody waits for its files."""
-        self._report, self._exhausted = say, False
+        """`was_deleted`: whether the checkpoint was deleted, so that its files are not waited for."""
+        self._report = say
         self._was_deleted = was_deleted
+        self._exhausted = False
 
     def read(self, path: Path, read: Callable[[], Returned], codes: tuple[int, ...] = NOT_YET_VISIBLE) -> Returned:
         """What `read` returns, a function that opens `path` and reads it from its beginning.
@@ -287,7 +300,7 @@ class RetryingReader:
 def open_regular(path: Path) -> Iterator[tuple[int, int]]:
     """(descriptor, size in bytes) of a regular file, to be read.
 
-    Errors: OSError, also for what is no regular file: links, pipes and devices of others are not followed.
+    Errors: OSError, also if it is a link, a pipe or a device: somebody else may have put it there.
     """
     descriptor = disk.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -300,7 +313,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
 
 
 class OpenDirectory:
-    """A directory that stays open, so that it is found again after it was renamed."""
+    """Keeps a directory open, so that it can be found after somebody has renamed it."""
 
     def __init__(self, path: Path) -> None:
         """Errors: OSError."""
@@ -326,28 +339,37 @@ class OpenDirectory:
         return None
 
     def _candidates(self) -> Iterator[Path]:
-        """The last known path, what Linux says of the open directory, and, for other systems, what lies beside it."""
+        """Where the directory may be: its last known path, the path that Linux names, and for other systems its siblings."""
         yield self.path
         parent = self.path.absolute().parent
         with suppress(OSError):
             current = Path(f"/proc/self/fd/{self._descriptor}").readlink()
-            # As it was typed, if it was only given another name.
-            yield self.path.with_name(current.name) if current.parent == parent.resolve() else current
+            if current.parent == parent.resolve():
+                # Only its name has changed: keep the rest of the path as it was typed.
+                yield self.path.with_name(current.name)
+            else:
+                yield current
         with suppress(OSError):
-            yield from (self.path.with_name(entry.name) for entry in parent.iterdir() if entry.is_dir())
+            for entry in parent.iterdir():
+                if entry.is_dir():
+                    yield self.path.with_name(entry.name)
 
 
 def fill(descriptor: int, into: memoryview, offset: int) -> None:
-    """Read exactly `len(into)` bytes from `offset` on. Errors: OSError, also where the file ends before."""
+    """Read exactly `len(into)` bytes from `offset` on. Errors: OSError, also if the file ends before."""
     while len(into):
         done = disk.read(descriptor, into, offset)
         if done <= 0:
             raise EndsTooEarly(errno.EIO, "the file ends too early")
-        into, offset = into[done:], offset + done
+        into = into[done:]
+        offset += done
 
 
 def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
-    """All of a regular file of at most `most` bytes; `patient` where another host may have just written it. Errors: OSError."""
+    """The content of a regular file of at most `most` bytes. Errors: OSError.
+
+    `patient`: another host may have just written it, so wait until it is visible.
+    """
     if patient:
         return RetryingReader().read(path, lambda: read_bytes(path, most=most))
     with open_regular(path) as (descriptor, size):
@@ -359,9 +381,9 @@ def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
 
 
 def file_difference(directory: Path, expected: WrittenFile, reader: RetryingReader | None = None) -> str | None:
-    """How a file that was seen there differs from what was written, None where it does not. Reads all of it. No errors.
+    """How a file in `directory` differs from what was written; None if it does not. Reads all of it. No errors.
 
-    `reader` are those of the checkpoint that it belongs to.
+    `reader`: that of the checkpoint which the file belongs to.
     """
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, expected.size))))
 
@@ -374,24 +396,27 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
                 chunk = buffer[: min(len(buffer), size - offset)]
                 fill(descriptor, chunk, offset)
                 digest.update(chunk)
-        same = digest.hexdigest() == expected.sha256
-        return None if same else f"{expected.name} does not have the bytes that were written"
+        if digest.hexdigest() != expected.sha256:
+            return f"{expected.name} does not have the bytes that were written"
+        return None
 
     try:
         return (reader or RetryingReader()).read(directory / expected.name, compare)
     except OSError as error:
-        how = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({reason(error)})"
-        return f"{expected.name} {how}"
+        if error.errno == errno.ENOENT:
+            return f"{expected.name} is missing"
+        return f"{expected.name} cannot be read ({reason(error)})"
 
 
 def missing_space(directory: Path, needed: int) -> str | None:
-    """Why `needed` bytes do not fit into an existing directory; None where they do, or where nobody can say."""
+    """Why `needed` bytes do not fit into an existing directory; None if they do, or if nobody can say."""
     try:
         free = disk.free(directory)
     except OSError:
         return None
-    full = f"No space left on {directory}: {size_text(needed)} are needed and {size_text(free)} are free"
-    return None if free >= needed else full
+    if free >= needed:
+        return None
+    return f"No space left on {directory}: {size_text(needed)} are needed and {size_text(free)} are free"
 
 
 def size_text(size: float) -> str:
@@ -404,10 +429,12 @@ def size_text(size: float) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed, the cause first: what the system says, then where; else the error's first line."""
+    """Why something failed, in one line. Of an OSError what the system says, and the file; of others type and first line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if "No space left on device" in str(error):  # of libraries with errors of their own
+    if "No space left on device" in str(error):  # libraries wrap it in errors of their own
         return os.strerror(errno.ENOSPC)
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:300]}"

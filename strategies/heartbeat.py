@@ -1,10 +1,13 @@
-"""Signs of life of every rank, in the store of the group: who is silent is the cause where its peers only lost it.
+"""Signs of life of every rank, in the ranks' store: they tell which rank is the cause when others only lost a peer.
 
-A rank that was stopped or killed can say nothing, and the others see a broken connection or a timeout of their own. Each rank
-therefore counts in the store, with its phase and step; whoever fails for a lost peer looks who does not count on. After a timeout
-every rank writes down where its threads are, and says which exchange it was in last: those that live when the store asks, or by
-themselves when an exchange has lasted for most of the timeout, a stopped one when a peer on its host wakes it with SIGQUIT.
-A launcher that gives its ranks a directory (`LAST_WORDS`) finds in it what each said last, also of one that was killed.
+A rank that was stopped or killed can say nothing. The others see a broken connection, or a timeout of their own. So each rank
+counts up in the store, together with its phase and step. A rank that fails because of a lost peer looks who has stopped counting.
+
+After a timeout every rank writes the stacks of its threads, and says which exchange it was in last. Living ranks do so when they
+are asked through the store, or by themselves when an exchange has lasted for most of the timeout. A stopped rank does so when a
+peer on its host wakes it with SIGQUIT.
+
+A launcher may give its ranks a directory (`LAST_WORDS`). It then finds there the last sign of life of each, also of a killed one.
 """
 
 from __future__ import annotations
@@ -34,26 +37,26 @@ LOST_PEER = re.compile(
 )
 """What the backends say in a rank whose peer has died or hangs."""
 AWAITED_PEER = re.compile(r"waited \d+ s for its peer (\d+)")
-"""How the exchange through shared memory (`strategies/host_memory.py`) says who did not come."""
+"""How an error of `strategies/host_memory.py` names the rank that did not come."""
 STACKS_KEY = "shardtune/stacks"
 LAST_WORDS = "SHARDTUNE_LAST_WORDS"
-"""The variable that names a directory of this host, in which each rank keeps what it last said of itself."""
+"""Environment variable with a directory of this host, in which each rank writes its last sign of life."""
 LATE_SHARE = 0.8
-"""Share of the timeout after which a rank tells of an exchange that is not over, before the backend may end the process."""
+"""Share of the timeout after which a rank reports an exchange that is not over: soon the backend may end the process."""
 WARNING_BEATS = 15
-"""Beats before the timeout at which a rank that waits under NCCL says why: what NCCL then does to it, nobody can catch."""
+"""Beats before the timeout at which a rank that waits under NCCL says why: NCCL then ends the process at once."""
 ANSWER_BEATS = 5
-"""Beats for which ranks that were asked where they are may keep the one that asks waiting; a busy host lets them wait, too."""
+"""Beats that a rank waits for the answers of the others. More than one, because a busy host delays them."""
 ANSWER_S = 10.0
-"""Seconds, or beats if those are longer, that the ranks' store may take for an answer before its host counts as unreachable."""
+"""Seconds (or beats, if those are longer) for an answer of the ranks' store. After them its host counts as unreachable."""
 CUT_OFF_S = 30.0
-"""Seconds beyond the timeout after which a rank ends that is cut off from the others and has not ended by an error."""
+"""A rank that is cut off from the others ends this many seconds after the timeout, unless an error has ended it before."""
 TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SignOfLife:
-    """What a rank last said of itself."""
+    """The last sign of life of a rank; the defaults stand for a rank that has given none."""
 
     rank: int
     host: str = "?"
@@ -64,34 +67,31 @@ class SignOfLife:
 
 
 class SilentRank(ShardtuneError):
-    """A rank that does not count on: gone, or stopped while the others waited for it."""
+    """A rank has stopped counting: its process has ended, or was stopped, while the others waited for it."""
 
     retry = "node_fail"
 
     def __init__(self, sign: SignOfLife, *, hung: bool, since_s: float, error_line: str) -> None:
-        self.sign, self.hung = sign, hung
-        at = f", step {sign.step}" if sign.step is not None else ""
-        what = (
-            "is there no more"
-            if not hung
-            else f"gives no sign of life (none for {since_s:.0f} s): it was stopped, or hangs"
-        )
-        super().__init__(
-            f"rank {sign.rank} (process {sign.pid} on {sign.host}; {sign.phase}{at}) {what}; a peer was told: {error_line}"
-        )
+        self.sign = sign
+        self.hung = hung
+        if hung:
+            what = f"gives no sign of life (none for {since_s:.0f} s): it was stopped, or hangs"
+        else:
+            what = "has ended"
+        super().__init__(f"{_described(sign)} {what}; the error of a peer: {error_line}")
 
 
 class LaggingRank(ShardtuneError):
-    """A rank that lives, and does not come to the exchange in which the others wait for it."""
+    """A rank is alive, but does not come to the exchange in which the others wait for it."""
 
     retry = "node_fail"
 
     def __init__(self, sign: SignOfLife, last: Exchange | None, awaited: Exchange | str, error_line: str) -> None:
-        self.sign, self.hung = sign, True
-        at = f", step {sign.step}" if sign.step is not None else ""
+        self.sign = sign
+        self.hung = True
         super().__init__(
-            f"rank {sign.rank} (process {sign.pid} on {sign.host}; {sign.phase}{at}) lives and does not come to {awaited}, where "
-            f"others wait for it; its last was {last or 'none'}; a peer was told: {error_line}"
+            f"{_described(sign)} lives and does not come to {awaited}, where others wait for it; its last exchange was "
+            f"{last or 'none'}; the error of a peer: {error_line}"
         )
 
 
@@ -102,15 +102,21 @@ class CutOffRank(ShardtuneError):
 
     def __init__(self, sign: SignOfLife, *, since_s: float, error_line: str) -> None:
         """`sign`: this rank. `error_line`: the first line of the error that it met."""
-        self.sign, self.hung = sign, True
+        self.sign = sign
+        self.hung = True
         super().__init__(
             f"rank {sign.rank} on {sign.host} is cut off: {store_place()}, where the ranks meet, has not answered for "
-            f"{since_s:.0f} s; look at the link between the hosts and at that host; this rank met: {error_line}"
+            f"{since_s:.0f} s; look at the link between the hosts and at that host; the error of this rank: {error_line}"
         )
 
 
+def _described(sign: SignOfLife) -> str:
+    step = "" if sign.step is None else f", step {sign.step}"
+    return f"rank {sign.rank} (process {sign.pid} on {sign.host}; {sign.phase}{step})"
+
+
 class Heartbeats:
-    """This rank's signs of life, and a look at those of the others. Nothing here is collective."""
+    """Gives this rank's signs of life in a thread, and looks at those of the others. Nothing here is collective."""
 
     def __init__(
         self,
@@ -120,51 +126,56 @@ class Heartbeats:
         state: Callable[[], tuple[str, int | None]],
         timeout_s: float = float("inf"),
     ) -> None:
-        """`timeout_s` is that of the exchanges."""
-        self.rank, self.world, self._state, self._timeout_s = rank, world, state, timeout_s
-        self._last_state, self._last_change = state(), time.monotonic()
+        """`state`: returns the phase and step of this rank. `timeout_s`: the timeout of the exchanges."""
+        self.rank = rank
+        self.world = world
+        self._state = state
+        self._timeout_s = timeout_s
+        self._last_state = state()
+        self._last_change = time.monotonic()
+        # The more ranks there are, the more the store has to answer: fewer beats each.
         self.every_s = max(1.0, world / 200)
         self._store = BoundedStore(store, max(ANSWER_S, ANSWER_S * self.every_s))
         self._reported_unanswered = False
         self._stacks: IO[str] | None = None
         self._report_lock = threading.Lock()
         self.at_timeout: Callable[[Exchange], None] | None = None
-        """Told once, in a thread of its own, of an exchange for which NCCL is about to end this process."""
+        """Called once, in a thread of its own, with the exchange for which NCCL is about to end this process."""
         self.when_cut_off: Callable[[CutOffRank], None] | None = None
-        """Ends this process, which is cut off from the others and did not end by the error of an exchange."""
+        """Must end this process. Called if it is cut off from the others, and no error of an exchange has ended it."""
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def write_stacks_to(self, path: Path) -> None:
-        """Where this rank writes its threads' stacks when it is asked to, and its main one when it is sent SIGQUIT.
+        """Set the file for the stacks of this rank's threads; on SIGQUIT the stack of its main thread goes there too.
 
-        In the main thread.
+        Must be called in the main thread.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = path.open("a", encoding="utf-8")
-        # A handler does not hold the lock of the interpreter: another thread's frames change while it reads them, and it dies.
+        # Only the main thread: the handler does not hold the interpreter's lock. Frames of another thread would change while it
+        # reads them, and the process would crash.
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=False)
 
     def silent_ranks(self, look_s: float) -> list[SignOfLife]:
-        """Ranks that do not count on in `look_s`, while this one looks."""
+        """The other ranks that do not count up within `look_s` seconds, during which this one waits."""
         signs_before = self._signs_of_life()
         time.sleep(look_s)
-        signs_after = self._signs_of_life()
-        return [
-            sign
-            for sign, earlier in zip(signs_after, signs_before, strict=True)
-            if sign.count == earlier.count and sign.rank != self.rank
-        ]
+        silent = []
+        for before, after in zip(signs_before, self._signs_of_life(), strict=True):
+            if after.count == before.count and after.rank != self.rank:
+                silent.append(after)
+        return silent
 
     def cause(self, error: BaseException) -> SilentRank | CutOffRank | None:
-        """What is behind an error that says no more than that a peer was lost: a silent rank, or the link; else None.
+        """The cause of an error that only says that a peer was lost: a silent rank, or a broken link. None if it is neither.
 
-        Takes a few seconds where it looks.
+        Takes a few seconds if it has to look.
         """
         error_line = _first_line(error)
         if isinstance(error, ShardtuneError) or not LOST_PEER.search(str(error)):
             return None
         timed_out = TIMED_OUT.search(str(error)) is not None
-        # Where a process is gone, its launcher ends this one in a few seconds; where one hangs there is time to be sure.
+        # If a process has ended, its launcher will end this one in a few seconds. If one hangs, there is time to be sure.
         look_s = (6 if timed_out else 2.5) * self.every_s
         try:
             silent = self.silent_ranks(look_s)
@@ -172,73 +183,81 @@ class Heartbeats:
             return self._cut_off(error_line)
         except RuntimeError:  # the store is gone with the process that had it
             return None
-        return SilentRank(silent[0], hung=timed_out, since_s=look_s, error_line=error_line) if silent else None
+        if not silent:
+            return None
+        return SilentRank(silent[0], hung=timed_out, since_s=look_s, error_line=error_line)
 
     def collect_exchanges(self, stopped: SignOfLife | None) -> dict[int, Exchange]:
-        """Let every rank write its stacks, and wake one that was `stopped` for it. Errors: none.
+        """Let every rank write its stacks, also a `stopped` one, which is woken for it. No errors.
 
-        The last exchange of each rank that answers. It is back when all have, which takes a beat, or after `ANSWER_BEATS`.
+        Returns the last exchange of each rank that answers: when all have answered, which takes a beat, or after `ANSWER_BEATS`.
         """
         with contextlib.suppress(RuntimeError):
             self._store.set(STACKS_KEY, "1")
         if stopped is not None and stopped.host == socket.gethostname() and stopped.pid:
-            # Held back until it goes on, the first is then taken before it can leave the place where it was stopped.
+            # A stopped process handles no signal. When it continues, SIGQUIT comes first: its stack is where it was stopped.
             with contextlib.suppress(OSError):
                 _signal_main_thread(stopped.pid, signal.SIGQUIT)
                 os.kill(stopped.pid, signal.SIGCONT)
         keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world)}
         deadline = time.monotonic() + ANSWER_BEATS * self.every_s
         try:
-            self._report_position()  # its own beat may be late
+            self._report_position()  # not at the next beat, which may come too late
             while not self._store.check([*keys.values()]) and time.monotonic() < deadline:
                 time.sleep(self.every_s / 4)
-            return {
-                rank: Exchange(**json.loads(self._store.get(key)))
-                for rank, key in keys.items()
-                if self._store.check([key])
-            }
+            exchanges = {}
+            for rank, key in keys.items():
+                if self._store.check([key]):
+                    exchanges[rank] = Exchange(**json.loads(self._store.get(key)))
+            return exchanges
         except RuntimeError:
             return {}
 
     def lagging_rank(self, error: BaseException, exchanges: dict[int, Exchange]) -> LaggingRank | None:
-        """The rank that lives and is not where this one, which `error` ended, has waited for it; None where nobody can say."""
-        if (peer := AWAITED_PEER.search(str(error))) is not None and (rank := int(peer[1])) < self.world:
-            try:
-                awaited = "an exchange through shared memory"
-                return LaggingRank(self._signs_of_life()[rank], exchanges.get(rank), awaited, _first_line(error))
-            except RuntimeError:
+        """The living rank that did not come to the exchange in which `error` ended this one; None if nobody can say.
+
+        `exchanges`: the last exchange of each rank, as `collect_exchanges` returns them.
+        """
+        awaited: Exchange | str
+        peer = AWAITED_PEER.search(str(error))
+        if peer is not None and int(peer[1]) < self.world:
+            lagging = int(peer[1])
+            awaited = "an exchange through shared memory"
+        else:
+            own_exchange = exchanges.get(self.rank)
+            if own_exchange is None:
                 return None
-        own_exchange = exchanges.get(self.rank)
-        other_exchanges = {rank: exchange for rank, exchange in exchanges.items() if rank != self.rank}
-        if own_exchange is None or not other_exchanges:
-            return None
-        absent = [
-            rank
-            for rank, exchange in other_exchanges.items()
-            if exchange.waits_s is None
-            and not (exchange.counter == own_exchange.counter and exchange.number >= own_exchange.number)
-        ]
+            absent = self._absent_ranks(own_exchange, exchanges)
+            if not absent:
+                return None
+            lagging = absent[0]
+            awaited = own_exchange
         try:
-            return (
-                LaggingRank(
-                    self._signs_of_life()[absent[0]], other_exchanges[absent[0]], own_exchange, _first_line(error)
-                )
-                if absent
-                else None
-            )
+            sign = self._signs_of_life()[lagging]
         except RuntimeError:
             return None
+        return LaggingRank(sign, exchanges.get(lagging), awaited, _first_line(error))
+
+    def _absent_ranks(self, own_exchange: Exchange, exchanges: dict[int, Exchange]) -> list[int]:
+        """Ranks that wait in no exchange and have not come to `own_exchange`, in which this one waits."""
+        absent = []
+        for rank, exchange in exchanges.items():
+            has_come = exchange.counter == own_exchange.counter and exchange.number >= own_exchange.number
+            if rank != self.rank and exchange.waits_s is None and not has_come:
+                absent.append(rank)
+        return absent
 
     def _signs_of_life(self) -> list[SignOfLife]:
-        keys = [f"shardtune/beat/{rank}" for rank in range(self.world)]
-        return [
-            SignOfLife(rank=rank, **json.loads(self._store.get(key)))
-            if self._store.check([key])
-            else SignOfLife(rank=rank)
-            for rank, key in enumerate(keys)
-        ]
+        """The last sign of life of every rank, in rank order. Errors: RuntimeError of the store."""
+        signs = []
+        for rank in range(self.world):
+            key = f"shardtune/beat/{rank}"
+            sign = json.loads(self._store.get(key)) if self._store.check([key]) else {}
+            signs.append(SignOfLife(rank=rank, **sign))
+        return signs
 
     def _beat(self) -> None:
+        """The heartbeat thread: count up, look whether an exchange lasts too long, and answer those that ask."""
         sign: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "count": 0}
         while True:
             phase, step = self._state()
@@ -263,13 +282,13 @@ class Heartbeats:
         return CutOffRank(sign, since_s=self._store.unanswered_s(), error_line=error_line)
 
     def _note_unanswered(self, state: tuple[str, int | None]) -> None:
-        """Say once that the store does not answer; end the process if it stood still all the while and beyond the timeout."""
+        """Say once that the store does not answer. End the process if it has stood still since then, beyond the timeout."""
         if not self._reported_unanswered:
             self._reported_unanswered = True
-            limit = f"; this rank ends after {self._timeout_s:.0f} s without progress (run.timeout_s)"
             _print_error(
                 f"rank {self.rank} on {socket.gethostname()}: {store_place()}, where the ranks meet, has not answered for "
-                f"{self._store.unanswered_s():.0f} s: the link is down, or that host hangs{limit}"
+                f"{self._store.unanswered_s():.0f} s: the link is down, or that host hangs; this rank ends after "
+                f"{self._timeout_s:.0f} s without progress (run.timeout_s)"
             )
         self._note_progress(state)
         standstill_s = min(time.monotonic() - self._last_change, self._store.unanswered_s())
@@ -282,26 +301,31 @@ class Heartbeats:
             _print_error(f"rank {self.rank} on {socket.gethostname()}: {store_place()} answers again")
 
     def _report_position(self) -> None:
-        """Write where the threads of this rank are, and tell its last exchange; once. Errors: RuntimeError of the store."""
+        """Write the stacks of this rank's threads, and put its last exchange into the store. Does so only once.
+
+        Errors: RuntimeError of the store.
+        """
         with self._report_lock:
             stacks, self._stacks = self._stacks, None
             if stacks is None:
                 return
             faulthandler.dump_traceback(stacks, all_threads=True)
-            if (last := last_exchange()) is not None:
+            last = last_exchange()
+            if last is not None:
                 self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(last)))
                 over = "over" if last.waits_s is None else "not over"
                 with contextlib.suppress(OSError):  # a full disk makes no rank that lives a silent one
                     print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
 
     def _late_exchange(self, state: tuple[str, int | None]) -> Exchange | None:
-        """The exchange in which this rank stands still, where it will soon have lasted too long."""
+        """The exchange in which this rank stands still, if it has lasted for most of the timeout; else None."""
         self._note_progress(state)
         if time.monotonic() - self._last_change < LATE_SHARE * self._timeout_s:
             return None
         last = last_exchange()
-        is_late = last is not None and last.waits_s is not None and last.waits_s > LATE_SHARE * self._timeout_s
-        return last if is_late else None
+        if last is None or last.waits_s is None or last.waits_s <= LATE_SHARE * self._timeout_s:
+            return None
+        return last
 
     def _note_progress(self, state: tuple[str, int | None]) -> None:
         if state != self._last_state:
@@ -309,41 +333,44 @@ class Heartbeats:
             self._last_change = time.monotonic()
 
     def _warn(self, late: Exchange | None) -> None:
-        """Hand on what is late under NCCL, whose watchdog aborts the process; gloo raises an error where it is waited for."""
+        """Call `at_timeout` if NCCL is about to abort the process. gloo raises an error instead, in the thread that waits."""
         handler = self.at_timeout
         if late is None or handler is None or not late.what.startswith("nccl"):
             return
         if (late.waits_s or 0.0) > self._timeout_s - WARNING_BEATS * self.every_s:
             self.at_timeout = None
-            # Another thread, which may take its time: without beats this rank would seem stopped itself.
+            # In another thread, because it may take its time: without beats this rank would itself seem stopped.
             threading.Thread(target=handler, args=(late,), name="timeout", daemon=True).start()
 
     def _write_last_words(self, sign: dict[str, Any]) -> None:
-        if (directory := os.environ.get(LAST_WORDS)) is not None:
-            with contextlib.suppress(OSError):
-                temporary = Path(directory) / f".{self.rank}"
-                temporary.write_text(json.dumps(sign), encoding="utf-8")
-                temporary.replace(Path(directory) / str(self.rank))
+        """Keep the sign of life in the launcher's directory, if it has given one."""
+        directory = os.environ.get(LAST_WORDS)
+        if directory is None:
+            return
+        with contextlib.suppress(OSError):
+            temporary = Path(directory) / f".{self.rank}"
+            temporary.write_text(json.dumps(sign), encoding="utf-8")
+            temporary.replace(Path(directory) / str(self.rank))
 
 
 def store_place() -> str:
-    """Where the ranks' store is, as the environment has it."""
+    """Address and port of the ranks' store, from the environment."""
     return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
 
 
 def _print_error(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+    with contextlib.suppress(OSError, ValueError):  # the terminal is closed
         print(text, file=sys.stderr, flush=True)
 
 
 def _signal_main_thread(pid: int, number: int) -> None:
-    """To no other thread of the process: the kernel gives a stopped one's signal to whichever wakes first."""
+    """Send a signal to the main thread. A signal to the whole process may go to any thread that wakes first."""
     send = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc before 2.30 has none
     os.kill(pid, number) if send is None else send(pid, pid, number)
 
 
 def last_words(directory: Path, rank: int) -> SignOfLife | None:
-    """What a rank of this host last said of itself, for the launcher that gave it the directory; None where it said nothing."""
+    """The last sign of life of a rank of this host, for the launcher that gave it the directory; None if there is none."""
     try:
         return SignOfLife(rank=rank, **json.loads((directory / str(rank)).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -351,4 +378,5 @@ def last_words(directory: Path, rank: int) -> SignOfLife | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -26,9 +26,9 @@ def to_all(**changes):
 
 def test_gradients_go_to_their_owners_where_a_bucket_has_few():
     """8 billion parameters on 8 ranks, and on 1,024; a bucket holds 105 million elements."""
-    assert not to_all(part=10**9) and not to_all(part=200 * MIB // 8)
-    assert to_all(part=8 * 10**6) and to_all(part=0)
-    assert to_all(part=10**9, on_cpu=True)
+    assert not to_all(trained_per_rank=10**9) and not to_all(trained_per_rank=200 * MIB // 8)
+    assert to_all(trained_per_rank=8 * 10**6) and to_all(trained_per_rank=0)
+    assert to_all(trained_per_rank=10**9, on_cpu=True)
 
 
 @pytest.mark.parametrize(
