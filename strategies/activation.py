@@ -1,4 +1,4 @@
-"""What is done to each transformer block before sharding: activation checkpointing and compilation."""
+"""Applies activation checkpointing and compilation to each transformer block, before the model is sharded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from strategies.compat.dispatch import (
 from strategies.compat.transformers import checkpoint_block
 from strategies.errors import ConfigError
 
-# Costly to recompute, cheap to keep: matrix products and attention. Everything else is recomputed.
+# Matrix products and attention are costly to recompute and cheap to keep. Everything else is recomputed.
 KEPT_OPS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -32,11 +32,11 @@ KEPT_OPS = (
     CUDNN_ATTENTION.default,
 )
 KEPT_WHEN_REGISTERED = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward")
-"""Variable-length attention on GPUs: torch's and FlashAttention's, which exist only once they are imported."""
+"""Names of variable-length attention on GPUs, torch's and FlashAttention's. These operations exist only once they are imported."""
 
 
 def is_kept(op: Any) -> bool:
-    """Whether selective checkpointing keeps what an operation computes."""
+    """Whether selective checkpointing keeps the result of an operation."""
     return op in KEPT_OPS or op.name() in KEPT_WHEN_REGISTERED
 
 
@@ -45,10 +45,10 @@ def _selective_policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> Checkp
 
 
 class _OnlyKept(TorchDispatchMode):
-    """Shows torch's selective mode the kept operations alone.
+    """Lets torch's selective mode see only the operations that are kept.
 
-    It counts every operation and wants each again when a block is recomputed. What ZeRO-3 does to gather weights stands
-    among them, and differs: in the forward pass some were gathered ahead.
+    torch's mode counts every operation, and expects each of them again when a block is recomputed. Under ZeRO-3 the operations
+    that gather weights would be among them, but they differ: in the forward pass some weights were gathered ahead.
     """
 
     def __init__(self, mode: Any) -> None:
@@ -57,12 +57,12 @@ class _OnlyKept(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """As torch's own mode."""
+        """Like torch's own mode."""
         return True
 
     @property
     def ac_graph_id(self) -> Any:
-        """Which checkpointed part of a compiled block this is: torch writes it here, and its own mode reads it."""
+        """The number of a checkpointed part of a compiled block. torch writes it here, and its own mode reads it."""
         return self.mode.ac_graph_id
 
     @ac_graph_id.setter
@@ -92,14 +92,14 @@ def _checkpoint_arguments(mode: ActivationCheckpointing) -> dict[str, Any]:
 
 
 def _keep_outputs(module: nn.Module) -> None:
-    """A product that is kept must not be overwritten by the layer that made it."""
+    """Keep layers from overwriting their product in place: the product that is kept would change."""
     for layer in module.modules():
         if getattr(layer, "overwrites_output", False):
             layer.overwrites_output = False  # type: ignore[assignment]
 
 
 def _checkpoint(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
-    """Every block alike, through the model's own interface; raises ConfigError where it has none."""
+    """Let all blocks recompute in the same way, through the model's own interface. ConfigError if it has none."""
     if mode is ActivationCheckpointing.none:
         return
     model: Any = step_module.model
@@ -114,27 +114,36 @@ def _checkpoint(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
 
 
 def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
-    """Switch on checkpointing through the model's own interface, and compile block by block, as configured.
+    """Switch on activation checkpointing, and compile block by block, as configured.
 
-    A plan by block (`StepPlan.recomputation`, made for `auto`) goes before the setting. Raises ConfigError where the
+    A plan for each block (`StepPlan.recomputation`, made for `auto`) overrides the setting. Raises ConfigError if the
     architecture has no repeated blocks to work on.
     """
     blocks = step_module.shard_units()  # type: ignore[operator]
     modes = plan_of(step_module).recomputation
-    if modes is None:
-        mode = config.activation_checkpointing
-        _checkpoint(step_module, ActivationCheckpointing.none if mode is ActivationCheckpointing.auto else mode)
-    elif used := [mode for mode in modes if mode is not ActivationCheckpointing.none]:
-        _checkpoint(step_module, used[0])
-        for block, mode in zip(blocks, modes, strict=True):
-            checkpoint = partial(torch.utils.checkpoint.checkpoint, **_checkpoint_arguments(mode))
-            checkpoint_block(block, checkpoint, recomputes=mode is not ActivationCheckpointing.none)
-            if mode is ActivationCheckpointing.selective:
-                _keep_outputs(block)
-    if config.compile:
-        if not blocks:
-            raise ConfigError(
-                "strategy.compile=true: this architecture names no repeated blocks to compile; set it false"
-            )
-        for block in blocks:
-            block.compile(dynamic=True)
+    if modes is not None:
+        _checkpoint_as_planned(step_module, blocks, modes)
+    elif config.activation_checkpointing is not ActivationCheckpointing.auto:
+        _checkpoint(step_module, config.activation_checkpointing)
+    if not config.compile:
+        return
+    if not blocks:
+        raise ConfigError("strategy.compile=true: this architecture names no repeated blocks to compile; set it false")
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def _checkpoint_as_planned(
+    step_module: nn.Module, blocks: list[nn.Module], modes: list[ActivationCheckpointing]
+) -> None:
+    """Give each block its own mode."""
+    used_modes = [mode for mode in modes if mode is not ActivationCheckpointing.none]
+    if not used_modes:
+        return
+    # The model's interface prepares the model for checkpointing, and treats all blocks alike. Then each block is set.
+    _checkpoint(step_module, used_modes[0])
+    for block, mode in zip(blocks, modes, strict=True):
+        checkpoint = partial(torch.utils.checkpoint.checkpoint, **_checkpoint_arguments(mode))
+        checkpoint_block(block, checkpoint, recomputes=mode is not ActivationCheckpointing.none)
+        if mode is ActivationCheckpointing.selective:
+            _keep_outputs(block)

@@ -1,7 +1,8 @@
-"""A store of the ranks whose calls end within a limit, also if the link to its host is down.
+"""The ranks' store, with calls that end within a time limit even if the link to its host is down.
 
-A TCPStore waits for an answer without a limit. A host that died resets the connection; one that cannot be reached does not, and
-the kernel gives up after a quarter of an hour or more. So a thread makes the calls, and whoever asks waits for it a limited time.
+A TCPStore waits for an answer without a limit. A host that has died resets the connection. One that cannot be reached does not,
+and the kernel gives up only after a quarter of an hour or more. So a thread makes the calls, and the caller waits for the thread
+only for a limited time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], "Future[Any]"]
 
 
 class Unanswered(RuntimeError):
-    """The host of the store gave no answer in time."""
+    """The host of the store has not answered in time."""
 
 
 class BoundedStore:
@@ -27,7 +28,7 @@ class BoundedStore:
     """
 
     def __init__(self, store: Any, limit_s: float) -> None:
-        self._store = store.clone()  # nothing may wait behind a call of the group's
+        self._store = store.clone()  # a connection of its own: a call of the process group may block the other one
         self._limit_s = limit_s
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._late: Future[Any] | None = None
@@ -39,7 +40,7 @@ class BoundedStore:
         self._call(self._store.set, key, stored)
 
     def get(self, key: str) -> bytes:
-        """A value, which is waited for as the store does."""
+        """The value of a key. Waits, as the store does, until the key has one."""
         stored: bytes = self._call(self._store.get, key)
         return stored
 

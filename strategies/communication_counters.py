@@ -1,7 +1,7 @@
-"""Counts the bytes that a rank exchanges, by collective, in the terms of a plan.
+"""Counts the bytes that a rank exchanges, by collective, under the names that plans use.
 
-Collectives of torch's process groups are counted whoever calls them: FSDP2, DeepSpeed, DDP's reducer and the engines
-here. Exchange outside process groups reports itself: the shared memory of a host (`strategies/host_memory.py`).
+Collectives of torch's process groups are counted whoever calls them: FSDP2, DeepSpeed, DDP's reducer or the engines here. The
+shared memory of a host (`strategies/host_memory.py`) is outside process groups, and reports its collectives itself.
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ _OPERATIONS = {
     "scatter_": "scatter",
     "send": "send",
 }
-"""Operations of `torch.ops.c10d`, and what they are called here."""
+"""Names of the operations of `torch.ops.c10d` in our counts."""
 
 
 @dataclass(slots=True, eq=False)
 class CommunicationTotals:
-    """What a rank exchanged. Two of them are never equal: one that ends must not end another with the same numbers."""
+    """What a rank has exchanged while a count was open.
+
+    Compared by identity: two open counts may have the same numbers, and closing one must not close the other.
+    """
 
     sizes: Counter[str] = field(default_factory=Counter)
-    """Bytes by collective: of the whole that is gathered or reduced."""
+    """Bytes by collective: the size of the full tensor that is gathered or reduced."""
     waited_s: float | None = None
-    """Seconds in collectives that nothing hides: those through the memory of a host; None where there were none."""
+    """Seconds in collectives through host memory, which no computation hides; None if there were none."""
 
 
 _open_totals: list[CommunicationTotals] = []
 
 
 def count_bytes(collective: str, size: int) -> None:
-    """This rank takes part in a collective of `size` bytes."""
+    """Add `size` bytes of a collective to every open count."""
     for totals in _open_totals:
         totals.sizes[collective] += size
 
@@ -79,7 +82,7 @@ def counted_collective(collective: str, full_argument: int) -> Callable[[Any], A
 
 @contextmanager
 def count_communication() -> Iterator[CommunicationTotals]:
-    """What this rank exchanges meanwhile. No collective; costs some 50 microseconds for each of them."""
+    """Count what this rank exchanges inside the context. Does not communicate, and adds some 50 microseconds to a collective."""
     totals = CommunicationTotals()
     outermost = not _open_totals
     _open_totals.append(totals)

@@ -1,9 +1,9 @@
-"""Collectives of CPU ranks on one host through memory they share: gloo would send every byte through loopback sockets.
+"""Collectives of CPU ranks on one host through shared memory. gloo would send every byte through loopback sockets.
 
-Each rank owns a region that all others map. A collective is: write into the own region, meet, read from the others'.
-Ranks meet by counters in their regions, a few microseconds after the last has come where gloo's barrier takes up to half a
-millisecond; a peer that died or makes no progress ends the wait with an error. Regions are anonymous memory files:
-nothing is left behind, however a run ends.
+Each rank owns a region that all others map. In a collective each rank writes into its own region, waits for all others, and reads
+from theirs. They wait by means of counters in the regions: that takes a few microseconds after the last rank has come, where
+gloo's barrier takes up to half a millisecond. If a peer has died or makes no progress, the wait ends with an error. Regions are
+anonymous memory files, so nothing is left behind, however a run ends.
 """
 
 from __future__ import annotations
@@ -24,30 +24,40 @@ from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCA
 from strategies.runtime import Runtime
 
 _HEADER_BYTES = 4096
-"""Bytes before the slots of a region, for its counter."""
+"""Bytes at the beginning of a region, for its counter."""
 _SLOT_BYTES = 8 * 2**20
-"""Bytes that a rank hands over at a time. Each rank has two slots, used in turn: who writes a slot again has met everyone
-since it was last read."""
+"""Bytes that a rank hands over at a time. Each region has two slots, used in turn. Before a rank writes into a slot again, it has
+waited for all others once more, so everyone has finished reading it."""
 _SPIN_S = 0.005
-"""Seconds that a wait keeps its core; then it sleeps between looks."""
+"""Seconds for which a waiting rank keeps its core. After that it sleeps between looks."""
 
 
 class HostMemory:
-    """The regions of a group's ranks. All its ranks must make the same calls in the same order, with contiguous tensors."""
+    """Collectives of a group's ranks. All of them must make the same calls in the same order, with contiguous tensors."""
 
     def __init__(
         self, group: dist.ProcessGroup | None, regions: list[Tensor], processes: list[int], timeout_s: float
     ) -> None:
-        self.group, self.rank, self.size = group, dist.get_rank(group), len(regions)
+        """`regions` and `processes` (their ids) are in the order of the group's ranks."""
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = len(regions)
         self._regions = [region[_HEADER_BYTES:].view(2, -1) for region in regions]
         self._counters: list[np.ndarray] = [region[:8].view(torch.int64).numpy() for region in regions]
-        self._ranks, self._processes, self._timeout_s = dist.get_process_group_ranks(group), processes, timeout_s
-        self._meetings_so_far = self._current_slot = 0
+        self._ranks = dist.get_process_group_ranks(group)
+        self._processes = processes
+        self._timeout_s = timeout_s
+        self._meetings_so_far = 0
+        self._current_slot = 0
 
     @counted_collective(ALL_GATHER, 0)
     def all_gather(self, output: Tensor, input: Tensor) -> None:
-        """The ranks' `input`s [n], one after another, to `output` [ranks * n] on every rank; `input` may be its own part."""
-        gathered, own_part = output.view(self.size, -1), input.view(-1)
+        """Concatenate the `input` [n] of each rank into `output` [ranks * n], on every rank.
+
+        `input` may be this rank's part of `output`.
+        """
+        gathered = output.view(self.size, -1)
+        own_part = input.view(-1)
         if gathered[self.rank].data_ptr() != own_part.data_ptr():
             gathered[self.rank].copy_(own_part)
         for start, slots in self._chunks(own_part, own_part.numel()):
@@ -59,8 +69,9 @@ class HostMemory:
 
     @counted_collective(REDUCE_SCATTER, 1)
     def reduce_scatter(self, output: Tensor, input: Tensor, *, average: bool) -> None:
-        """The sum or mean over the ranks of the part of `input` [ranks * n] that belongs to this rank, to `output` [n]."""
-        parts, total = input.view(self.size, -1), output.view(-1)
+        """Sum or average `input` [ranks * n] over the ranks, and put this rank's part into `output` [n]."""
+        parts = input.view(self.size, -1)
+        total = output.view(-1)
         for start, slots in self._chunks(total, total.numel(), parts=self.size):
             count = slots[0].numel() // self.size
             for peer in self._peers():
@@ -71,12 +82,13 @@ class HostMemory:
 
     @counted_collective(ALL_REDUCE, 0)
     def all_reduce(self, tensor: Tensor, *, average: bool) -> None:
-        """The sum or mean of `tensor` over the ranks, in place, the same to the bit on every rank."""
+        """Sum or average `tensor` over the ranks, in place. The result is the same on every rank, bit for bit."""
         flat = tensor.view(-1)
         for start, slots in self._chunks(flat, flat.numel()):
             chunk = flat[start : start + slots[0].numel()]
+            # Each rank adds up its share of the chunk, and then reads the finished shares of the others.
             bounds = [chunk.numel() * rank // self.size for rank in range(self.size + 1)]
-            shares = [slice(*share_bounds) for share_bounds in pairwise(bounds)]
+            shares = [slice(low, high) for low, high in pairwise(bounds)]
             own_share = shares[self.rank]
             for peer in self._peers():
                 slots[self.rank][shares[peer]].copy_(chunk[shares[peer]])
@@ -84,16 +96,20 @@ class HostMemory:
             self._combine(
                 chunk[own_share], [slots[peer][own_share] for peer in self._peers()], chunk[own_share], average
             )
-            slots[self.rank][own_share].copy_(chunk[own_share])  # nobody else reads this share of the own slot before
+            slots[self.rank][own_share].copy_(chunk[own_share])  # nobody reads this share before the next wait
             self._wait_for_all()
             for peer in self._peers():
                 chunk[shares[peer]].copy_(slots[peer][shares[peer]])
 
     def _peers(self) -> list[int]:
+        """All ranks of the group but this one."""
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def _chunks(self, like: Tensor, count: int, parts: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
-        """(start, each rank's slot for `parts` times as many elements as handed over) until `count` elements are."""
+        """Go through `count` elements in chunks that fit into a slot: (index of the first element, the slot of each rank).
+
+        A slot has room for `parts` times the elements of a chunk, as views of the type of `like`.
+        """
         chunk_numel = _SLOT_BYTES // like.element_size() // parts
         for start in range(0, count, chunk_numel):
             self._current_slot = 1 - self._current_slot
@@ -101,7 +117,7 @@ class HostMemory:
             yield start, [region[self._current_slot].view(like.dtype)[:length] for region in self._regions]
 
     def _combine(self, own: Tensor, peer_parts: list[Tensor], out: Tensor, average: bool) -> None:
-        """`out` may be `own`."""
+        """Put the sum or mean of all parts into `out`, which may be `own`."""
         torch.add(own, peer_parts[0], out=out)
         for peer_part in peer_parts[1:]:
             out.add_(peer_part)
@@ -109,7 +125,7 @@ class HostMemory:
             out.div_(self.size)
 
     def _wait_for_all(self) -> None:
-        """Wait until every rank has come here as often as this one."""
+        """Wait until every rank has called this as often as this one."""
         if not _STORES_IN_ORDER:
             dist.barrier(self.group)
             return
@@ -120,45 +136,57 @@ class HostMemory:
                 self._wait_for(peer)
 
     def _wait_for(self, peer: int) -> None:
-        counter, start_time, last_check_s = self._counters[peer], time.monotonic(), 0.0
+        counter = self._counters[peer]
+        start_time = time.monotonic()
+        last_check_s = 0.0
         while counter[0] < self._meetings_so_far:
-            waited = time.monotonic() - start_time
-            if waited < _SPIN_S:
+            waited_s = time.monotonic() - start_time
+            if waited_s < _SPIN_S:
                 os.sched_yield()
                 continue
             time.sleep(1e-4)
-            if waited - last_check_s > 0.1:
-                last_check_s = waited
-                who = f"rank {self._ranks[self.rank]} waited {waited:.0f} s for its peer {self._ranks[peer]}"
-                if _has_ended(self._processes[peer]):
-                    raise RuntimeError(f"{who}, which has ended")
-                if waited > self._timeout_s:
-                    raise RuntimeError(f"timed out: {who} (run.timeout_s={self._timeout_s:.0f})")
+            if waited_s - last_check_s <= 0.1:
+                continue
+            # Ten times a second: is the peer still alive?
+            last_check_s = waited_s
+            who = f"rank {self._ranks[self.rank]} waited {waited_s:.0f} s for its peer {self._ranks[peer]}"
+            if _has_ended(self._processes[peer]):
+                raise RuntimeError(f"{who}, which has ended")
+            if waited_s > self._timeout_s:
+                raise RuntimeError(f"timed out: {who} (run.timeout_s={self._timeout_s:.0f})")
 
 
 _STORES_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
-"""Whether other cores see stores in the order they were made, so that a counter never overtakes what it announces."""
+"""Whether other cores see stores in the order in which they were made. Then a counter never overtakes the data it announces."""
 
 
 def _has_ended(process: int) -> bool:
-    """Whether a process is gone, or only its exit status is left."""
+    """Whether a process has ended, also if its parent has not yet read its exit status."""
     try:
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] in "ZX"
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+        # The state follows the name of the program, which stands in brackets and may hold anything.
+        state = stat.rpartition(")")[2].split()[0]
+        return state in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
 def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -> HostMemory | None:
-    """The shared memory of a group's ranks; None for a single rank, on a GPU, where `run.shared_memory` forbids it, and
-    where any rank cannot reach all the others'. All ranks of the group must call.
+    """Open the shared memory of a group's ranks. All ranks of the group must call.
+
+    None for a single rank, on a GPU, if `run.shared_memory` forbids it, or if some rank cannot map the regions of all others
+    (ranks on several hosts, or in several containers).
     """
     size = dist.get_world_size(group)
     if size == 1 or runtime.kind != "cpu" or runtime.simulated or not runtime.shared_memory:
         return None
     descriptor = _create_region()
+    # Of each rank: where its process id holds, its process id, its descriptor. None: it has no region.
     offers: list[tuple[str | None, int, int] | None] = [None] * size
     try:
-        own_offer = None if descriptor is None else (_process_namespace(), os.getpid(), descriptor)
+        own_offer = None
+        if descriptor is not None:
+            own_offer = (_process_namespace(), os.getpid(), descriptor)
         dist.all_gather_object(offers, own_offer, group=group)
         regions = _map_regions(offers)
         mapped_by_rank = [False] * size
@@ -168,10 +196,11 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
         return HostMemory(group, regions, [offer[1] for offer in offers if offer], runtime.timeout_s)
     finally:
         if descriptor is not None:
-            os.close(descriptor)  # what is mapped stays
+            os.close(descriptor)  # mappings stay
 
 
 def _create_region() -> int | None:
+    """A descriptor of this rank's region; None if the system cannot make one."""
     try:
         descriptor = os.memfd_create("shardtune")
     except (AttributeError, OSError):  # only Linux has it
@@ -185,16 +214,16 @@ def _create_region() -> int | None:
 
 
 def _process_namespace() -> str | None:
-    """Where a process's number means the same process: the running kernel and the namespace of its processes."""
+    """Names the running kernel and its namespace of processes: two ranks with the same name see the same process ids."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + str(
-            Path("/proc/self/ns/pid").readlink()
-        )
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return boot_id + str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return None
 
 
 def _map_regions(offers: list[tuple[str | None, int, int] | None]) -> list[Tensor] | None:
+    """The regions of all ranks, in rank order; None if one cannot be mapped here."""
     namespace = _process_namespace()
     if namespace is None or any(offer is None or offer[0] != namespace for offer in offers):
         return None

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 MIN_RATIO = 1.5
-"""`auto` takes oneDNN from this measured ratio on: below it, compiling kernels and their memory cost more than they bring."""
+"""`auto` takes oneDNN if it was measured to be at least this many times as fast. Below that, compiling kernels and their memory
+cost more than oneDNN gains."""
 LONG_DOCUMENT = 512
-"""Tokens of a document from which its attention pays for kernels of its own: 1.1 times as fast at 512 although they are
-compiled for each call, 1.8 times at 4,096."""
+"""Tokens from which the attention of a document pays for kernels of its own: 1.1 times as fast at 512, although they are
+compiled for each call, and 1.8 times at 4,096."""
 _KEPT_KERNELS = "64"
-"""Compiled products kept, about 0.4 MiB each. Rows of ever new lengths would fill the 1,024 that are the default, twice."""
+"""How many compiled kernels are kept, about 0.4 MiB each. Rows of ever new lengths would fill the default of 1,024, in two caches."""
 
 _onednn = False
 """Whether this process has chosen oneDNN."""
-
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -59,14 +59,14 @@ class MatmulChoice:
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """What decides how fast each library is."""
+    """The properties of a processor that decide how fast each library is."""
 
     vendor: str
-    """As the kernel calls it, such as `AuthenticAMD`; empty where it does not say."""
+    """The kernel's name of it, such as `AuthenticAMD`; empty if the kernel does not say."""
     family: int
-    """The vendor's number of the processor's generation; 0 where the kernel does not say."""
+    """The vendor's number of the processor's generation; 0 if the kernel does not say."""
     instructions: str
-    """The widest that both libraries may use, such as `AVX512`."""
+    """The widest instructions that both libraries may use, such as `AVX512`."""
     blas: str
     """The BLAS that this torch was built with, such as `mkl`."""
 
@@ -88,11 +88,11 @@ MEASURED = (
     MeasuredRatio(Processor("AuthenticAMD", 26, "AVX512", "mkl"), "AMD Zen 5", 2.2),
     MeasuredRatio(Processor("AuthenticAMD", 25, "AVX512", "mkl"), "AMD Zen 4", 1.1),
 )
-"""Quiet machines only. A processor that is not listed keeps BLAS."""
+"""Measured on quiet machines only. A processor that is not listed keeps BLAS."""
 
 
 def choose_library(requested: Matmul) -> MatmulChoice:
-    """Settle the library for this process, on a CPU, before its first product."""
+    """Choose the library of this process and switch to it. For CPUs, before the first product is computed."""
     global _onednn
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and torch's of it
         os.environ.setdefault(name, _KEPT_KERNELS)
@@ -104,9 +104,9 @@ def choose_library(requested: Matmul) -> MatmulChoice:
 
 
 def agree_on_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
-    """Settle for BLAS where the ranks, by the choice of each, have different libraries; what this rank now has.
+    """Switch to BLAS if the ranks have chosen different libraries. Returns the choice that now holds on this rank.
 
-    Replicas that round differently would drift apart.
+    `choices`: those of all ranks. Replicas that round differently would drift apart.
     """
     if len({choice.library for choice in choices}) == 1:
         return choices[rank]
@@ -116,7 +116,7 @@ def agree_on_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
 
 
 def restore_default() -> None:
-    """Leave the process with torch's own choice."""
+    """Switch back to torch's own choice."""
     global _onednn
     if _onednn:
         _onednn = False
@@ -124,13 +124,17 @@ def restore_default() -> None:
 
 
 def in_blas(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same tensors; products computed from them are BLAS's, forward and backward, as far as `as_chosen`."""
-    return _Switch.apply(False, *tensors) if _switches(tensors[0]) else tensors  # type: ignore[no-any-return]
+    """The same tensors. BLAS computes products from here on, forward and backward, until `as_chosen`."""
+    if not _switches(tensors[0]):
+        return tensors
+    return _Switch.apply(False, *tensors)  # type: ignore[no-any-return]
 
 
 def as_chosen(tensor: Tensor) -> Tensor:
-    """The same tensor; products computed from it are the chosen library's again."""
-    return _Switch.apply(True, tensor)[0] if _switches(tensor) else tensor
+    """The same tensor. The chosen library computes products from here on again."""
+    if not _switches(tensor):
+        return tensor
+    return _Switch.apply(True, tensor)[0]
 
 
 def _switches(tensor: Tensor) -> bool:
@@ -138,7 +142,7 @@ def _switches(tensor: Tensor) -> bool:
 
 
 class _Switch(torch.autograd.Function):
-    """Identity that changes the library; gradients pass the stretch in the other direction and change it back."""
+    """The identity, which switches the library. The backward pass comes from the other side, so it switches the other way."""
 
     @staticmethod
     def forward(ctx: Any, onednn: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -157,7 +161,7 @@ def _use(*, onednn: bool) -> None:
 
 
 def _judge(requested: Matmul) -> MatmulChoice:
-    """The library that this process can take, and why."""
+    """The library that this process should take, and why."""
     if requested is Matmul.blas:
         return MatmulChoice(Matmul.blas, "as asked")
     if not torch.backends.mkldnn.is_available():
@@ -180,7 +184,7 @@ def _by_table(processor: Processor) -> MatmulChoice:
 
 @cache
 def this_processor() -> Processor:
-    """The processor of this host, with the limits that the environment sets to its instructions."""
+    """The processor of this host, with the limits that the environment sets on its instructions."""
     vendor, family = _vendor_and_family()
     return Processor(vendor, family, _instructions(), _blas_of_torch())
 
@@ -194,14 +198,16 @@ def _vendor_and_family() -> tuple[str, int]:
     for line in lines:
         key, _, text = line.partition(":")
         fields.setdefault(key.strip(), text.strip())
+    vendor = fields.get("vendor_id", "")
     family = fields.get("cpu family", "")
-    return fields.get("vendor_id", ""), int(family) if family.isdecimal() else 0
+    return vendor, int(family) if family.isdecimal() else 0
 
 
 def _instructions() -> str:
-    """The widest instructions of torch's own kernels, unless oneDNN or MKL is held back further by the environment."""
+    """The widest instructions of torch's own kernels, or the limit that the environment sets on oneDNN or MKL."""
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"):
-        if limit := os.environ.get(name):
+        limit = os.environ.get(name)
+        if limit:
             return f"{name}={limit}"
     return torch.backends.cpu.get_cpu_capability()
 
@@ -213,7 +219,7 @@ def _blas_of_torch() -> str:
 
 
 def _is_float32() -> bool:
-    """Whether oneDNN keeps the 24 bits of float32, in a product of odd numbers that bfloat16 could not hold."""
+    """Whether oneDNN keeps the 24 bits of float32. Tested with a product of numbers that bfloat16 cannot hold."""
     odd = torch.full((64, 64), 1.0 + 2.0**-12)
     _use(onednn=True)
     try:

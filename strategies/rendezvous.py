@@ -1,9 +1,9 @@
-"""Decisions of all ranks before there is a process group, through the store that will form it.
+"""Decisions of all ranks before there is a process group, made through the store that will form the group.
 
-Preparing data may take hours, and no collective may wait that long. If one rank is told to stop meanwhile, the others
-must not wait for it until a timeout. So the first decision of any rank, to go on or to stop, holds for all; a signal
-that comes after "go on" is handled by the group. If rank 0 stops because it lost the run directory, all learn it with
-the decision, and none writes there.
+Preparing data may take hours, and no collective may wait that long. If one rank is told to stop in that time, the others must not
+wait for it until a timeout. So the first decision of any rank, to go on or to stop, holds for all. A signal that comes after
+"go on" is handled by the process group. If rank 0 stops because it lost the run directory, the decision tells all ranks, and
+none writes there.
 """
 
 from __future__ import annotations
@@ -19,28 +19,40 @@ from typing import Any
 
 from strategies.errors import Preempted, ShardtuneError
 
-DECISION, GO, STOP = "shardtune/decision", "go", "stop"
-LOOK_EVERY_S, LEAVE_S = 1.0, 10.0
+DECISION = "shardtune/decision"
+GO = "go"
+STOP = "stop"
+"""The key of the decision, and its two values. `stop` is followed by why rank 0 lost the run directory, if it did."""
+LOOK_EVERY_S = 1.0
+LEAVE_S = 10.0
+"""Longest time that rank 0 keeps the store for the others after the decision to stop."""
 REPORT_EVERY_S = 15.0
-"""Seconds of silence after which rank 0 says how many of the others it waits for."""
+"""How often a waiting rank says what it waits for."""
 
 
 class Meeting:
-    """The store of this job, where it has several ranks; a job of one decides alone.
+    """Decides together with the other ranks, through the store of the job. A job of one rank has no store and decides alone.
 
-    `lost`, asked where this rank decides to stop, says why the directory of the run is not its own, None where it is.
+    `lost` is called when this rank decides to stop. It returns why the run directory belongs to somebody else; None if it does
+    not.
     """
 
     def __init__(
         self, store: Any, rank: int, world: int, timeout_s: float, lost: Callable[[], str | None] = lambda: None
     ) -> None:
-        self.store, self.rank, self.world = store, rank, world
-        self._timeout_s, self._looked_at, self._stopped, self._why_lost = timeout_s, float("-inf"), False, lost
+        self.store = store
+        self.rank = rank
+        self.world = world
+        self._timeout_s = timeout_s
+        self._looked_at = float("-inf")
+        self._stopped = False
+        self._why_lost = lost
 
     @classmethod
     def join(cls, timeout_s: float, lost: Callable[[], str | None] = lambda: None) -> Meeting:
         """Meet the ranks of the job that the environment describes. All ranks must call, within `timeout_s`."""
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
         if world == 1:
             return cls(None, rank, world, timeout_s, lost)
         import torch.distributed as dist
@@ -58,7 +70,10 @@ class Meeting:
         return cls(store, rank, world, timeout_s, lost)
 
     def stop_decided(self, asked_to_stop: bool) -> bool:
-        """Whether the ranks stop; `asked_to_stop`: whether this one was asked to. Looks about once a second; waits for nobody."""
+        """Whether the ranks stop. `asked_to_stop`: whether this one was asked to.
+
+        Looks into the store about once a second. Waits for nobody.
+        """
         if self.store is None or self._stopped:
             self._stopped |= asked_to_stop
         elif asked_to_stop:
@@ -69,9 +84,9 @@ class Meeting:
         return self._stopped
 
     def chosen_by_rank_0(self, name: str, choose: Callable[[], str], stop: Callable[[], bool]) -> str:
-        """What rank 0 chooses, on every rank. All ranks must call; `stop` says whether the ranks stop, and raises Preempted here.
+        """Return on every rank what `choose` returns on rank 0, where alone it is called. All ranks must call.
 
-        Raises ShardtuneError if rank 0 does not come within the run's timeout.
+        Raises Preempted if `stop` says that the ranks stop, ShardtuneError if rank 0 does not come within the run's timeout.
         """
         if self.store is None:
             return choose()
@@ -93,9 +108,10 @@ class Meeting:
         return self.store.get(key).decode()
 
     def wait_for_all(self, asked_to_stop: Callable[[], bool]) -> bool:
-        """Wait until every rank is ready to form the group; False where they stop instead. All ranks must call.
+        """Wait until every rank is ready to form the group. Returns False if they stop instead. All ranks must call.
 
-        Raises ShardtuneError naming the ranks that did not come within the run's timeout.
+        `asked_to_stop`: whether this rank was asked to. Raises ShardtuneError, with the ranks that did not come, after the run's
+        timeout.
         """
         if self.store is None:
             return not asked_to_stop()
@@ -104,7 +120,10 @@ class Meeting:
             return self._decide(GO) == GO
         began = reported_at = time.monotonic()
         deadline = began + self._timeout_s
-        while (decision := self._decide_to_stop() if asked_to_stop() else self._decided()) is None:
+        while True:
+            decision = self._decide_to_stop() if asked_to_stop() else self._decided()
+            if decision is not None:
+                return decision == GO
             if time.monotonic() > deadline:
                 missing = [r for r in range(self.world) if not self.store.check([f"shardtune/ready/{r}"])]
                 raise ShardtuneError(
@@ -116,17 +135,17 @@ class Meeting:
                 ready = self.store.add("shardtune/ready", 0)
                 print(f"{reported_at - began:.0f} s: {ready} of {self.world} ranks are ready to begin", flush=True)
             time.sleep(max(0.1, self.world / 1000))
-        return decision == GO
 
     def leave(self) -> str | None:
-        """After the decision to stop: why rank 0 lost the directory of the run, where it stopped for that. All ranks are to call.
+        """Leave after the decision to stop. Returns why rank 0 lost the run directory; None if that is not why they stop.
 
-        Rank 0, whose process may have the store, leaves last: when all have heard of it, or after `LEAVE_S`.
+        All ranks should call. Rank 0, whose process may hold the store, leaves last: when all others have, or after `LEAVE_S`.
         """
         if self.store is None:
             return self._why_lost()
         why_lost = None
-        with contextlib.suppress(RuntimeError):  # the store is gone: they heard, or waited in vain
+        # RuntimeError: the store is gone with its process. Nobody is left to wait for.
+        with contextlib.suppress(RuntimeError):
             why_lost = (self._decided() or STOP).removeprefix(STOP) or None
             ranks_gone = self.store.add("shardtune/left", 1)
             deadline = time.monotonic() + LEAVE_S
@@ -139,22 +158,28 @@ class Meeting:
         return self._decide(STOP + (self._why_lost() or ""))
 
     def _decide(self, wish: str) -> str:
-        """The decision, which is `wish` where none was made before."""
+        """Decide for `wish`, unless a decision was made before. Returns the decision that holds."""
         return self.store.compare_set(DECISION, "", wish).decode()
 
     def _decided(self) -> str | None:
-        return self.store.get(DECISION).decode() if self.store.check([DECISION]) else None
+        """The decision that was made; None if there is none yet."""
+        if not self.store.check([DECISION]):
+            return None
+        return self.store.get(DECISION).decode()
 
 
 @contextlib.contextmanager
 def _reported_wait(message: str) -> Iterator[None]:
-    """Say `message` every `REPORT_EVERY_S` seconds while the block runs, which may wait in a library."""
+    """Print `message` every `REPORT_EVERY_S` seconds while the block runs, which may wait inside a library.
+
+    One rank a host does so.
+    """
     over = threading.Event()
     began = time.monotonic()
 
     def report() -> None:
-        while int(os.environ.get("LOCAL_RANK", 0)) == 0 and not over.wait(REPORT_EVERY_S):  # once a host
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        while int(os.environ.get("LOCAL_RANK", 0)) == 0 and not over.wait(REPORT_EVERY_S):
+            with contextlib.suppress(OSError, ValueError):  # the terminal is closed
                 print(f"{time.monotonic() - began:.0f} s: {message}", file=sys.stderr, flush=True)
 
     threading.Thread(target=report, name="waiting", daemon=True).start()
