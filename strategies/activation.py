@@ -32,7 +32,7 @@ KEPT_OPS = (
     CUDNN_ATTENTION.default,
 )
 KEPT_WHEN_REGISTERED = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward")
-"""Names of variable-length attention on GPUs, torch's and FlashAttention's. These operations exist only once they are imported."""
+"""Variable-length attention on GPUs, torch's and FlashAttention's: by name, since they exist only once they are imported."""
 
 
 def is_kept(op: Any) -> bool:

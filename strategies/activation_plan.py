@@ -1,7 +1,7 @@
-"""Chooses the blocks that recompute activations, so that a step fits a memory budget with the least recomputation.
+"""Chooses which blocks recompute activations, so that a step fits a memory budget with as little recomputation as possible.
 
-What a block keeps is counted, not guessed: the step module runs once forward on the meta device, where tensors have
-shapes and no memory, and autograd's own hooks report what it saves.
+What a block keeps is counted, not guessed. The step module makes one forward pass on the meta device, where tensors have shapes
+but no memory, and autograd's own hooks report what it saves.
 """
 
 from __future__ import annotations
@@ -23,28 +23,32 @@ from strategies.parameters import COMPUTE_DTYPE, set_dtypes
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes that one micro-batch leaves behind for its backward pass; lists have an entry a block."""
+    """Bytes that one micro-batch keeps for its backward pass. The lists have one entry a block."""
 
     none: list[float]
     """Kept by a block that recomputes nothing."""
     selective: list[float]
-    """Kept where products and attention are saved and the rest is recomputed."""
+    """Kept by a block that saves products and attention, and recomputes the rest."""
     full: list[float]
-    """Kept where only a block's input is saved."""
+    """Kept by a block that saves only its input."""
     outside: float
     """Kept outside the blocks: embeddings, head, loss."""
     transient: float
-    """The largest tensors made outside the blocks and not kept (logits of a chunk, twice)."""
+    """The largest tensors that are made outside the blocks and not kept (the logits of a chunk, twice)."""
 
     def total(self, modes: list[ActivationCheckpointing]) -> float:
-        """Bytes at the peak: what all blocks keep, and what the one that is recomputed makes."""
-        kept_bytes = sum(getattr(self, mode.value)[i] for i, mode in enumerate(modes))
-        recomputed_bytes = [self.none[i] for i, mode in enumerate(modes) if mode is not ActivationCheckpointing.none]
-        return self.outside + kept_bytes + max(recomputed_bytes, default=0.0) + self.transient
+        """Bytes at the peak, if each block does what `modes` says."""
+        kept_bytes = 0.0
+        recomputed_bytes = 0.0  # of the largest block that recomputes: while it is at work, everything is there again
+        for block, mode in enumerate(modes):
+            kept_bytes += getattr(self, mode.value)[block]
+            if mode is not ActivationCheckpointing.none:
+                recomputed_bytes = max(recomputed_bytes, self.none[block])
+        return self.outside + kept_bytes + recomputed_bytes + self.transient
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what flash attention keeps: inputs, output and one sum a row. Meta tensors would take the T x T path."""
+    """Saves what flash attention saves: inputs, output and one sum a row. On meta torch would take the path with T x T scores."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,11 +58,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        raise RuntimeError("only shapes were asked for")
+        raise RuntimeError("this forward pass is for counting, and has no backward pass")
 
 
 class _ShapesOfFlashAttention(TorchFunctionMode):
-    """Within it, attention leaves behind what flash attention does, whatever kernel the device would choose."""
+    """Inside this mode attention saves what flash attention does, whatever kernel the device would choose."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -71,20 +75,24 @@ class _ShapesOfFlashAttention(TorchFunctionMode):
 
 
 class _ActivationCounter(TorchDispatchMode):
-    """Sums up what autograd saves and what costly operations make, by the block in which it happens."""
+    """Adds up, block by block, the bytes that autograd saves and the bytes that costly operations make."""
 
     def __init__(self, blocks: list[nn.Module], parameters: list[Tensor]) -> None:
         super().__init__()
-        self.current = len(blocks)  # outside all blocks
-        self.saved, self.kept_products, self.inputs = ([0.0] * (len(blocks) + 1) for _ in range(3))
+        # Bytes by block. The last entry is for everything outside the blocks.
+        self.saved = [0.0] * (len(blocks) + 1)
+        self.kept_products = [0.0] * (len(blocks) + 1)
+        self.inputs = [0.0] * (len(blocks) + 1)
+        self.current = len(blocks)
+        """Index of the block that runs."""
         self.largest_outside = 0.0
         self._counted_storages: dict[int, Any] = {}
-        self._parameter_storages = [
-            p.untyped_storage() for p in parameters
-        ]  # kept alive: an address is unique only while it is used
-        self._parameter_keys = {storage_key(s) for s in self._parameter_storages}
+        # A storage is told by its address, which is unique only while the storage lives: these references keep it alive.
+        self._parameter_storages = [parameter.untyped_storage() for parameter in parameters]
+        self._parameter_keys = {storage_key(storage) for storage in self._parameter_storages}
 
     def pack(self, tensor: Tensor) -> Tensor:
+        """Hook of autograd: count a saved tensor. A storage counts once, and parameters are there anyway."""
         storage = tensor.untyped_storage()
         key = storage_key(storage)
         if key not in self._counted_storages and key not in self._parameter_keys:
@@ -103,6 +111,7 @@ class _ActivationCounter(TorchDispatchMode):
         return out
 
     def enter(self, index: int, hidden: Tensor | None) -> None:
+        """Block `index` begins, with the hidden states `hidden`."""
         self.current = index
         if hidden is not None:
             self.inputs[index] = hidden.untyped_storage().nbytes()
@@ -112,52 +121,69 @@ class _ActivationCounter(TorchDispatchMode):
 
 
 def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> Activations:
-    """What the micro-batch `batch` leaves behind in a step module whose parameters are on meta; allocates nothing.
+    """Count what the micro-batch `batch` keeps in a step module whose parameters are on meta. Allocates nothing.
 
-    Counted in the compute type. Where autocast casts the weights as it goes (single, ddp), their copies come on top.
+    Counted in the compute type. If autocast casts the weights on the way (single, ddp), their copies come on top.
     """
     compute = COMPUTE_DTYPE[precision]
     probe = copy.deepcopy(step_module)
     set_dtypes(probe, trainable=compute, frozen=compute)
-    probe.to("meta")  # buffers
+    probe.to("meta")  # buffers are real until here
     probe.train()
     blocks = probe.shard_units()  # type: ignore[operator]
     counter = _ActivationCounter(blocks, [*probe.parameters(), *probe.buffers()])
     for index, block in enumerate(blocks):
 
-        def enter(_m: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-            hidden_states = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
-            counter.enter(index, next(hidden_states, None))
+        def enter(_block: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+            counter.enter(index, _first_float_tensor((*args, *kwargs.values())))
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
         block.register_forward_hook(lambda *_: counter.leave())
-    meta_batch = _on_meta(batch)
+
     hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor)
+    meta_batch = _on_meta(batch)
     with torch.enable_grad(), _ShapesOfFlashAttention(), counter, hooks:
         terms = probe(meta_batch)
     del terms
-    none, inputs = counter.saved[:-1], counter.inputs[:-1]
-    selective = [
-        min(kept, made + hidden_states)
-        for kept, made, hidden_states in zip(none, counter.kept_products, inputs, strict=False)
-    ]
-    return Activations(none, selective, inputs, counter.saved[-1], 2 * counter.largest_outside)
+
+    none = counter.saved[:-1]
+    full = counter.inputs[:-1]
+    selective = []
+    for saved_bytes, product_bytes, input_bytes in zip(none, counter.kept_products[:-1], full, strict=True):
+        selective.append(min(saved_bytes, product_bytes + input_bytes))
+    return Activations(none, selective, full, outside=counter.saved[-1], transient=2 * counter.largest_outside)
+
+
+def _first_float_tensor(arguments: tuple[Any, ...]) -> Tensor | None:
+    """A block's hidden states: the first floating-point tensor among its arguments."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.is_floating_point():
+            return argument
+    return None
 
 
 def _on_meta(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with its tensors, those of batches within it too, as shapes."""
-    return {
-        key: entry.to("meta") if torch.is_tensor(entry) else _on_meta(entry) if isinstance(entry, dict) else entry
-        for key, entry in batch.items()
-    }
+    """The batch with its tensors on meta, also those of batches inside it."""
+    moved: dict[str, Any] = {}
+    for key, entry in batch.items():
+        if torch.is_tensor(entry):
+            moved[key] = entry.to("meta")
+        elif isinstance(entry, dict):
+            moved[key] = _on_meta(entry)
+        else:
+            moved[key] = entry
+    return moved
 
 
 def plan_blocks(activations: Activations, budget: float) -> tuple[list[ActivationCheckpointing], bool]:
-    """(what each block does, whether the peak fits): as few blocks as the budget in bytes needs, the milder means first.
+    """(what each block does, whether the peak fits into `budget` bytes).
 
-    Earlier blocks recompute first: what they keep lives longest, until the end of the backward pass.
+    As few blocks as possible recompute, and selectively if that is enough. Earlier blocks recompute first: what they keep lives
+    longest, until the end of the backward pass.
     """
-    none, selective, full = (ActivationCheckpointing(name) for name in ("none", "selective", "full"))
+    none = ActivationCheckpointing.none
+    selective = ActivationCheckpointing.selective
+    full = ActivationCheckpointing.full
     modes = [none] * len(activations.none)
     for milder, stronger in ((none, selective), (selective, full)):
         for index in range(len(modes)):

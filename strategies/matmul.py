@@ -1,14 +1,14 @@
 """Which library multiplies float32 matrices on CPUs: torch's BLAS, or oneDNN on processors where that is much faster.
 
-torch's published builds take MKL, which leaves AVX-512 unused on AMD processors; oneDNN, which every build has for other
-types, uses it. torch takes oneDNN for float32 products where it may round them to bfloat16 on the way; a processor
-without AMX computes them in float32 all the same, and `choose_library` makes sure of that before it says yes.
+torch's published builds use MKL, which leaves AVX-512 unused on AMD processors. oneDNN uses it, and every build has oneDNN for
+other types. torch takes oneDNN for float32 products if they may be rounded to bfloat16 on the way. A processor without AMX
+computes them in float32 all the same, and `choose_library` checks that before it takes oneDNN.
 
 The two libraries round differently, so one run must keep one library. `auto` therefore looks the processor up in a table. It
-never takes the time, which other work on the host would sway.
+never measures, because other work on the host would influence the choice.
 
-oneDNN compiles a kernel for each shape. That pays for the products of layers and for long documents, not for those inside
-the attention of one short document after another: `in_blas` and `as_chosen` bracket what stays with BLAS.
+oneDNN compiles a kernel for each shape. That pays for the products of layers and for long documents, but not inside the
+attention of one short document after another. `in_blas` and `as_chosen` bracket what stays with BLAS.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LONG_DOCUMENT = 512
 """Tokens from which the attention of a document pays for kernels of its own: 1.1 times as fast at 512, although they are
 compiled for each call, and 1.8 times at 4,096."""
 _KEPT_KERNELS = "64"
-"""How many compiled kernels are kept, about 0.4 MiB each. Rows of ever new lengths would fill the default of 1,024, in two caches."""
+"""Limit of compiled kernels, about 0.4 MiB each. Rows of ever new lengths would fill the default of 1,024, in two caches."""
 
 _onednn = False
 """Whether this process has chosen oneDNN."""

@@ -12,27 +12,42 @@ from strategies.runtime import Runtime, gather_objects
 
 
 def held_elements(step_module: nn.Module) -> int:
-    """Parameter elements that lie on this rank between steps."""
-    held_total, counts = 0, element_counts(step_module)
-    for name, p in named_parameters(step_module):
-        if hasattr(p, "ds_tensor"):
-            local_numel, full_numel = p.ds_tensor.ds_numel, int(p.ds_numel)  # type: ignore[attr-defined]
-        elif hasattr(p, "to_local"):
-            local_numel, full_numel = p.to_local().numel(), p.numel()
-        else:
-            local_numel = full_numel = p.numel()
-        held_total += local_numel if counts[name] == full_numel else local_numel * counts[name] // full_numel
-    return held_total
+    """Parameter elements that this rank holds between steps."""
+    held = 0
+    counts = element_counts(step_module)
+    for name, parameter in named_parameters(step_module):
+        local_numel, full_numel = _local_and_full_numel(parameter)
+        if counts[name] == full_numel:
+            held += local_numel
+        else:  # packed: each byte stands for several elements
+            held += local_numel * counts[name] // full_numel
+    return held
+
+
+def _local_and_full_numel(parameter: Any) -> tuple[int, int]:
+    """(elements on this rank, elements on all ranks together) of a parameter as it is stored."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3
+        return parameter.ds_tensor.ds_numel, int(parameter.ds_numel)
+    if hasattr(parameter, "to_local"):  # FSDP2
+        return parameter.to_local().numel(), parameter.numel()
+    return parameter.numel(), parameter.numel()
 
 
 def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
-    """Total, trainable and per-rank held parameter elements, and what the ranks exchange through. All ranks must call."""
+    """The sharding as `run.json` has it: elements in total, trainable, held by each rank, and the means of exchange.
+
+    All ranks must call.
+    """
     step_module = engine.step_module
     total = sum(element_counts(step_module).values())
-    trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in named_parameters(step_module) if p.requires_grad)
-    exchange = "nccl" if runtime.device.type == "cuda" else "gloo"
+    trainable = 0
+    for _, parameter in named_parameters(step_module):
+        if parameter.requires_grad:
+            trainable += getattr(parameter, "ds_numel", parameter.numel())
     if engine.host_memory is not None:
         exchange = "shared memory"
+    else:
+        exchange = "nccl" if runtime.device.type == "cuda" else "gloo"
     return {
         "parameters": total,
         "trainable_parameters": trainable,

@@ -16,65 +16,72 @@ from strategies.compat.dispatch import local_part
 
 
 class MemoryKind(StrEnum):
-    """What bytes are for."""
+    """What memory is used for."""
 
     parameters = "parameters"
     gradients = "gradients"
     optimizer = "optimizer"
     gathered = "gathered"
-    """Parameters of other ranks, while they are needed, and copies in the compute type."""
+    """Parameters that were gathered from other ranks, while they are needed, and copies in the compute type."""
     communication = "communication"
     """Buffers that collectives read and write."""
     activations = "activations"
-    """What the forward pass leaves for the backward pass, and what either makes on its way."""
+    """What the forward pass saves for the backward pass, and temporary tensors of both."""
     logits = "logits"
-    """What the output head makes: logits, and gradients of them."""
+    """Logits, and their gradients."""
     other = "other"
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a distributed tensor; any other as it is."""
+    """This rank's part of a distributed tensor; any other tensor as it is."""
     while isinstance(tensor, DTensor):
         tensor = local_part(tensor)
     return tensor
 
 
 def engine_tensors(engine: Engine) -> Iterator[tuple[MemoryKind, Tensor]]:
-    """(kind, tensor) of what `engine` keeps at this moment; a later one for the same storage counts."""
+    """(kind, tensor) of all that `engine` keeps at this moment. If a storage comes twice, its last kind holds."""
     module = engine.step_module
-    yield from ((MemoryKind.parameters, local_tensor(t)) for t in (*module.parameters(), *module.buffers()))
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield MemoryKind.parameters, local_tensor(tensor)
     for parameter in module.parameters():
         if parameter.grad is not None:
             yield MemoryKind.gradients, local_tensor(parameter.grad)
-    yield from _sharded(module)
-    yield from _partitioned(engine)
+    yield from _fsdp_tensors(module)
+    yield from _deepspeed_tensors(engine)
     optimizer: Any = getattr(engine, "optimizer", None)
     if optimizer is not None:
-        yield from _states(optimizer)
-    if (average := getattr(engine, "average", None)) is not None:
-        yield from ((MemoryKind.optimizer, local_tensor(value)) for value in average.averages)
+        yield from _optimizer_states(optimizer)
+    average: Any = getattr(engine, "average", None)
+    if average is not None:
+        for tensor in average.averages:
+            yield MemoryKind.optimizer, local_tensor(tensor)
 
 
-def _states(optimizer: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
+def _optimizer_states(optimizer: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
     for state in optimizer.state.values():
-        yield from ((MemoryKind.optimizer, local_tensor(value)) for value in state.values() if torch.is_tensor(value))
+        for entry in state.values():
+            if torch.is_tensor(entry):
+                yield MemoryKind.optimizer, local_tensor(entry)
 
 
-def _sharded(module: nn.Module) -> Iterator[tuple[MemoryKind, Tensor]]:
-    """What FSDP2 keeps beside the parameters that a module shows."""
+def _fsdp_tensors(module: nn.Module) -> Iterator[tuple[MemoryKind, Tensor]]:
+    """What FSDP2 keeps beside the parameters that modules show."""
     from strategies.compat.fsdp import hidden_tensors
 
-    yield from ((MemoryKind(kind), local_tensor(tensor)) for kind, tensor in hidden_tensors(module))
+    for kind, tensor in hidden_tensors(module):
+        yield MemoryKind(kind), local_tensor(tensor)
 
 
-def _partitioned(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
-    """What DeepSpeed keeps."""
-    inner = getattr(getattr(engine, "engine", None), "optimizer", None)
-    if inner is None:
+def _deepspeed_tensors(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
+    """What DeepSpeed keeps: gathered parameters, this rank's partitions, and what is inside its optimizer."""
+    zero_optimizer = getattr(getattr(engine, "engine", None), "optimizer", None)
+    if zero_optimizer is None:
         return
     for parameter in engine.step_module.parameters():
         if hasattr(parameter, "ds_tensor"):
             yield MemoryKind.gathered, parameter
             yield MemoryKind.parameters, parameter.ds_tensor
-    yield from _states(inner.optimizer)
-    yield from ((MemoryKind(kind), local_tensor(tensor)) for kind, tensor in tensors_of_optimizer(inner))
+    yield from _optimizer_states(zero_optimizer.optimizer)
+    for kind, tensor in tensors_of_optimizer(zero_optimizer):
+        yield MemoryKind(kind), local_tensor(tensor)
