@@ -72,7 +72,7 @@ class _Unallocated(TorchFunctionMode):
 
 
 def named_parameters(step_module: nn.Module, *, teacher: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """(plain name, parameter) of every distinct parameter: a tied one comes once. Plain names are those of the model's state dict.
+    """(plain name, parameter) of every distinct parameter; a tied one comes once. The model's state dict has plain names too.
 
     With `teacher` also the parameters of the frozen model beside it.
     """
