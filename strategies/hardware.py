@@ -1,4 +1,4 @@
-"""What a GPU can do, by its capability. torch's own answers also count what is emulated."""
+"""What a GPU can do in hardware, by its capability. torch's own answers also count what is emulated."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from strategies.base import Precision
 if TYPE_CHECKING:
     import torch
 
-AMPERE, VOLTA = (8, 0), (7, 0)
-"""CUDA capabilities of the first GPUs with matrix units for bf16, and for fp16."""
+AMPERE = (8, 0)
+"""CUDA capability of the first GPUs with matrix units for bf16."""
+VOLTA = (7, 0)
+"""CUDA capability of the first GPUs with matrix units for fp16."""
 SMALL_SHARED_MEMORY = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
-"""Capabilities (from, to) of GPUs whose multiprocessors have little shared memory."""
+"""Ranges of capabilities, (first, last), of GPUs whose multiprocessors have little shared memory."""
 MAX_FLASH_HEAD = 256
-"""Largest head that flash attention has, in torch and in the package flash-attn; sizes are multiples of 8."""
+"""Largest size of a head for flash attention, in torch and in the package flash-attn. Sizes are multiples of 8."""
 AMD_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """AMD's architectures with matrix units for bf16: MI100 and later, RDNA 3 and later."""
 
@@ -28,33 +30,35 @@ class Gpu:
     name: str
     capability: tuple[int, int]
     architecture: str | None = None
-    """AMD's name of it, such as gfx90a; None on NVIDIA's."""
+    """AMD's name of its architecture, such as gfx90a; None for NVIDIA's GPUs."""
 
     @property
     def has_bf16(self) -> bool:
-        """Whether matrix products in bf16 are done by the hardware."""
+        """Whether the hardware has matrix units for bf16."""
         if self.architecture is not None:
             return self.architecture.startswith(AMD_BF16)
         return self.capability >= AMPERE
 
     @property
     def has_flash(self) -> bool:
-        """Whether flash attention, torch's variable-length kernel included, is built for it: where bf16 is too."""
+        """Whether flash attention is built for it, torch's variable-length kernel included: the same GPUs that have bf16."""
         return self.has_bf16
 
     def lacking_heads(self, dropout: float = 0.0) -> tuple[int, int] | None:
-        """Sizes of heads (from, to) that flash attention's backward pass has not: small multiprocessors lack shared memory.
+        """(smallest, largest) size of a head that flash attention's backward pass cannot do here; None if it can do all.
 
-        torch's own rule: capabilities 8.6 to 8.9, 12.0 and 12.1 miss 200 to 224, and all above 192 with dropout.
+        torch's own rule for GPUs with little shared memory: capabilities 8.6 to 8.9, 12.0 and 12.1 lack the sizes 200 to 224,
+        and with dropout all sizes above 192.
         """
         small = any(first <= self.capability <= last for first, last in SMALL_SHARED_MEMORY)
         if self.architecture is not None or not small:
             return None
-        return 193, 224 if dropout == 0.0 else MAX_FLASH_HEAD
+        largest = 224 if dropout == 0.0 else MAX_FLASH_HEAD
+        return 193, largest
 
 
 def listed_gpus() -> int:
-    """NVIDIA's GPUs of this host, as the driver's own files list them: works without torch, and where torch sees none."""
+    """Number of NVIDIA's GPUs of this host, from the driver's own files. Works without torch, and if torch sees none of them."""
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
@@ -70,17 +74,18 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 def best_precision(gpu: Gpu | None) -> Precision:
-    """What `auto` means: bf16 where the hardware has it, else fp16 where it has that, else (and on CPUs) fp32."""
+    """What `precision=auto` means: bf16 if the hardware has it, else fp16 if it has that; fp32 on other GPUs and on CPUs."""
     if gpu is None:
         return Precision.fp32
     if gpu.has_bf16:
         return Precision.bf16
-    # AMD's older cards have fast fp16, though no matrix units for it.
-    return Precision.fp16 if gpu.architecture is not None or gpu.capability >= VOLTA else Precision.fp32
+    # AMD's older cards have no matrix units, but their fp16 is fast.
+    has_fast_fp16 = gpu.architecture is not None or gpu.capability >= VOLTA
+    return Precision.fp16 if has_fast_fp16 else Precision.fp32
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies in bf16 (x86 with AVX512_BF16 or AMX, Arm with BF16) and oneDNN may let it."""
+    """Whether this processor has bf16 products (x86 with AVX512_BF16 or AMX, Arm with BF16), and oneDNN may use them."""
     import torch
 
     from strategies.compat.dispatch import onednn_multiplies_in_bf16
@@ -91,7 +96,7 @@ def cpu_has_bf16() -> bool:
 
 
 def advice(precision: Precision, device_type: str) -> str | None:
-    """What a person should know of a precision on this hardware before waiting for it."""
+    """A warning about a precision that is slow on this hardware; None if there is nothing to say."""
     if precision is Precision.bf16 and device_type == "cpu" and not cpu_has_bf16():
         return (
             "this processor has no bf16 instructions: each product is emulated, and fp32 is many times as fast here; set "

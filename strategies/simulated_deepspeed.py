@@ -1,4 +1,4 @@
-"""DeepSpeed in a simulation: a stand-in accelerator, no reads of values that do not exist, no view for each rank."""
+"""Makes DeepSpeed work in a simulation: a stand-in accelerator, no reads of values that do not exist, no view for each rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from strategies.runtime import SIMULATED, Runtime
 
 
 class _Stream:
-    """A stream or an event; everything on it has happened already."""
+    """A stream or an event of the simulated device, on which everything has happened already."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
@@ -34,7 +34,7 @@ class _Stream:
 
 
 class SimulatedAccelerator(CPU_Accelerator):
-    """`SIMULATED` with the choices that DeepSpeed makes on GPUs."""
+    """The device `SIMULATED`, on which DeepSpeed makes the choices that it makes on GPUs."""
 
     Stream = Event = property(lambda self: _Stream)  # type: ignore[assignment]
 
@@ -79,7 +79,7 @@ class SimulatedAccelerator(CPU_Accelerator):
         return tensor.device == SIMULATED
 
     def device_count(self) -> int:
-        return 1  # else a program is started to count the host's processors, at each collective
+        return 1  # the parent class starts a program to count processors, at each collective
 
     def memory_allocated(self, device_index: int | None = None) -> int:
         return 0
@@ -89,33 +89,38 @@ class SimulatedAccelerator(CPU_Accelerator):
 
 @torch.no_grad()
 def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
-    """`reduce_scatter_coalesced` as far as shapes go: its buffers and its exchange, without views of each rank's parts.
+    """Stands in for DeepSpeed's `reduce_scatter_coalesced`: the same buffers and exchange, without views of each rank's parts.
 
-    They are most of what a step of many ranks would otherwise compute.
+    Making those views would be most of the work of a step with many ranks.
     """
-    ranks, rank = comm.get_world_size(group), comm.get_rank(group)
+    ranks = comm.get_world_size(group)
+    rank = comm.get_rank(group)
     numels = [tensor.numel() for tensor in tensors]
     part_sizes = [-(-numel // ranks) for numel in numels]
     pieces: list[Tensor] = []
     for tensor, numel, part_size in zip(tensors, numels, part_sizes, strict=True):
         pieces.append(tensor.view(-1))
-        paddings = (
-            part_size - min(part_size, max(0, numel - part_size * owner)) for owner in range(numel // part_size, ranks)
-        )
-        pieces += [torch.empty(n, dtype=tensor.dtype, device=tensor.device) for n in paddings if n]
+        # The last owners get less than their part, or nothing: each such part is padded.
+        for owner in range(numel // part_size, ranks):
+            padding = part_size - min(part_size, max(0, numel - part_size * owner))
+            if padding:
+                pieces.append(torch.empty(padding, dtype=tensor.dtype, device=tensor.device))
     flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     flat.div_(ranks)
     own_part = flat.narrow(0, rank * sum(part_sizes), sum(part_sizes))
     comm.reduce_scatter_fn(own_part, flat, group=group)
-    starts = [sum(part_sizes[:index]) for index in range(len(part_sizes))]
-    own_counts = (
-        min(part_size, max(0, numel - part_size * rank)) for numel, part_size in zip(numels, part_sizes, strict=True)
-    )
-    return [own_part.narrow(0, start, numel) for start, numel in zip(starts, own_counts, strict=True)]
+
+    own_tensors = []
+    start = 0
+    for numel, part_size in zip(numels, part_sizes, strict=True):
+        own_numel = min(part_size, max(0, numel - part_size * rank))
+        own_tensors.append(own_part.narrow(0, start, own_numel))
+        start += part_size
+    return own_tensors
 
 
 class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
-    """Parameters gathered in one buffer, each copied out of it as one part in place of one of each rank."""
+    """Parameters gathered in one buffer. Each is copied out of it as one part, where DeepSpeed copies one part of each rank."""
 
     complete: bool
 
@@ -135,7 +140,7 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
 
 
 def choose_accelerator(runtime: Runtime) -> None:
-    """Give DeepSpeed the accelerator of `runtime`, and no memory of the process groups of an earlier simulation."""
+    """Give DeepSpeed the accelerator of `runtime`, and let it forget the process groups of an earlier simulation."""
     if runtime.simulated:
         replace_in_stage3(
             reduce_scatter=reduce_scatter_shapes,
@@ -148,10 +153,14 @@ def choose_accelerator(runtime: Runtime) -> None:
             gathered_handle=AllGatherCoalescedHandle,
             compare_integers=assert_ints_same_as_other_ranks,
         )
-    real = CUDA_Accelerator if runtime.device.type == "cuda" else CPU_Accelerator
-    wanted = SimulatedAccelerator if runtime.device == SIMULATED else real
-    if type(get_accelerator()) is not wanted:
-        set_accelerator(wanted())
+    if runtime.device == SIMULATED:
+        accelerator: type = SimulatedAccelerator
+    elif runtime.device.type == "cuda":
+        accelerator = CUDA_Accelerator
+    else:
+        accelerator = CPU_Accelerator
+    if type(get_accelerator()) is not accelerator:
+        set_accelerator(accelerator())
     if runtime.simulated:
         forget_backend()
         forget_groups(living=True)

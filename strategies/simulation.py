@@ -1,9 +1,8 @@
-"""Simulates one rank without its hardware: fake tensors, a process group that answers at once, a GPU's choices.
+"""Simulates one rank without its hardware: fake tensors, a process group that answers at once, the choices of a GPU.
 
-The run's own engine takes its steps on tensors that have shapes and no memory. The GPU is the device `SIMULATED`; the
-host is the device "cpu". torch tells them apart and refuses to mix them, and needs no build for GPUs. What torch or a
-library chooses by the type of device is chosen as on a GPU: attention kernels, the types that autocast widens, pinned
-memory.
+The own engine of the run takes its steps on tensors that have shapes but no memory. The GPU is the device `SIMULATED`, the host
+is the device "cpu". torch tells the two apart, refuses to mix them, and needs no build for GPUs. What torch or a library chooses by
+the type of device is chosen as on a GPU: attention kernels, the types that autocast widens, pinned memory.
 """
 
 from __future__ import annotations
@@ -36,18 +35,19 @@ from strategies.runtime import SIMULATED, Runtime
 def simulated_rank(
     rank: int, world_size: int, *, local_world_size: int = 8, device: torch.device = SIMULATED
 ) -> Iterator[Runtime]:
-    """Rank `rank` of `world_size`, with `local_world_size` a host, in this process alone; its collectives return at once.
+    """Be rank `rank` of `world_size`, with `local_world_size` ranks a host, in this process alone. Collectives return at once.
 
-    `device` "cpu" stands for itself. Raises RuntimeError where this process is part of a job already.
+    `device` "cpu" stands for itself. Raises RuntimeError if this process is part of a job already.
     """
     from strategies.compat.fake_collectives import FakeStore
 
     if dist.is_initialized():
         raise RuntimeError("a rank is simulated in a process that is part of no job")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which other libraries import, would guess, and say so
+    # Other libraries import DeepSpeed. It would guess the device, and print its guess.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     ranks_a_host = min(local_world_size, world_size)
     local_rank_before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(rank % ranks_a_host)  # DeepSpeed looks there
+    os.environ["LOCAL_RANK"] = str(rank % ranks_a_host)  # DeepSpeed reads it
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield Runtime(rank, world_size, rank % ranks_a_host, ranks_a_host, device, dist.group.WORLD, simulated=True)
@@ -60,7 +60,7 @@ def simulated_rank(
 
 @contextmanager
 def fake_tensors(device: torch.device) -> Iterator[None]:
-    """Within it, tensors made anew have no memory, and those on `SIMULATED` are computed with as on a GPU."""
+    """Inside the context new tensors have no memory, and operations on `SIMULATED` are chosen as on a GPU."""
     import strategies.compat.fake_collectives  # noqa: F401 - gives collectives of fake tensors their shapes
     from strategies.compat.fake_tensors import FakeTensorMode
 
@@ -73,25 +73,28 @@ def fake_tensors(device: torch.device) -> Iterator[None]:
 
 
 def real_tensors() -> AbstractContextManager[Any]:
-    """Within it, tensors are real in a simulation too: for small ones whose values are looked at."""
+    """Inside the context tensors are real in a simulation too: for small ones whose values are read."""
     from strategies.compat.fake_tensors import unset_fake_temporarily
 
     return unset_fake_temporarily()
 
 
 def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`make(*key)`, whose tensor is kept for its key: a real one for good, one without memory as long as its simulation."""
-    real: dict[Any, Tensor] = {}
+    """Decorator: make each tensor once, and keep it by the arguments. Fake tensors are kept only as long as their simulation."""
+    real_tensors_by_key: dict[Any, Tensor] = {}
 
     @wraps(make)
     def cached(*key: Any) -> Tensor:
         mode = active_fake_mode()
-        store = real if mode is None else vars(mode).setdefault(f"{make.__module__}.{make.__qualname__}", {})
-        if key not in store:
-            store[key] = make(*key)
-        return store[key]
+        if mode is None:
+            tensors = real_tensors_by_key
+        else:
+            tensors = vars(mode).setdefault(f"{make.__module__}.{make.__qualname__}", {})
+        if key not in tensors:
+            tensors[key] = make(*key)
+        return tensors[key]
 
-    mark_constant_when_compiled(cached)  # a compiled block has the tensor in it
+    mark_constant_when_compiled(cached)  # a compiled block contains the tensor itself
     return cached
 
 
@@ -136,12 +139,12 @@ _FLOAT32_ON_GPU = frozenset(
         Tensor.logsumexp,
     }
 )
-"""What autocast computes in float32 on GPUs and, on CPUs, in the type that it is given."""
+"""Functions that autocast computes in float32 on GPUs. On CPUs it computes them in the type that they are given."""
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 class AsOnGpu(TorchFunctionMode):
-    """What depends on the type of device, for tensors on `SIMULATED`."""
+    """Lets functions do for tensors on `SIMULATED` what they do on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -154,28 +157,37 @@ class AsOnGpu(TorchFunctionMode):
         if func is Tensor.is_pinned:
             return True
         if func in _FLOAT32_ON_GPU and torch.is_autocast_enabled("cpu"):
-            args = [a.float() if torch.is_tensor(a) and a.dtype in _HALF_TYPES else a for a in args]
-            kwargs = {k: v.float() if torch.is_tensor(v) and v.dtype in _HALF_TYPES else v for k, v in kwargs.items()}
+            args = [_widened(argument) for argument in args]
+            kwargs = {name: _widened(argument) for name, argument in kwargs.items()}
         return func(*args, **kwargs)
 
     def _backward(
         self, root: Any, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
     ) -> None:
-        """What is recomputed on the way is chosen likewise: torch's own entry would leave this mode behind."""
+        """Run the backward pass inside this mode, for what is recomputed on the way: torch's own entry would leave the mode."""
         assert inputs is None, "no engine asks for the gradients of some tensors alone"
         roots = (root,) if isinstance(root, Tensor) else tuple(root)
         gradients = gradient if isinstance(gradient, tuple | list) else [gradient] * len(roots)
-        root_gradients = tuple(torch.ones_like(r) if g is None else g for r, g in zip(roots, gradients, strict=True))
+        root_gradients = []
+        for tensor, given in zip(roots, gradients, strict=True):
+            root_gradients.append(torch.ones_like(tensor) if given is None else given)
         with self:
             run_backward(
                 roots,
-                root_gradients,
+                tuple(root_gradients),
                 bool(retain_graph),
                 create_graph,
                 (),
                 allow_unreachable=True,
                 accumulate_grad=True,
             )
+
+
+def _widened(argument: Any) -> Any:
+    """A half-precision tensor as float32; anything else as it is."""
+    if torch.is_tensor(argument) and argument.dtype in _HALF_TYPES:
+        return argument.float()
+    return argument
 
 
 def _attention(
@@ -188,29 +200,32 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The kernel that torch takes on a GPU for these arguments: flash, memory-efficient, or the plain products."""
+    """Call the kernel that torch takes on a GPU for these arguments: flash, memory-efficient, or plain products."""
     if query.device != SIMULATED:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if torch.is_autocast_enabled("cpu"):
-        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     grouped = enable_gqa and query.shape[-3] != key.shape[-3]
-    width = query.shape[-1]
-    if query.dtype in _HALF_TYPES and attn_mask is None and width <= 256 and width == value.shape[-1]:
-        pad = -width % 8
-        if pad:
-            query, key, value = (F.pad(t, (0, pad)) for t in (query, key, value))
-        scale = scale if scale is not None else width**-0.5
-        return FLASH_ATTENTION(query, key, value, dropout_p, is_causal, scale=scale)[0][..., :width]
+    head_size = query.shape[-1]
+    if query.dtype in _HALF_TYPES and attn_mask is None and head_size <= 256 and head_size == value.shape[-1]:
+        # The flash kernel takes heads of multiples of 8: others are padded.
+        padding = (0, -head_size % 8)
+        if padding[1]:
+            query, key, value = F.pad(query, padding), F.pad(key, padding), F.pad(value, padding)
+        if scale is None:
+            scale = head_size**-0.5
+        return FLASH_ATTENTION(query, key, value, dropout_p, is_causal, scale=scale)[0][..., :head_size]
     if not grouped and query.dim() == 4:
         bias = attn_mask
         if bias is not None:
             if bias.dtype is torch.bool:
                 bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), float("-inf"))
             bias = bias.expand(*query.shape[:-1], key.shape[-2])
-        grads = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        return EFFICIENT_ATTENTION(query, key, value, bias, grads, dropout_p, is_causal, scale=scale)[0]
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        return EFFICIENT_ATTENTION(query, key, value, bias, needs_grad, dropout_p, is_causal, scale=scale)[0]
     return ATTENTION_BY_PRODUCTS(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
@@ -220,7 +235,7 @@ def _attention(
 
 
 def reduce_without_reading(wrapped: Any) -> None:
-    """Let a DistributedDataParallel module work on fake tensors: its all-reduce has no result to wait for."""
+    """Let a DistributedDataParallel module work on fake tensors: their all-reduce has no result to wait for."""
 
     def reduce(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         dist.all_reduce(bucket.buffer())
@@ -228,6 +243,6 @@ def reduce_without_reading(wrapped: Any) -> None:
         done.set_result(bucket.buffer())
         return done
 
-    reduce.__annotations__ = {}  # torch compares them, which are strings here, with its own types
+    reduce.__annotations__ = {}  # torch compares a hook's annotations with types, and these are strings
     wrapped.register_comm_hook(None, reduce)
     wrapped.reducer = ReducerWithoutRebuild(wrapped.reducer)
