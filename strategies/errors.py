@@ -13,11 +13,11 @@ _KEY = re.compile(r"[a-z][\w-]*(?:\.[\w-]+)*(?=[=:]| with )", re.ASCII)
 
 
 class ShardtuneError(Exception):
-    """Base of the errors that are shown as a message: the value, the constraint, the knob to turn. Secrets in it are hidden."""
+    """Base of the errors that a user sees as a message: the value, the rule, the setting to change. Secrets in it are hidden."""
 
     exit_code = 70
     retry: str | None = None
-    """The key of `launcher.retry` that starts a run again which ended by this; None where another start would meet it again."""
+    """The key of `launcher.retry` that starts a run again after this error. None: another start would meet the same error."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))

@@ -6,13 +6,14 @@ import hashlib
 import os
 from pathlib import Path
 
-BLOCK_BYTES, MAX_BLOCKS = 64 << 10, 64
+BLOCK_BYTES = 64 << 10
+MAX_BLOCKS = 64
 
 
 def sampled_digest(path: Path) -> str:
     """`<bytes>:<SHA-256 of up to 64 blocks of 64 KiB>`, the first and the last among them. Errors: OSError.
 
-    A file of up to 4 MiB is covered whole; of a larger one another content is noticed unless it lies between the blocks.
+    A file of up to 4 MiB is covered as a whole. In a larger file a change between the blocks is not noticed.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Degrees of parallelism to a device mesh, with errors that name the degrees."""
+"""Makes the device mesh from the number of replicas, with errors that name the possible numbers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from strategies.simulation import real_tensors
 
 
 def replicate_degree(requested: int, world: int, hosts: int) -> int:
-    """The number of replicas among `world` ranks on `hosts` hosts: as requested, or (0) one per host, and 2 on one host.
+    """The number of replicas among `world` ranks on `hosts` hosts. 0 requests one replica a host, or 2 on a single host.
 
-    Raises ConfigError where it does not divide the ranks.
+    Raises ConfigError if it does not divide the number of ranks.
     """
     degree = requested or (hosts if hosts > 1 else 2)
     if degree < 1 or world % degree:
-        legal = [d for d in range(1, world + 1) if world % d == 0]
+        legal = [divisor for divisor in range(1, world + 1) if world % divisor == 0]
         raise ConfigError(
             f"strategy.replicate={degree}: must divide the world size {world}; legal values: "
             f"{', '.join(map(str, legal))}"
@@ -31,17 +31,20 @@ def replicate_degree(requested: int, world: int, hosts: int) -> int:
 
 
 def replica_count(config: StrategyConfig, world: int, hosts: int) -> int:
-    """The number of replicas of a strategy that shards with `fully_shard`; 1 for any other. Errors: as `replicate_degree`."""
-    if not isinstance(config, Fsdp2Config) or (config.name is not StrategyName.hsdp and config.replicate == 1):
+    """The number of replicas of fsdp2 and hsdp; 1 for any other strategy. Errors: those of `replicate_degree`."""
+    if not isinstance(config, Fsdp2Config):
         return 1
-    return replicate_degree(0 if config.replicate == 1 else config.replicate, world, hosts)
+    if config.replicate != 1:
+        return replicate_degree(config.replicate, world, hosts)
+    # Under hsdp 1 is the default of fsdp2, and stands for the choice by hosts.
+    return replicate_degree(0, world, hosts) if config.name is StrategyName.hsdp else 1
 
 
 def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> DeviceMesh:
-    """A mesh of (`replicate`, `shard`), or of `shard` alone where there is one replica. All ranks must call.
+    """A mesh with the dimensions `replicate` and `shard`, or only `shard` for one replica. All ranks must call.
 
-    Its groups keep to the run's timeout; torch's own would take half an hour. Each rank makes its own two groups and meets
-    their members alone, where torch makes all groups on every rank.
+    Its groups have the run's timeout, where torch's own would have half an hour. Each rank makes only its own two groups, where
+    torch would make all groups on every rank.
     """
     if replicate == 1:
         assert dist.group.WORLD is not None

@@ -41,7 +41,7 @@ def refuse_taken_port(setting: str, port: int) -> None:
         socket.create_server(("", port)).close()
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            return  # whatever it is, the library that binds the port says it
+            return  # the library that binds the port will report it
         raise ConfigError(
             f"{setting}: another process of this host listens on port {port}; choose another port"
         ) from error

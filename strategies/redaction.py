@@ -34,33 +34,33 @@ SECRET_PATTERNS = {
     r"(?P<password>\"[^\"]{4,}\"|'[^']{4,}'|(?![$<{\[/~(]|(?:none|null|true|false)\b)[^\s'\";,&)]{4,})",
     "a key of a connection": r"(?i)\b(?:account|sharedaccess|shared_access|access|secret)key=(?P<key>[^\s;'\"&]{12,})",
 }
-"""What a text is searched for. The secret is the named group of the pattern, or all of it if there is none."""
+"""Patterns by the kind of secret. The secret is the named group of a pattern, or the whole match if it has none."""
 SECRET_WORDS = "TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|AUTHTOKEN|CREDENTIALS?"
-"""Words that make a variable's value a secret wherever they stand in its name, as in HF_TOKEN_READ and API_KEY_1."""
+"""Words that mark a variable's value as secret wherever they stand in its name, as in HF_TOKEN_READ and API_KEY_1."""
 SECRET_ENDINGS = "KEY|PASS|PAT|DSN|AUTH|WEBHOOK(?:_UR[LI])?|(?:DATABASE|DB)_UR[LI]|CONN(?:ECTION)?_?STR(?:ING)?"
-"""Words that do so at the end of a name alone."""
+"""Words that do so only at the end of a name."""
 SECRET_NAMES = "PGPASSWORD|SSHPASS"
-"""Names of programs' own variables, which run such a word together with another."""
+"""Names of variables of programs, in which such a word runs together with another."""
 DESCRIBING_ENDINGS = (
     "FILE|PATH|DIR|TYPE|NAME|LIMIT|COUNT|TTL|EXPIR[A-Z]*|LENGTH|SOCK|ID|HEADER|ENDPOINT|SERVER|UR[LI]|METHOD|MODE"
 )
-"""Last words of the names of variables that say something about a secret."""
+"""Last words of names whose variable only describes a secret (its path, its type, its lifetime)."""
 NAME_OF_SECRET = re.compile(
     rf"(?:^|_)(?:(?:{SECRET_WORDS})(?!\w*_(?:{DESCRIBING_ENDINGS})$)(?:_\w+|\d*)|(?:{SECRET_ENDINGS})(?:_?\d+)?)$|_PWD(?:_?\d+)?$|^(?:{SECRET_NAMES})$",
     re.IGNORECASE,
 )
-"""Names of environment variables whose values are taken for secrets. PWD and OLDPWD are directories."""
+"""Names of environment variables whose values are treated as secrets. PWD and OLDPWD are not: they are directories."""
 NAME_OF_SERVICE_KEY = re.compile(rf"(?:^|_)(?:{SECRET_WORDS}|(?:ACCESS|PRIVATE|SECRET)_KEY)(?:$|_|\d)", re.IGNORECASE)
-"""Names whose value is a secret also if it looks like a commit: W&B's keys had 40 hexadecimal digits as well."""
+"""Names whose value is a secret even if it looks like a commit: W&B's keys had 40 hexadecimal digits too."""
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 MIN_SECRET_LENGTH = 8
-"""Characters below which a variable's value is no secret: it would be found in words that are none."""
+"""A variable with a shorter value is not treated as a secret: the value would be found inside ordinary words."""
 
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in SECRET_PATTERNS.items()}
 
 
 def secret_in(text: str) -> str | None:
-    """What kind of secret a text holds, in words; None if there is none."""
+    """The kind of secret that a text holds, in words; None if it holds none."""
     for name, value in _secrets_of_environment():
         if value in text:
             return f"the value of the environment variable {name}"
@@ -80,7 +80,7 @@ def redacted(text: str) -> str:
 
 
 def _hide(match: re.Match[str]) -> str:
-    """What stands for a match: its named group is hidden, the words before it stay."""
+    """The replacement of a match: its named group is hidden, and the words around it stay."""
     if not _is_secret(match):
         return match[0]
     group = match.lastgroup or 0
@@ -90,7 +90,7 @@ def _hide(match: re.Match[str]) -> str:
 
 
 def _is_secret(match: re.Match[str]) -> bool:
-    """Whether a match is a secret: of `Basic <word>` only what decodes to `name:password`, and nothing that is hidden already."""
+    """Whether a match is a secret. `Basic <word>` is one only if it decodes to `name:password`; what is hidden is none."""
     if HIDDEN in match[match.lastgroup or 0]:
         return False
     if match.lastgroup != "base64":
@@ -102,7 +102,7 @@ def _is_secret(match: re.Match[str]) -> bool:
 
 
 def _secrets_of_environment() -> Iterator[tuple[str, str]]:
-    """(name, value) of each secret, longest value first: a shorter one that is a part of it must leave nothing behind."""
+    """(name, value) of each secret, longest value first: replacing a shorter one inside it first would leave the rest visible."""
     secrets = [(name, value) for name, value in os.environ.items() if _holds_secret(name, value)]
     yield from sorted(secrets, key=lambda secret: -len(secret[1]))
 

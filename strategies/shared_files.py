@@ -1,4 +1,4 @@
-"""Small files by which attempts at a run inform each other. Each appears whole or not at all, also on network disks.
+"""Small files through which attempts at a run inform each other. Each appears complete or not at all, also on network disks.
 
 They are written through `strategies/atomic_io.py`. Errors: OSError.
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 from strategies import atomic_io
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What a file system without hard links answers."""
+"""Error codes of a file system without hard links."""
 MAX_BYTES = 2**20
-"""Bytes that such a file has at most."""
+"""Limit of the size of such a file."""
 
 
 def read(path: Path) -> bytes:
-    """The content, opened anew: opening is what makes an NFS client ask the server. A stale handle is opened once more."""
+    """The content of a file. Opening it makes an NFS client ask the server. If the handle is stale, it is opened once more."""
     try:
         return atomic_io.read_bytes(path, most=MAX_BYTES)
     except OSError as error:
@@ -28,7 +28,7 @@ def read(path: Path) -> bytes:
 
 
 def replace(path: Path, content: bytes, token: str) -> None:
-    """Put this content under the name, at once; `token` tells apart who writes at the same time."""
+    """Replace the content of a file in one step. `token`: differs between writers, for the name of the temporary file."""
     temporary = _written_aside(path, content, token)
     try:
         atomic_io.disk.rename(temporary, path)
@@ -39,10 +39,10 @@ def replace(path: Path, content: bytes, token: str) -> None:
 
 
 def claim(path: Path, content: bytes, token: str) -> bool:
-    """Whether the name is now this caller's; False where it is somebody's already. Exclusive, also on NFS.
+    """Create a file that must not exist; False if it does already. Only one caller succeeds, also on NFS.
 
-    NFS may report an error for a link that was made, and the reverse; the number of links tells. Where there are no links,
-    the name is created exclusively instead.
+    NFS may report an error for a hard link that was made, or success for one that was not. The number of links tells the truth.
+    On a file system without hard links, the file is created exclusively instead.
     """
     temporary = _written_aside(path, content, token)
     try:
@@ -59,7 +59,8 @@ def claim(path: Path, content: bytes, token: str) -> bool:
 
 def _written_aside(path: Path, content: bytes, token: str) -> Path:
     temporary = path.with_name(f".{path.name}.{token}")
-    with suppress(FileNotFoundError):  # of one that was killed amid this; in a container the next has its number again
+    # A process that was killed here may have left one: in a container process ids, and so tokens, come again.
+    with suppress(FileNotFoundError):
         temporary.unlink()
     _create(temporary, content)
     return temporary
@@ -79,5 +80,6 @@ def _create_first(path: Path, content: bytes) -> bool:
 
 
 def remedy(error: OSError) -> str:
-    """The first half of what to do about a write that failed: empty where free space would not help."""
-    return "free space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    """The beginning of what to do about a write that failed; empty if free space would not help."""
+    disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "free space, or " if disk_is_full else ""

@@ -1,8 +1,8 @@
 """Simulates one rank without its hardware: fake tensors, a process group that answers at once, the choices of a GPU.
 
 The own engine of the run takes its steps on tensors that have shapes but no memory. The GPU is the device `SIMULATED`, the host
-is the device "cpu". torch tells the two apart, refuses to mix them, and needs no build for GPUs. What torch or a library chooses by
-the type of device is chosen as on a GPU: attention kernels, the types that autocast widens, pinned memory.
+is the device "cpu". torch tells the two apart, refuses to mix them, and needs no build for GPUs. What torch or a library chooses
+by the type of device is chosen as on a GPU: attention kernels, the types that autocast widens, pinned memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Reads small files of a model's or an adapter's directory, which somebody else may have written. No other module does.
+"""Reads the small files of a model's or an adapter's directory, which somebody else may have written. No other module does.
 
-A file must be a regular file (or a link to one, as in the hub's cache), of a sensible size, in UTF-8, and JSON of a
-reasonable depth. Otherwise a pipe would block, a device would never end, and a library that reads a torn file would
-end in a traceback that does not name it.
+A file must be a regular file (or a link to one, as in the hub's cache), of a sensible size, in UTF-8, and JSON of a reasonable
+depth. Otherwise a pipe would block, a device would never end, and a library that reads a torn file would end in a traceback
+that does not name the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from strategies.errors import ConfigError
 
 LFS_POINTER = b"version https://git-lfs"
-"""How the small text file begins that git leaves in the place of a large one."""
+"""Beginning of the small text file that git leaves in the place of a large one."""
 MAX_BYTES = 16 << 20
 MAX_BYTES_OF = {"tokenizer.json": 256 << 20, "model.safetensors.index.json": 256 << 20, "tokenizer.model": 256 << 20}
 """Files that grow with the vocabulary or the number of tensors; the largest known are near 40 MB."""
@@ -29,17 +29,17 @@ JSON_OBJECT_FILES = (
     "adapter_config.json",
     "bottleneck_config.json",
 )
-"""What libraries read as one JSON object, small enough to be looked at first."""
+"""Files that libraries read as one JSON object. They are small enough to be checked first."""
 OTHER_FILES = (
     *("model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("chat_template.json", "processor_config.json", "preprocessor_config.json", "*.jinja", "*.model"),
     "additional_chat_templates/*.jinja",
 )
-"""What libraries read beside them."""
+"""Other files that libraries read; names or patterns."""
 
 
 def refuse_irregular(path: Path, *, most_bytes: int | None = None) -> None:
-    """Raise ConfigError if a file that is there is no regular one, cannot be looked at, or is larger than `most_bytes`."""
+    """Raise ConfigError if a file is not a regular one, cannot be looked at, or is larger than `most_bytes`."""
     try:
         status = path.stat()
     except OSError as error:
@@ -53,7 +53,7 @@ def refuse_irregular(path: Path, *, most_bytes: int | None = None) -> None:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise ConfigError if a file is a pointer of git-lfs. Not each would fail to load: as a template it is just a text."""
+    """Raise ConfigError if a file is a pointer of git-lfs. Some would load without an error: a template is any text."""
     try:
         with path.open("rb") as file:
             head = file.read(len(LFS_POINTER))
@@ -76,7 +76,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from error
     except RecursionError as error:
         raise ConfigError(f"{path}: is nested too deep to be read; download it again") from error
-    except ValueError as error:  # no UTF-8, no JSON: an interrupted copy
+    except ValueError as error:  # not UTF-8, or not JSON: perhaps an interrupted copy
         raise ConfigError(
             f"{path}: is not valid JSON ({error}); it was cut off or changed: download it again"
         ) from error

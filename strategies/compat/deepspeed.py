@@ -135,7 +135,8 @@ def tensors_of_optimizer(zero_optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """
     for kind, names in _TENSORS_BY_KIND.items():
         for name in names:
-            yield from ((kind, tensor) for tensor in _tensors_in(getattr(zero_optimizer, name, None)))
+            for tensor in _tensors_in(getattr(zero_optimizer, name, None)):
+                yield kind, tensor
 
 
 def _tensors_in(collection: Any) -> Iterator[Tensor]:

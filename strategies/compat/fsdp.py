@@ -23,7 +23,7 @@ take, which torch exports nowhere. `compute_local_shape_and_global_offset`: wher
 
 
 def finish_sharding(root: nn.Module) -> None:
-    """Let FSDP2 do now what it does in the first forward pass: pad uneven shards, pin those on the host. No collective.
+    """Let FSDP2 do now what it would do in the first forward pass: pad uneven shards, pin those on the host. No collective.
 
     `FSDPState._lazy_init` replaces the sharded tensors, so that whoever keeps them must come later. Nothing public calls it.
     """
@@ -54,7 +54,8 @@ def hidden_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for reduced in getattr(group.comm_ctx, "reduce_scatter_states", ()):  # none before the first pass
             yield "communication", reduced.reduce_scatter_input
         for parameter in group.fsdp_params:
-            yield from (("gathered", tensor) for tensor in parameter.all_gather_outputs)
+            for gathered in parameter.all_gather_outputs:
+                yield "gathered", gathered
             yield "parameters", parameter._sharded_param_data
             unsharded = getattr(parameter, "_unsharded_param", None)
             if unsharded is not None:
@@ -88,6 +89,6 @@ def without_fsdp_hooks(modules: Sequence[Any]) -> Iterator[None]:
 
 
 def _without(hooks: Any, handle: Any) -> OrderedDict[int, Any]:
-    """Hooks but the one with this handle; all of them where several modules share one."""
-    own = getattr(handle, "id", None)
-    return OrderedDict((number, hook) for number, hook in hooks.items() if number != own)
+    """The hooks without the one of this handle; all of them if there is no handle, as when several modules share a hook."""
+    left_out = getattr(handle, "id", None)
+    return OrderedDict((number, hook) for number, hook in hooks.items() if number != left_out)

@@ -100,7 +100,9 @@ def _num_bytes(argument: Any) -> int:
     """Bytes of a tensor, or of those in nested lists."""
     if isinstance(argument, torch.Tensor):
         return argument.nbytes
-    return sum(map(_num_bytes, argument)) if isinstance(argument, list | tuple) else 0
+    if isinstance(argument, list | tuple):
+        return sum(map(_num_bytes, argument))
+    return 0
 
 
 class ReducerWithoutRebuild:
