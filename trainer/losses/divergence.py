@@ -1,8 +1,8 @@
 """Divergence of student and teacher over the vocabulary, fused with both heads: logits exist only a chunk at a time.
 
-As in `trainer/losses/next_token.py`, each head is called as a module exactly once a micro-batch, whatever the
-micro-batch holds, because sharding gathers the head's weight for that call on all ranks together. The student's head
-asks the teacher's to lend its weight.
+As in `trainer/losses/next_token.py`, each head is called as a module exactly once a micro-batch, whatever the micro-batch holds,
+because sharding gathers the head's weight for that call on all ranks together. Inside the call of the student's head the
+teacher's head is called too, and lends its weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.losses.next_token import CHUNK_LOGITS, LossHead, RowCounting, _Line
 
 
 class Divergence(StrEnum):
-    """What is measured between the distributions P of the teacher and Q of the student.
+    """How the distributions P of the teacher and Q of the student are compared.
 
     KL(P, Q), KL(Q, P), or the generalised Jensen-Shannon divergence of Agarwal et al. 2023 (arXiv:2306.13649):
     `b KL(P, M) + (1 - b) KL(Q, M)` with the mixture `M = b P + (1 - b) Q`.
@@ -32,7 +32,7 @@ class Divergence(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A divergence of distributions softened by a temperature."""
+    """A divergence between distributions that are softened by a temperature."""
 
     divergence: Divergence = Divergence.forward_kl
     temperature: float = 1.0
@@ -40,21 +40,26 @@ class Measure:
     """Weight of the teacher in the mixture that Jensen-Shannon compares both with."""
 
     def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Divergence of each row `[n]` and its derivative by the student's logits `[n, V]`, of logits `[n, V]`, float32.
+        """(divergence of each row `[n]`, its derivative by the student's logits `[n, V]`), for float32 logits `[n, V]`.
 
-        Times the square of the temperature, which keeps gradients of the same size (Hinton et al. 2015, arXiv:1503.02531).
+        Both are multiplied by the square of the temperature, which keeps gradients at the same size for every temperature
+        (Hinton et al. 2015, arXiv:1503.02531).
         """
         temperature = self.temperature
-        log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
-        q, p = log_q.exp(), log_p.exp()
+        log_q = (student / temperature).log_softmax(-1)
+        log_p = (teacher / temperature).log_softmax(-1)
+        q = log_q.exp()
+        p = log_p.exp()
         if self.divergence is Divergence.forward_kl:
-            divergence, gradient = (p * (log_p - log_q)).sum(-1), q - p
+            divergence = (p * (log_p - log_q)).sum(-1)
+            gradient = q - p
         elif self.divergence is Divergence.reverse_kl:
             divergence = (q * (log_q - log_p)).sum(-1)
             gradient = q * (log_q - log_p - divergence[:, None])
         else:
             beta = self.interpolation
             log_m = torch.log(beta * p + (1 - beta) * q)
+            # Where a probability has underflown to 0, its term is 0, not NaN.
             from_student = torch.where(q > 0, log_q - log_m, 0.0)
             from_teacher = torch.where(p > 0, log_p - log_m, 0.0)
             inner = (q * from_student).sum(-1)
@@ -65,32 +70,33 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class TeacherComparison:
-    """What supervised rows are compared with, and what becomes of it: part of the student's head's call."""
+    """Compares supervised rows with a teacher: passed to the call of the student's head (`LossHead(against=...)`)."""
 
     measure: Measure
     hidden: Tensor
     """`[M, H]`: the teacher's states at the compared rows."""
     head: nn.Module | None
-    """The teacher's LossHead; None where it is the student's own."""
+    """The teacher's LossHead; None if the student's own head makes the teacher's logits too."""
     divergence_weight: float
     loss_weight: float
     """Weight of the plain loss of the compared rows."""
     rows: Tensor | None = None
-    """int64 `[M]`: which of the student's rows are compared; None for all of them."""
+    """int64 `[M]`: the student's rows that are compared; None: all of them."""
     others: Tensor | None = None
-    """int64: the rows that have their plain loss only."""
+    """int64: the rows that only have their plain loss."""
     others_weight: float = 1.0
+    """Weight of the plain loss of `others`."""
     weights: Tensor | None = None
-    """`[N]`: what each of the student's rows counts for, in every part; None where each counts as 1."""
+    """`[N]`: weight of each of the student's rows, in every part of the loss; None: each counts as 1."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """What the student's head returns when it is called with this, see `compare`."""
+        """What the student's head returns if it is called with this object; see `compare`."""
         return compare(head, hidden, targets, self)
 
 
 @dataclass(frozen=True, slots=True)
 class _HeadParameters:
-    """What makes logits of hidden states."""
+    """Everything that turns hidden states into logits."""
 
     weight: Tensor
     bias: Tensor | None
@@ -102,9 +108,10 @@ class _HeadParameters:
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """Weighted sum of plain loss and divergence of rows; gradients are made in the forward pass, chunk by chunk.
+    """Weighted sum of plain loss and divergence over rows. Gradients are made in the forward pass, chunk by chunk.
 
-    `row_weight [N]`, where given, is what each row counts for.
+    `row_weight [N]`: the weight of each row; None: each counts as 1. Returns that sum, and for the log the plain loss, the
+    divergence, and the number of correct argmaxes (counted only without gradients).
     """
 
     @staticmethod
@@ -118,11 +125,15 @@ class _LinearDivergence(torch.autograd.Function):
         settings: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         student, teacher, against, training = settings
-        need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
-        need_bias = training and bias is not None and ctx.needs_input_grad[2]
+        need_hidden = training and ctx.needs_input_grad[0]
+        need_weight = training and ctx.needs_input_grad[1]
+        need_bias = training and ctx.needs_input_grad[2]
+        # Logits of both heads exist at the same time.
         chunk_rows = max(1, CHUNK_LOGITS // (weight.shape[0] + teacher.weight.shape[0]))
-        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)  # once, not for each chunk
+        ctx.weight_dtype = weight.dtype
+        weight = weight.to(hidden.dtype)  # once, not for each chunk
         student = replace(student, weight=weight)
+
         nll = hidden.new_zeros((), dtype=torch.float32)
         divergence = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
@@ -130,14 +141,15 @@ class _LinearDivergence(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for start in range(0, len(targets), chunk_rows):
-            chunk, target = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
-            logits, teacher_logits = student.logits(chunk), teacher.logits(against.hidden[start : start + chunk_rows])
+            chunk = hidden[start : start + chunk_rows]
+            target = targets[start : start + chunk_rows]
+            logits = student.logits(chunk)
+            teacher_logits = teacher.logits(against.hidden[start : start + chunk_rows])
             log_total = logits.logsumexp(dim=-1)
             chunk_weight = None if row_weight is None else row_weight[start : start + chunk_rows]
             nll += _weighted(log_total - logits.gather(1, target[:, None])[:, 0], chunk_weight).sum()
-            shared_vocabulary = min(
-                logits.shape[1], teacher_logits.shape[1]
-            )  # rows beyond the tokenizer's are padding of either matrix
+            # Either head may be padded beyond the tokenizer's vocabulary: the padding is not compared.
+            shared_vocabulary = min(logits.shape[1], teacher_logits.shape[1])
             row_divergence, divergence_gradient = against.measure(
                 logits[:, :shared_vocabulary], teacher_logits[:, :shared_vocabulary]
             )
@@ -145,6 +157,8 @@ class _LinearDivergence(torch.autograd.Function):
             if not training:
                 correct += _weighted(logits.argmax(dim=-1) == target, chunk_weight).sum()
                 continue
+
+            # By the logits first; then the chain rule for soft cap, factor and the weights of rows.
             grad = torch.zeros_like(logits)
             if against.loss_weight:
                 grad = torch.exp(logits - log_total[:, None])
@@ -153,8 +167,11 @@ class _LinearDivergence(torch.autograd.Function):
             grad[:, :shared_vocabulary] += against.divergence_weight * divergence_gradient
             if student.softcap is not None:
                 grad = grad * (1.0 - (logits / student.softcap).square())
-            grad = grad * student.scale if student.scale != 1.0 else grad
-            grad = (grad if chunk_weight is None else grad.mul_(chunk_weight[:, None])).to(chunk.dtype)
+            if student.scale != 1.0:
+                grad = grad * student.scale
+            if chunk_weight is not None:
+                grad.mul_(chunk_weight[:, None])
+            grad = grad.to(chunk.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
             if grad_weight is not None:
@@ -169,40 +186,44 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype),
-            None if grad_bias is None else (grad_bias * grad_total).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-        )
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        if grad_bias is not None:
+            grad_bias = (grad_bias * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: TeacherComparison) -> tuple[Tensor, ...]:
-    """Sums over rows, 0-d float32: the weighted sum with the gradient, then without one the plain loss, divergence and
-    correct argmaxes (in evaluation) of the compared rows, and the plain loss of the others.
+    """Five sums over rows, 0-d float32. Called inside the forward pass of the student's head.
 
-    Called inside the student's head's own forward.
+    The first is the weighted sum, through which gradients flow. The others are for the log: plain loss, divergence and correct
+    argmaxes (in evaluation) of the compared rows, and the plain loss of the other rows.
     """
     training = torch.is_grad_enabled()
     student_head = _HeadParameters(head.training_weight, head.bias, head.softcap, head.logit_scale)
 
-    def weights(rows: Tensor | None) -> Tensor | None:
-        return against.weights if rows is None or against.weights is None else against.weights[rows]
+    def weights_of(rows: Tensor | None) -> Tensor | None:
+        if rows is None or against.weights is None:
+            return against.weights
+        return against.weights[rows]
 
     def losses_against(teacher_head: _HeadParameters) -> tuple[Tensor, ...]:
-        compared_hidden, compared_targets = hidden, targets
+        compared_hidden = hidden
+        compared_targets = targets
         if against.rows is not None:
-            compared_hidden, compared_targets = hidden[against.rows], targets[against.rows]
+            compared_hidden = hidden[against.rows]
+            compared_targets = targets[against.rows]
         settings = student_head, teacher_head, against, training
         return _LinearDivergence.apply(
-            compared_hidden, head.training_weight, head.bias, compared_targets, weights(against.rows), settings
+            compared_hidden, head.training_weight, head.bias, compared_targets, weights_of(against.rows), settings
         )
 
-    total, nll, divergence, correct = (
-        losses_against(student_head) if against.head is None else lend(against.head, losses_against)
-    )
+    if against.head is None:
+        total, nll, divergence, correct = losses_against(student_head)
+    else:
+        total, nll, divergence, correct = lend(against.head, losses_against)
     if against.others is None:
         return total, nll, divergence, correct, torch.zeros_like(nll)
     other_loss, *_ = _LinearCrossEntropy.apply(
@@ -210,7 +231,7 @@ def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: TeacherCom
         head.training_weight,
         head.bias,
         targets[against.others],
-        RowCounting(weights(against.others)),
+        RowCounting(weights_of(against.others)),
         (head.softcap, head.logit_scale, training),
     )
     return total + against.others_weight * other_loss, nll, divergence, correct, other_loss.detach()

@@ -1,4 +1,4 @@
-"""A weight with one row that does not train."""
+"""Keeps one row of a weight from training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class _RowStays(torch.autograd.Function):
-    """A weight as it is; one of its rows gets no gradient."""
+    """The identity for a weight. One of its rows gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, row: int) -> Tensor:
@@ -24,5 +24,5 @@ class _RowStays(torch.autograd.Function):
 
 
 def without_row(weight: Tensor, row: int) -> Tensor:
-    """`weight [V, H]` as it is; `row` of it gets no gradient."""
+    """`weight [V, H]` unchanged; its row `row` gets no gradient."""
     return _RowStays.apply(weight, row)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Makes a model's own output layer compute the loss."""
+"""Replaces a model's output layer by one that computes the loss itself."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from trainer.losses.next_token import LossHead
 def head_transform(config: Any) -> tuple[float | None, float]:
     """(soft cap, factor) that an architecture applies to its logits after the head, read from its config."""
     softcap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None)  # Cohere multiplies
+    divisor = getattr(config, "logits_scaling", None)  # Granite divides
     scale = 1.0
-    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
+    if factor is not None:
         scale = float(factor)
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
+    if divisor is not None:
         scale = 1.0 / float(divisor)
     return softcap, scale
 
 
 def fuse_head(model: Any, model_config: Any, *, frozen_row: int | None = None) -> None:
-    """Let a model's plain output layer compute the loss itself. `frozen_row`: the row of a tied one that is not to train."""
+    """Replace a model's output layer by a LossHead if it is a plain linear one.
+
+    `frozen_row`: the row that does not train, if the layer is tied to the input embedding.
+    """
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        softcap, scale = head_transform(model_config)
-        loss_head = LossHead.replace(head, softcap=softcap, logit_scale=scale)
-        if frozen_row is not None and head.weight is model.get_input_embeddings().weight:
-            loss_head.frozen_row = frozen_row
-        model.set_output_embeddings(loss_head)
+    if type(head) is not nn.Linear:
+        return
+    softcap, scale = head_transform(model_config)
+    loss_head = LossHead.replace(head, softcap=softcap, logit_scale=scale)
+    if frozen_row is not None and head.weight is model.get_input_embeddings().weight:
+        loss_head.frozen_row = frozen_row
+    model.set_output_embeddings(loss_head)

@@ -1,4 +1,4 @@
-"""Scores of the output head for each row's target: its log-probability, and whether it is the likeliest token."""
+"""Scores of each row's target by the output head: its log-probability, and whether it is the likeliest token."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from trainer.losses.next_token import CHUNK_LOGITS, LossHead, _logits, computes_
 
 
 def row_scores(head: nn.Module, hidden: Tensor, targets: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Log-probability `[N]` float32 of `targets [N]` by `hidden [N, H]`, and whether each is the argmax, `[N]` bool.
+    """(log-probability of each target `[N]` float32, whether it is the argmax `[N]` bool) for `hidden [N, H]`.
 
-    The head is called as a module exactly once, as a sharded one must be, and logits exist a chunk at a time where it is a
-    plain output layer. `bias [V]` is what the model adds to the head's output. No gradients.
+    Calls the head as a module exactly once, as a sharded one must be. If it is a plain output layer, logits exist only a chunk at
+    a time. `bias [V]`: what the model adds to the head's output. No gradients.
     """
 
     def scored(logits: Tensor, wanted_ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits.float() if bias is None else logits.float() + bias
+        logits = logits.float()
+        if bias is not None:
+            logits = logits + bias
         log_probability = logits.log_softmax(-1).gather(1, wanted_ids[:, None])[:, 0]
         return log_probability, logits.argmax(-1) == wanted_ids
 
-    def by_chunks(plain: LossHead, rows: Tensor, wanted_ids: Tensor) -> tuple[Tensor, ...]:
-        weight, chunk_rows = plain.training_weight, max(1, CHUNK_LOGITS // plain.weight.shape[0])
-        chunks = [
-            scored(_logits(chunk, weight, plain.bias, plain.softcap, plain.logit_scale), chunk_targets)
-            for chunk, chunk_targets in zip(rows.split(chunk_rows), wanted_ids.split(chunk_rows), strict=True)
-        ]
-        return torch.cat([log_probability for log_probability, _ in chunks]), torch.cat(
-            [is_best for _, is_best in chunks]
-        )
+    def scored_by_chunks(loss_head: LossHead, rows: Tensor, wanted_ids: Tensor) -> tuple[Tensor, ...]:
+        weight = loss_head.training_weight
+        chunk_rows = max(1, CHUNK_LOGITS // loss_head.weight.shape[0])
+        log_probabilities = []
+        is_argmax = []
+        for chunk, chunk_ids in zip(rows.split(chunk_rows), wanted_ids.split(chunk_rows), strict=True):
+            logits = _logits(chunk, weight, loss_head.bias, loss_head.softcap, loss_head.logit_scale)
+            chunk_scores = scored(logits, chunk_ids)
+            log_probabilities.append(chunk_scores[0])
+            is_argmax.append(chunk_scores[1])
+        return torch.cat(log_probabilities), torch.cat(is_argmax)
 
     if computes_loss(head):
-        return head(hidden, targets=targets, against=by_chunks)
+        return head(hidden, targets=targets, against=scored_by_chunks)
     return scored(head(hidden), targets)

@@ -13,22 +13,25 @@ from trainer.losses.next_token import LossHead, _logits, _RowCrossEntropy, _weig
 
 @dataclass(frozen=True, slots=True)
 class _SquaredLogsumexp:
-    """Part of a head's call, in place of the plain loss: the sum over rows of the squared logsumexp of their logits."""
+    """Passed to a head's call to compute, in place of the plain loss, the sum over rows of the squared logsumexp."""
 
-    kept: Tensor | None
-    """`[N]`: 1 at rows that count, 0 at others; None where all count."""
+    row_weight: Tensor | None
+    """`[N]`: 1 for rows that count, 0 for others; None: all count."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        weight, bias = head.training_weight, head.bias
+        weight = head.training_weight
+        bias = head.bias
         settings = head.softcap, head.logit_scale, torch.is_grad_enabled()
         nll: Any = _RowCrossEntropy.apply(hidden, weight, bias, targets, settings)
-        # A row's negative log-likelihood of a token is its logsumexp without the logit of this token: here the first.
-        first = _logits(hidden, weight[:1], None if bias is None else bias[:1], head.softcap, head.logit_scale)[:, 0]
-        return (_weighted((nll + first).square(), self.kept).sum(),)
+        # The negative log-likelihood of a token is the logsumexp minus the token's logit. Adding the logit back gives the
+        # logsumexp. The targets are token 0 here, so only one row of the weight is needed for that.
+        first_bias = None if bias is None else bias[:1]
+        first_logit = _logits(hidden, weight[:1], first_bias, head.softcap, head.logit_scale)[:, 0]
+        return (_weighted((nll + first_logit).square(), self.row_weight).sum(),)
 
 
 def squared_logsumexp(head: nn.Module, hidden: Tensor, kept: Tensor | None) -> Tensor:
-    """The sum, 0-d float32, over the rows of `hidden [N, H]` where `kept [N]` is true; `head` is called once, as a module."""
+    """The sum, 0-d float32, over the rows of `hidden [N, H]` for which `kept [N]` is true. Calls `head` once, as a module."""
     row_weight = None if kept is None else kept.float()
     if computes_loss(head):
         against = _SquaredLogsumexp(row_weight)

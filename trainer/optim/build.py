@@ -32,18 +32,17 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over its parameter groups. Called after sharding, alike on all ranks.
 
-    `model_names` are the plain names of all parameters, frozen ones too; `rate_of(name)` multiplies the rate of a
-    parameter, as its tuning method asks. AdamW has torch's fused kernel; the one of
-    SGD knows no distributed tensors. Raises ConfigError for groups that fit no parameter and for a package that is not installed.
+    `model_names`: plain names of all parameters, also of frozen ones. `rate_of(name)`: a factor on the rate of a parameter, from
+    the tuning method. AdamW uses torch's fused kernel; SGD does not, because its fused kernel knows no distributed tensors.
+    Raises ConfigError for groups that match no parameter, and for a package that is not installed.
     """
-    groups = group_parameters(
-        config, ((name, p) for name, p in named_parameters if p.requires_grad), model_names, rate_of
-    )
+    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    groups = group_parameters(config, trainable, model_names, rate_of)
     dicts = [group.as_dict() for group in groups]
-    if type(config) is OptimConfig:  # what all share, no choice made
-        config = AdamwConfig(
-            **{setting_field.name: getattr(config, setting_field.name) for setting_field in fields(config)}
-        )
+    if type(config) is OptimConfig:
+        # Only the common settings, without a choice of an optimizer: AdamW is the default.
+        common_settings = {setting.name: getattr(config, setting.name) for setting in fields(config)}
+        config = AdamwConfig(**common_settings)
     match config:
         case Adamw8bitConfig():
             bitsandbytes = import_package(config.name)
@@ -85,8 +84,10 @@ def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optim
     """Muon on the matrices of blocks, AdamW on the rest (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
     from trainer.optim.whole import CombinedOptimizer, ShardedMuon
 
+    matrix_groups = [group.as_dict() for group in groups if group.matrices]
+    other_groups = [group.as_dict() for group in groups if not group.matrices]
     parts: list[Any] = []
-    if matrix_groups := [group.as_dict() for group in groups if group.matrices]:
+    if matrix_groups:
         parts.append(
             ShardedMuon(
                 matrix_groups,
@@ -98,7 +99,7 @@ def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optim
                 bf16=config.bf16,
             )
         )
-    if other_groups := [group.as_dict() for group in groups if not group.matrices]:
+    if other_groups:
         parts.append(
             torch.optim.AdamW(other_groups, lr=config.lr, betas=_pair(config.betas), eps=config.eps, fused=True)
         )

@@ -1,4 +1,4 @@
-"""Parameter groups: which parameters decay, and the rate of each."""
+"""Sorts parameters into groups: which of them decay, and the rate of each."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ParameterGroup:
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """As torch's optimizers take a group."""
+        """The group in the form that torch's optimizers take."""
         return {"params": self.parameters, "lr": self.lr, "weight_decay": self.weight_decay}
 
 
 def shape_of(parameter: nn.Parameter) -> Sequence[int]:
-    """The whole shape; ZeRO-3 shows partitioned parameters as empty and keeps theirs in `ds_shape`."""
+    """The full shape of a parameter. ZeRO-3 shows partitioned parameters as empty, and keeps their shape in `ds_shape`."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -47,45 +47,53 @@ def group_parameters(
     model_names: Sequence[str],
     rate_of: Callable[[str], float] = lambda _: 1.0,
 ) -> list[ParameterGroup]:
-    """Groups in the order in which their first parameter comes, by whole names and shapes: alike under every strategy.
+    """Sort parameters into groups of one rate and decay, in the order in which the first parameter of each group comes.
 
-    Matrices decay, vectors (norms, biases) do not, `config.groups` overrule it; `layer_decay` counts the blocks of
-    `model_names` (all parameters, frozen ones too); `rate_of` gives the tuning method's own factors. Raises ConfigError for a
-    rule that matches nothing or for two rules that match one parameter.
+    Goes by full names and shapes, so that groups are the same under every strategy. Matrices decay, vectors (norms, biases) do
+    not, and `config.groups` overrides that. `layer_decay` counts the blocks in `model_names` (all parameters, also frozen ones).
+    `rate_of`: the tuning method's own factors. Raises ConfigError for a rule that matches nothing, or for two rules that match
+    one parameter.
     """
     pairs = list(named_parameters)
-    rules = _rules(config, [name for name, _ in pairs])
-    factors = layer_factors([name for name, _ in pairs], model_names or [n for n, _ in pairs], config.layer_decay)
+    names = [name for name, _ in pairs]
+    rules = _rules(config, names)
+    factors = layer_factors(names, model_names or names, config.layer_decay)
     groups: dict[tuple[float, float, bool], ParameterGroup] = {}
     for name, parameter in pairs:
         dimensions = len(shape_of(parameter))
-        rule = config.groups[rules[name]] if name in rules else None
         decay = config.weight_decay if dimensions >= 2 else 0.0
         factor = factors[name] * rate_of(name)
-        if rule is not None:
+        if name in rules:
+            rule = config.groups[rules[name]]
             factor *= rule.lr_factor
-            decay = decay if rule.weight_decay is None else rule.weight_decay
-        key = (factor, decay, dimensions == 2 and BLOCK.search(name) is not None)
-        group = groups.setdefault(key, ParameterGroup(config.lr * factor, decay, key[2]))
-        group.names.append(name)
-        group.parameters.append(parameter)
+            if rule.weight_decay is not None:
+                decay = rule.weight_decay
+        is_block_matrix = dimensions == 2 and BLOCK.search(name) is not None
+        key = (factor, decay, is_block_matrix)
+        if key not in groups:
+            groups[key] = ParameterGroup(config.lr * factor, decay, is_block_matrix)
+        groups[key].names.append(name)
+        groups[key].parameters.append(parameter)
     return list(groups.values())
 
 
 def _rules(config: OptimConfig, names: list[str]) -> dict[str, str]:
-    """Which rule each parameter falls under, by its name."""
+    """The rule of `config.groups` for each parameter that has one, both by name."""
     rule_of_parameter: dict[str, str] = {}
     for rule, settings in config.groups.items():
         matched = [name for name in names if re.search(settings.match, name)]
         key = f"optim.groups.{rule}.match={settings.match}"
         if not matched:
-            examples = ", ".join([*names[:3], *names[-3:]] if len(names) > 6 else names)
-            raise ConfigError(f"{key}: matches none of the {len(names)} trained parameters, such as {examples}")
-        if both := next((name for name in matched if name in rule_of_parameter), None):
+            examples = names if len(names) <= 6 else [*names[:3], *names[-3:]]
             raise ConfigError(
-                f"{key}: {both} is matched by optim.groups.{rule_of_parameter[both]} too; a parameter has one rule: "
-                "narrow one of them"
+                f"{key}: matches none of the {len(names)} trained parameters, such as {', '.join(examples)}"
             )
+        for name in matched:
+            if name in rule_of_parameter:
+                raise ConfigError(
+                    f"{key}: {name} is matched by optim.groups.{rule_of_parameter[name]} too; a parameter has one rule: "
+                    "narrow one of them"
+                )
         rule_of_parameter |= dict.fromkeys(matched, rule)
     return rule_of_parameter
 
@@ -93,8 +101,8 @@ def _rules(config: OptimConfig, names: list[str]) -> dict[str, str]:
 def layer_factors(names: Sequence[str], model_names: Sequence[str], decay: float) -> dict[str, float]:
     """Layer-wise rates (Clark et al. 2020, arXiv:2003.10555, as in BEiT): `decay ** (layers + 1 - depth)`.
 
-    Embeddings have depth 0, block i depth i + 1, everything above the blocks `layers + 1`. Each stack of an
-    encoder-decoder counts from its own first block. Raises ConfigError where names show no numbered blocks.
+    Embeddings have depth 0, block i has depth i + 1, and everything above the blocks has depth `layers + 1`. Each stack of an
+    encoder-decoder counts from its own first block. Raises ConfigError if the names show no numbered blocks.
     """
     if decay == 1.0:
         return dict.fromkeys(names, 1.0)

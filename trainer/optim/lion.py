@@ -10,9 +10,9 @@ from strategies.compat.optimizers import add_each, multiply_each, product_of_eac
 
 
 class Lion(torch.optim.Optimizer):
-    """Each element moves by the rate, in the direction of the sign of an interpolated momentum; decay is decoupled.
+    """Moves each element by the learning rate, in the direction of the sign of an interpolated momentum. Decay is decoupled.
 
-    The state is one element-wise moment, `exp_avg`.
+    Its state is one element-wise moment, `exp_avg`.
     """
 
     def __init__(self, params: Any, *, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
@@ -30,7 +30,9 @@ class Lion(torch.optim.Optimizer):
                 if "exp_avg" not in self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             moments = [self.state[p]["exp_avg"] for p in params]
-            (beta1, beta2), lr = group["betas"], group["lr"]
+            beta1, beta2 = group["betas"]
+            lr = group["lr"]
+            # The update mixes momentum and gradient with beta1. The momentum itself then decays with beta2.
             update = product_of_each(moments, beta1)
             add_each(update, grads, alpha=1 - beta1)
             take_sign_of_each(update)

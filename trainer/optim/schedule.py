@@ -22,7 +22,7 @@ MEANT_UNDER = {
     "decay_share": (ScheduleName.wsd,),
     "min_factor": (ScheduleName.cosine, ScheduleName.linear, ScheduleName.wsd),
 }
-"""Settings that mean something under some schedules alone: under another one, a value that is typed is refused."""
+"""Settings that have a meaning only under these schedules. A value that is typed under another schedule is refused."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,8 +49,8 @@ def warmup_steps(config: ScheduleConfig, total: int) -> int:
 def lr_factor_at(config: ScheduleConfig, step: int, total: int) -> float:
     """Factor of the peak rate for the optimizer step with index `step` (0-based) of `total`.
 
-    Warm-up rises from 1/warmup at the first step to 1; every shape but `constant` would reach `min_factor` one step
-    after the last, so that no step is wasted at rate zero.
+    Warm-up rises from 1/warmup at the first step to 1. Every shape but `constant` would reach `min_factor` one step after the
+    last, so that no step is wasted at a rate of zero.
     """
     warmup = warmup_steps(config, total)
     if step < warmup:
@@ -58,10 +58,13 @@ def lr_factor_at(config: ScheduleConfig, step: int, total: int) -> float:
     if config.name is ScheduleName.constant:
         return 1.0
     if config.name is ScheduleName.wsd:
-        decay = max(1, round(config.decay_share * total))
-        done = (step - (total - decay)) / decay
+        decay_steps = max(1, round(config.decay_share * total))
+        done = (step - (total - decay_steps)) / decay_steps
         shape = 1.0 - min(1.0, max(0.0, done))
     else:
         done = (step - warmup) / max(1, total - warmup)
-        shape = 1.0 - done if config.name is ScheduleName.linear else 0.5 * (1.0 + math.cos(math.pi * done))
+        if config.name is ScheduleName.linear:
+            shape = 1.0 - done
+        else:
+            shape = 0.5 * (1.0 + math.cos(math.pi * done))
     return config.min_factor + (1.0 - config.min_factor) * shape

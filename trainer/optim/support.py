@@ -17,7 +17,7 @@ from trainer.optim.config import OptimConfig, OptimName, SgdConfig
 
 
 class Needs(StrEnum):
-    """What an optimizer must see of a parameter."""
+    """What an optimizer needs to see of a parameter in one piece."""
 
     elements = "any part of the flattened parameter"
     matrices = "whole matrices"
@@ -27,13 +27,13 @@ class Needs(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """One optimizer: what it needs, and what a strategy without it lacks."""
+    """What one optimizer needs, and which strategies cannot give it that."""
 
     needs: Needs
     refused: dict[StrategyName, str]
-    """Reason by strategy; the others run it with the result of `single`."""
+    """Why a strategy cannot run it. All other strategies run it, with the result of `single`."""
     instead: str = ""
-    """The nearest legal choice of strategy."""
+    """The strategy to use in their place."""
     package: str | None = None
     extra: str | None = None
     """The import name of a package that the core does not bring, and the extra that does."""
@@ -69,7 +69,7 @@ SUPPORT: dict[OptimName, Support] = {
 
 
 def import_package(name: OptimName) -> Any:
-    """The package an optimizer comes from. Raises ConfigError, naming the extra, where it is not installed."""
+    """Import the package that an optimizer comes from. Raises ConfigError, with the extra to install, if it is missing."""
     package = SUPPORT[name].package
     assert package is not None
     try:
@@ -87,9 +87,10 @@ def _missing(name: OptimName) -> str:
 
 
 def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, here: bool) -> Iterator[str]:
-    """What is wrong with an optimizer's settings, one line each. `here`: the run starts in this environment."""
+    """What is wrong with an optimizer's settings, one line each. `here`: the run will start in this environment."""
     support = SUPPORT[config.name]
-    if (reason := support.refused.get(strategy.name)) is not None:
+    reason = support.refused.get(strategy.name)
+    if reason is not None:
         yield f"optim={config.name}: needs {support.needs}, and {reason}; use {support.instead}, or optim=adamw"
     if support.needs is Needs.matrices and getattr(strategy, "cpu_offload", False):
         yield (
@@ -119,6 +120,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
 
 
 def _value_problems(config: OptimConfig) -> Iterator[str]:
+    """What is wrong with single values that no range can express."""
     betas = getattr(config, "betas", None)
     if betas is not None:
         usual = "[0.9,0.99]" if config.name is OptimName.lion else "[0.9,0.999]"
@@ -131,10 +133,10 @@ def _value_problems(config: OptimConfig) -> Iterator[str]:
 
 
 def table() -> list[str]:
-    """The lines of the Markdown table optimizer by strategy."""
-    names = list(STRATEGIES)
-    lines = [f"| optimizer | needs | {' | '.join(f'`{name}`' for name in names)} |", f"|{'---|' * (len(names) + 2)}"]
+    """The lines of the Markdown table with a row for each optimizer and a column for each strategy."""
+    header = " | ".join(f"`{name}`" for name in STRATEGIES)
+    lines = [f"| optimizer | needs | {header} |", f"|{'---|' * (len(STRATEGIES) + 2)}"]
     for optim, support in SUPPORT.items():
-        cells = ["-" if name in support.refused else "yes" for name in names]
+        cells = ["-" if name in support.refused else "yes" for name in STRATEGIES]
         lines.append(f"| `{optim}` | {support.needs} | {' | '.join(cells)} |")
     return lines

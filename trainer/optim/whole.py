@@ -1,7 +1,7 @@
-"""Muon and Adafactor on shards: operations on a whole matrix run on the gathered one, one parameter at a time.
+"""Muon and Adafactor on shards. Both need whole matrices, so parameters are gathered one at a time.
 
-The arithmetic is torch's own (`torch.optim.Muon`, `torch.optim.Adafactor`). Every rank computes the whole update and
-keeps its rows, so the result is that of one process. On plain tensors nothing is gathered.
+The arithmetic is torch's own (`torch.optim.Muon`, `torch.optim.Adafactor`). Every rank computes the whole update and keeps its
+rows, so the result is that of one process. Plain tensors are not gathered.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from strategies.compat.optimizers import adafactor, adjusted_rate, orthogonalise
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard; all ranks must call. A plain tensor is returned as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """Gather the full tensor of a shard. All ranks must call. A plain tensor is returned as it is."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    return tensor.full_tensor()
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of `full`, sharded as `like` is. No collective."""
+    """This rank's part of `full`, sharded like `like`. No collective, because every rank has all of `full`."""
     if not hasattr(like, "full_tensor"):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -29,21 +31,24 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
-    """The quintic Newton-Schulz iteration of Muon's authors in the type of `matrix [n, m]`; torch's rounds to bf16.
+    """The quintic Newton-Schulz iteration of Muon's authors, in the type of `matrix [n, m]`. torch's own rounds to bf16.
 
-    Rounding to 8 bits would blow rounding of the gradient's sum up, and strategies would agree to 1e-5 at best.
+    The 8 bits of bf16 would magnify the rounding of gradient sums, and strategies would agree to 1e-5 at best.
     """
     a, b, c = coefficients
-    turned = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    turned = turned / turned.norm().clamp(min=eps)
+    # The Gram matrix should have the smaller side of the two.
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    update = matrix.T if is_tall else matrix
+    update = update / update.norm().clamp(min=eps)
     for _ in range(iterations):
-        gram = turned @ turned.T
-        turned = torch.addmm(turned, torch.addmm(gram, gram, gram, beta=b, alpha=c), turned, beta=a)
-    return turned.T if matrix.shape[0] > matrix.shape[1] else turned
+        gram = update @ update.T
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        update = torch.addmm(update, polynomial, update, beta=a)
+    return update.T if is_tall else update
 
 
 class ShardedMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, also on row shards. The momentum is element-wise and stays sharded."""
+    """`torch.optim.Muon`, which also works on row shards. The momentum is element-wise and stays sharded."""
 
     def __init__(self, params: Any, *, bf16: bool, **settings: Any) -> None:
         super().__init__(params, **settings)
@@ -51,9 +56,10 @@ class ShardedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient; gathers one at a time. All ranks must call."""
+        """Update every matrix that has a gradient. Gathers one at a time: all ranks must call."""
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
+            lr = group["lr"]
+            momentum = group["momentum"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -70,16 +76,17 @@ class ShardedMuon(torch.optim.Muon):
 
 
 class ShardedAdafactor(torch.optim.Adafactor):
-    """`torch.optim.Adafactor`, also on row shards. The factored moments are small, and whole on every rank."""
+    """`torch.optim.Adafactor`, which also works on row shards. Factored moments are small: every rank has them in full."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; gathers one at a time. All ranks must call."""
+        """Update every parameter that has a gradient. Gathers one at a time: all ranks must call."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                full_parameter, full_gradient = full_tensor(p), full_tensor(p.grad)
+                full_parameter = full_tensor(p)
+                full_gradient = full_tensor(p.grad)
                 state = self.state[p]
                 if not state:
                     state |= self._fresh(full_gradient)
@@ -104,16 +111,17 @@ class ShardedAdafactor(torch.optim.Adafactor):
 
     @staticmethod
     def _fresh(grad: Tensor) -> dict[str, Tensor]:
-        """Moments of zero: a row and a column for matrices, element-wise for vectors."""
+        """Moments of zero: one row and one column for a matrix, element-wise for a vector."""
         step = torch.tensor(0.0)
         if grad.dim() < 2:
             return {"step": step, "variance": torch.zeros_like(grad)}
-        rows, columns = [*grad.shape[:-1], 1], [*grad.shape[:-2], 1, grad.shape[-1]]
-        return {"step": step, "row_var": grad.new_zeros(rows), "col_var": grad.new_zeros(columns)}
+        row_shape = [*grad.shape[:-1], 1]
+        column_shape = [*grad.shape[:-2], 1, grad.shape[-1]]
+        return {"step": step, "row_var": grad.new_zeros(row_shape), "col_var": grad.new_zeros(column_shape)}
 
 
 class CombinedOptimizer:
-    """Several optimizers that the engine sees as one: their groups in order, their state together."""
+    """Several optimizers that look like one to the engine: their groups one after another, their states in one dict."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -121,12 +129,18 @@ class CombinedOptimizer:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The live groups of all parts."""
-        return [group for part in self.parts for group in part.param_groups]
+        groups: list[dict[str, Any]] = []
+        for part in self.parts:
+            groups += part.param_groups
+        return groups
 
     @property
     def state(self) -> dict[Any, Any]:
-        """State by parameter; the values are live."""
-        return {p: state for part in self.parts for p, state in part.state.items()}
+        """The live state of each parameter. The dict itself is new: writing a new key into it has no effect."""
+        states: dict[Any, Any] = {}
+        for part in self.parts:
+            states |= part.state
+        return states
 
     def step(self) -> None:
         """One step of every part. All ranks must call."""
