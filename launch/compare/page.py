@@ -13,6 +13,7 @@ from launch.compare.comparison import Comparison
 from launch.compare.run_files import Point
 from strategies.cache_dir import cache_directory
 from strategies.errors import StorageError
+from strategies.extras import install_command
 from trainer.reporting.status import write_atomic, write_text_atomic
 
 NEEDS = ("altair", "vl_convert")
@@ -24,7 +25,7 @@ Table = tuple[str, list[str], list[list[str]]]
 def missing_packages(what: str = "compare.html") -> str | None:
     """What to install for a page; None where all is there."""
     missing = [package for package in NEEDS if find_spec(package) is None]
-    return f"{what} needs {' and '.join(missing)}: pip install 'shardtune[report]'" if missing else None
+    return f"{what} needs {' and '.join(missing)}: {install_command('report')}" if missing else None
 
 
 @cache

@@ -8,6 +8,7 @@ from string import Template
 from launch.compare.comparison import Comparison
 from launch.compare.repeats import REFUSED
 from launch.compare.run_files import Point
+from strategies.extras import install_command
 from trainer.reporting.config import COLUMNS
 
 SUMMARY = (
@@ -17,7 +18,7 @@ SUMMARY = (
 """What a run's summary has for the table; of held-out metrics the loss."""
 SCRIPT = Template('''"""$title in W&B: a saved view of the project's workspace, and a report. Made by shardtune compare.
 
-    pip install 'shardtune[workspace]' && wandb login
+    $install && wandb login
     python workspace.py              # or: python workspace.py <team or user>
 
 Offline runs must have been uploaded before (`wandb sync`, as the last line of each run says).
@@ -97,6 +98,7 @@ def workspace_script(comparison: Comparison, to: Path) -> str | None:
     else:
         filters = f'ws.Metric("Group").isin({sorted(map(str, groups))!r})'
     return SCRIPT.substitute(
+        install=install_command("workspace"),
         title=repr(to.resolve().name),
         entity=repr(_logging_setting(points[0], "entity")),
         project=repr(_logging_setting(points[0], "project") or "shardtune"),

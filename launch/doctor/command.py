@@ -10,6 +10,7 @@ from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words
 from launch.output import Column, TableRow, fold_all, give, table
 from strategies.errors import ConfigError
+from strategies.extras import install_command
 
 
 @dataclass(kw_only=True)
@@ -94,7 +95,7 @@ def _packages(facts: dict[str, Any]) -> list[tuple[str, str]]:
     versions = [f"{name} {version or '(missing)'}" for name, version in facts["packages"].items()]
     rows += [("shardtune", facts["shardtune"]), ("packages", ", ".join(versions))]
     for extra, about in facts["extras"].items():
-        lacks = f"{'; '.join(about['lacks'])} (pip install 'shardtune[{extra}]')" if about["lacks"] else "here"
+        lacks = f"{'; '.join(about['lacks'])} ({install_command(extra)})" if about["lacks"] else "here"
         rows.append((f"[{extra}]", f"{about['brings']}: {lacks}"))
     return rows
 

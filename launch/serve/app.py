@@ -9,6 +9,7 @@ from launch.serve.config import ServeConfig
 from launch.serve.middleware import Guard
 from launch.serve.requests import Served
 from strategies.errors import ConfigError
+from strategies.extras import install_command
 
 if TYPE_CHECKING:
     from launch.serve.models import Talking
@@ -19,7 +20,7 @@ PACKAGES = ("fastapi", "uvicorn", "openai")
 def check_packages() -> None:
     """Raises ConfigError where what it stands on is not installed."""
     if lacking := [name for name in PACKAGES if find_spec(name) is None]:
-        raise ConfigError(f"serve: needs {', '.join(lacking)}; pip install 'shardtune[serve]'")
+        raise ConfigError(f"serve: needs {', '.join(lacking)}; {install_command('serve')}")
 
 
 def application(talking: Talking, config: ServeConfig) -> Guard:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launch.config.verb_words import read_group
 from launch.sweep.space import WAYS, Searched, read_space
 from strategies.errors import ConfigError
+from strategies.extras import install_command
 
 if TYPE_CHECKING:
     from launch.config.frozen import Composed
@@ -149,7 +150,7 @@ def read_own(words: list[str]) -> tuple[SweeperConfig, list[str]]:
     if not chosen:
         problems.append(f"{next(w for w in words if w.startswith('sweeper'))}: is of a search; add sweeper=optuna")
     if sweeper_of(words) == "optuna" and find_spec("optuna") is None:
-        problems.append("sweeper=optuna: needs the package optuna; pip install 'shardtune[search]'")
+        problems.append(f"sweeper=optuna: needs the package optuna; {install_command('search')}")
     if problems:
         raise ConfigError(problems)
     return settings, rest

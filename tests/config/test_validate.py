@@ -363,7 +363,7 @@ def test_a_package_that_is_missing_here_is_refused_here(monkeypatch):
     for optim, extra in (("schedule_free", "schedule_free"), ("adamw_8bit", "qlora")):
         words = [f"optim={optim}", "schedule=constant"]
         (line,) = problems(*words)
-        assert f"pip install 'shardtune[{extra}]'" in line
+        assert f"pip install -e '.[{extra}]'" in line
         assert problems(*words, "launcher=slurm") == []  # the nodes may have it
 
 

@@ -436,7 +436,7 @@ def test_every_type_that_is_asked_for_is_looked_for_or_named():
     [
         ({"types": ["EMIAL"]}, "EMIAL"),
         ({"preset": "none", "types": []}, "looks for nothing"),
-        ({"types": ["LOCATION"]}, "LOCATION needs data.privacy.engine=presidio; set it (pip install 'shardtune[pii]')"),
+        ({"types": ["LOCATION"]}, "LOCATION needs data.privacy.engine=presidio; set it (pip install -e '.[pii]')"),
         ({"types": ["EMAIL", "PERSON"]}, "PERSON needs data.privacy.engine=presidio"),
         ({"types": ["ADDRESS"]}, "ADDRESS found by no engine; leave it out"),
         ({"types": ["NL_BSN"], "regions": ["US"]}, "NL_BSN needs NL in data.privacy.regions"),

@@ -289,5 +289,5 @@ def test_without_the_package_the_extra_is_named(site, capsys, monkeypatch):
     monkeypatch.setattr("trainer.evaluation.tasks.harness.find_spec", lambda name: None)
     monkeypatch.setattr("trainer.evaluation.tasks.registry.find_spec", lambda name: None)
     assert command_here(["evaluate", f"{site}/run", f"{KEY}=[lm_eval:arc_easy]"]) == 64
-    assert "needs lm_eval; pip install 'shardtune[lm_eval]'" in capsys.readouterr().err
+    assert "needs lm_eval; pip install -e '.[lm_eval]'" in capsys.readouterr().err
     assert Path(site / "run").exists()

@@ -108,7 +108,7 @@ def test_what_does_not_go_with_it_is_told_at_once(site, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert code == 64
     for part in (
-        "needs torchao; pip install 'shardtune[torchao]'",
+        "needs torchao; pip install -e '.[torchao]'",
         "strategy=ddp",
         "leave it out",
         "nothing is folded",

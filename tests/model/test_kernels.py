@@ -80,7 +80,7 @@ def test_each_model_asks_for_its_own(kind, installed):
 def test_what_is_missing_is_said_with_the_words_that_install_it(installed):
     assert kernels.missing_kernels(model_of("qwen3_next")) == (
         "loops in torch, right but slow, for what causal-conv1d and flash-linear-attention would compute "
-        "(pip install 'shardtune[hybrid]')"
+        "(pip install -e '.[hybrid]')"
     )
     assert "shardtune[hybrid,mamba]" in kernels.missing_kernels(model_of("bamba"))
     installed.add("causal_conv1d")

@@ -68,7 +68,7 @@ def test_what_nobody_measured_is_reckoned_with_the_answered_watts_or_open():
 
 def test_what_cannot_be_measured_is_said_before_anything_starts(site, monkeypatch):
     monkeypatch.setattr(energy, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the package codecarbon \(pip install 'shardtune\[energy\]'\)"):
+    with pytest.raises(ConfigError, match=r"needs the package codecarbon \(pip install -e '\.\[energy\]'\)"):
         compose(words(site, "none"))
     with pytest.raises(ConfigError, match="must be the three letters of a country"):
         compose(words(site, "none", "logging.energy=Germany"))

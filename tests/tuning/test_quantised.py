@@ -289,5 +289,5 @@ def test_every_refused_method_would_fail(base, runtime):
 
 def test_the_error_names_the_extra(words, monkeypatch):
     monkeypatch.setattr("trainer.model.rules.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'shardtune\[qlora\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[qlora\]'"):
         compose([*words, "tuning=lora"])

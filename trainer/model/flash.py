@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from strategies.extras import install_command
 from strategies.hardware import MAX_FLASH_HEAD, Gpu
 
 HEAD_SIZES = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim")
@@ -42,5 +43,5 @@ def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: fl
     from transformers.utils import is_flash_attn_2_available
 
     if not is_flash_attn_2_available():
-        return "FlashAttention 2 is not installed (flash-attn 2.3.3 or later: pip install 'shardtune[gpu]')"
+        return f"FlashAttention 2 is not installed (flash-attn 2.3.3 or later: {install_command('gpu')})"
     return None

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
 
+from strategies.extras import install_command
+
 ASKS = re.compile(r'use_kernel_func_from_hub_with_fallback\(\s*"\w+",\s*"(\w+)"')
 """How a modelling file of transformers names the package of a function that it has a slower version of."""
 EXTRAS = {"fla": "hybrid", "causal_conv1d": "hybrid", "mamba_ssm": "mamba"}
@@ -45,7 +47,7 @@ def missing_kernels(model: nn.Module) -> str:
     if not lacking:
         return ""
     extras = ",".join(dict.fromkeys(EXTRAS[name] for name in lacking if name in EXTRAS))
-    remedy = f"pip install 'shardtune[{extras}]'" if extras else "install them"
+    remedy = install_command(extras) if extras else "install them"
     return (
         f"loops in torch, right but slow, for what {' and '.join(map(_distribution, lacking))} would compute ({remedy})"
     )

@@ -14,6 +14,7 @@ from torch import nn
 
 from strategies.compat.modules import own_buffers, own_parameters
 from strategies.errors import ConfigError
+from strategies.extras import install_command
 from trainer.model.architecture import auto_class
 from trainer.model.config import ModelKind
 from trainer.model.rules import read_config
@@ -37,7 +38,7 @@ def lacking(kit: str) -> str | None:
     """What to install where a library of `EXTRAS` is not there; None where it is."""
     if find_spec(kit.replace("-", "_")) is not None:
         return None
-    return f"needs {kit}; pip install 'shardtune[{EXTRAS[kit]}]'"
+    return f"needs {kit}; {install_command(EXTRAS[kit])}"
 
 
 def unmultiplied(model: nn.Module, device: torch.device) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError
+from strategies.extras import install_command
 from strategies.small_files import read_object
 from trainer.model.config import ModelKind
 
@@ -78,4 +79,4 @@ def missing_package() -> str | None:
     """What to install where bitsandbytes is not there; None where it is."""
     if find_spec("bitsandbytes") is not None:
         return None
-    return "needs the package bitsandbytes (pip install 'shardtune[qlora]')"
+    return f"needs the package bitsandbytes ({install_command('qlora')})"

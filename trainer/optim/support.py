@@ -12,6 +12,7 @@ from typing import Any
 
 from strategies.base import StrategyConfig, StrategyName
 from strategies.errors import ConfigError
+from strategies.extras import install_command
 from strategies.registry import STRATEGIES
 from trainer.optim.config import OptimConfig, OptimName, SgdConfig
 
@@ -81,7 +82,7 @@ def import_package(name: OptimName) -> Any:
 def _missing(name: OptimName) -> str:
     support = SUPPORT[name]
     return (
-        f"optim={name}: needs the package {support.package} (pip install 'shardtune[{support.extra}]'); install it, or use "
+        f"optim={name}: needs the package {support.package} ({install_command(support.extra)}); install it, or use "
         "optim=adamw"
     )
 

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strategies.extras import install_command
 from strategies.runtime import Runtime
 from trainer.reporting.status import write_text_atomic
 
@@ -40,7 +41,7 @@ def problems(config: LoggingConfig, *, here: bool) -> Iterator[str]:
     if not re.fullmatch(r"[A-Z]{3}", config.energy):
         yield f"logging.energy={config.energy}: must be the three letters of a country (ISO 3166), as in logging.energy=DEU"
     elif here and find_spec("codecarbon") is None:
-        yield f"logging.energy={config.energy}: needs the package codecarbon (pip install 'shardtune[energy]')"
+        yield f"logging.energy={config.energy}: needs the package codecarbon ({install_command('energy')})"
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def test_without_what_draws_it_the_rest_is_written(rows, tmp_path, monkeypatch, 
     monkeypatch.setattr(page_module, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "altair", None)
     write_answer(rows, tmp_path / "to", as_json=False)
-    assert "pip install 'shardtune[report]'" in capsys.readouterr().out
+    assert "pip install -e '.[report]'" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "to").iterdir()} == {"compare.md", "compare.csv", "compare.json"}
 
 

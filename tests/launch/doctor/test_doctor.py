@@ -64,7 +64,7 @@ def test_this_machine(capsys, monkeypatch, tmp_path):
     assert len(found["gpus"]) == torch.cuda.device_count() and found["problems"] == []
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "flash-attn is not installed (pip install 'shardtune[gpu]')" in " ".join(out.split())
+    assert "flash-attn is not installed (pip install -e '.[gpu]')" in " ".join(out.split())
     assert out.endswith("a run can start here\n")
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
 

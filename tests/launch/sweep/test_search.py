@@ -110,7 +110,7 @@ def test_bad_input_ends_with_64_and_leaves_nothing(site, tmp_path, monkeypatch, 
     assert "add -m" in capsys.readouterr().err
     monkeypatch.setattr("launch.sweep.sweeper.find_spec", lambda name: None)
     assert main(["train", "-m", *judged(site, "optim.lr=1e-4,2e-4")]) == 64
-    assert "pip install 'shardtune[search]'" in capsys.readouterr().err
+    assert "pip install -e '.[search]'" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

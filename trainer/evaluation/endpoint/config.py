@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from strategies.extras import install_command
 from strategies.settings import DESCRIBES, Reach, number, setting
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -45,7 +46,7 @@ class EndpointConfig:
         elif self.key_env is not None and not os.environ.get(self.key_env):
             yield f"{key}.key_env={self.key_env}: this environment variable is not set, or empty; export it"
         if find_spec("openai") is None:
-            yield f"{key}.url={self.url}: needs the package openai; pip install 'shardtune[endpoint]'"
+            yield f"{key}.url={self.url}: needs the package openai; {install_command('endpoint')}"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
+from strategies.extras import install_command
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks import (
     bbq,
@@ -95,7 +96,7 @@ def task_problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
         task = TASK_KINDS[config.kind](name, config)
         yield from task.problems()
         if task.required_package is not None and find_spec(task.required_package) is None:
-            yield f"{key}.kind={config.kind}: needs {task.required_package}; pip install 'shardtune[{task.pip_extra}]'"
+            yield f"{key}.kind={config.kind}: needs {task.required_package}; {install_command(task.pip_extra)}"
 
 
 def metric_directions(tasks: Mapping[str, TaskConfig]) -> dict[str, bool | None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
+from strategies.extras import install_command
 from trainer.reporting.config import LoggingConfig, WandbMode
 from trainer.reporting.trackers.base import TrackedRun, Tracker
 
@@ -49,5 +50,5 @@ def problems(config: LoggingConfig) -> Iterator[str]:
         if find_spec(kind.package) is None:
             yield (
                 f"logging.{kind.setting}={str(getattr(config, kind.setting)).lower()}: needs the package {kind.package} "
-                f"(pip install 'shardtune[{kind.extra}]')"
+                f"({install_command(kind.extra)})"
             )

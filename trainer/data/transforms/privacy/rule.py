@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from strategies.errors import ConfigError
+from strategies.extras import install_command
 from trainer.data.config import PrivacyPreset
 
 TYPES = (
@@ -179,7 +180,7 @@ def _analyzer() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"data.privacy.engine=presidio needs packages that are not installed ({error}); "
-            "pip install 'shardtune[pii]', or set data.privacy.engine=patterns"
+            f"{install_command('pii')}, or set data.privacy.engine=patterns"
         ) from error
     ner = NerModelConfiguration(
         model_to_presidio_entity_mapping={
@@ -198,6 +199,6 @@ def _analyzer() -> Any:
     except (OSError, SystemExit) as error:
         raise ConfigError(
             f"data.privacy.engine=presidio needs the spaCy model {MODEL}, which is not installed; "
-            "pip install 'shardtune[pii]', or set data.privacy.engine=patterns"
+            f"{install_command('pii')}, or set data.privacy.engine=patterns"
         ) from error
     return AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])

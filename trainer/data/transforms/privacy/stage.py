@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from strategies.errors import DataError
+from strategies.extras import install_command
 from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
 from trainer.data.document import Document, Findings, Tally, keep_first
 from trainer.data.transforms.privacy import context, patterns
@@ -298,7 +299,7 @@ def problems(config: PrivacyConfig) -> Iterator[str]:
         return
     not_looked_for = coverage(config)["not_looked_for"]
     remedies = {
-        "needs data.privacy.engine=presidio": "set it (pip install 'shardtune[pii]'), or leave the type out",
+        "needs data.privacy.engine=presidio": f"set it ({install_command('pii')}), or leave the type out",
         "found by no engine": "leave it out; LOCATION finds places in addresses with data.privacy.engine=presidio",
     }
     for name in config.types:
