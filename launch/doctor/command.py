@@ -53,54 +53,61 @@ def main(argv: list[str]) -> int:
         raise ConfigError(problems)
     if words.settings:
         return preflight(words.settings, words.as_json)
-    from launch.doctor.machine import look
+    from launch.doctor.machine import examine
 
-    found = look(os.environ)
+    machine = examine(os.environ)
     if words.as_json:
-        give({**found.facts, "problems": found.problems, "notes": found.notes})
+        give({**machine.facts, "problems": machine.problems, "notes": machine.notes})
     else:
-        print("\n".join(text(found.facts, found.problems, found.notes)))
-    return UNFIT if found.problems else 0
+        print("\n".join(text(machine.facts, machine.problems, machine.notes)))
+    return UNFIT if machine.problems else 0
 
 
 def preflight(words: list[str], as_json: bool) -> int:
-    """Ask the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
+    """Check the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
     from launch.cluster.preflight.answer import as_dict
     from launch.cluster.preflight.answer import text as page
     from launch.cluster.preflight.coordinator import ask
     from launch.cluster.preflight.targets import nodes_of
 
-    asked, commands, hosts, waits = nodes_of(words)
-    heard, verdict = ask(asked, commands, hosts, waits=waits)
+    questions, commands, hosts, waits = nodes_of(words)
+    answers, verdict = ask(questions, commands, hosts, waits=waits)
     if as_json:
-        give(as_dict(asked, heard, verdict))
+        give(as_dict(questions, answers, verdict))
     else:
-        print(page(asked, heard, verdict))
+        print(page(questions, answers, verdict))
     return UNFIT if verdict.problems else 0
 
 
 def text(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:
-    """What a person reads."""
+    """The answer for a person, as lines."""
     facts_by_name = [*_packages(facts), *_hardware(facts), *_surroundings(facts)]
     lines = table((Column(), Column()), [TableRow(fact) for fact in facts_by_name])
     for title, sentences in (("to know", notes), ("to mend", problems)):
-        lines += ["", f"{title}:", *fold_all(sentences)] if sentences else []
-    return lines if problems else [*lines, "", "a run can start here"]
+        if sentences:
+            lines += ["", f"{title}:", *fold_all(sentences)]
+    if not problems:
+        lines += ["", "a run can start here"]
+    return lines
 
 
 def _packages(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of Python, the packages and the extras."""
     rows = [("host", f"{facts['host']}, {facts['system']}"), ("python", facts["python"])]
     if "packages" not in facts:
         return rows
     versions = [f"{name} {version or '(missing)'}" for name, version in facts["packages"].items()]
     rows += [("shardtune", facts["shardtune"]), ("packages", ", ".join(versions))]
     for extra, about in facts["extras"].items():
-        lacks = f"{'; '.join(about['lacks'])} ({install_command(extra)})" if about["lacks"] else "here"
-        rows.append((f"[{extra}]", f"{about['brings']}: {lacks}"))
+        state = "here"
+        if about["lacks"]:
+            state = f"{'; '.join(about['lacks'])} ({install_command(extra)})"
+        rows.append((f"[{extra}]", f"{about['brings']}: {state}"))
     return rows
 
 
 def _hardware(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of cores, memory and GPUs; empty if torch could not be imported."""
     if "cores" not in facts:
         return []
     memory = f"{facts['memory_gib']:.1f} GiB, {facts['memory_free_gib']:.1f} GiB free"
@@ -108,7 +115,7 @@ def _hardware(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _surroundings(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Directories, SLURM, and variables that keep libraries offline."""
+    """(name, text) of directories, SLURM, and variables that keep libraries offline."""
     rows = []
     for name, place in facts["places"].items():
         models = f", {facts['models']} models" if name == "models" else ""
@@ -116,11 +123,13 @@ def _surroundings(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((name, f"{place['path']}: {place['free_gib']:.1f} GiB free{models}{missing}"))
     rows.append(("slurm", "yes" if facts["slurm"] else "no"))
     if facts["offline"]:
-        rows.append(("offline", ", ".join(f"{key}={setting}" for key, setting in facts["offline"].items())))
+        words = [f"{variable}={setting}" for variable, setting in facts["offline"].items()]
+        rows.append(("offline", ", ".join(words)))
     return rows
 
 
 def _gpus(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of CUDA and of each GPU."""
     if not facts["gpus"]:
         return [("gpus", f"none; precision=auto is {facts['precision']}")]
     driver = f", driver {facts['driver']}" if facts["driver"] else ""

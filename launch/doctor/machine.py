@@ -39,120 +39,148 @@ EXTRAS = {
 }
 """Extras that users ask for, and what each brings."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")
-LEFT_OVER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SHARDTUNE_RUN_DIR")
-LEAST_SHARED, LEAST_CACHE = 1.0, 5.0
-"""GiB below which a word is said."""
+"""Variables that keep libraries from the network."""
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SHARDTUNE_RUN_DIR")
+"""Variables that a launcher sets for a rank."""
+LEAST_SHARED_GIB = 1.0
+"""Free shared memory below which a note says so."""
+LEAST_CACHE_GIB = 5.0
+"""Free space of a directory below which a note says so."""
 
 
 @dataclass(slots=True)
 class Machine:
-    """What was found. `problems` keep runs from starting; `notes` are worth knowing."""
+    """What doctor knows about this machine."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    """What keeps runs from starting."""
     notes: list[str] = field(default_factory=list)
+    """What is worth knowing."""
 
 
-def look(env: Mapping[str, str]) -> Machine:
-    """All of it. Nothing here raises for what is missing."""
-    found = Machine()
-    found.facts["host"] = socket.gethostname()
-    found.facts["system"] = platform.platform()
-    _packages(found)
-    _torch(found)
-    _places(found, env)
-    _slurm(found)
-    _environment(found, env)
-    return found
+def examine(env: Mapping[str, str]) -> Machine:
+    """Examine this machine. Nothing here raises for what is missing: that is a problem or a note."""
+    machine = Machine()
+    machine.facts["host"] = socket.gethostname()
+    machine.facts["system"] = platform.platform()
+    _packages(machine)
+    _torch(machine)
+    _places(machine, env)
+    _slurm(machine)
+    _environment(machine, env)
+    return machine
 
 
-def _packages(found: Machine) -> None:
-    """Versions of what is required, and which extras are whole."""
-    found.facts["python"] = platform.python_version()
+def _packages(machine: Machine) -> None:
+    """Note the versions of required packages, and which extras are complete."""
+    machine.facts["python"] = platform.python_version()
     try:
         about = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
-        found.notes.append(
+        machine.notes.append(
             f"{DISTRIBUTION} is not installed, so what it needs was not looked up: pip install -e . in the clone"
         )
         return
-    found.facts[DISTRIBUTION] = metadata.version(DISTRIBUTION)
-    needed, extras = _requirements(about.get_all("Provides-Extra") or [])
-    found.facts["packages"] = {name: installed_version(name) for name, _ in needed}
-    for name, wanted in needed:
-        if problem := _unmet(name, wanted):
-            found.problems.append(f"{problem}: pip install '{name}{wanted}'")
-    found.facts["extras"] = {}
-    for extra, what in EXTRAS.items():
-        lacking = [problem for name, wanted in extras.get(extra, []) if (problem := _unmet(name, wanted))]
-        found.facts["extras"][extra] = {"brings": what, "lacks": lacking}
+    machine.facts[DISTRIBUTION] = metadata.version(DISTRIBUTION)
+    required, required_by_extra = _requirements(about.get_all("Provides-Extra") or [])
+    machine.facts["packages"] = {name: installed_version(name) for name, _ in required}
+    for name, versions in required:
+        problem = _unmet(name, versions)
+        if problem:
+            machine.problems.append(f"{problem}: pip install '{name}{versions}'")
+    machine.facts["extras"] = {}
+    for extra, brings in EXTRAS.items():
+        problems = [_unmet(name, versions) for name, versions in required_by_extra.get(extra, [])]
+        machine.facts["extras"][extra] = {"brings": brings, "lacks": [problem for problem in problems if problem]}
 
 
 def _requirements(extras: list[str]) -> tuple[list[tuple[str, Any]], dict[str, list[tuple[str, Any]]]]:
-    """(name, versions) of what is always needed, and of what each extra adds."""
+    """(name, allowed versions) of the packages that are always needed, and of those that each extra adds."""
     from packaging.requirements import Requirement
 
-    needed: list[tuple[str, Any]] = []
-    of_extra: dict[str, list[tuple[str, Any]]] = {}
+    required: list[tuple[str, Any]] = []
+    required_by_extra: dict[str, list[tuple[str, Any]]] = {}
     for text in metadata.requires(DISTRIBUTION) or []:
-        each = Requirement(text)
-        if each.marker is None or each.marker.evaluate({"extra": ""}):
-            needed.append((each.name, each.specifier))
+        requirement = Requirement(text)
+        package = (requirement.name, requirement.specifier)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            required.append(package)
             continue
         for extra in extras:
-            if each.marker.evaluate({"extra": extra}):
-                of_extra.setdefault(extra.replace("-", "_"), []).append((each.name, each.specifier))
-    return needed, of_extra
+            if requirement.marker.evaluate({"extra": extra}):
+                # Metadata may spell an extra with dashes, setup.py has underscores.
+                required_by_extra.setdefault(extra.replace("-", "_"), []).append(package)
+    return required, required_by_extra
 
 
-def _unmet(name: str, wanted: Any) -> str | None:
-    """What is wrong with an installed package; None where nothing is."""
+def _unmet(name: str, versions: Any) -> str | None:
+    """What is wrong with an installed package; None if its version is among the allowed ones."""
     version = installed_version(name)
     if version is None:
         return f"{name} is not installed"
-    return None if wanted.contains(version, prereleases=True) else f"{name} is {version}, and {wanted} is needed"
+    if versions.contains(version, prereleases=True):
+        return None
+    return f"{name} is {version}, and {versions} is needed"
 
 
-def _torch(found: Machine) -> None:
-    """Cores, memory and GPUs, as torch and the driver see them."""
+def _torch(machine: Machine) -> None:
+    """Note cores, memory and GPUs, as torch and the driver see them."""
     driver = _driver()
     try:
         import torch
 
-        from strategies.hardware import best_precision, gpu_of
+        from strategies.hardware import best_precision
         from strategies.runtime import cgroup_memory, usable_cores
     except Exception as error:  # noqa: BLE001 - a broken build raises whatever its libraries do
-        found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
+        machine.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
     import psutil
 
     memory = psutil.virtual_memory()
     limit = cgroup_memory()
-    found.facts["cores"] = usable_cores()
-    found.facts["memory_gib"] = min(memory.total, limit or memory.total) / GIB
-    found.facts["memory_free_gib"] = min(memory.available, limit or memory.available) / GIB
-    found.facts["torch_cuda"] = torch.version.cuda or torch.version.hip
-    found.facts["driver"] = driver
-    found.facts["gpus"] = []
-    if not torch.cuda.is_available():
-        if driver is not None:
-            built = f"is built for CUDA {torch.version.cuda}, which driver {driver} may be too old for"
-            why = built if torch.version.cuda else "is built without CUDA: install a CUDA build of torch"
-            found.problems.append(
-                f"there are GPUs (nvidia-smi names them), and torch sees none: torch {torch.__version__} {why}"
-            )
-        found.facts["precision"] = str(best_precision(None))
+    machine.facts["cores"] = usable_cores()
+    machine.facts["memory_gib"] = min(memory.total, limit or memory.total) / GIB
+    machine.facts["memory_free_gib"] = min(memory.available, limit or memory.available) / GIB
+    machine.facts["torch_cuda"] = torch.version.cuda or torch.version.hip
+    machine.facts["driver"] = driver
+    machine.facts["gpus"] = []
+    if torch.cuda.is_available():
+        _gpus(machine)
+        machine.facts["precision"] = machine.facts["gpus"][0]["precision"]
         return
+    if driver is not None:
+        reason = "is built without CUDA: install a CUDA build of torch"
+        if torch.version.cuda:
+            reason = f"is built for CUDA {torch.version.cuda}, which driver {driver} may be too old for"
+        machine.problems.append(
+            f"there are GPUs (nvidia-smi names them), and torch sees none: torch {torch.__version__} {reason}"
+        )
+    machine.facts["precision"] = str(best_precision(None))
+
+
+def _gpus(machine: Machine) -> None:
+    """Note each GPU that torch sees, and whether somebody uses it."""
+    import torch
+
+    from strategies.hardware import best_precision, gpu_of
+
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
-        free, total = torch.cuda.mem_get_info(device)
-        about = {"name": torch.cuda.get_device_name(device), "memory_gib": total / GIB, "free_gib": free / GIB}
-        found.facts["gpus"].append({**about, "precision": str(best_precision(gpu_of(device)))})
-        if free < 0.9 * total:
-            found.notes.append(
-                f"GPU {number}: {(total - free) / GIB:.1f} of its {total / GIB:.1f} GiB are in use by somebody"
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        machine.facts["gpus"].append(
+            {
+                "name": torch.cuda.get_device_name(device),
+                "memory_gib": total_bytes / GIB,
+                "free_gib": free_bytes / GIB,
+                "precision": str(best_precision(gpu_of(device))),
+            }
+        )
+        if free_bytes < 0.9 * total_bytes:
+            used_gib = (total_bytes - free_bytes) / GIB
+            machine.notes.append(
+                f"GPU {number}: {used_gib:.1f} of its {total_bytes / GIB:.1f} GiB are in use by somebody"
             )
-    found.facts["precision"] = found.facts["gpus"][0]["precision"]
 
 
 def _driver() -> str | None:
@@ -161,8 +189,8 @@ def _driver() -> str | None:
     return rows[0][0] if rows else None
 
 
-def _places(found: Machine, env: Mapping[str, str]) -> None:
-    """The directories that runs write to, with their free space."""
+def _places(machine: Machine, env: Mapping[str, str]) -> None:
+    """Note the directories that runs write to, with their free space."""
     from strategies.cache_dir import cache_directory
 
     hub = env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
@@ -172,45 +200,48 @@ def _places(found: Machine, env: Mapping[str, str]) -> None:
         "here": Path.cwd(),
         "shared": Path("/dev/shm"),
     }
-    found.facts["places"] = {}
+    machine.facts["places"] = {}
     for name, path in places.items():
-        above = next(each for each in (path, *path.parents) if each.exists())
+        existing = next(directory for directory in (path, *path.parents) if directory.exists())
         try:
-            free = shutil.disk_usage(above).free / GIB
+            free_gib = shutil.disk_usage(existing).free / GIB
         except OSError as error:
-            found.problems.append(f"{path}: cannot be looked at ({error.strerror})")
+            machine.problems.append(f"{path}: cannot be looked at ({error.strerror})")
             continue
-        found.facts["places"][name] = {"path": str(path), "free_gib": free, "exists": path.exists()}
-        if not os.access(above, os.W_OK) and name != "models":
-            found.problems.append(f"{path}: cannot be written")
-        elif free < (LEAST_SHARED if name == "shared" else LEAST_CACHE):
-            found.notes.append(f"{path}: {free:.1f} GiB are free")
-    found.facts["models"] = len(list(Path(hub).expanduser().glob("models--*")))
+        machine.facts["places"][name] = {"path": str(path), "free_gib": free_gib, "exists": path.exists()}
+        least_gib = LEAST_SHARED_GIB if name == "shared" else LEAST_CACHE_GIB
+        if not os.access(existing, os.W_OK) and name != "models":
+            machine.problems.append(f"{path}: cannot be written")
+        elif free_gib < least_gib:
+            machine.notes.append(f"{path}: {free_gib:.1f} GiB are free")
+    machine.facts["models"] = len(list(Path(hub).expanduser().glob("models--*")))
 
 
-def _slurm(found: Machine) -> None:
+def _slurm(machine: Machine) -> None:
+    """Note whether SLURM is here and answers."""
     from launch.runs.queue import ask
 
-    found.facts["slurm"] = shutil.which("sbatch") is not None
-    if found.facts["slurm"] and (problem := ask().problem):
-        found.notes.append(f"SLURM's commands are here, and its controller is not: {problem}")
+    machine.facts["slurm"] = shutil.which("sbatch") is not None
+    problem = ask().problem if machine.facts["slurm"] else None
+    if problem:
+        machine.notes.append(f"SLURM's commands are here, and its controller is not: {problem}")
 
 
-def _environment(found: Machine, env: Mapping[str, str]) -> None:
-    """Variables that change what a run does, and packages of our names that are not ours."""
-    found.facts["offline"] = {name: env[name] for name in OFFLINE if name in env}
-    left = [name for name in LEFT_OVER if name in env and "SLURM_STEP_ID" not in env]
-    if left:
-        found.notes.append(
-            f"{', '.join(left)} in the environment: left over from a job? A run here would take itself for a rank"
+def _environment(machine: Machine, env: Mapping[str, str]) -> None:
+    """Note variables that change what a run does, and packages that have our names and are not ours."""
+    machine.facts["offline"] = {name: env[name] for name in OFFLINE if name in env}
+    left_over = [name for name in RANK_VARIABLES if name in env and "SLURM_STEP_ID" not in env]
+    if left_over:
+        machine.notes.append(
+            f"{', '.join(left_over)} in the environment: left over from a job? A run here would take itself for a rank"
         )
     import conf
     import strategies
     import trainer
 
-    own = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[2]
     for package in (conf, strategies, trainer):
-        if package.__file__ and Path(package.__file__).resolve().parent.parent != own:
-            found.problems.append(
+        if package.__file__ and Path(package.__file__).resolve().parent.parent != root:
+            machine.problems.append(
                 f"another package {package.__name__} hides ours: {package.__file__}; install in a venv of its own"
             )

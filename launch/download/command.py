@@ -65,68 +65,75 @@ def main(argv: list[str]) -> int:
 
 
 def _download(words: list[str], target: Path, dry: bool, as_json: bool) -> int:
+    """Fetch what the words name and write `target`, or show what that would be (`dry`); returns the exit code."""
     from launch.config.compose import compose
     from launch.download.pieces import check_room, fetch, pieces_of, resolve
 
     pieces = [resolve(piece) for piece in pieces_of(compose(words, check=False).config)]
-    lacking = sum(piece.lacking_bytes for piece in pieces)
+    missing_bytes = sum(piece.lacking_bytes for piece in pieces)
     if dry:
         if as_json:
-            print(json.dumps({"pieces": [piece.about() for piece in pieces], "lacking_bytes": lacking}))
+            print(json.dumps({"pieces": [piece.about() for piece in pieces], "lacking_bytes": missing_bytes}))
         else:
-            print("\n".join([*(_planned(piece) for piece in pieces), f"to fetch: {_size(lacking)}"]))
+            print("\n".join([*(_planned(piece) for piece in pieces), f"to fetch: {_size(missing_bytes)}"]))
         return 0
-    check_room(lacking)
-    fetched = []
+    check_room(missing_bytes)
+    fetched_pieces = []
     for piece in pieces:
         print(_planned(piece), file=sys.stderr, flush=True)
-        fetched.append(fetch(piece))
-    settings, manifest = _write(target, fetched)
+        fetched_pieces.append(fetch(piece))
+    settings, manifest = _write(target, fetched_pieces)
     if as_json:
-        print(json.dumps({"settings": str(settings), "manifest": str(manifest), **_listed(fetched)}))
-    else:
-        for one in fetched:
-            total = sum(file["bytes"] for file in one.files)
-            print(f"{one.piece.key}: {len(one.files)} files, {_size(total)}, in {one.directory}")
-        print(f"settings: {settings}  (shardtune train {settings} ...)\nmanifest: {manifest}")
+        print(json.dumps({"settings": str(settings), "manifest": str(manifest), **_as_dict(fetched_pieces)}))
+        return 0
+    for fetched in fetched_pieces:
+        total_bytes = sum(file["bytes"] for file in fetched.files)
+        print(f"{fetched.piece.key}: {len(fetched.files)} files, {_size(total_bytes)}, in {fetched.directory}")
+    print(f"settings: {settings}  (shardtune train {settings} ...)\nmanifest: {manifest}")
     return 0
 
 
 def _planned(piece: Piece) -> str:
-    there = "all of it is here" if not piece.lacking_bytes else f"{_size(piece.lacking_bytes)} to fetch"
+    """A line about a piece: its commit, its size, and how much of it must be fetched."""
+    to_fetch = f"{_size(piece.lacking_bytes)} to fetch" if piece.lacking_bytes else "all of it is here"
     size = _size(piece.total_bytes) if piece.total_bytes else "a size that the server does not give"
-    return f"{piece.key}: {piece.kind} {piece.name} at {piece.commit[:12]}: {size}, {there}"
+    return f"{piece.key}: {piece.kind} {piece.name} at {piece.commit[:12]}: {size}, {to_fetch}"
 
 
-def _size(number: int) -> str:
+def _size(size_bytes: int) -> str:
+    """A number of bytes for people."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number} bytes"
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.3g} {unit}"
+    return f"{size_bytes} bytes"
 
 
-def _listed(fetched: list[FetchedPiece]) -> dict[str, Any]:
-    return {"pieces": [{**one.piece.about(), "directory": str(one.directory), "files": one.files} for one in fetched]}
+def _as_dict(fetched_pieces: list[FetchedPiece]) -> dict[str, Any]:
+    """What the manifest holds: each piece with its files."""
+    entries = []
+    for fetched in fetched_pieces:
+        entries.append({**fetched.piece.about(), "directory": str(fetched.directory), "files": fetched.files})
+    return {"pieces": entries}
 
 
-def _write(target: Path, fetched: list[FetchedPiece]) -> tuple[Path, Path]:
-    """The file of settings, and the list of files beside it. Raises StorageError."""
+def _write(target: Path, fetched_pieces: list[FetchedPiece]) -> tuple[Path, Path]:
+    """Write the settings file and the manifest beside it; returns their paths. Errors: StorageError."""
     import yaml
 
     from strategies.errors import StorageError
 
     settings: dict[str, Any] = {}
-    for one in fetched:
-        for path, value in one.piece.settings():
-            place = settings
-            for part in path[:-1]:
-                place = place.setdefault(part, {})
-            place[path[-1]] = value
+    for fetched in fetched_pieces:
+        for key, value in fetched.piece.settings():
+            block = settings
+            for part in key[:-1]:
+                block = block.setdefault(part, {})
+            block[key[-1]] = value
     manifest = target.with_suffix(".json")
     head = f"# Pinned by `shardtune download`; {manifest.name} has the files. A bare word of every verb.\n"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(json.dumps(_listed(fetched), indent=1) + "\n", encoding="utf-8")
+        manifest.write_text(json.dumps(_as_dict(fetched_pieces), indent=1) + "\n", encoding="utf-8")
         target.write_text(head + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"to={target}: cannot be written ({error.strerror}); the files were fetched") from error
@@ -134,23 +141,26 @@ def _write(target: Path, fetched: list[FetchedPiece]) -> tuple[Path, Path]:
 
 
 def _verify(words: list[str], as_json: bool) -> int:
+    """Compare the fetched files with their manifest; returns the exit code. Errors: ConfigError."""
     from launch.download.pieces import damage
 
     if len(words) != 1:
         raise ConfigError(f"--verify: name one file, not {len(words)}: shardtune download --verify pinned.yaml")
     path = Path(words[0]).expanduser().with_suffix(".json")
+    number_of_files = 0
+    damaged = []
     try:
-        pieces = json.loads(path.read_text(encoding="utf-8"))["pieces"]
-        files = [(piece["key"], Path(piece["directory"]), file) for piece in pieces for file in piece["files"]]
-        found = [f"{key}: {said}" for key, directory, file in files if (said := damage(directory, file))]
+        for piece in json.loads(path.read_text(encoding="utf-8"))["pieces"]:
+            for file in piece["files"]:
+                number_of_files += 1
+                problem = damage(Path(piece["directory"]), file)
+                if problem:
+                    damaged.append(f"{piece['key']}: {problem}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is no list that download wrote ({type(error).__name__}: {error})") from error
     if as_json:
-        print(json.dumps({"files": len(files), "damaged": found}))
+        print(json.dumps({"files": number_of_files, "damaged": damaged}))
     else:
-        print(
-            "\n".join(
-                [*found, f"{len(files)} files: {f'{len(found)} missing or not as fetched' if found else 'as fetched'}"]
-            )
-        )
-    return DAMAGED if found else 0
+        verdict = f"{len(damaged)} missing or not as fetched" if damaged else "as fetched"
+        print("\n".join([*damaged, f"{number_of_files} files: {verdict}"]))
+    return DAMAGED if damaged else 0

@@ -25,27 +25,30 @@ class Piece:
     kind: str
     """`model` or `dataset`."""
     name: str
-    asked: str | None
-    """Branch, tag or commit."""
+    revision: str | None
+    """The branch, tag or commit that was typed."""
     subset: str | None = None
     split: str | None = None
     commit: str = ""
     total_bytes: int = 0
-    """Of what a run takes; 0 where that is not known before."""
+    """Size of what a run takes of it; 0 if the hub does not say before it is fetched."""
     lacking_bytes: int = 0
+    """How much of that is not in the cache."""
 
     def about(self) -> dict[str, Any]:
-        """What the manifest says of it."""
-        return {"key": self.key, "kind": self.kind, "name": self.name, "asked": self.asked, "commit": self.commit}
+        """The piece as the manifest has it."""
+        return {"key": self.key, "kind": self.kind, "name": self.name, "asked": self.revision, "commit": self.commit}
 
     def settings(self) -> list[tuple[tuple[str, ...], Any]]:
-        """What a run must be told to take this commit: (place in the settings, value)."""
+        """(key in parts, value) of the settings with which a run takes this commit."""
         if self.kind == "model":
-            found: list[tuple[tuple[str, ...], Any]] = [(tuple(self.key.split(".")), self.name)]
-            return [*found, (("model", "revision"), self.commit)]
-        base = tuple(self.key.split(".")[:-1]) if ".sources." in self.key else ("data", "sources", _plain(self.name))
-        told = {"path": f"hub:{self.name}", "subset": self.subset, "split": self.split, "revision": self.commit}
-        return [((*base, key), value) for key, value in told.items() if value is not None]
+            return [(tuple(self.key.split(".")), self.name), (("model", "revision"), self.commit)]
+        if ".sources." in self.key:
+            source = tuple(self.key.split(".")[:-1])
+        else:
+            source = ("data", "sources", _source_name(self.name))
+        values = {"path": f"hub:{self.name}", "subset": self.subset, "split": self.split, "revision": self.commit}
+        return [((*source, name), value) for name, value in values.items() if value is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,100 +62,122 @@ class FetchedPiece:
 
 
 def pieces_of(config: RunConfig) -> list[Piece]:
-    """What the configuration names by hub ids. Raises ConfigError where that is nothing, or cannot be pinned."""
-    from trainer.data.read.paths import check_name, is_hub
+    """Everything that the configuration names by hub ids. Errors: ConfigError if that is nothing, or cannot be pinned."""
+    from trainer.data.read.paths import is_hub
 
-    model, data, problems = config.model, config.data, list[str]()
-    found = [
-        Piece(f"model.{key}", "model", value, model.revision)
-        for key, value in (("path", model.path), ("tokenizer", model.tokenizer))
-        if value and not Path(value).expanduser().exists()
-    ]
-    for name, source in data.sources.items():
-        key = f"data.sources.{name}.path"
-        for path in _paths(source.path):
-            if is_hub(path):
-                found.append(Piece(key, "dataset", check_name(path, key), source.revision, source.subset, source.split))
-    for path in _paths(data.path):
-        if is_hub(path):
-            found.append(Piece("data.path", "dataset", check_name(path, "data.path"), None))
+    pieces = [*_models(config), *_training_data(config)]
+    problems = []
     for split in ("eval_path", "test_path"):
-        values = getattr(data, split)
-        for path in _paths([*values.values()] if isinstance(values, dict) else values):
+        paths = getattr(config.data, split)
+        for path in _as_paths([*paths.values()] if isinstance(paths, dict) else paths):
             if is_hub(path):
                 problems.append(
                     f"data.{split}={path}: only training data can be pinned to a commit; hold a share out of it "
                     f"(data.{split.removesuffix('_path')}_share=0.05), or give files"
                 )
-    if config.model.tokenizer and len({piece.name for piece in found if piece.kind == "model"}) > 1 and model.revision:
+    model_names = {piece.name for piece in pieces if piece.kind == "model"}
+    if config.model.tokenizer and len(model_names) > 1 and config.model.revision:
         problems.append(
-            f"model.revision={model.revision}: is asked of model.path and of model.tokenizer={model.tokenizer}; give the "
-            "tokenizer as a directory"
+            f"model.revision={config.model.revision}: is asked of model.path and of model.tokenizer={config.model.tokenizer}; "
+            "give the tokenizer as a directory"
         )
-    if not found and not problems:
+    if not pieces and not problems:
         problems.append(
             "nothing here is named by a hub id: give model.path=<organisation>/<name> or data.path=hub:<name>; "
             "files and directories are taken where they lie"
         )
     if problems:
         raise ConfigError(problems)
-    return found
+    return pieces
 
 
-def _paths(value: Any) -> list[str]:
-    return [str(one) for one in (value if isinstance(value, list | tuple) else [value]) if one is not None]
+def _models(config: RunConfig) -> list[Piece]:
+    """The model and the tokenizer, if they are no directories here."""
+    pieces = []
+    for key in ("path", "tokenizer"):
+        name = getattr(config.model, key)
+        if name and not Path(name).expanduser().exists():
+            pieces.append(Piece(f"model.{key}", "model", name, config.model.revision))
+    return pieces
 
 
-def _plain(name: str) -> str:
-    """A data set's name as that of a source."""
-    return "".join(letter if letter.isalnum() else "_" for letter in name.rpartition("/")[2]).strip("_").lower()
+def _training_data(config: RunConfig) -> list[Piece]:
+    """The data sets of `data.sources` and `data.path`. Errors: ConfigError for what is no name of the hub."""
+    from trainer.data.read.paths import check_name, is_hub
+
+    pieces = []
+    for name, source in config.data.sources.items():
+        key = f"data.sources.{name}.path"
+        for path in _as_paths(source.path):
+            if is_hub(path):
+                dataset = check_name(path, key)
+                pieces.append(Piece(key, "dataset", dataset, source.revision, source.subset, source.split))
+    for path in _as_paths(config.data.path):
+        if is_hub(path):
+            pieces.append(Piece("data.path", "dataset", check_name(path, "data.path"), None))
+    return pieces
+
+
+def _as_paths(path_or_list: Any) -> list[str]:
+    """The paths of a setting that takes one or a list."""
+    paths = path_or_list if isinstance(path_or_list, list | tuple) else [path_or_list]
+    return [str(path) for path in paths if path is not None]
+
+
+def _source_name(dataset: str) -> str:
+    """A data set's name as the name of a source."""
+    name = dataset.rpartition("/")[2]
+    return "".join(letter if letter.isalnum() else "_" for letter in name).strip("_").lower()
 
 
 def resolve(piece: Piece) -> Piece:
-    """The piece with the commit that it means now, and how much of it the cache lacks. Raises ConfigError."""
+    """The piece with the commit that its revision points to now, and how much of it the cache lacks. Errors: ConfigError."""
     from huggingface_hub import HfApi, snapshot_download
 
     from trainer.model.loading import WANTED
 
     try:
-        commit = HfApi().repo_info(piece.name, repo_type=piece.kind, revision=piece.asked).sha
+        commit = HfApi().repo_info(piece.name, repo_type=piece.kind, revision=piece.revision).sha
         if commit is None:
             raise ValueError("the hub names no commit")
-        if piece.kind == "dataset":  # what of its files is read, its loader decides
+        if piece.kind == "dataset":  # its loader decides which of its files are read
             return replace(piece, commit=commit)
         files = snapshot_download(piece.name, revision=commit, allow_patterns=[*WANTED], dry_run=True)
     except Exception as error:  # the hub client has a dozen error types; all mean that it is not to be had
-        raise _not_to_be_had(piece, error) from error
-    lacking = sum(file.file_size or 0 for file in files if file.will_download)
-    return replace(piece, commit=commit, total_bytes=sum(file.file_size or 0 for file in files), lacking_bytes=lacking)
+        raise _not_available(piece, error) from error
+    total_bytes = sum(file.file_size or 0 for file in files)
+    lacking_bytes = sum(file.file_size or 0 for file in files if file.will_download)
+    return replace(piece, commit=commit, total_bytes=total_bytes, lacking_bytes=lacking_bytes)
 
 
-def _not_to_be_had(piece: Piece, error: Exception) -> ConfigError:
-    asked = f" (revision {piece.asked})" if piece.asked else ""
-    said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+def _not_available(piece: Piece, error: Exception) -> ConfigError:
+    """What to raise if the hub does not give a piece."""
+    revision = f" (revision {piece.revision})" if piece.revision else ""
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
     return ConfigError(
-        f"{piece.key}={piece.name}{asked}: cannot be had from the hub ({said}); check the name, whether this machine reaches "
-        "it (HF_ENDPOINT, HF_HUB_OFFLINE), and for a gated or private one the token (HF_TOKEN)"
+        f"{piece.key}={piece.name}{revision}: cannot be had from the hub ({reason[:200]}); check the name, whether this machine "
+        "reaches it (HF_ENDPOINT, HF_HUB_OFFLINE), and for a gated or private one the token (HF_TOKEN)"
     )
 
 
-def check_room(lacking: int) -> None:
-    """Raise StorageError where the cache's disk has less free than what is to be fetched."""
+def check_room(missing_bytes: int) -> None:
+    """Raise StorageError if the disk of the cache has less free space than what is to be fetched."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    place = Path(HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if lacking > free:
+    directory = Path(HF_HUB_CACHE)
+    while not directory.exists():
+        directory = directory.parent
+    free_bytes = shutil.disk_usage(directory).free
+    if missing_bytes > free_bytes:
         raise StorageError(
-            f"HF_HOME: {lacking / GIB:.1f} GiB are to be fetched into {HF_HUB_CACHE}, where {free / GIB:.1f} GiB are free; set "
-            "HF_HOME to a larger disk"
+            f"HF_HOME: {missing_bytes / GIB:.1f} GiB are to be fetched into {HF_HUB_CACHE}, where {free_bytes / GIB:.1f} GiB are "
+            "free; set HF_HOME to a larger disk"
         )
 
 
 def fetch(piece: Piece) -> FetchedPiece:
-    """Bring the piece into the cache; returns its files as they are there. Raises ConfigError, DataError."""
+    """Bring the piece into the cache; returns its files there, with their hashes. Errors: ConfigError, DataError."""
     from huggingface_hub import snapshot_download
 
     from trainer.model.loading import WANTED
@@ -161,22 +186,20 @@ def fetch(piece: Piece) -> FetchedPiece:
         try:
             directory = Path(snapshot_download(piece.name, revision=piece.commit, allow_patterns=[*WANTED]))
         except Exception as error:
-            raise _not_to_be_had(piece, error) from error
+            raise _not_available(piece, error) from error
         paths = sorted(path for path in directory.rglob("*") if path.is_file())
     else:
         from trainer.data.read.origin import Origin
 
         origin = Origin(piece.key, [Path(f"hub:{piece.name}")], piece.subset, piece.split, piece.commit)
-        paths = [Path(each["filename"]) for each in origin.dataset(Path(f"hub:{piece.name}")).cache_files]
+        cache_files = origin.dataset(Path(f"hub:{piece.name}")).cache_files
+        paths = [Path(cache_file["filename"]) for cache_file in cache_files]
         directory = paths[0].parent if paths else Path()
-    return FetchedPiece(
-        piece,
-        directory,
-        [
-            {"path": str(path.relative_to(directory)), "bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in paths
-        ],
-    )
+    files: list[dict[str, Any]] = []
+    for path in paths:
+        name = str(path.relative_to(directory))
+        files.append({"path": name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
+    return FetchedPiece(piece, directory, files)
 
 
 def _sha256(path: Path) -> str:
@@ -185,10 +208,13 @@ def _sha256(path: Path) -> str:
 
 
 def damage(directory: Path, file: dict[str, Any]) -> str | None:
-    """What is wrong with a file of the manifest; None where it is as it was fetched."""
+    """What is wrong with a file of the manifest; None if it is as it was fetched."""
     path = directory / file["path"]
     if not path.is_file():
         return f"{path}: is missing"
-    if (size := path.stat().st_size) != file["bytes"]:
-        return f"{path}: has {size:,} bytes, not {file['bytes']:,}"
-    return None if _sha256(path) == file["sha256"] else f"{path}: its SHA-256 is not that of what was fetched"
+    size_bytes = path.stat().st_size
+    if size_bytes != file["bytes"]:
+        return f"{path}: has {size_bytes:,} bytes, not {file['bytes']:,}"
+    if _sha256(path) != file["sha256"]:
+        return f"{path}: its SHA-256 is not that of what was fetched"
+    return None

@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
     if "--print" in argv:
         from launch.prepare import print_documents
 
-        return print_documents.main([each for each in argv if each != "--print"], lambda words: made(words)[1])
+        other_words = [word for word in argv if word != "--print"]
+        return print_documents.main(other_words, lambda words: prepared_data(words)[1])
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -70,15 +71,15 @@ def main(argv: list[str]) -> int:
         _prepare(words.settings, shard)
         print(f"shard {shard[0]} of {shard[1]}: done; when all are, the same words without --shard merge them")
         return 0
-    report, directory, cached = made(words.settings)
+    report, directory, cached = prepared_data(words.settings)
     if words.as_json:
         print(json.dumps({"directory": str(directory), "cached": cached, "report": report}, ensure_ascii=False))
         return 0
     return show(report, directory, cached=cached)
 
 
-def made(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
-    """(the report, the directory, whether it was there already) of the data of a run's words."""
+def prepared_data(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
+    """(the report, the directory, whether it was in the cache) of the data of a run's words, prepared if need be."""
     data = _prepare(words, None)
     assert data is not None
     return data.report, data.directory, data.report["cached"]
@@ -125,10 +126,11 @@ def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
     print(summary(report))
     for sample in report["samples"]:
         if sample["where"] != report["samples"][0]["where"]:
-            break
+            break  # only the first document is shown
         runs = [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
         note = sample.get("note")  # data prepared by an earlier version has none
-        print(f"{sample['where']}{f' · {visible(note)}' if note else ''}:\n{render_pieces(runs, width=100)}")
+        note_text = f" · {visible(note)}" if note else ""
+        print(f"{sample['where']}{note_text}:\n{render_pieces(runs, width=100)}")
     print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
     print(f"look at:  {directory / 'audit.html'}", flush=True)
     return 0

@@ -64,30 +64,28 @@ first. Text that the model learns is green, or stands between ⟦ and ⟧.
 def print_words(argv: list[str]) -> PrintWords:
     """What was typed. Errors: ConfigError with every problem."""
     words, problems = read_words("prepare --print", PrintWords, argv)
-    chosen = [key for key in ("rows", "random", "find") if key in words.typed]
-    if len(chosen) > 1:
-        problems.append(f"{' and '.join(f'{key}=' for key in chosen)}: give one of them")
+    selections = [f"{key}=" for key in ("rows", "random", "find") if key in words.typed]
+    if len(selections) > 1:
+        problems.append(f"{' and '.join(selections)}: give one of them")
     if problems:
         raise ConfigError(problems)
     return words
 
 
 def directory_of(words: list[str]) -> Path | None:
-    """The one directory that `words` name; None where they are those of a run. Raises ConfigError for a mixture."""
-    bare = [each for each in words if not each.endswith(".yaml") and ("=" not in each or Path(each).is_dir())]
-    if len(bare) == len(words) == 1 and not bare[0].startswith("-"):
-        return Path(bare[0]).expanduser()
-    if bare:
-        known = [spec.key for spec in specs(PrintWords).values() if spec.kind == "word"]
-        others = words[1:] if words[0] in bare else words
-        raise ConfigError(
-            [
-                f"{each}: no such word beside a directory"
-                + (did_you_mean(each.partition("=")[0], known, end="=") or f"; one of {', '.join(known)}")
-                for each in others
-            ]
-        )
-    return None
+    """The one directory that `words` name; None if they are those of a run. Errors: ConfigError for a mixture."""
+    bare_words = [word for word in words if not word.endswith(".yaml") and ("=" not in word or Path(word).is_dir())]
+    if len(bare_words) == len(words) == 1 and not bare_words[0].startswith("-"):
+        return Path(bare_words[0]).expanduser()
+    if not bare_words:
+        return None
+    keys = [spec.key for spec in specs(PrintWords).values() if spec.kind == "word"]
+    problems = []
+    # If the first word is the directory, the others are wrong beside it.
+    for argument in words[1:] if words[0] in bare_words else words:
+        hint = did_you_mean(argument.partition("=")[0], keys, end="=") or f"; one of {', '.join(keys)}"
+        problems.append(f"{argument}: no such word beside a directory{hint}")
+    raise ConfigError(problems)
 
 
 def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
@@ -103,8 +101,8 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
     return show(directory if directory is not None else prepare(words.data), words)
 
 
-def show(directory: Path, asked: PrintWords) -> int:
-    """Print what is asked for; nothing is printed before all of it is known to be possible."""
+def show(directory: Path, words: PrintWords) -> int:
+    """Print what the words name. Nothing is printed before all of it is known to be possible. Returns the exit code."""
     from rich.console import Console
     from rich.text import Text
 
@@ -114,24 +112,26 @@ def show(directory: Path, asked: PrintWords) -> int:
     if (directory / RUN_RECORD).is_file():
         directory = data_directory_of(directory)
     prepared = locate(directory)
-    split = asked.split or prepared.requested_split or next(iter(prepared.splits))
-    rows, found = _chosen(prepared, split, asked)
-    tokenizer = load_tokenizer(prepared, asked.tokenizer) if rows else None
+    split = words.split or prepared.requested_split or next(iter(prepared.splits))
+    rows, matches = _rows_to_show(prepared, split, words)
+    tokenizer = load_tokenizer(prepared, words.tokenizer) if rows else None
     columns = None if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
     console = Console(markup=False, emoji=False, highlight=False, width=columns)
     console.print(Text(str(prepared.directory)), soft_wrap=True)
-    if tokenizer is None or asked.histogram:
+    if tokenizer is None or words.histogram:
         console.print(inspection.splits_table(prepared))
-        if (groups := inspection.groups_table(prepared, split)) is not None:
+        groups = inspection.groups_table(prepared, split)
+        if groups is not None:
             console.print(groups)
-        if asked.find is None:
+        if words.find is None:
             console.print(inspection.length_histogram(prepared, split, min(console.width, 100)))
-    if found is not None:
-        more = f", the first {len(rows)} shown; limit= shows more" if found > len(rows) else ""
-        console.print(f"{found:,} of {len(prepared.split(split)):,} sequences of {split} hold it{more}")
-    for index in rows if tokenizer is not None else ():
-        _sample(prepared, split, index, tokenizer, console, asked)
-    if tokenizer is None and found is None:
+    if matches is not None:
+        more = f", the first {len(rows)} shown; limit= shows more" if matches > len(rows) else ""
+        console.print(f"{matches:,} of {len(prepared.split(split)):,} sequences of {split} hold it{more}")
+    if tokenizer is not None:
+        for index in rows:
+            _print_sample(prepared, split, index, tokenizer, console, words)
+    elif matches is None:
         console.print("\nsamples: rows=[0,1]  random=3  find=text; with documents=true the rows beside them")
     return 0
 
@@ -142,66 +142,80 @@ def data_directory_of(run_dir: Path) -> Path:
     Errors: ConfigError if it is not there, DataError if the run's record cannot be read.
     """
     try:
-        named = read_run_record(run_dir).data_directory
+        recorded = read_run_record(run_dir).data_directory
     except (OSError, ValueError, RecursionError) as error:
         path = run_dir / RUN_RECORD
         raise DataError(f"{path}: cannot be read ({error}); name the directory of the prepared data") from error
-    if not named:
+    if not recorded:
         raise ConfigError(
             f"{run_dir / RUN_RECORD}: does not say where the data of the run is; name its prepared directory"
         )
-    for directory in (Path(named).expanduser(), run_dir / named):
+    for directory in (Path(recorded).expanduser(), run_dir / recorded):
         if (directory / "manifest.json").is_file():
             return directory
     raise ConfigError(
-        f"{named}: the prepared data of {run_dir} is no longer there; prepare it again with shardtune prepare"
+        f"{recorded}: the prepared data of {run_dir} is no longer there; prepare it again with shardtune prepare"
     )
 
 
-def _sample(prepared: PreparedEntry, split: str, index: int, tokenizer: Any, console: Any, asked: PrintWords) -> None:
+def _print_sample(
+    prepared: PreparedEntry, split: str, index: int, tokenizer: Any, console: Any, words: PrintWords
+) -> None:
+    """Print one decoded sequence, with its document if the words ask for it."""
     from trainer.data.report import inspection
 
     console.print(
         inspection.render_sample(
-            prepared, split, index, tokenizer, console, document=asked.documents, max_lines=asked.lines
+            prepared, split, index, tokenizer, console, document=words.documents, max_lines=words.lines
         )
     )
 
 
-def _chosen(prepared: PreparedEntry, split: str, asked: PrintWords) -> tuple[list[int], int | None]:
-    """The sequences to decode; and for find= how many there are in all."""
+def _rows_to_show(prepared: PreparedEntry, split: str, words: PrintWords) -> tuple[list[int], int | None]:
+    """(the sequences to decode, how many match `find=` in all or None)."""
     from trainer.data.report.inspection import find_sequences
 
-    data = prepared.split(split)
-    if asked.rows is not None:
-        return parse_rows(asked.rows, len(data), split), None
-    if asked.random is not None:
+    sequences = prepared.split(split)
+    if words.rows is not None:
+        return parse_rows(words.rows, len(sequences), split), None
+    if words.random is not None:
         import numpy as np
 
-        number = min(asked.random, len(data), MOST_ROWS)
-        return sorted(np.random.default_rng(asked.seed).choice(len(data), number, replace=False).tolist()), None
-    if asked.find is not None:
-        found = find_sequences(prepared, split, asked.find)
-        return found[: asked.limit].tolist(), len(found)
-    return ([0] if asked.documents and len(data) else []), None
+        number = min(words.random, len(sequences), MOST_ROWS)
+        drawn = np.random.default_rng(words.seed).choice(len(sequences), number, replace=False)
+        return sorted(drawn.tolist()), None
+    if words.find is not None:
+        matches = find_sequences(prepared, split, words.find)
+        return matches[: words.limit].tolist(), len(matches)
+    if words.documents and len(sequences):
+        return [0], None
+    return [], None
 
 
 def parse_rows(words: str, length: int, split: str) -> list[int]:
-    """`[0,5,10-12]` as numbers below `length`. Raises ConfigError that names every word that cannot be used."""
+    """`[0,5,10-12]` as numbers below `length`. Errors: ConfigError that names every entry that cannot be used."""
     rows: list[int] = []
     problems: list[str] = []
-    for entry in words.removeprefix("[").removesuffix("]").split(","):
-        shown = entry.strip()
-        first, dash, last = shown.partition("-")
-        ends = (first, last if dash else first)
-        if not all(end.isascii() and end.isdigit() and len(end) < 16 for end in ends):
-            problems.append(f"rows={shown or 'nothing'}: must be a number or a range such as 3-7, counted from 0")
-        elif int(ends[0]) > int(ends[1]) or int(ends[1]) >= length:
-            problems.append(f"rows={shown}: {split} has {length:,} sequences, numbered from 0 to {length - 1:,}")
-        elif len(rows) + int(ends[1]) - int(ends[0]) >= MOST_ROWS:
-            problems.append(f"rows={shown}: at most {MOST_ROWS} sequences in one call")
+    for part in words.removeprefix("[").removesuffix("]").split(","):
+        entry = part.strip()
+        first_text, dash, last_text = entry.partition("-")
+        if not dash:
+            last_text = first_text
+        if not (_is_row_number(first_text) and _is_row_number(last_text)):
+            problems.append(f"rows={entry or 'nothing'}: must be a number or a range such as 3-7, counted from 0")
+            continue
+        first = int(first_text)
+        last = int(last_text)
+        if first > last or last >= length:
+            problems.append(f"rows={entry}: {split} has {length:,} sequences, numbered from 0 to {length - 1:,}")
+        elif len(rows) + last - first >= MOST_ROWS:
+            problems.append(f"rows={entry}: at most {MOST_ROWS} sequences in one call")
         else:
-            rows += range(int(ends[0]), int(ends[1]) + 1)
+            rows += range(first, last + 1)
     if problems:
         raise ConfigError(problems)
     return rows
+
+
+def _is_row_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 16

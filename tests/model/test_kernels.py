@@ -82,7 +82,7 @@ def test_what_is_missing_is_said_with_the_words_that_install_it(installed):
         "loops in torch, right but slow, for what causal-conv1d and flash-linear-attention would compute "
         "(pip install -e '.[hybrid]')"
     )
-    assert "shardtune[hybrid,mamba]" in kernels.missing_kernels(model_of("bamba"))
+    assert ".[hybrid,mamba]" in kernels.missing_kernels(model_of("bamba"))
     installed.add("causal_conv1d")
     assert "for what flash-linear-attention would" in kernels.missing_kernels(model_of("qwen3_next"))
 

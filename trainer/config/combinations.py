@@ -97,16 +97,22 @@ def row_of(config: TuningConfig) -> str:
 
 def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw) -> Cell:
     """The verdict on one combination. `row` and `feature` are keys of `rows()` and `FEATURES`."""
-    method, wanted, support = rows()[row], FEATURES[feature], SUPPORT[optim]
-    if reason := method.strategies.get(str(strategy)):
+    method = rows()[row]
+    asked_feature = FEATURES[feature]
+    support = SUPPORT[optim]
+    reason = method.strategies.get(str(strategy))
+    if reason:
         return Cell(CellState.refused, reason, INSTEAD)
     if strategy in support.refused:
         return Cell(CellState.refused, support.refused[strategy], f"{support.instead}, or optim=adamw")
-    if (reason := method.refused.get(wanted.word)) and (not wanted.only_under or strategy in wanted.only_under):
-        return Cell(CellState.refused, reason, wanted.instead)
+    reason = method.refused.get(asked_feature.word)
+    counts_here = not asked_feature.only_under or strategy in asked_feature.only_under
+    if reason and counts_here:
+        return Cell(CellState.refused, reason, asked_feature.instead)
     if feature == "compile" and row not in COMPILED:
-        return Cell(CellState.refused, NOT_COMPILED, wanted.instead)
-    if reason := method.optimizers.get(str(optim)):
+        return Cell(CellState.refused, NOT_COMPILED, asked_feature.instead)
+    reason = method.optimizers.get(str(optim))
+    if reason:
         return Cell(CellState.refused, reason, "optim=adamw")
     if feature == "fp16":
         return Cell(CellState.gpu_only, "CPUs do not train in it")
@@ -118,20 +124,26 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig)
     row = row_of(tuning)
     if row not in rows():
         return
-    method, shown = rows()[row], f"tuning.type={row}" if row in PEFT_METHODS else f"tuning={row}"
-    if reason := method.strategies.get(str(strategy.name)):
-        yield f"strategy={strategy.name} with {shown}: {reason}; use {INSTEAD}"
+    method = rows()[row]
+    tuning_word = f"tuning.type={row}" if row in PEFT_METHODS else f"tuning={row}"
+    reason = method.strategies.get(str(strategy.name))
+    if reason:
+        yield f"strategy={strategy.name} with {tuning_word}: {reason}; use {INSTEAD}"
     if strategy.compile and row not in COMPILED:
         proven = " or ".join(f"tuning={name}" for name in COMPILED)
-        yield f"strategy.compile=true with {shown}: {NOT_COMPILED}; set {FEATURES['compile'].instead}, or use {proven}"
-    if strategy.activation_checkpointing == "full" and (reason := method.refused.get("checkpointing")):
-        yield f"strategy.activation_checkpointing=full with {shown}: {reason}; set {FEATURES['checkpointing'].instead}"
-    if reason := method.optimizers.get(str(optim.name)):
-        yield f"optim={optim.name} with {shown}: {reason}; use optim=adamw"
+        instead = FEATURES["compile"].instead
+        yield f"strategy.compile=true with {tuning_word}: {NOT_COMPILED}; set {instead}, or use {proven}"
+    reason = method.refused.get("checkpointing")
+    if strategy.activation_checkpointing == "full" and reason:
+        instead = FEATURES["checkpointing"].instead
+        yield f"strategy.activation_checkpointing=full with {tuning_word}: {reason}; set {instead}"
+    reason = method.optimizers.get(str(optim.name))
+    if reason:
+        yield f"optim={optim.name} with {tuning_word}: {reason}; use optim=adamw"
 
 
 def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:
-    """One word for all strategies that run the optimizer: `tested`, `refused`, or where it is one of these only.
+    """One word for all strategies that run the optimizer: `tested` or `refused`; if they differ, where it is which.
 
     With a feature or an optimizer, the strategies that do not run the method at all are left out.
     """
@@ -143,6 +155,7 @@ def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.ad
         return str(next(iter(states.values())))
     parts = []
     for state in (CellState.gpu_only, CellState.refused):
-        if odd := [name for name in names if states[name] is state]:
-            parts.append(f"{state} under {', '.join(f'`{name}`' for name in odd)}")
+        in_state = [f"`{name}`" for name in names if states[name] is state]
+        if in_state:
+            parts.append(f"{state} under {', '.join(in_state)}")
     return "; ".join(parts)

@@ -12,18 +12,20 @@ def docstrings(settings: type) -> dict[str, str]:
     """The sentence under each field of a settings class, its own fields only."""
     body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
-    for line, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
-            assert isinstance(after.value, ast.Constant)
-            found[line.target.id] = " ".join(str(after.value.value).split())
-    return found
+    sentences = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if is_field and isinstance(following, ast.Expr):
+            assert isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+            assert isinstance(following.value, ast.Constant)
+            sentences[statement.target.id] = " ".join(str(following.value.value).split())
+    return sentences
 
 
 def all_docstrings(settings: type) -> dict[str, str]:
-    """The same, inherited fields included."""
-    found: dict[str, str] = {}
+    """The sentence under each field of a settings class, inherited fields included."""
+    sentences: dict[str, str] = {}
     for base in reversed(settings.__mro__):
         if is_dataclass(base):
-            found |= docstrings(base)
-    return found
+            sentences |= docstrings(base)
+    return sentences

@@ -12,24 +12,28 @@ from trainer.reporting.documents.questions import paper_problems, read_answers
 
 
 def paper_words(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the papers that are asked for, and with the answers in them, one line each."""
+    """What is wrong with the documents (`export.papers`) and with the answers in them, one line each."""
     yield from paper_problems(config.export.papers)
     yield from read_answers(config.export.answers)[1]
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the gates, one line each. Metrics of tasks that are not configured may be measured later."""
+    """What is wrong with the gates, one line each.
+
+    A gate about a task that is not configured passes: its metric may be measured later.
+    """
     yield from bounds.problems(config.gates)
     for bound in bounds.bounds_of(config.gates):
-        task, _, metric = bound.metric.removeprefix("eval/").partition("/")
-        there: list[str] = []
-        if task in config.evaluation.tasks and metric:
-            asked = config.evaluation.tasks[task]
-            kind = TASK_KINDS.get(asked.kind)
-            there = [] if kind is None else [each.name for each in kind(task, asked).metrics]
-        if there and metric.partition("/")[0] not in there:
-            near = difflib.get_close_matches(metric, there, n=1)
-            known = (
-                f"did you mean {bound.metric.removesuffix(metric)}{near[0]}?" if near else f"it has {', '.join(there)}"
-            )
-            yield f"gates: {bound.metric}: the task {task} has no such metric; {known}"
+        task_name, _, metric = bound.metric.removeprefix("eval/").partition("/")
+        task_config = config.evaluation.tasks.get(task_name)
+        if task_config is None or not metric:
+            continue
+        kind = TASK_KINDS.get(task_config.kind)
+        metrics = [] if kind is None else [declared.name for declared in kind(task_name, task_config).metrics]
+        if not metrics or metric.partition("/")[0] in metrics:
+            continue
+        similar = difflib.get_close_matches(metric, metrics, n=1)
+        hint = f"it has {', '.join(metrics)}"
+        if similar:
+            hint = f"did you mean {bound.metric.removesuffix(metric)}{similar[0]}?"
+        yield f"gates: {bound.metric}: the task {task_name} has no such metric; {hint}"

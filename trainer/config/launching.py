@@ -38,31 +38,42 @@ def problems(config: RunConfig) -> Iterator[str]:
     if isinstance(launcher, SlurmConfig):
         yield from _slurm(launcher)
         yield from _pipeline(config, launcher)
-        return
+    else:
+        yield from _local(config, launcher)
+
+
+def _local(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
+    """What is wrong without SLURM: one host, hosts over ssh, or the same command on each of several hosts."""
     if launcher.ssh and not launcher.hosts:
         yield f"launcher.ssh=[{','.join(launcher.ssh)}]: no host is reached over ssh; name them in launcher.hosts=[n1,n2]"
     if launcher.hosts:
         yield from _over_ssh(launcher)
     elif launcher.nodes > 1:
-        if launcher.rdzv is None:
-            yield (
-                f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere; or name the "
-                "hosts in its place: launcher.hosts=[n1,n2]"
-            )
-        if config.run.dir is None:
-            yield f"launcher.nodes={launcher.nodes}: needs run.dir on a file system that all hosts share"
-        if any(launcher.retry.values()):
-            yield (
-                f"launcher.retry: with launcher.nodes={launcher.nodes} and no SLURM each host's launcher would count by itself; "
-                "name the hosts in launcher.hosts=[n1,n2], or leave it out and start the command again on each"
-            )
+        yield from _several_starts(config, launcher)
     if launcher.rdzv is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", launcher.rdzv):
         yield f"launcher.rdzv={launcher.rdzv}: must be host:port, such as node1:29400"
     if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0 and not launcher.hosts:
         yield f"launcher.node_rank={launcher.node_rank}: must be below launcher.nodes={launcher.nodes}"
 
 
+def _several_starts(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
+    """What is missing if the same command is to be started on each of several hosts."""
+    if launcher.rdzv is None:
+        yield (
+            f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere; or name the "
+            "hosts in its place: launcher.hosts=[n1,n2]"
+        )
+    if config.run.dir is None:
+        yield f"launcher.nodes={launcher.nodes}: needs run.dir on a file system that all hosts share"
+    if any(launcher.retry.values()):
+        yield (
+            f"launcher.retry: with launcher.nodes={launcher.nodes} and no SLURM each host's launcher would count by itself; "
+            "name the hosts in launcher.hosts=[n1,n2], or leave it out and start the command again on each"
+        )
+
+
 def _over_ssh(launcher: LauncherConfig) -> Iterator[str]:
+    """What is wrong if the hosts are reached over ssh."""
     hosts_word = f"launcher.hosts=[{','.join(launcher.hosts)}]"
     if launcher.nodes != len(launcher.hosts):
         yield f"launcher.nodes={launcher.nodes}: {hosts_word} are {len(launcher.hosts)}; leave launcher.nodes out"

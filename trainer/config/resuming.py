@@ -34,22 +34,23 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """A value with enums as their names, and tuples as lists."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(entry) for entry in value]
     return value.name if isinstance(value, Enum) else value
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by dotted key."""
-    found: dict[str, Any] = {}
+    """The leaves of nested dictionaries by dotted key. An empty dictionary is a leaf."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            leaves |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            leaves[prefix + key] = value
+    return leaves
 
 
 def defaults_of(config: Any) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def _collect_defaults(value: Any, default: Any, key: str, defaults: dict[str, An
 
 
 def _default_of_field(setting: Field[Any]) -> Any:
+    """The default of a field; MISSING if it has none."""
     if setting.default_factory is not MISSING:
         return setting.default_factory()
     return setting.default

@@ -51,6 +51,7 @@ def options_of(words: Iterable[str]) -> dict[str, str]:
 
 
 def _pieces(word: str) -> list[str]:
+    """A word as a shell splits it: `--time 10` is two."""
     try:
         return shlex.split(word)
     except ValueError:  # an open quote: sbatch will say so
@@ -84,7 +85,7 @@ def gpu_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
     own_words = launcher.get("part_options", {}).get("train", []) if launcher.get("pipeline") else []
     extra = options_of([*launcher.get("extra", []), *own_words])
     if "gpus-per-node" in extra:
-        return _counted("gpus-per-node", extra, nodes=1)
+        return _request("gpus-per-node", extra, nodes=1)
     if launcher.get("gpus_per_node"):
         count = int(launcher["gpus_per_node"])
         return GpuRequest(count, f"launcher.gpus_per_node={count}", _gres_gpus(launcher.get("gres") or "")[1])
@@ -94,9 +95,9 @@ def gpu_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
     if count:
         return GpuRequest(count, f"{gres_setting}={gres}", kind)
     if "gpus-per-task" in extra:  # a job script has one task a node
-        return _counted("gpus-per-task", extra, nodes=1)
+        return _request("gpus-per-task", extra, nodes=1)
     if "gpus" in extra:
-        return _counted("gpus", extra, nodes=max(1, int(launcher.get("nodes") or 1)))
+        return _request("gpus", extra, nodes=max(1, int(launcher.get("nodes") or 1)))
     return None
 
 
@@ -119,7 +120,8 @@ def total_gpus(launcher: Mapping[str, Any]) -> int | None:
     return _count_and_kind(extra["gpus"])[0] if "gpus" in extra else None
 
 
-def _counted(option: str, extra: Mapping[str, str], nodes: int) -> GpuRequest | None:
+def _request(option: str, extra: Mapping[str, str], nodes: int) -> GpuRequest | None:
+    """The GPUs per node that an option of `launcher.extra` asks for, for `nodes` nodes together."""
     count, kind = _count_and_kind(extra[option])
     if count < nodes:
         return None
@@ -155,5 +157,7 @@ def _gres_gpus(gres: str) -> tuple[int, str | None]:
 
 
 def _only(kinds: set[str]) -> str | None:
-    """The kind that all of them are."""
-    return next(iter(kinds)) or None if len(kinds) == 1 else None
+    """The one kind of card; None if there are several, or it has no name."""
+    if len(kinds) != 1:
+        return None
+    return next(iter(kinds)) or None

@@ -81,6 +81,7 @@ def import_package(name: OptimName) -> Any:
 
 def _missing(name: OptimName) -> str:
     support = SUPPORT[name]
+    assert support.extra is not None, "an optimizer without an extra needs no package"
     return (
         f"optim={name}: needs the package {support.package} ({install_command(support.extra)}); install it, or use "
         "optim=adamw"

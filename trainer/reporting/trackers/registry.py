@@ -48,7 +48,8 @@ def problems(config: LoggingConfig) -> Iterator[str]:
         yield "logging.tables=true: W&B and TensorBoard show them, and neither is on; set logging.wandb=offline, or leave it out"
     for kind in enabled_trackers(config):
         if find_spec(kind.package) is None:
+            command = install_command(kind.extra) if kind.extra else f"pip install {kind.package}"
             yield (
                 f"logging.{kind.setting}={str(getattr(config, kind.setting)).lower()}: needs the package {kind.package} "
-                f"({install_command(kind.extra)})"
+                f"({command})"
             )
