@@ -292,7 +292,7 @@ class Checkpoints:
             try:
                 open_staging(writing.staging, self.runtime)
                 path, size = self._seal_and_publish(writing, writing.state.save)
-            except StorageError as error:
+            except StorageError as error:  # the same on every rank, so that all try the next place
                 self._warn(error, problems)
                 continue
             took_s = time.monotonic() - writing.began

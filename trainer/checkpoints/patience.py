@@ -34,7 +34,7 @@ def waiting_for_disk(what: str, size: float, runtime: Runtime, say: Callable[[st
         """Say each minute that the ranks wait; the body of a thread."""
         waited_s = REPORT_EVERY_S
         limit = "as long as it takes"
-        if runtime.world_size > 1:
+        if runtime.world_size > 1:  # a single rank waits for nobody, and nobody for it
             limit = f"the ranks wait for each other up to {runtime.timeout_s + extra_s:.0f} s"
         while not finished.wait(REPORT_EVERY_S):
             say(f"{what}: waiting for the disk for {waited_s:.0f} s; {limit}")

@@ -160,11 +160,13 @@ def choose_checkpoint(places: list[Path], resume: str, runtime: Runtime) -> Path
             flush=True,
         )
     if resume != "auto":
+        # The named one or none: another would silently be a different run.
         path = Path(resume).expanduser()
         problem = verify_together(path, runtime)
         if problem:
             raise ConfigError(f"run.resume={resume}: {problem}; give a checkpoint directory (step-...), or auto")
         return path
+    # From the newest on, the first that is intact.
     skipped = []
     for path in candidates:
         problem = verify_together(path, runtime)

@@ -220,12 +220,14 @@ def _names_of_training(
 
     `label_sets`: the labels in each text of `columns.labels`.
     """
+    # `columns.label` has, for each document, the index of its text in `columns.labels`; -1 without a label.
     train_texts = np.unique(columns.label[columns.of_split("train")])
     train_labels: set[str] = set()
     for number in train_texts:
         if number >= 0:
             train_labels |= set(label_sets[number])
     names = _sorted(train_labels)
+    # A label that only the evaluation split has could never be predicted.
     unknown_texts = [number for number, label_set in enumerate(label_sets) if not set(label_set) <= train_labels]
     rows = np.flatnonzero(np.isin(columns.label, unknown_texts))
     if rows.size:
@@ -272,7 +274,7 @@ class Classification(Objective):
         is_valid = (batch["labels"] >= 0)[:, None]
         all_right = (is_predicted == is_true).all(-1, keepdim=True)
         terms = {"loss": loss, "accuracy": (all_right & is_valid).sum().float()}
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # an evaluation: F1 is computed from the summed confusion
             is_predicted = is_predicted & is_valid
             is_true = is_true & is_valid
             counts = [(is_predicted & is_true).sum(0), is_predicted.sum(0), is_true.sum(0)]
@@ -336,6 +338,7 @@ def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: b
         weights = num_documents / (len(names) * documents_with_label)
         return [float(weight) for weight in weights]
     weights = (num_documents - documents_with_label) / documents_with_label
+    # A label that every document has would get the weight 0.
     in_every_document = np.flatnonzero(documents_with_label == num_documents)
     if in_every_document.size:
         raise DataError(

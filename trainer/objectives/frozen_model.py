@@ -101,8 +101,8 @@ def frozen_model(
         teacher_weights = WeightSource(
             BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=initial.seed, init_std=0.0
         )
-        # No `head_prefixes`: a weight that the teacher's checkpoint lacks is an error, never drawn anew.
         teacher_weights.zeroed = still_rows(model, Arrangement(arrangement.layout, arrangement.attention, {}))
+        # No `head_prefixes`: a weight that the teacher's checkpoint lacks is an error, never drawn anew.
         teacher_weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
         weights = teacher_weights
     model.requires_grad_(False)

@@ -149,6 +149,7 @@ def _write_column(path: Path, column: np.ndarray, runtime: processes.Runtime) ->
     if runtime.is_main:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Under its own name only when it is complete: another run may read it.
             temporary = path.with_suffix(".tmp")
             with temporary.open("wb") as file:
                 np.save(file, column)

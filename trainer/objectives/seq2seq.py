@@ -152,6 +152,7 @@ class SourceTargetEncoder(Encoder):
             for document, prompt, answer, (_, _, weight) in zip(batch, prompts, answers, sides, strict=True):
                 input_ids = np.concatenate([prompt, answer])
                 in_answer = np.arange(len(input_ids)) >= len(prompt)
+                # Weights of 0 and 1 need no column: the mask says the same.
                 weights = None
                 if 0 < weight < 1:
                     weights = in_answer.astype(np.float32) * np.float32(weight)
@@ -181,6 +182,7 @@ class SourceTargetEncoder(Encoder):
             )
         if policy is not OverLength.truncate:
             raise AssertionError(f"the config layer refuses data.over_length={policy.value} here")
+        # Keep the start of the prompt, then its closing tokens (such as EOS), then the start of the answer.
         closing_length = 0
         if prompt_length > max_source:
             closing_length = min(len(self.closing), max_source - 1)
@@ -200,7 +202,10 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
     if document.prompt is not None:
         return document.prompt, document.completion or "", 1.0
     turns = [*(document.messages or []), *(document.chosen or [])]
-    *system, user, assistant = turns if len(turns) > 1 else [{"role": ""}, {"role": ""}]
+    if len(turns) > 1:
+        *system, user, assistant = turns
+    else:  # no conversation: refused below
+        system, user, assistant = [], {"role": ""}, {"role": ""}
     roles = [turn["role"] for turn in turns]
     if (user["role"], assistant["role"]) != ("user", "assistant") or roles[:-2] not in ([], ["system"]):
         kind = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
@@ -223,6 +228,7 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
             "a turn before the answer has a weight, and objective=seq2seq learns the answer alone; leave the weight out"
         )
         raise RefusedDocument(document.where, "bad_weight", f"{problem}, or name weight in data.ignore_columns")
+    # A turn may have a weight, or `train: false`, which is the weight 0.
     weight = float(assistant.get("weight", assistant.get("train", True)))
     return prompt, str(assistant["content"]), weight
 

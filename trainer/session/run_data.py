@@ -121,6 +121,7 @@ def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig
     objective = config.objective
     if isinstance(objective, ClassificationConfig):
         objective = replace(objective, class_weights=None)
+    # The data set keeps its files open, so that it can be read after they were deleted.
     with tempfile.TemporaryDirectory(prefix="shardtune-") as directory:
         train = _one_document(Path(directory), reading_of(config.objective), record.fingerprint)
     return objective, Prepared(
@@ -160,7 +161,9 @@ def run_rows(
     They come from the prepared data of the training if that still exists, else from `data.path`. Errors: DataError if neither
     has them, unless `accept` takes the rows of today.
     """
-    for directory in (record.directory, Path(config.data.cache_dir).expanduser() / record.fingerprint[:32]):
+    # Where the run prepared it, or in the cache of this host, which names directories by fingerprints.
+    cached = Path(config.data.cache_dir).expanduser() / record.fingerprint[:32]
+    for directory in (record.directory, cached):
         if directory is not None and _is_prepared(directory, record):
             prepared = open_prepared(directory, verify=config.data.verify)
             prepared.date = kept_date(config)
@@ -181,6 +184,7 @@ def run_rows(
             f"{error}\n    {record.run_dir}: {needed.purpose}, and the prepared data of the training is gone, too. "
             f"{needed.way_out}, or bring the rows back"
         ) from error
+    # The fingerprint covers the rows and everything that prepares them, before anything is prepared.
     changed = f"{preparation.fingerprint}/train" != record.fingerprint
     if changed and not accept:
         raise DataError(

@@ -383,6 +383,7 @@ def _finding_lines(run_dir: Path, outcome: Outcome) -> list[str]:
     before = outcome.before.get(outcome.watch)
     if best_step is None or best is None or now is None:
         return lines
+    # A checkpoint is worth naming only if it is better than the model before training.
     improvement = None
     if before is not None:
         improvement = best - before if outcome.greater_is_better else before - best

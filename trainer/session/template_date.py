@@ -32,14 +32,17 @@ def date_of_run(
     def choose(first_date: FirstDate) -> TemplateDate:
         """The date of all ranks. `first_date` gives that of this host's cache."""
 
-        def of_rank_0() -> str:
-            kept = kept_date(config)
-            if kept is not None:
-                return str(kept)
+        def choose_on_rank_0() -> str:
+            earlier = kept_date(config)
+            if earlier is not None:
+                return str(earlier)
             proposal = str(first_date())
-            return proposal if run_dir is None else str(shared_choice(run_dir, TEMPLATE_DATE, proposal))
+            if run_dir is None:
+                return proposal
+            # The points of a comparison share one date: the first of them to ask decides.
+            return str(shared_choice(run_dir, TEMPLATE_DATE, proposal))
 
-        return TemplateDate.parse(meeting.chosen_by_rank_0(TEMPLATE_DATE, of_rank_0, stop))
+        return TemplateDate.parse(meeting.chosen_by_rank_0(TEMPLATE_DATE, choose_on_rank_0, stop))
 
     return choose
 
@@ -59,6 +62,7 @@ def keep_date(
     if date is None:
         return replace(config, substitutions=substitutions)
     dated = replace(config, substitutions={**substitutions, TEMPLATE_DATE: str(date)})
+    # An error of rank 0 is raised on all ranks, which would otherwise wait for it.
     error = None
     if runtime.is_main and kept_date(config) != date:
         try:

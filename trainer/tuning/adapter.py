@@ -125,6 +125,7 @@ class Adapter:
         names = list(dict.fromkeys([*self.config.modules_to_save, *self.new_heads]))
         if not self.train_embeddings:
             return names
+        # The new rows must train in the head as well: it is another matrix, or tied to the embeddings.
         names.append(_name_of(model, model.get_input_embeddings()))
         if not getattr(model.config, "tie_word_embeddings", False):
             names.append(_name_of(model, model.get_output_embeddings()))
@@ -272,6 +273,7 @@ def check_targets(model: nn.Module, targets: Any) -> None:
     names = [name for name, _ in model.named_modules() if name]
     linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
     if isinstance(targets, str):
+        # peft matches a text against whole names, and knows two words of its own.
         if targets not in ("all-linear", "auto") and not any(re.fullmatch(targets, name) for name in names):
             raise ConfigError(
                 f"tuning.targets={targets!r}: no module name matches this expression; linear layers here are: "

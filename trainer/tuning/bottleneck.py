@@ -205,9 +205,11 @@ def _places(module: nn.Module, config: BottleneckConfig) -> AdapterPlaces | None
 
 def _no_places_message(model: nn.Module, config: BottleneckConfig) -> str:
     """The error for a model without fitting blocks, with the module names that its blocks have."""
-    set_options = [
-        f"tuning.{key}={getattr(config, key)}" for key in ("attention", "feedforward") if getattr(config, key)
-    ]
+    set_options = []
+    for key in ("attention", "feedforward"):
+        if getattr(config, key):
+            set_options.append(f"tuning.{key}={getattr(config, key)}")
+    # Blocks stand in lists of modules; the first of each list speaks for all.
     names: set[str] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module):

@@ -28,6 +28,7 @@ def build_tuning(
     `new_tokens`: the vocabulary grew, so embeddings must train too; `new_heads`: modules drawn anew, which must train;
     `tokenizer` is asked by a prompt that starts at a text.
     """
+    # Each method is imported when it is used: most of them import peft, which takes seconds.
     if isinstance(config, VirtualConfig):
         from trainer.tuning.virtual import Virtual
 
@@ -67,17 +68,18 @@ def merge_initial_adapter(model: nn.Module, tuning: TuningConfig) -> MergedAdapt
 
     Raises ConfigError for an adapter that cannot be merged.
     """
-    start = tuning.from_ if isinstance(tuning, AdapterConfig) else None
-    if start is None:
+    first_adapter = tuning.from_ if isinstance(tuning, AdapterConfig) else None
+    if first_adapter is None:
         return None
     from trainer.tuning.merged_adapters import MergedAdapters
 
-    if reason := method_of(tuning).no_merge:
+    reason = method_of(tuning).no_merge
+    if reason:
         raise ConfigError(
-            f"tuning.from={start}: the objective compares with the model that this run begins with, and that cannot be built: "
-            f"{reason}; set objective.forgetting.kl_weight=0"
+            f"tuning.from={first_adapter}: the objective compares with the model that this run begins with, and that "
+            f"cannot be built: {reason}; set objective.forgetting.kl_weight=0"
         )
-    return MergedAdapters(model, [start], "tuning.from")
+    return MergedAdapters(model, [first_adapter], "tuning.from")
 
 
 def merge_adapters(model: nn.Module, directories: list[str]) -> MergedAdapters | None:

@@ -32,7 +32,8 @@ def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     targets: list[str] = []
     if config.experts:
         modules = expert_modules(model)
-        if unsupported := unsupported_experts(model):
+        unsupported = unsupported_experts(model)
+        if unsupported:
             raise ConfigError(
                 f"tuning.experts=true: {unsupported[0]} ({type(model).__name__}) computes its experts in a way of its own, which "
                 "low-rank products cannot follow; set tuning.experts=false"
@@ -48,6 +49,7 @@ def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"tuning.router=true: {type(model).__name__} has no router beside its experts that is known here; set "
                 "tuning.router=false"
             )
+        # A router that is a plain linear layer gets an ordinary adapter, as a module.
         linear_weights = {f"{name}.weight" for name in linear_routers(model)}
         targets += [name for name in router_names if name not in linear_weights]
     return targets
@@ -168,12 +170,13 @@ def use_low_rank(model: nn.Module) -> int:
     from peft.tuners.lora import ParamWrapper
 
     wrappers: list[Any] = [m for m in model.modules() if type(m) is ParamWrapper]
+    # Only classes are exchanged: parameters, their names and peft's files stay as they are.
     for wrapper in wrappers:
         wrapper.__class__ = _wrapper_class()
         for matrix in (wrapper.lora_A[ADAPTER], wrapper.lora_B[ADAPTER]):
             matrix.__class__ = _Matrix
         base = wrapper.get_base_layer()
-        if not weight_names(base):
+        if not weight_names(base):  # a router
             kind: Any = type(base)
             base.__class__ = _with_update(kind)
     return len(wrappers)

@@ -31,6 +31,7 @@ def keys_in_file(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[s
     lost = [key for key in keys if loaded_keys[key] != key]
     if not lost:
         return {}
+    # Try the checkpoint's name of the layer: peft may rename that one to the model's.
     checkpoint_keys = {key: _checkpoint_key(model, key) for key in lost}
     loaded_keys = keys_after_loading(model, settings, checkpoint_keys.values(), ADAPTER)
     other_keys: dict[str, str | None] = {}
@@ -57,7 +58,7 @@ def check_loadable(model: Any) -> None:
     keys = []
     for name, parameter in model.named_parameters():
         if ".lora_" in name and parameter.requires_grad:
-            keys.append(name.replace(f".{ADAPTER}", ""))
+            keys.append(name.replace(f".{ADAPTER}", ""))  # files do not have the adapter's name
     lost = [key for key, other_key in keys_in_file(model, settings, keys).items() if other_key is None]
     if lost:
         layer = lost[0].removeprefix(_PREFIX).split(".lora_")[0]

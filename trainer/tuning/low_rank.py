@@ -61,6 +61,7 @@ def frozen_experts(
         """`rows @ W.T` with each row's expert's weight `name`, its update and its bias."""
         weight = getattr(module, name)
         dtype = weight.dtype if packed is None else hidden.dtype
+        # Packed weights are unpacked inside the product, and again in its backward pass: they are never kept.
         read = _unpacked if packed is None else partial(packed.whole, name, dtype=dtype)
         frozen = FrozenWeights(read, offsets, module.is_transposed)
         if low_rank is None:
