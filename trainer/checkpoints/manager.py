@@ -137,7 +137,7 @@ class Checkpoints:
         return call_on_main(lambda: bool(published(self.places)), self.runtime)
 
     def roll_back(self) -> Path:
-        """The newest complete checkpoint of this branch, from which the run now goes on. All ranks must call.
+        """The newest complete checkpoint of this branch, from which the run continues now. All ranks must call.
 
         Errors: StorageError on every rank if there is none.
         """
@@ -198,7 +198,7 @@ class Checkpoints:
 
         A pending checkpoint must be published before. If the run's directory cannot take the checkpoint,
         `checkpoint.fallback_dir` is tried. If that fails too, nothing half-written stays, and StorageError is raised on every
-        rank with `must`, or after `checkpoint.max_failures` in a row. Otherwise the run goes on with a warning, and False is
+        rank with `must`, or after `checkpoint.max_failures` in a row. Otherwise the run continues with a warning, and False is
         returned. Without `must` and with `checkpoint.background`, the checkpoint is only begun, and is then pending.
         """
         began = time.monotonic()

@@ -87,7 +87,7 @@ def frozen_model(
 ) -> FrozenReference:
     """The teacher, or without one a second copy of the model that the run begins with.
 
-    The copy has the run's `initial` weights; if the run goes on from an adapter, `folded` adds it to them. `settings` are
+    The copy has the run's `initial` weights; if the run continues from an adapter, `folded` adds it to them. `settings` are
     transformers' of the tuned model. Raises ConfigError if a teacher has another vocabulary, or a head that cannot compare
     distributions.
     """

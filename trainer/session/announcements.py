@@ -216,6 +216,7 @@ def track_evaluation(
     """
     model = report["model"]
     name = Path(model["run"] or model["path"]).name
+    # The number in `step-000500`; 0 for a model that is no checkpoint.
     step = int(re.sub(r"\D", "", model["checkpoint"] or "") or 0)
     facts = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
     opened = open_without_rows(
@@ -243,8 +244,10 @@ def track_evaluation(
     metrics: dict[str, float] = {}
     for task, task_report in report["tasks"].items():
         for metric, measured_value in task_report["metrics"].items():
-            name = f"eval/{task}/{metric}"
-            for key, field in ((name, "value"), (f"{name}/low", "low"), (f"{name}/high", "high")):
+            # The value, and the bounds of its confidence interval if it has one.
+            metric_name = f"eval/{task}/{metric}"
+            keys = {"value": metric_name, "low": f"{metric_name}/low", "high": f"{metric_name}/high"}
+            for field, key in keys.items():
                 if measured_value.get(field) is not None:
                     metrics[key] = measured_value[field]
     opened.trackers.log(metrics, step=step)

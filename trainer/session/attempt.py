@@ -42,7 +42,7 @@ class Attempt:
     phase: str = "data preparation"
     step: int | None = None
     note: str | None = None
-    """What the detectors found in a run that goes on or is done, for `status.json`."""
+    """What the detectors found in a run that continues or is done, for `status.json`."""
     run_dir: Path | None = None
     lease: Lease | None = None
     """Ownership of the run directory; on rank 0 alone."""
@@ -64,7 +64,7 @@ class Attempt:
         All ranks must call, within `timeout_s`. If they stop (Preempted) because rank 0 lost the directory, all raise LeaseLost.
         """
         meeting = Meeting.join(timeout_s, self.why_lost)
-        if meeting.store is not None:
+        if meeting.store is not None:  # several ranks
             self.heartbeats = Heartbeats(
                 meeting.store, meeting.rank, meeting.world, lambda: (self.phase, self.step), timeout_s
             )
@@ -293,7 +293,7 @@ class TimedOut(RuntimeError):
 
 
 def _before_nccl_aborts(attempt: Attempt, rank: int, exchange: Exchange) -> None:
-    """Record the exchange as the failure, and remove the record if the run goes on after all. Runs in a thread of its own."""
+    """Record the exchange as the failure, and remove the record if the run continues after all. Runs in a thread of its own."""
     position = (attempt.phase, attempt.step)
     _record_failure(
         attempt,

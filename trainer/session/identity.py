@@ -189,6 +189,7 @@ def _compare_with_earlier_start(config: RunConfig, current: Kinds, run_dir: Path
             f"run.resume: {earlier_run / IDENTITY} cannot be read ({error}), so that nobody knows what the checkpoints "
             "beside it were trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
         ) from error
+    # An earlier version did not record the settings that were added since.
     recorded = _with_later_settings(recorded, config)
     changed = differences(recorded, current, accept=config.run.accept)
     if changed:

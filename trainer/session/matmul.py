@@ -28,6 +28,7 @@ def settle_matmul(
     """
     if runtime.matmul is None or config.run.matmul is not Matmul.auto:
         return config, runtime
+    # Rank 0 chooses, and an error of it is raised on all ranks.
     resolution: Resolution | None = None
     error = None
     if runtime.is_main:

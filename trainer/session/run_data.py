@@ -55,6 +55,7 @@ def data_record(run_dir: Path) -> DataRecord:
     """The record of the run in a directory. Errors: ConfigError if neither `run.json` nor `identity.json` can be read."""
     record = readable_run_record(run_dir)
     identity = _read_object(run_dir / IDENTITY)
+    # Either file may be damaged: both have the fingerprint.
     fingerprint = (identity.get(DATA) or {}).get("fingerprint") or record.data_fingerprint
     if not fingerprint:
         raise ConfigError(

@@ -34,7 +34,7 @@ class Watchdog:
         environment = dict(os.environ)
         environment.pop("RANK", None)  # it is no rank, and is not to be sent what ranks are sent
         command = [sys.executable, "-I", "-S", __file__, f"{mask:x}", str(patience_s)]
-        with suppress(OSError):  # no room for another process: the run goes on without
+        with suppress(OSError):  # no room for another process: the run continues without
             self._process = subprocess.Popen(
                 command,
                 env=environment,

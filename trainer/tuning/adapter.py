@@ -42,7 +42,7 @@ class Adapter:
         """Whether the adapter trains a part split off the base weights, so that its files must be converted."""
         self.keeps_base = not self.needs_conversion and config.from_ is None
         """Whether switching the adapter off gives the model before training. Not so if a part was split off the base, or if the
-        run goes on from an adapter."""
+        run continues from an adapter."""
         self.new_heads = new_heads
         """Modules that the base checkpoint does not have. They train in full and are saved with the adapter."""
         self.train_embeddings = train_embeddings
@@ -57,7 +57,7 @@ class Adapter:
         self._buffers: set[str] = set()
         """Names of the buffers that peft added."""
         self._stored: StoredAdapter | None = None
-        """The adapter that training goes on from; None without one."""
+        """The adapter that training continues from; None without one."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel. Raises ConfigError, with what exists, if a target matches nothing."""

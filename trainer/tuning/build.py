@@ -26,7 +26,7 @@ def build_tuning(
     """The method that `config` names.
 
     `new_tokens`: the vocabulary grew, so embeddings must train too; `new_heads`: modules drawn anew, which must train;
-    `tokenizer` is asked by a prompt that starts at a text.
+    `tokenizer`: for a prompt that starts at a text.
     """
     # Each method is imported when it is used: most of them import peft, which takes seconds.
     if isinstance(config, VirtualConfig):

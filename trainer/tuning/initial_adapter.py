@@ -163,7 +163,7 @@ def _with_expert_settings(file: dict[str, Any]) -> dict[str, Any]:
     modules = file.get("target_modules")
     owners = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
     linear_owners = [name for name in owners if name.rsplit(".", 1)[-1] not in ("gate", "router")]
-    if parameters and not isinstance(modules, str):
+    if parameters and not isinstance(modules, str):  # a text is one regular expression
         modules = [*(modules or ()), *linear_owners]
     return {
         **file,

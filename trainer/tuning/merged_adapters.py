@@ -84,6 +84,7 @@ class _MergedAdapter:
                 f"{setting}: holds {self.tuning.base_name(extra[0])}, which is no part of an adapter (bias=all or lora_only); "
                 "merge it with peft, and give the merged model as model.path"
             )
+        # Parameters that are one object under several names, such as tied embeddings, change together.
         first_names: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             base = self.tuning.base_name(name)

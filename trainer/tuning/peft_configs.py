@@ -134,6 +134,7 @@ def virtual_config(config: VirtualConfig, task: str) -> Any:
             encoder_num_layers=config.encoder_layers,
             encoder_dropout=config.dropout,
         )
+    # Whatever the start: `Virtual` gives the values.
     return peft.PromptTuningConfig(**common, prompt_tuning_init="RANDOM")
 
 

@@ -35,6 +35,7 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
         reasons.append(f"{_last_parts(bypassed)} (the model takes the weight past the layer)")
     if unloadable:
         reasons.append(f"{_last_parts(unloadable)} (peft would not read its adapter back)")
+    # One pattern for all layers of the model, so that the expression stays short.
     patterns += [_pattern_for_all_layers(name) for name in (*special, *bypassed, *unloadable)]
     note = f"all-linear but for {' and '.join(reasons)}" if reasons else ""
     return "|".join(dict.fromkeys(patterns)) or None, note
@@ -47,6 +48,7 @@ def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for owner_name, owner in model.named_modules():
         kind: Any = type(owner)
+        # The parameters of every Mamba-like mixer.
         is_mixer = hasattr(owner, "A_log") and hasattr(owner, "D")
         for name, child in owner.named_children():
             if child is head or not isinstance(child, nn.Linear):

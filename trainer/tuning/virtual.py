@@ -108,6 +108,7 @@ class Virtual(AddedParameters):
                 "tuning=prefix: peft makes a prefix for every attention head, and falcon's heads share one set of keys; "
                 "use tuning=prompt or tuning=p_tuning"
             )
+        # A prefix stands in the window like other keys: the first tokens would fall out of it.
         window = getattr(model.config, "sliding_window", None)
         if window is not None and self.tokens >= window:
             raise ConfigError(
