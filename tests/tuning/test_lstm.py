@@ -68,7 +68,7 @@ def test_a_processor_that_has_it_computes_as_asked(tmp_path, runtime, monkeypatc
 
 def test_the_probe_finds_what_an_older_processor_lacks():
     """oneDNN held back to AVX2, as on any x86-64 processor of the years before AVX-512."""
-    code = "import torch; from trainer.tuning.lstm import runs; print(runs(torch.bfloat16))"
+    code = "import torch; from trainer.tuning.lstm import supports_dtype; print(supports_dtype(torch.bfloat16))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=clean_environment(ONEDNN_MAX_CPU_ISA="AVX2"),
