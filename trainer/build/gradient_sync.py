@@ -1,4 +1,4 @@
-"""Decides whether sharded gradients stay whole until a step's last micro-batch or are reduced in each, by memory."""
+"""Decides by memory whether sharded gradients are reduced in every micro-batch, or stay full until a step's last one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.build.recomputation import (
 from trainer.step import Built
 
 NEGLIGIBLE_SHARE = 0.01
-"""Share of the memory below which whole gradients fit without asking what else lies there."""
+"""Full gradients that take less than this share of the memory fit, whatever else is there."""
 
 
 def plan_reduction(
@@ -38,19 +38,23 @@ def plan_reduction(
         return
     shards = runtime.world_size // replica_count(strategy, runtime.world_size, runtime.hosts)
     trained = sum(p.numel() for _, p in trainable_parameters(built.step_module))
-    extra_bytes = 4.0 * trained * (1 - 1 / shards)  # in fp32, beside the shard that is there anyway
+    # Full gradients in fp32, without this rank's shard, which is there anyway.
+    extra_bytes = 4.0 * trained * (1 - 1 / shards)
     if shards == 1 or not trained:
         return
-    budget = 2**30 * (strategy.memory_gib or USABLE_SHARE * min(processes.gather_objects(device_gib(runtime), runtime)))
-    built.step_module.plan.defer_sync = extra_bytes < NEGLIGIBLE_SHARE * budget
+    usable_gib = strategy.memory_gib
+    if not usable_gib:
+        usable_gib = USABLE_SHARE * min(processes.gather_objects(device_gib(runtime), runtime))
+    budget = 2**30 * usable_gib
+    defer_sync = extra_bytes < NEGLIGIBLE_SHARE * budget
     why = f"whole gradients take {extra_bytes / 2**30:.2f} GiB more"
-    if not built.step_module.plan.defer_sync:
+    if not defer_sync:
         if built.activations is None:
             built.activations = counted_activations(built, work, strategy.activation_checkpointing, precision)
-        other_bytes = model_state(built, strategy, precision, runtime) + activations_of(
-            built, work, strategy, precision
-        )
-        built.step_module.plan.defer_sync = other_bytes + extra_bytes <= budget
-        why += f"; estimated peak with them {(other_bytes + extra_bytes) / 2**30:.2f} of {budget / 2**30:.2f} GiB"
-    choice = "true" if built.step_module.plan.defer_sync else "false, reduced in each micro-batch"
+        state_bytes = model_state(built, strategy, precision, runtime)
+        peak_bytes = state_bytes + activations_of(built, work, strategy, precision) + extra_bytes
+        defer_sync = peak_bytes <= budget
+        why += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB"
+    built.step_module.plan.defer_sync = defer_sync
+    choice = "true" if defer_sync else "false, reduced in each micro-batch"
     built.substitutions["strategy.defer_sync"] = f"null -> {choice} ({why})"

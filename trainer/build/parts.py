@@ -1,4 +1,4 @@
-"""Makes data, the model up to a sharded engine, and batches from the configuration of a run. All ranks must call."""
+"""Builds the parts of a run from its configuration: data, the model up to a sharded engine, batches. All ranks must call."""
 
 from __future__ import annotations
 
@@ -69,10 +69,11 @@ def prepare_data(
     choose_date: ChooseDate | None = None,
     say: PrintLine = print_on_rank_0,
 ) -> Prepared:
-    """The prepared data set of the run, from the cache where nothing has changed. `stop` is asked now and then.
+    """The prepared data set of the run, from the cache if nothing has changed.
 
-    `say` gets a line every 15 s. `choose_date`: as in `Preparation`; without it the date is the run's, else that of the cache.
-    Errors: DataError, also where the objective could learn nothing from it.
+    `stop`: called now and then, whether to stop. `say`: gets a line every 15 s. `choose_date`: as in `Preparation`; by default
+    the date that the run has kept, else that of the cache. Errors: DataError, also if the objective could learn nothing from
+    the data.
     """
     reading = reading_of(config.objective)
     data = Preparation(
@@ -89,19 +90,24 @@ def prepare_data(
 
 
 def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, stop: Callable[[], bool]) -> None:
-    """Part i of n of the first pass over the data; `prepare_data` merges them once all are made."""
-    reading = reading_of(config.objective)
-    choose_date = keep_or_first_date(kept_date(config))
-    Preparation(config.data, tokenizer, reading, seed=config.run.seed, stop=stop, choose_date=choose_date).make_shard(
-        *shard
+    """Make shard (i, n), part i of n, of the first pass over the data. `prepare_data` merges the parts when all are made."""
+    preparation = Preparation(
+        config.data,
+        tokenizer,
+        reading_of(config.objective),
+        seed=config.run.seed,
+        stop=stop,
+        choose_date=keep_or_first_date(kept_date(config)),
     )
+    preparation.make_shard(*shard)
 
 
 def build_loader(
     config: RunConfig, data: Prepared, built: Built, engine: Engine, runtime: processes.Runtime
 ) -> tuple[StepLoader, int]:
-    """The batches of this rank, and how many steps the budget makes of them."""
-    reading, global_batch = built.reading, config.batch["global"]
+    """(the batches of this rank, the optimizer steps that the budget makes of them)."""
+    reading = built.reading
+    global_batch = config.batch["global"]
     units, order = build_order(
         config.data, data.train, sequences_per_document=reading.sequences_per_document, seed=config.run.seed
     )
@@ -123,12 +129,14 @@ def build_loader(
 def build_engine(
     config: RunConfig, tokenizer: Any, data: Prepared, precision: Precision, runtime: processes.Runtime
 ) -> tuple[Engine, Built, WeightSource]:
-    """Architecture on meta, tuned, sharded, filled, with its optimizer. All ranks must call."""
+    """Build the model on meta, tune it, shard it, load it, and make its optimizer. All ranks must call."""
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
     if built.scheme is not None and config.model.keep_packed:
         source.checkpoint.keep(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
+
+    # Decisions about the step that need the model before it is sharded. Engines read them from its plan.
     built.step_module.plan.ema_decay = config.optim.ema_decay
     built.step_module.neftune_alpha = config.model.neftune_alpha
     built.substitutions.update(lstm.lstm_substitutions(built.step_module, precision, runtime.device))
@@ -137,6 +145,7 @@ def build_engine(
     plan_checkpointing(built, longest_batch, config.strategy, precision, runtime)
     plan_reduction(built, longest_batch, config.strategy, precision, runtime, micro_batches=micro_batches_per_step)
     expect_memory(built, longest_batch, config.strategy, precision, runtime)
+
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
         built.step_module,
@@ -149,14 +158,15 @@ def build_engine(
 
 
 def workload(config: RunConfig, data: Prepared) -> Workload:
-    """What one forward pass of a rank is made of, at most."""
-    return Workload(data.train, config.batch["micro"], config.data.max_length if config.data.packing else None)
+    """The largest forward pass that a rank of this run makes."""
+    row_tokens = config.data.max_length if config.data.packing else None
+    return Workload(data.train, config.batch["micro"], row_tokens)
 
 
 def build_model(
     config: RunConfig, tokenizer: Any, data: Prepared, context: AbstractContextManager[None], *, half_on_gpu: bool
 ) -> tuple[Built, WeightSource]:
-    """The tuned architecture on meta and where its values come from, checked against each other; reads only headers."""
+    """(the tuned architecture on meta, the source of its values), checked against each other. Reads only headers of files."""
     objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
     layout, layout_notes = common_layout(
         config.data.layout, teacher_model(config.model, objective), half_on_gpu=half_on_gpu
@@ -187,17 +197,18 @@ def build_model(
         fixed=built.two_sides.fixed if built.two_sides else None,
     )
     source.zeroed = built.zeroed
-    shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
+    shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(built.step_module)}
     source.check(shapes, head_prefixes=built.head_prefixes)
     attach_frozen(built, config.model, objective, config.tuning, source, tokenizer)
     return built, source
 
 
 def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
-    """Raise ConfigError where documents or packs do not fit the model that was built."""
+    """Raise ConfigError if documents or packs do not fit the model that was built."""
     positions = getattr(text_settings(built.config), "max_position_embeddings", None)
     family = family_of(config.objective)
-    if family.kind is not ModelKind.encoder_decoder:  # whose sides have positions each of their own
+    # Each side of an encoder-decoder has positions of its own, which are checked below.
+    if family.kind is not ModelKind.encoder_decoder:
         check_positions(config.tuning, int(data.train.lengths.max(initial=0)), positions)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
@@ -212,7 +223,7 @@ def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
 
 
 def right_alone(built: Built, objective: ObjectiveConfig) -> bool:
-    """Whether the model is right for one row at a time only."""
+    """Whether the model computes correctly only if a batch has one row."""
     if family_of(objective).kind is not ModelKind.causal:
         return False
     plain: Any = plain_model(built.step_module.model)
@@ -220,14 +231,17 @@ def right_alone(built: Built, objective: ObjectiveConfig) -> bool:
 
 
 def _check_alone(config: RunConfig, built: Built, data: Prepared) -> None:
-    """Raise ConfigError where a model that reads one document at a time would be given several."""
-    kind, name = built.config.model_type, config.objective.name
+    """Raise ConfigError if a model that is right for one document at a time would be given several."""
+    kind = built.config.model_type
+    name = config.objective.name
     if built.reading.sequences_per_document > 1:
         problem = f"objective={name}: compares documents of one batch, and a {kind} is right for one at a time only"
         raise ConfigError(f"{problem}; use objective=sft, or another model")
     batches = {"batch.micro": config.batch["micro"]}
-    batches |= {"evaluation.batch": config.evaluation.batch} if data.evaluation else {}
-    if too_large := {key: size for key, size in batches.items() if size > 1}:
+    if data.evaluation:
+        batches["evaluation.batch"] = config.evaluation.batch
+    too_large = {key: size for key, size in batches.items() if size > 1}
+    if too_large:
         typed = " and ".join(f"{key}={size}" for key, size in too_large.items())
         remedy = " ".join(f"{key}=1" for key in too_large)
         raise ConfigError(
@@ -246,17 +260,20 @@ def build_step(
     context: AbstractContextManager[None],
     half_on_gpu: bool,
 ) -> Built:
-    """Architecture, added vocabulary and tuning, all on the meta device; raises ConfigError, touches no weights."""
+    """The architecture with added vocabulary and tuning, all on the meta device. Touches no weights. Errors: ConfigError."""
     attention_module.register()
     flex.register()
     experts.register()
     family = family_of(objective_config)
+    is_classifier = family.kind is ModelKind.classifier
+    is_encoder_decoder = family.kind is ModelKind.encoder_decoder
+
+    # The architecture.
     model_config = copy.deepcopy(load_model_config(config))
     new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
     grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     check_kind(model_config.to_dict(), config.path, family.kind, family.name, {})
-    classifier, seq2seq = family.kind is ModelKind.classifier, family.kind is ModelKind.encoder_decoder
-    if classifier:
+    if is_classifier:
         outputs = family.num_outputs or num_labels
         describe_head(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
     needs_padding = needs_padded_rows(tuning_config)
@@ -269,38 +286,63 @@ def build_step(
             family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
         )
     model.tie_weights()
-    two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
-    plain, zeroed = copy.deepcopy(model), still_rows(model, arrangement)
-    if seq2seq or (not classifier and model.forward_path.fused):
+    two_sides = encoder_decoder.finish(model, weights_directory(config)) if is_encoder_decoder else None
+
+    # What must be known of it before its layers are replaced and wrapped.
+    plain = copy.deepcopy(model)
+    zeroed = still_rows(model, arrangement)
+    if is_encoder_decoder or (not is_classifier and model.forward_path.fused):
         fuse_head(model, model_config, frozen_row=next(iter(zeroed.values()), None))
     vocabulary = vocabulary_names(model)
-    heads = head_names(model) if classifier else ()
-    blocks = encoder_decoder.block_classes(model) if seq2seq else block_class_names(model)
-    folded, head = merge_adapters(model, config.adapters), model.get_output_embeddings()
+    heads = head_names(model) if is_classifier else ()
+    blocks = encoder_decoder.block_classes(model) if is_encoder_decoder else block_class_names(model)
+    folded = merge_adapters(model, config.adapters)
+    head = model.get_output_embeddings()
+
+    # Tuning, and what it must leave alone.
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
     encoder_decoder.freeze_fixed(model)
     freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
-    if choosers := freeze_choosers(model):
+    choosers = freeze_choosers(model)
+    if choosers:
         arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
     model.train()
-    objective = build_objective(objective_config, ReferenceModels(tuning.reference if tuning.keeps_base else None))
-    step = TrainStep(model, objective, blocks)
+
+    # The step module, and how it gets its batches.
+    step = TrainStep(model, build_objective(objective_config, _reference_models(tuning)), blocks)
     step.plan.optimizer_hooks = optimizer_hooks(tuning)
     reading = family.reading(objective_config)
-    collator = reading.collator(
-        arrangement.layout, tokenizer.pad_token_id, two_sides.decoder_start if two_sides else None
+    decoder_start = two_sides.decoder_start if two_sides else None
+    built = Built(
+        step_module=step,
+        tuning=tuning,
+        reading=reading,
+        collator=reading.collator(arrangement.layout, tokenizer.pad_token_id, decoder_start),
+        arrangement=arrangement,
+        new_token_ids=new_ids,
+        vocabulary=vocabulary,
+        plain=plain,
+        head_prefixes=heads,
+        config=model_config,
+        two_sides=two_sides,
+        zeroed=zeroed,
+        folded=folded,
     )
-    built = Built(step, tuning, reading, collator, arrangement, new_ids, vocabulary, plain, heads, model_config)
-    built.two_sides, built.folded, built.zeroed = two_sides, folded, zeroed
-    if note := getattr(tuning, "note", ""):
-        built.substitutions["tuning.targets"] = note
+    tuning_note = getattr(tuning, "note", "")
+    if tuning_note:
+        built.substitutions["tuning.targets"] = tuning_note
     _equip(built, config, head, family.kind)
     return built
 
 
+def _reference_models(tuning: Tuning, teacher: Any = None) -> ReferenceModels:
+    """What an objective may compare with: the base under the adapter if the tuning keeps it, and a teacher if there is one."""
+    return ReferenceModels(tuning.reference if tuning.keeps_base else None, teacher)
+
+
 def _equip(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> None:
-    """Pack the base, give adapters their fast forms, and let routers be seen: what follows once everything is in place."""
+    """The last changes to a tuned model: pack its base, fuse adapters, and add the losses of routers and logits."""
     step = built.step_module
     _quantise(built, config, head)
     fuse_lora(step.model)
@@ -310,26 +352,29 @@ def _equip(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> Non
 
 
 def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> None:
-    """Keep towers for images and sound from training: texts give them no gradient."""
+    """Freeze the towers for images and sound, the modules `names`: texts give them no gradient."""
+    prefixes = tuple(f"{name}." for name in names)
+    if not prefixes:
+        return
     for name, parameter in model.named_parameters():
-        if names and tuning.base_name(name).startswith(tuple(f"{n}." for n in names)):
+        if tuning.base_name(name).startswith(prefixes):
             parameter.requires_grad_(False)
 
 
 def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
-    """Store frozen layers packed, where asked for; after tuning, since peft sizes its adapters by ordinary layers."""
-    built.scheme = scheme = Scheme.asked(config.quantisation, config.double_quantisation)
-    if scheme is not None:
-        built.quantised = quantise_layers(
-            built.step_module.model, scheme, keep=head, heads=built.head_prefixes, base_name=built.tuning.base_name
-        )
-        model, base_name = built.step_module.model, built.tuning.base_name
-        built.quantised |= quantise_experts(model, scheme, plain=names_kept_in_float32(model), base_name=base_name)
-        trained_names = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if (
-            unpacked_note := not_packed(built.plain, {*built.quantised, *built.vocabulary, *trained_names})
-        ) is not None:
-            built.substitutions["model.quantisation"] = f"{scheme} -> {unpacked_note}"
+    """Store frozen layers packed if the model asks for it. After tuning: peft sizes its adapters by ordinary layers."""
+    scheme = Scheme.asked(config.quantisation, config.double_quantisation)
+    built.scheme = scheme
+    if scheme is None:
+        return
+    model = built.step_module.model
+    base_name = built.tuning.base_name
+    built.quantised = quantise_layers(model, scheme, keep=head, heads=built.head_prefixes, base_name=base_name)
+    built.quantised |= quantise_experts(model, scheme, plain=names_kept_in_float32(model), base_name=base_name)
+    trained_names = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unpacked_note = not_packed(built.plain, {*built.quantised, *built.vocabulary, *trained_names})
+    if unpacked_note is not None:
+        built.substitutions["model.quantisation"] = f"{scheme} -> {unpacked_note}"
 
 
 def attach_frozen(
@@ -340,23 +385,25 @@ def attach_frozen(
     source: WeightSource,
     tokenizer: Any,
 ) -> None:
-    """Give the step module what its objective compares with, where that is a model: a teacher, or the one before training.
+    """Give the step module the frozen model that its objective compares with: a teacher, or the model before training.
 
-    With a new adapter the model before training is the tuned one with the adapter off. With one that was trained before
-    (`tuning.from`) it is the base with that adapter. Raises ConfigError where a teacher has another vocabulary, or a head that
+    With a new adapter, the model before training is the tuned model with the adapter off. With an adapter that was trained before
+    (`tuning.from`) it is the base with that adapter. Raises ConfigError if a teacher has another vocabulary, or a head that
     cannot be compared.
     """
-    family, step, tuning = family_of(objective), built.step_module, built.tuning
+    family = family_of(objective)
+    step = built.step_module
+    tuning = built.tuning
     if not family.compares_distributions(objective):
         return
     check_head(step.model, f"objective={family.name}")
-    if family.teacher(objective) is None and tuning.keeps_base:
+    has_teacher = family.teacher(objective) is not None
+    if not has_teacher and tuning.keeps_base:
         return
     # A teacher has weights of its own, whatever the run begins with.
-    start = merge_initial_adapter(built.plain, tuning_config) if family.teacher(objective) is None else None
+    start = None if has_teacher else merge_initial_adapter(built.plain, tuning_config)
     frozen = frozen_model(config, objective, built.config, built.arrangement, source, start, tokenizer)
-    step.teacher, source.teacher = frozen.model, frozen.weights
-    step.objective = build_objective(
-        objective, ReferenceModels(tuning.reference if tuning.keeps_base else None, frozen.model)
-    )
+    step.teacher = frozen.model
+    source.teacher = frozen.weights
+    step.objective = build_objective(objective, _reference_models(tuning, frozen.model))
     step.add_block_classes(frozen.block_classes)

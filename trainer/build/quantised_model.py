@@ -1,4 +1,4 @@
-"""The engine that evaluates a model stored in 4 or 8 bits, whole on each rank. All ranks must call."""
+"""Builds the engine that evaluates a model stored in 4 or 8 bits. Every rank holds the full model. All ranks must call."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from trainer.step import Built
 def build_as_stored(
     config: RunConfig, tokenizer: Any, data: Prepared, runtime: Runtime
 ) -> tuple[Engine, Built, Precision]:
-    """(engine, what is in it, the type that lies in no few bits, in which it computes: nothing is cast). Nothing is trained.
+    """(engine, the model in it, the precision that it computes in). Nothing is trained. Errors: ConfigError.
 
-    Errors: ConfigError.
+    The precision is the type of the weights that are not in few bits: nothing is cast.
     """
     objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
     built = build_step(
@@ -46,8 +46,9 @@ def build_as_stored(
         module,
         make_optimizer=lambda named_parameters: torch.optim.SGD([parameter for _, parameter in named_parameters]),
         max_grad_norm=0.0,
-        precision=Precision.fp32,  # casts nothing
+        precision=Precision.fp32,  # no autocast
         runtime=runtime,
         strategy=config.strategy.name,
     )
-    return engine, built, next(precision for precision, computed in COMPUTE_DTYPE.items() if computed is dtype)
+    precision = next(precision for precision, compute_dtype in COMPUTE_DTYPE.items() if compute_dtype is dtype)
+    return engine, built, precision

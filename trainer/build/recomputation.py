@@ -1,4 +1,4 @@
-"""Plans which blocks recompute, from the run's own model, its longest micro-batch and its memory."""
+"""Plans which blocks recompute activations, from the run's own model, its longest micro-batch and the memory of the device."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from trainer.model.architecture import width_and_blocks
 from trainer.step import Built
 
 USABLE_SHARE = 0.9
-"""Share of the device's memory that is planned with: the rest is for the libraries, collectives and fragments."""
+"""Share of the device's memory that plans may use. The rest is for libraries, collectives and fragmentation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What one forward pass of a rank is made of, at most."""
+    """The largest forward pass that a rank makes."""
 
     train: TokenDataset
     micro_batch: int
     """Documents (packs)."""
     row_tokens: int | None = None
-    """Tokens of each pack; None where documents are not packed."""
+    """Tokens of each pack; None if documents are not packed."""
 
 
 def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
@@ -43,22 +43,25 @@ def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
 
 def longest_lengths(reading: Reading, work: Workload) -> list[int]:
     """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be."""
-    num_sequences = work.micro_batch * reading.sequences_per_document
     if work.row_tokens is not None:
         return [work.row_tokens] * work.micro_batch
     lengths = np.asarray(work.train.lengths)
-    num_sequences = min(num_sequences, len(lengths))
-    longest: list[int] = np.sort(np.partition(lengths, -num_sequences)[-num_sequences:])[::-1].tolist()
-    return longest
+    num_sequences = min(work.micro_batch * reading.sequences_per_document, len(lengths))
+    longest = np.partition(lengths, -num_sequences)[-num_sequences:]
+    longest_first: list[int] = np.sort(longest)[::-1].tolist()
+    return longest_first
 
 
 def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
-    """A micro-batch of sequences of these lengths in tokens, all supervised, on the CPU; their values mean nothing."""
-    # Shapes do not depend on the values of marks, counts and means.
+    """A micro-batch with sequences of these lengths in tokens, on the CPU. All tokens are supervised; values mean nothing.
+
+    The values of marks, counts and means do not matter either: shapes do not depend on them.
+    """
     samples = [Sample(np.zeros(n, np.int32), np.ones(n, dtype=bool), built.reading.marks) for n in lengths]
     batch = built.collator(samples)
     for rows in (batch, batch.get("replay", {})):
-        if "attention_mask" in rows:  # transformers would look for padding in its values; rows are as long as they get
+        # transformers would look for padding in the values of the mask. As if there were none, rows have their full length.
+        if "attention_mask" in rows:
             rows["attention_mask"] = None
     batch["totals"] = dict.fromkeys(built.reading.counts(samples[0]), 1)
     batch["ahead"] = {term: torch.zeros(()) for term in built.step_module.objective.look_ahead_terms}
@@ -66,9 +69,9 @@ def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
 
 
 def measured_activations(built: Built, work: Workload, precision: Precision) -> Activations:
-    """What the longest micro-batch keeps for its backward pass; allocates nothing.
+    """What the longest micro-batch keeps for its backward pass. Allocates nothing.
 
-    Raises ConfigError for a model that looks at values on its way, of which there are none.
+    Raises ConfigError for a model whose forward pass looks at values: meta tensors have none.
     """
     try:
         if built.two_sides is not None:
@@ -84,7 +87,7 @@ def measured_activations(built: Built, work: Workload, precision: Precision) -> 
 def counted_activations(
     built: Built, work: Workload, mode: ActivationCheckpointing, precision: Precision
 ) -> float | None:
-    """Bytes of activations at the peak of the longest micro-batch if every block does `mode`; None if they cannot be counted."""
+    """Bytes of activations at the peak of the longest micro-batch if every block does `mode`. None if they cannot be counted."""
     try:
         activations = measured_activations(built, work, precision)
     except ConfigError:
@@ -93,7 +96,7 @@ def counted_activations(
 
 
 def activations_of(built: Built, work: Workload, strategy: StrategyConfig, precision: Precision) -> float:
-    """Bytes of activations of the longest micro-batch: as they were counted for a plan, else by a rule of thumb."""
+    """Bytes of activations of the longest micro-batch: the counted ones if a plan has counted them, else by a rule of thumb."""
     if built.activations is not None:
         return built.activations
     lengths = longest_lengths(built.reading, work)
@@ -107,9 +110,9 @@ def activations_of(built: Built, work: Workload, strategy: StrategyConfig, preci
 def plan_checkpointing(
     built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
-    """Resolve `activation_checkpointing=auto`: note each block's part in the step module, and why in the substitutions.
+    """Resolve `activation_checkpointing=auto`: put the mode of each block into the plan of the step module, and note why.
 
-    All ranks must call; they follow rank 0.
+    All ranks must call. They follow rank 0.
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
         return
@@ -120,11 +123,12 @@ def plan_checkpointing(
     modes = processes.broadcast_object(modes, runtime)
     built.step_module.plan.recomputation = modes
     built.activations = activations.total(modes)
-    parts = [f"{mode} in {n} of {len(modes)} blocks" for mode in ActivationCheckpointing if (n := modes.count(mode))]
-    peak = (state_size + built.activations) / 2**30
+    counts = {mode: modes.count(mode) for mode in ActivationCheckpointing}
+    parts = [f"{mode} in {count} of {len(modes)} blocks" for mode, count in counts.items() if count]
+    peak_gib = (state_size + built.activations) / 2**30
     verdict = "" if fits else "; more than there is: lower batch.micro or data.max_length, or shard more"
     built.substitutions["strategy.activation_checkpointing"] = (
-        f"auto -> {', '.join(parts) or 'none'} (estimated peak {peak:.2f} of {budget:.2f} GiB{verdict})"
+        f"auto -> {', '.join(parts) or 'none'} (estimated peak {peak_gib:.2f} of {budget:.2f} GiB{verdict})"
     )
 
 
@@ -140,16 +144,17 @@ def model_state(built: Built, strategy: StrategyConfig, precision: Precision, ru
 
 
 def device_gib(runtime: processes.Runtime) -> float:
-    """Memory of this rank's device in GiB; on a CPU its part of what the host, or the cgroup of the job, has."""
+    """Memory of this rank's device in GiB. On a CPU an equal part of the memory of the host, or of the job's cgroup."""
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_properties(runtime.device).total_memory / 2**30
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(total, processes.cgroup_memory() or total) / runtime.local_world_size / 2**30
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    usable_bytes = min(host_bytes, processes.cgroup_memory() or host_bytes)
+    return usable_bytes / runtime.local_world_size / 2**30
 
 
 def expect_memory(
     built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
-    """Note in `built` what memory a rank is expected to take. Needs the model before it is sharded; no collective."""
+    """Note in `built` how much memory a rank is expected to take. Needs the model before it is sharded. No collective."""
     state = model_state(built, strategy, precision, runtime)
     built.expected = state, activations_of(built, work, strategy, precision)

@@ -1,8 +1,8 @@
 """`launcher.stage`: copies weights and tokens from slow storage to a disk of the node.
 
-All ranks must call. The first rank of a node copies, and the others wait for a lock on that disk. A copy is named by
-its source (path, names, sizes, modification times), verified when it is made and when it is used, kept while a run
-needs it or may be resumed, and removed when its last run is done. Nothing communicates.
+All ranks must call, but nothing communicates. The first rank of a node copies, and the others wait for a lock on that disk. The
+name of a copy comes from its source (path, names, sizes, modification times). A copy is verified when it is made and when it is
+used. It stays while a run needs it or may be resumed, and is removed when its last run is done.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ from trainer.data.store.sequences import TokenDataset
 from trainer.model.loading import WANTED, weights_directory
 
 COPY_RECORD = "copy.json"
-"""In a finished copy: what it is of, and the digests of its files."""
+"""Record in a finished copy: its source, and the digests of its files."""
 IN_USE = ".in-use"
-"""Behind a copy's name: the file that each process which reads it has locked with others."""
+"""Suffix of the lock file of a copy. Each process that reads the copy holds a shared lock on it."""
 CHUNK_BYTES = 16 << 20
 STALE_S = 7 * 86400
-"""Seconds after its last use in which a copy is left alone that no run took away: of one that was killed and never went on."""
+"""An unused copy is removed this many seconds after its last use: its run was killed and never resumed."""
 SPARE_SHARE = 0.02
 """Share of the disk that stays free."""
 NOT_COPIED = ("documents.arrow", "audit.html", "audit.json", "datacard.md")
-"""Of prepared data: what training reads seldom or never, from where it was."""
+"""Files of prepared data that training reads seldom or never. They are read where they are."""
 
 
 @dataclass(slots=True)
 class Copy:
-    """A directory of which there is a copy here."""
+    """A copy of a directory on this node's disk."""
 
     what: str
     source: Path
     path: Path
     size: int
     lock: int
-    """Descriptor of the lock that says that it is read."""
+    """Descriptor that holds the lock of a reader."""
 
 
 @dataclass(slots=True)
 class Staged:
-    """What is read from this node's disk."""
+    """The copies that this process reads, by what they are of: `model`, `data`."""
 
     copies: dict[str, Copy] = field(default_factory=dict)
 
     def with_local_model(self, config: RunConfig) -> RunConfig:
-        """The configuration for what reads weights, with their place here; what a run tells of itself has the given one."""
+        """The configuration with the model's path here, for code that reads weights. Records of the run keep the given path."""
         if "model" not in self.copies:
             return config
         return replace(config, model=replace(config.model, path=str(self.copies["model"].path)))
 
     def with_local_tokens(self, data: Prepared) -> Prepared:
-        """The data with its tokens here."""
+        """The data with its tokens read from the copy."""
         if "data" not in self.copies:
             return data
         place = self.copies["data"].path
@@ -74,16 +74,20 @@ class Staged:
         return replace(data, train=TokenDataset.open(place / "train"), evaluation=held_out)
 
     def record(self) -> dict[str, Any]:
-        """What `run.json` says of it, of this node."""
+        """The entry of `run.json` about the copies of this node; empty if there are none."""
         if not self.copies:
             return {}
-        copies = {what: {"from": str(c.source), "to": str(c.path), "bytes": c.size} for what, c in self.copies.items()}
-        return {"staged": copies}
+        rows = {}
+        for what, copy in self.copies.items():
+            rows[what] = {"from": str(copy.source), "to": str(copy.path), "bytes": copy.size}
+        return {"staged": rows}
 
     def remove(self) -> None:
-        """The run is done: the last process of the node that reads a copy takes it away. What is open stays readable."""
+        """Called when the run is done. The last process of the node that reads a copy removes it. Open files stay readable."""
         for copy in self.copies.values():
-            with suppress(OSError):  # the disk of a node that ends is not worth a failure
+            # An error on the disk of a node is no reason for a finished run to fail.
+            with suppress(OSError):
+                # The exclusive lock is granted only if nobody else reads the copy.
                 fcntl.flock(copy.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(copy.path)
             os.close(copy.lock)
@@ -91,10 +95,10 @@ class Staged:
 
 
 def stage(config: RunConfig, data: Prepared, *, stop: Callable[[], bool]) -> Staged:
-    """The copies that `launcher.stage` asks for; none where it asks for none. `stop` is asked now and then.
+    """Make the copies that `launcher.stage` asks for, or use those that are there. `stop`: called now and then, whether to stop.
 
-    Errors: ConfigError for a place that this node does not know, StorageError where it has no room or cannot be written,
-    Preempted where `stop` says so.
+    Errors: ConfigError for a directory with a variable that this node does not have, StorageError if the disk has no room or
+    cannot be written, Preempted if `stop` says so.
     """
     if config.launcher.stage is None:
         return Staged()
@@ -105,9 +109,15 @@ def stage(config: RunConfig, data: Prepared, *, stop: Callable[[], bool]) -> Sta
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root, stop):
-            copies = {what: _valid_copy(root, what, files) for what, files in wanted_files.items()}
-            missing = {what: files for what, files in wanted_files.items() if copies[what] is None}
-            _make_room(root, config.launcher.stage, missing, keep={c.path for c in copies.values() if c is not None})
+            copies: dict[str, Copy] = {}
+            missing: dict[str, _Files] = {}
+            for what, files in wanted_files.items():
+                valid_copy = _valid_copy(root, what, files)
+                if valid_copy is None:
+                    missing[what] = files
+                else:
+                    copies[what] = valid_copy
+            _make_room(root, config.launcher.stage, missing, keep={copy.path for copy in copies.values()})
             for what, files in missing.items():
                 copies[what] = _copy(root, what, files, stop)
     except OSError as error:
@@ -115,11 +125,11 @@ def stage(config: RunConfig, data: Prepared, *, stop: Callable[[], bool]) -> Sta
             f"launcher.stage={config.launcher.stage}: {error.filename or root} on {socket.gethostname()}: "
             f"{error.strerror or error}; name a disk of the node that can be written, or leave launcher.stage out"
         ) from error
-    return Staged({what: copy for what, copy in copies.items() if copy is not None})
+    return Staged({what: copies[what] for what in wanted_files})
 
 
 def place_of(text: str) -> Path:
-    """The directory of this user on this node; variables are those of the node. Raises ConfigError."""
+    """The directory of this user on this node's disk. Variables in `text` are those of the node. Errors: ConfigError."""
     path = str(Path(os.path.expandvars(text)).expanduser())
     if "$" in path:
         raise ConfigError(
@@ -130,7 +140,7 @@ def place_of(text: str) -> Path:
 
 @dataclass(slots=True)
 class _Files:
-    """Files below a directory, by relative name."""
+    """Files below a directory, by relative name, and a key that changes with them."""
 
     source: Path
     names: list[str]
@@ -149,7 +159,10 @@ class _Files:
 
 
 def _weights(source: Path) -> _Files:
-    return _Files(source, sorted({path.name for pattern in WANTED for path in source.glob(pattern) if path.is_file()}))
+    names: set[str] = set()
+    for pattern in WANTED:
+        names |= {path.name for path in source.glob(pattern) if path.is_file()}
+    return _Files(source, sorted(names))
 
 
 def _tokens(source: Path) -> _Files:
@@ -158,9 +171,10 @@ def _tokens(source: Path) -> _Files:
 
 
 def _valid_copy(root: Path, what: str, files: _Files) -> Copy | None:
-    """The copy that was made before, if every file of it is as it was written; a broken one is removed."""
+    """The copy that was made before, if every file of it is as it was written. A broken one is removed; then None."""
     path = root / f"{what}-{files.key[:16]}"
-    use = _lock_for_use(path, fcntl.LOCK_SH)  # first: the run that takes it away holds no other lock
+    # Locked before it is looked at: a run that removes it holds no other lock.
+    use = _lock_for_use(path, fcntl.LOCK_SH)
     try:
         written = json.loads((path / COPY_RECORD).read_text(encoding="utf-8"))["digests"]
         if written == {name: sampled_digest(path / name) for name in files.names}:
@@ -175,7 +189,7 @@ def _valid_copy(root: Path, what: str, files: _Files) -> Copy | None:
 
 
 def _copy(root: Path, what: str, files: _Files, stop: Callable[[], bool]) -> Copy:
-    """Copy, and compare with what was read. Errors: OSError, StorageError, Preempted."""
+    """Make a copy, and compare it with its source. Errors: OSError, StorageError, Preempted."""
     path = root / f"{what}-{files.key[:16]}"
     partial = root / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -209,14 +223,16 @@ def _copy_file(source: Path, target: Path, stop: Callable[[], bool]) -> str:
 
 
 def _make_room(root: Path, setting: str, missing: dict[str, _Files], *, keep: set[Path]) -> None:
-    """Remove what nobody uses, where it is old or in the way. Raises StorageError with the numbers where that is not enough."""
+    """Remove copies that nobody uses if they are old or in the way. Raises StorageError, with numbers, if that is not enough."""
     needed = sum(files.size for files in missing.values())
     for broken in root.glob(".*.partial"):
         shutil.rmtree(broken, ignore_errors=True)
     for path in sorted(_unused(root, keep), key=_last_used):
-        if not path.exists() or time.time() - _last_used(path) > STALE_S or _free(root) < needed:
+        is_stale = time.time() - _last_used(path) > STALE_S
+        if not path.exists() or is_stale or _free(root) < needed:
             _remove(path)
-    if (free := _free(root)) >= needed:
+    free = _free(root)
+    if free >= needed:
         return
     parts = ", ".join(f"{what} {_gib(files.size)}" for what, files in missing.items())
     raise StorageError(
@@ -226,20 +242,24 @@ def _make_room(root: Path, setting: str, missing: dict[str, _Files], *, keep: se
 
 
 def _free(root: Path) -> int:
+    """Bytes that copies may take."""
     usage = shutil.disk_usage(root)
     return usage.free - int(SPARE_SHARE * usage.total)
 
 
 def _unused(root: Path, keep: set[Path]) -> Iterator[Path]:
-    """Copies, and what is left of their locks."""
-    for name in {path.name.removesuffix(IN_USE) for path in root.iterdir() if not path.name.startswith(".")}:
-        if (path := root / name) not in keep:
-            with suppress(OSError):
+    """Copies that no process reads, also if only their lock file is left. Those in `keep` are left out."""
+    names = {path.name.removesuffix(IN_USE) for path in root.iterdir() if not path.name.startswith(".")}
+    for name in names:
+        path = root / name
+        if path not in keep:
+            with suppress(OSError):  # somebody reads it
                 os.close(_lock_for_use(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
                 yield path
 
 
 def _last_used(path: Path) -> float:
+    """When a copy was last used, in seconds since the epoch; 0 if nobody knows."""
     try:
         return Path(f"{path}{IN_USE}").stat().st_mtime
     except OSError:
@@ -247,11 +267,14 @@ def _last_used(path: Path) -> float:
 
 
 def _lock_for_use(path: Path, how: int) -> int:
-    """A descriptor with a lock of a copy's users, which ends with the process. Errors: OSError, also where others hold it."""
+    """A descriptor that holds a lock on a copy until it is closed or the process ends. `how`: a mode of `fcntl.flock`.
+
+    Errors: OSError, also if others hold the lock and `how` does not wait.
+    """
     descriptor = os.open(f"{path}{IN_USE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, how)
-        if not how & fcntl.LOCK_NB:
+        if not how & fcntl.LOCK_NB:  # a reader, not somebody who wants to remove the copy
             os.utime(descriptor)
     except OSError:
         os.close(descriptor)
@@ -260,14 +283,14 @@ def _lock_for_use(path: Path, how: int) -> int:
 
 
 def _remove(path: Path) -> None:
-    """To be called under the lock of the place, without which nobody begins to use a copy."""
+    """Remove a copy. The caller must hold the lock of the directory, without which nobody begins to use a copy."""
     shutil.rmtree(path, ignore_errors=True)
     Path(f"{path}{IN_USE}").unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(root: Path, stop: Callable[[], bool]) -> Iterator[None]:
-    """One process of the node at a time. Raises Preempted where this one is told to stop while it waits."""
+    """Inside the context this is the only process of the node that stages. Raises Preempted if it must stop while it waits."""
     with (root / ".lock").open("a", encoding="utf-8") as file:
         while True:
             with suppress(BlockingIOError):
