@@ -36,6 +36,7 @@ from trainer.model.architecture import (
 from trainer.model.compat import names_kept_in_float32
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.frozen_rows import still_rows
+from trainer.model.layout import Arrangement
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, not_packed, quantise_layers
 from trainer.model.quantised_experts import quantise_experts
@@ -276,8 +277,8 @@ def build_step(
     if is_classifier:
         outputs = family.num_outputs or num_labels
         describe_head(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
-    needs_padding = needs_padded_rows(tuning_config)
     if family.kind is ModelKind.causal:
+        needs_padding = needs_padded_rows(tuning_config)
         model, arrangement = causal_model(
             config, model_config, layout, needs_padding=needs_padding, half_on_gpu=half_on_gpu, context=context
         )
@@ -302,11 +303,7 @@ def build_step(
     # Tuning, and what it must leave alone.
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
-    encoder_decoder.freeze_fixed(model)
-    freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
-    choosers = freeze_choosers(model)
-    if choosers:
-        arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
+    _freeze_without_gradient(model, tuning, plain, arrangement)
     model.train()
 
     # The step module, and how it gets its batches.
@@ -334,6 +331,15 @@ def build_step(
         built.substitutions["tuning.targets"] = tuning_note
     _equip(built, config, head, family.kind)
     return built
+
+
+def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: Arrangement) -> None:
+    """Freeze what gets no gradient, or must not train: fixed tables, towers beside the text, modules that choose by index."""
+    encoder_decoder.freeze_fixed(model)
+    freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
+    choosers = freeze_choosers(model)
+    if choosers:
+        arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
 
 
 def _reference_models(tuning: Tuning, teacher: Any = None) -> ReferenceModels:
