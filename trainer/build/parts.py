@@ -326,9 +326,6 @@ def build_step(
         zeroed=zeroed,
         folded=folded,
     )
-    tuning_note = getattr(tuning, "note", "")
-    if tuning_note:
-        built.substitutions["tuning.targets"] = tuning_note
     _equip(built, config, head, family.kind)
     return built
 
@@ -350,6 +347,9 @@ def _reference_models(tuning: Tuning, teacher: Any = None) -> ReferenceModels:
 def _equip(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> None:
     """The last changes to a tuned model: pack its base, fuse adapters, and add the losses of routers and logits."""
     step = built.step_module
+    tuning_note = getattr(built.tuning, "note", "")
+    if tuning_note:
+        built.substitutions["tuning.targets"] = tuning_note
     _quantise(built, config, head)
     fuse_lora(step.model)
     use_low_rank(step.model)
