@@ -141,7 +141,7 @@ def _row(run: ComparedRun, columns: Sequence[MeasureColumn]) -> list[str]:
 
 
 def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """(title, lines) of what is said below the tables."""
+    """(title, lines) of each section below the tables."""
     differences = []
     for difference in comparison.differences:
         values = ", ".join(short(value) for value in difference.values)
@@ -210,7 +210,7 @@ def cell_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[
 
 
 def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()) -> str:
-    """The same as a page; `pictures` are (title, path beside it) of plots."""
+    """The comparison as a Markdown page; `pictures` are (title, path beside it) of plots."""
     lines = [f"# Run {comparison.first}" if len(comparison.runs) == 1 else "# Comparison"]
     for title, headings, rows in cell_tables(comparison):
         lines.append("")
@@ -240,7 +240,7 @@ def _directories(run: ComparedRun) -> list[str]:
 
 
 def as_html(comparison: Comparison, *, again_s: float | None = None) -> str:
-    """The same as one HTML file with plots, read anew by a browser after `again_s` seconds; needs the extra `report`."""
+    """The comparison as one HTML file with plots, which a browser reloads after `again_s` seconds; needs the extra `report`."""
     from launch.compare.page import render_page
 
     return render_page(comparison, cell_tables(comparison), sections(comparison), again_s=again_s)
@@ -325,7 +325,7 @@ def _csv_row(comparison: Comparison, number: int, metrics: list[str], collective
 
 
 def _measured_cells(run: ComparedRun, collectives: list[str]) -> dict[str, Any]:
-    """The measurements as columns of numbers: what holds several numbers has a column for each, or stands elsewhere."""
+    """A run's measurements, one number a column; a measurement of several numbers has a column for each."""
     cells = asdict(run.measured)
     # A cell of CSV holds one number: these get columns of their own below, or stand in `before/` and `after/`.
     for several in ("before", "after", "tokens_per_s_quartiles", "exchanged_bytes"):

@@ -54,7 +54,7 @@ class PeriodicPage:
         self._next_write = monotonic() + PAGE_INTERVAL_S
 
     def write_if_due(self) -> None:
-        """Write, if it is time; what goes wrong meanwhile is left to the last page."""
+        """Write the page if it is time to. An error is ignored: the last page, or the answer, will report it."""
         if monotonic() < self._next_write:
             return
         with suppress(ShardtuneError):

@@ -27,7 +27,7 @@ NOT_NAMED = (
 )
 """Keys that are listed where they differ, and are no part of a name: they say how a run was started or what it reports."""
 RECORD_KEYS = ("world_size", "precision", "attention", "layout", "device", "host", "git_revision")
-"""What `run.json` says of how the steps were computed."""
+"""Keys of `run.json` about how the steps were computed."""
 FIRST_IN_NAME = (
     *("model.path", "data.path", "objective.name", "strategy.name", "tuning.name", "optim.name"),
     *("optim.lr", "batch.global", "batch.micro", "run.seed"),
@@ -92,7 +92,7 @@ def _comparable(value: Any) -> str:
 
 
 def run_names(points: list[Point], differences: list[SettingDifference]) -> list[str]:
-    """A name for each run out of what differs, such as `fsdp2-lora-lr2e-4`; its directory where that says nothing."""
+    """A name for each run out of what differs, such as `fsdp2-lora-lr2e-4`; the name of its directory if nothing does."""
     names = [""] * len(points)
     for parts in _name_parts(differences):
         longer_names = [_joined(name, part) for name, part in zip(names, parts, strict=True)]

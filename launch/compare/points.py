@@ -54,7 +54,7 @@ class PointsPlan:
 
     @property
     def name(self) -> str:
-        """The same for the same points; how often they are run may differ."""
+        """A name that follows from the points alone: with more repeats it stays."""
         identities = [(point.name, point.composed.sha256) for point in self.points]
         return f"compare-{hashlib.sha256(json.dumps(identities).encode()).hexdigest()[:8]}"
 

@@ -26,7 +26,7 @@ class ProfiledSteps:
     ranks: list[list[str]]
     """A row a rank, as `RANKS` names its cells."""
     operators: list[list[str]]
-    """Of all ranks together, as `OPERATORS` does; a rank tells those that took longest on it."""
+    """A row an operator, all ranks together, as `OPERATORS` names its cells. Each rank records those that took longest on it."""
     memory: list[dict[str, Any]]
     """Points of the memory's course: rank, ms, GiB."""
     traces: str

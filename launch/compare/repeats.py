@@ -23,7 +23,7 @@ STEP_PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backwa
 
 @dataclass(frozen=True, slots=True)
 class RepeatsSummary:
-    """What is known of a point as a whole, None where its runs do not say."""
+    """Figures of a point over all its repeats; None if its runs did not record them."""
 
     repeats: int
     """Runs that took a step."""
@@ -68,7 +68,7 @@ class RepeatedRun:
 
     @property
     def reason(self) -> str | None:
-        """The same with why."""
+        """How far the first repeat came that is not done, and why it ended."""
         return self._of_first(point.reason for point in self.points)
 
     def _of_first(self, texts: Iterable[str | None]) -> str | None:
@@ -173,5 +173,5 @@ def _median(values: list[Any]) -> float | None:
 
 
 def _numbers(values: list[Any]) -> list[float]:
-    """Without what is not known, and without null, which stands for a number that is not finite."""
+    """The known numbers. None is left out, also that of a number that is not finite."""
     return [value for value in values if isinstance(value, int | float)]

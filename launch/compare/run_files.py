@@ -54,7 +54,7 @@ class Point:
 
     @property
     def state(self) -> str:
-        """`done`, `failed`, `preempted`, `running`, or `not started` where nothing says more."""
+        """`done`, `failed`, `preempted`, `running`, or `not started` if the run left no status."""
         return str(self.status.get("state") or ("failed" if self.failure else "not started"))
 
     @property
@@ -67,7 +67,7 @@ class Point:
 
     @property
     def reason(self) -> str | None:
-        """The same with why, on one line."""
+        """How far the run came and why it ended, on one line; None for one that is done."""
         if self.state == State.running:
             last_seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
             return f"{self.ended}, last seen at {last_seen}"
@@ -94,7 +94,7 @@ class RunMeasurements:
     memory_gib: float | None
     """The largest peak of all ranks and steps."""
     memory_reserved_gib: float | None
-    """The same of what the allocator held; on GPUs only."""
+    """The largest memory that the allocator reserved, of all ranks and steps; on GPUs only."""
     checkpoint_gib: float | None
     """The newest checkpoint that still lies there, or in `checkpoint.fallback_dir`."""
     checkpoint_s: float | None
@@ -108,9 +108,9 @@ class RunMeasurements:
     planned_by: str | None
     """How that was found."""
     exchanged_gib: float | None = None
-    """What rank 0 exchanged in a step, each collective with the whole that is gathered or reduced; from the receipt, too."""
+    """What rank 0 exchanged in a step, from the receipt. Each collective counts the whole tensor that is gathered or reduced."""
     planned_exchanged_gib: float | None = None
-    """What it was expected to."""
+    """The same as it was predicted at the start."""
     exchanged_bytes: dict[str, float] = field(default_factory=dict)
     """The first of these by collective."""
     exposed_s: float | None = None
@@ -266,7 +266,7 @@ def _finite(rows: list[dict[str, Any]], key: str) -> list[float]:
 
 
 def _without_null(bytes_by_collective: dict[str, float]) -> dict[str, float]:
-    """Inside a record null stands for a number that is not finite."""
+    """The sizes with 0 for null, which a record has for a number that is not finite."""
     return {collective: size_bytes or 0.0 for collective, size_bytes in bytes_by_collective.items()}
 
 

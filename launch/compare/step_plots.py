@@ -19,7 +19,7 @@ WIDTH = 860
 STRIP_HEIGHT = 110
 """Pixels of one of several plots beneath each other."""
 WIDEST_NAME = 280
-"""Pixels of a run's name, of which the end alone may tell two apart; vega cuts what is longer than 160."""
+"""Pixels of a run's name. Vega cuts names at 160 by default, and two runs may differ in the end of their names alone."""
 OVER = ("step", "tokens", "seconds")
 COURSE_METRICS = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
 """What is drawn below the loss, of rows that have it."""

@@ -47,7 +47,7 @@ def parts_of(directory: Path) -> list[Path]:
 def read_wandb(directory: Path) -> Point:
     """Read the run of which `directory` is a part, with its other parts.
 
-    What W&B is not told stays empty: identity, receipt, checkpoints, events. Raises ConfigError where the run is no run of
+    What W&B does not get stays empty: identity, receipt, checkpoints, events. Raises ConfigError where the run is no run of
     shardtune, its files cannot be read, or wandb is not installed.
     """
     config: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def server_name(word: str) -> str | None:
 
 
 def read_server(directory: Path) -> Point:
-    """Read a run that W&B's server has; what W&B is not told stays empty. Raises ConfigError where it cannot be had."""
+    """Read a run that W&B's server has; what W&B does not get stays empty. Raises ConfigError where it cannot be had."""
     entity, project, run = str(directory).removeprefix(SERVER_PREFIX).split("/")
     fetched = fetch(entity, project, run)
     history = _History()
@@ -173,13 +173,13 @@ class _History:
             self.evaluations[step] = self.evaluations.get(step, {}) | metrics
 
 
-def _finite_or_none(value: Any) -> Any:
-    """A value; None for one that is no finite number, which W&B writes as a word."""
-    if isinstance(value, str):
-        return None if value in NOT_FINITE else value
-    if isinstance(value, float) and not math.isfinite(value):
+def _finite_or_none(logged: Any) -> Any:
+    """What W&B logged; None for a number that is not finite, which W&B writes as a word."""
+    if isinstance(logged, str):
+        return None if logged in NOT_FINITE else logged
+    if isinstance(logged, float) and not math.isfinite(logged):
         return None
-    return value
+    return logged
 
 
 def _status(exit_record: dict[str, Any], summary: dict[str, Any], started_at: float) -> dict[str, Any]:

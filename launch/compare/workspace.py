@@ -132,10 +132,11 @@ def _columns(comparison: Comparison, points: list[Point]) -> list[str]:
 def _logging_setting(point: Point, name: str) -> str | None:
     """A setting of `logging`: as configured, or as a variable such as WANDB_ENTITY decided when the run started."""
     key = f"logging.{name}"
-    value = point.config.get(key) or (point.record.from_environment or {}).get(key)
-    if not value and point.record.from_environment is None:
-        value = _from_sentence(point.record.substitutions.get(key))
-    return str(value) if value else None
+    from_environment = point.record.from_environment
+    setting = point.config.get(key) or (from_environment or {}).get(key)
+    if not setting and from_environment is None:
+        setting = _from_sentence(point.record.substitutions.get(key))
+    return str(setting) if setting else None
 
 
 def _from_sentence(sentence: str | None) -> str | None:

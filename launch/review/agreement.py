@@ -38,7 +38,7 @@ def alpha(votes: Votes) -> float | None:
 
 
 def kappa(votes: list[str], other_votes: list[str]) -> float | None:
-    """Cohen's kappa of two judges' votes on the same items; None where both always said one and the same."""
+    """Cohen's kappa of two reviewers' votes on the same items; None if both always gave one and the same vote."""
     if not votes or len({*votes, *other_votes}) < 2:
         return None
     from nltk.metrics.agreement import AnnotationTask

@@ -15,7 +15,7 @@ COLUMNS = (
 
 
 def score_text(score: dict[str, Any]) -> str:
-    """The win rates, how far reviewers agree, and what stands out of each."""
+    """The win rates, how far reviewers agree, and the flags of each reviewer."""
     model = score["model"]
     lines = [
         f"{model['run']}, {model['checkpoint']}: {score['num_prompts']} prompts, {len(score['reviewers'])} reviewers"

@@ -19,7 +19,7 @@ SPELLINGS = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie", ""
 
 @dataclass(slots=True)
 class ReviewerAnswer:
-    """What one reviewer said of one item."""
+    """One reviewer's judgement of one item."""
 
     answers: dict[str, str] = field(default_factory=dict)
     """a, b or tie, by question."""

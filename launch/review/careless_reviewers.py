@@ -14,7 +14,7 @@ from trainer.config.review import OVERALL
 
 MIN_REPEATS = 4
 MIN_ITEMS = 20
-"""Repeated items, and items, below which a rule says nothing."""
+"""Fewer repeated items, or items, than these are too few for a rule."""
 OTHER_SIDE = {"a": "b", "b": "a", "tie": "tie"}
 """What the same judgement is called once sides are exchanged."""
 SAME_SIDE = 0.9

@@ -21,7 +21,7 @@ NO_ANSWER = "-"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What models are told."""
+    """What models are asked."""
 
     where: str
     """`file:line`."""

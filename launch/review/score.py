@@ -135,14 +135,14 @@ def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: dict[str, Any]
 def _reviewer_summary(
     reviewer: Reviewer, key: dict[str, Any], reviewer_flags: list[str], is_dropped: bool
 ) -> dict[str, Any]:
-    judged = [answer for answer in reviewer.items.values() if OVERALL in answer.answers]
-    seconds = [answer.seconds for answer in judged if answer.seconds is not None]
-    left_side = sum(answer.answers[OVERALL] == "a" for answer in judged)
+    judgements = [answer for answer in reviewer.items.values() if OVERALL in answer.answers]
+    seconds = [answer.seconds for answer in judgements if answer.seconds is not None]
+    left_side = sum(answer.answers[OVERALL] == "a" for answer in judgements)
     return {
         "name": reviewer.name,
-        "judged": len(judged),
-        "open": len(key["items"]) - len(judged),
-        "left": left_side / max(1, len(judged)),
+        "judged": len(judgements),
+        "open": len(key["items"]) - len(judgements),
+        "left": left_side / max(1, len(judgements)),
         "minutes": sum(seconds) / 60 if seconds else None,
         "comments": sum(bool(answer.comment) for answer in reviewer.items.values()),
         "flags": reviewer_flags,

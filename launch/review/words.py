@@ -169,7 +169,7 @@ def _arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
     """(arms by name, problems)."""
     from launch.review.sheet import BASE, TUNED
 
-    shown = f"arms=[{','.join(typed)}]"
+    typed_arms = f"arms=[{','.join(typed)}]"
     arms: dict[str, str | None] = {}
     problems = []
     for arm in typed:
@@ -182,9 +182,9 @@ def _arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
                 name += "'"
             arms[name] = str(path)
         else:
-            problems.append(f"{shown}: {arm} is neither {BASE}, {TUNED}, a run nor a model directory")
+            problems.append(f"{typed_arms}: {arm} is neither {BASE}, {TUNED}, a run nor a model directory")
     if not problems and (TUNED not in arms or len(arms) < 2):
-        problems.append(f"{shown}: needs {TUNED}, and something to compare it with, as in arms=[{BASE},{TUNED}]")
+        problems.append(f"{typed_arms}: needs {TUNED}, and something to compare it with, as in arms=[{BASE},{TUNED}]")
     return arms, problems
 
 

@@ -19,7 +19,7 @@ from trainer.monitors.rolling import RollingWindow
 
 WATCHED = ("loss", "grad_norm")
 OUTLIERS = tuple(f"outlier/{name}" for name in WATCHED)
-"""Keys of a row that stands out, with how far."""
+"""Keys of a row for the score of each number that stands out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

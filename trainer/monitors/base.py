@@ -21,7 +21,7 @@ class Finding:
     stops: bool = False
     """Whether the run is to end for it."""
     verdict: str = ""
-    """What kind of it, of a detector that tells several."""
+    """Which kind of problem it is, of a detector that finds several."""
 
     def record(self) -> dict[str, Any]:
         """As JSON values, for `run.json`."""
@@ -52,7 +52,7 @@ class Evidence:
     metrics: dict[str, float]
     """Metrics by name."""
     planned_evaluations: int
-    """Evaluations of the whole run, over which false alarms are counted."""
+    """Evaluations of the whole run: the level of a test is divided by them, so that false alarms stay rare over all."""
     history: list[dict[str, float]] = field(default_factory=list)
     """`step`, `train` and `held_out` loss of each evaluation so far, this one with it."""
     answers: list[ModelAnswer] = field(default_factory=list)

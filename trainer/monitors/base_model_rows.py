@@ -28,7 +28,7 @@ class BaseTask:
 
 
 class BaseRows:
-    """Asks the base, or reads what it said before the run was interrupted."""
+    """Asks the base model, or reads its answers from before the run was interrupted."""
 
     def __init__(self, evaluator: TaskEvaluator, names: list[str], run_dir: Path, say: Callable[[str], None]) -> None:
         self.evaluator = evaluator
@@ -65,7 +65,7 @@ class BaseRows:
             write_text_atomic(self.path, json_text({"key": self._key(), "tasks": tasks}))
 
     def _read_kept(self) -> dict[str, BaseTask] | None:
-        """What the file says, where it is of the same rows; rank 0's word. All ranks must call."""
+        """The tasks in the file, if they are of the same rows. Rank 0 reads it for all. All ranks must call."""
         tasks = self._read_file() if self.runtime.is_main and self.path.is_file() else None
         return broadcast_object(tasks, self.runtime)
 

@@ -36,12 +36,12 @@ REMEDIES = (
 
 
 def is_empty(text: str) -> bool:
-    """Whether nothing is said."""
+    """Whether a text has no letter and no digit."""
     return not any(letter.isalnum() for letter in text)
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether at least half of its pieces of four words were said before."""
+    """Whether at least half of its pieces of four words occur earlier in the text."""
     words = text.split()
     pieces: list[object] = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
     if len(words) < len(text) / 30:  # no spaces
@@ -50,7 +50,7 @@ def repeats_itself(text: str) -> bool:
 
 
 def language_of(text: str) -> str | None:
-    """Its language, where there is enough of it to tell; None also where py3langid is not installed."""
+    """The language of a text; None if it is too short to be sure, or py3langid is not installed."""
     from trainer.data.transforms.filters import detect_text_language
 
     detected = detect_text_language(text) if find_spec("py3langid") is not None else None

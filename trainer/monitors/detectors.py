@@ -142,8 +142,8 @@ class Challenges:
 
     def _remember_before(self, values: dict[str, float]) -> None:
         """Keep the evaluation before the first step. Errors: StorageError."""
-        known = {name: values[name] for name in (divergence.LOSS, divergence.MARGIN) if name in values}
-        self.before = HeldOutBefore(known, self._batches)
+        metrics = {name: values[name] for name in (divergence.LOSS, divergence.MARGIN) if name in values}
+        self.before = HeldOutBefore(metrics, self._batches)
         if self.kept_before is not None:
             self.kept_before.write(self.before)
 
@@ -155,14 +155,14 @@ class Challenges:
         training = divergence.training_change(progress.first_loss, losses, self.window)
         held_out = self._held_out_change(progress, values)
         finding = divergence.finding_of(self.config.divergence, progress.step, training, held_out)
-        known = self.record.get(divergence.NAME, {})
+        earlier = self.record.get(divergence.NAME, {})
         if finding is None:
-            if known.get("found"):
-                self.record[divergence.NAME] = {**known, "found": False, "recovered_at": progress.step}
-            elif not known:
+            if earlier.get("found"):
+                self.record[divergence.NAME] = {**earlier, "found": False, "recovered_at": progress.step}
+            elif not earlier:
                 self.record[divergence.NAME] = {"found": False, "step": progress.step}
             return
-        first_step = known["first_step"] if known.get("found") else progress.step
+        first_step = earlier["first_step"] if earlier.get("found") else progress.step
         if finding.verdict in self._verdicts:
             self.record[divergence.NAME] = finding.record()
             self.ends = finding if finding.stops and self.ends is None else self.ends
@@ -195,7 +195,7 @@ class Challenges:
         progress.interval_steps = 0
 
     def finished(self, progress: Progress) -> None:
-        """When training is over: what its steps say as a whole."""
+        """When training is over: report instability, and what was recovered from."""
         finding = instability.find_problem(progress)
         if finding is not None:
             self._report(finding, again=False)
@@ -228,7 +228,7 @@ class Challenges:
     # -- what is done ----------------------------------------------------------------------------------------------
 
     def stops_early(self) -> str | None:
-        """What is said where the run is to end as by early stopping."""
+        """The line to print if the run is to end as by early stopping; else None."""
         if self.ends is None or self.ends.challenge != "overfitting":
             return None
         return "stopping early: the run overfits (challenges.overfitting.action=stop)"

@@ -33,7 +33,7 @@ MOST_WINDOW = 100
 TRAINING_RISE = 0.10
 """Share by which the training loss must exceed that of step 1, if there is held-out data too."""
 TRAINING_RISE_ALONE = 0.25
-"""The same without held-out data."""
+"""Share by which the training loss must exceed that of step 1, if there is no held-out data."""
 DEVIATIONS = 3
 """Robust standard deviations by which it must exceed that, besides."""
 NORMAL = 1.4826
@@ -41,7 +41,7 @@ NORMAL = 1.4826
 HELD_OUT_RISE = 0.01
 """Share by which the held-out loss must exceed that before training, with a paired test."""
 HELD_OUT_RISE_UNPAIRED = 0.25
-"""The same with too few micro-batches for a test."""
+"""Share by which the held-out loss must exceed that before training, with too few micro-batches for a test."""
 LEAST_LOSS = 0.05
 """Loss below which a rise is a share of this value: a student that begins as its own teacher begins at 0."""
 LEVEL = 0.05
@@ -78,7 +78,7 @@ class HeldOutChange:
 
     @property
     def is_worse(self) -> bool | None:
-        """Whether it is clearly worse than before; None if that cannot be told."""
+        """Whether it is clearly worse than before; None if the difference is too uncertain."""
         if not math.isfinite(self.now):
             return True
         if self.metric == MARGIN:
@@ -135,9 +135,9 @@ def training_change(first: float | None, recent: Sequence[float], window: int) -
     is_positive = first > 0 and min(recent) > 0
     # A diverged loss jumps by factors: on a linear scale its own deviation would hide it.
     level = math.log(first) if is_positive else first
-    values = [math.log(loss) for loss in recent] if is_positive else list(recent)
-    middle = median(values[-window:])
-    spread = _robust_spread(values, window)
+    losses = [math.log(loss) for loss in recent] if is_positive else list(recent)
+    middle = median(losses[-window:])
+    spread = _robust_spread(losses, window)
     deviations = (middle - level) / spread if spread else math.copysign(math.inf, middle - level)
     return TrainingChange(first, median(recent[-window:]), deviations, window)
 

@@ -45,15 +45,15 @@ class KeptHeldOut:
 
     def read(self) -> HeldOutBefore:
         """What rank 0 finds, on every rank; empty if there is nothing, or it cannot be read. All ranks must call."""
-        kept = HeldOutBefore()
+        before = HeldOutBefore()
         if self.runtime.is_main and self.path.is_file():
             try:
-                kept = HeldOutBefore(**json.loads(self.path.read_text(encoding="utf-8")))
-                _check(kept)
+                before = HeldOutBefore(**json.loads(self.path.read_text(encoding="utf-8")))
+                _check(before)
             except (OSError, ValueError, TypeError, AttributeError):
-                kept = HeldOutBefore()  # the run is then judged without pairs
-        known: HeldOutBefore = broadcast_object(kept, self.runtime)
-        return known
+                before = HeldOutBefore()  # the run is then judged without pairs
+        of_main: HeldOutBefore = broadcast_object(before, self.runtime)
+        return of_main
 
     def write(self, before: HeldOutBefore) -> None:
         """For rank 0. Errors: StorageError."""
@@ -61,10 +61,10 @@ class KeptHeldOut:
             write_text_atomic(self.path, json_text(asdict(before)) + "\n")
 
 
-def _check(kept: HeldOutBefore) -> None:
-    """Raises ValueError, TypeError or AttributeError if a value is no number."""
-    for value in kept.values.values():
-        float(value)
-    for sums in kept.batches.values():
-        for value in sums:
-            float(value)
+def _check(before: HeldOutBefore) -> None:
+    """Raises ValueError, TypeError or AttributeError if a metric or a sum is no number."""
+    for metric in before.values.values():
+        float(metric)
+    for sums in before.batches.values():
+        for batch_sum in sums:
+            float(batch_sum)

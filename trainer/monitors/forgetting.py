@@ -96,7 +96,7 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
 
 
 def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding | None:
-    """What this evaluation says of the task that lost most."""
+    """The finding about the task that lost most in this evaluation; None if it lost too little."""
     compared: list[ComparedTask] = evidence.compared_tasks
     if not compared or config.action is Reaction.off or evidence.step == 0:
         return None

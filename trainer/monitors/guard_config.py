@@ -21,7 +21,7 @@ DONE = {
     Action.skip: "its update was left out",
     Action.rollback: "the run goes back to its last checkpoint and passes over its samples",
 }
-"""What is said of it."""
+"""How the screen describes each action."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -36,7 +36,7 @@ class SlowRank:
         return f"rank {self.rank} on {self.host} computes {self.factor:.1f} times as long as the other ranks"
 
     def since(self) -> str:
-        """The same, with from when and until when."""
+        """The rank and its factor, with the steps from which and until which it was slow."""
         return f"{self}, from step {self.from_step}" + (f" to {self.until_step}" if self.until_step else " on")
 
 

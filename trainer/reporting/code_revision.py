@@ -14,7 +14,7 @@ MANIFEST = "CODE.json"
 
 
 def manifest(root: Path = ROOT) -> dict[str, Any]:
-    """What a copy says of itself; empty for a clone or an installation."""
+    """The content of a copy's `CODE.json`; empty for a clone or an installation."""
     try:
         manifest_content = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from strategies.redaction import redacted
 
 MIN_BAR_WIDTH = 10
-"""Columns below which a bar says nothing; what has less room is left out before it."""
+"""Columns that the bar keeps. Fields beside it are left out before it gets shorter."""
 CLEAR = "\r\x1b[2K"
 """To the beginning of the line, which is emptied."""
 
@@ -91,7 +91,7 @@ class Console:
 
 
 def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
-    """What is said of a step, in the order of a log's line. Each field begins with its name."""
+    """The fields of a step, in the order of a log's line. Each begins with its name."""
     steps_taken = max(1, row["step"] - schedule.first_step)
     steps_left = schedule.total_steps - row["step"]
     eta_s = (time.perf_counter() - schedule.started_at) / steps_taken * steps_left
@@ -115,7 +115,7 @@ def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
 
 
 def _bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
-    """The same as a bar with what most matters beside it, as far as `width` columns have room for it."""
+    """A progress bar with the most important fields beside it, as many as `width` columns have room for."""
     from rich.console import Console as Terminal
     from rich.progress_bar import ProgressBar
 
@@ -138,7 +138,7 @@ def _bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
 
 
 def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: dict[str, str]) -> list[str]:
-    """What stands beside a bar, the most important first."""
+    """Fields beside the bar, the most important first."""
     next_evaluation = ""
     if schedule.evaluate_every and row["step"] < schedule.total_steps:
         steps = -row["step"] % schedule.evaluate_every

@@ -46,7 +46,7 @@ def problems(config: LoggingConfig, *, here: bool) -> Iterator[str]:
 
 @contextmanager
 def metering(country: str | None, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> Iterator[None]:
-    """Measure meanwhile, on one rank of each host; what keeps it from measuring is said and ends nothing. Not collective."""
+    """Measure energy within the context, on one rank of each host. If that fails, a line says why; the run trains on. Local."""
     if country is None or runtime.local_rank != 0:
         yield
         return

@@ -15,7 +15,7 @@ class RecordedFinding:
     """One challenge that is there at the end of the record."""
 
     name: str
-    """Of the detector, or of what it tells apart: overfitting, diverged."""
+    """Name of the detector, or of the kind of problem that it found, such as `diverged`."""
     step: int
     """At which it was found first."""
     says: str

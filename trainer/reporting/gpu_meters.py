@@ -39,7 +39,7 @@ def _reading(ask_driver: Callable[[torch.device], float], device: torch.device) 
 
 
 class GpuWatcher(threading.Thread):
-    """Looks at this rank's GPU until its process ends, or once, where the first look tells nothing."""
+    """Measures this rank's GPU until its process ends. If the first measurement has no figure at all, it is the only one."""
 
     def __init__(self, device: torch.device, read: ReadGpu = read_gpu) -> None:
         super().__init__(name="gpu", daemon=True)

@@ -125,7 +125,7 @@ class JsonlTracker:
 
 
 def not_finite(metrics: dict[str, Any]) -> dict[str, list[str]]:
-    """`{"not_finite": [names]}` where a number is NaN or infinite, which JSON cannot have: it stands as null. Else nothing."""
+    """`{"not_finite": [names]}` if numbers are NaN or infinite, which JSON cannot hold: they become null. Else empty."""
     names = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
     return {"not_finite": names} if names else {}
 

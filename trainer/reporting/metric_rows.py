@@ -44,7 +44,7 @@ class MetricRows:
     unreadable: list[UnreadableLine] = field(default_factory=list)
     """Without a last line that has no end: it is being written, or was when the run was killed."""
     version: int = 0
-    """Of the file, as its first row says; 0 for a file of before there was one. No row has it."""
+    """Version of the file, from its first row; 0 for a file from before there were versions. It is taken out of the row."""
 
 
 def read_rows(path: Path) -> MetricRows:

@@ -93,7 +93,7 @@ class Meter:
     exchanged: CommunicationTotals | None = None
     """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
     by_rank: list[RankTime] = field(default_factory=list)
-    """What it came to in the last interval, by rank; equal on all ranks."""
+    """What each rank computed in the last interval, by rank; equal on all ranks."""
     gpu: gpu_meters.GpuWatcher | None = None
     """Looks at this rank's GPU; None where it has none."""
     _gpus: dict[str, float] = field(default_factory=dict)

@@ -219,7 +219,7 @@ class RunRecord:
     """Starts under SLURM, and what each used."""
 
     other: dict[str, Any] = field(default_factory=dict)
-    """What the file says under keys that this version does not know."""
+    """Content of the file under keys that this version does not know."""
     keys: frozenset[str] = frozenset()
     """Keys of the file that could be read, also those with null; empty for a record that was made here."""
 

@@ -44,7 +44,7 @@ def tree_of(path: Path, text: str) -> dict[str, Any]:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """Both in one. Errors: ConfigError."""
+    """The file's settings as nested dictionaries and lists: `read_text`, then `tree_of`. Errors: ConfigError."""
     return tree_of(path, read_text(path))
 
 
@@ -64,7 +64,7 @@ def _loader() -> Any:
 
 
 def literal(value: Any) -> Any:
-    """The same values for OmegaConf, which then takes `${...}` in them as text and not as something to look up."""
+    """The values with `${` escaped for OmegaConf, which then takes `${...}` in them as text and not as something to look up."""
     if isinstance(value, dict):
         return {literal(key): literal(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -23,7 +23,7 @@ from strategies.errors import OutOfMemory, ShardtuneError, StorageError
 from strategies.redaction import redacted
 
 FROZEN = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
-"""The line of a run's `config.yaml` that says whose it is."""
+"""The line of a run's `config.yaml` with the hash of its configuration."""
 
 
 class State(StrEnum):
@@ -41,7 +41,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """The same with bytes."""
+    """Replace `path` by these bytes, durably: readers see the old file or the new one. Errors: StorageError."""
     try:
         atomic_io.make_directories(path.parent)
         shared_files.replace(path, content, _token())
@@ -66,7 +66,7 @@ def restart_count() -> int:
 
 
 def start_of_job() -> dict[str, Any]:
-    """Which start of which SLURM job this process belongs to, `job` None outside one: what is written tells its start by it."""
+    """Id of the SLURM job (None outside one) and number of its start, which tell records of several starts apart."""
     return {"job": os.environ.get("SLURM_JOB_ID"), "restart": restart_count()}
 
 

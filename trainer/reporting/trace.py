@@ -75,7 +75,7 @@ def _self_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], 
 
 
 def _merged(spans: Spans) -> Spans:
-    """The same time without overlaps, in order."""
+    """The spans merged where they overlap, in order."""
     merged: Spans = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:

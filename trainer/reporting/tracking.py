@@ -127,7 +127,7 @@ class OpenedTrackers:
 def open_trackers(about: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
     """Begin recording; for rank 0 only. `about.run_id` may be empty: a new run gets one. Errors: StorageError.
 
-    A tracker that cannot begin is left out, and said: what it would show is in `metrics.jsonl`.
+    A tracker that cannot begin is left out, with its reason: what it would show is in `metrics.jsonl`.
     """
     opened = open_without_rows(about, environment)
     opened.trackers._rows = JsonlTracker(about.run_dir / "metrics.jsonl", about.resumed_at)

@@ -55,7 +55,7 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str) -> str:
 
 
 def _base_name(value: str) -> str:
-    """A hub id as it is; of a directory only the last part, so that no card tells the layout of a machine."""
+    """A hub id as it is; of a directory only the last part, so that no card shows the directories of a machine."""
     path = Path(value).expanduser()
     return path.name if path.is_absolute() or path.exists() or value.startswith((".", "~")) else value
 

@@ -36,7 +36,7 @@ def model_index(facts: ModelFacts, hub_task: str) -> list[Any]:
 
 
 def _dataset(row: dict[str, Any]) -> str:
-    """A hub id as it is; of a file its name alone, so that no card tells the layout of a machine."""
+    """A hub id as it is; of a file its name alone, so that no card shows the directories of a machine."""
     path = str(row.get("path") or "held-out documents of the run")
     return path.removeprefix(HUB) if path.startswith(HUB) else Path(path).name
 

@@ -51,7 +51,7 @@ def render(name: str, facts: ModelFacts, **more: Any) -> str:
 
 
 def number(value: Any, form: str = ".4g") -> str:
-    """A number as people read it; what is not known says so."""
+    """A number as people read it; `not known` for None."""
     return "not known" if value is None else format(value, form)
 
 
@@ -61,6 +61,6 @@ def cell(value: Any) -> str:
 
 
 def last_part(value: Any) -> str:
-    """The last part of a path, so that no paper tells the layout of a machine."""
+    """The last part of a path, so that no paper shows the directories of a machine."""
     text = str(value)
     return Path(text).name if text.startswith(("/", ".", "~")) else text

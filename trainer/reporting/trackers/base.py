@@ -1,4 +1,4 @@
-"""The interface of a tracker: it takes rows and a summary, and is told how the run ended."""
+"""The interface of a tracker: it takes rows, a summary, and how the run ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.reporting.status import State
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:
-    """What a tracker is told of the run before its first row."""
+    """What a tracker gets to know of the run before its first row."""
 
     config: LoggingConfig
     """With what the environment decides."""
@@ -23,7 +23,7 @@ class TrackedRun:
     """The same after a resume."""
     name: str
     resumed_at: int
-    """Step that a resumed run goes on from; 0 at a start."""
+    """Step that a resumed run continues from; 0 at a start."""
     settings: dict[str, Any]
     """Flat columns of the run table, and under `config` the whole configuration."""
     data: Path | None = None
@@ -51,14 +51,14 @@ class RunEnding:
 
     @property
     def alert(self) -> Alert | None:
-        """Of what somebody may want to be told; None of a run that is done."""
+        """The alert that this end is a reason for; None for a run that is done."""
         if self.state is State.done:
             return None
         return Alert.diverged if self.diverged else Alert(str(self.state))
 
     @classmethod
     def by(cls, error: BaseException) -> RunEnding:
-        """The end that an exception means. A run that was stopped or taken over goes on elsewhere: it has not failed."""
+        """The end that an exception means. A run that was stopped or taken over has not failed: it continues elsewhere."""
         reason = str(error) or type(error).__name__
         if isinstance(error, Preempted | NotOurs):
             return cls(State.preempted, Preempted.exit_code, reason)
@@ -75,7 +75,7 @@ class Table:
 
 
 class Tracker(Protocol):
-    """Where rows of numbers go. Every call may raise: the run goes on without the tracker then."""
+    """Where rows of numbers go. Every call may raise: the run then continues without the tracker."""
 
     hint: tuple[str, str] | None
     """(name of the tracker, the command or address that shows this run)."""

@@ -29,7 +29,7 @@ class LoggingFromEnvironment:
 
     config: LoggingConfig
     resolutions: dict[str, Resolution]
-    """What it decided, by setting. `str` of one that is of `logging.project` is `mine (WANDB_PROJECT)`."""
+    """What the environment decided, by setting. As text: `mine (WANDB_PROJECT)`."""
     passed_over: str | None
     """One line on the variables that lose to a setting; None where none does."""
 

@@ -13,7 +13,7 @@ ANSWER_S = 4.0
 LIMIT_S = 6.0
 """Seconds after which nobody waits any longer: a name server that is out of reach can take a minute."""
 DOWN = (502, 503, 504)
-"""What a gateway says for a server that is not there."""
+"""HTTP codes of a gateway whose server is down."""
 
 
 def unreachable(address: str) -> str | None:
