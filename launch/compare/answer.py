@@ -300,7 +300,7 @@ def _csv_row(comparison: Comparison, number: int, metrics: list[str], collective
     run = comparison.runs[number]
     directories = _directories(run)
     slowest, fastest = run.summary.spread or (None, None)
-    difference = run.loss_difference
+    difference = asdict(run.loss_difference) if run.loss_difference is not None else {}
     row = {
         "name": run.name,
         "directory": directories[0] if directories else None,
@@ -312,10 +312,10 @@ def _csv_row(comparison: Comparison, number: int, metrics: list[str], collective
         "tokens_per_s_slowest": slowest,
         "tokens_per_s_fastest": fastest,
         "against": run.against,
-        "loss_difference_early": None if difference is None else difference.early,
-        "loss_difference_early_step": None if difference is None else difference.early_step,
-        "loss_difference_drift": None if difference is None else difference.drift,
-        "loss_difference_drift_step": None if difference is None else difference.drift_step,
+        "loss_difference_early": difference.get("early"),
+        "loss_difference_early_step": difference.get("early_step"),
+        "loss_difference_drift": difference.get("drift"),
+        "loss_difference_drift_step": difference.get("drift_step"),
         "not_comparable": "; ".join(run.not_comparable),
     }
     row |= {f"before/{metric}": run.measured.before.get(metric) for metric in metrics}

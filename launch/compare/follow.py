@@ -24,8 +24,10 @@ def follow(directories: list[Path], write: WritePage) -> None:
     try:
         while True:
             any_active, any_pending = _any_active_or_pending(directories)
-            last_active = monotonic() if any_active else last_active
-            if not any_active and (not any_pending or monotonic() - last_active > QUIET_S):
+            if any_active:
+                last_active = monotonic()
+            is_quiet = monotonic() - last_active > QUIET_S
+            if not any_active and (is_quiet or not any_pending):
                 return
             with suppress(ShardtuneError):  # of a file that is just being written; the answer would say it
                 write(PAGE_INTERVAL_S)
@@ -47,7 +49,7 @@ def _any_active_or_pending(directories: list[Path]) -> tuple[bool, bool]:
 
 
 class PeriodicPage:
-    """Pages of points that this process runs: `look` is called often, and writes when it is time."""
+    """The page of points that this process runs, rewritten every few seconds: `write_if_due` is called much more often."""
 
     def __init__(self, write: WritePage) -> None:
         self._write = write

@@ -113,19 +113,20 @@ def _joined(name: str, part: str) -> str:
 
 def _name_parts(differences: list[SettingDifference]) -> list[list[str]]:
     """For each difference, the most telling first, the part that it adds to the name of each run."""
-    by_key = {difference.key: difference.values for difference in differences}
-    of_record = {f"run.json {key}" for key in RECORD_KEYS}
-    settings = [key for key in by_key if key not in of_record and not _under(key, NOT_NAMED)]
+    values_by_key = {difference.key: difference.values for difference in differences}
+    settings = []
+    for key in values_by_key:
+        if not key.startswith("run.json ") and not _under(key, NOT_NAMED):
+            settings.append(key)
+    first = [key for key in FIRST_IN_NAME if key in settings]
+    others = [key for key in settings if key not in FIRST_IN_NAME]
     parts = []
-    for key in FIRST_IN_NAME:
-        if key in settings:
-            parts.append([_name_part(key, value) for value in by_key[key]])
-    if "run.json world_size" in by_key:
-        parts.append([_ranks(ranks) for ranks in by_key["run.json world_size"]])
-    for key in settings:
-        if key not in FIRST_IN_NAME:
-            parts.append([_name_part(key, value) for value in by_key[key]])
-    return parts
+    for key in (*first, "run.json world_size", *others):
+        if key == "run.json world_size":  # the only fact of `run.json` that is part of a name
+            parts.append([_ranks(world_size) for world_size in values_by_key.get(key, ())])
+        else:
+            parts.append([_name_part(key, value) for value in values_by_key[key]])
+    return [part for part in parts if part]
 
 
 def _ranks(world_size: Any) -> str:

@@ -132,10 +132,12 @@ def training_change(first: float | None, recent: Sequence[float], window: int) -
     """The last `window` of the `recent` losses against the first one; None if there are too few."""
     if first is None or len(recent) < window:
         return None
-    is_positive = first > 0 and min(recent) > 0
-    # A diverged loss jumps by factors: on a linear scale its own deviation would hide it.
-    level = math.log(first) if is_positive else first
-    losses = [math.log(loss) for loss in recent] if is_positive else list(recent)
+    level = first
+    losses = list(recent)
+    if first > 0 and min(recent) > 0:
+        # A diverged loss jumps by factors: on a linear scale its own deviation would hide it.
+        level = math.log(first)
+        losses = [math.log(loss) for loss in recent]
     middle = median(losses[-window:])
     spread = _robust_spread(losses, window)
     deviations = (middle - level) / spread if spread else math.copysign(math.inf, middle - level)
