@@ -30,7 +30,7 @@ class Partition:
     """Some nodes that are alike, of a partition, in sinfo's words."""
 
     name: str
-    default: bool
+    is_default: bool
     limit_s: float
     nodes: int
     cpus: int
@@ -42,31 +42,33 @@ class Partition:
     """Whether it starts jobs."""
 
 
-def partitions() -> list[Partition]:
+def list_partitions() -> list[Partition]:
     """What the cluster has; empty where `sinfo` cannot tell."""
     # Exactly: else nodes that differ are one line, with the least that one of them has.
     command = ["sinfo", "--noheader", "--all", "--exact", f"--format=%P|{FORMAT}"]
     try:
         # The user's SINFO_PARTITION and the like would leave partitions out.
         env = {name: value for name, value in os.environ.items() if not name.startswith("SINFO_")}
-        said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
+        sinfo_lines = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    found = []
-    for line in said.splitlines():
+    partitions = []
+    for line in sinfo_lines.splitlines():
         cells = line.split("|")
         if len(cells) != 9:
             continue
-        marked, name, limit, _, nodes, cpus, memory, gres, availability = cells
+        name_and_mark, name, limit, _, nodes, cpus, memory, gres, availability = cells
         gpus = [(each["kind"], int(each["count"])) for each in GPUS.finditer(gres)]
         kinds = frozenset(kind for kind, _ in gpus if kind)
         most = {"nodes": nodes, "cpus": cpus, "memory_mb": memory}
         numbers = {key: int(re.sub(r"\D.*", "", each) or 0) for key, each in most.items()}
         count = sum(number for _, number in gpus)
-        is_default = marked.endswith("*")
+        is_default = name_and_mark.endswith("*")
         is_up = availability.strip() == "up"
-        found.append(Partition(name, is_default, seconds(limit), gpus=count, kinds=kinds, is_up=is_up, **numbers))
-    return found
+        partitions.append(Partition(name, is_default, seconds(limit), gpus=count, kinds=kinds, is_up=is_up, **numbers))
+    return partitions
 
 
 def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
@@ -78,17 +80,17 @@ def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
             f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({clock(seconds(slurm.time))}) is no "
             "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
         )
-    there = partitions()
-    names = slurm.partition.split(",") if slurm.partition else [part.name for part in there if part.default]
-    mine = [part for part in there if part.name in names]
-    if mine and not (slurm.qos or slurm.reservation or slurm.extra):
-        if problems := _never(slurm, mine):
+    partitions = list_partitions()
+    names = slurm.partition.split(",") if slurm.partition else [part.name for part in partitions if part.is_default]
+    candidates = [part for part in partitions if part.name in names]
+    if candidates and not (slurm.qos or slurm.reservation or slurm.extra):
+        if problems := _impossible(slurm, candidates):
             raise ConfigError(problems)
-    elif there and slurm.partition and not mine:
-        known = ", ".join(dict.fromkeys(part.name for part in there))
+    elif partitions and slurm.partition and not candidates:
+        known = ", ".join(dict.fromkeys(part.name for part in partitions))
         raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
-    price = _price(slurm, mine, len(run_dirs))
-    return [*ranks_lines(slurm), *_limits(slurm, mine), *_restarts(slurm, run_dirs), *price]
+    price = _price_lines(slurm, candidates, len(run_dirs))
+    return [*ranks_lines(slurm), *_time_lines(slurm, candidates), *_restart_lines(slurm, run_dirs), *price]
 
 
 def as_submitted(slurm: SlurmConfig) -> SlurmConfig:
@@ -121,66 +123,70 @@ def ranks_lines(slurm: SlurmConfig) -> list[str]:
     return lines
 
 
-def _never(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
+def _impossible(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     """Why no node of these partitions could ever be given."""
-    where, problems = "/".join(dict.fromkeys(part.name for part in mine)), []
+    names, problems = "/".join(dict.fromkeys(part.name for part in candidates)), []
     request = slurm.gpu_request
     gpus = 0 if request is None else request.count
-    longest = max(part.limit_s for part in mine)
+    longest = max(part.limit_s for part in candidates)
     if seconds(slurm.time) > longest:
         problems.append(
-            f"launcher.time={slurm.time}: partition {where} gives {clock(longest)} at most: it would never start"
+            f"launcher.time={slurm.time}: partition {names} gives {clock(longest)} at most: it would never start"
         )
     for key, asked, most in (
-        ("" if request is None else request.setting, gpus, max(part.gpus for part in mine)),
-        (f"launcher.cpus_per_task={slurm.cpus_per_task}", slurm.cpus_per_task or 0, max(part.cpus for part in mine)),
+        ("" if request is None else request.setting, gpus, max(part.gpus for part in candidates)),
+        (
+            f"launcher.cpus_per_task={slurm.cpus_per_task}",
+            slurm.cpus_per_task or 0,
+            max(part.cpus for part in candidates),
+        ),
     ):
         if asked > most:
-            problems.append(f"{key}: the nodes of partition {where} have {most or 'none'}: it would never start")
-    memory, most = _mebibytes(slurm.mem), max(part.memory_mb for part in mine)
+            problems.append(f"{key}: the nodes of partition {names} have {most or 'none'}: it would never start")
+    memory, most = _mebibytes(slurm.mem), max(part.memory_mb for part in candidates)
     if memory > most:
         problems.append(
-            f"launcher.mem={slurm.mem}: the nodes of partition {where} have {most}M at most: it would never start"
+            f"launcher.mem={slurm.mem}: the nodes of partition {names} have {most}M at most: it would never start"
         )
     fit = sum(
         part.nodes
-        for part in mine
+        for part in candidates
         if part.gpus >= gpus and part.cpus >= (slurm.cpus_per_task or 0) and part.memory_mb >= memory
     )
     if slurm.nodes > fit and not problems:
-        problems.append(f"launcher.nodes={slurm.nodes}: partition {where} has {fit} such nodes: it would never start")
+        problems.append(f"launcher.nodes={slurm.nodes}: partition {names} has {fit} such nodes: it would never start")
     return problems
 
 
-def _mebibytes(asked: str | None) -> float:
+def _mebibytes(memory: str | None) -> float:
     """SLURM's memory of a node, in MiB; 0 (which is all of a node's) where nothing is asked, or nothing that is read here."""
-    found = MEMORY.fullmatch((asked or "").strip())
-    return float(found["number"]) * 1024.0 ** "KMGT".index(found["unit"].upper() or "M") / 1024 if found else 0.0
+    size = MEMORY.fullmatch((memory or "").strip())
+    return float(size["number"]) * 1024.0 ** "KMGT".index(size["unit"].upper() or "M") / 1024 if size else 0.0
 
 
-def _limits(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
+def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     limit = seconds(slurm.time)
-    then = "is requeued"
+    consequence = "is requeued"
     if "no-requeue" in options_of(slurm.extra):
-        then = "ends with 75, not requeued (launcher.extra: --no-requeue)"
-    said = [f"time    {clock(limit)} a start, {slurm.signal_lead_s} s before its end it saves and {then}"]
+        consequence = "ends with 75, not requeued (launcher.extra: --no-requeue)"
+    lines = [f"time    {clock(limit)} a start, {slurm.signal_lead_s} s before its end it saves and {consequence}"]
     if not slurm.signal_lead_s:
-        said = [f"time    {clock(limit)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"]
-    if mine:
-        said[0] += f"; partition {mine[0].name} gives {clock(max(part.limit_s for part in mine))} at most"
-    if mine and not any(part.is_up for part in mine):
-        said.append(
-            f"note    partition {mine[0].name} is not up: no job starts there until it is; or set launcher.partition"
+        lines = [f"time    {clock(limit)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"]
+    if candidates:
+        lines[0] += f"; partition {candidates[0].name} gives {clock(max(part.limit_s for part in candidates))} at most"
+    if candidates and not any(part.is_up for part in candidates):
+        lines.append(
+            f"note    partition {candidates[0].name} is not up: no job starts there until it is; or set launcher.partition"
         )
     if slurm.signal_lead_s * 2 > limit:
-        said.append(
+        lines.append(
             f"note    launcher.signal_lead_s={slurm.signal_lead_s} is most of launcher.time={slurm.time}; SLURM may send "
             "its signal a minute early"
         )
-    return said
+    return lines
 
 
-def _restarts(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
+def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     """How many starts the rest of a run takes, where an earlier start has measured its steps."""
     from launch.runs import metrics_tail
     from trainer.reporting.run_record import readable_run_record
@@ -189,23 +195,23 @@ def _restarts(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
         return []
     newest = [row for row in metrics_tail.newest(run_dirs[0] / "metrics.jsonl") if "loss" in row]
     total = readable_run_record(run_dirs[0]).total_steps
-    pace = metrics_tail.recent(newest, "step_s")
-    if not newest or not total or pace is None:
+    step_s = metrics_tail.recent(newest, "step_s")
+    if not newest or not total or step_s is None:
         return ["starts  not known: no step of this run was measured yet (shardtune plan estimates one)"]
-    left = max(0, total - int(newest[-1]["step"])) * pace
-    each = max(1.0, seconds(slurm.time) - slurm.signal_lead_s)
-    again = max(0, math.ceil(left / each) - 1)
-    said = f"starts  {clock(left)} of steps are left at {pace:.3g} s a step: {again} restart{'s' * (again != 1)} at the limit"
+    remaining_s = max(0, total - int(newest[-1]["step"])) * step_s
+    start_s = max(1.0, seconds(slurm.time) - slurm.signal_lead_s)
+    restarts = max(0, math.ceil(remaining_s / start_s) - 1)
+    line = f"starts  {clock(remaining_s)} of steps are left at {step_s:.3g} s a step: {restarts} restart{'s' * (restarts != 1)} at the limit"
     allowed = slurm.retry.get("preempted", 0)
-    return [said + (f", but launcher.retry allows {allowed}" if again > allowed else "")]
+    return [line + (f", but launcher.retry allows {allowed}" if restarts > allowed else "")]
 
 
-def _price(slurm: SlurmConfig, mine: list[Partition], runs: int) -> list[str]:
+def _price_lines(slurm: SlurmConfig, candidates: list[Partition], runs: int) -> list[str]:
     request = slurm.gpu_request
     if request is None:
         return []
     gpus = request.count * slurm.nodes * runs
-    kinds = {kind for part in mine for kind in part.kinds} if request.kind is None else {request.kind}
+    kinds = {kind for part in candidates for kind in part.kinds} if request.kind is None else {request.kind}
     prices = {price_by_word(kind) for kind in kinds if kind}
     price = prices.pop() if len(prices) == 1 else None
     hours = gpus * seconds(slurm.time) / 3600

@@ -32,10 +32,10 @@ def refuse_large_array(tasks: int) -> None:
     """Refuse an array of so many tasks if SLURM takes fewer. Errors: ConfigError."""
     if tasks < 2:
         return
-    most = max_array_size()
-    if most is not None and tasks > most:
+    largest = max_array_size()
+    if largest is not None and tasks > largest:
         raise ConfigError(
-            f"{tasks} runs are one job array, and SLURM takes {most} at most here (MaxArraySize); nothing was composed or "
+            f"{tasks} runs are one job array, and SLURM takes {largest} at most here (MaxArraySize); nothing was composed or "
             "submitted. Give fewer values a command, for example each half of an axis"
         )
 
@@ -43,10 +43,10 @@ def refuse_large_array(tasks: int) -> None:
 def max_array_size() -> int | None:
     """SLURM's `MaxArraySize`; None if it cannot be asked."""
     try:
-        done = subprocess.run(
+        answer = subprocess.run(
             ["scontrol", "show", "config"], capture_output=True, text=True, errors="replace", timeout=CALL_S
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    shown = LIMIT.search(done.stdout)
-    return int(shown[1]) if shown else None
+    limit = LIMIT.search(answer.stdout)
+    return int(limit[1]) if limit else None

@@ -29,23 +29,23 @@ from trainer.stopping.signals import hold
 
 MARK = "shardtune-node "
 """Begins the line that says what a host is; what a login shell prints stands before it."""
-TOLD = "SHARDTUNE_NODE_TOLD"
+JOB_VARIABLE = "SHARDTUNE_NODE_TOLD"
 SILENT_S = 60.0
 """Seconds without a word from the other end, which says one every few, after which it is taken for lost."""
 END_S = 10.0
 """Seconds between asking the ranks to end and ending without them; they die with what started them."""
-SEEN_S = 10.0
+VISIBLE_S = 10.0
 """Seconds in which a file that was just written may appear on a network file system."""
-OF_THE_HOST = re.compile(
+HOST_VARIABLES = re.compile(
     "HOME|USER|LOGNAME|SHELL|SHLVL|MAIL|HOSTNAME|TMPDIR|(OLD)?PWD|_|(COLOR)?TERM|(WAYLAND_)?DISPLAY|XAUTHORITY|LS_COLORS|"
     "(SSH|XDG)_.*|DBUS_SESSION_BUS_ADDRESS"
 )
 """Variables that are not carried, since each host and each login has its own."""
 
 
-def carried(env: dict[str, str]) -> dict[str, str]:
+def variables_to_carry(env: dict[str, str]) -> dict[str, str]:
     """What of an environment the other hosts are given, as it is."""
-    return {key: value for key, value in env.items() if not OF_THE_HOST.fullmatch(key)}
+    return {key: value for key, value in env.items() if not HOST_VARIABLES.fullmatch(key)}
 
 
 def main(module: str = "launch.cluster.node") -> int:
@@ -64,22 +64,22 @@ def main(module: str = "launch.cluster.node") -> int:
 
 
 def _main(module: str) -> int:
-    if TOLD not in os.environ:
-        _begin_anew(json.loads(_line(0)), module)
-    told = json.loads(os.environ.pop(TOLD))
-    words = os.dup(0)
+    if JOB_VARIABLE not in os.environ:
+        _restart_in_environment(json.loads(_read_line(0)), module)
+    job = json.loads(os.environ.pop(JOB_VARIABLE))
+    commands = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # ranks read nothing
-    sys.stdout.write(MARK + json.dumps(look(told)) + "\n")
+    sys.stdout.write(MARK + json.dumps(describe_host(job)) + "\n")
     sys.stdout.flush()
-    begin = json.loads(_line(words, SILENT_S))
-    threading.Thread(target=_heed, args=(words,), daemon=True).start()
-    return run(told, begin)
+    begin = json.loads(_read_line(commands, SILENT_S))
+    threading.Thread(target=_obey, args=(commands,), daemon=True).start()
+    return run(job, begin)
 
 
-def _begin_anew(job: dict[str, Any], module: str) -> None:
+def _restart_in_environment(job: dict[str, Any], module: str) -> None:
     """Take the place of this process by one in the environment that was told, which its interpreter may need to begin with."""
-    own = {key: value for key, value in os.environ.items() if OF_THE_HOST.fullmatch(key)}
-    env = {**job.pop("env"), **own, TOLD: json.dumps(job)}
+    host_variables = {key: value for key, value in os.environ.items() if HOST_VARIABLES.fullmatch(key)}
+    env = {**job.pop("env"), **host_variables, JOB_VARIABLE: json.dumps(job)}
     try:
         os.chdir(job["cwd"])
     except OSError as error:
@@ -87,65 +87,65 @@ def _begin_anew(job: dict[str, Any], module: str) -> None:
     os.execve(sys.executable, [sys.executable, "-P", "-m", module], env)
 
 
-def look(told: dict[str, Any]) -> dict[str, Any]:
+def describe_host(job: dict[str, Any]) -> dict[str, Any]:
     """What this host is, for whoever starts the run; `config`: the frozen file as it is seen here."""
     from launch.cluster.hosts import interfaces
-    from launch.cluster.snapshot import digest, read
+    from launch.cluster.snapshot import code_digest, read_code
 
-    path, deadline = Path(told["config"]), time.monotonic() + SEEN_S
-    while (seen := _sha256(path)) != told["sha256"] and time.monotonic() < deadline:
+    path, deadline = Path(job["config"]), time.monotonic() + VISIBLE_S
+    while (config_digest := _sha256(path)) != job["sha256"] and time.monotonic() < deadline:
         time.sleep(0.5)
     return {
         "host": socket.gethostname(),
         "ssh": (os.environ.get("SSH_CONNECTION") or "").split()[2:3],
         "addresses": interfaces(),
-        "port": _port(),
+        "port": _free_port(),
         "python": sys.version.split()[0],
         "torch": metadata.version("torch"),
-        "code": digest(read()),
-        "config": seen,
+        "code": code_digest(read_code()),
+        "config": config_digest,
         "gpus": listed_gpus(),
     }
 
 
-def run(told: dict[str, Any], begin: dict[str, Any]) -> int:
+def run(job: dict[str, Any], begin: dict[str, Any]) -> int:
     """The ranks of this host, to their end."""
-    from launch.cluster.torchrun import What, start
+    from launch.cluster.torchrun import RankProgram, start
     from launch.config.frozen import load_frozen
 
-    path = Path(told["config"])
+    path = Path(job["config"])
     config = load_frozen(path)
     config.launcher.node_rank, config.launcher.rdzv = begin["rank"], begin["rdzv"]
-    code, _ = start(config, path.parent, begin["run_id"], what=What(told["module"], path.name))
+    code, _ = start(config, path.parent, begin["run_id"], program=RankProgram(job["module"], path.name))
     return code
 
 
-def _heed(words: int) -> None:
+def _obey(commands: int) -> None:
     """Act on what comes in; where nothing does any more, end."""
     while True:
         try:
-            told = json.loads(_line(words, SILENT_S))
+            message = json.loads(_read_line(commands, SILENT_S))
         except (EOFError, ValueError):
             break
-        if "signal" in told:
-            os.kill(os.getpid(), told["signal"])
+        if "signal" in message:
+            os.kill(os.getpid(), message["signal"])
     for _ in range(2):  # as Ctrl-C: a few seconds to save, then none
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(END_S)
     end_process(130)
 
 
-def _line(descriptor: int, timeout_s: float | None = None) -> bytes:
+def _read_line(descriptor: int, timeout_s: float | None = None) -> bytes:
     """The next line. Raises EOFError where none comes: the other end is closed, or silent for too long."""
-    found = bytearray()
-    while not found.endswith(b"\n"):
+    line = bytearray()
+    while not line.endswith(b"\n"):
         if not select.select([descriptor], [], [], timeout_s)[0]:
             raise EOFError("silent")
         piece = os.read(descriptor, 1)
         if not piece:
             raise EOFError("closed")
-        found += piece
-    return bytes(found)
+        line += piece
+    return bytes(line)
 
 
 def _sha256(path: Path) -> str | None:
@@ -155,14 +155,14 @@ def _sha256(path: Path) -> str | None:
         return None
 
 
-def _port() -> int:
+def _free_port() -> int:
     """A port of this host at which nobody listens, below those that are given out to connections."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     for _ in range(50):
-        number = random.randrange(20000, 30000)
+        port = random.randrange(20000, 30000)
         try:
-            with socket.create_server(("", number), family=family, dualstack_ipv6=family == socket.AF_INET6):
-                return number
+            with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6):
+                return port
         except OSError:
             continue
     return 29400

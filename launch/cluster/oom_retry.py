@@ -26,16 +26,16 @@ def lower_micro(run_dir: Path) -> str | None:
     """
     config = load_frozen(run_dir / "config.yaml")
     if isinstance(config.strategy, AutoConfig):
-        return _without_tried(run_dir, config)
+        return _exclude_tried_strategy(run_dir, config)
     micro = config.batch["micro"]
     if micro in (1, AUTO):
         return None
-    lowered = _lowered(config, _half(micro), OutOfMemoryTrial(micro, read_failure(run_dir).get("step")))
+    lowered = _with_micro(config, _half_micro(micro), OutOfMemoryTrial(micro, read_failure(run_dir).get("step")))
     freeze_choices(run_dir, lowered)
     return f"{MICRO}: {micro} -> {lowered.batch['micro']}"
 
 
-def _without_tried(run_dir: Path, config: RunConfig) -> str | None:
+def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
     """Freeze that the strategy on trial ran out of memory; None if the failure names none."""
     ran_out_with = read_failure(run_dir).get("ran_out_with")
     strategy = ran_out_with.get(STRATEGY) if isinstance(ran_out_with, dict) else None
@@ -47,7 +47,7 @@ def _without_tried(run_dir: Path, config: RunConfig) -> str | None:
     return f"without strategy={strategy}"
 
 
-def _lowered(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfig:
+def _with_micro(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfig:
     """The run with a smaller `micro`. Its resolution keeps what was asked for and every trial that led here."""
     earlier = config.resolution(MICRO) or Resolution(MICRO, config.batch["micro"])
     resolution = replace(
@@ -60,6 +60,6 @@ def _lowered(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfi
     return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
 
 
-def _half(micro: int) -> int:
+def _half_micro(micro: int) -> int:
     """Its largest divisor up to its half: what divides it divides every rank's part of the global batch, too."""
     return max(size for size in range(1, micro // 2 + 1) if micro % size == 0)

@@ -32,7 +32,7 @@ COLUMNS = (
 )
 WITHOUT_GPUS = ("prepare", "export")
 """Parts that compute nothing on a GPU."""
-PART = r"""
+PART_BODY = r"""
 set -e
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 # a trainer.py where the job was submitted hides nothing
 SHARDTUNE_SETUP=$(declare -f setup)
@@ -42,30 +42,30 @@ exec "$python" -m launch.job part "$part" "$run" "$processes"
 """
 
 
-def part_of(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
+def part_settings(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
     """What is asked of SLURM for one part: one node, and GPUs only where there is something to compute on them."""
     name = slurm.job_name or run_dir.name
     extra = [*slurm.extra, *slurm.part_options.get(part, [])]
     if part == "train":
         return replace(slurm, extra=extra)
-    one = replace(slurm, nodes=1, job_name=f"{name}-{part}", extra=extra, signal_lead_s=0, array_limit=None)
+    settings = replace(slurm, nodes=1, job_name=f"{name}-{part}", extra=extra, signal_lead_s=0, array_limit=None)
     if part in WITHOUT_GPUS:
         partition = slurm.cpu_partition or slurm.partition
         constraint = None if slurm.cpu_partition else slurm.constraint
-        own_extra = [*without_gpus(slurm.extra), *slurm.part_options.get(part, [])]
-        one = replace(one, gpus_per_node=0, gres=None, extra=own_extra, exclusive=False)
-        one = replace(one, partition=partition, constraint=constraint)
-    return one
+        extra = [*without_gpus(slurm.extra), *slurm.part_options.get(part, [])]
+        settings = replace(settings, gpus_per_node=0, gres=None, extra=extra, exclusive=False)
+        settings = replace(settings, partition=partition, constraint=constraint)
+    return settings
 
 
-def script_of(config: RunConfig, part: str, run_dir: Path, head: Callable[[RunConfig, list[Path]], list[str]]) -> str:
+def part_script(config: RunConfig, part: str, run_dir: Path, head: Callable[[RunConfig, list[Path]], list[str]]) -> str:
     """The script of a part other than training. `head` is the header of a job script, up to its set-up."""
     assert isinstance(config.launcher, SlurmConfig)
-    launcher = part_of(config.launcher, part, run_dir)
-    own = replace(config, launcher=launcher)
+    launcher = part_settings(config.launcher, part, run_dir)
+    part_config = replace(config, launcher=launcher)
     ranks = launcher.per_node if part == "evaluate" else 1
-    lines = [*head(own, [run_dir]), f"run=${{runs[0]}} part={part} processes={ranks}"]
-    return "\n".join(lines) + PART
+    lines = [*head(part_config, [run_dir]), f"run=${{runs[0]}} part={part} processes={ranks}"]
+    return "\n".join(lines) + PART_BODY
 
 
 def submit_chain(
@@ -97,18 +97,20 @@ def table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -> str:
     assert isinstance(slurm, SlurmConfig)
     rows = []
     for number, (part, job) in enumerate(jobs):
-        asked = part_of(slurm, part, run_dir)
-        request = asked.gpu_request
-        gpus = request.count * asked.nodes if request is not None else 0
+        settings = part_settings(slurm, part, run_dir)
+        request = settings.gpu_request
+        gpus = request.count * settings.nodes if request is not None else 0
         starts = f"when {jobs[number - 1][0]} has ended well" if number else "when SLURM has the nodes"
         if not number and slurm.after:
             starts = f"when job {slurm.after} has ended well"
-        rows.append(TableRow((job, part, str(asked.nodes), str(gpus or "-"), asked.partition or "default", starts)))
+        rows.append(
+            TableRow((job, part, str(settings.nodes), str(gpus or "-"), settings.partition or "default", starts))
+        )
     lines = draw_table(COLUMNS, rows)
     return "\n".join([*lines, f"a part that fails ends the rest; shardtune status {shlex.quote(str(run_dir))}"])
 
 
-def train_of(config: RunConfig, run_dir: Path) -> RunConfig:
+def train_config(config: RunConfig, run_dir: Path) -> RunConfig:
     """The configuration of the part that trains: with options of its own."""
     assert isinstance(config.launcher, SlurmConfig)
-    return replace(config, launcher=part_of(config.launcher, "train", run_dir))
+    return replace(config, launcher=part_settings(config.launcher, "train", run_dir))

@@ -18,12 +18,12 @@ CALL_S = 60.0
 """Seconds that scontrol may take; without a controller it waits for minutes."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 20.0
 """Seconds between two tries: they double."""
-END_S = 10.0
+SCRIPT_END_S = 10.0
 """Seconds before the end of the job's time at which it is not tried again: the script has still to end."""
 DEFAULT_LEAD_S = 180.0
 FINAL_REFUSALS = ("disabled", "denied", "Invalid job id", "not supported")
 """In the words of scontrol: it will not be taken later either."""
-BY_SLURM = "SLURM or scancel ends the job"
+ENDED_BY_SLURM = "SLURM or scancel ends the job"
 LAST_OUTPUT_BYTES = 2**16
 MEMORY_KILL = re.compile(r"exceeded (job )?memory limit|oom[-_ ]kill", re.IGNORECASE)
 """What slurmstepd writes into the output of a job whose processes it has killed for memory."""
@@ -43,11 +43,11 @@ class TermSignal:
     """Whether TERM came to this process. From its construction on TERM does not end it."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.received = False
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, _: int, __: FrameType | None) -> None:
-        self.came = True
+        self.received = True
 
 
 def lead_s(run_dir: Path) -> float:
@@ -66,11 +66,11 @@ def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
     """
     end_time = os.environ.get("SLURM_JOB_END_TIME", "")
     if end_time.isdecimal():
-        patience_s = min(patience_s, int(end_time) - time.time() - END_S)
+        patience_s = min(patience_s, int(end_time) - time.time() - SCRIPT_END_S)
     deadline = time.monotonic() + patience_s
     wait_s = FIRST_WAIT_S
     while True:
-        refusal = _ask(job)
+        refusal = _request_requeue(job)
         if refusal is None:
             return None
         if any(words in refusal for words in FINAL_REFUSALS):
@@ -82,11 +82,11 @@ def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         # Both together would run the job once too often.
-        if term.came or by_slurm(job, False):
-            return BY_SLURM
+        if term.received or ended_by_slurm(job, False):
+            return ENDED_BY_SLURM
 
 
-def _ask(job: NamedJob) -> str | None:
+def _request_requeue(job: NamedJob) -> str | None:
     """Ask once; why SLURM did not take it."""
     try:
         done = subprocess.run(
@@ -101,7 +101,7 @@ def _ask(job: NamedJob) -> str | None:
     return " ".join((done.stderr or done.stdout).split()) or "without a word"
 
 
-def by_slurm(job: NamedJob, stopped: bool) -> bool:
+def ended_by_slurm(job: NamedJob, stopped: bool) -> bool:
     """Whether SLURM ends the job, or requeues it by itself: asking for it as well would run it once too often."""
     if stopped:
         return True

@@ -67,11 +67,11 @@ def preflight(words: list[str], as_json: bool) -> int:
     """Check the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
     from launch.cluster.preflight.answer import as_dict
     from launch.cluster.preflight.answer import text as page
-    from launch.cluster.preflight.coordinator import ask
-    from launch.cluster.preflight.targets import nodes_of
+    from launch.cluster.preflight.coordinator import run_preflight
+    from launch.cluster.preflight.targets import preflight_targets
 
-    questions, commands, hosts, waits = nodes_of(words)
-    answers, verdict = ask(questions, commands, hosts, waits=waits)
+    asked, commands, hosts, waits = preflight_targets(words)
+    heard, verdict = run_preflight(asked, commands, hosts, is_queued=waits)
     if as_json:
         give(as_dict(questions, answers, verdict))
     else:

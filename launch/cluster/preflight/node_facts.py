@@ -38,9 +38,9 @@ LIBRARIES = (
 )
 """Distributions that must be the same on all nodes."""
 PACKAGES = ("launch", "trainer", "strategies", "conf")
-VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 """Variables that list the devices a process may use."""
-VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", *VISIBLE)
+VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", *DEVICE_VARIABLES)
 """Beginnings of environment variables that change what a run does."""
 KFD = Path("/sys/class/kfd/kfd/topology/nodes")
 SLOWDOWN: tuple[tuple[str, ...], ...] = (
@@ -54,7 +54,7 @@ VISIBLE_S = 5.0
 GIB = 2**30
 
 
-VARIABLE = "SHARDTUNE_PREFLIGHT"
+REQUEST_VARIABLE = "SHARDTUNE_PREFLIGHT"
 """The environment variable with what is asked."""
 
 
@@ -88,37 +88,39 @@ class PreflightRequest:
         return json.dumps(asdict(self))
 
     @classmethod
-    def told(cls) -> PreflightRequest:
+    def from_environment(cls) -> PreflightRequest:
         """What the environment says. Errors: KeyError where it says nothing."""
-        return cls(**json.loads(os.environ[VARIABLE]))
+        return cls(**json.loads(os.environ[REQUEST_VARIABLE]))
 
 
-def look(asked: PreflightRequest, node: int) -> dict[str, Any]:
+def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
     """Everything that node number `node` sees, as JSON; what is wrong is `judge`'s to say. Raises nothing for what is missing."""
-    seen: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "node": node,
         "host": socket.gethostname(),
         "time": time.time(),
         "python": platform.python_version(),
         "executable": sys.executable,
-        "clone": clone(),
+        "clone": code_facts(),
         "packages": {name: version for name in LIBRARIES if (version := installed_version(name)) is not None},
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_free_gib": _memory_free(),
-        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(VARIABLES)},
-        "paths": {path: bool(glob.glob(str(Path(path).expanduser()), recursive=True)) for path in asked.paths},  # noqa: PTH207
+        "environment": {
+            key: setting for key, setting in sorted(os.environ.items()) if key.startswith(VARIABLE_PREFIXES)
+        },
+        "paths": {path: bool(glob.glob(str(Path(path).expanduser()), recursive=True)) for path in request.paths},  # noqa: PTH207
     }
-    if asked.run_dir is not None:
-        seen["run_dir"] = shared(Path(asked.run_dir), asked.token, node)
-    seen["models"] = {
-        name: holdings(name, asked.revision)
-        for name in dict.fromkeys((asked.model, asked.tokenizer))
+    if request.run_dir is not None:
+        facts["run_dir"] = run_dir_facts(Path(request.run_dir), request.token, node)
+    facts["models"] = {
+        name: model_facts(name, request.revision)
+        for name in dict.fromkeys((request.model, request.tokenizer))
         if name is not None
     }
-    return seen | gpus()
+    return facts | gpu_facts()
 
 
-def clone() -> dict[str, str]:
+def code_facts() -> dict[str, str]:
     """Where the code is, and a digest of what it says."""
     root = Path(__file__).resolve().parents[3]
     digest = hashlib.sha256()
@@ -144,30 +146,30 @@ def _memory_free() -> float | None:
         return None
 
 
-def shared(run_dir: Path, token: str, node: int) -> dict[str, Any]:
+def run_dir_facts(run_dir: Path, token: str, node: int) -> dict[str, Any]:
     """Whether this node sees what the asker wrote into the run directory, and can write there; free space, and the clock.
 
     `behind_s`: seconds by which this host's clock is before that of the file system.
     """
-    place = run_dir / "preflight" / token
-    found: dict[str, Any] = {"sees": False, "problem": None}
+    directory = run_dir / "preflight" / token
+    facts: dict[str, Any] = {"sees": False, "problem": None}
     end = time.monotonic() + VISIBLE_S
-    while not (place / "asked").exists():
+    while not (directory / "asked").exists():
         if time.monotonic() > end:
-            return found
+            return facts
         time.sleep(0.2)
-    found["sees"] = True
+    facts["sees"] = True
     try:
-        own = place / str(node)
-        own.write_text(socket.gethostname(), encoding="utf-8")
-        found["behind_s"] = own.stat().st_mtime - time.time()
-        found["free_gib"] = shutil.disk_usage(place).free / GIB
+        own_file = directory / str(node)
+        own_file.write_text(socket.gethostname(), encoding="utf-8")
+        facts["behind_s"] = own_file.stat().st_mtime - time.time()
+        facts["free_gib"] = shutil.disk_usage(directory).free / GIB
     except OSError as error:
-        found["problem"] = error.strerror or str(error)
-    return found
+        facts["problem"] = error.strerror or str(error)
+    return facts
 
 
-def holdings(name: str, revision: str | None) -> dict[str, Any]:
+def model_facts(name: str, revision: str | None) -> dict[str, Any]:
     """The files of a model that this node has, offline: how many, and a digest of their names and sizes."""
     directory = Path(name).expanduser()
     if not directory.is_dir():
@@ -191,45 +193,45 @@ def holdings(name: str, revision: str | None) -> dict[str, Any]:
     return {"files": len(files), "digest": hashlib.sha256(repr(files).encode()).hexdigest()[:12], "lacking": lacking}
 
 
-def gpus() -> dict[str, Any]:
+def gpu_facts() -> dict[str, Any]:
     """The GPUs of this node, NVIDIA's with the processes on them, or else AMD's; none where neither driver lists any."""
     fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
     rows = next(filter(None, (nvidia_smi("gpu", (*fields, *slow)) for slow in SLOWDOWN)), [])
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
-    found = [{key: _number(value) for key, value in zip(keys, row, strict=False)} for row in rows] or _of_amd()
-    for gpu in found:
+    gpus = [{key: _number(devices) for key, devices in zip(keys, row, strict=False)} for row in rows] or _amd_gpus()
+    for gpu in gpus:
         gpu["slowed"] = gpu.get("slowed") == "Active"
-    on_them = nvidia_smi("compute-apps", ("pid", "process_name", "used_memory")) or []
-    lists = [value.split(",") for name in VISIBLE if (value := os.environ.get(name)) is not None]
-    count = min([len(found), *(sum(bool(each.strip()) for each in listed) for listed in lists)])
-    return {"gpus": found, "gpu_count": count, "gpu_processes": [" ".join(row) for row in on_them]}
+    processes = nvidia_smi("compute-apps", ("pid", "process_name", "used_memory")) or []
+    lists = [devices.split(",") for name in DEVICE_VARIABLES if (devices := os.environ.get(name)) is not None]
+    count = min([len(gpus), *(sum(bool(device.strip()) for device in listed) for listed in lists)])
+    return {"gpus": gpus, "gpu_count": count, "gpu_processes": [" ".join(row) for row in processes]}
 
 
-def _of_amd() -> list[dict[str, Any]]:
+def _amd_gpus() -> list[dict[str, Any]]:
     """AMD's GPUs as the kernel lists them; it says nothing of those that this process may not use."""
-    found: list[dict[str, Any]] = []
+    gpus: list[dict[str, Any]] = []
     for node in sorted(KFD.glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
-            about = dict(
+            properties = dict(
                 line.split(maxsplit=1) for line in (node / "properties").read_text(encoding="utf-8").splitlines()
             )
-            if int(about["simd_count"]):  # else a processor
-                found.append({"index": len(found), "name": (node / "name").read_text(encoding="utf-8").strip()})
+            if int(properties["simd_count"]):  # else a processor
+                gpus.append({"index": len(gpus), "name": (node / "name").read_text(encoding="utf-8").strip()})
         except (OSError, ValueError, KeyError):
             continue
-    return found
+    return gpus
 
 
-def nvidia_smi(of: str, fields: tuple[str, ...]) -> list[list[str]] | None:
+def nvidia_smi(query: str, fields: tuple[str, ...]) -> list[list[str]] | None:
     """Rows of `nvidia-smi --query-<of>`; None if it is not there, fails, or does not know one of the fields."""
-    command = ["nvidia-smi", f"--query-{of}={','.join(fields)}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if done.returncode:
+    if answer.returncode:
         return None
-    return [[value.strip() for value in row] for row in csv.reader(done.stdout.splitlines()) if row]
+    return [[cell.strip() for cell in row] for row in csv.reader(answer.stdout.splitlines()) if row]
 
 
 def _number(text: str) -> int | str | None:
