@@ -14,18 +14,19 @@ LIMIT = re.compile(r"^MaxArraySize\s*=\s*(\d+)", re.MULTILINE)
 
 
 def refuse_large_arrays(points: list[list[str]], *, repeats: int = 1) -> None:
-    """Refuse points, as words, of which more ask for the same job than an array may have tasks. Errors: ConfigError.
+    """Refuse points, as words, if more of them ask for the same job than an array may have tasks. Errors: ConfigError.
 
-    Asks nobody unless the words say `launcher=slurm`, and have no chain (which is no array).
+    Asks SLURM only if the words say `launcher=slurm` and have no chain (which is no array).
     """
-    if (
-        not points
-        or "launcher=slurm" not in points[0]
-        or any(word.startswith("launcher.pipeline=[") for word in points[0])
-    ):
+    if not points or "launcher=slurm" not in points[0]:
         return
-    requests = Counter(tuple(word for word in point if word.startswith("launcher.")) for point in points)
-    refuse_large_array(repeats * max(requests.values()))
+    if any(word.startswith("launcher.pipeline=[") for word in points[0]):
+        return
+    # Points with the same words about the launcher become the tasks of one array.
+    tasks: Counter[tuple[str, ...]] = Counter()
+    for point in points:
+        tasks[tuple(word for word in point if word.startswith("launcher."))] += 1
+    refuse_large_array(repeats * max(tasks.values()))
 
 
 def refuse_large_array(tasks: int) -> None:

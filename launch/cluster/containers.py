@@ -30,64 +30,60 @@ def runtime_of(launcher: Mapping[str, Any]) -> str | None:
     requested = str(launcher.get("container_by", "auto"))
     if requested != "auto":
         return requested
-    local = str(image).endswith((".sif", ".img")) or Path(image).expanduser().is_dir()
-    return "apptainer" if local or "://" in str(image) else "pyxis"
+    # A file, a directory or an address with a scheme is apptainer's; the rest names an image of a registry.
+    is_local = str(image).endswith((".sif", ".img")) or Path(image).expanduser().is_dir()
+    return "apptainer" if is_local or "://" in str(image) else "pyxis"
 
 
 def launch_words(tree: Mapping[str, Any], directories: list[Path]) -> tuple[list[str], list[str]]:
-    """(options of srun, what stands before the command) of a run whose configuration, as plain values, is `tree`.
+    """(options of srun, words before the command) of a run whose configuration, as plain values, is `tree`.
 
     `directories` are mounted beside what the run reads. Raises ConfigError for paths that the options cannot carry.
     """
     launcher = tree["launcher"]
-    runtime, image = runtime_of(launcher), str(launcher.get("container"))
+    runtime = runtime_of(launcher)
     if runtime is None:
         return [], []
+    image = str(launcher.get("container"))
     mount_options = mounts(tree, directories)
     workdir = launcher.get("container_workdir") or str(Path.cwd())
     if runtime == "pyxis":
-        options = [f"--container-image={image}", f"--container-mounts={','.join(mount_options)}"]
-        return [*options, f"--container-workdir={workdir}", "--no-container-mount-home"], []
-    binds = [part for mount in mount_options for part in ("--bind", mount)]
+        srun_options = [f"--container-image={image}", f"--container-mounts={','.join(mount_options)}"]
+        srun_options += [f"--container-workdir={workdir}", "--no-container-mount-home"]
+        return srun_options, []
+    binds = [word for mount in mount_options for word in ("--bind", mount)]
     return [], ["apptainer", "exec", "--nv", *binds, "--pwd", workdir, os.path.expanduser(image)]  # noqa: PTH111
 
 
 def mounts(tree: Mapping[str, Any], directories: list[Path]) -> list[str]:
-    """`source:target[:options]` of everything that the run needs, what lies in another one left out."""
-    extra_mounts = [str(mount) for mount in tree["launcher"].get("container_mounts") or ()]
-    paths = sorted(
-        {path.expanduser().absolute() for path in [*directories, *_paths_of_settings(tree)]},
-        key=lambda path: len(path.parts),
-    )
+    """`source:target[:options]` of everything that the run needs; a directory below another one is left out."""
+    paths = {path.expanduser().absolute() for path in [*directories, *_paths_of_settings(tree)]}
     mounted: list[Path] = []
-    for path in paths:
+    for path in sorted(paths, key=lambda path: len(path.parts)):  # outer ones first
         if not any(path.is_relative_to(outer) for outer in mounted):
             mounted.append(path)
-    if unmountable := [str(path) for path in mounted if set(str(path)) & set(",:")]:
-        raise ConfigError(
-            f"launcher.container: {unmountable[0]}: mounts cannot carry `,` and `:` in a path; name it without, or through a link"
-        )
+    for path in mounted:
+        if set(str(path)) & set(",:"):
+            raise ConfigError(
+                f"launcher.container: {path}: mounts cannot carry `,` and `:` in a path; name it without, or through a link"
+            )
+    extra_mounts = [str(mount) for mount in tree["launcher"].get("container_mounts") or ()]
     return [*(f"{path}:{path}" for path in mounted), *extra_mounts]
 
 
 def _paths_of_settings(tree: Mapping[str, Any]) -> Iterator[Path]:
-    """What the settings name on this host's disks."""
+    """Directories on this host's disks that the settings name."""
     yield Path.cwd()
-    yield Path(tree["data"]["cache_dir"])
+    data = tree["data"]
+    yield Path(data["cache_dir"])
+    # Without it the run's verbs would ask in the container about settings that were trusted outside.
     trusted = trusted_values.directory()
-    if (
-        trusted is not None and trusted.is_dir()
-    ):  # else the run's verbs would ask in the container for what was typed outside
+    if trusted is not None and trusted.is_dir():
         yield trusted
-    sources = [source.get("path") for source in (tree["data"].get("sources") or {}).values()]
-    configured = [
-        tree["model"]["path"],
-        tree["model"].get("tokenizer"),
-        tree["data"].get("eval_path"),
-        tree["data"]["path"],
-    ]
-    for entry in [*configured, *sources]:
-        for text in entry if isinstance(entry, list) else [entry]:
+    configured = [tree["model"]["path"], tree["model"].get("tokenizer"), data.get("eval_path"), data["path"]]
+    configured += [source.get("path") for source in (data.get("sources") or {}).values()]
+    for setting in configured:
+        for text in setting if isinstance(setting, list) else [setting]:
             if not isinstance(text, str):
                 continue
             path = Path(text).expanduser()
@@ -98,8 +94,9 @@ def _paths_of_settings(tree: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def refuse_missing(launcher: Mapping[str, Any]) -> None:
-    """Raise ConfigError where this host cannot start the container: no pyxis in its srun, no apptainer, no image."""
-    runtime, image = runtime_of(launcher), str(launcher.get("container"))
+    """Raise ConfigError if this host cannot start the container: no pyxis in its srun, no apptainer, no image."""
+    runtime = runtime_of(launcher)
+    image = str(launcher.get("container"))
     if runtime == "pyxis":
         try:
             srun_options = subprocess.run(["srun", "--help"], capture_output=True, text=True, timeout=PATIENCE_S).stdout

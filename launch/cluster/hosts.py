@@ -33,53 +33,78 @@ class HostPlace:
 
 
 def locate_this_host(launcher: LauncherConfig) -> HostPlace:
-    """Where this host stands. Raises ConfigError where names or addresses do not tell, with the setting that does."""
+    """Where this host stands. Raises ConfigError if names or addresses do not tell, with the setting that does."""
     assert launcher.rdzv is not None
     host = launcher.rdzv.rpartition(":")[0].strip("[]")
     own_interfaces = interfaces()
     meeting_addresses = _addresses(host, f"launcher.rdzv={launcher.rdzv}")
-    first = bool({*meeting_addresses} & {*own_interfaces}) or any(is_loopback(address) for address in meeting_addresses)
-    if launcher.address is not None:
-        address = next(
-            (each for each in _addresses(launcher.address, _address_setting(launcher)) if each in own_interfaces), None
-        )
-        if address is None or is_loopback(address):
-            raise ConfigError(
-                f"{_address_setting(launcher)}: is no address of this host that others reach; it has {_list_addresses(own_interfaces)}"
-            )
-    elif first:
-        address = next(
-            (each for each in meeting_addresses if each in own_interfaces and not is_loopback(each)), None
-        ) or _only_reachable_address(host, own_interfaces)
-    else:
-        address = local_address_towards(meeting_addresses[0], launcher.rdzv)
-        if address not in own_interfaces or is_loopback(address):
-            raise ConfigError(
-                f"launcher.rdzv={launcher.rdzv}: no interface of this host leads there; it has {_list_addresses(own_interfaces)}"
-            )
+    is_first = any(address in own_interfaces or is_loopback(address) for address in meeting_addresses)
+    address = _reachable_address(launcher, host, meeting_addresses, own_interfaces, is_first=is_first)
     rank = launcher.node_rank
-    if rank is None and (first or launcher.nodes == 2):
-        rank = 0 if first else 1
-    if first != (rank == 0) and rank is not None:
-        place = "is this host" if first else f"is another host ({', '.join(meeting_addresses)})"
+    if rank is None and (is_first or launcher.nodes == 2):
+        rank = 0 if is_first else 1
+    if rank is not None and is_first != (rank == 0):
+        if is_first:
+            place = "is this host"
+            remedy = "leave launcher.node_rank out here"
+        else:
+            place = f"is another host ({', '.join(meeting_addresses)})"
+            remedy = "give launcher.rdzv an address of that host"
         raise ConfigError(
             f"launcher.node_rank={rank}: launcher.rdzv={launcher.rdzv} {place}, and the ranks meet on the host with index 0; "
-            f"{'leave launcher.node_rank out here' if first else 'give launcher.rdzv an address of that host'}"
+            f"{remedy}"
         )
-    return HostPlace(rank, address, own_interfaces[address], first)
+    return HostPlace(rank, address, own_interfaces[address], is_first)
+
+
+def _reachable_address(
+    launcher: LauncherConfig,
+    host: str,
+    meeting_addresses: list[str],
+    own_interfaces: dict[str, str],
+    *,
+    is_first: bool,
+) -> str:
+    """The address at which other hosts reach this one. Raises ConfigError if there is none, or it is not clear which.
+
+    `host` is the name in `launcher.rdzv`, and `meeting_addresses` what this host takes it for.
+    """
+    if launcher.address is not None:
+        for address in _addresses(launcher.address, _address_setting(launcher)):
+            if address in own_interfaces:
+                if is_loopback(address):
+                    break
+                return address
+        raise ConfigError(
+            f"{_address_setting(launcher)}: is no address of this host that others reach; it has "
+            f"{_list_addresses(own_interfaces)}"
+        )
+    if is_first:
+        for address in meeting_addresses:
+            if address in own_interfaces and not is_loopback(address):
+                return address
+        return _only_reachable_address(host, own_interfaces)
+    assert launcher.rdzv is not None
+    address = local_address_towards(meeting_addresses[0], launcher.rdzv)
+    if address not in own_interfaces or is_loopback(address):
+        raise ConfigError(
+            f"launcher.rdzv={launcher.rdzv}: no interface of this host leads there; it has "
+            f"{_list_addresses(own_interfaces)}"
+        )
+    return address
 
 
 def interfaces() -> dict[str, str]:
     """The interface of each address that this host has."""
     import psutil
 
-    families = (socket.AF_INET, socket.AF_INET6)
-    return {
-        address.address.partition("%")[0]: name
-        for name, addresses in psutil.net_if_addrs().items()
-        for address in addresses
-        if address.family in families
-    }
+    interface_of = {}
+    for interface, addresses in psutil.net_if_addrs().items():
+        for address in addresses:
+            if address.family in (socket.AF_INET, socket.AF_INET6):
+                # An IPv6 address of a link carries its interface behind a %.
+                interface_of[address.address.partition("%")[0]] = interface
+    return interface_of
 
 
 def _addresses(host: str, setting: str) -> list[str]:
@@ -93,18 +118,18 @@ def _addresses(host: str, setting: str) -> list[str]:
 
 
 def local_address_towards(address: str, rdzv: str) -> str:
-    """The address of this host from which another one is reached; a route is looked up, nothing is sent."""
+    """The address of this host from which `address` is reached. Raises ConfigError if there is no route."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, 9))
+            probe.connect((address, 9))  # a datagram socket only looks its route up: nothing is sent
         except OSError as error:
             raise ConfigError(f"launcher.rdzv={rdzv}: this host has no way to {address} ({error.strerror})") from error
         return str(probe.getsockname()[0]).partition("%")[0]
 
 
 def _only_reachable_address(host: str, own_interfaces: dict[str, str]) -> str:
-    """The one address that others may reach, where a name means this host by its loopback. Raises ConfigError for several."""
+    """The one address that others may reach, if `host` means this host by its loopback. Raises ConfigError for several."""
     reachable = [address for address in own_interfaces if ":" not in address and not is_loopback(address)]
     if len(reachable) != 1:
         raise ConfigError(

@@ -69,51 +69,77 @@ class FrozenRun:
 
     @property
     def threads(self) -> int:
-        """CPU threads of a rank: as the run says, or the environment, or the node's cores divided."""
+        """CPU threads of a rank: `run.threads`, or OMP_NUM_THREADS, or the node's cores divided by its ranks."""
+        configured = self.tree["run"]["threads"]
+        if configured:
+            return configured
         omp_threads = os.environ.get("OMP_NUM_THREADS", "")
+        if omp_threads.isdecimal():
+            return int(omp_threads)
         cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or 1)
-        return self.tree["run"]["threads"] or (
-            int(omp_threads) if omp_threads.isdecimal() else max(1, cores // self.processes)
-        )
+        return max(1, cores // self.processes)
 
 
 def begin(words: list[str]) -> dict[str, Any]:
-    """Everything that is settled before the step; what the shell is told. Errors: ConfigError, StorageError, ShardtuneError."""
+    """Settle everything before the training step; returns the variables that the job script sets.
+
+    Errors: ConfigError, StorageError, ShardtuneError.
+    """
     job = JobStart.here()
     refuse_heterogeneous(os.environ)
     run = frozen_run(words, job)
     logs = run.directory / "logs"
-    shell_variables: dict[str, Any] = {"run_dir": run.directory, "logs": logs, "job": job.name, "start": job.restart}
-    shell_variables |= {"finished": "", "code": ""}
+    # The script reads each of these, so each is there however the start goes on.
+    shell_variables: dict[str, Any] = {
+        "run_dir": run.directory,
+        "logs": logs,
+        "job": job.name,
+        "start": job.restart,
+        "finished": "",
+        "code": "",
+    }
     if read_status(run.directory).get("state") == State.done:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
         pipeline_part.record_part_end("train", run.directory, 0)
         note_ended(run.directory, job.name, job.restart, 0, reason="already finished", goes_on=False)
         return {**shell_variables, "finished": 1}
     logs.mkdir(parents=True, exist_ok=True)
-    shell_variables["code"] = code_copy(run, job) if words else ""
+    if words:  # `shardtune submit` has copied the code, and its scripts start from the copy
+        shell_variables["code"] = code_copy(run, job)
     snapshot.refuse_changed()
-    containers.refuse_missing(run.tree["launcher"])
-    retry = run.tree["launcher"]["retry"]
-    status = read_status(run.directory)
-    # A start that ended without a word was lost with its node or killed unsaved; SLURM has requeued the job by itself.
-    ended_silently = status.get("state") == State.running and status.get("job") == job.id
-    if job.restart and ended_silently and not count_lost_start(logs, job, retry.get("node_fail", 0)):
-        raise ShardtuneError(
-            f"job {job.name}: more than {retry.get('node_fail', 0)} starts ended without a word (node lost, or killed unsaved); "
-            "not started again"
-        )
+    launcher = run.tree["launcher"]
+    containers.refuse_missing(launcher)
+    refuse_lost_starts(run, job, logs)
     refuse_in_use(run.directory, run.tree["run"]["lease_s"])
     if words:  # the script for people; `submit` has left it for its own
         note_submitted([run.directory], job.name)
     note_begun(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
     report_idle_gpus(run.processes, os.environ)
-    shell_variables |= {f"retry_{cause}": times for cause, times in retry.items()}
+    for cause, times in launcher["retry"].items():
+        shell_variables[f"retry_{cause}"] = times
     shell_variables |= {"processes": run.processes, "threads": run.threads, "silent": os.environ.get(SILENT, "")}
-    master = rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or run.tree["launcher"]["rdzv"])
-    if len(job.nodes) > 1 and run.tree["launcher"].get("preflight", "none") != "none":
+    master = rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or launcher["rdzv"])
+    if len(job.nodes) > 1 and launcher.get("preflight", "none") != "none":
         preflight(run, job, master)
     return {**shell_variables, "rendezvous": master}
+
+
+def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
+    """Refuse a start after more starts were lost than `launcher.retry` allows. Errors: ShardtuneError, StorageError.
+
+    A start that says it runs, and has ended, was lost with its node or killed unsaved. SLURM requeues such a job by itself.
+    """
+    if not job.restart:
+        return
+    status = read_status(run.directory)
+    if status.get("state") != State.running or status.get("job") != job.id:
+        return
+    limit = run.tree["launcher"]["retry"].get("node_fail", 0)
+    if not count_lost_start(logs, job, limit):
+        raise ShardtuneError(
+            f"job {job.name}: more than {limit} starts ended without a word (node lost, or killed unsaved); "
+            "not started again"
+        )
 
 
 def refuse_heterogeneous(env: Mapping[str, str]) -> None:
@@ -138,17 +164,21 @@ def report_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
 
 
 def code_copy(run: FrozenRun, job: JobStart) -> Path | str:
-    """The code of a run by slurm/train.sbatch: a copy that its job's first start makes; nothing for the clone itself."""
+    """The code of a run by slurm/train.sbatch: a copy, which the first start of its job makes; empty for the clone itself."""
     if run.tree["launcher"].get("code") != "snapshot":
         return ""
     copy = snapshot.newest_copy(run.directory) if job.restart else None
-    if copy is not None:
-        snapshot.refuse_changed(copy)
-    return copy or snapshot.copy_code(run.directory)
+    if copy is None:
+        return snapshot.copy_code(run.directory)
+    snapshot.refuse_changed(copy)
+    return copy
 
 
 def preflight(run: FrozenRun, job: JobStart, master: str) -> None:
-    """Ask all nodes before the ranks are started. Raises NodesUnfit with every problem, StorageError."""
+    """Check all nodes before the ranks are started. Raises NodesUnfit with every problem, StorageError.
+
+    `master`: host:port at which the ranks will meet; the check uses it too.
+    """
     from launch.cluster.preflight.answer import text
     from launch.cluster.preflight.coordinator import commands_by_srun, preflight_request, run_preflight
 
@@ -158,14 +188,13 @@ def preflight(run: FrozenRun, job: JobStart, master: str) -> None:
     python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable
     if containers.runtime_of(run.tree["launcher"]):
         python = run.tree["launcher"].get("python") or "python3"
-    reports, verdict = run_preflight(
-        request, commands_by_srun(len(job.nodes), python, srun_options, prefix=prefix), job.nodes
-    )
+    commands = commands_by_srun(len(job.nodes), python, srun_options, prefix=prefix)
+    reports, verdict = run_preflight(request, commands, job.nodes)
     print(text(request, reports, verdict), flush=True)
     if verdict.problems:
         raise NodesUnfit(
-            f"job {job.name}: not started: {verdict.problems[0]}. Mend the node, or leave it out (sbatch --exclude=<node>); "
-            "launcher.preflight=none starts without asking"
+            f"job {job.name}: not started: {verdict.problems[0]}. Fix the node, or exclude it (sbatch --exclude=<node>); "
+            "launcher.preflight=none skips this check"
         )
 
 
@@ -176,28 +205,46 @@ def frozen_run(words: list[str], job: JobStart) -> FrozenRun:
         return FrozenRun.read(Path(frozen).parent)
     from launch.config.compose import compose
     from launch.runs.freeze import freeze
-    from trainer.config.run import SlurmConfig
 
-    problems = []
-    for word in words:
-        key, _, value = word.partition("=")
-        group, _, leaf = key.partition(".")
-        if group == "launcher" and (leaf not in LAUNCHER_WORDS if leaf else value != "slurm"):
-            problems.append(f"{word}: {SCRIPT_DECIDES if leaf in ('', 'setup', 'python') else SBATCH_DECIDES}")
-    if problems:
+    if problems := misplaced_words(words):
         raise ConfigError(problems)
-    env = os.environ
-    retries = [f"{cause}:{env.get(f'RETRY_{cause.upper()}') or times}" for cause, times in SlurmConfig().retry.items()]
-    retry = f"{{{','.join(retries)}}}"
-    job_words = [f"run.dir=runs/slurm-{job.id}", "launcher=slurm", f"launcher.nodes={len(job.nodes)}"]
-    job_words.append(f"launcher.retry={retry}")
-    job_words.append(f"launcher.processes={env.get('PROCESSES') or env.get('SLURM_GPUS_ON_NODE') or 1}")
-    composed = compose([*job_words, *words])
+    composed = compose([*words_of_job(job), *words])
     if composed.config.launcher.nodes != len(job.nodes):
         raise ConfigError(
             f"launcher.nodes={composed.config.launcher.nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out"
         )
     return FrozenRun.read(freeze(composed, Path(composed.config.run.dir or ""), another_way=True))
+
+
+def misplaced_words(words: list[str]) -> list[str]:
+    """Why slurm/train.sbatch cannot take some of these words: SLURM has decided them already, or the script itself does."""
+    problems = []
+    for word in words:
+        key, _, value = word.partition("=")
+        group, _, leaf = key.partition(".")
+        if group != "launcher":
+            continue
+        is_taken = leaf in LAUNCHER_WORDS if leaf else value == "slurm"
+        if not is_taken:
+            problems.append(f"{word}: {SCRIPT_DECIDES if leaf in ('', 'setup', 'python') else SBATCH_DECIDES}")
+    return problems
+
+
+def words_of_job(job: JobStart) -> list[str]:
+    """Settings that a run by slurm/train.sbatch takes from its job and from the environment of the script."""
+    from trainer.config.run import SlurmConfig
+
+    env = os.environ
+    retries = []
+    for cause, times in SlurmConfig().retry.items():
+        retries.append(f"{cause}:{env.get(f'RETRY_{cause.upper()}') or times}")
+    return [
+        f"run.dir=runs/slurm-{job.id}",
+        "launcher=slurm",
+        f"launcher.nodes={len(job.nodes)}",
+        f"launcher.retry={{{','.join(retries)}}}",
+        f"launcher.processes={env.get('PROCESSES') or env.get('SLURM_GPUS_ON_NODE') or 1}",
+    ]
 
 
 def rendezvous(job: JobStart, address: str | None) -> str:
@@ -213,13 +260,13 @@ def rendezvous(job: JobStart, address: str | None) -> str:
             )
         return address
     first = port(os.environ)
-    ports = (20000 + (first - 20000 + number) % 10000 for number in range(PORTS_TRIED))
-    free = next((number for number in ports if _is_port_free(number)), None)
-    if free is None:
-        raise ConfigError(
-            f"{job.nodes[0]}: no free port from {first} on, {PORTS_TRIED} were tried; choose one with launcher.rdzv=host:port"
-        )
-    return f"{job.nodes[0]}:{free}"
+    for offset in range(PORTS_TRIED):
+        number = 20000 + (first - 20000 + offset) % 10000  # from `first` on, within 20000 to 29999
+        if _is_port_free(number):
+            return f"{job.nodes[0]}:{number}"
+    raise ConfigError(
+        f"{job.nodes[0]}: no free port from {first} on, {PORTS_TRIED} were tried; choose one with launcher.rdzv=host:port"
+    )
 
 
 def _is_port_free(number: int) -> bool:
@@ -234,7 +281,7 @@ def _is_port_free(number: int) -> bool:
 
 @contextlib.contextmanager
 def _stdout_is_stderr() -> Iterator[int]:
-    """Whatever is printed meanwhile goes to stderr; the descriptor of the real stdout, which the shell reads."""
+    """Print everything to stderr meanwhile; yields the descriptor of the real stdout, which the shell evaluates."""
     sys.stdout.flush()
     stdout_fd = os.dup(1)
     os.dup2(2, 1)

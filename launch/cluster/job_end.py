@@ -99,7 +99,7 @@ class JobOutcome:
 
 
 def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
-    """Requeue where the run wants it and may; the job's exit code.
+    """Requeue the job if the run wants it and may; returns the job's exit code.
 
     `stopped`: whether TERM came to the script. `unstarted`: whether it was told to stop before it had started a rank.
     """
@@ -110,16 +110,19 @@ def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
         print(efficiency.record(run_dir, job.name, job.restart, code), flush=True)
     outcome = _outcome(job, run_dir, code, stopped, unstarted)
     if outcome.requeue:
-        # Before SLURM is asked: it ends this process at once.
+        # Recorded before SLURM is asked, because SLURM ends this process at once.
         _record_end(run_dir, job, replace(outcome, will_restart=True))
         print(f"job {job.name}: {outcome.reason}; it is to be requeued", flush=True)
         refusal = requeue(job, lead_s(run_dir), term)
         if refusal is None:
             return outcome.code
         print(f"job {job.name}: not requeued: {refusal}", flush=True)
-        resumable = outcome.code if outcome.step is None else PREEMPTED
-        outcome = replace(outcome, code=resumable, reason=f"{outcome.reason}; not requeued: {refusal}")
-        outcome = replace(outcome, will_restart=None if refusal == ENDED_BY_SLURM else False)
+        outcome = replace(
+            outcome,
+            code=outcome.code if outcome.step is None else PREEMPTED,
+            reason=f"{outcome.reason}; not requeued: {refusal}",
+            will_restart=None if refusal == ENDED_BY_SLURM else False,
+        )
     else:
         print(f"job {job.name}: {outcome.reason}", flush=True)
     _record_end(run_dir, job, outcome)
@@ -129,8 +132,12 @@ def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
 
 def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
     """Leave in the run's directory how this start ended. A full disk must not cost the requeue."""
-    facts: dict[str, object] = {"reason": outcome.reason, "goes_on": outcome.will_restart}
-    facts |= {"step": outcome.step, "idle_starts": outcome.idle_starts}
+    facts: dict[str, object] = {
+        "reason": outcome.reason,
+        "goes_on": outcome.will_restart,
+        "step": outcome.step,
+        "idle_starts": outcome.idle_starts,
+    }
     try:
         note_ended(run_dir, job.name, job.restart, outcome.code, **facts)
     except StorageError as error:
@@ -139,15 +146,22 @@ def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
 
 def _outcome(job: JobStart, run_dir: Path, code: int, stopped: bool, unstarted: bool) -> JobOutcome:
     """What the records of the run say of the start that has ended, and whether the job is to start again."""
-    status, failure = read_status(run_dir), read_failure(run_dir)
-    if unstarted or (job.is_of_this_start(status) and status.get("state") == State.preempted):
-        return _after_save(job, run_dir, code, stopped, None if unstarted else status.get("step"), unstarted)
-    if job.is_of_this_start(status) and status.get("state") == State.done:
+    if unstarted:
+        return _after_save(job, run_dir, code, stopped, None, unstarted)
+    status = read_status(run_dir)
+    state = status.get("state") if job.is_of_this_start(status) else None
+    if state == State.preempted:
+        return _after_save(job, run_dir, code, stopped, status.get("step"), unstarted)
+    if state == State.done:
         return JobOutcome(code, "done")
-    cause = failure.get("retry") if job.is_of_this_start(failure) else None
-    why = str(failure.get("message")) if job.is_of_this_start(failure) else ""
+    failure = read_failure(run_dir)
+    cause = None
+    why = ""
+    if job.is_of_this_start(failure):
+        cause = failure.get("retry")
+        why = str(failure.get("message"))
     if not why and code:
-        why = f"its ranks ended with exit code {code} and left no word; their output is in {run_dir / 'logs'}"
+        why = f"its ranks ended with exit code {code} and wrote no reason; their output is in {run_dir / 'logs'}"
         if killed_for_memory(job):
             cause = "out_of_memory"
             why = f"{why}. SLURM ended them for the memory limit of the job: raise launcher.mem, or lower batch.micro"
@@ -160,7 +174,7 @@ def _outcome(job: JobStart, run_dir: Path, code: int, stopped: bool, unstarted: 
 def _after_save(
     job: JobStart, run_dir: Path, code: int, stopped: bool, step: int | None, unstarted: bool
 ) -> JobOutcome:
-    """Of a start that was told to stop, and has saved or had nothing to save."""
+    """How a start ended that was told to stop, and has saved or had nothing to save."""
     state = "told to stop before its ranks were started" if unstarted else "state saved"
     record = read_job_record(run_dir)
     earlier_step = 0
@@ -190,7 +204,7 @@ def _retry_limit(cause: str) -> int:
 
 
 def _after_loss(job: JobStart, run_dir: Path, code: int, stopped: bool, cause: str) -> JobOutcome:
-    """Of a start that has lost a rank, or whose rank ran out of memory."""
+    """How a start ended that has lost a rank, or whose rank ran out of memory."""
     why, counter = RETRY_CAUSES[cause]
     limit = _retry_limit(cause)
     if ended_by_slurm(job, stopped):

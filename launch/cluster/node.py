@@ -31,7 +31,7 @@ MARK = "shardtune-node "
 """Begins the line that says what a host is; what a login shell prints stands before it."""
 JOB_VARIABLE = "SHARDTUNE_NODE_TOLD"
 SILENT_S = 60.0
-"""Seconds without a word from the other end, which says one every few, after which it is taken for lost."""
+"""Seconds without a line from the other end after which it counts as lost. It sends one every few seconds."""
 END_S = 10.0
 """Seconds between asking the ranks to end and ending without them; they die with what started them."""
 VISIBLE_S = 10.0
@@ -49,17 +49,14 @@ def variables_to_carry(env: dict[str, str]) -> dict[str, str]:
 
 
 def main(module: str = "launch.cluster.node") -> int:
-    """Be told, say what this host is, run the ranks; returns the exit code of their end (`launch.cluster.torchrun.start`).
+    """Read the job, report what this host is, and run the ranks; returns the exit code (`launch.cluster.torchrun.start`).
 
-    `module` is the one that calls this.
+    `module` is the one that calls this: the process replaces itself by it.
     """
-    hold()  # as the command does: a request that comes while libraries are loaded is kept
+    hold()  # as the command does: a request to save that comes while libraries are loaded is kept
     try:
         return _main(module)
-    except (
-        EOFError,
-        KeyboardInterrupt,
-    ):  # nobody talks with it any more, or it was told to end before there were ranks
+    except (EOFError, KeyboardInterrupt):  # the other end has gone, or a signal came before there were ranks
         return 130
 
 
@@ -77,7 +74,7 @@ def _main(module: str) -> int:
 
 
 def _restart_in_environment(job: dict[str, Any], module: str) -> None:
-    """Take the place of this process by one in the environment that was told, which its interpreter may need to begin with."""
+    """Replace this process by one in the job's environment, which the interpreter may need from its beginning on."""
     host_variables = {key: value for key, value in os.environ.items() if HOST_VARIABLES.fullmatch(key)}
     env = {**job.pop("env"), **host_variables, JOB_VARIABLE: json.dumps(job)}
     try:
@@ -88,13 +85,16 @@ def _restart_in_environment(job: dict[str, Any], module: str) -> None:
 
 
 def describe_host(job: dict[str, Any]) -> dict[str, Any]:
-    """What this host is, for whoever starts the run; `config`: the frozen file as it is seen here."""
+    """Facts of this host, for the host that starts the run; `config`: the digest of the frozen file as it is seen here."""
     from launch.cluster.hosts import interfaces
     from launch.cluster.snapshot import code_digest, read_code
 
-    path, deadline = Path(job["config"]), time.monotonic() + VISIBLE_S
-    while (config_digest := _sha256(path)) != job["sha256"] and time.monotonic() < deadline:
+    path = Path(job["config"])
+    deadline = time.monotonic() + VISIBLE_S
+    config_digest = _sha256(path)
+    while config_digest != job["sha256"] and time.monotonic() < deadline:
         time.sleep(0.5)
+        config_digest = _sha256(path)
     return {
         "host": socket.gethostname(),
         "ssh": (os.environ.get("SSH_CONNECTION") or "").split()[2:3],
@@ -115,13 +115,14 @@ def run(job: dict[str, Any], begin: dict[str, Any]) -> int:
 
     path = Path(job["config"])
     config = load_frozen(path)
-    config.launcher.node_rank, config.launcher.rdzv = begin["rank"], begin["rdzv"]
+    config.launcher.node_rank = begin["rank"]
+    config.launcher.rdzv = begin["rdzv"]
     code, _ = start(config, path.parent, begin["run_id"], program=RankProgram(job["module"], path.name))
     return code
 
 
 def _obey(commands: int) -> None:
-    """Act on what comes in; where nothing does any more, end."""
+    """Pass on the signals that the other end sends; end the ranks once it is silent or gone."""
     while True:
         try:
             message = json.loads(_read_line(commands, SILENT_S))

@@ -17,12 +17,11 @@ from trainer.reporting.status import read_failure
 
 
 def lower_micro(run_dir: Path) -> str | None:
-    """Freeze half of the micro-batch with twice the accumulation; what it was and is, None where there is nothing to halve.
+    """Freeze smaller settings for a run that ran out of memory; returns the change as text, None if there is none to make.
 
-    Where the run was choosing its strategy, freeze that the one which was tried ran out.
-
-    The frozen configuration stays that of the run which was asked for, and notes what became of it. Errors: ConfigError,
-    StorageError.
+    Training gets half of the micro-batch, and with it twice the accumulation. A run that was choosing its strategy gets the
+    strategy on trial recorded as too large. The frozen configuration stays that of the run which was asked for: it keeps the
+    request beside what became of it. Errors: ConfigError, StorageError.
     """
     config = load_frozen(run_dir / "config.yaml")
     if isinstance(config.strategy, AutoConfig):
@@ -30,7 +29,8 @@ def lower_micro(run_dir: Path) -> str | None:
     micro = config.batch["micro"]
     if micro in (1, AUTO):
         return None
-    lowered = _with_micro(config, _half_micro(micro), OutOfMemoryTrial(micro, read_failure(run_dir).get("step")))
+    trial = OutOfMemoryTrial(micro, read_failure(run_dir).get("step"))
+    lowered = _with_micro(config, _half_micro(micro), trial)
     freeze_choices(run_dir, lowered)
     return f"{MICRO}: {micro} -> {lowered.batch['micro']}"
 

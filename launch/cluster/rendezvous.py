@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from trainer.config.run import LauncherConfig
 
 WAITING_S = 20.0
-"""Seconds after which the first line says which host has not come; more follow as far apart, later twice as far."""
+"""Seconds after which the first line says which host has not come; the pause to the next one doubles."""
 LONGEST_PAUSE_S = 60.0
 LEFT_BEHIND_S = 20.0
+"""Seconds that torchrun may live on after all of its ranks have ended."""
 LOOK_EVERY_S = 5.0
 
 
@@ -52,6 +53,7 @@ class WaitingForHosts:
         self._next_report = now + self._pause_s
 
     def _missing(self, agent: psutil.Process) -> str:
+        """Which hosts have not come, and what to do about it."""
         nodes = self._launcher.nodes
         address = self._launcher.rdzv
         if not self._place.first:

@@ -127,24 +127,28 @@ def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Pa
 
 
 def _python(config: RunConfig, slurm: SlurmConfig, directories: list[Path]) -> list[str]:
-    """The interpreters of the host and of the ranks, and how these are put into a container."""
+    """Lines that set the interpreters of the host and of the ranks, and the words that start the ranks in a container."""
     if slurm.container is None:
         python = shlex.quote(one_line(slurm.python or sys.executable, "launcher.python"))
         return [f"python={python} inside='' container=() within=()"]
-    srun_options, prefix = containers.launch_words(plain(config), directories)
+    lines = []
     trusted = trusted_values.directory()
+    if trusted is not None:  # in the container the home may be another one
+        lines.append(f"export {trusted_values.VARIABLE}={shlex.quote(_path(trusted, trusted_values.VARIABLE))}")
+    host_python = shlex.quote(one_line(sys.executable, "the interpreter"))
+    rank_python = shlex.quote(one_line(slurm.python or "python3", "launcher.python"))
+    srun_options, prefix = containers.launch_words(plain(config), directories)
     return [
-        # In the container the home may be another one.
-        *(
-            []
-            if trusted is None
-            else [f"export {trusted_values.VARIABLE}={shlex.quote(_path(trusted, trusted_values.VARIABLE))}"]
-        ),
-        f"python={shlex.quote(one_line(sys.executable, 'the interpreter'))} # asks SLURM, on the host",
-        f"inside={shlex.quote(one_line(slurm.python or 'python3', 'launcher.python'))} # of the ranks, in the container",
-        f"container=({' '.join(shlex.quote(one_line(word, 'launcher.container')) for word in srun_options)})",
-        f"within=({' '.join(shlex.quote(one_line(word, 'launcher.container')) for word in prefix)})",
+        *lines,
+        f"python={host_python} # asks SLURM, on the host",
+        f"inside={rank_python} # of the ranks, in the container",
+        f"container=({_shell_words(srun_options)})",
+        f"within=({_shell_words(prefix)})",
     ]
+
+
+def _shell_words(words: list[str]) -> str:
+    return " ".join(shlex.quote(one_line(word, "launcher.container")) for word in words)
 
 
 def setup_text(slurm: SlurmConfig, clone: Path) -> str:
@@ -160,30 +164,37 @@ def setup_text(slurm: SlurmConfig, clone: Path) -> str:
 
 
 def options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
-    """What stands behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes."""
-    array = len(runs) > 1
-    output = f"{runs[0]}/logs".replace("%", "%%") + ("/%x-%A_%a.out" if array else "/%x-%j.out")
-    dependencies = [f"afterok:{slurm.after}"] if slurm.after else []
-    limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
+    """The options behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes."""
+    is_array = len(runs) > 1
+    logs = f"{runs[0]}/logs".replace("%", "%%")  # sbatch reads %j and the like in the name of the output
+    array = None
+    if is_array:
+        limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
+        array = f"0-{len(runs) - 1}{limit}"
+    dependencies = []
+    if slurm.after:
+        dependencies.append(f"afterok:{slurm.after}")
+    if slurm.dependency:
+        dependencies.append(slurm.dependency)
     sbatch_options: Options = {
         "job-name": slurm.job_name or default_job_name(runs),
-        "array": f"0-{len(runs) - 1}{limit}" if array else None,
+        "array": array,
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
         **node_request(slurm),
         "time": slurm.time,
         "chdir": _path(cwd, "the current directory"),
-        "output": output,
+        "output": f"{logs}/%x-%A_%a.out" if is_array else f"{logs}/%x-%j.out",
         "open-mode": "append",
         "signal": f"B:USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None,
         "comment": slurm.comment,
-        "dependency": ",".join([*dependencies, *filter(None, [slurm.dependency])]) or None,
-        "kill-on-invalid-dep": "yes" if dependencies or slurm.dependency else None,
+        "dependency": ",".join(dependencies) or None,
+        "kill-on-invalid-dep": "yes" if dependencies else None,
         "mail-type": slurm.mail,
         "mail-user": slurm.mail_user,
     }
-    options = [*quoted_options(sbatch_options), "--requeue"]
-    return options + [one_line(option, "launcher.extra") for option in slurm.extra]
+    extra = [one_line(option, "launcher.extra") for option in slurm.extra]
+    return [*quoted_options(sbatch_options), "--requeue", *extra]
 
 
 def node_request(slurm: SlurmConfig) -> Options:
@@ -205,11 +216,13 @@ def node_request(slurm: SlurmConfig) -> Options:
 
 def quoted_options(options: Options) -> list[str]:
     """Options quoted as a shell and sbatch read them. Raises ConfigError for what would end a line of a script."""
-    return [
-        f"--{key}" if setting is True else f"--{key}={shlex.quote(one_line(str(setting), f'launcher.{key}'))}"
-        for key, setting in options.items()
-        if setting is not None
-    ]
+    quoted = []
+    for key, setting in options.items():
+        if setting is True:  # an option without a value
+            quoted.append(f"--{key}")
+        elif setting is not None:
+            quoted.append(f"--{key}={shlex.quote(one_line(str(setting), f'launcher.{key}'))}")
+    return quoted
 
 
 def default_job_name(runs: list[str]) -> str:

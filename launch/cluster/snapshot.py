@@ -23,9 +23,10 @@ def read_code(root: Path = ROOT) -> dict[str, bytes]:
     """The files of the code below `root` by their paths. Errors: StorageError."""
     files: dict[str, bytes] = {}
     try:
-        for part in (root / part for part in PARTS):
-            if part.name == "slurm" and not (part / "env.sh").is_file():
-                continue  # somebody else's package of that name
+        for name in PARTS:
+            part = root / name
+            if name == "slurm" and not (part / "env.sh").is_file():
+                continue  # another package of that name
             for file in [part] if part.is_file() else sorted(part.rglob("*")):
                 if file.is_file() and "__pycache__" not in file.parts:
                     files[file.relative_to(root).as_posix()] = file.read_bytes()
@@ -43,12 +44,15 @@ def code_digest(files: dict[str, bytes]) -> str:
 
 
 def copy_path(run_dir: Path, sha256: str) -> Path:
-    """Where the copy of a run lies."""
+    """Where a run keeps its copy of the code with this digest."""
     return run_dir.absolute() / DIRECTORY / sha256[:12]
 
 
 def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
-    """Copy the code into the run directory, beside earlier copies, which jobs may still run; its place. Errors: StorageError."""
+    """Copy the code into the run directory; returns the copy. Errors: StorageError.
+
+    Earlier copies stay, because jobs may still run them.
+    """
     files = read_code(root)
     sha256 = code_digest(files)
     copy = copy_path(run_dir, sha256)
@@ -74,13 +78,14 @@ def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
 
 
 def newest_copy(run_dir: Path) -> Path | None:
-    """The copy that was taken last; None where there is none."""
-    manifests = (run_dir.absolute() / DIRECTORY).glob(f"[!.]*/{MANIFEST}")
-    return max((path.parent for path in manifests), key=lambda path: (path / MANIFEST).stat().st_mtime_ns, default=None)
+    """The copy that was made or used last; None if there is none."""
+    manifests = (run_dir.absolute() / DIRECTORY).glob(f"[!.]*/{MANIFEST}")  # a dot begins an unfinished copy
+    newest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return None if newest is None else newest.parent
 
 
 def refuse_changed(root: Path = ROOT) -> None:
-    """Raise ConfigError where a copy is no longer what was submitted; a clone is as it is."""
+    """Raise ConfigError if a copy is no longer what was submitted. A clone has no manifest and may change."""
     recorded = manifest(root).get("sha256")
     if recorded is not None and code_digest(read_code(root)) != recorded:
         raise ConfigError(

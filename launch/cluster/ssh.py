@@ -60,9 +60,10 @@ def start(
 ) -> tuple[int, set[int]]:
     """As `launch.cluster.torchrun.start`, on all of `launcher.hosts`; when it returns every process on every host has ended.
 
-    Errors: ConfigError without ssh, NodesUnfit where a host cannot be reached or cannot run the run.
+    Errors: ConfigError without ssh, NodesUnfit if a host cannot be reached or cannot run the run.
     """
-    launcher, path = config.launcher, (run_dir / program.config).absolute()
+    launcher = config.launcher
+    path = (run_dir / program.config).absolute()
     if shutil.which("ssh") is None:
         raise ConfigError(
             "launcher.hosts: there is no ssh here (PATH); install OpenSSH's client, or start on each host"
@@ -84,21 +85,27 @@ def start(
                 return 130 if signal.SIGINT in received else 1, received
             refuse_unfit(nodes, launcher, config_digest)
             rdzv = launcher.rdzv or rendezvous_address(nodes)
-            for rank, node in enumerate(nodes):
-                node.send({"rank": rank, "rdzv": rdzv, "run_id": run_id})
+            for node_rank, node in enumerate(nodes):
+                node.send({"rank": node_rank, "rdzv": rdzv, "run_id": run_id})
             poll = redirected.poll if redirected is not None else None
             code = _watch(nodes, pending, poll)
-            lost_rank = next((number for number, node in enumerate(nodes) if node.is_disconnected), None)
-            if lost_rank is not None and code != 130:
-                _record_lost_host(run_dir, nodes[lost_rank], lost_rank * launcher.per_node)
+            if code != 130:
+                for node_rank, node in enumerate(nodes):
+                    if node.is_disconnected:
+                        _record_lost_host(run_dir, node, node_rank * launcher.per_node)
+                        break
             return code, received
         finally:
             _end_nodes(nodes)
 
 
 def _watch(nodes: list[Node], pending: list[int], poll: Callable[[], None] | None) -> int:
-    """Until all have ended, or the others of one that ended badly had their time; the first exit code that is not 0."""
-    failed_at = interrupted_at = None
+    """Wait until all nodes have ended, or one ended badly and the others had their time.
+
+    Returns the first exit code that is not 0, and 130 after Ctrl-C.
+    """
+    failed_at: float | None = None
+    interrupted_at: float | None = None
     last_sign = 0.0
     while True:
         if poll is not None:
@@ -106,7 +113,8 @@ def _watch(nodes: list[Node], pending: list[int], poll: Callable[[], None] | Non
         now = time.monotonic()
         while pending:
             signal_number = pending.pop(0)
-            interrupted_at = (interrupted_at or now) if signal_number == signal.SIGINT else interrupted_at
+            if signal_number == signal.SIGINT and interrupted_at is None:
+                interrupted_at = now
             for node in nodes:
                 node.send({"signal": int(signal_number)})
         if now - last_sign > SIGN_OF_LIFE_S:
@@ -114,18 +122,20 @@ def _watch(nodes: list[Node], pending: list[int], poll: Callable[[], None] | Non
             for node in nodes:
                 node.send({})
         codes = [node.process.poll() for node in nodes]
-        bad = next((code for code in codes if code), None)
-        failed_at = (failed_at or now) if bad is not None else None
-        over = None not in codes or (failed_at is not None and now - failed_at > STOP_GRACE_S)
-        if interrupted_at is not None and (None not in codes or now - interrupted_at > STOP_GRACE_S + NODE_END_S):
-            return 130
-        if over and interrupted_at is None:
-            return bad or 0
+        all_ended = None not in codes
+        bad_code = next((code for code in codes if code), None)
+        if bad_code is not None and failed_at is None:
+            failed_at = now
+        if interrupted_at is not None:
+            if all_ended or now - interrupted_at > STOP_GRACE_S + NODE_END_S:
+                return 130
+        elif all_ended or (failed_at is not None and now - failed_at > STOP_GRACE_S):
+            return bad_code or 0
         time.sleep(0.1)
 
 
 def _end_nodes(nodes: list[Node]) -> None:
-    """End whatever still runs on any host: Ctrl-C twice, as far as it can be told; then nobody talks with it any more."""
+    """End whatever still runs on any host: send Ctrl-C twice, then close the connection, then kill ssh."""
     for _ in range(2):
         for node in nodes:
             if node.facts is not None and node.process.poll() is None:
@@ -150,7 +160,7 @@ def _end_nodes(nodes: list[Node]) -> None:
 
 
 def _record_lost_host(run_dir: Path, node: Node, rank: int) -> None:
-    """Leave in the run directory that a host was lost, which none of its ranks can; what they lost by it is no cause."""
+    """Record that a host was lost, which none of its ranks can. It replaces what other ranks wrote about losing theirs."""
     recorded = read_failure(run_dir)
     lost = ShardtuneError(f"host {node.name} was lost ({node.last_words})")
     record_failure(
@@ -159,12 +169,14 @@ def _record_lost_host(run_dir: Path, node: Node, rank: int) -> None:
 
 
 class NodeOutput:
-    """Where lines of the nodes go: to the screen, and each node's to its file."""
+    """Shows lines of the nodes on the screen, and keeps each node's in its file."""
 
     def __init__(self, logs: Path, redirected: RedirectedOutput | None) -> None:
-        self._logs, self._redirected = logs, redirected
+        self._logs = logs
+        self._redirected = redirected
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
+        """Takes the place of the screen if the output is redirected."""
 
     def __enter__(self) -> NodeOutput:
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -178,25 +190,31 @@ class NodeOutput:
             self._file.close()
 
     def listen(self, nodes: list[Node]) -> None:
-        """Read what the nodes say until they end."""
-        starts = [int(match[1]) for path in self._logs.iterdir() if (match := re.match(r"hosts-(\d+)-", path.name))]
-        start = max(starts, default=0) + 1
-        for rank, node in enumerate(nodes):
-            node.log = (self._logs / f"hosts-{start}-{rank}.log").open("ab", buffering=0)
+        """Start the threads that read what the nodes print, until they end."""
+        starts = [0]
+        for path in self._logs.iterdir():
+            if match := re.match(r"hosts-(\d+)-", path.name):
+                starts.append(int(match[1]))
+        start = max(starts) + 1
+        for node_rank, node in enumerate(nodes):
+            node.log = (self._logs / f"hosts-{start}-{node_rank}.log").open("ab", buffering=0)
             self._keep(node, f"# {node.name}\n".encode())
             for pipe, is_stderr in ((node.process.stdout, False), (node.process.stderr, True)):
-                reader = threading.Thread(target=self._read, args=(node, pipe, is_stderr, rank == 0), daemon=True)
+                arguments = (node, pipe, is_stderr, node_rank == 0)
+                reader = threading.Thread(target=self._read, args=arguments, daemon=True)
                 reader.start()
                 node.readers.append(reader)
 
     def _read(self, node: Node, pipe: IO[bytes], is_stderr: bool, is_first: bool) -> None:
+        """Sort the lines of one pipe; `is_first`: the node's stdout is shown, and its lines need no name."""
         for line in pipe:
             text = line.decode(errors="replace").rstrip("\n")
             if node.facts is None and not is_stderr:
+                # Before the node's own line come lines that the login shell there prints.
                 if text.startswith(MARK):
                     node.facts = json.loads(text.removeprefix(MARK))
-                    continue
-                node.last_lines.append(text.strip())
+                else:
+                    node.last_lines.append(text.strip())
                 continue
             if is_stderr:
                 node.last_lines = [*node.last_lines[-SHOWN_LINES:], text.strip()]

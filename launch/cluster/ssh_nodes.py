@@ -76,15 +76,21 @@ class Node:
 def ssh_command(host: str, launcher: LauncherConfig) -> list[str]:
     """The command that starts a node. Its last word is read by the login shell there, whichever that is."""
     node_command = ["exec", "/usr/bin/env", f"PYTHONPATH={ROOT}", sys.executable, "-P", "-m", NODE]
-    # ssh takes the first value that it is given of an option: the user's go before ours.
-    options = {"BatchMode": "yes", "ConnectTimeout": CONNECT_S}
-    options |= {"ServerAliveInterval": int(SIGN_OF_LIFE_S), "ServerAliveCountMax": MISSED_SIGNS}
-    option_words = [word for key, setting in options.items() for word in ("-o", f"{key}={setting}")]
+    options = {
+        "BatchMode": "yes",
+        "ConnectTimeout": CONNECT_S,
+        "ServerAliveInterval": int(SIGN_OF_LIFE_S),
+        "ServerAliveCountMax": MISSED_SIGNS,
+    }
+    option_words = []
+    for name, setting in options.items():
+        option_words += ["-o", f"{name}={setting}"]
+    # ssh takes the first value that it is given of an option: the user's come before ours.
     return ["ssh", "-T", *launcher.ssh, *option_words, "--", host, shlex.join(node_command)]
 
 
 def connect(host: str, launcher: LauncherConfig) -> Node:
-    """Start a node on a host; whether that succeeds is heard of it."""
+    """Start a node on a host, without waiting for the connection."""
     process = subprocess.Popen(
         ssh_command(host, launcher),
         stdin=subprocess.PIPE,
@@ -97,7 +103,7 @@ def connect(host: str, launcher: LauncherConfig) -> Node:
 
 
 def wait_for_facts(nodes: list[Node], pending: list[int]) -> bool:
-    """Wait until every node has said what it is, has ended, or is late; False where a signal came first."""
+    """Wait until every node has sent its facts, has ended, or is late; False if a signal came first."""
     deadline = time.monotonic() + HELLO_S
     while any(node.facts is None and node.process.poll() is None for node in nodes):
         if pending:
@@ -113,36 +119,50 @@ def wait_for_facts(nodes: list[Node], pending: list[int]) -> bool:
 
 
 def refuse_unfit(nodes: list[Node], launcher: LauncherConfig, frozen: str) -> None:
-    """Raise NodesUnfit with what is wrong with each host that cannot run what is frozen here."""
-    problems = [f"  {node.name}: {reason}" for node in nodes if node.facts is None and (reason := _why_silent(node))]
+    """Raise NodesUnfit with what is wrong with each host that cannot run the run; `frozen`: the digest of its configuration."""
+    problems = []
+    for node in nodes:
+        if node.facts is None and (reason := _why_silent(node)):
+            problems.append(f"  {node.name}: {reason}")
     own_versions = _own_versions()
-    answered = [(node, node.facts) for node in nodes if node.facts is not None]
-    for node, facts in answered:
-        for key, own_version in own_versions.items():
-            if facts[key] != own_version:
-                other_text = "code" if key == "code" else f"{key} {facts[key]}"
-                own_text = "that of this host" if key == "code" else own_version
-                problems.append(
-                    f"  {node.name}: has another {other_text} than {own_text} ({ROOT if key == 'code' else sys.executable})"
-                )
-        if facts["config"] != frozen:
-            problems.append(
-                f"  {node.name}: does not see the run directory as it was written here; run.dir must be on a file system that "
-                "all hosts share"
-            )
-        if facts["gpus"] > launcher.per_node and launcher.per_node == 1 and not listed_gpus():
-            problems.append(
-                f"  {node.name}: has {facts['gpus']} GPUs, and this host none to tell by; give launcher.processes"
-            )
-    host_of_address: dict[str, str] = {}
-    for node, facts in answered:
-        for address in facts["ssh"]:
-            if not is_loopback(address) and host_of_address.setdefault(address, node.name) != node.name:
-                problems.append(
-                    f"  {node.name}: is the same host as {host_of_address[address]} ({address}); name each once"
-                )
+    for node in nodes:
+        if node.facts is not None:
+            problems += [f"  {node.name}: {problem}" for problem in _unfit(node.facts, launcher, frozen, own_versions)]
+    problems += _named_twice(nodes)
     if problems:
         raise NodesUnfit("\n".join(["launcher.hosts: the run cannot start, and nothing was started:", *problems]))
+
+
+def _unfit(facts: dict[str, Any], launcher: LauncherConfig, frozen: str, own_versions: dict[str, str]) -> list[str]:
+    """Why a host, by its facts, cannot run what is frozen here."""
+    problems = []
+    if facts["code"] != own_versions["code"]:
+        problems.append(f"has another code than that of this host ({ROOT})")
+    for key in ("python", "torch"):
+        if facts[key] != own_versions[key]:
+            problems.append(f"has another {key} {facts[key]} than {own_versions[key]} ({sys.executable})")
+    if facts["config"] != frozen:
+        problems.append(
+            "does not see the run directory as it was written here; run.dir must be on a file system that all hosts share"
+        )
+    # Without GPUs on this host, `per_node` 1 is only a default.
+    if facts["gpus"] > launcher.per_node and launcher.per_node == 1 and not listed_gpus():
+        problems.append(f"has {facts['gpus']} GPUs, and this host none to tell by; give launcher.processes")
+    return problems
+
+
+def _named_twice(nodes: list[Node]) -> list[str]:
+    """Hosts that are listed under two names."""
+    problems = []
+    host_of_address: dict[str, str] = {}
+    for node in nodes:
+        for address in node.facts["ssh"] if node.facts is not None else ():
+            if is_loopback(address):
+                continue
+            host = host_of_address.setdefault(address, node.name)
+            if host != node.name:
+                problems.append(f"  {node.name}: is the same host as {host} ({address}); name each once")
+    return problems
 
 
 def _own_versions() -> dict[str, str]:
@@ -150,12 +170,15 @@ def _own_versions() -> dict[str, str]:
 
 
 def _why_silent(node: Node) -> str:
-    """Why a host has not said what it is."""
+    """Why a host has not sent its facts."""
     code = node.process.poll()
     if code is None:
-        return f"is reached, and did not answer within {HELLO_S:.0f} s ({node.last_words})"
+        return f"is reached, but did not answer within {HELLO_S:.0f} s ({node.last_words})"
     if code == SSH_FAILED:
-        return f"is not reached: {node.last_words}; `ssh {node.name} true` must work without a password (~/.ssh/config, launcher.ssh)"
+        return (
+            f"is not reached: {node.last_words}; `ssh {node.name} true` must work without a password "
+            "(~/.ssh/config, launcher.ssh)"
+        )
     if code in (126, 127):
         return f"has no {sys.executable}, the Python that runs here ({node.last_words}); it must be at the same place"
     if any("launch" in line and "No module named" in line for line in node.last_lines):
@@ -164,15 +187,17 @@ def _why_silent(node: Node) -> str:
 
 
 def rendezvous_address(nodes: list[Node]) -> str:
-    """host:port on the first host, under the address by which it was reached. Raises ConfigError where that tells nothing."""
+    """host:port on the first host, under the address by which it was reached. Raises ConfigError if that is a loopback."""
     first_facts = nodes[0].facts
     assert first_facts is not None
     address = next(iter(first_facts["ssh"]), "127.0.0.1")
-    if is_loopback(address) and len(nodes) > 1:  # it is this host, as its own name says
+    if is_loopback(address) and len(nodes) > 1:  # the first host is this one
         second_facts = nodes[1].facts
         assert second_facts is not None
-        beyond = next((address for address in second_facts["ssh"] if not is_loopback(address)), None)
-        address = local_address_towards(beyond, f"{nodes[1].name}") if beyond else address
+        for second_address in second_facts["ssh"]:
+            if not is_loopback(second_address):
+                address = local_address_towards(second_address, nodes[1].name)
+                break
         if is_loopback(address):
             raise ConfigError(
                 f"launcher.hosts: {nodes[0].name} is reached by a loopback address, at which the others do not find it; name it "

@@ -42,10 +42,10 @@ def run_supervised(
     *,
     program: RankProgram | None = None,
 ) -> int:
-    """Run in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
+    """Run the ranks in processes of their own to the end, and again as often as `launcher.retry` allows.
 
-    Never again after an error of the user's or of ours, nor after TERM, HUP or Ctrl-C; where memory ran out, with half of
-    `batch.micro`.
+    Returns the exit code. An error of the user's or of ours is never retried, nor TERM, HUP or Ctrl-C. After memory ran out
+    the next start has half of `batch.micro`.
     """
     from launch.cluster.torchrun import TRAIN, start
 
@@ -53,7 +53,8 @@ def run_supervised(
         from launch.cluster.ssh import start
     program = program or TRAIN
 
-    retries_left, starts = dict(config.launcher.retry), 0
+    retries_left = dict(config.launcher.retry)
+    starts = 0
     try:
         while True:
             os.environ[STARTED_AGAIN] = str(starts)  # for what the ranks, and this process, write into `status.json`
@@ -82,7 +83,7 @@ def run_supervised(
 
 
 def state_before_start(run_dir: Path) -> RunBefore:
-    """Forget an earlier attempt's failure; what is known of the run before the ranks start."""
+    """Delete an earlier attempt's failure, and read what is known of the run before the ranks start."""
     clear_failure(run_dir)
     directory = None
     with contextlib.suppress(OSError):
@@ -91,10 +92,10 @@ def state_before_start(run_dir: Path) -> RunBefore:
 
 
 def settle_outcome(run_dir: Path, code: int, before: RunBefore, *, verb: str = "train") -> int:
-    """The exit code of a run that has ended, after showing why. Settles `status.json` where the ranks could not.
+    """Show how a run ended, and write `status.json` if the ranks could not; returns the exit code.
 
-    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what `state_before_start` returned:
-    what still says the same is of an earlier attempt.
+    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what
+    `state_before_start` returned: a record that has not changed since is of an earlier attempt.
     """
     directory = find_run_directory(run_dir, before)
     if directory is None:
@@ -102,51 +103,60 @@ def settle_outcome(run_dir: Path, code: int, before: RunBefore, *, verb: str = "
             f"{run_dir}: the directory was deleted while the run was under way; nothing of it is left", file=sys.stderr
         )
         return 130 if code == 130 else StorageError.exit_code
-    renamed, run_dir = directory != run_dir, directory
-    status, failure = read_status(run_dir), read_failure(run_dir)
-    status = {} if status == before.status else status
-    failure = {} if failure == before.failure else failure
+    status = read_status(directory)
+    if status == before.status:
+        status = {}
+    failure = read_failure(directory)
+    if failure == before.failure:
+        failure = {}
     if status.get("state") == State.done:
         return 0
     step = status.get("step")
-    # Before training a rank that was killed is the cause: torchrun has asked its peers to stop since.
+    # If a rank was killed before the first step, that is the cause: torchrun has asked its peers to stop since.
     was_killed = bool(failure) and not step
     if status.get("state") == State.preempted and not was_killed:
-        reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
-        message = f"{reached}; the same command continues it"
-        if renamed:
-            message = (
-                f"{reached}; the directory was renamed while the run was under way: run.dir={run_dir} continues it"
-            )
-        if verb == "evaluate":
-            message = "stopped; an evaluation keeps nothing, the same command begins it again"
-        print(f"{run_dir}: {message}", file=sys.stderr)
+        print(f"{directory}: {_stopped_message(directory, run_dir, step, verb)}", file=sys.stderr)
         return 130 if code == 130 else 75
     owner = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide the failure
-        owner = other_owner(run_dir)
+        owner = other_owner(directory)
     if owner is not None:
-        print(f"{run_dir}: ended here; its records are left to {owner}", file=sys.stderr)
+        print(f"{directory}: ended here; its records are left to {owner}", file=sys.stderr)
         return 130 if code == 130 else 70
-    reason, message = "interrupted", f"{run_dir}: interrupted; the same command continues from the last checkpoint"
-    if code != 130:
-        # A run of which nobody reports an end has failed, also where torchrun is content.
-        code, reason = failure.get("exit_code", 70), failure.get("message") or "the ranks ended without a report"
-        message = _explain(run_dir, failure, verb) if failure else f"{run_dir}: {reason}; see the output above"
-    write_status(run_dir, State.failed, reason=reason, step=failure.get("step") or status.get("step"))
+    if code == 130:
+        reason = "interrupted"
+        message = f"{directory}: interrupted; the same command continues from the last checkpoint"
+    else:
+        # A run that nobody reports as ended has failed, even if torchrun returned 0.
+        code = failure.get("exit_code", 70)
+        reason = failure.get("message") or "the ranks ended without a report"
+        message = _explain(directory, failure, verb) if failure else f"{directory}: {reason}; see the output above"
+    write_status(directory, State.failed, reason=reason, step=failure.get("step") or step)
     print(message, file=sys.stderr, flush=True)
     return code
+
+
+def _stopped_message(directory: Path, run_dir: Path, step: int | None, verb: str) -> str:
+    """What is saved of a run that was asked to stop, and how it continues; `directory`: where `run_dir` is now."""
+    if verb == "evaluate":
+        return "stopped; an evaluation keeps nothing, the same command begins it again"
+    reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
+    if directory != run_dir:
+        return f"{reached}; the directory was renamed while the run was under way: run.dir={directory} continues it"
+    return f"{reached}; the same command continues it"
 
 
 def find_run_directory(run_dir: Path, before: RunBefore) -> Path | None:
     """Where the run's directory is now; None if it was deleted."""
     if before.directory is None:
         return run_dir
-    directory = None
+    current = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide how the run ended
-        directory = before.directory.find()
-    # A file system may number a directory anew: what lies under the name is the run then.
-    return run_dir if directory is None and (run_dir / "config.yaml").exists() else directory
+        current = before.directory.find()
+    # A file system may give a directory another number: then what lies under its name is the run.
+    if current is None and (run_dir / "config.yaml").exists():
+        return run_dir
+    return current
 
 
 def _lower_micro(run_dir: Path) -> str | None:
@@ -158,15 +168,18 @@ def _lower_micro(run_dir: Path) -> str | None:
 
 
 def _retry_cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
-    """Why a run may be started again: a key of `launcher.retry`; None where it may not."""
-    if code == 130 or signals & FINAL:  # also where a rank was lost meanwhile
+    """Why a run may be started again: a key of `launcher.retry`; None if it may not."""
+    if code == 130 or signals & FINAL:  # also if a rank was lost meanwhile
         return None
     if code == 75:
         return "preempted" if signals else None
-    return read_failure(run_dir).get("retry") if code else None
+    if code == 0:
+        return None
+    return read_failure(run_dir).get("retry")
 
 
 def _explain(run_dir: Path, failure: dict[str, Any], verb: str) -> str:
+    """Which rank failed, where, and why; the traceback only if the error is not the user's."""
     step = f", step {failure['step']}" if failure.get("step") is not None else ""
     place = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{step})"
     if failure["user_error"]:

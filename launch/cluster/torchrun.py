@@ -43,36 +43,41 @@ OUT_OF_MEMORY = (
     ": out of memory (the kernel counted a kill for it); lower batch.micro or data.max_length, shard more of the model "
     "(strategy=fsdp2 or zero3), or give the job more memory (launcher.mem under SLURM)"
 )
-"""Of a rank that the kernel killed: an error, which another start would meet again."""
+"""The end of the message about a rank that the kernel killed for memory. Another start would run out again."""
 
 
 @dataclass(frozen=True, slots=True)
 class RedirectedOutput:
-    """Where what the processes print is appended, in place of the terminal, and who is called a few times a second."""
+    """A file instead of the terminal for what the processes print."""
 
     output: Path
+    """Appended to."""
     poll: Callable[[], None]
+    """Called a few times a second while the processes run."""
 
 
 class StartNotice:
-    """Says that processes are being started, and goes on saying so until the run writes something itself."""
+    """Prints that processes are being started, and repeats it until the run writes its status."""
 
     def __init__(self, run_dir: Path, processes: int, cores: int) -> None:
         self._run_dir = run_dir
         self._status_before: dict[str, Any] | None = read_status(run_dir)
-        self._began = self._last_notice = time.monotonic()
+        """None once the run has written another status."""
+        self._began = time.monotonic()
+        self._last_notice = self._began
         share = f" on {cores} cores, where loading the libraries takes them long" if processes > 2 * cores else ""
         print(f"starting {processes} processes{share}", file=sys.stderr, flush=True)
 
     def poll(self) -> None:
-        """A line where it was silent for long."""
+        """Print a line after `NOTICE_AFTER_S` seconds without one."""
         now = time.monotonic()
-        if now - self._last_notice > NOTICE_AFTER_S and self._status_before is not None:
-            self._last_notice = now
-            if read_status(self._run_dir) != self._status_before:
-                self._status_before = None  # from here on rank 0 says how far it is
-            else:
-                print(f"{now - self._began:.0f} s: the processes load their libraries", file=sys.stderr, flush=True)
+        if self._status_before is None or now - self._last_notice <= NOTICE_AFTER_S:
+            return
+        self._last_notice = now
+        if read_status(self._run_dir) != self._status_before:
+            self._status_before = None  # from here on rank 0 says how far it is
+        else:
+            print(f"{now - self._began:.0f} s: the processes load their libraries", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +127,10 @@ def start(
     _refuse_network(config.launcher, place)
     command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id, place, program.module)]
     processes = config.launcher.processes or 1
-    env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / program.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
-    env["SHARDTUNE_LAUNCHER"] = str(os.getpid())
-    # torchrun would set one thread a rank, whatever the host has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env.setdefault("OMP_NUM_THREADS", str(config.run.threads or max(1, cores // processes)))
-    if place is not None:  # gloo would take what the host's own name means, often 127.0.1.1
-        env.setdefault("GLOO_SOCKET_IFNAME", place.interface)
-    env["PYTHONSAFEPATH"] = "1"  # a trainer.py or launch/ where the command is typed hides nothing
-    root = str(Path(__file__).resolve().parents[2])  # started from anywhere: `-m launch.train` must be found
-    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    env = _agent_environment(config, place, cores)
+    env["SHARDTUNE_CONFIG"] = str(run_dir / program.config)
+    env["SHARDTUNE_RUN_DIR"] = str(run_dir)
     _adopt_orphans()
     with (
         collected_signals() as (pending, received),
@@ -153,6 +152,20 @@ def start(
             _kill_all(agent)
 
 
+def _agent_environment(config: RunConfig, place: HostPlace | None, cores: int) -> dict[str, str]:
+    """The environment of torchrun and its ranks; `place`: this host among several."""
+    env = {**os.environ, "SHARDTUNE_LAUNCHER": str(os.getpid())}
+    # torchrun would set one thread a rank, however many cores the host has.
+    processes = config.launcher.processes or 1
+    env.setdefault("OMP_NUM_THREADS", str(config.run.threads or max(1, cores // processes)))
+    if place is not None:  # gloo would take what the host's own name means, often 127.0.1.1
+        env.setdefault("GLOO_SOCKET_IFNAME", place.interface)
+    env["PYTHONSAFEPATH"] = "1"  # a trainer.py or launch/ where the command is typed hides nothing
+    root = str(Path(__file__).resolve().parents[2])  # started from anywhere: `-m launch.train` must be found
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    return env
+
+
 def _refuse_network(launcher: LauncherConfig, place: HostPlace | None) -> None:
     """Raise ConfigError for what keeps the ranks from meeting, before torchrun ends in a traceback over it."""
     refuse_unknown_interface()
@@ -165,7 +178,10 @@ def _refuse_network(launcher: LauncherConfig, place: HostPlace | None) -> None:
 def _host_watchers(
     agent_pid: int, launcher: LauncherConfig, place: HostPlace, run_dir: Path
 ) -> list[Callable[[], None]]:
-    """What to call a few times a second while several hosts run: names those that do not come, ends torchrun without ranks."""
+    """Functions to call a few times a second while several hosts run.
+
+    One reports hosts that have not come, the other ends a torchrun that has no ranks any more.
+    """
     import psutil
 
     agent = psutil.Process(agent_pid)
@@ -261,26 +277,33 @@ def _signal_ranks(agent_pid: int, signal_number: int) -> bool:
 
 
 def _kill_all(agent: subprocess.Popen[bytes]) -> None:
-    """Kill whatever the run still has: torchrun, its ranks and their helpers, and those it left to us."""
+    """Kill all processes of the run that still live: torchrun, its ranks and their helpers, and orphans of these."""
     import psutil
 
-    leftovers: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        leftovers += psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else []
-    # What was re-parented to us: no child of ours but torchrun is older than it.
-    leftovers += [p for p in psutil.Process().children(recursive=True) if p.pid != agent.pid and p not in leftovers]
-    for process in leftovers:
+    processes: list[psutil.Process] = []
+    if agent.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes += psutil.Process(agent.pid).children(recursive=True)
+    # Orphans were given to this process (`_adopt_orphans`).
+    for child in psutil.Process().children(recursive=True):
+        if child.pid != agent.pid and child not in processes:
+            processes.append(child)
+    for process in processes:
         with contextlib.suppress(psutil.Error):
+            # A child of this process that is not of the run does not have its variable.
             if process.environ().get("SHARDTUNE_LAUNCHER") == str(os.getpid()):
                 process.kill()
     if agent.poll() is None:
         agent.kill()
     agent.wait()
-    psutil.wait_procs(leftovers, timeout=5)
+    psutil.wait_procs(processes, timeout=5)
 
 
 def wrapper(argv: list[str]) -> int:
-    """torchrun without its wall of errors; notes in the run directory that a rank was killed, which no rank can."""
+    """Run torchrun without its long report of errors; returns the exit code.
+
+    Records in the run directory that a rank was killed, which the rank itself cannot.
+    """
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -300,41 +323,55 @@ def wrapper(argv: list[str]) -> int:
 
 
 def only_lost_a_peer(failure: dict[str, Any]) -> bool:
-    """Whether what was noted is no cause: a rank that lost its peer could write first.
+    """Whether a recorded failure is no cause but a consequence: a rank that lost its peer may have written first.
 
-    What any other rank wrote is one, and so is a rank that was stopped: that one torchrun has killed since.
+    What a rank wrote about itself is a cause. So is a rank that hung and was stopped: torchrun has killed that one since.
     """
     return bool(failure.get("gone", LOST_PEER.search(failure.get("message", "")) is not None))
 
 
 def _record_killed_rank(error: BaseException, *, out_of_memory: bool) -> None:
+    """Write the failure of a rank that a signal has killed; `out_of_memory`: the kernel has killed a process for memory."""
     from strategies.errors import ShardtuneError
     from trainer.reporting.status import State, read_failure, record_failure, write_status
 
     failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
+    # torchrun itself ends the peers of a failed rank by TERM.
     killed_ranks = [
         rank for rank, failed in failures.items() if failed.exitcode < 0 and failed.exitcode != -signal.SIGTERM
     ]
     if not killed_ranks or "SHARDTUNE_RUN_DIR" not in os.environ:
         return
-    # Seen in the same look, a peer's exit may bear the earlier time: a kill is the better explanation.
+    # Among exits that torchrun noticed at the same time, a peer's may have the earlier time. A kill explains more.
     rank = min(killed_ranks, key=lambda rank: failures[rank].timestamp)
     failure = failures[rank]
-    name = signal.Signals(-failure.exitcode).name
-    out_of_memory = out_of_memory and name == "SIGKILL"
+    signal_name = signal.Signals(-failure.exitcode).name
+    out_of_memory = out_of_memory and signal_name == "SIGKILL"
     killed = ShardtuneError(
-        f"rank {rank} (process {failure.pid}) was killed by {name}{OUT_OF_MEMORY if out_of_memory else ''}"
+        f"rank {rank} (process {failure.pid}) was killed by {signal_name}{OUT_OF_MEMORY if out_of_memory else ''}"
     )
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     recorded = read_failure(run_dir)
-    # NCCL aborts whoever waits too long, and each has said before what it waited for.
-    replace = only_lost_a_peer(recorded) and not (name == "SIGABRT" and WAITED.search(recorded.get("message", "")))
-    is_same_rank = recorded.get("rank") == rank and recorded.get("gone")
-    phase, step = (recorded["phase"], recorded["step"]) if is_same_rank else ("killed", None)
-    if not is_same_rank and (last := last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)) is not None:
-        phase, step = last.phase, last.step  # no peer lived long enough to tell
-    retry = "out_of_memory" if out_of_memory else "node_fail"
-    was_recorded = record_failure(run_dir, rank, killed, phase, step, replace=replace, pid=failure.pid, retry=retry)
+    # NCCL aborts every rank that waits too long, and each has written before what it waited for.
+    is_abort_after_wait = signal_name == "SIGABRT" and WAITED.search(recorded.get("message", ""))
+    phase = "killed"
+    step = None
+    if recorded.get("rank") == rank and recorded.get("gone"):  # a peer has written where this rank was
+        phase = recorded["phase"]
+        step = recorded["step"]
+    elif (last := last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)) is not None:
+        phase = last.phase
+        step = last.step
+    was_recorded = record_failure(
+        run_dir,
+        rank,
+        killed,
+        phase,
+        step,
+        replace=only_lost_a_peer(recorded) and not is_abort_after_wait,
+        pid=failure.pid,
+        retry="out_of_memory" if out_of_memory else "node_fail",
+    )
     if (
         was_recorded and "SHARDTUNE_LAUNCHER" not in os.environ
     ):  # under SLURM nobody else shows it, or settles the status

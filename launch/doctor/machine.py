@@ -167,19 +167,12 @@ def _gpus(machine: Machine) -> None:
 
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
-        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        machine.facts["gpus"].append(
-            {
-                "name": torch.cuda.get_device_name(device),
-                "memory_gib": total_bytes / GIB,
-                "free_gib": free_bytes / GIB,
-                "precision": str(best_precision(gpu_of(device))),
-            }
-        )
-        if free_bytes < 0.9 * total_bytes:
-            used_gib = (total_bytes - free_bytes) / GIB
-            machine.notes.append(
-                f"GPU {number}: {used_gib:.1f} of its {total_bytes / GIB:.1f} GiB are in use by somebody"
+        free, total = torch.cuda.mem_get_info(device)
+        about = {"name": torch.cuda.get_device_name(device), "memory_gib": total / GIB, "free_gib": free / GIB}
+        found.facts["gpus"].append({**about, "precision": str(best_precision(gpu_of(device)))})
+        if free < 0.9 * total:
+            found.notes.append(
+                f"GPU {number}: other processes use {(total - free) / GIB:.1f} of its {total / GIB:.1f} GiB"
             )
 
 

@@ -92,7 +92,7 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     }
     assert (rows["works"]["host"], rows["works"]["job"]["state"]) == ("n9", "RUNNING")
     assert "waits for nodes to become free" in shown
-    assert f"job {ids[0]}, start 0, on n[9-10]" in job and "the nodes are fit" in job
+    assert f"job {ids[0]}, start 0, on n[9-10]" in job and "no problems: the nodes can run the job" in job
     assert "| loss " in line
 
     taken_out, after, stopped = shardtune(

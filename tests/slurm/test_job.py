@@ -230,7 +230,7 @@ def test_ranks_that_slurm_kills_for_memory_are_started_again_with_half(run, capf
     killed = "slurmstepd-n1: error: StepId=7.0 exceeded memory limit (225480704 > 104857600), being killed\n"
     env = {**os.environ, "SHARDTUNE_RUN_DIR": str(run), "retry_out_of_memory": "1", "PYTHONPATH": str(ROOT)}
     for text, said, micro in (
-        (f"{killed}job 7, start 2, on n9\n", "exit code 137 and left no word", 2),  # of an earlier start
+        (f"{killed}job 7, start 2, on n9\n", "exit code 137 and wrote no reason", 2),  # of an earlier start
         (f"job 7, start 2, on n9\n{killed}", "a rank ran out of memory, batch.micro: 2 -> 1; it is to be requeued", 1),
     ):
         output.write_text(text)

@@ -144,7 +144,7 @@ OFF = "Requested operation is presently disabled"
         ({"BODY": "before"}, 1, 1, "a rank was lost; it is to be requeued"),
         ({"TERM_COMES": "1"}, 0, 1, "stopped by SLURM or by scancel, and a rank was lost"),
         ({"PREEMPTED": "2026-11-26T07:00:00"}, 0, 1, "stopped by SLURM or by scancel, and a rank was lost"),
-        ({"WROTE": "6"}, 0, 1, "its ranks ended with exit code 1 and left no word"),
+        ({"WROTE": "6"}, 0, 1, "its ranks ended with exit code 1 and wrote no reason"),
         ({"SAVED": "5", "REFUSED": "1", "WORDS": BUSY}, 2, 1, f"scontrol requeue failed: {BUSY}; tried again for "),
         ({"SAVED": "5", "REFUSED": "9", "WORDS": OFF}, 1, 75, f"not requeued: scontrol requeue failed: {OFF}"),
         ({"SAVED": "5", "REFUSED": "9", "WORDS": BUSY, "SLURM_JOB_END_TIME": "1"}, 1, 75, "failed until the end"),

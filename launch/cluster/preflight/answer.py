@@ -12,60 +12,68 @@ COLUMNS = tuple(map(Column, ("node", "host", "python", "torch", "cores", "memory
 
 
 def text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> str:
-    """What a person reads: a row for each node, the exchange, what is to be mended and what to know."""
+    """The page for people: a row for each node, the rates between ranks, problems and notes."""
     nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
     processes = f"{request.processes} process{'es' * (request.processes > 1)}"
     lines = [f"preflight: {nodes} x {processes}"]
     lines += table(COLUMNS, [TableRow(_row(node, reports)) for node in range(request.nodes)])
     if reports.exchange is not None:
-        lines += fold(_exchange(reports), 2)
-    for title, sentences in (("to mend", verdict.problems), ("to know", verdict.notes)):
-        lines += [f"{title}:", *fold_all(sentences)] if sentences else []
-    return "\n".join(lines if verdict.problems else [*lines, "the nodes are fit"])
+        lines += fold(_exchange(reports.exchange), 2)
+    if verdict.problems:
+        lines += ["problems:", *fold_all(verdict.problems)]
+    if verdict.notes:
+        lines += ["notes:", *fold_all(verdict.notes)]
+    if not verdict.problems:
+        lines.append("no problems: the nodes can run the job")
+    return "\n".join(lines)
 
 
 def _row(node: int, reports: NodeReports) -> tuple[str, ...]:
     facts = reports.facts.get(node)
     if facts is None:
         return (str(node), reports.host_name(node), "no answer", "", "", "", "", "")
-    place = facts.get("run_dir") or {}
-    memory_gib, free_gib = facts["memory_free_gib"], place.get("free_gib")
+    gpus = "none"
+    if facts["gpus"]:
+        gpus = f"{facts['gpu_count']} {facts['gpus'][0]['name']}"
     return (
         str(node),
         facts["host"],
         facts["python"],
         facts["packages"].get("torch", "missing"),
         str(facts["cores"]),
-        "-" if memory_gib is None else f"{memory_gib:.1f} GiB",
-        "-" if free_gib is None else f"{free_gib:.1f} GiB",
-        f"{facts['gpu_count']} {facts['gpus'][0]['name']}" if facts["gpus"] else "none",
+        _gib(facts["memory_free_gib"]),
+        _gib((facts.get("run_dir") or {}).get("free_gib")),
+        gpus,
     )
 
 
-def _exchange(reports: NodeReports) -> str:
-    exchange = reports.exchange or {}
-    pairs = [rate for _, _, rate in exchange["pairs"]]
-    between = f", between two nodes {min(pairs):.2f} to {max(pairs):.2f}" if pairs else ""
-    return (
-        f"exchange of {exchange['ranks']} ranks ({exchange['backend']}), GB/s: all-reduce {exchange['all_reduce']:.2f}, all-gather "
-        f"{exchange['all_gather']:.2f}{between}"
+def _gib(gib: float | None) -> str:
+    return "-" if gib is None else f"{gib:.1f} GiB"
+
+
+def _exchange(exchange: dict[str, Any]) -> str:
+    """The rates of the communication test."""
+    line = (
+        f"communication of {exchange['ranks']} ranks ({exchange['backend']}), GB/s: "
+        f"all-reduce {exchange['all_reduce']:.2f}, all-gather {exchange['all_gather']:.2f}"
     )
+    rates = [rate for _, _, rate in exchange["pairs"]]
+    if rates:
+        line += f", between two nodes {min(rates):.2f} to {max(rates):.2f}"
+    return line
 
 
 def as_dict(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> dict[str, Any]:
-    """Everything that was heard, as JSON has it; rates in GB/s, sizes in GiB."""
+    """All reports, as JSON has them; rates in GB/s, sizes in GiB."""
+    nodes = []
+    for node in range(request.nodes):
+        answered = node in reports.facts
+        row = {"node": node, "host": reports.host_name(node), "answered": answered}
+        nodes.append(row | reports.facts.get(node, {}))
     return {
         "fit": not verdict.problems,
         "processes": request.processes,
-        "nodes": [
-            {
-                "node": node,
-                "host": reports.host_name(node),
-                "answered": node in reports.facts,
-                **reports.facts.get(node, {}),
-            }
-            for node in range(request.nodes)
-        ],
+        "nodes": nodes,
         "exchange": reports.exchange,
         "problems": verdict.problems,
         "notes": verdict.notes,

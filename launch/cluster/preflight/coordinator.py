@@ -28,8 +28,10 @@ from trainer.data.read.paths import is_address, is_hub
 
 FACTS_TIMEOUT_S = 30.0
 """Seconds within which each node must have said what it sees."""
-GRACE_S, LATE_S = 3.0, 10.0
-"""Seconds for what is still said when a node has ended without a word, and for what others see that are slow."""
+GRACE_S = 3.0
+"""Seconds in which further reports may come after a node has ended with an error."""
+LATE_S = 10.0
+"""The same while other nodes have not answered yet."""
 LABELLED = re.compile(r"\s*(\d+): ?(.*)")
 REPORT_LINE = re.compile(rf"{MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
 TASK_ENDED = re.compile(r"srun: error: (\S+): task (\d+): ")
@@ -40,23 +42,24 @@ def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
     """What the nodes are to look at for a run whose configuration, as plain values, is `tree`."""
     launcher, model, data, run = (tree[part] for part in ("launcher", "model", "data", "run"))
     processes = ranks_per_node(launcher)
-    request = gpu_request(launcher)
-    gpus = processes if run["device"] == "cuda" else 0
-    if request is not None:
-        gpus = request.count
-    sources = [source.get("path") for source in (data["sources"] or {}).values()]
-    paths = [
-        str(path) for listed in (data["path"], *sources) for path in (listed if isinstance(listed, list) else [listed])
-    ]
-    local_paths = [path for path in paths if path != "None" and not is_hub(path) and not is_address(path)]
-    model_path = None if model["download"] else model["path"]
+    requested_gpus = gpu_request(launcher)
+    if requested_gpus is not None:
+        gpus = requested_gpus.count
+    else:
+        gpus = processes if run["device"] == "cuda" else 0
+    local_paths = []
+    for setting in (data["path"], *(source.get("path") for source in (data["sources"] or {}).values())):
+        for path in setting if isinstance(setting, list) else [setting]:
+            if path is not None and not is_hub(str(path)) and not is_address(str(path)):
+                local_paths.append(str(path))
+    downloads = model["download"]  # then no node needs to have it
     return PreflightRequest(
         nodes=nodes,
         processes=processes,
         gpus=gpus,
         run_dir=str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None,
-        model=model_path,
-        tokenizer=None if model["download"] else model["tokenizer"],
+        model=None if downloads else model["path"],
+        tokenizer=None if downloads else model["tokenizer"],
         revision=model["revision"],
         paths=local_paths,
         exchange=launcher.get("preflight", "full") == "full",
@@ -66,7 +69,7 @@ def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
 
 @dataclass(slots=True)
 class Command:
-    """What is started, for one node or (`node` None, srun with labels) for all of them."""
+    """A process to start: on one node, or (`node` is None) srun for all of them, which labels their lines."""
 
     argv: list[str]
     env: Mapping[str, str]
@@ -75,38 +78,44 @@ class Command:
 
 @dataclass(slots=True)
 class _ReportCollector:
-    """Lines as they come."""
+    """Puts the lines that nodes print together to reports."""
 
     request: PreflightRequest
     reports: NodeReports
     lines: queue.Queue[tuple[int | None, str] | None] = field(default_factory=queue.Queue)
+    """(node, line) as read by the threads of `_start`; None if one of their pipes has ended."""
     pieces: dict[tuple[int, int], list[str]] = field(default_factory=dict)
+    """Pieces of a report that is not complete, by node and rank."""
     ended_nodes: set[int] = field(default_factory=set)
     """Nodes whose process has ended with an error."""
 
     def add_line(self, node: int | None, line: str) -> None:
-        """Sort one line out."""
+        """Take one line: a piece of a report, srun's word on an ended task, or other output."""
         if node is None and (label := LABELLED.fullmatch(line)):
-            node, line = int(label[1]), label[2]
-        if (report := REPORT_LINE.fullmatch(line)) is not None:
-            reporter, rank, number, of, piece = (
-                int(report[1]),
-                int(report[2]),
-                int(report[3]),
-                int(report[4]),
-                report[5],
-            )
-            self.pieces.setdefault((reporter, rank), []).append(piece)
-            if number == of:
-                self._add_report(reporter, rank, json.loads("".join(self.pieces.pop((reporter, rank)))))
+            node = int(label[1])
+            line = label[2]
+        piece = REPORT_LINE.fullmatch(line)
+        if piece is not None:
+            self._add_piece(piece)
             return
-        if (ended_task := TASK_ENDED.match(line)) is not None:
-            self.ended_nodes.add(int(ended_task[2]))
-            self.reports.hosts[int(ended_task[2])] = ended_task[1]
-        if line.strip() and not line.startswith(("srun: job ", "srun: launch/", "srun: Terminating")):
-            (self.reports.unlabelled_output if node is None else self.reports.output.setdefault(node, [])).append(
-                line.strip()[:300]
-            )
+        ended_task = TASK_ENDED.match(line)
+        if ended_task is not None:
+            ended_node = int(ended_task[2])
+            self.ended_nodes.add(ended_node)
+            self.reports.hosts[ended_node] = ended_task[1]
+        if not line.strip() or line.startswith(("srun: job ", "srun: launch/", "srun: Terminating")):
+            return
+        if node is None:
+            self.reports.unlabelled_output.append(line.strip()[:300])
+        else:
+            self.reports.output.setdefault(node, []).append(line.strip()[:300])
+
+    def _add_piece(self, piece: re.Match[str]) -> None:
+        """A piece of a report; the last one completes it."""
+        node, rank, number, pieces = (int(piece[group]) for group in (1, 2, 3, 4))
+        self.pieces.setdefault((node, rank), []).append(piece[5])
+        if number == pieces:
+            self._add_report(node, rank, json.loads("".join(self.pieces.pop((node, rank)))))
 
     def _add_report(self, node: int, rank: int, report: dict[str, Any]) -> None:
         if "look" in report:
@@ -120,12 +129,13 @@ class _ReportCollector:
 def run_preflight(
     request: PreflightRequest, commands: list[Command], hosts: list[str], *, is_queued: bool = False
 ) -> tuple[NodeReports, PreflightVerdict]:
-    """Start the commands, hear the nodes, and judge. `is_queued`: the nodes may first have to be waited for, in SLURM's queue.
+    """Start the commands, collect the reports of the nodes, and judge them.
 
-    Everything that was started has ended when it returns. Errors: StorageError where the run directory cannot be written here.
+    `is_queued`: the nodes may first have to be waited for, in SLURM's queue. Everything that was started has ended when it
+    returns. Errors: StorageError if the run directory cannot be written here.
     """
     request.token = uuid.uuid4().hex[:12]
-    with _shared_directory(request) as place:
+    with _shared_directory(request) as shared:
         reports = NodeReports(hosts)
         collector = _ReportCollector(request, reports)
         started = [_start(command, request, collector.lines) for command in commands]
@@ -133,20 +143,25 @@ def run_preflight(
             reports.waited_s = _collect(collector, started, is_queued)
         finally:
             _end_processes(started)
-        end = time.monotonic() + VISIBLE_S
-        while place is not None:
-            reports.visible_nodes = {node for node in reports.facts if (place / str(node)).exists()}
-            if reports.visible_nodes == set(reports.facts) or time.monotonic() > end:
-                break
-            time.sleep(0.2)
-        else:
-            reports.visible_nodes = set(reports.facts)
+        reports.visible_nodes = _visible_nodes(shared, set(reports.facts))
     return reports, judge(request, reports)
+
+
+def _visible_nodes(shared: Path | None, nodes: set[int]) -> set[int]:
+    """Those of `nodes` whose file in the shared directory is visible here, within `VISIBLE_S`; all if there is none."""
+    if shared is None:
+        return nodes
+    deadline = time.monotonic() + VISIBLE_S
+    while True:
+        visible = {node for node in nodes if (shared / str(node)).exists()}
+        if visible == nodes or time.monotonic() > deadline:
+            return visible
+        time.sleep(0.2)  # a network file system shows a new file late
 
 
 @contextlib.contextmanager
 def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
-    """The place in the run directory where the asker and the nodes see each other's files; gone afterwards."""
+    """A directory in the run directory where coordinator and nodes look for each other's files; removed afterwards."""
     if request.run_dir is None:
         yield None
         return
@@ -190,36 +205,31 @@ def _start(command: Command, request: PreflightRequest, lines: queue.Queue[Any])
 
 
 def _collect(collector: _ReportCollector, started: list[subprocess.Popen[str]], is_queued: bool) -> float:
-    """Until all was said, something is wrong, or time is up; seconds since the first sign of the nodes."""
-    request, reports = collector.request, collector.reports
-    began: float | None = None if is_queued else time.monotonic()
-    open_pipes, first_end_at, answered_at = 2 * len(started), 0.0, 0.0
+    """Collect reports until all are there, something is wrong, or time is up; returns the seconds since the nodes' first sign."""
+    request = collector.request
+    reports = collector.reports
+    # While the job waits in the queue, the time does not count.
+    began_at: float | None = None if is_queued else time.monotonic()
+    error_at: float | None = None
+    answered_at: float | None = None
+    open_pipes = 2 * len(started)
     while True:
         now = time.monotonic()
-        waited = 0.0 if began is None else now - began
-        all_answered = len(reports.facts) == request.nodes
-        if collector.ended_nodes - set(reports.facts) and not first_end_at:
-            first_end_at = now
-        if open_pipes == 0 or (not all_answered and waited > FACTS_TIMEOUT_S):
-            return waited
-        unanswered = set(range(request.nodes)) - set(reports.facts) - collector.ended_nodes
-        if first_end_at and now - first_end_at > (LATE_S if unanswered else GRACE_S):
+        waited_s = 0.0 if began_at is None else now - began_at
+        answered = set(reports.facts)
+        all_answered = len(answered) == request.nodes
+        if open_pipes == 0 or (not all_answered and waited_s > FACTS_TIMEOUT_S):
+            return waited_s
+        if error_at is None and collector.ended_nodes - answered:
+            error_at = now
+        unanswered = set(range(request.nodes)) - answered - collector.ended_nodes
+        if error_at is not None and now - error_at > (LATE_S if unanswered else GRACE_S):
             reports.not_waited_for = unanswered
-            return waited
+            return waited_s
         if all_answered:
             answered_at = answered_at or now
-            if (
-                judge(request, reports, is_final=False).problems
-                or not request.exchange
-                or request.nodes * request.processes == 1
-            ):
-                return waited
-            if (
-                reports.exchange
-                or (reports.failed_ranks and now - answered_at > GRACE_S)
-                or now - answered_at > 2 * request.timeout_s
-            ):
-                return waited
+            if _is_exchange_settled(request, reports, now - answered_at):
+                return waited_s
         try:
             line = collector.lines.get(timeout=0.2)
         except queue.Empty:
@@ -228,7 +238,19 @@ def _collect(collector: _ReportCollector, started: list[subprocess.Popen[str]], 
             open_pipes -= 1
             continue
         collector.add_line(*line)
-        began = began or (time.monotonic() if reports.facts or reports.output else None)
+        if began_at is None and (reports.facts or reports.output):
+            began_at = time.monotonic()
+
+
+def _is_exchange_settled(request: PreflightRequest, reports: NodeReports, waited_s: float) -> bool:
+    """Whether the communication test needs no more waiting; `waited_s`: seconds since all nodes have answered."""
+    if judge(request, reports, is_final=False).problems:
+        return True
+    if not request.exchange or request.nodes * request.processes == 1:
+        return True
+    if reports.exchange:
+        return True
+    return (bool(reports.failed_ranks) and waited_s > GRACE_S) or waited_s > 2 * request.timeout_s
 
 
 def _end_processes(started: list[subprocess.Popen[str]]) -> None:
@@ -271,11 +293,8 @@ def commands_by_srun(
 
 def commands_here(env: Mapping[str, str] | None = None) -> list[Command]:
     """This host as the only node."""
-    root = str(Path(__file__).resolve().parents[3])
-    node_env = {
-        **(os.environ if env is None else env),
-        "PYTHONPATH": root,
-        "PYTHONSAFEPATH": "1",
-        "SHARDTUNE_NODE": "0",
-    }
+    node_env = dict(os.environ if env is None else env)
+    node_env["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
+    node_env["PYTHONSAFEPATH"] = "1"
+    node_env["SHARDTUNE_NODE"] = "0"
     return [Command([sys.executable, "-m", "launch.cluster.preflight.node", "node"], node_env, 0)]

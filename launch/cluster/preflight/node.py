@@ -28,46 +28,47 @@ def report_lines(node: int, rank: int, report: dict[str, Any]) -> str:
 
 
 def node() -> int:
-    """Look, say it, and let the ranks of this node exchange; returns the exit code."""
+    """Report the facts of this node, and let its ranks measure their communication; returns the exit code."""
     request = PreflightRequest.from_environment()
     node_number = int(os.environ.get("SHARDTUNE_NODE") or os.environ.get("SLURM_NODEID") or 0)
     sys.stdout.write(report_lines(node_number, -1, {"look": node_facts(request, node_number)}))
     sys.stdout.flush()
-    if not request.exchange or request.nodes * request.processes == 1:
+    world = request.nodes * request.processes
+    if not request.exchange or world == 1:
         return 0
     host, _, port = (request.master or _master()).rpartition(":")
-    env = {"MASTER_ADDR": host, "MASTER_PORT": port, "WORLD_SIZE": str(request.nodes * request.processes)}
-    env |= {"LOCAL_WORLD_SIZE": str(request.processes), "SHARDTUNE_NODE": str(node_number)}
+    env = {
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(request.processes),
+        "SHARDTUNE_NODE": str(node_number),
+    }
     ranks = []
-    for local in range(request.processes):
-        rank_env = {"RANK": str(node_number * request.processes + local), "LOCAL_RANK": str(local)}
-        if request.processes == 1:
+    for local_rank in range(request.processes):
+        rank_env = {"RANK": str(node_number * request.processes + local_rank), "LOCAL_RANK": str(local_rank)}
+        if request.processes == 1:  # this process is the rank
             os.environ.update(env | rank_env)
             return rank()
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "launch.cluster.preflight.node", "rank"], env={**os.environ, **env, **rank_env}
-            )
-        )
+        command = [sys.executable, "-m", "launch.cluster.preflight.node", "rank"]
+        ranks.append(subprocess.Popen(command, env={**os.environ, **env, **rank_env}))
     return max(process.wait() for process in ranks)
 
 
 def rank() -> int:
-    """Exchange as one rank; the first one says how it went, and every one that could not says why. Returns the exit code."""
+    """Exchange as one rank; returns the exit code. Rank 0 reports the rates, any rank reports its error."""
     from launch.cluster.preflight.exchange import exchange
 
-    request, own_rank, node_number = (
-        PreflightRequest.from_environment(),
-        int(os.environ["RANK"]),
-        int(os.environ["SHARDTUNE_NODE"]),
-    )
+    request = PreflightRequest.from_environment()
+    own_rank = int(os.environ["RANK"])
+    node_number = int(os.environ["SHARDTUNE_NODE"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         rates = exchange(request.device, request.timeout_s)
     except Exception as error:  # noqa: BLE001 - whatever the libraries raise is what is to be told
         sys.stdout.write(report_lines(node_number, own_rank, {"error": f"{type(error).__name__}: {error}"[:2000]}))
         sys.stdout.flush()
-        end_process(1)  # the groups of a peer that has gone may wait
+        end_process(1)  # the process group may wait for a peer that has gone
     if own_rank == 0:
         sys.stdout.write(report_lines(node_number, own_rank, {"exchange": rates}))
         sys.stdout.flush()
@@ -77,7 +78,8 @@ def rank() -> int:
 def _master() -> str:
     from launch.config.process_role import first_host, port
 
-    return f"{first_host(os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_JOB_NODELIST') or '')}:{port(os.environ)}"
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or ""
+    return f"{first_host(nodes)}:{port(os.environ)}"
 
 
 if __name__ == "__main__":

@@ -94,7 +94,15 @@ class PreflightRequest:
 
 
 def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
-    """Everything that node number `node` sees, as JSON; what is wrong is `judge`'s to say. Raises nothing for what is missing."""
+    """Everything that node number `node` sees, as JSON.
+
+    Nothing is judged here (`verdict.judge` does that), and nothing that is missing raises an error.
+    """
+    packages = {}
+    for name in LIBRARIES:
+        version = installed_version(name)
+        if version is not None:
+            packages[name] = version
     facts: dict[str, Any] = {
         "node": node,
         "host": socket.gethostname(),
@@ -102,21 +110,20 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "executable": sys.executable,
         "clone": code_facts(),
-        "packages": {name: version for name in LIBRARIES if (version := installed_version(name)) is not None},
+        "packages": packages,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_free_gib": _memory_free(),
         "environment": {
-            key: setting for key, setting in sorted(os.environ.items()) if key.startswith(VARIABLE_PREFIXES)
+            name: setting for name, setting in sorted(os.environ.items()) if name.startswith(VARIABLE_PREFIXES)
         },
         "paths": {path: bool(glob.glob(str(Path(path).expanduser()), recursive=True)) for path in request.paths},  # noqa: PTH207
     }
     if request.run_dir is not None:
         facts["run_dir"] = run_dir_facts(Path(request.run_dir), request.token, node)
-    facts["models"] = {
-        name: model_facts(name, request.revision)
-        for name in dict.fromkeys((request.model, request.tokenizer))
-        if name is not None
-    }
+    facts["models"] = {}
+    for name in dict.fromkeys((request.model, request.tokenizer)):
+        if name is not None:
+            facts["models"][name] = model_facts(name, request.revision)
     return facts | gpu_facts()
 
 
@@ -139,17 +146,21 @@ def installed_version(name: str) -> str | None:
 
 
 def _memory_free() -> float | None:
+    """GiB of this host's memory that are free; None if the kernel does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+    except OSError:
         return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 / GIB
+    return None
 
 
 def run_dir_facts(run_dir: Path, token: str, node: int) -> dict[str, Any]:
-    """Whether this node sees what the asker wrote into the run directory, and can write there; free space, and the clock.
+    """Whether this node sees the coordinator's file in the run directory, and can write there; free space, and the clock.
 
-    `behind_s`: seconds by which this host's clock is before that of the file system.
+    `behind_s`: seconds by which this host's clock is behind that of the file system.
     """
     directory = run_dir / "preflight" / token
     facts: dict[str, Any] = {"sees": False, "problem": None}
@@ -180,42 +191,59 @@ def model_facts(name: str, revision: str | None) -> dict[str, Any]:
             directory = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return {"files": 0, "digest": None}
-    files = sorted(
-        (str(file.relative_to(directory)), file.stat().st_size) for file in directory.rglob("*") if file.is_file()
-    )
-    lacking: list[str] = []
+    sizes = {}
+    for file in directory.rglob("*"):
+        if file.is_file():
+            sizes[str(file.relative_to(directory))] = file.stat().st_size
+    digest = hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:12]
+    missing: list[str] = []
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        present = {file for file, _ in files}
         weight_map = read_object(index).get("weight_map")
         if isinstance(weight_map, dict):  # else the model itself is refused when it is read
-            lacking = sorted({str(file) for file in weight_map.values()} - present)
-    return {"files": len(files), "digest": hashlib.sha256(repr(files).encode()).hexdigest()[:12], "lacking": lacking}
+            missing = sorted({str(file) for file in weight_map.values()} - sizes.keys())
+    return {"files": len(sizes), "digest": digest, "lacking": missing}
 
 
 def gpu_facts() -> dict[str, Any]:
-    """The GPUs of this node, NVIDIA's with the processes on them, or else AMD's; none where neither driver lists any."""
-    fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
-    rows = next(filter(None, (nvidia_smi("gpu", (*fields, *slow)) for slow in SLOWDOWN)), [])
+    """The GPUs of this node: NVIDIA's with the processes on them, or else AMD's; none if neither driver lists any."""
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
-    gpus = [{key: _number(devices) for key, devices in zip(keys, row, strict=False)} for row in rows] or _amd_gpus()
+    gpus = []
+    for row in _nvidia_rows():
+        gpus.append({key: _number(cell) for key, cell in zip(keys, row, strict=False)})
+    if not gpus:
+        gpus = _amd_gpus()
     for gpu in gpus:
         gpu["slowed"] = gpu.get("slowed") == "Active"
     processes = nvidia_smi("compute-apps", ("pid", "process_name", "used_memory")) or []
-    lists = [devices.split(",") for name in DEVICE_VARIABLES if (devices := os.environ.get(name)) is not None]
-    count = min([len(gpus), *(sum(bool(device.strip()) for device in listed) for listed in lists)])
+    # A variable that lists devices leaves a process at most so many.
+    count = len(gpus)
+    for name in DEVICE_VARIABLES:
+        devices = os.environ.get(name)
+        if devices is not None:
+            count = min(count, sum(bool(device.strip()) for device in devices.split(",")))
     return {"gpus": gpus, "gpu_count": count, "gpu_processes": [" ".join(row) for row in processes]}
 
 
+def _nvidia_rows() -> list[list[str]]:
+    """A row of nvidia-smi for each GPU; whether it is slowed down comes last, if the driver knows that field."""
+    fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
+    for slowdown_field in SLOWDOWN:
+        rows = nvidia_smi("gpu", (*fields, *slowdown_field))
+        if rows:
+            return rows
+    return []
+
+
 def _amd_gpus() -> list[dict[str, Any]]:
-    """AMD's GPUs as the kernel lists them; it says nothing of those that this process may not use."""
+    """AMD's GPUs as the kernel lists them. It does not say which of them this process may use."""
     gpus: list[dict[str, Any]] = []
     for node in sorted(KFD.glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
-            properties = dict(
-                line.split(maxsplit=1) for line in (node / "properties").read_text(encoding="utf-8").splitlines()
-            )
-            if int(properties["simd_count"]):  # else a processor
+            lines = (node / "properties").read_text(encoding="utf-8").splitlines()
+            properties = dict(line.split(maxsplit=1) for line in lines)
+            is_gpu = int(properties["simd_count"]) > 0  # a processor has none
+            if is_gpu:
                 gpus.append({"index": len(gpus), "name": (node / "name").read_text(encoding="utf-8").strip()})
         except (OSError, ValueError, KeyError):
             continue
@@ -223,7 +251,7 @@ def _amd_gpus() -> list[dict[str, Any]]:
 
 
 def nvidia_smi(query: str, fields: tuple[str, ...]) -> list[list[str]] | None:
-    """Rows of `nvidia-smi --query-<of>`; None if it is not there, fails, or does not know one of the fields."""
+    """Rows of `nvidia-smi --query-<query>`; None if it is not there, fails, or does not know one of the fields."""
     command = ["nvidia-smi", f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20)

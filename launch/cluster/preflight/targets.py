@@ -19,12 +19,16 @@ MINUTES = 10
 
 
 def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[Command], list[str], bool]:
-    """(what they are asked, what is started, their names, whether SLURM's queue is waited for). Raises ConfigError."""
+    """(the request to the nodes, what is started, names of the nodes, whether SLURM's queue is waited for).
+
+    Raises ConfigError.
+    """
     from launch.config.compose import compose, refusals
     from trainer.config.resuming import plain
 
     config = compose(words, check=False).config
-    if problems := [line for line in refusals(config) if key_of_problem(line).startswith("launcher.")]:
+    problems = [problem for problem in refusals(config) if key_of_problem(problem).startswith("launcher.")]
+    if problems:
         raise ConfigError(problems)
     config.launcher.processes = config.launcher.per_node
     if isinstance(config.launcher, SlurmConfig):
@@ -41,6 +45,7 @@ def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[Command]
 
 
 def _slurm_targets(config: RunConfig, words: list[str]) -> tuple[PreflightRequest, list[Command], list[str], bool]:
+    """The same for nodes of SLURM: of the allocation that this process is in, or of a new one."""
     from launch.cluster.job_end import hosts_of_job
     from launch.cluster.slurm import Options, node_request, quoted_options, setup_text
     from trainer.config.resuming import plain
@@ -48,24 +53,29 @@ def _slurm_targets(config: RunConfig, words: list[str]) -> tuple[PreflightReques
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
     in_allocation = "SLURM_JOB_ID" in os.environ
-    allocated = hosts_of_job() if in_allocation else []
+    hosts = hosts_of_job() if in_allocation else []
     if in_allocation and not any(word.startswith("launcher.nodes=") for word in words):
-        slurm.nodes = len(allocated)
-    if in_allocation and slurm.nodes > len(allocated):
-        raise ConfigError(f"launcher.nodes={slurm.nodes}: this allocation has {len(allocated)}; leave it out")
-    request = preflight_request(plain(config), slurm.nodes)
+        slurm.nodes = len(hosts)
+    if in_allocation and slurm.nodes > len(hosts):
+        raise ConfigError(f"launcher.nodes={slurm.nodes}: this allocation has {len(hosts)}; leave it out")
+    if not hosts:  # SLURM has not chosen any yet
+        hosts = [f"node {number}" for number in range(slurm.nodes)]
+    tree = plain(config)
+    request = preflight_request(tree, slurm.nodes)
     request.exchange = True
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "SHARDTUNE_SETUP": setup_text(slurm, ROOT), "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-    own_options: Options = {**node_request(slurm), "time": MINUTES, "job-name": "shardtune-doctor"}
-    options = ["--overlap"] if in_allocation else [shlex.split(option)[0] for option in quoted_options(own_options)]
-    srun_options, prefix = containers.launch_words(plain(config), [ROOT])
-    containers.refuse_missing(plain(config)["launcher"])
+    env = {
+        **os.environ,
+        "SHARDTUNE_SETUP": setup_text(slurm, ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONSAFEPATH": "1",
+    }
+    if in_allocation:
+        srun_options = ["--overlap"]
+    else:
+        asked: Options = {**node_request(slurm), "time": MINUTES, "job-name": "shardtune-doctor"}
+        srun_options = [shlex.split(option)[0] for option in quoted_options(asked)]
+    container_options, prefix = containers.launch_words(tree, [ROOT])
+    containers.refuse_missing(tree["launcher"])
     python = slurm.python or ("python3" if slurm.container else sys.executable)
-    hosts = allocated or [f"node {number}" for number in range(slurm.nodes)]
-    return (
-        request,
-        commands_by_srun(slurm.nodes, python, [*options, *srun_options], env, prefix=prefix),
-        hosts,
-        not in_allocation,
-    )
+    commands = commands_by_srun(slurm.nodes, python, [*srun_options, *container_options], env, prefix=prefix)
+    return request, commands, hosts, not in_allocation

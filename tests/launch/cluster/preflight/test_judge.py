@@ -69,12 +69,12 @@ def test_fit_nodes_have_no_problems():
     [
         (
             {"packages": {"torch": "2.12.0", "peft": "0.21.0"}},
-            "n1: torch is 2.12.0, and 2.13.0 on n0; all nodes need the same",
+            "n1: torch is 2.12.0, but 2.13.0 on n0; all nodes need the same",
         ),
-        ({"packages": {"torch": "2.13.0"}}, "n1: peft is missing, and 0.21.0 on n0"),
+        ({"packages": {"torch": "2.13.0"}}, "n1: peft is missing, but 0.21.0 on n0"),
         ({"packages": {}}, "n1: /env/bin/python has no torch"),
-        ({"python": "3.12.1"}, "n1: Python is 3.12.1, and 3.11.7 on n0"),
-        ({"clone": {"path": "/old", "digest": "cccc"}}, "n1: the code is cccc (/old), and aaaa on n0"),
+        ({"python": "3.12.1"}, "n1: Python is 3.12.1, but 3.11.7 on n0"),
+        ({"clone": {"path": "/old", "digest": "cccc"}}, "n1: the code is cccc (/old), but aaaa on n0"),
         ({"run_dir": {"sees": False, "problem": None}}, "n1: does not see run.dir=/runs/a"),
         ({"run_dir": {"sees": True, "problem": "Read-only file system"}}, "cannot be written (Read-only file system)"),
         (
@@ -85,11 +85,11 @@ def test_fit_nodes_have_no_problems():
         ({"models": {"llama": {"files": 0, "digest": None}}}, "n1: does not have the model llama"),
         (
             {"models": {"llama": {"files": 4, "digest": "bbbb", "lacking": ["model-2.safetensors"]}}},
-            "llama is not whole",
+            "llama is incomplete",
         ),
         (
             {"models": {"llama": {"files": 5, "digest": "dddd", "lacking": []}}},
-            "n1: the model llama is dddd, and bbbb on n0",
+            "n1: the model llama is dddd, but bbbb on n0",
         ),
     ],
 )
@@ -110,17 +110,17 @@ def test_what_is_only_worth_knowing():
     assert problems == [] and all(note.startswith("n1: ") for note in notes)
     for part in (
         "has 2.0 GiB free",
-        "+60 s off that of the run directory's disk",
-        "+60 s off that of the others",
+        "its clock differs by +60 s from that of the run directory's disk",
+        "its clock differs by +60 s from that of the other nodes",
         "2 memory errors that could not be corrected",
         "slowed down by its hardware",
-        "30000 MiB of GPU 0 are in use",
+        "other processes use 30000 MiB of GPU 0",
         "other processes are on its GPUs: 17 python 30000",
-        "at most at 1400 MHz, and at 1980 MHz elsewhere",
+        "are limited to 1400 MHz, those of other nodes to 1980 MHz",
     ):
         assert part in said
     assert judged(seen(0, **more), seen(1), seen(2, **more), gpus=1)[0] == [
-        "n1: shows 0 GPUs, and 1 are needed (launcher.gpus_per_node, launcher.gres)"
+        "n1: has 0 GPUs, but 1 are needed (launcher.gpus_per_node, launcher.gres)"
     ]
 
 
@@ -136,16 +136,16 @@ def test_silent_nodes_failed_ranks_and_slow_links():
         visible_nodes={0},
     )
     assert judge(asked, heard).problems == [
-        "n1: what it wrote into run.dir=None is not seen on n0; it must be on a disk that all nodes share"
+        "n1: a file that it wrote into run.dir=None does not appear on n0; it must be on a disk that all nodes share"
     ]
     heard.visible_nodes = {0, 1}
-    assert judge(asked, heard).problems == ["n1: rank 1 could not exchange with the others: refused"]
+    assert judge(asked, heard).problems == ["n1: rank 1 could not communicate with the other ranks: refused"]
     pairs = [(0, 1, 10.0), (0, 2, 10.0), (1, 2, 3.0), (0, 3, 10.0), (1, 3, 9.0), (2, 3, 2.0)]
     exchange = {"backend": "gloo", "ranks": 4, "all_reduce": 1.0, "all_gather": 1.0, "pairs": pairs}
     heard = NodeReports([], {node: seen(node) for node in range(4)}, exchange=exchange, visible_nodes={0, 1, 2, 3})
     verdict = judge(PreflightRequest(nodes=4), heard)
     assert verdict.problems == [] and verdict.notes == [
-        "n2: exchanges 3.00 GB/s with another node, and 9.50 GB/s is usual here"
+        "n2: reaches 3.00 GB/s with another node, and 9.50 GB/s is usual here"
     ]
     assert "between two nodes 2.00 to 10.00" in " ".join(text(PreflightRequest(nodes=4), heard, verdict).split())
 
