@@ -229,9 +229,9 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
 
     if len(run_dirs) > 1:
         return []
-    step_rows = [row for row in metrics_tail.newest(run_dirs[0] / "metrics.jsonl") if "loss" in row]
+    step_rows = [row for row in metrics_tail.last_rows(run_dirs[0] / "metrics.jsonl") if "loss" in row]
     total_steps = readable_run_record(run_dirs[0]).total_steps
-    step_s = metrics_tail.recent(step_rows, "step_s")
+    step_s = metrics_tail.recent_median(step_rows, "step_s")
     if not step_rows or not total_steps or step_s is None:
         return ["starts  not known: no step of this run was measured yet (shardtune plan estimates one)"]
     remaining_s = max(0, total_steps - int(step_rows[-1]["step"])) * step_s

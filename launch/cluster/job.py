@@ -101,7 +101,7 @@ def begin(words: list[str]) -> dict[str, Any]:
     if read_status(run.directory).get("state") == State.done:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
         pipeline_part.record_part_end("train", run.directory, 0)
-        note_ended(run.directory, job.name, job.restart, 0, reason="already finished", goes_on=False)
+        note_ended(run.directory, job.name, job.restart, 0, reason="already finished", will_restart=False)
         return {**shell_variables, "finished": 1}
     logs.mkdir(parents=True, exist_ok=True)
     if words:  # `shardtune submit` has copied the code, and its scripts start from the copy
@@ -253,8 +253,8 @@ def rendezvous(job: JobStart, address: str | None) -> str:
     Every start derives it anew: a requeued job may be given other nodes, and two jobs may share a node.
     """
     if address:
-        host, _, number = address.rpartition(":")
-        if host.split(".")[0] == socket.gethostname().split(".")[0] and not _is_port_free(int(number)):
+        host, _, own_port = address.rpartition(":")
+        if host.split(".")[0] == socket.gethostname().split(".")[0] and not _is_port_free(int(own_port)):
             raise ConfigError(
                 f"launcher.rdzv={address}: another process listens there; choose another port, or leave it out"
             )
@@ -323,4 +323,4 @@ def record_refusal(error: ShardtuneError) -> None:
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     reason = " ".join(str(error).split())
     with contextlib.suppress(StorageError):
-        note_ended(Path(config).parent, name, restart, error.exit_code, reason=reason, goes_on=False)
+        note_ended(Path(config).parent, name, restart, error.exit_code, reason=reason, will_restart=False)

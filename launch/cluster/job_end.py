@@ -107,7 +107,7 @@ def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     term = TermSignal()
     if not unstarted:
-        print(efficiency.record(run_dir, job.name, job.restart, code), flush=True)
+        print(efficiency.record_start(run_dir, job.name, job.restart, code), flush=True)
     outcome = _outcome(job, run_dir, code, stopped, unstarted)
     if outcome.requeue:
         # Recorded before SLURM is asked, because SLURM ends this process at once.
@@ -134,7 +134,7 @@ def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
     """Leave in the run's directory how this start ended. A full disk must not cost the requeue."""
     facts: dict[str, object] = {
         "reason": outcome.reason,
-        "goes_on": outcome.will_restart,
+        "will_restart": outcome.will_restart,
         "step": outcome.step,
         "idle_starts": outcome.idle_starts,
     }

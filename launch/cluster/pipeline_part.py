@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from launch.cluster import containers
-from launch.runs.pipeline_jobs import PLACE, RECORD
+from launch.runs.pipeline_jobs import DIRECTORY, RECORD
 from trainer.reporting.code_revision import ROOT
 from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import write_text_atomic
@@ -38,9 +38,9 @@ def record_part_end(part: str, run_dir: Path, code: int) -> None:
     """Record how a part ended, where the run has a chain. Errors: StorageError."""
     if not (run_dir / RECORD).exists():
         return
-    (run_dir / PLACE).mkdir(exist_ok=True)
+    (run_dir / DIRECTORY).mkdir(exist_ok=True)
     record = {"job": os.environ.get("SLURM_JOB_ID"), "code": code}
-    write_text_atomic(run_dir / PLACE / f"{part}.json", json.dumps(record) + "\n")
+    write_text_atomic(run_dir / DIRECTORY / f"{part}.json", json.dumps(record) + "\n")
 
 
 def _python(run_dir: Path) -> list[str]:

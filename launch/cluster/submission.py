@@ -226,7 +226,7 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
     for run, run_dir in zip(composed, run_dirs, strict=True):
         job = queued_as_asked(run, run_dir)
         if job is not None:
-            print(f"{run_dir}: {job.says}; not submitted again")
+            print(f"{run_dir}: {job.description}; not submitted again")
             continue
         finished = is_finished(run_dir)  # before freezing, which writes a new configuration
         freeze(run, run_dir)

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from launch.runs.metrics_tail import newest
+from launch.runs.metrics_tail import last_rows
 from launch.streams import draw
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.metric_rows import METRICS
@@ -148,7 +148,7 @@ def duration_text(seconds: float) -> str:
 
 def _last_step(run_dir: Path) -> int:
     """The last step in `metrics.jsonl`; 0 before there is one."""
-    rows = newest(run_dir / METRICS)
+    rows = last_rows(run_dir / METRICS)
     return int(rows[-1]["step"]) if rows else 0
 
 

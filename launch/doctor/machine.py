@@ -210,14 +210,12 @@ def _places(machine: Machine, env: Mapping[str, str]) -> None:
     machine.facts["models"] = len(list(Path(hub).expanduser().glob("models--*")))
 
 
-def _slurm(machine: Machine) -> None:
-    """Note whether SLURM is here and answers."""
-    from launch.runs.queue import ask
+def _slurm(found: Machine) -> None:
+    from launch.runs.queue import read_queue
 
-    machine.facts["slurm"] = shutil.which("sbatch") is not None
-    problem = ask().problem if machine.facts["slurm"] else None
-    if problem:
-        machine.notes.append(f"SLURM's commands are here, and its controller is not: {problem}")
+    found.facts["slurm"] = shutil.which("sbatch") is not None
+    if found.facts["slurm"] and (problem := read_queue().problem):
+        found.notes.append(f"SLURM's commands are here, and its controller is not: {problem}")
 
 
 def _environment(machine: Machine, env: Mapping[str, str]) -> None:

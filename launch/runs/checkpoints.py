@@ -14,7 +14,7 @@ from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import STEP_NAME, places_of, published
 from trainer.reporting.settings_file import read_tree
 
-MOST = 2**22
+MOST_BYTES = 2**22
 """Bytes of the configuration, and of a checkpoint's progress; more is not read."""
 
 
@@ -37,7 +37,7 @@ class StoredCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class CheckpointStore:
     """Where a run keeps its checkpoints, and which."""
 
     checkpoints: tuple[StoredCheckpoint, ...]
@@ -52,30 +52,34 @@ class Store:
         return next((each for each in reversed(self.checkpoints) if not each.given_up), None)
 
 
-def saved(run_dir: Path) -> Store:
+def list_checkpoints(run_dir: Path) -> CheckpointStore:
     """The checkpoints of a run, by step; those given up last. Nothing here raises."""
     checkpoint, evaluation = _settings(run_dir)
     fallback = checkpoint.get("fallback_dir")
     places = places_of(run_dir, fallback if isinstance(fallback, str) else None)
     problem = None
     try:
-        there = published(places)
-        aside = [
+        published_checkpoints = published(places)
+        given_up_paths = [
             path
             for place in places
             for path in sorted(place.glob("given-up-*/step-*"))
             if STEP_NAME.fullmatch(path.name)
         ]
     except StorageError as error:
-        return Store((), None, str(error))
+        return CheckpointStore((), None, str(error))
     except OSError as error:
-        return Store((), None, f"cannot be listed: {atomic_io.reason(error)}")
-    progress: dict[str, Any] = next((told for _, path in reversed(there) if (told := _progress(path))), {})
-    found: list[StoredCheckpoint] = []
-    for step, path, given_up in [(*each, False) for each in there] + [(_step(path), path, True) for path in aside]:
+        return CheckpointStore((), None, f"cannot be listed: {atomic_io.reason(error)}")
+    progress: dict[str, Any] = next(
+        (told for _, path in reversed(published_checkpoints) if (told := _progress(path))), {}
+    )
+    checkpoints: list[StoredCheckpoint] = []
+    for step, path, given_up in [(*each, False) for each in published_checkpoints] + [
+        (_step(path), path, True) for path in given_up_paths
+    ]:
         best = progress.get("best_metric") if step == progress.get("best_step") and not given_up else None
         try:
-            found.append(
+            checkpoints.append(
                 StoredCheckpoint(
                     path=path,
                     step=step,
@@ -91,20 +95,20 @@ def saved(run_dir: Path) -> Store:
         except OSError as error:
             problem = f"{path.name} cannot be read: {atomic_io.reason(error)}"
     watch = evaluation.get("watch")
-    return Store(tuple(found), watch if isinstance(watch, str) else None, problem)
+    return CheckpointStore(tuple(checkpoints), watch if isinstance(watch, str) else None, problem)
 
 
-def damage(store: Store, say: Callable[[str], None]) -> dict[Path, str]:
-    """What is wrong with each checkpoint that is not whole. Reads all of their bytes; `say` is told which is read."""
+def find_damage(store: CheckpointStore, report: Callable[[str], None]) -> dict[Path, str]:
+    """What is wrong with each checkpoint that is not whole. Reads all of their bytes; `report` is told which is read."""
     from trainer.checkpoints.manifest import verify
 
-    found = {}
-    for each in store.checkpoints:
-        say(f"{each.path.name}, {atomic_io.size_text(each.size)}")
-        problem = verify(each.path)
-        if problem is not None and each.path.is_dir():  # else deleted meanwhile
-            found[each.path] = problem
-    return found
+    damage = {}
+    for checkpoint in store.checkpoints:
+        report(f"{checkpoint.path.name}, {atomic_io.size_text(checkpoint.size)}")
+        problem = verify(checkpoint.path)
+        if problem is not None and checkpoint.path.is_dir():  # else deleted meanwhile
+            damage[checkpoint.path] = problem
+    return damage
 
 
 def _step(path: Path) -> int:
@@ -114,10 +118,10 @@ def _step(path: Path) -> int:
 def _progress(path: Path) -> dict[str, Any]:
     """How far the run was; empty where that cannot be read."""
     try:
-        value = json.loads(atomic_io.read_bytes(path / "progress.json", most=MOST))["progress"]
+        progress = json.loads(atomic_io.read_bytes(path / "progress.json", most=MOST_BYTES))["progress"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return progress if isinstance(progress, dict) else {}
 
 
 def _settings(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -22,7 +22,7 @@ from launch.runs.slurm_time import clock
 from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import readable_run_record
 
-STARTS = "jobs.jsonl"
+STARTS_FILE = "jobs.jsonl"
 FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "MaxRSS", "TRESUsageInAve")
 PATIENCE_S, AGAIN_S = 10.0, 1.0
 CPU_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
@@ -31,7 +31,7 @@ GPU_BUSY = re.compile(r"gres/gpuutil=(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
+class StartUsage:
     """One start of a job; what is not known is None."""
 
     job: str
@@ -59,57 +59,57 @@ class Start:
     """Why SLURM's figures are not here."""
 
 
-def record(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str] = os.environ) -> str:
+def record_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str] = os.environ) -> str:
     """Take the figures of the start that ends now, keep them with the run, and say them. Never raises: the run comes first."""
-    found = measure(run_dir, job, start, code, env)
+    usage = measure_start(run_dir, job, start, code, env)
     try:
-        with (run_dir / STARTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(found)) + "\n")
-        add_to_run_record(run_dir, "jobs", starts(run_dir))
+        with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(usage)) + "\n")
+        note(run_dir, "jobs", recorded_starts(run_dir))
     except OSError as error:
-        return f"{said(asdict(found))}; not recorded ({error.strerror or error})"
-    return said(asdict(found))
+        return f"{describe_start(asdict(usage))}; not recorded ({error.strerror or error})"
+    return describe_start(asdict(usage))
 
 
-def measure(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str]) -> Start:
+def measure_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str]) -> StartUsage:
     """What is known of the start that this process is the end of."""
-    began, until = (_number(env.get(f"SLURM_JOB_{name}_TIME")) for name in ("START", "END"))
-    elapsed = time.time() - began if began else None
-    rows, unknown = _asked(env.get("SLURM_JOB_ID", job))
+    began, ends = (_number(env.get(f"SLURM_JOB_{name}_TIME")) for name in ("START", "END"))
+    elapsed_s = time.time() - began if began else None
+    rows, unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
     step = next((row for row in rows if row["JobIDRaw"].endswith(".0")), {})
-    elapsed = elapsed or _number(step.get("ElapsedRaw"))
+    elapsed_s = elapsed_s or _number(step.get("ElapsedRaw"))
     cpus = int(step.get("AllocCPUS") or 0) or None
-    cpu, held = _cpu_s(step.get("TotalCPU", "")), _gib(step.get("MaxRSS", ""))
-    ran = _number(step.get("ElapsedRaw"))
-    busy = GPU_BUSY.search(step.get("TRESUsageInAve", ""))
+    cpu_s, memory_gib = _cpu_s(step.get("TotalCPU", "")), _gib(step.get("MaxRSS", ""))
+    step_elapsed_s = _number(step.get("ElapsedRaw"))
+    gpu_busy = GPU_BUSY.search(step.get("TRESUsageInAve", ""))
     run_record = readable_run_record(run_dir)
-    asked = _number(env.get("SLURM_MEM_PER_NODE"))
+    memory_mib = _number(env.get("SLURM_MEM_PER_NODE"))
     gpus = run_record.world_size if run_record.device_name else 0
     price = price_of(run_record.device_name) if gpus and run_record.device_name else None
-    return Start(
+    return StartUsage(
         job=job,
         start=start,
         code=code,
-        elapsed_s=elapsed,
-        limit_s=until - began if began and until else None,
+        elapsed_s=elapsed_s,
+        limit_s=ends - began if began and ends else None,
         nodes=int(env.get("SLURM_JOB_NUM_NODES") or 0) or None,
         cpus=cpus,
-        cpu_share=cpu / (ran * cpus) if cpu is not None and ran and cpus else None,
-        memory_gib=held,
-        memory_asked_gib=asked / 1024 if asked else None,
+        cpu_share=cpu_s / (step_elapsed_s * cpus) if cpu_s is not None and step_elapsed_s and cpus else None,
+        memory_gib=memory_gib,
+        memory_asked_gib=memory_mib / 1024 if memory_mib else None,
         gpus=gpus or None,
-        gpu_share=min(1.0, int(busy[1]) / 100 / max(1, gpus)) if busy and gpus else None,
-        dollars=price * gpus * elapsed / 3600 if price is not None and elapsed else None,
+        gpu_share=min(1.0, int(gpu_busy[1]) / 100 / max(1, gpus)) if gpu_busy and gpus else None,
+        dollars=price * gpus * elapsed_s / 3600 if price is not None and elapsed_s else None,
         price_per_hour=price,
         unknown=unknown if unknown else None if step else "sacct knows no step of the job",
     )
 
 
-def said(start: Mapping[str, Any]) -> str:
-    """One start in a line for people, of what `starts` has."""
+def describe_start(start: Mapping[str, Any]) -> str:
+    """One start in a line for people, of what `recorded_starts` has."""
 
-    def share(value: Any) -> str:
-        return f"{value:.0%}"
+    def share(fraction: Any) -> str:
+        return f"{fraction:.0%}"
 
     parts = []
     if (elapsed := start.get("elapsed_s")) is not None:
@@ -117,9 +117,9 @@ def said(start: Mapping[str, Any]) -> str:
         parts.append(clock(elapsed) + (f" of {clock(limit)} ({share(elapsed / limit)})" if limit else ""))
     if start.get("cpu_share") is not None:
         parts.append(f"{share(start['cpu_share'])} of {start['cpus']} CPUs")
-    if (held := start.get("memory_gib")) is not None:
-        asked = start.get("memory_asked_gib")
-        parts.append(f"{held:.3g}" + (f" of {asked:.3g}" if asked else "") + " GiB of a node")
+    if (memory := start.get("memory_gib")) is not None:
+        memory_asked = start.get("memory_asked_gib")
+        parts.append(f"{memory:.3g}" + (f" of {memory_asked:.3g}" if memory_asked else "") + " GiB of a node")
     if start.get("gpus"):
         busy = start.get("gpu_share")
         parts.append(
@@ -132,18 +132,18 @@ def said(start: Mapping[str, Any]) -> str:
     return f"job {start.get('job')}, start {start.get('start')}: {', '.join(parts) or 'nothing is known'}"
 
 
-def starts(run_dir: Path) -> list[dict[str, Any]]:
+def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
     """All starts that were recorded, in their order; torn lines are left out."""
-    found = []
+    starts = []
     with contextlib.suppress(OSError):
-        for line in (run_dir / STARTS).read_text(encoding="utf-8").splitlines():
+        for line in (run_dir / STARTS_FILE).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
-                if isinstance(value := json.loads(line), dict):
-                    found.append(value)
-    return found
+                if isinstance(start := json.loads(line), dict):
+                    starts.append(start)
+    return starts
 
 
-def _asked(job: str) -> tuple[list[dict[str, str]], str | None]:
+def _sacct_rows(job: str) -> tuple[list[dict[str, str]], str | None]:
     """(sacct's rows, why there are none)."""
     command = ["sacct", "--jobs", job, "--noheader", "--parsable2", f"--format={','.join(FIELDS)}"]
     rows: list[dict[str, str]] = []
@@ -173,14 +173,14 @@ def _number(text: str | None) -> float | None:
 
 def _cpu_s(text: str) -> float | None:
     """Seconds of sacct's `[days-][hours:]minutes:seconds`."""
-    found = CPU_TIME.fullmatch(text)
-    if found is None:
+    match = CPU_TIME.fullmatch(text)
+    if match is None:
         return None
-    days, hours, minutes, rest = found.groups(default="0")
-    return int(days) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(rest)
+    days, hours, minutes, seconds = match.groups(default="0")
+    return int(days) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
 def _gib(text: str) -> float | None:
     """GiB of sacct's `676416K`."""
-    found = SIZE.fullmatch(text)
-    return float(found[1]) * 1024.0 ** ("KMGT".index(found[2]) - 2 if found[2] else -3) if found else None
+    match = SIZE.fullmatch(text)
+    return float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 2 if match[2] else -3) if match else None

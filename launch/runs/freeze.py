@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.config.frozen import Composed, is_finished, same_or_refuse, to_yaml
 from launch.config.trusted_values import remember_config
-from launch.runs.queue import SUBMITTED, Queue, QueuedJob, ask, unfinished_job
+from launch.runs.queue import SUBMITTED, Queue, QueuedJob, read_queue, unfinished_job
 from strategies.errors import ConfigError
 from trainer.checkpoints.layout import places_of, published
 from trainer.reporting.status import FROZEN, write_text_atomic
@@ -37,12 +37,12 @@ def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> P
             raise ConfigError(
                 f"{place}: is a file, where the run needs a directory; move it away, or choose another run.dir"
             )
-    there = published(places_of(run_dir, composed.config.checkpoint.fallback_dir))
-    if composed.config.run.resume == "never" and (there or any((run_dir / "checkpoints").glob("*"))):
+    checkpoints = published(places_of(run_dir, composed.config.checkpoint.fallback_dir))
+    if composed.config.run.resume == "never" and (checkpoints or any((run_dir / "checkpoints").glob("*"))):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if path.exists():
-        done = is_finished(run_dir)
-        same_or_refuse(composed, path, has_progress=bool(there) or done, may_compute_otherwise=another_way and not done)
+        is_done = is_finished(run_dir)
+        same_or_refuse(composed, path, reached=bool(checkpoints) or is_done, another_way=another_way and not is_done)
     refuse_queued(run_dir)
     refuse_in_use(run_dir, composed.config.run.lease_s, pending)
     config = composed.config
@@ -61,7 +61,7 @@ def refuse_queued(run_dir: Path) -> None:
     """
     if (job := _queued(run_dir)) is None:
         return
-    state = f"it pends: {job.why}" if job.pends else f"it is {job.state}"
+    state = f"it pends: {job.why}" if job.is_pending else f"it is {job.state}"
     raise InUse(
         f"run.dir={run_dir}: job {job.id} is for this run, and would train with what is frozen now ({state}). "
         f"`shardtune stop {run_dir}` ends it; or choose another run.dir"
@@ -97,7 +97,7 @@ def _queued(run_dir: Path) -> QueuedJob | None:
                 f"({queue.problem}). Try again when squeue answers; if job {submitted} is over, remove "
                 f"{run_dir / SUBMITTED}; or choose another run.dir"
             )
-    job = queue.job_of(run_dir, None)
+    job = queue.find_job(run_dir, None)
     return None if job is None or job.raw_id in own_job or job.state == "COMPLETING" else job
 
 
@@ -111,4 +111,4 @@ def _own_job() -> set[str]:
 @lru_cache(maxsize=2)
 def _queue(_: int, again: bool = False) -> Queue:
     """SLURM's queue, asked once for many runs, and once more if that failed; the first argument changes with time."""
-    return ask()
+    return read_queue()

@@ -52,11 +52,11 @@ yet, it shows the output of the job.
 
 exit codes: 64 there is no such run, rank or job, 130 Ctrl-C"""
 EVERY_S = 0.5
-LOOK_S = 2.0
+LOOK_EVERY_S = 2.0
 """Seconds between looks at how the run stands."""
-ASK_S = 15.0
+QUEUE_EVERY_S = 15.0
 """Seconds between questions to SLURM's controller, which many users share."""
-AGAIN_S = 5.0
+RESTART_WAIT_S = 5.0
 """Seconds after its end in which a run may be started again by what started it."""
 
 
@@ -66,28 +66,28 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0 if argv else 64
     words = logs_words(argv)
-    from launch.runs.logs import LogsRequest, choose
+    from launch.runs.logs import LogsRequest, choose_files
     from trainer.reporting.status import State, read_failure, read_status
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    run_dir, wanted = words.run, LogsRequest(words.rank, words.job)
-    failed = read_status(run_dir).get("state") in (None, State.failed) and read_failure(run_dir)
-    rank = failed.get("rank") if failed else None
-    files = choose(run_dir, wanted, rank if isinstance(rank, int) else None)
-    ours = failed and wanted.rank in (None, rank) and wanted.job is None
+    run_dir, request = words.run, LogsRequest(words.rank, words.job)
+    failure = read_status(run_dir).get("state") in (None, State.failed) and read_failure(run_dir)
+    rank = failure.get("rank") if failure else None
+    files = choose_files(run_dir, request, rank if isinstance(rank, int) else None)
+    shows_failure = failure and request.rank in (None, rank) and request.job is None
     headed = words.follow or len(files) > 1
-    printer = Collected(at_once=words.follow) if words.as_json else Printer(headed=headed)
-    places = show(files, words.lines, printer)
+    printer = JsonPrinter(at_once=words.follow) if words.as_json else Printer(headed=headed)
+    offsets = show_last_lines(files, words.lines, printer)
     if words.follow:
-        Follow(run_dir, wanted, printer, places).until_done()
-    elif isinstance(printer, Collected):
-        give({"run": str(run_dir), "files": printer.files, "failure": failed if ours else None})
+        FollowedRun(run_dir, request, printer, offsets).until_done()
+    elif isinstance(printer, JsonPrinter):
+        give({"run": str(run_dir), "files": printer.files, "failure": failure if shows_failure else None})
     else:
         if not files:
             print(f"{run_dir}: nothing was written below {run_dir / 'logs'} yet")
-        if ours:
-            print(cause(run_dir))
+        if shows_failure:
+            print(failure_text(run_dir))
     return 0
 
 
@@ -118,7 +118,7 @@ class Printer:
         print("\n".join(lines), flush=True)
 
 
-class Collected(Printer):
+class JsonPrinter(Printer):
     """Lines for a script: kept by file, or printed as they come, an object each."""
 
     def __init__(self, *, at_once: bool) -> None:
@@ -134,84 +134,84 @@ class Collected(Printer):
             print(json.dumps({"file": str(path), "line": line}, ensure_ascii=False), flush=True)
 
 
-def show(files: list[Path], count: int, printer: Printer) -> dict[Path, int]:
+def show_last_lines(files: list[Path], count: int, printer: Printer) -> dict[Path, int]:
     """Print the last lines of each; returns up to which byte each was shown."""
     from launch.runs.logs import last_lines
 
-    places = {}
+    offsets = {}
     for path in files:
         try:
-            lines, places[path] = last_lines(path, count)
+            lines, offsets[path] = last_lines(path, count)
         except OSError as error:
             lines = [f"(cannot be read: {error.strerror or error})"]
         printer(path, lines)
-    return places
+    return offsets
 
 
-def cause(run_dir: Path) -> str:
+def failure_text(run_dir: Path) -> str:
     """Why the run failed, with the traceback where it is a defect."""
     from trainer.reporting.status import read_failure
 
     failure = read_failure(run_dir)
-    at = f", step {failure['step']}" if failure.get("step") is not None else ""
-    where = f"rank {failure.get('rank')} on {failure.get('host')} failed ({failure.get('phase')}{at}):"
+    step = f", step {failure['step']}" if failure.get("step") is not None else ""
+    place = f"rank {failure.get('rank')} on {failure.get('host')} failed ({failure.get('phase')}{step}):"
     if failure.get("user_error"):
-        return f"\n{where}\n  " + str(failure.get("message")).replace("\n", "\n  ")
-    return f"\n{where}\n{str(failure.get('traceback') or failure.get('message')).rstrip()}"
+        return f"\n{place}\n  " + str(failure.get("message")).replace("\n", "\n  ")
+    return f"\n{place}\n{str(failure.get('traceback') or failure.get('message')).rstrip()}"
 
 
 @dataclass(slots=True)
-class Follow:
+class FollowedRun:
     """A run that is followed, from one attempt at it to the next."""
 
     run_dir: Path
-    wanted: LogsRequest
+    request: LogsRequest
     printer: Printer
-    places: dict[Path, int]
+    offsets: dict[Path, int]
     _launcher: tuple[int, str] | None = None
     """The process of this host that starts its ranks again."""
-    _said: str = ""
+    _last_notice: str = ""
 
     def until_done(self) -> None:
         """Print what is added until the run is done, or has ended and nothing will start it again."""
-        from launch.runs.logs import AddedText, choose
-        from launch.runs.queue import Queue, ask
+        from launch.runs.logs import AddedText, choose_files
+        from launch.runs.queue import Queue, read_queue
 
-        added = AddedText(self.places)
-        queue, asked_at, looked_at = Queue(), float("-inf"), float("-inf")
+        added = AddedText(self.offsets)
+        queue, queue_read_at, looked_at = Queue(), float("-inf"), float("-inf")
         ended_at: float | None = None
         while True:
             now = time.monotonic()
-            if now - looked_at >= LOOK_S:
+            if now - looked_at >= LOOK_EVERY_S:
                 looked_at = now
-                run = self._look(queue)
-                if run.state != "running" and now - asked_at >= ASK_S:
-                    queue, asked_at = ask(), now
-                    run = self._look(queue)
-                self._tell(run)
-                over = self._over(run, queue)
-                ended_at = (now if ended_at is None else ended_at) if over else None
+                run = self._read_view(queue)
+                if run.state != "running" and now - queue_read_at >= QUEUE_EVERY_S:
+                    queue, queue_read_at = read_queue(), now
+                    run = self._read_view(queue)
+                self._report_waiting(run)
+                is_over = self._is_over(run, queue)
+                ended_at = (now if ended_at is None else ended_at) if is_over else None
             with suppress(ConfigError):  # a rank that has not said anything yet
-                for path in choose(self.run_dir, self.wanted, None):
+                for path in choose_files(self.run_dir, self.request, None):
                     while lines := added.lines(path):
                         self.printer(path, lines)
-            if ended_at is not None and (run.state == "done" or now - ended_at > AGAIN_S):
-                self._end(run)
+            if ended_at is not None and (run.state == "done" or now - ended_at > RESTART_WAIT_S):
+                self._report_end(run)
                 return
             time.sleep(EVERY_S)
 
-    def _look(self, queue: Queue) -> RunView:
-        from launch.runs.owner import holder, launcher
-        from launch.runs.status import look
+    def _read_view(self, queue: Queue) -> RunView:
+        from launch.runs.owner import holder, launcher_of
+        from launch.runs.status import read_run_view
 
         try:
             owner = holder(self.run_dir).owner
         except OSError:
             owner = None
-        self._launcher = (launcher(owner) if owner is not None else None) or self._launcher
-        return look(self.run_dir, queue)
+        self._launcher = (launcher_of(owner) if owner is not None else None) or self._launcher
+        return read_run_view(self.run_dir, queue)
 
-    def _over(self, run: RunView, queue: Queue) -> bool:
+    def _is_over(self, run: RunView, queue: Queue) -> bool:
         """Whether nothing is known that would go on with the run."""
         from trainer.session.lease import process_identity
 
@@ -223,19 +223,19 @@ class Follow:
             return False
         return self._launcher is None or process_identity(self._launcher[0]) != self._launcher[1]
 
-    def _tell(self, run: RunView) -> None:
+    def _report_waiting(self, run: RunView) -> None:
         """What there is to wait for, once."""
         waits = run.why if run.state == "queued" else "it has not begun yet" if run.state == "not started" else None
-        if waits and waits != self._said:
+        if waits and waits != self._last_notice:
             print(f"waiting: {waits}", file=sys.stderr, flush=True)
-        self._said = waits or ""
+        self._last_notice = waits or ""
 
-    def _end(self, run: RunView) -> None:
-        if isinstance(self.printer, Collected):
-            ended = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.why or None}
-            print(json.dumps(ended, ensure_ascii=False), flush=True)
+    def _report_end(self, run: RunView) -> None:
+        if isinstance(self.printer, JsonPrinter):
+            summary = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.why or None}
+            print(json.dumps(summary, ensure_ascii=False), flush=True)
             return
         if run.state == "failed":
-            print(cause(self.run_dir), flush=True)
-        told = f": {run.why}" if run.why and run.state != "failed" else ""
-        print(f"{self.run_dir}: {run.state} at step {run.step or 0}{told}", file=sys.stderr, flush=True)
+            print(failure_text(self.run_dir), flush=True)
+        why = f": {run.why}" if run.why and run.state != "failed" else ""
+        print(f"{self.run_dir}: {run.state} at step {run.step or 0}{why}", file=sys.stderr, flush=True)

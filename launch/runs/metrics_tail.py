@@ -19,7 +19,7 @@ PIECE = 2**13
 """Bytes read at each place of a curve."""
 
 
-def newest(path: Path) -> list[dict[str, Any]]:
+def last_rows(path: Path) -> list[dict[str, Any]]:
     """The last rows, oldest first: of steps, which have `loss`, and of evaluations."""
     try:
         with atomic_io.open_regular(path) as (descriptor, size):
@@ -30,29 +30,29 @@ def newest(path: Path) -> list[dict[str, Any]]:
     return rows_in(lines[1:] if start else lines)
 
 
-def curve(path: Path, points: int) -> list[float]:
+def loss_curve(path: Path, points: int) -> list[float]:
     """The loss at about so many places of the run, in its order; rows that are not finite are left out."""
-    found: dict[int, float] = {}
+    loss_at_step: dict[int, float] = {}
     try:
         with atomic_io.open_regular(path) as (descriptor, size):
             for place in range(points):
                 start = size * place // points
                 lines = os.pread(descriptor, PIECE, start).split(b"\n")
-                row = next((each for each in rows_in(lines[1:] if start else lines) if "loss" in each), None)
-                if row is not None and (loss := number(row, "loss")) is not None:
-                    found[row["step"]] = loss
+                row = next((row for row in rows_in(lines[1:] if start else lines) if "loss" in row), None)
+                if row is not None and (loss := finite_number(row, "loss")) is not None:
+                    loss_at_step[row["step"]] = loss
     except OSError:
         return []
-    return [found[step] for step in sorted(found)]
+    return [loss_at_step[step] for step in sorted(loss_at_step)]
 
 
-def number(row: dict[str, Any], key: str) -> float | None:
+def finite_number(row: dict[str, Any], key: str) -> float | None:
     """A number of a row; None where it has none, or one that was not finite."""
     value = row.get(key)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def recent(rows: list[dict[str, Any]], key: str) -> float | None:
+def recent_median(rows: list[dict[str, Any]], key: str) -> float | None:
     """The median over the last rows of steps."""
-    values = [value for row in rows[-20:] if (value := number(row, key)) is not None]
-    return median(values) if values else None
+    metrics = [metric for row in rows[-20:] if (metric := finite_number(row, key)) is not None]
+    return median(metrics) if metrics else None

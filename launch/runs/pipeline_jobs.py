@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.runs.queue import Queue
 from strategies import atomic_io
 
-RECORD, PLACE = "pipeline.json", "pipeline"
+RECORD, DIRECTORY = "pipeline.json", "pipeline"
 MOST = 2**16
 
 
@@ -20,40 +20,40 @@ class PipelinePart:
     part: str
     job: str
     state: str
-    """`queued`, `running`, `done`, `failed`, `cancelled` (one before it failed), or `unknown`."""
-    says: str
+    """`queued`, `running`, `done`, `failed_part`, `cancelled` (one before it failed), or `unknown`."""
+    description: str
     """The same for people."""
 
 
-def parts_of(run_dir: Path, queue: Queue) -> list[PipelinePart]:
+def pipeline_parts(run_dir: Path, queue: Queue) -> list[PipelinePart]:
     """The parts in their order; none where the run is no chain. Never raises."""
-    found: list[PipelinePart] = []
+    parts: list[PipelinePart] = []
     if not (run_dir / RECORD).exists():
-        return found
-    listed = _read(run_dir / RECORD)
-    for entry in listed if isinstance(listed, list) else []:
+        return parts
+    entries = _read(run_dir / RECORD)
+    for entry in entries if isinstance(entries, list) else []:
         if not (isinstance(entry, dict) and {"part", "job"} <= entry.keys()):
             continue
-        part, number = str(entry["part"]), str(entry["job"])
-        told = _read(run_dir / PLACE / f"{part}.json")
-        code = told.get("code") if isinstance(told, dict) and told.get("job") == number else None
-        job = next((each for each in queue.jobs if number in (each.id, each.raw_id)), None)
+        part, job_id = str(entry["part"]), str(entry["job"])
+        end = _read(run_dir / DIRECTORY / f"{part}.json")
+        code = end.get("code") if isinstance(end, dict) and end.get("job") == job_id else None
+        job = next((job for job in queue.jobs if job_id in (job.id, job.raw_id)), None)
         if job is not None and code is None:
-            state, says = "queued" if job.pends else "running", job.says
+            state, description = "queued" if job.is_pending else "running", job.description
         elif code is not None:
             state = "failed" if code else "done"
-            says = f"failed with exit code {code}" if code else "done"
-        elif found and found[-1].state in ("failed", "cancelled"):
-            state, says = "cancelled", "cancelled, since one before it failed"
+            description = f"failed with exit code {code}" if code else "done"
+        elif parts and parts[-1].state in ("failed", "cancelled"):
+            state, description = "cancelled", "cancelled, since one before it failed"
         elif queue.problem:
-            state, says = "unknown", queue.problem
+            state, description = "unknown", queue.problem
         else:
-            state, says = "failed", "ended without a word (cancelled, out of time, or stopped before it began)"
-        found.append(PipelinePart(part, number, state, says))
-    return found
+            state, description = "failed", "ended without a word (cancelled, out of time, or stopped before it began)"
+        parts.append(PipelinePart(part, job_id, state, description))
+    return parts
 
 
-def failed(parts: list[PipelinePart]) -> PipelinePart | None:
+def failed_part(parts: list[PipelinePart]) -> PipelinePart | None:
     """The part at which a chain ended."""
     return next((part for part in parts if part.state == "failed"), None)
 

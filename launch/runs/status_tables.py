@@ -12,8 +12,8 @@ from typing import Any
 
 from launch.output import Column, TableRow, cut, fold, table
 from launch.runs import efficiency, pipeline_jobs
-from launch.runs.checkpoints import Store, StoredCheckpoint
-from launch.runs.metrics_tail import curve
+from launch.runs.checkpoints import CheckpointStore, StoredCheckpoint
+from launch.runs.metrics_tail import loss_curve
 from launch.runs.queue import Queue, QueuedJob
 from launch.runs.sparkline import sparkline
 from launch.runs.status import LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age, one_line
@@ -41,7 +41,7 @@ COLUMNS = (
 class RunDetails:
     """What is shown of a run if `status` is asked for it alone."""
 
-    store: Store
+    store: CheckpointStore
     failure: dict[str, Any]
     curve: list[float]
     """The loss at some places of the run."""
@@ -117,12 +117,12 @@ def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
         _rate(run.tokens_per_s),
         clock(run.left_s),
         _number(run.memory_gib, ".3g"),
-        "-" if run.heard_s is None else age(run.heard_s),
+        "-" if run.last_seen_s is None else age(run.last_seen_s),
     )
     where_and_why = _where_and_why(run)
     notes = [cut(f"  {where_and_why}")] if where_and_why else []
     if live and run.state == State.running:
-        losses = curve(run.directory / "metrics.jsonl", CURVE_POINTS)
+        losses = loss_curve(run.directory / "metrics.jsonl", CURVE_POINTS)
         notes += [f"  {sparkline(losses)}"] if losses else []
     return TableRow(cells, notes)
 
@@ -131,7 +131,7 @@ def _urgency(run: RunView) -> tuple[int, float]:
     """Sort key if not all runs may fit: those that train, wait, or need somebody; then those that ended last."""
     order = (State.running, QUEUED, LOST)
     rank = order.index(run.state) if run.state in order else len(order)
-    return rank, run.heard_s if run.heard_s is not None else math.inf
+    return rank, run.last_seen_s if run.last_seen_s is not None else math.inf
 
 
 def _where_and_why(run: RunView) -> str:
@@ -157,7 +157,7 @@ def _other_jobs(answer: StatusAnswer) -> list[str]:
     if not others:
         return []
     lines = ["", "other jobs of yours in the queue:"]
-    lines += [cut(f"  {job.says}  ({job.name})") for job in others[:MOST_JOBS]]
+    lines += [cut(f"  {job.description}  ({job.name})") for job in others[:MOST_JOBS]]
     lines += [f"  and {len(others) - MOST_JOBS} more"] if len(others) > MOST_JOBS else []
     return lines
 
@@ -207,11 +207,11 @@ def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
         facts.append(("restarts", str(run.restarts)))
     if run.job is not None and run.state != QUEUED:
         # squeue says INVALID of a job that is past its limit, and is about to be ended for it.
-        left = "past its time limit" if run.job.left == "INVALID" else f"{run.job.left} left"
-        facts.append(("queue", f"{run.job.says}, {left} on {run.job.nodes}"))
-    facts += [("took", efficiency.said(start)) for start in details.starts[-MOST_STARTS:]]
+        left = "past its time limit" if run.job.time_left == "INVALID" else f"{run.job.time_left} left"
+        facts.append(("queue", f"{run.job.description}, {left} on {run.job.nodes}"))
+    facts += [("took", efficiency.describe_start(start)) for start in details.starts[-MOST_STARTS:]]
     for part in run.parts:
-        facts.append((part.part, f"job {part.job}: {part.says.removeprefix(f'job {part.job} ')}"))
+        facts.append((part.part, f"job {part.job}: {part.description.removeprefix(f'job {part.job} ')}"))
     return facts
 
 
@@ -223,14 +223,14 @@ def _runner(run: RunView) -> list[str]:
         words.append(f"job {run.job_id}")
     if run.since:
         words.append(f"since {run.since}")
-    if run.heard_s is not None:
+    if run.last_seen_s is not None:
         if run.state in (State.running, LOST):
             event = "last sign of life"
         elif run.state == UNKNOWN:
             event = "last seen"
         else:
             event = "ended"
-        words.append(f"{event} {age(run.heard_s)} ago")
+        words.append(f"{event} {age(run.last_seen_s)} ago")
     return words
 
 
@@ -244,12 +244,12 @@ def _next_steps(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     if run.state != State.preempted:
         return []
     if run.job is not None and run.job.state == "RUNNING":
-        return ["", f"{run.job.says} starts it again"]
+        return ["", f"{run.job.description} starts it again"]
     return ["", *fold(f"to do: {SAME_COMMAND}")]
 
 
 def _failure_and_way_out(run: RunView, failure: Mapping[str, Any]) -> list[str]:
-    broken_part = pipeline_jobs.failed(list(run.parts))
+    broken_part = pipeline_jobs.failed_part(list(run.parts))
     if broken_part is not None and not failure:
         way_out = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same words again"
         return [*fold(f"failed: {run.why}"), *fold(f"to do: {way_out}")]
@@ -271,7 +271,7 @@ def _failure_and_way_out(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     return [*fold(f"failed: {where}{run.why or 'no word of why'}"), *fold(f"to do: {way_out}")]
 
 
-def _checkpoints(store: Store, damaged: Mapping[Path, str] | None) -> list[str]:
+def _checkpoints(store: CheckpointStore, damaged: Mapping[Path, str] | None) -> list[str]:
     if store.problem:
         return ["", *fold(f"checkpoints: {store.problem}")]
     if not store.checkpoints:
@@ -374,5 +374,5 @@ def _job_as_dict(job: QueuedJob) -> dict[str, str]:
         "reason": job.reason,
         "name": job.name,
         "start": job.start,
-        "left": job.left,
+        "left": job.time_left,
     }

@@ -10,13 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.runs.owner import Holder, holder, launcher
+from launch.runs.owner import Holder, holder, launcher_of
 from launch.runs.queue import Queue, QueuedJob, unfinished_job
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.status import State
 from trainer.session.lease import process_identity
 
-MARK = "trap 'stopped=1"
+SCRIPT_MARK = "trap 'stopped=1"
 """What a job script has that ends in good order, and is not requeued, once its shell was told TERM."""
 CALL_S = 60
 """Seconds that a command of SLURM's may take."""
@@ -29,12 +29,12 @@ class CannotStop(ShardtuneError):
 
 
 @dataclass(frozen=True, slots=True)
-class Nothing:
+class NotRunning:
     """Nobody runs it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
+class SignalProcess:
     """TERM to a process of this host: that of the run, or the launcher that passes it on and does not start it again."""
 
     pid: int
@@ -52,7 +52,7 @@ class Signal:
             return False
         try:
             # The handle is of one process, whatever its number is given to later.
-            if self.gone:
+            if self.has_ended:
                 return False
             signal.pidfd_send_signal(handle, signal.SIGTERM)
         except ProcessLookupError:
@@ -64,13 +64,13 @@ class Signal:
         return True
 
     @property
-    def gone(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the process has ended."""
         return process_identity(self.pid) != self.identity
 
 
 @dataclass(frozen=True, slots=True)
-class Slurm:
+class SignalJob:
     """A job that runs our script: its shell is told first that this is the end, then the ranks that they are to save."""
 
     job: QueuedJob
@@ -86,11 +86,11 @@ class Slurm:
     def send(self) -> None:
         """Send both. Raises CannotStop with scancel's words."""
         for command in self.commands:
-            call(command)
+            call_slurm(command)
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class CancelJob:
     """A job that pends: it has nothing to save."""
 
     job: QueuedJob
@@ -100,29 +100,33 @@ class Cancel:
 
     def send(self) -> None:
         """Take it out of the queue. Raises CannotStop with scancel's words."""
-        call(["scancel", self.job.id])
+        call_slurm(["scancel", self.job.id])
 
 
-Way = Nothing | Signal | Slurm | Cancel
+StopMethod = NotRunning | SignalProcess | SignalJob | CancelJob
 
 
-def way(run_dir: Path, queue: Queue, job: QueuedJob | None) -> Way:
+def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMethod:
     """How the run is stopped; `job` is its job in the queue. Raises CannotStop, with what to type, if it cannot be from here."""
     try:
-        held = holder(run_dir)
+        lease_holder = holder(run_dir)
     except OSError as error:
         raise ConfigError(
             f"{run_dir / 'lease'}: cannot be read ({error.strerror}), so nobody knows who runs it"
         ) from error
-    if job is not None and job.pends and (queue.by_run.get(run_dir.resolve()) is job or _is_ours(job)):
-        return Cancel(job)
-    if job is not None and not job.pends and _is_ours(job):
-        return Slurm(job)
-    if held.owner is not None and held.lives:
-        _refuse_foreign(run_dir, held.owner.pid)
-        started_by = launcher(held.owner)
-        return Signal(*started_by) if started_by else Signal(held.owner.pid, held.owner.process)
-    if job is not None and job.pends:
+    if job is not None and job.is_pending and (queue.by_run.get(run_dir.resolve()) is job or _runs_our_script(job)):
+        return CancelJob(job)
+    if job is not None and not job.is_pending and _runs_our_script(job):
+        return SignalJob(job)
+    if lease_holder.owner is not None and lease_holder.is_alive:
+        _refuse_foreign(run_dir, lease_holder.owner.pid)
+        started_by = launcher_of(lease_holder.owner)
+        return (
+            SignalProcess(*started_by)
+            if started_by
+            else SignalProcess(lease_holder.owner.pid, lease_holder.owner.process)
+        )
+    if job is not None and job.is_pending:
         raise CannotStop(
             f"{run_dir}: job {job.id} waits in the queue, and its script is none of shardtune's. If it is for this run, take it "
             f"out of the queue: scancel {job.id}"
@@ -133,13 +137,13 @@ def way(run_dir: Path, queue: Queue, job: QueuedJob | None) -> Way:
             f"stop. To save and end: scancel --signal=USR2 {job.id} where srun started the ranks, else scancel --full "
             f"--signal=USR2 {job.id}; or type `shardtune stop {run_dir.absolute()}` on the host of the run"
         )
-    return _elsewhere(run_dir, held, queue)
+    return _not_from_here(run_dir, lease_holder, queue)
 
 
 def refuse_unknown(run_dir: Path, queue: Queue, state: str) -> None:
     """Refuse to say that nothing runs while nobody knows whether the run's job waits in the queue. Errors: CannotStop."""
     job = unfinished_job(run_dir)
-    if job is None or state == State.done or not (queue.problem or queue.missing):
+    if job is None or state == State.done or not (queue.problem or queue.has_no_squeue):
         return
     why = queue.problem or "squeue is not on PATH here"
     raise CannotStop(
@@ -175,43 +179,43 @@ def _works_in(run_dir: Path, pid: int) -> bool:
     return False
 
 
-def _elsewhere(run_dir: Path, held: Holder, queue: Queue) -> Way:
+def _not_from_here(run_dir: Path, lease_holder: Holder, queue: Queue) -> StopMethod:
     """A run without a job in the queue, and without a process of this host that lives."""
-    owner = held.owner
-    if owner is None or held.lives is False or held.silent:
-        return Nothing()
-    here = f"shardtune stop {shlex.quote(str(run_dir.absolute()))}"
+    owner = lease_holder.owner
+    if owner is None or lease_holder.is_alive is False or lease_holder.is_silent:
+        return NotRunning()
+    command = f"shardtune stop {shlex.quote(str(run_dir.absolute()))}"
     if owner.job is not None:
         why = f" ({queue.problem})" if queue.problem else ""
         raise CannotStop(
             f"{run_dir}: SLURM job {owner.job} on {owner.host} runs it, and this host's queue does not have it as yours{why}; "
-            f"where its user can call squeue, type: {here}"
+            f"where its user can call squeue, type: {command}"
         )
     raise CannotStop(
         f"{run_dir}: process {owner.pid} on {owner.host} runs it, and no signal reaches it from here; "
-        f"on {owner.host} type: {here}\n"
+        f"on {owner.host} type: {command}\n"
         f"  where shardtune is not at hand there: kill -TERM {owner.pid}"
     )
 
 
-def _is_ours(job: QueuedJob) -> bool:
+def _runs_our_script(job: QueuedJob) -> bool:
     """Whether the job runs our script, in which way ever it was submitted."""
     try:
-        return MARK in call(["scontrol", "write", "batch_script", job.raw_id, "-"])
+        return SCRIPT_MARK in call_slurm(["scontrol", "write", "batch_script", job.raw_id, "-"])
     except CannotStop:  # an allocation without a script
         return False
 
 
-def call(command: list[str]) -> str:
+def call_slurm(command: list[str]) -> str:
     """What a command of SLURM's says. Raises CannotStop with its words where it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CALL_S)
+        answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CALL_S)
     except FileNotFoundError as error:
         raise CannotStop(
             f"{command[0]} is not on PATH here; on a host that has it type: {shlex.join(command)}"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise CannotStop(f"{shlex.join(command)}: no answer within {CALL_S} s; try again") from error
-    if done.returncode:
-        raise CannotStop(f"{shlex.join(command)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
+    if answer.returncode:
+        raise CannotStop(f"{shlex.join(command)}: {(answer.stderr or answer.stdout).strip()}")
+    return answer.stdout

@@ -13,11 +13,11 @@ from launch.serve.exported import Exported
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
-DOOR = "launch.serve.middleware.VllmDoor"
+MIDDLEWARE = "launch.serve.middleware.VllmMiddleware"
 
 
-def vllm(exported: Exported, config: ServeConfig, *, door: bool = False) -> list[str] | None:
-    """What starts vLLM on it; None where it takes no such adapter. `door`: with ours in front of all its addresses.
+def vllm_command(exported: Exported, config: ServeConfig, *, middleware: bool = False) -> list[str] | None:
+    """What starts vLLM on it; None where it takes no such adapter. `middleware`: with ours in front of all its addresses.
 
     The key is no word: it is read from VLLM_API_KEY.
     """
@@ -37,10 +37,10 @@ def vllm(exported: Exported, config: ServeConfig, *, door: bool = False) -> list
     words += ["--override-generation-config", json.dumps({"max_new_tokens": config.max_tokens})]
     if config.dtype is not ServedType.auto:
         words += ["--dtype", str(config.dtype)]
-    return [*words, "--middleware", DOOR] if door else words
+    return [*words, "--middleware", MIDDLEWARE] if middleware else words
 
 
-def sglang(exported: Exported, config: ServeConfig) -> list[str] | None:
+def sglang_command(exported: Exported, config: ServeConfig) -> list[str] | None:
     """What starts SGLang on it; None where it takes no such adapter."""
     name = config.name or exported.name
     words = ["python", "-m", "sglang.launch_server", "--model-path", exported.base or str(exported.path)]
@@ -56,23 +56,23 @@ def sglang(exported: Exported, config: ServeConfig) -> list[str] | None:
     return words
 
 
-def shown(words: list[str] | None) -> str:
+def shell_text(words: list[str] | None) -> str:
     """As it is typed."""
     import shlex
 
     return "" if words is None else shlex.join(words)
 
 
-def environment(exported: Exported, config: ServeConfig) -> dict[str, str]:
+def vllm_environment(exported: Exported, config: ServeConfig) -> dict[str, str]:
     """What vLLM, and our door in it, read from the environment."""
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "max_requests": config.max_requests,
         "max_body_kib": config.max_body_kib,
         "host": config.host,
         "key_env": config.key_env,
         "name": config.name or exported.name,
     }
-    found = {"SHARDTUNE_SERVE": json.dumps(told)}
+    environment = {"SHARDTUNE_SERVE": json.dumps(settings)}
     if config.key:
-        found["VLLM_API_KEY"] = config.key
-    return found
+        environment["VLLM_API_KEY"] = config.key
+    return environment

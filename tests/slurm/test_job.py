@@ -179,7 +179,7 @@ def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_an
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
     freeze.refuse_queued(run)
     monkeypatch.delenv("SLURM_JOB_ID")
-    note_ended(run, "17", 0, 70, reason="failed", goes_on=False)
+    note_ended(run, "17", 0, 70, reason="failed", will_restart=False)
     freeze.refuse_queued(run)
     freeze._queue.cache_clear()
 

@@ -121,9 +121,9 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
     if request.run_dir is not None:
         facts["run_dir"] = run_dir_facts(Path(request.run_dir), request.token, node)
     facts["models"] = {}
-    for name in dict.fromkeys((request.model, request.tokenizer)):
-        if name is not None:
-            facts["models"][name] = model_facts(name, request.revision)
+    for model in dict.fromkeys((request.model, request.tokenizer)):
+        if model is not None:
+            facts["models"][model] = model_facts(model, request.revision)
     return facts | gpu_facts()
 
 

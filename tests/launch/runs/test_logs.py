@@ -129,7 +129,7 @@ def test_what_is_not_there_is_named(tmp_path, capsys, words, problem):
 def test_it_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
     for name in ("EVERY_S", "LOOK_S", "ASK_S"):
         monkeypatch.setattr(logs_command, name, 0.02)
-    monkeypatch.setattr(logs_command, "AGAIN_S", 0.3)
+    monkeypatch.setattr(logs_command, "RESTART_WAIT_S", 0.3)
     run = made(tmp_path, "run", state=None, steps=0)
     row = ["17", "17", "PENDING", "Resources", "N/A", "1:00", "", str(tmp_path), "run", f"{run}/train.sbatch"]
     monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", [row]))
@@ -186,7 +186,7 @@ def test_it_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
 
 
 def test_it_ends_where_nothing_will_go_on_with_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(logs_command, "AGAIN_S", 0.1)
+    monkeypatch.setattr(logs_command, "RESTART_WAIT_S", 0.1)
     monkeypatch.setattr(logs_command, "EVERY_S", 0.05)
     run = made(tmp_path, "run", state="failed")
     said(run, "rank-0.log", "x\n")
@@ -209,7 +209,9 @@ def test_where_the_queue_gives_no_answer_a_job_that_pends_is_waited_for(tmp_path
     run = made(tmp_path, "run", state="preempted")
     owned(run, job="17")
     silent, asked = Queue(problem="squeue gave no answer"), []
-    monkeypatch.setattr("launch.runs.queue.ask", lambda: asked.append(silent) or (Queue() if asked[5:] else silent))
+    monkeypatch.setattr(
+        "launch.runs.queue.read_queue", lambda: asked.append(silent) or (Queue() if asked[5:] else silent)
+    )
     assert main(["logs", str(run), "--follow"]) == 0
     assert len(asked) > 5 and "run: preempted at step 3" in capsys.readouterr().err
 

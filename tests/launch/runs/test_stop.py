@@ -95,8 +95,8 @@ def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):
         assert main(["stop", str(reused)]) == 0
         assert "is gone without a word" in capsys.readouterr().out
         # Also where it took the number between the look and the signal.
-        assert ways.Signal(other.pid, process_identity(os.getpid())).send() is False
-        assert ways.Signal(2**22 - 1, "x").send() is False
+        assert ways.SignalProcess(other.pid, process_identity(os.getpid())).send() is False
+        assert ways.SignalProcess(2**22 - 1, "x").send() is False
         assert other.poll() is None
         # A copy of the run, and a run of somebody else's that names a process of its reader's.
         copied = made(tmp_path, "copied")
@@ -222,7 +222,7 @@ def test_a_queue_that_cannot_be_asked_is_not_an_empty_one(tmp_path, capsys, monk
     main(["stop", str(run)])
     assert "pasted" not in "".join(capsys.readouterr())
     note_submitted([run], "20")
-    note_ended(run, "20", 0, 75, reason="state saved", goes_on=False)
+    note_ended(run, "20", 0, 75, reason="state saved", will_restart=False)
     assert main(["stop", str(run)]) == 0, "the job's own script has said that it is over"
     assert main(["stop", str(made(tmp_path, "other", state="preempted"))]) == 0, "never submitted"
 
