@@ -29,16 +29,16 @@ class StoredCheckpoint:
     size: int
     """Bytes."""
     best: float | None = None
-    """The held-out metric that evaluation watches, where this is the run's best checkpoint."""
+    """The held-out metric that evaluation watches, if this is the run's best checkpoint."""
     elsewhere: bool = False
     """Whether it lies in `checkpoint.fallback_dir`."""
     given_up: bool = False
-    """Whether it is of a branch that the run does not go on from."""
+    """Whether it is of a branch that the run does not continue: a rollback went back behind it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStore:
-    """Where a run keeps its checkpoints, and which."""
+    """The checkpoints that a run has stored."""
 
     checkpoints: tuple[StoredCheckpoint, ...]
     watch: str | None
@@ -48,36 +48,36 @@ class CheckpointStore:
 
     @property
     def newest(self) -> StoredCheckpoint | None:
-        """The one that the run would go on from, if it is whole."""
-        return next((each for each in reversed(self.checkpoints) if not each.given_up), None)
+        """The checkpoint from which the run would continue, if it is intact."""
+        for checkpoint in reversed(self.checkpoints):
+            if not checkpoint.given_up:
+                return checkpoint
+        return None
 
 
 def list_checkpoints(run_dir: Path) -> CheckpointStore:
     """The checkpoints of a run, by step; those given up last. Nothing here raises."""
-    checkpoint, evaluation = _settings(run_dir)
-    fallback = checkpoint.get("fallback_dir")
-    places = places_of(run_dir, fallback if isinstance(fallback, str) else None)
-    problem = None
+    checkpoint_settings, evaluation_settings = _settings(run_dir)
+    fallback = checkpoint_settings.get("fallback_dir")
+    watch = evaluation_settings.get("watch")
+    directories = places_of(run_dir, fallback if isinstance(fallback, str) else None)
+    given_up_paths = []
     try:
-        published_checkpoints = published(places)
-        given_up_paths = [
-            path
-            for place in places
-            for path in sorted(place.glob("given-up-*/step-*"))
-            if STEP_NAME.fullmatch(path.name)
-        ]
+        published_checkpoints = published(directories)
+        for directory in directories:
+            for path in sorted(directory.glob("given-up-*/step-*")):
+                if STEP_NAME.fullmatch(path.name):
+                    given_up_paths.append(path)
     except StorageError as error:
         return CheckpointStore((), None, str(error))
     except OSError as error:
         return CheckpointStore((), None, f"cannot be listed: {atomic_io.reason(error)}")
-    progress: dict[str, Any] = next(
-        (told for _, path in reversed(published_checkpoints) if (told := _progress(path))), {}
-    )
+    best_step, best_metric = _best(published_checkpoints)
+    problem = None
     checkpoints: list[StoredCheckpoint] = []
-    for step, path, given_up in [(*each, False) for each in published_checkpoints] + [
-        (_step(path), path, True) for path in given_up_paths
-    ]:
-        best = progress.get("best_metric") if step == progress.get("best_step") and not given_up else None
+    entries = [(step, path, False) for step, path in published_checkpoints]
+    entries += [(_step(path), path, True) for path in given_up_paths]
+    for step, path, given_up in entries:
         try:
             checkpoints.append(
                 StoredCheckpoint(
@@ -85,8 +85,8 @@ def list_checkpoints(run_dir: Path) -> CheckpointStore:
                     step=step,
                     age_s=max(0.0, time.time() - path.stat().st_mtime),
                     size=sum(file.stat().st_size for file in path.iterdir()),
-                    best=best if isinstance(best, int | float) else None,
-                    elsewhere=len(places) > 1 and places[1] in path.parents,
+                    best=best_metric if step == best_step and not given_up else None,
+                    elsewhere=len(directories) > 1 and directories[1] in path.parents,
                     given_up=given_up,
                 )
             )
@@ -94,12 +94,21 @@ def list_checkpoints(run_dir: Path) -> CheckpointStore:
             continue
         except OSError as error:
             problem = f"{path.name} cannot be read: {atomic_io.reason(error)}"
-    watch = evaluation.get("watch")
     return CheckpointStore(tuple(checkpoints), watch if isinstance(watch, str) else None, problem)
 
 
+def _best(published_checkpoints: list[tuple[int, Path]]) -> tuple[int | None, float | None]:
+    """(step, metric) of the best checkpoint, as the newest one whose progress can be read has it."""
+    for _, path in reversed(published_checkpoints):
+        progress = _progress(path)
+        if progress:
+            metric = progress.get("best_metric")
+            return progress.get("best_step"), metric if isinstance(metric, int | float) else None
+    return None, None
+
+
 def find_damage(store: CheckpointStore, report: Callable[[str], None]) -> dict[Path, str]:
-    """What is wrong with each checkpoint that is not whole. Reads all of their bytes; `report` is told which is read."""
+    """What is wrong with each damaged checkpoint. Reads all of their bytes; `report` is called with the one that is read."""
     from trainer.checkpoints.manifest import verify
 
     damage = {}
@@ -116,7 +125,7 @@ def _step(path: Path) -> int:
 
 
 def _progress(path: Path) -> dict[str, Any]:
-    """How far the run was; empty where that cannot be read."""
+    """The progress that a checkpoint holds; empty if it cannot be read."""
     try:
         progress = json.loads(atomic_io.read_bytes(path / "progress.json", most=MOST_BYTES))["progress"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

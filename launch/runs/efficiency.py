@@ -24,7 +24,10 @@ from trainer.reporting.run_record import readable_run_record
 
 STARTS_FILE = "jobs.jsonl"
 FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "MaxRSS", "TRESUsageInAve")
-PATIENCE_S, AGAIN_S = 10.0, 1.0
+PATIENCE_S = 10.0
+"""Seconds that sacct may take."""
+AGAIN_S = 1.0
+"""Seconds between two calls of sacct."""
 CPU_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 SIZE = re.compile(r"([\d.]+)([KMGT]?)")
 GPU_BUSY = re.compile(r"gres/gpuutil=(\d+)")
@@ -60,32 +63,51 @@ class StartUsage:
 
 
 def record_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str] = os.environ) -> str:
-    """Take the figures of the start that ends now, keep them with the run, and say them. Never raises: the run comes first."""
+    """Measure the start that ends now, and record it with the run; returns a line for people.
+
+    Never raises: a missing figure must not end the job script.
+    """
     usage = measure_start(run_dir, job, start, code, env)
+    line = describe_start(asdict(usage))
     try:
         with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(usage)) + "\n")
         note(run_dir, "jobs", recorded_starts(run_dir))
     except OSError as error:
-        return f"{describe_start(asdict(usage))}; not recorded ({error.strerror or error})"
-    return describe_start(asdict(usage))
+        return f"{line}; not recorded ({error.strerror or error})"
+    return line
 
 
 def measure_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str]) -> StartUsage:
     """What is known of the start that this process is the end of."""
-    began, ends = (_number(env.get(f"SLURM_JOB_{name}_TIME")) for name in ("START", "END"))
-    elapsed_s = time.time() - began if began else None
     rows, unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
+    # Step 0 is the srun that runs the ranks; other rows are of the job and of its script.
     step = next((row for row in rows if row["JobIDRaw"].endswith(".0")), {})
-    elapsed_s = elapsed_s or _number(step.get("ElapsedRaw"))
-    cpus = int(step.get("AllocCPUS") or 0) or None
-    cpu_s, memory_gib = _cpu_s(step.get("TotalCPU", "")), _gib(step.get("MaxRSS", ""))
+    if not unknown and not step:
+        unknown = "sacct knows no step of the job"
+    began = _number(env.get("SLURM_JOB_START_TIME"))
+    ends = _number(env.get("SLURM_JOB_END_TIME"))
     step_elapsed_s = _number(step.get("ElapsedRaw"))
-    gpu_busy = GPU_BUSY.search(step.get("TRESUsageInAve", ""))
+    elapsed_s = time.time() - began if began else step_elapsed_s
+    memory_asked_mib = _number(env.get("SLURM_MEM_PER_NODE"))
+
+    cpus = int(step.get("AllocCPUS") or 0) or None
+    cpu_s = _cpu_s(step.get("TotalCPU", ""))
+    cpu_share = None
+    if cpu_s is not None and step_elapsed_s and cpus:
+        cpu_share = cpu_s / (step_elapsed_s * cpus)
+
     run_record = readable_run_record(run_dir)
-    memory_mib = _number(env.get("SLURM_MEM_PER_NODE"))
     gpus = run_record.world_size if run_record.device_name else 0
-    price = price_of(run_record.device_name) if gpus and run_record.device_name else None
+    gpu_share = None
+    price = None
+    dollars = None
+    if gpus:
+        busy = GPU_BUSY.search(step.get("TRESUsageInAve", ""))  # per cent, summed over the GPUs
+        gpu_share = min(1.0, int(busy[1]) / 100 / gpus) if busy else None
+        price = price_of(run_record.device_name) if run_record.device_name else None
+        if price is not None and elapsed_s:
+            dollars = price * gpus * elapsed_s / 3600
     return StartUsage(
         job=job,
         start=start,
@@ -94,42 +116,50 @@ def measure_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[s
         limit_s=ends - began if began and ends else None,
         nodes=int(env.get("SLURM_JOB_NUM_NODES") or 0) or None,
         cpus=cpus,
-        cpu_share=cpu_s / (step_elapsed_s * cpus) if cpu_s is not None and step_elapsed_s and cpus else None,
-        memory_gib=memory_gib,
-        memory_asked_gib=memory_mib / 1024 if memory_mib else None,
+        cpu_share=cpu_share,
+        memory_gib=_gib(step.get("MaxRSS", "")),
+        memory_asked_gib=memory_asked_mib / 1024 if memory_asked_mib else None,
         gpus=gpus or None,
-        gpu_share=min(1.0, int(gpu_busy[1]) / 100 / max(1, gpus)) if gpu_busy and gpus else None,
-        dollars=price * gpus * elapsed_s / 3600 if price is not None and elapsed_s else None,
+        gpu_share=gpu_share,
+        dollars=dollars,
         price_per_hour=price,
-        unknown=unknown if unknown else None if step else "sacct knows no step of the job",
+        unknown=unknown,
     )
 
 
 def describe_start(start: Mapping[str, Any]) -> str:
-    """One start in a line for people, of what `recorded_starts` has."""
-
-    def share(fraction: Any) -> str:
-        return f"{fraction:.0%}"
-
-    parts = []
-    if (elapsed := start.get("elapsed_s")) is not None:
-        limit = start.get("limit_s")
-        parts.append(clock(elapsed) + (f" of {clock(limit)} ({share(elapsed / limit)})" if limit else ""))
-    if start.get("cpu_share") is not None:
-        parts.append(f"{share(start['cpu_share'])} of {start['cpus']} CPUs")
-    if (memory := start.get("memory_gib")) is not None:
-        memory_asked = start.get("memory_asked_gib")
-        parts.append(f"{memory:.3g}" + (f" of {memory_asked:.3g}" if memory_asked else "") + " GiB of a node")
-    if start.get("gpus"):
-        busy = start.get("gpu_share")
-        parts.append(
-            f"{start['gpus']} GPUs" + (f" {share(busy)} busy" if busy is not None else ", how busy is not known")
-        )
-        price = start.get("dollars")
-        parts.append(f"${price:,.2f}" if price is not None else "price not known")
+    """A start, as `recorded_starts` has it, in a line for people."""
+    parts = [*_time_and_cpu_parts(start), *_gpu_parts(start)]
     if start.get("unknown"):
         parts.append(str(start["unknown"]))
     return f"job {start.get('job')}, start {start.get('start')}: {', '.join(parts) or 'nothing is known'}"
+
+
+def _time_and_cpu_parts(start: Mapping[str, Any]) -> list[str]:
+    parts = []
+    elapsed_s = start.get("elapsed_s")
+    if elapsed_s is not None:
+        limit_s = start.get("limit_s")
+        of_limit = f" of {clock(limit_s)} ({elapsed_s / limit_s:.0%})" if limit_s else ""
+        parts.append(f"{clock(elapsed_s)}{of_limit}")
+    if start.get("cpu_share") is not None:
+        parts.append(f"{start['cpu_share']:.0%} of {start['cpus']} CPUs")
+    memory_gib = start.get("memory_gib")
+    if memory_gib is not None:
+        asked_gib = start.get("memory_asked_gib")
+        of_asked = f" of {asked_gib:.3g}" if asked_gib else ""
+        parts.append(f"{memory_gib:.3g}{of_asked} GiB of a node")
+    return parts
+
+
+def _gpu_parts(start: Mapping[str, Any]) -> list[str]:
+    if not start.get("gpus"):
+        return []
+    busy = start.get("gpu_share")
+    use = f" {busy:.0%} busy" if busy is not None else ", how busy is not known"
+    dollars = start.get("dollars")
+    price = f"${dollars:,.2f}" if dollars is not None else "price not known"
+    return [f"{start['gpus']} GPUs{use}", price]
 
 
 def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
@@ -144,10 +174,10 @@ def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _sacct_rows(job: str) -> tuple[list[dict[str, str]], str | None]:
-    """(sacct's rows, why there are none)."""
+    """(rows of sacct by `FIELDS`, why there are none)."""
     command = ["sacct", "--jobs", job, "--noheader", "--parsable2", f"--format={','.join(FIELDS)}"]
     rows: list[dict[str, str]] = []
-    for attempt in range(3):  # a step's end reaches the data base a moment later
+    for attempt in range(3):  # the end of a step reaches SLURM's data base a moment later
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S)
         except FileNotFoundError:
@@ -155,12 +185,14 @@ def _sacct_rows(job: str) -> tuple[list[dict[str, str]], str | None]:
         except (OSError, subprocess.SubprocessError) as error:
             return [], f"sacct gave no answer ({type(error).__name__}): CPU, memory and GPUs are not known"
         if done.returncode:
-            why = ((done.stderr or done.stdout).strip().splitlines() or ["without a word"])[-1]
+            why = ((done.stderr or done.stdout).strip().splitlines() or ["without a message"])[-1]
             return [], f"sacct knows nothing ({why.removeprefix('sacct: ')}): CPU, memory and GPUs are not known"
         rows = [dict(zip(FIELDS, line.split("|"), strict=False)) for line in done.stdout.splitlines()]
-        if any(row["JobIDRaw"].endswith(".0") and not row.get("State", "").startswith("RUNNING") for row in rows):
-            return rows, None
-        time.sleep(AGAIN_S * (attempt < 2))
+        for row in rows:
+            if row["JobIDRaw"].endswith(".0") and not row.get("State", "").startswith("RUNNING"):
+                return rows, None
+        if attempt < 2:
+            time.sleep(AGAIN_S)
     return rows, None
 
 
@@ -181,6 +213,9 @@ def _cpu_s(text: str) -> float | None:
 
 
 def _gib(text: str) -> float | None:
-    """GiB of sacct's `676416K`."""
+    """GiB of sacct's `676416K`; a number without a unit is bytes."""
     match = SIZE.fullmatch(text)
-    return float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 2 if match[2] else -3) if match else None
+    if match is None:
+        return None
+    exponent = "KMGT".index(match[2]) - 2 if match[2] else -3  # powers of 1024, relative to GiB
+    return float(match[1]) * 1024.0**exponent

@@ -30,8 +30,8 @@ def describe_end(run_dir: Path, queue: Queue) -> str | None:
     slurm_words = slurm_end(submitted)
     if slurm_words is None:
         return (
-            f"job {submitted} is not in the queue any more, and its script has never begun: it was cancelled, as by a job that "
-            "it waited for, or failed before"
+            f"job {submitted} is not in the queue any more, and its script never started: it was cancelled (perhaps because a "
+            "job that it waited for failed), or it failed before"
         )
     return f"job {submitted} ended before its script began; SLURM says: {slurm_words}"
 
@@ -46,7 +46,7 @@ def _describe_record(record: JobRecord, queue: Queue) -> str | None:
         return None
     slurm_words = slurm_end(record.job)
     why = f"SLURM says: {slurm_words}" if slurm_words else "it was killed or cancelled, or its node was lost"
-    return f"{start}, on {record.nodes}: ended without a word of its script; {why}"
+    return f"{start}, on {record.nodes}: ended, and its script wrote no reason; {why}"
 
 
 def slurm_end(job: str) -> str | None:
@@ -69,7 +69,7 @@ def _slurm_end(job: str, minute: int) -> str | None:
 
 
 def _call(command: list[str]) -> str:
-    """What a command of SLURM's says; nothing where it fails."""
+    """The output of a command of SLURM's; empty if it fails."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("SACCT_")}
     try:
         answer = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=CALL_S)

@@ -24,8 +24,8 @@ QUEUE_S = 10.0
 def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> Path:
     """Write `config.yaml` (with its hash) atomically and return the directory.
 
-    With `another_way` a run that is not done may go on under another strategy or micro-batch, which is said.
-    Errors: ConfigError where the directory holds another run, one that is still running or that SLURM will start, or checkpoints
+    With `another_way` a run that is not done may continue under another strategy or micro-batch, and a message says so.
+    Errors: ConfigError if the directory holds another run, one that is still running or that SLURM will start, or checkpoints
     that `run.resume=never` refuses; StorageError.
     """
     run_dir = Path(run_dir).expanduser()
@@ -59,9 +59,10 @@ def refuse_queued(run_dir: Path) -> None:
 
     A directory that was submitted before is also refused while the queue cannot be asked. Errors: InUse.
     """
-    if (job := _queued(run_dir)) is None:
+    job = _queued(run_dir)
+    if job is None:
         return
-    state = f"it pends: {job.why}" if job.is_pending else f"it is {job.state}"
+    state = f"it is pending: {job.why}" if job.is_pending else f"it is {job.state}"
     raise InUse(
         f"run.dir={run_dir}: job {job.id} is for this run, and would train with what is frozen now ({state}). "
         f"`shardtune stop {run_dir}` ends it; or choose another run.dir"
@@ -69,12 +70,14 @@ def refuse_queued(run_dir: Path) -> None:
 
 
 def queued_as_asked(composed: Composed, run_dir: Path) -> QueuedJob | None:
-    """The job by which SLURM will run, or runs, this very configuration in this directory; None where there is none."""
+    """The job by which SLURM will run, or runs, this very configuration in this directory; None if there is none."""
     try:
-        frozen = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        seal = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
         return None
-    return _queued(run_dir) if frozen is not None and frozen[1] == composed.sha256 else None
+    if seal is None or seal[1] != composed.sha256:
+        return None
+    return _queued(run_dir)
 
 
 def _queued(run_dir: Path) -> QueuedJob | None:
@@ -93,7 +96,7 @@ def _queued(run_dir: Path) -> QueuedJob | None:
         queue = _queue(now, again=True)
         if queue.problem is not None:
             raise InUse(
-                f"run.dir={run_dir}: was submitted as job {submitted}, and whether that still waits or runs is not known "
+                f"run.dir={run_dir}: was submitted as job {submitted}; whether it still waits or runs is not known "
                 f"({queue.problem}). Try again when squeue answers; if job {submitted} is over, remove "
                 f"{run_dir / SUBMITTED}; or choose another run.dir"
             )

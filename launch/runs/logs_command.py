@@ -26,12 +26,12 @@ class LogsWords(VerbWords):
     """What `shardtune logs` takes."""
 
     run: Path = bare_word("name one run directory: shardtune logs runs/first")
-    rank: int | None = word("show this rank", like="3", least=0)
+    rank: int | None = word("the log of this rank", like="3", least=0)
     job: str | None = word(
         "show what this SLURM job, or this start over ssh, printed on every node; last means the newest", like="last"
     )
-    lines: int = word("how many of the last lines of each file to show", default=40, least=0)
-    follow: bool = flag("keep printing new lines, also after restarts and requeues, until the run is done")
+    lines: int = word("the last lines of each file", default=40, least=0)
+    follow: bool = flag("also print what is added, through restarts and requeues, until the run is done")
     as_json: bool = flag(
         "print JSON, for a script: the files with their lines, and failure.json if the run failed; with --follow one object "
         "per line, and a last one that says how the run ended",
@@ -50,10 +50,12 @@ yet, it shows the output of the job.
 
 {help_rows(LogsWords)}
 
-exit codes: 64 there is no such run, rank or job, 130 Ctrl-C"""
+Without rank= and job= it is the log of rank 0, or the job's output if no rank has written a log yet.
+Ends with 64 if there is no such run, rank or job, and with 130 at Ctrl-C."""
 EVERY_S = 0.5
+"""Seconds between reads of the files."""
 LOOK_EVERY_S = 2.0
-"""Seconds between looks at how the run stands."""
+"""Seconds between looks at the state of the run."""
 QUEUE_EVERY_S = 15.0
 """Seconds between questions to SLURM's controller, which many users share."""
 RESTART_WAIT_S = 5.0
@@ -71,13 +73,18 @@ def main(argv: list[str]) -> int:
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    run_dir, request = words.run, LogsRequest(words.rank, words.job)
-    failure = read_status(run_dir).get("state") in (None, State.failed) and read_failure(run_dir)
-    rank = failure.get("rank") if failure else None
+    run_dir = words.run
+    request = LogsRequest(words.rank, words.job)
+    failure: dict[str, Any] = {}
+    if read_status(run_dir).get("state") in (None, State.failed):
+        failure = read_failure(run_dir)
+    rank = failure.get("rank")
     files = choose_files(run_dir, request, rank if isinstance(rank, int) else None)
-    shows_failure = failure and request.rank in (None, rank) and request.job is None
-    headed = words.follow or len(files) > 1
-    printer = JsonPrinter(at_once=words.follow) if words.as_json else Printer(headed=headed)
+    shows_failure = bool(failure) and request.rank in (None, rank) and request.job is None
+    if words.as_json:
+        printer: Printer = JsonPrinter(at_once=words.follow)
+    else:
+        printer = Printer(headed=words.follow or len(files) > 1)
     offsets = show_last_lines(files, words.lines, printer)
     if words.follow:
         FollowedRun(run_dir, request, printer, offsets).until_done()
@@ -104,10 +111,12 @@ def logs_words(argv: list[str]) -> LogsWords:
 
 
 class Printer:
-    """Lines on the screen, below the name of their file where there may be several."""
+    """Prints lines; `headed`: below the name of their file."""
 
     def __init__(self, *, headed: bool) -> None:
-        self.headed, self._file = headed, Path()
+        self.headed = headed
+        self._file = Path()
+        """The file of the last line that was printed."""
 
     def __call__(self, path: Path, lines: list[str]) -> None:
         if not lines:
@@ -119,7 +128,7 @@ class Printer:
 
 
 class JsonPrinter(Printer):
-    """Lines for a script: kept by file, or printed as they come, an object each."""
+    """Keeps lines by file for a script, or (`at_once`) prints each as a JSON object when it comes."""
 
     def __init__(self, *, at_once: bool) -> None:
         super().__init__(headed=False)
@@ -135,7 +144,7 @@ class JsonPrinter(Printer):
 
 
 def show_last_lines(files: list[Path], count: int, printer: Printer) -> dict[Path, int]:
-    """Print the last lines of each; returns up to which byte each was shown."""
+    """Print the last lines of each file; returns how many bytes of each were shown."""
     from launch.runs.logs import last_lines
 
     offsets = {}
@@ -149,7 +158,7 @@ def show_last_lines(files: list[Path], count: int, printer: Printer) -> dict[Pat
 
 
 def failure_text(run_dir: Path) -> str:
-    """Why the run failed, with the traceback where it is a defect."""
+    """Why the run failed, with the traceback unless the error is the user's."""
     from trainer.reporting.status import read_failure
 
     failure = read_failure(run_dir)
@@ -178,7 +187,9 @@ class FollowedRun:
         from launch.runs.queue import Queue, read_queue
 
         added = AddedText(self.offsets)
-        queue, queue_read_at, looked_at = Queue(), float("-inf"), float("-inf")
+        queue = Queue()
+        queue_read_at = float("-inf")
+        looked_at = float("-inf")
         ended_at: float | None = None
         while True:
             now = time.monotonic()
@@ -186,12 +197,16 @@ class FollowedRun:
                 looked_at = now
                 run = self._read_view(queue)
                 if run.state != "running" and now - queue_read_at >= QUEUE_EVERY_S:
-                    queue, queue_read_at = read_queue(), now
+                    queue = read_queue()
+                    queue_read_at = now
                     run = self._read_view(queue)
                 self._report_waiting(run)
-                is_over = self._is_over(run, queue)
-                ended_at = (now if ended_at is None else ended_at) if is_over else None
-            with suppress(ConfigError):  # a rank that has not said anything yet
+                if not self._is_over(run, queue):
+                    ended_at = None
+                elif ended_at is None:
+                    ended_at = now
+            # Read before the end is reported, so that the last lines are shown.
+            with suppress(ConfigError):  # the rank has no log yet
                 for path in choose_files(self.run_dir, self.request, None):
                     while lines := added.lines(path):
                         self.printer(path, lines)
@@ -201,6 +216,7 @@ class FollowedRun:
             time.sleep(EVERY_S)
 
     def _read_view(self, queue: Queue) -> RunView:
+        """The run now; also remembers the process that may start its ranks again."""
         from launch.runs.owner import holder, launcher_of
         from launch.runs.status import read_run_view
 
@@ -208,11 +224,13 @@ class FollowedRun:
             owner = holder(self.run_dir).owner
         except OSError:
             owner = None
-        self._launcher = (launcher_of(owner) if owner is not None else None) or self._launcher
+        launcher = launcher_of(owner) if owner is not None else None
+        if launcher is not None:
+            self._launcher = launcher
         return read_run_view(self.run_dir, queue)
 
     def _is_over(self, run: RunView, queue: Queue) -> bool:
-        """Whether nothing is known that would go on with the run."""
+        """Whether nothing is known that would continue the run."""
         from trainer.session.lease import process_identity
 
         if run.state == "done":
@@ -221,14 +239,21 @@ class FollowedRun:
             return False
         if run.job_id is not None and queue.problem is not None:  # its job may be waiting there
             return False
-        return self._launcher is None or process_identity(self._launcher[0]) != self._launcher[1]
+        if self._launcher is None:
+            return True
+        launcher_pid, identity = self._launcher
+        return process_identity(launcher_pid) != identity  # it has ended
 
     def _report_waiting(self, run: RunView) -> None:
-        """What there is to wait for, once."""
-        waits = run.why if run.state == "queued" else "it has not begun yet" if run.state == "not started" else None
-        if waits and waits != self._last_notice:
-            print(f"waiting: {waits}", file=sys.stderr, flush=True)
-        self._last_notice = waits or ""
+        """Say once what the run waits for."""
+        notice = ""
+        if run.state == "queued":
+            notice = run.why or ""
+        elif run.state == "not started":
+            notice = "it has not begun yet"
+        if notice and notice != self._last_notice:
+            print(f"waiting: {notice}", file=sys.stderr, flush=True)
+        self._last_notice = notice
 
     def _report_end(self, run: RunView) -> None:
         if isinstance(self.printer, JsonPrinter):

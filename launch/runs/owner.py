@@ -26,9 +26,9 @@ class Holder:
     owner: Owner | None
     """None where the attempt is over."""
     is_alive: bool | None
-    """Whether it is a process of this host that lives; None where this host cannot tell."""
+    """Whether it is a process of this host that lives; None if this host cannot tell."""
     silent_s: float | None
-    """Seconds since its last sign of life; None where there is none."""
+    """Seconds since its last sign of life; None if there is none."""
 
     @property
     def patience_s(self) -> float:
@@ -59,15 +59,24 @@ def launcher_of(owner: Owner) -> tuple[int, str] | None:
     if lives_here(owner, _this_process()) is not True:
         return None
     try:
-        variables = Path(f"/proc/{owner.pid}/environ").read_bytes().split(b"\0")
-        variable = next(word for word in variables if word.startswith(LAUNCHER))
-        pid, ancestor = int(variable.removeprefix(LAUNCHER)), owner.pid
-        while ancestor > 1 and ancestor != pid:  # the variable may be an older run's, handed down by a shell
-            ancestor = int(Path(f"/proc/{ancestor}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+        environment = Path(f"/proc/{owner.pid}/environ").read_bytes().split(b"\0")
+        variable = next(entry for entry in environment if entry.startswith(LAUNCHER))
+        launcher_pid = int(variable.removeprefix(LAUNCHER))
+        if not _is_ancestor(launcher_pid, owner.pid):  # the variable is an older run's, handed down by a shell
+            return None
     except (OSError, StopIteration, ValueError):
         return None
-    identity = process_identity(pid) if ancestor == pid else ""
-    return (pid, identity) if identity else None
+    identity = process_identity(launcher_pid)
+    return (launcher_pid, identity) if identity else None
+
+
+def _is_ancestor(pid: int, of_pid: int) -> bool:
+    """Whether a process has started another one, or one of those that started it. Errors: OSError if one has ended."""
+    while of_pid > 1 and of_pid != pid:
+        stat = Path(f"/proc/{of_pid}/stat").read_text(encoding="utf-8")
+        # Behind the name in parentheses, which may hold blanks and parentheses: the state, then the parent's number.
+        of_pid = int(stat.rpartition(")")[2].split()[1])
+    return of_pid == pid
 
 
 @cache

@@ -9,8 +9,11 @@ from pathlib import Path
 from launch.runs.queue import Queue
 from strategies import atomic_io
 
-RECORD, DIRECTORY = "pipeline.json", "pipeline"
-MOST = 2**16
+RECORD = "pipeline.json"
+"""The file in a run's directory that lists the jobs of its chain."""
+DIRECTORY = "pipeline"
+"""Holds a file for each part that has ended."""
+MOST_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,31 +29,37 @@ class PipelinePart:
 
 
 def pipeline_parts(run_dir: Path, queue: Queue) -> list[PipelinePart]:
-    """The parts in their order; none where the run is no chain. Never raises."""
+    """The parts in their order; none if the run is no chain. Never raises."""
     parts: list[PipelinePart] = []
     if not (run_dir / RECORD).exists():
         return parts
     entries = _read(run_dir / RECORD)
     for entry in entries if isinstance(entries, list) else []:
-        if not (isinstance(entry, dict) and {"part", "job"} <= entry.keys()):
-            continue
-        part, job_id = str(entry["part"]), str(entry["job"])
-        end = _read(run_dir / DIRECTORY / f"{part}.json")
-        code = end.get("code") if isinstance(end, dict) and end.get("job") == job_id else None
-        job = next((job for job in queue.jobs if job_id in (job.id, job.raw_id)), None)
-        if job is not None and code is None:
-            state, description = "queued" if job.is_pending else "running", job.description
-        elif code is not None:
-            state = "failed" if code else "done"
-            description = f"failed with exit code {code}" if code else "done"
-        elif parts and parts[-1].state in ("failed", "cancelled"):
-            state, description = "cancelled", "cancelled, since one before it failed"
-        elif queue.problem:
-            state, description = "unknown", queue.problem
-        else:
-            state, description = "failed", "ended without a word (cancelled, out of time, or stopped before it began)"
-        parts.append(PipelinePart(part, job_id, state, description))
+        if isinstance(entry, dict) and {"part", "job"} <= entry.keys():
+            part = str(entry["part"])
+            job_id = str(entry["job"])
+            state, description = _part_state(run_dir, queue, part, job_id, parts[-1].state if parts else None)
+            parts.append(PipelinePart(part, job_id, state, description))
     return parts
+
+
+def _part_state(run_dir: Path, queue: Queue, part: str, job_id: str, state_before: str | None) -> tuple[str, str]:
+    """(state, the same for people) of one part; `state_before`: that of the part before it."""
+    end = _read(run_dir / DIRECTORY / f"{part}.json")
+    if isinstance(end, dict) and end.get("job") == job_id:  # else of an earlier submission
+        code = end.get("code")
+        if code:
+            return "failed", f"failed with exit code {code}"
+        if code is not None:
+            return "done", "done"
+    for job in queue.jobs:
+        if job_id in (job.id, job.raw_id):
+            return "queued" if job.is_pending else "running", job.description
+    if state_before in ("failed", "cancelled"):
+        return "cancelled", "cancelled, since one before it failed"
+    if queue.problem:
+        return "unknown", queue.problem
+    return "failed", "ended without a message (cancelled, out of time, or stopped before it began)"
 
 
 def failed_part(parts: list[PipelinePart]) -> PipelinePart | None:
@@ -60,6 +69,6 @@ def failed_part(parts: list[PipelinePart]) -> PipelinePart | None:
 
 def _read(path: Path) -> object:
     try:
-        return json.loads(atomic_io.read_bytes(path, most=MOST))
+        return json.loads(atomic_io.read_bytes(path, most=MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return None

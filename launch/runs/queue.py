@@ -126,19 +126,22 @@ class Queue:
             return None
         submitted = submitted_as(run_dir)
         for known_id in filter(None, (job_id, submitted)):
-            job = next((job for job in self.jobs if known_id in (job.raw_id, job.id)), None)
-            # A copied run names the job of the other one, and somebody else's run could name any job.
-            if job is not None and not _is_of_another_run(job, run_dir):
-                return job
+            for job in self.jobs:
+                # A copied run names the job of the other one, and somebody else's run could name any job.
+                if known_id in (job.raw_id, job.id) and not _is_of_another_run(job, run_dir):
+                    return job
         job_by_script = self.by_run.get(run_dir.resolve())
-        # The script of an array that was submitted before may have been written anew, for other runs.
-        return None if job_by_script is not None and submitted and "_" in job_by_script.id else job_by_script
+        if job_by_script is not None and submitted and "_" in job_by_script.id:
+            # The script of an array that was submitted before may have been written anew, for other runs.
+            return None
+        return job_by_script
 
 
 def note_submitted(run_dirs: list[Path], job: str) -> None:
-    """Leave in each run's directory which job it was submitted as; of an array the task. Errors: StorageError."""
-    for number, run_dir in enumerate(run_dirs):
-        write_text_atomic(run_dir / SUBMITTED, f"{job}_{number}\n" if len(run_dirs) > 1 else f"{job}\n")
+    """Leave in each run's directory which job it was submitted as, or which task of an array. Errors: StorageError."""
+    for task, run_dir in enumerate(run_dirs):
+        job_id = f"{job}_{task}" if len(run_dirs) > 1 else job
+        write_text_atomic(run_dir / SUBMITTED, f"{job_id}\n")
 
 
 def submitted_as(run_dir: Path) -> str | None:
@@ -180,22 +183,31 @@ def read_queue() -> Queue:
     except OSError as error:
         return Queue(problem=f"squeue cannot be called ({error.strerror})")
     if answer.returncode:
-        error_lines = (answer.stderr or answer.stdout).strip().splitlines() or ["without a word"]
+        error_lines = (answer.stderr or answer.stdout).strip().splitlines() or ["without a message"]
         return Queue(problem=f"squeue failed: {error_lines[-1].removeprefix('squeue: ')}")
-    rows = [line.split(SEPARATOR) for line in answer.stdout.splitlines()]
-    jobs = tuple(QueuedJob(*row) for row in rows if len(row) == len(FIELDS))
-    return Queue(jobs, {run: job for job in jobs if (run := _run_of_job(job)) is not None})
+    jobs = []
+    by_run = {}
+    for line in answer.stdout.splitlines():
+        cells = line.split(SEPARATOR)
+        if len(cells) != len(FIELDS):
+            continue
+        job = QueuedJob(*cells)
+        jobs.append(job)
+        run = _run_of_job(job)
+        if run is not None:
+            by_run[run] = job
+    return Queue(tuple(jobs), by_run)
 
 
 def _run_of_job(job: QueuedJob) -> Path | None:
-    """The run that a job was submitted for: the directory of its script, or what the scripts' own rule says."""
+    """The run that a job was submitted for: the directory of its script, or by the scripts' own rule."""
     script = Path(job.command)
     if script.name != "train.sbatch":
         return None
     task = job.id.partition("_")[2]
     if not task.isdigit() or not (script.parent / "config.yaml").exists():
-        script_run = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"  # slurm/train.sbatch by hand
-        return (script_run if script_run.is_dir() else script.parent).resolve()
+        by_hand = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"  # slurm/train.sbatch without `shardtune submit`
+        return (by_hand if by_hand.is_dir() else script.parent).resolve()
     runs = runs_of(script)
     return runs[int(task)].resolve() if int(task) < len(runs) else None
 
@@ -217,10 +229,12 @@ def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
 
 
 def runs_of(script: Path) -> list[Path]:
-    """The runs that a script of `shardtune submit` is for, in the order of an array's tasks; none where it cannot be read."""
+    """The runs that a script of `shardtune submit` is for, in the order of an array's tasks; none if it cannot be read."""
     try:
         with script.open(encoding="utf-8", errors="replace") as file:
             match = RUNS.search(file.read(MOST_SCRIPT_BYTES))
-        return [Path(run) for run in shlex.split(match[1])] if match else []
+        if match is None:
+            return []
+        return [Path(run) for run in shlex.split(match[1])]
     except (OSError, ValueError):
         return []

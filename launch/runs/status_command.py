@@ -42,17 +42,19 @@ USAGE = f"""usage: shardtune status [directory | run] [document=<file>:<line> | 
   shardtune status runs document=train.jsonl:12
   shardtune status runs "text=Jane Roe"
 
-status shows the state of runs. A run is called lost if its last state is "running" but it gives no sign of life.
-Rates are medians over the last steps, for all ranks together. Memory is the largest peak of any rank. "last seen" is
-the time since the last sign of life, or since the end.
+A run whose status says running, but which gives no sign of life, is called lost. Rates are medians over the last steps,
+all ranks together; memory is the largest peak of a rank; "last seen" is the time since the last sign of life, or the
+end.
 
 {help_rows(StatusWords)}
 
-The exit code is 64 if there is no such directory. docs/following.md explains each state."""
+Ends with 64 if the word is no directory. docs/following.md explains each state."""
 HOME = Path("runs")
 """Where runs without a `run.dir` are."""
-EVERY_S, QUEUE_EVERY_S = 2.0, 15.0
-"""Seconds between two looks, and between two questions to SLURM's controller."""
+EVERY_S = 2.0
+"""Seconds between two looks at the runs."""
+QUEUE_EVERY_S = 15.0
+"""Seconds between two questions to SLURM's controller, which many users share."""
 DAMAGED = 69
 
 
@@ -100,16 +102,16 @@ def status_words(argv: list[str]) -> StatusWords:
 
 
 def read_answer(root: Path, queue_before: Queue | None = None) -> StatusAnswer:
-    """What is known now of the runs below `root`, and of the queue, which is asked unless it is `queue_before`.
+    """What is known now of the runs below `root`, and of the queue. The queue is asked only without a `queue_before`.
 
-    Raises ConfigError where the directory cannot be listed.
+    Raises ConfigError if the directory cannot be listed.
     """
     from launch.runs import checkpoints, queue
     from launch.runs.metrics_tail import loss_curve
     from launch.runs.status import FoundRuns, find_runs, read_run_views
     from launch.runs.status_tables import RunDetails, StatusAnswer
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:  # SLURM is asked while the directories are searched
         queue_read = pool.submit(lambda: queue_before or queue.read_queue())
         try:
             runs_found = find_runs(root)
@@ -131,11 +133,11 @@ def read_answer(root: Path, queue_before: Queue | None = None) -> StatusAnswer:
             logs=root / "logs",
             starts=recorded_starts(root),
         )
-    return StatusAnswer(root=root, runs=runs, queue=queue_now, cut=runs_found.is_cut, details=details)
+    return StatusAnswer(root=root, runs=runs, queue=queue_now, is_cut=runs_found.is_cut, details=details)
 
 
 def watch(root: Path, *, as_json: bool) -> None:
-    """Look again and again; ends with KeyboardInterrupt."""
+    """Show the runs again and again; ends with KeyboardInterrupt."""
     from launch.runs.status_tables import as_dict, text
 
     if as_json or not sys.stdout.isatty():
@@ -154,11 +156,13 @@ def watch(root: Path, *, as_json: bool) -> None:
 
 
 def answers(root: Path) -> Iterator[StatusAnswer]:
-    """One look after another, without end; the queue, which many share, is asked less often."""
-    queue, asked_at = None, float("-inf")
+    """One answer after another, without end. The queue, whose controller many share, is asked less often."""
+    queue = None
+    queue_read_at = float("-inf")
     while True:
-        if time.monotonic() - asked_at >= QUEUE_EVERY_S:
-            queue, asked_at = None, time.monotonic()
+        if time.monotonic() - queue_read_at >= QUEUE_EVERY_S:
+            queue = None
+            queue_read_at = time.monotonic()
         answer = read_answer(root, queue)
         queue = answer.queue
         yield answer
@@ -166,15 +170,15 @@ def answers(root: Path) -> Iterator[StatusAnswer]:
 
 
 def _verify(answer: StatusAnswer, *, quiet: bool) -> dict[Path, str]:
-    """What is wrong with each damaged checkpoint of the runs; which is read stands on standard error meanwhile."""
+    """What is wrong with each damaged checkpoint of the runs; prints on stderr which checkpoint is read."""
     from launch.runs.checkpoints import find_damage, list_checkpoints
 
-    def say(checkpoint: str) -> None:
+    def report(checkpoint: str) -> None:
         if not quiet:
             print(f"reading {checkpoint}", file=sys.stderr, flush=True)
 
     damaged: dict[Path, str] = {}
     for run in answer.runs:
         store = answer.details.store if answer.details is not None else list_checkpoints(run.directory)
-        damaged |= find_damage(store, say)
+        damaged |= find_damage(store, report)
     return damaged

@@ -57,7 +57,7 @@ def text(root: Path, query: DocumentQuery, sightings: list[Sighting]) -> str:
     else:
         lines = [f"{query}: in no run below {root}"]
     if unknown:
-        lines.append(f"of {len(unknown)} it is not known:")
+        lines.append(f"not known for {len(unknown)}:")
         lines += fold_all([f"{sighting.run}: {sighting.unknown}" for sighting in unknown])
     if any(sighting.trained for sighting in saw):
         lines += fold(
@@ -67,7 +67,7 @@ def text(root: Path, query: DocumentQuery, sightings: list[Sighting]) -> str:
 
 
 def _what_it_saw(sighting: Sighting) -> str:
-    """How often a run trained on the document, where it holds it out, and by whose weights it came."""
+    """How often a run trained on the document, whether it holds it out, and which run's weights brought it."""
     trained_on = sighting.documents.get("train", 0)
     held_out = sum(number for split, number in sighting.documents.items() if split != "train")
     several = f"{trained_on} documents of its training data" if trained_on > 1 else "in its training data"
@@ -89,12 +89,15 @@ def _what_it_saw(sighting: Sighting) -> str:
 
 def as_dict(query: DocumentQuery, sightings: list[Sighting]) -> dict[str, Any]:
     """For scripts: every run that was looked at."""
-    return {
-        "document": str(query),
-        "runs": [
+    runs = []
+    for sighting in sightings:
+        trained: bool | None = sighting.trained
+        if sighting.unknown is not None and not sighting.trained:
+            trained = None  # not known
+        runs.append(
             {
                 "run": str(sighting.run),
-                "trained": sighting.trained if sighting.unknown is None or sighting.trained else None,
+                "trained": trained,
                 "times": sighting.times,
                 "step": sighting.step,
                 "documents": sighting.documents,
@@ -102,6 +105,5 @@ def as_dict(query: DocumentQuery, sightings: list[Sighting]) -> dict[str, Any]:
                 "through": None if sighting.through is None else str(sighting.through),
                 "unknown": sighting.unknown,
             }
-            for sighting in sightings
-        ],
-    }
+        )
+    return {"document": str(query), "runs": runs}

@@ -1,4 +1,4 @@
-"""Ways to make a run save and end: a signal to its process, SLURM, or advice for somebody on another host."""
+"""How a run is made to save and end: a signal to its process, SLURM, or advice for somebody on another host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.reporting.status import State
 from trainer.session.lease import process_identity
 
 SCRIPT_MARK = "trap 'stopped=1"
-"""What a job script has that ends in good order, and is not requeued, once its shell was told TERM."""
+"""Text in a job script that handles TERM: it saves, ends, and is not requeued."""
 CALL_S = 60
 """Seconds that a command of SLURM's may take."""
 
@@ -30,7 +30,7 @@ class CannotStop(ShardtuneError):
 
 @dataclass(frozen=True, slots=True)
 class NotRunning:
-    """Nobody runs it."""
+    """No process runs the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class SignalProcess:
 
 @dataclass(frozen=True, slots=True)
 class SignalJob:
-    """A job that runs our script: its shell is told first that this is the end, then the ranks that they are to save."""
+    """Signals to a job that runs our script: TERM to its shell, then USR2 to the ranks, which save."""
 
     job: QueuedJob
 
@@ -91,7 +91,7 @@ class SignalJob:
 
 @dataclass(frozen=True, slots=True)
 class CancelJob:
-    """A job that pends: it has nothing to save."""
+    """Cancels a job that waits in the queue, and so has nothing to save."""
 
     job: QueuedJob
 
@@ -114,30 +114,30 @@ def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMetho
         raise ConfigError(
             f"{run_dir / 'lease'}: cannot be read ({error.strerror}), so nobody knows who runs it"
         ) from error
-    if job is not None and job.is_pending and (queue.by_run.get(run_dir.resolve()) is job or _runs_our_script(job)):
-        return CancelJob(job)
-    if job is not None and not job.is_pending and _runs_our_script(job):
-        return SignalJob(job)
-    if lease_holder.owner is not None and lease_holder.is_alive:
-        _refuse_foreign(run_dir, lease_holder.owner.pid)
-        started_by = launcher_of(lease_holder.owner)
-        return (
-            SignalProcess(*started_by)
-            if started_by
-            else SignalProcess(lease_holder.owner.pid, lease_holder.owner.process)
-        )
-    if job is not None and job.is_pending:
+    if job is not None:
+        if job.is_pending and (queue.by_run.get(run_dir.resolve()) is job or _runs_our_script(job)):
+            return CancelJob(job)
+        if not job.is_pending and _runs_our_script(job):
+            return SignalJob(job)
+    owner = lease_holder.owner
+    if owner is not None and lease_holder.is_alive:
+        _refuse_foreign(run_dir, owner.pid)
+        launcher = launcher_of(owner)
+        if launcher is not None:  # it passes the signal on, and does not start the ranks again
+            return SignalProcess(*launcher)
+        return SignalProcess(owner.pid, owner.process)
+    if job is None:
+        return _not_from_here(run_dir, lease_holder, queue)
+    if job.is_pending:
         raise CannotStop(
             f"{run_dir}: job {job.id} waits in the queue, and its script is none of shardtune's. If it is for this run, take it "
             f"out of the queue: scancel {job.id}"
         )
-    if job is not None:
-        raise CannotStop(
-            f"{run_dir}: job {job.id} does not run a script of shardtune's, so nobody knows what follows when it is told to "
-            f"stop. To save and end: scancel --signal=USR2 {job.id} where srun started the ranks, else scancel --full "
-            f"--signal=USR2 {job.id}; or type `shardtune stop {run_dir.absolute()}` on the host of the run"
-        )
-    return _not_from_here(run_dir, lease_holder, queue)
+    raise CannotStop(
+        f"{run_dir}: job {job.id} does not run a script of shardtune's, so nobody knows how it reacts to a signal. To save "
+        f"and end: scancel --signal=USR2 {job.id} if srun started the ranks, else scancel --full "
+        f"--signal=USR2 {job.id}; or type `shardtune stop {run_dir.absolute()}` on the host of the run"
+    )
 
 
 def refuse_unknown(run_dir: Path, queue: Queue, state: str) -> None:
@@ -147,7 +147,7 @@ def refuse_unknown(run_dir: Path, queue: Queue, state: str) -> None:
         return
     why = queue.problem or "squeue is not on PATH here"
     raise CannotStop(
-        f"{run_dir}: was submitted as job {job}, and whether that still waits or runs is not known ({why}). Try again when "
+        f"{run_dir}: was submitted as job {job}; whether it still waits or runs is not known ({why}). Try again when "
         f"squeue answers, or take the job out of the queue: scancel {job}"
     )
 
@@ -180,7 +180,7 @@ def _works_in(run_dir: Path, pid: int) -> bool:
 
 
 def _not_from_here(run_dir: Path, lease_holder: Holder, queue: Queue) -> StopMethod:
-    """A run without a job in the queue, and without a process of this host that lives."""
+    """For a run without a job in the queue and without a living process on this host. Errors: CannotStop if it runs elsewhere."""
     owner = lease_holder.owner
     if owner is None or lease_holder.is_alive is False or lease_holder.is_silent:
         return NotRunning()
@@ -194,12 +194,12 @@ def _not_from_here(run_dir: Path, lease_holder: Holder, queue: Queue) -> StopMet
     raise CannotStop(
         f"{run_dir}: process {owner.pid} on {owner.host} runs it, and no signal reaches it from here; "
         f"on {owner.host} type: {command}\n"
-        f"  where shardtune is not at hand there: kill -TERM {owner.pid}"
+        f"  or, without shardtune there: kill -TERM {owner.pid}"
     )
 
 
 def _runs_our_script(job: QueuedJob) -> bool:
-    """Whether the job runs our script, in which way ever it was submitted."""
+    """Whether the job runs our script, however it was submitted."""
     try:
         return SCRIPT_MARK in call_slurm(["scontrol", "write", "batch_script", job.raw_id, "-"])
     except CannotStop:  # an allocation without a script
@@ -207,7 +207,7 @@ def _runs_our_script(job: QueuedJob) -> bool:
 
 
 def call_slurm(command: list[str]) -> str:
-    """What a command of SLURM's says. Raises CannotStop with its words where it fails."""
+    """The output of a command of SLURM's. Raises CannotStop with its message if it fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CALL_S)
     except FileNotFoundError as error:

@@ -22,9 +22,9 @@ class StopWords(VerbWords):
     """What `shardtune stop` takes."""
 
     run: Path = bare_word("name one run directory: shardtune stop runs/first")
-    wait_s: int = word("seconds to wait; after that, the run keeps saving by itself", default=600, least=0)
-    dry_run: bool = flag("show what would be done, and do nothing")
-    as_json: bool = flag("print the run's state afterwards as JSON, for a script; messages go to stderr", key="--json")
+    wait_s: int = word("seconds to wait; the run continues saving after that", default=600, least=0)
+    dry_run: bool = flag("show what would be done")
+    as_json: bool = flag("print the state of the run afterwards as JSON; messages go to stderr", key="--json")
 
 
 USAGE = f"""usage: shardtune stop <run> [wait_s=600] [--dry-run] [--json]
@@ -40,9 +40,14 @@ run is on another host and not under SLURM, stop prints the command to type ther
 Ends with 0 where the run is not running any more, or was not; with 64 where there is no such run; with 69 where it
 cannot be stopped from here, has not ended in time, or SLURM's queue cannot be asked, so that nobody knows; with 70
 where it failed instead."""
-LOOK_EVERY_S, QUEUE_EVERY_S, REPORT_EVERY_S = 0.5, 5.0, 15.0
-"""Seconds between looks at the run, questions to SLURM, and words on the screen."""
-NOT_IN_TIME, FAILED = 69, 70
+LOOK_EVERY_S = 0.5
+"""Seconds between looks at the run."""
+QUEUE_EVERY_S = 5.0
+"""Seconds between questions to SLURM, whose controller many users share."""
+REPORT_EVERY_S = 15.0
+"""Seconds between lines on the screen."""
+NOT_IN_TIME = 69
+FAILED = 70
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +77,7 @@ def stop_words(argv: list[str]) -> StopWords:
 
 
 def stop(run_dir: Path, wait_s: float, *, dry: bool) -> tuple[int, str | None]:
-    """(the exit code, by what it was stopped or would be; None where nothing ran). Errors: CannotStop."""
+    """(exit code, how the run was stopped or would be; None if nothing ran). Errors: CannotStop."""
     from launch.runs.queue import read_queue_twice
     from launch.runs.status import read_run_view
     from launch.runs.stop import NotRunning, refuse_unknown, stop_method
@@ -91,17 +96,18 @@ def stop(run_dir: Path, wait_s: float, *, dry: bool) -> tuple[int, str | None]:
     if method.send() is False:
         print(f"{run_dir}: ended by itself; {saved_text(run_dir, run.step)}")
         return 0, None
-    print(f"{run_dir}: told to save and to end ({method})", flush=True)
+    print(f"{run_dir}: asked to save and to end ({method})", flush=True)
     return StopWait(run_dir, method, wait_s).until_ended(), str(method)
 
 
 def run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
-    """How the run stands, for a script; `by`: what ended it, or would."""
-    from launch.runs.checkpoints import list_checkpoints as checkpoints_of
+    """The state of the run, for a script; `by`: what ended it, or would."""
+    from launch.runs.checkpoints import list_checkpoints
     from launch.runs.queue import read_queue
     from launch.runs.status import read_run_view
 
-    run, newest = read_run_view(run_dir, read_queue()), checkpoints_of(run_dir).newest
+    run = read_run_view(run_dir, read_queue())
+    newest = list_checkpoints(run_dir).newest
     checkpoint = None if newest is None else {"step": newest.step, "path": str(newest.path)}
     return {
         "run": str(run_dir),
@@ -114,18 +120,18 @@ def run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
 
 
 def saved_text(run_dir: Path, step: int | None) -> str:
-    """What there is to go on from."""
-    from launch.runs.checkpoints import list_checkpoints as checkpoints_of
+    """The checkpoint from which the run can continue, for people; `step`: the last step that it made."""
+    from launch.runs.checkpoints import list_checkpoints
 
-    newest = checkpoints_of(run_dir).newest
-    if newest is None:
-        return "no checkpoint" if step else "nothing was begun that could be lost"
-    return f"saved at step {newest.step}: {newest.path}"
+    newest = list_checkpoints(run_dir).newest
+    if newest is not None:
+        return f"saved at step {newest.step}: {newest.path}"
+    return "no checkpoint" if step else "no step was made, so nothing is lost"
 
 
 @dataclass(slots=True)
 class StopWait:
-    """For a run that was told to end."""
+    """Waits for a run that was asked to end."""
 
     run_dir: Path
     method: SignalProcess | SignalJob | CancelJob
@@ -135,7 +141,7 @@ class StopWait:
     """Why SLURM's queue could not be asked when it was asked last."""
 
     def until_ended(self) -> int:
-        """Wait, and say what was saved; the exit code."""
+        """Wait, and report what was saved; returns the exit code."""
         from trainer.reporting.status import read_status
 
         began_at = reported_at = time.monotonic()
@@ -150,12 +156,12 @@ class StopWait:
                     print(f"  {now - began_at:.0f} s: not yet ended (step {step})", flush=True)
                 time.sleep(LOOK_EVERY_S)
         except KeyboardInterrupt:
-            print(f"\n{self.run_dir}: was told to end, and is still saving", file=sys.stderr)
+            print(f"\n{self.run_dir}: was asked to end; it continues saving", file=sys.stderr)
             raise
         return self._report_end()
 
     def _ended(self) -> bool:
-        """Whether it has, and nothing will start it again."""
+        """Whether the run has ended, and nothing will start it again."""
         from launch.runs.queue import read_queue
         from launch.runs.stop import CancelJob, SignalProcess
 
@@ -168,44 +174,46 @@ class StopWait:
         self._queue_problem = queue.problem
         job = next((job for job in queue.jobs if job.id == self.method.job.id), None)
         if job is not None and job.is_pending:
-            CancelJob(job).send()  # also where it was requeued all the same, as by an administrator
+            CancelJob(job).send()  # it may have been requeued all the same, for example by an administrator
         return job is None and queue.problem is None
 
     def _report_end(self) -> int:
+        """Print what was saved; returns the exit code."""
         from launch.runs.status import one_line
         from launch.runs.stop import CancelJob
         from trainer.reporting.status import State, read_failure, read_status
 
         status = read_status(self.run_dir)
-        step, state = status.get("step"), status.get("state")
+        step = status.get("step")
+        state = status.get("state")
+        saved = saved_text(self.run_dir, step)
         if isinstance(self.method, CancelJob):
-            print(
-                f"{self.run_dir}: job {self.method.job.id} was taken out of the queue; {saved_text(self.run_dir, step)}"
-            )
+            print(f"{self.run_dir}: job {self.method.job.id} was taken out of the queue; {saved}")
         elif state == State.done:
             print(f"{self.run_dir}: was done at step {step} before it could be stopped")
         elif state == State.preempted and step:
-            print(f"{self.run_dir}: {saved_text(self.run_dir, step)}; the same command continues it")
+            print(f"{self.run_dir}: {saved}; the same command continues it")
         elif state in (State.preempted, None):
             print(f"{self.run_dir}: stopped before training began; nothing is lost")
         else:
             why = read_failure(self.run_dir).get("message") or status.get("reason")
-            why = one_line(why) if why and state == State.failed else "it ended without a word"
-            print(f"{self.run_dir}: has not saved: {why}; {saved_text(self.run_dir, step)}", file=sys.stderr)
+            why = one_line(why) if why and state == State.failed else "it ended without a message"
+            print(f"{self.run_dir}: has not saved: {why}; {saved}", file=sys.stderr)
             return FAILED
         return 0
 
     def _report_late(self) -> int:
+        """Say that the run has not ended within `wait_s`, or that nobody knows; returns the exit code."""
+        saved = saved_text(self.run_dir, None)
         if self._queue_problem is not None:
             print(
-                f"{self.run_dir}: was told to end, and whether it has is not known ({self._queue_problem}); "
-                f"{saved_text(self.run_dir, None)}",
+                f"{self.run_dir}: was asked to end; whether it has ended is not known ({self._queue_problem}); {saved}",
                 file=sys.stderr,
             )
             return NOT_IN_TIME
         print(
-            f"{self.run_dir}: has not ended within {self.wait_s:.0f} s: it still saves, or hangs. `shardtune status "
-            f"{self.run_dir}` says when it was last heard of, and wait_s= waits longer; {saved_text(self.run_dir, None)}",
+            f"{self.run_dir}: has not ended within {self.wait_s:.0f} s: it is still saving, or hangs. `shardtune status "
+            f"{self.run_dir}` shows when it was last seen, and wait_s= waits longer; {saved}",
             file=sys.stderr,
         )
         return NOT_IN_TIME

@@ -50,7 +50,7 @@ def test_figures_are_taken_recorded_and_shown(sacct, tmp_path, capsys, monkeypat
     monkeypatch.undo()
     assert main(["status", str(run)]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("took") == 2 and "71% busy, $7.98" in " ".join(shown.split())
+    assert shown.count("used") == 2 and "71% busy, $7.98" in " ".join(shown.split())
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["starts"] == record["jobs"]
 

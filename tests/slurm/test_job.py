@@ -142,7 +142,7 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [row])}:{os.environ['PATH']}")
     freeze._queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
-    with pytest.raises(InUse, match=r"job 17 is for this run, .* \(it pends: waits for nodes to become free\)"):
+    with pytest.raises(InUse, match=r"job 17 is for this run, .* \(it is pending: waits for nodes to become free\)"):
         freeze.refuse_queued(run)
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
@@ -170,7 +170,7 @@ def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_an
     freeze.refuse_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 1, "at once: nobody submitted this directory"
     note_submitted([run], "17")
-    with pytest.raises(InUse, match=f"was submitted as job 17, .* if job 17 is over, remove {run}/submitted"):
+    with pytest.raises(InUse, match=f"was submitted as job 17; .* if job 17 is over, remove {run}/submitted"):
         freeze.refuse_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 2
     write_status(run, "done", step=9)  # a job that still waits would find nothing to do

@@ -45,7 +45,7 @@ def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):
 
     reused = made(tmp_path, "reused")  # the number of its process is another one's now
     owned(reused, **{**here(os.getpid()), "process": here(os.getpid())["process"] + "1"})
-    assert seen(reused).state == "lost" and "is gone without a word" in seen(reused).why
+    assert seen(reused).state == "lost" and "ended without a message" in seen(reused).why
 
     over = made(tmp_path, "over")
     owned(over)
@@ -208,7 +208,7 @@ def test_a_job_that_ended_before_its_ranks_wrote_a_word_has_ended(tmp_path, caps
         (tmp_path / "bin" / name).chmod(0o755)
     words = {
         "refused": "job 41, start 0: n10: does not see /data (exit code 69)",
-        "killed": "job 42, start 1, on n[1-2]: ended without a word of its script; SLURM says: CANCELLED",
+        "killed": "job 42, start 1, on n[1-2]: ended, and its script wrote no reason; SLURM says: CANCELLED",
         "cancelled": "job 43 ended before its script began; SLURM says: CANCELLED Dependency",
     }
     runs = {name: made(tmp_path, name, state=None, steps=0) for name in (*words, "fresh")}
@@ -225,7 +225,7 @@ def test_a_job_that_ended_before_its_ranks_wrote_a_word_has_ended(tmp_path, caps
     assert "failed: job 43 ended before its script began" in out and "submit the same words again" in out
     monkeypatch.setenv("STANDIN_CODE", "1")
     assert main(["status", str(runs["cancelled"])]) == 0
-    assert "whether that waits or runs is not known: squeue failed" in " ".join(capsys.readouterr().out.split())
+    assert "whether it still waits or runs is not known: squeue failed" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
