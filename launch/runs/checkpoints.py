@@ -37,7 +37,7 @@ class StoredCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointStore:
+class CheckpointList:
     """The checkpoints that a run has stored."""
 
     checkpoints: tuple[StoredCheckpoint, ...]
@@ -55,7 +55,7 @@ class CheckpointStore:
         return None
 
 
-def list_checkpoints(run_dir: Path) -> CheckpointStore:
+def list_checkpoints(run_dir: Path) -> CheckpointList:
     """The checkpoints of a run, by step; those given up last. Nothing here raises."""
     checkpoint_settings, evaluation_settings = _settings(run_dir)
     fallback = checkpoint_settings.get("fallback_dir")
@@ -69,9 +69,9 @@ def list_checkpoints(run_dir: Path) -> CheckpointStore:
                 if STEP_NAME.fullmatch(path.name):
                     given_up_paths.append(path)
     except StorageError as error:
-        return CheckpointStore((), None, str(error))
+        return CheckpointList((), None, str(error))
     except OSError as error:
-        return CheckpointStore((), None, f"cannot be listed: {atomic_io.reason(error)}")
+        return CheckpointList((), None, f"cannot be listed: {atomic_io.reason(error)}")
     best_step, best_metric = _best(published_checkpoints)
     problem = None
     checkpoints: list[StoredCheckpoint] = []
@@ -94,7 +94,7 @@ def list_checkpoints(run_dir: Path) -> CheckpointStore:
             continue
         except OSError as error:
             problem = f"{path.name} cannot be read: {atomic_io.reason(error)}"
-    return CheckpointStore(tuple(checkpoints), watch if isinstance(watch, str) else None, problem)
+    return CheckpointList(tuple(checkpoints), watch if isinstance(watch, str) else None, problem)
 
 
 def _best(published_checkpoints: list[tuple[int, Path]]) -> tuple[int | None, float | None]:
@@ -107,7 +107,7 @@ def _best(published_checkpoints: list[tuple[int, Path]]) -> tuple[int | None, fl
     return None, None
 
 
-def find_damage(store: CheckpointStore, report: Callable[[str], None]) -> dict[Path, str]:
+def find_damage(store: CheckpointList, report: Callable[[str], None]) -> dict[Path, str]:
     """What is wrong with each damaged checkpoint. Reads all of their bytes; `report` is called with the one that is read."""
     from trainer.checkpoints.manifest import verify
 

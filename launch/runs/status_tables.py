@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.output import Column, TableRow, cut, fold, table
 from launch.runs import efficiency, pipeline_jobs
-from launch.runs.checkpoints import CheckpointStore, StoredCheckpoint
+from launch.runs.checkpoints import CheckpointList, StoredCheckpoint
 from launch.runs.metrics_tail import loss_curve
 from launch.runs.queue import Queue, QueuedJob
 from launch.runs.sparkline import sparkline
@@ -44,7 +44,7 @@ COLUMNS = (
 class RunDetails:
     """What is shown of a run if `status` is asked for it alone."""
 
-    store: CheckpointStore
+    store: CheckpointList
     failure: dict[str, Any]
     curve: list[float]
     """The loss at some places of the run."""
@@ -284,7 +284,7 @@ def _failure_and_way_out(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     return [*fold(f"failed: {where}{run.why or 'no reason was recorded'}"), *fold(f"to do: {way_out}")]
 
 
-def _checkpoints(store: CheckpointStore, damaged: Mapping[Path, str] | None) -> list[str]:
+def _checkpoints(store: CheckpointList, damaged: Mapping[Path, str] | None) -> list[str]:
     if store.problem:
         return ["", *fold(f"checkpoints: {store.problem}")]
     if not store.checkpoints:

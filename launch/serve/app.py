@@ -32,14 +32,12 @@ def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddl
     app, shut_down = text_server(manager, batching=config.batching)
     if not config.batching:
         seed_by_request(chat_model.model)
-    elif not chat_model.samples_by_default:  # what is drawn is decided here, for all requests
+    elif not chat_model.samples_by_default:  # with batching no request can choose: all are greedy
         generation_config = chat_model.generation_config
-        generation_config.do_sample, generation_config.temperature, generation_config.top_p, generation_config.top_k = (
-            False,
-            None,
-            None,
-            None,
-        )
+        generation_config.do_sample = False
+        generation_config.temperature = None
+        generation_config.top_p = None
+        generation_config.top_k = None
     served = Served(
         chat_model.name,
         chat_model.tokenizer,

@@ -30,9 +30,13 @@ class ChatWords(VerbWords):
         like="base",
     )
     system: str | None = word("the system prompt", like='"..."')
-    max_tokens: int = word("most new tokens in an answer", default=512, least=1)
-    temperature: float | None = word(
-        "0 always takes the most likely token; null: the value in the export, or 0 if it has none", least=0, most=2
+    max_tokens: int = word("most new tokens of an answer", default=512, least=1)
+    temperature: float | None = word("0 takes the most likely token; null: as the export says, else 0", least=0, most=2)
+    seed: int = word("random seed of sampling", default=0, least=0)
+    device: str = word("where it is computed: auto, cpu, cuda, cuda:1", default="auto")
+    dtype: ServedType = word("type that is computed in", default=ServedType.auto)
+    accept: list[str] = word(
+        "talk with an adapter on another base than it was trained on", default=[], like="[base]", choices=("base",)
     )
     seed: int = word("seed of the sampling", default=0, least=0)
     device: str = word("the device: auto, cpu, cuda, cuda:1", default="auto")
@@ -52,12 +56,12 @@ USAGE = f"""usage: shardtune chat <run or export> ["prompt"] [against=base|none|
   shardtune chat runs/first "Sum this up: ..."    one answer
   cat letter.txt | shardtune chat runs/first > answer.txt
 
-chat uses the chat template and the stop tokens of the export. If the model has no template, it continues your text.
-If your prompt looks like a setting, write prompt="...".
+The export's own chat template and stop tokens are used. A model without a template continues the text that you type.
+Write a prompt that looks like a setting as prompt="...".
 
 {help_rows(ChatWords)}
 
-In the terminal: /new starts a new conversation, /quit or Ctrl-D ends chat, Ctrl-C stops an answer."""
+In the terminal: /new starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
 
 
 def main(argv: list[str]) -> int:
@@ -105,7 +109,7 @@ def _load_conversations(exported: Any, other: Any, against: str, words: ChatWord
                 f"against=base: the base of {exported.path} is not on this machine; name another export, or against=none"
             )
         if beside is None:
-            print("(its base is not on this machine: the tuned model alone)", file=sys.stderr)
+            print("(the base model is not on this machine: only the tuned model answers)", file=sys.stderr)
     elif other is not None:
         beside = load(other, **placement)
     return [Conversation(chat_model, settings) for chat_model in (beside, tuned) if chat_model is not None]
@@ -143,9 +147,9 @@ def _converse(conversations: list[Conversation]) -> int:
     from launch.serve.chat_screen import stream_in_columns
 
     names = " and ".join(conversation.chat_model.name for conversation in conversations)
-    print(f"{names}; /new begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer")
+    print(f"{names}; /new starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if not conversations[-1].has_template:
-        print("(no chat template: the model goes on with what you type, and remembers nothing)")
+        print("(no chat template: the model continues what you type, and does not see earlier turns)")
     while True:
         try:
             prompt = input("> ").strip()

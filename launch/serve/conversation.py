@@ -13,21 +13,21 @@ from strategies.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class ChatSettings:
-    """How it is asked."""
+    """How answers are generated."""
 
     max_tokens: int = 512
     """Most new tokens of an answer."""
     temperature: float | None = None
-    """0 takes the most likely token; null: as the export's own settings say, which is 0 where they say nothing."""
+    """0 takes the most likely token; None: as the export's own settings say, which is 0 if they say nothing."""
     seed: int = 0
-    """Of the draws."""
+    """Of sampling."""
     system: str | None = None
-    """What the model is told before anything else."""
+    """The system prompt."""
 
 
 @dataclass(slots=True)
 class Conversation:
-    """One model's side of it. Models without a chat template are told the text as it is, each time anew."""
+    """A conversation with one model. A model without a chat template gets each prompt as it is, without the earlier turns."""
 
     chat_model: ChatModel
     settings: ChatSettings
@@ -40,18 +40,18 @@ class Conversation:
 
     @property
     def has_template(self) -> bool:
-        """Whether it takes turns."""
+        """Whether the model takes turns: it has a chat template."""
         return self.chat_model.tokenizer.chat_template is not None
 
     @property
     def is_sampled(self) -> bool:
-        """Whether its answers depend on the seed."""
-        return (
-            self.chat_model.samples_by_default if self.settings.temperature is None else self.settings.temperature > 0
-        )
+        """Whether answers are sampled, and so depend on the seed."""
+        if self.settings.temperature is None:
+            return self.chat_model.samples_by_default
+        return self.settings.temperature > 0
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Forget the earlier turns."""
         self.messages.clear()
 
     def stop(self) -> None:
@@ -59,14 +59,15 @@ class Conversation:
         self._stop.set()
 
     def stream_answer(self, prompt: str) -> Iterator[str]:
-        """The answer, in pieces. Raises ConfigError where the prompt does not fit, or the template refuses it."""
+        """The answer, in pieces. Raises ConfigError if the prompt does not fit, or the template refuses it."""
         messages = [*self.messages, {"role": "user", "content": prompt}]
         ids = self._prompt_ids(messages, prompt)
         room = self.chat_model.positions - len(ids)
         if room < 1:
+            remedy = "shorten it, or start again with /new" if self.messages else "shorten it"
             raise ConfigError(
-                f"the prompt has {len(ids)} tokens and {self.chat_model.name} takes {self.chat_model.positions}, its answer included; "
-                "shorten it" + (", or begin anew with /new" if self.messages else "")
+                f"the prompt has {len(ids)} tokens and {self.chat_model.name} takes {self.chat_model.positions}, "
+                f"its answer included; {remedy}"
             )
         self._stop.clear()
         pieces = []
@@ -77,22 +78,27 @@ class Conversation:
             self.messages[:] = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _prompt_ids(self, messages: list[dict[str, str]], prompt: str) -> list[int]:
-        tokenizer, system = self.chat_model.tokenizer, self.settings.system
+        """The tokens that the model gets: `messages` by its template, or the prompt alone."""
+        tokenizer = self.chat_model.tokenizer
+        system = self.settings.system
         if not self.has_template:
             return list(tokenizer(f"{system}\n{prompt}" if system else prompt)["input_ids"])
-        with_system = [{"role": "system", "content": system}, *messages] if system else messages
+        if system:
+            messages = [{"role": "system", "content": system}, *messages]
         try:
-            return list(tokenizer.apply_chat_template(with_system, add_generation_prompt=True, return_dict=False))
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         except Exception as error:
             raise ConfigError(
                 f"the chat template of {self.chat_model.name} refuses this ({' '.join(str(error).split())})"
             ) from error
 
-    def _generate(self, ids: list[int], room: int) -> Iterator[str]:
+    def _generate(self, ids: list[int], max_tokens: int) -> Iterator[str]:
+        """Generate in a thread of its own, and pass the text on as it comes."""
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-        model, stop = self.chat_model.model, self._stop
+        model = self.chat_model.model
+        stop = self._stop
         streamer = TextIteratorStreamer(self.chat_model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         inputs = torch.tensor([ids], device=model.device)
         outcome: dict[str, Any] = {}
@@ -105,7 +111,7 @@ class Conversation:
                 outcome["ids"] = model.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
-                    generation_config=self._generation_config(room),
+                    generation_config=self._generation_config(max_tokens),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([until_stopped]),
                 )
@@ -124,17 +130,19 @@ class Conversation:
         if "error" in outcome:
             raise outcome["error"]
         self.tokens = outcome["ids"].shape[1] - len(ids)
-        ends = self.chat_model.generation_config.eos_token_id or []
-        self.is_cut = self.tokens >= room and int(outcome["ids"][0, -1]) not in ends
+        end_tokens = self.chat_model.generation_config.eos_token_id or []
+        self.is_cut = self.tokens >= max_tokens and int(outcome["ids"][0, -1]) not in end_tokens
 
-    def _generation_config(self, room: int) -> Any:
+    def _generation_config(self, max_tokens: int) -> Any:
         import copy
 
         generation_config = copy.deepcopy(self.chat_model.generation_config)
-        generation_config.max_new_tokens = room
+        generation_config.max_new_tokens = max_tokens
         generation_config.do_sample = self.is_sampled
-        if not self.is_sampled:
-            generation_config.temperature = generation_config.top_p = generation_config.top_k = None
+        if not self.is_sampled:  # else transformers warns of settings that greedy decoding ignores
+            generation_config.temperature = None
+            generation_config.top_p = None
+            generation_config.top_k = None
         elif self.settings.temperature is not None:
             generation_config.temperature = self.settings.temperature
         return generation_config

@@ -10,7 +10,9 @@ from strategies.errors import ConfigError
 from strategies.small_files import check_small_files, read_object
 from trainer.tuning.adapter_fields import wrong_field
 
-ADAPTER, BOTTLENECK, MODEL = "adapter_config.json", "bottleneck_config.json", "config.json"
+ADAPTER = "adapter_config.json"
+BOTTLENECK = "bottleneck_config.json"
+MODEL = "config.json"
 UNFIT = {
     "SEQ_CLS": "a classifier, which writes nothing",
     "SEQ_2_SEQ_LM": "an encoder-decoder model, which no server here takes",
@@ -57,7 +59,7 @@ def compare_base(exported: Exported, *, accept: bool) -> list[str]:
 
 
 def find_export(word: str) -> Exported:
-    """The export of a run, or in a directory. Raises ConfigError where there is none, or it cannot talk."""
+    """The export of a run, or in a directory. Raises ConfigError if there is none, or it generates no text."""
     path = Path(word).expanduser()
     name = path.resolve().name
     if (path / "config.yaml").is_file() and not any((path / file).is_file() for file in (MODEL, ADAPTER)):
@@ -75,14 +77,17 @@ def find_export(word: str) -> Exported:
 
 
 def _read_export(path: Path, file: str, name: str) -> Exported:
+    """The export in a directory; `file`: the one of its settings. Raises ConfigError if it cannot be served."""
     check_small_files(path)
     settings = read_object(path / file)
     if file == ADAPTER and (wrong := wrong_field(settings)) is not None:
         raise ConfigError(f"{path / file}: has {wrong}; write the adapter again")
     if file == MODEL:
-        base, task_type = None, _task_type(settings)
+        base = None
+        task_type = _task_type(settings)
     else:
-        base, task_type = settings.get("base_model_name_or_path"), settings.get("task_type")
+        base = settings.get("base_model_name_or_path")
+        task_type = settings.get("task_type")
         if not base:
             raise ConfigError(f"{path / file}: names no base model (base_model_name_or_path); export with merge=true")
         if not isinstance(base, str) or base.startswith("-"):  # a server would take that for one of its own options

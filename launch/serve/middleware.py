@@ -17,14 +17,15 @@ Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 OPEN_PATHS = {"/health": "GET", "/v1/models": "GET", CHAT: "POST", TEXT: "POST"}
-"""All that is answered; whatever else the application has (loading and unloading models among it) is closed."""
+"""The only addresses that are answered. The application has others, for example to load and unload models."""
 
 
 class GatewayMiddleware:
-    """An ASGI application around another one: who may enter, where to, and how many at a time."""
+    """An ASGI application around another one. It checks the key and the address, and limits the requests at a time."""
 
     def __init__(self, app: Any, config: ServeConfig) -> None:
-        self.app, self.config = app, config
+        self.app = app
+        self.config = config
         self.key = config.key
         self.active_requests = 0
         """Requests that are answered or wait."""
@@ -60,6 +61,7 @@ class GatewayMiddleware:
             self.active_requests -= 1
 
     def _admit(self, path: str, method: str, headers: dict[str, str]) -> None:
+        """Refuse another address or method, a missing key, and other names of this host. Raises RefusedRequest."""
         if path not in OPEN_PATHS:
             raise RefusedRequest(404, f"{path}: there is no such address here; there are {', '.join(OPEN_PATHS)}")
         if method != OPEN_PATHS[path]:
@@ -70,22 +72,22 @@ class GatewayMiddleware:
                 raise RefusedRequest(
                     401, "the key is missing or wrong; send Authorization: Bearer <key>", code="invalid_api_key"
                 )
+        # A page in a browser on this machine may have its own name point here (DNS rebinding).
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]")
-        if (
-            not self.key and host not in LOOPBACK
-        ):  # a page in a browser here may have its own name point to this machine
+        if not self.key and host not in LOOPBACK:
             raise RefusedRequest(403, f"this server without a key answers to {', '.join(LOOPBACK)}, not to {host!r}")
 
     async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes:
+        """The whole body of a request. Raises RefusedRequest if it is no JSON by its header, or too large."""
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RefusedRequest(415, "send Content-Type: application/json")
-        max_bytes, content = self.config.max_body_kib * 1024, b""
+        content = b""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise RefusedRequest(400, "the connection was closed")
             content += message.get("body", b"")
-            if len(content) > max_bytes:
+            if len(content) > self.config.max_body_kib * 1024:
                 raise RefusedRequest(
                     413, f"the request is larger than {self.config.max_body_kib} KiB (serve.max_body_kib)"
                 )
@@ -103,16 +105,14 @@ class GatewayMiddleware:
         return body
 
     def _response_sender(self, send: Send, asked: dict[str, Any]) -> _RefusalFormatter:
-        """What answers go out through."""
+        """Wraps `send`, so that answers can be changed on their way out."""
         return _RefusalFormatter(send)
 
     async def _pass_on(self, scope: Message, receive: Receive, send: Send, body: dict[str, Any]) -> None:
+        """Call the application with the checked body instead of the one that was received."""
         content = json.dumps(body).encode()
-        dropped = (
-            b"content-length",
-            b"transfer-encoding",
-            b"x-request-id",
-        )  # whose name is also that of the answer inside
+        # The application would name its answer by the client's x-request-id.
+        dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
         headers = [header for header in scope["headers"] if header[0].lower() not in dropped]
         headers.append((b"content-length", str(len(content)).encode()))
         body_sent = False
@@ -128,7 +128,7 @@ class GatewayMiddleware:
 
 
 class TransformersMiddleware(GatewayMiddleware):
-    """The door of transformers' application, which also checks what is asked, field by field."""
+    """In front of transformers' application: also checks each field of a request."""
 
     def __init__(self, app: Any, served: Served, config: ServeConfig) -> None:
         super().__init__(app, config)
@@ -193,20 +193,20 @@ class _RefusalFormatter:
         return bool(begin["status"] >= 400)
 
     def rewritten(self, status: int, content: bytes) -> bytes:
-        """The whole answer as it is sent."""
+        """The body of an answer as it is sent to the client."""
         if status < 400:
             return content
         try:
             message = json.loads(content)
         except ValueError:
-            message = (
-                "the model failed; the server's log says why" if status == 500 else content.decode(errors="replace")
-            )
+            message = content.decode(errors="replace")
+            if status == 500:
+                message = "the model failed; the server's log says why"
         if isinstance(message, dict):
             message = message.get("detail") or message.get("error") or message
-        return json.dumps(
-            RefusedRequest(status, message if isinstance(message, str) else json.dumps(message)).body()
-        ).encode()
+        if not isinstance(message, str):
+            message = json.dumps(message)
+        return json.dumps(RefusedRequest(status, message).body()).encode()
 
 
 class _StopCutter(_RefusalFormatter):
@@ -225,11 +225,16 @@ class _StopCutter(_RefusalFormatter):
             return content
         answer = json.loads(content)
         for choice in answer["choices"]:
-            place, key = (choice["message"], "content") if "message" in choice else (choice, "text")
+            place = choice
+            key = "text"
+            if "message" in choice:
+                place = choice["message"]
+                key = "content"
             text = place.get(key) or ""
-            cuts = [place_of_stop for stop in self.stops if (place_of_stop := text.find(stop)) >= 0]
+            cuts = [text.find(stop) for stop in self.stops if stop in text]
             if cuts:
-                place[key], choice["finish_reason"] = text[: min(cuts)], "stop"
+                place[key] = text[: min(cuts)]
+                choice["finish_reason"] = "stop"
         return json.dumps(answer).encode()
 
 

@@ -13,14 +13,14 @@ from strategies.errors import ConfigError
 
 @dataclass(slots=True)
 class ChatModel:
-    """A model that can be asked."""
+    """A loaded model with its tokenizer, ready to answer prompts."""
 
     name: str
     model: Any
     tokenizer: Any
     positions: int
     samples_by_default: bool
-    """Whether its own generation settings draw; else it answers greedily unless it is asked otherwise."""
+    """Whether its own generation settings sample. If not, it answers greedily unless a request has a temperature."""
 
     @property
     def generation_config(self) -> Any:
@@ -34,7 +34,10 @@ def load(exported: Exported, *, device: str = "auto", dtype: str = "auto") -> Ch
 
 
 def load_base(exported: Exported, *, device: str = "auto", dtype: str = "auto") -> ChatModel | None:
-    """What it was tuned from, asked by the export's template where it has none itself; None where nobody knows where that is."""
+    """The model that the export was tuned from; None if it is not on this machine.
+
+    A base without a chat template gets that of the export.
+    """
     path = exported.base or _base_of_run(exported.path)
     if path is None:
         return None
@@ -82,21 +85,20 @@ def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> C
     except (OSError, ValueError) as error:
         where = f" on the base {base}" if base else ""
         raise ConfigError(f"{path}: cannot be loaded{where} ({' '.join(str(error).split())[:300]})") from error
-    generation_config = model.generation_config = copy.deepcopy(model.generation_config)
+    generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config = generation_config
     samples = bool(generation_config.do_sample)
     generation_config.eos_token_id = _end_tokens(tokenizer, generation_config)
     if generation_config.pad_token_id is None:
-        generation_config.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else generation_config.eos_token_id[0]
-        )
+        generation_config.pad_token_id = tokenizer.pad_token_id
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = generation_config.eos_token_id[0]
     generation_config.max_length = None
-    if not samples:  # a temperature must have an effect, and nothing but it
-        generation_config.do_sample, generation_config.temperature, generation_config.top_p, generation_config.top_k = (
-            True,
-            1.0,
-            1.0,
-            0,
-        )
+    if not samples:  # a request's temperature must have an effect, and no other setting of the export
+        generation_config.do_sample = True
+        generation_config.temperature = 1.0
+        generation_config.top_p = 1.0
+        generation_config.top_k = 0
     return ChatModel(name, model, tokenizer, positions_of(model), samples)
 
 
