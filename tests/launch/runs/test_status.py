@@ -50,7 +50,7 @@ def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):
     over = made(tmp_path, "over")
     owned(over)
     (over / "lease" / "000001.over").write_text("{}")
-    assert seen(over).state == "lost" and "nobody runs it" in seen(over).why
+    assert seen(over).state == "lost" and "no process runs it" in seen(over).why
 
 
 def test_what_is_torn_empty_or_not_readable_is_still_a_row(tmp_path, capsys, monkeypatch):
