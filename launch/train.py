@@ -156,12 +156,17 @@ def _dry_run(words: list[str], *, as_json: bool) -> int:
 
 
 def ended(run_dir: Path, code: int) -> dict[str, Any]:
-    """How a run ended, for a script; what it measured stands in its files."""
+    """How a run ended, for a script. Its metrics are in its files."""
     from launch.runs.stop_command import run_summary
 
-    there = {name: run_dir / place for name, place in (("record", "run.json"), ("export", "export"))}
-    files = {name: str(path) if path.exists() else None for name, path in there.items()}
-    return {**run_summary(run_dir, None), "exit_code": code, **files}
+    record = run_dir / "run.json"
+    export = run_dir / "export"
+    return {
+        **run_summary(run_dir, None),
+        "exit_code": code,
+        "record": str(record) if record.exists() else None,
+        "export": str(export) if export.exists() else None,
+    }
 
 
 def _search(words: list[str], print_point: Callable[[Composed], None] | None) -> int:

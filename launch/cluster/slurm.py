@@ -134,7 +134,9 @@ def _python(config: RunConfig, slurm: SlurmConfig, directories: list[Path]) -> l
     lines = []
     trusted = trusted_values.directory()
     if trusted is not None:  # in the container the home may be another one
-        lines.append(f"export {trusted_values.VARIABLE}={shlex.quote(_path(trusted, trusted_values.VARIABLE))}")
+        lines.append(
+            f"export {trusted_values.STATE_VARIABLE}={shlex.quote(_path(trusted, trusted_values.STATE_VARIABLE))}"
+        )
     host_python = shlex.quote(one_line(sys.executable, "the interpreter"))
     rank_python = shlex.quote(one_line(slurm.python or "python3", "launcher.python"))
     srun_options, prefix = containers.launch_words(plain(config), directories)

@@ -353,7 +353,7 @@ def _record_killed_rank(error: BaseException, *, out_of_memory: bool) -> None:
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     recorded = read_failure(run_dir)
     # NCCL aborts every rank that waits too long, and each has written before what it waited for.
-    is_abort_after_wait = signal_name == "SIGABRT" and WAITED.search(recorded.get("message", ""))
+    is_abort_after_wait = signal_name == "SIGABRT" and TIMED_OUT.search(recorded.get("message", ""))
     phase = "killed"
     step = None
     if recorded.get("rank") == rank and recorded.get("gone"):  # a peer has written where this rank was

@@ -152,8 +152,11 @@ def _last_step(run_dir: Path) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
-def run_aside(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
-    """Run what is frozen in `run_dir`, one of several, with its output in a file and `progress` told of it; the exit code."""
+def run_with_progress(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
+    """Start the run that is frozen in `run_dir`, and wait for it; returns its exit code.
+
+    It is one of several: its output goes into `logs/output.log` of the run, and the screen shows `progress` alone.
+    """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RedirectedOutput
 
@@ -163,7 +166,7 @@ def run_aside(name: str, composed: Composed, run_dir: Path, progress: RunsProgre
     # The reason of a failure is shown with the others; what led to it stays beside the run.
     with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         try:
-            code = run_supervised(composed.config, run_dir, composed.sha256, RedirectedOutput(output, progress.look))
+            code = run_supervised(composed.config, run_dir, composed.sha256, RedirectedOutput(output, progress.update))
         except ShardtuneError as error:
             print(f"shardtune {verb}: {error}", file=sys.stderr)
             code = error.exit_code

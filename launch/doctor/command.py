@@ -70,12 +70,12 @@ def preflight(words: list[str], as_json: bool) -> int:
     from launch.cluster.preflight.coordinator import run_preflight
     from launch.cluster.preflight.targets import preflight_targets
 
-    asked, commands, hosts, waits = preflight_targets(words)
-    heard, verdict = run_preflight(asked, commands, hosts, is_queued=waits)
+    request, commands, hosts, is_queued = preflight_targets(words)
+    reports, verdict = run_preflight(request, commands, hosts, is_queued=is_queued)
     if as_json:
-        give(as_dict(questions, answers, verdict))
+        give(as_dict(request, reports, verdict))
     else:
-        print(page(questions, answers, verdict))
+        print(page(request, reports, verdict))
     return UNFIT if verdict.problems else 0
 
 

@@ -42,7 +42,9 @@ def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> P
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if path.exists():
         is_done = is_finished(run_dir)
-        same_or_refuse(composed, path, reached=bool(checkpoints) or is_done, another_way=another_way and not is_done)
+        same_or_refuse(
+            composed, path, has_progress=bool(checkpoints) or is_done, may_compute_otherwise=another_way and not is_done
+        )
     refuse_queued(run_dir)
     refuse_in_use(run_dir, composed.config.run.lease_s, pending)
     config = composed.config

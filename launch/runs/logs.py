@@ -66,7 +66,7 @@ def choose_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -
 
 def last_lines(path: Path, count: int) -> tuple[list[str], int]:
     """(the last whole lines of a file, the offset behind them); a torn last line is left for later. Errors: OSError."""
-    with atomic_io.opened(path) as (descriptor, size):
+    with atomic_io.open_regular(path) as (descriptor, size):
         start = max(0, size - TAIL_BYTES)
         tail = os.pread(descriptor, size - start, start)
     whole, end, _ = tail.rpartition(b"\n")
@@ -89,7 +89,7 @@ class AddedText:
     def lines(self, path: Path) -> list[str]:
         """Whole lines that were added; none if the file cannot be read now."""
         try:
-            with atomic_io.opened(path) as (descriptor, size):
+            with atomic_io.open_regular(path) as (descriptor, size):
                 start = self.offsets.get(path, 0)
                 if start > size:
                     start = 0

@@ -26,12 +26,12 @@ class LogsWords(VerbWords):
     """What `shardtune logs` takes."""
 
     run: Path = bare_word("name one run directory: shardtune logs runs/first")
-    rank: int | None = word("the log of this rank", like="3", least=0)
+    rank: int | None = word("show this rank", like="3", least=0)
     job: str | None = word(
         "show what this SLURM job, or this start over ssh, printed on every node; last means the newest", like="last"
     )
-    lines: int = word("the last lines of each file", default=40, least=0)
-    follow: bool = flag("also print what is added, through restarts and requeues, until the run is done")
+    lines: int = word("how many of the last lines of each file to show", default=40, least=0)
+    follow: bool = flag("keep printing new lines, also after restarts and requeues, until the run is done")
     as_json: bool = flag(
         "print JSON, for a script: the files with their lines, and failure.json if the run failed; with --follow one object "
         "per line, and a last one that says how the run ended",
@@ -50,8 +50,7 @@ yet, it shows the output of the job.
 
 {help_rows(LogsWords)}
 
-Without rank= and job= it is the log of rank 0, or the job's output if no rank has written a log yet.
-Ends with 64 if there is no such run, rank or job, and with 130 at Ctrl-C."""
+exit codes: 64 there is no such run, rank or job, 130 Ctrl-C"""
 EVERY_S = 0.5
 """Seconds between reads of the files."""
 LOOK_EVERY_S = 2.0

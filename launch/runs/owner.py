@@ -51,12 +51,12 @@ def holder(run_dir: Path) -> Holder:
     number, owner = latest(run_dir / "lease")
     if owner is None:
         return Holder(number, None, None, None)
-    return Holder(number, owner, lives_here(owner, _this_process()), _silent_s(run_dir / "lease", number))
+    return Holder(number, owner, is_alive_here(owner, _this_process()), _silent_s(run_dir / "lease", number))
 
 
 def launcher_of(owner: Owner) -> tuple[int, str] | None:
     """(number, identity) of the process of this host that started the owner's ranks and waits for them; None without one."""
-    if lives_here(owner, _this_process()) is not True:
+    if is_alive_here(owner, _this_process()) is not True:
         return None
     try:
         environment = Path(f"/proc/{owner.pid}/environ").read_bytes().split(b"\0")

@@ -42,13 +42,13 @@ USAGE = f"""usage: shardtune status [directory | run] [document=<file>:<line> | 
   shardtune status runs document=train.jsonl:12
   shardtune status runs "text=Jane Roe"
 
-A run whose status says running, but which gives no sign of life, is called lost. Rates are medians over the last steps,
-all ranks together; memory is the largest peak of a rank; "last seen" is the time since the last sign of life, or the
-end.
+status shows the state of runs. A run is called lost if its last state is "running" but it gives no sign of life.
+Rates are medians over the last steps, for all ranks together. Memory is the largest peak of any rank. "last seen" is
+the time since the last sign of life, or since the end.
 
 {help_rows(StatusWords)}
 
-Ends with 64 if the word is no directory. docs/following.md explains each state."""
+The exit code is 64 if there is no such directory. docs/following.md explains each state."""
 HOME = Path("runs")
 """Where runs without a `run.dir` are."""
 EVERY_S = 2.0

@@ -22,9 +22,9 @@ class StopWords(VerbWords):
     """What `shardtune stop` takes."""
 
     run: Path = bare_word("name one run directory: shardtune stop runs/first")
-    wait_s: int = word("seconds to wait; the run continues saving after that", default=600, least=0)
-    dry_run: bool = flag("show what would be done")
-    as_json: bool = flag("print the state of the run afterwards as JSON; messages go to stderr", key="--json")
+    wait_s: int = word("seconds to wait; after that, the run keeps saving by itself", default=600, least=0)
+    dry_run: bool = flag("show what would be done, and do nothing")
+    as_json: bool = flag("print the run's state afterwards as JSON, for a script; messages go to stderr", key="--json")
 
 
 USAGE = f"""usage: shardtune stop <run> [wait_s=600] [--dry-run] [--json]
@@ -37,9 +37,11 @@ run is on another host and not under SLURM, stop prints the command to type ther
 
 {help_rows(StopWords)}
 
-Ends with 0 where the run is not running any more, or was not; with 64 where there is no such run; with 69 where it
-cannot be stopped from here, has not ended in time, or SLURM's queue cannot be asked, so that nobody knows; with 70
-where it failed instead."""
+exit codes:
+  0   the run has ended, or was not running
+  64  there is no such run
+  69  it cannot be stopped from here, has not ended in time, or SLURM's queue does not answer
+  70  it failed instead"""
 LOOK_EVERY_S = 0.5
 """Seconds between looks at the run."""
 QUEUE_EVERY_S = 5.0

@@ -30,13 +30,9 @@ class ChatWords(VerbWords):
         like="base",
     )
     system: str | None = word("the system prompt", like='"..."')
-    max_tokens: int = word("most new tokens of an answer", default=512, least=1)
-    temperature: float | None = word("0 takes the most likely token; null: as the export says, else 0", least=0, most=2)
-    seed: int = word("random seed of sampling", default=0, least=0)
-    device: str = word("where it is computed: auto, cpu, cuda, cuda:1", default="auto")
-    dtype: ServedType = word("type that is computed in", default=ServedType.auto)
-    accept: list[str] = word(
-        "talk with an adapter on another base than it was trained on", default=[], like="[base]", choices=("base",)
+    max_tokens: int = word("most new tokens in an answer", default=512, least=1)
+    temperature: float | None = word(
+        "0 always takes the most likely token; null: the value in the export, or 0 if it has none", least=0, most=2
     )
     seed: int = word("seed of the sampling", default=0, least=0)
     device: str = word("the device: auto, cpu, cuda, cuda:1", default="auto")
@@ -56,12 +52,12 @@ USAGE = f"""usage: shardtune chat <run or export> ["prompt"] [against=base|none|
   shardtune chat runs/first "Sum this up: ..."    one answer
   cat letter.txt | shardtune chat runs/first > answer.txt
 
-The export's own chat template and stop tokens are used. A model without a template continues the text that you type.
-Write a prompt that looks like a setting as prompt="...".
+chat uses the chat template and the stop tokens of the export. If the model has no template, it continues your text.
+If your prompt looks like a setting, write prompt="...".
 
 {help_rows(ChatWords)}
 
-In the terminal: /new starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
+In the terminal: /new starts a new conversation, /quit or Ctrl-D ends chat, Ctrl-C stops an answer."""
 
 
 def main(argv: list[str]) -> int:

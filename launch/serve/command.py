@@ -44,8 +44,8 @@ class ServeWords(VerbWords):
     )
     settings: list[str] = setting_words(beginning="serve.")
     dry_run: bool = flag("show what would be started, and start nothing")
-    print_only: bool = flag("print the commands that serve it with vLLM and SGLang", key="--print")
-    as_json: bool = flag("both, for a script", key="--json")
+    print_only: bool = flag("print the commands that serve the model with vLLM and with SGLang", key="--print")
+    as_json: bool = flag("print the answer of --dry-run or --print as JSON, for a script", key="--json")
 
 
 USAGE = f"""usage: shardtune serve <run or export> [serve.<name>=...] [--dry-run] [--print] [--json]
