@@ -84,8 +84,11 @@ def text(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[s
     facts_by_name = [*_packages(facts), *_hardware(facts), *_surroundings(facts)]
     lines = table((Column(), Column()), [TableRow(fact) for fact in facts_by_name])
     for title, sentences in (("notes", notes), ("problems", problems)):
-        lines += ["", f"{title}:", *fold_all(sentences)] if sentences else []
-    return lines if problems else [*lines, "", "a run can start here"]
+        if sentences:
+            lines += ["", f"{title}:", *fold_all(sentences)]
+    if not problems:
+        lines += ["", "a run can start here"]
+    return lines
 
 
 def _packages(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -167,13 +167,18 @@ def _gpus(machine: Machine) -> None:
 
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
-        free, total = torch.cuda.mem_get_info(device)
-        about = {"name": torch.cuda.get_device_name(device), "memory_gib": total / GIB, "free_gib": free / GIB}
-        found.facts["gpus"].append({**about, "precision": str(best_precision(gpu_of(device)))})
-        if free < 0.9 * total:
-            found.notes.append(
-                f"GPU {number}: other processes use {(total - free) / GIB:.1f} of its {total / GIB:.1f} GiB"
-            )
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        machine.facts["gpus"].append(
+            {
+                "name": torch.cuda.get_device_name(device),
+                "memory_gib": total_bytes / GIB,
+                "free_gib": free_bytes / GIB,
+                "precision": str(best_precision(gpu_of(device))),
+            }
+        )
+        if free_bytes < 0.9 * total_bytes:
+            used_gib = (total_bytes - free_bytes) / GIB
+            machine.notes.append(f"GPU {number}: other processes use {used_gib:.1f} of its {total_bytes / GIB:.1f} GiB")
 
 
 def _driver() -> str | None:
@@ -210,12 +215,14 @@ def _places(machine: Machine, env: Mapping[str, str]) -> None:
     machine.facts["models"] = len(list(Path(hub).expanduser().glob("models--*")))
 
 
-def _slurm(found: Machine) -> None:
+def _slurm(machine: Machine) -> None:
+    """Note whether SLURM is here and answers."""
     from launch.runs.queue import read_queue
 
-    found.facts["slurm"] = shutil.which("sbatch") is not None
-    if found.facts["slurm"] and (problem := read_queue().problem):
-        found.notes.append(f"SLURM's commands are here, and its controller is not: {problem}")
+    machine.facts["slurm"] = shutil.which("sbatch") is not None
+    problem = read_queue().problem if machine.facts["slurm"] else None
+    if problem:
+        machine.notes.append(f"SLURM's commands are here, and its controller is not: {problem}")
 
 
 def _environment(machine: Machine, env: Mapping[str, str]) -> None:

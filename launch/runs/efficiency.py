@@ -72,7 +72,7 @@ def record_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[st
     try:
         with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(usage)) + "\n")
-        note(run_dir, "jobs", recorded_starts(run_dir))
+        add_to_run_record(run_dir, "jobs", recorded_starts(run_dir))
     except OSError as error:
         return f"{line}; not recorded ({error.strerror or error})"
     return line

@@ -18,9 +18,10 @@ PACKAGES = ("fastapi", "uvicorn", "openai")
 
 
 def refuse_missing_packages() -> None:
-    """Raises ConfigError where what it stands on is not installed."""
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise ConfigError(f"serve: needs {', '.join(missing)}; pip install 'shardtune[serve]'")
+    """Raise ConfigError if a package that the server needs is not installed."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"serve: needs {', '.join(missing)}; {install_command('serve')}")
 
 
 def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddleware:
