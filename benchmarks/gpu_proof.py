@@ -31,7 +31,7 @@ from trainer.model.attention import varlen_attention  # noqa: E402
 from trainer.model.config import ModelConfig  # noqa: E402
 from trainer.optim.config import AdamwConfig  # noqa: E402
 from trainer.planner.simulate import ShapesOnly, watch  # noqa: E402
-from trainer.planner.simulation import parts_of, simulate_run  # noqa: E402
+from trainer.planner.simulation import simulate_run, step_parts  # noqa: E402
 from trainer.reporting.metrics import reference_tflops  # noqa: E402
 from trainer.session.run_facts import versions  # noqa: E402
 from trainer.tuning.base import FullConfig, LoraConfig  # noqa: E402
@@ -170,7 +170,7 @@ def step_of(run: RunConfig, lengths: list[int], device: torch.device) -> dict[st
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    measured = watch(parts_of(run, lengths, runtime, source=Drawn()), runtime)
+    measured = watch(step_parts(run, lengths, runtime, source=Drawn()), runtime)
     row = {
         "simulated_gib": expected.peak[1].total / GIB,
         "at": str(expected.peak[0]),
@@ -190,7 +190,7 @@ def speed(run: RunConfig, lengths: list[int], device: torch.device, steps: int) 
     from trainer.data.batches.collate import to_device
 
     runtime = Runtime(0, 1, 0, 1, device, None)
-    parts = parts_of(run, lengths, runtime, source=Drawn())
+    parts = step_parts(run, lengths, runtime, source=Drawn())
     engine = build_strategy(parts.strategy, parts.precision, runtime).prepare(
         parts.built.step_module,
         source=parts.source,

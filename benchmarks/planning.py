@@ -25,13 +25,13 @@ from typing import Any
 from launch.config.compose import compose
 from launch.plan.command import read_plan
 from strategies.base import Precision
-from trainer.planner.cost_model import Form
-from trainer.planner.hardware import fit_of
-from trainer.planner.lengths import Lengths
-from trainer.planner.peer_memory import LOGITS, Cut, Theirs, held
-from trainer.planner.plan import PlannedRun, Way
-from trainer.planner.speed import Load, step_of
-from trainer.planner.sweep import simulate_ways
+from trainer.planner.cost_model import CostModel
+from trainer.planner.hardware import fit_in_memory
+from trainer.planner.lengths import DocumentLengths
+from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerSetting, ShardCounts, peer_memory
+from trainer.planner.plan import PlannedRun, RunVariant
+from trainer.planner.speed import MicroBatchLoad, step_time
+from trainer.planner.sweep import simulate_variants
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results" / "planning.json"
@@ -132,7 +132,7 @@ def question(row: dict[str, str]) -> Question | None:
     )
 
 
-def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Form | str, PlannedRun]]:
+def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, CostModel | str, PlannedRun]]:
     """Each with its form, or why there is none, as they are found."""
     for asked in questions:
         path = place / asked.model
@@ -151,43 +151,49 @@ def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Fo
             words += ["strategy.defer_sync=true"]
         config = compose(words, check=False).config
         config.batch |= {"global": asked.ranks * asked.accumulation, "micro": 1}
-        job = PlannedRun(card, Precision.bf16, 1, asked.ranks, config.batch["global"], Lengths.all_of(asked.length, 1))
-        (found,) = simulate_ways(
-            [Way(config, ())], job, asked.accumulation, replace(settings, workers=1), lambda *_: None
+        job = PlannedRun(
+            card, Precision.bf16, 1, asked.ranks, config.batch["global"], DocumentLengths.uniform(asked.length, 1)
+        )
+        (found,) = simulate_variants(
+            [RunVariant(config, ())], job, asked.accumulation, replace(settings, workers=1), lambda *_: None
         )
         yield asked, found, job
 
 
-def theirs_of(row: dict[str, str]) -> list[Theirs]:
+def theirs_of(row: dict[str, str]) -> list[PeerSetting]:
     """What the row's trainer holds beside what this one does."""
-    found = [Theirs.pure_bf16] if "pure bf16" in row["precision"] and row["method"].startswith("full") else []
+    found = [PeerSetting.pure_bf16] if "pure bf16" in row["precision"] and row["method"].startswith("full") else []
     if "liger" in row["notes"]:
         return found
     if "kbit" in row["notes"]:
-        return [*found, Theirs.fp32_head]
+        return [*found, PeerSetting.fp32_head]
     fused = "foak" in row["notes"] or "compile" in row["notes"]
-    return [*found, Theirs.fused_loss if fused else Theirs.stock_loss]
+    return [*found, PeerSetting.fused_loss if fused else PeerSetting.stock_loss]
 
 
 def holds_logits(row: dict[str, str]) -> bool:
     """Whether the row's trainer holds logits of all tokens."""
-    return any(each in LOGITS for each in theirs_of(row))
+    return any(each in LOSS_BYTES_PER_LOGIT for each in theirs_of(row))
 
 
-def answers(row: dict[str, str], form: Form, job: PlannedRun) -> dict[str, Any]:
+def answers(row: dict[str, str], form: CostModel, job: PlannedRun) -> dict[str, Any]:
     """What is predicted for a row: as this trainer would run, and as the row's did."""
     micro = int(row["micro_batch"] or 1)
     tokens = micro * int(row["seq"])
     units = micro if form.rows else tokens
-    taken, shards = form.at(units), int(row["gpus"])
-    other = held(form, units, tokens * form.vocabulary, theirs_of(row), Cut(shards, shards, shards))
-    step = step_of(
-        form, Load(units, micro * int(row["seq"]) ** 2, 1), job.card, job.precision, ranks_per_node=job.per_node
+    taken, shards = form.peak_at(units), int(row["gpus"])
+    other = peer_memory(form, units, tokens * form.vocabulary, theirs_of(row), ShardCounts(shards, shards, shards))
+    step = step_time(
+        form,
+        MicroBatchLoad(units, micro * int(row["seq"]) ** 2, 1),
+        job.card,
+        job.precision,
+        ranks_per_node=job.ranks_per_node,
     )
     return {
         "predicted_gib": taken.total / GIB,
         "as_theirs_gib": other.total / GIB,
-        "peak_at": str(taken.peak),
+        "peak_at": str(taken.phase),
         "tokens_per_s_per_gpu": tokens / step.total_s,
     }
 
@@ -209,7 +215,7 @@ def judged(row: dict[str, str], answer: dict[str, Any], job: PlannedRun) -> dict
     }
     made |= {"holds_logits": holds_logits(row), "card_gib": job.card.memory_gib}
     for key in ("predicted_gib", "as_theirs_gib"):
-        needed = fit_of(round(answer[key] * GIB), 0, job.card.memory_gib).total / GIB
+        needed = fit_in_memory(round(answer[key] * GIB), 0, job.card.memory_gib).total / GIB
         made |= {key: round(needed, 2), key.replace("_gib", "_fits"): needed <= job.card.memory_gib}
     return made
 

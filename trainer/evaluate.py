@@ -32,9 +32,9 @@ from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.prepared import TaskContext, tasks_on_run_documents
 from trainer.model.loading import load_tokenizer
-from trainer.model.quantised_checkpoints import stored_by
+from trainer.model.quantised_checkpoints import quantising_library
 from trainer.model.rules import read_config
-from trainer.planner.oom_report import telling_of_evaluation
+from trainer.planner.oom_report import reporting_evaluation_out_of_memory
 from trainer.reporting.console import Console
 from trainer.reporting.results import EVALUATION, keep_report
 from trainer.reporting.status import write_text_atomic
@@ -109,8 +109,8 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     if config.evaluation.server.url is not None:
         evaluator = TaskEvaluator(tasks, _served(config, tokenizer, runtime, asked))
     else:
-        with telling_of_evaluation(lambda: attempt.phase, config, runtime):
-            if stored_by(config.model.path) is not None:
+        with reporting_evaluation_out_of_memory(lambda: attempt.phase, config, runtime):
+            if quantising_library(config.model.path) is not None:
                 engine, step, precision = build_as_stored(config, tokenizer, data, runtime)
             else:
                 engine, step, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
@@ -128,7 +128,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     evaluator.check_rows()
     try:
         with (
-            telling_of_evaluation(lambda: f"evaluation.tasks.{evaluator.current_task}", config, runtime),
+            reporting_evaluation_out_of_memory(lambda: f"evaluation.tasks.{evaluator.current_task}", config, runtime),
             _telling_of_finished(unfinished, console),
         ):
             found = _both(job, built, evaluator, _Listener(console, unfinished, scored=job.kept))

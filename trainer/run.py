@@ -41,7 +41,7 @@ from trainer.objectives.reference import RecordingSettings, record_reference_log
 from trainer.planner.fit_check import must_fit
 from trainer.planner.micro_batch import settle_micro
 from trainer.planner.oom_probe import TrialInputs
-from trainer.planner.oom_report import telling_of_memory
+from trainer.planner.oom_report import reporting_out_of_memory
 from trainer.planner.strategy_choice import settle_strategy
 from trainer.reporting.console import Console
 from trainer.reporting.documents.facts import ModelFacts
@@ -151,7 +151,7 @@ def _run(
     )
     with record_end(config, trackers, trainer.outcome, run_record, (meter, checkpoints), context):
         attempt.phase = "training"
-        with metering_energy(config, context), telling_of_memory(trainer, config, run_record, runtime), profiler:
+        with metering_energy(config, context), reporting_out_of_memory(trainer, config, run_record, runtime), profiler:
             outcome = trainer.fit()
         attempt.phase = "export"
         attempt.require_ownership(runtime)

@@ -13,9 +13,9 @@ from strategies.base import StepPlan
 from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
 from trainer.data.objective_spec import Reading
-from trainer.model.architecture import CHOOSERS
+from trainer.model.architecture import KEY_SELECTORS
 from trainer.model.encoder_decoder import EncoderDecoder
-from trainer.model.layout import Arrangement
+from trainer.model.layout import AttentionLayout
 from trainer.model.noise import noise
 from trainer.model.quantisation import Scheme
 from trainer.model.weights import BaseWeights, tied_names
@@ -39,7 +39,7 @@ class TrainStep(nn.Module):
         self.teacher = teacher
         """A frozen model that the objective compares with: sharded beside the other, and in no checkpoint or export."""
         self.objective = objective
-        self.plan = StepPlan(gathered_as_one=CHOOSERS)
+        self.plan = StepPlan(gathered_as_one=KEY_SELECTORS)
         """What the run decides for the engine while it is assembled."""
         self.added_losses: AddedLosses | None = None
         """Losses of routers and logits, and the count of tokens by expert; None for a model without any of them."""
@@ -104,7 +104,7 @@ class Built:
     """How the objective reads data."""
     collator: Collator
     """What makes micro-batches in this layout."""
-    arrangement: Arrangement
+    arrangement: AttentionLayout
     """How documents lie in a row, and the attention kernel."""
     new_token_ids: list[int]
     """Ids of the tokens that the run adds to the vocabulary."""

@@ -134,7 +134,7 @@ def resolve(piece: Piece) -> Piece:
     """The piece with the commit that its revision points to now, and how much of it the cache lacks. Errors: ConfigError."""
     from huggingface_hub import HfApi, snapshot_download
 
-    from trainer.model.loading import WANTED
+    from trainer.model.loading import HUB_PATTERNS
 
     try:
         commit = HfApi().repo_info(piece.name, repo_type=piece.kind, revision=piece.revision).sha
@@ -142,7 +142,7 @@ def resolve(piece: Piece) -> Piece:
             raise ValueError("the hub names no commit")
         if piece.kind == "dataset":  # its loader decides which of its files are read
             return replace(piece, commit=commit)
-        files = snapshot_download(piece.name, revision=commit, allow_patterns=[*WANTED], dry_run=True)
+        files = snapshot_download(piece.name, revision=commit, allow_patterns=[*HUB_PATTERNS], dry_run=True)
     except Exception as error:  # the hub client has a dozen error types; all mean that it is not to be had
         raise _not_available(piece, error) from error
     total_bytes = sum(file.file_size or 0 for file in files)
@@ -180,11 +180,11 @@ def fetch(piece: Piece) -> FetchedPiece:
     """Bring the piece into the cache; returns its files there, with their hashes. Errors: ConfigError, DataError."""
     from huggingface_hub import snapshot_download
 
-    from trainer.model.loading import WANTED
+    from trainer.model.loading import HUB_PATTERNS
 
     if piece.kind == "model":
         try:
-            directory = Path(snapshot_download(piece.name, revision=piece.commit, allow_patterns=[*WANTED]))
+            directory = Path(snapshot_download(piece.name, revision=piece.commit, allow_patterns=[*HUB_PATTERNS]))
         except Exception as error:
             raise _not_available(piece, error) from error
         paths = sorted(path for path in directory.rglob("*") if path.is_file())

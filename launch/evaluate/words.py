@@ -260,14 +260,14 @@ def _settle(config: RunConfig, asked: EvaluateWords) -> None:
     from trainer.config.run import Device
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.prepared import TaskContext
-    from trainer.model.quantised_checkpoints import stored_by
+    from trainer.model.quantised_checkpoints import quantising_library
     from trainer.monitors.config import ChallengesConfig
 
     ranks = world_size_of(config) or 1
     typed = any(word.startswith(("strategy=", "strategy.")) for word in asked.settings)
     if ranks == 1 and not typed:
         config.strategy = SingleConfig()
-    elif stored_by(config.model.path) is not None and not typed:
+    elif quantising_library(config.model.path) is not None and not typed:
         config.strategy = DdpConfig()
     config.batch = {"global": ranks, "micro": 1}
     config.export.at_end, config.evaluation.watch = False, "eval/loss"
@@ -326,12 +326,12 @@ def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
     """What does not go with a model that lies in 4 or 8 bits, one line each."""
     from strategies.base import StrategyName
     from trainer.evaluation.tasks.prepared import TaskContext
-    from trainer.model.quantised_checkpoints import lacking, stored_by
+    from trainer.model.quantised_checkpoints import missing_library, quantising_library
 
     path = config.model.path
-    if (kit := stored_by(path)) is None or config.evaluation.server.url is not None:
+    if (kit := quantising_library(path)) is None or config.evaluation.server.url is not None:
         return
-    if lacks := lacking(kit):
+    if lacks := missing_library(kit):
         yield f"model.path={path}: {lacks}"
     if config.strategy.name not in (StrategyName.single, StrategyName.ddp):
         yield (

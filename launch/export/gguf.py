@@ -121,7 +121,7 @@ def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
     from trainer.model.architecture import auto_class
     from trainer.model.config import ModelKind
     from trainer.model.loading import load_model_config
-    from trainer.model.quantised_checkpoints import refuse_unmultiplied
+    from trainer.model.quantised_checkpoints import refuse_unsupported_4bit
 
     settings = load_model_config(config.model)
     try:
@@ -129,7 +129,7 @@ def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
             model = auto_class(ModelKind.causal, settings).from_config(settings)
     except Exception:  # noqa: BLE001 - what cannot be built is told when the run's own model is
         return
-    refuse_unmultiplied(f"bits={kind}", model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    refuse_unsupported_4bit(f"bits={kind}", model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def rows_needed(asked: Few) -> RowsNeeded:

@@ -3,51 +3,57 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from launch.output import Column, TableRow, fold, fold_all, table
 from trainer.config.run import LauncherConfig
 from trainer.model.config import Quantisation
-from trainer.planner.hardware import GIB, fit_of
-from trainer.planner.plan import Choice, PlannedRun, Way
+from trainer.planner.hardware import GIB, fit_in_memory
+from trainer.planner.plan import Choice, PlannedRun, RunVariant
 from trainer.planner.predicted_vs_measured import checkpoint_bytes
 from trainer.planner.sweep import PlanAnswer
 
 COLUMNS = (Column("strategy"), Column("recompute"), Column("stored"), Column("micro", is_number=True))
-"""What names a way to train, in both tables of a plan."""
+"""Columns that name a choice, in both tables of a plan."""
 
 
 def text(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> str:
     """What a person reads; `words` are those that were typed, `calibrated` says what was measured by which run."""
-    job, form = answer.job, answer.form
-    cards = f"{job.world} x {job.card.name}"
-    shape = f"{job.nodes} node{'s' if job.nodes > 1 else ''} x {job.per_node} GPU{'s' if job.per_node > 1 else ''}"
+    job = answer.job
+    cost_model = answer.cost_model
+    cards = f"{job.ranks} x {job.card.name}"
+    nodes = f"{job.nodes} {_plural('node', job.nodes)}"
+    gpus = f"{job.ranks_per_node} {_plural('GPU', job.ranks_per_node)}"
+    billions, trained = cost_model.parameters / 1e9, cost_model.trained / 1e9
     lines = [
-        f"{form.parameters / 1e9:.2f} billion parameters, {form.trained / 1e9:.3f} trained; {job.precision} on {cards}",
-        f"({shape}); a step is {job.global_batch} x {job.lengths.mean:,.0f} tokens; {form.layout} rows",
+        f"{billions:.2f} billion parameters, {trained:.3f} trained; {job.precision} on {cards}",
+        f"({nodes} x {gpus}); a step is {job.global_batch} x {job.lengths.mean:,.0f} tokens; {cost_model.layout} rows",
         "",
         *_table_of_ways(answer),
         "",
         *_best(answer, words),
-        *_theirs(answer),
+        *_peer_table(answer),
     ]
-    if form.notes:
-        lines += ["", "chosen for you:", *fold_all(form.notes)]
+    if cost_model.notes:
+        lines += ["", "chosen for you:", *fold_all(cost_model.notes)]
     if answer.refused:
-        lines += ["", "left out:", *fold_all([f"{ways}: {reason}" for reason, ways in by_reason(answer).items()])]
+        left_out = [f"{ways}: {reason}" for reason, ways in by_reason(answer).items()]
+        lines += ["", "left out:", *fold_all(left_out)]
+    measured = ""
     if calibrated:
         lines += ["", *fold_all(calibrated, indent=0)]
-    rest = "; the figures above were measured" if calibrated else ""
-    lines += [
-        "",
-        *fold(
-            "Expected, not measured: the memory of tensors is simulated, what is beside them and all speeds are "
-            f"reckoned{rest} (docs/planning.md).",
-            0,
-        ),
-    ]
-    return "\n".join(lines)
+        measured = "; the figures above were measured"
+    closing = (
+        "Expected, not measured: the memory of tensors is simulated, what is beside them and all speeds are "
+        f"reckoned{measured} (docs/planning.md)."
+    )
+    return "\n".join([*lines, "", *fold(closing, 0)])
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
 
 
 def _table_of_ways(answer: PlanAnswer) -> list[str]:
@@ -60,46 +66,54 @@ def _table_of_ways(answer: PlanAnswer) -> list[str]:
         Column("why"),
     )
     rows = []
-    for choice in answer.found:
-        peak, margin = f"{choice.fit.total / GIB:.1f}", f"{choice.fit.margin / GIB:+.1f}"
+    for choice in answer.best_choices:
+        total = f"{choice.fit.total / GIB:.1f}"
+        margin = f"{choice.fit.margin / GIB:+.1f}"
         speed = f"{choice.tokens_per_s:,.0f}" if choice.fits else "-"
-        cells = (*_name_of(choice), peak, margin, str(choice.largest_micro), speed, why(choice, answer))
-        rows.append(TableRow(cells))
+        rows.append(TableRow((*_name_of(choice), total, margin, str(choice.largest_micro), speed, why(choice, answer))))
     return table(columns, rows)
 
 
 def _name_of(choice: Choice) -> tuple[str, str, str, str]:
     """The cells of `COLUMNS`."""
-    recompute = str(choice.way.config.strategy.activation_checkpointing)
-    return choice.way.name, recompute, stored(choice.way), str(choice.micro)
+    recompute = str(choice.variant.config.strategy.activation_checkpointing)
+    return choice.variant.name, recompute, stored(choice.variant), str(choice.micro)
 
 
 def by_reason(answer: PlanAnswer) -> dict[str, str]:
-    """Ways that were left out for the same reason, named together."""
-    found: dict[str, list[str]] = {}
-    for way, reason in answer.refused:
-        mode = str(way.config.strategy.activation_checkpointing)
-        found.setdefault(reason, []).append(", ".join(filter(None, (way.name, mode, stored(way)))))
-    return {reason: "; ".join(dict.fromkeys(of)) for reason, of in found.items()}
+    """Variants that were left out for the same reason, named together."""
+    names_by_reason: dict[str, list[str]] = {}
+    for variant, reason in answer.refused:
+        mode = str(variant.config.strategy.activation_checkpointing)
+        parts = [part for part in (variant.name, mode, stored(variant)) if part]
+        names_by_reason.setdefault(reason, []).append(", ".join(parts))
+    return {reason: "; ".join(dict.fromkeys(names)) for reason, names in names_by_reason.items()}
 
 
-def stored(way: Way) -> str:
+def stored(variant: RunVariant) -> str:
     """What is stored otherwise than as numbers on the card: offload, the form of a quantised base, or both."""
-    store = way.config.model.quantisation
-    return "+".join(["offload"] * way.offload + [str(store)] * (store is not Quantisation.none))
+    parts = []
+    if variant.offload:
+        parts.append("offload")
+    quantisation = variant.config.model.quantisation
+    if quantisation is not Quantisation.none:
+        parts.append(str(quantisation))
+    return "+".join(parts)
 
 
-def _theirs(answer: PlanAnswer) -> list[str]:
-    """What another trainer would hold, way by way; nothing if that was not asked for."""
+def _peer_table(answer: PlanAnswer) -> list[str]:
+    """What another trainer would hold, variant by variant; nothing if that was not asked for."""
     rows = []
-    for choice in answer.found:
-        if choice.theirs is None:
+    for choice in answer.best_choices:
+        peer = choice.peer_memory
+        if peer is None:
             continue
-        ours, theirs = f"{choice.taken.total / GIB:.1f}", f"{choice.theirs.total / GIB:.1f}"
+        our_gib = f"{choice.peak.total / GIB:.1f}"
+        peer_gib = f"{peer.total / GIB:.1f}"
         fits = "yes" if fit_theirs(choice, answer.job) <= answer.job.card.memory_gib else "no"
-        parts = [f"{part} {size / GIB:.1f}" for part, size in choice.theirs.parts.items() if size >= 0.05 * GIB]
-        peak = ": ".join(filter(None, (str(choice.theirs.at), ", ".join(parts))))
-        rows.append(TableRow((*_name_of(choice), ours, theirs, fits, peak)))
+        parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in peer.parts.items() if size >= 0.05 * GIB)
+        peak = f"{peer.phase}: {parts}" if parts else peer.phase
+        rows.append(TableRow((*_name_of(choice), our_gib, peer_gib, fits, peak)))
     if not rows:
         return []
     numbers = (Column("ours", is_number=True), Column("theirs", is_number=True))
@@ -112,14 +126,14 @@ def _theirs(answer: PlanAnswer) -> list[str]:
 
 
 def fit_theirs(choice: Choice, job: PlannedRun) -> float:
-    """GiB of the card that the same takes as another trainer would hold it, with what is beside tensors."""
-    assert choice.theirs is not None
-    live = round(job.card.tensors * choice.theirs.total)
-    return (fit_of(live, 0, job.card.memory_gib, job.card.allocator).total + choice.fit.exchange) / GIB
+    """GiB that the choice takes on the card in another trainer, with what is beside tensors."""
+    assert choice.peer_memory is not None
+    live = round(job.card.tensors * choice.peer_memory.total)
+    return (fit_in_memory(live, 0, job.card.memory_gib, job.card.allocator).total + choice.fit.exchange) / GIB
 
 
 def why(choice: Choice, answer: PlanAnswer) -> str:
-    """Why a way was chosen, or not."""
+    """Why a choice was taken, or not."""
     best = answer.best
     if choice is best:
         return "fastest"
@@ -131,10 +145,10 @@ def why(choice: Choice, answer: PlanAnswer) -> str:
 
 
 def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
-    """The command of the best way, and where its memory and its time go."""
+    """The command of the best choice, and where its memory and its time go."""
     best, job = answer.best, answer.job
     if best is None:
-        least = answer.found[0]
+        least = answer.best_choices[0]
         return fold(
             f"Nothing fits: the smallest, {' '.join(least.words)}, is {-least.fit.margin / GIB:.1f} GiB too much. Take more "
             "cards (launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, "
@@ -163,7 +177,7 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
 def _memory(best: Choice) -> list[str]:
     """The parts of the peak: tensors by kind, largest first, and what the process holds beside them."""
     columns = (Column(), Column(is_number=True), Column())
-    kinds = sorted(best.taken.kinds.items(), key=lambda kind_and_size: -kind_and_size[1])
+    kinds = sorted(best.peak.kinds.items(), key=lambda kind_and_size: -kind_and_size[1])
     tensors = [TableRow((str(kind), _gib(size), "")) for kind, size in kinds if size >= 0.005 * GIB]
     beside = [
         TableRow(("process", _gib(best.fit.context), "context and libraries")),
@@ -171,7 +185,7 @@ def _memory(best: Choice) -> list[str]:
         TableRow(("NCCL", _gib(best.fit.exchange), "buffers of its groups")),
     ]
     return [
-        f"its peak, {_gib(best.taken.total)} of tensors, in {best.taken.peak}:",
+        f"its peak, {_gib(best.peak.total)} of tensors, in {best.peak.phase}:",
         *table(columns, tensors, indent=2),
         "beside them, reckoned:",
         *table(columns, beside, indent=2),
@@ -184,53 +198,71 @@ def _gib(size: float) -> str:
 
 def costs(best: Choice, job: PlannedRun) -> list[str]:
     """Hours and price of the budget, as far as they are known, and what would make them known."""
-    epochs, rate, said = best.way.config.budget.epochs, job.card.price_per_hour, []
+    epochs = best.variant.config.budget.epochs
+    rate = job.card.price_per_hour
+    lines = []
     if best.hours is not None:
-        cost = "" if best.price is None else f": ${best.price:,.2f}"
-        said.append(f"the budget takes {best.hours:,.2f} hours on {job.world} cards{cost}")
+        price = "" if best.price is None else f": ${best.price:,.2f}"
+        lines.append(f"the budget takes {best.hours:,.2f} hours on {job.ranks} cards{price}")
     elif epochs is not None:
-        said.append(f"how long budget.epochs={epochs:g} takes depends on the data: give data.path")
+        lines.append(f"how long budget.epochs={epochs:g} takes depends on the data: give data.path")
     if rate is None:
-        said.append(f"what it costs is not known: no price was found for {job.card.name}; give hardware.price_per_hour")
+        lines.append(
+            f"what it costs is not known: no price was found for {job.card.name}; give hardware.price_per_hour"
+        )
     elif best.hours is None:
-        million = job.world * rate / best.tokens_per_s / 3600 * 1e6
-        more = "" if epochs is not None else "; with a budget (budget.tokens=...) the price of the whole run is shown"
-        said.append(f"a million tokens cost ${million:.3f}{more}")
-    return said
+        per_million = job.ranks * rate / best.tokens_per_s / 3600 * 1e6
+        hint = "" if epochs is not None else "; with a budget (budget.tokens=...) the price of the whole run is shown"
+        lines.append(f"a million tokens cost ${per_million:.3f}{hint}")
+    return lines
 
 
 def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
     """The command for a shell, in lines of 80 columns where its words allow."""
-    typed, chosen = ({word.split("=")[0] for word in of} for of in (words, best.words))
+    typed_keys = {word.split("=")[0] for word in words}
+    chosen_keys = {word.split("=")[0] for word in best.words}
     cluster = _on_a_cluster(words, job)
-    ranks = "launcher.gpus_per_node" if cluster else "launcher.processes"
-    # Where nothing is said of them a run takes all GPUs there are, and under SLURM none.
-    said = [] if ranks in typed else [f"{ranks}={job.per_node}"]
-    out, line = [], f"shardtune {'submit' if cluster else 'train'}"
-    for word in [*(word for word in words if word.split("=")[0] not in chosen), *said, *best.words]:
+    command_words = [word for word in words if word.split("=")[0] not in chosen_keys]
+    # Without a number of ranks a run takes all GPUs there are, and under SLURM none.
+    ranks_key = "launcher.gpus_per_node" if cluster else "launcher.processes"
+    if ranks_key not in typed_keys:
+        command_words.append(f"{ranks_key}={job.ranks_per_node}")
+    lines = []
+    line = f"shardtune {'submit' if cluster else 'train'}"
+    for word in [*command_words, *best.words]:
         quoted = shlex.quote(word)
         if len(line) + len(quoted) + 3 > 80:
-            out.append(f"{line} \\")
+            lines.append(f"{line} \\")
             line = "   "
         line += f" {quoted}"
-    budget, data = best.way.config.budget, best.way.config.data
-    lacking = [] if any((budget.steps, budget.epochs, budget.tokens)) else ["a budget"]
-    lacking += [] if data.path or data.sources else ["data.path"]
-    return [*out, line, *([f"(with {' and '.join(lacking)} of your own)"] if lacking else [])]
+    lines.append(line)
+    missing = []
+    budget = best.variant.config.budget
+    if not any((budget.steps, budget.epochs, budget.tokens)):
+        missing.append("a budget")
+    data = best.variant.config.data
+    if not data.path and not data.sources:
+        missing.append("data.path")
+    if missing:
+        lines.append(f"(with {' and '.join(missing)} of your own)")
+    return lines
 
 
 def _on_a_cluster(words: list[str], job: PlannedRun) -> bool:
-    """Whether the command is for SLURM: on several nodes, or with settings that it alone has, where nothing else is said."""
+    """Whether the command is for SLURM.
+
+    What was typed decides. Without `launcher=...` it is for several nodes, or for settings that SLURM's launcher alone has.
+    """
     if "launcher=local" in words or "launcher=slurm" in words:
         return "launcher=slurm" in words
-    of_all = {f"launcher.{each.name}" for each in fields(LauncherConfig)}
-    keys = {word.split("=")[0] for word in words if word.startswith("launcher.")}
-    return job.nodes > 1 or not keys <= of_all
+    common_settings = {f"launcher.{setting.name}" for setting in fields(LauncherConfig)}
+    typed_settings = {word.split("=")[0] for word in words if word.startswith("launcher.")}
+    return job.nodes > 1 or not typed_settings <= common_settings
 
 
 def checkpoint_gib(answer: PlanAnswer, best: Choice) -> float:
     """GiB of a checkpoint: of what trains, its weights in fp32 and the optimizer's state."""
-    return checkpoint_bytes(answer.form.trained, str(best.way.config.optim.name)) / GIB
+    return checkpoint_bytes(answer.cost_model.trained, str(best.variant.config.optim.name)) / GIB
 
 
 def checkpoint_s(answer: PlanAnswer, best: Choice) -> float:
@@ -241,13 +273,16 @@ def checkpoint_s(answer: PlanAnswer, best: Choice) -> float:
 
 def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
     """The answer as JSON values; GiB, seconds, US dollars."""
-    job, form, best = answer.job, answer.form, answer.best
+    job = answer.job
+    cost_model = answer.cost_model
+    best = answer.best
+    first = answer.best_choices[0]
     return {
         "model": {
-            "parameters": form.parameters,
-            "trained": form.trained,
-            "blocks": form.blocks,
-            "notes": list(form.notes),
+            "parameters": cost_model.parameters,
+            "trained": cost_model.trained,
+            "blocks": cost_model.blocks,
+            "notes": list(cost_model.notes),
         },
         "hardware": {
             "name": job.card.name,
@@ -259,46 +294,51 @@ def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = 
             "pace": job.card.pace,
             "tensors": job.card.tensors,
             "disk_gb_s": job.card.disk_gb_s,
-            "calibrated": [said.strip() for said in calibrated],
+            "calibrated": [line.strip() for line in calibrated],
         },
         "job": {
             "nodes": job.nodes,
-            "gpus_per_node": job.per_node,
+            "gpus_per_node": job.ranks_per_node,
             "precision": str(job.precision),
             "global_batch": job.global_batch,
-            "layout": form.layout,
+            "layout": cost_model.layout,
             "mean_tokens": job.lengths.mean,
             "longest_tokens": int(job.lengths.longest[0]),
         },
         "typed": words,
         "best": None if best is None else list(best.words),
-        "checkpoint_gib": checkpoint_gib(answer, answer.found[0]),
-        "checkpoint_s": checkpoint_s(answer, answer.found[0]),
-        "resting_gib": {str(kind): size / GIB for kind, size in form.resting.items()},
-        "ways": [_choice(choice, answer) for choice in answer.found],
-        "all": [_choice(choice, answer) for choice in answer.all],
-        "left_out": [{"words": list(way.words), "why": reason} for way, reason in answer.refused],
+        "checkpoint_gib": checkpoint_gib(answer, first),
+        "checkpoint_s": checkpoint_s(answer, first),
+        "resting_gib": _in_gib(cost_model.resting),
+        "ways": [_choice(choice, answer) for choice in answer.best_choices],
+        "all": [_choice(choice, answer) for choice in answer.all_choices],
+        "left_out": [{"words": list(variant.words), "why": reason} for variant, reason in answer.refused],
     }
 
 
+def _in_gib(sizes: Mapping[Any, int]) -> dict[str, float]:
+    return {str(key): size / GIB for key, size in sizes.items()}
+
+
 def _choice(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
+    peer_gib = None
+    if choice.peer_memory is not None:
+        peer_gib = {
+            "total": choice.peer_memory.total / GIB,
+            "at": choice.peer_memory.phase,
+            "parts": _in_gib(choice.peer_memory.parts),
+            "with_beside": fit_theirs(choice, answer.job),
+        }
     return {
         "words": list(choice.words),
-        "strategy": choice.way.name,
+        "strategy": choice.variant.name,
         "fits": choice.fits,
         "why": why(choice, answer),
         "margin_gib": choice.fit.margin / GIB,
-        "peak_gib": choice.taken.total / GIB,
-        "peak_at": str(choice.taken.peak),
-        "theirs_gib": None
-        if choice.theirs is None
-        else {
-            "total": choice.theirs.total / GIB,
-            "at": choice.theirs.at,
-            "parts": {part: size / GIB for part, size in choice.theirs.parts.items()},
-            "with_beside": fit_theirs(choice, answer.job),
-        },
-        "kinds_gib": {str(kind): size / GIB for kind, size in choice.taken.kinds.items()},
+        "peak_gib": choice.peak.total / GIB,
+        "peak_at": str(choice.peak.phase),
+        "theirs_gib": peer_gib,
+        "kinds_gib": _in_gib(choice.peak.kinds),
         "beside_gib": {
             "context": choice.fit.context / GIB,
             "allocator": choice.fit.allocator / GIB,

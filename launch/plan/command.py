@@ -94,21 +94,21 @@ def main(argv: list[str]) -> int:
     from launch.plan.answer import as_dict, text
     from launch.plan.job import job_of
     from trainer.model.loading import load_model_config
-    from trainer.planner.plan import micro_batches, ways
-    from trainer.planner.sweep import sweep
+    from trainer.planner.plan import micro_batches, run_variants
+    from trainer.planner.sweep import plan_variants
 
     config, typed = composed(request.of_run, request.card)
     # What can be known to be wrong is said before data is prepared, which may take an hour.
-    found, refused = ways(config, request.settings, typed, ranks_of(config))
+    variants, refused = run_variants(config, request.settings, typed, ranks_of(config))
     load_model_config(config.model)
     measured = measured_by(request, ["plan", *argv])
     job = job_of(config, measured.card)
     micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
-    answer = sweep(found, refused, job, micros, request.settings, _progress())
+    answer = plan_variants(variants, refused, job, micros, request.settings, _progress())
     if request.words.as_json:
-        give(as_dict(answer, request.of_run, measured.said))
+        give(as_dict(answer, request.of_run, measured.lines))
     else:
-        print(text(answer, request.of_run, measured.said), flush=True)
+        print(text(answer, request.of_run, measured.lines), flush=True)
     return 0 if answer.best is not None else 69
 
 
@@ -117,17 +117,17 @@ def measured_by(request: PlanRequest, command: list[str]) -> Calibrated:
     from launch.config.read_run import take_words
     from launch.plan.from_run import ALLOWING, Calibrated, calibrated
 
-    words = request.words
-    of_measured = [each for each in words.settings if each.startswith(ALLOWING)]
-    allowing, others = take_words(of_measured, ALLOWING)
-    if others:
-        raise ConfigError(f"{others[0]}: allows nothing; from.* takes what the run of from= reaches out to")
-    if allowing and words.measured is None:
-        raise ConfigError(f"{ALLOWING}{allowing[0]}: there is no run that it allows something; name one with from=")
-    if words.measured is None:
+    run_dir = request.words.measured
+    allowing_words = [setting for setting in request.words.settings if setting.startswith(ALLOWING)]
+    allowing, unknown = take_words(allowing_words, ALLOWING)
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: allows nothing; from.* takes what the run of from= reaches out to")
+    if run_dir is None:
+        if allowing:
+            raise ConfigError(f"{ALLOWING}{allowing[0]}: there is no run that it allows something; name one with from=")
         return Calibrated(request.card)
-    print(f"simulating {words.measured} as it ran", file=sys.stderr, flush=True)
-    return calibrated(request.card, words.measured, request.settings, allowing, command)
+    print(f"simulating {run_dir} as it ran", file=sys.stderr, flush=True)
+    return calibrated(request.card, run_dir, request.settings, allowing, command)
 
 
 def read_plan(argv: list[str]) -> PlanRequest:
@@ -152,15 +152,15 @@ def read_plan(argv: list[str]) -> PlanRequest:
             problems.append(f"hardware={words.hardware}: {why}; write it as those of conf/hardware/ are")
     card_of_file = OmegaConf.to_object(tree)
     assert isinstance(card_of_file, Card)
-    card, others, unusable = read_group("hardware", card_of_file, words.settings)
-    settings, others, unusable_settings = read_group("plan", PlanConfig(), others)
-    problems += unusable + unusable_settings
+    card, other_words, hardware_problems = read_group("hardware", card_of_file, words.settings)
+    settings, run_words, plan_problems = read_group("plan", PlanConfig(), other_words)
+    problems += hardware_problems + plan_problems
     if settings.workers < 0:
         problems.append(f"plan.workers={settings.workers}: must be at least 0; 0 takes one a core")
     problems = problems or _lacking(card)
     if problems:
         raise ConfigError(problems)
-    return PlanRequest(words, card, settings, [each for each in others if not each.startswith(ALLOWING)])
+    return PlanRequest(words, card, settings, [word for word in run_words if not word.startswith(ALLOWING)])
 
 
 def _card_file(name: str) -> Path:
@@ -212,8 +212,8 @@ def _lacking(card: Card) -> list[str]:
 def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     """The configuration of a run on GPUs that need not be here, and the keys and groups that were typed. Raises ConfigError.
 
-    Where they are not typed, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. What is wrong
-    with the settings is looked for by `trainer.planner.plan.ways`.
+    If they are not typed, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. What is wrong
+    with the settings is looked for by `trainer.planner.plan.run_variants`.
     """
     from launch.config.compose import compose, ranks_of
     from launch.config.overrides import parse
@@ -221,17 +221,18 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     from trainer.config.run import AUTO, MICRO, STRATEGY, Device
 
     parsed = parse(words)
-    # What the run would choose is what a plan looks at in all its values.
-    chosen = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY, AUTO)}
-    typed = chosen | {key for key, value, _ in parsed.values if (key, value) != (MICRO, AUTO)}
+    # What `auto` leaves open for the run is what a plan looks at in all its values: it does not count as typed.
+    typed = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY, AUTO)}
+    typed |= {key for key, setting, _ in parsed.values if (key, setting) != (MICRO, AUTO)}
     # The launcher of a cluster settles nothing by this machine, and knows gpus_per_node.
-    config = compose([*words, *([] if "launcher" in typed else ["launcher=slurm"])], check=False).config
+    launcher = [] if "launcher" in typed else ["launcher=slurm"]
+    config = compose([*words, *launcher], check=False).config
     if "launcher.gpus_per_node" in typed and getattr(config.launcher, "gpus_per_node", 1) == 0:
         raise ConfigError("launcher.gpus_per_node=0: asks for nodes without GPUs; give the cards of a node to plan for")
     config.run.device = Device.cuda
-    # launcher=local settles it by this machine; what it found is of no account.
-    asked = Precision.auto if "precision" in config.substitutions else config.precision
-    config = replace(config, precision=card.precision(asked))
+    # launcher=local resolves `auto` for this machine; the plan is for another one.
+    precision = Precision.auto if "precision" in config.substitutions else config.precision
+    config = replace(config, precision=card.precision(precision))
     if MICRO not in typed:
         config.batch["micro"] = 1
     step = config.batch["micro"] * (ranks_of(config) or 0)
@@ -242,18 +243,14 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
 
 def _progress() -> Any:
     """Tells on stderr what was done: one line that is written over in a terminal, else a line at the end."""
-    shown = sys.stderr.isatty()
+    is_terminal = sys.stderr.isatty()
 
-    def tell(done: int, of: int, what: str) -> None:
-        if shown:
+    def on_progress(done: int, total: int, variant: str) -> None:
+        if is_terminal:
             draw(sys.stderr, "\r\033[K")
-            print(
-                f"simulated {done} of {of}: {what}"[:96],
-                end="" if done < of else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
-        elif done == of:
-            print(f"simulated {of} ways to run", file=sys.stderr, flush=True)
+            line = f"simulated {done} of {total}: {variant}"[:96]
+            print(line, end="" if done < total else "\n", file=sys.stderr, flush=True)
+        elif done == total:
+            print(f"simulated {total} ways to run", file=sys.stderr, flush=True)
 
-    return tell
+    return on_progress

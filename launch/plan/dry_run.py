@@ -18,11 +18,11 @@ from trainer.data.batches.order import steps_from_budget
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
 from trainer.model.loading import load_tokenizer
-from trainer.planner.fit_check import one_step, unsimulated
-from trainer.planner.lengths import drawn
-from trainer.planner.micro_batch import would_choose
+from trainer.planner.fit_check import single_step_config, why_not_simulated
+from trainer.planner.lengths import sampled_lengths
+from trainer.planner.micro_batch import preview_micro
 from trainer.planner.simulation import simulate_depth
-from trainer.planner.strategy_choice import would_choose_strategy
+from trainer.planner.strategy_choice import preview_strategy
 from trainer.session.run_facts import repetition_warning
 from trainer.step import Built
 
@@ -56,45 +56,53 @@ def describe(config: RunConfig) -> DryRun:
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
-    config = would_choose(would_choose_strategy(config, data), data)
+    config = preview_micro(preview_strategy(config, data), data)
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
-    per = built.reading.sequences_per_document
-    read = drawn(config, data.train, per)
-    size, micro = config.batch["global"], config.batch["micro"]
+    sequences = built.reading.sequences_per_document
+    samples = sampled_lengths(config, data.train, sequences)
+    global_batch = config.batch["global"]
+    micro = config.batch["micro"]
     world = config.launcher.per_node * config.launcher.nodes
-    steps = steps_from_budget(config.budget, read.order, read.tokens, size)
+    accumulation = global_batch // (micro * world)
+    steps = steps_from_budget(config.budget, samples.order, samples.tokens, global_batch)
+    epochs = steps * global_batch / samples.order.num_units
+    documents = len(data.train) // sequences
+    tokens_per_step = samples.mean * global_batch
     total = sum(element_counts(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     memory = _memory(config, built, data, world)
-    epochs = steps * size / read.order.num_units
     lines = [
         summary(data.report),
         preview(data.train, tokenizer, built.reading, data.label_names, width=100),
         f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world} process(es), layout {built.layout}, "
         f"attention {built.attention}",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
-        f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
-        f"tokens per step: about {read.mean * size:,.0f}; steps: {steps:,}; epochs: "
-        f"{epochs:,.2f} of {len(data.train) // per:,} documents",
-        *repetition_warning(size, epochs, steps),
+        f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {world} ranks",
+        f"tokens per step: about {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
+        f"{epochs:,.2f} of {documents:,} documents",
+        *repetition_warning(global_batch, epochs, steps),
         *memory.lines,
-        *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
-        *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),
-        *(f"resolved: {key}: {config.substitutions[key]}" for key in (STRATEGY, MICRO) if key in config.substitutions),
-        *(f"resolved: {key}: {value}" for key, value in built.substitutions.items()),
-        "nothing was trained (--dry-run)",
+        *_waiting(config.strategy, trained, world, accumulation=accumulation),
     ]
+    precision_advice = advice(config.precision, str(config.run.device))
+    if precision_advice:
+        lines.append(f"advice: {precision_advice}")
+    for key in (STRATEGY, MICRO):
+        if key in config.substitutions:
+            lines.append(f"resolved: {key}: {config.substitutions[key]}")
+    lines += [f"resolved: {key}: {note}" for key, note in built.substitutions.items()]
+    lines.append("nothing was trained (--dry-run)")
     facts = {
         "strategy": str(config.strategy.name),
         "tuning": str(config.tuning.name),
         "ranks": world,
         "parameters": total,
         "trainable_parameters": trained,
-        "batch": {"global": size, "micro": micro, "accumulation": size // (micro * world)},
+        "batch": {"global": global_batch, "micro": micro, "accumulation": accumulation},
         "steps": steps,
         "epochs": epochs,
-        "documents": len(data.train) // per,
-        "tokens_per_step": read.mean * size,
+        "documents": documents,
+        "tokens_per_step": tokens_per_step,
         "memory_per_rank": memory.facts,
         "substitutions": {key: str(note) for key, note in (config.substitutions | built.substitutions).items()},
     }
@@ -110,32 +118,37 @@ def _waiting(strategy: StrategyConfig, trained: int, world: int, *, accumulation
 
 
 def _memory(config: RunConfig, built: Built, data: Prepared, world: int) -> SimulatedMemory:
-    """The run's own step, simulated with its longest micro-batch; or why that cannot be told."""
-    auto = config.strategy.activation_checkpointing is ActivationCheckpointing.auto
-    noted = ", with nothing recomputed yet" if auto else ""
+    """The memory of the run's own step, simulated with its longest micro-batch; or why that cannot be told."""
     on_gpu = str(config.run.device) == "cuda"
     try:
-        found = simulate_depth(
-            one_step(config, world, auto=ActivationCheckpointing.none),
+        step = simulate_depth(
+            single_step_config(config, world, mode_if_auto=ActivationCheckpointing.none),
             longest_lengths(built.reading, workload(config, data)),
             world_size=world,
             local_world_size=max(1, world // config.launcher.nodes),
             device=SIMULATED if on_gpu else torch.device("cpu"),
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that stops no run
-        reason = unsimulated(error)
-        if isinstance(error, DEFECTS):
+        is_defect = isinstance(error, DEFECTS)
+        reason = why_not_simulated(error)
+        if is_defect:
             reason = (
                 f"not known: the simulated step failed with {type(error).__name__}: {error}. This is a fault of shardtune "
                 "or of the model's code, and training may fail likewise; exit code 70"
             )
-        return SimulatedMemory([f"memory per rank: {reason}"], {"unknown": reason}, defect=isinstance(error, DEFECTS))
-    unit, name = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
-    kinds = sorted(found.kinds.items(), key=lambda item: -item[1])
+        return SimulatedMemory([f"memory per rank: {reason}"], {"unknown": reason}, defect=is_defect)
+    unit, unit_name = 2**20, "MiB"
+    if step.total >= 2**30:
+        unit, unit_name = 2**30, "GiB"
+    mode = config.strategy.activation_checkpointing
+    note = ", with nothing recomputed yet" if mode is ActivationCheckpointing.auto else ""
     lines = [
-        f"memory per rank of the longest micro-batch{noted}, simulated: most in {found.peak}; libraries and what the allocator "
-        "reserves come on top",
-        *(f"  {kind:<14}{size / unit:8.2f} {name}" for kind, size in kinds if size >= 0.005 * unit),
-        f"  {'total':<14}{found.total / unit:8.2f} {name}",
+        f"memory per rank of the longest micro-batch{note}, simulated: most in {step.peak}; libraries and what the allocator "
+        "reserves come on top"
     ]
-    return SimulatedMemory(lines, {"bytes": found.total, "peak": str(found.peak), "kinds": dict(kinds)})
+    kinds = dict(sorted(step.kinds.items(), key=lambda kind_and_size: -kind_and_size[1]))
+    for kind, size in kinds.items():
+        if size >= 0.005 * unit:
+            lines.append(f"  {kind:<14}{size / unit:8.2f} {unit_name}")
+    lines.append(f"  {'total':<14}{step.total / unit:8.2f} {unit_name}")
+    return SimulatedMemory(lines, {"bytes": step.total, "peak": str(step.peak), "kinds": kinds})

@@ -28,60 +28,76 @@ class Calibrated:
     """A card, and in words what of it was measured by which run."""
 
     card: Card
-    said: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
 
 
 def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[str], command: list[str]) -> Calibrated:
-    """`card` with the figures of the run in `run_dir`, which is simulated. Raises ConfigError where it tells nothing of GPUs.
+    """`card` with the figures of the run in `run_dir`, which is simulated. Raises ConfigError if it tells nothing of GPUs.
 
     `allowing`: words that allow what the run reaches out to. `command`: all words that were typed, for messages.
     """
-    config, record, took = _read(Path(run_dir).expanduser(), allowing, command)
-    named = took.device_name
-    if named != card.name:
-        raise ConfigError(f"from={run_dir}: it ran on {named or 'an unnamed GPU'}, and hardware names {card.name}")
-    said, lacks = [f"from {run_dir} ({record.strategy}, {record.world_size} x {named}):"], []
+    config, record, measured = _read(Path(run_dir).expanduser(), allowing, command)
+    gpu = measured.device_name
+    if gpu != card.name:
+        raise ConfigError(f"from={run_dir}: it ran on {gpu or 'an unnamed GPU'}, and hardware names {card.name}")
+    lines = []
+    missing = []
     choice = _as_planned(config, record, card, settings)
     if isinstance(choice, str):
-        lacks.append(f"steps and tensors are reckoned as without it: {choice}")
+        missing.append(f"steps and tensors are reckoned as without it: {choice}")
     else:
-        if step_s := _positive(took.step_s):
-            card = replace(card, pace=step_s / choice.step.total_s)
-            said.append(
-                f"steps take {card.pace:.2f} x what is reckoned ({step_s:.3g} s, {choice.step.total_s:.3g} reckoned)"
-            )
+        step_s = _positive(measured.step_s)
+        if step_s is None:
+            missing.append("it tells no time of a step")
         else:
-            lacks.append("it tells no time of a step")
-        if peak := _positive(took.memory_gib):
-            simulated = choice.taken.total / 2**30
+            card = replace(card, pace=step_s / choice.step.total_s)
+            seconds = f"{step_s:.3g} s, {choice.step.total_s:.3g} reckoned"
+            lines.append(f"steps take {card.pace:.2f} x what is reckoned ({seconds})")
+        peak_gib = _positive(measured.memory_gib)
+        if peak_gib is not None:
+            simulated_gib = choice.peak.total / 2**30
             # Its longest documents need not have come together: less is no proof that less is needed.
-            card = replace(card, tensors=max(1.0, peak / simulated))
-            said.append(
-                f"tensors take {card.tensors:.2f} x what is simulated ({peak:.2f} GiB at most, {simulated:.2f} simulated)"
-            )
-    card, of_memory, of_disk = _beside(card, took, config.launcher.nodes)
-    said += [*of_memory, *of_disk]
-    if not of_memory:
-        lacks.append("it tells no memory that the allocator reserved")
-    if not of_disk:
-        lacks.append("it wrote no checkpoint")
+            card = replace(card, tensors=max(1.0, peak_gib / simulated_gib))
+            peaks = f"{peak_gib:.2f} GiB at most, {simulated_gib:.2f} simulated"
+            lines.append(f"tensors take {card.tensors:.2f} x what is simulated ({peaks})")
+    allocator = _measured_allocator(measured)
+    if allocator is None:
+        missing.append("it tells no memory that the allocator reserved")
+    else:
+        card = replace(card, allocator=allocator)
+        lines.append(f"the allocator reserves {allocator:.1%} beyond what is allocated")
+    disk_gb_s = _measured_disk_gb_s(measured, config.launcher.nodes)
+    if disk_gb_s is None:
+        missing.append("it wrote no checkpoint")
+    else:
+        card = replace(card, disk_gb_s=disk_gb_s)
+        lines.append(f"a node writes checkpoints at {disk_gb_s:.3g} GB/s")
     return Calibrated(
-        card, (said[0], *(f"  {one}" for one in said[1:]), *(f"  not calibrated: {one}" for one in lacks))
+        card,
+        (
+            f"from {run_dir} ({record.strategy}, {record.world_size} x {gpu}):",
+            *(f"  {line}" for line in lines),
+            *(f"  not calibrated: {reason}" for reason in missing),
+        ),
     )
 
 
-def _beside(card: Card, took: MeasuredCost, nodes: int) -> tuple[Card, list[str], list[str]]:
-    """The card with the run's allocator and disk, and what is said of either."""
-    of_memory, of_disk = [], []
-    peak, reserved = _positive(took.memory_gib), _positive(took.memory_reserved_gib)
-    if peak and reserved:
-        card = replace(card, allocator=max(0.0, reserved / peak - 1))
-        of_memory.append(f"the allocator reserves {card.allocator:.1%} beyond what is allocated")
-    size, seconds = _positive(took.checkpoint_bytes), _positive(took.checkpoint_s)
-    if size and seconds:
-        card = replace(card, disk_gb_s=size / seconds / 1e9 / nodes)
-        of_disk.append(f"a node writes checkpoints at {card.disk_gb_s:.3g} GB/s")
-    return card, of_memory, of_disk
+def _measured_allocator(measured: MeasuredCost) -> float | None:
+    """Share of what was allocated that the allocator reserved beyond it."""
+    peak = _positive(measured.memory_gib)
+    reserved = _positive(measured.memory_reserved_gib)
+    if peak is None or reserved is None:
+        return None
+    return max(0.0, reserved / peak - 1)
+
+
+def _measured_disk_gb_s(measured: MeasuredCost, nodes: int) -> float | None:
+    """Rate at which a node wrote the checkpoint."""
+    size_bytes = _positive(measured.checkpoint_bytes)
+    seconds = _positive(measured.checkpoint_s)
+    if size_bytes is None or seconds is None:
+        return None
+    return size_bytes / seconds / 1e9 / nodes
 
 
 def _positive(measured: float | None) -> float | None:
@@ -118,8 +134,8 @@ def _as_planned(config: RunConfig, record: RunRecord, card: Card, settings: Plan
     from launch.plan.job import job_of
     from strategies.base import ActivationCheckpointing, Precision
     from trainer.config.run import Device
-    from trainer.planner.plan import Way, choices
-    from trainer.planner.sweep import simulate_ways
+    from trainer.planner.plan import RunVariant, rank_choices
+    from trainer.planner.sweep import simulate_variants
 
     if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
         return "its recomputation was chosen by its free memory (strategy.activation_checkpointing=auto); name a run that set it"
@@ -129,14 +145,17 @@ def _as_planned(config: RunConfig, record: RunRecord, card: Card, settings: Plan
         "micro_batch": record.micro_batch > 0,
         "precision": record.precision in [*Precision],
     }
-    if missing := [key for key, known in is_known.items() if not known]:
+    missing = [key for key, known in is_known.items() if not known]
+    if missing:
         return f"its {RUN_RECORD} does not say {', '.join(missing)}"
-    world, nodes, micro = record.world_size, config.launcher.nodes, record.micro_batch
-    launcher = replace(config.launcher, processes=world // nodes)
+    launcher = replace(config.launcher, processes=record.world_size // config.launcher.nodes)
     config = replace(config, launcher=launcher, precision=Precision(record.precision))
     config.run.device = Device.cuda
     job = job_of(config, card)
-    accumulation = 2 if job.global_batch > job.world * micro else 1
-    way = Way(config, ())
-    (form,) = simulate_ways([way], job, accumulation, settings, lambda *_: None)
-    return form if isinstance(form, str) else choices(way, form, job, [micro])[0]
+    micro = record.micro_batch
+    accumulation = 2 if job.global_batch > job.ranks * micro else 1
+    variant = RunVariant(config, words=())
+    (cost_model,) = simulate_variants([variant], job, accumulation, settings, lambda *_: None)
+    if isinstance(cost_model, str):
+        return cost_model
+    return rank_choices(variant, cost_model, job, [micro])[0]

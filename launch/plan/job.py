@@ -7,7 +7,7 @@ from trainer.config.run import RunConfig
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.registry import reading_of
 from trainer.planner.hardware import Card
-from trainer.planner.lengths import Lengths, drawn
+from trainer.planner.lengths import DocumentLengths, sampled_lengths
 from trainer.planner.plan import PlannedRun
 
 
@@ -19,12 +19,12 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
         card=card,
         precision=config.precision,
         nodes=config.launcher.nodes,
-        per_node=config.launcher.per_node,
+        ranks_per_node=config.launcher.per_node,
         global_batch=config.batch["global"],
-        lengths=_measured(config, per) if given else Lengths.all_of(config.data.max_length, per),
+        lengths=_measured(config, per) if given else DocumentLengths.uniform(config.data.max_length, per),
     )
 
 
-def _measured(config: RunConfig, per: int) -> Lengths:
+def _measured(config: RunConfig, per: int) -> DocumentLengths:
     data = prepare_data(config, load_tokenizer(config.model))
-    return drawn(config, data.train, per).lengths(config.data, per)
+    return sampled_lengths(config, data.train, per).lengths(config.data, per)

@@ -6,47 +6,38 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from launch.serve.config import ServeConfig
-from launch.serve.middleware import TransformersMiddleware
+from launch.serve.middleware import Guard
 from launch.serve.requests import Served
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 
 if TYPE_CHECKING:
-    from launch.serve.models import ChatModel
+    from launch.serve.models import Talking
 
 PACKAGES = ("fastapi", "uvicorn", "openai")
 
 
-def refuse_missing_packages() -> None:
-    """Raise ConfigError if a package that the server needs is not installed."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"serve: needs {', '.join(missing)}; {install_command('serve')}")
+def check_packages() -> None:
+    """Raises ConfigError where what it stands on is not installed."""
+    if lacking := [name for name in PACKAGES if find_spec(name) is None]:
+        raise ConfigError(f"serve: needs {', '.join(lacking)}; {install_command('serve')}")
 
 
-def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddleware:
-    """The ASGI application that answers for `chat_model`."""
+def application(talking: Talking, config: ServeConfig) -> Guard:
+    """The ASGI application that answers for `talking`."""
     # Imported here: the packages that it needs are checked first.
     from launch.serve.compat import OneModel, seed_by_request, text_server
 
-    manager = OneModel(chat_model.name, chat_model.model, chat_model.tokenizer, chat_model.positions)
+    manager = OneModel(talking.name, talking.model, talking.tokenizer, talking.positions)
     app, shut_down = text_server(manager, batching=config.batching)
     if not config.batching:
-        seed_by_request(chat_model.model)
-    elif not chat_model.samples_by_default:  # with batching no request can choose: all are greedy
-        generation_config = chat_model.generation_config
-        generation_config.do_sample = False
-        generation_config.temperature = None
-        generation_config.top_p = None
-        generation_config.top_k = None
+        seed_by_request(talking.model)
+    elif not talking.samples:  # what is drawn is decided here, for all requests
+        own = talking.own
+        own.do_sample, own.temperature, own.top_p, own.top_k = False, None, None, None
     served = Served(
-        chat_model.name,
-        chat_model.tokenizer,
-        chat_model.positions,
-        config.max_tokens,
-        chat_model.samples_by_default,
-        config.batching,
+        talking.name, talking.tokenizer, talking.positions, config.max_tokens, talking.samples, config.batching
     )
-    guard = TransformersMiddleware(app, served, config)
+    guard = Guard(app, served, config)
     guard.close = shut_down
     return guard

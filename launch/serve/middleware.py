@@ -10,24 +10,23 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from launch.serve.config import LOOPBACK, ServeConfig
-from launch.serve.requests import CHAT, TEXT, RefusedRequest, Served, check_request
+from launch.serve.requests import CHAT, TEXT, RefusedRequest, Served, checked
 from launch.serve.stops import CutStream
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-OPEN_PATHS = {"/health": "GET", "/v1/models": "GET", CHAT: "POST", TEXT: "POST"}
-"""The only addresses that are answered. The application has others, for example to load and unload models."""
+OPEN = {"/health": "GET", "/v1/models": "GET", CHAT: "POST", TEXT: "POST"}
+"""All that is answered; whatever else the application has (loading and unloading models among it) is closed."""
 
 
-class GatewayMiddleware:
-    """An ASGI application around another one. It checks the key and the address, and limits the requests at a time."""
+class Door:
+    """An ASGI application around another one: who may enter, where to, and how many at a time."""
 
     def __init__(self, app: Any, config: ServeConfig) -> None:
-        self.app = app
-        self.config = config
+        self.app, self.config = app, config
         self.key = config.key
-        self.active_requests = 0
+        self.under_way = 0
         """Requests that are answered or wait."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -41,60 +40,57 @@ class GatewayMiddleware:
         try:
             await self._answer(scope, receive, send)
         except RefusedRequest as refused:
-            await _send_refusal(send, refused)
+            await _tell(send, refused)
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        self._admit(scope["path"], scope["method"], headers)
+        self._enter(scope["path"], scope["method"], headers)
         if scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
-        if self.active_requests >= self.config.max_requests:
-            raise RefusedRequest(
-                429, f"{self.active_requests} requests are under way (serve.max_requests); try again later"
-            )
-        self.active_requests += 1
+        if self.under_way >= self.config.max_requests:
+            raise RefusedRequest(429, f"{self.under_way} requests are under way (serve.max_requests); try again later")
+        self.under_way += 1
         try:
             content = await self._body(receive, headers)
-            await self._pass_on(scope, receive, send, self._checked_body(scope["path"], content))
+            await self._pass_on(scope, receive, send, self._asked(scope["path"], content))
         finally:
-            self.active_requests -= 1
+            self.under_way -= 1
 
-    def _admit(self, path: str, method: str, headers: dict[str, str]) -> None:
-        """Refuse another address or method, a missing key, and other names of this host. Raises RefusedRequest."""
-        if path not in OPEN_PATHS:
-            raise RefusedRequest(404, f"{path}: there is no such address here; there are {', '.join(OPEN_PATHS)}")
-        if method != OPEN_PATHS[path]:
-            raise RefusedRequest(405, f"{method} {path}: is asked with {OPEN_PATHS[path]}")
+    def _enter(self, path: str, method: str, headers: dict[str, str]) -> None:
+        if path not in OPEN:
+            raise RefusedRequest(404, f"{path}: there is no such address here; there are {', '.join(OPEN)}")
+        if method != OPEN[path]:
+            raise RefusedRequest(405, f"{method} {path}: is asked with {OPEN[path]}")
         if self.key and path != "/health":
             kind, _, sent = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), self.key.encode()):
                 raise RefusedRequest(
                     401, "the key is missing or wrong; send Authorization: Bearer <key>", code="invalid_api_key"
                 )
-        # A page in a browser on this machine may have its own name point here (DNS rebinding).
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]")
-        if not self.key and host not in LOOPBACK:
+        if (
+            not self.key and host not in LOOPBACK
+        ):  # a page in a browser here may have its own name point to this machine
             raise RefusedRequest(403, f"this server without a key answers to {', '.join(LOOPBACK)}, not to {host!r}")
 
     async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes:
-        """The whole body of a request. Raises RefusedRequest if it is no JSON by its header, or too large."""
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RefusedRequest(415, "send Content-Type: application/json")
-        content = b""
+        most, content = self.config.max_body_kib * 1024, b""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise RefusedRequest(400, "the connection was closed")
             content += message.get("body", b"")
-            if len(content) > self.config.max_body_kib * 1024:
+            if len(content) > most:
                 raise RefusedRequest(
                     413, f"the request is larger than {self.config.max_body_kib} KiB (serve.max_body_kib)"
                 )
             if not message.get("more_body"):
                 return content
 
-    def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
+    def _asked(self, path: str, content: bytes) -> dict[str, Any]:
         """The body that is passed on. Raises RefusedRequest."""
         try:
             body = json.loads(content)
@@ -104,31 +100,33 @@ class GatewayMiddleware:
             raise RefusedRequest(400, f"the body must be a JSON object, not {type(body).__name__}")
         return body
 
-    def _response_sender(self, send: Send, asked: dict[str, Any]) -> _RefusalFormatter:
-        """Wraps `send`, so that answers can be changed on their way out."""
-        return _RefusalFormatter(send)
+    def _out(self, send: Send, asked: dict[str, Any]) -> _Watched:
+        """What answers go out through."""
+        return _Watched(send)
 
-    async def _pass_on(self, scope: Message, receive: Receive, send: Send, body: dict[str, Any]) -> None:
-        """Call the application with the checked body instead of the one that was received."""
-        content = json.dumps(body).encode()
-        # The application would name its answer by the client's x-request-id.
-        dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
-        headers = [header for header in scope["headers"] if header[0].lower() not in dropped]
+    async def _pass_on(self, scope: Message, receive: Receive, send: Send, asked: dict[str, Any]) -> None:
+        content = json.dumps(asked).encode()
+        dropped = (
+            b"content-length",
+            b"transfer-encoding",
+            b"x-request-id",
+        )  # whose name is also that of the answer inside
+        headers = [each for each in scope["headers"] if each[0].lower() not in dropped]
         headers.append((b"content-length", str(len(content)).encode()))
-        body_sent = False
+        told = False
 
         async def replay() -> Message:
-            nonlocal body_sent
-            if body_sent:
+            nonlocal told
+            if told:
                 return await receive()  # that the client went away
-            body_sent = True
+            told = True
             return {"type": "http.request", "body": content, "more_body": False}
 
-        await self.app({**scope, "headers": headers}, replay, self._response_sender(send, body))
+        await self.app({**scope, "headers": headers}, replay, self._out(send, asked))
 
 
-class TransformersMiddleware(GatewayMiddleware):
-    """In front of transformers' application: also checks each field of a request."""
+class Guard(Door):
+    """The door of transformers' application, which also checks what is asked, field by field."""
 
     def __init__(self, app: Any, served: Served, config: ServeConfig) -> None:
         super().__init__(app, config)
@@ -136,18 +134,18 @@ class TransformersMiddleware(GatewayMiddleware):
         self.close: Callable[[], None] = lambda: None
         """Ends what computes, once nothing is asked any more."""
 
-    def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
-        return check_request(path, super()._checked_body(path, content), self.served)
+    def _asked(self, path: str, content: bytes) -> dict[str, Any]:
+        return checked(path, super()._asked(path, content), self.served)
 
-    def _response_sender(self, send: Send, asked: dict[str, Any]) -> _RefusalFormatter:
+    def _out(self, send: Send, asked: dict[str, Any]) -> _Watched:
         if "stop" not in asked:
-            return _RefusalFormatter(send)
+            return _Watched(send)
         if asked["stream"]:
-            return _RefusalFormatter(CutStream(send, asked["stop"]))
-        return _StopCutter(send, asked["stop"])
+            return _Watched(CutStream(send, asked["stop"]))
+        return _Cut(send, asked["stop"])
 
 
-class VllmMiddleware(GatewayMiddleware):
+class VllmDoor(Door):
     """The middleware as vLLM's `--middleware` takes it, configured by `other_servers.environment`. vLLM checks fields itself.
 
     Its own key leaves addresses beside /v1 open, and an adapter's base would be a second model.
@@ -157,88 +155,79 @@ class VllmMiddleware(GatewayMiddleware):
         told = json.loads(os.environ["SHARDTUNE_SERVE"])
         super().__init__(app, ServeConfig(**told))
 
-    def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
-        body = super()._checked_body(path, content)
+    def _asked(self, path: str, content: bytes) -> dict[str, Any]:
+        body = super()._asked(path, content)
         if body.setdefault("model", self.config.name) != self.config.name:
             message = f"model: there is no {body['model']!r} here; this server has {self.config.name!r} alone"
             raise RefusedRequest(404, message, "model", "model_not_found")
         return body
 
 
-class _RefusalFormatter:
+class _Watched:
     """Passes messages on; refusals of the application that are not in OpenAI's form get it."""
 
     def __init__(self, send: Send) -> None:
         self.send = send
-        self._start: Message | None = None
+        self._begin: Message | None = None
         self._content = b""
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and self._is_buffered(message):
-            self._start = message
+        if message["type"] == "http.response.start" and self._holds(message):
+            self._begin = message
             return
-        if self._start is None:
+        if self._begin is None:
             await self.send(message)
             return
         self._content += message.get("body", b"")
         if message.get("more_body"):
             return
-        content = self.rewritten(self._start["status"], self._content)
-        headers = [header for header in self._start["headers"] if header[0].lower() != b"content-length"]
+        content = self.changed(self._begin["status"], self._content)
+        headers = [each for each in self._begin["headers"] if each[0].lower() != b"content-length"]
         headers.append((b"content-length", str(len(content)).encode()))
-        await self.send({**self._start, "headers": headers})
+        await self.send({**self._begin, "headers": headers})
         await self.send({"type": "http.response.body", "body": content})
 
-    def _is_buffered(self, begin: Message) -> bool:
+    def _holds(self, begin: Message) -> bool:
         return bool(begin["status"] >= 400)
 
-    def rewritten(self, status: int, content: bytes) -> bytes:
-        """The body of an answer as it is sent to the client."""
+    def changed(self, status: int, content: bytes) -> bytes:
+        """The whole answer as it is sent."""
         if status < 400:
             return content
         try:
-            message = json.loads(content)
+            said = json.loads(content)
         except ValueError:
-            message = content.decode(errors="replace")
-            if status == 500:
-                message = "the model failed; the server's log says why"
-        if isinstance(message, dict):
-            message = message.get("detail") or message.get("error") or message
-        if not isinstance(message, str):
-            message = json.dumps(message)
-        return json.dumps(RefusedRequest(status, message).body()).encode()
+            said = "the model failed; the server's log says why" if status == 500 else content.decode(errors="replace")
+        if isinstance(said, dict):
+            said = said.get("detail") or said.get("error") or said
+        return json.dumps(RefusedRequest(status, said if isinstance(said, str) else json.dumps(said)).body()).encode()
 
 
-class _StopCutter(_RefusalFormatter):
+class _Cut(_Watched):
     """Also ends the text before the first stop, as OpenAI's servers do; transformers leaves the stop in."""
 
     def __init__(self, send: Send, stops: list[str]) -> None:
         super().__init__(send)
         self.stops = stops
 
-    def _is_buffered(self, begin: Message) -> bool:
+    def _holds(self, begin: Message) -> bool:
         return True
 
-    def rewritten(self, status: int, content: bytes) -> bytes:
-        content = super().rewritten(status, content)
+    def changed(self, status: int, content: bytes) -> bytes:
+        content = super().changed(status, content)
         if status >= 400:
             return content
         answer = json.loads(content)
         for choice in answer["choices"]:
-            place = choice
-            key = "text"
-            if "message" in choice:
-                place = choice["message"]
-                key = "content"
+            place, key = (choice["message"], "content") if "message" in choice else (choice, "text")
             text = place.get(key) or ""
-            cuts = [text.find(stop) for stop in self.stops if stop in text]
+            cuts = [at for stop in self.stops if (at := text.find(stop)) >= 0]
             if cuts:
-                place[key] = text[: min(cuts)]
-                choice["finish_reason"] = "stop"
+                place[key], choice["finish_reason"] = text[: min(cuts)], "stop"
         return json.dumps(answer).encode()
 
 
-async def _send_refusal(send: Send, refused: RefusedRequest) -> None:
+async def _tell(send: Send, refused: RefusedRequest) -> None:
     content = json.dumps(refused.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if refused.status == 429:

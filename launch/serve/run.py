@@ -13,53 +13,53 @@ if TYPE_CHECKING:
     from launch.serve.exported import Exported
 
 
-def bind_socket(config: ServeConfig) -> socket.socket:
+def bound(config: ServeConfig) -> socket.socket:
     """A socket on the address, before anything is loaded. Raises ConfigError where it cannot be had."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((config.host, config.port))
+        listening.bind((config.host, config.port))
     except (OSError, OverflowError) as error:
-        listener.close()
+        listening.close()
         raise ConfigError(
             f"serve.host={config.host} serve.port={config.port}: cannot be listened on ({error}); name another, or "
             "serve.port=0 for a free one"
         ) from error
-    return listener
+    return listening
 
 
-def address(config: ServeConfig, listener: socket.socket) -> str:
+def address(config: ServeConfig, listening: socket.socket) -> str:
     """What clients are given."""
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{listener.getsockname()[1]}/v1"
+    return f"http://{host}:{listening.getsockname()[1]}/v1"
 
 
-def load_server(exported: Exported, config: ServeConfig, listener: socket.socket) -> tuple[Any, str]:
+def server(exported: Exported, config: ServeConfig, listening: socket.socket) -> tuple[Any, str]:
     """(uvicorn's server with the model loaded, the model's name); from now on connections wait to be taken."""
     import uvicorn
 
     from launch.serve.app import application
     from launch.serve.models import load
 
-    chat_model = load(exported, device=config.device, dtype=config.dtype)
+    talking = load(exported, device=config.device, dtype=config.dtype)
     if config.name:
-        chat_model.name = config.name
-    app = application(chat_model, config)
+        talking.name = config.name
+    app = application(talking, config)
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
-    listener.listen(settings.backlog)
-    return uvicorn.Server(settings), chat_model.name
+    listening.listen(settings.backlog)
+    return uvicorn.Server(settings), talking.name
 
 
 def serve(exported: Exported, config: ServeConfig) -> None:
     """Serve until a signal ends it. Raises ConfigError."""
-    listener = bind_socket(config)
-    server, name = load_server(exported, config, listener)
+    listening = bound(config)
+    running, name = server(exported, config, listening)
     key = f"the key in {config.key_env}" if config.key_env else "no key"
-    print(f"serving {name} at {address(config, listener)} (transformers, {key}); Ctrl-C ends it", flush=True)
+    print(f"serving {name} at {address(config, listening)} (transformers, {key}); Ctrl-C ends it", flush=True)
     try:
-        server.run(sockets=[listener])
+        running.run(sockets=[listening])
     finally:
-        listener.close()
-        server.config.app.close()
+        listening.close()
+        running.config.app.close()
         sys.stdout.flush()

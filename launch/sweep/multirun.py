@@ -35,44 +35,49 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
     from launch.config.compose import compose, default_run_dir
 
     axes = read_axes(words)
-    points, problems, composed = axes.points(), [], []
+    points = axes.points()
+    labels = [axes.describe_point(point) for point in points]
     if show is None:
         refuse_large_arrays(points)
+    jobs = []
+    problems = []
     for number, point in enumerate(points):
         try:
-            composed.append(compose(point, check=check))
+            jobs.append(compose(point, check=check))
         except ConfigError as error:
-            problems += [f"point {number} ({axes.describe_point(point)}): {problem}" for problem in error.problems]
+            problems += [f"point {number} ({labels[number]}): {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
     for line in axes.settings_of_some_points():
         print(line, file=sys.stderr)
     if show is not None:
-        for number, one in enumerate(composed):
-            print(f"# point {number}: {axes.describe_point(points[number])}")
-            show(one)
+        for number, job in enumerate(jobs):
+            print(f"# point {number}: {labels[number]}")
+            show(job)
         return 0
-    asked = composed[0].config.run.dir
-    together = hashlib.sha256(json.dumps([one.sha256 for one in composed]).encode()).hexdigest()
-    base = Path(asked).expanduser() if asked else default_run_dir(together)
+    if jobs[0].config.run.dir:
+        base = Path(jobs[0].config.run.dir).expanduser()
+    else:
+        digests = json.dumps([job.sha256 for job in jobs])
+        base = default_run_dir(hashlib.sha256(digests.encode()).hexdigest())
     run_dirs = [base / str(number) for number in range(len(points))]
-    labels = [axes.describe_point(point) for point in points]
-    for point, one in zip(points, composed, strict=True):
-        chosen = axes.values_on_axes(point)
-        name_in_trackers(one.config.logging, base, label(chosen), [f"{key}={value}" for key, value in chosen.items()])
-    if composed[0].config.launcher.name.value == "slurm":
+    for point, job in zip(points, jobs, strict=True):
+        settings = axes.values_on_axes(point)
+        setting_words = [f"{key}={setting}" for key, setting in settings.items()]
+        name_in_trackers(job.config.logging, base, label(settings), setting_words)
+    if jobs[0].config.launcher.name.value == "slurm":
         from launch.cluster.submission import submit_array
 
-        return submit_array(composed, run_dirs)
-    return _one_by_one(composed, run_dirs, labels, launch)
+        return submit_array(jobs, run_dirs)
+    return _one_by_one(jobs, run_dirs, labels, launch)
 
 
-def _one_by_one(composed: list[Composed], run_dirs: list[Path], labels: list[str], launch: Launch) -> int:
+def _one_by_one(jobs: list[Composed], run_dirs: list[Path], labels: list[str], launch: Launch) -> int:
     codes: list[int] = []
-    for one, run_dir, label in zip(composed, run_dirs, labels, strict=True):
-        print(f"[{len(codes) + 1}/{len(composed)}] {label} -> {run_dir}", flush=True)
+    for job, run_dir, label in zip(jobs, run_dirs, labels, strict=True):
+        print(f"[{len(codes) + 1}/{len(jobs)}] {label} -> {run_dir}", flush=True)
         try:
-            codes.append(launch(one, run_dir, isolate=True))
+            codes.append(launch(job, run_dir, isolate=True))
         except ShardtuneError as error:
             print(f"shardtune train: {error}", file=sys.stderr)
             codes.append(error.exit_code)

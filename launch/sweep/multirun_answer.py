@@ -19,7 +19,7 @@ COLUMNS = (
     Column("point"),
 )
 REASON_INDENT = 10
-SHORT = {"failed": "failed", "preempted": "stopped", "not started": "not run"}
+SHORT_STATES = {"failed": "failed", "preempted": "stopped", "not started": "not run"}
 
 
 def table(labels: list[str], run_dirs: list[Path], codes: list[int]) -> str:
@@ -27,13 +27,16 @@ def table(labels: list[str], run_dirs: list[Path], codes: list[int]) -> str:
     rows = []
     for number, (label, run_dir) in enumerate(zip(labels, run_dirs, strict=True)):
         code = codes[number] if number < len(codes) else None
-        try:
-            point = read_point(run_dir) if code is not None else None
-            reason = point.reason if point is not None else None
-        except ConfigError as error:
-            point, reason = None, " ".join(error.problems)
+        point = None
+        reason = None
+        if code is not None:
+            try:
+                point = read_point(run_dir)
+                reason = point.reason
+            except ConfigError as error:
+                reason = " ".join(error.problems)
         notes = fold_all([reason], indent=REASON_INDENT) if reason else []
-        rows.append(TableRow((_state(code, point), *_cells(point), label), notes))
+        rows.append(TableRow((_state(code, point), *_metric_cells(point), label), notes))
     return "\n".join([*draw_table(COLUMNS, rows), "", f"side by side: shardtune compare {run_dirs[0].parent}"])
 
 
@@ -42,20 +45,22 @@ def _state(code: int | None, point: Point | None) -> str:
         return "not run"
     if code == 0:
         return "done"
-    return SHORT.get(point.state, f"exit {code}") if point is not None else f"exit {code}"
+    if point is not None and point.state in SHORT_STATES:
+        return SHORT_STATES[point.state]
+    return f"exit {code}"
 
 
-def _cells(point: Point | None) -> tuple[str, ...]:
+def _metric_cells(point: Point | None) -> tuple[str, ...]:
     if point is None or not point.steps:
         return ("-",) * 5
-    found = measure(point)
-    watched = str(point.config.get("evaluation.watch") or "eval/loss")
+    metrics = measure(point)
+    watched_metric = str(point.config.get("evaluation.watch") or "eval/loss")
     return (
         str(max(point.steps)),
-        _number(found.loss, ".4f"),
-        _number(found.after.get(watched), ".4f"),
-        _number(found.tokens_per_s, ",.0f"),
-        _number(found.memory_gib, ".3g"),
+        _number(metrics.loss, ".4f"),
+        _number(metrics.after.get(watched_metric), ".4f"),
+        _number(metrics.tokens_per_s, ",.0f"),
+        _number(metrics.memory_gib, ".3g"),
     )
 
 

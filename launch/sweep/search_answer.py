@@ -21,16 +21,16 @@ def table(study: Study, search: Search, base: Path) -> str:
     """What a person reads in a terminal: the best first, then those that have no value."""
     sign = -1 if search.greater_is_better else 1
     trials = study.get_trials(deepcopy=False)
-    done = sorted(
+    complete = sorted(
         (trial for trial in trials if trial.state.name == "COMPLETE"),
         key=lambda trial: (sign * (trial.value or 0.0), trial.number),
     )
-    others = [trial for trial in trials if trial.state.name != "COMPLETE"]
+    unfinished = [trial for trial in trials if trial.state.name != "COMPLETE"]
     columns = (Column("trial", is_number=True), Column(search.metric, is_number=True), Column("state"), Column("words"))
-    lines = [*draw_table(columns, [_row(trial, search) for trial in [*done, *others]]), ""]
-    if not done:
+    lines = [*draw_table(columns, [_row(trial, search) for trial in [*complete, *unfinished]]), ""]
+    if not complete:
         return "\n".join([*lines, "no trial is done: there is no best one"])
-    best = done[0]
+    best = complete[0]
     directory = base / str(best.user_attrs.get("twin", best.number))
     lines += fold(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {directory}; its words:", 0)
     return "\n".join([*lines, f"  {shlex.join(search.words_of(best.params))}"])
@@ -49,5 +49,5 @@ def _row(trial: FrozenTrial, search: Search) -> TableRow:
         words.append(f"the same words as trial {trial.user_attrs['twin']}, not run again")
     if trial.state.name == "FAIL":
         words.append(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
-    shown = "-" if metric is None else f"{metric:.6g}"
-    return TableRow((str(trial.number), shown, STATES[trial.state.name], "\n".join(words)))
+    metric_text = "-" if metric is None else f"{metric:.6g}"
+    return TableRow((str(trial.number), metric_text, STATES[trial.state.name], "\n".join(words)))

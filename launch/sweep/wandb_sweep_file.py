@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from launch.sweep.space import Searched
+from launch.sweep.space import SearchedSetting
 from launch.sweep.sweeper import Prune, Search, plan_search
 from strategies.errors import ConfigError
 
-MOST_VALUES = 1000
+LARGEST_LIST = 1000
 """Values of a range that a file lists."""
 
 
@@ -34,7 +34,8 @@ def write_sweep(words: list[str], *, print_only: bool = False) -> int:
 
 def sweep_of(search: Search) -> dict[str, Any]:
     """The sweep as W&B has it: the space, what is made better, and the command of a trial. Raises ConfigError."""
-    settings, logging = search.settings, search.first.config.logging
+    settings = search.settings
+    logging = search.first_job.config.logging
     problems = []
     if settings.prune is not Prune.none:
         problems.append(
@@ -45,43 +46,41 @@ def sweep_of(search: Search) -> dict[str, Any]:
         problems.append(f"sweeper.seed={settings.seed}: W&B draws by a seed of its own; leave it out")
     if problems:
         raise ConfigError(problems)
-    own = ("run.dir=", "logging.wandb=")  # W&B names a trial, and must hear of it
-    fixed = [word for word in search.fixed if not word.startswith(own)]
-    made = {
-        "project": logging.project or "shardtune",
-        "entity": logging.entity,
-        "method": "bayes",
-        "metric": {"name": search.metric, "goal": "maximize" if search.greater_is_better else "minimize"},
-        "run_cap": settings.trials,
-        "parameters": {one.key: parameter_of(one) for one in search.space},
-        "command": ["${env}", "shardtune", "train", *fixed, "logging.wandb=online", "${args_no_hyphens}"],
-    }
-    return {key: value for key, value in made.items() if value is not None}
+    agent_words = ("run.dir=", "logging.wandb=")  # W&B names the directory of a trial, and must hear of it
+    fixed = [word for word in search.fixed if not word.startswith(agent_words)]
+    sweep: dict[str, Any] = {"project": logging.project or "shardtune"}
+    if logging.entity is not None:
+        sweep["entity"] = logging.entity
+    sweep["method"] = "bayes"
+    sweep["metric"] = {"name": search.metric, "goal": "maximize" if search.greater_is_better else "minimize"}
+    sweep["run_cap"] = settings.trials
+    sweep["parameters"] = {setting.key: parameter_of(setting) for setting in search.space}
+    sweep["command"] = ["${env}", "shardtune", "train", *fixed, "logging.wandb=online", "${args_no_hyphens}"]
+    return sweep
 
 
-def parameter_of(one: Searched) -> dict[str, Any]:
+def parameter_of(setting: SearchedSetting) -> dict[str, Any]:
     """A setting's values as W&B has them. Raises ConfigError for a range of too many."""
-    if one.choices:
-        return {"values": [_number(text) for text in one.choices]}
-    low, high = (int(one.low), int(one.high)) if one.whole else (one.low, one.high)
-    if one.step is not None and not (one.whole and one.step == 1):
-        # W&B's steps are multiples of theirs, ours begin at the lower end.
-        number = int((one.high - one.low) / one.step + 1e-9) + 1
-        if number > MOST_VALUES:
-            raise ConfigError(f"{one.key}={one.text}: has {number:,} values; write interval({low},{high})")
-        values = [one.word(one.low + index * one.step).partition("=")[2] for index in range(number)]
-        return {"values": [_number(text) for text in values]}
-    if one.log:
-        return (
-            {"distribution": "q_log_uniform_values", "min": low, "max": high, "q": 1}
-            if one.whole
-            else {
-                "distribution": "log_uniform_values",
-                "min": low,
-                "max": high,
-            }
-        )
-    return {"distribution": "int_uniform" if one.whole else "uniform", "min": low, "max": high}
+    if setting.choices:
+        return {"values": [_number(text) for text in setting.choices]}
+    low: float = setting.low
+    high: float = setting.high
+    if setting.is_integer:
+        low = int(low)
+        high = int(high)
+    if setting.step is not None and not (setting.is_integer and setting.step == 1):
+        # W&B's steps are multiples of the step, ours count from the lower end: list all values.
+        count = int((setting.high - setting.low) / setting.step + 1e-9) + 1
+        if count > LARGEST_LIST:
+            raise ConfigError(f"{setting.key}={setting.text}: has {count:,} values; write interval({low},{high})")
+        words = [setting.word(setting.low + index * setting.step) for index in range(count)]
+        return {"values": [_number(word.partition("=")[2]) for word in words]}
+    bounds = {"min": low, "max": high}
+    if setting.log and setting.is_integer:
+        return {"distribution": "q_log_uniform_values", **bounds, "q": 1}
+    if setting.log:
+        return {"distribution": "log_uniform_values", **bounds}
+    return {"distribution": "int_uniform" if setting.is_integer else "uniform", **bounds}
 
 
 def _number(text: str) -> Any:

@@ -43,7 +43,7 @@ def test_what_cannot_be_multiplied_in_4_bits_is_what_bitsandbytes_cannot_pack(si
     monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
     rows, columns = sides
     model = torch.nn.Sequential(torch.nn.Linear(columns, rows))
-    odd = quantised_checkpoints.unmultiplied(model, torch.device("cpu"))
+    odd = quantised_checkpoints.unsupported_4bit_layers(model, torch.device("cpu"))
     packed, state = functional.quantize_4bit(model[0].weight.detach(), quant_type="nf4")
     try:
         functional._convert_weight_packed_for_cpu(packed, state)
@@ -51,9 +51,9 @@ def test_what_cannot_be_multiplied_in_4_bits_is_what_bitsandbytes_cannot_pack(si
     except (AssertionError, RuntimeError):
         assert odd == [f"0 {rows}x{columns}"]
         with pytest.raises(ConfigError, match=rf"bits=nf4: .* and not 0 {rows}x{columns}; use a GPU or a processor"):
-            quantised_checkpoints.refuse_unmultiplied("bits=nf4", model, torch.device("cpu"))
+            quantised_checkpoints.refuse_unsupported_4bit("bits=nf4", model, torch.device("cpu"))
     monkeypatch.setattr(functional, "has_avx512bf16", lambda: False)
-    assert quantised_checkpoints.unmultiplied(model, torch.device("cpu")) == []
+    assert quantised_checkpoints.unsupported_4bit_layers(model, torch.device("cpu")) == []
 
 
 def test_a_stored_model_that_cannot_be_multiplied_here_is_refused_before_it_is_loaded(site, monkeypatch, capsys):

@@ -152,7 +152,7 @@ def test_grouped_heads_and_windows_build_no_square(dtype):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
-            out = attention._one_document(q, k, v, attention.AttentionRule(None, 0.0, seen, None, True, None))
+            out = attention._attend_one_document(q, k, v, attention.AttentionRule(None, 0.0, seen, None, True, None))
             out.sum().backward()
         assert torch.cuda.max_memory_allocated() - before < 2**29
         q.grad = k.grad = v.grad = None

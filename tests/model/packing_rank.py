@@ -11,7 +11,7 @@ from trainer.model import packed_cache
 
 def main(directory: str, index: str, count: str, pause: str) -> None:
     """Say which weight it packs as it begins with it, then whether all are right."""
-    packed_cache.SMALLEST, log = 0, []
+    packed_cache.SMALLEST_BYTES, log = 0, []
 
     def pack(name):
         log.append(name)

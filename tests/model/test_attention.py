@@ -178,7 +178,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_what_gpus_compute_equals_one_mask_over_the_document(kv_heads, window, softcap, sinks, causal, monkeypatch):
     """The stretches of a window and the repeated heads, forward and backward, in float64 against the path of CPUs."""
-    monkeypatch.setattr(attention, "STRETCH", 12)
+    monkeypatch.setattr(attention, "SMALLEST_STRETCH", 12)
     generator = torch.Generator().manual_seed(2)
     shapes = [(1, 4, 70, 8), (1, kv_heads, 70, 8), (1, kv_heads, 70, 8)]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -186,7 +186,7 @@ def test_what_gpus_compute_equals_one_mask_over_the_document(kv_heads, window, s
     given = torch.randn(4, generator=generator, dtype=torch.float64) if sinks else None
     rule = attention.AttentionRule(0.3, 0.0, window, softcap, causal, given)
     found = []
-    for out in (attention._one_document(*inputs, rule), attention._on_gpu(*inputs, rule)):
+    for out in (attention._attend_one_document(*inputs, rule), attention._attend_on_gpu(*inputs, rule)):
         found.append((out, *torch.autograd.grad((out * weights).sum(), inputs)))
     for expected, got in zip(*found, strict=True):
         assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
@@ -200,13 +200,13 @@ def test_gpus_get_no_square_of_the_document_and_no_grouped_heads(monkeypatch):
         asked.append(options.get("enable_gqa", False) or q.shape[1] != k.shape[1])
         return real(q, k, v, **options)
 
-    monkeypatch.setattr(attention, "STRETCH", 128)
+    monkeypatch.setattr(attention, "SMALLEST_STRETCH", 128)
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", note)
     length = 2048
     q, (k, v) = torch.randn(1, 4, length, 8), torch.randn(2, 1, 2, length, 8)
     for window in (None, 64):
         with Largest() as largest:
-            attention._on_gpu(q, k, v, attention.AttentionRule(None, 0.0, window, None, True, None))
+            attention._attend_on_gpu(q, k, v, attention.AttentionRule(None, 0.0, window, None, True, None))
         assert largest.numel <= 128 * (128 + 64) + q.numel()
     assert len(asked) == 1 + length // 128 and not any(asked)
 
@@ -226,10 +226,10 @@ def test_compiled_layers_share_one_graph():
 
         def forward(self, x, bounds):
             out = attention.varlen_attention(self, x, x, x, None, cu_seq_lens_q=bounds, document_bounds=[0, 2, 5])[0]
-            routing.note_chosen(self, out)
+            routing.note_chosen_experts(self, out)
             return out
 
-    routing._Now.note = torch.compiler.disable(routing._note)
+    routing._Recording.note = torch.compiler.disable(routing._count_tokens)
     traced, graphs = CompileCounter(), []
     for number in range(3):
         layer = Layer(number)

@@ -11,7 +11,7 @@ from trainer.data.config import Layout
 from trainer.model import attention
 from trainer.model.config import Attention, ModelConfig
 from trainer.model.flash import head_sizes, why_not_flash
-from trainer.model.layout import Kernels, resolve_layout
+from trainer.model.layout import KernelChoices, resolve_layout
 
 H100, RTX_4090, SPARK, T4 = (
     Gpu("NVIDIA H100 80GB HBM3", (9, 0)),
@@ -89,7 +89,7 @@ def test_the_kernel_of_torch_asks_the_same(monkeypatch):
 def layout(choice, wanted, no_flash):
     config = ModelConfig(path="model", attention=choice)
     found = resolve_layout(
-        config, wanted, "llama", unproven=lambda _: "", needs_padding=False, kernels=Kernels(no_flash, None)
+        config, wanted, "llama", unproven=lambda _: "", needs_padding=False, kernels=KernelChoices(no_flash, None)
     )
     return found.layout, found.attention, found.notes
 

@@ -20,7 +20,7 @@ from trainer.data.config import Layout
 from trainer.export.verify import reference_logits
 from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
-from trainer.model.layout import Kernels, resolve_layout
+from trainer.model.layout import KernelChoices, resolve_layout
 from trainer.model.loading import load_tokenizer
 from trainer.objectives import forward_path, layout_choice
 
@@ -67,7 +67,7 @@ def test_documents_windows_sinks_caps_and_chunks_are_proven_in_one_row(kind):
 
 
 def test_a_cap_that_is_left_out_is_found_out(monkeypatch):
-    monkeypatch.setattr(flex, "_capped", lambda _cap: lambda score, *_: score)
+    monkeypatch.setattr(flex, "_softcap_scores", lambda _cap: lambda score, *_: score)
     assert proven("caps")[0].padding_free is None
 
 
@@ -85,7 +85,7 @@ def test_what_is_computed_over_pairs_is_what_the_operator_computes(heads, softca
     q, k, v = (torch.randn(1, h, 42, 16, generator=draw) for h in (heads[0], heads[1], heads[1]))
     options = {"scaling": 0.3, "softcap": softcap, "s_aux": torch.randn(heads[0], generator=draw)}
     found, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options)
-    monkeypatch.setattr(flex, "_by_pairs", flex._by_kernel)
+    monkeypatch.setattr(flex, "_attend_over_pairs", flex._attend_by_kernel)
     monkeypatch.setattr(flex, "_compiled", lambda function: function)
     expected, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options)
     assert torch.allclose(found, expected, atol=1e-6)
@@ -133,7 +133,7 @@ def counted(tmp_path, monkeypatch, name, kernel, micro):
     data = data_set(tmp_path, uneven=False)
     config = run_config(directory, "single", "full", micro=micro)
     config = replace(config, model=replace(config.model, attention=Attention(kernel)))
-    monkeypatch.setattr(layout_choice, "_kernels", lambda *_, **__: Kernels("no", None))
+    monkeypatch.setattr(layout_choice, "_kernels", lambda *_, **__: KernelChoices("no", None))
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     return measured_activations(built, workload(config, data), Precision.bf16)
 
@@ -175,22 +175,22 @@ EVERY = {FLASH, FLEX, OURS}
 
 def test_the_order_of_choice():
     """FlashAttention, then flex where the model gains by it, the built-in kernel, flex where that one is not right."""
-    assert chosen(Kernels(None, None, flex_first=True), EVERY)[0] == FLASH
-    assert chosen(Kernels("no", None, flex_first=True), EVERY)[0] == FLEX
-    assert chosen(Kernels("no", None), EVERY)[0] == OURS
-    assert chosen(Kernels("no", None), {FLEX})[0] == FLEX
-    assert chosen(Kernels("no", None, flex_first=True), {OURS})[0] == OURS
-    assert chosen(Kernels("no", "no", flex_first=True), {FLEX, OURS})[0] == OURS
-    name, notes = chosen(Kernels("no", "no"), {FLEX})
+    assert chosen(KernelChoices(None, None, flex_first=True), EVERY)[0] == FLASH
+    assert chosen(KernelChoices("no", None, flex_first=True), EVERY)[0] == FLEX
+    assert chosen(KernelChoices("no", None), EVERY)[0] == OURS
+    assert chosen(KernelChoices("no", None), {FLEX})[0] == FLEX
+    assert chosen(KernelChoices("no", None, flex_first=True), {OURS})[0] == OURS
+    assert chosen(KernelChoices("no", "no", flex_first=True), {FLEX, OURS})[0] == OURS
+    name, notes = chosen(KernelChoices("no", "no"), {FLEX})
     assert name == "sdpa" and "shardtune_varlen is off" in notes["data.layout"]
-    notes = chosen(Kernels("it is not built for x", None, flex_first=True), EVERY)[1]
+    notes = chosen(KernelChoices("it is not built for x", None, flex_first=True), EVERY)[1]
     assert (
         notes["model.attention"].startswith("flex (torch's, compiled") and "not built for x" in notes["model.attention"]
     )
 
 
 def test_asked_for_it_is_taken_or_refused():
-    kernels = Kernels("no", None)
+    kernels = KernelChoices("no", None)
     assert chosen(kernels, EVERY, Attention.flex) == (FLEX, {})
     with pytest.raises(ConfigError, match=r"model.attention=flex: kind is not proven.*flex is off"):
         chosen(kernels, {OURS}, Attention.flex)
@@ -215,7 +215,7 @@ def test_a_run_takes_the_steps_of_the_built_in_kernel(tuning, tmp_path, runtime,
     data = data_set(tmp_path, uneven=True)
     full = SingleConfig(activation_checkpointing=ActivationCheckpointing.full)
     config = replace(run_config(model, full, tuning, micro=GLOBAL_BATCH), precision=Precision.fp32)
-    monkeypatch.setattr(layout_choice, "_kernels", lambda *_, **__: Kernels("no", None))
+    monkeypatch.setattr(layout_choice, "_kernels", lambda *_, **__: KernelChoices("no", None))
     found = {}
     for kernel, name in ((Attention.flex, FLEX), (Attention.varlen, OURS)):
         asked = replace(config, model=replace(config.model, attention=kernel))

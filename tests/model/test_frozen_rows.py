@@ -9,16 +9,16 @@ from tests.models import tiny
 from trainer.data.config import Layout
 from trainer.export.verify import DriftError, verify_export
 from trainer.losses.fuse import fuse_head
-from trainer.model.frozen_rows import still_rows, zeroed_row
-from trainer.model.layout import Arrangement
+from trainer.model.frozen_rows import always_zero_rows, zeroed_row
+from trainer.model.layout import AttentionLayout
 
 
 def test_of_whom_and_that_it_is_said():
     youtu, bert = tiny.tiny_model("youtu"), tiny.tiny_model("bert")
     assert bert.get_input_embeddings().padding_idx is not None  # which is loaded as it is stored
     assert (zeroed_row(youtu), zeroed_row(bert), zeroed_row(tiny.tiny_model("llama"))) == (2, None, None)
-    arranged = Arrangement(Layout.padded, "sdpa", {})
-    assert still_rows(youtu, arranged) == {"model.embed_tokens.weight": 2}
+    arranged = AttentionLayout(Layout.padded, "sdpa", {})
+    assert always_zero_rows(youtu, arranged) == {"model.embed_tokens.weight": 2}
     assert "row 2 of model.embed_tokens (padding) stays zero" in arranged.notes["model.embeddings"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.model.noise import drawn, noise
+from trainer.model.noise import noise, noise_of
 
 WIDTH, ALPHA = 64, 5.0
 DOCUMENTS = [torch.arange(5, 5 + length) for length in (40, 9, 40)]
@@ -23,14 +23,14 @@ def padded(documents, by=BY):
 
 
 def test_it_is_the_same_in_any_layout_and_company():
-    alone = [drawn(in_one_row([each]), WIDTH, ALPHA)[0] for each in DOCUMENTS]
-    together = drawn(in_one_row(DOCUMENTS[::-1]), WIDTH, ALPHA)[0].split([40, 9, 40])[::-1]
-    apart = drawn(padded(DOCUMENTS), WIDTH, ALPHA)
+    alone = [noise_of(in_one_row([each]), WIDTH, ALPHA)[0] for each in DOCUMENTS]
+    together = noise_of(in_one_row(DOCUMENTS[::-1]), WIDTH, ALPHA)[0].split([40, 9, 40])[::-1]
+    apart = noise_of(padded(DOCUMENTS), WIDTH, ALPHA)
     for number, each in enumerate(DOCUMENTS):
         assert torch.equal(alone[number], together[number]) and torch.equal(alone[number], apart[number, : len(each)])
     for by in ((42, 8), (43, 7)):
         assert not torch.equal(
-            drawn(in_one_row(DOCUMENTS, by), WIDTH, ALPHA), drawn(in_one_row(DOCUMENTS), WIDTH, ALPHA)
+            noise_of(in_one_row(DOCUMENTS, by), WIDTH, ALPHA), noise_of(in_one_row(DOCUMENTS), WIDTH, ALPHA)
         )
 
 
@@ -38,7 +38,9 @@ def test_it_is_the_same_in_any_layout_and_company():
 def test_it_is_even_up_to_the_size_of_the_paper(number):
     length = len(DOCUMENTS[number])
     size = ALPHA / (length * WIDTH) ** 0.5
-    many = torch.cat([drawn(in_one_row([DOCUMENTS[number]], (42, step)), WIDTH, ALPHA).view(-1) for step in range(20)])
+    many = torch.cat(
+        [noise_of(in_one_row([DOCUMENTS[number]], (42, step)), WIDTH, ALPHA).view(-1) for step in range(20)]
+    )
     assert many.abs().max() <= size and many.abs().max() > 0.99 * size
     assert many.mean().abs() < 0.05 * size and many.var().item() == pytest.approx(size**2 / 3, rel=0.05)
     counts = torch.histc(many / size, 20, -1, 1) / len(many)
@@ -59,7 +61,7 @@ def test_it_is_added_in_training_alone():
     batch = in_one_row(DOCUMENTS)
     plain = model.table(batch["input_ids"])
     with noise(model, batch, ALPHA):
-        assert torch.equal(model.table(batch["input_ids"]), plain + drawn(batch, WIDTH, ALPHA))
+        assert torch.equal(model.table(batch["input_ids"]), plain + noise_of(batch, WIDTH, ALPHA))
         with torch.no_grad():
             assert torch.equal(model.table(batch["input_ids"]), plain)
     assert torch.equal(model.table(batch["input_ids"]), plain)

@@ -32,7 +32,7 @@ def made(name):
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch):
-    monkeypatch.setattr(packed_cache, "SMALLEST", 0)
+    monkeypatch.setattr(packed_cache, "SMALLEST_BYTES", 0)
 
 
 class Rank:
@@ -95,7 +95,7 @@ def test_without_room_or_right_every_rank_packs_for_itself_and_says_so(tmp_path,
     monkeypatch.setattr(packed_cache.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 2**10}))
     full = weights(tmp_path / "full")
     assert full.run(name, 0, 9).equal(made(name)[:9]) and "GiB free in" in full.reason
-    monkeypatch.setattr(packed_cache, "SMALLEST", 2**30)
+    monkeypatch.setattr(packed_cache, "SMALLEST_BYTES", 2**30)
     small = weights(tmp_path / "small")
     assert small.run(name, 0, 9).equal(made(name)[:9]) and "as fast as they are read" in small.reason
     assert not (tmp_path / "small").exists()

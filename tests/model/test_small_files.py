@@ -11,7 +11,7 @@ from strategies.errors import ConfigError
 from strategies.small_files import MAX_BYTES, read_object
 from tests.helpers.building import model_dir
 from trainer.model.config import ModelConfig
-from trainer.model.files import Files
+from trainer.model.files import SafetensorsFiles
 from trainer.model.loading import check_files, generation_config, load_model_config, load_tokenizer
 from trainer.model.rules import read_config
 from trainer.tuning.adapter_checkpoint import peft_settings
@@ -94,7 +94,7 @@ def test_a_pipe_in_place_of_any_file_is_refused(directory, name):
 def test_an_index_of_weights_that_is_none_is_named(directory, text, said):
     (directory / INDEX).write_text(text)
     with pytest.raises(ConfigError, match=said) as refused:
-        Files(directory)
+        SafetensorsFiles(directory)
     assert str(directory / INDEX) in str(refused.value)
 
 
@@ -139,7 +139,7 @@ def test_a_file_that_may_not_be_read_is_a_sentence(directory):
             if os.getuid() == 0:
                 os.setuid(65534)
             said = ""
-            for read in (Files, lambda path: read_object(path / "tokenizer_config.json")):
+            for read in (SafetensorsFiles, lambda path: read_object(path / "tokenizer_config.json")):
                 try:
                     read(directory)
                 except ConfigError as error:

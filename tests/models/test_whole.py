@@ -88,7 +88,7 @@ def test_where_names_do_not_do_widths_are_divided(monkeypatch):
     """As of an architecture that is not in transformers: its own copy, by other names, would not fit together."""
     attention.register()
     config, plain = built("Mixtral-8x22B")
-    monkeypatch.setattr("trainer.model.shrink._by_name", lambda made, full: made | {"num_key_value_heads": 3})
+    monkeypatch.setattr("trainer.model.shrink._sizes_by_name", lambda made, full: made | {"num_key_value_heads": 3})
     found = forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False)
     assert found.padding_free is not None, found.reason
 

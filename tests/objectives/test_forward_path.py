@@ -61,7 +61,10 @@ def test_windows_sinks_and_experts_are_proven_in_one_row(kind):
     assert (found.layout, found.attention, model.forward_path) == (Layout.padding_free, attention.NAME, FUSED_PATH)
 
 
-AS_IN_ROWS = {"_chunked": lambda bounds, size: bounds, "_timed": lambda module, query, bounds: query}
+AS_IN_ROWS = {
+    "_chunk_bounds": lambda bounds, size: bounds,
+    "_scaled_by_document_position": lambda module, query, bounds: query,
+}
 
 
 @pytest.mark.parametrize("broken", [None, *AS_IN_ROWS])

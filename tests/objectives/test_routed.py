@@ -353,11 +353,22 @@ def test_recomputed_blocks_references_and_evaluations_count_nothing():
 
 def test_padding_and_virtual_tokens_are_no_tokens():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert RoutingRecord(mask).kept(6).tolist() == [True, True, False, True, False, False]
-    assert RoutingRecord(mask).kept(10).tolist() == [False, False, True, True, False, False, False, True, False, False]
-    assert RoutingRecord(None).kept(6) is None
+    assert RoutingRecord(mask).token_mask(6).tolist() == [True, True, False, True, False, False]
+    assert RoutingRecord(mask).token_mask(10).tolist() == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert RoutingRecord(None).token_mask(6) is None
     seen = RoutingRecord(mask)
-    assert seen.kept(6) is seen.kept(6), "it is the same for every layer"
+    assert seen.token_mask(6) is seen.token_mask(6), "it is the same for every layer"
 
 
 def test_load_of_layers_with_unlike_numbers_of_experts():

@@ -24,7 +24,7 @@ from tests.parity.plan import SHARDING
 from trainer.config.run import RunConfig
 from trainer.loop import Trainer
 from trainer.model.config import Quantisation
-from trainer.model.files import Files
+from trainer.model.files import SafetensorsFiles
 from trainer.tuning.base import FullConfig, LoraConfig
 from trainer.tuning.expert_parts import routers
 
@@ -115,14 +115,14 @@ class _Watch:
 def _reading() -> Iterator[list[int]]:
     """Bytes of each read of a checkpoint's tensors."""
     sizes: list[int] = []
-    real = Files.rows
+    real = SafetensorsFiles.rows
 
-    def noted(files: Files, *args: Any) -> torch.Tensor:
+    def noted(files: SafetensorsFiles, *args: Any) -> torch.Tensor:
         tensor = real(files, *args)
         sizes.append(tensor.nbytes)
         return tensor
 
-    with mock.patch.object(Files, "rows", noted):
+    with mock.patch.object(SafetensorsFiles, "rows", noted):
         yield sizes
 
 

@@ -11,7 +11,7 @@ from tests.helpers.building import model_dir
 from tests.simulated.cases import LENGTHS, Case
 from trainer.planner.communication_volume import expected_bytes
 from trainer.planner.simulate import simulate
-from trainer.planner.simulation import parts_of
+from trainer.planner.simulation import step_parts
 
 NAMES = {"allgather_base": ALL_GATHER, "allreduce": ALL_REDUCE, "reduce_scatter_base": REDUCE_SCATTER}
 WAYS = [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora"), ("hsdp", "full"), ("zero1", "full"), ("zero2", "lora")]
@@ -23,7 +23,7 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
     case, micro_batches = Case(strategy, tuning, "bf16", "none", False, 2), 2
     config = case.config(model_dir(tmp_path), RANKS)
     with simulated_rank(0, RANKS, local_world_size=2) as runtime:
-        parts = parts_of(config, LENGTHS, runtime)
+        parts = step_parts(config, LENGTHS, runtime)
         expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches)
         with count_communication() as counted:
             step = simulate(parts, runtime, repeat=0)

@@ -12,10 +12,10 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, takes, values
 from tests.simulated.cases import CHECKPOINTING, NATIVE, STRATEGIES, WHOLE, Case
 from trainer.data.config import Layout
-from trainer.planner.depth_extrapolation import ENDS, shallow
-from trainer.planner.memory_tracker import GRAIN
-from trainer.planner.model_blocks import blocks_of
-from trainer.planner.plan import deferred, waiting_bytes
+from trainer.planner.depth_extrapolation import END_BLOCKS, shallow_depths
+from trainer.planner.memory_tracker import ALLOCATION_GRAIN
+from trainer.planner.model_blocks import block_pattern
+from trainer.planner.plan import deferred_gradient_bytes, with_deferred_reduction
 from trainer.planner.simulation import simulate_depth, simulate_form
 
 WITHIN = 0.05
@@ -63,7 +63,7 @@ def formed(model, case, layout, rows, length):
         config = replace(config, strategy=replace(config.strategy, defer_sync=False))
     config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation
     form = simulate_form(config, length, accumulation=case.accumulation, world_size=world)
-    return config, form, form.at(rows if form.rows else rows * length)
+    return config, form, form.peak_at(rows if form.rows else rows * length)
 
 
 def both(model, case, layout, rows, length):
@@ -133,18 +133,18 @@ def test_gradients_that_wait_are_beside_everything_else(model, checkpointing):
     config = case.config(model, 8)
     config = replace(config, strategy=replace(config.strategy, defer_sync=True))
     found = simulate_depth(config, [512] * 2, world_size=8)
-    later = deferred(form, waiting_bytes(form, 8)).at(1024)
+    later = with_deferred_reduction(form, deferred_gradient_bytes(form, 8)).peak_at(1024)
     assert later.total == pytest.approx(found.total, rel=WITHIN)
     assert sum(later.kinds.values()) == pytest.approx(later.total, rel=1e-3)
-    assert waiting_bytes(form, 8) > 2 * WITHIN * found.total, "there is something to tell"
+    assert deferred_gradient_bytes(form, 8) > 2 * WITHIN * found.total, "there is something to tell"
 
 
 def test_what_fits_is_where_the_line_meets_the_limit(model):
     _, form, taken = formed(model, Case("fsdp2", "full", "bf16", "none"), "padding_free", 4, 512)
-    most = form.most(taken.total)
-    assert form.at(most).total <= taken.total + GRAIN
-    assert form.at(most + 64).total > taken.total
-    assert form.most(1) == 0
+    most = form.largest_units(taken.total)
+    assert form.peak_at(most).total <= taken.total + ALLOCATION_GRAIN
+    assert form.peak_at(most + 64).total > taken.total
+    assert form.largest_units(1) == 0
 
 
 def test_parameters_are_those_of_the_whole_model(model):
@@ -203,8 +203,8 @@ def test_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, kind):
     config.save_pretrained(tmp_path)
     case = Case("fsdp2", "lora", "bf16", "full") if EVERYTHING else Case("fsdp2", "full", "bf16", "none")
     run = case.config(tmp_path, 8)
-    blocks = blocks_of(run.model)
-    assert shallow(blocks.number, blocks.period, ENDS + blocks.first) is not None
+    blocks = block_pattern(run.model)
+    assert shallow_depths(blocks.number, blocks.period, END_BLOCKS + blocks.first) is not None
     few, exact = (simulate_form(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True))
-    found, whole = few.at(256), exact.at(256)
-    assert found.peak == whole.peak and found.total == pytest.approx(whole.total, rel=1e-3)
+    found, whole = few.peak_at(256), exact.peak_at(256)
+    assert found.phase == whole.phase and found.total == pytest.approx(whole.total, rel=1e-3)

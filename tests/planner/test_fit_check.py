@@ -14,7 +14,7 @@ from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config
 from tests.helpers.tokenizers import write_chat_data
 from trainer.planner import fit_check
-from trainer.planner.fit_check import Peak, must_fit
+from trainer.planner.fit_check import SimulatedPeak, must_fit
 from trainer.planner.simulation import simulate_depth
 
 GIB = 2**30
@@ -49,7 +49,7 @@ def test_what_is_simulated_decides(made, monkeypatch):
     told = must_fit(config, data, Precision.bf16, rank(), print)["must_fit"]
     assert told.live_gib == found.total / GIB and told.when == str(found.peak)
     assert told.needed_gib == pytest.approx(needed, abs=1e-8)
-    monkeypatch.setattr(fit_check, "simulated_apart", lambda *_: Peak(found.total, str(found.peak), 0))
+    monkeypatch.setattr(fit_check, "simulate_in_process", lambda *_: SimulatedPeak(found.total, str(found.peak), 0))
     card(monkeypatch, needed - 1e-6)
     with pytest.raises(
         DoesNotFit, match=f"needs {needed:.2f} GiB on a GPU of {needed:.2f} GiB.*batch.micro below 4"
@@ -60,7 +60,7 @@ def test_what_is_simulated_decides(made, monkeypatch):
 
 
 def test_groups_of_ranks_take_memory_too(made, monkeypatch):
-    monkeypatch.setattr(fit_check, "simulated_apart", lambda *_: Peak(2 * GIB, "forward", 2))
+    monkeypatch.setattr(fit_check, "simulate_in_process", lambda *_: SimulatedPeak(2 * GIB, "forward", 2))
     card(monkeypatch, 2.1 + 0.75 + 0.81)
     assert must_fit(*made, Precision.bf16, rank(), print)["must_fit"].needed_gib == pytest.approx(2.1 + 0.75 + 0.8)
     card(monkeypatch, 2.1 + 0.75 + 0.79)
@@ -71,7 +71,7 @@ def test_groups_of_ranks_take_memory_too(made, monkeypatch):
 def test_what_cannot_be_told_is_refused_with_the_reason(made, monkeypatch):
     config, data = made
     card(monkeypatch, 80.0)
-    monkeypatch.setattr(fit_check, "simulated_apart", lambda *_: "its step cannot be simulated yet (KeyError: x)")
+    monkeypatch.setattr(fit_check, "simulate_in_process", lambda *_: "its step cannot be simulated yet (KeyError: x)")
     with pytest.raises(
         DoesNotFit, match="it is not known whether the run fits, since its step cannot be simulated yet"
     ):
@@ -85,12 +85,14 @@ def test_what_cannot_be_told_is_refused_with_the_reason(made, monkeypatch):
 def test_a_run_that_may_still_choose_is_simulated_at_its_smallest(made):
     strategy = Fsdp2Config(activation_checkpointing=ActivationCheckpointing.auto, compile=True)
     config = replace(made[0], strategy=strategy, batch={"global": 64, "micro": 2})
-    step = fit_check.one_step(config, 4, auto=ActivationCheckpointing.full)
+    step = fit_check.single_step_config(config, 4, mode_if_auto=ActivationCheckpointing.full)
     assert step.strategy.activation_checkpointing is ActivationCheckpointing.full
     assert step.strategy.defer_sync is False and step.strategy.compile is False
     assert step.batch == {"global": 16, "micro": 2}
     asked = replace(strategy, activation_checkpointing=ActivationCheckpointing.none, defer_sync=True)
-    kept = fit_check.one_step(replace(config, strategy=asked), 4, auto=ActivationCheckpointing.full).strategy
+    kept = fit_check.single_step_config(
+        replace(config, strategy=asked), 4, mode_if_auto=ActivationCheckpointing.full
+    ).strategy
     assert kept.activation_checkpointing is ActivationCheckpointing.none and kept.defer_sync is True
 
 

@@ -27,9 +27,9 @@ from trainer.planner import micro_batch as micro_module
 from trainer.planner import oom_probe, simulation
 from trainer.planner.hardware import GIB
 from trainer.planner.lengths import divisors
-from trainer.planner.micro_batch import _trial, proposed, settle_micro, would_choose
-from trainer.planner.oom_probe import TrialInputs, take_steps
-from trainer.planner.oom_report import of_memory
+from trainer.planner.micro_batch import _trial_of, preview_micro, propose_micro, settle_micro
+from trainer.planner.oom_probe import TrialInputs, take_probe_steps
+from trainer.planner.oom_report import is_out_of_memory
 from trainer.planner.simulation import simulate_depth
 from trainer.reporting.resolution import resolution_of
 
@@ -61,7 +61,7 @@ def at_once(monkeypatch):
             known[key] = ask(*given)
         return known[key]
 
-    monkeypatch.setattr(micro_module, "answered_apart", answered)
+    monkeypatch.setattr(micro_module, "call_in_process", answered)
 
 
 def test_the_largest_that_fits_is_proposed(made, monkeypatch):
@@ -77,7 +77,7 @@ def test_the_largest_that_fits_is_proposed(made, monkeypatch):
     assert needed[8] - CONTEXT > 1.2 * (needed[4] - CONTEXT), "else another micro-batch could be the answer"
 
     def choice(gib):
-        return proposed(config, data, Precision.fp32, (1, 1), ("cpu", gib), 1.0)
+        return propose_micro(config, data, Precision.fp32, (1, 1), ("cpu", gib), 1.0)
 
     least = 0.05  # what a form may be off by, of what is simulated
     assert choice(needed[4] + least * (needed[4] - CONTEXT))[0] == 4
@@ -91,30 +91,30 @@ def test_a_dry_run_says_what_would_be_tried(made, monkeypatch):
     at_once(monkeypatch)
     here = {"run": replace(made[0].run, device=Device.cpu), "launcher": LauncherConfig(processes=2)}
     config = replace(made[0], strategy=DdpConfig(), **here)
-    told = would_choose(config, made[1])
+    told = preview_micro(config, made[1])
     assert told.batch["micro"] == 8
     assert re.fullmatch(r"auto -> 8 \(planned .* GiB; 2 steps .* will be tried\)", str(told.substitutions[MICRO]))
-    unseen = would_choose(replace(config, run=replace(config.run, device=Device.cuda)), made[1])
+    unseen = preview_micro(replace(config, run=replace(config.run, device=Device.cuda)), made[1])
     assert unseen.batch["micro"] == 1 and "on the host with the GPUs" in unseen.substitutions[MICRO]
 
 
 def test_what_cannot_be_simulated_is_tried(made, monkeypatch):
-    monkeypatch.setattr(micro_module, "answered_apart", lambda *_: "its step cannot be simulated yet (KeyError: x)")
+    monkeypatch.setattr(micro_module, "call_in_process", lambda *_: "its step cannot be simulated yet (KeyError: x)")
     config, data = made
-    micro, why = proposed(config, data, Precision.fp32, (1, 1), ("cpu", 10.0), 1.0)
+    micro, why = propose_micro(config, data, Precision.fp32, (1, 1), ("cpu", 10.0), 1.0)
     assert (micro, why) == (4, "not planned: its step cannot be simulated yet (KeyError: x)")
 
 
 def test_a_model_that_is_right_for_one_document_gets_one(made, monkeypatch):
     at_once(monkeypatch)
     monkeypatch.setattr(simulation, "right_alone", lambda built, objective: True)
-    micro, why = proposed(*made, Precision.fp32, (1, 1), ("cpu", 10.0), 1.0)
+    micro, why = propose_micro(*made, Precision.fp32, (1, 1), ("cpu", 10.0), 1.0)
     assert micro == 1 and "one document at a time" in why
 
 
 def running_out(monkeypatch, above, error=None):
     """Real steps, after which memory is said to have run out with more than `above` documents."""
-    taken, real = [], oom_probe.take_steps
+    taken, real = [], oom_probe.take_probe_steps
 
     def take(config, given):
         real(config, given)
@@ -122,13 +122,13 @@ def running_out(monkeypatch, above, error=None):
         if config.batch["micro"] > above:
             raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(oom_probe, "take_steps", take)
+    monkeypatch.setattr(oom_probe, "take_probe_steps", take)
     return taken
 
 
 def test_memory_that_runs_out_lowers_it_and_the_run_is_as_if_told(made, given, monkeypatch):
     config, data = made
-    monkeypatch.setattr(micro_module, "proposed", lambda *_: (16, "planned"))
+    monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (16, "planned"))
     taken, said, frozen = running_out(monkeypatch, above=4), [], []
     settled = settle_micro(config, given, said.append, frozen.append)
     assert taken == [16, 8, 4] and settled.batch == {"global": 16, "micro": 4} and frozen == [settled]
@@ -145,9 +145,9 @@ def test_memory_that_runs_out_lowers_it_and_the_run_is_as_if_told(made, given, m
 def test_nothing_of_what_was_tried_stays(made, given, strategy):
     """Else the run itself would find the memory taken: DeepSpeed's hooks keep an engine that nobody has any more."""
     config = replace(made[0], strategy=STRATEGIES[strategy], tuning=TUNINGS["full"], batch={"global": 4, "micro": 4})
-    take_steps(config, given)
+    take_probe_steps(config, given)
     before = live_bytes()
-    take_steps(config, given)
+    take_probe_steps(config, given)
     assert live_bytes() - before < 2**14, "an engine has megabytes"
 
 
@@ -166,7 +166,7 @@ def losses(trainer):
 
 
 def test_where_no_number_holds(made, given, monkeypatch):
-    monkeypatch.setattr(micro_module, "proposed", lambda *_: (2, "planned 2.00 of 1.00 GiB"))
+    monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (2, "planned 2.00 of 1.00 GiB"))
     running_out(
         monkeypatch,
         above=0,
@@ -177,7 +177,7 @@ def test_where_no_number_holds(made, given, monkeypatch):
 
 
 def test_another_error_is_not_taken_for_memory(made, given, monkeypatch):
-    monkeypatch.setattr(micro_module, "proposed", lambda *_: (2, "planned"))
+    monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (2, "planned"))
     running_out(monkeypatch, above=0, error=RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
         settle_micro(made[0], given, print, None)
@@ -192,7 +192,7 @@ def test_another_error_is_not_taken_for_memory(made, given, monkeypatch):
     ],
 )
 def test_memory_that_a_gpu_refuses_beside_the_allocator(said):
-    assert of_memory(RuntimeError(said)) and not of_memory(ValueError(said))
+    assert is_out_of_memory(RuntimeError(said)) and not is_out_of_memory(ValueError(said))
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_ranks_agree_or_the_run_ends(monkeypatch, answers, agreed):
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=seconds(30)))
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    trial = _trial(8)
+    trial = _trial_of(8)
     told = {}
 
     def rank(number, answer):
         runtime = Runtime(number, 2, number, 2, torch.device("cpu"), None, timeout_s=round(seconds(1.5)))
         try:
-            told[number] = oom_probe.agreed(trial, "no memory" if answer == "out" else None, runtime)
+            told[number] = oom_probe.agree_on_outcome(trial, "no memory" if answer == "out" else None, runtime)
         except DoesNotFit as error:
             told[number] = str(error)
 

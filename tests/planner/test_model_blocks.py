@@ -6,32 +6,32 @@ import pytest
 import transformers
 
 from trainer.model.config import ModelConfig
-from trainer.planner.model_blocks import Blocks, blocks_of, repeating, with_blocks
+from trainer.planner.model_blocks import BlockPattern, block_pattern, repeating_pattern, truncated_model
 
 
 @pytest.mark.parametrize(
     ("kinds", "found"),
     [
-        ("aaaa", Blocks(4, 1)),
-        ("abab", Blocks(4, 2)),
-        ("aabaabaa", Blocks(8, 3)),
-        ("xaaaa", Blocks(5, 1, 1)),
-        ("xyabababa", Blocks(9, 2, 2)),
-        ("abcd", Blocks(4, None)),
-        ("a", Blocks(1, None)),
+        ("aaaa", BlockPattern(4, 1)),
+        ("abab", BlockPattern(4, 2)),
+        ("aabaabaa", BlockPattern(8, 3)),
+        ("xaaaa", BlockPattern(5, 1, 1)),
+        ("xyabababa", BlockPattern(9, 2, 2)),
+        ("abcd", BlockPattern(4, None)),
+        ("a", BlockPattern(1, None)),
     ],
 )
 def test_the_fewest_come_before_those_that_repeat(kinds, found):
-    assert repeating(kinds) == found
+    assert repeating_pattern(kinds) == found
 
 
 WINDOWED = ["sliding_attention"] * 5 + ["full_attention"]
 SOME = {
-    "sliding": (transformers.Gemma3TextConfig, {"layer_types": WINDOWED * 3}, Blocks(18, 6)),
-    "leading": (transformers.Glm4MoeConfig, {"first_k_dense_replace": 1}, Blocks(18, 1, 1)),
-    "every second": (transformers.Qwen2MoeConfig, {"decoder_sparse_step": 2, "num_experts": 4}, Blocks(18, 2)),
-    "named": (transformers.Qwen3MoeConfig, {"mlp_only_layers": [0, 1], "num_experts": 4}, Blocks(18, 1, 2)),
-    "hybrid": (transformers.BambaConfig, {"attn_layer_indices": [3, 7, 11, 15]}, Blocks(18, 4)),
+    "sliding": (transformers.Gemma3TextConfig, {"layer_types": WINDOWED * 3}, BlockPattern(18, 6)),
+    "leading": (transformers.Glm4MoeConfig, {"first_k_dense_replace": 1}, BlockPattern(18, 1, 1)),
+    "every second": (transformers.Qwen2MoeConfig, {"decoder_sparse_step": 2, "num_experts": 4}, BlockPattern(18, 2)),
+    "named": (transformers.Qwen3MoeConfig, {"mlp_only_layers": [0, 1], "num_experts": 4}, BlockPattern(18, 1, 2)),
+    "hybrid": (transformers.BambaConfig, {"attn_layer_indices": [3, 7, 11, 15]}, BlockPattern(18, 4)),
 }
 
 
@@ -41,5 +41,7 @@ def test_blocks_are_told_apart_by_what_is_built(tmp_path, name):
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
     made(**sizes, **settings, num_hidden_layers=18, vocab_size=128).save_pretrained(tmp_path / "all")
     of = ModelConfig(path=str(tmp_path / "all"))
-    assert blocks_of(of) == found
-    assert blocks_of(with_blocks(of, 18 - found.period, tmp_path / "few")) == replace(found, number=18 - found.period)
+    assert block_pattern(of) == found
+    assert block_pattern(truncated_model(of, 18 - found.period, tmp_path / "few")) == replace(
+        found, number=18 - found.period
+    )

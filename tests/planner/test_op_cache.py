@@ -52,39 +52,41 @@ OPERATIONS = [
 
 
 def test_each_operation(monkeypatch):
-    monkeypatch.setattr(op_cache, "_GIVEN", {})
+    monkeypatch.setattr(op_cache, "_RESULTS", {})
     with FakeTensorMode():
         expected = [form(made(x)) for made in OPERATIONS for x in operands()]
         for _ in range(2):
             with Recorder(SIMULATED) as recorder:
                 assert [form(made(x)) for made in OPERATIONS for x in operands()] == expected
-        given = len(op_cache._GIVEN)
+        given = len(op_cache._RESULTS)
         with Recorder(SIMULATED) as recorder:
             x = operands()[1]
-            before = recorder.now
+            before = recorder.live_bytes
             view = x[1:3]
-            assert view.untyped_storage()._cdata == x.untyped_storage()._cdata and recorder.now == before
-            assert x.mul_(2) is x and recorder.now == before
+            assert view.untyped_storage()._cdata == x.untyped_storage()._cdata and recorder.live_bytes == before
+            assert x.mul_(2) is x and recorder.live_bytes == before
             copied = x.float()
-            assert recorder.now == before + 512 and isinstance(copied, FakeTensor)
-    assert len(op_cache._GIVEN) == given > len(OPERATIONS), "the last pass asked for nothing new"
+            assert recorder.live_bytes == before + 512 and isinstance(copied, FakeTensor)
+    assert len(op_cache._RESULTS) == given > len(OPERATIONS), "the last pass asked for nothing new"
 
 
 def test_what_depends_on_values_is_not_remembered(monkeypatch):
-    monkeypatch.setattr(op_cache, "_GIVEN", {})
+    monkeypatch.setattr(op_cache, "_RESULTS", {})
     mask = torch.ones(4, dtype=torch.bool)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(4)
         fake = torch.empty(4, dtype=torch.bool)
-        assert op_cache.asked(aten.add.Tensor, (x, x), {}) is not None
-        assert op_cache.asked(aten.add.Tensor, (x, mask), {}) is None, "a real one"
-        assert op_cache.asked(aten.index.Tensor, (x, [fake]), {}) is None
-        assert op_cache.asked(aten.index.Tensor, (x, [torch.empty(2, dtype=torch.int64)]), {}) is not None
-        assert op_cache.asked(aten.nonzero.default, (fake,), {}) is None
-        assert op_cache.asked(aten._local_scalar_dense.default, (x,), {}) is None
-        assert op_cache.asked(aten.resize_.default, (x, [8]), {}) is None
-        assert op_cache.asked(aten.add.Tensor, (x, torch.tensor(3.0)), {}) is None, "whose value is known"
-    assert op_cache.asked(aten.add.Tensor, (torch.empty(4), torch.empty(4)), {}) is None, "real tensors alone"
+        assert op_cache.cacheable_operation(aten.add.Tensor, (x, x), {}) is not None
+        assert op_cache.cacheable_operation(aten.add.Tensor, (x, mask), {}) is None, "a real one"
+        assert op_cache.cacheable_operation(aten.index.Tensor, (x, [fake]), {}) is None
+        assert op_cache.cacheable_operation(aten.index.Tensor, (x, [torch.empty(2, dtype=torch.int64)]), {}) is not None
+        assert op_cache.cacheable_operation(aten.nonzero.default, (fake,), {}) is None
+        assert op_cache.cacheable_operation(aten._local_scalar_dense.default, (x,), {}) is None
+        assert op_cache.cacheable_operation(aten.resize_.default, (x, [8]), {}) is None
+        assert op_cache.cacheable_operation(aten.add.Tensor, (x, torch.tensor(3.0)), {}) is None, "whose value is known"
+    assert op_cache.cacheable_operation(aten.add.Tensor, (torch.empty(4), torch.empty(4)), {}) is None, (
+        "real tensors alone"
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,6 @@ def test_what_depends_on_values_is_not_remembered(monkeypatch):
 def test_a_step_takes_what_it_takes_without(tmp_path, monkeypatch, case):
     model, world = case.model_in(tmp_path), 1 if case.strategy == "single" else 4
     with monkeypatch.context() as patch:
-        patch.setattr(op_cache, "asked", lambda *_: None)
+        patch.setattr(op_cache, "cacheable_operation", lambda *_: None)
         expected = comparable(simulated(case, model, world))
     assert comparable(simulated(case, model, world)) == expected

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.planning import RESULTS, answers, as_published, forms, judged, question, theirs_of
-from trainer.planner.peer_memory import Theirs
+from trainer.planner.peer_memory import PeerSetting
 
 
 def row(method, config):
@@ -21,11 +21,11 @@ def row(method, config):
 @pytest.mark.parametrize(
     ("method", "config", "theirs"),
     [
-        ("full", "none", [Theirs.pure_bf16, Theirs.stock_loss]),
-        ("LoRA", "foak-fast-kernels", [Theirs.fused_loss]),
-        ("QLoRA", "baseline-peft-bnb", [Theirs.fp32_head]),
+        ("full", "none", [PeerSetting.pure_bf16, PeerSetting.stock_loss]),
+        ("LoRA", "foak-fast-kernels", [PeerSetting.fused_loss]),
+        ("QLoRA", "baseline-peft-bnb", [PeerSetting.fp32_head]),
         ("QLoRA", "accelerated-peft-bnb-foak-liger", []),
-        ("full", "foak-fast-kernels-liger", [Theirs.pure_bf16]),
+        ("full", "foak-fast-kernels-liger", [PeerSetting.pure_bf16]),
     ],
 )
 def test_conditions_are_those_of_the_source(method, config, theirs):

@@ -48,8 +48,8 @@ def at_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strategy_module, "answered_apart", answered)
-        patch.setattr(strategy_module, "AT_ONCE", 1)
+        patch.setattr(strategy_module, "call_in_process", answered)
+        patch.setattr(strategy_module, "PARALLEL_SIMULATIONS", 1)
         yield known
 
 
@@ -69,7 +69,9 @@ def test_of_an_unknown_device_what_shards_least_of_what_fits(shared, at_once):
     assert names(proposed(16.0)) == ["ddp", "fsdp2"]  # muon needs whole parameters, which ZeRO cuts
     planner = Planner(config, data, Precision.fp32, Devices(3, 3, "cpu", 16.0, None), 1.0)
     needed = {
-        str(each.name): needed_gib(planner.form(each, each.activation_checkpointing), 4, planner.lengths, 16.0)
+        str(each.name): needed_gib(
+            planner.simulate_cost_model(each, each.activation_checkpointing), 4, planner.lengths, 16.0
+        )
         for each in strategy_module.candidates(config, 3)[0]
     }
     assert needed["fsdp2"] < needed["ddp"]
@@ -98,7 +100,7 @@ def test_on_a_known_card_the_fastest_of_what_fits(shared, at_once):
 def two(made, runtime, monkeypatch):
     """Chooses as on two ranks, whose steps this one takes alone; tells what was tried."""
     config, data = made
-    taken, real = [], oom_probe.take_steps
+    taken, real = [], oom_probe.take_probe_steps
     monkeypatch.setattr(strategy_module, "devices_of", lambda _: Devices(2, 2, "cpu", 16.0, None))
     order = [Proposal(DdpConfig(), "planned"), Proposal(SingleConfig(), "planned too")]
     monkeypatch.setattr(strategy_module, "proposals", lambda *_: iter(order))
@@ -112,7 +114,7 @@ def two(made, runtime, monkeypatch):
             if taken[-1] not in holds:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-        monkeypatch.setattr(oom_probe, "take_steps", take)
+        monkeypatch.setattr(oom_probe, "take_probe_steps", take)
         given = TrialInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
         return settle_strategy(config, given, said.append, frozen.append), said, frozen
 
@@ -164,9 +166,9 @@ def test_where_none_holds(two):
 
 def test_a_rank_alone_ends_the_run_which_may_be_started_again(two, monkeypatch):
     def one_rank_out(config, given, trial):
-        raise DoesNotFit(f"{trial.setting}=auto: with {trial.of} rank 1 runs out of memory; {trial.remedy}")
+        raise DoesNotFit(f"{trial.setting}=auto: with {trial.choice} rank 1 runs out of memory; {trial.remedy}")
 
-    monkeypatch.setattr(strategy_module, "runs_out", one_rank_out)
+    monkeypatch.setattr(strategy_module, "runs_out_of_memory", one_rank_out)
     with pytest.raises(OutOfMemory, match=r"with strategy=ddp rank 1 .* launcher.retry") as caught:
         two[0]({"ddp"})
     assert caught.value.ran_out_with == {STRATEGY: "ddp"}

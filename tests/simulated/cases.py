@@ -14,8 +14,8 @@ from tests.helpers.building import model_dir, run_config
 from tests.helpers.covering import chosen, values
 from trainer.config.run import RunConfig
 from trainer.model.config import Quantisation
-from trainer.planner.simulate import ShapesOnly, Simulated, simulate, watch
-from trainer.planner.simulation import parts_of
+from trainer.planner.simulate import ShapesOnly, SimulatedStep, simulate, watch
+from trainer.planner.simulation import step_parts
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 NATIVE = STRATEGIES[:4]
@@ -79,16 +79,16 @@ class Case:
 
 def simulated(
     case: Case, model: Path, world: int, rank: int = 0, device: torch.device = SIMULATED, repeat: int = 1
-) -> Simulated:
+) -> SimulatedStep:
     """The case as rank `rank` of `world` on `device`: the simulated GPU, or a CPU as it is."""
     with simulated_rank(rank, world, device=device) as runtime:
-        return simulate(parts_of(case.config(model, world), LENGTHS, runtime), runtime, repeat=repeat)
+        return simulate(step_parts(case.config(model, world), LENGTHS, runtime), runtime, repeat=repeat)
 
 
-def real_alone(case: Case, model: Path, world: int, rank: int = 0) -> Simulated:
+def real_alone(case: Case, model: Path, world: int, rank: int = 0) -> SimulatedStep:
     """The case on real tensors of this CPU, as rank `rank` of `world`; only the exchange is made up."""
     with simulated_rank(rank, world, device=torch.device("cpu")) as runtime:
-        return watch(parts_of(case.config(model, world), LENGTHS, runtime), runtime)
+        return watch(step_parts(case.config(model, world), LENGTHS, runtime), runtime)
 
 
 class Zeros(ShapesOnly):
@@ -98,20 +98,20 @@ class Zeros(ShapesOnly):
         return torch.zeros(stop - start, dtype=torch.bfloat16)
 
 
-def real(case: Case, model: Path, runtime: Runtime) -> Simulated:
+def real(case: Case, model: Path, runtime: Runtime) -> SimulatedStep:
     """The case on this rank's CPU. All ranks must call."""
-    parts = parts_of(case.config(model, runtime.world_size), LENGTHS, runtime, source=Zeros())
+    parts = step_parts(case.config(model, runtime.world_size), LENGTHS, runtime, source=Zeros())
     return watch(parts, runtime, warm=2)  # DDP makes its buckets anew in the second step
 
 
-def comparable(found: Simulated) -> dict:
+def comparable(found: SimulatedStep) -> dict:
     """Everything that a simulation of a CPU and the CPU itself have in common, as JSON values."""
     return {
         "moments": {
-            str(moment): [h.total, {str(k): v for k, v in h.kinds.items()}] for moment, h in found.moments.items()
+            str(moment): [h.total, {str(k): v for k, v in h.kinds.items()}] for moment, h in found.phases.items()
         },
         "resting": {str(kind): size for kind, size in found.resting.items()},
-        "collectives": [[c.name, list(c.ranks), c.dtype, c.bytes, str(c.moment)] for c in found.collectives],
+        "collectives": [[c.name, list(c.ranks), c.dtype, c.bytes, str(c.phase)] for c in found.collectives],
         "host_reads": sum(found.host_reads.values()),
         "flops": found.flops,
     }

@@ -7,7 +7,7 @@ import transformers
 
 from launch.config.choices import CONF_DIR
 from launch.config.compose import compose
-from trainer.planner.depth_extrapolation import Extended
+from trainer.planner.depth_extrapolation import ExtrapolatedStep
 from trainer.planner.simulation import simulate_depth
 
 MODELS = {
@@ -42,7 +42,7 @@ MODELS = {
 """By the experiment that trains them, as their authors published them."""
 
 
-def simulated_experiment(name: str, place: Path) -> Extended:
+def simulated_experiment(name: str, place: Path) -> ExtrapolatedStep:
     """The last rank's step of one full micro-batch, the model at its full depth."""
     MODELS[name].save_pretrained(place / name)
     words = [f"experiment={name}", f"model.path={place / name}", "data.path=train.jsonl", "precision=bf16"]

@@ -12,8 +12,8 @@ from typing import Any
 
 from tests.simulated.cases import Case, chosen_cases, simulated
 from tests.simulated.experiments import MODELS, simulated_experiment
-from trainer.planner.depth_extrapolation import whole
-from trainer.planner.simulate import Simulated
+from trainer.planner.depth_extrapolation import full_depth_step
+from trainer.planner.simulate import SimulatedStep
 
 TABLE = Path(__file__).parent / "goldens.json"
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
@@ -28,9 +28,9 @@ def name_of(case: Case, world: int) -> str:
     return ", ".join([*parts, *(["offload"] if case.offload else []), f"x {case.accumulation}", f"{world} ranks"])
 
 
-def summary(found: Simulated) -> dict[str, Any]:
+def summary(found: SimulatedStep) -> dict[str, Any]:
     """One rank's step in a few numbers, as JSON values."""
-    step = whole(found, 0)
+    step = full_depth_step(found, 0)
     return {
         "peak": str(step.peak),
         "bytes": step.total,

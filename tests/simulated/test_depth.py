@@ -8,9 +8,9 @@ import transformers
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
 from trainer.planner import depth_extrapolation
-from trainer.planner.depth_extrapolation import shallow
-from trainer.planner.memory_tracker import GRAIN
-from trainer.planner.simulation import ends_of, simulate_depth
+from trainer.planner.depth_extrapolation import shallow_depths
+from trainer.planner.memory_tracker import ALLOCATION_GRAIN
+from trainer.planner.simulation import end_blocks_of, simulate_depth
 
 SIZES = {
     "moderate": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 7, "vocab_size": 4096},
@@ -63,7 +63,7 @@ def agree(path, case, world, lengths):
         _near(found, exact)
         return
     # ZeRO joins parameters into a few flat buffers, each of which is rounded once, whatever the depth.
-    slack = FLAT * GRAIN if case.strategy.startswith("zero") else 0
+    slack = FLAT * ALLOCATION_GRAIN if case.strategy.startswith("zero") else 0
     for part in ("kinds", "resting"):
         one, other = found.pop(part), exact.pop(part)
         assert one.keys() == other.keys()
@@ -80,7 +80,9 @@ def _near(found, exact):
     calls = [part.pop("exchanged") for part in (found, exact)]
     assert calls[0].keys() == calls[1].keys()
     assert all(calls[0][key][1] == calls[1][key][1] for key in calls[0]), "bytes exchanged"
-    assert all(abs(size - exact["resting"][kind]) <= FLAT * GRAIN for kind, size in found.pop("resting").items())
+    assert all(
+        abs(size - exact["resting"][kind]) <= FLAT * ALLOCATION_GRAIN for kind, size in found.pop("resting").items()
+    )
     del exact["resting"]
     assert found == exact
 
@@ -88,7 +90,9 @@ def _near(found, exact):
 @pytest.mark.parametrize("case", chosen(MATRIX, marks, cost=lambda case: case.accumulation), ids=str)
 def test_moderate(tmp_path, case, monkeypatch):
     # Of seven blocks the whole is simulated, which takes no longer than the two shallow models: here they are compared with it.
-    monkeypatch.setattr(depth_extrapolation, "shallow", lambda *_, joined: (3, 4) if joined else (4, 5))
+    monkeypatch.setattr(
+        depth_extrapolation, "shallow_depths", lambda *_, ends_overlap: (3, 4) if ends_overlap else (4, 5)
+    )
     agree(model(tmp_path, "moderate"), case, 1 if case.strategy == "single" else 8, [256, 100])
 
 
@@ -99,19 +103,19 @@ def test_large(tmp_path, size, case, world):
 
 
 def test_two_depths_are_of_the_remainder():
-    assert shallow(32) == (4, 5)
-    assert shallow(32, joined=True) == (3, 4)
-    assert shallow(32, 2, joined=True) == shallow(32, 2), "a middle block has one kind"
-    assert shallow(5) is None
-    assert shallow(62, 6) == (26, 32)
-    assert shallow(20, 6) is None
-    assert shallow(8) is None, "two of four and five blocks take longer"
-    assert shallow(32, ends=5) == (10, 11)
+    assert shallow_depths(32) == (4, 5)
+    assert shallow_depths(32, ends_overlap=True) == (3, 4)
+    assert shallow_depths(32, 2, ends_overlap=True) == shallow_depths(32, 2), "a middle block has one kind"
+    assert shallow_depths(5) is None
+    assert shallow_depths(62, 6) == (26, 32)
+    assert shallow_depths(20, 6) is None
+    assert shallow_depths(8) is None, "two of four and five blocks take longer"
+    assert shallow_depths(32, ends=5) == (10, 11)
 
 
 def test_what_zero3_keeps_gathered_is_a_number_of_parameters(tmp_path):
     """Where it holds the blocks of both shallow models, their difference says nothing of further blocks."""
     wide = Case("zero3", "lora", "bf16").config(model(tmp_path, "8B"), 8)
-    assert ends_of(wide) == 5  # four of 218 million each beside that in use
+    assert end_blocks_of(wide) == 5  # four of 218 million each beside that in use
     narrow = Case("zero3", "lora", "bf16").config(model(tmp_path, "moderate"), 8)
-    assert shallow(80, ends=ends_of(narrow)) is None
+    assert shallow_depths(80, ends=end_blocks_of(narrow)) is None

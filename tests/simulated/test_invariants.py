@@ -36,7 +36,7 @@ def test_step(place, case, world):
     if not case.offload:
         assert found.to_host == 0 and found.host < 4096, "only what counts, such as steps, lies on the host"
     assert found.resting[MemoryKind.parameters] > 0
-    assert sum(found.resting.values()) <= found.peak[1].total == max(h.total for h in found.moments.values())
+    assert sum(found.resting.values()) <= found.peak[1].total == max(h.total for h in found.phases.values())
     assert (MemoryKind.optimizer in found.resting) != case.offload
     if (row := golden(case, world)) is not None:
         assert summary(found) == row, "numbers moved: see tests/simulated/goldens.py"

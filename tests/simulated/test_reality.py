@@ -17,7 +17,7 @@ from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.helpers.ranks import Ranks
 from tests.simulated.cases import CHECKPOINTING, LENGTHS, NATIVE, Case, comparable, real_alone, simulated
 from trainer.planner.simulate import simulate
-from trainer.planner.simulation import parts_of
+from trainer.planner.simulation import step_parts
 
 CPU = torch.device("cpu")
 MATRIX = [
@@ -115,13 +115,13 @@ def test_an_average_of_the_weights_is_counted(place, strategy):
     for decay in (0.0, 0.99):
         config = replace(plain, optim=replace(plain.optim, ema_decay=decay))
         with simulated_rank(0, world, device=SIMULATED) as runtime:
-            parts = parts_of(config, LENGTHS, runtime)
+            parts = step_parts(config, LENGTHS, runtime)
             sizes = [p.numel() for _, p in named_parameters(parts.built.step_module) if p.requires_grad]
             of_run = (parts.built.step_module, config.strategy, Precision.bf16)
             found["estimated", decay] = state_bytes(*of_run, world_size=world, replicate=1)
             simulated_step = simulate(parts, runtime)
         found["rest", decay] = simulated_step.resting[MemoryKind.optimizer]
-        found["peak", decay] = max(moment.total for moment in simulated_step.moments.values())
+        found["peak", decay] = max(moment.total for moment in simulated_step.phases.values())
     least = 4 * sum(sizes) / (1 if strategy == "ddp" else world)
     for what in ("rest", "peak", "estimated"):
         more = found[what, 0.99] - found[what, 0.0]

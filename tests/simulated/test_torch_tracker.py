@@ -35,7 +35,7 @@ class Followed(simulate.WatchedEngine):
             Followed.peak = self.tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
         if (phase, place) == ("forward", "head") and self.steps == 2:  # where the step's peak will be
             told = {storage._cdata for storage in self.tracker._WINFO}
-            Followed.kept = sum(held.size for key, held in self.recorder._held.items() if key not in told)
+            Followed.kept = sum(held.size for key, held in self.recorder._live.items() if key not in told)
         super().at(phase, place)
 
 
@@ -44,11 +44,11 @@ class Followed(simulate.WatchedEngine):
 )
 def test_peak_is_that_of_torchs_tracker(tmp_path, monkeypatch, tuning, checkpointing):
     """Both watch the same step of one rank of 8, to the byte: torch's does not round what lies on a CPU."""
-    monkeypatch.setattr(memory_tracker, "GRAIN", 1)
+    monkeypatch.setattr(memory_tracker, "ALLOCATION_GRAIN", 1)
     monkeypatch.setattr(simulate, "WatchedEngine", Followed)
     case = Case("fsdp2", tuning, "bf16", checkpointing)
     # Once: torch's tracker leaves something behind, so that a step after it would hold more.
     found = simulated(case, model_dir(tmp_path), 8, 7, device=torch.device("cpu"), repeat=0)
-    assert (found.peak[0].phase, found.peak[0].place) == ("forward", "head")
+    assert (found.peak[0].name, found.peak[0].place) == ("forward", "head")
     assert Followed.kept < FEW
     assert found.peak[1].total == Followed.peak + Followed.kept

@@ -17,8 +17,8 @@ from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCA
 from strategies.matmul import Matmul
 from strategies.runtime import Runtime
 from tests.simulated.cases import LENGTHS, Case, Zeros
-from trainer.planner.minimal_step import bare_trainer, batch_of
-from trainer.planner.simulation import parts_of
+from trainer.planner.minimal_step import minimal_trainer, step_batch
+from trainer.planner.simulation import step_parts
 
 CASES = {
     "ddp": Case("ddp", "full", "bf16", "none", False, 2),
@@ -75,18 +75,18 @@ def methods_counted():
 def counts(case: Case, directory: Path, runtime: Runtime) -> dict:
     """What this rank exchanges in the third step. All ranks must call."""
     config = case.config(case.model_in(directory), runtime.world_size)
-    parts = parts_of(config, LENGTHS, runtime, source=Zeros())
+    parts = step_parts(config, LENGTHS, runtime, source=Zeros())
     engine = build_strategy(parts.strategy, parts.precision, runtime).prepare(
         parts.built.step_module,
         source=parts.source,
         make_optimizer=parts.make_optimizer,
         max_grad_norm=parts.max_grad_norm,
     )
-    trainer = bare_trainer(engine)
+    trainer = minimal_trainer(engine)
     for _ in range(2):
-        trainer.train_step(batch_of(parts.batches, runtime.device))
+        trainer.train_step(step_batch(parts.batches, runtime.device))
     with methods_counted() as by_methods, count_communication() as exchanged:
-        trainer.train_step(batch_of(parts.batches, runtime.device))
+        trainer.train_step(step_batch(parts.batches, runtime.device))
     gradients = sum(p.numel() * p.element_size() for p in engine.step_module.parameters() if p.requires_grad)
     engine.close()
     return {

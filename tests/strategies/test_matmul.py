@@ -156,8 +156,8 @@ def test_attention_of_short_documents_stays_with_blas(monkeypatch, softcap, long
             seen.append((ctx.where, "backward", taken()))
             return grad, None
 
-    one = attention._one_document
-    monkeypatch.setattr(attention, "_one_document", lambda q, *rest: Spy.apply(one(q, *rest), q.shape[2]))
+    one = attention._attend_one_document
+    monkeypatch.setattr(attention, "_attend_one_document", lambda q, *rest: Spy.apply(one(q, *rest), q.shape[2]))
     bounds = [0, 5, 12]
 
     def run():

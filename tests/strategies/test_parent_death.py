@@ -27,7 +27,7 @@ from trainer.planner import fit_check
 forked = multiprocessing.get_context("fork")  # in place of one that would import all that again
 fit_check.multiprocessing.get_context = lambda kind: forked
 said = lambda: print(os.getpid(), flush=True) or time.sleep(600)
-threading.Thread(target=fit_check.answered_apart, args=(said, (), 600), daemon=True).start()
+threading.Thread(target=fit_check.call_in_process, args=(said, (), 600), daemon=True).start()
 """
 
 

@@ -92,7 +92,7 @@ def test_a_layer_computes_and_differentiates_as_a_plain_one_with_rounded_weights
     layer = QuantisedLinear.replace(plain, scheme)
     layer.weight = torch.nn.Parameter(scheme.pack(plain.weight.detach()), requires_grad=False)
     before = layer.weight.detach().clone()
-    plain.weight.data = scheme.rounded(plain.weight.detach())
+    plain.weight.data = scheme.round_trip(plain.weight.detach())
     x, y = torch.randn(5, 48, requires_grad=True), torch.randn(5, 40)
     (ours,) = torch.autograd.grad((layer(x) * y).sum(), x)
     (theirs,) = torch.autograd.grad((plain(x) * y).sum(), x)

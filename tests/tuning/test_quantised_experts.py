@@ -14,7 +14,7 @@ from tests.tuning.test_quantised import SCHEMES, rounded_base, settings_of
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.model import quantised_experts
 from trainer.model.config import Quantisation
-from trainer.model.quantised_experts import num_bytes, pack_run, rounded_stack, unpack_stack
+from trainer.model.quantised_experts import num_bytes, pack_run, round_stack, unpack_stack
 from trainer.tuning.base import LoraConfig
 
 bnb = bitsandbytes()
@@ -56,7 +56,7 @@ def test_the_numbers_are_those_of_bitsandbytes_and_any_part_of_the_bytes_is_made
     expected = as_bitsandbytes(scheme, weight)
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(unpack_stack(scheme, packed, shape, dtype), expected.to(dtype))
-    assert torch.equal(rounded_stack(scheme, weight), expected)
+    assert torch.equal(round_stack(scheme, weight), expected)
     assert 0 < (expected - weight).abs().max() < weight.abs().max()
     each = size // shape[0]
     for start, stop, needed in (
@@ -83,7 +83,7 @@ def test_experts_of_more_elements_than_a_kernel_counts_are_made_in_parts(monkeyp
         return made(codes, state)
 
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", counted)
-    monkeypatch.setattr(quantised_experts, "MOST", 3 * 64 * 128 - 1)
+    monkeypatch.setattr(quantised_experts, "LARGEST_CALL", 3 * 64 * 128 - 1)
     assert torch.equal(unpack_stack(scheme, packed, shape, torch.float32), whole)
     assert sizes == ([] if scheme.kind is Quantisation.int8 else [2 * 64 * 128, 2 * 64 * 128, 64 * 128])
 
@@ -94,7 +94,7 @@ def test_whole_scales_are_those_of_the_whole_weight_at_once():
     holder = torch.nn.Module()
     holder.weight = torch.nn.Parameter(weight.clone())
     parametrize.replace_parameter_4bit(holder, "weight", quant_type="nf4", blocksize=64)
-    assert torch.equal(rounded_stack(SCHEMES["nf4 single"], weight), holder.weight.detach())
+    assert torch.equal(round_stack(SCHEMES["nf4 single"], weight), holder.weight.detach())
 
 
 def plain_rounded(base, scheme):

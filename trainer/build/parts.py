@@ -27,7 +27,7 @@ from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
 from trainer.model.architecture import (
     describe_head,
-    freeze_choosers,
+    freeze_key_selectors,
     grow_vocabulary,
     head_names,
     text_settings,
@@ -35,10 +35,10 @@ from trainer.model.architecture import (
 )
 from trainer.model.compat import names_kept_in_float32
 from trainer.model.config import ModelConfig, ModelKind
-from trainer.model.frozen_rows import still_rows
-from trainer.model.layout import Arrangement
+from trainer.model.frozen_rows import always_zero_rows
+from trainer.model.layout import AttentionLayout
 from trainer.model.loading import load_model_config, weights_directory
-from trainer.model.quantisation import Scheme, not_packed, quantise_layers
+from trainer.model.quantisation import Scheme, quantise_layers, unquantised_note
 from trainer.model.quantised_experts import quantise_experts
 from trainer.model.rules import check_kind
 from trainer.model.weights import WeightSource, fill_buffers
@@ -135,7 +135,7 @@ def build_engine(
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
     if built.scheme is not None and config.model.keep_packed:
-        source.checkpoint.keep(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
+        source.checkpoint.use_packed_cache(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
 
     # Decisions about the step that need the model before it is sharded. Engines read them from its plan.
     built.step_module.plan.ema_decay = config.optim.ema_decay
@@ -195,7 +195,7 @@ def build_model(
         init_std=getattr(built.config, "initializer_range", 0.02),
         new_token_ids=built.new_token_ids,
         vocabulary=built.vocabulary,
-        fixed=built.two_sides.fixed if built.two_sides else None,
+        fixed=built.two_sides.computed if built.two_sides else None,
     )
     source.zeroed = built.zeroed
     shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(built.step_module)}
@@ -291,7 +291,7 @@ def build_step(
 
     # What must be known of it before its layers are replaced and wrapped.
     plain = copy.deepcopy(model)
-    zeroed = still_rows(model, arrangement)
+    zeroed = always_zero_rows(model, arrangement)
     if is_encoder_decoder or (not is_classifier and model.forward_path.fused):
         fuse_head(model, model_config, frozen_row=next(iter(zeroed.values()), None))
     vocabulary = vocabulary_names(model)
@@ -330,11 +330,11 @@ def build_step(
     return built
 
 
-def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: Arrangement) -> None:
+def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: AttentionLayout) -> None:
     """Freeze what gets no gradient, or must not train: fixed tables, towers beside the text, modules that choose by index."""
     encoder_decoder.freeze_fixed(model)
     freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
-    choosers = freeze_choosers(model)
+    choosers = freeze_key_selectors(model)
     if choosers:
         arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
 
@@ -369,16 +369,18 @@ def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> No
 
 def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
     """Store frozen layers packed if the model asks for it. After tuning: peft sizes its adapters by ordinary layers."""
-    scheme = Scheme.asked(config.quantisation, config.double_quantisation)
+    scheme = Scheme.from_settings(config.quantisation, config.double_quantisation)
     built.scheme = scheme
     if scheme is None:
         return
     model = built.step_module.model
     base_name = built.tuning.base_name
     built.quantised = quantise_layers(model, scheme, keep=head, heads=built.head_prefixes, base_name=base_name)
-    built.quantised |= quantise_experts(model, scheme, plain=names_kept_in_float32(model), base_name=base_name)
+    built.quantised |= quantise_experts(
+        model, scheme, kept_in_float32=names_kept_in_float32(model), base_name=base_name
+    )
     trained_names = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    unpacked_note = not_packed(built.plain, {*built.quantised, *built.vocabulary, *trained_names})
+    unpacked_note = unquantised_note(built.plain, {*built.quantised, *built.vocabulary, *trained_names})
     if unpacked_note is not None:
         built.substitutions["model.quantisation"] = f"{scheme} -> {unpacked_note}"
 

@@ -14,7 +14,7 @@ from trainer.build.parts import build_step, check_fit
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.model.loading import weights_directory
-from trainer.model.quantised_checkpoints import take_layers
+from trainer.model.quantised_checkpoints import replace_with_quantised
 from trainer.objectives.registry import family_of
 from trainer.step import Built
 
@@ -40,7 +40,7 @@ def build_as_stored(
     built.substitutions.update(objective_notes)
     check_fit(config, built, data)
     module = built.step_module
-    dtype = take_layers(module.model, str(weights_directory(config.model)), built.config, runtime.device)
+    dtype = replace_with_quantised(module.model, str(weights_directory(config.model)), built.config, runtime.device)
     engine = NativeEngine(
         module,
         module,

@@ -26,7 +26,7 @@ from strategies.file_fingerprints import sampled_digest
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import TokenDataset
-from trainer.model.loading import WANTED, weights_directory
+from trainer.model.loading import HUB_PATTERNS, weights_directory
 
 COPY_RECORD = "copy.json"
 """Record in a finished copy: its source, and the digests of its files."""
@@ -160,7 +160,7 @@ class _Files:
 
 def _weights(source: Path) -> _Files:
     names: set[str] = set()
-    for pattern in WANTED:
+    for pattern in HUB_PATTERNS:
         names |= {path.name for path in source.glob(pattern) if path.is_file()}
     return _Files(source, sorted(names))
 

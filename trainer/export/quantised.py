@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, ShardtuneError
-from trainer.model.quantised_checkpoints import lacking
+from trainer.model.quantised_checkpoints import missing_library
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +86,7 @@ def check_few_bits(kind: str) -> FewBits:
     """The type. Raises ConfigError where it is none, or its library is not here."""
     if kind not in [*FewBits]:
         raise ConfigError(f"bits={kind}: must be one of {', '.join(FewBits)}")
-    if lacks := lacking(FewBits(kind).kit):
+    if lacks := missing_library(FewBits(kind).kit):
         raise ConfigError(f"bits={kind}: {lacks}")
     return FewBits(kind)
 

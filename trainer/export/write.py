@@ -27,7 +27,7 @@ from trainer.export.config import ExportConfig, ExportType
 from trainer.export.end_tokens import write_endings
 from trainer.export.tensors import hub_name, stored_type, write_tensors
 from trainer.export.verify import verify_written
-from trainer.model.architecture import TEXT_ALONE, text_settings
+from trainer.model.architecture import TEXT_MODEL_ONLY, text_settings
 from trainer.model.base_files import write_record
 from trainer.model.weights import BaseWeights
 from trainer.reporting.documents.card import write_documents
@@ -273,7 +273,7 @@ def _write_model(
     write_tensors(tensors, directory, dtype=dtype, max_bytes=int(config.max_shard_gib * 2**30))
     plain = _plain(built)
     settings = copy.deepcopy(built.config)
-    if settings.model_type not in TEXT_ALONE or not settings.architectures:  # of those, the whole model is written
+    if settings.model_type not in TEXT_MODEL_ONLY or not settings.architectures:  # of those, the whole model is written
         settings.architectures = [type(plain).__name__]
     settings.dtype = dtype
     if getattr(settings, "quantization_config", None) is not None:  # what is written are the numbers that it stood for

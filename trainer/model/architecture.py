@@ -17,16 +17,16 @@ from trainer.tuning.compat.transformers import block_class_names
 
 DROPOUT = re.compile(r"dropout|_pdrop$")
 """What the names of dropout probabilities have in common, whatever an architecture calls them."""
-NOISE = re.compile(r"layerdrop|input_jitter")
+RANDOM_SETTING = re.compile(r"layerdrop|input_jitter")
 """Of settings that leave out whole layers, or disturb them, at random: ranks would draw different ones, and sharding
 strategies would hang or part."""
 
-CHOOSERS = frozenset({"Qwen4ExpTextQSAIndexer"})
+KEY_SELECTORS = frozenset({"Qwen4ExpTextQSAIndexer"})
 """Classes of modules that choose keys, so that no gradient reaches them, and call their parts as often as a document's tokens
 ask: gathered for each such call, ranks would wait for each other for ever."""
-UNFIT = {"reformer": "trains only on rows of a fixed length, a multiple of its chunks"}
+NOT_TRAINABLE = {"reformer": "trains only on rows of a fixed length, a multiple of its chunks"}
 """Why models of a `model_type` are not trained, where nothing else finds it out before the first step."""
-TEXT_ALONE = frozenset({"llama4"})
+TEXT_MODEL_ONLY = frozenset({"llama4"})
 """Models that see, of which only the text model can be built: in transformers 5.24 the whole one fails on texts."""
 
 
@@ -37,14 +37,15 @@ def architecture(
 
     Raises ConfigError, for the objective named, where there is none.
     """
-    if (said := UNFIT.get(model_config.model_type)) is not None:
+    reason_unfit = NOT_TRAINABLE.get(model_config.model_type)
+    if reason_unfit is not None:
         raise ConfigError(
-            f"model.path={config.path}: a {model_config.model_type} {said}, and cannot be trained here; take a model of another "
-            "architecture (docs/models.md lists those that train)"
+            f"model.path={config.path}: a {model_config.model_type} {reason_unfit}, and cannot be trained here; take a "
+            "model of another architecture (docs/models.md lists those that train)"
         )
-    before = set_dropout(model_config, config.dropout)
+    earlier_dropout = set_dropout(model_config, config.dropout)
     try:
-        model, attention = _built(kind, model_config, config, attention)
+        model, attention = _build(kind, model_config, config, attention)
     # A class fails in its own way over a configuration that it does not know: a rope type, an activation, a missing part.
     except (ValueError, ImportError, AttributeError, LookupError, TypeError, ArithmeticError, MemoryError) as error:
         reason = str(error).partition("\nModel type should be one of")[0]  # hundreds of names follow
@@ -54,7 +55,7 @@ def architecture(
             f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
             f"{objective} with attention {attention}: {' '.join(reason.split())[:300]}"
         ) from error
-    for owner, name, value in before:  # layers have read theirs; an export keeps the base's values
+    for owner, name, value in earlier_dropout:  # layers have read theirs; an export keeps the base's values
         setattr(owner, name, value)
     return model, attention
 
@@ -68,10 +69,11 @@ def auto_class(kind: ModelKind, model_config: Any) -> Any:
         ModelKind.classifier: "AutoModelForSequenceClassification",
         ModelKind.encoder_decoder: "AutoModelForSeq2SeqLM",
     }
-    whole = (
-        type(model_config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING and model_config.model_type not in TEXT_ALONE
+    is_multimodal = (
+        type(model_config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+        and model_config.model_type not in TEXT_MODEL_ONLY
     )
-    if kind is ModelKind.causal and whole:
+    if kind is ModelKind.causal and is_multimodal:
         return transformers.AutoModelForMultimodalLM
     return getattr(transformers, names[kind])
 
@@ -80,13 +82,13 @@ def beside_text(model: Any) -> tuple[str, ...]:
     """Names of the modules that a causal model has beside its text model and head: towers for images and sound, projectors."""
     if text_settings(model.config) is model.config:
         return ()
-    kept = {id(m) for m in (model.get_decoder(), model.get_output_embeddings()) if m is not None}
+    text_parts = {id(m) for m in (model.get_decoder(), model.get_output_embeddings()) if m is not None}
 
     def outside(module: Any, prefix: str) -> Iterator[str]:
         for name, child in module.named_children():
-            if id(child) in kept:
+            if id(child) in text_parts:
                 continue
-            if kept & {id(m) for m in child.modules()}:
+            if text_parts & {id(m) for m in child.modules()}:
                 yield from outside(child, f"{prefix}{name}.")
             elif next(child.parameters(), None) is not None:
                 yield f"{prefix}{name}"
@@ -95,23 +97,25 @@ def beside_text(model: Any) -> tuple[str, ...]:
 
 
 def build_options(config: ModelConfig) -> dict[str, Any]:
-    """What transformers is told whenever it builds a model, beside its attention."""
+    """Options of every `from_config` of transformers, beside the attention."""
     options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
     if not config.trust_remote_code:  # code of its own need not know the word
         options["experts_implementation"] = experts.NAME
     return options
 
 
-def _built(kind: ModelKind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
-    options, auto = build_options(config), auto_class(kind, model_config)
+def _build(kind: ModelKind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
+    """(the model, the attention that it got: eager if `auto` came to SDPA and the class has none)."""
+    options = build_options(config)
+    model_class = auto_class(kind, model_config)
     try:
-        model = auto.from_config(model_config, attn_implementation=attention, **options)
+        model = model_class.from_config(model_config, attn_implementation=attention, **options)
     except ValueError as error:
         if attention != "sdpa" or config.attention is not Attention.auto or "scaled_dot_product" not in str(error):
             raise
         attention = "eager"
-        model = auto.from_config(model_config, attn_implementation=attention, **options)
-    if model_config.model_type in TEXT_ALONE:  # what it has no place for goes into the export as it is
+        model = model_class.from_config(model_config, attn_implementation=attention, **options)
+    if model_config.model_type in TEXT_MODEL_ONLY:  # what it has no place for goes into the export as it is
         ignore_in_checkpoints(model, {"."})
     return model, attention
 
@@ -147,13 +151,15 @@ def text_settings(model_config: Any) -> Any:
 def width_and_blocks(plain: Any) -> tuple[int, int]:
     """How wide a model's hidden states are, and how many blocks it has.
 
-    Its configuration says it, but for models of several parts of their own sizes (BLT): there the largest width, and the
-    blocks of all.
+    Its configuration says it, but for models of several parts of their own sizes (BLT): there it is the largest width, and
+    the blocks of all.
     """
-    text, modules = text_settings(plain.config), list(plain.modules())
-    width, blocks = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
+    text = text_settings(plain.config)
+    modules = list(plain.modules())
+    width = getattr(text, "hidden_size", None)
     if width is None:
         width = max(module.embedding_dim for module in modules if isinstance(module, nn.Embedding))
+    blocks = getattr(text, "num_hidden_layers", None)
     if blocks is None:
         kinds = block_class_names(plain)
         blocks = sum(type(module).__name__ in kinds for module in modules)
@@ -161,41 +167,52 @@ def width_and_blocks(plain: Any) -> tuple[int, int]:
 
 
 def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, float]]:
-    """Set every dropout the architecture has, and still what is drawn otherwise; returns (owner, name, value before)."""
-    before = []
-    parts = [getattr(model_config, name, None) for name in (getattr(model_config, "sub_configs", None) or {})]
-    for owner in (model_config, *(part for part in parts if part is not None)):
+    """Set every dropout the architecture has, and stop what is drawn otherwise; returns (owner, name, value before)."""
+    earlier_values = []
+    owners = [model_config]
+    for name in getattr(model_config, "sub_configs", None) or {}:
+        part = getattr(model_config, name, None)
+        if part is not None:
+            owners.append(part)
+    for owner in owners:
         for name, value in list(vars(owner).items()):
             if not isinstance(value, float | int) or isinstance(value, bool):
                 continue
-            noise = NOISE.search(name)
-            if noise or DROPOUT.search(name):
-                before.append((owner, name, value))
-                chosen = 0.0 if noise else probability
-                setattr(owner, name, int(chosen) if isinstance(value, int) and chosen in (0, 1) else chosen)
-    return before
+            if RANDOM_SETTING.search(name):
+                new_value = 0.0
+            elif DROPOUT.search(name):
+                new_value = probability
+            else:
+                continue
+            earlier_values.append((owner, name, value))
+            # A setting that is a whole number stays one, if it can.
+            setattr(owner, name, int(new_value) if isinstance(value, int) and new_value in (0, 1) else new_value)
+    return earlier_values
 
 
-def freeze_choosers(model: nn.Module) -> list[str]:
+def freeze_key_selectors(model: nn.Module) -> list[str]:
     """Keep the parts of `CHOOSERS` from training, adapters on them too; the classes that were found."""
-    found = [module for module in model.modules() if type(module).__name__ in CHOOSERS]
-    for module in found:
+    selectors = [module for module in model.modules() if type(module).__name__ in KEY_SELECTORS]
+    for module in selectors:
         module.requires_grad_(False)
-    return sorted({type(module).__name__ for module in found})
+    return sorted({type(module).__name__ for module in selectors})
 
 
 def head_names(model: Any) -> tuple[str, ...]:
     """What the architecture has at its top beside its base model."""
-    children = model.named_children()
-    return tuple(n for n, m in children if n != model.base_model_prefix and any(True for _ in m.parameters()))
+    names = []
+    for name, module in model.named_children():
+        has_parameters = next(module.parameters(), None) is not None
+        if name != model.base_model_prefix and has_parameters:
+            names.append(name)
+    return tuple(names)
 
 
 def vocabulary_names(model: Any) -> frozenset[str]:
     """Full names of the token embeddings' and the output head's parameters."""
-    wanted = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    return frozenset(
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        if id(module) in wanted
-        for key in own_parameters(module)
-    )
+    vocabulary_modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    names: set[str] = set()
+    for name, module in model.named_modules():
+        if any(module is wanted for wanted in vocabulary_modules):
+            names.update(f"{name}.{key}" for key in own_parameters(module))
+    return frozenset(names)

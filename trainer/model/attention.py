@@ -23,8 +23,8 @@ from strategies.runtime import device_kind
 NAME = "shardtune_varlen"
 
 
-STRETCH = 1024
-"""Queries that at least go together where a window is computed in stretches: fewer would be many small kernels."""
+SMALLEST_STRETCH = 1024
+"""Fewest queries of a stretch, where a window is computed in stretches: shorter ones would be many small kernels."""
 
 
 def register() -> None:
@@ -65,23 +65,25 @@ def varlen_attention(
         if kwargs.get(unknown) is not None:
             raise ValueError(f"attention '{NAME}' does not implement {unknown}; set data.layout=padded")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    computes_in = value.dtype  # under autocast, rotary embeddings leave the other two in float32
+    output_dtype = value.dtype  # under autocast, rotary embeddings leave the other two in float32
     if device_kind(query.device) == "cuda":
-        query, key = query.to(computes_in), key.to(computes_in)
+        query, key = query.to(output_dtype), key.to(output_dtype)
     if _has_chunks(module) or getattr(module, "attn_temperature_tuning", False):
         documents = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
-        query, document_bounds, cu_seq_lens_q = _by_place(module, query, documents)
+        query, document_bounds, cu_seq_lens_q = _by_document_position(module, query, documents)
     if sinks is None and _has_varlen_kernel(query, value, softcap, dropout):
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
     # On CPUs the bfloat16 backward pass of SDPA is slower than the float32 one, so that casting pays.
-    wide = torch.promote_types(computes_in, torch.float32) if device_kind(query.device) == "cpu" else computes_in
-    whole = [t.to(wide) for t in (query, key, value)]
+    compute_dtype = (
+        torch.promote_types(output_dtype, torch.float32) if device_kind(query.device) == "cpu" else output_dtype
+    )
+    operands = [t.to(compute_dtype) for t in (query, key, value)]
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
         rule = AttentionRule(scaling, dropout, sliding_window, softcap, causal, sinks)
-        out = _by_document(whole, lengths, lambda q, k, v: _one_document(q, k, v, rule))
-    return out.to(computes_in).transpose(1, 2).contiguous(), None
+        out = _attend_by_document(operands, lengths, lambda q, k, v: _attend_one_document(q, k, v, rule))
+    return out.to(output_dtype).transpose(1, 2).contiguous(), None
 
 
 def _has_chunks(module: nn.Module) -> bool:
@@ -90,56 +92,67 @@ def _has_chunks(module: nn.Module) -> bool:
 
 
 def _chunk_of(module: nn.Module) -> int | None:
-    """Tokens of a chunk, in which a layer attends as in a document of its own; None where it attends to whole documents."""
+    """Tokens of a chunk, in which a layer attends as in a document of its own; None if it attends to whole documents."""
     config: Any = getattr(module, "config", None)
     layer = getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
-    own = kinds[layer : layer + 1] if kinds and layer is not None else []
-    return config.attention_chunk_size if "chunked_attention" in own else None
+    if not kinds or layer is None:
+        return None
+    return config.attention_chunk_size if "chunked_attention" in kinds[layer : layer + 1] else None
 
 
 @torch.compiler.disable  # a compiled block would be compiled anew for other documents
-def _by_place(module: nn.Module, query: Tensor, bounds: list[int]) -> tuple[Tensor, list[int], Tensor]:
-    """The query, and the boundaries of what attends to itself, where places are to be those in a document, not in the row."""
-    parts = _chunked(bounds, _chunk_of(module))
-    on_device = torch.tensor(parts, dtype=torch.int32).to(query.device, non_blocking=True)  # which would be waited for
-    return _timed(module, query, bounds), parts, on_device
+def _by_document_position(module: nn.Module, query: Tensor, bounds: list[int]) -> tuple[Tensor, list[int], Tensor]:
+    """For layers that look at a token's position: make it the one in the document, not the one in the row.
+
+    Returns the query, and twice the boundaries of what attends to itself: on the host, and on the device.
+    """
+    chunk_bounds = _chunk_bounds(bounds, _chunk_of(module))
+    # A tensor made on the device would be waited for.
+    on_device = torch.tensor(chunk_bounds, dtype=torch.int32).to(query.device, non_blocking=True)
+    return _scaled_by_document_position(module, query, bounds), chunk_bounds, on_device
 
 
-def _chunked(bounds: list[int], size: int | None) -> list[int]:
-    """The boundaries of documents and, counted from where each begins, of its chunks."""
+def _chunk_bounds(bounds: list[int], size: int | None) -> list[int]:
+    """The boundaries of documents and of their chunks, which are counted from where each document begins."""
     if size is None:
         return bounds
-    return [at for start, stop in pairwise(bounds) for at in range(start, stop, size)] + bounds[-1:]
+    chunk_bounds: list[int] = []
+    for start, stop in pairwise(bounds):
+        chunk_bounds += range(start, stop, size)
+    return chunk_bounds + bounds[-1:]
 
 
-def _timed(module: Any, query: Tensor, bounds: list[int]) -> Tensor:
+def _scaled_by_document_position(module: Any, query: Tensor, bounds: list[int]) -> Tensor:
     """Queries that Llama 4 has scaled by their position in the row, scaled by that in their document.
 
     It does so in layers without rotary positions, from position `floor_scale` on: a shorter row is as it should be.
     """
-    tuned = getattr(module, "attn_temperature_tuning", False) and not module.use_rope
-    if not tuned or bounds[-1] < module.floor_scale:
+    is_scaled = getattr(module, "attn_temperature_tuning", False) and not module.use_rope
+    if not is_scaled or bounds[-1] < module.floor_scale:
         return query
 
     def scale(positions: Tensor) -> Tensor:
         return torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
-    row = torch.arange(bounds[-1])
-    own = torch.cat([torch.arange(stop - start) for start, stop in pairwise(bounds)])
-    return query * (scale(own) / scale(row)).to(query.device, query.dtype, non_blocking=True)[:, None]
+    row_positions = torch.arange(bounds[-1])
+    document_positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(bounds)])
+    correction = scale(document_positions) / scale(row_positions)
+    return query * correction.to(query.device, query.dtype, non_blocking=True)[:, None]
 
 
-def _by_document(whole: list[Tensor], lengths: list[int], attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+def _attend_by_document(
+    operands: list[Tensor], lengths: list[int], attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
     """`attend` for each document of a row; on CPUs the products of short documents are left to BLAS (`strategies/matmul.py`)."""
     all_short = max(lengths, default=0) < LONG_DOCUMENT
-    row = in_blas(*whole) if all_short else whole  # one switch for the row, or one for each short document
+    row = in_blas(*operands) if all_short else operands  # one switch for the row, or one for each short document
     pieces = []
     # Split, not sliced: the gradients of the parts are joined once instead of being added up in whole rows of zeros.
     for part, length in zip(zip(*(t.split(lengths, dim=2) for t in row), strict=True), lengths, strict=True):
-        alone = not all_short and length < LONG_DOCUMENT
-        piece = attend(*(in_blas(*part) if alone else part))
-        pieces.append(as_chosen(piece) if alone else piece)
+        in_blas_alone = not all_short and length < LONG_DOCUMENT
+        piece = attend(*(in_blas(*part) if in_blas_alone else part))
+        pieces.append(as_chosen(piece) if in_blas_alone else piece)
     joined = torch.cat(pieces, dim=2)
     return as_chosen(joined) if all_short else joined
 
@@ -165,12 +178,12 @@ class AttentionRule:
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
 
-def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
     if q.device.type == "cuda":
-        return _on_gpu(q, k, v, rule)
+        return _attend_on_gpu(q, k, v, rule)
     mask = rule.mask(q.shape[2], q.device)
     if rule.softcap is not None or rule.sinks is not None:
-        return _by_scores(q, k, v, rule, mask)
+        return _attend_by_scores(q, k, v, rule, mask)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -183,7 +196,7 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tenso
     )
 
 
-def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
     """As `_one_document`, for the kernels of a GPU: heads repeated, and a window in stretches of at least `STRETCH` queries.
 
     The one that takes float32 and masks has no grouped heads, for which torch would build all H x T x T scores; and a mask of
@@ -192,7 +205,7 @@ def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if by_scores:
-            return _by_scores(q, k, v, rule, mask)
+            return _attend_by_scores(q, k, v, rule, mask)
         causal = rule.causal and mask is None
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=rule.dropout, is_causal=causal, scale=rule.scaling
@@ -206,17 +219,17 @@ def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
         return attend(q, k, v, None)
     position = torch.arange(length, device=q.device)
     pieces = []
-    for start in range(0, length, max(window, STRETCH)):
-        stop = min(length, start + max(window, STRETCH))
-        seen = slice(max(0, start - window + 1), stop if rule.causal else min(length, stop + window - 1))
-        distance = position[start:stop, None] - position[None, seen]
+    for start in range(0, length, max(window, SMALLEST_STRETCH)):
+        stop = min(length, start + max(window, SMALLEST_STRETCH))
+        visible_keys = slice(max(0, start - window + 1), stop if rule.causal else min(length, stop + window - 1))
+        distance = position[start:stop, None] - position[None, visible_keys]
         mask = (distance >= 0) & (distance < window) if rule.causal else distance.abs() < window
-        pieces.append(attend(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], mask))
+        pieces.append(attend(q[:, :, start:stop], k[:, :, visible_keys], v[:, :, visible_keys], mask))
     return torch.cat(pieces, dim=2)
 
 
-def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
-    """What no kernel has: scores that are capped, and sinks."""
+def _attend_by_scores(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
+    """Attention by explicit scores, for what no kernel has: capped scores, and sinks."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(-1, -2)) * (rule.scaling if rule.scaling is not None else q.shape[-1] ** -0.5)
@@ -235,6 +248,7 @@ def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tenso
 
 
 def _has_varlen_kernel(query: Tensor, value: Tensor, softcap: float | None, dropout: float) -> bool:
+    """Whether torch's variable-length kernel computes this: on GPUs in half precision, without caps and dropout."""
     if device_kind(query.device) != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if value.shape[-1] > query.shape[-1]:
@@ -244,8 +258,10 @@ def _has_varlen_kernel(query: Tensor, value: Tensor, softcap: float | None, drop
 
 def _has_flash(device: torch.device, head: int) -> bool:
     """Whether flash attention on `device` has forward and backward passes for heads of this size."""
-    built, lacking = _flash_of(device)
-    return built and head % 8 == 0 and head <= MAX_FLASH_HEAD and not (lacking and lacking[0] <= head <= lacking[1])
+    is_built, lacking = _flash_of(device)
+    if not is_built or head % 8 or head > MAX_FLASH_HEAD:
+        return False
+    return not (lacking and lacking[0] <= head <= lacking[1])
 
 
 @torch.compiler.assume_constant_result
@@ -275,7 +291,7 @@ def _varlen_kernel(
     if width < q.shape[-1]:  # values of latent attention are narrower, and the kernel knows one size of heads
         v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = (t.squeeze(0).transpose(0, 1).contiguous() for t in (q, k, v))  # [T, heads, D]
-    left = window - 1 if window is not None else -1
+    left_window = window - 1 if window is not None else -1
     longest = int(max_length) if max_length is not None else q.shape[0]
     out: Any = varlen_attn(
         q,
@@ -286,7 +302,7 @@ def _varlen_kernel(
         longest,
         longest,
         scale=scaling,
-        window_size=(left, 0 if causal else left),
+        window_size=(left_window, 0 if causal else left_window),
         enable_gqa=grouped,
     )
     return out.unsqueeze(0)[..., :width]

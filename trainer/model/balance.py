@@ -41,95 +41,114 @@ class RouterLosses:
     def __bool__(self) -> bool:
         return bool(self.balance or self.z)
 
-    def choices(self, seen: RoutingRecord) -> Tensor:
+    def choices(self, record: RoutingRecord) -> Tensor:
         """int64 `[experts]`: for how many tokens an expert is among the first, over all layers of the pass."""
-        total = torch.zeros(seen.logits[0].shape[-1], dtype=torch.int64, device=seen.logits[0].device)
+        total = torch.zeros(record.logits[0].shape[-1], dtype=torch.int64, device=record.logits[0].device)
         with torch.no_grad():
-            for logits in seen.logits:
-                first = logits.softmax(-1).topk(self.top_k, dim=-1).indices
-                kept = seen.kept(len(first))
-                ones = torch.ones_like(first) if kept is None else kept.long()[:, None].expand_as(first)
-                total.scatter_add_(0, first.reshape(-1), ones.reshape(-1))
+            for logits in record.logits:
+                chosen_experts = logits.softmax(-1).topk(self.top_k, dim=-1).indices
+                is_token = record.token_mask(len(chosen_experts))
+                if is_token is None:
+                    counted = torch.ones_like(chosen_experts)
+                else:
+                    counted = is_token.long()[:, None].expand_as(chosen_experts)
+                total.scatter_add_(0, chosen_experts.reshape(-1), counted.reshape(-1))
         return total
 
-    def terms(self, seen: RoutingRecord, choices: Tensor | None, tokens: int) -> dict[str, Tensor]:
+    def terms(self, record: RoutingRecord, choices: Tensor | None, tokens: int) -> dict[str, Tensor]:
         """What the pass adds to the step's loss, `ADDED_LOSS` (with the gradient), and to its parts without their weights.
 
-        `choices [experts]` are those of the whole step, which has `tokens`; None where there is no balancing loss.
+        `choices [experts]` are those of the whole step, which has `tokens`; None if there is no balancing loss.
         """
-        rows = float(tokens * len(seen.logits))
-        found: dict[str, Tensor] = {}
-        total = seen.logits[0].new_zeros((), dtype=torch.float32)
-        kept = [seen.kept(len(logits)) for logits in seen.logits]
+        rows = float(tokens * len(record.logits))
+        losses: dict[str, Tensor] = {}
+        total = record.logits[0].new_zeros((), dtype=torch.float32)
+        masked_logits = [(logits, record.token_mask(len(logits))) for logits in record.logits]
         if choices is not None:
             shares = (choices.double() / rows).float()
-            parts = [_summed(logits.float().softmax(-1), k) for logits, k in zip(seen.logits, kept, strict=True)]
-            balance = len(shares) * (shares * torch.stack(parts).sum(0)).sum() / rows
-            total, found["router/balance_loss"] = total + self.balance * balance, balance.detach()
-        if self.z:
-            parts = [
-                _summed(logits.float().logsumexp(-1).square(), k) for logits, k in zip(seen.logits, kept, strict=True)
+            probability_sums = [
+                _sum_over_tokens(logits.float().softmax(-1), is_token) for logits, is_token in masked_logits
             ]
-            z = torch.stack(parts).sum() / rows
-            total, found["router/z_loss"] = total + self.z * z, z.detach()
-        return {ADDED_LOSS: total, **found}
+            balance = len(shares) * (shares * torch.stack(probability_sums).sum(0)).sum() / rows
+            total = total + self.balance * balance
+            losses["router/balance_loss"] = balance.detach()
+        if self.z:
+            square_sums = [
+                _sum_over_tokens(logits.float().logsumexp(-1).square(), is_token) for logits, is_token in masked_logits
+            ]
+            z = torch.stack(square_sums).sum() / rows
+            total = total + self.z * z
+            losses["router/z_loss"] = z.detach()
+        return {ADDED_LOSS: total, **losses}
 
 
-def _summed(values: Tensor, kept: Tensor | None) -> Tensor:
+def _sum_over_tokens(values: Tensor, is_token: Tensor | None) -> Tensor:
     """The sum over positions that are tokens."""
-    if kept is not None:
-        values = values * (kept if values.dim() == 1 else kept[:, None])
+    if is_token is not None:
+        values = values * (is_token if values.dim() == 1 else is_token[:, None])
     return values.sum(0)
 
 
 def losses_of(
     config: ModelConfig, settings: Any, plain: nn.Module, kind: ModelKind
 ) -> tuple[RouterLosses, dict[str, int], dict[str, str]]:
-    """The losses that a run adds, the routers that they are made of, and what was not done that the model's config asks.
+    """(the losses that a run adds, the routers that they are made of, notes: what the model's config asks and is not done).
 
-    `settings`: transformers' configuration; `plain`: its model. Raises ConfigError where a word asks for what cannot be.
+    `settings`: transformers' configuration; `plain`: its model. Raises ConfigError for a setting that cannot be followed.
     """
-    text, words = text_settings(settings), (config.router_aux_loss, config.router_z_loss)
+    text = text_settings(settings)
     notes: dict[str, str] = {}
-    asked = bool(getattr(settings, "output_router_logits", False) or getattr(text, "output_router_logits", False))
-    if not asked and not any(words):
+    is_requested = bool(
+        getattr(settings, "output_router_logits", False) or getattr(text, "output_router_logits", False)
+    )
+    if not is_requested and not config.router_aux_loss and not config.router_z_loss:
         return RouterLosses(), {}, notes
-    routers = recorded_routers(plain) if kind is not ModelKind.encoder_decoder else {}
+    routers = {}
+    if kind is ModelKind.encoder_decoder:
+        reason = (
+            f"routers are balanced in causal models and classifiers, and a {settings.model_type} is an encoder-decoder"
+        )
+    else:
+        routers = recorded_routers(plain)
+        reason = f"a {settings.model_type} has no router whose logits transformers records"
     if not routers:
-        lacking = f"a {settings.model_type} has no router whose logits transformers records"
-        if kind is ModelKind.encoder_decoder:
-            lacking = f"routers are balanced in causal models and classifiers, and a {settings.model_type} is an encoder-decoder"
-        _refuse(config, lacking)
+        _refuse_router_settings(config, reason)
         if config.router_aux_loss is None:
-            notes["model.router_aux_loss"] = f"0, although the model's configuration asks for it: {lacking}"
+            notes["model.router_aux_loss"] = f"0, although the model's configuration asks for it: {reason}"
         return RouterLosses(), {}, notes
-    weight, top_k = config.router_aux_loss, 1
+    weight = config.router_aux_loss
     if weight is None:
-        weight = float(_first(plain, text, COEFFICIENTS) or 0.0) if asked else 0.0
+        weight = float(_first_setting(plain, text, COEFFICIENTS) or 0.0) if is_requested else 0.0
+    top_k = 1
     if weight:
-        top_k = int(_first(plain, text, ("num_experts_per_tok",)) or 1)
-        if (reason := _unusual(plain, top_k)) is not None:
-            biased = " (it is balanced by a bias, which stays as it was loaded)" if balancing_biases(plain) else ""
+        top_k = int(_first_setting(plain, text, ("num_experts_per_tok",)) or 1)
+        difference = _unsupported_balance(plain, top_k)
+        if difference is not None:
+            if balancing_biases(plain):
+                difference += " (it is balanced by a bias, which stays as it was loaded)"
             if config.router_aux_loss:
                 raise ConfigError(
-                    f"model.router_aux_loss={weight:g}: a {settings.model_type} has {reason}{biased}; set "
-                    "model.router_aux_loss=0"
+                    f"model.router_aux_loss={weight:g}: a {settings.model_type} has {difference}; set model.router_aux_loss=0"
                 )
-            notes["model.router_aux_loss"] = f"0: a {settings.model_type} has {reason}{biased}"
+            notes["model.router_aux_loss"] = f"0: a {settings.model_type} has {difference}"
             weight = 0.0
     return RouterLosses(weight, top_k, config.router_z_loss), routers, notes
 
 
-def _first(plain: nn.Module, text: Any, names: tuple[str, ...]) -> Any:
-    """The first of these that the model or its configuration has."""
-    values = (getattr(owner, name, None) for owner in (plain, text) for name in names)
-    return next((value for value in values if value is not None), None)
+def _first_setting(plain: nn.Module, text: Any, names: tuple[str, ...]) -> Any:
+    """The first of these that the model has, else the first that its configuration has."""
+    for owner in (plain, text):
+        for name in names:
+            setting = getattr(owner, name, None)
+            if setting is not None:
+                return setting
+    return None
 
 
-def _refuse(config: ModelConfig, reason: str) -> None:
-    for word, value in (("router_aux_loss", config.router_aux_loss), ("router_z_loss", config.router_z_loss)):
-        if value:
-            raise ConfigError(f"model.{word}={value:g}: {reason}; leave it out")
+def _refuse_router_settings(config: ModelConfig, reason: str) -> None:
+    for setting, weight in (("router_aux_loss", config.router_aux_loss), ("router_z_loss", config.router_z_loss)):
+        if weight:
+            raise ConfigError(f"model.{setting}={weight:g}: {reason}; leave it out")
 
 
 def logit_z_weight(settings: Any) -> float:
@@ -137,21 +156,23 @@ def logit_z_weight(settings: Any) -> float:
     return float(getattr(text_settings(settings), "z_loss_coefficient", None) or 0.0)
 
 
-def _unusual(plain: nn.Module, top_k: int) -> str | None:
-    """Why the class's balancing loss is not the one computed here, found by trial on a few logits; None where it is."""
+def _unsupported_balance(plain: nn.Module, top_k: int) -> str | None:
+    """What the class has in place of the balancing loss computed here, found by trial on a few logits; None if it is this one."""
     function = getattr(sys.modules[type(plain).__module__], FUNCTION, None)
     if function is None:
         return "no balancing loss in transformers"
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     experts = top_k + 3
-    logits = [torch.randn(6, experts, generator=draw) for _ in range(2)]
+    logits = [torch.randn(6, experts, generator=generator) for _ in range(2)]
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    seen = RoutingRecord(mask, logits=logits)
-    ours = RouterLosses(balance=1.0, top_k=top_k)
-    expected = ours.terms(seen, ours.choices(seen), int(mask.sum()))[ADDED_LOSS]
+    record = RoutingRecord(mask, logits=logits)
+    losses = RouterLosses(balance=1.0, top_k=top_k)
+    expected = losses.terms(record, losses.choices(record), int(mask.sum()))[ADDED_LOSS]
+    another = "a balancing loss of its own in transformers, which is not computed here"
     try:
-        found = function(tuple(logits), experts, top_k, mask)
+        loss_of_class = function(tuple(logits), experts, top_k, mask)
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return "a balancing loss of its own in transformers, which is not computed here"
-    same = torch.is_tensor(found) and torch.allclose(found.float(), expected, rtol=1e-5)
-    return None if same else "a balancing loss of its own in transformers, which is not computed here"
+        return another
+    if torch.is_tensor(loss_of_class) and torch.allclose(loss_of_class.float(), expected, rtol=1e-5):
+        return None
+    return another

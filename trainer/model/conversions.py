@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from trainer.model.compat import (
     reading_quantizer,
     stacking_dimension,
 )
-from trainer.model.files import Files
+from trainer.model.files import SafetensorsFiles
 
 RECOMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|version)$")
 """Stored tensors that are no weights: every loader computes them anew."""
@@ -40,7 +40,7 @@ READABLE = ("fp8", "mxfp4")
 class ConversionGroup:
     """Stored tensors that become one parameter, or several at once."""
 
-    first: str
+    filed_under: str
     """The parameter under which transformers files the group."""
     converter: Any = None
     """transformers' own `WeightConverter`; None where a tensor is only renamed."""
@@ -48,7 +48,7 @@ class ConversionGroup:
     """Stored names by the pattern that collected them, in the order in which they are joined."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of what the group makes, by name in the model."""
-    rows: str = "whole"
+    row_source: str = "whole"
     """What rows of the result are made of: `direct` the tensor's own rows, `list` as many of its tensors, `rows` the same
     rows of each source, `whole` everything."""
 
@@ -56,27 +56,29 @@ class ConversionGroup:
 class Conversions:
     """The names and shapes of a model in terms of a checkpoint's files."""
 
-    def __init__(self, plain: Any, files: Files) -> None:
+    def __init__(self, plain: Any, files: SafetensorsFiles) -> None:
         """`plain`: the architecture as transformers builds it, on the meta device, not tuned and never changed after."""
-        self.plain, self.files = plain, files
+        self.plain = plain
+        self.files = files
         self.quantizer = dequantizer(plain.config, str(files.directory))
-        self._rules, firsts, self.unused = self._places(self.quantizer)
+        self._rules, firsts, self.unused = self._group_stored_tensors(self.quantizer)
         """Of these rules some were used, which they note; `unused`: stored names without a place in the model."""
         self.groups: dict[str, ConversionGroup] = {}
         """By the name of each parameter and buffer that the files hold."""
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._last_converted: tuple[str, dict[str, Tensor]] = ("", {})
         for group in firsts.values():
-            self._settle(group)
+            self._plan_group(group)
             for name in group.shapes:
                 self.groups.setdefault(name, group)
 
     # -- from the files ------------------------------------------------------------------------------------------
 
-    def _places(self, quantizer: Any) -> tuple[ConversionRules, dict[str, ConversionGroup], list[str]]:
+    def _group_stored_tensors(self, quantizer: Any) -> tuple[ConversionRules, dict[str, ConversionGroup], list[str]]:
         """Every stored tensor's place, as transformers' loader finds it: (rules, groups by first name, the rest)."""
         rules = conversion_rules(self.plain, quantizer)
         converter_of = rules.converter_of()
-        state, prefix = self.plain.state_dict(), self.plain.base_model_prefix
+        state = self.plain.state_dict()
+        prefix = self.plain.base_model_prefix
         firsts: dict[str, ConversionGroup] = {}
         unused: list[str] = []
         for stored in in_loading_order(self.files.names()):
@@ -92,120 +94,142 @@ class Conversions:
                 firsts[name] = ConversionGroup(name, None, {"": [stored]})
         return rules, firsts, unused
 
-    def _settle(self, group: ConversionGroup) -> None:
+    def _plan_group(self, group: ConversionGroup) -> None:
         """Find out what a group makes and how its rows can be read."""
         if group.converter is None:
-            group.shapes, group.rows = {group.first: self.files.shape(group.sources[""][0])}, "direct"
+            (stored,) = group.sources[""]
+            self._read_directly(group, self.files.shape(stored))
             return
-        meta = {p: [self.files.on_meta(s) for s in stored] for p, stored in group.sources.items()}
-        alone = [t for tensors in meta.values() for t in tensors]
+        meta_tensors = self._read_sources(group, self.files.on_meta)
+        all_tensors = [tensor for tensors in meta_tensors.values() for tensor in tensors]
         dequantises = self.quantizer is not None and len(group.converter.operations) == 1
-        if dequantises and len(alone) == 1 and alone[0].is_floating_point():  # stored as it is among quantised ones
-            group.shapes, group.rows = {group.first: tuple(alone[0].shape)}, "direct"
+        if dequantises and len(all_tensors) == 1 and all_tensors[0].is_floating_point():
+            # Stored in full precision among quantised ones.
+            self._read_directly(group, tuple(all_tensors[0].shape))
             return
-        made = self._convert(group, meta)
-        group.shapes = {name: tuple(t.shape) for name, t in made.items()}
-        if len(made) == 1 and group.first in made:
-            group.rows = _rows_of(group.converter.operations, [list(m) for m in meta.values()], made[group.first].dim())
+        converted = self._convert(group, meta_tensors)
+        group.shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
+        if len(converted) == 1 and group.filed_under in converted:
+            dimensions = converted[group.filed_under].dim()
+            group.row_source = _rows_of(group.converter.operations, list(meta_tensors.values()), dimensions)
+
+    @staticmethod
+    def _read_directly(group: ConversionGroup, shape: tuple[int, ...]) -> None:
+        group.shapes = {group.filed_under: shape}
+        group.row_source = "direct"
+
+    @staticmethod
+    def _read_sources(group: ConversionGroup, read: Callable[[str], Tensor]) -> dict[str, list[Tensor]]:
+        """The stored tensors of a group, by the pattern that collected them."""
+        tensors = {}
+        for pattern, names in group.sources.items():
+            tensors[pattern] = [read(name) for name in names]
+        return tensors
 
     def _convert(self, group: ConversionGroup, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         """transformers' own conversion of a group's tensors, by pattern; results by name in the model."""
-        for pattern, found in tensors.items():
-            group.converter.collected_tensors[pattern] = list(found)
+        for pattern, sources in tensors.items():
+            group.converter.collected_tensors[pattern] = list(sources)
         try:
-            made = group.converter.convert(group.first, model=self.plain, config=self.plain.config)
+            converted = group.converter.convert(group.filed_under, model=self.plain, config=self.plain.config)
         except Exception as error:
             group.converter.collected_tensors.clear()
-            stored = ", ".join(name for names in group.sources.values() for name in names[:1])
+            examples = ", ".join(names[0] for names in group.sources.values() if names)
             raise ConfigError(
-                f"model.path={self.files.directory}: {group.first} cannot be made of {stored} ...: {str(error)[:300]}"
+                f"model.path={self.files.directory}: {group.filed_under} cannot be made of {examples} ...: "
+                f"{str(error)[:300]}"
             ) from error
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in converted.items()}
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows `[first, last)` along dimension 0 of a parameter."""
-        group, read = self.groups[name], self.files.rows
-        if group.rows == "direct":
-            return read(next(iter(group.sources.values()))[0], first, last)
-        if group.rows == "list":
-            some = {p: [read(s) for s in stored[first:last]] for p, stored in group.sources.items()}
-            return self._convert(group, some)[name]
-        if group.rows == "rows":
-            some = {p: [read(s, first, last) for s in stored] for p, stored in group.sources.items()}
-            return self._convert(group, some)[name]
-        if self._last[0] != group.first:
-            self._last = ("", {})  # not two groups at once
-            whole = {p: [read(s) for s in stored] for p, stored in group.sources.items()}
-            self._last = group.first, self._convert(group, whole)
-        return self._last[1][name][first:last]
+        group = self.groups[name]
+        if group.row_source == "direct":
+            return self.files.rows(_only_source(group), first, last)
+        if group.row_source == "list":  # a row of the parameter is a tensor of the files
+            sources = {}
+            for pattern, names in group.sources.items():
+                sources[pattern] = [self.files.rows(stored) for stored in names[first:last]]
+            return self._convert(group, sources)[name]
+        if group.row_source == "rows":
+            sources = self._read_sources(group, lambda stored: self.files.rows(stored, first, last))
+            return self._convert(group, sources)[name]
+        if self._last_converted[0] != group.filed_under:
+            self._last_converted = ("", {})  # free the group before: two at once would take twice the memory
+            self._last_converted = group.filed_under, self._convert(group, self._read_sources(group, self.files.rows))
+        _, converted = self._last_converted
+        return converted[name][first:last]
 
     def run(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of a flattened parameter."""
         group = self.groups[name]
-        if group.rows == "direct":
-            return self.files.run(next(iter(group.sources.values()))[0], start, stop)
-        row = math.prod(group.shapes[name][1:])
-        first, last = start // row, -(-stop // row)
-        return self.rows(name, first, last).reshape(-1)[start - first * row : stop - first * row]
+        if group.row_source == "direct":
+            return self.files.run(_only_source(group), start, stop)
+        row_size = math.prod(group.shapes[name][1:])
+        first, last = start // row_size, -(-stop // row_size)
+        rows = self.rows(name, first, last).reshape(-1)
+        return rows[start - first * row_size : stop - first * row_size]
 
     def close(self) -> None:
-        """Let go of files and of what was made last."""
-        self._last = ("", {})
+        """Close the files, and free the group that was converted last."""
+        self._last_converted = ("", {})
         self.files.close()
 
     # -- and back ------------------------------------------------------------------------------------------------
 
     def stored_again(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters under the names and in the shapes that the files have, full precision where those were quantised.
+        """Parameters under the names and in the shapes that the files have, full precision if those were quantised.
 
-        A group is held until it is whole. Only transforms that were used on the way in are taken back.
+        A group is held until it is complete. Only transforms that were used on the way in are taken back.
         """
-        rules = self._rules if self.quantizer is None else self._places(None)[0]
-        back = rules.reversed()
-        converter_of = back.converter_of()
+        rules = self._rules if self.quantizer is None else self._group_stored_tensors(None)[0]
+        reverse_rules = rules.reversed()
+        converter_of = reverse_rules.converter_of()
         places: dict[str, tuple[str, str | None]] = {}
-        waiting: dict[str, set[str]] = {}
+        members_of_group: dict[str, set[str]] = {}
         for name in in_loading_order(self.plain.state_dict()):
-            key, pattern = back.converted_name(name)
+            key, pattern = reverse_rules.converted_name(name)
             if pattern is None:
-                key = back.renamed(name)
+                key = reverse_rules.renamed(name)
             else:
-                waiting.setdefault(key, set()).add(name)
+                members_of_group.setdefault(key, set()).add(name)
             places[name] = key, pattern
-        held: dict[str, dict[str, Tensor]] = {}
-        part = self._part(places)
+        prefix = self._stored_prefix(places)
+        incomplete: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors:
             key, pattern = places.get(name, (name, None))
             if pattern is None:
-                yield part + key, tensor
+                yield prefix + key, tensor
                 continue
-            held.setdefault(key, {})[name] = tensor
-            if held[key].keys() < waiting[key]:
+            incomplete.setdefault(key, {})[name] = tensor
+            if incomplete[key].keys() < members_of_group[key]:
                 continue
-            group = ConversionGroup(key, converter_of[pattern])
-            members = held.pop(key)
-            collected: dict[str, list[Tensor]] = {}
+            members = incomplete.pop(key)
+            tensors_by_pattern: dict[str, list[Tensor]] = {}
             for member in in_loading_order(members):
-                collected.setdefault(str(places[member][1]), []).append(members[member])
-            for stored, value in self._convert(group, collected).items():
-                yield part + back.renamed(stored), value
+                _, member_pattern = places[member]
+                tensors_by_pattern.setdefault(str(member_pattern), []).append(members[member])
+            group = ConversionGroup(key, converter_of[pattern])
+            for stored, converted in self._convert(group, tensors_by_pattern).items():
+                yield prefix + reverse_rules.renamed(stored), converted
 
-    def _part(self, places: dict[str, tuple[str, str | None]]) -> str:
-        """What the files' names begin with where the model is a part of theirs: `language_model.` of Llama 4; else empty."""
-        begun = set()
+    def _stored_prefix(self, places: dict[str, tuple[str, str | None]]) -> str:
+        """What the files' names begin with if the model is a part of theirs: `language_model.` of Llama 4; else empty."""
+        prefixes = set()
         for name, (key, _) in places.items():
             group = self.groups.get(name)
-            if group is not None and group.converter is None:
-                stored = group.sources[""][0]
-                begun.add(stored.removesuffix(key) if stored.endswith(f".{key}") else "")
-        return begun.pop() if len(begun) == 1 else ""
+            if group is None or group.converter is not None:
+                continue
+            stored = group.sources[""][0]
+            prefixes.add(stored.removesuffix(key) if stored.endswith(f".{key}") else "")
+        return prefixes.pop() if len(prefixes) == 1 else ""
 
     def carried(self) -> list[str]:
         """Stored weights that the architecture ignores on purpose (`mtp.*`), and that a whole export keeps untouched."""
         if self.quantizer is not None:  # their neighbours' scales would be read without a quantisation to go by
             return []
-        ignored = [re.compile(p) for p in ignored_in_checkpoints(self.plain)]
-        return [s for s in self.left_out() if any(p.search(s) for p in ignored)]
+        ignored = [re.compile(pattern) for pattern in ignored_in_checkpoints(self.plain)]
+        return [stored for stored in self.left_out() if any(pattern.search(stored) for pattern in ignored)]
 
     def left_out(self) -> list[str]:
         """Stored weights that do not take part in training."""
@@ -213,19 +237,27 @@ class Conversions:
 
 
 def _rows_of(operations: list[Any], sources: list[list[Tensor]], dimensions: int) -> str:
-    """How rows of a result can be made: see `ConversionGroup.rows`."""
+    """How rows of a result can be made: see `ConversionGroup.row_source`."""
     operations = list(operations)
-    if type(operations[0]).__name__ == "Fp8Dequantize":  # tensor by tensor
+    if type(operations[0]).__name__ == "Fp8Dequantize":  # works tensor by tensor
         if not any(stacking_dimension(operation) is not None for operation in operations):
             return "whole"
         operations = operations[1:]
-    merged = bool(operations) and stacking_dimension(operations[0]) == 0
-    after_stacking = operations[1:] if merged else operations
-    if not all(keeps_rows_apart(operation, dimensions) for operation in after_stacking):
+    stacks_rows = bool(operations) and stacking_dimension(operations[0]) == 0
+    if stacks_rows:
+        operations = operations[1:]
+    if not all(keeps_rows_apart(operation, dimensions) for operation in operations):
         return "whole"
-    if merged:
+    if stacks_rows:
         return "list"
-    return "rows" if all(len(tensors) == 1 and tensors[0].dim() == dimensions for tensors in sources) else "whole"
+    if all(len(tensors) == 1 and tensors[0].dim() == dimensions for tensors in sources):
+        return "rows"
+    return "whole"
+
+
+def _only_source(group: ConversionGroup) -> str:
+    """The first stored name of a group, which is read directly."""
+    return next(iter(group.sources.values()))[0]
 
 
 def dequantizer(config: Any, path: str) -> Any:

@@ -21,7 +21,7 @@ class EncoderDecoder:
 
     decoder_start: int
     """Token that the decoder begins with."""
-    fixed: dict[str, Tensor] = field(default_factory=dict)
+    computed: dict[str, Tensor] = field(default_factory=dict)
     """Values of parameters that are computed, never trained, and need not be in the checkpoint (sinusoidal positions)."""
 
 
@@ -64,7 +64,7 @@ def untie(model: Any, checkpoint: Checkpoint) -> list[str]:
 
     T5 v1.1 and Flan-T5 have a head of their own, and transformers ties or not by what the file holds.
     """
-    found = []
+    untied = []
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if checkpoint.resolve(target) is None or checkpoint.resolve(source) is None:
             continue
@@ -73,8 +73,8 @@ def untie(model: Any, checkpoint: Checkpoint) -> list[str]:
         owner, _, key = target.rpartition(".")
         parameter = nn.Parameter(torch.empty_like(model.get_parameter(target).data))
         setattr(model.get_submodule(owner), key, parameter)
-        found.append(target)
-    return found
+        untied.append(target)
+    return untied
 
 
 def fixed_values(model: nn.Module) -> dict[str, Tensor]:

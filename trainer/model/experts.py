@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.compat import grouped_experts, register_experts
-from trainer.model.routing import note_chosen
+from trainer.model.routing import note_chosen_experts
 from trainer.tuning.low_rank import LowRank, frozen_experts
 
 NAME = "shardtune_experts"
@@ -25,29 +25,32 @@ def register() -> None:
     register_experts(NAME, experts_forward)
 
 
-class _Typed:
+class _CastExperts:
     """A module of experts whose floating-point parameters are seen in another type."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self._module, self._dtype = module, dtype
+        self._module = module
+        self._dtype = dtype
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        return value.to(self._dtype) if isinstance(value, nn.Parameter) and value.is_floating_point() else value
+        attribute = getattr(self._module, name)
+        if isinstance(attribute, nn.Parameter) and attribute.is_floating_point():
+            return attribute.to(self._dtype)
+        return attribute
 
 
 def experts_forward(
-    module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None = None
+    module: Any, hidden: Tensor, expert_indices: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None = None
 ) -> Tensor:
-    """What the `chosen [T, k]` experts make of `hidden [T, H]`, weighted by `weights [T, k]`: `[T, H]`.
+    """What the `expert_indices [T, k]` experts make of `hidden [T, H]`, weighted by `weights [T, k]`: `[T, H]`.
 
     `low_rank`: what adapters add to the module's frozen parameters, by their name; all of its weights or none.
     """
-    note_chosen(module, chosen)
-    kind = hidden.device.type
-    if not hidden.is_meta and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        module, hidden = _Typed(module, dtype), hidden.to(dtype)
+    note_chosen_experts(module, expert_indices)
+    device_type = hidden.device.type
+    if not hidden.is_meta and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        module, hidden = _CastExperts(module, dtype), hidden.to(dtype)
     if low_rank is not None or hasattr(module, "packed_experts"):
-        return frozen_experts(module, hidden, chosen, weights, low_rank)
-    return grouped_experts(module, hidden, chosen, weights)
+        return frozen_experts(module, hidden, expert_indices, weights, low_rank)
+    return grouped_experts(module, hidden, expert_indices, weights)

@@ -17,9 +17,9 @@ from strategies.errors import ConfigError
 from strategies.small_files import LFS_POINTER, read_object, refuse_irregular
 
 INDEX = "model.safetensors.index.json"
-AHEAD = 128 << 10
+READ_AHEAD_BYTES = 128 << 10
 """Bytes of one request to read ahead; of a longer one the kernel takes what its read-ahead window has room for, often this."""
-TYPES = {
+DTYPE_BY_NAME = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,7 +37,7 @@ TYPES = {
 """Names of types in headers of safetensors files."""
 
 
-class Files:
+class SafetensorsFiles:
     """Stored tensors by their stored names. Nothing is read before it is asked for, and what is read is counted."""
 
     def __init__(self, directory: Path) -> None:
@@ -54,7 +54,7 @@ class Files:
         """Every stored tensor's name."""
         return list(self._files)
 
-    def expect(self) -> None:
+    def read_ahead(self) -> None:
         """Ask the kernel to read all of it ahead, where memory has room for twice as much; returns at once."""
         import psutil
 
@@ -66,16 +66,18 @@ class Files:
         listing = self.directory / INDEX
         if listing.exists():
             return _files_of_index(listing)
-        found: dict[str, Path] = {}
+        file_by_tensor: dict[str, Path] = {}
         for file in sorted(self.directory.glob("*.safetensors")):
-            found.update(dict.fromkeys(self._handle(file).keys(), file))
-        if not found:
-            raise ConfigError(f"model.path={self.directory}: holds no .safetensors weights; {_instead(self.directory)}")
-        return found
+            file_by_tensor.update(dict.fromkeys(self._handle(file).keys(), file))
+        if not file_by_tensor:
+            raise ConfigError(
+                f"model.path={self.directory}: holds no .safetensors weights; {_what_to_do(self.directory)}"
+            )
+        return file_by_tensor
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
-            self._open[file] = _opened(file)
+            self._open[file] = _open_safetensors(file)
         return self._open[file]
 
     def _slice(self, stored: str) -> Any:
@@ -105,7 +107,7 @@ class Files:
     def on_meta(self, stored: str) -> Tensor:
         """A tensor of the same shape and type, without values."""
         view = self._slice(stored)
-        return torch.empty(view.get_shape(), dtype=TYPES.get(view.get_dtype(), torch.float32), device="meta")
+        return torch.empty(view.get_shape(), dtype=DTYPE_BY_NAME.get(view.get_dtype(), torch.float32), device="meta")
 
     def rows(self, stored: str, first: int | None = None, last: int | None = None) -> Tensor:
         """Rows `[first, last)` along dimension 0, or the whole tensor."""
@@ -119,23 +121,25 @@ class Files:
         shape = self.shape(stored)
         if not shape:
             return self.rows(stored).reshape(-1)[start:stop]
-        row = math.prod(shape[1:])
-        first, last = start // row, -(-stop // row)
-        return self.rows(stored, first, last).reshape(-1)[start - first * row : stop - first * row]
+        row_size = math.prod(shape[1:])
+        first = start // row_size
+        last = -(-stop // row_size)
+        rows = self.rows(stored, first, last).reshape(-1)
+        return rows[start - first * row_size : stop - first * row_size]
 
 
 def _files_of_index(listing: Path) -> dict[str, Path]:
     """The file of each tensor, as an index of shards has it. Raises ConfigError for what is no such index."""
     directory = listing.parent
     weight_map = read_object(listing).get("weight_map")
-    again = "it was cut off or changed: download it again"
+    remedy = "it was cut off or changed: download it again"
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{listing}: has no weight_map that names a file for each tensor; {again}")
+        raise ConfigError(f"{listing}: has no weight_map that names a file for each tensor; {remedy}")
     root = directory.resolve()
     files: dict[str, Path] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise ConfigError(f"{listing}: names no file for {name}, but {json.dumps(file)[:80]}; {again}")
+            raise ConfigError(f"{listing}: names no file for {name}, but {json.dumps(file)[:80]}; {remedy}")
         files[name] = directory / file
     for path in set(files.values()):
         if root not in path.absolute().parents or ".." in path.parts:
@@ -148,11 +152,11 @@ def _files_of_index(listing: Path) -> dict[str, Path]:
 def _read_ahead(paths: list[Path]) -> None:
     for path in paths:
         with suppress(OSError), path.open("rb") as file:
-            for start in range(0, path.stat().st_size, AHEAD):
-                os.posix_fadvise(file.fileno(), start, AHEAD, os.POSIX_FADV_WILLNEED)
+            for start in range(0, path.stat().st_size, READ_AHEAD_BYTES):
+                os.posix_fadvise(file.fileno(), start, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
-def _opened(file: Path) -> Any:
+def _open_safetensors(file: Path) -> Any:
     """A file ready to be read from; raises ConfigError that says what is wrong with it."""
     from safetensors import safe_open
 
@@ -162,12 +166,12 @@ def _opened(file: Path) -> Any:
     except Exception as error:
         try:
             with file.open("rb") as raw:
-                begins = raw.read(len(LFS_POINTER))
+                first_bytes = raw.read(len(LFS_POINTER))
         except OSError as unreadable:
             raise ConfigError(
                 f"{file}: cannot be read ({unreadable.strerror or unreadable}); see to its permissions"
             ) from unreadable
-        if begins == LFS_POINTER:
+        if first_bytes == LFS_POINTER:
             raise ConfigError(
                 f"{file}: is a pointer that git-lfs left in the place of the weights; run `git lfs pull` in the model's "
                 "directory, or download the model again"
@@ -179,7 +183,7 @@ def _opened(file: Path) -> Any:
         ) from error
 
 
-def _instead(directory: Path) -> str:
+def _what_to_do(directory: Path) -> str:
     """What to do about a directory without weights that can be read."""
     if (directory / "adapter_model.safetensors").exists() or (directory / "adapter_config.json").exists():
         return "it is an adapter: give its base as model.path, and this directory as tuning.from or in model.adapters"

@@ -12,20 +12,22 @@ HEAD_SIZES = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim")
 
 
 def head_sizes(model_config: Any) -> list[int]:
-    """The sizes of attention heads that a transformers config tells of, ascending; none where it tells nothing."""
+    """The sizes of attention heads that a transformers config tells of, ascending; none if it tells nothing."""
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    found = {getattr(text, name, None) for name in HEAD_SIZES}
-    parts = [getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
-    if all(isinstance(part, int) for part in parts):
-        found.add(sum(part for part in parts if part))
-    width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
-    if isinstance(width, int) and isinstance(heads, int) and heads and not found - {None}:
-        found.add(width // heads)
-    return sorted(size for size in found if isinstance(size, int) and size > 0)
+    sizes = {getattr(text, name, None) for name in HEAD_SIZES}
+    latent_parts = [getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if all(isinstance(part, int) for part in latent_parts):
+        sizes.add(sum(part for part in latent_parts if part))
+    if not sizes - {None}:
+        width = getattr(text, "hidden_size", None)
+        heads = getattr(text, "num_attention_heads", None)
+        if isinstance(width, int) and isinstance(heads, int) and heads:
+            sizes.add(width // heads)
+    return sorted(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: float = 0.0) -> str | None:
-    """Why FlashAttention 2 cannot compute this model's attention on this GPU; None where it can.
+    """Why FlashAttention 2 cannot compute this model's attention on this GPU; None if it can.
 
     `half`: whether the run computes in bf16 or fp16. The package is asked for last, through transformers: FlashAttention 4
     goes by the same import name.
@@ -35,11 +37,14 @@ def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: fl
     if not gpu.has_flash:
         return f"it is not built for {gpu.name}"
     sizes = head_sizes(model_config)
-    if odd := [size for size in sizes if size > MAX_FLASH_HEAD or size % 8]:
-        return f"heads of {odd[-1]} are none of the sizes it has: multiples of 8 up to {MAX_FLASH_HEAD}"
-    first, last = gpu.lacking_heads(dropout) or (0, 0)
-    if bad := [size for size in sizes if first <= size <= last]:
-        return f"its backward pass has no heads of {bad[-1]} on {gpu.name}" + (" with dropout" if dropout else "")
+    unsupported = [size for size in sizes if size > MAX_FLASH_HEAD or size % 8]
+    if unsupported:
+        return f"heads of {unsupported[-1]} are none of the sizes it has: multiples of 8 up to {MAX_FLASH_HEAD}"
+    smallest, largest = gpu.lacking_heads(dropout) or (0, 0)
+    without_backward = [size for size in sizes if smallest <= size <= largest]
+    if without_backward:
+        with_dropout = " with dropout" if dropout else ""
+        return f"its backward pass has no heads of {without_backward[-1]} on {gpu.name}{with_dropout}"
     from transformers.utils import is_flash_attn_2_available
 
     if not is_flash_attn_2_available():

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "shardtune_flex"
-LEAST_HEAD = 16
+SMALLEST_HEAD = 16
 """Smallest head that the kernel's products take."""
-NEEDS = "flex attention needs a GPU and precision=bf16 or fp16"
+REQUIREMENTS = "flex attention needs a GPU and precision=bf16 or fp16"
 """What a run must have: torch has no backward pass of it for CPUs, and one in float32 was not tried."""
 
 _BOUNDS: ContextVar[Tensor | None] = ContextVar("bounds", default=None)
@@ -59,10 +59,10 @@ def documents(inputs: dict[str, Any]) -> Iterator[None]:
 def _document_of(positions: Tensor) -> Tensor | None:
     """The document of each of the `positions [1, T]`, int64 `[1, T]`; None outside `documents`."""
     bounds = _BOUNDS.get()
-    return None if bounds is None else _numbers(bounds, positions.shape[1])[None]
+    return None if bounds is None else _document_numbers(bounds, positions.shape[1])[None]
 
 
-def _numbers(bounds: Tensor, length: int) -> Tensor:
+def _document_numbers(bounds: Tensor, length: int) -> Tensor:
     """The document of each position, int64 `[T]`."""
     return torch.bucketize(torch.arange(length, device=bounds.device), bounds, right=True)
 
@@ -95,15 +95,15 @@ def block_mask(
             f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
             "switch the model to 'sdpa' with set_attn_implementation"
         )
-    device, whose = torch.device(device), _numbers(bounds, q_length)
+    device, document_of_position = torch.device(device), _document_numbers(bounds, q_length)
 
-    def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return mask_function(batch, head, query, key) & (whose[query] == whose[key])
+    def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_function(batch, head, query, key) & (document_of_position[query] == document_of_position[key])
 
     if _has_no_values(device):
-        return flex_shapes.block_mask(within, batch_size, q_length, kv_length, device)
-    make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    return make(within, batch_size, None, q_length, kv_length, device=str(device))
+        return flex_shapes.block_mask(same_document, batch_size, q_length, kv_length, device)
+    build_mask = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    return build_mask(same_document, batch_size, None, q_length, kv_length, device=str(device))
 
 
 def flex_attention(
@@ -134,9 +134,9 @@ def flex_attention(
     if groups & (groups - 1):  # the kernel shares keys among powers of two
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if _has_no_values(query.device):
-        attend: Callable[..., tuple[Tensor, Tensor]] = _by_shapes
+        attend: Callable[..., tuple[Tensor, Tensor]] = _attend_on_shapes
     else:
-        attend = _by_kernel if query.device.type == "cuda" else _by_pairs
+        attend = _attend_by_kernel if query.device.type == "cuda" else _attend_over_pairs
     out, lse = attend(query, key, value, attention_mask, scaling, softcap, sinks is not None)
     if sinks is not None:
         # The sinks' share of each row: exp(sink) beside the sum of exp(score).
@@ -145,7 +145,7 @@ def flex_attention(
 
 
 @cache
-def _capped(softcap: float) -> Callable[..., Tensor]:
+def _softcap_scores(softcap: float) -> Callable[..., Tensor]:
     """The change of a score; one function for each cap, since a new one would be compiled anew."""
 
     def change(score: Tensor, *_: Any) -> Tensor:
@@ -160,27 +160,31 @@ def _compiled(function: Callable[..., Any]) -> Any:
     return torch.compile(function)
 
 
-def _by_kernel(
+def _attend_by_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
+    """(the output, each row's log of the sum of its exponentials; without `with_lse` a 0 in its place)."""
     from torch.nn.attention.flex_attention import AuxRequest
     from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
     kernel = torch_flex if torch.compiler.is_compiling() else _compiled(torch_flex)
-    found = kernel(
+    output = kernel(
         q,
         k,
         v,
-        score_mod=None if softcap is None else _capped(softcap),
+        score_mod=None if softcap is None else _softcap_scores(softcap),
         block_mask=mask,
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True) if with_lse else None,
     )
-    return (found[0], found[1].lse) if with_lse else (found, q.new_zeros(()))
+    if not with_lse:
+        return output, q.new_zeros(())
+    attended, aux = output
+    return attended, aux.lse
 
 
-def _by_shapes(
+def _attend_on_shapes(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """What the kernel makes and keeps of tensors without values."""
@@ -189,7 +193,7 @@ def _by_shapes(
     return flex_shapes.attention(q, k, v)
 
 
-def _by_pairs(
+def _attend_over_pairs(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, _: bool
 ) -> tuple[Tensor, Tensor]:
     """What the kernel computes, over all pairs of positions."""
@@ -199,22 +203,23 @@ def _by_pairs(
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     if softcap is not None:
-        scores = _capped(softcap)(scores)
-    seen = create_mask(mask.mask_mod, q.shape[0], None, q.shape[2], k.shape[2], device=str(q.device))
-    scores = scores.masked_fill(~seen, float("-inf"))
+        scores = _softcap_scores(softcap)(scores)
+    visible = create_mask(mask.mask_mod, q.shape[0], None, q.shape[2], k.shape[2], device=str(q.device))
+    scores = scores.masked_fill(~visible, float("-inf"))
     lse = scores.logsumexp(dim=-1)
     return torch.exp(scores - lse.unsqueeze(-1)) @ v, lse
 
 
 def why_not_flex(plain: Any, heads: list[int], *, dropout: float) -> str | None:
-    """Why flex attention cannot compute a model's attention on a GPU in half precision; None where it can.
+    """Why flex attention cannot compute a model's attention on a GPU in half precision; None if it can.
 
     `plain`: the model on meta; `heads`: sizes of its heads.
     """
     if not declares_flex_attention(plain.get_decoder()):
         return f"transformers has none for {type(plain).__name__}"
-    if small := [size for size in heads if size < LEAST_HEAD]:
-        return f"it has no heads of {small[0]}, {LEAST_HEAD} are the least"
+    too_small = [size for size in heads if size < SMALLEST_HEAD]
+    if too_small:
+        return f"it has no heads of {too_small[0]}, {SMALLEST_HEAD} are the least"
     return "it has no dropout" if dropout else None
 
 
@@ -223,5 +228,5 @@ def needs_eager(plain: Any, settings: Any) -> bool:
 
     SDPA refuses the ones and ignores the others. `settings`: transformers' configuration of its text.
     """
-    capped = getattr(settings, "attn_logit_softcapping", None)
-    return bool(capped) or any(name.endswith("sinks") for name, _ in plain.named_parameters())
+    softcap = getattr(settings, "attn_logit_softcapping", None)
+    return bool(softcap) or any(name.endswith("sinks") for name, _ in plain.named_parameters())

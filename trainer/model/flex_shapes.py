@@ -22,19 +22,19 @@ def block_mask(rule: Any, batch: int, queries: int, keys: int, device: torch.dev
     """A mask as `create_block_mask` makes it of `rule`: its lists of blocks without values, and no square of positions."""
     rows, columns = -(-queries // BLOCK), -(-keys // BLOCK)
 
-    def made(*shape: int) -> Tensor:
+    def block_lists(*shape: int) -> Tensor:
         return torch.empty(batch, 1, *shape, dtype=torch.int32, device=device)
 
     return BlockMask(
         seq_lengths=(queries, keys),
-        kv_num_blocks=made(rows),
-        kv_indices=made(rows, columns),
-        full_kv_num_blocks=made(rows),
-        full_kv_indices=made(rows, columns),
-        q_num_blocks=made(columns),
-        q_indices=made(columns, rows),
-        full_q_num_blocks=made(columns),
-        full_q_indices=made(columns, rows),
+        kv_num_blocks=block_lists(rows),
+        kv_indices=block_lists(rows, columns),
+        full_kv_num_blocks=block_lists(rows),
+        full_kv_indices=block_lists(rows, columns),
+        q_num_blocks=block_lists(columns),
+        q_indices=block_lists(columns, rows),
+        full_q_num_blocks=block_lists(columns),
+        full_q_indices=block_lists(columns, rows),
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=rule,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.model.compat import zeroes_loaded_embedding
-from trainer.model.layout import Arrangement
+from trainer.model.layout import AttentionLayout
 
 
 def zeroed_row(model: Any) -> int | None:
@@ -17,13 +17,13 @@ def zeroed_row(model: Any) -> int | None:
     return row if row is not None and zeroes_loaded_embedding(model, row) else None
 
 
-def still_rows(plain: Any, arranged: Arrangement) -> dict[str, int]:
-    """That row by its parameter's name; noted, where there is one."""
+def always_zero_rows(plain: Any, attention_layout: AttentionLayout) -> dict[str, int]:
+    """The row of `zeroed_row`, by its parameter's name, with a note in `attention_layout`; empty if there is none."""
     if (row := zeroed_row(plain)) is None:
         return {}
     embeddings = plain.get_input_embeddings()
     name = next(name for name, module in plain.named_modules() if module is embeddings)
-    arranged.notes["model.embeddings"] = (
+    attention_layout.notes["model.embeddings"] = (
         f"row {row} of {name} (padding) stays zero: transformers makes it so whenever it loads a {plain.config.model_type}"
     )
     return {f"{name}.weight": row}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ DEPTHS = (
     "num_encoder_layers",
 )
 """Names of the number of layers."""
-FROM_FIRST = (
+BORDERS_FROM_START = (
     "first_k_dense_replace",
     "num_dense_layers",
     "moe_layer_start_index",
@@ -35,15 +36,15 @@ FROM_FIRST = (
     "loop_layer_index_end",
 )
 """Settings that say before which layer something changes."""
-FROM_LAST = ("num_kv_shared_layers", "n_output_layers")
+BORDERS_FROM_END = ("num_kv_shared_layers", "n_output_layers")
 """Settings that say how many of the last layers are of some sort."""
-STRETCHES = (*FROM_LAST, "n_input_layers", "loop_layer_index_start", "loop_layer_index_end")
+STRETCHES = (*BORDERS_FROM_END, "n_input_layers", "loop_layer_index_start", "loop_layer_index_end")
 """Those of them that layers do not show."""
-PLACES = ("cross_attention_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers")
+INDEX_LISTS = ("cross_attention_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers")
 """Lists of layers by their index."""
-FROM_ONE = ("ple_layer_ids",)
+ONE_BASED_LISTS = ("ple_layer_ids",)
 """Such lists that count from one."""
-FEWEST, MANY = 2, 12
+FEWEST, LONG_PREFIX = 2, 12
 """Layers of a small copy at least, and where another choice of them is tried first."""
 
 
@@ -60,51 +61,80 @@ class KeptLayers:
 
     def by_layer(self, settings: dict[str, Any]) -> dict[str, Any]:
         """What those settings become that speak of layers: their number, lists of one entry each, lists and maps by index."""
-        made: dict[str, Any] = {}
+        changed: dict[str, Any] = {}
         for name, value in settings.items():
             if name in DEPTHS and isinstance(value, int):
-                made[name] = len(self.indices) if value == self.depth else min(FEWEST, value)
-            elif name in FROM_FIRST and isinstance(value, int):
-                made[name] = self.before(value)
-            elif name in FROM_LAST and isinstance(value, int):
-                made[name] = len(self.indices) - self.before(self.depth - value)
+                changed[name] = len(self.indices) if value == self.depth else min(FEWEST, value)
+            elif name in BORDERS_FROM_START and isinstance(value, int):
+                changed[name] = self.before(value)
+            elif name in BORDERS_FROM_END and isinstance(value, int):
+                changed[name] = len(self.indices) - self.before(self.depth - value)
             elif name == "moe_layer_end_index" and isinstance(value, int) and value >= 0:
-                made[name] = self.before(value + 1) - 1
-            elif name in PLACES and isinstance(value, list):
-                made[name] = [place for place, index in enumerate(self.indices) if index in value]
-            elif name in FROM_ONE and isinstance(value, list):
-                made[name] = [place for place, index in enumerate(self.indices, 1) if index + 1 in value]
+                changed[name] = self.before(value + 1) - 1
+            elif name in INDEX_LISTS and isinstance(value, list):
+                changed[name] = [position for position, index in enumerate(self.indices) if index in value]
+            elif name in ONE_BASED_LISTS and isinstance(value, list):
+                changed[name] = [position for position, index in enumerate(self.indices, 1) if index + 1 in value]
             elif name == "per_layer_config" and isinstance(value, dict):
-                places = {index: str(place) for place, index in enumerate(self.indices)}
-                made[name] = {places[int(k)]: copy.deepcopy(v) for k, v in value.items() if int(k) in places}
+                changed[name] = self._kept_entries(value)
             elif isinstance(value, list | tuple) and self.depth > 1 and len(value) == self.depth:
-                made[name] = [value[index] for index in self.indices]
-        if {"n_input_layers", "n_output_layers", "n_recurrent_layers"} <= set(made) | set(settings):
-            made["n_recurrent_layers"] = len(self.indices) - made["n_input_layers"] - made["n_output_layers"]
-        return made
+                changed[name] = [value[index] for index in self.indices]
+        if {"n_input_layers", "n_output_layers", "n_recurrent_layers"} <= set(changed) | set(settings):
+            changed["n_recurrent_layers"] = len(self.indices) - changed["n_input_layers"] - changed["n_output_layers"]
+        return changed
+
+    def _kept_entries(self, by_index: dict[Any, Any]) -> dict[str, Any]:
+        """Settings by the index of a layer, under the indices that the kept layers get."""
+        position_by_index = {index: str(position) for position, index in enumerate(self.indices)}
+        kept = {}
+        for index, settings in by_index.items():
+            if int(index) in position_by_index:
+                kept[position_by_index[int(index)]] = copy.deepcopy(settings)
+        return kept
 
 
 def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[KeptLayers]:
     """Ways to keep every kind of layer of `plain`, a model on meta of these settings, the likeliest first.
 
-    A prefix keeps what recurs with a period; one of each kind is shorter where they are far apart.
+    A prefix keeps what recurs with a period. One layer of each kind is shorter if the kinds are far apart.
     """
     depth = depth_of(settings)
     kinds = kinds_of(plain, settings, depth)
     if not kinds:
         yield KeptLayers(tuple(range(min(FEWEST, depth))), depth)
         return
-    prefix = next(n for n in range(1, depth + 1) if set(kinds[:n]) == set(kinds))
-    twice = next((n for n in range(1, depth + 1) if all(kinds[:n].count(k) > 1 for k in set(kinds))), depth)
-    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
-    chosen = sorted(first.values())
-    chosen = sorted([*chosen, *[i for i in range(depth) if i not in chosen][: max(0, FEWEST - len(chosen))]])
-    ways = [tuple(range(max(prefix, min(FEWEST, depth)))), tuple(chosen)]
-    for way in (
-        *(ways if prefix <= MANY else reversed(ways)),
-        tuple(range(twice)),
-    ):  # layers may share with one of their kind
-        yield KeptLayers(way, depth)
+    prefix = _shortest_prefix(kinds, times=1)
+    short_prefix = tuple(range(max(prefix, min(FEWEST, depth))))
+    # A layer may share weights with another one of its kind: then two of each are needed.
+    long_prefix = tuple(range(_shortest_prefix(kinds, times=2)))
+    if prefix <= LONG_PREFIX:
+        candidates = (short_prefix, _one_of_each(kinds), long_prefix)
+    else:
+        candidates = (_one_of_each(kinds), short_prefix, long_prefix)
+    for indices in candidates:
+        yield KeptLayers(indices, depth)
+
+
+def _shortest_prefix(kinds: list[tuple[Any, ...]], times: int) -> int:
+    """How many of the first layers have every kind so many times; all, if not even they do."""
+    for length in range(1, len(kinds)):
+        counts = Counter(kinds[:length])
+        if all(counts[kind] >= times for kind in kinds):
+            return length
+    return len(kinds)
+
+
+def _one_of_each(kinds: list[tuple[Any, ...]]) -> tuple[int, ...]:
+    """The first layer of each kind, and further ones from the start until there are `FEWEST`."""
+    first_of_kind: dict[Any, int] = {}
+    for index, kind in enumerate(kinds):
+        first_of_kind.setdefault(kind, index)
+    indices = set(first_of_kind.values())
+    for index in range(len(kinds)):
+        if len(indices) >= FEWEST:
+            break
+        indices.add(index)
+    return tuple(sorted(indices))
 
 
 def depth_of(settings: dict[str, Any]) -> int:
@@ -113,30 +143,53 @@ def depth_of(settings: dict[str, Any]) -> int:
 
 
 def layer_kinds(plain: nn.Module, depth: int) -> list[tuple[Any, ...]]:
-    """What each of `depth` layers is, of every list of so many that a model has, or that lie in it one after another."""
-    found = []
+    """What each of `depth` layers is.
+
+    Counts every list of so many layers that the model has, and lists that together have so many and lie in one module.
+    """
+    layer_lists = []
     for module in plain.modules():
-        lists = [list(m) for m in module.children() if isinstance(m, nn.ModuleList) and len(m) and _repeats(m)]
-        together = [layer for layers in lists for layer in layers]
-        found += [layers for layers in (lists if len(lists) == 1 else [*lists, together]) if len(layers) == depth > 1]
-    return [tuple(_kind(layers[index]) for layers in found) for index in range(depth)] if found else []
+        lists = []
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) and _repeats(child):
+                lists.append(list(child))
+        if len(lists) != 1:
+            lists.append([layer for layers in lists for layer in layers])
+        layer_lists += [layers for layers in lists if len(layers) == depth > 1]
+    if not layer_lists:
+        return []
+    kinds = []
+    for index in range(depth):
+        kinds.append(tuple(_kind_of_layer(layers[index]) for layers in layer_lists))
+    return kinds
 
 
 def kinds_of(plain: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
     """What each layer is by its modules, by what settings call it, and by the stretch that it lies in."""
     kinds = layer_kinds(plain, depth) or [()] * depth
-    called = [v for v in settings.values() if isinstance(v, list) and len(v) == depth and isinstance(v[0], str)]
-    own = {int(index): str(value) for index, value in (settings.get("per_layer_config") or {}).items()}
-    return [
-        (kind, *(names[index] for names in called), own.get(index), _stretch(settings, depth, index))
-        for index, kind in enumerate(kinds)
-    ]
+    named_kinds = []  # lists such as `layer_types`
+    for setting in settings.values():
+        if isinstance(setting, list) and len(setting) == depth and isinstance(setting[0], str):
+            named_kinds.append(setting)
+    own_settings = {int(index): str(value) for index, value in (settings.get("per_layer_config") or {}).items()}
+    described = []
+    for index, kind in enumerate(kinds):
+        names = [layer_names[index] for layer_names in named_kinds]
+        described.append((kind, *names, own_settings.get(index), _stretch(settings, depth, index)))
+    return described
 
 
 def _stretch(settings: dict[str, Any], depth: int, index: int) -> tuple[bool, ...]:
     """On which side of each border a layer lies."""
-    borders = {name: settings[name] for name in STRETCHES if isinstance(settings.get(name), int)}
-    return tuple(index >= (depth - border if name in FROM_LAST else border) for name, border in borders.items())
+    sides = []
+    for name in STRETCHES:
+        border = settings.get(name)
+        if not isinstance(border, int):
+            continue
+        if name in BORDERS_FROM_END:
+            border = depth - border
+        sides.append(index >= border)
+    return tuple(sides)
 
 
 def _repeats(modules: nn.ModuleList) -> bool:
@@ -144,21 +197,23 @@ def _repeats(modules: nn.ModuleList) -> bool:
     return sum(1 for _ in modules[0].modules()) > 3
 
 
-def _kind(layer: nn.Module) -> frozenset[Any]:
+def _kind_of_layer(layer: nn.Module) -> frozenset[Any]:
     """What tells a layer from another: its parts, their classes, their switches, and whether they have a window."""
-    found = {
-        (re.sub(r"\d+", "#", name), type(module).__name__, _switches(module)) for name, module in layer.named_modules()
-    }  # however many experts there are
-    return frozenset(found)
+    parts = set()
+    for name, module in layer.named_modules():
+        # A layer of more experts is of the same kind.
+        numberless_name = re.sub(r"\d+", "#", name)
+        parts.add((numberless_name, type(module).__name__, _switches(module)))
+    return frozenset(parts)
 
 
 def _switches(module: nn.Module) -> tuple[Any, ...]:
-    found = []
+    switches = []
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name == "training":
             continue
         if isinstance(value, bool | str):
-            found.append((name, value))
+            switches.append((name, value))
         elif value is None or (isinstance(value, int) and ("window" in name or "chunk" in name)):
-            found.append((name, value is None))
-    return tuple(found)
+            switches.append((name, value is None))
+    return tuple(switches)

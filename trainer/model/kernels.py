@@ -13,7 +13,7 @@ from torch import nn
 
 from strategies.extras import install_command
 
-ASKS = re.compile(r'use_kernel_func_from_hub_with_fallback\(\s*"\w+",\s*"(\w+)"')
+KERNEL_REQUEST = re.compile(r'use_kernel_func_from_hub_with_fallback\(\s*"\w+",\s*"(\w+)"')
 """How a modelling file of transformers names the package of a function that it has a slower version of."""
 EXTRAS = {"fla": "hybrid", "causal_conv1d": "hybrid", "mamba_ssm": "mamba"}
 """The extra of this project that installs a package."""
@@ -24,33 +24,32 @@ ATTENTION = ("flash_attn", "triton")
 
 
 def kernel_versions() -> dict[str, str]:
-    """Of the packages with kernels that are installed, whatever model would take them."""
-    found = {}
+    """Versions of the installed packages with kernels, whatever model would use them."""
+    versions = {}
     for name in (*EXTRAS, *ATTENTION):
         with suppress(PackageNotFoundError):
-            found[name] = version(_distribution(name))
-    return found
+            versions[name] = version(_distribution(name))
+    return versions
 
 
 def packages(model: nn.Module) -> list[str]:
     """Import names of the packages whose kernels transformers would take for layers of `model`."""
     files = {type(module).__module__ for module in model.modules()}
-    found: set[str] = set()
+    names: set[str] = set()
     for name in sorted(n for n in files if n.startswith("transformers.models.")):
-        found.update(ASKS.findall(inspect.getsource(sys.modules[name])))
-    return sorted(found)
+        names.update(KERNEL_REQUEST.findall(inspect.getsource(sys.modules[name])))
+    return sorted(names)
 
 
 def missing_kernels(model: nn.Module) -> str:
-    """What to say where kernels are missing that would make `model` faster on a GPU; empty where none are."""
-    lacking = [name for name in packages(model) if importlib.util.find_spec(name) is None]
-    if not lacking:
+    """What to say if kernels are missing that would make `model` faster on a GPU; empty if none are."""
+    missing = [name for name in packages(model) if importlib.util.find_spec(name) is None]
+    if not missing:
         return ""
-    extras = ",".join(dict.fromkeys(EXTRAS[name] for name in lacking if name in EXTRAS))
-    remedy = install_command(extras) if extras else "install them"
-    return (
-        f"loops in torch, right but slow, for what {' and '.join(map(_distribution, lacking))} would compute ({remedy})"
-    )
+    extras = dict.fromkeys(EXTRAS[name] for name in missing if name in EXTRAS)
+    remedy = install_command(",".join(extras)) if extras else "install them"
+    distributions = " and ".join(map(_distribution, missing))
+    return f"loops in torch, right but slow, for what {distributions} would compute ({remedy})"
 
 
 def _distribution(package: str) -> str:

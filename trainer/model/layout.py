@@ -11,7 +11,7 @@ from trainer.model.attention import NAME
 from trainer.model.config import Attention, ModelConfig
 from trainer.model.flex import NAME as FLEX
 
-ASKED = {
+KERNELS_BY_SETTING = {
     Attention.varlen: [NAME],
     Attention.flex: [FLEX],
     Attention.flash_attention_2: ["flash_attention_2"],
@@ -20,7 +20,7 @@ ASKED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Arrangement:
+class AttentionLayout:
     """How documents lie in a row, and what computes attention over them."""
 
     layout: Layout
@@ -31,21 +31,26 @@ class Arrangement:
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
-    """What else than the built-in kernel could compute attention over documents in one row here."""
+class KernelChoices:
+    """Which kernels beside the built-in one can compute attention over documents in one row here."""
 
     no_flash: str | None
-    """Why FlashAttention cannot; None where it can."""
+    """Why FlashAttention cannot; None if it can."""
     no_flex: str | None
-    """Why flex attention cannot; None where it can."""
+    """Why flex attention cannot; None if it can."""
     flex_first: bool = False
     """Whether the model has what the built-in kernel computes slowly."""
 
     def in_order(self) -> list[str]:
         """The kernels to try, by transformers' names, the best first."""
-        flash = [] if self.no_flash else ["flash_attention_2"]
-        flex = [] if self.no_flex else [FLEX]
-        return [*flash, *flex, NAME] if self.flex_first else [*flash, NAME, *flex]
+        kernels = []
+        if not self.no_flash:
+            kernels.append("flash_attention_2")
+        if self.no_flex:
+            return [*kernels, NAME]
+        if self.flex_first:
+            return [*kernels, FLEX, NAME]
+        return [*kernels, NAME, FLEX]
 
 
 def resolve_layout(
@@ -55,11 +60,12 @@ def resolve_layout(
     *,
     unproven: Callable[[str], str],
     needs_padding: bool,
-    kernels: Kernels,
-) -> Arrangement:
-    """The arrangement of a run. `unproven(attention)`: why documents cannot lie in one row there; empty where they can.
+    kernels: KernelChoices,
+) -> AttentionLayout:
+    """How documents lie in a row, and which kernel attends.
 
-    Raises ConfigError for a combination that would silently mix documents.
+    `unproven(attention)`: why documents cannot lie in one row with that kernel; empty if they can. Raises ConfigError for a
+    combination that would silently mix documents.
     """
     if layout is Layout.padding_free and needs_padding:
         raise ConfigError(
@@ -68,45 +74,52 @@ def resolve_layout(
     missing = {Attention.flash_attention_2: kernels.no_flash, Attention.flex: kernels.no_flex}.get(model.attention)
     if missing is not None:
         raise ConfigError(f"model.attention={model.attention}: {missing}; use model.attention=auto")
-    stock = model.attention in (Attention.sdpa, Attention.eager)
-    if layout is Layout.padding_free and stock:
+    is_stock = model.attention in (Attention.sdpa, Attention.eager)
+    if layout is Layout.padding_free and is_stock:
         raise ConfigError(
             f"model.attention={model.attention} with data.layout=padding_free: would let documents see each other; use "
             "model.attention=varlen or data.layout=padded"
         )
-    if layout is Layout.padded or needs_padding or stock:
-        noted = layout is Layout.auto and not needs_padding
-        return _padded(model, {"data.layout": f"padded (attention={model.attention})"} if noted else {})
+    if layout is Layout.padded or needs_padding or is_stock:
+        notes = {}
+        if layout is Layout.auto and not needs_padding:
+            notes["data.layout"] = f"padded (attention={model.attention})"
+        return _padded(model, notes)
     reasons: dict[str, str] = {}
-    for attention in ASKED.get(model.attention) or kernels.in_order():
+    for attention in KERNELS_BY_SETTING.get(model.attention) or kernels.in_order():
         reasons[attention] = unproven(attention)
         if not reasons[attention]:
-            return Arrangement(Layout.padding_free, attention, _noted(model, attention, kernels))
+            return AttentionLayout(Layout.padding_free, attention, _kernel_note(model, attention, kernels))
     reason = reasons.get(NAME) or next(iter(reasons.values()))
-    asked = model.attention in (Attention.varlen, Attention.flex)
-    if layout is Layout.padding_free or asked:
-        word = "data.layout=padding_free" if layout is Layout.padding_free else f"model.attention={model.attention}"
+    setting = None
+    if layout is Layout.padding_free:
+        setting = "data.layout=padding_free"
+    elif model.attention in (Attention.varlen, Attention.flex):  # which are for rows of several documents alone
+        setting = f"model.attention={model.attention}"
+    if setting is not None:
         raise ConfigError(
-            f"{word}: {model_type} is not proven to keep documents of one row apart ({reason}); use "
+            f"{setting}: {model_type} is not proven to keep documents of one row apart ({reason}); use "
             "data.layout=padded and model.attention=auto"
         )
     return _padded(model, {"data.layout": f"padded ({model_type} is not proven padding-free: {reason})"})
 
 
-def _noted(model: ModelConfig, attention: str, kernels: Kernels) -> dict[str, str]:
-    """What to say of a kernel that `auto` chose."""
+def _kernel_note(model: ModelConfig, attention: str, kernels: KernelChoices) -> dict[str, str]:
+    """What to say of a kernel that `auto` chose; nothing of FlashAttention, which is the usual one."""
     flash = kernels.no_flash or "not proven right here"
-    said = {
+    note_by_kernel = {
         NAME: f"varlen (built in; not FlashAttention: {flash})",
         FLEX: f"flex (torch's, compiled when it is first called; not FlashAttention: {flash})",
     }
-    return {"model.attention": said[attention]} if model.attention is Attention.auto and attention in said else {}
+    if model.attention is not Attention.auto or attention not in note_by_kernel:
+        return {}
+    return {"model.attention": note_by_kernel[attention]}
 
 
-def _padded(model: ModelConfig, notes: dict[str, str]) -> Arrangement:
+def _padded(model: ModelConfig, notes: dict[str, str]) -> AttentionLayout:
     if model.attention in (Attention.varlen, Attention.flex):
         raise ConfigError(
             f"model.attention={model.attention}: is for padding-free rows; use sdpa, eager or auto with padded ones"
         )
     stock = "sdpa" if model.attention is Attention.auto else str(model.attention)
-    return Arrangement(Layout.padded, stock, notes)
+    return AttentionLayout(Layout.padded, stock, notes)

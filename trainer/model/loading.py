@@ -8,18 +8,25 @@ from typing import Any
 from strategies.errors import ConfigError, is_panic, tokenizer_panic
 from strategies.small_files import check_small_files, read_object, refuse_pointer
 from trainer.model.config import ModelConfig
-from trainer.model.files import Files
+from trainer.model.files import SafetensorsFiles
 
-WANTED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja")
-"""What of a hub model a run reads."""
-MOST_LAYERS = 10_000
-MOST_WIDTH = 1 << 24
-DEPTHS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")
-WIDTHS = ("hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads", "num_key_value_heads")
+HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja")
+"""Files of a hub model that a run reads."""
+LARGEST_DEPTH = 10_000
+LARGEST_WIDTH = 1 << 24
+DEPTH_SETTINGS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")
+WIDTH_SETTINGS = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 """Sizes that decide what a model takes, each far above those of any model that exists."""
 SHARED_LAYERS = 200
 """Layers that a model may have whatever the number of its tensors: ALBERT has one group of weights for all of its layers."""
-SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 """What every configuration has, by one name or another, and no model can be without."""
 
 
@@ -62,7 +69,7 @@ def weights_directory(config: ModelConfig) -> Path:
                 path,
                 revision=config.revision,
                 local_files_only=not config.download,
-                allow_patterns=[*WANTED],
+                allow_patterns=[*HUB_PATTERNS],
             )
         )
     except Exception as error:  # the hub client has a dozen error types; all mean that there are no weights
@@ -78,7 +85,7 @@ def load_model_config(config: ModelConfig) -> Any:
     if Path(path).is_dir():
         check_small_files(Path(path))
     try:
-        found = AutoConfig.from_pretrained(
+        model_config = AutoConfig.from_pretrained(
             path,
             revision=config.revision,
             local_files_only=not config.download,
@@ -86,32 +93,39 @@ def load_model_config(config: ModelConfig) -> Any:
         )
     # A value of the wrong type, or that does not go with another, or that names nothing.
     except (StrictDataclassError, ArithmeticError, TypeError, AttributeError, LookupError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"model.path={path}: its config.json cannot be read: {said[:300]}; mend it there") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"model.path={path}: its config.json cannot be read: {reason[:300]}; mend it there"
+        ) from error
     except (OSError, ValueError) as error:
         raise _config_error(path, error, config) from error
-    text = found.get_text_config()
-    sizes = {name: vars(text).get(name) for name in (text.attribute_map.get(size, size) for size in SIZES)}
-    if senseless := [f"{name}={size}" for name, size in sizes.items() if isinstance(size, int) and size < 1]:
+    text = model_config.get_text_config()
+    below_one = []
+    for setting in REQUIRED_SIZES:
+        name = text.attribute_map.get(setting, setting)
+        size = vars(text).get(name)
+        if isinstance(size, int) and size < 1:
+            below_one.append(f"{name}={size}")
+    if below_one:
         raise ConfigError(
-            f"model.path={path}: config.json has {', '.join(senseless)}, where at least 1 is needed; mend it there"
+            f"model.path={path}: config.json has {', '.join(below_one)}, where at least 1 is needed; mend it there"
         )
-    refuse_huge(found, path)
-    return found
+    refuse_huge(model_config, path)
+    return model_config
 
 
 def refuse_huge(settings: Any, path: str) -> None:
     """Raise ConfigError for a configuration of a model that no memory and no patience would hold, before it is built."""
     text = settings.get_text_config()
-    huge: list[str] = []
-    for names, most in ((DEPTHS, MOST_LAYERS), (WIDTHS, MOST_WIDTH)):
+    too_large: list[str] = []
+    for names, largest in ((DEPTH_SETTINGS, LARGEST_DEPTH), (WIDTH_SETTINGS, LARGEST_WIDTH)):
         for name in names:
-            value = vars(text).get(text.attribute_map.get(name, name))
-            if isinstance(value, int) and value > most:
-                huge.append(f"{name}={value} (at most {most:,})")
-    if huge:
+            size = vars(text).get(text.attribute_map.get(name, name))
+            if isinstance(size, int) and size > largest:
+                too_large.append(f"{name}={size} (at most {largest:,})")
+    if too_large:
         raise ConfigError(
-            f"model.path={path}: config.json has {', '.join(huge)}, more than any model has; download it again"
+            f"model.path={path}: config.json has {', '.join(too_large)}, more than any model has; download it again"
         )
 
 
@@ -123,7 +137,7 @@ def check_files(config: ModelConfig) -> None:
     settings = load_model_config(config)
     directory = weights_directory(config)
     check_small_files(directory)
-    files = Files(directory)
+    files = SafetensorsFiles(directory)
     try:
         files.open_all()
         layers = getattr(settings.get_text_config(), "num_hidden_layers", None)
@@ -134,7 +148,7 @@ def check_files(config: ModelConfig) -> None:
                 f"{directory}: config.json has num_hidden_layers={layers}, and the weights are {tensors} tensors; they are "
                 "not of one model: download it again"
             )
-        files.expect()
+        files.read_ahead()
     finally:
         files.close()
 
@@ -205,8 +219,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    known = set(tokenizer.get_vocab())
-    if present := [t for t in config.add_tokens if t in known]:
+    vocabulary = set(tokenizer.get_vocab())
+    if present := [token for token in config.add_tokens if token in vocabulary]:
         raise ConfigError(f"model.add_tokens={present}: already in the vocabulary; remove them from the list")
     tokenizer.add_tokens(list(config.add_tokens), special_tokens=True)
     return tokenizer
@@ -220,16 +234,16 @@ def generation_config(config: ModelConfig, model_config: Any, decoder_start: int
     from transformers import GenerationConfig
 
     directory = weights_directory(config)
-    if (directory / "generation_config.json").is_file():
-        place = directory / "generation_config.json"
-        read_object(place)
+    file = directory / "generation_config.json"
+    if file.is_file():
+        read_object(file)
         try:
-            found = GenerationConfig.from_pretrained(directory)
+            generation = GenerationConfig.from_pretrained(directory)
         except Exception as error:  # of a value that no field takes
-            said = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{place}: cannot be used ({said}); mend or delete it") from error
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{file}: cannot be used ({reason}); mend or delete it") from error
     else:
-        found = GenerationConfig.from_model_config(model_config)
+        generation = GenerationConfig.from_model_config(model_config)
     if decoder_start is not None:
-        found.decoder_start_token_id = decoder_start
-    return found
+        generation.decoder_start_token_id = decoder_start
+    return generation

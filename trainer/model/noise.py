@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+_SPLITMIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 """Odd 64-bit constants of splitmix64 (Steele et al. 2014), as signed numbers."""
 
 
@@ -30,7 +30,7 @@ def noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[Non
         # Not where a reference or a teacher looks up, nor another batch than the one that is trained on.
         if not torch.is_grad_enabled() or not args or args[0].shape != ids.shape or looked_up.dim() != 3:
             return None
-        return looked_up + drawn(batch, looked_up.shape[-1], alpha).to(looked_up.dtype)
+        return looked_up + noise_of(batch, looked_up.shape[-1], alpha).to(looked_up.dtype)
 
     hook = model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
     try:
@@ -39,40 +39,46 @@ def noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[Non
         hook.remove()
 
 
-def drawn(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
+def noise_of(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
     """The noise of a micro-batch, float32 `[B, T, width]`; rows of padding get some too, which nothing reads."""
     ids = batch["input_ids"]
     rows, columns = ids.shape
+    # Of each position: the number of its document, its position in it, and whether it is a token.
     if "attention_mask" in batch and batch["attention_mask"] is not None:
         document = torch.arange(rows, device=ids.device)[:, None].expand(rows, columns).reshape(-1)
         position = torch.arange(columns, device=ids.device).repeat(rows)
-        there = batch["attention_mask"].reshape(-1).long()
+        is_token = batch["attention_mask"].reshape(-1).long()
     else:
         position = batch["position_ids"].reshape(-1)
-        document, there = (position == 0).long().cumsum(0) - 1, torch.ones_like(position)
+        document = (position == 0).long().cumsum(0) - 1
+        is_token = torch.ones_like(position)
     count = int(ids.numel()) + 1  # more than there are documents: no wait for the device
-    lengths = torch.zeros(count, dtype=torch.int64, device=ids.device).index_add_(0, document, there)
-    names = torch.zeros_like(lengths).index_add_(0, document, there * _mixed(ids.reshape(-1) * _ODD[0] + position))
+    lengths = torch.zeros(count, dtype=torch.int64, device=ids.device).index_add_(0, document, is_token)
+    # A document is told by a hash of its tokens, so that its noise does not depend on where it lies.
+    token_hashes = is_token * _scrambled(ids.reshape(-1) * _SPLITMIX[0] + position)
+    document_hashes = torch.zeros_like(lengths).index_add_(0, document, token_hashes)
     seed, step = batch["drawn_by"]
-    key = _mixed(names[document] + _signed(seed * 1_000_003 + step)) + position * _ODD[1]
-    each = _mixed(_mixed(key)[:, None] + torch.arange(width, device=ids.device) * _ODD[0])
-    even = (each >> 40).float() / 2**23  # of 24 bits with their sign: -1 to 1
-    size = alpha / (lengths[document].clamp(min=1) * width).float().sqrt()
-    return (even * size[:, None]).view(rows, columns, width)
+    run_and_step = _signed(seed * 1_000_003 + step)
+    key = _scrambled(document_hashes[document] + run_and_step) + position * _SPLITMIX[1]
+    dimensions = torch.arange(width, device=ids.device) * _SPLITMIX[0]
+    bits = _scrambled(_scrambled(key)[:, None] + dimensions)
+    uniform = (bits >> 40).float() / 2**23  # 24 bits with their sign: -1 to 1
+    scale = alpha / (lengths[document].clamp(min=1) * width).float().sqrt()
+    return (uniform * scale[:, None]).view(rows, columns, width)
 
 
-def _mixed(value: Tensor) -> Tensor:
+def _scrambled(bits: Tensor) -> Tensor:
     """The finaliser of splitmix64 on int64, whose products wrap around."""
-    value = (value ^ _shifted(value, 30)) * _ODD[1]
-    value = (value ^ _shifted(value, 27)) * _ODD[2]
-    return value ^ _shifted(value, 31)
+    bits = (bits ^ _shifted(bits, 30)) * _SPLITMIX[1]
+    bits = (bits ^ _shifted(bits, 27)) * _SPLITMIX[2]
+    return bits ^ _shifted(bits, 31)
 
 
-def _shifted(value: Tensor, bits: int) -> Tensor:
+def _shifted(number: Tensor, bits: int) -> Tensor:
     """Right by so many bits, without the sign."""
-    return (value >> bits) & (2 ** (64 - bits) - 1)
+    return (number >> bits) & (2 ** (64 - bits) - 1)
 
 
-def _signed(value: int) -> int:
+def _signed(number: int) -> int:
     """A whole number modulo 2**64, as int64 holds it."""
-    return (value + 2**63) % 2**64 - 2**63
+    return (number + 2**63) % 2**64 - 2**63

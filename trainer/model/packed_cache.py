@@ -22,30 +22,30 @@ from torch import Tensor
 from strategies.cache_dir import cache_directory
 from trainer.model.quantisation import Scheme
 
-EDITION = 1
-"""Of what lies in the files; another one is packed anew."""
-SMALLEST = 64 * 2**20
+FORMAT_VERSION = 1
+"""Version of the files' content; files of another version are not read, and their weights packed anew."""
+SMALLEST_BYTES = 64 * 2**20
 """Bytes packed below which nothing is kept: packing takes a second."""
-SAMPLES, SAMPLE = 16, 2**16
+SAMPLES, SAMPLE_BYTES = 16, 2**16
 """Places of a file that its fingerprint reads, and bytes at each."""
 KEY = "packed"
 
 
 def fingerprint(directories: list[Path], scheme: Scheme) -> str:
-    """What tells the weights of these directories, stored by this scheme, from any others.
+    """A digest of the weights in these directories and of the scheme that they are packed by.
 
     Files count by name, size, time of change and samples of their bytes: reading all would take as long as packing.
     """
-    known = hashlib.sha256(f"{EDITION} {scheme} {version('bitsandbytes')} {version('transformers')}".encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {scheme} {version('bitsandbytes')} {version('transformers')}".encode())
     for directory in directories:
         for file in sorted((*directory.glob("*.safetensors"), *directory.glob("*.json"))):
             stat = file.stat()
-            known.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-            with file.open("rb") as opened:
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            with file.open("rb") as weights_file:
                 for index in range(SAMPLES):
-                    opened.seek(index * max(0, stat.st_size - SAMPLE) // (SAMPLES - 1))
-                    known.update(opened.read(SAMPLE))
-    return known.hexdigest()[:32]
+                    weights_file.seek(index * max(0, stat.st_size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    digest.update(weights_file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def directory_of(key: str) -> Path:
@@ -53,7 +53,7 @@ def directory_of(key: str) -> Path:
     return cache_directory() / "packed" / key
 
 
-def kept_weights(
+def cached_weights(
     places: list[Path],
     scheme: Scheme,
     shapes: Mapping[str, tuple[int, ...]],
@@ -74,12 +74,15 @@ class PackedWeights:
     def __init__(
         self, directory: Path, sizes: dict[str, int], pack: Callable[[str], Tensor], *, share: tuple[int, int] = (0, 1)
     ) -> None:
-        self.directory, self.sizes, self.pack, self.share = directory, sizes, pack, share
+        self.directory = directory
+        self.sizes = sizes
+        self.pack = pack
+        self.share = share
         self.packed = 0
         """Weights that this process has packed."""
         self.reason = ""
-        """Why nothing is kept; empty where it is."""
-        self._begun = False
+        """Why nothing is cached; empty if it is."""
+        self._started = False
 
     @property
     def total(self) -> int:
@@ -89,38 +92,42 @@ class PackedWeights:
     def run(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes `[start, stop)` of a packed weight, out of its file; where it has none yet, it is packed first."""
         try:
-            if not self._begun:
-                self._begun = True
-                self._begin()
+            if not self._started:
+                self._started = True
+                self._pack_missing()
             if not self.reason:
-                found = self._read(name, start, stop)
-                if found is None:
-                    self._keep(name, wait=True)
-                    found = self._read(name, start, stop)
-                if found is not None:
-                    return found
+                packed_bytes = self._read(name, start, stop)
+                if packed_bytes is None:
+                    self._pack_into_cache(name, wait=True)
+                    packed_bytes = self._read(name, start, stop)
+                if packed_bytes is not None:
+                    return packed_bytes
                 self.reason = f"what was written to {self._file(name)} cannot be read"
         except OSError as error:
             self.reason = f"{error.strerror or error} ({error.filename or self.directory})"
         self.packed += 1
         return self.pack(name)[start:stop]
 
-    def _begin(self) -> None:
+    def _pack_missing(self) -> None:
         """Pack what no other rank has packed or is packing: together the ranks of a host take each weight once."""
-        if self.total < SMALLEST:
+        if self.total < SMALLEST_BYTES:
             self.reason = f"{self.total / 2**20:.1f} MiB are packed as fast as they are read"
             return
         missing = [name for name in self.sizes if not self._is_there(name)]
         if not missing:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        need, free = sum(self.sizes[name] for name in missing), shutil.disk_usage(self.directory).free
-        if need > free:
-            self.reason = f"{need / 2**30:.2f} GiB more are needed and {free / 2**30:.2f} GiB free in {self.directory}"
+        needed_bytes = sum(self.sizes[name] for name in missing)
+        free_bytes = shutil.disk_usage(self.directory).free
+        if needed_bytes > free_bytes:
+            needed = f"{needed_bytes / 2**30:.2f} GiB more are needed"
+            self.reason = f"{needed} and {free_bytes / 2**30:.2f} GiB free in {self.directory}"
             return
-        first = len(missing) * self.share[0] // self.share[1]
+        # Each rank begins at another weight.
+        rank, ranks = self.share
+        first = len(missing) * rank // ranks
         for name in missing[first:] + missing[:first]:
-            self._keep(name, wait=False)
+            self._pack_into_cache(name, wait=False)
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
@@ -139,27 +146,27 @@ class PackedWeights:
         except (FileNotFoundError, SafetensorError):
             return None
 
-    def _keep(self, name: str, *, wait: bool) -> None:
+    def _pack_into_cache(self, name: str, *, wait: bool) -> None:
         """Pack a weight into its file, unless it is there; one that another process packs is waited for, or left to it."""
         from safetensors.torch import save
 
-        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+        lock_offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
         with (self.directory / "lock").open("a+b") as lock:
             try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+                fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, lock_offset)
             except BlockingIOError:
                 return
             if self._is_there(name) and (not wait or self._read(name, 0, 1) is not None):
                 return
             self.packed += 1
-            aside = self._file(name).with_suffix(f".{socket.gethostname()}.{os.getpid()}")
+            temporary = self._file(name).with_suffix(f".{socket.gethostname()}.{os.getpid()}")
             try:
-                with aside.open("wb") as file:
+                with temporary.open("wb") as file:
                     file.write(save({KEY: self.pack(name)}))
                     file.flush()
                     os.fsync(file.fileno())
-                aside.replace(self._file(name))
+                temporary.replace(self._file(name))
             except OSError:
                 with suppress(OSError):
-                    aside.unlink()
+                    temporary.unlink()
                 raise

@@ -32,7 +32,7 @@ SCALE_BLOCK = 256
 """Consecutive scales that share a scale, with double quantisation."""
 ALIGNMENT = 16
 """Bytes to which the whole is padded, so that any shard of it starts at a whole element."""
-WORTH_A_WORD = 0.05
+NOTABLE_SHARE = 0.05
 """Share of a model's parameters that are not stored packed, from which on it is said."""
 
 
@@ -45,7 +45,7 @@ class Scheme:
     """Whether the scales of 4-bit blocks are quantised too (to 8 bits)."""
 
     @classmethod
-    def asked(cls, kind: Quantisation, double: bool) -> Scheme | None:
+    def from_settings(cls, kind: Quantisation, double: bool) -> Scheme | None:
         """The scheme of these settings, None where nothing is quantised."""
         return None if kind is Quantisation.none else cls(kind, double)
 
@@ -57,9 +57,13 @@ class Scheme:
         """Bytes of the codes and of each kind of scale."""
         numel = shape[0] * shape[1]
         if self.kind is Quantisation.int8:
-            return [numel, 4 * shape[0]]
+            return [numel, 4 * shape[0]]  # codes, and a float32 scale a row
+        codes = -(-numel // 2)
         scales = -(-numel // BLOCK)
-        return [-(-numel // 2), *([4 * -(-scales // SCALE_BLOCK), 4, scales] if self.double else [4 * scales])]
+        if not self.double:
+            return [codes, 4 * scales]
+        scales_of_scales = -(-scales // SCALE_BLOCK)
+        return [codes, 4 * scales_of_scales, 4, scales]  # the 4 are an offset, in float32
 
     def num_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of the whole, padding included."""
@@ -78,11 +82,14 @@ class Scheme:
             codes, state = bnb.quantize_4bit(
                 weight.float(), blocksize=BLOCK, compress_statistics=self.double, quant_type=str(self.kind)
             )
-            pieces = [codes, *([state.state2.absmax, state.offset, state.absmax] if self.double else [state.absmax])]
+            pieces = [codes, state.absmax]
+            if self.double:
+                pieces = [codes, state.state2.absmax, state.offset, state.absmax]
         flat = [piece.reshape(-1).contiguous().view(torch.uint8) for piece in pieces]
+        sizes = [len(piece) for piece in flat]
         shape = (weight.shape[0], weight.shape[1])
-        assert [len(piece) for piece in flat] == self.parts(shape)
-        padding = torch.zeros(self.num_bytes(shape) - sum(len(piece) for piece in flat), dtype=torch.uint8)
+        assert sizes == self.parts(shape)
+        padding = torch.zeros(self.num_bytes(shape) - sum(sizes), dtype=torch.uint8)
         return torch.cat([*flat, padding])
 
     @torch.no_grad()
@@ -92,28 +99,38 @@ class Scheme:
 
         if packed.is_meta:
             return torch.empty(shape, dtype=dtype, device=packed.device)
-        codes, *scales = packed.detach()[: sum(self.parts(shape))].split(self.parts(shape))
+        sizes = self.parts(shape)
+        codes, *scales = packed.detach()[: sum(sizes)].split(sizes)
         if self.kind is Quantisation.int8:
             rows = floats(scales[0])[:, None] * (1.0 / 127.0)
             return (codes.view(torch.int8).view(shape) * rows).to(dtype)
-        nested = None
         if self.double:
-            nested = bnb.QuantState(
-                absmax=floats(scales[0]), blocksize=SCALE_BLOCK, code=codes_of("", packed.device), dtype=torch.float32
-            )
+            scales_of_scales, offset, quantised_scales = scales
+            absmax = quantised_scales.contiguous()
+            nested: dict[str, Any] = {
+                "offset": floats(offset)[0],
+                "state2": bnb.QuantState(
+                    absmax=floats(scales_of_scales),
+                    blocksize=SCALE_BLOCK,
+                    code=codes_of("", packed.device),
+                    dtype=torch.float32,
+                ),
+            }
+        else:
+            absmax = floats(scales[0])
+            nested = {}
         state = bnb.QuantState(
-            absmax=scales[2].contiguous() if self.double else floats(scales[0]),
+            absmax=absmax,
             shape=torch.Size(shape),
             code=codes_of(str(self.kind), packed.device),
             blocksize=BLOCK,
             quant_type=str(self.kind),
             dtype=dtype,
-            offset=floats(scales[1])[0] if self.double else None,
-            state2=nested,
+            **nested,
         )
         return bnb.dequantize_4bit(codes.contiguous()[:, None], state)
 
-    def rounded(self, weight: Tensor) -> Tensor:
+    def round_trip(self, weight: Tensor) -> Tensor:
         """What the model computes with in the place of `weight [out, in]`, float32."""
         shape = (weight.shape[0], weight.shape[1])
         return self.unpack(self.pack(weight), shape, torch.float32)
@@ -133,7 +150,7 @@ def codes_of(kind: str, device: torch.device) -> Tensor:
     return bnb.get_4bit_type(kind, device=device) if kind else bnb.create_dynamic_map().to(device)
 
 
-class _Product(torch.autograd.Function):
+class _QuantisedProduct(torch.autograd.Function):
     """`x @ weight.T` with a weight made for the moment, in the forward pass and again in the backward pass.
 
     What is kept between the two is the parameter itself: an engine that frees it meanwhile gathers it again.
@@ -180,7 +197,7 @@ class QuantisedLinear(nn.Linear):
         """`[..., in]` to `[..., out]`, in the type of `x`, or that of autocast."""
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = _Product.apply(x, self.weight, self.scheme, self.shape)
+        out = _QuantisedProduct.apply(x, self.weight, self.scheme, self.shape)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
@@ -191,21 +208,22 @@ def quantise_layers(
 
     Modules that the architecture keeps in float32 (T5's `wo`) stay as they are, as transformers leaves them: their blocks
     convert activations to the type of the stored weight. Returns the shapes of the weights that are stored packed, by base
-    name. Raises ConfigError where there are none.
+    name. Raises ConfigError if there are none.
     """
-    if (missing := missing_package()) is not None:
+    missing = missing_package()
+    if missing is not None:
         raise ConfigError(f"model.quantisation={scheme.kind}: {missing}, or set model.quantisation=none")
     shapes: dict[str, tuple[int, ...]] = {}
-    plain = names_kept_in_float32(model)
+    kept_in_float32 = names_kept_in_float32(model)
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is keep or _trains(name, module) or plain & set(name.split(".")):
+        if type(module) is not nn.Linear or module is keep or _trains(name, module):
             continue
         weight = base_name(f"{name}.weight")
-        if weight in shapes or weight.startswith(heads):
+        if kept_in_float32 & set(name.split(".")) or weight in shapes or weight.startswith(heads):
             continue
-        parent, _, last = name.rpartition(".")
+        parent, _, key = name.rpartition(".")
         quantised = QuantisedLinear.replace(module, scheme)
-        setattr(model.get_submodule(parent), last, quantised)
+        setattr(model.get_submodule(parent), key, quantised)
         shapes[weight] = quantised.shape
     if not shapes:
         raise ConfigError(
@@ -215,24 +233,25 @@ def quantise_layers(
     return shapes
 
 
-def not_packed(plain: nn.Module, other: set[str]) -> str | None:
-    """What is said of the matrices of a model that are stored as they are and not in `other`; None where they are few."""
-    sizes = {
-        name: p.numel()
-        for name, p in plain.named_parameters()
-        if p.dim() > 1 and name not in other and not name.endswith("bias")
-    }
-    left, share = sum(sizes.values()), sum(sizes.values()) / sum(p.numel() for p in plain.parameters())
-    if share < WORTH_A_WORD:
+def unquantised_note(plain: nn.Module, packed_names: set[str]) -> str | None:
+    """What to say of the matrices that are not packed and stay as they are; None if they are few."""
+    sizes = {}
+    for name, parameter in plain.named_parameters():
+        if parameter.dim() > 1 and name not in packed_names and not name.endswith("bias"):
+            sizes[name] = parameter.numel()
+    unquantised = sum(sizes.values())
+    share = unquantised / sum(parameter.numel() for parameter in plain.parameters())
+    if share < NOTABLE_SHARE:
         return None
+    largest = max(sizes, key=lambda name: sizes[name])
     return (
-        f"linear layers, and experts that compute by transformers' interface: {left:,} parameters ({share:.0%}) stay as they "
-        f"are, {left * 2 / 2**30:.2f} GiB in 16 bits ({max(sizes, key=lambda name: sizes[name])} the largest)"
+        f"linear layers, and experts that compute by transformers' interface: {unquantised:,} parameters ({share:.0%}) stay "
+        f"as they are, {unquantised * 2 / 2**30:.2f} GiB in 16 bits ({largest} the largest)"
     )
 
 
 def _trains(name: str, module: nn.Module) -> bool:
     """Whether a layer is an adapter's own, or one that is trained in full (and its original)."""
     parts = name.split(".")
-    whole = "modules_to_save" in parts or "original_module" in parts
-    return whole or any(p.requires_grad for p in module.parameters())
+    is_trained_in_full = "modules_to_save" in parts or "original_module" in parts
+    return is_trained_in_full or any(p.requires_grad for p in module.parameters())

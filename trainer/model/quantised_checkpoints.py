@@ -27,21 +27,21 @@ PACKED_ROWS = 32
 PACKED_VALUES = 64
 
 
-def stored_by(path: str | None) -> str | None:
-    """The library that a model directory is stored in few bits by; None where it holds numbers, or by another one."""
+def quantising_library(path: str | None) -> str | None:
+    """The library of `EXTRAS` that quantised a model directory; None if it is not quantised, or by another library."""
     settings = (read_config(path) or {}).get("quantization_config")
-    kit = settings.get("quant_method") if isinstance(settings, dict) else None
-    return kit if kit in EXTRAS else None
+    library = settings.get("quant_method") if isinstance(settings, dict) else None
+    return library if library in EXTRAS else None
 
 
-def lacking(kit: str) -> str | None:
-    """What to install where a library of `EXTRAS` is not there; None where it is."""
-    if find_spec(kit.replace("-", "_")) is not None:
+def missing_library(library: str) -> str | None:
+    """What to install if a library of `EXTRAS` is missing; None if it is there."""
+    if find_spec(library.replace("-", "_")) is not None:
         return None
-    return f"needs {kit}; {install_command(EXTRAS[kit])}"
+    return f"needs {library}; {install_command(EXTRAS[library])}"
 
 
-def unmultiplied(model: nn.Module, device: torch.device) -> list[str]:
+def unsupported_4bit_layers(model: nn.Module, device: torch.device) -> list[str]:
     """Matrices that bitsandbytes cannot multiply in 4 bits on `device`, with their sides; none on most.
 
     On a CPU with avx512_bf16 it packs a matrix before it multiplies: 32 rows together, with the scale of each 64 values of a row
@@ -53,24 +53,28 @@ def unmultiplied(model: nn.Module, device: torch.device) -> list[str]:
         return []
     output_layer: Any = getattr(model, "get_output_embeddings", None)
     head = None if output_layer is None else output_layer()
-    odd = []
+    unsupported = []
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear) or layer is head:
             continue
         if layer.out_features % PACKED_ROWS or layer.in_features % PACKED_VALUES:
-            odd.append(f"{name} {layer.out_features}x{layer.in_features}")
-    return odd
+            unsupported.append(f"{name} {layer.out_features}x{layer.in_features}")
+    return unsupported
 
 
-def refuse_unmultiplied(what: str, model: nn.Module, device: torch.device) -> None:
-    """Raise ConfigError if bitsandbytes cannot multiply the model in 4 bits here. `what`: the setting, as bits=nf4."""
-    if odd := unmultiplied(model, device):
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ConfigError(
-            f"{what}: on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices only if {PACKED_ROWS} divides their "
-            f"rows and {PACKED_VALUES} their columns, and not {', '.join(odd[:3])}{more}; use a GPU or a processor without "
-            "avx512_bf16, or store the model in another type, such as bits=int8"
-        )
+def refuse_unsupported_4bit(setting: str, model: nn.Module, device: torch.device) -> None:
+    """Raise ConfigError if bitsandbytes cannot multiply the model in 4 bits here. `setting`: what was set, as bits=nf4."""
+    unsupported = unsupported_4bit_layers(model, device)
+    if not unsupported:
+        return
+    examples = ", ".join(unsupported[:3])
+    if len(unsupported) > 3:
+        examples += f" and {len(unsupported) - 3} more"
+    raise ConfigError(
+        f"{setting}: on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices only if {PACKED_ROWS} divides "
+        f"their rows and {PACKED_VALUES} their columns, and not {examples}; use a GPU or a processor without avx512_bf16, or "
+        "store the model in another type, such as bits=int8"
+    )
 
 
 def _in_four_bits(settings: Any) -> bool:
@@ -81,40 +85,44 @@ def _in_four_bits(settings: Any) -> bool:
     return bool(getattr(quantisation, "load_in_4bit", False))
 
 
-def take_layers(model: nn.Module, directory: str, settings: Any, device: torch.device) -> torch.dtype:
+def replace_with_quantised(model: nn.Module, directory: str, settings: Any, device: torch.device) -> torch.dtype:
     """Put the values and layers of the model in few bits, as transformers loads it, into its architecture on meta.
 
-    `settings`: transformers' configuration of the model. The type of what lies in no few bits. Raises ConfigError where the
-    two do not fit, or the output layer itself lies in few bits, which losses are computed in.
+    `settings`: transformers' configuration of the model. Returns the type of what is not in few bits. Raises ConfigError if
+    the two do not fit, or if the output layer itself is in few bits: losses are computed in it.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     if _in_four_bits(settings):
-        refuse_unmultiplied(f"model.path={directory}", model, device)
+        refuse_unsupported_4bit(f"model.path={directory}", model, device)
     loaded = auto_class(ModelKind.causal, settings).from_pretrained(
         directory, dtype="auto", device_map=str(device), local_files_only=True
     )
     with torch.no_grad():  # compressed-tensors unpacks its layers where the whole model is first called
         loaded(torch.zeros((1, 1), dtype=torch.long, device=device))
-    head, there = loaded.get_output_embeddings(), dict(loaded.named_modules())
+    head = loaded.get_output_embeddings()
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         raise ConfigError(
             f"model.path={directory}: its output layer lies in few bits too, which losses cannot be computed in here; serve it, "
             "and give evaluation.server=http://..."
         )
-    for name, mine in list(model.named_modules()):
-        theirs = there.get(name)
-        if (
-            type(mine) is nn.Linear and theirs is not None
-        ):  # whatever it is by now, it computes what the layer stands for
+    loaded_modules = dict(loaded.named_modules())
+    for name, module in list(model.named_modules()):
+        loaded_module = loaded_modules.get(name)
+        if loaded_module is None:
+            continue
+        if type(module) is nn.Linear:  # whatever it is by now, it computes what the layer stands for
             owner, _, key = name.rpartition(".")
-            setattr(model.get_submodule(owner), key, theirs)
-        elif theirs is not None:
-            parameters = own_parameters(mine)
-            parameters.update({key: own_parameters(theirs).get(key) for key in parameters})
-            buffers = own_buffers(mine)
-            buffers.update({key: own_buffers(theirs).get(key, buffer) for key, buffer in buffers.items()})
-    if left := [name for name, each in model.named_parameters() if each.is_meta]:
-        raise ConfigError(f"model.path={directory}: transformers loads nothing for {', '.join(left[:3])}")
+            setattr(model.get_submodule(owner), key, loaded_module)
+            continue
+        parameters = own_parameters(module)
+        loaded_parameters = own_parameters(loaded_module)
+        parameters.update({key: loaded_parameters.get(key) for key in parameters})
+        buffers = own_buffers(module)
+        loaded_buffers = own_buffers(loaded_module)
+        buffers.update({key: loaded_buffers.get(key, buffer) for key, buffer in buffers.items()})
+    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unfilled:
+        raise ConfigError(f"model.path={directory}: transformers loads nothing for {', '.join(unfilled[:3])}")
     return loaded.dtype  # type: ignore[no-any-return]

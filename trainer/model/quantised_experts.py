@@ -19,7 +19,7 @@ from trainer.model.quantisation import BLOCK, SCALE_BLOCK, Scheme, codes_of, flo
 from trainer.tuning.expert_parts import expert_modules, weight_names
 
 Shape = tuple[int, int, int]
-MOST = 2**31 - 1
+LARGEST_CALL = 2**31 - 1
 """Elements that bitsandbytes' kernels for GPUs count in one call; of more they would make some, and leave the rest undefined."""
 
 
@@ -31,7 +31,7 @@ class PackedExperts:
     shapes: dict[str, Shape]
     """By the parameter's name in the module."""
 
-    def whole(self, name: str, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    def unpack(self, name: str, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight `[experts, ., .]` that the bytes of `name` stand for."""
         return unpack_stack(self.scheme, packed, self.shapes[name], dtype)
 
@@ -43,10 +43,14 @@ def num_bytes(scheme: Scheme, shape: Shape) -> int:
 
 def pack_run(scheme: Scheme, shape: Shape, start: int, stop: int, expert: Callable[[int], Tensor]) -> Tensor:
     """Bytes `[start, stop)` of a packed weight; `expert(i)` gives the matrix of one that lies in them."""
-    each = scheme.num_bytes(shape[1:])
-    first, last = start // each, -(-stop // each)
-    made = [scheme.pack(expert(number)) for number in range(first, last)]
-    return torch.cat([torch.zeros(0, dtype=torch.uint8), *made])[start - first * each :][: stop - start]
+    expert_bytes = scheme.num_bytes(shape[1:])
+    first = start // expert_bytes
+    last = -(-stop // expert_bytes)
+    packed = [scheme.pack(expert(number)) for number in range(first, last)]
+    # The empty tensor is for a rank that holds nothing.
+    joined = torch.cat([torch.zeros(0, dtype=torch.uint8), *packed])
+    offset = start - first * expert_bytes
+    return joined[offset : offset + stop - start]
 
 
 @torch.no_grad()
@@ -66,17 +70,17 @@ def unpack_stack(scheme: Scheme, packed: Tensor, shape: Shape, dtype: torch.dtyp
         return (pieces[0].contiguous().view(torch.int8).view(shape) * scales).to(dtype)
     if matrix[1] % BLOCK:  # then on CPUs bitsandbytes reads a row's scales by the row's place in the whole
         return torch.stack([scheme.unpack(row, matrix, dtype) for row in rows])
-    if (per := max(1, MOST // (matrix[0] * matrix[1]))) < count:
-        whole = torch.empty(shape, dtype=dtype, device=packed.device)
-        for part, some in zip(whole.split(per), rows.split(per), strict=True):
-            part.copy_(unpack_stack(scheme, some.reshape(-1), (len(some), *matrix), dtype))
-        return whole
+    if (experts_per_call := max(1, LARGEST_CALL // (matrix[0] * matrix[1]))) < count:
+        weight = torch.empty(shape, dtype=dtype, device=packed.device)
+        for part, packed_part in zip(weight.split(experts_per_call), rows.split(experts_per_call), strict=True):
+            part.copy_(unpack_stack(scheme, packed_part.reshape(-1), (len(packed_part), *matrix), dtype))
+        return weight
     from bitsandbytes import functional as bnb
 
     if scheme.double:
-        wide = floats(pieces[1].contiguous()).view(count, -1).repeat_interleave(SCALE_BLOCK, dim=1)
-        coarse = codes_of("", packed.device)[pieces[3].long()]
-        scales = coarse * wide[:, : coarse.shape[1]] + floats(pieces[2].contiguous()).view(count, 1)
+        coarse_scales = floats(pieces[1].contiguous()).view(count, -1).repeat_interleave(SCALE_BLOCK, dim=1)
+        scale_codes = codes_of("", packed.device)[pieces[3].long()]
+        scales = scale_codes * coarse_scales[:, : scale_codes.shape[1]] + floats(pieces[2].contiguous()).view(count, 1)
     else:
         scales = floats(pieces[1].contiguous())
     state = bnb.QuantState(
@@ -90,30 +94,31 @@ def unpack_stack(scheme: Scheme, packed: Tensor, shape: Shape, dtype: torch.dtyp
     return bnb.dequantize_4bit(pieces[0].reshape(-1, 1), state).view(shape)
 
 
-def rounded_stack(scheme: Scheme, weight: Tensor) -> Tensor:
+def round_stack(scheme: Scheme, weight: Tensor) -> Tensor:
     """What the model computes with in the place of `weight [experts, ., .]`, float32."""
-    return torch.stack([scheme.rounded(expert) for expert in weight])
+    return torch.stack([scheme.round_trip(expert) for expert in weight])
 
 
 def quantise_experts(
-    model: nn.Module, scheme: Scheme, *, plain: set[str], base_name: Callable[[str], str]
+    model: nn.Module, scheme: Scheme, *, kept_in_float32: set[str], base_name: Callable[[str], str]
 ) -> dict[str, Shape]:
     """Store the frozen weights of experts packed, in place, on meta; their shapes by base name.
 
-    Modules whose name holds a part in `plain` stay as they are, as do experts that train, and those that compute in a way of
-    their own.
+    Modules whose name has a part in `kept_in_float32` stay as they are, as do experts that train, and those that compute in
+    a way of their own.
     """
-    found: dict[str, Shape] = {}
+    shape_by_name: dict[str, Shape] = {}
     modules: dict[str, Any] = dict(expert_modules(model))
     for name, module in modules.items():
         parameters = {key: getattr(module, key) for key in weight_names(module)}
-        if plain & set(name.split(".")) or any(p.requires_grad for p in parameters.values()):
+        trains = any(parameter.requires_grad for parameter in parameters.values())
+        if trains or kept_in_float32 & set(name.split(".")):
             continue
         shapes: dict[str, Shape] = {key: tuple(p.shape) for key, p in parameters.items()}  # type: ignore[misc]
         module.packed_experts = PackedExperts(scheme, shapes)
         module.packed_elements = {key: p.numel() for key, p in parameters.items()}
         for key, shape in shapes.items():
-            empty = torch.empty(num_bytes(scheme, shape), dtype=torch.uint8, device="meta")
-            setattr(module, key, nn.Parameter(empty, requires_grad=False))
-            found[base_name(f"{name}.{key}")] = shape
-    return found
+            packed = torch.empty(num_bytes(scheme, shape), dtype=torch.uint8, device="meta")
+            setattr(module, key, nn.Parameter(packed, requires_grad=False))
+            shape_by_name[base_name(f"{name}.{key}")] = shape
+    return shape_by_name

@@ -28,7 +28,7 @@ EXPERT_TOKENS = "expert_tokens"
 
 @dataclass(slots=True)
 class RoutingRecord:
-    """What one forward pass shows."""
+    """What is recorded of one forward pass."""
 
     mask: Tensor | None
     """`[S, T]`, 1 at tokens and 0 at padding; None where every position is a token."""
@@ -37,70 +37,73 @@ class RoutingRecord:
     logits: list[Tensor] = field(default_factory=list)
     """Of each router that recorded them, in the order of their calls, `[positions, experts]`."""
     without_gradients: bool = False
-    """Whether a pass without gradients is seen; else such a pass is another one (a reference), and is left out."""
+    """Whether passes without gradients are recorded too; otherwise such a pass is a reference model's, and is left out."""
     hidden: list[Tensor] = field(default_factory=list)
     """What the head makes logits of, `[S, T, H]`, of each pass through a decoder that notes it."""
-    _kept: dict[int, Tensor] = field(default_factory=dict)
+    _token_masks: dict[int, Tensor] = field(default_factory=dict)
 
     @property
-    def looks(self) -> bool:
-        """Whether what is computed now belongs to the pass that is seen."""
+    def is_recording(self) -> bool:
+        """Whether what is computed now belongs to the recorded pass."""
         return self.without_gradients or torch.is_grad_enabled()
 
-    def kept(self, positions: int) -> Tensor | None:
+    def token_mask(self, positions: int) -> Tensor | None:
         """bool `[positions]`: which of them are tokens of documents; None: all of them.
 
         Positions that were put before each row (virtual tokens) are none.
         """
         if self.mask is None:
             return None
-        if positions not in self._kept:  # every layer asks for the same
+        if positions not in self._token_masks:  # every layer asks for the same
             rows, width = self.mask.shape
             before = positions // rows - width
-            self._kept[positions] = nn.functional.pad(self.mask.bool(), (before, 0), value=False).view(-1)
-        return self._kept[positions]
+            self._token_masks[positions] = nn.functional.pad(self.mask.bool(), (before, 0), value=False).view(-1)
+        return self._token_masks[positions]
 
 
-class _Now:
-    """The pass that is seen at this moment, and what notes in it: never part of a compiled graph, which would keep the pass."""
+class _Recording:
+    """The pass that is recorded now, and the function that notes in it. Compiled graphs must not hold it: they would keep it."""
 
-    seen: RoutingRecord | None = None
+    record: RoutingRecord | None = None
     note: Callable[[Any, Tensor], None]
 
 
 @contextmanager
-def watching(seen: RoutingRecord) -> Iterator[RoutingRecord]:
-    """Note in `seen` what routers and experts do while entered."""
-    before, _Now.seen = _Now.seen, seen
+def watching(record: RoutingRecord) -> Iterator[RoutingRecord]:
+    """Note in `record` what routers and experts do while entered."""
+    before = _Recording.record
+    _Recording.record = record
     try:
-        yield seen
+        yield record
     finally:
-        _Now.seen = before
+        _Recording.record = before
 
 
-def note_chosen(module: Any, chosen: Tensor) -> None:
-    """Count the tokens of `chosen [positions, k]`, experts of `module`, where the pass is seen. Waits for no device."""
+def note_chosen_experts(module: Any, expert_indices: Tensor) -> None:
+    """Count the tokens of `expert_indices [positions, k]`, experts of `module`, if the pass is recorded. Waits for no device."""
     if hasattr(module, "row_of_load"):  # its number would compile a block anew for each layer
-        _Now.note(module, chosen)
+        _Recording.note(module, expert_indices)
 
 
-def _note(module: Any, chosen: Tensor) -> None:
-    seen, row = _Now.seen, module.row_of_load
-    if seen is None or seen.tokens is None or not seen.looks:
+def _count_tokens(module: Any, expert_indices: Tensor) -> None:
+    record = _Recording.record
+    if record is None or record.tokens is None or not record.is_recording:
         return
-    experts, kept = seen.tokens.shape[1], seen.kept(len(chosen))
-    flat = chosen.reshape(-1).long()
-    counted = (flat < experts).long()  # beyond them lie experts that compute nothing, where a model has such
-    if kept is not None:
-        counted = counted * kept.repeat_interleave(chosen.shape[-1], output_size=len(flat))
-    seen.tokens[row].scatter_add_(0, flat.clamp(max=experts - 1), counted)
+    experts = record.tokens.shape[1]
+    flat_indices = expert_indices.reshape(-1).long()
+    counts = (flat_indices < experts).long()  # beyond them lie experts that compute nothing, where a model has such
+    is_token = record.token_mask(len(expert_indices))
+    if is_token is not None:
+        chosen_per_token = expert_indices.shape[-1]
+        counts = counts * is_token.repeat_interleave(chosen_per_token, output_size=len(flat_indices))
+    record.tokens[module.row_of_load].scatter_add_(0, flat_indices.clamp(max=experts - 1), counts)
 
 
 def number_experts(model: nn.Module) -> tuple[int, ...]:
     """Give each module of experts its row of `RoutingRecord.tokens`; how many experts each has."""
     modules: list[Any] = list(expert_modules(model).values())
     if modules:
-        _Now.note = torch.compiler.disable(_note)  # here, since it imports what takes a second
+        _Recording.note = torch.compiler.disable(_count_tokens)  # here, since it imports what takes a second
     for row, module in enumerate(modules):
         module.row_of_load = row
     return tuple(int(module.num_experts) for module in modules)
@@ -108,7 +111,7 @@ def number_experts(model: nn.Module) -> tuple[int, ...]:
 
 def recorded_routers(model: nn.Module) -> dict[str, int]:
     """The modules whose output transformers records as router logits, by name, and which part of it they are."""
-    found: dict[str, int] = {}
+    output_index: dict[str, int] = {}
 
     def search(module: nn.Module, name: str, recorders: list[Any]) -> None:
         own = output_recorders(module, "router_logits")
@@ -118,39 +121,39 @@ def recorded_routers(model: nn.Module) -> dict[str, int]:
             by_name = recorder.class_name is not None and f".{name}".endswith(recorder.class_name)
             placed = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
             if (by_class or by_name) and placed:
-                found[name] = recorder.index
+                output_index[name] = recorder.index
         for key, child in module.named_children():
             search(child, f"{name}.{key}".lstrip("."), recorders)
 
     search(model, "", [])
-    return found
+    return output_index
 
 
 def record_logits(root: nn.Module, routers: dict[str, int]) -> None:
-    """Let these modules of `root` note their logits in the pass that is seen; adapters on them are part of that."""
+    """Let these modules of `root` note their logits in the recorded pass; those include what adapters add."""
     for name, index in routers.items():
         root.get_submodule(name).register_forward_hook(torch.compiler.disable(partial(_note_logits, index)))
 
 
 def _note_logits(index: int, _router: nn.Module, _args: Any, output: Any) -> None:
     """A hook that notes part `index` of a router's output."""
-    seen = _Now.seen
-    if seen is None or not seen.looks:
+    record = _Recording.record
+    if record is None or not record.is_recording:
         return
     logits = output[index] if isinstance(output, tuple) else output
     if logits is not None:
-        seen.logits.append(logits.reshape(-1, logits.shape[-1]))
+        record.logits.append(logits.reshape(-1, logits.shape[-1]))
 
 
 def record_hidden(decoder: nn.Module) -> None:
-    """Let `decoder` note in the pass that is seen what it gives to the head."""
+    """Let `decoder` note in the recorded pass what it gives to the head."""
     decoder.register_forward_hook(torch.compiler.disable(_note_hidden))
 
 
 def _note_hidden(_decoder: nn.Module, _args: Any, output: Any) -> None:
-    seen = _Now.seen
-    if seen is not None and seen.looks:
-        seen.hidden.append(output.last_hidden_state)
+    record = _Recording.record
+    if record is not None and record.is_recording:
+        record.hidden.append(output.last_hidden_state)
 
 
 def balancing_biases(model: nn.Module) -> list[str]:

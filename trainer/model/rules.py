@@ -12,7 +12,7 @@ from strategies.extras import install_command
 from strategies.small_files import read_object
 from trainer.model.config import ModelKind
 
-KNOWN = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
+PROVEN_ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
 """`model_type`s of encoder-decoder models whose loss is that of transformers, as tests/objectives/test_seq2seq.py shows."""
 
 
@@ -35,36 +35,39 @@ def kind_problems(
     `model` is the content of its config.json. `lengths` are the positions that the run needs on a side, by the setting that
     asks for them.
     """
-    called = model.get("model_type", "unknown")
-    both = bool(model.get("is_encoder_decoder", called in KNOWN))
+    model_type = model.get("model_type", "unknown")
+    is_proven = model_type in PROVEN_ENCODER_DECODERS
+    is_encoder_decoder = bool(model.get("is_encoder_decoder", is_proven))
     if kind is not ModelKind.encoder_decoder:
-        if both and kind is ModelKind.classifier:
+        if not is_encoder_decoder:
+            return
+        if kind is ModelKind.classifier:
             yield (
-                f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), whose classifiers are not "
-                "proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
+                f"objective={objective}: model.path={path} is an encoder-decoder model ({model_type}), whose classifiers are "
+                "not proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
             )
-        elif both:
-            way = "set objective=seq2seq, or choose" if called in KNOWN else "no objective trains this one; choose"
-            yield (
-                f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), and this objective learns "
-                f"with a decoder alone; {way} a causal model such as Llama or Qwen"
-            )
-        return
-    if not both:
+            return
+        remedy = "set objective=seq2seq, or choose" if is_proven else "no objective trains this one; choose"
         yield (
-            f"objective={objective}: model.path={path} has no encoder ({called}); set objective=sft for a causal model, or "
-            f"choose an encoder-decoder model ({', '.join(KNOWN)})"
+            f"objective={objective}: model.path={path} is an encoder-decoder model ({model_type}), and this objective learns "
+            f"with a decoder alone; {remedy} a causal model such as Llama or Qwen"
         )
         return
-    if called not in KNOWN:
+    if not is_encoder_decoder:
         yield (
-            f"objective={objective}: model.path={path} is a {called} model, whose loss is not proven here; "
-            f"choose one of {', '.join(KNOWN)}"
+            f"objective={objective}: model.path={path} has no encoder ({model_type}); set objective=sft for a causal model, "
+            f"or choose an encoder-decoder model ({', '.join(PROVEN_ENCODER_DECODERS)})"
         )
-    most = model.get("max_position_embeddings")
-    for key, value in lengths.items():
-        if most is not None and value > most:
-            yield f"{key}={value}: model.path={path} has positions for {most} tokens; set {key}={most} or less"
+        return
+    if not is_proven:
+        yield (
+            f"objective={objective}: model.path={path} is a {model_type} model, whose loss is not proven here; "
+            f"choose one of {', '.join(PROVEN_ENCODER_DECODERS)}"
+        )
+    positions = model.get("max_position_embeddings")
+    for key, length in lengths.items():
+        if positions is not None and length > positions:
+            yield f"{key}={length}: model.path={path} has positions for {positions} tokens; set {key}={positions} or less"
 
 
 def check_kind(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -22,9 +22,9 @@ WINDOW = 8
 """Tokens that a sliding window or a chunk of attention is shrunk to."""
 CAPS, CAP = ("softcapping", "softcap", "soft_cap"), 0.1
 """How settings end that bound scores and logits, and a bound that small random weights come near."""
-ENTROPY = 0.97 * math.log(VOCABULARY)
+PATCH_ENTROPY = 0.97 * math.log(VOCABULARY)
 """An entropy that what small random weights predict has in about half of all places: patches of bytes begin there."""
-WAYS = 3
+LAYER_CHOICES = 3
 """Choices of layers that are tried at most."""
 
 SIZES: dict[str, int] = {
@@ -78,7 +78,7 @@ SIZES: dict[str, int] = {
 }
 """What a size becomes at most, by the name of its setting; positions and windows too where what begins with them would be
 longer than the documents."""
-EMBEDDED = "vocabulary_map"
+IMAGE_TOKENS = "vocabulary_map"
 """The setting of tokens for images, by name: of those that differ in their number alone one is kept."""
 HEADS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
 HEAD_SIZES = ("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim")
@@ -95,154 +95,191 @@ class NotShrinkable(Exception):
 def small_copies(config: Any, plain: nn.Module) -> Iterator[Any]:
     """Small copies of `config`, of which `plain` is the model on meta, the likeliest first; none is tried out.
 
-    Raises NotShrinkable where not one of them is a configuration of its class.
+    Raises NotShrinkable if not one of them is a configuration of its class.
     """
-    settings, cls = _settings(config), type(config)
-    found, reason = 0, ""
-    for sizes in (_by_name, _in_proportion):
-        for way in range(WAYS):
+    settings = _settings(config)
+    cls = type(config)
+    copies = 0
+    reason = ""
+    for shrink_sizes in (_sizes_by_name, _sizes_in_proportion):
+        for choice in range(LAYER_CHOICES):
             try:
-                small = _small(settings, cls, plain, sizes, way)
-                made = cls.from_dict(small) if small is not None else None
+                small_config = cls.from_dict(_shrunk(settings, cls, plain, shrink_sizes, choice))
             except Exception as error:  # noqa: BLE001 - whatever a configuration class finds wrong with itself
-                reason = (
-                    reason
-                    or f"{cls.__name__} takes no small sizes: {(str(error) or 'no message').splitlines()[-1][:120]}"
-                )
+                if not reason:
+                    message = (str(error) or "no message").splitlines()[-1]
+                    reason = f"{cls.__name__} takes no small sizes: {message[:120]}"
                 continue
-            if made is not None:
-                found += 1
-                yield made
-    if not found:
+            copies += 1
+            yield small_config
+    if not copies:
         raise NotShrinkable(reason)
 
 
 def lost_kinds(config: Any, plain: nn.Module, small_config: Any, small: nn.Module) -> int:
     """How many kinds of layers `plain` has that `small`, built of the small copy, lacks."""
     lost = 0
-    for whole, part in _parts(_settings(config), _settings(small_config), type(config)):
-        kinds, kept = (set(layer_kinds(m, depth_of(s))) for m, s in ((plain, whole), (small, part)))
-        if len(kinds) > 1 and kept:
-            lost += len(kinds - kept)
+    for full_settings, small_settings in _nested_settings(_settings(config), _settings(small_config), type(config)):
+        kinds = set(layer_kinds(plain, depth_of(full_settings)))
+        small_kinds = set(layer_kinds(small, depth_of(small_settings)))
+        if len(kinds) > 1 and small_kinds:
+            lost += len(kinds - small_kinds)
     return lost
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Its settings as it has them, which need not be those that it writes."""
+    """The settings as the configuration has them, which need not be those that it writes."""
     settings = config.to_dict()
-    for name, value in settings.items():
-        own = vars(config).get(name)  # what varies by layer may not be asked for
-        if isinstance(value, dict) and name in (getattr(config, "sub_configs", None) or {}) and hasattr(own, "to_dict"):
-            settings[name] = _settings(own)
-        elif isinstance(own, int | list) and type(own) is type(value):
-            settings[name] = own
+    sub_configs = getattr(config, "sub_configs", None) or {}
+    for name, written in settings.items():
+        attribute = vars(config).get(name)  # a property may refuse to be read, as of what varies by layer
+        if isinstance(written, dict) and name in sub_configs and hasattr(attribute, "to_dict"):
+            settings[name] = _settings(attribute)
+        elif isinstance(attribute, int | list) and type(attribute) is type(written):
+            settings[name] = attribute
     return settings
 
 
-def _parts(whole: dict[str, Any], part: dict[str, Any], cls: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    yield whole, part
-    for name, inner in (getattr(cls, "sub_configs", None) or {}).items():
-        if isinstance(whole.get(name), dict) and isinstance(part.get(name), dict):
-            yield from _parts(whole[name], part[name], inner)
+def _nested_settings(
+    full: dict[str, Any], small: dict[str, Any], cls: Any
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(full, small) settings of a configuration, and of each configuration in it."""
+    yield full, small
+    for name, inner_cls in (getattr(cls, "sub_configs", None) or {}).items():
+        if isinstance(full.get(name), dict) and isinstance(small.get(name), dict):
+            yield from _nested_settings(full[name], small[name], inner_cls)
 
 
-def _small(settings: dict[str, Any], cls: Any, plain: nn.Module, sizes: Callable[..., Any], way: int) -> dict[str, Any]:
-    kept = _kept(settings, plain, way)
-    made = dict(settings) | kept.by_layer(settings)
-    made |= sizes(made, settings)
-    for name, value in made.items():
-        if isinstance(value, dict) and name in (getattr(cls, "sub_configs", None) or {}):
-            made[name] = _small(settings[name], cls.sub_configs[name], plain, sizes, way)
+def _shrunk(
+    settings: dict[str, Any], cls: Any, plain: nn.Module, shrink_sizes: Callable[..., Any], choice: int
+) -> dict[str, Any]:
+    """The settings of a small copy: fewer layers, by `choice`, and sizes by `shrink_sizes`."""
+    kept_layers = _kept_layers(settings, plain, choice)
+    small = dict(settings) | kept_layers.by_layer(settings)
+    small |= shrink_sizes(small, settings)
+    sub_configs = getattr(cls, "sub_configs", None) or {}
+    for name, value in small.items():
+        if isinstance(value, dict) and name in sub_configs:
+            small[name] = _shrunk(settings[name], sub_configs[name], plain, shrink_sizes, choice)
         elif name.endswith(CAPS) and isinstance(value, float) and value:
-            made[name] = min(CAP, value)
+            small[name] = min(CAP, value)
         elif name == "patching_threshold" and isinstance(value, float):
-            made[name] = ENTROPY
-        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int | list):
-            made[name] = min(value, 3) if isinstance(value, int) else [min(v, 3) for v in value]
+            small[name] = PATCH_ENTROPY
+        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+            small[name] = min(value, 3)
+        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, list):
+            small[name] = [min(token_id, 3) for token_id in value]
         elif name == "per_layer_config":
-            made[name] = {place: _of_layer(own, settings, made) for place, own in value.items()}
-        elif name == EMBEDDED and value:
-            made[name] = _few_names(value)
-    made.pop("quantization_config", None)
-    return made
+            small[name] = {index: _layer_settings(own, settings, small) for index, own in value.items()}
+        elif name == IMAGE_TOKENS and value:
+            small[name] = _few_image_tokens(value)
+    small.pop("quantization_config", None)
+    return small
 
 
-def _kept(settings: dict[str, Any], plain: nn.Module, way: int) -> KeptLayers:
-    ways = list(islice(choices(plain, settings), way + 1))
-    return ways[-1]
+def _kept_layers(settings: dict[str, Any], plain: nn.Module, choice: int) -> KeptLayers:
+    candidates = list(islice(choices(plain, settings), choice + 1))
+    return candidates[-1]
 
 
-def _by_name(made: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+    """Each size as `SIZES` has it; sizes that are factors of one product stay consistent."""
     small: dict[str, Any] = {}
-    heads = next((full[n] for n in ("num_attention_heads", "n_head", "n_heads") if full.get(n)), None)
-    for name, value in made.items():
+    heads_name = _first_set(full, ("num_attention_heads", "n_head", "n_heads"))
+    heads = None if heads_name is None else full[heads_name]
+    for name, value in settings.items():
         if name in ("num_key_value_heads", "num_kv_heads") and value == heads:
             small[name] = SIZES["num_attention_heads"]  # no groups
         elif name in SIZES:
             small[name] = _at_most(SIZES[name], value)
     rope = full.get("qk_rope_head_dim")
-    if rope and full.get("head_dim"):  # which say the same, or the one a share of the other
+    if rope and full.get("head_dim"):  # both are the same size, or one is a share of the other
         small["head_dim"] = max(1, small["qk_rope_head_dim"] * full["head_dim"] // rope)
-    return small | _attention_width(small, full) | _inner_width(made | small, full)
+    return small | _attention_width(small, full) | _inner_width(settings | small, full)
+
+
+def _first_set(settings: dict[str, Any], names: Iterable[str]) -> str | None:
+    """The first of these names under which settings have something."""
+    return next((name for name in names if settings.get(name)), None)
 
 
 def _attention_width(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """A width of attention of its own as wide beside the model's as it was, and what its heads share of it."""
-    wide, size = (full.get(name) for name in ("attention_hidden_size", "attention_head_dim"))
-    if not wide or not full.get("hidden_size"):
+    """The width of attention if it is not the model's: the same share of the model's width as in the full model."""
+    attention_width = full.get("attention_hidden_size")
+    if not attention_width or not full.get("hidden_size"):
         return {}
-    width = small["hidden_size"] * wide // full["hidden_size"]
-    whole = size and size * full["num_attention_heads"] == wide
-    return {"attention_hidden_size": width} | (
-        {"attention_head_dim": width // small["num_attention_heads"]} if whole else {}
-    )
+    width = small["hidden_size"] * attention_width // full["hidden_size"]
+    sizes = {"attention_hidden_size": width}
+    head_size = full.get("attention_head_dim")
+    if head_size and head_size * full["num_attention_heads"] == attention_width:
+        sizes["attention_head_dim"] = width // small["num_attention_heads"]
+    return sizes
 
 
 def _at_most(limit: int, value: Any) -> Any:
+    """`value`, or each number of a list, bounded by `limit`; what is no number stays."""
     if isinstance(value, list):
-        return [_at_most(limit, one) for one in value]
-    return min(limit, value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return [_at_most(limit, element) for element in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return min(limit, value)
+    return value
 
 
 def _inner_width(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """What makes heads times their size the inner width again, where it was."""
-    heads, size, expansion = (
-        next((n for n in names if full.get(n)), None) for names in (HEADS, HEAD_SIZES, EXPANSIONS)
-    )
-    if heads is None or size is None:
+    """Sizes of a state-space layer that keep heads times their size equal to the inner width, if it was."""
+    heads = _first_set(full, HEADS)
+    head_size = _first_set(full, HEAD_SIZES)
+    expansion = _first_set(full, EXPANSIONS)
+    if heads is None or head_size is None:
         return {}
-    inner = full[heads] * full[size]
-    if "mamba_d_ssm" in full and full["mamba_d_ssm"] == inner:
-        return {"mamba_d_ssm": small[heads] * small[size]}
-    if expansion is not None and inner == full[expansion] * full["hidden_size"]:
-        return {
-            heads: SIZES["mamba_n_heads"],
-            size: int(small[expansion] * small["hidden_size"]) // SIZES["mamba_n_heads"],
-        }
+    inner_width = full[heads] * full[head_size]
+    if "mamba_d_ssm" in full and full["mamba_d_ssm"] == inner_width:
+        return {"mamba_d_ssm": small[heads] * small[head_size]}
+    if expansion is not None and inner_width == full[expansion] * full["hidden_size"]:
+        small_heads = SIZES["mamba_n_heads"]
+        small_inner_width = int(small[expansion] * small["hidden_size"])
+        return {heads: small_heads, head_size: small_inner_width // small_heads}
     return {}
 
 
-def _in_proportion(made: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Widths and numbers of heads divided by one number, the size of a head as it is."""
-    counted = [v for n, v in full.items() if n.endswith(("heads", "n_head")) and isinstance(v, int) and v > 1]
-    part = max((p for p in (2, 4, 8, 16, 32) if all(v % p == 0 for v in counted)), default=1)
-    small = {n: _at_most(SIZES[n], v) for n, v in made.items() if n in SIZES and not (WIDTHS.search(n) or "dim" in n)}
-    divided = {n: v // part for n, v in made.items() if WIDTHS.search(n) and isinstance(v, int) and v % part == 0}
+def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+    """Widths and numbers of heads divided by one number; the size of a head stays as it is."""
+    head_counts = []
+    for name, value in full.items():
+        if name.endswith(("heads", "n_head")) and isinstance(value, int) and value > 1:
+            head_counts.append(value)
+    divisor = 1
+    for candidate in (2, 4, 8, 16, 32):
+        if all(heads % candidate == 0 for heads in head_counts):
+            divisor = candidate
+    small: dict[str, Any] = {}
+    divided = {}
+    for name, value in settings.items():
+        is_width = WIDTHS.search(name)
+        if name in SIZES and not is_width and "dim" not in name:
+            small[name] = _at_most(SIZES[name], value)
+        if is_width and isinstance(value, int) and value % divisor == 0:
+            divided[name] = value // divisor
     return small | divided
 
 
-def _of_layer(own: dict[str, Any], full: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
-    """The settings of one layer that has its own, as large beside the others' as they were."""
-    made = {}
-    for name, value in own.items():
-        whole, part = full.get(name), small.get(name)
-        scaled = isinstance(value, int) and isinstance(whole, int) and isinstance(part, int) and name in SIZES and whole
-        made[name] = max(1, part * value // whole) if scaled else _at_most(SIZES.get(name, 2**62), value)
-    return made
+def _layer_settings(own_settings: dict[str, Any], full: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """The settings of one layer that has its own: the same share of the common setting as in the full model."""
+    shrunk = {}
+    for name, value in own_settings.items():
+        full_value = full.get(name)
+        small_value = small.get(name)
+        both_known = isinstance(full_value, int) and isinstance(small_value, int)
+        if isinstance(value, int) and both_known and name in SIZES and full_value:
+            shrunk[name] = max(1, small_value * value // full_value)  # type: ignore[operator]
+        else:
+            shrunk[name] = _at_most(SIZES.get(name, 2**62), value)
+    return shrunk
 
 
-def _few_names(named: dict[str, int]) -> dict[str, int]:
-    """Tokens with names in brackets, one of those that a number of six digits tells apart, at the first places."""
-    special = [name for name in named if name.startswith("<") and name.endswith(">")]
-    kept = {re.sub(r"\d{6}", "#", name): name for name in reversed(special)}
-    return {name: 3 + place % (VOCABULARY - 3) for place, name in enumerate(sorted(kept.values()))}
+def _few_image_tokens(tokens: dict[str, int]) -> dict[str, int]:
+    """Tokens with names in brackets, at the first places; of those that differ in a six-digit number alone, one is kept."""
+    special = [name for name in tokens if name.startswith("<") and name.endswith(">")]
+    # Reversed, so that the first of each stays.
+    one_of_each = {re.sub(r"\d{6}", "#", name): name for name in reversed(special)}
+    return {name: 3 + place % (VOCABULARY - 3) for place, name in enumerate(sorted(one_of_each.values()))}

@@ -16,10 +16,11 @@ CHUNK = 2**22
 """Elements that are compared at a time."""
 
 
-def _stored_apart(config: ModelConfig, model: Any) -> bool:
+def _has_separate_head(config: ModelConfig, model: Any) -> bool:
     """Whether the files of `model` (on meta) hold two different matrices for embeddings and head."""
     model.tie_weights()
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is not embeddings.weight:
         return False
     try:
@@ -29,20 +30,31 @@ def _stored_apart(config: ModelConfig, model: Any) -> bool:
     if not any(directory.glob("*.safetensors")):
         return False
     checkpoint = Checkpoint(directory, model)
-    one, two = (next(f"{n}.weight" for n, m in model.named_modules() if m is module) for module in (embeddings, head))
+    embedding_weight = f"{_name_of(embeddings, model)}.weight"
+    head_weight = f"{_name_of(head, model)}.weight"
     try:
-        return {one, two} <= checkpoint.conversions.groups.keys() and _differ(checkpoint, one, two)
+        stored = checkpoint.conversions.groups.keys()
+        if embedding_weight not in stored or head_weight not in stored:
+            return False
+        return _values_differ(checkpoint, embedding_weight, head_weight)
     finally:
         checkpoint.close()
 
 
-def _differ(checkpoint: Checkpoint, one: str, two: str) -> bool:
+def _name_of(wanted: Any, model: Any) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _values_differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
     """Whether two parameters have other shapes or values; reads both as far as they are equal."""
-    if checkpoint.shape(one) != checkpoint.shape(two):
+    if checkpoint.shape(first) != checkpoint.shape(second):
         return True
-    size = math.prod(checkpoint.shape(one))
-    parts = ((start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
-    return any(not torch.equal(checkpoint.run(one, *part), checkpoint.run(two, *part)) for part in parts)
+    size = math.prod(checkpoint.shape(first))
+    for start in range(0, size, CHUNK):
+        stop = min(start + CHUNK, size)
+        if not torch.equal(checkpoint.run(first, start, stop), checkpoint.run(second, start, stop)):
+            return True
+    return False
 
 
 def untied_as_stored(config: ModelConfig, settings: Any, model: Any) -> str:
@@ -50,7 +62,7 @@ def untied_as_stored(config: ModelConfig, settings: Any, model: Any) -> str:
 
     `settings`: transformers' configuration; `model`: made of it on meta, to be made anew where the answer is not empty.
     """
-    if not getattr(settings.get_text_config(), "tie_word_embeddings", False) or not _stored_apart(config, model):
+    if not getattr(settings.get_text_config(), "tie_word_embeddings", False) or not _has_separate_head(config, model):
         return ""
     for owner in {id(owner): owner for owner in (settings, settings.get_text_config())}.values():
         if hasattr(owner, "tie_word_embeddings"):

@@ -19,10 +19,10 @@ from strategies.errors import ConfigError
 from strategies.parameters import TEACHER
 from strategies.runtime import derive_seed
 from trainer.model.conversions import Conversions
-from trainer.model.files import Files
-from trainer.model.packed_cache import PackedWeights, kept_weights
+from trainer.model.files import SafetensorsFiles
+from trainer.model.packed_cache import PackedWeights, cached_weights
 from trainer.model.quantisation import Scheme
-from trainer.model.quantised_experts import pack_run, rounded_stack
+from trainer.model.quantised_experts import pack_run, round_stack
 from trainer.tuning.base import Tuning
 
 if TYPE_CHECKING:
@@ -35,31 +35,34 @@ class Checkpoint:
     def __init__(self, directory: Path, plain: Any, tied: dict[str, list[str]] | None = None) -> None:
         """`plain`: the architecture on meta, as transformers builds it; `tied`: other names of shared parameters."""
         self.directory = directory
-        self.conversions = Conversions(plain, Files(directory))
+        self.conversions = Conversions(plain, SafetensorsFiles(directory))
         self._tied = tied or {}
 
     def resolve(self, name: str) -> str | None:
         """The name by which the checkpoint knows a parameter: its own, or another of a shared one; None: not there."""
-        return next((n for n in (name, *self._tied.get(name, ())) if n in self.conversions.groups), None)
+        for spelling in (name, *self._tied.get(name, ())):
+            if spelling in self.conversions.groups:
+                return spelling
+        return None
 
-    def _found(self, name: str) -> str:
-        found = self.resolve(name)
-        if found is None:
+    def _stored_name(self, name: str) -> str:
+        stored_name = self.resolve(name)
+        if stored_name is None:
             raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
-        return found
+        return stored_name
 
     def close(self) -> None:
-        """Let go of the files, which are opened again when something is asked."""
+        """Close the files; they are opened again when something is read."""
         self.conversions.close()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape that the checkpoint's tensors make a parameter of; raises ConfigError where it is not there."""
-        found = self._found(name)
-        return self.conversions.groups[found].shapes[found]
+        stored_name = self._stored_name(name)
+        return self.conversions.groups[stored_name].shapes[stored_name]
 
     def run(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened parameter; reads only the rows they lie in, where that can be."""
-        return self.conversions.run(self._found(name), start, stop)
+        return self.conversions.run(self._stored_name(name), start, stop)
 
     def full_tensor(self, name: str) -> Tensor:
         """A full parameter; raises ConfigError where the checkpoint does not have it."""
@@ -77,7 +80,7 @@ def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, l
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(base_name(name))
-    return {found[0]: found[1:] for found in names.values() if len(found) > 1}
+    return {spellings[0]: spellings[1:] for spellings in names.values() if len(spellings) > 1}
 
 
 def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[str], str]) -> None:
@@ -103,32 +106,35 @@ class BaseWeights(Checkpoint):
         quantised: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__(directory, plain, tied)
-        self.folded, self.scheme, self.quantised = folded, scheme, quantised or {}
+        self.folded = folded
+        self.scheme = scheme
+        self.quantised = quantised or {}
+        """Shapes of the weights that are stored quantised, by base name."""
         changed = folded.changed_names() if folded is not None else set()
         if missing := sorted(name for name in changed if self.resolve(name) is None):
             raise ConfigError(
                 f"model.adapters: change {missing[0]}, which {directory} does not have; merge them with peft, and give the "
                 "merged model as model.path"
             )
-        self._changed = {self._found(name): name for name in changed}
+        self._adapted = {self._stored_name(name): name for name in changed}
         self._last: tuple[str, Tensor] | None = None
-        self.kept: PackedWeights | None = None
+        self.packed_cache: PackedWeights | None = None
         """Where packed weights are kept on this host, if they are."""
 
     def run(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened parameter, adapters folded in, not rounded."""
-        found = self._found(name)
-        if found not in self._changed:
-            return super().run(found, start, stop)
+        stored_name = self._stored_name(name)
+        if stored_name not in self._adapted:
+            return super().run(stored_name, start, stop)
         assert self.folded is not None
-        return self.folded.full_tensor(self._changed[found], _Unchanged(self)).reshape(-1)[start:stop]
+        return self.folded.full_tensor(self._adapted[stored_name], _WithoutAdapters(self)).reshape(-1)[start:stop]
 
     def full_tensor(self, name: str) -> Tensor:
         """A full parameter as the model computes with it: rounded where it is stored quantised (then float32)."""
-        value = super().full_tensor(name)
+        parameter = super().full_tensor(name)
         if name not in self.quantised or self.scheme is None:
-            return value
-        return self.scheme.rounded(value) if value.dim() == 2 else rounded_stack(self.scheme, value)
+            return parameter
+        return self.scheme.round_trip(parameter) if parameter.dim() == 2 else round_stack(self.scheme, parameter)
 
     def close(self) -> None:
         super().close()
@@ -154,20 +160,20 @@ class BaseWeights(Checkpoint):
             self._last = name, self.scheme.pack(super().full_tensor(name))
         return self._last[1]
 
-    def keep(self, adapters: list[str], share: tuple[int, int]) -> None:
+    def use_packed_cache(self, adapters: list[str], share: tuple[int, int]) -> None:
         """Let the ranks of this host pack each matrix once between them, and keep it; `share` (i, n): this is rank i of n."""
         assert self.scheme is not None
         places = [self.directory, *(Path(adapter).expanduser() for adapter in adapters)]
-        self.kept = kept_weights(places, self.scheme, self.quantised, self.packed_whole, share)
+        self.packed_cache = cached_weights(places, self.scheme, self.quantised, self.packed_whole, share)
 
     def packed_run(self, name: str, start: int, stop: int) -> Tensor:
         """As `packed`, of matrices read from what this host keeps; experts are packed by those who hold them."""
-        if self.kept is None or name not in self.kept.sizes:
+        if self.packed_cache is None or name not in self.packed_cache.sizes:
             return self.packed(name, start, stop)
-        return self.kept.run(name, start, stop)
+        return self.packed_cache.run(name, start, stop)
 
 
-class _Unchanged:
+class _WithoutAdapters:
     """A checkpoint without the adapters that are folded into it, as a base."""
 
     def __init__(self, checkpoint: BaseWeights) -> None:
@@ -187,23 +193,24 @@ class StartingWeights:
     These are the base's values with the adapter of `tuning.from` folded in. A base that is stored quantised counts as rounded.
     """
 
-    def __init__(self, own: WeightSource, folded: MergedAdapters | None) -> None:
-        """`own`: where the tuned model's values come from; `folded`: the adapter that it begins with, if there is one."""
-        self.own, self.folded = own, folded
-        self.changed = set[str]() if folded is None else folded.changed_names()
+    def __init__(self, source: WeightSource, folded: MergedAdapters | None) -> None:
+        """`source`: where the tuned model's values come from; `folded`: the adapter that it begins with, if there is one."""
+        self.source = source
+        self.folded = folded
+        self.adapted = set[str]() if folded is None else folded.changed_names()
 
     def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
-        checkpoint = self.own.checkpoint
-        if self.folded is not None and name in self.changed:
+        checkpoint = self.source.checkpoint
+        if self.folded is not None and name in self.adapted:
             return self.folded.full_tensor(name, checkpoint).reshape(-1)[start:stop]
         if name in checkpoint.quantised:  # the tuned model has its bytes, and this one its values
             return checkpoint.full_tensor(name).reshape(-1)[start:stop]
-        return self.own.run(name, shape, start, stop)
+        return self.source.run(name, shape, start, stop)
 
     def close(self) -> None:
-        """Let go of the base's files."""
-        self.own.checkpoint.close()
+        """Close the base's files."""
+        self.source.checkpoint.close()
 
 
 class WeightSource:
@@ -220,7 +227,10 @@ class WeightSource:
         vocabulary: frozenset[str] = frozenset(),
         fixed: dict[str, Tensor] | None = None,
     ) -> None:
-        self.checkpoint, self.tuning, self.seed, self.init_std = checkpoint, tuning, seed, init_std
+        self.checkpoint = checkpoint
+        self.tuning = tuning
+        self.seed = seed
+        self.init_std = init_std
         self.new_ids = new_token_ids or []
         self.vocabulary = vocabulary
         """Base names of the parameters that have a row for each token."""
@@ -232,7 +242,7 @@ class WeightSource:
         """Base parameters that the checkpoint does not have and that were drawn instead."""
         self.teacher: WeightSource | StartingWeights | None = None
         """Where the parameters of a frozen model beside the tuned one come from."""
-        self._means: dict[str, Tensor] = {}
+        self._mean_rows: dict[str, Tensor] = {}
 
     def check(self, named_shapes: dict[str, tuple[int, ...]], *, head_prefixes: tuple[str, ...]) -> None:
         """Compare names and shapes with the checkpoint, before anything is allocated.
@@ -240,20 +250,21 @@ class WeightSource:
         Only a new head (a name under `head_prefixes`) may be missing. Raises ConfigError with the first differences.
         """
         problems = []
-        for name, shape in named_shapes.items():
+        for name, model_shape in named_shapes.items():
             if self.tuning.owns(name):
                 continue
             base = self.tuning.base_name(name)
-            stored, shape = self.checkpoint.resolve(base), self.checkpoint.quantised.get(base, shape)
-            if stored is None and (base in self.fixed or self.tuning.rewrites(name)):
-                continue
-            if stored is None:
-                if base.startswith(head_prefixes):
-                    if base not in self.initialised:
-                        self.initialised.append(base)
+            shape = self.checkpoint.quantised.get(base, model_shape)
+            if self.checkpoint.resolve(base) is None:
+                if base in self.fixed or self.tuning.rewrites(name):
                     continue
-                problems.append(f"{base} is not in the checkpoint")
-            elif self.checkpoint.shape(base) != shape and not (base in self.vocabulary and self.new_ids):
+                if not base.startswith(head_prefixes):
+                    problems.append(f"{base} is not in the checkpoint")
+                elif base not in self.initialised:
+                    self.initialised.append(base)
+                continue
+            grows = base in self.vocabulary and self.new_ids
+            if self.checkpoint.shape(base) != shape and not grows:
                 problems.append(f"{base} has shape {self.checkpoint.shape(base)}, the architecture wants {shape}")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -273,8 +284,8 @@ class WeightSource:
         if base in self.checkpoint.quantised:
             return self.checkpoint.packed_run(base, start, stop)
         if stored is None:
-            value = self.fixed[base] if base in self.fixed else self._drawn(base, tuple(shape))
-            return value.reshape(-1)[start:stop]
+            initial = self.fixed[base] if base in self.fixed else self._draw(base, tuple(shape))
+            return initial.reshape(-1)[start:stop]
         if self.new_ids and base in self.vocabulary:
             values = self._with_new_rows(stored, tuple(shape), start, stop)
         else:
@@ -287,7 +298,7 @@ class WeightSource:
         return values
 
     def close(self) -> None:
-        """Let go of what was read: the model is filled."""
+        """Free what was read: the model has its values."""
         self.checkpoint.close()
         if self.teacher is not None:
             self.teacher.close()
@@ -300,7 +311,8 @@ class WeightSource:
         """Rows of a base matrix, for methods that start at them."""
         return self.checkpoint.rows(name, indices)
 
-    def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """New values: biases are 0, norms 1, matrices normal with `init_std`; the same on every rank."""
         if name.endswith("bias"):
             return torch.zeros(shape)
         if len(shape) < 2:
@@ -309,20 +321,21 @@ class WeightSource:
         return torch.randn(shape, generator=generator) * self.init_std
 
     def _with_new_rows(self, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """A vocabulary matrix whose new rows are the mean of the known ones."""
-        row = math.prod(shape[1:])
-        if stored not in self._means:
-            known = self.checkpoint.run(stored, 0, self.new_ids[0] * row).view(self.new_ids[0], row)
-            self._means[stored] = known.float().mean(dim=0)
-        first_new = self.new_ids[0] * row
-        end_new = (self.new_ids[-1] + 1) * row
+        """Elements `[start, stop)` of a flattened vocabulary matrix whose new rows are the mean of the known ones."""
+        row_size = math.prod(shape[1:])
+        known_rows = self.new_ids[0]
+        if stored not in self._mean_rows:
+            known = self.checkpoint.run(stored, 0, known_rows * row_size).view(known_rows, row_size)
+            self._mean_rows[stored] = known.float().mean(dim=0)
+        # Elements [first_new, end_new) are new rows. Behind them lie rows that no token uses.
+        first_new = known_rows * row_size
+        end_new = (self.new_ids[-1] + 1) * row_size
         pieces = []
         if start < first_new:
             pieces.append(self.checkpoint.run(stored, start, min(stop, first_new)).float())
         if stop > first_new and start < end_new:
-            low, high = max(start, first_new), min(stop, end_new)
-            index = torch.arange(low, high) % row
-            pieces.append(self._means[stored][index])
+            columns = torch.arange(max(start, first_new), min(stop, end_new)) % row_size
+            pieces.append(self._mean_rows[stored][columns])
         if stop > end_new:
             pieces.append(self.checkpoint.run(stored, max(start, end_new), stop).float())
         return torch.cat(pieces)

@@ -14,8 +14,8 @@ from trainer.model.architecture import auto_class, build_options, set_dropout
 from trainer.model.attention import NAME
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.flex import NAME as FLEX
-from trainer.model.frozen_rows import still_rows
-from trainer.model.layout import Arrangement
+from trainer.model.frozen_rows import always_zero_rows
+from trainer.model.layout import AttentionLayout
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
 from trainer.model.tied_heads import untied_as_stored
 from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
@@ -80,7 +80,7 @@ def frozen_model(
     config: ModelConfig,
     objective: ObjectiveConfig,
     settings: Any,
-    arrangement: Arrangement,
+    arrangement: AttentionLayout,
     initial: WeightSource,
     folded: MergedAdapters | None,
     tokenizer: Any,
@@ -101,7 +101,7 @@ def frozen_model(
         teacher_weights = WeightSource(
             BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=initial.seed, init_std=0.0
         )
-        teacher_weights.zeroed = still_rows(model, Arrangement(arrangement.layout, arrangement.attention, {}))
+        teacher_weights.zeroed = always_zero_rows(model, AttentionLayout(arrangement.layout, arrangement.attention, {}))
         # No `head_prefixes`: a weight that the teacher's checkpoint lacks is an error, never drawn anew.
         teacher_weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
         weights = teacher_weights
@@ -110,7 +110,7 @@ def frozen_model(
     return FrozenReference(model, weights, block_class_names(model))
 
 
-def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) -> Any:
+def _architecture(config: ModelConfig, settings: Any, arrangement: AttentionLayout) -> Any:
     """A frozen causal model on meta, without dropout, its head fused with the loss. Raises ConfigError for other models."""
     settings = copy.deepcopy(settings)
     attention = arrangement.attention
@@ -140,7 +140,7 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) 
     if untied_as_stored(config, settings, model):
         model = build()
     model.tie_weights()
-    copy_arrangement = Arrangement(arrangement.layout, attention, {})
+    copy_arrangement = AttentionLayout(arrangement.layout, attention, {})
     model.forward_path = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).choose_path(
         copy_arrangement
     )

@@ -20,7 +20,7 @@ from trainer.model.attention import NAME
 from trainer.model.config import Attention, ModelConfig, ModelKind
 from trainer.model.flash import head_sizes, why_not_flash
 from trainer.model.kernels import missing_kernels
-from trainer.model.layout import Arrangement, Kernels, resolve_layout
+from trainer.model.layout import AttentionLayout, KernelChoices, resolve_layout
 from trainer.model.tied_heads import untied_as_stored
 from trainer.objectives.causal import STOCK_PATH, ForwardPath
 from trainer.objectives.forward_path import ProvenPaths, fails_on_tokens, proven_paths
@@ -57,7 +57,7 @@ class Proofs:
         with meta_context():
             return architecture(ModelKind.causal, copy.deepcopy(self.settings), self.config, "eager", "sft")[0]
 
-    def choose_path(self, arrangement: Arrangement) -> ForwardPath:
+    def choose_path(self, arrangement: AttentionLayout) -> ForwardPath:
         """The proven forward path of an arrangement; a note is added to it if that is not the fastest.
 
         Raises ConfigError if tokens see what follows them.
@@ -114,7 +114,7 @@ def _alternatives_to_causal(settings: Any) -> list[str]:
 
 def _kernels(
     config: ModelConfig, settings: Any, build_eager: Callable[[], Any] | None, *, half_on_gpu: bool
-) -> Kernels:
+) -> KernelChoices:
     """Which attention kernels could run this model on this machine, or on a GPU that a plan means, and why others could not.
 
     `build_eager` builds a causal model on meta; None for other kinds of models, which use no FlexAttention.
@@ -122,12 +122,12 @@ def _kernels(
     gpu = gpu_of(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
     no_flash = why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
     if build_eager is None:
-        return Kernels(no_flash, "it is for objectives over next tokens")
+        return KernelChoices(no_flash, "it is for objectives over next tokens")
     if not half_on_gpu:  # without building the model
-        return Kernels(no_flash, flex.NEEDS)
+        return KernelChoices(no_flash, flex.REQUIREMENTS)
     model = build_eager()
     no_flex = flex.why_not_flex(model, head_sizes(settings), dropout=config.dropout)
-    return Kernels(no_flash, no_flex, flex_first=flex.needs_eager(model, text_settings(settings)))
+    return KernelChoices(no_flash, no_flex, flex_first=flex.needs_eager(model, text_settings(settings)))
 
 
 def causal_model(
@@ -138,8 +138,8 @@ def causal_model(
     needs_padding: bool,
     half_on_gpu: bool,
     context: AbstractContextManager[None],
-) -> tuple[Any, Arrangement]:
-    """(the plain model on meta, with its forward path set; its arrangement).
+) -> tuple[Any, AttentionLayout]:
+    """The plain model on meta, with its way set, and its arrangement.
 
     `needs_padding`: the tuning method needs a row for each document, and hidden states. Raises ConfigError.
     """
@@ -191,8 +191,8 @@ def padded_model(
     objective: str,
     *,
     half_on_gpu: bool,
-) -> tuple[Any, Arrangement]:
-    """(the plain model of a kind that is not causal, on meta; its arrangement with one document a row). Raises ConfigError."""
+) -> tuple[Any, AttentionLayout]:
+    """The plain model of another kind on meta, for one document a row. Raises ConfigError."""
     arrangement = resolve_layout(
         config,
         layout,

@@ -66,7 +66,7 @@ class AddedLosses:
             z_parts = []
             for hidden in record.hidden:
                 rows = hidden.reshape(-1, hidden.shape[-1])
-                z_parts.append(squared_logsumexp(head, rows, record.kept(len(rows))))
+                z_parts.append(squared_logsumexp(head, rows, record.token_mask(len(rows))))
             z = torch.stack(z_parts).sum() / float(step_tokens)
             terms[ADDED_LOSS] = self.logit_z * z + terms.get(ADDED_LOSS, 0.0)
             terms["logits/z_loss"] = z.detach()

@@ -19,60 +19,79 @@ from trainer.planner.memory_tracker import LiveBytes
 
 
 @contextmanager
-def bucketed(engine: Any, recorder: LiveBytes, whole: int | None) -> Iterator[None]:
-    """Tells `recorder` of the reductions of `engine` while entered. `whole`: trained elements of the model that the engine's
-    stands for; None where it stands for itself, and each reduction counts as it comes.
+def track_bucket_reductions(engine: Any, recorder: LiveBytes, full_trained_elements: int | None) -> Iterator[None]:
+    """Tell `recorder` of the reductions of `engine` while entered.
+
+    `full_trained_elements`: trained elements of the deeper model that the engine's stands for; None if it stands for
+    itself, and each reduction counts as it comes.
     """
-    inner: Any = getattr(getattr(engine, "engine", None), "optimizer", None)
-    if inner is None or not hasattr(inner, "reduce_ipg_grads"):
+    optimizer: Any = getattr(getattr(engine, "engine", None), "optimizer", None)
+    if optimizer is None or not hasattr(optimizer, "reduce_ipg_grads"):
         yield
         return
-    watched = _Buckets(inner, recorder, whole)
-    inner.reduce_ipg_grads, inner.reduce_ready_partitions_and_remove_grads = watched.reduce, watched.ready
+    buckets = _WatchedBuckets(optimizer, recorder, full_trained_elements)
+    optimizer.reduce_ipg_grads = buckets.reduce
+    optimizer.reduce_ready_partitions_and_remove_grads = buckets.on_gradient
     try:
         yield
     finally:
-        del inner.reduce_ipg_grads, inner.reduce_ready_partitions_and_remove_grads
+        del optimizer.reduce_ipg_grads
+        del optimizer.reduce_ready_partitions_and_remove_grads
 
 
-class _Buckets:
+class _WatchedBuckets:
     """DeepSpeed's optimizer, whose reductions are watched."""
 
-    def __init__(self, inner: Any, recorder: LiveBytes, whole: int | None) -> None:
-        self.inner, self.recorder, self.whole = inner, recorder, whole
-        self._reduce: Callable[..., None] = inner.reduce_ipg_grads
-        self._ready: Callable[..., None] = inner.reduce_ready_partitions_and_remove_grads
-        self._ranks = torch.distributed.get_world_size(inner.dp_process_group)
-        self._fills = whole is not None and whole > inner.reduce_bucket_size
-        """Whether the whole model has more than one bucket."""
-        self._arriving = False
+    def __init__(self, optimizer: Any, recorder: LiveBytes, full_trained_elements: int | None) -> None:
+        self.optimizer = optimizer
+        self.recorder = recorder
+        self.full_trained_elements = full_trained_elements
+        self._reduce: Callable[..., None] = optimizer.reduce_ipg_grads
+        self._ready: Callable[..., None] = optimizer.reduce_ready_partitions_and_remove_grads
+        self._ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
+        self._has_several_buckets = False
+        """Whether the gradients of the full model fill more than one bucket."""
+        if full_trained_elements is not None:
+            self._has_several_buckets = full_trained_elements > optimizer.reduce_bucket_size
+        self._in_a_block = False
 
-    def ready(self, param: Any, group: int) -> None:
-        """A gradient is there."""
-        self._arriving = isinstance(self.recorder.moment.place, int)
-        if self._fills and self._arriving:
-            alone = [each.numel() for each in self.inner.extra_large_param_to_reduce.values()]
-            self.recorder.suppose(self._taken(max(alone, default=self.inner.reduce_bucket_size), self.whole or 0))
+    def on_gradient(self, param: Any, group: int) -> None:
+        """A gradient is ready. In a block it counts as if it filled a bucket."""
+        self._in_a_block = isinstance(self.recorder.phase.place, int)
+        if self._has_several_buckets and self._in_a_block:
+            # A gradient that is larger than a bucket is reduced alone.
+            large_gradients = [gradient.numel() for gradient in self.optimizer.extra_large_param_to_reduce.values()]
+            largest = max(large_gradients, default=self.optimizer.reduce_bucket_size)
+            self.recorder.note_peak_with(self._reduction_bytes(largest, self.full_trained_elements or 0))
         self._ready(param, group)
-        self._arriving = False
+        self._in_a_block = False
 
     def reduce(self, *args: Any, **kwargs: Any) -> None:
-        """What is in the buckets is reduced."""
-        recorder, made = self.recorder, self.recorder.made
-        recorder.made = MemoryKind.communication
-        if self.whole is not None:
-            trained = sum(flat.numel() for flat in self.inner.bit16_groups_flat)
-            content = sum(bucket.elements for bucket in self.inner.ipg_buckets.values())
-            most = max(content, min(self.whole, self.inner.reduce_bucket_size))
-            recorder.more = self._taken(most, self.whole) - self._taken(content, trained)
-            recorder.hidden = self._fills and self._arriving
+        """Reduce what is in the buckets; outside blocks it counts as if the buckets were full."""
+        recorder = self.recorder
+        earlier_kind = recorder.new_kind
+        recorder.new_kind = MemoryKind.communication
+        if self.full_trained_elements is not None:
+            trained = sum(flat.numel() for flat in self.optimizer.bit16_groups_flat)
+            content = sum(bucket.elements for bucket in self.optimizer.ipg_buckets.values())
+            fullest = max(content, min(self.full_trained_elements, self.optimizer.reduce_bucket_size))
+            expected_bytes = self._reduction_bytes(fullest, self.full_trained_elements)
+            recorder.extra_bytes = expected_bytes - self._reduction_bytes(content, trained)
+            recorder.ignored = self._has_several_buckets and self._in_a_block
         self._reduce(*args, **kwargs)
-        recorder.made, recorder.more, recorder.hidden = made, 0, False
+        recorder.new_kind = earlier_kind
+        recorder.extra_bytes = 0
+        recorder.ignored = False
 
-    def _taken(self, content: int, trained: int) -> int:
-        """Bytes that the reduction of a bucket takes at most, in a model of so many trained elements: a copy of what goes to one
-        rank, and one more in the type in which it is exchanged.
+    def _reduction_bytes(self, bucket_elements: int, trained_elements: int) -> int:
+        """Bytes that the reduction of a bucket takes at most in a model of so many trained elements.
+
+        They are a copy of what goes to one rank, and one more in the type in which it is exchanged.
         """
-        (exchanged,), kept = self.inner.ipg_buckets, self.inner.bit16_groups_flat[0].dtype
-        each = kept.itemsize + (exchanged.itemsize if exchanged != kept else 0)
-        return each * min(content, -(-trained // self._ranks))
+        (exchanged_dtype,) = self.optimizer.ipg_buckets
+        stored_dtype = self.optimizer.bit16_groups_flat[0].dtype
+        bytes_per_element = stored_dtype.itemsize
+        if exchanged_dtype != stored_dtype:
+            bytes_per_element += exchanged_dtype.itemsize
+        elements_per_rank = -(-trained_elements // self._ranks)
+        return bytes_per_element * min(bucket_elements, elements_per_rank)

@@ -17,32 +17,52 @@ from trainer.step import Built
 def expected_bytes(
     built: Built, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
 ) -> dict[str, float] | None:
-    """Bytes by collective: of the whole that is gathered or reduced; None where it is not known.
+    """Bytes by collective: of the whole that is gathered or reduced; None if they are not known.
 
-    It is not for bases that are stored packed, and for ZeRO-3: how often that gathers follows from what it has seen on the way.
+    They are not known for bases that are stored packed, and for ZeRO-3: how often that gathers follows from what it has
+    seen on the way.
     """
     if built.quantised or (isinstance(strategy, ZeroConfig) and strategy.stage == 3):
         return None
     if runtime.world_size == 1:
         return {}
-    module = built.step_module
-    sizes = {id(p): (p.numel(), p.requires_grad) for _, p in named_parameters(module)}
-    whole, trained = sum(n for n, _ in sizes.values()), sum(n for n, trains in sizes.values() if trains)
-    short = 4 if precision is Precision.fp32 else 2
+    parameters = {id(parameter): parameter for _, parameter in named_parameters(built.step_module)}
+    trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    gathered_itemsize = 4 if precision is Precision.fp32 else 2
     if isinstance(strategy, ZeroConfig):
-        reduced = trained * (2 if precision is Precision.fp16 else 4)
-        return {ALL_REDUCE: reduced * (micro_batches if strategy.stage == 2 else 1), ALL_GATHER: short * trained}
-    if isinstance(strategy, Fsdp2Config):
-        blocks = sum(p.numel() for unit in module.shard_units() for p in unit.parameters() if id(p) in sizes)
-        gathered = whole + (blocks if strategy.reshard_after_forward else 0)
-        planned = module.plan.defer_sync
-        deferred = strategy.defer_sync is not False if planned is None else planned
-        found = {
-            ALL_GATHER: short * gathered * micro_batches,
-            REDUCE_SCATTER: 4 * trained * (1 if deferred else micro_batches),
+        gradient_itemsize = 2 if precision is Precision.fp16 else 4
+        reductions = micro_batches if strategy.stage == 2 else 1
+        return {
+            ALL_REDUCE: trained_elements * gradient_itemsize * reductions,
+            ALL_GATHER: gathered_itemsize * trained_elements,
         }
-        copies = replica_count(strategy, runtime.world_size, runtime.hosts)
-        return found | ({ALL_REDUCE: 4 * trained * copies / runtime.world_size} if copies > 1 else {})
+    if isinstance(strategy, Fsdp2Config):
+        return _fsdp2_bytes(built, strategy, runtime, micro_batches, gathered_itemsize)
     if isinstance(strategy, DdpConfig):
-        return {ALL_REDUCE: 4 * trained * (micro_batches if strategy.defer_sync is False else 1)}
+        reductions = micro_batches if strategy.defer_sync is False else 1
+        return {ALL_REDUCE: 4 * trained_elements * reductions}
     return {}
+
+
+def _fsdp2_bytes(
+    built: Built, strategy: Fsdp2Config, runtime: Runtime, micro_batches: int, gathered_itemsize: int
+) -> dict[str, float]:
+    module = built.step_module
+    parameters = {id(parameter): parameter for _, parameter in named_parameters(module)}
+    trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    gathered_elements = sum(p.numel() for p in parameters.values())
+    if strategy.reshard_after_forward:  # blocks are gathered again in the backward pass
+        for unit in module.shard_units():
+            gathered_elements += sum(p.numel() for p in unit.parameters() if id(p) in parameters)
+    defers = module.plan.defer_sync
+    if defers is None:
+        defers = strategy.defer_sync is not False
+    reductions = 1 if defers else micro_batches
+    bytes_by_collective: dict[str, float] = {
+        ALL_GATHER: gathered_itemsize * gathered_elements * micro_batches,
+        REDUCE_SCATTER: 4 * trained_elements * reductions,
+    }
+    copies = replica_count(strategy, runtime.world_size, runtime.hosts)
+    if copies > 1:
+        bytes_by_collective[ALL_REDUCE] = 4 * trained_elements * copies / runtime.world_size
+    return bytes_by_collective

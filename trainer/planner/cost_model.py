@@ -16,10 +16,18 @@ from strategies.simulation import fake_tensors
 from strategies.tensor_inventory import MemoryKind
 from trainer.data.config import Layout
 from trainer.losses.next_token import CHUNK_LOGITS
-from trainer.planner.depth_extrapolation import ENDS, deeper, line_of, lines, moments_at, shallow
-from trainer.planner.fake_tensors import faked
-from trainer.planner.memory_tracker import Highest, Moment
-from trainer.planner.simulate import Simulated, StepParts, operations, watching
+from trainer.planner.depth_extrapolation import (
+    END_BLOCKS,
+    extrapolate_by_key,
+    extrapolate_pairs,
+    extrapolation_to,
+    phases_at_depth,
+    phases_of_deeper_model,
+    shallow_depths,
+)
+from trainer.planner.fake_tensors import replaced_by_fakes
+from trainer.planner.memory_tracker import PhasePeak, StepPhase
+from trainer.planner.simulate import SimulatedStep, StepParts, operations, watching
 
 Batches = list[dict[str, Any]]
 Exchange = tuple[str, int, int, str, str]
@@ -27,8 +35,8 @@ Exchange = tuple[str, int, int, str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """How much of a form's unit a simulated micro-batch has."""
+class MicroBatchSize:
+    """The size of a simulated micro-batch, in the unit of its cost model."""
 
     units: int
     """Tokens of a row without padding; else rows."""
@@ -37,18 +45,18 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """What one rank's step takes at one size of micro-batch."""
+class MemoryPeak:
+    """The most that one rank holds in a step, at one size of micro-batch."""
 
     total: int
     """Live bytes on the device at the peak."""
-    peak: Moment
+    phase: StepPhase
     kinds: dict[MemoryKind, int]
-    """Of these by kind."""
+    """Bytes of the peak by kind."""
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class CostModel:
     """A rank's step of `accumulation` micro-batches, at any size of them."""
 
     blocks: int
@@ -56,29 +64,29 @@ class Form:
     """Micro-batches that were simulated; more of them hold no more."""
     rows: bool
     """Whether sizes are counted in rows, which are as long as the longest sequence; else in tokens."""
-    sizes: tuple[Size, Size]
-    moments: tuple[dict[Moment, Highest], dict[Moment, Highest]]
+    sizes: tuple[MicroBatchSize, MicroBatchSize]
+    phases: tuple[dict[StepPhase, PhasePeak], dict[StepPhase, PhasePeak]]
     """At either size, in the whole model."""
-    bends: dict[Moment, list[tuple[int, int]]]
-    """Of a moment, bytes at either size after each operation that may be its highest in larger micro-batches."""
+    peak_candidates: dict[StepPhase, list[tuple[int, int]]]
+    """Bytes at either size after each operation of a phase that may be its highest in larger micro-batches."""
     resting: dict[MemoryKind, int]
     """Bytes between steps."""
     flops: tuple[float, float]
     """Of one micro-batch of either size, those recomputed included."""
-    moved: tuple[float, float]
+    moved_bytes: tuple[float, float]
     """Bytes read and written by other operations in one micro-batch of either size."""
-    updated: float
-    """The same in the update."""
-    crossed: tuple[float, float]
+    update_bytes: float
+    """Bytes that operations other than products read and write in the update."""
+    host_copy_bytes: tuple[float, float]
     """Bytes between host and device in one micro-batch of either size."""
     exchanged: dict[Exchange, tuple[int, int]]
-    """Calls, and bytes together."""
-    host: int
+    """(calls, bytes of all calls) in a step."""
+    host_bytes: int
     """Bytes that the engine keeps on the host."""
     parameters: int = 0
     """Of the whole model."""
     trained: int = 0
-    """Of these, what trains."""
+    """Parameters that train."""
     vocabulary: int = 0
     """Rows of the model's vocabulary."""
     layout: str = ""
@@ -88,177 +96,232 @@ class Form:
     alone: bool = False
     """Whether the model is right for one row at a time only."""
 
-    def at(self, units: float) -> Taken:
+    def peak_at(self, units: float) -> MemoryPeak:
         """The peak of micro-batches of so many units."""
-        small, large = self.moments
-        totals = {
-            moment: max(self._on_line(*one, units) for one in ((small[moment].total, h.total), *self.bends[moment]))
-            for moment, h in large.items()
-        }
-        peak = max(totals, key=lambda moment: totals[moment])
-        total = totals[peak]
-        kinds = dict(large[peak].kinds)
-        more = total - large[peak].total  # what grows with the tokens are activations: logits come in chunks
-        kinds[MemoryKind.activations] = kinds.get(MemoryKind.activations, 0) + round(more)
-        place = peak.place
-        if isinstance(place, int) and place < 0:
-            peak = replace(peak, place=self.blocks + place)
-        return Taken(round(total), peak, kinds)
+        small_phases, large_phases = self.phases
+        totals = {}
+        for phase, large_peak in large_phases.items():
+            candidates = [(small_phases[phase].total, large_peak.total), *self.peak_candidates[phase]]
+            totals[phase] = max(self._at_units(small, large, units) for small, large in candidates)
+        phase = max(totals, key=lambda phase: totals[phase])
+        total = totals[phase]
+        kinds = dict(large_phases[phase].kinds)
+        growth = total - large_phases[phase].total  # what grows with the tokens are activations: logits come in chunks
+        kinds[MemoryKind.activations] = kinds.get(MemoryKind.activations, 0) + round(growth)
+        if isinstance(phase.place, int) and phase.place < 0:  # counted from the last block
+            phase = replace(phase, place=self.blocks + phase.place)
+        return MemoryPeak(round(total), phase, kinds)
 
-    def most(self, limit: float) -> float:
-        """The largest units whose peak holds in `limit` bytes; 0 where even none does."""
-        fits = float("inf")
-        for moment, high in self.moments[1].items():
-            if self._on_line(self.moments[0][moment].total, high.total, 0) > limit:
+    def largest_units(self, limit: float) -> float:
+        """The most units whose peak fits in `limit` bytes; 0 if not even an empty micro-batch fits."""
+        small_phases, large_phases = self.phases
+        units = float("inf")
+        for phase, large_peak in large_phases.items():
+            highest = (small_phases[phase].total, large_peak.total)
+            if self._at_units(*highest, units=0) > limit:
                 return 0.0
-            for one in ((self.moments[0][moment].total, high.total), *self.bends[moment]):
-                first = self._on_line(*one, 0)
-                slope = (one[1] - first) / self.sizes[1].units
-                if slope > 0:
-                    fits = min(fits, (limit - first) / slope)
-        return fits
+            for small, large in [highest, *self.peak_candidates[phase]]:
+                empty = self._at_units(small, large, units=0)
+                bytes_per_unit = (large - empty) / self.sizes[1].units
+                if bytes_per_unit > 0:
+                    units = min(units, (limit - empty) / bytes_per_unit)
+        return units
 
     def work(self, units: float, squares: float) -> tuple[float, float, float]:
         """(operations of products and attention, bytes moved by others, bytes between host and device) of a micro-batch."""
-        one, two = self.sizes
-        determinant = one.units * two.squares - two.units * one.squares
+        small, large = self.sizes
+        determinant = small.units * large.squares - large.units * small.squares
         if self.rows or not determinant:
-            flops = self._on_line(*self.flops, units)
+            flops = self._at_units(*self.flops, units)
         else:
-            linear = (self.flops[0] * two.squares - self.flops[1] * one.squares) / determinant
-            square = (one.units * self.flops[1] - two.units * self.flops[0]) / determinant
+            # flops = linear * units + square * squares, solved for the two simulated sizes.
+            small_flops, large_flops = self.flops
+            linear = (small_flops * large.squares - large_flops * small.squares) / determinant
+            square = (small.units * large_flops - large.units * small_flops) / determinant
             flops = linear * units + square * squares
-        return flops, self._on_line(*self.moved, units), self._on_line(*self.crossed, units)
+        return flops, self._at_units(*self.moved_bytes, units), self._at_units(*self.host_copy_bytes, units)
 
-    def _on_line(self, first: float, second: float, units: float) -> float:
-        one, two = self.sizes[0].units, self.sizes[1].units
-        return second + (second - first) * (units - two) / (two - one)
+    def _at_units(self, small: float, large: float, units: float) -> float:
+        """The value at `units`, on the line through the values at the two simulated sizes."""
+        small_units = self.sizes[0].units
+        large_units = self.sizes[1].units
+        return large + (large - small) * (units - large_units) / (large_units - small_units)
 
 
 def sizes_for(built: Any, vocabulary: int, length: int, *, straight: bool) -> tuple[bool, list[list[int]]]:
     """(whether sizes are rows, lengths of the sequences of two micro-batches to simulate) for sequences of `length` tokens.
 
-    Both fill several of the head's chunks of logits, the second of which is made while the first still lives. Without padding
-    short sequences say as much as long ones where attention's memory is `straight` in their length; else all are long.
+    Both micro-batches fill several of the head's chunks of logits: the second chunk is made while the first still lives.
+    Without padding, short sequences say as much as long ones if attention's memory is linear in their length
+    (`straight`). Otherwise all sequences are long.
     """
-    per, chunk = built.reading.sequences_per_document, max(128, CHUNK_LOGITS // max(1, vocabulary))
-    several = chunk <= 4 * length  # else no micro-batch of a few rows fills one
-    if built.layout is not Layout.padding_free:
-        rows = -(-2 * chunk // (per * length)) if several else 1
-        return True, [[length] * per * rows, [length] * per * (rows + 1)]
-    if not straight:
-        number = -(-2 * chunk // (per * length)) if several else 1
-        return False, [[length] * per * number, [length] * per * (number + 1)]
-    if several:
-        return False, [[2 * chunk // per] * per, [3 * chunk // per] * per]
-    return False, [[length] * per, [2 * length] * per]
+    per_document = built.reading.sequences_per_document
+    chunk_tokens = max(128, CHUNK_LOGITS // max(1, vocabulary))
+    fills_chunks = chunk_tokens <= 4 * length  # else no micro-batch of a few rows fills one
+    padded = built.layout is not Layout.padding_free
+    if padded or not straight:
+        documents = 1
+        if fills_chunks:
+            documents = -(-2 * chunk_tokens // (per_document * length))
+        sequences = per_document * documents
+        return padded, [[length] * sequences, [length] * (sequences + per_document)]
+    if fills_chunks:
+        short, long = 2 * chunk_tokens // per_document, 3 * chunk_tokens // per_document
+        return False, [[short] * per_document, [long] * per_document]
+    return False, [[length] * per_document, [2 * length] * per_document]
 
 
-def take_sizes(
+def simulate_sizes(
     parts: StepParts,
     sizes: list[Batches],
     runtime: Runtime,
-    expected: dict[Moment, int] | None = None,
-    matters: Callable[[Moment], bool] = lambda _: True,
-) -> list[Simulated]:
-    """`simulate` for steps of several sizes by one engine, which takes one before; kinds are told of the last alone.
+    expected: dict[StepPhase, int] | None = None,
+    is_needed: Callable[[StepPhase], bool] = lambda _: True,
+) -> list[SimulatedStep]:
+    """Simulate steps of several sizes by one engine, which takes one step before; kinds of memory are told of the last alone.
 
-    `expected`: the operations after which moments will be highest at the last size; without, those of the size before. Where
-    one that `matters` is highest sooner, the step is taken twice. The model is on meta, and is used up. Raises what the engine
-    raises, and ConfigError for what it refuses.
+    `expected`: the operations after which phases will be highest at the last size; default: those of the size before. If
+    a phase that `is_needed` is highest sooner, the step is taken twice. The model is on meta, and is used up. Raises what
+    the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
-        batches = faked(parts.built, sizes)
-        with watching(replace(parts, batches=batches[0]), runtime) as watched:
-            watched.take(batches[0][:1])
-            found = [watched.again(each) for each in batches[:-1]]
-            smaller = operations(found[-1][0])
-            # What an update does depends on the depth alone.
-            updates = {m: at for m, at in smaller.items() if m.phase in ("update", "between")}
-            expected = smaller if expected is None else expected | updates
-            labels = watched.recorder.labels()
-            found.append(watched.again(batches[-1], expected))
-            highest, _ = found[-1]
-            if any(m not in highest or highest[m].operation < at for m, at in expected.items() if matters(m)):
-                watched.recorder.relabel(labels)
-                explained, _ = watched.again(batches[-1], operations(highest))
-                for moment, each in explained.items():
-                    highest[moment].kinds = each.kinds
-            return [watched.report(*one) for one in found]
+        batches_by_size = replaced_by_fakes(parts.built, sizes)
+        with watching(replace(parts, batches=batches_by_size[0]), runtime) as watched:
+            watched.take(batches_by_size[0][:1])
+            steps = [watched.again(batches) for batches in batches_by_size[:-1]]
+            smaller = operations(steps[-1][0])
+            if expected is None:
+                expected = smaller
+            else:  # what an update does depends on the depth alone
+                updates = {phase: at for phase, at in smaller.items() if phase.name in ("update", "between")}
+                expected = expected | updates
+            known_kinds = watched.recorder.known_kinds()
+            largest_batches = batches_by_size[-1]
+            peaks, record = watched.again(largest_batches, expected)
+            if not _tallied_at_peaks(peaks, expected, is_needed):
+                watched.recorder.restore_kinds(known_kinds)
+                tallied, _ = watched.again(largest_batches, operations(peaks))
+                for phase, peak in tallied.items():
+                    peaks[phase].kinds = peak.kinds
+            steps.append((peaks, record))
+            return [watched.report(peaks, record) for peaks, record in steps]
 
 
-def form_of(
-    take: Callable[[int, dict[Moment, int] | None], tuple[list[Simulated], list[Size], bool]],
+def _tallied_at_peaks(
+    peaks: dict[StepPhase, PhasePeak], expected: dict[StepPhase, int], is_needed: Callable[[StepPhase], bool]
+) -> bool:
+    """Whether each needed phase was tallied at its peak: it exists, and is not highest sooner than `expected`."""
+    for phase, operation in expected.items():
+        if is_needed(phase) and (phase not in peaks or peaks[phase].operation < operation):
+            return False
+    return True
+
+
+def fit_cost_model(
+    take: Callable[[int, dict[StepPhase, int] | None], tuple[list[SimulatedStep], list[MicroBatchSize], bool]],
     blocks: int,
     *,
     period: int | None,
     accumulation: int,
     local_world_size: int,
-    ends: int = ENDS,
+    ends: int = END_BLOCKS,
     joined: bool = False,
-) -> Form:
-    """The form of a model of `blocks` blocks; `take` simulates two sizes at the depth that it is told; see
-    `take_sizes` for what it is told to expect.
+) -> CostModel:
+    """The cost model of a model of `blocks` blocks.
 
-    `period`: after how many blocks their kinds repeat; None simulates the whole model. `ends`, `joined`: blocks
-    at either end that may do otherwise than those between, and whether they may have one in common.
+    `take(depth, expected)` simulates two sizes of micro-batch in a model of `depth` blocks; for `expected` see
+    `simulate_sizes`. `period`: after how many blocks their kinds repeat; None simulates the whole model. `ends`: blocks
+    at either end that may differ from those between. `joined`: whether the two ends may have a block in common.
     """
-    depths = shallow(blocks, period, ends, joined=joined) if period else None
-    low, sizes, rows = take(depths[0] if depths else blocks, None)
-    # A block more changes how much lives, not where in a moment it is most.
-    high = take(depths[1], operations(deeper(low[1].moments, depths, ends)))[0] if depths else low
-    steps = (blocks - depths[1]) / (depths[1] - depths[0]) if depths else 0.0
-    line = line_of(depths, blocks) if depths else lambda _, second: second
+    depths = shallow_depths(blocks, period, ends, ends_overlap=joined) if period else None
+    if depths is None:  # no period, or too few blocks to extrapolate
+        shallow, sizes, rows = take(blocks, None)
+        deep = shallow
+        phases = [step.phases for step in deep]
+        further_periods = 0.0
+        extrapolate: Callable[[int, int], int] = _as_simulated
+    else:
+        # Simulate two shallow models: every further block costs what the last one did.
+        shallow, sizes, rows = take(depths[0], None)
+        # A further block changes how much lives, not after which operation of a phase it is most.
+        expected = operations(phases_of_deeper_model(shallow[1].phases, depths, ends))
+        deep, _, _ = take(depths[1], expected)
+        phases = [phases_at_depth(shallow[i], deep[i], depths, blocks, ends) for i in range(2)]
+        further_periods = (blocks - depths[1]) / (depths[1] - depths[0])
+        extrapolate = extrapolation_to(depths, blocks)
 
-    def deep(of: Callable[[Simulated], float]) -> tuple[float, float]:
-        """At either size, of the whole model."""
-        one, two = (of(high[i]) + (of(high[i]) - of(low[i])) * steps for i in range(2))
-        return one, two
+    def at_full_depth(amount_of: Callable[[SimulatedStep], float]) -> tuple[float, float]:
+        """An amount of the whole model, at either size."""
+        small, large = (
+            amount_of(deep_step) + (amount_of(deep_step) - amount_of(shallow_step)) * further_periods
+            for shallow_step, deep_step in zip(shallow, deep, strict=True)
+        )
+        return small, large
 
-    moments = [moments_at(low[i], high[i], depths, blocks, ends) if depths else high[i].moments for i in range(2)]
-    first, second = (_exchanged(one[1], accumulation, local_world_size) for one in (low, high))
-    calls, size = (
-        lines({k: v[i] for k, v in first.items()}, {k: v[i] for k, v in second.items()}, line) for i in (0, 1)
-    )
-    return Form(
+    small_phases, large_phases = phases
+    return CostModel(
         blocks=blocks,
         accumulation=accumulation,
         rows=rows,
         sizes=(sizes[0], sizes[1]),
-        moments=(moments[0], moments[1]),
-        bends={moment: bends(moments[0][moment], highest) for moment, highest in moments[1].items()},
-        resting=lines(low[1].resting, high[1].resting, line),
-        flops=deep(lambda one: one.flops / accumulation),
-        moved=deep(lambda one: sum(n for phase, n in one.moved.items() if phase != "update") / accumulation),
-        updated=deep(lambda one: one.moved["update"])[1],
-        crossed=deep(lambda one: (one.to_host + one.to_device) / accumulation),
-        exchanged={key: (calls[key], size.get(key, 0)) for key in calls},
-        host=line(low[1].host, high[1].host),
+        phases=(small_phases, large_phases),
+        peak_candidates={phase: peak_candidates(small_phases[phase], peak) for phase, peak in large_phases.items()},
+        resting=extrapolate_by_key(shallow[1].resting, deep[1].resting, extrapolate),
+        flops=at_full_depth(lambda step: step.flops / accumulation),
+        moved_bytes=at_full_depth(lambda step: _moved_before_update(step) / accumulation),
+        update_bytes=at_full_depth(lambda step: step.moved["update"])[1],
+        host_copy_bytes=at_full_depth(lambda step: (step.to_host + step.to_device) / accumulation),
+        exchanged=extrapolate_pairs(
+            _exchanged(shallow[1], accumulation, local_world_size),
+            _exchanged(deep[1], accumulation, local_world_size),
+            extrapolate,
+        ),
+        host_bytes=extrapolate(shallow[1].host, deep[1].host),
     )
 
 
-def bends(small: Highest, large: Highest) -> list[tuple[int, int]]:
-    """Bytes at two sizes after each operation that may be a moment's highest at a larger one: those that none other exceeds
-    both there and in how it grows. The highest of a moment is another operation's in large micro-batches (what a block keeps for
-    its backward pass grows, the gradients of its weights do not). None where the sizes do not have the same operations.
+def _as_simulated(_shallow: int, deep: int) -> int:
+    return deep
+
+
+def _moved_before_update(step: SimulatedStep) -> int:
+    return sum(moved for phase, moved in step.moved.items() if phase != "update")
+
+
+def peak_candidates(small: PhasePeak, large: PhasePeak) -> list[tuple[int, int]]:
+    """Bytes at two sizes after each operation that may be a phase's highest at some larger size.
+
+    These are the operations that no other exceeds both at the large size and in how it grows. In large micro-batches the
+    highest of a phase is another operation's: what a block keeps for its backward pass grows with the tokens, the
+    gradients of its weights do not. None if the two sizes do not have the same operations. Frees both courses.
     """
-    found: list[tuple[int, int]] = []
-    if len(small.course) == len(large.course):
-        for first, second in sorted({*zip(small.course, large.course, strict=True)}, key=lambda one: (-one[1], one[0])):
-            if not found or second - first > found[-1][1] - found[-1][0]:
-                found.append((first, second))
-    small.course, large.course = [], []
-    return found
+    candidates: list[tuple[int, int]] = []
+    if len(small.live_after_operation) == len(large.live_after_operation):
+        live_at_sizes = set(zip(small.live_after_operation, large.live_after_operation, strict=True))
+        steepest = None
+        for small_bytes, large_bytes in sorted(live_at_sizes, key=lambda live: (-live[1], live[0])):
+            growth = large_bytes - small_bytes
+            if steepest is None or growth > steepest:
+                candidates.append((small_bytes, large_bytes))
+                steepest = growth
+    small.live_after_operation = []
+    large.live_after_operation = []
+    return candidates
 
 
-def _exchanged(found: Simulated, accumulation: int, local_world_size: int) -> dict[Exchange, tuple[int, int]]:
+def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) -> dict[Exchange, tuple[int, int]]:
+    """(calls, bytes) of each kind of exchange in a step."""
     calls: Counter[Exchange] = Counter()
-    size: Counter[Exchange] = Counter()
-    for each in found.collectives:
-        when = "last" if each.moment.micro == accumulation - 1 else "each"
-        when = "update" if each.moment.phase in ("update", "between") else when
-        hosts = len({rank // local_world_size for rank in each.ranks})
-        key = each.name, len(each.ranks), hosts, each.dtype, when
+    size_bytes: Counter[Exchange] = Counter()
+    for collective in step.collectives:
+        if collective.phase.name in ("update", "between"):
+            when = "update"
+        elif collective.phase.micro == accumulation - 1:
+            when = "last"
+        else:
+            when = "each"
+        hosts = len({rank // local_world_size for rank in collective.ranks})
+        key = collective.name, len(collective.ranks), hosts, collective.dtype, when
         calls[key] += 1
-        size[key] += each.bytes
-    return {key: (calls[key], size[key]) for key in calls}
+        size_bytes[key] += collective.bytes
+    return {key: (calls[key], size_bytes[key]) for key in calls}

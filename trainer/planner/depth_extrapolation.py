@@ -13,25 +13,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from strategies.tensor_inventory import MemoryKind
-from trainer.planner.memory_tracker import Highest, Moment
-from trainer.planner.simulate import Simulated
+from trainer.planner.memory_tracker import PhasePeak, StepPhase
+from trainer.planner.simulate import SimulatedStep
 from trainer.planner.step_recorder import Collective
 
-ENDS = 2
-"""Blocks at either end that may do otherwise than those between, which gather ahead and are gathered ahead; an engine that
-keeps more blocks gathered than these has more of them."""
+END_BLOCKS = 2
+"""Blocks at either end of a model that may differ from those between: blocks gather the next ones ahead, and those at an end
+have no neighbour. An engine that keeps more blocks gathered has more of them (`end_blocks_of`)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Extended:
-    """A step of a model of `blocks` blocks, out of two simulations of fewer."""
+class ExtrapolatedStep:
+    """A step of a model of `blocks` blocks, extrapolated from two simulations of fewer."""
 
     blocks: int
-    peak: Moment
+    peak: StepPhase
     total: int
     """Live bytes on the device at the peak."""
     kinds: dict[MemoryKind, int]
-    """Of these by kind."""
+    """Bytes of the peak by kind."""
     resting: dict[MemoryKind, int]
     exchanged: dict[tuple[str, int, str], tuple[int, int]]
     """By collective, ranks and type: calls, and bytes together."""
@@ -41,145 +41,194 @@ class Extended:
     """Bytes that the engine keeps on the host."""
 
 
-def shallow(blocks: int, period: int = 1, ends: int = ENDS, *, joined: bool = False) -> tuple[int, int] | None:
-    """Numbers of blocks to simulate for a model of `blocks`, whose kinds of blocks repeat after `period`; None: the whole,
-    which has no more blocks than the two together.
+def shallow_depths(
+    blocks: int, period: int = 1, ends: int = END_BLOCKS, *, ends_overlap: bool = False
+) -> tuple[int, int] | None:
+    """Two numbers of blocks to simulate in place of `blocks`, whose kinds of blocks repeat after `period`.
 
-    Both leave the remainder of `blocks`, so that the last block is of the same kind. `joined`: the ends may have a block in
-    common, where all blocks are of one kind and nothing reaches from one end to the other.
+    None means the whole model, which has no more blocks than the two together. Both leave the remainder of `blocks`, so
+    that the last block is of the same kind. `ends_overlap`: the two ends may have a block in common, because all blocks are
+    of one kind and nothing reaches from one end to the other.
     """
-    fewest = 2 * ends - 1 if joined and period == 1 else 2 * ends * period
-    first = fewest + (blocks - fewest) % period
-    return (first, first + period) if 2 * first + period <= blocks else None
+    if ends_overlap and period == 1:
+        fewest_blocks = 2 * ends - 1
+    else:
+        fewest_blocks = 2 * ends * period
+    shallower = fewest_blocks + (blocks - fewest_blocks) % period
+    if 2 * shallower + period > blocks:
+        return None
+    return shallower, shallower + period
 
 
-def moments_at(
-    low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int, ends: int = ENDS
-) -> dict[Moment, Highest]:
-    """The moments of a model of `blocks` blocks; those of its last blocks are counted from the end, from -1."""
-    line, fewer = line_of(depths, blocks), from_ends(low, depths[0], ends)
-    return {
-        moment: _on_lines(fewer[moment], highest, line) for moment, highest in from_ends(high, depths[1], ends).items()
-    }
+def phases_at_depth(
+    shallow: SimulatedStep, deep: SimulatedStep, depths: tuple[int, int], blocks: int, ends: int = END_BLOCKS
+) -> dict[StepPhase, PhasePeak]:
+    """The phases of a model of `blocks` blocks; those of its last blocks are counted from the end, from -1."""
+    extrapolate = extrapolation_to(depths, blocks)
+    shallow_phases = phases_from_ends(shallow, depths[0], ends)
+    deep_phases = phases_from_ends(deep, depths[1], ends)
+    return {phase: _extrapolate_peak(shallow_phases[phase], peak, extrapolate) for phase, peak in deep_phases.items()}
 
 
-def _on_lines(low: Highest, high: Highest, line: Callable[[int, int], int]) -> Highest:
-    """A moment on the lines of its operations, of which another one may be the highest than in the shallow models."""
-    aligned = len(low.course) == len(high.course)
-    course = [*map(line, low.course, high.course)] if aligned else []
-    total, kinds = line(low.total, high.total), lines(low.kinds, high.kinds, line)
-    if course and (more := max(course) - total) and kinds:  # kinds are known of the highest alone
-        kinds[MemoryKind.activations] = kinds.get(MemoryKind.activations, 0) + more
-    return Highest(max(course, default=total), 0, kinds, course)
+def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolate: Callable[[int, int], int]) -> PhasePeak:
+    """The peak of a phase at full depth.
+
+    Each of its operations lies on a line of its own, so another one than in the shallow models may be the highest.
+    """
+    total = extrapolate(shallow.total, deep.total)
+    kinds = extrapolate_by_key(shallow.kinds, deep.kinds, extrapolate)
+    if len(shallow.live_after_operation) != len(deep.live_after_operation):
+        return PhasePeak(total, 0, kinds, [])
+    live_after_operation = [*map(extrapolate, shallow.live_after_operation, deep.live_after_operation)]
+    highest = max(live_after_operation, default=total)
+    if highest != total and kinds:  # kinds are known of the highest operation alone
+        kinds[MemoryKind.activations] = kinds.get(MemoryKind.activations, 0) + highest - total
+    return PhasePeak(highest, 0, kinds, live_after_operation)
 
 
-def line_of(depths: tuple[int, int], blocks: int) -> Callable[[int, int], int]:
-    """From what two depths take to what `blocks` blocks take."""
-    steps = (blocks - depths[1]) / (depths[1] - depths[0])
-    return lambda first, second: round(second + (second - first) * steps)
+def extrapolation_to(depths: tuple[int, int], blocks: int) -> Callable[[int, int], int]:
+    """A function from an amount at the two depths to the amount at `blocks` blocks: each further period adds the same."""
+    further_periods = (blocks - depths[1]) / (depths[1] - depths[0])
+    return lambda first, second: round(second + (second - first) * further_periods)
 
 
-def lines(first: dict[Any, int], second: dict[Any, int], line: Callable[[int, int], int]) -> dict[Any, int]:
-    """`line` of what has the same key; what either lacks is 0."""
-    keys = dict.fromkeys((*second, *first))
-    made = {key: line(first.get(key, 0), second.get(key, 0)) for key in keys}
-    return {key: value for key, value in made.items() if value}
+def extrapolate_by_key(
+    shallow: dict[Any, int], deep: dict[Any, int], extrapolate: Callable[[int, int], int]
+) -> dict[Any, int]:
+    """Extrapolate the values of each key; a key that one side lacks is 0 there, and zeros are left out of the result."""
+    extrapolated = {}
+    for key in dict.fromkeys((*deep, *shallow)):
+        size = extrapolate(shallow.get(key, 0), deep.get(key, 0))
+        if size:
+            extrapolated[key] = size
+    return extrapolated
 
 
-def extend(low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int, ends: int = ENDS) -> Extended:
+def extrapolate_pairs(
+    shallow: dict[Any, tuple[int, int]], deep: dict[Any, tuple[int, int]], extrapolate: Callable[[int, int], int]
+) -> dict[Any, tuple[int, int]]:
+    """`extrapolate_by_key` of (calls, bytes); what has no calls is left out."""
+    extrapolated = {}
+    for key in dict.fromkeys((*deep, *shallow)):
+        shallow_calls, shallow_bytes = shallow.get(key, (0, 0))
+        deep_calls, deep_bytes = deep.get(key, (0, 0))
+        calls = extrapolate(shallow_calls, deep_calls)
+        if calls:
+            extrapolated[key] = (calls, extrapolate(shallow_bytes, deep_bytes))
+    return extrapolated
+
+
+def extrapolate_step(
+    shallow: SimulatedStep, deep: SimulatedStep, depths: tuple[int, int], blocks: int, ends: int = END_BLOCKS
+) -> ExtrapolatedStep:
     """The step of a model of `blocks` blocks, from those of `depths` blocks."""
-    found, line = moments_at(low, high, depths, blocks, ends), line_of(depths, blocks)
-    peak, highest = max(found.items(), key=lambda item: item[1].total)
-    calls, size = _exchanged(low.collectives), _exchanged(high.collectives)
-    exchanged = {
-        key: (line(calls[key][0], size[key][0]), line(calls[key][1], size[key][1])) for key in {**size, **calls}
-    }
-    return Extended(
-        blocks=blocks,
-        peak=peak if not isinstance(peak.place, int) or peak.place >= 0 else replace(peak, place=blocks + peak.place),
-        total=highest.total,
-        kinds=highest.kinds,
-        resting=lines(low.resting, high.resting, line),
-        exchanged=exchanged,
-        host_reads=line(sum(low.host_reads.values()), sum(high.host_reads.values())),
-        flops=high.flops + (high.flops - low.flops) * (blocks - depths[1]) / (depths[1] - depths[0]),
-        host=line(low.host, high.host),
-    )
-
-
-def whole(found: Simulated, blocks: int) -> Extended:
-    """What was simulated at its full depth, in the same words."""
-    peak, highest = found.peak
-    return Extended(
+    phases = phases_at_depth(shallow, deep, depths, blocks, ends)
+    extrapolate = extrapolation_to(depths, blocks)
+    peak, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total)
+    if isinstance(peak.place, int) and peak.place < 0:  # counted from the last block
+        peak = replace(peak, place=blocks + peak.place)
+    shallow_exchanged = _exchanged_by_collective(shallow.collectives)
+    deep_exchanged = _exchanged_by_collective(deep.collectives)
+    exchanged = {}
+    for key in {**deep_exchanged, **shallow_exchanged}:
+        shallow_calls, shallow_bytes = shallow_exchanged[key]
+        deep_calls, deep_bytes = deep_exchanged[key]
+        exchanged[key] = (extrapolate(shallow_calls, deep_calls), extrapolate(shallow_bytes, deep_bytes))
+    return ExtrapolatedStep(
         blocks=blocks,
         peak=peak,
-        total=highest.total,
-        kinds=highest.kinds,
-        resting=found.resting,
-        exchanged=dict(_exchanged(found.collectives)),
-        host_reads=sum(found.host_reads.values()),
-        flops=found.flops,
-        host=found.host,
+        total=phase_peak.total,
+        kinds=phase_peak.kinds,
+        resting=extrapolate_by_key(shallow.resting, deep.resting, extrapolate),
+        exchanged=exchanged,
+        host_reads=extrapolate(sum(shallow.host_reads.values()), sum(deep.host_reads.values())),
+        flops=deep.flops + (deep.flops - shallow.flops) * (blocks - depths[1]) / (depths[1] - depths[0]),
+        host=extrapolate(shallow.host, deep.host),
     )
 
 
-def at_depth(
-    simulate: Callable[[int], Simulated],
+def full_depth_step(step: SimulatedStep, blocks: int) -> ExtrapolatedStep:
+    """A step that was simulated at full depth, as `extrapolate_step` would give it."""
+    peak, phase_peak = step.peak
+    return ExtrapolatedStep(
+        blocks=blocks,
+        peak=peak,
+        total=phase_peak.total,
+        kinds=phase_peak.kinds,
+        resting=step.resting,
+        exchanged=dict(_exchanged_by_collective(step.collectives)),
+        host_reads=sum(step.host_reads.values()),
+        flops=step.flops,
+        host=step.host,
+    )
+
+
+def step_at_depth(
+    simulate: Callable[[int], SimulatedStep],
     blocks: int,
     period: int = 1,
     *,
-    ends: int = ENDS,
-    joined: bool = False,
+    ends: int = END_BLOCKS,
+    ends_overlap: bool = False,
     exact: bool = False,
-) -> Extended:
-    """The step of a model of `blocks` blocks; `simulate` takes that of one with so many as it is told."""
-    depths = None if exact else shallow(blocks, period, ends, joined=joined)
+) -> ExtrapolatedStep:
+    """The step of a model of `blocks` blocks. `simulate(depth)` takes the step of a model of `depth` blocks."""
+    depths = None if exact else shallow_depths(blocks, period, ends, ends_overlap=ends_overlap)
     if depths is None:
-        return whole(simulate(blocks), blocks)
-    return extend(simulate(depths[0]), simulate(depths[1]), depths, blocks, ends)
+        return full_depth_step(simulate(blocks), blocks)
+    return extrapolate_step(simulate(depths[0]), simulate(depths[1]), depths, blocks, ends)
 
 
-def from_ends(found: Simulated, depth: int, ends: int = ENDS) -> dict[Moment, Highest]:
-    """Moments of blocks counted from the end that they are near to; those in the middle lie between."""
-    out: dict[Moment, Highest] = {}
-    for moment, highest in found.moments.items():
-        place = moment.place
+def phases_from_ends(step: SimulatedStep, depth: int, ends: int = END_BLOCKS) -> dict[StepPhase, PhasePeak]:
+    """The phases of a step; those of a block near the end are counted from there, and those in the middle are left out."""
+    phases: dict[StepPhase, PhasePeak] = {}
+    for phase, peak in step.phases.items():
+        place = phase.place
         if not isinstance(place, int):
-            out[moment] = highest
+            phases[phase] = peak
             continue
         if place < ends:
-            out[moment] = highest
+            phases[phase] = peak
         if place >= depth - ends:
-            out[replace(moment, place=place - depth)] = highest
-    return out
+            phases[replace(phase, place=place - depth)] = peak
+    return phases
 
 
-def near_an_end(moment: Moment, depth: int, ends: int = ENDS) -> bool:
-    """Whether `from_ends` keeps the moment of a model of `depth` blocks."""
-    place = moment.place
+def near_an_end(phase: StepPhase, depth: int, ends: int = END_BLOCKS) -> bool:
+    """Whether `phases_from_ends` keeps the phase of a model of `depth` blocks."""
+    place = phase.place
     return not isinstance(place, int) or place < ends or place >= depth - ends
 
 
-def deeper(low: dict[Moment, Highest], depths: tuple[int, int], ends: int) -> dict[Moment, Highest]:
-    """The moments of a model of the second depth, each with that of the first one in which a block does the same."""
-    more = depths[1] - depths[0]
+def phases_of_deeper_model(
+    shallow_phases: dict[StepPhase, PhasePeak], depths: tuple[int, int], ends: int
+) -> dict[StepPhase, PhasePeak]:
+    """The phases of a model of the second depth, each with the peak of the block of the first one that does the same."""
+    shallow_depth, deep_depth = depths
+    phases: dict[StepPhase, PhasePeak] = {}
+    phases_of_block_0 = set()
+    for phase, peak in shallow_phases.items():
+        if isinstance(phase.place, int):
+            phases_of_block_0.add(replace(phase, place=0))
+        else:
+            phases[phase] = peak
+    for place in range(deep_depth):
+        for phase in phases_of_block_0:
+            # Blocks near the end, and all but the first in a backward pass, are counted from the end.
+            from_start = place < ends or (place < deep_depth - ends and phase.name == "forward")
+            shallow_place = place if from_start else place - (deep_depth - shallow_depth)
+            peak_of_same_block = shallow_phases.get(replace(phase, place=shallow_place))
+            if peak_of_same_block is not None:
+                phases[replace(phase, place=place)] = peak_of_same_block
+    return phases
 
-    def alike(moment: Moment, place: int) -> Moment:
-        from_start = place < ends or (place < depths[1] - ends and moment.phase == "forward")
-        return replace(moment, place=place if from_start else place - more)
 
-    out = {moment: highest for moment, highest in low.items() if not isinstance(moment.place, int)}
-    kinds = {replace(moment, place=0) for moment in low if isinstance(moment.place, int)}
-    for place in range(depths[1]):
-        out |= {replace(m, place=place): low[alike(m, place)] for m in kinds if alike(m, place) in low}
-    return out
-
-
-def _exchanged(collectives: list[Collective]) -> dict[tuple[str, int, str], tuple[int, int]]:
+def _exchanged_by_collective(collectives: list[Collective]) -> dict[tuple[str, int, str], tuple[int, int]]:
+    """(calls, bytes) by collective, number of ranks and type."""
     calls: Counter[tuple[str, int, str]] = Counter()
-    size: Counter[tuple[str, int, str]] = Counter()
-    for each in collectives:
-        key = each.name, len(each.ranks), each.dtype
+    size_bytes: Counter[tuple[str, int, str]] = Counter()
+    for collective in collectives:
+        key = collective.name, len(collective.ranks), collective.dtype
         calls[key] += 1
-        size[key] += each.bytes
-    return {key: (calls[key], size[key]) for key in calls}
+        size_bytes[key] += collective.bytes
+    return {key: (calls[key], size_bytes[key]) for key in calls}

@@ -12,18 +12,26 @@ from trainer.data.batches.collate import map_tensors
 from trainer.step import Built
 
 
-def faked(built: Built, sizes: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
-    """Fake tensors in place of the real ones in a model's buffers and in micro-batches; within `fake_tensors`."""
-    shape_of = _Shapes()
-    replace_buffers(built.step_module, shape_of)
-    return [[map_tensors(batch, shape_of) for batch in batches] for batches in sizes]
+def replaced_by_fakes(built: Built, batches_by_size: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """The micro-batches with fake tensors in place of real ones; the model's buffers are replaced in place.
+
+    Must be called within `fake_tensors`.
+    """
+    fake_of = _FakeOf()
+    replace_buffers(built.step_module, fake_of)
+    fake_batches = []
+    for batches in batches_by_size:
+        fake_batches.append([map_tensors(batch, fake_of) for batch in batches])
+    return fake_batches
 
 
-class _Shapes:
-    """Fake tensors in place of real ones, the same for the same."""
+class _FakeOf:
+    """Gives a fake tensor for each real one: the same for the same."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        # The real tensor is kept too: its id must not go to another one.
+        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        return self._made.setdefault(id(tensor), (tensor, torch.empty_like(tensor)))[1]
+        _, fake = self._fakes.setdefault(id(tensor), (tensor, torch.empty_like(tensor)))
+        return fake

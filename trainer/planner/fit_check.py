@@ -20,152 +20,158 @@ from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import reading_of
-from trainer.planner.hardware import GIB, Fit, fit_of, groups_of
+from trainer.planner.hardware import GIB, MemoryFit, fit_in_memory, group_count
 from trainer.reporting.run_record import MemoryCheck
 from trainer.stopping.signals import SIGNALS
 from trainer.tuning.base import TuningName
 
-OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = 0.8
+JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT_SHARE = 0.8
 """Share of `run.timeout_s` that a simulation may take: after all of it the ranks that wait would give up."""
 
 
 @dataclass(frozen=True, slots=True)
-class Peak:
-    """What a rank's step holds at most."""
+class SimulatedPeak:
+    """The peak memory of a rank's step."""
 
-    live: int
+    live_bytes: int
     """Bytes of tensors."""
-    when: str
+    phase: str
     groups: int
-    """Of ranks, that exchange something."""
+    """Groups of ranks that exchange something: NCCL takes memory for each."""
 
 
 def simulable(strategy: StrategyConfig) -> StrategyConfig:
-    """The strategy as it can be simulated: not compiled, and gradients that wait only where they fit do not."""
+    """The strategy as it can be simulated: not compiled, and without gradients that wait if they fit."""
     strategy = replace(strategy, compile=False)
     if isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
         strategy = replace(strategy, defer_sync=False)
     return strategy
 
 
-def unsimulated(error: Exception) -> str:
-    """Why there is no answer, whatever an architecture did that cannot be simulated."""
-    said = (str(error).strip() or "no message").splitlines()[0][:160]
-    return f"cannot be simulated yet ({type(error).__name__}: {said})"
+def why_not_simulated(error: Exception) -> str:
+    """The reason to give when a simulation failed: the error's class and the first line of its message."""
+    message = (str(error).strip() or "no message").splitlines()[0][:160]
+    return f"cannot be simulated yet ({type(error).__name__}: {message})"
 
 
-def one_step(config: RunConfig, world: int, *, auto: ActivationCheckpointing) -> RunConfig:
-    """The run with a step that says what any of its steps holds, and can be simulated.
+def single_step_config(config: RunConfig, world: int, *, mode_if_auto: ActivationCheckpointing) -> RunConfig:
+    """The run with the shortest step that holds as much as any of its steps, in a form that can be simulated.
 
-    Where the run would choose by memory what it recomputes, all blocks do as `auto` says.
+    If the run would choose by memory which blocks are recomputed, all of them do as `mode_if_auto` says.
     """
     strategy = simulable(config.strategy)
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
-        strategy = replace(strategy, activation_checkpointing=auto)
+        strategy = replace(strategy, activation_checkpointing=mode_if_auto)
     micro = config.batch["micro"]
     accumulation = min(2, config.batch["global"] // (micro * world))  # more micro-batches hold no more
     return replace(config, strategy=strategy, batch={"global": micro * world * max(1, accumulation), "micro": micro})
 
 
 def must_fit(
-    config: RunConfig, data: Prepared, precision: Precision, runtime: Runtime, say: Callable[[str], None]
+    config: RunConfig, prepared: Prepared, precision: Precision, runtime: Runtime, announce: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The `must_fit` of the run record, simulated for the longest micro-batch; nothing where `run.must_fit` does not ask.
+    """The `must_fit` of the run record, simulated for the longest micro-batch; empty unless `run.must_fit` asks for it.
 
     All ranks must call: rank 0 simulates in another process, and all go by the card with the least memory. Raises DoesNotFit
-    on every rank, also where it cannot be told; ConfigError where the ranks have no GPUs.
+    on every rank, also if it cannot be told; ConfigError if the ranks have no GPUs.
     """
     if not config.run.must_fit:
         return {}
     if runtime.kind != "cuda":
         raise ConfigError("run.must_fit=true: asks for the memory of GPUs, and this run has none; leave it out")
-    say("simulating whether the run fits its GPUs (run.must_fit)")
-    least = min(gather_objects(device_gib(runtime), runtime))
-    found: Peak | str = ""
+    announce("simulating whether the run fits its GPUs (run.must_fit)")
+    least_gib = min(gather_objects(device_gib(runtime), runtime))
+    peak: SimulatedPeak | str = ""
     if runtime.is_main:
-        step = one_step(config, runtime.world_size, auto=ActivationCheckpointing.full)
-        lengths = longest_lengths(reading_of(config.objective), workload(config, data))
+        step = single_step_config(config, runtime.world_size, mode_if_auto=ActivationCheckpointing.full)
+        step = replace(step, precision=precision)
+        lengths = longest_lengths(reading_of(config.objective), workload(config, prepared))
         ranks = runtime.world_size, runtime.local_world_size
-        found = simulated_apart(replace(step, precision=precision), lengths, ranks, PATIENCE * config.run.timeout_s)
-    found = broadcast_object(found, runtime)
-    if isinstance(found, str):
+        peak = simulate_in_process(step, lengths, ranks, TIMEOUT_SHARE * config.run.timeout_s)
+    peak = broadcast_object(peak, runtime)
+    if isinstance(peak, str):
         raise DoesNotFit(
-            f"run.must_fit=true: it is not known whether the run fits, since {found}; leave it out to try it"
+            f"run.must_fit=true: it is not known whether the run fits, since {peak}; leave it out to try it"
         )
-    fit = fit_of(found.live, found.groups, least)
+    fit = fit_in_memory(peak.live_bytes, peak.groups, least_gib)
     if fit.margin < 0:
-        raise DoesNotFit(refusal(fit, found, config))
-    simulated = MemoryCheck(
-        live_gib=found.live / GIB, needed_gib=fit.total / GIB, device_gib=least, when=str(found.when)
+        raise DoesNotFit(does_not_fit_message(fit, peak, config))
+    check = MemoryCheck(
+        live_gib=peak.live_bytes / GIB, needed_gib=fit.total / GIB, device_gib=least_gib, when=str(peak.phase)
     )
-    return {"must_fit": simulated}
+    return {"must_fit": check}
 
 
-def refusal(fit: Fit, peak: Peak, config: RunConfig) -> str:
-    """What is needed, what is there, and what could be set otherwise."""
-    beside = (fit.total - fit.live) / GIB
-    micro, mode = config.batch["micro"], config.strategy.activation_checkpointing
-    knobs = [f"batch.micro below {micro}"] if micro > 1 else []
-    knobs += [f"data.max_length below {config.data.max_length}"]
+def does_not_fit_message(fit: MemoryFit, peak: SimulatedPeak, config: RunConfig) -> str:
+    """The message of a run that does not fit: what it needs, what the GPU has, and which settings help."""
+    micro = config.batch["micro"]
+    mode = config.strategy.activation_checkpointing
+    remedies = []
+    if micro > 1:
+        remedies.append(f"batch.micro below {micro}")
+    remedies.append(f"data.max_length below {config.data.max_length}")
     if mode not in (ActivationCheckpointing.full, ActivationCheckpointing.auto):
-        knobs += ["strategy.activation_checkpointing=full"]
-    knobs += ["a strategy that shards more, or more GPUs"]
+        remedies.append("strategy.activation_checkpointing=full")
+    remedies.append("a strategy that shards more, or more GPUs")
     if config.tuning.name is TuningName.full:
-        knobs += ["tuning=lora"]
+        remedies.append("tuning=lora")
     elif config.model.quantisation is Quantisation.none:
-        knobs += ["model.quantisation=nf4"]
+        remedies.append("model.quantisation=nf4")
+    other_gib = (fit.total - fit.live) / GIB
     return (
         f"run.must_fit=true: the run needs {fit.total / GIB:.2f} GiB on a GPU of {fit.limit / GIB:.2f} GiB: tensors take "
-        f"{fit.live / GIB:.2f} GiB in {peak.when}, libraries, allocator and groups of ranks about {beside:.2f} GiB. What helps: "
-        f"{', '.join(knobs)}. `shardtune plan` compares them; run.must_fit=false tries it all the same"
+        f"{fit.live / GIB:.2f} GiB in {peak.phase}, libraries, allocator and groups of ranks about {other_gib:.2f} GiB. "
+        f"What helps: {', '.join(remedies)}. `shardtune plan` compares them; run.must_fit=false tries it all the same"
     )
 
 
-def simulated_apart(config: RunConfig, lengths: list[int], ranks: tuple[int, int], patience_s: float) -> Peak | str:
+def simulate_in_process(
+    config: RunConfig, lengths: list[int], ranks: tuple[int, int], timeout_s: float
+) -> SimulatedPeak | str:
     """The peak of a step of sequences of `lengths` tokens on (all ranks, those of a host), or why it cannot be told."""
-    found: Peak | str = answered_apart(_simulate, (config, lengths, ranks), patience_s)
-    return found
+    peak: SimulatedPeak | str = call_in_process(_simulate, (config, lengths, ranks), timeout_s)
+    return peak
 
 
-def answered_apart(ask: Callable[..., Any], given: tuple[Any, ...], patience_s: float) -> Any:
-    """What `ask`, a function of a module, answers to `given` in a process of its own, or text why it does not.
+def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> Any:
+    """What `function`, a function of a module, returns for `arguments` in a process of its own; text if there is no answer.
 
     A process that is part of a job, or has GPUs, cannot simulate: another one is started for it.
     """
     context = multiprocessing.get_context("spawn")
-    mine, its = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(its, ask, given), daemon=True)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_answer_in_child, args=(sender, function, arguments), daemon=True)
     child.start()
-    its.close()
+    sender.close()  # the child has its own: without it here, its end is seen as EOFError
     try:
-        if not mine.poll(patience_s):
-            return f"its simulation took more than {patience_s:.0f} s (of run.timeout_s)"
-        return mine.recv()
+        if not receiver.poll(timeout_s):
+            return f"its simulation took more than {timeout_s:.0f} s (of run.timeout_s)"
+        return receiver.recv()
     except EOFError:
         return "the process that simulates it ended without an answer"
     finally:
         child.kill()
         child.join()
-        mine.close()
+        receiver.close()
 
 
-def _answer(out: Connection, ask: Callable[..., Any], given: tuple[Any, ...]) -> None:
-    asker = multiprocessing.parent_process()
-    die_with_parent(None if asker is None else asker.pid)
+def _answer_in_child(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    parent = multiprocessing.parent_process()
+    die_with_parent(None if parent is None else parent.pid)
     for number in (*SIGNALS, signal.SIGINT):  # meant for the run, which saves and ends
         signal.signal(number, signal.SIG_IGN)
-    for name in OF_A_JOB:
+    for name in JOB_VARIABLES:
         os.environ.pop(name, None)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # its context would take memory of the run's card
-    out.send(ask(*given))
+    sender.send(function(*arguments))
 
 
-def _simulate(config: RunConfig, lengths: list[int], ranks: tuple[int, int]) -> Peak | str:
+def _simulate(config: RunConfig, lengths: list[int], ranks: tuple[int, int]) -> SimulatedPeak | str:
     from trainer.planner.simulation import simulate_depth
 
     try:
-        found = simulate_depth(config, lengths, world_size=ranks[0], local_world_size=ranks[1])
+        step = simulate_depth(config, lengths, world_size=ranks[0], local_world_size=ranks[1])
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
-        return f"its step {unsimulated(error)}"
-    return Peak(found.total, str(found.peak), groups_of(found))
+        return f"its step {why_not_simulated(error)}"
+    return SimulatedPeak(step.total, str(step.peak), group_count(step))

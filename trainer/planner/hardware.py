@@ -8,19 +8,19 @@ from typing import Any
 
 from strategies.base import Precision
 from strategies.hardware import Gpu, best_precision
-from trainer.planner.cost_model import Form, Taken
-from trainer.planner.depth_extrapolation import Extended
+from trainer.planner.cost_model import CostModel, MemoryPeak
+from trainer.planner.depth_extrapolation import ExtrapolatedStep
 from trainer.reporting.gpu_peaks import peak_tflops
 
 GIB = 2**30
 CARDS = Path(__file__).resolve().parents[2] / "conf" / "hardware"
-CONTEXT_GIB = 0.75
+PROCESS_CONTEXT_GIB = 0.75
 """GiB that a process takes on a card before its first tensor: driver, kernels, libraries' workspaces. An allowance."""
-GROUP_GIB = 0.4
+NCCL_GROUP_GIB = 0.4
 """GiB that NCCL takes for each group of ranks with its channels of a few MiB (NCCL_BUFFSIZE is 4 MiB). An allowance."""
-ALLOCATOR = 0.05
+ALLOCATOR_OVERHEAD = 0.05
 """Share of what is allocated that torch's allocator reserves beyond it, its blocks being pieces of segments. An allowance."""
-PROCESS_GIB = 3.0
+HOST_PROCESS_GIB = 3.0
 """GiB of host memory of a rank with its libraries. An allowance."""
 
 
@@ -48,7 +48,7 @@ class Card:
     """Rate between card and host memory, GB/s one way."""
     disk_gb_s: float = 1.0
     """Rate at which one node writes checkpoints, GB/s; an assumption, set it to yours."""
-    allocator: float = ALLOCATOR
+    allocator: float = ALLOCATOR_OVERHEAD
     """Share of what is allocated that torch's allocator reserves beyond it; an allowance, set it to what you measured."""
     pace: float = 1.0
     """Seconds that a step takes for each that is reckoned; 1 where nothing was measured."""
@@ -64,12 +64,12 @@ class Card:
     """When they were looked up, year and month."""
 
     def gpu(self) -> Gpu:
-        """The card as code that chooses by capability sees it."""
+        """The card as a `Gpu`, by which code chooses that looks at capabilities."""
         return Gpu(self.name, (self.capability[0], self.capability[1]), self.architecture)
 
-    def precision(self, asked: Precision) -> Precision:
-        """What `auto` becomes on it."""
-        return best_precision(self.gpu()) if asked is Precision.auto else asked
+    def precision(self, requested: Precision) -> Precision:
+        """The precision that `auto` becomes on this card."""
+        return best_precision(self.gpu()) if requested is Precision.auto else requested
 
     def tflops(self, precision: Precision) -> float:
         """Peak TFLOP/s of dense products; 0 where it is not known."""
@@ -81,7 +81,7 @@ class Card:
 
 
 def card_named(name: str) -> Card | None:
-    """The card of `conf/hardware/` whose driver calls itself so; None where there is none, or none whose speed is known."""
+    """The card of `conf/hardware/` with this name of the driver; None if there is none."""
     from omegaconf import OmegaConf
 
     for file in sorted(CARDS.glob("*.yaml")):
@@ -93,58 +93,59 @@ def card_named(name: str) -> Card | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class MemoryFit:
     """A rank's memory on a card, in bytes."""
 
     live: int
-    """Of tensors, at the peak."""
+    """Bytes of tensors at the peak."""
     context: int
-    """Of the process itself and its libraries."""
+    """Bytes of the process itself and its libraries."""
     allocator: int
-    """Reserved beyond what is allocated."""
+    """Bytes that the allocator reserves beyond what is allocated."""
     exchange: int
-    """Of NCCL, for its groups."""
+    """Bytes of NCCL's buffers for groups of ranks."""
     limit: int
-    """Of the card."""
+    """Memory of the card."""
 
     @property
     def total(self) -> int:
-        """All together."""
+        """Bytes that the run needs."""
         return self.live + self.context + self.allocator + self.exchange
 
     @property
     def margin(self) -> int:
-        """What is left; negative where it is too much."""
+        """Bytes that are left; negative if the run needs too much."""
         return self.limit - self.total
 
 
-def fit(form: Form, taken: Taken, card: Card) -> Fit:
-    """How a peak lies in the card's memory, with what is taken beside tensors."""
-    return fit_of(round(card.tensors * taken.total), groups_of(form), card.memory_gib, card.allocator)
+def memory_fit(cost_model: CostModel, peak: MemoryPeak, card: Card) -> MemoryFit:
+    """How a peak fits in the card's memory, with what the process takes beside tensors."""
+    return fit_in_memory(round(card.tensors * peak.total), group_count(cost_model), card.memory_gib, card.allocator)
 
 
-def fit_of(live: int, groups: int, memory_gib: float, allocator: float = ALLOCATOR) -> Fit:
-    """How `live` bytes of tensors lie in so much memory, beside what the process and its groups of ranks take."""
-    return Fit(
-        live=live,
-        context=round(CONTEXT_GIB * GIB),
-        allocator=round(allocator * live),
-        exchange=round(GROUP_GIB * GIB * groups),
+def fit_in_memory(live_bytes: int, groups: int, memory_gib: float, allocator: float = ALLOCATOR_OVERHEAD) -> MemoryFit:
+    """How `live_bytes` bytes of tensors fit in `memory_gib`, beside what the process and its groups of ranks take."""
+    return MemoryFit(
+        live=live_bytes,
+        context=round(PROCESS_CONTEXT_GIB * GIB),
+        allocator=round(allocator * live_bytes),
+        exchange=round(NCCL_GROUP_GIB * GIB * groups),
         limit=round(memory_gib * GIB),
     )
 
 
-def room(form: Form, card: Card) -> float:
+def room_for_tensors(cost_model: CostModel, card: Card) -> float:
     """Bytes of tensors that the card has room for."""
-    beside = CONTEXT_GIB + GROUP_GIB * groups_of(form)
-    return max(0.0, (card.memory_gib - beside) * GIB / (1 + card.allocator) / card.tensors)
+    other_gib = PROCESS_CONTEXT_GIB + NCCL_GROUP_GIB * group_count(cost_model)
+    room_bytes = (card.memory_gib - other_gib) * GIB / (1 + card.allocator) / card.tensors
+    return max(0.0, room_bytes)
 
 
-def groups_of(form: Form | Extended) -> int:
+def group_count(cost_model: CostModel | ExtrapolatedStep) -> int:
     """How many groups of ranks exchange something in a step."""
-    return len({key[1] for key in form.exchanged if key[1] > 1})
+    return len({key[1] for key in cost_model.exchanged if key[1] > 1})
 
 
-def host_gib(form: Form, ranks: int) -> float:
+def host_gib(cost_model: CostModel, ranks: int) -> float:
     """GiB of a node's memory with so many ranks: what is offloaded, and the processes."""
-    return ranks * (form.host / GIB + PROCESS_GIB)
+    return ranks * (cost_model.host_bytes / GIB + HOST_PROCESS_GIB)

@@ -12,73 +12,81 @@ from trainer.data.batches.order import Order
 from trainer.data.config import DataConfig
 from trainer.data.store.sequences import TokenDataset
 
-MOST_MICRO = 1024
-"""Largest micro-batch that is looked at."""
+LARGEST_MICRO = 1024
+"""Largest micro-batch that a plan considers."""
 
 
-def divisors(part: int) -> list[int]:
+def divisors(samples_per_rank: int) -> list[int]:
     """Micro-batches that divide a rank's part of a step, ascending."""
-    return [micro for micro in range(1, min(part, MOST_MICRO) + 1) if part % micro == 0]
+    return [micro for micro in range(1, min(samples_per_rank, LARGEST_MICRO) + 1) if samples_per_rank % micro == 0]
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
-    """Tokens of what is drawn as one: a document (of an objective over pairs, both), or a pack."""
+class DocumentLengths:
+    """Tokens of the units that a run samples: a document (both, of an objective over pairs), or a pack."""
 
     longest: np.ndarray
-    """int64, descending; of one entry where all are as long as they may be."""
+    """int64, descending; one entry if all are as long as `data.max_length` allows."""
     mean: float
-    mean_squares: float
-    per: int = 1
-    """Sequences of each."""
-    number: int | None = None
-    """How many an epoch has; None without data."""
+    mean_square: float
+    sequences_per_unit: int = 1
+    """2 for an objective over pairs."""
+    units_per_epoch: int | None = None
+    """None without data."""
 
     @classmethod
-    def all_of(cls, length: int, per: int) -> Lengths:
-        """Without data: as long as `data.max_length` allows, `per` sequences each."""
-        return cls(np.array([length * per]), float(length * per), float(per * length**2), per)
+    def uniform(cls, length: int, sequences_per_unit: int) -> DocumentLengths:
+        """Without data: as long as `data.max_length` allows, `sequences_per_unit` sequences each."""
+        return cls(
+            np.array([length * sequences_per_unit]),
+            float(length * sequences_per_unit),
+            float(sequences_per_unit * length**2),
+            sequences_per_unit,
+        )
 
-    def most(self, number: int) -> float:
-        """Tokens of the `number` longest."""
+    def tokens_of_longest(self, count: int) -> float:
+        """Tokens of the `count` longest."""
         if len(self.longest) == 1:
-            return float(number * self.longest[0])
-        return float(self.longest[:number].sum())
+            return float(count * self.longest[0])
+        return float(self.longest[:count].sum())
 
-    def holding(self, tokens: float) -> int:
-        """How many of the longest are together at most so many tokens."""
+    def units_within(self, tokens: float) -> int:
+        """How many of the longest units have at most `tokens` tokens together."""
         if len(self.longest) == 1:
-            return int(min(tokens // float(self.longest[0]), MOST_MICRO))
-        return min(int(np.searchsorted(np.cumsum(self.longest), tokens, side="right")), MOST_MICRO)
+            return int(min(tokens // float(self.longest[0]), LARGEST_MICRO))
+        return min(int(np.searchsorted(np.cumsum(self.longest), tokens, side="right")), LARGEST_MICRO)
 
 
 @dataclass(frozen=True, slots=True)
-class DrawnLengths:
+class SampledLengths:
     """Prepared data as a run draws it."""
 
     order: Order
     tokens: np.ndarray
-    """int64, of each unit that is drawn as one."""
+    """int64: tokens of each unit."""
     squares: np.ndarray
-    """int64, of each unit the sum of its documents' squared lengths."""
+    """int64: the sum of the squared lengths of each unit's documents."""
 
     @property
     def mean(self) -> float:
         """Tokens of a unit of the first epoch."""
         return float(self.tokens[self.order.epoch(0)].mean())
 
-    def lengths(self, config: DataConfig, per: int) -> Lengths:
-        """For `per` sequences each; packs are as long as they may be."""
-        drawn = self.order.epoch(0)
+    def lengths(self, config: DataConfig, sequences_per_unit: int) -> DocumentLengths:
+        """The lengths of the first epoch; packs count as long as they may be."""
+        epoch_units = self.order.epoch(0)
         longest = np.array([config.max_length]) if config.packing else np.sort(self.tokens)[::-1]
-        return Lengths(longest, self.mean, float(self.squares[drawn].mean()), per, self.order.num_units)
+        return DocumentLengths(
+            longest, self.mean, float(self.squares[epoch_units].mean()), sequences_per_unit, self.order.num_units
+        )
 
 
-def drawn(config: RunConfig, train: TokenDataset, per: int) -> DrawnLengths:
-    """How a run draws `train`, whose documents have `per` sequences each. Errors: those of `build_order`."""
+def sampled_lengths(config: RunConfig, train: TokenDataset, sequences_per_document: int) -> SampledLengths:
+    """How a run draws `train`. Errors: those of `build_order`."""
     lengths = train.lengths.astype(np.int64)
-    units, order = build_order(config.data, train, sequences_per_document=per, seed=config.run.seed)
-    if units is None:
-        return DrawnLengths(order, lengths, lengths**2)
-    tokens = np.array([lengths[unit].sum() for unit in units])
-    return DrawnLengths(order, tokens, np.array([(lengths[unit] ** 2).sum() for unit in units]))
+    units, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
+    if units is None:  # each document is drawn alone
+        return SampledLengths(order, lengths, lengths**2)
+    tokens = np.array([lengths[documents].sum() for documents in units])
+    squares = np.array([(lengths[documents] ** 2).sum() for documents in units])
+    return SampledLengths(order, tokens, squares)

@@ -23,14 +23,15 @@ from strategies.compat.dispatch import (
 from strategies.compat.fake_tensors import FakeTensor
 from strategies.tensor_inventory import MemoryKind
 
-_DEVICE, _TO_COPY = torch.ops.prim.device.default, CAST.default
-GRAIN = 512
+_DEVICE = torch.ops.prim.device.default
+_TO_COPY = CAST.default
+ALLOCATION_GRAIN = 512
 """Bytes that an allocation is a multiple of, as torch's allocator for GPUs hands them out."""
 
 
 def rounded(size: int) -> int:
     """Bytes that an allocation of `size` takes."""
-    return -(-size // GRAIN) * GRAIN
+    return -(-size // ALLOCATION_GRAIN) * ALLOCATION_GRAIN
 
 
 def device_of(tensor: Tensor) -> torch.device:
@@ -39,10 +40,10 @@ def device_of(tensor: Tensor) -> torch.device:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class StepPhase:
     """A stretch of a step in which a rank does one thing."""
 
-    phase: str
+    name: str
     """`forward`, `backward`, `update`, or `between` steps."""
     micro: int
     """The micro-batch, from 0."""
@@ -51,55 +52,57 @@ class Moment:
 
     def __str__(self) -> str:
         where = f"block {self.place}" if isinstance(self.place, int) else self.place
-        return self.phase if self.phase in ("update", "between") else f"{self.phase} {self.micro}: {where}"
+        return self.name if self.name in ("update", "between") else f"{self.name} {self.micro}: {where}"
 
 
 @dataclass(slots=True)
-class Highest:
-    """The most bytes that were live at once in a moment, and after which of its operations that was."""
+class PhasePeak:
+    """The most bytes that were live at once in a phase, and after which of its operations that was."""
 
     total: int = 0
     operation: int = -1
     kinds: dict[MemoryKind, int] = field(default_factory=dict)
-    course: list[int] = field(default_factory=list, repr=False, compare=False)
-    """Live bytes after each operation of the moment."""
+    live_after_operation: list[int] = field(default_factory=list, repr=False, compare=False)
+    """Live bytes after each operation of the phase, in order."""
 
 
 @dataclass(slots=True)
-class _Held:
+class _LiveStorage:
     size: int
     kind: MemoryKind
     reference: Any
-    """Of the storage: ends the count when that is freed."""
+    """Weak reference to the storage, whose callback ends the count when the storage is freed."""
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts bytes on `device` while it is entered, from what is made within it and what is shown to it.
 
-    `moment` is set by whoever knows; the highest of each is in `highest`. With `explain`, a tally by kind is taken after
-    the operations told there, which another step has found to be the highest of their moments, and where a later one is higher.
+    `phase` is set by whoever knows; the highest of each is in `highest`. With `explain`, a tally by kind is taken after
+    the operations told there, which another step has found to be the highest of their phases, and where a later one is higher.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self.now = 0
-        self.moment = Moment("between", 0, "before")
-        self.highest: dict[Moment, Highest] = {}
-        self.made = MemoryKind.other
-        """The kind of what is made now, unless more is known."""
-        self.more = 0
-        """Bytes that count beside those that are live."""
-        self.hidden = False
-        """Whether what happens counts in no moment."""
-        self._noted: Moment | None = None
-        """The moment that `_highest` is of."""
-        self._highest, self._tallied = Highest(), -1
-        self._held: dict[int, _Held] = {}
-        self._explain: dict[Moment, int] = {}
-        self._owned: Callable[[], Iterable[tuple[MemoryKind, Tensor]]] = lambda: ()
-        self._reports: AbstractContextManager[None] = nullcontext()
-        self._counts = True
+        self.live_bytes = 0
+        self.phase = StepPhase("between", 0, "before")
+        self.peaks: dict[StepPhase, PhasePeak] = {}
+        self.new_kind = MemoryKind.other
+        """The kind of new tensors, unless more is known of them."""
+        self.extra_bytes = 0
+        """Bytes that count beside those that are live, of a reduction that is only supposed."""
+        self.ignored = False
+        """Whether operations count in no phase for now."""
+        self._current_phase: StepPhase | None = None
+        """The phase that `_current_peak` and `_tally_after` are of."""
+        self._current_peak = PhasePeak()
+        self._tally_after = -1
+        """The operation after which to tally by kind; -1: none."""
+        self._live: dict[int, _LiveStorage] = {}
+        self._operations_to_tally: dict[StepPhase, int] = {}
+        self._owned_tensors: Callable[[], Iterable[tuple[MemoryKind, Tensor]]] = lambda: ()
+        self._resize_reports: AbstractContextManager[None] = nullcontext()
+        self._is_counting = True
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -113,141 +116,157 @@ class LiveBytes(TorchDispatchMode):
 
     # -- what lives ----------------------------------------------------------------------------------------------
 
-    def see(self, tensor: Tensor, kind: MemoryKind | None = None) -> None:
+    def track(self, tensor: Tensor, kind: MemoryKind | None = None) -> None:
         """Count a tensor's storage from now on; with `kind`, it is known what it holds."""
         if device_of(tensor) != self.device:
             return
         storage = tensor.untyped_storage()
         key = storage_key(storage)
-        held = self._held.get(key)
-        if held is None:
+        live_storage = self._live.get(key)
+        if live_storage is None:
             size = rounded(storage.nbytes())
-            self._held[key] = _Held(size, kind or self.made, weakref.ref(storage, self._freed(key)))
-            self.now += size
+            self._live[key] = _LiveStorage(size, kind or self.new_kind, weakref.ref(storage, self._on_free(key)))
+            self.live_bytes += size
         elif kind is not None:
-            held.kind = kind
+            live_storage.kind = kind
 
-    def _freed(self, key: int) -> Callable[[Any], None]:
+    def _on_free(self, key: int) -> Callable[[Any], None]:
         def free(_reference: Any) -> None:
-            held = self._held.pop(key, None)
-            if held is not None:
-                self.now -= held.size
+            live_storage = self._live.pop(key, None)
+            if live_storage is not None:
+                self.live_bytes -= live_storage.size
 
         return free
 
-    def _resized(self, storage: torch.UntypedStorage) -> None:
-        held = self._held.get(storage_key(storage))
-        if held is not None:
-            size = rounded(storage.nbytes())
-            self.now += size - held.size
-            held.size, held.kind = size, MemoryKind.gathered
-            self._note()
+    def _on_resize(self, storage: torch.UntypedStorage) -> None:
+        live_storage = self._live.get(storage_key(storage))
+        if live_storage is None:
+            return
+        size = rounded(storage.nbytes())
+        self.live_bytes += size - live_storage.size
+        live_storage.size = size
+        live_storage.kind = MemoryKind.gathered  # FSDP2 resizes the buffers that it gathers into
+        self.note_live_bytes()
 
     # -- through a step ------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin_step(self) -> None:
         """A step begins: operations are counted from here."""
-        self.highest, self._explain, self._noted = {}, {}, None
+        self.peaks = {}
+        self._operations_to_tally = {}
+        self._current_phase = None
 
-    def explain(self, operations: dict[Moment, int], owned: Callable[[], Iterable[tuple[MemoryKind, Tensor]]]) -> None:
-        """A step begins: tally what is live by kind after these operations of their moments."""
-        self.begin()
-        self._explain, self._owned = operations, owned
+    def begin_tallied_step(
+        self, tally_after: dict[StepPhase, int], owned_tensors: Callable[[], Iterable[tuple[MemoryKind, Tensor]]]
+    ) -> None:
+        """A step begins: tally what is live by kind after these operations of their phases."""
+        self.begin_step()
+        self._operations_to_tally = tally_after
+        self._owned_tensors = owned_tensors
 
-    def labels(self) -> dict[int, tuple[_Held, MemoryKind]]:
-        """What is known now of what is live; a tally learns more."""
-        return {key: (held, held.kind) for key, held in self._held.items()}
+    def known_kinds(self) -> dict[int, tuple[_LiveStorage, MemoryKind]]:
+        """The kind of each live storage as it is known now; a tally learns more."""
+        return {key: (live_storage, live_storage.kind) for key, live_storage in self._live.items()}
 
-    def relabel(self, labels: dict[int, tuple[_Held, MemoryKind]]) -> None:
-        """Know of what is still live what was known then."""
-        for key, (held, kind) in labels.items():
-            if self._held.get(key) is held:
-                held.kind = kind
+    def restore_kinds(self, known_kinds: dict[int, tuple[_LiveStorage, MemoryKind]]) -> None:
+        """Undo what a tally learned about storages that are still live."""
+        for key, (live_storage, kind) in known_kinds.items():
+            if self._live.get(key) is live_storage:
+                live_storage.kind = kind
 
     def tally(self) -> dict[MemoryKind, int]:
         """Live bytes by kind, now."""
-        self._counts = False  # asking for a tensor can be an operation
-        found = list(self._owned())
-        self._counts = True
-        for kind, tensor in found:
-            if device_of(tensor) == self.device and storage_key(tensor.untyped_storage()) in self._held:
-                self.see(tensor, kind)
-        out: dict[MemoryKind, int] = {}
-        for held in self._held.values():
-            out[held.kind] = out.get(held.kind, 0) + held.size
-        return {kind: size for kind, size in out.items() if size}
+        self._is_counting = False  # asking for a tensor can be an operation
+        owned_tensors = list(self._owned_tensors())
+        self._is_counting = True
+        for kind, tensor in owned_tensors:
+            if device_of(tensor) == self.device and storage_key(tensor.untyped_storage()) in self._live:
+                self.track(tensor, kind)
+        bytes_by_kind: dict[MemoryKind, int] = {}
+        for live_storage in self._live.values():
+            bytes_by_kind[live_storage.kind] = bytes_by_kind.get(live_storage.kind, 0) + live_storage.size
+        return {kind: size for kind, size in bytes_by_kind.items() if size}
 
-    def suppose(self, more: int) -> None:
-        """Note a moment with `more` bytes beside those that are live."""
-        self.more = more
-        self._note()
-        self.more = 0
+    def note_peak_with(self, extra_bytes: int) -> None:
+        """Note what is live as if `extra_bytes` more were."""
+        self.extra_bytes = extra_bytes
+        self.note_live_bytes()
+        self.extra_bytes = 0
 
-    def _note(self) -> None:
-        if not self._counts or self.hidden:
+    def note_live_bytes(self) -> None:
+        """Note what is live after an operation of the current phase."""
+        if not self._is_counting or self.ignored:
             return
-        if self.moment is not self._noted:
-            self._noted, self._highest = self.moment, self.highest.setdefault(self.moment, Highest())
-            self._tallied = self._explain.get(self.moment, -1)
-        highest, now, operation = self._highest, self.now + self.more, len(self._highest.course)
-        if more := now > highest.total or highest.operation < 0:
-            highest.total, highest.operation = now, operation
-        highest.course.append(now)
-        if operation == self._tallied or (more and 0 <= self._tallied < operation):
-            highest.kinds = self.tally()
-            if self.more:
-                highest.kinds[MemoryKind.communication] = highest.kinds.get(MemoryKind.communication, 0) + self.more
+        if self.phase is not self._current_phase:
+            self._current_phase = self.phase
+            self._current_peak = self.peaks.setdefault(self.phase, PhasePeak())
+            self._tally_after = self._operations_to_tally.get(self.phase, -1)
+        peak = self._current_peak
+        live_bytes = self.live_bytes + self.extra_bytes
+        operation = len(peak.live_after_operation)
+        is_highest = live_bytes > peak.total or peak.operation < 0
+        if is_highest:
+            peak.total = live_bytes
+            peak.operation = operation
+        peak.live_after_operation.append(live_bytes)
+        # Tally where the peak was expected, and again if a later operation exceeds it.
+        passed_expected_peak = 0 <= self._tally_after < operation
+        if operation == self._tally_after or (is_highest and passed_expected_peak):
+            peak.kinds = self.tally()
+            if self.extra_bytes:
+                communication = peak.kinds.get(MemoryKind.communication, 0)
+                peak.kinds[MemoryKind.communication] = communication + self.extra_bytes
 
     def __enter__(self) -> Any:
-        self._reports = resizes_reported(self._resized)
-        self._reports.__enter__()
+        self._resize_reports = resizes_reported(self._on_resize)
+        self._resize_reports.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._reports.__exit__(*error)
+        self._resize_reports.__exit__(*error)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # its local operations come by themselves
-        if func is _DEVICE and isinstance(args[0], FakeTensor):  # most of what is called
-            self._note()
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # most calls are of this operation
+            self.note_live_bytes()
             return args[0].fake_device
-        if func.namespace == "profiler":  # labels of stretches of a step, which have no tensors
-            self._note()
+        if func.namespace == "profiler":  # labels of parts of a step, which have no tensors
+            self.note_live_bytes()
             with within_no_dispatch_mode():
                 return func(*args, **(kwargs or {}))
-        with within_no_function_mode():  # what is asked of tensors on the way is no operation of the step
+        with within_no_function_mode():  # reading a property of a tensor must not count as an operation of the step
             out = self.run(func, args, kwargs or {})
             if func.namespace in ("c10d", "_c10d_functional"):
-                self._exchanged(args)
-            self._seen(func, args, out)
-        self._note()
+                self._mark_communication(args)
+            self._track_output(func, args, out)
+        self.note_live_bytes()
         return out
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The operation itself."""
+        """Run the operation; `Recorder` overrides this to record it."""
         return func(*args, **kwargs)
 
-    def _seen(self, func: Any, args: Any, out: Any) -> None:
+    def _track_output(self, func: Any, args: Any, out: Any) -> None:
         if isinstance(out, Tensor):
-            self.see(out)
+            self.track(out)
             if func is _TO_COPY and self._is_parameter(args[0]):
-                self.see(out, MemoryKind.gathered)
+                self.track(out, MemoryKind.gathered)
         elif isinstance(out, tuple | list):
-            for each in out:
-                self._seen(None, (), each)
+            for tensor in out:
+                self._track_output(None, (), tensor)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
-        held = self._held.get(storage_key(tensor.untyped_storage()))
-        return held is not None and held.kind is MemoryKind.parameters
+        live_storage = self._live.get(storage_key(tensor.untyped_storage()))
+        return live_storage is not None and live_storage.kind is MemoryKind.parameters
 
-    def _exchanged(self, value: Any) -> None:
-        """What a collective reads and writes is a buffer, unless it has an owner."""
-        if isinstance(value, Tensor):
-            held = self._held.get(storage_key(value.untyped_storage()))
-            if held is not None and held.kind in (MemoryKind.activations, MemoryKind.other):
-                held.kind = MemoryKind.communication
-        elif isinstance(value, tuple | list):
-            for each in value:
-                self._exchanged(each)
+    def _mark_communication(self, operand: Any) -> None:
+        """Count what a collective reads and writes as communication, unless it is known to be something else."""
+        if isinstance(operand, Tensor):
+            live_storage = self._live.get(storage_key(operand.untyped_storage()))
+            if live_storage is not None and live_storage.kind in (MemoryKind.activations, MemoryKind.other):
+                live_storage.kind = MemoryKind.communication
+        elif isinstance(operand, tuple | list):
+            for element in operand:
+                self._mark_communication(element)

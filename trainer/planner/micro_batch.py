@@ -19,126 +19,139 @@ from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_obje
 from trainer.config.run import AUTO, MICRO, RunConfig, asked_micro
 from trainer.data.prepare import Prepared
 from trainer.objectives.registry import reading_of
-from trainer.planner.cost_model import Form
-from trainer.planner.fit_check import PATIENCE, answered_apart, one_step, unsimulated
-from trainer.planner.hardware import GIB, fit_of, groups_of
-from trainer.planner.lengths import Lengths, divisors, drawn
-from trainer.planner.oom_probe import STEPS, Trial, TrialInputs, memory_gib, runs_out
+from trainer.planner.cost_model import CostModel
+from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config, why_not_simulated
+from trainer.planner.hardware import GIB, fit_in_memory, group_count
+from trainer.planner.lengths import DocumentLengths, divisors, sampled_lengths
+from trainer.planner.oom_probe import PROBE_STEPS, TrialDescription, TrialInputs, memory_gib, runs_out_of_memory
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 
-UNPLANNED = 4
-"""Documents that are tried first where the step cannot be simulated."""
+UNPLANNED_MICRO = 4
+"""Micro-batch that is tried first if the step cannot be simulated."""
 
 
 def settle_micro(
-    config: RunConfig, given: TrialInputs, say: Callable[[str], None], freeze: Callable[[RunConfig], None]
+    config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], freeze: Callable[[RunConfig], None]
 ) -> RunConfig:
     """The run with its micro-batch: that of the configuration, or the one that is chosen here and handed to `freeze`.
 
-    All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every rank where
-    not even the smallest holds, or where some ranks alone run out of memory.
+    All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every rank if
+    not even the smallest fits, or if some ranks alone run out of memory.
     """
-    runtime = given.runtime
-    batch, earlier = broadcast_object((config.batch, config.resolution(MICRO)), runtime)
-    config = _with(config, batch["micro"], earlier)
-    part = batch["global"] // runtime.world_size
-    known = batch["micro"] != AUTO
-    if known and not (asked_micro(batch, config.substitutions) == AUTO and part % batch["micro"]):
-        return config
-    say("choosing the micro-batch (batch.micro=auto): simulating a step")
-    memory = min(gather_objects(memory_gib(runtime), runtime))
-    found: tuple[int, str] = (0, "")
+    runtime = inputs.runtime
+    batch, earlier_resolution = broadcast_object((config.batch, config.resolution(MICRO)), runtime)
+    config = _with_micro(config, batch["micro"], earlier_resolution)
+    samples_per_rank = batch["global"] // runtime.world_size
+    if batch["micro"] != AUTO:
+        # One that an earlier start chose need not divide the part of each rank any more.
+        was_open = asked_micro(batch, config.substitutions) == AUTO
+        if not was_open or samples_per_rank % batch["micro"] == 0:
+            return config
+    announce("choosing the micro-batch (batch.micro=auto): simulating a step")
+    least_gib = min(gather_objects(memory_gib(runtime), runtime))
+    proposal: tuple[int, str] = (0, "")
     if runtime.is_main:
         ranks = runtime.world_size, runtime.local_world_size
-        patience = PATIENCE * runtime.timeout_s
-        found = proposed(config, given.data, given.precision, ranks, (runtime.kind, memory), patience)
-    micro, why = broadcast_object(found, runtime)
-    tried: list[OutOfMemoryTrial] = []
-    while runs_out(_with(config, micro, None), given, _trial(micro)):
-        tried.append(OutOfMemoryTrial(micro))
-        smaller = [each for each in divisors(part) if each < micro]
-        if not smaller:
+        timeout_s = TIMEOUT_SHARE * runtime.timeout_s
+        proposal = propose_micro(config, inputs.data, inputs.precision, ranks, (runtime.kind, least_gib), timeout_s)
+    micro, plan_summary = broadcast_object(proposal, runtime)
+    trials: list[OutOfMemoryTrial] = []
+    while runs_out_of_memory(_with_micro(config, micro, None), inputs, _trial_of(micro)):
+        trials.append(OutOfMemoryTrial(micro))
+        smaller_micros = [divisor for divisor in divisors(samples_per_rank) if divisor < micro]
+        if not smaller_micros:
             raise DoesNotFit(
-                f"batch.micro=auto: a step of one document in each forward pass runs out of memory ({why}); shorten them "
-                "(data.max_length), recompute (strategy.activation_checkpointing=full), shard more or take tuning=lora; "
-                "`shardtune plan` compares them"
+                f"batch.micro=auto: a step of one document in each forward pass runs out of memory ({plan_summary}); shorten "
+                "them (data.max_length), recompute (strategy.activation_checkpointing=full), shard more or take "
+                "tuning=lora; `shardtune plan` compares them"
             )
-        say(f"batch.micro={micro} runs out of memory; trying {smaller[-1]}")
-        micro = smaller[-1]
-    reason = f"{why}; {STEPS} steps of the longest documents held"
-    settled = _with(config, micro, Resolution(MICRO, AUTO, micro, reason, tuple(tried)))
-    freeze(settled)
-    return settled
+        announce(f"batch.micro={micro} runs out of memory; trying {smaller_micros[-1]}")
+        micro = smaller_micros[-1]
+    reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents held"
+    settled_config = _with_micro(config, micro, Resolution(MICRO, AUTO, micro, reason, tuple(trials)))
+    freeze(settled_config)
+    return settled_config
 
 
-def would_choose(config: RunConfig, data: Prepared) -> RunConfig:
+def preview_micro(config: RunConfig, prepared: Prepared) -> RunConfig:
     """The run with the micro-batch that it would try first on devices like those of this host; for a run without ranks yet."""
     if config.batch["micro"] != AUTO:
         return config
-    kind, local = str(config.run.device), config.launcher.per_node
-    if kind == "cuda" and not torch.cuda.is_available():
-        return _with(config, 1, f"{AUTO} -> as memory allows, on the host with the GPUs; the figures here are for 1")
-    runtime = Runtime(
-        0, local * config.launcher.nodes, 0, local, torch.device("cuda" if kind == "cuda" else "cpu"), None
-    )
-    ranks, device = (runtime.world_size, local), (runtime.kind, memory_gib(runtime))
-    micro, why = proposed(config, data, config.precision, ranks, device, PATIENCE * config.run.timeout_s)
-    reason = f"{why}; {STEPS} steps of the longest documents will be tried"
-    return _with(config, micro, Resolution(MICRO, AUTO, micro, reason))
+    device_kind = str(config.run.device)
+    if device_kind == "cuda" and not torch.cuda.is_available():
+        return _with_micro(
+            config, 1, f"{AUTO} -> as memory allows, on the host with the GPUs; the figures here are for 1"
+        )
+    ranks_per_host = config.launcher.per_node
+    ranks = ranks_per_host * config.launcher.nodes
+    runtime = Runtime(0, ranks, 0, ranks_per_host, torch.device("cuda" if device_kind == "cuda" else "cpu"), None)
+    device = (runtime.kind, memory_gib(runtime))
+    timeout_s = TIMEOUT_SHARE * config.run.timeout_s
+    micro, plan_summary = propose_micro(config, prepared, config.precision, (ranks, ranks_per_host), device, timeout_s)
+    reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents will be tried"
+    return _with_micro(config, micro, Resolution(MICRO, AUTO, micro, reason))
 
 
-def _trial(micro: int) -> Trial:
-    return Trial(MICRO, f"{micro} documents in each forward pass", "give batch.micro a smaller number")
+def _trial_of(micro: int) -> TrialDescription:
+    return TrialDescription(MICRO, f"{micro} documents in each forward pass", "give batch.micro a smaller number")
 
 
-def _with(config: RunConfig, micro: Any, note: Resolution | str | None) -> RunConfig:
-    noted = {key: text for key, text in config.substitutions.items() if key != MICRO} | ({MICRO: note} if note else {})
-    return replace(config, batch={**config.batch, "micro": micro}, substitutions=noted)
+def _with_micro(config: RunConfig, micro: Any, note: Resolution | str | None) -> RunConfig:
+    substitutions = dict(config.substitutions)
+    substitutions.pop(MICRO, None)
+    if note:
+        substitutions[MICRO] = note
+    return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
 
 
-def proposed(
+def recomputation_modes(requested: ActivationCheckpointing) -> tuple[ActivationCheckpointing, ...]:
+    """Modes to plan with. `auto` recomputes only if nothing fits without."""
+    if requested is ActivationCheckpointing.auto:
+        return ActivationCheckpointing.none, ActivationCheckpointing.full
+    return (requested,)
+
+
+def propose_micro(
     config: RunConfig,
-    data: Prepared,
+    prepared: Prepared,
     precision: Precision,
     ranks: tuple[int, int],
     device: tuple[str, float],
-    patience_s: float,
+    timeout_s: float,
 ) -> tuple[int, str]:
     """(the largest micro-batch that is planned to fit, why) for (all ranks, those of a host) on (kind, GiB of each device)."""
-    world, (kind, memory) = ranks[0], device
-    per = reading_of(config.objective).sequences_per_document
-    lengths = drawn(config, data.train, per).lengths(config.data, per)
-    sizes = divisors(config.batch["global"] // world)
-    asked = config.strategy.activation_checkpointing
-    # What may be recomputed as memory allows is, where nothing fits without.
-    auto = asked is ActivationCheckpointing.auto
-    modes = (ActivationCheckpointing.none, ActivationCheckpointing.full) if auto else (asked,)
-    told = ""
-    for mode in modes:
-        step = replace(one_step(_with(config, 1, None), world, auto=mode), precision=precision)
-        length = int(lengths.longest[0]) // per
-        form: Form | str = answered_apart(simulated_form, (step, length, ranks, kind), patience_s)
-        if isinstance(form, str):
-            first = max(size for size in sizes if size <= UNPLANNED)
-            return first, f"not planned: {form}"
-        if form.alone:
+    world_size = ranks[0]
+    kind, available_gib = device
+    sequences = reading_of(config.objective).sequences_per_document
+    lengths = sampled_lengths(config, prepared.train, sequences).lengths(config.data, sequences)
+    longest = int(lengths.longest[0]) // sequences
+    micros = divisors(config.batch["global"] // world_size)
+    reason = ""
+    for mode in recomputation_modes(config.strategy.activation_checkpointing):
+        step = single_step_config(_with_micro(config, 1, None), world_size, mode_if_auto=mode)
+        arguments = (replace(step, precision=precision), longest, ranks, kind)
+        cost_model: CostModel | str = call_in_process(simulated_form, arguments, timeout_s)
+        if isinstance(cost_model, str):
+            first_tried = max(micro for micro in micros if micro <= UNPLANNED_MICRO)
+            return first_tried, f"not planned: {cost_model}"
+        if cost_model.alone:
             return 1, "the model is right for one document at a time only"
-        needed = {size: needed_gib(form, size, lengths, memory) for size in sizes}
-        fitting = [size for size in sizes if needed[size] <= memory]
-        size = fitting[-1] if fitting else 1
-        told = f"planned {needed[size]:.2f} of {memory:.2f} GiB"
+        gib_by_micro = {micro: needed_gib(cost_model, micro, lengths, available_gib) for micro in micros}
+        fitting = [micro for micro in micros if gib_by_micro[micro] <= available_gib]
+        largest = fitting[-1] if fitting else 1
+        reason = f"planned {gib_by_micro[largest]:.2f} of {available_gib:.2f} GiB"
         if fitting:
-            return size, told
-    return 1, told
+            return largest, reason
+    return 1, reason
 
 
-def needed_gib(form: Form, size: int, lengths: Lengths, memory: float) -> float:
+def needed_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, available_gib: float) -> float:
     """GiB of a rank with so many documents in each forward pass."""
-    taken = form.at(float(size) if form.rows else lengths.most(size))
-    return fit_of(taken.total, groups_of(form), memory).total / GIB
+    peak = cost_model.peak_at(float(micro) if cost_model.rows else lengths.tokens_of_longest(micro))
+    return fit_in_memory(peak.total, group_count(cost_model), available_gib).total / GIB
 
 
-def simulated_form(config: RunConfig, length: int, ranks: tuple[int, int], kind: str) -> Form | str:
+def simulated_form(config: RunConfig, length: int, ranks: tuple[int, int], kind: str) -> CostModel | str:
     """Rank 0's step on (all ranks, those of a host) of that kind, or why it cannot be simulated; not for a process of a job."""
     from trainer.planner.simulation import simulate_form
 
@@ -149,4 +162,4 @@ def simulated_form(config: RunConfig, length: int, ranks: tuple[int, int], kind:
             config, length, accumulation=accumulation, world_size=ranks[0], local_world_size=ranks[1], device=device
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
-        return f"its step {unsimulated(error)}"
+        return f"its step {why_not_simulated(error)}"

@@ -20,12 +20,12 @@ from trainer.monitors.stragglers import Stragglers
 from trainer.optim.schedule import ScheduleConfig
 
 
-def batch_of(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
-    """One rank's micro-batches, on the CPU, as a step on `device` is given them."""
-    made = [to_device(batch, device) for batch in batches]
+def step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
+    """A `StepBatch` on `device` of one rank's micro-batches, which are on the CPU."""
+    micro_batches = [to_device(batch, device) for batch in batches]
     tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
     return StepBatch(
-        micro_batches=made,
+        micro_batches=micro_batches,
         totals=batches[0]["totals"],
         tokens=tokens,
         local_tokens=tokens,
@@ -34,8 +34,8 @@ def batch_of(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
     )
 
 
-def bare_trainer(engine: Any) -> Trainer:
-    """The loop's own step, with nothing around it."""
+def minimal_trainer(engine: Any) -> Trainer:
+    """A `Trainer` with an engine, and nothing else that a training run has: only `train_step` may be called."""
     settings = LoopSettings(
         total_steps=3,
         seed=0,
@@ -45,16 +45,16 @@ def bare_trainer(engine: Any) -> Trainer:
         log_every=1,
         save_final=False,
     )
-    nothing = cast(Any, None)
+    unused = cast(Any, None)
     return Trainer(
         settings,
         engine=cast(Engine, engine),
         loader=cast(StepLoader, None),
         progress=Progress(),
         evaluators=[],
-        sinks=Sinks(meter=nothing, metrics=nothing, display=nothing, checkpoints=nothing),
+        sinks=Sinks(meter=unused, metrics=unused, display=unused, checkpoints=unused),
         monitors=Monitors(
-            agreement=nothing,
+            agreement=unused,
             guards=Guards(GuardsConfig(), 1, engine.runtime),
             stragglers=Stragglers(0, engine.runtime),
             evaluations=Challenges(ChallengesConfig(), planned=1, compared="loss"),

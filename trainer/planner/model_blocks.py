@@ -16,55 +16,63 @@ from trainer.model.loading import load_model_config
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    """How a model's blocks follow each other."""
+class BlockPattern:
+    """How the kinds of a model's blocks repeat."""
 
     number: int
     period: int | None
-    """After how many their kinds repeat; None where fewer do not say what all take."""
+    """After how many blocks their kinds repeat; None if a model of fewer blocks does not say what all take."""
     first: int = 0
-    """How many come before the first that repeats, as those of a mixture of experts that have none."""
+    """How many blocks come before the first that repeats, as the dense first layers of a mixture of experts."""
 
 
-_KNOWN: dict[str, Blocks] = {}
-"""By a model's whole configuration: to build one of hundreds of blocks takes a second."""
+_PATTERN_BY_CONFIG: dict[str, BlockPattern] = {}
+"""By the model's configuration as JSON: building a model of hundreds of blocks on meta takes a second."""
 
 
-def blocks_of(config: ModelConfig) -> Blocks:
+def block_pattern(config: ModelConfig) -> BlockPattern:
     """The blocks of a model, by what transformers builds of its config.json."""
     settings = load_model_config(config)
     text = settings.get_text_config()
     if getattr(settings, "is_encoder_decoder", False):
-        return Blocks(text.num_hidden_layers, None)
+        return BlockPattern(text.num_hidden_layers, None)
     key = settings.to_json_string(use_diff=False)
-    if key not in _KNOWN:
-        auto, own = auto_class(ModelKind.causal, settings), {"trust_remote_code": config.trust_remote_code}
-        try:
-            with meta_context():
-                plain = auto.from_config(copy.deepcopy(settings), attn_implementation="eager", **own)
-            _KNOWN[key] = repeating(kinds_of(plain, text.to_dict(), text.num_hidden_layers))
-        except Exception:  # noqa: BLE001 - what a class finds wrong is told when the run's own model is built
-            _KNOWN[key] = Blocks(text.num_hidden_layers, None)
-    return _KNOWN[key]
+    if key not in _PATTERN_BY_CONFIG:
+        _PATTERN_BY_CONFIG[key] = _pattern_of_built_model(config, settings, text)
+    return _PATTERN_BY_CONFIG[key]
 
 
-def repeating(kinds: Sequence[Hashable]) -> Blocks:
-    """Blocks of these kinds: the fewest come before those that repeat, twice at least."""
+def _pattern_of_built_model(config: ModelConfig, settings: Any, text: Any) -> BlockPattern:
+    model_class = auto_class(ModelKind.causal, settings)
+    try:
+        with meta_context():
+            model = model_class.from_config(
+                copy.deepcopy(settings),
+                attn_implementation="eager",
+                trust_remote_code=config.trust_remote_code,
+            )
+        return repeating_pattern(kinds_of(model, text.to_dict(), text.num_hidden_layers))
+    except Exception:  # noqa: BLE001 - what a class finds wrong is told when the run's own model is built
+        return BlockPattern(text.num_hidden_layers, None)
+
+
+def repeating_pattern(kinds: Sequence[Hashable]) -> BlockPattern:
+    """The pattern with the fewest blocks before those that repeat; a period must occur twice at least."""
     number = len(kinds)
     for first in range(number):
         rest = kinds[first:]
         for period in range(1, len(rest) // 2 + 1):
             if all(kind == rest[index % period] for index, kind in enumerate(rest)):
-                return Blocks(number, period, first)
-    return Blocks(number, None)
+                return BlockPattern(number, period, first)
+    return BlockPattern(number, None)
 
 
-def with_blocks(config: ModelConfig, depth: int, place: Path) -> ModelConfig:
+def truncated_model(config: ModelConfig, depth: int, directory: Path) -> ModelConfig:
     """The model with its first `depth` blocks, as a directory with a config.json."""
     settings = copy.deepcopy(load_model_config(config))
     text: Any = settings.get_text_config()
-    kept = KeptLayers(tuple(range(depth)), text.num_hidden_layers)
-    for name, value in kept.by_layer(text.to_dict()).items():
+    kept_layers = KeptLayers(tuple(range(depth)), text.num_hidden_layers)
+    for name, value in kept_layers.by_layer(text.to_dict()).items():
         setattr(text, name, value)
-    settings.save_pretrained(place)
-    return replace(config, path=str(place))
+    settings.save_pretrained(directory)
+    return replace(config, path=str(directory))

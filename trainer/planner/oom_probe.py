@@ -17,13 +17,13 @@ from trainer.build.parts import build_engine, workload
 from trainer.build.recomputation import USABLE_SHARE, device_gib, longest_micro_batch
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
-from trainer.planner.fit_check import PATIENCE
+from trainer.planner.fit_check import TIMEOUT_SHARE
 from trainer.planner.hardware import GIB
-from trainer.planner.minimal_step import bare_trainer, batch_of
-from trainer.planner.oom_report import of_memory
+from trainer.planner.minimal_step import minimal_trainer, step_batch
+from trainer.planner.oom_report import is_out_of_memory
 
-STEPS = 2
-"""The first makes the optimizer's state, the second has it."""
+PROBE_STEPS = 2
+"""The first step creates the optimizer's state, the second holds it from its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,83 +37,95 @@ class TrialInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """What is tried, in the words of a message."""
+class TrialDescription:
+    """A trial in the words of its messages."""
 
     setting: str
     """The key that is `auto`."""
-    of: str
-    """What it is tried as; once a run."""
+    choice: str
+    """The choice that is tried; it must be unique in a run, since the ranks' outcomes are stored under it."""
     remedy: str
-    """What to set where some ranks alone run out."""
+    """What to set if only some ranks run out."""
 
 
 def memory_gib(runtime: Runtime) -> float:
-    """Memory of this rank's device in GiB; on a CPU its part of what the host has to give now, or the job's limit."""
+    """Memory of this rank's device in GiB.
+
+    On a CPU it is the rank's part of what the host has free now, or of the job's limit.
+    """
+    device = device_gib(runtime)
     if runtime.device.type == "cuda":
-        return device_gib(runtime)
-    there, free = device_gib(runtime), free_host_memory()
-    return USABLE_SHARE * (there if free is None else min(there, free / GIB / runtime.local_world_size))
+        return device
+    free_bytes = free_host_memory()
+    if free_bytes is None:
+        return USABLE_SHARE * device
+    return USABLE_SHARE * min(device, free_bytes / GIB / runtime.local_world_size)
 
 
-def runs_out(config: RunConfig, given: TrialInputs, trial: Trial) -> bool:
+def runs_out_of_memory(config: RunConfig, inputs: TrialInputs, trial: TrialDescription) -> bool:
     """Whether two steps of the longest documents run out of memory on all ranks; nothing of them stays. All ranks must call.
 
     Raises DoesNotFit where some ranks run out alone.
     """
-    why: str | None = None
+    reason: str | None = None
     try:
-        take_steps(config, given)
+        take_probe_steps(config, inputs)
     except (RuntimeError, MemoryError) as error:
-        if not of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        why = (str(error).strip() or "out of memory").splitlines()[0]  # the error's frames hold what was allocated
+        reason = (str(error).strip() or "out of memory").splitlines()[0]  # the error's frames hold what was allocated
     gc.collect()
-    if given.runtime.device.type == "cuda":
+    if inputs.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(given.runtime.device)
-    return agreed(trial, why, given.runtime)
+        torch.cuda.reset_peak_memory_stats(inputs.runtime.device)
+    return agree_on_outcome(trial, reason, inputs.runtime)
 
 
-def take_steps(config: RunConfig, given: TrialInputs) -> None:
+def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
     """Two steps of the longest documents by an engine that is closed again. All ranks must call."""
-    engine, built, _ = build_engine(config, given.tokenizer, given.data, given.precision, given.runtime)
+    engine, built, _ = build_engine(config, inputs.tokenizer, inputs.data, inputs.precision, inputs.runtime)
     if built.step_module.plan.optimizer_hooks is not None:
-        built.step_module.plan.optimizer_hooks.begin(STEPS + 1)
-    micro_batches = min(2, config.batch["global"] // (config.batch["micro"] * given.runtime.world_size))
-    longest = longest_micro_batch(built, workload(config, given.data))
-    trainer = bare_trainer(engine)
+        built.step_module.plan.optimizer_hooks.begin(PROBE_STEPS + 1)
+    micro_batches = min(2, config.batch["global"] // (config.batch["micro"] * inputs.runtime.world_size))
+    longest = longest_micro_batch(built, workload(config, inputs.data))
+    trainer = minimal_trainer(engine)
     try:
-        for _ in range(STEPS):
-            trainer.train_step(batch_of([longest] * micro_batches, given.runtime.device))
-        if given.runtime.device.type == "cuda":
-            torch.cuda.synchronize(given.runtime.device)
+        for _ in range(PROBE_STEPS):
+            trainer.train_step(step_batch([longest] * micro_batches, inputs.runtime.device))
+        if inputs.runtime.device.type == "cuda":
+            torch.cuda.synchronize(inputs.runtime.device)
     finally:
         engine.close()
 
 
-def agreed(trial: Trial, why: str | None, runtime: Runtime) -> bool:
-    """Whether all ranks ran out of memory (`why` says it of this one); False where none did. All ranks must call.
+def agree_on_outcome(trial: TrialDescription, reason: str | None, runtime: Runtime) -> bool:
+    """Whether all ranks ran out of memory; False if none did. All ranks must call.
 
-    A rank that runs out alone leaves the others in an exchange that it cannot join: it waits for them a while, in the store
-    that is not used for exchange, and raises DoesNotFit, which ends the job.
+    `reason`: why this one ran out; None if it did not. A rank that runs out alone leaves the others in an exchange that
+    it cannot join. It waits for them a while, in the store that is not used for exchange, and raises DoesNotFit, which ends
+    the job.
     """
     if runtime.world_size == 1:
-        return why is not None
+        return reason is not None
     store = default_store()
-    keys = [f"shardtune/{trial.setting}/{trial.of}/{rank}" for rank in range(runtime.world_size)]
-    store.set(keys[runtime.rank], "out" if why else "held")
-    patience = PATIENCE * runtime.timeout_s / (2 if why else 1)
+    keys = [f"shardtune/{trial.setting}/{trial.choice}/{rank}" for rank in range(runtime.world_size)]
+    store.set(keys[runtime.rank], "out" if reason else "held")
+    timeout_s = TIMEOUT_SHARE * runtime.timeout_s
+    if reason:
+        timeout_s /= 2
     try:
-        store.wait(keys, timedelta(seconds=patience))
-        answers = [store.get(key).decode() for key in keys]
+        store.wait(keys, timedelta(seconds=timeout_s))
+        outcomes = [store.get(key).decode() for key in keys]
     except (RuntimeError, ValueError):
-        answers = []
-    if answers and len(set(answers)) == 1:
-        return why is not None
-    alone = [rank for rank, answer in enumerate(answers) if answer == "out"] or ([runtime.rank] if why else [])
-    said = f"rank {', '.join(map(str, alone))} runs" if alone else "some rank ran"
+        outcomes = []
+    if outcomes and len(set(outcomes)) == 1:
+        return reason is not None
+    ranks_out = [rank for rank, outcome in enumerate(outcomes) if outcome == "out"]
+    if not ranks_out and reason:
+        ranks_out = [runtime.rank]
+    who_ran_out = f"rank {', '.join(map(str, ranks_out))} runs" if ranks_out else "some rank ran"
+    because = f" ({reason})" if reason else ""
     raise DoesNotFit(
-        f"{trial.setting}=auto: with {trial.of} {said} out of memory{f' ({why})' if why else ''}, and the others do not; "
+        f"{trial.setting}=auto: with {trial.choice} {who_ran_out} out of memory{because}, and the others do not; "
         f"{trial.remedy}, or free that device"
     )

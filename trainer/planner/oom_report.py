@@ -18,103 +18,115 @@ from trainer.planner.hardware import GIB
 from trainer.planner.lengths import divisors
 from trainer.reporting.run_record import PredictedCost, RunRecord
 
-REFUSED = ("DefaultCPUAllocator: ", "error: out of memory", "'out of memory'", "BLAS_STATUS_ALLOC_FAILED")
-"""What those say of it who are refused memory beside torch's allocator of a GPU, and have no class for that: the host's, the
-driver (also for pinned memory), NCCL, and a library of products for its workspace."""
+OOM_MESSAGES = ("DefaultCPUAllocator: ", "error: out of memory", "'out of memory'", "BLAS_STATUS_ALLOC_FAILED")
+"""Texts of RuntimeErrors that mean out of memory, beside the error class of torch's GPU allocator: from the host's allocator, the
+driver (also for pinned memory), NCCL, and BLAS for its workspace."""
 
 
-def of_memory(error: BaseException) -> bool:
-    """Whether memory was asked for in vain."""
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in said for text in REFUSED)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that there was no memory to allocate."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OOM_MESSAGES)
 
 
 @contextmanager
-def telling_of_memory(trainer: Trainer, config: RunConfig, record: RunRecord, runtime: Runtime) -> Iterator[None]:
+def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunRecord, runtime: Runtime) -> Iterator[None]:
     """Raise DoesNotFit in the place of an error of memory, on the rank that has it; the others lose their peer.
 
-    It is OutOfMemory amid a step that may be taken with a smaller `batch.micro`.
+    It is OutOfMemory instead if a smaller `batch.micro` may help: in a training step, and if `batch.micro` is above 1.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        where = (
-            f"step {trainer.progress.step + 1}"
-            if trainer.current_batch
-            else f"the evaluation at step {trainer.progress.step}"
-        )
-        expected = record.receipt.predicted if record.receipt else None
-        said = [
-            f"{where}: {_exceeded(error, runtime)}",
-            f"  {_held(runtime)}{_expected(expected)}",
-            *([f"  {_batch(trainer.current_batch)}"] if trainer.current_batch else []),
-            f"  {_knobs(config, runtime, training=trainer.current_batch is not None)}",
-        ]
-        smaller = trainer.current_batch is not None and config.batch["micro"] > 1
-        raise (OutOfMemory if smaller else DoesNotFit)("\n".join(said)) from error
+        batch = trainer.current_batch
+        if batch:
+            where = f"step {trainer.progress.step + 1}"
+        else:
+            where = f"the evaluation at step {trainer.progress.step}"
+        prediction = record.receipt.predicted if record.receipt else None
+        lines = [f"{where}: {_who_ran_out(error, runtime)}", f"  {_memory_so_far(runtime)}{_prediction(prediction)}"]
+        if batch:
+            lines.append(f"  {_largest_micro_batch(batch)}")
+        lines.append(f"  {_remedies(config, runtime, training=batch is not None)}")
+        may_retry_smaller = batch is not None and config.batch["micro"] > 1
+        error_class = OutOfMemory if may_retry_smaller else DoesNotFit
+        raise error_class("\n".join(lines)) from error
 
 
 @contextmanager
-def telling_of_evaluation(doing: Callable[[], str], config: RunConfig, runtime: Runtime) -> Iterator[None]:
-    """The same for `shardtune evaluate`, which has no trainer; `doing` says what was under way."""
+def reporting_evaluation_out_of_memory(
+    current_work: Callable[[], str], config: RunConfig, runtime: Runtime
+) -> Iterator[None]:
+    """`reporting_out_of_memory` for `shardtune evaluate`, which has no trainer; `current_work()` says what was under way."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not of_memory(error):
+        if not is_out_of_memory(error):
             raise
         sharded = str(config.strategy.name) in ("fsdp2", "zero3")
-        ways = [
+        remedies = [
             f"evaluation.batch below {config.evaluation.batch}, or a task's write.batch_tokens: the result depends on neither",
             "a smaller write.max_new_tokens",
             "more ranks (launcher.processes)" if sharded else "strategy=fsdp2 or zero3 on more ranks",
         ]
-        said = [f"{doing()}: {_exceeded(error, runtime)}", f"  {_held(runtime)}", f"  what helps: {'; '.join(ways)}"]
-        raise DoesNotFit("\n".join(said)) from error
+        lines = [
+            f"{current_work()}: {_who_ran_out(error, runtime)}",
+            f"  {_memory_so_far(runtime)}",
+            f"  what helps: {'; '.join(remedies)}",
+        ]
+        raise DoesNotFit("\n".join(lines)) from error
 
 
-def _expected(cost: PredictedCost | None) -> str:
+def _prediction(cost: PredictedCost | None) -> str:
     return "" if cost is None else f"; expected {cost.memory_gib:.2f} ({cost.memory_by})"
 
 
-def _exceeded(error: BaseException, runtime: Runtime) -> str:
+def _who_ran_out(error: BaseException, runtime: Runtime) -> str:
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return f"rank {runtime.rank} on {socket.gethostname()} ran out of memory ({lines[0][:200]})"
 
 
-def _held(runtime: Runtime) -> str:
+def _memory_so_far(runtime: Runtime) -> str:
     peaks = peak_memory_gib(runtime.device)
     if runtime.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(runtime.device)
-        there = f"{peaks['memory_reserved_gib']:.2f} reserved, {free / GIB:.2f} of {total / GIB:.2f} free"
+        where = f"{peaks['memory_reserved_gib']:.2f} reserved, {free / GIB:.2f} of {total / GIB:.2f} free"
     else:
-        left = free_host_memory()
-        there = "with libraries" + ("" if left is None else f", {left / GIB:.2f} free on the host")
-    return f"memory in GiB: {peaks['memory_gib']:.2f} at most so far ({there})"
+        where = "with libraries"
+        free_bytes = free_host_memory()
+        if free_bytes is not None:
+            where += f", {free_bytes / GIB:.2f} free on the host"
+    return f"memory in GiB: {peaks['memory_gib']:.2f} at most so far ({where})"
 
 
-def _batch(batch: StepBatch) -> str:
+def _largest_micro_batch(batch: StepBatch) -> str:
     """The largest micro-batch of this rank's step."""
-    sizes = [each["input_ids"].shape for each in batch.micro_batches if "input_ids" in each]
-    rows, width = max(sizes, key=lambda shape: shape.numel()) if sizes else (0, 0)
+    shapes = [micro_batch["input_ids"].shape for micro_batch in batch.micro_batches if "input_ids" in micro_batch]
+    rows, width = max(shapes, key=lambda shape: shape.numel()) if shapes else (0, 0)
     shape = f"{rows} x {width:,} tokens" if rows > 1 else f"{width:,} tokens"
     return f"its micro-batches: {len(batch.micro_batches)}, the largest {shape} with what was padded"
 
 
-def _knobs(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
+def _remedies(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
+    """The settings that would take less memory, as far as this run has not set them."""
     if not training:
         return f"lower evaluation.batch (it is {config.evaluation.batch}); the result does not depend on it"
-    micro, strategy = config.batch["micro"], config.strategy
-    smaller = [each for each in divisors(config.batch["global"] // runtime.world_size) if each < micro]
-    ways = (
-        [f"batch.micro={smaller[-1]} (or auto), which keeps batch.global={config.batch['global']}"] if smaller else []
+    global_batch, micro = config.batch["global"], config.batch["micro"]
+    remedies = []
+    smaller_micros = [divisor for divisor in divisors(global_batch // runtime.world_size) if divisor < micro]
+    if smaller_micros:
+        remedies.append(f"batch.micro={smaller_micros[-1]} (or auto), which keeps batch.global={global_batch}")
+    if config.strategy.activation_checkpointing is not ActivationCheckpointing.full:
+        remedies.append("strategy.activation_checkpointing=full")
+    if config.data.max_length:
+        remedies.append(f"data.max_length below {config.data.max_length}")
+    if str(config.tuning.name) == "full":
+        remedies.append("tuning=lora")
+    is_sharded = str(config.strategy.name) in ("fsdp2", "zero3")
+    remedies.append("more ranks" if is_sharded else "strategy=fsdp2 or zero3 on more ranks")
+    return (
+        f"what helps: {'; '.join(remedies)}. `shardtune plan` compares them; the run continues from its last checkpoint"
     )
-    if strategy.activation_checkpointing is not ActivationCheckpointing.full:
-        ways.append("strategy.activation_checkpointing=full")
-    ways += [f"data.max_length below {config.data.max_length}"] if config.data.max_length else []
-    ways += ["tuning=lora"] if str(config.tuning.name) == "full" else []
-    ways += (
-        ["strategy=fsdp2 or zero3 on more ranks"] if str(strategy.name) not in ("fsdp2", "zero3") else ["more ranks"]
-    )
-    return f"what helps: {'; '.join(ways)}. `shardtune plan` compares them; the run continues from its last checkpoint"

@@ -27,47 +27,47 @@ from strategies.compat.fake_tensors import (
     warn_when_pointer_is_read,
 )
 
-_SPACES = ("aten", "prims", "fsdp")
-_BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.inplace_view)
-"""Tags of operations whose result depends on values, and of those that change the form of their operand."""
-_MASKS = (torch.bool, torch.int8, torch.uint8)
+_CACHED_NAMESPACES = ("aten", "prims", "fsdp")
+_UNCACHED_TAGS = (torch.Tag.data_dependent_output, torch.Tag.inplace_view)
+"""Tags of operations whose result depends on values, and of those that change their operand's metadata."""
+_MASK_DTYPES = (torch.bool, torch.int8, torch.uint8)
 """Types of an index whose result is as long as it has true values."""
-_ABSOLUTE = ("as_strided", "as_strided_", "as_strided_scatter", "_reshape_alias")
-"""Operations that are told places in a storage; all others go by those of their operands."""
+_TAKES_STORAGE_OFFSET = ("as_strided", "as_strided_", "as_strided_scatter", "_reshape_alias")
+"""Operations that take a place in a storage as an argument: their result depends on where the operand begins."""
 _SLICE = torch.ops.aten.slice.Tensor
-_PLAIN = (type(None), str, int, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN_TYPES = (type(None), str, int, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-class _NotByForm(Exception):
-    """What comes out is not told by the form of the operands, or cannot be made anew."""
+class _NotCacheable(Exception):
+    """The output depends on more than the operands' metadata, or cannot be rebuilt."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
-    """A tensor that came out."""
+class _TensorTemplate:
+    """An output tensor, as far as it is needed to make one like it."""
 
-    itself: int | None
-    """The operand that it is."""
-    shares: int | None
-    """The operand whose storage it shares; with neither, it is a new one."""
+    same_as_operand: int | None
+    """Index of the operand that the output is, for operations in place."""
+    storage_of_operand: int | None
+    """Index of the operand whose storage it shares, as a view does; None: it has a storage of its own."""
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
-    """In the storage, beyond that of the operand whose storage it shares."""
+    """Elements in the storage, beyond the offset of that operand."""
     dtype: torch.dtype
     state: dict[str, Any]
-    """Attributes of the fake tensor, but for the simulation that it is of."""
+    """Attributes of the fake tensor, but for its `fake_mode`."""
 
 
 @dataclass(frozen=True, slots=True)
 class OperationResult:
-    """What an operation gives."""
+    """The cached result of an operation."""
 
-    out: Any
+    output: Any
     """`_Made`, None, a whole number, or a list or tuple of these."""
     flops: float
-    moved: int
-    """As the recorder counts them."""
+    moved_bytes: int
+    """Bytes read and written, as the recorder counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +75,16 @@ class Operation:
     """An operation with its operands."""
 
     key: Any
-    """What decides what comes out."""
+    """All that the output's metadata depends on."""
     tensors: list[FakeTensor]
-    """Its operands that are tensors."""
+    """Operands that are tensors, in order."""
     mode: FakeTensorMode
-    start: int
-    """Elements by which a slice begins beyond its operand: what is remembered of one serves all of its length."""
+    slice_start: int
+    """Elements by which a slice begins behind its operand: slices of one length share a cached result."""
 
 
-_GIVEN: dict[Any, OperationResult] = {}
-"""Of all simulations of this process."""
+_RESULTS: dict[Any, OperationResult] = {}
+"""By `Operation.key`, for all simulations of this process."""
 
 
 def simulating() -> bool:
@@ -92,142 +92,178 @@ def simulating() -> bool:
     return mode_at_work(FAKE_MODE) is not None
 
 
-def asked(func: Any, args: Any, kwargs: Any) -> Operation | None:
-    """The operation, where what comes out is told by the form of its operands; None elsewhere, as for real tensors."""
+def cacheable_operation(func: Any, args: Any, kwargs: Any) -> Operation | None:
+    """The operation with its cache key, if its output's metadata depends on its operands' metadata alone.
+
+    None for every other operation, and for real tensors.
+    """
     mode: Any = mode_at_work(FAKE_MODE)
-    if mode is None or not _by_form(func):
+    if mode is None or not _depends_on_metadata(func):
         return None
     key: list[Any] = [func, torch.get_default_dtype(), default_device_at_work()]
     tensors: list[Any] = []
-    start = 0
+    slice_start = 0
     try:
         if func is _SLICE:
-            args, start = _from_start(*args)
-        for value in args:
-            _describe(value, key, tensors)
-        for name, value in kwargs.items():
+            args, slice_start = _slice_from_start(*args)
+        for argument in args:
+            _append_to_key(argument, key, tensors)
+        for name, argument in kwargs.items():
             key.append(name)
-            _describe(value, key, tensors)
-    except _NotByForm:
+            _append_to_key(argument, key, tensors)
+    except _NotCacheable:
         return None
-    if torch.Tag.dynamic_output_shape in func.tags and any(tensor.dtype in _MASKS for tensor in tensors):
+    if torch.Tag.dynamic_output_shape in func.tags and any(tensor.dtype in _MASK_DTYPES for tensor in tensors):
         return None
     if any(tensor.fake_mode is not mode for tensor in tensors):
         return None
-    if operation_name(func) in _ABSOLUTE:
+    if operation_name(func) in _TAKES_STORAGE_OFFSET:
         key += [tensor.storage_offset() for tensor in tensors]
-    return Operation(tuple(key), tensors, mode, start)
+    return Operation(tuple(key), tensors, mode, slice_start)
 
 
-def _from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> tuple[Any, int]:
-    """Arguments of the slice of the same length from the start on, and the elements that it begins later."""
+def _slice_from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> tuple[Any, int]:
+    """Arguments of a slice of the same length that begins at 0, and how many elements later the real one begins."""
     if type(tensor) is not FakeTensor:
-        raise _NotByForm
+        raise _NotCacheable
     first, last, _ = slice(start, end).indices(tensor.shape[dim])
-    return (tensor, dim, 0, max(0, last - first), step), first * tensor.stride(dim)
+    length = max(0, last - first)
+    return (tensor, dim, 0, length, step), first * tensor.stride(dim)
 
 
 @cache
-def _by_form(func: Any) -> bool:
-    if func.namespace not in _SPACES or any(tag in func.tags for tag in _BY_VALUE):
+def _depends_on_metadata(func: Any) -> bool:
+    if func.namespace not in _CACHED_NAMESPACES or any(tag in func.tags for tag in _UNCACHED_TAGS):
         return False
     if torch.Tag.dynamic_output_shape in func.tags and func is not torch.ops.aten.index.Tensor:
         return False
     return func not in FakeTensorMode.lift_fns
 
 
-def _describe(value: Any, key: list[Any], tensors: list[Any]) -> None:
-    """Add the form of an argument to the key, and its tensors to those of the operation."""
-    kind = type(value)
-    if kind is FakeTensor:
-        if value.constant is not None or value.layout is not torch.strided or value.is_conj() or value.is_neg():
-            raise _NotByForm
-        key += (value.shape, value.stride(), value.dtype, value.fake_device)
-        tensors.append(value)
-    elif kind is list or kind is tuple:
-        key.append(len(value))
-        for each in value:
-            _describe(each, key, tensors)
-    elif kind is float or kind is bool:  # which equal whole numbers, and give other types
-        key += (kind, value)
-    elif kind in _PLAIN:
-        key.append(value)
+def _append_to_key(argument: Any, key: list[Any], tensors: list[Any]) -> None:
+    """Add an argument's metadata to `key`, and its tensors to `tensors`."""
+    argument_type = type(argument)
+    if argument_type is FakeTensor:
+        if (
+            argument.constant is not None
+            or argument.layout is not torch.strided
+            or argument.is_conj()
+            or argument.is_neg()
+        ):
+            raise _NotCacheable
+        key += (argument.shape, argument.stride(), argument.dtype, argument.fake_device)
+        tensors.append(argument)
+    elif argument_type is list or argument_type is tuple:
+        key.append(len(argument))
+        for element in argument:
+            _append_to_key(element, key, tensors)
+    elif argument_type is float or argument_type is bool:  # which equal whole numbers, and give other types
+        key += (argument_type, argument)
+    elif argument_type in _PLAIN_TYPES:
+        key.append(argument)
     else:
-        raise _NotByForm
+        raise _NotCacheable
 
 
-def given(operation: Operation) -> OperationResult | None:
-    """What it gave before."""
-    return _GIVEN.get(operation.key)
+def cached_result(operation: Operation) -> OperationResult | None:
+    """The result of an earlier operation with the same key."""
+    return _RESULTS.get(operation.key)
 
 
-def again(what: OperationResult, operation: Operation) -> Any:
-    """The same, made anew."""
+def rebuild(cached: OperationResult, operation: Operation) -> Any:
+    """The output of a cached result as new tensors, for the operands of `operation`."""
     with within_no_dispatch_mode():
-        return _make(what.out, operation)
+        return _rebuild_output(cached.output, operation)
 
 
-def _make(made: Any, operation: Operation) -> Any:
-    if isinstance(made, list | tuple):
-        return type(made)(_make(each, operation) for each in made)
-    if not isinstance(made, _Made):
-        return made
-    if made.itself is not None:
-        return operation.tensors[made.itself]
-    # As FakeTensor's constructor does, of which this is what is the same for all tensors of one form.
-    empty = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta")
-    if made.shares is not None:
-        operand = operation.tensors[made.shares]
-        offset = operand.storage_offset() + operation.start + made.offset
-        empty.set_(operand.untyped_storage(), offset, made.shape, made.stride)
-    device = made.state["_fake_device"]
-    tensor = make_subclass(FakeTensor, empty, False, dispatch_device=True, device_for_backend_keys=device)
+def _rebuild_output(template: Any, operation: Operation) -> Any:
+    if isinstance(template, list | tuple):
+        return type(template)(_rebuild_output(element, operation) for element in template)
+    if not isinstance(template, _TensorTemplate):
+        return template
+    if template.same_as_operand is not None:
+        return operation.tensors[template.same_as_operand]
+    # What FakeTensor's constructor does; the rest of it depends on the metadata alone, and stands in `state`.
+    meta_tensor = torch.empty_strided(template.shape, template.stride, dtype=template.dtype, device="meta")
+    if template.storage_of_operand is not None:
+        operand = operation.tensors[template.storage_of_operand]
+        offset = operand.storage_offset() + operation.slice_start + template.offset
+        meta_tensor.set_(operand.untyped_storage(), offset, template.shape, template.stride)
+    device = template.state["_fake_device"]
+    tensor = make_subclass(FakeTensor, meta_tensor, False, dispatch_device=True, device_for_backend_keys=device)
     if pointer_may_be_read(operation.mode):
         warn_when_pointer_is_read(tensor)
     else:
         refuse_when_pointer_is_read(tensor)
-    vars(tensor).update(made.state)
+    vars(tensor).update(template.state)
     tensor.fake_mode = operation.mode
     return tensor
 
 
-def remember(operation: Operation, out: Any, flops: float, moved: int) -> None:
-    """Note what came out, where a tensor made anew is no other."""
+def store(operation: Operation, output: Any, flops: float, moved_bytes: int) -> None:
+    """Cache a result, unless a rebuilt output would differ from it."""
     try:
-        made = _noted(out, operation, set())
-    except _NotByForm:
+        template = _template_of(output, operation, set())
+    except _NotCacheable:
         return
-    _GIVEN[operation.key] = OperationResult(made, flops, moved)
+    _RESULTS[operation.key] = OperationResult(template, flops, moved_bytes)
 
 
-def _noted(out: Any, operation: Operation, new: set[int]) -> Any:
-    """`out` as it is remembered; `new` has the storages of what came out with it."""
-    if isinstance(out, list | tuple):
-        return type(out)(_noted(each, operation, new) for each in out)
-    if out is None or type(out) is int:
-        return out
-    if type(out) is not FakeTensor or out.constant is not None or out.real_tensor is not None:
-        raise _NotByForm
-    if out.layout is not torch.strided or out.is_conj() or out.is_neg() or out.is_inference():
-        raise _NotByForm
-    state = {name: value for name, value in vars(out).items() if name != "fake_mode"}
-    storage = out.untyped_storage()
-    found = [i for i, t in enumerate(operation.tensors) if storage_key(t.untyped_storage()) == storage_key(storage)]
-    if len(found) > 1:  # which of them it goes by, another time?
-        raise _NotByForm
-    shares = found[0] if found else None
-    itself = shares if shares is not None and operation.tensors[shares] is out else None
-    before = 0 if shares is None else operation.tensors[shares].storage_offset() + operation.start
-    made = _Made(itself, shares, out.shape, out.stride(), int(out.storage_offset() - before), out.dtype, state)
-    if itself is not None:
-        return made
-    if out.requires_grad or storage_key(storage) in new:
-        raise _NotByForm
-    other = again(OperationResult(made, 0, 0), operation)
-    if shares is None:
-        new.add(storage_key(storage))
-        if other.untyped_storage().nbytes() != storage.nbytes() or made.offset:
-            raise _NotByForm
-    if dispatch_keys(other) != dispatch_keys(out):
-        raise _NotByForm
-    return made
+def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> Any:
+    """`output` as it is cached. Raises _NotCacheable if it cannot be rebuilt.
+
+    `new_storages`: storages of what came out with it, which no two tensors may share.
+    """
+    if isinstance(output, list | tuple):
+        return type(output)(_template_of(element, operation, new_storages) for element in output)
+    if output is None or type(output) is int:
+        return output
+    if not _is_plain_fake(output):
+        raise _NotCacheable
+    storage = output.untyped_storage()
+    key = storage_key(storage)
+    template = _TensorTemplate(
+        **_shared_storage(output, key, operation),
+        shape=output.shape,
+        stride=output.stride(),
+        dtype=output.dtype,
+        state={name: attribute for name, attribute in vars(output).items() if name != "fake_mode"},
+    )
+    if template.same_as_operand is not None:
+        return template
+    if output.requires_grad or key in new_storages:
+        raise _NotCacheable
+    rebuilt = rebuild(OperationResult(template, 0, 0), operation)
+    if template.storage_of_operand is None:
+        new_storages.add(key)
+        if rebuilt.untyped_storage().nbytes() != storage.nbytes() or template.offset:
+            raise _NotCacheable
+    if dispatch_keys(rebuilt) != dispatch_keys(output):
+        raise _NotCacheable
+    return template
+
+
+def _is_plain_fake(output: Any) -> bool:
+    """Whether an output is a fake tensor that its metadata describes completely."""
+    if type(output) is not FakeTensor or output.constant is not None or output.real_tensor is not None:
+        return False
+    return output.layout is torch.strided and not (output.is_conj() or output.is_neg() or output.is_inference())
+
+
+def _shared_storage(output: FakeTensor, key: int, operation: Operation) -> dict[str, Any]:
+    """Which operand the output is or shares its storage with, and where it begins in that storage.
+
+    Raises _NotCacheable if it shares its storage with several: another time, they may not share one.
+    """
+    sharing = [index for index, tensor in enumerate(operation.tensors) if storage_key(tensor.untyped_storage()) == key]
+    if len(sharing) > 1:
+        raise _NotCacheable
+    offset = int(output.storage_offset())
+    if not sharing:
+        return {"same_as_operand": None, "storage_of_operand": None, "offset": offset}
+    operand = operation.tensors[sharing[0]]
+    return {
+        "same_as_operand": sharing[0] if operand is output else None,
+        "storage_of_operand": sharing[0],
+        "offset": offset - int(operand.storage_offset()) - operation.slice_start,
+    }

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from strategies.tensor_inventory import MemoryKind
-from trainer.planner.cost_model import Form
+from trainer.planner.cost_model import CostModel
 
 
-class Theirs(StrEnum):
-    """What another trainer does otherwise."""
+class PeerSetting(StrEnum):
+    """What another trainer does differently (`plan.theirs`)."""
 
     stock_loss = "stock_loss"
     """transformers' own loss: logits of all tokens in bf16 and fp32, and their gradient."""
@@ -27,13 +27,13 @@ class Theirs(StrEnum):
     """Full tuning with weights, gradients and moments in bf16, and an update of all at once (foreach)."""
 
 
-LOGITS = {Theirs.stock_loss: 12.0, Theirs.fused_loss: 8.0, Theirs.fp32_head: 16.0}
+LOSS_BYTES_PER_LOGIT = {PeerSetting.stock_loss: 12.0, PeerSetting.fused_loss: 8.0, PeerSetting.fp32_head: 16.0}
 """Bytes that a loss holds for each token and word."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """Among how many ranks a strategy shards weights, gradients and moments; 1 where each has all."""
+class ShardCounts:
+    """Among how many ranks a strategy shards weights, gradients and moments; 1 if each rank has all."""
 
     weights: int = 1
     gradients: int = 1
@@ -41,53 +41,71 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class TheirBytes:
-    """Bytes of tensors of one rank, were the step another trainer's."""
+class PeerMemory:
+    """Bytes of tensors of one rank if another trainer took the step."""
 
     total: int
-    at: str
+    phase: str
     """`loss` (the end of the forward pass), `update`, or `as ours`: the peak of this trainer's own step."""
     parts: dict[str, int]
-    """Of these; empty where the peak is that of this trainer's own step."""
+    """Bytes by part; empty if the peak is that of this trainer's own step."""
 
 
-def problems_of(theirs: Sequence[Theirs], *, full: bool) -> list[str]:
-    """What is wrong with `plan.theirs`; `full`: whether all of the model trains."""
-    losses = [each for each in dict.fromkeys(theirs) if each in LOGITS]
-    found = []
+def problems_of(settings: Sequence[PeerSetting], *, full_tuning: bool) -> list[str]:
+    """What is wrong with `plan.theirs`; `full_tuning`: whether all of the model trains."""
+    losses = [setting for setting in dict.fromkeys(settings) if setting in LOSS_BYTES_PER_LOGIT]
+    problems = []
     if len(losses) > 1:
-        found.append(f"plan.theirs=[{','.join(theirs)}]: a step has one loss; name one of {', '.join(losses)}")
-    if Theirs.pure_bf16 in theirs and not full:
-        found.append(
+        problems.append(f"plan.theirs=[{','.join(settings)}]: a step has one loss; name one of {', '.join(losses)}")
+    if PeerSetting.pure_bf16 in settings and not full_tuning:
+        problems.append(
             "plan.theirs=[pure_bf16]: is of full tuning; set tuning=full, or leave it out (a frozen base is in bf16)"
         )
-    return found
+    return problems
 
 
-def held(form: Form, units: float, logits: float, theirs: Sequence[Theirs], cut: Cut) -> TheirBytes:
-    """The step of `units` as `theirs` would hold it; `logits` are tokens times words of a micro-batch."""
-    ours = form.at(units)
-    loss = round(sum(LOGITS.get(each, 0.0) for each in theirs) * logits)
-    stays, activations = _at_the_loss(form, units)
-    moments: dict[str, dict[str, int]] = {}
-    if Theirs.pure_bf16 in theirs:
-        size = 2 * form.parameters
-        state = {"weights": size // cut.weights, "moments": 2 * size // cut.moments}
-        moments["update"] = state | {"gradients": size // cut.gradients, "foreach copies": size // cut.moments}
-        moments["loss"] = state | {"activations": activations, "logits": loss}
+def peer_memory(
+    cost_model: CostModel,
+    units: float,
+    logit_count: float,
+    settings: Sequence[PeerSetting],
+    shard_counts: ShardCounts,
+) -> PeerMemory:
+    """The memory of a step of `units` under `settings`. `logit_count`: tokens times words of a micro-batch."""
+    loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * logit_count)
+    resting, activations = _memory_at_the_loss(cost_model, units)
+    parts_by_phase: dict[str, dict[str, int]] = {}
+    if PeerSetting.pure_bf16 in settings:
+        weights = 2 * cost_model.parameters  # bytes in bf16; gradients take as many, the two moments twice that
+        sharded_state = {
+            "weights": weights // shard_counts.weights,
+            "moments": 2 * weights // shard_counts.moments,
+        }
+        parts_by_phase["update"] = {
+            **sharded_state,
+            "gradients": weights // shard_counts.gradients,
+            "foreach copies": weights // shard_counts.moments,
+        }
+        parts_by_phase["loss"] = {**sharded_state, "activations": activations, "logits": loss_bytes}
     else:
-        moments["as ours"] = {}
-        moments["loss"] = {"what stays": stays, "activations": activations, "logits": loss}
-    totals = {at: sum(parts.values()) if parts else ours.total for at, parts in moments.items()}
-    at = max(totals, key=lambda one: totals[one])
-    return TheirBytes(totals[at], at, moments[at])
+        parts_by_phase["as ours"] = {}
+        parts_by_phase["loss"] = {"what stays": resting, "activations": activations, "logits": loss_bytes}
+    totals = {phase: sum(parts.values()) for phase, parts in parts_by_phase.items()}
+    if "as ours" in totals:
+        totals["as ours"] = cost_model.peak_at(units).total
+    peak_phase = max(totals, key=lambda phase: totals[phase])
+    return PeerMemory(totals[peak_phase], peak_phase, parts_by_phase[peak_phase])
 
 
-def _at_the_loss(form: Form, units: float) -> tuple[int, int]:
-    """(what stays, activations without logits) at the end of a forward pass."""
-    large = form.moments[1]
-    place = next(moment for moment in large if moment.phase == "forward" and moment.place in ("head", "after"))
-    kinds = large[place].kinds
-    more = form.at(units).total - form.at(form.sizes[1].units).total
-    stays = sum(size for kind, size in kinds.items() if kind not in (MemoryKind.activations, MemoryKind.logits))
-    return stays, kinds.get(MemoryKind.activations, 0) + max(more, 0)
+def _memory_at_the_loss(cost_model: CostModel, units: float) -> tuple[int, int]:
+    """(resting bytes, bytes of activations without logits) at the end of a forward pass."""
+    phases = cost_model.phases[1]
+    loss_phase = next(phase for phase in phases if phase.name == "forward" and phase.place in ("head", "after"))
+    kinds = phases[loss_phase].kinds
+    resting = 0
+    for kind, size in kinds.items():
+        if kind not in (MemoryKind.activations, MemoryKind.logits):
+            resting += size
+    # Kinds are of the larger simulated size: what the peak grows by from there on are activations.
+    growth = cost_model.peak_at(units).total - cost_model.peak_at(cost_model.sizes[1].units).total
+    return resting, kinds.get(MemoryKind.activations, 0) + max(growth, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from strategies.base import (
     ActivationCheckpointing,
@@ -26,18 +27,18 @@ from trainer.config.validate import problems_of
 from trainer.model.config import ModelKind as ModelKind
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import family_of
-from trainer.planner.cost_model import Form, Taken
-from trainer.planner.hardware import Card, Fit, fit, host_gib, room
-from trainer.planner.lengths import MOST_MICRO, Lengths, divisors
-from trainer.planner.memory_tracker import Highest, Moment
-from trainer.planner.peer_memory import LOGITS, Cut, TheirBytes, Theirs, held
+from trainer.planner.cost_model import CostModel, MemoryPeak
+from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_tensors
+from trainer.planner.lengths import LARGEST_MICRO, DocumentLengths, divisors
+from trainer.planner.memory_tracker import PhasePeak, StepPhase
+from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerMemory, PeerSetting, ShardCounts, peer_memory
 from trainer.planner.peer_memory import problems_of as problems_of_theirs
-from trainer.planner.speed import Load, Step, step_of
+from trainer.planner.speed import MicroBatchLoad, StepTime, step_time
 from trainer.tuning.base import TuningName
 
-MODES = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
-ONLY_OF_A_RUN = ("budget: not set", "data.path: not set", "run.device=cuda: no CUDA device")
-"""What a run must have and a plan need not."""
+RECOMPUTATION_MODES = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
+RUN_ONLY_PROBLEMS = ("budget: not set", "data.path: not set", "run.device=cuda: no CUDA device")
+"""Problems that keep a run from starting, but not a plan: how they begin."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,40 +51,40 @@ class PlanConfig:
     """Look at optimizer state (zero) or parameters (fsdp2, hsdp) in host memory too."""
     quantisation: list[Quantisation] = field(default_factory=list)
     """Further ways to store a frozen base, as in [none,nf4]; empty takes model.quantisation."""
-    theirs: list[Theirs] = field(default_factory=list)
+    theirs: list[PeerSetting] = field(default_factory=list)
     """What another trainer holds in its step, as in [stock_loss,pure_bf16], told beside what this one does."""
     workers: int = 0
     """Processes that simulate; 0 takes one for each core that this job may use."""
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A way to run, to be simulated."""
+class RunVariant:
+    """One way to run: a strategy with its recomputation, offloading and storage of the base."""
 
     config: RunConfig
     words: tuple[str, ...]
-    """What to type for it, beside what was typed."""
+    """The words to type for it, beside those that were typed."""
     offload: bool = False
 
     @property
     def name(self) -> str:
-        """Its strategy."""
+        """The name of its strategy."""
         return str(self.config.strategy.name)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A way with a micro-batch, and what it takes."""
+    """A variant with a micro-batch, and what it takes."""
 
-    way: Way
+    variant: RunVariant
     words: tuple[str, ...]
     micro: int
     accumulation: int
     largest_micro: int
-    """The largest micro-batch that fits; 0 where none does."""
-    taken: Taken
-    fit: Fit
-    step: Step
+    """The largest micro-batch that fits; 0 if none does."""
+    peak: MemoryPeak
+    fit: MemoryFit
+    step: StepTime
     tokens_per_s: float
     """Of all ranks."""
     host_gib: float
@@ -92,8 +93,8 @@ class Choice:
     """For the budget."""
     price: float | None
     """US dollars for the budget, all cards."""
-    theirs: TheirBytes | None = None
-    """The same as another trainer would hold it, where that is asked for."""
+    peer_memory: PeerMemory | None = None
+    """The memory of the same step in another trainer, if `plan.theirs` asks for it."""
 
     @property
     def fits(self) -> bool:
@@ -103,201 +104,272 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """The ranks of a run, and what they are given."""
+    """The job that a plan is for: its ranks, and the lengths of its documents."""
 
     card: Card
     precision: Precision
     nodes: int
-    per_node: int
+    ranks_per_node: int
     global_batch: int
-    lengths: Lengths
+    lengths: DocumentLengths
 
     @property
-    def world(self) -> int:
+    def ranks(self) -> int:
         """All ranks."""
-        return self.nodes * self.per_node
+        return self.nodes * self.ranks_per_node
 
 
-def ways(
+def run_variants(
     config: RunConfig, settings: PlanConfig, typed: set[str], world: int | None
-) -> tuple[list[Way], list[tuple[Way, str]]]:
-    """(ways to look at, those that are ruled out and why) on `world` ranks. What was typed stays; `typed` has the keys.
+) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
+    """(variants to simulate, those that are ruled out and why) on `world` ranks. What was typed stays; `typed` has the keys.
 
-    Raises ConfigError with all that a run of these words would be refused for in every way, or where no way is left.
+    Raises ConfigError with all that a run of these words would be refused for in every variant, or if no variant is left.
     """
-    asked = [(way, _problems(way.config, world)) for way in _all(config, settings, typed)]
-    always = _theirs_asked(config, settings.theirs)
-    always += [problem for problem in asked[0][1] if all(problem in problems for _, problems in asked)]
-    if always or all(problems for _, problems in asked):
-        raise ConfigError(always or [f"{' '.join(way.words)}: {problems[0]}" for way, problems in asked])
-    return [way for way, found in asked if not found], [(way, found[0]) for way, found in asked if found]
+    variants = list(_every_variant(config, settings, typed))
+    problems_by_variant = [_problems(variant.config, world) for variant in variants]
+    common_problems = _peer_problems(config, settings.theirs)
+    for problem in problems_by_variant[0]:
+        if all(problem in problems for problems in problems_by_variant):
+            common_problems.append(problem)
+    if common_problems:
+        raise ConfigError(common_problems)
+    possible = []
+    refused = []
+    for variant, problems in zip(variants, problems_by_variant, strict=True):
+        if problems:
+            refused.append((variant, problems[0]))
+        else:
+            possible.append(variant)
+    if not possible:
+        raise ConfigError([f"{' '.join(variant.words)}: {problem}" for variant, problem in refused])
+    return possible, refused
 
 
 def _problems(config: RunConfig, world: int | None) -> list[str]:
-    return [problem for problem in problems_of(config, world_size=world) if not problem.startswith(ONLY_OF_A_RUN)]
+    return [problem for problem in problems_of(config, world_size=world) if not problem.startswith(RUN_ONLY_PROBLEMS)]
 
 
-def _all(config: RunConfig, settings: PlanConfig, typed: set[str]) -> Iterator[Way]:
-    asked = config.strategy.activation_checkpointing
-    open_ = asked is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in typed
-    modes = MODES if open_ else (asked,)
-    stores = settings.quantisation or [config.model.quantisation]
-    for strategy in _strategies(config.strategy, typed):
-        for store in stores:
-            for mode in modes:
-                for offload in (False, True) if settings.offload else (False,):
-                    chosen = _offloaded(strategy) if offload else strategy
-                    if chosen is None:
-                        continue
-                    chosen = replace(chosen, activation_checkpointing=mode)
-                    words = [f"strategy={strategy.name}", f"strategy.activation_checkpointing={mode}"]
-                    words += _OFFLOAD[isinstance(strategy, ZeroConfig)] if offload else []
-                    words += [f"model.quantisation={store}"] if settings.quantisation else []
-                    model = replace(config.model, quantisation=store)
-                    yield Way(replace(config, strategy=chosen, model=model), tuple(words), offload)
+def _every_variant(config: RunConfig, settings: PlanConfig, typed: set[str]) -> Iterator[RunVariant]:
+    requested_mode = config.strategy.activation_checkpointing
+    modes: Sequence[ActivationCheckpointing] = (requested_mode,)
+    if requested_mode is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in typed:
+        modes = RECOMPUTATION_MODES
+    quantisations = settings.quantisation or [config.model.quantisation]
+    offloads = (False, True) if settings.offload else (False,)
+    strategies = _strategies(config.strategy, typed)
+    for strategy, quantisation, mode, offload in product(strategies, quantisations, modes, offloads):
+        words = [f"strategy={strategy.name}", f"strategy.activation_checkpointing={mode}"]
+        variant_strategy = _with_offload(strategy) if offload else strategy
+        if variant_strategy is None:
+            continue
+        if offload:
+            words += _OFFLOAD_WORDS[isinstance(strategy, ZeroConfig)]
+        if settings.quantisation:
+            words.append(f"model.quantisation={quantisation}")
+        variant_config = replace(
+            config,
+            strategy=replace(variant_strategy, activation_checkpointing=mode),
+            model=replace(config.model, quantisation=quantisation),
+        )
+        yield RunVariant(variant_config, tuple(words), offload)
 
 
-_OFFLOAD = (["strategy.cpu_offload=true"], ["strategy.offload_optimizer=cpu"])
+_OFFLOAD_WORDS = (["strategy.cpu_offload=true"], ["strategy.offload_optimizer=cpu"])
 
 
-def _offloaded(strategy: StrategyConfig) -> StrategyConfig | None:
+def _with_offload(strategy: StrategyConfig) -> StrategyConfig | None:
+    """The strategy with its state in host memory; None if it cannot offload."""
     if isinstance(strategy, Fsdp2Config):
         return replace(strategy, cpu_offload=True)
-    return replace(strategy, offload_optimizer="cpu") if isinstance(strategy, ZeroConfig) else None
+    if isinstance(strategy, ZeroConfig):
+        return replace(strategy, offload_optimizer="cpu")
+    return None
 
 
-def _strategies(asked: StrategyConfig, typed: set[str]) -> list[StrategyConfig]:
+def _strategies(requested: StrategyConfig, typed: set[str]) -> list[StrategyConfig]:
     """The strategy that was typed, or all of them with the common settings that were."""
-    return [asked] if "strategy" in typed else every_strategy(asked)
+    return [requested] if "strategy" in typed else every_strategy(requested)
 
 
 def micro_batches(job: PlannedRun, typed: int | None) -> list[int]:
-    """Micro-batches that divide a rank's part of a step: the one typed, or all divisors; none where ranks have no equal parts."""
-    part, over = divmod(job.global_batch, job.world)
-    if over:
+    """Micro-batches that divide a rank's part of a step: the one typed, or all divisors. None if the ranks' parts differ."""
+    samples_per_rank, remainder = divmod(job.global_batch, job.ranks)
+    if remainder:
         return []
     if typed is not None:
-        return [typed] if part % typed == 0 else []
-    return divisors(part)
+        return [typed] if samples_per_rank % typed == 0 else []
+    return divisors(samples_per_rank)
 
 
-def choices(way: Way, form: Form, job: PlannedRun, micros: list[int], theirs: Sequence[Theirs] = ()) -> list[Choice]:
-    """What a way takes with each micro-batch, the fastest that fits first; then those that do not, smallest first.
+def rank_choices(
+    variant: RunVariant,
+    cost_model: CostModel,
+    job: PlannedRun,
+    micros: list[int],
+    peer_settings: Sequence[PeerSetting] = (),
+) -> list[Choice]:
+    """What a variant takes with each micro-batch, the fastest that fits first; then those that do not, smallest first.
 
-    `theirs`: what another trainer holds, to be told beside.
+    `peer_settings`: what another trainer does otherwise, to compare its memory.
     """
-    made = [_choice(way, form, job, micro) for micro in micros]
-    if theirs:
-        made = [replace(one, theirs=as_theirs(one, form, job, theirs)) for one in made]
-    return sorted(made, key=lambda one: (not one.fits, -one.tokens_per_s if one.fits else one.micro))
+    choices = []
+    for micro in micros:
+        choice = _choice(variant, cost_model, job, micro)
+        if peer_settings:
+            choice = replace(choice, peer_memory=peer_memory_of(choice, cost_model, job, peer_settings))
+        choices.append(choice)
+    fitting = sorted((choice for choice in choices if choice.fits), key=lambda choice: -choice.tokens_per_s)
+    too_large = sorted((choice for choice in choices if not choice.fits), key=lambda choice: choice.micro)
+    return [*fitting, *too_large]
 
 
-def _choice(way: Way, form: Form, job: PlannedRun, micro: int) -> Choice:
-    card, accumulation = job.card, job.global_batch // (job.world * micro)
-    units = float(micro) if form.rows else job.lengths.most(micro)
-    taken, words = form.at(units), [*way.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
-    if accumulation > 1 and isinstance(way.config.strategy, Fsdp2Config) and way.config.strategy.defer_sync is None:
+def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> Choice:
+    card = job.card
+    strategy = variant.config.strategy
+    accumulation = job.global_batch // (job.ranks * micro)
+    units = float(micro) if cost_model.rows else job.lengths.tokens_of_longest(micro)
+    words = [*variant.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
+    peak = cost_model.peak_at(units)
+    if accumulation > 1 and isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
         # The run would decide by an estimate; the plan knows, and says it.
-        later = deferred(
-            form, waiting_bytes(form, job.world // replica_count(way.config.strategy, job.world, job.nodes))
-        )
-        waits = fit(later, later.at(units), card).margin >= 0
-        taken, form = (later.at(units), later) if waits else (taken, form)
-        words.append(f"strategy.defer_sync={str(waits).lower()}")
-    step = step_of(form, _load(form, job, micro, accumulation), card, job.precision, ranks_per_node=job.per_node)
+        shards = job.ranks // replica_count(strategy, job.ranks, job.nodes)
+        deferred_model = with_deferred_reduction(cost_model, deferred_gradient_bytes(cost_model, shards))
+        deferred_peak = deferred_model.peak_at(units)
+        defers = memory_fit(deferred_model, deferred_peak, card).margin >= 0
+        if defers:
+            cost_model = deferred_model
+            peak = deferred_peak
+        words.append(f"strategy.defer_sync={str(defers).lower()}")
+    load = _average_load(cost_model, job, micro, accumulation)
+    step = step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
     tokens = job.lengths.mean * job.global_batch
-    hours = _hours(way.config, job, step, tokens)
-    cost = None if hours is None or card.price_per_hour is None else hours * job.world * card.price_per_hour
+    hours = _budget_hours(variant.config, job, step, tokens)
+    price = None
+    if hours is not None and card.price_per_hour is not None:
+        price = hours * job.ranks * card.price_per_hour
     return Choice(
-        way=way,
+        variant=variant,
         words=tuple(words),
         micro=micro,
         accumulation=accumulation,
-        largest_micro=_largest(form, job),
-        taken=taken,
-        fit=fit(form, taken, card),
+        largest_micro=_largest_micro(cost_model, job),
+        peak=peak,
+        fit=memory_fit(cost_model, peak, card),
         step=step,
         tokens_per_s=tokens / step.total_s,
-        host_gib=host_gib(form, job.per_node),
+        host_gib=host_gib(cost_model, job.ranks_per_node),
         hours=hours,
-        price=cost,
+        price=price,
     )
 
 
-def as_theirs(choice: Choice, form: Form, job: PlannedRun, theirs: Sequence[Theirs]) -> TheirBytes:
-    """The step of a choice as another trainer would hold it."""
-    units = float(choice.micro) if form.rows else job.lengths.most(choice.micro)
-    tokens = choice.micro * float(job.lengths.longest[0]) if form.rows else units
-    strategy, cut = choice.way.config.strategy, Cut()
+def peer_memory_of(
+    choice: Choice, cost_model: CostModel, job: PlannedRun, peer_settings: Sequence[PeerSetting]
+) -> PeerMemory:
+    """The memory of a choice's step as another trainer would hold it."""
+    if cost_model.rows:
+        units = float(choice.micro)
+        tokens = choice.micro * float(job.lengths.longest[0])
+    else:
+        units = tokens = job.lengths.tokens_of_longest(choice.micro)
+    strategy = choice.variant.config.strategy
+    shard_counts = ShardCounts()
     if isinstance(strategy, Fsdp2Config):
-        shards = job.world // replica_count(strategy, job.world, job.nodes)
-        cut = Cut(shards, shards, shards)
+        shards = job.ranks // replica_count(strategy, job.ranks, job.nodes)
+        shard_counts = ShardCounts(weights=shards, gradients=shards, moments=shards)
     elif isinstance(strategy, ZeroConfig):
-        cut = Cut(*(job.world if strategy.stage >= stage else 1 for stage in (3, 2, 1)))
-    return held(form, units, tokens * form.vocabulary, theirs, cut)
+        shard_counts = ShardCounts(
+            weights=job.ranks if strategy.stage >= 3 else 1,
+            gradients=job.ranks if strategy.stage >= 2 else 1,
+            moments=job.ranks if strategy.stage >= 1 else 1,
+        )
+    return peer_memory(cost_model, units, tokens * cost_model.vocabulary, peer_settings, shard_counts)
 
 
-def _theirs_asked(config: RunConfig, theirs: Sequence[Theirs]) -> list[str]:
+def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> list[str]:
     """What is wrong with `plan.theirs` of such a run."""
-    found = problems_of_theirs(theirs, full=config.tuning.name is TuningName.full)
-    if family_of(config.objective).kind is ModelKind.classifier and (
-        losses := [each for each in theirs if each in LOGITS]
-    ):
-        found.append(
+    problems = problems_of_theirs(peer_settings, full_tuning=config.tuning.name is TuningName.full)
+    losses = [setting for setting in peer_settings if setting in LOSS_BYTES_PER_LOGIT]
+    if losses and family_of(config.objective).kind is ModelKind.classifier:
+        problems.append(
             f"plan.theirs=[{','.join(losses)}]: is of a loss over words; objective={config.objective.name} has none"
         )
-    return found
+    return problems
 
 
-def waiting_bytes(form: Form, among: int) -> int:
-    """What gradients take more that wait whole for the last micro-batch: in fp32, beside the shard that is there anyway."""
-    return round(4 * form.trained * (1 - 1 / among))
+def deferred_gradient_bytes(cost_model: CostModel, shards: int) -> int:
+    """Bytes more that gradients take if they wait unreduced for the last micro-batch.
 
-
-def deferred(form: Form, waiting: int) -> Form:
-    """The form with gradients that are reduced in the last micro-batch alone, and are `waiting` bytes more until then.
-
-    What a reduction reads outlives its micro-batch, into the next forward pass: there it is not, then.
+    They are in fp32, and 1 of `shards` is there anyway.
     """
-    kept = {key: found for key, found in form.exchanged.items() if key[4] != "each" or "reduce" not in key[0]}
-    large = form.moments[1]
-
-    def released(moment: Moment) -> int:
-        """Of what is in buffers, that of a reduction."""
-        first = large.get(replace(moment, micro=0), large[moment])  # where only what is gathered is in buffers
-        over = large[moment].kinds.get(MemoryKind.communication, 0) - first.kinds.get(MemoryKind.communication, 0)
-        return over if moment.phase == "forward" else 0
-
-    def later(moment: Moment, highest: Highest) -> Highest:
-        kinds = highest.kinds
-        if kinds:
-            kinds = kinds | {MemoryKind.gradients: kinds.get(MemoryKind.gradients, 0) + waiting}
-            kinds[MemoryKind.communication] = kinds.get(MemoryKind.communication, 0) - released(moment)
-        return Highest(highest.total + more[moment], highest.operation, kinds)
-
-    more = {moment: waiting - released(moment) for moment in large}
-    small, large_later = ({m: later(m, h) for m, h in of.items()} for of in form.moments)
-    bends = {m: [(one + more[m], two + more[m]) for one, two in of] for m, of in form.bends.items()}
-    return replace(form, exchanged=kept, moments=(small, large_later), bends=bends)
+    return round(4 * cost_model.trained * (1 - 1 / shards))
 
 
-def _load(form: Form, job: PlannedRun, micro: int, accumulation: int) -> Load:
-    units = float(micro) if form.rows else micro * job.lengths.mean
-    return Load(units, micro * job.lengths.mean_squares, accumulation)
+def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
+    """The cost model if gradients are reduced in the last micro-batch alone, and are `waiting` bytes more until then.
+
+    What a reduction reads outlives its micro-batch, into the next forward pass. Without a reduction it is not there.
+    """
+    exchanged = {}
+    for key, calls_and_bytes in cost_model.exchanged.items():
+        collective, when = key[0], key[4]
+        if when != "each" or "reduce" not in collective:
+            exchanged[key] = calls_and_bytes
+    small_phases, large_phases = cost_model.phases
+
+    def released_bytes(phase: StepPhase) -> int:
+        """What the reduction of the micro-batch before holds in buffers during a forward pass."""
+        if phase.name != "forward":
+            return 0
+        # In the first micro-batch only what is gathered is in buffers.
+        first = large_phases.get(replace(phase, micro=0), large_phases[phase])
+        in_buffers = large_phases[phase].kinds.get(MemoryKind.communication, 0)
+        return in_buffers - first.kinds.get(MemoryKind.communication, 0)
+
+    growth = {phase: waiting - released_bytes(phase) for phase in large_phases}
+
+    def deferred_peaks(phases: dict[StepPhase, PhasePeak]) -> dict[StepPhase, PhasePeak]:
+        peaks = {}
+        for phase, peak in phases.items():
+            kinds = peak.kinds
+            if kinds:
+                kinds = dict(kinds)
+                kinds[MemoryKind.gradients] = kinds.get(MemoryKind.gradients, 0) + waiting
+                kinds[MemoryKind.communication] = kinds.get(MemoryKind.communication, 0) - released_bytes(phase)
+            peaks[phase] = PhasePeak(peak.total + growth[phase], peak.operation, kinds)
+        return peaks
+
+    candidates = {}
+    for phase, live_at_sizes in cost_model.peak_candidates.items():
+        candidates[phase] = [(small + growth[phase], large + growth[phase]) for small, large in live_at_sizes]
+    return replace(
+        cost_model,
+        exchanged=exchanged,
+        phases=(deferred_peaks(small_phases), deferred_peaks(large_phases)),
+        peak_candidates=candidates,
+    )
 
 
-def _largest(form: Form, job: PlannedRun) -> int:
-    units = form.most(room(form, job.card))
-    return int(min(units, MOST_MICRO)) if form.rows else job.lengths.holding(units)
+def _average_load(cost_model: CostModel, job: PlannedRun, micro: int, accumulation: int) -> MicroBatchLoad:
+    units = float(micro) if cost_model.rows else micro * job.lengths.mean
+    return MicroBatchLoad(units, micro * job.lengths.mean_square, accumulation)
 
 
-def _hours(config: RunConfig, job: PlannedRun, step: Step, tokens: float) -> float | None:
-    """Hours of the budget; None where there is none, or where it is epochs of data that is not there."""
-    budget, steps = config.budget, None
+def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
+    units = cost_model.largest_units(room_for_tensors(cost_model, job.card))
+    return int(min(units, LARGEST_MICRO)) if cost_model.rows else job.lengths.units_within(units)
+
+
+def _budget_hours(config: RunConfig, job: PlannedRun, step: StepTime, tokens: float) -> float | None:
+    """Hours of the budget; None without one, or if it is in epochs and there is no data to count."""
+    budget = config.budget
     if budget.steps is not None:
         steps = float(budget.steps)
     elif budget.tokens is not None:
         steps = budget.tokens / tokens
-    elif budget.epochs is not None and job.lengths.number is not None:
-        steps = budget.epochs * job.lengths.number / job.global_batch
-    return None if steps is None else steps * step.total_s / 3600
+    elif budget.epochs is not None and job.lengths.units_per_epoch is not None:
+        steps = budget.epochs * job.lengths.units_per_epoch / job.global_batch
+    else:
+        return None
+    return steps * step.total_s / 3600

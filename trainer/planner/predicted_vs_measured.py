@@ -11,23 +11,23 @@ import torch
 from strategies.runtime import peak_memory_gib
 from trainer.checkpoints.async_writer import SavedCheckpoint
 from trainer.planner.hardware import GIB
-from trainer.planner.speed import PRODUCTS
+from trainer.planner.speed import PRODUCT_EFFICIENCY
 from trainer.reporting.metrics import Meter
 from trainer.reporting.run_record import MeasuredCost, PredictedCost, RunRecord
 from trainer.step import Built
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "sgd": 4, "muon": 4, "schedule_free": 8, "adafactor": 0}
 """Bytes of optimizer state that a checkpoint keeps for each trained parameter, beside its weight in fp32."""
-COUNTED = "estimate: state by arithmetic, activations counted on shapes; no logits, libraries or allocator"
+BY_SHAPES = "estimate: state by arithmetic, activations counted on shapes; no logits, libraries or allocator"
 BY_RULE = "estimate: state by arithmetic, activations by a rule of thumb; no logits, libraries or allocator"
 SIMULATED = "simulation of the longest micro-batch's step (run.must_fit); no libraries or allocator"
-STEP_BY = f"matrix products and attention alone, at {PRODUCTS} of the device's peak; nothing recomputed"
+STEP_BY = f"matrix products and attention alone, at {PRODUCT_EFFICIENCY} of the device's peak; nothing recomputed"
 ON_GPU = "tensors (memory_gib) and what the allocator reserved for them, since the process began"
 ON_CPU = "resident set of the process, libraries included, since it began"
 
 
 def checkpoint_bytes(trained: int, optimizer: str) -> int:
-    """Of a checkpoint: of what trains, its weights in fp32 and the optimizer's state."""
+    """Bytes of a checkpoint: of what trains, the weights in fp32 and the optimizer's state."""
     return trained * (4 + STATE_BYTES[optimizer])
 
 
@@ -37,59 +37,74 @@ def predicted(built: Built, record: RunRecord, optimizer: str, device_gib: float
     `device_gib`: memory of this rank's device.
     """
     assert built.expected is not None
-    state, activations = built.expected
-    simulated = record.must_fit
-    peak = record.reference_tflops
+    state_bytes, activation_bytes = built.expected
+    if record.must_fit:
+        memory_gib = record.must_fit.live_gib
+        memory_by = SIMULATED
+    else:
+        memory_gib = (state_bytes + activation_bytes) / GIB
+        memory_by = BY_RULE if built.activations is None else BY_SHAPES
     step_s = None
+    step_by = record.reference_tflops_source
+    peak = record.reference_tflops
     if peak:
         flops = record.flops_per_token * record.tokens_per_step / record.world_size
-        step_s = flops / (PRODUCTS * peak * 1e12)
-    estimated_by = BY_RULE if built.activations is None else COUNTED
+        step_s = flops / (PRODUCT_EFFICIENCY * peak * 1e12)
+        step_by = STEP_BY
     return PredictedCost(
-        memory_gib=simulated.live_gib if simulated else (state + activations) / GIB,
-        memory_by=SIMULATED if simulated else estimated_by,
-        state_gib=state / GIB,
-        activations_gib=activations / GIB,
+        memory_gib=memory_gib,
+        memory_by=memory_by,
+        state_gib=state_bytes / GIB,
+        activations_gib=activation_bytes / GIB,
         device_gib=device_gib,
         step_s=step_s,
-        step_by=STEP_BY if peak else record.reference_tflops_source,
+        step_by=step_by,
         checkpoint_bytes=checkpoint_bytes(record.sharding.trainable_parameters, optimizer),
     )
 
 
 def memory_text(record: RunRecord) -> list[str]:
     """The start screen's line about memory: what was simulated, or a warning if the estimate is more than the device has."""
-    if simulated := record.must_fit:
-        needed, available = simulated.needed_gib, simulated.device_gib
-        return [f"memory: {needed:.2f} of {available:.2f} GiB, simulated (run.must_fit), most in {simulated.when}"]
+    simulated = record.must_fit
+    if simulated:
+        gib = f"{simulated.needed_gib:.2f} of {simulated.device_gib:.2f} GiB"
+        return [f"memory: {gib}, simulated (run.must_fit), most in {simulated.when}"]
     expected = record.receipt.predicted if record.receipt else None
     if expected is None or expected.memory_gib is None or expected.device_gib is None:
         return []
-    needed, available = expected.memory_gib, expected.device_gib
-    if needed <= available:
+    if expected.memory_gib <= expected.device_gib:
         return []
     return [
-        f"warning: a rank is estimated to need {needed:.2f} GiB, and has {available:.2f}: lower batch.micro or "
-        "data.max_length, recompute (strategy.activation_checkpointing=full) or shard more; run.must_fit=true simulates it on "
-        "GPUs"
+        f"warning: a rank is estimated to need {expected.memory_gib:.2f} GiB, and has {expected.device_gib:.2f}: lower "
+        "batch.micro or data.max_length, recompute (strategy.activation_checkpointing=full) or shard more; "
+        "run.must_fit=true simulates it on GPUs"
     ]
 
 
 def measured(meter: Meter, device: torch.device, checkpoint: SavedCheckpoint | None) -> MeasuredCost:
-    """What this attempt took so far. `checkpoint`: the last one."""
-    where = "on the worst rank" if meter.peaks else "on rank 0, since no step was logged"
-    peaks = meter.peaks or peak_memory_gib(device)
-    return MeasuredCost(
+    """What this attempt took so far. `checkpoint`: the last one that was written."""
+    if meter.peaks:
+        peaks = meter.peaks
+        where = "on the worst rank"
+    else:
+        peaks = peak_memory_gib(device)
+        where = "on rank 0, since no step was logged"
+    on_gpu = device.type == "cuda"
+    cost = MeasuredCost(
         memory_gib=peaks.get("memory_gib"),
         memory_reserved_gib=peaks.get("memory_reserved_gib"),
-        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        memory_of=f"{ON_GPU if device.type == 'cuda' else ON_CPU}, {where}",
+        device_name=torch.cuda.get_device_name(device) if on_gpu else None,
+        memory_of=f"{ON_GPU if on_gpu else ON_CPU}, {where}",
         step_s=meter.step_s(),
-        exchanged_bytes=None if meter.exchanged is None else dict(meter.exchanged.sizes),
-        exposed_s=None if meter.exchanged is None else meter.exchanged.waited_s,
-        start_s=meter.start_s,
-        evaluation_before_s=None if meter.start_s is None else meter.evaluation_s,
-        checkpoint_bytes=None if checkpoint is None else checkpoint.size,
-        checkpoint_s=None if checkpoint is None else checkpoint.took_s,
-        checkpoint_stall_s=None if checkpoint is None else checkpoint.stall_s,
     )
+    if meter.exchanged is not None:
+        cost.exchanged_bytes = dict(meter.exchanged.sizes)
+        cost.exposed_s = meter.exchanged.waited_s
+    if meter.start_s is not None:
+        cost.start_s = meter.start_s
+        cost.evaluation_before_s = meter.evaluation_s
+    if checkpoint is not None:
+        cost.checkpoint_bytes = checkpoint.size
+        cost.checkpoint_s = checkpoint.took_s
+        cost.checkpoint_stall_s = checkpoint.stall_s
+    return cost

@@ -21,10 +21,10 @@ from strategies.compat.dispatch import storage_key
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from strategies.tensor_inventory import MemoryKind, engine_tensors
-from trainer.planner.buckets import bucketed
-from trainer.planner.fake_tensors import faked
-from trainer.planner.memory_tracker import Highest, Moment
-from trainer.planner.minimal_step import bare_trainer, batch_of
+from trainer.planner.buckets import track_bucket_reductions
+from trainer.planner.fake_tensors import replaced_by_fakes
+from trainer.planner.memory_tracker import PhasePeak, StepPhase
+from trainer.planner.minimal_step import minimal_trainer, step_batch
 from trainer.planner.step_recorder import Collective, Record, Recorder
 from trainer.step import Built
 
@@ -33,11 +33,11 @@ class ShapesOnly:
     """A `ParameterSource` without values."""
 
     def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """As many elements as are asked for, on the host."""
+        """As many elements as the run has, without values, on the host."""
         return torch.empty(stop - start, dtype=torch.bfloat16)
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Nothing to close: there are no files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,16 +53,16 @@ class StepParts:
     """One rank's micro-batches of a step, on the CPU."""
     source: Any = field(default_factory=ShapesOnly)
     """A `ParameterSource`."""
-    whole: int | None = None
-    """Trained elements of the deeper model that this one stands for; none where it stands for itself."""
+    full_trained_elements: int | None = None
+    """Trained elements of the deeper model that this one stands for; None if it stands for itself."""
 
 
 @dataclass(frozen=True, slots=True)
-class Simulated:
+class SimulatedStep:
     """One rank's step, from the second on: the optimizer has its state."""
 
-    moments: dict[Moment, Highest]
-    """The most live bytes on the device in each moment, in order."""
+    phases: dict[StepPhase, PhasePeak]
+    """The most live bytes on the device in each phase, in order."""
     resting: dict[MemoryKind, int]
     """Bytes between steps."""
     collectives: list[Collective]
@@ -76,23 +76,23 @@ class Simulated:
     """Bytes that the engine keeps on the host."""
 
     @property
-    def peak(self) -> tuple[Moment, Highest]:
-        """The moment with the most live bytes."""
-        return max(self.moments.items(), key=lambda item: item[1].total)
+    def peak(self) -> tuple[StepPhase, PhasePeak]:
+        """The phase with the most live bytes."""
+        return max(self.phases.items(), key=lambda item: item[1].total)
 
 
-def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> Simulated:
+def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> SimulatedStep:
     """Take three steps on fake tensors as the rank that `runtime` says, on its device, and report the last.
 
     With `repeat=0` two, and bytes are told apart by kind between steps alone. The model is on meta, and is used up. Raises
     what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
-        (batches,) = faked(parts.built, [parts.batches])
+        (batches,) = replaced_by_fakes(parts.built, [parts.batches])
         return watch(replace(parts, batches=batches), runtime, repeat=repeat)
 
 
-def watch(parts: StepParts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> Simulated:
+def watch(parts: StepParts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> SimulatedStep:
     """`simulate` on whatever tensors there are: real ones too. All ranks must call.
 
     `warm` steps go before; the least of 1 + `repeat` more counts, since real process groups let go of tensors in threads of
@@ -118,9 +118,9 @@ def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
             max_grad_norm=parts.max_grad_norm,
         )
         for kind, tensor in engine_tensors(engine):
-            recorder.see(tensor, kind)
+            recorder.track(tensor, kind)
         watched = WatchedEngine(engine, recorder, blocks)
-        with watched.places(), bucketed(engine, recorder, parts.whole):
+        with watched.places(), track_bucket_reductions(engine, recorder, parts.full_trained_elements):
             yield watched
 
 
@@ -137,70 +137,80 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _steps(parts: StepParts, watched: WatchedEngine, warm: int, repeat: int) -> Simulated:
+def _steps(parts: StepParts, watched: WatchedEngine, warm: int, repeat: int) -> SimulatedStep:
+    """`warm` steps that do not count, then 1 + `repeat` of which the least counts in each phase."""
     recorder = watched.recorder
     for _ in range(warm):
         watched.take(parts.batches)
     record = watched.take(parts.batches)
-    found = recorder.highest
+    peaks = recorder.peaks
     for _ in range(repeat):
-        watched.take(parts.batches, explain=operations(found))
-        again = recorder.highest
-        if watched.runtime.simulated and (differ := [m for m, h in found.items() if h.total != again[m].total]):
-            raise RuntimeError(f"two steps of one run hold different amounts of memory: {', '.join(map(str, differ))}")
-        for moment, highest in again.items():
-            highest.total = min(highest.total, found[moment].total)
-        found = again
-    return watched.report(found, record)
+        watched.take(parts.batches, tally_after=operations(peaks))
+        repeated = recorder.peaks
+        if watched.runtime.simulated:
+            differing = [phase for phase, peak in peaks.items() if peak.total != repeated[phase].total]
+            if differing:
+                phases = ", ".join(map(str, differing))
+                raise RuntimeError(f"two steps of one run hold different amounts of memory: {phases}")
+        for phase, peak in repeated.items():
+            peak.total = min(peak.total, peaks[phase].total)
+        peaks = repeated
+    return watched.report(peaks, record)
 
 
-def operations(found: dict[Moment, Highest]) -> dict[Moment, int]:
-    """After which of its operations each moment was highest."""
-    return {moment: highest.operation for moment, highest in found.items()}
+def operations(peaks: dict[StepPhase, PhasePeak]) -> dict[StepPhase, int]:
+    """After which of its operations each phase was highest."""
+    return {phase: peak.operation for phase, peak in peaks.items()}
 
 
 class WatchedEngine:
     """An engine that tells a recorder what it is at."""
 
     def __init__(self, engine: Any, recorder: Recorder, blocks: list[nn.Module]) -> None:
-        self.engine, self.recorder, self.blocks = engine, recorder, blocks
+        self.engine = engine
+        self.recorder = recorder
+        self.blocks = blocks
         self.runtime: Runtime = engine.runtime
-        self.dp_rank, self.dp_size = engine.dp_rank, engine.dp_size
+        self.dp_rank = engine.dp_rank
+        self.dp_size = engine.dp_size
         self.step_module = engine.step_module
         self._micro = 0
-        self._trainer = bare_trainer(self)
+        self._trainer = minimal_trainer(self)
 
-    def take(self, batches: list[dict[str, Any]], explain: dict[Moment, int] | None = None) -> Record:
-        """One step of these micro-batches, with nothing else counted; `explain` names operations of moments to tally after."""
-        if explain is None:
-            self.recorder.begin()
+    def take(self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None) -> Record:
+        """Take one step of these micro-batches, with nothing else counted.
+
+        `tally_after`: the operation of each phase after which memory is told apart by kind; None: after none.
+        """
+        if tally_after is None:
+            self.recorder.begin_step()
         else:
-            self.recorder.explain(explain, lambda: engine_tensors(self.engine))
+            self.recorder.begin_tallied_step(tally_after, lambda: engine_tensors(self.engine))
         self.start()
-        batch = batch_of(batches, self.recorder.device)
+        batch = step_batch(batches, self.recorder.device)
         self._trainer.train_step(batch)
-        del batch
+        del batch  # its tensors do not count between steps
         self.at("between")
-        self.recorder._note()
+        self.recorder.note_live_bytes()
         return self.recorder.record
 
     def again(
-        self, batches: list[dict[str, Any]], explain: dict[Moment, int] | None = None
-    ) -> tuple[dict[Moment, Highest], Record]:
-        """`take`, and what was highest in it."""
-        record = self.take(batches, explain)
-        return self.recorder.highest, record
+        self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None
+    ) -> tuple[dict[StepPhase, PhasePeak], Record]:
+        """`take`, with the peak of each phase."""
+        record = self.take(batches, tally_after)
+        return self.recorder.peaks, record
 
-    def report(self, moments: dict[Moment, Highest], record: Record) -> Simulated:
-        """What a step was found to take, with what rests now that it is over."""
-        resting, kept = (
-            self.recorder.tally(),
-            [t for _, t in engine_tensors(self.engine) if t.device != self.recorder.device],
-        )
-        storages = [tensor.untyped_storage() for tensor in kept]
-        host = {storage_key(storage): storage.nbytes() for storage in storages}
-        return Simulated(
-            moments=moments,
+    def report(self, phases: dict[StepPhase, PhasePeak], record: Record) -> SimulatedStep:
+        """A step's measurements, with what rests between steps: call it when the step is over."""
+        resting = self.recorder.tally()
+        host_bytes_by_storage = {}
+        for _, tensor in engine_tensors(self.engine):
+            if tensor.device != self.recorder.device:
+                storage = tensor.untyped_storage()
+                host_bytes_by_storage[storage_key(storage)] = storage.nbytes()
+        return SimulatedStep(
+            phases=phases,
             resting=resting,
             collectives=record.collectives,
             host_reads=record.host_reads,
@@ -208,7 +218,7 @@ class WatchedEngine:
             moved=record.moved,
             to_host=record.to_host,
             to_device=record.to_device,
-            host=sum(host.values()),
+            host=sum(host_bytes_by_storage.values()),
         )
 
     def start(self) -> None:
@@ -217,19 +227,23 @@ class WatchedEngine:
         self.at("forward", "before")
 
     def at(self, phase: str, place: int | str = "before") -> None:
-        """What is at work from now on."""
-        self.recorder.moment = Moment(phase, self._micro, place)
-        made = MemoryKind.logits if place == "head" and phase == "forward" else MemoryKind.activations
-        self.recorder.made = MemoryKind.other if phase == "between" else made
+        """Tell the recorder what is at work from now on, and what kind of memory it makes."""
+        self.recorder.phase = StepPhase(phase, self._micro, place)
+        if phase == "between":
+            self.recorder.new_kind = MemoryKind.other
+        elif place == "head" and phase == "forward":
+            self.recorder.new_kind = MemoryKind.logits
+        else:
+            self.recorder.new_kind = MemoryKind.activations
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         self.at("forward")
-        self.recorder.squares = _squares(batch)
+        self.recorder.squared_lengths = _squares(batch)
         return self.engine.forward(batch, last=last)
 
     @contextmanager
     def inference(self, *, averaged: bool = True) -> Iterator[nn.Module]:
-        """A look ahead: counted with the first forward pass."""
+        """A pass without gradients before the step's own: counted with the first forward pass."""
         self.at("forward")
         with self.engine.inference(averaged=averaged) as module:
             yield module
@@ -246,48 +260,51 @@ class WatchedEngine:
 
     @contextmanager
     def places(self) -> Iterator[None]:
-        """Tells blocks and head apart while entered; the hooks that do so keep nothing alive."""
+        """While entered, hooks tell the recorder which block or head is at work. They keep no tensor alive."""
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 self._hook(stack, block, index)
             model = self.step_module.model
-            plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-            head = plain.get_output_embeddings()
+            if hasattr(model, "get_base_model"):  # peft's wrapper
+                model = model.get_base_model()
+            head = model.get_output_embeddings()
             if head is not None:
                 self._hook(stack, head, "head")
             yield
 
     def _hook(self, stack: ExitStack, module: nn.Module, place: int | str) -> None:
+        """Tell the recorder when `module` is at work, in the forward and in the backward pass."""
+
         def phase() -> str:
-            return self.recorder.moment.phase
+            return self.recorder.phase.name
 
         def enter(*_: Any) -> None:
             self.at(phase(), place)
 
-        def leave(_module: nn.Module, _given: Any, out: Any) -> None:
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             if phase() != "forward":  # a block that is recomputed stays at work
                 return
             self.at("forward", "after" if place == "head" else place)
-            first = next((t for t in _first(out) if t.requires_grad), None)
-            if first is not None:
-                first.register_hook(lambda _grad: self.at("backward", place))
+            for tensor in _tensors_in(output):
+                if tensor.requires_grad:
+                    # The gradient of its output comes when the module's backward pass begins.
+                    tensor.register_hook(lambda _grad: self.at("backward", place))
+                    break
 
-        for handle in (
-            module.register_forward_pre_hook(enter, prepend=True),
-            module.register_forward_hook(leave),
-        ):
-            stack.callback(handle.remove)
+        stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+        stack.callback(module.register_forward_hook(leave).remove)
 
 
-def _first(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, tuple | list):
-        for each in out:
-            yield from _first(each)
+def _tensors_in(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple | list):
+        for element in output:
+            yield from _tensors_in(element)
 
 
 def _squares(batch: dict[str, Any]) -> int:
+    """Sum of the squared lengths of a micro-batch's documents; of padded rows, of the rows."""
     bounds = batch.get("document_bounds")
     if bounds is None:
         rows, width = batch["input_ids"].shape

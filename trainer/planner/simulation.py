@@ -25,11 +25,11 @@ from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.objectives.registry import family_of, reading_of
 from trainer.optim.build import build_optimizer
-from trainer.planner.cost_model import Form, Size, form_of, sizes_for, take_sizes
-from trainer.planner.depth_extrapolation import ENDS, Extended, at_depth, near_an_end
-from trainer.planner.memory_tracker import Moment
-from trainer.planner.model_blocks import blocks_of, with_blocks
-from trainer.planner.simulate import ShapesOnly, Simulated, StepParts, simulate
+from trainer.planner.cost_model import CostModel, MicroBatchSize, fit_cost_model, simulate_sizes, sizes_for
+from trainer.planner.depth_extrapolation import END_BLOCKS, ExtrapolatedStep, near_an_end, step_at_depth
+from trainer.planner.memory_tracker import StepPhase
+from trainer.planner.model_blocks import block_pattern, truncated_model
+from trainer.planner.simulate import ShapesOnly, SimulatedStep, StepParts, simulate
 from trainer.step import Built
 
 
@@ -53,15 +53,17 @@ def simulate_run(
     world_size: int = 1,
     local_world_size: int = 8,
     device: torch.device = SIMULATED,
-    of: tuple[int, int | None] = (0, None),
-) -> Simulated:
-    """One step of rank `rank` as on a GPU (or on `device` "cpu"), each of its micro-batches of sequences of `lengths` tokens.
+    stands_for: tuple[int, int | None] = (0, None),
+) -> SimulatedStep:
+    """One step of rank `rank` as on a GPU (or on `device` "cpu"). Each micro-batch has sequences of `lengths` tokens.
 
-    `model.path` needs a config.json alone. `of`: how many blocks the model has that this one stands for, and after how many
-    their kinds repeat. Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
+    `model.path` needs a config.json alone. `stands_for`: (blocks of the deeper model that this one stands for, after how
+    many their kinds repeat). Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is
+    part of a job.
     """
     with simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime:
-        return simulate(_standing_for(parts_of(config, lengths, runtime), *of), runtime)
+        parts = step_parts(config, lengths, runtime)
+        return simulate(_with_full_size(parts, *stands_for), runtime)
 
 
 def simulate_depth(
@@ -73,22 +75,35 @@ def simulate_depth(
     local_world_size: int = 8,
     exact: bool = False,
     device: torch.device = SIMULATED,
-) -> Extended:
+) -> ExtrapolatedStep:
     """`simulate_run` of the whole model, from two models of few blocks; with `exact`, from the model itself.
 
     Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
     """
-    found = blocks_of(config.model)
-    blocks, period = found.number, found.period
-    ranks: dict[str, Any] = {"rank": rank, "world_size": world_size, "local_world_size": local_world_size}
+    pattern = block_pattern(config.model)
+    blocks = pattern.number
 
-    def take(depth: int) -> Simulated:
-        with _at_depth(config, depth, blocks) as shallow:
-            return simulate_run(shallow, lengths, device=device, of=(blocks, period), **ranks)
+    def simulate_model_of(depth: int) -> SimulatedStep:
+        with _truncated_run(config, depth, blocks) as truncated:
+            return simulate_run(
+                truncated,
+                lengths,
+                rank=rank,
+                world_size=world_size,
+                local_world_size=local_world_size,
+                device=device,
+                stands_for=(blocks, pattern.period),
+            )
 
-    exact = exact or period is None
-    ends = ENDS if exact else ends_of(config)
-    return at_depth(take, blocks, period or 1, ends=ends, joined=joined(config), exact=exact)
+    exact = exact or pattern.period is None
+    return step_at_depth(
+        simulate_model_of,
+        blocks,
+        pattern.period or 1,
+        ends=END_BLOCKS if exact else end_blocks_of(config),
+        ends_overlap=ends_may_overlap(config),
+        exact=exact,
+    )
 
 
 def simulate_form(
@@ -100,99 +115,129 @@ def simulate_form(
     local_world_size: int = 8,
     exact: bool = False,
     device: torch.device = SIMULATED,
-) -> Form:
+) -> CostModel:
     """A rank's step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
 
     `accumulation` micro-batches are simulated, as the rank that holds most. Errors: as `simulate_run`.
     """
-    known = blocks_of(config.model)
-    blocks, period = known.number, known.period
-    rank = world_size - 1 if _by_bucket(config) else 0  # whose part of the gradients comes first: all is live beside it
-    ends = ends_of(config) if period and not exact else ENDS
-    told: dict[str, Any] = {}
-    counts: dict[int, tuple[int, int]] = {}
+    pattern = block_pattern(config.model)
+    blocks = pattern.number
+    period = None if exact else pattern.period
+    # The last rank's part of the gradients is reduced first, when everything else is still live.
+    rank = world_size - 1 if _reduces_by_bucket(config) else 0
+    end_blocks = end_blocks_of(config) if period else END_BLOCKS
+    sequences = reading_of(config.objective).sequences_per_document
+    details: dict[str, Any] = {}  # of the model as it was built, at whatever depth
+    parameters_by_depth: dict[int, tuple[int, int]] = {}
 
-    def take(depth: int, expected: dict[Moment, int] | None) -> tuple[list[Simulated], list[Size], bool]:
+    def simulate_model_of(
+        depth: int, expected: dict[StepPhase, int] | None
+    ) -> tuple[list[SimulatedStep], list[MicroBatchSize], bool]:
         with (
             simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime,
-            _at_depth(config, depth, blocks) as shallow,
+            _truncated_run(config, depth, blocks) as truncated,
         ):
-            parts = _standing_for(parts_of(shallow, [length] * per(shallow), runtime), blocks, period)
+            parts = step_parts(truncated, [length] * sequences, runtime)
+            parts = _with_full_size(parts, blocks, pattern.period)
+            built = parts.built
+            details.update(notes=_notes_of(built), layout=str(built.layout), alone=right_alone(built, config.objective))
+            parameters_by_depth[depth] = _parameter_counts(built)
             straight = parts.precision is not Precision.fp32  # whose attention keeps its scores
-            rows, lengths = sizes_for(parts.built, vocabulary_of(shallow.model), length, straight=straight)
-            notes = parts.built.substitutions.items()  # kernels were asked of a machine that is not meant
-            told["notes"] = tuple(f"{key}: {value}" for key, value in notes if key != "model.attention")
-            told["layout"], told["alone"] = str(parts.built.layout), right_alone(parts.built, config.objective)
-            counts[depth] = _parameters(parts.built)
-            batches = [[_micro_batch(parts, each, accumulation * world_size)] * accumulation for each in lengths]
-            sizes = [Size(len(e) // per(shallow) if rows else sum(e), sum(n * n for n in e)) for e in lengths]
-            matters = partial(near_an_end, depth=depth, ends=ends)
-            return take_sizes(parts, batches, runtime, expected, matters), sizes, rows
+            rows, lengths_by_size = sizes_for(built, vocabulary_of(truncated.model), length, straight=straight)
+            batches = []
+            sizes = []
+            for lengths in lengths_by_size:
+                micro_batch = _micro_batch_of(parts, lengths, accumulation * world_size)
+                batches.append([micro_batch] * accumulation)
+                units = len(lengths) // sequences if rows else sum(lengths)
+                sizes.append(MicroBatchSize(units, squares=sum(tokens**2 for tokens in lengths)))
+            is_needed = partial(near_an_end, depth=depth, ends=end_blocks)
+            return simulate_sizes(parts, batches, runtime, expected, is_needed), sizes, rows
 
-    def per(of: RunConfig) -> int:
-        return reading_of(of.objective).sequences_per_document
-
-    found = form_of(
-        take,
+    cost_model = fit_cost_model(
+        simulate_model_of,
         blocks,
-        period=None if exact else period,
-        ends=ends,
-        joined=joined(config),
+        period=period,
+        ends=end_blocks,
+        joined=ends_may_overlap(config),
         accumulation=accumulation,
         local_world_size=local_world_size,
     )
-    (low, first), (high, second) = min(counts.items()), max(counts.items())
-    steps = (blocks - high) / max(1, high - low)
-    parameters, trained = (round(b + (b - a) * steps) for a, b in zip(first, second, strict=True))
+    parameters, trained = _extrapolated_counts(parameters_by_depth, blocks)
     return replace(
-        found,
+        cost_model,
         parameters=parameters,
         trained=trained,
         vocabulary=vocabulary_of(config.model),
-        **told,
+        **details,
     )
 
 
-def ends_of(config: RunConfig) -> int:
-    """Blocks at either end of a model that differ from those between: more where the first ones are of a kind of their own, and
-    under ZeRO-3, which keeps further ones gathered."""
-    blocks = blocks_of(config.model)
-    ends = ENDS + blocks.first
+def _notes_of(built: Built) -> tuple[str, ...]:
+    """What was chosen while the model was built, but for kernels: they were asked of a machine that is not meant."""
+    notes = built.substitutions.items()
+    return tuple(f"{key}: {note}" for key, note in notes if key != "model.attention")
+
+
+def _extrapolated_counts(parameters_by_depth: dict[int, tuple[int, int]], blocks: int) -> tuple[int, int]:
+    """(all, trained) parameters of the whole model, from those of one or two shallow ones."""
+    shallow_depth, (shallow_parameters, shallow_trained) = min(parameters_by_depth.items())
+    deep_depth, (deep_parameters, deep_trained) = max(parameters_by_depth.items())
+    further_periods = (blocks - deep_depth) / max(1, deep_depth - shallow_depth)
+    parameters = round(deep_parameters + (deep_parameters - shallow_parameters) * further_periods)
+    return parameters, round(deep_trained + (deep_trained - shallow_trained) * further_periods)
+
+
+def end_blocks_of(config: RunConfig) -> int:
+    """Blocks at either end of a model that differ from those between.
+
+    There are more of them if the first blocks are of a kind of their own, and under ZeRO-3, which keeps further ones
+    gathered.
+    """
+    pattern = block_pattern(config.model)
+    end_blocks = END_BLOCKS + pattern.first
     if not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 3:
-        return ends
-    with TemporaryDirectory() as place, simulated_rank(0, 1) as runtime:
-        few = replace(config, model=with_blocks(config.model, blocks.first + (blocks.period or 1), Path(place)))
-        units = parts_of(few, [1], runtime).built.step_module.shard_units()
-    smallest = min((sum(p.numel() for p in unit.parameters()) for unit in units), default=1)
-    return max(ends, MAX_LIVE_PARAMETERS // smallest + 1)
+        return end_blocks
+    with TemporaryDirectory() as directory, simulated_rank(0, 1) as runtime:
+        depth = pattern.first + (pattern.period or 1)
+        truncated = replace(config, model=truncated_model(config.model, depth, Path(directory)))
+        units = step_parts(truncated, [1], runtime).built.step_module.shard_units()
+    elements_per_block = [sum(parameter.numel() for parameter in unit.parameters()) for unit in units]
+    smallest = min(elements_per_block, default=1)
+    return max(end_blocks, MAX_LIVE_PARAMETERS // smallest + 1)
 
 
-def joined(config: RunConfig) -> bool:
-    """Whether the ends of a shallow model may have a block in common: not where buckets are filled by several blocks,
-    nor where the first ones are of a kind of their own."""
-    if blocks_of(config.model).first:
+def ends_may_overlap(config: RunConfig) -> bool:
+    """Whether the two ends of a shallow model may have a block in common.
+
+    They may not if several blocks fill a bucket together, nor if the first blocks are of a kind of their own.
+    """
+    if block_pattern(config.model).first:
         return False
     return not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 2
 
 
-def _by_bucket(config: RunConfig) -> bool:
+def _reduces_by_bucket(config: RunConfig) -> bool:
     return isinstance(config.strategy, ZeroConfig) and config.strategy.stage < 3
 
 
-def _standing_for(parts: StepParts, blocks: int, period: int | None) -> StepParts:
-    """`parts`, which know how much a model of `blocks` blocks trains if they are of fewer; its kinds repeat after `period`."""
-
-    def trained(modules: list[nn.Module]) -> int:
-        return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
-
+def _with_full_size(parts: StepParts, blocks: int, period: int | None) -> StepParts:
+    """`parts` with the trained elements of a model of `blocks` blocks, whose kinds repeat after `period`."""
     module = parts.built.step_module
     units = module.shard_units()
     if period is None or len(units) >= blocks:
         return parts
-    return replace(parts, whole=trained([module]) + trained(units[-period:]) * (blocks - len(units)) // period)
+    trained_in_period = sum(_trained_elements(unit) for unit in units[-period:])
+    further_blocks = blocks - len(units)
+    full_trained = _trained_elements(module) + trained_in_period * further_blocks // period
+    return replace(parts, full_trained_elements=full_trained)
 
 
-def _parameters(built: Built) -> tuple[int, int]:
+def _trained_elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _parameter_counts(built: Built) -> tuple[int, int]:
     """(all, trained)."""
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     return sum(element_counts(built.step_module).values()), trained
@@ -204,21 +249,22 @@ def vocabulary_of(config: ModelConfig) -> int:
 
 
 @contextmanager
-def _at_depth(config: RunConfig, depth: int, blocks: int) -> Iterator[RunConfig]:
+def _truncated_run(config: RunConfig, depth: int, blocks: int) -> Iterator[RunConfig]:
     """The run with a model of `depth` blocks of its `blocks`."""
     if depth == blocks:
         yield config
         return
-    with TemporaryDirectory() as place:
-        yield replace(config, model=with_blocks(config.model, depth, Path(place)))
+    with TemporaryDirectory() as directory:
+        yield replace(config, model=truncated_model(config.model, depth, Path(directory)))
 
 
-def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> StepParts:
+def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> StepParts:
     """The parts of a rank's step, each of its micro-batches of sequences of `lengths` tokens; the model on meta."""
     precision = config.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if runtime.kind == "cuda" else Precision.fp32
-    tokenizer, source = NoTokenizer(config.model), source or ShapesOnly()
+    tokenizer = NoTokenizer(config.model)
+    source = source or ShapesOnly()
     built = build_step(
         config.model,
         objective_config=config.objective,
@@ -231,7 +277,6 @@ def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source:
     )
     built.step_module.plan.ema_decay = config.optim.ema_decay
     attach_frozen(built, config.model, config.objective, config.tuning, source, tokenizer)  # type: ignore[arg-type]
-    accumulation = config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     names = [name for name, _ in named_parameters(built.step_module)]
     parts = StepParts(
         built=built,
@@ -242,13 +287,13 @@ def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source:
         batches=[],
         source=source,
     )
-    return replace(
-        parts, batches=[_micro_batch(parts, lengths, accumulation * runtime.world_size)] * max(1, accumulation)
-    )
+    accumulation = config.batch["global"] // (config.batch["micro"] * runtime.world_size)
+    micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.world_size)
+    return replace(parts, batches=[micro_batch] * max(1, accumulation))
 
 
-def _micro_batch(parts: StepParts, lengths: list[int], of: int) -> dict[str, Any]:
-    """One of `of` alike micro-batches of a step, of sequences of these lengths."""
+def _micro_batch_of(parts: StepParts, lengths: list[int], micro_batches: int) -> dict[str, Any]:
+    """One of `micro_batches` alike micro-batches of a step, of sequences of these lengths."""
     batch = micro_batch_of(parts.built, lengths)
-    batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * of)
+    batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * micro_batches)
     return batch

@@ -10,16 +10,16 @@ import math
 from dataclasses import dataclass
 
 from strategies.base import Precision
-from trainer.planner.cost_model import Form
+from trainer.planner.cost_model import CostModel
 from trainer.planner.hardware import Card
 
-PRODUCTS = 0.75
+PRODUCT_EFFICIENCY = 0.75
 """Share of the peak that products and attention reach."""
-MOVES = 0.85
+MEMORY_EFFICIENCY = 0.85
 """Share of its rate that memory reaches."""
-LINKS = 0.8
+LINK_EFFICIENCY = 0.8
 """Share of their rate that links reach with large messages."""
-CALL_S = 30e-6
+COLLECTIVE_LATENCY_S = 30e-6
 """Seconds that a collective takes before its first byte, within a node; once more for each doubling of nodes."""
 HOST_UPDATE_GB_S = 40.0
 """GB/s at which a host's cores go through optimizer state that lies there, all ranks of a node together. An assumption."""
@@ -28,7 +28,7 @@ _WHOLE_TRIPS = {"allreduce": 2.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepTime:
     """Seconds of one step of one rank."""
 
     products_s: float
@@ -38,69 +38,89 @@ class Step:
     exchange_s: float
     """Collectives, hidden behind arithmetic or not."""
     exposed_s: float
-    """Of these what nothing hides."""
+    """The part of `exchange_s` that no arithmetic hides."""
     update_s: float
     """The optimizer, and what crosses to the host and back."""
 
     @property
     def total_s(self) -> float:
-        """The whole step."""
+        """Seconds of the step."""
         return self.products_s + self.moves_s + self.exposed_s + self.update_s
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class MicroBatchLoad:
     """A rank's micro-batches, as they are on average."""
 
     units: float
-    """Of the form: tokens, or rows."""
+    """Tokens, or rows if `CostModel.rows`."""
     squares: float
-    """Sum of the squared lengths of the sequences of one."""
-    number: int
-    """Of them in a step."""
+    """Sum of the squared lengths of a micro-batch's sequences."""
+    micro_batches: int
+    """How many a rank takes in a step."""
 
 
-def step_of(form: Form, load: Load, card: Card, precision: Precision, *, ranks_per_node: int) -> Step:
+def step_time(
+    cost_model: CostModel, load: MicroBatchLoad, card: Card, precision: Precision, *, ranks_per_node: int
+) -> StepTime:
     """The seconds of a step on that card."""
-    flops, moved, crossed = form.work(load.units, load.squares)
-    products = load.number * flops / (card.tflops(precision) * 1e12 * PRODUCTS)
-    moves = load.number * moved / (card.memory_gb_s * 1e9 * MOVES)
-    inside, after = exchange_s(form, load.number, card)
-    busy = products + moves
-    first = inside / max(1, form.blocks * load.number)  # what comes before the first product, or after the last
-    exposed = max(inside - busy, 0.0) + min(first, busy) + after
-    update = form.updated / (card.memory_gb_s * 1e9 * MOVES)
-    update += load.number * crossed / (card.host_gb_s * 1e9 * LINKS)
-    if form.host > 2**20:
-        update += 3 * form.host * ranks_per_node / (HOST_UPDATE_GB_S * 1e9)  # read, and written, and gradients read
-    return Step(*(card.pace * seconds for seconds in (products, moves, inside + after, exposed, update)))
+    product_flops_per_s = card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY
+    memory_bytes_per_s = card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY
+    host_bytes_per_s = card.host_gb_s * 1e9 * LINK_EFFICIENCY
+    flops, moved, crossed = cost_model.work(load.units, load.squares)
+    products_s = load.micro_batches * flops / product_flops_per_s
+    moves_s = load.micro_batches * moved / memory_bytes_per_s
+    compute_s = products_s + moves_s
+    overlappable_s, update_exchange_s = exchange_s(cost_model, load.micro_batches, card)
+    # Nothing hides what comes before the first product of a micro-batch, or after the last.
+    unhidden_s = overlappable_s / max(1, cost_model.blocks * load.micro_batches)
+    exposed_s = max(overlappable_s - compute_s, 0.0) + min(unhidden_s, compute_s) + update_exchange_s
+    update_s = cost_model.update_bytes / memory_bytes_per_s
+    update_s += load.micro_batches * crossed / host_bytes_per_s
+    if cost_model.host_bytes > 2**20:
+        passes = 3  # states are read and written, gradients are read
+        update_s += passes * cost_model.host_bytes * ranks_per_node / (HOST_UPDATE_GB_S * 1e9)
+    return StepTime(
+        products_s=card.pace * products_s,
+        moves_s=card.pace * moves_s,
+        exchange_s=card.pace * (overlappable_s + update_exchange_s),
+        exposed_s=card.pace * exposed_s,
+        update_s=card.pace * update_s,
+    )
 
 
-def exchange_s(form: Form, micro_batches: int, card: Card) -> tuple[float, float]:
+def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[float, float]:
     """Seconds of collectives (in forward and backward passes, which arithmetic may hide; in the update)."""
-    inside = after = 0.0
-    for (name, ranks, hosts, _dtype, when), (calls, size) in form.exchanged.items():
+    overlappable_s = 0.0
+    update_exchange_s = 0.0
+    for (name, ranks, hosts, _dtype, when), (calls, size) in cost_model.exchanged.items():
         if ranks == 1:
             continue
-        seconds = calls * CALL_S * (1 + math.log2(hosts)) + _trips(name, ranks) * size / rate(card, ranks, hosts)
-        if when == "each" and form.accumulation > 1:
-            inside += seconds * (micro_batches - 1) / (form.accumulation - 1)
-        elif when == "update":
-            after += seconds
+        latency_s = calls * COLLECTIVE_LATENCY_S * (1 + math.log2(hosts))
+        seconds = latency_s + _ring_trips(name, ranks) * size / ring_bytes_per_s(card, ranks, hosts)
+        if when == "update":
+            update_exchange_s += seconds
+        elif when == "each" and cost_model.accumulation > 1:
+            # Simulated in all micro-batches but the last.
+            overlappable_s += seconds * (micro_batches - 1) / (cost_model.accumulation - 1)
         else:
-            inside += seconds
-    return inside, after
+            overlappable_s += seconds
+    return overlappable_s, update_exchange_s
 
 
-def rate(card: Card, ranks: int, hosts: int) -> float:
-    """Bytes a second at which a ring of so many ranks on so many hosts passes on what it carries."""
+def ring_bytes_per_s(card: Card, ranks: int, hosts: int) -> float:
+    """Bytes a second that a ring of `ranks` ranks on `hosts` hosts passes on: its slowest link."""
     if hosts == 1:
-        return card.link_gb_s * 1e9 * LINKS
+        return card.link_gb_s * 1e9 * LINK_EFFICIENCY
     share = min(1.0, ranks / hosts / card.gpus_per_node)
     inside = card.link_gb_s if ranks > hosts else math.inf
-    return min(inside, card.node_gb_s * share) * 1e9 * LINKS
+    return min(inside, card.node_gb_s * share) * 1e9 * LINK_EFFICIENCY
 
 
-def _trips(name: str, ranks: int) -> float:
-    around = (ranks - 1) / ranks
-    return next((trips for known, trips in _WHOLE_TRIPS.items() if known in name), 1.0) * around
+def _ring_trips(operation_name: str, ranks: int) -> float:
+    """How often the bytes of a collective go around a ring of so many ranks."""
+    whole_trips = 1.0
+    for collective, trips in _WHOLE_TRIPS.items():
+        if collective in operation_name:
+            whole_trips = trips
+    return whole_trips * ((ranks - 1) / ranks)

@@ -17,10 +17,11 @@ from strategies.compat.fake_collectives import CollectiveOp, FakeWork, Work, col
 from strategies.compat.python import calling_frame
 from trainer.model import flex_shapes
 from trainer.planner import op_cache
-from trainer.planner.memory_tracker import LiveBytes, Moment, device_of
+from trainer.planner.memory_tracker import LiveBytes, StepPhase, device_of
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-_FILES, _OWN = ("strategies", "trainer"), ("strategies/simulation.py", "trainer/planner/")
+_PROJECT_FOLDERS = ("strategies", "trainer")
+_SIMULATION_CODE = ("strategies/simulation.py", "trainer/planner/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,11 @@ class Collective:
 
     name: str
     ranks: tuple[int, ...]
-    """The group."""
+    """Ranks of the process group."""
     dtype: str
     bytes: int
-    """Of the largest tensor that it is given: the whole that is gathered or reduced."""
-    moment: Moment
+    """Bytes of its largest tensor: all that is gathered or reduced."""
+    phase: StepPhase
     on_device: bool
     """Whether all its tensors lie on the rank's device."""
 
@@ -44,7 +45,7 @@ class Record:
 
     collectives: list[Collective] = field(default_factory=list)
     host_reads: Counter[str] = field(default_factory=Counter)
-    """Where the host waited for a value of the device, and how often."""
+    """How often the host waited for a value of the device, by line of the code."""
     to_host: int = 0
     """Bytes copied from the device to the host."""
     to_device: int = 0
@@ -56,65 +57,82 @@ class Record:
 
 
 class Recorder(LiveBytes):
-    """`LiveBytes` that also records; `squares` is the sum of the squared lengths of the documents at work."""
+    """`LiveBytes` that also records collectives, host reads and arithmetic.
+
+    `squared_lengths` is the sum of the squared lengths of the documents in the current micro-batch."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.record = Record()
-        self.squares = 0
+        self.squared_lengths = 0
 
-    def begin(self) -> None:
-        super().begin()
+    def begin_step(self) -> None:
+        super().begin_step()
         self.record = Record()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        known = _known(func)
-        if known.exchanges:
-            self._collective(func, args)
-        if known.reads:
+        traits = _operation_traits(func)
+        if traits.exchanges:
+            self._record_collective(func, args)
+        if traits.reads_on_host:
             if device_of(args[0]) == self.device:
-                self.record.host_reads[_caller()] += 1
-            if hasattr(args[0], "fake_device"):  # there is no value: one that lets a run go on
-                return False if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
-        if known.answers and op_cache.simulating():  # as the kernel for tensors without memory does, and sooner
+                self.record.host_reads[_calling_line()] += 1
+            if hasattr(args[0], "fake_device"):
+                return _harmless_value(args[0].dtype)
+        if traits.returns_input_and_work and op_cache.simulating():
+            # What the kernel for tensors without memory answers, and sooner.
             return args[0], Work.boxed(FakeWork())
-        asked = op_cache.asked(func, args, kwargs)
-        given = op_cache.given(asked) if asked is not None else None
-        if asked is not None and given is not None:
-            out, flops, moved = op_cache.again(given, asked), given.flops, given.moved
-        else:
-            out = func(*args, **kwargs)
-            flops = self._flops(func, args, kwargs, out) if known.counted else 0.0
-            moved = 0 if flops or known.free else self._size(args) + self._size(out)
-            if asked is not None:
-                op_cache.remember(asked, out, flops, moved)
-        if known.copies:
-            self._move(func, args, out)
+        output, flops, moved = self._cached_or_run(func, args, kwargs, traits)
+        if traits.copies:
+            self._record_host_copy(func, args, output)
         self.record.flops += flops
-        self.record.moved[self.moment.phase] += moved
-        return out
+        self.record.moved[self.phase.name] += moved
+        return output
 
-    def _size(self, value: Any) -> int:
-        """Bytes on the device of a tensor, or of tensors in lists."""
+    def _cached_or_run(self, func: Any, args: Any, kwargs: Any, traits: _OperationTraits) -> tuple[Any, float, int]:
+        """(output, floating-point operations, bytes moved) of an operation, from the cache if it is there."""
+        operation = op_cache.cacheable_operation(func, args, kwargs)
+        if operation is not None:
+            cached = op_cache.cached_result(operation)
+            if cached is not None:
+                return op_cache.rebuild(cached, operation), cached.flops, cached.moved_bytes
+        output = func(*args, **kwargs)
+        flops = 0.0
+        if traits.has_flops:
+            flops = self._flops(func, args, kwargs, output)
+        moved = 0
+        if not flops and not traits.uncounted:
+            moved = self._device_bytes(args) + self._device_bytes(output)
+        if operation is not None:
+            op_cache.store(operation, output, flops, moved)
+        return output, flops, moved
+
+    def _device_bytes(self, value: Any) -> int:
+        """Bytes on the device of a tensor, or of all tensors in a list."""
         if isinstance(value, Tensor):
-            return value.numel() * value.element_size() if device_of(value) == self.device else 0
-        return sum(map(self._size, value)) if isinstance(value, tuple | list) else 0
+            if device_of(value) != self.device:
+                return 0
+            return value.numel() * value.element_size()
+        if isinstance(value, tuple | list):
+            return sum(map(self._device_bytes, value))
+        return 0
 
-    def _collective(self, func: Any, args: Any) -> None:
-        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    def _record_collective(self, func: Any, args: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
         group = CollectiveOp.get_process_group(func, args)
         self.record.collectives.append(
             Collective(
-                func.__name__.partition(".")[0].strip("_"),
-                tuple(torch.distributed.get_process_group_ranks(group)),
-                "/".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
-                max((t.numel() * t.element_size() for t in tensors), default=0),
-                self.moment,
-                all(device_of(t) == self.device for t in tensors),
+                name=func.__name__.partition(".")[0].strip("_"),
+                ranks=tuple(torch.distributed.get_process_group_ranks(group)),
+                dtype="/".join(dtypes),
+                bytes=max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0),
+                phase=self.phase,
+                on_device=all(device_of(tensor) == self.device for tensor in tensors),
             )
         )
 
-    def _move(self, func: Any, args: Any, out: Tensor) -> None:
+    def _record_host_copy(self, func: Any, args: Any, out: Tensor) -> None:
         source = args[1] if func is torch.ops.aten.copy_.default else args[0]
         if not isinstance(source, Tensor) or device_of(source) == device_of(out):
             return
@@ -125,84 +143,96 @@ class Recorder(LiveBytes):
             self.record.to_device += size
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
+        """Floating-point operations of a product or of attention."""
         packet = func.overloadpacket
-        name = _name(func)
+        name = _qualified_name(func)
         if name.startswith(_ATTENTION):
-            backward = "backward" in name
-            query = args[1] if backward else args[0]
-            windows = self.squares / 2  # causal: half of each square
-            return (10 if backward else 4) * windows * query.shape[1] * query.shape[-1]
+            # Scores and their product with the values: 2 products of 2 operations each; the backward pass has 5.
+            if "backward" in name:
+                query, per_pair = args[1], 10
+            else:
+                query, per_pair = args[0], 4
+            causal_pairs = self.squared_lengths / 2
+            return per_pair * causal_pairs * query.shape[1] * query.shape[-1]
         if packet is torch.ops.aten.addmm_:
-            return 2.0 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+            left, right = args[1:3]
+            return 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
         if packet is GROUPED_PRODUCT:  # rows by groups, each with a matrix of its own, or columns by groups
             left, right = args[:2]
-            each = left.shape[0] if left.dim() == right.dim() == 3 else 1
-            return 2.0 * each * left.shape[-2] * left.shape[-1] * right.shape[-1]
+            matrices = left.shape[0] if left.dim() == right.dim() == 3 else 1
+            return 2.0 * matrices * left.shape[-2] * left.shape[-1] * right.shape[-1]
         if packet in flop_registry:
             count = float(flop_registry[packet](*args, **kwargs, out_val=out))
             return count / 2 if _is_causal(func, args, kwargs) else count
         return 0.0
 
 
-_FREE = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "detach", "alias", "_unsafe_view"})
-"""Operations that touch no value, beside views."""
+_UNCOUNTED = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "detach", "alias", "_unsafe_view"})
+"""Operations beside views that read and write no values."""
 _ATTENTION = ("torch_attn::_varlen_attn", flex_shapes.FORWARD)
 _PRODUCTS = (torch.ops.aten.addmm_, GROUPED_PRODUCT)
 _COPIES = (CAST.default, torch.ops.aten.copy_.default)
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """What is known of an operation, whatever it is given."""
+class _OperationTraits:
+    """What is known of an operation, whatever its operands are."""
 
     exchanges: bool
-    answers: bool
-    """Whether it is an exchange that gives the first of its operands, in which something was written, and a handle."""
-    reads: bool
+    returns_input_and_work: bool
+    """Whether it is a collective that returns its first operand, in which it wrote, and a `Work` to wait for."""
+    reads_on_host: bool
     copies: bool
-    counted: bool
+    has_flops: bool
     """Whether it may be a product or attention."""
-    free: bool
+    uncounted: bool
 
 
 @cache
-def _known(func: Any) -> _Known:
+def _operation_traits(func: Any) -> _OperationTraits:
     packet = func.overloadpacket
-    return _Known(
+    return _OperationTraits(
         exchanges=func in collective_ops and func not in sync_ops,
-        answers=func in CollectiveOp.WK_ARG_1 and func.namespace == "c10d",
-        reads=func is READ_ON_HOST.default,
+        returns_input_and_work=func in CollectiveOp.WK_ARG_1 and func.namespace == "c10d",
+        reads_on_host=func is READ_ON_HOST.default,
         copies=func in _COPIES,
-        counted=_name(func).startswith(_ATTENTION) or packet in _PRODUCTS or packet in flop_registry,
-        free=_free(func),
+        has_flops=_qualified_name(func).startswith(_ATTENTION) or packet in _PRODUCTS or packet in flop_registry,
+        uncounted=_is_uncounted(func),
     )
 
 
-def _name(func: Any) -> str:
+def _qualified_name(func: Any) -> str:
     """An operation's name with its namespace, without its overload: `aten::empty`."""
     return str(func.name()).partition(".")[0]
 
 
-def _free(func: Any) -> bool:
+def _is_uncounted(func: Any) -> bool:
     """Whether an operation reads and writes nothing on the device, or is counted as a collective."""
-    name = _name(func).partition("::")
-    return func.is_view or func in collective_ops or name[0] == "prim" or name[2] in _FREE
+    namespace, _, name = _qualified_name(func).partition("::")
+    return func.is_view or func in collective_ops or namespace == "prim" or name in _UNCOUNTED
+
+
+def _harmless_value(dtype: torch.dtype) -> bool | float | int:
+    """What the host reads from a tensor without values: something that lets the run go on."""
+    if dtype is torch.bool:
+        return False
+    return 0.0 if dtype.is_floating_point else 0
 
 
 def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:
     names = [argument.name for argument in operation_schema(func).arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return bool(given.get("is_causal", False))
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    return bool(arguments.get("is_causal", False))
 
 
-def _caller() -> str:
-    """The line of the project that is at work."""
+def _calling_line() -> str:
+    """The innermost line of the project's own code that is running, as `file:line`; the simulation's own does not count."""
     frame = calling_frame(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _FILES:
+        if path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _PROJECT_FOLDERS:
             name = path.relative_to(_ROOT).as_posix()
-            if not name.startswith(_OWN):
+            if not name.startswith(_SIMULATION_CODE):
                 return f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"

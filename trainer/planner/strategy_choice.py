@@ -26,18 +26,18 @@ from trainer.config.sharding import problems as sharding_problems
 from trainer.config.validate import candidates
 from trainer.data.prepare import Prepared
 from trainer.objectives.registry import reading_of
-from trainer.planner.cost_model import Form
-from trainer.planner.fit_check import PATIENCE, answered_apart, one_step
+from trainer.planner.cost_model import CostModel
+from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config
 from trainer.planner.hardware import GIB, Card, card_named
-from trainer.planner.lengths import Lengths, drawn
-from trainer.planner.micro_batch import needed_gib, simulated_form
-from trainer.planner.oom_probe import STEPS, Trial, TrialInputs, memory_gib, runs_out
-from trainer.planner.plan import Choice, PlannedRun, Way, choices, micro_batches
+from trainer.planner.lengths import DocumentLengths, sampled_lengths
+from trainer.planner.micro_batch import needed_gib, recomputation_modes, simulated_form
+from trainer.planner.oom_probe import PROBE_STEPS, TrialDescription, TrialInputs, memory_gib, runs_out_of_memory
+from trainer.planner.plan import Choice, PlannedRun, RunVariant, micro_batches, rank_choices
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 
-LEAST_FIRST = ("single", "ddp", "zero1", "zero2", "hsdp", "fsdp2", "zero3")
+LEAST_SHARDED_FIRST = ("single", "ddp", "zero1", "zero2", "hsdp", "fsdp2", "zero3")
 """From what shards nothing to what shards most."""
-AT_ONCE = 4
+PARALLEL_SIMULATIONS = 4
 """Most processes that simulate side by side; each takes about 1 GiB of the host."""
 
 
@@ -45,8 +45,8 @@ AT_ONCE = 4
 class Devices:
     """What the ranks of a run have."""
 
-    world: int
-    local: int
+    ranks: int
+    ranks_per_host: int
     """Ranks of a host."""
     kind: str
     memory_gib: float
@@ -69,31 +69,35 @@ class Proposal:
 
 
 def settle_strategy(
-    config: RunConfig, given: TrialInputs, say: Callable[[str], None], freeze: Callable[[RunConfig], None]
+    config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], freeze: Callable[[RunConfig], None]
 ) -> RunConfig:
     """The run with its strategy: that of the configuration, or the one that is chosen here and handed to `freeze`.
 
-    All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every rank where
-    none holds; OutOfMemory where some ranks alone run out, after which a new start may take the next.
+    All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every rank if
+    no strategy fits; OutOfMemory if some ranks alone run out, after which a new start may take the next.
     """
-    runtime = given.runtime
+    runtime = inputs.runtime
     batch = _batch_for_ranks(config, runtime.world_size)
-    strategy, earlier, batch = broadcast_object((config.strategy, config.resolution(STRATEGY), batch), runtime)
-    config = replace(_with(config, strategy, earlier), batch=batch)
+    earlier = config.resolution(STRATEGY)
+    strategy, earlier, batch = broadcast_object((config.strategy, earlier, batch), runtime)
+    config = replace(_with_strategy(config, strategy, earlier), batch=batch)
     if not isinstance(strategy, AutoConfig):
         was_open = earlier is not None and (earlier.asked, earlier.chosen) == (AUTO, strategy.name)
-        if not (was_open and list(sharding_problems(config, runtime.world_size))):
+        if not was_open or not list(sharding_problems(config, runtime.world_size)):
             return config
-        config = _with(config, AutoConfig(**common_settings(strategy)), None)  # it is not for so many ranks
+        # An earlier start chose it for another number of ranks: choose again.
+        config = _with_strategy(config, AutoConfig(**common_settings(strategy)), None)
     devices = devices_of(runtime)
-    tried = [] if earlier is None else list(earlier.tried)
-    order: Iterator[Proposal] = iter(())
+    failed_trials = [] if earlier is None else list(earlier.tried)
+    proposals_in_order: Iterator[Proposal] = iter(())
     if runtime.is_main:
-        say("choosing the strategy (strategy=auto)" + (": simulating steps" if devices.world > 1 else ""))
-        order = proposals(config, given.data, given.precision, devices, PATIENCE * runtime.timeout_s)
+        simulating = ": simulating steps" if devices.ranks > 1 else ""
+        announce(f"choosing the strategy (strategy=auto){simulating}")
+        timeout_s = TIMEOUT_SHARE * runtime.timeout_s
+        proposals_in_order = proposals(config, inputs.data, inputs.precision, devices, timeout_s)
     while True:
-        ran_out = [trial.choice for trial in tried]
-        proposal = next((proposal for proposal in order if proposal.name not in ran_out), None)
+        ran_out = [trial.choice for trial in failed_trials]
+        proposal = next((proposal for proposal in proposals_in_order if proposal.name not in ran_out), None)
         proposal = broadcast_object(proposal, runtime)
         if proposal is None:
             raise DoesNotFit(
@@ -101,33 +105,42 @@ def settle_strategy(
                 "lower batch.micro or data.max_length, recompute (strategy.activation_checkpointing=full), take more GPUs "
                 "or tuning=lora; `shardtune plan` compares them"
             )
-        if devices.world == 1 or not _runs_out(config, proposal, given):
+        if devices.ranks == 1 or not _proposal_runs_out(config, proposal, inputs):
             break
-        say(f"strategy={proposal.name} runs out of memory; trying the next")
-        tried.append(OutOfMemoryTrial(proposal.name))
-    trials = "" if devices.world == 1 else f"; {STEPS} steps of the longest documents held"
-    resolution = Resolution(STRATEGY, AUTO, proposal.name, f"{proposal.why}{trials}", tuple(tried))
-    settled = _with(config, proposal.strategy, resolution)
-    freeze(settled)
-    return settled
+        announce(f"strategy={proposal.name} runs out of memory; trying the next")
+        failed_trials.append(OutOfMemoryTrial(proposal.name))
+    reason = proposal.why
+    if devices.ranks > 1:
+        reason += f"; {PROBE_STEPS} steps of the longest documents held"
+    resolution = Resolution(STRATEGY, AUTO, proposal.name, reason, tuple(failed_trials))
+    settled_config = _with_strategy(config, proposal.strategy, resolution)
+    freeze(settled_config)
+    return settled_config
 
 
-def would_choose_strategy(config: RunConfig, data: Prepared) -> RunConfig:
+def preview_strategy(config: RunConfig, prepared: Prepared) -> RunConfig:
     """The run with the strategy that it would try first on devices like those of this host; for a run without ranks yet."""
     if not isinstance(config.strategy, AutoConfig):
         return config
-    kind, local = str(config.run.device), config.launcher.per_node
-    world = local * config.launcher.nodes
-    if kind == "cuda" and not torch.cuda.is_available() and world > 1:
-        legal = {str(each.name): each for each in candidates(config, world)[0]}
-        stands = legal.get("fsdp2") or next(iter(legal.values()))
-        note = f"{AUTO} -> the fastest that fits, on the host with the GPUs; the figures here are for {stands.name}"
-        return _with(config, stands, note)
-    runtime = Runtime(0, world, 0, local, torch.device("cuda" if kind == "cuda" else "cpu"), None)
-    devices = Devices(world, local, kind, memory_gib(runtime), _card(gpu_name(runtime)))
-    first = next(proposals(config, data, config.precision, devices, PATIENCE * config.run.timeout_s))
-    trials = "" if world == 1 else f"; {STEPS} steps of the longest documents will be tried"
-    return _with(config, first.strategy, Resolution(STRATEGY, AUTO, first.name, f"{first.why}{trials}"))
+    device_kind = str(config.run.device)
+    ranks_per_host = config.launcher.per_node
+    ranks = ranks_per_host * config.launcher.nodes
+    if device_kind == "cuda" and not torch.cuda.is_available() and ranks > 1:
+        legal = {str(strategy.name): strategy for strategy in candidates(config, ranks)[0]}
+        placeholder = legal.get("fsdp2") or next(iter(legal.values()))
+        note = (
+            f"{AUTO} -> the fastest that fits, on the host with the GPUs; the figures here are for {placeholder.name}"
+        )
+        return _with_strategy(config, placeholder, note)
+    device = torch.device("cuda" if device_kind == "cuda" else "cpu")
+    runtime = Runtime(0, ranks, 0, ranks_per_host, device, None)
+    devices = Devices(ranks, ranks_per_host, device_kind, memory_gib(runtime), _card(gpu_name(runtime)))
+    timeout_s = TIMEOUT_SHARE * config.run.timeout_s
+    first = next(proposals(config, prepared, config.precision, devices, timeout_s))
+    reason = first.why
+    if ranks > 1:
+        reason += f"; {PROBE_STEPS} steps of the longest documents will be tried"
+    return _with_strategy(config, first.strategy, Resolution(STRATEGY, AUTO, first.name, reason))
 
 
 def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
@@ -142,9 +155,12 @@ def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
     return batch if is_divisor else {**batch, "micro": AUTO}
 
 
-def _with(config: RunConfig, strategy: StrategyConfig, note: Resolution | str | None) -> RunConfig:
-    kept = {key: text for key, text in config.substitutions.items() if key != STRATEGY}
-    return replace(config, strategy=strategy, substitutions=kept | ({STRATEGY: note} if note else {}))
+def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: Resolution | str | None) -> RunConfig:
+    substitutions = dict(config.substitutions)
+    substitutions.pop(STRATEGY, None)
+    if note:
+        substitutions[STRATEGY] = note
+    return replace(config, strategy=strategy, substitutions=substitutions)
 
 
 def gpu_name(runtime: Runtime) -> str | None:
@@ -155,56 +171,62 @@ def gpu_name(runtime: Runtime) -> str | None:
 
 def devices_of(runtime: Runtime) -> Devices:
     """The devices of all ranks, as they are for the one with least memory. All ranks must call."""
-    found = gather_objects((memory_gib(runtime), gpu_name(runtime)), runtime)
-    (name, *others) = {name for _, name in found}
-    least = min(memory for memory, _ in found)
-    return Devices(runtime.world_size, runtime.local_world_size, runtime.kind, least, None if others else _card(name))
+    memory_and_names = gather_objects((memory_gib(runtime), gpu_name(runtime)), runtime)
+    names = {name for _, name in memory_and_names}
+    card = None
+    if len(names) == 1:  # nothing is known of a mix of cards
+        card = _card(names.pop())
+    least_gib = min(memory for memory, _ in memory_and_names)
+    return Devices(runtime.world_size, runtime.local_world_size, runtime.kind, least_gib, card)
 
 
 def _card(name: str | None) -> Card | None:
     return None if name is None else card_named(name)
 
 
-def _runs_out(config: RunConfig, found: Proposal, given: TrialInputs) -> bool:
-    """Whether two steps run out of memory on all ranks, of one document each where `batch.micro` is open too."""
+def _proposal_runs_out(config: RunConfig, proposal: Proposal, inputs: TrialInputs) -> bool:
+    """Whether two steps run out of memory on all ranks, of one document each if `batch.micro` is open too."""
     micro = 1 if config.batch["micro"] == AUTO else config.batch["micro"]
+    trial_config = replace(_with_strategy(config, proposal.strategy, None), batch={**config.batch, "micro": micro})
     remedy = "launcher.retry={out_of_memory: 3} would start with the next; or name a strategy that shards more"
-    trial = Trial(STRATEGY, f"strategy={found.name}", remedy)
+    trial = TrialDescription(STRATEGY, f"strategy={proposal.name}", remedy)
     try:
-        return runs_out(
-            replace(_with(config, found.strategy, None), batch={**config.batch, "micro": micro}), given, trial
-        )
+        return runs_out_of_memory(trial_config, inputs, trial)
     except DoesNotFit as error:
-        raise OutOfMemory(str(error), ran_out_with={STRATEGY: found.name}) from error
+        raise OutOfMemory(str(error), ran_out_with={STRATEGY: proposal.name}) from error
 
 
 def proposals(
-    config: RunConfig, data: Prepared, precision: Precision, devices: Devices, patience_s: float
+    config: RunConfig, prepared: Prepared, precision: Precision, devices: Devices, timeout_s: float
 ) -> Iterator[Proposal]:
-    """Strategies in the order in which they are to be tried; what comes later is simulated when it is asked for, if it can be."""
-    legal = {str(each.name): each for each in candidates(config, devices.world)[0]}
-    in_order = [legal[name] for name in LEAST_FIRST if name in legal]
-    if devices.world == 1 or len(in_order) == 1:
-        alone = "one rank has nothing to share" if devices.world == 1 else "the only one that can run this"
-        yield from (Proposal(each, alone) for each in in_order)
+    """Strategies in the order in which they are to be tried. Each is simulated, if it can be, only when it is asked for."""
+    legal = {str(strategy.name): strategy for strategy in candidates(config, devices.ranks)[0]}
+    in_order = [legal[name] for name in LEAST_SHARDED_FIRST if name in legal]
+    if devices.ranks == 1 or len(in_order) == 1:
+        reason = "one rank has nothing to share" if devices.ranks == 1 else "the only one that can run this"
+        yield from (Proposal(strategy, reason) for strategy in in_order)
         return
-    planner = Planner(config, data, precision, devices, patience_s)
-    yield from (planner.fastest if planner.rates_known else planner.least_sharded)(in_order)
+    planner = Planner(config, prepared, precision, devices, timeout_s)
+    if planner.rates_known:
+        yield from planner.fastest(in_order)
+    else:
+        yield from planner.least_sharded(in_order)
 
 
 class Planner:
     """Plans strategies on the devices of a run."""
 
     def __init__(
-        self, config: RunConfig, data: Prepared, precision: Precision, devices: Devices, patience_s: float
+        self, config: RunConfig, prepared: Prepared, precision: Precision, devices: Devices, timeout_s: float
     ) -> None:
-        self.config, self.devices, self.precision, self.patience_s = config, devices, precision, patience_s
-        per = reading_of(config.objective).sequences_per_document
-        self.lengths: Lengths = drawn(config, data.train, per).lengths(config.data, per)
-        asked = config.strategy.activation_checkpointing
-        auto = asked is ActivationCheckpointing.auto
-        # What may be recomputed as memory allows is, where nothing fits without.
-        self.modes = (ActivationCheckpointing.none, ActivationCheckpointing.full) if auto else (asked,)
+        self.config = config
+        self.devices = devices
+        self.precision = precision
+        self.timeout_s = timeout_s
+        sequences = reading_of(config.objective).sequences_per_document
+        samples = sampled_lengths(config, prepared.train, sequences)
+        self.lengths: DocumentLengths = samples.lengths(config.data, sequences)
+        self.modes = recomputation_modes(config.strategy.activation_checkpointing)
         self.micro: int | None = None if config.batch["micro"] == AUTO else config.batch["micro"]
 
     @property
@@ -214,70 +236,80 @@ class Planner:
         return card is not None and card.tflops(self.precision) > 0
 
     def least_sharded(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
-        """Those that fit, as they are ordered; then those that cannot be planned; then the one that needs least."""
-        memory, unplanned = self.devices.memory_gib, {}
-        tight: list[tuple[float, StrategyConfig]] = []
+        """Those that fit, in the order given; then those that cannot be planned; then the one that needs least."""
+        available_gib = self.devices.memory_gib
+        unplanned: dict[str, Proposal] = {}
+        too_large: list[tuple[float, StrategyConfig]] = []
         for mode in self.modes:
             for strategy in strategies:
-                form = self.form(strategy, mode)
-                if isinstance(form, str):
-                    unplanned[str(strategy.name)] = Proposal(strategy, f"not planned: {form}")
+                cost_model = self.simulate_cost_model(strategy, mode)
+                if isinstance(cost_model, str):
+                    unplanned[str(strategy.name)] = Proposal(strategy, f"not planned: {cost_model}")
                     continue
-                needed = needed_gib(form, self.micro or 1, self.lengths, memory)
-                if needed > memory:
-                    tight.append((needed, strategy))
+                needed = needed_gib(cost_model, self.micro or 1, self.lengths, available_gib)
+                if needed > available_gib:
+                    too_large.append((needed, strategy))
                     continue
-                rates = "this device's rates are not known"
-                yield Proposal(
-                    strategy, f"planned {needed:.2f} of {memory:.2f} GiB; {rates}: of what fits it shards least"
-                )
+                memory = f"planned {needed:.2f} of {available_gib:.2f} GiB"
+                yield Proposal(strategy, f"{memory}; this device's rates are not known: of what fits it shards least")
         yield from unplanned.values()
-        if tight:
-            needed, strategy = min(tight, key=lambda one: one[0])
-            yield Proposal(strategy, f"planned {needed:.2f} of {memory:.2f} GiB, the least of all")
+        if too_large:
+            needed, strategy = min(too_large, key=lambda needed_and_strategy: needed_and_strategy[0])
+            yield Proposal(strategy, f"planned {needed:.2f} of {available_gib:.2f} GiB, the least of all")
 
     def fastest(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
         """Those that fit, the fastest first; then those that cannot be planned; then the one that needs least."""
-        asked = [(strategy, mode) for strategy in strategies for mode in self.modes]
-        at_once = min(AT_ONCE, len(asked), len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(at_once) as pool:  # of threads that wait for processes
-            forms = list(pool.map(lambda one: self.form(*one), asked))
-        planned = [(s, self._best(s, m, f)) for (s, m), f in zip(asked, forms, strict=True) if not isinstance(f, str)]
-        fitting = sorted((one for one in planned if one[1].fits), key=lambda one: -one[1].tokens_per_s)
+        ways = [(strategy, mode) for strategy in strategies for mode in self.modes]
+        threads = min(PARALLEL_SIMULATIONS, len(ways), len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(threads) as pool:  # threads that wait for processes
+            cost_models = list(pool.map(self.simulate_cost_model, *zip(*ways, strict=True)))
+        fitting: list[tuple[StrategyConfig, Choice]] = []
+        too_large: list[tuple[StrategyConfig, Choice]] = []
+        unplanned: list[Proposal] = []
+        for (strategy, mode), cost_model in zip(ways, cost_models, strict=True):
+            if isinstance(cost_model, str):
+                unplanned.append(Proposal(strategy, f"not planned: {cost_model}"))
+                continue
+            choice = self._best_choice(strategy, mode, cost_model)
+            if choice.fits:
+                fitting.append((strategy, choice))
+            else:
+                too_large.append((strategy, choice))
         assert self.devices.card is not None
-        of = f"{self.devices.card.name}: the fastest of what fits and was not tried"
-        for strategy, choice in fitting:
-            yield Proposal(strategy, f"planned {_gib(choice)} GiB and {choice.tokens_per_s:,.0f} tokens/s on {of}")
-        for (strategy, _), form in zip(asked, forms, strict=True):
-            if isinstance(form, str):
-                yield Proposal(strategy, f"not planned: {form}")
-        if tight := [one for one in planned if not one[1].fits]:
-            strategy, choice = max(tight, key=lambda one: one[1].fit.margin)
+        for strategy, choice in sorted(fitting, key=lambda planned: -planned[1].tokens_per_s):
+            speed = f"{choice.tokens_per_s:,.0f} tokens/s on {self.devices.card.name}"
+            yield Proposal(
+                strategy, f"planned {_gib(choice)} GiB and {speed}: the fastest of what fits and was not tried"
+            )
+        yield from unplanned
+        if too_large:
+            strategy, choice = max(too_large, key=lambda planned: planned[1].fit.margin)
             yield Proposal(strategy, f"planned {_gib(choice)} GiB, the least of all")
 
-    def form(self, strategy: StrategyConfig, mode: ActivationCheckpointing) -> Form | str:
-        """The step under a strategy, simulated by a process of its own, or why it cannot be."""
+    def simulate_cost_model(self, strategy: StrategyConfig, mode: ActivationCheckpointing) -> CostModel | str:
+        """The cost model under a strategy, simulated in a process of its own, or why it cannot be."""
         devices = self.devices
         config = replace(self.config, strategy=strategy, batch={**self.config.batch, "micro": 1}, substitutions={})
-        step = replace(one_step(config, devices.world, auto=mode), precision=self.precision)
-        length = int(self.lengths.longest[0]) // self.lengths.per
-        asked = (step, length, (devices.world, devices.local), devices.kind)
-        found: Form | str = answered_apart(simulated_form, asked, self.patience_s)
-        return found
+        step = replace(single_step_config(config, devices.ranks, mode_if_auto=mode), precision=self.precision)
+        length = int(self.lengths.longest[0]) // self.lengths.sequences_per_unit
+        arguments = (step, length, (devices.ranks, devices.ranks_per_host), devices.kind)
+        cost_model: CostModel | str = call_in_process(simulated_form, arguments, self.timeout_s)
+        return cost_model
 
-    def _best(self, strategy: StrategyConfig, mode: ActivationCheckpointing, form: Form) -> Choice:
-        """The strategy with the micro-batch that is typed, or the fastest that fits."""
+    def _best_choice(self, strategy: StrategyConfig, mode: ActivationCheckpointing, cost_model: CostModel) -> Choice:
+        """The strategy with the micro-batch that is typed, or with the fastest that fits."""
         assert self.devices.card is not None
         job = PlannedRun(
             card=replace(self.devices.card, memory_gib=self.devices.memory_gib),
             precision=self.precision,
-            nodes=self.devices.world // self.devices.local,
-            per_node=self.devices.local,
+            nodes=self.devices.ranks // self.devices.ranks_per_host,
+            ranks_per_node=self.devices.ranks_per_host,
             global_batch=self.config.batch["global"],
             lengths=self.lengths,
         )
-        way = Way(replace(self.config, strategy=replace(strategy, activation_checkpointing=mode)), ())
-        return choices(way, form, job, [1] if form.alone else micro_batches(job, self.micro))[0]
+        variant = RunVariant(replace(self.config, strategy=replace(strategy, activation_checkpointing=mode)), ())
+        micros = [1] if cost_model.alone else micro_batches(job, self.micro)
+        return rank_choices(variant, cost_model, job, micros)[0]
 
 
 def _gib(choice: Choice) -> str:

@@ -1,4 +1,4 @@
-"""Simulates several ways to run in parallel processes, and sorts them."""
+"""Simulates the variants of a plan in parallel processes, and ranks them."""
 
 from __future__ import annotations
 
@@ -14,111 +14,125 @@ from dataclasses import dataclass, replace
 from strategies.errors import ConfigError
 from strategies.parent_death import die_with_parent
 from trainer.config.run import RunConfig
-from trainer.planner.cost_model import Form
-from trainer.planner.fit_check import simulable, unsimulated
-from trainer.planner.plan import Choice, PlanConfig, PlannedRun, Way, choices
+from trainer.planner.cost_model import CostModel
+from trainer.planner.fit_check import simulable, why_not_simulated
+from trainer.planner.plan import Choice, PlanConfig, PlannedRun, RunVariant, rank_choices
 
-Tell = Callable[[int, int, str], None]
-"""Told (done, all, the way that was done)."""
-KILLED = "its simulation was killed; the host may lack memory, set plan.workers=1"
+ProgressCallback = Callable[[int, int, str], None]
+"""Called with (variants done, all variants, the words of the one that is done)."""
+WORKER_KILLED = "its simulation was killed; the host may lack memory, set plan.workers=1"
 
 
 @dataclass(frozen=True, slots=True)
 class PlanAnswer:
-    """Every way with its best micro-batch, in order: those that fit, the fastest first; then those that do not."""
+    """Every variant with its best micro-batch, in order: those that fit, the fastest first; then those that do not."""
 
     job: PlannedRun
-    found: list[Choice]
-    """The best of each way."""
-    all: list[Choice]
-    """Of every way, every micro-batch."""
-    refused: list[tuple[Way, str]]
+    best_choices: list[Choice]
+    """The best choice of each variant."""
+    all_choices: list[Choice]
+    """Every micro-batch of every variant."""
+    refused: list[tuple[RunVariant, str]]
     """Ways that were ruled out or could not be simulated, and why."""
-    form: Form
-    """Of the first in order: what is known of the model."""
+    cost_model: CostModel
+    """That of the first in order, for what is known of the model."""
 
     @property
     def best(self) -> Choice | None:
         """The fastest that fits."""
-        return next((choice for choice in self.found if choice.fits), None)
+        return next((choice for choice in self.best_choices if choice.fits), None)
 
 
-def sweep(
-    found: list[Way],
-    refused: list[tuple[Way, str]],
+def plan_variants(
+    variants: list[RunVariant],
+    refused: list[tuple[RunVariant, str]],
     job: PlannedRun,
     micros: list[int],
     settings: PlanConfig,
-    tell: Tell,
+    on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """Simulate each of `found`, for all of these micro-batches. Raises ConfigError where none could be simulated.
+    """Simulate each of `variants`, for all of these micro-batches. Raises ConfigError if none could be simulated.
 
-    `refused`: ways that were ruled out before, and why.
+    `refused`: variants that were ruled out before, and why.
     """
-    forms = simulate_ways(found, job, 2 if job.global_batch // (job.world * micros[0]) > 1 else 1, settings, tell)
+    accumulates = job.global_batch // (job.ranks * micros[0]) > 1
+    cost_models = simulate_variants(variants, job, 2 if accumulates else 1, settings, on_progress)
     refused = list(refused)
-    made: dict[int, list[Choice]] = {}
-    simulated: dict[int, Form] = {}
-    for index, way in enumerate(found):
-        form = forms[index]
-        if isinstance(form, str):
-            refused.append((way, form))
+    planned: list[tuple[CostModel, list[Choice]]] = []
+    for variant, cost_model in zip(variants, cost_models, strict=True):
+        if isinstance(cost_model, str):
+            refused.append((variant, cost_model))
         else:
-            simulated[index] = form
-            made[index] = choices(way, form, job, micros, settings.theirs)
-    if not made:
-        alike = len({why for _, why in refused}) == 1
-        raise ConfigError([refused[0][1]] if alike else [f"{' '.join(way.words)}: {why}" for way, why in refused])
-    best = sorted(made, key=lambda index: _order(made[index][0]))
-    every = [choice for all_of in made.values() for choice in all_of]
-    return PlanAnswer(job, [made[index][0] for index in best], sorted(every, key=_order), refused, simulated[best[0]])
+            planned.append((cost_model, rank_choices(variant, cost_model, job, micros, settings.theirs)))
+    if not planned:
+        reasons = {reason for _, reason in refused}
+        if len(reasons) == 1:
+            raise ConfigError([*reasons])
+        raise ConfigError([f"{' '.join(variant.words)}: {reason}" for variant, reason in refused])
+    all_choices = [choice for _, choices in planned for choice in choices]
+    planned.sort(key=lambda model_and_choices: _rank_key(model_and_choices[1][0]))
+    return PlanAnswer(
+        job=job,
+        best_choices=[choices[0] for _, choices in planned],
+        all_choices=sorted(all_choices, key=_rank_key),
+        refused=refused,
+        cost_model=planned[0][0],
+    )
 
 
-def _order(choice: Choice) -> tuple[bool, float]:
-    return not choice.fits, -choice.tokens_per_s if choice.fits else -choice.fit.margin
+def _rank_key(choice: Choice) -> tuple[bool, float]:
+    """Those that fit first, the fastest first; then those that do not, the one that lacks least memory first."""
+    if choice.fits:
+        return False, -choice.tokens_per_s
+    return True, -choice.fit.margin
 
 
-def simulate_ways(
-    found: list[Way], job: PlannedRun, accumulation: int, settings: PlanConfig, tell: Tell
-) -> list[Form | str]:
-    """The form of each way, or why it cannot be simulated."""
+def simulate_variants(
+    variants: list[RunVariant], job: PlannedRun, accumulation: int, settings: PlanConfig, on_progress: ProgressCallback
+) -> list[CostModel | str]:
+    """The cost model of each variant, or why it cannot be simulated."""
     length = int(job.lengths.longest[0])
-    out: list[Form | str] = [""] * len(found)
+    cost_models: list[CostModel | str] = [""] * len(variants)
     workers = settings.workers or len(os.sched_getaffinity(0))
-    # Once, before there are processes that would each import all that and build each model.
+    # Import and build once here: otherwise each of the processes would do it.
     import trainer.planner.simulation  # noqa: F401
-    from trainer.planner.model_blocks import blocks_of
+    from trainer.planner.model_blocks import block_pattern
 
-    for way in found:
-        blocks_of(way.config.model)
-    gc.freeze()  # what is there is looked through by no child's collections, which are many
-    # Forked, so that what takes seconds to import is there; ZeRO first, which takes longest.
+    for variant in variants:
+        block_pattern(variant.config.model)
+    gc.freeze()  # the children collect garbage often, and need not look through what is there
+    # Forked, so that what takes seconds to import is there. ZeRO first: it takes longest.
     context = multiprocessing.get_context("fork")
-    num = min(workers, max(1, len(found)))
-    with ProcessPoolExecutor(num, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
-        order = sorted(range(len(found)), key=lambda i: -_cost(found[i]))
-        running: dict[Future[Form | str], int] = {
-            pool.submit(_simulate, found[i].config, length, accumulation, job, settings.exact): i for i in order
+    process_count = min(workers, max(1, len(variants)))
+    with ProcessPoolExecutor(
+        process_count, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+    ) as pool:
+        order = sorted(range(len(variants)), key=lambda i: -_expected_duration(variants[i]))
+        running: dict[Future[CostModel | str], int] = {
+            pool.submit(_simulate, variants[i].config, length, accumulation, job, settings.exact): i for i in order
         }
         try:
             for done, future in enumerate(as_completed(running), 1):
                 index = running[future]
                 try:
-                    out[index] = future.result()
+                    cost_models[index] = future.result()
                 except BrokenProcessPool:  # one of its processes was killed: none of the others answers any more
-                    out[index] = KILLED
-                tell(done, len(found), " ".join(found[index].words))
+                    cost_models[index] = WORKER_KILLED
+                on_progress(done, len(variants), " ".join(variants[index].words))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return out
+    return cost_models
 
 
-def _cost(way: Way) -> int:
-    return 2 if way.name == "zero3" else int(way.name.startswith("zero"))
+def _expected_duration(variant: RunVariant) -> int:
+    """How long its simulation takes, compared with others: an order of magnitude is enough to sort them."""
+    if variant.name == "zero3":
+        return 2
+    return 1 if variant.name.startswith("zero") else 0
 
 
-def _begin(parent: int) -> None:
+def _start_worker(parent: int) -> None:
     """In a new process: end with the parent. What libraries say while they are simulated concerns nobody."""
     import torch
 
@@ -130,25 +144,25 @@ def _begin(parent: int) -> None:
     os.dup2(nowhere, 2)
 
 
-def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun, exact: bool) -> Form | str:
+def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun, exact: bool) -> CostModel | str:
     from trainer.planner.simulation import simulate_form
 
-    # Left by ways before, and by what they imported: each simulation collects garbage, and need not look through it again.
+    # What earlier variants left, and what they imported, lives on. Frozen, it costs the next collections no time.
     gc.collect()
     gc.freeze()
-    # What gradients that wait whole would add is known without.
+    # What gradients that wait unreduced would add is computed from the result (`with_deferred_reduction`).
     config = replace(config, strategy=simulable(config.strategy), precision=job.precision)
-    per = job.lengths.per
+    sequences_per_unit = job.lengths.sequences_per_unit
     try:
         return simulate_form(
             config,
-            length // per,
+            length // sequences_per_unit,
             accumulation=accumulation,
-            world_size=job.world,
-            local_world_size=job.per_node,
+            world_size=job.ranks,
+            local_world_size=job.ranks_per_node,
             exact=exact,
         )
     except ConfigError as error:
         return error.problems[0]
     except Exception as error:  # noqa: BLE001 - whatever an architecture does that cannot be simulated is told, not raised
-        return unsimulated(error)
+        return why_not_simulated(error)

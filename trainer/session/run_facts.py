@@ -161,7 +161,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
 def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
     """Facts of the packed copy of a quantised base: its directory and bytes, the weights that each rank packed in this start,
     and why it is not kept, if it is not. None without quantisation. All ranks must call."""
-    cache = source.checkpoint.kept
+    cache = source.checkpoint.packed_cache
     if cache is None:
         return None
     by_rank = gather_objects((cache.packed, cache.reason), runtime)

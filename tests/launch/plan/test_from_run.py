@@ -28,7 +28,7 @@ def words(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def simulated_once():
     """What is simulated is the same, with a run to go by and without."""
-    simulate, known = sweep.simulate_ways, {}
+    simulate, known = sweep.simulate_variants, {}
 
     def ways(found, job, accumulation, settings, tell):
         key = pickle.dumps([[way.config for way in found], job, accumulation, settings])
@@ -37,7 +37,7 @@ def simulated_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "simulate_ways", ways)
+        patch.setattr(sweep, "simulate_variants", ways)
         yield
 
 

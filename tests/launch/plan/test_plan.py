@@ -28,10 +28,17 @@ from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
 from trainer.planner import plan as plan_module
 from trainer.planner import sweep
-from trainer.planner.lengths import Lengths
-from trainer.planner.plan import PlanConfig, PlannedRun, Way, choices, micro_batches, ways
+from trainer.planner.lengths import DocumentLengths
+from trainer.planner.plan import PlanConfig, PlannedRun, RunVariant, micro_batches, rank_choices, run_variants
 from trainer.planner.simulation import simulate_depth
-from trainer.planner.speed import CALL_S, LINKS, Load, exchange_s, rate, step_of
+from trainer.planner.speed import (
+    COLLECTIVE_LATENCY_S,
+    LINK_EFFICIENCY,
+    MicroBatchLoad,
+    exchange_s,
+    ring_bytes_per_s,
+    step_time,
+)
 from trainer.planner.sweep import PlanAnswer
 from trainer.reporting.gpu_peaks import PEAK_TFLOPS
 
@@ -211,7 +218,7 @@ def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ra
     card = read_plan(["hardware=a10g"]).card
     words = [f"model.path={model}", "budget.steps=1", "precision=bf16", *asked]
     config, _ = composed(words, card)
-    best = SimpleNamespace(words=["strategy=ddp", "batch.global=32", "batch.micro=2"], way=Way(config, ()))
+    best = SimpleNamespace(words=["strategy=ddp", "batch.global=32", "batch.micro=2"], variant=RunVariant(config, ()))
     said = "\n".join(command_of(words, best, job_of(config, card)))
     starts, *typed = pasted(said)
     assert (starts, *refused_by_train(starts, *typed)) == (verb, ranks, [])
@@ -263,11 +270,11 @@ def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
     asked = read_plan(["hardware=l4", "plan.workers=1"])
     card, settings = asked.card, asked.settings
     config, typed = composed([f"model.path={model}", "strategy.activation_checkpointing=none"], card)
-    found, _ = ways(config, settings, typed, 1)
+    found, _ = run_variants(config, settings, typed, 1)
     told = []
-    forms = sweep.simulate_ways(found, job(card), 1, settings, lambda *said: told.append(said))
+    forms = sweep.simulate_variants(found, job(card), 1, settings, lambda *said: told.append(said))
     by_name = dict(zip([way.name for way in found], forms, strict=True))
-    assert by_name["zero3"] == "done" and by_name["zero2"] == by_name["fsdp2"] == sweep.KILLED
+    assert by_name["zero3"] == "done" and by_name["zero2"] == by_name["fsdp2"] == sweep.WORKER_KILLED
     assert len(told) == len(found)
 
 
@@ -281,20 +288,20 @@ def test_what_cannot_be_simulated_is_said_and_not_raised(capsys, tmp_path, model
 
 
 def job(card, *, nodes=2, per_node=4, batch=32):
-    return PlannedRun(card, Precision.bf16, nodes, per_node, batch, Lengths.all_of(64, 1))
+    return PlannedRun(card, Precision.bf16, nodes, per_node, batch, DocumentLengths.uniform(64, 1))
 
 
 def test_ways_are_all_but_those_that_are_typed_or_ruled_out(model):
     card = read_plan(["hardware=l4"]).card
     config, typed = composed([f"model.path={model}", *GPUS, "tuning=lora"], card)
-    found, refused = ways(config, PlanConfig(), typed, 8)
+    found, refused = run_variants(config, PlanConfig(), typed, 8)
     assert {way.name for way in found} == {"ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"}
     assert len(found) == 18
     assert {way.name for way, _ in refused} == {"single"} and "runs in one process" in refused[0][1]
-    found, _ = ways(config, PlanConfig(offload=True), typed, 8)
+    found, _ = run_variants(config, PlanConfig(offload=True), typed, 8)
     assert {way.name for way in found if way.offload} == {"fsdp2", "hsdp", "zero1", "zero2", "zero3"}
     config, typed = composed([f"model.path={model}", "strategy=zero2", "strategy.activation_checkpointing=full"], card)
-    assert [way.name for way in ways(config, PlanConfig(), typed, 1)[0]] == ["zero2"]
+    assert [way.name for way in run_variants(config, PlanConfig(), typed, 1)[0]] == ["zero2"]
 
 
 @pytest.mark.parametrize(("name", "asked", "shards"), SHARDS)
@@ -304,17 +311,17 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
     class RowsAlone:
         rows = True
 
-        def at(self, units):
+        def peak_at(self, units):
             return None
 
     def heard(form, among):
         raise LookupError(among)
 
-    monkeypatch.setattr(plan_module, "waiting_bytes", heard)
+    monkeypatch.setattr(plan_module, "deferred_gradient_bytes", heard)
     strategy = Fsdp2Config(name=StrategyName(name), replicate=asked)
     card = read_plan(["hardware=l4"]).card
     with pytest.raises(LookupError) as found:
-        choices(Way(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
+        rank_choices(RunVariant(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
     assert found.value.args == (shards,)
 
 
@@ -330,7 +337,7 @@ def test_rows_say_all_that_is_stored_otherwise(model):
     card = read_plan(["hardware=l4"]).card
     config, typed = composed([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
     settings = PlanConfig(offload=True, quantisation=[Quantisation.none, Quantisation.nf4])
-    found, _ = ways(config, settings, typed, 1)
+    found, _ = run_variants(config, settings, typed, 1)
     labels = {(way.offload, str(way.config.model.quantisation)): stored(way) for way in found}
     assert labels == {
         (False, "none"): "",
@@ -366,7 +373,7 @@ def test_what_the_cost_of_a_run_lacks_is_said(model, words, card, said):
     config, _ = composed([f"model.path={model}", *GPUS, *words], a10g)
     hours = 0.0125 if "budget.steps=3" in words else None
     price = None if hours is None or card else 0.1
-    found = SimpleNamespace(way=Way(config, ()), hours=hours, price=price, tokens_per_s=1e4)
+    found = SimpleNamespace(variant=RunVariant(config, ()), hours=hours, price=price, tokens_per_s=1e4)
     told = " ".join(costs(found, job(a10g)))
     assert all(part in told for part in said), told
     assert told.count("price") == len(card) + ("give hardware.price_per_hour" in told)
@@ -374,15 +381,15 @@ def test_what_the_cost_of_a_run_lacks_is_said(model, words, card, said):
 
 def test_rates_of_groups_within_and_between_nodes():
     card = replace(read_plan(["hardware=h100_80g"]).card, link_gb_s=450.0, node_gb_s=400.0, gpus_per_node=8)
-    assert rate(card, 8, 1) == 450e9 * LINKS
-    assert rate(card, 32, 4) == 400e9 * LINKS  # a ring leaves a node by all its ports
-    assert rate(card, 4, 4) == 50e9 * LINKS  # one rank a node has one of them
+    assert ring_bytes_per_s(card, 8, 1) == 450e9 * LINK_EFFICIENCY
+    assert ring_bytes_per_s(card, 32, 4) == 400e9 * LINK_EFFICIENCY  # a ring leaves a node by all its ports
+    assert ring_bytes_per_s(card, 4, 4) == 50e9 * LINK_EFFICIENCY  # one rank a node has one of them
 
 
 class Form:
     """As much of a form as speeds ask for."""
 
-    blocks, accumulation, updated, host = 4, 2, 0.0, 0
+    blocks, accumulation, update_bytes, host_bytes = 4, 2, 0.0, 0
     exchanged = {  # noqa: RUF012 - never changed
         ("allgather_base", 8, 1, "bfloat16", "each"): (4, 8_000_000_000),
         ("allgather_base", 8, 1, "bfloat16", "last"): (4, 8_000_000_000),
@@ -398,12 +405,12 @@ class Form:
 
 def test_exchange_is_hidden_behind_arithmetic_where_there_is_enough():
     card = replace(read_plan(["hardware=h100_80g"]).card, link_gb_s=400.0)
-    one = 4 * CALL_S + 7 / 8 * 8e9 / (400e9 * LINKS)
+    one = 4 * COLLECTIVE_LATENCY_S + 7 / 8 * 8e9 / (400e9 * LINK_EFFICIENCY)
     inside, after = exchange_s(Form(0.0), 4, card)
-    assert inside == pytest.approx(4 * one) and after == pytest.approx(CALL_S, rel=1e-3)
-    slow = step_of(Form(1e15), Load(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
+    assert inside == pytest.approx(4 * one) and after == pytest.approx(COLLECTIVE_LATENCY_S, rel=1e-3)
+    slow = step_time(Form(1e15), MicroBatchLoad(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
     assert slow.exposed_s == pytest.approx(inside / 16 + after)
-    fast = step_of(Form(1e9), Load(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
+    fast = step_time(Form(1e9), MicroBatchLoad(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
     assert fast.exposed_s == pytest.approx(inside + after, rel=0.02)
     assert fast.total_s < slow.total_s
 

@@ -8,7 +8,7 @@ import pytest
 
 from launch.main import main
 from launch.sweep.search import evaluations, run_search
-from launch.sweep.space import Searched, read_space
+from launch.sweep.space import SearchedSetting, read_space
 from launch.sweep.sweeper import plan_search
 from launch.train import launch
 from strategies.errors import ConfigError
@@ -37,13 +37,13 @@ def judged(site, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("word", "meant"),
     [
-        ("optim.lr=interval(1e-5,1e-3)", {"low": 1e-5, "high": 1e-3, "log": False, "whole": False}),
+        ("optim.lr=interval(1e-5,1e-3)", {"low": 1e-5, "high": 1e-3, "log": False, "is_integer": False}),
         ("optim.lr=tag(log, interval(1e-5,1e-3))", {"low": 1e-5, "high": 1e-3, "log": True}),
-        ("tuning.rank=interval(2,8)", {"low": 2, "high": 8, "whole": True, "step": None}),
-        ("tuning.rank=tag(log,interval(2,64))", {"low": 2, "high": 64, "whole": True, "log": True}),
-        ("tuning.rank=range(1,10,4)", {"low": 1, "high": 9, "whole": True, "step": 4}),
+        ("tuning.rank=interval(2,8)", {"low": 2, "high": 8, "is_integer": True, "step": None}),
+        ("tuning.rank=tag(log,interval(2,64))", {"low": 2, "high": 64, "is_integer": True, "log": True}),
+        ("tuning.rank=range(1,10,4)", {"low": 1, "high": 9, "is_integer": True, "step": 4}),
         ("tuning.rank=range(1,9,4)", {"low": 1, "high": 5}),
-        ("optim.lr=range(0.1,0.5,0.1)", {"low": 0.1, "high": pytest.approx(0.4), "step": 0.1, "whole": False}),
+        ("optim.lr=range(0.1,0.5,0.1)", {"low": 0.1, "high": pytest.approx(0.4), "step": 0.1, "is_integer": False}),
         ("strategy=choice(ddp,fsdp2)", {"choices": ("ddp", "fsdp2")}),
         ("tuning.targets=[q_proj],[q_proj,v_proj]", {"choices": ("[q_proj]", "[q_proj,v_proj]")}),
         ("strategy=glob(fsdp*)", None),
@@ -62,10 +62,10 @@ def test_words_of_a_space(word, meant):
 
 def test_a_value_is_run_as_it_is_shown():
     """Six digits, and never outside of the ends because of them."""
-    lr = Searched("optim.lr", "", low=1.23456789e-5, high=1e-3)
+    lr = SearchedSetting("optim.lr", "", low=1.23456789e-5, high=1e-3)
     assert lr.word(0.000234567891) == "optim.lr=0.000234568"
     assert float(lr.word(1.0)[9:]) == 1e-3
-    assert Searched("tuning.rank", "", low=1, high=8, whole=True).word(4) == "tuning.rank=4"
+    assert SearchedSetting("tuning.rank", "", low=1, high=8, is_integer=True).word(4) == "tuning.rank=4"
 
 
 @pytest.mark.parametrize(
