@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -25,6 +26,8 @@ COLUMN_GAP = 2
 """Blanks between two columns of a table."""
 LEAST_WORDS = 16
 """Characters that a column of words keeps, however many columns of numbers stand beside it."""
+BREAKS = "/-_"
+"""Characters after which a word may be folded that is longer than its column: a path or a name of a run."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,13 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 
     from rich.table import Table
     from rich.text import Text
 
+    class FoldedText(Text):
+        """Text whose long words are folded after `BREAKS` where that is possible. Rich alone folds them anywhere."""
+
+        def wrap(self, console: Console, width: int, **options: Any) -> Any:
+            words = [break_word(word, width) for word in self.plain.split(" ")]
+            return Text(" ".join(words)).wrap(console, width, **options)
+
     grid = Table(box=None, pad_edge=False, padding=(0, COLUMN_GAP, 0, 0), show_header=any(c.title for c in columns))
     for column in columns:
         grid.add_column(
@@ -63,7 +73,7 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 
         )
     for number, row in enumerate(rows):
         # Rich gives the style back with each line that it draws. So we know below which line the notes of a row stand.
-        grid.add_row(*(Text(writable(cell)) for cell in row.cells), style=Style(meta={"row": number}))
+        grid.add_row(*(FoldedText(writable(cell)) for cell in row.cells), style=Style(meta={"row": number}))
     columns_of_text = max(width() - indent, _least_width(columns, rows))
     # With a height rich asks no terminal for its size.
     console = Console(file=io.StringIO(), width=columns_of_text, height=25, color_system=None)
@@ -78,6 +88,20 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 
 def _row_number(line: Sequence[Any]) -> int | None:
     """The row that a line of rich's segments belongs to; None for the titles."""
     return line[0].style.meta.get("row")
+
+
+def break_word(word: str, columns: int) -> str:
+    """A word with line breaks after some of its `BREAKS`, so that its pieces fit into `columns` as far as these allow."""
+    from rich.cells import cell_len
+
+    if cell_len(word) <= columns:
+        return word
+    lines = [""]
+    for piece in re.findall(rf"[^{BREAKS}]*[{BREAKS}]|[^{BREAKS}]+", word):
+        if lines[-1] and cell_len(lines[-1] + piece) > columns:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def _least_width(columns: Sequence[Column], rows: Sequence[TableRow]) -> int:

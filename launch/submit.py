@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    from launch.cluster.submission import Submitted, submit
+    from launch.cluster.submission import Submission, submit
     from launch.config.compose import compose, default_run_dir, is_finished
     from launch.runs.freeze import freeze
 
@@ -86,6 +86,6 @@ def main(argv: list[str]) -> int:
         else:
             submitted = submit(composed.config, [run_dir], print_only=words.print_only)
     if words.as_json:
-        [told] = submitted or [Submitted({}, [str(run_dir.absolute())], {}, None)]
+        [told] = submitted or [Submission({}, [str(run_dir.absolute())], {}, None)]
         give(asdict(told))
     return 0

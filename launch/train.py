@@ -157,12 +157,12 @@ def _dry_run(words: list[str], *, as_json: bool) -> int:
 
 def ended(run_dir: Path, code: int) -> dict[str, Any]:
     """How a run ended, for a script. Its metrics are in its files."""
-    from launch.runs.stop_command import stands
+    from launch.runs.stop_command import run_summary
 
     record = run_dir / "run.json"
     export = run_dir / "export"
     return {
-        **stands(run_dir, None),
+        **run_summary(run_dir, None),
         "exit_code": code,
         "record": str(record) if record.exists() else None,
         "export": str(export) if export.exists() else None,
@@ -229,10 +229,10 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     restarts = any(config.launcher.retry.values())
     if config.launcher.in_place and not isolate and not restarts:
         return _run_here(config, run_dir, composed.sha256)
-    from launch.cluster.supervisor import supervised
+    from launch.cluster.supervisor import run_supervised
     from launch.compare import run_report
 
-    code = supervised(config, run_dir, composed.sha256)
+    code = run_supervised(config, run_dir, composed.sha256)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
         run_report.at_end(config, run_dir)
     return code
@@ -313,11 +313,11 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 
 
 def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
-    from launch.cluster.supervisor import begin, found, outcome
+    from launch.cluster.supervisor import find_run_directory, settle_outcome, state_before_start
     from launch.compare import run_report
     from strategies.errors import NotOurs, Preempted
 
-    code, before = 0, begin(run_dir)
+    code, before = 0, state_before_start(run_dir)
     print("starting 1 process", file=sys.stderr, flush=True)  # before the libraries are loaded, which takes seconds
     try:
         _train(config, run_dir, sha256, 0)
@@ -326,11 +326,11 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     except NotOurs:
         raise
     except Exception:  # of which the command line says what it is
-        run_report.at_end(config, found(run_dir, before))
+        run_report.at_end(config, find_run_directory(run_dir, before))
         raise
-    code = outcome(run_dir, code, before)
+    code = settle_outcome(run_dir, code, before)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
-        run_report.at_end(config, found(run_dir, before))
+        run_report.at_end(config, find_run_directory(run_dir, before))
     return code
 
 

@@ -30,7 +30,7 @@ class Partition:
     """Some nodes that are alike, of a partition, in sinfo's words."""
 
     name: str
-    default: bool
+    is_default: bool
     limit_s: float
     nodes: int
     cpus: int
@@ -42,31 +42,49 @@ class Partition:
     """Whether it starts jobs."""
 
 
-def partitions() -> list[Partition]:
-    """What the cluster has; empty where `sinfo` cannot tell."""
-    # Exactly: else nodes that differ are one line, with the least that one of them has.
+def list_partitions() -> list[Partition]:
+    """What the cluster has; empty if `sinfo` cannot tell."""
+    # --exact: else nodes that differ become one line, with the least that any of them has.
     command = ["sinfo", "--noheader", "--all", "--exact", f"--format=%P|{FORMAT}"]
+    # The user's SINFO_PARTITION and the like would leave partitions out.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SINFO_")}
     try:
-        # The user's SINFO_PARTITION and the like would leave partitions out.
-        env = {name: value for name, value in os.environ.items() if not name.startswith("SINFO_")}
-        said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
+        answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    found = []
-    for line in said.splitlines():
+    partitions = []
+    for line in answer.stdout.splitlines():
         cells = line.split("|")
-        if len(cells) != 9:
-            continue
-        marked, name, limit, _, nodes, cpus, memory, gres, availability = cells
-        gpus = [(each["kind"], int(each["count"])) for each in GPUS.finditer(gres)]
-        kinds = frozenset(kind for kind, _ in gpus if kind)
-        most = {"nodes": nodes, "cpus": cpus, "memory_mb": memory}
-        numbers = {key: int(re.sub(r"\D.*", "", each) or 0) for key, each in most.items()}
-        count = sum(number for _, number in gpus)
-        is_default = marked.endswith("*")
-        is_up = availability.strip() == "up"
-        found.append(Partition(name, is_default, seconds(limit), gpus=count, kinds=kinds, is_up=is_up, **numbers))
-    return found
+        if len(cells) == FORMAT.count("%") + 1:
+            partitions.append(_partition(cells))
+    return partitions
+
+
+def _partition(cells: list[str]) -> Partition:
+    """One line of sinfo: the fields of `FORMAT` behind the name with its mark."""
+    name_and_mark, name, limit, _, nodes, cpus, memory, gres, availability = cells
+    gpus = 0
+    kinds = set()
+    for gpu in GPUS.finditer(gres):
+        gpus += int(gpu["count"])
+        if gpu["kind"]:
+            kinds.add(gpu["kind"])
+    return Partition(
+        name=name,
+        is_default=name_and_mark.endswith("*"),
+        limit_s=seconds(limit),
+        nodes=_leading_number(nodes),
+        cpus=_leading_number(cpus),
+        memory_mb=_leading_number(memory),
+        gpus=gpus,
+        kinds=frozenset(kinds),
+        is_up=availability.strip() == "up",
+    )
+
+
+def _leading_number(cell: str) -> int:
+    """The number that a cell begins with (`128+`: nodes have at least so many); 0 if it begins with none."""
+    return int(re.sub(r"\D.*", "", cell) or 0)
 
 
 def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
@@ -78,17 +96,26 @@ def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
             f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({clock(seconds(slurm.time))}) is no "
             "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
         )
-    there = partitions()
-    names = slurm.partition.split(",") if slurm.partition else [part.name for part in there if part.default]
-    mine = [part for part in there if part.name in names]
-    if mine and not (slurm.qos or slurm.reservation or slurm.extra):
-        if problems := _never(slurm, mine):
+    partitions = list_partitions()
+    if slurm.partition:
+        names = slurm.partition.split(",")
+    else:
+        names = [part.name for part in partitions if part.is_default]
+    candidates = [part for part in partitions if part.name in names]
+    # A QOS, a reservation or an option that is not read here may lift a partition's limits.
+    limits_hold = not (slurm.qos or slurm.reservation or slurm.extra)
+    if candidates and limits_hold:
+        if problems := _impossible(slurm, candidates):
             raise ConfigError(problems)
-    elif there and slurm.partition and not mine:
-        known = ", ".join(dict.fromkeys(part.name for part in there))
+    elif partitions and slurm.partition and not candidates:
+        known = ", ".join(dict.fromkeys(part.name for part in partitions))
         raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
-    price = _price(slurm, mine, len(run_dirs))
-    return [*ranks_lines(slurm), *_limits(slurm, mine), *_restarts(slurm, run_dirs), *price]
+    return [
+        *ranks_lines(slurm),
+        *_time_lines(slurm, candidates),
+        *_restart_lines(slurm, run_dirs),
+        *_price_lines(slurm, candidates, len(run_dirs)),
+    ]
 
 
 def as_submitted(slurm: SlurmConfig) -> SlurmConfig:
@@ -121,95 +148,117 @@ def ranks_lines(slurm: SlurmConfig) -> list[str]:
     return lines
 
 
-def _never(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
+def _impossible(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     """Why no node of these partitions could ever be given."""
-    where, problems = "/".join(dict.fromkeys(part.name for part in mine)), []
-    request = slurm.gpu_request
-    gpus = 0 if request is None else request.count
-    longest = max(part.limit_s for part in mine)
+    names = "/".join(dict.fromkeys(part.name for part in candidates))
+    problems = []
+    longest = max(part.limit_s for part in candidates)
     if seconds(slurm.time) > longest:
         problems.append(
-            f"launcher.time={slurm.time}: partition {where} gives {clock(longest)} at most: it would never start"
+            f"launcher.time={slurm.time}: partition {names} gives {clock(longest)} at most: it would never start"
         )
-    for key, asked, most in (
-        ("" if request is None else request.setting, gpus, max(part.gpus for part in mine)),
-        (f"launcher.cpus_per_task={slurm.cpus_per_task}", slurm.cpus_per_task or 0, max(part.cpus for part in mine)),
-    ):
-        if asked > most:
-            problems.append(f"{key}: the nodes of partition {where} have {most or 'none'}: it would never start")
-    memory, most = _mebibytes(slurm.mem), max(part.memory_mb for part in mine)
-    if memory > most:
+    request = slurm.gpu_request
+    gpus = 0 if request is None else request.count
+    most_gpus = max(part.gpus for part in candidates)
+    if request is not None and gpus > most_gpus:
         problems.append(
-            f"launcher.mem={slurm.mem}: the nodes of partition {where} have {most}M at most: it would never start"
+            f"{request.setting}: the nodes of partition {names} have {most_gpus or 'none'}: it would never start"
         )
-    fit = sum(
-        part.nodes
-        for part in mine
-        if part.gpus >= gpus and part.cpus >= (slurm.cpus_per_task or 0) and part.memory_mb >= memory
-    )
+    cpus = slurm.cpus_per_task or 0
+    most_cpus = max(part.cpus for part in candidates)
+    if cpus > most_cpus:
+        problems.append(
+            f"launcher.cpus_per_task={cpus}: the nodes of partition {names} have {most_cpus or 'none'}: "
+            "it would never start"
+        )
+    memory_mib = _mebibytes(slurm.mem)
+    most_mib = max(part.memory_mb for part in candidates)
+    if memory_mib > most_mib:
+        problems.append(
+            f"launcher.mem={slurm.mem}: the nodes of partition {names} have {most_mib}M at most: it would never start"
+        )
+    fit = 0
+    for part in candidates:
+        if part.gpus >= gpus and part.cpus >= cpus and part.memory_mb >= memory_mib:
+            fit += part.nodes
     if slurm.nodes > fit and not problems:
-        problems.append(f"launcher.nodes={slurm.nodes}: partition {where} has {fit} such nodes: it would never start")
+        problems.append(f"launcher.nodes={slurm.nodes}: partition {names} has {fit} such nodes: it would never start")
     return problems
 
 
-def _mebibytes(asked: str | None) -> float:
-    """SLURM's memory of a node, in MiB; 0 (which is all of a node's) where nothing is asked, or nothing that is read here."""
-    found = MEMORY.fullmatch((asked or "").strip())
-    return float(found["number"]) * 1024.0 ** "KMGT".index(found["unit"].upper() or "M") / 1024 if found else 0.0
+def _mebibytes(memory: str | None) -> float:
+    """`launcher.mem` (SLURM's memory of a node, `64G`) in MiB.
+
+    0, which is all of a node's for SLURM, if nothing is asked for, or in a form that is not read here.
+    """
+    size = MEMORY.fullmatch((memory or "").strip())
+    if size is None:
+        return 0.0
+    unit = size["unit"].upper() or "M"
+    return float(size["number"]) * 1024.0 ** "KMGT".index(unit) / 1024
 
 
-def _limits(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
-    limit = seconds(slurm.time)
-    then = "is requeued"
+def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
+    limit_s = seconds(slurm.time)
+    consequence = "is requeued"
     if "no-requeue" in options_of(slurm.extra):
-        then = "ends with 75, not requeued (launcher.extra: --no-requeue)"
-    said = [f"time    {clock(limit)} a start, {slurm.signal_lead_s} s before its end it saves and {then}"]
+        consequence = "ends with 75, not requeued (launcher.extra: --no-requeue)"
+    line = f"time    {clock(limit_s)} a start, {slurm.signal_lead_s} s before its end it saves and {consequence}"
     if not slurm.signal_lead_s:
-        said = [f"time    {clock(limit)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"]
-    if mine:
-        said[0] += f"; partition {mine[0].name} gives {clock(max(part.limit_s for part in mine))} at most"
-    if mine and not any(part.is_up for part in mine):
-        said.append(
-            f"note    partition {mine[0].name} is not up: no job starts there until it is; or set launcher.partition"
+        line = f"time    {clock(limit_s)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"
+    if candidates:
+        longest = max(part.limit_s for part in candidates)
+        line += f"; partition {candidates[0].name} gives {clock(longest)} at most"
+    lines = [line]
+    if candidates and not any(part.is_up for part in candidates):
+        lines.append(
+            f"note    partition {candidates[0].name} is not up: no job starts there until it is; or set launcher.partition"
         )
-    if slurm.signal_lead_s * 2 > limit:
-        said.append(
+    if slurm.signal_lead_s * 2 > limit_s:
+        lines.append(
             f"note    launcher.signal_lead_s={slurm.signal_lead_s} is most of launcher.time={slurm.time}; SLURM may send "
             "its signal a minute early"
         )
-    return said
+    return lines
 
 
-def _restarts(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
-    """How many starts the rest of a run takes, where an earlier start has measured its steps."""
+def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
+    """How many starts the rest of a run takes, if an earlier start has measured its steps."""
     from launch.runs import metrics_tail
     from trainer.reporting.run_record import readable_run_record
 
     if len(run_dirs) > 1:
         return []
-    newest = [row for row in metrics_tail.newest(run_dirs[0] / "metrics.jsonl") if "loss" in row]
-    total = readable_run_record(run_dirs[0]).total_steps
-    pace = metrics_tail.recent(newest, "step_s")
-    if not newest or not total or pace is None:
+    step_rows = [row for row in metrics_tail.last_rows(run_dirs[0] / "metrics.jsonl") if "loss" in row]
+    total_steps = readable_run_record(run_dirs[0]).total_steps
+    step_s = metrics_tail.recent_median(step_rows, "step_s")
+    if not step_rows or not total_steps or step_s is None:
         return ["starts  not known: no step of this run was measured yet (shardtune plan estimates one)"]
-    left = max(0, total - int(newest[-1]["step"])) * pace
-    each = max(1.0, seconds(slurm.time) - slurm.signal_lead_s)
-    again = max(0, math.ceil(left / each) - 1)
-    said = f"starts  {clock(left)} of steps are left at {pace:.3g} s a step: {again} restart{'s' * (again != 1)} at the limit"
+    remaining_s = max(0, total_steps - int(step_rows[-1]["step"])) * step_s
+    # A start trains until SLURM's signal tells it to save.
+    start_s = max(1.0, seconds(slurm.time) - slurm.signal_lead_s)
+    restarts = max(0, math.ceil(remaining_s / start_s) - 1)
+    plural = "" if restarts == 1 else "s"
+    line = f"starts  {clock(remaining_s)} of steps are left at {step_s:.3g} s a step: {restarts} restart{plural} at the limit"
     allowed = slurm.retry.get("preempted", 0)
-    return [said + (f", but launcher.retry allows {allowed}" if again > allowed else "")]
+    if restarts > allowed:
+        line += f", but launcher.retry allows {allowed}"
+    return [line]
 
 
-def _price(slurm: SlurmConfig, mine: list[Partition], runs: int) -> list[str]:
+def _price_lines(slurm: SlurmConfig, candidates: list[Partition], runs: int) -> list[str]:
     request = slurm.gpu_request
     if request is None:
         return []
-    gpus = request.count * slurm.nodes * runs
-    kinds = {kind for part in mine for kind in part.kinds} if request.kind is None else {request.kind}
+    kinds = {request.kind}
+    if request.kind is None:  # any card of the partitions may be given
+        kinds = {kind for part in candidates for kind in part.kinds}
     prices = {price_by_word(kind) for kind in kinds if kind}
     price = prices.pop() if len(prices) == 1 else None
-    hours = gpus * seconds(slurm.time) / 3600
+    gpu_hours = request.count * slurm.nodes * runs * seconds(slurm.time) / 3600
     if price is None:
-        which = ", ".join(sorted(filter(None, kinds))) or "these cards"
-        return [f"price   {hours:,.0f} GPU hours at most a start; what one costs is not known of {which}"]
-    return [f"price   ${hours * price:,.0f} at most a start: {hours:,.0f} GPU hours of ${price:.2f} (conf/hardware)"]
+        cards = ", ".join(sorted(filter(None, kinds))) or "these cards"
+        return [f"price   {gpu_hours:,.0f} GPU hours at most a start; what one costs is not known of {cards}"]
+    return [
+        f"price   ${gpu_hours * price:,.0f} at most a start: {gpu_hours:,.0f} GPU hours of ${price:.2f} (conf/hardware)"
+    ]

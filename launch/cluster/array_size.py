@@ -14,28 +14,29 @@ LIMIT = re.compile(r"^MaxArraySize\s*=\s*(\d+)", re.MULTILINE)
 
 
 def refuse_large_arrays(points: list[list[str]], *, repeats: int = 1) -> None:
-    """Refuse points, as words, of which more ask for the same job than an array may have tasks. Errors: ConfigError.
+    """Refuse points, as words, if more of them ask for the same job than an array may have tasks. Errors: ConfigError.
 
-    Asks nobody unless the words say `launcher=slurm`, and have no chain (which is no array).
+    Asks SLURM only if the words say `launcher=slurm` and have no chain (which is no array).
     """
-    if (
-        not points
-        or "launcher=slurm" not in points[0]
-        or any(word.startswith("launcher.pipeline=[") for word in points[0])
-    ):
+    if not points or "launcher=slurm" not in points[0]:
         return
-    requests = Counter(tuple(word for word in point if word.startswith("launcher.")) for point in points)
-    refuse_large_array(repeats * max(requests.values()))
+    if any(word.startswith("launcher.pipeline=[") for word in points[0]):
+        return
+    # Points with the same words about the launcher become the tasks of one array.
+    tasks: Counter[tuple[str, ...]] = Counter()
+    for point in points:
+        tasks[tuple(word for word in point if word.startswith("launcher."))] += 1
+    refuse_large_array(repeats * max(tasks.values()))
 
 
 def refuse_large_array(tasks: int) -> None:
     """Refuse an array of so many tasks if SLURM takes fewer. Errors: ConfigError."""
     if tasks < 2:
         return
-    most = max_array_size()
-    if most is not None and tasks > most:
+    largest = max_array_size()
+    if largest is not None and tasks > largest:
         raise ConfigError(
-            f"{tasks} runs are one job array, and SLURM takes {most} at most here (MaxArraySize); nothing was composed or "
+            f"{tasks} runs are one job array, and SLURM takes {largest} at most here (MaxArraySize); nothing was composed or "
             "submitted. Give fewer values a command, for example each half of an axis"
         )
 
@@ -43,10 +44,10 @@ def refuse_large_array(tasks: int) -> None:
 def max_array_size() -> int | None:
     """SLURM's `MaxArraySize`; None if it cannot be asked."""
     try:
-        done = subprocess.run(
+        answer = subprocess.run(
             ["scontrol", "show", "config"], capture_output=True, text=True, errors="replace", timeout=CALL_S
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    shown = LIMIT.search(done.stdout)
-    return int(shown[1]) if shown else None
+    limit = LIMIT.search(answer.stdout)
+    return int(limit[1]) if limit else None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import containers, pipeline_part, snapshot
-from launch.cluster.job_end import JobStart, end, job_name, lost
+from launch.cluster.job_end import JobStart, count_lost_start, end, job_name
 from launch.config.process_role import port
 from launch.runs.job_record import note_begun, note_ended
 from launch.runs.queue import note_submitted
@@ -30,14 +30,14 @@ from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import State, read_status
 from trainer.session.lease import SILENT, refuse_in_use
 
-FOR_SBATCH = (
+SBATCH_DECIDES = (
     "is asked of SLURM when a job is submitted; give it to sbatch before the script's name, or use shardtune submit"
 )
-IN_THE_SCRIPT = "is the script's own: change slurm/train.sbatch or slurm/env.sh, or use shardtune submit"
-TAKEN = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
+SCRIPT_DECIDES = "is the script's own: change slurm/train.sbatch or slurm/env.sh, or use shardtune submit"
+LAUNCHER_WORDS = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
 """Settings of the launcher that slurm/train.sbatch takes as words; the others would be lost."""
 PARTS = ("launcher", "run", "model", "data")
-PORTS = 50
+PORTS_TRIED = 50
 """How many ports are tried, one after another."""
 
 
@@ -50,7 +50,7 @@ class FrozenRun:
     """Its parts (`PARTS`), as the file has them."""
 
     @classmethod
-    def frozen(cls, directory: Path) -> FrozenRun:
+    def read(cls, directory: Path) -> FrozenRun:
         """Read without torch; whether the file is as it was frozen is the ranks' to see. Errors: ConfigError."""
         path = directory / "config.yaml"
         tree = read_tree(path)
@@ -69,49 +69,77 @@ class FrozenRun:
 
     @property
     def threads(self) -> int:
-        """CPU threads of a rank: as the run says, or the environment, or the node's cores divided."""
-        told = os.environ.get("OMP_NUM_THREADS", "")
+        """CPU threads of a rank: `run.threads`, or OMP_NUM_THREADS, or the node's cores divided by its ranks."""
+        configured = self.tree["run"]["threads"]
+        if configured:
+            return configured
+        omp_threads = os.environ.get("OMP_NUM_THREADS", "")
+        if omp_threads.isdecimal():
+            return int(omp_threads)
         cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or 1)
-        return self.tree["run"]["threads"] or (int(told) if told.isdecimal() else max(1, cores // self.processes))
+        return max(1, cores // self.processes)
 
 
 def begin(words: list[str]) -> dict[str, Any]:
-    """Everything that is settled before the step; what the shell is told. Errors: ConfigError, StorageError, ShardtuneError."""
+    """Settle everything before the training step; returns the variables that the job script sets.
+
+    Errors: ConfigError, StorageError, ShardtuneError.
+    """
     job = JobStart.here()
     refuse_heterogeneous(os.environ)
-    run = run_of(words, job)
+    run = frozen_run(words, job)
     logs = run.directory / "logs"
-    told: dict[str, Any] = {"run_dir": run.directory, "logs": logs, "job": job.name, "start": job.restart}
-    told |= {"finished": "", "code": ""}
+    # The script reads each of these, so each is there however the start goes on.
+    shell_variables: dict[str, Any] = {
+        "run_dir": run.directory,
+        "logs": logs,
+        "job": job.name,
+        "start": job.restart,
+        "finished": "",
+        "code": "",
+    }
     if read_status(run.directory).get("state") == State.done:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
-        pipeline_part.ended("train", run.directory, 0)
-        note_ended(run.directory, job.name, job.restart, 0, reason="already finished", goes_on=False)
-        return {**told, "finished": 1}
+        pipeline_part.record_part_end("train", run.directory, 0)
+        note_ended(run.directory, job.name, job.restart, 0, reason="already finished", will_restart=False)
+        return {**shell_variables, "finished": 1}
     logs.mkdir(parents=True, exist_ok=True)
-    told["code"] = code_of(run, job) if words else ""
-    snapshot.check()
-    containers.refuse_missing(run.tree["launcher"])
-    retry = run.tree["launcher"]["retry"]
-    status = read_status(run.directory)
-    # A start that ended without a word was lost with its node or killed unsaved; SLURM has requeued the job by itself.
-    unsaid = status.get("state") == State.running and status.get("job") == job.id
-    if job.restart and unsaid and not lost(logs, job, retry.get("node_fail", 0)):
-        raise ShardtuneError(
-            f"job {job.name}: more than {retry.get('node_fail', 0)} starts ended without a word (node lost, or killed unsaved); "
-            "not started again"
-        )
+    if words:  # `shardtune submit` has copied the code, and its scripts start from the copy
+        shell_variables["code"] = code_copy(run, job)
+    snapshot.refuse_changed()
+    launcher = run.tree["launcher"]
+    containers.refuse_missing(launcher)
+    refuse_lost_starts(run, job, logs)
     refuse_in_use(run.directory, run.tree["run"]["lease_s"])
     if words:  # the script for people; `submit` has left it for its own
         note_submitted([run.directory], job.name)
     note_begun(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
-    tell_idle_gpus(run.processes, os.environ)
-    told |= {f"retry_{cause}": times for cause, times in retry.items()}
-    told |= {"processes": run.processes, "threads": run.threads, "silent": os.environ.get(SILENT, "")}
-    meeting = rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or run.tree["launcher"]["rdzv"])
-    if len(job.nodes) > 1 and run.tree["launcher"].get("preflight", "none") != "none":
-        preflight(run, job, meeting)
-    return {**told, "rendezvous": meeting}
+    report_idle_gpus(run.processes, os.environ)
+    for cause, times in launcher["retry"].items():
+        shell_variables[f"retry_{cause}"] = times
+    shell_variables |= {"processes": run.processes, "threads": run.threads, "silent": os.environ.get(SILENT, "")}
+    master = rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or launcher["rdzv"])
+    if len(job.nodes) > 1 and launcher.get("preflight", "none") != "none":
+        preflight(run, job, master)
+    return {**shell_variables, "rendezvous": master}
+
+
+def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
+    """Refuse a start after more starts were lost than `launcher.retry` allows. Errors: ShardtuneError, StorageError.
+
+    A start that says it runs, and has ended, was lost with its node or killed unsaved. SLURM requeues such a job by itself.
+    """
+    if not job.restart:
+        return
+    status = read_status(run.directory)
+    if status.get("state") != State.running or status.get("job") != job.id:
+        return
+    limit = run.tree["launcher"]["retry"].get("node_fail", 0)
+    if not count_lost_start(logs, job, limit):
+        raise ShardtuneError(
+            f"job {job.name}: more than {limit} starts ended without a word (node lost, or killed unsaved); "
+            "not started again"
+        )
 
 
 def refuse_heterogeneous(env: Mapping[str, str]) -> None:
@@ -124,7 +152,7 @@ def refuse_heterogeneous(env: Mapping[str, str]) -> None:
         )
 
 
-def tell_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
+def report_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
     """Say how many GPUs of this node no rank uses; SLURM tells how many the job was given."""
     gpus = env.get("SLURM_GPUS_ON_NODE", "")
     if gpus.isdecimal() and int(gpus) > processes:
@@ -135,90 +163,113 @@ def tell_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
         )
 
 
-def code_of(run: FrozenRun, job: JobStart) -> Path | str:
-    """The code of a run by slurm/train.sbatch: a copy that its job's first start makes; nothing for the clone itself."""
+def code_copy(run: FrozenRun, job: JobStart) -> Path | str:
+    """The code of a run by slurm/train.sbatch: a copy, which the first start of its job makes; empty for the clone itself."""
     if run.tree["launcher"].get("code") != "snapshot":
         return ""
-    made = snapshot.taken(run.directory) if job.restart else None
-    if made is not None:
-        snapshot.check(made)
-    return made or snapshot.take(run.directory)
+    copy = snapshot.newest_copy(run.directory) if job.restart else None
+    if copy is None:
+        return snapshot.copy_code(run.directory)
+    snapshot.refuse_changed(copy)
+    return copy
 
 
-def preflight(run: FrozenRun, job: JobStart, meeting: str) -> None:
-    """Ask all nodes before the ranks are started. Raises NodesUnfit with every problem, StorageError."""
+def preflight(run: FrozenRun, job: JobStart, master: str) -> None:
+    """Check all nodes before the ranks are started. Raises NodesUnfit with every problem, StorageError.
+
+    `master`: host:port at which the ranks will meet; the check uses it too.
+    """
     from launch.cluster.preflight.answer import text
-    from launch.cluster.preflight.coordinator import ask, asked_of, by_srun
+    from launch.cluster.preflight.coordinator import commands_by_srun, preflight_request, run_preflight
 
-    asked = asked_of(run.tree, len(job.nodes))
-    asked.master = meeting
-    step, before = containers.words(run.tree, [ROOT, run.directory])
+    request = preflight_request(run.tree, len(job.nodes))
+    request.master = master
+    srun_options, prefix = containers.launch_words(run.tree, [ROOT, run.directory])
     python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable
-    if containers.way_of(run.tree["launcher"]):
+    if containers.runtime_of(run.tree["launcher"]):
         python = run.tree["launcher"].get("python") or "python3"
-    heard, verdict = ask(asked, by_srun(len(job.nodes), python, step, before=before), job.nodes)
-    print(text(asked, heard, verdict), flush=True)
+    commands = commands_by_srun(len(job.nodes), python, srun_options, prefix=prefix)
+    reports, verdict = run_preflight(request, commands, job.nodes)
+    print(text(request, reports, verdict), flush=True)
     if verdict.problems:
         raise NodesUnfit(
-            f"job {job.name}: not started: {verdict.problems[0]}. Mend the node, or leave it out (sbatch --exclude=<node>); "
-            "launcher.preflight=none starts without asking"
+            f"job {job.name}: not started: {verdict.problems[0]}. Fix the node, or exclude it (sbatch --exclude=<node>); "
+            "launcher.preflight=none skips this check"
         )
 
 
-def run_of(words: list[str], job: JobStart) -> FrozenRun:
+def frozen_run(words: list[str], job: JobStart) -> FrozenRun:
     """The run that was frozen for this job, or the one that the words describe, which is frozen now. Errors: ConfigError."""
     frozen = os.environ.get("SHARDTUNE_CONFIG")
     if frozen and not words:
-        return FrozenRun.frozen(Path(frozen).parent)
+        return FrozenRun.read(Path(frozen).parent)
     from launch.config.compose import compose
     from launch.runs.freeze import freeze
-    from trainer.config.run import SlurmConfig
 
-    problems = []
-    for word in words:
-        key, _, value = word.partition("=")
-        group, _, leaf = key.partition(".")
-        if group == "launcher" and (leaf not in TAKEN if leaf else value != "slurm"):
-            problems.append(f"{word}: {IN_THE_SCRIPT if leaf in ('', 'setup', 'python') else FOR_SBATCH}")
-    if problems:
+    if problems := misplaced_words(words):
         raise ConfigError(problems)
-    env = os.environ
-    often = [f"{cause}:{env.get(f'RETRY_{cause.upper()}') or times}" for cause, times in SlurmConfig().retry.items()]
-    retry = f"{{{','.join(often)}}}"
-    own = [f"run.dir=runs/slurm-{job.id}", "launcher=slurm", f"launcher.nodes={len(job.nodes)}"]
-    own.append(f"launcher.retry={retry}")
-    own.append(f"launcher.processes={env.get('PROCESSES') or env.get('SLURM_GPUS_ON_NODE') or 1}")
-    composed = compose([*own, *words])
+    composed = compose([*words_of_job(job), *words])
     if composed.config.launcher.nodes != len(job.nodes):
         raise ConfigError(
             f"launcher.nodes={composed.config.launcher.nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out"
         )
-    return FrozenRun.frozen(freeze(composed, Path(composed.config.run.dir or ""), another_way=True))
+    return FrozenRun.read(freeze(composed, Path(composed.config.run.dir or ""), another_way=True))
 
 
-def rendezvous(job: JobStart, asked: str | None) -> str:
+def misplaced_words(words: list[str]) -> list[str]:
+    """Why slurm/train.sbatch cannot take some of these words: SLURM has decided them already, or the script itself does."""
+    problems = []
+    for word in words:
+        key, _, value = word.partition("=")
+        group, _, leaf = key.partition(".")
+        if group != "launcher":
+            continue
+        is_taken = leaf in LAUNCHER_WORDS if leaf else value == "slurm"
+        if not is_taken:
+            problems.append(f"{word}: {SCRIPT_DECIDES if leaf in ('', 'setup', 'python') else SBATCH_DECIDES}")
+    return problems
+
+
+def words_of_job(job: JobStart) -> list[str]:
+    """Settings that a run by slurm/train.sbatch takes from its job and from the environment of the script."""
+    from trainer.config.run import SlurmConfig
+
+    env = os.environ
+    retries = []
+    for cause, times in SlurmConfig().retry.items():
+        retries.append(f"{cause}:{env.get(f'RETRY_{cause.upper()}') or times}")
+    return [
+        f"run.dir=runs/slurm-{job.id}",
+        "launcher=slurm",
+        f"launcher.nodes={len(job.nodes)}",
+        f"launcher.retry={{{','.join(retries)}}}",
+        f"launcher.processes={env.get('PROCESSES') or env.get('SLURM_GPUS_ON_NODE') or 1}",
+    ]
+
+
+def rendezvous(job: JobStart, address: str | None) -> str:
     """host:port on the first node, where nobody listens as far as can be seen from here. Raises ConfigError.
 
     Every start derives it anew: a requeued job may be given other nodes, and two jobs may share a node.
     """
-    if asked:
-        host, _, number = asked.rpartition(":")
-        if host.split(".")[0] == socket.gethostname().split(".")[0] and not _free(int(number)):
+    if address:
+        host, _, own_port = address.rpartition(":")
+        if host.split(".")[0] == socket.gethostname().split(".")[0] and not _is_port_free(int(own_port)):
             raise ConfigError(
-                f"launcher.rdzv={asked}: another process listens there; choose another port, or leave it out"
+                f"launcher.rdzv={address}: another process listens there; choose another port, or leave it out"
             )
-        return asked
+        return address
     first = port(os.environ)
-    ports = (20000 + (first - 20000 + number) % 10000 for number in range(PORTS))
-    free = next((number for number in ports if _free(number)), None)
-    if free is None:
-        raise ConfigError(
-            f"{job.nodes[0]}: no free port from {first} on, {PORTS} were tried; choose one with launcher.rdzv=host:port"
-        )
-    return f"{job.nodes[0]}:{free}"
+    for offset in range(PORTS_TRIED):
+        number = 20000 + (first - 20000 + offset) % 10000  # from `first` on, within 20000 to 29999
+        if _is_port_free(number):
+            return f"{job.nodes[0]}:{number}"
+    raise ConfigError(
+        f"{job.nodes[0]}: no free port from {first} on, {PORTS_TRIED} were tried; choose one with launcher.rdzv=host:port"
+    )
 
 
-def _free(number: int) -> bool:
+def _is_port_free(number: int) -> bool:
     """Whether nobody listens at a port of this host, which is the job's first."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
@@ -230,40 +281,40 @@ def _free(number: int) -> bool:
 
 @contextlib.contextmanager
 def _stdout_is_stderr() -> Iterator[int]:
-    """Whatever is printed meanwhile goes to stderr; the descriptor of the real stdout, which the shell reads."""
+    """Print everything to stderr meanwhile; yields the descriptor of the real stdout, which the shell evaluates."""
     sys.stdout.flush()
-    real = os.dup(1)
+    stdout_fd = os.dup(1)
     os.dup2(2, 1)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            yield real
+            yield stdout_fd
     finally:
-        os.dup2(real, 1)
-        os.close(real)
+        os.dup2(stdout_fd, 1)
+        os.close(stdout_fd)
 
 
 def main(argv: list[str]) -> int:
     """`begin [words]`, `end <code of the step> <1 after TERM, else empty>`, `part <part> <run> <ranks>`. Errors: ConfigError."""
     if argv[:1] == ["part"] and len(argv) == 4:
-        snapshot.check()
+        snapshot.refuse_changed()
         return pipeline_part.run_part(argv[1], Path(argv[2]), int(argv[3]))
     # Three words by scripts that were written before signals were kept from the first line on.
     if argv[:1] == ["end"] and len(argv) in (3, 4) and argv[1].isdecimal():
         return end(int(argv[1]), bool(argv[2]), unstarted=argv[3:] == ["1"])
     if argv[:1] != ["begin"]:
         raise ConfigError("this is for job scripts: begin [words], or end <code> <stopped> [<unstarted>]")
-    with _stdout_is_stderr() as real:
+    with _stdout_is_stderr() as stdout_fd:
         try:
-            told = begin(argv[1:])
+            shell_variables = begin(argv[1:])
         except ShardtuneError as error:
-            note_refused(error)
+            record_refusal(error)
             raise
-        lines = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in told.items())
-        os.write(real, lines.encode())
+        lines = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in shell_variables.items())
+        os.write(stdout_fd, lines.encode())
     return 0
 
 
-def note_refused(error: ShardtuneError) -> None:
+def record_refusal(error: ShardtuneError) -> None:
     """Leave in the directory of a frozen run why its job ended before a rank was started."""
     config = os.environ.get("SHARDTUNE_CONFIG")
     name = job_name()
@@ -272,4 +323,4 @@ def note_refused(error: ShardtuneError) -> None:
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     reason = " ".join(str(error).split())
     with contextlib.suppress(StorageError):
-        note_ended(Path(config).parent, name, restart, error.exit_code, reason=reason, goes_on=False)
+        note_ended(Path(config).parent, name, restart, error.exit_code, reason=reason, will_restart=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import pipeline_part
-from launch.cluster.requeue import BY_SLURM, TermSignal, by_slurm, killed_for_memory, lead_s, requeue
+from launch.cluster.requeue import ENDED_BY_SLURM, TermSignal, ended_by_slurm, killed_for_memory, lead_s, requeue
 from launch.config.process_role import expand_hosts
 from launch.runs import efficiency
 from launch.runs.job_record import note_ended, read_job_record
@@ -22,7 +22,10 @@ PREEMPTED = 75
 """Exit code of a run that has saved and can be resumed."""
 MOST_IDLE_STARTS = 3
 """Starts in a row that were told to save before they had made a step, after which a job is not requeued."""
-AGAIN = {"node_fail": ("a rank was lost", "lost"), "out_of_memory": ("a rank ran out of memory", "out-of-memory")}
+RETRY_CAUSES = {
+    "node_fail": ("a rank was lost", "lost"),
+    "out_of_memory": ("a rank ran out of memory", "out-of-memory"),
+}
 """Why a job may be requeued whose run has not saved, in words, and what the file that counts it is called."""
 
 
@@ -46,7 +49,7 @@ class JobStart:
         name = job_name() or env["SLURM_JOB_ID"]
         return cls(name, env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0), hosts_of_job())
 
-    def wrote(self, record: dict[str, Any]) -> bool:
+    def is_of_this_start(self, record: dict[str, Any]) -> bool:
         """Whether a record is of this start."""
         return (record.get("job"), record.get("restart")) == (self.id, restart_count())
 
@@ -67,15 +70,15 @@ def job_name() -> str | None:
     return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def lost(logs: Path, job: JobStart, limit: int, how: str = "lost") -> bool:
-    """Count one more start whose rank or node was `lost`; whether there may be another. Errors: StorageError."""
-    count = logs / f"{how}-{job.name}"
+def count_lost_start(logs: Path, job: JobStart, limit: int, counter: str = "lost") -> bool:
+    """Count one more start whose rank or node was `count_lost_start`; whether there may be another. Errors: StorageError."""
+    path = logs / f"{counter}-{job.name}"
     try:
-        with count.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(f"{job.restart}\n")
-        return len(count.read_text(encoding="utf-8").splitlines()) <= limit
+        return len(path.read_text(encoding="utf-8").splitlines()) <= limit
     except OSError as error:
-        raise StorageError(f"{count}: cannot be written ({error.strerror or error}); free space") from error
+        raise StorageError(f"{path}: cannot be written ({error.strerror or error}); free space") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class JobOutcome:
     """Why, on one line."""
     requeue: bool = False
     """Whether the script asks SLURM to start the job again."""
-    goes_on: bool | None = False
+    will_restart: bool | None = False
     """Whether the job starts again; None if only SLURM knows."""
     step: int | None = None
     """The step that was saved."""
@@ -96,7 +99,7 @@ class JobOutcome:
 
 
 def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
-    """Requeue where the run wants it and may; the job's exit code.
+    """Requeue the job if the run wants it and may; returns the job's exit code.
 
     `stopped`: whether TERM came to the script. `unstarted`: whether it was told to stop before it had started a rank.
     """
@@ -104,30 +107,37 @@ def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     term = TermSignal()
     if not unstarted:
-        print(efficiency.record(run_dir, job.name, job.restart, code), flush=True)
+        print(efficiency.record_start(run_dir, job.name, job.restart, code), flush=True)
     outcome = _outcome(job, run_dir, code, stopped, unstarted)
     if outcome.requeue:
-        # Before SLURM is asked: it ends this process at once.
-        _note(run_dir, job, replace(outcome, goes_on=True))
+        # Recorded before SLURM is asked, because SLURM ends this process at once.
+        _record_end(run_dir, job, replace(outcome, will_restart=True))
         print(f"job {job.name}: {outcome.reason}; it is to be requeued", flush=True)
         refusal = requeue(job, lead_s(run_dir), term)
         if refusal is None:
             return outcome.code
         print(f"job {job.name}: not requeued: {refusal}", flush=True)
-        resumable = outcome.code if outcome.step is None else PREEMPTED
-        outcome = replace(outcome, code=resumable, reason=f"{outcome.reason}; not requeued: {refusal}")
-        outcome = replace(outcome, goes_on=None if refusal == BY_SLURM else False)
+        outcome = replace(
+            outcome,
+            code=outcome.code if outcome.step is None else PREEMPTED,
+            reason=f"{outcome.reason}; not requeued: {refusal}",
+            will_restart=None if refusal == ENDED_BY_SLURM else False,
+        )
     else:
         print(f"job {job.name}: {outcome.reason}", flush=True)
-    _note(run_dir, job, outcome)
-    pipeline_part.ended("train", run_dir, outcome.code)
+    _record_end(run_dir, job, outcome)
+    pipeline_part.record_part_end("train", run_dir, outcome.code)
     return outcome.code
 
 
-def _note(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
+def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
     """Leave in the run's directory how this start ended. A full disk must not cost the requeue."""
-    facts: dict[str, object] = {"reason": outcome.reason, "goes_on": outcome.goes_on}
-    facts |= {"step": outcome.step, "idle_starts": outcome.idle_starts}
+    facts: dict[str, object] = {
+        "reason": outcome.reason,
+        "will_restart": outcome.will_restart,
+        "step": outcome.step,
+        "idle_starts": outcome.idle_starts,
+    }
     try:
         note_ended(run_dir, job.name, job.restart, outcome.code, **facts)
     except StorageError as error:
@@ -136,20 +146,27 @@ def _note(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
 
 def _outcome(job: JobStart, run_dir: Path, code: int, stopped: bool, unstarted: bool) -> JobOutcome:
     """What the records of the run say of the start that has ended, and whether the job is to start again."""
-    status, failure = read_status(run_dir), read_failure(run_dir)
-    if unstarted or (job.wrote(status) and status.get("state") == State.preempted):
-        return _after_save(job, run_dir, code, stopped, None if unstarted else status.get("step"), unstarted)
-    if job.wrote(status) and status.get("state") == State.done:
+    if unstarted:
+        return _after_save(job, run_dir, code, stopped, None, unstarted)
+    status = read_status(run_dir)
+    state = status.get("state") if job.is_of_this_start(status) else None
+    if state == State.preempted:
+        return _after_save(job, run_dir, code, stopped, status.get("step"), unstarted)
+    if state == State.done:
         return JobOutcome(code, "done")
-    cause = failure.get("retry") if job.wrote(failure) else None
-    why = str(failure.get("message")) if job.wrote(failure) else ""
+    failure = read_failure(run_dir)
+    cause = None
+    why = ""
+    if job.is_of_this_start(failure):
+        cause = failure.get("retry")
+        why = str(failure.get("message"))
     if not why and code:
-        why = f"its ranks ended with exit code {code} and left no word; their output is in {run_dir / 'logs'}"
+        why = f"its ranks ended with exit code {code} and wrote no reason; their output is in {run_dir / 'logs'}"
         if killed_for_memory(job):
             cause = "out_of_memory"
             why = f"{why}. SLURM ended them for the memory limit of the job: raise launcher.mem, or lower batch.micro"
             record_failure(run_dir, 0, OutOfMemory(why), "starting or training")
-    if cause in AGAIN:  # never after an error of the run itself
+    if cause in RETRY_CAUSES:  # never after an error of the run itself
         return _after_loss(job, run_dir, code, stopped, cause)
     return JobOutcome(code, " ".join(why.split()) or f"ended with exit code {code}")
 
@@ -157,43 +174,43 @@ def _outcome(job: JobStart, run_dir: Path, code: int, stopped: bool, unstarted: 
 def _after_save(
     job: JobStart, run_dir: Path, code: int, stopped: bool, step: int | None, unstarted: bool
 ) -> JobOutcome:
-    """Of a start that was told to stop, and has saved or had nothing to save."""
-    what = "told to stop before its ranks were started" if unstarted else "state saved"
-    before = read_job_record(run_dir)
+    """How a start ended that was told to stop, and has saved or had nothing to save."""
+    state = "told to stop before its ranks were started" if unstarted else "state saved"
+    record = read_job_record(run_dir)
     earlier_step = 0
-    idle = 0
-    if before is not None and before.job == job.name:
-        earlier_step = before.step or 0
-        idle = before.idle_starts
+    idle_starts = 0
+    if record is not None and record.job == job.name:
+        earlier_step = record.step or 0
+        idle_starts = record.idle_starts
     step = earlier_step if step is None else step
-    idle = idle + 1 if step == earlier_step else 0
-    outcome = JobOutcome(code, what, step=step, idle_starts=idle)
-    if by_slurm(job, stopped):
-        reason = f"stopped by SLURM or by scancel, {what}; not requeued from here"
-        return replace(outcome, reason=reason, goes_on=None)
-    limit = _limit("preempted")
+    idle_starts = idle_starts + 1 if step == earlier_step else 0
+    outcome = JobOutcome(code, state, step=step, idle_starts=idle_starts)
+    if ended_by_slurm(job, stopped):
+        reason = f"stopped by SLURM or by scancel, {state}; not requeued from here"
+        return replace(outcome, reason=reason, will_restart=None)
+    limit = _retry_limit("preempted")
     if job.restart >= limit:
-        times = f"since it restarted {job.restart} times already (limit {limit})"
-        return replace(outcome, code=PREEMPTED, reason=f"{what}; not requeued, {times}")
-    if idle >= MOST_IDLE_STARTS:
-        times = f"since {idle} starts in a row made no step: set a longer launcher.time, or a shorter launcher.signal_lead_s"
-        return replace(outcome, code=PREEMPTED, reason=f"{what}; not requeued, {times}")
+        why = f"since it restarted {job.restart} times already (limit {limit})"
+        return replace(outcome, code=PREEMPTED, reason=f"{state}; not requeued, {why}")
+    if idle_starts >= MOST_IDLE_STARTS:
+        why = f"since {idle_starts} starts in a row made no step: set a longer launcher.time, or a shorter launcher.signal_lead_s"
+        return replace(outcome, code=PREEMPTED, reason=f"{state}; not requeued, {why}")
     return replace(outcome, requeue=True)
 
 
-def _limit(cause: str) -> int:
+def _retry_limit(cause: str) -> int:
     """How often the run may be started again for a cause; the job script exports it."""
     return int(os.environ.get(f"retry_{cause}") or 0)
 
 
 def _after_loss(job: JobStart, run_dir: Path, code: int, stopped: bool, cause: str) -> JobOutcome:
-    """Of a start that has lost a rank, or whose rank ran out of memory."""
-    why, counted = AGAIN[cause]
-    limit = _limit(cause)
-    if by_slurm(job, stopped):
+    """How a start ended that has lost a rank, or whose rank ran out of memory."""
+    why, counter = RETRY_CAUSES[cause]
+    limit = _retry_limit(cause)
+    if ended_by_slurm(job, stopped):
         reason = f"stopped by SLURM or by scancel, and {why}; not requeued from here"
-        return JobOutcome(code, reason, goes_on=None)
-    if not lost(run_dir / "logs", job, limit, counted):
+        return JobOutcome(code, reason, will_restart=None)
+    if not count_lost_start(run_dir / "logs", job, limit, counter):
         return JobOutcome(code, f"{why}; not requeued, since that happened more than {limit} times")
     if cause == "out_of_memory":
         from launch.cluster.oom_retry import lower_micro

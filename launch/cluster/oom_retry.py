@@ -17,25 +17,25 @@ from trainer.reporting.status import read_failure
 
 
 def lower_micro(run_dir: Path) -> str | None:
-    """Freeze half of the micro-batch with twice the accumulation; what it was and is, None where there is nothing to halve.
+    """Freeze smaller settings for a run that ran out of memory; returns the change as text, None if there is none to make.
 
-    Where the run was choosing its strategy, freeze that the one which was tried ran out.
-
-    The frozen configuration stays that of the run which was asked for, and notes what became of it. Errors: ConfigError,
-    StorageError.
+    Training gets half of the micro-batch, and with it twice the accumulation. A run that was choosing its strategy gets the
+    strategy on trial recorded as too large. The frozen configuration stays that of the run which was asked for: it keeps the
+    request beside what became of it. Errors: ConfigError, StorageError.
     """
     config = load_frozen(run_dir / "config.yaml")
     if isinstance(config.strategy, AutoConfig):
-        return _without_tried(run_dir, config)
+        return _exclude_tried_strategy(run_dir, config)
     micro = config.batch["micro"]
     if micro in (1, AUTO):
         return None
-    lowered = _lowered(config, _half(micro), OutOfMemoryTrial(micro, read_failure(run_dir).get("step")))
+    trial = OutOfMemoryTrial(micro, read_failure(run_dir).get("step"))
+    lowered = _with_micro(config, _half_micro(micro), trial)
     freeze_choices(run_dir, lowered)
     return f"{MICRO}: {micro} -> {lowered.batch['micro']}"
 
 
-def _without_tried(run_dir: Path, config: RunConfig) -> str | None:
+def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
     """Freeze that the strategy on trial ran out of memory; None if the failure names none."""
     ran_out_with = read_failure(run_dir).get("ran_out_with")
     strategy = ran_out_with.get(STRATEGY) if isinstance(ran_out_with, dict) else None
@@ -47,7 +47,7 @@ def _without_tried(run_dir: Path, config: RunConfig) -> str | None:
     return f"without strategy={strategy}"
 
 
-def _lowered(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfig:
+def _with_micro(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfig:
     """The run with a smaller `micro`. Its resolution keeps what was asked for and every trial that led here."""
     earlier = config.resolution(MICRO) or Resolution(MICRO, config.batch["micro"])
     resolution = replace(
@@ -60,6 +60,6 @@ def _lowered(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfi
     return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
 
 
-def _half(micro: int) -> int:
+def _half_micro(micro: int) -> int:
     """Its largest divisor up to its half: what divides it divides every rank's part of the global batch, too."""
     return max(size for size in range(1, micro // 2 + 1) if micro % size == 0)

@@ -32,7 +32,7 @@ COLUMNS = (
 )
 WITHOUT_GPUS = ("prepare", "export")
 """Parts that compute nothing on a GPU."""
-PART = r"""
+PART_BODY = r"""
 set -e
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 # a trainer.py where the job was submitted hides nothing
 SHARDTUNE_SETUP=$(declare -f setup)
@@ -42,50 +42,68 @@ exec "$python" -m launch.job part "$part" "$run" "$processes"
 """
 
 
-def part_of(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
-    """What is asked of SLURM for one part: one node, and GPUs only where there is something to compute on them."""
-    name = slurm.job_name or run_dir.name
-    extra = [*slurm.extra, *slurm.part_options.get(part, [])]
+def part_settings(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
+    """What is asked of SLURM for one part: one node, and GPUs only if the part computes on them."""
+    part_options = slurm.part_options.get(part, [])
     if part == "train":
-        return replace(slurm, extra=extra)
-    one = replace(slurm, nodes=1, job_name=f"{name}-{part}", extra=extra, signal_lead_s=0, array_limit=None)
-    if part in WITHOUT_GPUS:
-        partition = slurm.cpu_partition or slurm.partition
-        constraint = None if slurm.cpu_partition else slurm.constraint
-        own_extra = [*without_gpus(slurm.extra), *slurm.part_options.get(part, [])]
-        one = replace(one, gpus_per_node=0, gres=None, extra=own_extra, exclusive=False)
-        one = replace(one, partition=partition, constraint=constraint)
-    return one
+        return replace(slurm, extra=[*slurm.extra, *part_options])
+    settings = replace(
+        slurm,
+        nodes=1,
+        job_name=f"{slurm.job_name or run_dir.name}-{part}",
+        extra=[*slurm.extra, *part_options],
+        signal_lead_s=0,
+        array_limit=None,
+    )
+    if part not in WITHOUT_GPUS:
+        return settings
+    settings = replace(
+        settings,
+        gpus_per_node=0,
+        gres=None,
+        extra=[*without_gpus(slurm.extra), *part_options],
+        exclusive=False,
+    )
+    if slurm.cpu_partition:  # the constraint names nodes of the other partition
+        return replace(settings, partition=slurm.cpu_partition, constraint=None)
+    return settings
 
 
-def script_of(config: RunConfig, part: str, run_dir: Path, head: Callable[[RunConfig, list[Path]], list[str]]) -> str:
+def part_script(config: RunConfig, part: str, run_dir: Path, head: Callable[[RunConfig, list[Path]], list[str]]) -> str:
     """The script of a part other than training. `head` is the header of a job script, up to its set-up."""
     assert isinstance(config.launcher, SlurmConfig)
-    launcher = part_of(config.launcher, part, run_dir)
-    own = replace(config, launcher=launcher)
+    launcher = part_settings(config.launcher, part, run_dir)
+    part_config = replace(config, launcher=launcher)
     ranks = launcher.per_node if part == "evaluate" else 1
-    lines = [*head(own, [run_dir]), f"run=${{runs[0]}} part={part} processes={ranks}"]
-    return "\n".join(lines) + PART
+    lines = [*head(part_config, [run_dir]), f"run=${{runs[0]}} part={part} processes={ranks}"]
+    return "\n".join(lines) + PART_BODY
 
 
 def submit_chain(
     scripts: dict[str, Path], run_dir: Path, sbatch: Callable[[Path, list[str]], str]
 ) -> list[tuple[str, str]]:
-    """Submit the parts, each after the one before; (part, job) of all. Where one is refused, those before it are cancelled."""
+    """Submit the parts, each to start after the one before; returns (part, job) of all.
+
+    If SLURM refuses one, those before it are cancelled. Errors: ConfigError, StorageError.
+    """
     jobs: list[tuple[str, str]] = []
     for part, script in scripts.items():
-        after = [f"--dependency=afterok:{jobs[-1][1]}", "--kill-on-invalid-dep=yes"] if jobs else []
+        dependency = []
+        if jobs:
+            _, job_before = jobs[-1]
+            dependency = [f"--dependency=afterok:{job_before}", "--kill-on-invalid-dep=yes"]
         try:
-            jobs.append((part, sbatch(script, after)))
+            jobs.append((part, sbatch(script, dependency)))
         except ConfigError as error:
             if jobs:
                 subprocess.run(["scancel", *(job for _, job in jobs)], capture_output=True)
             raise ConfigError([f"{part}: {problem}; nothing was submitted" for problem in error.problems]) from error
     try:
-        if len(jobs) == 1:  # no chain, and no longer one
+        if len(jobs) == 1:  # a record would be of an earlier submission that was a chain
             (run_dir / RECORD).unlink(missing_ok=True)
             return jobs
-        write_text_atomic(run_dir / RECORD, json.dumps([{"part": part, "job": job} for part, job in jobs]) + "\n")
+        rows = [{"part": part, "job": job} for part, job in jobs]
+        write_text_atomic(run_dir / RECORD, json.dumps(rows) + "\n")
     except OSError as error:
         raise StorageError(f"{run_dir / RECORD}: cannot be written ({error.strerror or error})") from error
     return jobs
@@ -96,19 +114,19 @@ def table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -> str:
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
     rows = []
-    for number, (part, job) in enumerate(jobs):
-        asked = part_of(slurm, part, run_dir)
-        request = asked.gpu_request
-        gpus = request.count * asked.nodes if request is not None else 0
-        starts = f"when {jobs[number - 1][0]} has ended well" if number else "when SLURM has the nodes"
-        if not number and slurm.after:
-            starts = f"when job {slurm.after} has ended well"
-        rows.append(TableRow((job, part, str(asked.nodes), str(gpus or "-"), asked.partition or "default", starts)))
+    starts = f"when job {slurm.after} has ended well" if slurm.after else "when SLURM has the nodes"
+    for part, job in jobs:
+        settings = part_settings(slurm, part, run_dir)
+        request = settings.gpu_request
+        gpus = request.count * settings.nodes if request is not None else 0
+        cells = (job, part, str(settings.nodes), str(gpus or "-"), settings.partition or "default", starts)
+        rows.append(TableRow(cells))
+        starts = f"when {part} has ended well"  # the next one
     lines = draw_table(COLUMNS, rows)
     return "\n".join([*lines, f"a part that fails ends the rest; shardtune status {shlex.quote(str(run_dir))}"])
 
 
-def train_of(config: RunConfig, run_dir: Path) -> RunConfig:
+def train_config(config: RunConfig, run_dir: Path) -> RunConfig:
     """The configuration of the part that trains: with options of its own."""
     assert isinstance(config.launcher, SlurmConfig)
-    return replace(config, launcher=part_of(config.launcher, "train", run_dir))
+    return replace(config, launcher=part_settings(config.launcher, "train", run_dir))

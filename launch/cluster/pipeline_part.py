@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 from launch.cluster import containers
-from launch.runs.pipeline_jobs import PLACE, RECORD
+from launch.runs.pipeline_jobs import DIRECTORY, RECORD
 from trainer.reporting.code_revision import ROOT
 from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import write_text_atomic
 
 
-def words_of(part: str, run_dir: Path, processes: int) -> list[str]:
+def command_words(part: str, run_dir: Path, processes: int) -> list[str]:
     """What is typed for a part of a frozen run."""
     if part == "prepare":
         return ["prepare", str(run_dir / "config.yaml")]
@@ -26,31 +26,31 @@ def words_of(part: str, run_dir: Path, processes: int) -> list[str]:
 
 def run_part(part: str, run_dir: Path, processes: int) -> int:
     """Do one part, as its job does, and record how it ended; returns the exit code. Errors: StorageError."""
-    command = [*_python(run_dir), "-m", "launch.main", *words_of(part, run_dir, processes)]
+    command = [*_python(run_dir), "-m", "launch.main", *command_words(part, run_dir, processes)]
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_NTASKS", "SLURM_PROCID"))}
     print(f"job {os.environ.get('SLURM_JOB_ID')}: {part} of {run_dir}", flush=True)
     code = subprocess.run(command, env=env).returncode
-    ended(part, run_dir, code)
+    record_part_end(part, run_dir, code)
     return code
 
 
-def ended(part: str, run_dir: Path, code: int) -> None:
+def record_part_end(part: str, run_dir: Path, code: int) -> None:
     """Record how a part ended, where the run has a chain. Errors: StorageError."""
     if not (run_dir / RECORD).exists():
         return
-    (run_dir / PLACE).mkdir(exist_ok=True)
-    told = {"job": os.environ.get("SLURM_JOB_ID"), "code": code}
-    write_text_atomic(run_dir / PLACE / f"{part}.json", json.dumps(told) + "\n")
+    (run_dir / DIRECTORY).mkdir(exist_ok=True)
+    record = {"job": os.environ.get("SLURM_JOB_ID"), "code": code}
+    write_text_atomic(run_dir / DIRECTORY / f"{part}.json", json.dumps(record) + "\n")
 
 
 def _python(run_dir: Path) -> list[str]:
     """The interpreter of the run, in its container where it has one. Errors: ConfigError."""
     tree = read_tree(run_dir / "config.yaml")
     launcher = tree["launcher"]
-    if containers.way_of(launcher) is None:
+    if containers.runtime_of(launcher) is None:
         return [sys.executable]
     containers.refuse_missing(launcher)
-    step, before = containers.words(tree, [ROOT, run_dir])
+    step, before = containers.launch_words(tree, [ROOT, run_dir])
     srun = ["srun", f"--export=ALL,{containers.INSIDE}=1", "--ntasks=1", "--cpu-bind=none", *step]
     shell = ["bash", "-c", 'set -e; eval "$SHARDTUNE_SETUP"; setup; exec "$@"', "setup"]
     return [*srun, *before, *shell, launcher.get("python") or "python3"]

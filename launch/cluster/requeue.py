@@ -16,14 +16,15 @@ from trainer.reporting.settings_file import read_tree
 
 CALL_S = 60.0
 """Seconds that scontrol may take; without a controller it waits for minutes."""
-FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 20.0
-"""Seconds between two tries: they double."""
-END_S = 10.0
-"""Seconds before the end of the job's time at which it is not tried again: the script has still to end."""
+FIRST_WAIT_S = 2.0
+"""Seconds between the first two tries; the pause doubles from try to try."""
+LONGEST_WAIT_S = 20.0
+SCRIPT_END_S = 10.0
+"""Seconds that are left of the job's time for the script to end: no further try is made then."""
 DEFAULT_LEAD_S = 180.0
 FINAL_REFUSALS = ("disabled", "denied", "Invalid job id", "not supported")
-"""In the words of scontrol: it will not be taken later either."""
-BY_SLURM = "SLURM or scancel ends the job"
+"""Words of scontrol after which another try is pointless."""
+ENDED_BY_SLURM = "SLURM or scancel ends the job"
 LAST_OUTPUT_BYTES = 2**16
 MEMORY_KILL = re.compile(r"exceeded (job )?memory limit|oom[-_ ]kill", re.IGNORECASE)
 """What slurmstepd writes into the output of a job whose processes it has killed for memory."""
@@ -40,14 +41,14 @@ class NamedJob(Protocol):
 
 
 class TermSignal:
-    """Whether TERM came to this process. From its construction on TERM does not end it."""
+    """Records whether TERM came to this process. While it exists, TERM does not end the process."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.received = False
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, _: int, __: FrameType | None) -> None:
-        self.came = True
+        self.received = True
 
 
 def lead_s(run_dir: Path) -> float:
@@ -60,17 +61,17 @@ def lead_s(run_dir: Path) -> float:
 
 
 def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
-    """Ask SLURM to start the job again, until it takes that or `patience_s` seconds are over; why it did not, else None.
+    """Ask SLURM to start the job again, until it agrees or `patience_s` seconds are over; returns why it did not, else None.
 
     The job's own time limit bounds the seconds, too.
     """
     end_time = os.environ.get("SLURM_JOB_END_TIME", "")
     if end_time.isdecimal():
-        patience_s = min(patience_s, int(end_time) - time.time() - END_S)
+        patience_s = min(patience_s, int(end_time) - time.time() - SCRIPT_END_S)
     deadline = time.monotonic() + patience_s
     wait_s = FIRST_WAIT_S
     while True:
-        refusal = _ask(job)
+        refusal = _request_requeue(job)
         if refusal is None:
             return None
         if any(words in refusal for words in FINAL_REFUSALS):
@@ -81,13 +82,13 @@ def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
         print(f"job {job.name}: scontrol requeue failed: {refusal}; tried again for {left_s:.0f} s", flush=True)
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-        # Both together would run the job once too often.
-        if term.came or by_slurm(job, False):
-            return BY_SLURM
+        # SLURM requeues a job that it preempts. Requeued from here as well, the job would run once too often.
+        if term.received or ended_by_slurm(job, False):
+            return ENDED_BY_SLURM
 
 
-def _ask(job: NamedJob) -> str | None:
-    """Ask once; why SLURM did not take it."""
+def _request_requeue(job: NamedJob) -> str | None:
+    """Ask SLURM once to requeue the job; returns why it refused, None if it agreed."""
     try:
         done = subprocess.run(
             ["scontrol", "requeue", job.name], capture_output=True, text=True, errors="replace", timeout=CALL_S
@@ -101,7 +102,7 @@ def _ask(job: NamedJob) -> str | None:
     return " ".join((done.stderr or done.stdout).split()) or "without a word"
 
 
-def by_slurm(job: NamedJob, stopped: bool) -> bool:
+def ended_by_slurm(job: NamedJob, stopped: bool) -> bool:
     """Whether SLURM ends the job, or requeues it by itself: asking for it as well would run it once too often."""
     if stopped:
         return True
@@ -111,6 +112,7 @@ def by_slurm(job: NamedJob, stopped: bool) -> bool:
         )
     except (OSError, subprocess.SubprocessError):
         return False
+    # `PreemptTime=None`, or the time at which SLURM decided to take the nodes away.
     return any(word.startswith("PreemptTime=") and word[12:13].isdigit() for word in done.stdout.split())
 
 

@@ -97,10 +97,10 @@ def render(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | 
     `clone` holds the code that runs: the clone, or its copy. Relative paths of the config mean those below `cwd` (default: the
     current directory). Pure but for that default. Raises ConfigError for what is not SLURM's or cannot stand in a script.
     """
-    return "\n".join(head(config, run_dirs, clone=clone, cwd=cwd)) + "\n" + BODY
+    return "\n".join(script_head(config, run_dirs, clone=clone, cwd=cwd)) + "\n" + BODY
 
 
-def head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> list[str]:
+def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> list[str]:
     """The lines of a job script up to the function `setup`: what is asked of SLURM, the runs, the code."""
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig):
@@ -126,25 +126,31 @@ def head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | No
     ]
 
 
-def _python(config: RunConfig, slurm: SlurmConfig, places: list[Path]) -> list[str]:
-    """The interpreters of the host and of the ranks, and how these are put into a container."""
+def _python(config: RunConfig, slurm: SlurmConfig, directories: list[Path]) -> list[str]:
+    """Lines that set the interpreters of the host and of the ranks, and the words that start the ranks in a container."""
     if slurm.container is None:
         python = shlex.quote(one_line(slurm.python or sys.executable, "launcher.python"))
         return [f"python={python} inside='' container=() within=()"]
-    step, before = containers.words(plain(config), places)
-    typed = trusted_values.directory()
+    lines = []
+    trusted = trusted_values.directory()
+    if trusted is not None:  # in the container the home may be another one
+        lines.append(
+            f"export {trusted_values.STATE_VARIABLE}={shlex.quote(_path(trusted, trusted_values.STATE_VARIABLE))}"
+        )
+    host_python = shlex.quote(one_line(sys.executable, "the interpreter"))
+    rank_python = shlex.quote(one_line(slurm.python or "python3", "launcher.python"))
+    srun_options, prefix = containers.launch_words(plain(config), directories)
     return [
-        # In the container the home may be another one.
-        *(
-            []
-            if typed is None
-            else [f"export {trusted_values.STATE_VARIABLE}={shlex.quote(_path(typed, trusted_values.STATE_VARIABLE))}"]
-        ),
-        f"python={shlex.quote(one_line(sys.executable, 'the interpreter'))} # asks SLURM, on the host",
-        f"inside={shlex.quote(one_line(slurm.python or 'python3', 'launcher.python'))} # of the ranks, in the container",
-        f"container=({' '.join(shlex.quote(one_line(word, 'launcher.container')) for word in step)})",
-        f"within=({' '.join(shlex.quote(one_line(word, 'launcher.container')) for word in before)})",
+        *lines,
+        f"python={host_python} # asks SLURM, on the host",
+        f"inside={rank_python} # of the ranks, in the container",
+        f"container=({_shell_words(srun_options)})",
+        f"within=({_shell_words(prefix)})",
     ]
+
+
+def _shell_words(words: list[str]) -> str:
+    return " ".join(shlex.quote(one_line(word, "launcher.container")) for word in words)
 
 
 def setup_text(slurm: SlurmConfig, clone: Path) -> str:
@@ -160,33 +166,40 @@ def setup_text(slurm: SlurmConfig, clone: Path) -> str:
 
 
 def options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
-    """What stands behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes."""
-    array = len(runs) > 1
-    output = f"{runs[0]}/logs".replace("%", "%%") + ("/%x-%A_%a.out" if array else "/%x-%j.out")
-    after = [f"afterok:{slurm.after}"] if slurm.after else []
-    limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
-    wanted: Options = {
-        "job-name": slurm.job_name or job_name(runs),
-        "array": f"0-{len(runs) - 1}{limit}" if array else None,
+    """The options behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes."""
+    is_array = len(runs) > 1
+    logs = f"{runs[0]}/logs".replace("%", "%%")  # sbatch reads %j and the like in the name of the output
+    array = None
+    if is_array:
+        limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
+        array = f"0-{len(runs) - 1}{limit}"
+    dependencies = []
+    if slurm.after:
+        dependencies.append(f"afterok:{slurm.after}")
+    if slurm.dependency:
+        dependencies.append(slurm.dependency)
+    sbatch_options: Options = {
+        "job-name": slurm.job_name or default_job_name(runs),
+        "array": array,
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
-        **request(slurm),
+        **node_request(slurm),
         "time": slurm.time,
         "chdir": _path(cwd, "the current directory"),
-        "output": output,
+        "output": f"{logs}/%x-%A_%a.out" if is_array else f"{logs}/%x-%j.out",
         "open-mode": "append",
         "signal": f"B:USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None,
         "comment": slurm.comment,
-        "dependency": ",".join([*after, *filter(None, [slurm.dependency])]) or None,
-        "kill-on-invalid-dep": "yes" if after or slurm.dependency else None,
+        "dependency": ",".join(dependencies) or None,
+        "kill-on-invalid-dep": "yes" if dependencies else None,
         "mail-type": slurm.mail,
         "mail-user": slurm.mail_user,
     }
-    options = [*written(wanted), "--requeue"]
-    return options + [one_line(option, "launcher.extra") for option in slurm.extra]
+    extra = [one_line(option, "launcher.extra") for option in slurm.extra]
+    return [*quoted_options(sbatch_options), "--requeue", *extra]
 
 
-def request(slurm: SlurmConfig) -> Options:
+def node_request(slurm: SlurmConfig) -> Options:
     """What is asked of each node, as options of sbatch and of srun; `exclusive` has no value."""
     return {
         "gpus-per-node": slurm.gpus_per_node or None,
@@ -203,16 +216,18 @@ def request(slurm: SlurmConfig) -> Options:
     }
 
 
-def written(wanted: Options) -> list[str]:
+def quoted_options(options: Options) -> list[str]:
     """Options quoted as a shell and sbatch read them. Raises ConfigError for what would end a line of a script."""
-    return [
-        f"--{key}" if value is True else f"--{key}={shlex.quote(one_line(str(value), f'launcher.{key}'))}"
-        for key, value in wanted.items()
-        if value is not None
-    ]
+    quoted = []
+    for key, setting in options.items():
+        if setting is True:  # an option without a value
+            quoted.append(f"--{key}")
+        elif setting is not None:
+            quoted.append(f"--{key}={shlex.quote(one_line(str(setting), f'launcher.{key}'))}")
+    return quoted
 
 
-def job_name(runs: list[str]) -> str:
+def default_job_name(runs: list[str]) -> str:
     """The job's name in the queue and in the names of its log files, so without odd characters."""
     if len(runs) > 1:
         return "shardtune"
@@ -223,15 +238,17 @@ def job_name(runs: list[str]) -> str:
     return re.sub(r"[^\w.-]", "-", name) or "shardtune"
 
 
-def one_line(value: str, knob: str) -> str:
+def one_line(text: str, setting: str) -> str:
     """Refuse what would end a line of the script."""
-    if any(ord(character) < 32 for character in value):
-        raise ConfigError(f"{knob} is {value!r}: a job script cannot carry line breaks or control characters in it")
-    return value
+    if any(ord(character) < 32 for character in text):
+        raise ConfigError(f"{setting} is {text!r}: a job script cannot carry line breaks or control characters in it")
+    return text
 
 
-def _path(path: Path | str, knob: str) -> str:
+def _path(path: Path | str, setting: str) -> str:
     """A path that may stand in SLURM's file name patterns, where a backslash switches the patterns off."""
     if "\\" in str(path):
-        raise ConfigError(f"{knob} is {str(path)!r}: SLURM's file names cannot carry a backslash; choose another path")
-    return one_line(str(path), knob)
+        raise ConfigError(
+            f"{setting} is {str(path)!r}: SLURM's file names cannot carry a backslash; choose another path"
+        )
+    return one_line(str(path), setting)

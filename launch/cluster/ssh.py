@@ -23,97 +23,127 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from launch.cluster.node import MARK, carried
-from launch.cluster.ssh_nodes import ALIVE_S, SHOWN, Node, connect, hear, meeting_of, refuse_unfit
-from launch.cluster.torchrun import STOP_GRACE_S, TRAIN, Aside, What, only_lost_a_peer, signals_held
+from launch.cluster.node import MARK, variables_to_carry
+from launch.cluster.ssh_nodes import (
+    SHOWN_LINES,
+    SIGN_OF_LIFE_S,
+    Node,
+    connect,
+    refuse_unfit,
+    rendezvous_address,
+    wait_for_facts,
+)
+from launch.cluster.torchrun import (
+    STOP_GRACE_S,
+    TRAIN,
+    RankProgram,
+    RedirectedOutput,
+    collected_signals,
+    only_lost_a_peer,
+)
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.config.run import RunConfig
 from trainer.reporting.code_revision import ROOT
 from trainer.reporting.status import read_failure, record_failure
 
-END_S = 8.0
+NODE_END_S = 8.0
 """Seconds that a node has to end its ranks in, beside `STOP_GRACE_S`."""
 
 
 def start(
-    config: RunConfig, run_dir: Path, run_id: str, aside: Aside | None = None, *, what: What = TRAIN
+    config: RunConfig,
+    run_dir: Path,
+    run_id: str,
+    redirected: RedirectedOutput | None = None,
+    *,
+    program: RankProgram = TRAIN,
 ) -> tuple[int, set[int]]:
     """As `launch.cluster.torchrun.start`, on all of `launcher.hosts`; when it returns every process on every host has ended.
 
-    Errors: ConfigError without ssh, NodesUnfit where a host cannot be reached or cannot run the run.
+    Errors: ConfigError without ssh, NodesUnfit if a host cannot be reached or cannot run the run.
     """
-    launcher, path = config.launcher, (run_dir / what.config).absolute()
+    launcher = config.launcher
+    path = (run_dir / program.config).absolute()
     if shutil.which("ssh") is None:
         raise ConfigError(
             "launcher.hosts: there is no ssh here (PATH); install OpenSSH's client, or start on each host"
         )
-    frozen = hashlib.sha256(path.read_bytes()).hexdigest()
-    env = carried(dict(os.environ))
+    config_digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    env = variables_to_carry(dict(os.environ))
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    job = {"env": env, "cwd": str(Path.cwd()), "config": str(path), "module": what.module, "sha256": frozen}
+    job = {"env": env, "cwd": str(Path.cwd()), "config": str(path), "module": program.module, "sha256": config_digest}
     ranks = "1 process" if launcher.per_node == 1 else f"{launcher.per_node} processes"
-    screen = Screen(run_dir / "logs", aside)
-    with signals_held() as (pending, came), screen:
+    output = NodeOutput(run_dir / "logs", redirected)
+    with collected_signals() as (pending, received), output:
         print(f"starting {ranks} on each of {', '.join(launcher.hosts)}", file=sys.stderr, flush=True)
         nodes = [connect(name, launcher) for name in launcher.hosts]
         try:
-            screen.listen(nodes)
+            output.listen(nodes)
             for node in nodes:
-                node.tell(job)
-            if not hear(nodes, pending):
-                return 130 if signal.SIGINT in came else 1, came
-            refuse_unfit(nodes, launcher, frozen)
-            rdzv = launcher.rdzv or meeting_of(nodes)
-            for rank, node in enumerate(nodes):
-                node.tell({"rank": rank, "rdzv": rdzv, "run_id": run_id})
-            look = aside.look if aside is not None else None
-            code = _watch(nodes, pending, look)
-            lost = next((number for number, node in enumerate(nodes) if node.broken), None)
-            if lost is not None and code != 130:
-                _note_lost(run_dir, nodes[lost], lost * launcher.per_node)
-            return code, came
+                node.send(job)
+            if not wait_for_facts(nodes, pending):
+                return 130 if signal.SIGINT in received else 1, received
+            refuse_unfit(nodes, launcher, config_digest)
+            rdzv = launcher.rdzv or rendezvous_address(nodes)
+            for node_rank, node in enumerate(nodes):
+                node.send({"rank": node_rank, "rdzv": rdzv, "run_id": run_id})
+            poll = redirected.poll if redirected is not None else None
+            code = _watch(nodes, pending, poll)
+            if code != 130:
+                for node_rank, node in enumerate(nodes):
+                    if node.is_disconnected:
+                        _record_lost_host(run_dir, node, node_rank * launcher.per_node)
+                        break
+            return code, received
         finally:
-            _end_all(nodes)
+            _end_nodes(nodes)
 
 
-def _watch(nodes: list[Node], pending: list[int], look: Callable[[], None] | None) -> int:
-    """Until all have ended, or the others of one that ended badly had their time; the first exit code that is not 0."""
-    failed_at = interrupted_at = None
-    told = 0.0
+def _watch(nodes: list[Node], pending: list[int], poll: Callable[[], None] | None) -> int:
+    """Wait until all nodes have ended, or one ended badly and the others had their time.
+
+    Returns the first exit code that is not 0, and 130 after Ctrl-C.
+    """
+    failed_at: float | None = None
+    interrupted_at: float | None = None
+    last_sign = 0.0
     while True:
-        if look is not None:
-            look()
+        if poll is not None:
+            poll()
         now = time.monotonic()
         while pending:
-            number = pending.pop(0)
-            interrupted_at = (interrupted_at or now) if number == signal.SIGINT else interrupted_at
+            signal_number = pending.pop(0)
+            if signal_number == signal.SIGINT and interrupted_at is None:
+                interrupted_at = now
             for node in nodes:
-                node.tell({"signal": int(number)})
-        if now - told > ALIVE_S:
-            told = now
+                node.send({"signal": int(signal_number)})
+        if now - last_sign > SIGN_OF_LIFE_S:
+            last_sign = now
             for node in nodes:
-                node.tell({})
+                node.send({})
         codes = [node.process.poll() for node in nodes]
-        bad = next((code for code in codes if code), None)
-        failed_at = (failed_at or now) if bad is not None else None
-        over = None not in codes or (failed_at is not None and now - failed_at > STOP_GRACE_S)
-        if interrupted_at is not None and (None not in codes or now - interrupted_at > STOP_GRACE_S + END_S):
-            return 130
-        if over and interrupted_at is None:
-            return bad or 0
+        all_ended = None not in codes
+        bad_code = next((code for code in codes if code), None)
+        if bad_code is not None and failed_at is None:
+            failed_at = now
+        if interrupted_at is not None:
+            if all_ended or now - interrupted_at > STOP_GRACE_S + NODE_END_S:
+                return 130
+        elif all_ended or (failed_at is not None and now - failed_at > STOP_GRACE_S):
+            return bad_code or 0
         time.sleep(0.1)
 
 
-def _end_all(nodes: list[Node]) -> None:
-    """End whatever still runs on any host: Ctrl-C twice, as far as it can be told; then nobody talks with it any more."""
+def _end_nodes(nodes: list[Node]) -> None:
+    """End whatever still runs on any host: send Ctrl-C twice, then close the connection, then kill ssh."""
     for _ in range(2):
         for node in nodes:
-            if node.hello is not None and node.process.poll() is None:
-                node.tell({"signal": int(signal.SIGINT)})
+            if node.facts is not None and node.process.poll() is None:
+                node.send({"signal": int(signal.SIGINT)})
         if all(node.process.poll() is not None for node in nodes):
             break
         time.sleep(0.5)
-    deadline = time.monotonic() + STOP_GRACE_S + END_S
+    deadline = time.monotonic() + STOP_GRACE_S + NODE_END_S
     for node in nodes:
         node.close()
     for node in nodes:
@@ -129,60 +159,68 @@ def _end_all(nodes: list[Node]) -> None:
             node.log.close()
 
 
-def _note_lost(run_dir: Path, node: Node, rank: int) -> None:
-    """Leave in the run directory that a host was lost, which none of its ranks can; what they lost by it is no cause."""
-    before = read_failure(run_dir)
-    lost = ShardtuneError(f"host {node.name} was lost ({node.last})")
+def _record_lost_host(run_dir: Path, node: Node, rank: int) -> None:
+    """Record that a host was lost, which none of its ranks can. It replaces what other ranks wrote about losing theirs."""
+    recorded = read_failure(run_dir)
+    lost = ShardtuneError(f"host {node.name} was lost ({node.last_words})")
     record_failure(
-        run_dir, rank, lost, "host", replace=only_lost_a_peer(before), host=node.name, pid=None, retry="node_fail"
+        run_dir, rank, lost, "host", replace=only_lost_a_peer(recorded), host=node.name, pid=None, retry="node_fail"
     )
 
 
-class Screen:
-    """Where lines of the nodes go: to the screen, and each node's to its file."""
+class NodeOutput:
+    """Shows lines of the nodes on the screen, and keeps each node's in its file."""
 
-    def __init__(self, logs: Path, aside: Aside | None) -> None:
-        self._logs, self._aside = logs, aside
+    def __init__(self, logs: Path, redirected: RedirectedOutput | None) -> None:
+        self._logs = logs
+        self._redirected = redirected
         self._lock = threading.Lock()
-        self._to: IO[bytes] | None = None
+        self._file: IO[bytes] | None = None
+        """Takes the place of the screen if the output is redirected."""
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> NodeOutput:
         self._logs.mkdir(parents=True, exist_ok=True)
-        if self._aside is not None:
-            self._aside.output.parent.mkdir(parents=True, exist_ok=True)
-            self._to = self._aside.output.open("ab")
+        if self._redirected is not None:
+            self._redirected.output.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._redirected.output.open("ab")
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._to is not None:
-            self._to.close()
+        if self._file is not None:
+            self._file.close()
 
     def listen(self, nodes: list[Node]) -> None:
-        """Read what the nodes say until they end."""
-        numbers = [int(found[1]) for path in self._logs.iterdir() if (found := re.match(r"hosts-(\d+)-", path.name))]
-        number = max(numbers, default=0) + 1
-        for rank, node in enumerate(nodes):
-            node.log = (self._logs / f"hosts-{number}-{rank}.log").open("ab", buffering=0)
+        """Start the threads that read what the nodes print, until they end."""
+        starts = [0]
+        for path in self._logs.iterdir():
+            if match := re.match(r"hosts-(\d+)-", path.name):
+                starts.append(int(match[1]))
+        start = max(starts) + 1
+        for node_rank, node in enumerate(nodes):
+            node.log = (self._logs / f"hosts-{start}-{node_rank}.log").open("ab", buffering=0)
             self._keep(node, f"# {node.name}\n".encode())
-            for pipe, error in ((node.process.stdout, False), (node.process.stderr, True)):
-                reader = threading.Thread(target=self._read, args=(node, pipe, error, rank == 0), daemon=True)
+            for pipe, is_stderr in ((node.process.stdout, False), (node.process.stderr, True)):
+                arguments = (node, pipe, is_stderr, node_rank == 0)
+                reader = threading.Thread(target=self._read, args=arguments, daemon=True)
                 reader.start()
                 node.readers.append(reader)
 
-    def _read(self, node: Node, pipe: IO[bytes], error: bool, first: bool) -> None:
+    def _read(self, node: Node, pipe: IO[bytes], is_stderr: bool, is_first: bool) -> None:
+        """Sort the lines of one pipe; `is_first`: the node's stdout is shown, and its lines need no name."""
         for line in pipe:
             text = line.decode(errors="replace").rstrip("\n")
-            if node.hello is None and not error:
+            if node.facts is None and not is_stderr:
+                # Before the node's own line come lines that the login shell there prints.
                 if text.startswith(MARK):
-                    node.hello = json.loads(text.removeprefix(MARK))
-                    continue
-                node.said.append(text.strip())
+                    node.facts = json.loads(text.removeprefix(MARK))
+                else:
+                    node.last_lines.append(text.strip())
                 continue
-            if error:
-                node.said = [*node.said[-SHOWN:], text.strip()]
+            if is_stderr:
+                node.last_lines = [*node.last_lines[-SHOWN_LINES:], text.strip()]
             self._keep(node, line)
-            if node.hello is not None and (first or error):
-                self._show(line if first else f"{node.name}: ".encode() + line, error)
+            if node.facts is not None and (is_first or is_stderr):
+                self._show(line if is_first else f"{node.name}: ".encode() + line, is_stderr)
 
     def _keep(self, node: Node, line: bytes) -> None:
         assert node.log is not None
@@ -190,12 +228,12 @@ class Screen:
         with contextlib.suppress(OSError):
             node.log.write(line)
 
-    def _show(self, line: bytes, error: bool) -> None:
-        stream = sys.stderr if error else sys.stdout
+    def _show(self, line: bytes, is_stderr: bool) -> None:
+        stream = sys.stderr if is_stderr else sys.stdout
         with self._lock, contextlib.suppress(OSError, ValueError):
-            if self._to is not None:
-                self._to.write(line)
-                self._to.flush()
+            if self._file is not None:
+                self._file.write(line)
+                self._file.flush()
             else:
                 stream.write(line.decode(errors="replace"))
                 stream.flush()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from launch.cluster import advice, containers, pipeline, snapshot
 from launch.cluster.sbatch_environment import refuse_gpus_of_environment, sbatch_environment, sort_variables
-from launch.cluster.slurm import head, job_name, render
+from launch.cluster.slurm import default_job_name, render, script_head
 from launch.runs.queue import note_submitted
 from strategies.errors import ConfigError, StorageError
 from trainer.config.resuming import flat, plain
@@ -34,7 +34,7 @@ JOB_ID = re.compile(r"\d+(;.*)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
+class Submission:
     """What SLURM took: a job, an array or a chain."""
 
     jobs: dict[str, str]
@@ -46,93 +46,123 @@ class Submitted:
     """The copy of the code that the jobs run, or the clone; None where nothing was left to submit."""
 
 
-def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list[Submitted]:
+def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list[Submission]:
     """Write the scripts into the run directories and submit them; with `print_only` show them instead, and return nothing.
 
     Several runs are one job array, or with `launcher.pipeline` a chain each. Raises ConfigError with the words of `sbatch`, and
-    StorageError where something cannot be written.
+    StorageError if something cannot be written.
     """
     slurm = config.launcher
     if isinstance(slurm, SlurmConfig) and slurm.pipeline and len(run_dirs) > 1:
-        return [chain for run_dir in run_dirs for chain in submit(config, [run_dir], print_only=print_only)]
-    copied = isinstance(slurm, SlurmConfig) and slurm.code is Code.snapshot
-    code = snapshot.place_of(run_dirs[0], snapshot.digest(snapshot.read())) if copied and run_dirs else ROOT
-    scripts = scripts_of(config, run_dirs, code)
+        submissions = []
+        for run_dir in run_dirs:
+            submissions += submit(config, [run_dir], print_only=print_only)
+        return submissions
+    is_copied = isinstance(slurm, SlurmConfig) and slurm.code is Code.snapshot
+    code = ROOT
+    if is_copied and run_dirs:
+        code = snapshot.copy_path(run_dirs[0], snapshot.code_digest(snapshot.read_code()))
+    scripts = render_scripts(config, run_dirs, code)
+    assert isinstance(slurm, SlurmConfig)  # else no script was rendered
     if print_only:
-        assert isinstance(slurm, SlurmConfig)
-        for line in advice.ranks_lines(slurm):
-            print(f"# {line}", file=sys.stderr)
-        for number, (part, text) in enumerate(scripts.items()):
-            if len(scripts) > 1:
-                after = (
-                    f" --dependency=afterok:<job of {[*scripts][number - 1]}> --kill-on-invalid-dep=yes"
-                    if number
-                    else ""
-                )
-                print(f"# ---- {part}: sbatch{after} {part}.sbatch")
-            print(text, end="")
+        _print_scripts(slurm, scripts)
         return []
-    assert isinstance(slurm, SlurmConfig)
     if slurm.gpu_request is None:
         refuse_gpus_of_environment()
-    said = [*advice.advise(config, run_dirs), *environment_lines(scripts["train"])]
-    if containers.way_of(launcher := plain(config)["launcher"]) is not None:
-        if containers.way_of(launcher) == "pyxis":
-            containers.refuse_missing(launcher)  # apptainer may be on the nodes alone; each of them is asked
-        Path(config.data.cache_dir).expanduser().mkdir(parents=True, exist_ok=True)  # is mounted
-    if copied:
-        snapshot.take(run_dirs[0])
-    written: dict[str, Path] = {}
-    try:
-        for run in run_dirs:
-            # Older SLURM fails a job without a word where the directory of its output is missing.
-            (run / "logs").mkdir(parents=True, exist_ok=True)
-            for part, text in scripts.items():
-                write_text_atomic(run / f"{part}.sbatch", text)
-                written.setdefault(part, run.absolute() / f"{part}.sbatch")
-    except OSError as error:
-        raise StorageError(f"cannot write the job script: {error}; choose another run.dir") from error
-    jobs = pipeline.submit_chain(written, run_dirs[0], sbatch)
+    notes = [*advice.advise(config, run_dirs), *environment_lines(scripts["train"])]
+    _prepare_container(config)
+    if is_copied:
+        snapshot.copy_code(run_dirs[0])
+    script_paths = _write_scripts(run_dirs, scripts)
+    jobs = pipeline.submit_chain(script_paths, run_dirs[0], sbatch)
     job = dict(jobs)["train"]
-    with contextlib.suppress(StorageError):  # SLURM has it; the script in its directory tells too
+    with contextlib.suppress(StorageError):  # SLURM has the job, and the script in its directory names the run too
         note_submitted(run_dirs, job)
-    print(f"submitted job {job}: {written['train']}")
+    print(f"submitted job {job}: {script_paths['train']}")
     if len(jobs) > 1:
         print(pipeline.table(jobs, config, run_dirs[0]))
-    print(*(f"  {line}" for line in [f"code    {said_of(code, copied=copied)}", *said]), sep="\n")
-    _tell(slurm, run_dirs, job)
-    paths = {part: str(path) for part, path in written.items()}
-    return [Submitted(dict(jobs), [str(run.absolute()) for run in run_dirs], paths, str(code))]
+    for line in [f"code    {code_line(code, is_copied=is_copied)}", *notes]:
+        print(f"  {line}")
+    _print_next_steps(slurm, run_dirs, job)
+    return [
+        Submission(
+            jobs=dict(jobs),
+            runs=[str(run_dir.absolute()) for run_dir in run_dirs],
+            scripts={part: str(path) for part, path in script_paths.items()},
+            code=str(code),
+        )
+    ]
 
 
-def scripts_of(config: RunConfig, run_dirs: list[Path], code: Path) -> dict[str, str]:
+def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:
+    """Show the scripts instead of submitting them, each of a chain below the command that would submit it."""
+    for line in advice.ranks_lines(slurm):
+        print(f"# {line}", file=sys.stderr)
+    before: str | None = None
+    for part, text in scripts.items():
+        if len(scripts) > 1:
+            dependency = ""
+            if before is not None:
+                dependency = f" --dependency=afterok:<job of {before}> --kill-on-invalid-dep=yes"
+            print(f"# ---- {part}: sbatch{dependency} {part}.sbatch")
+        print(text, end="")
+        before = part
+
+
+def _prepare_container(config: RunConfig) -> None:
+    """Refuse a container that cannot start, and make what is mounted into it. Errors: ConfigError."""
+    launcher = plain(config)["launcher"]
+    runtime = containers.runtime_of(launcher)
+    if runtime is None:
+        return
+    if runtime == "pyxis":  # apptainer may be on the nodes alone; each of them is asked when the job starts
+        containers.refuse_missing(launcher)
+    Path(config.data.cache_dir).expanduser().mkdir(parents=True, exist_ok=True)
+
+
+def _write_scripts(run_dirs: list[Path], scripts: dict[str, str]) -> dict[str, Path]:
+    """Write all scripts into each run directory; returns those of the first, which are submitted. Errors: StorageError."""
+    try:
+        for run_dir in run_dirs:
+            # Older SLURM fails a job without a message if the directory of its output is missing.
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+            for part, text in scripts.items():
+                write_text_atomic(run_dir / f"{part}.sbatch", text)
+    except OSError as error:
+        raise StorageError(f"cannot write the job script: {error}; choose another run.dir") from error
+    return {part: run_dirs[0].absolute() / f"{part}.sbatch" for part in scripts}
+
+
+def render_scripts(config: RunConfig, run_dirs: list[Path], code: Path) -> dict[str, str]:
     """The text of each job's script, by its part. Raises ConfigError."""
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig) or not slurm.pipeline:
         return {"train": render(config, run_dirs, clone=code)}
 
-    def begin(own: RunConfig, runs: list[Path]) -> list[str]:
-        return head(own, runs, clone=code)
+    def part_head(part_config: RunConfig, runs: list[Path]) -> list[str]:
+        return script_head(part_config, runs, clone=code)
 
-    texts = {part: pipeline.script_of(config, part, run_dirs[0], begin) for part in slurm.pipeline if part != "train"}
-    return {
-        part: texts.get(part) or render(pipeline.train_of(config, run_dirs[0]), run_dirs, clone=code)
-        for part in slurm.pipeline
-    }
+    scripts = {}
+    for part in slurm.pipeline:
+        if part == "train":
+            scripts[part] = render(pipeline.train_config(config, run_dirs[0]), run_dirs, clone=code)
+        else:
+            scripts[part] = pipeline.part_script(config, part, run_dirs[0], part_head)
+    return scripts
 
 
-def _tell(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> None:
-    name = slurm.job_name or job_name([str(run.absolute()) for run in run_dirs])
+def _print_next_steps(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> None:
+    """How to look at the job, and how to end it."""
     print(f"  queue   squeue --job {job}")
-    print(
-        f"  log     tail -F {shlex.quote(str(run_dirs[0] / 'logs' / f'{name}-{job}-0.log'))}"
-        if len(run_dirs) == 1
-        else f"  logs    below {', '.join(shlex.quote(str(run / 'logs')) for run in run_dirs)}"
-    )
+    if len(run_dirs) == 1:
+        run = shlex.quote(str(run_dirs[0]))
+        name = slurm.job_name or default_job_name([str(run_dirs[0].absolute())])
+        print(f"  log     tail -F {shlex.quote(str(run_dirs[0] / 'logs' / f'{name}-{job}-0.log'))}")
+    else:
+        run = "<one of the runs>"
+        print(f"  logs    below {', '.join(shlex.quote(str(run_dir / 'logs')) for run_dir in run_dirs)}")
     print(f"  save and requeue now: scancel --batch --signal=USR2 {job}")
-    print(
-        f"  save and end: shardtune stop {shlex.quote(str(run_dirs[0])) if len(run_dirs) == 1 else '<one of the runs>'}"
-    )
+    print(f"  save and end: shardtune stop {run}")
 
 
 def environment_lines(script: str) -> list[str]:
@@ -140,19 +170,20 @@ def environment_lines(script: str) -> list[str]:
     return [] if "SLURM_JOB_ID" in os.environ else sort_variables(script).lines()
 
 
-def said_of(code: Path, *, copied: bool) -> str:
+def code_line(code: Path, *, is_copied: bool) -> str:
     """Which code a job will run, for people."""
-    at = f" at {found}" if (found := revision()) else ""
-    if copied:
-        return f"{code}: a copy of the code{at}; later changes do not reach the job"
-    return f"{code}{at}, as it is whenever the job starts (launcher.code=clone)"
+    current = revision()
+    revision_text = f" at {current}" if current else ""
+    if is_copied:
+        return f"{code}: a copy of the code{revision_text}; later changes do not reach the job"
+    return f"{code}{revision_text}, as it is whenever the job starts (launcher.code=clone)"
 
 
 def sbatch(script: Path, options: list[str]) -> str:
     """Submit; returns the job id. Raises ConfigError with what `sbatch` says."""
     env = sbatch_environment(script.read_text(encoding="utf-8"))
     try:
-        done = subprocess.run(
+        answer = subprocess.run(
             ["sbatch", "--parsable", *options, str(script)], env=env, capture_output=True, text=True, errors="replace"
         )
     except FileNotFoundError:
@@ -160,12 +191,12 @@ def sbatch(script: Path, options: list[str]) -> str:
             "launcher=slurm needs the command sbatch, which is not on PATH here: "
             f"submit {script} on a login node, or use launcher=local"
         ) from None
-    if done.returncode:
-        lines = [line.removeprefix("sbatch: error: ") for line in (done.stderr or done.stdout).strip().splitlines()]
+    if answer.returncode:
+        lines = [line.removeprefix("sbatch: error: ") for line in (answer.stderr or answer.stdout).strip().splitlines()]
         raise ConfigError(
             f"sbatch refused {script}: {'; '.join(lines)}; what it asks for is launcher.* (docs/slurm.md)"
         )
-    return job_id(done.stdout, script)
+    return job_id(answer.stdout, script)
 
 
 def job_id(answer: str, script: Path) -> str:
@@ -180,37 +211,41 @@ def job_id(answer: str, script: Path) -> str:
 
 
 def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
-    """Freeze the runs and submit those that are not finished, nor in the queue; returns 0.
+    """Freeze the runs and submit those that are neither finished nor in the queue; returns 0.
 
-    One job array for all that ask for the same.
+    Runs that ask for the same resources become one job array.
     """
     from launch.cluster.array_size import refuse_large_array
     from launch.config.frozen import is_finished
     from launch.runs.freeze import freeze, queued_as_asked
 
-    left = []
     if not getattr(composed[0].config.launcher, "pipeline", []):
-        everything = by_request(list(zip(composed, run_dirs, strict=True)))
-        refuse_large_array(max(len(alike) for alike in everything))
-    for one, run_dir in zip(composed, run_dirs, strict=True):
-        if (job := queued_as_asked(one, run_dir)) is not None:
-            print(f"{run_dir}: {job.says}; not submitted again")
+        arrays = group_by_request(list(zip(composed, run_dirs, strict=True)))
+        refuse_large_array(max(len(array) for array in arrays))
+    remaining = []
+    for run, run_dir in zip(composed, run_dirs, strict=True):
+        job = queued_as_asked(run, run_dir)
+        if job is not None:
+            print(f"{run_dir}: {job.description}; not submitted again")
             continue
-        finished = is_finished(run_dir)
-        freeze(one, run_dir)
+        finished = is_finished(run_dir)  # before freezing, which writes a new configuration
+        freeze(run, run_dir)
         if finished:
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
-            left.append((one, run_dir))
-    for alike in by_request(left):
-        submit(alike[0][0].config, [run_dir for _, run_dir in alike], print_only=False)
+            remaining.append((run, run_dir))
+    for array in group_by_request(remaining):
+        first, _ = array[0]
+        submit(first.config, [run_dir for _, run_dir in array], print_only=False)
     return 0
 
 
-def by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Composed, Path]]]:
-    """The runs, those together that ask for the same job: all tasks of an array are alike."""
+def group_by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Composed, Path]]]:
+    """Put runs together that ask SLURM for the same job, because all tasks of an array have the same options."""
     groups: dict[str, list[tuple[Composed, Path]]] = {}
-    for one, run_dir in runs:
-        asked = {key: value for key, value in flat(plain(one.config)).items() if key.startswith("launcher.")}
-        groups.setdefault(json.dumps([asked, one.config.run.timeout_s], sort_keys=True), []).append((one, run_dir))
+    for composed, run_dir in runs:
+        settings = flat(plain(composed.config))
+        launcher = {key: setting for key, setting in settings.items() if key.startswith("launcher.")}
+        request = json.dumps([launcher, composed.config.run.timeout_s], sort_keys=True)
+        groups.setdefault(request, []).append((composed, run_dir))
     return list(groups.values())

@@ -17,7 +17,7 @@ from trainer.reporting.status import STARTED_AGAIN, State, clear_failure, read_f
 from trainer.session.lease import other_owner
 
 if TYPE_CHECKING:
-    from launch.cluster.torchrun import Aside, What
+    from launch.cluster.torchrun import RankProgram, RedirectedOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +34,56 @@ FINAL = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals after which a run is over; the others ask it to save and to be started again, where `launcher.retry` says so."""
 
 
-def supervised(
-    config: RunConfig, run_dir: Path, sha256: str, aside: Aside | None = None, *, what: What | None = None
+def run_supervised(
+    config: RunConfig,
+    run_dir: Path,
+    sha256: str,
+    redirected: RedirectedOutput | None = None,
+    *,
+    program: RankProgram | None = None,
 ) -> int:
-    """Run in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
+    """Run the ranks in processes of their own to the end, and again as often as `launcher.retry` allows.
 
-    Never again after an error of the user's or of ours, nor after TERM, HUP or Ctrl-C; where memory ran out, with half of
-    `batch.micro`.
+    Returns the exit code. An error of the user's or of ours is never retried, nor TERM, HUP or Ctrl-C. After memory ran out
+    the next start has half of `batch.micro`.
     """
     from launch.cluster.torchrun import TRAIN, start
 
     if config.launcher.hosts:
         from launch.cluster.ssh import start
-    what = what or TRAIN
+    program = program or TRAIN
 
-    left, number = dict(config.launcher.retry), 0
+    retries_left = dict(config.launcher.retry)
+    starts = 0
     try:
         while True:
-            os.environ[STARTED_AGAIN] = str(number)  # for what the ranks, and this process, write into `status.json`
-            before = begin(run_dir)
-            run_id = f"{sha256[:8]}-{number}" if number else sha256[:8]
-            ended, signals = start(config, run_dir, run_id, aside, what=what)
-            code = outcome(run_dir, ended, before, verb=what.module.rpartition(".")[2])
-            cause = _cause(run_dir, code, signals)
-            if cause is None or left.get(cause, 0) < 1:
+            os.environ[STARTED_AGAIN] = str(starts)  # for what the ranks, and this process, write into `status.json`
+            before = state_before_start(run_dir)
+            run_id = f"{sha256[:8]}-{starts}" if starts else sha256[:8]
+            torchrun_code, signals = start(config, run_dir, run_id, redirected, program=program)
+            code = settle_outcome(run_dir, torchrun_code, before, verb=program.module.rpartition(".")[2])
+            cause = _retry_cause(run_dir, code, signals)
+            if cause is None or retries_left.get(cause, 0) < 1:
                 return code
-            changed = ""
+            change = ""
             if cause == "out_of_memory":
-                lowered = _lower(run_dir) if what is TRAIN else None
+                lowered = _lower_micro(run_dir) if program is TRAIN else None
                 if lowered is None:
                     return code
-                changed = f", {lowered}"
-            left[cause] -= 1
-            number += 1
-            print(f"{run_dir}: started again ({cause}; {left[cause]} more times){changed}", file=sys.stderr, flush=True)
+                change = f", {lowered}"
+            retries_left[cause] -= 1
+            starts += 1
+            print(
+                f"{run_dir}: started again ({cause}; {retries_left[cause]} more times){change}",
+                file=sys.stderr,
+                flush=True,
+            )
     finally:
         os.environ.pop(STARTED_AGAIN, None)
 
 
-def begin(run_dir: Path) -> RunBefore:
-    """Forget an earlier attempt's failure; what is known of the run before the ranks start."""
+def state_before_start(run_dir: Path) -> RunBefore:
+    """Delete an earlier attempt's failure, and read what is known of the run before the ranks start."""
     clear_failure(run_dir)
     directory = None
     with contextlib.suppress(OSError):
@@ -81,64 +91,75 @@ def begin(run_dir: Path) -> RunBefore:
     return RunBefore(directory, read_status(run_dir), read_failure(run_dir))
 
 
-def outcome(run_dir: Path, code: int, before: RunBefore, *, verb: str = "train") -> int:
-    """The exit code of a run that has ended, after showing why. Settles `status.json` where the ranks could not.
+def settle_outcome(run_dir: Path, code: int, before: RunBefore, *, verb: str = "train") -> int:
+    """Show how a run ended, and write `status.json` if the ranks could not; returns the exit code.
 
-    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what `begin` returned:
-    what still says the same is of an earlier attempt.
+    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what
+    `state_before_start` returned: a record that has not changed since is of an earlier attempt.
     """
-    home = found(run_dir, before)
-    if home is None:
+    directory = find_run_directory(run_dir, before)
+    if directory is None:
         print(
             f"{run_dir}: the directory was deleted while the run was under way; nothing of it is left", file=sys.stderr
         )
         return 130 if code == 130 else StorageError.exit_code
-    renamed, run_dir = home != run_dir, home
-    status, failure = read_status(run_dir), read_failure(run_dir)
-    status = {} if status == before.status else status
-    failure = {} if failure == before.failure else failure
+    status = read_status(directory)
+    if status == before.status:
+        status = {}
+    failure = read_failure(directory)
+    if failure == before.failure:
+        failure = {}
     if status.get("state") == State.done:
         return 0
     step = status.get("step")
-    # Before training a rank that was killed is the cause: torchrun has asked its peers to stop since.
+    # If a rank was killed before the first step, that is the cause: torchrun has asked its peers to stop since.
     was_killed = bool(failure) and not step
     if status.get("state") == State.preempted and not was_killed:
-        reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
-        said = f"{reached}; the same command continues it"
-        if renamed:
-            said = f"{reached}; the directory was renamed while the run was under way: run.dir={run_dir} continues it"
-        if verb == "evaluate":
-            said = "stopped; an evaluation keeps nothing, the same command begins it again"
-        print(f"{run_dir}: {said}", file=sys.stderr)
+        print(f"{directory}: {_stopped_message(directory, run_dir, step, verb)}", file=sys.stderr)
         return 130 if code == 130 else 75
     owner = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide the failure
-        owner = other_owner(run_dir)
+        owner = other_owner(directory)
     if owner is not None:
-        print(f"{run_dir}: ended here; its records are left to {owner}", file=sys.stderr)
+        print(f"{directory}: ended here; its records are left to {owner}", file=sys.stderr)
         return 130 if code == 130 else 70
-    reason, shown = "interrupted", f"{run_dir}: interrupted; the same command continues from the last checkpoint"
-    if code != 130:
-        # A run of which nobody reports an end has failed, also where torchrun is content.
-        code, reason = failure.get("exit_code", 70), failure.get("message") or "the ranks ended without a report"
-        shown = _explain(run_dir, failure, verb) if failure else f"{run_dir}: {reason}; see the output above"
-    write_status(run_dir, State.failed, reason=reason, step=failure.get("step") or status.get("step"))
-    print(shown, file=sys.stderr, flush=True)
+    if code == 130:
+        reason = "interrupted"
+        message = f"{directory}: interrupted; the same command continues from the last checkpoint"
+    else:
+        # A run that nobody reports as ended has failed, even if torchrun returned 0.
+        code = failure.get("exit_code", 70)
+        reason = failure.get("message") or "the ranks ended without a report"
+        message = _explain(directory, failure, verb) if failure else f"{directory}: {reason}; see the output above"
+    write_status(directory, State.failed, reason=reason, step=failure.get("step") or step)
+    print(message, file=sys.stderr, flush=True)
     return code
 
 
-def found(run_dir: Path, before: RunBefore) -> Path | None:
+def _stopped_message(directory: Path, run_dir: Path, step: int | None, verb: str) -> str:
+    """What is saved of a run that was asked to stop, and how it continues; `directory`: where `run_dir` is now."""
+    if verb == "evaluate":
+        return "stopped; an evaluation keeps nothing, the same command begins it again"
+    reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
+    if directory != run_dir:
+        return f"{reached}; the directory was renamed while the run was under way: run.dir={directory} continues it"
+    return f"{reached}; the same command continues it"
+
+
+def find_run_directory(run_dir: Path, before: RunBefore) -> Path | None:
     """Where the run's directory is now; None if it was deleted."""
     if before.directory is None:
         return run_dir
-    home = None
+    current = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide how the run ended
-        home = before.directory.find()
-    # A file system may number a directory anew: what lies under the name is the run then.
-    return run_dir if home is None and (run_dir / "config.yaml").exists() else home
+        current = before.directory.find()
+    # A file system may give a directory another number: then what lies under its name is the run.
+    if current is None and (run_dir / "config.yaml").exists():
+        return run_dir
+    return current
 
 
-def _lower(run_dir: Path) -> str | None:
+def _lower_micro(run_dir: Path) -> str | None:
     from launch.cluster.oom_retry import lower_micro
 
     if (lowered := lower_micro(run_dir)) is None:
@@ -146,18 +167,21 @@ def _lower(run_dir: Path) -> str | None:
     return lowered
 
 
-def _cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
-    """Why a run may be started again: a key of `launcher.retry`; None where it may not."""
-    if code == 130 or signals & FINAL:  # also where a rank was lost meanwhile
+def _retry_cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
+    """Why a run may be started again: a key of `launcher.retry`; None if it may not."""
+    if code == 130 or signals & FINAL:  # also if a rank was lost meanwhile
         return None
     if code == 75:
         return "preempted" if signals else None
-    return read_failure(run_dir).get("retry") if code else None
+    if code == 0:
+        return None
+    return read_failure(run_dir).get("retry")
 
 
 def _explain(run_dir: Path, failure: dict[str, Any], verb: str) -> str:
-    at = f", step {failure['step']}" if failure.get("step") is not None else ""
-    where = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{at})"
+    """Which rank failed, where, and why; the traceback only if the error is not the user's."""
+    step = f", step {failure['step']}" if failure.get("step") is not None else ""
+    place = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{step})"
     if failure["user_error"]:
-        return f"shardtune {verb}: {where}:\n  " + failure["message"].replace("\n", "\n  ")
-    return f"{failure['traceback'].rstrip()}\nshardtune {verb}: {where}; see {run_dir / 'failure.json'}"
+        return f"shardtune {verb}: {place}:\n  " + failure["message"].replace("\n", "\n  ")
+    return f"{failure['traceback'].rstrip()}\nshardtune {verb}: {place}; see {run_dir / 'failure.json'}"

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.cluster.hosts import HostPlace, place_of
+from launch.cluster.hosts import HostPlace, locate_this_host
 from launch.cluster.rendezvous import AgentLeftBehind, WaitingForHosts, port_of
 from strategies.heartbeat import LAST_WORDS, LOST_PEER, TIMED_OUT, last_words
 from strategies.network import refuse_taken_port, refuse_unknown_interface, refuse_without_loopback
@@ -33,7 +33,7 @@ from trainer.config.run import LauncherConfig, RunConfig
 from trainer.reporting.status import read_status
 from trainer.stopping.signals import SIGNALS, hold, release
 
-TELL_S = 15.0
+NOTICE_AFTER_S = 15.0
 """Seconds of silence after which the start of many processes says that it goes on."""
 STOP_GRACE_S = 5
 """Seconds between asking a process to end and killing it, once a rank has failed or Ctrl-C was pressed."""
@@ -43,47 +43,52 @@ OUT_OF_MEMORY = (
     ": out of memory (the kernel counted a kill for it); lower batch.micro or data.max_length, shard more of the model "
     "(strategy=fsdp2 or zero3), or give the job more memory (launcher.mem under SLURM)"
 )
-"""Of a rank that the kernel killed: an error, which another start would meet again."""
+"""The end of the message about a rank that the kernel killed for memory. Another start would run out again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Aside:
-    """Where what the processes print is appended, in place of the terminal, and who is called a few times a second."""
+class RedirectedOutput:
+    """A file instead of the terminal for what the processes print."""
 
     output: Path
-    look: Callable[[], None]
+    """Appended to."""
+    poll: Callable[[], None]
+    """Called a few times a second while the processes run."""
 
 
-class Starting:
-    """Says that processes are being started, and goes on saying so until the run writes something itself."""
+class StartNotice:
+    """Prints that processes are being started, and repeats it until the run writes its status."""
 
     def __init__(self, run_dir: Path, processes: int, cores: int) -> None:
         self._run_dir = run_dir
-        self._before: dict[str, Any] | None = read_status(run_dir)
-        self._began = self._told = time.monotonic()
+        self._status_before: dict[str, Any] | None = read_status(run_dir)
+        """None once the run has written another status."""
+        self._began = time.monotonic()
+        self._last_notice = self._began
         share = f" on {cores} cores, where loading the libraries takes them long" if processes > 2 * cores else ""
         print(f"starting {processes} processes{share}", file=sys.stderr, flush=True)
 
-    def look(self) -> None:
-        """A line where it was silent for long."""
+    def poll(self) -> None:
+        """Print a line after `NOTICE_AFTER_S` seconds without one."""
         now = time.monotonic()
-        if now - self._told > TELL_S and self._before is not None:
-            self._told = now
-            if read_status(self._run_dir) != self._before:
-                self._before = None  # from here on rank 0 says how far it is
-            else:
-                print(f"{now - self._began:.0f} s: the processes load their libraries", file=sys.stderr, flush=True)
+        if self._status_before is None or now - self._last_notice <= NOTICE_AFTER_S:
+            return
+        self._last_notice = now
+        if read_status(self._run_dir) != self._status_before:
+            self._status_before = None  # from here on rank 0 says how far it is
+        else:
+            print(f"{now - self._began:.0f} s: the processes load their libraries", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
-class What:
+class RankProgram:
     """What the ranks do: the module they run, and the file of their configuration in the directory."""
 
     module: str
     config: str
 
 
-TRAIN = What("launch.train", "config.yaml")
+TRAIN = RankProgram("launch.train", "config.yaml")
 
 
 def arguments(
@@ -106,42 +111,59 @@ def arguments(
 
 
 def start(
-    config: RunConfig, run_dir: Path, run_id: str, aside: Aside | None = None, *, what: What = TRAIN
+    config: RunConfig,
+    run_dir: Path,
+    run_id: str,
+    redirected: RedirectedOutput | None = None,
+    *,
+    program: RankProgram = TRAIN,
 ) -> tuple[int, set[int]]:
-    """Run the frozen configuration of `run_dir` to its end, as ranks of `what`.
+    """Run the frozen configuration of `run_dir` to its end, as ranks of `program`.
 
     Returns torchrun's exit code, or 130 after Ctrl-C, and the signals that came. Those that ask to save are passed on to the
     ranks; Ctrl-C gives them a few seconds, then kills.
     """
-    place = place_of(config.launcher) if config.launcher.nodes > 1 else None
+    place = locate_this_host(config.launcher) if config.launcher.nodes > 1 else None
     _refuse_network(config.launcher, place)
-    command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id, place, what.module)]
+    command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id, place, program.module)]
     processes = config.launcher.processes or 1
-    env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / what.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
-    env["SHARDTUNE_LAUNCHER"] = str(os.getpid())
-    # torchrun would set one thread a rank, whatever the host has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    env = _agent_environment(config, place, cores)
+    env["SHARDTUNE_CONFIG"] = str(run_dir / program.config)
+    env["SHARDTUNE_RUN_DIR"] = str(run_dir)
+    _adopt_orphans()
+    with (
+        collected_signals() as (pending, received),
+        _output_streams(redirected) as streams,
+        _last_words_directory() as env[LAST_WORDS],
+    ):
+        # A session of its own keeps the terminal's Ctrl-C for us alone.
+        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent, **streams)
+        watchers: list[Callable[[], None]] = []
+        if redirected is not None:
+            watchers.append(redirected.poll)
+        elif processes > 1:
+            watchers.append(StartNotice(run_dir, processes, cores).poll)
+        if place is not None:
+            watchers += _host_watchers(agent.pid, config.launcher, place, run_dir)
+        try:
+            return _watch(agent, pending, watchers), received
+        finally:
+            _kill_all(agent)
+
+
+def _agent_environment(config: RunConfig, place: HostPlace | None, cores: int) -> dict[str, str]:
+    """The environment of torchrun and its ranks; `place`: this host among several."""
+    env = {**os.environ, "SHARDTUNE_LAUNCHER": str(os.getpid())}
+    # torchrun would set one thread a rank, however many cores the host has.
+    processes = config.launcher.processes or 1
     env.setdefault("OMP_NUM_THREADS", str(config.run.threads or max(1, cores // processes)))
     if place is not None:  # gloo would take what the host's own name means, often 127.0.1.1
         env.setdefault("GLOO_SOCKET_IFNAME", place.interface)
     env["PYTHONSAFEPATH"] = "1"  # a trainer.py or launch/ where the command is typed hides nothing
     root = str(Path(__file__).resolve().parents[2])  # started from anywhere: `-m launch.train` must be found
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
-    _adopt_orphans()
-    with signals_held() as (pending, came), _printed(aside) as printed, _last_words() as env[LAST_WORDS]:
-        # A session of its own keeps the terminal's Ctrl-C for us alone.
-        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent, **printed)
-        looks: list[Callable[[], None]] = []
-        if aside is not None:
-            looks.append(aside.look)
-        elif processes > 1:
-            looks.append(Starting(run_dir, processes, cores).look)
-        if place is not None:
-            looks += _looks_at_hosts(agent.pid, config.launcher, place, run_dir)
-        try:
-            return _watch(agent, pending, looks), came
-        finally:
-            _end_all(agent)
+    return env
 
 
 def _refuse_network(launcher: LauncherConfig, place: HostPlace | None) -> None:
@@ -153,19 +175,22 @@ def _refuse_network(launcher: LauncherConfig, place: HostPlace | None) -> None:
         refuse_taken_port(f"launcher.rdzv={launcher.rdzv}", port_of(launcher))
 
 
-def _looks_at_hosts(
+def _host_watchers(
     agent_pid: int, launcher: LauncherConfig, place: HostPlace, run_dir: Path
 ) -> list[Callable[[], None]]:
-    """What to call a few times a second while several hosts run: names those that do not come, ends torchrun without ranks."""
+    """Functions to call a few times a second while several hosts run.
+
+    One reports hosts that have not come, the other ends a torchrun that has no ranks any more.
+    """
     import psutil
 
     agent = psutil.Process(agent_pid)
-    waiting = WaitingForHosts(launcher, place)
+    missing_hosts = WaitingForHosts(launcher, place)
     left_behind = AgentLeftBehind(run_dir)
-    return [partial(waiting.look, agent), partial(left_behind.look, agent)]
+    return [partial(missing_hosts.poll, agent), partial(left_behind.poll, agent)]
 
 
-def _last_words() -> tempfile.TemporaryDirectory[str]:
+def _last_words_directory() -> tempfile.TemporaryDirectory[str]:
     """Where ranks keep what they last said of themselves (`strategies/heartbeat.py`)."""
     return tempfile.TemporaryDirectory(prefix="shardtune-")
 
@@ -183,43 +208,45 @@ def _adopt_orphans() -> None:
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[tuple[list[int], set[int]]]:
+def collected_signals() -> Iterator[tuple[list[int], set[int]]]:
     """Collect signals instead of acting on them: those to be passed on, and all that came."""
     pending: list[int] = []
-    came: set[int] = set()
+    received: set[int] = set()
 
-    def note(number: int, _: FrameType | None) -> None:
-        pending.append(number)
-        came.add(number)
+    def note(signal_number: int, _: FrameType | None) -> None:
+        pending.append(signal_number)
+        received.add(signal_number)
 
-    before = {number: signal.signal(number, note) for number in (*SIGNALS, signal.SIGINT)}
+    previous_handlers = {
+        signal_number: signal.signal(signal_number, note) for signal_number in (*SIGNALS, signal.SIGINT)
+    }
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     release()
     try:
-        yield pending, came
+        yield pending, received
     finally:
         # Held again first: how the run ended is still to be written down.
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in previous_handlers.items():
+            signal.signal(signal_number, handler)
 
 
 @contextlib.contextmanager
-def _printed(aside: Aside | None) -> Iterator[dict[str, Any]]:
+def _output_streams(redirected: RedirectedOutput | None) -> Iterator[dict[str, Any]]:
     """Where the processes print to, as `Popen` takes it."""
-    if aside is None:
+    if redirected is None:
         yield {}
         return
-    aside.output.parent.mkdir(parents=True, exist_ok=True)
-    with aside.output.open("ab") as file:
+    redirected.output.parent.mkdir(parents=True, exist_ok=True)
+    with redirected.output.open("ab") as file:
         yield {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
 
 
-def _watch(agent: subprocess.Popen[bytes], pending: list[int], looks: list[Callable[[], None]]) -> int:
+def _watch(agent: subprocess.Popen[bytes], pending: list[int], watchers: list[Callable[[], None]]) -> int:
     interrupted_at: float | None = None
     while True:
-        for look in looks:
-            look()
+        for poll in watchers:
+            poll()
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = agent.wait(timeout=0.2)
             return 130 if interrupted_at is not None else code
@@ -227,104 +254,127 @@ def _watch(agent: subprocess.Popen[bytes], pending: list[int], looks: list[Calla
             return 130  # a second Ctrl-C does not wait
         if signal.SIGINT in pending:
             interrupted_at = time.monotonic()
-            for place, number in enumerate(pending):  # in its place: what comes meanwhile is not lost
-                pending[place] = signal.SIGTERM if number == signal.SIGINT else number
+            for index, signal_number in enumerate(pending):  # in its place: what comes meanwhile is not lost
+                pending[index] = signal.SIGTERM if signal_number == signal.SIGINT else signal_number
         if pending and _signal_ranks(agent.pid, pending[0]):  # kept until there are ranks
             pending.pop(0)
         if interrupted_at is not None and time.monotonic() - interrupted_at > STOP_GRACE_S:
             return 130
 
 
-def _signal_ranks(agent_pid: int, number: int) -> bool:
+def _signal_ranks(agent_pid: int, signal_number: int) -> bool:
     """Pass a signal on to torchrun's ranks, never to torchrun, whom it would end first; whether there were any."""
     import psutil
 
-    told = False
+    signalled = False
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(agent_pid).children():
             with contextlib.suppress(psutil.Error):
                 if "RANK" in child.environ():  # else a helper of a library, or a rank that has not begun
-                    child.send_signal(number)
-                    told = True
-    return told
+                    child.send_signal(signal_number)
+                    signalled = True
+    return signalled
 
 
-def _end_all(agent: subprocess.Popen[bytes]) -> None:
-    """Kill whatever the run still has: torchrun, its ranks and their helpers, and those it left to us."""
+def _kill_all(agent: subprocess.Popen[bytes]) -> None:
+    """Kill all processes of the run that still live: torchrun, its ranks and their helpers, and orphans of these."""
     import psutil
 
-    left: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        left += psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else []
-    # What was re-parented to us: no child of ours but torchrun is older than it.
-    left += [p for p in psutil.Process().children(recursive=True) if p.pid != agent.pid and p not in left]
-    for process in left:
+    processes: list[psutil.Process] = []
+    if agent.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes += psutil.Process(agent.pid).children(recursive=True)
+    # Orphans were given to this process (`_adopt_orphans`).
+    for child in psutil.Process().children(recursive=True):
+        if child.pid != agent.pid and child not in processes:
+            processes.append(child)
+    for process in processes:
         with contextlib.suppress(psutil.Error):
+            # A child of this process that is not of the run does not have its variable.
             if process.environ().get("SHARDTUNE_LAUNCHER") == str(os.getpid()):
                 process.kill()
     if agent.poll() is None:
         agent.kill()
     agent.wait()
-    psutil.wait_procs(left, timeout=5)
+    psutil.wait_procs(processes, timeout=5)
 
 
 def wrapper(argv: list[str]) -> int:
-    """torchrun without its wall of errors; notes in the run directory that a rank was killed, which no rank can."""
+    """Run torchrun without its long report of errors; returns the exit code.
+
+    Records in the run directory that a rank was killed, which the rank itself cannot.
+    """
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     logging.disable(logging.CRITICAL)
-    before = out_of_memory_kills()
-    with contextlib.ExitStack() as ours:
+    kills_before = out_of_memory_kills()
+    with contextlib.ExitStack() as cleanup:
         if LAST_WORDS not in os.environ:  # under SLURM; else it is the launcher's, who outlives this process
-            os.environ[LAST_WORDS] = ours.enter_context(_last_words())
+            os.environ[LAST_WORDS] = cleanup.enter_context(_last_words_directory())
         try:
             torchrun(argv)
         except ChildFailedError as error:
-            _note_killed(error, memory=(out_of_memory_kills() or 0) > (before or 0))
+            _record_killed_rank(error, out_of_memory=(out_of_memory_kills() or 0) > (kills_before or 0))
             return 1
     return 0
 
 
 def only_lost_a_peer(failure: dict[str, Any]) -> bool:
-    """Whether what was noted is no cause: a rank that lost its peer could write first.
+    """Whether a recorded failure is no cause but a consequence: a rank that lost its peer may have written first.
 
-    What any other rank wrote is one, and so is a rank that was stopped: that one torchrun has killed since.
+    What a rank wrote about itself is a cause. So is a rank that hung and was stopped: torchrun has killed that one since.
     """
     return bool(failure.get("gone", LOST_PEER.search(failure.get("message", "")) is not None))
 
 
-def _note_killed(error: BaseException, *, memory: bool) -> None:
+def _record_killed_rank(error: BaseException, *, out_of_memory: bool) -> None:
+    """Write the failure of a rank that a signal has killed; `out_of_memory`: the kernel has killed a process for memory."""
     from strategies.errors import ShardtuneError
     from trainer.reporting.status import State, read_failure, record_failure, write_status
 
     failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
+    # torchrun itself ends the peers of a failed rank by TERM.
     killed_ranks = [
         rank for rank, failed in failures.items() if failed.exitcode < 0 and failed.exitcode != -signal.SIGTERM
     ]
     if not killed_ranks or "SHARDTUNE_RUN_DIR" not in os.environ:
         return
-    # Seen in the same look, a peer's exit may bear the earlier time: a kill is the better explanation.
+    # Among exits that torchrun noticed at the same time, a peer's may have the earlier time. A kill explains more.
     rank = min(killed_ranks, key=lambda rank: failures[rank].timestamp)
     failure = failures[rank]
-    name = signal.Signals(-failure.exitcode).name
-    memory = memory and name == "SIGKILL"
+    signal_name = signal.Signals(-failure.exitcode).name
+    out_of_memory = out_of_memory and signal_name == "SIGKILL"
     killed = ShardtuneError(
-        f"rank {rank} (process {failure.pid}) was killed by {name}{OUT_OF_MEMORY if memory else ''}"
+        f"rank {rank} (process {failure.pid}) was killed by {signal_name}{OUT_OF_MEMORY if out_of_memory else ''}"
     )
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
-    before = read_failure(run_dir)
-    # NCCL aborts whoever waits too long, and each has said before what it waited for.
-    replace = only_lost_a_peer(before) and not (name == "SIGABRT" and TIMED_OUT.search(before.get("message", "")))
-    same = before.get("rank") == rank and before.get("gone")
-    phase, step = (before["phase"], before["step"]) if same else ("killed", None)
-    if not same and (seen := last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)) is not None:
-        phase, step = seen.phase, seen.step  # no peer lived long enough to tell
-    retry = "out_of_memory" if memory else "node_fail"
-    written = record_failure(run_dir, rank, killed, phase, step, replace=replace, pid=failure.pid, retry=retry)
-    if written and "SHARDTUNE_LAUNCHER" not in os.environ:  # under SLURM nobody else shows it, or settles the status
+    recorded = read_failure(run_dir)
+    # NCCL aborts every rank that waits too long, and each has written before what it waited for.
+    is_abort_after_wait = signal_name == "SIGABRT" and TIMED_OUT.search(recorded.get("message", ""))
+    phase = "killed"
+    step = None
+    if recorded.get("rank") == rank and recorded.get("gone"):  # a peer has written where this rank was
+        phase = recorded["phase"]
+        step = recorded["step"]
+    elif (last := last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)) is not None:
+        phase = last.phase
+        step = last.step
+    was_recorded = record_failure(
+        run_dir,
+        rank,
+        killed,
+        phase,
+        step,
+        replace=only_lost_a_peer(recorded) and not is_abort_after_wait,
+        pid=failure.pid,
+        retry="out_of_memory" if out_of_memory else "node_fail",
+    )
+    if (
+        was_recorded and "SHARDTUNE_LAUNCHER" not in os.environ
+    ):  # under SLURM nobody else shows it, or settles the status
         print(killed, file=sys.stderr, flush=True)
         with contextlib.suppress(ShardtuneError):
             write_status(run_dir, State.failed, step=step, reason=str(killed))

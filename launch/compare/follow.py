@@ -40,11 +40,11 @@ def follow(directories: list[Path], write: WritePage) -> None:
 
 def _any_active_or_pending(directories: list[Path]) -> tuple[bool, bool]:
     """Whether any run works or waits in the queue, and whether any has not begun."""
-    from launch.runs.queue import ask
-    from launch.runs.status import NOT_STARTED, QUEUED, look
+    from launch.runs.queue import read_queue
+    from launch.runs.status import NOT_STARTED, QUEUED, read_run_view
 
-    queue = ask()
-    states = {look(directory, queue).state for directory in directories}
+    queue = read_queue()
+    states = {read_run_view(directory, queue).state for directory in directories}
     return bool(states & {State.running, QUEUED}), NOT_STARTED in states
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from launch.runs.metrics_tail import newest
+from launch.runs.metrics_tail import last_rows
 from launch.streams import draw
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.metric_rows import METRICS
@@ -148,7 +148,7 @@ def duration_text(seconds: float) -> str:
 
 def _last_step(run_dir: Path) -> int:
     """The last step in `metrics.jsonl`; 0 before there is one."""
-    rows = newest(run_dir / METRICS)
+    rows = last_rows(run_dir / METRICS)
     return int(rows[-1]["step"]) if rows else 0
 
 
@@ -157,8 +157,8 @@ def run_with_progress(name: str, composed: Composed, run_dir: Path, progress: Ru
 
     It is one of several: its output goes into `logs/output.log` of the run, and the screen shows `progress` alone.
     """
-    from launch.cluster.supervisor import supervised
-    from launch.cluster.torchrun import Aside
+    from launch.cluster.supervisor import run_supervised
+    from launch.cluster.torchrun import RedirectedOutput
 
     output = run_dir / "logs" / "output.log"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def run_with_progress(name: str, composed: Composed, run_dir: Path, progress: Ru
     # The reason of a failure is shown with the others; what led to it stays beside the run.
     with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         try:
-            code = supervised(composed.config, run_dir, composed.sha256, Aside(output, progress.update))
+            code = run_supervised(composed.config, run_dir, composed.sha256, RedirectedOutput(output, progress.update))
         except ShardtuneError as error:
             print(f"shardtune {verb}: {error}", file=sys.stderr)
             code = error.exit_code

@@ -67,15 +67,15 @@ def preflight(words: list[str], as_json: bool) -> int:
     """Check the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
     from launch.cluster.preflight.answer import as_dict
     from launch.cluster.preflight.answer import text as page
-    from launch.cluster.preflight.coordinator import ask
-    from launch.cluster.preflight.targets import nodes_of
+    from launch.cluster.preflight.coordinator import run_preflight
+    from launch.cluster.preflight.targets import preflight_targets
 
-    questions, commands, hosts, waits = nodes_of(words)
-    answers, verdict = ask(questions, commands, hosts, waits=waits)
+    request, commands, hosts, is_queued = preflight_targets(words)
+    reports, verdict = run_preflight(request, commands, hosts, is_queued=is_queued)
     if as_json:
-        give(as_dict(questions, answers, verdict))
+        give(as_dict(request, reports, verdict))
     else:
-        print(page(questions, answers, verdict))
+        print(page(request, reports, verdict))
     return UNFIT if verdict.problems else 0
 
 
@@ -83,7 +83,7 @@ def text(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[s
     """The answer for a person, as lines."""
     facts_by_name = [*_packages(facts), *_hardware(facts), *_surroundings(facts)]
     lines = table((Column(), Column()), [TableRow(fact) for fact in facts_by_name])
-    for title, sentences in (("to know", notes), ("to mend", problems)):
+    for title, sentences in (("notes", notes), ("problems", problems)):
         if sentences:
             lines += ["", f"{title}:", *fold_all(sentences)]
     if not problems:

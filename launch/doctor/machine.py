@@ -178,9 +178,7 @@ def _gpus(machine: Machine) -> None:
         )
         if free_bytes < 0.9 * total_bytes:
             used_gib = (total_bytes - free_bytes) / GIB
-            machine.notes.append(
-                f"GPU {number}: {used_gib:.1f} of its {total_bytes / GIB:.1f} GiB are in use by somebody"
-            )
+            machine.notes.append(f"GPU {number}: other processes use {used_gib:.1f} of its {total_bytes / GIB:.1f} GiB")
 
 
 def _driver() -> str | None:
@@ -219,10 +217,10 @@ def _places(machine: Machine, env: Mapping[str, str]) -> None:
 
 def _slurm(machine: Machine) -> None:
     """Note whether SLURM is here and answers."""
-    from launch.runs.queue import ask
+    from launch.runs.queue import read_queue
 
     machine.facts["slurm"] = shutil.which("sbatch") is not None
-    problem = ask().problem if machine.facts["slurm"] else None
+    problem = read_queue().problem if machine.facts["slurm"] else None
     if problem:
         machine.notes.append(f"SLURM's commands are here, and its controller is not: {problem}")
 

@@ -95,8 +95,8 @@ def run(made: EvaluationPlan, *, as_json: bool) -> int:
 
 def start(made: EvaluationPlan, *, quiet: bool) -> int:
     """Evaluate, and write the report; returns the exit code. `quiet`: what is said goes to stderr."""
-    from launch.cluster.supervisor import begin, outcome, supervised
-    from launch.cluster.torchrun import What
+    from launch.cluster.supervisor import run_supervised, settle_outcome, state_before_start
+    from launch.cluster.torchrun import RankProgram
     from launch.config.frozen import identity, to_yaml
     from strategies.errors import Preempted
     from trainer.evaluate import evaluate_worker
@@ -109,13 +109,13 @@ def start(made: EvaluationPlan, *, quiet: bool) -> int:
     with said_to_stderr(quiet):
         if config.launcher.in_place:
             hold()
-            before, code = begin(directory), 0
+            before, code = state_before_start(directory), 0
             try:
                 evaluate_worker(config, made.job, directory)
             except Preempted as stop:
                 code = 130 if stop.signal_name == "SIGINT" else 0
-            return outcome(directory, code, before, verb="evaluate")
-        return supervised(config, directory, sha256, what=What("launch.evaluate", CONFIG))
+            return settle_outcome(directory, code, before, verb="evaluate")
+        return run_supervised(config, directory, sha256, program=RankProgram("launch.evaluate", CONFIG))
 
 
 def worker(words: list[str]) -> int:

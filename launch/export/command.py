@@ -16,7 +16,7 @@ from launch.export import hub as export_hub
 from launch.export.combine import CombineWords
 from launch.export.words import ExportWords, destination, read_gates, record_of, refuse_no_run, unfinished
 from launch.output import FLAG, give, said_to_stderr
-from launch.serve.command import print_lines
+from launch.serve.command import print_serve_commands
 from strategies.errors import ConfigError
 from trainer.reporting.run_record import RUN_RECORD
 
@@ -165,7 +165,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         answer[str(bits.kind)] = str(export_gguf.write_bits(bits, asked.to, data))
     if hub is not None:
         answer["pushed"] = export_hub.push(hub)
-    print_lines(asked.to)
+    print_serve_commands(asked.to)
     return answer
 
 

@@ -14,7 +14,7 @@ from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import STEP_NAME, places_of, published
 from trainer.reporting.settings_file import read_tree
 
-MOST = 2**22
+MOST_BYTES = 2**22
 """Bytes of the configuration, and of a checkpoint's progress; more is not read."""
 
 
@@ -29,16 +29,16 @@ class StoredCheckpoint:
     size: int
     """Bytes."""
     best: float | None = None
-    """The held-out metric that evaluation watches, where this is the run's best checkpoint."""
+    """The held-out metric that evaluation watches, if this is the run's best checkpoint."""
     elsewhere: bool = False
     """Whether it lies in `checkpoint.fallback_dir`."""
     given_up: bool = False
-    """Whether it is of a branch that the run does not go on from."""
+    """Whether it is of a branch that the run does not continue: a rollback went back behind it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
-    """Where a run keeps its checkpoints, and which."""
+class CheckpointList:
+    """The checkpoints that a run has stored."""
 
     checkpoints: tuple[StoredCheckpoint, ...]
     watch: str | None
@@ -48,41 +48,45 @@ class Store:
 
     @property
     def newest(self) -> StoredCheckpoint | None:
-        """The one that the run would go on from, if it is whole."""
-        return next((each for each in reversed(self.checkpoints) if not each.given_up), None)
+        """The checkpoint from which the run would continue, if it is intact."""
+        for checkpoint in reversed(self.checkpoints):
+            if not checkpoint.given_up:
+                return checkpoint
+        return None
 
 
-def saved(run_dir: Path) -> Store:
+def list_checkpoints(run_dir: Path) -> CheckpointList:
     """The checkpoints of a run, by step; those given up last. Nothing here raises."""
-    checkpoint, evaluation = _settings(run_dir)
-    fallback = checkpoint.get("fallback_dir")
-    places = places_of(run_dir, fallback if isinstance(fallback, str) else None)
-    problem = None
+    checkpoint_settings, evaluation_settings = _settings(run_dir)
+    fallback = checkpoint_settings.get("fallback_dir")
+    watch = evaluation_settings.get("watch")
+    directories = places_of(run_dir, fallback if isinstance(fallback, str) else None)
+    given_up_paths = []
     try:
-        there = published(places)
-        aside = [
-            path
-            for place in places
-            for path in sorted(place.glob("given-up-*/step-*"))
-            if STEP_NAME.fullmatch(path.name)
-        ]
+        published_checkpoints = published(directories)
+        for directory in directories:
+            for path in sorted(directory.glob("given-up-*/step-*")):
+                if STEP_NAME.fullmatch(path.name):
+                    given_up_paths.append(path)
     except StorageError as error:
-        return Store((), None, str(error))
+        return CheckpointList((), None, str(error))
     except OSError as error:
-        return Store((), None, f"cannot be listed: {atomic_io.reason(error)}")
-    progress: dict[str, Any] = next((told for _, path in reversed(there) if (told := _progress(path))), {})
-    found: list[StoredCheckpoint] = []
-    for step, path, given_up in [(*each, False) for each in there] + [(_step(path), path, True) for path in aside]:
-        best = progress.get("best_metric") if step == progress.get("best_step") and not given_up else None
+        return CheckpointList((), None, f"cannot be listed: {atomic_io.reason(error)}")
+    best_step, best_metric = _best(published_checkpoints)
+    problem = None
+    checkpoints: list[StoredCheckpoint] = []
+    entries = [(step, path, False) for step, path in published_checkpoints]
+    entries += [(_step(path), path, True) for path in given_up_paths]
+    for step, path, given_up in entries:
         try:
-            found.append(
+            checkpoints.append(
                 StoredCheckpoint(
                     path=path,
                     step=step,
                     age_s=max(0.0, time.time() - path.stat().st_mtime),
                     size=sum(file.stat().st_size for file in path.iterdir()),
-                    best=best if isinstance(best, int | float) else None,
-                    elsewhere=len(places) > 1 and places[1] in path.parents,
+                    best=best_metric if step == best_step and not given_up else None,
+                    elsewhere=len(directories) > 1 and directories[1] in path.parents,
                     given_up=given_up,
                 )
             )
@@ -90,21 +94,30 @@ def saved(run_dir: Path) -> Store:
             continue
         except OSError as error:
             problem = f"{path.name} cannot be read: {atomic_io.reason(error)}"
-    watch = evaluation.get("watch")
-    return Store(tuple(found), watch if isinstance(watch, str) else None, problem)
+    return CheckpointList(tuple(checkpoints), watch if isinstance(watch, str) else None, problem)
 
 
-def damage(store: Store, say: Callable[[str], None]) -> dict[Path, str]:
-    """What is wrong with each checkpoint that is not whole. Reads all of their bytes; `say` is told which is read."""
+def _best(published_checkpoints: list[tuple[int, Path]]) -> tuple[int | None, float | None]:
+    """(step, metric) of the best checkpoint, as the newest one whose progress can be read has it."""
+    for _, path in reversed(published_checkpoints):
+        progress = _progress(path)
+        if progress:
+            metric = progress.get("best_metric")
+            return progress.get("best_step"), metric if isinstance(metric, int | float) else None
+    return None, None
+
+
+def find_damage(store: CheckpointList, report: Callable[[str], None]) -> dict[Path, str]:
+    """What is wrong with each damaged checkpoint. Reads all of their bytes; `report` is called with the one that is read."""
     from trainer.checkpoints.manifest import verify
 
-    found = {}
-    for each in store.checkpoints:
-        say(f"{each.path.name}, {atomic_io.size_text(each.size)}")
-        problem = verify(each.path)
-        if problem is not None and each.path.is_dir():  # else deleted meanwhile
-            found[each.path] = problem
-    return found
+    damage = {}
+    for checkpoint in store.checkpoints:
+        report(f"{checkpoint.path.name}, {atomic_io.size_text(checkpoint.size)}")
+        problem = verify(checkpoint.path)
+        if problem is not None and checkpoint.path.is_dir():  # else deleted meanwhile
+            damage[checkpoint.path] = problem
+    return damage
 
 
 def _step(path: Path) -> int:
@@ -112,12 +125,12 @@ def _step(path: Path) -> int:
 
 
 def _progress(path: Path) -> dict[str, Any]:
-    """How far the run was; empty where that cannot be read."""
+    """The progress that a checkpoint holds; empty if it cannot be read."""
     try:
-        value = json.loads(atomic_io.read_bytes(path / "progress.json", most=MOST))["progress"]
+        progress = json.loads(atomic_io.read_bytes(path / "progress.json", most=MOST_BYTES))["progress"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return progress if isinstance(progress, dict) else {}
 
 
 def _settings(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -22,16 +22,19 @@ from launch.runs.slurm_time import clock
 from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import readable_run_record
 
-STARTS = "jobs.jsonl"
+STARTS_FILE = "jobs.jsonl"
 FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "MaxRSS", "TRESUsageInAve")
-PATIENCE_S, AGAIN_S = 10.0, 1.0
+PATIENCE_S = 10.0
+"""Seconds that sacct may take."""
+AGAIN_S = 1.0
+"""Seconds between two calls of sacct."""
 CPU_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 SIZE = re.compile(r"([\d.]+)([KMGT]?)")
 GPU_BUSY = re.compile(r"gres/gpuutil=(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
+class StartUsage:
     """One start of a job; what is not known is None."""
 
     job: str
@@ -59,95 +62,122 @@ class Start:
     """Why SLURM's figures are not here."""
 
 
-def record(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str] = os.environ) -> str:
-    """Take the figures of the start that ends now, keep them with the run, and say them. Never raises: the run comes first."""
-    found = measure(run_dir, job, start, code, env)
+def record_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str] = os.environ) -> str:
+    """Measure the start that ends now, and record it with the run; returns a line for people.
+
+    Never raises: a missing figure must not end the job script.
+    """
+    usage = measure_start(run_dir, job, start, code, env)
+    line = describe_start(asdict(usage))
     try:
-        with (run_dir / STARTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(found)) + "\n")
-        add_to_run_record(run_dir, "jobs", starts(run_dir))
+        with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(usage)) + "\n")
+        add_to_run_record(run_dir, "jobs", recorded_starts(run_dir))
     except OSError as error:
-        return f"{said(asdict(found))}; not recorded ({error.strerror or error})"
-    return said(asdict(found))
+        return f"{line}; not recorded ({error.strerror or error})"
+    return line
 
 
-def measure(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str]) -> Start:
+def measure_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str]) -> StartUsage:
     """What is known of the start that this process is the end of."""
-    began, until = (_number(env.get(f"SLURM_JOB_{name}_TIME")) for name in ("START", "END"))
-    elapsed = time.time() - began if began else None
-    rows, unknown = _asked(env.get("SLURM_JOB_ID", job))
+    rows, unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
+    # Step 0 is the srun that runs the ranks; other rows are of the job and of its script.
     step = next((row for row in rows if row["JobIDRaw"].endswith(".0")), {})
-    elapsed = elapsed or _number(step.get("ElapsedRaw"))
+    if not unknown and not step:
+        unknown = "sacct knows no step of the job"
+    began = _number(env.get("SLURM_JOB_START_TIME"))
+    ends = _number(env.get("SLURM_JOB_END_TIME"))
+    step_elapsed_s = _number(step.get("ElapsedRaw"))
+    elapsed_s = time.time() - began if began else step_elapsed_s
+    memory_asked_mib = _number(env.get("SLURM_MEM_PER_NODE"))
+
     cpus = int(step.get("AllocCPUS") or 0) or None
-    cpu, held = _cpu_s(step.get("TotalCPU", "")), _gib(step.get("MaxRSS", ""))
-    ran = _number(step.get("ElapsedRaw"))
-    busy = GPU_BUSY.search(step.get("TRESUsageInAve", ""))
+    cpu_s = _cpu_s(step.get("TotalCPU", ""))
+    cpu_share = None
+    if cpu_s is not None and step_elapsed_s and cpus:
+        cpu_share = cpu_s / (step_elapsed_s * cpus)
+
     run_record = readable_run_record(run_dir)
-    asked = _number(env.get("SLURM_MEM_PER_NODE"))
     gpus = run_record.world_size if run_record.device_name else 0
-    price = price_of(run_record.device_name) if gpus and run_record.device_name else None
-    return Start(
+    gpu_share = None
+    price = None
+    dollars = None
+    if gpus:
+        busy = GPU_BUSY.search(step.get("TRESUsageInAve", ""))  # per cent, summed over the GPUs
+        gpu_share = min(1.0, int(busy[1]) / 100 / gpus) if busy else None
+        price = price_of(run_record.device_name) if run_record.device_name else None
+        if price is not None and elapsed_s:
+            dollars = price * gpus * elapsed_s / 3600
+    return StartUsage(
         job=job,
         start=start,
         code=code,
-        elapsed_s=elapsed,
-        limit_s=until - began if began and until else None,
+        elapsed_s=elapsed_s,
+        limit_s=ends - began if began and ends else None,
         nodes=int(env.get("SLURM_JOB_NUM_NODES") or 0) or None,
         cpus=cpus,
-        cpu_share=cpu / (ran * cpus) if cpu is not None and ran and cpus else None,
-        memory_gib=held,
-        memory_asked_gib=asked / 1024 if asked else None,
+        cpu_share=cpu_share,
+        memory_gib=_gib(step.get("MaxRSS", "")),
+        memory_asked_gib=memory_asked_mib / 1024 if memory_asked_mib else None,
         gpus=gpus or None,
-        gpu_share=min(1.0, int(busy[1]) / 100 / max(1, gpus)) if busy and gpus else None,
-        dollars=price * gpus * elapsed / 3600 if price is not None and elapsed else None,
+        gpu_share=gpu_share,
+        dollars=dollars,
         price_per_hour=price,
-        unknown=unknown if unknown else None if step else "sacct knows no step of the job",
+        unknown=unknown,
     )
 
 
-def said(start: Mapping[str, Any]) -> str:
-    """One start in a line for people, of what `starts` has."""
-
-    def share(value: Any) -> str:
-        return f"{value:.0%}"
-
-    parts = []
-    if (elapsed := start.get("elapsed_s")) is not None:
-        limit = start.get("limit_s")
-        parts.append(clock(elapsed) + (f" of {clock(limit)} ({share(elapsed / limit)})" if limit else ""))
-    if start.get("cpu_share") is not None:
-        parts.append(f"{share(start['cpu_share'])} of {start['cpus']} CPUs")
-    if (held := start.get("memory_gib")) is not None:
-        asked = start.get("memory_asked_gib")
-        parts.append(f"{held:.3g}" + (f" of {asked:.3g}" if asked else "") + " GiB of a node")
-    if start.get("gpus"):
-        busy = start.get("gpu_share")
-        parts.append(
-            f"{start['gpus']} GPUs" + (f" {share(busy)} busy" if busy is not None else ", how busy is not known")
-        )
-        price = start.get("dollars")
-        parts.append(f"${price:,.2f}" if price is not None else "price not known")
+def describe_start(start: Mapping[str, Any]) -> str:
+    """A start, as `recorded_starts` has it, in a line for people."""
+    parts = [*_time_and_cpu_parts(start), *_gpu_parts(start)]
     if start.get("unknown"):
         parts.append(str(start["unknown"]))
     return f"job {start.get('job')}, start {start.get('start')}: {', '.join(parts) or 'nothing is known'}"
 
 
-def starts(run_dir: Path) -> list[dict[str, Any]]:
+def _time_and_cpu_parts(start: Mapping[str, Any]) -> list[str]:
+    parts = []
+    elapsed_s = start.get("elapsed_s")
+    if elapsed_s is not None:
+        limit_s = start.get("limit_s")
+        of_limit = f" of {clock(limit_s)} ({elapsed_s / limit_s:.0%})" if limit_s else ""
+        parts.append(f"{clock(elapsed_s)}{of_limit}")
+    if start.get("cpu_share") is not None:
+        parts.append(f"{start['cpu_share']:.0%} of {start['cpus']} CPUs")
+    memory_gib = start.get("memory_gib")
+    if memory_gib is not None:
+        asked_gib = start.get("memory_asked_gib")
+        of_asked = f" of {asked_gib:.3g}" if asked_gib else ""
+        parts.append(f"{memory_gib:.3g}{of_asked} GiB of a node")
+    return parts
+
+
+def _gpu_parts(start: Mapping[str, Any]) -> list[str]:
+    if not start.get("gpus"):
+        return []
+    busy = start.get("gpu_share")
+    use = f" {busy:.0%} busy" if busy is not None else ", how busy is not known"
+    dollars = start.get("dollars")
+    price = f"${dollars:,.2f}" if dollars is not None else "price not known"
+    return [f"{start['gpus']} GPUs{use}", price]
+
+
+def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
     """All starts that were recorded, in their order; torn lines are left out."""
-    found = []
+    starts = []
     with contextlib.suppress(OSError):
-        for line in (run_dir / STARTS).read_text(encoding="utf-8").splitlines():
+        for line in (run_dir / STARTS_FILE).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
-                if isinstance(value := json.loads(line), dict):
-                    found.append(value)
-    return found
+                if isinstance(start := json.loads(line), dict):
+                    starts.append(start)
+    return starts
 
 
-def _asked(job: str) -> tuple[list[dict[str, str]], str | None]:
-    """(sacct's rows, why there are none)."""
+def _sacct_rows(job: str) -> tuple[list[dict[str, str]], str | None]:
+    """(rows of sacct by `FIELDS`, why there are none)."""
     command = ["sacct", "--jobs", job, "--noheader", "--parsable2", f"--format={','.join(FIELDS)}"]
     rows: list[dict[str, str]] = []
-    for attempt in range(3):  # a step's end reaches the data base a moment later
+    for attempt in range(3):  # the end of a step reaches SLURM's data base a moment later
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S)
         except FileNotFoundError:
@@ -155,12 +185,14 @@ def _asked(job: str) -> tuple[list[dict[str, str]], str | None]:
         except (OSError, subprocess.SubprocessError) as error:
             return [], f"sacct gave no answer ({type(error).__name__}): CPU, memory and GPUs are not known"
         if done.returncode:
-            why = ((done.stderr or done.stdout).strip().splitlines() or ["without a word"])[-1]
+            why = ((done.stderr or done.stdout).strip().splitlines() or ["without a message"])[-1]
             return [], f"sacct knows nothing ({why.removeprefix('sacct: ')}): CPU, memory and GPUs are not known"
         rows = [dict(zip(FIELDS, line.split("|"), strict=False)) for line in done.stdout.splitlines()]
-        if any(row["JobIDRaw"].endswith(".0") and not row.get("State", "").startswith("RUNNING") for row in rows):
-            return rows, None
-        time.sleep(AGAIN_S * (attempt < 2))
+        for row in rows:
+            if row["JobIDRaw"].endswith(".0") and not row.get("State", "").startswith("RUNNING"):
+                return rows, None
+        if attempt < 2:
+            time.sleep(AGAIN_S)
     return rows, None
 
 
@@ -173,14 +205,17 @@ def _number(text: str | None) -> float | None:
 
 def _cpu_s(text: str) -> float | None:
     """Seconds of sacct's `[days-][hours:]minutes:seconds`."""
-    found = CPU_TIME.fullmatch(text)
-    if found is None:
+    match = CPU_TIME.fullmatch(text)
+    if match is None:
         return None
-    days, hours, minutes, rest = found.groups(default="0")
-    return int(days) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(rest)
+    days, hours, minutes, seconds = match.groups(default="0")
+    return int(days) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
 def _gib(text: str) -> float | None:
-    """GiB of sacct's `676416K`."""
-    found = SIZE.fullmatch(text)
-    return float(found[1]) * 1024.0 ** ("KMGT".index(found[2]) - 2 if found[2] else -3) if found else None
+    """GiB of sacct's `676416K`; a number without a unit is bytes."""
+    match = SIZE.fullmatch(text)
+    if match is None:
+        return None
+    exponent = "KMGT".index(match[2]) - 2 if match[2] else -3  # powers of 1024, relative to GiB
+    return float(match[1]) * 1024.0**exponent

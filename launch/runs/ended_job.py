@@ -16,7 +16,7 @@ CALL_S = 5.0
 """Seconds that sacct and scontrol may take."""
 ANSWER_S = 60.0
 """Seconds for which their answer is taken."""
-SHOWN = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
+JOB_FIELDS = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
 
 
 def describe_end(run_dir: Path, queue: Queue) -> str | None:
@@ -24,29 +24,29 @@ def describe_end(run_dir: Path, queue: Queue) -> str | None:
     submitted = submitted_as(run_dir)
     record = read_job_record(run_dir)
     if record is not None and submitted in (None, record.job):
-        return _of_record(record, queue)
-    if submitted is None or queue.missing or queue.problem is not None:
+        return _describe_record(record, queue)
+    if submitted is None or queue.has_no_squeue or queue.problem is not None:
         return None
     slurm_words = slurm_end(submitted)
     if slurm_words is None:
         return (
-            f"job {submitted} is not in the queue any more, and its script has never begun: it was cancelled, as by a job that "
-            "it waited for, or failed before"
+            f"job {submitted} is not in the queue any more, and its script never started: it was cancelled (perhaps because a "
+            "job that it waited for failed), or it failed before"
         )
     return f"job {submitted} ended before its script began; SLURM says: {slurm_words}"
 
 
-def _of_record(record: JobRecord, queue: Queue) -> str | None:
+def _describe_record(record: JobRecord, queue: Queue) -> str | None:
     start = f"job {record.job}, start {record.start}"
     if record.ended is not None:
-        if record.code == 0 or record.goes_on:
+        if record.code == 0 or record.will_restart:
             return None
         return f"{start}: {record.reason or 'ended'} (exit code {record.code})"
-    if queue.missing or queue.problem is not None:
+    if queue.has_no_squeue or queue.problem is not None:
         return None
     slurm_words = slurm_end(record.job)
     why = f"SLURM says: {slurm_words}" if slurm_words else "it was killed or cancelled, or its node was lost"
-    return f"{start}, on {record.nodes}: ended without a word of its script; {why}"
+    return f"{start}, on {record.nodes}: ended, and its script wrote no reason; {why}"
 
 
 def slurm_end(job: str) -> str | None:
@@ -60,19 +60,19 @@ def _slurm_end(job: str, minute: int) -> str | None:
     if rows:
         state, _sep, code = rows.splitlines()[-1].partition("|")
         return f"{state}, exit code {code}" if state else None
-    shown = dict(SHOWN.findall(_call(["scontrol", "--oneliner", "show", "job", job])))
-    if "JobState" not in shown:
+    fields = dict(JOB_FIELDS.findall(_call(["scontrol", "--oneliner", "show", "job", job])))
+    if "JobState" not in fields:
         return None
-    reason = shown.get("Reason", "None")
-    words = [shown["JobState"]] + ([reason] if reason != "None" else [])
-    return f"{' '.join(words)}, exit code {shown.get('ExitCode', '-')}"
+    reason = fields.get("Reason", "None")
+    words = [fields["JobState"]] + ([reason] if reason != "None" else [])
+    return f"{' '.join(words)}, exit code {fields.get('ExitCode', '-')}"
 
 
 def _call(command: list[str]) -> str:
-    """What a command of SLURM's says; nothing where it fails."""
+    """The output of a command of SLURM's; empty if it fails."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("SACCT_")}
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=CALL_S)
+        answer = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=CALL_S)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return "" if done.returncode else done.stdout.strip()
+    return "" if answer.returncode else answer.stdout.strip()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.config.frozen import Composed, is_finished, same_or_refuse, to_yaml
 from launch.config.trusted_values import remember_config
-from launch.runs.queue import SUBMITTED, Queue, QueuedJob, ask, unfinished_job
+from launch.runs.queue import SUBMITTED, Queue, QueuedJob, read_queue, unfinished_job
 from strategies.errors import ConfigError
 from trainer.checkpoints.layout import places_of, published
 from trainer.reporting.status import FROZEN, write_text_atomic
@@ -24,8 +24,8 @@ QUEUE_S = 10.0
 def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> Path:
     """Write `config.yaml` (with its hash) atomically and return the directory.
 
-    With `another_way` a run that is not done may go on under another strategy or micro-batch, which is said.
-    Errors: ConfigError where the directory holds another run, one that is still running or that SLURM will start, or checkpoints
+    With `another_way` a run that is not done may continue under another strategy or micro-batch, and a message says so.
+    Errors: ConfigError if the directory holds another run, one that is still running or that SLURM will start, or checkpoints
     that `run.resume=never` refuses; StorageError.
     """
     run_dir = Path(run_dir).expanduser()
@@ -37,12 +37,14 @@ def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> P
             raise ConfigError(
                 f"{place}: is a file, where the run needs a directory; move it away, or choose another run.dir"
             )
-    there = published(places_of(run_dir, composed.config.checkpoint.fallback_dir))
-    if composed.config.run.resume == "never" and (there or any((run_dir / "checkpoints").glob("*"))):
+    checkpoints = published(places_of(run_dir, composed.config.checkpoint.fallback_dir))
+    if composed.config.run.resume == "never" and (checkpoints or any((run_dir / "checkpoints").glob("*"))):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if path.exists():
-        done = is_finished(run_dir)
-        same_or_refuse(composed, path, has_progress=bool(there) or done, may_compute_otherwise=another_way and not done)
+        is_done = is_finished(run_dir)
+        same_or_refuse(
+            composed, path, has_progress=bool(checkpoints) or is_done, may_compute_otherwise=another_way and not is_done
+        )
     refuse_queued(run_dir)
     refuse_in_use(run_dir, composed.config.run.lease_s, pending)
     config = composed.config
@@ -59,9 +61,10 @@ def refuse_queued(run_dir: Path) -> None:
 
     A directory that was submitted before is also refused while the queue cannot be asked. Errors: InUse.
     """
-    if (job := _queued(run_dir)) is None:
+    job = _queued(run_dir)
+    if job is None:
         return
-    state = f"it pends: {job.why}" if job.pends else f"it is {job.state}"
+    state = f"it is pending: {job.why}" if job.is_pending else f"it is {job.state}"
     raise InUse(
         f"run.dir={run_dir}: job {job.id} is for this run, and would train with what is frozen now ({state}). "
         f"`shardtune stop {run_dir}` ends it; or choose another run.dir"
@@ -69,12 +72,14 @@ def refuse_queued(run_dir: Path) -> None:
 
 
 def queued_as_asked(composed: Composed, run_dir: Path) -> QueuedJob | None:
-    """The job by which SLURM will run, or runs, this very configuration in this directory; None where there is none."""
+    """The job by which SLURM will run, or runs, this very configuration in this directory; None if there is none."""
     try:
-        frozen = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        seal = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
         return None
-    return _queued(run_dir) if frozen is not None and frozen[1] == composed.sha256 else None
+    if seal is None or seal[1] != composed.sha256:
+        return None
+    return _queued(run_dir)
 
 
 def _queued(run_dir: Path) -> QueuedJob | None:
@@ -93,11 +98,11 @@ def _queued(run_dir: Path) -> QueuedJob | None:
         queue = _queue(now, again=True)
         if queue.problem is not None:
             raise InUse(
-                f"run.dir={run_dir}: was submitted as job {submitted}, and whether that still waits or runs is not known "
+                f"run.dir={run_dir}: was submitted as job {submitted}; whether it still waits or runs is not known "
                 f"({queue.problem}). Try again when squeue answers; if job {submitted} is over, remove "
                 f"{run_dir / SUBMITTED}; or choose another run.dir"
             )
-    job = queue.job_of(run_dir, None)
+    job = queue.find_job(run_dir, None)
     return None if job is None or job.raw_id in own_job or job.state == "COMPLETING" else job
 
 
@@ -111,4 +116,4 @@ def _own_job() -> set[str]:
 @lru_cache(maxsize=2)
 def _queue(_: int, again: bool = False) -> Queue:
     """SLURM's queue, asked once for many runs, and once more if that failed; the first argument changes with time."""
-    return ask()
+    return read_queue()

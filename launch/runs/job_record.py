@@ -16,6 +16,8 @@ from trainer.reporting.status import write_text_atomic
 
 FILE = "job.json"
 MOST_BYTES = 2**16
+FILE_KEYS = {"will_restart": "goes_on"}
+"""Keys of the file for fields that are called otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +36,7 @@ class JobRecord:
     """Exit code of the job script."""
     reason: str | None = None
     """Why the start ended, on one line."""
-    goes_on: bool | None = None
+    will_restart: bool | None = None
     """Whether SLURM starts the job again; None if only SLURM knows."""
     step: int | None = None
     """The optimizer step that was saved at its end."""
@@ -44,15 +46,19 @@ class JobRecord:
     @property
     def is_over(self) -> bool:
         """Whether this job will not start again, as far as its script knows."""
-        return self.ended is not None and self.goes_on is False
+        return self.ended is not None and self.will_restart is False
 
 
 def read_job_record(run_dir: Path) -> JobRecord | None:
     """The record of a run; None if there is none that can be read."""
     try:
-        values = json.loads(atomic_io.read_bytes(run_dir / FILE, most=MOST_BYTES))
-        known = {each.name for each in fields(JobRecord)}
-        record = JobRecord(**{key: value for key, value in values.items() if key in known})
+        contents = json.loads(atomic_io.read_bytes(run_dir / FILE, most=MOST_BYTES))
+        known = {}
+        for field in fields(JobRecord):
+            key = FILE_KEYS.get(field.name, field.name)
+            if key in contents:  # another version may have other fields
+                known[field.name] = contents[key]
+        record = JobRecord(**known)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return record if isinstance(record.job, str) and isinstance(record.start, int) else None
@@ -60,20 +66,21 @@ def read_job_record(run_dir: Path) -> JobRecord | None:
 
 def note_begun(run_dir: Path, job: str, start: int, nodes: str) -> None:
     """Record that a start of a job works on the run. Errors: StorageError."""
-    before = read_job_record(run_dir)
+    earlier = read_job_record(run_dir)
     record = JobRecord(job=job, start=start, nodes=nodes, began=time.time())
-    if before is not None and before.job == job:
-        record = replace(record, step=before.step, idle_starts=before.idle_starts)
+    if earlier is not None and earlier.job == job:
+        record = replace(record, step=earlier.step, idle_starts=earlier.idle_starts)
     _write(run_dir, record)
 
 
 def note_ended(run_dir: Path, job: str, start: int, code: int, **facts: object) -> None:
     """Record how a start of a job ended; `facts` are further fields of the record. Errors: StorageError."""
-    before = read_job_record(run_dir)
-    if before is None or (before.job, before.start) != (job, start):
-        before = JobRecord(job=job, start=start)
-    _write(run_dir, replace(before, ended=time.time(), code=code, **facts))  # type: ignore[arg-type]
+    record = read_job_record(run_dir)
+    if record is None or (record.job, record.start) != (job, start):
+        record = JobRecord(job=job, start=start)
+    _write(run_dir, replace(record, ended=time.time(), code=code, **facts))  # type: ignore[arg-type]
 
 
 def _write(run_dir: Path, record: JobRecord) -> None:
-    write_text_atomic(run_dir / FILE, json.dumps(asdict(record)) + "\n")
+    contents = {FILE_KEYS.get(name, name): fact for name, fact in asdict(record).items()}
+    write_text_atomic(run_dir / FILE, json.dumps(contents) + "\n")

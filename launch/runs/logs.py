@@ -15,9 +15,9 @@ RANK = re.compile(r"rank-(\d+)\.log")
 JOB = re.compile(r".+-(?:(?P<script>\d+(?:_\d+)?)\.out|(?P<node>\d+)-\d+\.log)")
 """`<name>-<job>.out` of the script, `<name>-<job>-<node>.log` of torchrun and its ranks on a node."""
 TASK = re.compile(r"-\d+_\d+\.out$")
-TAIL = 2**18
+TAIL_BYTES = 2**18
 """Bytes at the end of a file in which its last lines are looked for."""
-MOST = 2**20
+MOST_BYTES = 2**20
 """Bytes taken at a time of what was added."""
 
 
@@ -30,98 +30,121 @@ class LogsRequest:
     """The id of a SLURM job, or `last`."""
 
 
-def choose(run_dir: Path, wanted: LogsRequest, failed_rank: int | None) -> list[Path]:
-    """The files, the one that says most last; none where the run has written none. Raises ConfigError for what is not there.
+def choose_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -> list[Path]:
+    """The files to show, the most important one last; none if the run has written none.
 
-    `failed_rank` is that of a run which failed: its rank is shown, and its job's output, where errors of libraries stand.
+    Raises ConfigError for a rank or job that has none.
+    `failed_rank`: the rank that failed, of a run that did. Its log is shown, and the output of its job, where libraries
+    print their errors.
     """
-    there = [path for path in _listed(run_dir / "logs") if not TASK.search(path.name)] + _of_scripts(run_dir)
-    ranks = {int(found[1]): path for path in there if (found := RANK.fullmatch(path.name))}
-    jobs = [(found["script"] or found["node"], path) for path in there if (found := JOB.fullmatch(path.name))]
-    newest = _newest(jobs)
-    if wanted.job is not None:
-        of_job = newest if wanted.job == "last" else [path for number, path in jobs if number == wanted.job]
-        if jobs and not of_job:
-            known = ", ".join(sorted({number for number, _ in jobs})) or "none"
-            raise ConfigError(f"job={wanted.job}: it left no output in {run_dir / 'logs'}; there is that of: {known}")
-        return of_job
-    if wanted.rank is not None:
-        if ranks and wanted.rank not in ranks:
+    files = [path for path in _list_directory(run_dir / "logs") if not TASK.search(path.name)]
+    files += _array_outputs(run_dir)
+    ranks = {}
+    jobs = []
+    for path in files:
+        if match := RANK.fullmatch(path.name):
+            ranks[int(match[1])] = path
+        if match := JOB.fullmatch(path.name):
+            jobs.append((match["script"] or match["node"], path))
+    newest = _newest_job_files(jobs)
+    if request.job is not None:
+        job_files = newest if request.job == "last" else [path for job, path in jobs if job == request.job]
+        if jobs and not job_files:
+            known = ", ".join(sorted({job for job, _ in jobs})) or "none"
+            raise ConfigError(f"job={request.job}: has no output in {run_dir / 'logs'}; jobs with output: {known}")
+        return job_files
+    if request.rank is not None:
+        if ranks and request.rank not in ranks:
             known = f"0 to {max(ranks)}" if len(ranks) == max(ranks) + 1 else ", ".join(map(str, sorted(ranks)))
-            raise ConfigError(f"rank={wanted.rank}: it left no log in {run_dir / 'logs'}; there are those of {known}")
-        return [ranks[wanted.rank]] if ranks else []
-    rank = ranks.get(failed_rank or 0)
-    if rank is not None and failed_rank is None:
-        return [rank]
-    return [*newest, rank] if rank is not None else newest
+            raise ConfigError(f"rank={request.rank}: has no log in {run_dir / 'logs'}; ranks with a log: {known}")
+        return [ranks[request.rank]] if ranks else []
+    rank_log = ranks.get(failed_rank or 0)
+    if rank_log is None:
+        return newest
+    return [rank_log] if failed_rank is None else [*newest, rank_log]
 
 
 def last_lines(path: Path, count: int) -> tuple[list[str], int]:
-    """(the last whole lines of a file, the byte behind them); a torn last line is left for later. Errors: OSError."""
+    """(the last whole lines of a file, the offset behind them); a torn last line is left for later. Errors: OSError."""
     with atomic_io.open_regular(path) as (descriptor, size):
-        start = max(0, size - TAIL)
-        data = os.pread(descriptor, size - start, start)
-    whole, end, _ = data.rpartition(b"\n")
+        start = max(0, size - TAIL_BYTES)
+        tail = os.pread(descriptor, size - start, start)
+    whole, end, _ = tail.rpartition(b"\n")
+    offset = start + len(whole) + len(end)
     lines = whole.split(b"\n") if end else []
-    if start and lines:
-        lines = lines[1:]
-    return [_shown(line) for line in lines[-count:]] if count else [], start + len(whole) + len(end)
+    if start:
+        lines = lines[1:]  # the tail begins within a line
+    if count == 0:
+        return [], offset
+    return [_as_terminal_shows(line) for line in lines[-count:]], offset
 
 
 @dataclass(slots=True)
 class AddedText:
-    """What is added to files from where they were left; a file that became shorter is read anew."""
+    """Reads what is added to files. A file that became shorter is read from its beginning."""
 
-    places: dict[Path, int] = field(default_factory=dict)
-    """The byte from which on each was not shown yet; a file that is not here is read from its beginning."""
+    offsets: dict[Path, int] = field(default_factory=dict)
+    """Bytes of each file that were shown; a file that is not here is read from its beginning."""
 
     def lines(self, path: Path) -> list[str]:
-        """Whole lines that were added; none where it cannot be read now."""
+        """Whole lines that were added; none if the file cannot be read now."""
         try:
             with atomic_io.open_regular(path) as (descriptor, size):
-                place = self.places.get(path, 0)
-                place = place if place <= size else 0
-                data = os.pread(descriptor, MOST, place)
+                start = self.offsets.get(path, 0)
+                if start > size:
+                    start = 0
+                added = os.pread(descriptor, MOST_BYTES, start)
         except OSError:
             return []
-        whole, end, _ = data.rpartition(b"\n")
-        if not end and len(data) == MOST:  # a line of a million characters
-            whole = data
-        self.places[path] = place + len(whole) + len(end)
-        return [_shown(line) for line in whole.split(b"\n")] if whole or end else []
+        whole, end, _ = added.rpartition(b"\n")
+        if not end and len(added) == MOST_BYTES:  # a line of a million characters
+            whole = added
+        self.offsets[path] = start + len(whole) + len(end)
+        if not whole and not end:
+            return []
+        return [_as_terminal_shows(line) for line in whole.split(b"\n")]
 
 
-def _shown(line: bytes) -> str:
+def _as_terminal_shows(line: bytes) -> str:
     """A line as a terminal leaves it: what a progress bar drew over is gone."""
     return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
 
 
-def _newest(jobs: list[tuple[str, Path]]) -> list[Path]:
-    """What the newest job left; a task of an array is named otherwise by its script (`17_3`) than by its nodes."""
+def _newest_job_files(jobs: list[tuple[str, Path]]) -> list[Path]:
+    """Files of the job that wrote last; `jobs`: (job id, file).
+
+    The script of an array's task names it `17_3`, but its nodes name it by another number.
+    """
     if not jobs:
         return []
-    newest = max(jobs, key=lambda each: _changed(each[1]))[0]
-    found = [path for number, path in jobs if number == newest]
-    tasks = [path for number, path in jobs if "_" in number]
-    nodes = [each for each in jobs if each[1].suffix == ".log"]
-    if "_" in newest and nodes:
-        job = max(nodes, key=lambda each: _changed(each[1]))[0]
-        found = [path for number, path in nodes if number == job] + found
-    elif tasks and not any(path.suffix == ".out" for path in found):
-        found.append(max(tasks, key=_changed))
-    return found
+
+    def last_writer(jobs: list[tuple[str, Path]]) -> str:
+        job, _ = max(jobs, key=lambda job_and_path: _modified_at(job_and_path[1]))
+        return job
+
+    newest = last_writer(jobs)
+    files = [path for job, path in jobs if job == newest]
+    if "_" in newest:
+        node_logs = [(job, path) for job, path in jobs if path.suffix == ".log"]
+        if node_logs:
+            newest_on_nodes = last_writer(node_logs)
+            return [path for job, path in node_logs if job == newest_on_nodes] + files
+    tasks = [path for job, path in jobs if "_" in job]
+    if tasks and not any(path.suffix == ".out" for path in files):
+        files.append(max(tasks, key=_modified_at))
+    return files
 
 
-def _of_scripts(run_dir: Path) -> list[Path]:
-    """What the tasks of arrays for this run printed: it lies with the array's first run, under the number of the task."""
+def _array_outputs(run_dir: Path) -> list[Path]:
+    """Output of the scripts of arrays in which this run was a task. It lies with the array's first run."""
     runs = runs_of(run_dir / "train.sbatch")
     if len(runs) < 2:
         return []
     task = next((number for number, run in enumerate(runs) if run.resolve() == run_dir.resolve()), None)
-    return [path for path in _listed(runs[0] / "logs") if path.name.endswith(f"_{task}.out")]
+    return [path for path in _list_directory(runs[0] / "logs") if path.name.endswith(f"_{task}.out")]
 
 
-def _listed(directory: Path) -> list[Path]:
+def _list_directory(directory: Path) -> list[Path]:
     try:
         return sorted(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -130,7 +153,7 @@ def _listed(directory: Path) -> list[Path]:
         raise ConfigError(f"{directory}: cannot be listed ({error.strerror})") from error
 
 
-def _changed(path: Path) -> float:
+def _modified_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:

@@ -52,11 +52,12 @@ yet, it shows the output of the job.
 
 exit codes: 64 there is no such run, rank or job, 130 Ctrl-C"""
 EVERY_S = 0.5
-LOOK_S = 2.0
-"""Seconds between looks at how the run stands."""
-ASK_S = 15.0
+"""Seconds between reads of the files."""
+LOOK_EVERY_S = 2.0
+"""Seconds between looks at the state of the run."""
+QUEUE_EVERY_S = 15.0
 """Seconds between questions to SLURM's controller, which many users share."""
-AGAIN_S = 5.0
+RESTART_WAIT_S = 5.0
 """Seconds after its end in which a run may be started again by what started it."""
 
 
@@ -66,28 +67,33 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0 if argv else 64
     words = logs_words(argv)
-    from launch.runs.logs import LogsRequest, choose
+    from launch.runs.logs import LogsRequest, choose_files
     from trainer.reporting.status import State, read_failure, read_status
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    run_dir, wanted = words.run, LogsRequest(words.rank, words.job)
-    failed = read_status(run_dir).get("state") in (None, State.failed) and read_failure(run_dir)
-    rank = failed.get("rank") if failed else None
-    files = choose(run_dir, wanted, rank if isinstance(rank, int) else None)
-    ours = failed and wanted.rank in (None, rank) and wanted.job is None
-    headed = words.follow or len(files) > 1
-    printer = Collected(at_once=words.follow) if words.as_json else Printer(headed=headed)
-    places = show(files, words.lines, printer)
+    run_dir = words.run
+    request = LogsRequest(words.rank, words.job)
+    failure: dict[str, Any] = {}
+    if read_status(run_dir).get("state") in (None, State.failed):
+        failure = read_failure(run_dir)
+    rank = failure.get("rank")
+    files = choose_files(run_dir, request, rank if isinstance(rank, int) else None)
+    shows_failure = bool(failure) and request.rank in (None, rank) and request.job is None
+    if words.as_json:
+        printer: Printer = JsonPrinter(at_once=words.follow)
+    else:
+        printer = Printer(headed=words.follow or len(files) > 1)
+    offsets = show_last_lines(files, words.lines, printer)
     if words.follow:
-        Follow(run_dir, wanted, printer, places).until_done()
-    elif isinstance(printer, Collected):
-        give({"run": str(run_dir), "files": printer.files, "failure": failed if ours else None})
+        FollowedRun(run_dir, request, printer, offsets).until_done()
+    elif isinstance(printer, JsonPrinter):
+        give({"run": str(run_dir), "files": printer.files, "failure": failure if shows_failure else None})
     else:
         if not files:
             print(f"{run_dir}: nothing was written below {run_dir / 'logs'} yet")
-        if ours:
-            print(cause(run_dir))
+        if shows_failure:
+            print(failure_text(run_dir))
     return 0
 
 
@@ -104,10 +110,12 @@ def logs_words(argv: list[str]) -> LogsWords:
 
 
 class Printer:
-    """Lines on the screen, below the name of their file where there may be several."""
+    """Prints lines; `headed`: below the name of their file."""
 
     def __init__(self, *, headed: bool) -> None:
-        self.headed, self._file = headed, Path()
+        self.headed = headed
+        self._file = Path()
+        """The file of the last line that was printed."""
 
     def __call__(self, path: Path, lines: list[str]) -> None:
         if not lines:
@@ -118,8 +126,8 @@ class Printer:
         print("\n".join(lines), flush=True)
 
 
-class Collected(Printer):
-    """Lines for a script: kept by file, or printed as they come, an object each."""
+class JsonPrinter(Printer):
+    """Keeps lines by file for a script, or (`at_once`) prints each as a JSON object when it comes."""
 
     def __init__(self, *, at_once: bool) -> None:
         super().__init__(headed=False)
@@ -134,85 +142,94 @@ class Collected(Printer):
             print(json.dumps({"file": str(path), "line": line}, ensure_ascii=False), flush=True)
 
 
-def show(files: list[Path], count: int, printer: Printer) -> dict[Path, int]:
-    """Print the last lines of each; returns up to which byte each was shown."""
+def show_last_lines(files: list[Path], count: int, printer: Printer) -> dict[Path, int]:
+    """Print the last lines of each file; returns how many bytes of each were shown."""
     from launch.runs.logs import last_lines
 
-    places = {}
+    offsets = {}
     for path in files:
         try:
-            lines, places[path] = last_lines(path, count)
+            lines, offsets[path] = last_lines(path, count)
         except OSError as error:
             lines = [f"(cannot be read: {error.strerror or error})"]
         printer(path, lines)
-    return places
+    return offsets
 
 
-def cause(run_dir: Path) -> str:
-    """Why the run failed, with the traceback where it is a defect."""
+def failure_text(run_dir: Path) -> str:
+    """Why the run failed, with the traceback unless the error is the user's."""
     from trainer.reporting.status import read_failure
 
     failure = read_failure(run_dir)
-    at = f", step {failure['step']}" if failure.get("step") is not None else ""
-    where = f"rank {failure.get('rank')} on {failure.get('host')} failed ({failure.get('phase')}{at}):"
+    step = f", step {failure['step']}" if failure.get("step") is not None else ""
+    place = f"rank {failure.get('rank')} on {failure.get('host')} failed ({failure.get('phase')}{step}):"
     if failure.get("user_error"):
-        return f"\n{where}\n  " + str(failure.get("message")).replace("\n", "\n  ")
-    return f"\n{where}\n{str(failure.get('traceback') or failure.get('message')).rstrip()}"
+        return f"\n{place}\n  " + str(failure.get("message")).replace("\n", "\n  ")
+    return f"\n{place}\n{str(failure.get('traceback') or failure.get('message')).rstrip()}"
 
 
 @dataclass(slots=True)
-class Follow:
+class FollowedRun:
     """A run that is followed, from one attempt at it to the next."""
 
     run_dir: Path
-    wanted: LogsRequest
+    request: LogsRequest
     printer: Printer
-    places: dict[Path, int]
+    offsets: dict[Path, int]
     _launcher: tuple[int, str] | None = None
     """The process of this host that starts its ranks again."""
-    _said: str = ""
+    _last_notice: str = ""
 
     def until_done(self) -> None:
         """Print what is added until the run is done, or has ended and nothing will start it again."""
-        from launch.runs.logs import AddedText, choose
-        from launch.runs.queue import Queue, ask
+        from launch.runs.logs import AddedText, choose_files
+        from launch.runs.queue import Queue, read_queue
 
-        added = AddedText(self.places)
-        queue, asked_at, looked_at = Queue(), float("-inf"), float("-inf")
+        added = AddedText(self.offsets)
+        queue = Queue()
+        queue_read_at = float("-inf")
+        looked_at = float("-inf")
         ended_at: float | None = None
         while True:
             now = time.monotonic()
-            if now - looked_at >= LOOK_S:
+            if now - looked_at >= LOOK_EVERY_S:
                 looked_at = now
-                run = self._look(queue)
-                if run.state != "running" and now - asked_at >= ASK_S:
-                    queue, asked_at = ask(), now
-                    run = self._look(queue)
-                self._tell(run)
-                over = self._over(run, queue)
-                ended_at = (now if ended_at is None else ended_at) if over else None
-            with suppress(ConfigError):  # a rank that has not said anything yet
-                for path in choose(self.run_dir, self.wanted, None):
+                run = self._read_view(queue)
+                if run.state != "running" and now - queue_read_at >= QUEUE_EVERY_S:
+                    queue = read_queue()
+                    queue_read_at = now
+                    run = self._read_view(queue)
+                self._report_waiting(run)
+                if not self._is_over(run, queue):
+                    ended_at = None
+                elif ended_at is None:
+                    ended_at = now
+            # Read before the end is reported, so that the last lines are shown.
+            with suppress(ConfigError):  # the rank has no log yet
+                for path in choose_files(self.run_dir, self.request, None):
                     while lines := added.lines(path):
                         self.printer(path, lines)
-            if ended_at is not None and (run.state == "done" or now - ended_at > AGAIN_S):
-                self._end(run)
+            if ended_at is not None and (run.state == "done" or now - ended_at > RESTART_WAIT_S):
+                self._report_end(run)
                 return
             time.sleep(EVERY_S)
 
-    def _look(self, queue: Queue) -> RunView:
-        from launch.runs.owner import holder, launcher
-        from launch.runs.status import look
+    def _read_view(self, queue: Queue) -> RunView:
+        """The run now; also remembers the process that may start its ranks again."""
+        from launch.runs.owner import holder, launcher_of
+        from launch.runs.status import read_run_view
 
         try:
             owner = holder(self.run_dir).owner
         except OSError:
             owner = None
-        self._launcher = (launcher(owner) if owner is not None else None) or self._launcher
-        return look(self.run_dir, queue)
+        launcher = launcher_of(owner) if owner is not None else None
+        if launcher is not None:
+            self._launcher = launcher
+        return read_run_view(self.run_dir, queue)
 
-    def _over(self, run: RunView, queue: Queue) -> bool:
-        """Whether nothing is known that would go on with the run."""
+    def _is_over(self, run: RunView, queue: Queue) -> bool:
+        """Whether nothing is known that would continue the run."""
         from trainer.session.lease import process_identity
 
         if run.state == "done":
@@ -221,21 +238,28 @@ class Follow:
             return False
         if run.job_id is not None and queue.problem is not None:  # its job may be waiting there
             return False
-        return self._launcher is None or process_identity(self._launcher[0]) != self._launcher[1]
+        if self._launcher is None:
+            return True
+        launcher_pid, identity = self._launcher
+        return process_identity(launcher_pid) != identity  # it has ended
 
-    def _tell(self, run: RunView) -> None:
-        """What there is to wait for, once."""
-        waits = run.why if run.state == "queued" else "it has not begun yet" if run.state == "not started" else None
-        if waits and waits != self._said:
-            print(f"waiting: {waits}", file=sys.stderr, flush=True)
-        self._said = waits or ""
+    def _report_waiting(self, run: RunView) -> None:
+        """Say once what the run waits for."""
+        notice = ""
+        if run.state == "queued":
+            notice = run.why or ""
+        elif run.state == "not started":
+            notice = "it has not begun yet"
+        if notice and notice != self._last_notice:
+            print(f"waiting: {notice}", file=sys.stderr, flush=True)
+        self._last_notice = notice
 
-    def _end(self, run: RunView) -> None:
-        if isinstance(self.printer, Collected):
-            ended = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.why or None}
-            print(json.dumps(ended, ensure_ascii=False), flush=True)
+    def _report_end(self, run: RunView) -> None:
+        if isinstance(self.printer, JsonPrinter):
+            summary = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.why or None}
+            print(json.dumps(summary, ensure_ascii=False), flush=True)
             return
         if run.state == "failed":
-            print(cause(self.run_dir), flush=True)
-        told = f": {run.why}" if run.why and run.state != "failed" else ""
-        print(f"{self.run_dir}: {run.state} at step {run.step or 0}{told}", file=sys.stderr, flush=True)
+            print(failure_text(self.run_dir), flush=True)
+        why = f": {run.why}" if run.why and run.state != "failed" else ""
+        print(f"{self.run_dir}: {run.state} at step {run.step or 0}{why}", file=sys.stderr, flush=True)

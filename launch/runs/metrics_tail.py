@@ -19,7 +19,7 @@ PIECE = 2**13
 """Bytes read at each place of a curve."""
 
 
-def newest(path: Path) -> list[dict[str, Any]]:
+def last_rows(path: Path) -> list[dict[str, Any]]:
     """The last rows, oldest first: of steps, which have `loss`, and of evaluations."""
     try:
         with atomic_io.open_regular(path) as (descriptor, size):
@@ -30,29 +30,36 @@ def newest(path: Path) -> list[dict[str, Any]]:
     return rows_in(lines[1:] if start else lines)
 
 
-def curve(path: Path, points: int) -> list[float]:
-    """The loss at about so many places of the run, in its order; rows that are not finite are left out."""
-    found: dict[int, float] = {}
+def loss_curve(path: Path, points: int) -> list[float]:
+    """The loss at about so many places of the run, in order; rows that are not finite are left out."""
+    loss_at_step: dict[int, float] = {}
     try:
         with atomic_io.open_regular(path) as (descriptor, size):
             for place in range(points):
                 start = size * place // points
                 lines = os.pread(descriptor, PIECE, start).split(b"\n")
-                row = next((each for each in rows_in(lines[1:] if start else lines) if "loss" in each), None)
-                if row is not None and (loss := number(row, "loss")) is not None:
-                    found[row["step"]] = loss
+                whole_lines = lines[1:] if start else lines  # a read in the middle begins within a line
+                row = next((row for row in rows_in(whole_lines) if "loss" in row), None)
+                if row is not None and (loss := finite_number(row, "loss")) is not None:
+                    loss_at_step[row["step"]] = loss
     except OSError:
         return []
-    return [found[step] for step in sorted(found)]
+    return [loss_at_step[step] for step in sorted(loss_at_step)]
 
 
-def number(row: dict[str, Any], key: str) -> float | None:
-    """A number of a row; None where it has none, or one that was not finite."""
+def finite_number(row: dict[str, Any], key: str) -> float | None:
+    """A number of a row; None if it has none. What was not finite is no number in the file."""
     value = row.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value
 
 
-def recent(rows: list[dict[str, Any]], key: str) -> float | None:
-    """The median over the last rows of steps."""
-    values = [value for row in rows[-20:] if (value := number(row, key)) is not None]
-    return median(values) if values else None
+def recent_median(step_rows: list[dict[str, Any]], key: str) -> float | None:
+    """The median of a metric over the last rows of steps; None if no row has it."""
+    metrics = []
+    for row in step_rows[-20:]:
+        metric = finite_number(row, key)
+        if metric is not None:
+            metrics.append(metric)
+    return median(metrics) if metrics else None

@@ -9,8 +9,11 @@ from pathlib import Path
 from launch.runs.queue import Queue
 from strategies import atomic_io
 
-RECORD, PLACE = "pipeline.json", "pipeline"
-MOST = 2**16
+RECORD = "pipeline.json"
+"""The file in a run's directory that lists the jobs of its chain."""
+DIRECTORY = "pipeline"
+"""Holds a file for each part that has ended."""
+MOST_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,46 +23,52 @@ class PipelinePart:
     part: str
     job: str
     state: str
-    """`queued`, `running`, `done`, `failed`, `cancelled` (one before it failed), or `unknown`."""
-    says: str
+    """`queued`, `running`, `done`, `failed_part`, `cancelled` (one before it failed), or `unknown`."""
+    description: str
     """The same for people."""
 
 
-def parts_of(run_dir: Path, queue: Queue) -> list[PipelinePart]:
-    """The parts in their order; none where the run is no chain. Never raises."""
-    found: list[PipelinePart] = []
+def pipeline_parts(run_dir: Path, queue: Queue) -> list[PipelinePart]:
+    """The parts in their order; none if the run is no chain. Never raises."""
+    parts: list[PipelinePart] = []
     if not (run_dir / RECORD).exists():
-        return found
-    listed = _read(run_dir / RECORD)
-    for entry in listed if isinstance(listed, list) else []:
-        if not (isinstance(entry, dict) and {"part", "job"} <= entry.keys()):
-            continue
-        part, number = str(entry["part"]), str(entry["job"])
-        told = _read(run_dir / PLACE / f"{part}.json")
-        code = told.get("code") if isinstance(told, dict) and told.get("job") == number else None
-        job = next((each for each in queue.jobs if number in (each.id, each.raw_id)), None)
-        if job is not None and code is None:
-            state, says = "queued" if job.pends else "running", job.says
-        elif code is not None:
-            state = "failed" if code else "done"
-            says = f"failed with exit code {code}" if code else "done"
-        elif found and found[-1].state in ("failed", "cancelled"):
-            state, says = "cancelled", "cancelled, since one before it failed"
-        elif queue.problem:
-            state, says = "unknown", queue.problem
-        else:
-            state, says = "failed", "ended without a word (cancelled, out of time, or stopped before it began)"
-        found.append(PipelinePart(part, number, state, says))
-    return found
+        return parts
+    entries = _read(run_dir / RECORD)
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and {"part", "job"} <= entry.keys():
+            part = str(entry["part"])
+            job_id = str(entry["job"])
+            state, description = _part_state(run_dir, queue, part, job_id, parts[-1].state if parts else None)
+            parts.append(PipelinePart(part, job_id, state, description))
+    return parts
 
 
-def failed(parts: list[PipelinePart]) -> PipelinePart | None:
+def _part_state(run_dir: Path, queue: Queue, part: str, job_id: str, state_before: str | None) -> tuple[str, str]:
+    """(state, the same for people) of one part; `state_before`: that of the part before it."""
+    end = _read(run_dir / DIRECTORY / f"{part}.json")
+    if isinstance(end, dict) and end.get("job") == job_id:  # else of an earlier submission
+        code = end.get("code")
+        if code:
+            return "failed", f"failed with exit code {code}"
+        if code is not None:
+            return "done", "done"
+    for job in queue.jobs:
+        if job_id in (job.id, job.raw_id):
+            return "queued" if job.is_pending else "running", job.description
+    if state_before in ("failed", "cancelled"):
+        return "cancelled", "cancelled, since one before it failed"
+    if queue.problem:
+        return "unknown", queue.problem
+    return "failed", "ended without a message (cancelled, out of time, or stopped before it began)"
+
+
+def failed_part(parts: list[PipelinePart]) -> PipelinePart | None:
     """The part at which a chain ended."""
     return next((part for part in parts if part.state == "failed"), None)
 
 
 def _read(path: Path) -> object:
     try:
-        return json.loads(atomic_io.read_bytes(path, most=MOST))
+        return json.loads(atomic_io.read_bytes(path, most=MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return None

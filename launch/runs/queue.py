@@ -18,7 +18,7 @@ FIELDS = ("%i", "%A", "%T", "%r", "%S", "%L", "%N", "%Z", "%j", "%o")
 PATIENCE_S = 5.0
 """Seconds that squeue may take; a controller that is down lets it wait for minutes."""
 RUNS = re.compile(r"^runs=\((.*)\)$", re.MULTILINE)
-MOST_SCRIPT = 2**20
+MOST_SCRIPT_BYTES = 2**20
 JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
 SUBMITTED = "submitted"
 """The file in a run's directory with the id of its job."""
@@ -79,7 +79,7 @@ class QueuedJob:
     reason: str
     start: str
     """When it started, or is expected to."""
-    left: str
+    time_left: str
     """Time until its limit."""
     nodes: str
     directory: str
@@ -88,7 +88,7 @@ class QueuedJob:
     command: str
 
     @property
-    def pends(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether it waits to be started."""
         return self.state in WAITING_STATES
 
@@ -101,9 +101,9 @@ class QueuedJob:
         return reason_text(self.reason, self.id) + when
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """State and why, for people."""
-        if not self.pends:
+        if not self.is_pending:
             return f"job {self.id} {self.state}"
         return f"job {self.id} pending: {self.why}"
 
@@ -117,28 +117,31 @@ class Queue:
     """Jobs by the directory of the run that they were submitted for."""
     problem: str | None = None
     """Why it could not be asked; None also if there is no SLURM here. Then nobody knows which jobs there are."""
-    missing: bool = False
+    has_no_squeue: bool = False
     """Whether this host has no squeue."""
 
-    def job_of(self, run_dir: Path, job_id: str | None) -> QueuedJob | None:
+    def find_job(self, run_dir: Path, job_id: str | None) -> QueuedJob | None:
         """The job of a run: by the id that its records name or that it was submitted as, or by the script in its directory."""
         if not self.jobs:
             return None
         submitted = submitted_as(run_dir)
-        for known in filter(None, (job_id, submitted)):
-            named = next((job for job in self.jobs if known in (job.raw_id, job.id)), None)
-            # A copied run names the job of the other one, and somebody else's run could name any job.
-            if named is not None and not _is_of_another_run(named, run_dir):
-                return named
-        found = self.by_run.get(run_dir.resolve())
-        # The script of an array that was submitted before may have been written anew, for other runs.
-        return None if found is not None and submitted and "_" in found.id else found
+        for known_id in filter(None, (job_id, submitted)):
+            for job in self.jobs:
+                # A copied run names the job of the other one, and somebody else's run could name any job.
+                if known_id in (job.raw_id, job.id) and not _is_of_another_run(job, run_dir):
+                    return job
+        job_by_script = self.by_run.get(run_dir.resolve())
+        if job_by_script is not None and submitted and "_" in job_by_script.id:
+            # The script of an array that was submitted before may have been written anew, for other runs.
+            return None
+        return job_by_script
 
 
 def note_submitted(run_dirs: list[Path], job: str) -> None:
-    """Leave in each run's directory which job it was submitted as; of an array the task. Errors: StorageError."""
-    for number, run_dir in enumerate(run_dirs):
-        write_text_atomic(run_dir / SUBMITTED, f"{job}_{number}\n" if len(run_dirs) > 1 else f"{job}\n")
+    """Leave in each run's directory which job it was submitted as, or which task of an array. Errors: StorageError."""
+    for task, run_dir in enumerate(run_dirs):
+        job_id = f"{job}_{task}" if len(run_dirs) > 1 else job
+        write_text_atomic(run_dir / SUBMITTED, f"{job_id}\n")
 
 
 def submitted_as(run_dir: Path) -> str | None:
@@ -160,42 +163,51 @@ def unfinished_job(run_dir: Path) -> str | None:
     return submitted
 
 
-def ask_twice() -> Queue:
+def read_queue_twice() -> Queue:
     """The queue now, asked once more if it cannot be asked: a controller may be busy for a moment. Never raises."""
-    queue = ask()
-    return ask() if queue.problem is not None else queue
+    queue = read_queue()
+    return read_queue() if queue.problem is not None else queue
 
 
-def ask() -> Queue:
+def read_queue() -> Queue:
     """The queue now. Never raises: `problem` says what was wrong."""
     if shutil.which("squeue") is None:
-        return Queue(missing=True)
+        return Queue(has_no_squeue=True)
     command = ["squeue", "--me", "--noheader", "--array", f"--format={SEPARATOR.join(FIELDS)}"]
     # The user's SQUEUE_STATES and the like would leave jobs out.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S)
+        answer = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
         return Queue(problem=f"squeue gave no answer within {PATIENCE_S:.0f} s")
     except OSError as error:
         return Queue(problem=f"squeue cannot be called ({error.strerror})")
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["without a word"]
-        return Queue(problem=f"squeue failed: {said[-1].removeprefix('squeue: ')}")
-    rows = [line.split(SEPARATOR) for line in done.stdout.splitlines()]
-    jobs = tuple(QueuedJob(*row) for row in rows if len(row) == len(FIELDS))
-    return Queue(jobs, {where: job for job in jobs if (where := _directory(job)) is not None})
+    if answer.returncode:
+        error_lines = (answer.stderr or answer.stdout).strip().splitlines() or ["without a message"]
+        return Queue(problem=f"squeue failed: {error_lines[-1].removeprefix('squeue: ')}")
+    jobs = []
+    by_run = {}
+    for line in answer.stdout.splitlines():
+        cells = line.split(SEPARATOR)
+        if len(cells) != len(FIELDS):
+            continue
+        job = QueuedJob(*cells)
+        jobs.append(job)
+        run = _run_of_job(job)
+        if run is not None:
+            by_run[run] = job
+    return Queue(tuple(jobs), by_run)
 
 
-def _directory(job: QueuedJob) -> Path | None:
-    """The run that a job was submitted for: the directory of its script, or what the scripts' own rule says."""
+def _run_of_job(job: QueuedJob) -> Path | None:
+    """The run that a job was submitted for: the directory of its script, or by the scripts' own rule."""
     script = Path(job.command)
     if script.name != "train.sbatch":
         return None
     task = job.id.partition("_")[2]
     if not task.isdigit() or not (script.parent / "config.yaml").exists():
-        own = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"  # slurm/train.sbatch by hand
-        return (own if own.is_dir() else script.parent).resolve()
+        by_hand = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"  # slurm/train.sbatch without `shardtune submit`
+        return (by_hand if by_hand.is_dir() else script.parent).resolve()
     runs = runs_of(script)
     return runs[int(task)].resolve() if int(task) < len(runs) else None
 
@@ -209,18 +221,20 @@ def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
         runs = {run.resolve() for run in runs_of(script)}
         run = run_dir.resolve()
         return bool(runs) and run not in runs and not run.is_relative_to(script.parent.resolve().parent)
-    where = _directory(job)
+    job_run = _run_of_job(job)
     try:
-        return where is not None and (where / "config.yaml").is_file() and not where.samefile(run_dir)
+        return job_run is not None and (job_run / "config.yaml").is_file() and not job_run.samefile(run_dir)
     except OSError:
         return False
 
 
 def runs_of(script: Path) -> list[Path]:
-    """The runs that a script of `shardtune submit` is for, in the order of an array's tasks; none where it cannot be read."""
+    """The runs that a script of `shardtune submit` is for, in the order of an array's tasks; none if it cannot be read."""
     try:
         with script.open(encoding="utf-8", errors="replace") as file:
-            found = RUNS.search(file.read(MOST_SCRIPT))
-        return [Path(run) for run in shlex.split(found[1])] if found else []
+            match = RUNS.search(file.read(MOST_SCRIPT_BYTES))
+        if match is None:
+            return []
+        return [Path(run) for run in shlex.split(match[1])]
     except (OSError, ValueError):
         return []

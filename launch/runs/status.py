@@ -16,7 +16,7 @@ from typing import Any
 from launch.runs import job_record, metrics_tail
 from launch.runs.ended_job import describe_end
 from launch.runs.owner import Holder, holder
-from launch.runs.pipeline_jobs import PipelinePart, failed, parts_of
+from launch.runs.pipeline_jobs import PipelinePart, failed_part, pipeline_parts
 from launch.runs.queue import SUBMITTED, Queue, QueuedJob, unfinished_job
 from strategies import atomic_io
 from trainer.reporting.run_record import RunRecord, readable_run_record
@@ -25,12 +25,17 @@ from trainer.reporting.status import State, read_failure, read_status
 DEPTH = 4
 """Directories below the one that is named in which runs are looked for."""
 MOST_DIRECTORIES = 5000
-AT_ONCE = 16
+READ_AT_ONCE = 16
 """Runs that are read at a time: what a slow file system takes is waiting."""
 SEAL = b"# sha256: "
 """How the configuration of a run begins."""
-LOST, QUEUED, UNKNOWN, NOT_STARTED = "lost", "queued", "unknown", "not started"
+LOST = "lost"
+QUEUED = "queued"
+UNKNOWN = "unknown"
+NOT_STARTED = "not started"
 ENDED = (State.done, State.failed, State.preempted)
+HANGS = "it was stopped, or hangs"
+"""Why a run is lost whose process lives. It must be stopped before it can continue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +44,8 @@ class RunView:
 
     directory: Path
     state: str
-    """`running`, `done`, `failed`, `preempted`, `lost`: says it runs, and nobody gives a sign of life, `queued`, `not started`,
-    `unknown`."""
+    """`running`, `done`, `failed`, `preempted`, `lost` (its status says running, without a sign of life), `queued`,
+    `not started`, `unknown`."""
     why: str | None = None
     """Why it is in this state, on one line."""
     step: int | None = None
@@ -61,7 +66,7 @@ class RunView:
     job_id: str | None = None
     since: str | None = None
     """When the attempt at work began, by its host's clock."""
-    heard_s: float | None = None
+    last_seen_s: float | None = None
     """Seconds since the last sign of life; of a run that has ended, since its end."""
     job: QueuedJob | None = None
     """Its job in the queue."""
@@ -83,159 +88,186 @@ class FoundRuns:
 
     runs: list[Path] = field(default_factory=list)
     unreadable: dict[Path, str] = field(default_factory=dict)
-    cut: bool = False
+    is_cut: bool = False
     """Whether there were too many directories to look into all."""
 
 
-def find(root: Path) -> FoundRuns:
-    """Runs below a directory, itself included, in the order of their names. Errors: OSError where it cannot be listed."""
-    found, looked = FoundRuns(), 0
+def find_runs(root: Path) -> FoundRuns:
+    """Runs below a directory, itself included, in the order of their names. Errors: OSError if it cannot be listed."""
+    runs_found = FoundRuns()
+    directories_read = 0
     level = [root]
     for depth in range(DEPTH + 1):
         deeper: list[Path] = []
         for directory in level:
-            looked += 1
-            if looked > MOST_DIRECTORIES:
-                found.cut = True
+            directories_read += 1
+            if directories_read > MOST_DIRECTORIES:
+                runs_found.is_cut = True
                 break
             try:
-                with os.scandir(directory) as entries:
-                    there = {entry.name: entry for entry in entries}
+                with os.scandir(directory) as listed:
+                    entries = {entry.name: entry for entry in listed}
             except OSError as error:
                 if directory == root:
                     raise
-                found.unreadable[directory] = error.strerror or str(error)
+                runs_found.unreadable[directory] = error.strerror or str(error)
                 continue
-            if "config.yaml" in there:
-                found.runs.append(directory)
+            if "config.yaml" in entries:  # a run: nothing below it is one
+                runs_found.runs.append(directory)
             elif depth < DEPTH:
-                deeper += [
-                    directory / name for name, entry in there.items() if name[0] != "." and _is_inner(entry, root)
-                ]
-        level = sorted(deeper, key=lambda path: in_order(path.name))
-    found.runs.sort(key=lambda path: [in_order(part) for part in path.parts])
-    return found
+                deeper += [directory / name for name, entry in entries.items() if _is_searched(entry, root)]
+        level = sorted(deeper, key=lambda path: name_order(path.name))
+    runs_found.runs.sort(key=lambda path: [name_order(part) for part in path.parts])
+    return runs_found
 
 
-def in_order(name: str) -> tuple[int, str]:
+def name_order(name: str) -> tuple[int, str]:
     """Sort key of names: points of `train -m` are called 0, 1, ... 10."""
     return (int(name) if name.isdecimal() else -1, name)
 
 
-def _is_inner(entry: os.DirEntry[str], root: Path) -> bool:
-    """Whether it is a directory to look into; what a link names below `root` is met there anyway."""
+def _is_searched(entry: os.DirEntry[str], root: Path) -> bool:
+    """Whether runs are looked for in it: a directory that is not hidden, and no link to one below `root`, which is met anyway."""
+    if entry.name.startswith("."):
+        return False
     try:
-        known = entry.is_symlink() and Path(entry.path).resolve().is_relative_to(root.resolve())
-        return entry.is_dir() and not known
+        if entry.is_symlink() and Path(entry.path).resolve().is_relative_to(root.resolve()):
+            return False
+        return entry.is_dir()
     except (OSError, RuntimeError):
         return False
 
 
-def look_at_all(found: FoundRuns, queue: Queue) -> list[RunView]:
-    """Each of the runs, and what may be one and cannot be read."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        looked = list(pool.map(lambda run: look(run, queue), found.runs))
-    # A file of that name alone makes no run.
-    seen = [run for run in looked if run.state != NOT_STARTED or is_frozen(run.directory)]
-    return seen + [
-        RunView(directory=path, state=UNKNOWN, why=f"cannot be read: {why}") for path, why in found.unreadable.items()
-    ]
+def read_run_views(runs_found: FoundRuns, queue: Queue) -> list[RunView]:
+    """Each of the runs, and directories that cannot be read and may hold one."""
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        views = list(pool.map(lambda run: read_run_view(run, queue), runs_found.runs))
+    # A file config.yaml alone makes no run: another program may have written it.
+    views = [view for view in views if view.state != NOT_STARTED or is_frozen(view.directory)]
+    for path, why in runs_found.unreadable.items():
+        views.append(RunView(directory=path, state=UNKNOWN, why=f"cannot be read: {why}"))
+    return views
 
 
-def look(run_dir: Path, queue: Queue) -> RunView:
+def read_run_view(run_dir: Path, queue: Queue) -> RunView:
     """One run. Reads its status, its lease, a record of how many steps there are, and the end of its metrics."""
-    status, trouble = read_status(run_dir), None
+    status = read_status(run_dir)
+    lease_problem = None
     try:
-        held = holder(run_dir)
+        lease_holder = holder(run_dir)
     except (OSError, ValueError) as error:
-        held, trouble = Holder(0, None, None, None), f"its lease cannot be read: {atomic_io.reason(error)}"
-    failure = read_failure(run_dir) if status.get("state") in (None, State.failed) else {}
-    has_started = status.get("state") is not None or held.starts > 0
+        lease_holder = Holder(0, None, None, None)
+        lease_problem = f"its lease cannot be read: {atomic_io.reason(error)}"
+    owner = lease_holder.owner
+    has_started = status.get("state") is not None or lease_holder.starts > 0
     record = readable_run_record(run_dir) if has_started else RunRecord()
-    job_id = held.owner.job if held.owner is not None else record.slurm_job_id
-    job = queue.job_of(run_dir, None if job_id is None else str(job_id))
-    state, why = _state(run_dir, status, failure, held, job)
+    job_id = owner.job if owner is not None else record.slurm_job_id
+    job = queue.find_job(run_dir, None if job_id is None else str(job_id))
+    parts = pipeline_parts(run_dir, queue)
+    state, why = _state(run_dir, status, lease_holder, job)
     if job is None and state in (LOST, NOT_STARTED):
-        state, why = _by_its_job(run_dir, queue, state, why)
-    parts = parts_of(run_dir, queue)
-    if (broken := failed(parts)) is not None and broken.part != "train":
-        why = f"{broken.part} (job {broken.job}) {broken.says}" + (f"; {why}" if why and state != NOT_STARTED else "")
-        state = State.failed if state in (NOT_STARTED, QUEUED) else state
-    if trouble and state == LOST:  # nobody knows
-        state, why = UNKNOWN, trouble
-    last = metrics_tail.newest(run_dir / "metrics.jsonl")
-    steps = [row for row in last if "loss" in row]
-    heard_s = held.silent_s if held.owner is not None and state in (State.running, LOST) else _since(status)
-    owner = held.owner
-    reached = [step for step in (status.get("step"), steps[-1]["step"] if steps else None) if isinstance(step, int)]
+        state, why = _state_from_job(run_dir, queue, state, why)
+    state, why = _state_from_pipeline(parts, state, why)
+    if lease_problem and state == LOST:  # the lease alone could tell that the run is lost
+        state = UNKNOWN
+        why = lease_problem
+    last_seen_s = _seconds_since(status)
+    if owner is not None and state in (State.running, LOST):
+        last_seen_s = lease_holder.silent_s
+    rows = metrics_tail.last_rows(run_dir / "metrics.jsonl")
+    step_rows = [row for row in rows if "loss" in row]
+    steps_reached = [status.get("step")]
+    loss = None
+    if step_rows:
+        steps_reached.append(step_rows[-1]["step"])
+        loss = metrics_tail.finite_number(step_rows[-1], "loss")
+    memory_peaks = [metrics_tail.finite_number(row, "memory_gib") for row in step_rows]
     return RunView(
         directory=run_dir,
         state=state,
-        why=why or trouble,
-        step=max(reached, default=None),
+        why=why or lease_problem,
+        step=max((step for step in steps_reached if isinstance(step, int)), default=None),
         total=record.total_steps or None,
-        loss=metrics_tail.number(steps[-1], "loss") if steps else None,
-        tokens_per_s=metrics_tail.recent(steps, "tokens_per_s"),
-        step_s=metrics_tail.recent(steps, "step_s"),
-        memory_gib=max((v for row in steps if (v := metrics_tail.number(row, "memory_gib")) is not None), default=None),
-        evaluated=_evaluated(last),
-        restarts=max(_whole(status.get("restart")) or 0, held.starts - 1),
-        host=owner.host if owner is not None else _text(status.get("host")),
-        pid=owner.pid if owner is not None else _whole(status.get("pid")),
-        job_id=job.id if job is not None else _text(job_id),
+        loss=loss,
+        tokens_per_s=metrics_tail.recent_median(step_rows, "tokens_per_s"),
+        step_s=metrics_tail.recent_median(step_rows, "step_s"),
+        memory_gib=max((peak for peak in memory_peaks if peak is not None), default=None),
+        evaluated=_evaluated(rows),
+        restarts=max(_as_int(status.get("restart")) or 0, lease_holder.starts - 1),
+        host=owner.host if owner is not None else _as_text(status.get("host")),
+        pid=owner.pid if owner is not None else _as_int(status.get("pid")),
+        job_id=job.id if job is not None else _as_text(job_id),
         since=owner.since if owner is not None else None,
-        heard_s=heard_s,
+        last_seen_s=last_seen_s,
         job=job,
         parts=tuple(parts),
     )
 
 
 def _state(
-    run_dir: Path, status: dict[str, Any], failure: dict[str, Any], held: Holder, job: QueuedJob | None
+    run_dir: Path, status: dict[str, Any], lease_holder: Holder, job: QueuedJob | None
 ) -> tuple[str, str | None]:
-    """(state, why) of a run."""
-    said = status.get("state")
-    if job is not None and job.pends and said != State.done:
-        return QUEUED, job.says
-    if said == State.running or (said not in ENDED and held.owner is not None):
-        if held.works:
-            return State.running, _text(status.get("reason"))
-        return LOST, _lost(held)
-    if said in ENDED:
-        why = failure.get("message") if said == State.failed and failure else status.get("reason")
-        return str(said), one_line(why or status.get("reason"))
+    """(state, why) of a run, by its status, its lease and its job in the queue."""
+    status_state = status.get("state")
+    if job is not None and job.is_pending and status_state != State.done:
+        return QUEUED, job.description
+    if status_state == State.running or (status_state not in ENDED and lease_holder.owner is not None):
+        if lease_holder.is_working:
+            return State.running, _as_text(status.get("reason"))
+        return LOST, _why_lost(lease_holder)
+    failure = read_failure(run_dir) if status_state in (None, State.failed) else {}
+    if status_state in ENDED:
+        return str(status_state), one_line(failure.get("message") or status.get("reason"))
     if failure:
         return State.failed, one_line(failure.get("message"))
     if (run_dir / "status.json").exists():
         return UNKNOWN, "its status.json cannot be read"
-    return NOT_STARTED, job.says if job is not None else None
+    return NOT_STARTED, job.description if job is not None else None
 
 
-def _by_its_job(run_dir: Path, queue: Queue, state: str, why: str | None) -> tuple[str, str | None]:
-    """(state, why) of a run that says nothing itself and has no job in the queue."""
+def _state_from_job(run_dir: Path, queue: Queue, state: str, why: str | None) -> tuple[str, str | None]:
+    """(state, why) of a run that wrote nothing about its end and has no job in the queue, by what is known of its last job."""
     if not any((run_dir / name).exists() for name in (job_record.FILE, SUBMITTED)):
         return state, why
     end = describe_end(run_dir, queue)
-    if end is not None:
-        return (State.failed, end) if state == NOT_STARTED else (state, f"{why}; {end}" if why else end)
-    submitted = unfinished_job(run_dir)
-    if submitted is not None and (queue.problem or queue.missing):
-        unknown = queue.problem or "this host has no squeue"
-        words = f"was submitted as job {submitted}, and whether that waits or runs is not known: {unknown}"
-        return state, f"{why}; {words}" if why else words
-    return state, why
+    if end is not None and state == NOT_STARTED:
+        return State.failed, end
+    if end is None:
+        submitted = unfinished_job(run_dir)
+        if submitted is None or not (queue.problem or queue.has_no_squeue):
+            return state, why
+        problem = queue.problem or "this host has no squeue"
+        end = f"was submitted as job {submitted}; whether it still waits or runs is not known: {problem}"
+    return state, f"{why}; {end}" if why else end
 
 
-def _lost(held: Holder) -> str:
-    owner = held.owner
+def _state_from_pipeline(parts: list[PipelinePart], state: str, why: str | None) -> tuple[str, str | None]:
+    """(state, why) of a run, changed if a part of its chain other than training has failed."""
+    broken_part = failed_part(parts)
+    if broken_part is None or broken_part.part == "train":
+        return state, why
+    part_why = f"{broken_part.part} (job {broken_part.job}) {broken_part.description}"
+    if why and state != NOT_STARTED:
+        part_why += f"; {why}"
+    if state in (NOT_STARTED, QUEUED):
+        state = State.failed
+    return state, part_why
+
+
+def _why_lost(lease_holder: Holder) -> str:
+    """Why a run counts as lost whose status says that it runs."""
+    owner = lease_holder.owner
     if owner is None:
-        return "ended without a word: it says that it runs, and nobody runs it"
-    silent = "never gave a sign of life" if held.silent_s is None else f"no sign of life for {age(held.silent_s)}"
-    if held.lives is False:
-        return f"process {owner.pid} on {owner.host} is gone without a word (killed, or its host was)"
-    if held.lives:
-        return f"process {owner.pid} on {owner.host} lives, but {silent}: it was stopped, or hangs"
-    return f"{silent} from process {owner.pid} on {owner.host}"
+        return "ended without a message: its status says running, but no process runs it"
+    process = f"process {owner.pid} on {owner.host}"
+    silence = "never gave a sign of life"
+    if lease_holder.silent_s is not None:
+        silence = f"no sign of life for {age(lease_holder.silent_s)}"
+    if lease_holder.is_alive is False:
+        return f"{process} ended without a message (killed, or its host went down)"
+    if lease_holder.is_alive:
+        return f"{process} lives, but {silence}: {HANGS}"
+    return f"{silence} from {process}"
 
 
 def is_frozen(run_dir: Path) -> bool:
@@ -247,32 +279,43 @@ def is_frozen(run_dir: Path) -> bool:
         return True
 
 
-def _evaluated(last: list[dict[str, Any]]) -> dict[str, float]:
-    row: dict[str, Any] = next((row for row in reversed(last) if "loss" not in row), {})
-    return {key: value for key in row if key != "tokens" and (value := metrics_tail.number(row, key)) is not None}
+def _evaluated(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The metrics of the last evaluation among the rows; evaluations have no `loss`."""
+    evaluations = [row for row in rows if "loss" not in row]
+    if not evaluations:
+        return {}
+    metrics = {}
+    for key in evaluations[-1]:
+        metric = metrics_tail.finite_number(evaluations[-1], key)
+        if key != "tokens" and metric is not None:
+            metrics[key] = metric
+    return metrics
 
 
-def _since(status: dict[str, Any]) -> float | None:
-    told = status.get("time")
-    return max(0.0, time.time() - told) if isinstance(told, int | float) else None
+def _seconds_since(status: dict[str, Any]) -> float | None:
+    written_at = status.get("time")
+    return max(0.0, time.time() - written_at) if isinstance(written_at, int | float) else None
 
 
-def _whole(value: Any) -> int | None:
+def _as_int(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _text(value: Any) -> str | None:
+def _as_text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
 def one_line(value: Any) -> str | None:
-    """What was said, without line breaks."""
+    """A message without line breaks; None if it is empty."""
     return " ".join(str(value).split()) if value else None
 
 
 def age(seconds: float) -> str:
-    """A time in its largest unit."""
-    for unit, size, until in (("s", 1, 120), ("min", 60, 5400), ("h", 3600, 48 * 3600)):
-        if seconds < until:
-            return f"{seconds / size:.0f} {unit}"
+    """A time in its largest unit: `119 s`, `89 min`, `47 h`, `3 d`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.0f} h"
     return f"{seconds / 86400:.0f} d"

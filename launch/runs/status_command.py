@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
 from launch.runs import status_lineage
-from launch.runs.status_lineage import PLACE
+from launch.runs.status_lineage import DOCUMENT_PLACE
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,8 +51,10 @@ the time since the last sign of life, or since the end.
 The exit code is 64 if there is no such directory. docs/following.md explains each state."""
 HOME = Path("runs")
 """Where runs without a `run.dir` are."""
-EVERY_S, ASK_S = 2.0, 15.0
-"""Seconds between two looks, and between two questions to SLURM's controller."""
+EVERY_S = 2.0
+"""Seconds between two looks at the runs."""
+QUEUE_EVERY_S = 15.0
+"""Seconds between two questions to SLURM's controller, which many users share."""
 DAMAGED = 69
 
 
@@ -69,12 +71,12 @@ def main(argv: list[str]) -> int:
         watch(root, as_json=words.as_json)
     from launch.runs.status_tables import as_dict, text
 
-    found = look(root)
-    damaged = _verify(found, quiet=words.as_json) if words.verify else None
+    answer = read_answer(root)
+    damaged = _verify(answer, quiet=words.as_json) if words.verify else None
     if words.as_json:
-        print(json.dumps(as_dict(found, damaged), indent=1, allow_nan=False))
+        print(json.dumps(as_dict(answer, damaged), indent=1, allow_nan=False))
     else:
-        print(text(found, damaged))
+        print(text(answer, damaged))
     return DAMAGED if damaged else 0
 
 
@@ -83,14 +85,14 @@ def status_words(argv: list[str]) -> StatusWords:
     words, problems = read_words("status", StatusWords, argv)
     if words.root is not None and not words.root.is_dir():
         problems.append(f"{words.root}: there is no such directory; name a run, or the directory of your runs")
-    sought = [f"{key}={words.typed[key]}" for key in ("document", "text") if key in words.typed]
-    if len(sought) > 1:
-        problems.append(f"{' '.join(sought)}: name one document, or one piece of text")
-    if sought and (words.watch or words.verify):
-        problems.append(f"{sought[0]}: is looked for once; leave --watch and --verify out")
+    lineage_words = [f"{key}={words.typed[key]}" for key in ("document", "text") if key in words.typed]
+    if len(lineage_words) > 1:
+        problems.append(f"{' '.join(lineage_words)}: name one document, or one piece of text")
+    if lineage_words and (words.watch or words.verify):
+        problems.append(f"{lineage_words[0]}: is looked for once; leave --watch and --verify out")
     if words.watch and words.verify:
         problems.append("--watch --verify: every look would read all checkpoints; give one of the two")
-    if words.document is not None and PLACE.fullmatch(words.document) is None:
+    if words.document is not None and DOCUMENT_PLACE.fullmatch(words.document) is None:
         problems.append(
             f"document={words.document}: must be a file and a line, as in document=train.jsonl:12; text= looks for a text"
         )
@@ -99,48 +101,48 @@ def status_words(argv: list[str]) -> StatusWords:
     return words
 
 
-def look(root: Path, known: Queue | None = None) -> StatusAnswer:
-    """What is known now of the runs below `root`, and of the queue, which is asked unless it is `known`.
+def read_answer(root: Path, queue_before: Queue | None = None) -> StatusAnswer:
+    """What is known now of the runs below `root`, and of the queue. The queue is asked only without a `queue_before`.
 
-    Raises ConfigError where the directory cannot be listed.
+    Raises ConfigError if the directory cannot be listed.
     """
     from launch.runs import checkpoints, queue
-    from launch.runs.metrics_tail import curve
-    from launch.runs.status import FoundRuns, find, look_at_all
+    from launch.runs.metrics_tail import loss_curve
+    from launch.runs.status import FoundRuns, find_runs, read_run_views
     from launch.runs.status_tables import RunDetails, StatusAnswer
 
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(lambda: known or queue.ask())
+    with ThreadPoolExecutor(1) as pool:  # SLURM is asked while the directories are searched
+        queue_read = pool.submit(lambda: queue_before or queue.read_queue())
         try:
-            found = find(root)
+            runs_found = find_runs(root)
         except FileNotFoundError:  # the home of runs, before the first
-            found = FoundRuns()
+            runs_found = FoundRuns()
         except OSError as error:
             raise ConfigError(f"{root}: cannot be listed ({error.strerror})") from error
-        jobs = asked.result()
-    runs = look_at_all(found, jobs)
+        queue_now = queue_read.result()
+    runs = read_run_views(runs_found, queue_now)
     details = None
-    if found.runs == [root] and runs:
-        from launch.runs.efficiency import starts
+    if runs_found.runs == [root] and runs:
+        from launch.runs.efficiency import recorded_starts
         from trainer.reporting.status import read_failure
 
         details = RunDetails(
-            store=checkpoints.saved(root),
+            store=checkpoints.list_checkpoints(root),
             failure=read_failure(root),
-            curve=curve(root / "metrics.jsonl", 60),
+            curve=loss_curve(root / "metrics.jsonl", 60),
             logs=root / "logs",
-            starts=starts(root),
+            starts=recorded_starts(root),
         )
-    return StatusAnswer(root=root, runs=runs, queue=jobs, cut=found.cut, details=details)
+    return StatusAnswer(root=root, runs=runs, queue=queue_now, is_cut=runs_found.is_cut, details=details)
 
 
 def watch(root: Path, *, as_json: bool) -> None:
-    """Look again and again; ends with KeyboardInterrupt."""
+    """Show the runs again and again; ends with KeyboardInterrupt."""
     from launch.runs.status_tables import as_dict, text
 
     if as_json or not sys.stdout.isatty():
-        for found in looks(root):
-            print(json.dumps(as_dict(found, None)) if as_json else text(found, None) + "\n", flush=True)
+        for answer in answers(root):
+            print(json.dumps(as_dict(answer, None)) if as_json else text(answer, None) + "\n", flush=True)
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -149,32 +151,34 @@ def watch(root: Path, *, as_json: bool) -> None:
 
     # Not the alternate screen: what was seen last stays where it was seen.
     with Live(console=Console(file=raw(sys.stdout), highlight=False), auto_refresh=False) as live:
-        for found in looks(root):
-            live.update(Text(printable(text(found, None, live=True))), refresh=True)
+        for answer in answers(root):
+            live.update(Text(printable(text(answer, None, live=True))), refresh=True)
 
 
-def looks(root: Path) -> Iterator[StatusAnswer]:
-    """One look after another, without end; the queue, which many share, is asked less often."""
-    queue, asked_at = None, float("-inf")
+def answers(root: Path) -> Iterator[StatusAnswer]:
+    """One answer after another, without end. The queue, whose controller many share, is asked less often."""
+    queue = None
+    queue_read_at = float("-inf")
     while True:
-        if time.monotonic() - asked_at >= ASK_S:
-            queue, asked_at = None, time.monotonic()
-        found = look(root, queue)
-        queue = found.queue
-        yield found
+        if time.monotonic() - queue_read_at >= QUEUE_EVERY_S:
+            queue = None
+            queue_read_at = time.monotonic()
+        answer = read_answer(root, queue)
+        queue = answer.queue
+        yield answer
         time.sleep(EVERY_S)
 
 
-def _verify(found: StatusAnswer, *, quiet: bool) -> dict[Path, str]:
-    """What is wrong with each damaged checkpoint of the runs; which is read stands on standard error meanwhile."""
-    from launch.runs.checkpoints import damage, saved
+def _verify(answer: StatusAnswer, *, quiet: bool) -> dict[Path, str]:
+    """What is wrong with each damaged checkpoint of the runs; prints on stderr which checkpoint is read."""
+    from launch.runs.checkpoints import find_damage, list_checkpoints
 
-    def say(text: str) -> None:
+    def report(checkpoint: str) -> None:
         if not quiet:
-            print(f"reading {text}", file=sys.stderr, flush=True)
+            print(f"reading {checkpoint}", file=sys.stderr, flush=True)
 
     damaged: dict[Path, str] = {}
-    for run in found.runs:
-        store = found.details.store if found.details is not None else saved(run.directory)
-        damaged |= damage(store, say)
+    for run in answer.runs:
+        store = answer.details.store if answer.details is not None else list_checkpoints(run.directory)
+        damaged |= find_damage(store, report)
     return damaged

@@ -14,27 +14,27 @@ if TYPE_CHECKING:
     from launch.runs.data_lineage import DocumentQuery, Sighting
     from trainer.config.run import RunConfig
 
-PLACE = re.compile(r"(?P<file>.+):(?P<line>[0-9]+)")
+DOCUMENT_PLACE = re.compile(r"(?P<file>.+):(?P<line>[0-9]+)")
 """`<file>:<line>`, what `document=` takes."""
 
 
 def main(root: Path, document: str | None, piece: str | None, *, as_json: bool) -> int:
-    """Look for a document by its `PLACE`, or for a piece of text, and print what each run has of it; returns 0.
+    """Look for a document by its `DOCUMENT_PLACE`, or for a piece of text, and print what each run has of it; returns 0.
 
     Errors: ConfigError.
     """
     from launch.runs.data_lineage import DocumentQuery, sightings
-    from launch.runs.status import find
+    from launch.runs.status import find_runs
 
-    wanted = DocumentQuery(text=piece)
-    if document is not None and (place := PLACE.fullmatch(document)) is not None:
-        wanted = DocumentQuery(file=place["file"], line=int(place["line"]))
+    query = DocumentQuery(text=piece)
+    if document is not None and (place := DOCUMENT_PLACE.fullmatch(document)) is not None:
+        query = DocumentQuery(file=place["file"], line=int(place["line"]))
     try:
-        runs = find(root).runs
+        runs = find_runs(root).runs
     except OSError as error:
         raise ConfigError(f"{root}: cannot be listed ({error.strerror})") from error
-    found = sightings([(run, _config(run)) for run in runs], wanted)
-    print(json.dumps(as_dict(wanted, found), indent=1) if as_json else text(root, wanted, found))
+    results = sightings([(run, _config(run)) for run in runs], query)
+    print(json.dumps(as_dict(query, results), indent=1) if as_json else text(root, query, results))
     return 0
 
 
@@ -47,17 +47,17 @@ def _config(run: Path) -> RunConfig | str:
         return " ".join(str(error).split())
 
 
-def text(root: Path, wanted: DocumentQuery, sightings: list[Sighting]) -> str:
+def text(root: Path, query: DocumentQuery, sightings: list[Sighting]) -> str:
     """The page for people."""
     saw = [sighting for sighting in sightings if sighting.trained or sighting.documents]
     unknown = [sighting for sighting in sightings if sighting.unknown is not None and not sighting.trained]
     if saw:
-        lines = [f"{wanted}: in {len(saw)} of {len(sightings)} runs below {root}"]
+        lines = [f"{query}: in {len(saw)} of {len(sightings)} runs below {root}"]
         lines += fold_all([f"{sighting.run}: {_what_it_saw(sighting)}" for sighting in saw])
     else:
-        lines = [f"{wanted}: in no run below {root}"]
+        lines = [f"{query}: in no run below {root}"]
     if unknown:
-        lines.append(f"of {len(unknown)} it is not known:")
+        lines.append(f"not known for {len(unknown)}:")
         lines += fold_all([f"{sighting.run}: {sighting.unknown}" for sighting in unknown])
     if any(sighting.trained for sighting in saw):
         lines += fold(
@@ -67,7 +67,7 @@ def text(root: Path, wanted: DocumentQuery, sightings: list[Sighting]) -> str:
 
 
 def _what_it_saw(sighting: Sighting) -> str:
-    """How often a run trained on the document, where it holds it out, and by whose weights it came."""
+    """How often a run trained on the document, whether it holds it out, and which run's weights brought it."""
     trained_on = sighting.documents.get("train", 0)
     held_out = sum(number for split, number in sighting.documents.items() if split != "train")
     several = f"{trained_on} documents of its training data" if trained_on > 1 else "in its training data"
@@ -87,21 +87,23 @@ def _what_it_saw(sighting: Sighting) -> str:
     return "; ".join(parts)
 
 
-def as_dict(wanted: DocumentQuery, found: list[Sighting]) -> dict[str, Any]:
+def as_dict(query: DocumentQuery, sightings: list[Sighting]) -> dict[str, Any]:
     """For scripts: every run that was looked at."""
-    return {
-        "document": str(wanted),
-        "runs": [
+    runs = []
+    for sighting in sightings:
+        trained: bool | None = sighting.trained
+        if sighting.unknown is not None and not sighting.trained:
+            trained = None  # not known
+        runs.append(
             {
-                "run": str(each.run),
-                "trained": each.trained if each.unknown is None or each.trained else None,
-                "times": each.times,
-                "step": each.step,
-                "documents": each.documents,
-                "where": list(each.where),
-                "through": None if each.through is None else str(each.through),
-                "unknown": each.unknown,
+                "run": str(sighting.run),
+                "trained": trained,
+                "times": sighting.times,
+                "step": sighting.step,
+                "documents": sighting.documents,
+                "where": list(sighting.where),
+                "through": None if sighting.through is None else str(sighting.through),
+                "unknown": sighting.unknown,
             }
-            for each in found
-        ],
-    }
+        )
+    return {"document": str(query), "runs": runs}

@@ -12,19 +12,22 @@ from typing import Any
 
 from launch.output import Column, TableRow, cut, fold, table
 from launch.runs import efficiency, pipeline_jobs
-from launch.runs.checkpoints import Store, StoredCheckpoint
-from launch.runs.metrics_tail import curve
+from launch.runs.checkpoints import CheckpointList, StoredCheckpoint
+from launch.runs.metrics_tail import loss_curve
 from launch.runs.queue import Queue, QueuedJob
 from launch.runs.sparkline import sparkline
-from launch.runs.status import LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age, one_line
+from launch.runs.status import HANGS, LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age, one_line
 from strategies.atomic_io import size_text
 from trainer.reporting.status import State
 
-MOST_JOBS, MOST_STARTS = 20, 5
+MOST_JOBS = 20
+"""Other jobs of the user that are listed; the rest is counted."""
+MOST_STARTS = 5
+"""Starts of a run whose usage is shown, the newest."""
 LINES_BELOW = 8
-"""Lines of a watched terminal that are kept for what stands around the table."""
+"""Lines of a watched terminal that are kept free of the table."""
 CURVE_POINTS = 60
-SAME_COMMAND = "the same command continues it from the newest whole checkpoint"
+SAME_COMMAND = "the same command continues it from the newest intact checkpoint"
 COLUMNS = (
     Column(),
     Column("state"),
@@ -41,13 +44,13 @@ COLUMNS = (
 class RunDetails:
     """What is shown of a run if `status` is asked for it alone."""
 
-    store: Store
+    store: CheckpointList
     failure: dict[str, Any]
     curve: list[float]
     """The loss at some places of the run."""
     logs: Path
     starts: list[dict[str, Any]]
-    """What each start of its jobs took, as `launch/runs/efficiency.py` has recorded it."""
+    """What each start of its jobs used, as `launch/runs/efficiency.py` has recorded it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +60,10 @@ class StatusAnswer:
     root: Path
     runs: list[RunView]
     queue: Queue
-    cut: bool
-    """Whether there were too many directories to look into all."""
+    is_cut: bool
+    """Whether there were too many directories to search all."""
     details: RunDetails | None = None
-    """Of the only run, if `root` is a run."""
+    """More about the only run, if `root` is a run."""
 
 
 def text(answer: StatusAnswer, damaged: Mapping[Path, str] | None, *, live: bool = False) -> str:
@@ -71,17 +74,22 @@ def text(answer: StatusAnswer, damaged: Mapping[Path, str] | None, *, live: bool
     """
     if answer.details is not None:
         lines = _run_in_full(answer.runs[0], answer.details, damaged)
-        lines += ["", *fold(f"queue: {answer.queue.problem}")] if answer.queue.problem else []
+        if answer.queue.problem:
+            lines += ["", *fold(f"queue: {answer.queue.problem}")]
         return "\n".join(lines)
     lines = _table_of_runs(answer, live=live) if answer.runs else [f"no runs below {answer.root}"]
-    if damaged is not None:
-        lines += ["", *([f"damaged: {path}: {why}" for path, why in damaged.items()] or ["all checkpoints are whole"])]
+    if damaged:
+        lines += ["", *(f"damaged: {path}: {why}" for path, why in damaged.items())]
+    elif damaged is not None:
+        lines += ["", "all checkpoints are intact"]
     lines += _other_jobs(answer)
-    lines += ["", cut(f"queue: {answer.queue.problem}")] if answer.queue.problem else []
+    if answer.queue.problem:
+        lines += ["", cut(f"queue: {answer.queue.problem}")]
     return "\n".join(lines)
 
 
 def _table_of_runs(answer: StatusAnswer, *, live: bool) -> list[str]:
+    """A row for each run, and how many there are of each state."""
     if live:
         lines = _most_urgent_runs(answer)
     else:
@@ -89,8 +97,10 @@ def _table_of_runs(answer: StatusAnswer, *, live: bool) -> list[str]:
     counts = Counter(run.state for run in answer.runs)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     lines += ["", f"{len(answer.runs)} run{'s' * (len(answer.runs) != 1)}: {states}"]
-    if answer.cut:
-        lines.append(f"there are too many directories below {answer.root}: not all were looked into; name a lower one")
+    if answer.is_cut:
+        lines.append(
+            f"not all directories below {answer.root} were searched: there are too many; name one further down"
+        )
     return lines
 
 
@@ -109,21 +119,25 @@ def _most_urgent_runs(answer: StatusAnswer) -> list[str]:
 
 def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
     is_below_root = run.directory.is_relative_to(root) and run.directory != root
+    name = run.directory.relative_to(root) if is_below_root else run.directory
     cells = (
-        str(run.directory.relative_to(root) if is_below_root else run.directory),
+        str(name),
         run.state,
         _step(run),
         _loss(run.loss),
         _rate(run.tokens_per_s),
         clock(run.left_s),
         _number(run.memory_gib, ".3g"),
-        "-" if run.heard_s is None else age(run.heard_s),
+        "-" if run.last_seen_s is None else age(run.last_seen_s),
     )
+    notes = []
     where_and_why = _where_and_why(run)
-    notes = [cut(f"  {where_and_why}")] if where_and_why else []
+    if where_and_why:
+        notes.append(cut(f"  {where_and_why}"))
     if live and run.state == State.running:
-        losses = curve(run.directory / "metrics.jsonl", CURVE_POINTS)
-        notes += [f"  {sparkline(losses)}"] if losses else []
+        losses = loss_curve(run.directory / "metrics.jsonl", CURVE_POINTS)
+        if losses:
+            notes.append(f"  {sparkline(losses)}")
     return TableRow(cells, notes)
 
 
@@ -131,7 +145,7 @@ def _urgency(run: RunView) -> tuple[int, float]:
     """Sort key if not all runs may fit: those that train, wait, or need somebody; then those that ended last."""
     order = (State.running, QUEUED, LOST)
     rank = order.index(run.state) if run.state in order else len(order)
-    return rank, run.heard_s if run.heard_s is not None else math.inf
+    return rank, run.last_seen_s if run.last_seen_s is not None else math.inf
 
 
 def _where_and_why(run: RunView) -> str:
@@ -157,15 +171,19 @@ def _other_jobs(answer: StatusAnswer) -> list[str]:
     if not others:
         return []
     lines = ["", "other jobs of yours in the queue:"]
-    lines += [cut(f"  {job.says}  ({job.name})") for job in others[:MOST_JOBS]]
+    lines += [cut(f"  {job.description}  ({job.name})") for job in others[:MOST_JOBS]]
     lines += [f"  and {len(others) - MOST_JOBS} more"] if len(others) > MOST_JOBS else []
     return lines
 
 
 def _jobs_of_runs(answer: StatusAnswer) -> set[str]:
     """Jobs of the queue that are shown with their runs."""
-    jobs = {run.job.id for run in answer.runs if run.job is not None}
-    return jobs.union(part.job for run in answer.runs for part in run.parts)
+    jobs = set()
+    for run in answer.runs:
+        if run.job is not None:
+            jobs.add(run.job.id)
+        jobs.update(part.job for part in run.parts)
+    return jobs
 
 
 def _run_in_full(run: RunView, details: RunDetails, damaged: Mapping[Path, str] | None) -> list[str]:
@@ -202,16 +220,16 @@ def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
     """Who runs it or did, its job in the queue, what its starts took, and the jobs of its chain."""
     facts = []
     if runner := ", ".join(_runner(run)):
-        facts.append(("by", runner))
+        facts.append(("run by", runner))
     if run.restarts:
         facts.append(("restarts", str(run.restarts)))
     if run.job is not None and run.state != QUEUED:
         # squeue says INVALID of a job that is past its limit, and is about to be ended for it.
-        left = "past its time limit" if run.job.left == "INVALID" else f"{run.job.left} left"
-        facts.append(("queue", f"{run.job.says}, {left} on {run.job.nodes}"))
-    facts += [("took", efficiency.said(start)) for start in details.starts[-MOST_STARTS:]]
+        left = "past its time limit" if run.job.time_left == "INVALID" else f"{run.job.time_left} left"
+        facts.append(("queue", f"{run.job.description}, {left} on {run.job.nodes}"))
+    facts += [("used", efficiency.describe_start(start)) for start in details.starts[-MOST_STARTS:]]
     for part in run.parts:
-        facts.append((part.part, f"job {part.job}: {part.says.removeprefix(f'job {part.job} ')}"))
+        facts.append((part.part, f"job {part.job}: {part.description.removeprefix(f'job {part.job} ')}"))
     return facts
 
 
@@ -223,14 +241,9 @@ def _runner(run: RunView) -> list[str]:
         words.append(f"job {run.job_id}")
     if run.since:
         words.append(f"since {run.since}")
-    if run.heard_s is not None:
-        if run.state in (State.running, LOST):
-            event = "last sign of life"
-        elif run.state == UNKNOWN:
-            event = "last seen"
-        else:
-            event = "ended"
-        words.append(f"{event} {age(run.heard_s)} ago")
+    if run.last_seen_s is not None:
+        event = "last seen" if run.state in (State.running, LOST, UNKNOWN) else "ended"
+        words.append(f"{event} {age(run.last_seen_s)} ago")
     return words
 
 
@@ -239,17 +252,17 @@ def _next_steps(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     if run.state == State.failed:
         return ["", *_failure_and_way_out(run, failure)]
     if run.state == LOST:
-        stop_first = "stop it, then " if run.why and "lives, but" in run.why else ""
+        stop_first = "stop it, then " if run.why and HANGS in run.why else ""
         return ["", *fold(f"to do: {stop_first}{SAME_COMMAND}")]
     if run.state != State.preempted:
         return []
     if run.job is not None and run.job.state == "RUNNING":
-        return ["", f"{run.job.says} starts it again"]
+        return ["", f"{run.job.description} starts it again"]
     return ["", *fold(f"to do: {SAME_COMMAND}")]
 
 
 def _failure_and_way_out(run: RunView, failure: Mapping[str, Any]) -> list[str]:
-    broken_part = pipeline_jobs.failed(list(run.parts))
+    broken_part = pipeline_jobs.failed_part(list(run.parts))
     if broken_part is not None and not failure:
         way_out = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same words again"
         return [*fold(f"failed: {run.why}"), *fold(f"to do: {way_out}")]
@@ -268,10 +281,10 @@ def _failure_and_way_out(run: RunView, failure: Mapping[str, Any]) -> list[str]:
         way_out = SAME_COMMAND
     else:
         way_out = f"shardtune logs {run.directory} shows its output; submit the same words again"
-    return [*fold(f"failed: {where}{run.why or 'no word of why'}"), *fold(f"to do: {way_out}")]
+    return [*fold(f"failed: {where}{run.why or 'no reason was recorded'}"), *fold(f"to do: {way_out}")]
 
 
-def _checkpoints(store: Store, damaged: Mapping[Path, str] | None) -> list[str]:
+def _checkpoints(store: CheckpointList, damaged: Mapping[Path, str] | None) -> list[str]:
     if store.problem:
         return ["", *fold(f"checkpoints: {store.problem}")]
     if not store.checkpoints:
@@ -287,7 +300,7 @@ def _checkpoint_row(
     remarks = []
     if damaged is not None:
         damage = damaged.get(checkpoint.path)
-        remarks.append("whole" if damage is None else f"damaged: {damage}")
+        remarks.append("intact" if damage is None else f"damaged: {damage}")
     if checkpoint.best is not None:
         remarks.append(f"best: {watched_metric or 'held out'} {checkpoint.best:.4f}")
     if checkpoint.given_up:
@@ -331,33 +344,39 @@ def clock(seconds: float | None) -> str:
     """Hours, minutes and seconds; days and hours from 100 hours on."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
-    whole = int(seconds)
-    if whole >= 360000:
-        return f"{whole // 86400} d {whole % 86400 // 3600} h"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+    total = int(seconds)
+    if total >= 100 * 3600:
+        return f"{total // 86400} d {total % 86400 // 3600} h"
+    return f"{total // 3600}:{total % 3600 // 60:02d}:{total % 60:02d}"
 
 
 def as_dict(answer: StatusAnswer, damaged: Mapping[Path, str] | None) -> dict[str, Any]:
     """The same as JSON values: seconds, GiB, bytes, tokens a second of all ranks together."""
     run_jobs = _jobs_of_runs(answer)
     runs = [_run_as_dict(run) for run in answer.runs]
-    details = answer.details
-    if details is not None:
-        runs[0]["failure"] = details.failure or None
-        runs[0]["watch"] = details.store.watch
-        runs[0]["checkpoints"] = [
-            {**asdict(checkpoint), "path": str(checkpoint.path), "damage": (damaged or {}).get(checkpoint.path)}
-            for checkpoint in details.store.checkpoints
-        ]
-        runs[0]["starts"] = details.starts
-        runs[0]["checkpoints_problem"] = details.store.problem
+    if answer.details is not None:
+        runs[0] |= _details_as_dict(answer.details, damaged or {})
     fields: dict[str, Any] = {"directory": str(answer.root), "runs": runs}
     if damaged is not None:
         fields["damaged"] = {str(path): why for path, why in damaged.items()}
     fields["other_jobs"] = [_job_as_dict(job) for job in answer.queue.jobs if job.id not in run_jobs]
     fields["queue_problem"] = answer.queue.problem
-    fields["all_looked_into"] = not answer.cut
+    fields["all_searched"] = not answer.is_cut
     return fields
+
+
+def _details_as_dict(details: RunDetails, damaged: Mapping[Path, str]) -> dict[str, Any]:
+    checkpoints = []
+    for checkpoint in details.store.checkpoints:
+        row = asdict(checkpoint) | {"path": str(checkpoint.path), "damage": damaged.get(checkpoint.path)}
+        checkpoints.append(row)
+    return {
+        "failure": details.failure or None,
+        "watch": details.store.watch,
+        "checkpoints": checkpoints,
+        "starts": details.starts,
+        "checkpoints_problem": details.store.problem,
+    }
 
 
 def _run_as_dict(run: RunView) -> dict[str, Any]:
@@ -374,5 +393,5 @@ def _job_as_dict(job: QueuedJob) -> dict[str, str]:
         "reason": job.reason,
         "name": job.name,
         "start": job.start,
-        "left": job.left,
+        "left": job.time_left,
     }

@@ -1,4 +1,4 @@
-"""Ways to make a run save and end: a signal to its process, SLURM, or advice for somebody on another host."""
+"""How a run is made to save and end: a signal to its process, SLURM, or advice for somebody on another host."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.runs.owner import Holder, holder, launcher
+from launch.runs.owner import Holder, holder, launcher_of
 from launch.runs.queue import Queue, QueuedJob, unfinished_job
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.status import State
 from trainer.session.lease import process_identity
 
-MARK = "trap 'stopped=1"
-"""What a job script has that ends in good order, and is not requeued, once its shell was told TERM."""
+SCRIPT_MARK = "trap 'stopped=1"
+"""Text in a job script that handles TERM: it saves, ends, and is not requeued."""
 CALL_S = 60
 """Seconds that a command of SLURM's may take."""
 
@@ -29,12 +29,12 @@ class CannotStop(ShardtuneError):
 
 
 @dataclass(frozen=True, slots=True)
-class Nothing:
-    """Nobody runs it."""
+class NotRunning:
+    """No process runs the run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
+class SignalProcess:
     """TERM to a process of this host: that of the run, or the launcher that passes it on and does not start it again."""
 
     pid: int
@@ -52,7 +52,7 @@ class Signal:
             return False
         try:
             # The handle is of one process, whatever its number is given to later.
-            if self.gone:
+            if self.has_ended:
                 return False
             signal.pidfd_send_signal(handle, signal.SIGTERM)
         except ProcessLookupError:
@@ -64,14 +64,14 @@ class Signal:
         return True
 
     @property
-    def gone(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the process has ended."""
         return process_identity(self.pid) != self.identity
 
 
 @dataclass(frozen=True, slots=True)
-class Slurm:
-    """A job that runs our script: its shell is told first that this is the end, then the ranks that they are to save."""
+class SignalJob:
+    """Signals to a job that runs our script: TERM to its shell, then USR2 to the ranks, which save."""
 
     job: QueuedJob
 
@@ -86,12 +86,12 @@ class Slurm:
     def send(self) -> None:
         """Send both. Raises CannotStop with scancel's words."""
         for command in self.commands:
-            call(command)
+            call_slurm(command)
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
-    """A job that pends: it has nothing to save."""
+class CancelJob:
+    """Cancels a job that waits in the queue, and so has nothing to save."""
 
     job: QueuedJob
 
@@ -100,50 +100,54 @@ class Cancel:
 
     def send(self) -> None:
         """Take it out of the queue. Raises CannotStop with scancel's words."""
-        call(["scancel", self.job.id])
+        call_slurm(["scancel", self.job.id])
 
 
-Way = Nothing | Signal | Slurm | Cancel
+StopMethod = NotRunning | SignalProcess | SignalJob | CancelJob
 
 
-def way(run_dir: Path, queue: Queue, job: QueuedJob | None) -> Way:
+def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMethod:
     """How the run is stopped; `job` is its job in the queue. Raises CannotStop, with what to type, if it cannot be from here."""
     try:
-        held = holder(run_dir)
+        lease_holder = holder(run_dir)
     except OSError as error:
         raise ConfigError(
             f"{run_dir / 'lease'}: cannot be read ({error.strerror}), so nobody knows who runs it"
         ) from error
-    if job is not None and job.pends and (queue.by_run.get(run_dir.resolve()) is job or _is_ours(job)):
-        return Cancel(job)
-    if job is not None and not job.pends and _is_ours(job):
-        return Slurm(job)
-    if held.owner is not None and held.lives:
-        _refuse_foreign(run_dir, held.owner.pid)
-        started_by = launcher(held.owner)
-        return Signal(*started_by) if started_by else Signal(held.owner.pid, held.owner.process)
-    if job is not None and job.pends:
+    if job is not None:
+        if job.is_pending and (queue.by_run.get(run_dir.resolve()) is job or _runs_our_script(job)):
+            return CancelJob(job)
+        if not job.is_pending and _runs_our_script(job):
+            return SignalJob(job)
+    owner = lease_holder.owner
+    if owner is not None and lease_holder.is_alive:
+        _refuse_foreign(run_dir, owner.pid)
+        launcher = launcher_of(owner)
+        if launcher is not None:  # it passes the signal on, and does not start the ranks again
+            return SignalProcess(*launcher)
+        return SignalProcess(owner.pid, owner.process)
+    if job is None:
+        return _not_from_here(run_dir, lease_holder, queue)
+    if job.is_pending:
         raise CannotStop(
             f"{run_dir}: job {job.id} waits in the queue, and its script is none of shardtune's. If it is for this run, take it "
             f"out of the queue: scancel {job.id}"
         )
-    if job is not None:
-        raise CannotStop(
-            f"{run_dir}: job {job.id} does not run a script of shardtune's, so nobody knows what follows when it is told to "
-            f"stop. To save and end: scancel --signal=USR2 {job.id} where srun started the ranks, else scancel --full "
-            f"--signal=USR2 {job.id}; or type `shardtune stop {run_dir.absolute()}` on the host of the run"
-        )
-    return _elsewhere(run_dir, held, queue)
+    raise CannotStop(
+        f"{run_dir}: job {job.id} does not run a script of shardtune's, so nobody knows how it reacts to a signal. To save "
+        f"and end: scancel --signal=USR2 {job.id} if srun started the ranks, else scancel --full "
+        f"--signal=USR2 {job.id}; or type `shardtune stop {run_dir.absolute()}` on the host of the run"
+    )
 
 
 def refuse_unknown(run_dir: Path, queue: Queue, state: str) -> None:
     """Refuse to say that nothing runs while nobody knows whether the run's job waits in the queue. Errors: CannotStop."""
     job = unfinished_job(run_dir)
-    if job is None or state == State.done or not (queue.problem or queue.missing):
+    if job is None or state == State.done or not (queue.problem or queue.has_no_squeue):
         return
     why = queue.problem or "squeue is not on PATH here"
     raise CannotStop(
-        f"{run_dir}: was submitted as job {job}, and whether that still waits or runs is not known ({why}). Try again when "
+        f"{run_dir}: was submitted as job {job}; whether it still waits or runs is not known ({why}). Try again when "
         f"squeue answers, or take the job out of the queue: scancel {job}"
     )
 
@@ -175,43 +179,43 @@ def _works_in(run_dir: Path, pid: int) -> bool:
     return False
 
 
-def _elsewhere(run_dir: Path, held: Holder, queue: Queue) -> Way:
-    """A run without a job in the queue, and without a process of this host that lives."""
-    owner = held.owner
-    if owner is None or held.lives is False or held.silent:
-        return Nothing()
-    here = f"shardtune stop {shlex.quote(str(run_dir.absolute()))}"
+def _not_from_here(run_dir: Path, lease_holder: Holder, queue: Queue) -> StopMethod:
+    """For a run without a job in the queue and without a living process on this host. Errors: CannotStop if it runs elsewhere."""
+    owner = lease_holder.owner
+    if owner is None or lease_holder.is_alive is False or lease_holder.is_silent:
+        return NotRunning()
+    command = f"shardtune stop {shlex.quote(str(run_dir.absolute()))}"
     if owner.job is not None:
         why = f" ({queue.problem})" if queue.problem else ""
         raise CannotStop(
             f"{run_dir}: SLURM job {owner.job} on {owner.host} runs it, and this host's queue does not have it as yours{why}; "
-            f"where its user can call squeue, type: {here}"
+            f"where its user can call squeue, type: {command}"
         )
     raise CannotStop(
         f"{run_dir}: process {owner.pid} on {owner.host} runs it, and no signal reaches it from here; "
-        f"on {owner.host} type: {here}\n"
-        f"  where shardtune is not at hand there: kill -TERM {owner.pid}"
+        f"on {owner.host} type: {command}\n"
+        f"  or, without shardtune there: kill -TERM {owner.pid}"
     )
 
 
-def _is_ours(job: QueuedJob) -> bool:
-    """Whether the job runs our script, in which way ever it was submitted."""
+def _runs_our_script(job: QueuedJob) -> bool:
+    """Whether the job runs our script, however it was submitted."""
     try:
-        return MARK in call(["scontrol", "write", "batch_script", job.raw_id, "-"])
+        return SCRIPT_MARK in call_slurm(["scontrol", "write", "batch_script", job.raw_id, "-"])
     except CannotStop:  # an allocation without a script
         return False
 
 
-def call(command: list[str]) -> str:
-    """What a command of SLURM's says. Raises CannotStop with its words where it fails."""
+def call_slurm(command: list[str]) -> str:
+    """The output of a command of SLURM's. Raises CannotStop with its message if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CALL_S)
+        answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CALL_S)
     except FileNotFoundError as error:
         raise CannotStop(
             f"{command[0]} is not on PATH here; on a host that has it type: {shlex.join(command)}"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise CannotStop(f"{shlex.join(command)}: no answer within {CALL_S} s; try again") from error
-    if done.returncode:
-        raise CannotStop(f"{shlex.join(command)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
+    if answer.returncode:
+        raise CannotStop(f"{shlex.join(command)}: {(answer.stderr or answer.stdout).strip()}")
+    return answer.stdout

@@ -14,7 +14,7 @@ from launch.output import give, said_to_stderr
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.runs.stop import Cancel, Signal, Slurm
+    from launch.runs.stop import CancelJob, SignalJob, SignalProcess
 
 
 @dataclass(kw_only=True)
@@ -42,9 +42,14 @@ exit codes:
   64  there is no such run
   69  it cannot be stopped from here, has not ended in time, or SLURM's queue does not answer
   70  it failed instead"""
-LOOK_S, ASK_S, TELL_S = 0.5, 5.0, 15.0
-"""Seconds between looks at the run, questions to SLURM, and words on the screen."""
-NOT_IN_TIME, FAILED = 69, 70
+LOOK_EVERY_S = 0.5
+"""Seconds between looks at the run."""
+QUEUE_EVERY_S = 5.0
+"""Seconds between questions to SLURM, whose controller many users share."""
+REPORT_EVERY_S = 15.0
+"""Seconds between lines on the screen."""
+NOT_IN_TIME = 69
+FAILED = 70
 
 
 def main(argv: list[str]) -> int:
@@ -54,9 +59,9 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 64
     words = stop_words(argv)
     with said_to_stderr(words.as_json):
-        code, way = stop(words.run, words.wait_s, dry=words.dry_run)
+        code, method = stop(words.run, words.wait_s, dry=words.dry_run)
     if words.as_json:
-        give(stands(words.run, way))
+        give(run_summary(words.run, method))
     return code
 
 
@@ -74,138 +79,143 @@ def stop_words(argv: list[str]) -> StopWords:
 
 
 def stop(run_dir: Path, wait_s: float, *, dry: bool) -> tuple[int, str | None]:
-    """(the exit code, by what it was stopped or would be; None where nothing ran). Errors: CannotStop."""
-    from launch.runs.queue import ask_twice
-    from launch.runs.status import look
-    from launch.runs.stop import Nothing, refuse_unknown, way
+    """(exit code, how the run was stopped or would be; None if nothing ran). Errors: CannotStop."""
+    from launch.runs.queue import read_queue_twice
+    from launch.runs.status import read_run_view
+    from launch.runs.stop import NotRunning, refuse_unknown, stop_method
 
-    queue = ask_twice()
-    run = look(run_dir, queue)
-    found = way(run_dir, queue, run.job)
-    if isinstance(found, Nothing):
+    queue = read_queue_twice()
+    run = read_run_view(run_dir, queue)
+    method = stop_method(run_dir, queue, run.job)
+    if isinstance(method, NotRunning):
         refuse_unknown(run_dir, queue, run.state)
         why = f" ({run.why})" if run.why else ""
-        print(f"{run_dir}: is not running: {run.state}{why}; {saved(run_dir, run.step)}")
+        print(f"{run_dir}: is not running: {run.state}{why}; {saved_text(run_dir, run.step)}")
         return 0, None
     if dry:
-        print(f"{run_dir}: {run.state} at step {run.step or 0}; would be stopped by: {found}")
-        return 0, str(found)
-    if found.send() is False:
-        print(f"{run_dir}: ended by itself; {saved(run_dir, run.step)}")
+        print(f"{run_dir}: {run.state} at step {run.step or 0}; would be stopped by: {method}")
+        return 0, str(method)
+    if method.send() is False:
+        print(f"{run_dir}: ended by itself; {saved_text(run_dir, run.step)}")
         return 0, None
-    print(f"{run_dir}: told to save and to end ({found})", flush=True)
-    return Waiting(run_dir, found, wait_s).until_ended(), str(found)
+    print(f"{run_dir}: asked to save and to end ({method})", flush=True)
+    return StopWait(run_dir, method, wait_s).until_ended(), str(method)
 
 
-def stands(run_dir: Path, way: str | None) -> dict[str, Any]:
-    """How the run stands, for a script; `by`: what ended it, or would."""
-    from launch.runs.checkpoints import saved as checkpoints_of
-    from launch.runs.queue import ask
-    from launch.runs.status import look
+def run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
+    """The state of the run, for a script; `by`: what ended it, or would."""
+    from launch.runs.checkpoints import list_checkpoints
+    from launch.runs.queue import read_queue
+    from launch.runs.status import read_run_view
 
-    run, newest = look(run_dir, ask()), checkpoints_of(run_dir).newest
-    known = None if newest is None else {"step": newest.step, "path": str(newest.path)}
+    run = read_run_view(run_dir, read_queue())
+    newest = list_checkpoints(run_dir).newest
+    checkpoint = None if newest is None else {"step": newest.step, "path": str(newest.path)}
     return {
         "run": str(run_dir),
-        "by": way,
+        "by": method,
         "state": run.state,
         "why": run.why or None,
         "step": run.step,
-        "checkpoint": known,
+        "checkpoint": checkpoint,
     }
 
 
-def saved(run_dir: Path, step: int | None) -> str:
-    """What there is to go on from."""
-    from launch.runs.checkpoints import saved as checkpoints_of
+def saved_text(run_dir: Path, step: int | None) -> str:
+    """The checkpoint from which the run can continue, for people; `step`: the last step that it made."""
+    from launch.runs.checkpoints import list_checkpoints
 
-    newest = checkpoints_of(run_dir).newest
-    if newest is None:
-        return "no checkpoint" if step else "nothing was begun that could be lost"
-    return f"saved at step {newest.step}: {newest.path}"
+    newest = list_checkpoints(run_dir).newest
+    if newest is not None:
+        return f"saved at step {newest.step}: {newest.path}"
+    return "no checkpoint" if step else "no step was made, so nothing is lost"
 
 
 @dataclass(slots=True)
-class Waiting:
-    """For a run that was told to end."""
+class StopWait:
+    """Waits for a run that was asked to end."""
 
     run_dir: Path
-    way: Signal | Slurm | Cancel
+    method: SignalProcess | SignalJob | CancelJob
     wait_s: float
-    _asked_at: float = float("-inf")
+    _queue_read_at: float = float("-inf")
     _queue_problem: str | None = None
     """Why SLURM's queue could not be asked when it was asked last."""
 
     def until_ended(self) -> int:
-        """Wait, and say what was saved; the exit code."""
+        """Wait, and report what was saved; returns the exit code."""
         from trainer.reporting.status import read_status
 
-        began = told = time.monotonic()
+        began_at = reported_at = time.monotonic()
         try:
             while not self._ended():
                 now = time.monotonic()
-                if now - began > self.wait_s:
-                    return self._late()
-                if now - told > TELL_S:
-                    told = now
+                if now - began_at > self.wait_s:
+                    return self._report_late()
+                if now - reported_at > REPORT_EVERY_S:
+                    reported_at = now
                     step = read_status(self.run_dir).get("step")
-                    print(f"  {now - began:.0f} s: not yet ended (step {step})", flush=True)
-                time.sleep(LOOK_S)
+                    print(f"  {now - began_at:.0f} s: not yet ended (step {step})", flush=True)
+                time.sleep(LOOK_EVERY_S)
         except KeyboardInterrupt:
-            print(f"\n{self.run_dir}: was told to end, and is still saving", file=sys.stderr)
+            print(f"\n{self.run_dir}: was asked to end; it continues saving", file=sys.stderr)
             raise
-        return self._tell()
+        return self._report_end()
 
     def _ended(self) -> bool:
-        """Whether it has, and nothing will start it again."""
-        from launch.runs.queue import ask
-        from launch.runs.stop import Cancel, Signal
+        """Whether the run has ended, and nothing will start it again."""
+        from launch.runs.queue import read_queue
+        from launch.runs.stop import CancelJob, SignalProcess
 
-        if isinstance(self.way, Signal):
-            return self.way.gone
-        if time.monotonic() - self._asked_at < ASK_S:
+        if isinstance(self.method, SignalProcess):
+            return self.method.has_ended
+        if time.monotonic() - self._queue_read_at < QUEUE_EVERY_S:
             return False
-        queue = ask()
-        self._asked_at = time.monotonic()
+        queue = read_queue()
+        self._queue_read_at = time.monotonic()
         self._queue_problem = queue.problem
-        job = next((job for job in queue.jobs if job.id == self.way.job.id), None)
-        if job is not None and job.pends:
-            Cancel(job).send()  # also where it was requeued all the same, as by an administrator
+        job = next((job for job in queue.jobs if job.id == self.method.job.id), None)
+        if job is not None and job.is_pending:
+            CancelJob(job).send()  # it may have been requeued all the same, for example by an administrator
         return job is None and queue.problem is None
 
-    def _tell(self) -> int:
+    def _report_end(self) -> int:
+        """Print what was saved; returns the exit code."""
         from launch.runs.status import one_line
-        from launch.runs.stop import Cancel
+        from launch.runs.stop import CancelJob
         from trainer.reporting.status import State, read_failure, read_status
 
         status = read_status(self.run_dir)
-        step, state = status.get("step"), status.get("state")
-        if isinstance(self.way, Cancel):
-            print(f"{self.run_dir}: job {self.way.job.id} was taken out of the queue; {saved(self.run_dir, step)}")
+        step = status.get("step")
+        state = status.get("state")
+        saved = saved_text(self.run_dir, step)
+        if isinstance(self.method, CancelJob):
+            print(f"{self.run_dir}: job {self.method.job.id} was taken out of the queue; {saved}")
         elif state == State.done:
             print(f"{self.run_dir}: was done at step {step} before it could be stopped")
         elif state == State.preempted and step:
-            print(f"{self.run_dir}: {saved(self.run_dir, step)}; the same command continues it")
+            print(f"{self.run_dir}: {saved}; the same command continues it")
         elif state in (State.preempted, None):
             print(f"{self.run_dir}: stopped before training began; nothing is lost")
         else:
             why = read_failure(self.run_dir).get("message") or status.get("reason")
-            why = one_line(why) if why and state == State.failed else "it ended without a word"
-            print(f"{self.run_dir}: has not saved: {why}; {saved(self.run_dir, step)}", file=sys.stderr)
+            why = one_line(why) if why and state == State.failed else "it ended without a message"
+            print(f"{self.run_dir}: has not saved: {why}; {saved}", file=sys.stderr)
             return FAILED
         return 0
 
-    def _late(self) -> int:
+    def _report_late(self) -> int:
+        """Say that the run has not ended within `wait_s`, or that nobody knows; returns the exit code."""
+        saved = saved_text(self.run_dir, None)
         if self._queue_problem is not None:
             print(
-                f"{self.run_dir}: was told to end, and whether it has is not known ({self._queue_problem}); "
-                f"{saved(self.run_dir, None)}",
+                f"{self.run_dir}: was asked to end; whether it has ended is not known ({self._queue_problem}); {saved}",
                 file=sys.stderr,
             )
             return NOT_IN_TIME
         print(
-            f"{self.run_dir}: has not ended within {self.wait_s:.0f} s: it still saves, or hangs. `shardtune status "
-            f"{self.run_dir}` says when it was last seen, and wait_s= waits longer; {saved(self.run_dir, None)}",
+            f"{self.run_dir}: has not ended within {self.wait_s:.0f} s: it is still saving, or hangs. `shardtune status "
+            f"{self.run_dir}` shows when it was last seen, and wait_s= waits longer; {saved}",
             file=sys.stderr,
         )
         return NOT_IN_TIME

@@ -6,38 +6,47 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from launch.serve.config import ServeConfig
-from launch.serve.middleware import Guard
+from launch.serve.middleware import TransformersMiddleware
 from launch.serve.requests import Served
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 
 if TYPE_CHECKING:
-    from launch.serve.models import Talking
+    from launch.serve.models import ChatModel
 
 PACKAGES = ("fastapi", "uvicorn", "openai")
 
 
-def check_packages() -> None:
-    """Raises ConfigError where what it stands on is not installed."""
-    if lacking := [name for name in PACKAGES if find_spec(name) is None]:
-        raise ConfigError(f"serve: needs {', '.join(lacking)}; {install_command('serve')}")
+def refuse_missing_packages() -> None:
+    """Raise ConfigError if a package that the server needs is not installed."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"serve: needs {', '.join(missing)}; {install_command('serve')}")
 
 
-def application(talking: Talking, config: ServeConfig) -> Guard:
-    """The ASGI application that answers for `talking`."""
+def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddleware:
+    """The ASGI application that answers for `chat_model`."""
     # Imported here: the packages that it needs are checked first.
     from launch.serve.compat import OneModel, seed_by_request, text_server
 
-    manager = OneModel(talking.name, talking.model, talking.tokenizer, talking.positions)
+    manager = OneModel(chat_model.name, chat_model.model, chat_model.tokenizer, chat_model.positions)
     app, shut_down = text_server(manager, batching=config.batching)
     if not config.batching:
-        seed_by_request(talking.model)
-    elif not talking.samples:  # what is drawn is decided here, for all requests
-        own = talking.own
-        own.do_sample, own.temperature, own.top_p, own.top_k = False, None, None, None
+        seed_by_request(chat_model.model)
+    elif not chat_model.samples_by_default:  # with batching no request can choose: all are greedy
+        generation_config = chat_model.generation_config
+        generation_config.do_sample = False
+        generation_config.temperature = None
+        generation_config.top_p = None
+        generation_config.top_k = None
     served = Served(
-        talking.name, talking.tokenizer, talking.positions, config.max_tokens, talking.samples, config.batching
+        chat_model.name,
+        chat_model.tokenizer,
+        chat_model.positions,
+        config.max_tokens,
+        chat_model.samples_by_default,
+        config.batching,
     )
-    guard = Guard(app, served, config)
+    guard = TransformersMiddleware(app, served, config)
     guard.close = shut_down
     return guard

@@ -14,7 +14,7 @@ from launch.streams import printable
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.serve.conversation import Talk
+    from launch.serve.conversation import Conversation
 
 
 @dataclass(kw_only=True)
@@ -80,67 +80,72 @@ def main(argv: list[str]) -> int:
         prompt = sys.stdin.read().removesuffix("\n")
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty; give one in quotes, or pipe one in")
-    talks = _talks(exported, other, against, words)
+    conversations = _load_conversations(exported, other, against, words)
     if prompt is None:
-        return _converse(talks)
-    _one_answer(talks, prompt, words.as_json)
+        return _converse(conversations)
+    _one_answer(conversations, prompt, words.as_json)
     return 0
 
 
-def _talks(exported: Any, other: Any, against: str, words: ChatWords) -> list[Talk]:
+def _load_conversations(exported: Any, other: Any, against: str, words: ChatWords) -> list[Conversation]:
     """The models, loaded: what is shown beside first, the tuned one last."""
-    from launch.serve.conversation import Talk, TalkSettings
+    from launch.serve.conversation import ChatSettings, Conversation
     from launch.serve.models import load, load_base
 
-    settings = TalkSettings(
+    settings = ChatSettings(
         max_tokens=words.max_tokens, temperature=words.temperature, seed=words.seed, system=words.system
     )
-    where = {"device": words.device, "dtype": str(words.dtype)}
-    tuned = load(exported, **where)
+    placement = {"device": words.device, "dtype": str(words.dtype)}
+    tuned = load(exported, **placement)
     beside = None
     if against == "base":
-        beside = load_base(exported, **where)
+        beside = load_base(exported, **placement)
         if beside is None and words.against is not None:
             raise ConfigError(
                 f"against=base: the base of {exported.path} is not on this machine; name another export, or against=none"
             )
         if beside is None:
-            print("(its base is not on this machine: the tuned model alone)", file=sys.stderr)
+            print("(the base model is not on this machine: only the tuned model answers)", file=sys.stderr)
     elif other is not None:
-        beside = load(other, **where)
-    return [Talk(each, settings) for each in (beside, tuned) if each is not None]
+        beside = load(other, **placement)
+    return [Conversation(chat_model, settings) for chat_model in (beside, tuned) if chat_model is not None]
 
 
-def _one_answer(talks: list[Talk], prompt: str, as_json: bool) -> None:
-    from launch.serve.chat_screen import columns
+def _one_answer(conversations: list[Conversation], prompt: str, as_json: bool) -> None:
+    from launch.serve.chat_screen import stream_in_columns
 
     if as_json:
         answers = [
-            {"model": talk.talking.name, "text": "".join(talk.ask(prompt)), "tokens": talk.tokens, "cut": talk.cut}
-            for talk in talks
+            {
+                "model": conversation.chat_model.name,
+                "text": "".join(conversation.stream_answer(prompt)),
+                "tokens": conversation.tokens,
+                "cut": conversation.is_cut,
+            }
+            for conversation in conversations
         ]
         print(json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False))
         return
-    if sys.stdout.isatty() and len(talks) > 1:
-        columns(talks, prompt)
+    if sys.stdout.isatty() and len(conversations) > 1:
+        stream_in_columns(conversations, prompt)
         return
-    for talk in talks:
-        if len(talks) > 1:
-            print(f"{talk.talking.name}:")
-        for piece in talk.ask(prompt):
+    for conversation in conversations:
+        if len(conversations) > 1:
+            print(f"{conversation.chat_model.name}:")
+        for piece in conversation.stream_answer(prompt):
             print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         print()
-        if talk.cut:
-            print(f"(cut at max_tokens={talk.settings.max_tokens})", file=sys.stderr)
+        if conversation.is_cut:
+            print(f"(cut at max_tokens={conversation.settings.max_tokens})", file=sys.stderr)
 
 
-def _converse(talks: list[Talk]) -> int:
-    from launch.serve.chat_screen import columns
+def _converse(conversations: list[Conversation]) -> int:
+    from launch.serve.chat_screen import stream_in_columns
 
-    names = " and ".join(talk.talking.name for talk in talks)
-    print(f"{names}; /new begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer")
-    if not talks[-1].templated:
-        print("(no chat template: the model continues what you type, and remembers nothing)")
+    names = " and ".join(conversation.chat_model.name for conversation in conversations)
+    print(f"{names}; /new starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer")
+    if not conversations[-1].has_template:
+        print("(no chat template: the model continues what you type, and does not see earlier turns)")
     while True:
         try:
             prompt = input("> ").strip()
@@ -150,10 +155,10 @@ def _converse(talks: list[Talk]) -> int:
         if prompt == "/quit":
             return 0
         if prompt == "/new":
-            for talk in talks:
-                talk.forget()
+            for conversation in conversations:
+                conversation.clear()
         elif prompt:
             try:
-                columns(talks, prompt)
+                stream_in_columns(conversations, prompt)
             except ConfigError as error:
                 print(error)

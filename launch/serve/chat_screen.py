@@ -6,62 +6,82 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launch.serve.conversation import Talk
+    from launch.serve.conversation import Conversation
 
 
-def columns(talks: list[Talk], prompt: str, console: Any = None) -> None:
-    """Ask all at once (in turn where they draw) and show each in a column; Ctrl-C ends the answers, not the program.
+def stream_in_columns(conversations: list[Conversation], prompt: str, console: Any = None) -> None:
+    """Stream the answers of all models, each in a column; Ctrl-C ends the answers, not the program.
 
-    What one of them raises is raised when the others are done.
+    An error of one of them is raised when the others are done.
     """
     from rich.console import Console
     from rich.live import Live
 
     console = console or Console()
-    texts = ["" for _ in talks]
-    errors: list[BaseException] = []
-
-    def write(numbers: list[int]) -> None:
-        try:
-            for number in numbers:
-                for piece in talks[number].ask(prompt):
-                    texts[number] += piece
-        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that shows them
-            errors.append(error)
-
-    each = list(range(len(talks)))
-    alone = any(talk.draws for talk in talks)  # the seed is one for the process
-    groups = [each] if alone else [[number] for number in each]
-    threads = [threading.Thread(target=write, args=(group,), daemon=True) for group in groups]
-    for thread in threads:
-        thread.start()
-    with Live(_table(talks, texts), console=console, refresh_per_second=10, vertical_overflow="visible") as live:
-        while any(thread.is_alive() for thread in threads):
+    answers = _Answers(conversations, prompt)
+    with Live(answers.table(), console=console, refresh_per_second=10, vertical_overflow="visible") as live:
+        while answers.are_being_written():
             try:
-                for thread in threads:
-                    thread.join(0.05)
+                answers.wait()
             except KeyboardInterrupt:
-                for talk in talks:
-                    talk.stop()
-            live.update(_table(talks, texts))
-        live.update(_table(talks, texts))
-    if errors:
-        raise errors[0]
-    for talk in talks:
-        if talk.cut:
-            console.print(f"({talk.talking.name}: cut at max_tokens={talk.settings.max_tokens})", style="dim")
+                for conversation in conversations:
+                    conversation.stop()
+            live.update(answers.table())
+        live.update(answers.table())
+    if answers.errors:
+        raise answers.errors[0]
+    for conversation in conversations:
+        if conversation.is_cut:
+            max_tokens = conversation.settings.max_tokens
+            console.print(f"({conversation.chat_model.name}: cut at max_tokens={max_tokens})", style="dim")
 
 
-def _table(talks: list[Talk], texts: list[str]) -> Any:
+class _Answers:
+    """The answers to a prompt, each written by a thread of its own, or one after the other if they are sampled."""
+
+    def __init__(self, conversations: list[Conversation], prompt: str) -> None:
+        self.errors: list[BaseException] = []
+        self._conversations = conversations
+        self._texts = ["" for _ in conversations]
+        indices = list(range(len(conversations)))
+        if any(conversation.is_sampled for conversation in conversations):  # the process has one seed
+            groups = [indices]
+        else:
+            groups = [[index] for index in indices]
+        self._threads = [threading.Thread(target=self._write, args=(group, prompt), daemon=True) for group in groups]
+        for thread in self._threads:
+            thread.start()
+
+    def _write(self, indices: list[int], prompt: str) -> None:
+        try:
+            for index in indices:
+                for piece in self._conversations[index].stream_answer(prompt):
+                    self._texts[index] += piece
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that shows the answers
+            self.errors.append(error)
+
+    def are_being_written(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def wait(self) -> None:
+        """Wait a moment for each thread."""
+        for thread in self._threads:
+            thread.join(0.05)
+
+    def table(self) -> Any:
+        return _table(self._conversations, self._texts)
+
+
+def _table(conversations: list[Conversation], texts: list[str]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     from launch.streams import printable
 
     table = Table.grid(padding=(0, 2), expand=True)
-    for _ in talks:
+    for _ in conversations:
         table.add_column(ratio=1, overflow="fold")
-    if len(talks) > 1:
-        table.add_row(*(Text(talk.talking.name, style="bold") for talk in talks))
+    if len(conversations) > 1:
+        table.add_row(*(Text(conversation.chat_model.name, style="bold") for conversation in conversations))
     table.add_row(*(Text(printable(text)) for text in texts))
     return table

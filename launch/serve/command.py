@@ -66,12 +66,12 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0
     words, problems = read_words("serve", ServeWords, argv)
-    if any(each.startswith("serve.key=") for each in words.settings):
+    if any(setting.startswith("serve.key=") for setting in words.settings):
         problems.append(
             "serve.key: a key on a command line can be read by everybody on this machine; put it into a variable, as SERVE_KEY, "
             "and set serve.key_env=SERVE_KEY"
         )
-    settings = [each for each in words.settings if not each.startswith("serve.key=")]
+    settings = [setting for setting in words.settings if not setting.startswith("serve.key=")]
     config, _, unusable = read_group("serve", ServeConfig(), settings, once=True)
     if problems := [*problems, *(unusable or config.problems())]:
         raise ConfigError(problems)
@@ -82,86 +82,89 @@ def main(argv: list[str]) -> int:
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     engine = chosen_engine(config, exported)
     if words.dry_run or words.print_only or words.as_json:
-        return tell(exported, config, engine, words)
+        return print_plan(exported, config, engine, words)
     if engine == "vllm":
         return start_vllm(exported, config)
-    from launch.serve.app import check_packages
+    from launch.serve.app import refuse_missing_packages
     from launch.serve.run import serve
 
-    check_packages()
+    refuse_missing_packages()
     serve(exported, config)
     return 0
 
 
 def chosen_engine(config: ServeConfig, exported: Exported) -> str:
-    """`vllm` or `transformers`. Raises ConfigError where the one asked for is not here, or cannot do what is asked."""
-    from launch.serve.other_servers import vllm
+    """`vllm_command` or `transformers`. Raises ConfigError where the one asked for is not here, or cannot do what is asked."""
+    from launch.serve.other_servers import vllm_command
 
     if config.engine == "transformers":
         return "transformers"
-    there = find_spec("vllm") is not None and shutil.which("vllm") is not None
-    takes = vllm(exported, config) is not None
-    if config.engine == "vllm" and not there:
+    is_installed = find_spec("vllm") is not None and shutil.which("vllm") is not None
+    is_supported = vllm_command(exported, config) is not None
+    if config.engine == "vllm" and not is_installed:
         raise ConfigError(
             "serve.engine=vllm: vLLM is not installed in this environment, and its releases up to 0.32 ask for an older "
             "transformers than shardtune; install it in an environment of its own, and start there what --print shows, or set "
             "serve.engine=transformers"
         )
-    if config.engine == "vllm" and not takes:
+    if config.engine == "vllm" and not is_supported:
         raise ConfigError(
             f"serve.engine=vllm: vLLM takes no {exported.settings.get('peft_type', 'such')} adapter; export with merge=true, or "
             "serve.engine=transformers"
         )
-    return "vllm" if there and takes else "transformers"
+    return "vllm" if is_installed and is_supported else "transformers"
 
 
-def tell(exported: Exported, config: ServeConfig, engine: str, words: ServeWords) -> int:
+def print_plan(exported: Exported, config: ServeConfig, engine: str, words: ServeWords) -> int:
     """What would be started, and how others would serve it."""
-    from launch.serve.other_servers import sglang, shown, vllm
+    from launch.serve.other_servers import sglang_command, shell_text, vllm_command
 
-    told = {
+    plan = {
         "model": config.name or exported.name,
         "directory": str(exported.path),
         "base": exported.base,
         "engine": engine,
         "address": f"http://{config.host}:{config.port}/v1",
         "key": config.key_env,
-        "vllm": shown(vllm(exported, config)),
-        "sglang": shown(sglang(exported, config)),
+        "vllm": shell_text(vllm_command(exported, config)),
+        "sglang": shell_text(sglang_command(exported, config)),
     }
     if words.as_json:
-        give(told)
+        give(plan)
         return 0
     if words.print_only:
         for name in ("vllm", "sglang"):
-            print(told[name] or f"# {name} takes no such adapter; export with merge=true")
+            print(plan[name] or f"# {name} takes no such adapter; export with merge=true")
         return 0
     base = f" on {exported.base}" if exported.base else ""
     key = f"the key in {config.key_env}" if config.key_env else "no key"
-    print(f"would serve {told['model']} ({exported.path}{base}) at {told['address']} with {engine}, {key}")
+    print(f"would serve {plan['model']} ({exported.path}{base}) at {plan['address']} with {engine}, {key}")
     return 0
 
 
 def start_vllm(exported: Exported, config: ServeConfig) -> int:
-    """Become vLLM, with our door in front of all its addresses."""
-    from launch.serve.other_servers import environment, shown, vllm
+    """Replace this process by vLLM, with our middleware in front of all its addresses."""
+    from launch.serve.other_servers import shell_text, vllm_command, vllm_environment
 
-    words = vllm(exported, config, door=True)
+    words = vllm_command(exported, config, middleware=True)
     assert words is not None
-    print(f"starting {shown(words)}", flush=True)
-    os.execvpe(words[0], words, {**os.environ, **environment(exported, config)})
+    print(f"starting {shell_text(words)}", flush=True)
+    os.execvpe(words[0], words, {**os.environ, **vllm_environment(exported, config)})
 
 
-def print_lines(directory: Path) -> None:
+def print_serve_commands(directory: Path) -> None:
     """How to serve what was exported, where it writes text."""
     from launch.serve.exported import find_export
-    from launch.serve.other_servers import sglang, shown, vllm
+    from launch.serve.other_servers import sglang_command, shell_text, vllm_command
 
     try:
         exported = find_export(str(directory))
     except ConfigError:  # a classifier, or an encoder-decoder model
         return
     print(f"serve:  shardtune serve {directory}")
-    for name, words in (("vLLM", vllm(exported, ServeConfig())), ("SGLang", sglang(exported, ServeConfig()))):
+    for name, words in (
+        ("vLLM", vllm_command(exported, ServeConfig())),
+        ("SGLang", sglang_command(exported, ServeConfig())),
+    ):
         if words is not None:
-            print(f"{name + ':':<8}{shown(words)}")
+            print(f"{name + ':':<8}{shell_text(words)}")

@@ -7,132 +7,142 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.serve.models import Talking
+from launch.serve.models import ChatModel
 from strategies.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
-class TalkSettings:
-    """How it is asked."""
+class ChatSettings:
+    """How answers are generated."""
 
     max_tokens: int = 512
     """Most new tokens of an answer."""
     temperature: float | None = None
-    """0 takes the most likely token; null: as the export's own settings say, which is 0 where they say nothing."""
+    """0 takes the most likely token; None: as the export's own settings say, which is 0 if they say nothing."""
     seed: int = 0
-    """Of the draws."""
+    """Of sampling."""
     system: str | None = None
-    """What the model is told before anything else."""
+    """The system prompt."""
 
 
 @dataclass(slots=True)
-class Talk:
-    """One model's side of it. Models without a chat template are told the text as it is, each time anew."""
+class Conversation:
+    """A conversation with one model. A model without a chat template gets each prompt as it is, without the earlier turns."""
 
-    talking: Talking
-    settings: TalkSettings
+    chat_model: ChatModel
+    settings: ChatSettings
     messages: list[dict[str, str]] = field(default_factory=list)
     tokens: int = 0
     """Of the last answer."""
-    cut: bool = False
+    is_cut: bool = False
     """Whether the last answer reached `max_tokens`."""
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def templated(self) -> bool:
-        """Whether it takes turns."""
-        return self.talking.tokenizer.chat_template is not None
+    def has_template(self) -> bool:
+        """Whether the model takes turns: it has a chat template."""
+        return self.chat_model.tokenizer.chat_template is not None
 
     @property
-    def draws(self) -> bool:
-        """Whether its answers depend on the seed."""
-        return self.talking.samples if self.settings.temperature is None else self.settings.temperature > 0
+    def is_sampled(self) -> bool:
+        """Whether answers are sampled, and so depend on the seed."""
+        if self.settings.temperature is None:
+            return self.chat_model.samples_by_default
+        return self.settings.temperature > 0
 
-    def forget(self) -> None:
-        """Begin anew."""
+    def clear(self) -> None:
+        """Forget the earlier turns."""
         self.messages.clear()
 
     def stop(self) -> None:
         """End the answer that is being written after its next token."""
         self._stop.set()
 
-    def ask(self, prompt: str) -> Iterator[str]:
-        """The answer, in pieces. Raises ConfigError where the prompt does not fit, or the template refuses it."""
-        asked = [*self.messages, {"role": "user", "content": prompt}]
-        ids = self._ids(asked, prompt)
-        room = self.talking.positions - len(ids)
+    def stream_answer(self, prompt: str) -> Iterator[str]:
+        """The answer, in pieces. Raises ConfigError if the prompt does not fit, or the template refuses it."""
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        ids = self._prompt_ids(messages, prompt)
+        room = self.chat_model.positions - len(ids)
         if room < 1:
+            remedy = "shorten it, or start again with /new" if self.messages else "shorten it"
             raise ConfigError(
-                f"the prompt has {len(ids)} tokens and {self.talking.name} takes {self.talking.positions}, its answer included; "
-                "shorten it" + (", or begin anew with /new" if self.messages else "")
+                f"the prompt has {len(ids)} tokens and {self.chat_model.name} takes {self.chat_model.positions}, "
+                f"its answer included; {remedy}"
             )
         self._stop.clear()
         pieces = []
-        for piece in self._written(ids, min(room, self.settings.max_tokens)):
+        for piece in self._generate(ids, min(room, self.settings.max_tokens)):
             pieces.append(piece)
             yield piece
-        if self.templated:
-            self.messages[:] = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+        if self.has_template:
+            self.messages[:] = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
-    def _ids(self, asked: list[dict[str, str]], prompt: str) -> list[int]:
-        tokenizer, system = self.talking.tokenizer, self.settings.system
-        if not self.templated:
+    def _prompt_ids(self, messages: list[dict[str, str]], prompt: str) -> list[int]:
+        """The tokens that the model gets: `messages` by its template, or the prompt alone."""
+        tokenizer = self.chat_model.tokenizer
+        system = self.settings.system
+        if not self.has_template:
             return list(tokenizer(f"{system}\n{prompt}" if system else prompt)["input_ids"])
-        told = [{"role": "system", "content": system}, *asked] if system else asked
+        if system:
+            messages = [{"role": "system", "content": system}, *messages]
         try:
-            return list(tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=False))
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         except Exception as error:
             raise ConfigError(
-                f"the chat template of {self.talking.name} refuses this ({' '.join(str(error).split())})"
+                f"the chat template of {self.chat_model.name} refuses this ({' '.join(str(error).split())})"
             ) from error
 
-    def _written(self, ids: list[int], room: int) -> Iterator[str]:
+    def _generate(self, ids: list[int], max_tokens: int) -> Iterator[str]:
+        """Generate in a thread of its own, and pass the text on as it comes."""
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-        model, stopped = self.talking.model, self._stop
-        streamer = TextIteratorStreamer(self.talking.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        model = self.chat_model.model
+        stop = self._stop
+        streamer = TextIteratorStreamer(self.chat_model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         inputs = torch.tensor([ids], device=model.device)
-        made: dict[str, Any] = {}
+        outcome: dict[str, Any] = {}
 
-        def until_stopped(written: Any, scores: Any, **_: Any) -> Any:
-            return torch.full((len(written),), stopped.is_set(), device=written.device)
+        def until_stopped(generated: Any, scores: Any, **_: Any) -> Any:
+            return torch.full((len(generated),), stop.is_set(), device=generated.device)
 
         def write() -> None:
             try:
-                made["ids"] = model.generate(
+                outcome["ids"] = model.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
-                    generation_config=self._generation(room),
+                    generation_config=self._generation_config(max_tokens),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([until_stopped]),
                 )
             except BaseException as error:  # noqa: BLE001 - raised again where the pieces are read
-                made["error"] = error
+                outcome["error"] = error
                 streamer.end()
 
         torch.manual_seed(self.settings.seed)
-        thread = threading.Thread(target=write, name=f"writing {self.talking.name}", daemon=True)
+        thread = threading.Thread(target=write, name=f"writing {self.chat_model.name}", daemon=True)
         thread.start()
         try:
             yield from streamer
         finally:
-            stopped.set()
+            stop.set()
             thread.join()
-        if "error" in made:
-            raise made["error"]
-        self.tokens = made["ids"].shape[1] - len(ids)
-        ends = self.talking.own.eos_token_id or []
-        self.cut = self.tokens >= room and int(made["ids"][0, -1]) not in ends
+        if "error" in outcome:
+            raise outcome["error"]
+        self.tokens = outcome["ids"].shape[1] - len(ids)
+        end_tokens = self.chat_model.generation_config.eos_token_id or []
+        self.is_cut = self.tokens >= max_tokens and int(outcome["ids"][0, -1]) not in end_tokens
 
-    def _generation(self, room: int) -> Any:
+    def _generation_config(self, max_tokens: int) -> Any:
         import copy
 
-        own = copy.deepcopy(self.talking.own)
-        own.max_new_tokens = room
-        own.do_sample = self.draws
-        if not self.draws:
-            own.temperature = own.top_p = own.top_k = None
+        generation_config = copy.deepcopy(self.chat_model.generation_config)
+        generation_config.max_new_tokens = max_tokens
+        generation_config.do_sample = self.is_sampled
+        if not self.is_sampled:  # else transformers warns of settings that greedy decoding ignores
+            generation_config.temperature = None
+            generation_config.top_p = None
+            generation_config.top_k = None
         elif self.settings.temperature is not None:
-            own.temperature = self.settings.temperature
-        return own
+            generation_config.temperature = self.settings.temperature
+        return generation_config

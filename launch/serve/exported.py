@@ -10,7 +10,9 @@ from strategies.errors import ConfigError
 from strategies.small_files import check_small_files, read_object
 from trainer.tuning.adapter_fields import wrong_field
 
-ADAPTER, BOTTLENECK, WHOLE = "adapter_config.json", "bottleneck_config.json", "config.json"
+ADAPTER = "adapter_config.json"
+BOTTLENECK = "bottleneck_config.json"
+MODEL = "config.json"
 UNFIT = {
     "SEQ_CLS": "a classifier, which writes nothing",
     "SEQ_2_SEQ_LM": "an encoder-decoder model, which no server here takes",
@@ -56,33 +58,36 @@ def compare_base(exported: Exported, *, accept: bool) -> list[str]:
     return refuse_another_base(exported.path, base, accept=accept)
 
 
-def find_export(named: str) -> Exported:
-    """The export of a run, or in a directory. Raises ConfigError where there is none, or it cannot talk."""
-    path = Path(named).expanduser()
+def find_export(word: str) -> Exported:
+    """The export of a run, or in a directory. Raises ConfigError if there is none, or it generates no text."""
+    path = Path(word).expanduser()
     name = path.resolve().name
-    if (path / "config.yaml").is_file() and not any((path / file).is_file() for file in (WHOLE, ADAPTER)):
+    if (path / "config.yaml").is_file() and not any((path / file).is_file() for file in (MODEL, ADAPTER)):
         path = path / "export"
         if not path.is_dir():
-            raise ConfigError(f"{named}: this run has no export; write it first: shardtune export {named}")
+            raise ConfigError(f"{word}: this run has no export; write it first: shardtune export {word}")
     elif name == "export" and (path.parent / "config.yaml").is_file():
         name = path.resolve().parent.name
     if not path.is_dir():
-        raise ConfigError(f"{named}: there is no such directory; name a run or an export, as runs/x or runs/x/export")
-    for file in (ADAPTER, BOTTLENECK, WHOLE):
+        raise ConfigError(f"{word}: there is no such directory; name a run or an export, as runs/x or runs/x/export")
+    for file in (ADAPTER, BOTTLENECK, MODEL):
         if (path / file).is_file():
-            return _read(path, file, name)
-    raise ConfigError(f"{path}: holds neither {WHOLE} nor {ADAPTER}; name a run or an export")
+            return _read_export(path, file, name)
+    raise ConfigError(f"{path}: holds neither {MODEL} nor {ADAPTER}; name a run or an export")
 
 
-def _read(path: Path, file: str, name: str) -> Exported:
+def _read_export(path: Path, file: str, name: str) -> Exported:
+    """The export in a directory; `file`: the one of its settings. Raises ConfigError if it cannot be served."""
     check_small_files(path)
     settings = read_object(path / file)
     if file == ADAPTER and (wrong := wrong_field(settings)) is not None:
         raise ConfigError(f"{path / file}: has {wrong}; write the adapter again")
-    if file == WHOLE:
-        base, kind = None, _kind(settings)
+    if file == MODEL:
+        base = None
+        task_type = _task_type(settings)
     else:
-        base, kind = settings.get("base_model_name_or_path"), settings.get("task_type")
+        base = settings.get("base_model_name_or_path")
+        task_type = settings.get("task_type")
         if not base:
             raise ConfigError(f"{path / file}: names no base model (base_model_name_or_path); export with merge=true")
         if not isinstance(base, str) or base.startswith("-"):  # a server would take that for one of its own options
@@ -92,15 +97,15 @@ def _read(path: Path, file: str, name: str) -> Exported:
             )
         if Path(base).is_dir():
             check_small_files(Path(base))
-    if kind in UNFIT:
-        raise ConfigError(f"{path}: is {UNFIT[kind]}; shardtune evaluate asks such models")
+    if task_type in UNFIT:
+        raise ConfigError(f"{path}: is {UNFIT[task_type]}; shardtune evaluate asks such models")
     return Exported(path, name, base, settings)
 
 
-def _kind(settings: dict[str, Any]) -> str | None:
+def _task_type(settings: dict[str, Any]) -> str | None:
     if settings.get("is_encoder_decoder"):
         return "SEQ_2_SEQ_LM"
-    architectures = [str(each) for each in settings.get("architectures") or []]
-    if any(each.endswith("ForSequenceClassification") for each in architectures):
+    architectures = [str(architecture) for architecture in settings.get("architectures") or []]
+    if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         return "SEQ_CLS"
     return None

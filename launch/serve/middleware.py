@@ -10,23 +10,24 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from launch.serve.config import LOOPBACK, ServeConfig
-from launch.serve.requests import CHAT, TEXT, RefusedRequest, Served, checked
+from launch.serve.requests import CHAT, TEXT, RefusedRequest, Served, check_request
 from launch.serve.stops import CutStream
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-OPEN = {"/health": "GET", "/v1/models": "GET", CHAT: "POST", TEXT: "POST"}
-"""All that is answered; whatever else the application has (loading and unloading models among it) is closed."""
+OPEN_PATHS = {"/health": "GET", "/v1/models": "GET", CHAT: "POST", TEXT: "POST"}
+"""The only addresses that are answered. The application has others, for example to load and unload models."""
 
 
-class Door:
-    """An ASGI application around another one: who may enter, where to, and how many at a time."""
+class GatewayMiddleware:
+    """An ASGI application around another one. It checks the key and the address, and limits the requests at a time."""
 
     def __init__(self, app: Any, config: ServeConfig) -> None:
-        self.app, self.config = app, config
+        self.app = app
+        self.config = config
         self.key = config.key
-        self.under_way = 0
+        self.active_requests = 0
         """Requests that are answered or wait."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -40,57 +41,60 @@ class Door:
         try:
             await self._answer(scope, receive, send)
         except RefusedRequest as refused:
-            await _tell(send, refused)
+            await _send_refusal(send, refused)
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        self._enter(scope["path"], scope["method"], headers)
+        self._admit(scope["path"], scope["method"], headers)
         if scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
-        if self.under_way >= self.config.max_requests:
-            raise RefusedRequest(429, f"{self.under_way} requests are under way (serve.max_requests); try again later")
-        self.under_way += 1
+        if self.active_requests >= self.config.max_requests:
+            raise RefusedRequest(
+                429, f"{self.active_requests} requests are under way (serve.max_requests); try again later"
+            )
+        self.active_requests += 1
         try:
             content = await self._body(receive, headers)
-            await self._pass_on(scope, receive, send, self._asked(scope["path"], content))
+            await self._pass_on(scope, receive, send, self._checked_body(scope["path"], content))
         finally:
-            self.under_way -= 1
+            self.active_requests -= 1
 
-    def _enter(self, path: str, method: str, headers: dict[str, str]) -> None:
-        if path not in OPEN:
-            raise RefusedRequest(404, f"{path}: there is no such address here; there are {', '.join(OPEN)}")
-        if method != OPEN[path]:
-            raise RefusedRequest(405, f"{method} {path}: is asked with {OPEN[path]}")
+    def _admit(self, path: str, method: str, headers: dict[str, str]) -> None:
+        """Refuse another address or method, a missing key, and other names of this host. Raises RefusedRequest."""
+        if path not in OPEN_PATHS:
+            raise RefusedRequest(404, f"{path}: there is no such address here; there are {', '.join(OPEN_PATHS)}")
+        if method != OPEN_PATHS[path]:
+            raise RefusedRequest(405, f"{method} {path}: is asked with {OPEN_PATHS[path]}")
         if self.key and path != "/health":
             kind, _, sent = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), self.key.encode()):
                 raise RefusedRequest(
                     401, "the key is missing or wrong; send Authorization: Bearer <key>", code="invalid_api_key"
                 )
+        # A page in a browser on this machine may have its own name point here (DNS rebinding).
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]")
-        if (
-            not self.key and host not in LOOPBACK
-        ):  # a page in a browser here may have its own name point to this machine
+        if not self.key and host not in LOOPBACK:
             raise RefusedRequest(403, f"this server without a key answers to {', '.join(LOOPBACK)}, not to {host!r}")
 
     async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes:
+        """The whole body of a request. Raises RefusedRequest if it is no JSON by its header, or too large."""
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RefusedRequest(415, "send Content-Type: application/json")
-        most, content = self.config.max_body_kib * 1024, b""
+        content = b""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise RefusedRequest(400, "the connection was closed")
             content += message.get("body", b"")
-            if len(content) > most:
+            if len(content) > self.config.max_body_kib * 1024:
                 raise RefusedRequest(
                     413, f"the request is larger than {self.config.max_body_kib} KiB (serve.max_body_kib)"
                 )
             if not message.get("more_body"):
                 return content
 
-    def _asked(self, path: str, content: bytes) -> dict[str, Any]:
+    def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
         """The body that is passed on. Raises RefusedRequest."""
         try:
             body = json.loads(content)
@@ -100,33 +104,31 @@ class Door:
             raise RefusedRequest(400, f"the body must be a JSON object, not {type(body).__name__}")
         return body
 
-    def _out(self, send: Send, asked: dict[str, Any]) -> _Watched:
-        """What answers go out through."""
-        return _Watched(send)
+    def _response_sender(self, send: Send, asked: dict[str, Any]) -> _RefusalFormatter:
+        """Wraps `send`, so that answers can be changed on their way out."""
+        return _RefusalFormatter(send)
 
-    async def _pass_on(self, scope: Message, receive: Receive, send: Send, asked: dict[str, Any]) -> None:
-        content = json.dumps(asked).encode()
-        dropped = (
-            b"content-length",
-            b"transfer-encoding",
-            b"x-request-id",
-        )  # whose name is also that of the answer inside
-        headers = [each for each in scope["headers"] if each[0].lower() not in dropped]
+    async def _pass_on(self, scope: Message, receive: Receive, send: Send, body: dict[str, Any]) -> None:
+        """Call the application with the checked body instead of the one that was received."""
+        content = json.dumps(body).encode()
+        # The application would name its answer by the client's x-request-id.
+        dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
+        headers = [header for header in scope["headers"] if header[0].lower() not in dropped]
         headers.append((b"content-length", str(len(content)).encode()))
-        told = False
+        body_sent = False
 
         async def replay() -> Message:
-            nonlocal told
-            if told:
+            nonlocal body_sent
+            if body_sent:
                 return await receive()  # that the client went away
-            told = True
+            body_sent = True
             return {"type": "http.request", "body": content, "more_body": False}
 
-        await self.app({**scope, "headers": headers}, replay, self._out(send, asked))
+        await self.app({**scope, "headers": headers}, replay, self._response_sender(send, body))
 
 
-class Guard(Door):
-    """The door of transformers' application, which also checks what is asked, field by field."""
+class TransformersMiddleware(GatewayMiddleware):
+    """In front of transformers' application: also checks each field of a request."""
 
     def __init__(self, app: Any, served: Served, config: ServeConfig) -> None:
         super().__init__(app, config)
@@ -134,18 +136,18 @@ class Guard(Door):
         self.close: Callable[[], None] = lambda: None
         """Ends what computes, once nothing is asked any more."""
 
-    def _asked(self, path: str, content: bytes) -> dict[str, Any]:
-        return checked(path, super()._asked(path, content), self.served)
+    def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
+        return check_request(path, super()._checked_body(path, content), self.served)
 
-    def _out(self, send: Send, asked: dict[str, Any]) -> _Watched:
+    def _response_sender(self, send: Send, asked: dict[str, Any]) -> _RefusalFormatter:
         if "stop" not in asked:
-            return _Watched(send)
+            return _RefusalFormatter(send)
         if asked["stream"]:
-            return _Watched(CutStream(send, asked["stop"]))
-        return _Cut(send, asked["stop"])
+            return _RefusalFormatter(CutStream(send, asked["stop"]))
+        return _StopCutter(send, asked["stop"])
 
 
-class VllmDoor(Door):
+class VllmMiddleware(GatewayMiddleware):
     """The middleware as vLLM's `--middleware` takes it, configured by `other_servers.environment`. vLLM checks fields itself.
 
     Its own key leaves addresses beside /v1 open, and an adapter's base would be a second model.
@@ -155,79 +157,88 @@ class VllmDoor(Door):
         told = json.loads(os.environ["SHARDTUNE_SERVE"])
         super().__init__(app, ServeConfig(**told))
 
-    def _asked(self, path: str, content: bytes) -> dict[str, Any]:
-        body = super()._asked(path, content)
+    def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
+        body = super()._checked_body(path, content)
         if body.setdefault("model", self.config.name) != self.config.name:
             message = f"model: there is no {body['model']!r} here; this server has {self.config.name!r} alone"
             raise RefusedRequest(404, message, "model", "model_not_found")
         return body
 
 
-class _Watched:
+class _RefusalFormatter:
     """Passes messages on; refusals of the application that are not in OpenAI's form get it."""
 
     def __init__(self, send: Send) -> None:
         self.send = send
-        self._begin: Message | None = None
+        self._start: Message | None = None
         self._content = b""
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and self._holds(message):
-            self._begin = message
+        if message["type"] == "http.response.start" and self._is_buffered(message):
+            self._start = message
             return
-        if self._begin is None:
+        if self._start is None:
             await self.send(message)
             return
         self._content += message.get("body", b"")
         if message.get("more_body"):
             return
-        content = self.changed(self._begin["status"], self._content)
-        headers = [each for each in self._begin["headers"] if each[0].lower() != b"content-length"]
+        content = self.rewritten(self._start["status"], self._content)
+        headers = [header for header in self._start["headers"] if header[0].lower() != b"content-length"]
         headers.append((b"content-length", str(len(content)).encode()))
-        await self.send({**self._begin, "headers": headers})
+        await self.send({**self._start, "headers": headers})
         await self.send({"type": "http.response.body", "body": content})
 
-    def _holds(self, begin: Message) -> bool:
+    def _is_buffered(self, begin: Message) -> bool:
         return bool(begin["status"] >= 400)
 
-    def changed(self, status: int, content: bytes) -> bytes:
-        """The whole answer as it is sent."""
+    def rewritten(self, status: int, content: bytes) -> bytes:
+        """The body of an answer as it is sent to the client."""
         if status < 400:
             return content
         try:
-            said = json.loads(content)
+            message = json.loads(content)
         except ValueError:
-            said = "the model failed; the server's log says why" if status == 500 else content.decode(errors="replace")
-        if isinstance(said, dict):
-            said = said.get("detail") or said.get("error") or said
-        return json.dumps(RefusedRequest(status, said if isinstance(said, str) else json.dumps(said)).body()).encode()
+            message = content.decode(errors="replace")
+            if status == 500:
+                message = "the model failed; the server's log says why"
+        if isinstance(message, dict):
+            message = message.get("detail") or message.get("error") or message
+        if not isinstance(message, str):
+            message = json.dumps(message)
+        return json.dumps(RefusedRequest(status, message).body()).encode()
 
 
-class _Cut(_Watched):
+class _StopCutter(_RefusalFormatter):
     """Also ends the text before the first stop, as OpenAI's servers do; transformers leaves the stop in."""
 
     def __init__(self, send: Send, stops: list[str]) -> None:
         super().__init__(send)
         self.stops = stops
 
-    def _holds(self, begin: Message) -> bool:
+    def _is_buffered(self, begin: Message) -> bool:
         return True
 
-    def changed(self, status: int, content: bytes) -> bytes:
-        content = super().changed(status, content)
+    def rewritten(self, status: int, content: bytes) -> bytes:
+        content = super().rewritten(status, content)
         if status >= 400:
             return content
         answer = json.loads(content)
         for choice in answer["choices"]:
-            place, key = (choice["message"], "content") if "message" in choice else (choice, "text")
+            place = choice
+            key = "text"
+            if "message" in choice:
+                place = choice["message"]
+                key = "content"
             text = place.get(key) or ""
-            cuts = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+            cuts = [text.find(stop) for stop in self.stops if stop in text]
             if cuts:
-                place[key], choice["finish_reason"] = text[: min(cuts)], "stop"
+                place[key] = text[: min(cuts)]
+                choice["finish_reason"] = "stop"
         return json.dumps(answer).encode()
 
 
-async def _tell(send: Send, refused: RefusedRequest) -> None:
+async def _send_refusal(send: Send, refused: RefusedRequest) -> None:
     content = json.dumps(refused.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if refused.status == 429:

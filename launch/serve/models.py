@@ -12,29 +12,32 @@ from strategies.errors import ConfigError
 
 
 @dataclass(slots=True)
-class Talking:
-    """A model that can be asked."""
+class ChatModel:
+    """A loaded model with its tokenizer, ready to answer prompts."""
 
     name: str
     model: Any
     tokenizer: Any
     positions: int
-    samples: bool
-    """Whether its own generation settings draw; else it answers greedily unless it is asked otherwise."""
+    samples_by_default: bool
+    """Whether its own generation settings sample. If not, it answers greedily unless a request has a temperature."""
 
     @property
-    def own(self) -> Any:
+    def generation_config(self) -> Any:
         """Its generation settings, with the tokens that end an answer."""
         return self.model.generation_config
 
 
-def load(exported: Exported, *, device: str = "auto", dtype: str = "auto") -> Talking:
+def load(exported: Exported, *, device: str = "auto", dtype: str = "auto") -> ChatModel:
     """The tuned model. Errors: ConfigError where files, base or device are not there."""
-    return _told(exported.name, exported.path, exported.base, device, dtype)
+    return _load(exported.name, exported.path, exported.base, device, dtype)
 
 
-def load_base(exported: Exported, *, device: str = "auto", dtype: str = "auto") -> Talking | None:
-    """What it was tuned from, asked by the export's template where it has none itself; None where nobody knows where that is."""
+def load_base(exported: Exported, *, device: str = "auto", dtype: str = "auto") -> ChatModel | None:
+    """The model that the export was tuned from; None if it is not on this machine.
+
+    A base without a chat template gets that of the export.
+    """
     path = exported.base or _base_of_run(exported.path)
     if path is None:
         return None
@@ -45,12 +48,12 @@ def load_base(exported: Exported, *, device: str = "auto", dtype: str = "auto") 
             path = snapshot_download(path, local_files_only=True)
         except Exception:  # noqa: BLE001 - whatever the hub's client says of it, it is not here
             return None
-    base = _told("base", Path(path), None, device, dtype)
+    base = _load("base", Path(path), None, device, dtype)
     if base.tokenizer.chat_template is None:
         from transformers import AutoTokenizer
 
         base.tokenizer.chat_template = AutoTokenizer.from_pretrained(exported.path, local_files_only=True).chat_template
-        base.own.eos_token_id = _endings(base.tokenizer, base.own)
+        base.generation_config.eos_token_id = _end_tokens(base.tokenizer, base.generation_config)
     return base
 
 
@@ -62,41 +65,47 @@ def _base_of_run(export: Path) -> str | None:
     if not frozen.is_file():
         return None
     try:
-        found = yaml.safe_load(frozen.read_text(encoding="utf-8"))["model"]["path"]
+        base = yaml.safe_load(frozen.read_text(encoding="utf-8"))["model"]["path"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
-    return str(found) if found else None
+    return str(base) if base else None
 
 
-def _told(name: str, path: Path, base: str | None, device: str, dtype: str) -> Talking:
+def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> ChatModel:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from trainer.export.load import load_export
 
     logging.set_verbosity_error()  # else lines about settings that do not matter while an answer is shown
-    place = chosen_device(device)
+    target = chosen_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = load_export(path, dtype=dtype if dtype == "auto" else _dtype(dtype), writes=True).to(place)
+        model = load_export(path, dtype=dtype if dtype == "auto" else _dtype(dtype), writes=True).to(target)
     except (OSError, ValueError) as error:
         where = f" on the base {base}" if base else ""
         raise ConfigError(f"{path}: cannot be loaded{where} ({' '.join(str(error).split())[:300]})") from error
-    own = model.generation_config = copy.deepcopy(model.generation_config)
-    samples = bool(own.do_sample)
-    own.eos_token_id = _endings(tokenizer, own)
-    if own.pad_token_id is None:
-        own.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else own.eos_token_id[0]
-    own.max_length = None
-    if not samples:  # a temperature must have an effect, and nothing but it
-        own.do_sample, own.temperature, own.top_p, own.top_k = True, 1.0, 1.0, 0
-    return Talking(name, model, tokenizer, positions_of(model), samples)
+    generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config = generation_config
+    samples = bool(generation_config.do_sample)
+    generation_config.eos_token_id = _end_tokens(tokenizer, generation_config)
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = tokenizer.pad_token_id
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = generation_config.eos_token_id[0]
+    generation_config.max_length = None
+    if not samples:  # a request's temperature must have an effect, and no other setting of the export
+        generation_config.do_sample = True
+        generation_config.temperature = 1.0
+        generation_config.top_p = 1.0
+        generation_config.top_k = 0
+    return ChatModel(name, model, tokenizer, positions_of(model), samples)
 
 
-def _endings(tokenizer: Any, own: Any) -> list[int] | None:
+def _end_tokens(tokenizer: Any, generation_config: Any) -> list[int] | None:
     from trainer.export.end_tokens import ending_tokens
 
-    return ending_tokens(tokenizer, own) or None
+    return ending_tokens(tokenizer, generation_config) or None
 
 
 def _dtype(name: str) -> Any:
@@ -105,18 +114,18 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def chosen_device(asked: str) -> Any:
+def chosen_device(requested: str) -> Any:
     """The device. Raises ConfigError where this machine has none of the kind."""
     import torch
 
-    if asked == "auto":
+    if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device={asked}: cannot be used here ({' '.join(str(error).split())[:120]}); auto, cpu, cuda or cuda:<n>"
+            f"device={requested}: cannot be used here ({' '.join(str(error).split())[:120]}); auto, cpu, cuda or cuda:<n>"
         ) from error
     return device
 

@@ -13,22 +13,23 @@ from launch.serve.exported import Exported
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
-DOOR = "launch.serve.middleware.VllmDoor"
+MIDDLEWARE = "launch.serve.middleware.VllmMiddleware"
 
 
-def vllm(exported: Exported, config: ServeConfig, *, door: bool = False) -> list[str] | None:
-    """What starts vLLM on it; None where it takes no such adapter. `door`: with ours in front of all its addresses.
+def vllm_command(exported: Exported, config: ServeConfig, *, middleware: bool = False) -> list[str] | None:
+    """The command that serves the export with vLLM; None for an adapter that vLLM does not take.
 
-    The key is no word: it is read from VLLM_API_KEY.
+    `middleware`: with ours in front of all addresses. The key is not in the command: vLLM reads VLLM_API_KEY.
     """
     if exported.base is None:
         words = ["vllm", "serve", str(exported.path), "--served-model-name", config.name or exported.name]
     elif exported.plain_lora:
-        rank = next((room for room in RANKS if room >= int(exported.settings.get("r", 8))), RANKS[-1])
+        lora_rank = int(exported.settings.get("r", 8))
+        max_rank = next((rank for rank in RANKS if rank >= lora_rank), RANKS[-1])
         adapter = json.dumps({"name": config.name or exported.name, "path": str(exported.path)})
         words = ["vllm", "serve", exported.base, "--tokenizer", str(exported.path)]
         words += ["--served-model-name", f"{config.name or exported.name}-base"]
-        words += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", adapter]
+        words += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", adapter]
     else:
         return None
     if (exported.path / "generation_config.json").is_file() and exported.base is not None:
@@ -37,11 +38,11 @@ def vllm(exported: Exported, config: ServeConfig, *, door: bool = False) -> list
     words += ["--override-generation-config", json.dumps({"max_new_tokens": config.max_tokens})]
     if config.dtype is not ServedType.auto:
         words += ["--dtype", str(config.dtype)]
-    return [*words, "--middleware", DOOR] if door else words
+    return [*words, "--middleware", MIDDLEWARE] if middleware else words
 
 
-def sglang(exported: Exported, config: ServeConfig) -> list[str] | None:
-    """What starts SGLang on it; None where it takes no such adapter."""
+def sglang_command(exported: Exported, config: ServeConfig) -> list[str] | None:
+    """The command that serves the export with SGLang; None for an adapter that SGLang does not take."""
     name = config.name or exported.name
     words = ["python", "-m", "sglang.launch_server", "--model-path", exported.base or str(exported.path)]
     if exported.base is None:
@@ -56,23 +57,23 @@ def sglang(exported: Exported, config: ServeConfig) -> list[str] | None:
     return words
 
 
-def shown(words: list[str] | None) -> str:
-    """As it is typed."""
+def shell_text(words: list[str] | None) -> str:
+    """A command as it is typed in a shell; empty for None."""
     import shlex
 
     return "" if words is None else shlex.join(words)
 
 
-def environment(exported: Exported, config: ServeConfig) -> dict[str, str]:
-    """What vLLM, and our door in it, read from the environment."""
-    told: dict[str, Any] = {
+def vllm_environment(exported: Exported, config: ServeConfig) -> dict[str, str]:
+    """Environment variables for vLLM, and for our middleware in it."""
+    settings: dict[str, Any] = {
         "max_requests": config.max_requests,
         "max_body_kib": config.max_body_kib,
         "host": config.host,
         "key_env": config.key_env,
         "name": config.name or exported.name,
     }
-    found = {"SHARDTUNE_SERVE": json.dumps(told)}
+    environment = {"SHARDTUNE_SERVE": json.dumps(settings)}
     if config.key:
-        found["VLLM_API_KEY"] = config.key
-    return found
+        environment["VLLM_API_KEY"] = config.key
+    return environment

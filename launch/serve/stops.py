@@ -24,11 +24,11 @@ class HeldText:
         self._held = ""
 
     def take(self, text: str) -> str:
-        """Take the next piece of the answer; what of it, and of what was held, may be sent now."""
+        """Take the next piece of the answer; returns the text that may be sent now, of this piece and of what was held."""
         if self.is_cut:
             return ""
         self._held += text
-        places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
+        places = [self._held.find(stop) for stop in self.stops if stop in self._held]
         if places:
             self.is_cut = True
             ready = self._held[: min(places)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.preflight.targets import nodes_of
+from launch.cluster.preflight.targets import preflight_targets
 from launch.compare.points import plan_points
 from launch.config.choices import groups
 from launch.config.compose import compose
@@ -119,7 +119,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     if words[:2] == ["shardtune", "submit"]:
         settings.insert(0, "launcher=slurm")
     if words[:2] == ["shardtune", "doctor"]:  # takes the words of a run, and need not have all
-        asked, *_ = nodes_of(settings)
+        asked, *_ = preflight_targets(settings)
         assert asked.nodes * asked.processes > 1
         return
     if words[:2] == ["shardtune", "init"]:  # beside a file of another trainer, words need not be a whole run

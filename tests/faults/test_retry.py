@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from launch.cluster.supervisor import _cause, begin, outcome
+from launch.cluster.supervisor import _retry_cause, settle_outcome, state_before_start
 from strategies.errors import ShardtuneError
 from tests.faults.runs import wait
 from tests.helpers.covering import whole
@@ -63,16 +63,16 @@ def test_an_error_is_not_repeated(runs):
 )
 def test_a_cause_to_start_again_is_never_seen_after_term_or_ctrl_c(tmp_path, code, signals, lost, cause):
     record_failure(tmp_path, 1, RuntimeError("x"), "training", **({"retry": "node_fail"} if lost else {}))
-    assert _cause(tmp_path, code, signals) == cause
+    assert _retry_cause(tmp_path, code, signals) == cause
 
 
 @pytest.mark.parametrize(("step", "code"), [(None, 70), (7, 75)])
 def test_a_rank_killed_before_training_is_the_cause_though_its_peers_were_asked_to_stop(tmp_path, capsys, step, code):
     """torchrun ends them with SIGTERM. Once something was saved, the stop is what counts."""
-    before = begin(tmp_path)
+    before = state_before_start(tmp_path)
     write_status(tmp_path, State.preempted, step=step)
     killed = ShardtuneError("rank 1 (process 4711) was killed by SIGKILL")
     record_failure(tmp_path, 1, killed, "killed", retry="node_fail")
-    assert outcome(tmp_path, 1, before) == code
+    assert settle_outcome(tmp_path, 1, before) == code
     said = capsys.readouterr().err
     assert ("was killed by SIGKILL" in said) == (code == 70)

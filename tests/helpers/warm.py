@@ -173,25 +173,25 @@ def nursery() -> Nursery:
 
 
 def start(
-    config: Any, run_dir: Path, run_id: str, aside: Any = None, *, what: torchrun.What = torchrun.TRAIN
+    config: Any, run_dir: Path, run_id: str, redirected: Any = None, *, program: torchrun.RankProgram = torchrun.TRAIN
 ) -> tuple[int, set[int]]:
     """In place of `launch.cluster.torchrun.start`: the same ranks in the same environment, without torchrun."""
     world = config.launcher.processes or 1
-    env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / what.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
+    env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / program.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
     env |= {"SHARDTUNE_LAUNCHER": str(os.getpid()), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     forks = nursery()
     with contextlib.ExitStack() as opened:
-        if aside is None:
+        if redirected is None:
             sys.stdout.flush()
             outputs = [_descriptor(sys.stdout, 1), _descriptor(sys.stderr, 2)]
         else:
-            aside.output.parent.mkdir(parents=True, exist_ok=True)
-            outputs = [opened.enter_context(aside.output.open("ab")).fileno()] * 2
+            redirected.output.parent.mkdir(parents=True, exist_ok=True)
+            outputs = [opened.enter_context(redirected.output.open("ab")).fileno()] * 2
         try:
-            verb, look = what.module.rpartition(".")[2], (lambda: None) if aside is None else aside.look
+            verb, poll = program.module.rpartition(".")[2], (lambda: None) if redirected is None else redirected.poll
             also = "deepspeed" if config.strategy.name.startswith("zero") else ""
-            return forks.run(verb, world, env, outputs, look, also=also), set()
+            return forks.run(verb, world, env, outputs, poll, also=also), set()
         except BaseException:  # the test's limit, say
             forks.close()
             raise

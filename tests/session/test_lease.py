@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from launch.cluster.supervisor import begin, outcome
+from launch.cluster.supervisor import settle_outcome, state_before_start
 from strategies import atomic_io
 from strategies.errors import Preempted, StorageError
 from tests.faults.runs import ROOT, can_be_elsewhere, take_over, wait
@@ -65,10 +65,10 @@ def test_a_directory_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_pa
     def stale(directory):
         raise OSError(errno.ESTALE, "stale file handle")
 
-    before = begin(tmp_path)
+    before = state_before_start(tmp_path)
     record_failure(tmp_path, 1, StorageError("checkpoints/step-000005: no space left"), "training", 5)
     monkeypatch.setattr(lease_module, "latest", stale)
-    assert outcome(tmp_path, 1, before) == 74
+    assert settle_outcome(tmp_path, 1, before) == 74
     assert "checkpoints/step-000005: no space left" in capsys.readouterr().err
 
 

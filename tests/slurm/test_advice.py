@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.advice import advise, partitions, ranks_lines
+from launch.cluster.advice import advise, list_partitions, ranks_lines
 from launch.cluster.array_size import refuse_large_arrays
 from launch.config.prices import price_by_word
 from launch.main import main
@@ -52,9 +52,11 @@ def test_times_are_read_as_slurm_writes_them(text, value):
 
 
 def test_what_sinfo_says_is_read(sinfo):
-    found = {(part.name, part.gpus): part for part in partitions()}
+    found = {(part.name, part.gpus): part for part in list_partitions()}
     assert found["gpu", 8].kinds == {"h100"} and found["gpu", 8].limit_s == 172800 and found["gpu", 4].nodes == 8
-    assert found["main", 0].default and not found["gpu", 4].default and clock(found["free", 0].limit_s) == "any time"
+    assert (
+        found["main", 0].is_default and not found["gpu", 4].is_default and clock(found["free", 0].limit_s) == "any time"
+    )
 
 
 def test_a_job_that_fits_the_larger_nodes_of_a_mixed_partition_is_not_refused(sinfo, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import containers
-from launch.cluster.preflight.coordinator import by_srun
+from launch.cluster.preflight.coordinator import commands_by_srun
 from launch.main import main
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
@@ -23,7 +23,7 @@ def tree(tmp_path: Path, **launcher) -> dict:
 
 def test_the_image_says_what_starts_it(tmp_path):
     ways = {
-        image: containers.way_of({"container": image})
+        image: containers.runtime_of({"container": image})
         for image in ("a.sif", "docker://a/b:1", "nvcr.io#a/b:1", str(tmp_path))
     }
     assert ways == {
@@ -32,8 +32,8 @@ def test_the_image_says_what_starts_it(tmp_path):
         "nvcr.io#a/b:1": "pyxis",
         str(tmp_path): "apptainer",
     }
-    assert containers.way_of({"container": "a.sif", "container_by": Container.pyxis}) == "pyxis"
-    assert containers.words(tree(tmp_path), []) == ([], [])
+    assert containers.runtime_of({"container": "a.sif", "container_by": Container.pyxis}) == "pyxis"
+    assert containers.launch_words(tree(tmp_path), []) == ([], [])
 
 
 def test_what_the_run_reads_and_writes_is_mounted_once(tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_what_the_run_reads_and_writes_is_mounted_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path / "here")
     own = tree(tmp_path, container="a.sif", container_mounts=["/scratch:/scratch:ro"])
-    step, before = containers.words(own, [tmp_path / "here" / "runs" / "a"])
+    step, before = containers.launch_words(own, [tmp_path / "here" / "runs" / "a"])
     assert (
         step == []
         and before[:3] == ["apptainer", "exec", "--nv"]
@@ -52,11 +52,11 @@ def test_what_the_run_reads_and_writes_is_mounted_once(tmp_path, monkeypatch):
     binds = [mount for flag, mount in itertools.pairwise(before) if flag == "--bind"]
     places = [tmp_path / name for name in ("cache", "data", "here", "state/shardtune")]
     assert sorted(binds) == sorted([*(f"{place}:{place}" for place in places), "/scratch:/scratch:ro"])
-    step, before = containers.words(tree(tmp_path, container="a#b:1", container_workdir="/w"), [])
+    step, before = containers.launch_words(tree(tmp_path, container="a#b:1", container_workdir="/w"), [])
     assert before == [] and "--container-image=a#b:1" in step and "--container-workdir=/w" in step
     with pytest.raises(ConfigError, match="mounts cannot carry"):
-        containers.words(own, [Path("/a:b")])
-    [command] = by_srun(2, "python3", step, {}, before=["apptainer"])
+        containers.launch_words(own, [Path("/a:b")])
+    [command] = commands_by_srun(2, "python3", step, {}, prefix=["apptainer"])
     assert command.argv.index("--container-image=a#b:1") < command.argv.index("apptainer") < command.argv.index("bash")
 
 

@@ -92,7 +92,7 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     }
     assert (rows["works"]["host"], rows["works"]["job"]["state"]) == ("n9", "RUNNING")
     assert "waits for nodes to become free" in shown
-    assert f"job {ids[0]}, start 0, on n[9-10]" in job and "the nodes are fit" in job
+    assert f"job {ids[0]}, start 0, on n[9-10]" in job and "no problems: the nodes can run the job" in job
     assert "| loss " in line
 
     taken_out, after, stopped = shardtune(
@@ -100,7 +100,7 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
         ["submit", *words, f"run.dir={runs / 'after'}", f"launcher.after={ids[1]}"],  # which SLURM cancels
         ["stop", works],
     )
-    assert f"job {ids[1]} was taken out of the queue; nothing was begun" in taken_out
+    assert f"job {ids[1]} was taken out of the queue; no step was made" in taken_out
     assert cluster.job(ids[1])["JobState"] == "CANCELLED"
     status = json.loads((works / "status.json").read_text())
     assert f"saved at step {status['step']}: " in stopped, stopped

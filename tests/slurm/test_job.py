@@ -142,7 +142,7 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [row])}:{os.environ['PATH']}")
     freeze._queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
-    with pytest.raises(InUse, match=r"job 17 is for this run, .* \(it pends: waits for nodes to become free\)"):
+    with pytest.raises(InUse, match=r"job 17 is for this run, .* \(it is pending: waits for nodes to become free\)"):
         freeze.refuse_queued(run)
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
@@ -170,7 +170,7 @@ def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_an
     freeze.refuse_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 1, "at once: nobody submitted this directory"
     note_submitted([run], "17")
-    with pytest.raises(InUse, match=f"was submitted as job 17, .* if job 17 is over, remove {run}/submitted"):
+    with pytest.raises(InUse, match=f"was submitted as job 17; .* if job 17 is over, remove {run}/submitted"):
         freeze.refuse_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 2
     write_status(run, "done", step=9)  # a job that still waits would find nothing to do
@@ -179,7 +179,7 @@ def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_an
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
     freeze.refuse_queued(run)
     monkeypatch.delenv("SLURM_JOB_ID")
-    note_ended(run, "17", 0, 70, reason="failed", goes_on=False)
+    note_ended(run, "17", 0, 70, reason="failed", will_restart=False)
     freeze.refuse_queued(run)
     freeze._queue.cache_clear()
 
@@ -230,7 +230,7 @@ def test_ranks_that_slurm_kills_for_memory_are_started_again_with_half(run, capf
     killed = "slurmstepd-n1: error: StepId=7.0 exceeded memory limit (225480704 > 104857600), being killed\n"
     env = {**os.environ, "SHARDTUNE_RUN_DIR": str(run), "retry_out_of_memory": "1", "PYTHONPATH": str(ROOT)}
     for text, said, micro in (
-        (f"{killed}job 7, start 2, on n9\n", "exit code 137 and left no word", 2),  # of an earlier start
+        (f"{killed}job 7, start 2, on n9\n", "exit code 137 and wrote no reason", 2),  # of an earlier start
         (f"job 7, start 2, on n9\n{killed}", "a rank ran out of memory, batch.micro: 2 -> 1; it is to be requeued", 1),
     ):
         output.write_text(text)

@@ -11,8 +11,8 @@ import pytest
 
 from launch.cluster import pipeline_part
 from launch.main import main
-from launch.runs.pipeline_jobs import parts_of
-from launch.runs.queue import ask
+from launch.runs.pipeline_jobs import pipeline_parts
+from launch.runs.queue import read_queue
 from tests.helpers.covering import whole
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
@@ -149,13 +149,17 @@ def test_status_says_which_part_failed_and_what_became_of_the_rest(tmp_path, mon
     ]
     monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "tools", [row, later]))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert [part.state for part in parts_of(run, ask())] == ["failed", "queued", "queued"]  # the first left no word
-    pipeline_part.ended("prepare", run, 0)
-    assert [part.state for part in parts_of(run, ask())] == ["done", "queued", "queued"]
+    assert [part.state for part in pipeline_parts(run, read_queue())] == [
+        "failed",
+        "queued",
+        "queued",
+    ]  # the first left no word
+    pipeline_part.record_part_end("prepare", run, 0)
+    assert [part.state for part in pipeline_parts(run, read_queue())] == ["done", "queued", "queued"]
     assert main(["status", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "queued" in said and "waits for another job" in said and "other jobs of yours" not in said
-    pipeline_part.ended("prepare", run, 65)
+    pipeline_part.record_part_end("prepare", run, 65)
     stand_in_for_squeue(tmp_path / "tools", [])
     assert main(["status", str(run)]) == 0
     said = capsys.readouterr().out
@@ -171,8 +175,8 @@ def test_status_says_which_part_failed_and_what_became_of_the_rest(tmp_path, mon
     )
     monkeypatch.setenv("SLURM_JOB_ID", "20")  # submitted again
     (run / "pipeline.json").write_text('[{"part": "prepare", "job": "20"}, {"part": "train", "job": "21"}]')
-    pipeline_part.ended("prepare", run, 0)
-    assert [part.state for part in parts_of(run, ask())] == ["done", "failed"]
+    pipeline_part.record_part_end("prepare", run, 0)
+    assert [part.state for part in pipeline_parts(run, read_queue())] == ["done", "failed"]
 
 
 @pytest.mark.slurm

@@ -144,7 +144,7 @@ OFF = "Requested operation is presently disabled"
         ({"BODY": "before"}, 1, 1, "a rank was lost; it is to be requeued"),
         ({"TERM_COMES": "1"}, 0, 1, "stopped by SLURM or by scancel, and a rank was lost"),
         ({"PREEMPTED": "2026-11-26T07:00:00"}, 0, 1, "stopped by SLURM or by scancel, and a rank was lost"),
-        ({"WROTE": "6"}, 0, 1, "its ranks ended with exit code 1 and left no word"),
+        ({"WROTE": "6"}, 0, 1, "its ranks ended with exit code 1 and wrote no reason"),
         ({"SAVED": "5", "REFUSED": "1", "WORDS": BUSY}, 2, 1, f"scontrol requeue failed: {BUSY}; tried again for "),
         ({"SAVED": "5", "REFUSED": "9", "WORDS": OFF}, 1, 75, f"not requeued: scontrol requeue failed: {OFF}"),
         ({"SAVED": "5", "REFUSED": "9", "WORDS": BUSY, "SLURM_JOB_END_TIME": "1"}, 1, 75, "failed until the end"),
@@ -274,7 +274,7 @@ class TestSubmit:
         assert all(f"environ SBATCH_{name} is not passed on: " in said for name in decided)
         assert "SBATCH_TIMELIMIT is not passed on: the run says --time=24:00:00" in said
         assert "ranks   1 x 8, one for each GPU of a node (launcher.gres=gpu:h100:8)" in said
-        assert FrozenRun.frozen(run).processes == 8
+        assert FrozenRun.read(run).processes == 8
         assert main(["submit", *words[:4], f"run.dir={tmp_path / 'cpu'}"]) == 64
         assert "SBATCH_GPUS=1 SBATCH_GRES=gpu:1: the environment asks for GPUs, and this run for none" in (
             capsys.readouterr().err
@@ -286,7 +286,7 @@ class TestSubmit:
     def test_print_writes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = RunConfig(launcher=SlurmConfig())
         assert submit(config, [tmp_path / "run"], print_only=True) == []
-        code = snapshot.place_of(tmp_path / "run", snapshot.digest(snapshot.read()))
+        code = snapshot.copy_path(tmp_path / "run", snapshot.code_digest(snapshot.read_code()))
         assert capsys.readouterr().out == render(config, [tmp_path / "run"], clone=code)
         assert not (tmp_path / "run").exists()
         config.launcher.code = Code.clone

@@ -10,7 +10,7 @@ import pytest
 
 from launch.cluster import pipeline
 from launch.cluster.slurm import render
-from launch.cluster.submission import scripts_of
+from launch.cluster.submission import render_scripts
 from tests.slurm.cluster import Cluster
 from trainer.config.run import Code, Preflight, RunConfig, SlurmConfig
 
@@ -48,7 +48,7 @@ def test_shellcheck_is_content(tmp_path: Path) -> None:
         *(rendered(name, tmp_path) for name in ("defaults", "set up", "container")),
     ]
     config = RunConfig(launcher=SlurmConfig(pipeline=["prepare", "train"]))
-    (tmp_path / "part.sbatch").write_text(scripts_of(config, [tmp_path / "run"], CLONE)["prepare"])
+    (tmp_path / "part.sbatch").write_text(render_scripts(config, [tmp_path / "run"], CLONE)["prepare"])
     done = subprocess.run(
         ["shellcheck", "-s", "bash", "-x", *map(str, scripts), str(tmp_path / "part.sbatch")],
         cwd=CLONE,
@@ -56,7 +56,7 @@ def test_shellcheck_is_content(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert pipeline.PART in (tmp_path / "part.sbatch").read_text()
+    assert pipeline.PART_BODY in (tmp_path / "part.sbatch").read_text()
 
 
 def test_a_wheel_carries_them() -> None:

@@ -32,8 +32,8 @@ def test_a_copy_imports_by_itself_and_says_where_it_is_from(clone: Path, tmp_pat
     git = ["git", "-C", str(clone), "-c", "user.name=me", "-c", "user.email=me@lab"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
-    place = snapshot.take(tmp_path / "run", clone)
-    assert place == snapshot.place_of(tmp_path / "run", snapshot.digest(snapshot.read(clone)))
+    place = snapshot.copy_code(tmp_path / "run", clone)
+    assert place == snapshot.copy_path(tmp_path / "run", snapshot.code_digest(snapshot.read_code(clone)))
     assert (place / "slurm/env.sh").read_text() == "export SITE=here\n" and not list(place.rglob("__pycache__"))
     shutil.rmtree(clone)
     head = revision(place)
@@ -45,28 +45,30 @@ def test_a_copy_imports_by_itself_and_says_where_it_is_from(clone: Path, tmp_pat
 
 def test_another_code_is_another_copy_and_the_last_one_taken_is_in_use(clone: Path, tmp_path: Path) -> None:
     """An array's tasks may still run the earlier one, when one of its runs is submitted again."""
-    first = snapshot.take(tmp_path / "run", clone)
+    first = snapshot.copy_code(tmp_path / "run", clone)
     made = (first / "launch" / "main.py").stat().st_ino
     (clone / "launch" / "__pycache__").mkdir()
     (clone / "launch" / "__pycache__" / "main.pyc").write_bytes(b"x")
-    assert snapshot.take(tmp_path / "run", clone) == first and (first / "launch" / "main.py").stat().st_ino == made
+    assert snapshot.copy_code(tmp_path / "run", clone) == first and (first / "launch" / "main.py").stat().st_ino == made
     before = (clone / "launch" / "main.py").read_text()
     (clone / "launch" / "main.py").write_text("changed = True\n")
-    second = snapshot.take(tmp_path / "run", clone)
-    assert sorted(second.parent.iterdir()) == sorted([first, second]) and snapshot.taken(tmp_path / "run") == second
+    second = snapshot.copy_code(tmp_path / "run", clone)
+    assert (
+        sorted(second.parent.iterdir()) == sorted([first, second]) and snapshot.newest_copy(tmp_path / "run") == second
+    )
     assert (second / "launch" / "main.py").read_text() == "changed = True\n"
-    snapshot.check(first)
+    snapshot.refuse_changed(first)
     (clone / "launch" / "main.py").write_text(before)
-    assert snapshot.take(tmp_path / "run", clone) == first and snapshot.taken(tmp_path / "run") == first
+    assert snapshot.copy_code(tmp_path / "run", clone) == first and snapshot.newest_copy(tmp_path / "run") == first
 
 
 def test_a_copy_that_was_changed_is_refused_and_made_anew_at_the_next_submission(clone: Path, tmp_path: Path) -> None:
-    place = snapshot.take(tmp_path / "run", clone)
-    snapshot.check(place)
-    snapshot.check(clone)
+    place = snapshot.copy_code(tmp_path / "run", clone)
+    snapshot.refuse_changed(place)
+    snapshot.refuse_changed(clone)
     (place / "launch" / "main.py").unlink()
     with pytest.raises(ConfigError, match="changed since the job was submitted"):
-        snapshot.check(place)
-    assert snapshot.take(tmp_path / "run", clone) == place
-    snapshot.check(place)
+        snapshot.refuse_changed(place)
+    assert snapshot.copy_code(tmp_path / "run", clone) == place
+    snapshot.refuse_changed(place)
     assert json.loads((place / "CODE.json").read_text())["source"] == str(clone)

@@ -5,63 +5,76 @@ from __future__ import annotations
 from typing import Any
 
 from launch.cluster.preflight.node_facts import PreflightRequest
-from launch.cluster.preflight.verdict import Heard, PreflightVerdict
+from launch.cluster.preflight.verdict import NodeReports, PreflightVerdict
 from launch.output import Column, TableRow, fold, fold_all, table
 
 COLUMNS = tuple(map(Column, ("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")))
 
 
-def text(asked: PreflightRequest, heard: Heard, verdict: PreflightVerdict) -> str:
-    """What a person reads: a row for each node, the exchange, what is to be mended and what to know."""
-    nodes = f"{asked.nodes} node{'s' * (asked.nodes > 1)}"
-    processes = f"{asked.processes} process{'es' * (asked.processes > 1)}"
+def text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> str:
+    """The page for people: a row for each node, the rates between ranks, problems and notes."""
+    nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
+    processes = f"{request.processes} process{'es' * (request.processes > 1)}"
     lines = [f"preflight: {nodes} x {processes}"]
-    lines += table(COLUMNS, [TableRow(_row(node, heard)) for node in range(asked.nodes)])
-    if heard.exchange is not None:
-        lines += fold(_exchange(heard), 2)
-    for title, sentences in (("to mend", verdict.problems), ("to know", verdict.notes)):
-        lines += [f"{title}:", *fold_all(sentences)] if sentences else []
-    return "\n".join(lines if verdict.problems else [*lines, "the nodes are fit"])
+    lines += table(COLUMNS, [TableRow(_row(node, reports)) for node in range(request.nodes)])
+    if reports.exchange is not None:
+        lines += fold(_exchange(reports.exchange), 2)
+    if verdict.problems:
+        lines += ["problems:", *fold_all(verdict.problems)]
+    if verdict.notes:
+        lines += ["notes:", *fold_all(verdict.notes)]
+    if not verdict.problems:
+        lines.append("no problems: the nodes can run the job")
+    return "\n".join(lines)
 
 
-def _row(node: int, heard: Heard) -> tuple[str, ...]:
-    seen = heard.looks.get(node)
-    if seen is None:
-        return (str(node), heard.name(node), "no answer", "", "", "", "", "")
-    place = seen.get("run_dir") or {}
-    memory, free = seen["memory_free_gib"], place.get("free_gib")
+def _row(node: int, reports: NodeReports) -> tuple[str, ...]:
+    facts = reports.facts.get(node)
+    if facts is None:
+        return (str(node), reports.host_name(node), "no answer", "", "", "", "", "")
+    gpus = "none"
+    if facts["gpus"]:
+        gpus = f"{facts['gpu_count']} {facts['gpus'][0]['name']}"
     return (
         str(node),
-        seen["host"],
-        seen["python"],
-        seen["packages"].get("torch", "missing"),
-        str(seen["cores"]),
-        "-" if memory is None else f"{memory:.1f} GiB",
-        "-" if free is None else f"{free:.1f} GiB",
-        f"{seen['gpu_count']} {seen['gpus'][0]['name']}" if seen["gpus"] else "none",
+        facts["host"],
+        facts["python"],
+        facts["packages"].get("torch", "missing"),
+        str(facts["cores"]),
+        _gib(facts["memory_free_gib"]),
+        _gib((facts.get("run_dir") or {}).get("free_gib")),
+        gpus,
     )
 
 
-def _exchange(heard: Heard) -> str:
-    found = heard.exchange or {}
-    pairs = [rate for _, _, rate in found["pairs"]]
-    between = f", between two nodes {min(pairs):.2f} to {max(pairs):.2f}" if pairs else ""
-    return (
-        f"exchange of {found['ranks']} ranks ({found['backend']}), GB/s: all-reduce {found['all_reduce']:.2f}, all-gather "
-        f"{found['all_gather']:.2f}{between}"
+def _gib(gib: float | None) -> str:
+    return "-" if gib is None else f"{gib:.1f} GiB"
+
+
+def _exchange(exchange: dict[str, Any]) -> str:
+    """The rates of the communication test."""
+    line = (
+        f"communication of {exchange['ranks']} ranks ({exchange['backend']}), GB/s: "
+        f"all-reduce {exchange['all_reduce']:.2f}, all-gather {exchange['all_gather']:.2f}"
     )
+    rates = [rate for _, _, rate in exchange["pairs"]]
+    if rates:
+        line += f", between two nodes {min(rates):.2f} to {max(rates):.2f}"
+    return line
 
 
-def as_dict(asked: PreflightRequest, heard: Heard, verdict: PreflightVerdict) -> dict[str, Any]:
-    """Everything that was heard, as JSON has it; rates in GB/s, sizes in GiB."""
+def as_dict(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> dict[str, Any]:
+    """All reports, as JSON has them; rates in GB/s, sizes in GiB."""
+    nodes = []
+    for node in range(request.nodes):
+        answered = node in reports.facts
+        row = {"node": node, "host": reports.host_name(node), "answered": answered}
+        nodes.append(row | reports.facts.get(node, {}))
     return {
         "fit": not verdict.problems,
-        "processes": asked.processes,
-        "nodes": [
-            {"node": node, "host": heard.name(node), "answered": node in heard.looks, **heard.looks.get(node, {})}
-            for node in range(asked.nodes)
-        ],
-        "exchange": heard.exchange,
+        "processes": request.processes,
+        "nodes": nodes,
+        "exchange": reports.exchange,
         "problems": verdict.problems,
         "notes": verdict.notes,
     }

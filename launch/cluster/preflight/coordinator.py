@@ -20,45 +20,48 @@ from typing import Any
 
 from launch.cluster.containers import INSIDE
 from launch.cluster.preflight.node import MARK
-from launch.cluster.preflight.node_facts import VARIABLE, VISIBLE_S, PreflightRequest
-from launch.cluster.preflight.verdict import Heard, PreflightVerdict, judge
+from launch.cluster.preflight.node_facts import REQUEST_VARIABLE, VISIBLE_S, PreflightRequest
+from launch.cluster.preflight.verdict import NodeReports, PreflightVerdict, judge
 from strategies.errors import StorageError
 from trainer.config.sbatch_options import gpu_request, ranks_per_node
 from trainer.data.read.paths import is_address, is_hub
 
-LOOK_S = 30.0
+FACTS_TIMEOUT_S = 30.0
 """Seconds within which each node must have said what it sees."""
-GRACE_S, LATE_S = 3.0, 10.0
-"""Seconds for what is still said when a node has ended without a word, and for what others see that are slow."""
+GRACE_S = 3.0
+"""Seconds in which further reports may come after a node has ended with an error."""
+LATE_S = 10.0
+"""The same while other nodes have not answered yet."""
 LABELLED = re.compile(r"\s*(\d+): ?(.*)")
-LINE = re.compile(rf"{MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
-GONE = re.compile(r"srun: error: (\S+): task (\d+): ")
+REPORT_LINE = re.compile(rf"{MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
+TASK_ENDED = re.compile(r"srun: error: (\S+): task (\d+): ")
 SHELL = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
 
 
-def asked_of(tree: dict[str, Any], nodes: int) -> PreflightRequest:
+def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
     """What the nodes are to look at for a run whose configuration, as plain values, is `tree`."""
     launcher, model, data, run = (tree[part] for part in ("launcher", "model", "data", "run"))
     processes = ranks_per_node(launcher)
-    request = gpu_request(launcher)
-    gpus = processes if run["device"] == "cuda" else 0
-    if request is not None:
-        gpus = request.count
-    sources = [source.get("path") for source in (data["sources"] or {}).values()]
-    paths = [
-        str(path) for value in (data["path"], *sources) for path in (value if isinstance(value, list) else [value])
-    ]
-    mine = [path for path in paths if path != "None" and not is_hub(path) and not is_address(path)]
-    needed = None if model["download"] else model["path"]
+    requested_gpus = gpu_request(launcher)
+    if requested_gpus is not None:
+        gpus = requested_gpus.count
+    else:
+        gpus = processes if run["device"] == "cuda" else 0
+    local_paths = []
+    for setting in (data["path"], *(source.get("path") for source in (data["sources"] or {}).values())):
+        for path in setting if isinstance(setting, list) else [setting]:
+            if path is not None and not is_hub(str(path)) and not is_address(str(path)):
+                local_paths.append(str(path))
+    downloads = model["download"]  # then no node needs to have it
     return PreflightRequest(
         nodes=nodes,
         processes=processes,
         gpus=gpus,
         run_dir=str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None,
-        model=needed,
-        tokenizer=None if model["download"] else model["tokenizer"],
+        model=None if downloads else model["path"],
+        tokenizer=None if downloads else model["tokenizer"],
         revision=model["revision"],
-        paths=mine,
+        paths=local_paths,
         exchange=launcher.get("preflight", "full") == "full",
         device=str(run["device"]),
     )
@@ -66,7 +69,7 @@ def asked_of(tree: dict[str, Any], nodes: int) -> PreflightRequest:
 
 @dataclass(slots=True)
 class Command:
-    """What is started, for one node or (`node` None, srun with labels) for all of them."""
+    """A process to start: on one node, or (`node` is None) srun for all of them, which labels their lines."""
 
     argv: list[str]
     env: Mapping[str, str]
@@ -74,78 +77,98 @@ class Command:
 
 
 @dataclass(slots=True)
-class _Gathering:
-    """Lines as they come."""
+class _ReportCollector:
+    """Puts the lines that nodes print together to reports."""
 
-    asked: PreflightRequest
-    heard: Heard
+    request: PreflightRequest
+    reports: NodeReports
     lines: queue.Queue[tuple[int | None, str] | None] = field(default_factory=queue.Queue)
+    """(node, line) as read by the threads of `_start`; None if one of their pipes has ended."""
     pieces: dict[tuple[int, int], list[str]] = field(default_factory=dict)
-    gone: set[int] = field(default_factory=set)
+    """Pieces of a report that is not complete, by node and rank."""
+    ended_nodes: set[int] = field(default_factory=set)
     """Nodes whose process has ended with an error."""
 
-    def take(self, node: int | None, line: str) -> None:
-        """Sort one line out."""
+    def add_line(self, node: int | None, line: str) -> None:
+        """Take one line: a piece of a report, srun's word on an ended task, or other output."""
         if node is None and (label := LABELLED.fullmatch(line)):
-            node, line = int(label[1]), label[2]
-        if (found := LINE.fullmatch(line)) is not None:
-            where, rank, number, of, piece = int(found[1]), int(found[2]), int(found[3]), int(found[4]), found[5]
-            self.pieces.setdefault((where, rank), []).append(piece)
-            if number == of:
-                self._say(where, rank, json.loads("".join(self.pieces.pop((where, rank)))))
+            node = int(label[1])
+            line = label[2]
+        piece = REPORT_LINE.fullmatch(line)
+        if piece is not None:
+            self._add_piece(piece)
             return
-        if (ended := GONE.match(line)) is not None:
-            self.gone.add(int(ended[2]))
-            self.heard.hosts[int(ended[2])] = ended[1]
-        if line.strip() and not line.startswith(("srun: job ", "srun: launch/", "srun: Terminating")):
-            (self.heard.unplaced if node is None else self.heard.said.setdefault(node, [])).append(line.strip()[:300])
-
-    def _say(self, node: int, rank: int, value: dict[str, Any]) -> None:
-        if "look" in value:
-            self.heard.looks[node] = {**value["look"], "heard_at": time.time()}
-        elif "exchange" in value:
-            self.heard.exchange = value["exchange"]
+        ended_task = TASK_ENDED.match(line)
+        if ended_task is not None:
+            ended_node = int(ended_task[2])
+            self.ended_nodes.add(ended_node)
+            self.reports.hosts[ended_node] = ended_task[1]
+        if not line.strip() or line.startswith(("srun: job ", "srun: launch/", "srun: Terminating")):
+            return
+        if node is None:
+            self.reports.unlabelled_output.append(line.strip()[:300])
         else:
-            self.heard.failed.append({"node": node, "rank": rank, "error": value["error"]})
+            self.reports.output.setdefault(node, []).append(line.strip()[:300])
+
+    def _add_piece(self, piece: re.Match[str]) -> None:
+        """A piece of a report; the last one completes it."""
+        node, rank, number, pieces = (int(piece[group]) for group in (1, 2, 3, 4))
+        self.pieces.setdefault((node, rank), []).append(piece[5])
+        if number == pieces:
+            self._add_report(node, rank, json.loads("".join(self.pieces.pop((node, rank)))))
+
+    def _add_report(self, node: int, rank: int, report: dict[str, Any]) -> None:
+        if "look" in report:
+            self.reports.facts[node] = {**report["look"], "heard_at": time.time()}
+        elif "exchange" in report:
+            self.reports.exchange = report["exchange"]
+        else:
+            self.reports.failed_ranks.append({"node": node, "rank": rank, "error": report["error"]})
 
 
-def ask(
-    asked: PreflightRequest, commands: list[Command], hosts: list[str], *, waits: bool = False
-) -> tuple[Heard, PreflightVerdict]:
-    """Start the commands, hear the nodes, and judge. `waits`: the nodes may first have to be waited for, in SLURM's queue.
+def run_preflight(
+    request: PreflightRequest, commands: list[Command], hosts: list[str], *, is_queued: bool = False
+) -> tuple[NodeReports, PreflightVerdict]:
+    """Start the commands, collect the reports of the nodes, and judge them.
 
-    Everything that was started has ended when it returns. Errors: StorageError where the run directory cannot be written here.
+    `is_queued`: the nodes may first have to be waited for, in SLURM's queue. Everything that was started has ended when it
+    returns. Errors: StorageError if the run directory cannot be written here.
     """
-    asked.token = uuid.uuid4().hex[:12]
-    with _shared(asked) as place:
-        heard = Heard(hosts)
-        gathering = _Gathering(asked, heard)
-        started = [_start(command, asked, gathering.lines) for command in commands]
+    request.token = uuid.uuid4().hex[:12]
+    with _shared_directory(request) as shared:
+        reports = NodeReports(hosts)
+        collector = _ReportCollector(request, reports)
+        started = [_start(command, request, collector.lines) for command in commands]
         try:
-            heard.waited_s = _hear(gathering, started, waits)
+            reports.waited_s = _collect(collector, started, is_queued)
         finally:
-            _end(started)
-        end = time.monotonic() + VISIBLE_S
-        while place is not None:
-            heard.visible = {node for node in heard.looks if (place / str(node)).exists()}
-            if heard.visible == set(heard.looks) or time.monotonic() > end:
-                break
-            time.sleep(0.2)
-        else:
-            heard.visible = set(heard.looks)
-    return heard, judge(asked, heard)
+            _end_processes(started)
+        reports.visible_nodes = _visible_nodes(shared, set(reports.facts))
+    return reports, judge(request, reports)
+
+
+def _visible_nodes(shared: Path | None, nodes: set[int]) -> set[int]:
+    """Those of `nodes` whose file in the shared directory is visible here, within `VISIBLE_S`; all if there is none."""
+    if shared is None:
+        return nodes
+    deadline = time.monotonic() + VISIBLE_S
+    while True:
+        visible = {node for node in nodes if (shared / str(node)).exists()}
+        if visible == nodes or time.monotonic() > deadline:
+            return visible
+        time.sleep(0.2)  # a network file system shows a new file late
 
 
 @contextlib.contextmanager
-def _shared(asked: PreflightRequest) -> Iterator[Path | None]:
-    """The place in the run directory where the asker and the nodes see each other's files; gone afterwards."""
-    if asked.run_dir is None:
+def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
+    """A directory in the run directory where coordinator and nodes look for each other's files; removed afterwards."""
+    if request.run_dir is None:
         yield None
         return
-    place = Path(asked.run_dir).expanduser() / "preflight" / asked.token
+    place = Path(request.run_dir).expanduser() / "preflight" / request.token
     try:
         place.mkdir(parents=True)
-        (place / "asked").write_text(asked.token, encoding="utf-8")
+        (place / "asked").write_text(request.token, encoding="utf-8")
     except OSError as error:
         raise StorageError(
             f"{place}: cannot be written ({error.strerror or error}); free space, or set run.dir"
@@ -158,8 +181,8 @@ def _shared(asked: PreflightRequest) -> Iterator[Path | None]:
             place.parent.rmdir()
 
 
-def _start(command: Command, asked: PreflightRequest, lines: queue.Queue[Any]) -> subprocess.Popen[str]:
-    env = {**command.env, VARIABLE: asked.to_json()}
+def _start(command: Command, request: PreflightRequest, lines: queue.Queue[Any]) -> subprocess.Popen[str]:
+    env = {**command.env, REQUEST_VARIABLE: request.to_json()}
     process = subprocess.Popen(
         command.argv,
         env=env,
@@ -181,41 +204,56 @@ def _start(command: Command, asked: PreflightRequest, lines: queue.Queue[Any]) -
     return process
 
 
-def _hear(gathering: _Gathering, started: list[subprocess.Popen[str]], waits: bool) -> float:
-    """Until all was said, something is wrong, or time is up; seconds since the first sign of the nodes."""
-    asked, heard = gathering.asked, gathering.heard
-    began: float | None = None if waits else time.monotonic()
-    pipes, gone_at, looked_at = 2 * len(started), 0.0, 0.0
+def _collect(collector: _ReportCollector, started: list[subprocess.Popen[str]], is_queued: bool) -> float:
+    """Collect reports until all are there, something is wrong, or time is up; returns the seconds since the nodes' first sign."""
+    request = collector.request
+    reports = collector.reports
+    # While the job waits in the queue, the time does not count.
+    began_at: float | None = None if is_queued else time.monotonic()
+    error_at: float | None = None
+    answered_at: float | None = None
+    open_pipes = 2 * len(started)
     while True:
         now = time.monotonic()
-        waited = 0.0 if began is None else now - began
-        whole = len(heard.looks) == asked.nodes
-        if gathering.gone - set(heard.looks) and not gone_at:
-            gone_at = now
-        if pipes == 0 or (not whole and waited > LOOK_S):
-            return waited
-        left = set(range(asked.nodes)) - set(heard.looks) - gathering.gone
-        if gone_at and now - gone_at > (LATE_S if left else GRACE_S):
-            heard.cut_off = left
-            return waited
-        if whole:
-            looked_at = looked_at or now
-            if judge(asked, heard, whole=False).problems or not asked.exchange or asked.nodes * asked.processes == 1:
-                return waited
-            if heard.exchange or (heard.failed and now - looked_at > GRACE_S) or now - looked_at > 2 * asked.timeout_s:
-                return waited
+        waited_s = 0.0 if began_at is None else now - began_at
+        answered = set(reports.facts)
+        all_answered = len(answered) == request.nodes
+        if open_pipes == 0 or (not all_answered and waited_s > FACTS_TIMEOUT_S):
+            return waited_s
+        if error_at is None and collector.ended_nodes - answered:
+            error_at = now
+        unanswered = set(range(request.nodes)) - answered - collector.ended_nodes
+        if error_at is not None and now - error_at > (LATE_S if unanswered else GRACE_S):
+            reports.not_waited_for = unanswered
+            return waited_s
+        if all_answered:
+            answered_at = answered_at or now
+            if _is_exchange_settled(request, reports, now - answered_at):
+                return waited_s
         try:
-            line = gathering.lines.get(timeout=0.2)
+            line = collector.lines.get(timeout=0.2)
         except queue.Empty:
             continue
         if line is None:
-            pipes -= 1
+            open_pipes -= 1
             continue
-        gathering.take(*line)
-        began = began or (time.monotonic() if heard.looks or heard.said else None)
+        collector.add_line(*line)
+        if began_at is None and (reports.facts or reports.output):
+            began_at = time.monotonic()
 
 
-def _end(started: list[subprocess.Popen[str]]) -> None:
+def _is_exchange_settled(request: PreflightRequest, reports: NodeReports, waited_s: float) -> bool:
+    """Whether the communication test needs no more waiting; `waited_s`: seconds since all nodes have answered."""
+    if judge(request, reports, is_final=False).problems:
+        return True
+    if not request.exchange or request.nodes * request.processes == 1:
+        return True
+    if reports.exchange:
+        return True
+    return (bool(reports.failed_ranks) and waited_s > GRACE_S) or waited_s > 2 * request.timeout_s
+
+
+def _end_processes(started: list[subprocess.Popen[str]]) -> None:
     for process in started:
         if process.poll() is None:
             process.terminate()
@@ -227,17 +265,17 @@ def _end(started: list[subprocess.Popen[str]]) -> None:
             process.wait()
 
 
-def by_srun(
+def commands_by_srun(
     nodes: int,
     python: str,
     options: list[str],
-    env: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
     *,
-    before: Sequence[str] = (),
+    prefix: Sequence[str] = (),
 ) -> list[Command]:
     """All nodes through one srun, with `options` of its own; `SHARDTUNE_SETUP` in the environment is the set-up of a node.
 
-    `before` stands before the command: what puts it into a container.
+    `prefix` stands before the command: what puts it into a container.
     """
     argv = [
         "srun",
@@ -249,12 +287,14 @@ def by_srun(
         *options,
     ]
     argv += ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
-    argv += [*before, "bash", "-c", SHELL, "setup", python, "-m", "launch.cluster.preflight.node", "node"]
-    return [Command(argv, env if env is not None else os.environ)]
+    argv += [*prefix, "bash", "-c", SHELL, "setup", python, "-m", "launch.cluster.preflight.node", "node"]
+    return [Command(argv, environment if environment is not None else os.environ)]
 
 
-def here(env: Mapping[str, str] | None = None) -> list[Command]:
+def commands_here(env: Mapping[str, str] | None = None) -> list[Command]:
     """This host as the only node."""
-    root = str(Path(__file__).resolve().parents[3])
-    own = {**(os.environ if env is None else env), "PYTHONPATH": root, "PYTHONSAFEPATH": "1", "SHARDTUNE_NODE": "0"}
-    return [Command([sys.executable, "-m", "launch.cluster.preflight.node", "node"], own, 0)]
+    node_env = dict(os.environ if env is None else env)
+    node_env["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
+    node_env["PYTHONSAFEPATH"] = "1"
+    node_env["SHARDTUNE_NODE"] = "0"
+    return [Command([sys.executable, "-m", "launch.cluster.preflight.node", "node"], node_env, 0)]

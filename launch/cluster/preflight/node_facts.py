@@ -38,9 +38,9 @@ LIBRARIES = (
 )
 """Distributions that must be the same on all nodes."""
 PACKAGES = ("launch", "trainer", "strategies", "conf")
-VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 """Variables that list the devices a process may use."""
-VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", *VISIBLE)
+VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", *DEVICE_VARIABLES)
 """Beginnings of environment variables that change what a run does."""
 KFD = Path("/sys/class/kfd/kfd/topology/nodes")
 SLOWDOWN: tuple[tuple[str, ...], ...] = (
@@ -54,7 +54,7 @@ VISIBLE_S = 5.0
 GIB = 2**30
 
 
-VARIABLE = "SHARDTUNE_PREFLIGHT"
+REQUEST_VARIABLE = "SHARDTUNE_PREFLIGHT"
 """The environment variable with what is asked."""
 
 
@@ -88,37 +88,46 @@ class PreflightRequest:
         return json.dumps(asdict(self))
 
     @classmethod
-    def told(cls) -> PreflightRequest:
+    def from_environment(cls) -> PreflightRequest:
         """What the environment says. Errors: KeyError where it says nothing."""
-        return cls(**json.loads(os.environ[VARIABLE]))
+        return cls(**json.loads(os.environ[REQUEST_VARIABLE]))
 
 
-def look(asked: PreflightRequest, node: int) -> dict[str, Any]:
-    """Everything that node number `node` sees, as JSON; what is wrong is `judge`'s to say. Raises nothing for what is missing."""
-    seen: dict[str, Any] = {
+def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
+    """Everything that node number `node` sees, as JSON.
+
+    Nothing is judged here (`verdict.judge` does that), and nothing that is missing raises an error.
+    """
+    packages = {}
+    for name in LIBRARIES:
+        version = installed_version(name)
+        if version is not None:
+            packages[name] = version
+    facts: dict[str, Any] = {
         "node": node,
         "host": socket.gethostname(),
         "time": time.time(),
         "python": platform.python_version(),
         "executable": sys.executable,
-        "clone": clone(),
-        "packages": {name: version for name in LIBRARIES if (version := installed_version(name)) is not None},
+        "clone": code_facts(),
+        "packages": packages,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_free_gib": _memory_free(),
-        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(VARIABLES)},
-        "paths": {path: bool(glob.glob(str(Path(path).expanduser()), recursive=True)) for path in asked.paths},  # noqa: PTH207
+        "environment": {
+            name: setting for name, setting in sorted(os.environ.items()) if name.startswith(VARIABLE_PREFIXES)
+        },
+        "paths": {path: bool(glob.glob(str(Path(path).expanduser()), recursive=True)) for path in request.paths},  # noqa: PTH207
     }
-    if asked.run_dir is not None:
-        seen["run_dir"] = shared(Path(asked.run_dir), asked.token, node)
-    seen["models"] = {
-        name: holdings(name, asked.revision)
-        for name in dict.fromkeys((asked.model, asked.tokenizer))
-        if name is not None
-    }
-    return seen | gpus()
+    if request.run_dir is not None:
+        facts["run_dir"] = run_dir_facts(Path(request.run_dir), request.token, node)
+    facts["models"] = {}
+    for model in dict.fromkeys((request.model, request.tokenizer)):
+        if model is not None:
+            facts["models"][model] = model_facts(model, request.revision)
+    return facts | gpu_facts()
 
 
-def clone() -> dict[str, str]:
+def code_facts() -> dict[str, str]:
     """Where the code is, and a digest of what it says."""
     root = Path(__file__).resolve().parents[3]
     digest = hashlib.sha256()
@@ -137,37 +146,41 @@ def installed_version(name: str) -> str | None:
 
 
 def _memory_free() -> float | None:
+    """GiB of this host's memory that are free; None if the kernel does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+    except OSError:
         return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 / GIB
+    return None
 
 
-def shared(run_dir: Path, token: str, node: int) -> dict[str, Any]:
-    """Whether this node sees what the asker wrote into the run directory, and can write there; free space, and the clock.
+def run_dir_facts(run_dir: Path, token: str, node: int) -> dict[str, Any]:
+    """Whether this node sees the coordinator's file in the run directory, and can write there; free space, and the clock.
 
-    `behind_s`: seconds by which this host's clock is before that of the file system.
+    `behind_s`: seconds by which this host's clock is behind that of the file system.
     """
-    place = run_dir / "preflight" / token
-    found: dict[str, Any] = {"sees": False, "problem": None}
+    directory = run_dir / "preflight" / token
+    facts: dict[str, Any] = {"sees": False, "problem": None}
     end = time.monotonic() + VISIBLE_S
-    while not (place / "asked").exists():
+    while not (directory / "asked").exists():
         if time.monotonic() > end:
-            return found
+            return facts
         time.sleep(0.2)
-    found["sees"] = True
+    facts["sees"] = True
     try:
-        own = place / str(node)
-        own.write_text(socket.gethostname(), encoding="utf-8")
-        found["behind_s"] = own.stat().st_mtime - time.time()
-        found["free_gib"] = shutil.disk_usage(place).free / GIB
+        own_file = directory / str(node)
+        own_file.write_text(socket.gethostname(), encoding="utf-8")
+        facts["behind_s"] = own_file.stat().st_mtime - time.time()
+        facts["free_gib"] = shutil.disk_usage(directory).free / GIB
     except OSError as error:
-        found["problem"] = error.strerror or str(error)
-    return found
+        facts["problem"] = error.strerror or str(error)
+    return facts
 
 
-def holdings(name: str, revision: str | None) -> dict[str, Any]:
+def model_facts(name: str, revision: str | None) -> dict[str, Any]:
     """The files of a model that this node has, offline: how many, and a digest of their names and sizes."""
     directory = Path(name).expanduser()
     if not directory.is_dir():
@@ -178,58 +191,75 @@ def holdings(name: str, revision: str | None) -> dict[str, Any]:
             directory = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return {"files": 0, "digest": None}
-    files = sorted(
-        (str(file.relative_to(directory)), file.stat().st_size) for file in directory.rglob("*") if file.is_file()
-    )
-    lacking: list[str] = []
+    sizes = {}
+    for file in directory.rglob("*"):
+        if file.is_file():
+            sizes[str(file.relative_to(directory))] = file.stat().st_size
+    digest = hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:12]
+    missing: list[str] = []
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        present = {file for file, _ in files}
         weight_map = read_object(index).get("weight_map")
         if isinstance(weight_map, dict):  # else the model itself is refused when it is read
-            lacking = sorted({str(file) for file in weight_map.values()} - present)
-    return {"files": len(files), "digest": hashlib.sha256(repr(files).encode()).hexdigest()[:12], "lacking": lacking}
+            missing = sorted({str(file) for file in weight_map.values()} - sizes.keys())
+    return {"files": len(sizes), "digest": digest, "lacking": missing}
 
 
-def gpus() -> dict[str, Any]:
-    """The GPUs of this node, NVIDIA's with the processes on them, or else AMD's; none where neither driver lists any."""
-    fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
-    rows = next(filter(None, (nvidia_smi("gpu", (*fields, *slow)) for slow in SLOWDOWN)), [])
+def gpu_facts() -> dict[str, Any]:
+    """The GPUs of this node: NVIDIA's with the processes on them, or else AMD's; none if neither driver lists any."""
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
-    found = [{key: _number(value) for key, value in zip(keys, row, strict=False)} for row in rows] or _of_amd()
-    for gpu in found:
+    gpus = []
+    for row in _nvidia_rows():
+        gpus.append({key: _number(cell) for key, cell in zip(keys, row, strict=False)})
+    if not gpus:
+        gpus = _amd_gpus()
+    for gpu in gpus:
         gpu["slowed"] = gpu.get("slowed") == "Active"
-    on_them = nvidia_smi("compute-apps", ("pid", "process_name", "used_memory")) or []
-    lists = [value.split(",") for name in VISIBLE if (value := os.environ.get(name)) is not None]
-    count = min([len(found), *(sum(bool(each.strip()) for each in listed) for listed in lists)])
-    return {"gpus": found, "gpu_count": count, "gpu_processes": [" ".join(row) for row in on_them]}
+    processes = nvidia_smi("compute-apps", ("pid", "process_name", "used_memory")) or []
+    # A variable that lists devices leaves a process at most so many.
+    count = len(gpus)
+    for name in DEVICE_VARIABLES:
+        devices = os.environ.get(name)
+        if devices is not None:
+            count = min(count, sum(bool(device.strip()) for device in devices.split(",")))
+    return {"gpus": gpus, "gpu_count": count, "gpu_processes": [" ".join(row) for row in processes]}
 
 
-def _of_amd() -> list[dict[str, Any]]:
-    """AMD's GPUs as the kernel lists them; it says nothing of those that this process may not use."""
-    found: list[dict[str, Any]] = []
+def _nvidia_rows() -> list[list[str]]:
+    """A row of nvidia-smi for each GPU; whether it is slowed down comes last, if the driver knows that field."""
+    fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
+    for slowdown_field in SLOWDOWN:
+        rows = nvidia_smi("gpu", (*fields, *slowdown_field))
+        if rows:
+            return rows
+    return []
+
+
+def _amd_gpus() -> list[dict[str, Any]]:
+    """AMD's GPUs as the kernel lists them. It does not say which of them this process may use."""
+    gpus: list[dict[str, Any]] = []
     for node in sorted(KFD.glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
-            about = dict(
-                line.split(maxsplit=1) for line in (node / "properties").read_text(encoding="utf-8").splitlines()
-            )
-            if int(about["simd_count"]):  # else a processor
-                found.append({"index": len(found), "name": (node / "name").read_text(encoding="utf-8").strip()})
+            lines = (node / "properties").read_text(encoding="utf-8").splitlines()
+            properties = dict(line.split(maxsplit=1) for line in lines)
+            is_gpu = int(properties["simd_count"]) > 0  # a processor has none
+            if is_gpu:
+                gpus.append({"index": len(gpus), "name": (node / "name").read_text(encoding="utf-8").strip()})
         except (OSError, ValueError, KeyError):
             continue
-    return found
+    return gpus
 
 
-def nvidia_smi(of: str, fields: tuple[str, ...]) -> list[list[str]] | None:
-    """Rows of `nvidia-smi --query-<of>`; None if it is not there, fails, or does not know one of the fields."""
-    command = ["nvidia-smi", f"--query-{of}={','.join(fields)}", "--format=csv,noheader,nounits"]
+def nvidia_smi(query: str, fields: tuple[str, ...]) -> list[list[str]] | None:
+    """Rows of `nvidia-smi --query-<query>`; None if it is not there, fails, or does not know one of the fields."""
+    command = ["nvidia-smi", f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if done.returncode:
+    if answer.returncode:
         return None
-    return [[value.strip() for value in row] for row in csv.reader(done.stdout.splitlines()) if row]
+    return [[cell.strip() for cell in row] for row in csv.reader(answer.stdout.splitlines()) if row]
 
 
 def _number(text: str) -> int | str | None:

@@ -6,42 +6,45 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from launch.cluster.preflight.node_facts import PreflightRequest
 
-LEAST_FREE, LITTLE_FREE = 0.5, 5.0
-"""GiB of the run directory's disk below which a run cannot start, and below which a word is said."""
+LEAST_FREE = 0.5
+"""GiB of the run directory's disk below which a run cannot start."""
+LITTLE_FREE = 5.0
+"""GiB of the run directory's disk below which a note says so."""
 CLOCK_S = 5.0
-SLOW = 0.5
+SLOW_SHARE = 0.5
 """Share of the usual rate below which a node is named."""
 BUSY_MIB = 1024
 
 
 @dataclass(slots=True)
-class Heard:
-    """What came of the nodes."""
+class NodeReports:
+    """What the nodes of a preflight have reported."""
 
     hosts: list[str]
     """Their names in the order of their numbers, as far as known; else `node 0`, `node 1`, ..."""
-    looks: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What each saw, by its number."""
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """`node_facts()` of each node that answered, by its number."""
     exchange: dict[str, Any] | None = None
-    failed: list[dict[str, Any]] = field(default_factory=list)
+    failed_ranks: list[dict[str, Any]] = field(default_factory=list)
     """`node`, `rank` and `error` of ranks that could not exchange."""
-    said: dict[int, list[str]] = field(default_factory=dict)
-    """What each printed beside, last lines last."""
-    unplaced: list[str] = field(default_factory=list)
-    """What was printed by nobody in particular."""
-    visible: set[int] = field(default_factory=set)
-    """Nodes whose file in the run directory was seen by the one that asked."""
+    output: dict[int, list[str]] = field(default_factory=dict)
+    """Other lines that a node printed, the newest last."""
+    unlabelled_output: list[str] = field(default_factory=list)
+    """Lines that came from no node, for example of srun."""
+    visible_nodes: set[int] = field(default_factory=set)
+    """Nodes whose file in the run directory is visible to the coordinator."""
     waited_s: float = 0.0
-    cut_off: set[int] = field(default_factory=set)
-    """Nodes that were not waited for, since another one had ended without a word: nobody knows what is wrong with them."""
+    not_waited_for: set[int] = field(default_factory=set)
+    """Nodes without an answer that were not waited for, because another node had ended with an error."""
 
-    def name(self, node: int) -> str:
+    def host_name(self, node: int) -> str:
         """A node for messages."""
-        return self.looks[node]["host"] if node in self.looks else self.hosts[node]
+        return self.facts[node]["host"] if node in self.facts else self.hosts[node]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,128 +55,192 @@ class PreflightVerdict:
     notes: list[str]
 
 
-def judge(asked: PreflightRequest, heard: Heard, *, whole: bool = True) -> PreflightVerdict:
-    """All that is wrong. `whole`: no more will be heard, so that silence is a problem too."""
-    problems = [*_of_nodes(asked, heard), *_unlike(heard)]
-    if whole:
-        problems = [*_silent(asked, heard), *problems, *_unseen(asked, heard)]
-        problems = problems or list(_of_exchange(asked, heard))  # after a problem nobody waited for it
-    return PreflightVerdict(problems, [*_notes(heard), *_slow(heard)])
+def judge(request: PreflightRequest, reports: NodeReports, *, is_final: bool = True) -> PreflightVerdict:
+    """All that is wrong. `is_final`: no further report will come, so a silent node is a problem too."""
+    problems = [*_node_problems(request, reports), *_differences(reports)]
+    if is_final:
+        problems = [*_silent_nodes(request, reports), *problems, *_unseen_writes(request, reports)]
+        if not problems:  # after a problem nobody waited for the communication test
+            problems = list(_exchange_problems(request, reports))
+    notes = [*_notes(reports), *_clock_notes(reports), *_gpu_clock_notes(reports), *_slow_nodes(reports)]
+    return PreflightVerdict(problems, notes)
 
 
-def _silent(asked: PreflightRequest, heard: Heard) -> Iterable[str]:
-    for node in range(asked.nodes):
-        if node not in heard.looks and node not in heard.cut_off:
-            said = " / ".join(heard.said.get(node, [])[-3:]) or " / ".join(heard.unplaced[-3:])
-            why = f": {said}" if said else f" within {heard.waited_s:.0f} s"
-            yield f"{heard.name(node)}: gave no answer{why}"
+def _silent_nodes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
+    for node in range(request.nodes):
+        if node not in reports.facts and node not in reports.not_waited_for:
+            output = " / ".join(reports.output.get(node, [])[-3:]) or " / ".join(reports.unlabelled_output[-3:])
+            why = f": {output}" if output else f" within {reports.waited_s:.0f} s"
+            yield f"{reports.host_name(node)}: gave no answer{why}"
 
 
-def _of_nodes(asked: PreflightRequest, heard: Heard) -> Iterable[str]:
-    for _, seen in sorted(heard.looks.items()):
-        host, place = seen["host"], seen.get("run_dir")
-        if "torch" not in seen["packages"]:
-            yield f"{host}: {seen['executable']} has no torch; the environment must be there on every node (launcher.setup)"
-        if place is not None and not place["sees"]:
-            yield f"{host}: does not see run.dir={asked.run_dir} as the others do; it must be on a disk that all nodes share"
-        elif place is not None and place["problem"]:
-            yield f"{host}: run.dir={asked.run_dir} cannot be written ({place['problem']})"
-        elif place is not None and place["free_gib"] < LEAST_FREE:
-            yield f"{host}: run.dir={asked.run_dir} has {place['free_gib']:.2f} GiB free; a checkpoint would not fit"
-        for path in (path for path, there in seen["paths"].items() if not there):
-            yield f"{host}: does not see {path}; data must be on a disk that all nodes share"
-        for model, held in seen["models"].items():
-            if not held["files"]:
+def _node_problems(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
+    """What keeps a node from running its ranks, whatever the other nodes have."""
+    for _, facts in sorted(reports.facts.items()):
+        host = facts["host"]
+        if "torch" not in facts["packages"]:
+            yield f"{host}: {facts['executable']} has no torch; the environment must be there on every node (launcher.setup)"
+        yield from _run_dir_problems(host, request.run_dir, facts.get("run_dir"))
+        for path, is_visible in facts["paths"].items():
+            if not is_visible:
+                yield f"{host}: does not see {path}; data must be on a disk that all nodes share"
+        for model, model_facts in facts["models"].items():
+            missing = model_facts.get("lacking")
+            if not model_facts["files"]:
                 yield f"{host}: does not have the model {model}; put it where all nodes see it, or into each node's cache"
-            elif held["lacking"]:
-                yield f"{host}: {model} is not whole: {', '.join(held['lacking'][:3])} is missing; download it again"
-        if seen["gpu_count"] < asked.gpus:
-            yield f"{host}: shows {seen['gpu_count']} GPUs, and {asked.gpus} are needed (launcher.gpus_per_node, launcher.gres)"
-
-
-def _unlike(heard: Heard) -> Iterable[str]:
-    """In what nodes differ that must be the same: from most of them, or from the first."""
-    names = sorted({name for seen in heard.looks.values() for name in seen["packages"]} - {"torch"})
-    wants: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("Python", lambda seen: seen["python"]),
-        ("the code", lambda seen: seen["clone"]["digest"]),
-        ("torch", lambda seen: seen["packages"].get("torch", "missing")),
-        *((name, lambda seen, name=name: seen["packages"].get(name, "missing")) for name in names),  # type: ignore[misc]
-        *(
-            (f"the model {model}", lambda seen, model=model: seen["models"][model]["digest"])  # type: ignore[misc]
-            for model in {model for seen in heard.looks.values() for model in seen["models"]}
-        ),
-        ("the kind of GPU", lambda seen: seen["gpus"][0]["name"] if seen["gpus"] else None),
-    ]
-    for what, of in wants:
-        values = {node: of(seen) for node, seen in sorted(heard.looks.items())}
-        if len(set(values.values())) < 2 or None in values.values():
-            continue
-        usual = Counter(values.values()).most_common(1)[0][0]  # the first node's, where they are as many
-        like = next(heard.name(node) for node, value in values.items() if value == usual)
-        for node, value in values.items():
-            if value != usual:
-                where = f" ({heard.looks[node]['clone']['path']})" if what == "the code" else ""
-                yield f"{heard.name(node)}: {what} is {value}{where}, and {usual} on {like}; all nodes need the same"
-
-
-def _unseen(asked: PreflightRequest, heard: Heard) -> Iterable[str]:
-    for node in sorted(set(heard.looks) - heard.visible):
-        place = heard.looks[node].get("run_dir")
-        if place is not None and place["sees"] and not place["problem"]:
+            elif missing:
+                yield f"{host}: {model} is incomplete: {', '.join(missing[:3])} is missing; download it again"
+        if facts["gpu_count"] < request.gpus:
             yield (
-                f"{heard.name(node)}: what it wrote into run.dir={asked.run_dir} is not seen on {heard.name(0)}; it must be on a "
-                "disk that all nodes share"
+                f"{host}: has {facts['gpu_count']} GPUs, but {request.gpus} are needed "
+                "(launcher.gpus_per_node, launcher.gres)"
             )
 
 
-def _of_exchange(asked: PreflightRequest, heard: Heard) -> Iterable[str]:
-    if not asked.exchange or asked.nodes * asked.processes == 1 or heard.exchange:
+def _run_dir_problems(host: str, run_dir: str | None, place: dict[str, Any] | None) -> Iterable[str]:
+    """What is wrong with the run directory on one node; `place`: what the node found there, None without a `run.dir`."""
+    if place is None:
         return
-    for failed in heard.failed:
-        said = " ".join(failed["error"].split())[:200]
-        yield f"{heard.name(failed['node'])}: rank {failed['rank']} could not exchange with the others: {said}"
-    if not heard.failed:
-        said = " / ".join(line for node in sorted(heard.said) for line in heard.said[node][-2:])
-        yield f"the ranks did not exchange within {heard.waited_s:.0f} s{': ' + said if said else ''}"
+    if not place["sees"]:
+        yield (
+            f"{host}: does not see run.dir={run_dir}, which the other nodes see; it must be on a disk that all nodes "
+            "share"
+        )
+    elif place["problem"]:
+        yield f"{host}: run.dir={run_dir} cannot be written ({place['problem']})"
+    elif place["free_gib"] < LEAST_FREE:
+        yield f"{host}: run.dir={run_dir} has {place['free_gib']:.2f} GiB free; a checkpoint would not fit"
 
 
-def _notes(heard: Heard) -> Iterable[str]:
-    for _, seen in sorted(heard.looks.items()):
-        host, place = seen["host"], seen.get("run_dir") or {}
+def _differences(reports: NodeReports) -> Iterable[str]:
+    """Nodes that differ from most of the others (or from the first) in what must be the same on all nodes."""
+    for subject, version_of in _subjects(reports):
+        versions = {node: version_of(facts) for node, facts in sorted(reports.facts.items())}
+        if len(set(versions.values())) < 2 or None in versions.values():
+            continue
+        # If several versions are equally frequent, this is the one that comes first: that of the first node.
+        usual = Counter(versions.values()).most_common(1)[0][0]
+        usual_host = next(reports.host_name(node) for node, version in versions.items() if version == usual)
+        for node, version in versions.items():
+            if version != usual:
+                path = f" ({reports.facts[node]['clone']['path']})" if subject == "the code" else ""
+                yield (
+                    f"{reports.host_name(node)}: {subject} is {version}{path}, but {usual} on {usual_host}; all nodes need "
+                    "the same"
+                )
+
+
+def _subjects(reports: NodeReports) -> list[tuple[str, Callable[[dict[str, Any]], Any]]]:
+    """What must be the same on all nodes: (its name, how it is read from the facts of a node)."""
+    packages: set[str] = set()
+    models: dict[str, None] = {}
+    for facts in reports.facts.values():
+        packages |= facts["packages"].keys()
+        models |= dict.fromkeys(facts["models"])
+
+    def package_version(name: str, facts: dict[str, Any]) -> str:
+        return facts["packages"].get(name, "missing")
+
+    def model_digest(model: str, facts: dict[str, Any]) -> str | None:
+        return facts["models"][model]["digest"]
+
+    def gpu_name(facts: dict[str, Any]) -> str | None:
+        return facts["gpus"][0]["name"] if facts["gpus"] else None
+
+    subjects: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("Python", lambda facts: facts["python"]),
+        ("the code", lambda facts: facts["clone"]["digest"]),
+        ("torch", partial(package_version, "torch")),
+    ]
+    subjects += [(name, partial(package_version, name)) for name in sorted(packages - {"torch"})]
+    subjects += [(f"the model {model}", partial(model_digest, model)) for model in models]
+    subjects.append(("the kind of GPU", gpu_name))
+    return subjects
+
+
+def _unseen_writes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
+    """Nodes that wrote a file into the run directory which the coordinator cannot see."""
+    for node in sorted(set(reports.facts) - reports.visible_nodes):
+        place = reports.facts[node].get("run_dir")
+        if place is not None and place["sees"] and not place["problem"]:
+            yield (
+                f"{reports.host_name(node)}: a file that it wrote into run.dir={request.run_dir} does not appear on "
+                f"{reports.host_name(0)}; it must be on a disk that all nodes share"
+            )
+
+
+def _exchange_problems(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
+    """Why the ranks could not communicate, if they were to."""
+    if not request.exchange or request.nodes * request.processes == 1 or reports.exchange:
+        return
+    for failed in reports.failed_ranks:
+        error = " ".join(failed["error"].split())[:200]
+        yield (
+            f"{reports.host_name(failed['node'])}: rank {failed['rank']} could not communicate with the other ranks: {error}"
+        )
+    if not reports.failed_ranks:
+        last_lines: list[str] = []
+        for node in sorted(reports.output):
+            last_lines += reports.output[node][-2:]
+        why = f": {' / '.join(last_lines)}" if last_lines else ""
+        yield f"the communication test of the ranks did not finish within {reports.waited_s:.0f} s{why}"
+
+
+def _notes(reports: NodeReports) -> Iterable[str]:
+    """What is worth knowing about each node."""
+    for _, facts in sorted(reports.facts.items()):
+        host = facts["host"]
+        place = facts.get("run_dir") or {}
         if LEAST_FREE <= place.get("free_gib", LITTLE_FREE) < LITTLE_FREE:
             yield f"{host}: the run directory's disk has {place['free_gib']:.1f} GiB free"
         if abs(place.get("behind_s", 0.0)) > CLOCK_S:
-            yield f"{host}: its clock is {-place['behind_s']:+.0f} s off that of the run directory's disk"
-        for gpu in seen["gpus"]:
+            yield f"{host}: its clock differs by {-place['behind_s']:+.0f} s from that of the run directory's disk"
+        for gpu in facts["gpus"]:
             if gpu.get("ecc_errors"):
                 yield f"{host}: GPU {gpu['index']} has had {gpu['ecc_errors']} memory errors that could not be corrected"
             if gpu["slowed"]:
                 yield f"{host}: GPU {gpu['index']} is slowed down by its hardware (heat or power)"
             if (gpu.get("used_mib") or 0) > BUSY_MIB:
-                yield f"{host}: {gpu['used_mib']} MiB of GPU {gpu['index']} are in use by somebody"
-        if seen["gpu_processes"]:
-            yield f"{host}: other processes are on its GPUs: {'; '.join(seen['gpu_processes'][:3])}"
-    times = {node: seen["time"] - seen.get("heard_at", seen["time"]) for node, seen in heard.looks.items()}
-    for node, off in sorted(times.items()):
-        if abs(off - statistics.median(times.values())) > CLOCK_S:
-            yield f"{heard.name(node)}: its clock is {off - statistics.median(times.values()):+.0f} s off that of the others"
-    clocks = {
-        node: gpu["clock_mhz"] for node, seen in heard.looks.items() for gpu in seen["gpus"] if gpu.get("clock_mhz")
-    }
-    for node, clock in sorted(clocks.items()):
-        if clock < max(clocks.values()):
-            yield f"{heard.name(node)}: its GPUs run at most at {clock} MHz, and at {max(clocks.values())} MHz elsewhere"
+                yield f"{host}: other processes use {gpu['used_mib']} MiB of GPU {gpu['index']}"
+        if facts["gpu_processes"]:
+            yield f"{host}: other processes are on its GPUs: {'; '.join(facts['gpu_processes'][:3])}"
 
 
-def _slow(heard: Heard) -> Iterable[str]:
-    """The nodes whose pairs are far slower than pairs usually are."""
-    pairs = (heard.exchange or {}).get("pairs", [])
-    nodes = sorted({node for pair in pairs for node in pair[:2]})
-    if len(nodes) < 3:  # of two nobody is the odd one
+def _clock_notes(reports: NodeReports) -> Iterable[str]:
+    """Nodes whose clock differs from that of most."""
+    # Seconds by which a node's clock was ahead of the coordinator's when its report came in.
+    ahead_s = {node: facts["time"] - facts.get("heard_at", facts["time"]) for node, facts in reports.facts.items()}
+    for node, seconds in sorted(ahead_s.items()):
+        off_s = seconds - statistics.median(ahead_s.values())
+        if abs(off_s) > CLOCK_S:
+            yield f"{reports.host_name(node)}: its clock differs by {off_s:+.0f} s from that of the other nodes"
+
+
+def _gpu_clock_notes(reports: NodeReports) -> Iterable[str]:
+    """Nodes whose GPUs have a lower clock limit than those of another node."""
+    limit_mhz = {}
+    for node, facts in reports.facts.items():
+        for gpu in facts["gpus"]:
+            if gpu.get("clock_mhz"):
+                limit_mhz[node] = gpu["clock_mhz"]
+    for node, mhz in sorted(limit_mhz.items()):
+        highest = max(limit_mhz.values())
+        if mhz < highest:
+            yield f"{reports.host_name(node)}: its GPUs are limited to {mhz} MHz, those of other nodes to {highest} MHz"
+
+
+def _slow_nodes(reports: NodeReports) -> Iterable[str]:
+    """Nodes whose pairs are far slower than pairs usually are."""
+    pairs = (reports.exchange or {}).get("pairs", [])
+    nodes = set()
+    for first, second, _ in pairs:
+        nodes |= {first, second}
+    if len(nodes) < 3:  # of two nodes neither is the odd one
         return
     usual = statistics.median(rate for _, _, rate in pairs)
-    for node in nodes:
-        own = statistics.median(rate for a, b, rate in pairs if node in (a, b))
-        if own < SLOW * usual:
-            yield f"{heard.name(node)}: exchanges {own:.2f} GB/s with another node, and {usual:.2f} GB/s is usual here"
+    for node in sorted(nodes):
+        own_rate = statistics.median(rate for first, second, rate in pairs if node in (first, second))
+        if own_rate < SLOW_SHARE * usual:
+            yield (
+                f"{reports.host_name(node)}: reaches {own_rate:.2f} GB/s with another node, and {usual:.2f} GB/s is usual here"
+            )

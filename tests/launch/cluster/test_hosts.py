@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from launch.cluster import hosts
-from launch.cluster.hosts import HostPlace, place_of
+from launch.cluster.hosts import HostPlace, locate_this_host
 from strategies.errors import ConfigError
 from trainer.config.run import LauncherConfig
 
@@ -18,7 +18,7 @@ KNOWN = {"a": "10.0.0.1", "b": "10.0.0.2", "here": "127.0.1.1", "mine": "192.168
 def host_a(monkeypatch):
     """A host with two interfaces, whose own name means a loopback address."""
     monkeypatch.setattr(hosts, "interfaces", lambda: dict(OWN))
-    monkeypatch.setattr(hosts, "towards", lambda address, rdzv: "10.0.0.1")
+    monkeypatch.setattr(hosts, "local_address_towards", lambda address, rdzv: "10.0.0.1")
 
     def known(host, *_, **__):
         if host not in KNOWN and not host[0].isdigit():
@@ -41,7 +41,7 @@ def host_a(monkeypatch):
     ],
 )
 def test_the_place_of_this_host(settings, place):
-    assert place_of(LauncherConfig(**{"nodes": 2, **settings})) == place
+    assert locate_this_host(LauncherConfig(**{"nodes": 2, **settings})) == place
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_place_of_this_host(settings, place):
 )
 def test_what_does_not_tell_is_refused_with_what_does(settings, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        place_of(LauncherConfig(nodes=2, **settings))
+        locate_this_host(LauncherConfig(nodes=2, **settings))
 
 
 def test_the_addresses_of_this_machine(monkeypatch):
@@ -68,4 +68,4 @@ def test_the_addresses_of_this_machine(monkeypatch):
     assert "127.0.0.1" in hosts.interfaces()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         way.connect(("127.0.0.1", 9))
-    assert hosts.towards("127.0.0.1", "x:1") == "127.0.0.1"
+    assert hosts.local_address_towards("127.0.0.1", "x:1") == "127.0.0.1"

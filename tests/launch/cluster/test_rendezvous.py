@@ -83,14 +83,14 @@ def test_hosts_that_do_not_come_are_named_until_the_ranks_run(nodes, first, said
     told_at = []
     for second in range(200):
         now = float(second)
-        waiting.look(agent)
+        waiting.poll(agent)
         if shown := capfd.readouterr().err:
             assert said in shown
             told_at.append(second)
     assert told_at == [20, 60, 120, 180]  # at most 30 s until the first, 60 s between two
     ranks.append(agent)
     now = 300.0
-    waiting.look(agent)
+    waiting.poll(agent)
     assert capfd.readouterr().err == ""
 
 
@@ -106,7 +106,7 @@ def test_torchrun_that_outlives_failed_ranks_is_ended(tmp_path, monkeypatch):
         nonlocal now
         while now < end:
             now += 1
-            left_behind.look(agent)
+            left_behind.poll(agent)
 
     look_until(100)
     ranks.clear()

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from launch.cluster import ssh, ssh_nodes
-from launch.cluster.torchrun import Aside
+from launch.cluster.torchrun import RedirectedOutput
 from strategies.errors import ConfigError, NodesUnfit
 from tests.helpers import ssh_hosts
 from tests.helpers.covering import whole
@@ -54,7 +54,9 @@ def run(hosts, tmp_path, monkeypatch):
         begun = threading.Thread(target=_once_begun, args=(place, at), daemon=True)
         if at is not None:
             begun.start()
-        ended = ssh.start(SimpleNamespace(launcher=launcher), place, "id-1", Aside(place / "shown", lambda: None))
+        ended = ssh.start(
+            SimpleNamespace(launcher=launcher), place, "id-1", RedirectedOutput(place / "shown", lambda: None)
+        )
         if at is not None:
             begun.join()
         return ended
@@ -152,12 +154,12 @@ def test_without_ssh_it_is_said(run, monkeypatch, tmp_path):
 def test_the_users_options_go_before_ours(hosts):
     """ssh takes the first value that it is given of an option."""
     launcher = LauncherConfig(ssh=[*hosts.options, "-o", "ConnectTimeout=3"])
-    asked = ssh_nodes.command("alpha", launcher)
+    asked = ssh_nodes.ssh_command("alpha", launcher)
     said = subprocess.run([asked[0], "-G", *asked[1:]], capture_output=True, text=True, check=True).stdout.splitlines()
     assert "connecttimeout 3" in said and "batchmode yes" in said
 
 
-HELLO = {"ssh": ["10.0.0.1"], "config": "sha", "gpus": 0, "port": 24000, **ssh_nodes._own()}
+HELLO = {"ssh": ["10.0.0.1"], "config": "sha", "gpus": 0, "port": 24000, **ssh_nodes._own_versions()}
 
 
 def node(name: str, **hello) -> ssh_nodes.Node:
@@ -188,7 +190,7 @@ def test_what_a_host_says_is_read_on_when_it_cannot_be_kept(tmp_path, capsys, mo
     (tmp_path / "hosts-1-0.log").symlink_to("/dev/full")
     monkeypatch.setattr(ssh, "re", SimpleNamespace(match=lambda *_: None))  # takes that file for the first start's
     try:
-        ssh.Screen(tmp_path, None).listen([talks])
+        ssh.NodeOutput(tmp_path, None).listen([talks])
         assert talks.process.wait(seconds(60)) == 0
     finally:
         talks.process.kill()
@@ -207,12 +209,12 @@ def test_what_a_host_says_is_read_on_when_it_cannot_be_kept(tmp_path, capsys, mo
 )
 def test_where_they_meet(first, second, met, monkeypatch):
     monkeypatch.setattr(ssh_nodes, "towards", lambda address, said: "10.0.0.9" if address == second else address)
-    assert ssh_nodes.meeting_of([node("a", ssh=[first]), node("b", ssh=[second])]) == met
+    assert ssh_nodes.rendezvous_address([node("a", ssh=[first]), node("b", ssh=[second])]) == met
 
 
 def test_two_hosts_by_loopback_addresses_cannot_meet():
     with pytest.raises(ConfigError, match="a is reached by a loopback address, at which the others do not find it"):
-        ssh_nodes.meeting_of([node("a", ssh=["127.0.0.1"]), node("b", ssh=["127.0.0.2"])])
+        ssh_nodes.rendezvous_address([node("a", ssh=["127.0.0.1"]), node("b", ssh=["127.0.0.2"])])
 
 
 WORDS = "strategy=fsdp2 run.device=cpu batch.global=8 batch.micro=2 logging.wandb=disabled logging.report=false"

@@ -84,7 +84,7 @@ def test_packages_that_are_missing_or_old_keep_runs_from_starting(capsys, monkey
         "nothing-of-that-name is not installed: pip install 'nothing-of-that-name>=1'",
     ]
     assert main(["doctor"]) == 69
-    assert "to mend:\n  torch is " in capsys.readouterr().out
+    assert "problems:\n  torch is " in capsys.readouterr().out
 
 
 def test_without_an_installation_it_says_what_was_not_looked_up(capsys, monkeypatch):
@@ -124,7 +124,7 @@ def test_gpus_and_who_is_on_them(capsys, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     found = looked(capsys)
     assert [each["free_gib"] for each in found["gpus"]] == [20, 79] and found["precision"] == "bf16"
-    assert [note for note in found["notes"] if "GPU" in note] == ["GPU 0: 60.0 of its 80.0 GiB are in use by somebody"]
+    assert [note for note in found["notes"] if "GPU" in note] == ["GPU 0: other processes use 60.0 of its 80.0 GiB"]
     assert main(["doctor"]) == 0
     assert re.search(r"^gpu 1 +Card, 80.0 GiB, 79.0 GiB free$", capsys.readouterr().out, re.MULTILINE)
 

@@ -108,14 +108,14 @@ def test_without_a_log_of_a_rank_it_is_the_jobs_output_or_a_word(tmp_path, capsy
     ("words", "problem"),
     [
         (["nowhere"], "nowhere: there is no such run directory"),
-        (["{run}", "rank=7"], "rank=7: it left no log in"),
+        (["{run}", "rank=7"], "rank=7: has no log in"),
         (["{run}", "rank=x"], "rank=x: must be a whole number, at least 0"),
-        (["{run}", "job=99"], "there is that of: 17"),
+        (["{run}", "job=99"], "jobs with output: 17"),
         (["{run}", "rank=0", "job=17"], "give one of the two"),
         (["{run}", "{run}"], "name one run directory: shardtune logs runs/first"),
         (["{run}", "-f"], "-f: there is no such flag"),
         (["{run}", "ranks=1"], "ranks=1: there is no such word"),
-        (["{run}", "rank=7", "--follow"], "those of 0 to 0"),
+        (["{run}", "rank=7", "--follow"], "ranks with a log: 0 to 0"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, capsys, words, problem):
@@ -127,9 +127,9 @@ def test_what_is_not_there_is_named(tmp_path, capsys, words, problem):
 
 
 def test_it_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
-    for name in ("EVERY_S", "LOOK_S", "ASK_S"):
+    for name in ("EVERY_S", "LOOK_EVERY_S", "QUEUE_EVERY_S"):
         monkeypatch.setattr(logs_command, name, 0.02)
-    monkeypatch.setattr(logs_command, "AGAIN_S", 0.3)
+    monkeypatch.setattr(logs_command, "RESTART_WAIT_S", 0.3)
     run = made(tmp_path, "run", state=None, steps=0)
     row = ["17", "17", "PENDING", "Resources", "N/A", "1:00", "", str(tmp_path), "run", f"{run}/train.sbatch"]
     monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", [row]))
@@ -186,7 +186,7 @@ def test_it_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
 
 
 def test_it_ends_where_nothing_will_go_on_with_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(logs_command, "AGAIN_S", 0.1)
+    monkeypatch.setattr(logs_command, "RESTART_WAIT_S", 0.1)
     monkeypatch.setattr(logs_command, "EVERY_S", 0.05)
     run = made(tmp_path, "run", state="failed")
     said(run, "rank-0.log", "x\n")
@@ -204,12 +204,14 @@ def test_it_ends_where_nothing_will_go_on_with_the_run(tmp_path, capsys, monkeyp
 
 def test_where_the_queue_gives_no_answer_a_job_that_pends_is_waited_for(tmp_path, capsys, monkeypatch):
     """A controller that was busy for a moment used to end it, though the job was about to go on."""
-    for name in ("EVERY_S", "LOOK_S", "ASK_S", "AGAIN_S"):
+    for name in ("EVERY_S", "LOOK_EVERY_S", "QUEUE_EVERY_S", "RESTART_WAIT_S"):
         monkeypatch.setattr(logs_command, name, 0.0)
     run = made(tmp_path, "run", state="preempted")
     owned(run, job="17")
     silent, asked = Queue(problem="squeue gave no answer"), []
-    monkeypatch.setattr("launch.runs.queue.ask", lambda: asked.append(silent) or (Queue() if asked[5:] else silent))
+    monkeypatch.setattr(
+        "launch.runs.queue.read_queue", lambda: asked.append(silent) or (Queue() if asked[5:] else silent)
+    )
     assert main(["logs", str(run), "--follow"]) == 0
     assert len(asked) > 5 and "run: preempted at step 3" in capsys.readouterr().err
 

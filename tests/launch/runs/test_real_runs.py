@@ -45,7 +45,7 @@ def test_status_of_runs_as_they_come_and_go(runs, capsys):
     }
     assert found["killed"]["why"].startswith(f"process {killed.pid} on ")
     row = found["alive"]
-    assert (row["pid"], row["total"], row["heard_s"] < 120) == (alive.pid, 5000, True)
+    assert (row["pid"], row["total"], row["last_seen_s"] < 120) == (alive.pid, 5000, True)
     assert row["step"] >= 3 and row["loss"] and row["tokens_per_s"] and row["memory_gib"] and row["left_s"]
     assert "wrong.jsonl" in found["failed"]["why"]
 
@@ -82,7 +82,7 @@ def test_status_of_runs_as_they_come_and_go(runs, capsys):
     assert (code, runs.end(alive)) == (0, 75), stopped.err
     step = runs.status("alive")["step"]
     newest = runs.root / "alive" / "checkpoints" / f"step-{step:06d}"
-    assert f"told to save and to end (kill -TERM {alive.pid})" in stopped.out
+    assert f"asked to save and to end (kill -TERM {alive.pid})" in stopped.out
     assert f"saved at step {step}: {newest}; the same command continues it" in stopped.out
     assert (newest / "manifest.json").exists()
     rest, _ = followed.communicate(timeout=seconds(60))
@@ -140,7 +140,7 @@ def test_one_run_with_its_checkpoints_and_whether_they_are_whole(runs, capsys):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = min((row["eval/loss"], row["step"]) for row in rows if row.get("eval/loss") and row["step"])
     assert out.startswith(f"{run}: done, step 6/6 (100.0%)\n")
-    assert len(re.findall(r"^  step-00000[246] .* whole", out, re.MULTILINE)) == 3, out
+    assert len(re.findall(r"^  step-00000[246] .* intact", out, re.MULTILINE)) == 3, out
     assert re.findall(r"step-00000(\d) .*; best: eval/loss ([\d.]+)", out) == [(str(best[1]), f"{best[0]:.4f}")]
 
     far = next(iter((runs.root / "far").glob("first-*")), None) or _far(runs, run)

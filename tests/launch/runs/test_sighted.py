@@ -93,7 +93,7 @@ def test_a_text_is_found_where_it_was_prepared_and_what_cannot_be_told_is_said(t
         gone = asked(capsys, root, "document=rows.jsonl:5")
     finally:
         (root / "elsewhere").rename(root / "cache")
-    assert "of 4 it is not known" in gone and "is not there; the same command prepares it again" in gone
+    assert "not known for 4" in gone and "is not there; the same command prepares it again" in gone
 
 
 def test_of_a_killed_run_its_rows_say_how_far_it_was(taken, capsys, tmp_path):

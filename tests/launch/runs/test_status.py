@@ -11,7 +11,7 @@ from launch.main import main
 from launch.runs import status_command
 from launch.runs.job_record import note_begun, note_ended
 from launch.runs.queue import Queue, QueuedJob, note_submitted, submitted_as
-from launch.runs.status import RunView, find, look
+from launch.runs.status import RunView, find_runs, read_run_view
 from launch.runs.status_tables import text
 from strategies import atomic_io
 from strategies.errors import StorageError
@@ -24,14 +24,14 @@ def no_queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def seen(run: Path) -> RunView:
-    return look(run, Queue())
+    return read_run_view(run, Queue())
 
 
 def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):
     lives = made(tmp_path, "lives")
     owned(lives, silent_s=30)
     assert (seen(lives).state, seen(lives).left_s) == ("running", 7 * 2.0)
-    assert 29 < seen(lives).heard_s < 100
+    assert 29 < seen(lives).last_seen_s < 100
 
     silent = made(tmp_path, "silent")
     owned(silent, 4, silent_s=3700)
@@ -45,12 +45,12 @@ def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):
 
     reused = made(tmp_path, "reused")  # the number of its process is another one's now
     owned(reused, **{**here(os.getpid()), "process": here(os.getpid())["process"] + "1"})
-    assert seen(reused).state == "lost" and "is gone without a word" in seen(reused).why
+    assert seen(reused).state == "lost" and "ended without a message" in seen(reused).why
 
     over = made(tmp_path, "over")
     owned(over)
     (over / "lease" / "000001.over").write_text("{}")
-    assert seen(over).state == "lost" and "nobody runs it" in seen(over).why
+    assert seen(over).state == "lost" and "no process runs it" in seen(over).why
 
 
 def test_what_is_torn_empty_or_not_readable_is_still_a_row(tmp_path, capsys, monkeypatch):
@@ -208,13 +208,13 @@ def test_a_job_that_ended_before_its_ranks_wrote_a_word_has_ended(tmp_path, caps
         (tmp_path / "bin" / name).chmod(0o755)
     words = {
         "refused": "job 41, start 0: n10: does not see /data (exit code 69)",
-        "killed": "job 42, start 1, on n[1-2]: ended without a word of its script; SLURM says: CANCELLED",
+        "killed": "job 42, start 1, on n[1-2]: ended, and its script wrote no reason; SLURM says: CANCELLED",
         "cancelled": "job 43 ended before its script began; SLURM says: CANCELLED Dependency",
     }
     runs = {name: made(tmp_path, name, state=None, steps=0) for name in (*words, "fresh")}
     for number, name in enumerate(words):
         note_submitted([runs[name]], str(41 + number))
-    note_ended(runs["refused"], "41", 0, 69, reason="n10: does not see /data", goes_on=False)
+    note_ended(runs["refused"], "41", 0, 69, reason="n10: does not see /data", will_restart=False)
     note_begun(runs["killed"], "42", 1, "n[1-2]")
     assert main(["status", str(tmp_path), "--json"]) == 0
     rows = {Path(row["directory"]).name: row for row in json.loads(capsys.readouterr().out)["runs"]}
@@ -225,7 +225,7 @@ def test_a_job_that_ended_before_its_ranks_wrote_a_word_has_ended(tmp_path, caps
     assert "failed: job 43 ended before its script began" in out and "submit the same words again" in out
     monkeypatch.setenv("STANDIN_CODE", "1")
     assert main(["status", str(runs["cancelled"])]) == 0
-    assert "whether that waits or runs is not known: squeue failed" in " ".join(capsys.readouterr().out.split())
+    assert "whether it still waits or runs is not known: squeue failed" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_job_that_ended_before_its_ranks_wrote_a_word_has_ended(tmp_path, caps
 )
 def test_every_reason_to_wait_has_words_and_a_way_out(state, reason, words):
     job = QueuedJob("9", "9", state, reason, "N/A", "1:00", "", "/", "run", "(null)")
-    assert job.pends and words in job.says
+    assert job.is_pending and words in job.description
 
 
 def test_which_job_a_run_is_for_is_replaced_whole(tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ def test_a_watched_table_fits_the_terminal_and_begins_with_what_works(tmp_path, 
         made(tmp_path, f"{number}", state="done", time=number)
     owned(made(tmp_path, "works"))
     owned(made(tmp_path, "lost"), silent_s=10**6)
-    found = status_command.look(tmp_path)
+    found = status_command.read_answer(tmp_path)
     monkeypatch.setenv("LINES", "24")
     lines = text(found, None, live=True).splitlines()
     assert len(lines) <= 24
@@ -286,7 +286,7 @@ def test_links_into_the_directory_are_not_shown_twice_and_links_out_of_it_are_sh
     (tmp_path / "runs" / "latest").symlink_to("a")
     (tmp_path / "runs" / "b").symlink_to(tmp_path / "far" / "b")
     (tmp_path / "runs" / "round").symlink_to("round")
-    found = find(tmp_path / "runs")
+    found = find_runs(tmp_path / "runs")
     assert [run.name for run in found.runs] == ["a", "b"]
 
 

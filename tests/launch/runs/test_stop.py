@@ -31,7 +31,7 @@ esac
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    for name in ("LOOK_S", "ASK_S"):
+    for name in ("LOOK_EVERY_S", "QUEUE_EVERY_S"):
         monkeypatch.setattr(stop_command, name, 0.02)
 
 
@@ -75,7 +75,7 @@ def test_what_is_not_running_is_said_with_what_there_is_to_go_on_from(tmp_path, 
     for run, said in (
         (done, f"is not running: done; saved at step 3: {done}/checkpoints/step-000003"),
         (silent, "is not running: lost (no sign of life for 12 d from process 7 on n1); no checkpoint"),
-        (begun, "is not running: not started; nothing was begun that could be lost"),
+        (begun, "is not running: not started; no step was made, so nothing is lost"),
     ):
         assert main(["stop", str(run)]) == 0
         assert said in capsys.readouterr().out
@@ -93,10 +93,10 @@ def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):
         reused = made(tmp_path, "reused")
         owned(reused, **{**here(other.pid), "process": process_identity(other.pid) + "1"})
         assert main(["stop", str(reused)]) == 0
-        assert "is gone without a word" in capsys.readouterr().out
+        assert "ended without a message" in capsys.readouterr().out
         # Also where it took the number between the look and the signal.
-        assert ways.Signal(other.pid, process_identity(os.getpid())).send() is False
-        assert ways.Signal(2**22 - 1, "x").send() is False
+        assert ways.SignalProcess(other.pid, process_identity(os.getpid())).send() is False
+        assert ways.SignalProcess(2**22 - 1, "x").send() is False
         assert other.poll() is None
         # A copy of the run, and a run of somebody else's that names a process of its reader's.
         copied = made(tmp_path, "copied")
@@ -109,7 +109,7 @@ def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):
         assert f"would be stopped by: kill -TERM {other.pid}" in capsys.readouterr().out
         assert other.poll() is None
         assert main(["stop", str(mine)]) == 70  # it knows nothing of runs, and dies
-        assert "has not saved: it ended without a word; no checkpoint" in capsys.readouterr().err
+        assert "has not saved: it ended without a message; no checkpoint" in capsys.readouterr().err
         assert other.wait() == -15
     finally:
         other.kill()
@@ -212,7 +212,7 @@ def test_a_queue_that_cannot_be_asked_is_not_an_empty_one(tmp_path, capsys, monk
     capsys.readouterr()
     assert main(["stop", str(run)]) == 69
     said = capsys.readouterr().err
-    assert "was submitted as job 20, and whether that still waits or runs is not known" in said
+    assert "was submitted as job 20; whether it still waits or runs is not known" in said
     assert "Unable to contact slurm controller" in said and "scancel 20" in said
     assert main(["status", str(run)]) == 0
     assert "queue: squeue failed" in capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_a_queue_that_cannot_be_asked_is_not_an_empty_one(tmp_path, capsys, monk
     main(["stop", str(run)])
     assert "pasted" not in "".join(capsys.readouterr())
     note_submitted([run], "20")
-    note_ended(run, "20", 0, 75, reason="state saved", goes_on=False)
+    note_ended(run, "20", 0, 75, reason="state saved", will_restart=False)
     assert main(["stop", str(run)]) == 0, "the job's own script has said that it is over"
     assert main(["stop", str(made(tmp_path, "other", state="preempted"))]) == 0, "never submitted"
 
@@ -233,7 +233,7 @@ def test_a_job_with_another_script_is_left_to_its_user(tmp_path, capsys, slurm):
     log = slurm("20", "RUNNING", run)
     (tmp_path / "script").write_text("#!/bin/bash\nsrun python -m launch.train\n")
     assert main(["stop", str(run)]) == 69
-    assert "scancel --signal=USR2 20 where srun started the ranks" in capsys.readouterr().err
+    assert "scancel --signal=USR2 20 if srun started the ranks" in capsys.readouterr().err
     assert "scancel" not in log.read_text()
 
 

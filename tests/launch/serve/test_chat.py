@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.serve.chat_screen import columns
-from launch.serve.conversation import Talk, TalkSettings
+from launch.serve.chat_screen import stream_in_columns
+from launch.serve.conversation import ChatSettings, Conversation
 from launch.serve.exported import find_export
 from launch.serve.models import load, load_base
 from strategies.errors import ConfigError
@@ -62,41 +62,41 @@ def test_the_seed_decides_what_is_drawn(site, capsys):
 
 def test_side_by_side_in_a_terminal_and_turns_are_remembered(site):
     exported = find_export(str(site / "lora"))
-    settings = TalkSettings(max_tokens=6)
-    talks = [Talk(load_base(exported), settings), Talk(load(exported), settings)]
+    settings = ChatSettings(max_tokens=6)
+    talks = [Conversation(load_base(exported), settings), Conversation(load(exported), settings)]
     screen = Console(file=io.StringIO(), width=80, force_terminal=True)
-    columns(talks, "hello you", screen)
+    stream_in_columns(talks, "hello you", screen)
     shown = screen.file.getvalue()
     assert "base" in shown and "lora" in shown
     for talk in talks:
         assert [each["role"] for each in talk.messages] == ["user", "assistant"]
         assert not talk.messages[1]["content"].strip() or talk.messages[1]["content"].split()[0] in shown
-    columns(talks, "and now?", screen)
+    stream_in_columns(talks, "and now?", screen)
     assert len(talks[1].messages) == 4
-    talks[1].forget()
+    talks[1].clear()
     assert talks[1].messages == []
     with pytest.raises(ConfigError, match="takes 512"):
-        columns(talks, "hello " * 600, screen)
+        stream_in_columns(talks, "hello " * 600, screen)
 
 
 def test_a_model_without_a_template_goes_on_with_the_text(site):
     talking = load(find_export(str(site / "full")))
     talking.tokenizer.chat_template = None
-    talk = Talk(talking, TalkSettings(max_tokens=5))
+    talk = Conversation(talking, ChatSettings(max_tokens=5))
     ids = torch.tensor([talking.tokenizer("you are")["input_ids"]])
     plain = AutoModelForCausalLM.from_pretrained(site / "full" / "export")
     written = plain.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
-    assert "".join(talk.ask("you are")) == talking.tokenizer.decode(written, skip_special_tokens=True)
-    assert talk.messages == [] and not talk.templated
+    assert "".join(talk.stream_answer("you are")) == talking.tokenizer.decode(written, skip_special_tokens=True)
+    assert talk.messages == [] and not talk.has_template
 
 
 def test_stopped_in_the_middle_it_ends(site):
-    talk = Talk(load(find_export(str(site / "full"))), TalkSettings(max_tokens=400, temperature=2.0))
-    talk.talking.own.eos_token_id = [0]
-    pieces = talk.ask("hello")
+    talk = Conversation(load(find_export(str(site / "full"))), ChatSettings(max_tokens=400, temperature=2.0))
+    talk.chat_model.generation_config.eos_token_id = [0]
+    pieces = talk.stream_answer("hello")
     next(pieces)
     talk.stop()
-    assert sum(1 for _ in pieces) < 390 and not talk.cut
+    assert sum(1 for _ in pieces) < 390 and not talk.is_cut
 
 
 def test_bad_words_are_told_with_the_rule(site, capsys, tmp_path):

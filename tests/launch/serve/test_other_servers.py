@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 from launch.config.verb_words import read_group
 from launch.serve.config import ServeConfig, ServedType
 from launch.serve.exported import Exported, find_export
-from launch.serve.middleware import VllmDoor
-from launch.serve.other_servers import DOOR, environment, sglang, vllm
+from launch.serve.middleware import VllmMiddleware
+from launch.serve.other_servers import MIDDLEWARE, sglang_command, vllm_command, vllm_environment
 from strategies.errors import ConfigError
 from tests.helpers.launching import command_here
 
@@ -24,10 +24,13 @@ KNOWN = {
 @pytest.mark.parametrize("run", ["lora", "full"])
 def test_every_argument_is_one_of_theirs(site, run):
     exported, config = find_export(str(site / run)), ServeConfig(dtype=ServedType.bfloat16)
-    for engine, words in (("vllm", vllm(exported, config, door=True)), ("sglang", sglang(exported, config))):
+    for engine, words in (
+        ("vllm", vllm_command(exported, config, middleware=True)),
+        ("sglang", sglang_command(exported, config)),
+    ):
         assert {word for word in words if word.startswith("--")} <= KNOWN[engine]
         assert str(site / run / "export") in " ".join(words)
-    words = vllm(exported, config)
+    words = vllm_command(exported, config)
     assert ("--enable-lora" in words) == (run == "lora") and words[2] == str(
         site / ("model" if run == "lora" else "full/export")
     )
@@ -43,14 +46,14 @@ def test_a_base_is_no_option_of_a_server(tmp_path, base):
 
 def test_ranks_are_those_that_vllm_has_room_for():
     def rank(number):
-        words = vllm(Exported(Path("x"), "x", "base", {"peft_type": "LORA", "r": number}), ServeConfig())
+        words = vllm_command(Exported(Path("x"), "x", "base", {"peft_type": "LORA", "r": number}), ServeConfig())
         return words[words.index("--max-lora-rank") + 1]
 
     assert [rank(number) for number in (4, 8, 9, 64, 200)] == ["8", "8", "16", "64", "256"]
 
 
 def test_adapters_of_other_kinds_are_said_to_be_none_of_theirs(site, capsys):
-    assert vllm(Exported(Path("x"), "x", "base", {"peft_type": "IA3"}), ServeConfig()) is None
+    assert vllm_command(Exported(Path("x"), "x", "base", {"peft_type": "IA3"}), ServeConfig()) is None
     assert command_here(["serve", str(site / "lora"), "--print"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("vllm serve ") and second.startswith("python -m sglang.launch_server ")
@@ -60,9 +63,9 @@ def test_the_door_stands_before_vllms_own_application(monkeypatch):
     """As `--middleware` puts a class: added to the application, told by the environment alone."""
     monkeypatch.setenv("THE_KEY", "k1")
     config = ServeConfig(key_env="THE_KEY", name="tuned", max_body_kib=1)
-    told = environment(Exported(Path("x"), "x", None, {}), config)
+    told = vllm_environment(Exported(Path("x"), "x", None, {}), config)
     assert told["VLLM_API_KEY"] == "k1" and "k1" not in told["SHARDTUNE_SERVE"]
-    assert f"{VllmDoor.__module__}.{VllmDoor.__qualname__}" == DOOR
+    assert f"{VllmMiddleware.__module__}.{VllmMiddleware.__qualname__}" == MIDDLEWARE
     monkeypatch.setenv("SHARDTUNE_SERVE", told["SHARDTUNE_SERVE"])
     app = FastAPI()
 
@@ -74,7 +77,7 @@ def test_the_door_stands_before_vllms_own_application(monkeypatch):
     async def invocations(body: dict):
         return body
 
-    app.add_middleware(VllmDoor)
+    app.add_middleware(VllmMiddleware)
     client, key = TestClient(app), {"Authorization": "Bearer k1"}
     assert client.post("/v1/completions", json={"prompt": "x"}, headers=key).json() == {"prompt": "x", "model": "tuned"}
     assert client.post("/invocations", json={"prompt": "x"}, headers=key).status_code == 404

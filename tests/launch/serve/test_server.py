@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from launch.serve.config import ServeConfig
 from launch.serve.exported import find_export
-from launch.serve.run import address, bound, server
+from launch.serve.run import address, bind_socket, load_server
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 from trainer.export.load import load_export
@@ -33,8 +33,8 @@ def started(export, **settings):
     """(address up to /v1, the server) with the model loaded."""
     config = ServeConfig(port=0, device="cpu", dtype="float32", **settings)
     assert not [*config.problems()]
-    listening = bound(config)
-    running, _ = server(find_export(str(export)), config, listening)
+    listening = bind_socket(config)
+    running, _ = load_server(find_export(str(export)), config, listening)
     thread = threading.Thread(target=lambda: running.run(sockets=[listening]), daemon=True)
     thread.start()
     try:
@@ -217,7 +217,7 @@ def test_a_server_without_a_key_answers_to_this_machines_names_alone(site):
         assert asked("get", f"{url}/models").status_code == 200
         said = asked("get", f"{url}/models", headers={"Host": "evil.example:80"})
         assert said.status_code == 403 and "evil.example" in said.text
-        running.config.app.under_way = 1
+        running.config.app.active_requests = 1
         said = asked("post", f"{url}/completions", json={"prompt": "hello"})
         assert said.status_code == 429 and said.headers["retry-after"] and "serve.max_requests" in said.text
 
@@ -249,9 +249,11 @@ def many(client, count):
 def test_many_at_once_lose_nothing(place, client):
     many(client, 24)
     until = time.monotonic() + seconds(60)
-    while place[1].config.app.under_way and time.monotonic() < until:  # the last answer is read before its task ends
+    while (
+        place[1].config.app.active_requests and time.monotonic() < until
+    ):  # the last answer is read before its task ends
         time.sleep(0.01)
-    assert place[1].config.app.under_way == 0
+    assert place[1].config.app.active_requests == 0
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="a process of its own takes ten seconds to begin")

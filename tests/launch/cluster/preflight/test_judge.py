@@ -10,11 +10,18 @@ import pytest
 
 from launch.cluster.preflight import coordinator
 from launch.cluster.preflight.answer import as_dict, text
-from launch.cluster.preflight.coordinator import asked_of
-from launch.cluster.preflight.exchange import rounds
-from launch.cluster.preflight.node import lines_of
-from launch.cluster.preflight.node_facts import VISIBLE, PreflightRequest, gpus, holdings, look, shared
-from launch.cluster.preflight.verdict import Heard, judge
+from launch.cluster.preflight.coordinator import preflight_request
+from launch.cluster.preflight.exchange import pairing_rounds
+from launch.cluster.preflight.node import report_lines
+from launch.cluster.preflight.node_facts import (
+    DEVICE_VARIABLES,
+    PreflightRequest,
+    gpu_facts,
+    model_facts,
+    node_facts,
+    run_dir_facts,
+)
+from launch.cluster.preflight.verdict import NodeReports, judge
 from trainer.config.resuming import plain
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 
@@ -43,8 +50,8 @@ def seen(node: int, **other: Any) -> dict[str, Any]:
 
 
 def judged(*looks: dict[str, Any], **asked: Any) -> tuple[list[str], list[str]]:
-    heard = Heard([f"n{node}" for node in range(len(looks))], {each["node"]: each for each in looks})
-    heard.visible = set(heard.looks)
+    heard = NodeReports([f"n{node}" for node in range(len(looks))], {each["node"]: each for each in looks})
+    heard.visible_nodes = set(heard.facts)
     what = PreflightRequest(nodes=len(looks), run_dir="/runs/a", exchange=False)
     for key, value in asked.items():
         setattr(what, key, value)
@@ -62,12 +69,12 @@ def test_fit_nodes_have_no_problems():
     [
         (
             {"packages": {"torch": "2.12.0", "peft": "0.21.0"}},
-            "n1: torch is 2.12.0, and 2.13.0 on n0; all nodes need the same",
+            "n1: torch is 2.12.0, but 2.13.0 on n0; all nodes need the same",
         ),
-        ({"packages": {"torch": "2.13.0"}}, "n1: peft is missing, and 0.21.0 on n0"),
+        ({"packages": {"torch": "2.13.0"}}, "n1: peft is missing, but 0.21.0 on n0"),
         ({"packages": {}}, "n1: /env/bin/python has no torch"),
-        ({"python": "3.12.1"}, "n1: Python is 3.12.1, and 3.11.7 on n0"),
-        ({"clone": {"path": "/old", "digest": "cccc"}}, "n1: the code is cccc (/old), and aaaa on n0"),
+        ({"python": "3.12.1"}, "n1: Python is 3.12.1, but 3.11.7 on n0"),
+        ({"clone": {"path": "/old", "digest": "cccc"}}, "n1: the code is cccc (/old), but aaaa on n0"),
         ({"run_dir": {"sees": False, "problem": None}}, "n1: does not see run.dir=/runs/a"),
         ({"run_dir": {"sees": True, "problem": "Read-only file system"}}, "cannot be written (Read-only file system)"),
         (
@@ -78,11 +85,11 @@ def test_fit_nodes_have_no_problems():
         ({"models": {"llama": {"files": 0, "digest": None}}}, "n1: does not have the model llama"),
         (
             {"models": {"llama": {"files": 4, "digest": "bbbb", "lacking": ["model-2.safetensors"]}}},
-            "llama is not whole",
+            "llama is incomplete",
         ),
         (
             {"models": {"llama": {"files": 5, "digest": "dddd", "lacking": []}}},
-            "n1: the model llama is dddd, and bbbb on n0",
+            "n1: the model llama is dddd, but bbbb on n0",
         ),
     ],
 )
@@ -103,46 +110,49 @@ def test_what_is_only_worth_knowing():
     assert problems == [] and all(note.startswith("n1: ") for note in notes)
     for part in (
         "has 2.0 GiB free",
-        "+60 s off that of the run directory's disk",
-        "+60 s off that of the others",
+        "its clock differs by +60 s from that of the run directory's disk",
+        "its clock differs by +60 s from that of the other nodes",
         "2 memory errors that could not be corrected",
         "slowed down by its hardware",
-        "30000 MiB of GPU 0 are in use",
+        "other processes use 30000 MiB of GPU 0",
         "other processes are on its GPUs: 17 python 30000",
-        "at most at 1400 MHz, and at 1980 MHz elsewhere",
+        "are limited to 1400 MHz, those of other nodes to 1980 MHz",
     ):
         assert part in said
     assert judged(seen(0, **more), seen(1), seen(2, **more), gpus=1)[0] == [
-        "n1: shows 0 GPUs, and 1 are needed (launcher.gpus_per_node, launcher.gres)"
+        "n1: has 0 GPUs, but 1 are needed (launcher.gpus_per_node, launcher.gres)"
     ]
 
 
 def test_silent_nodes_failed_ranks_and_slow_links():
-    heard = Heard(["n0", "n1"], {0: seen(0)}, said={1: ["bash: python9: not found"]}, visible={0})
+    heard = NodeReports(["n0", "n1"], {0: seen(0)}, output={1: ["bash: python9: not found"]}, visible_nodes={0})
     asked = PreflightRequest(nodes=2)
-    assert judge(asked, heard, whole=False).problems == []
+    assert judge(asked, heard, is_final=False).problems == []
     assert judge(asked, heard).problems == ["n1: gave no answer: bash: python9: not found"]
-    heard = Heard(
-        ["n0", "n1"], {0: seen(0), 1: seen(1)}, failed=[{"node": 1, "rank": 1, "error": "refused"}], visible={0}
+    heard = NodeReports(
+        ["n0", "n1"],
+        {0: seen(0), 1: seen(1)},
+        failed_ranks=[{"node": 1, "rank": 1, "error": "refused"}],
+        visible_nodes={0},
     )
     assert judge(asked, heard).problems == [
-        "n1: what it wrote into run.dir=None is not seen on n0; it must be on a disk that all nodes share"
+        "n1: a file that it wrote into run.dir=None does not appear on n0; it must be on a disk that all nodes share"
     ]
-    heard.visible = {0, 1}
-    assert judge(asked, heard).problems == ["n1: rank 1 could not exchange with the others: refused"]
+    heard.visible_nodes = {0, 1}
+    assert judge(asked, heard).problems == ["n1: rank 1 could not communicate with the other ranks: refused"]
     pairs = [(0, 1, 10.0), (0, 2, 10.0), (1, 2, 3.0), (0, 3, 10.0), (1, 3, 9.0), (2, 3, 2.0)]
     exchange = {"backend": "gloo", "ranks": 4, "all_reduce": 1.0, "all_gather": 1.0, "pairs": pairs}
-    heard = Heard([], {node: seen(node) for node in range(4)}, exchange=exchange, visible={0, 1, 2, 3})
+    heard = NodeReports([], {node: seen(node) for node in range(4)}, exchange=exchange, visible_nodes={0, 1, 2, 3})
     verdict = judge(PreflightRequest(nodes=4), heard)
     assert verdict.problems == [] and verdict.notes == [
-        "n2: exchanges 3.00 GB/s with another node, and 9.50 GB/s is usual here"
+        "n2: reaches 3.00 GB/s with another node, and 9.50 GB/s is usual here"
     ]
     assert "between two nodes 2.00 to 10.00" in " ".join(text(PreflightRequest(nodes=4), heard, verdict).split())
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 6, 7])
 def test_every_pair_of_nodes_meets_once(nodes):
-    found = rounds(nodes)
+    found = pairing_rounds(nodes)
     assert sorted(itertools.chain(*found)) == list(itertools.combinations(range(nodes), 2))
     assert all(len(set(itertools.chain(*pairs))) == 2 * len(pairs) for pairs in found)
 
@@ -150,20 +160,20 @@ def test_every_pair_of_nodes_meets_once(nodes):
 def test_what_nodes_say_comes_whole_out_of_mixed_lines():
     """srun carries lines of several nodes in any order, each with its number before it."""
     asked = PreflightRequest(nodes=2)
-    gathering = coordinator._Gathering(asked, Heard(["n0", "node 1"]))
+    gathering = coordinator._ReportCollector(asked, NodeReports(["n0", "node 1"]))
     values = [{"look": seen(node, environment={"NCCL": "x" * 3000})} for node in (0, 1)]
     lines = [
-        [f"{node}: {line}" for line in lines_of(node, -1, value).splitlines()] for node, value in enumerate(values)
+        [f"{node}: {line}" for line in report_lines(node, -1, value).splitlines()] for node, value in enumerate(values)
     ]
     assert all(len(line) < 1000 for each in lines for line in each) and len(lines[0]) > 3
     draw = random.Random(0)
     while any(lines):
-        gathering.take(None, draw.choice([each for each in lines if each]).pop(0))
-    gathering.take(None, "1: a warning of a library")
-    gathering.take(None, "srun: error: n1: task 1: Exited with exit code 1")
-    assert {node: look["host"] for node, look in gathering.heard.looks.items()} == {0: "n0", 1: "n1"}
-    assert gathering.heard.said == {1: ["a warning of a library"]} and gathering.gone == {1}
-    assert gathering.heard.hosts == ["n0", "n1"]  # srun knows its name
+        gathering.add_line(None, draw.choice([each for each in lines if each]).pop(0))
+    gathering.add_line(None, "1: a warning of a library")
+    gathering.add_line(None, "srun: error: n1: task 1: Exited with exit code 1")
+    assert {node: look["host"] for node, look in gathering.reports.facts.items()} == {0: "n0", 1: "n1"}
+    assert gathering.reports.output == {1: ["a warning of a library"]} and gathering.ended_nodes == {1}
+    assert gathering.reports.hosts == ["n0", "n1"]  # srun knows its name
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -172,10 +182,10 @@ def test_a_node_that_is_slow_is_not_blamed_for_one_that_ended_without_a_word(mon
     monkeypatch.setattr(coordinator, "GRACE_S", 0.0)
     monkeypatch.setattr(coordinator, "LATE_S", 3600.0 if answers else 0.0)
     script = "echo no module cuda >&2; echo 'srun: error: n1: task 1: Exited with exit code 3' >&2; "
-    script += f"sleep 0.5; echo '0: {lines_of(0, -1, {'look': seen(0)}).strip()}'; " if answers else ""
+    script += f"sleep 0.5; echo '0: {report_lines(0, -1, {'look': seen(0)}).strip()}'; " if answers else ""
     command = coordinator.Command(["bash", "-c", f"{script}sleep 60"], {"PATH": "/usr/bin:/bin"})
-    heard, verdict = coordinator.ask(PreflightRequest(nodes=2, exchange=False), [command], ["n0", "node 1"])
-    assert set(heard.looks) == ({0} if answers else set())
+    heard, verdict = coordinator.run_preflight(PreflightRequest(nodes=2, exchange=False), [command], ["n0", "node 1"])
+    assert set(heard.facts) == ({0} if answers else set())
     assert verdict.problems == ["n1: gave no answer: no module cuda / srun: error: n1: task 1: Exited with exit code 3"]
 
 
@@ -195,16 +205,16 @@ def test_what_a_node_says_of_its_gpus(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    found = gpus()
+    found = gpu_facts()
     assert [(gpu["ecc_errors"], gpu["slowed"], gpu["used_mib"]) for gpu in found["gpus"]] == [
         (0, False, 12),
         (3, True, 40000),
     ]
     assert (found["gpu_count"], found["gpu_processes"]) == (2, ["4711 /usr/bin/python 39000"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert gpus()["gpu_count"] == 1
+    assert gpu_facts()["gpu_count"] == 1
     monkeypatch.setenv("OLD", "1")  # a driver that does not know the field
-    assert gpus()["gpus"] == [
+    assert gpu_facts()["gpus"] == [
         {
             "index": 0,
             "name": "NVIDIA H100",
@@ -216,7 +226,7 @@ def test_what_a_node_says_of_its_gpus(tmp_path, monkeypatch):
         }
     ]
     monkeypatch.setenv("ODD", "1")  # a card that is cut up, or lost: what is said instead is no number
-    odd = gpus()
+    odd = gpu_facts()
     assert [(gpu["used_mib"], gpu["clock_mhz"]) for gpu in odd["gpus"]] == [(None, None)]
     assert judged(seen(0, **odd), gpus=1)[0] == []
 
@@ -229,13 +239,13 @@ def test_cards_of_amd_are_counted(tmp_path, monkeypatch):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "name").write_text(f"{name}\n")
         (tmp_path / str(number) / "properties").write_text(f"cpu_cores_count 0\nsimd_count {simd}\n")
-    for variable in VISIBLE:
+    for variable in DEVICE_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
-    found = gpus()
+    found = gpu_facts()
     assert [gpu["name"] for gpu in found["gpus"]] == ["aldebaran", "aldebaran"] and found["gpu_count"] == 2
     assert judged(seen(0, **found), gpus=2) == ([], [])
     monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1")
-    assert gpus()["gpu_count"] == 1
+    assert gpu_facts()["gpu_count"] == 1
 
 
 def test_what_a_node_says_of_model_data_and_disk(tmp_path, monkeypatch):
@@ -244,19 +254,19 @@ def test_what_a_node_says_of_model_data_and_disk(tmp_path, monkeypatch):
     (model / "model-1.safetensors").write_text("x")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = holdings(str(model), None)
+    found = model_facts(str(model), None)
     assert (found["files"], found["lacking"]) == (2, ["model-2.safetensors"])
     (model / "model-1.safetensors").write_text("xy")
-    assert holdings(str(model), None)["digest"] != found["digest"]
+    assert model_facts(str(model), None)["digest"] != found["digest"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert holdings("no-such/model-at-all", None)["files"] == 0
+    assert model_facts("no-such/model-at-all", None)["files"] == 0
     place = tmp_path / "run" / "preflight" / "token"
     place.mkdir(parents=True)
     (place / "asked").touch()
-    found = shared(tmp_path / "run", "token", 3)
+    found = run_dir_facts(tmp_path / "run", "token", 3)
     assert found["sees"] and found["free_gib"] > 0 and abs(found["behind_s"]) < 60 and (place / "3").exists()
     (tmp_path / "a.jsonl").touch()
-    said = look(PreflightRequest(paths=[str(tmp_path / "*.jsonl"), str(tmp_path / "*.csv")]), 0)
+    said = node_facts(PreflightRequest(paths=[str(tmp_path / "*.jsonl"), str(tmp_path / "*.csv")]), 0)
     assert (
         list(said["paths"].values()) == [True, False]
         and said["packages"]["torch"]
@@ -269,7 +279,7 @@ def test_what_a_run_asks_of_its_nodes(tmp_path):
     config = RunConfig(launcher=launcher, run=RunSettings(dir="~/runs/a"))
     config.model.path, config.model.tokenizer = "org/model", "org/tokens"
     config.data.path = ["a.jsonl", "hub:org/data", "s3://bucket/b.jsonl"]
-    asked = asked_of(plain(config), 2)
+    asked = preflight_request(plain(config), 2)
     assert (asked.processes, asked.gpus, asked.exchange, asked.paths) == (4, 4, False, ["a.jsonl"])
     assert (asked.model, asked.tokenizer, asked.run_dir) == (
         "org/model",
@@ -277,4 +287,4 @@ def test_what_a_run_asks_of_its_nodes(tmp_path):
         str(Path("~/runs/a").expanduser()),
     )
     config.model.download = True  # then nodes fetch it
-    assert asked_of(plain(config), 2).model is None
+    assert preflight_request(plain(config), 2).model is None
