@@ -261,11 +261,11 @@ class Adapter:
 
     def initial_values(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
         """The initial values of the parameters in `trained` that peft added."""
-        return {
-            name: self.initial_value(name, tuple(tensor.shape), base, self.seed)
-            for name, tensor in trained.items()
-            if name in self._owned
-        }
+        values = {}
+        for name, tensor in trained.items():
+            if name in self._owned:
+                values[name] = self.initial_value(name, tuple(tensor.shape), base, self.seed)
+        return values
 
 
 def check_targets(model: nn.Module, targets: Any) -> None:
@@ -304,11 +304,15 @@ def _to_meta(layer: nn.Module, key: str) -> None:
 
 def _refuse_shared(tuned: nn.Module, bases: dict[str, nn.Module]) -> None:
     """Raise ConfigError if an adapted layer shares its weight: splitting a part off it would change the other module too."""
+    # A shared parameter is one object that comes under several names.
     first_names: dict[int, str] = {}
     for name, parameter in tuned.named_parameters(remove_duplicate=False):
         first_name = first_names.setdefault(id(parameter), name)
+        if first_name == name:
+            continue
         for layer in bases:
-            if first_name != name and any(n.startswith(f"{PREFIX}{layer}.base_layer.") for n in (first_name, name)):
+            prefix = f"{PREFIX}{layer}.base_layer."
+            if first_name.startswith(prefix) or name.startswith(prefix):
                 raise ConfigError(
                     f"tuning.init: {layer} shares its weight with another module, which would change too; leave it out of "
                     "tuning.targets, or use tuning.init=default"

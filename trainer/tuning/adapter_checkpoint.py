@@ -32,7 +32,10 @@ def file_names(tuned: nn.Module) -> dict[str, str]:
         stored = get_peft_model_state_dict(tuned, state_dict=dict(markers), save_embedding_layers=False)
     names = {id(marker): name for name, marker in markers.items()}
     other_keys = keys_in_file(tuned, tuned.peft_config[ADAPTER], stored)  # type: ignore[index,union-attr]
-    return {names[id(marker)]: other_keys.get(key) or key for key, marker in stored.items()}
+    keys_by_name = {}
+    for key, marker in stored.items():
+        keys_by_name[names[id(marker)]] = other_keys.get(key) or key
+    return keys_by_name
 
 
 def peft_settings(directory: str | Path, key: str) -> Any:
@@ -118,10 +121,9 @@ def check_settings(settings: Any, directory: str | Path, key: str) -> None:
     """Raise ConfigError if the directory's adapter computes something else than peft's `settings` do."""
     stored = peft_settings(directory, key).to_dict()
     expected = settings.to_dict()
-    differing = [
-        f"{name}={stored[name]} in its adapter_config.json, {expected[name]} here"
-        for name in differing_fields(expected, stored)
-        if name not in _WRAPPING_FIELDS
-    ]
+    differing = []
+    for name in differing_fields(expected, stored):
+        if name not in _WRAPPING_FIELDS:
+            differing.append(f"{name}={stored[name]} in its adapter_config.json, {expected[name]} here")
     if differing:
         raise ConfigError(f"{key}={directory}: {'; '.join(differing)}; use the settings that it was made with")

@@ -49,7 +49,10 @@ def write_adapter(
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     settings: Any = copy.deepcopy(model.peft_config[ADAPTER])  # type: ignore[index,union-attr]
     other_keys = keys_in_file(model, settings, state)
-    stored = {other_keys.get(key) or key: value.contiguous() for key, value in state.items()}
+    stored = {}
+    for key, tensor in state.items():
+        # The checkpoint's key of a layer, if plain peft would not load peft's own key back.
+        stored[other_keys.get(key) or key] = tensor.contiguous()
     save_file(stored, directory / "adapter_model.safetensors", {"format": "pt"})
     if double_rank:
         _double_rank(settings)

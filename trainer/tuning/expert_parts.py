@@ -9,11 +9,16 @@ from torch import nn
 
 def weight_names(module: Any) -> tuple[str, ...]:
     """The weights `[E, ., .]` with which transformers' experts functions compute; empty for any other module."""
+    # transformers sets these attributes on the experts that its functions compute.
     if not all(hasattr(module, key) for key in ("has_gate", "has_bias", "is_transposed", "num_experts")):
         return ()
-    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    names = ("up_proj", "down_proj")
+    if module.has_gate:  # both in one matrix
+        names = ("gate_up_proj", "down_proj")
     own_parameters = dict(module.named_parameters(recurse=False))
-    return names if all(name in own_parameters for name in names) else ()
+    if not all(name in own_parameters for name in names):
+        return ()
+    return names
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -55,5 +60,10 @@ def router_weights(model: nn.Module) -> list[str]:
 
 def linear_routers(model: nn.Module) -> list[str]:
     """Names of the linear layers that hold router matrices and compute a product and nothing more."""
-    owners = [name.rpartition(".")[0] for name in router_weights(model)]
-    return [name for name in owners if getattr(type(model.get_submodule(name)), "forward", None) is nn.Linear.forward]
+    names = []
+    for weight in router_weights(model):
+        owner = weight.rpartition(".")[0]
+        # A subclass with a forward pass of its own returns a choice, not a product.
+        if getattr(type(model.get_submodule(owner)), "forward", None) is nn.Linear.forward:
+            names.append(owner)
+    return names
