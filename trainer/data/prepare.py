@@ -137,6 +137,7 @@ class Preparation:
             )  # imported here: it compiles seventy expressions
 
             identities.append(("key of the pseudonyms", key_identity()))
+        # Settled before the date: the first date is remembered under the fingerprint without one.
         undated = fingerprint(identities, self.tokenizer, self._options())
         self.date: TemplateDate | None = None
         if self.tokenizer.chat_template and reads_clock(self.tokenizer.get_chat_template()):
@@ -163,13 +164,16 @@ class Preparation:
             return self._open_or_make()
 
     def _open_or_make(self) -> Prepared:
+        """See `open_or_make`."""
         started_at = time.perf_counter()
         is_done = (self.directory / DONE).exists()
         if not is_done:
             self._refuse_rendered_rows()
         self.progress.phase = "waiting for another process that prepares the same data"
+        # Jobs of an array may have done the first pass already.
         shards = None if (self.directory / DONE).exists() else Shards.finished(self.directory)
         was_made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
+        # Data that this process has just written need not be compared with its own hashes.
         self.progress.phase = "comparing the prepared data with its hashes"
         verify = None if was_made else self.config.verify
         # All bytes are read once a host; the other processes of the host look at samples.
@@ -234,6 +238,8 @@ class Preparation:
 
                 refuse_findings(assembly.totals.tally.findings, self.config.privacy)
             label_names, label_ids = self.reading.numbered(columns, table)
+            # The second pass: from here on only columns of numbers are looked at, and texts where two documents are
+            # to be compared.
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
         self.progress.phase = "writing the reports"
@@ -263,6 +269,7 @@ class Preparation:
         evaluation_sets = [source.source for source in self.inputs if source.split == "eval" != source.source]
         for split, documents in selection.splits.items():
             directory = target / split
+            # A split is a list of sequence numbers; the tokens of all splits are in one store.
             directory.mkdir()
             np.save(directory / "index.npy", sequences_of(documents, columns.pieces))
             manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
@@ -279,6 +286,7 @@ class Preparation:
         part_jobs = jobs(rows_of(self.inputs, self.config.max_documents))
         if parts > 1:
             part_jobs = (job for job in part_jobs if job.number % parts == part)
+        # Forking workers takes longer than small data.
         workers = 1 if self.small else self.config.workers or usable_cores()
         self.progress.begin_rows()
         part_jobs = self.progress.count_text_rows(part_jobs)

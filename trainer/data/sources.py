@@ -92,6 +92,7 @@ def problems(data: DataConfig) -> Iterator[str]:
 
 
 def _path_problems(data: DataConfig) -> Iterator[str]:
+    """Where the training data is."""
     if data.path in (None, "") and not data.sources:
         yield (
             "data.path: not set; name the training data: a file, a directory, a glob, or hub:<name>; or several under "
@@ -105,6 +106,7 @@ def _path_problems(data: DataConfig) -> Iterator[str]:
 
 
 def _held_out_problems(data: DataConfig) -> Iterator[str]:
+    """Held-out splits and groups."""
     for split in HELD_OUT:
         share = getattr(data, f"{split}_share")
         if getattr(data, f"{split}_path") is not None and share:
@@ -114,6 +116,7 @@ def _held_out_problems(data: DataConfig) -> Iterator[str]:
 
 
 def _weight_problems(data: DataConfig) -> Iterator[str]:
+    """Weights of sources."""
     weighted = [name for name, source in data.sources.items() if source.weight is not None]
     if weighted and len(weighted) < len(data.sources):
         without = ", ".join(sorted(data.sources.keys() - set(weighted)))
@@ -305,6 +308,7 @@ def require_room(
     What is written for each byte (of tables: each row) is measured on the first block of every input, made by `make`.
     Nothing is measured where there is plenty of room.
     """
+    # The cache may not exist yet: its disk is that of the nearest parent that does.
     existing = directory
     while not existing.exists():
         existing = existing.parent

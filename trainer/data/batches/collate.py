@@ -93,6 +93,7 @@ class Collator:
 def _targets(sample: Sample) -> np.ndarray:
     """int64 [n]: at each position the next token, where that one is supervised; the last position has none."""
     targets = np.full(len(sample.input_ids), IGNORED, dtype=np.int64)
+    # The model predicts the next token, so the target of position i is token i + 1.
     targets[:-1] = np.where(sample.supervised[1:], sample.input_ids[1:], IGNORED)
     return targets
 
@@ -100,6 +101,7 @@ def _targets(sample: Sample) -> np.ndarray:
 def concatenated(samples: Sequence[Sample]) -> dict[str, Any]:
     """One row of T tokens: ids, positions that restart per document, targets, document boundaries."""
     lengths = [len(sample.input_ids) for sample in samples]
+    # In the names that flash attention uses: where each document begins in the row, and where the last ends.
     boundaries = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
     input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
     position_ids = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])

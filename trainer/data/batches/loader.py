@@ -96,6 +96,7 @@ class StepLoader:
         self.ahead = ahead
         self.device = torch.device(device)
         self.sources = sources_in(dataset)
+        # Tokens decide which rank gets which unit, see `_slots`.
         self.unit_tokens: np.ndarray = dataset.lengths
         """int64 [units]."""
         # The sequences of all units in one row, and where each unit begins in it: the global batch is counted by arrays.
@@ -156,11 +157,14 @@ class StepLoader:
                 yield step_batch
 
     def _step(self, first_sample: int) -> StepBatch:
+        """The batch of the step that begins at `first_sample`, still on the CPU. Runs in the background thread."""
         slots = self._slots(first_sample)
         micro_batches = self._micro_batches_of(slots, self.share.dp_rank)
         local_sequences = list(itertools.chain.from_iterable(micro_batches))
         global_sequences = self._sequences(slots.ravel())
         dataset = self.dataset
+        # Counted over the whole global batch on every rank, so the loss is divided by the same number everywhere
+        # without a collective.
         totals = {term: exact_sum(counts[global_sequences]) for term, counts in dataset.counts.items()}
         batches = []
         for sequences in micro_batches:
@@ -209,6 +213,7 @@ class StepLoader:
 
     def _balance(self, slots: np.ndarray) -> float:
         """The share of all ranks' time that is work, if time goes with tokens and every micro-batch waits for all."""
+        # Slot m * ranks + r is the m-th micro-batch of rank r, so rows are micro-batches and columns are ranks.
         tokens = self.unit_tokens[slots].sum(axis=1).reshape(self.accumulation, self.share.dp_size)
         return float(tokens.mean(axis=1).sum() / tokens.max(axis=1).sum())
 
@@ -236,6 +241,7 @@ class EvalShare:
     def documents(self, dataset: TokenDataset) -> np.ndarray:
         """int64: the documents that the pass covers, all ranks together, in their order."""
         groups = self.groups(dataset)
+        # `max_documents` bounds each source by itself.
         parts = [np.flatnonzero(groups == group)[: self.max_documents] for group in np.unique(groups)]
         return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
 
@@ -287,6 +293,7 @@ def eval_batches(
     sample_of = ahead or TokenDataset.sample
 
     def make_batch(sequences: list[int]) -> dict[str, Any]:
+        """A micro-batch on the CPU; of a rank that has run out, one with nothing to score."""
         samples = [sample_of(dataset, sequence) for sequence in sequences]
         if not samples:
             samples = collator.fillers(dataset, share.sequences_per_document)

@@ -29,6 +29,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         raise ValueError(f"lengths must lie in 1..{capacity}, found {int(lengths.min())}..{int(lengths.max())}")
     packs: list[list[int]] = []
     packs_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free room -> packs that have exactly that
+    # The lowest set bit at or above a length is the fullest pack with room, found by integer arithmetic instead of a
+    # search.
     rooms = 0  # bit r is set while packs_by_room[r] is not empty
     for document in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
         length = int(lengths[document])
@@ -98,14 +100,15 @@ class Mix:
         weighted source without documents or without tokens, ConfigError for an epoch that is too long.
         """
         amounts = self.tokens if mixing.over is MixOver.tokens else self.documents
+        # Units of each source per unit of epoch length: its share, divided by what one of its units holds on average.
         rates: list[Fraction] = []
-        """Units of each source per unit of epoch length: its share, divided by what one of its units holds on average."""
+        # The length of an epoch in which all units of a source have been seen once.
         seen_once: dict[str, Fraction] = {}
-        """The length of an epoch in which all units of a source have been seen once."""
         for name, weight, units, amount in zip(self.names, self.weights, self.units, amounts, strict=True):
             size = int(units)
             share = Fraction(repr(float(weight)))  # the decimal number the user wrote
             if share == 0:
+                # A source of weight 0 is left out of the epoch.
                 rates.append(share)
                 continue
             if size < 1 or amount < 1:
@@ -158,6 +161,7 @@ def _round_to_whole(amounts: list[Fraction]) -> list[int]:
     """Whole numbers of nearly the same sum as `amounts`, by the largest remainder, but at least 1 where it is not 0."""
     whole = [math.floor(amount) for amount in amounts]
     rounded_sum = math.floor(sum(amounts, Fraction(0)) + Fraction(1, 2))
+    # The largest fractional parts are rounded up until the sum fits.
     missing = rounded_sum - sum(whole)
     by_remainder = sorted(range(len(amounts)), key=lambda source: (whole[source] - amounts[source], source))
     for source in by_remainder[:missing]:

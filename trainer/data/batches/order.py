@@ -61,6 +61,7 @@ class Order(ABC):
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Unit numbers of one epoch, int64 [num_units]; the last one asked for is kept."""
+        # The loader's thread and the trainer ask for epochs at the same time.
         cached = self._cached  # one read: another thread may replace it
         if cached is None or cached[0] != epoch:
             cached = self._cached = (epoch, self._draw(epoch))
@@ -116,9 +117,11 @@ class MixedOrder(Order):
     ) -> None:
         sources = np.asarray(source_of_unit, dtype=np.int64)
         self.quotas = np.asarray(quotas, dtype=np.int64)
+        # Stable, so that the units of a source keep the order of the input.
         by_source = np.argsort(sources, kind="stable")
         sizes = np.bincount(sources, minlength=len(self.quotas))
         self._members = np.split(by_source, np.cumsum(sizes)[:-1]) if len(sizes) else []
+        # By source, as (number of the pass, its units in order): epochs ask for the same pass again and again.
         self._last_pass: dict[int, tuple[int, np.ndarray]] = {}
         super().__init__(int(self.quotas.sum()), len(sources), seed, shuffle)
 
@@ -146,6 +149,7 @@ class MixedOrder(Order):
         return np.concatenate(parts)
 
     def _draw(self, epoch: int) -> np.ndarray:
+        """Draw which source has its turn when, then let every source walk on through its own units."""
         turns = np.repeat(np.arange(len(self.quotas)), self.quotas)  # the source of each sample of the epoch
         if self.shuffle:
             entropy = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
@@ -163,6 +167,7 @@ class MixedOrder(Order):
         return units
 
     def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
+        """Whole passes through a source, and the part of the pass in which `epoch` begins."""
         total = 0
         for source, quota in enumerate(self.quotas.tolist()):
             if not quota or not epoch:

@@ -27,8 +27,8 @@ def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
 
     Close it (or exhaust it) to stop the thread. Errors of the thread are raised here.
     """
+    # ("item", an item), ("error", an exception) or ("over", None).
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=PREFETCH)
-    """("item", an item), ("error", an exception) or ("over", None)."""
     stop = threading.Event()
 
     def put(kind: str, payload: Any = None) -> None:
@@ -39,6 +39,7 @@ def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
                 return
 
     def produce() -> None:
+        """Put all items, then how it ended."""
         try:
             for item in items:
                 put("item", item)

@@ -75,6 +75,8 @@ def _opened(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Itera
             import pyarrow.parquet as pq
 
             with open_binary(path) as source, pq.ParquetFile(source) as file:
+                # Parquet reads the columns that are asked for; a mapped Arrow file costs nothing for those that
+                # nobody looks at.
                 yield file.schema_arrow, lambda names: file.iter_batches(ROWS_PER_BATCH, columns=names)
         else:
             with pa.memory_map(str(path)) if isinstance(path, Path) else open_binary(path) as source:
@@ -95,6 +97,7 @@ def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.Reco
     stream = pa.ipc.open_stream(source)
 
     def batches() -> Iterator[pa.RecordBatch]:
+        """The batches, then a look at how the stream ends."""
         yield from stream
         end = source.tell()
         source.seek(end - len(_END_OF_STREAM))
@@ -185,6 +188,7 @@ def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def _names(schema: pa.Schema, name: str) -> list[str]:
+    # A doubled name would lose a column when rows become dictionaries.
     doubled = sorted({column for column in schema.names if schema.names.count(column) > 1})
     if doubled or "" in schema.names:
         what = f"the column {doubled[0]!r} twice" if doubled else "a column without a name"

@@ -65,6 +65,7 @@ class Origin:
                 raise DataError(f"{path}:1: the file holds no rows; fill it, or take it out of {self.key}")
 
     def _rows_of_file(self, path: File, wanted: Collection[str] | None) -> Iterator[Row | Rejected]:
+        """Rows of one file or hub data set, by the reader of its kind."""
         if is_hub(path):
             return self._hub_rows(path, wanted)
         kind = kind_of(path) or ""  # `expand` lets no other names pass
@@ -90,6 +91,7 @@ class Origin:
         return identities
 
     def _hub_identity(self, path: File) -> tuple[str, str]:
+        """What tells one version of a hub data set from another."""
         name = str(path).removeprefix(PREFIX)
         if self.streaming:  # the commit says all, and the hub need not be reached
             parts: tuple[Any, ...] = (name, self.subset, self.split, self.revision)
@@ -165,12 +167,14 @@ class Origin:
         import datasets
 
         name = check_name(str(path), self.key)
+        # `datasets.load_dataset` would take a directory of this name for the data set.
         if Path(name).exists():
             raise DataError(
                 f"{path}: a local {name} exists here and would be read instead; to read it, write ./{name} as the path, "
                 "otherwise start in another directory"
             )
         had_progress_bars = datasets.utils.logging.is_progress_bar_enabled()
+        # Their bars would stand between our own lines.
         datasets.disable_progress_bars()
         try:
             loaded: Any = datasets.load_dataset(

@@ -78,8 +78,9 @@ def expand(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
         paths = list(path_setting)
     if not paths:
         raise DataError(f"{key}=[] names no file; give a file, a directory or a glob")
+    # By what makes two of them the same file.
+    # A path is the same as another if both lead to the same file, so links are resolved for the key.
     files: dict[File, File] = {}
-    """By what makes two of them the same file."""
     for path in paths:
         if not isinstance(path, str | os.PathLike) or not str(path):
             raise DataError(f"{key}={path!r} is not a path; give a file, a directory, a glob or a list of these")
@@ -148,6 +149,7 @@ def _expand_one(text: str, key: str) -> list[Path]:
 
 
 def _require_readable(path: Path, key: str) -> Path:
+    """The path, if it is a file of a kind that can be read. Raises DataError."""
     if path.is_symlink() and not path.exists():
         raise DataError(f"{key}: {path}: {_describe_broken_link(path)}")
     if kind_of(path) is None:
@@ -161,6 +163,7 @@ def _require_readable(path: Path, key: str) -> Path:
 
 
 def _describe_broken_link(path: Path) -> str:
+    """Why a link leads nowhere, for messages."""
     target = path.readlink()
     try:
         path.stat()

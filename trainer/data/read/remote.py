@@ -113,6 +113,7 @@ class _RemoteReader(io.RawIOBase):
         return int(self.file.tell())
 
     def readinto(self, buffer: Any) -> int:
+        """Fill the buffer, as far as the file goes."""
         part = self._call(self.file.read, len(buffer))
         # A first look at a file must see enough of it, however little the network gives at a time.
         while part and len(part) < min(HEAD, len(buffer)):
@@ -124,11 +125,13 @@ class _RemoteReader(io.RawIOBase):
         return len(part)
 
     def _call(self, method: Callable[..., Any], *arguments: int) -> Any:
+        """Call a method of the file; any failure of its library becomes an OSError."""
         try:
             return method(*arguments)
         except OSError:
             raise
         except Exception as error:
+            # Readers expect an OSError from a file that fails, and name the file in their message.
             raise OSError(EIO, f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:

@@ -47,6 +47,7 @@ class _Lines:
         self.trouble: Refusal | None = None
 
     def __iter__(self) -> Iterator[str]:
+        """The lines as text; a line that is no UTF-8 is passed on with surrogates, and remembered as the record's trouble."""
         while raw := self.stream.readline(MAX_ROW_BYTES + 1):
             self.number += 1
             if len(raw) > MAX_ROW_BYTES:
@@ -68,6 +69,8 @@ class _Lines:
 
 
 def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Rejected]:
+    """Rows of a delimited file, record by record."""
+    # strict=True: otherwise a misplaced quote would silently swallow the following rows.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     name = str(path)
     header: list[str] | None = None
@@ -79,6 +82,7 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Reject
             return
         except csv.Error as error:
             raise _malformed(path, line, lines, error) from error
+        # A blank line is no record.
         if not cells or (len(cells) == 1 and lines.number == line and lines.first.isspace()):
             continue
         if header is None:
@@ -97,6 +101,7 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Reject
 
 
 def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataError:
+    """The error of a record that the csv module cannot read, with what probably happened."""
     if "unexpected end of data" in str(error):
         what = "a quote is opened and never closed in the record that starts here"
     elif "new-line character" in str(error):
@@ -165,6 +170,7 @@ def read_text_file(path: File) -> Iterator[Row | Rejected]:
     if not text.strip():
         yield Rejected(name, 1, "empty", "the file holds only blanks", excerpt(text))
         return
+    # Only after decoding: a lone carriage return is a line end in old texts.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     yield Row(name, 1, {"text": text, "title": title(path)}, made_columns=("title",))
 

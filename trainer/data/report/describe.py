@@ -94,6 +94,7 @@ class ReportWriter:
         """The audit of the store, without samples. Raises AssertionError where a row is unaccounted for."""
         rows = totals.rows.total()
         dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
+        # Balance may repeat documents, which are kept once all the same.
         kept = len(np.unique(np.concatenate(list(selection.splits.values()))))
         if rows != kept + dropped:
             raise AssertionError(f"{rows} rows in, {kept} kept and {dropped} dropped: some are unaccounted for")
@@ -126,11 +127,14 @@ class ReportWriter:
         )
 
     def _split(self, dataset: TokenDataset, documents: np.ndarray) -> form.Split:
+        """Sizes, end tokens and distributions of one split."""
         lengths = dataset.lengths
         bos = self.tokenizer.bos_token_id
         doubled_bos = 0
         if bos is not None and len(dataset):
             starts = dataset.starts[lengths > 1]
+            # A template that writes BOS and a tokenizer that adds another: the model would see what it never saw in
+            # pretraining.
             is_doubled = (dataset.tokens[starts] == bos) & (dataset.tokens[starts + 1] == bos)
             doubled_bos = int(is_doubled.sum())
         counted_documents = self._documents(documents, MAX_COUNTED_DOCUMENTS)
@@ -169,6 +173,7 @@ class ReportWriter:
             )
 
     def _source(self, source: Input, totals: Totals, columns: Columns, dataset: TokenDataset | None) -> form.Source:
+        """What one input gave, with the identity of its files."""
         files = source.origin.files(self.digest)
         tokens = supervised = 0
         if source.source in columns.sources and dataset is not None:
@@ -197,6 +202,7 @@ class ReportWriter:
         return {name: shares for name, shares in realised.items() if name in self.config.sources}
 
     def _privacy(self, totals: Totals) -> form.PersonalData | None:
+        """What the search for personal data found; None if it was switched off."""
         config = self.config.privacy
         if config.mode is PrivacyMode.none:
             return None
@@ -233,6 +239,7 @@ class ReportWriter:
         samples: list[form.DecodedSample] = []
         per_document = reading.sequences_per_document
         num_documents = len(dataset) // per_document
+        # Spread over the whole split, since files are often sorted.
         shown_documents = np.linspace(0, num_documents - 1, min(NUM_SAMPLES, num_documents)).astype(int)
         for first in (shown_documents * per_document).tolist():
             where = table.document(int(dataset.documents[first])).where

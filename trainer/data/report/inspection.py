@@ -171,8 +171,8 @@ def splits_table(prepared: PreparedEntry) -> RenderableType:
 def groups_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
     """Sequences and tokens of a split by source and by label; None where there is one source and no label."""
     dataset = prepared.split(split)
+    # (kind, name, bool [N]: which sequences are of it)
     groups: list[tuple[str, str, np.ndarray]] = []
-    """(kind, name, bool [N]: which sequences are of it)"""
     if len(dataset.source_names) > 1:
         for number, name in enumerate(dataset.source_names):
             groups.append(("source", name, dataset.sources == number))
@@ -267,8 +267,8 @@ def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[s
 
 def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
     """A row as text: turns with their roles, other fields by name; the middle of a long one is left out."""
+    # (line, its style)
     lines: list[tuple[str, str]] = []
-    """(line, its style)"""
     for heading, body in _document_parts(row):
         lines.append((heading, "bold"))
         lines += [(line, "") for line in visible(body).split("\n")]

@@ -56,8 +56,8 @@ def render_pieces(runs: list[tuple[str, float]], *, width: int, colour: bool | N
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    # (character, whether it is learned)
     cells: list[tuple[str, bool]] = []
-    """(character, whether it is learned)"""
     for text, weight in runs:
         is_learned = weight > 0
         marked_text = text if colour or not weight else f"⟦{text}⟧"

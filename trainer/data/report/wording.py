@@ -178,10 +178,12 @@ def _level(share: float, look_above: float, act_above: float) -> Level:
 
 
 def _rows_lost_tile(audit: Audit) -> Tile:
+    """How many rows are lost, and the commonest reason."""
     rows = audit.conserved["rows_in"]
     dropped = audit.conserved["dropped"]
     unrequested = sum(sum(stage.dropped.values()) for stage in audit.flow if stage.stage in UNREQUESTED_STAGES)
     level = _level(unrequested / max(rows, 1), look_above=0.01, act_above=0.1)
+    # Rows that settings asked to drop are no fault, but half of them gone may be a surprise.
     if level is Level.good and audit.lost_share > 0.5:
         level = Level.look
     note = f"{dropped:,} of {plural(rows, 'row')}"
@@ -202,6 +204,7 @@ def _rows_lost_tile(audit: Audit) -> Tile:
 
 
 def _learned_tile(audit: Audit) -> Tile:
+    """Which share of the training tokens is learned."""
     train = audit.splits["train"]
     if train.labelled:
         return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, "splits")
@@ -209,6 +212,7 @@ def _learned_tile(audit: Audit) -> Tile:
     if train.doubled_bos:
         advice = "check model.chat_template"
         return Tile("Learned tokens", share, "documents begin with two BOS", Level.act, "splits", advice)
+    # Below 5 % the prompts are much longer than the answers, or the mask is wrong.
     if train.supervised_share >= 0.05:
         level = Level.good
     elif train.supervised_share > 0:
@@ -219,6 +223,7 @@ def _learned_tile(audit: Audit) -> Tile:
 
 
 def _truncated_tile(audit: Audit) -> Tile:
+    """How many documents lost something to `data.max_length`."""
     if not audit.truncated:
         return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
     share = audit.truncated / max(audit.conserved["kept"], 1)
@@ -229,6 +234,7 @@ def _truncated_tile(audit: Audit) -> Tile:
 
 
 def _leakage_tile(audit: Audit) -> Tile:
+    """Training documents that are in a held-out split too, or of a group that is."""
     if not audit.leakage:
         return Tile("Leakage", NOT_MEASURED, "no held-out split to compare with", Level.none, "leakage")
     all_leaks = audit.leakage.values()
@@ -255,6 +261,7 @@ def _leakage_tile(audit: Audit) -> Tile:
 
 
 def _duplicates_tile(audit: Audit) -> Tile:
+    """Copies within the training data, and whether they are still there."""
     if not audit.duplicates:
         return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, "duplicates")
     documents = sum(copies.documents for copies in audit.duplicates.values())
@@ -273,6 +280,7 @@ def _duplicates_tile(audit: Audit) -> Tile:
 
 
 def _personal_data_tile(audit: Audit) -> Tile:
+    """Documents with personal data, and what was done about it."""
     privacy = audit.privacy
     if privacy is None or not privacy.scanned:
         advice = "set data.privacy.mode=report"

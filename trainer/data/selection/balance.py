@@ -120,10 +120,12 @@ def _share(amounts: np.ndarray) -> np.ndarray:
 def _report(
     groups: list[str], group_of: np.ndarray, times: np.ndarray, target: np.ndarray, limited_by: list[str | None]
 ) -> dict[str, Shares]:
+    """What balancing did to each group, see `Shares`."""
     before = np.bincount(group_of, minlength=len(groups))
     after = np.bincount(group_of, weights=times, minlength=len(groups)).astype(np.int64)
     dropped = np.bincount(group_of[times == 0], minlength=len(groups))
     repeats = np.zeros(len(groups), dtype=np.int64)
+    # The most uses of one document in each group.
     np.maximum.at(repeats, group_of, times)
     share_before = _share(before)
     share_after = _share(after)

@@ -70,8 +70,8 @@ def find_leaks(
     column "verdict". Sources do not matter. Memory: some numbers a training document, and for near leaks 1.6 kB for each
     held-out one.
     """
+    # The held-out document that each training document agrees with; -1 for none yet.
     partner = np.full(len(train), -1, np.int64)
-    """The held-out document that each training document agrees with; -1 for none yet."""
     kind = np.zeros(len(train), np.uint8)
     incomplete = 0
     # From the strictest kind on: a document that was found by one is not looked for by the next.

@@ -59,6 +59,8 @@ class NearIndex:
         self._text_of = text_of
         self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, MINHASH_SEED)
         self._index = RMinHashLSH(threshold, bands * rows, bands)
+        # The index keeps bands only, so a candidate's sketch is made again from its text; common candidates come
+        # often.
         self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, partition: self._sketch(text_of(row), partition)[1])
         self.report = {"comparisons": 0, "incomplete": 0}
         """True comparisons, and documents whose comparisons were cut short: among them, copies may be left."""
@@ -76,6 +78,8 @@ class NearIndex:
         runs, sketch = self._sketch(text, partition)
         near_copy = self._find(runs, sketch, partition) if unless_found else None
         if near_copy is None and runs:
+            # Text that thousands of documents share (a licence, a template) would make each search compare with all
+            # of them.
             if len(self._index.query(sketch)) < MAX_CANDIDATES:
                 self._index.insert(row, sketch)
             else:
@@ -90,10 +94,11 @@ class NearIndex:
         return runs, sketch
 
     def _find(self, runs: list[bytes], sketch: Any, partition: int) -> int | None:
+        """Compare with the candidates that share a band, the likest by estimate first."""
         if not runs:
             return None
+        # (minus the estimated similarity, row), so that the likest comes first.
         likely: list[tuple[float, int]] = []
-        """(minus the estimated similarity, row), so that the likest comes first."""
         for row in self._index.query(sketch):
             estimate = sketch.jaccard(self._sketch_of(row, partition))
             if estimate >= self._threshold - ESTIMATE_MARGIN:

@@ -56,8 +56,8 @@ class ControlTokenEscaper:
 
         Escape marks disappear, and each control token that is meant gets one in front.
         """
+        # (position, by how many characters everything behind it moves)
         shifts: list[tuple[int, int]] = []
-        """(position, by how many characters everything behind it moves)"""
         for match in self._escape_or_token.finditer(text):
             is_escape = match.group() == ESCAPE
             shifts.append((match.start(), -1 if is_escape else 1))

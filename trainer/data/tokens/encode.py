@@ -60,6 +60,7 @@ class Encoder:
         self._drop_post_processor()
         self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
         ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
+        # By these a sample is known to teach where a turn ends.
         self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
         self.escaper = ControlTokenEscaper(tokenizer, self._backend, ends)
         self.control_tokens = ControlTokens.text if control_tokens is ControlTokens.auto else control_tokens
@@ -73,6 +74,8 @@ class Encoder:
         """Ids the tokenizer puts before and after a text by itself, such as BOS, or [CLS] and [SEP]."""
         bare = self._backend.encode("a", add_special_tokens=False).ids
         full = self._backend.encode("a", add_special_tokens=True).ids
+        # The text's own tokens stand somewhere between the affixes; a tokenizer that changes them has none that we
+        # could add.
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 return full[:start], full[start + len(bare) :]
@@ -176,8 +179,8 @@ class Encoder:
 
     def _render_all(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
         """Text and learned characters of documents, each with the messages that stand for it if it is a conversation."""
+        # (messages, messages with escaped control tokens); None for a document that is no conversation.
         chats: list[tuple[list[Message], list[Message]] | None] = []
-        """(messages, messages with escaped control tokens); None for a document that is no conversation."""
         conversations = []
         for document, messages in batch:
             if messages is None and document.prompt is not None and self.template is not None:
@@ -250,6 +253,7 @@ class Encoder:
         return RenderedText(text, spans, escaped=text != original)
 
     def _to_samples(self, documents: list[Document], rendered: list[RenderedText]) -> list[Sample]:
+        """Tokens, targets and marks of rendered texts, with the special tokens that belong around them."""
         samples = []
         bos = self.bos_id
         encodings, texts = self.tokenize(rendered)
@@ -277,6 +281,7 @@ class Encoder:
                     "template in model.chat_template"
                 )
                 raise RefusedDocument(document.where, "doubled_bos", message)
+            # Nothing predicts the first token.
             supervised[:1] = False
             samples.append(Sample(input_ids, supervised, marks, weights))
         return samples

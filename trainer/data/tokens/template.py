@@ -177,6 +177,7 @@ class ChatTemplate:
             return None
 
         def find() -> int | None:
+            """Render with marks around that content."""
             apply = self._apply if job.chat is None else job.chat.apply
             text = apply(job.messages)
             for mark in (mark_whole, mark_trimmed):
@@ -201,6 +202,7 @@ class ChatTemplate:
                         "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it",
                     )
         turns = [_without_training_fields(message) if "train" in message else message for message in messages]
+        # Thoughts that are dropped must go before the template sees them.
         if self.learn.reasoning is Reasoning.drop:
             turns = [_without_thought(message, where) for message in turns]
         has_unlearned_thought = self.learn.reasoning is not Reasoning.learn and any(
@@ -331,6 +333,7 @@ class ChatTemplate:
         for closing in (middle[: len(middle) - shared], tail):
             match = any_token.match(closing)
             if match:
+                # A template may close the last turn with another token than those in the middle.
                 end_tokens.add(match.group(1))
         turn = [{"role": "user", "content": BEGIN}]
         text_without_prompt = self._render_probe(turn)

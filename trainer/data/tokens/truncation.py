@@ -173,8 +173,8 @@ def _last_exchanges_that_fit(
     encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]], max_length: int
 ) -> Sample | tuple[Document, Sample]:
     """As many of the last exchanges as fit; if none does, the last exchange alone, as a document and its sample."""
+    # By how many exchanges are left out.
     samples: dict[int, Sample] = {}
-    """By how many exchanges are left out."""
 
     def fits(left_out: int) -> bool:
         _, samples[left_out] = _encode_exchanges(encoder, document, system, exchanges[left_out:])

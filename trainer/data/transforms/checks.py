@@ -84,6 +84,7 @@ class Checks:
             yield from self._text_troubles(text, f"text {number}")
 
     def _text_troubles(self, text: str, place: str) -> Iterator[tuple[str, str]]:
+        """What is wrong with one text."""
         if not text or text.isspace():
             yield "empty_text", place
         control = _CONTROL.search(text)
@@ -187,6 +188,7 @@ class Cleaner:
             self.steps.append(("unicode", partial(unicodedata.normalize, form)))
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
+        """Clean every text of a document; drop a document of which a text is left empty."""
         switches: set[str] = set()
         emptied = False
 

@@ -85,6 +85,7 @@ def has_echo(document: Document) -> bool:
 
 
 def _letters_and_digits(text: str) -> str:
+    """A text without case, punctuation and white space."""
     return "".join(filter(str.isalnum, text.casefold()))
 
 
@@ -104,6 +105,7 @@ class Filters:
         self.phrases = re.compile(pattern, re.IGNORECASE) if phrases else None
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
+        """The document, or None if one of the filters drops it."""
         reason = self._reason_in_length(document)
         remark = ""
         if reason is None and document.desirable is not False:

@@ -219,6 +219,7 @@ def _valid_numbers(raw: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, 
     import phonenumbers
 
     if raw.startswith(("+", "00")):
+        # Without a country the library does not know that 00 is the international prefix.
         plain = "+" + raw[2:] if raw.startswith("00") else raw
         shift = len(raw) - len(plain)
         numbers = []
@@ -248,6 +249,7 @@ def _certainty(match: object) -> float:
 
     number = match.number  # type: ignore[attr-defined]
     raw = match.raw_string  # type: ignore[attr-defined]
+    # Every country groups its digits in its own way: 555-0123 is written in the US, 01 23 45 67 89 in France.
     groups = re.findall(r"\d+", raw)
     for style in (PhoneNumberFormat.NATIONAL, PhoneNumberFormat.INTERNATIONAL):
         usual_groups = re.findall(r"\d+", phonenumbers.format_number(number, style))

@@ -98,10 +98,11 @@ class PersonalDataFinder:
         return resolve_overlaps(text, outside)
 
     def _find_by_rules(self, text: str) -> list[PrivacyFinding]:
+        """What our own rules and the telephone library find, certain or not; findings may overlap."""
         has_digit = DIGIT.search(text) is not None
         has_number = has_digit and NUMBER.search(text) is not None
+        # By what a rule may need, see `PrivacyRule.needs`.
         text_has = {"": True, "digit": has_digit, "number": has_number, "at": "@" in text}
-        """By what a rule may need, see `PrivacyRule.needs`."""
         lower = text.lower()
         findings: list[PrivacyFinding] = []
         for rule in self.rules:
@@ -172,6 +173,7 @@ class PrivacyStage:
         self._finder: PersonalDataFinder | None = None
         if config.mode != PrivacyMode.none and self._documents_left != 0:
             self._finder = PersonalDataFinder(config)
+        # Read from the environment, never from the configuration, which is written down with the run.
         self._key = secret_key()
         assert config.mode != PrivacyMode.pseudonymise or len(self._key) >= KEY_CHARACTERS, "`problems` says so before"
 
@@ -182,8 +184,8 @@ class PrivacyStage:
         if self._documents_left is not None:
             self._documents_left -= 1
         findings_by_text: dict[str, list[PrivacyFinding]] = {}
+        # (type, masked text) of every finding, in reading order.
         masked: list[tuple[str, str]] = []
-        """(type, masked text) of every finding, in reading order."""
         for text in document.texts():
             findings_by_text[text] = self._finder.find(text)
             for finding in findings_by_text[text]:
@@ -203,6 +205,7 @@ class PrivacyStage:
 
     @staticmethod
     def _count(findings: Findings, document: Document, masked: list[tuple[str, str]]) -> None:
+        """Add a document's findings to the tally, with masks of the first few."""
         types = [type_ for type_, _ in masked]
         findings.documents[document.source] += 1
         findings.counts.update(types)
@@ -241,6 +244,7 @@ def refuse_findings(findings: Findings, config: PrivacyConfig) -> None:
 
 def normalise(type_: str, value: str, regions: Sequence[str]) -> str:
     """One spelling for all spellings of a value: case, spaces, separators and national telephone formats vanish."""
+    # Full-width digits and the like become the usual ones.
     text = " ".join(unicodedata.normalize("NFKC", value).split())
     kind = NORMALISED_AS.get(type_, type_)
     if kind == "PHONE":
