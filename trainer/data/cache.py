@@ -88,7 +88,7 @@ def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
 
 @dataclass(slots=True)
 class Digests:
-    """SHA-256 of files, each as it was when it was first asked for."""
+    """SHA-256 of files, computed once each; `check` tells whether a file has changed since."""
 
     cache_dir: Path
     known: dict[Path, tuple[tuple[str | int, ...], str]] = field(default_factory=dict)
@@ -122,7 +122,7 @@ def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[s
 
 
 def fingerprint_with_date(fingerprint: str, date: TemplateDate | None) -> str:
-    """The fingerprint with the date that the chat template writes; as it is if there is none, or if it never knew of one."""
+    """The fingerprint with the template's date in it; unchanged without a date, and for data from before dates were in it."""
     if date is None or not date.in_fingerprint:
         return fingerprint
     return hashlib.sha256(f"{fingerprint}/{date.day.isoformat()}".encode()).hexdigest()
@@ -272,7 +272,7 @@ def _is_locked(file: IO[str]) -> bool:
 
 
 class Shards:
-    """The shards of one entry of the cache, `count` of them, beside it."""
+    """The `count` shards of one cache entry, in a directory beside the entry."""
 
     def __init__(self, directory: Path, count: int) -> None:
         self.home = directory.parent / f".{directory.name}.shards"

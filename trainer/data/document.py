@@ -200,7 +200,7 @@ class Rejected:
     """The row's first characters."""
 
     def parse(self) -> Rejected:
-        """Itself: what reading gives can be parsed without asking which of the two it is."""
+        """Return self, so that callers can parse a row without asking whether it is a `Row` or `Rejected`."""
         return self
 
     def __str__(self) -> str:
@@ -208,7 +208,7 @@ class Rejected:
 
 
 class RefusedDocument(DataError):
-    """One document that cannot become tokens, under a short code to count by; the others of its batch can."""
+    """Raised for one document that cannot become tokens; the others of its batch can. `reason` is a short code."""
 
     def __init__(self, where: str, reason: str, message: str) -> None:
         super().__init__(where, reason, message)
@@ -251,7 +251,7 @@ def keep_first(examples: dict[str, list[str]], key: str, places: list[str]) -> N
 
 @dataclass(slots=True)
 class Tally:
-    """What happened to documents, by stage and reason, with the first few places of each. Blocks add theirs up."""
+    """Counts of what the stages did to documents, by stage and reason, with the first few places. Blocks add theirs up."""
 
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     """Documents dropped: stage -> reason -> number. A document is dropped once, under one reason."""

@@ -27,7 +27,7 @@ _SHORT.maxlist = 4
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a column's value cannot be taken; it stands where the value would."""
+    """Stands in a row in place of a value that could not be read, and says why."""
 
     reason: str
     message: str
@@ -68,7 +68,7 @@ def value_at(fields: dict[str, Any], name: str) -> Any:
 
 
 def group_of(fields: dict[str, Any], name: str) -> str:
-    """What a row belongs to, as its column `name` says. Raises Refusal: missing_group."""
+    """The group that a row belongs to, from its column `name`. Raises Refusal: missing_group."""
     try:
         group = value_at(fields, name)
     except KeyError:
@@ -84,7 +84,7 @@ def group_of(fields: dict[str, Any], name: str) -> str:
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a value is one of those by which tables and files say that there is none."""
+    """Whether a value is empty in any of the ways that tables and files write it."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, dict):
@@ -95,7 +95,7 @@ def is_nothing(value: Any) -> bool:
 
 
 def is_texts(value: Any) -> bool:
-    """Whether a value is a list of texts, as some tables keep the one text that there is."""
+    """Whether a value is a list of texts. Some tables keep their only text in a list."""
     return isinstance(value, list) and bool(value) and all(isinstance(element, str) for element in value)
 
 
@@ -166,7 +166,7 @@ MAX_SHOWN_NAMES = 20
 
 @dataclass(slots=True)
 class Unread:
-    """What one reader left unread. `names` grows, in order of appearance; whoever takes them may clear it."""
+    """Columns that a reader does not read. `names` grows in order of appearance; the caller may clear it."""
 
     refused: Collection[str]
     """Columns that are refused unless they are read or ignored."""
@@ -203,7 +203,7 @@ class Unread:
 
 
 def shown_names(names: Collection[str]) -> list[str]:
-    """The first names, and how many there are besides."""
+    """The first names, and as last entry how many more there are."""
     first_names = list(names)[:MAX_SHOWN_NAMES]
     num_more = len(names) - MAX_SHOWN_NAMES
     if num_more > 0:

@@ -115,14 +115,14 @@ def recognise(
 
 
 def _several_formats(fitting: dict[DataFormat, Spelling], setting: str) -> str:
-    """How to choose between several formats that fit, for messages."""
+    """Part of an error message: how to choose between several formats that fit."""
     readings = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in fitting.items())
     choice = f"{setting.removesuffix('columns')}format={'|'.join(fitting)}"
     return f"choose with {choice}, or leave columns out with data.ignore_columns\n{readings}"
 
 
 def _no_format(fields: dict[str, Any], columns: dict[str, str], setting: str, preferred: tuple[DataFormat, ...]) -> str:
-    """What to do where no format fits, for messages: columns that may be meant, and what each format needs."""
+    """Part of an error message where no format fits: columns that may be meant, and what each format needs."""
     suggested = {} if columns else suggested_columns(fields)
     if suggested:
         mapping = suggested
@@ -137,7 +137,7 @@ def _no_format(fields: dict[str, Any], columns: dict[str, str], setting: str, pr
 
 
 def _about_columns(row: Row) -> str:
-    """What else the columns of a row that fits no format may be."""
+    """Part of an error message where no format fits: what a file with such columns often is."""
     if "segments" in row.fields:
         return (
             '\nsegments (axolotl\'s input_output): write them as messages, each with "train": true or false, as '
@@ -304,7 +304,7 @@ class RowReader:
         return document
 
     def _spelling(self, fields: dict[str, Any], unread_columns: tuple[str, ...]) -> Spelling:
-        """The first spelling whose columns the row has, with values if there is one. Raises Refusal: wrong_format."""
+        """The first spelling whose columns the row has, if possible with values. Raises Refusal: wrong_format."""
         filled_columns = {name for name, field in fields.items() if field is not None}
         for names in (filled_columns, fields.keys()):
             for spelling in self._spellings:

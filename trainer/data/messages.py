@@ -116,7 +116,7 @@ def _role(row_role: Any, name: str) -> str:
 
 
 def _other_fields(turn: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> Message:
-    """What a turn has beside its content: the thought and the calls of an assistant, what a result answers to."""
+    """The fields of a turn besides its content: an assistant's thought and calls, and which call a tool's result answers."""
     fields: Message = {}
     for key in (*_THOUGHT_KEYS, *_CALL_KEYS):
         value = turn.get(key)
@@ -329,7 +329,7 @@ def _call(row_call: Any, name: str) -> dict[str, Any]:
 
 
 def _as_json(calls_or_tools: Any, name: str) -> Any:
-    """The same, if JSON and UTF-8 can have it. Raises Refusal."""
+    """Return the calls or tools if they can be written as JSON in UTF-8. Raises Refusal."""
     try:
         json.dumps(calls_or_tools, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:

@@ -43,7 +43,7 @@ class Reading:
     """What is looked at of each sequence before the first backward pass of a step; mostly nothing."""
 
     def identity(self) -> dict[str, Any]:
-        """What of the settings decides prepared bytes, as JSON values, beside what it does (its class)."""
+        """Settings of the objective that change prepared bytes, as JSON values. The fingerprint has its class anyway."""
         return {}
 
     # -- while data is prepared ------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ class Reading:
         return None
 
     def encoder(self, tokenizer: PreTrainedTokenizerFast, config: DataConfig) -> Encoder:
-        """What tokenises documents."""
+        """The encoder that tokenises documents for this objective."""
         return Encoder(tokenizer, learn=config.learn, control_tokens=config.control_tokens)
 
     def sequences(
@@ -84,15 +84,15 @@ class Reading:
         """Raise DataError where a prepared training split has nothing to learn for this objective."""
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
-        """What makes micro-batches. `decoder_start`: first token of the decoder, of models that have two sides."""
+        """The collator that makes micro-batches. `decoder_start`: first token of the decoder, for encoder-decoder models."""
         return Collator(layout, pad_token_id)
 
     def headings(self) -> list[str]:
-        """What stands over each sequence of a document where it is shown."""
+        """Headings over the sequences of a document where they are shown, one a sequence."""
         return [""] * self.sequences_per_document
 
     def note(self, sample: Sample, label_names: list[str] | None) -> str:
-        """What is said below a sequence where it is shown; empty for nothing."""
+        """A note below a sequence where it is shown; empty for none."""
         return ""
 
 

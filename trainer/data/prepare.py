@@ -146,7 +146,7 @@ class Preparation:
         self.directory = cache / self.fingerprint[:32]
 
     def _options(self) -> dict[str, Any]:
-        """What of the settings decides prepared bytes. Every key stands in the fingerprint: a new one outdates all caches."""
+        """Settings that change prepared bytes. They are part of the fingerprint, so a new key here outdates all caches."""
         config = self.config
         settings = identifying(asdict(config))
         uses_seed = config.eval_share or config.test_share or config.balance.by is not BalanceBy.none
@@ -213,7 +213,7 @@ class Preparation:
             refuse_rendered(self.inputs, readers, self.reading.encoder(self.tokenizer, self.config))
 
     def check_stop(self) -> None:
-        """A safe point: raise Preempted where this process was asked to stop."""
+        """Raise Preempted if this process was asked to stop. Called between blocks, where stopping is safe."""
         if self.stop():
             raise Preempted("asked to stop while preparing data; nothing is lost but the preparation")
 

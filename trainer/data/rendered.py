@@ -35,7 +35,7 @@ class TurnTokens:
 
     @classmethod
     def of(cls, encoder: Encoder) -> TurnTokens:
-        """Those of an encoder's tokenizer and its chat template."""
+        """The turn tokens of an encoder's tokenizer and its chat template."""
         tokenizer = encoder.tokenizer
         affixes = {tokenizer.bos_token, tokenizer.eos_token}
         rendered = ""

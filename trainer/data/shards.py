@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Block:
-    """What became of a job."""
+    """The result of one job: its documents, their sequences, and counts of what was dropped."""
 
     number: int
     split: str
@@ -74,7 +74,7 @@ REMEDIES = {
 
 @dataclass(slots=True)
 class Totals:
-    """What the blocks counted, added up."""
+    """Sums of what all blocks counted."""
 
     tally: Tally = field(default_factory=Tally)
     rows: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -212,7 +212,7 @@ class Assembly:
         return lines
 
     def _advice(self, num_bad: int, num_rows: int) -> str:
-        """Where all bad rows are listed, and what can be done about them."""
+        """The last line of the error: where all bad rows are listed, and what can be done about them."""
         remedies = [remedy for reason, remedy in REMEDIES.items() if reason in self.totals.bad_reasons]
         if not self.splits:
             remedies = [remedy.removesuffix(" or set data.over_length=split") for remedy in remedies]

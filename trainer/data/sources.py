@@ -66,7 +66,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def problems(data: DataConfig) -> Iterator[str]:
-    """What of data's settings contradicts itself or cannot be used: one line a problem, with key, value, constraint and remedy.
+    """Settings of `data` that contradict each other or cannot be used: a line a problem, with key, value, constraint and remedy.
 
     Ranges of single numbers stand at their fields, what files there are is said where they are opened.
     """
@@ -92,7 +92,7 @@ def problems(data: DataConfig) -> Iterator[str]:
 
 
 def _path_problems(data: DataConfig) -> Iterator[str]:
-    """Where the training data is."""
+    """Problems of the settings that name the training data."""
     if data.path in (None, "") and not data.sources:
         yield (
             "data.path: not set; name the training data: a file, a directory, a glob, or hub:<name>; or several under "
@@ -106,7 +106,7 @@ def _path_problems(data: DataConfig) -> Iterator[str]:
 
 
 def _held_out_problems(data: DataConfig) -> Iterator[str]:
-    """Held-out splits and groups."""
+    """Problems of the settings of held-out splits and groups."""
     for split in HELD_OUT:
         share = getattr(data, f"{split}_share")
         if getattr(data, f"{split}_path") is not None and share:
@@ -116,7 +116,7 @@ def _held_out_problems(data: DataConfig) -> Iterator[str]:
 
 
 def _weight_problems(data: DataConfig) -> Iterator[str]:
-    """Weights of sources."""
+    """Problems of the weights of sources."""
     weighted = [name for name, source in data.sources.items() if source.weight is not None]
     if weighted and len(weighted) < len(data.sources):
         without = ", ".join(sorted(data.sources.keys() - set(weighted)))
@@ -199,7 +199,7 @@ def readers_of(
     preferred: tuple[DataFormat, ...] = (),
     refuses: bool = True,
 ) -> dict[tuple[str, str], RowReader]:
-    """What makes documents of each input's rows, its format recognised from the first row that can be read.
+    """Make a reader for each input, its format recognised from the first row that can be read.
 
     `label` reads a label; `preferred` are the formats that decide where several fit; `refuses` as in `RowReader`.
     """

@@ -120,7 +120,7 @@ class BlockMaker:
         return kept
 
     def _stages(self, job: RowRange) -> Iterator[Stage]:
-        """What the configuration asks for, in its order, each made when the documents come to it."""
+        """The stages of the configuration, in order; each is built only when the documents come to it."""
         config = self.config
         yield Checks(config.checks)
         if config.cleaning != CleaningConfig():
@@ -142,7 +142,7 @@ class BlockMaker:
         block.bad.append(row)
 
     def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
-        """The documents of which something is left, their sequences now in the block."""
+        """Put the sequences of the documents into the block; returns the documents that have any."""
         encoder = self.encoder
         samples: list[Sample] = []
         pieces: list[int] = []
@@ -165,7 +165,7 @@ class BlockMaker:
         return tokenised
 
     def _sequences(self, documents: list[Document], block: Block) -> Iterator[tuple[Document, list[Sample]]]:
-        """What the objective makes of documents, one by one where it refuses one; what was lost unasked is quarantined."""
+        """(document, its sequences). If the objective refuses a document, each is tried alone; lost rows are quarantined."""
         # A tally of its own, which is thrown away if the documents are tokenised again one by one.
         tally = Tally()
         try:
@@ -209,14 +209,14 @@ LIVENESS_CHECK_S = 1.0
 
 
 class Worker(ForkProcess):
-    """Ends when its pool asks for it: where a stop may be asked for, processes hold back the pool's own SIGTERM."""
+    """A worker process that its pool can always end: processes that may be asked to stop hold back the pool's usual SIGTERM."""
 
     def terminate(self) -> None:
         self.kill()
 
 
 class Workers(ForkContext):
-    """How a pool starts them."""
+    """The way in which a pool forks its workers."""
 
     Process = Worker
 
@@ -265,7 +265,7 @@ def ordered_map(
 def _wait_for(
     future: Future[Returned], pool: ProcessPoolExecutor, workers: list[Worker], check: Callable[[], None]
 ) -> Returned:
-    """What a worker handed over. Where one worker is gone, all are killed, and the pool says that it is broken."""
+    """Wait for the result of a job. If any worker has died, all are killed, and the pool raises BrokenProcessPool."""
     while not wait([future], LIVENESS_CHECK_S).done:
         check()
         if not all(worker.is_alive() for worker in workers):

@@ -72,7 +72,7 @@ class Collator:
         return concatenated(samples) if self.layout is Layout.padding_free else padded(samples, self.pad_token_id)
 
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Put into the batch what the loss needs beside tokens and targets."""
+        """Add to the batch what the loss needs besides tokens and targets. An objective may override it."""
 
     def deal(self, dataset: TokenDataset, units: np.ndarray, tokens: np.ndarray, shape: tuple[int, int]) -> list:
         """Positions in `units` (int64 [U], weighing `tokens` each) dealt into `shape` = (slots, units a slot).

@@ -24,7 +24,7 @@ from trainer.data.store.sequences import Sample, TokenDataset, concatenated_rang
 
 @dataclass(slots=True)
 class StepBatch:
-    """What one rank trains on in one optimizer step, and the sums over the whole global batch."""
+    """The micro-batches of one rank for one optimizer step, with sums over the global batch of all ranks."""
 
     micro_batches: list[dict[str, Any]]
     totals: dict[str, float]
@@ -52,7 +52,7 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How a global batch is divided: `global_batch` and `micro_batch` count units, of which this rank takes its part."""
+    """How a global batch is divided among ranks and micro-batches; `global_batch` and `micro_batch` count units."""
 
     global_batch: int
     micro_batch: int
@@ -232,7 +232,7 @@ class EvalShare:
     """Whether a micro-batch holds documents of one source only."""
 
     def groups(self, dataset: TokenDataset) -> np.ndarray:
-        """int64 [documents]: the source of each document, where sources are told apart; else 0."""
+        """int64 [documents]: the source of each document if `by_source`, else 0."""
         per_document = self.sequences_per_document
         num_documents = len(dataset) // per_document
         sources = dataset.sources if self.by_source else np.zeros(len(dataset), np.int64)
@@ -246,13 +246,13 @@ class EvalShare:
         return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
 
     def sequences(self, dataset: TokenDataset) -> np.ndarray:
-        """int64: the sequences of these documents."""
+        """int64: the sequences of the documents that the pass covers."""
         per_document = self.sequences_per_document
         return (self.documents(dataset)[:, None] * per_document + np.arange(per_document)).ravel()
 
 
 def sources_in(dataset: TokenDataset) -> dict[int, str]:
-    """The sources of which a data set has sequences, by number."""
+    """Names of the sources from which a data set has sequences, by their number."""
     return {number: dataset.source_names[number] for number in np.unique(dataset.sources).tolist()}
 
 

@@ -59,7 +59,7 @@ MAX_EPOCH_UNITS = 1 << 28
 
 @dataclass(slots=True)
 class Mix:
-    """What the sources of a data set hold, and the weights with which they are mixed; each by the number of the source."""
+    """Sizes of the sources of a data set, and the weights with which they are mixed; all lists are by the source's number."""
 
     names: list[str]
     weights: Sequence[float]
@@ -197,7 +197,7 @@ def pack_by_source(
 
 
 def source_weights(config: DataConfig, names: list[str]) -> list[float]:
-    """The weight of each source by name, all of which have one; empty without weights. Held-out inputs, never drawn, have 0."""
+    """The weight of each source in `names`; empty if no source has one. Held-out inputs, which are never drawn, get 0."""
     weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
     if not weights:
         return []

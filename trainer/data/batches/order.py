@@ -52,7 +52,7 @@ class Order(ABC):
             covered_to = end
 
     def places(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Where the consumed-sample numbers [start, start + count) lie in the order: runs of places, as (first, count)."""
+        """Places in the order of the samples number [start, start + count) of the run, as runs of (first, count)."""
         places = np.arange(start, start + count, dtype=np.int64)
         for first, skipped_count in self._skipped:
             places[places >= first] += skipped_count
@@ -60,7 +60,7 @@ class Order(ABC):
         return [(int(run[0]), len(run)) for run in runs if len(run)]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Unit numbers of one epoch, int64 [num_units]; the last one asked for is kept."""
+        """Unit numbers of one epoch, int64 [num_units]. The last epoch is cached."""
         # The loader's thread and the trainer ask for epochs at the same time.
         cached = self._cached  # one read: another thread may replace it
         if cached is None or cached[0] != epoch:
@@ -227,7 +227,7 @@ def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, t
 
 @dataclass(kw_only=True, slots=True)
 class BudgetConfig:
-    """How long the run trains; exactly one is set."""
+    """How long the run trains. Exactly one of the fields is set."""
 
     steps: int | None = number(None, least=1, advice="the number of optimizer steps")
     """Optimizer steps."""
@@ -238,7 +238,7 @@ class BudgetConfig:
 
 
 def steps_from_budget(budget: BudgetConfig, order: Order, unit_tokens: np.ndarray, global_batch: int) -> int:
-    """Optimizer steps of the run: set directly, or enough for the epochs or tokens asked for.
+    """Optimizer steps of the run: set directly, or as many as the epochs or tokens of the budget need.
 
     `unit_tokens` is int [order.population].
     """

@@ -23,7 +23,7 @@ def pin_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
-    """The same items, made by one background thread up to `PREFETCH` ahead.
+    """Yield the items, which one background thread makes up to `PREFETCH` ahead.
 
     Close it (or exhaust it) to stop the thread. Errors of the thread are raised here.
     """

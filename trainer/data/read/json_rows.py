@@ -66,7 +66,7 @@ def read_json_lines(path: File) -> Iterator[Row | Rejected]:
 
 
 def _skip_line(stream: BinaryIO, raw: bytes) -> int:
-    """Read on to the end of a line of which `raw` was the beginning; its length in bytes."""
+    """Skip the rest of a line that begins with `raw`; returns the length of the whole line in bytes."""
     length = len(raw)
     while not raw.endswith(b"\n") and (raw := stream.readline(BUFFER)):
         length += len(raw)
@@ -156,7 +156,7 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
 
 
 def _read_on(path: File, stream: BinaryIO, element: bytes, line: int) -> bytes:
-    """The beginning of an element, on this line, with more of what follows. Raises DataError where nothing follows."""
+    """Read more of an element that begins on this line; returns its beginning with what follows. Raises DataError at the end."""
     blanks = element[: len(element) - len(element.lstrip())]
     if len(element) > 2 * MAX_ROW_BYTES:
         limit = MAX_ROW_BYTES >> 20
@@ -250,7 +250,7 @@ def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
 
 
 def _fault_in(column: Any) -> Fault | None:
-    """What is wrong with the value of a column, whose row is one level of nesting itself; level by level."""
+    """The first fault in the value of a column, searched level by level; None if it is sound. The row counts as one level."""
     level = [column]
     depth = 1
     while level:
@@ -278,7 +278,7 @@ def _fault_in(column: Any) -> Fault | None:
 
 
 def _hint(text: str, error: json.JSONDecodeError) -> str:
-    """What the writer probably did, where the place of the error tells."""
+    """A hint at the mistake that the writer probably made; empty if the place of the error does not tell."""
     position = error.pos
     character = text[position : position + 1]
     end = len(text.rstrip())

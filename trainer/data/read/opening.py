@@ -150,7 +150,7 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
 
 
 def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.BufferedReader:
-    """What reads the decompressed bytes of a file; `compression` is a suffix, or empty."""
+    """A stream of the decompressed bytes of a file; `compression` is a suffix such as `.gz`, or empty."""
     raw: Any
     if not compression:
         return file
@@ -253,7 +253,7 @@ def too_long_row(name: str, line: int, start: bytes | str, length: int) -> Rejec
 
 
 def _remedy(path: File, content: str) -> str:
-    """What to do about a text file that holds `content`, a phrase of `identify`."""
+    """Part of an error message: what to do about a text file that holds `content`, which is an answer of `identify`."""
     if content.startswith(("UTF-16", "UTF-32")):
         return "; save the file as UTF-8"
     is_compressed = bool(compression_of(path))

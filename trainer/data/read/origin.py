@@ -39,7 +39,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 @dataclass(slots=True)
 class Origin:
-    """Files and hub data sets in reading order, with what a hub data set needs to be told."""
+    """Files and hub data sets in reading order, with the subset, split and revision of a hub data set."""
 
     key: str
     """The setting that names them, for messages."""
@@ -91,7 +91,7 @@ class Origin:
         return identities
 
     def _hub_identity(self, path: File) -> tuple[str, str]:
-        """What tells one version of a hub data set from another."""
+        """(kind, text that differs between versions of a hub data set)."""
         name = str(path).removeprefix(PREFIX)
         if self.streaming:  # the commit says all, and the hub need not be reached
             parts: tuple[Any, ...] = (name, self.subset, self.split, self.revision)
@@ -147,7 +147,7 @@ class Origin:
         return table_rows(batches, place, unread_columns=unread_columns)
 
     def _tables(self, dataset: Any, place: str) -> Iterator[Any]:
-        """Its rows as Arrow tables. Raises DataError where a stream breaks off."""
+        """The rows of a hub data set as Arrow tables. Raises DataError where a stream breaks off."""
         try:
             yield from dataset.with_format("arrow").iter(ROWS_PER_BATCH)
         except Exception as error:

@@ -27,7 +27,7 @@ HEAD = 4096
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One file by its address; named like a path."""
+    """A file on another machine, with the attributes of a `Path` that reading needs."""
 
     url: str
 
@@ -51,7 +51,7 @@ class RemoteFile:
         return PurePosixPath(self.name).suffix
 
     def open(self) -> BinaryIO:
-        """Its bytes, streamed. Raises DataError where it cannot be reached, OSError while it is read."""
+        """Open the file's bytes as a stream. Raises DataError if it cannot be reached; reading raises OSError."""
         file = _query(self.url, lambda files, path: files.open(path, "rb", block_size=BLOCK))
         return cast("BinaryIO", io.BufferedReader(_RemoteReader(file), BLOCK))
 

@@ -199,7 +199,7 @@ class DecodedSample(_Strict):
 
 @dataclass(kw_only=True, slots=True)
 class Audit(_Strict):
-    """All that preparation tells about a data set. An empty part was not asked for, or had nothing to be looked at."""
+    """All that preparation reports about a data set. A part is empty if no setting asked for it, or nothing was there."""
 
     schema: int
     created: str

@@ -173,7 +173,7 @@ class ReportWriter:
             )
 
     def _source(self, source: Input, totals: Totals, columns: Columns, dataset: TokenDataset | None) -> form.Source:
-        """What one input gave, with the identity of its files."""
+        """Rows and tokens that one input gave, with sizes and digests of its files."""
         files = source.origin.files(self.digest)
         tokens = supervised = 0
         if source.source in columns.sources and dataset is not None:
@@ -194,7 +194,7 @@ class ReportWriter:
         )
 
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
-        """What the weights ask for, and what an epoch of unpacked documents makes of them."""
+        """Shares that the weights of sources ask for beside those of an epoch of unpacked documents; empty without weights."""
         if all(source.weight is None for source in self.config.sources.values()):
             return {}
         mix = Mix.of(self.config, train.source_names, train.sources, train.lengths)

@@ -49,7 +49,7 @@ class PreparedEntry:
     opened: dict[str, TokenDataset] = field(default_factory=dict)
 
     def split(self, name: str) -> TokenDataset:
-        """The split, opened once. Raises ConfigError where there is none of the name, DataError for a torn one."""
+        """Open a split, once. Raises ConfigError for an unknown name, DataError for a damaged split."""
         if name not in self.splits:
             raise ConfigError(f"split={name}: there is no such split; one of {', '.join(self.splits)}")
         if name not in self.opened:
@@ -301,7 +301,7 @@ def _document_parts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _table(*heads: str, **options: Any) -> Table:
-    """A table of numbers; the columns that name something stand to the left."""
+    """An empty table; columns of names are aligned left, columns of numbers right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", **options)
     for name in heads:
         table.add_column(name, justify="left" if name in ("split", "", "name") else "right", overflow="fold")

@@ -30,7 +30,7 @@ def print_on_rank_0(line: str) -> None:
 
 
 class PreparationProgress:
-    """What is being done, how many rows are done, and of how many. The lines come from a thread of their own.
+    """Counts what preparation has done, and prints it from a thread of its own.
 
     Native code may keep that thread waiting as long as it keeps the interpreter's lock.
     """
@@ -76,7 +76,7 @@ class PreparationProgress:
         self._total_table_rows = round(share * sum(rows for _, rows in extents))
 
     def begin_rows(self) -> None:
-        """From now on rows are counted."""
+        """Start counting rows."""
         self.phase = "rows"
         self._rows_done = 0
         self._rows_started_at = self._clock()
@@ -94,7 +94,7 @@ class PreparationProgress:
         self._rows_done += rows
 
     def line(self) -> str:
-        """How far the preparation is."""
+        """One line on how far the preparation is."""
         now = self._clock()
         if self.phase != "rows":
             return f"preparing data: {self.phase}, {now - self._started_at:.0f} s"

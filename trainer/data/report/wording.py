@@ -127,7 +127,7 @@ HARMFUL_TYPES = re.compile(
 
 
 class Level(StrEnum):
-    """How a finding is to be taken."""
+    """How serious a finding is."""
 
     good = "good"
     look = "look"

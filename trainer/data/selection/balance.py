@@ -145,7 +145,7 @@ def _report(
 
 
 def problems(config: BalanceConfig) -> Iterator[str]:
-    """Of the balance: shares without their target, or the other way round, and shares that are none."""
+    """What is wrong with the settings of the balance: shares without their target, a target without shares, bad numbers."""
     if config.target is BalanceTarget.shares and not config.shares:
         yield "data.balance.target=shares: data.balance.shares is empty; name every group with its share"
     if config.target is not BalanceTarget.shares and config.shares:

@@ -151,7 +151,7 @@ class _SplitChooser:
         return f"{row['file']}:{row['line']}"
 
     def text(self, number: int) -> str:
-        """What near copies are compared by."""
+        """The text by which near copies are compared."""
         return compared_text(self.table.document(number), self.config.duplicates.text)
 
     def drop_copies(self) -> None:
@@ -183,7 +183,7 @@ class _SplitChooser:
         self.selection.report["duplicates"] = report
 
     def hold_out(self) -> None:
-        """Split the training documents by content: copies fall on the same side, their place in the files is no matter.
+        """Draw the held-out shares from the training documents by their content, so that copies fall on the same side.
 
         With groups it goes by group, and copies in two groups may fall apart, which the search for leaks then tells.
         """

@@ -84,7 +84,7 @@ def _with_json_text(part: dict[str, Any], name: str) -> dict[str, Any]:
 
 @dataclass
 class DocumentTable:
-    """The documents of a prepared data set by row number; of the file, only what is asked for is read."""
+    """The documents of a prepared data set by row number. The file is mapped: only the rows that are used are read."""
 
     directory: Path
 

@@ -67,7 +67,7 @@ class Sample:
         return math.fsum(weights.tolist())
 
     def cut(self, *parts: slice) -> Sample:
-        """The tokens of these parts, one after another."""
+        """A sample of these parts of the tokens, one after another."""
 
         def join(row: np.ndarray) -> np.ndarray:
             return np.concatenate([row[part] for part in parts])
@@ -78,7 +78,7 @@ class Sample:
         return Sample(join(self.input_ids), supervised, dict(self.marks), weights)
 
     def answer_begin(self) -> int:
-        """Where the first token is learned; the end of the sequence where none is (a filler)."""
+        """Position of the first learned token; the length of the sequence if none is learned (a filler)."""
         learned = np.flatnonzero(self.supervised)
         return int(learned[0]) if len(learned) else len(self.input_ids)
 

@@ -45,7 +45,7 @@ def reads_clock(template: str | None) -> bool:
 
 
 def with_date(template: str, day: date) -> str:
-    """The template with a clock that stands at midnight of `day`."""
+    """The template with its calls of the clock replaced by the date `day`, at midnight."""
     midnight = datetime(day.year, day.month, day.day)
     fixed = _LITERAL_CALL.sub(lambda match: json.dumps(midnight.strftime(match[2]), ensure_ascii=False), template)
     if not _CLOCK_CALL.search(fixed):

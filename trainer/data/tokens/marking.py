@@ -69,7 +69,7 @@ class _Skeleton:
 
 
 class SpanFinder:
-    """Finds and closes learned turns with one template.
+    """Finds the character spans of learned turns with one chat template, closing tokens included.
 
     `added` are the tokenizer's added tokens, one of which closes the last turn where it follows; `ends` match what closes a
     turn, by role, and `eos` closes the last where the template does not.
@@ -364,5 +364,5 @@ def mark_thought(content: str) -> str:
 
 
 def mark_thought_alone(content: str) -> str:
-    """The same without marks around a blank answer, which templates may ask for beside calls."""
+    """As `mark_thought`, but a blank answer gets no marks: templates may test for an empty content beside calls."""
     return mark_thought(content).removesuffix(BEGIN + END)

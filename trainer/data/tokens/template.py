@@ -107,7 +107,7 @@ class ChatTemplate:
         self._span_finder = SpanFinder(self._apply, self._added_tokens, patterns, str(tokenizer.eos_token))
 
     def fix_date(self, day: date) -> None:
-        """From now on write `day` for today."""
+        """Make the template write `day` as today's date."""
         self.source = with_date(self.source, day)
 
     @cached_property
@@ -170,7 +170,7 @@ class ChatTemplate:
         return text
 
     def first_content_begin(self, messages: Sequence[Message], where: str, tools: Tools = None) -> int | None:
-        """Where the content of the first message that is no system turn begins in the text; None if not to be told."""
+        """Where the content of the first message after the system turns begins in the text; None if that cannot be found out."""
         job = self._make_job(messages, where, tools)
         index = next((i for i, message in enumerate(job.messages) if message["role"] != "system"), None)
         if index is None:

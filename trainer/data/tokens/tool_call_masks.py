@@ -159,7 +159,7 @@ class Chat:
 
 
 class TurnSpanFinder:
-    """Finds learned turns with one template. `added` are the tokenizer's added tokens, `ends` those that close turns, by role."""
+    """Finds the spans of learned turns one by one. `added`: the added tokens; `ends`: those that close turns, by role."""
 
     def __init__(self, apply: Apply, reasoning: Reasoning, added: list[str], ends: dict[str, set[str]]) -> None:
         self._apply = apply
@@ -262,7 +262,7 @@ class TurnSpanFinder:
         return re.compile(r"\s*" + alternatives).match(text, position, bound)
 
     def _locate_turn(self, chat: Chat, index: int, text: str, *, final: bool) -> tuple[int, int, int]:
-        """(where a learned turn begins, where its own text ends, up to where its closing token may stand)."""
+        """(begin of a learned turn, end of its own text, limit for its closing token), as positions in `text`."""
         message = chat.messages[index]
         for mark, level in self._marking_attempts(message):
             marks = self._find_marks(chat, index, text, mark, level)
@@ -330,7 +330,7 @@ class TurnSpanFinder:
         return empty_thought.end() if empty_thought else begin
 
     def _header_end(self, chat: Chat, index: int, text: str, own_begin: int, edge_before: int | None) -> int:
-        """Where generation of a turn begins: after what the template writes behind the turn before, as in a prompt."""
+        """Where generation of a turn begins: behind the header that the template also writes at the end of a prompt."""
         earlier = chat.messages[:index]
         if edge_before is not None:
             earlier[-1] = {**earlier[-1], "content": _mark_end(earlier[-1]["content"])}

@@ -105,7 +105,7 @@ class Decontaminator:
             )
 
     def match(self, text: str) -> tuple[str, float] | None:
-        """The evaluation text (its place) of which `text` holds the largest share, and that share; None where clean."""
+        """(place of the evaluation text of which `text` holds the largest share, that share); None if it holds none."""
         words = _hash_words(text)
         ngrams = np.concatenate([_hash_ngrams(words, length) for length in self._lengths])
         begins = np.searchsorted(self._ngrams, ngrams, "left")

@@ -101,7 +101,7 @@ CLOSE = r"(?!\w|-\w|\.\d)"
 def _number(
     type_: str, regex: str, score: float, check: Callable[[str], bool], near: str = "", boosted: float = 0.95
 ) -> PrivacyRule:
-    """An identity number: bounded, checked, explained away by `NOT_PERSONAL`, believed beside one of the words `near`."""
+    """The rule of an identity number: `check` must accept it, words of `NOT_PERSONAL` speak against it, words `near` for it."""
     return rule(
         type_,
         f"{OPEN}({regex}){CLOSE}",

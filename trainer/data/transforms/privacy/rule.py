@@ -74,7 +74,7 @@ class PrivacyFinding:
 
 @dataclass(frozen=True, slots=True)
 class PrivacyRule:
-    """One way in which a type shows itself.
+    """A regular expression that finds one type of personal data, and what makes a match more or less certain.
 
     The first group of the expression is the finding. Its score is `score`; `boosted` if `near` matches close by; and
     `SCORE_IF_AGAINST` if `against` matches before it, whatever else is near. A rule is tried only on texts that hold `needs`
@@ -121,7 +121,7 @@ VERSION = re.compile(rf"{_OTHER_NUMBER_WORDS}[ \w.-]{{0,12}}$", re.IGNORECASE)
 
 
 def words(alternatives: str) -> re.Pattern[str]:
-    """Any of these expressions, parted by |, as whole words, in any case."""
+    """Matches any of these alternatives, separated by |, as whole words in any case."""
     return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
 
 

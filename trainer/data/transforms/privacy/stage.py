@@ -98,7 +98,7 @@ class PersonalDataFinder:
         return resolve_overlaps(text, outside)
 
     def _find_by_rules(self, text: str) -> list[PrivacyFinding]:
-        """What our own rules and the telephone library find, certain or not; findings may overlap."""
+        """Findings of our own rules and of the telephone library, certain or not; they may overlap."""
         has_digit = DIGIT.search(text) is not None
         has_number = has_digit and NUMBER.search(text) is not None
         # By what a rule may need, see `PrivacyRule.needs`.
@@ -243,7 +243,7 @@ def refuse_findings(findings: Findings, config: PrivacyConfig) -> None:
 
 
 def normalise(type_: str, value: str, regions: Sequence[str]) -> str:
-    """One spelling for all spellings of a value: case, spaces, separators and national telephone formats vanish."""
+    """The same text for all spellings of a value: without case, spaces, separators and national telephone formats."""
     # Full-width digits and the like become the usual ones.
     text = " ".join(unicodedata.normalize("NFKC", value).split())
     kind = NORMALISED_AS.get(type_, type_)
@@ -270,7 +270,7 @@ def pseudonym(type_: str, value: str, key: bytes, regions: Sequence[str]) -> str
 
 
 def mask(type_: str, text: str) -> str:
-    """What a report may show: `j***@e***.com`. The shape of numbers, first letters of names, no more than that.
+    """The text as a report may show it: `j***@e***.com`. Only the shape of numbers and the first letters of names remain.
 
     No four letters or digits in a row of the text are ever shown, and of secrets nothing.
     """
@@ -293,7 +293,7 @@ def secret_key() -> bytes:
 
 
 def key_identity() -> str:
-    """What tells one secret key of pseudonyms from another without giving it away."""
+    """A digest that differs between secret keys of pseudonyms, for the fingerprint. The key cannot be found from it."""
     return hmac.new(secret_key(), b"identity of the key", hashlib.sha256).hexdigest()
 
 
