@@ -113,6 +113,7 @@ def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[s
     """SHA-256 over the inputs' identities (bytes, not names), the tokenizer with its template, and the options."""
     identity = {
         "inputs": inputs,
+        # The content of the tokenizer, not its name: the same files in another directory are the same tokenizer.
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
@@ -135,12 +136,14 @@ def first_date(cache_dir: Path, fingerprint: str) -> TemplateDate:
     """
     name = fingerprint[:32]
     for made_before in (cache_dir / name / DONE, Shards(cache_dir / name, 0).home):
+        # Such data was prepared without a date in its fingerprint, and is used on under the day it was made.
         with suppress(OSError):  # an entry of an earlier version, or shards of one
             return TemplateDate(date.fromtimestamp(made_before.stat().st_mtime), in_fingerprint=False)
     path = cache_dir / "dates" / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            # Of several processes that come at once, one writes the date, and all read it.
             claim(path, date.today().isoformat().encode(), uuid.uuid4().hex)
         return TemplateDate(date.fromisoformat(read(path).decode()))
     except OSError as error:
@@ -193,6 +196,7 @@ def _publish_when_filled(directory: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)  # an entry without its manifest is not one
         for path in temporary.rglob("*"):
             sync_directory(path) if path.is_dir() else sync_file(path)
+        # The rename is the last step, so nobody ever sees half an entry.
         publish(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

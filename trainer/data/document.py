@@ -138,6 +138,7 @@ def with_texts(node: Any, change: Callable[[str], str], change_key: Callable[[st
 
 def texts_in(message: Message) -> list[str]:
     """The texts of a turn in reading order. An empty content counts as a text only if the turn has nothing else."""
+    # The usual turn, role and content, without a look at the rest.
     if len(message) == 2:
         return [message["content"]]
     texts: list[str] = []
@@ -283,6 +284,7 @@ class Tally:
 
     def _add(self, table: dict[str, Counter[str]], stage: str, reason: str, where: str) -> None:
         table.setdefault(stage, Counter())[reason] += 1
+        # Counts are exact; of the places only the first few are kept.
         keep_first(self.examples, f"{stage}/{reason}", [where])
 
 

@@ -75,6 +75,7 @@ def group_of(fields: dict[str, Any], name: str) -> str:
         raise Refusal("missing_group", f"no column {name!r} (data.group_by); the row has {sorted(fields)}") from None
     if isinstance(group, str) and group.strip():
         return group.strip()
+    # Tables turn whole numbers into floats where a cell is empty.
     is_whole = isinstance(group, int) and not isinstance(group, bool)
     if is_whole or (isinstance(group, float) and group.is_integer()):
         return str(int(group))

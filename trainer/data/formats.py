@@ -56,10 +56,10 @@ _SPELLINGS_AS_TEXT = {  # the columns that make a format, likeliest spelling fir
     DataFormat.preference: "prompt chosen rejected | question chosen rejected | conversations chosen rejected | chosen rejected",
     DataFormat.thumbs: "prompt completion label | prompt completion thumbs | messages label | messages thumbs",
 }
-SPELLINGS: dict[DataFormat, list[Spelling]] = {
-    format: [tuple(spelling.split()) for spelling in text.split("|")] for format, text in _SPELLINGS_AS_TEXT.items()
-}
+SPELLINGS: dict[DataFormat, list[Spelling]] = {}
 """For each format the sets of columns that make it, likeliest first."""
+for _format, _text in _SPELLINGS_AS_TEXT.items():
+    SPELLINGS[_format] = [tuple(spelling.split()) for spelling in _text.split("|")]
 _CONVERSATION_COLUMNS = ("system", "tools")
 _WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
 _INSTRUCTION_COLUMNS = ("input", "context", "history")
@@ -171,6 +171,7 @@ def _fitting_formats(fields: dict[str, Any], columns: dict[str, str], *, verdict
     extended: set[DataFormat] = set()
     for format in fitting:
         if is_surely_thumbs or format is not DataFormat.thumbs:
+            # The richer format reads all that the poorer one does.
             extended |= _EXTENDS.get(format, set())
     fitting = {format: spelling for format, spelling in fitting.items() if format not in extended}
     if len(fitting) > 1 and "content" not in columns and "content" in fitting.get(DataFormat.text, ()):
@@ -306,6 +307,7 @@ class RowReader:
     def _spelling(self, fields: dict[str, Any], unread_columns: tuple[str, ...]) -> Spelling:
         """The first spelling whose columns the row has, if possible with values. Raises Refusal: wrong_format."""
         filled_columns = {name for name, field in fields.items() if field is not None}
+        # A table with columns of two spellings leaves one of them empty in each row.
         for names in (filled_columns, fields.keys()):
             for spelling in self._spellings:
                 if names >= {*spelling}:

@@ -74,6 +74,7 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     """A message in normal form. `name` is what messages call the turn, such as `messages[2]`. Raises Refusal."""
     if not isinstance(turn, dict):
         raise Refusal("bad_messages", f'{name} is {show_value(turn)}; it must be {{"role": ..., "content": ...}}')
+    # OpenAI's convention is role and content, that of ShareGPT is from and value.
     role_key = "from" if "from" in turn and "role" not in turn else "role"
     text_key = "content"
     if "content" not in turn and ("value" in turn or role_key == "from"):
@@ -89,6 +90,7 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
         _refuse_carriers(turn, name, ignored)
     message: Message = {"role": role}
     other_fields = _other_fields(turn, name, role, ignored)
+    # ShareGPT's function_call turn holds the call as its text.
     if is_call:
         other_fields["tool_calls"] = calls_of(text, f"{name}.{text_key}")
         message["content"] = ""
@@ -98,6 +100,7 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
         message["content"] = _content(turn, text_key, f"{name}.{text_key}")
     weight = _weight(turn, name, ignored)
     if weight is not None:
+        # A weight of 1 is the usual case, and not written down.
         message["train"] = weight > 0
         if 0 < weight < 1:
             message["weight"] = weight
@@ -231,6 +234,7 @@ def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
         if any(turn["content"].strip() not in contents for turn in prompt):
             message = '"chosen" and "rejected" are conversations that do not both begin with the prompt of the row'
             raise Refusal("differing_prompts", message)
+        # From here on the prompt is what both conversations begin with.
         prompt = shared
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer:
@@ -279,6 +283,7 @@ def tools_of(column: Any) -> list[dict[str, Any]] | None:
     for number, row_tool in enumerate(row_tools, 1):
         tool = row_tool
         if isinstance(row_tool, dict) and "function" not in row_tool:
+            # OpenAI's older form has the function without its wrapping.
             tool = {"type": "function", "function": row_tool}
         function = tool.get("function") if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None

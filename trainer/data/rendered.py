@@ -67,7 +67,8 @@ def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReade
     """Raise DataError if most of an input's first texts or prompts already hold a rendered chat template."""
     tokens = TurnTokens.of(encoder)
     for input_source in inputs:
-        num_texts, num_rendered = 0, 0
+        num_texts = 0
+        num_rendered = 0
         example: tuple[Document, str] | None = None
         for document in _first_documents(input_source, readers[input_source.id]):
             if document.prompt is None and (document.text is None or document.label is not None):

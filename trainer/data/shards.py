@@ -105,6 +105,7 @@ class Assembly:
 
         self.store = StoreWriter(directory)
         self._table = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), schema())
+        # Written as rows are found, so that memory does not grow with bad rows.
         self._quarantine = (directory / QUARANTINE).open("w", encoding="utf-8")
         self._dropped = (directory / DROPPED).open("w", encoding="utf-8")
         self._splits: dict[str, int] = {}
@@ -151,6 +152,7 @@ class Assembly:
         }
         for name, column in document_columns.items():
             self._columns.setdefault(name, []).append(column)
+        # Tokens are written once, here; splits refer to them by number.
         self.store.append(block.sequences)
         if num_documents:
             self._table.write_batch(block.documents)
@@ -191,6 +193,7 @@ class Assembly:
         is_above_limit = num_bad / num_rows > self.max_bad_share
         if not is_above_limit and reasons[WRONG_KIND] < num_rows:
             return
+        # The data set's directory is about to be removed, the list of its bad rows is not.
         self._quarantine.flush()
         self.rejected.parent.mkdir(parents=True, exist_ok=True)
         self.rejected.write_bytes((self.directory / QUARANTINE).read_bytes())

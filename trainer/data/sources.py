@@ -217,6 +217,7 @@ def readers_of(
         group_column = (source_input.group or "").split(".")[0]
         if source_input.split == "train" or not isinstance(first_row, Row) or group_column in first_row.fields:
             options["group"] = source_input.group
+        # One format for all rows of an input: a row that does not fit is a bad row.
         reader = RowReader(format, source_input.columns, label=label, refuses=refuses, **options)
         readers[source_input.split, source_input.source] = reader
         source_input.needed_columns = reader.needed_columns
@@ -244,6 +245,7 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
         rows: Iterator[Row | Rejected] = source_input.origin.rows(source_input.needed_columns)
         is_limited = source_input.split == "train" and rows_left is not None
         if is_limited:
+            # So that no file is opened beyond the last row that is used.
             rows = islice(rows, rows_left)
         for row in rows:
             if is_limited and rows_left is not None:
@@ -313,6 +315,7 @@ def require_room(
     while not existing.exists():
         existing = existing.parent
     free_bytes = shutil.disk_usage(existing).free
+    # Making a block of every input takes seconds, so it is skipped where the disk is surely large enough.
     if PLENTY_FACTOR * sum(source_input.origin.size() for source_input in inputs) <= free_bytes * parts:
         return
     total_bytes = 0.0

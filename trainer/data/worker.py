@@ -58,6 +58,7 @@ class BlockMaker:
         self.reading = reading
         self.readers = readers
         self.encoder = reading.encoder(tokenizer, config)
+        # All workers must write the same date, whenever they start.
         self.encoder.fix_date(date)
         self.decontaminator: Decontaminator | None = None
         if config.decontamination.paths is not None:
@@ -236,6 +237,8 @@ def ordered_map(
     """
     global _function
     _function = function
+    # Forked, not spawned: the tokenizer and the evaluation texts are inherited instead of being pickled for each
+    # worker.
     pool = ProcessPoolExecutor(workers, mp_context=Workers(), initializer=_start_worker, initargs=(os.getpid(),))
     waiting: deque[Future[Returned]] = deque()
     processes: list[Worker] = []
@@ -244,6 +247,7 @@ def ordered_map(
             waiting.append(pool.submit(_call, argument))
             if not processes:  # the pool forks all of them with the first job
                 processes = [child for child in active_children() if isinstance(child, Worker)]
+            # Two jobs for each worker keep all of them busy; more would only fill the memory with rows.
             if len(waiting) > 2 * workers:
                 yield _wait_for(waiting.popleft(), pool, processes, check)
         while waiting:
@@ -299,6 +303,7 @@ def _uninterrupted() -> Iterator[None]:
 
 def _start_worker(parent: int) -> None:
     """In a new worker: end with the parent, who alone is interrupted, and leave the cores to the other workers."""
+    # Otherwise each worker would start as many threads as there are cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(parent)

@@ -270,7 +270,11 @@ def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     for turn in range(-(-len(batches) // share.dp_size)):
         number = turn * share.dp_size + share.dp_rank
         batch = batches[number] if number < len(batches) else []
-        yield [document * per_document + place for document in batch for place in range(per_document)]
+        sequences: list[int] = []
+        for document in batch:
+            first = document * per_document
+            sequences += range(first, first + per_document)
+        yield sequences
 
 
 def eval_batches(

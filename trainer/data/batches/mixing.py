@@ -138,7 +138,9 @@ class Mix:
         epochs of `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen
         in an epoch.
         """
-        passes = [int(quota) / int(size) if size else 0.0 for quota, size in zip(quotas, self.units, strict=True)]
+        passes = []
+        for quota, size in zip(quotas, self.units, strict=True):
+            passes.append(int(quota) / int(size) if size else 0.0)
         documents = [rate * int(number) for rate, number in zip(passes, self.documents, strict=True)]
         tokens = [rate * int(number) for rate, number in zip(passes, self.tokens, strict=True)]
         columns = {
@@ -166,12 +168,19 @@ def _round_to_whole(amounts: list[Fraction]) -> list[int]:
     by_remainder = sorted(range(len(amounts)), key=lambda source: (whole[source] - amounts[source], source))
     for source in by_remainder[:missing]:
         whole[source] += 1
-    return [max(number, 1) if amount else 0 for number, amount in zip(whole, amounts, strict=True)]
+    for source, amount in enumerate(amounts):
+        if amount:
+            whole[source] = max(whole[source], 1)
+        else:
+            whole[source] = 0
+    return whole
 
 
 def _shares(amounts: Sequence[float]) -> list[float]:
     total = math.fsum(amounts)
-    return [amount / total if total else 0.0 for amount in amounts]
+    if not total:
+        return [0.0] * len(amounts)
+    return [amount / total for amount in amounts]
 
 
 def pack_by_source(

@@ -49,10 +49,14 @@ def read_table(path: File, wanted: Collection[str] | None = None) -> Iterator[Ro
     with _opened(path) as (schema, read_batches):
         read_columns, unread_columns = split_columns(_names(schema, str(path)), wanted)
         batches = _validate(batch.select(read_columns) for batch in read_batches(read_columns))
-        slices = (
-            batch.slice(at, ROWS_PER_BATCH) for batch in batches for at in range(0, batch.num_rows, ROWS_PER_BATCH)
-        )
-        yield from table_rows(slices, str(path), unread_columns=unread_columns)
+        yield from table_rows(_slices(batches), str(path), unread_columns=unread_columns)
+
+
+def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of at most `ROWS_PER_BATCH`: each is turned into Python values as a whole."""
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_PER_BATCH):
+            yield batch.slice(start, ROWS_PER_BATCH)
 
 
 def count_rows(path: Path) -> int:
@@ -202,6 +206,7 @@ def _column_values(column: pa.Array) -> list[Any]:
 
     try:
         plain_type = _plain_type(column.type)
+        # Dates, decimals, dictionary and extension types; most columns are plain already.
         if column.type != plain_type:
             column = column.cast(plain_type)
     except (TypeError, pa.ArrowException) as error:

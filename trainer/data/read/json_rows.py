@@ -199,8 +199,10 @@ def decode_line(raw: bytes) -> dict[str, Any]:
         row = orjson.loads(raw)
     except orjson.JSONDecodeError:
         row = None
+    # The fast way, for nearly all rows.
     if type(row) is dict and _lost_nothing(row, raw):
         return row
+    # The json module decodes more slowly, and reports what orjson hides.
     text = decode_utf8(raw)
     try:
         row = _DECODER.decode(text)

@@ -138,6 +138,7 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
                 what = f"it holds {content}" if content else "it is not compressed"
                 raise DataError(f"{path}: not {COMPRESSION[compression]} as its name says: {what}; rename it")
             with _decompressed(path, file, compression) as stream:
+                # Again after decompression: a compressed image is an image.
                 head = stream.peek(HEAD)[:HEAD]
                 content = identify(head)
                 if content:
@@ -209,6 +210,7 @@ class _MemberReader(io.RawIOBase):
         """Bytes of the next part; 0 at the end. Raises EOFError for a member that is cut off."""
         while True:
             compressed = b""
+            # One member has ended; the next begins in what it did not use.
             if self.decompressor.eof:
                 compressed = self._next_member()
                 if not compressed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -94,13 +95,12 @@ class Origin:
         """(kind, text that differs between versions of a hub data set)."""
         name = str(path).removeprefix(PREFIX)
         if self.streaming:  # the commit says all, and the hub need not be reached
-            parts: tuple[Any, ...] = (name, self.subset, self.split, self.revision)
-            return "hub stream", ":".join("" if part is None else str(part) for part in parts)
+            return "hub stream", _joined_text(name, self.subset, self.split, self.revision)
         dataset = self.dataset(path)
         version = dataset.version if dataset.version is not None else ""
         split = dataset.split or self.split
-        parts = (name, self.subset, split, self.revision, version, content_fingerprint(dataset), dataset.num_rows)
-        return "hub", ":".join("" if part is None else str(part) for part in parts)
+        content = content_fingerprint(dataset)
+        return "hub", _joined_text(name, self.subset, split, self.revision, version, content, dataset.num_rows)
 
     def size(self) -> int:
         """Bytes, roughly."""
@@ -143,7 +143,7 @@ class Origin:
             names = next((table.column_names for table in self._tables(dataset, place)), [])
         read_columns, unread_columns = split_columns(names, wanted)
         tables = self._tables(dataset.select_columns(read_columns), place)
-        batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+        batches = itertools.chain.from_iterable(table.combine_chunks().to_batches() for table in tables)
         return table_rows(batches, place, unread_columns=unread_columns)
 
     def _tables(self, dataset: Any, place: str) -> Iterator[Any]:
@@ -193,6 +193,11 @@ class Origin:
         if len(loaded) != 1:
             raise DataError(f"{path} has the splits {', '.join(loaded)}; name one of them")
         return next(iter(loaded.values()))
+
+
+def _joined_text(*parts: Any) -> str:
+    """The parts with colons between them; None is an empty part."""
+    return ":".join("" if part is None else str(part) for part in parts)
 
 
 def _size(path: File) -> int:

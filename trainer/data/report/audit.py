@@ -254,6 +254,7 @@ class Audit(_Strict):
         try:
             return _audit_adapter().validate_json((directory / AUDIT).read_bytes())
         except ValidationError as error:
+            # Without the input: it may be personal data.
             first = error.errors(include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
             raise DataError(
@@ -312,9 +313,11 @@ def make_histogram(numbers: np.ndarray, bins: int = 25, *, shares: bool = False)
         low, percentile_98, high = map(int, np.quantile(numbers, (0, 0.98, 1)))
     has_outliers = high > 2 * percentile_98
     end = (percentile_98 if has_outliers else high) + 1
+    # Whole numbers wide, so that every bin covers as many lengths as the others.
     width = max(1, -(-(end - low) // bins))  # rounded up
     edges: np.ndarray = np.arange(low, end + width, width)
     if shares:
+        # Shares get the same bins in every report, so that reports can be compared.
         edges = np.linspace(0, 1, bins + 1).round(4)
     elif has_outliers:
         edges = np.append(edges, high + 1)

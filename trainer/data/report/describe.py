@@ -77,6 +77,7 @@ class ReportWriter:
         audit.samples = samples
         for name, split in audit.splits.items():
             self._refuse_useless_split(name, split, audit.flow)
+        # An empty evaluation file would otherwise be noticed only at the first evaluation.
         for source in audit.sources:
             if source.split != "train" and not source.kept:
                 raise DataError(
@@ -153,8 +154,10 @@ class ReportWriter:
         has_own_files = getattr(self.config, f"{name}_path", None) is not None
         key = f"data.{name}_path" if has_own_files else "data.path"
         if not split.documents:
-            drops = [(stage.stage, code, number) for stage in flow for code, number in stage.dropped.items()]
-            reasons = ", ".join(f"{stage}/{code} {number}" for stage, code, number in drops)
+            drops: list[tuple[str, str, int]] = []
+            for stage in flow:
+                drops += [(stage.stage, code, number) for code, number in stage.dropped.items()]
+            reasons = ", ".join(f"{name_of_stage}/{code} {number}" for name_of_stage, code, number in drops)
             worst_stage = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
             setting = STAGE_SETTINGS.get(worst_stage)
             advice = ""
@@ -267,6 +270,7 @@ def _flow(rows: int, first_pass: Tally, second_pass: Tally) -> list[form.StageRe
     flow: list[form.StageReport] = []
     rows_in = rows
     for stage in (*FIRST_PASS, *SECOND_PASS):
+        # The passes keep tallies of their own.
         tally = second_pass if stage in SECOND_PASS else first_pass
         dropped = dict(tally.dropped.get(stage, {}))
         noted = dict(tally.noted.get(stage, {}))

@@ -102,6 +102,7 @@ def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray
             first_row += batch.num_rows
     except pa.ArrowException as error:
         raise DataError(f"{path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
+    # A document may be several sequences, and each of them counts as a hit.
     is_match = np.isin(dataset.documents, np.concatenate(matching_documents))
     return np.flatnonzero(is_match).astype(np.int64)
 
@@ -204,6 +205,7 @@ def length_histogram(prepared: PreparedEntry, split: str, width: int) -> Rendera
         ranges.append(f"{first:,}-{last:,}" if last > first else f"{first:,}")
     numbers = [f"{count:,}" for count in histogram.counts]
     highest = max(histogram.counts)
+    # What the two columns of numbers and the space between leave.
     bar_width = max(width - max(map(len, ranges)) - max(map(len, numbers)) - 4, 10)
     grid = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "right"):

@@ -26,6 +26,7 @@ def audit_page(audit: Audit, stated: CardConfig) -> str:
     all_tiles = tiles(audit)
     level, words = overall_level(all_tiles)
     environment = templates(_shorten, autoescape=True)
+    # Only the page needs it; the environment of the card is another one.
     environment.filters["runs"] = sample_runs
     return environment.get_template("page.html.j2").render(
         audit=audit, tiles=all_tiles, level=level, words=words, gaps=known_gaps(audit, stated), card=stated

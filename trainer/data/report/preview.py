@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -69,9 +70,8 @@ def render_pieces(runs: list[tuple[str, float]], *, width: int, colour: bool | N
         num_tail = max_lines // 2
         note = [(character, False) for character in f"[... {len(lines) - max_lines} lines ...]"]
         lines = [*lines[: max_lines - num_tail], note, *lines[len(lines) - num_tail :]]
-    if colour:
-        return "\n".join(map(_paint, lines))
-    return "\n".join("".join(character for character, _ in line) for line in lines)
+    to_text = _paint if colour else _join
+    return "\n".join(map(to_text, lines))
 
 
 def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
@@ -79,6 +79,7 @@ def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tu
 
     Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.
     """
+    # 0 where a token is context, so one array tells context, learned and weighted tokens apart.
     weights = sample.supervised * (np.float32(1) if sample.weights is None else sample.weights)
     edges = np.flatnonzero(np.diff(weights)) + 1
     pieces = []
@@ -105,11 +106,15 @@ def _wrap(cells: list[tuple[str, bool]], width: int) -> list[list[tuple[str, boo
     return lines
 
 
+def _join(line: Iterable[tuple[str, bool]]) -> str:
+    return "".join(character for character, _ in line)
+
+
 def _paint(line: list[tuple[str, bool]]) -> str:
     """A line with terminal codes around what is learned."""
     painted = ""
     for is_learned, run in groupby(line, key=itemgetter(1)):
-        text = "".join(character for character, _ in run)
+        text = _join(run)
         painted += f"{GREEN}{text}{RESET}" if is_learned else text
     return painted
 

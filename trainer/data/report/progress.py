@@ -51,6 +51,7 @@ class PreparationProgress:
     def printing(self) -> Iterator[None]:
         """Say a line every `LINE_EVERY_S` seconds as long as this is entered."""
         over = threading.Event()
+        # A daemon, so that it never keeps a process alive that ends by an error.
         thread = threading.Thread(target=self._print_lines, args=(over,), name="preparation-progress", daemon=True)
         thread.start()
         try:

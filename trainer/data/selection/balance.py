@@ -105,10 +105,12 @@ def _times(group_of: np.ndarray, before: np.ndarray, after: np.ndarray, seed: in
     """How often each document is used, int64 [n]: within a group all equally often, but for one more by the draw."""
     # Raw bits, because their stream is promised never to change between versions of numpy.
     keys = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_STREAM,))).random_raw(len(group_of))
+    # Sorted by group, and within a group by the draw.
     by_group = np.lexsort((keys, group_of))
     starts = np.cumsum(before) - before
     rank = np.empty(len(group_of), dtype=np.int64)  # place of a document in the draw of its group
     rank[by_group] = np.arange(len(group_of)) - np.repeat(starts, before)
+    # Each document `passes` times, and the `extra` first of the draw once more.
     passes, extra = np.divmod(after, np.maximum(before, 1))
     return passes[group_of] + (rank < extra[group_of])
 

@@ -124,7 +124,9 @@ def apply_policy(
     leaked = leaks.beyond_prompts()
     if len(leaked) and policy is LeakagePolicy.fail:
         counts = ", ".join(f"{kind} {count}" for kind, count in report["train"].items() if count)
-        places = [place for kind in LEAKS[:-1] for place in report["examples"][kind]]
+        places: list[str] = []
+        for kind in LEAKS[:-1]:  # all but shared prompts
+            places += report["examples"][kind]
         raise DataError(
             f"{len(leaked)} of {num_train} training documents are in the held-out data too ({counts}): "
             f"{'; '.join(places[:EXAMPLES])}. Take them out of one of the two, or set data.leakage.policy=drop_train, "

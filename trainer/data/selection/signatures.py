@@ -142,7 +142,10 @@ def _split_answer(document: Document) -> tuple[list[Message], list[Message]]:
 
 
 def _texts(turns: list[Message]) -> list[str]:
-    return [text for turn in turns for text in texts_in(turn)]
+    texts: list[str] = []
+    for turn in turns:
+        texts += texts_in(turn)
+    return texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +177,7 @@ class Signer:
             text = compared_text(document, self.config.text) if needs_words or not compares_whole else ""
             identity = content(document) if compares_whole else text
             digests.append(digest64(identity.encode("utf-8", "surrogatepass")))
+            # Equal texts with different labels are no copies of each other.
             verdict = (document.label, document.desirable)
             if compares_whole and verdict != (None, None):
                 verdict_digests[row] = digest64(json.dumps(verdict).encode())

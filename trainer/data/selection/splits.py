@@ -112,6 +112,7 @@ def find_duplicates(
             representative = rows.copy()
             digests = columns["digest" if kind == "exact" else "normal"][alive]
             _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+            # `first` is the first document of each digest, so copies point to the earliest one.
             representative[alive] = rows[alive][first[inverse]]
         is_copy = representative != rows
         duplicates.representative[is_copy] = representative[is_copy]
@@ -140,6 +141,7 @@ class _SplitChooser:
 
     def drop(self, documents: np.ndarray, stage: str, reason: str) -> None:
         """Take documents out, each counted and written down."""
+        # A document is dropped once, under the first reason.
         for number in documents[self.alive[documents]].tolist():
             where = self.where(number)
             self.selection.tally.drop(stage, reason, where)
@@ -245,6 +247,7 @@ class _SplitChooser:
             dropped, leak_report = apply_policy(leaks, policy, len(train), self.where)
             report[split] = {"policy": str(policy), **leak_report}
             self.drop(dropped, "leakage", f"in_{split}")
+            # Later held-out splits are compared with what is left.
             splits["train"] = np.setdiff1d(train, dropped)
         if report:
             self.selection.report["leakage"] = report
@@ -332,6 +335,7 @@ def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: 
     chooser.drop_shared_groups()
     chooser.balance()
     selection = chooser.selection
+    # In the order that reports use.
     selection.splits = {name: selection.splits[name] for name in ("train", *HELD_OUT) if name in selection.splits}
     return selection
 

@@ -106,6 +106,7 @@ class DocumentTable:
         """Row `index` as plain Python values."""
         batches, starts = self._batches
         batch = int(np.searchsorted(starts, index, side="right")) - 1
+        # A slice of one row: the rest of the batch is not turned into Python values.
         (row,) = batches[batch].slice(index - int(starts[batch]), 1).to_pylist()
         return dict(row)
 
@@ -115,6 +116,7 @@ class DocumentTable:
         for name in TURNS:
             if fields[name] is not None:
                 fields[name] = [_turn(turn) for turn in fields[name]]
+        # Texts of JSON in the table, see `schema`.
         tools = fields["tools"] and json.loads(fields["tools"])
         return Document(**{**fields, "separator": fields["separator"] or "", "tools": tools})
 

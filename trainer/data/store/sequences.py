@@ -94,11 +94,13 @@ class TokenDataset:
         offsets: np.ndarray = np.load(store / "offsets.npy")
         with np.load(store / "columns.npz") as table:
             columns = {name: table[name] for name in table.files}
+        # All splits map the same files; a split has its own list of sequences only.
         self.tokens = _open_mapped(store / "tokens.bin", np.int32, int(offsets[-1]))
         self.supervised = _open_mapped(store / "supervised.bin", np.uint8, int(offsets[-1]))
         self.weights: np.ndarray | None = None
         if (store / WEIGHTS).exists():
             self.weights = _open_mapped(store / WEIGHTS, np.float32, int(offsets[-1]))
+        # Read into memory: a few numbers a sequence, while tokens stay on the disk.
         index = np.load(directory / "index.npy") if is_split else np.arange(len(offsets) - 1)
         self.starts: np.ndarray = offsets[:-1][index]
         """int64 [N]: where each sequence begins in `tokens`."""
@@ -144,6 +146,7 @@ class TokenDataset:
 
     def sample(self, index: int) -> Sample:
         """Sequence `index`, as views into the mapped arrays. Raises DataError if somebody cut a file off meanwhile."""
+        # Somebody may delete or truncate the cache while a run reads it.
         for mapped in (self.tokens, self.supervised):
             _refuse_cut_off(mapped)
         begin = int(self.starts[index])
@@ -230,6 +233,7 @@ class Sequences:
             for term, count in counts(sample).items():
                 counts_by_term.setdefault(term, [0] * len(samples))[number] = count
         for term, term_counts in counts_by_term.items():
+            # Counts are whole unless turns have weights of their own; whole numbers are summed without rounding.
             are_whole = all(isinstance(count, int) for count in term_counts)
             columns[TERM_PREFIX + term] = np.array(term_counts, np.int64 if are_whole else np.float64)
         mark_names: set[str] = set()
@@ -308,6 +312,7 @@ class StoreWriter:
     def finish(self, **replaced: np.ndarray) -> None:
         """Write the tables, and close the files; `replaced` columns (int64 [S]) take the place of those appended."""
         columns = {name: self.column(name) for name in self.columns} | replaced
+        # One more than there are sequences: the last is the number of tokens.
         offsets = np.concatenate([[0], np.cumsum(np.frombuffer(self.lengths, dtype=np.int64))])
         for file in (self._tokens, self._mask, self._weights):
             if file is not None:

@@ -144,7 +144,9 @@ class ChatTemplate:
         find_spans = partial(self._span_finder.find_spans, fast=fast)
         rendered = []
         for job in jobs:
-            messages, learned, where = job.messages, job.learned, job.where
+            messages = job.messages
+            learned = job.learned
+            where = job.where
             if job.chat is not None:
                 rendered.append(self._guard(self._render_with_tools, job.chat, learned, where=where))
             elif self._uses_blocks(messages, learned):

@@ -90,6 +90,7 @@ class Checks:
         control = _CONTROL.search(text)
         if control:
             yield "control_characters", f"{place}, U+{ord(control.group()):04X} at character {control.start() + 1}"
+        # Damaged encoding always leaves characters beyond ASCII.
         if text.isascii():
             return
         at = text.find("\ufffd")
@@ -184,6 +185,7 @@ class Cleaner:
         if config.control_characters:
             self.steps.append(("control_characters", remove_control_characters))
         if config.unicode is not UnicodeForm.none:
+            # Last, because the steps before may make characters that it joins.
             form: Any = config.unicode.value
             self.steps.append(("unicode", partial(unicodedata.normalize, form)))
 
@@ -216,6 +218,7 @@ class Cleaner:
             before_pass = current
             for switch, step in self.steps:
                 changed = step(current)
+                # A switch is counted if it ever changed the text, also if a later one undid it.
                 if changed != current:
                     switches.add(switch)
                     current = changed

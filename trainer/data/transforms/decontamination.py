@@ -34,6 +34,7 @@ def _hash_ngrams(words: np.ndarray, length: int) -> np.ndarray:
     num_runs = max(len(words) - length + 1, 0)
     hashes = np.full(num_runs, length, np.uint64)
     for step in range(length):
+        # A polynomial rolling hash; uint64 wraps around on overflow.
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + words[step : step + num_runs]
     return np.unique(hashes)
 
@@ -89,6 +90,7 @@ class Decontaminator:
         _, inverse, counts = np.unique(ngrams, return_inverse=True, return_counts=True)
         # Runs that many texts share are the set's own wording. A text shorter than 13 words is kept as it is.
         is_telling = (counts[inverse] <= MAX_SHARED) | (np.array(lengths, np.int64)[owners] < NGRAM)
+        # Sorted by hash, so that `match` finds the owners of a run by bisection.
         order = np.argsort(ngrams[is_telling], kind="stable")
         self._ngrams = ngrams[is_telling][order]
         """Sorted, for `np.searchsorted`."""

@@ -46,6 +46,7 @@ def detect_language(document: Document) -> tuple[str, float] | None:
 
 def detect_text_language(text: str) -> tuple[str, float] | None:
     """(ISO 639 code, probability 0 to 1) of a text without its code; None where it is too short, or in no language."""
+    # Code looks like English to the detector.
     text = FENCED.sub("", text)[:JUDGED_CHARACTERS].strip()
     if len(text) < MIN_JUDGED_CHARACTERS:
         return None
@@ -101,6 +102,7 @@ class Filters:
     def __init__(self, config: FilterConfig) -> None:
         self.config = config
         phrases = sorted({re.sub(r"\s+", r" ", phrase.strip()) for phrase in config.drop_phrases})
+        # Any white space between words matches, line breaks included.
         pattern = "|".join(re.escape(phrase).replace(r"\ ", r"\s+") for phrase in phrases)
         self.phrases = re.compile(pattern, re.IGNORECASE) if phrases else None
 

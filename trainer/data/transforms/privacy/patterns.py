@@ -120,6 +120,7 @@ def ip_address(text: str) -> bool:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
+    # 127.0.0.1 and 0.0.0.0 are in every log.
     if address.is_loopback or address.is_unspecified:
         return False
     if address.version == 4:

@@ -90,7 +90,7 @@ class PersonalDataFinder:
         findings = [finding for finding in findings if self._counts(text, finding)]
         if not findings:
             return []
-        placeholders = [match.span() for match in PLACEHOLDER.finditer(text)] if "[" in text else []
+        placeholders = [match.span() for match in PLACEHOLDER.finditer(text)]
         outside = []
         for finding in findings:
             if not any(finding.start < end and start < finding.end for start, end in placeholders):
@@ -103,6 +103,7 @@ class PersonalDataFinder:
         has_number = has_digit and NUMBER.search(text) is not None
         # By what a rule may need, see `PrivacyRule.needs`.
         text_has = {"": True, "digit": has_digit, "number": has_number, "at": "@" in text}
+        # Hints are lower case; one pass over the text instead of one for each rule.
         lower = text.lower()
         findings: list[PrivacyFinding] = []
         for rule in self.rules:
@@ -139,6 +140,7 @@ def resolve_overlaps(text: str, findings: list[PrivacyFinding]) -> list[PrivacyF
         return (finding.type in NEEDS_PRESIDIO, -length, -finding.score, TYPE_ORDER[finding.type], finding.start)
 
     without_overlap: list[PrivacyFinding] = []
+    # A byte for each character, so that free stretches are found by a regular expression.
     is_free = bytearray(b"1") * len(text)
     for finding in sorted(findings, key=rank):
         for free_part in list(FREE_CHARACTERS.finditer(is_free, finding.start, finding.end)):
@@ -194,6 +196,7 @@ class PrivacyStage:
         if not masked:
             return document
         self._count(tally.findings, document, masked)
+        # The tally has the findings already: a dropped document counts as searched.
         if self.config.mode == PrivacyMode.drop:
             tally.drop(self.name, masked[0][0], document.where)
             return None
