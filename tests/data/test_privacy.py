@@ -217,7 +217,7 @@ def test_long_texts_of_one_kind_are_no_trap():
 def test_what_another_finding_left_of_an_address_has_a_pseudonym(monkeypatch):
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
     document = Document("f", 1, text="customer number 12 34 10.0.0.1 then")
-    kept = PrivacyStage(PrivacyConfig(mode=PrivacyMode.pseudonymise), seen=0)(document, Tally())
+    kept = PrivacyStage(PrivacyConfig(mode=PrivacyMode.pseudonymise), documents_before=0)(document, Tally())
     assert re.fullmatch(r"customer number \[?ACCOUNT\S+ then", kept.text), kept.text
     assert "IP" in kept.text and "0.0.1" not in kept.text
 
@@ -325,7 +325,7 @@ def test_fail_names_place_type_and_setting_and_allows_nothing():
 def test_report_looks_at_the_first_documents_of_each_source_and_changes_none():
     tally = Tally()
     for source, seen in (("a", 0), ("b", 0), ("b", 1), ("b", 9)):
-        stage = PrivacyStage(config(scan_documents=2), seen=seen)
+        stage = PrivacyStage(config(scan_documents=2), documents_before=seen)
         for line in range(1, 5):
             document = Document("d", line, source=source, text="jane@example.com")
             assert stage(document, tally) is document and document.text == "jane@example.com"

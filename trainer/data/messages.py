@@ -122,13 +122,15 @@ def _other_fields(turn: dict[str, Any], name: str, role: str, ignored: Collectio
     """The fields of a turn besides its content: an assistant's thought and calls, and which call a tool's result answers."""
     fields: Message = {}
     for key in (*_THOUGHT_KEYS, *_CALL_KEYS):
-        value = turn.get(key)
-        if value is None or key in ignored or is_nothing(value):
+        field_value = turn.get(key)
+        if field_value is None or key in ignored or is_nothing(field_value):
             continue
         if role != "assistant":
-            raise Refusal(f"turn_{key}", f"{name} has {key} ({show_value(value)}), which only assistant turns may have")
+            raise Refusal(
+                f"turn_{key}", f"{name} has {key} ({show_value(field_value)}), which only assistant turns may have"
+            )
         if key in _CALL_KEYS:
-            fields["tool_calls"] = calls_of(value, f"{name}.{key}")
+            fields["tool_calls"] = calls_of(field_value, f"{name}.{key}")
             continue
         thought = text_of(turn, key, f"{name}.{key}")
         if fields.setdefault("reasoning_content", thought) != thought:
@@ -145,14 +147,14 @@ def _other_fields(turn: dict[str, Any], name: str, role: str, ignored: Collectio
 def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) -> None:
     """Raise Refusal for a key that carries meaning and that nothing reads."""
     for key in sorted(_CARRIERS.intersection(turn) - {*ignored}):
-        value = turn[key]
+        field_value = turn[key]
         is_mask = key in _MASK_KEYS
-        if value is None or (not is_mask and is_nothing(value)):
+        if field_value is None or (not is_mask and is_nothing(field_value)):
             continue
         remedy = "write what counts into its content"
         if is_mask:
             remedy = 'say whether the turn is learned by "train": true or false, or by "weight": 0 to 1'
-        what = f"{name} has {key} ({show_value(value)}), which nothing reads"
+        what = f"{name} has {key} ({show_value(field_value)}), which nothing reads"
         raise Refusal(f"turn_{key}", f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
 
 

@@ -123,18 +123,17 @@ class Preparation:
         self.inputs = inputs_of(config)
         cache = Path(config.cache_dir).expanduser()
         self.digest = Digests(cache)
-        self.small = sum(source.origin.size() for source in self.inputs) <= SMALL_INPUT_BYTES
+        self.small = sum(source_input.origin.size() for source_input in self.inputs) <= SMALL_INPUT_BYTES
         identities: list[Any] = []
-        for source in self.inputs:
-            identities.append((source.split, source.source, source.origin.identity(self.digest)))
+        for source_input in self.inputs:
+            identities.append((source_input.split, source_input.source, source_input.origin.identity(self.digest)))
         if config.decontamination.paths is not None:
             key = "data.decontamination.paths"
             evaluation_files = Origin(key, expand(config.decontamination.paths, key, remote=config.remote))
             identities.append(("decontamination", evaluation_files.identity(self.digest)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
-            from trainer.data.transforms.privacy.stage import (
-                key_identity,
-            )  # imported here: it compiles seventy expressions
+            # Imported here, because it compiles seventy regular expressions.
+            from trainer.data.transforms.privacy.stage import key_identity
 
             identities.append(("key of the pseudonyms", key_identity()))
         # Settled before the date: the first date is remembered under the fingerprint without one.
@@ -266,7 +265,9 @@ class Preparation:
 
     def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
         """A directory for each split: which sequences it has, and its manifest."""
-        evaluation_sets = [source.source for source in self.inputs if source.split == "eval" != source.source]
+        evaluation_sets = [
+            source_input.source for source_input in self.inputs if source_input.split == "eval" != source_input.source
+        ]
         for split, documents in selection.splits.items():
             directory = target / split
             # A split is a list of sequence numbers; the tokens of all splits are in one store.

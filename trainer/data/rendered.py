@@ -66,11 +66,11 @@ class TurnTokens:
 def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReader], encoder: Encoder) -> None:
     """Raise DataError if most of an input's first texts or prompts already hold a rendered chat template."""
     tokens = TurnTokens.of(encoder)
-    for input_source in inputs:
+    for source_input in inputs:
         num_texts = 0
         num_rendered = 0
         example: tuple[Document, str] | None = None
-        for document in _first_documents(input_source, readers[input_source.id]):
+        for document in _first_documents(source_input, readers[source_input.id]):
             if document.prompt is None and (document.text is None or document.label is not None):
                 continue  # a conversation, or a text that is only read to tell its label
             num_texts += 1
@@ -80,13 +80,13 @@ def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReade
                 example = example or (document, token)
         if example is not None and num_rendered > num_texts / 2:
             raise DataError(
-                f"{input_source.key}: {num_rendered} of the first {num_texts} {_explained(*example, tokens)}"
+                f"{source_input.key}: {num_rendered} of the first {num_texts} {_explained(*example, tokens)}"
             )
 
 
-def _first_documents(input_source: Input, reader: RowReader) -> Iterator[Document]:
+def _first_documents(source_input: Input, reader: RowReader) -> Iterator[Document]:
     """The documents among an input's first rows. Rows that cannot be read are refused elsewhere, with their reason."""
-    for row in islice(input_source.origin.rows(input_source.needed_columns), FIRST_ROWS):
+    for row in islice(source_input.origin.rows(source_input.needed_columns), FIRST_ROWS):
         parsed = row.parse()
         document = reader(parsed) if isinstance(parsed, Row) else parsed
         if isinstance(document, Document):

@@ -65,70 +65,73 @@ class Input:
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def problems(data: DataConfig) -> Iterator[str]:
-    """Settings of `data` that contradict each other or cannot be used: a line a problem, with key, value, constraint and remedy.
+def problems(config: DataConfig) -> Iterator[str]:
+    """Settings of `data` that contradict each other or cannot be used: each with key, value, constraint and remedy.
 
     Ranges of single numbers stand at their fields, what files there are is said where they are opened.
     """
-    yield from _path_problems(data)
-    yield from _held_out_problems(data)
-    yield from _weight_problems(data)
-    for kind in data.checks.quarantine:
+    yield from _path_problems(config)
+    yield from _held_out_problems(config)
+    yield from _weight_problems(config)
+    for kind in config.checks.quarantine:
         if kind not in KINDS:
             yield f"data.checks.quarantine: {kind!r} is not looked for; known are {', '.join(KINDS)}"
     # Most settings are the defaults, and their checks need not be imported for these.
-    if data.filters != FilterConfig():
-        yield from filters.problems(data.filters)
-    if data.balance != BalanceConfig():
-        yield from balance.problems(data.balance)
-    if data.streaming:
-        yield from _streaming_problems(data)
-    if data.packing and data.layout is Layout.padded:
+    if config.filters != FilterConfig():
+        yield from filters.problems(config.filters)
+    if config.balance != BalanceConfig():
+        yield from balance.problems(config.balance)
+    if config.streaming:
+        yield from _streaming_problems(config)
+    if config.packing and config.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
-    if data.privacy != PrivacyConfig():
-        from trainer.data.transforms.privacy import stage  # imported here: it compiles seventy expressions
+    if config.privacy != PrivacyConfig():
+        # Imported here, because it compiles seventy regular expressions.
+        from trainer.data.transforms.privacy import stage
 
-        yield from stage.problems(data.privacy)
+        yield from stage.problems(config.privacy)
 
 
-def _path_problems(data: DataConfig) -> Iterator[str]:
+def _path_problems(config: DataConfig) -> Iterator[str]:
     """Problems of the settings that name the training data."""
-    if data.path in (None, "") and not data.sources:
+    if config.path in (None, "") and not config.sources:
         yield (
             "data.path: not set; name the training data: a file, a directory, a glob, or hub:<name>; or several under "
             "data.sources"
         )
-    if data.path not in (None, "") and data.sources:
-        yield f"data.path={data.path}: data.sources names the training data too; keep one of the two"
-    for name, source in data.sources.items():
+    if config.path not in (None, "") and config.sources:
+        yield f"data.path={config.path}: data.sources names the training data too; keep one of the two"
+    for name, source in config.sources.items():
         if source.path in (None, ""):
             yield f"data.sources.{name}.path: not set; give the source's files"
 
 
-def _held_out_problems(data: DataConfig) -> Iterator[str]:
+def _held_out_problems(config: DataConfig) -> Iterator[str]:
     """Problems of the settings of held-out splits and groups."""
     for split in HELD_OUT:
-        share = getattr(data, f"{split}_share")
-        if getattr(data, f"{split}_path") is not None and share:
+        share = getattr(config, f"{split}_share")
+        if getattr(config, f"{split}_path") is not None and share:
             yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
-    if data.group_by is not None and not any((data.eval_share, data.test_share, data.eval_path, data.test_path)):
-        yield f"data.group_by={data.group_by}: nothing is held out; give data.eval_share=0.05 as well, or set it to null"
+    if config.group_by is not None and not any(
+        (config.eval_share, config.test_share, config.eval_path, config.test_path)
+    ):
+        yield f"data.group_by={config.group_by}: nothing is held out; give data.eval_share=0.05 as well, or set it to null"
 
 
-def _weight_problems(data: DataConfig) -> Iterator[str]:
+def _weight_problems(config: DataConfig) -> Iterator[str]:
     """Problems of the weights of sources."""
-    weighted = [name for name, source in data.sources.items() if source.weight is not None]
-    if weighted and len(weighted) < len(data.sources):
-        without = ", ".join(sorted(data.sources.keys() - set(weighted)))
+    weighted = [name for name, source in config.sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(config.sources):
+        without = ", ".join(sorted(config.sources.keys() - set(weighted)))
         yield f"data.sources: {without} has no weight, and others have; give every source one, or none"
-    elif weighted and not any(source.weight for source in data.sources.values()):
+    elif weighted and not any(source.weight for source in config.sources.values()):
         yield "data.sources: every weight is 0, so nothing is left to train on; give one source more than 0"
 
 
-def _streaming_problems(data: DataConfig) -> Iterator[str]:
+def _streaming_problems(config: DataConfig) -> Iterator[str]:
     """Hub data sets whose commit is not given: what they hold later could not be told from what was prepared."""
     names_hub_data = False
-    for name, source in data.sources.items():
+    for name, source in config.sources.items():
         hub_paths = [path for path in _path_texts(source.path) if is_hub(path)]
         names_hub_data |= bool(hub_paths)
         if hub_paths and not COMMIT.fullmatch(source.revision or ""):
@@ -137,7 +140,7 @@ def _streaming_problems(data: DataConfig) -> Iterator[str]:
                 "its 40 characters, which the hub shows beside the files"
             )
     for key in ("path", "eval_path", "test_path"):
-        hub_paths = [path for path in _path_texts(getattr(data, key)) if is_hub(path)]
+        hub_paths = [path for path in _path_texts(getattr(config, key)) if is_hub(path)]
         names_hub_data |= bool(hub_paths)
         if hub_paths:
             yield (

@@ -44,9 +44,9 @@ def _first_with_value(fields: dict[str, Any], names: tuple[str, ...]) -> str | N
     for name in names:
         column = by_lower_case.get(name, name)
         try:
-            value = value_at(fields, column)
+            field_value = value_at(fields, column)
         except (KeyError, Refusal):
             continue
-        if value is not None:
+        if field_value is not None:
             return column
     return None

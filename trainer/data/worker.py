@@ -129,11 +129,10 @@ class BlockMaker:
         if config.filters != FilterConfig():
             yield Filters(config.filters)
         if config.privacy.mode is not PrivacyMode.none:
-            from trainer.data.transforms.privacy.stage import (
-                PrivacyStage,
-            )  # imported here: it compiles seventy expressions
+            # Imported here, because it compiles seventy regular expressions.
+            from trainer.data.transforms.privacy.stage import PrivacyStage
 
-            yield PrivacyStage(config.privacy, seen=job.offset)
+            yield PrivacyStage(config.privacy, documents_before=job.offset)
         if self.decontaminator is not None and job.split == "train":
             yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
 

@@ -40,14 +40,14 @@ HEADS = {"Parquet": (b"PAR1",), "Arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
-def read_table(path: File, wanted: Collection[str] | None = None) -> Iterator[Row | Rejected]:
-    """Rows of a Parquet file, or of an Arrow IPC file or stream, with the columns `wanted` (None: all).
+def read_table(path: File, needed_columns: Collection[str] | None = None) -> Iterator[Row | Rejected]:
+    """Rows of a Parquet file, or of an Arrow IPC file or stream, with the columns `needed_columns` (None: all).
 
     Raises DataError where the file is damaged or none.
     """
     _require_head(path)
     with _opened(path) as (schema, read_batches):
-        read_columns, unread_columns = split_columns(_names(schema, str(path)), wanted)
+        read_columns, unread_columns = split_columns(_names(schema, str(path)), needed_columns)
         batches = _validate(batch.select(read_columns) for batch in read_batches(read_columns))
         yield from table_rows(_slices(batches), str(path), unread_columns=unread_columns)
 
@@ -114,9 +114,9 @@ def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.Reco
     return stream.schema, batches()
 
 
-def split_columns(names: list[str], wanted: Collection[str] | None) -> tuple[list[str], tuple[str, ...]]:
-    """(columns to read, the other columns): those `wanted`; all of them if `wanted` is None or names none of them."""
-    read_columns = [name for name in names if wanted is None or name in wanted] or names
+def split_columns(names: list[str], needed_columns: Collection[str] | None) -> tuple[list[str], tuple[str, ...]]:
+    """(columns to read, the other columns). All are read if `needed_columns` is None, or if the file has none of these."""
+    read_columns = [name for name in names if needed_columns is None or name in needed_columns] or names
     return read_columns, tuple(name for name in names if name not in read_columns)
 
 

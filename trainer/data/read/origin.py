@@ -52,26 +52,26 @@ class Origin:
     streaming: bool = False
     """Whether hub data sets are read from the hub, by their commit, and not from a copy in its cache."""
 
-    def rows(self, wanted: Collection[str] | None = None) -> Iterator[Row | Rejected]:
-        """All rows, in order, streamed; of tables the columns `wanted` (None: all). Rows of JSON lines come unparsed.
+    def rows(self, needed_columns: Collection[str] | None = None) -> Iterator[Row | Rejected]:
+        """All rows, in order, streamed; of tables the columns `needed_columns` (None: all). Rows of JSON lines come unparsed.
 
         Raises DataError, naming the file, for whatever concerns a file as a whole or leaves its further rows unknown.
         """
         for path in self.paths:
             num_rows = 0
-            for row in self._rows_of_file(path, wanted):
+            for row in self._rows_of_file(path, needed_columns):
                 num_rows += 1
                 yield row
             if not num_rows:
                 raise DataError(f"{path}:1: the file holds no rows; fill it, or take it out of {self.key}")
 
-    def _rows_of_file(self, path: File, wanted: Collection[str] | None) -> Iterator[Row | Rejected]:
+    def _rows_of_file(self, path: File, needed_columns: Collection[str] | None) -> Iterator[Row | Rejected]:
         """Rows of one file or hub data set, by the reader of its kind."""
         if is_hub(path):
-            return self._hub_rows(path, wanted)
+            return self._hub_rows(path, needed_columns)
         kind = kind_of(path) or ""  # `expand` lets no other names pass
         if kind in COLUMN_KINDS:
-            return _READERS[kind](path, wanted)
+            return _READERS[kind](path, needed_columns)
         return _READERS[kind](path)
 
     def identity(self, digest: Callable[[Path], str]) -> list[tuple[str, str]]:
@@ -133,7 +133,7 @@ class Origin:
             records.append(record)
         return records
 
-    def _hub_rows(self, path: File, wanted: Collection[str] | None) -> Iterator[Row | Rejected]:
+    def _hub_rows(self, path: File, needed_columns: Collection[str] | None) -> Iterator[Row | Rejected]:
         """Rows of a hub data set, numbered from 1, with values as in `columnar`."""
         dataset = self.dataset(path)
         split = str(dataset.split or self.split or "")
@@ -141,7 +141,7 @@ class Origin:
         names: list[str] = dataset.column_names
         if not names:  # a stream may only know its columns once it is read
             names = next((table.column_names for table in self._tables(dataset, place)), [])
-        read_columns, unread_columns = split_columns(names, wanted)
+        read_columns, unread_columns = split_columns(names, needed_columns)
         tables = self._tables(dataset.select_columns(read_columns), place)
         batches = itertools.chain.from_iterable(table.combine_chunks().to_batches() for table in tables)
         return table_rows(batches, place, unread_columns=unread_columns)

@@ -63,10 +63,10 @@ class RemoteFile:
         """A text that changes with its content: what its file system says, or the bytes' SHA-256. Raises DataError."""
         if not self.url.startswith("http"):
             return f"{self.url}:{_query(self.url, lambda files, path: files.ukey(path))}"
-        info = _query(self.url, lambda files, path: files.info(path))
-        tags = [str(info[tag]) for tag in _TAGS if info.get(tag)]
+        file_info = _query(self.url, lambda files, path: files.info(path))
+        tags = [str(file_info[tag]) for tag in _TAGS if file_info.get(tag)]
         if tags:
-            return f"{self.url}:{info.get('size')}:{':'.join(tags)}"
+            return f"{self.url}:{file_info.get('size')}:{':'.join(tags)}"
         digest = hashlib.sha256()
         with self.open() as file:
             while part := file.read(BLOCK):

@@ -175,25 +175,27 @@ class ReportWriter:
                 f"data.min_supervised_share={self.config.min_supervised_share}; mend the data or lower the limit"
             )
 
-    def _source(self, source: Input, totals: Totals, columns: Columns, dataset: TokenDataset | None) -> form.Source:
+    def _source(
+        self, source_input: Input, totals: Totals, columns: Columns, dataset: TokenDataset | None
+    ) -> form.Source:
         """Rows and tokens that one input gave, with sizes and digests of its files."""
-        files = source.origin.files(self.digest)
+        files = source_input.origin.files(self.digest)
         tokens = supervised = 0
-        if source.source in columns.sources and dataset is not None:
-            of_source = dataset.sources == columns.sources.index(source.source)
+        if source_input.source in columns.sources and dataset is not None:
+            of_source = dataset.sources == columns.sources.index(source_input.source)
             tokens = int(dataset.lengths[of_source].sum())
             supervised = int(dataset.num_supervised[of_source].sum())
         return form.Source(
-            name=source.source,
-            split=source.split,
-            format=str(self.formats[source.id]),
+            name=source_input.source,
+            split=source_input.split,
+            format=str(self.formats[source_input.id]),
             files=[form.SourceFile(**file, rows=totals.rows_of_file.get(file["path"])) for file in files],
-            rows=totals.rows[source.id],
-            kept=totals.kept[source.id],
+            rows=totals.rows[source_input.id],
+            kept=totals.kept[source_input.id],
             tokens=tokens,
             supervised_tokens=supervised,
-            weight=source.weight,
-            licence=source.licence or self.config.card.licence,
+            weight=source_input.weight,
+            licence=source_input.licence or self.config.card.licence,
         )
 
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
@@ -209,7 +211,8 @@ class ReportWriter:
         config = self.config.privacy
         if config.mode is PrivacyMode.none:
             return None
-        from trainer.data.transforms.privacy.stage import coverage  # imported here: it compiles seventy expressions
+        # Imported here, because it compiles seventy regular expressions.
+        from trainer.data.transforms.privacy.stage import coverage
 
         findings = totals.tally.findings
         types: dict[str, form.PersonalType] = {}

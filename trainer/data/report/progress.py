@@ -63,14 +63,14 @@ class PreparationProgress:
     def expect(self, inputs: list[Input], share: float) -> None:
         """Estimate how many rows there are, for `share` of the `inputs`; unknown for hub data sets and for very many files."""
         paths: list[object] = []
-        for source in inputs:
-            paths += source.origin.paths
+        for source_input in inputs:
+            paths += source_input.origin.paths
         if len(paths) > MAX_FILES_FOR_ESTIMATE:
             return
         if any(not isinstance(path, Path) or is_hub(path) for path in paths):
             return
         try:
-            extents = [source.origin.extent() for source in inputs]
+            extents = [source_input.origin.extent() for source_input in inputs]
         except (DataError, OSError):  # whoever reads the file says what is wrong with it
             return
         self._total_bytes = share * sum(size for size, _ in extents)

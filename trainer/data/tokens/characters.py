@@ -31,10 +31,14 @@ class ControlTokenEscaper:
     Control tokens are the special tokens of a tokenizer, and those in `ends`, which close turns.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, backend: Tokenizer, ends: Iterable[str | None]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, backend: Tokenizer, end_tokens: Iterable[str | None]
+    ) -> None:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         # No mark fits into a token of a single character. The longest come first, so that the pattern prefers them.
-        self.tokens = sorted({name for name in (*special, *ends) if name and len(name) > 1}, key=len, reverse=True)
+        self.tokens = sorted(
+            {name for name in (*special, *end_tokens) if name and len(name) > 1}, key=len, reverse=True
+        )
         self._backend = backend
         pattern = "|".join(map(re.escape, self.tokens))
         self._token_pattern = re.compile(pattern) if pattern else None

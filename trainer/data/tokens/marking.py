@@ -75,12 +75,14 @@ class SpanFinder:
     turn, by role, and `eos` closes the last where the template does not.
     """
 
-    def __init__(self, apply: Apply, added: list[str], ends: dict[str, re.Pattern[str]], eos: str) -> None:
+    def __init__(
+        self, apply: Apply, added_tokens: list[str], end_patterns: dict[str, re.Pattern[str]], eos: str
+    ) -> None:
         self._apply = apply
-        self._added_tokens = added
-        self._end_patterns = ends
+        self._added_tokens = added_tokens
+        self._end_patterns = end_patterns
         self._eos = eos
-        self._any_token = leading_token_pattern(added)
+        self._any_token = leading_token_pattern(added_tokens)
         self._skeletons: dict[Shape, _Skeleton | None] = {}
         """None for a shape that has no skeleton: its conversations are always rendered twice."""
         self._times_seen: dict[Shape, int] = {}

@@ -74,7 +74,7 @@ class _TurnMarks:
         return [kind for kind, _ in self.marks if kind in (BEGIN, END)] in ([], [BEGIN, END])
 
 
-def probe_dialect(apply: Apply, added: list[str]) -> ToolCallDialect:
+def probe_dialect(apply: Apply, added_tokens: list[str]) -> ToolCallDialect:
     """The first way to give calls in which the template writes their name and their arguments as JSON or text."""
     name = f"{CALL}name"
     argument = f"{EDGE}value"
@@ -93,7 +93,7 @@ def probe_dialect(apply: Apply, added: list[str]) -> ToolCallDialect:
         if name not in text or argument not in text or f"{{'key': '{argument}" in text:
             continue
         after_arguments = text[text.rindex(argument) + len(argument) :]
-        candidates = [token for token in added if token in after_arguments]
+        candidates = [token for token in added_tokens if token in after_arguments]
         end_token = max(candidates, key=lambda token: after_arguments.rindex(token) + len(token), default="")
         wraps_results = _wraps_tool_results(apply, messages)
         return ToolCallDialect(arguments_as_text, null_content, wraps_results, frozenset({end_token} - {""}))
@@ -161,11 +161,13 @@ class Chat:
 class TurnSpanFinder:
     """Finds the spans of learned turns one by one. `added`: the added tokens; `ends`: those that close turns, by role."""
 
-    def __init__(self, apply: Apply, reasoning: Reasoning, added: list[str], ends: dict[str, set[str]]) -> None:
+    def __init__(
+        self, apply: Apply, reasoning: Reasoning, added_tokens: list[str], end_tokens_by_role: dict[str, set[str]]
+    ) -> None:
         self._apply = apply
         self._reasoning = reasoning
-        self._added_tokens = added
-        self._end_tokens_by_role = ends
+        self._added_tokens = added_tokens
+        self._end_tokens_by_role = end_tokens_by_role
         self._dialect: ToolCallDialect | None = None
         """Found out with the first conversation that has calls."""
 

@@ -162,15 +162,15 @@ SHOW_FIRST = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANISATION
 class PrivacyStage:
     """Report, redact, pseudonymise, drop or fail. Built from its settings in every worker process, for rows of one source.
 
-    `seen` rows of the source came before, which count towards `scan_documents`.
+    `documents_before`: documents of the source that came before these. They count towards `scan_documents`.
     """
 
     name = "privacy"
 
-    def __init__(self, config: PrivacyConfig, *, seen: int = 0) -> None:
+    def __init__(self, config: PrivacyConfig, *, documents_before: int = 0) -> None:
         self.config = config
         limit = config.scan_documents if config.mode == PrivacyMode.report else 0
-        self._documents_left = max(limit - seen, 0) if limit else None
+        self._documents_left = max(limit - documents_before, 0) if limit else None
         """How many more documents are searched; None for all."""
         self._finder: PersonalDataFinder | None = None
         if config.mode != PrivacyMode.none and self._documents_left != 0:
@@ -245,10 +245,10 @@ def refuse_findings(findings: Findings, config: PrivacyConfig) -> None:
     )
 
 
-def normalise(type_: str, value: str, regions: Sequence[str]) -> str:
+def normalise(type_: str, personal_text: str, regions: Sequence[str]) -> str:
     """The same text for all spellings of a value: without case, spaces, separators and national telephone formats."""
     # Full-width digits and the like become the usual ones.
-    text = " ".join(unicodedata.normalize("NFKC", value).split())
+    text = " ".join(unicodedata.normalize("NFKC", personal_text).split())
     kind = NORMALISED_AS.get(type_, type_)
     if kind == "PHONE":
         return canonical_phone_number(text, regions)
@@ -266,9 +266,9 @@ def normalise(type_: str, value: str, regions: Sequence[str]) -> str:
     return compact(text)
 
 
-def pseudonym(type_: str, value: str, key: bytes, regions: Sequence[str]) -> str:
+def pseudonym(type_: str, personal_text: str, key: bytes, regions: Sequence[str]) -> str:
     """`[PERSON_3fa9c01b]`: HMAC-SHA256 of the normalised value under a secret key, the same in every run with that key."""
-    message = f"{NORMALISED_AS.get(type_, type_)}\0{normalise(type_, value, regions)}".encode()
+    message = f"{NORMALISED_AS.get(type_, type_)}\0{normalise(type_, personal_text, regions)}".encode()
     return f"[{type_}_{hmac.new(key, message, hashlib.sha256).hexdigest()[:HEX_DIGITS]}]"
 
 
