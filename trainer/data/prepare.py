@@ -265,9 +265,10 @@ class Preparation:
 
     def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
         """A directory for each split: which sequences it has, and its manifest."""
-        evaluation_sets = [
-            source_input.source for source_input in self.inputs if source_input.split == "eval" != source_input.source
-        ]
+        evaluation_sets = []
+        for source_input in self.inputs:
+            if source_input.split == "eval" and source_input.source != "eval":  # a set with a name of its own
+                evaluation_sets.append(source_input.source)
         for split, documents in selection.splits.items():
             directory = target / split
             # A split is a list of sequence numbers; the tokens of all splits are in one store.
