@@ -223,7 +223,7 @@ def _rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: st
 class RowReader:
     """Reads the rows of one source in one format. Raises ConfigError where `columns` cannot belong to it.
 
-    `ignored` columns (`data.ignore_columns`) count as not there. What else is not read is told by `unread`, and with
+    `ignored` columns (`data.ignore_columns`) count as not there. Other columns that are not read are listed by `unread`, and with
     `refuses` a row with a column that carries meaning is rejected. `label` reads a label; `group` names the column that every
     row must have a group in.
     """

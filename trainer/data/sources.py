@@ -68,7 +68,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def problems(config: DataConfig) -> Iterator[str]:
     """Settings of `data` that contradict each other or cannot be used: each with key, value, constraint and remedy.
 
-    Ranges of single numbers stand at their fields, what files there are is said where they are opened.
+    Ranges of single numbers are checked at their fields, and files are checked where they are opened.
     """
     yield from _path_problems(config)
     yield from _held_out_problems(config)

@@ -286,9 +286,9 @@ def eval_batches(
 ) -> Iterator[dict[str, Any]]:
     """This rank's part of the first `max_documents` documents: over all ranks every document exactly once.
 
-    A background thread makes them, as it does in training. Every rank gets the same number of micro-batches; one that runs
+    A background thread makes the batches, as in training. Every rank gets the same number of micro-batches; one that runs
     out gets document 0 with nothing to score (targets and labels -100). Documents are sorted by length, so that ranks work
-    alike; a sum over them does not depend on it. With `ahead`, what it gives for each sequence in its place. Where sources
+    alike; sums over them do not depend on it. With `ahead`, each sequence is replaced by the one that it returns. If sources
     are told apart, `source` is the number of the one that the micro-batch holds.
     """
     device = torch.device(device)

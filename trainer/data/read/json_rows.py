@@ -102,7 +102,7 @@ def _first_line(path: File) -> tuple[int, bytes]:
 def _list_rows(path: File) -> Iterator[Row | Rejected]:
     """One row for each element of a list, unparsed: what stands between its commas. An element that is no JSON is a bad row.
 
-    Raises DataError where the elements cannot be told apart.
+    Raises DataError where one element cannot be separated from the next.
     """
     data = b""  # what was read, from a little before the element on
     start = 0  # where the element begins in `data`
@@ -226,7 +226,7 @@ def decode_line(raw: bytes) -> dict[str, Any]:
 def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
     """Whether `orjson` lost nothing: no key that was there twice, no rounded number; and no deep nesting.
 
-    Every key brings a colon, and further ones stand in texts: where as many are in the bytes, no key is missing. Only an
+    Every key has a colon behind it, and texts may hold more. If the bytes have as many, no key is missing. Only an
     escaped colon could make up for one.
     """
     num_colons = 0

@@ -23,8 +23,8 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical ba
 def read_csv(path: File, delimiter: str = ",") -> Iterator[Row | Rejected]:
     """Rows of a delimited file. A record with too few or too many cells, NUL or bytes that are not UTF-8 is a bad row.
 
-    For commas semicolons may stand, as spreadsheets write them where numbers have a decimal comma: where the header has no comma.
-    Raises DataError where what follows cannot be told apart: an unclosed or misplaced quote, a header with doubled or
+    With commas, a header that has semicolons and no comma means semicolons: spreadsheets write these where numbers have a comma.
+    Raises DataError where the further rows cannot be separated: an unclosed or misplaced quote, a header with doubled or
     missing names, other separators than the name promises.
     """
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit of 131,072 is shorter than real documents

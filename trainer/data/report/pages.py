@@ -1,4 +1,4 @@
-"""The audit page, one HTML file that needs no network (`audit_page.html.j2`), and the data card in Markdown (`card.md.j2`).
+"""The audit page, one HTML file that needs no network (`page.html.j2`), and the data card in Markdown (`card.md.j2`).
 
 The card is in the form of the Hugging Face hub and follows the questions of Gebru et al., "Datasheets for Datasets" (2021,
 arXiv:1803.09010). Both say what preparation counted and what its settings say; what nobody stated or measured is listed

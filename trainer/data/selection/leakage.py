@@ -64,9 +64,9 @@ def find_leaks(
     config: DataConfig,
     text_of: Callable[[int], str],
 ) -> LeakedDocuments:
-    """The documents of `train` (int64[n]) that `held_out` (int64[m]) has too, by the columns of `Signer.sign`.
+    """Find the documents of `train` (int64[n]) that `held_out` (int64[m]) has too, by the columns of `Signer.sign`.
 
-    Texts are asked for only where near leaks are looked for, with the threshold of the search for duplicates, which needs the
+    `text_of` is called only if near leaks are looked for. That takes the threshold of the search for duplicates and needs the
     column "verdict". Sources do not matter. Memory: some numbers a training document, and for near leaks 1.6 kB for each
     held-out one.
     """

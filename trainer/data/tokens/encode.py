@@ -98,11 +98,11 @@ class Encoder:
             yield from zip(batch, self.encode_answers(answers, fast=fast), strict=True)
 
     def encode_answers(self, answers: list[DocumentTurns], *, fast: bool = True) -> list[Sample]:
-        """A sample of each document with the messages that stand for it; None: its prompt and completion, or its text."""
+        """A sample of each document, made of the messages beside it; see `DocumentTurns`."""
         return self._to_samples([document for document, _ in answers], self._render_all(answers, fast=fast))
 
     def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
-        """Preference pairs as (document, chosen, rejected): both begin with the same prompt tokens, which nobody learns.
+        """Preference pairs as (document, chosen, rejected); both begin with the same prompt tokens, which are not learned.
 
         From the first token that is learned in one of them on, both are learned. Raises DataError with file and line,
         also where the template writes the prompt of the two differently.
@@ -178,7 +178,7 @@ class Encoder:
         return len(self.closing) if document.label is not None else 0
 
     def _render_all(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
-        """Text and learned characters of documents, each with the messages that stand for it if it is a conversation."""
+        """Text and learned characters of each document, rendered by the chat template if it is a conversation."""
         # (messages, messages with escaped control tokens); None for a document that is no conversation.
         chats: list[tuple[list[Message], list[Message]] | None] = []
         conversations = []

@@ -160,7 +160,7 @@ SHOW_FIRST = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANISATION
 
 
 class PrivacyStage:
-    """Report, redact, pseudonymise, drop or fail. Built from its settings in every worker process, for rows of one source.
+    """The privacy stage for rows of one source: report, redact, pseudonymise, drop or fail. Built in every worker process.
 
     `documents_before`: documents of the source that came before these. They count towards `scan_documents`.
     """
