@@ -255,7 +255,7 @@ def test_rank_0_whose_progress_is_seen_goes_before_those_that_come_earlier(tmp_p
         (target / "manifest.json").write_text("{}")
 
     earlier = threading.Thread(
-        target=cache.build_once, args=(entry, partial(build, "another rank")), kwargs={"after_s": seconds(60)}
+        target=cache.build_once, args=(entry, partial(build, "another rank")), kwargs={"head_start_s": seconds(60)}
     )
     earlier.start()
     time.sleep(0.2)
