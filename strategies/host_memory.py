@@ -116,9 +116,9 @@ class HostMemory:
             length = min(chunk_numel, count - start) * parts
             yield start, [region[self._current_slot].view(like.dtype)[:length] for region in self._regions]
 
-    def _combine(self, own: Tensor, peer_parts: list[Tensor], out: Tensor, average: bool) -> None:
-        """Put the sum or mean of all parts into `out`, which may be `own`."""
-        torch.add(own, peer_parts[0], out=out)
+    def _combine(self, own_part: Tensor, peer_parts: list[Tensor], out: Tensor, average: bool) -> None:
+        """Put the sum or mean of all parts into `out`, which may be `own_part`."""
+        torch.add(own_part, peer_parts[0], out=out)
         for peer_part in peer_parts[1:]:
             out.add_(peer_part)
         if average:

@@ -47,8 +47,8 @@ class FlatRange:
 
     def local_elements(self) -> list[LocalElements]:
         """The range tensor by tensor, under the names that they have on disk; without empty ones."""
-        named = {f"{self.name}/{key}": tensor for key, tensor in self.tensors.items() if tensor.numel()}
-        return [LocalElements(name, self.numel, self.start, tensor) for name, tensor in named.items()]
+        tensors_by_name = {f"{self.name}/{key}": tensor for key, tensor in self.tensors.items() if tensor.numel()}
+        return [LocalElements(name, self.numel, self.start, tensor) for name, tensor in tensors_by_name.items()]
 
 
 @dataclass(slots=True)

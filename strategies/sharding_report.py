@@ -13,15 +13,15 @@ from strategies.runtime import Runtime, gather_objects
 
 def held_elements(step_module: nn.Module) -> int:
     """Parameter elements that this rank holds between steps."""
-    held = 0
+    local_total = 0
     counts = element_counts(step_module)
     for name, parameter in named_parameters(step_module):
         local_numel, full_numel = _local_and_full_numel(parameter)
         if counts[name] == full_numel:
-            held += local_numel
+            local_total += local_numel
         else:  # packed: each byte stands for several elements
-            held += local_numel * counts[name] // full_numel
-    return held
+            local_total += local_numel * counts[name] // full_numel
+    return local_total
 
 
 def _local_and_full_numel(parameter: Any) -> tuple[int, int]:

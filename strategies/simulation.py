@@ -169,8 +169,8 @@ class AsOnGpu(TorchFunctionMode):
         roots = (root,) if isinstance(root, Tensor) else tuple(root)
         gradients = gradient if isinstance(gradient, tuple | list) else [gradient] * len(roots)
         root_gradients = []
-        for tensor, given in zip(roots, gradients, strict=True):
-            root_gradients.append(torch.ones_like(tensor) if given is None else given)
+        for tensor, root_gradient in zip(roots, gradients, strict=True):
+            root_gradients.append(torch.ones_like(tensor) if root_gradient is None else root_gradient)
         with self:
             run_backward(
                 roots,

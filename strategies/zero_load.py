@@ -52,12 +52,12 @@ def load_partitioned(
 
 def _own_parameters_below(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """(owner, name in the owner, parameter) for `module` and everything in it. A list: the caller replaces parameters."""
-    found = []
+    parameters = []
     for owner in module.modules():
         for key, parameter in own_parameters(owner).items():
             if parameter is not None:
-                found.append((owner, key, parameter))
-    return found
+                parameters.append((owner, key, parameter))
+    return parameters
 
 
 def keep_together(step_module: nn.Module) -> None:

@@ -30,9 +30,9 @@ class _SquaredLogsumexp:
         return (_weighted((nll + first_logit).square(), self.row_weight).sum(),)
 
 
-def squared_logsumexp(head: nn.Module, hidden: Tensor, kept: Tensor | None) -> Tensor:
+def squared_logsumexp(head: nn.Module, hidden: Tensor, counted_rows: Tensor | None) -> Tensor:
     """The sum, 0-d float32, over the rows of `hidden [N, H]` for which `kept [N]` is true. Calls `head` once, as a module."""
-    row_weight = None if kept is None else kept.float()
+    row_weight = None if counted_rows is None else counted_rows.float()
     if computes_loss(head):
         against = _SquaredLogsumexp(row_weight)
         (total,) = head(hidden, targets=hidden.new_zeros(len(hidden), dtype=torch.int64), against=against)

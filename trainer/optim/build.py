@@ -52,7 +52,7 @@ def build_optimizer(
         case ScheduleFreeConfig():
             schedulefree = import_package(config.name)
             averaging = schedulefree.AdamWScheduleFree(dicts, lr=config.lr, betas=_pair(config.betas), eps=config.eps)
-            averaging.train()
+            averaging.train()  # it holds two sets of weights, and refuses to step before it is told which one is live
             return averaging
         case AdamwConfig():
             return torch.optim.AdamW(dicts, lr=config.lr, betas=_pair(config.betas), eps=config.eps, fused=True)
@@ -63,7 +63,7 @@ def build_optimizer(
         case AdafactorConfig():
             from trainer.optim.whole import ShardedAdafactor
 
-            eps = (None, config.eps_scale)
+            eps = (None, config.eps_scale)  # None: torch's default for the moments
             return ShardedAdafactor(
                 dicts, lr=config.lr, beta2_decay=-config.decay_exponent, eps=eps, d=config.clip_threshold
             )
@@ -73,6 +73,7 @@ def build_optimizer(
             return torch.optim.SGD(
                 dicts, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
             )
+    # A settings class that nobody has added above.
     raise TypeError(f"no optimizer is known for {type(config).__name__}")
 
 

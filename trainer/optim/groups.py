@@ -68,6 +68,7 @@ def group_parameters(
             factor *= rule.lr_factor
             if rule.weight_decay is not None:
                 decay = rule.weight_decay
+        # Muon orthogonalises the matrices of blocks. Embeddings and heads are matrices too, and are left to AdamW.
         is_block_matrix = dimensions == 2 and BLOCK.search(name) is not None
         key = (factor, decay, is_block_matrix)
         if key not in groups:

@@ -67,11 +67,12 @@ class ShardedMuon(torch.optim.Muon):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
                 buffer = self.state[p]["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - momentum)
+                # Nesterov: the update looks one step ahead along the momentum.
                 update = p.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
                 orthogonal = self.orthogonalise(
                     full_tensor(update), group["ns_coefficients"], group["ns_steps"], group["eps"]
                 )
-                p.mul_(1 - lr * group["weight_decay"])
+                p.mul_(1 - lr * group["weight_decay"])  # decoupled, as in AdamW
                 p.add_(shard_like(orthogonal.to(p.dtype), p), alpha=-adjusted_rate(lr, group["adjust_lr_fn"], p.shape))
 
 
@@ -97,7 +98,7 @@ class ShardedAdafactor(torch.optim.Adafactor):
                     [state.get("col_var")],  # type: ignore[list-item]
                     [state.get("variance")],  # type: ignore[list-item]
                     [state["step"]],
-                    foreach=False,
+                    foreach=False,  # one parameter at a time: only this one is gathered
                     d=group["d"],
                     lr=group["lr"],
                     beta2_decay=group["beta2_decay"],
@@ -106,6 +107,7 @@ class ShardedAdafactor(torch.optim.Adafactor):
                     eps2=group["eps"][1],
                     maximize=False,
                 )
+                # A plain parameter was updated in place. Of a shard only the gathered copy was.
                 if full_parameter is not p:
                     p.copy_(shard_like(full_parameter, p))
 
