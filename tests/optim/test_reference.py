@@ -152,7 +152,7 @@ def test_8_bit_adamw_follows_adamw():
 )
 def test_a_missing_package_is_named_with_its_extra(config, package, extra, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(ConfigError, match=rf"needs the package {package} .*shardtune\[{extra}\].*optim=adamw"):
+    with pytest.raises(ConfigError, match=rf"needs the package {package} .*\[{extra}\].*optim=adamw"):
         build_optimizer(config, parameters())
 
 
