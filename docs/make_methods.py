@@ -243,7 +243,7 @@ def reasons() -> list[str]:
     return [
         *lines,
         f"| `strategy.compile=true` | all but {proven} | {NOT_COMPILED} |",
-        "| `precision=fp16` on a CPU | all | CPUs do not train in it |",
+        "| `precision=fp16` on a CPU | all | not supported on CPUs |",
     ]
 
 

@@ -122,7 +122,9 @@ def load_frozen(path: Path | str) -> RunConfig:
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
     if recorded_hash is None or recorded_hash[1] != sha256:
-        raise ConfigError(f"{path}: does not match its hash; frozen files are not edited: start a new run.dir")
+        raise ConfigError(
+            f"{path}: was changed after the run began (its hash differs); start a new run in another run.dir"
+        )
     return config
 
 
@@ -203,8 +205,8 @@ def _listed(changed: list[DifferingSetting]) -> str:
 def _other_run(run_dir: Path, changed: list[DifferingSetting]) -> str:
     """The refusal of a command for a directory that holds another run: one problem of several lines."""
     refusal = (
-        f"run.dir={run_dir}: holds a run with another configuration; choose another run.dir (to start from its "
-        f"state: run.resume={run_dir}/checkpoints/<step>), or undo:"
+        f"run.dir={run_dir}: already holds a run with different settings; use another run.dir (to start from its "
+        f"state: run.resume={run_dir}/checkpoints/<step>), or change these back:"
     )
     lines = [refusal, *(str(difference) for difference in changed[:SHOWN_DIFFERENCES])]
     if len(changed) > SHOWN_DIFFERENCES:

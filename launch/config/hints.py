@@ -118,8 +118,8 @@ def hydra_setting(key: str, text: str, word: str) -> str:
     name = key.replace("/", ".").removeprefix("hydra.")
     equivalent = _equivalent_of_hydra(name, text)
     if equivalent is None:
-        return f"{word}: Hydra's own settings are fixed here; remove it"
-    return f"{word}: Hydra's own settings are fixed here; in its place: {equivalent}"
+        return f"{word}: Hydra's own settings cannot be changed; remove it"
+    return f"{word}: Hydra's own settings cannot be changed; instead: {equivalent}"
 
 
 def _equivalent_of_hydra(name: str, text: str) -> str | None:

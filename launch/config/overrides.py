@@ -24,7 +24,7 @@ GATES = "gates"
 """A table of bounds such as `eval/loss<2`, which Hydra's grammar cannot read."""
 OF_EACH_RANK = re.compile(r"\$\{\s*(now|hydra)\s*:")
 """Interpolations that every process would resolve for itself, each at its own time."""
-RANKS_DISAGREE = "ranks would not agree on it; write the value out"
+RANKS_DISAGREE = "could differ between processes; write the value itself"
 NO_TARGET = "`_target_` is not used here and never runs anything; remove it"
 WORD = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
@@ -243,7 +243,7 @@ def _reset(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> No
     if key in WHOLE_RUN_GROUPS:
         parsed.choices[key] = "null"
     elif key in groups():
-        parsed.problems.append(f"{word}: a run needs one; give another choice, as in {key}={groups()[key][0]}")
+        parsed.problems.append(f"{word}: cannot be removed; choose another one, for example {key}={groups()[key][0]}")
     elif key in settings_by_key or is_table:
         parsed.defaults.append((key, word))
     else:

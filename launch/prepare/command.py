@@ -114,7 +114,7 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> Prepared | None
 def _leave(signal_name: str) -> None:
     """End this process, which was asked to stop and is stuck: what is half prepared has no name in the cache."""
     with suppress(OSError):  # nobody reads it any more
-        os.write(2, f"shardtune prepare: stopped ({signal_name}); the same command begins again\n".encode())
+        os.write(2, f"shardtune prepare: stopped ({signal_name}); run the same command to start again\n".encode())
     end_process(Preempted.exit_code)
 
 

@@ -185,7 +185,7 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("checkpoint.fallback_dir=train.jsonl/spare", "must be a directory on another disk that this user can write"),
         ("schedule=wsd schedule.warmup_share=0.5 schedule.decay_share=0.6", "more than the whole run"),
         ("schedule.warmup_steps=11", "more than budget.steps=10"),
-        ("precision=fp16", "CPUs do not train in it"),
+        ("precision=fp16", "not supported on CPUs"),
         ("strategy=zero3 precision=fp16", "precision=bf16"),
         ("strategy=fsdp2 strategy.replicate=2", "strategy=hsdp"),
         ("strategy=hsdp", "must divide the number of ranks, 1"),

@@ -64,7 +64,7 @@ def test_prepared_data_set_and_report(tmp_path, data):
         sample = prepared.train.sample(number)
         assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
     text = summary(prepared.report)
-    assert "20 of 20 sequences" in text and "doubled BOS 0" in text
+    assert "20 of 20 sequences" in text and "no doubled BOS" in text
     with pytest.raises(DataError, match="two BOS"):
         summary({**prepared.report, "train": {**report, "doubled_bos": 2}})
 

@@ -74,8 +74,8 @@ def test_columns_that_nothing_read_are_named_once_a_source(prepare, capsys):
     words = ("data.sources.a.path=train.jsonl", "data.sources.b.path=more.jsonl")
     said = prepare(*words, path=None)
     assert prepare.audit["unread_columns"] == {"a": ["id", "topic"], "b": ["url"]}
-    assert said.count("columns of a that nobody read: id, topic") == 1 and "columns of b that nobody read: url" in said
-    assert "columns of a that nobody read" in prepare(*words, path=None)  # from the cache too
+    assert said.count("unused columns of a: id, topic") == 1 and "unused columns of b: url" in said
+    assert "unused columns of a" in prepare(*words, path=None)  # from the cache too
     said = prepare(*words, "data.ignore_columns=[id,url,topic]", path=None)
     assert "nobody read" not in said and not prepare.audit["unread_columns"]
 
@@ -91,7 +91,7 @@ def test_unread_columns_survive_the_parts_of_an_array(prepare):
     write_jsonl(Path("train.jsonl"), [{**row, "id": n} for n, row in enumerate(QA)])
     for number in (0, 1):
         prepare("--shard", f"{number}/2")
-    assert "columns of data that nobody read: id" in prepare()
+    assert "unused columns of data: id" in prepare()
 
 
 def test_names_of_text_files_are_no_column(prepare):
@@ -126,7 +126,7 @@ def test_a_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, r
     assert "nothing read" not in prepare(f"data.ignore_columns=[{column}]")
     empty = [{**row, column: [] if column != "image" else None} for row in rows]
     write_jsonl(Path("train.jsonl"), empty)
-    assert f"columns of data that nobody read: {column}" in prepare()
+    assert f"unused columns of data: {column}" in prepare()
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_a_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, r
     [
         ({"loss_mask": 0.5}, "messages[2] has loss_mask (0.5)"),
         ({"loss": 0}, "messages[2] has loss (0)"),
-        ({"mask": 0}, 'messages[2] has mask (0), which nothing reads: say whether the turn is learned by "train"'),
-        ({"tool_calls": [{"name": "f"}]}, "the chat template leaves out calls of tools"),
+        ({"mask": 0}, 'messages[2] has mask (0), which shardtune does not know: use "train"'),
+        ({"tool_calls": [{"name": "f"}]}, "this chat template cannot write tool calls"),
         ({"images": ["a.png"]}, "messages[2] has images"),
     ],
 )
@@ -197,10 +197,10 @@ def test_an_unread_column_of_bytes_makes_no_row_unusable(prepare):
     odd = pa.array([(1, 2, 3), None], pa.month_day_nano_interval())  # a type that has no value in JSON
     with pa.ipc.new_file("train.arrow", pa.schema([*table.schema, pa.field("odd", odd.type)])) as file:
         file.write_table(table.append_column("odd", odd))
-    assert "columns of data that nobody read: embedding, odd" in prepare(path="train.arrow")
+    assert "unused columns of data: embedding, odd" in prepare(path="train.arrow")
     pq.write_table(table, "train.parquet")
     said = prepare(path="train.parquet")
-    assert len(prepare.documents()) == 2 and "columns of data that nobody read: embedding" in said
+    assert len(prepare.documents()) == 2 and "unused columns of data: embedding" in said
     pq.write_table(table.rename_columns(["question", "about", "answer"]), "bad.parquet")
     assert 'bad.parquet:1: column "answer": 2 bytes that are not UTF-8' in prepare(path="bad.parquet", code=65)
 
@@ -217,7 +217,7 @@ def test_a_list_with_one_text_is_a_text(prepare):
     assert [(d.prompt, d.completion) for d in prepare.documents()] == [("q", "a"), ("q", "b")]
     write_jsonl(Path("train.jsonl"), [{"prompt": "q", "completion": ["a", "b"]}])
     said = prepare(code=65)
-    assert "\"completion\" is a list of 2 texts, ['a', 'b'], and one is meant" in said
+    assert "\"completion\" is a list of 2 texts, ['a', 'b'], but must be one text" in said
     assert "data.columns.completion=completion.0" in said
     prepare("data.columns.completion=completion.0", "data.columns.prompt=prompt")
 
@@ -294,7 +294,7 @@ def test_demo_shapes_are_read_as_they_are(prepare, name):
         ),
         (
             {"conversations": [FROM_USER, FROM_GPT], "tools": '[{"name": "f"}]'},
-            "demo.json:2: the chat template does not write the tools of the row",
+            "demo.json:2: this chat template ignores the column tools",
         ),
         (
             {
@@ -304,7 +304,7 @@ def test_demo_shapes_are_read_as_they_are(prepare, name):
                 ],
                 "images": ["mllm_demo_data/1.jpg"],
             },
-            'demo.json:2: column "images" is not read, and it carries meaning',
+            'demo.json:2: column "images" would be ignored, but it looks important',
         ),
     ],
 )

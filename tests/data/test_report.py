@@ -322,10 +322,10 @@ def test_what_was_not_looked_for_is_said(tmp_path):
 def test_columns_that_nobody_read_are_named_once_a_source(tmp_path):
     made, audit = prepare(tmp_path, [{**row, "score": 1, "an<b>notator\x1b": "x"} for row in chat_rows(9)])
     assert audit.unread_columns == {"data": ["score", "an<b>notator\x1b"]}
-    assert "columns of data that nobody read: score, an<b>notator\\x1b" in summary(made.report)
+    assert "unused columns of data: score, an<b>notator\\x1b" in summary(made.report)
     shown, card = read(made.directory)
-    assert "Columns of data that nobody read: score , an<b>notator" in shown
-    assert "score, an&lt;b&gt;notator\\\\x1b |" in card and "columns of data that nobody read" in card
+    assert "Unused columns of data: score , an<b>notator" in shown
+    assert "score, an&lt;b&gt;notator\\\\x1b |" in card and "unused columns of data" in card
     made, _ = prepare(tmp_path, chat_rows(10))
     assert "nobody read" not in summary(made.report) and "nobody read:" not in read(made.directory)[0]
 

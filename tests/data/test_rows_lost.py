@@ -92,9 +92,7 @@ def test_many_documents_with_nothing_left_to_learn_are_no_quiet_line(tmp_path):
         prepare(tmp_path, rows, max_length=100)
     said = str(caught.value)
     assert said.startswith("13 of 44 rows cannot be used (nothing_to_learn 13), more than data.max_bad_share=0 allows")
-    assert (
-        "no supervised token is left to learn within data.max_length=100" in said and "... and 12 more like it" in said
-    )
+    assert "no supervised token is within data.max_length=100" in said and "... and 12 more like it" in said
     assert "data.over_length=split" in said and said.endswith("data.max_bad_share=0.3")
     assert quarantined(prepare(tmp_path, rows, max_length=100, max_bad_share=0.3)) == 13
 
@@ -196,8 +194,8 @@ def test_refused_and_counted(tmp_path):
         (stage,) = [stage for stage in made.report["flow"] if stage["stage"] == "tokenise"]
         assert stage["noted"] == told
     words = summary(prepare(tmp_path, rows).report)
-    assert "kept, text spells control tokens of the tokenizer: 2" in words
-    assert "encoded as ordinary characters: 1" in words
+    assert "kept, text contains special tokens of the tokenizer: 2" in words
+    assert "tokenised as ordinary text: 1" in words
 
 
 def test_texts_without_a_template(tmp_path):

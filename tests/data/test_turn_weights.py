@@ -150,11 +150,11 @@ def test_the_store_has_weights_and_their_sums(tmp_path):
     assert audit["splits"]["train"]["weighted_tokens"] == total
     assert audit["splits"]["train"]["supervised_tokens"] == train.num_supervised.sum()
     assert {piece.get("weight") for piece in audit["samples"][0]["pieces"] if piece["learned"]} == {0.3, None}
-    assert f"weighing {total:,.10g}" in summary(prepared.report)
+    assert f"total weight {total:,.10g}" in summary(prepared.report)
     assert "⟧*0.3" in preview(train, make.tiny_tokenizer(), width=200, colour=False)
     assert ("dog<|im_end|>", 1.0) in decode_pieces(train.sample(0), make.tiny_tokenizer())
     page = (prepared.directory / "audit.html").read_text()
-    assert "<b>*0.3</b>" in page and "weighing" in page
+    assert "<b>*0.3</b>" in page and "total weight" in page
 
 
 def test_data_without_fractions_is_the_same_byte_for_byte(tmp_path):
@@ -172,8 +172,8 @@ def test_data_without_fractions_is_the_same_byte_for_byte(tmp_path):
         assert prepared.train.counts["loss"].dtype == np.int64 and isinstance(
             exact_sum(prepared.train.counts["loss"]), int
         )
-        assert prepared.report["train"]["weighted_tokens"] is None and "weighing" not in summary(prepared.report)
-        assert "weighing" not in (prepared.directory / "audit.html").read_text()
+        assert prepared.report["train"]["weighted_tokens"] is None and "total weight" not in summary(prepared.report)
+        assert "total weight" not in (prepared.directory / "audit.html").read_text()
         for layout in (Layout.padded, Layout.padding_free):
             assert "target_weights" not in Collator(layout, 0)([prepared.train.sample(n) for n in range(4)])
 

@@ -87,7 +87,7 @@ def evaluator_of(run):
 
 def test_a_row_that_the_template_cannot_write_is_told_with_its_task():
     def run(cases, asking):
-        raise RefusedDocument("q.jsonl:1", "tools", "the chat template does not write the tools of the row")
+        raise RefusedDocument("q.jsonl:1", "tools", "this chat template ignores the column tools")
 
     with pytest.raises(DataError) as refused:
         list(evaluator_of(run).run_tasks())

@@ -37,7 +37,7 @@ def test_one_process_saves_at_every_signal(runs):
         assert (status["state"], status["step"] >= 3) == ("preempted", True)
         assert (runs.root / name / "checkpoints" / f"step-{status['step']:06d}" / "manifest.json").exists()
         assert f"stopped at step {status['step']}, saved" in runs.said(name)
-    assert "Once more ends the run at once" in runs.said("interrupted")
+    assert "Press Ctrl-C again to quit now" in runs.said("interrupted")
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="one process shows the same in fewer seconds")
@@ -121,7 +121,7 @@ def test_a_signal_to_one_rank_while_data_is_prepared_stops_all(runs):
         assert runs.end(process) == 75
     assert time.monotonic() - begun < seconds(30)  # not the 600 of run.timeout_s
     assert runs.status("early")["state"] == "preempted"
-    assert "stopped before training began, nothing lost" in runs.said("early")
+    assert "stopped before training began, nothing is lost" in runs.said("early")
 
 
 def stuck(runs, name, function, **extra):
@@ -148,8 +148,8 @@ def test_a_process_stuck_in_native_code_before_training_ends_when_it_is_asked_to
     assert (runs.end(alone), runs.end(pair)) == (75, 75)
     assert (runs.status("stuck-alone")["state"], runs.status("stuck-pair")["state"]) == ("preempted", "preempted")
     assert runs.status("stuck-pair")["reason"] == "SIGUSR2 during: building the model"
-    assert "stopped during data preparation, nothing lost" in runs.said("stuck-alone")
-    assert "stopped before training began, nothing lost" in runs.said("stuck-pair")
+    assert "stopped during data preparation, nothing is lost" in runs.said("stuck-alone")
+    assert "stopped before training began, nothing is lost" in runs.said("stuck-pair")
     assert runs.end(locked) == -signal.SIGKILL
     # The lease was given back: on another host, too, the same words begin at once.
     assert [path.name for path in (runs.root / "stuck-alone" / "lease").glob("*.over")] == ["000001.over"]

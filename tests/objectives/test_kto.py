@@ -170,7 +170,7 @@ def test_a_pair_is_two_answers(tmp_path):
 
 
 def test_rows_without_a_verdict_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"rows.jsonl:1: has no verdict, which objective=kto learns from"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: has no label that objective=kto can use"):
         prepared(tmp_path, [{"prompt": "q", "completion": "a"}], format=DataFormat.prompt_completion)
 
 

@@ -214,7 +214,7 @@ def _copy_file(source: Path, target: Path, stop: Callable[[], bool]) -> str:
     with source.open("rb") as read, target.open("wb") as write:
         while piece := read.read(CHUNK_BYTES):
             if stop():
-                raise Preempted("asked to stop while model and data were copied; nothing is lost but the copy")
+                raise Preempted("interrupted while copying model and data; the copy will start over")
             write.write(piece)
     digest = sampled_digest(source)
     if sampled_digest(target) != digest:
@@ -297,7 +297,7 @@ def _locked(root: Path, stop: Callable[[], bool]) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             if stop():
-                raise Preempted("asked to stop while model and data were copied; nothing is lost but the copy")
+                raise Preempted("interrupted while copying model and data; the copy will start over")
             time.sleep(0.05)
         yield
 

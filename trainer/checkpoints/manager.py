@@ -371,7 +371,7 @@ class Checkpoints:
             text += f" in {path.parent}"
         text += f": {size_text(saved.size)} in {saved.took_s:.1f} s"
         if saved.stall_s != saved.took_s:
-            text += f", of which training waited {saved.stall_s:.1f} s"
+            text += f"; training waited {saved.stall_s:.1f} s"
         interval_s = self.schedule.interval_s
         if interval_s is not None:
             text += f"; the next in about {max(1, round(interval_s / 60))} minutes"

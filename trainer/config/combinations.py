@@ -115,7 +115,7 @@ def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimN
     if reason:
         return Cell(CellState.refused, reason, "optim=adamw")
     if feature == "fp16":
-        return Cell(CellState.gpu_only, "CPUs do not train in it")
+        return Cell(CellState.gpu_only, "not supported on CPUs")
     return Cell(CellState.tested)
 
 

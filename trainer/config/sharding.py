@@ -16,7 +16,7 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"strategy=single: runs in one process, not {world_size}; take strategy=ddp, or launcher.processes=1"
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
-        yield "precision=fp16: CPUs do not train in it; set precision=bf16 or precision=fp32"
+        yield "precision=fp16: not supported on CPUs; set precision=bf16 or precision=fp32"
     plans = strategy.activation_checkpointing is ActivationCheckpointing.auto
     plans |= isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
     if strategy.memory_gib is not None and not plans:
@@ -46,7 +46,11 @@ def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) 
 def _zero(strategy: ZeroConfig) -> Iterator[str]:
     places = ("none", "cpu", "nvme")
     if strategy.name.value != f"zero{strategy.stage}":
-        yield f"strategy.stage={strategy.stage}: {strategy.name} fixes it; choose strategy=zero{strategy.stage} instead"
+        own_stage = strategy.name.value.removeprefix("zero")
+        yield (
+            f"strategy.stage={strategy.stage}: strategy={strategy.name} always uses stage {own_stage}; use "
+            f"strategy=zero{strategy.stage}"
+        )
     for key in ("offload_optimizer", "offload_parameters"):
         value = getattr(strategy, key)
         if value not in places:

@@ -118,7 +118,7 @@ def _budget(config: RunConfig) -> Iterator[str]:
         yield f"budget: not set: {rule}, as in budget.epochs=3"
     elif len(set_names) > 1:
         words = " ".join(f"budget.{name}={budgets[name]}" for name in set_names)
-        yield f"{words}: {rule}; unset the others with budget.{set_names[-1]}=null"
+        yield f"{words}: {rule}; remove one, or set it to null (budget.{set_names[-1]}=null)"
 
 
 def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:

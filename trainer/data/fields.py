@@ -106,12 +106,12 @@ def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
     What is no character is refused where files are read. `name`: what messages call the column.
     """
     text: Any = fields.get(key)
-    advice = "" if name else f", or choose one with data.columns, as in data.columns.{key}={key}.0"
+    advice = "" if name else f", or choose one with data.columns.{key}={key}.0"
     name = name or f'"{key}"'
     if is_texts(text):
         if len(text) > 1:
             what = f"{name} is a list of {len(text)} texts, {show_value(text)}"
-            raise Refusal("not_text", f"{what}, and one is meant: join them{advice}")
+            raise Refusal("not_text", f"{what}, but must be one text: join them{advice}")
         text = text[0]
     if not isinstance(text, str):
         what = show_value(text) if key in fields else "missing"
@@ -196,8 +196,8 @@ class Unread:
             if not is_nothing(fields[name]):
                 raise Refusal(
                     f"unread_{name}",
-                    f'column "{name}" is not read, and it carries meaning ({show_value(fields[name])}): rename it with '
-                    f"{self.setting} if it is what is to be read, or name it in data.ignore_columns to train without it",
+                    f'column "{name}" would be ignored, but it looks important ({show_value(fields[name])}): map it with '
+                    f"{self.setting}, or set data.ignore_columns=[{name}] to train without it",
                 )
         if len(self.names) < MAX_NAMES:
             self.names.update(dict.fromkeys(unread))

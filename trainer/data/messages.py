@@ -153,8 +153,8 @@ def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) 
             continue
         remedy = "write what counts into its content"
         if is_mask:
-            remedy = 'say whether the turn is learned by "train": true or false, or by "weight": 0 to 1'
-        what = f"{name} has {key} ({show_value(field_value)}), which nothing reads"
+            remedy = 'use "train": false to exclude the turn, or "weight": 0 to 1'
+        what = f"{name} has {key} ({show_value(field_value)}), which shardtune does not know"
         raise Refusal(f"turn_{key}", f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
 
 

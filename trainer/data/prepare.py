@@ -214,7 +214,7 @@ class Preparation:
     def check_stop(self) -> None:
         """Raise Preempted if this process was asked to stop. Called between blocks, where stopping is safe."""
         if self.stop():
-            raise Preempted("asked to stop while preparing data; nothing is lost but the preparation")
+            raise Preempted("interrupted while preparing data; the preparation will start over")
 
     def run(self, target: Path, shards: Shards | None = None) -> None:
         """Prepare the data into `target`: both passes, and the reports. `shards`: where the first pass lies already."""

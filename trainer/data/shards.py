@@ -59,7 +59,7 @@ DROPPED = "dropped.jsonl"
 GIVE_UP = 1000
 """Bad rows after which a run that allows none (or fewer) stops reading."""
 LOST = {
-    "nothing_to_learn": "no supervised token is left to learn within data.max_length={}",
+    "nothing_to_learn": "no supervised token is within data.max_length={}: the answer starts later",
     "same_answers": "both answers are the same within data.max_length={}",
 }
 """Reasons for which tokenising drops a document although nobody asked for it."""
@@ -219,8 +219,8 @@ class Assembly:
         remedies = [remedy for reason, remedy in REMEDIES.items() if reason in self.totals.bad_reasons]
         if not self.splits:
             remedies = [remedy.removesuffix(" or set data.over_length=split") for remedy in remedies]
-        steps = ", ".join([*dict.fromkeys(remedies), "mend the data"])
-        advice = f"all of them are listed in {self.rejected}; {steps}"
+        steps = ", ".join([*dict.fromkeys(remedies), "fix the data"])
+        advice = f"full list: {self.rejected}; {steps}"
         if num_bad < num_rows:
             bearable_share = math.ceil(100 * num_bad / num_rows) / 100
             advice += f", or continue without them with data.max_bad_share={bearable_share:g}"

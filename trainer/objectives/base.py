@@ -153,8 +153,8 @@ class UnlabelledReading(Reading):
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.label is None:
             return None
-        problem = "is a labelled text, of which this objective would learn nothing; set objective=classification, or "
-        return WRONG_KIND, f"{problem}data.format=text to learn the texts themselves"
+        problem = "has a label, which this objective does not use; set objective=classification, or "
+        return WRONG_KIND, f"{problem}data.format=text to train on the text"
 
 
 def formats_of(data: DataConfig) -> dict[str, DataFormat]:

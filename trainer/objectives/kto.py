@@ -88,7 +88,7 @@ class RatedReading(UnlabelledReading):
         if document.desirable is not None or (document.chosen and document.rejected):
             return weight_refusal(document)
         return WRONG_KIND, (
-            "has no verdict, which objective=kto learns from; give rows with thumbs up or down (data.format=thumbs) or pairs "
+            "has no label that objective=kto can use; give rows with thumbs up or down (data.format=thumbs) or pairs "
             "(data.format=preference), or use objective=sft"
         )
 

@@ -110,7 +110,7 @@ def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
         f"eta {_clock_text(eta_s)}",
     ]
     if row.get("skipped"):
-        fields.append("SKIPPED (not finite)")
+        fields.append("skipped: not finite")
     return fields
 
 
@@ -145,7 +145,7 @@ def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: di
         if steps:
             next_evaluation = f"eval in {min(steps, schedule.total_steps - row['step'])}"
     fields = [
-        *(field_by_name["loss"], field_by_name["eta"], field_by_name.get("SKIPPED", "")),
+        *(field_by_name["loss"], field_by_name["eta"], field_by_name.get("skipped:", "")),
         *(f"{row['tokens_per_s']:,.0f} tok/s", field_by_name["mem"], next_evaluation),
         *(field_by_name["lr"], field_by_name["grad"], field_by_name.get("mfu", "")),
     ]

@@ -280,7 +280,7 @@ def _end_before_training(attempt: Attempt, signal_name: str) -> None:
             attempt.lease.release()
     if "SHARDTUNE_LAUNCHER" not in os.environ:  # a launcher prints this itself
         directory = "" if run_dir is None else f"{run_dir}: "
-        text = f"{directory}stopped during {attempt.phase}, nothing lost; the same command begins again"
+        text = f"{directory}stopped during {attempt.phase}, nothing is lost; run the same command to start again"
         with contextlib.suppress(OSError):  # nobody reads it any more
             os.write(2, f"{text}\n".encode())
     end_process(code)

@@ -194,8 +194,8 @@ def _compare_with_earlier_start(config: RunConfig, current: Kinds, run_dir: Path
     changed = differences(recorded, current, accept=config.run.accept)
     if changed:
         refusal = (
-            f"run.resume: what is in {earlier_run} was trained with something else (there); undo it, start a new run.dir without "
-            f"run.resume, or continue with the change and have it recorded: {_accept_setting(changed, config.run.accept)}"
+            f"run.resume: {earlier_run} was trained differently (there). Undo the change, start a new run.dir without "
+            f"run.resume, or accept the change: {_accept_setting(changed, config.run.accept)}"
         )
         raise ConfigError("\n    ".join([refusal, *_first_lines(changed)]))
     accepted_now = [str(difference) for difference in differences(recorded, current, accept=[])]

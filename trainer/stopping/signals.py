@@ -34,7 +34,7 @@ STUCK_S = 5.0
 """Seconds that the main thread has to look at a request to stop before training; then the process ends without it."""
 POLL_S = 0.2
 INTERRUPTED = (
-    b"\nCtrl-C: saving, then stopping. Once more ends the run at once, and what follows the last save is lost.\n"
+    b"\nCtrl-C: saving, then stopping. Press Ctrl-C again to quit now: work since the last checkpoint is lost.\n"
 )
 
 

@@ -50,7 +50,7 @@ RUN = {
         "tokenizer_type is_llama_derived_model gradient_checkpointing_kwargs dataset_prepared_path use_fast_tokenizer "
         "dataloader_num_workers ddp_backend xformers_attention include_tokens_per_second "
         "lora_fan_in_fan_out wandb_watch wandb_log_model eval_table_size logging_strategy save_only_model",
-        needless("concerns that trainer alone"),
+        needless("not needed here"),
     ),
 }
 MODEL = {

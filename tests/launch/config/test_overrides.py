@@ -512,7 +512,7 @@ def test_own_directories_offer_choices(own):
         ("hydra/sweeper=optuna", "separated by commas under -m"),
         ("hydra.sweeper.params.optim.lr=1", "-m optim.lr=1"),
         ("hydra.sweep.dir=x", "run.dir=x names the directory"),
-        ("~strategy", "a run needs one"),
+        ("~strategy", "cannot be removed"),
         ("~optim.lrr", "did you mean optim.lr?"),
     ],
 )

@@ -135,7 +135,7 @@ def _require_head(path: File) -> None:
     content = identify(head)
     if content is None:
         content = "JSON text" if head.lstrip()[:1] in (b"{", b"[") else "something else"
-    raise DataError(f"{path}: not {_kind(path)} as its name says: it holds {content}; rename it")
+    raise DataError(f"{path}: the name says that it is {_kind(path)}, but it holds {content}; rename it")
 
 
 def _damaged(path: File, error: BaseException) -> DataError:

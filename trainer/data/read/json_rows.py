@@ -84,7 +84,7 @@ def read_json(path: File) -> Iterator[Row | Rejected]:
         raise DataError(f"{path}:1: the file is empty: it holds only blanks")
     hint = ""
     if first_line.startswith(b"{"):
-        hint = "; it begins with one object spread over several lines: put [ ] around it, or around the list in it"
+        hint = "; it begins with one object spread over several lines: wrap the object in [ ], or save only the list inside it"
     raise DataError(f"{path}:{number}: a .json file must hold a list of objects, or one object a line{hint}")
 
 

@@ -136,7 +136,7 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
             content = identify(head)
             if compression and content != COMPRESSION[compression]:
                 what = f"it holds {content}" if content else "it is not compressed"
-                raise DataError(f"{path}: not {COMPRESSION[compression]} as its name says: {what}; rename it")
+                raise DataError(f"{path}: the name says that it is {COMPRESSION[compression]}, but {what}; rename it")
             with _decompressed(path, file, compression) as stream:
                 # Again after decompression: a compressed image is an image.
                 head = stream.peek(HEAD)[:HEAD]

@@ -167,12 +167,12 @@ class ReportWriter:
                 advice = f"raise data.max_length={self.config.max_length} or "
             raise DataError(
                 f"{key}: no document of the {name} split has a supervised token to learn (dropped: {reasons or 'none'}); "
-                f"{advice}mend the data"
+                f"{advice}fix the data"
             )
         if not split.labelled and split.supervised_share < self.config.min_supervised_share:
             raise DataError(
                 f"{key}: only {split.supervised_share:.4%} of the {name} tokens are supervised, less than "
-                f"data.min_supervised_share={self.config.min_supervised_share}; mend the data or lower the limit"
+                f"data.min_supervised_share={self.config.min_supervised_share}; fix the data or lower the limit"
             )
 
     def _source(

@@ -254,7 +254,7 @@ def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[s
     heading = f"{split} {index} · {dataset.lengths[index]:,} tokens, {int(dataset.num_supervised[index]):,} learned"
     weight_sum = sample.learned_weight()
     if weight_sum != dataset.num_supervised[index]:
-        heading += f" (weighing {weight_sum:g})"
+        heading += f" (total weight {weight_sum:g})"
     if row is not None:
         heading += f" · {visible(row['file'])}:{row['line']}"
     if dataset.labels is not None:

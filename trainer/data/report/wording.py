@@ -65,8 +65,8 @@ REASON_TEXTS = {
     "nothing_to_learn": "nothing left to learn",
     "same_answers": "both answers of a pair are the same",
     "thumbs_down": "an answer marked as undesirable",
-    "control_tokens_in_text": "text spells control tokens of the tokenizer",
-    "control_tokens_as_text": "of these in prompts and texts, encoded as ordinary characters",
+    "control_tokens_in_text": "text contains special tokens of the tokenizer",
+    "control_tokens_as_text": "of these in prompts and texts, tokenised as ordinary text",
     "missing_eos": "the last learned token closes no turn",
 }
 
@@ -318,7 +318,7 @@ def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
     if audit.duplicates and audit.words["data.duplicates.near"] in (False, "none"):
         gaps.append("near copies were not looked for (data.duplicates.near)")
     for source, names in audit.unread_columns.items():
-        gaps.append(f"columns of {source} that nobody read: {', '.join(names)}")
+        gaps.append(f"unused columns of {source}: {', '.join(names)}")
     return gaps
 
 

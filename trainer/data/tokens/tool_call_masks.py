@@ -30,7 +30,6 @@ _TOOL_RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*",
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 _THOUGHT_OPENED_AT_END = re.compile(r"<think>\s*\Z")
 _THOUGHT_CLOSED = re.compile(r"\s*</think>\s*")
-_REMEDY = "give a template that does in model.chat_template, or leave it out with data.ignore_columns"
 
 
 def template_refusal(where: str, message: str) -> RefusedDocument:
@@ -184,7 +183,9 @@ class TurnSpanFinder:
         text = chat.apply(chat.messages)
         if chat.tools and not self._writes_tools(chat, text):
             raise template_refusal(
-                chat.where, f"the chat template does not write the tools of the row; {_REMEDY}=[tools]"
+                chat.where,
+                "this chat template ignores the column tools; set model.chat_template to one that writes it, or drop "
+                "the column with data.ignore_columns=[tools]",
             )
         # A label of its own behind the name of every call and behind every result: the template must print them all.
         labels: dict[str, list[str]] = {CALL: [], EDGE: []}
@@ -210,7 +211,8 @@ class TurnSpanFinder:
         if any(label not in labelled_text for label in labels[CALL]):
             raise template_refusal(
                 chat.where,
-                f"the chat template leaves out calls of tools; {_REMEDY}=[tool_calls] where calls are a key",
+                "this chat template cannot write tool calls; set model.chat_template to one that can, or, if calls are a key, "
+                "drop them with data.ignore_columns=[tool_calls]",
             )
         if any(label not in labelled_text for label in labels[EDGE]):
             raise template_refusal(
