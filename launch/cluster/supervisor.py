@@ -140,7 +140,7 @@ def _stopped_message(directory: Path, run_dir: Path, step: int | None, verb: str
     """What is saved of a run that was asked to stop, and how it continues; `directory`: where `run_dir` is now."""
     if verb == "evaluate":
         return "stopped; an evaluation keeps nothing, the same command begins it again"
-    reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
+    reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing is lost"
     if directory != run_dir:
         return f"{reached}; the directory was renamed while the run was under way: run.dir={directory} continues it"
     return f"{reached}; the same command continues it"

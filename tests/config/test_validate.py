@@ -190,7 +190,7 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("strategy=fsdp2 strategy.replicate=2", "strategy=hsdp"),
         ("strategy=hsdp", "must divide the number of ranks, 1"),
         ("strategy=zero2 strategy.offload_parameters=cpu", "use strategy=zero3"),
-        ("strategy=zero2 strategy.stage=3", "choose strategy=zero3"),
+        ("strategy=zero2 strategy.stage=3", "use strategy=zero3"),
         ("strategy=zero3 strategy.offload_parameters=disk", "one of none, cpu, nvme"),
         ("strategy=zero3 strategy.offload_parameters=nvme", "needs strategy.nvme_path"),
         ("strategy=zero3 strategy.nvme_path=no/drive", "no such directory"),

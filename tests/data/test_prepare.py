@@ -379,7 +379,7 @@ def test_control_tokens_are_counted(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows)
     prepared = run(config(tmp_path))
     assert seen(prepared, "noted", "control_tokens_in_text") == (1, [f"{tmp_path / 'train.jsonl'}:2"])
-    assert "spells control tokens" in summary(prepared.report)
+    assert "contains special tokens" in summary(prepared.report)
 
 
 def test_the_audit_names_sources_and_settings(tmp_path, data):

@@ -117,12 +117,12 @@ def test_names_of_text_files_are_no_column(prepare):
 def test_a_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, rows, column):
     write_jsonl(Path("train.jsonl"), rows * 3)
     said = prepare(code=65)
-    assert f'train.jsonl:1: column "{column}" is not read' in said, said
+    assert f'train.jsonl:1: column "{column}" would be ignored' in said, said
     assert "data.columns" in said and "data.ignore_columns" in said
     assert not list(Path("cache").glob("*/manifest.json"))
     format = {"question": "prompt_completion", "prompt": "prompt_completion", "messages": "messages", "text": "text"}
     named = f"data.format={format.get(next(iter(rows[0])), 'alpaca')}"
-    assert f'train.jsonl:1: column "{column}" is not read' in prepare(named, "data.max_bad_share=1", code=65)
+    assert f'train.jsonl:1: column "{column}" would be ignored' in prepare(named, "data.max_bad_share=1", code=65)
     assert "nothing read" not in prepare(f"data.ignore_columns=[{column}]")
     empty = [{**row, column: [] if column != "image" else None} for row in rows]
     write_jsonl(Path("train.jsonl"), empty)
@@ -152,7 +152,7 @@ def test_a_key_of_a_turn_that_carries_meaning_is_refused_until_it_is_ignored(pre
 
 def test_a_carrier_in_a_later_row_is_a_bad_row(prepare):
     write_jsonl(Path("train.jsonl"), [*QA, {**QA[0], "image": "a.jpg"}])
-    assert 'train.jsonl:7: column "image" is not read' in prepare(code=65)
+    assert 'train.jsonl:7: column "image" would be ignored' in prepare(code=65)
     assert "dropped, read: unread image: 1 (first: train.jsonl:7)" in prepare("data.max_bad_share=0.5")
 
 

@@ -150,7 +150,7 @@ def test_patterns_and_site_options_are_kept_as_typed():
         ("hydra/launcher=x", "Hydra's own settings"),
         ("data.path._target_=os.system", "`_target_` is not used here"),
         ("data.columns={_target_: os.system}", "`_target_` is not used here"),
-        ("run.dir=runs/${now:%H}", "write the value out"),
+        ("run.dir=runs/${now:%H}", "write the value itself"),
         ("model.path=${oc.env:NO_SUCH_VARIABLE_HERE}", "NO_SUCH_VARIABLE_HERE"),
         ("substitutions={a:b}", "there is no setting substitutions"),
         ("stratgey=zero3", "did you mean strategy=zero3?"),
@@ -472,7 +472,7 @@ def test_a_file_of_settings_is_a_bare_word_that_typed_words_go_before(own):
         ("optim: {lrr: 1}", "my.yaml: optim.lrr: 1: there is no setting optim.lrr; did you mean optim.lr?"),
         ("defaults: [{strtegy: ddp}]", "my.yaml: defaults: there is no group strtegy"),
         ("learning_rate: 1e-4", "my.yaml: learning_rate: 0.0001: here it is optim.lr=0.0001"),
-        ("run: {dir: '${now:%H}'}", "write the value out"),
+        ("run: {dir: '${now:%H}'}", "write the value itself"),
         ("- a", "my.yaml: holds no settings"),
         ("a: [", "my.yaml: is no YAML"),
     ):
