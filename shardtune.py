@@ -32,16 +32,19 @@ PACKAGES = ("launch", "trainer", "strategies", "conf")
 
 
 class RunFailed(Exception):
-    """A command that did not end well. `code`: its exit code, as of the command line; `run`: what it left."""
+    """A command that did not end well."""
 
     def __init__(self, message: str, code: int, run: Run) -> None:
         super().__init__(message)
-        self.code, self.run = code, run
+        self.code = code
+        """The exit code of the command line."""
+        self.run = run
+        """The run, with whatever the command left in its directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run directory, whether the run goes on, has ended, or is another process's. A text is taken for a path."""
+    """A run directory. The run may be training, have ended, or belong to another process. `dir` may be given as text."""
 
     dir: Path
 
@@ -59,10 +62,10 @@ class Run:
         return self._json("run.json")
 
     def metrics(self) -> pd.DataFrame:
-        """A row for each step, and one for each evaluation, as `metrics.jsonl` has them; without rows where there are none."""
+        """One row for each step and each evaluation, as in `metrics.jsonl`; empty if the run has none yet."""
         import pandas as pd
 
-        _ours()
+        _refuse_other_packages()
         from trainer.reporting.metric_rows import METRICS, read_rows
 
         metrics = read_rows(self.dir / METRICS)
@@ -71,20 +74,23 @@ class Run:
         return pd.DataFrame(metrics.rows)
 
     def export(self, to: str | Path | None = None, **settings: Any) -> Path:
-        """Write a checkpoint as a model for others, as `shardtune export` does; its directory.
+        """Write a checkpoint as a model for others, as `shardtune export` does; returns its directory.
 
-        `settings` are that verb's: `checkpoint="best"`, `merge=True`, `dtype="bfloat16"`. Errors: RunFailed.
+        `settings` are the words of that verb: `checkpoint="best"`, `merge=True`, `dtype="bfloat16"`. Errors: RunFailed.
         """
-        words = [f"{key}={_text(value)}" for key, value in settings.items()]
-        _run("export", [str(self.dir), *words, *([f"to={to}"] if to is not None else [])], self)
+        words = [str(self.dir)]
+        words += [f"{key}={_text(value)}" for key, value in settings.items()]
+        if to is not None:
+            words.append(f"to={to}")
+        _run("export", words, self)
         return self.dir / "export" if to is None else Path(to).expanduser()
 
     def model(self) -> Any:
         """The exported model (an adapter on its base), by transformers and peft, in evaluation mode and float32.
 
-        Raises FileNotFoundError where the run has exported none.
+        Raises FileNotFoundError if the run has exported none.
         """
-        _ours()
+        _refuse_other_packages()
         from trainer.export.load import load_export
 
         if not (self.dir / "export").is_dir():
@@ -100,11 +106,12 @@ class Run:
         return AutoTokenizer.from_pretrained(self.dir / "export")
 
     def _json(self, name: str) -> dict[str, Any]:
+        """A JSON object of the run directory; empty if it is missing or unreadable."""
         try:
-            found = json.loads((self.dir / name).read_text(encoding="utf-8"))
+            content = json.loads((self.dir / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
 
 def compose(*words: str, check: bool = True, **settings: Any) -> Composed:
@@ -113,16 +120,16 @@ def compose(*words: str, check: bool = True, **settings: Any) -> Composed:
     `words` are as typed (`"optim.lr=2e-4"`, `"my.yaml"`). A keyword names a setting with `_` for its dots (`model_path`), or as
     it is typed, in a dictionary: `**{"batch.global": 64}`. Raises strategies.errors.ConfigError with everything that is wrong.
     """
-    _ours()
+    _refuse_other_packages()
     from launch.config.compose import compose as composed
 
     return composed(_words(words, settings), check=check)
 
 
 def train(*words: str, **settings: Any) -> Run:
-    """Train to the end, or go on with the run of that directory; what it says is printed as it comes.
+    """Train to the end, or resume the run of that directory. Its output is printed as it comes.
 
-    Takes what `compose` takes. Raises ConfigError before anything starts, RunFailed where the run ended otherwise than done. An
+    Takes what `compose` takes. Raises ConfigError before anything starts, RunFailed if the run ends otherwise than done. An
     interrupt (Ctrl-C, or the notebook's stop) is passed on, so that the run saves, and raised again.
     """
     composed = compose(*words, **settings)
@@ -136,7 +143,7 @@ def train(*words: str, **settings: Any) -> Run:
 def main() -> int:
     """The command `shardtune`; returns the exit code."""
     try:
-        _ours()
+        _refuse_other_packages()
     except ImportError as error:
         print(f"shardtune: {error}", file=sys.stderr)
         return 70
@@ -147,18 +154,21 @@ def main() -> int:
 
 def _run(verb: str, words: list[str], run: Run) -> None:
     """Run a verb in a process of its own, its output printed here. Raises RunFailed."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    search_path = [str(ROOT)]
+    if os.environ.get("PYTHONPATH"):
+        search_path.append(os.environ["PYTHONPATH"])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
     command = [sys.executable, "-P", "-u", "-m", "launch.main", verb, *words]
-    # A session of its own: an interrupt reaches it once, by us.
+    # In a session of its own, so that an interrupt reaches it once: from us, and not from the terminal as well.
     with subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
         assert process.stdout is not None
-        last: list[str] = []
+        last_lines: list[str] = []
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
-                last = [*last[-9:], line.rstrip()]
+                last_lines = [*last_lines[-9:], line.rstrip()]
             code = process.wait()
         except BaseException:
             process.send_signal(signal.SIGINT)
@@ -166,53 +176,66 @@ def _run(verb: str, words: list[str], run: Run) -> None:
             process.wait()
             raise
     if code:
-        said = run.status.get("reason") if verb == "train" else None
-        raise RunFailed(f"shardtune {verb} ended with {code}: {said or ' '.join(last[-2:])}", code, run)
+        reason = run.status.get("reason") if verb == "train" else None
+        raise RunFailed(f"shardtune {verb} ended with {code}: {reason or ' '.join(last_lines[-2:])}", code, run)
 
 
-def _ours() -> None:
-    """Raise ImportError where another package has the name of one of ours and comes before it."""
+def _refuse_other_packages() -> None:
+    """Raise ImportError if another package has the name of one of ours and comes before it."""
     for name in PACKAGES:
         loaded = sys.modules.get(name)
         spec = loaded.__spec__ if loaded is not None else find_spec(name)
-        places = [Path(place).resolve() for place in (spec.submodule_search_locations or [])] if spec else []
-        if ROOT / name not in places[:1]:
-            there = places[0] if places else (spec.origin if spec else "nothing")
-            raise ImportError(
-                f"another package {name} hides shardtune's: {there} comes before {ROOT / name}; give shardtune a virtual "
-                f"environment of its own (python -m venv), or uninstall the other one ({name})"
-            )
+        locations = spec.submodule_search_locations if spec is not None else None
+        directories = [Path(location).resolve() for location in locations or []]
+        if directories[:1] == [ROOT / name]:
+            continue
+        if directories:
+            other: Path | str | None = directories[0]
+        else:
+            other = spec.origin if spec is not None else "nothing"
+        raise ImportError(
+            f"another package {name} hides shardtune's: {other} comes before {ROOT / name}; give shardtune a virtual "
+            f"environment of its own (python -m venv), or uninstall the other one ({name})"
+        )
 
 
 def _words(words: tuple[str, ...], settings: dict[str, Any]) -> list[str]:
-    """The words of the command line."""
-    found = list(words)
-    if settings:
-        from launch.config.choices import groups
-        from launch.config.overrides import setting_of
-        from launch.config.overrides import settings as all_settings
+    """The words of the command line for words and keywords."""
+    command_words = list(words)
+    if not settings:
+        return command_words
+    from launch.config.choices import groups
+    from launch.config.overrides import setting_of
+    from launch.config.overrides import settings as all_settings
 
-        known = all_settings()
-        by_name = {key.replace(".", "_").rstrip("_"): key.rstrip("_") for key in known}
-        for name, value in settings.items():
-            key = name if name in groups() or setting_of(known, name) else by_name.get(name.rstrip("_"), name)
-            found.append(f"{key}={_text(value)}")
-    return found
+    settings_by_key = all_settings()
+    key_by_name = {key.replace(".", "_").rstrip("_"): key.rstrip("_") for key in settings_by_key}
+    for name, value in settings.items():
+        key = name
+        if name not in groups() and setting_of(settings_by_key, name) is None:
+            key = key_by_name.get(name.rstrip("_"), name)
+        command_words.append(f"{key}={_text(value)}")
+    return command_words
 
 
 def _text(value: Any) -> str:
-    """A value as it is typed; text that the command line would read as something else is quoted."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+    """A value as it is typed. Text that the command line would read as something else is quoted."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, list | tuple):
-        return f"[{','.join(_quoted(each) for each in value)}]"
+        return f"[{','.join(_quoted(entry) for entry in value)}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}: {_quoted(each)}" for key, each in value.items()) + "}"
+        pairs = [f"{key}: {_quoted(entry)}" for key, entry in value.items()]
+        return "{" + ",".join(pairs) + "}"
     text = str(value)
-    return _quote(text) if text == "null" or text.startswith(("[", "{", "'", '"')) else text
+    is_syntax = text == "null" or text.startswith(("[", "{", "'", '"'))
+    return _quote(text) if is_syntax else text
 
 
 def _quoted(value: Any) -> str:
+    """An entry of a list or table: text in quotes."""
     return _quote(str(value)) if isinstance(value, str | Path) else _text(value)
 
 

@@ -50,13 +50,14 @@ GROUPS = {
         "chat": "chat with the exported model, next to its base",
     },
 }
-VERBS = {verb: what for group in GROUPS.values() for verb, what in group.items()}
+VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()}
+"""Every verb with a line about it."""
 SAVING = ("train", "prepare")
 """Verbs that save, or undo, before a signal ends them."""
 LOOKING = ("status", "logs", "stop")
 """Verbs that write no file of text and load no model: they work whatever the environment's encoding and options are."""
 DRAWING = ("demo", "chat")
-"""Verbs that draw on the terminal, and make printable themselves what comes from a model."""
+"""Verbs that draw on the terminal. They make the text of a model printable themselves."""
 EXIT_CODES = (
     "exit codes: 0 done, 64 wrong setting, 65 wrong data, 69 does not fit or a\n"
     "limit failed, 74 disk, 75 preempted (resumable), 130 Ctrl-C, 70 anything else"
@@ -70,7 +71,7 @@ ELSEWHERE = {
     "chat": "serve.chat",
     "job": "cluster.job",
 }
-"""Verbs that are not `launch/<verb>/command.py`. `job` is asked by job scripts, never by people."""
+"""The modules of verbs that are not in `launch/<verb>/command.py`. Job scripts call `job`, people never do."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,11 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("--shell-completion", "-sc") or verb.startswith("--shell-completion="):
         return completion(words)
     if verb not in VERBS:
-        from launch.config import misspelled
-
-        near = [misspelled.VERBS[verb]] if verb in misspelled.VERBS else difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(VERBS)}"
-        problem = f"there is no verb {verb}{hint}"
+        problem = _unknown_verb(verb)
         print(f"shardtune: {problem}", file=sys.stderr)
         return _failed(words, [problem], 64)
     if "--version" in words:
@@ -103,8 +100,19 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(verb, words[1:])
 
 
+def _unknown_verb(verb: str) -> str:
+    """What to say about a verb that does not exist."""
+    from launch.config import misspelled
+
+    if verb in misspelled.VERBS:
+        return f"there is no verb {verb}; did you mean {misspelled.VERBS[verb]}?"
+    similar = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(VERBS)}"
+    return f"there is no verb {verb}; {hint}"
+
+
 def version() -> str:
-    """The version, that of the clone where it runs from one, and what runs it."""
+    """The version and where it lies, with the revision of a clone, and the version of Python."""
     from importlib import metadata
 
     from trainer.reporting.code_revision import ROOT, revision
@@ -113,16 +121,19 @@ def version() -> str:
         number = metadata.version("shardtune")
     except metadata.PackageNotFoundError:
         number = "(not installed)"
-    said = f", revision {found}" if (found := revision()) else ""
-    return f"shardtune {number}{said} ({ROOT}), Python {sys.version.split()[0]}"
+    commit = revision()
+    revision_text = f", revision {commit}" if commit else ""
+    return f"shardtune {number}{revision_text} ({ROOT}), Python {sys.version.split()[0]}"
 
 
 def completion(words: list[str]) -> int:
-    """Print the script that completes in a shell; returns the exit code."""
+    """Print the completion script of a shell; returns the exit code."""
     from launch.config.completion import script
     from strategies.errors import ConfigError
 
-    shell = words[0].partition("=")[2] or (words[1] if len(words) > 1 else "")
+    _, assigned, shell = words[0].partition("=")
+    if not assigned and len(words) > 1:
+        shell = words[1]
     try:
         print(script(shell, VERBS, declared_words()), end="")
     except ConfigError as error:
@@ -132,7 +143,7 @@ def completion(words: list[str]) -> int:
 
 
 def declared_words() -> dict[str, list[type[VerbWords]]]:
-    """What each verb declares of its own words."""
+    """The classes that declare the words of each verb."""
     from importlib import import_module
 
     from launch.config.verb_words import declared_in
@@ -148,14 +159,14 @@ def module_of(verb: str) -> str:
 def guarded(verb: str, argv: list[str]) -> int:
     """Run the verb's own `main(argv)`; every error becomes a message and an exit code.
 
-    What saves does so whether or not anybody reads what it says.
+    A verb that saves (`SAVING`) does so even if nobody can read its output any more.
     """
     streams.prepare()
-    with _said(verb), _interrupts() as came:
-        return _guarded(verb, argv, came)
+    with _output_of(verb), _note_interrupts() as interrupts:
+        return _guarded(verb, argv, interrupts)
 
 
-def _said(verb: str) -> AbstractContextManager[None]:
+def _output_of(verb: str) -> AbstractContextManager[None]:
     """How a verb writes to the terminal."""
     from launch.output import lasting
 
@@ -165,39 +176,33 @@ def _said(verb: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Each Ctrl-C that ends what is done here: a library that is being imported may make an error of its own of it."""
-    came: list[int] = []
+def _note_interrupts() -> Iterator[list[int]]:
+    """Collect each Ctrl-C within the block. A library that is being imported may turn it into an error of its own."""
+    interrupts: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        came.append(number)
+        interrupts.append(number)
         signal.default_int_handler(number, frame)
 
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield came
+    # Only the main thread may set handlers, and whoever has set another one keeps it.
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupts
         return
     signal.signal(signal.SIGINT, note)
     try:
-        yield came
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
-    from importlib import import_module
-
+    """Run the verb and turn its errors into messages and exit codes. `interrupts` fills with each Ctrl-C."""
     from strategies.errors import ConfigError, ShardtuneError, is_panic, tokenizer_panic
     from strategies.redaction import redacted
 
     try:
-        from launch.config.user_files import take_directories
-
-        if verb not in LOOKING:
-            streams.refuse_stripped_docstrings()
-            streams.refuse_unwritable_words(argv)
-        _refuse_addresses(argv)
-        return int(import_module(module_of(verb)).main(take_directories(argv)) or 0)
+        return _run_verb(verb, argv)
     except ConfigError as error:
         title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
         print(f"shardtune {verb}: {title}", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
@@ -218,15 +223,28 @@ def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
             return _failed(argv, [problem], ConfigError.exit_code)
         if not isinstance(error, Exception):
             raise
-        if interrupts:
+        if interrupts:  # a library turned Ctrl-C into this error
             print(f"shardtune {verb}: interrupted", file=sys.stderr)
             return _failed(argv, ["interrupted"], 130)
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         return _failed(argv, [redacted(f"{type(error).__name__}: {error}")], 70)
 
 
+def _run_verb(verb: str, argv: list[str]) -> int:
+    """Check what all verbs need, and run one."""
+    from importlib import import_module
+
+    from launch.config.user_files import take_directories
+
+    if verb not in LOOKING:
+        streams.refuse_stripped_docstrings()
+        streams.refuse_unwritable_words(argv)
+    _refuse_addresses(argv)
+    return int(import_module(module_of(verb)).main(take_directories(argv)) or 0)
+
+
 def _failed(words: list[str], problems: list[str], code: int) -> int:
-    """Print the error as a JSON object if the verb was asked for JSON, as the last thing on stdout; returns the exit code.
+    """Print the error as JSON if the words have --json, as the last thing on stdout; returns the exit code.
 
     The ranks of a job print none: their launcher says how the run ended.
     """
@@ -240,7 +258,7 @@ def _failed(words: list[str], problems: list[str], code: int) -> int:
 
 
 def _is_rank() -> bool:
-    """Whether a launcher started this process as a rank. Variables that make no sense, which the verb has refused, start none."""
+    """Whether a launcher started this process as a rank. Not if its variables make no sense, which the verb has refused."""
     from launch.config.process_role import is_worker
     from strategies.errors import ConfigError
 
@@ -264,14 +282,14 @@ def _refuse_addresses(words: list[str]) -> None:
 
 def usage() -> str:
     """The text of `shardtune --help`."""
-    verbs = "\n".join(
-        line
-        for name, group in GROUPS.items()
-        for line in (name, *(f"  {verb:<9}{what}" for verb, what in group.items()))
-    )
+    lines = []
+    for group, verbs in GROUPS.items():
+        lines.append(group)
+        lines += [f"  {verb:<9}{text}" for verb, text in verbs.items()]
+    verb_lines = "\n".join(lines)
     return (
         "usage: shardtune <verb> [key=value ...]\n\n"
-        f"{verbs}\n\n"
+        f"{verb_lines}\n\n"
         "  shardtune train model.path=models/smollm2 data.path=train.jsonl tuning=lora\n"
         "  shardtune train --help lists the most used settings and all choices.\n"
         "  --version; --shell-completion bash|zsh|fish prints a completion script.\n\n"

@@ -142,8 +142,10 @@ def cut(text: str) -> str:
 
 def writable(text: str) -> str:
     """A text as stdout can show it: control characters, and those that its encoding lacks, are spelled out."""
-    shown = printable(text)
-    return shown if is_utf8() else shown.encode(_encoding(), "backslashreplace").decode(_encoding())
+    without_controls = printable(text)
+    if is_utf8():
+        return without_controls
+    return without_controls.encode(_encoding(), "backslashreplace").decode(_encoding())
 
 
 def is_utf8() -> bool:
@@ -156,24 +158,30 @@ def _encoding() -> str:
 
 
 class said_to_stderr:
-    """Within it what is printed, by children too, goes to stderr, where `quiet`."""
+    """Within the block, everything that is printed goes to stderr, also by child processes and by C code; only if `quiet`.
+
+    So stdout has the JSON answer alone.
+    """
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet, self.kept = quiet, -1
+        self.quiet = quiet
+        self.saved_descriptor = -1
+        """A copy of descriptor 1 while stdout is redirected."""
 
     def __enter__(self) -> None:
         if self.quiet:
             sys.stdout.flush()
-            self.kept = os.dup(1)
+            self.saved_descriptor = os.dup(1)
             os.dup2(2, 1)
-            self._stdout, sys.stdout = sys.stdout, sys.stderr
+            self._stdout = sys.stdout
+            sys.stdout = sys.stderr
 
     def __exit__(self, *_: object) -> None:
         if self.quiet:
             sys.stdout = self._stdout
             sys.stderr.flush()
-            os.dup2(self.kept, 1)
-            os.close(self.kept)
+            os.dup2(self.saved_descriptor, 1)
+            os.close(self.saved_descriptor)
 
 
 def give(answer: dict[str, Any], *, one_line: bool = False) -> None:
@@ -182,35 +190,36 @@ def give(answer: dict[str, Any], *, one_line: bool = False) -> None:
 
 
 class Lasting:
-    """A stream of which nobody need be there to read: what cannot be written goes nowhere from then on, and is no error.
+    """A stream that nobody needs to read: if it cannot be written any more, text is dropped from then on without an error.
 
-    A terminal may be closed, and Ctrl-C ends the `tee` behind a command before that has saved.
+    A terminal may be closed, and Ctrl-C ends the `tee` behind a command before the command has saved.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As that of a stream."""
+        """Write the text, or drop it."""
         try:
             return self._stream.write(text)
         except OSError:
-            self._leave()
+            self._drop_output()
             return len(text)
 
     def flush(self) -> None:
-        """As that of a stream."""
+        """Flush the stream, or drop what is buffered."""
         try:
             self._stream.flush()
         except OSError:
-            self._leave()
+            self._drop_output()
 
     def close(self) -> None:
-        """Only flushes: a library that has kept it (absl's logging, which rouge-score brings) must not close the process's."""
+        """Only flushes. A library that holds the stream (absl's logging, which rouge-score brings) must not close it."""
         self.flush()
 
-    def _leave(self) -> None:
-        with suppress(OSError):  # what is buffered, too: it would be tried again at the end, and change the exit code
+    def _drop_output(self) -> None:
+        # What is buffered, too: Python would try to write it at exit, and that would change the exit code.
+        with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -219,7 +228,8 @@ class Lasting:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Within it stdout and stderr are `Lasting`."""
-    out, err = Lasting(sys.stdout), Lasting(sys.stderr)
+    """Within the block stdout and stderr are `Lasting`."""
+    out = Lasting(sys.stdout)
+    err = Lasting(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
         yield

@@ -94,16 +94,16 @@ def refuse_stripped_docstrings() -> None:
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What a terminal obeys, but for tab and line feed: C0, C1, and what turns the direction of writing."""
+"""Characters that a terminal obeys, except tab and line feed: C0, C1, and those that turn the direction of writing."""
 _CONTROL_OF_BARS = re.compile(_CONTROL.pattern.replace("\x0b-\x1f", "\x0b\x0c\x0e-\x1f"))
-"""The same without the carriage return, by which progress bars of libraries take the place of what stands there."""
+"""The same without the carriage return, with which progress bars of libraries overwrite their line."""
 
 
 def printable(text: str, pattern: re.Pattern[str] = _CONTROL) -> str:
     """A text without a character that a terminal obeys: each is spelled out, as `\\u001b`, and colours are left out."""
     if pattern.search(text) is None:
         return text
-    return pattern.sub(lambda found: f"\\u{ord(found[0]):04x}", _COLOUR.sub("", text))
+    return pattern.sub(lambda match: f"\\u{ord(match[0]):04x}", _COLOUR.sub("", text))
 
 
 class PrintableStream:
@@ -135,7 +135,7 @@ def draw(stream: Any, sequence: str) -> None:
 
 @contextmanager
 def only_printable() -> Iterator[None]:
-    """Within it stdout and stderr are `PrintableStream`."""
+    """Within the block stdout and stderr are `PrintableStream`."""
     out = PrintableStream(sys.stdout, _CONTROL)
     err = PrintableStream(sys.stderr, _CONTROL_OF_BARS)
     with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]

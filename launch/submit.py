@@ -47,14 +47,10 @@ docs/slurm.md leads you from login to a requeued run on two nodes."""
 
 
 def main(argv: list[str]) -> int:
-    """Submit the run that the overrides in `argv` describe; returns 0. Errors: those of composing and of `submit`."""
+    """Submit the run that the words describe; returns 0. Errors: those of composing and of `submit`."""
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    from launch.cluster.submission import Submission, submit
-    from launch.config.compose import compose, default_run_dir, is_finished
-    from launch.runs.freeze import freeze
-
     words, problems = read_words("submit", SubmitWords, argv)
     if words.as_json and (words.print_only or words.multirun or words.cfg is not None):
         problems.append(
@@ -62,30 +58,41 @@ def main(argv: list[str]) -> int:
         )
     if problems:
         raise ConfigError(problems)
-    settings = words.settings
-    if not any(each.startswith("launcher=") for each in settings):
-        settings.insert(0, "launcher=slurm")
+    if not any(setting.startswith("launcher=") for setting in words.settings):
+        words.settings.insert(0, "launcher=slurm")
     if words.multirun:
         from launch import train
 
         show_only = ["--dry-run"] if words.print_only else []
-        show_config = [] if words.cfg is None else ["--cfg", words.cfg]
-        return train.main(["-m", *settings, *show_only, *show_config])
+        cfg_words = [] if words.cfg is None else ["--cfg", words.cfg]
+        return train.main(["-m", *words.settings, *show_only, *cfg_words])
+    return _submit_one(words)
+
+
+def _submit_one(words: SubmitWords) -> int:
+    """Submit one run, or print its configuration or script; returns 0."""
+    from launch.cluster.submission import Submission, submit
+    from launch.config.compose import compose, default_run_dir, is_finished
+    from launch.runs.freeze import freeze
+
+    submitted: list[Submission] = []
     with said_to_stderr(words.as_json):
-        composed = compose(settings, check=words.cfg is None)
+        composed = compose(words.settings, check=words.cfg is None)
         if words.cfg is not None:
             show(composed, words.cfg)
             return 0
-        asked, submitted = composed.config.run.dir, []
-        run_dir = Path(asked).expanduser() if asked else default_run_dir(composed.sha256)
+        typed_directory = composed.config.run.dir
+        run_dir = Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
         finished = not words.print_only and is_finished(run_dir)
         if not words.print_only:
             run_dir = freeze(composed, run_dir, another_way=True)
+        # The later parts of a pipeline may be open although the training is done.
         if finished and not getattr(composed.config.launcher, "pipeline", []):
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
             submitted = submit(composed.config, [run_dir], print_only=words.print_only)
     if words.as_json:
-        [told] = submitted or [Submission({}, [str(run_dir.absolute())], {}, None)]
-        give(asdict(told))
+        nothing = Submission({}, [str(run_dir.absolute())], {}, None)
+        [answer] = submitted or [nothing]
+        give(asdict(answer))
     return 0
