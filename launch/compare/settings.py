@@ -23,17 +23,17 @@ class CompareConfig:
     """Settings of a comparison that runs its points."""
 
     steps: int | None = None
-    """Optimizer steps of each point, in place of a budget."""
+    """Optimizer steps of each point, instead of a budget."""
     repeats: int = 1
-    """How often each point is run, in alternating order."""
+    """How often each point runs. The order of the points alternates."""
     warmup: int = 1
-    """First steps that are left out of speeds, and the rest of their logging interval with them."""
+    """First steps that do not count for speeds, together with the rest of their logging interval."""
     price_per_hour: float | None = None
-    """US dollars an hour for the device of one rank; null takes the price of its card in conf/hardware."""
+    """US dollars per hour for the device of one rank. null takes the price of its card in conf/hardware."""
     skip: list[str] = field(default_factory=list)
-    """Conditions such as strategy=ddp+tuning=full: points that have all these words are left out."""
+    """Conditions such as strategy=ddp+tuning=full: a point that has all these words is left out."""
     where: list[str] = field(default_factory=list)
-    """Conditions such as tuning=full+optim.lr=2e-5: points that have the first word and not all others are left out."""
+    """Conditions such as tuning=full+optim.lr=2e-5: a point that has the first word but lacks another is left out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ class Axes:
         points: list[list[str]] = []
         shortened_points: set[tuple[str, ...]] = set()
         for full_point in itertools.product(*self.words):
+            # A word without commas is the same in every point, so `values` has all keys.
             values = {key_of(word): value_of(word) for word in full_point}
             point = tuple(word for word in full_point if _exists_under(partial_settings.get(key_of(word)), values))
             if point == full_point:

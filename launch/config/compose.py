@@ -49,6 +49,7 @@ __all__ = ["Composed", "compose", "default_run_dir", "is_finished", "load_frozen
 
 def compose(argv: list[str], *, check: bool = True) -> Composed:
     """Compose, validate (unless `check` is off) and hash. Errors: ConfigError with every problem found."""
+    # Every stage adds to the problems instead of raising: the user sees all of them at once.
     parsed = overrides.parse(argv)
     tree, problems = _base(parsed.choices)
     problems = parsed.problems + problems
@@ -56,6 +57,7 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
     config = _to_config(tree, problems)
     if config is not None:
         _resolve(config)
+        # Defaults that depend on other settings, and on what was typed.
         config.substitutions |= settle_start(config.tuning, {typed.key for typed in parsed.values})
         config.substitutions |= settle_merge(config.export, config.tuning)
         if check:
@@ -92,6 +94,7 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     tree = _tree_of(config)
     for group in {"launcher", *parsed.choices} & {*variants()}:
         tree[group] = fresh[group]
+    # The run may have trained elsewhere: this process looks for its own device.
     tree.run.device = Device.auto
     # The date that the chat template writes is the run's, whatever else this start chooses anew.
     tree.substitutions = {key: note for key, note in config.substitutions.items() if key == TEMPLATE_DATE}
@@ -292,6 +295,7 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
     problems: list[str] = []
     current_choices = {group: str(tree[group].name) for group in (*variants(), "schedule")}
     has_begun = _has_begun(parsed)
+    # Tables and defaults first, so that a typed entry of the same table is set after them.
     for table in parsed.replaced:
         OmegaConf.update(tree, table, {}, merge=False)
     for key, _ in parsed.defaults:
@@ -305,6 +309,7 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
         elif _is_of_another_choice(setting, key, value, current_choices, has_begun=has_begun):
             problems.append(overrides.needs_other_choice(key, word, setting))
         elif key.endswith(".name") and key.split(".")[0] in variants():
+            # `tuning.name=lora` would keep the settings class of another choice; `tuning=lora` is what works.
             problems.append(hints.unknown_key(key, word, settings_by_key).problem)
         else:
             try:

@@ -181,6 +181,7 @@ def same_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_co
         _copy_identifying(config, before)
         print(f"{path.parent}: keeps the defaults that it began with: {_listed(changed)}", file=sys.stderr)
         changed = []
+    # What the run settled at its first start decides results, so it holds whatever else may change.
     if not changed or may_compute_otherwise:
         _keep_matmul(config, before)
         _keep_template_date(config, before, path.parent, has_progress=has_progress)
@@ -250,6 +251,7 @@ def _only_defaults_changed(composed: Composed, changed: list[DifferingSetting], 
     words = _identifying_words(composed.overrides)
     if not has_same_words(composed.overrides, path):
         return False
+    # `${oc.env:NAME}` may mean another value today, and a file may have been edited.
     if own_files_may_apply(words) or any("${" in word for word in words):
         return False
     if _reaches_further(before, composed.config):

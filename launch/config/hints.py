@@ -55,6 +55,7 @@ class ForeignWords:
         while remaining:
             word = remaining.pop(0)
             key, assigned, value = word.partition("=")
+            # Other trainers' flags come as `--name value`; ours are `key=value`.
             if word.startswith("--") and not assigned and plain_name(key) in NAMES:
                 value = "true"  # a switch, unless a value follows
                 if remaining and not remaining[0].startswith("--") and "=" not in remaining[0]:
@@ -253,6 +254,7 @@ def unknown_key(key: str, word: str, settings_by_key: SettingsByKey) -> UnknownK
     instead = misspelled.in_place_of(key, word.partition("=")[2])
     if instead is not None:
         return UnknownKey(word, f"{missing}; {instead}")
+    # From what is certain to what is only similar.
     group = key.split(".")[0]
     last_part = key.split(".")[-1]
     if last_part == "name" and group in groups():

@@ -80,12 +80,13 @@ def settings() -> dict[str, Setting]:
         elif name not in groups_with_variants and not keyed.is_group:
             settings_by_key[keyed.key] = Setting(keyed.type)
     for key, setting in settings_by_key.items():
+        # A setting that every choice of its group has needs none of them.
         if set(setting.under) == set(shipped().get(key.split(".")[0], ())):
             settings_by_key[key] = Setting(setting.type)
+    # The schedules share one class, in which some settings mean something under some of them only.
     for name, schedules in MEANT_UNDER.items():
-        settings_by_key[f"schedule.{name}"] = Setting(
-            settings_by_key[f"schedule.{name}"].type, tuple(str(schedule) for schedule in schedules)
-        )
+        key = f"schedule.{name}"
+        settings_by_key[key] = Setting(settings_by_key[key].type, tuple(str(schedule) for schedule in schedules))
     del settings_by_key["substitutions"]
     return settings_by_key
 
@@ -268,6 +269,7 @@ def _assign(parsed: Parsed, settings_by_key: dict[str, Setting], key: str, text:
     if OF_EACH_RANK.search(text):
         parsed.problems.append(f"{word}: {RANKS_DISAGREE}")
         return
+    # `<` and `>` are no characters of Hydra's grammar.
     if key.split(".")[0] == GATES:
         gates, problem = read_word(word.lstrip("+"))
         if gates is None:
@@ -281,6 +283,7 @@ def _assign(parsed: Parsed, settings_by_key: dict[str, Setting], key: str, text:
             kind, _, name = entry.partition(":")
             parsed.values.append(TypedValue(f"{key}.{name or kind}.kind", kind, word))
         return
+    # Paths hold spaces, colons and equals signs that the grammar would take apart.
     setting = setting_of(settings_by_key, key)
     if setting is not None and _is_text(setting.type) and not _is_syntax(text):
         parsed.values.append(TypedValue(key, text, word))
@@ -295,7 +298,7 @@ def _assign_by_grammar(parsed: Parsed, settings_by_key: dict[str, Setting], key:
 
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")
-        if override.is_sweep_override():
+        if override.is_sweep_override():  # choice(...), range(...), or a value with commas
             is_range = re.match(r"(interval|tag)\(", text) is not None
             remedy = "a range is searched: add -m sweeper=optuna" if is_range else "several values are a sweep; add -m"
             parsed.problems.append(f"{word}: {remedy}, or give one")

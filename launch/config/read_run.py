@@ -113,6 +113,7 @@ def read_run(
     for value in unused:
         for key in value.settings:
             clear(config, key)
+    # Once a job: every rank reads the run.
     if os.environ.get("RANK", "0") == "0":
         trusted_values.remember(used)
         _print_unused(run_dir, unused)

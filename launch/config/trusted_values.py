@@ -52,6 +52,7 @@ def is_remembered(identity: dict[str, Any] | None) -> bool:
         return False
     file = home / SUBDIRECTORY / _file_name(identity)
     try:
+        # The content is compared too: a file that was put there by hand may have any name.
         if _may_be_of_others(file.parent) or json.loads(file.read_bytes()) != _as_read_from_json(identity):
             return False
         if time.time() - file.stat().st_mtime > DAY_S:

@@ -35,6 +35,7 @@ def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
     A choice is `tuning: lora`, an entry of `defaults`, or a block with a `name`, as in the config.yaml of a run.
     """
     tree = _read_tree(word)
+    # Choices of `defaults` first: a choice in a block of its own overrides them, as in Hydra.
     choices = dict(_defaults(word, tree.pop("defaults", [])))
     values: list[tuple[str, Any]] = []
     for key, value in tree.items():

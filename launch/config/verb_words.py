@@ -357,6 +357,7 @@ class _WordReader:
         key, assigned, text = argument.partition("=")
         name = self.field_by_key.get(key)
         kind = self.specs[name].kind if name is not None else ""
+        # A file or directory whose name looks like a word is meant as a file: people type what is there.
         if name is not None and kind == "flag" and not assigned:
             self.flags.add(name)
         elif name is not None and kind in ("word", "bare") and (assigned or not _exists(argument)):

@@ -141,6 +141,7 @@ def _words_that_compose(converted: Converted, typed: list[str]) -> list[str]:
     """
     from launch.config.compose import compose
 
+    # One pass may not suffice: a value that could not be read may have hidden a problem of another word.
     while True:
         file_words = _escaped_words(converted)
         words = [f"{key}={value}" for key, value in file_words.items()] + typed

@@ -36,27 +36,27 @@ class ServeConfig:
     """How an export is served."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; any that others can reach needs a key."""
+    """Address to listen on. An address that other machines can reach needs a key."""
     port: int = number(8000, least=0, most=65535, advice="8000 is usual, and 0 takes a free one")
-    """Port; 0 takes a free one and says which."""
+    """Port. 0 takes a free one and prints it."""
     key_env: str | None = None
-    """Name of the environment variable that holds the key clients must send; null: no key."""
+    """Name of the environment variable with the key that clients must send. null: no key."""
     name: str | None = None
-    """What clients call the model; null: the run's name."""
+    """The name by which clients ask for the model. null: the name of the run."""
     engine: EngineKind = EngineKind.auto
-    """What computes: auto, transformers or vllm."""
+    """What computes the answers: auto, transformers or vllm."""
     max_tokens: int = number(1024, least=1, advice="1024 is usual")
-    """Most new tokens of an answer, and how many where a request names none."""
+    """Most new tokens in an answer, also if a request names no number."""
     max_requests: int = number(256, least=1, advice="256 is usual")
-    """Requests answered or waiting at a time; more are told to try later (429)."""
+    """Most requests that are answered or waiting at a time. Further ones get status 429 (try later)."""
     max_body_kib: int = number(1024, least=1, advice="1024 is usual")
     """Largest request in KiB."""
     batching: bool = False
-    """Answer many requests at once; all are then sampled as the export's own settings say."""
+    """Answer several requests at once. All of them are then sampled with the export's own settings."""
     device: str = "auto"
-    """Where it is computed: auto, cpu, cuda, cuda:1."""
+    """The device: auto, cpu, cuda, cuda:1."""
     dtype: ServedType = ServedType.auto
-    """Type that is computed in: auto (the stored one), float32, bfloat16, float16."""
+    """Data type: auto (as stored), float32, bfloat16, float16."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with them, one line each."""

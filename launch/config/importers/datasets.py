@@ -84,6 +84,7 @@ def add_axolotl_datasets(entries: Any, setting: str, conversion: Converted, base
             held_out_paths.append(path)
             _add_held_out_settings(entry, name, conversion)
             continue
+        # `data.path` alone takes a whole data set; a subset, split or revision needs a source of its own.
         is_part_of_dataset = entry.get("name") or entry.get("split") not in (None, "train") or "revision" in entry
         needs_source = len(rows) > 1 or is_part_of_dataset
         prefix = f"data.sources.{source_name(path, conversion)}" if needs_source else "data"

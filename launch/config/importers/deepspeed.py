@@ -110,6 +110,7 @@ def _answer_in(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSe
 
 def _add_zero(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
     """File `zero_optimization`: the stage is our strategy, and the rest depends on it."""
+    # DeepSpeed's own default is stage 0: no sharding, which is ddp here.
     stage_text = as_typed(block.get("stage", 0))
     is_known_stage = stage_text in ("0", "1", "2", "3")
     words = rules.zero_words({**block, "stage": stage_text if is_known_stage else "0"})

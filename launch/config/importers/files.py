@@ -141,8 +141,10 @@ def _convert(tree: Mapping[str, Any], conversion: Converted, base: Path, ranks: 
     foreign = ForeignSettings({**defaults, **typed_by_name}, ranks)
     if conversion.trainer == AXOLOTL and "adapter" not in typed_by_name:
         conversion.add("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
+    # A setting that decides on a whole group goes first, since the first of two contradicting settings stays.
     for key in sorted(tree, key=_decides_first):
         _add_setting(str(key), tree, foreign, conversion, base)
+    # Their defaults last: what the file says stays.
     for key, value in defaults.items():
         translation = translate(key, foreign) or TranslatedSetting(needless=True)
         conversion.add(key, f"{value} (what {conversion.trainer} does)", translation)
