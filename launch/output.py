@@ -63,7 +63,8 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 
             words = [break_word(word, width) for word in self.plain.split(" ")]
             return Text(" ".join(words)).wrap(console, width, **options)
 
-    grid = Table(box=None, pad_edge=False, padding=(0, COLUMN_GAP, 0, 0), show_header=any(c.title for c in columns))
+    has_titles = any(column.title for column in columns)
+    grid = Table(box=None, pad_edge=False, padding=(0, COLUMN_GAP, 0, 0), show_header=has_titles)
     for column in columns:
         grid.add_column(
             Text(column.title),
@@ -73,15 +74,18 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 
         )
     for number, row in enumerate(rows):
         # Rich gives the style back with each line that it draws. So we know below which line the notes of a row stand.
+        # Cells are `Text`: as plain strings, the brackets in `tuning.targets=[q_proj]` would be markup.
         grid.add_row(*(FoldedText(writable(cell)) for cell in row.cells), style=Style(meta={"row": number}))
-    columns_of_text = max(width() - indent, _least_width(columns, rows))
+    table_width = max(width() - indent, _least_width(columns, rows))
     # With a height rich asks no terminal for its size.
-    console = Console(file=io.StringIO(), width=columns_of_text, height=25, color_system=None)
+    console = Console(file=io.StringIO(), width=table_width, height=25, color_system=None)
     lines = []
-    for row_number, drawn in groupby(console.render_lines(grid, pad=False), key=_row_number):
-        texts = ["".join(segment.text for segment in line) for line in drawn]
-        lines += [(" " * indent + text).rstrip() for text in texts]
-        lines += rows[row_number].notes if row_number is not None else []
+    for row_number, drawn_lines in groupby(console.render_lines(grid, pad=False), key=_row_number):
+        for drawn_line in drawn_lines:
+            text = "".join(segment.text for segment in drawn_line)
+            lines.append((" " * indent + text).rstrip())
+        if row_number is not None:
+            lines += rows[row_number].notes
     return lines
 
 
@@ -110,7 +114,8 @@ def _least_width(columns: Sequence[Column], rows: Sequence[TableRow]) -> int:
 
     least = COLUMN_GAP * (len(columns) - 1)
     for number, column in enumerate(columns):
-        longest = max(cell_len(text) for text in (column.title, *(writable(row.cells[number]) for row in rows)))
+        cells = [column.title, *(writable(row.cells[number]) for row in rows)]
+        longest = max(map(cell_len, cells))
         least += longest if column.is_number else min(longest, LEAST_WORDS)
     return least
 
@@ -129,7 +134,10 @@ def fold(text: str, indent: int = 4) -> list[str]:
 
 def fold_all(sentences: Sequence[str], *, indent: int = 2) -> list[str]:
     """Each sentence as an indented entry of a list."""
-    return [line for sentence in sentences for line in fold(" " * indent + sentence)]
+    lines = []
+    for sentence in sentences:
+        lines += fold(" " * indent + sentence)
+    return lines
 
 
 def cut(text: str) -> str:

@@ -313,19 +313,21 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 
 
 def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
+    """Train in this process, which is the run's only rank; returns the exit code. Errors: those of training."""
     from launch.cluster.supervisor import find_run_directory, settle_outcome, state_before_start
     from launch.compare import run_report
     from strategies.errors import NotOurs, Preempted
 
-    code, before = 0, state_before_start(run_dir)
+    before = state_before_start(run_dir)
+    code = 0
     print("starting 1 process", file=sys.stderr, flush=True)  # before the libraries are loaded, which takes seconds
     try:
         _train(config, run_dir, sha256, 0)
     except Preempted as stop:
         code = 130 if stop.signal_name == "SIGINT" else 0
-    except NotOurs:
+    except NotOurs:  # the directory is another attempt's: no report either
         raise
-    except Exception:  # of which the command line says what it is
+    except Exception:  # the command line says what it is
         run_report.at_end(config, find_run_directory(run_dir, before))
         raise
     code = settle_outcome(run_dir, code, before)

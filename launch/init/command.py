@@ -239,9 +239,9 @@ def _sections(converted: Converted, to_settle: list[str]) -> list[tuple[str, lis
     return [
         ("to settle before it trains", to_settle),
         ("empty there, so nothing was said", [", ".join(converted.empty)] if converted.empty else []),
-        (NEEDLESS_TITLE, [str(note) for note in converted.needless]),
-        ("taken, with a difference", [str(note) for note in converted.remarks]),
-        ("no equal here", [str(note) for note in converted.no_equal]),
+        (NEEDLESS_TITLE, list(map(str, converted.needless))),
+        ("taken, with a difference", list(map(str, converted.remarks))),
+        ("no equal here", list(map(str, converted.no_equal))),
     ]
 
 
@@ -262,10 +262,10 @@ def as_dict(result: InitResult) -> dict[str, Any]:
     if converted is not None:
         answer |= {
             "trainer": converted.trainer,
-            "origin": {key: [str(source) for source in sources] for key, sources in converted.origin.items()},
-            "no_equal": [asdict(note) for note in converted.no_equal],
-            "differs": [asdict(note) for note in converted.remarks],
-            "needless": [asdict(note) for note in converted.needless],
+            "origin": {key: list(map(str, sources)) for key, sources in converted.origin.items()},
+            "no_equal": list(map(asdict, converted.no_equal)),
+            "differs": list(map(asdict, converted.remarks)),
+            "needless": list(map(asdict, converted.needless)),
             "empty": converted.empty,
             "replaced": result.replaced,
             "to_settle": result.to_settle,

@@ -158,6 +158,7 @@ def _tasks(config: RunConfig) -> Iterator[str]:
 
 
 def _needs_judge(name: str, task: TaskConfig) -> bool:
+    """Whether a task asks a judge (`evaluation.judge`)."""
     kind = registry.TASK_KINDS.get(task.kind)
     return kind is not None and kind(name, task).needs_judge
 
@@ -185,7 +186,7 @@ def _server(config: RunConfig) -> Iterator[str]:
 
 
 def _watched_task(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    """What is wrong with watching this metric where there are tasks."""
+    """What is wrong with `evaluation.watch` if there are tasks: it must name one of their metrics, or one of held-out data."""
     tasks = asked_tasks(config)
     metrics = registry.metric_directions(tasks)
     watch = config.evaluation.watch

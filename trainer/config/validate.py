@@ -98,19 +98,24 @@ def candidates(config: RunConfig, world_size: int | None) -> tuple[list[Strategy
     elif world_size is not None:
         strategies = [strategy for strategy in strategies if strategy.name is not StrategyName.single]
     problems = [problems_of(replace(config, strategy=strategy), world_size=world_size) for strategy in strategies]
-    shared_problems = [line for line in problems[0] if all(line in lines for lines in problems)]
-    legal = [
-        strategy for strategy, lines in zip(strategies, problems, strict=True) if set(lines) <= set(shared_problems)
-    ]
+    shared_problems = []
+    for problem in problems[0]:
+        if all(problem in of_strategy for of_strategy in problems):
+            shared_problems.append(problem)
+    legal = []
+    first_problems = []
+    for strategy, of_strategy in zip(strategies, problems, strict=True):
+        if set(of_strategy) <= set(shared_problems):
+            legal.append(strategy)
+        else:
+            first_problems.append(f"under {strategy.name}: {of_strategy[0]}")
     if shared_problems or legal:
         return legal, shared_problems
-    first_problems = [
-        f"under {strategy.name}: {lines[0]}" for strategy, lines in zip(strategies, problems, strict=True)
-    ]
     return [], ["strategy=auto: no strategy can run this", *first_problems]
 
 
 def _budget(config: RunConfig) -> Iterator[str]:
+    """Whether exactly one budget is set."""
     rule = "exactly one of budget.steps, budget.epochs and budget.tokens says how long to train"
     budgets = {name: getattr(config.budget, name) for name in ("steps", "epochs", "tokens")}
     set_names = [name for name, length in budgets.items() if length is not None]
@@ -317,7 +322,9 @@ def _writable(directory: Path) -> bool:
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:
-    schedule, steps = config.schedule, config.budget.steps
+    """Whether warmup and decay fit into the run."""
+    schedule = config.schedule
+    steps = config.budget.steps
     if schedule.name == "wsd" and not schedule.warmup_steps and schedule.warmup_share + schedule.decay_share > 1:
         yield (
             f"schedule.decay_share={schedule.decay_share:g}: with schedule.warmup_share="
@@ -328,17 +335,16 @@ def _schedule(config: RunConfig) -> Iterator[str]:
 
 
 def _tuning(config: RunConfig) -> Iterator[str]:
+    """What the tuning method cannot do with the rest of the run."""
     kind = family_of(config.objective).kind
-    yield from tuning_problems(
-        config.tuning,
-        RunFacts(
-            strategy=config.strategy,
-            precision=config.precision,
-            data=config.data,
-            merge=bool(config.export.merge),
-            new_head=kind is ModelKind.classifier,
-            two_sides=kind is ModelKind.encoder_decoder,
-            new_tokens=bool(config.model.add_tokens),
-            quantisation=str(config.model.quantisation),
-        ),
+    run_facts = RunFacts(
+        strategy=config.strategy,
+        precision=config.precision,
+        data=config.data,
+        merge=bool(config.export.merge),
+        new_head=kind is ModelKind.classifier,
+        two_sides=kind is ModelKind.encoder_decoder,
+        new_tokens=bool(config.model.add_tokens),
+        quantisation=str(config.model.quantisation),
     )
+    yield from tuning_problems(config.tuning, run_facts)

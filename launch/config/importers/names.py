@@ -10,10 +10,12 @@ LORA = {"tuning": "lora"}
 
 
 def _lora_setting(key: str) -> Rule:
+    """A setting of LoRA's, which also chooses LoRA."""
     return lambda value, _: TranslatedSetting({**LORA, f"tuning.{key}": value})
 
 
 def _rules(names: str, rule: Rule) -> dict[str, Rule]:
+    """One rule for several names, with blanks between them."""
     return dict.fromkeys(names.split(), rule)
 
 
@@ -192,12 +194,13 @@ def plain_name(name: str) -> str:
 
 
 def translate(name: str, foreign: ForeignSettings) -> TranslatedSetting | None:
-    """What `name` of `foreign.by_name` is here; None where no other trainer has it either."""
+    """What the setting `name` of `foreign` is here; None if no other trainer has a setting of that name."""
     rule = NAMES.get(plain_name(name))
     return None if rule is None else rule(foreign.by_name[plain_name(name)], foreign)
 
 
 def _pair_loss(value: str) -> TranslatedSetting:
+    """LLaMA-Factory's `pref_loss`: an objective of its own here, or a loss of objective=dpo."""
     if value in ("orpo", "simpo"):
         return TranslatedSetting({"objective": value})
     if value in ("sigmoid", "ipo", "hinge"):
@@ -206,6 +209,7 @@ def _pair_loss(value: str) -> TranslatedSetting:
 
 
 def _evaluation_strategy(value: str) -> TranslatedSetting:
+    """Whether the run is evaluated at all."""
     if value.lower() in ("no", "none", "false"):
         return TranslatedSetting({"evaluation": "none"})
     return TranslatedSetting(note="evaluation.every_steps says how often; at the end it is always done")
@@ -222,9 +226,10 @@ def _saving_strategy(value: str) -> TranslatedSetting:
 
 def _rendezvous(foreign: ForeignSettings) -> TranslatedSetting:
     """Where several hosts meet; one host alone finds a free port."""
-    host, port = foreign.get("main_process_ip"), foreign.get("main_process_port")
     if (parse_number(foreign.get("num_machines")) or 1) < 2:
         return TranslatedSetting(note="one host alone finds a free port", needless=True)
+    host = foreign.get("main_process_ip")
+    port = foreign.get("main_process_port")
     if not host or not port:
         return TranslatedSetting(note="launcher.rdzv=<host>:<port> says where several hosts meet")
     return TranslatedSetting({"launcher.rdzv": f"{host}:{port}"})
