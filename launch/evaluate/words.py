@@ -43,7 +43,7 @@ class EvaluateWords(VerbWords):
     checkpoint: str = word("which checkpoint: last, best or a step", default="last", needs="run.dir")
     adapter: str | None = word("an adapter to load on top of model.path", like="<directory>", needs="model.path")
     accept: list[str] = word(
-        "continue although the base model, or the run's documents, have changed since training",
+        "continue although the base model, or the run's documents, are not those of the training",
         default=[],
         like="[base,data]",
         choices=("base", "data"),

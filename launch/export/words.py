@@ -38,7 +38,7 @@ class ExportWords(VerbWords):
         also=("--verify",),
     )
     accept: list[str] = word(
-        "continue although the base model (with bits=, also the data) has changed since training",
+        "continue although the base model (with bits=, also the data) is not that of the training",
         default=[],
         like="[base]",
         choices=("base", "data"),

@@ -62,11 +62,11 @@ class PlanRequest:
 OF_GROUPS = {
     "hardware.<key>=...": "change a figure of the card: hardware.price_per_hour=2.10, hardware.memory_gib=40",
     "launcher.nodes=4": "nodes; together with launcher.gpus_per_node they give the ranks; default: one card",
-    "plan.offload=true": "look at states in host memory too",
-    "plan.quantisation=[nf4]": "and at other ways to store a frozen base: none, nf4",
-    "plan.exact=true": "simulate whole models in place of two shallow ones each",
-    "plan.theirs=[pure_bf16]": ("what other trainers hold, told beside: stock_loss, fused_loss, fp32_head, pure_bf16"),
-    "plan.workers=0": "processes that simulate; 0 takes one a core",
+    "plan.offload=true": "also try to keep states in host memory",
+    "plan.quantisation=[nf4]": "also try other ways to store a frozen base: none, nf4",
+    "plan.exact=true": "simulate whole models, instead of two shallow ones for each",
+    "plan.theirs=[pure_bf16]": "also show what other trainers would hold: stock_loss, fused_loss, fp32_head, pure_bf16",
+    "plan.workers=0": "processes that simulate; 0 takes one per core",
 }
 USAGE = f"""usage: shardtune plan [--json] hardware=<card> [key=value ...]
 

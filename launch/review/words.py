@@ -38,7 +38,7 @@ class MakeWords(VerbWords):
     )
     checkpoint: str = word("which checkpoint: last, best or a step", default="last")
     accept: list[str] = word(
-        "continue although the base model has changed since training",
+        "continue although the base model is not that of the training",
         default=[],
         like="[base]",
         choices=("base", "data"),

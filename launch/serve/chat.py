@@ -38,7 +38,7 @@ class ChatWords(VerbWords):
     device: str = word("the device: auto, cpu, cuda, cuda:1", default="auto")
     dtype: ServedType = word("data type: auto (as stored), float32, bfloat16, float16", default=ServedType.auto)
     accept: list[str] = word(
-        "load the adapter although its base model has changed since training",
+        "use the adapter on another base model than that of its training",
         default=[],
         like="[base]",
         choices=("base",),

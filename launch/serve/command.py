@@ -37,7 +37,7 @@ class ServeWords(VerbWords):
 
     export: str = bare_word("give one run or export, as in shardtune serve runs/x")
     accept: list[str] = word(
-        "serve the adapter although its base model has changed since training",
+        "use the adapter on another base model than that of its training",
         default=[],
         like="[base]",
         choices=("base",),
