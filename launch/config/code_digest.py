@@ -26,7 +26,7 @@ CODE_OF_MODELS = (".py",)
 VERSIONED_CONFIGS = "config.*.json"
 """Configurations for some versions of transformers, which config.json names and which take its place."""
 REPOSITORY_MARK = "--"
-"""Between a repository and a class, where `auto_map` names code of another repository."""
+"""Separates repository and class if `auto_map` names code of another repository: `org/model--modeling.Model`."""
 
 
 class NoDigest(Exception):

@@ -28,7 +28,7 @@ SILENT_TRACKER_MODES = ("auto", "disabled")
 
 @dataclass(frozen=True, slots=True)
 class OutsideValue:
-    """One value that reaches out of the run; several settings where they only mean something together."""
+    """One value that reaches out of the run, such as an address. It has several settings if they only mean something together."""
 
     reach: Reach
     settings: dict[str, Any]

@@ -126,6 +126,7 @@ def _forget_oldest(values_directory: Path) -> None:
 
 
 def _used_at(file: Path) -> float:
+    """When a value was last used, as a file time."""
     try:
         return file.stat().st_mtime
     except OSError:  # another start has just forgotten it
@@ -133,6 +134,7 @@ def _used_at(file: Path) -> float:
 
 
 def _warn(problem: str) -> None:
+    """Say that values cannot be kept, which is no error."""
     print(
         f"warning: {problem}: verbs that read this run later will ask for what it reaches out to",
         file=sys.stderr,

@@ -246,6 +246,7 @@ def _sections(converted: Converted, to_settle: list[str]) -> list[tuple[str, lis
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a new file. Errors: ConfigError if it exists, StorageError."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

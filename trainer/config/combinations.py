@@ -36,11 +36,11 @@ class Feature:
     settings: str
     """What switches it on."""
     word: str = ""
-    """The word of `Method.refused` that speaks about it; empty where nothing can."""
+    """The key of `Method.refused` for this feature; empty if no method can refuse it."""
     instead: str = ""
-    """The nearest legal choice where a method refuses it."""
+    """What to choose instead if a method refuses it."""
     only_under: tuple[str, ...] = ()
-    """Strategies under which a method's refusal counts; all where empty."""
+    """Strategies under which a method's refusal counts; empty: all."""
 
 
 FEATURES: dict[str, Feature] = {
@@ -71,7 +71,7 @@ COMPILED = ("full", "freeze", "lora")
 """Methods that were run compiled and took the same steps."""
 NOT_COMPILED = "it is not proven to take the same steps compiled"
 INSTEAD = "strategy=ddp, or tuning=lora"
-"""The nearest legal choice where a method refuses a strategy."""
+"""What to choose instead if a method refuses a strategy."""
 
 
 @dataclass(frozen=True, slots=True)

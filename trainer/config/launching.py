@@ -89,6 +89,7 @@ def _over_ssh(launcher: LauncherConfig) -> Iterator[str]:
 
 
 def _slurm(launcher: SlurmConfig) -> Iterator[str]:
+    """What is wrong with what SLURM is asked for."""
     if launcher.hosts:
         yield f"launcher.hosts=[{','.join(launcher.hosts)}]: SLURM chooses the nodes; launcher=local takes hosts, over ssh"
     if not SLURM_TIME.fullmatch(launcher.time):
@@ -127,6 +128,7 @@ def _extra(launcher: SlurmConfig) -> Iterator[str]:
 
 
 def _pipeline(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
+    """What is wrong with a chain of jobs."""
     parts = launcher.pipeline
     pipeline_word = f"launcher.pipeline=[{','.join(parts)}]"
     in_order = [part for part in PARTS if part in parts]

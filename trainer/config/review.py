@@ -21,11 +21,11 @@ class ReviewConfig:
     """Questions on each pair of answers beside which is better overall, by names of your choice, as {clear: Which is
     clearer?}."""
     n: int = number(50, least=1, advice="50 to 200 as a rule")
-    """Prompts drawn from the file; all where it has fewer."""
+    """Number of prompts to draw from the file. If it has fewer, all are taken."""
     seed: int = number(0, least=0, advice="the default is 0")
-    """Seed of the prompts drawn, of their order and of the side each answer stands on."""
+    """Seed of the drawn prompts, of their order, and of the side on which each answer stands."""
     repeats: float = number(0.1, least=0, most=1, advice="0.1 as a rule; 0 shows nothing twice")
-    """Share of the items that are shown once more, sides exchanged, to see whether a reviewer agrees with itself; 0: none."""
+    """Share of the items that are shown again with exchanged sides, to see whether a reviewer answers the same. 0: none."""
     write: WritingConfig = group(
         lambda: WritingConfig(max_new_tokens=256),
         advice={

@@ -40,7 +40,7 @@ from trainer.tuning.base import TuningConfig
 
 
 class Device(StrEnum):
-    """`auto` takes CUDA where there is any."""
+    """`auto` takes CUDA if torch sees a GPU."""
 
     auto = "auto"
     cpu = "cpu"
@@ -91,11 +91,11 @@ class RunSettings:
     """Identity of the run."""
 
     dir: str | None = setting(None, reach=Reach.place)
-    """Directory of the run; its last part is the run id. Default: runs/<config hash>-<SLURM job id or start time>."""
+    """The run directory. Its last part is the run id. Default: runs/<config hash>-<SLURM job id or start time>."""
     resume: str = setting("auto", reach=DESCRIBES)
-    """`auto` continues an unfinished directory with the same config, `never` refuses one, or a checkpoint directory."""
+    """`auto` resumes an unfinished run with the same config. `never` refuses one. Or a checkpoint directory to start from."""
     accept: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Kinds of change with which a run is resumed all the same: data, base, tuning, order, precision, code, ..."""
+    """Kinds of change that do not keep a run from being resumed: data, base, tuning, order, precision, code, ..."""
     seed: int = number(42, least=0, advice="the default is 42", resume="order")
     """Seed of data order and of newly initialised parameters."""
     device: Device = setting(Device.auto, reach=DESCRIBES)
@@ -107,9 +107,9 @@ class RunSettings:
     shared_memory: bool = setting(True, reach=DESCRIBES)
     """CPU ranks on one host exchange parameters and gradients through shared memory; false: through gloo's sockets."""
     lease_s: int = number(120, least=1, advice="a minute or more on network file systems; 120 is usual")
-    """Seconds without a sign of life after which another host may take over the directory of a run that left no word."""
+    """Seconds without a sign of life after which another host may take over the run directory."""
     must_fit: bool = setting(False, reach=DESCRIBES)
-    """On GPUs simulate the step before the model is built, and end with exit code 69 where it takes more memory than there is."""
+    """On GPUs: simulate a step before the model is built. If it needs more memory than there is, end with exit code 69."""
     timeout_s: int = number(600, least=1, advice="minutes rather than seconds: 600 is usual")
     """Seconds after which a collective that makes no progress ends the job."""
 
@@ -121,27 +121,27 @@ class LauncherConfig:
     name: LauncherName = setting(LauncherName.local, reach=DESCRIBES)
     """Which launcher starts the processes; set by the group choice `launcher=<name>`."""
     processes: int | None = number(None, least=1, advice="one a GPU")
-    """Processes per host; default: one per GPU (under SLURM: that the job asks for), or one on a CPU-only host."""
+    """Processes per host. Default: one per GPU (under SLURM: per GPU that the job asks for), or one on a CPU-only host."""
     nodes: int = number(1, least=1, advice="the number of hosts")
-    """Number of hosts; without SLURM name them in `hosts`, or start the same command on each."""
+    """Number of hosts. Without SLURM, name them in `hosts`, or start the same command on each."""
     hosts: list[str] = setting(default_factory=list, reach=Reach.command)
-    """Hosts on which the ranks are started from here, over ssh, such as `[n1,n2]`; they meet on the first."""
+    """Hosts on which this command starts the ranks over ssh, such as `[n1,n2]`. The ranks meet on the first host."""
     ssh: list[str] = setting(default_factory=list, reach=Reach.command)
-    """Further options of ssh to `hosts`, such as `[-p,2222]`; what is true of a host always stands better in ~/.ssh/config."""
+    """More options for ssh to `hosts`, such as `[-p,2222]`. Put what always holds for a host into ~/.ssh/config."""
     rdzv: str | None = setting(None, reach=Reach.address)
-    """host:port that all hosts of a multi-host run can reach; any free port of the first host."""
+    """host:port that all hosts of the run can reach: any free port of the first host."""
     node_rank: int | None = number(None, least=0, advice="0 on the host that launcher.rdzv names")
-    """Index of this host, 0 (that of `rdzv`) to nodes-1: on all hosts or on none; two hosts know it without."""
+    """Index of this host, from 0 (the host of `rdzv`) to nodes-1. Set it on all hosts or on none; two hosts do not need it."""
     address: str | None = setting(None, reach=Reach.address)
-    """Name or address under which the others reach this host; default: that of its interface towards `rdzv`."""
+    """Name or address under which the other hosts reach this one. Default: the address of its interface towards `rdzv`."""
     stage: str | None = setting(None, reach=Reach.place)
-    """Directory on a disk of each node, such as `/scratch` or `$TMPDIR`, to which weights and tokens are copied and read from."""
+    """Directory on a disk of each node, such as `/scratch` or `$TMPDIR`. Weights and tokens are copied to it and read from it."""
     retry: dict[str, int] = setting(default_factory=lambda: dict.fromkeys(RETRIES, 0), reach=DESCRIBES)
     """Restarts: `preempted` (told to save), `node_fail` (a rank lost), `out_of_memory` (micro halved); under SLURM 20, 3, 0."""
 
     @property
     def per_node(self) -> int:
-        """Ranks of each host; 1 where nothing is said of them."""
+        """Ranks of each host; 1 if no setting says a number."""
         return self.processes or 1
 
     @property
@@ -158,7 +158,7 @@ class SlurmConfig(LauncherConfig):
     retry: dict[str, int] = field(default_factory=lambda: {"preempted": 20, "node_fail": 3, "out_of_memory": 0})
     """Times it is requeued: `preempted` (told to save), `node_fail` (a rank or its node lost), `out_of_memory` (micro halved)."""
     partition: str | None = setting(None, reach=DESCRIBES)
-    """Partition; default: the cluster's."""
+    """Partition. Default: the cluster's."""
     account: str | None = setting(None, reach=DESCRIBES)
     """Account to charge."""
     qos: str | None = setting(None, reach=DESCRIBES)
@@ -178,49 +178,49 @@ class SlurmConfig(LauncherConfig):
     constraint: str | None = setting(None, reach=DESCRIBES)
     """Node features, such as `h100`."""
     exclude: str | None = setting(None, reach=DESCRIBES)
-    """Nodes that are not wanted, such as `n[3,7]`."""
+    """Nodes to avoid, such as `n[3,7]`."""
     reservation: str | None = setting(None, reach=DESCRIBES)
-    """Reservation whose nodes are taken."""
+    """Reservation whose nodes the job uses."""
     job_name: str | None = setting(None, reach=DESCRIBES)
-    """Name of the job, in the queue and in its log files; default: that of the run directory."""
+    """Name of the job, in the queue and in its log files. Default: the name of the run directory."""
     comment: str | None = setting(None, reach=DESCRIBES)
     """Comment of the job."""
     after: str | None = setting(None, reach=DESCRIBES)
-    """Id of a job that must have ended well before this one starts; where it fails, this one is cancelled."""
+    """Id of a job that must succeed before this one starts. If it fails, this one is cancelled."""
     dependency: str | None = setting(None, reach=DESCRIBES)
-    """Further conditions of the start in SLURM's words, such as `afterany:17`."""
+    """More conditions for the start, in SLURM's words, such as `afterany:17`."""
     mail: str | None = setting(None, reach=Reach.address)
-    """Events that are mailed, such as `END,FAIL`."""
+    """Events for which SLURM sends mail, such as `END,FAIL`."""
     mail_user: str | None = setting(None, reach=Reach.address)
-    """Who is mailed; default: who submits."""
+    """Who gets the mail. Default: the user who submits."""
     array_limit: int | None = number(None, least=1, advice="null runs all at a time")
-    """Most runs of a job array at a time."""
+    """Most runs of a job array that run at a time."""
     signal_lead_s: int = number(180, least=1, advice="a step plus two saves, at least 60")
-    """Seconds before the time limit at which the job is told to save and requeue; at least a step plus two saves."""
+    """Seconds before the time limit at which the job is told to save and requeue. At least one step plus two saves."""
     setup: list[str] = setting(default_factory=list, reach=Reach.command)
     """Shell lines run on every node before training, such as `module load cuda`."""
     python: str | None = setting(None, reach=Reach.command)
-    """Python interpreter on the nodes; default: the one that submits. In a container: its interpreter, default `python3`."""
+    """Python interpreter on the nodes. Default: the one that submits. In a container: its interpreter, default `python3`."""
     code: Code = setting(Code.snapshot, reach=Reach.command)
-    """Which code a job runs: a `snapshot` made when it is submitted, or the `clone` as it is whenever the job starts."""
+    """The code that a job runs: a `snapshot` made when it is submitted, or the `clone` as it is when the job starts."""
     container: str | None = setting(None, reach=Reach.command)
-    """Image in which the ranks run: an enroot name or file (pyxis), or a `.sif` file or address (apptainer)."""
+    """Container image in which the ranks run: an enroot name or file (pyxis), or a `.sif` file or address (apptainer)."""
     container_by: Container = setting(Container.auto, reach=Reach.command)
     """What starts the image: `pyxis`, `apptainer`, or `auto`, by the image's name."""
     container_mounts: list[str] = setting(default_factory=list, reach=Reach.command)
-    """Mounts beside those of the run's own files, such as `/scratch:/scratch:ro`."""
+    """More mounts, beside those of the run's own files, such as `/scratch:/scratch:ro`."""
     container_workdir: str | None = setting(None, reach=Reach.command)
-    """Directory in the image in which the ranks start; default: where the job was submitted."""
+    """Directory in the image in which the ranks start. Default: the directory from which the job was submitted."""
     pipeline: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Parts that are submitted as a chain of jobs, of `[prepare,train,evaluate,export]`; a part that fails ends the rest."""
+    """Parts to submit as a chain of jobs, out of `[prepare,train,evaluate,export]`. If a part fails, the rest does not start."""
     cpu_partition: str | None = setting(None, reach=DESCRIBES)
-    """Partition of the parts that need no GPU, `prepare` and `export`; default: that of the run."""
+    """Partition for the parts that need no GPU, `prepare` and `export`. Default: the partition of the run."""
     part_options: dict[str, list[str]] = setting(default_factory=dict, reach=Reach.command)
-    """Further `#SBATCH` options of a part, such as `{prepare:[--cpus-per-task=32]}`."""
+    """More `#SBATCH` options for a part, such as `{prepare:[--cpus-per-task=32]}`."""
     preflight: Preflight = setting(Preflight.full, reach=DESCRIBES)
-    """What a job of several nodes is asked before its ranks start: `full` (nodes, then exchange), `nodes`, or `none`."""
+    """What a job of several nodes checks before its ranks start: `full` (nodes, then exchange), `nodes`, or `none`."""
     extra: list[str] = setting(default_factory=list, reach=Reach.command)
-    """Further `#SBATCH` options, such as `--reservation=x`."""
+    """More `#SBATCH` options, such as `--reservation=x`."""
 
     @property
     def per_node(self) -> int:

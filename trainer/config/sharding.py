@@ -10,7 +10,7 @@ from trainer.config.run import Device, RunConfig
 
 
 def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Everything that does not fit the strategy. `world_size` is the number of ranks, None where it is not known."""
+    """Everything that does not fit the strategy. `world_size` is the number of ranks, None if it is not known."""
     strategy = config.strategy
     if strategy.name is StrategyName.single and world_size is not None and world_size > 1:
         yield f"strategy=single: runs in one process, not {world_size}; take strategy=ddp, or launcher.processes=1"
@@ -31,6 +31,7 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 
 def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """Whether the ranks divide into replicas."""
     if strategy.name is StrategyName.fsdp2:
         if strategy.replicate != 1:
             yield f"strategy.replicate={strategy.replicate}: replicas need strategy=hsdp; set one of the two"
@@ -44,6 +45,7 @@ def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) 
 
 
 def _zero(strategy: ZeroConfig) -> Iterator[str]:
+    """What the stage of ZeRO cannot offload."""
     places = ("none", "cpu", "nvme")
     if strategy.name.value != f"zero{strategy.stage}":
         own_stage = strategy.name.value.removeprefix("zero")

@@ -105,7 +105,7 @@ def nearest(key: str, trait: Callable[[Traits], Answer | None]) -> Answer:
 
 
 def kind_of(key: str) -> str | None:
-    """The kind of change (`resuming.KINDS`) that another value of the setting is; None where it may change.
+    """The kind of change (`resuming.KINDS`) that another value of the setting is; None if the setting may change.
 
     Raises KeyError for a setting that stands in no group of the tree.
     """

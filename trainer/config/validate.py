@@ -57,7 +57,7 @@ MOST_TRIED = 4096
 
 
 def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
-    """Everything that is wrong, one line each. `world_size` is the number of ranks, None where it is not known.
+    """Everything that is wrong, one line each. `world_size` is the number of ranks, None if it is not known.
 
     `strategy=auto` may run where one of those that it stands for may.
     """
@@ -127,6 +127,7 @@ def _budget(config: RunConfig) -> Iterator[str]:
 
 
 def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """Whether micro-batches and ranks divide the global batch."""
     global_batch = config.batch.get("global")
     micro_batch = config.batch.get("micro")
     unknown = sorted(set(config.batch) - {"global", "micro"})
@@ -163,6 +164,7 @@ def _nearest_multiples(global_batch: int, divisor: int) -> str:
 
 
 def _model(config: RunConfig) -> Iterator[str]:
+    """Whether the model and the tokenizer are there, and fit the objective."""
     model = config.model
     if model.path is None:
         yield "model.path: not set; give a model directory or a hub id, as in model.path=models/smollm2"
@@ -219,6 +221,7 @@ def _base(config: RunConfig) -> Iterator[str]:
 
 
 def _data(config: RunConfig) -> Iterator[str]:
+    """Whether the data is there, and fits the objective."""
     data = config.data
     paths = {"data.path": data.path}
     for split in ("eval", "test"):
@@ -282,6 +285,7 @@ def _written(config: RunConfig) -> Iterator[str]:
 
 
 def _run(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the run directory, its checkpoints and its device."""
     yield from _resume(config)
     yield from _written(config)
     for kind in set(config.run.accept) - set(KINDS):

@@ -13,7 +13,7 @@ from launch.config.importers.equivalent import TranslatedSetting, list_entries
 
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".xz", ".bz2")
 LOADERS = ("json", "csv", "parquet", "text", "arrow")
-"""Names of readers of the library `datasets`, which stand where a data set would."""
+"""Names of readers of the library `datasets`. axolotl writes one of them in place of a data set."""
 FORMATS = {
     "alpaca": "alpaca",
     "chat_template": "auto",

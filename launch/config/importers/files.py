@@ -38,7 +38,7 @@ DEFAULTS = {
     FACTORY: {**COMMON_DEFAULTS, "finetuning_type": "lora", "cutoff_len": "2048", "per_device_train_batch_size": "8"},
     HUGGING_FACE: {**COMMON_DEFAULTS, "per_device_train_batch_size": "8"},
 }
-"""What the others do where their file says nothing, and we would do otherwise."""
+"""Defaults of the other trainers that differ from ours: what they do if their file says nothing."""
 OVERRIDING_SETTINGS = {
     "warmup_steps": ("warmup_ratio",),
     "num_train_epochs": ("max_steps", "epochs"),
@@ -77,9 +77,9 @@ NO_EQUAL_OF_BLOCK = "a block of settings has no equal as a whole"
 
 
 def convert(path: Path, ranks: int | None = None) -> Converted:
-    """Our words for the file at `path`, of a run with `ranks`, where that is known.
+    """Our words for the file at `path`, of a run with `ranks` (None: nobody has said).
 
-    Errors: ConfigError where it cannot be read, or is no file of those trainers.
+    Errors: ConfigError if it cannot be read, or is no file of those trainers.
     """
     tree = read(path)
     trainer = detect_trainer(tree)

@@ -276,7 +276,7 @@ def deepspeed(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def zero_words(zero: dict[str, object]) -> dict[str, str]:
-    """Our words for a block `zero_optimization`: the strategy, and what is offloaded where."""
+    """Our words for a block `zero_optimization`: the strategy, and which states are offloaded to CPU or NVMe."""
     stage = int(str(zero.get("stage") or 0))
     if stage == 0:
         return {"strategy": "ddp"}
@@ -293,7 +293,7 @@ def zero_words(zero: dict[str, object]) -> dict[str, str]:
 
 
 def fsdp(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Sharded where it is asked for at all."""
+    """FSDP's options as a strategy: fsdp2, hsdp if they say hybrid, ddp if they shard nothing."""
     if not list_entries(value) or value.lower() == "false":
         return TranslatedSetting(needless=True)
     if any(name in value for name in ("no_shard", "NO_SHARD")):
