@@ -197,6 +197,6 @@ def test_looking_at_sizes_loads_no_tokenizer_library(prepared):
 
 def test_help_and_the_verb_that_is_gone(capsys):
     assert main(["--print"]) == 64 and main(["--print", "--help"]) == 0
-    assert capsys.readouterr().out.count("documents=true    the document") == 2
+    assert capsys.readouterr().out.count("documents=true    also show the document") == 2
     assert command(["data", "inspect", "x"]) == 64
     assert "there is no verb data; did you mean prepare --print?" in capsys.readouterr().err
