@@ -89,7 +89,7 @@ def canaries(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]:
 def divergence(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]:
     """Runs that diverge, and runs that must not be called so."""
     return {
-        kind: [courses.live_after_operation(directory, base, kind, f"course-{number}-{seed}", seed) for seed in NULLS]
+        kind: [courses.course(directory, base, kind, f"course-{number}-{seed}", seed) for seed in NULLS]
         for number, kind in enumerate((*courses.HEALTHY, *courses.DIVERGING))
     }
 

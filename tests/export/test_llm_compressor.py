@@ -91,7 +91,7 @@ def test_it_is_called_offline_with_rows_of_the_training_and_its_files_are_read_b
 def test_what_does_not_go_is_told_before_anything_is_written(words, said, monkeypatch, tmp_path):
     from trainer.config.run import RunConfig
 
-    monkeypatch.setattr(quantised, "lacking", lambda kit: None)
+    monkeypatch.setattr(quantised, "missing_library", lambda kit: None)
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").touch()
