@@ -82,7 +82,7 @@ def test_every_kind_of_task_is_on_its_page():
 
 def test_every_tracker_is_on_its_page():
     page = text("docs/tracking.md")
-    assert not [kind.setting for kind in trackers.TASK_KINDS if f"logging.{kind.setting}=" not in page]
+    assert not [kind.setting for kind in trackers.KINDS if f"logging.{kind.setting}=" not in page]
 
 
 def test_the_comments_of_train_yaml_list_all_choices():
