@@ -1,4 +1,4 @@
-"""From a frozen configuration to an evaluation, in one straight line: what `shardtune evaluate` runs on every rank."""
+"""Runs an evaluation from a frozen configuration, in one straight line: what `shardtune evaluate` does on every rank."""
 
 from __future__ import annotations
 
@@ -53,36 +53,39 @@ GIVE_FILE = "Give the task a file of its own (evaluation.tasks.NAME.path=FILE)"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationJob:
-    """What one evaluation is asked for, beside its configuration."""
+    """What to evaluate and to compare, in addition to the configuration.
+
+    The command writes it to `job.json`, and the ranks read it by the names of these fields.
+    """
 
     to: str
     """Directory of the report."""
     run: str | None = None
     """Directory of the run whose checkpoint is evaluated; None: the model as it is."""
     checkpoint: str | None = None
-    """That checkpoint."""
+    """Directory of the checkpoint."""
     base: bool = False
-    """Whether the model before training is evaluated too, and compared with."""
+    """Whether the model before training is evaluated too, for a comparison."""
     report: str | None = None
-    """An earlier report that is compared with."""
+    """File of an earlier report to compare with."""
     gate: bool = False
-    """Whether what fell against that report is a failure."""
+    """Whether the command fails if a metric is worse than in that report."""
     against: str | None = None
-    """What is compared with, in the user's words."""
+    """What is compared with, as the user wrote it."""
     asked_first: bool = False
-    """Whether another evaluation is compared with this one."""
+    """Whether this model is evaluated for the comparison of another one with it."""
     kept: bool = True
-    """Whether the report of a run is one of its records, and not only its answers are wanted."""
+    """Whether the report becomes a record of the run. A review wants only the answers."""
     data_run: str | None = None
-    """Directory of the run whose data is asked for; None: the data that the configuration names."""
+    """Directory of the run whose data is used; None: the data that the configuration names."""
     accept_data: bool = False
-    """Whether tasks on the run's own documents may have those of today, where the documents of the training are gone."""
+    """Whether tasks on the run's own documents may use today's files if those of the training are gone."""
     accepted: list[str] = field(default_factory=list)
-    """How the base differs from the one that the run was trained on, where the user accepts that.
+    """How the base differs from the one that the run was trained on, if the user accepts that.
 
-    The report then is of weights that the run never had, and is no record of the run."""
+    Such a report is about weights that the run never had, so it is no record of the run."""
     recorded: bool = True
-    """Whether the run's directory may take the report among its records: not that of another user."""
+    """Whether the report may be written to the run's records. False for a run of another user."""
 
 
 def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> None:
@@ -103,11 +106,11 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         job = replace(job, accepted=[*job.accepted, *opened.accepted])
     console = Console(enabled=runtime.is_main, log=job_dir / "logs" / f"rank-{runtime.rank}.log")
     precision = resolve_precision(config.precision, runtime)
-    asked = Agreement(request, runtime).for_loop().ask_and_wait
+    stop_now = Agreement(request, runtime).for_loop().ask_and_wait
     attempt.phase = "building the model"
     built: tuple[Engine, Built] | None = None
     if config.evaluation.server.url is not None:
-        evaluator = TaskEvaluator(tasks, _served(config, tokenizer, runtime, asked))
+        evaluator = TaskEvaluator(tasks, _served(config, tokenizer, runtime, stop_now))
     else:
         with reporting_evaluation_out_of_memory(lambda: attempt.phase, config, runtime):
             if quantising_library(config.model.path) is not None:
@@ -117,7 +120,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         built = engine, step
         if step.step_module.plan.optimizer_hooks is not None:
             _tell_length(config, data, step, engine, runtime, opened)
-        evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, asked))
+        evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, stop_now))
     evaluator.report_progress(console.say)
     _refuse_deleted(job, runtime)
     attempt.phase = "evaluating"
@@ -131,23 +134,23 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             reporting_evaluation_out_of_memory(lambda: f"evaluation.tasks.{evaluator.current_task}", config, runtime),
             _telling_of_finished(unfinished, console),
         ):
-            found = _both(job, built, evaluator, _Listener(console, unfinished, scored=job.kept))
+            models = _evaluate_models(job, built, evaluator, _Listener(console, unfinished, scored=job.kept))
     except Interrupted:
         raise Preempted("asked to stop; the same command begins the evaluation again, with its first task") from None
     attempt.phase = "writing the report"
     request.must_save()
     attempt.require_ownership(runtime)
     if unfinished is not None:
-        report, shown = _report(config, job, about, [ready.task for ready in tasks], found)
+        report, shown_tables = _report(config, job, about, [prepared.task for prepared in tasks], models)
         unfinished.discard()
         if config.logging.tables and not job.asked_first:
-            track_evaluation(config, job_dir, report, shown, console.say)
+            track_evaluation(config, job_dir, report, shown_tables, console.say)
     processes.barrier(runtime)
     staged.remove()
 
 
 def _refuse_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
-    """Raise ConfigError on every rank if the run, which goes on, deleted the checkpoint while the model was built. All call."""
+    """Raise ConfigError if the run, which still trains, deleted the checkpoint while the model was built. All ranks must call."""
     if job.checkpoint is None:
         return
     checkpoint = Path(job.checkpoint)
@@ -158,13 +161,13 @@ def _refuse_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
 
 
 class _RunData:
-    """The data of an evaluation: of a run what its tasks ask for, which mostly is nothing; else what the words name."""
+    """Opens the data of an evaluation: of a run only what its tasks need, which is often nothing; else what the user names."""
 
     def __init__(self, job: EvaluationJob) -> None:
         self.job = job
         self.record: DataRecord | None = None
         self.accepted: list[str] = []
-        """How the rows differ from those of the training, where the user accepts that."""
+        """How the rows differ from those of the training, if the user accepts that."""
 
     def open(
         self,
@@ -175,7 +178,7 @@ class _RunData:
         choose_date: ChooseDate | None = None,
         say: PrintLine = print_on_rank_0,
     ) -> Prepared:
-        """Open it or make it. Errors: those of preparing, DataError where the run's own rows are gone."""
+        """Open the data or prepare it. Errors: those of preparing, DataError if the run's own rows are gone."""
         if self.job.data_run is None:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
         self.record = data_record(Path(self.job.data_run))
@@ -196,35 +199,37 @@ class _RunData:
 def _tell_length(
     config: RunConfig, data: Prepared, built: Built, engine: Engine, runtime: processes.Runtime, opened: _RunData
 ) -> None:
-    """Tell a method that changes with the step how many steps the run had."""
+    """Tell a tuning method that changes with the step (such as AdaLoRA) how many steps the run had."""
     if opened.record is not None and opened.record.total_steps is not None:
         built.step_module.plan.optimizer_hooks.begin(opened.record.total_steps)  # type: ignore[union-attr]
     else:
         build_loader(config, data, built, engine, runtime)
 
 
-def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked: Callable[[], bool]) -> ServedModel:
-    """The model of `evaluation.server`, told what this one would be told; nothing is loaded. Errors: ConfigError."""
-    about = read_config(config.model.path) or {}
-    names = ("max_position_embeddings", "n_positions")
-    positions = next(
-        (n for each in (about, about.get("text_config") or {}) for at in names if (n := each.get(at))), None
-    )
+def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, stop_now: Callable[[], bool]) -> ServedModel:
+    """The model of `evaluation.server`, which is sent a local model's tokens. Loads nothing. Errors: ConfigError."""
+    model_config = read_config(config.model.path) or {}
+    positions = _positions_of(model_config) or _positions_of(model_config.get("text_config") or {})
     encoder = TaskContext.from_settings(config.data, config.objective, kept_date(config)).encoder(tokenizer)
-    return connect_served_model(config.evaluation, config.model.path or "", encoder, positions, runtime, asked)
+    return connect_served_model(config.evaluation, config.model.path or "", encoder, positions, runtime, stop_now)
+
+
+def _positions_of(settings: dict[str, Any]) -> int | None:
+    """The number of positions of a model by its config.json; None if it does not say."""
+    return settings.get("max_position_embeddings") or settings.get("n_positions") or None
 
 
 @dataclass(frozen=True, slots=True)
 class _Listener:
-    """Who hears of each task that a model has answered: the console, and on rank 0 the unfinished report."""
+    """Reports each finished task: to the console, and on rank 0 to the unfinished report."""
 
     console: Console
     unfinished: UnfinishedReport | None
     scored: bool
-    """Whether metrics mean something (prompts of a review have no right answer)."""
+    """Whether metrics are shown. The prompts of a review have no right answer."""
 
     def finished(self, arm: str, done: FinishedTask) -> None:
-        """Tell of a task. Errors: StorageError."""
+        """Report a finished task of one arm (tuned or base). Errors: StorageError."""
         name = done.prepared.task.name
         shown = "  ".join(f"{metric} {value:.4g}" for metric, value in done.metrics.items())
         metrics = f" {shown} " if self.scored else ""
@@ -237,67 +242,75 @@ class _Listener:
 
 @contextmanager
 def _telling_of_finished(unfinished: UnfinishedReport | None, console: Console) -> Iterator[None]:
-    """However the evaluation is broken off, say which tasks are written down, and where."""
+    """If the evaluation ends early, say which tasks are already written, and where."""
     try:
         yield
     except BaseException:
-        if unfinished is not None and (names := unfinished.names()):
+        names = [] if unfinished is None else unfinished.names()
+        if unfinished is not None and names:
             console.say(f"finished before that: {', '.join(names)}; see {unfinished.directory / UNFINISHED}")
         raise
 
 
 def _name_opponents(job: EvaluationJob, evaluator: TaskEvaluator, rows: dict[str, list[TaskRow]]) -> None:
-    """Give tasks that judge two answers the other model's, as far as they are known; `rows` are its, by task."""
+    """Give tasks that compare two answers those of the other model, as far as they are known (`rows`, by task)."""
     for ready in evaluator.tasks:
-        # The base has not answered yet: it meets the other model's answers once it has.
+        # The base has not answered yet: its answers are compared once it has.
         ready.task.is_opponent = job.asked_first or job.base
         if ready.task.name in rows:
             ready.task.opponent_answers = {row.where: row.answer for row in rows[ready.task.name]}
 
 
-def _both(
+def _evaluate_models(
     job: EvaluationJob, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator, listener: _Listener
 ) -> dict[str, EvaluatedModel]:
-    """Every task of the model, and where asked for of what it was before training; None: of a server's. All ranks must call."""
-    found: dict[str, EvaluatedModel] = {}
+    """Evaluate the model, and before it the base if the job asks for it; by arm. All ranks must call.
+
+    `built` is None for the model of a server.
+    """
+    models: dict[str, EvaluatedModel] = {}
     if built is not None:
-        found = _before(job, *built, evaluator, listener)
-    for ready in evaluator.tasks:
-        ready.task.is_opponent = job.asked_first
-        if job.base:  # what is judged beside the other's answers
-            ready.task.opponent_answers = {row.where: row.answer for row in found[BASE].rows[ready.task.name]}
-    found[TUNED] = _ask(evaluator, TUNED, listener)
-    return found
+        models = _evaluate_base(job, *built, evaluator, listener)
+    for prepared in evaluator.tasks:
+        prepared.task.is_opponent = job.asked_first
+        if job.base:  # tasks that compare two answers now have the base's
+            base_rows = models[BASE].rows[prepared.task.name]
+            prepared.task.opponent_answers = {row.where: row.answer for row in base_rows}
+    models[TUNED] = _evaluate_model(evaluator, TUNED, listener)
+    return models
 
 
-def _before(
+def _evaluate_base(
     job: EvaluationJob, engine: Engine, built: Built, evaluator: TaskEvaluator, listener: _Listener
 ) -> dict[str, EvaluatedModel]:
-    """What the model was before training, where asked for; then it is as its checkpoint says. All ranks must call."""
-    found: dict[str, EvaluatedModel] = {}
-    before = job.base and not built.tuning.keeps_base
-    for ready in evaluator.tasks:
-        ready.task.is_opponent = True
-    if before:  # as it is before a checkpoint is loaded
-        found[BASE] = _ask(evaluator, BASE, listener)
+    """Evaluate the model before training, if the job asks for it; then load the checkpoint. All ranks must call."""
+    models: dict[str, EvaluatedModel] = {}
+    for prepared in evaluator.tasks:
+        prepared.task.is_opponent = True
+    # Full tuning overwrites the base, so it is evaluated before the checkpoint is loaded. An adapter can be switched off.
+    is_overwritten = not built.tuning.keeps_base
+    if job.base and is_overwritten:
+        models[BASE] = _evaluate_model(evaluator, BASE, listener)
     if job.checkpoint is not None:
         engine.load(Path(job.checkpoint))
-    if job.base and not before:
+    if job.base and not is_overwritten:
         with built.tuning.reference(built.step_module.model):
-            found[BASE] = _ask(evaluator, BASE, listener)
-    return found
+            models[BASE] = _evaluate_model(evaluator, BASE, listener)
+    return models
 
 
-def _ask(evaluator: TaskEvaluator, arm: str, listener: _Listener) -> EvaluatedModel:
-    """Every task of one model. All ranks must call."""
-    found = EvaluatedModel()
-    for done in evaluator.run_tasks():
-        name = done.prepared.task.name
-        found.rows[name], found.metrics[name], found.seconds[name] = done.rows, done.metrics, done.seconds
-        if done.throughput is not None:
-            found.throughput[name] = done.throughput
-        listener.finished(arm, done)
-    return found
+def _evaluate_model(evaluator: TaskEvaluator, arm: str, listener: _Listener) -> EvaluatedModel:
+    """Run every task on one model. All ranks must call."""
+    model = EvaluatedModel()
+    for finished in evaluator.run_tasks():
+        name = finished.prepared.task.name
+        model.rows[name] = finished.rows
+        model.metrics[name] = finished.metrics
+        model.seconds[name] = finished.seconds
+        if finished.throughput is not None:
+            model.throughput[name] = finished.throughput
+        listener.finished(arm, finished)
+    return model
 
 
 def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
@@ -324,46 +337,56 @@ def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: proce
 
 
 def _report(
-    config: RunConfig, job: EvaluationJob, about: dict[str, Any], tasks: list[Task], found: dict[str, EvaluatedModel]
+    config: RunConfig, job: EvaluationJob, about: dict[str, Any], tasks: list[Task], models: dict[str, EvaluatedModel]
 ) -> tuple[dict[str, Any], dict[str, Table]]:
-    """Intervals, comparison and files; rank 0 alone. The report, and tables of rows.
+    """Compute intervals and comparisons, and write the files; rank 0 alone. Returns the report, and tables of rows.
 
     Errors: ConfigError for a report that cannot be read, StorageError.
     """
-    how = Bootstrap(config.evaluation.resamples, config.evaluation.resample_seed)
-    mine = found[TUNED]
+    bootstrap = Bootstrap(config.evaluation.resamples, config.evaluation.resample_seed)
+    model = models[TUNED]
     earlier = None if job.report is None else record.read_report(Path(job.report), "against")
-    said, apart, fell, shown = {}, {}, [], dict[str, Table]()
+    task_records = {}
+    comparisons = {}
+    regressions: list[str] = []
+    shown_tables: dict[str, Table] = {}
     for task in tasks:
-        drawn = resample_metrics(task, mine.rows[task.name], how)
-        said[task.name] = record.task_record(task, mine, confidence_intervals(task, mine.rows[task.name], drawn))
-        other = _other(task, found.get(BASE), earlier)
-        shown |= row_tables(task, mine.rows[task.name], None if other is None else other[0])
-        if other is not None:
-            apart[task.name] = comparison.compare_task(task, mine, drawn, *other, how)
-            if job.gate:
-                fell += comparison.regressions(task, apart[task.name]["metrics"])
-    report = {**about, "method": how.description(paired=bool(apart)), "tasks": said}
+        rows = model.rows[task.name]
+        resampled = resample_metrics(task, rows, bootstrap)
+        task_records[task.name] = record.task_record(task, model, confidence_intervals(task, rows, resampled))
+        other = _other_result(task, models.get(BASE), earlier)
+        if other is None:
+            shown_tables |= row_tables(task, rows, None)
+            continue
+        other_rows, other_metrics = other
+        shown_tables |= row_tables(task, rows, other_rows)
+        comparisons[task.name] = comparison.compare_task(task, model, resampled, other_rows, other_metrics, bootstrap)
+        if job.gate:
+            regressions += comparison.regressions(task, comparisons[task.name]["metrics"])
+    report = {**about, "method": bootstrap.description(paired=bool(comparisons)), "tasks": task_records}
     if job.against is not None:
-        missing = [task.name for task in tasks if task.name not in apart]
-        report["against"] = {"what": job.against, "tasks": apart, "not_there": missing}
-    report |= {"regressions": fell} if job.gate else {}
-    to = Path(job.to)
-    record.write_report(to, report, found)
+        missing = [task.name for task in tasks if task.name not in comparisons]
+        report["against"] = {"what": job.against, "tasks": comparisons, "not_there": missing}
+    if job.gate:
+        report["regressions"] = regressions
+    directory = Path(job.to)
+    record.write_report(directory, report, models)
     if job.run is not None and job.kept and job.recorded and not job.accepted:
         keep_report(Path(job.run), EVALUATION, report)
-    write_text_atomic(to / record.PAGE, page.render_page(report, tasks, found))
-    return report, shown
+    write_text_atomic(directory / record.PAGE, page.render_page(report, tasks, models))
+    return report, shown_tables
 
 
-def _other(
+def _other_result(
     task: Task, base: EvaluatedModel | None, earlier: EarlierEvaluation | None
-) -> tuple[Any, dict[str, float]] | None:
-    """(rows, metrics) of what a task is compared with; None where that has no such task."""
+) -> tuple[list[TaskRow] | None, dict[str, float]] | None:
+    """(rows, metrics) of the model that a task is compared with; None if it has not run the task."""
     if base is not None:
         return base.rows[task.name], base.metrics[task.name]
     if earlier is None or task.name not in earlier.report["tasks"]:
         return None
-    metrics = earlier.report["tasks"][task.name]["metrics"]
-    values = {name: each["value"] for name, each in metrics.items() if each["value"] is not None}
-    return earlier.rows.get(task.name), values
+    metrics = {}
+    for name, entry in earlier.report["tasks"][task.name]["metrics"].items():
+        if entry["value"] is not None:
+            metrics[name] = entry["value"]
+    return earlier.rows.get(task.name), metrics

@@ -28,7 +28,7 @@ from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_evaluators, build_model_interface
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext, prepare_tasks
-from trainer.export.gates.judge import judged_at_end
+from trainer.export.gates.judge import judge_at_end
 from trainer.export.write import write_export
 from trainer.loop import Trainer
 from trainer.loop_types import LoopSettings, Monitors, Sinks
@@ -371,10 +371,10 @@ def export(
     if not config.export.at_end:
         return None
     at = (context.run_dir, of_model.step, config.checkpoint.fallback_dir)
-    judged = judged_at_end(config.gates, at, config.evaluation.tasks, context.runtime)
+    judged = judge_at_end(config.gates, at, config.evaluation.tasks, context.runtime)
     of_model.gates = judged.record()
     if judged.refused:
-        context.console.say(judged.told(context.run_dir))
+        context.console.say(judged.refusal_text(context.run_dir))
         if judged.override is None:
             return None
     config = replace(config, model=at_commit(config.model, of_model.run.base_commit))

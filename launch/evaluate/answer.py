@@ -36,13 +36,23 @@ def text(report: dict[str, Any]) -> str:
             cells += _comparison_cells(compared_metrics.get(metric)) if against else []
             rows.append(TableRow(cells))
     lines += table((*COLUMNS, *COLUMNS_AGAINST) if against else COLUMNS, rows)
+    lines += ["", *fold(str(report["method"]))]
+    for note in _notes(report, compared_tasks):
+        lines += fold(note)
+    return "\n".join(lines)
+
+
+def _notes(report: dict[str, Any], compared_tasks: dict[str, Any]) -> list[str]:
+    """What a reader must know of the numbers: accepted differences, notes of tasks, and what a comparison lacks."""
     notes = [f"accepted: {line}" for line in report["model"].get("accepted", ())]
-    notes += [f"{name}: {note}" for name, task in report["tasks"].items() for note in task.get("notes", ())]
-    notes += [note for name, compared in compared_tasks.items() for note in _comparison_notes(name, compared)]
+    for name, task in report["tasks"].items():
+        notes += [f"{name}: {note}" for note in task.get("notes", ())]
+    for name, compared in compared_tasks.items():
+        notes += _comparison_notes(name, compared)
+    against = report.get("against")
     if against and against["not_there"]:
         notes.append(f"not in {against['what']}: {', '.join(against['not_there'])}")
-    lines += ["", *fold(str(report["method"])), *(line for note in notes for line in fold(note))]
-    return "\n".join(lines)
+    return notes
 
 
 def _model_name(model: dict[str, Any]) -> str:
@@ -54,8 +64,13 @@ def _model_name(model: dict[str, Any]) -> str:
 def _comparison_cells(compared: dict[str, Any] | None) -> list[str]:
     if compared is None:
         return ["-", "-", "", "", ""]
-    other, difference, p = _number(compared["value"]), _number(compared["difference"], "+"), _number(compared["p"])
-    return [other, difference, _interval(compared), p, compared["verdict"]]
+    return [
+        _number(compared["value"]),
+        _number(compared["difference"], "+"),
+        _interval(compared),
+        _number(compared["p"]),
+        compared["verdict"],
+    ]
 
 
 def _comparison_notes(name: str, compared: dict[str, Any]) -> list[str]:

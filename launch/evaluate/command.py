@@ -57,30 +57,33 @@ def main(argv: list[str]) -> int:
     if asks or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    from launch.evaluate.words import plan, sort
+    from launch.evaluate.words import make_plan, parse_words
     from strategies.errors import ConfigError
     from trainer.config.run import LauncherName
 
-    words = sort(argv)
-    made = plan(words)
-    if made.config.launcher.name is LauncherName.slurm:
+    words = parse_words(argv)
+    evaluation_plan = make_plan(words)
+    if evaluation_plan.config.launcher.name is LauncherName.slurm:
         from launch.evaluate.slurm import submit
 
-        return submit(made, [each for each in argv if each != "--print"], print_only=words.print_only)
+        return submit(evaluation_plan, [word for word in argv if word != "--print"], print_only=words.print_only)
     if words.print_only:
         raise ConfigError("--print: shows a job script; add launcher=slurm, or leave it out")
-    return run(made, as_json=words.as_json)
+    return run(evaluation_plan, as_json=words.as_json)
 
 
-def run(made: EvaluationPlan, *, as_json: bool) -> int:
-    """Evaluate, the other model first; print the report; returns the exit code."""
+def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
+    """Evaluate the other model, if there is one, then the model; print the report; returns the exit code."""
     from launch.evaluate.answer import text
     from trainer.evaluation.report.record import PAGE, REPORT
 
-    for each in [made.other, made]:
-        if each is not None and (code := start(each, quiet=as_json)):
+    for next_plan in [evaluation_plan.other_plan, evaluation_plan]:
+        if next_plan is None:
+            continue
+        code = start(next_plan, quiet=as_json)
+        if code:
             return code
-    to = Path(made.job.to)
+    to = Path(evaluation_plan.job.to)
     report: dict[str, Any] = json.loads((to / REPORT).read_text(encoding="utf-8"))
     if as_json:
         give(report)
@@ -93,8 +96,8 @@ def run(made: EvaluationPlan, *, as_json: bool) -> int:
     return 0
 
 
-def start(made: EvaluationPlan, *, quiet: bool) -> int:
-    """Evaluate, and write the report; returns the exit code. `quiet`: what is said goes to stderr."""
+def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
+    """Evaluate one model and write its report; returns the exit code. `quiet`: messages go to stderr."""
     from launch.cluster.supervisor import run_supervised, settle_outcome, state_before_start
     from launch.cluster.torchrun import RankProgram
     from launch.config.frozen import identity, to_yaml
@@ -102,16 +105,18 @@ def start(made: EvaluationPlan, *, quiet: bool) -> int:
     from trainer.evaluate import evaluate_worker
     from trainer.reporting.status import write_text_atomic
 
-    config, directory = made.config, made.directory
+    config = evaluation_plan.config
+    directory = evaluation_plan.directory
     sha256 = identity(config)
-    write_text_atomic(directory / JOB, json.dumps(asdict(made.job), indent=1) + "\n")
+    write_text_atomic(directory / JOB, json.dumps(asdict(evaluation_plan.job), indent=1) + "\n")
     write_text_atomic(directory / CONFIG, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}")
     with said_to_stderr(quiet):
         if config.launcher.in_place:
             hold()
-            before, code = state_before_start(directory), 0
+            before = state_before_start(directory)
+            code = 0
             try:
-                evaluate_worker(config, made.job, directory)
+                evaluate_worker(config, evaluation_plan.job, directory)
             except Preempted as stop:
                 code = 130 if stop.signal_name == "SIGINT" else 0
             return settle_outcome(directory, code, before, verb="evaluate")
@@ -124,7 +129,7 @@ def worker(words: list[str]) -> int:
     from launch.cluster.torchrun import die_with_parent
     from launch.config.compose import load_frozen
     from launch.config.process_role import export
-    from launch.evaluate.words import plan, sort
+    from launch.evaluate.words import make_plan, parse_words
     from strategies.errors import ConfigError, Preempted
     from trainer.evaluate import EvaluationJob, evaluate_worker
     from trainer.reporting.status import read_failure
@@ -132,17 +137,20 @@ def worker(words: list[str]) -> int:
     export()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    if frozen := os.environ.get("SHARDTUNE_CONFIG"):
+    frozen = os.environ.get("SHARDTUNE_CONFIG")
+    if frozen:
         directory = Path(frozen).parent
         config, job = load_frozen(frozen), EvaluationJob(**json.loads((directory / JOB).read_text(encoding="utf-8")))
     else:
-        made = plan(sort(words))
-        if made.other is not None:
+        evaluation_plan = make_plan(parse_words(words))
+        if evaluation_plan.other_plan is not None:
             raise ConfigError(
-                f"against={made.job.against}: under torchrun one model is evaluated at a time; evaluate the other one first, "
-                "and give its evaluation.json"
+                f"against={evaluation_plan.job.against}: under torchrun one model is evaluated at a time; evaluate the other one "
+                "first, and give its evaluation.json"
             )
-        config, job, directory = made.config, made.job, made.directory
+        config = evaluation_plan.config
+        job = evaluation_plan.job
+        directory = evaluation_plan.directory
     try:
         evaluate_worker(config, job, directory)
     except Preempted:
@@ -152,12 +160,12 @@ def worker(words: list[str]) -> int:
             return 70  # the launcher shows the first failure
         raise
     if not frozen and os.environ["RANK"] == "0":
-        return _told(job)
+        return _print_report(job)
     return 0
 
 
-def _told(job: Any) -> int:
-    """Print the report as a rank that nobody else prints it for."""
+def _print_report(job: Any) -> int:
+    """Print the report, under a torchrun that was not started by us; returns the exit code."""
     from launch.evaluate.answer import text
     from trainer.evaluation.report.record import REPORT
 

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 SCRIPT = "evaluate.sbatch"
 
 
-def render(made: EvaluationPlan, words: list[str], *, clone: Path = ROOT, cwd: Path | None = None) -> str:
+def render(evaluation_plan: EvaluationPlan, words: list[str], *, clone: Path = ROOT, cwd: Path | None = None) -> str:
     """The sbatch script that evaluates with `words` on one node, relative paths from `cwd` (the current directory).
 
     Raises ConfigError for settings that a script cannot carry, or that ask for several nodes.
     """
-    launcher = made.config.launcher
+    launcher = evaluation_plan.config.launcher
     assert isinstance(launcher, SlurmConfig)
     if launcher.nodes != 1:
         raise ConfigError(
@@ -43,12 +43,13 @@ def render(made: EvaluationPlan, words: list[str], *, clone: Path = ROOT, cwd: P
     here = [word for word in words if not word.startswith(("launcher=", "launcher."))]
     here += ["launcher=local", f"launcher.processes={launcher.per_node}"]
     python = slurm.one_line(launcher.python or sys.executable, "launcher.python")
+    quoted_words = " ".join(slurm.one_line(shlex.quote(word), word) for word in here)
     lines = [
         "#!/bin/bash",
         "# Rendered by shardtune evaluate; to change it give other words and submit again.",
         *(
             f"#SBATCH {option}"
-            for option in slurm.options(launcher, [str(made.directory.absolute())], cwd or Path.cwd())
+            for option in slurm.options(launcher, [str(evaluation_plan.directory.absolute())], cwd or Path.cwd())
         ),
         "",
         "set -e",
@@ -56,31 +57,33 @@ def render(made: EvaluationPlan, words: list[str], *, clone: Path = ROOT, cwd: P
         f"export PYTHONPATH={shlex.quote(str(clone))}${{PYTHONPATH:+:$PYTHONPATH}}",
         slurm.setup_text(launcher, clone).rstrip(),
         "setup",
-        f"exec {shlex.quote(python)} -m launch.main evaluate {' '.join(slurm.one_line(shlex.quote(w), w) for w in here)}",
+        f"exec {shlex.quote(python)} -m launch.main evaluate {quoted_words}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def submit(made: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
+def submit(evaluation_plan: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
     """Write the script beside the records of the evaluation and submit it, or show it; returns 0. Errors: those of `sbatch`."""
-    text = render(made, words)
-    assert isinstance(made.config.launcher, SlurmConfig)
-    ranks = advice.ranks_lines(made.config.launcher)
+    text = render(evaluation_plan, words)
+    assert isinstance(evaluation_plan.config.launcher, SlurmConfig)
+    ranks = advice.ranks_lines(evaluation_plan.config.launcher)
     if print_only:
         for line in ranks:
             print(f"# {line}", file=sys.stderr)
         print(text, end="")
         return 0
-    if made.config.launcher.gpu_request is None:
+    if evaluation_plan.config.launcher.gpu_request is None:
         refuse_gpus_of_environment()
-    script = made.directory.absolute() / SCRIPT
+    script = evaluation_plan.directory.absolute() / SCRIPT
     try:
-        (made.directory / "logs").mkdir(parents=True, exist_ok=True)
+        (evaluation_plan.directory / "logs").mkdir(parents=True, exist_ok=True)
         script.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write the job script: {error}; choose another to=<directory>") from error
     job = sbatch(script, [])
     print(f"submitted job {job}: {script}")
     print(*(f"  {line}" for line in [*ranks, *environment_lines(text), f"queue   squeue --job {job}"]), sep="\n")
-    print(f"  output  below {shlex.quote(str(made.directory / 'logs'))}; the job's exit code is the evaluation's")
+    print(
+        f"  output  below {shlex.quote(str(evaluation_plan.directory / 'logs'))}; the job's exit code is the evaluation's"
+    )
     return 0

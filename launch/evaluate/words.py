@@ -62,39 +62,38 @@ class EvaluateWords(VerbWords):
     command: list[str] = field(default_factory=list)
     """All words as they were typed, the verb first, for messages."""
     prefix: str = ""
-    """What stands before a word of `command` that allows what this run reaches out to."""
+    """The prefix of words in `command` that allow something for this run."""
     compared_with: EvaluationPlan | None = None
-    """The evaluation that this one is for, if it is that of `against=`: the same tasks are asked."""
+    """The main evaluation, if this one runs for its comparison (`against=`) and so has its tasks; None: this is the main one."""
 
 
 @dataclass(slots=True)
 class EvaluationPlan:
-    """What is to be evaluated."""
+    """A checked configuration and job of an evaluation."""
 
     config: RunConfig
     job: EvaluationJob
-    other: EvaluationPlan | None = None
-    """What is evaluated before, to be compared with."""
+    other_plan: EvaluationPlan | None = None
+    """An evaluation that runs first, to be compared with."""
 
     @property
     def directory(self) -> Path:
-        """Where the records of the processes go."""
+        """Directory for the records of the processes."""
         return Path(self.job.to) / "evaluation"
 
 
-def sort(argv: list[str]) -> EvaluateWords:
-    """What was typed. Errors: ConfigError with every problem."""
+def parse_words(argv: list[str]) -> EvaluateWords:
+    """The words of the command line. Errors: ConfigError with every problem."""
     from launch.config.read_run import take_words
 
     allowing, argv_of_verb = take_words(argv, AGAINST)
     words, problems = read_words("evaluate", EvaluateWords, argv_of_verb)
     words.allowing = allowing
     words.command = ["evaluate", *argv]
-    words.settings = [
-        each.replace(SERVER, f"{SERVER}.url", 1) if each.startswith(f"{SERVER}=") else each for each in words.settings
-    ]
-    model = next((each for each in words.settings if each.startswith("model.path=")), None)
-    asks_server = any(each.startswith(SERVER) for each in words.settings)
+    # `evaluation.server=URL` is short for `evaluation.server.url=URL`.
+    words.settings = [_with_full_server_key(setting) for setting in words.settings]
+    model = next((setting for setting in words.settings if setting.startswith("model.path=")), None)
+    asks_server = any(setting.startswith(SERVER) for setting in words.settings)
     if words.run is None and model is None:
         problems.append("nothing to evaluate: give a run (shardtune evaluate runs/x) or model.path=<directory>")
     if words.run is not None and model is not None:
@@ -114,44 +113,52 @@ def sort(argv: list[str]) -> EvaluateWords:
     return words
 
 
-def plan(asked: EvaluateWords) -> EvaluationPlan:
-    """What to do, checked as far as that goes without a model. Errors: ConfigError with every problem, DataError."""
+def _with_full_server_key(setting: str) -> str:
+    if setting.startswith(f"{SERVER}="):
+        return setting.replace(SERVER, f"{SERVER}.url", 1)
+    return setting
+
+
+def make_plan(evaluate_words: EvaluateWords) -> EvaluationPlan:
+    """The plan of an evaluation, checked as far as possible without a model. Errors: ConfigError, DataError."""
     from launch.config.read_run import is_own
     from trainer.evaluate import EvaluationJob
 
-    to = asked.to
-    if asked.run is not None:
-        config, checkpoint, accepted = _of_run(asked.run, asked)
-        own = is_own(asked.run)
+    to = evaluate_words.to
+    if evaluate_words.run is not None:
+        config, checkpoint, accepted = _config_of_run(evaluate_words.run, evaluate_words)
+        own = is_own(evaluate_words.run)
         job = EvaluationJob(
-            to=to or str(asked.run if own else Path("runs") / f"evaluate-{asked.run.resolve().name}"),
-            run=str(asked.run),
+            to=to or str(evaluate_words.run if own else Path("runs") / f"evaluate-{evaluate_words.run.resolve().name}"),
+            run=str(evaluate_words.run),
             checkpoint=checkpoint,
-            data_run=str(asked.run),
-            accept_data="data" in asked.accept,
+            data_run=str(evaluate_words.run),
+            accept_data="data" in evaluate_words.accept,
             accepted=accepted,
             recorded=own,
         )
     else:
-        path = next(word.partition("=")[2] for word in asked.settings if word.startswith("model.path="))
+        path = next(word.partition("=")[2] for word in evaluate_words.settings if word.startswith("model.path="))
         job = EvaluationJob(to=to or str(Path("runs") / f"evaluate-{Path(path).name}"))
-        config = _of_model(asked, path, Path(job.to) / "evaluation")
-        if asked.adapter is not None:
-            job = replace(job, accepted=_accepted_base(asked.adapter, path, accept="base" in asked.accept))
+        config = _config_of_model(evaluate_words, path, Path(job.to) / "evaluation")
+        if evaluate_words.adapter is not None:
+            job = replace(
+                job, accepted=_accepted_base(evaluate_words.adapter, path, accept="base" in evaluate_words.accept)
+            )
     if (Path(job.to)).is_file():
         raise ConfigError(f"to={job.to}: is a file; name a directory")
-    made = EvaluationPlan(config, job)
-    config.run.dir = str(made.directory)
-    _settle(config, asked)
-    of_run = asked.run is not None
-    has_training_data = any(word.startswith(("data.path=", "data.sources")) for word in asked.settings)
+    evaluation_plan = EvaluationPlan(config, job)
+    config.run.dir = str(evaluation_plan.directory)
+    _set_evaluation_defaults(config, evaluate_words)
+    of_run = evaluate_words.run is not None
+    has_training_data = any(word.startswith(("data.path=", "data.sources")) for word in evaluate_words.settings)
     try:
-        _check(config, asked.settings, trained=of_run or has_training_data, run=asked.run)
+        _check(config, evaluate_words.settings, trained=of_run or has_training_data, run=evaluate_words.run)
     except ConfigError as error:
         raise ConfigError([*_missing_model(config), *error.problems]) from None
-    if asked.against is not None:
-        _against(made, asked.against, asked)
-    return made
+    if evaluate_words.against is not None:
+        _add_comparison(evaluation_plan, evaluate_words.against, evaluate_words)
+    return evaluation_plan
 
 
 def _accepted_base(adapter: str, base: str, *, accept: bool) -> list[str]:
@@ -177,7 +184,7 @@ def _missing_model(config: RunConfig) -> list[str]:
     ]
 
 
-def _of_run(run: Path, asked: EvaluateWords) -> tuple[RunConfig, str, list[str]]:
+def _config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, str, list[str]]:
     """The run's configuration with the words on top, the checkpoint, and how the base differs where that is accepted."""
     from launch.config.compose import recompose
     from launch.config.read_run import ReadingVerb, read_run
@@ -190,25 +197,28 @@ def _of_run(run: Path, asked: EvaluateWords) -> tuple[RunConfig, str, list[str]]
         raise ConfigError(f"{run}: {what}; name a run, or a model with model.path={run}")
 
     def with_own_words(frozen: RunConfig, words: list[str]) -> RunConfig:
-        frozen.run.dir, frozen.run.resume = None, "auto"
+        frozen.run.dir = None
+        frozen.run.resume = "auto"
         frozen.run.matmul = kept_matmul(frozen)
-        if asked.compared_with is not None:
-            frozen.evaluation = copy.deepcopy(asked.compared_with.config.evaluation)
+        if evaluate_words.compared_with is not None:
+            frozen.evaluation = copy.deepcopy(evaluate_words.compared_with.config.evaluation)
         return recompose(frozen, words, ALLOWED)
 
     # The tasks of an evaluation that another one is compared with are that one's.
-    settled = frozenset[str]() if asked.compared_with is None else frozenset({"evaluation"})
-    verb = ReadingVerb(asked.command, _needs, asked.prefix, ALLOWED, settled)
-    config = read_run(run, verb, asked.settings, with_own_words)
-    checkpoint = find_checkpoint(run, asked.checkpoint, config.checkpoint)
-    if asked.checkpoint == "best":
+    settled = frozenset[str]() if evaluate_words.compared_with is None else frozenset({"evaluation"})
+    verb = ReadingVerb(evaluate_words.command, _needs, evaluate_words.prefix, ALLOWED, settled)
+    config = read_run(run, verb, evaluate_words.settings, with_own_words)
+    checkpoint = find_checkpoint(run, evaluate_words.checkpoint, config.checkpoint)
+    if evaluate_words.checkpoint == "best":
         tell_if_base_was_better(run, checkpoint, config)
-    accepted = use_recorded_base(config, run, asked.accept, teacher=True, start=asked.against == "base")
+    accepted = use_recorded_base(
+        config, run, evaluate_words.accept, teacher=True, start=evaluate_words.against == "base"
+    )
     return config, str(checkpoint), accepted
 
 
 def _needs(value: OutsideValue, config: RunConfig) -> bool:
-    """Whether an evaluation of a run uses a value that reaches out of it."""
+    """Whether an evaluation uses a setting of the run that refers to something outside it (a path, an address, a tracker)."""
     from strategies.settings import Reach
     from trainer.evaluation.tasks.registry import asks_judge, reads_rows_of_run
 
@@ -228,20 +238,27 @@ def _needs(value: OutsideValue, config: RunConfig) -> bool:
     return True
 
 
-def _of_model(asked: EvaluateWords, path: str, directory: Path) -> RunConfig:
-    """A configuration around a model, whose training data is a stand-in where none is named."""
+def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) -> RunConfig:
+    """A configuration for a model without a run. If no training data is named, a stand-in file takes its place."""
     from launch.config.compose import compose
     from trainer.model.rules import read_config
     from trainer.reporting.status import write_text_atomic
 
-    about = read_config(path) or {}
-    words = ["budget.steps=1", *asked.settings]
-    classifier = any(str(name).endswith("ForSequenceClassification") for name in about.get("architectures") or ())
-    labels = [about["id2label"][key] for key in sorted(about.get("id2label") or {}, key=int)] if classifier else []
-    if not any(word.startswith("objective=") for word in words) and (classifier or about.get("is_encoder_decoder")):
-        words.append(f"objective={'classification' if classifier else 'seq2seq'}")
-    if asked.adapter is not None:
-        words.append(f"model.adapters=[{asked.adapter}]")
+    model_config = read_config(path) or {}
+    words = ["budget.steps=1", *evaluate_words.settings]
+    architectures = model_config.get("architectures") or ()
+    is_classifier = any(str(name).endswith("ForSequenceClassification") for name in architectures)
+    labels = []
+    if is_classifier:
+        label_by_id = model_config.get("id2label") or {}
+        labels = [label_by_id[key] for key in sorted(label_by_id, key=int)]
+    if not any(word.startswith("objective=") for word in words):
+        if is_classifier:
+            words.append("objective=classification")
+        elif model_config.get("is_encoder_decoder"):
+            words.append("objective=seq2seq")
+    if evaluate_words.adapter is not None:
+        words.append(f"model.adapters=[{evaluate_words.adapter}]")
     config = compose(words, check=False).config
     if labels and getattr(config.objective, "labels", 0) is None:
         config.objective.labels = labels  # type: ignore[attr-defined]
@@ -253,8 +270,8 @@ def _of_model(asked: EvaluateWords, path: str, directory: Path) -> RunConfig:
     return config
 
 
-def _settle(config: RunConfig, asked: EvaluateWords) -> None:
-    """What an evaluation needs no choice for."""
+def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -> None:
+    """Overwrite training settings that do not matter in an evaluation, and choose tasks if none are set."""
     from launch.config.compose import world_size_of
     from strategies.base import DdpConfig, Precision, SingleConfig
     from trainer.config.run import Device
@@ -264,24 +281,25 @@ def _settle(config: RunConfig, asked: EvaluateWords) -> None:
     from trainer.monitors.config import ChallengesConfig
 
     ranks = world_size_of(config) or 1
-    typed = any(word.startswith(("strategy=", "strategy.")) for word in asked.settings)
+    typed = any(word.startswith(("strategy=", "strategy.")) for word in evaluate_words.settings)
     if ranks == 1 and not typed:
         config.strategy = SingleConfig()
     elif quantising_library(config.model.path) is not None and not typed:
         config.strategy = DdpConfig()
     config.batch = {"global": ranks, "micro": 1}
-    config.export.at_end, config.evaluation.watch = False, "eval/loss"
-    config.evaluation.every_steps = config.evaluation.patience = config.evaluation.generate.samples = 0
+    config.export.at_end = False
+    config.evaluation.watch = "eval/loss"
     config.evaluation.greater_is_better = None
+    config.evaluation.every_steps = 0
+    config.evaluation.patience = 0
+    config.evaluation.generate.samples = 0
     config.challenges = ChallengesConfig()
     if config.run.device is Device.cpu and config.precision is Precision.fp16:
         config.precision = Precision.fp32
-    if (
-        not config.evaluation.tasks
-        and TaskContext.from_settings(config.data, config.objective).is_language_model
-        and _has_held_out(config)
-    ):
-        config.evaluation.tasks = {kind: TaskConfig(kind=kind) for kind in PLAIN}
+    if not config.evaluation.tasks and _has_held_out(config):
+        context = TaskContext.from_settings(config.data, config.objective)
+        if context.is_language_model:
+            config.evaluation.tasks = {kind: TaskConfig(kind=kind) for kind in PLAIN}
 
 
 def _has_held_out(config: RunConfig) -> bool:
@@ -289,15 +307,15 @@ def _has_held_out(config: RunConfig) -> bool:
 
 
 def _check(config: RunConfig, typed: list[str], *, trained: bool, run: Path | None) -> None:
-    """Everything that can be wrong before there is a model."""
+    """Check everything that can be checked before a model is loaded. Errors: ConfigError, DataError."""
     from launch.config.compose import load_frozen, refusals
     from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
-    around = TaskContext.from_settings(config.data, config.objective)
+    context = TaskContext.from_settings(config.data, config.objective)
     if not config.evaluation.tasks:
         without = f"objective={config.objective.name} has no task by itself (what it measured is in metrics.jsonl)"
-        if around.is_language_model:
+        if context.is_language_model:
             without = "there are no evaluation documents to ask about"
         raise ConfigError(
             f"evaluation.tasks: not set, and {without}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
@@ -305,25 +323,25 @@ def _check(config: RunConfig, typed: list[str], *, trained: bool, run: Path | No
         )
     # Training data of a run is read only where a task asks for it, and then as the run recorded it.
     written = None if run is None else load_frozen(run / "config.yaml")
-    found = []
+    problems = []
     for problem in refusals(config, written=written):
         key = key_of_problem(problem)
         is_of_training = key == "evaluation.watch" or (run is not None and key.startswith("data."))
         if not is_of_training:
-            found.append(problem)
-    found += _few_bits(config, typed)
-    if found:
-        raise ConfigError(found)
+            problems.append(problem)
+    problems += _few_bits_problems(config, typed)
+    if problems:
+        raise ConfigError(problems)
     check_tasks(
         config.evaluation.tasks,
-        around,
+        context,
         held_out=_has_held_out(config),
         trained=trained,
     )
 
 
-def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
-    """What does not go with a model that lies in 4 or 8 bits, one line each."""
+def _few_bits_problems(config: RunConfig, typed: list[str]) -> Iterator[str]:
+    """Settings that do not work with a model that is stored in 4 or 8 bits, one line each."""
     from strategies.base import StrategyName
     from trainer.evaluation.tasks.prepared import TaskContext
     from trainer.model.quantised_checkpoints import missing_library, quantising_library
@@ -346,81 +364,89 @@ def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
         yield f"model.path={path}: lies in few bits ({kit}), of which only causal language models are evaluated"
 
 
-def _against(made: EvaluationPlan, value: str, asked: EvaluateWords) -> None:
+def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_words: EvaluateWords) -> None:
     """What `against` means: base, a report, a run, a model. Errors: ConfigError."""
     from trainer.evaluation.report.record import REPORT, read_report
 
-    path = Path(value).expanduser()
-    if value == "base":
-        if made.job.run is None and not made.config.model.adapters:
+    path = Path(against).expanduser()
+    if against == "base":
+        if evaluation_plan.job.run is None and not evaluation_plan.config.model.adapters:
             raise ConfigError(
                 "against=base: a model as it is has no base to compare with; add adapter=..., or name a run"
             )
-        if made.job.run is not None:
-            made.job = replace(made.job, base=True, against="base")
+        if evaluation_plan.job.run is not None:
+            evaluation_plan.job = replace(evaluation_plan.job, base=True, against="base")
             return
-        made.other = _other(made, replace(made.config, model=replace(made.config.model, adapters=[])), "base")
+        evaluation_plan.other_plan = _other_model_plan(
+            evaluation_plan,
+            replace(evaluation_plan.config, model=replace(evaluation_plan.config.model, adapters=[])),
+            "base",
+        )
     elif path.is_file():
-        if path.resolve() == (Path(made.job.to) / REPORT).resolve():
+        if path.resolve() == (Path(evaluation_plan.job.to) / REPORT).resolve():
             raise ConfigError(
-                f"against={value}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
+                f"against={against}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
                 "the old one in a directory of its own"
             )
         read_report(path, "against")
-        made.job = replace(made.job, report=str(path), gate=True, against=value)
+        evaluation_plan.job = replace(evaluation_plan.job, report=str(path), gate=True, against=against)
     elif (path / "config.yaml").is_file():
-        other = plan(_other_run(path, made, asked))
-        made.other = replace_evaluation(other, made)
-        made.job = replace(made.job, report=str(Path(other.job.to) / REPORT), against=value)
+        run_plan = make_plan(_other_run_words(path, evaluation_plan, evaluate_words))
+        evaluation_plan.other_plan = replace_evaluation(run_plan, evaluation_plan)
+        evaluation_plan.job = replace(evaluation_plan.job, report=str(Path(run_plan.job.to) / REPORT), against=against)
     elif (path / "config.json").is_file():
         from trainer.model.config import ModelConfig
         from trainer.tuning.base import FullConfig
 
         model = ModelConfig(path=str(path), download=False)
-        made.other = _other(made, replace(copy.deepcopy(made.config), model=model, tuning=FullConfig()), value)
+        evaluation_plan.other_plan = _other_model_plan(
+            evaluation_plan, replace(copy.deepcopy(evaluation_plan.config), model=model, tuning=FullConfig()), against
+        )
     else:
         what = "is neither a run, a model nor a report" if path.exists() else "there is no such file or directory"
         raise ConfigError(
-            f"against={value}: {what}; it can be base, the directory of a run or of a model, or the {REPORT} of an evaluation"
+            f"against={against}: {what}; it can be base, the directory of a run or of a model, or the {REPORT} of an evaluation"
         )
 
 
-def _other(made: EvaluationPlan, config: RunConfig, what: str) -> EvaluationPlan:
-    """The same evaluation of another model, without a checkpoint; this one is compared with its report."""
+def _other_model_plan(evaluation_plan: EvaluationPlan, config: RunConfig, what: str) -> EvaluationPlan:
+    """A plan for the same evaluation of another model, without a checkpoint; this one will be compared with its report."""
     from trainer.evaluation.report.record import REPORT
 
-    to = Path(made.job.to) / "against"
-    other = EvaluationPlan(copy.deepcopy(config), _first_job(made, to))
-    other.config.run.dir = str(other.directory)
-    made.job = replace(made.job, report=str(to / REPORT), against=what)
-    return other
+    to = Path(evaluation_plan.job.to) / "against"
+    other_plan = EvaluationPlan(copy.deepcopy(config), _other_job(evaluation_plan, to))
+    other_plan.config.run.dir = str(other_plan.directory)
+    evaluation_plan.job = replace(evaluation_plan.job, report=str(to / REPORT), against=what)
+    return other_plan
 
 
-def _first_job(made: EvaluationPlan, to: Path) -> EvaluationJob:
-    """The job of what is evaluated first, to be compared with: it is asked the rows that `made` is asked."""
+def _other_job(evaluation_plan: EvaluationPlan, to: Path) -> EvaluationJob:
+    """The job of what is evaluated first, to be compared with: it is asked the rows that `evaluation_plan` is asked."""
     from trainer.evaluate import EvaluationJob
 
-    return EvaluationJob(to=str(to), data_run=made.job.data_run, accept_data=made.job.accept_data, asked_first=True)
-
-
-def _other_run(run: Path, made: EvaluationPlan, asked: EvaluateWords) -> EvaluateWords:
-    """The words of the run that is compared with: started as this one is, and allowed what was typed for it."""
-    config = made.config
-    words = [f"launcher.processes={config.launcher.processes}", f"run.device={config.run.device}"]
-    words += [f"strategy={config.strategy.name}", *asked.allowing]
-    return EvaluateWords(
-        run=run,
-        to=str(Path(made.job.to) / "against"),
-        accept=asked.accept,
-        settings=words,
-        command=asked.command,
-        prefix=AGAINST,
-        compared_with=made,
+    return EvaluationJob(
+        to=str(to), data_run=evaluation_plan.job.data_run, accept_data=evaluation_plan.job.accept_data, asked_first=True
     )
 
 
-def replace_evaluation(other: EvaluationPlan, made: EvaluationPlan) -> EvaluationPlan:
+def _other_run_words(run: Path, evaluation_plan: EvaluationPlan, evaluate_words: EvaluateWords) -> EvaluateWords:
+    """Words that evaluate the other run: with this one's processes and strategy, and with what was allowed for it."""
+    config = evaluation_plan.config
+    words = [f"launcher.processes={config.launcher.processes}", f"run.device={config.run.device}"]
+    words += [f"strategy={config.strategy.name}", *evaluate_words.allowing]
+    return EvaluateWords(
+        run=run,
+        to=str(Path(evaluation_plan.job.to) / "against"),
+        accept=evaluate_words.accept,
+        settings=words,
+        command=evaluate_words.command,
+        prefix=AGAINST,
+        compared_with=evaluation_plan,
+    )
+
+
+def replace_evaluation(other_plan: EvaluationPlan, evaluation_plan: EvaluationPlan) -> EvaluationPlan:
     """The other run asked what this one is asked."""
-    other.config.evaluation = copy.deepcopy(made.config.evaluation)
-    other.job = replace(other.job, asked_first=True)
-    return other
+    other_plan.config.evaluation = copy.deepcopy(evaluation_plan.config.evaluation)
+    other_plan.job = replace(other_plan.job, asked_first=True)
+    return other_plan

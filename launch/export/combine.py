@@ -14,7 +14,7 @@ from launch.export.words import destination
 from strategies.errors import ConfigError
 from trainer.export.config import ExportType
 
-WAYS = ("cat", "linear", "ties", "dare_linear", "dare_ties")
+COMBINATIONS = ("cat", "linear", "ties", "dare_linear", "dare_ties")
 """The names of `trainer.export.combine.Combination`, which takes torch to import."""
 
 
@@ -32,7 +32,9 @@ class CombineWords(VerbWords):
     )
     weights: list[float] = word("a factor for each adapter; default: 1", default=[], like="[0.7,0.3]")
     combine: str = word(
-        f"{', '.join(WAYS)}; cat is exactly the weighted sum of the updates", default="cat", choices=WAYS
+        f"{', '.join(COMBINATIONS)}; cat is exactly the weighted sum of the updates",
+        default="cat",
+        choices=COMBINATIONS,
     )
     density: float = word("share of entries that ties and dare keep, such as 0.5", default=0.5, above=0)
     seed: int = word("seed for the entries that dare drops", default=0, least=0)
@@ -44,9 +46,9 @@ class CombineWords(VerbWords):
     as_json: bool = flag("print where the model is as JSON, for a script", key="--json")
 
 
-def wanted(argv: list[str]) -> bool:
+def asks_to_combine(argv: list[str]) -> bool:
     """Whether these words of `export` combine adapters."""
-    return any(each.startswith("adapters=") for each in argv)
+    return any(argument.startswith("adapters=") for argument in argv)
 
 
 def run(argv: list[str]) -> dict[str, Any]:

@@ -64,17 +64,17 @@ class ExportRequest:
     averaged: list[Path] = field(default_factory=list)
     """Checkpoints whose mean is exported, the last of them `checkpoint`; empty: that one alone."""
     gates: JudgedGates | None = None
-    """What the gates said; None where there are none."""
+    """The verdicts of the gates; None if there are no gates."""
     benchmarks: dict[str, str] = field(default_factory=dict)
     """The hub's data sets behind tasks."""
     named: str = "last"
     """The checkpoint as it was typed: `last`, `best` or a step."""
     accepted: list[str] = field(default_factory=list)
-    """How the base differs from the one that the run was trained on, where the user accepts that."""
+    """How the base differs from the one that the run was trained on, if the user accepts that."""
     rows_needed: RowsNeeded | None = None
-    """Why the run's own rows are read; None where nothing asks for them."""
+    """Why the run's own rows are read; None if nothing needs them."""
     accept_data: bool = False
-    """Whether rows of today may stand for those of the training."""
+    """Whether today's rows may be used if those of the training are gone."""
 
 
 def main(argv: list[str]) -> int:
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
         return 0
     as_json = FLAG in argv
     with said_to_stderr(as_json):
-        answer = combine.run(argv) if combine.wanted(argv) else run(argv)
+        answer = combine.run(argv) if combine.asks_to_combine(argv) else run(argv)
     if as_json:
         give(answer)
     return 0
@@ -106,7 +106,7 @@ def export_words(argv: list[str]) -> tuple[ExportWords, dict[str, Any]]:
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    """Do what the words say; where everything is. Errors: ConfigError, StorageError, DriftError."""
+    """Export as the words say; returns where everything was written. Errors: ConfigError, StorageError, DriftError."""
     from launch.config.read_run import ReadingVerb, read_run, take_words
     from trainer.export.gates.judge import record
     from trainer.session.base_files import use_recorded_base
@@ -118,15 +118,15 @@ def run(argv: list[str]) -> dict[str, Any]:
     settle(config, words)
     averaged = []
     if words.average is not None:
-        averaged = average.chosen(run_dir, words.average, config)
-    gguf = export_gguf.wanted(words, config)
-    bits = export_gguf.wanted_bits(words, config)
-    hub = export_hub.target(words)
+        averaged = average.checkpoints_to_average(run_dir, words.average, config)
+    gguf = export_gguf.gguf_request(words, config)
+    bits = export_gguf.few_bits_request(words, config)
+    hub = export_hub.hub_target(words)
     last = averaged[-1] if averaged else find_checkpoint(run_dir, words.checkpoint, config.checkpoint)
     only_convert = False
     if gguf is not None and bits is None and hub is None and words.to is not None:
-        only_convert = export_gguf.waits(Path(words.to).expanduser(), words, averaged or [last])
-    asked = ExportRequest(
+        only_convert = export_gguf.waits_for_gguf(Path(words.to).expanduser(), words, averaged or [last])
+    request = ExportRequest(
         run_dir,
         last,
         hub.folder if hub is not None else destination(run_dir, words.to, holds_it=only_convert),
@@ -134,38 +134,42 @@ def run(argv: list[str]) -> dict[str, Any]:
         benchmarks=export_hub.benchmarks_of(words.benchmarks or "{}"),
         named=words.checkpoint,
     )
-    if asked.named == "best":
+    if request.named == "best":
         tell_if_base_was_better(run_dir, last, config)
-    asked.accepted = use_recorded_base(config, run_dir, words.accept, teacher=False)
-    asked.accept_data = "data" in words.accept
+    request.accepted = use_recorded_base(config, run_dir, words.accept, teacher=False)
+    request.accept_data = "data" in words.accept
     if bits is not None:
-        asked.rows_needed = export_gguf.rows_needed(bits)
-    for line in asked.accepted:
+        request.rows_needed = export_gguf.rows_needed(bits)
+    for line in request.accepted:
         print(f"accepted: {line}", flush=True)
     if bits is not None:
         export_gguf.refuse_sizes(bits.kind, config)
-    asked.gates = pass_gates(config, typed_gates, asked)
-    what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
-    print(f"exporting {what} to {asked.to}{unfinished(run_dir, None if averaged else asked.checkpoint)}", flush=True)
+    request.gates = pass_gates(config, typed_gates, request)
+    what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(request.checkpoint)
+    print(
+        f"exporting {what} to {request.to}{unfinished(run_dir, None if averaged else request.checkpoint)}", flush=True
+    )
     data = None
     if only_convert:
-        print(f"the export in {asked.to} is whole: only its GGUF file is made", flush=True)
+        print(f"the export in {request.to} is whole: only its GGUF file is made", flush=True)
     else:
-        data = export(config, asked)
-    if asked.gates is not None:
-        record(run_dir, asked.gates, {"to": str(asked.to), "checkpoint": asked.checkpoint.name, "time": time.time()})
-    print(f"model: {asked.to}")
-    names = [path.name for path in averaged or [asked.checkpoint]]
-    answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(asked.to)}
+        data = export(config, request)
+    if request.gates is not None:
+        record(
+            run_dir, request.gates, {"to": str(request.to), "checkpoint": request.checkpoint.name, "time": time.time()}
+        )
+    print(f"model: {request.to}")
+    names = [path.name for path in averaged or [request.checkpoint]]
+    answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(request.to)}
     if gguf is not None:
-        export_gguf.note_waiting(asked.to, words, averaged or [last])
-        answer["gguf"] = str(export_gguf.write(gguf, asked.to, verify=config.export.verify))
-        export_gguf.note_converted(asked.to)
+        export_gguf.note_waiting(request.to, words, averaged or [last])
+        answer["gguf"] = str(export_gguf.write(gguf, request.to, verify=config.export.verify))
+        export_gguf.note_converted(request.to)
     if bits is not None and data is not None:
-        answer[str(bits.kind)] = str(export_gguf.write_bits(bits, asked.to, data))
+        answer[str(bits.kind)] = str(export_gguf.write_bits(bits, request.to, data))
     if hub is not None:
         answer["pushed"] = export_hub.push(hub)
-    print_serve_commands(asked.to)
+    print_serve_commands(request.to)
     return answer
 
 
@@ -176,67 +180,68 @@ def _needs(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:
     if "export.answers" in value.settings:
         return words.answers is None
     if any(key in value.settings for key in ("data.cache_dir", "data.remote", "data.streaming")):
-        return words.bits is not None  # which is fitted to rows
+        return words.bits is not None  # its rounding is calibrated on rows
     return uses_model_alone(value, config)
 
 
-def pass_gates(config: RunConfig, typed: dict[str, Any], asked: ExportRequest) -> JudgedGates | None:
-    """What the gates of the run, and those typed beside them, say of the checkpoint. Errors: ConfigError, GateRefused."""
+def pass_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest) -> JudgedGates | None:
+    """The verdicts of the run's gates and of those on the command line on the checkpoint. Errors: ConfigError, GateRefused."""
     from trainer.checkpoints.layout import places_of, published
     from trainer.export.gates.bounds import OVERRIDE
     from trainer.export.gates.judge import GateRefused, judge, refuse, weights_at
 
-    if changed := [
-        name for name in typed.keys() & config.gates.keys() - {OVERRIDE} if typed[name] != config.gates[name]
-    ]:
-        raise ConfigError(
-            [
+    problems = []
+    for name in typed.keys() & config.gates.keys() - {OVERRIDE}:
+        if typed[name] != config.gates[name]:
+            problems.append(
                 f"gates: {name}: {typed[name]}: the run has {config.gates[name]}, which stays; gates.{OVERRIDE}=<why> exports it "
                 "all the same"
-                for name in changed
-            ]
-        )
+            )
+    if problems:
+        raise ConfigError(problems)
     gates = {**config.gates, **typed}
     if not gates.keys() - {OVERRIDE}:
         return None
-    if asked.averaged and OVERRIDE not in gates:
-        of = ", ".join(path.name for path in asked.averaged)
+    if request.averaged and OVERRIDE not in gates:
+        names = ", ".join(path.name for path in request.averaged)
         raise GateRefused(
-            f"gates: nothing was measured of the mean of {of}; export one checkpoint, or say with gates.{OVERRIDE}=<why> why it "
-            "may pass"
+            f"gates: nothing was measured of the mean of {names}; export one checkpoint, or say with gates.{OVERRIDE}=<why> why "
+            "it may pass"
         )
-    if asked.accepted and OVERRIDE not in gates:
+    if request.accepted and OVERRIDE not in gates:
         raise GateRefused(
-            f"gates: nothing was measured of {asked.checkpoint.name} on another base; leave accept out, or say with "
+            f"gates: nothing was measured of {request.checkpoint.name} on another base; leave accept out, or say with "
             f"gates.{OVERRIDE}=<why> why it may pass"
         )
     spare = config.checkpoint.fallback_dir
-    step = next(step for step, path in published(places_of(asked.run_dir, spare)) if path == asked.checkpoint)
-    judged = judge(gates, weights_at(asked.run_dir, step, spare), config.evaluation.tasks)
-    refuse(judged, f"{asked.run_dir}, {asked.checkpoint.name}")
-    for line in judged.refused:
-        print(f"gate passed over ({judged.override}): {line}", flush=True)
-    return judged
+    step = next(step for step, path in published(places_of(request.run_dir, spare)) if path == request.checkpoint)
+    gate_verdicts = judge(gates, weights_at(request.run_dir, step, spare), config.evaluation.tasks)
+    refuse(gate_verdicts, f"{request.run_dir}, {request.checkpoint.name}")
+    for line in gate_verdicts.refused:
+        print(f"gate passed over ({gate_verdicts.override}): {line}", flush=True)
+    return gate_verdicts
 
 
 def settle(config: RunConfig, words: ExportWords) -> None:
-    """Put what was asked for into the run's own export settings, and make it a run of one process."""
+    """Put the words into the run's own export settings, and make it a run of one process on the CPU."""
     from strategies.base import SingleConfig
     from trainer.config.gates import paper_words
     from trainer.config.run import Device
 
     for name in ("merge", "dtype", "max_shard_gib", "verify", "papers", "answers"):
-        chosen = getattr(words, name)
-        if chosen is not None:
-            setattr(config.export, name, chosen)
+        typed = getattr(words, name)
+        if typed is not None:
+            setattr(config.export, name, typed)
     problems = [line.removeprefix("export.") for line in paper_words(config)]
     if problems:
         raise ConfigError(problems)
-    config.strategy, config.run.device = SingleConfig(), Device.cpu  # the host has the room, and values are only copied
+    # The host has more memory than a GPU, and values are only copied.
+    config.strategy = SingleConfig()
+    config.run.device = Device.cpu
 
 
-def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig, *, looks: int = MOST_LOOKS) -> Path:
-    """The sealed directory of `last`, `best` or a step. Errors: ConfigError where there is none, or it is damaged.
+def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, looks: int = MOST_LOOKS) -> Path:
+    """The directory of the complete checkpoint `last`, `best` or a step. Errors: ConfigError if it is missing or damaged.
 
     A run that trains deletes old checkpoints: if `last` or `best` goes while it is read, the next one is taken, up to `looks`
     times.
@@ -244,35 +249,35 @@ def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig, *, look
     from trainer.checkpoints.layout import places_of, published
     from trainer.checkpoints.manifest import verify
 
-    there = dict(published(places_of(run_dir, config.fallback_dir)))
-    if not there:
+    checkpoints = dict(published(places_of(run_dir, config.fallback_dir)))
+    if not checkpoints:
         raise ConfigError(
             f"run.dir={run_dir}: has no checkpoints; they are written at the end (checkpoint.save_final=true) and as "
             "checkpoint.every_steps or checkpoint.every_minutes say"
         )
-    known = f"its checkpoints are {', '.join(map(str, there))}"
-    if asked == "best":
-        step = best_step(there)
-        if step not in there:
+    known = f"its checkpoints are {', '.join(map(str, checkpoints))}"
+    if which == "best":
+        step = best_step(checkpoints)
+        if step not in checkpoints:
             raise ConfigError(f"checkpoint=best: {run_dir} kept none (it needs evaluation.every_steps); {known}")
-    elif asked == "last":
-        step = max(there)
-    elif asked.isdigit() and int(asked) in there:
-        step = int(asked)
+    elif which == "last":
+        step = max(checkpoints)
+    elif which.isdigit() and int(which) in checkpoints:
+        step = int(which)
     else:
-        raise ConfigError(f"checkpoint={asked}: must be last, best or a step; {known}")
-    path = there[step]
+        raise ConfigError(f"checkpoint={which}: must be last, best or a step; {known}")
+    path = checkpoints[step]
     problem = verify(path, may_be_deleted=True)
-    if problem and not path.exists() and asked in ("last", "best") and looks > 1:
+    if problem and not path.exists() and which in ("last", "best") and looks > 1:
         print(
-            f"checkpoint={asked}: {path.name} was deleted meanwhile, since the run is still training; taking the next",
+            f"checkpoint={which}: {path.name} was deleted meanwhile, since the run is still training; taking the next",
             flush=True,
         )
-        return find_checkpoint(run_dir, asked, config, looks=looks - 1)
+        return find_checkpoint(run_dir, which, config, looks=looks - 1)
     if problem:
-        others = [each for each in there if each != step]
+        others = [other for other in checkpoints if other != step]
         instead = f"checkpoint=<step> takes another one of {others}" if others else "there is no other"
-        raise ConfigError(f"checkpoint={asked}: {path} {problem}; {instead}")
+        raise ConfigError(f"checkpoint={which}: {path} {problem}; {instead}")
     return path
 
 
@@ -286,7 +291,8 @@ def tell_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) 
 
     watch = config.evaluation.watch
     step = int(checkpoint.name.rpartition("-")[2])
-    before, best = at_step(run_dir, 0).get(watch), at_step(run_dir, step).get(watch)
+    before = at_step(run_dir, 0).get(watch)
+    best = at_step(run_dir, step).get(watch)
     if before is None or best is None:
         return
     gain = best - before if more_is_better(config) else before - best
@@ -298,37 +304,38 @@ def tell_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) 
         )
 
 
-def still_there(asked: ExportRequest, config: RunConfig) -> Path:
-    """The checkpoint to export; another one if the run, which goes on, has deleted it while the model was built.
+def still_there(request: ExportRequest, config: RunConfig) -> Path:
+    """The checkpoint to export; another one if the run, which still trains, deleted it while the model was built.
 
     Errors: ConfigError, also if gates were asked about the one that is gone.
     """
-    if asked.checkpoint.is_dir():
-        return asked.checkpoint
-    if asked.gates is not None:
+    if request.checkpoint.is_dir():
+        return request.checkpoint
+    if request.gates is not None:
         raise ConfigError(
-            f"checkpoint={asked.named}: {asked.checkpoint.name} was deleted meanwhile, since the run is still training, and "
+            f"checkpoint={request.named}: {request.checkpoint.name} was deleted meanwhile, since the run is still training, and "
             "the gates judged it; start the same command again"
         )
-    return find_checkpoint(asked.run_dir, asked.named, config.checkpoint)
+    return find_checkpoint(request.run_dir, request.named, config.checkpoint)
 
 
-def best_step(there: dict[int, Path]) -> int | None:
+def best_step(checkpoints: dict[int, Path]) -> int | None:
     """The best step, as the newest checkpoint says that can be read; a line for each newer one. Errors: ConfigError."""
     from strategies.saving import PROGRESS
     from strategies.state import read_header
     from trainer.checkpoints.manifest import verify
 
     problems = []
-    for step in sorted(there, reverse=True):
-        if (problem := verify(there[step], only=PROGRESS, may_be_deleted=True)) is None:
-            return read_header(there[step]).progress.best_step
-        problems.append(f"{there[step].name} {problem}")
+    for step in sorted(checkpoints, reverse=True):
+        problem = verify(checkpoints[step], only=PROGRESS, may_be_deleted=True)
+        if problem is None:
+            return read_header(checkpoints[step]).progress.best_step
+        problems.append(f"{checkpoints[step].name} {problem}")
         print(f"checkpoint=best: {problems[-1]}; asking the one before it", flush=True)
     raise ConfigError(f"checkpoint=best: no checkpoint can say which is the best ({'; '.join(problems[:3])})")
 
 
-def export(config: RunConfig, asked: ExportRequest) -> Prepared:
+def export(config: RunConfig, request: ExportRequest) -> Prepared:
     """Rebuild, load and write, as one process; the run's data. Errors: those of building, loading and writing."""
     from strategies import runtime as processes
     from trainer.config.run import kept_matmul
@@ -336,12 +343,12 @@ def export(config: RunConfig, asked: ExportRequest) -> Prepared:
     run = config.run
     runtime = processes.start("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config))
     try:
-        return _export(config, asked, runtime)
+        return _export(config, request, runtime)
     finally:
         processes.stop()
 
 
-def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepared:
+def _export(config: RunConfig, request: ExportRequest, runtime: Runtime) -> Prepared:
     from strategies.base import Precision
     from trainer.build.parts import build_engine
     from trainer.checkpoints.manifest import fingerprint
@@ -352,45 +359,46 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
     from trainer.session.run_data import data_of_run, data_record
 
     tokenizer = load_tokenizer(config.model)
-    record = record_of(asked.run_dir)
+    record = record_of(request.run_dir)
     trained_in = record.precision or config.precision
     if trained_in not in [*Precision]:
         raise ConfigError(
-            f"{asked.run_dir / RUN_RECORD}: its precision is {trained_in}, which is none of {', '.join(Precision)}; bring it back"
+            f"{request.run_dir / RUN_RECORD}: its precision is {trained_in}, which is none of {', '.join(Precision)}; "
+            "bring it back"
         )
     precision = Precision(trained_in)
     if precision in (Precision.auto, Precision.fp16):
         precision = Precision.fp32  # fp16 cannot be computed on a CPU, and masters are float32 anyway
-    recorded = data_record(asked.run_dir)
+    recorded = data_record(request.run_dir)
     config.objective, data, accepted_rows = data_of_run(
-        config, recorded, tokenizer, needed=asked.rows_needed, accept=asked.accept_data
+        config, recorded, tokenizer, needed=request.rows_needed, accept=request.accept_data
     )
     for line in accepted_rows:
         print(f"accepted: {line}", flush=True)
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(record.total_steps)
-    if not asked.averaged:
-        asked.checkpoint = still_there(asked, config)
-    progress = average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)
+    if not request.averaged:
+        request.checkpoint = still_there(request, config)
+    progress = average.load_mean(engine, request.averaged) if request.averaged else engine.load(request.checkpoint)
     # The run measured nothing of a mean of checkpoints, nor of a checkpoint on a base that has changed since.
-    as_trained = not asked.averaged and not asked.accepted
+    as_trained = not request.averaged and not request.accepted
     record = replace(record, label_names=data.label_names)
-    facts = gather(asked.run_dir, record, read_answers(config.export.answers)[0])
+    facts = gather(request.run_dir, record, read_answers(config.export.answers)[0])
     facts.step = progress.step
     facts.tokens = progress.tokens
     facts.as_trained = as_trained
-    facts.artefact = fingerprint(asked.checkpoint) if as_trained else None
-    facts.averaged_checkpoints = [path.name for path in asked.averaged]
-    facts.accepted = [*asked.accepted, *accepted_rows]
-    facts.gates = {} if asked.gates is None else asked.gates.record()
-    facts.benchmarks = asked.benchmarks
+    facts.artefact = fingerprint(request.checkpoint) if as_trained else None
+    facts.averaged_checkpoints = [path.name for path in request.averaged]
+    facts.accepted = [*request.accepted, *accepted_rows]
+    facts.gates = {} if request.gates is None else request.gates.record()
+    facts.benchmarks = request.benchmarks
     write_export(
         engine,
         built,
         tokenizer,
         base_path=str(weights_directory(config.model)),
-        destination=asked.to,
+        destination=request.to,
         config=config.export,
         facts=facts,
         runtime=runtime,

@@ -32,7 +32,7 @@ class GgufRequest:
     name: str
 
 
-def wanted(words: ExportWords, config: RunConfig) -> GgufRequest | None:
+def gguf_request(words: ExportWords, config: RunConfig) -> GgufRequest | None:
     """What the words ask for; None if they ask for none. Raises ConfigError before anything is written."""
     if words.gguf is None:
         return None
@@ -43,13 +43,13 @@ def wanted(words: ExportWords, config: RunConfig) -> GgufRequest | None:
     return GgufRequest(words.gguf, converter, words.run.resolve().name)
 
 
-def waits(directory: Path, words: ExportWords, checkpoints: list[Path]) -> bool:
+def waits_for_gguf(directory: Path, words: ExportWords, checkpoints: list[Path]) -> bool:
     """Whether the directory holds this very export, whole, and only its GGUF file is lacking."""
     try:
-        kept = json.loads((directory / MARKER).read_text(encoding="utf-8"))
+        waiting_export = json.loads((directory / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(kept == _export_key(words, checkpoints))
+    return bool(waiting_export == _export_key(words, checkpoints))
 
 
 def note_waiting(directory: Path, words: ExportWords, checkpoints: list[Path]) -> None:
@@ -68,19 +68,21 @@ def _export_key(words: ExportWords, checkpoints: list[Path]) -> dict[str, Any]:
     return {"words": deciding, "checkpoints": [path.name for path in checkpoints]}
 
 
-def write(asked: GgufRequest, directory: Path, *, verify: bool) -> Path:
+def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
     """Write it, and say how it went; the file. Raises ShardtuneError, DriftError."""
     from trainer.export.gguf import verify_gguf, write_gguf
 
     if not (directory / "config.json").is_file():
         raise ConfigError(
-            f"gguf={asked.kind}: {directory} is an adapter, and this method cannot be folded into its base"
+            f"gguf={request.kind}: {directory} is an adapter, and this method cannot be folded into its base"
         )
-    file, lacking = write_gguf(directory, asked.name, asked.kind, asked.converter)
+    file, lacking = write_gguf(directory, request.name, request.kind, request.converter)
     print(
-        f"gguf:   {file}, {file.stat().st_size:,} bytes; {verify_gguf(file, asked.kind) if verify else 'not verified'}"
+        f"gguf:   {file}, {file.stat().st_size:,} bytes; {verify_gguf(file, request.kind) if verify else 'not verified'}"
     )
-    print(f"ollama: cd {file.parent} && ollama create {asked.name} -f Modelfile" + (f" ({lacking})" if lacking else ""))
+    print(
+        f"ollama: cd {file.parent} && ollama create {request.name} -f Modelfile" + (f" ({lacking})" if lacking else "")
+    )
     return file
 
 
@@ -92,7 +94,7 @@ def _refuse_adapter(word: str, config: RunConfig) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Few:
+class FewBitsRequest:
     """The type that `bits=` asks for."""
 
     kind: FewBits
@@ -100,7 +102,7 @@ class Few:
     """Of the environment that stores it, where that is another one."""
 
 
-def wanted_bits(words: ExportWords, config: RunConfig) -> Few | None:
+def few_bits_request(words: ExportWords, config: RunConfig) -> FewBitsRequest | None:
     """The type that `bits=` asks for. Raises ConfigError before anything is written."""
     if words.bits is None:
         return None
@@ -109,7 +111,7 @@ def wanted_bits(words: ExportWords, config: RunConfig) -> Few | None:
 
     kind = check_few_bits(words.bits)
     _refuse_adapter(f"bits={words.bits}", config)
-    return Few(kind, find_python(words.bits_python) if kind.apart else None)
+    return FewBitsRequest(kind, find_python(words.bits_python) if kind.stored_by_other_python else None)
 
 
 def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
@@ -132,20 +134,20 @@ def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
     refuse_unsupported_4bit(f"bits={kind}", model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def rows_needed(asked: Few) -> RowsNeeded:
+def rows_needed(request: FewBitsRequest) -> RowsNeeded:
     """Which rows of the run the type reads, and what for."""
     from trainer.export.quantised import CALIBRATING, DOCUMENTS
     from trainer.session.run_data import RowsNeeded
 
     purpose = (
-        f"bits={asked.kind} measures its loss on {DOCUMENTS} held-out documents of the run, or on as many of training"
+        f"bits={request.kind} measures its loss on {DOCUMENTS} held-out documents of the run, or on as many of training"
     )
-    if asked.kind.apart:
+    if request.kind.stored_by_other_python:
         purpose += f", and fits its roundings to the first {CALIBRATING} documents of training"
-    return RowsNeeded(purpose, f"Leave bits={asked.kind} out")
+    return RowsNeeded(purpose, f"Leave bits={request.kind} out")
 
 
-def write_bits(asked: Few, directory: Path, data: Prepared) -> Path:
+def write_bits(request: FewBitsRequest, directory: Path, data: Prepared) -> Path:
     """Write it, and say what it costs on held-out documents, or on those of the training where none were held out; the folder.
 
     What is fitted to rows is fitted to the first ones of the training.
@@ -154,15 +156,15 @@ def write_bits(asked: Few, directory: Path, data: Prepared) -> Path:
     from trainer.export.llm_compressor import Compressor
     from trainer.export.quantised import CALIBRATING, DOCUMENTS, TOKENS, write_few_bits
 
-    kind = asked.kind
+    kind = request.kind
     if find_export(str(directory)).base is not None:
         raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be folded into its base")
     measured = data.train if data.evaluation is None else data.evaluation
     samples = [measured.sample(number) for number in range(min(len(measured), DOCUMENTS))]
     compressor = None
-    if asked.python is not None:
+    if request.python is not None:
         seen = [data.train.sample(number) for number in range(min(len(data.train), CALIBRATING))]
-        compressor = Compressor(asked.python, [sample.input_ids[:TOKENS].tolist() for sample in seen])
+        compressor = Compressor(request.python, [sample.input_ids[:TOKENS].tolist() for sample in seen])
     folder, cost = write_few_bits(
         directory, kind, samples, "training" if data.evaluation is None else "held-out", compressor
     )

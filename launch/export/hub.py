@@ -19,18 +19,18 @@ PREFIX = "hub:"
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where it is pushed to."""
+class HubTarget:
+    """The repository that an export is pushed to, and the folder that is pushed."""
 
     name: str
     private: bool
     folder: Path
-    dry: bool
+    is_dry_run: bool
     exists: bool = False
 
 
-def target(words: ExportWords) -> Target | None:
-    """What `to=hub:` asks for, looked up at the hub unless it is a dry run; None for a directory. Raises ConfigError."""
+def hub_target(words: ExportWords) -> HubTarget | None:
+    """The repository of `to=hub:`, looked up at the hub unless it is a dry run; None for a directory. Raises ConfigError."""
     to = words.to or ""
     if not to.startswith(PREFIX):
         return None
@@ -46,22 +46,23 @@ def target(words: ExportWords) -> Target | None:
         raise ConfigError(f"to={to}: name the owner too, as to=hub:<owner>/{name}")
     folder = words.run / "hub" / name.replace("/", "--")
     if words.dry_run or _offline():
-        return Target(name, words.hub_private, folder, True)
-    return Target(name, words.hub_private, folder, False, _exists(name, words.hub_private))
+        return HubTarget(name, words.hub_private, folder, True)
+    return HubTarget(name, words.hub_private, folder, False, _exists(name, words.hub_private))
 
 
 def benchmarks_of(typed: str) -> dict[str, str]:
-    """`{task: <owner>/<data set>[/<task there>]}`, what `benchmarks=` takes, by task. Raises ConfigError."""
+    """The data sets of `benchmarks={task: <owner>/<data set>[/<task there>]}`, by task. Raises ConfigError."""
     import yaml
 
     try:
-        found = yaml.safe_load(typed)
-        assert isinstance(found, dict) and all(str(value).count("/") in (1, 2) for value in found.values())
+        data_sets = yaml.safe_load(typed)
+        assert isinstance(data_sets, dict)
+        assert all(str(data_set).count("/") in (1, 2) for data_set in data_sets.values())
     except (yaml.YAMLError, AssertionError):
         raise ConfigError(
             f"benchmarks={typed}: must be data sets of the hub by task, as benchmarks='{{facts: owner/name}}' or owner/name/task"
         ) from None
-    return {str(task): str(value) for task, value in found.items()}
+    return {str(task): str(data_set) for task, data_set in data_sets.items()}
 
 
 def _offline() -> bool:
@@ -69,7 +70,7 @@ def _offline() -> bool:
 
 
 def _exists(name: str, private: bool) -> bool:
-    """Whether the repository is there. Raises before anything is written where it could not be pushed to."""
+    """Whether the repository exists. Raises, before anything is written, if it could not be pushed to."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -79,58 +80,58 @@ def _exists(name: str, private: bool) -> bool:
         )
     api = HfApi()
     try:
-        found = api.repo_info(name)
+        repository = api.repo_info(name)
     except RepositoryNotFoundError:
         return False
     except Exception as error:  # the hub's client has errors of httpx beside its own
-        raise _failed(name, api.endpoint, error) from error
-    if private and found.private is False:
+        raise _hub_error(name, api.endpoint, error) from error
+    if private and repository.private is False:
         raise ConfigError(
             f"to=hub:{name}: is there already, and public; say hub.private=false to push to it, or name another repository"
         )
     return True
 
 
-def _failed(name: str, endpoint: str, error: Exception) -> ShardtuneError:
+def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
     from huggingface_hub.errors import HfHubHTTPError
 
-    said = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split())[:200]
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return ConfigError(f"to=hub:{name}: the token may not write there ({said}); give one that may (HF_TOKEN)")
+        return ConfigError(f"to=hub:{name}: the token may not write there ({reason}); give one that may (HF_TOKEN)")
     return ShardtuneError(
-        f"to=hub:{name}: {endpoint} cannot be used ({type(error).__name__}: {said}); try again, or with --dry-run, offline"
+        f"to=hub:{name}: {endpoint} cannot be used ({type(error).__name__}: {reason}); try again, or with --dry-run, offline"
     )
 
 
-def push(asked: Target) -> str | None:
+def push(target: HubTarget) -> str | None:
     """List the folder, and push it unless it is a dry run; the commit's address. Raises ShardtuneError where the hub fails."""
-    files = sorted(path for path in asked.folder.rglob("*") if path.is_file())
-    sizes = {path.relative_to(asked.folder).as_posix(): path.stat().st_size for path in files}
+    files = sorted(path for path in target.folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}
     rows = [TableRow((f"{size:,}", name)) for name, size in sizes.items()]
     print("\n".join(table((Column(is_number=True), Column()), rows, indent=2)))
     what = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
-    kind = "private" if asked.private else "public"
-    if asked.dry:
+    kind = "private" if target.private else "public"
+    if target.is_dry_run:
         again = "without --dry-run" if not _offline() else "with a network, without HF_HUB_OFFLINE"
         print(
-            f"not pushed: {what} would go to the {kind} repository {asked.name}; the same command {again} pushes them"
+            f"not pushed: {what} would go to the {kind} repository {target.name}; the same command {again} pushes them"
         )
         return None
-    print(f"pushing {what} to the {kind} repository {asked.name}", flush=True)
-    address = str(_pushed(asked))
+    print(f"pushing {what} to the {kind} repository {target.name}", flush=True)
+    address = str(_push_folder(target))
     print(f"pushed: {address}")
     return address
 
 
-def _pushed(asked: Target) -> Any:
+def _push_folder(target: HubTarget) -> Any:
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
-        if not asked.exists:
-            api.create_repo(asked.name, private=asked.private, exist_ok=False)
+        if not target.exists:
+            api.create_repo(target.name, private=target.private, exist_ok=False)
         return api.upload_folder(
-            repo_id=asked.name, folder_path=asked.folder, commit_message="Export by shardtune"
+            repo_id=target.name, folder_path=target.folder, commit_message="Export by shardtune"
         ).commit_url
     except Exception as error:  # the hub's client has errors of httpx beside its own
-        raise _failed(asked.name, api.endpoint, error) from error
+        raise _hub_error(target.name, api.endpoint, error) from error

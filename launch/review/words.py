@@ -193,7 +193,7 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
 
     `directory`: the run or model of the arm; None for the run under review itself.
     """
-    from launch.evaluate.words import plan, sort
+    from launch.evaluate.words import make_plan, parse_words
     from launch.review.sheet import BASE
 
     task = "evaluation.tasks.answers"
@@ -214,10 +214,10 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
             words.append(f"against={BASE}")
     else:
         words.append(directory if is_run else f"model.path={directory}")
-    sorted_words = sort(words)
+    sorted_words = parse_words(words)
     sorted_words.command = request.command
     sorted_words.prefix = "" if directory is None else ARMS
-    evaluation = plan(sorted_words)
+    evaluation = make_plan(sorted_words)
     evaluation.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review.write)
     evaluation.job = replace(evaluation.job, kept=False)
     return evaluation

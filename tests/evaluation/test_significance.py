@@ -95,7 +95,7 @@ def test_a_family_of_metrics_that_are_no_ratio_is_exchanged_too():
 
 def test_against_a_number_alone_a_family_has_wider_intervals():
     mine = np.random.default_rng(0).normal(2.2, 1.0, 10000)
-    alone, many = (unpaired_difference(2.2, 0.0, mine, greater=None, among=among) for among in (1, 20))
+    alone, many = (unpaired_difference(2.2, 0.0, mine, greater=None, family_size=size) for size in (1, 20))
     assert (alone.verdict, many.verdict) == ("differs", "no difference shown") and alone.low == many.low
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launch.export.command import export_words
-from launch.export.gguf import wanted_bits
+from launch.export.gguf import few_bits_request
 from strategies.errors import ConfigError, ShardtuneError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
@@ -64,7 +64,7 @@ def test_it_is_called_offline_with_rows_of_the_training_and_its_files_are_read_b
     folder, cost = write_few_bits(directory, FewBits.llmcompressor_w8a8, SAMPLES, "held-out", compressor)
     job = json.loads((tmp_path / "job.json").read_text())
     assert job["scheme"] == "W8A8" and job["rows"] == ROWS and job["probe"] == list(ids)
-    assert cost.before == cost.after and cost.apart < 1e-6 and (folder / "tokenizer.json").is_file()
+    assert cost.before == cost.after and cost.max_logit_difference < 1e-6 and (folder / "tokenizer.json").is_file()
     assert "By llm-compressor, in `llmcompressor_w8a8/`: loss" in (folder / "README.md").read_text()
 
     with pytest.raises(ShardtuneError, match=r"llm-compressor cannot store.*failed with 1: .*size 40 is not divisible"):
@@ -97,14 +97,14 @@ def test_what_does_not_go_is_told_before_anything_is_written(words, said, monkey
     (run / "config.yaml").touch()
     with pytest.raises(ConfigError, match=said):
         typed, _ = export_words([str(run), *(f"{key}={text}" for key, text in words.items())])
-        wanted_bits(typed, RunConfig())
+        few_bits_request(typed, RunConfig())
 
 
 @pytest.mark.skipif(
     "SHARDTUNE_LLM_COMPRESSOR" not in os.environ or find_spec("compressed_tensors") is None,
     reason="needs llm-compressor's Python (SHARDTUNE_LLM_COMPRESSOR) and compressed-tensors here",
 )
-@pytest.mark.parametrize("kind", [kind for kind in FewBits if kind.apart])
+@pytest.mark.parametrize("kind", [kind for kind in FewBits if kind.stored_by_other_python])
 def test_what_the_real_one_stores_has_the_values_of_its_scheme(tmp_path, kind):
     directory = made(tmp_path, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
     rows = [list(range(5, 5 + size)) for size in (30, 200, 90, 9)]

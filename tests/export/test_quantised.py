@@ -84,7 +84,7 @@ def test_values_are_those_of_the_scheme_and_the_cost_is_that_of_the_files(export
 
 
 def test_files_that_compute_something_else_are_not_written(export, samples, monkeypatch):
-    load = quantised._load
+    load = quantised._load_model
 
     def damaged(directory, **how):
         model = load(directory, **how)
@@ -92,7 +92,7 @@ def test_files_that_compute_something_else_are_not_written(export, samples, monk
             model.lm_head.weight.data *= 1.2
         return model
 
-    monkeypatch.setattr(quantised, "_load", damaged)
+    monkeypatch.setattr(quantised, "_load_model", damaged)
     before = {path.name: path.stat().st_mtime_ns for path in export.rglob("*")}
     with pytest.raises(DriftError, match=r"logits differ by 2\.0e-01 of the largest"):
         write_few_bits(export, FewBits.torchao_int8, samples, "held-out")

@@ -16,7 +16,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.helpers.uncompiled import bitsandbytes
-from trainer.export.verify import DriftError, probe_ids, reference_logits, shifted, verify_export
+from trainer.export.verify import DriftError, probe_ids, reference_logits, shift_right, verify_export
 from trainer.model.config import Quantisation
 from trainer.model.quantisation import QuantisedLinear, Scheme
 from trainer.objectives.seq2seq import Seq2seqConfig
@@ -163,7 +163,7 @@ def test_modules_that_stay_in_float32_are_those_of_transformers(name, tmp_path, 
     ids = torch.tensor([probe_ids(tokenizer)])
     theirs.train()
     with torch.no_grad():
-        expected = theirs(input_ids=ids, decoder_input_ids=shifted(ids, built.two_sides.decoder_start)).logits[0]
+        expected = theirs(input_ids=ids, decoder_input_ids=shift_right(ids, built.two_sides.decoder_start)).logits[0]
     assert_same_logits(logits, expected)
 
 

@@ -8,7 +8,7 @@ from trainer.evaluation.base import EvaluationConfig
 
 
 def check_watched_metric(settings: EvaluationConfig, values: dict[str, float]) -> None:
-    """Raise ConfigError where the watched metric is none of those that an evaluation yields."""
+    """Raise ConfigError if the evaluation did not yield the watched metric."""
     if settings.watch not in values:
         raise ConfigError(
             f"evaluation.watch={settings.watch}: the evaluation yields {', '.join(values)}; watch one of them"
@@ -16,20 +16,22 @@ def check_watched_metric(settings: EvaluationConfig, values: dict[str, float]) -
 
 
 def record_evaluation(settings: EvaluationConfig, progress: Progress, values: dict[str, float]) -> bool:
-    """Let the progress know of an evaluation; whether it is the best so far."""
+    """Record an evaluation in the progress; returns whether it is the best so far."""
     value = values[settings.watch]
     gain = float("inf") if progress.best_metric is None else progress.best_metric - value
     if settings.greater_is_better and progress.best_metric is not None:
         gain = -gain
     if gain > settings.min_delta:
-        progress.best_metric, progress.best_step, progress.stale_evaluations = value, progress.step, 0
+        progress.best_metric = value
+        progress.best_step = progress.step
+        progress.stale_evaluations = 0
         return True
     progress.stale_evaluations += 1
     return False
 
 
 def early_stopping_reason(settings: EvaluationConfig, progress: Progress) -> str | None:
-    """What is said where the metric has not improved for too many evaluations."""
+    """Why training stops early, if the watched metric has not improved for `patience` evaluations; else None."""
     if settings.patience == 0 or progress.stale_evaluations < settings.patience:
         return None
     return (

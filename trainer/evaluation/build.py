@@ -1,4 +1,4 @@
-"""Makes the evaluators that a run asks for."""
+"""Builds the evaluators of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def build_evaluators(
     runtime: Runtime,
     watch_for_stop: Callable[[], Callable[[], bool]],
 ) -> list[Evaluator]:
-    """Loss and, where asked for, generated answers; none without held-out data.
+    """The evaluator of the loss and, if configured, that of generated answers; none without held-out data.
 
-    `watch_for_stop` makes for each of them what all ranks ask alike.
+    `watch_for_stop` makes, for each of them, a function that says on all ranks alike whether the run must stop.
     """
     if held_out is None or len(held_out) == 0:
         return []
     reading = built.reading
     parts = evaluation_parts(held_out, generates=config.generate.samples > 0)
-    told_apart = [name for names in parts.values() for name in names.values()]
-    if config.watch.count("/") > 1 and config.watch not in {*told_apart, *metric_directions(config.tasks)}:
-        there = f"of their parts there are {', '.join(told_apart)}"
-        if not told_apart:
-            there = f"all {len(held_out)} are of one source ({', '.join(sources_in(held_out).values())}); "
-            there += "watch eval/loss, draw others by run.seed, hold out more, or name sets in data.eval_path"
-        raise ConfigError(f"evaluation.watch={config.watch}: the evaluation documents have no such part; {there}")
+    part_metrics = [name for names in parts.values() for name in names.values()]
+    if config.watch.count("/") > 1 and config.watch not in {*part_metrics, *metric_directions(config.tasks)}:
+        known = f"of their parts there are {', '.join(part_metrics)}"
+        if not part_metrics:
+            known = f"all {len(held_out)} are of one source ({', '.join(sources_in(held_out).values())}); "
+            known += "watch eval/loss, draw others by run.seed, hold out more, or name sets in data.eval_path"
+        raise ConfigError(f"evaluation.watch={config.watch}: the evaluation documents have no such part; {known}")
     share = EvalShare(
         config.batch,
         engine.dp_rank,
@@ -60,33 +60,37 @@ def build_evaluators(
         reading.sequences_per_document,
         by_source=bool(parts),
     )
-    batches, counts = partial(eval_batches, held_out, share, built.collator, runtime.device), held_out.counts["loss"]
-    covered = share.sequences(held_out)
-    evaluator = LossEvaluator(
+    batches = partial(eval_batches, held_out, share, built.collator, runtime.device)
+    sequences = share.sequences(held_out)
+    loss_evaluator = LossEvaluator(
         batches,
-        count=exact_sum(counts[covered]),
+        count=exact_sum(held_out.counts["loss"][sequences]),
         prefix="eval",
         perplexity=built.step_module.objective.perplexity,
         stop_now=watch_for_stop(),
         ahead=None if reading.ahead is None else partial(batches, ahead=reading.ahead),
-        parts=[EvaluationPart(n, _loss_targets(held_out, covered, n), names) for n, names in parts.items()],
+        parts=[
+            EvaluationPart(source, _loss_targets(held_out, sequences, source), names) for source, names in parts.items()
+        ],
     )
-    found: list[Evaluator] = [evaluator]
+    evaluators: list[Evaluator] = [loss_evaluator]
     if config.generate.samples:
-        named, sides = bool(held_out.manifest.get("sets")), built.two_sides
-        asked = EvalShare(config.batch, engine.dp_rank, engine.dp_size, config.generate.samples, by_source=named)
-        found.append(
-            GenerationEvaluator(
-                held_out,
-                asked,
-                tokenizer,
-                config.generate,
-                generation_config=generation_config(model, built.config, sides.decoder_start if sides else None),
-                runtime=runtime,
-                stop_now=watch_for_stop(),
-            )
+        has_named_sets = bool(held_out.manifest.get("sets"))
+        answered = EvalShare(
+            config.batch, engine.dp_rank, engine.dp_size, config.generate.samples, by_source=has_named_sets
         )
-    return found
+        decoder_start = built.two_sides.decoder_start if built.two_sides else None
+        generation_evaluator = GenerationEvaluator(
+            held_out,
+            answered,
+            tokenizer,
+            config.generate,
+            generation_config=generation_config(model, built.config, decoder_start),
+            runtime=runtime,
+            stop_now=watch_for_stop(),
+        )
+        evaluators.append(generation_evaluator)
+    return evaluators
 
 
 def build_model_interface(
@@ -99,11 +103,11 @@ def build_model_interface(
     runtime: Runtime,
     stop_now: Callable[[], bool],
 ) -> ModelInterface:
-    """The model of an engine as tasks ask it. `labels` are those of a classifier's head, by their ids."""
-    sides = built.two_sides
+    """The model of an engine, as tasks see it. `labels` are those of a classification head, by their ids."""
+    decoder_start = built.two_sides.decoder_start if built.two_sides else None
     writer = Writer(
         encoder.tokenizer,
-        generation_config(model, built.config, sides.decoder_start if sides else None),
+        generation_config(model, built.config, decoder_start),
         runtime,
         batch=config.batch,
         stop_now=stop_now,
@@ -117,7 +121,7 @@ def build_model_interface(
         writer=writer,
         encoder=encoder,
         runtime=runtime,
-        max_positions=None if sides else positions,
+        max_positions=None if built.two_sides else positions,
         label_names=labels,
         stop_now=stop_now,
         batch=config.batch,
@@ -126,16 +130,22 @@ def build_model_interface(
 
 
 def evaluation_parts(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
-    """What of the evaluation documents is told apart, by number of the source: metric -> its name; nothing of a single source.
+    """The parts of the evaluation documents that have metrics of their own, by number of the source: metric -> full name.
 
-    Not among them are metrics whose terms depend on counts of the whole set.
+    Empty for a single source. Metrics whose terms depend on counts of the whole set are left out.
     """
     sources = sources_in(held_out)
-    if held_out.manifest.get("sets"):  # named in data.eval_path, even a single one
-        metrics = ("loss", "perplexity", "accuracy", "f1_macro", "f1_micro", *(("bleu", "rougeL") if generates else ()))
+    if held_out.manifest.get("sets"):  # named in data.eval_path: reported by name even if there is one alone
+        metrics = ["loss", "perplexity", "accuracy", "f1_macro", "f1_micro"]
+        if generates:
+            metrics += ["bleu", "rougeL"]
         return {number: {metric: f"eval/{name}/{metric}" for metric in metrics} for number, name in sources.items()}
-    return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()} if len(sources) > 1 else {}
+    if len(sources) < 2:
+        return {}
+    return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()}
 
 
-def _loss_targets(held_out: TokenDataset, covered: np.ndarray, source: int) -> float:
-    return exact_sum(held_out.counts["loss"][covered[held_out.sources[covered] == source]])
+def _loss_targets(held_out: TokenDataset, sequences: np.ndarray, source: int) -> float:
+    """The denominator of the loss of one source, over the evaluated sequences."""
+    of_source = sequences[held_out.sources[sequences] == source]
+    return exact_sum(held_out.counts["loss"][of_source])

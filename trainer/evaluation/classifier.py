@@ -14,48 +14,49 @@ if TYPE_CHECKING:
     from strategies.runtime import Runtime
 
 TOXIC_LABELS = ("toxic", "toxicity", "hate", "offensive", "hateful")
-"""Labels that are taken without being named."""
+"""Names of labels (in small letters) that mean toxic, so that the option need not name the label."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierLabels:
-    """What a classifier's config.json says of its labels."""
+    """The labels of a classifier, from its config.json."""
 
     names: list[str]
     is_multi_label: bool
-    """Whether each label is judged by itself (a sigmoid), not one against the others (a softmax)."""
+    """Whether each label has its own probability (sigmoid) and not all labels share one (softmax)."""
 
     @classmethod
     def from_directory(cls, directory: Path, key: str) -> ClassifierLabels:
-        """That of a directory. Raises ConfigError where it holds no sequence classifier."""
+        """The labels of the classifier in a directory. Raises ConfigError if there is no sequence classifier."""
         try:
             config = read_object(directory / "config.json")
-            names = [str(name) for name in config.get("architectures") or []]
-            known = config.get("id2label") or {}
-            labels = [str(known[number]) for number in sorted(known, key=int)]
+            architectures = [str(name) for name in config.get("architectures") or []]
+            label_by_id = config.get("id2label") or {}
+            labels = [str(label_by_id[number]) for number in sorted(label_by_id, key=int)]
         except (ConfigError, ValueError, AttributeError, TypeError) as error:
             raise ConfigError(f"{key}={directory}: has no config.json that can be read ({error})") from None
-        if not any(name.endswith("ForSequenceClassification") for name in names):
-            said = ", ".join(names) or "no architecture"
+        if not any(name.endswith("ForSequenceClassification") for name in architectures):
+            listed = ", ".join(architectures) or "no architecture"
             raise ConfigError(
-                f"{key}={directory}: is {said}; it must be a ...ForSequenceClassification of transformers"
+                f"{key}={directory}: is {listed}; it must be a ...ForSequenceClassification of transformers"
             )
-        labels = labels or ["LABEL_0", "LABEL_1"]  # transformers' own, which it does not write down
-        return cls(labels, config.get("problem_type") == "multi_label_classification" or len(labels) == 1)
+        labels = labels or ["LABEL_0", "LABEL_1"]  # transformers' defaults, which it does not write
+        is_multi_label = config.get("problem_type") == "multi_label_classification"
+        return cls(labels, is_multi_label or len(labels) == 1)
 
     def label_number(self, label: Any, key: str) -> int:
-        """Which label is meant, None for the usual ones. Raises ConfigError with those that there are."""
-        there = ", ".join(self.names)
+        """The number of a label; None looks for the one that means toxic. Raises ConfigError that lists the labels."""
+        known = ", ".join(self.names)
         if label is not None:
             if str(label) not in self.names:
-                raise ConfigError(f"{key}={label}: the classifier has no such label; it has {there}")
+                raise ConfigError(f"{key}={label}: the classifier has no such label; it has {known}")
             return self.names.index(str(label))
-        usual = [number for number, name in enumerate(self.names) if name.lower() in TOXIC_LABELS]
         if len(self.names) == 1:
             return 0
-        if len(usual) != 1:
-            raise ConfigError(f"{key}: not set, and which label is the toxic one is not plain; name one of {there}")
-        return usual[0]
+        toxic = [number for number, name in enumerate(self.names) if name.lower() in TOXIC_LABELS]
+        if len(toxic) != 1:
+            raise ConfigError(f"{key}: not set, and which label is the toxic one is not plain; name one of {known}")
+        return toxic[0]
 
 
 class Classifier:
@@ -75,7 +76,7 @@ class Classifier:
         self.model.float().eval().to(runtime.device)
         positions = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
         self.max_tokens = int(min(self.tokenizer.model_max_length, max(8, positions - 2)))  # RoBERTa's begin at 2
-        """Most tokens of a text that it reads."""
+        """Longer texts are cut to this many tokens."""
 
     def probabilities(self, texts: Sequence[str], label: int) -> list[tuple[float, bool]]:
         """(probability of the label, whether the text was cut) of each text, the same on every rank. All ranks must call."""
@@ -83,19 +84,23 @@ class Classifier:
 
         from strategies.runtime import gather_objects
 
-        found: dict[int, tuple[float, bool]] = {}
-        mine = sorted(range(self.runtime.rank, len(texts), self.runtime.world_size), key=lambda n: len(texts[n]))
-        for begin in range(0, len(mine), self.batch):
-            turn = mine[begin : begin + self.batch]
-            some = [texts[number] for number in turn]
-            sizes = [len(ids) for ids in self.tokenizer(some)["input_ids"]]
+        own_results: dict[int, tuple[float, bool]] = {}
+        own_numbers = range(self.runtime.rank, len(texts), self.runtime.world_size)
+        by_length = sorted(own_numbers, key=lambda number: len(texts[number]))  # little padding in a batch
+        for begin in range(0, len(by_length), self.batch):
+            numbers = by_length[begin : begin + self.batch]
+            batch_texts = [texts[number] for number in numbers]
+            lengths = [len(ids) for ids in self.tokenizer(batch_texts)["input_ids"]]
             inputs = self.tokenizer(
-                some, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+                batch_texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
             )
             with torch.inference_mode():
                 logits = self.model(**inputs.to(self.runtime.device)).logits.float()
-            likely = logits.sigmoid() if self.labels.is_multi_label else logits.softmax(-1)
-            cut = [size > self.max_tokens for size in sizes]
-            found |= dict(zip(turn, zip(likely[:, label].tolist(), cut, strict=True), strict=True))
-        together = {number: said for part in gather_objects(found, self.runtime) for number, said in part.items()}
-        return [together[number] for number in range(len(texts))]
+            all_probabilities = logits.sigmoid() if self.labels.is_multi_label else logits.softmax(-1)
+            probabilities = all_probabilities[:, label].tolist()
+            for number, probability, length in zip(numbers, probabilities, lengths, strict=True):
+                own_results[number] = (probability, length > self.max_tokens)
+        results: dict[int, tuple[float, bool]] = {}
+        for rank_results in gather_objects(own_results, self.runtime):
+            results |= rank_results
+        return [results[number] for number in range(len(texts))]

@@ -29,50 +29,64 @@ _GOLDEN = -7046029254386353131
 
 
 def generation_settings(base: Any, settings: WritingConfig, tokenizer: Any) -> Any:
-    """The model's own generation settings with the number of new tokens and beams asked for, and without its own sampling.
+    """The model's own generation settings, with our lengths and beams, and without its sampling.
 
-    A stop string that is a token which is not shown (`<|im_end|>`) ends an answer as a token.
+    A stop string that is a special token (`<|im_end|>`) ends an answer as a token, since decoded text does not show it.
     """
     config = copy.deepcopy(base)
-    config.max_new_tokens, config.max_length, config.num_beams = settings.max_new_tokens, None, settings.beams
-    config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+    config.max_new_tokens = settings.max_new_tokens
+    config.max_length = None
     config.min_length = min(config.min_length or 0, settings.max_new_tokens)
-    config.return_dict_in_generate, config.num_return_sequences = False, 1
+    config.num_beams = settings.beams
+    # Sampling is greedy search over logits with noise (see the head of this file).
+    config.do_sample = False
+    config.temperature = None
+    config.top_p = None
+    config.top_k = None
+    config.return_dict_in_generate = False
+    config.num_return_sequences = 1
     config.disable_compile = True  # else transformers compiles a model with a static cache on a GPU, shards and all
     config.pad_token_id = tokenizer.pad_token_id
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
-    if hidden := [s for s in settings.stop if s in tokenizer.all_special_tokens]:
-        config.eos_token_id = sorted(ending_ids(config) | {*tokenizer.convert_tokens_to_ids(hidden)})
+    special_stops = [text for text in settings.stop if text in tokenizer.all_special_tokens]
+    if special_stops:
+        config.eos_token_id = sorted(ending_ids(config) | {*tokenizer.convert_tokens_to_ids(special_stops)})
     return config
 
 
 def ending_ids(config: Any) -> frozenset[int]:
     """The tokens that end an answer."""
     ends = config.eos_token_id
-    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
+    if ends is None:
+        return frozenset()
+    return frozenset(ends if isinstance(ends, list) else [ends])
 
 
 class GenerateAnswers:
-    """Stands in for the objective of a step module: answers instead of a loss."""
+    """Takes the place of the objective in a step module: writes answers instead of computing a loss.
+
+    `synced`: every forward pass is a collective, so a rank whose answers are finished keeps calling until all ranks are.
+    """
 
     def __init__(self, config: Any, settings: WritingConfig, tokenizer: Any, *, synced: bool) -> None:
         self.config, self.settings, self.tokenizer, self.synced = config, settings, tokenizer, synced
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`answers`, `[S, M]`: new tokens, filled up on the right. `batch["seeds"]` has a seed for each row, and `room`, where
-        it is there, the most new tokens.
+        """`answers`, `[S, M]`: new tokens, padded on the right.
+
+        `batch["seeds"]` has a seed for each row; `batch["room"]`, if it is there, is the largest number of new tokens.
         """
         from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-        whole: Any = plain_model(model)
+        causal_model: Any = plain_model(model)
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        begin = 1 if whole.config.is_encoder_decoder else prompts["input_ids"].shape[1]
+        begin = 1 if causal_model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
         criteria = [StopAtText(self.tokenizer, self.settings.stop, begin)] if self.settings.stop else []
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("room", config.max_new_tokens)
-        with stock_attention(whole):
-            ids = whole.generate(
+        with stock_attention(causal_model):
+            ids = causal_model.generate(
                 **prompts,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*self._processors(batch["seeds"], begin)]),
@@ -84,40 +98,44 @@ class GenerateAnswers:
     def _processors(self, seeds: Sequence[int], begin: int) -> Iterator[Any]:
         from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-        asked = self.settings
-        if asked.temperature == 0:
+        settings = self.settings
+        if settings.temperature == 0:
             return
-        if asked.temperature != 1:
-            yield TemperatureLogitsWarper(asked.temperature)
-        if asked.top_k:
-            yield TopKLogitsWarper(asked.top_k)
-        if asked.top_p < 1:
-            yield TopPLogitsWarper(asked.top_p)
+        if settings.temperature != 1:
+            yield TemperatureLogitsWarper(settings.temperature)
+        if settings.top_k:
+            yield TopKLogitsWarper(settings.top_k)
+        if settings.top_p < 1:
+            yield TopPLogitsWarper(settings.top_p)
         yield SeededNoise(seeds, begin)
 
 
 class SeededNoise:
-    """A logits processor: adds to each row's scores the noise of its own seed and of the place in its answer."""
+    """A logits processor that adds Gumbel noise. A row's noise depends on its own seed and on the position in its answer."""
 
     def __init__(self, seeds: Sequence[int], begin: int) -> None:
-        self.seeds, self.begin = torch.tensor(list(seeds)), begin
+        self.seeds = torch.tensor(list(seeds))
+        self.begin = begin
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`scores [S, V]` with noise."""
-        place = input_ids.shape[1] - self.begin
-        return scores + gumbel(self.seeds.to(scores.device), place, scores.shape[1]).to(scores.dtype)
+        position = input_ids.shape[1] - self.begin
+        noise = gumbel(self.seeds.to(scores.device), position, scores.shape[1])
+        return scores + noise.to(scores.dtype)
 
 
-def gumbel(seeds: Tensor, place: int, tokens: int) -> Tensor:
-    """`[S, V]` float64 of Gumbel's distribution: a function of (seed of the row, place, token), the same on every device.
+def gumbel(seeds: Tensor, position: int, tokens: int) -> Tensor:
+    """`[S, V]` float64 of Gumbel's distribution: a function of (seed of the row, position, token), the same on every device.
 
-    SplitMix64 (Steele, Lea and Flood 2014), whose n-th number can be had without those before it: one sequence for each
-    row and place, mixed from both, with a number for each token.
+    The random numbers are SplitMix64's (Steele, Lea and Flood 2014), whose n-th number does not need those before it. Each row
+    and position has its own sequence, with a number for each token.
     """
-    begin = _splitmix_output(_splitmix_output(seeds) + torch.full_like(seeds, place + 1) * _GOLDEN)
-    counted = torch.arange(1, tokens + 1, device=seeds.device) * _GOLDEN
-    bits = _shift_right(_splitmix_output(begin[:, None] + counted), 12)  # 52 of them and a half are a float64 below 1
-    return -(-((bits.double() + 0.5) * 2.0**-52).log()).log()
+    sequence_start = _splitmix_output(_splitmix_output(seeds) + torch.full_like(seeds, position + 1) * _GOLDEN)
+    token_steps = torch.arange(1, tokens + 1, device=seeds.device) * _GOLDEN
+    # 52 random bits and a half, divided by 2^52: uniform in (0, 1), and neither end is ever reached.
+    bits = _shift_right(_splitmix_output(sequence_start[:, None] + token_steps), 12)
+    uniform = (bits.double() + 0.5) * 2.0**-52
+    return -(-uniform.log()).log()
 
 
 def _splitmix_output(state: Tensor) -> Tensor:
@@ -133,25 +151,31 @@ def _shift_right(state: Tensor, by: int) -> Tensor:
 
 
 class StopAtText:
-    """A stopping criterion: ends a row once its answer holds one of the stop strings, wherever tokens part it."""
+    """A stopping criterion that ends a row once its answer contains a stop string, even one that is split over tokens."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], begin: int) -> None:
-        self.tokenizer, self.stop, self.begin = tokenizer, stop, begin
-        # A character may be four tokens of one byte each, and a token that is not shown has none.
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.begin = begin
+        # Only the last tokens are decoded. A character may be four tokens of one byte each; special tokens decode to nothing.
         self.tail = 4 * max(map(len, stop)) + 8
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """bool `[S]`: which rows are done."""
         last = input_ids[:, max(self.begin, input_ids.shape[1] - self.tail) :].tolist()
         texts = self.tokenizer.batch_decode(last, skip_special_tokens=True)
-        return torch.tensor([any(s in text for s in self.stop) for text in texts], device=input_ids.device)
+        is_done = []
+        for text in texts:
+            is_done.append(any(stop in text for stop in self.stop))
+        return torch.tensor(is_done, device=input_ids.device)
 
 
 @contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Attention that can go on from what it has seen, in place of that of padding-free rows; compiled blocks run as written.
+    """Within it the model uses an attention with a cache, in place of the padding-free one, and compiled blocks run eagerly.
 
-    They would be compiled anew for each layer's keys, up to torch's limit, and then not once more for the steps of training.
+    Generation would compile the blocks again for each length of the cache, up to torch's limit, and then training would run
+    uncompiled.
     """
     config = model.config
     name = attention_of(config)

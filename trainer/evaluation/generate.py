@@ -1,8 +1,8 @@
 """Generates answers to prompts, and computes likelihoods of given texts, on all ranks and under every strategy.
 
-Rows are sorted by length and dealt to the ranks in batches. Sharded weights are gathered once for all batches if they
-fit (`full_weights.py`). If they do not, every forward pass is a collective: all ranks take the same number of
-batches, and a rank whose answers are finished keeps calling until all are (transformers' `synced_gpus`).
+Rows are sorted by length and split over the ranks in batches. Sharded weights are gathered once for all batches if they fit
+(`full_weights.py`). If they do not, every forward pass is a collective: all ranks take the same number of batches, and a rank
+whose answers are finished keeps calling until all are (transformers' `synced_gpus`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["GenerationThroughput", "Likelihood", "Writer", "WritingConfig", "Wri
 
 @dataclass(frozen=True, slots=True)
 class WrittenAnswer:
-    """One answer."""
+    """One answer of the model."""
 
     prompt: int
     """Number of its prompt in the sequence that was given."""
@@ -40,19 +40,19 @@ class WrittenAnswer:
     ids: list[int]
     """New tokens, up to the one that ended it."""
     ended: bool
-    """Whether it ended by itself (at an end token or a stop string) rather than at the longest length."""
+    """Whether it ended at an end token or a stop string, and not because it reached the longest length."""
     draw: int = 0
-    """Which of the prompt's draws it is."""
+    """Number of the draw, if a prompt is answered several times."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationThroughput:
-    """How the last answers were written."""
+    """How fast answers were written."""
 
     tokens: int
     """New tokens, all ranks together."""
     seconds: float
-    """Wall time of the slowest rank, weights gathered and prompts read."""
+    """Wall time of the slowest rank, including the gathering of weights and the reading of prompts."""
     gathering: GatherDecision
 
     @property
@@ -66,10 +66,10 @@ class GenerationThroughput:
 
 
 class Writer:
-    """Answers and likelihoods by the model of an engine."""
+    """Writes answers and computes likelihoods with the model of an engine."""
 
     throughput: GenerationThroughput | None = None
-    """Of the last call of `answers`."""
+    """The speed of the last call of `answers`."""
 
     def __init__(
         self,
@@ -80,143 +80,174 @@ class Writer:
         batch: int = 8,
         stop_now: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.tokenizer, self.generation_config, self.runtime = tokenizer, generation_config, runtime
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config
+        self.runtime = runtime
         self.batch = batch
-        """Most rows of one batch, per rank; does not change what is written but by rounding."""
+        """Most rows of one batch, per rank. It changes the answers only by rounding."""
         self._stop_now = stop_now
-        self.on_batch: Callable[[int, int], None] = lambda done, turns: None
-        """Hears after each batch how many of this rank's are done, and of how many."""
+        self.on_batch: Callable[[int, int], None] = lambda done, batches: None
+        """Called after each batch with the number of finished batches of this rank, and of all its batches."""
 
     def answers(self, engine: Engine, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
         """What the model writes to each prompt, in their order and draw by draw, the same list on every rank.
 
-        All ranks must call with the same prompts (token ids, for an encoder where the model has one). An answer ends at the
+        All ranks must call with the same prompts (token ids; for an encoder, if the model has one). An answer ends at the
         model's last position at the latest. Raises, on all ranks or none, DataError for a prompt without tokens or one that
-        the model has no positions for, and Interrupted where the run is asked to stop.
+        the model has no positions for, and Interrupted if the run is asked to stop.
         """
         began = time.perf_counter()
-        model, config = model_of(engine), generation_settings(self.generation_config, settings, self.tokenizer)
-        left, room = (
-            not model.config.is_encoder_decoder,
-            max_answer_tokens(model.config, prompts, settings.max_new_tokens),
-        )
-        _check_rows("prompt", prompts, position_limit(model.config) if left else None)
-        rows = [(number, draw) for number in range(len(prompts)) for draw in range(settings.draws)]
-        lengths = [len(prompts[number]) + (room[number] if left else 0) for number, _ in rows]
-        turns = self._own_batches(engine, lengths, settings.batch_tokens, [room[number] for number, _ in rows])
-        widest = max((len(turn) * lengths[turn[0]] for turn in turns if turn), default=0) * settings.beams
-        itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
-        gathered = decide_gathering(engine, self.runtime, cache_bytes(model.config, widest, 1, itemsize))
-        generate = GenerateAnswers(config, settings, self.tokenizer, synced=not gathered.gathered_once)
+        model = model_of(engine)
+        config = generation_settings(self.generation_config, settings, self.tokenizer)
+        # A decoder continues the row that holds the prompt, so prompts are padded on the left and take positions.
+        is_decoder_only = not model.config.is_encoder_decoder
+        answer_limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)
+        _check_rows("prompt", prompts, position_limit(model.config) if is_decoder_only else None)
+        rows = [(prompt, draw) for prompt in range(len(prompts)) for draw in range(settings.draws)]
+        limits = [answer_limits[prompt] for prompt, _ in rows]
+        lengths = []
+        for (prompt, _), limit in zip(rows, limits, strict=True):
+            lengths.append(len(prompts[prompt]) + (limit if is_decoder_only else 0))
+        batches = self._own_batches(engine, lengths, settings.batch_tokens, limits)
+        gathering = self._decide_gathering(engine, model, batches, lengths, settings.beams)
+        objective = GenerateAnswers(config, settings, self.tokenizer, synced=not gathering.gathered_once)
 
-        def batch_of(turn: list[int]) -> dict[str, Any]:
-            some = [prompts[rows[row][0]] for row in turn]
+        def make_batch(row_numbers: list[int]) -> dict[str, Any]:
+            batch_prompts = [prompts[rows[row][0]] for row in row_numbers]
             return {
-                "input_ids": padded(some, self.tokenizer.pad_token_id, left=left),
-                "attention_mask": mask_of(some, left=left),
-                "seeds": [derive_seed(settings.seed, "draw", *rows[row]) for row in turn],
-                "room": room[rows[turn[0]][0]],
+                "input_ids": padded(batch_prompts, self.tokenizer.pad_token_id, left=is_decoder_only),
+                "attention_mask": mask_of(batch_prompts, left=is_decoder_only),
+                "seeds": [derive_seed(settings.seed, "draw", *rows[row]) for row in row_numbers],
+                "room": limits[row_numbers[0]],  # the same in all rows of a batch
             }
 
-        found: dict[int, WrittenAnswer] = {}
-        for turn, terms in self._run_batches(engine, turns, generate, batch_of, whole=gathered.gathered_once):
-            for row, ids in zip(turn, terms["answers"].tolist(), strict=True):
-                number, draw = rows[row]
-                found[row] = cut_answer(number, draw, ids, settings.stop, ending_ids(config), self.tokenizer)
-        answers: list[WrittenAnswer] = self._gather_by_number(found)
+        own_answers: dict[int, WrittenAnswer] = {}
+        end_ids = ending_ids(config)
+        for row_numbers, terms in self._run_batches(
+            engine, batches, objective, make_batch, gathered_once=gathering.gathered_once
+        ):
+            for row, ids in zip(row_numbers, terms["answers"].tolist(), strict=True):
+                prompt, draw = rows[row]
+                own_answers[row] = cut_answer(prompt, draw, ids, settings.stop, end_ids, self.tokenizer)
+        answers: list[WrittenAnswer] = self._gather_by_number(own_answers)
         seconds = max(gather_objects(time.perf_counter() - began, self.runtime))
-        self.throughput = GenerationThroughput(sum(len(one.ids) for one in answers), seconds, gathered)
+        self.throughput = GenerationThroughput(sum(len(answer.ids) for answer in answers), seconds, gathering)
         return answers
+
+    def _decide_gathering(
+        self, engine: Engine, model: Any, batches: list[list[int]], lengths: Sequence[int], beams: int
+    ) -> GatherDecision:
+        """Whether the weights fit beside the keys of the largest batch. All ranks must call."""
+        most_tokens = max((len(rows) * lengths[rows[0]] for rows in batches if rows), default=0) * beams
+        itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
+        return decide_gathering(engine, self.runtime, cache_bytes(model.config, most_tokens, 1, itemsize))
 
     def likelihoods(self, engine: Engine, pairs: Sequence[Pair]) -> list[Likelihood]:
         """How likely each continuation is after its context, in their order, the same list on every rank.
 
-        All ranks must call with the same pairs of token ids; an encoder reads the context where the model has one. Raises, on
+        All ranks must call with the same pairs of token ids; an encoder reads the context, if the model has one. Raises, on
         all ranks or none, DataError for a context without tokens or a pair that the model has no positions for, and
-        Interrupted where the run is asked to stop.
+        Interrupted if the run is asked to stop.
         """
         model = model_of(engine)
-        start = self.generation_config.decoder_start_token_id if model.config.is_encoder_decoder else None
-        most = position_limit(model.config)
+        decoder_start = self.generation_config.decoder_start_token_id if model.config.is_encoder_decoder else None
+        limit = position_limit(model.config)
         _check_rows("context", [context for context, _ in pairs], None)
-        if start is None:
-            _check_rows("pair", [[*context, *more[:-1]] for context, more in pairs], None if most is None else most + 1)
+        if decoder_start is None:
+            # The last token of a continuation is only a target: it takes no position.
+            inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
+            _check_rows("pair", inputs, None if limit is None else limit + 1)
 
-        def batch_of(turn: list[int]) -> dict[str, Any]:
-            some = [pairs[number] for number in turn]
-            return pair_rows(some, pad_token_id=self.tokenizer.pad_token_id, decoder_start=start)
+        def make_batch(numbers: list[int]) -> dict[str, Any]:
+            batch_pairs = [pairs[number] for number in numbers]
+            return pair_rows(batch_pairs, pad_token_id=self.tokenizer.pad_token_id, decoder_start=decoder_start)
 
-        found: dict[int, Likelihood] = {}
-        turns = self._own_batches(engine, [len(context) + len(continuation) for context, continuation in pairs], None)
-        whole = decide_gathering(engine, self.runtime, 0).gathered_once
-        for turn, terms in self._run_batches(engine, turns, ScoreContinuations(), batch_of, whole=whole):
-            scores = zip(turn, terms["logprobs"].tolist(), terms["misses"].tolist(), strict=True)
-            found |= {n: Likelihood(logprob, len(pairs[n][1]), misses == 0) for n, logprob, misses in scores}
-        return self._gather_by_number(found)
+        lengths = [len(context) + len(continuation) for context, continuation in pairs]
+        batches = self._own_batches(engine, lengths, None)
+        gathered_once = decide_gathering(engine, self.runtime, 0).gathered_once
+        own_likelihoods: dict[int, Likelihood] = {}
+        for numbers, terms in self._run_batches(
+            engine, batches, ScoreContinuations(), make_batch, gathered_once=gathered_once
+        ):
+            logprobs = terms["logprobs"].tolist()
+            misses = terms["misses"].tolist()
+            for number, logprob, missed in zip(numbers, logprobs, misses, strict=True):
+                tokens = len(pairs[number][1])
+                own_likelihoods[number] = Likelihood(logprob, tokens, greedy=missed == 0)
+        return self._gather_by_number(own_likelihoods)
 
     def _own_batches(
         self, engine: Engine, lengths: Sequence[int], budget: int | None, kinds: Sequence[int] | None = None
     ) -> list[list[int]]:
-        alone = getattr(model_of(engine), "forward_path", STOCK_PATH).alone  # right for one row at a time
-        size, most = (1, None) if alone else (self.batch, budget)
-        return [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=size, budget=most, kinds=kinds)]
+        """This rank's batches of row numbers; see `sharded_batches`."""
+        size = self.batch
+        if getattr(
+            model_of(engine), "forward_path", STOCK_PATH
+        ).alone:  # the model computes right for one row at a time
+            size = 1
+            budget = None
+        return [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=size, budget=budget, kinds=kinds)]
 
     def _run_batches(
         self,
         engine: Engine,
-        turns: list[list[int]],
+        batches: list[list[int]],
         objective: Any,
-        batch_of: Callable[[list[int]], dict[str, Any]],
+        make_batch: Callable[[list[int]], dict[str, Any]],
         *,
-        whole: bool,
+        gathered_once: bool,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """This rank's rows of each turn, and what `objective` says of them. All ranks must exhaust it."""
-        with engine.inference() as module, engine.full_parameters.gathered() if whole else nullcontext():
+        """This rank's row numbers of each batch, and what `objective` returns for them. All ranks must exhaust it."""
+        with engine.inference() as module, engine.full_parameters.gathered() if gathered_once else nullcontext():
             step: Any = module
-            # Asked through the root module's own forward: only there are its parameters gathered.
-            before, step.objective = step.objective, objective
+            # The model is called through the root module's own forward: only there are its parameters gathered.
+            training_objective = step.objective
+            step.objective = objective
             try:
-                for done, turn in enumerate(turns, 1):
-                    if (
-                        turn or not whole
-                    ):  # a rank that has run out takes part with the first row, and keeps nothing of it
-                        terms = step(to_device(batch_of(turn or [0]), self.runtime.device))
-                    if turn:
-                        yield turn, terms
-                    self.on_batch(done, len(turns))
+                for done, rows in enumerate(batches, 1):
+                    # If each pass is a collective, a rank without rows takes part with the first row, and keeps nothing of it.
+                    if rows or not gathered_once:
+                        terms = step(to_device(make_batch(rows or [0]), self.runtime.device))
+                    if rows:
+                        yield rows, terms
+                    self.on_batch(done, len(batches))
                     if self._stop_now():
                         raise Interrupted
             finally:
-                step.objective = before
+                step.objective = training_objective
 
-    def _gather_by_number(self, found: dict[int, Any]) -> list[Any]:
-        """Every rank's rows, by their number. All ranks must call."""
-        everyone: dict[int, Any] = {}
-        for part in gather_objects(found, self.runtime):
-            everyone |= part
-        return [everyone[row] for row in range(len(everyone))]
+    def _gather_by_number(self, own_results: dict[int, Any]) -> list[Any]:
+        """The results of all ranks, in the order of their numbers. All ranks must call."""
+        results: dict[int, Any] = {}
+        for rank_results in gather_objects(own_results, self.runtime):
+            results |= rank_results
+        return [results[row] for row in range(len(results))]
 
 
 def cut_answer(
-    prompt: int, draw: int, ids: list[int], stop: Sequence[str], ends: frozenset[int], tokenizer: Any
+    prompt: int, draw: int, ids: list[int], stop: Sequence[str], end_ids: frozenset[int], tokenizer: Any
 ) -> WrittenAnswer:
-    """An answer out of new tokens, which may be filled up after its end: at the first end token or stop string."""
+    """An answer from new tokens, which may be padded after its end: cut at the first end token or stop string."""
 
-    def text_of(some: list[int]) -> str:
-        return tokenizer.decode(some, skip_special_tokens=True)
+    def text_of(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True)
 
-    end = next((place + 1 for place, token in enumerate(ids) if token in ends), None)
+    end = next((position + 1 for position, token in enumerate(ids) if token in end_ids), None)
     ids = ids[:end]
     text = text_of(ids)
-    stops = [text.index(one) for one in stop if one in text]
-    if not stops:
+    stop_positions = [text.index(stop_text) for stop_text in stop if stop_text in text]
+    if not stop_positions:
         return WrittenAnswer(prompt, text, ids, end is not None, draw)
-    low, high = 1, len(ids)  # the fewest tokens whose text has a stop string: one that has it keeps it
+    # Bisect for the fewest tokens whose text has a stop string: once a text has one, longer texts have it too.
+    low, high = 1, len(ids)
     while low < high:
         middle = (low + high) // 2
-        has = any(one in text_of(ids[:middle]) for one in stop)
-        low, high = (low, middle) if has else (middle + 1, high)
-    return WrittenAnswer(prompt, text[: min(stops)], ids[:low], True, draw)
+        beginning = text_of(ids[:middle])
+        if any(stop_text in beginning for stop_text in stop):
+            high = middle
+        else:
+            low = middle + 1
+    return WrittenAnswer(prompt, text[: min(stop_positions)], ids[:low], True, draw)
 
 
 def model_of(engine: Engine) -> Any:
@@ -225,18 +256,26 @@ def model_of(engine: Engine) -> Any:
 
 
 def position_limit(config: Any) -> int | None:
-    """How many positions a model has, by its transformers config; None where it reckons them and there is no last one."""
+    """The number of positions of a model, by its transformers config; None for rotary positions, which have no last one."""
     text = text_settings(config)
-    most = getattr(text, "max_position_embeddings", None)
-    return None if getattr(text, "rope_parameters", None) is not None or not most or most < 0 else int(most)
+    if getattr(text, "rope_parameters", None) is not None:
+        return None
+    positions = getattr(text, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    return int(positions)
 
 
-def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], most: int) -> list[int]:
-    """How many tokens each answer may have: `most`, or what the model's positions leave."""
-    last = position_limit(config)
-    if last is None:
-        return [most] * len(prompts)
-    return [max(1, min(most, last - (0 if config.is_encoder_decoder else len(prompt)))) for prompt in prompts]
+def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """How many tokens the answer to each prompt may have: `max_new_tokens`, or what the model's positions leave."""
+    limit = position_limit(config)
+    if limit is None:
+        return [max_new_tokens] * len(prompts)
+    tokens = []
+    for prompt in prompts:
+        prompt_positions = 0 if config.is_encoder_decoder else len(prompt)
+        tokens.append(max(1, min(max_new_tokens, limit - prompt_positions)))
+    return tokens
 
 
 def _check_rows(what: str, rows: Sequence[Sequence[int]], most: int | None) -> None:
@@ -263,18 +302,19 @@ def sharded_batches(
     budget: int | None = None,
     kinds: Sequence[int] | None = None,
 ) -> Iterator[list[int]]:
-    """Rows of each turn of one rank: the longest first, similar lengths on all ranks in a turn, `size` rows each.
+    """The batches of row numbers of one rank: the longest rows first, similar lengths on all ranks, `size` rows each.
 
-    With a `budget` as many as it has tokens for, one at least; with `kinds`, one for each row, those of one kind in a turn.
-    Every rank has the same number of turns; in some it may have none.
+    `budget`: take as many rows as have that many tokens together, at least one. `kinds`: a number for each row; a batch has rows
+    of one kind. Every rank has the same number of batches, and some of them may be empty.
     """
-    of = kinds or [0] * len(lengths)
-    ordered = sorted(range(len(lengths)), key=lambda row: (of[row], -lengths[row], row))
+    kind_of_row = kinds or [0] * len(lengths)
+    ordered = sorted(range(len(lengths)), key=lambda row: (kind_of_row[row], -lengths[row], row))
     begin = 0
     while begin < len(ordered):
-        first = ordered[begin]
+        longest = ordered[begin]
         if budget is not None:
-            size = max(1, budget // lengths[first])
-        turn = [row for row in ordered[begin : begin + size * ranks] if of[row] == of[first]]
-        yield turn[rank::ranks]
-        begin += len(turn)
+            size = max(1, budget // lengths[longest])
+        candidates = ordered[begin : begin + size * ranks]
+        rows = [row for row in candidates if kind_of_row[row] == kind_of_row[longest]]
+        yield rows[rank::ranks]
+        begin += len(rows)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
-    """One answer beside the one it should be."""
+    """An answer with its reference."""
 
     document: int
     """Number in the evaluation set."""
@@ -33,8 +33,10 @@ class GeneratedAnswer:
 
 
 class GenerationEvaluator:
-    """Yields `bleu` and `rougeL` of the first documents of a data set; of sets named in `data.eval_path`, those of each too,
-    if `share` tells them apart."""
+    """Yields `bleu` and `rougeL` of the first documents of a data set.
+
+    If `share` is by source, each set named in `data.eval_path` has its own scores too.
+    """
 
     def __init__(
         self,
@@ -47,46 +49,50 @@ class GenerationEvaluator:
         runtime: Runtime,
         stop_now: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.dataset, self.share, self.tokenizer, self.settings = dataset, share, tokenizer, settings
+        self.dataset = dataset
+        self.share = share
+        self.tokenizer = tokenizer
+        self.settings = settings
         self.runtime = runtime
         self.writer = Writer(tokenizer, generation_config, runtime, batch=share.batch, stop_now=stop_now)
         self._sets = sources_in(dataset) if share.by_source else {}
         self.on_answers: Callable[[list[tuple[str, str]]], None] = lambda pairs: None
-        """Told (answer, reference) of all that was written."""
+        """Called with (answer, reference) of every document after each evaluation."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none.
 
-        `eval/written_tokens_per_s` is the speed of all ranks together; `eval/weights_gathered` is there where weights are
-        sharded: 1 where they were gathered once for all answers, 0 where block by block.
+        `eval/written_tokens_per_s` is the speed of all ranks together. `eval/weights_gathered` is yielded for sharded weights:
+        1 if they were gathered once for all answers, 0 if block by block in each pass.
         """
-        found = self.answers(engine)
-        self.on_answers([(one.answer, one.reference) for one in found])
-        values = self._metrics(found) if self.runtime.is_main else None
-        yield from broadcast_object(values, self.runtime).items()
+        answers = self.answers(engine)
+        self.on_answers([(answer.answer, answer.reference) for answer in answers])
+        metrics = self._metrics(answers) if self.runtime.is_main else None
+        yield from broadcast_object(metrics, self.runtime).items()
         assert self.writer.throughput is not None
         yield "eval/written_tokens_per_s", self.writer.throughput.tokens_per_s
         if self.writer.throughput.gathering.sharded:
             yield "eval/weights_gathered", float(self.writer.throughput.gathering.gathered_once)
 
-    def _metrics(self, found: list[GeneratedAnswer]) -> dict[str, float]:
-        """Scores by the name of their metric: of all answers, and of those to each set."""
-        values = {f"eval/{name}": value for name, value in bleu_and_rouge(found).items()}
-        for number, name in self._sets.items():
-            mine = [one for one in found if self.dataset.sources[one.document] == number]
-            values |= {f"eval/{name}/{metric}": value for metric, value in bleu_and_rouge(mine).items()}
-        return values
+    def _metrics(self, answers: list[GeneratedAnswer]) -> dict[str, float]:
+        """Scores by metric name: of all answers, and of those to each named set."""
+        metrics = {f"eval/{name}": score for name, score in bleu_and_rouge(answers).items()}
+        for number, set_name in self._sets.items():
+            set_answers = [answer for answer in answers if self.dataset.sources[answer.document] == number]
+            for name, score in bleu_and_rouge(set_answers).items():
+                metrics[f"eval/{set_name}/{name}"] = score
+        return metrics
 
     def answers(self, engine: Engine) -> list[GeneratedAnswer]:
         """What the model answers, by document, the same list on every rank. All ranks must call."""
-        samples = {int(number): self.dataset.sample(int(number)) for number in self.share.documents(self.dataset)}
-        prompts = [sample.input_ids[: sample.answer_begin()].tolist() for sample in samples.values()]
-        written = self.writer.answers(engine, prompts, self.settings)
-        documents = [*samples]
-        return [
-            GeneratedAnswer(documents[one.prompt], one.text.strip(), self._reference(samples[documents[one.prompt]]))
-            for one in written
-        ]
+        documents = [int(number) for number in self.share.documents(self.dataset)]
+        samples = [self.dataset.sample(number) for number in documents]
+        prompts = [sample.input_ids[: sample.answer_begin()].tolist() for sample in samples]
+        answers = []
+        for written in self.writer.answers(engine, prompts, self.settings):
+            reference = self._reference(samples[written.prompt])
+            answers.append(GeneratedAnswer(documents[written.prompt], written.text.strip(), reference))
+        return answers
 
     def _reference(self, sample: Sample) -> str:
         return self.tokenizer.decode(first_answer(sample).tolist(), skip_special_tokens=True).strip()
@@ -94,17 +100,20 @@ class GenerationEvaluator:
 
 def first_answer(sample: Sample) -> np.ndarray:
     """The first run of learned tokens, int32."""
-    cut = sample.answer_begin()
-    rest = np.flatnonzero(~sample.supervised[cut:])
-    return sample.input_ids[cut : cut + int(rest[0])] if len(rest) else sample.input_ids[cut:]
+    start = sample.answer_begin()
+    not_learned = np.flatnonzero(~sample.supervised[start:])
+    if not len(not_learned):
+        return sample.input_ids[start:]
+    return sample.input_ids[start : start + int(not_learned[0])]
 
 
-def bleu_and_rouge(found: list[GeneratedAnswer]) -> dict[str, float]:
+def bleu_and_rouge(answers: list[GeneratedAnswer]) -> dict[str, float]:
     """BLEU and ROUGE-L of answers against their references."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu
 
-    bleu = corpus_bleu([one.answer for one in found], [[one.reference for one in found]])
+    references = [answer.reference for answer in answers]
+    bleu = corpus_bleu([answer.answer for answer in answers], [references])
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    parts = [scorer.score(one.reference, one.answer)["rougeL"].fmeasure for one in found]
-    return {"bleu": float(bleu.score), "rougeL": float(np.mean(parts)) if parts else 0.0}
+    rouge = [scorer.score(answer.reference, answer.answer)["rougeL"].fmeasure for answer in answers]
+    return {"bleu": float(bleu.score), "rougeL": float(np.mean(rouge)) if rouge else 0.0}

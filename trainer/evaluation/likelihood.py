@@ -1,4 +1,4 @@
-"""The likelihood of a text after another one: a pass of the model inside the root module's own forward."""
+"""Likelihoods of texts after given contexts, computed in the forward pass of the root module."""
 
 from __future__ import annotations
 
@@ -32,33 +32,36 @@ class Likelihood:
 
 
 class ScoreContinuations:
-    """Stands in for the objective of a step module: scores of each continuation instead of a loss."""
+    """Takes the place of the objective in a step module: scores each continuation instead of computing a loss."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`logprobs` and `greedy`, `[S]` float64: the sum of log-probabilities, and how many tokens are not the argmax."""
-        whole: Any = plain_model(model)
+        """`logprobs` and `misses`, `[S]` float64: the sum of log-probabilities, and how many tokens are not the argmax."""
+        causal_model: Any = plain_model(model)
         bias: Tensor | None = None
-        with stock_attention(whole):
-            if whole.config.is_encoder_decoder:
+        with stock_attention(causal_model):
+            if causal_model.config.is_encoder_decoder:
                 head, hidden, targets, bias = answer_rows(model, batch)
             else:
                 head, hidden, targets = supervised_rows(model, batch)
-            likely, best = row_scores(head, hidden, targets, bias)
-        whose, empty = batch["row_sequence"], torch.zeros(batch["num_sequences"], dtype=torch.float64)
-        empty = empty.to(likely.device)
+            logprobs, is_argmax = row_scores(head, hidden, targets, bias)
+        # One row for each target token: add them up by the sequence that they belong to.
+        sequence_numbers = batch["row_sequence"]
+        zeros = torch.zeros(batch["num_sequences"], dtype=torch.float64)
+        zeros = zeros.to(logprobs.device)
         return {
-            "logprobs": empty.index_add(0, whose, likely.double()),
-            "misses": empty.index_add(0, whose, (~best).double()),
+            "logprobs": zeros.index_add(0, sequence_numbers, logprobs.double()),
+            "misses": zeros.index_add(0, sequence_numbers, (~is_argmax).double()),
         }
 
 
 def pair_rows(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | None) -> dict[str, Any]:
-    """Pairs as padded rows on the CPU; `decoder_start` is the first token of the decoder, of encoder-decoder models.
+    """A batch of pairs, as padded rows on the CPU; `decoder_start` is the decoder's first token, of encoder-decoder models.
 
-    A decoder reads context and continuation in one row; an encoder the context, and the decoder beside it the continuation.
-    Padding stands on the right, where no token sees it.
+    A decoder-only model reads context and continuation in one row. Otherwise the encoder reads the context, and the decoder the
+    continuation. Padding is on the right, where no token sees it.
     """
-    inputs, targets = [], []
+    inputs = []
+    targets = []
     for context, continuation in pairs:
         if decoder_start is None:
             inputs.append([*context, *continuation[:-1]] if continuation else [*context])
@@ -66,18 +69,18 @@ def pair_rows(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | 
         else:
             inputs.append([decoder_start, *continuation[:-1]])
             targets.append([*continuation])
-    wanted = padded(targets, IGNORED, width=max(map(len, inputs)))
-    rows = torch.nonzero(wanted.view(-1) != IGNORED)[:, 0]
-    found: dict[str, Any] = {
-        "targets": wanted,
-        "target_rows": rows,
-        "row_sequence": rows // wanted.shape[1],
+    padded_targets = padded(targets, IGNORED, width=max(map(len, inputs)))
+    target_rows = torch.nonzero(padded_targets.view(-1) != IGNORED)[:, 0]
+    batch: dict[str, Any] = {
+        "targets": padded_targets,
+        "target_rows": target_rows,
+        "row_sequence": target_rows // padded_targets.shape[1],
         "num_sequences": len(pairs),
     }
     if decoder_start is None:
-        return found | {"input_ids": padded(inputs, pad_token_id), "attention_mask": mask_of(inputs)}
+        return batch | {"input_ids": padded(inputs, pad_token_id), "attention_mask": mask_of(inputs)}
     contexts = [[*context] for context, _ in pairs]
-    return found | {
+    return batch | {
         "input_ids": padded(contexts, pad_token_id),
         "attention_mask": mask_of(contexts),
         "decoder_input_ids": padded(inputs, pad_token_id),
@@ -85,10 +88,13 @@ def pair_rows(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | 
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False, width: int | None = None) -> Tensor:
-    """int64 `[S, N]`: rows of unlike lengths, filled up on the right, or on the left."""
+    """int64 `[S, N]`: rows of different lengths, padded on the right, or with `left` on the left."""
     width = width or max(map(len, rows))
-    around = ([fill] * (width - len(row)) for row in rows)
-    return torch.tensor([[*more, *row] if left else [*row, *more] for row, more in zip(rows, around, strict=True)])
+    padded_rows = []
+    for row in rows:
+        padding = [fill] * (width - len(row))
+        padded_rows.append([*padding, *row] if left else [*row, *padding])
+    return torch.tensor(padded_rows)
 
 
 def mask_of(rows: Sequence[Sequence[int]], *, left: bool = False) -> Tensor:

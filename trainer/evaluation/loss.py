@@ -15,26 +15,26 @@ from strategies.runtime import dist_sum
 from trainer.objectives.step_totals import look_ahead
 
 BATCH_TERMS = ("loss", "margin")
-"""Terms whose sums over each micro-batch are told, so that an evaluation can be paired with an earlier one."""
+"""Terms whose sums over each micro-batch are kept, so that an evaluation can be compared with an earlier one in pairs."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPart:
-    """Part of the evaluation documents that is told apart: one source of a held-out share, or one named set."""
+    """A part of the evaluation documents with metrics of its own: one source of a held-out share, or one named set."""
 
     source: int
-    """Its number: the `source` of its micro-batches."""
+    """The number of the source, which its micro-batches have as `source`."""
     count: float
     """Denominator of the part, all ranks together."""
     names: dict[str, str]
-    """What of it is yielded: metric -> name."""
+    """The metrics that are yielded for the part: metric -> full name."""
 
 
 class LossEvaluator:
-    """Yields `loss`, `perplexity` (of language models), `accuracy` (of tokens, documents or pairs) and what else is summed.
+    """Yields `loss`, `perplexity` (of language models), `accuracy` (of tokens, documents or pairs) and other summed terms.
 
-    Where the objective counts confusions (classification), `f1_macro` and `f1_micro` too. `parts` come out of the same
-    pass: each micro-batch then holds documents of one source.
+    If the objective counts confusions (classification), `f1_macro` and `f1_micro` too. The metrics of `parts` come from the same
+    pass: each micro-batch then has documents of one source.
     """
 
     def __init__(
@@ -55,79 +55,97 @@ class LossEvaluator:
         self._perplexity = perplexity
         self._stop_now = stop_now or (lambda: False)
         self._ahead = ahead
-        """Batches looked at before the others, for objectives that need the whole set to begin with."""
+        """Batches of a first pass, for objectives that need means over the whole set before they compute a loss."""
         self._parts = parts or []
         self.on_batch_sums: Callable[[dict[str, list[float]]], None] = lambda batches: None
-        """Hears the sums of each micro-batch in the order of the documents, by metric, after each evaluation."""
+        """Called after each evaluation with the sums of each micro-batch in the order of the documents, by metric."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
         sums: dict[str, torch.Tensor] = {}
         means: dict[str, torch.Tensor] = {}
         batch_sums: dict[str, list[torch.Tensor]] = {}
-        places = {part.source: place for place, part in enumerate(self._parts)}
+        # A sum has a row for each part; without parts it has one row.
+        row_of_source = {part.source: row for row, part in enumerate(self._parts)}
         if self._ahead is not None:
             means = look_ahead(engine, self._ahead(), self._count, averaged=True, check_stop=self._check_stop)
         with engine.inference() as module:
             for batch in self._batches():
-                place = places.get(batch.pop("source", None), 0)
+                row = row_of_source.get(batch.pop("source", None), 0)
                 for term, value in module({**batch, "ahead": means}).items():
                     if term not in sums:
-                        sums[term] = value.new_zeros((max(1, len(places)), *value.shape), dtype=torch.float64)
-                    sums[term][place] += value.double()
+                        sums[term] = value.new_zeros((max(1, len(row_of_source)), *value.shape), dtype=torch.float64)
+                    sums[term][row] += value.double()
                     if term in BATCH_TERMS:
                         batch_sums.setdefault(term, []).append(value.double())
                 self._check_stop()
-        names = sorted(sums)
-        own_batches = [_batch_sums_in_order(batch_sums[term], engine) for term in sorted(batch_sums)]
-        size = sum(sums[name].numel() for name in names)
-        # One reduction for all: the metrics, then the sums of each micro-batch.
-        reduced = dist_sum(torch.cat([*(sums[name].view(-1) for name in names), *own_batches])).cpu()
-        flat = reduced[:size]
-        by_batch = reduced[size:].view(len(own_batches), -1)
-        self.on_batch_sums(
-            {f"{self._prefix}/{term}": by_batch[row].tolist() for row, term in enumerate(sorted(batch_sums))}
-        )
-        pieces = flat.split([sums[name].numel() for name in names])
-        totals = {name: piece.view(sums[name].shape) for name, piece in zip(names, pieces, strict=True)}
-        for name, value in self._metrics({term: total.sum(0) for term, total in totals.items()}, self._count).items():
+        totals = self._reduce(sums, batch_sums, engine)
+        whole_totals = {term: total.sum(0) for term, total in totals.items()}
+        for name, value in self._metrics(whole_totals, self._count).items():
             yield f"{self._prefix}/{name}", value
-        for place, part in enumerate(self._parts):
-            values = self._metrics({term: total[place] for term, total in totals.items()}, part.count)
-            yield from ((name, values[metric]) for metric, name in part.names.items() if metric in values)
+        for row, part in enumerate(self._parts):
+            part_totals = {term: total[row] for term, total in totals.items()}
+            values = self._metrics(part_totals, part.count)
+            for metric, name in part.names.items():
+                if metric in values:
+                    yield name, values[metric]
+
+    def _reduce(
+        self, sums: dict[str, torch.Tensor], batch_sums: dict[str, list[torch.Tensor]], engine: Engine
+    ) -> dict[str, torch.Tensor]:
+        """The sums of all ranks by term. Hands the sums of each micro-batch to `on_batch_sums`. All ranks must call."""
+        terms = sorted(sums)
+        batch_terms = sorted(batch_sums)
+        ordered_batch_sums = [_batch_sums_in_order(batch_sums[term], engine) for term in batch_terms]
+        # One reduction for everything: the sums, then those of each micro-batch.
+        flat_sums = [sums[term].view(-1) for term in terms]
+        reduced = dist_sum(torch.cat([*flat_sums, *ordered_batch_sums])).cpu()
+        sizes = [part.numel() for part in flat_sums]
+        by_batch = reduced[sum(sizes) :].view(len(batch_terms), -1)
+        self.on_batch_sums({f"{self._prefix}/{term}": by_batch[row].tolist() for row, term in enumerate(batch_terms)})
+        pieces = reduced[: sum(sizes)].split(sizes)
+        return {term: piece.view(sums[term].shape) for term, piece in zip(terms, pieces, strict=True)}
 
     def _metrics(self, totals: dict[str, torch.Tensor], count: float) -> dict[str, float]:
-        """Metrics by name, the loss first."""
+        """Metrics by name, the loss first. `count` is the denominator of the means."""
         means = {name: total.item() / (count or 1) for name, total in totals.items() if total.dim() == 0}
-        values = {"loss": means["loss"]}
+        metrics = {"loss": means["loss"]}
         if self._perplexity:
-            values["perplexity"] = math.exp(min(means["loss"], 700.0))
-        values |= {"accuracy": means["accuracy"], **{name: means[name] for name in means if name not in values}}
+            metrics["perplexity"] = math.exp(min(means["loss"], 700.0))  # above 709 float64 overflows
+        metrics["accuracy"] = means["accuracy"]
+        for name, mean in means.items():
+            metrics.setdefault(name, mean)
         if "confusion" in totals:
-            values["f1_macro"], values["f1_micro"] = f1_scores(totals["confusion"])
-        return values
+            metrics["f1_macro"], metrics["f1_micro"] = f1_scores(totals["confusion"])
+        return metrics
 
     def _check_stop(self) -> None:
         if self._stop_now():
             raise Interrupted
 
 
-def _batch_sums_in_order(own: list[torch.Tensor], engine: Engine) -> torch.Tensor:
-    """float64 [micro-batches of all ranks]: this rank's sums in their places, 0 in those of others. Ranks take turns."""
-    stacked = torch.stack(own)
-    every = stacked.new_zeros((len(own), engine.dp_size))
-    every[:, engine.dp_rank] = stacked
-    return every.view(-1)
+def _batch_sums_in_order(own_sums: list[torch.Tensor], engine: Engine) -> torch.Tensor:
+    """float64 [micro-batches of all ranks]: this rank's sums at their positions, zeros at those of other ranks.
+
+    Micro-batches go to the ranks in turns, so a sum over ranks puts all of them in the order of the documents.
+    """
+    stacked = torch.stack(own_sums)
+    by_rank = stacked.new_zeros((len(own_sums), engine.dp_size))
+    by_rank[:, engine.dp_rank] = stacked
+    return by_rank.view(-1)
 
 
 def f1_scores(confusion: torch.Tensor) -> tuple[float, float]:
-    """(macro, micro) F1 of `confusion [3, labels]`: by label, how often it was right, predicted, and true.
+    """(macro, micro) F1 of `confusion [3, labels]`: how often each label was right, predicted, and true.
 
     `2 * right / (predicted + true)`: macro is its mean over the labels that were predicted or true at least once, micro
     takes the sums over all labels (van Rijsbergen 1979; the definitions of scikit-learn and torchmetrics).
     """
-    right, named = confusion[0], confusion[1] + confusion[2]
-    if not named.any():
+    right, predicted, true = confusion
+    denominators = predicted + true
+    occurs = denominators > 0
+    if not occurs.any():
         return 0.0, 0.0
-    seen = named > 0
-    return (2 * right[seen] / named[seen]).mean().item(), (2 * right.sum() / named.sum()).item()
+    macro = (2 * right[occurs] / denominators[occurs]).mean().item()
+    micro = (2 * right.sum() / denominators.sum()).item()
+    return macro, micro

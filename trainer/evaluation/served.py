@@ -1,7 +1,6 @@
-"""Generates answers by a server in place of the local model: vLLM, SGLang, any with OpenAI's /v1/completions.
+"""Lets a server write the answers in place of a local model: vLLM, SGLang, or any server with OpenAI's /v1/completions.
 
-It is sent the token ids that the local model would get, so that chat templates and special tokens are those of
-training.
+Requests contain the token ids that the local model would get, so chat templates and special tokens are those of training.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ KEY = "evaluation.server"
 
 @dataclass(slots=True)
 class ServedWriter:
-    """Stands in for the writer of an engine."""
+    """Takes the place of `Writer`: a server writes the answers and computes the likelihoods."""
 
     client: Client
     model: str
     tokenizer: Any
     stop_now: Callable[[], bool] = lambda: False
     throughput: GenerationThroughput | None = None
-    on_batch: Callable[[int, int], None] = lambda done, turns: None
-    """Hears after each batch of requests how many are done, and of how many."""
+    on_batch: Callable[[int, int], None] = lambda done, batches: None
+    """Called after each batch of requests with the number of finished batches, and of all batches."""
 
     def answers(self, engine: Any, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
         """What the server writes to each prompt, draw by draw, in their order; without the ids of its tokens."""
@@ -49,80 +48,96 @@ class ServedWriter:
                 f"{KEY}: {settings.beams} beams are asked for, and servers of this kind search none; evaluate without it"
             )
         began = time.perf_counter()
-        rows = [(number, draw) for number in range(len(prompts)) for draw in range(settings.draws)]
-        hidden = [text for text in settings.stop if text in self.tokenizer.all_special_tokens]
-        extra: dict[str, Any] = {"top_k": settings.top_k} if settings.top_k else {}
-        if hidden:  # which no server shows in the text that it looks for stops in
-            extra["stop_token_ids"] = self.tokenizer.convert_tokens_to_ids(hidden)
+        rows = [(prompt, draw) for prompt in range(len(prompts)) for draw in range(settings.draws)]
+        # Special tokens do not appear in the text in which a server looks for stop strings: they are sent as ids.
+        special_stops = [text for text in settings.stop if text in self.tokenizer.all_special_tokens]
+        text_stops = [text for text in settings.stop if text not in special_stops]
+        extra: dict[str, Any] = {}
+        if settings.top_k:
+            extra["top_k"] = settings.top_k
+        if special_stops:
+            extra["stop_token_ids"] = self.tokenizer.convert_tokens_to_ids(special_stops)
 
         def ask(row: tuple[int, int]) -> tuple[WrittenAnswer, int]:
-            said = self.client.send(
+            """(the answer, its number of tokens)."""
+            prompt, draw = row
+            seed = derive_seed(settings.seed, "draw", *row) % 2**31 if settings.temperature else None
+            response = self.client.send(
                 lambda api: api.completions.create(
                     model=self.model,
-                    prompt=[*prompts[row[0]]],
+                    prompt=[*prompts[prompt]],
                     max_tokens=settings.max_new_tokens,
                     temperature=settings.temperature,
                     top_p=settings.top_p,
-                    stop=[text for text in settings.stop if text not in hidden] or None,
-                    seed=derive_seed(settings.seed, "draw", *row) % 2**31 if settings.temperature else None,
+                    stop=text_stops or None,
+                    seed=seed,
                     extra_body=extra or None,
                 )
             )
-            choice = first_choice(said)
+            choice = first_choice(response)
             text = getattr(choice, "text", None)
             if not isinstance(text, str):
                 raise ConfigError(
                     f"{KEY}.url={self.client.config.url}: answers /v1/completions without a text; give the address of a server "
                     "that completes prompts, as vLLM does"
                 )
-            tokens = tokens_used(said, "completion_tokens") or 0
+            tokens = tokens_used(response, "completion_tokens") or 0
             ended = getattr(choice, "finish_reason", None) == "stop"
-            return WrittenAnswer(row[0], text, [], ended, row[1]), tokens
+            return WrittenAnswer(prompt, text, [], ended, draw), tokens
 
-        found = self._send_all(ask, rows)
-        how = GatherDecision(False, True, f"written by {self.model} at {self.client.config.url}")
-        self.throughput = GenerationThroughput(sum(tokens for _, tokens in found), time.perf_counter() - began, how)
-        return [one for one, _ in found]
+        results = self._send_all(ask, rows)
+        gathering = GatherDecision(False, True, f"written by {self.model} at {self.client.config.url}")
+        tokens = sum(answer_tokens for _, answer_tokens in results)
+        self.throughput = GenerationThroughput(tokens, time.perf_counter() - began, gathering)
+        return [answer for answer, _ in results]
 
     def likelihoods(self, engine: Any, pairs: Sequence[Pair]) -> list[Likelihood]:
-        """How likely the server's model holds each continuation. Raises ConfigError where it tells no likelihoods of prompts."""
+        """The likelihood of each continuation. Raises ConfigError if the server gives no log-probabilities of prompts."""
 
         def ask(pair: Pair) -> Likelihood:
-            ids, begin = [*pair[0], *pair[1]], len(pair[0])
-            said = self.client.send(
+            context, continuation = pair
+            ids = [*context, *continuation]
+            # The server echoes the prompt with log-probabilities; the one token that it must add is ignored.
+            response = self.client.send(
                 lambda api: api.completions.create(
                     model=self.model, prompt=ids, max_tokens=1, temperature=0.0, logprobs=1, echo=True
                 )
             )
-            told = getattr(first_choice(said), "logprobs", None)
-            each = getattr(told, "token_logprobs", None) or []
-            if len(each) < len(ids) or any(value is None for value in each[begin : len(ids)]):
+            logprobs = getattr(first_choice(response), "logprobs", None)
+            token_logprobs = getattr(logprobs, "token_logprobs", None) or []
+            scored = slice(len(context), len(ids))
+            if len(token_logprobs) < len(ids) or any(logprob is None for logprob in token_logprobs[scored]):
                 raise ConfigError(
                     f"{KEY}.url={self.client.config.url}: tells no log-probabilities of a prompt's tokens (echo with logprobs, "
                     "as vLLM does), which tasks of likelihood need; ask it for written answers alone, or evaluate without it"
                 )
-            best = (getattr(told, "top_logprobs", None) or [None] * len(ids))[begin : len(ids)]
-            held = each[begin : len(ids)]
-            greedy = all(top is None or value >= max(top.values()) for value, top in zip(held, best, strict=True))
-            return Likelihood(float(sum(held)), len(held), greedy)
+            continuation_logprobs = token_logprobs[scored]
+            best_logprobs = (getattr(logprobs, "top_logprobs", None) or [None] * len(ids))[scored]
+            is_greedy = all(
+                best is None or logprob >= max(best.values())
+                for logprob, best in zip(continuation_logprobs, best_logprobs, strict=True)
+            )
+            return Likelihood(float(sum(continuation_logprobs)), len(continuation_logprobs), is_greedy)
 
         return self._send_all(ask, pairs)
 
     def _send_all(self, ask: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
-        found, size = list[Any](), 4 * self.client.config.parallel
+        """What `ask` returns for each row, with `parallel` requests at a time. Raises Interrupted if the run must stop."""
+        results: list[Any] = []
+        size = 4 * self.client.config.parallel
         begins = range(0, len(rows), size)
         with ThreadPoolExecutor(self.client.config.parallel) as pool:
             for done, begin in enumerate(begins, 1):
-                found += pool.map(ask, rows[begin : begin + size])
+                results += pool.map(ask, rows[begin : begin + size])
                 self.on_batch(done, len(begins))
                 if self.stop_now():
                     raise Interrupted
-        return found
+        return results
 
 
 @dataclass(slots=True)
 class ServedModel(ModelInterface):
-    """A served model that can be asked."""
+    """The model of a server, as tasks see it."""
 
     served_name: str = field(default="")
 
@@ -145,7 +160,7 @@ def connect_served_model(
     runtime: Runtime,
     stop_now: Callable[[], bool],
 ) -> ServedModel:
-    """The model of a server, of which `path` is the directory here. Raises ConfigError where it serves another one."""
+    """The model of a server; `path` is its directory on this machine. Raises ConfigError if the server has another model."""
     client = Client(config.server, KEY)
     model = find_served_model(client, path)
     writer: Any = ServedWriter(client, model, encoder.tokenizer, stop_now)
@@ -166,27 +181,30 @@ def connect_served_model(
 
 
 def find_served_model(client: Client, path: str) -> str:
-    """Which of a server's models is the one in `path`. Raises ConfigError with what there is."""
+    """The name under which a server serves the model in `path`. Raises ConfigError that lists the served models."""
     listed = client.models()
-    names = [str(each["id"]) for each in listed]
-    there = f"the server at {client.config.url} serves {', '.join(names[:20]) or 'none'}"
-    if (wanted := client.config.model) is not None:
-        if wanted not in names:
-            raise ConfigError(f"{KEY}.model={wanted}: {there}; name one of these, or start the server with it")
-        return wanted
-    same = [
-        str(each["id"])
-        for each in listed
-        if any(_is_same_model(str(each.get(at) or ""), path) for at in ("id", "root"))
-    ]
-    if len(same) != 1:
+    names = [str(model["id"]) for model in listed]
+    served = f"the server at {client.config.url} serves {', '.join(names[:20]) or 'none'}"
+    configured = client.config.model
+    if configured is not None:
+        if configured not in names:
+            raise ConfigError(f"{KEY}.model={configured}: {served}; name one of these, or start the server with it")
+        return configured
+    matches = []
+    for model in listed:
+        # "root" is vLLM's: the path that the model was loaded from.
+        if _is_same_model(str(model.get("id") or ""), path) or _is_same_model(str(model.get("root") or ""), path):
+            matches.append(str(model["id"]))
+    if len(matches) != 1:
         raise ConfigError(
-            f"{KEY}.model: not set, and {there}, of which {len(same)} are named as model.path={path}; name the one"
+            f"{KEY}.model: not set, and {served}, of which {len(matches)} are named as model.path={path}; name the one"
         )
-    return same[0]
+    return matches[0]
 
 
 def _is_same_model(name: str, path: str) -> bool:
-    return bool(name) and (
-        Path(name).expanduser().resolve() == Path(path).expanduser().resolve() or Path(name).name == Path(path).name
-    )
+    """Whether a served name is the path, or its last part."""
+    if not name:
+        return False
+    is_same_path = Path(name).expanduser().resolve() == Path(path).expanduser().resolve()
+    return is_same_path or Path(name).name == Path(path).name

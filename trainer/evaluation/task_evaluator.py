@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 SIGN_OF_LIFE_S = 30.0
-"""Seconds between two lines of a task that takes long."""
+"""Seconds between two lines of progress of a task that takes long."""
 
 
 @dataclass(slots=True)
@@ -34,37 +34,41 @@ class FinishedTask:
     metrics: dict[str, float]
     seconds: float
     throughput: GenerationThroughput | None = None
-    """How its answers were written, by tasks that need some."""
+    """How fast its answers were written; None for tasks that write none."""
 
 
 class TaskEvaluator:
-    """Asks the model every task."""
+    """Runs all tasks of an evaluation on one model."""
 
     def __init__(self, tasks: list[PreparedTask], asking: ModelInterface) -> None:
         self.tasks, self.model = tasks, asking
         self.current_task = ""
-        """Name of the task that the model is asked at this moment."""
+        """Name of the task that runs at this moment."""
 
     def report_progress(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """Have `say` hear of a task that takes long, every half minute of it."""
-        task, began, last = "", 0.0, 0.0
+        """Call `say` with the progress of a task that takes long, every half minute."""
+        task = ""
+        began = 0.0
+        last_line = 0.0
 
-        def heard(done: int, turns: int) -> None:
-            nonlocal task, began, last
+        def on_batch(done: int, batches: int) -> None:
+            nonlocal task, began, last_line
             now = clock()
             if task != self.current_task:
-                task, began, last = self.current_task, now, now
-            elif now - last >= SIGN_OF_LIFE_S and done < turns:
-                last = now
-                say(f"{task}: {done} of {turns} batches, {now - began:.0f} s since the first")
+                task = self.current_task
+                began = now
+                last_line = now
+            elif now - last_line >= SIGN_OF_LIFE_S and done < batches:
+                last_line = now
+                say(f"{task}: {done} of {batches} batches, {now - began:.0f} s since the first")
 
-        self.model.writer.on_batch = heard
+        self.model.writer.on_batch = on_batch
 
     def check_rows(self) -> None:
         """Encode and check the rows of every task, so that a bad row ends the run before the model or a judge is asked.
 
-        No collective; the same on all ranks. Errors: those of `each`. Rows of lm_eval are left out: the harness encodes them
-        while it asks. Rank 0 tells every 15 s which task is checked.
+        No collective; the same on all ranks. Errors: those of `run_tasks`. Rows of lm_eval are left out, since the harness
+        encodes them while it asks. Rank 0 prints every 15 s which task is checked.
         """
         progress = PreparationProgress()
         self.model.checks_only = True
@@ -79,7 +83,7 @@ class TaskEvaluator:
             self.model.checks_only = False
 
     def _run(self, ready: PreparedTask) -> list[TaskRow]:
-        """The rows of one task, with its key before what went wrong. Errors: DataError, ConfigError, those of servers."""
+        """The rows of one task. Errors begin with the task's key: DataError, ConfigError, those of servers."""
         try:
             return ready.task.run(ready.cases, self.model)
         except RefusedDocument as error:  # one row that the chat template cannot write
@@ -88,12 +92,13 @@ class TaskEvaluator:
             raise type(error)(f"{ready.task.key}: {error}") from None
 
     def run_tasks(self, names: Collection[str] | None = None) -> Iterator[FinishedTask]:
-        """Every task with its rows, or those of these names. All ranks must exhaust it."""
+        """Run every task, or those of these names. A generator of collectives: all ranks must exhaust it."""
         self.model.cached_losses.clear()
         for ready in self.tasks:
             if names is not None and ready.task.name not in names:
                 continue
-            began, writer = time.perf_counter(), self.model.writer
+            began = time.perf_counter()
+            writer = self.model.writer
             self.current_task = ready.task.name
             writer.throughput = None
             rows = self._run(ready)

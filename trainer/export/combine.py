@@ -36,7 +36,7 @@ COMBINED = "combined"
 
 @dataclass(kw_only=True, slots=True)
 class CombineSettings:
-    """What is combined, and how."""
+    """The settings of a combination of adapters."""
 
     adapters: list[str]
     """Directories of LoRA adapters of the same base."""
@@ -47,42 +47,42 @@ class CombineSettings:
     density: float = 0.5
     """Share of entries that `ties` and `dare` keep, above 0, at most 1."""
     seed: int = 0
-    """Of the entries that `dare` drops."""
+    """Seed of the random choice of the entries that `dare` drops."""
     base: str | None = None
     """Model directory; default: the one that the adapters name."""
 
 
 def problems(settings: CombineSettings) -> list[str]:
     """What is wrong with the settings and the directories, one line each; reads only their JSON."""
-    found, files = [], {}
+    lines = []
+    settings_by_adapter = {}
     for directory in settings.adapters:
-        file = read_settings(directory)
-        if isinstance(file, str):
-            found.append(f"adapters={directory}: {file}")
-        elif file.get("peft_type") != "LORA":
-            found.append(
-                f"adapters={directory}: was made by {str(file.get('peft_type')).lower()}; only LoRA adapters can be combined"
-            )
-        elif file.get("use_dora"):
-            found.append(f"adapters={directory}: has magnitudes (DoRA), which do not add up; merge it alone")
+        adapter = read_settings(directory)
+        if isinstance(adapter, str):  # why it cannot be read
+            lines.append(f"adapters={directory}: {adapter}")
+        elif adapter.get("peft_type") != "LORA":
+            method = str(adapter.get("peft_type")).lower()
+            lines.append(f"adapters={directory}: was made by {method}; only LoRA adapters can be combined")
+        elif adapter.get("use_dora"):
+            lines.append(f"adapters={directory}: has magnitudes (DoRA), which do not add up; merge it alone")
         else:
-            files[directory] = file
+            settings_by_adapter[directory] = adapter
     if settings.weights and len(settings.weights) != len(settings.adapters):
-        found.append(
+        lines.append(
             f"weights={settings.weights}: {len(settings.weights)} for {len(settings.adapters)} adapters; give one for each"
         )
     if not 0 < settings.density <= 1:
-        found.append(f"density={settings.density:g}: must be above 0 and at most 1; 0.5 as a rule")
-    ranks = {directory: file["r"] for directory, file in files.items()}
+        lines.append(f"density={settings.density:g}: must be above 0 and at most 1; 0.5 as a rule")
+    ranks = {directory: adapter["r"] for directory, adapter in settings_by_adapter.items()}
     if settings.how is not Combination.cat and len(set(ranks.values())) > 1:
-        found.append(f"combine={settings.how}: needs adapters of one rank, not {ranks}; use combine=cat")
-    bases = {file.get("base_model_name_or_path") for file in files.values()}
+        lines.append(f"combine={settings.how}: needs adapters of one rank, not {ranks}; use combine=cat")
+    bases = {adapter.get("base_model_name_or_path") for adapter in settings_by_adapter.values()}
     if settings.base is None and len(bases) > 1:
-        found.append(f"adapters: name different bases ({', '.join(map(str, bases))}); give base=<dir>")
-    kinds = {file.get("task_type") for file in files.values()}
+        lines.append(f"adapters: name different bases ({', '.join(map(str, bases))}); give base=<dir>")
+    kinds = {adapter.get("task_type") for adapter in settings_by_adapter.values()}
     if kinds - {"CAUSAL_LM"}:
-        found.append(f"adapters: of {', '.join(map(str, kinds))}; only those of causal language models can be combined")
-    return found
+        lines.append(f"adapters: of {', '.join(map(str, kinds))}; only those of causal language models can be combined")
+    return lines
 
 
 def combine(
@@ -100,8 +100,9 @@ def combine(
     from trainer.model.architecture import auto_class
     from trainer.model.config import ModelKind
 
-    if wrong := problems(settings):
-        raise ConfigError(wrong)
+    lines = problems(settings)
+    if lines:
+        raise ConfigError(lines)
     first = read_object(Path(settings.adapters[0]).expanduser() / SETTINGS)
     base = str(settings.base or first["base_model_name_or_path"])
     try:
@@ -114,15 +115,15 @@ def combine(
         plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        model = _combined(settings, plain)
+        model = _combine_adapters(settings, plain)
         ids = probe_ids(tokenizer)
         with torch.no_grad():
             reference = model(input_ids=torch.tensor([ids])).logits[0].float()
         to.mkdir(parents=True, exist_ok=True)
         if merge:
-            whole = model.merge_and_unload(adapter_names=[COMBINED], safe_merge=True)
-            whole.to(dtype or stored_type(Path(base)))
-            whole.save_pretrained(to, max_shard_size=int(max_shard_gib * 2**30))
+            merged = model.merge_and_unload(adapter_names=[COMBINED], safe_merge=True)
+            merged.to(dtype or stored_type(Path(base)))
+            merged.save_pretrained(to, max_shard_size=int(max_shard_gib * 2**30))
         else:
             _save_adapter(model, base, to)
     tokenizer.save_pretrained(str(to))
@@ -130,7 +131,7 @@ def combine(
     return base
 
 
-def _combined(settings: CombineSettings, plain: Any) -> Any:
+def _combine_adapters(settings: CombineSettings, plain: Any) -> Any:
     """peft's model with the combination as its one active adapter, in eval mode."""
     from peft import PeftModel
 

@@ -16,7 +16,7 @@ CALIBRATED = ("W4A16", "W8A8")
 
 
 def main(path: Path) -> None:
-    """Do one job."""
+    """Store the model of one job, and write its logits on the probe."""
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -26,13 +26,18 @@ def main(path: Path) -> None:
 
     job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16, local_files_only=True)
-    calibrated, longest = job["scheme"] in CALIBRATED, max(map(len, job["rows"]))
-    modifier = (GPTQModifier if calibrated else QuantizationModifier)(
-        targets="Linear", scheme=job["scheme"], ignore=["lm_head"]
-    )
-    rows = {"input_ids": job["rows"], "attention_mask": [[1] * len(row) for row in job["rows"]]}
-    given = {"dataset": Dataset.from_dict(rows), "num_calibration_samples": len(job["rows"]), "max_seq_length": longest}
-    oneshot(model=model, recipe=modifier, **(given if calibrated else {}))
+    is_calibrated = job["scheme"] in CALIBRATED
+    modifier_class = GPTQModifier if is_calibrated else QuantizationModifier
+    modifier = modifier_class(targets="Linear", scheme=job["scheme"], ignore=["lm_head"])
+    calibration: dict[str, Any] = {}
+    if is_calibrated:
+        rows = {"input_ids": job["rows"], "attention_mask": [[1] * len(row) for row in job["rows"]]}
+        calibration = {
+            "dataset": Dataset.from_dict(rows),
+            "num_calibration_samples": len(job["rows"]),
+            "max_seq_length": max(map(len, job["rows"])),
+        }
+    oneshot(model=model, recipe=modifier, **calibration)
     with torch.no_grad():
         logits = model(torch.tensor([job["probe"]], device=model.device)).logits[0].float().cpu()
     save_file({"logits": logits.contiguous()}, path.with_name("probe.safetensors"))

@@ -19,7 +19,7 @@ def ending_tokens(tokenizer: Any, generation: Any = None) -> list[int]:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The control token that the chat template puts right after an answer; None where there is none."""
+    """The control token that the chat template writes right after an answer; None if it writes none."""
     if tokenizer.chat_template is None:
         return None
     talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
@@ -27,23 +27,30 @@ def turn_end(tokenizer: Any) -> int | None:
         text = tokenizer.apply_chat_template(talk, tokenize=False)
     except Exception:  # noqa: BLE001 - a template may refuse anything, in its own words; then it tells no end
         return None
-    _, found, rest = text.rpartition(_ANSWER)
-    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
-    control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return ids[0] if ids and ids[0] in control else None
+    _, separator, after_answer = text.rpartition(_ANSWER)
+    if not separator:
+        return None
+    ids = tokenizer(after_answer.lstrip(), add_special_tokens=False)["input_ids"]
+    control_tokens = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ids[0] if ids and ids[0] in control_tokens else None
 
 
 def write_endings(tokenizer: Any, directory: Path, base_path: str) -> None:
-    """Have `generation_config.json` name the token that closes a turn, so that every engine stops there.
+    """Add the token that closes a turn to `generation_config.json`, so that every inference engine stops there.
 
-    Where the base's settings name it already, what lies in `directory` stays as it is.
+    If the base's settings name it already, the file in `directory` stays as it is.
     """
-    if (end := turn_end(tokenizer)) is None:
+    end = turn_end(tokenizer)
+    if end is None:
         return
     file = directory / GENERATION
     source = file if file.is_file() else Path(base_path) / GENERATION
     settings = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
     stated = settings.get("eos_token_id", tokenizer.eos_token_id)
-    ends = [*stated] if isinstance(stated, list) else [] if stated is None else [stated]
+    ends = []
+    if isinstance(stated, list):
+        ends = [*stated]
+    elif stated is not None:
+        ends = [stated]
     if end not in ends:
         file.write_text(json.dumps({**settings, "eos_token_id": [*ends, end]}, indent=2) + "\n", encoding="utf-8")

@@ -43,11 +43,11 @@ class Converter:
     command: list[str]
 
 
-def find_converter(named: str | None, python: str | None) -> Converter:
+def find_converter(converter: str | None, python: str | None) -> Converter:
     """The converter. Raises ConfigError where it is not there; nothing is fetched."""
     if python is not None and shutil.which(Path(python).expanduser()) is None:
         raise ConfigError(f"gguf.python={python}: there is no such program; {HOW}")
-    file = named or shutil.which(COMMAND)
+    file = converter or shutil.which(COMMAND)
     if file is None:
         raise ConfigError(f"gguf: no {COMMAND} is found on this machine; {HOW}")
     path = Path(file).expanduser()
@@ -74,9 +74,9 @@ def write_gguf(directory: Path, name: str, kind: GgufType, converter: Converter)
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, check=False)
         if done.returncode or not aside.is_file():
-            said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
             raise ShardtuneError(
-                f"gguf={kind}: the converter failed ({done.returncode}: {' / '.join(said[-2:])[:400]}); the export in "
+                f"gguf={kind}: the converter failed ({done.returncode}: {' / '.join(lines[-2:])[:400]}); the export in "
                 f"{directory} is whole. Mend the converter and repeat the command: it only converts then. The converter was "
                 f"called as: {' '.join(command)}"
             )
@@ -86,8 +86,9 @@ def write_gguf(directory: Path, name: str, kind: GgufType, converter: Converter)
     finally:
         aside.unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    there = (directory / GENERATION).is_file()
-    generation = GenerationConfig.from_pretrained(directory) if there else GenerationConfig()
+    generation = GenerationConfig()
+    if (directory / GENERATION).is_file():
+        generation = GenerationConfig.from_pretrained(directory)
     text, lacking = modelfile(file.name, tokenizer, generation)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     return file, lacking
@@ -113,13 +114,17 @@ def verify_gguf(file: Path, kind: GgufType) -> str:
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     ids = torch.tensor([tokenizer(PROBE, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
-        ours, theirs = (model(ids, labels=ids) for model in (load_export(directory), read))
-    largest = float(ours.logits.abs().max())
-    apart = (
-        float((ours.logits - theirs.logits).abs().max()) / largest if ours.logits.shape == theirs.logits.shape else 1.0
+        export_output = load_export(directory)(ids, labels=ids)
+        gguf_output = read(ids, labels=ids)
+    difference = 1.0
+    if export_output.logits.shape == gguf_output.logits.shape:
+        largest = float(export_output.logits.abs().max())
+        difference = float((export_output.logits - gguf_output.logits).abs().max()) / largest
+    loss_change = float(gguf_output.loss - export_output.loss)
+    allowed = ALLOWED[kind]
+    comparison = (
+        f"logits differ by at most {difference:.1e} of the largest (allowed {allowed:.0e}), loss by {loss_change:+.4f}"
     )
-    loss = float(theirs.loss - ours.loss)
-    said = f"logits differ by at most {apart:.1e} of the largest (allowed {ALLOWED[kind]:.0e}), loss by {loss:+.4f}"
-    if not apart <= ALLOWED[kind]:
-        raise DriftError(f"{file}: computes something else than {directory}: {said}")
-    return f"verified: {said}, on a sentence of {ids.shape[1]} tokens"
+    if not difference <= allowed:  # a NaN fails too
+        raise DriftError(f"{file}: computes something else than {directory}: {comparison}")
+    return f"verified: {comparison}, on a sentence of {ids.shape[1]} tokens"

@@ -21,14 +21,14 @@ _IS_THERE = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmc
 
 @dataclass(frozen=True, slots=True)
 class Compressor:
-    """Where llm-compressor is, and what it may look at."""
+    """llm-compressor in its own Python environment, with the rows for calibration."""
 
     python: str
     rows: list[list[int]]
-    """Token ids that roundings are fitted to."""
+    """Token ids of the rows that the rounding is calibrated on."""
 
     def store(self, directory: Path, to: Path, scheme: str, probe: list[int]) -> Tensor:
-        """Store the model of `directory` in `to`; what it computes on `probe`, float32 `[T, V]`. Raises ShardtuneError."""
+        """Store the model of `directory` in `to`; returns its logits on `probe`, float32 `[T, V]`. Raises ShardtuneError."""
         from safetensors.torch import load_file
 
         with TemporaryDirectory() as aside:
@@ -36,7 +36,7 @@ class Compressor:
             about = {"model": str(directory.resolve()), "to": str(to.resolve()), "scheme": scheme}
             job.write_text(json.dumps({**about, "rows": self.rows, "probe": probe}), encoding="utf-8")
             env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-            env.pop("PYTHONPATH", None)  # ours is not that of its environment
+            env.pop("PYTHONPATH", None)  # our packages must not be imported there
             command = [self.python, compress.__file__, str(job)]
             try:
                 done = subprocess.run(
@@ -45,24 +45,24 @@ class Compressor:
             except OSError as error:
                 raise ShardtuneError(f"bits.python={self.python}: cannot be started ({error})") from error
             if done.returncode:
-                said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-                raise ShardtuneError(f"it failed with {done.returncode}: {' / '.join(said[-2:])[:400]}")
+                lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+                raise ShardtuneError(f"it failed with {done.returncode}: {' / '.join(lines[-2:])[:400]}")
             return load_file(job.with_name("probe.safetensors"))["logits"]
 
 
-def find_python(named: str | None) -> str:
-    """The Python that has llm-compressor. Raises ConfigError where there is none; nothing is fetched."""
-    if named is None:
+def find_python(python: str | None) -> str:
+    """The Python that has llm-compressor. Raises ConfigError if it has not; nothing is installed."""
+    if python is None:
         raise ConfigError(
             f"bits: llm-compressor pins an older transformers, so it needs an environment of its own; {HOW}"
         )
-    found = shutil.which(Path(named).expanduser())
-    if found is None:
-        raise ConfigError(f"bits.python={named}: there is no such program; {HOW}")
+    executable = shutil.which(Path(python).expanduser())
+    if executable is None:
+        raise ConfigError(f"bits.python={python}: there is no such program; {HOW}")
     try:
-        done = subprocess.run([found, "-c", _IS_THERE], capture_output=True, check=False, env={"PATH": os.defpath})
+        done = subprocess.run([executable, "-c", _IS_THERE], capture_output=True, check=False, env={"PATH": os.defpath})
     except OSError as error:
-        raise ConfigError(f"bits.python={named}: cannot be started ({error}); {HOW}") from error
+        raise ConfigError(f"bits.python={python}: cannot be started ({error}); {HOW}") from error
     if done.returncode:
-        raise ConfigError(f"bits.python={named}: is no Python that has llmcompressor; {HOW}")
-    return found
+        raise ConfigError(f"bits.python={python}: is no Python that has llmcompressor; {HOW}")
+    return executable

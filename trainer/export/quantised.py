@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DOCUMENTS, TOKENS = 32, 1024
 """Most documents that are measured, and most tokens of each."""
 CALIBRATING = 256
-"""Most documents of the training that roundings are fitted to, by what fits them."""
+"""Most training documents for calibration, in schemes that calibrate their rounding."""
 
 
 class FewBits(StrEnum):
@@ -37,22 +37,24 @@ class FewBits(StrEnum):
     llmcompressor_fp8 = "llmcompressor_fp8"
 
     @property
-    def apart(self) -> bool:
-        """Whether it is stored by a Python of its own."""
+    def stored_by_other_python(self) -> bool:
+        """Whether the library that stores it runs in a Python environment of its own."""
         return self.startswith("llmcompressor")
 
     @property
     def kit(self) -> str:
-        """The library that whoever loads it needs, and that stores it unless that is done apart."""
-        return "compressed-tensors" if self.apart else "torchao" if self.startswith("torchao") else "bitsandbytes"
+        """The library that loads it, and that stores it unless another Python does."""
+        if self.stored_by_other_python:
+            return "compressed-tensors"
+        return "torchao" if self.startswith("torchao") else "bitsandbytes"
 
     @property
     def by(self) -> str:
-        """What stores it."""
-        return "llm-compressor" if self.apart else self.kit
+        """The library that stores it."""
+        return "llm-compressor" if self.stored_by_other_python else self.kit
 
 
-BLOCK = 16
+NVFP4_BLOCK = 16
 """Values that share a scale in NVFP4."""
 SCHEMES = {
     FewBits.llmcompressor_w4a16: "W4A16",
@@ -69,16 +71,16 @@ class Cost:
     before: float
     after: float
     documents: int
-    what: str
+    split: str
     """`held-out` or `training`."""
-    apart: float
+    max_logit_difference: float
     """Largest difference of a logit, relative to the largest, between the files read back and what they were written from."""
 
     def __str__(self) -> str:
         change = f"{self.before:.4f} -> {self.after:.4f} ({self.after - self.before:+.4f})"
         return (
-            f"loss {change} on {self.documents} {self.what} documents; read back, logits differ by at most {self.apart:.1e} of "
-            "the largest"
+            f"loss {change} on {self.documents} {self.split} documents; read back, logits differ by at most "
+            f"{self.max_logit_difference:.1e} of the largest"
         )
 
 
@@ -86,34 +88,37 @@ def check_few_bits(kind: str) -> FewBits:
     """The type. Raises ConfigError where it is none, or its library is not here."""
     if kind not in [*FewBits]:
         raise ConfigError(f"bits={kind}: must be one of {', '.join(FewBits)}")
-    if lacks := missing_library(FewBits(kind).kit):
-        raise ConfigError(f"bits={kind}: {lacks}")
+    missing = missing_library(FewBits(kind).kit)
+    if missing:
+        raise ConfigError(f"bits={kind}: {missing}")
     return FewBits(kind)
 
 
 def write_few_bits(
     directory: Path, kind: FewBits, samples: list[Sample], what: str, compressor: Compressor | None = None
 ) -> tuple[Path, Cost]:
-    """(`<directory>/<type>`, what it costs); both cards say so. The loss is that of the files, loaded again. `compressor` is
-    given with the types that are stored apart.
+    """Store an export in few bits too: (`<directory>/<type>`, the cost in loss), which both model cards state.
 
-    Raises ShardtuneError where the library cannot store this model so, DriftError where the files compute something else than
-    the model that they were written from; the export stays whole.
+    The loss is that of the files, loaded again. `compressor`: for types that another Python stores. Errors: ShardtuneError if
+    the library cannot store this model, DriftError if the files compute something else than the model that they were written
+    from. The export itself stays complete.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder, aside = directory / kind, directory / f".{kind}.writing"
+    folder = directory / kind
+    aside = directory / f".{kind}.writing"
     shutil.rmtree(aside, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     try:
-        written = _write(directory, aside, kind, tokenizer, compressor)
+        stored_logits = _store(directory, aside, kind, tokenizer, compressor)
         tokenizer.save_pretrained(aside)
         plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
-        before, read = loss_of(plain, samples), _load(aside)
-        apart = _apart(written, _probed(read, tokenizer), kind, folder)
-        cost = Cost(before, loss_of(read, samples), len(samples), what, apart)
+        loss_before = loss_of(plain, samples)
+        reloaded = _load_model(aside)
+        difference = _check_read_back(stored_logits, _probe_logits(reloaded, tokenizer), kind, folder)
+        cost = Cost(loss_before, loss_of(reloaded, samples), len(samples), what, difference)
         card = directory / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         section = f"\n## In {kind}\n\nBy {kind.by}, in `{kind}/`: {cost}. At most {TOKENS} tokens of each document.\n"
@@ -126,8 +131,8 @@ def write_few_bits(
     return folder, cost
 
 
-def _write(directory: Path, aside: Path, kind: FewBits, tokenizer: Any, compressor: Compressor | None) -> Tensor:
-    """Store the model; what it computes on the probe."""
+def _store(directory: Path, aside: Path, kind: FewBits, tokenizer: Any, compressor: Compressor | None) -> Tensor:
+    """Store the model; returns its logits on the probe, before the files are read back."""
     from torch.nn import Parameter
 
     from trainer.export.verify import probe_ids
@@ -135,38 +140,43 @@ def _write(directory: Path, aside: Path, kind: FewBits, tokenizer: Any, compress
     try:
         if compressor is not None:
             return compressor.store(directory, aside, SCHEMES[kind], probe_ids(tokenizer))
-        if kind is FewBits.torchao_nvfp4 and (odd := _odd(directory)):
-            raise ValueError(f"it needs matrices whose sides are divisible by {BLOCK}: {', '.join(odd[:3])} are not")
-        model = _load(directory, quantization_config=_scheme(kind), dtype=_type(kind))
-        if all(type(each) is Parameter for each in model.parameters()):
+        unfilled = _unfilled_matrices(directory) if kind is FewBits.torchao_nvfp4 else []
+        if unfilled:
+            raise ValueError(
+                f"it needs matrices whose sides are divisible by {NVFP4_BLOCK}: {', '.join(unfilled[:3])} are not"
+            )
+        model = _load_model(directory, quantization_config=_quantisation_config(kind), dtype=_compute_dtype(kind))
+        # Quantised matrices are parameters of other classes.
+        if all(type(parameter) is Parameter for parameter in model.parameters()):
             raise ValueError("it stores none of its matrices in few bits")
         model.save_pretrained(aside)
     except (RuntimeError, ValueError, NotImplementedError, ShardtuneError) as error:
         why = " ".join(str(error).split())[:400]
         raise ShardtuneError(
             f"bits={kind}: {kind.by} cannot store this model so ({why}); the export in {directory} is whole, and another type "
-            f"({', '.join(each for each in FewBits if each is not kind)}) may do"
+            f"({', '.join(other for other in FewBits if other is not kind)}) may do"
         ) from error
-    return _probed(model, tokenizer)
+    return _probe_logits(model, tokenizer)
 
 
-def _odd(directory: Path) -> list[str]:
-    """The matrices that blocks of NVFP4 do not fill, with their sides."""
+def _unfilled_matrices(directory: Path) -> list[str]:
+    """The matrices whose sides are not divisible by NVFP4's block, with their shapes."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
-    linear = {
-        name: each
-        for name, each in model.named_modules()
-        if isinstance(each, torch.nn.Linear) and each is not model.get_output_embeddings()
-    }
-    sides = {name: tuple(each.weight.shape) for name, each in linear.items()}
-    return [f"{name} {shape}" for name, shape in sides.items() if any(side % BLOCK for side in shape)]
+    unfilled = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or module is model.get_output_embeddings():
+            continue
+        shape = tuple(module.weight.shape)
+        if any(side % NVFP4_BLOCK for side in shape):
+            unfilled.append(f"{name} {shape}")
+    return unfilled
 
 
-def _probed(model: Any, tokenizer: Any) -> Tensor:
+def _probe_logits(model: Any, tokenizer: Any) -> Tensor:
     """Logits of a fixed sentence, float32 `[T, V]`, on the CPU."""
     import torch
 
@@ -177,33 +187,35 @@ def _probed(model: Any, tokenizer: Any) -> Tensor:
     return logits.float().cpu()
 
 
-def _apart(written: Tensor, read: Tensor, kind: FewBits, folder: Path) -> float:
+def _check_read_back(stored_logits: Tensor, read_logits: Tensor, kind: FewBits, folder: Path) -> float:
+    """The largest difference of a logit, relative to the largest logit. Raises DriftError if it is too large."""
     from trainer.export.verify import TOLERANCE, DriftError
 
-    apart, allowed = float((written - read).abs().max() / written.abs().max()), TOLERANCE[_type(kind)]
-    if not apart <= allowed:
+    difference = float((stored_logits - read_logits).abs().max() / stored_logits.abs().max())
+    allowed = TOLERANCE[_compute_dtype(kind)]
+    if not difference <= allowed:  # a NaN fails too
         raise DriftError(
             f"{folder}: not written, since its files compute something else than the model that they were written from: logits "
-            f"differ by {apart:.1e} of the largest (allowed {allowed:.0e})"
+            f"differ by {difference:.1e} of the largest (allowed {allowed:.0e})"
         )
-    return apart
+    return difference
 
 
-def _load(directory: Path, **how: Any) -> Any:
+def _load_model(directory: Path, **how: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(directory, device_map=place, local_files_only=True, **how).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(directory, device_map=device, local_files_only=True, **how).eval()
 
 
-def _type(kind: FewBits) -> Any:
+def _compute_dtype(kind: FewBits) -> Any:
     import torch
 
-    return torch.float16 if kind is FewBits.int8 else torch.bfloat16  # LLM.int8() computes in the former
+    return torch.float16 if kind is FewBits.int8 else torch.bfloat16  # LLM.int8() computes in float16
 
 
-def _scheme(kind: FewBits) -> Any:
+def _quantisation_config(kind: FewBits) -> Any:
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if kind is FewBits.int8:
@@ -213,7 +225,7 @@ def _scheme(kind: FewBits) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=_type(kind),
+            bnb_4bit_compute_dtype=_compute_dtype(kind),
         )
     if kind is FewBits.torchao_int8:
         from torchao.quantization import Int8WeightOnlyConfig

@@ -16,42 +16,44 @@ TOPK = (torch.topk, torch.Tensor.topk)
 
 
 class Choices(TorchFunctionMode):
-    """Notes what every `topk` of a forward pass chooses, in order of the calls."""
+    """Records the indices that every `topk` of a forward pass chooses, in order of the calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.noted: list[Tensor] = []
+        self.recorded: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **kwargs or {})
+        output = func(*args, **kwargs or {})
         if func in TOPK:
-            self.noted.append(found.indices.detach().cpu())
-        return found
+            self.recorded.append(output.indices.detach().cpu())
+        return output
 
 
 class KeptChoices(TorchFunctionMode):
-    """Has every `topk` of the same model choose what was noted; scores are its own."""
+    """Makes every `topk` of the same model return the recorded indices, with the scores of its own pass."""
 
     def __init__(self, choices: Choices) -> None:
         super().__init__()
-        self.left = list(choices.noted)
+        self.remaining = list(choices.recorded)
         self.moved = 0
-        """How many of the choices it would have made otherwise."""
+        """How many indices it would have chosen differently."""
         self.same = True
-        """Whether the calls were those that were noted."""
+        """Whether the calls had the same order and shapes as the recorded ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **kwargs or {})
+        output = func(*args, **kwargs or {})
         if func not in TOPK:
-            return found
-        noted = self.left.pop(0).to(found.indices.device) if self.left else None
-        if noted is None or noted.numel() != found.indices.numel() or noted.shape[-1] != found.indices.shape[-1]:
+            return output
+        own_indices = output.indices
+        recorded = self.remaining.pop(0).to(own_indices.device) if self.remaining else None
+        if recorded is None or recorded.numel() != own_indices.numel() or recorded.shape[-1] != own_indices.shape[-1]:
             self.same = False
-            return found
-        noted = noted.view_as(found.indices)
+            return output
+        recorded = recorded.view_as(own_indices)
         scores, dim = _scores(*args, **kwargs or {})
-        self.moved += int((noted.sort(dim).values != found.indices.sort(dim).values).sum())
-        return torch.return_types.topk((scores.gather(dim, noted), noted))
+        # Sorted, since the order of the chosen experts does not matter.
+        self.moved += int((recorded.sort(dim).values != own_indices.sort(dim).values).sum())
+        return torch.return_types.topk((scores.gather(dim, recorded), recorded))
 
 
 def _scores(scores: Tensor, k: int, dim: int = -1, **_: Any) -> tuple[Tensor, int]:

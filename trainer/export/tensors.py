@@ -43,22 +43,22 @@ def write_tensors(
     from safetensors.torch import save_file
 
     files: list[list[str]] = []
-    held: dict[str, Tensor] = {}
+    pending: dict[str, Tensor] = {}  # tensors of the file that is not written yet
     sizes = [0]
 
     def flush() -> None:
-        files.append(list(held))
-        save_file(held, directory / f"part-{len(files)}", {"format": "pt"})
-        held.clear()
+        files.append(list(pending))
+        save_file(pending, directory / f"part-{len(files)}", {"format": "pt"})
+        pending.clear()
         sizes.append(0)
 
     for name, tensor in tensors:
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if held and sizes[-1] + tensor.nbytes > max_bytes:
+        if pending and sizes[-1] + tensor.nbytes > max_bytes:
             flush()
         tensor = tensor.contiguous()
         # A view into a larger buffer would be refused, or written whole.
-        held[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        pending[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
         sizes[-1] += tensor.nbytes
     flush()
     if len(files) == 1:

@@ -1,4 +1,4 @@
-"""Verifies an export: its logits, reloaded by plain transformers and peft, against the engine's."""
+"""Verifies an export: loads it by plain transformers and peft, and compares its logits with the engine's."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ PROBE = "The export of a model must compute exactly what was trained: question 1
 
 
 class DriftError(ShardtuneError):
-    """The export, reloaded, does not compute what was trained."""
+    """The reloaded export does not compute what was trained."""
 
     exit_code = 70
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a comparison of logits found."""
+    """The result of a comparison of logits."""
 
     max_abs_difference: float
     largest_logit: float
@@ -46,8 +46,8 @@ class Verification:
     """Share of positions whose most likely token is the same, 0 to 1."""
     tolerance: float
     """Largest `max_abs_difference / largest_logit` allowed."""
-    moved: int = 0
-    """Choices of experts or keys that rounding alone makes otherwise, and that were held for the comparison."""
+    held_choices: int = 0
+    """Choices of experts or keys that differed by rounding alone, and were replaced by training's for the comparison."""
 
     @property
     def is_close(self) -> bool:
@@ -55,12 +55,14 @@ class Verification:
         return self.max_abs_difference <= self.tolerance * self.largest_logit
 
     def __str__(self) -> str:
-        held = (
-            f"; with the experts that training chose, {self.moved} of which rounding would change" if self.moved else ""
+        routing_note = (
+            f"; with the experts that training chose, {self.held_choices} of which rounding would change"
+            if self.held_choices
+            else ""
         )
         return (
             f"logits differ by at most {self.max_abs_difference:.2e} (largest logit {self.largest_logit:.1f}, allowed "
-            f"{self.tolerance:.0e} of it), argmax agrees at {self.argmax_agreement:.1%} of positions{held}"
+            f"{self.tolerance:.0e} of it), argmax agrees at {self.argmax_agreement:.1%} of positions{routing_note}"
         )
 
 
@@ -70,13 +72,13 @@ def probe_ids(tokenizer: Any) -> list[int]:
     return [*ids, len(tokenizer) - 1]
 
 
-def shifted(ids: Tensor, start: int) -> Tensor:
+def shift_right(ids: Tensor, start: int) -> Tensor:
     """What a decoder reads in order to write `ids [S, T]`."""
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
 class _PlainLogits:
-    """Stands in for the objective for one forward pass: the model's own logits instead of a loss."""
+    """Takes the place of the objective for one forward pass: returns the model's logits instead of a loss."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
@@ -89,7 +91,7 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
     ids = torch.tensor([token_ids], device=runtime.device)
     batch: dict[str, Any] = {"input_ids": ids}
     if built.two_sides is not None:
-        batch["decoder_input_ids"] = shifted(ids, built.two_sides.decoder_start)
+        batch["decoder_input_ids"] = shift_right(ids, built.two_sides.decoder_start)
     if built.layout is Layout.padded:
         batch["attention_mask"] = torch.ones_like(ids)
     else:
@@ -98,9 +100,10 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
         batch |= {"max_length_q": ids.shape[1], "max_length_k": ids.shape[1]}
         batch["position_ids"] = torch.arange(ids.shape[1], device=runtime.device)[None]
     with engine.inference() as module:
-        # Asked through the root module's own forward: only there are its parameters gathered.
+        # The model is called through the root module's own forward: only there are its parameters gathered.
         step: Any = module
-        objective, step.objective = step.objective, _PlainLogits()
+        objective = step.objective
+        step.objective = _PlainLogits()
         try:
             logits = step(batch)["logits"]
         finally:
@@ -135,17 +138,19 @@ def verify_export(
         raise DriftError(
             f"{directory}: computes logits of shape {tuple(logits.shape)}, training {tuple(reference.shape)}"
         )
-    found = _compared(logits, reference, tolerance)
-    if not found.is_close and choices is not None and choices.noted and tolerance > TOLERANCE[torch.float32]:
-        with KeptChoices(choices) as kept:
+    verification = _compare(logits, reference, tolerance)
+    # Half precision can change which experts a router takes. Compare once more with the choices of the trained model.
+    is_half_precision = tolerance > TOLERANCE[torch.float32]
+    if not verification.is_close and choices is not None and choices.recorded and is_half_precision:
+        with KeptChoices(choices) as kept_choices:
             logits = _logits(model, token_ids, decoder_start)
-        if kept.same and kept.moved:
-            found = replace(_compared(logits, reference, tolerance), moved=kept.moved)
-    if not found.is_close:
+        if kept_choices.same and kept_choices.moved:
+            verification = replace(_compare(logits, reference, tolerance), held_choices=kept_choices.moved)
+    if not verification.is_close:
         raise DriftError(
-            f"{directory}: the export does not compute what was trained: {found}{_loaded_otherwise(directory, model)}"
+            f"{directory}: the export does not compute what was trained: {verification}{_changed_by_loading(directory, model)}"
         )
-    return found
+    return verification
 
 
 def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tensor:
@@ -153,7 +158,7 @@ def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tens
     ids = torch.tensor([token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder_start is not None:
-        inputs["decoder_input_ids"] = shifted(ids, decoder_start)
+        inputs["decoder_input_ids"] = shift_right(ids, decoder_start)
     with torch.no_grad(), without_kernel_packages():
         logits = model(**inputs).logits
     if logits.dim() == 3:
@@ -161,7 +166,7 @@ def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tens
     return logits.reshape(-1, logits.shape[-1]).float()
 
 
-def _compared(logits: Tensor, reference: Tensor, tolerance: float) -> Verification:
+def _compare(logits: Tensor, reference: Tensor, tolerance: float) -> Verification:
     return Verification(
         max_abs_difference=float((logits - reference).abs().max()),
         largest_logit=float(reference.abs().max()),
@@ -170,24 +175,26 @@ def _compared(logits: Tensor, reference: Tensor, tolerance: float) -> Verificati
     )
 
 
-def _loaded_otherwise(directory: Path, model: Any) -> str:
-    """Which tensors of a whole model, and which of their rows, are others once loaded than they are stored."""
+def _changed_by_loading(directory: Path, model: Any) -> str:
+    """Which tensors of a whole model, and which of their rows, differ after loading from what is stored."""
     from trainer.model.weights import Checkpoint
 
     if (directory / "adapter_config.json").exists():
         return ""
-    checkpoint, told = Checkpoint(directory, model), []
+    checkpoint = Checkpoint(directory, model)
+    changed = []
     for name, parameter in model.named_parameters():
         if checkpoint.resolve(name) is None or checkpoint.shape(name) != tuple(parameter.shape):
             continue
-        apart = (
-            (checkpoint.full_tensor(name).to(parameter.dtype) != parameter.detach()).reshape(len(parameter), -1).any(1)
-        )
-        if rows := apart.nonzero()[:, 0].tolist():
-            shown = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-            told.append(f"{name} (rows {shown})")
+        differs = checkpoint.full_tensor(name).to(parameter.dtype) != parameter.detach()
+        rows = differs.reshape(len(parameter), -1).any(1).nonzero()[:, 0].tolist()
+        if rows:
+            listed = ", ".join(map(str, rows[:5]))
+            if len(rows) > 5:
+                listed += f" and {len(rows) - 5} more"
+            changed.append(f"{name} (rows {listed})")
     checkpoint.close()
-    return f"; loaded otherwise than stored: {', '.join(told[:5])}" if told else ""
+    return f"; loaded otherwise than stored: {', '.join(changed[:5])}" if changed else ""
 
 
 def verify_written(

@@ -146,9 +146,10 @@ def _of_reading(error: BaseException) -> bool:
 
 def _publish(aside: Path, destination: Path) -> None:
     mode = (aside / "README.md").stat().st_mode
-    for file in (each for each in aside.rglob("*") if each.is_file()):
-        file.chmod(mode)  # safetensors makes its files private, whatever the umask says
-        sync_file(file)
+    for file in aside.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)  # safetensors makes its files private, whatever the umask says
+            sync_file(file)
     old = destination.with_name(f".{destination.name}.old")
     if destination.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -167,14 +168,17 @@ def bytes_needed(built: Built, config: ExportConfig, base_path: str, *, adapter:
 
 
 def _dtype(config: ExportConfig, base_path: str) -> torch.dtype:
-    return stored_type(Path(base_path)) if config.dtype is ExportType.auto else getattr(torch, str(config.dtype))
+    if config.dtype is ExportType.auto:
+        return stored_type(Path(base_path))
+    return getattr(torch, str(config.dtype))  # type: ignore[no-any-return]
 
 
 class _Gathered:
-    """The engine's collective gathers in a fixed order, of which rank 0 may leave off and still be joined to the end."""
+    """The engine's collective gathers in a fixed order. If rank 0 stops early, `exhaust` still joins the rest on all ranks."""
 
     def __init__(self, engine: Engine, built: Built, base_path: str, *, adapter: bool) -> None:
-        self.built, self.base_path = built, base_path
+        self.built = built
+        self.base_path = base_path
         self._trained = engine.gather(trainable_only=True) if built.tuning.adapter else iter(())
         self._all = iter(()) if adapter else engine.gather(trainable_only=False)
 
@@ -186,15 +190,16 @@ class _Gathered:
         """The whole model as the base's files name and shape it, with the weights that its architecture ignores."""
         base = self.built.base_weights(Path(self.base_path))
         conversions = base.conversions
-        yield from conversions.stored_again(self._whole(base))
+        yield from conversions.stored_again(self._whole_model(base))
         for name in conversions.carried():
             yield name, conversions.files.rows(name)
 
-    def _whole(self, base: BaseWeights) -> Iterator[tuple[str, Tensor]]:
+    def _whole_model(self, base: BaseWeights) -> Iterator[tuple[str, Tensor]]:
         """The whole model under its base names, adapters folded in; frozen values exact, from the base checkpoint."""
         from trainer.tuning.adapter_files import AdapterMerger
 
-        tuning, model = self.built.tuning, self.built.step_module.model
+        tuning = self.built.tuning
+        model = self.built.step_module.model
         trains = {name for name, p in model.named_parameters() if p.requires_grad}
         folding = AdapterMerger(tuning, model, self.trained(), base) if tuning.adapter else None  # type: ignore[arg-type]
         for name, tensor in self._all:
@@ -204,19 +209,19 @@ class _Gathered:
             if name in trains:
                 yield tuning.base_name(name), tensor
                 continue
-            value: Tensor | None = _base_or(base, tuning.base_name(name), tensor)
-            if folding is not None and value is not None:
-                value = folding.tensor(name, value)
-            if value is not None:
-                yield tuning.base_name(name), value
+            weight: Tensor | None = _base_or(base, tuning.base_name(name), tensor)
+            if folding is not None and weight is not None:
+                weight = folding.tensor(name, weight)
+            if weight is not None:
+                yield tuning.base_name(name), weight
         for name, buffer in persistent_buffers(model):
             if not tuning.owns(name):
                 yield tuning.base_name(name), buffer.detach().cpu()
 
     def exhaust(self) -> None:
         """Join what is left of the gathers. All ranks must call."""
-        for rest in (self._trained, self._all):
-            for _ in rest:
+        for gather in (self._trained, self._all):
+            for _ in gather:
                 pass
 
 

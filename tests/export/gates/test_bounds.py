@@ -6,7 +6,7 @@ import pytest
 
 from launch.config.compose import compose
 from strategies.errors import ConfigError
-from trainer.export.gates.bounds import Bound, parse, problems, read_word
+from trainer.export.gates.bounds import Bound, parse_bound, problems, read_word
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ from trainer.export.gates.bounds import Bound, parse, problems, read_word
     ],
 )
 def test_a_bound_holds_on_its_side_alone(written, passes, fails):
-    bound = parse("m", written)
+    bound = parse_bound("m", written)
     assert bound is not None and bound.holds(passes) and not bound.holds(fails) and not bound.holds(math.nan)
-    assert bound.worse(fails) > bound.worse(passes)
+    assert bound.badness(fails) > bound.badness(passes)
 
 
 @pytest.mark.parametrize("word", ["about 2", "<", "<2.1.1", True, None, [1], "<inf", "2<"])
@@ -77,4 +77,4 @@ def test_every_problem_of_gates_is_told_when_the_run_is_composed(words):
 
 
 def test_of_several_measurements_the_worst_one_is_told():
-    assert Bound("m", "=", 0.0, "0").worse(-3) > Bound("m", "=", 0.0, "0").worse(2)
+    assert Bound("m", "=", 0.0, "0").badness(-3) > Bound("m", "=", 0.0, "0").badness(2)

@@ -17,7 +17,7 @@ from launch.config.verb_words import (
     setting_words,
     word,
 )
-from launch.export.combine import WAYS
+from launch.export.combine import COMBINATIONS
 
 
 class Engine(Enum):
@@ -213,4 +213,4 @@ def test_a_group_of_settings_is_read_by_its_annotations():
 def test_the_ways_to_combine_adapters_are_those_of_the_trainer():
     from trainer.export.combine import Combination
 
-    assert tuple(Combination) == WAYS
+    assert tuple(Combination) == COMBINATIONS

@@ -15,7 +15,7 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from launch.cluster import torchrun
-from launch.evaluate.words import EvaluateWords, plan
+from launch.evaluate.words import EvaluateWords, make_plan
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.launching import clean_environment, command_here, free_port
@@ -381,4 +381,4 @@ def test_a_model_that_is_not_there_is_named_beside_the_missing_documents(capsys)
 
 def test_the_report_that_would_be_written_over_is_no_yardstick(site, evaluated):
     with pytest.raises(Exception, match="is the report that this evaluation writes"):
-        plan(EvaluateWords(run=site / "run", to=f"{site}/all", against=f"{site}/all/evaluation.json"))
+        make_plan(EvaluateWords(run=site / "run", to=f"{site}/all", against=f"{site}/all/evaluation.json"))

@@ -26,7 +26,7 @@ class EndpointFailed(ShardtuneError):
 
 @dataclass(slots=True)
 class Client:
-    """Sends requests and tells refusals apart. `key` is the setting that the server is below."""
+    """Sends requests, and turns refusals and failures into errors that name settings below `key`."""
 
     config: EndpointConfig
     key: str
@@ -50,7 +50,7 @@ class Client:
         return os.environ.get(self.config.key_env or "", "")
 
     def send(self, request: Callable[[Any], Result]) -> Result:
-        """What `request` gets from the client. Raises ConfigError for what the server refuses, EndpointFailed where it fails."""
+        """What `request` returns, called with the client. Errors: ConfigError if the server refuses it, EndpointFailed."""
         from openai import APIConnectionError, APIStatusError, OpenAIError
 
         try:
@@ -65,18 +65,19 @@ class Client:
         except OpenAIError as error:
             raise EndpointFailed(f"{self.key}.url={self.config.url}: {self._without_key(str(error))}") from None
 
-    def _error_of_status(self, status: int, said: str) -> ShardtuneError:
+    def _error_of_status(self, status: int, answer: str) -> ShardtuneError:
         if status in (401, 403):
-            how = f"{self.key}.key_env={self.config.key_env}"
-            return ConfigError(f"{how}: the server at {self.config.url} does not take the key ({status}: {said})")
+            setting = f"{self.key}.key_env={self.config.key_env}"
+            return ConfigError(f"{setting}: the server at {self.config.url} does not take the key ({status}: {answer})")
         if status == 404:
             return ConfigError(
-                f"{self.key}.url={self.config.url}: has no such address or model ({status}: {said}); mend it, or {self.key}.model"
+                f"{self.key}.url={self.config.url}: has no such address or model ({status}: {answer}); mend it, or "
+                f"{self.key}.model"
             )
         if status < 500 and status != 429:
-            return ConfigError(f"{self.key}.url={self.config.url}: the server refuses a request ({status}: {said})")
+            return ConfigError(f"{self.key}.url={self.config.url}: the server refuses a request ({status}: {answer})")
         return EndpointFailed(
-            f"{self.key}.url={self.config.url}: the server answered {status} {self.config.retries + 1} times ({said}); try "
+            f"{self.key}.url={self.config.url}: the server answered {status} {self.config.retries + 1} times ({answer}); try "
             f"later, lower {self.key}.parallel, or raise {self.key}.retries"
         )
 
@@ -85,11 +86,11 @@ class Client:
         return text.replace(key, HIDDEN) if key else text
 
     def models(self) -> list[dict[str, Any]]:
-        """What the server says that it serves (/v1/models)."""
+        """The models that the server lists (/v1/models)."""
         return self.send(lambda api: [model.to_dict() for model in api.models.list()])
 
     def model(self) -> str:
-        """The model that is asked for. Raises ConfigError where none is named and it serves not exactly one."""
+        """The name of the model to ask. Raises ConfigError if none is set and the server does not have exactly one."""
         if self.config.model is not None:
             return self.config.model
         names = [str(model["id"]) for model in self.models()]
@@ -103,9 +104,9 @@ class Client:
 
 
 def tokens_used(answer: Any, field_name: str) -> int | None:
-    """A number of the `usage` of a server's answer, such as `total_tokens`; None if the server does not tell it."""
-    value = getattr(getattr(answer, "usage", None), field_name, None)
-    return value if isinstance(value, int) else None
+    """A number of the `usage` of a server's answer, such as `total_tokens`; None if the server does not send it."""
+    tokens = getattr(getattr(answer, "usage", None), field_name, None)
+    return tokens if isinstance(tokens, int) else None
 
 
 def first_choice(answer: Any) -> Any:

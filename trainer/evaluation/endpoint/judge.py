@@ -23,87 +23,95 @@ KEY = "evaluation.judge"
 
 @dataclass(slots=True)
 class Judge:
-    """Asks the judge. One for a command: its budget is that of all tasks together."""
+    """Asks the judge model. A command has one instance, since the budget is for all of its tasks together."""
 
     config: JudgeConfig
     runtime: Runtime
     stop_now: Callable[[], bool] = lambda: False
     calls: int = 0
-    """Questions that were sent."""
+    """Questions that were sent to the server."""
     tokens: int = 0
-    """Tokens that the server counted for them."""
+    """Tokens that the server counted for these questions and their verdicts."""
     cached: int = 0
-    """Questions that the cache answered."""
+    """Questions whose verdict was in the cache."""
     _client: Client = field(init=False)
 
     def __post_init__(self) -> None:
         self._client = Client(self.config, KEY)
 
     def verdicts(self, questions: Sequence[str]) -> list[str]:
-        """What it says to each question, in their order, the same on every rank. All ranks must call.
+        """The verdict on each question, in their order, the same on every rank. All ranks must call.
 
-        Raises on all ranks or none: LimitReached where the budget does not suffice (of calls before the first is sent),
-        ConfigError and EndpointFailed of the server, StorageError of the cache, Interrupted where the run is asked to stop.
+        Raises on all ranks or none: LimitReached if the budget does not suffice (of calls, before the first one is sent),
+        ConfigError and EndpointFailed of the server, StorageError of the cache, Interrupted if the run is asked to stop.
         """
-        known: dict[str, str] = {}
+        verdict_by_question: dict[str, str] = {}
         chunks: list[list[str]] = []
 
-        def begin() -> int:
+        def look_up_and_split() -> int:
+            """Look up known verdicts, and split the new questions into chunks; returns the number of chunks."""
             model = self._client.model() if questions else ""
-            asked = list(dict.fromkeys(questions))
-            known.update({each: said for each in asked if (said := self._cached_verdict(model, each)) is not None})
-            self.cached += len(known)
-            new = [each for each in asked if each not in known]
+            different_questions = list(dict.fromkeys(questions))
+            for question in different_questions:
+                verdict = self._cached_verdict(model, question)
+                if verdict is not None:
+                    verdict_by_question[question] = verdict
+            self.cached += len(verdict_by_question)
+            new = [question for question in different_questions if question not in verdict_by_question]
             if self.calls + len(new) > self.config.max_calls:
                 raise LimitReached(
                     f"{KEY}.max_calls={self.config.max_calls}: {len(new)} questions are to be asked, {self.calls} were, and "
-                    f"{len(known)} are in the cache; nothing was sent. Raise it, or ask fewer rows (max_rows)"
+                    f"{len(verdict_by_question)} are in the cache; nothing was sent. Raise it, or ask fewer rows (max_rows)"
                 )
             size = self.config.parallel
             chunks.extend(new[begin : begin + size] for begin in range(0, len(new), size))
             return len(chunks)
 
-        def go_on(number: int) -> None:
-            known.update(self._ask_and_cache(chunks[number], sum(map(len, chunks[number:]))))
+        def ask_chunk(number: int) -> None:
+            remaining = sum(map(len, chunks[number:]))
+            verdict_by_question.update(self._ask_and_cache(chunks[number], remaining))
 
-        for number in range(self._on_main(begin)):
-            self._on_main(partial(go_on, number))
+        for number in range(self._on_main(look_up_and_split)):
+            self._on_main(partial(ask_chunk, number))
             if self.stop_now():
                 raise Interrupted
-        return self._on_main(lambda: [known[each] for each in questions])
+        return self._on_main(lambda: [verdict_by_question[question] for question in questions])
 
-    def _on_main(self, do: Callable[[], Any]) -> Any:
-        """What `do` returns on rank 0, where alone it is called; what it raises is raised on all ranks. All must call."""
-        said: tuple[Any, ShardtuneError | None] = (None, None)
+    def _on_main(self, function: Callable[[], Any]) -> Any:
+        """Call a function on rank 0 alone; what it returns or raises is the same on all ranks. All ranks must call."""
+        outcome: tuple[Any, ShardtuneError | None] = (None, None)
         if self.runtime.is_main:
             try:
-                said = (do(), None)
+                outcome = (function(), None)
             except ShardtuneError as error:
-                said = (None, error)
-        result, failed = broadcast_object(said, self.runtime)
-        if failed is not None:
-            raise failed
-        return result
+                outcome = (None, error)
+        returned, raised = broadcast_object(outcome, self.runtime)
+        if raised is not None:
+            raise raised
+        return returned
 
-    def _ask_and_cache(self, questions: list[str], left: int) -> dict[str, str]:
-        """The verdicts of some questions, which are remembered."""
-        spent = self.config.max_tokens
-        if spent is not None and self.tokens >= spent:
+    def _ask_and_cache(self, questions: list[str], remaining: int) -> dict[str, str]:
+        """The verdicts on some questions, which are written to the cache; `remaining`: questions left, these included."""
+        limit = self.config.max_tokens
+        if limit is not None and self.tokens >= limit:
             raise LimitReached(
-                f"{KEY}.max_tokens={spent}: used up ({self.tokens}), with {left} questions left; what was said is in the cache "
-                "and not asked again: raise it and start the same command"
+                f"{KEY}.max_tokens={limit}: used up ({self.tokens}), with {remaining} questions left; what was said is in the "
+                "cache and not asked again: raise it and start the same command"
             )
         with ThreadPoolExecutor(self.config.parallel) as pool:
-            said = [*pool.map(self._ask, questions)]
+            answers = [*pool.map(self._ask, questions)]
         model = self._client.model()
-        for question, (text, used) in zip(questions, said, strict=True):
-            self.calls, self.tokens = self.calls + 1, self.tokens + used
-            write_text_atomic(
-                self._cache_file(model, question), json.dumps({"model": model, "said": text, "tokens": used}) + "\n"
-            )
-        return {question: text for question, (text, _) in zip(questions, said, strict=True)}
+        verdicts = {}
+        for question, (verdict, tokens) in zip(questions, answers, strict=True):
+            self.calls += 1
+            self.tokens += tokens
+            entry = {"model": model, "said": verdict, "tokens": tokens}
+            write_text_atomic(self._cache_file(model, question), json.dumps(entry) + "\n")
+            verdicts[question] = verdict
+        return verdicts
 
     def _ask(self, question: str) -> tuple[str, int]:
+        """(verdict, tokens used) of one question."""
         model = self._client.model()
         answer = self._client.send(
             lambda api: api.chat.completions.create(
@@ -115,23 +123,25 @@ class Judge:
         )
         # An answer without text counts as one that says nothing: its verdict is unknown.
         text = getattr(getattr(first_choice(answer), "message", None), "content", None)
-        used = tokens_used(answer, "total_tokens")
-        if used is None and self.config.max_tokens is not None:
+        verdict = text if isinstance(text, str) else ""
+        tokens = tokens_used(answer, "total_tokens")
+        if tokens is None and self.config.max_tokens is not None:
             raise ConfigError(
                 f"{KEY}.max_tokens={self.config.max_tokens}: the server at {self.config.url} does not tell the tokens it took "
                 f"(usage.total_tokens); leave {KEY}.max_tokens out, and limit {KEY}.max_calls"
             )
-        return text if isinstance(text, str) else "", used or 0
+        return verdict, tokens or 0
 
     def _cache_file(self, model: str, question: str) -> Path:
+        """The file of a verdict, named by everything that decides it."""
         config = self.config
-        said = [config.url, model, question, config.temperature, config.max_new_tokens]
-        name = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-        return (
-            (Path(config.cache_dir).expanduser() if config.cache_dir else cache_directory() / "judge")
-            / name[:2]
-            / f"{name}.json"
-        )
+        deciding = [config.url, model, question, config.temperature, config.max_new_tokens]
+        name = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+        if config.cache_dir:
+            directory = Path(config.cache_dir).expanduser()
+        else:
+            directory = cache_directory() / "judge"
+        return directory / name[:2] / f"{name}.json"
 
     def _cached_verdict(self, model: str, question: str) -> str | None:
         try:
@@ -140,15 +150,15 @@ class Judge:
             return None
 
     def signature(self) -> str:
-        """What decides its verdicts, for the record."""
+        """What decides its verdicts, for the report."""
         return f"judge:{self.config.model}|temperature:{self.config.temperature:g}"
 
 
 def request_text(document: Any) -> str:
-    """What a document asks, as the judge is shown it: its prompt, or all turns before the last answer."""
+    """The request of a document, as the judge sees it: its prompt, or all turns before the last answer."""
     if document.messages is None:
         return str(document.prompt)
-    last = max(place for place, turn in enumerate(document.messages) if turn["role"] == "assistant")
+    last = max(number for number, turn in enumerate(document.messages) if turn["role"] == "assistant")
     turns = document.messages[:last]
     if len(turns) == 1:
         return str(turns[0]["content"])

@@ -12,18 +12,22 @@ import numpy as np
 from trainer.evaluation.harness.compat import without_bars
 
 SEED, OTHER_SEED = 0, 1234
-"""What the harness seeds `random`, and numpy and few-shot examples, with."""
+"""The harness's seeds: of `random`, and of numpy and few-shot examples."""
 
 
 @contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """What the harness warns of goes into the list, each once, instead of to the screen; it draws no bars."""
+    """Within it the harness's warnings go into the yielded list, each once, instead of to the screen. It draws no bars."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.utils import logging as datasets_logging
 
-    said: list[str] = []
-    logger, handler = logging.getLogger("lm_eval"), _WarningCollector(said)
-    before = logger.level, logger.propagate, datasets_logging.get_verbosity(), are_progress_bars_disabled()
+    warnings: list[str] = []
+    logger = logging.getLogger("lm_eval")
+    handler = _WarningCollector(warnings)
+    level_before = logger.level
+    propagate_before = logger.propagate
+    verbosity_before = datasets_logging.get_verbosity()
+    bars_disabled_before = are_progress_bars_disabled()
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
     logger.propagate = False
@@ -31,35 +35,36 @@ def collect_warnings() -> Iterator[list[str]]:
     disable_progress_bars()
     try:
         with without_bars():
-            yield said
+            yield warnings
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-        datasets_logging.set_verbosity(before[2])
-        if not before[3]:
+        logger.setLevel(level_before)
+        logger.propagate = propagate_before
+        datasets_logging.set_verbosity(verbosity_before)
+        if not bars_disabled_before:
             enable_progress_bars()
 
 
 class _WarningCollector(logging.Handler):
-    def __init__(self, said: list[str]) -> None:
+    def __init__(self, warnings: list[str]) -> None:
         super().__init__(logging.WARNING)
-        self.said = said
+        self.warnings = warnings
 
     def emit(self, record: logging.LogRecord) -> None:
         text = " ".join(record.getMessage().split())[:300]
-        if text not in self.said:
-            self.said.append(text)
+        if text not in self.warnings:
+            self.warnings.append(text)
 
 
 @contextmanager
 def harness_seeds() -> Iterator[None]:
-    """Python's and numpy's generators as the harness seeds them, and afterwards as they were."""
-    before, arrays = random.getstate(), np.random.get_state()
+    """Within it Python's and numpy's generators are seeded as by the harness. Afterwards they continue where they were."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     random.seed(SEED)
     np.random.seed(OTHER_SEED)
     try:
         yield
     finally:
-        random.setstate(before)
-        np.random.set_state(arrays)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -23,17 +23,17 @@ from trainer.evaluation.likelihood import Likelihood, Pair
 
 
 def _remember_error(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep what a request ended with apart from what the harness itself raises."""
+    """Note in `ended_by` that a request failed, so that it is not taken for an error of the harness."""
 
     @wraps(method)
-    def kept(self: EngineLM, *given: Any, **named: Any) -> Any:
+    def remembering(self: EngineLM, *args: Any, **kwargs: Any) -> Any:
         try:
-            return method(self, *given, **named)
+            return method(self, *args, **kwargs)
         except BaseException as error:
             self.ended_by = error
             raise
 
-    return kept
+    return remembering
 
 
 class EngineLM(TemplateLM):
@@ -49,7 +49,7 @@ class EngineLM(TemplateLM):
         self.backend = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
         self.max_length = longest_context(config, self.tokenizer)
         self.shortened_texts: Counter[str] = Counter()
-        """Texts that were too long for the model and lost their beginning, by what was asked."""
+        """Number of texts that were too long for the model and lost their beginning, by kind of text."""
         self.dropped_system_turns = 0
         self.ended_by: BaseException | None = None
 
@@ -67,9 +67,9 @@ class EngineLM(TemplateLM):
         return str(self.tokenizer.name_or_path)
 
     def notes(self) -> Iterator[str]:
-        """What was done to requests, a sentence each."""
-        for what, number in (+self.shortened_texts).items():
-            yield f"{number} {what} were longer than the model's {self.max_length} positions and lost their beginning"
+        """Sentences about changes that were made to requests."""
+        for kind, number in (+self.shortened_texts).items():  # the plus drops counts of 0
+            yield f"{number} {kind} were longer than the model's {self.max_length} positions and lost their beginning"
         if self.dropped_system_turns:
             yield (
                 f"{self.dropped_system_turns} questions went without their system turn, which the chat template has no "
@@ -77,7 +77,7 @@ class EngineLM(TemplateLM):
             )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with the first token that the tokenizer puts before a text unless the text has it."""
+        """Token ids, with the token that the tokenizer puts before a text, unless the text already begins with it."""
         if add_special_tokens is None and begins_with(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -85,37 +85,42 @@ class EngineLM(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """How likely each continuation is after its context."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return found
+        """(log-probability, whether it is greedy) of each continuation after its context."""
+        results: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return results
 
     @_remember_error
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        asked = [self._fit_to_positions(context, more) for _, context, more in requests]
-        return [(each.logprob, each.greedy) for each in self._likelihoods(asked)]
+        pairs = [self._fit_to_positions(context, continuation) for _, context, continuation in requests]
+        return [(likelihood.logprob, likelihood.greedy) for likelihood in self._likelihoods(pairs)]
 
-    def _fit_to_positions(self, context: list[int], more: list[int]) -> Pair:
-        if not more:
+    def _fit_to_positions(self, context: list[int], continuation: list[int]) -> Pair:
+        """The pair with the beginning of its context cut off, if it is too long. Raises DataError for its continuation."""
+        if not continuation:
             raise DataError("a choice has no tokens, so that there is nothing to score")
         if self.backend == "seq2seq":
             self.shortened_texts["contexts"] += len(context) > self.max_length
-            return context[-self.max_length :], more
-        if len(more) > self.max_length:
-            raise DataError(f"a choice has {len(more)} tokens, more than the model's {self.max_length} positions")
-        over = len(context) + len(more) - (self.max_length + 1)
-        self.shortened_texts["contexts"] += over > 0
-        return context[max(0, over) :], more
+            return context[-self.max_length :], continuation
+        if len(continuation) > self.max_length:
+            raise DataError(
+                f"a choice has {len(continuation)} tokens, more than the model's {self.max_length} positions"
+            )
+        # The last token of the continuation is only predicted: it takes no position.
+        excess = len(context) + len(continuation) - (self.max_length + 1)
+        self.shortened_texts["contexts"] += excess > 0
+        return context[max(0, excess) :], continuation
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
-        found: list[Likelihood] = self.writer.likelihoods(self.engine, pairs)
-        return found
+        likelihoods: list[Likelihood] = self.writer.likelihoods(self.engine, pairs)
+        return likelihoods
 
     @_remember_error
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text, whose windows of the model's length do not overlap."""
-        pairs, whose = [], []
+        """The log-likelihood of each text, in windows of the model's length that do not overlap."""
+        pairs = []
+        request_of_pair = []
         for number, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
@@ -125,50 +130,56 @@ class EngineLM(TemplateLM):
             )
             for window in windows:
                 pairs.append(utils.make_disjoint_window(window))
-                whose.append(number)
-        found = [0.0] * len(requests)
-        for number, each in zip(whose, self._likelihoods(pairs) if pairs else [], strict=True):
-            found[number] += each.logprob
-        return found
+                request_of_pair.append(number)
+        logprobs = [0.0] * len(requests)
+        likelihoods = self._likelihoods(pairs) if pairs else []
+        for number, likelihood in zip(request_of_pair, likelihoods, strict=True):
+            logprobs[number] += likelihood.logprob
+        return logprobs
 
     @_remember_error
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes to each context; requests of equal settings together."""
-        alike: dict[str, list[int]] = {}
+        """What the model writes to each context. Requests with the same settings are one call."""
+        numbers_by_settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
-        found = [""] * len(requests)
-        for numbers in alike.values():
-            how = self._settings(requests[numbers[0]].args[1])
-            most = self.max_length if self.backend == "seq2seq" else self.max_length - how.max_new_tokens
-            if most <= 0:
+            settings = json.dumps(request.args[1], sort_keys=True, default=str)
+            numbers_by_settings.setdefault(settings, []).append(number)
+        texts = [""] * len(requests)
+        for numbers in numbers_by_settings.values():
+            writing = self._settings(requests[numbers[0]].args[1])
+            longest_prompt = self.max_length
+            if self.backend != "seq2seq":  # prompt and answer share the positions
+                longest_prompt -= writing.max_new_tokens
+            if longest_prompt <= 0:
                 raise ConfigError(
-                    f"generation_kwargs max_gen_toks={how.max_new_tokens}: the model has {self.max_length} positions, which "
+                    f"generation_kwargs max_gen_toks={writing.max_new_tokens}: the model has {self.max_length} positions, which "
                     "leaves no room for a question; give options.generation={max_gen_toks: ...}"
                 )
-            asked = [self.tok_encode(requests[number].args[0]) for number in numbers]
-            self.shortened_texts["contexts"] += sum(len(ids) > most for ids in asked)
-            written = self.writer.answers(self.engine, [ids[-most:] for ids in asked], how)
-            for number, one in zip(numbers, written, strict=True):
-                found[number] = one.text
-        return found
+            prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
+            self.shortened_texts["contexts"] += sum(len(ids) > longest_prompt for ids in prompts)
+            answers = self.writer.answers(self.engine, [ids[-longest_prompt:] for ids in prompts], writing)
+            for number, answer in zip(numbers, answers, strict=True):
+                texts[number] = answer.text
+        return texts
 
     def _settings(self, kwargs: dict[str, Any]) -> WritingConfig:
-        said = generation_settings(kwargs, 256)
-        draws = bool(said["do_sample"])
-        return WritingConfig(
-            max_new_tokens=int(said["max_gen_toks"]),
-            beams=int(said.get("num_beams") or 1),
-            temperature=float(said.get("temperature") or 1.0) if draws else 0.0,
-            top_p=float(said.get("top_p") or 1.0) if draws else 1.0,
-            top_k=int(said.get("top_k") or 0) if draws else 0,
-            stop=[text for text in said["until"] if text],
+        """A request's `generation_kwargs` as our settings."""
+        settings = generation_settings(kwargs, 256)
+        writing = WritingConfig(
+            max_new_tokens=int(settings["max_gen_toks"]),
+            beams=int(settings.get("num_beams") or 1),
+            stop=[text for text in settings["until"] if text],
             seed=self.writing.seed,
             batch_tokens=self.writing.batch_tokens,
         )
+        if settings["do_sample"]:
+            writing.temperature = float(settings.get("temperature") or 1.0)
+            writing.top_p = float(settings.get("top_p") or 1.0)
+            writing.top_k = int(settings.get("top_k") or 0)
+        return writing
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; without its system turn where the template knows none."""
+        """A conversation as text. If the template refuses it, its system turn is left out."""
 
         def render(turns: list[dict[str, str]]) -> str:
             return str(

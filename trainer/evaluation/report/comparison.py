@@ -12,6 +12,7 @@ from trainer.evaluation.report.intervals import (
     FEW,
     WORSE,
     Bootstrap,
+    MetricDifference,
     paired_difference,
     resample_metrics,
     share_counts,
@@ -21,92 +22,158 @@ from trainer.evaluation.report.intervals import (
 )
 from trainer.evaluation.report.permutation_test import family_p
 from trainer.evaluation.report.record import EvaluatedModel, same_rows
-from trainer.evaluation.tasks.base import Task, TaskRow
+from trainer.evaluation.tasks.base import Metric, Task, TaskRow
 
 MAX_CHANGED_ROWS = 20
-"""Rows that changed sides which are listed, of each direction."""
+"""Most rows that are listed of those that turned right, and of those that turned wrong."""
 
 
 def compare_task(
     task: Task,
-    found: EvaluatedModel,
-    mine: dict[str, np.ndarray],
-    theirs: Sequence[TaskRow] | None,
-    values: dict[str, float],
-    how: Bootstrap,
+    model: EvaluatedModel,
+    resampled: dict[str, np.ndarray],
+    other_rows: Sequence[TaskRow] | None,
+    other_metrics: dict[str, float],
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """What the report says of one task against another model, of which the metrics' `values` and perhaps the rows are known.
+    """What the report says of one task in comparison with another model.
 
-    `mine` are this model's metrics of resamples.
+    `resampled` are this model's metrics of resamples. Of the other model its metrics are known, and perhaps its rows.
     """
-    rows = found.rows[task.name]
-    pairs = theirs is not None and same_rows(rows, theirs)
-    other = resample_metrics(task, theirs, how) if pairs and theirs is not None else {}
+    rows = model.rows[task.name]
+    paired_rows = other_rows if other_rows is not None and same_rows(rows, other_rows) else None
+    common_metrics = [metric for metric in task.metrics_for(rows) if metric.name in other_metrics]
+    if paired_rows is None:
+        differences = _unpaired_differences(task, model, common_metrics, resampled, other_metrics)
+    else:
+        differences = _paired_differences(task, model, common_metrics, resampled, paired_rows, other_metrics, bootstrap)
     metrics = {}
-    known = [metric for metric in task.metrics_for(rows) if metric.name in values]
-    family = [metric for metric in known if metric.in_family]
-    jointly = family_p(task, family, rows, theirs, how.seed) if pairs and theirs is not None and len(family) > 1 else {}
-    for metric in known:
-        value, greater = found.metrics[task.name][metric.name], metric.greater_is_better
-        if pairs:
-            apart = paired_difference(
-                value, values[metric.name], mine[metric.name], other[metric.name], greater=greater
+    for metric in common_metrics:
+        record = asdict(differences[metric.name])
+        if _number_of_cases(metric, rows) < metric.min_cases:
+            record["verdict"] = FEW
+        metrics[metric.name] = record
+    comparison: dict[str, Any] = {"paired": paired_rows is not None, "metrics": metrics}
+    if paired_rows is not None:
+        score = right_or_wrong_score(task, [*rows, *paired_rows])
+        if score is not None:
+            comparison["changed"] = changed_rows(rows, paired_rows, score)
+    return comparison
+
+
+def _paired_differences(
+    task: Task,
+    model: EvaluatedModel,
+    metrics: Sequence[Metric],
+    resampled: dict[str, np.ndarray],
+    other_rows: Sequence[TaskRow],
+    other_metrics: dict[str, float],
+    bootstrap: Bootstrap,
+) -> dict[str, MetricDifference]:
+    """Differences by metric, from the same resamples of both models' rows."""
+    other_resampled = resample_metrics(task, other_rows, bootstrap)
+    rows = model.rows[task.name]
+    family = [metric for metric in metrics if metric.in_family]
+    corrected_p = {}
+    if len(family) > 1:
+        corrected_p = family_p(task, family, rows, other_rows, bootstrap.seed)
+    differences = {}
+    for metric in metrics:
+        name = metric.name
+        difference = paired_difference(
+            model.metrics[task.name][name],
+            other_metrics[name],
+            resampled[name],
+            other_resampled[name],
+            greater=metric.greater_is_better,
+        )
+        if name in corrected_p:
+            difference = with_corrected_p(difference, corrected_p[name], greater=metric.greater_is_better)
+        differences[name] = difference
+    return differences
+
+
+def _unpaired_differences(
+    task: Task,
+    model: EvaluatedModel,
+    metrics: Sequence[Metric],
+    resampled: dict[str, np.ndarray],
+    other_metrics: dict[str, float],
+) -> dict[str, MetricDifference]:
+    """Differences by metric, from this model's rows alone."""
+    rows = model.rows[task.name]
+    members = sum(metric.in_family for metric in metrics)
+    differences = {}
+    for metric in metrics:
+        name = metric.name
+        value = model.metrics[task.name][name]
+        greater = metric.greater_is_better
+        family_size = members if metric.in_family else 1
+        counts = share_counts(metric, rows)
+        if counts is None:
+            differences[name] = unpaired_difference(
+                value, other_metrics[name], resampled[name], greater=greater, family_size=family_size
             )
-            if metric.name in jointly:
-                apart = with_corrected_p(apart, jointly[metric.name], greater=greater)
         else:
-            among = len(family) if metric.in_family else 1
-            counts = share_counts(metric, rows)
-            if counts is None:
-                apart = unpaired_difference(value, values[metric.name], mine[metric.name], greater=greater, among=among)
-            else:
-                apart = unpaired_share_difference(value, values[metric.name], counts, greater=greater, among=among)
-        below = metric.case_score or (metric.ratio[1] if metric.ratio else None)
-        cases = sum(row.scores.get(below, 0.0) > 0 for row in rows) if below else len(rows)
-        metrics[metric.name] = asdict(apart) | ({} if cases >= metric.min_cases else {"verdict": FEW})
-    said: dict[str, Any] = {"paired": pairs, "metrics": metrics}
-    if pairs and theirs is not None and (score := right_or_wrong_score(task, [*rows, *theirs])) is not None:
-        said["changed"] = changed_rows(rows, theirs, score)
-    return said
+            differences[name] = unpaired_share_difference(
+                value, other_metrics[name], counts, greater=greater, family_size=family_size
+            )
+    return differences
+
+
+def _number_of_cases(metric: Metric, rows: Sequence[TaskRow]) -> int:
+    """How many rows count in a metric."""
+    score = metric.case_score or (metric.ratio[1] if metric.ratio else None)
+    if score is None:
+        return len(rows)
+    return sum(row.scores.get(score, 0.0) > 0 for row in rows)
 
 
 def right_or_wrong_score(task: Task, rows: Sequence[TaskRow]) -> str | None:
-    """The score by which a row is right or wrong: that of the first metric, where it is a mean of noughts and ones."""
+    """The score that says whether a row is right (1) or wrong (0): that of the first metric. None if it has other values."""
     ratio = next(iter(task.metrics_for(rows))).ratio
-    if ratio is None or ratio[1] is not None or any(row.scores[ratio[0]] not in (0.0, 1.0) for row in rows):
+    if ratio is None:
         return None
-    return ratio[0]
+    score, denominator = ratio
+    if denominator is not None or any(row.scores[score] not in (0.0, 1.0) for row in rows):
+        return None
+    return score
 
 
-def changed_rows(rows: Sequence[TaskRow], theirs: Sequence[TaskRow], score: str) -> dict[str, Any]:
-    """Rows that one model has right and the other wrong."""
-    found: dict[str, Any] = {"won": [], "lost": []}
-    for mine, other in zip(rows, theirs, strict=True):
-        if mine.scores[score] != other.scores[score]:
-            found["won" if mine.scores[score] > other.scores[score] else "lost"].append(
-                {"where": mine.where, "prompt": mine.prompt, "answer": mine.answer, "other": other.answer}
-            )
+def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: str) -> dict[str, Any]:
+    """Rows that one of the models has right and the other wrong: `won` by this model, `lost` to the other."""
+    changed: dict[str, list[dict[str, str]]] = {"won": [], "lost": []}
+    for row, other in zip(rows, other_rows, strict=True):
+        if row.scores[score] == other.scores[score]:
+            continue
+        side = "won" if row.scores[score] > other.scores[score] else "lost"
+        changed[side].append({"where": row.where, "prompt": row.prompt, "answer": row.answer, "other": other.answer})
     return {
-        "num_won": len(found["won"]),
-        "num_lost": len(found["lost"]),
-        **{side: listed[:MAX_CHANGED_ROWS] for side, listed in found.items()},
+        "num_won": len(changed["won"]),
+        "num_lost": len(changed["lost"]),
+        "won": changed["won"][:MAX_CHANGED_ROWS],
+        "lost": changed["lost"][:MAX_CHANGED_ROWS],
     }
 
 
 def regressions(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
-    """What fell further than it may, one line each: beyond `limit` where there is one for the metric, else beyond chance."""
-    fell = []
+    """The metrics that became worse than allowed, a line each: by more than `limit` if it is set, else beyond chance."""
+    lines = []
     for metric in task.metrics:
-        if (apart := metrics.get(metric.name)) is None:
+        difference = metrics.get(metric.name)
+        if difference is None:
             continue
-        loss = -apart["difference"] if metric.greater_is_better else apart["difference"]
-        loss = abs(loss) if metric.greater_is_better is None else loss
+        change = difference["difference"]
+        if metric.greater_is_better is None:
+            loss = abs(change)
+        else:
+            loss = -change if metric.greater_is_better else change
         limit = task.config.limit.get(metric.name)
-        now = apart["value"] + apart["difference"]
-        said = f"{task.name}: {metric.name} {now:.4g}, was {apart['value']:.4g}"
+        value = difference["value"] + change
+        line = f"{task.name}: {metric.name} {value:.4g}, was {difference['value']:.4g}"
         if limit is not None and loss > limit:
-            fell.append(f"{said}: worse by {loss:.4g}, more than {task.key}.limit.{metric.name}={limit:g}")
-        elif limit is None and apart["verdict"] == WORSE:
-            span = f"[{apart['low']:.4g}, {apart['high']:.4g}]"
-            fell.append(f"{said}: the 95 % interval of the difference, {span}, is wholly on the worse side")
-    return fell
+            lines.append(f"{line}: worse by {loss:.4g}, more than {task.key}.limit.{metric.name}={limit:g}")
+        elif limit is None and difference["verdict"] == WORSE:
+            span = f"[{difference['low']:.4g}, {difference['high']:.4g}]"
+            lines.append(f"{line}: the 95 % interval of the difference, {span}, is wholly on the worse side")
+    return lines

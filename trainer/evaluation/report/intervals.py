@@ -1,9 +1,10 @@
-"""How far a metric may be chance: bootstrap over rows (Efron 1979), paired where two models answered the same rows (Koehn 2004).
+"""Confidence intervals of metrics, by a bootstrap over rows (Efron 1979).
 
-A resample is how often each row counts, drawn from (seed, number of rows) alone, so that two models are resampled alike. The
-interval is that of the 2.5th and the 97.5th percentile; the test of a difference is two-sided: twice the share of resamples
-in which it is not on its side of zero, at least one of them. The interval of a share of rows, each right or wrong, is Wilson's:
-resamples of rows that are all wrong would have no width.
+Two models that answered the same rows are compared by a paired bootstrap (Koehn 2004). A resample is a list of how often each
+row counts. It depends only on the seed and the number of rows, so both models get the same resamples. An interval goes from the
+2.5th to the 97.5th percentile. The test of a difference is two-sided: p is twice the share of resamples in which the difference
+is not on its side of zero, and never 0. A share of rows that are each right or wrong has Wilson's interval, because resamples
+of rows that are all wrong would give an interval without width.
 """
 
 from __future__ import annotations
@@ -19,95 +20,105 @@ from trainer.evaluation.tasks.base import Metric, Task, TaskRow
 from trainer.evaluation.tasks.significance import LEVEL
 
 DRAWN_COUNTS = 1 << 22
-"""Counts drawn at a time."""
+"""Counts of rows that are drawn at a time, which bounds the memory."""
 ROUNDING = 1e-5
-"""Part of a value up to which two are one: other ranks and batches round otherwise, and the same way in every row."""
+"""Relative difference up to which two values count as equal: other batches and ranks round all rows the same other way."""
 BETTER, WORSE, SAME, MOVED, FEW = "better", "worse", "no difference shown", "differs", "too few cases"
 
 
 @dataclass(frozen=True, slots=True)
 class Bootstrap:
-    """How it is drawn."""
+    """The settings of the bootstrap."""
 
     resamples: int
     seed: int
 
     def description(self, *, paired: bool) -> str:
-        """The method in a line, for the record."""
-        slow = Task.max_resamples
+        """The method in one line, for the report."""
         kind = "paired bootstrap over rows" if paired else "bootstrap over rows"
+        test = ", two-sided p" if paired else ""
         return (
-            f"{kind}, {self.resamples} resamples (at most {slow} where a metric is no mean), seed {self.seed}, 95 % "
-            "percentile interval" + (", two-sided p" if paired else "") + "; of shares of rows Wilson's interval"
+            f"{kind}, {self.resamples} resamples (at most {Task.max_resamples} where a metric is no mean), seed {self.seed}, "
+            f"95 % percentile interval{test}; of shares of rows Wilson's interval"
         )
 
 
-def resample_metrics(task: Task, rows: Sequence[TaskRow], how: Bootstrap) -> dict[str, np.ndarray]:
-    """Each metric of resamples of the rows, float64 [resamples], NaN where one has no value."""
-    drawn = np.random.default_rng([how.seed, len(rows)])
-    number, size = len(rows), max(1, DRAWN_COUNTS // len(rows))
-    others, metrics = task.weighted_metrics(rows), task.metrics_for(rows)
-    found = {metric.name: list[np.ndarray]() for metric in metrics}
-    scores = {
-        name: np.array([row.scores.get(name, 0.0) for row in rows], np.float64)
-        for metric in metrics
-        for name in metric.ratio or ()
-        if name
-    }
-    done = 0
-    while done < how.resamples:
-        weights = drawn.multinomial(number, np.full(number, 1 / number), min(size, how.resamples - done)).astype(float)
+def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) -> dict[str, np.ndarray]:
+    """Each metric of resamples of the rows, float64 [resamples]; NaN if a resample has no value."""
+    rng = np.random.default_rng([bootstrap.seed, len(rows)])
+    chunk = max(1, DRAWN_COUNTS // len(rows))
+    equal_chances = np.full(len(rows), 1 / len(rows))
+    weighted_metrics = task.weighted_metrics(rows)
+    metrics = task.metrics_for(rows)
+    scores = _scores_of_ratios(metrics, rows)
+    parts: dict[str, list[np.ndarray]] = {metric.name: [] for metric in metrics}
+    drawn = 0
+    while drawn < bootstrap.resamples:
+        resamples = min(chunk, bootstrap.resamples - drawn)
+        weights = rng.multinomial(len(rows), equal_chances, resamples).astype(float)  # [resamples, rows]
         for metric in metrics:
             if metric.ratio is None:
-                some = weights[: max(0, task.max_resamples - done)]
-                found[metric.name].append(np.array([others[metric.name](one) for one in some]))
+                slow_weights = weights[: max(0, task.max_resamples - drawn)]
+                metric_of_weights = weighted_metrics[metric.name]
+                values = np.array([metric_of_weights(row_weights) for row_weights in slow_weights])
             else:
-                over, below = metric.ratio
-                bottom = weights @ scores[below] if below else np.full(len(weights), float(number))
-                found[metric.name].append(metric.from_sums(weights @ scores[over], bottom))
-        done += len(weights)
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+                numerator, denominator = metric.ratio
+                denominators = weights @ scores[denominator] if denominator else np.full(len(weights), float(len(rows)))
+                values = metric.from_sums(weights @ scores[numerator], denominators)
+            parts[metric.name].append(values)
+        drawn += len(weights)
+    return {name: np.concatenate(chunks) for name, chunks in parts.items()}
+
+
+def _scores_of_ratios(metrics: Sequence[Metric], rows: Sequence[TaskRow]) -> dict[str, np.ndarray]:
+    """The scores that ratios are made of, by name, float64 [rows]."""
+    scores = {}
+    for metric in metrics:
+        for name in metric.ratio or ():
+            if name and name not in scores:
+                scores[name] = np.array([row.scores.get(name, 0.0) for row in rows], np.float64)
+    return scores
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resamples."""
+    """The interval that holds the middle 95 % of resamples."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 def confidence_intervals(
-    task: Task, rows: Sequence[TaskRow], drawn: dict[str, np.ndarray]
+    task: Task, rows: Sequence[TaskRow], resampled: dict[str, np.ndarray]
 ) -> dict[str, tuple[float, float]]:
-    """The 95 % interval of each metric by its name: Wilson's of a share, else the middle of the resamples in `drawn`."""
+    """The 95 % interval of each metric by its name: Wilson's for a share, else the percentiles of `resampled`."""
     metrics = {metric.name: metric for metric in task.metrics_for(rows)}
-    found = {}
-    for name, values in drawn.items():
+    intervals = {}
+    for name, values in resampled.items():
         counts = share_counts(metrics[name], rows)
-        found[name] = percentile_interval(values) if counts is None else wilson_interval(*counts)
-    return found
+        intervals[name] = percentile_interval(values) if counts is None else wilson_interval(*counts)
+    return intervals
 
 
 def share_counts(metric: Metric, rows: Sequence[TaskRow]) -> tuple[float, float] | None:
-    """(rows that have it, rows that count) of a share of rows that are each 0 or 1; None for any other metric."""
+    """(successes, cases) of a metric that is a share of rows with scores of 0 or 1; None for any other metric."""
     if metric.ratio is None or metric.exponential:
         return None
-    over, below = metric.ratio
-    successes = [row.scores.get(over, 0.0) for row in rows]
-    cases = [row.scores.get(below, 0.0) if below else 1.0 for row in rows]
-    is_share = all(
-        each in (0.0, 1.0) and success in (0.0, each) for success, each in zip(successes, cases, strict=True)
-    )
+    numerator, denominator = metric.ratio
+    successes = [row.scores.get(numerator, 0.0) for row in rows]
+    cases = [row.scores.get(denominator, 0.0) if denominator else 1.0 for row in rows]
+    for success, case in zip(successes, cases, strict=True):
+        if case not in (0.0, 1.0) or success not in (0.0, case):
+            return None
     total = sum(cases)
-    return (sum(successes), total) if is_share and total else None
+    return (sum(successes), total) if total else None
 
 
 def wilson_interval(successes: float, cases: float, level: float = LEVEL) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927). Unlike resamples it has a width if every row is right, or none is."""
+    """The score interval of a share (Wilson 1927). Unlike resamples, it has a width if every row is right, or none is."""
     share = successes / cases
     z = NormalDist().inv_cdf(1 - level / 2)
     middle = (share + z**2 / (2 * cases)) / (1 + z**2 / cases)
     half = z / (1 + z**2 / cases) * math.sqrt(share * (1 - share) / cases + (z / (2 * cases)) ** 2)
-    # Rounding must not keep the interval from holding 0 of all and all of all.
+    # Exact ends, since rounding could leave 0 % or 100 % just outside the interval.
     low = 0.0 if successes == 0 else middle - half
     high = 1.0 if successes == cases else middle + half
     return low, high
@@ -115,65 +126,78 @@ def wilson_interval(successes: float, cases: float, level: float = LEVEL) -> tup
 
 @dataclass(frozen=True, slots=True)
 class MetricDifference:
-    """One metric of this model against that of another."""
+    """One metric of this model compared with the same metric of another model.
+
+    The names of the fields are keys of `evaluation.json`.
+    """
 
     value: float
-    """That of the other."""
+    """The metric of the other model."""
     difference: float
-    """This minus the other."""
+    """The metric of this model minus that of the other."""
     low: float
     high: float
     p: float | None
-    """None where the rows are not the same, and the interval is that of this model alone, shifted."""
+    """None if the rows are not the same. Then the interval is that of this model alone, minus the other's metric."""
     verdict: str
 
 
 def paired_difference(
-    value: float, other: float, mine: np.ndarray, theirs: np.ndarray, *, greater: bool | None
+    value: float,
+    other_value: float,
+    resampled: np.ndarray,
+    other_resampled: np.ndarray,
+    *,
+    greater: bool | None,
 ) -> MetricDifference:
-    """The difference of two models on the same rows, out of resamples of both."""
-    apart = mine - theirs
-    low, high = percentile_interval(apart)
-    # A resample that is exactly even speaks for neither side, and so counts against both.
-    p = min(1.0, 2 * (min(int((apart <= 0).sum()), int((apart >= 0).sum())) + 1) / (len(apart) + 1))
-    return MetricDifference(other, value - other, low, high, p, _verdict(other, low, high, greater=greater))
+    """The difference of two models on the same rows, from the same resamples of both."""
+    differences = resampled - other_resampled
+    low, high = percentile_interval(differences)
+    # A resample with exactly no difference supports neither side, so it counts against both.
+    against = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    p = min(1.0, 2 * (against + 1) / (len(differences) + 1))
+    verdict = _verdict(other_value, low, high, greater=greater)
+    return MetricDifference(other_value, value - other_value, low, high, p, verdict)
 
 
-def with_corrected_p(apart: MetricDifference, p: float, *, greater: bool | None) -> MetricDifference:
-    """A difference judged as one of a family, by its corrected p. The interval stays that of the metric alone."""
-    told = apart.difference if p < LEVEL else 0.0
-    return replace(apart, p=p, verdict=_verdict(apart.value, told, told, greater=greater))
+def with_corrected_p(difference: MetricDifference, p: float, *, greater: bool | None) -> MetricDifference:
+    """The difference judged as one of a family, by its corrected p. The interval stays that of the metric alone."""
+    significant = difference.difference if p < LEVEL else 0.0
+    verdict = _verdict(difference.value, significant, significant, greater=greater)
+    return replace(difference, p=p, verdict=verdict)
 
 
 def unpaired_difference(
-    value: float, other: float, mine: np.ndarray, *, greater: bool | None, among: int = 1
+    value: float, other_value: float, resampled: np.ndarray, *, greater: bool | None, family_size: int = 1
 ) -> MetricDifference:
-    """The difference from a number of which the rows are not known: beyond this model's own interval or not.
+    """The difference from a number whose rows are not known: is that number outside this model's own interval?
 
-    Of a family of `among` the verdict is that of an interval as much wider (Bonferroni).
+    For one of `family_size` metrics, the verdict uses a wider interval (Bonferroni).
     """
-    low, high = percentile_interval(mine - other)
-    side = 100 * LEVEL / 2 / among
-    wide = np.nanpercentile(mine - other, [side, 100 - side])
-    return MetricDifference(other, value - other, low, high, None, _verdict(other, *map(float, wide), greater=greater))
+    low, high = percentile_interval(resampled - other_value)
+    tail_percent = 100 * LEVEL / 2 / family_size
+    wide_low, wide_high = np.nanpercentile(resampled - other_value, [tail_percent, 100 - tail_percent])
+    verdict = _verdict(other_value, float(wide_low), float(wide_high), greater=greater)
+    return MetricDifference(other_value, value - other_value, low, high, None, verdict)
 
 
 def unpaired_share_difference(
-    value: float, other: float, counts: tuple[float, float], *, greater: bool | None, among: int = 1
+    value: float, other_value: float, counts: tuple[float, float], *, greater: bool | None, family_size: int = 1
 ) -> MetricDifference:
-    """`unpaired` for a share, of which `counts` are the successes and cases of this model."""
+    """`unpaired_difference` for a share; `counts` are the successes and cases of this model."""
     low, high = wilson_interval(*counts)
-    wide_low, wide_high = wilson_interval(*counts, LEVEL / among)
-    verdict = _verdict(other, wide_low - other, wide_high - other, greater=greater)
-    return MetricDifference(other, value - other, low - other, high - other, None, verdict)
+    wide_low, wide_high = wilson_interval(*counts, LEVEL / family_size)
+    verdict = _verdict(other_value, wide_low - other_value, wide_high - other_value, greater=greater)
+    return MetricDifference(other_value, value - other_value, low - other_value, high - other_value, None, verdict)
 
 
-def _verdict(other: float, low: float, high: float, *, greater: bool | None) -> str:
-    least = ROUNDING * abs(other)
+def _verdict(other_value: float, low: float, high: float, *, greater: bool | None) -> str:
+    """What an interval of the difference says; `greater`: whether a greater value is better, None if neither is."""
+    tolerance = ROUNDING * abs(other_value)
     if greater is None:
-        return MOVED if low > least or high < -least else SAME
-    if low > least:
+        return MOVED if low > tolerance or high < -tolerance else SAME
+    if low > tolerance:
         return BETTER if greater else WORSE
-    if high < -least:
+    if high < -tolerance:
         return WORSE if greater else BETTER
     return SAME

@@ -19,47 +19,71 @@ WeightedMetrics = dict[str, Callable[[np.ndarray], float]]
 EXCHANGES = 2000
 """How often rows are exchanged; half as often where a metric is no ratio of sums, and each is computed anew."""
 DRAWN_NUMBERS = 1 << 22
-"""Numbers drawn at a time."""
+"""Random numbers that are drawn at a time, which bounds the memory."""
 
 
 def family_p(
-    task: Task, metrics: Sequence[Metric], rows: Sequence[TaskRow], theirs: Sequence[TaskRow], seed: int
+    task: Task, metrics: Sequence[Metric], rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], seed: int
 ) -> dict[str, float]:
-    """p of each metric of the family, by name, corrected for how many there are. The rows are the same questions of both."""
-    drawn, size = np.random.default_rng([seed, len(rows)]), max(1, DRAWN_NUMBERS // len(rows))
-    number = EXCHANGES if all(metric.ratio for metric in metrics) else EXCHANGES // 2
-    others = task.weighted_metrics([*rows, *theirs])
-    parts = [_differences(metrics, rows, theirs, others, np.zeros((1, len(rows))))]
-    for begin in range(0, number, size):
-        swapped = drawn.integers(0, 2, (min(size, number - begin), len(rows))).astype(float)
-        parts.append(_differences(metrics, rows, theirs, others, swapped))
-    found = np.nan_to_num(np.concatenate(parts))
-    return dict(zip((metric.name for metric in metrics), max_statistic_p(found[0], found[1:]).tolist(), strict=True))
+    """p of each metric of a family, by name, corrected for their number. Both models must have answered the same rows."""
+    rng = np.random.default_rng([seed, len(rows)])
+    chunk = max(1, DRAWN_NUMBERS // len(rows))
+    exchanges = EXCHANGES if all(metric.ratio for metric in metrics) else EXCHANGES // 2
+    weighted_metrics = task.weighted_metrics([*rows, *other_rows])
+    nothing_exchanged = np.zeros((1, len(rows)))
+    parts = [_differences(metrics, rows, other_rows, weighted_metrics, nothing_exchanged)]
+    for begin in range(0, exchanges, chunk):
+        exchanged = rng.integers(0, 2, (min(chunk, exchanges - begin), len(rows))).astype(float)
+        parts.append(_differences(metrics, rows, other_rows, weighted_metrics, exchanged))
+    differences = np.nan_to_num(np.concatenate(parts))  # the first row is the observed one
+    p_values = max_statistic_p(differences[0], differences[1:]).tolist()
+    return dict(zip((metric.name for metric in metrics), p_values, strict=True))
 
 
 def _differences(
     metrics: Sequence[Metric],
     rows: Sequence[TaskRow],
-    theirs: Sequence[TaskRow],
-    others: WeightedMetrics,
-    swapped: np.ndarray,
+    other_rows: Sequence[TaskRow],
+    weighted_metrics: WeightedMetrics,
+    exchanged: np.ndarray,
 ) -> np.ndarray:
-    """This model's metrics less the other's, float64 [draws, metrics], with the rows exchanged where `swapped` is 1."""
-    found = []
+    """This model's metrics minus the other's, float64 [draws, metrics].
+
+    In each draw, the rows where `exchanged` (float64 [draws, rows]) is 1 are those of the other model.
+    """
+    columns = []
     for metric in metrics:
         if metric.ratio is None:
-            of = others[metric.name]
-            pairs = (np.concatenate([1 - one, one]) for one in swapped)
-            found.append(np.array([of(mine) - of(1 - mine) for mine in pairs]))
-            continue
-        sides = []
-        for mine, other in ((rows, theirs), (theirs, rows)):
-            sums = []
-            for name in metric.ratio:
-                one, two = (
-                    np.array([row.scores.get(name, 0.0) if name else 1.0 for row in side]) for side in (mine, other)
-                )
-                sums.append(one.sum() + swapped @ (two - one))
-            sides.append(metric.from_sums(*sums))
-        found.append(sides[0] - sides[1])
-    return np.stack(found, axis=1)
+            # Weights over the rows of both models: 1 for the half that counts as this model's, 0 for the rest.
+            metric_of_weights = weighted_metrics[metric.name]
+            differences = []
+            for draw in exchanged:
+                own_weights = np.concatenate([1 - draw, draw])
+                differences.append(metric_of_weights(own_weights) - metric_of_weights(1 - own_weights))
+            columns.append(np.array(differences))
+        else:
+            own = _ratio_after_exchange(metric, metric.ratio, rows, other_rows, exchanged)
+            other = _ratio_after_exchange(metric, metric.ratio, other_rows, rows, exchanged)
+            columns.append(own - other)
+    return np.stack(columns, axis=1)
+
+
+def _ratio_after_exchange(
+    metric: Metric,
+    ratio: tuple[str, str | None],
+    rows: Sequence[TaskRow],
+    other_rows: Sequence[TaskRow],
+    exchanged: np.ndarray,
+) -> np.ndarray:
+    """The metric of the first model after each exchange, float64 [draws]."""
+    sums = []
+    for score in ratio:
+        own_scores = _score_array(rows, score)
+        other_scores = _score_array(other_rows, score)
+        sums.append(own_scores.sum() + exchanged @ (other_scores - own_scores))
+    return metric.from_sums(*sums)
+
+
+def _score_array(rows: Sequence[TaskRow], score: str | None) -> np.ndarray:
+    """A score of each row, float64 [rows]; ones if the ratio's denominator is the number of rows."""
+    return np.array([row.scores.get(score, 0.0) if score else 1.0 for row in rows])

@@ -24,64 +24,82 @@ TUNED, BASE = "tuned", "base"
 
 @dataclass(slots=True)
 class EvaluatedModel:
-    """What one model answered: rows by task, and its metrics."""
+    """The answers of one model to all tasks. Each dictionary is by name of the task."""
 
     rows: dict[str, list[TaskRow]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, GenerationThroughput] = field(default_factory=dict)
-    """How answers were written, of tasks that need some."""
+    """How fast answers were written, for tasks that have the model write."""
 
 
 @dataclass(frozen=True, slots=True)
 class EarlierEvaluation:
-    """Another evaluation, as it was written down."""
+    """Another evaluation, read from its files."""
 
     name: str
     report: dict[str, Any]
     rows: dict[str, list[TaskRow]]
-    """By task; none where they are no longer beside the report."""
+    """By task; empty if they are no longer next to the report."""
 
 
 def rows_hash(rows: Sequence[TaskRow]) -> str:
-    """SHA-256 of what was asked: places and references."""
+    """SHA-256 of what was asked: the places of the rows and their references."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.where, row.reference]).encode())
     return digest.hexdigest()
 
 
-def same_rows(mine: Sequence[TaskRow], theirs: Sequence[TaskRow]) -> bool:
-    """Whether two models were asked the same: then they are compared row by row."""
-    return [(row.where, row.reference) for row in mine] == [(row.where, row.reference) for row in theirs]
+def same_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) -> bool:
+    """Whether two models were asked the same, so that they can be compared row by row."""
+    if len(rows) != len(other_rows):
+        return False
+    return all(
+        (row.where, row.reference) == (other.where, other.reference)
+        for row, other in zip(rows, other_rows, strict=True)
+    )
 
 
-def task_record(task: Task, found: EvaluatedModel, spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """What the report says of one task of the model that was evaluated."""
-    rows, values, signatures = found.rows[task.name], found.metrics[task.name], task.signatures()
-    errors = task.standard_errors(rows)
-    metrics, known = {}, task.metrics_for(rows)
-    for name, value in values.items():
-        metric = next(metric for metric in known if metric.name in (name, name.partition("/")[0]))
-        metrics[name] = {"value": value, "greater_is_better": metric.greater_is_better, "says": metric.description}
-        if name in spans:
-            metrics[name] |= {"low": spans[name][0], "high": spans[name][1]}
-        if name in errors:
-            metrics[name]["stderr"] = errors[name]
-        if metric.name in signatures:
-            metrics[name]["signature"] = signatures[metric.name]
-    return {
+def task_record(task: Task, model: EvaluatedModel, spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """What the report says of one task; `spans` are the 95 % intervals by metric."""
+    rows = model.rows[task.name]
+    record: dict[str, Any] = {
         "kind": task.kind,
         "path": task.data_source,
         "num_rows": len(rows),
         "rows_sha256": rows_hash(rows),
-        "seconds": round(found.seconds[task.name], 3),
-        **({"written": _throughput_record(found.throughput[task.name])} if task.name in found.throughput else {}),
+        "seconds": round(model.seconds[task.name], 3),
+    }
+    if task.name in model.throughput:
+        record["written"] = _throughput_record(model.throughput[task.name])
+    return record | {
         "write": asdict(task.config.write),
         "options": task.option_values,
-        "metrics": metrics,
+        "metrics": _metric_records(task, rows, model.metrics[task.name], spans),
         "notes": list(task.notes(rows, spans)),
     }
+
+
+def _metric_records(
+    task: Task, rows: Sequence[TaskRow], values: dict[str, float], spans: dict[str, tuple[float, float]]
+) -> dict[str, dict[str, Any]]:
+    """What the report says of each metric of a task, by name. A name may end in `/SOURCE`."""
+    signatures = task.signatures()
+    standard_errors = task.standard_errors(rows)
+    known_metrics = {metric.name: metric for metric in reversed(task.metrics_for(rows))}
+    records = {}
+    for name, value in values.items():
+        metric = known_metrics.get(name) or known_metrics[name.partition("/")[0]]
+        record = {"value": value, "greater_is_better": metric.greater_is_better, "says": metric.description}
+        if name in spans:
+            record["low"], record["high"] = spans[name]
+        if name in standard_errors:
+            record["stderr"] = standard_errors[name]
+        if metric.name in signatures:
+            record["signature"] = signatures[metric.name]
+        records[name] = record
+    return records
 
 
 def _throughput_record(throughput: GenerationThroughput) -> dict[str, Any]:
@@ -98,20 +116,18 @@ def _throughput_record(throughput: GenerationThroughput) -> dict[str, Any]:
     }
 
 
-def write_report(to: Path, report: dict[str, Any], found: dict[str, EvaluatedModel]) -> None:
-    """Both files into a directory. Errors: StorageError."""
-    lines = [
-        json_text({"task": task, "arm": arm, **asdict(row)}, ensure_ascii=False)
-        for arm, model in found.items()
-        for task, rows in model.rows.items()
-        for row in rows
-    ]
-    write_text_atomic(to / ROWS, "".join(f"{line}\n" for line in lines))
-    write_text_atomic(to / REPORT, json_text(report, indent=1, ensure_ascii=False) + "\n")
+def write_report(directory: Path, report: dict[str, Any], models: dict[str, EvaluatedModel]) -> None:
+    """Write the report and its rows into a directory; `models` are by arm (tuned or base). Errors: StorageError."""
+    lines = []
+    for arm, model in models.items():
+        for task, rows in model.rows.items():
+            lines += [json_text({"task": task, "arm": arm, **asdict(row)}, ensure_ascii=False) for row in rows]
+    write_text_atomic(directory / ROWS, "".join(f"{line}\n" for line in lines))
+    write_text_atomic(directory / REPORT, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_report(path: Path, key: str) -> EarlierEvaluation:
-    """A report, with its rows where they lie beside it. Errors: ConfigError where it is none."""
+    """A report, with its rows if they are next to it. Errors: ConfigError if the file is no report."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(report, dict) and isinstance(report["tasks"], dict) and report["version"] == VERSION
@@ -121,16 +137,23 @@ def read_report(path: Path, key: str) -> EarlierEvaluation:
         raise ConfigError(
             f"{key}={path}: is no report of shardtune evaluate of this version; name the {REPORT} of one"
         ) from None
-    rows: dict[str, list[TaskRow]] = {}
-    try:
-        with (path.parent / ROWS).open(encoding="utf-8") as file:
-            for line in file:
-                each = json.loads(line)
-                if each.pop("arm") == TUNED:
-                    rows.setdefault(each.pop("task"), []).append(TaskRow(**each))
-    except (OSError, ValueError, KeyError, TypeError):
-        rows = {}
-    for name, task in report["tasks"].items():  # the rows of another report would pair wrongly
+    rows = _read_rows(path.parent / ROWS)
+    for name, task in report["tasks"].items():
+        # The directory may hold the rows of another report, which must not be paired with this one's.
         if name in rows and rows_hash(rows[name]) != task["rows_sha256"]:
             del rows[name]
     return EarlierEvaluation(str(path), report, rows)
+
+
+def _read_rows(path: Path) -> dict[str, list[TaskRow]]:
+    """The rows of the tuned model by task; none if the file is missing or cannot be read."""
+    rows: dict[str, list[TaskRow]] = {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                fields = json.loads(line)
+                if fields.pop("arm") == TUNED:
+                    rows.setdefault(fields.pop("task"), []).append(TaskRow(**fields))
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return rows

@@ -11,40 +11,30 @@ from trainer.reporting.trackers.base import Table
 
 
 def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> dict[str, Table]:
-    """Tables of one task by name; `before` are the same rows of another model, or of an earlier moment."""
+    """Tables of one task by name; `before` are the same rows answered by another model, or earlier in the training."""
     name = f"eval/{task.name}"
-    found = {f"{name}/worst_rows": worst_rows_table(task, rows, before)} if rows else {}
-    if before is not None and [row.where for row in rows] == [row.where for row in before]:
-        score = right_or_wrong_score(task, [*rows, *before])
-        if score is not None:
-            sides = changed_rows(rows, before, score)
-            found[f"{name}/changed_rows"] = Table(
-                ["now", "row", "prompt", "answer", "answer before"],
-                [
-                    [now, row["where"], row["prompt"], row["answer"], row["other"]]
-                    for now, side in (("wrong", "lost"), ("right", "won"))
-                    for row in sides[side]
-                ],
-            )
-    return found
+    tables = {}
+    if rows:
+        tables[f"{name}/worst_rows"] = worst_rows_table(task, rows, before)
+    if before is None or [row.where for row in rows] != [row.where for row in before]:
+        return tables
+    score = right_or_wrong_score(task, [*rows, *before])
+    if score is None:
+        return tables
+    changed = changed_rows(rows, before, score)
+    cells = []
+    for now, side in (("wrong", "lost"), ("right", "won")):
+        cells += [[now, row["where"], row["prompt"], row["answer"], row["other"]] for row in changed[side]]
+    tables[f"{name}/changed_rows"] = Table(["now", "row", "prompt", "answer", "answer before"], cells)
+    return tables
 
 
 def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> Table:
     """The rows that the page shows, the worst one first."""
-    score, value = row_value(task, rows)
-    others = {row.where: row.answer for row in before or ()}
-    return Table(
-        ["row", score, "prompt", "answer", "answer before", "reference", "note"],
-        [
-            [
-                row.where,
-                value(row),
-                row.prompt,
-                row.answer,
-                others.get(row.where, ""),
-                row.reference,
-                row.note,
-            ]
-            for row in worst_rows_first(task, rows)[:MAX_WORST_ROWS]
-        ],
-    )
+    score_name, score_of_row = row_value(task, rows)
+    answers_before = {row.where: row.answer for row in before or ()}
+    cells = []
+    for row in worst_rows_first(task, rows)[:MAX_WORST_ROWS]:
+        answer_before = answers_before.get(row.where, "")
+        cells.append([row.where, score_of_row(row), row.prompt, row.answer, answer_before, row.reference, row.note])
+    return Table(["row", score_name, "prompt", "answer", "answer before", "reference", "note"], cells)

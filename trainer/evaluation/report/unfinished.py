@@ -15,23 +15,24 @@ if TYPE_CHECKING:
     from trainer.evaluation.task_evaluator import FinishedTask
 
 UNFINISHED_FILE, ROWS = "evaluation_unfinished.json", "evaluation_unfinished_rows.jsonl"
-"""Beside the report of an earlier evaluation, which stays as it was until this one is complete."""
+"""Files next to the report. The report of an earlier evaluation is not touched until this one is complete."""
 
 
 class UnfinishedReport:
-    """Metrics and rows of each task, written as soon as a model has answered it; for rank 0 alone."""
+    """Writes metrics and rows of each task as soon as a model has answered it. Only on rank 0."""
 
     def __init__(self, to: Path, model: dict[str, Any]) -> None:
         """`to`: the report's directory. `model`: what is evaluated, for the file."""
         self.directory, self.model = to, model
         self._models: dict[str, dict[str, Any]] = {}
-        """By tuned or base: metrics, number of rows and seconds of each task."""
+        """By arm (tuned or base) and task: metrics, number of rows and seconds."""
 
     def add(self, arm: str, done: FinishedTask) -> None:
-        """Write down a task that `arm` (tuned or base) has answered. Errors: StorageError."""
+        """Write a task that `arm` (tuned or base) has answered. Errors: StorageError."""
         task = done.prepared.task
         if not self._models:
-            self.discard()  # not before: an evaluation that answers nothing leaves what an earlier one has finished
+            # Not earlier: if this evaluation finishes no task, the files of an earlier one stay.
+            self.discard()
         lines = [json_text({"task": task.name, "arm": arm, **asdict(row)}, ensure_ascii=False) for row in done.rows]
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -43,13 +44,16 @@ class UnfinishedReport:
             ) from error
         tasks = self._models.setdefault(arm, {})
         tasks[task.name] = {"metrics": done.metrics, "num_rows": len(done.rows), "seconds": round(done.seconds, 3)}
-        # Not `tasks`, as in a report: nothing may take the part for the whole evaluation.
+        # The key is not `tasks`, as in a report, so that nothing reads this part as a complete evaluation.
         report = {"version": VERSION, "unfinished": True, "model": self.model, "finished": self._models}
         write_text_atomic(self.directory / UNFINISHED_FILE, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
     def names(self) -> list[str]:
-        """Tasks that are written down, as `base: facts`."""
-        return [f"{arm}: {task}" for arm, tasks in self._models.items() for task in tasks]
+        """The tasks that are written, such as `base: facts`."""
+        names = []
+        for arm, tasks in self._models.items():
+            names += [f"{arm}: {task}" for task in tasks]
+        return names
 
     def discard(self) -> None:
         """Remove both files: those of an earlier evaluation, or of this one once its report is written. Errors: StorageError."""

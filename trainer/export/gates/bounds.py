@@ -18,7 +18,7 @@ FORM = 'a number (it must be that), or a text such as "<2.1", ">=0.5" or "<3%"'
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """One gate."""
+    """One gate: a metric with the bound that it must keep."""
 
     metric: str
     sign: str
@@ -27,20 +27,20 @@ class Bound:
     text: str
     """As the user wrote it."""
 
-    def holds(self, value: float) -> bool:
+    def holds(self, measured: float) -> bool:
         """Whether a value passes; NaN does not."""
-        if math.isnan(value):
+        if math.isnan(measured):
             return False
         return {
-            "<": value < self.limit,
-            "<=": value <= self.limit,
-            ">": value > self.limit,
-            ">=": value >= self.limit,
-            "=": value == self.limit,
+            "<": measured < self.limit,
+            "<=": measured <= self.limit,
+            ">": measured > self.limit,
+            ">=": measured >= self.limit,
+            "=": measured == self.limit,
         }[self.sign]
 
-    def worse(self, value: float) -> float:
-        """How far a value is on the wrong side: of several measurements the largest one counts."""
+    def badness(self, value: float) -> float:
+        """A number that grows the worse a value is for this bound. Of several measurements, the worst one counts."""
         if math.isnan(value):
             return math.inf
         return {"<": value, ">": -value}.get(self.sign[0], abs(value - self.limit))
@@ -51,36 +51,51 @@ class Bound:
 
 def bounds_of(gates: Mapping[str, Any]) -> list[Bound]:
     """The gates of a configuration without problems, in its order."""
-    return [bound for metric, value in gates.items() if metric != OVERRIDE and (bound := parse(metric, value))]
+    bounds = []
+    for metric, value in gates.items():
+        bound = None if metric == OVERRIDE else parse_bound(metric, value)
+        if bound is not None:
+            bounds.append(bound)
+    return bounds
 
 
-def parse(metric: str, value: Any) -> Bound | None:
-    """One gate; None where it is none."""
+def parse_bound(metric: str, value: Any) -> Bound | None:
+    """One gate; None if the value is no bound."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    found = BOUND.fullmatch(str(value).strip())
-    if found is None or not math.isfinite(limit := float(found["number"])):
+    text = str(value).strip()
+    parts = BOUND.fullmatch(text)
+    if parts is None:
         return None
-    sign = {"==": "=", None: "="}.get(found["sign"], found["sign"])
-    return Bound(metric, sign, limit / 100 if found["percent"] else limit, str(value).strip())
+    limit = float(parts["number"])
+    if not math.isfinite(limit):
+        return None
+    if parts["percent"]:
+        limit /= 100
+    sign = parts["sign"]
+    if sign in (None, "=="):
+        sign = "="
+    return Bound(metric, sign, limit, text)
 
 
 def problems(gates: Mapping[str, Any]) -> list[str]:
     """What is wrong with gates as they are written, one line each."""
-    found = []
+    problems = []
     for metric, value in gates.items():
         if metric == OVERRIDE:
             if not isinstance(value, str) or not value.strip():
-                found.append(f'gates.{OVERRIDE}={value}: must say why, as in gates.{OVERRIDE}="agreed with the clinic"')
+                problems.append(
+                    f'gates.{OVERRIDE}={value}: must say why, as in gates.{OVERRIDE}="agreed with the clinic"'
+                )
         elif not NAME.fullmatch(metric):
-            found.append(f"gates: {metric}: must be the name of a metric, such as eval/loss, bias/gap or memorised")
+            problems.append(f"gates: {metric}: must be the name of a metric, such as eval/loss, bias/gap or memorised")
         elif isinstance(value, Mapping):
-            found.append(
+            problems.append(
                 f"gates: {metric}: has entries below it; write the whole name, as in {metric}/{next(iter(value), 'x')}"
             )
-        elif parse(metric, value) is None:
-            found.append(f"gates: {metric}: {value}: must be {FORM}")
-    return found
+        elif parse_bound(metric, value) is None:
+            problems.append(f"gates: {metric}: {value}: must be {FORM}")
+    return problems
 
 
 def read_word(word: str) -> tuple[dict[str, Any] | None, str]:
@@ -93,17 +108,15 @@ def read_word(word: str) -> tuple[dict[str, Any] | None, str]:
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         plain = text[1:-1] if quoted else text
         return ({name: plain}, "") if plain else (None, f"{word}: {key} needs a value")
-    found = None
-    for written in (
-        text,
-        re.sub(r":(?=\S)", ": ", text),
-    ):  # {memorised:0} is no pair in YAML, and is one on a command line
+    gates = None
+    # {memorised:0} is no pair in YAML, but users write it on a command line: the second attempt adds the blank.
+    for attempt in (text, re.sub(r":(?=\S)", ": ", text)):
         try:
-            found = yaml.safe_load(written)
+            gates = yaml.safe_load(attempt)
         except yaml.YAMLError:
             continue
-        if isinstance(found, dict) and None not in found.values():
+        if isinstance(gates, dict) and None not in gates.values():
             break
-    if not isinstance(found, dict) or None in found.values():
+    if not isinstance(gates, dict) or None in gates.values():
         return None, f'{word}: must be pairs of a metric and its bound, such as {{eval/loss: "<2.1", memorised: 0}}'
-    return {str(metric): value for metric, value in found.items()}, ""
+    return {str(metric): value for metric, value in gates.items()}, ""

@@ -1,4 +1,4 @@
-"""Judges the gates of a model: each bound against what was measured of these very weights."""
+"""Judges the gates of a model: compares each bound with what was measured of exactly these weights."""
 
 from __future__ import annotations
 
@@ -13,59 +13,59 @@ from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.manifest import artefact_of
 from trainer.export.gates.bounds import OVERRIDE, Bound, bounds_of
-from trainer.export.gates.measured import FORGETTING, MeasuredMetric, matching, measured
+from trainer.export.gates.measured import FORGETTING, MeasuredMetric, matching_metrics, measured_metrics
 from trainer.reporting.results import add_to_run_record, read_json
 
-LISTED = 12
-"""Metrics listed, where a gate names none of them."""
+MAX_LISTED_METRICS = 12
+"""Most metrics that are listed if a gate names none of them."""
 
 
 class GateRefused(ShardtuneError):
-    """A gate of the run says no."""
+    """A gate of the run is not passed."""
 
     exit_code = 69
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What is to be given to others."""
+    """The weights that are to be exported."""
 
     run_dir: Path
     step: int | None
-    """At which step of the run they are as they are."""
+    """The step of the run that they are from."""
     artefact: str | None
     """SHA-256 of the checkpoint's manifest; None where there is no checkpoint of that step."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateVerdict:
-    """One gate, judged."""
+    """The verdict on one gate. The names of the fields are keys of `run.json`."""
 
     metric: str
     bound: str
-    """As it was written."""
+    """As the user wrote it."""
     passed: bool
     value: float | None
     where: str
-    """Where it was measured; empty where it never was."""
+    """Where it was measured; empty if it never was."""
     says: str
 
 
 @dataclass(slots=True)
 class JudgedGates:
-    """All gates of some weights."""
+    """The verdicts on all gates of some weights."""
 
     verdicts: list[GateVerdict] = field(default_factory=list)
     override: str | None = None
-    """Why they are passed over."""
+    """Why the export goes on although gates are not passed; None if it does not."""
 
     @property
     def refused(self) -> list[str]:
-        """Each reason for a no, one line each."""
-        return [each.says for each in self.verdicts if not each.passed]
+        """The gates that are not passed, a line each."""
+        return [verdict.says for verdict in self.verdicts if not verdict.passed]
 
-    def told(self, run_dir: Path) -> str:
-        """What a run says at its end of gates that say no."""
+    def refusal_text(self, run_dir: Path) -> str:
+        """What a run prints at its end if gates are not passed."""
         lines = "\n".join(f"  {line}" for line in self.refused)
         if self.override is not None:
             return f"gates say no, and are passed over ({self.override}):\n{lines}"
@@ -73,7 +73,8 @@ class JudgedGates:
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"gates": [asdict(each) for each in self.verdicts], "override": self.override if self.refused else None}
+        gates = [asdict(verdict) for verdict in self.verdicts]
+        return {"gates": gates, "override": self.override if self.refused else None}
 
 
 def weights_at(run_dir: Path, step: int, fallback_dir: str | None) -> Weights:
@@ -81,62 +82,79 @@ def weights_at(run_dir: Path, step: int, fallback_dir: str | None) -> Weights:
     return Weights(run_dir, step, artefact_of(run_dir, step, fallback_dir))
 
 
-def judged_at_end(
+def judge_at_end(
     gates: Mapping[str, Any], at: tuple[Path, int, str | None], tasks: Mapping[str, Any], runtime: Runtime
 ) -> JudgedGates:
-    """`judge` of `weights_at(*at)`, the same on every rank. All ranks must call where there are gates."""
+    """`judge` of `weights_at(*at)`, the same on every rank. All ranks must call if there are gates."""
     if not gates:
         return JudgedGates()
-    return broadcast_object(judge(gates, weights_at(*at), tasks) if runtime.is_main else JudgedGates(), runtime)
+    gates_verdict = JudgedGates()
+    if runtime.is_main:
+        gates_verdict = judge(gates, weights_at(*at), tasks)
+    return broadcast_object(gates_verdict, runtime)
 
 
 def judge(gates: Mapping[str, Any], weights: Weights, tasks: Mapping[str, Any]) -> JudgedGates:
     """Judge each gate; `tasks` are those of the run's configuration, by name. Reads the run's records."""
-    found = measured(weights.run_dir, weights.step, weights.artefact) if gates else []
-    verdicts = [_verdict(bound, found, weights, tasks) for bound in bounds_of(gates)]
+    metrics = measured_metrics(weights.run_dir, weights.step, weights.artefact) if gates else []
+    verdicts = [_verdict(bound, metrics, weights, tasks) for bound in bounds_of(gates)]
     return JudgedGates(verdicts, gates.get(OVERRIDE))
 
 
-def _verdict(bound: Bound, found: list[MeasuredMetric], weights: Weights, tasks: Mapping[str, Any]) -> GateVerdict:
-    mine = [each for each in found if each.mine]
-    if matched := matching(bound.metric, mine):
-        worst = max(matched, key=lambda each: bound.worse(each.value))
-        passed = all(bound.holds(each.value) for each in matched)
-        said = "has no value" if math.isnan(worst.value) else f"{worst.value:.4g}{_span(worst)}"
-        called = "" if worst.name in (bound.metric, bound.metric.removeprefix("eval/")) else f" ({worst.name})"
-        text = f"{bound.metric}: {said}{called}, {bound}; {worst.where}"
-        return GateVerdict(
-            bound.metric, bound.text, passed, None if math.isnan(worst.value) else worst.value, worst.where, text
-        )
-    how = _command(bound.metric, weights, tasks)
-    if others := matching(bound.metric, found):
-        other = others[0]
+def _verdict(bound: Bound, metrics: list[MeasuredMetric], weights: Weights, tasks: Mapping[str, Any]) -> GateVerdict:
+    """The verdict on one gate. `metrics` are all that the run has measured, of these weights and of others."""
+    own_metrics = [metric for metric in metrics if metric.of_these_weights]
+    matched = matching_metrics(bound.metric, own_metrics)
+    if matched:
+        return _verdict_on(bound, matched)
+    command = _command(bound.metric, weights, tasks)
+    metrics_of_other_weights = matching_metrics(bound.metric, metrics)
+    if metrics_of_other_weights:
+        other = metrics_of_other_weights[0]
         text = (
-            f"{bound.metric}: {other.value:.4g} in the {other.where} belongs to other weights than {_named(weights)} and does "
-            f"not count; {how}"
+            f"{bound.metric}: {other.value:.4g} in the {other.where} belongs to other weights than {_weights_name(weights)} "
+            f"and does not count; {command}"
         )
         return GateVerdict(bound.metric, bound.text, False, None, "", text)
-    there = list(dict.fromkeys(each.name for each in mine))
-    near = difflib.get_close_matches(bound.metric.removeprefix("eval/"), there, n=1)
-    known = f"; did you mean {near[0]}?" if near else f"; measured are {', '.join(there[:LISTED])}" if there else ""
-    return GateVerdict(
-        bound.metric, bound.text, False, None, "", f"{bound.metric}: {bound}, and was never measured: {how}{known}"
-    )
+    names = list(dict.fromkeys(metric.name for metric in own_metrics))
+    similar = difflib.get_close_matches(bound.metric.removeprefix("eval/"), names, n=1)
+    hint = ""
+    if similar:
+        hint = f"; did you mean {similar[0]}?"
+    elif names:
+        hint = f"; measured are {', '.join(names[:MAX_LISTED_METRICS])}"
+    text = f"{bound.metric}: {bound}, and was never measured: {command}{hint}"
+    return GateVerdict(bound.metric, bound.text, False, None, "", text)
 
 
-def _span(each: MeasuredMetric) -> str:
-    return "" if each.low is None or each.high is None else f" [{each.low:.4g}, {each.high:.4g}]"
+def _verdict_on(bound: Bound, matched: list[MeasuredMetric]) -> GateVerdict:
+    """The verdict by the worst of the metrics that a gate means. All of them must pass."""
+    worst = max(matched, key=lambda metric: bound.badness(metric.value))
+    passed = all(bound.holds(metric.value) for metric in matched)
+    has_value = not math.isnan(worst.value)
+    measured = f"{worst.value:.4g}{_interval_text(worst)}" if has_value else "has no value"
+    full_name = ""
+    if worst.name not in (bound.metric, bound.metric.removeprefix("eval/")):
+        full_name = f" ({worst.name})"
+    text = f"{bound.metric}: {measured}{full_name}, {bound}; {worst.where}"
+    return GateVerdict(bound.metric, bound.text, passed, worst.value if has_value else None, worst.where, text)
 
 
-def _named(weights: Weights) -> str:
+def _interval_text(metric: MeasuredMetric) -> str:
+    if metric.low is None or metric.high is None:
+        return ""
+    return f" [{metric.low:.4g}, {metric.high:.4g}]"
+
+
+def _weights_name(weights: Weights) -> str:
     return "these" if weights.step is None else f"step {weights.step}"
 
 
 def _command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
-    """The words that measure it."""
+    """The command that measures a metric of the weights."""
     run = weights.run_dir
     checkpoint = "" if weights.step is None else f" checkpoint={weights.step}"
-    first, _, rest = metric.removeprefix("eval/").partition("/")
+    first, _, below = metric.removeprefix("eval/").partition("/")
     if first == "review":
         return f"shardtune review make {run} prompts=<file>, then shardtune review score {run} <answers>"
     if first in tasks:
@@ -148,34 +166,32 @@ def _command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
         )
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
-    kind = (
-        first
-        if first in TASK_KINDS
-        else next(
-            (name for name, kind in TASK_KINDS.items() if (first,) == tuple(each.name for each in kind.metrics[:1])),
-            None,
-        )
-    )
+    kind = first if first in TASK_KINDS else None
+    if kind is None:  # the metric may stand for the kind whose first metric it is
+        for name, task in TASK_KINDS.items():
+            if task.metrics and task.metrics[0].name == first:
+                kind = name
+                break
     if kind is not None and not TASK_KINDS[kind].needs_path:
         return f"shardtune evaluate {run}{checkpoint} evaluation.tasks=[{kind}]"
-    name = first if rest or kind is None else "NAME"
+    name = first if below or kind is None else "NAME"
     return (
         f"shardtune evaluate {run}{checkpoint} evaluation.tasks.{name}.kind={kind or '<kind>'} "
         f"evaluation.tasks.{name}.path=<file>"
     )
 
 
-def refuse(judged: JudgedGates, what: str) -> None:
-    """Raise GateRefused with every reason, unless they are passed over."""
-    if judged.refused and judged.override is None:
-        lines = "\n  ".join(judged.refused)
+def refuse(gates: JudgedGates, what: str) -> None:
+    """Raise GateRefused with every gate that is not passed, unless the user overrides them."""
+    if gates.refused and gates.override is None:
+        lines = "\n  ".join(gates.refused)
         raise GateRefused(
-            f"{what}: {len(judged.refused)} of {len(judged.verdicts)} gates say no\n  {lines}\n"
+            f"{what}: {len(gates.refused)} of {len(gates.verdicts)} gates say no\n  {lines}\n"
             f'To export all the same, and have the reason recorded: gates.{OVERRIDE}="<why>"'
         )
 
 
-def record(run_dir: Path, judged: JudgedGates, about: dict[str, Any]) -> None:
-    """Add what was decided about an export to the run's `run.json`. Errors: StorageError."""
-    before = read_json(run_dir / "run.json").get("exports") or []
-    add_to_run_record(run_dir, "exports", [*before, {**about, **judged.record()}])
+def record(run_dir: Path, gates: JudgedGates, about: dict[str, Any]) -> None:
+    """Add the decision about an export to the run's `run.json`. Errors: StorageError."""
+    earlier_exports = read_json(run_dir / "run.json").get("exports") or []
+    add_to_run_record(run_dir, "exports", [*earlier_exports, {**about, **gates.record()}])
