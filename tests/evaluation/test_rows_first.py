@@ -72,7 +72,7 @@ BAD = {
             "tools": TOOLS,
         },
         [],
-        "bad.jsonl:1: the chat template does not write",
+        "bad.jsonl:1: this chat template ignores the column tools",
     ),
     "exact_match": (
         {"prompt": "word " * 2000, "completion": "a"},
