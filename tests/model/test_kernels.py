@@ -124,4 +124,4 @@ def test_on_a_cpu_the_packages_are_not_called(tmp_path):
         timeout=seconds(150),
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().endswith("Way(fused=True, positions=True, alone=False)")
+    assert done.stdout.strip().endswith("ForwardPath(fused=True, positions=True, alone=False)")
