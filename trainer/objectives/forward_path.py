@@ -196,7 +196,6 @@ class _Proof:
         """Whether the logits of a document stay the same when its last token changes."""
         ids = torch.from_numpy(self.documents[1].input_ids.astype(np.int64))[None]
         # Change the last token alone: in a causal model the logits before it stay as they were.
-        # Change the last token alone: in a causal model the logits before it stay as they were.
         changed_ids = ids.clone()
         changed_ids[0, -1] = (changed_ids[0, -1] - 3) % (self.vocabulary - 4) + 4
         with torch.no_grad():
@@ -259,7 +258,7 @@ class _Proof:
                     reason = self._difference_from_stock(layout, path, attention, dtype)
                 except torch.OutOfMemoryError:  # others fill the GPU: that may pass and proves nothing
                     raise
-                except Exception as error:  # noqa: BLE001 - as above
+                except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then the path is not right
                     reason = _error_line(error)
                 if not reason:
                     return path, ""

@@ -136,7 +136,6 @@ def _read_column(path: Path, length: int, runtime: processes.Runtime) -> np.ndar
     if not processes.broadcast_object(column is not None and column.shape == (length,), runtime):
         return None
     # Zeros on all ranks but 0, so that the sum is rank 0's column.
-    # Zeros on all ranks but 0, so that the sum is rank 0's column.
     values = torch.zeros(length, device=runtime.device)
     if column is not None:
         values.copy_(torch.from_numpy(column))

@@ -50,6 +50,7 @@ class AdapterOff:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
+        """(head of the base model if the head itself is trained, else None; states `[M, H]`), without gradients."""
         training = model.training
         model.eval()
         try:

@@ -78,8 +78,7 @@ def expand(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
         paths = list(path_setting)
     if not paths:
         raise DataError(f"{key}=[] names no file; give a file, a directory or a glob")
-    # By what makes two of them the same file.
-    # A path is the same as another if both lead to the same file, so links are resolved for the key.
+    # By resolved path: two paths name the same file if they lead to the same place, links followed.
     files: dict[File, File] = {}
     for path in paths:
         if not isinstance(path, str | os.PathLike) or not str(path):

@@ -28,7 +28,7 @@ ESCAPE = "\U0010fb06"
 class ControlTokenEscaper:
     """Tells control tokens that are meant from those that a text only spells.
 
-    Control tokens are the special tokens of a tokenizer, and those in `ends`, which close turns.
+    Control tokens are the special tokens of a tokenizer, and `end_tokens`, which close turns.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ def with_date(template: str, day: date) -> str:
 
 
 def _directive_values(moment: datetime) -> list[tuple[str, str]]:
-    """(directive of strftime, its value) of all directives; `%-d` and the like first, since `%d` is a part of none."""
+    """(directive, value) of each strftime directive at `moment`, such as (`%-d`, "3") and (`%d`, "03")."""
     codes = [f"%-{letter}" for letter in _DIRECTIVES] + [f"%{letter}" for letter in _DIRECTIVES]
     directives = [(code, moment.strftime(code)) for code in codes]
     # A directive that this system does not know comes back unchanged.

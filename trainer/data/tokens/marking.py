@@ -71,8 +71,8 @@ class _Skeleton:
 class SpanFinder:
     """Finds the character spans of learned turns with one chat template, closing tokens included.
 
-    `added` are the tokenizer's added tokens, one of which closes the last turn where it follows; `ends` match what closes a
-    turn, by role, and `eos` closes the last where the template does not.
+    `added_tokens`: the tokenizer's added tokens; any of them closes the last turn if it follows. `end_patterns`: what closes
+    a turn, by role. `eos` is put after the last turn if the template does not close it.
     """
 
     def __init__(

@@ -353,7 +353,7 @@ class ChatTemplate:
             return self._apply(messages, prompt=prompt)
         except TemplateLimitExceeded as error:
             raise self._limit_error(error, "the first look at it", 1) from error
-        except Exception:  # noqa: BLE001 - see above
+        except Exception:  # noqa: BLE001 - a template may raise anything for a conversation that it dislikes
             return None
 
 

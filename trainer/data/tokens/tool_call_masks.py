@@ -158,7 +158,10 @@ class Chat:
 
 
 class TurnSpanFinder:
-    """Finds the spans of learned turns one by one. `added`: the added tokens; `ends`: those that close turns, by role."""
+    """Finds the spans of learned turns one by one, in conversations with tools, calls or thoughts.
+
+    `added_tokens`: the tokenizer's added tokens. `end_tokens_by_role`: the tokens that close a turn.
+    """
 
     def __init__(
         self, apply: Apply, reasoning: Reasoning, added_tokens: list[str], end_tokens_by_role: dict[str, set[str]]

@@ -172,8 +172,8 @@ class Presidio:
 
 @cache
 def _analyzer() -> Any:
-    # It warns of recognisers for other languages, and of labels that nothing asks for.
     """Presidio with the small English model of spaCy, loaded once a process. Raises ConfigError where a package is missing."""
+    # It warns of recognisers for other languages, and of labels that nothing asks for.
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
     try:
         from presidio_analyzer import AnalyzerEngine
