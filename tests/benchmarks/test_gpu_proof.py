@@ -8,7 +8,7 @@ from benchmarks import gpu_proof
 from strategies.base import Precision
 
 
-def test_a_run_is_simulated_measured_and_told(tmp_path):
+def test_gpu_proof_simulates_and_measures_a_run_and_writes_its_page(tmp_path):
     config = LlamaConfig(**gpu_proof.SIZES[True], num_key_value_heads=4, vocab_size=512, pad_token_id=0)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)

@@ -117,7 +117,7 @@ def test_ratios_are_medians_of_ratios_within_a_round():
     assert [line.rsplit(": ")[-1] for line in tables.targets({"full": list(by_name.values())})] == ["holds"] * 3
 
 
-def test_a_trainer_whose_loss_disagrees_gets_no_rate():
+def test_benchmark_gives_no_rate_to_a_trainer_whose_loss_disagrees():
     found = {OURS.name: measured([1.0], 7.0), BARE.name: measured([1.0], 7.0), HF.name: measured([0.1], 7.01)}
     made = tables.rows(GROUP, found)
     (line,) = [line for line in tables.table(made) if line.startswith(f"| {HF.name} |")]
@@ -137,7 +137,7 @@ def test_arithmetic_of_the_model():
     assert SMALL.flops_per_token(0, lora=True) == 4 * 13_762_560
 
 
-def test_reason_of_a_failure_is_its_last_error():
+def test_benchmark_reason_of_a_failure_is_its_last_error():
     log = 'File "x.py"\nValueError: first\n  File "Error.py", line 3\nlightning.MisconfigurationError: no: card\nbye\n'
     assert reason(log) == "lightning.MisconfigurationError: no: card"
     assert reason("killed\n") == "killed"
@@ -152,7 +152,7 @@ def test_speed_of_ranks_leaves_the_warm_up_out(tmp_path):
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="trains three times over: make test-all")
-def test_it_runs_and_the_losses_agree(tmp_path):
+def test_training_benchmark_runs_and_its_losses_agree(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "SHARDTUNE_BENCH_WORK": str(tmp_path / "work")}
     words = ["--dry-run", "--peers=none", "--groups=full", f"--results={tmp_path}"]
     command = [sys.executable, str(BENCHMARKS / "training.py"), *words]

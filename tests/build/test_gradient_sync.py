@@ -39,7 +39,7 @@ def planned(made, strategy, monkeypatch, *, steps=4, memories=(64.0,)):
     return built.step_module.plan.defer_sync, built.substitutions.get("strategy.defer_sync", "")
 
 
-def test_whole_gradients_wait_where_they_fit_beside_everything_else(made, monkeypatch):
+def test_gradient_sync_waits_where_whole_gradients_fit_beside_everything_else(made, monkeypatch):
     """The bound is where state, activations and seven eighths of the gradients in fp32 fill what is planned with."""
     built, work = made
     trained = sum(p.numel() for _, p in named_parameters(built.step_module))
@@ -66,7 +66,7 @@ def test_replicas_keep_larger_shards(made, monkeypatch):
     assert f"{2 * trained / 2**30:.2f} GiB more" in planned(made, replace(hsdp, memory_gib=1e-6), monkeypatch)[1]
 
 
-def test_nothing_is_decided_where_there_is_nothing_to_decide(made, monkeypatch):
+def test_gradient_sync_is_not_planned_where_there_is_no_choice(made, monkeypatch):
     for strategy in (FSDP2, replace(FSDP2, memory_gib=1e-6)):
         assert planned(made, strategy, monkeypatch, steps=1) == (None, "")
     for asked in (True, False):
@@ -86,7 +86,7 @@ def test_activations_that_cannot_be_counted_are_estimated(made, monkeypatch):
     assert planned(made, replace(FSDP2, memory_gib=0.99 * need / 2**30), monkeypatch)[0] is False
 
 
-def test_memory_is_accepted_where_something_plans_with_it(tmp_path):
+def test_memory_gib_is_accepted_where_something_plans_with_it(tmp_path):
     def said(strategy):
         config = run_config(model_dir(tmp_path), strategy, "full", micro=4)
         return [line for line in problems_of(config) if "memory_gib" in line]
@@ -95,7 +95,7 @@ def test_memory_is_accepted_where_something_plans_with_it(tmp_path):
     assert said(Fsdp2Config(memory_gib=4.0, defer_sync=True)) and said(DdpConfig(memory_gib=4.0))
 
 
-def test_a_dry_run_tells_what_waiting_gradients_would_add():
+def test_dry_run_says_how_much_memory_waiting_gradients_would_add():
     def said(strategy, accumulation=4):
         return "".join(_waiting(strategy, 2**28, 8, accumulation=accumulation))
 

@@ -97,7 +97,7 @@ def test_the_least_that_fits_is_chosen():
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_a_planned_run_is_the_same_run(tmp_path, here, monkeypatch, tuning):
+def test_recomputation_plan_leaves_losses_and_norms_as_they_are(tmp_path, here, monkeypatch, tuning):
     """With a budget between all and nothing, blocks differ; losses and norms do not."""
     data = data_set(tmp_path, uneven=True)
     config = run_config(model_dir(tmp_path), "single", tuning, micro=GLOBAL_BATCH, steps=3)
@@ -113,7 +113,7 @@ def test_a_planned_run_is_the_same_run(tmp_path, here, monkeypatch, tuning):
             assert loss == pytest.approx(right_loss, rel=1e-6) and norm == pytest.approx(right_norm, rel=1e-6)
 
 
-def test_what_was_planned_is_recorded_and_kept(tmp_path, here):
+def test_recomputation_plan_is_recorded_and_autograd_keeps_what_it_says(tmp_path, here):
     """A budget that nothing fits: every block recomputes, and what autograd keeps is what the plan said."""
     data = data_set(tmp_path, uneven=False)
     tight = SingleConfig(activation_checkpointing=ActivationCheckpointing.auto, memory_gib=1e-6)
@@ -149,7 +149,9 @@ KEPT = SftConfig(forgetting=ForgettingConfig(kl_weight=0.5))
         (KEPT, "replay", "lora", "int8"),
     ],
 )
-def test_other_objectives_can_be_counted(tmp_path, objective, make, tuning, quantisation):
+def test_recomputation_is_counted_for_other_objectives_and_quantised_bases(
+    tmp_path, objective, make, tuning, quantisation
+):
     """A classifier on padded rows, answers beside a reference, replayed documents; also on a quantised base."""
     if quantisation != "none":
         pytest.importorskip("bitsandbytes")

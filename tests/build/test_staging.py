@@ -42,7 +42,7 @@ def copies(root: Path) -> set[str]:
     return {path.name.partition("-")[0] for path in root.iterdir() if path.is_dir()}
 
 
-def test_what_is_read_is_copied_byte_for_byte_and_nothing_else(made):
+def test_staging_copies_only_the_files_that_are_read_byte_for_byte(made):
     staged = made()
     model, data = staged.copies["model"].path, staged.copies["data"].path
     assert {path.name for path in model.iterdir()} == {"model.safetensors", "config.json", "copy.json"}
@@ -59,7 +59,7 @@ def test_what_is_read_is_copied_byte_for_byte_and_nothing_else(made):
     }
 
 
-def test_processes_of_a_node_copy_once_and_the_last_one_takes_the_copy_away(made, capfd):
+def test_staging_copies_once_a_node_and_the_last_process_removes_the_copy(made, capfd):
     found = []
     both = [threading.Thread(target=lambda: found.append(made())) for _ in range(2)]
     for each in both:
@@ -73,7 +73,7 @@ def test_processes_of_a_node_copy_once_and_the_last_one_takes_the_copy_away(made
     assert copies(made.root) == set()
 
 
-def test_a_run_that_goes_on_finds_the_copy_unless_it_is_damaged_or_the_source_changed(made, capfd):
+def test_staging_reuses_a_copy_unless_it_is_damaged_or_its_source_changed(made, capfd):
     first = made().copies["model"].path
     capfd.readouterr()
     assert made().copies["model"].path == first and capfd.readouterr().err == ""
@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_finds_the_copy_unless_it_is_damaged_or_the_source_ch
     assert made().copies["model"].path != first and "staging model" in capfd.readouterr().err
 
 
-def test_without_room_it_is_refused_with_the_numbers_and_what_nobody_uses_makes_room(made, monkeypatch):
+def test_staging_without_room_is_refused_with_numbers_and_unused_copies_make_room(made, monkeypatch):
     free = [5_000_000]
     usage = SimpleNamespace(total=0, used=0)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: SimpleNamespace(**vars(usage), free=free[0]))
@@ -109,7 +109,7 @@ def test_without_room_it_is_refused_with_the_numbers_and_what_nobody_uses_makes_
     assert [path for path in made.root.glob("model-*") if path.is_dir()] == [now]
 
 
-def test_what_was_left_a_week_ago_is_removed(made):
+def test_staging_removes_copies_left_a_week_ago(made):
     left = made()
     for copy in left.copies.values():
         os.close(copy.lock)
@@ -121,13 +121,13 @@ def test_what_was_left_a_week_ago_is_removed(made):
     assert left.copies["data"].path.exists()  # which is used again
 
 
-def test_a_stop_while_it_copies_leaves_nothing(made):
+def test_staging_that_is_stopped_leaves_nothing(made):
     with pytest.raises(Preempted, match="the copy will start over"):
         made(stop=lambda: True)
     assert copies(made.root) == set() and not list(made.root.glob(".*.partial"))
 
 
-def test_a_disk_that_cannot_be_written_and_a_variable_that_is_not_set_are_told(made, tmp_path, monkeypatch):
+def test_staging_names_a_disk_that_cannot_be_written_and_an_unset_variable(made, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"launcher\.stage=.*file.*Not a directory; name a disk of the node"):
         made(tmp_path / "file")
@@ -138,7 +138,7 @@ def test_a_disk_that_cannot_be_written_and_a_variable_that_is_not_set_are_told(m
     assert made("$NODE_DISK/me").copies["data"].path.is_relative_to(tmp_path / "other" / "me")
 
 
-def test_a_run_reads_from_the_copies_and_tells_of_what_was_given(tmp_path, monkeypatch):
+def test_staging_run_reads_the_copies_and_records_the_given_paths(tmp_path, monkeypatch):
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
     data = write_chat_data(tmp_path / "train.jsonl", 16)
     words = [f"model.path={tmp_path / 'model'}", f"data.path={data}", f"data.cache_dir={tmp_path / 'cache'}"]

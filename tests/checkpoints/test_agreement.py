@@ -43,7 +43,7 @@ class Job:
         return {agreement.stop_now() for agreement in self.agreements}
 
 
-def test_few_steps_are_asked_about_and_every_rank_asks_in_the_same(monkeypatch):
+def test_stop_agreement_is_asked_in_few_steps_the_same_on_every_rank(monkeypatch):
     job = Job(3, monkeypatch)
     for _ in range(60):
         assert job.step([0.1, 0.4, 0.2]) == {False}
@@ -54,7 +54,7 @@ def test_few_steps_are_asked_about_and_every_rank_asks_in_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.001, 8), (0.3, 8), (3.0, 1), (90.0, 1)])
-def test_a_request_is_heard_in_time(seconds, steps, monkeypatch):
+def test_stop_request_reaches_all_ranks_in_time(seconds, steps, monkeypatch):
     """Of the three minutes that SLURM gives by default, next to nothing is lost."""
     job = Job(2, monkeypatch)
     for _ in range(40):
@@ -64,7 +64,7 @@ def test_a_request_is_heard_in_time(seconds, steps, monkeypatch):
     assert heard <= steps and (heard - 1) * seconds <= 2 * preempt.MAX_SECONDS_BETWEEN
 
 
-def test_slow_steps_after_fast_ones_are_asked_about_each(monkeypatch):
+def test_stop_agreement_is_asked_in_each_slow_step_after_fast_ones(monkeypatch):
     job = Job(2, monkeypatch)
     for _ in range(40):
         job.step([0.01, 0.01])
@@ -76,7 +76,7 @@ def test_slow_steps_after_fast_ones_are_asked_about_each(monkeypatch):
     assert job.rounds == before + 5
 
 
-def test_one_process_hears_at_once():
+def test_stop_agreement_of_one_process_is_immediate():
     request = SimpleNamespace(signal_name=None)
     agreement = Agreement(request, Runtime(0, 1, 0, 1, torch.device("cpu"), None))
     assert not agreement.ask_and_wait()

@@ -78,7 +78,7 @@ def job(tmp_path, monkeypatch):
     return make
 
 
-def test_what_is_written_is_the_moment_in_which_it_was_begun(job):
+def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
     made, engine, progress, disk, said = job(keep=1)
     for step in (1, 2):
         assert made.save(engine, engine.train(progress), must=False) and made.pending == step
@@ -100,7 +100,7 @@ def test_what_is_written_is_the_moment_in_which_it_was_begun(job):
     assert "training waited" in said[-1]
 
 
-def test_killed_amid_it_is_not_chosen_and_leaves_nothing(job, monkeypatch):
+def test_background_save_that_is_killed_is_not_chosen_and_leaves_nothing(job, monkeypatch):
     made, engine, progress, disk, _ = job()
     disk.let.set()
     made.save(engine, engine.train(progress), must=True)
@@ -118,7 +118,7 @@ def test_killed_amid_it_is_not_chosen_and_leaves_nothing(job, monkeypatch):
     made._pending.wait()
 
 
-def test_another_disk_takes_the_same_moment(job):
+def test_background_save_on_the_fallback_disk_writes_the_same_step(job):
     made, engine, progress, disk, said = job("/run/checkpoints/")
     made.save(engine, engine.train(progress), must=False)
     engine.train(progress)
@@ -127,7 +127,7 @@ def test_another_disk_takes_the_same_moment(job):
     assert said[0].startswith("warning: No space left on device")
 
 
-def test_what_no_disk_takes_is_told_when_it_is_settled(job):
+def test_background_save_that_no_disk_takes_is_reported_when_it_is_settled(job):
     made, engine, progress, disk, said = job("step-000001", max_failures=1)
     made.save(engine, engine.train(progress), must=False)
     disk.let.set()
@@ -136,7 +136,7 @@ def test_what_no_disk_takes_is_told_when_it_is_settled(job):
     assert made.save(engine, engine.train(progress), must=False) and made.publish_pending()
 
 
-def test_all_ranks_are_asked_at_fewer_and_fewer_steps_until_they_are_done(job, monkeypatch):
+def test_background_save_asks_all_ranks_less_and_less_often_until_they_are_done(job, monkeypatch):
     made, engine, progress, disk, _ = job()
     asked = []
     monkeypatch.setattr(
@@ -152,7 +152,7 @@ def test_all_ranks_are_asked_at_fewer_and_fewer_steps_until_they_are_done(job, m
     made._pending.wait()
 
 
-def test_where_host_memory_is_short_it_is_written_in_the_step_and_said_once(job):
+def test_background_save_short_of_host_memory_is_written_in_the_step_and_noted_once(job):
     made, engine, progress, disk, said = job()
     disk.let.set()
     made.state_buffer = StateBuffer(ALONE, free=lambda: 800)  # 792 bytes are needed, and something must be left
@@ -167,14 +167,14 @@ def test_where_host_memory_is_short_it_is_written_in_the_step_and_said_once(job)
     ).take(engine.state(progress))
 
 
-def test_the_host_says_what_is_free():
+def test_free_host_memory_is_a_plausible_number():
     from strategies.runtime import free_host_memory
 
     free = free_host_memory()
     assert free is None or 2**20 < free < 2**46
 
 
-def test_a_disk_that_does_not_answer_is_waited_for_by_size_and_told_of(tmp_path, monkeypatch):
+def test_checkpoint_disk_that_does_not_answer_is_waited_for_by_size_and_reported(tmp_path, monkeypatch):
     """Ranks that wait for one whose fsync takes longer than `run.timeout_s` do not end the run; each minute somebody says so."""
     more_s, said = [], []
 
@@ -215,7 +215,7 @@ def ranks_of_one_run(values: list[torch.Tensor]) -> list[RankState]:
 
 
 @pytest.mark.parametrize("lacks", [None, "rank-00001.part.json", "rank-00000.safetensors"])
-def test_what_all_ranks_had_written_when_the_run_failed_is_published_by_the_next_start(tmp_path, lacks):
+def test_checkpoint_that_all_ranks_had_written_is_published_by_the_next_start(tmp_path, lacks):
     place, said = tmp_path / "checkpoints", []
     aside = place / ".step-000002.writing"
     aside.mkdir(parents=True)
@@ -243,7 +243,7 @@ FOREIGN = b'{"world_size": 1, "parts": {}, "file": null, "progress": 3}'
 
 
 @pytest.mark.parametrize("note", [b"", b"[", b"[]", b'{"parts": {"a": 3}}', b"\xff", FOREIGN])
-def test_a_note_that_cannot_be_read_ends_no_start(tmp_path, note):
+def test_checkpoint_part_note_that_cannot_be_read_is_a_warning_at_the_next_start(tmp_path, note):
     aside, said = tmp_path / "checkpoints" / ".step-000002.writing", []
     aside.mkdir(parents=True)
     (aside / "rank-00000.part.json").write_bytes(note)

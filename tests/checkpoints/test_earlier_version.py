@@ -48,7 +48,7 @@ def site(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_stopped_run_goes_on_once_the_new_code_is_accepted(site, capsys):
+def test_earlier_version_stopped_run_resumes_once_the_new_code_is_accepted(site, capsys):
     assert command_here(["train", *SAME_WORDS]) == 64
     refusal = capsys.readouterr().err
     differences = [line.strip() for line in refusal.splitlines() if " there, " in line]
@@ -64,7 +64,7 @@ def test_a_stopped_run_goes_on_once_the_new_code_is_accepted(site, capsys):
     assert not any("version" in row for row in rows)
 
 
-def test_every_verb_reads_them(site, capsys):
+def test_earlier_version_run_directories_are_read_by_every_verb(site, capsys):
     assert command_here(["status", "runs", "--json"]) == 0
     states = {Path(run["directory"]).name: run["state"] for run in json.loads(capsys.readouterr().out)["runs"]}
     assert states == {"finished": "done", "classifier": "done", "stopped": "preempted"}
@@ -83,7 +83,7 @@ def test_every_verb_reads_them(site, capsys):
     assert "held" in json.loads((site / "runs/finished/evaluation.json").read_text())["tasks"]
 
 
-def test_from_another_directory_a_relative_base_is_explained(site, monkeypatch, capsys):
+def test_earlier_version_relative_base_is_explained_from_another_directory(site, monkeypatch, capsys):
     """`model.path=model` is looked up from where the verb is typed, and the training was started elsewhere."""
     elsewhere = site / "elsewhere"
     elsewhere.mkdir()
@@ -95,7 +95,7 @@ def test_from_another_directory_a_relative_base_is_explained(site, monkeypatch, 
     assert command_here(["export", "runs/finished", "to=exported"]) == 0
 
 
-def test_choices_that_an_earlier_version_wrote_as_sentences_are_read(site):
+def test_earlier_version_choices_written_as_sentences_are_read(site):
     """As its launcher left `config.yaml` after memory ran out in step 3, and its rank 0 after it had chosen a library."""
     path = site / "runs/stopped/config.yaml"
     text = path.read_text()

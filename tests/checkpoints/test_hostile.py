@@ -101,7 +101,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("where", PLANTED)
-def test_a_pickle_is_never_read(root, tmp_path, where, capfd):
+def test_checkpoint_pickle_is_never_read(root, tmp_path, where, capfd):
     """On resuming the directory, on `run.resume=` of it, and on its export."""
     plant, said = PLANTED[where]
     theirs = tmp_path / "theirs"
@@ -136,7 +136,7 @@ def with_config(root: Path, to: Path, change) -> Path:
     return to
 
 
-def test_a_configuration_looks_nothing_up_and_multiplies_nothing(root, tmp_path, capfd, monkeypatch):
+def test_hostile_configuration_resolves_no_interpolation_and_expands_no_alias(root, tmp_path, capfd, monkeypatch):
     """Aliases would be gigabytes of values; an interpolation would carry a secret of the reader into what is exported."""
     monkeypatch.setenv("OF_THE_READER", "not-to-be-told")
     lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]

@@ -84,7 +84,7 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
     path.write_bytes(data)
 
 
-def test_newest_and_best_are_kept(made):
+def test_newest_and_best_checkpoints_are_kept(made):
     run = made()
     run.save(1, 2, 3, 4, best_step=1)
     assert run.steps == [1, 3, 4] and run.resume().name == "step-000004"
@@ -117,7 +117,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_one_is_named_passed_over_and_moved_away(made, damage, said, capsys):
+def test_damaged_checkpoint_is_named_passed_over_and_moved_away(made, damage, said, capsys):
     run = made()
     newest = run.save(1, 2)
     damage(newest)
@@ -131,7 +131,7 @@ def test_a_damaged_one_is_named_passed_over_and_moved_away(made, damage, said, c
     assert run.steps == [1, 2] and verify(newest) is None
 
 
-def test_every_bit_of_a_manifest_counts(made):
+def test_manifest_with_any_flipped_bit_is_damaged(made):
     manifest = made().save(1) / "manifest.json"
     whole = manifest.read_bytes()
     chance = random.Random(SEED)
@@ -143,7 +143,7 @@ def test_every_bit_of_a_manifest_counts(made):
     assert verify(manifest.parent) is None
 
 
-def test_where_all_are_damaged_nothing_is_begun(made):
+def test_all_checkpoints_damaged_begins_nothing(made):
     run = made()
     for path in (run.save(1), run.save(2)):
         flip(path / "a.safetensors", 0)
@@ -153,7 +153,7 @@ def test_where_all_are_damaged_nothing_is_begun(made):
     assert sorted(run.directory.rglob("*")) == before
 
 
-def test_a_way_back_in_the_same_directory_is_kept_and_so_is_the_way_left(made):
+def test_checkpoints_of_a_branch_gone_back_to_and_of_the_branch_left_are_kept(made):
     """keep=1: what was just saved used to be deleted, since the steps of the branch given up are higher."""
     run = made(keep=1)
     run.save(10, 20, 30, best_step=10)
@@ -168,7 +168,7 @@ def test_a_way_back_in_the_same_directory_is_kept_and_so_is_the_way_left(made):
     assert made(keep=1).resume().name == "step-000015"
 
 
-def test_a_step_written_again_takes_the_place_of_its_own_checkpoint(made, tmp_path):
+def test_checkpoint_of_a_step_written_again_replaces_its_own_earlier_one(made, tmp_path):
     """A made-up evaluation used to leave the very checkpoint resumed from in given-up, which nothing ever deletes."""
     settings = {"fallback_dir": str(tmp_path / "spare"), "keep": 2}
     made(**settings).save(1, 2)
@@ -185,7 +185,7 @@ def test_a_step_written_again_takes_the_place_of_its_own_checkpoint(made, tmp_pa
     assert made(**settings).resume() == path
 
 
-def test_garbage_with_a_high_number_pushes_nothing_out(made):
+def test_checkpoint_garbage_with_a_high_step_number_pushes_nothing_out(made):
     run = made(keep=1)
     run.save(1)
     (run.directory / "step-999999").mkdir()
@@ -195,7 +195,7 @@ def test_garbage_with_a_high_number_pushes_nothing_out(made):
     assert later.save(3).exists() and later.steps == [3]
 
 
-def test_a_copy_under_the_name_of_a_later_step_is_moved_aside(made, capsys):
+def test_checkpoint_copied_under_the_name_of_a_later_step_is_moved_aside(made, capsys):
     run = made()
     for step in (2, 3):
         run.save(step)
@@ -210,7 +210,7 @@ def test_a_copy_under_the_name_of_a_later_step_is_moved_aside(made, capsys):
 
 
 @pytest.mark.parametrize("name", [".nfs000000000001", ".DS_Store", "._progress.json", ".fuse_hidden0000001a"])
-def test_files_that_a_system_adds_by_itself_damage_nothing(made, name):
+def test_checkpoint_is_not_damaged_by_files_that_a_system_adds(made, name):
     run = made()
     run.save(1)
     (run.directory / "step-000001" / name).write_bytes(b"x")
@@ -219,7 +219,7 @@ def test_files_that_a_system_adds_by_itself_damage_nothing(made, name):
     assert "holds files that are not in its manifest: .hidden" in verify(run.directory / "step-000001")
 
 
-def test_the_state_of_another_run_begins_a_branch(made, tmp_path):
+def test_resume_from_the_state_of_another_run_begins_a_branch(made, tmp_path):
     other = Made(tmp_path / "other").save(5)
     run = made()
     run.save(3, 9)
@@ -228,7 +228,7 @@ def test_the_state_of_another_run_begins_a_branch(made, tmp_path):
     assert again.steps == [] and again.save(6).exists()
 
 
-def test_the_same_words_again_go_on_and_do_not_go_back_a_second_time(made, tmp_path, capsys):
+def test_resume_with_the_same_words_goes_on_and_does_not_go_back_again(made, tmp_path, capsys):
     """As a requeued job or a repeated command has them; what it had made used to be moved to given-up."""
     other = Made(tmp_path / "other").save(5)
     assert made().resume(other) == other  # stopped before it saved anything
@@ -248,7 +248,7 @@ def test_the_same_words_again_go_on_and_do_not_go_back_a_second_time(made, tmp_p
     assert made().resume(replaced) == replaced and made().steps == [], "another one under the same name"
 
 
-def test_a_way_back_is_taken_once_and_again_on_demand(made, capsys):
+def test_resume_goes_back_once_and_again_on_demand(made, capsys):
     run = made(keep=3)
     first = run.save(10)
     run.save(20, 30)
@@ -274,7 +274,7 @@ def test_a_way_back_is_taken_once_and_again_on_demand(made, capsys):
         made().resume(second)
 
 
-def test_what_was_not_looked_at_stays_until_enough_is_known_to_be_whole(made):
+def test_checkpoints_not_yet_verified_stay_until_enough_are_known_to_be_whole(made):
     made(keep=2).save(1, 2)
     flip(made().directory / "step-000001" / "a.safetensors", 0)
     run = made(keep=3)
@@ -286,7 +286,7 @@ def test_what_was_not_looked_at_stays_until_enough_is_known_to_be_whole(made):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("CUDA error")])
-def test_a_failed_write_leaves_nothing_and_the_earlier_one_intact(made, error):
+def test_failed_save_leaves_nothing_and_the_earlier_checkpoint_intact(made, error):
     run = made()
     run.save(1)
     with pytest.raises(StorageError, match="free space") as raised:
@@ -310,7 +310,7 @@ def test_a_run_outlives_some_failed_saves(made):
         made().save(7, engine=full)
 
 
-def test_another_disk_takes_what_the_first_cannot_and_is_looked_through(made, tmp_path):
+def test_fallback_disk_takes_a_save_and_is_looked_through_at_resume(made, tmp_path):
     settings = {"fallback_dir": str(tmp_path / "spare"), "keep": 1}
     run = made(**settings)
     run.save(1)
@@ -325,7 +325,7 @@ def test_another_disk_takes_what_the_first_cannot_and_is_looked_through(made, tm
     assert elsewhere.resume() is None, "another run's"
 
 
-def test_another_disk_that_takes_nothing_is_found_before_it_is_needed(made, tmp_path, monkeypatch):
+def test_fallback_disk_that_takes_nothing_is_reported_before_it_is_needed(made, tmp_path, monkeypatch):
     class Sealed(atomic_io.Disk):
         code = errno.EROFS
 
@@ -350,7 +350,7 @@ def test_another_disk_that_takes_nothing_is_found_before_it_is_needed(made, tmp_
     assert [*(tmp_path / "spare").glob("*/*")] == []
 
 
-def test_an_old_one_that_cannot_be_deleted_is_a_warning(made, monkeypatch):
+def test_old_checkpoint_that_cannot_be_deleted_is_a_warning(made, monkeypatch):
     class Stuck(atomic_io.Disk):
         def rename(self, source, target):
             if target.name.endswith(".deleting"):
@@ -374,7 +374,7 @@ def test_an_interrupted_write_is_no_checkpoint(made):
     assert sorted(p.name for p in run.directory.iterdir()) == ["step-000001", "step-000002"]
 
 
-def test_resume_words(made, tmp_path):
+def test_resume_setting_chooses_the_checkpoint(made, tmp_path):
     run = made()
     assert run.resume() is None
     first, second = run.save(1), run.save(2)
@@ -411,7 +411,7 @@ NO_CHECKPOINTS = {
 }
 
 
-def test_what_is_no_checkpoint_is_refused_at_once_with_what_it_is(made, tmp_path):
+def test_resume_from_what_is_no_checkpoint_is_refused_at_once_with_its_kind(made, tmp_path):
     """It came to `run.accept=[unknown]`, or to an error after the data was prepared."""
     run = made(keep=9)
     run.save(1, 2, 3)
@@ -446,7 +446,7 @@ class Unlisted(atomic_io.Disk):
         pass
 
 
-def test_what_cannot_be_listed_is_said_alike_on_every_rank(made, tmp_path, monkeypatch):
+def test_checkpoint_directory_that_cannot_be_listed_raises_alike_on_every_rank(made, tmp_path, monkeypatch):
     """Rank 0 alone looks, and what it met reaches the others: they used to wait for it."""
     run = made()
     newest = run.save(1)
@@ -473,7 +473,7 @@ def test_what_cannot_be_listed_is_said_alike_on_every_rank(made, tmp_path, monke
         resume_problem(str(newest), [])
 
 
-def test_a_manifest_says_what_was_meant_not_what_came_to_the_disk(made, monkeypatch):
+def test_manifest_holds_hashes_of_the_intended_bytes_not_of_those_on_the_disk(made, monkeypatch):
     """A disk that loses bytes on the way is found out; hashes of what lies there afterwards would seal the damage."""
 
     class Forgetful(atomic_io.Disk):

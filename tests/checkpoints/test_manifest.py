@@ -16,7 +16,7 @@ SIZES = (900, 700, 500, 400, 300, 200, 1)
 
 
 @pytest.mark.parametrize("damaged", [None, 0, 4, 6])
-def test_each_file_is_read_once_and_its_damage_is_found_whoever_reads_it(tmp_path, monkeypatch, damaged):
+def test_manifest_verification_reads_each_file_once_and_tells_all_ranks_of_damage(tmp_path, monkeypatch, damaged):
     files = [write_new(tmp_path / f"rank-{number:05d}.safetensors", bytes(size)) for number, size in enumerate(SIZES)]
     write_manifest(tmp_path, files)
     if damaged is not None:

@@ -71,7 +71,7 @@ for _name in CALLS:
 @pytest.mark.parametrize(
     ("code", "lost_answer"), chosen(itertools.product((errno.EIO, errno.ESTALE), (False, True)), values)
 )
-def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_answer):
+def test_network_failure_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeypatch, code, lost_answer):
     """As a periodic save that may fail, four times, and as the next start looks for it, on the same network."""
     met = set()
     for number in range(1, 999):
@@ -110,7 +110,7 @@ def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
-def test_a_passing_error_at_any_call_makes_no_start_take_an_older_one(tmp_path, monkeypatch, code):
+def test_network_error_that_passes_never_makes_a_start_choose_an_older_checkpoint(tmp_path, monkeypatch, code):
     places = [tmp_path / "checkpoints"]
     made = Checkpoints(places, CheckpointConfig(keep=3, background=False), ALONE)
     for step in (1, 2):

@@ -128,7 +128,7 @@ SAVED = (1, 2, 3, 3)
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["names are swapped", "names cannot be swapped"])
 @pytest.mark.parametrize("names_arrived", [False, True])
-def test_no_moment_loses_what_was_saved(tmp_path, monkeypatch, names_arrived, exchanges):
+def test_power_cut_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeypatch, names_arrived, exchanges):
     cut, saved, put_back = 0, 0, 0
     while saved < len(SAVED):
         cut += 1

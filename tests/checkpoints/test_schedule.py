@@ -48,12 +48,12 @@ class Job:
         return made
 
 
-def test_by_steps(monkeypatch):
+def test_checkpoint_schedule_by_steps(monkeypatch):
     job = Job(monkeypatch, every_steps=3, every_minutes=1)
     assert [step for step, _ in job.run(100.0, 1000)] == [3, 6, 9] and job.heard == 0
 
 
-def test_half_an_hour_until_a_save_was_measured_then_its_price_decides(monkeypatch):
+def test_checkpoint_schedule_is_half_an_hour_until_a_measured_save_decides(monkeypatch):
     job = Job(monkeypatch, mtbf_h=24)
     made = [when for _, when in job.run(2.0, 4 * 3600, price=5.0)]
     assert made[0] == pytest.approx(1800, abs=4)
@@ -64,19 +64,19 @@ def test_half_an_hour_until_a_save_was_measured_then_its_price_decides(monkeypat
 
 
 @pytest.mark.parametrize(("minutes", "gap"), [(10, 600), (0.5, 30)])
-def test_minutes_as_asked(monkeypatch, minutes, gap):
+def test_checkpoint_schedule_by_minutes(monkeypatch, minutes, gap):
     job = Job(monkeypatch, every_minutes=minutes)
     made = [when for _, when in job.run(1.0, 3600, price=3.0)]
     assert made[0] == pytest.approx(gap, abs=2)
     assert all(b - a - 3 == pytest.approx(gap, abs=2) for a, b in itertools.pairwise(made))
 
 
-def test_none_between(monkeypatch):
+def test_checkpoint_schedule_of_zero_minutes_saves_nothing_between(monkeypatch):
     job = Job(monkeypatch, every_minutes=0)
     assert job.run(50.0, 40_000) == [] and job.heard == 0
 
 
-def test_steps_that_become_slow_delay_it_by_little(monkeypatch):
+def test_checkpoint_schedule_is_delayed_little_by_steps_that_become_slow(monkeypatch):
     """An evaluation of ten minutes, and steps ten times as slow from then on."""
     job = Job(monkeypatch)
     seconds = {500: 600.0}
@@ -84,13 +84,13 @@ def test_steps_that_become_slow_delay_it_by_little(monkeypatch):
     assert len(made) == 1 and made[0][1] == pytest.approx(1800, abs=120)
 
 
-def test_one_that_could_not_be_written_is_tried_again_when_the_next_is_due(monkeypatch):
+def test_checkpoint_schedule_retries_a_failed_save_when_the_next_is_due(monkeypatch):
     made = Job(monkeypatch, every_minutes=10).run(5.0, 3000)
     assert [when for _, when in made] == pytest.approx([600, 1200, 1800, 2400, 3000], abs=15)
 
 
 @pytest.mark.parametrize("price", [0.01, 2.0, 60.0, 3600.0])
-def test_the_interval_costs_least(price):
+def test_checkpoint_interval_costs_least(price):
     """Against the cost itself: the share of the time that goes to saves, to steps taken again."""
     mtbf = 12 * 3600.0
 

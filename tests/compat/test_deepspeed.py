@@ -53,7 +53,7 @@ def step(engine):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_an_optimizer_keeps(library, stage):
+def test_deepspeed_optimizer_tensors_and_gradient_norm_are_found(library, stage):
     engine = engine_of(library, stage)
     norms = []
     inner = engine.optimizer.optimizer
@@ -98,7 +98,7 @@ def test_linear_is_torchs_again(library):
     assert F.linear is before
 
 
-def test_collectives_go_to_what_stands_in(library):
+def test_deepspeed_collectives_go_to_the_backend_put_in_their_place(library):
     class Counted:
         def __init__(self, backend):
             self.backend, self.calls = backend, []
@@ -119,7 +119,7 @@ def test_collectives_go_to_what_stands_in(library):
     compat.replace_backend(lambda current: current.backend)
 
 
-def test_groups_are_forgotten_when_they_are_gone(library):
+def test_deepspeed_groups_that_are_gone_are_forgotten(library):
     from deepspeed.utils import groups
 
     assert groups._get_data_parallel_group() is not None and groups._WORLD_GROUP in living_groups()
@@ -129,14 +129,14 @@ def test_groups_are_forgotten_when_they_are_gone(library):
     assert groups._WORLD_GROUP is None
 
 
-def test_the_backend_is_formed_anew(library):
+def test_deepspeed_backend_is_formed_anew_once_it_is_forgotten(library):
     compat.forget_backend()
     assert not library.comm.is_initialized()
     library.init_distributed(dist_backend="gloo", verbose=False)
     assert library.comm.is_initialized()
 
 
-def test_stage_3_calls_what_stands_in(library):
+def test_deepspeed_stage_3_calls_the_collectives_put_in_their_place(library):
     from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
     from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
     from deepspeed.runtime.zero.utils import assert_ints_same_as_other_ranks

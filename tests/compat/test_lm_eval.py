@@ -36,7 +36,7 @@ def written_task(directory, *, function=True):
     return file
 
 
-def test_a_file_is_read_without_running_its_code_and_its_tag_grows(tmp_path):
+def test_lm_eval_task_file_is_read_without_running_its_code_and_its_tag_grows(tmp_path):
     file = written_task(tmp_path)
     (tmp_path / "group.yaml").write_text("group: compat_group\ntask: [compat_sums]\ninclude: base.yaml\n")
     (tmp_path / "base.yaml").write_text("aggregate_metric_list: [{metric: exact_match, weight_by_size: false}]\n")
@@ -56,7 +56,7 @@ def test_a_file_is_read_without_running_its_code_and_its_tag_grows(tmp_path):
         compat.read_task_file(tmp_path / "broken.yaml", {})
 
 
-def test_a_task_has_the_filters_under_which_its_metrics_are_kept(tmp_path):
+def test_lm_eval_task_has_the_filters_under_which_its_metrics_are_kept(tmp_path):
     from lm_eval.tasks import TaskManager
 
     file = written_task(tmp_path, function=False)
@@ -69,7 +69,7 @@ def test_a_task_has_the_filters_under_which_its_metrics_are_kept(tmp_path):
     assert compat.filter_names(tasks["compat_filtered"]) == ["strict", "lax"]
 
 
-def test_lengths_prefixes_and_generation_are_those_of_the_hf_model():
+def test_lm_eval_lengths_prefixes_and_generation_are_those_of_the_hf_model():
     tokenizer = SimpleNamespace(model_max_length=77)
     assert compat.longest_context(SimpleNamespace(max_position_embeddings=128), tokenizer) == 128
     assert compat.longest_context(SimpleNamespace(), tokenizer) == 77
@@ -79,7 +79,7 @@ def test_lengths_prefixes_and_generation_are_those_of_the_hf_model():
     assert compat.generation_settings({}, 9)["max_gen_toks"] == 9
 
 
-def test_no_bar_is_drawn_over_rows(tmp_path, capsys):
+def test_lm_eval_draws_no_progress_bar_over_rows(tmp_path, capsys):
     from lm_eval.api import task
 
     def drawn():
@@ -92,7 +92,7 @@ def test_no_bar_is_drawn_over_rows(tmp_path, capsys):
     assert drawn()
 
 
-def test_nothing_is_fetched(monkeypatch):
+def test_lm_eval_offline_refuses_before_it_opens_a_connection(monkeypatch):
     """The libraries refuse before they open a connection."""
     import datasets
     import evaluate

@@ -52,20 +52,20 @@ assert not [each for each in compiled if each is None or each.__module__.startsw
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_only_what_is_named_is_adapted():
+def test_peft_adapts_only_the_named_modules():
     """Without the patch peft 0.21 takes a dense layer's `down_proj` for the experts of transformers 4."""
     dense = "base_model.model.model.layers.0.mlp.down_proj"
     with compat.targets_as_named():
         assert adapted_names(lora(qwen3_moe(), target_modules=["down_proj"])) == {dense}
 
 
-def test_the_names_that_peft_reads_as_experts_are_those_it_converts():
+def test_peft_names_read_as_experts_are_those_it_converts():
     assert {"gate_proj", "up_proj", "down_proj"} <= compat.names_read_as_experts("qwen3_moe")
     assert compat.names_read_as_experts("mixtral")
     assert compat.names_read_as_experts("llama") == frozenset()
 
 
-def test_a_key_that_peft_renames_is_told_from_one_that_it_keeps():
+def test_peft_renamed_adapter_keys_are_told_from_kept_ones():
     """The keys are compared with what `PeftModel.from_pretrained` finds in a file."""
     base = llama()
     tuned = lora(base, target_modules=["q_proj"])
@@ -90,7 +90,7 @@ def test_a_key_that_peft_renames_is_told_from_one_that_it_keeps():
     assert found == {renamed: f"{prefix}model.language_model.layers.0.self_attn.q_proj.lora_A.weight"}
 
 
-def test_adapters_and_fully_trained_modules_are_off_for_a_while_and_gradients_stay_asked_for():
+def test_peft_adapters_are_switched_off_for_a_while_and_keep_requires_grad():
     base = llama().eval()
     ids = torch.arange(12)[None]
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_adapters_and_fully_trained_modules_are_off_for_a_while_and_gradients_st
     assert not torch.allclose(with_adapter, without) and torch.equal(on_again, with_adapter)
 
 
-def test_modules_that_train_in_full_are_stored_as_peft_stores_them():
+def test_peft_stores_modules_trained_in_full_as_the_same_tensors():
     """For LoRA, where the public function needs no forward pass of the model, both give the same tensors."""
     from peft import get_peft_model_state_dict
 
@@ -135,7 +135,7 @@ def test_attention_that_peft_wraps_for_llama_adapter_is_known(config_class):
     assert len(adapted) == 2 and all(name.endswith("attn") for name in adapted), adapted
 
 
-def test_the_embeddings_of_a_model_with_virtual_tokens_are_one_module_and_peft_still_has_them():
+def test_peft_embeddings_beside_virtual_tokens_are_one_module_that_peft_still_has():
     peft = compat.load_peft()
     model = llama()
     embeddings = model.get_input_embeddings()

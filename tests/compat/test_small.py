@@ -29,7 +29,7 @@ def test_a_weighted_score_is_that_of_a_corpus_with_each_answer_as_often(metric):
         assert of(np.array(weights)) == pytest.approx(judge.corpus_score(*drawn).score, abs=1e-9)
 
 
-def test_the_fingerprint_of_a_data_set_is_that_of_its_content():
+def test_dataset_fingerprint_is_that_of_its_content():
     datasets = pytest.importorskip("datasets")
     rows = {"text": ["one", "two", "three"]}
     first = datasets.Dataset.from_dict(rows)
@@ -40,7 +40,7 @@ def test_the_fingerprint_of_a_data_set_is_that_of_its_content():
     assert content_fingerprint(first) != content_fingerprint(first.select([0, 1]))
 
 
-def test_a_pool_without_its_own_writer_hands_over_results_and_ends_when_its_worker_is_killed():
+def test_process_pool_without_its_own_writer_returns_results_and_ends_with_a_killed_worker():
     """A worker that is killed amid a large result is in tests/data/test_found.py."""
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
     assert pool.submit(abs, -2).result(timeout=seconds(60)) == 2

@@ -41,7 +41,7 @@ def group():
 # -- Python ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_process_ends_at_once_after_its_exit_functions():
+def test_exit_functions_run_and_the_process_ends_at_once():
     program = (
         "import atexit; from strategies.compat.python import end_process, run_exit_functions\n"
         "atexit.register(print, 'registered', flush=True)\n"
@@ -102,25 +102,25 @@ def test_a_product_by_groups():
     assert dispatch.GROUPED_PRODUCT.default in seen.operations
 
 
-def test_a_storage_has_one_key_as_long_as_it_lives():
+def test_storage_key_is_the_same_as_long_as_the_storage_lives():
     x = torch.empty(4, device="meta")
     other = torch.empty(4, device="meta")
     assert dispatch.storage_key(x.untyped_storage()) == dispatch.storage_key(x[1:].untyped_storage())
     assert dispatch.storage_key(x.untyped_storage()) != dispatch.storage_key(other.untyped_storage())
 
 
-def test_an_operation_declares_its_arguments():
+def test_operation_schema_names_its_arguments():
     schema = dispatch.operation_schema(torch.ops.aten.scaled_dot_product_attention.default)
     assert "is_causal" in [argument.name for argument in schema.arguments]
 
 
-def test_what_no_mode_sees():
+def test_dispatch_modes_see_no_call_made_within_no_mode():
     with Seen() as seen, dispatch.within_no_dispatch_mode():
         torch.ones(2).add(1)
     assert not seen.operations
 
 
-def test_what_no_function_mode_sees():
+def test_function_modes_see_no_call_made_within_no_mode():
     class Doubled(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return 2 * func(*args, **(kwargs or {}))
@@ -140,11 +140,11 @@ def test_gradients_by_the_call_below_backward():
     assert x.grad.tolist() == [2, 2, 2]
 
 
-def test_onednn_answers():
+def test_onednn_says_whether_it_multiplies_in_bf16():
     assert dispatch.onednn_multiplies_in_bf16() in (True, False)
 
 
-def test_resizes_are_reported_while_it_is_asked_for():
+def test_storage_resizes_are_reported_while_it_is_asked_for():
     storages = []
     storage = torch.ones(4).untyped_storage()
     with dispatch.resizes_reported(storages.append):
@@ -153,7 +153,7 @@ def test_resizes_are_reported_while_it_is_asked_for():
     assert storages == [storage] and storage.nbytes() == 16
 
 
-def test_a_constant_is_none_of_the_compilers_business():
+def test_compiler_leaves_out_a_function_marked_as_constant():
     """What is marked is called while the graph is made, and is no part of it."""
     calls = []
 
@@ -180,7 +180,7 @@ def test_leaves_of_nested_collections():
 # -- tensors without memory --------------------------------------------------------------------------------------------
 
 
-def test_a_fake_tensor_made_as_its_class_makes_it():
+def test_fake_tensor_is_made_as_its_class_makes_it():
     assert fake_tensors.mode_at_work(fake_tensors.FAKE_MODE) is None and dispatch.active_fake_mode() is None
     with FakeTensorMode() as mode:
         made = torch.empty(2, 3)
@@ -200,7 +200,7 @@ def test_a_fake_tensor_made_as_its_class_makes_it():
         copy.data_ptr()
 
 
-def test_the_address_of_a_fake_tensor_is_told_with_a_warning():
+def test_fake_tensor_address_is_given_with_a_warning():
     """In a process of its own: torch warns once in each."""
     program = (
         "import torch; from strategies.compat.fake_tensors import FakeTensorMode, warn_when_pointer_is_read\n"
@@ -211,11 +211,11 @@ def test_the_address_of_a_fake_tensor_is_told_with_a_warning():
     assert "data pointer" in done.stderr
 
 
-def test_the_device_of_what_is_made_anew():
+def test_default_device_at_work_is_that_of_new_tensors():
     assert torch.device(fake_tensors.default_device_at_work()) == torch.empty(1).device
 
 
-def test_names_of_operations():
+def test_operation_name_is_the_aten_name():
     assert fake_tensors.operation_name(torch.ops.aten.as_strided.default) == "as_strided"
 
 
@@ -262,7 +262,7 @@ def test_a_backend_that_needs_no_network():
         dist.destroy_process_group()
 
 
-def test_exchanges_are_recorded():
+def test_flight_recorder_keeps_the_exchanges():
     """In a process of its own: how many are kept is read once, before the first group."""
     program = (
         "import os; os.environ['TORCH_FR_BUFFER_SIZE'] = '16'\n"
@@ -292,7 +292,7 @@ def test_collectives_are_reported_while_it_is_asked_for(group):
     assert reported == [("sum", 12), ("gather", 12)] and x.tolist() == [1, 1, 1]
 
 
-def test_a_reducer_that_makes_no_buckets_anew(group):
+def test_ddp_reducer_without_rebuild_makes_no_new_buckets(group):
     wrapped = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
     wrapped.reducer = process_groups.ReducerWithoutRebuild(wrapped.reducer)
     for _ in range(2):  # the second forward pass would make the buckets anew
@@ -338,7 +338,7 @@ def test_sharding_is_finished_before_the_first_pass(sharded):
     assert sharded[0].weight.to_local().untyped_storage().data_ptr() == storage.data_ptr()
 
 
-def test_what_fsdp_keeps_beside_its_parameters(sharded):
+def test_fsdp_hidden_tensors_are_those_kept_beside_parameters(sharded):
     from strategies.compat.fsdp import gather_on, hidden_tensors
 
     gather_on(sharded, torch.device("cpu"))
@@ -351,7 +351,7 @@ def test_what_fsdp_keeps_beside_its_parameters(sharded):
     assert sum(tensor.numel() for tensor in found["parameters"]) == 2 * (4 + 1) + 2 * (3 + 1), "padding included"
 
 
-def test_own_collectives_are_called(sharded):
+def test_fsdp_calls_custom_all_gather_and_reduce_scatter(sharded):
     from strategies.compat.fsdp import AllGather, DefaultAllocMixin, ReduceScatter
 
     calls = []
@@ -373,7 +373,7 @@ def test_own_collectives_are_called(sharded):
     assert set(calls) == {"gather", "scatter"}
 
 
-def test_only_fsdps_hooks_are_left_out(sharded):
+def test_fsdp_hooks_alone_are_left_out(sharded):
     from strategies.compat.fsdp import without_fsdp_hooks
 
     others = []
@@ -397,7 +397,7 @@ def modules_hooks(module):
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_module_keeps():
+def test_module_parameters_and_buffers_are_listed_and_replaced():
     model = nn.Sequential(nn.BatchNorm1d(2, affine=False), nn.Linear(2, 2, bias=False))
     model[1].register_buffer("lost", torch.zeros(1), persistent=False)
     assert list(modules.own_modules(model)) == ["0", "1"]
@@ -421,7 +421,7 @@ def test_a_module_that_does_not_move():
     assert layer.to(torch.float64) is layer and layer.weight.dtype is torch.float32
 
 
-def test_an_lstm_computes_with_the_weights_that_it_is_given():
+def test_lstm_computes_with_the_weights_that_it_is_given():
     lstm = nn.LSTM(2, 2)
     weights = [torch.zeros_like(getattr(lstm, name)) for name in modules.lstm_weight_names(lstm)]
     assert len(weights) == 4
@@ -432,7 +432,7 @@ def test_an_lstm_computes_with_the_weights_that_it_is_given():
 # -- optimizers --------------------------------------------------------------------------------------------------------
 
 
-def test_operations_on_lists():
+def test_optimizer_operations_on_lists_of_tensors():
     tensors = [torch.tensor([3.0, -4.0]), torch.tensor([-2.0])]
     assert [float(norm) for norm in optimizers.norm_of_each(tensors)] == [5, 2]
     doubled = optimizers.product_of_each(tensors, 2.0)

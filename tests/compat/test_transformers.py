@@ -29,7 +29,7 @@ def on_meta(config):
 # -- attention and masks
 
 
-def test_masks_ask_for_the_documents_before_they_look_for_them(monkeypatch):
+def test_transformers_masks_ask_for_documents_before_searching_for_them(monkeypatch):
     """`create_causal_mask` keeps apart what was declared, although the positions are those of one document."""
     from transformers import masking_utils
 
@@ -51,7 +51,7 @@ def test_masks_ask_for_the_documents_before_they_look_for_them(monkeypatch):
     assert seen.tolist() == [[query >= key and (query < 3) == (key < 3) for key in range(5)] for query in range(5)]
 
 
-def test_the_attention_of_a_model_is_told_and_changed_for_a_while():
+def test_attention_of_a_model_is_read_and_changed_for_a_while():
     model = model_of(transformers.LlamaConfig(**SIZES), attn_implementation="sdpa").eval()
     calls = []
 
@@ -72,7 +72,7 @@ def test_the_attention_of_a_model_is_told_and_changed_for_a_while():
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom"])
-def test_an_architecture_declares_flex_attention_where_transformers_builds_it(kind):
+def test_flex_attention_is_declared_where_transformers_builds_it(kind):
     config = tiny.tiny_config(kind)
     try:
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation="flex_attention")
@@ -157,7 +157,7 @@ def test_blocks_are_named_by_their_class():
     assert tuning_compat.block_class_names(nn.Linear(2, 2)) == set()
 
 
-def test_a_recomputed_block_gets_its_cache():
+def test_cache_is_passed_to_a_recomputed_block():
     """By itself transformers 5.24 takes the cache from a block that it recomputes."""
     model = model_of(transformers.LlamaConfig(**SIZES)).train()
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -170,7 +170,7 @@ def test_a_recomputed_block_gets_its_cache():
     assert seen == [cache]
 
 
-def test_blocks_keep_or_recompute_by_their_own_function():
+def test_recomputation_of_a_block_is_by_its_own_function():
     model = model_of(transformers.LlamaConfig(**SIZES)).train()
     model.activation_checkpointing_enable()
     called = []
@@ -185,7 +185,7 @@ def test_blocks_keep_or_recompute_by_their_own_function():
     assert called == [1]
 
 
-def test_a_name_in_a_checkpoint_is_the_one_that_saving_writes(tmp_path):
+def test_checkpoint_name_of_a_parameter_is_the_one_that_saving_writes(tmp_path):
     from safetensors import safe_open
 
     model = tiny.tiny_model("laguna")
@@ -246,7 +246,7 @@ def test_stored_tensors_that_are_ignored_are_loaded_without_a_word(tmp_path):
 # -- rules between a checkpoint and a model
 
 
-def test_experts_of_a_checkpoint_become_a_parameter_and_the_way_back():
+def test_checkpoint_experts_become_one_parameter_and_are_split_again():
     """Names, order and operations, as `from_pretrained` and `save_pretrained` apply them, one stored tensor after the other."""
     model = on_meta(MIXTRAL)
     state = model.state_dict()

@@ -39,7 +39,7 @@ def answer(client, **fields):
     return reply.json()["choices"][0]["text"]
 
 
-def test_the_one_model_is_listed_and_answers_texts_and_chats(client):
+def test_transformers_server_lists_its_one_model_and_answers_texts_and_chats(client):
     (listed,) = client.get("/v1/models").json()["data"]
     assert (listed["id"], listed["max_model_len"]) == ("mine", 64)
     assert answer(client, temperature=0.0) == answer(client, temperature=0.0)
@@ -49,7 +49,7 @@ def test_the_one_model_is_listed_and_answers_texts_and_chats(client):
     assert client.get("/health").json() == {"status": "ok"}
 
 
-def test_no_other_model_is_loaded(client):
+def test_transformers_server_loads_no_other_model(client):
     reply = client.post("/v1/completions", json={"model": "gpt2", "prompt": "hello", "max_tokens": 2})
     assert reply.status_code == 400 and "mine" in reply.text
     with pytest.raises(ValueError, match="mine alone"):
@@ -57,7 +57,7 @@ def test_no_other_model_is_loaded(client):
     assert compat.OneModel.process_model_name("mine") == "mine"
 
 
-def test_a_seed_is_that_of_its_own_request(client):
+def test_transformers_server_seed_is_that_of_its_own_request(client):
     """The seed is set when the answer is begun, not when the request arrives, and never for another request."""
     first = answer(client, seed=1)
     assert answer(client, seed=1) == first != answer(client, seed=2)

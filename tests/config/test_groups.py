@@ -51,7 +51,7 @@ def test_every_experiment_is_a_legal_run(name):
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])
-def test_every_experiment_says_how_it_is_run(name):
+def test_experiment_file_says_how_it_is_run(name):
     text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n")
     assert f"shardtune train experiment={name} " in text
@@ -60,7 +60,7 @@ def test_every_experiment_says_how_it_is_run(name):
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_composes_to_its_own_settings(group, choice):
+def test_config_choice_composes_to_its_own_settings(group, choice):
     words = [f"{group}={choice}", "model.path=m", "data.path=train.jsonl", "budget.steps=1", "batch.global=32"]
     if choice == "distillation":
         words.append("objective.teacher.path=m")
@@ -79,7 +79,7 @@ def test_every_choice_composes_to_its_own_settings(group, choice):
         assert str(getattr(config, group).name) == choice
 
 
-def test_the_choices_are_those_of_the_names():
+def test_config_choices_are_the_names_of_the_settings():
     for group, names in (
         ("strategy", run_config.StrategyConfig().name),
         ("tuning", run_config.TuningConfig().name),
@@ -131,7 +131,7 @@ FILES = [c for c in CHOICES if c[0] != "debug" and c[1] != "none" and c not in P
 
 
 @pytest.mark.parametrize(("group", "choice"), FILES)
-def test_every_key_is_shown_in_its_group_file_with_its_default(group, choice):
+def test_config_key_is_shown_in_its_group_file_with_its_default(group, choice):
     text = (CONF_DIR / group / f"{choice}.yaml").read_text()
     set_here = yaml.safe_load(text) or {}
     shown = shown_in(text)
@@ -143,14 +143,14 @@ def test_every_key_is_shown_in_its_group_file_with_its_default(group, choice):
 
 
 @pytest.mark.parametrize(("group", "choice"), PRESETS)
-def test_a_preset_sets_what_exists_and_says_what_it_is_for(group, choice):
+def test_preset_sets_existing_keys_and_says_what_it_is_for(group, choice):
     text = (CONF_DIR / group / f"{choice}.yaml").read_text()
     assert text.startswith("# ")
     assert yaml.safe_load(text).keys() - {"defaults"} <= {f.name for f in dataclasses.fields(TYPED[group]())}
 
 
 @pytest.mark.parametrize("file", CONF_FILES, ids=lambda file: file.relative_to(CONF_DIR).as_posix())
-def test_comments_are_those_of_the_fields(file):
+def test_config_comments_are_those_of_the_fields(file):
     written = file.read_text(encoding="utf-8")
     assert REFERENCE["commented"](written, CONF_FILES[file]) == written, "run: python docs/make_reference.py"
 

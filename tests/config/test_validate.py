@@ -51,7 +51,7 @@ def test_every_number_has_a_range():
     assert numeric == set(RANGED), "give these fields a range: number(<default>, least=..., advice=...)"
 
 
-def test_classes_that_share_a_key_agree_on_what_it_reaches_and_decides():
+def test_settings_classes_that_share_a_key_agree_on_its_traits():
     """Who asks by key gets the first class's answer; a second one that says otherwise would not be heard."""
     for group, choices in VARIANTS.items():
         for settings in choices.values():
@@ -61,7 +61,7 @@ def test_classes_that_share_a_key_agree_on_what_it_reaches_and_decides():
                 assert each.traits.bounds == first.bounds, (settings, each.key)
 
 
-def test_a_subclass_that_changes_a_default_keeps_what_the_field_says():
+def test_settings_subclass_with_another_default_keeps_the_traits_of_the_field():
     @dataclasses.dataclass(kw_only=True, slots=True)
     class Parent:
         rate: float = number(0.1, above=0, advice="0.1 as a rule", resume="optimizer")
@@ -77,7 +77,7 @@ def test_a_subclass_that_changes_a_default_keeps_what_the_field_says():
     assert traits_of(Parent, "plain") == Traits()
 
 
-def test_advice_of_the_group_goes_before_that_of_the_class():
+def test_advice_of_the_settings_group_goes_before_that_of_the_class():
     [line] = [each for each in problems("review.write.beams=0") if "beams" in each]
     assert line == "review.write.beams=0: must be at least 1; 1 is greedy"
     [line] = [each for each in problems("evaluation.generate.beams=0") if "beams" in each]
@@ -285,7 +285,7 @@ def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):
         ("nothing to evaluate: name a run", ""),
     ],
 )
-def test_a_sentence_is_about_no_setting(line, key):
+def test_problem_line_names_its_setting_and_a_sentence_names_none(line, key):
     assert key_of_problem(line) == key
 
 
@@ -332,11 +332,11 @@ def is_of_a_setting(key: str, keys: set[str]) -> bool:
         ),
     ],
 )
-def test_what_can_run_is_not_refused(words, ranks):
+def test_valid_combinations_are_not_refused(words, ranks):
     assert problems(*words.split(), world_size=ranks) == []
 
 
-def test_single_needs_one_process():
+def test_single_strategy_needs_one_process():
     assert any("strategy=ddp" in line for line in problems("strategy=single", world_size=2))
 
 
@@ -348,7 +348,7 @@ def needing(case):
 
 
 @pytest.mark.parametrize(("optim", "strategy"), chosen(itertools.product(OptimName, STRATEGIES), needing))
-def test_an_optimizer_is_refused_where_shards_do_not_give_what_it_needs(optim, strategy):
+def test_optimizer_is_refused_under_a_strategy_whose_shards_do_not_suit_it(optim, strategy):
     found = problems(f"optim={optim}", f"strategy={strategy}", "schedule=constant", world_size=None)
     lines = [line for line in found if line.startswith(f"optim={optim}: needs ") and "package" not in line]
     whole = optim in ("muon", "adafactor", "schedule_free") and strategy in ("zero1", "zero2", "zero3")
@@ -358,7 +358,7 @@ def test_an_optimizer_is_refused_where_shards_do_not_give_what_it_needs(optim, s
         assert ("use strategy=fsdp2, or optim=adamw" if whole else "use strategy=ddp, or optim=adamw") in line
 
 
-def test_a_package_that_is_missing_here_is_refused_here(monkeypatch):
+def test_optimizer_package_that_is_missing_is_refused_when_composing(monkeypatch):
     monkeypatch.setattr("trainer.optim.support.find_spec", lambda name: None)
     for optim, extra in (("schedule_free", "schedule_free"), ("adamw_8bit", "qlora")):
         words = [f"optim={optim}", "schedule=constant"]
@@ -367,7 +367,7 @@ def test_a_package_that_is_missing_here_is_refused_here(monkeypatch):
         assert problems(*words, "launcher=slurm") == []  # the nodes may have it
 
 
-def test_several_ranks_count_in_the_batch():
+def test_batch_sizes_count_all_ranks():
     (line,) = problems("strategy=ddp", "batch.global=32", "batch.micro=8", world_size=3)
     assert "batch.micro=8 x 3 ranks = 24" in line
     assert "batch.global=24 or batch.global=48" in line
