@@ -46,7 +46,7 @@ CONFIGS = st.builds(
 @given(
     sizes=st.lists(st.integers(0, 25), min_size=1, max_size=5).filter(any), config=CONFIGS, seed=st.integers(0, 2**40)
 )
-def test_what_always_holds(sizes, config, seed):
+def test_balance_draw_keeps_order_caps_and_counts_for_any_sizes(sizes, config, seed):
     group_of = members(*sizes)
     chosen, report = resample(names(len(sizes)), group_of, config, seed)
     assert chosen.dtype == np.int64 and (np.diff(chosen) >= 0).all()  # input order, repeats side by side
@@ -67,7 +67,7 @@ def test_what_always_holds(sizes, config, seed):
 
 
 @given(sizes=st.lists(st.integers(1, 60), min_size=2, max_size=5), temperature=st.floats(1, 6))
-def test_shares_are_those_of_the_temperature_within_rounding(sizes, temperature):
+def test_balance_shares_follow_the_temperature_within_rounding(sizes, temperature):
     _, _, report = run(sizes, target=BalanceTarget.temperature, temperature=temperature, max_repeats=100)
     powers = [size ** (1 / temperature) for size in sizes]
     for row, power in zip(report.values(), powers, strict=True):
@@ -77,17 +77,17 @@ def test_shares_are_those_of_the_temperature_within_rounding(sizes, temperature)
         assert abs(row["share_after"] - wanted) <= slack
 
 
-def test_nothing_changes_unless_asked():
+def test_balance_without_a_target_changes_nothing():
     chosen, report = resample(names(2), members(30, 5), BalanceConfig(by=LABEL), 1)
     assert chosen.tolist() == list(range(35)) and after(report) == [30, 5]
 
 
-def test_uniform_by_repeating_and_by_leaving_out():
+def test_balance_uniform_repeats_and_leaves_out():
     assert after(run([30, 5, 10], target=BalanceTarget.uniform, max_repeats=100)[2]) == [30, 30, 30]
     assert after(run([30, 5, 10], target=BalanceTarget.uniform, max_repeats=1)[2]) == [5, 5, 5]
 
 
-def test_a_short_group_states_what_limits_it():
+def test_balance_report_names_what_limits_a_short_group():
     _, _, report = run([100, 10], target=BalanceTarget.uniform)
     assert after(report) == [100, 40]
     assert [row["limited_by"] for row in report.values()] == [None, "max_repeats"]
@@ -96,12 +96,12 @@ def test_a_short_group_states_what_limits_it():
     assert report["g1"]["share_target"] == 0.9 and report["g1"]["share_after"] == 0.5
 
 
-def test_a_cap_comes_before_the_shares():
+def test_balance_cap_comes_before_the_shares():
     _, _, report = run([1000, 9], target=BalanceTarget.temperature, temperature=2, cap=81, max_repeats=9)
     assert report["g0"]["share_target"] == 0.75 and after(report) == [81, 27]
 
 
-def test_set_shares_and_a_group_left_out():
+def test_balance_by_set_shares_leaves_a_group_of_share_zero_out():
     _, chosen, report = run([40, 40, 40], target=BalanceTarget.shares, shares={"g0": 3, "g1": 1, "g2": 0})
     assert after(report) == [120, 40, 0] and report["g0"]["share_target"] == 0.75
     group_of, chosen, report = run(
@@ -114,26 +114,26 @@ def test_set_shares_and_a_group_left_out():
     assert Counter(group_of[chosen].tolist()) == {0: 40, 1: 10}
 
 
-def test_a_group_with_a_tiny_share_keeps_a_document():
+def test_balance_keeps_a_document_of_a_group_with_a_tiny_share():
     _, _, report = run([20, 20], target=BalanceTarget.shares, shares={"g0": 1, "g1": 1e-6}, max_repeats=1)
     assert after(report) == [20, 1]
     _, _, report = run([20, 20], target=BalanceTarget.shares, shares={"g0": 1, "g1": 1e-30}, max_repeats=1000)
     assert after(report) == [20_000, 20] and report["g0"]["limited_by"] == "max_repeats"
 
 
-def test_draws_depend_on_the_seed_and_are_fair():
+def test_balance_draws_depend_on_the_seed_and_are_fair():
     uses = sum(
         np.bincount(run([40, 10], seed=seed, cap=10)[1], minlength=50)[members(40, 10) == 0] for seed in range(400)
     )
     assert uses.sum() == 4000 and (abs(uses - 100) < 5 * math.sqrt(100 * 0.75)).all()
 
 
-def test_a_larger_cap_keeps_what_a_smaller_one_kept():
+def test_balance_with_a_larger_cap_keeps_what_a_smaller_cap_kept():
     small, large = (set(run([40, 3], cap=cap)[1].tolist()) for cap in (5, 9))
     assert small < large
 
 
-def test_the_draw_never_changes_between_versions():
+def test_balance_draw_never_changes_between_versions():
     assert resample(["a"], np.zeros(12, dtype=np.int64), BalanceConfig(by=LABEL, cap=5), 42)[0].tolist() == [
         1,
         4,
@@ -157,7 +157,7 @@ def test_the_draw_never_changes_between_versions():
         ),
     ],
 )
-def test_settings_that_cannot_be_met_are_refused(settings, message):
+def test_balance_settings_that_cannot_be_met_are_refused(settings, message):
     if found := [*problems(BalanceConfig(by=LABEL, **settings))]:  # before any document is read
         assert re.search(message, "\n".join(found))
         return
@@ -165,7 +165,7 @@ def test_settings_that_cannot_be_met_are_refused(settings, message):
         run([5, 6], **settings)
 
 
-def test_a_share_for_a_group_without_documents_is_refused():
+def test_balance_share_for_a_group_without_documents_is_refused():
     config = BalanceConfig(by=LABEL, target=BalanceTarget.shares, shares={"a": 1, "b": 1})
     with pytest.raises(ConfigError, match=r"data\.balance\.shares\.b=1: no document is in that group"):
         resample(["a", "b"], np.zeros(3, dtype=np.int64), config, 0)

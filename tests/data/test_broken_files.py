@@ -38,7 +38,7 @@ def rows_of(value: str) -> tuple[list[Row | Rejected], DataError | None]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_broken_file_gives_what_was_expected(case, tmp_path):
+def test_broken_file_gives_the_expected_rows_or_error(case, tmp_path):
     value = case.make(tmp_path)
     if case.name == "unreadable" and os.access(value, os.R_OK):
         pytest.skip("this user may read every file")
@@ -62,7 +62,7 @@ def test_a_broken_file_gives_what_was_expected(case, tmp_path):
     assert len(str(error).splitlines()) == 1
 
 
-def test_the_corpus_is_large_and_its_names_differ():
+def test_broken_files_are_many_and_their_names_differ():
     assert len(CASES) >= 60
     assert len({case.name for case in CASES}) == len(CASES)
 

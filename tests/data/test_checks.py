@@ -62,11 +62,11 @@ def verdicts(document, **config):
         ("uauu", ["same_role_twice", "trailing_turns"]),
     ],
 )
-def test_order_of_roles(roles, found):
+def test_checks_find_roles_out_of_order(roles, found):
     assert verdicts(turns(roles)) == found
 
 
-def test_order_is_looked_at_in_both_halves_of_a_preference_pair():
+def test_checks_look_at_role_order_in_both_halves_of_a_preference_pair():
     answer = [{"role": "assistant", "content": "a"}]
     pair = Document("f", 1, messages=[{"role": "user", "content": "q"}], chosen=answer, rejected=answer)
     assert verdicts(pair) == []
@@ -76,7 +76,7 @@ def test_order_is_looked_at_in_both_halves_of_a_preference_pair():
     assert verdicts(pair) == ["trailing_turns"]
 
 
-def test_repeated_turns():
+def test_checks_find_repeated_turns():
     repeated = chat(("user", LONG), ("assistant", "a"), ("user", LONG), ("assistant", "b"))
     echoed = chat(("user", LONG), ("assistant", LONG))
     short = chat(("user", "yes"), ("assistant", "a"), ("user", "yes"), ("assistant", "a"))
@@ -87,7 +87,7 @@ def test_repeated_turns():
         assert verdicts(chat(("user", said), ("assistant", "a"), ("user", said), ("assistant", "b"))) == found
 
 
-def test_texts_of_every_kind_of_document_are_looked_at():
+def test_checks_look_at_the_texts_of_every_kind_of_document():
     turn = [{"role": "assistant", "content": "a\0"}]
     for document in (
         Document("f", 1, text="a\0"),
@@ -100,16 +100,16 @@ def test_texts_of_every_kind_of_document_are_looked_at():
 
 
 @pytest.mark.parametrize("text", ["a\x1b[0m", "\x7f", "a\x85b", "\ufeffa", "\uffff", "\x0b"])
-def test_control_characters(text):
+def test_checks_find_control_characters(text):
     assert "control_characters" in verdicts(Document("f", 1, text=text))
 
 
-def test_tabs_and_line_ends_are_no_trouble():
+def test_checks_accept_tabs_and_line_ends():
     assert verdicts(Document("f", 1, text="a\tb\r\nc\u2028d")) == []
 
 
 @pytest.mark.parametrize("text", ["", " \n", "\u3000"])
-def test_empty_texts(text):
+def test_checks_find_empty_texts(text):
     assert verdicts(Document("f", 1, text=text)) == ["empty_text"]
 
 
@@ -125,15 +125,15 @@ def test_sound_text_of_many_languages_is_no_damage_and_misread_text_is(sentence)
 
 
 @pytest.mark.parametrize("text", ["caf\ufffd", "itâ€™s", "Ã©tÃ©", "itвЂ™s", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚"])
-def test_well_known_damage(text):
+def test_checks_find_well_known_encoding_damage(text):
     assert verdicts(Document("f", 1, text=f"{'so it is ' * 50}{text}")) == ["encoding_damage"]
 
 
-def test_russian_read_as_windows_1251():
+def test_checks_find_russian_read_as_windows_1251():
     assert verdicts(Document("f", 1, text="Привет, мир".encode().decode("cp1251"))) == ["encoding_damage"]
 
 
-def test_policies_count_or_quarantine_under_the_first_reason():
+def test_checks_policies_count_or_quarantine_under_the_first_reason():
     document = turns("uuaau")
     kept, dropped = Tally(), Tally()
     assert Checks(ChecksConfig())(document, kept) is document
@@ -147,7 +147,7 @@ def test_policies_count_or_quarantine_under_the_first_reason():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_can_be_found_and_quarantined(kind):
+def test_checks_of_every_kind_can_be_found_and_quarantined(kind):
     document = chat(("assistant", LONG), ("system", ""), ("user", "\0\ufffd"), ("assistant", LONG), ("assistant", "a"))
     document.messages.append({"role": "user", "content": "b" * 90})
     config = ChecksConfig(quarantine=[kind])
@@ -159,7 +159,7 @@ def test_every_kind_can_be_found_and_quarantined(kind):
 
 @settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text()), min_size=1))
-def test_any_conversation_is_left_as_it_is_and_its_kinds_are_known(said):
+def test_checks_leave_any_conversation_as_it_is_and_note_known_kinds(said):
     document = chat(*said)
     before = content(document)
     tally = Tally()
@@ -170,6 +170,6 @@ def test_any_conversation_is_left_as_it_is_and_its_kinds_are_known(said):
     assert tally.noted.get("checks", {}) == dict.fromkeys(found, 1)
 
 
-def test_a_kind_that_does_not_exist_is_a_problem():
+def test_checks_kind_that_does_not_exist_is_a_problem():
     (line,) = problems(DataConfig(path="x", checks=ChecksConfig(quarantine=["empty_text", "empty_texts"])))
     assert "'empty_texts'" in line and "encoding_damage" in line

@@ -22,7 +22,7 @@ def test_mojibake_is_undone_as_ftfy_does(text):
     assert fix_encoding(text) == text
 
 
-def test_one_broken_line_among_good_ones_is_mended():
+def test_cleaning_mends_one_broken_line_among_good_ones():
     assert fix_encoding("日本語\nschÃ¶n\n") == "日本語\nschön\n"
     assert fix_encoding("\x93quoted\x94 é") == "“quoted” é"
 
@@ -40,16 +40,16 @@ KEPT = [
 
 
 @pytest.mark.parametrize("character", REMOVED)
-def test_invisible_characters_go(character):
+def test_cleaning_removes_invisible_characters(character):
     assert remove_control_characters(f"a{character}b\n{character}") == "ab\n"
 
 
 @pytest.mark.parametrize("text", KEPT)
-def test_joiners_that_scripts_and_emoji_need_stay(text):
+def test_cleaning_keeps_joiners_that_scripts_and_emoji_need(text):
     assert remove_control_characters(text) == text
 
 
-def test_other_joiners_hidden_tags_and_colour_codes_go():
+def test_cleaning_removes_other_joiners_hidden_tags_and_colour_codes():
     assert remove_control_characters(f"a{ZWJ}b{ZWNJ}c 👩{ZWJ} x") == "abc 👩 x"
     assert remove_control_characters("a\U000e0041\U000e0042b c\U000e0101") == "ab c"
     assert remove_control_characters("\x1b[1;31mred\x1b[0m") == "red"
@@ -57,7 +57,7 @@ def test_other_joiners_hidden_tags_and_colour_codes_go():
 
 
 @given(st.text())
-def test_no_control_is_left_and_nothing_else_is_lost(text):
+def test_cleaning_leaves_no_control_character_and_loses_nothing_else(text):
     new = remove_control_characters(text)
     assert not [c for c in new if unicodedata.category(c) == "Cc" and c not in "\n\t\r"]
     visible = [c for c in text if unicodedata.category(c)[0] in "LNPSZ" or c in "\t\r"]
@@ -66,7 +66,7 @@ def test_no_control_is_left_and_nothing_else_is_lost(text):
 
 
 @given(st.text())
-def test_unicode_forms(text):
+def test_cleaning_normalises_to_the_unicode_form(text):
     for form in (UnicodeForm.NFC, UnicodeForm.NFKC):
         assert Cleaner(CleaningConfig(unicode=form)).clean(text)[0] == unicodedata.normalize(form.value, text)
 
@@ -86,13 +86,13 @@ def test_cleaning_is_idempotent(text):
     assert (once != text) <= bool(kinds - {"unsettled"})
 
 
-def test_text_that_does_not_come_to_rest_is_left_alone_and_noted():
+def test_cleaning_leaves_text_that_never_settles_alone_and_notes_it():
     cleaner = Cleaner(CleaningConfig())
     cleaner.steps = [("grow", lambda text: text + "x")]
     assert cleaner.clean("a") == ("a", {"unsettled"})
 
 
-def test_a_switch_does_its_own_work_only_and_the_default_does_nothing():
+def test_cleaning_switch_does_its_own_work_only_and_the_default_does_nothing():
     text = "&amp; “ﬁ”  schÃ¶n\u200b e\u0301\r\n"
     tally = Tally()
     assert Cleaner(CleaningConfig())(Document("f", 1, text=text), tally).text == text
@@ -108,7 +108,7 @@ def test_a_switch_does_its_own_work_only_and_the_default_does_nothing():
         assert tally.examples == {f"cleaning/{name}": ["f:7"]}
 
 
-def test_every_text_is_cleaned_and_a_row_left_empty_is_dropped():
+def test_cleaning_covers_every_text_and_drops_a_row_left_empty():
     turns = [{"role": "user", "content": "a\u00adb"}, {"role": "assistant", "content": "e\u0301"}]
     document = Document("f", 1, messages=turns, chosen=[{"role": "assistant", "content": "d\ufeff"}], prompt="\x00p")
     tally = Tally()

@@ -45,20 +45,20 @@ def test_kto_reads_the_usual_verdicts(tmp_path, good, bad):
         assert made.train.marks["desirable"].tolist() == [1, 0, 0]
 
 
-def test_another_verdict_is_refused_with_column_and_value(tmp_path):
+def test_kto_verdict_that_is_unknown_is_refused_with_column_and_value(tmp_path):
     with pytest.raises(
         DataError, match=r'train\.jsonl:1: "label" is \'maybe\'; it must be true or false, .* or undesirable'
     ):
         prepare(tmp_path, rated("maybe", "yes"), KtoConfig())
 
 
-def test_a_label_that_may_be_a_class_is_no_verdict_for_other_objectives(tmp_path):
+def test_kto_verdict_spellings_are_classes_for_other_objectives(tmp_path):
     made = prepare(tmp_path, rated("no", "yes", "no"), SftConfig())
     assert len(made.train) == 3, "prompts and answers, as before: nothing is left out as a thumb down"
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_numbers_are_ids_of_the_names_that_are_given(tmp_path, several):
+def test_classification_numbers_are_ids_of_the_given_label_names(tmp_path, several):
     objective = ClassificationConfig(labels=["neg", "neu", "pos"], multi_label=several)
     labels = [[0], [2, 1], ["pos"]] if several else [0, 2.0, "1", "pos"]
     made = prepare(tmp_path, [{"text": f"t{n}", "label": label} for n, label in enumerate(labels)], objective)
@@ -66,7 +66,7 @@ def test_numbers_are_ids_of_the_names_that_are_given(tmp_path, several):
     assert made.train.marks["label"].tolist() == ([0b001, 0b110, 0b100] if several else [0, 2, 1, 2])
 
 
-def test_a_number_that_is_no_id_is_refused(tmp_path):
+def test_classification_number_that_is_no_label_id_is_refused(tmp_path):
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 3}]
     with pytest.raises(
         DataError,
@@ -90,7 +90,7 @@ def test_a_number_that_is_no_id_is_refused(tmp_path):
         "train.jsonl.gz",
     ],
 )
-def test_pointers_of_data_are_named(tmp_path, name):
+def test_git_lfs_pointers_of_data_are_named(tmp_path, name):
     (tmp_path / name).write_text(POINTER)
     config = DataConfig(path=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(
@@ -100,7 +100,7 @@ def test_pointers_of_data_are_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"])
-def test_pointers_of_the_tokenizer_are_named(tmp_path, name, capsys):
+def test_git_lfs_pointers_of_the_tokenizer_are_named(tmp_path, name, capsys):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / name).write_text(POINTER)
     with pytest.raises(ConfigError, match=rf"{name}: is a pointer that git-lfs left"):
@@ -112,7 +112,7 @@ def test_pointers_of_the_tokenizer_are_named(tmp_path, name, capsys):
         load_tokenizer(ModelConfig(path=str(tmp_path / "model"), chat_template=str(template)))
 
 
-def test_the_command_names_a_pointer(tmp_path, capsys):
+def test_git_lfs_pointer_is_named_by_the_command(tmp_path, capsys):
     model = tiny_model_dir(tmp_path)
     tiny_tokenizer().save_pretrained(model)
     data = tmp_path / "train.parquet"

@@ -121,7 +121,7 @@ def test_near_duplicates_agree_with_brute_force(corpus, similarities):
     assert len(below) > 100, "the corpus must hold pairs that candidates have to be refused for"
 
 
-def test_another_process_finds_the_same_and_no_thread_is_left():
+def test_duplicates_are_the_same_in_another_process_and_no_thread_is_left():
     """A process forked after rensa had started threads would hang: loaders of batches are forked after preparation."""
     script = (
         "import os, random; from tests.data.test_duplicates import changed, decide, sentences, text_document\n"
@@ -140,7 +140,7 @@ def test_another_process_finds_the_same_and_no_thread_is_left():
     assert sum(place != row for row, place in enumerate(json.loads(said[0][2:]))) > 20, "copies must be among them"
 
 
-def test_jaccard_is_the_true_one(corpus, similarities):
+def test_duplicates_jaccard_similarity_is_the_true_one(corpus, similarities):
     pairs = sorted(similarities)[:400]
     for first, second in pairs:
         got = jaccard(*(set(ngrams(normalize(corpus[row]))) for row in (first, second)))
@@ -148,7 +148,7 @@ def test_jaccard_is_the_true_one(corpus, similarities):
     assert jaccard(set(), set()) == 0
 
 
-def test_short_texts_are_near_only_with_the_same_words():
+def test_duplicates_of_short_texts_need_the_same_words():
     documents = [text_document(text) for text in ("one two three", "one two four", "One, two, three!")]
     result = decide(documents)
     assert result.representative.tolist() == [0, 1, 0] and result.report["normalized"] == 1
@@ -162,13 +162,13 @@ def test_texts_without_spaces_between_words():
     assert result.representative.tolist() == [0, 0, 2] and result.report["near"] == 1
 
 
-def test_texts_without_words_stay_apart():
+def test_duplicates_of_texts_without_words_need_the_same_characters():
     documents = [text_document(text) for text in ("", "...", "", "?!")]
     result = decide(documents)
     assert result.representative.tolist() == [0, 1, 0, 3] and result.search["comparisons"] == 0
 
 
-def test_five_thousand_copies_of_boilerplate_cost_one_comparison_each():
+def test_duplicates_of_boilerplate_cost_one_comparison_each():
     boiler = " ".join(WORDS[:200])
     documents = [text_document(f"{boiler} number {number}") for number in range(5000)]
     result = decide(documents)
@@ -176,7 +176,7 @@ def test_five_thousand_copies_of_boilerplate_cost_one_comparison_each():
     assert result.search["comparisons"] == 4999
 
 
-def test_a_bucket_of_unlike_documents_is_cut_and_said():
+def test_duplicates_bucket_of_unlike_documents_is_cut_and_reported():
     draw = random.Random(4)
     shared = WORDS[:150]
     texts = [" ".join([*shared, *draw.choices(WORDS, k=40)]) for _ in range(600)]
@@ -187,7 +187,7 @@ def test_a_bucket_of_unlike_documents_is_cut_and_said():
     assert result.kept[:600].all() and (~result.kept[600:]).sum() >= 38, "the likest are compared first"
 
 
-def test_likeness_is_not_passed_along_chains():
+def test_duplicates_likeness_is_not_passed_along_chains():
     words = WORDS[:120]
     texts = [" ".join(words[shift : shift + 90]) for shift in (0, 6, 12, 18, 24, 30)]
     similar = true_similarities(texts)
@@ -196,7 +196,7 @@ def test_likeness_is_not_passed_along_chains():
     assert result.representative.tolist() == [0, 0, 2, 2, 4, 4]
 
 
-def test_policies():
+def test_duplicates_policies():
     documents = [text_document(text) for text in (" ".join(WORDS[:80]), " ".join(WORDS[:79]), " ".join(WORDS[:80]))]
     documents.append(text_document(" ".join(WORDS[:80]).upper()))
     kept = {}
@@ -218,13 +218,13 @@ def test_policies():
     assert kept["near"] == [True, False, False, False], "a copy is never treated more leniently than a near duplicate"
 
 
-def test_copies_of_a_near_duplicate_stand_for_the_kept_one():
+def test_duplicates_of_a_near_duplicate_are_represented_by_the_kept_document():
     texts = [" ".join(WORDS[:80]), " ".join(WORDS[:79]), " ".join(WORDS[:79]), " ".join(WORDS[:79]).upper()]
     result = decide([text_document(text) for text in texts])
     assert result.representative.tolist() == [0, 0, 0, 0] and result.kind.tolist() == [0, 3, 1, 2]
 
 
-def test_labels_and_verdicts_keep_documents_apart():
+def test_duplicates_need_the_same_label_and_verdict():
     long = " ".join(WORDS[:80])
     labelled = [
         text_document(long, label="good"),
@@ -254,7 +254,7 @@ def _chat(*turns):
     return Document(file="a", line=1, messages=messages)
 
 
-def test_text_that_is_compared():
+def test_duplicates_compare_document_prompt_or_completion():
     documents = [
         _chat("s:be kind", "u:hello there", "a:hi"),
         _chat("u:Hello there!", "a:go away"),

@@ -75,7 +75,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize("row", range(len(TABLE)))
-def test_table_of_good_and_bad_rows(row):
+def test_filters_judge_a_table_of_good_and_bad_rows(row):
     config, document, reason = TABLE[row]
     tally = Tally()
     kept = Filters(config)(document, tally)
@@ -92,7 +92,7 @@ def test_drop_names_place_and_language():
     assert tally.noted == {"filters": {"language_not_judged": 1}}
 
 
-def test_code_is_taken_out_by_its_fences():
+def test_filters_take_code_out_by_its_fences():
     text = "a\n```py\nb ~~~ ``\n```\nc ```x``` y\n````\n```\n````\nd\n   ~~~\ne"
     assert filters.FENCED.sub("", text) == "a\n\nc ```x``` y\n\nd\n"
 
@@ -106,12 +106,12 @@ def test_code_is_taken_out_by_its_fences():
         (FilterConfig(drop_phrases=[" "]), "empty phrase"),
     ],
 )
-def test_unusable_settings_are_refused(config, message):
+def test_filters_refuse_unusable_settings(config, message):
     (line,) = filters.problems(config)
     assert re.search(message, line)
 
 
-def test_language_counts_of_a_sample(monkeypatch):
+def test_filters_count_the_languages_of_a_sample(monkeypatch):
     monkeypatch.setattr(filters, "MIN_JUDGED_CHARACTERS", 50)
     texts = [PROSE, GERMAN, GERMAN, FRENCH, CHINESE, THAI, "ok", CODE, FRENCH]
     documents = [plain(text) for text in texts]

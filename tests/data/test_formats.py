@@ -76,7 +76,7 @@ def test_every_format_has_a_spelling_and_a_need():
         ({"messages": [USER, REPLY], "thumbs": "down"}, F.thumbs),
     ],
 )
-def test_recognise(fields, format):
+def test_format_is_recognised_by_its_columns(fields, format):
     assert recognise(row(fields), {}) is format
 
 
@@ -94,7 +94,7 @@ def test_a_null_in_the_first_row_does_not_hide_the_column_that_the_objective_lea
     assert recognise(row(fields), {}, preferred=meant) is format
 
 
-def test_columns_of_no_format_are_renamed_to_those_that_the_objective_reads():
+def test_format_error_renames_columns_to_those_that_the_objective_reads():
     with pytest.raises(DataError, match=r"as in data\.columns='\{text:NAME,label:NAME\}'"):
         recognise(row({"Text": "a", "Label": "b"}), {}, preferred=(F.labelled,))
 
@@ -111,7 +111,7 @@ def test_columns_of_no_format_are_renamed_to_those_that_the_objective_reads():
         ({"source": "a", "target": "b", "question": "c", "answer": "d"}, ["prompt_completion", "pair"]),
     ],
 )
-def test_columns_of_several_formats_are_an_error_until_one_is_named(fields, named):
+def test_format_that_is_ambiguous_is_an_error_until_one_is_named(fields, named):
     with pytest.raises(DataError, match=r"^f\.jsonl:7: columns .* fit several formats") as caught:
         recognise(row(fields), {})
     assert f"data.format={'|'.join(named)}" in str(caught.value)
@@ -120,7 +120,7 @@ def test_columns_of_several_formats_are_an_error_until_one_is_named(fields, name
         recognise(row(fields), {}, source="web")
 
 
-def test_a_named_format_settles_what_auto_cannot():
+def test_format_that_is_named_settles_what_auto_cannot():
     both = {"messages": [USER, REPLY], "text": "t"}
     assert good(both, F.messages).messages == [USER, REPLY]
     assert good(both, F.text).text == "t"
@@ -146,7 +146,7 @@ def test_renamed_columns_settle_the_format_too():
         ({}, r"rename them with data\.columns"),
     ],
 )
-def test_columns_of_no_format_are_listed_with_what_each_format_needs(fields, hint):
+def test_format_error_lists_what_each_format_needs(fields, hint):
     with pytest.raises(DataError, match="fit no format") as caught:
         recognise(row(fields), {})
     message = str(caught.value)
@@ -161,7 +161,7 @@ def test_a_long_row_is_shown_shortened():
     assert len(str(caught.value)) < 2500
 
 
-def test_conversations():
+def test_format_of_conversations():
     sharegpt = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     assert good(sharegpt).messages == good(sharegpt, F.messages).messages == [USER, REPLY]
     assert good({"conversations": [USER, REPLY]}).messages == [USER, REPLY]
@@ -192,7 +192,7 @@ def test_a_user_turn_may_be_learned():
         ({"train": None}, None),
     ],
 )
-def test_turns_say_whether_they_are_learned(extra, train):
+def test_format_of_turns_that_say_whether_they_are_learned(extra, train):
     turns = good({"messages": [USER, {**REPLY, **extra}, {**USER, "train": False}, REPLY]}).messages
     assert turns[1].get("train") is train
     assert turns[2] == {**USER, "train": False} and turns[3] == REPLY
@@ -210,14 +210,14 @@ def test_turns_say_whether_they_are_learned(extra, train):
         ({"loss_weight": 0}, None),
     ],
 )
-def test_turns_say_how_much_they_are_learned(extra, weight):
+def test_format_of_turns_that_say_how_much_they_are_learned(extra, weight):
     (_, turn, *_) = good({"messages": [USER, {**REPLY, **extra}, USER, REPLY]}).messages
     assert turn.get("weight") == weight
     assert turn["train"] is (extra.get("loss_weight") != 0)
     assert {key: turn[key] for key in REPLY} == REPLY and turn.keys() <= {*REPLY, "train", "weight"}
 
 
-def test_prompts_and_completions():
+def test_format_of_prompts_and_completions():
     plain = good({"q": "a ", "r": " b"}, columns={"prompt": "q", "completion": "r"})
     assert (plain.prompt, plain.completion, plain.separator) == ("a ", " b", "")
     asked = good({"question": "a", "answer": "b"})
@@ -241,7 +241,7 @@ def test_conversational_prompt_and_completion_learn_the_completion_only():
     assert good({"prompt": "q", "completion": [REPLY]}).messages == [USER, REPLY]
 
 
-def test_texts_and_labels():
+def test_format_of_texts_and_labels():
     assert good({"text": " t\n"}).text == " t\n"
     assert good({"content": "t"}).text == "t"
     for label, name in ((3, "3"), (3.0, "3"), (" spam ", "spam"), (True, "true"), (False, "false"), (-1, "-1")):
@@ -250,7 +250,7 @@ def test_texts_and_labels():
     assert good({"sentence": "t", "label": 0}).label == "0"
 
 
-def test_preference_pairs():
+def test_format_of_preference_pairs():
     wanted = ([USER], [REPLY], [OTHER])
     texts = good({"prompt": "q", "chosen": "a", "rejected": "b"})
     lists = good({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]})
@@ -266,7 +266,7 @@ def test_preference_pairs():
     assert orca.messages == [{"role": "system", "content": "s"}, USER]
 
 
-def test_thumbs():
+def test_format_of_thumbs():
     for fields in ({"label": True}, {"label": "true"}, {"thumbs": "up"}, {"thumbs": "UP"}):
         document = good({"prompt": "q", "completion": "a", **fields})
         assert (document.prompt, document.completion, document.desirable) == ("q", "a", True)
@@ -276,7 +276,7 @@ def test_thumbs():
     assert good({"messages": [USER, REPLY], "label": 0}, F.thumbs).desirable is False
 
 
-def test_dotted_columns():
+def test_format_with_dotted_columns():
     fields = {"translation": {"en": "day", "de": "Tag"}, "id": 1}
     document = good(fields, columns={"source": "translation.de", "target": "translation.en"})
     assert (document.prompt, document.completion) == ("Tag", "day")
@@ -386,7 +386,7 @@ def test_a_row_of_another_format_is_rejected():
     assert other.message.startswith("columns ['messages'], but data.sources.web.format=text needs")
 
 
-def test_given_format_that_does_not_fit():
+def test_format_that_does_not_fit_the_row_is_rejected():
     rejected = RowReader(F.messages, {}, source="data")(row({"text": "a"}))
     assert re.search(r"columns \['text'\], but data\.format=messages needs", rejected.message)
 
@@ -418,7 +418,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=examples(300), deadline=None)
 @given(st.dictionaries(KEYS | st.text(max_size=3), VALUES, max_size=5), st.sampled_from(FORMATS), st.data())
-def test_whatever_a_row_holds_it_becomes_a_document_or_is_rejected(fields, format, data):
+def test_format_reader_makes_a_document_or_rejects_whatever_a_row_holds(fields, format, data):
     spelling = data.draw(st.sampled_from(SPELLINGS[format]))
     filled = {**fields, **{name: data.draw(VALUES) for name in spelling}}
     for candidate in (fields, filled):
@@ -468,7 +468,7 @@ def valid_rows(draw, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_valid_rows_come_back_with_the_same_texts(format):
+def test_format_reader_returns_the_texts_of_valid_rows_unchanged(format):
     @settings(max_examples=examples(60), deadline=None)
     @given(valid_rows(format))
     def check(made):

@@ -67,7 +67,7 @@ print("left off")
 """
 
 
-def test_another_key_makes_other_pseudonyms(tmp_path, monkeypatch):
+def test_pseudonyms_are_others_with_another_key(tmp_path, monkeypatch):
     # Found: the key was no part of the fingerprint, so that a new key opened what the old one had made.
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "write to ann@example.com", "completion": "I will do that."}])
     privacy = PrivacyConfig(mode=PrivacyMode.pseudonymise)
@@ -91,7 +91,7 @@ def test_another_key_makes_other_pseudonyms(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("mode", "verb"), [("report", "kept"), ("redact", "replaced")])
-def test_the_summary_says_what_became_of_personal_data(tmp_path, mode, verb):
+def test_summary_says_what_became_of_personal_data(tmp_path, mode, verb):
     # Found: what had been replaced was said to be kept.
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "write to ann@example.com", "completion": "I will do that."}])
     privacy = PrivacyConfig(mode=PrivacyMode(mode))
@@ -118,7 +118,7 @@ def preparing():
     child.communicate()
 
 
-def test_two_interrupts_end_the_workers(preparing):
+def test_preparation_workers_end_at_two_interrupts(preparing):
     # Found: the second one broke the wait for the workers, which then waited for work without end.
     child, worker = preparing
     for _ in range(2):
@@ -131,7 +131,7 @@ def test_two_interrupts_end_the_workers(preparing):
     assert ended(worker)
 
 
-def test_a_killed_worker_ends_the_others(preparing):
+def test_preparation_worker_that_is_killed_ends_the_others(preparing):
     # Found: the others, who had inherited SIGTERM blocked, did not end when the pool told them to, and it waited.
     child, worker = preparing
     time.sleep(0.5)
@@ -140,7 +140,7 @@ def test_a_killed_worker_ends_the_others(preparing):
     assert child.returncode != 0 and "data.workers" in said
 
 
-def test_a_worker_that_is_killed_at_a_bad_moment_lets_nobody_wait_for_ever():
+def test_preparation_worker_killed_at_a_bad_moment_hangs_nobody():
     # Found: amid handing over, or while what it had made before was still looked at and then no more was wanted.
     done = subprocess.run(
         [sys.executable, "-c", CUT_OFF], capture_output=True, text=True, check=False, timeout=seconds(30)

@@ -53,7 +53,7 @@ def groups_of(data, split: str) -> Counter:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_no_group_on_two_sides_and_the_shares_kept(tmp_path, seed):
+def test_eval_split_has_no_group_on_two_sides_and_keeps_the_shares(tmp_path, seed):
     rows = patients(200)
     write_jsonl(tmp_path / "train.jsonl", rows)
     data = prepared(tmp_path, seed=seed, eval_share=0.1, test_share=0.2)
@@ -70,7 +70,7 @@ def test_no_group_on_two_sides_and_the_shares_kept(tmp_path, seed):
     assert f"groups (data.group_by), eval: {len(parts['eval'])} with" in summary(data.report)
 
 
-def test_the_draw_goes_by_seed_and_not_by_place_or_workers(tmp_path):
+def test_eval_split_by_group_depends_on_the_seed_not_on_place_or_workers(tmp_path):
     rows = patients(60)
     write_jsonl(tmp_path / "train.jsonl", rows)
     first = groups_of(prepared(tmp_path, eval_share=0.2), "eval")
@@ -79,7 +79,7 @@ def test_the_draw_goes_by_seed_and_not_by_place_or_workers(tmp_path):
     assert first == groups_of(prepared(tmp_path, eval_share=0.2), "eval")
 
 
-def test_the_name_of_a_group_is_not_kept(tmp_path):
+def test_eval_split_does_not_store_the_names_of_groups(tmp_path):
     rows = [{**row, "about": {"id": f"secret-{row['about']['id']}"}} for row in patients(30)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     data = prepared(tmp_path, eval_share=0.2)
@@ -89,7 +89,7 @@ def test_the_name_of_a_group_is_not_kept(tmp_path):
 @pytest.mark.parametrize(
     ("value", "said"), [(None, "is None"), ("  ", "is '  '"), ([1], r"is \[1\]"), (True, "is True")]
 )
-def test_a_row_without_a_group_is_refused(tmp_path, value, said):
+def test_eval_split_refuses_a_row_without_a_group(tmp_path, value, said):
     rows = patients(20)
     rows[3]["about"] = {"id": value}
     write_jsonl(tmp_path / "train.jsonl", rows)
@@ -100,7 +100,7 @@ def test_a_row_without_a_group_is_refused(tmp_path, value, said):
     assert [row["reason"] for row in bad] == ["missing_group"]
 
 
-def test_columns_that_do_not_exist_and_settings_that_conflict(tmp_path):
+def test_eval_split_refuses_missing_group_columns_and_conflicting_settings(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", patients(20))
     with pytest.raises(
         DataError, match=r"no column 'patient' \(data\.group_by\); the row has \['about', 'completion', 'prompt'\]"
@@ -115,7 +115,7 @@ def test_columns_that_do_not_exist_and_settings_that_conflict(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["report", "drop_train", "fail"])
-def test_groups_of_given_held_out_files(tmp_path, policy):
+def test_eval_path_groups_shared_with_training_follow_the_leakage_policy(tmp_path, policy):
     rows, other = patients(30), patients(5, seed=1)
     held_out = [
         {**row, "prompt": row["prompt"].replace("note", "letter")} for row in rows if row["about"]["id"] in (3, 4)
@@ -137,14 +137,14 @@ def test_groups_of_given_held_out_files(tmp_path, policy):
     assert dropped == ([] if policy == "report" else [{"group_in_eval": shared}])
 
 
-def test_held_out_files_need_not_name_groups(tmp_path):
+def test_eval_path_files_need_not_name_groups(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", patients(30))
     write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "a question?", "completion": "an answer"}])
     data = prepared(tmp_path, eval_path=str(tmp_path / "eval.jsonl"))
     assert Audit.read(data.directory).groups["eval"].groups == 0
 
 
-def test_groups_too_large_for_the_share_are_passed_over():
+def test_eval_split_passes_over_groups_too_large_for_the_share():
     draws = np.repeat(np.array([1, 2, 3, 4, 5], np.uint64), [50, 3, 9, 4, 2])
     assert Counter(draws[take_whole_groups(draws, 7)].tolist()) == {2: 3, 4: 4}
     assert Counter(draws[take_whole_groups(draws, 1)].tolist()) == {5: 2}, "one at least, the smallest"

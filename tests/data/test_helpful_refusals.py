@@ -41,7 +41,7 @@ def refusal(tmp_path, content, name="train.jsonl", **settings):
         ),
     ],
 )
-def test_the_columns_that_are_suggested_work(tmp_path, row, columns):
+def test_refusal_suggests_columns_that_work(tmp_path, row, columns):
     said = ",".join(f"{expected}:{name}" for expected, name in columns.items())
     assert f"fit no format; try data.columns='{{{said}}}'" in refusal(tmp_path, [row])
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), columns=columns)
@@ -49,7 +49,7 @@ def test_the_columns_that_are_suggested_work(tmp_path, row, columns):
     assert len(made.train) == 1
 
 
-def test_pairs_of_conversations_under_other_names(tmp_path):
+def test_refusal_of_conversation_pairs_suggests_their_columns(tmp_path):
     row = {"chosen_messages": TURNS, "rejected_messages": TURNS}
     assert "try data.columns='{chosen:chosen_messages,rejected:rejected_messages}'" in refusal(tmp_path, [row])
 
@@ -67,13 +67,13 @@ def test_pairs_of_conversations_under_other_names(tmp_path):
         ("PK", "train.zip", r"a zip file holds one file and is named like it: rows\.jsonl\.zip"),
     ],
 )
-def test_the_way_out_is_named(tmp_path, content, name, remedy):
+def test_refusal_of_a_common_file_names_the_way_out(tmp_path, content, name, remedy):
     import re
 
     assert re.search(remedy, refusal(tmp_path, content, name))
 
 
-def test_rows_of_another_format_become_a_source(tmp_path):
+def test_refusal_of_mixed_formats_suggests_a_source_for_each(tmp_path):
     rows = [*chat_rows(4), *({"prompt": f"q{n}", "completion": f"a{n}"} for n in range(3))]
     message = refusal(tmp_path, rows)
     assert "wrong_format 3" in message and "data.sources.one.path=... data.sources.two.path=..." in message
@@ -86,5 +86,5 @@ def test_without_an_answer_no_length_is_advised(tmp_path):
     assert "no_assistant_turn 3" in message and "max_length" not in message
 
 
-def test_a_value_that_cannot_be_taken_is_shown_in_words():
+def test_refusal_shows_an_unusable_value_in_words():
     assert show_value(Fault("binary", "holds a JPEG image")) == "holds a JPEG image"

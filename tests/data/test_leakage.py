@@ -68,7 +68,7 @@ def planted():
     return train, held_out, truth
 
 
-def test_every_kind_is_found_and_nothing_else(planted):
+def test_leakage_of_every_kind_is_found_and_nothing_else(planted):
     train, held_out, truth = planted
     leaks = leaks_of(train, held_out)
     found = zip(leaks.train.tolist(), leaks.held_out.tolist(), leaks.kind.tolist(), strict=True)
@@ -76,12 +76,12 @@ def test_every_kind_is_found_and_nothing_else(planted):
     assert leaks.incomplete == 0
 
 
-def test_near_leaks_only_where_asked(planted):
+def test_leakage_of_near_duplicates_is_found_only_where_asked(planted):
     train, held_out, _ = planted
     assert np.bincount(leaks_of(train, held_out, near=False).kind, minlength=4).tolist() == [5, 5, 0, 5]
 
 
-def test_policies(planted):
+def test_leakage_policies(planted):
     train, held_out, truth = planted
     leaks, both = leaks_of(train, held_out), [*train, *held_out]
     where = lambda number: both[number].where  # noqa: E731
@@ -99,7 +99,7 @@ def test_policies(planted):
     assert not len(apply_policy(clean, LeakagePolicy.fail, 5, where)[0])
 
 
-def test_a_held_out_template_is_cut_and_said():
+def test_leakage_through_a_held_out_template_is_cut_and_reported():
     draw = random.Random(2)
     base = WORDS[:150]
     train = [row(" ".join([*base, *draw.choices(WORDS, k=40)]), "") for _ in range(40)]
@@ -109,17 +109,17 @@ def test_a_held_out_template_is_cut_and_said():
     assert leaks.train.tolist() == [39] and leaks.held_out.tolist() == [len(train) + 250] and leaks.incomplete >= 30
 
 
-def test_nothing_held_out():
+def test_leakage_without_held_out_rows_is_empty():
     assert len(leaks_of([row("a b c", "d e")], []).train) == 0
     assert len(leaks_of([], [row("a b c", "d e")]).train) == 0
 
 
-def test_plain_texts_share_no_prompt():
+def test_leakage_plain_texts_share_no_prompt():
     train, held_out = [Document(file="a", line=1, text=prose(random.Random(seed), 30)) for seed in (1, 2)]
     assert len(leaks_of([train], [held_out]).train) == 0
 
 
-def test_system_turns_do_not_hide_a_prompt():
+def test_leakage_of_a_prompt_is_not_hidden_by_system_turns():
     def chat(system, answer):
         turns = [("system", system), ("user", "Who wrote it?"), ("assistant", answer)]
         return Document(file="a", line=1, messages=[{"role": role, "content": text} for role, text in turns])
@@ -163,7 +163,7 @@ def training(bench):
     return texts
 
 
-def test_overlaps_agree_with_plain_sets_of_runs(bench, training):
+def test_decontamination_overlaps_agree_with_plain_sets_of_runs(bench, training):
     every = set().union(*(runs(text) for _, text in bench))
     expected = [bool(runs(text) & every) for text in training]
     stage = build(bench)
@@ -172,7 +172,7 @@ def test_overlaps_agree_with_plain_sets_of_runs(bench, training):
     assert not stage.skipped.total()
 
 
-def test_share_of_an_evaluation_text(bench, training):
+def test_decontamination_share_of_an_evaluation_text(bench, training):
     sets = {f"bench.jsonl:{line}": runs(text) for line, text in bench}
     stage = build(bench)
     for text in training:
@@ -185,7 +185,7 @@ def test_share_of_an_evaluation_text(bench, training):
             assert got[1] == pytest.approx(best) and len(own & sets[got[0]]) / len(sets[got[0]]) == pytest.approx(best)
 
 
-def test_stage_reports_or_drops_with_the_place(bench):
+def test_decontamination_reports_or_drops_with_the_place(bench):
     line, text = next((line, text) for line, text in bench if len(text.split()) == 60)
     stage = pickle.loads(pickle.dumps(build(bench, policy=DecontaminationPolicy.drop)))
     tally = Tally()
@@ -198,7 +198,7 @@ def test_stage_reports_or_drops_with_the_place(bench):
     assert build(bench)(dirty, tally) is dirty and tally.noted["decontamination"] == {"holds evaluation text": 1}
 
 
-def test_short_evaluation_texts_are_looked_for_whole():
+def test_decontamination_searches_for_short_evaluation_texts_as_a_whole():
     stage = build([(1, "What is the capital of France?"), (2, "Is it so?"), (3, "what is the capital of France")])
     assert stage.skipped == {"too_short": 1, "repeated": 1, "only_shared_wording": 0}
     assert stage.match("Question: what is the CAPITAL of France? Answer: Paris.") == ("bench.jsonl:1", 1.0)
@@ -206,7 +206,7 @@ def test_short_evaluation_texts_are_looked_for_whole():
     assert stage.match("What is the capital of France? " * 3) == ("bench.jsonl:1", 1.0)
 
 
-def test_wording_shared_by_a_set_is_ignored():
+def test_decontamination_ignores_wording_shared_by_a_set():
     intro = "read the following passage with care and then choose the one best answer from the list below"
     draw = random.Random(3)
     texts = [(line, f"{intro} {prose(draw, 30)}") for line in range(40)] + [(99, intro)]
@@ -217,12 +217,12 @@ def test_wording_shared_by_a_set_is_ignored():
     assert build(texts[:10]).match(f"{intro} {prose(draw, 30)}") is not None
 
 
-def test_nothing_to_look_for_is_an_error():
+def test_decontamination_with_nothing_to_search_for_is_an_error():
     with pytest.raises(DataError, match=r"none of the 2 evaluation texts.*2 have fewer than 5 words"):
         build([(1, "too short"), (2, "")])
 
 
-def test_texts_of_an_evaluation_document():
+def test_decontamination_texts_of_an_evaluation_document():
     long = " ".join(WORDS[:20])
     turns = [("system", long), ("user", "Who?"), ("assistant", "short answer"), ("user", "Why?"), ("assistant", long)]
     chat = Document(file="e", line=3, messages=[{"role": role, "content": text} for role, text in turns])
@@ -230,7 +230,7 @@ def test_texts_of_an_evaluation_document():
     assert list(evaluation_texts(row("p", "yes", "e", 4))) == [("e:4", "p")]
 
 
-def test_first_equal():
+def test_leakage_first_equal_is_the_first_index_of_each_digest():
     digest = np.array([5, 7, 5, 9, 7, 5], dtype=np.uint64)
     assert first_equal(digest, digest, np.arange(6)).tolist() == [0, 1, 0, 3, 1, 0]
     assert first_equal(digest, digest[1:], np.arange(1, 6)).tolist() == [2, 1, 2, 3, 1, 2]

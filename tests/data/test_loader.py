@@ -60,7 +60,7 @@ def documents_in(batch):
 
 @pytest.mark.parametrize("layout", [Layout.padding_free, Layout.padded])
 @pytest.mark.parametrize(("size", "micro"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (4, 3), (6, 2), (12, 1)])
-def test_ranks_together_hold_the_global_batch(dataset, size, micro, layout):
+def test_loader_ranks_together_have_the_global_batch(dataset, size, micro, layout):
     ranks = [list(loader(dataset, rank=r, size=size, micro=micro, layout=layout).steps(0, 3)) for r in range(size)]
     order = GlobalOrder(NUM, 7, True)
     for step in range(3):
@@ -77,7 +77,7 @@ def test_ranks_together_hold_the_global_batch(dataset, size, micro, layout):
             assert part.tokens == sum(p.local_tokens for p in parts) == int(dataset.lengths[wanted].sum())
 
 
-def test_padding_free_layout(dataset):
+def test_loader_padding_free_layout(dataset):
     (step,) = loader(dataset, micro=12).steps(0, 1)
     batch = step.micro_batches[0]
     edges = batch["cu_seq_lens_q"].tolist()
@@ -93,7 +93,7 @@ def test_padding_free_layout(dataset):
     assert "labels" not in batch and batch["targets"].dtype == torch.int64
 
 
-def test_padded_layout_says_the_same(dataset):
+def test_loader_padded_layout_has_the_same_content(dataset):
     (free,) = loader(dataset, micro=12).steps(0, 1)
     (padded,) = loader(dataset, micro=12, layout=Layout.padded).steps(0, 1)
     row, flat = padded.micro_batches[0], free.micro_batches[0]
@@ -104,7 +104,7 @@ def test_padded_layout_says_the_same(dataset):
     assert row["attention_mask"].dtype == torch.int64 and row["input_ids"].shape[1] == flat["max_length_q"]
 
 
-def test_labels_come_along(tmp_path):
+def test_loader_batches_have_the_labels(tmp_path):
     data = make_dataset(tmp_path / "data", labels=True)
     for layout in (Layout.padded, Layout.padding_free):
         (step,) = loader(data, micro=12, layout=layout, kind=LabelCollator).steps(0, 1)
@@ -113,7 +113,7 @@ def test_labels_come_along(tmp_path):
         assert batch["labels"].tolist() == ((ids[ids >= 1000] - 1000) % 3).tolist()
 
 
-def test_packs_are_the_units(dataset):
+def test_loader_units_are_packs(dataset):
     units = best_fit_decreasing(dataset.lengths, 64)
     batch = len(units) // 2 * 2
     parts = [list(loader(dataset, rank=r, size=2, micro=1, batch=batch, units=units).steps(0, 1)) for r in (0, 1)]
@@ -127,7 +127,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
 
 
-def test_resume_in_the_middle_gives_the_same_batches(dataset):
+def test_loader_resumed_in_the_middle_gives_the_same_batches(dataset):
     whole = list(loader(dataset, rank=1, size=2, micro=3).steps(0, 6))
     rest = list(loader(dataset, rank=1, size=2, micro=3).steps(3 * 12, 3))
     for a, b in zip(whole[3:], rest, strict=True):
@@ -139,7 +139,7 @@ def running():
     return [t for t in threading.enumerate() if t.name == "loader"]
 
 
-def test_closing_stops_the_thread(dataset):
+def test_loader_closing_stops_its_thread(dataset):
     steps = loader(dataset).steps(0, 1000)
     next(steps)
     assert running()
@@ -147,7 +147,7 @@ def test_closing_stops_the_thread(dataset):
     assert not running()
 
 
-def test_errors_of_the_thread_reach_the_consumer(dataset, monkeypatch):
+def test_loader_thread_errors_reach_the_consumer(dataset, monkeypatch):
     broken = loader(dataset)
     real = broken._step
     monkeypatch.setattr(broken, "_step", lambda first: real(first) if first < 12 else 1 / 0)
@@ -160,7 +160,7 @@ def test_errors_of_the_thread_reach_the_consumer(dataset, monkeypatch):
 
 @pytest.mark.parametrize("limit", [None, 1, 5, 100])
 @pytest.mark.parametrize(("size", "batch"), [(1, 1), (2, 5), (3, 4), (5, 24), (8, 2)])
-def test_evaluation_holds_every_document_once(dataset, size, batch, limit):
+def test_loader_evaluates_every_document_once(dataset, size, batch, limit):
     collator = Collator(Layout.padded, 0)
     ranks = [list(eval_batches(dataset, EvalShare(batch, r, size, limit), collator, "cpu")) for r in range(size)]
     assert len({len(rank) for rank in ranks}) == 1, "all ranks take the same number of turns"
@@ -173,7 +173,7 @@ def test_evaluation_holds_every_document_once(dataset, size, batch, limit):
     assert fillers < size
 
 
-def test_evaluation_fillers_have_no_label(tmp_path):
+def test_loader_evaluation_fillers_have_no_label(tmp_path):
     data = make_dataset(tmp_path / "data", labels=True)
     labels = []
     for rank in range(5):
@@ -197,7 +197,7 @@ def test_dataset_round_trip_and_damage(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_balance_is_the_share_of_ranks_time_that_is_work(dataset, size):
+def test_loader_balance_is_the_share_of_the_ranks_time_that_is_work(dataset, size):
     made = loader(dataset, size=size, micro=3)
     plan, batch = made.plan(0), next(made.steps(0, 1))
     loads = [[int(dataset.lengths[slot].sum()) for slot in rank] for rank in plan]
@@ -206,7 +206,7 @@ def test_balance_is_the_share_of_ranks_time_that_is_work(dataset, size):
     assert (batch.balance == 1.0) == (size == 1)
 
 
-def test_evaluation_is_collated_by_a_thread_into_pinned_memory(dataset, monkeypatch):
+def test_loader_collates_evaluation_in_a_thread_into_pinned_memory(dataset, monkeypatch):
     """As training is; on a GPU, which only the two calls that reach for it would need."""
     threads, pinned = set(), []
 
@@ -226,7 +226,7 @@ def test_evaluation_is_collated_by_a_thread_into_pinned_memory(dataset, monkeypa
     assert not running()
 
 
-def test_errors_of_an_evaluation_reach_its_consumer(dataset):
+def test_loader_evaluation_errors_reach_the_consumer(dataset):
     class Failing(Collator):
         def __call__(self, samples):
             raise ZeroDivisionError

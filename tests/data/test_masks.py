@@ -113,7 +113,7 @@ def samples(encoder, messages):
 @pytest.mark.parametrize("name", FAMILIES)
 @CHECK
 @given(data=st.data())
-def test_assistant_turns_and_their_end_tokens_are_learned_and_nothing_else(name, data):
+def test_mask_learns_assistant_turns_with_their_end_tokens_and_nothing_else(name, data):
     family, encoder = FAMILIES[name], ENCODERS[name]
     messages = data.draw(conversations(family.system))
     sample = samples(encoder, messages)
@@ -125,7 +125,7 @@ def test_assistant_turns_and_their_end_tokens_are_learned_and_nothing_else(name,
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("blank", ["", " ", "\n", "\n ", " \n", "\n \n", "\n\x0b", "\u200b"])
-def test_blank_answers_are_what_the_template_leaves_of_them(name, blank):
+def test_mask_of_blank_answers_is_what_the_template_leaves_of_them(name, blank):
     """Qwen 3 takes line ends from the beginning of the last answer, and leaves the rest."""
     asked = {"role": "user", "content": "q"}
     for answers in ([blank], [blank, "x"], ["x", blank], [blank, blank]):
@@ -138,7 +138,7 @@ def test_blank_answers_are_what_the_template_leaves_of_them(name, blank):
 
 
 @pytest.mark.parametrize(("thought", "shown"), [("x", "<think>\nx\n</think>\n\n"), ("", "<think>\n\n</think>\n\n")])
-def test_an_answer_that_is_a_thought_alone_is_learned_as_the_template_writes_it(thought, shown):
+def test_mask_of_an_answer_that_is_only_a_thought_follows_the_template(thought, shown):
     encoder, asked = ENCODERS["qwen3"], {"role": "user", "content": "q"}
     turn = {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n"}
     for messages, expected in (([asked, turn], [shown]), ([asked, turn, asked, turn], ["", shown])):
@@ -150,7 +150,7 @@ def test_an_answer_that_is_a_thought_alone_is_learned_as_the_template_writes_it(
 @pytest.mark.parametrize("name", FAMILIES)
 @CHECK
 @given(data=st.data())
-def test_what_questions_spell_is_encoded_as_text(name, data):
+def test_mask_encodes_control_tokens_in_questions_as_text(name, data):
     family, encoder = FAMILIES[name], APART[name]
     messages = data.draw(conversations(family.system))
     learned = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -179,7 +179,7 @@ WAYS = {"all": ENCODERS, "last": LAST, "users": USERS, "both": BOTH}
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(CHECK, max_examples=examples(60))
 @given(data=st.data())
-def test_turns_roles_and_flags(name, data):
+def test_mask_follows_turns_roles_and_flags(name, data):
     family = FAMILIES[name]
     way = data.draw(st.sampled_from(sorted(WAYS)))
     encoder, messages = WAYS[way][name], data.draw(conversations(family.system, flags=True))
@@ -199,7 +199,7 @@ def test_turns_roles_and_flags(name, data):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_known_shape_is_not_rendered_a_second_time(name, monkeypatch):
+def test_mask_of_a_known_shape_is_not_rendered_again(name, monkeypatch):
     encoder = Encoder(chat_templates.tokenizer(name))
     turns = ["hello", "one\ntwo", "and 🙂", "three"]
     docs = [
@@ -228,7 +228,7 @@ def test_a_known_shape_is_not_rendered_a_second_time(name, monkeypatch):
         "c.split('</secret>')[-1]",
     ],
 )
-def test_a_template_that_looks_into_contents_gets_no_other_mask_from_a_known_shape(rewrite):
+def test_mask_of_a_known_shape_is_right_for_a_template_that_looks_into_contents(rewrite):
     template = chat_templates.CHATML.replace("{{ '<|im_start|>'", "{% set c = m['content'] %}{{ '<|im_start|>'")
     template = template.replace(
         "m['content'] + '<|im_end|>", f"(({rewrite}) if m['role'] == 'user' else c) + '<|im_end|>"
@@ -239,7 +239,7 @@ def test_a_template_that_looks_into_contents_gets_no_other_mask_from_a_known_sha
         assert samples(encoder, messages).supervised.any()
 
 
-def test_a_rewriting_that_keeps_the_length_of_the_whole_text_is_noticed():
+def test_mask_notices_a_rewriting_that_keeps_the_length_of_the_text():
     template = chat_templates.CHATML.replace("m['content']", "m['content'].replace('*', '')")
     template += "{{ '!' * (messages[0]['content'].split('*') | length - 1) }}"
     encoder = Encoder(make.tiny_tokenizer(template))
@@ -248,7 +248,7 @@ def test_a_rewriting_that_keeps_the_length_of_the_whole_text_is_noticed():
         assert encoder.tokenizer.decode(sample.input_ids[sample.supervised]) == "reply<|im_end|>"
 
 
-def test_a_token_across_the_end_of_a_turn_is_learned():
+def test_mask_learns_a_token_across_the_end_of_a_turn():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -266,7 +266,7 @@ def test_a_token_across_the_end_of_a_turn_is_learned():
     assert tokenizer.decode(sample.input_ids[sample.supervised]) == "a🙂\n\nb</s>"
 
 
-def test_a_template_that_writes_the_date_is_followed_over_midnight(monkeypatch):
+def test_mask_follows_a_template_that_writes_the_date_over_midnight(monkeypatch):
     encoder = Encoder(make.tiny_tokenizer(chat_templates.CHATML))
     doc = Document("f", 1, messages=[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
     render, days, calls = encoder.template._render_batch, iter("1122233333333333333333333333"), []
@@ -285,7 +285,7 @@ def test_a_template_that_writes_the_date_is_followed_over_midnight(monkeypatch):
     assert len(calls) == before + 1, "the shape was not learned again"
 
 
-def test_a_content_that_completes_a_token_does_not_move_an_end():
+def test_mask_end_is_not_moved_by_a_content_that_completes_a_token():
     """With nothing between an answer and the next question, what the question begins with is no end of the answer."""
     template = "{% for m in messages %}{{ ('<|user|>' if loop.first else '') + m['content'] }}{% endfor %}"
     encoder = Encoder(make.tiny_tokenizer(template))
@@ -342,7 +342,7 @@ def _composed():
 @pytest.mark.parametrize("made", [_metaspace, _wordpiece, _composed])
 @settings(CHECK, max_examples=examples(200))
 @given(prompt=contents, completion=contents)
-def test_edges_of_spans_give_the_tokens_that_all_offsets_give(made, prompt, completion):
+def test_mask_from_edges_of_spans_is_that_from_all_offsets(made, prompt, completion):
     encoder = ENCODERS.setdefault(made.__name__, Encoder(made()))
     text, begin, end = f"{prompt}{completion}{prompt}", len(prompt), len(prompt + completion)
     ((encoding,), _) = encoder.tokenize([RenderedText(text, [])])
@@ -351,7 +351,7 @@ def test_edges_of_spans_give_the_tokens_that_all_offsets_give(made, prompt, comp
     assert np.flatnonzero(learned).tolist() == (list(range(inside[0], inside[-1] + 1)) if inside else [])
 
 
-def test_a_tokenizer_whose_merges_hold_a_control_token_is_told_of():
+def test_mask_warns_of_a_tokenizer_whose_merges_contain_a_control_token():
     made = _metaspace()
     kept = json.loads(made.backend_tokenizer.to_str())
     kept["model"]["vocab"] |= {piece: 300 + n for n, piece in enumerate(("</", "s>"))}
@@ -365,7 +365,7 @@ def test_a_tokenizer_whose_merges_hold_a_control_token_is_told_of():
         list(encoder.encode([Document("f", 1, text="it says </s>")]))
 
 
-def test_spaces_are_learned_though_a_post_processor_cuts_them_off_the_offsets():
+def test_mask_learns_spaces_that_a_post_processor_cuts_off_the_offsets():
     from tokenizers import processors
 
     tokenizer = make.tiny_tokenizer(None)

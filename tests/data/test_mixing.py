@@ -35,7 +35,7 @@ SOURCES = st.integers(1, 4).flatmap(
 
 
 @given(SOURCES, st.sampled_from(MixOver), st.sampled_from(EpochEnd))
-def test_the_epoch_ends_as_promised_and_no_whole_numbers_come_nearer(sources, over, epoch):
+def test_mixing_epoch_ends_as_promised_and_no_integer_quotas_come_nearer(sources, over, epoch):
     sizes, tokens, weights = sources
     tokens = [size + extra for size, extra in zip(sizes, tokens, strict=True)]
     assume(any(weights))
@@ -61,7 +61,7 @@ def test_the_epoch_ends_as_promised_and_no_whole_numbers_come_nearer(sources, ov
         assert sum((number - wanted) ** 2 for number, wanted in zip(got, ideal, strict=True)) <= nearest + 1e-6
 
 
-def test_replay_of_a_general_source_beside_the_domain():
+def test_mixing_replays_a_general_source_beside_the_domain():
     sizes, tokens, weights = [900, 50_000], [90_000, 10_000_000], [0.9, 0.1]
     got = quotas(sizes, tokens, weights)
     assert got.tolist() == [900, 100]
@@ -71,7 +71,7 @@ def test_replay_of_a_general_source_beside_the_domain():
     assert report["domain"]["passes"] == 1 and report["general"]["passes"] == 0.002
 
 
-def test_weights_over_tokens():
+def test_mixing_weights_over_tokens():
     sizes, tokens, weights = [900, 50_000], [90_000, 10_000_000], [0.9, 0.1]
     got = quotas(sizes, tokens, weights, MixOver.tokens)
     assert got.tolist() == [900, 50]  # 10,000 of 100,000 tokens, at 200 a document
@@ -79,12 +79,12 @@ def test_weights_over_tokens():
     assert report["1"]["share_tokens"] == pytest.approx(0.1) and report["1"]["tokens"] == 10_000
 
 
-def test_all_repeats_the_small_source():
+def test_mixing_all_repeats_the_small_source():
     assert quotas([10, 100], [10, 100], [1, 1], epoch=EpochEnd.all).tolist() == [100, 100]
     assert quotas([10, 100], [10, 100], [1, 1], epoch=EpochEnd.first).tolist() == [10, 10]
 
 
-def test_shares_over_documents_count_the_documents_in_packs():
+def test_mixing_shares_over_documents_count_the_documents_in_packs():
     # 100 documents in 10 packs beside 100 documents in 50 packs: equal shares need five times as many of the latter.
     got = quotas([10, 50], [1000, 5000], [1, 1], documents=[100, 100])
     assert got.tolist() == [10, 50]
@@ -92,17 +92,17 @@ def test_shares_over_documents_count_the_documents_in_packs():
     assert report["0"]["share_documents"] == 0.5 and report["0"]["share_tokens"] == pytest.approx(1 / 6)
 
 
-def test_a_weight_of_zero_leaves_a_source_out_and_a_tiny_one_does_not():
+def test_mixing_weight_of_zero_leaves_a_source_out_and_a_tiny_weight_does_not():
     assert quotas([5, 5, 5], [5, 5, 5], [1, 0, 1e-9]).tolist() == [5, 0, 1]
 
 
-def test_rounding_is_to_the_nearest_total_of_the_decimal_weights():
+def test_mixing_rounds_to_the_nearest_total_of_the_decimal_weights():
     assert quotas([10, 100], [10, 100], [3, 2]).tolist() == [10, 7]  # 6.67
     assert quotas([10, 100], [10, 100], [5, 1.1]).tolist() == [10, 2]  # 2.2
     assert quotas([5, 100], [5, 100], [0.2, 0.7]).tolist() == [5, 18]  # 17.5, but less in binary fractions
 
 
-def test_shares_of_an_order_are_those_of_the_report():
+def test_mixing_shares_of_an_order_are_those_of_the_report():
     sizes, weights = [30, 200, 11], [0.7, 0.2, 0.1]
     lengths = np.random.default_rng(1).integers(1, 90, sum(sizes))
     source_of = np.repeat(np.arange(3), sizes)
@@ -116,7 +116,7 @@ def test_shares_of_an_order_are_those_of_the_report():
         assert share == pytest.approx(report[str(source)]["share_tokens"], rel=0.02)
 
 
-def test_a_weighted_source_without_documents_or_tokens_is_refused():
+def test_mixing_refuses_a_weighted_source_without_documents_or_tokens():
     with pytest.raises(DataError, match=r"data\.sources\.b\.weight=0\.5: the source has no documents"):
         quotas([5, 0], [5, 0], [0.5, 0.5], names=["a", "b"])
     with pytest.raises(DataError, match="has no tokens"):
@@ -124,7 +124,7 @@ def test_a_weighted_source_without_documents_or_tokens_is_refused():
     assert quotas([5, 0], [5, 0], [0.5, 0]).tolist() == [5, 0]
 
 
-def test_an_epoch_beyond_memory_is_refused_and_names_the_source_that_repeats():
+def test_mixing_refuses_an_epoch_beyond_memory_and_names_the_repeated_source():
     with pytest.raises(ConfigError, match=r"data\.mixing\.epoch=all.*tiny is repeated"):
         quotas(
             [10, mixing.MAX_EPOCH_UNITS], [10, mixing.MAX_EPOCH_UNITS], [1, 1], epoch=EpochEnd.all, names=["tiny", "b"]
@@ -132,7 +132,7 @@ def test_an_epoch_beyond_memory_is_refused_and_names_the_source_that_repeats():
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.sampled_from([0, 2, 5])), max_size=60), st.integers(50, 90))
-def test_packs_stay_within_a_source(documents, capacity):
+def test_mixing_packs_stay_within_a_source(documents, capacity):
     lengths = np.array([length for length, _ in documents], dtype=np.int64)
     source_of = np.array([source for _, source in documents], dtype=np.int64)
     packs, source_of_pack = pack_by_source(lengths, source_of, capacity)
@@ -145,12 +145,12 @@ def test_packs_stay_within_a_source(documents, capacity):
         assert (source_of_pack == source).sum() == len(alone)
 
 
-def test_one_source_is_packed_as_before():
+def test_mixing_packs_a_single_source_by_best_fit():
     lengths = np.random.default_rng(2).integers(1, 60, 500)
     assert pack_by_source(lengths, np.zeros(500, dtype=np.int64), 64)[0] == best_fit_decreasing(lengths, 64)
 
 
-def test_many_short_documents_fill_their_packs():
+def test_mixing_fills_the_packs_of_many_short_documents():
     lengths = np.clip(np.random.default_rng(0).exponential(150, 200_000), 1, 2048).astype(np.int64)
     packs, _ = pack_by_source(lengths, np.arange(200_000) % 3, 2048)
     assert lengths.sum() / (2048 * len(packs)) > 0.97

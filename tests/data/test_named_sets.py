@@ -28,7 +28,7 @@ def prepared(files, eval_path, **settings):
     return Preparation(config, tiny_tokenizer(), Reading(), seed=0).open_or_make()
 
 
-def test_sets_are_one_split_told_apart_with_leakage_of_each(files):
+def test_named_eval_sets_are_one_split_with_the_leakage_of_each(files):
     sets = {name: str(files / f"{name}.jsonl") for name in ("medical", "general")}
     data = prepared(files, sets)
     held_out = data.evaluation
@@ -53,12 +53,12 @@ def test_sets_are_one_split_told_apart_with_leakage_of_each(files):
         ({}, r"data\.eval_path=\{\}: name files, or sets of them"),
     ],
 )
-def test_names_that_cannot_be(files, sets, said):
+def test_named_eval_sets_refuse_names_that_cannot_be(files, sets, said):
     with pytest.raises(ConfigError, match=said):
         prepared(files, sets)
 
 
-def test_a_set_that_is_missing_or_of_which_nothing_is_left(files):
+def test_named_eval_set_that_is_missing_or_empty_is_refused(files):
     with pytest.raises(DataError, match=r"data\.eval_path\.general=.*nowhere\.jsonl does not exist"):
         prepared(files, {"medical": str(files / "medical.jsonl"), "general": str(files / "nowhere.jsonl")})
     with pytest.raises(ConfigError, match=r"data\.test_path"):

@@ -11,7 +11,7 @@ from trainer.data.batches.order import GlobalOrder, MixedOrder, deal, steps_for_
 
 
 @given(num=st.integers(1, 40), seed=st.integers(0, 2**40), start=st.integers(0, 200), count=st.integers(0, 100))
-def test_units_are_a_function_of_the_sample_number(num, seed, start, count):
+def test_order_units_are_a_function_of_the_sample_number(num, seed, start, count):
     order = GlobalOrder(num, seed, True)
     got = order.units(start, count)
     fresh = [int(GlobalOrder(num, seed, True).units(n, 1)[0]) for n in range(start, start + count)][:20]
@@ -24,7 +24,7 @@ def test_units_are_a_function_of_the_sample_number(num, seed, start, count):
     start=st.integers(0, 40),
     count=st.integers(0, 30),
 )
-def test_what_is_passed_over_is_as_if_it_had_never_been_in_the_order(num, passed, start, count):
+def test_order_without_skipped_samples_is_as_if_they_had_never_been_there(num, passed, start, count):
     order = GlobalOrder(num, 1, True)
     whole = order.units(0, 300).tolist()
     left = [
@@ -37,13 +37,13 @@ def test_what_is_passed_over_is_as_if_it_had_never_been_in_the_order(num, passed
 
 
 @given(num=st.integers(1, 200), seed=st.integers(0, 99))
-def test_every_epoch_is_a_permutation(num, seed):
+def test_order_of_every_epoch_is_a_permutation(num, seed):
     order = GlobalOrder(num, seed, True)
     for epoch in range(3):
         assert sorted(order.units(epoch * num, num).tolist()) == list(range(num))
 
 
-def test_epochs_and_seeds_differ_and_file_order_is_kept():
+def test_order_differs_by_epoch_and_seed_and_can_keep_file_order():
     order = GlobalOrder(100, 0, True)
     assert order.epoch(0).tolist() != order.epoch(1).tolist()
     assert order.epoch(0).tolist() != GlobalOrder(100, 1, True).epoch(0).tolist()
@@ -141,7 +141,7 @@ MIXES = MIXES.filter(lambda mix: sum(mix[1]) > 0)
 
 
 @given(num=st.integers(1, 50), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
-def test_the_order_of_one_source_is_argsorted_philox_bits(num, seed, epoch):
+def test_order_of_one_source_is_argsorted_philox_bits(num, seed, epoch):
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num)
     assert GlobalOrder(num, seed, True).epoch(epoch).tolist() == np.argsort(bits, kind="stable").tolist()
 
@@ -160,7 +160,7 @@ def test_mixed_units_are_a_function_of_the_sample_number(mix, seed, shuffle, sta
 
 
 @given(mix=MIXES, seed=st.integers(0, 99), shuffle=st.booleans())
-def test_every_mixed_epoch_has_its_quotas_and_uses_stay_equal_at_every_sample(mix, seed, shuffle):
+def test_mixed_order_has_its_quotas_each_epoch_and_equal_uses_at_every_sample(mix, seed, shuffle):
     source_of, quotas = np.array(mix[0]), mix[1]
     order = MixedOrder(source_of, quotas, seed, shuffle)
     uses = np.zeros(len(source_of), dtype=np.int64)
@@ -173,7 +173,7 @@ def test_every_mixed_epoch_has_its_quotas_and_uses_stay_equal_at_every_sample(mi
             assert of_source.max() - of_source.min() <= 1
 
 
-def test_a_down_weighted_source_shows_other_documents_each_epoch():
+def test_mixed_order_shows_other_documents_of_a_down_weighted_source_each_epoch():
     order = MixedOrder(np.repeat([0, 1], [20, 100]), [20, 10], 0, True)
     shown = [[unit for unit in order.epoch(epoch).tolist() if unit >= 20] for epoch in range(20)]
     first, second = ([unit for epoch in part for unit in epoch] for part in (shown[:10], shown[10:]))
@@ -183,7 +183,7 @@ def test_a_down_weighted_source_shows_other_documents_each_epoch():
     assert of_domain[0] != of_domain[1] and sorted(of_domain[0]) == list(range(20))
 
 
-def test_every_unit_comes_at_every_place_of_an_epoch_equally_often():
+def test_order_puts_every_unit_at_every_place_of_an_epoch_equally_often():
     source_of, quotas = np.repeat([0, 1], [3, 6]), [3, 2]
     counts = np.zeros((9, 5))
     for seed in range(6000):
@@ -192,7 +192,7 @@ def test_every_unit_comes_at_every_place_of_an_epoch_equally_often():
     assert (((counts - expected) ** 2 / expected).sum(axis=0) < 30).all()  # chi squared with 8 degrees of freedom
 
 
-def test_draws_of_epochs_sources_and_seeds_are_not_related():
+def test_order_draws_of_epochs_sources_and_seeds_are_not_related():
     def of(source, epoch, seed):
         drawn = MixedOrder(np.repeat([0, 1], 40), [40, 40], seed, True).epoch(epoch)
         return (drawn[drawn // 40 == source] % 40).tolist()
@@ -203,7 +203,7 @@ def test_draws_of_epochs_sources_and_seeds_are_not_related():
 
 
 @given(quotas=st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(any))
-def test_unshuffled_sources_are_spread_evenly_and_keep_their_order(quotas):
+def test_mixed_order_spreads_unshuffled_sources_evenly_in_their_order(quotas):
     source_of = np.repeat(np.arange(len(quotas)), [quota + 3 for quota in quotas])
     order = MixedOrder(source_of, quotas, 0, False)
     drawn = order.units(0, 3 * order.num_units)
@@ -241,6 +241,6 @@ def test_steps_for_tokens_walks_mixed_epochs_exactly(mix, tokens, shuffle, batch
         assert order.tokens_before(epoch, unit_tokens) == before
 
 
-def test_an_order_of_nothing_is_refused():
+def test_mixed_order_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one unit"):
         MixedOrder(np.zeros(3, dtype=np.int64), [0], 0, True)

@@ -57,7 +57,7 @@ def gradients(path, data, layout, units):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
-def test_packed_and_unpacked_training_are_the_same(tmp_path, data, architecture):
+def test_packing_trains_as_separate_documents_do(tmp_path, data, architecture):
     path = model_dir(tmp_path, architecture)
     packs = best_fit_decreasing(data.lengths, 96)
     assert len(packs) < NUM / 2 and sorted(np.concatenate(packs)) == list(range(NUM))

@@ -35,7 +35,7 @@ def dropped(made):
     return stage["dropped"]
 
 
-def test_a_row_becomes_its_chosen_and_its_rejected_answer(tmp_path):
+def test_pairs_row_becomes_its_chosen_and_its_rejected_answer(tmp_path):
     write_pairs(tmp_path / "train.jsonl", NUM)
     data = prepared(tmp_path).train
     tokenizer = tiny_tokenizer()
@@ -51,7 +51,7 @@ def test_a_row_becomes_its_chosen_and_its_rejected_answer(tmp_path):
         assert chosen.input_ids[:begin].tolist() == rejected.input_ids[:begin].tolist()
 
 
-def test_what_the_objective_asks_for_is_part_of_the_fingerprint(tmp_path):
+def test_pairs_or_single_answers_of_the_objective_are_in_the_fingerprint(tmp_path):
     write_pairs(tmp_path / "train.jsonl", NUM)
     pairs, single = preparation(tmp_path), preparation(tmp_path, objective=SftConfig)
     assert pairs.fingerprint != single.fingerprint
@@ -67,7 +67,7 @@ def test_data_without_pairs_is_refused(tmp_path):
         prepared(tmp_path)
 
 
-def test_both_answers_are_cut_alike(tmp_path):
+def test_pairs_are_cut_alike_in_both_answers(tmp_path):
     rows = [
         {"prompt": "a", "chosen": "b " * 40, "rejected": "c"},
         {"prompt": "a", "chosen": "b", "rejected": "c " * 40},
@@ -87,7 +87,7 @@ def test_both_answers_are_cut_alike(tmp_path):
         prepared(tmp_path, max_length=30, over_length=OverLength.fail)
 
 
-def test_answers_that_are_the_same_once_cut_teach_nothing(tmp_path):
+def test_pairs_whose_answers_are_equal_once_cut_are_dropped(tmp_path):
     row = {"prompt": "a", "chosen": "b " * 20 + "x", "rejected": "b " * 20 + "y"}
     write_jsonl(tmp_path / "train.jsonl", [row, {"prompt": "a", "chosen": "yes", "rejected": "no"}])
     assert len(prepared(tmp_path).train) == 4
@@ -100,7 +100,7 @@ def test_answers_that_are_the_same_once_cut_teach_nothing(tmp_path):
     assert "both answers of a pair are the same: 1" in summary(made.report)
 
 
-def test_held_out_pairs_are_whole(tmp_path):
+def test_pairs_held_out_are_complete(tmp_path):
     write_pairs(tmp_path / "train.jsonl", NUM)
     made = prepared(tmp_path, eval_share=0.25)
     assert len(made.evaluation) == 12 and len(made.train) == 2 * NUM - 12
@@ -110,7 +110,7 @@ def test_held_out_pairs_are_whole(tmp_path):
     assert not set(made.train.documents) & set(made.evaluation.documents)
 
 
-def test_the_preview_shows_both_answers(tmp_path):
+def test_pairs_preview_shows_both_answers(tmp_path):
     write_pairs(tmp_path / "train.jsonl", NUM)
     text = preview(prepared(tmp_path).train, tiny_tokenizer(), width=200, colour=False, reading=PairReading())
     row = pair_rows(1)[0]
@@ -172,7 +172,7 @@ def test_every_pair_is_evaluated_once(tmp_path, batch, size, limit):
     assert all(torch.is_tensor(made["row_sequence"]) for rank in ranks for made in rank)
 
 
-def test_the_objective_decides_where_a_row_fits_several_formats(tmp_path):
+def test_pairs_objective_decides_where_a_row_fits_several_formats(tmp_path):
     """As in UltraFeedback: a pair, with its preferred conversation once more as `messages`."""
     turns = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}] for answer in ("good", "bad")]
     write_jsonl(

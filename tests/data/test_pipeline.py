@@ -75,7 +75,7 @@ def content(directory):
     return found
 
 
-def test_workers_and_shards_make_the_same_data_set(tmp_path, config, monkeypatch):
+def test_pipeline_makes_the_same_data_set_for_any_workers_and_shards(tmp_path, config, monkeypatch):
     write_jsonl(tmp_path / "train.jsonl", [*mixed_rows(1500), {"messages": []}, {"text": "not a chat"}])
     monkeypatch.setattr(module, "SMALL_INPUT_BYTES", 0)
     config = replace(
@@ -102,7 +102,7 @@ def test_workers_and_shards_make_the_same_data_set(tmp_path, config, monkeypatch
     assert not list((tmp_path / "sharded").glob(".*.shards"))
 
 
-def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, config):
+def test_pipeline_rows_in_are_rows_kept_and_rows_dropped(tmp_path, config):
     rows = [*mixed_rows(60), {"messages": [{"role": "user", "content": "x"}]}]
     write_jsonl(tmp_path / "train.jsonl", rows)
     with (tmp_path / "train.jsonl").open("a") as file:
@@ -119,7 +119,7 @@ def test_rows_in_are_rows_kept_and_rows_dropped(tmp_path, config):
     assert told["kept"] == len(prepared.train)
 
 
-def test_too_many_bad_rows_fail_with_all_of_them_listed(tmp_path, config):
+def test_pipeline_fails_with_too_many_bad_rows_and_lists_them_all(tmp_path, config):
     write_jsonl(tmp_path / "train.jsonl", [*chat_rows(8), {"messages": 5}, {"messages": 6}])
     with pytest.raises(DataError, match=r"2 of 10 rows.*data\.max_bad_share=0\.1.*\n.*train\.jsonl:9: ") as caught:
         run(replace(config, max_bad_share=0.1))
@@ -130,7 +130,7 @@ def test_too_many_bad_rows_fail_with_all_of_them_listed(tmp_path, config):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_broken_file_is_an_error_or_loses_nothing(tmp_path, config, case):
+def test_pipeline_broken_file_is_an_error_or_loses_nothing(tmp_path, config, case):
     path = case.make(tmp_path)
     if case.name == "unreadable" and os.access(path, os.R_OK):
         pytest.skip("this user may read every file")
@@ -152,7 +152,7 @@ ROWS = st.one_of(
 
 @settings(max_examples=examples(25), deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(ROWS, min_size=1, max_size=12))
-def test_random_rows_are_all_accounted_for(tmp_path_factory, rows):
+def test_pipeline_accounts_for_all_random_rows(tmp_path_factory, rows):
     root = tmp_path_factory.mktemp("random")
     good = {"prompt": "a", "completion": "b"}
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [good, *rows]))
@@ -162,7 +162,7 @@ def test_random_rows_are_all_accounted_for(tmp_path_factory, rows):
     assert len(np.unique(prepared.train.documents)) == told["kept"]
 
 
-def test_sources_are_named_weighted_and_of_different_kinds(tmp_path, config):
+def test_pipeline_sources_are_named_weighted_and_of_different_kinds(tmp_path, config):
     write_jsonl(tmp_path / "chat.jsonl", chat_rows(20))
     with gzip.open(tmp_path / "general.csv.gz", "wt") as file:
         file.write("question,reply\n" + "".join(f"q{i},r{i}\n" for i in range(10)))
@@ -195,7 +195,7 @@ def texts(prepared, split="train"):
     return ["\n".join(table.document(int(number)).texts()) for number in data.documents]
 
 
-def test_copies_leaks_and_evaluation_texts_are_dropped_where_asked(tmp_path, config):
+def test_pipeline_drops_copies_leaks_and_evaluation_texts_where_asked(tmp_path, config):
     passage = " ".join(f"word{i}" for i in range(40))
     rows = [*chat_rows(30), *chat_rows(30)[:5]]
     rows.append({"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": passage}]})
@@ -224,7 +224,7 @@ def test_copies_leaks_and_evaluation_texts_are_dropped_where_asked(tmp_path, con
         run(replace(config, eval_path=str(tmp_path / "eval.jsonl"), leakage=LeakageConfig(policy=LeakagePolicy.fail)))
 
 
-def test_only_training_documents_are_decontaminated_and_leaks_are_told(tmp_path, config):
+def test_pipeline_decontaminates_training_documents_only_and_reports_leaks(tmp_path, config):
     rows = [{"text": f"the quick brown fox number {i} jumps over a very lazy dog once more today ok"} for i in range(6)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "eval.jsonl", rows[:2])
@@ -235,14 +235,14 @@ def test_only_training_documents_are_decontaminated_and_leaks_are_told(tmp_path,
     assert (len(prepared.train), len(prepared.evaluation)) == (4, 2)
 
 
-def test_a_looser_policy_covers_the_stricter_kind(tmp_path, config):
+def test_pipeline_policy_for_normalized_duplicates_covers_exact_ones(tmp_path, config):
     write_jsonl(tmp_path / "train.jsonl", [*chat_rows(5), *chat_rows(5)[:2]])
     prepared = run(replace(config, duplicates=DuplicatesConfig(normalized=DuplicatePolicy.drop)))
     assert prepared.report["duplicates"]["exact"]["policy"] == "drop" and len(prepared.train) == 5
     assert "kept (data.duplicates" not in summary(prepared.report)
 
 
-def test_labels_and_objective_must_agree(tmp_path, config):
+def test_pipeline_labels_and_objective_must_agree(tmp_path, config):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
     with pytest.raises(DataError, match="objective=classification"):
         run(config, tiny_tokenizer(None), SftReading())
@@ -252,7 +252,7 @@ def test_labels_and_objective_must_agree(tmp_path, config):
         run(config, tiny_tokenizer(None), LabelReading())
 
 
-def test_personal_data_is_gone_from_everything_written(tmp_path, config, monkeypatch):
+def test_pipeline_removes_personal_data_from_everything_written(tmp_path, config, monkeypatch):
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", "0123456789abcdef0123")
     rows = chat_rows(4)
     for number in (0, 2):
@@ -268,7 +268,7 @@ def test_personal_data_is_gone_from_everything_written(tmp_path, config, monkeyp
         run(replace(config, privacy=PrivacyConfig(mode=PrivacyMode.fail)))
 
 
-def test_balance_repeats_documents_and_says_so(tmp_path, config):
+def test_pipeline_balance_repeats_documents_and_reports_it(tmp_path, config):
     rows = [{"text": f"a lazy dog {i}", "label": "many" if i % 5 else "few"} for i in range(50)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     balance = BalanceConfig(by=BalanceBy.label, target=BalanceTarget.uniform, max_repeats=10)
@@ -281,7 +281,7 @@ def test_balance_repeats_documents_and_says_so(tmp_path, config):
     assert audit["conserved"]["rows_in"] == audit["conserved"]["kept"] + audit["conserved"]["dropped"]
 
 
-def test_a_long_document_is_split_and_counted_once(tmp_path, config):
+def test_pipeline_splits_a_long_document_and_counts_it_once(tmp_path, config):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "fox " * 100}, {"text": "dog"}])
     prepared = run(replace(config, max_length=32, over_length=OverLength.split), tiny_tokenizer(None))
     assert prepared.report["train"]["documents"] == 2 < prepared.report["train"]["sequences"]
@@ -290,14 +290,14 @@ def test_a_long_document_is_split_and_counted_once(tmp_path, config):
     assert tiny_tokenizer(None).decode(whole, skip_special_tokens=True) == "fox " * 100
 
 
-def test_a_test_split_is_kept_apart(tmp_path, config):
+def test_pipeline_keeps_the_test_split_separate(tmp_path, config):
     write_jsonl(tmp_path / "train.jsonl", chat_rows(50))
     prepared = run(replace(config, eval_share=0.1, test_share=0.2))
     sizes = {split: prepared.report[split]["documents"] for split in ("train", "eval", "test")}
     assert sizes == {"train": 35, "eval": 5, "test": 10}
 
 
-def test_a_request_to_stop_is_heard_between_blocks(tmp_path, config):
+def test_pipeline_stops_between_blocks_on_request(tmp_path, config):
     write_jsonl(tmp_path / "train.jsonl", chat_rows(1200))
     asked = iter([False, True])
     with pytest.raises(Preempted):

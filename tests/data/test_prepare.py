@@ -70,7 +70,7 @@ def test_prepared_data_set_and_report(tmp_path, data):
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "supervised.bin"])
-def test_a_file_that_is_cut_off_while_it_is_read_ends_in_a_sentence(tmp_path, data, name):
+def test_prepared_file_cut_off_while_it_is_read_ends_in_a_message(tmp_path, data, name):
     """Reading behind the end of a mapped file kills the process, which can say nothing then."""
     train = run(config(tmp_path)).train
     assert len(train.sample(19).input_ids)
@@ -80,7 +80,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_ends_in_a_sentence(tmp_path, da
         train.sample(19)
 
 
-def test_second_call_opens_the_first_ones_result(tmp_path, data, monkeypatch):
+def test_prepare_again_opens_the_first_result(tmp_path, data, monkeypatch):
     first = run(config(tmp_path))
     monkeypatch.setattr(Preparation, "run", lambda *given, **named: pytest.fail("it is made again"))
     second = run(config(tmp_path))
@@ -134,7 +134,7 @@ def test_split_is_disjoint_exact_and_of_the_seed(tmp_path):
     assert set(other) != set(evaluation)
 
 
-def test_copies_of_a_document_fall_on_the_same_side(tmp_path):
+def test_eval_split_puts_copies_of_a_document_on_the_same_side(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", chat_rows(10) * 3)
     parts = run(config(tmp_path, eval_share=0.3))
     assert not set(decoded(parts.train)) & set(decoded(parts.evaluation))
@@ -143,7 +143,7 @@ def test_copies_of_a_document_fall_on_the_same_side(tmp_path):
         run(config(tmp_path, eval_share=0.3))
 
 
-def test_over_length(tmp_path):
+def test_prepare_over_length_policies(tmp_path):
     reply = " ".join(["fox"] * 200)
     rows = [*chat_rows(3), {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": reply}]}]
     rows.append({"messages": [{"role": "user", "content": reply}, {"role": "assistant", "content": "a"}]})
@@ -162,7 +162,7 @@ def test_over_length(tmp_path):
         run(config(tmp_path, max_length=120, over_length=OverLength.fail))
 
 
-def test_data_that_would_teach_nothing_is_refused(tmp_path, data):
+def test_prepare_refuses_data_that_would_teach_nothing(tmp_path, data):
     with pytest.raises(DataError, match=r"no document of the train split.*tokenise/nothing_to_learn 20.*max_length=3"):
         run(config(tmp_path, max_length=3, max_bad_share=1.0))
     with pytest.raises(
@@ -181,7 +181,7 @@ def test_settings_that_cannot_be_used(tmp_path, data):
         run(config(tmp_path, eval_path="missing.jsonl"))
 
 
-def test_labels(tmp_path):
+def test_prepare_labels(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": ("up", "down", "flat")[i % 3]} for i in range(9)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     prepared = run(config(tmp_path), tiny_tokenizer(None), LabelReading())
@@ -195,7 +195,7 @@ def test_labels(tmp_path):
     assert run(config(tmp_path), tiny_tokenizer(None), LabelReading()).label_names == ["0", "9", "10"]
 
 
-def test_full_disk_leaves_nothing(tmp_path, data, monkeypatch):
+def test_prepare_on_a_full_disk_leaves_nothing(tmp_path, data, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -207,7 +207,7 @@ def test_full_disk_leaves_nothing(tmp_path, data, monkeypatch):
     assert len(run(config(tmp_path)).train) == 20
 
 
-def test_a_cache_that_cannot_be_made_is_a_storage_error(tmp_path, data):
+def test_prepare_cache_that_cannot_be_made_is_a_storage_error(tmp_path, data):
     with pytest.raises(StorageError, match=r"data\.cache_dir=.*: Not a directory; choose another"):
         run(replace(config(tmp_path), cache_dir=str(data / "below-a-file")))
 
@@ -235,7 +235,7 @@ def builder(directory: Path, how: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
+def test_prepare_by_two_processes_is_done_by_one_while_the_other_waits(tmp_path):
     entry = tmp_path / "cache" / "abc"
     first = builder(entry, "hold")
     assert first.stdout.readline() == "building\n"
@@ -247,7 +247,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
     assert first.communicate(timeout=seconds(60))[0] == "True\n"
 
 
-def test_rank_0_whose_progress_is_seen_goes_before_those_that_come_earlier(tmp_path):
+def test_prepare_lock_goes_to_rank_0_before_processes_that_came_earlier(tmp_path):
     entry, made = tmp_path / "cache" / "abc", []
 
     def build(name, target):
@@ -265,7 +265,7 @@ def test_rank_0_whose_progress_is_seen_goes_before_those_that_come_earlier(tmp_p
     assert cache.build_once(tmp_path / "cache" / "own", partial(build, "another host"), head_start_s=0.1)
 
 
-def test_a_lock_is_had_where_shared_ones_ask_for_reading(tmp_path, monkeypatch):
+def test_prepare_lock_works_where_shared_locks_need_a_file_open_for_reading(tmp_path, monkeypatch):
     """As Linux's NFS client does (flock(2), nfs4_proc_lock): of a file that is open for writing alone there is no shared lock."""
     real, shared = fcntl.flock, []
 
@@ -281,7 +281,7 @@ def test_a_lock_is_had_where_shared_ones_ask_for_reading(tmp_path, monkeypatch):
     assert cache.build_once(tmp_path / "cache" / "abc", build, head_start_s=0.1) and shared
 
 
-def test_what_is_prepared_is_on_the_disk_before_its_name_is(tmp_path, data, monkeypatch):
+def test_prepare_syncs_the_data_to_the_disk_before_its_name(tmp_path, data, monkeypatch):
     """A power cut after the rename would leave what was not synced empty, under a name by which it is taken for whole."""
 
     class Watched(atomic_io.Disk):
@@ -303,7 +303,7 @@ def test_what_is_prepared_is_on_the_disk_before_its_name_is(tmp_path, data, monk
     assert atomic_io.disk.published == 1 and prepared.directory.parent in atomic_io.disk.synced
 
 
-def test_a_remembered_digest_that_a_power_cut_emptied_is_taken_anew(tmp_path):
+def test_digest_cache_emptied_by_a_power_cut_is_computed_anew(tmp_path):
     (tmp_path / "big").write_bytes(b"big")
     told = cache.remembered_digest(tmp_path / "big", tmp_path, big=0)
     [entry] = (tmp_path / "digests").iterdir()
@@ -312,7 +312,7 @@ def test_a_remembered_digest_that_a_power_cut_emptied_is_taken_anew(tmp_path):
         assert cache.remembered_digest(tmp_path / "big", tmp_path, big=0) == told == entry.read_text()
 
 
-def test_a_file_that_changes_meanwhile_is_not_kept_under_the_name_of_what_it_was(tmp_path):
+def test_prepare_does_not_keep_a_file_that_changes_meanwhile_under_its_old_digest(tmp_path):
     def begun():
         return Preparation(config(tmp_path), tiny_tokenizer(), Reading(), seed=1)
 
@@ -328,7 +328,7 @@ def test_a_file_that_changes_meanwhile_is_not_kept_under_the_name_of_what_it_was
     assert len(begun().open_or_make().train) == 4
 
 
-def test_a_shard_that_two_tasks_write_is_whole(tmp_path, monkeypatch):
+def test_prepare_shard_that_two_tasks_write_is_complete(tmp_path, monkeypatch):
     """A job that is requeued while its first start still lives."""
     monkeypatch.setattr(cache, "save", lambda block, path: path.write_text(str(block.number)))
     shards, waits, others = cache.Shards(tmp_path / "entry", 1), threading.Event(), []
@@ -348,7 +348,7 @@ def test_a_shard_that_two_tasks_write_is_whole(tmp_path, monkeypatch):
     assert len(list(shards.path(0).glob("*.npz"))) == 2 and cache.Shards.finished(tmp_path / "entry") is not None
 
 
-def test_a_builder_that_dies_leaves_nothing_that_counts(tmp_path):
+def test_prepare_builder_that_dies_leaves_nothing_that_counts(tmp_path):
     entry = tmp_path / "cache" / "abc"
     dead = builder(entry, "die")
     assert dead.wait(timeout=seconds(60)) == 9 and not entry.exists()
@@ -361,7 +361,7 @@ def test_a_builder_that_dies_leaves_nothing_that_counts(tmp_path):
     assert [p.name for p in entry.parent.iterdir() if p.is_dir()] == ["abc"]
 
 
-def test_preview_marks_what_is_learned(tmp_path):
+def test_preview_marks_the_learned_tokens(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "hi\x1b[31m"}, {"role": "assistant", "content": "yes\nno"}]}]
     write_jsonl(tmp_path / "train.jsonl", rows)
     data = run(config(tmp_path)).train

@@ -94,7 +94,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("verify", PUBLISHED, ids=lambda verify: verify.__name__)
-def test_published_numbers_hold_and_one_wrong_digit_breaks_them(verify):
+def test_privacy_check_digits_accept_published_numbers_and_no_wrong_digit(verify):
     for number in PUBLISHED[verify]:
         assert verify(number), number
         place = max(i for i, c in enumerate(number) if c.isdecimal())
@@ -106,7 +106,7 @@ def test_published_numbers_hold_and_one_wrong_digit_breaks_them(verify):
 # Finding
 
 
-def test_a_letter_with_everything_in_it():
+def test_privacy_finds_everything_in_a_letter():
     text = (
         "Dear Dr. Smith,\nmy name is Jane Q. Doe, DOB 03/04/1962. Call (415) 555-2671, fax: 415-555-9999.\n"
         "I live at 123 Main Street, Apt 4B, Springfield, IL 62704. MRN: 00123456, SSN 536-22-8765.\n"
@@ -150,11 +150,11 @@ def test_a_letter_with_everything_in_it():
         " \n\t",
     ],
 )
-def test_what_is_no_personal_data(text):
+def test_privacy_finds_nothing_in_texts_without_personal_data(text):
     assert pairs(text) == []
 
 
-def test_types_regions_scores_and_allow_lists_choose():
+def test_privacy_types_regions_scores_and_allow_lists_choose():
     text = "Write to jane@example.com or ring +44 20 7946 0958; BSN 111222333"
     assert {t for t, _ in pairs(text)} == {"EMAIL", "PHONE", "NL_BSN"}
     assert {t for t, _ in pairs(text, types=["EMAIL"])} == {"EMAIL"}
@@ -165,19 +165,19 @@ def test_types_regions_scores_and_allow_lists_choose():
     assert pairs("number 111222333", types=["NL_BSN"]) == []
 
 
-def test_every_rule_has_a_known_type_and_every_type_a_rule():
+def test_privacy_rule_has_a_known_type_and_every_type_a_rule():
     assert {rule.type for rule in RULES} | {"PHONE", "FAX"} == set(EVERY)
     assert set(NATIONAL_IDS) <= set(TYPES)
     assert len(HIPAA) == len(TYPES) - 1
 
 
-def test_offsets_count_characters_also_beyond_the_basic_plane():
+def test_privacy_offsets_count_characters_also_beyond_the_basic_plane():
     text = "\U0001f600 é jane@example.com \U0001f600"
     (found,) = PersonalDataFinder(config()).find(text)
     assert text[found.start : found.end] == "jane@example.com"
 
 
-def test_overlaps_leave_every_found_character_covered_once():
+def test_privacy_overlaps_leave_every_found_character_covered_once():
     rng = random.Random(7)
     text = "abcdefghij" * 6
     for _ in range(300):
@@ -194,7 +194,7 @@ def test_overlaps_leave_every_found_character_covered_once():
         )
 
 
-def test_long_texts_of_one_kind_are_no_trap():
+def test_privacy_rules_come_to_an_end_on_long_texts_of_one_kind():
     """Expressions that went back and forth over these would not come to an end."""
     finder = PersonalDataFinder(config(types=EVERY))
     for text in (
@@ -214,7 +214,7 @@ def test_long_texts_of_one_kind_are_no_trap():
 # What the stage does
 
 
-def test_what_another_finding_left_of_an_address_has_a_pseudonym(monkeypatch):
+def test_privacy_rest_of_an_overlapped_finding_gets_a_pseudonym(monkeypatch):
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
     document = Document("f", 1, text="customer number 12 34 10.0.0.1 then")
     kept = PrivacyStage(PrivacyConfig(mode=PrivacyMode.pseudonymise), documents_before=0)(document, Tally())
@@ -222,12 +222,12 @@ def test_what_another_finding_left_of_an_address_has_a_pseudonym(monkeypatch):
     assert "IP" in kept.text and "0.0.1" not in kept.text
 
 
-def test_redaction_puts_types_and_changes_nothing_else():
+def test_privacy_redaction_writes_types_and_changes_nothing_else():
     text = 'Say "hi" to {jane@example.com}\\n\tand [x]: 4111111111111111.'
     assert redacted(text) == 'Say "hi" to {[EMAIL]}\\n\tand [x]: [CREDIT_CARD].'
 
 
-def test_redaction_and_pseudonyms_leave_nothing_for_a_second_pass(monkeypatch):
+def test_privacy_redaction_and_pseudonyms_leave_nothing_for_a_second_pass(monkeypatch):
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
     for text, _ in synthetic(seed=5, per_type=6, num_negatives=20):
         for mode in ("redact", "pseudonymise"):
@@ -235,7 +235,7 @@ def test_redaction_and_pseudonyms_leave_nothing_for_a_second_pass(monkeypatch):
             assert redacted(once, mode) == once
 
 
-def test_messages_keep_their_structure():
+def test_privacy_redaction_keeps_the_structure_of_messages():
     row = {
         "messages": [
             {"role": "user", "content": "I am jane@example.com"},
@@ -249,7 +249,7 @@ def test_messages_keep_their_structure():
     assert tally.noted == {"privacy": {"EMAIL": 1}} and not tally.dropped
 
 
-def test_all_texts_of_preference_pairs_are_redacted_and_labels_are_not():
+def test_privacy_redacts_all_texts_of_preference_pairs_and_no_labels():
     document = Document(
         "d",
         1,
@@ -265,7 +265,7 @@ def test_all_texts_of_preference_pairs_are_redacted_and_labels_are_not():
     assert document.texts() == ["[EMAIL]"] * 6 and document.label == "g@example.com"
 
 
-def test_pseudonyms_are_one_for_all_spellings(monkeypatch):
+def test_privacy_pseudonym_is_one_for_all_spellings(monkeypatch):
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
     text = redacted(
         "Call (415) 555-2671, +1 415-555-2671, 415.555.2671. jane@example.com JANE@Example.com", "pseudonymise"
@@ -276,7 +276,7 @@ def test_pseudonyms_are_one_for_all_spellings(monkeypatch):
     assert normalise("IBAN", "DE89 3704 0044", []) == normalise("IBAN", "de8937040044", [])
 
 
-def test_pseudonyms_are_the_same_in_another_process_and_change_with_the_key(monkeypatch):
+def test_privacy_pseudonyms_are_the_same_in_another_process_and_change_with_the_key(monkeypatch):
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
     here = redacted("jane@example.com", "pseudonymise")
     script = (
@@ -292,7 +292,7 @@ def test_pseudonyms_are_the_same_in_another_process_and_change_with_the_key(monk
 
 
 @pytest.mark.parametrize("key", [None, "", "short"])
-def test_pseudonyms_need_a_key(monkeypatch, key):
+def test_privacy_pseudonyms_need_a_key(monkeypatch, key):
     if key is None:
         monkeypatch.delenv("SHARDTUNE_PSEUDONYM_KEY", raising=False)
     else:
@@ -303,14 +303,14 @@ def test_pseudonyms_need_a_key(monkeypatch, key):
         PrivacyStage(config(mode=PrivacyMode.pseudonymise))
 
 
-def test_dropped_documents_are_counted_once_with_their_place():
+def test_privacy_dropped_documents_are_counted_once_with_their_place():
     stage, tally = PrivacyStage(config(mode=PrivacyMode.drop)), Tally()
     assert stage(Document("d.jsonl", 7, text="jane@example.com and 10.20.30.40"), tally) is None
     assert stage(Document("d.jsonl", 8, text="nothing"), tally) is not None
     assert tally.dropped == {"privacy": {"EMAIL": 1}} and tally.examples == {"privacy/EMAIL": ["d.jsonl:7"]}
 
 
-def test_fail_names_place_type_and_setting_and_allows_nothing():
+def test_privacy_fail_names_place_type_and_setting_and_allows_nothing():
     stage, tally = PrivacyStage(config(mode=PrivacyMode.fail)), Tally()
     refuse_findings(tally.findings, stage.config)
     stage(Document("d.jsonl", 1, text="jane@example.com"), tally)
@@ -322,7 +322,7 @@ def test_fail_names_place_type_and_setting_and_allows_nothing():
     assert "jane" not in str(error.value)
 
 
-def test_report_looks_at_the_first_documents_of_each_source_and_changes_none():
+def test_privacy_report_looks_at_the_first_documents_of_each_source_and_changes_none():
     tally = Tally()
     for source, seen in (("a", 0), ("b", 0), ("b", 1), ("b", 9)):
         stage = PrivacyStage(config(scan_documents=2), documents_before=seen)
@@ -338,13 +338,13 @@ def test_report_looks_at_the_first_documents_of_each_source_and_changes_none():
     assert tally.findings.scanned == {"data": 1500}
 
 
-def test_modes_that_change_data_look_at_all_of_it():
+def test_privacy_modes_that_change_data_look_at_all_of_it():
     stage = PrivacyStage(config(mode=PrivacyMode.redact, scan_documents=1))
     documents = [Document("d", line, text="jane@example.com") for line in range(3)]
     assert [stage(d, Tally()).text for d in documents] == ["[EMAIL]"] * 3
 
 
-def test_off_does_nothing_whatever_else_is_set():
+def test_privacy_none_does_nothing_whatever_else_is_set():
     stage = PrivacyStage(PrivacyConfig(mode=PrivacyMode.none, types=["NOPE"]))
     document, tally = Document("d", 1, text="jane@example.com"), Tally()
     assert stage(document, tally) is document and tally == Tally()
@@ -354,7 +354,7 @@ def told(findings):
     return {part.name: getattr(findings, part.name) for part in fields(findings)}
 
 
-def test_findings_of_blocks_add_up_in_any_process():
+def test_privacy_findings_of_blocks_add_up_in_any_process():
     texts = [t for t, _ in synthetic(seed=9, per_type=3, num_negatives=5)]
     stage, whole, halves = PrivacyStage(config()), Tally(), [Tally(), Tally()]
     for line, text in enumerate(texts):
@@ -367,7 +367,7 @@ def test_findings_of_blocks_add_up_in_any_process():
     json.dumps(told(merged.findings))
 
 
-def test_no_value_that_was_found_can_be_read_in_notes_examples_reports_or_errors():
+def test_privacy_value_found_cannot_be_read_in_notes_examples_reports_or_errors():
     """Neither whole, nor four of its letters or digits in a row."""
     for seed in range(3):
         stage, tally = PrivacyStage(config()), Tally()
@@ -393,7 +393,7 @@ def test_no_value_that_was_found_can_be_read_in_notes_examples_reports_or_errors
                     assert not any(run[i : i + 4] in shown for i in range(len(run) - 3)), (text[start:end], shown)
 
 
-def test_masks_show_shapes():
+def test_privacy_masks_show_shapes():
     assert mask("EMAIL", "jane@example.com") == "j***@e***.com"
     assert mask("EMAIL", "jane@x.museum") == "j***@x***.***"
     assert mask("PHONE", "(415) 555-2671") == "(***) ***-****"
@@ -404,7 +404,7 @@ def test_masks_show_shapes():
 # Settings
 
 
-def test_a_prepared_data_set_says_what_was_not_looked_for_and_why(tmp_path):
+def test_privacy_report_says_which_types_were_not_searched_for_and_why(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "I am Jane Doe, jane@example.com", "completion": "Hello Jane."}])
     settings = PrivacyConfig(mode=PrivacyMode.redact, preset=PrivacyPreset.hipaa, regions=["US"])
     data = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=settings)
@@ -421,7 +421,7 @@ def test_a_prepared_data_set_says_what_was_not_looked_for_and_why(tmp_path):
     assert "not looked for: " in (prepared.directory / "datacard.md").read_text()
 
 
-def test_every_type_that_is_asked_for_is_looked_for_or_named():
+def test_privacy_type_that_is_asked_for_is_searched_for_or_named():
     for preset in PrivacyPreset:
         for kind in PrivacyEngine:
             found = coverage(PrivacyConfig(preset=preset, engine=kind))
@@ -444,14 +444,14 @@ def test_every_type_that_is_asked_for_is_looked_for_or_named():
         ({"types": ["EMAIL"], "allow": ["("]}, "regular expression"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(settings, message):
+def test_privacy_settings_that_cannot_be_used_are_named(settings, message):
     (wrong,) = problems(config(**settings))
     assert message in wrong and wrong.startswith("data.privacy.")
     with pytest.raises(ConfigError, match=re.escape(wrong)):  # also where no verb has looked at the settings
         Preparation(DataConfig(path="x.jsonl", privacy=config(**settings)), None, Reading(), seed=1)
 
 
-def test_settings_are_what_structured_configs_accept_and_the_default_changes_nothing():
+def test_privacy_settings_fit_structured_configs_and_the_default_changes_nothing():
     from omegaconf import OmegaConf
 
     plain = OmegaConf.structured(PrivacyConfig)

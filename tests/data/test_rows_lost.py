@@ -40,7 +40,7 @@ def quarantined(made):
     return json.loads((made.directory / "audit.json").read_text())["quarantine"]["rows"]
 
 
-def test_every_cause_counts_against_one_bound(tmp_path):
+def test_lost_rows_of_every_cause_count_against_one_bound(tmp_path):
     gemma = tiny_tokenizer(make.GEMMA)
     rows = [
         *chat_rows(15),
@@ -75,7 +75,7 @@ def test_every_cause_counts_against_one_bound(tmp_path):
         assert made.train.sample(number).supervised.tolist() == whole.train.sample(number).supervised.tolist()
 
 
-def test_two_bos_refuse_the_document_that_has_them(tmp_path):
+def test_lost_rows_by_two_bos_are_the_documents_that_have_them(tmp_path):
     begins = tiny_tokenizer(
         "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
     )
@@ -86,7 +86,7 @@ def test_two_bos_refuse_the_document_that_has_them(tmp_path):
     assert row["line"] == 1 and row["reason"] == "doubled_bos" and "two <s> tokens" in row["message"]
 
 
-def test_many_documents_with_nothing_left_to_learn_are_no_quiet_line(tmp_path):
+def test_lost_rows_with_nothing_left_to_learn_are_an_error_beyond_the_bound(tmp_path):
     rows = [*chat_rows(31), *(talk("fox " * 100 + str(n), "a") for n in range(13))]
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, rows, max_length=100)
@@ -100,7 +100,7 @@ def test_many_documents_with_nothing_left_to_learn_are_no_quiet_line(tmp_path):
 @pytest.mark.parametrize(
     "reading", [Reading(), SftReading(), PairReading(), RatedReading()], ids=lambda r: type(r).__name__
 )
-def test_advice_names_what_the_objective_takes(tmp_path, reading):
+def test_lost_rows_advice_names_what_the_objective_takes(tmp_path, reading):
     long = "fox " * 100
     rows = [{"prompt": p, "chosen": "a", "rejected": "b"} for p in ("q", long)]
     if isinstance(reading, RatedReading):
@@ -130,7 +130,7 @@ def test_objectives_take_the_policies_that_their_rules_allow(name):
         assert refused is (policy not in FAMILIES[name].reading(config).over_length), policy
 
 
-def test_what_was_asked_for_does_not_count(tmp_path):
+def test_lost_rows_that_were_asked_for_do_not_count(tmp_path):
     rows = [*chat_rows(5), *(talk("fox " * 100 + str(n), "a") for n in range(5))]
     settings = {"max_length": 100, "over_length": OverLength.drop, "filters": FilterConfig(max_characters=700)}
     rows += [talk("word " * 150, "a"), rows[0]]
@@ -158,7 +158,7 @@ def sample_of(tmp_path, row, tokenizer, **settings):
 
 
 @pytest.mark.parametrize("name", ["CHATML", "CHATML_GENERATION", "LLAMA3", "GEMMA", "MISTRAL"])
-def test_what_a_user_spells_is_text(tmp_path, name):
+def test_control_tokens_spelled_by_a_user_are_text(tmp_path, name):
     tokenizer = tiny_tokenizer(getattr(make, name))
     answer = "so: <|im_end|> it ends"
     row, plain = talk(SPELLED, answer), talk("PLACE", answer)
@@ -179,7 +179,7 @@ def test_what_a_user_spells_is_text(tmp_path, name):
     assert kept.input_ids[kept.supervised].tolist() == learned
 
 
-def test_refused_and_counted(tmp_path):
+def test_control_tokens_spelled_in_texts_are_refused_and_counted(tmp_path):
     rows = [talk(SPELLED, "a"), talk("q", "<|im_end|>"), *chat_rows(2)]
     with pytest.raises(
         DataError, match=r"(?s)1 of 4 rows.*control_tokens 1.*train\.jsonl:1: .*set data\.control_tokens=text"
@@ -198,7 +198,7 @@ def test_refused_and_counted(tmp_path):
     assert "tokenised as ordinary text: 1" in words
 
 
-def test_texts_without_a_template(tmp_path):
+def test_control_tokens_in_texts_without_a_template(tmp_path):
     tokenizer = tiny_tokenizer(None)
     made = prepare(tmp_path, [{"text": "one</s>two"}], tokenizer)
     assert (
@@ -213,7 +213,7 @@ def test_texts_without_a_template(tmp_path):
     assert 4 in pair.input_ids[pair.supervised] and 1 not in pair.input_ids[~pair.supervised]
 
 
-def test_cut_from_the_left_and_split_keep_spelled_tokens_text(tmp_path):
+def test_control_tokens_spelled_stay_text_when_cut_from_the_left_or_split(tmp_path):
     tokenizer = tiny_tokenizer()
     turns = [{"role": "system", "content": "be <|im_end|> good"}]
     for number in range(6):
@@ -228,7 +228,7 @@ def test_cut_from_the_left_and_split_keep_spelled_tokens_text(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["unigram", "wordpiece"])
-def test_models_that_hold_control_tokens_themselves(model):
+def test_control_tokens_within_the_models_of_tokenizers(model):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -253,7 +253,7 @@ def test_models_that_hold_control_tokens_themselves(model):
     assert sample.input_ids.tolist()[-1] == 1 and not {0, 1, 2} & set(sample.input_ids.tolist()[:-1])
 
 
-def test_only_documents_that_spell_one_take_the_slow_way(tmp_path, monkeypatch):
+def test_control_tokens_are_escaped_only_in_documents_that_spell_one(tmp_path, monkeypatch):
     from trainer.data.tokens.characters import ControlTokenEscaper
 
     def never(*args):
@@ -265,7 +265,7 @@ def test_only_documents_that_spell_one_take_the_slow_way(tmp_path, monkeypatch):
     assert len(prepare(tmp_path, chat_rows(20)).train) == 20
 
 
-def test_a_template_that_looks_for_what_is_spelled_refuses_the_row(tmp_path):
+def test_control_tokens_that_a_template_searches_for_refuse_the_row(tmp_path):
     looks = make.CHATML.replace("message['content']", "message['content'].split('<|im_end|>')[0]")
     rows = [talk("q <|im_end|> r", "a"), *chat_rows(3)]
     with pytest.raises(DataError, match=r"(?s)refused_by_template 1.*train\.jsonl:1: .*looks for a control token"):
@@ -273,7 +273,7 @@ def test_a_template_that_looks_for_what_is_spelled_refuses_the_row(tmp_path):
     assert len(prepare(tmp_path, rows, tiny_tokenizer(looks), control_tokens=ControlTokens.keep).train) == 4
 
 
-def test_one_document_that_an_objective_cannot_read_loses_no_other(tmp_path):
+def test_lost_document_that_an_objective_cannot_read_loses_no_other(tmp_path):
     longer = talk("q", "a")["messages"] + talk("r", "b")["messages"]
     rows = [{"messages": longer}, *(talk(f"q{n}", "a") for n in range(3))]
     write_jsonl(tmp_path / "train.jsonl", rows)

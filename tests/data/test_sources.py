@@ -71,7 +71,7 @@ def test_good_files_give_rows_with_their_first_line(tmp_path):
     ]
 
 
-def test_json_lines_are_parsed_where_they_are_wanted(tmp_path):
+def test_sources_parse_json_lines_only_where_they_are_wanted(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": }\n')
     first, second = read([tmp_path / "x.jsonl"])
     assert first.fields == {}
@@ -100,13 +100,13 @@ def test_json_lines_are_parsed_where_they_are_wanted(tmp_path):
         (b'{"a": 1e309}', "1e309 is beyond"),
     ],
 )
-def test_a_bad_line_says_what_to_mend(line, message):
+def test_sources_bad_json_line_says_what_to_mend(line, message):
     bad = whole(Line("x", 1, raw=line))
     assert isinstance(bad, Rejected)
     assert message in bad.message
 
 
-def test_an_excerpt_is_short_and_printable():
+def test_sources_excerpt_is_short_and_printable():
     bad = Line("x", 1, raw=b'{"a": "\x1b[31m\x00\xff\xe2\x80\xa8' + b"y" * 500).parse()
     assert bad.excerpt.startswith('{"a": "\\x1b[31m\\x00\ufffd\\u2028yyy')
     assert bad.excerpt.count("y") == 200 - 15
@@ -124,7 +124,7 @@ fuzz = settings(max_examples=examples(80), deadline=None, suppress_health_check=
 
 @fuzz
 @given(st.lists(objects, min_size=1, max_size=6), st.booleans(), st.sampled_from([None, 1, "\t"]))
-def test_what_json_writes_is_read_back(tmp_path, rows, ascii_only, indent):
+def test_sources_read_back_what_json_writes(tmp_path, rows, ascii_only, indent):
     lines = "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
     (tmp_path / "x.jsonl").write_text(lines, encoding="utf-8", newline="")
     (tmp_path / "x.json").write_text(
@@ -136,7 +136,7 @@ def test_what_json_writes_is_read_back(tmp_path, rows, ascii_only, indent):
 
 @fuzz
 @given(st.text(alphabet='{}[]",:ab\\u0d8 1-.eE\n\t', max_size=40))
-def test_a_line_is_accepted_only_if_json_accepts_it(line):
+def test_sources_accept_a_line_only_if_json_accepts_it(line):
     row = whole(Line("x", 1, raw=line.encode()))
     try:
         value = json.loads(line)
@@ -173,7 +173,7 @@ def written(draw, depth=0):
 
 @settings(max_examples=examples(400), deadline=None)
 @given(st.lists(st.tuples(NAMES, written()), min_size=1, max_size=4))
-def test_a_key_that_is_there_twice_is_always_found_and_numbers_stay_exact(columns):
+def test_sources_find_duplicate_json_keys_and_keep_numbers_exact(columns):
     line = ",".join(f"{json.dumps(name)}:{text}" for name, (text, _) in columns)
     row = Line("x", 1, raw=f"{{{line}}}".encode()).parse()
     names = [name for name, _ in columns]
@@ -186,7 +186,7 @@ def test_a_key_that_is_there_twice_is_always_found_and_numbers_stay_exact(column
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
-def test_lists_do_not_depend_on_where_the_buffer_ends(tmp_path, monkeypatch, chunk):
+def test_sources_json_lists_do_not_depend_on_where_the_buffer_ends(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(json_rows, "BUFFER", chunk)
     rows = [{"a": [1.5, -2e10, True, None, '\\"é\u2028'], "b": {"c": "x" * 30}}, {}, {"d": 12345678}]
     text = json.dumps(rows, indent=2, ensure_ascii=False)
@@ -207,7 +207,7 @@ def test_lists_do_not_depend_on_where_the_buffer_ends(tmp_path, monkeypatch, chu
     assert [row.excerpt for row in parsed(tmp_path / "x.json")] == ["3", "12345", "1"]
 
 
-def test_a_line_above_the_limit_is_one_bad_row_and_the_next_is_read(tmp_path, monkeypatch):
+def test_sources_line_above_the_limit_is_one_bad_row_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
     monkeypatch.setattr(json_rows, "BUFFER", 64)
     limit = b'{"a": "' + b"x" * 990 + b'"}'  # 999 bytes, 1000 with its line end
@@ -222,7 +222,7 @@ def test_a_line_above_the_limit_is_one_bad_row_and_the_next_is_read(tmp_path, mo
     assert rows[2].excerpt.startswith('{"a": "yyy')
 
 
-def test_other_rows_above_the_limit(tmp_path, monkeypatch):
+def test_sources_json_and_text_rows_above_the_limit_are_bad_rows(tmp_path, monkeypatch):
     for module in (json_rows, text_files):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 100)
     (tmp_path / "x.json").write_text(json.dumps([{"a": "x" * 150}, {"a": "y"}]))
@@ -235,7 +235,7 @@ def test_other_rows_above_the_limit(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.json"])
-def test_rows_come_before_the_file_is_read_to_its_end(tmp_path, name):
+def test_sources_give_rows_before_the_file_is_read_to_its_end(tmp_path, name):
     """A file whose end is broken still gives its first rows: reading does not wait for the end."""
     lines = b"".join(b'{"text": "%s %d"}\n' % (b"x" * 1000, n) for n in range(5000))
     if name == "x.json":
@@ -253,7 +253,7 @@ cells = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_siz
 
 @fuzz
 @given(st.lists(st.tuples(cells, cells), min_size=1, max_size=5), st.sampled_from([",", "\t"]))
-def test_what_csv_writes_is_read_back(tmp_path, rows, delimiter):
+def test_sources_read_back_what_csv_writes(tmp_path, rows, delimiter):
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_ALL, lineterminator="\n")
     writer.writerows([("a", "b"), *rows])
@@ -267,12 +267,12 @@ def test_what_csv_writes_is_read_back(tmp_path, rows, delimiter):
         line += 1 + sum(cell.count("\n") for cell in pair)
 
 
-def test_long_csv_cell(tmp_path):
+def test_sources_read_a_long_csv_cell(tmp_path):
     (tmp_path / "x.csv").write_text("text\n" + "a" * 200_000 + "\n")
     assert len(fields(tmp_path / "x.csv")[0]["text"]) == 200_000
 
 
-def test_a_ragged_record_names_the_columns(tmp_path):
+def test_sources_ragged_csv_record_names_the_columns(tmp_path):
     (tmp_path / "x.csv").write_bytes(b'text,label\n"a\nb",1\nc\n')
     good, bad = parsed(tmp_path / "x.csv")
     assert good.fields == {"text": "a\nb", "label": "1"}
@@ -291,7 +291,7 @@ def test_csv_readers_may_run_side_by_side(tmp_path):
 # ---- Parquet and Arrow ----
 
 
-def test_values_that_json_does_not_know(tmp_path):
+def test_sources_table_values_that_json_does_not_know(tmp_path):
     moment = datetime.datetime(2024, 2, 29, 12, 30, 1, 250_000)
     table = pa.table(
         {
@@ -382,7 +382,7 @@ def test_rows_of_many_batches_are_numbered_through(tmp_path):
         assert [(row.line, row.fields["n"]) for row in parsed(tmp_path / name)] == [(n + 1, n) for n in range(3000)]
 
 
-def test_a_saved_data_set_is_read_in_its_order(tmp_path):
+def test_sources_read_a_saved_data_set_in_its_order(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     rows = [{"text": f"{n}", "n": n} for n in range(50)]
@@ -403,7 +403,7 @@ def test_a_saved_data_set_is_read_in_its_order(tmp_path):
 # ---- text files ----
 
 
-def test_a_folder_of_texts(tmp_path):
+def test_sources_read_a_folder_of_texts(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "Chapter 2.v1.txt").write_text("two")
     (tmp_path / "a.md").write_text("# one")
@@ -417,7 +417,7 @@ def test_a_folder_of_texts(tmp_path):
     ]
 
 
-def test_a_bad_byte_in_a_text_names_its_line(tmp_path):
+def test_sources_bad_byte_in_a_text_names_its_line(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"a\nb\nc\xe9\n")
     (bad,) = parsed(tmp_path / "x.txt")
     assert bad.message == "line 3: byte 0xe9 in column 2 is not UTF-8; save the file as UTF-8"
@@ -455,7 +455,7 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
             parsed(tmp_path / name)
 
 
-def test_text_is_opened_after_its_byte_order_mark(tmp_path):
+def test_sources_open_a_text_after_its_byte_order_mark(tmp_path):
     (tmp_path / "x.txt").write_bytes(codecs.BOM_UTF8 + b"a")
     with open_text(tmp_path / "x.txt") as stream:
         assert stream.read() == b"a"
@@ -486,7 +486,7 @@ def test_names_that_exist_are_literal(tmp_path, name):
     assert expand(str(tmp_path / name), "data.path") == [tmp_path / name]
 
 
-def test_home_expands(tmp_path, monkeypatch):
+def test_sources_expand_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     touch(tmp_path / "a.jsonl")
     assert expand("~/a.jsonl", "data.path") == [tmp_path / "a.jsonl"]
@@ -532,7 +532,7 @@ def test_values_that_are_no_paths(value):
         expand(value, "data.path")
 
 
-def test_inputs_name_what_decides_over_the_rows(tmp_path):
+def test_sources_inputs_name_what_decides_the_rows(tmp_path):
     names = ["A.JSONL.GZ", "b.parquet", "c one.txt", "d.md.zst"]
     paths = [tmp_path / name for name in names]
     kinds = [".jsonl.gz", ".parquet", "c one.txt", "d.md.zst"]
@@ -562,7 +562,7 @@ def hub_data(monkeypatch, tmp_path):
     return state
 
 
-def test_hub_rows(hub_data):
+def test_sources_hub_rows_by_subset_split_and_revision(hub_data):
     (path,) = expand("hub:org/name", "data.path")
     rows = list(read([path], subset="en", split="train", revision="abc"))
     assert hub_data["call"] == ("org/name", "en", {"split": "train", "revision": "abc", "streaming": False})
@@ -576,7 +576,7 @@ def test_hub_rows(hub_data):
     assert Origin("data.path", [path], split="train").identity(str) != [(kind, text)]
 
 
-def test_hub_splits(hub_data):
+def test_sources_hub_data_set_of_several_splits_needs_one_named(hub_data):
     datasets = pytest.importorskip("datasets")
     one = hub_data["result"]
     hub_data["result"] = datasets.DatasetDict(train=one)
@@ -612,7 +612,7 @@ def test_hub_failures_say_what_to_do(hub_data, error, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_local_folder_is_not_taken_for_the_hub(hub_data, tmp_path):
+def test_sources_local_folder_is_not_taken_for_the_hub(hub_data, tmp_path):
     (tmp_path / "org" / "name").mkdir(parents=True)
     with pytest.raises(DataError, match=r"a local org/name exists here"):
         list(read([Path("hub:org/name")]))

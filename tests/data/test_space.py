@@ -56,7 +56,7 @@ def room(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["", ".xz", "parquet", *([".gz", ".bz2", "arrow"] if EVERYTHING else [])])
-def test_the_estimate_is_what_is_written(tmp_path, room, kind):
+def test_space_estimate_is_what_is_written(tmp_path, room, kind):
     path = written_as(tmp_path, kind)
     data = preparation(path).open_or_make()
     written = sum((data.directory / name).stat().st_size for name in STORE)
@@ -71,7 +71,7 @@ def test_the_estimate_is_what_is_written(tmp_path, room, kind):
     assert len(preparation(path).open_or_make().train) == len(data.train)
 
 
-def test_fewer_documents_and_shards_need_less(tmp_path, room):
+def test_space_estimate_is_less_for_fewer_documents_and_shards(tmp_path, room):
     path = written_as(tmp_path, "")
     data = preparation(path).open_or_make()
     written = sum((data.directory / name).stat().st_size for name in STORE)
@@ -83,13 +83,13 @@ def test_fewer_documents_and_shards_need_less(tmp_path, room):
     other.make_shard(0, 5)
 
 
-def test_nothing_is_measured_where_there_is_plenty(tmp_path, monkeypatch):
+def test_space_is_not_measured_where_there_is_plenty(tmp_path, monkeypatch):
     path = written_as(tmp_path, "")
     monkeypatch.setattr(sources, "_measure_first_block", lambda *_: pytest.fail("measured"))
     assert len(preparation(path, max_documents=10).open_or_make().train)
 
 
-def test_expansion_of_a_large_file_is_judged_by_its_start(tmp_path):
+def test_space_estimate_of_a_large_file_is_judged_by_its_start(tmp_path):
     draw = random.Random(3)
     text = b"".join(f"{draw.getrandbits(64)} some words\n".encode() for number in range(250_000))
     zstd = partial(pa.compress, codec="zstd", asbytes=True)

@@ -64,7 +64,7 @@ def prepared(tmp_path_factory):
     return words, stream, copy
 
 
-def test_the_rows_are_those_of_the_copy_and_nothing_is_copied(prepared):
+def test_streaming_gives_the_rows_of_the_copy_and_copies_nothing(prepared):
     _, *both = prepared
     stream, copy = (open_prepared(Path(told["directory"])) for told in both)
     assert len(stream.train) == 1340 and stream.directory != copy.directory
@@ -72,14 +72,14 @@ def test_the_rows_are_those_of_the_copy_and_nothing_is_copied(prepared):
         assert np.array_equal(getattr(stream.train, name), getattr(copy.train, name)), name
 
 
-def test_what_was_prepared_is_found_without_a_hub(prepared, capsys):
+def test_streaming_prepared_data_is_opened_without_a_hub(prepared, capsys):
     words, stream, _ = prepared
     assert command_here([*words, "data.streaming=true"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["cached"] and told["directory"] == stream["directory"]
 
 
-def test_without_a_hub_it_is_told_what_to_do(monkeypatch):
+def test_streaming_without_a_hub_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -90,7 +90,7 @@ def test_without_a_hub_it_is_told_what_to_do(monkeypatch):
         list(origin.rows())
 
 
-def test_a_stream_that_breaks_off_is_an_error_and_no_end(monkeypatch):
+def test_streaming_that_breaks_off_is_an_error_and_no_end(monkeypatch):
     class Broken:
         column_names, split, features = ["a"], "train", None
 
@@ -128,6 +128,6 @@ def test_a_stream_that_breaks_off_is_an_error_and_no_end(monkeypatch):
         ({"sources": {"a": SourceConfig(path="hub:org/x", revision=COMMIT)}}, None),
     ],
 )
-def test_a_hub_data_set_is_streamed_by_its_commit(settings, said):
+def test_streaming_needs_hub_data_sets_named_at_a_commit(settings, said):
     found = [problem for problem in problems(DataConfig(streaming=True, **settings)) if "streaming" in problem]
     assert (said in found[0] and len(found) == 1) if said else not found

@@ -26,7 +26,7 @@ def documents_of_every_format():
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 7, 35])
-def test_rows_are_what_arrow_itself_makes_of_them(number):
+def test_table_rows_are_what_arrow_itself_makes_of_them(number):
     import pyarrow as pa
 
     documents = (documents_of_every_format() * 5)[:number]
@@ -45,7 +45,7 @@ def test_rows_are_made_without_pandas():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_signatures_leave_out_what_nothing_is_compared_with():
+def test_duplicate_signatures_leave_out_what_nothing_is_compared_with():
     documents = documents_of_every_format()
     full = Signer(DuplicatesConfig()).sign(documents)
     alone = Signer(DuplicatesConfig(), held_out=False).sign(documents)

@@ -47,7 +47,7 @@ ascii_texts = st.text(st.sampled_from("ab \n\t.<>[]|/é🙂"), min_size=1, max_s
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=examples(40), deadline=None)
 @given(data=st.data())
-def test_supervised_text_is_exactly_the_replies_and_their_end_tokens(name, data):
+def test_template_learns_exactly_the_replies_and_their_end_tokens(name, data):
     _, end, trims, takes_system = TEMPLATES[name]
     count = data.draw(st.integers(1, 3))
     contents = data.draw(st.lists(texts | ascii_texts, min_size=2 * count, max_size=2 * count))
@@ -68,25 +68,25 @@ def test_supervised_text_is_exactly_the_replies_and_their_end_tokens(name, data)
     assert sample.input_ids.tolist() == encoder.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-def test_the_newline_after_the_end_token_is_not_learned():
+def test_template_newline_after_the_end_token_is_not_learned():
     sample = encode(ENCODERS["chatml"], document(turns("q", "a")))
     assert ENCODERS["chatml"].tokenizer.decode(sample.input_ids[-1:]) == "\n"
     assert not sample.supervised[-1] and sample.supervised[-2]
 
 
-def test_bos_is_there_once():
+def test_template_writes_bos_once():
     encoder = ENCODERS["llama3"]
     sample = encode(encoder, document(turns("q", "a")))
     assert sample.input_ids[0] == encoder.tokenizer.bos_token_id and sample.input_ids[1] != sample.input_ids[0]
 
 
-def test_two_bos_are_refused():
+def test_template_that_writes_two_bos_is_refused():
     encoder = Encoder(make.tiny_tokenizer("{{ bos_token }}" + make.LLAMA3))
     with pytest.raises(DataError, match=r"f\.jsonl:3: .*two <s> tokens"):
         encode(encoder, document(turns("q", "a")))
 
 
-def test_an_inserted_empty_thought_is_not_learned_and_a_given_one_is():
+def test_template_empty_thought_is_learned_if_given_and_not_if_inserted():
     encoder = ENCODERS["thinking"]
     sample = encode(encoder, document(turns("q", "a")))
     assert "<think>\n\n</think>\n\na" in encoder.tokenizer.decode(sample.input_ids)
@@ -102,14 +102,14 @@ def test_a_template_that_throws_the_last_thought_away_is_refused():
         encode(Encoder(make.tiny_tokenizer(drops)), document(turns("q", "<think>hm</think>a")))
 
 
-def test_no_end_token_in_the_template_appends_eos():
+def test_template_without_an_end_token_appends_eos():
     encoder = Encoder(make.tiny_tokenizer(make.NO_END))
     sample = encode(encoder, document(turns("q", "first", "r", "second")))
     assert learned(encoder, sample) == "firstsecond</s>"
     assert sample.input_ids[-1] == encoder.tokenizer.eos_token_id and sample.supervised[-1]
 
 
-def test_eos_only_after_the_last_turn():
+def test_template_with_eos_only_after_the_last_turn():
     template = make.NO_END.replace("{% endfor %}", "{% if loop.last %}{{ eos_token }}{% endif %}{% endfor %}")
     encoder = Encoder(make.tiny_tokenizer(template))
     assert learned(encoder, encode(encoder, document(turns("q", "a", "r", "b")))) == "ab</s>"
@@ -121,7 +121,7 @@ def test_different_end_tokens_in_the_middle_and_at_the_end():
     assert learned(encoder, encode(encoder, document(turns("q", "a", "r", "b")))) == "a<|eot_id|>b</s>"
 
 
-def test_turns_after_the_last_reply_are_left_out():
+def test_template_turns_after_the_last_reply_are_left_out():
     encoder = ENCODERS["chatml"]
     short, long = (encode(encoder, document(turns("q", "a", *rest))) for rest in ((), ("more",)))
     assert short.input_ids.tolist() == long.input_ids.tolist()
@@ -139,7 +139,7 @@ def test_a_template_that_rewrites_letters_is_followed():
     assert learned(encoder, encode(encoder, document(turns("q", "reply")))) == "REPLY<|im_end|>"
 
 
-def test_a_template_that_refuses_says_so_with_file_and_line():
+def test_template_that_refuses_a_conversation_is_reported_with_file_and_line():
     with pytest.raises(DataError, match=r"f\.jsonl:3: .*refuses.*No system role"):
         encode(ENCODERS["gemma"], document(turns("q", "a", system="s")))
 
@@ -172,7 +172,7 @@ def test_prompt_completion_without_a_template(prompt, completion):
 PLAIN = Encoder(make.tiny_tokenizer(None, adds_bos=True))
 
 
-def test_prompt_completion_with_a_template_goes_through_it():
+def test_template_is_used_for_prompt_and_completion():
     encoder = ENCODERS["chatml"]
     pair = encode(encoder, Document("f", 1, prompt="q", completion="a", separator="\n\n"))
     assert pair.input_ids.tolist() == encode(encoder, document(turns("q", "a"))).input_ids.tolist()

@@ -88,13 +88,13 @@ def text_of(prepared):
         ("\n x{% set clock = strftime_now %}{{ clock('%d') }}", "\n x25"),
     ],
 )
-def test_a_clock_that_stands_still(template, written):
+def test_template_date_is_that_of_a_clock_that_stands_still(template, written):
     assert reads_clock(template) and rendered(template, CHRISTMAS) == written
     assert not reads_clock(make.CHATML) and with_date(make.CHATML, CHRISTMAS) == make.CHATML
     assert rendered(template) != written
 
 
-def test_the_first_preparation_decides_and_the_fingerprint_covers_it(tmp_path, another_day, monkeypatch):
+def test_template_date_of_the_first_preparation_decides_and_is_in_the_fingerprint(tmp_path, another_day, monkeypatch):
     first = preparation(tmp_path, choose_date=keep_or_first_date(TemplateDate(CHRISTMAS)))
     made = first.open_or_make()
     assert "25 Dec 2025" in text_of(made) and made.date == TemplateDate(CHRISTMAS)
@@ -110,13 +110,13 @@ def test_the_first_preparation_decides_and_the_fingerprint_covers_it(tmp_path, a
     assert "03 Jan 2026" in text_of(preparation(tmp_path).open_or_make())
 
 
-def test_without_a_clock_nothing_is_dated(tmp_path):
+def test_template_date_is_none_for_a_template_without_a_clock(tmp_path):
     plain = preparation(tmp_path, make.CHATML, choose_date=lambda first: pytest.fail("nobody asks for a date"))
     assert plain.date is None and not (tmp_path / "cache" / "dates").exists()
     assert "today" not in summary(plain.open_or_make().report)
 
 
-def test_what_an_earlier_version_prepared_is_gone_on_with(tmp_path, another_day):
+def test_template_date_leaves_data_prepared_by_an_earlier_version_usable(tmp_path, another_day):
     undated = preparation(tmp_path, choose_date=keep_or_first_date(TemplateDate(CHRISTMAS, in_fingerprint=False)))
     before = undated.open_or_make()
     known = preparation(tmp_path)
@@ -137,7 +137,7 @@ class Store(dict):
         return self[key]
 
 
-def test_all_ranks_and_all_points_take_the_date_of_the_first(tmp_path):
+def test_template_date_of_all_ranks_and_points_is_that_of_the_first(tmp_path):
     config = compose(["model.path=m", "data.path=d.jsonl", "budget.steps=1"], check=False).config
     store, found = Store(), {}
 
@@ -160,13 +160,13 @@ def test_all_ranks_and_all_points_take_the_date_of_the_first(tmp_path):
         assert point == TemplateDate(CHRISTMAS), name
 
 
-def test_evaluation_asks_with_the_date_of_the_run():
+def test_template_date_in_evaluation_is_that_of_the_run():
     context = TaskContext.from_settings(DataConfig(), SftConfig(), TemplateDate(CHRISTMAS))
     encoder = context.encoder(tiny_tokenizer(DATED))
     assert "25 Dec 2025" in encoder.template.render_text([{"role": "user", "content": "q"}], "here")
 
 
-def test_a_run_keeps_its_date(tmp_path, another_day, monkeypatch, capsys):
+def test_template_date_of_a_run_is_kept(tmp_path, another_day, monkeypatch, capsys):
     runs = Runs(tmp_path)
     (runs.root / "dated.jinja").write_text(DATED)
     words = runs.words("run", "budget.steps=2", f"model.chat_template={runs.root / 'dated.jinja'}")[4:]
@@ -193,7 +193,7 @@ def test_a_run_keeps_its_date(tmp_path, another_day, monkeypatch, capsys):
         kept_date(load_frozen(path))
 
 
-def test_a_run_of_an_earlier_version_has_the_day_of_its_oldest_file(tmp_path):
+def test_template_date_of_an_earlier_versions_run_is_that_of_its_oldest_file(tmp_path):
     import os
 
     runs = Runs(tmp_path)

@@ -47,7 +47,7 @@ def pair(chosen, rejected, *, prompt="q"):
     )
 
 
-def test_a_preference_pair_is_encoded_as_its_preferred_answer():
+def test_encoder_takes_the_preferred_answer_of_a_pair():
     sample = encode(CHAT, pair("good", "bad"))
     assert sample.input_ids.tolist() == encode(CHAT, talk("q", "good")).input_ids.tolist()
     assert learned(CHAT, sample) == "good<|im_end|>"
@@ -68,7 +68,7 @@ def test_pairs_share_their_prompt(name):
     assert chosen.input_ids[:at].tolist() == rejected.input_ids[:at].tolist()
 
 
-def test_an_answer_that_merges_with_the_prompt_begins_where_the_other_one_does():
+def test_pair_answer_that_merges_with_the_prompt_begins_where_the_other_answer_does():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -98,7 +98,7 @@ def test_roles_must_be_known():
             Encoder(make.tiny_tokenizer(), learn=LearnConfig(roles=roles))
 
 
-def test_nothing_learned_keeps_the_whole_conversation():
+def test_encoder_keeps_the_conversation_when_nothing_is_learned():
     doc = talk("q", "a", "r", "b")
     for message in doc.messages:
         message["train"] = False
@@ -114,7 +114,7 @@ def test_some_turns_of_a_template_with_generation_blocks():
     assert learned(users, encode(users, talk("q", "a", "r", "b"))) == "q<|im_end|>r<|im_end|>"
 
 
-def test_one_refused_conversation_of_a_batch_is_named():
+def test_encoder_names_the_refused_conversation_of_a_batch():
     encoder = Encoder(chat_templates.tokenizer("gemma"))
     bad = talk("q", "a", system="s")
     bad.line = 8
@@ -128,7 +128,7 @@ def test_reserved_characters_are_refused():
             encode(CHAT, talk("q", f"a{reserved}b"))
 
 
-def test_oddities():
+def test_encoder_oddities_of_a_document():
     good = talk("q", "a")
     assert oddities(CHAT, good, encode(CHAT, good)) == []
     spelled = talk("q<|im_start|>", "a")
@@ -139,13 +139,13 @@ def test_oddities():
 
 
 @pytest.mark.parametrize("policy", OverLength)
-def test_what_fits_stays_as_it_is(policy):
+def test_cut_leaves_a_document_that_fits_as_it_is(policy):
     doc = talk("q", "a")
     sample = encode(CHAT, doc)
     assert fit_length(CHAT, doc, sample, len(sample.input_ids), policy) == [sample]
 
 
-def test_drop_and_fail():
+def test_cut_drop_and_fail_policies():
     doc = talk("q", "a" * 50)
     assert cut(CHAT, doc, 10, "drop") is None
     with pytest.raises(DataError, match=r"f\.jsonl:3: \d+ tokens are more than data\.max_length=10; raise it"):
@@ -171,13 +171,13 @@ def test_text_split_has_every_token_once(encoder, max_length):
     assert len(pieces[-1].input_ids) >= 2 + bos, "no piece is EOS alone"
 
 
-def test_text_cut_on_the_left_keeps_bos_and_the_end():
+def test_cut_on_the_left_keeps_bos_and_the_end_of_a_text():
     doc = Document("f", 1, text="zyxwvutsrqponm")
     (sample,) = cut(BOS, doc, 5, "truncate_left")
     assert text(BOS, sample) == "<s>onm</s>" and sample.supervised.tolist() == [False] + [True] * 4
 
 
-def test_labelled_text_keeps_what_surrounds_it():
+def test_cut_of_labelled_text_keeps_its_surrounding_tokens():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make.tiny_tokenizer(None)
@@ -207,7 +207,7 @@ def test_split_conversations_learn_every_turn_once_after_the_system_turn(name):
     assert whole.replace(" ", "") == "".join(c + family.end for c in contents[1::2]).replace(" ", "")
 
 
-def test_split_keeps_what_is_learned_of_the_whole_conversation():
+def test_split_keeps_what_the_full_conversation_learns():
     encoder = Encoder(make.tiny_tokenizer(), learn=LearnConfig(turns=LearnTurns.last))
     (window,) = cut(encoder, talk("q", "a", "r", "b", "s", "c"), 20, "split")
     assert learned(encoder, window) == "c<|im_end|>"
@@ -219,7 +219,7 @@ def test_an_exchange_too_long_for_a_window_is_truncated():
     assert learned(CHAT, windows[0]).strip("z") == "" and learned(CHAT, windows[1]) == "b<|im_end|>"
 
 
-def test_conversations_cut_on_the_left_keep_whole_exchanges_after_the_system_turn():
+def test_cut_on_the_left_keeps_complete_exchanges_after_the_system_turn():
     doc = talk("q", "a", "r", "b", "s", "c", system="rules")
     wanted = encode(CHAT, talk("r", "b", "s", "c", system="rules"))
     (sample,) = cut(CHAT, doc, len(wanted.input_ids) + 2, "truncate_left")
@@ -227,7 +227,7 @@ def test_conversations_cut_on_the_left_keep_whole_exchanges_after_the_system_tur
     assert sample.supervised.tolist() == wanted.supervised.tolist()
 
 
-def test_an_exchange_too_long_loses_the_beginning_of_its_question():
+def test_cut_on_the_left_of_a_long_exchange_loses_the_beginning_of_its_question():
     doc = talk("zyxwvutsrqponmlkjihgf", "answer", system="rules")
     full = text(CHAT, encode(CHAT, doc))
     (sample,) = cut(CHAT, doc, len(encode(CHAT, doc).input_ids) - 5, "truncate_left")
@@ -254,7 +254,7 @@ def same(one, other):
 @pytest.mark.parametrize("encoder", [CHAT, BOS, PLAIN])
 @settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=8))
-def test_the_short_way_finds_what_the_long_way_finds(encoder, contents):
+def test_encoder_fast_path_gives_what_the_slow_path_gives(encoder, contents):
     documents = [Document("f", 1, prompt=q, completion=a, separator=" ") for q, a in contents]
     documents += [Document("f", 1, text=q + a) for q, a in contents]
     if encoder is CHAT:
@@ -263,7 +263,7 @@ def test_the_short_way_finds_what_the_long_way_finds(encoder, contents):
 
 
 @pytest.mark.parametrize("name", chat_templates.FAMILIES)
-def test_the_short_way_with_every_family(name):
+def test_encoder_fast_path_is_right_for_every_family(name):
     encoder = Encoder(chat_templates.tokenizer(name))
     documents = [talk("q" * n, f"the quick {n} 😀", "don't <s>", "ünder\n\n") for n in range(16)]
     same(encoder.encode(documents), encoder.encode(documents, fast=False))

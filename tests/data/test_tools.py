@@ -83,7 +83,7 @@ LEARNED = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("as_text", [False, True])
-def test_calls_are_learned_and_results_are_not(name, as_text):
+def test_tool_calls_are_learned_and_tool_results_are_not(name, as_text):
     arguments = ARGUMENTS if as_text else CITY
     doc = document(talk(call(arguments, id="abcdefgh1")))
     assert doc.messages[1]["tool_calls"][0]["function"]["arguments"] == CITY
@@ -130,7 +130,7 @@ asked = st.builds(lambda content: {"role": "user", "content": content}, texts)
 @pytest.mark.parametrize("name", BLOCKS)
 @settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
-def test_masks_are_those_of_generation_blocks(name, data):
+def test_tool_masks_are_those_of_generation_blocks(name, data):
     """Blocks written into the template by hand, and found by transformers, mark the tokens that marks find without them."""
     messages = []
     for turn in range(data.draw(st.integers(1, 2))):
@@ -164,14 +164,14 @@ def test_masks_are_those_of_generation_blocks(name, data):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].parallel])
-def test_parallel_calls_are_one_learned_turn(name):
+def test_tool_calls_in_parallel_are_one_learned_turn(name):
     doc = document(talk(call(id="abcdefgh1"), call({"city": "Bonn"}, id="abcdefgh2")))
     first, last = spans(encoder(name), doc)
     assert first.count("weather") == 2 and "Bonn" in first and "degrees" not in first and "Warm" in last
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not FAMILIES[name].parallel])
-def test_a_template_that_takes_one_call_at_a_time_refuses_two(name):
+def test_tool_template_that_takes_one_call_at_a_time_refuses_two(name):
     with pytest.raises(
         DataError, match=r"f\.jsonl:3: (the chat template refuses|this chat template cannot write tool calls)"
     ):
@@ -179,7 +179,7 @@ def test_a_template_that_takes_one_call_at_a_time_refuses_two(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_ids_that_a_row_lacks_are_made_and_results_answer_them(name):
+def test_tool_call_ids_that_a_row_lacks_are_made_and_results_answer_them(name):
     turns = talk(call(id="abcdefgh1"))
     del turns[1]["tool_calls"][0]["id"], turns[2]["tool_call_id"]
     assert "weather" in spans(encoder(name), document(turns))[0]
@@ -196,19 +196,19 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_a_template_leaves_out_is_an_error_with_its_place(name):
+def test_tool_content_that_a_template_leaves_out_is_an_error_with_its_place(name):
     template, messages, said = BROKEN[name]
     with pytest.raises(DataError, match=rf"f\.jsonl:3: .*chat template .*{said}"):
         spans(Encoder(make.tiny_tokenizer(template)), document(messages, TOOLS if name != "roles" else None))
 
 
-def test_plain_turns_beside_tools_are_masked_as_without_them():
+def test_plain_turns_beside_tools_are_masked_as_without_tools():
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
     made = encoder("qwen2.5")
     assert spans(made, document(turns)) == spans(made, document(turns, None)) == ["a<|im_end|>"] * 2
 
 
-def test_only_the_turns_that_are_asked_for_are_learned():
+def test_tool_turns_are_learned_only_where_asked_for():
     turns = talk(call(id="abcdefgh1"))
     turns[1]["train"] = False
     assert spans(encoder("qwen3"), document(turns)) == ["Warm.<|im_end|>"]
@@ -259,7 +259,7 @@ def test_thoughts_are_learned_shown_or_dropped(name, turn, learned, context):
     assert rendered(drops, doc) == rendered(thinking(name, Reasoning.learn), without)
 
 
-def test_an_empty_thought_that_the_template_opens_is_not_learned_and_earlier_thoughts_go_as_the_template_wants():
+def test_empty_thought_of_the_template_is_not_learned_and_earlier_thoughts_follow_it():
     made = encoder("qwen3")
     assert spans(made, document([USER, {"role": "assistant", "content": "Warm."}], None)) == ["Warm.<|im_end|>"]
     doc = document([USER, FIELD, USER, {**FIELD, "content": "Still."}], None)
@@ -267,7 +267,7 @@ def test_an_empty_thought_that_the_template_opens_is_not_learned_and_earlier_tho
     assert rendered(made, doc).count(THOUGHT) == 1
 
 
-def test_a_thought_before_a_call_is_learned_with_it_or_shown():
+def test_thought_before_a_tool_call_is_learned_with_it_or_shown():
     turns = talk(call(id="abcdefgh1"))
     turns[1]["reasoning_content"] = THOUGHT
     doc = document(turns)
@@ -295,7 +295,7 @@ def test_a_thought_in_a_generation_block_is_shown_only():
     assert spans(made, document([USER, INLINE, USER, INLINE], None)) == ["Warm.<|im_end|>"] * 2
 
 
-def test_a_turn_that_is_a_thought_alone_cannot_be_dropped():
+def test_turn_that_is_only_a_thought_cannot_be_dropped():
     with pytest.raises(DataError, match=r"f\.jsonl:3: .*data\.learn\.reasoning=drop leaves nothing"):
         spans(encoder("qwen3", Reasoning.drop), document([USER, {"role": "assistant", "content": THOUGHTS}], None))
 
@@ -303,7 +303,7 @@ def test_a_turn_that_is_a_thought_alone_cannot_be_dropped():
 # ---- rows ----
 
 
-def test_glaive_rows_and_openai_rows_are_the_same_document():
+def test_tool_rows_of_glaive_and_openai_are_the_same_document():
     bare = [tool["function"] for tool in TOOLS]
     glaive = read(
         {
@@ -322,7 +322,7 @@ def test_glaive_rows_and_openai_rows_are_the_same_document():
     assert content(glaive) == content(document(turns))
 
 
-def test_hermes_rows_stay_texts_and_nothing_is_written_twice():
+def test_tool_rows_of_hermes_stay_texts_and_nothing_is_written_twice():
     hermes = [
         {"from": "system", "value": f"<tools>{json.dumps(TOOLS)}</tools>"},
         {"from": "human", "value": "How warm?"},
@@ -359,7 +359,7 @@ def test_rows_with_broken_calls_are_rejected(change, reason):
     assert isinstance(found, Rejected) and found.reason == reason
 
 
-def test_arguments_that_are_no_json_stay_as_they_are():
+def test_tool_arguments_that_are_no_json_stay_as_they_are():
     doc = document(talk(call("city=Bonn", id="abcdefgh1")))
     assert doc.messages[1]["tool_calls"][0]["function"]["arguments"] == "city=Bonn"
     assert '"arguments": city=Bonn}' in spans(encoder("qwen3"), doc)[0]
@@ -385,7 +385,7 @@ def test_texts_of_arguments_and_thoughts_are_cleaned_and_stored(tmp_path):
     assert back.document(1).messages[1] == {"role": "assistant", "content": "a"}
 
 
-def test_two_sided_models_refuse_what_only_a_template_can_write():
+def test_tool_rows_that_only_a_template_can_write_are_refused_by_encoder_decoders():
     from trainer.objectives.seq2seq import source_and_target
 
     for doc in (document([USER, {"role": "assistant", "content": "a"}]), document([USER, FIELD], None)):

@@ -74,7 +74,7 @@ def weighted_rows(num, weight=0.3):
 
 @pytest.mark.parametrize("template", [make.CHATML, make.CHATML_GENERATION, make.LLAMA3, make.THINKING])
 @pytest.mark.parametrize("fast", [True, False])
-def test_the_tokens_of_a_turn_weigh_what_it_weighs(template, fast):
+def test_turn_weight_is_that_of_all_its_tokens(template, fast):
     encoder = Encoder(make.tiny_tokenizer(template))
     end = "<|eot_id|>" if template == make.LLAMA3 else "<|im_end|>"
     for _ in range(4):  # the third time its shape is known
@@ -97,7 +97,7 @@ def test_calls_thoughts_and_broken_control_tokens_keep_weights():
     assert first == ("the quick<|im_end|>", 0.25) and second[1] == pytest.approx(0.5) and "hm" in second[0]
 
 
-def test_generation_blocks_that_do_not_tell_turns_apart_are_refused_with_weights():
+def test_turn_weights_refuse_generation_blocks_that_do_not_separate_turns():
     template = make.CHATML_GENERATION.replace(
         "{% generation %}", "{% generation %}{{ '>' }}{% endgeneration %}{% generation %}"
     )
@@ -115,7 +115,7 @@ def test_generation_blocks_that_do_not_tell_turns_apart_are_refused_with_weights
         ("split", [[("the quick<|im_end|>", 0.25)], [("a lazy dog<|im_end|>", 1)]]),
     ],
 )
-def test_cuts_keep_weights_with_their_tokens(policy, expected):
+def test_turn_weights_stay_with_their_tokens_when_cut(policy, expected):
     whole = next(CHAT.encode([document(*TALK)]))[1]
     text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nthe quick<|im_end|>\n<|im_start|>user\nfox<|im_end|>\n"
     text += "<|im_start|>assistant\na lazy"
@@ -129,7 +129,7 @@ def test_cuts_keep_weights_with_their_tokens(policy, expected):
             assert found in weights[weight.expected]
 
 
-def test_the_store_has_weights_and_their_sums(tmp_path):
+def test_turn_weights_and_their_sums_are_stored(tmp_path):
     rows = weighted_rows(20)
     prepared = prepare(tmp_path, rows).open_or_make()
     train = prepared.train
@@ -157,7 +157,7 @@ def test_the_store_has_weights_and_their_sums(tmp_path):
     assert "<b>*0.3</b>" in page and "total weight" in page
 
 
-def test_data_without_fractions_is_the_same_byte_for_byte(tmp_path):
+def test_turn_weights_of_one_leave_the_data_the_same_byte_for_byte(tmp_path):
     plain = chat_rows(20)
     ones = [
         {"messages": [{**t, "weight": 1, "loss_weight": 1.0} if t["role"] == "assistant" else t for t in r["messages"]]}
@@ -178,7 +178,7 @@ def test_data_without_fractions_is_the_same_byte_for_byte(tmp_path):
             assert "target_weights" not in Collator(layout, 0)([prepared.train.sample(n) for n in range(4)])
 
 
-def test_workers_shards_and_late_weights_make_the_same_store(tmp_path):
+def test_turn_weights_make_the_same_store_for_any_workers_and_shards(tmp_path):
     """Only the last of three blocks has weights: what was written before weighs 1."""
     rows = [*chat_rows(1100), *weighted_rows(3)]
     rows[0]["messages"][-1]["weight"] = 0.5
@@ -202,7 +202,7 @@ def test_workers_shards_and_late_weights_make_the_same_store(tmp_path):
     assert isinstance(TokenDataset.open(stores[0] / "train").sample(0).learned_weight(), int)
 
 
-def test_a_batch_has_weights_only_where_one_weighs_less(tmp_path):
+def test_turn_weights_are_in_a_batch_only_where_one_is_below_1(tmp_path):
     train = prepare(tmp_path, [*chat_rows(3), *weighted_rows(3)]).open_or_make().train
     for layout in (Layout.padded, Layout.padding_free):
         collator = Collator(layout, 0)
@@ -236,7 +236,7 @@ def test_objectives_over_whole_answers_refuse_weights(tmp_path):
     assert prepare(tmp_path, [pair]).open_or_make().train.counts["loss"].tolist() == [1.0], "two tokens of a half each"
 
 
-def test_an_encoder_decoder_answer_has_its_weight():
+def test_turn_weight_of_an_encoder_decoder_answer():
     encoder = SourceTargetEncoder(make.tiny_tokenizer(None), "", 4)
     reading = TwoSidedReading(prefix="", max_target=4)
     config = DataConfig(path="x", max_length=8, over_length=OverLength.truncate)

@@ -17,7 +17,7 @@ def corpus():
     return [" ".join(draw.choices(WORDS, k=draw.randint(1, 200))) for _ in range(2000)]
 
 
-def test_bands_find_pairs_as_the_formula_says():
+def test_minhash_bands_find_pairs_as_the_formula_says():
     assert choose_bands(0.8) == (18, 7)
     for threshold in (0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1.0):
         bands, rows = choose_bands(threshold)
@@ -41,7 +41,7 @@ def test_bands_find_pairs_as_the_formula_says():
     assert 150 < expected < 450 and abs(hits - expected) < 40
 
 
-def test_every_division_into_blocks_gives_the_same_columns(corpus):
+def test_minhash_columns_are_the_same_for_every_division_into_blocks(corpus):
     documents = [text_document(text) for text in corpus[:300]]
     signer = Signer(NEAR)
     whole = signer.sign(documents)

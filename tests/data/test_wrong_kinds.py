@@ -49,7 +49,7 @@ def prepare(tmp_path, reading, **settings):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_they_count_against_the_bound(tmp_path, case):
+def test_wrong_kind_rows_count_against_the_bound(tmp_path, case):
     reading, good, bad, said = CASES[case]
     paths = write_jsonl(tmp_path / "good.jsonl", good), write_jsonl(tmp_path / "bad.jsonl", bad)
     sources = {name: SourceConfig(path=str(path)) for name, path in zip(("good", "bad"), paths, strict=True)}
@@ -64,7 +64,7 @@ def test_they_count_against_the_bound(tmp_path, case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("bound", [0.0, 1.0])
-def test_where_all_rows_are_of_the_wrong_kind_the_run_ends(tmp_path, case, bound):
+def test_wrong_kind_of_all_rows_ends_the_run(tmp_path, case, bound):
     reading, _, bad, said = CASES[case]
     path = write_jsonl(tmp_path / "bad.jsonl", bad)
     with pytest.raises(DataError) as error:

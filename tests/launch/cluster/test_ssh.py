@@ -208,7 +208,9 @@ def test_what_a_host_says_is_read_on_when_it_cannot_be_kept(tmp_path, capsys, mo
     ],
 )
 def test_where_they_meet(first, second, met, monkeypatch):
-    monkeypatch.setattr(ssh_nodes, "local_address_towards", lambda address, said: "10.0.0.9" if address == second else address)
+    monkeypatch.setattr(
+        ssh_nodes, "local_address_towards", lambda address, said: "10.0.0.9" if address == second else address
+    )
     assert ssh_nodes.rendezvous_address([node("a", ssh=[first]), node("b", ssh=[second])]) == met
 
 
