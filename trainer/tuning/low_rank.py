@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trainer.tuning.compat.transformers import gated, grouped_product, has_grouped_kernel, is_expert_parallel
+
+if TYPE_CHECKING:
+    from trainer.model.quantised_experts import PackedExperts
 
 ALIGNMENT = 16
 """Bytes of which the rows of grouped products must be a multiple."""
@@ -55,14 +58,14 @@ def frozen_experts(
     rows = hidden[order // experts_per_token]
     offsets = torch.searchsorted(ids, torch.arange(module.num_experts, device=ids.device), right=True).to(torch.int32)
 
-    packed = getattr(module, "packed_experts", None)
+    packed: PackedExperts | None = getattr(module, "packed_experts", None)
 
     def product(rows: Tensor, name: str) -> Tensor:
         """`rows @ W.T` with each row's expert's weight `name`, its update and its bias."""
         weight = getattr(module, name)
         dtype = weight.dtype if packed is None else hidden.dtype
         # Packed weights are unpacked inside the product, and again in its backward pass: they are never kept.
-        read = _unpacked if packed is None else partial(packed.whole, name, dtype=dtype)
+        read = _unpacked if packed is None else partial(packed.unpack, name, dtype=dtype)
         frozen = FrozenWeights(read, offsets, module.is_transposed)
         if low_rank is None:
             output = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
