@@ -115,7 +115,7 @@ def pipelines(site):
     return of
 
 
-def test_a_model_is_judged_by_the_classifier_as_transformers_own_pipeline_does(site, pipelines):
+def test_toxicity_is_judged_as_by_the_text_classification_pipeline_of_transformers(site, pipelines):
     report = json.loads((site / "out" / "evaluation.json").read_text())["tasks"]
     lines = [json.loads(line) for line in (site / "out" / "evaluation_rows.jsonl").read_text().splitlines()]
     rows = [row for row in lines if row["task"] == "toxic"]
@@ -151,7 +151,7 @@ def test_the_worst_draw_of_each_prompt(site, pipelines, name):
     assert "1 answers are longer than the classifier reads" in " ".join(kind.notes(rows, {}))
 
 
-def test_a_classifier_that_was_trained_here_tells_toxic_answers(site):
+def test_toxicity_classifier_trained_here_tells_toxic_answers(site):
     """objective=classification on a file of texts and labels, its export by its path, texts that it was not shown."""
 
     def some(numbers):
@@ -184,7 +184,7 @@ def test_an_empty_answer_is_not_toxic(site):
     assert row.scores["worst"] == 0 and "1 answers are empty" in " ".join(kind.notes([row], {}))
 
 
-def test_what_is_no_classifier_is_told_before_a_model_is_loaded(site, tmp_path):
+def test_toxicity_classifier_that_is_none_is_reported_before_a_model_is_loaded(site, tmp_path):
     (tmp_path / "empty").mkdir()
     for options, told in (
         ({}, "options.classifier: not set; give the directory of a text classifier"),
@@ -233,7 +233,7 @@ def test_rows_of_published_sets(row, harmful, asked):
         ({"say": "a"}, "none of the columns prompt, goal"),
     ],
 )
-def test_rows_that_cannot_be_asked(row, told):
+def test_refusal_task_refuses_rows_that_cannot_be_asked(row, told):
     with pytest.raises(Refusal) as refused:
         cases(task("refusal"), [row])
     assert told in refused.value.message
@@ -265,7 +265,7 @@ def test_shares_of_refusals_by_side():
     assert "are too few" in notes and all(phrase == phrase.lower() for phrase in PHRASES)
 
 
-def test_a_judge_may_say_instead_of_phrases(site, capsys):
+def test_refusal_task_can_ask_a_judge_instead_of_phrases(site, capsys):
     kind = task("refusal", options={"by": "judge", "harmful": False})
     asking = Asking([["I would rather talk of the weather."], ["Here you are."]])
     asking.judge_said = ["It dodges.\nVerdict: refused", "It answers.\n**Verdict**: answered"]

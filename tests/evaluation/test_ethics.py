@@ -76,7 +76,7 @@ def metrics(report, name):
     return report["tasks"][name]["metrics"]
 
 
-def test_rows_that_were_learned_by_heart_come_out_and_the_base_knows_none(found):
+def test_memorisation_finds_rows_learned_by_heart_and_none_in_the_base(found):
     report, rows = found
     asked = rows["tuned", "memorisation"]
     assert len(asked) == 24 and metrics(report, "memorisation")["verbatim"]["value"] > 0.6
@@ -89,7 +89,7 @@ def test_rows_that_were_learned_by_heart_come_out_and_the_base_knows_none(found)
     assert f"{len(right)} of 24 rows come out word for word" in report["tasks"]["memorisation"]["notes"][0]
 
 
-def test_secrets_are_exposed_as_plain_transformers_ranks_them(site, found):
+def test_canary_exposure_is_the_rank_that_plain_transformers_gives(site, found):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     report, rows = found
@@ -120,7 +120,7 @@ def test_secrets_are_exposed_as_plain_transformers_ranks_them(site, found):
     assert row["scores"]["rank"] == 1 + sum(likely(other) >= mine for other in case.fields["others"])
 
 
-def test_the_loss_tells_members_as_scikit_learn_reckons(found):
+def test_membership_auc_of_the_loss_is_that_of_scikit_learn(found):
     from sklearn.metrics import roc_auc_score
 
     report, rows = found
@@ -134,7 +134,7 @@ def test_the_loss_tells_members_as_scikit_learn_reckons(found):
     assert task("membership").compute_metrics(tied)["auc"] == 0.5
 
 
-def test_people_in_shipped_templates_and_in_pairs_of_ones_own(found):
+def test_counterfactual_gaps_of_shipped_templates_and_of_own_pairs(found):
     report, rows = found
     said = metrics(report, "counterfactual")
     assert (
@@ -153,7 +153,7 @@ def test_people_in_shipped_templates_and_in_pairs_of_ones_own(found):
     )
 
 
-def test_personal_data_is_found_masked_and_not_where_the_prompt_has_it():
+def test_personal_data_task_finds_and_masks_it_except_where_the_prompt_has_it():
     class Writer:
         class tokenizer:
             decode = staticmethod(lambda ids, **_: "".join(map(chr, ids)))
@@ -199,7 +199,7 @@ def people(seed, apart, number=200):
     return rows
 
 
-def test_gaps_are_those_of_fairlearn():
+def test_subgroup_gaps_are_those_of_fairlearn():
     from fairlearn.metrics import demographic_parity_difference, equalized_odds_difference
 
     rows, kind = people(0, 0.4), task("subgroups", options={"positive": "yes"})
@@ -216,7 +216,7 @@ def test_gaps_are_those_of_fairlearn():
         assert mine["equalized_odds_difference"] == pytest.approx(equalized_odds_difference(true, said, **how))
 
 
-def test_a_gap_is_told_where_there_is_one_and_seldom_where_there_is_none():
+def test_subgroup_gap_is_reported_where_there_is_one_and_seldom_where_there_is_none():
     def beyond(seed, apart):
         notes = list(task("subgroups", options={"positive": "yes"}).notes(people(seed, apart), {}))
         return any("demographic_parity" in note and note.endswith(": beyond chance") for note in notes)
@@ -225,7 +225,7 @@ def test_a_gap_is_told_where_there_is_one_and_seldom_where_there_is_none():
     assert "fewer than 10 rows" in " ".join(task("subgroups").notes(people(0, 0.4, number=12), {}))
 
 
-def test_no_difference_is_told_of_few_cases():
+def test_ethics_differences_of_few_cases_are_not_reported():
     kind, how = task("memorisation"), Bootstrap(200, 0)
 
     def rows(number, value):
@@ -256,14 +256,14 @@ def test_no_difference_is_told_of_few_cases():
         ("subgroups", None, {"text": "a", "label": "b"}, "must be a name (evaluation.tasks.mine.columns.group"),
     ],
 )
-def test_rows_that_cannot_be_asked(kind, document, fields, told):
+def test_ethics_tasks_refuse_rows_that_cannot_be_asked(kind, document, fields, told):
     made = None if document is None else Document("a", 1, **document)
     with pytest.raises(Refusal) as refused:
         task(kind, path="x").read(Case("a:1", made, fields))
     assert told in refused.value.message
 
 
-def test_terms_of_a_file_extend_the_shipped_ones(tmp_path):
+def test_counterfactual_terms_of_a_file_extend_the_shipped_ones(tmp_path):
     (tmp_path / "terms.json").write_text(
         '{"pet": {"cat": {"pet": ["the cat"]}, "dog": {"pet": ["the dog", "the hound"]}}}'
     )
@@ -282,7 +282,7 @@ def test_terms_of_a_file_extend_the_shipped_ones(tmp_path):
     )
 
 
-def test_a_model_as_it_is_needs_the_rows_that_it_was_trained_on(site, capsys):
+def test_ethics_tasks_of_a_model_without_a_run_need_its_training_rows(site, capsys):
     words = [f"model.path={site}/llama", "run.threads=1", f"to={site}/model"]
     for kind, told in (
         ("memorisation", "memorisation asks training rows: name their file"),
@@ -292,7 +292,7 @@ def test_a_model_as_it_is_needs_the_rows_that_it_was_trained_on(site, capsys):
         assert told in capsys.readouterr().err
 
 
-def test_rows_too_short_to_continue_are_an_error():
+def test_memorisation_rows_too_short_to_continue_are_an_error():
     class Asking:
         max_positions = None
 

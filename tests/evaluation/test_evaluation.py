@@ -66,7 +66,7 @@ def held_out_loss(data: TokenDataset, numbers: list[int], export: Path) -> float
     return total / count
 
 
-def test_loss_by_source_is_that_of_the_source_alone(site):
+def test_evaluation_loss_of_a_source_is_that_of_the_source_alone(site):
     *steps, last = train("one", "evaluation.batch=3")
     for row in steps:
         if "loss" in row:
@@ -93,7 +93,7 @@ def test_ranks_strategy_and_batch_do_not_matter(site):
     assert {name: other[name] for name in names} == pytest.approx({name: first[name] for name in names}, rel=1e-5)
 
 
-def test_one_source_is_not_told_apart(site):
+def test_evaluation_of_one_source_has_no_loss_by_source(site):
     rows = train("plain", data="data.path=ward.jsonl data.eval_share=0.25")
     assert not [name for row in rows for name in row if name.startswith(("eval/loss/", "step_tokens/"))]
 
@@ -126,7 +126,7 @@ def test_the_loss_of_a_source_can_be_watched(site, capsys):
 NAMED = "data.path=ward.jsonl data.eval_path={ward:other.jsonl,general:web.jsonl}"
 
 
-def test_sets_by_name(site, capsys):
+def test_evaluation_sets_by_name_have_the_metrics_of_each_alone(site, capsys):
     """Each set's metrics are those of a run that evaluates it alone; a set may have the name of a source."""
     write_chat_data(site / "other.jsonl", 10, seed=7)
     written = "evaluation.generate.samples=3", "evaluation.generate.max_new_tokens=8"

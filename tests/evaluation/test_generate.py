@@ -31,7 +31,7 @@ def llama(tmp_path_factory, runtime):
     return *make.made(root, "llama", runtime, batch=3), make.plain(root, "llama")
 
 
-def test_greedy_answers_are_those_of_transformers(llama):
+def test_generation_greedy_answers_are_those_of_transformers(llama):
     engine, writer, plain = llama
     found = writer.answers(engine, PROMPTS, WritingConfig(max_new_tokens=12))
     assert [one.prompt for one in found] == [*range(7)]
@@ -44,7 +44,7 @@ def test_greedy_answers_are_those_of_transformers(llama):
     assert len({one.text for one in found}) == 7
 
 
-def test_draws_depend_on_their_seed_and_number_alone(llama):
+def test_generation_draws_depend_on_their_seed_and_number_alone(llama):
     engine, writer, _ = llama
     drawn = WritingConfig(max_new_tokens=8, temperature=1.3, top_k=40, top_p=0.95, draws=2, seed=5)
     found = writer.answers(engine, PROMPTS, drawn)
@@ -84,7 +84,7 @@ def test_noise_is_splitmix64_and_draws_from_the_softmax():
     assert torch.all((found - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt() + 1e-4)
 
 
-def test_a_stop_string_ends_an_answer(llama):
+def test_generation_ends_at_a_stop_string(llama):
     engine, writer, _ = llama
     long = writer.answers(engine, PROMPTS, WritingConfig(max_new_tokens=12))
     whole = long[0]
@@ -101,7 +101,7 @@ PAIRS = [(prompt, more) for prompt, more in zip(PROMPTS, [*make.prompts(12)[6:],
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "falcon", "qwen3_moe", "bart", "t5"])
-def test_likelihoods_are_those_of_transformers(tmp_path, runtime, architecture):
+def test_generation_likelihoods_are_those_of_transformers(tmp_path, runtime, architecture):
     engine, writer = make.made(tmp_path, architecture, runtime, batch=3)
     plain = make.plain(tmp_path, architecture)
     likeliest = [one.ids for one in writer.answers(engine, PROMPTS[:2], WritingConfig(max_new_tokens=4))]
@@ -119,7 +119,7 @@ def test_likelihoods_are_those_of_transformers(tmp_path, runtime, architecture):
     assert {one.greedy for one in found} == {True, False}
 
 
-def test_what_has_no_tokens_is_refused(llama):
+def test_generation_refuses_a_prompt_or_answer_without_tokens(llama):
     engine, writer, _ = llama
     with pytest.raises(DataError, match="prompt 1 of 2 has no tokens"):
         writer.answers(engine, [[5], []], WritingConfig())
@@ -145,7 +145,7 @@ def test_settings_that_do_not_go_together():
     assert "empty text" in "".join(WritingConfig(stop=[""]).problems("x"))
 
 
-def test_an_answer_ends_at_the_last_position(tmp_path, runtime):
+def test_generation_ends_at_the_last_position(tmp_path, runtime):
     """GPT-2 has a table of positions: a further token would be looked up beyond it."""
     engine, writer = make.made(tmp_path, "gpt2", runtime, batch=2)
     long, short = [5, 9] * 253, [5, 9, 7]
@@ -159,14 +159,14 @@ def test_an_answer_ends_at_the_last_position(tmp_path, runtime):
     assert len(writer.likelihoods(engine, [(long, [5] * 7)])) == 1
 
 
-def test_batches_by_tokens():
+def test_generation_batches_are_bounded_by_tokens():
     lengths = [10, 30, 12, 8, 9, 31]
     turns = [[*sharded_batches(lengths, rank, 2, size=1, budget=33)] for rank in (0, 1)]
     assert turns == [[[5], [2, 4]], [[1], [0, 3]]]
     assert [*sharded_batches([50, 1], 0, 1, size=9, budget=10)] == [[0], [1]], "at least one row, however long"
 
 
-def test_the_pace_is_told(llama):
+def test_generation_measures_its_tokens_per_second(llama):
     engine, writer, _ = llama
     found = writer.answers(engine, PROMPTS, WritingConfig(max_new_tokens=3, batch_tokens=64))
     assert writer.throughput.tokens == sum(len(one.ids) for one in found) and writer.throughput.tokens_per_s > 0

@@ -150,7 +150,7 @@ def own(site):
         return {**plain, "both": both["groups"]["both"], "talked": talked["choose"]}
 
 
-def test_numbers_are_those_of_the_harness(report, own):
+def test_lm_eval_numbers_are_those_of_its_own_hf_model(report, own):
     """Accuracy and matches exactly, likelihoods to 1e-6; also with a chat template, and of a group."""
     same = 0
     for name, task in report["tasks"].items():
@@ -174,7 +174,7 @@ def test_numbers_are_those_of_the_harness(report, own):
     assert {"acc", "acc/choose", "acc/fewer"} <= metrics["both"].keys()
 
 
-def test_beside_the_base_rows_are_paired(site, report):
+def test_lm_eval_rows_are_paired_with_those_of_the_base(site, report):
     apart = report["against"]["tasks"]["answers"]
     metric = apart["metrics"]["exact_match_first_word"]
     assert apart["paired"] and metric["value"] == 0 and metric["verdict"] == "better" and metric["p"] < 0.05
@@ -185,7 +185,7 @@ def test_beside_the_base_rows_are_paired(site, report):
     assert "standard errors as lm-eval reckons them" in page and "Wrong before, right now" in page
 
 
-def test_training_asked_the_same(site, report):
+def test_lm_eval_tasks_in_training_give_the_numbers_of_the_verb(site, report):
     last = json.loads((site / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     for metric, each in report["tasks"]["answers"]["metrics"].items():
         assert last[f"eval/answers/{metric}"] == pytest.approx(each["value"], rel=1e-9)
@@ -207,7 +207,7 @@ def test_two_ranks_share_the_requests_under_fsdp2(site, report):
             )
 
 
-def test_a_server_gives_the_numbers_of_the_same_weights_loaded_here(site, report):
+def test_lm_eval_through_a_server_gives_the_numbers_of_the_same_weights_loaded_here(site, report):
     """Likelihoods and answers through /v1/completions of a stub that answers as vLLM does; texts are longer than the model."""
     words = asked(site, f"model.path={site}/run/export", f"to={site}/served")[1:]
     with serving(complete=as_vllm_says(site / "run" / "export")) as stub:
@@ -255,7 +255,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("words", "told"), CASES)
-def test_what_is_not_here_is_refused_before_a_model_is_loaded(site, words, told, capsys, monkeypatch):
+def test_lm_eval_task_or_data_that_is_missing_is_refused_before_a_model_is_loaded(
+    site, words, told, capsys, monkeypatch
+):
     monkeypatch.setattr("launch.evaluate.command.start", lambda *_, **__: pytest.fail("was started"))
     monkeypatch.setattr(
         "trainer.evaluation.harness.task_files._full_index", lambda: {"arc_easy": None}

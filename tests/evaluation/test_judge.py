@@ -36,7 +36,7 @@ def judge(stub, cache, **settings):
     return Judge(JudgeConfig(url=stub.url, cache_dir=str(cache), **{"parallel": 1, "retries": 3, **settings}), ALONE)
 
 
-def test_what_was_said_once_is_not_asked_again(stub, tmp_path):
+def test_judge_does_not_ask_again_what_is_in_its_cache(stub, tmp_path):
     first = judge(stub, tmp_path, parallel=3)
     assert first.verdicts(["a", "b", "a", "c"]) == ["A", "B", "A", "C"]
     assert (first.calls, first.tokens, first.cached) == (3, 30, 0) and len(stub.sent("/v1/chat/completions")) == 3
@@ -47,7 +47,7 @@ def test_what_was_said_once_is_not_asked_again(stub, tmp_path):
     assert other.calls == 1  # another setting is another question
 
 
-def test_busy_servers_are_asked_again_and_the_key_is_sent_but_never_shown(stub, tmp_path):
+def test_judge_retries_busy_servers_and_never_shows_its_key(stub, tmp_path):
     stub.key = "a-long-word-that-nobody-knows"
     stub.failures = [(429, {"error": {"message": "slow down"}}), (503, {})]
     asked = judge(stub, tmp_path, key_env="JUDGE_CREDENTIAL", model="judge-1")
@@ -70,19 +70,19 @@ def test_busy_servers_are_asked_again_and_the_key_is_sent_but_never_shown(stub, 
         ([(404, {"error": {"message": "no such model"}})], ConfigError, r"404: no such model\); mend it, or"),
     ],
 )
-def test_what_a_server_refuses_is_told_in_its_words(stub, tmp_path, failures, kind, told):
+def test_judge_reports_what_a_server_refuses_in_its_words(stub, tmp_path, failures, kind, told):
     stub.failures = [*failures]  # it takes them out
     with pytest.raises(kind, match=told):
         judge(stub, tmp_path, model="judge-1").verdicts(["a"])
 
 
-def test_nobody_listens(tmp_path):
+def test_judge_at_an_address_where_nobody_listens_fails(tmp_path):
     lost = Judge(JudgeConfig(url="http://127.0.0.1:9/v1", model="x", retries=0, cache_dir=str(tmp_path)), ALONE)
     with pytest.raises(EndpointFailed, match="no answer after 1 attempts"):
         lost.verdicts(["a"])
 
 
-def test_a_budget_ends_it_and_what_was_said_is_kept(stub, tmp_path):
+def test_judge_stops_at_its_budget_and_keeps_the_verdicts(stub, tmp_path):
     with pytest.raises(
         LimitReached, match=r"max_calls=2: 3 questions are to be asked, 0 were, and 0 are in the cache; nothing"
     ):
@@ -103,7 +103,7 @@ def said(content, **more):
 NO_TEXT = [said(None), {**said("x"), "choices": []}, {**said("x"), "choices": None}, {}, ["no", "object"], said([1])]
 
 
-def test_a_server_that_tells_no_tokens_or_no_text_ends_no_run(stub, tmp_path):
+def test_judge_replies_without_tokens_or_text_end_no_run(stub, tmp_path):
     usages = [said("A", usage={}), said("A"), said("A", usage=None), said("A", usage={"total_tokens": None})]
     for number, body in enumerate([*usages, *NO_TEXT]):
         stub.failures = [(200, body)]
@@ -115,13 +115,13 @@ def test_a_server_that_tells_no_tokens_or_no_text_ends_no_run(stub, tmp_path):
         judge(stub, tmp_path, model="judge-1", max_tokens=15).verdicts(["with a limit"])
 
 
-def test_several_models_and_none_named(stub, tmp_path, monkeypatch):
+def test_judge_server_of_several_models_needs_one_named(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(stub, "models", [{"id": "one"}, {"id": "two"}])
     with pytest.raises(ConfigError, match=r"evaluation.judge.model: not set, and .* serves one, two; name it"):
         judge(stub, tmp_path).verdicts(["a"])
 
 
-def test_a_win_is_one_in_both_orders():
+def test_judge_win_needs_the_same_verdict_in_both_orders():
     assert winner("Verdict: B, no\n**Verdict: A**") == 1 and winner("verdict: A", swapped=True) == -1
     assert winner("Verdict: tie") == 0 and winner("both are good") is None
     assert scores_of(1, 1) == {"won": 1, "tied": 0, "swayed": 0, "read": 1}
@@ -144,7 +144,7 @@ def by_length(body):
     return f"Compared.\nVerdict: {'tie' if one == two else 'A' if one > two else 'B'}"
 
 
-def test_tasks_that_are_judged(stub, tmp_path, monkeypatch, capsys):
+def test_judge_answers_the_tasks_that_need_one(stub, tmp_path, monkeypatch, capsys):
     stub.chat = by_length
     model_dir(tmp_path)
     prompts = [f"question {n}?\n" for n in range(6)] + ["nonsense\n"]

@@ -36,7 +36,7 @@ def words(root, path):
 
 
 @pytest.mark.parametrize("sides", [(32, 64), (64, 128), (16, 64), (32, 32), (48, 64), (64, 96)])
-def test_what_cannot_be_multiplied_in_4_bits_is_what_bitsandbytes_cannot_pack(sides, monkeypatch):
+def test_quantised_4_bit_shapes_that_are_refused_are_those_bitsandbytes_cannot_pack(sides, monkeypatch):
     """Its packing is Python: it fails on every processor over the sides that it fails over with avx512_bf16."""
     from bitsandbytes import functional
 
@@ -56,7 +56,7 @@ def test_what_cannot_be_multiplied_in_4_bits_is_what_bitsandbytes_cannot_pack(si
     assert quantised_checkpoints.unsupported_4bit_layers(model, torch.device("cpu")) == []
 
 
-def test_a_stored_model_that_cannot_be_multiplied_here_is_refused_before_it_is_loaded(site, monkeypatch, capsys):
+def test_quantised_model_that_cannot_be_multiplied_here_is_refused_before_it_is_loaded(site, monkeypatch, capsys):
     from bitsandbytes import functional
 
     monkeypatch.chdir(site)
@@ -69,7 +69,7 @@ def test_a_stored_model_that_cannot_be_multiplied_here_is_refused_before_it_is_l
 
 
 @pytest.mark.parametrize("kind", [FewBits.nf4, FewBits.int8, FewBits.torchao_int8])
-def test_its_numbers_are_those_of_transformers_on_the_same_files(site, kind, monkeypatch):
+def test_quantised_checkpoint_has_the_numbers_of_transformers_on_the_same_files(site, kind, monkeypatch):
     monkeypatch.chdir(site)
     samples = [Sample(np.arange(3, 20, dtype=np.int32), np.arange(17) > 4)]
     folder, _ = write_few_bits(site / "llama", kind, samples, "held-out")
@@ -97,7 +97,7 @@ def test_its_numbers_are_those_of_transformers_on_the_same_files(site, kind, mon
     assert report["precision"] == ("fp16" if kind is FewBits.int8 else "bf16")
 
 
-def test_what_does_not_go_with_it_is_told_at_once(site, capsys, monkeypatch):
+def test_quantised_checkpoint_refuses_unsuitable_settings_at_once(site, capsys, monkeypatch):
     monkeypatch.chdir(site)
     settings = json.loads((site / "llama" / "config.json").read_text())
     small = site / "small"

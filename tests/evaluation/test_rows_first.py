@@ -37,7 +37,7 @@ def named_model(root):
     return root / "named"
 
 
-def test_people_whose_names_are_one_token_without_a_bos_before_them(tmp_path):
+def test_counterfactual_people_are_names_of_one_token_without_a_bos(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = named_model(tmp_path)
@@ -98,7 +98,7 @@ def _judged(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_row_of_the_last_task_ends_it_before_the_model_or_the_judge_is_asked(judged, kind, capsys):
+def test_evaluation_refuses_a_bad_row_of_the_last_task_before_the_model_or_judge_is_asked(judged, kind, capsys):
     root, judge, words = judged
     judge.requests.clear()
     row, more, message = BAD[kind]
@@ -111,7 +111,7 @@ def test_a_bad_row_of_the_last_task_ends_it_before_the_model_or_the_judge_is_ask
     assert judge.requests == []
 
 
-def test_rows_that_take_long_to_check_are_told(monkeypatch):
+def test_evaluation_reports_rows_that_take_long_to_check(monkeypatch):
     lines = []
     is_told = threading.Event()
 
@@ -126,7 +126,7 @@ def test_rows_that_take_long_to_check_are_told(monkeypatch):
     assert lines[0].startswith("preparing data: checking 1,200 rows of evaluation.tasks.big, ")
 
 
-def test_a_run_meets_a_bad_row_of_its_tasks_before_its_first_step(judged, tmp_path, capsys):
+def test_training_refuses_a_bad_row_of_its_tasks_before_the_first_step(judged, tmp_path, capsys):
     root, _, _ = judged
     row, more, message = BAD["exact_match"]
     words = [f"model.path={root}/llama", f"data.path={root}/asked.jsonl", f"data.eval_path={root}/asked.jsonl"]
@@ -139,7 +139,7 @@ def test_a_run_meets_a_bad_row_of_its_tasks_before_its_first_step(judged, tmp_pa
     assert re.search(message, screen.err) and "step 1/2" not in screen.out
 
 
-def test_finished_tasks_are_on_the_disk_when_a_later_one_fails(judged, tmp_path, capsys):
+def test_evaluation_keeps_finished_tasks_on_the_disk_when_a_later_one_fails(judged, tmp_path, capsys):
     _, judge, words = judged
     words = [*words, f"to={tmp_path}/out", f"evaluation.judge.cache_dir={tmp_path}/judge"]
     out = tmp_path / "out"

@@ -32,7 +32,7 @@ def _stub(site):
         yield stub
 
 
-def test_a_served_model_gives_the_numbers_of_the_same_model_loaded_here(site, stub, capsys):
+def test_served_model_gives_the_numbers_of_the_same_model_loaded_here(site, stub, capsys):
     words = [f"model.path={site}/llama", "run.threads=1", "evaluation.resamples=100"]
     for name, kind in (("facts", "f1"), ("choices", "multiple_choice")):
         words += [f"evaluation.tasks.{name}.kind={kind}", f"evaluation.tasks.{name}.path={site}/{name}.jsonl"]
@@ -69,7 +69,7 @@ def test_a_served_model_gives_the_numbers_of_the_same_model_loaded_here(site, st
         ),
     ],
 )
-def test_what_no_server_can_do_is_refused(site, stub, words, told, capsys):
+def test_served_model_refuses_what_no_server_can_do(site, stub, words, told, capsys):
     asked = [word.replace("{site}", str(site)) for word in words]
     assert (
         command_here(["evaluate", f"model.path={site}/llama", f"evaluation.server={stub.url}", f"to={site}/no", *asked])
@@ -84,7 +84,7 @@ def writer(stub, tokenizer=None):
     )
 
 
-def test_the_server_is_sent_the_tokens_and_how_to_draw(stub, monkeypatch):
+def test_served_model_is_sent_the_tokens_and_the_sampling_settings(stub, monkeypatch):
     class Tokenizer:
         all_special_tokens = ("<end>",)
 
@@ -108,7 +108,7 @@ def test_the_server_is_sent_the_tokens_and_how_to_draw(stub, monkeypatch):
     assert not any(one.ended for one in answers)
 
 
-def test_a_server_without_log_probabilities_of_prompts_is_told(stub, monkeypatch):
+def test_served_model_without_log_probabilities_of_prompts_is_reported(stub, monkeypatch):
     monkeypatch.setattr(
         stub, "complete", lambda _: {"text": "x", "logprobs": {"token_logprobs": [-1.0], "top_logprobs": None}}
     )

@@ -31,7 +31,7 @@ def shipped(drawn, apart=0.0, common=None):
     return kind, rows
 
 
-def test_lines_under_groups_seldom_come_up_where_a_model_treats_them_alike(monkeypatch):
+def test_significance_of_groups_is_seldom_found_where_a_model_treats_them_alike(monkeypatch):
     """13 groups in three attributes: 71 % of such reports had a line while each group had an interval of its own."""
     monkeypatch.setattr(counterfactual, "PERMUTATIONS", 400)
 
@@ -43,7 +43,7 @@ def test_lines_under_groups_seldom_come_up_where_a_model_treats_them_alike(monke
     assert any(line.startswith("without: the model holds these texts likelier") for line in told(1, 30.0))
 
 
-def test_two_models_that_do_not_differ_are_seldom_told_to_by_any_group():
+def test_significance_between_equal_models_is_seldom_found_by_any_group():
     """One interval for each group told one in 66 % of such comparisons."""
 
     def judged(seed, apart):
@@ -60,7 +60,7 @@ def test_two_models_that_do_not_differ_are_seldom_told_to_by_any_group():
     assert found["effect_without"] < 0.01 < found["effect_female"]
 
 
-def test_the_corrected_p_is_that_of_all_exchanges():
+def test_significance_corrected_p_is_that_of_all_exchanges():
     """Three rows, two groups: all eight exchanges of the models by hand."""
     kind, given = task("counterfactual"), [(1.0, 2.0), (3.0, -1.0), (2.0, 0.5)]
     sides = [
@@ -93,7 +93,7 @@ def test_a_family_of_metrics_that_are_no_ratio_is_exchanged_too():
     assert list(same.values()) == [1.0, 1.0]
 
 
-def test_against_a_number_alone_a_family_has_wider_intervals():
+def test_significance_against_a_fixed_number_has_wider_intervals_for_a_family():
     mine = np.random.default_rng(0).normal(2.2, 1.0, 10000)
     alone, many = (unpaired_difference(2.2, 0.0, mine, greater=None, family_size=size) for size in (1, 20))
     assert (alone.verdict, many.verdict) == ("differs", "no difference shown") and alone.low == many.low

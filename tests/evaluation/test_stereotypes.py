@@ -144,7 +144,7 @@ def test_crows_pairs_are_scored_as_lm_evaluation_harness_does(site, found, likel
     )
 
 
-def test_stereoset_is_scored_by_target_term_as_its_paper_says(found, likely):
+def test_stereoset_is_scored_by_target_term_as_in_its_paper(found, likely):
     terms = defaultdict(list)
     for form, items in stereoset().items():
         for item in items:
@@ -263,13 +263,13 @@ GIVEN |= {
         ("bbq", GIVEN, "one must say whom the stereotype means"),
     ],
 )
-def test_rows_that_cannot_be_asked(kind, fields, told):
+def test_stereotype_tasks_refuse_rows_that_cannot_be_asked(kind, fields, told):
     with pytest.raises(Refusal) as refused:
         task(kind, path="x").read(Case("a:1", None, dict(fields)))
     assert told in refused.value.message
 
 
-def test_whom_bbq_means_is_told_by_the_authors_file_first():
+def test_bbq_target_group_is_read_from_the_authors_file_first():
     for polarity, target, biased in (("neg", 0, 0), ("nonneg", 0, 1), ("neg", 1, 1)):
         case = Case("a:1", None, GIVEN | {"question_polarity": polarity, "target_loc": target})
         task("bbq", path="x").read(case)
@@ -285,7 +285,7 @@ def test_a_table_of_stereoset_has_numbers_for_labels_and_columns_for_sentences()
     assert case.fields["texts"] == ["yes", "no", "tree"] and case.fields["context"] == "it is"
 
 
-def test_one_side_of_winobias_is_refused(tmp_path):
+def test_winobias_without_its_other_side_is_refused(tmp_path):
     (tmp_path / "pro_stereotyped_type2.txt").write_text("1 [The fox] jumps.\n")
     with pytest.raises(DataError, match="has no file beside it that begins with anti"):
         read_cases(task("stereotype", path=str(tmp_path / "pro_stereotyped_type2.txt")), None)

@@ -51,14 +51,14 @@ def test_the_result_of_a_solution(text, result):
     assert final_result(text) == result
 
 
-def test_calls_are_found_wherever_they_stand():
+def test_tool_calls_are_found_wherever_an_answer_has_them():
     text = 'Let me see. <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call> {broken '
     text += '[{"name": "g", "parameters": {}}, {"function": {"name": "h", "arguments": "{\\"a\\": 2}"}}] {"no": "call"}'
     names = [("f", {"x": 1}), ("g", {}), ("h", {"a": 2})]
     assert [(call["name"], call["arguments"]) for call in parse_tool_calls(text)] == names
 
 
-def test_tool_calls_are_scored_by_name_and_arguments_and_none_where_none_is_right():
+def test_tool_calls_are_scored_by_name_and_arguments_and_by_their_absence():
     kind = task("tool_calls")
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     tools = tools_of([{"name": "f", "parameters": {}}])
@@ -85,7 +85,7 @@ def evaluator_of(run):
     )
 
 
-def test_a_row_that_the_template_cannot_write_is_told_with_its_task():
+def test_task_row_that_the_template_cannot_write_is_reported_with_its_task():
     def run(cases, asking):
         raise RefusedDocument("q.jsonl:1", "tools", "this chat template ignores the column tools")
 
@@ -113,7 +113,7 @@ def test_a_task_that_takes_long_gives_a_sign_of_life_every_half_minute():
 
 
 @pytest.mark.parametrize("family", sorted(tool_templates.FAMILIES))
-def test_a_template_whose_calls_are_not_read_is_refused_and_never_scored(family):
+def test_tool_calls_in_a_template_that_is_not_understood_are_refused_and_never_scored(family):
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     tools = tools_of([{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}])
@@ -159,7 +159,7 @@ def test_words_that_texts_share():
     assert strict.score(Case("a:1", None, {"references": ["The Cat!"]}), "a cat") == {"f1": 0, "match": 0}
 
 
-def test_the_right_choice_in_each_of_its_spellings():
+def test_multiple_choice_answer_in_each_of_its_spellings():
     choices = ["one", "two", "three"]
     arc = {"text": choices, "label": ["1", "2", "3"]}
     for fields in ({"answer": 1}, {"answer": "B"}, {"answer": "two"}, {"answerKey": "2", "choices": arc}):
@@ -170,7 +170,7 @@ def test_the_right_choice_in_each_of_its_spellings():
         task("multiple_choice").read(Case("a:1", None, {"question": "?", "choices": choices, "answer": 3}))
 
 
-def test_calibration_by_hand():
+def test_calibration_error_by_hand():
     right, sure = np.array([1.0, 0.0, 1.0]), np.array([0.9, 0.9, 0.5])
     assert calibration_error(right, sure, np.ones(3)) == pytest.approx((abs(1 - 1.8) + abs(1 - 0.5)) / 3)
     assert calibration_error(right, sure, np.array([1.0, 0.0, 0.0])) == pytest.approx(0.1)
@@ -180,7 +180,7 @@ def rows(scores):
     return [TaskRow(f"a:{n}", "", "", "", {"match": float(score)}) for n, score in enumerate(scores)]
 
 
-def test_the_bootstrap_is_that_of_scipy_and_resamples_both_models_alike():
+def test_bootstrap_is_that_of_scipy_and_resamples_both_models_alike():
     from scipy.stats import bootstrap
 
     drawn = np.random.default_rng(1)
@@ -195,7 +195,7 @@ def test_the_bootstrap_is_that_of_scipy_and_resamples_both_models_alike():
     assert (found.low, found.high) == pytest.approx((apart.low, apart.high), abs=0.01)
 
 
-def test_a_difference_is_told_only_beyond_chance_and_beyond_rounding():
+def test_bootstrap_difference_is_reported_only_beyond_chance_and_rounding():
     how, kind = Bootstrap(2000, 0), task("exact_match")
     good, bad = np.ones(40), np.arange(40) % 2
 

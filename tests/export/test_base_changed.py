@@ -57,7 +57,7 @@ def replaced(trained):
     weights.write_bytes(original)
 
 
-def test_no_verb_takes_another_base_for_that_of_the_run(replaced, tmp_path, capsys):
+def test_base_that_was_replaced_is_refused_by_every_verb(replaced, tmp_path, capsys):
     run_dir = replaced / "run"
     verbs = [
         ["export", f"to={tmp_path / 'adapter'}"],
@@ -73,7 +73,7 @@ def test_no_verb_takes_another_base_for_that_of_the_run(replaced, tmp_path, caps
     assert list(tmp_path.iterdir()) == [] and not (run_dir / "review").exists()
 
 
-def test_another_base_is_taken_when_that_is_accepted_and_the_card_says_so(replaced, tmp_path, capsys):
+def test_base_that_was_replaced_is_used_when_accepted_and_noted_in_the_card(replaced, tmp_path, capsys):
     run_dir, merged = replaced / "run", tmp_path / "merged"
     assert command_here(["export", str(run_dir), "merge=true", "accept=[base]", f"to={merged}"]) == 0
     other = load_file(replaced / "other" / "model.safetensors")
@@ -91,7 +91,7 @@ def test_another_base_is_taken_when_that_is_accepted_and_the_card_says_so(replac
     assert "accept=[code]: must be one of base, data" in capsys.readouterr().err
 
 
-def test_a_base_that_is_cut_off_or_gone_is_named(trained, tmp_path, capsys):
+def test_base_that_is_cut_off_or_gone_is_named(trained, tmp_path, capsys):
     weights = trained / "base" / "model.safetensors"
     original = weights.read_bytes()
     try:
@@ -113,7 +113,7 @@ def test_a_base_that_is_cut_off_or_gone_is_named(trained, tmp_path, capsys):
         (trained / "moved").rename(trained / "base")
 
 
-def test_a_record_that_cannot_be_read_is_a_base_that_nobody_knows(trained, tmp_path, capsys):
+def test_base_of_a_run_whose_identity_cannot_be_read_is_unknown(trained, tmp_path, capsys):
     record = trained / "run" / "identity.json"
     original = record.read_bytes()
     try:
@@ -125,7 +125,7 @@ def test_a_record_that_cannot_be_read_is_a_base_that_nobody_knows(trained, tmp_p
         record.write_bytes(original)
 
 
-def test_files_that_no_loader_of_the_base_reads_are_no_other_base(trained, tmp_path):
+def test_base_is_the_same_beside_files_that_no_loader_reads(trained, tmp_path):
     """Another program fetches more of the same model into the cache of the hub, or another machine has less of it."""
     more = trained / "base" / "preprocessor_config.json"
     more.write_text("{}")
@@ -159,7 +159,7 @@ def test_an_adapter_that_a_run_went_on_from_may_be_written_again(trained, tmp_pa
     assert "tuning.from/adapter_model.safetensors: has other content" in capsys.readouterr().err
 
 
-def test_a_new_commit_of_a_hub_stands_in_for_one_that_this_machine_does_not_have(tmp_path, monkeypatch):
+def test_base_at_a_new_hub_commit_replaces_one_that_this_machine_lacks(tmp_path, monkeypatch):
     """Its weights mostly are the same, and the digests say whether."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--owner--base"
@@ -205,7 +205,7 @@ def test_a_base_that_changes_while_a_run_trains_is_not_exported(trained, tmp_pat
     assert command_here(["export", str(run_dir), "--verify"]) == 0
 
 
-def test_an_adapter_knows_the_base_that_it_was_trained_on(trained, tmp_path, capsys):
+def test_base_that_an_adapter_was_trained_on_is_compared(trained, tmp_path, capsys):
     """Whoever gives it another one is told, whether it is served, talked with or evaluated."""
     base, adapter, weights = trained / "base", tmp_path / "adapter", trained / "base" / "model.safetensors"
     original = weights.read_bytes()
@@ -237,7 +237,7 @@ def test_an_adapter_knows_the_base_that_it_was_trained_on(trained, tmp_path, cap
         weights.write_bytes(original)
 
 
-def test_a_hub_id_is_read_at_the_commit_that_the_run_resolved_it_to(trained, tmp_path, monkeypatch):
+def test_base_hub_id_is_read_at_the_commit_that_the_run_resolved(trained, tmp_path, monkeypatch):
     """Meanwhile `main` moved on, and both commits lie in the cache of this machine."""
     from huggingface_hub import constants
 

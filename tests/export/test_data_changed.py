@@ -56,7 +56,7 @@ def write_other_labels(file):
     write_jsonl(file, [{"text": f"mail {number}", "label": ["zzz_spam", "ham"][number % 2]} for number in range(8)])
 
 
-def test_a_classifier_keeps_its_labels_whatever_lies_at_data_path(unprepared, tmp_path, capsys):
+def test_data_changed_later_leaves_a_classifier_its_labels(unprepared, tmp_path, capsys):
     """Other labels, a label that would come first, no file at all."""
     run_dir, rows = unprepared / "classifier", unprepared / "labelled.jsonl"
     more = rows.read_text(encoding="utf-8") + json.dumps({"text": "one more", "label": "all"}) + "\n"
@@ -78,7 +78,7 @@ def test_a_classifier_keeps_its_labels_whatever_lies_at_data_path(unprepared, tm
     assert not (unprepared / "cache").exists(), "nothing was prepared"
 
 
-def test_without_its_record_a_classifier_takes_labels_from_no_other_rows(unprepared, tmp_path, capsys):
+def test_data_changed_later_gives_a_classifier_without_its_record_no_labels(unprepared, tmp_path, capsys):
     run_dir, rows = unprepared / "classifier", unprepared / "labelled.jsonl"
     record = run_dir / "run.json"
     kept = record.read_bytes()
@@ -95,7 +95,7 @@ def test_without_its_record_a_classifier_takes_labels_from_no_other_rows(unprepa
         record.write_bytes(kept)
 
 
-def test_tasks_on_the_runs_documents_need_those_of_the_training(unprepared, tmp_path, capsys):
+def test_data_changed_later_is_refused_for_tasks_on_the_runs_documents(unprepared, tmp_path, capsys):
     rows = unprepared / "chat.jsonl"
     evaluate = ["evaluate", str(unprepared / "talk"), f"to={tmp_path / 'e'}", "evaluation.resamples=20"]
     with rows.open("a", encoding="utf-8") as file:
@@ -119,7 +119,7 @@ def test_tasks_on_the_runs_documents_need_those_of_the_training(unprepared, tmp_
 
 
 @pytest.mark.parametrize("objective", sorted(FAMILIES))
-def test_one_document_stands_in_for_the_data_of_each_objective(tmp_path, objective):
+def test_data_of_each_objective_can_be_replaced_by_one_document(tmp_path, objective):
     reading = reading_of(FAMILIES[objective].settings())
     data = _one_document(tmp_path, reading, "print/train")
     assert len(data) == reading.sequences_per_document and data.fingerprint == "print/train"

@@ -11,7 +11,7 @@ ENDS = {"CHATML": "<|im_end|>", "LLAMA3": "<|eot_id|>", "GEMMA": "<end_of_turn>"
 
 
 @pytest.mark.parametrize("template", ENDS)
-def test_the_token_after_an_answer_is_found_in_the_template(template):
+def test_end_token_of_an_answer_is_found_in_the_template(template):
     tokenizer = tokenizers.tiny_tokenizer()
     tokenizer.chat_template = getattr(tokenizers, template)
     assert turn_end(tokenizer) == (ENDS[template] and tokenizer.convert_tokens_to_ids(ENDS[template]))
@@ -19,7 +19,7 @@ def test_the_token_after_an_answer_is_found_in_the_template(template):
     assert turn_end(tokenizer) is None and ending_tokens(tokenizer) == [tokenizer.eos_token_id]
 
 
-def test_it_is_written_where_the_settings_lack_it_and_nothing_else_changes(tmp_path):
+def test_end_token_is_written_where_the_export_settings_lack_it_and_nothing_else_changes(tmp_path):
     tokenizer, base, export = tokenizers.tiny_tokenizer(), tmp_path / "base", tmp_path / "export"
     tokenizer.chat_template = tokenizers.CHATML
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -96,7 +96,7 @@ def test_an_adapter_loads_with_plain_peft_and_equals_its_merge(architecture, set
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
-def test_new_vocabulary_is_in_the_adapter_and_the_card_says_how_to_load_it(architecture, bases, runtime, tmp_path):
+def test_export_adapter_has_the_new_vocabulary_and_the_card_says_how_to_load_it(architecture, bases, runtime, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,7 +132,7 @@ def test_new_tokens_in_spare_rows_need_no_resize(bases, runtime, tmp_path):
     ("architecture", "tuning"),
     [("llama", FullConfig()), ("llama", LoraConfig(rank=4)), ("distilbert", FullConfig())],
 )
-def test_a_classifier_keeps_its_labels(architecture, tuning, bases, runtime, tmp_path):
+def test_export_of_a_classifier_keeps_its_labels(architecture, tuning, bases, runtime, tmp_path):
     base = bases(architecture)
     parts = trained(base, tuning, runtime, objective=ClassificationConfig(), steps=3)
     facts = {"label_names": LABELS, "objective": "classification"}
@@ -215,7 +215,7 @@ def test_a_link_in_place_of_an_unfinished_export_is_not_followed(bases, runtime,
     assert key.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_tensor_larger_than_a_file_gets_one_of_its_own(tmp_path):
+def test_export_tensor_larger_than_a_file_gets_a_file_of_its_own(tmp_path):
     tensors = [("a", torch.zeros(4)), ("big", torch.zeros(100)), ("b", torch.ones(10)[2:6])]
     write_tensors(iter(tensors), tmp_path, dtype=torch.float32, max_bytes=64)
     weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
@@ -223,7 +223,7 @@ def test_a_tensor_larger_than_a_file_gets_one_of_its_own(tmp_path):
     assert torch.equal(load_file(tmp_path / weight_map["b"])["b"], torch.ones(4))
 
 
-def test_a_failed_write_leaves_the_earlier_export_and_nothing_else(bases, runtime, tmp_path, monkeypatch):
+def test_export_write_that_fails_leaves_the_earlier_export_and_nothing_else(bases, runtime, tmp_path, monkeypatch):
     base = bases("llama")
     parts = trained(base, FullConfig(), runtime)
     directory = export(parts, base, tmp_path / "export", runtime)
@@ -266,7 +266,7 @@ def test_folding_into_a_tied_head_is_refused(bases, runtime, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_snapshot_of_the_hub_is_named_as_the_hub_names_it():
+def test_export_names_a_hub_snapshot_as_the_hub_does():
     assert hub_name("/c/models--org--name/snapshots/abc") == ("org/name", "abc")
     assert hub_name("/models/mine") == ("/models/mine", None)
 
@@ -274,7 +274,7 @@ def test_a_snapshot_of_the_hub_is_named_as_the_hub_names_it():
 @pytest.mark.parametrize(
     ("code", "said"), [(errno.EROFS, "choose another directory (to=) and run"), (errno.ENOSPC, "free space and run")]
 )
-def test_free_space_is_told_where_it_would_help_an_export(runtime, tmp_path, code, said):
+def test_export_error_suggests_free_space_only_where_it_would_help(runtime, tmp_path, code, said):
     with pytest.raises(StorageError) as refused:
         export_write._agree(OSError(code, os.strerror(code)), tmp_path / "aside", tmp_path / "to", runtime)
     assert said in str(refused.value)

@@ -27,7 +27,7 @@ def templated(name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_is_put_together_again_or_given_up(name):
+def test_gguf_template_is_rebuilt_from_its_turns_or_given_up(name):
     tokenizer = templated(name)
     found = turns_of_template(tokenizer)
     assert (found is not None) == TEMPLATES[name]
@@ -85,7 +85,7 @@ def _export(tmp_path):
     return Path(directory), find_converter(str(tmp_path / "convert_hf_to_gguf.py"), sys.executable)
 
 
-def test_the_converter_is_called_offline_and_its_file_stands_beside_a_modelfile(export, monkeypatch):
+def test_gguf_converter_is_called_offline_and_its_file_gets_a_modelfile(export, monkeypatch):
     directory, converter = export
     monkeypatch.setenv("PYTHONPATH", "/ours")
     file, lacking = write_gguf(directory, "mine", GgufType.q8_0, converter)
@@ -95,14 +95,14 @@ def test_the_converter_is_called_offline_and_its_file_stands_beside_a_modelfile(
     assert verify_gguf(file, GgufType.q8_0).startswith("not verified: transformers cannot read it")
 
 
-def test_a_converter_that_fails_is_told_with_its_last_words(export):
+def test_gguf_converter_that_fails_is_reported_with_its_last_words(export):
     directory, converter = export
     with pytest.raises(ShardtuneError, match=r"FooForCausalLM is not supported.*is whole.*--outtype bf16"):
         write_gguf(directory, "mine", GgufType.bf16, converter)
     assert not [*(directory / "gguf").iterdir()]
 
 
-def test_where_there_is_no_converter_nothing_is_fetched(tmp_path, monkeypatch):
+def test_gguf_without_a_converter_fetches_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     for named, python, said in (
         (None, None, "no convert-hf-to-gguf is found"),
@@ -116,7 +116,7 @@ def test_where_there_is_no_converter_nothing_is_fetched(tmp_path, monkeypatch):
 
 @pytest.mark.skipif("SHARDTUNE_GGUF_CONVERTER" not in os.environ, reason="needs llama.cpp's converter and its Python")
 @pytest.mark.parametrize("kind", GgufType)
-def test_the_real_converters_file_computes_what_the_export_does(kind, tmp_path):
+def test_gguf_file_of_the_real_converter_computes_what_the_export_does(kind, tmp_path):
     """SHARDTUNE_GGUF_CONVERTER=<python>:<convert_hf_to_gguf.py>:<a model directory it knows>."""
     python, script, model = os.environ["SHARDTUNE_GGUF_CONVERTER"].split(":")
     directory = tmp_path / "tuned"

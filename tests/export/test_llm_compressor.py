@@ -49,7 +49,7 @@ def made(root, **shape):
     return directory
 
 
-def test_it_is_called_offline_with_rows_of_the_training_and_its_files_are_read_back(tmp_path, monkeypatch):
+def test_llm_compressor_is_called_offline_with_training_rows_and_its_files_are_read_back(tmp_path, monkeypatch):
     import json
 
     directory, python = made(tmp_path), tmp_path / "python"
@@ -88,7 +88,7 @@ def test_it_is_called_offline_with_rows_of_the_training_and_its_files_are_read_b
         ({"bits.python": "true"}, "goes with bits=llmcompressor_"),
     ],
 )
-def test_what_does_not_go_is_told_before_anything_is_written(words, said, monkeypatch, tmp_path):
+def test_llm_compressor_refuses_unsuitable_exports_before_anything_is_written(words, said, monkeypatch, tmp_path):
     from trainer.config.run import RunConfig
 
     monkeypatch.setattr(quantised, "missing_library", lambda kit: None)
@@ -105,7 +105,7 @@ def test_what_does_not_go_is_told_before_anything_is_written(words, said, monkey
     reason="needs llm-compressor's Python (SHARDTUNE_LLM_COMPRESSOR) and compressed-tensors here",
 )
 @pytest.mark.parametrize("kind", [kind for kind in FewBits if kind.stored_by_other_python])
-def test_what_the_real_one_stores_has_the_values_of_its_scheme(tmp_path, kind):
+def test_llm_compressor_stores_the_values_of_its_scheme(tmp_path, kind):
     directory = made(tmp_path, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
     rows = [list(range(5, 5 + size)) for size in (30, 200, 90, 9)]
     compressor = Compressor(find_python(os.environ["SHARDTUNE_LLM_COMPRESSOR"]), rows)

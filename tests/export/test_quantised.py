@@ -56,7 +56,7 @@ def nvfp4(weights):
 
 
 @pytest.mark.parametrize(("kind", "by_hand"), [(FewBits.torchao_int8, eight_bits), (FewBits.torchao_nvfp4, nvfp4)])
-def test_values_are_those_of_the_scheme_and_the_cost_is_that_of_the_files(export, samples, kind, by_hand):
+def test_quantised_export_has_the_values_of_its_scheme_and_the_cost_of_its_files(export, samples, kind, by_hand):
     folder, cost = write_few_bits(export, kind, samples, "held-out")
     plain, read = (AutoModelForCausalLM.from_pretrained(each).eval() for each in (export, folder))
     stored, mine = (
@@ -83,7 +83,7 @@ def test_values_are_those_of_the_scheme_and_the_cost_is_that_of_the_files(export
     assert (folder / "tokenizer.json").is_file()
 
 
-def test_files_that_compute_something_else_are_not_written(export, samples, monkeypatch):
+def test_quantised_export_that_computes_something_else_is_not_written(export, samples, monkeypatch):
     load = quantised._load_model
 
     def damaged(directory, **how):
@@ -106,7 +106,7 @@ def test_files_that_compute_something_else_are_not_written(export, samples, monk
         ("gpt2", {}, FewBits.torchao_int8, "stores none of its matrices in few bits"),
     ],
 )
-def test_a_model_that_cannot_be_stored_so_is_told(tmp_path, samples, architecture, shape, kind, told):
+def test_quantised_export_of_an_unsuitable_model_is_refused(tmp_path, samples, architecture, shape, kind, told):
     directory = made(tmp_path / "m", architecture, **shape)
     with pytest.raises(
         ShardtuneError, match=rf"bits={kind}: torchao cannot store this model so \(.*{told}.*another type"

@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     return model, logits, choices, directory
 
 
-def test_nearly_tied_experts_are_held(trained):
+def test_routing_choices_of_nearly_tied_experts_are_kept_in_verification(trained):
     _, logits, choices, directory = trained
     with pytest.raises(DriftError, match="does not compute what was trained"):
         verify_export(directory, token_ids=IDS, reference=logits)
@@ -36,7 +36,7 @@ def test_nearly_tied_experts_are_held(trained):
     assert found.held_choices > 0 and f"{found.held_choices} of which rounding would change" in str(found)
 
 
-def test_an_expert_that_is_another_is_found_all_the_same(trained, tmp_path):
+def test_routing_choices_do_not_hide_swapped_experts(trained, tmp_path):
     _, logits, choices, directory = trained
     broken = load_export(directory).to(torch.bfloat16)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_an_expert_that_is_another_is_found_all_the_same(trained, tmp_path):
         verify_export(tmp_path, token_ids=IDS, reference=logits, choices=choices)
 
 
-def test_another_sequence_of_choices_is_not_kept_to():
+def test_routing_choices_of_another_sequence_are_not_applied():
     with Choices() as choices:
         torch.arange(6.0).view(2, 3).topk(2)
     with KeptChoices(choices) as kept:

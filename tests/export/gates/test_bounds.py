@@ -22,14 +22,14 @@ from trainer.export.gates.bounds import Bound, parse_bound, problems, read_word
         ("<-1", -2, 0),
     ],
 )
-def test_a_bound_holds_on_its_side_alone(written, passes, fails):
+def test_gate_bound_holds_on_its_side_alone(written, passes, fails):
     bound = parse_bound("m", written)
     assert bound is not None and bound.holds(passes) and not bound.holds(fails) and not bound.holds(math.nan)
     assert bound.badness(fails) > bound.badness(passes)
 
 
 @pytest.mark.parametrize("word", ["about 2", "<", "<2.1.1", True, None, [1], "<inf", "2<"])
-def test_what_is_no_bound_is_told_with_what_one_is(word):
+def test_gate_word_that_is_no_bound_is_refused_with_an_example(word):
     (line,) = problems({"eval/loss": word})
     assert line.startswith(f"gates: eval/loss: {word}") and '"<2.1"' in line
 
@@ -59,13 +59,13 @@ def words(tmp_path, monkeypatch):
     return ["model.path=m", "data.path=train.jsonl", "data.eval_share=0.1", "budget.steps=1", *facts]
 
 
-def test_gates_do_not_make_another_run_of_it(words):
+def test_gates_do_not_change_the_identity_of_the_run(words):
     gated = compose([*words, 'gates={eval/loss: "<2.1"}', "gates.memorised=0", 'gates.override="why"'])
     assert gated.config.gates == {"eval/loss": "<2.1", "memorised": "0", "override": "why"}
     assert gated.sha256 == compose(words).sha256
 
 
-def test_every_problem_of_gates_is_told_when_the_run_is_composed(words):
+def test_gates_problems_are_all_reported_when_the_run_is_composed(words):
     with pytest.raises(ConfigError) as error:
         compose([*words, "gates={eval/facts/exact_mach: '>0.5', eval/loss: good}", "gates.override="])
     said = str(error.value)
@@ -76,5 +76,5 @@ def test_every_problem_of_gates_is_told_when_the_run_is_composed(words):
     compose([*words, "gates={bias/gap: '<0.05', eval/facts/exact_match: '>0.5'}"])  # may be measured later
 
 
-def test_of_several_measurements_the_worst_one_is_told():
+def test_gate_judges_the_worst_of_several_measurements():
     assert Bound("m", "=", 0.0, "0").badness(-3) > Bound("m", "=", 0.0, "0").badness(2)

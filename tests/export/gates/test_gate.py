@@ -60,7 +60,7 @@ def record(run):
     return json.loads((run / "run.json").read_text())
 
 
-def test_a_run_whose_gates_say_no_writes_no_export_and_says_what_to_do(trained):
+def test_gate_that_fails_stops_the_export_and_says_what_to_do(trained):
     assert not (trained / "export").exists()
     log = next((trained / "logs").glob("rank-0*.log")).read_text()
     assert "not exported, since gates say no:" in log and f"then: shardtune export {trained}" in log
@@ -70,7 +70,7 @@ def test_a_run_whose_gates_say_no_writes_no_export_and_says_what_to_do(trained):
     assert gates["memorised"]["value"] is None
 
 
-def test_every_reason_is_given_with_value_bound_and_place_or_the_command_that_measures_it(run, capsys):
+def test_gate_reasons_have_value_bound_and_place_or_the_command_that_measures_it(run, capsys):
     assert export(run) == 69
     said = capsys.readouterr().err
     loss = record(run)["outcome"]["after"]["eval/loss"]
@@ -80,7 +80,7 @@ def test_every_reason_is_given_with_value_bound_and_place_or_the_command_that_me
     assert "2 of 3 gates say no" in said and not (run.parent / "to").exists()
 
 
-def test_with_an_override_it_is_exported_and_the_reason_stands_in_card_and_record(run, capsys):
+def test_gate_override_exports_and_is_written_into_card_and_record(run, capsys):
     assert export(run, 'gates.override="agreed with the clinic"') == 0
     assert "gate passed over (agreed with the clinic): eval/loss" in capsys.readouterr().out
     card = (run.parent / "to" / "README.md").read_text()
@@ -90,7 +90,7 @@ def test_with_an_override_it_is_exported_and_the_reason_stands_in_card_and_recor
     assert [gate["passed"] for gate in noted["gates"]] == [False, True, False]
 
 
-def test_what_was_measured_of_other_weights_does_not_count(run, capsys):
+def test_gate_ignores_measurements_of_other_weights(run, capsys):
     assert export(run, "checkpoint=2") == 69
     said = capsys.readouterr().err
     assert "general/loss:" in said and "belongs to other weights than step 2 and does not count" in said
@@ -102,7 +102,7 @@ def test_what_was_measured_of_other_weights_does_not_count(run, capsys):
     assert export(run) == 69 and "general/loss:" in capsys.readouterr().err
 
 
-def test_forgetting_is_the_share_by_which_the_base_was_better(run, capsys):
+def test_gate_forgetting_is_the_share_by_which_the_base_was_better(run, capsys):
     assert export(run, 'gates={forgetting: "<-99%"}') == 69
     said = capsys.readouterr().err
     (report,) = (run / "reports").glob("*.json")
@@ -112,13 +112,13 @@ def test_forgetting_is_the_share_by_which_the_base_was_better(run, capsys):
     assert f"forgetting: {worse:.4g} [" in said and "(general/forgetting), must be below -99%" in said
 
 
-def test_a_gate_of_the_run_cannot_be_loosened_at_its_export(run, capsys):
+def test_gate_of_the_run_cannot_be_loosened_at_its_export(run, capsys):
     assert export(run, 'gates={eval/loss: "<100"}') == 64
     assert "the run has <0.1, which stays" in capsys.readouterr().err
     assert main(["export", str(run), "gates.eval/loss=low"]) == 64
     assert "gates: eval/loss: low: must be" in capsys.readouterr().err
 
 
-def test_a_name_that_nothing_has_is_answered_with_those_there_are(run, capsys):
+def test_gate_on_an_unknown_metric_suggests_known_ones(run, capsys):
     assert export(run, 'gates={general/los: "<1"}') == 69
     assert "did you mean general/loss?" in capsys.readouterr().err
