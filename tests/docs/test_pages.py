@@ -147,7 +147,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         compose([values[min(number, len(values) - 1)] for values in choices])
 
 
-def test_commands_were_found():
+def test_commands_shown_in_the_pages_were_found():
     assert sum(page.name == "README.md" for page, _ in SHOWN) >= 4
     assert {words[0] for _, words in SHOWN} == set(STARTERS)
 
@@ -218,7 +218,7 @@ def test_quoted_messages_exist_in_the_code():
     assert not missing
 
 
-def test_the_tables_of_plans_are_those_of_the_results():
+def test_planning_tables_of_the_page_are_those_of_the_results():
     written = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "docs" / "make_planning.py"))["page"]() == written, (
         "run: python docs/make_planning.py"

@@ -5,7 +5,7 @@ import pytest
 WORDS = ["batch.global=8", "batch.micro=2", "budget.steps=6", "checkpoint.every_steps=1", "checkpoint.background=false"]
 
 
-def test_another_number_of_ranks_and_another_strategy_need_no_word(runs, little):
+def test_elastic_run_resumes_on_other_ranks_and_strategies_without_a_setting(runs, little):
     assert runs.run_here("elastic-alone", *WORDS)[0] == 0
     little(1, holds=0, since=4)  # what ends it does not matter
     code, said = runs.run_here("elastic", *WORDS, "strategy=fsdp2", "launcher.processes=2")

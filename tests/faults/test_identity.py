@@ -42,7 +42,7 @@ def replace_weights(model):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def test_another_run_is_refused_with_what_differs_or_accepted_and_recorded(runs, own):
+def test_identity_of_another_run_is_refused_with_the_differences_or_accepted_and_recorded(runs, own):
     state = f"run.resume={runs.root / 'whole' / 'checkpoints' / 'step-000004'}"
     longer = [word for word in own if not word.startswith("budget")] + ["budget.steps=6", state]
     # Where and how fast it is computed, and how long, may change.
@@ -79,7 +79,7 @@ def test_another_run_is_refused_with_what_differs_or_accepted_and_recorded(runs,
     assert json.loads((runs.root / "another" / "run.json").read_text())["accepted"] == accepted
 
 
-def test_a_flipped_bit_in_prepared_tokens_is_found_before_training(runs):
+def test_identity_check_finds_a_flipped_bit_in_prepared_tokens_before_training(runs):
     words = ["budget.steps=2", f"data.cache_dir={runs.root / 'flipped'}"]
     code, said = runs.run_here("before", *words)
     assert code == 0, said
@@ -91,7 +91,7 @@ def test_a_flipped_bit_in_prepared_tokens_is_found_before_training(runs):
     assert (code, "tokens.bin: does not have the bytes that were prepared" in said) == (65, True), said
 
 
-def test_every_group_says_what_may_change_when_a_run_is_resumed():
+def test_identity_of_every_settings_group_says_what_may_change_at_a_resume():
     silent = [key for key, traits in traits_by_key().items() if "." not in key and traits.resume is None]
     assert silent == [], "say at these fields of RunConfig which kind of change another value is, or FREE: resume=..."
     kinds = {key: kind_of(key) for key in flat(plain(RunConfig()))}
@@ -105,7 +105,7 @@ def test_every_group_says_what_may_change_when_a_run_is_resumed():
         kind_of("invented.setting")
 
 
-def test_ranks_with_another_version_or_clone_are_named():
+def test_identity_of_ranks_with_another_version_or_clone_is_named():
     here = {kind: {} for kind in KINDS} | {"versions": {"torch": "2.13"}, "base": {"model": "1"}}
     here["code"] = {"source": "1"}
     other = here | {"versions": {"torch": "2.12"}, "base": {}, "code": {}}  # only one rank a host reads files
@@ -158,7 +158,7 @@ class TwoRanks:
         ("read", ConfigError, "run.accept="),
     ],
 )
-def test_what_fails_on_rank_0_alone_fails_alike_on_all(tmp_path, monkeypatch, broken, kind, said):
+def test_identity_error_on_rank_0_fails_alike_on_all_ranks(tmp_path, monkeypatch, broken, kind, said):
     def found(*_, files):
         if files and broken == "base":
             raise FileNotFoundError(2, "No such file or directory", "model.safetensors")
@@ -185,7 +185,7 @@ def test_source_and_base_are_read_once_a_host(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["null", "[]", '{"data": 3}', '{"accepted": 3}', "{", None])
-def test_an_identity_that_says_nothing_is_refused_or_accepted_as_unknown(tmp_path, monkeypatch, content):
+def test_identity_file_that_is_empty_is_refused_or_accepted_as_unknown(tmp_path, monkeypatch, content):
     monkeypatch.setattr(identity, "_run_of_checkpoint", lambda *_: tmp_path)
     if content is not None:
         (tmp_path / "identity.json").write_text(content)
@@ -198,7 +198,7 @@ def test_an_identity_that_says_nothing_is_refused_or_accepted_as_unknown(tmp_pat
     ]
 
 
-def test_the_source_decides_its_digest(tmp_path, monkeypatch):
+def test_identity_digest_depends_on_the_source(tmp_path, monkeypatch):
     nothing = hashlib.sha256().hexdigest()
     assert not nothing.startswith(source_digest()), "no source was read"  # where the module really lies
     (tmp_path / "trainer").mkdir()
@@ -210,7 +210,7 @@ def test_the_source_decides_its_digest(tmp_path, monkeypatch):
     assert digests[0] == digests[2] != digests[1]
 
 
-def test_large_files_are_sampled_and_small_ones_read_whole(tmp_path):
+def test_identity_samples_large_files_and_reads_small_ones_completely(tmp_path):
     path = tmp_path / "file"
     small = bytearray(BLOCK_BYTES * MAX_BLOCKS)
     large = bytearray(3 * BLOCK_BYTES * MAX_BLOCKS)
@@ -226,7 +226,7 @@ def test_large_files_are_sampled_and_small_ones_read_whole(tmp_path):
     assert sampled_digest(path) != whole
 
 
-def test_a_setting_that_an_earlier_version_did_not_know_counts_as_its_default(monkeypatch):
+def test_identity_setting_unknown_to_an_earlier_version_counts_as_its_default(monkeypatch):
     """A run of that version goes on, unless the setting now has another value than the default."""
     monkeypatch.setattr(identity, "base_files", lambda config: {})
     config = RunConfig()

@@ -24,7 +24,7 @@ def forks():
 
 
 @pytest.mark.parametrize("strategy", RANKS if EVERYTHING else ["single"])
-def test_no_kill_tears_a_checkpoint_loses_one_or_changes_a_curve(runs, forks, strategy):
+def test_kills_at_random_moments_tear_and_lose_no_checkpoint_and_change_no_curve(runs, forks, strategy):
     """By what is in the directory before and after each start, and by the bytes of a run that was left alone."""
     campaign = Campaign(runs, strategy, random.Random(f"{SEED} {strategy}"), forks)
     rows, weights = campaign.expected

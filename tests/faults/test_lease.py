@@ -26,7 +26,7 @@ def test_a_second_run_on_this_host_is_refused_though_the_clock_went_back(runs):
 
 @whole("what refuses it is shown below, and what a refused run says above")
 @pytest.mark.skipif(not can_be_elsewhere(), reason="needs the right to make namespaces")
-def test_another_host_is_refused_while_the_owner_lives(runs):
+def test_lease_refuses_another_host_while_the_owner_lives(runs):
     first = runs.start("shared", "run.lease_s=5")
     runs.wait_for_step("shared", 1, first)
     assert runs.end(start_elsewhere(runs, "refused", "shared", "run.lease_s=5")) == 64
@@ -35,7 +35,7 @@ def test_another_host_is_refused_while_the_owner_lives(runs):
 
 
 @pytest.mark.skipif(not can_be_elsewhere(), reason="needs the right to make namespaces")
-def test_another_host_takes_over_when_the_owner_is_silent(runs):
+def test_lease_is_taken_over_by_another_host_when_the_owner_is_silent(runs):
     words = ["run.lease_s=5"]
     first = runs.start("shared", *words)
     runs.wait_for_step("shared", 1, first)
@@ -55,7 +55,7 @@ def test_another_host_takes_over_when_the_owner_is_silent(runs):
     assert steps == list(range(1, len(steps) + 1)), "rows of two runs"
 
 
-def test_who_was_taken_over_while_data_is_prepared_leaves_the_records_to_the_new_owner(runs):
+def test_lease_lost_while_data_is_prepared_leaves_the_records_to_the_new_owner(runs):
     with runs.data_held() as word:
         started = {"alone": runs.start("alone", word, "run.lease_s=5")}
         started |= zip(

@@ -15,7 +15,7 @@ if reason := ssh_hosts.missing_networks():
     pytest.skip(reason, allow_module_level=True)
 
 
-def test_one_process_needs_no_network_and_a_strategy_of_several_says_that_it_does(runs):
+def test_network_is_not_needed_by_one_process_and_named_by_a_strategy_of_several(runs):
     nothing = {"PYTHONPATH": f"{ROOT / 'tests' / 'faults' / 'alone'}:{ROOT}"}
     single = runs.start("single-alone", "budget.steps=2", "export.at_end=true", paced=False, **nothing)
     sharded = runs.start("sharded-alone", "budget.steps=2", "strategy=fsdp2", paced=False, **nothing)
@@ -28,7 +28,7 @@ def test_one_process_needs_no_network_and_a_strategy_of_several_says_that_it_doe
 
 
 @whole("tests/strategies/test_heartbeat.py stops the store's process, which a link that is down is alike")
-def test_a_link_that_goes_down_ends_both_hosts_by_the_timeout(runs, tmp_path):
+def test_network_link_that_goes_down_ends_both_hosts_by_the_timeout(runs, tmp_path):
     with ssh_hosts.two_networks(tmp_path) as hosts:
         place = f"launcher.rdzv={hosts.address(0)}:{free_port()}"
         words = ["strategy=ddp", "launcher.nodes=2", "launcher.processes=1", place, "run.timeout_s=20"]

@@ -101,7 +101,9 @@ def test_under_slurm_a_rank_killed_for_memory_is_named_and_not_requeued(runs, gr
 
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("launcher", [None, "4711"])
-def test_what_a_peer_took_for_a_lost_node_is_corrected(tmp_path, monkeypatch, capsys, memory, launcher):
+def test_out_of_memory_rank_that_a_peer_took_for_a_lost_node_is_corrected(
+    tmp_path, monkeypatch, capsys, memory, launcher
+):
     seen = SignOfLife(rank=1, host="n2", pid=7, phase="training", step=9, count=3)
     silent = SilentRank(seen, hung=False, since_s=3, error_line="Connection closed by peer")
     record_failure(tmp_path, 1, silent, "training", 9, gone=True, retry="node_fail")
@@ -122,7 +124,7 @@ def test_what_a_peer_took_for_a_lost_node_is_corrected(tmp_path, monkeypatch, ca
     assert read_status(tmp_path).get("state") == ("failed" if launcher is None else None)
 
 
-def test_kills_are_counted_in_the_own_control_group_else_on_the_host(tmp_path, monkeypatch):
+def test_out_of_memory_kills_are_counted_in_the_control_group_or_on_the_host(tmp_path, monkeypatch):
     host, groups, membership = tmp_path / "vmstat", tmp_path / "cgroup", tmp_path / "membership"
     for name, path in (("_HOST_COUNTERS", host), ("_CGROUPS", groups), ("_CGROUP_OF_PROCESS", membership)):
         monkeypatch.setattr(runtime, name, path)
@@ -137,7 +139,7 @@ def test_kills_are_counted_in_the_own_control_group_else_on_the_host(tmp_path, m
     assert runtime.out_of_memory_kills() == 2
 
 
-def test_a_reason_goes_on_behind_a_colon():
+def test_failure_reason_includes_the_line_after_a_heading():
     """Some messages begin with a heading, which alone says nothing."""
     text = (
         "the data cannot be used, of 8 rows:\n  bad.jsonl:1: messages is no list\n  bad.jsonl:2: messages is no list\n"

@@ -13,7 +13,7 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def test_numbers_that_are_not_finite_are_null_and_named_alike_under_every_strategy(runs):
+def test_metrics_that_are_not_finite_are_null_and_named_alike_under_every_strategy(runs):
     shown = {}
     for strategy in ("single", "zero2"):
         words = [

@@ -20,7 +20,7 @@ RANKS = {"one": ["launcher.processes=1"], "two": ["launcher.processes=2", "strat
 
 
 @pytest.mark.parametrize("ranks", list(RANKS)[: None if EVERYTHING else 1])
-def test_a_purge_costs_nothing_and_a_renamed_run_is_saved_where_it_is_now(runs, ranks):
+def test_moved_run_is_saved_where_it_is_now_and_a_purge_costs_nothing(runs, ranks):
     words = [*RANKS[ranks], *WORDS]
     old, new = runs.root / f"{ranks}-old", runs.root / f"{ranks}-new"
     process = runs.start(old.name, *words, ranks=True, **runs.held_at(old.name, 3))
@@ -46,7 +46,7 @@ def test_a_purge_costs_nothing_and_a_renamed_run_is_saved_where_it_is_now(runs, 
     assert code == 0 and f"resumed from step-{step:06d}" in said
 
 
-def test_a_deleted_run_says_that_it_was_deleted(runs):
+def test_deleted_run_says_that_it_was_deleted(runs):
     gone = runs.root / "gone"
     process = runs.start(gone.name, *WORDS, **runs.held_at(gone.name, 2))
     runs.wait_for_step(gone.name, 2, process)

@@ -37,7 +37,7 @@ def test_a_rank_out_of_memory_is_healed_by_half_the_micro_batch(runs, little, mo
     assert [row["step"] for row in runs.rows("healed")] == [1, 2, 3, 4, 5]
 
 
-def test_where_nothing_is_left_to_halve_the_run_ends_with_its_message(runs, little):
+def test_out_of_memory_with_nothing_left_to_halve_ends_with_its_message(runs, little):
     little(0, holds=0, since=1)
     words = [
         "launcher.processes=1",
@@ -65,7 +65,7 @@ def test_where_nothing_is_left_to_halve_the_run_ends_with_its_message(runs, litt
         ("auto -> 6", [3, 1, None], ["auto -> 3 (planned 2.00 of 3.00 GiB; 6 ran out of memory at step 3)"]),
     ],
 )
-def test_what_was_asked_and_all_that_led_here_is_noted(runs, asked, lowered, notes):
+def test_out_of_memory_retry_notes_the_asked_and_all_tried_micro_batches(runs, asked, lowered, notes):
     name = asked.replace(" -> ", "-")
     micro = asked.rpartition(" ")[2]
     words = runs.words(name, "batch.global=72", f"batch.micro={asked.partition(' ')[0]}")[4:]

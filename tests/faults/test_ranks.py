@@ -59,7 +59,7 @@ def stopped(tmp_path_factory):
         runs.close()
 
 
-def test_a_run_goes_on_by_itself_after_a_killed_rank(runs, stopped):
+def test_run_is_started_again_after_a_killed_rank(runs, stopped):
     """By torchrun, which starts the ranks of both starts; the one that was stopped waits meanwhile."""
     process = begun(runs, "launcher.retry={preempted: 1, node_fail: 1}")
     first = rank_of(process.pid, 0)
@@ -97,7 +97,7 @@ def named(runs, name, started, pid, said):
 
 
 @whole("a run that goes on by itself shows it, too")
-def test_under_torchrun_a_success_removes_what_an_earlier_attempt_left(runs):
+def test_failure_record_of_an_earlier_attempt_is_removed_by_a_success_under_torchrun(runs):
     (runs.root / "plain").mkdir()
     record_failure(runs.root / "plain", 1, RuntimeError("of an earlier attempt"), "training")
     command = [
@@ -143,7 +143,7 @@ def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [each.name for each in tmp_path.iterdir()] == ["failure.json"]
 
 
-def test_only_a_rank_that_does_not_count_on_is_the_cause(monkeypatch):
+def test_failure_cause_is_only_a_rank_whose_count_stands_still(monkeypatch):
     """In a time of its own: whoever looks does so until all that live have counted on, as a busy machine may not let them."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     over, stands, looked = threading.Event(), threading.Event(), []
@@ -222,7 +222,7 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
     )
 
 
-def test_what_waits_is_told_before_nccl_ends_the_process(tmp_path, monkeypatch):
+def test_failure_of_a_waiting_exchange_is_recorded_before_nccl_ends_the_process(tmp_path, monkeypatch):
     """Its watchdog aborts, and no error is raised; under gloo there is one. What was told stands when the process is found."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     now, told = [exchange(12, 5.0)], []
@@ -256,7 +256,7 @@ def test_what_waits_is_told_before_nccl_ends_the_process(tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def test_both_recorders_of_a_build_for_gpus_are_read(monkeypatch):
+def test_flight_recorders_of_gloo_and_nccl_are_both_read(monkeypatch):
     """NCCL's exchanges are not among gloo's."""
 
     def entry(number: int, by: str, created: int, retired: bool) -> dict:
@@ -282,7 +282,7 @@ def test_both_recorders_of_a_build_for_gpus_are_read(monkeypatch):
     assert flight_recorder.last_exchange().counter == ("default_pg", "gloo")
 
 
-def test_who_asks_where_all_are_has_said_it_of_itself(tmp_path, monkeypatch):
+def test_rank_that_asks_where_all_are_has_reported_its_own_place(tmp_path, monkeypatch):
     """Its own beat was late on a busy host, and its exchange, for which it had waited, was missing in failure.json."""
 
     def state():
@@ -328,7 +328,7 @@ time.sleep(3600)
 """
 
 
-def test_a_rank_outlives_being_asked_where_it_is_while_its_threads_run(tmp_path):
+def test_rank_survives_being_asked_where_it_is_while_its_threads_run(tmp_path):
     """Another thread's frames, read in the handler of a signal, ended it by SIGSEGV: at times a stopped rank that was woken."""
     command = [sys.executable, "-c", BUSY, str(tmp_path / "rank-1.stacks")]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -363,7 +363,7 @@ def test_the_exchanges_of_this_process_are_read_without_a_pickle():
     assert (last.what, last.sizes, last.waits_s) == ("gloo:all_reduce", [[4, 2]], None) and last.number >= 2
 
 
-def test_a_killed_rank_has_its_phase_and_step_also_where_no_peer_could_tell(tmp_path, monkeypatch):
+def test_killed_rank_has_its_phase_and_step_also_where_no_peer_saw_it(tmp_path, monkeypatch):
     monkeypatch.setenv(LAST_WORDS, str(tmp_path))
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     monkeypatch.setenv("SHARDTUNE_LAUNCHER", "1")

@@ -14,7 +14,7 @@ STEPS = 12
 
 
 @whole("the same is started again after a killed rank in test_ranks.py, and USR2 is the cause of it below")
-def test_a_run_goes_on_by_itself_after_usr2(runs):
+def test_run_is_started_again_after_usr2(runs):
     process = begun(runs, "launcher.retry={preempted: 1}")
     process.send_signal(signal.SIGUSR2)
     wait(lambda: "started again (preempted; 0 more times)" in runs.said("again"), "the second start", process)
@@ -67,7 +67,7 @@ def test_a_cause_to_start_again_is_never_seen_after_term_or_ctrl_c(tmp_path, cod
 
 
 @pytest.mark.parametrize(("step", "code"), [(None, 70), (7, 75)])
-def test_a_rank_killed_before_training_is_the_cause_though_its_peers_were_asked_to_stop(tmp_path, capsys, step, code):
+def test_rank_killed_before_training_is_the_cause_though_its_peers_were_stopped(tmp_path, capsys, step, code):
     """torchrun ends them with SIGTERM. Once something was saved, the stop is what counts."""
     before = state_before_start(tmp_path)
     write_status(tmp_path, State.preempted, step=step)

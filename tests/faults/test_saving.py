@@ -38,7 +38,7 @@ def words(site):
     return [*LENGTH, f"data.eval_path={site.root / 'eval.jsonl'}", "evaluation.every_steps=5", "export.at_end=true"]
 
 
-def test_killed_while_saving_and_before_its_export_has_a_name(runs, words):
+def test_killed_while_saving_and_before_its_export_is_named_by_the_phase(runs, words):
     code, said = runs.run_here("left-alone", *words)
     assert code == 0, said
     code, said = runs.run("killed", *words, **faulty("amid step-000004"))
@@ -72,7 +72,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(runs):
     assert code == 74 and "checkpoints: cannot be listed (Input/output error" in said and "Traceback" not in said, said
 
 
-def test_a_disk_that_is_full_in_the_middle_of_training_is_told_as_that(runs):
+def test_disk_that_is_full_in_the_middle_of_training_is_named_as_the_cause(runs):
     code, said = runs.run("crowded", "budget.steps=4", "checkpoint.save_final=false", **faulty("crowded 2"))
     last = said.strip().splitlines()[-1]
     assert code == 74 and "Traceback" not in said and "metrics.jsonl: cannot be written" in last, said
@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_in_the_middle_of_training_is_told_as_that(runs):
     assert not (runs.root / "crowded" / "failure.json").exists() and len(runs.rows("crowded")) == 2
 
 
-def test_what_begins_from_another_run_goes_on_from_its_own_when_the_same_words_come_again(runs):
+def test_resume_from_another_run_goes_on_from_its_own_checkpoint_when_repeated(runs):
     """As of a job that is requeued: it went back to the start of its branch and moved what it had made away."""
     assert runs.run_here("origin", "budget.steps=2")[0] == 0
     words = [f"run.resume={runs.root / 'origin' / 'checkpoints' / 'step-000002'}"]

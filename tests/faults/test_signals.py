@@ -15,7 +15,7 @@ from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 
 
-def test_one_process_saves_at_every_signal(runs):
+def test_signals_save_a_run_of_one_process(runs):
     # One whose libraries start their threads when they are loaded, as of a user; the others train when it has ended.
     flooded = runs.start("flooded", "run.threads=0", "tuning=full", paced=False, own=True)
     runs.wait_for_step("flooded", 3, flooded)
@@ -57,7 +57,7 @@ print(signal.SIGHUP in SIGNALS)
 """
 
 
-def test_a_terminal_that_closes_asks_to_save_but_under_nohup():
+def test_signal_of_a_closing_terminal_asks_to_save_but_under_nohup():
     for disposition, asks in (("SIG_DFL", "True"), ("SIG_IGN", "False")):
         words = [sys.executable, "-c", TERMINAL.format(disposition)]
         assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == asks
@@ -105,14 +105,14 @@ assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # held to
 """
 
 
-def test_what_waits_for_signals_cannot_be_lost_and_a_second_ctrl_c_ends_at_once():
+def test_signal_wait_loses_no_signal_and_a_second_ctrl_c_ends_at_once():
     done = subprocess.run(
         [sys.executable, "-c", BY_ITSELF], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "ended at once\n"), done.stderr
 
 
-def test_a_signal_to_one_rank_while_data_is_prepared_stops_all(runs):
+def test_signal_to_one_rank_while_data_is_prepared_stops_all(runs):
     with runs.data_held() as word:
         process = runs.start("early", word, "strategy=ddp", "launcher.processes=2", ranks=True)
         wait(lambda: runs.said("early").count("waiting for another process") == 2, "both ranks wait", process)
@@ -131,7 +131,7 @@ def stuck(runs, name, function, **extra):
     return mark, {**path, "STUCK_IN": function, "STUCK_MARK": str(mark), **extra}
 
 
-def test_a_process_stuck_in_native_code_before_training_ends_when_it_is_asked_to(runs):
+def test_signal_ends_a_process_stuck_in_native_code_before_training(runs):
     """Nothing is saved before training: who asks does not wait for a library that loads, or never comes back."""
     alone_mark, alone_fault = stuck(runs, "stuck-alone", "load_tokenizer")
     alone = runs.start("stuck-alone", paced=False, **alone_fault)
@@ -159,7 +159,7 @@ def until_decided(store):
     wait(lambda: store.check([DECISION]), "a decision")
 
 
-def test_ranks_decide_once_whether_they_go_on():
+def test_signal_decision_whether_to_start_training_is_made_once_for_all_ranks():
     def meet(told, *, slow=lambda store: None):
         """What two ranks decide: rank 0 is ready and asks `told`; rank 1 prepares until `slow` returns."""
         store, answers = dist.HashStore(), {}

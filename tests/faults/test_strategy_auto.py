@@ -16,7 +16,7 @@ from trainer.reporting.status import record_failure
 WORDS = ["launcher.processes=2", "batch.global=8", "batch.micro=4", "budget.steps=2"]
 
 
-def test_where_memory_runs_out_the_next_is_taken_and_the_run_is_as_if_told(runs, little, monkeypatch):
+def test_strategy_auto_takes_the_next_where_memory_runs_out_and_trains_as_if_typed(runs, little, monkeypatch):
     """DDP finds no memory on either rank; what was tried before leaves nothing behind."""
     little(-1, holds=0, since=1)
     monkeypatch.setenv("LITTLE_UNDER", "ddp")
@@ -36,7 +36,7 @@ def test_where_memory_runs_out_the_next_is_taken_and_the_run_is_as_if_told(runs,
     assert runs.curve("chosen") == runs.curve("told") != []
 
 
-def test_a_rank_that_runs_out_alone_is_not_tried_again_where_a_new_start_is_asked_for(runs):
+def test_strategy_auto_asks_for_a_new_start_when_one_rank_alone_runs_out(runs):
     """The launcher writes down what was tried; the run stays the one that was asked for."""
     words = runs.words("auto-again", "strategy=auto", *WORDS)[4:]
     run_dir = freeze(compose(words), runs.root / "auto-again")
@@ -57,7 +57,7 @@ def test_a_rank_that_runs_out_alone_is_not_tried_again_where_a_new_start_is_aske
         assert frozen.strategy.name == "auto"
 
 
-def test_a_strategy_that_is_typed_later_takes_the_place_of_the_choice(runs):
+def test_strategy_auto_choice_is_replaced_by_a_strategy_typed_later(runs):
     words = runs.words("typed", "strategy=auto", *WORDS)[4:]
     run_dir = freeze(compose(words), runs.root / "typed")
     told = compose([*(word for word in words if word != "strategy=auto"), "strategy=fsdp2"])
@@ -72,11 +72,11 @@ def test_a_strategy_that_is_typed_later_takes_the_place_of_the_choice(runs):
         (["budget.steps=0"], "budget.steps=0: "),
     ],
 )
-def test_what_no_strategy_can_run_is_refused(runs, words, said):
+def test_strategy_auto_refuses_what_no_strategy_can_run(runs, words, said):
     with pytest.raises(ConfigError, match=said.replace("|", "[|]")):
         compose([*runs.words("bad", "strategy=auto", *WORDS)[4:], *words])
 
 
-def test_a_plan_looks_at_all_of_them(runs):
+def test_strategy_auto_in_a_plan_looks_at_all_strategies(runs):
     typed = planned([f"model.path={runs.model}", "strategy=auto"], card_named("NVIDIA A10G"))[1]
     assert "strategy" not in typed

@@ -56,7 +56,7 @@ def test_half_precision_tracks_fp32(tmp_path, runtime, precision):
         assert loss == pytest.approx(right, rel=1e-2)
 
 
-def test_this_gpu_is_what_its_driver_says(runtime):
+def test_gpu_is_described_as_by_its_driver(runtime):
     gpu = gpu_of(runtime.device)
     assert gpu.capability == torch.cuda.get_device_capability(runtime.device)
     assert resolve_precision(Precision.auto, runtime) is best_precision(gpu)
@@ -83,7 +83,7 @@ def test_an_average_follows_shards_that_are_pinned_on_the_host(tmp_path, runtime
         assert local.is_pinned() and local.data_ptr() == seen.data_ptr(), name
 
 
-def test_control_goes_over_the_host_and_memory_is_told(tmp_path, runtime):
+def test_gpu_control_messages_go_over_the_host_and_its_memory_is_reported(tmp_path, runtime):
     """One group for both: objects and flags of a job must not wait for the device."""
     assert torch.device("cpu") in runtime.control_group._device_types
     config = run_config(model_dir(tmp_path), "single", "full", micro=GLOBAL_BATCH // 2, steps=2)
@@ -159,7 +159,7 @@ def test_grouped_heads_and_windows_build_no_square(dtype):
 
 
 @pytest.mark.parametrize(("kv_heads", "window", "width"), [(4, None, 32), (2, None, 32), (2, 8, 32), (4, None, 16)])
-def test_varlen_kernel_equals_one_call_a_document(kv_heads, window, width):
+def test_varlen_kernel_equals_one_call_for_each_document(kv_heads, window, width):
     """The last has values narrower than queries and keys, as latent attention has."""
     torch.manual_seed(0)
     bounds = torch.tensor([0, 7, 40, 41, 64], dtype=torch.int32, device="cuda")
@@ -175,7 +175,7 @@ def test_varlen_kernel_equals_one_call_a_document(kv_heads, window, width):
 @pytest.mark.parametrize(
     ("kind", "kernel"), [("gpt_oss", flex.NAME), ("gemma2", flex.NAME), ("llama4_text", attention.NAME)]
 )
-def test_sinks_soft_caps_and_chunks_are_proven_here(kind, kernel):
+def test_flex_attention_proves_sinks_soft_caps_and_chunks_on_this_gpu(kind, kernel):
     """Through the kernel itself, in bf16."""
     flex.register()
     attention.register()

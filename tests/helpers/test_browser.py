@@ -1,7 +1,7 @@
 """The browser that pages are tested in sees what a page does wrong."""
 
 
-def test_a_page_that_asks_and_fails_is_seen(browser, tmp_path):
+def test_browser_reports_a_page_that_makes_requests_and_fails(browser, tmp_path):
     wrong = tmp_path / "wrong.html"
     wrong.write_text(
         "<title>t</title><button onclick=\"this.textContent='on'\">off</button>"

@@ -24,7 +24,7 @@ def test_every_value_of_every_axis_is_met():
     assert len(found) == 4
 
 
-def test_another_seed_is_another_choice_and_the_same_seed_the_same():
+def test_covering_differs_by_seed_and_is_the_same_for_the_same_seed():
     assert cover(WHOLE, pairs, seed=1) == cover(WHOLE, pairs, seed=1)
     assert len({str(cover(WHOLE, pairs, seed=seed)) for seed in range(5)}) > 1
 
@@ -33,7 +33,7 @@ def dear(case):
     return 9.0 if case[0] == "a" or case[1] == 3 else 1.0
 
 
-def test_of_coverings_the_cheapest_is_taken_and_what_is_given_is_not_proven_again():
+def test_covering_is_the_cheapest_and_given_cases_are_not_proven_again():
     """By hand: each value once, with the dear ones (a, 3) in one case where they may meet."""
     found = cover(WHOLE, values, cost=dear)
     assert set().union(*map(values, found)) == set().union(*map(values, WHOLE))
@@ -45,14 +45,14 @@ def test_of_coverings_the_cheapest_is_taken_and_what_is_given_is_not_proven_agai
     assert cover(given, values, given=given) == []
 
 
-def test_cases_left_out_are_counted_by_the_file_that_chose(monkeypatch):
+def test_covering_counts_left_out_cases_by_the_file_that_chose(monkeypatch):
     monkeypatch.setattr(covering, "EVERYTHING", False)
     monkeypatch.setattr(covering, "LEFT_OUT", {})
     taken = covering.chosen(WHOLE, pairs)
     assert {__file__: len(WHOLE) - len(taken)} == covering.LEFT_OUT
 
 
-def test_left_out_is_told_of_files_that_changed_or_import_what_changed(tmp_path, monkeypatch):
+def test_covering_reports_left_out_cases_of_changed_files_and_their_importers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in {"test_a": "from tests.parity.pairs import X\n", "test_b": "import os\n", "test_c": ""}.items():
         (tmp_path / f"{name}.py").write_text(text)

@@ -11,7 +11,7 @@ from tests.helpers import parallel
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_unit_is_a_file_or_a_room_that_starts_one_thing():
+def test_parallel_unit_is_a_file_or_a_room_that_shares_one_resource():
     assert parallel.unit_of("tests/losses/test_next_token.py::test_x[a/b::c@d]") == "tests/losses/test_next_token.py"
     assert parallel.unit_of("tests/slurm/test_script.py::test_x") == "tests/slurm"
     assert parallel.unit_of("tests/parity/test_bases.py::TestY::test_x") == "tests/parity"
@@ -37,7 +37,7 @@ def test_workers_are_as_many_as_cores_and_memory_allow(monkeypatch, cores, gib, 
     assert parallel.num_workers() == expected
 
 
-def test_the_memory_is_what_is_free_and_allowed(monkeypatch):
+def test_parallel_memory_is_what_is_free_and_allowed(monkeypatch):
     monkeypatch.setattr(parallel, "cgroup_memory", lambda: 1 << 20)
     assert parallel.memory() == 1 << 20
     monkeypatch.setattr(parallel, "cgroup_memory", lambda: None)

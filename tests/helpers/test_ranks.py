@@ -48,7 +48,7 @@ def test_a_test_that_is_broken_off_leaves_no_answer_to_the_next(ranks, monkeypat
     ("what", "said"),
     [("fail", "rank 1 does not like it"), ("die", "its last words"), ("hang", r"no answer within .* ranks \[1\]")],
 )
-def test_one_bad_case_is_one_failure(ranks, monkeypatch, what, said):
+def test_ranks_case_that_fails_is_one_failure_and_the_next_runs(ranks, monkeypatch, what, said):
     monkeypatch.setattr("tests.helpers.ranks.START_S", 20)
     _, pid = ranks.ask("echo")
     begun = time.monotonic()

@@ -8,7 +8,7 @@ from tests.faults.runs import Runs
 from tests.helpers.launching import SHARES, free_port
 
 
-def test_a_forked_run_leaves_what_a_run_leaves_and_a_failing_rank_its_reason(tmp_path):
+def test_warm_forked_run_leaves_what_a_run_leaves_and_a_failing_rank_its_reason(tmp_path):
     runs = Runs(tmp_path)
     two = ["launcher.processes=2", "strategy=ddp", "budget.steps=2"]
     code, said = runs.run_here("good", *two)
@@ -20,7 +20,7 @@ def test_a_forked_run_leaves_what_a_run_leaves_and_a_failing_rank_its_reason(tmp
 
 
 @pytest.mark.skipif(not Path("/proc/sys/net").exists(), reason="asks Linux")
-def test_the_port_at_which_ranks_meet_is_given_to_nobody_else(monkeypatch):
+def test_warm_rendezvous_port_is_given_to_nobody_else(monkeypatch):
     given_out = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
     for worker in ("gw0", "gw9"):
         monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
