@@ -113,7 +113,7 @@ def test_folding_help_loses_no_word():
     assert folded(f"  shardtune train {'key=value ' * 9}").splitlines()[0].endswith(" \\")
 
 
-def test_the_kinds_in_the_help_of_evaluate_are_those_of_the_registry():
+def test_help_of_evaluate_lists_the_registered_task_kinds():
     assert {kind: task.reads for kind, task in TASK_KINDS.items()} == KINDS_READ, (
         "launch/evaluate/kinds.py is to say the same"
     )
@@ -217,18 +217,18 @@ STEP = {"SLURM_JOB_ID": "100", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM
         (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),  # a step that was asked for one host
     ],
 )
-def test_the_environment_tells_workers_from_launchers(env, worker):
+def test_environment_tells_workers_from_launchers(env, worker):
     assert process_role.is_worker(env) is worker
 
 
 @pytest.mark.parametrize("left", [{"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}])
-def test_variables_left_over_from_a_rank_are_refused(left):
+def test_rank_variables_left_over_from_a_job_are_refused(left):
     with pytest.raises(ConfigError, match=r"MASTER_ADDR and MASTER_PORT, so left over from a job\? `unset RANK"):
         process_role.is_worker(left)
 
 
 @pytest.mark.parametrize("shell", [{"SLURM_STEP_ID": "4294967290"}, {"SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "41000"}])
-def test_a_shell_on_one_node_of_an_allocation_of_several_is_refused(shell):
+def test_slurm_shell_on_one_node_of_several_is_refused(shell):
     step = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
     with pytest.raises(
         ConfigError, match=r"in a terminal on one of 2 hosts only; start it with `srun --nodes=2 .*--overlap"
@@ -238,7 +238,7 @@ def test_a_shell_on_one_node_of_an_allocation_of_several_is_refused(shell):
 
 
 @pytest.mark.parametrize("extra", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}])
-def test_one_host_of_an_allocation_of_several_is_refused(extra):
+def test_slurm_start_outside_srun_on_one_of_several_hosts_is_refused(extra):
     with pytest.raises(ConfigError, match="outside srun"):
         process_role.is_worker({"SLURM_NNODES": "2", "SLURM_PROCID": "0", **extra})
 

@@ -75,7 +75,7 @@ def noted(run_dir):
     return None if resolution is None else str(resolution), in_record
 
 
-def test_a_run_keeps_the_library_of_its_first_start(root, tmp_path, monkeypatch, libraries, capfd):
+def test_matmul_library_of_the_first_start_is_kept_by_the_run(root, tmp_path, monkeypatch, libraries, capfd):
     """Its rows are those of a run that was left alone, also where a line of the file was damaged meanwhile.
 
     It failed one step after a checkpoint was begun beside training, which is not lost.
@@ -119,7 +119,9 @@ def test_a_run_keeps_the_library_of_its_first_start(root, tmp_path, monkeypatch,
     assert {choice.library for choice in libraries} == {Matmul.onednn}
 
 
-def test_a_host_that_cannot_keep_it_goes_on_with_blas_and_says_so(root, tmp_path, monkeypatch, libraries, capfd):
+def test_matmul_library_that_a_host_cannot_keep_is_replaced_by_blas_and_reported(
+    root, tmp_path, monkeypatch, libraries, capfd
+):
     """Then a word of the user's, which any start takes; left out at the next start, it is kept."""
     run = tmp_path / "run"
     on(monkeypatch, ZEN5)
@@ -144,7 +146,7 @@ def test_a_host_that_cannot_keep_it_goes_on_with_blas_and_says_so(root, tmp_path
         assert noted(run)[1] == note
 
 
-def test_the_points_of_a_comparison_have_one_library(root, tmp_path, monkeypatch, libraries, capfd):
+def test_matmul_library_is_one_for_the_points_of_a_comparison(root, tmp_path, monkeypatch, libraries, capfd):
     """The first point to start decides for those that other hosts start later."""
     points = tmp_path / "points"
     points.mkdir()

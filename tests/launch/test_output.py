@@ -87,7 +87,7 @@ def test_lists_without_titles_are_indented():
     assert max(map(len, lines)) <= 80
 
 
-def test_a_stream_of_ascii_gets_nothing_else():
+def test_table_on_an_ascii_stream_is_ascii():
     with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="ascii")):
         lines = table([WORDS, NUMBER], [TableRow(("中文", "1")), TableRow(("b", "2"))])
         sentence, curve = fold("Zürich"), sparkline([1.0, 2.0, 3.0])

@@ -69,7 +69,7 @@ class Warm:
         self.stdout.close()
 
 
-def test_a_run_and_what_it_left(tmp_path, monkeypatch, capsys):
+def test_python_api_runs_and_reads_what_the_run_left(tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for key, value in clean_environment().items():
@@ -102,7 +102,7 @@ def test_a_run_and_what_it_left(tmp_path, monkeypatch, capsys):
     assert failed.value.code == 64 and failed.value.run == run
 
 
-def test_packages_of_the_same_names_are_named_in_the_first_line(tmp_path):
+def test_python_packages_of_the_same_names_are_named_in_the_first_line(tmp_path):
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__init__.py").touch()
     env = clean_environment(PYTHONPATH=f"{tmp_path}:{ROOT}")

@@ -49,7 +49,7 @@ def stub(path, *, prefix=(), **environment):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=False)
 
 
-def test_a_command_without_standard_streams_keeps_its_files_apart_from_them(tmp_path):
+def test_command_without_standard_streams_keeps_its_files_apart_from_them(tmp_path):
     done = stub(tmp_path / "file", prefix=CLOSED)
     assert (done.returncode, (tmp_path / "file").read_text()) == (75, "saved")
 
@@ -63,7 +63,7 @@ def test_a_command_without_standard_streams_keeps_its_files_apart_from_them(tmp_
     ],
     ids=["ascii terminal", "latin-1 terminal", "locale C"],
 )
-def test_a_command_says_what_the_encoding_around_it_can(tmp_path, environment, shown):
+def test_command_prints_what_the_encoding_can(tmp_path, environment, shown):
     path = tmp_path / "Übung"
     done = stub(path, **environment)
     assert (done.returncode, done.stdout, path.read_text()) == (75, shown, "saved")
@@ -103,7 +103,7 @@ def words(path, *, run="run", data="rows.jsonl", processes=1):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_without_standard_streams_a_run_trains_and_one_that_fails_says_so_in_its_files(place, processes):
+def test_command_without_standard_streams_trains_and_writes_failures_into_its_files(place, processes):
     """Of a launcher that cron or a daemon starts; with two processes each rank inherits what the launcher has."""
     for run, data, code in (("closed", "rows.jsonl", 0), ("failed", "torn.jsonl", 65)):
         run_dir = place / f"{run}-{processes}"
@@ -184,7 +184,7 @@ def hostile_run(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "stop", "export", "evaluate", "compare"])
-def test_what_stands_in_the_records_of_others_is_not_obeyed_by_a_terminal(hostile_run, verb, capfd, monkeypatch):
+def test_terminal_obeys_nothing_in_the_records_of_others(hostile_run, verb, capfd, monkeypatch):
     monkeypatch.chdir(hostile_run.parent)
     command_here([verb, str(hostile_run)])
     shown = "".join(capfd.readouterr())
@@ -196,7 +196,7 @@ def test_what_stands_in_the_records_of_others_is_not_obeyed_by_a_terminal(hostil
         json.loads(capfd.readouterr().out)
 
 
-def test_what_draws_on_a_terminal_still_can(monkeypatch):
+def test_terminal_output_that_redraws_still_can(monkeypatch):
     written = io.StringIO()
     monkeypatch.setattr("sys.stdout", written)
     with only_printable():

@@ -10,7 +10,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 
 
-def test_it_says_how_the_run_ended_and_nothing_else_on_stdout(tmp_path, capfd, monkeypatch):
+def test_train_json_reports_how_the_run_ended_and_nothing_else_on_stdout(tmp_path, capfd, monkeypatch):
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
     data, run = write_chat_data(tmp_path / "train.jsonl", 16), tmp_path / "run"
     words = [f"model.path={tmp_path / 'model'}", f"data.path={data}", f"data.cache_dir={tmp_path / 'cache'}"]
@@ -41,7 +41,7 @@ def test_it_says_how_the_run_ended_and_nothing_else_on_stdout(tmp_path, capfd, m
     assert json.loads(said.out)["state"] == "done" and "a rank prints" in said.err
 
 
-def test_of_several_runs_or_a_configuration_it_names_the_way(capfd):
+def test_train_json_of_several_runs_or_a_configuration_names_the_way(capfd):
     for flag in ("-m", "--cfg"):
         assert command_here(["train", flag, "--json"]) == 64
         said = capfd.readouterr()
@@ -49,7 +49,7 @@ def test_of_several_runs_or_a_configuration_it_names_the_way(capfd):
         assert json.loads(said.out)["exit_code"] == 64
 
 
-def test_an_error_is_an_object_with_its_exit_code(tmp_path, capfd, monkeypatch):
+def test_json_error_is_an_object_with_its_exit_code(tmp_path, capfd, monkeypatch):
     cases = {
         ("train", "optim.lrr=1", "model.path=m"): (64, "did you mean optim.lr?"),
         ("status", str(tmp_path / "gone")): (64, "gone"),
@@ -76,7 +76,7 @@ def test_an_error_is_an_object_with_its_exit_code(tmp_path, capfd, monkeypatch):
         assert line.count("\n") == 1, "with --watch an object is a line"
 
 
-def test_a_dry_run_answers_scripts_and_a_defect_in_its_step_is_an_error(tmp_path, capfd, monkeypatch):
+def test_train_json_of_a_dry_run_and_of_a_defect_in_its_step(tmp_path, capfd, monkeypatch):
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
     data = write_chat_data(tmp_path / "train.jsonl", 16)
     words = [f"model.path={tmp_path / 'model'}", f"data.path={data}", f"data.cache_dir={tmp_path / 'cache'}"]

@@ -26,7 +26,7 @@ for verb in (["--help"], ["init", *words, "to=settings.yaml"], ["plan", *words, 
 """
 
 
-def test_a_wheel_unpacked_elsewhere_answers(tmp_path):
+def test_wheel_unpacked_elsewhere_answers(tmp_path):
     site = tmp_path / "site"
     unpack_wheel(tmp_path, site)
     data = write_jsonl(tmp_path / "chat.jsonl", chat_rows(24))

@@ -58,7 +58,7 @@ def test_the_place_of_this_host(settings, place):
         ({"rdzv": "a:29400", "node_rank": 1}, "launcher.node_rank=1: launcher.rdzv=a:29400 is this host"),
     ],
 )
-def test_what_does_not_tell_is_refused_with_what_does(settings, said):
+def test_host_settings_that_do_not_identify_it_are_refused_with_those_that_do(settings, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         locate_this_host(LauncherConfig(nodes=2, **settings))
 

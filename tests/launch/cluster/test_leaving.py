@@ -62,7 +62,7 @@ sys.exit(guarded("train", sys.argv[1:]))
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, full):
+def test_run_goes_on_when_nobody_reads_its_output(tmp_path, full):
     end, theirs = (None, os.open("/dev/full", os.O_WRONLY)) if full else os.pipe()
     if end is not None:
         os.close(end)  # as when the `tee` behind a command has ended, or the terminal is closed
@@ -100,14 +100,14 @@ print(code, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
 
 
-def test_ctrl_c_amid_an_import_that_fails_of_it_is_no_error_of_ours():
+def test_ctrl_c_during_an_import_that_then_fails_is_no_error_of_ours():
     """Once in thirty starts it ended with 70 and the traceback of a library."""
     words = [sys.executable, "-c", INTERRUPTED]
     done = subprocess.run(words, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("130 True\n", "shardtune plan: interrupted\n")
 
 
-def test_a_rank_of_several_cannot_be_aborted_at_its_end():
+def test_exit_of_one_of_several_ranks_cannot_be_aborted():
     done = leave(0, RANK="0", WORLD_SIZE="2")
     assert (done.returncode, done.stdout) == (0, "said beforewhat was registered\n")
     failed = leave(70, RANK="1", WORLD_SIZE="2")
@@ -117,7 +117,7 @@ def test_a_rank_of_several_cannot_be_aborted_at_its_end():
 
 
 @pytest.mark.parametrize(("error", "failed"), [(RuntimeError("x"), True), (Preempted("x"), False), (None, False)])
-def test_a_run_tells_whether_it_failed_when_it_leaves_its_groups(error, failed, tmp_path, monkeypatch):
+def test_exit_of_a_run_from_its_process_groups_says_whether_it_failed(error, failed, tmp_path, monkeypatch):
     told = []
 
     def ended(*_):

@@ -149,7 +149,7 @@ def test_a_killed_launcher_leaves_no_orphan(job, tmp_path):
 
 
 @whole("status names the process that was started as the one that trains in tests/launch/runs/test_real_runs.py")
-def test_one_process_trains_without_torchrun(job, tmp_path):
+def test_launcher_of_one_process_trains_without_torchrun(job, tmp_path):
     process = job("short", "strategy=single", processes=1)
     _, err = process.communicate(timeout=seconds(60))
     assert process.returncode == 0, err
@@ -160,7 +160,7 @@ def test_one_process_trains_without_torchrun(job, tmp_path):
     ("recorded", "first_cause"),
     [(ConfigError("tuning.targets=nope: matches no module"), 1), (RuntimeError("Connection closed by peer [x]"), 0)],
 )
-def test_a_killed_rank_is_the_cause_unless_another_rank_said_why_it_failed(
+def test_launcher_names_a_killed_rank_as_the_cause_unless_another_recorded_one(
     tmp_path, monkeypatch, recorded, first_cause
 ):
     record_failure(tmp_path, 1, recorded, "worker")
@@ -171,7 +171,7 @@ def test_a_killed_rank_is_the_cause_unless_another_rank_said_why_it_failed(
     assert read_failure(tmp_path)["rank"] == first_cause
 
 
-def test_a_signal_is_kept_until_there_is_a_rank_to_take_it():
+def test_launcher_keeps_a_signal_until_there_is_a_rank_to_take_it():
     """What torchrun starts before its ranks took it, and no rank ever heard of it."""
     agent = subprocess.Popen(
         ["bash", "-c", "sleep 60 & read; RANK=0 sleep 60 & wait -n; kill %1"], stdin=subprocess.PIPE
@@ -188,7 +188,7 @@ def test_a_signal_is_kept_until_there_is_a_rank_to_take_it():
         agent.communicate()
 
 
-def test_a_signal_that_comes_while_others_are_looked_through_is_passed_on(monkeypatch):
+def test_launcher_passes_on_a_signal_that_comes_while_it_handles_others(monkeypatch):
     class Pending(list):
         later = [signal.SIGUSR2]  # noqa: RUF012
 

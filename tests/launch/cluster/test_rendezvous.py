@@ -35,7 +35,7 @@ def refused(capfd, words, *more):
     return shown
 
 
-def test_an_interface_a_port_or_a_rank_that_is_none_is_a_sentence(words, capfd, monkeypatch):
+def test_rendezvous_with_a_wrong_interface_port_or_rank_is_a_message(words, capfd, monkeypatch):
     with monkeypatch.context() as env:
         env.setenv("GLOO_SOCKET_IFNAME", "ib77")
         said = refused(capfd, words, "strategy=single")

@@ -76,7 +76,7 @@ def _once_begun(place: Path, at) -> None:
     at()
 
 
-def test_each_host_is_told_who_it_is_and_has_the_environment_of_here_as_it_is(run, hosts):
+def test_ssh_tells_each_host_its_number_and_gives_it_the_local_environment(run, hosts):
     assert run("0,0") == (0, set())
     for number in range(2):
         told = run.told(number)
@@ -93,14 +93,14 @@ def test_each_host_is_told_who_it_is_and_has_the_environment_of_here_as_it_is(ru
         assert log[0] == f"# {name}" and {*log[1:]} == {f"node {number} prints", f"node {number} complains"}
 
 
-def test_one_that_ends_badly_ends_the_others(run, monkeypatch):
+def test_ssh_host_that_fails_ends_the_others(run, monkeypatch):
     monkeypatch.setattr(ssh, "STOP_GRACE_S", 0.3)
     assert run("wait,3") == (3, set())
     assert run.told(0)["signals"][0] == "SIGINT"
     assert read_failure(run.place) == {}  # its ranks say why
 
 
-def test_a_host_that_is_lost_is_named_and_ends_the_others(run, hosts, monkeypatch):
+def test_ssh_host_that_is_lost_is_named_and_ends_the_others(run, hosts, monkeypatch):
     monkeypatch.setattr(ssh, "STOP_GRACE_S", 0.3)
 
     def cut():
@@ -120,12 +120,12 @@ def test_a_host_that_is_lost_is_named_and_ends_the_others(run, hosts, monkeypatc
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_goes_to_every_host(run, number, code):
+def test_ssh_passes_a_signal_to_every_host(run, number, code):
     assert run("wait,wait", lambda: os.kill(os.getpid(), number)) == (code, {number})
     assert [run.told(node)["signals"] for node in range(2)] == [[number.name]] * 2
 
 
-def test_hosts_that_cannot_be_reached_are_named_with_what_ssh_says(run, hosts):
+def test_ssh_hosts_that_cannot_be_reached_are_named_with_what_ssh_says(run, hosts):
     nobody = f"{hosts.net}.77"
     with pytest.raises(NodesUnfit) as refused:
         run("0,0", names=["alpha", nobody, "nowhere.invalid"], options=["-o", "ConnectTimeout=1"])
@@ -135,7 +135,7 @@ def test_hosts_that_cannot_be_reached_are_named_with_what_ssh_says(run, hosts):
     assert "must work without a password" in said[1] and not list(run.place.glob("node-*"))
 
 
-def test_a_host_without_the_same_python_or_clone_is_told_so(run, monkeypatch):
+def test_ssh_host_without_the_same_python_or_clone_is_reported(run, monkeypatch):
     monkeypatch.setattr(ssh_nodes.sys, "executable", "/no/such/python")
     with pytest.raises(NodesUnfit, match=r"alpha: has no /no/such/python, the Python that runs here"):
         run("0,0")
@@ -145,7 +145,7 @@ def test_a_host_without_the_same_python_or_clone_is_told_so(run, monkeypatch):
         run("0,0")
 
 
-def test_without_ssh_it_is_said(run, monkeypatch, tmp_path):
+def test_ssh_that_is_not_installed_is_reported(run, monkeypatch, tmp_path):
     with monkeypatch.context() as poor, pytest.raises(ConfigError, match="there is no ssh here"):
         poor.setenv("PATH", str(tmp_path))
         run("0,0")
@@ -182,7 +182,7 @@ def test_a_host_that_differs_is_refused(hello, said):
     assert said in str(refused.value) and "a: " not in str(refused.value)
 
 
-def test_what_a_host_says_is_read_on_when_it_cannot_be_kept(tmp_path, capsys, monkeypatch):
+def test_ssh_output_of_a_host_is_read_on_when_it_cannot_be_stored(tmp_path, capsys, monkeypatch):
     """Else its ranks would wait for ever to say more: a pipe takes 64 KiB."""
     says = "echo shardtune-node {}; yes step | head -n 100000; echo over"
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -207,7 +207,7 @@ def test_what_a_host_says_is_read_on_when_it_cannot_be_kept(tmp_path, capsys, mo
         ("127.0.0.1", "10.0.0.2", "10.0.0.9:24000"),  # the first is this host: under the address towards the second
     ],
 )
-def test_where_they_meet(first, second, met, monkeypatch):
+def test_ssh_rendezvous_is_an_address_of_the_first_host_that_the_second_reaches(first, second, met, monkeypatch):
     monkeypatch.setattr(
         ssh_nodes, "local_address_towards", lambda address, said: "10.0.0.9" if address == second else address
     )
@@ -223,7 +223,7 @@ WORDS = "strategy=fsdp2 run.device=cpu batch.global=8 batch.micro=2 logging.wand
 
 
 @whole("the same with a stand-in for the ranks above; ranks of several hosts in tests/slurm")
-def test_two_hosts_train_as_one_process_does_and_a_rank_that_is_killed_ends_both(hosts, tmp_path):
+def test_ssh_two_hosts_train_as_one_process_does_and_a_killed_rank_ends_both(hosts, tmp_path):
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
     data = write_chat_data(tmp_path / "train.jsonl", 16)
     words = [f"model.path={tmp_path / 'model'}", f"data.path={data}", f"data.cache_dir={tmp_path / 'cache'}"]

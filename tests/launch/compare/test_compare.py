@@ -61,7 +61,7 @@ def changed(run: Path, to: Path, change) -> Path:
     return to
 
 
-def test_two_strategies_of_one_command(runs, capsys):
+def test_compare_two_strategies_of_one_command(runs, capsys):
     """Names, the promise of the same loss, and numbers equal to what each run itself found."""
     ddp, fsdp2 = compared(capsys, runs / "runs")
     assert [ddp["name"], fsdp2["name"]] == ["ddp", "fsdp2"]
@@ -85,7 +85,7 @@ def test_two_strategies_of_one_command(runs, capsys):
         assert measured["checkpoint_gib"] == pytest.approx(size / 2**30)
 
 
-def test_a_failed_run_stays_a_row(runs, tmp_path, capsys):
+def test_compare_keeps_a_failed_run_as_a_row(runs, tmp_path, capsys):
     """Its reason is told, and that its seed makes its losses another's: those of a run that says it had two ranks."""
     shutil.copytree(runs / "runs/0", tmp_path / "two")
     noted = json.loads((tmp_path / "two/run.json").read_text())
@@ -101,7 +101,7 @@ def test_a_failed_run_stays_a_row(runs, tmp_path, capsys):
     assert broken["not_comparable"] == ["run.seed: 42 and 1"] and broken["loss_difference"] is None
 
 
-def test_where_curves_part(runs, tmp_path, capsys):
+def test_compare_tells_another_loss_from_drift_by_the_step_where_curves_part(runs, tmp_path, capsys):
     """A thousandth at step 3 is another loss; at step 6 it is drift alone."""
 
     def at(step):
@@ -126,7 +126,7 @@ def test_where_curves_part(runs, tmp_path, capsys):
     assert "same loss as 0, to the last digit" in two["verdict"]
 
 
-def test_speed_and_memory_are_told_as_ratios(runs, tmp_path, capsys):
+def test_compare_reports_speed_and_memory_as_ratios(runs, tmp_path, capsys):
     """The first logging interval counts for no median, however slow it was."""
 
     def change(row):
@@ -138,7 +138,7 @@ def test_speed_and_memory_are_told_as_ratios(runs, tmp_path, capsys):
     assert other["verdict"].endswith("1.4 x its tokens/s, 0.3 x its memory")
 
 
-def test_a_run_that_goes_on_and_one_that_never_began(runs, tmp_path, capsys):
+def test_compare_shows_a_run_that_goes_on_and_one_that_never_began(runs, tmp_path, capsys):
     running, begun = tmp_path / "running", tmp_path / "begun"
     shutil.copytree(runs / "runs/0", running)
     status = json.loads((running / "status.json").read_text())
@@ -153,7 +153,7 @@ def test_a_run_that_goes_on_and_one_that_never_began(runs, tmp_path, capsys):
     assert two["verdict"] == "begun: not started; no step to compare with 0"
 
 
-def test_files_for_others(runs, tmp_path, capsys):
+def test_compare_writes_csv_json_and_markdown(runs, tmp_path, capsys):
     to = tmp_path / "report"
     code, out, _ = compare(capsys, runs / "runs", runs / "broken", f"to={to}")
     assert code == 0 and f"written: {to / 'compare.md'}" in out
@@ -180,14 +180,14 @@ def test_files_for_others(runs, tmp_path, capsys):
         (["to=report"], "no run directory is named"),
     ],
 )
-def test_what_is_no_run_is_said(runs, monkeypatch, capsys, words, said):
+def test_compare_refuses_what_is_no_run(runs, monkeypatch, capsys, words, said):
     monkeypatch.chdir(runs)
     code, _, err = compare(capsys, *words)
     assert code == 64 and said in err
     assert not (runs / "report").exists()
 
 
-def test_rows_that_cannot_be_read_are_left_out_and_counted(runs, tmp_path, capsys):
+def test_compare_leaves_out_and_counts_rows_that_cannot_be_read(runs, tmp_path, capsys):
     torn = tmp_path / "torn"
     shutil.copytree(runs / "runs/0", torn)
     rows = (torn / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -210,7 +210,7 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(runs, tmp_path, capsy
         ("run.json", " " * 2**24 + "{}", f"has {2**24 + 2} bytes, more than {2**24}"),
     ],
 )
-def test_files_that_hold_something_else_are_named(runs, tmp_path, capsys, file, text, said):
+def test_compare_names_files_that_hold_something_else(runs, tmp_path, capsys, file, text, said):
     odd = tmp_path / "odd"
     shutil.copytree(runs / "runs/0", odd)
     (odd / file).write_text(text)
@@ -218,7 +218,7 @@ def test_files_that_hold_something_else_are_named(runs, tmp_path, capsys, file, 
     assert code == 64 and f"{odd / file}: " in err and said in err
 
 
-def test_the_newest_checkpoint_wherever_it_lies(runs, tmp_path, capsys):
+def test_compare_finds_the_newest_checkpoint_in_any_directory_of_the_run(runs, tmp_path, capsys):
     """The highest step, whatever its number of digits, and also one that only `checkpoint.fallback_dir` could take."""
     far, other = tmp_path / "far", tmp_path / "disk"
     shutil.copytree(runs / "runs/0", far)
@@ -237,7 +237,7 @@ def test_the_newest_checkpoint_wherever_it_lies(runs, tmp_path, capsys):
     assert found["measured"]["checkpoint_gib"] == 3 / 1024
 
 
-def test_what_runs_noted_beside_their_steps(runs, capsys):
+def test_compare_shows_the_start_checkpoint_and_memory_that_runs_noted(runs, capsys):
     """Start, checkpoint and planned memory are those of the receipt in `run.json`."""
     code, out, _ = compare(capsys, runs / "runs")
     said = " ".join(out.split())
@@ -252,7 +252,7 @@ def test_what_runs_noted_beside_their_steps(runs, capsys):
     assert code == 0 and max(map(len, out.splitlines())) <= 80
 
 
-def test_it_needs_no_torch(runs):
+def test_compare_imports_no_torch(runs):
     """That is what makes it answer at once."""
     asked = "import sys; from launch.main import main; code = main(sys.argv[1:]); assert code == 0, code"
     asked += "; assert not {'torch', 'hydra', 'transformers'} & set(sys.modules), 'slow imports'"

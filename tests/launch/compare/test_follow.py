@@ -43,7 +43,7 @@ def at_each_rest(monkeypatch, does) -> list[str]:
     return rests
 
 
-def test_a_run_is_followed_to_its_end(run, monkeypatch, capsys):
+def test_compare_follow_ends_with_the_run(run, monkeypatch, capsys):
     seen = []
 
     def goes_on(rest):
@@ -67,7 +67,7 @@ def test_a_run_is_followed_to_its_end(run, monkeypatch, capsys):
     assert "until all runs have ended; Ctrl-C ends it" in said.err and f"written: {run / 'report.html'}" in said.out
 
 
-def test_ctrl_c_ends_it_and_the_page_stands_still(run, monkeypatch, capsys):
+def test_compare_follow_ends_at_ctrl_c_with_a_still_page(run, monkeypatch, capsys):
     def pressed(rest):
         raise KeyboardInterrupt
 
@@ -78,7 +78,7 @@ def test_ctrl_c_ends_it_and_the_page_stands_still(run, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_run_that_nobody_runs_is_not_waited_for(run, monkeypatch):
+def test_compare_follow_does_not_wait_for_a_run_that_nobody_runs(run, monkeypatch):
     """It says that it runs; its process is gone. One that has not begun is waited for as long as another may start it."""
     begun = run.parent / "begun"
     begun.mkdir()
@@ -95,7 +95,7 @@ def test_a_run_that_nobody_runs_is_not_waited_for(run, monkeypatch):
     assert len(rests) == 3  # 150 s, more than QUIET_S
 
 
-def test_what_cannot_be_followed_is_said(run, capsys):
+def test_compare_follow_refuses_what_cannot_be_followed(run, capsys):
     assert main(["compare", str(run), str(run.parent / "a-ddp"), "--follow"]) == 64
     assert "--follow: name a directory for the page" in capsys.readouterr().err
 

@@ -49,7 +49,7 @@ def specs(text: str) -> dict[str, str]:
     return {name: spec.replace("<\\/", "</") for name, spec in found}
 
 
-def test_the_page_asks_for_nothing_and_escapes_what_it_shows(rows):
+def test_compare_page_makes_no_request_and_escapes_what_it_shows(rows):
     text = as_html(compare(rows))
     assert "default-src 'none'" in text and "connect-src" not in text
     assert not re.findall(r"<(?:link|img|iframe|script[^>]*\bsrc|[^>]+\bhref)\b", text.split("<script>")[0])
@@ -83,7 +83,7 @@ def test_no_two_runs_share_a_colour(rows, tmp_path, count):
     assert all(f">{run.name}</text>" in drawn for run in several), "a name is cut where it differs"
 
 
-def test_numbers_over_repeats(rows):
+def test_compare_page_numbers_over_repeats(rows):
     """The middle of the repeats, their spread, price and parts; computed by hand here."""
     a, b, _ = compare(rows).runs
     assert a.measured.tokens_per_s == 110 and a.summary.spread == (100, 120) and b.summary.spread is None
@@ -108,7 +108,7 @@ def test_numbers_over_repeats(rows):
     ],
     ids=["values", "sentences of an early run", "no team"],
 )
-def test_the_team_of_a_workspace_is_what_a_variable_decided(rows, recorded, entity):
+def test_compare_page_links_the_wandb_team_that_a_variable_decided(rows, recorded, entity):
     run = rows[1].directories[0]
     (run / "config.yaml").write_text("strategy: {name: b}\nlogging: {wandb: offline}\n")
     (run / "run.json").write_text(json.dumps(recorded))
@@ -116,7 +116,7 @@ def test_the_team_of_a_workspace_is_what_a_variable_decided(rows, recorded, enti
     assert f"ENTITY = {entity!r}" in text and "ws.Metric(\"Group\").isin(['g'])" in text
 
 
-def test_steps_of_the_warm_up_are_left_out_of_speeds(rows):
+def test_compare_page_leaves_warm_up_steps_out_of_speeds(rows):
     b = rows[1].directories[0]
     told = [json.loads(line) for line in (b / "metrics.jsonl").read_text().splitlines()]
     for row in told[:5]:
@@ -127,7 +127,7 @@ def test_steps_of_the_warm_up_are_left_out_of_speeds(rows):
     assert [found.tokens_per_s for found in speeds] == [1.0, 1.0, 50.0, 1.0]
 
 
-def test_a_loss_is_set_beside_that_of_the_same_job(rows, tmp_path):
+def test_compare_page_sets_a_loss_beside_that_of_the_same_job(rows, tmp_path):
     """Strategies beside each other, methods beside the first; speed and memory beside the first of all."""
 
     def point(name: str, tuning: str, strategy: str, factor: float) -> ComparisonRow:
@@ -153,13 +153,13 @@ def test_a_loss_is_set_beside_that_of_the_same_job(rows, tmp_path):
     assert "not the loss of full-ddp: it differs by 0.01" in found.runs[3].verdict
 
 
-def test_a_cell_is_sorted_by_its_number():
+def test_compare_page_sorts_a_cell_by_its_number():
     assert [sort_value(shown) for shown in ("1,234", "0.4%", "1,268-1,591", "5e-08", "-", "ddp")] == [
         *("1234.0", "0.4", "1268.0", "5e-08", "", "ddp")
     ]
 
 
-def test_without_what_draws_it_the_rest_is_written(rows, tmp_path, monkeypatch, capsys):
+def test_compare_page_without_its_plotting_package_leaves_the_rest(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page_module, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "altair", None)
     write_answer(rows, tmp_path / "to", as_json=False)

@@ -56,7 +56,7 @@ def zooms(page, plot: str) -> None:
     page.wait(f"{shown} !== {before!r}")
 
 
-def test_the_page_of_a_comparison(site, browser):
+def test_compare_page_of_several_runs_in_the_browser(site, browser):
     page = browser.open(site / "reports" / "compare.html")
     all_are_drawn(page, PLOTS)
     assert drawn(page, "loss", "line mark") == 2 and drawn(page, "held-out", "line mark") == 2
@@ -75,7 +75,7 @@ def test_the_page_of_a_comparison(site, browser):
     assert not page.errors and not page.requests
 
 
-def test_the_page_of_one_run(site, browser):
+def test_compare_page_of_one_run_in_the_browser(site, browser):
     """Written as the run ended, with the step that its guard told of, all settings, and what stood in for one."""
     page = browser.open(site / "runs" / "lora" / "report.html")
     all_are_drawn(page, ["loss", "held-out", "course", "memory", "parts"])

@@ -91,7 +91,7 @@ def compared(site):
     return json.loads(out), json.loads(answer.getvalue()), told + rest, said.getvalue(), done_at
 
 
-def test_ctrl_c_keeps_what_was_measured(compared):
+def test_compare_points_keep_what_was_measured_at_ctrl_c(compared):
     stopped, _, told, _, _ = compared
     states = {run["name"]: run["state"] for run in stopped["runs"]}
     # Saved, killed before it could save, or told before its processes were there: wherever Ctrl-C meets it.
@@ -105,7 +105,7 @@ def test_ctrl_c_keeps_what_was_measured(compared):
     assert "stopped; the same command continues" in told
 
 
-def test_the_same_command_goes_on(compared, site):
+def test_compare_points_go_on_with_the_same_command(compared, site):
     """What was done is not run again, and every second time the order is the other way round."""
     _, found, _, told, done_at = compared
     assert (site / "to/lr1e-4-ddp/status.json").stat().st_mtime_ns == done_at
@@ -120,7 +120,7 @@ def test_the_same_command_goes_on(compared, site):
     assert [run["measured"]["repeats"] for run in found["runs"]] == [2, 2, 0, 1]
 
 
-def test_the_answer(compared, site):
+def test_compare_points_end_with_parity_failures_and_repeats(compared, site):
     """Parity, a failed and a refused row with their reasons, repeats, and one preparation for all."""
     _, found, _, told, _ = compared
     ddp, fsdp2, single, failed = found["runs"]
@@ -157,7 +157,7 @@ def test_the_answer(compared, site):
     assert len({json.loads(p.read_text())["data_directory"] for p in (site / "to").glob("*/run.json")}) == 1
 
 
-def test_the_directory_gives_the_same_answer(compared, site, capsys, monkeypatch):
+def test_compare_points_directory_read_again_gives_the_same_comparison(compared, site, capsys, monkeypatch):
     monkeypatch.chdir(site)
     assert main(["compare", "to", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
@@ -190,7 +190,7 @@ def listed(site, *more: str) -> list[str]:
     return [point.name for point in plan_points(words(site, "strategy=ddp", "compare.steps=2", *more)).points]
 
 
-def test_conditions(site):
+def test_compare_points_are_chosen_by_skip_and_where(site):
     axes = ("tuning=full,lora", "optim.lr=2e-5,2e-4")
     assert listed(site, *axes) == ["full-lr2e-5", "full-lr2e-4", "lora-lr2e-5", "lora-lr2e-4"]
     assert listed(site, *axes, "compare.skip=[tuning=full+optim.lr=2e-4]") == [
@@ -231,14 +231,14 @@ def test_conditions(site):
         (["strategy=ddp,fsdp2", "batch.micro=3"], "batch"),
     ],
 )
-def test_what_cannot_be_compared_is_said(site, more, said):
+def test_compare_points_refuse_what_cannot_be_compared(site, more, said):
     with pytest.raises(ConfigError) as refused:
         plan_points(words(site, "compare.steps=2", *more))
     assert said in str(refused.value)
     assert str(refused.value).count("there is no setting optim.lrr") <= 1  # of all points, once
 
 
-def test_a_dry_run_lists_and_runs_nothing(site, capsys, monkeypatch):
+def test_compare_points_dry_run_lists_and_runs_nothing(site, capsys, monkeypatch):
     monkeypatch.chdir(site)
     assert main(["compare", *words(site, "strategy=ddp,single", "compare.steps=2"), "to=dry", "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -249,7 +249,7 @@ def test_a_dry_run_lists_and_runs_nothing(site, capsys, monkeypatch):
     assert "name runs that exist, or settings of new ones, not both" in capsys.readouterr().err
 
 
-def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, capsys, monkeypatch):
+def test_compare_points_by_slurm_are_one_job_array_of_those_not_done(site, tmp_path, capsys, monkeypatch):
     script = tmp_path / "sbatch"
     script.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/asked\necho 7\n')
     script.chmod(0o755)
@@ -317,7 +317,7 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
     assert f"to={tmp_path / 'new'}: holds other runs" in said and "budget.steps: 4 there, 5 here" in said
 
 
-def test_what_is_left_is_told_from_the_steps_and_then_from_the_runs_before(tmp_path, monkeypatch, capsys):
+def test_compare_points_remaining_time_is_from_the_steps_and_then_from_earlier_runs(tmp_path, monkeypatch, capsys):
     """Ten seconds to start, two a step, ten steps: by hand, in a clock of its own."""
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])

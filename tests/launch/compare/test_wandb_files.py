@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     return root / "run", part
 
 
-def test_what_wandb_keeps_is_what_the_directory_has(run):
+def test_wandb_files_hold_what_the_run_directory_has(run):
     ours, theirs = read_point(run[0]), read_wandb(run[1])
     assert theirs.steps == ours.steps and len(ours.steps) == 4
     assert theirs.evaluations == ours.evaluations and list(ours.evaluations) == [0, 2, 4]
@@ -42,7 +42,7 @@ def test_what_wandb_keeps_is_what_the_directory_has(run):
     assert measure(theirs).tokens_per_s == measure(ours).tokens_per_s
 
 
-def test_it_is_compared_and_left_as_it_is(run, tmp_path, capsys):
+def test_wandb_files_are_compared_and_left_as_they_are(run, tmp_path, capsys):
     before = sorted(run[1].rglob("*"))
     assert command_here(["compare", str(run[1])]) == 0
     assert sorted(run[1].rglob("*")) == before
@@ -52,7 +52,7 @@ def test_it_is_compared_and_left_as_it_is(run, tmp_path, capsys):
     assert (tmp_path / "answer/compare.md").is_file()
 
 
-def test_a_file_that_is_torn_is_read_as_far_as_it_goes(run, tmp_path):
+def test_wandb_file_that_is_torn_is_read_up_to_the_damage(run, tmp_path):
     torn = tmp_path / run[1].name
     shutil.copytree(run[1], torn)
     (file,) = torn.glob("*.wandb")
@@ -61,7 +61,7 @@ def test_a_file_that_is_torn_is_read_as_far_as_it_goes(run, tmp_path):
     assert point.state == "running" and 1 in point.steps
 
 
-def test_all_parts_of_a_run_are_one(monkeypatch, tmp_path):
+def test_wandb_files_of_all_starts_are_one_run(monkeypatch, tmp_path):
     """One directory for each start; steps that were taken again are those of the last one."""
     parts = [tmp_path / f"{name}-x1" for name in ("offline-run-20260102_000000", "run-20260101_000000")]
     for part in [*parts, tmp_path / "offline-run-20260103_000000-x2"]:
@@ -86,7 +86,7 @@ def test_all_parts_of_a_run_are_one(monkeypatch, tmp_path):
     assert point.ended == "failed at step 3"
 
 
-def test_what_is_no_run_of_ours_is_refused(run, monkeypatch, tmp_path, capsys):
+def test_wandb_directory_of_another_program_is_refused(run, monkeypatch, tmp_path, capsys):
     assert not is_wandb(run[0]) and not is_wandb(run[0] / "wandb")
     assert command_here(["compare", str(run[0] / "wandb")]) == 64
     assert f"name a run of W&B in it, such as {run[1]}" in capsys.readouterr().err
@@ -132,7 +132,7 @@ def server(run, monkeypatch):
     return has
 
 
-def test_what_the_server_has_is_what_the_directory_has(run, server, tmp_path, capsys):
+def test_wandb_server_has_what_the_run_directory_has(run, server, tmp_path, capsys):
     ours, theirs = read_point(run[0]), read_server(Path("wandb:team/project/x1"))
     assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations
     assert setting_differences([ours, theirs]) == [] and theirs.ended is None
@@ -155,7 +155,7 @@ def test_how_a_run_on_the_server_ended(server, state, ended):
     assert read_server(Path("wandb:team/project/x1")).ended == ended
 
 
-def test_what_the_server_does_not_give_is_said(server, monkeypatch, capsys):
+def test_wandb_server_errors_are_reported(server, monkeypatch, capsys):
     def said(word):
         assert command_here(["compare", word]) == 64
         return capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_a_frozen_configuration_reads_back_equal(tmp_path, words):
         "launcher=slurm",
     ],
 )
-def test_how_a_run_is_started_and_reported_does_not_change_its_hash(word):
+def test_config_hash_is_the_same_however_a_run_is_started_and_reported(word):
     words = ["precision=fp32"]
     assert composed(*words, word).sha256 == composed(*words).sha256
 
@@ -66,7 +66,7 @@ def test_how_a_run_is_started_and_reported_does_not_change_its_hash(word):
     "word",
     ["run.seed=1", "optim.lr=1e-3", "strategy=ddp", "tuning=lora", "data.path=x", "batch.global=8", "precision=bf16"],
 )
-def test_what_decides_the_result_changes_the_hash(word):
+def test_config_hash_differs_by_what_decides_the_result(word):
     assert composed(word).sha256 != composed().sha256
 
 
@@ -98,7 +98,7 @@ def test_a_file_that_lost_a_group_is_refused(tmp_path, key):
 
 
 @pytest.mark.parametrize("content", [b"", bytes(4096), b"\xff\xfe"])
-def test_a_torn_configuration_says_the_way_out(tmp_path, content):
+def test_frozen_configuration_that_is_torn_names_the_way_out(tmp_path, content):
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.yaml: is torn, as by a power cut; delete it, and the same command"):
@@ -133,7 +133,7 @@ def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
     freeze(composed(), tmp_path)  # and its directory can be continued
 
 
-def test_a_directory_of_another_run_is_refused_with_what_differs(tmp_path):
+def test_run_directory_of_another_run_is_refused_with_what_differs(tmp_path):
     freeze(composed("optim.lr=1e-3"), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     freeze(composed("optim.lr=1e-3", "logging.every_steps=1"), tmp_path)  # the same run
@@ -143,7 +143,7 @@ def test_a_directory_of_another_run_is_refused_with_what_differs(tmp_path):
     assert "optim.lr: 0.001 there, 0.0001 here" in problem and "strategy.name: single there, ddp here" in problem
 
 
-def test_a_default_that_changed_since_the_run_began_stays_as_it_was(tmp_path, capsys):
+def test_frozen_default_that_changed_since_the_run_began_is_kept(tmp_path, capsys):
     words = ["optim.lr=1e-3", "logging.every_steps=1"]
     freeze(with_earlier_default(composed(*words)), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_a_default_that_changed_since_the_run_began_stays_as_it_was(tmp_path, ca
 
 
 @pytest.mark.parametrize("name", ["q", "q.kind"])
-def test_values_that_reach_out_are_not_taken_over_as_earlier_defaults(tmp_path, name, monkeypatch):
+def test_frozen_paths_and_code_of_others_are_not_taken_over_as_earlier_defaults(tmp_path, name, monkeypatch):
     """Who made a directory also wrote the words in the head of its config.yaml: they need not be what made the rest."""
     theirs = composed()
     theirs.config.evaluation.tasks = {name: TaskConfig(kind="lm_eval", path="/theirs/task.yaml")}
@@ -179,7 +179,7 @@ def test_values_that_reach_out_are_not_taken_over_as_earlier_defaults(tmp_path, 
 
 
 @pytest.mark.parametrize("source", ["file", "variable"])
-def test_the_same_words_are_another_run_if_what_they_name_may_have_changed(tmp_path, monkeypatch, source):
+def test_frozen_words_are_another_run_if_files_or_variables_they_name_may_have_changed(tmp_path, monkeypatch, source):
     monkeypatch.setenv("LENGTH", "128")
     (tmp_path / "mine.yaml").write_text("optim: {lr: 1e-3}")
     words = {"file": [str(tmp_path / "mine.yaml")], "variable": ["data.max_length=${oc.env:LENGTH}"]}[source]
@@ -198,7 +198,7 @@ def with_earlier_default(one):
     return one
 
 
-def test_a_run_that_is_not_done_may_go_on_in_another_way(tmp_path, capsys):
+def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path, capsys):
     freeze(composed("strategy=single", "batch.micro=4"), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     way = composed("strategy=fsdp2", "batch.micro=2", "launcher.processes=2")
@@ -216,7 +216,7 @@ def test_a_run_that_is_not_done_may_go_on_in_another_way(tmp_path, capsys):
         freeze(composed("strategy=single", "batch.micro=4"), tmp_path, another_way=True)
 
 
-def test_a_directory_where_nothing_was_reached_takes_a_corrected_command(tmp_path):
+def test_run_directory_without_any_progress_takes_a_corrected_command(tmp_path):
     freeze(composed("optim.lr=1e-3"), tmp_path)
     freeze(composed("optim.lr=1e-4"), tmp_path)
     assert load_frozen(tmp_path / "config.yaml").optim.lr == 1e-4
@@ -225,7 +225,7 @@ def test_a_directory_where_nothing_was_reached_takes_a_corrected_command(tmp_pat
         freeze(composed("optim.lr=1e-3"), tmp_path)
 
 
-def test_never_refuses_checkpoints(tmp_path):
+def test_resume_never_refuses_a_directory_with_checkpoints(tmp_path):
     freeze(composed("run.resume=never"), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     freeze(composed(), tmp_path)
@@ -240,7 +240,7 @@ def test_a_directory_in_use_is_refused_and_a_dead_owner_is_not(tmp_path):
     freeze(composed(), tmp_path)  # it is over
 
 
-def test_what_cannot_be_a_directory_is_refused(tmp_path):
+def test_run_directory_that_cannot_be_one_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         freeze(composed(), tmp_path / "file")
@@ -254,7 +254,7 @@ def test_the_default_directory_survives_a_requeue(monkeypatch):
     assert str(default_run_dir("a" * 64)) == "runs/aaaaaaaa-4711"
 
 
-def test_a_micro_batch_that_the_run_chose_is_part_of_what_was_asked(tmp_path):
+def test_micro_batch_chosen_by_the_run_belongs_to_the_same_words(tmp_path):
     """The same words find their run again, and its choice; a number that is typed, or edited in the file, is another."""
     asked = composed("batch.micro=auto")
     directory = freeze(asked, tmp_path / "run")
@@ -287,7 +287,7 @@ def test_a_micro_batch_that_the_run_chose_is_part_of_what_was_asked(tmp_path):
         ),
     ],
 )
-def test_what_a_micro_batch_may_be(words, said):
+def test_batch_sizes_that_are_no_number_or_not_divisible_are_refused(words, said):
     with pytest.raises(ConfigError) as refused:
         compose(["model.path=m", "budget.steps=3", "run.device=cpu", *words])
     assert [problem for problem in refused.value.problems if problem.startswith("batch")] == [said]

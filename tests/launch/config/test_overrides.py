@@ -81,7 +81,7 @@ def test_a_path_is_kept_as_typed(path):
         ("model.revision=1e5", "model.revision", "1e5"),
     ],
 )
-def test_values_are_read(word, key, value):
+def test_override_values_are_read_by_type(word, key, value):
     assert value_of(word, key) == value
 
 
@@ -186,13 +186,13 @@ def test_patterns_and_site_options_are_kept_as_typed():
         ("load_best_model_at_end=true", "checkpoint=best"),
     ],
 )
-def test_what_cannot_be_used_is_explained(word, said):
+def test_override_that_cannot_be_used_is_explained(word, said):
     with pytest.raises(ConfigError) as caught:
         compose([word], check=False)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
 
 
-def test_a_setting_that_means_nothing_under_a_schedule_is_refused_unless_the_run_has_begun(tmp_path):
+def test_schedule_setting_without_meaning_is_refused_unless_the_run_has_begun(tmp_path):
     words = ["schedule=constant", "schedule.min_factor=0.5", f"run.dir={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match=r"schedule\.min_factor=0\.5: needs schedule=cosine\|linear\|wsd"):
         compose(words, check=False)
@@ -214,7 +214,7 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("content", WRONG_FILES)
-def test_a_users_file_of_settings_is_named_with_what_is_wrong_in_it(tmp_path, content):
+def test_config_file_of_a_user_is_named_with_what_is_wrong_in_it(tmp_path, content):
     (tmp_path / "schedule").mkdir()
     file = tmp_path / "schedule" / "mine.yaml"
     file.write_text(content)
@@ -227,7 +227,7 @@ def test_a_users_file_of_settings_is_named_with_what_is_wrong_in_it(tmp_path, co
         groups.cache_clear()
 
 
-def test_a_choice_without_settings_of_its_name_is_named():
+def test_config_choice_without_settings_of_its_name_is_named():
     with pytest.raises(ConfigError, match=r"conf/objective/x\.yaml: no settings of that name.*FAMILIES"):
         settings_of("objective", "x")
     with pytest.raises(ConfigError, match=r"conf/strategy/zero4\.yaml"):
@@ -245,7 +245,7 @@ def test_a_choice_without_settings_of_its_name_is_named():
         (["~data.path", "data.path=a"], "~data.path: data.path=a sets the same; leave one of the two out"),
     ],
 )
-def test_words_that_only_make_sense_together_get_one_answer(words, said):
+def test_overrides_that_only_make_sense_together_get_one_answer(words, said):
     with pytest.raises(ConfigError) as caught:
         compose(words, check=False)
     assert caught.value.problems == [said]
@@ -261,7 +261,7 @@ def test_two_budgets_are_refused_in_every_spelling(tmp_path):
     assert (config.budget.steps, config.budget.epochs) == (2, None)
 
 
-def test_a_run_goes_on_with_words_that_an_earlier_version_took(tmp_path, monkeypatch, capsys):
+def test_overrides_that_an_earlier_version_took_still_resume_a_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     run_dir = tmp_path / "run"
     words = ["model.path=m", f"data.path={tmp_path / 'train.jsonl'}", f"run.dir={run_dir}", "logging.name=my-project"]
@@ -305,7 +305,7 @@ def test_a_directory_to_write_to_is_no_address(tmp_path, monkeypatch):
         assert command_here([verb, "to=gs://bucket/x"]) == 64
 
 
-def test_words_of_other_trainers_are_read_together():
+def test_overrides_of_other_trainers_are_answered_together():
     words = ["--per_device_train_batch_size", "4", "gradient_accumulation_steps=8", "--bf16", "--max-steps", "5"]
     with pytest.raises(ConfigError) as caught:
         compose(
@@ -322,7 +322,7 @@ def test_words_of_other_trainers_are_read_together():
     assert not any(problem.startswith(("budget", "batch", "model.path")) for problem in problems)  # no echoes
 
 
-def test_what_is_said_of_other_trainers_words_can_be_typed(tmp_path):
+def test_overrides_suggested_for_other_trainers_options_compose(tmp_path):
     """Every name, with a value as its users write it: our words for it compose."""
     known = settings()
     (tmp_path / "ds.json").write_text(
@@ -382,7 +382,7 @@ def test_sweeps_are_the_cartesian_product():
     assert expand(["optim.lr=["]) == [["optim.lr=["]]
 
 
-def test_a_setting_of_some_choices_of_an_axis_is_for_points_with_one_of_them():
+def test_sweep_setting_of_some_choices_is_only_for_points_that_have_it():
     axes = read_axes(["tuning=full,lora,vera", "tuning.rank=4,8", "tuning.dora=true", "tuning.gamma=1"])
     assert axes.points() == [
         ["tuning=full", "tuning.gamma=1"],  # what no choice has is told when a point is composed
@@ -414,7 +414,7 @@ def test_a_setting_of_some_choices_of_an_axis_is_for_points_with_one_of_them():
         ("tuning.targets=.*(q|v)_proj", [".*(q|v)_proj"]),
     ],
 )
-def test_a_comma_that_stands_free_is_an_axis(word, values):
+def test_sweep_axis_is_a_comma_outside_of_quotes_and_brackets(word, values):
     key = word.partition("=")[0]
     assert [point[0] for point in expand([word])] == [f"{key}={value}" for value in values]
 
@@ -424,12 +424,12 @@ def test_a_quoted_comma_is_part_of_the_value():
     assert compose(point, check=False).config.data.path == "a,b.jsonl"
 
 
-def test_nothing_between_commas_is_an_error():
+def test_sweep_with_nothing_between_commas_is_an_error():
     with pytest.raises(ConfigError, match="strategy=ddp,: nothing stands between two commas"):
         expand(["strategy=ddp,"])
 
 
-def test_a_setting_that_is_gone_is_told_what_does_its_job():
+def test_setting_that_was_removed_is_answered_with_its_replacement():
     known = settings()
     assert not set(REMOVED) & set(known)
     for key, instead in REMOVED.items():
@@ -484,7 +484,7 @@ def test_a_file_of_settings_is_a_bare_word_that_typed_words_go_before(own):
         compose(["gone.yaml"], check=False)
 
 
-def test_own_directories_offer_choices(own):
+def test_config_dir_of_a_user_offers_choices(own):
     rest = take_directories(["tuning=small", "--config-dir", str(own), "optim.lr=1e-4"])
     assert rest == ["tuning=small", "optim.lr=1e-4"]
     config = compose(rest, check=False).config
@@ -516,12 +516,12 @@ def test_own_directories_offer_choices(own):
         ("~optim.lrr", "did you mean optim.lr?"),
     ],
 )
-def test_hydras_own_words_are_told_what_does_it_here(word, said):
+def test_hydra_flags_are_answered_with_what_does_it_here(word, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         compose([word], check=False)
 
 
-def test_glob_of_files_is_an_axis_of_them(tmp_path):
+def test_sweep_glob_of_files_is_an_axis_of_them(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").touch()
     assert expand([f"data.path=glob({tmp_path}/*.jsonl)"]) == [[f"data.path={tmp_path}/{name}.jsonl"] for name in "ab"]

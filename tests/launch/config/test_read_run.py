@@ -152,7 +152,7 @@ def refused(capfd, way):
     return shown, shlex.split(pasted)[1:]
 
 
-def test_a_run_of_somebody_else_gets_nothing_of_its_reader(site, tmp_path, capfd):
+def test_foreign_run_gets_nothing_of_its_reader(site, tmp_path, capfd):
     """Address with variable, code of the model and of a task, files, places, trackers: by every verb that reads a run."""
     took = {"device_name": "NVIDIA A10G", "step_s": 1.0}
     facts = json.loads((site.run / "run.json").read_text())
@@ -182,7 +182,7 @@ def test_a_run_of_somebody_else_gets_nothing_of_its_reader(site, tmp_path, capfd
     assert sorted(path.name for path in theirs.iterdir()) == before and not (tmp_path / "out").exists()
 
 
-def test_what_the_reader_allows_is_used_and_never_asked_for_again(site, tmp_path, capfd):
+def test_foreign_run_values_that_the_reader_allows_are_used_and_remembered(site, tmp_path, capfd):
     theirs = of_somebody(site, tmp_path / "theirs")
     way = ["evaluate", theirs, "evaluation.resamples=2", f"to={tmp_path}/report"]
     _, pasted = refused(capfd, way)
@@ -201,7 +201,7 @@ def test_what_the_reader_allows_is_used_and_never_asked_for_again(site, tmp_path
     assert (trusted_values.directory() / "typed").stat().st_mode & 0o777 == 0o700
 
 
-def test_ones_own_run_asks_for_nothing_also_when_it_was_copied(site, tmp_path, capfd, monkeypatch):
+def test_own_run_asks_for_nothing_also_when_it_was_copied(site, tmp_path, capfd, monkeypatch):
     site.home("author")
     copied = tmp_path / "copied"
     shutil.copytree(site.run, copied)
@@ -215,7 +215,7 @@ def test_ones_own_run_asks_for_nothing_also_when_it_was_copied(site, tmp_path, c
     assert what_happened(site).count("model") and "not used" not in capfd.readouterr().err
 
 
-def test_a_variable_and_its_address_are_one_value(site, tmp_path, capfd, monkeypatch):
+def test_foreign_run_variable_and_its_address_are_allowed_as_one_value(site, tmp_path, capfd, monkeypatch):
     """An address of the reader's does not bring the variable that somebody else's run names, nor the other way round."""
     theirs = of_somebody(
         site, tmp_path / "theirs", **{"model.trust_remote_code": False, "evaluation.judge.key_env": "OF_THE_READER"}
@@ -228,7 +228,7 @@ def test_a_variable_and_its_address_are_one_value(site, tmp_path, capfd, monkeyp
     assert what_happened(site) == []
 
 
-def test_code_is_known_by_its_files_and_asked_for_again_when_they_change(site, tmp_path):
+def test_foreign_run_code_is_known_by_its_files_and_asked_for_when_they_change(site, tmp_path):
     site.home("author")
     config = load_frozen(site.run / "config.yaml")
     known = {value.effect for value in outside_values(config) if trusted_values.is_remembered(value.identity)}
@@ -251,7 +251,7 @@ def test_code_is_known_by_its_files_and_asked_for_again_when_they_change(site, t
     assert code().identity is None, "the file may lie anywhere, and be changed by anybody"
 
 
-def test_code_that_is_not_here_yet_or_is_spelled_otherwise_counts(tmp_path):
+def test_foreign_run_code_counts_if_not_here_yet_or_spelled_otherwise(tmp_path):
     """Names of code in escaped JSON, a hub model that would be fetched, a linked folder."""
     config = compose(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
     elsewhere, model = tmp_path / "elsewhere", tmp_path / "model"
@@ -283,7 +283,7 @@ def test_code_that_is_not_here_yet_or_is_spelled_otherwise_counts(tmp_path):
     assert by_setting["model.trust_remote_code"] == {"code_of": "nobody/has-this"}
 
 
-def test_reading_a_run_fetches_nothing_before_the_reader_allows_it(site, tmp_path, monkeypatch, capfd):
+def test_foreign_run_fetches_nothing_before_the_reader_allows_it(site, tmp_path, monkeypatch, capfd):
     """A record may name a commit of a hub model that this machine does not have."""
     hub = {"model.path": "nobody/has-this", "model.tokenizer": "nobody/has-that", "model.download": True}
     theirs = of_somebody(site, tmp_path / "theirs", **hub)
@@ -299,7 +299,7 @@ def test_reading_a_run_fetches_nothing_before_the_reader_allows_it(site, tmp_pat
     assert "it fetches and runs the Python code of nobody/has-this" in shown and wanted == []
 
 
-def test_a_task_of_lm_eval_is_known_by_all_that_it_loads_and_by_nothing_else(tmp_path):
+def test_foreign_run_lm_eval_task_is_known_by_all_that_it_loads_and_nothing_else(tmp_path):
     folder, beside = tmp_path / "tasks", tmp_path / "beside"
     (folder / "runs").mkdir(parents=True), beside.mkdir()
     task = folder / "mine.yaml"
@@ -324,7 +324,7 @@ def test_a_task_of_lm_eval_is_known_by_all_that_it_loads_and_by_nothing_else(tmp
             digest_of_task(task)
 
 
-def test_the_name_of_a_task_does_not_pass_for_a_setting():
+def test_foreign_run_task_name_does_not_pass_for_a_setting():
     config = compose(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
     for name, path in (("x.kind", "/somewhere/task.yaml"), ("a.b", "/somewhere/task.yaml"), ("plain", "auto")):
         config.evaluation.tasks = {name: TaskConfig(kind="lm_eval", path=path)}
@@ -334,7 +334,7 @@ def test_the_name_of_a_task_does_not_pass_for_a_setting():
     assert outside_values(config) == []
 
 
-def test_the_directory_of_another_user_is_not_written(site, tmp_path, monkeypatch):
+def test_foreign_run_directory_of_another_user_is_not_written(site, tmp_path, monkeypatch):
     site.home("author")
     theirs = of_somebody(site, tmp_path / "theirs", **{"evaluation.tasks": {}, "logging.tables": False})
     before = sorted(path.name for path in theirs.iterdir())
@@ -347,7 +347,7 @@ def test_the_directory_of_another_user_is_not_written(site, tmp_path, monkeypatc
     assert sorted(path.name for path in theirs.iterdir()) == before
 
 
-def test_a_link_in_a_downloaded_run_does_not_say_where_results_are_written(tmp_path):
+def test_foreign_run_link_does_not_decide_where_results_are_written(tmp_path):
     run, other = tmp_path / "downloaded", tmp_path / "other"
     run.mkdir(), other.mkdir()
     (run / "config.yaml").touch()
@@ -367,7 +367,7 @@ def test_a_link_in_a_downloaded_run_does_not_say_where_results_are_written(tmp_p
     assert not is_own(run)
 
 
-def test_a_frozen_configuration_looks_nothing_up_when_it_is_evaluated(site, tmp_path, monkeypatch):
+def test_foreign_run_configuration_resolves_nothing_when_it_is_evaluated(site, tmp_path, monkeypatch):
     monkeypatch.setenv("OF_THE_READER", "not-to-be-told")
     theirs = of_somebody(site, tmp_path / "theirs")
     config = load_frozen(theirs / "config.yaml")
@@ -377,7 +377,7 @@ def test_a_frozen_configuration_looks_nothing_up_when_it_is_evaluated(site, tmp_
     assert recompose(config, ["logging.notes='${oc.env:OF_THE_READER}'"], ALLOWED).logging.notes == "not-to-be-told"
 
 
-def test_the_code_of_a_teacher_is_trusted_by_its_own_setting(site):
+def test_teacher_code_is_trusted_by_its_own_setting(site):
     model = ModelConfig(path="student", trust_remote_code=True)
     teacher = DistillationConfig(teacher=TeacherConfig(path="teacher"))
     assert not teacher_model(model, teacher).trust_remote_code
@@ -392,7 +392,7 @@ def test_the_code_of_a_teacher_is_trusted_by_its_own_setting(site):
     assert composed[0].sha256 == composed[1].sha256, "an earlier run could not go on with the word"
 
 
-def test_training_goes_on_where_nothing_can_be_kept(site, monkeypatch, capsys):
+def test_training_goes_on_where_allowed_values_cannot_be_stored(site, monkeypatch, capsys):
     config = load_frozen(site.run / "config.yaml")
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
     trusted_values.remember_config(config)
@@ -417,7 +417,7 @@ def test_training_goes_on_where_nothing_can_be_kept(site, monkeypatch, capsys):
     assert "is another user's" in capsys.readouterr().err
 
 
-def test_every_setting_says_at_its_own_field_what_it_reaches():
+def test_settings_say_at_their_own_field_what_they_reach():
     silent = {key for key in overrides.settings() if traits_by_key()[key].reach is None}
     assert silent == set(), (
         "say at these fields whether they describe a run or reach out of it: setting(..., reach=...)"
@@ -432,7 +432,7 @@ def test_every_setting_says_at_its_own_field_what_it_reaches():
         reach_of("model.invented")
 
 
-def test_verbs_read_a_run_by_the_one_door():
+def test_verbs_read_a_run_through_one_function():
     """Who reads a frozen configuration without it starts or follows what this user has started, or compares texts with it.
 
     `earlier_words.py` takes one of the budgets that were typed now. `words.py` of evaluate asks whether a value that counts as

@@ -91,7 +91,7 @@ def test_a_word_that_cannot_be_used_is_named(argv, said):
     assert said in problems[0]
 
 
-def test_all_problems_are_told_together():
+def test_verb_words_problems_are_reported_together():
     _, problems = read("--fast", "steps=x", "colour=red", "hub.private=yes")
     assert [problem.partition(":")[0] for problem in problems] == [
         "--fast",
@@ -187,7 +187,7 @@ class GroupConfig:
     batching: bool = False
 
 
-def test_a_group_of_settings_is_read_by_its_annotations():
+def test_verb_settings_group_is_read_by_its_annotations():
     words = ["serve.port=0", "serve.name=null", "serve.engine=large", "serve.kinds=[small,large]", "other=1", "serve=2"]
     settings, others, problems = read_group("serve", GroupConfig(name="a"), words)
     assert settings == GroupConfig(port=0, engine=Engine.large, kinds=[Engine.small, Engine.large])
@@ -210,7 +210,7 @@ def test_a_group_of_settings_is_read_by_its_annotations():
     ]
 
 
-def test_the_ways_to_combine_adapters_are_those_of_the_trainer():
+def test_verb_ways_to_combine_adapters_are_those_of_the_trainer():
     from trainer.export.combine import Combination
 
     assert tuple(Combination) == COMBINATIONS

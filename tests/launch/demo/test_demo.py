@@ -31,7 +31,7 @@ def prepare(notes, folder):
     return demo.prepare_demo(notes, tiny_tokenizer(), folder, held_out_tokens=300)
 
 
-def test_documents_are_split_within_the_budget_and_the_same_every_time(notes, tmp_path):
+def test_demo_documents_are_split_within_the_budget_and_the_same_every_time(notes, tmp_path):
     data = prepare(notes, tmp_path / "a")
     train, held_out = (path.read_text().splitlines() for path in (data.train, data.held_out))
     assert len(train) == data.train_documents and len(held_out) == data.held_out_documents

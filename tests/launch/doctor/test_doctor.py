@@ -46,7 +46,7 @@ def needs(monkeypatch, *requirements: str) -> None:
     monkeypatch.setattr(machine.metadata, "version", lambda name: "0.1.0" if name == "shardtune" else really(name))
 
 
-def test_this_machine(capsys, monkeypatch, tmp_path):
+def test_doctor_describes_this_machine(capsys, monkeypatch, tmp_path):
     needs(monkeypatch, "torch>=2.13", "packaging>=20", "flash-attn>=2.8; extra == 'gpu'")
     monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path / "kept"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -69,7 +69,7 @@ def test_this_machine(capsys, monkeypatch, tmp_path):
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
 
 
-def test_every_extra_for_users_is_looked_for(monkeypatch):
+def test_doctor_looks_for_every_extra_for_users(monkeypatch):
     asked = {}
     monkeypatch.setattr("setuptools.setup", lambda **settings: asked.update(settings))
     monkeypatch.chdir(ROOT)
@@ -77,7 +77,7 @@ def test_every_extra_for_users_is_looked_for(monkeypatch):
     assert set(machine.EXTRAS) == set(asked["extras_require"]) - {"test", "check"}
 
 
-def test_packages_that_are_missing_or_old_keep_runs_from_starting(capsys, monkeypatch):
+def test_doctor_packages_that_are_missing_or_old_are_problems(capsys, monkeypatch):
     needs(monkeypatch, "torch>=99", "nothing-of-that-name>=1", "packaging")
     assert looked(capsys, 69)["problems"] == [
         f"torch is {metadata.version('torch')}, and >=99 is needed: pip install 'torch>=99'",
@@ -87,7 +87,7 @@ def test_packages_that_are_missing_or_old_keep_runs_from_starting(capsys, monkey
     assert "problems:\n  torch is " in capsys.readouterr().out
 
 
-def test_without_an_installation_it_says_what_was_not_looked_up(capsys, monkeypatch):
+def test_doctor_without_an_installation_says_what_was_not_looked_up(capsys, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
@@ -102,7 +102,7 @@ def test_a_torch_that_cannot_be_imported_is_a_problem(capsys, monkeypatch):
     assert main(["doctor"]) == 69
 
 
-def test_gpus_of_which_torch_sees_none(capsys, monkeypatch, tmp_path):
+def test_doctor_reports_gpus_that_torch_does_not_see(capsys, monkeypatch, tmp_path):
     command(tmp_path, "nvidia-smi", "echo 550.54.15; echo 550.54.15")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -113,7 +113,7 @@ def test_gpus_of_which_torch_sees_none(capsys, monkeypatch, tmp_path):
     assert "built for CUDA 13.0, which driver 550.54.15 may be too old for" in problem
 
 
-def test_gpus_and_who_is_on_them(capsys, monkeypatch):
+def test_doctor_reports_gpus_and_the_processes_on_them(capsys, monkeypatch):
     gpu = types.SimpleNamespace(name="Card", major=8, minor=0, gcnArchName="")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -129,7 +129,7 @@ def test_gpus_and_who_is_on_them(capsys, monkeypatch):
     assert re.search(r"^gpu 1 +Card, 80.0 GiB, 79.0 GiB free$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_what_would_change_a_run_is_said(capsys, monkeypatch, tmp_path):
+def test_doctor_reports_variables_that_would_change_a_run(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "0")
     command(tmp_path, "sbatch", "exit 1")
     command(tmp_path, "squeue", "echo 'squeue: error: no controller' >&2; exit 1")

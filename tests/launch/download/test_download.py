@@ -49,7 +49,7 @@ def here(root, calls, **env):
     )
 
 
-def test_what_was_fetched_is_pinned_listed_and_not_fetched_twice(site):
+def test_download_is_pinned_listed_and_not_repeated(site):
     root, out, asked, _ = site
     pinned = yaml.safe_load((root / "pinned.yaml").read_text())
     assert pinned["model"] == {"path": "org/llama", "revision": COMMIT}
@@ -66,7 +66,7 @@ def test_what_was_fetched_is_pinned_listed_and_not_fetched_twice(site):
     assert sum(line.startswith("GET") and line.endswith("/model.safetensors") for line in asked) == 1
 
 
-def test_a_run_of_it_needs_no_hub_and_damage_is_named(site):
+def test_download_lets_a_run_start_without_a_hub_and_names_damage(site):
     root, *_ = site
     words = ["strategy=single", "debug=tiny", "run.device=cpu", "budget.steps=1", "run.dir=run", "export.at_end=false"]
     words += ["logging.wandb=disabled", "logging.report=false"]
@@ -85,7 +85,7 @@ def test_a_run_of_it_needs_no_hub_and_damage_is_named(site):
     assert done.returncode == 69 and "SHA-256 is not that of what was fetched" in done.stdout
 
 
-def test_refusals(site, tmp_path, capsys):
+def test_download_refusals(site, tmp_path, capsys):
     assert "model.path=org/none: cannot be had from the hub" in site[3] and "HF_TOKEN" in site[3]
     for words, said in (
         ([f"model.path={tmp_path}"], "nothing here is named by a hub id"),

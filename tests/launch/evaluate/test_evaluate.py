@@ -125,7 +125,7 @@ def last_row(run):
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def test_the_numbers_are_those_that_training_wrote_at_its_end(site, evaluated):
+def test_evaluate_gives_the_numbers_that_training_wrote_at_its_end(site, evaluated):
     report, _ = evaluated
     at_end = last_row(site / "run")
     assert at_end["step"] == 60
@@ -137,7 +137,7 @@ def test_the_numbers_are_those_that_training_wrote_at_its_end(site, evaluated):
     assert 0 < at_end["eval/facts/exact_match"] < 1  # or nothing here could tell right from wrong
 
 
-def test_metrics_are_those_of_the_reference_libraries(evaluated):
+def test_evaluate_metrics_are_those_of_the_reference_libraries(evaluated):
     from jsonschema import Draft202012Validator, ValidationError
     from rouge_score.rouge_scorer import RougeScorer
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -167,7 +167,7 @@ def test_metrics_are_those_of_the_reference_libraries(evaluated):
     assert value(report, "shaped", "valid") == valid / len(rows["shaped"])
 
 
-def test_several_draws_make_one_row(evaluated):
+def test_evaluate_makes_one_row_of_several_draws(evaluated):
     """The mean is that of all answers; pass@k is the share of all subsets of k answers that have a right one."""
     report, rows = evaluated
     shares = []
@@ -184,7 +184,7 @@ def test_several_draws_make_one_row(evaluated):
     assert [*report["tasks"]["drawn"]["metrics"]] == ["exact_match", "pass_at_2", "pass_at_4", "pass_at_5"]
 
 
-def test_likelihoods_are_those_of_plain_transformers(site, evaluated):
+def test_evaluate_likelihoods_are_those_of_plain_transformers(site, evaluated):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, rows = evaluated
@@ -205,7 +205,7 @@ def test_likelihoods_are_those_of_plain_transformers(site, evaluated):
         assert row["scores"]["right"] == float(found.index(max(found)) == given["answer"])
 
 
-def test_beside_the_base_stand_differences_and_rows_that_changed_sides(site, evaluated):
+def test_evaluate_against_the_base_shows_differences_and_changed_rows(site, evaluated):
     report, rows = evaluated
     facts = report["against"]["tasks"]["facts"]
     metric, changed = facts["metrics"]["exact_match"], facts["changed"]
@@ -226,7 +226,7 @@ def test_beside_the_base_stand_differences_and_rows_that_changed_sides(site, eva
     assert not [word for word in ("http://", "https://") if word in page]
 
 
-def test_two_ranks_under_another_strategy_give_the_same_and_what_fell_ends_with_69(site, evaluated, capsys):
+def test_evaluate_on_two_ranks_gives_the_same_and_a_lower_metric_ends_with_69(site, evaluated, capsys):
     """The report of the whole run is the yardstick, first of itself on two ranks, then of an early checkpoint."""
     _, rows = evaluated
     some = None if EVERYTHING else ["facts", "chosen", "shaped", "drawn"]  # each way of asking
@@ -268,7 +268,7 @@ def of_loss(site, to):
     return [f"{site}/run", "evaluation.tasks=[loss]", "evaluation.resamples=20", "run.threads=1", f"to={site}/{to}"]
 
 
-def test_a_rank_is_given_the_same_words(site, evaluated, capfd):
+def test_evaluate_gives_its_ranks_the_same_words(site, evaluated, capfd):
     """As torchrun and srun start it: a module with the variables of a rank. It prints the report."""
     assert torchrun.arguments(LauncherConfig(processes=2), "x", module="launch.evaluate")[-2:] == [
         "-m",
@@ -303,7 +303,7 @@ def test_a_resumed_run_gives_equal_rows(site):
     assert second == pytest.approx(first, rel=1e-5)
 
 
-def test_a_classifier_is_evaluated_as_it_is(site, tmp_path, capsys):
+def test_evaluate_a_classifier_without_training_it(site, tmp_path, capsys):
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     names = {0: "world", 1: "dog", 2: "fox"}
@@ -371,7 +371,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(site, words, code, told, 
     assert told in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there_is_named_beside_the_missing_documents(capsys):
+def test_evaluate_names_a_missing_model_and_missing_documents_together(capsys):
     assert command_here(["evaluate", "model.path=missing", "evaluation.tasks=[loss]"]) == 64
     shown = capsys.readouterr().err
     assert (

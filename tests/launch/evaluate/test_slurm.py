@@ -22,7 +22,7 @@ def words(tmp_path_factory):
     return [f"model.path={root}/llama", *task, f"to={root}/it's here", f"data.cache_dir={root}/cache", "run.threads=1"]
 
 
-def test_the_script_gives_the_same_words_to_one_node(words, capsys):
+def test_evaluate_slurm_script_gives_the_same_words_to_one_node(words, capsys):
     asked = [
         "launcher=slurm",
         "launcher.gpus_per_node=4",
@@ -41,7 +41,7 @@ def test_the_script_gives_the_same_words_to_one_node(words, capsys):
     assert said[5:] == [*words, "strategy=fsdp2", "--json", "launcher=local", "launcher.processes=4"]
 
 
-def test_it_is_submitted_and_refusals_of_sbatch_are_told(words, tmp_path, capsys, monkeypatch):
+def test_evaluate_slurm_job_is_submitted_and_refusals_of_sbatch_are_reported(words, tmp_path, capsys, monkeypatch):
     stub = tmp_path / "sbatch"
     stub.write_text('#!/bin/bash\ncp "$2" "$(dirname "$0")/given"\necho "17;here"\n')
     stub.chmod(0o755)
@@ -61,12 +61,12 @@ def test_it_is_submitted_and_refusals_of_sbatch_are_told(words, tmp_path, capsys
         (["--print"], "add launcher=slurm"),
     ],
 )
-def test_what_cannot_be_submitted_is_refused(words, more, told, capsys):
+def test_evaluate_slurm_refuses_what_cannot_be_submitted(words, more, told, capsys):
     assert command_here(["evaluate", *words, *more]) == 64
     assert told in capsys.readouterr().err
 
 
-def test_an_evaluation_that_runs_out_of_memory_says_where_and_what_helps(words, capsys, monkeypatch):
+def test_evaluate_out_of_memory_says_where_and_what_helps(words, capsys, monkeypatch):
     def answers(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 

@@ -75,7 +75,7 @@ def test_the_last_checkpoint_becomes_the_export_of_the_run(run_dir, capsys):
     assert "| eval/loss |" in card and "- steps: 6" in card and "base_model:" in card
 
 
-def test_another_checkpoint_merged_elsewhere(run_dir, tmp_path):
+def test_export_of_another_checkpoint_merged_into_another_directory(run_dir, tmp_path):
     assert (
         run(f"run.dir={run_dir}", "checkpoint=4", "merge=true", "dtype=bfloat16", f"to={tmp_path / 'm'}", "verify=true")
         == 0
@@ -106,7 +106,7 @@ def test_another_checkpoint_merged_elsewhere(run_dir, tmp_path):
         (["adapters=[]", "to={run}/none"], "adapters=[]: names no adapter"),
     ],
 )
-def test_what_cannot_be_used_is_said(words, said, run_dir, capsys):
+def test_export_refuses_words_that_cannot_be_used(words, said, run_dir, capsys):
     assert run(*(word.replace("{run}", str(run_dir)) for word in words)) == ConfigError.exit_code
     assert said in capsys.readouterr().err
 
@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_refused(run_dir, capsys):
         file.write_bytes(whole)
 
 
-def test_the_best_is_asked_of_the_newest_that_can_be_read(run_dir, tmp_path, capsys):
+def test_export_best_is_decided_by_the_newest_readable_checkpoint(run_dir, tmp_path, capsys):
     file = run_dir / "checkpoints" / "step-000006" / "progress.json"
     whole, status = file.read_bytes(), (run_dir / "status.json").read_bytes()
     try:
@@ -139,7 +139,7 @@ def test_the_best_is_asked_of_the_newest_that_can_be_read(run_dir, tmp_path, cap
         (run_dir / "status.json").write_bytes(status)
 
 
-def test_a_best_checkpoint_that_is_no_better_than_the_base_is_told(run_dir, tmp_path, capsys):
+def test_export_best_that_is_no_better_than_the_base_is_reported(run_dir, tmp_path, capsys):
     file = run_dir / "metrics.jsonl"
     original = file.read_bytes()
     assert run(f"run.dir={run_dir}", "checkpoint=best", f"to={tmp_path / 'a'}") == 0
@@ -156,7 +156,7 @@ def test_a_best_checkpoint_that_is_no_better_than_the_base_is_told(run_dir, tmp_
         file.write_bytes(original)
 
 
-def test_an_older_checkpoint_is_told_and_a_record_that_cannot_be_read_is_refused(run_dir, tmp_path, capsys):
+def test_export_of_an_older_checkpoint_is_reported_and_an_unreadable_record_is_refused(run_dir, tmp_path, capsys):
     assert run(f"run.dir={run_dir}", "checkpoint=4", f"to={tmp_path / 'b'}") == 0
     assert f"to {tmp_path / 'b'}; the run ended at step 6" in capsys.readouterr().out
     file = run_dir / "run.json"
@@ -172,7 +172,7 @@ def test_an_older_checkpoint_is_told_and_a_record_that_cannot_be_read_is_refused
         file.write_bytes(whole)
 
 
-def test_without_room_nothing_is_written(run_dir, tmp_path, capsys, monkeypatch):
+def test_export_without_room_writes_nothing(run_dir, tmp_path, capsys, monkeypatch):
     class Full(atomic_io.Disk):
         def free(self, path):
             return 2**20
@@ -183,7 +183,7 @@ def test_without_room_nothing_is_written(run_dir, tmp_path, capsys, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gguf_file_stands_beside_a_whole_model(run_dir, tmp_path, capsys):
+def test_export_gguf_beside_a_merged_model(run_dir, tmp_path, capsys):
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text("import sys\nsys.exit('a module is lacking')\n")
     words = ["gguf=q8_0", f"gguf.converter={script}", f"to={tmp_path / 'whole'}"]
@@ -207,9 +207,7 @@ def test_a_gguf_file_stands_beside_a_whole_model(run_dir, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_the_run_deletes_while_it_is_read_gives_way_to_the_next(
-    run_dir, tmp_path, capsys, monkeypatch
-):
+def test_export_of_a_checkpoint_that_the_run_deletes_takes_the_next(run_dir, tmp_path, capsys, monkeypatch):
     """As a run that trains does; a file that is not there is waited for only where its directory is."""
     copy = shutil.copytree(run_dir, tmp_path / "trains")
     checkpoints = copy / "checkpoints"
@@ -244,7 +242,7 @@ def test_a_checkpoint_that_the_run_deletes_while_it_is_read_gives_way_to_the_nex
     assert json.loads(capsys.readouterr().out)["checkpoints"] == ["step-000004"]
 
 
-def test_a_whole_model_in_few_bits_says_what_it_costs(run_dir, tmp_path, capsys):
+def test_export_of_a_quantised_model_reports_its_cost(run_dir, tmp_path, capsys):
     """The loss is reckoned once more by transformers, from labels, on the files as they lie there."""
     import torch
     from transformers import AutoModelForCausalLM

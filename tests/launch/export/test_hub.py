@@ -53,7 +53,7 @@ def files(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_what_is_pushed_is_what_a_dry_run_wrote(run, there, capsys):
+def test_hub_push_has_what_a_dry_run_wrote(run, there, capsys):
     root, asked = there
     words = [f"to=hub:{NAME}", "benchmarks={facts: owner/facts/easy}"]
     assert command_here(["export", str(run), *words, "--dry-run"]) == 0
@@ -90,7 +90,7 @@ def test_a_public_repository_is_not_pushed_to_unasked(run, there, capsys):
     assert not any("commit" in line for line in asked) and not files(root / NAME)
 
 
-def test_what_cannot_be_is_said_before_anything_is_written(run, capsys, monkeypatch, tmp_path):
+def test_hub_push_that_cannot_be_is_refused_before_anything_is_written(run, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
@@ -124,7 +124,7 @@ def test_results_are_only_claimed_of_data_that_the_hub_has(tmp_path):
     assert write_results(tmp_path, facts) == []
 
 
-def test_the_checkpoint_of_the_report_is_the_one_exported(run):
+def test_hub_push_reports_the_checkpoint_that_is_exported(run):
     report = json.loads((run / "evaluation.json").read_text())
     assert report["model"]["artefact"] == fingerprint(max((run / "checkpoints").glob("step-*")))
     with pytest.raises(ConfigError):

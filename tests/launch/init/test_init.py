@@ -29,7 +29,7 @@ def somewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_what_is_typed_is_set_and_what_is_shown_is_the_default(tmp_path, capsys):
+def test_init_sets_what_is_typed_and_shows_the_defaults(tmp_path, capsys):
     words = [
         "model.path=it's: #1 [x]",
         "data.path=[a b.jsonl,c.jsonl]",
@@ -76,7 +76,7 @@ def test_what_is_typed_is_set_and_what_is_shown_is_the_default(tmp_path, capsys)
     assert "# Peak learning rate; about 1e-5 to 5e-5 for full tuning" in text
 
 
-def test_a_file_is_written_once_and_only_of_what_could_run(tmp_path, capsys):
+def test_init_writes_a_file_once_and_only_of_what_could_run(tmp_path, capsys):
     model_dir(tmp_path)
     (tmp_path / "train.jsonl").touch()
     good = ["model.path=llama", "data.path=train.jsonl", "tuning=lora", "budget.steps=1"]

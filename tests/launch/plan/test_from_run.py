@@ -57,7 +57,7 @@ def write_run(directory, words, measured, **facts):
     return directory
 
 
-def test_what_a_run_measured_is_what_is_reckoned_with(capsys, tmp_path, words):
+def test_plan_from_a_run_uses_what_the_run_measured(capsys, tmp_path, words):
     asked = [*words, *CARD, "launcher.gpus_per_node=2", "--json"]
     code, out, answer = plan(capsys, *asked)
     assert code == 0, out
@@ -84,7 +84,7 @@ def test_what_a_run_measured_is_what_is_reckoned_with(capsys, tmp_path, words):
     assert "writes checkpoints at 3 GB/s" in said and "the figures above were measured" in said
 
 
-def test_what_a_run_does_not_tell_stays_and_is_named(capsys, tmp_path, words):
+def test_plan_from_a_run_keeps_and_names_what_the_run_does_not_tell(capsys, tmp_path, words):
     """A peak below the simulated one is no proof: its longest documents need not have come together."""
     run = write_run(tmp_path / "run", words, {"device_name": GPU, "memory_gib": 1e-6, "step_s": None})
     asked = [*words, *CARD, "launcher.gpus_per_node=2", "--json"]
@@ -110,7 +110,7 @@ def test_what_a_run_does_not_tell_stays_and_is_named(capsys, tmp_path, words):
         ({"device_name": GPU}, {}, ["from=other"], "from is given twice"),
     ],
 )
-def test_runs_that_tell_nothing_are_refused(capsys, tmp_path, words, measured, facts, more, said):
+def test_plan_from_a_run_that_tells_nothing_is_refused(capsys, tmp_path, words, measured, facts, more, said):
     run = write_run(tmp_path / "run", words, measured, **facts)
     code, out, _ = plan(capsys, *words, *CARD, f"from={run}", *more)
     assert code == 64 and said in out

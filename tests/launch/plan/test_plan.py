@@ -59,7 +59,7 @@ def plan(capsys, model, *words):
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_a_card_says_all_that_a_plan_asks(name):
+def test_plan_card_has_every_figure_that_a_plan_needs(name):
     card = read_plan([f"hardware={name}"]).card
     assert card.name in PEAK_TFLOPS
     said = " ".join(card.sources)
@@ -69,7 +69,7 @@ def test_a_card_says_all_that_a_plan_asks(name):
     assert card.node_gb_s > 0 and card.host_gb_s <= card.memory_gb_s
 
 
-def test_a_figure_of_a_card_can_be_another(tmp_path):
+def test_plan_card_figures_can_be_replaced(tmp_path):
     asked = read_plan(["hardware=l4", "hardware.price_per_hour=0.5", "plan.offload=true"])
     card, settings = asked.card, asked.settings
     assert card.price_per_hour == 0.5 and settings.offload
@@ -105,7 +105,7 @@ def test_a_figure_of_a_card_can_be_another(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_with_a_card_or_a_plan_is_said(capsys, monkeypatch, tmp_path, model, words, said):
+def test_plan_refuses_a_wrong_card_or_wrong_words(capsys, monkeypatch, tmp_path, model, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "torn.yaml").write_text("name: [NVIDIA\nmemory_gib: {")
     (tmp_path / "list.yaml").write_text("- memory_gib: 80\n")
@@ -143,7 +143,7 @@ def test_without_a_model_or_with_a_batch_that_does_not_divide(capsys, model, tmp
         (["batch.micro=3", "batch.global=4", "data.path={data}"], "batch.global=4: must be a multiple"),
     ],
 )
-def test_what_train_would_refuse_is_refused_once_and_before_data_is_prepared(
+def test_plan_refuses_once_what_train_would_refuse_before_data_is_prepared(
     capsys, monkeypatch, tmp_path, model, words, said
 ):
     def prepared(*args, **kwargs):
@@ -155,7 +155,7 @@ def test_what_train_would_refuse_is_refused_once_and_before_data_is_prepared(
     assert code == 64 and out.count(said) == 1
 
 
-def test_a_micro_batch_that_a_run_would_choose_is_looked_at_in_all_its_values(model):
+def test_plan_looks_at_all_values_of_an_automatic_micro_batch(model):
     card = read_plan(["hardware=l4"]).card
     config, typed = composed([f"model.path={model}", "batch.micro=auto"], card)
     assert config.batch["micro"] == 1 and "batch.micro" not in typed
@@ -225,13 +225,13 @@ def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ra
     assert verb == "train" or compose([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
 
 
-def test_where_nothing_fits(capsys, model):
+def test_plan_says_that_nothing_fits(capsys, model):
     code, out = plan(capsys, model, "hardware=l4", "hardware.memory_gib=0.5", "strategy=single")
     assert code == 69, out
     assert "Nothing fits" in out and "too large" in out
 
 
-def test_what_another_trainer_holds_stands_apart(capsys, model):
+def test_plan_shows_separately_what_another_trainer_holds(capsys, model):
     """Arithmetic by hand: 12 bytes for each of 512 words and 64 tokens; weights, moments and update in bf16."""
     words = [
         "hardware=l4",
@@ -278,7 +278,7 @@ def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
     assert len(told) == len(found)
 
 
-def test_what_cannot_be_simulated_is_said_and_not_raised(capsys, tmp_path, model):
+def test_plan_reports_what_cannot_be_simulated(capsys, tmp_path, model):
     settings = json.loads((model / "config.json").read_text())
     odd = tmp_path / "odd"
     odd.mkdir()
@@ -291,7 +291,7 @@ def job(card, *, nodes=2, per_node=4, batch=32):
     return PlannedRun(card, Precision.bf16, nodes, per_node, batch, DocumentLengths.uniform(64, 1))
 
 
-def test_ways_are_all_but_those_that_are_typed_or_ruled_out(model):
+def test_plan_variants_are_all_but_those_typed_or_ruled_out(model):
     card = read_plan(["hardware=l4"]).card
     config, typed = composed([f"model.path={model}", *GPUS, "tuning=lora"], card)
     found, refused = run_variants(config, PlanConfig(), typed, 8)
@@ -333,7 +333,7 @@ def test_micro_batches_divide_the_part_of_a_rank():
     assert micro_batches(job(card, batch=10), None) == micro_batches(job(card, batch=4), 1) == []
 
 
-def test_rows_say_all_that_is_stored_otherwise(model):
+def test_plan_rows_name_all_settings_stored_otherwise(model):
     card = read_plan(["hardware=l4"]).card
     config, typed = composed([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
     settings = PlanConfig(offload=True, quantisation=[Quantisation.none, Quantisation.nf4])
@@ -368,7 +368,7 @@ def test_rows_say_all_that_is_stored_otherwise(model):
         ([], [], ["a million tokens cost $", "with a budget (budget.tokens=...) the price of the whole run is shown"]),
     ],
 )
-def test_what_the_cost_of_a_run_lacks_is_said(model, words, card, said):
+def test_plan_says_what_the_cost_of_a_run_lacks(model, words, card, said):
     a10g = read_plan(["hardware=a10g", *card]).card
     config, _ = composed([f"model.path={model}", *GPUS, *words], a10g)
     hours = 0.0125 if "budget.steps=3" in words else None
@@ -405,7 +405,7 @@ class Form:
         return self.flops, 0.0, 0.0
 
 
-def test_exchange_is_hidden_behind_arithmetic_where_there_is_enough():
+def test_plan_hides_exchange_behind_arithmetic_where_there_is_enough():
     card = replace(read_plan(["hardware=h100_80g"]).card, link_gb_s=400.0)
     one = 4 * COLLECTIVE_LATENCY_S + 7 / 8 * 8e9 / (400e9 * LINK_EFFICIENCY)
     inside, after = exchange_s(Form(0.0), 4, card)
@@ -417,7 +417,7 @@ def test_exchange_is_hidden_behind_arithmetic_where_there_is_enough():
     assert fast.total_s < slow.total_s
 
 
-def test_a_dry_run_tells_the_simulated_step(capsys, model, tmp_path):
+def test_dry_run_reports_the_simulated_step(capsys, model, tmp_path):
     """The longest documents of the data, in the micro-batch of the run, as the simulation has it."""
     data = write_chat_data(tmp_path / "chats.jsonl")
     words = [

@@ -9,7 +9,7 @@ from tests.helpers.tokenizers import write_chat_data
 
 
 @pytest.mark.parametrize("words", [[], ["data.verify=all"]], ids=["sampled", "all"])
-def test_a_changed_byte_is_found_by_the_same_words(tmp_path, capsys, words):
+def test_prepare_again_finds_a_changed_byte(tmp_path, capsys, words):
     write_chat_data(tmp_path / "train.jsonl", 20)
     words = [
         f"model.path={model_dir(tmp_path)}",

@@ -88,7 +88,7 @@ def test_splits_lengths_and_sources(prepared, capsys):
     assert sum(int(count) for _, count in bars) == 4
 
 
-def test_decodes_the_right_sequence_above_its_document(prepared, capsys):
+def test_print_decodes_the_right_sequence_above_its_document(prepared, capsys):
     out = shown(capsys, prepared, "rows=[2,0]", "documents=true")
     second, first = out.split("train 0")
     assert "chat.jsonl:2" in second and "⟦a lazy dog [bold]not markup[/bold]<|im_end|>⟧" in second
@@ -182,7 +182,7 @@ def test_refusals_of_directories_and_words(prepared, tmp_path):
         main(["--print", str(tmp_path)])
 
 
-def test_ranges_of_rows():
+def test_print_ranges_of_rows():
     assert parse_rows("0, 5,10-12", 20, "train") == [0, 5, 10, 11, 12]
     with pytest.raises(ConfigError, match="at most"):
         parse_rows("0-1000", 5000, "train")
@@ -195,7 +195,7 @@ def test_looking_at_sizes_loads_no_tokenizer_library(prepared):
     assert "rich" in modules and not {"torch", "transformers", "datasets", "pyarrow"} & modules
 
 
-def test_help_and_the_verb_that_is_gone(capsys):
+def test_print_help_and_the_removed_verb(capsys):
     assert main(["--print"]) == 64 and main(["--print", "--help"]) == 0
     assert capsys.readouterr().out.count("documents=true    also show the document") == 2
     assert command(["data", "inspect", "x"]) == 64

@@ -23,7 +23,7 @@ def test_alpha_is_that_of_the_published_example():
     assert alpha(votes) == pytest.approx(0.743, abs=5e-4)
 
 
-def test_alpha_and_kappa_say_nothing_where_nobody_could_have_disagreed():
+def test_agreement_is_undefined_where_nobody_could_have_disagreed():
     assert alpha({("a", "1"): "tie", ("b", "1"): "tie"}) is None
     assert alpha({("a", "1"): "tuned", ("b", "2"): "other"}) is None
     assert kappa(["tie"] * 3, ["tie"] * 3) is None and kappa([], []) is None
@@ -65,7 +65,7 @@ def judged(drawn, key, truth, right, seconds):
     return Reviewer("one", Path("one.json"), items)
 
 
-def test_who_ticks_at_random_is_found_and_who_judges_is_not():
+def test_agreement_finds_a_reviewer_who_ticks_at_random_and_no_careful_one():
     """50 items, 10 of them again: the rates that docs/review.md gives."""
     drawn, found = random.Random(0), {"careful": 0, "random": 0, "hasty": 0}
     for _ in range(400):

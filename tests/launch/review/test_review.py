@@ -36,7 +36,7 @@ def result(run):
     return json.loads((run / "review" / "result.json").read_text())
 
 
-def test_the_page_shows_every_pair_and_no_word_of_who_wrote_it(run):
+def test_review_page_shows_every_pair_and_not_which_model_wrote_it(run):
     page, key = (run / "review" / "review.html").read_text(), key_of(run)["key"]
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     rows = [json.loads(line) for line in (run / "review/answers/tuned/evaluation_rows.jsonl").read_text().splitlines()]
@@ -114,7 +114,7 @@ def test_rated_in_a_browser_reloaded_saved_and_scored(run, browser, capsys):
     assert "review/win_rate/kind: 0.7" in said and "1 of 2 gates say no" in said
 
 
-def test_several_reviewers_agreement_and_what_stands_out(run, capsys):
+def test_review_of_several_reviewers_has_agreement_and_outliers(run, capsys):
     drawn = random.Random(1)
     ada = save(run, "ada", lambda item: "tuned" if item["prompt"] % 3 else "other")
     bert = save(run, "bert", lambda item: "tuned" if item["prompt"] % 3 != 1 else "tie")
@@ -138,12 +138,12 @@ def lefts(run):
     return {item["prompt"]: item["tuned"] == "a" for item in key_of(run)["key"]["items"] if item["repeats"] is None}
 
 
-def test_while_answers_are_written_no_score_is_told(made):
+def test_review_scores_are_not_shown_while_answers_are_written(made):
     said = "".join(path.read_text() for path in (made / "review" / "answers").rglob("rank-0.log"))
     assert "tuned: answers: (12 rows" in said and "exact_match" not in said
 
 
-def test_a_table_filled_in_with_a_spreadsheet_counts_as_a_page_does(run):
+def test_review_table_filled_in_with_a_spreadsheet_counts_as_a_page_does(run):
     path, key = run / "review" / "review.csv", {item["id"]: item for item in key_of(run)["key"]["items"]}
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
@@ -161,7 +161,7 @@ def test_a_table_filled_in_with_a_spreadsheet_counts_as_a_page_does(run):
     assert metrics["win_rate"]["value"] == 1.0 and metrics["win_rate/kind"]["value"] is None
 
 
-def test_files_that_cannot_be_scored_are_all_told(run, capsys):
+def test_review_files_that_cannot_be_scored_are_all_named(run, capsys):
     good = save(run, "ada", lambda item: "tuned")
     twice = run.parent / "copy.json"
     twice.write_text((run.parent / "ada.json").read_text())
@@ -180,7 +180,7 @@ def test_files_that_cannot_be_scored_are_all_told(run, capsys):
     assert "odd.json: item 000000000000 is none of this review" in said and not (run / "review/result.json").exists()
 
 
-def test_a_key_that_was_changed_is_refused_also_with_a_hash_of_its_own(run, capsys):
+def test_review_key_that_was_changed_is_refused_also_with_its_own_hash(run, capsys):
     from launch.review.sheet import id_of
 
     good, key = save(run, "ada", lambda item: "tuned"), key_of(run)
@@ -209,13 +209,13 @@ def test_a_key_that_was_changed_is_refused_also_with_a_hash_of_its_own(run, caps
         (["mark", "RUN"], "must be review make or review score"),
     ],
 )
-def test_words_that_cannot_be_meant(made, tmp_path, monkeypatch, capsys, words, said):
+def test_review_refuses_words_that_cannot_be_meant(made, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     assert command_here(["review", *(str(made) if word == "RUN" else word for word in words)]) == 64
     assert said in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_none_is_told_with_its_line(made, tmp_path, capsys):
+def test_review_prompt_that_is_none_is_named_with_its_line(made, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     assert command_here(["review", "make", str(made), f"prompts={tmp_path}/p.jsonl", f"to={tmp_path}/new"]) == 65
     assert "p.jsonl:2: has no prompt; it needs one of messages, prompt" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def failed(run: Path, **about) -> None:
     (run / "failure.json").write_text(json.dumps({**record, **about}))
 
 
-def test_the_right_file_and_its_last_lines(tmp_path, capsys):
+def test_logs_shows_the_last_lines_of_the_right_file(tmp_path, capsys):
     run = made(tmp_path, "run", state="done")
     said(run, "rank-0.log", "".join(f"zero {n}\n" for n in range(60)) + "torn")
     said(run, "rank-1.log", "one\n")
@@ -85,7 +85,7 @@ def test_the_right_file_and_its_last_lines(tmp_path, capsys):
     assert json.loads(shown("--json", "rank=0"))["failure"] is None
 
 
-def test_without_a_log_of_a_rank_it_is_the_jobs_output_or_a_word(tmp_path, capsys):
+def test_logs_without_a_file_of_a_rank_shows_the_job_output_or_says_so(tmp_path, capsys):
     run = made(tmp_path, "run", state=None)
     assert main(["logs", str(run)]) == 0
     assert "nothing was written below" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_without_a_log_of_a_rank_it_is_the_jobs_output_or_a_word(tmp_path, capsy
         (["{run}", "rank=7", "--follow"], "ranks with a log: 0 to 0"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path, capsys, words, problem):
+def test_logs_names_a_run_rank_or_job_that_does_not_exist(tmp_path, capsys, words, problem):
     run = made(tmp_path, "run")
     said(run, "rank-0.log", "x\n")
     said(run, "run-17.out", "x\n")
@@ -126,7 +126,7 @@ def test_what_is_not_there_is_named(tmp_path, capsys, words, problem):
     assert problem in capsys.readouterr().err
 
 
-def test_it_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
+def test_logs_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
     for name in ("EVERY_S", "LOOK_EVERY_S", "QUEUE_EVERY_S"):
         monkeypatch.setattr(logs_command, name, 0.02)
     monkeypatch.setattr(logs_command, "RESTART_WAIT_S", 0.3)
@@ -185,7 +185,7 @@ def test_it_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
     assert lines[-1] == f"{run}: done at step 3: stopped"
 
 
-def test_it_ends_where_nothing_will_go_on_with_the_run(tmp_path, capsys, monkeypatch):
+def test_logs_following_ends_where_nothing_will_resume_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logs_command, "RESTART_WAIT_S", 0.1)
     monkeypatch.setattr(logs_command, "EVERY_S", 0.05)
     run = made(tmp_path, "run", state="failed")
@@ -216,7 +216,7 @@ def test_where_the_queue_gives_no_answer_a_job_that_pends_is_waited_for(tmp_path
     assert len(asked) > 5 and "run: preempted at step 3" in capsys.readouterr().err
 
 
-def test_following_for_a_script_is_an_object_a_line_and_how_it_ended_the_last(tmp_path, capsys):
+def test_logs_following_as_json_is_an_object_a_line_and_the_end_of_the_run_last(tmp_path, capsys):
     run = made(tmp_path, "run", state="done")
     said(run, "rank-0.log", 'step 1\n"ü"\n')
     assert main(["logs", str(run), "--follow", "--json", "lines=1"]) == 0

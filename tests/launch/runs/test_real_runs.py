@@ -101,7 +101,7 @@ def test_status_of_runs_as_they_come_and_go(runs, capsys):
 
 
 @whole("a restart is in tests/faults/test_ranks.py, following and stopping in the test before")
-def test_a_run_is_followed_over_a_restart_and_stopped_for_good_though_it_may_be_started_again(runs):
+def test_logs_and_stop_of_a_run_that_restarts(runs):
     """By two ranks of a launcher that starts them again after USR2."""
     launcher = runs.start("again", "launcher.processes=2", "strategy=ddp", "launcher.retry={preempted:9}")
     runs.wait_for_step("again", 2, launcher)
@@ -129,7 +129,7 @@ def test_a_run_is_followed_over_a_restart_and_stopped_for_good_though_it_may_be_
     assert f"again: preempted at step {step}: " in said
 
 
-def test_one_run_with_its_checkpoints_and_whether_they_are_whole(runs, capsys):
+def test_status_of_one_run_with_its_checkpoints_and_their_damage(runs, capsys):
     words = ["budget.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "evaluation.every_steps=2"]
     words += [f"data.eval_path={runs.root / 'eval.jsonl'}", f"checkpoint.fallback_dir={runs.root / 'far'}"]
     code, said = runs.run("first", *words)

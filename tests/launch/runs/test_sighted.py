@@ -62,7 +62,7 @@ def asked(capsys, root, word, *flags):
     return out if flags else " ".join(out.split())  # sentences are folded
 
 
-def test_how_often_each_document_was_taken_is_what_the_loader_handed_out(taken, capsys):
+def test_sighted_count_of_each_document_is_what_the_loader_handed_out(taken, capsys):
     from trainer.data.store.sequences import TokenDataset
 
     root, counted = taken
@@ -81,7 +81,7 @@ def test_how_often_each_document_was_taken_is_what_the_loader_handed_out(taken, 
     assert len({*counted["alone"].values()}) > 1, "an epoch that was not finished tells times apart"
 
 
-def test_a_text_is_found_where_it_was_prepared_and_what_cannot_be_told_is_said(taken, capsys, tmp_path):
+def test_sighted_text_is_found_where_it_was_prepared_and_the_unknown_is_named(taken, capsys, tmp_path):
     root, _ = taken
     said = asked(capsys, root, f"text={SECRET}")
     assert f'"{SECRET}": in 4 of 4 runs below' in said and "began with the weights of" in said
@@ -96,7 +96,7 @@ def test_a_text_is_found_where_it_was_prepared_and_what_cannot_be_told_is_said(t
     assert "not known for 4" in gone and "is not there; the same command prepares it again" in gone
 
 
-def test_of_a_killed_run_its_rows_say_how_far_it_was(taken, capsys, tmp_path):
+def test_sighted_count_of_a_killed_run_is_from_its_rows(taken, capsys, tmp_path):
     """It leaves no outcome, and a status of its start."""
     root, _ = taken
     shutil.copytree(root / "runs" / "alone", tmp_path / "runs" / "killed")
@@ -119,6 +119,6 @@ def test_of_a_killed_run_its_rows_say_how_far_it_was(taken, capsys, tmp_path):
         (["text=a", "--watch"], "leave --watch and --verify out"),
     ],
 )
-def test_what_cannot_be_looked_for_is_said(tmp_path, capsys, words, part):
+def test_sighted_refuses_what_cannot_be_searched_for(tmp_path, capsys, words, part):
     assert main(["status", str(tmp_path), *words]) == 64
     assert part in capsys.readouterr().err

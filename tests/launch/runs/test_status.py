@@ -53,7 +53,7 @@ def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):
     assert seen(over).state == "lost" and "no process runs it" in seen(over).why
 
 
-def test_what_is_torn_empty_or_not_readable_is_still_a_row(tmp_path, capsys, monkeypatch):
+def test_status_shows_a_row_for_torn_empty_or_unreadable_records(tmp_path, capsys, monkeypatch):
     torn = made(tmp_path, "torn")
     for name in ("status.json", "run.json", "metrics.jsonl"):
         (torn / name).write_text((torn / name).read_text()[:-9])
@@ -142,7 +142,7 @@ def test_hundreds_of_runs_are_read_from_few_bytes_of_few_files(tmp_path):
     assert lines.count("  no space left") == 100
 
 
-def test_the_queue_says_which_runs_pend_and_why(tmp_path, capsys, monkeypatch):
+def test_status_shows_which_runs_pend_in_the_queue_and_why(tmp_path, capsys, monkeypatch):
     waits, task = made(tmp_path, "waits", state=None), made(tmp_path, "sweep/1", state="preempted")
     made(tmp_path, "sweep/0", state="done")
     works = made(tmp_path, "works")
@@ -198,7 +198,7 @@ def test_the_queue_says_which_runs_pend_and_why(tmp_path, capsys, monkeypatch):
     assert "queue: squeue gave no answer" in capsys.readouterr().out
 
 
-def test_a_job_that_ended_before_its_ranks_wrote_a_word_has_ended(tmp_path, capsys, monkeypatch):
+def test_status_of_a_job_that_ended_before_its_ranks_wrote_is_ended(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", []))
     (tmp_path / "bin" / "scontrol").write_text(
         "#!/bin/sh\necho JobId=$5 JobState=CANCELLED Reason=Dependency ExitCode=0:0\n"
@@ -247,7 +247,7 @@ def test_a_job_that_ended_before_its_ranks_wrote_a_word_has_ended(tmp_path, caps
         ("PENDING", "SomethingNew", "SomethingNew"),
     ],
 )
-def test_every_reason_to_wait_has_words_and_a_way_out(state, reason, words):
+def test_status_has_words_and_a_remedy_for_every_pending_reason(state, reason, words):
     job = QueuedJob("9", "9", state, reason, "N/A", "1:00", "", "/", "run", "(null)")
     assert job.is_pending and words in job.description
 
@@ -265,7 +265,7 @@ def test_which_job_a_run_is_for_is_replaced_whole(tmp_path, monkeypatch):
     assert submitted_as(tmp_path) == "7"
 
 
-def test_a_watched_table_fits_the_terminal_and_begins_with_what_works(tmp_path, monkeypatch):
+def test_status_watch_fits_the_terminal_and_begins_with_running_runs(tmp_path, monkeypatch):
     for number in range(40):
         made(tmp_path, f"{number}", state="done", time=number)
     owned(made(tmp_path, "works"))
@@ -280,7 +280,7 @@ def test_a_watched_table_fits_the_terminal_and_begins_with_what_works(tmp_path, 
     assert len(text(found, None).splitlines()) > 42
 
 
-def test_links_into_the_directory_are_not_shown_twice_and_links_out_of_it_are_shown(tmp_path):
+def test_status_shows_links_out_of_the_directory_and_inner_links_once(tmp_path):
     made(tmp_path / "runs", "a")
     made(tmp_path / "far", "b")
     (tmp_path / "runs" / "latest").symlink_to("a")
@@ -299,12 +299,12 @@ def test_links_into_the_directory_are_not_shown_twice_and_links_out_of_it_are_sh
         (["--watch", "--verify"], "give one of the two"),
     ],
 )
-def test_words_that_mean_nothing_are_named(words, said, capsys):
+def test_status_names_words_that_mean_nothing(words, said, capsys):
     assert main(["status", *words]) == 64
     assert said in capsys.readouterr().err
 
 
-def test_without_runs_it_says_so(tmp_path, monkeypatch, capsys):
+def test_status_without_runs_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["status"]) == 0
     assert capsys.readouterr().out == "no runs below runs\n"

@@ -66,7 +66,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return queue
 
 
-def test_what_is_not_running_is_said_with_what_there_is_to_go_on_from(tmp_path, capsys):
+def test_stop_of_a_run_that_is_not_running_names_its_last_checkpoint(tmp_path, capsys):
     done = made(tmp_path, "done", state="done")
     checkpoint(done, 3)
     silent = made(tmp_path, "silent")
@@ -116,7 +116,7 @@ def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):
         other.communicate()
 
 
-def test_a_process_that_does_not_end_is_waited_for_as_long_as_asked(tmp_path, capsys):
+def test_stop_waits_as_long_as_asked_for_a_process_that_does_not_end(tmp_path, capsys):
     deaf = f"import signal; signal.signal(15, signal.SIG_IGN); {READY}"
     run = made(tmp_path, "run")
     other = process(deaf, run)
@@ -132,7 +132,7 @@ def test_a_process_that_does_not_end_is_waited_for_as_long_as_asked(tmp_path, ca
         other.communicate()
 
 
-def test_on_another_host_it_says_what_to_type(tmp_path, capsys):
+def test_stop_of_a_run_on_another_host_says_what_to_type(tmp_path, capsys):
     run = made(tmp_path, "run")
     owned(run)
     assert main(["stop", str(run)]) == 69
@@ -146,7 +146,7 @@ def test_on_another_host_it_says_what_to_type(tmp_path, capsys):
     assert "SLURM job 30 on n1 runs it" in capsys.readouterr().err
 
 
-def test_a_job_is_told_to_end_before_its_ranks_are_told_to_save(tmp_path, capsys, slurm):
+def test_stop_ends_the_job_before_its_ranks_are_asked_to_save(tmp_path, capsys, slurm):
     run = made(tmp_path, "run", state="preempted")
     checkpoint(run, 3)
     owned(run, job="21")
@@ -160,7 +160,7 @@ def test_a_job_is_told_to_end_before_its_ranks_are_told_to_save(tmp_path, capsys
     assert f"saved at step 3: {run}/checkpoints/step-000003; the same command continues it" in capsys.readouterr().out
 
 
-def test_a_job_that_pends_is_taken_out_of_the_queue(tmp_path, capsys, slurm, monkeypatch):
+def test_stop_takes_a_pending_job_out_of_the_queue(tmp_path, capsys, slurm, monkeypatch):
     run = made(tmp_path, "run", state="running")  # it says so since its node went away
     checkpoint(run, 3)
     log = slurm("20", "PENDING", run)
@@ -175,7 +175,7 @@ def test_a_job_that_pends_is_taken_out_of_the_queue(tmp_path, capsys, slurm, mon
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
-def test_a_run_that_names_the_job_of_another_run_does_not_end_it(tmp_path, capsys, slurm, state):
+def test_stop_does_not_end_the_job_of_another_run_that_a_copy_names(tmp_path, capsys, slurm, state):
     """As a copied run does, or one of somebody else's."""
     mine, copied = made(tmp_path / "mine", "run"), made(tmp_path, "copied", state="preempted")
     log = slurm("20", state, mine)
@@ -192,13 +192,13 @@ def test_a_run_that_names_the_job_of_another_run_does_not_end_it(tmp_path, capsy
 
 
 @pytest.mark.parametrize("state", ["REQUEUE_HOLD", "SPECIAL_EXIT", "REQUEUED"])
-def test_a_job_that_slurm_holds_is_taken_out_of_the_queue_too(tmp_path, slurm, state):
+def test_stop_takes_a_held_job_out_of_the_queue(tmp_path, slurm, state):
     log = slurm("20", state, made(tmp_path, "run", state="preempted"))
     assert main(["stop", str(tmp_path / "run")]) == 0
     assert log.read_text() == "scancel 20\n"
 
 
-def test_a_queue_that_cannot_be_asked_is_not_an_empty_one(tmp_path, capsys, monkeypatch):
+def test_stop_does_not_take_a_queue_that_gives_no_answer_for_an_empty_one(tmp_path, capsys, monkeypatch):
     run = made(tmp_path, "run", state="preempted")
     note_submitted([run], "20")
     monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", []))
@@ -227,7 +227,7 @@ def test_a_queue_that_cannot_be_asked_is_not_an_empty_one(tmp_path, capsys, monk
     assert main(["stop", str(made(tmp_path, "other", state="preempted"))]) == 0, "never submitted"
 
 
-def test_a_job_with_another_script_is_left_to_its_user(tmp_path, capsys, slurm):
+def test_stop_leaves_a_job_with_another_script_to_its_user(tmp_path, capsys, slurm):
     run = made(tmp_path, "run")
     owned(run, job="21")
     log = slurm("20", "RUNNING", run)
@@ -247,7 +247,7 @@ def test_a_job_with_another_script_is_left_to_its_user(tmp_path, capsys, slurm):
         (["{run}", "{run}"], "name one run directory: shardtune stop runs/first"),
     ],
 )
-def test_words_that_mean_nothing_are_named(tmp_path, capsys, words, problem):
+def test_stop_names_words_that_mean_nothing(tmp_path, capsys, words, problem):
     run = made(tmp_path, "run")
     assert main(["stop", *(word.format(run=run) for word in words)]) == 64
     assert problem in capsys.readouterr().err

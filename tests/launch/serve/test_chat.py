@@ -36,7 +36,7 @@ def answers(capsys, *words):
 
 
 @pytest.mark.parametrize("run", ["lora", "full"])
-def test_tuned_and_base_answer_as_they_do_elsewhere(site, capsys, run):
+def test_chat_answers_of_tuned_and_base_are_those_of_plain_generation(site, capsys, run):
     found = answers(capsys, site / run, "the quick brown fox", "against=base", "max_tokens=12", "dtype=float32")
     tokenizer = AutoTokenizer.from_pretrained(site / run / "export")
     base = AutoModelForCausalLM.from_pretrained(site / "model", dtype=torch.float32)
@@ -45,7 +45,7 @@ def test_tuned_and_base_answer_as_they_do_elsewhere(site, capsys, run):
     assert found["base"]["text"] != found[run]["text"], "four steps at 1e-2 change what is written"
 
 
-def test_a_pipe_is_the_prompt_and_the_answer_alone_comes_out(site, capsys, monkeypatch):
+def test_chat_from_a_pipe_prints_only_the_answer(site, capsys, monkeypatch):
     tuned = answers(capsys, site / "full", "hello = you?", "max_tokens=9")["full"]["text"]
     monkeypatch.setattr("sys.stdin", io.StringIO("hello = you?\n"))
     assert command_here(["chat", str(site / "full"), "max_tokens=9"]) == 0
@@ -53,7 +53,7 @@ def test_a_pipe_is_the_prompt_and_the_answer_alone_comes_out(site, capsys, monke
     assert answers(capsys, site / "full", "prompt=hello = you?", "max_tokens=9")["full"]["text"] == tuned
 
 
-def test_the_seed_decides_what_is_drawn(site, capsys):
+def test_chat_seed_decides_the_sampled_text(site, capsys):
     def text(seed):
         return answers(capsys, site / "full", "hi", f"seed={seed}", "temperature=2", "max_tokens=8")["full"]["text"]
 
@@ -79,7 +79,7 @@ def test_side_by_side_in_a_terminal_and_turns_are_remembered(site):
         stream_in_columns(talks, "hello " * 600, screen)
 
 
-def test_a_model_without_a_template_goes_on_with_the_text(site):
+def test_chat_with_a_model_without_a_template_continues_the_text(site):
     talking = load(find_export(str(site / "full")))
     talking.tokenizer.chat_template = None
     talk = Conversation(talking, ChatSettings(max_tokens=5))
@@ -90,7 +90,7 @@ def test_a_model_without_a_template_goes_on_with_the_text(site):
     assert talk.messages == [] and not talk.has_template
 
 
-def test_stopped_in_the_middle_it_ends(site):
+def test_chat_that_is_stopped_in_an_answer_ends(site):
     talk = Conversation(load(find_export(str(site / "full"))), ChatSettings(max_tokens=400, temperature=2.0))
     talk.chat_model.generation_config.eos_token_id = [0]
     pieces = talk.stream_answer("hello")
@@ -99,7 +99,7 @@ def test_stopped_in_the_middle_it_ends(site):
     assert sum(1 for _ in pieces) < 390 and not talk.is_cut
 
 
-def test_bad_words_are_told_with_the_rule(site, capsys, tmp_path):
+def test_chat_names_bad_words_with_the_rule(site, capsys, tmp_path):
     run = str(site / "full")
     for words, said in (
         ([], "give one run or export, as in shardtune chat runs/x"),

@@ -22,7 +22,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("run", ["lora", "full"])
-def test_every_argument_is_one_of_theirs(site, run):
+def test_serve_command_uses_only_arguments_of_the_other_server(site, run):
     exported, config = find_export(str(site / run)), ServeConfig(dtype=ServedType.bfloat16)
     for engine, words in (
         ("vllm", vllm_command(exported, config, middleware=True)),
@@ -44,7 +44,7 @@ def test_a_base_is_no_option_of_a_server(tmp_path, base):
         find_export(str(tmp_path))
 
 
-def test_ranks_are_those_that_vllm_has_room_for():
+def test_serve_vllm_rank_is_one_that_it_has_room_for():
     def rank(number):
         words = vllm_command(Exported(Path("x"), "x", "base", {"peft_type": "LORA", "r": number}), ServeConfig())
         return words[words.index("--max-lora-rank") + 1]
@@ -52,14 +52,14 @@ def test_ranks_are_those_that_vllm_has_room_for():
     assert [rank(number) for number in (4, 8, 9, 64, 200)] == ["8", "8", "16", "64", "256"]
 
 
-def test_adapters_of_other_kinds_are_said_to_be_none_of_theirs(site, capsys):
+def test_serve_names_adapter_kinds_that_vllm_and_sglang_do_not_take(site, capsys):
     assert vllm_command(Exported(Path("x"), "x", "base", {"peft_type": "IA3"}), ServeConfig()) is None
     assert command_here(["serve", str(site / "lora"), "--print"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("vllm serve ") and second.startswith("python -m sglang.launch_server ")
 
 
-def test_the_door_stands_before_vllms_own_application(monkeypatch):
+def test_serve_middleware_stands_before_the_application_of_vllm(monkeypatch):
     """As `--middleware` puts a class: added to the application, told by the environment alone."""
     monkeypatch.setenv("THE_KEY", "k1")
     config = ServeConfig(key_env="THE_KEY", name="tuned", max_body_kib=1)
@@ -99,7 +99,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_settings_that_cannot_be_are_told(case):
+def test_serve_settings_that_cannot_be_are_refused(case):
     words, said = REFUSED[case]
     config, _, unusable = read_group("serve", ServeConfig(), [f"{key}={value}" for key, value in words.items()])
     problems = unusable or [*config.problems()]
@@ -107,7 +107,7 @@ def test_settings_that_cannot_be_are_told(case):
     assert "sk-123" not in problems[0]
 
 
-def test_the_command_says_what_is_wrong(site, tmp_path, capsys):
+def test_serve_command_says_what_is_wrong_with_a_run(site, tmp_path, capsys):
     run = str(site / "lora")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.yaml").touch()

@@ -83,7 +83,7 @@ def _alone(site):
     return answer, tokenizer
 
 
-def test_it_answers_as_plain_peft_does(client, alone):
+def test_server_answers_as_plain_peft_does(client, alone):
     answer, tokenizer = alone
     ends = [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     chat = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, return_dict=False)
@@ -104,7 +104,7 @@ def readable(*parts):
     return "".join(part.choices[0].text for part in parts if part.choices).replace("\ufffd", "")
 
 
-def test_a_stream_has_the_same_text_and_says_what_it_took(client):
+def test_server_stream_has_the_same_text_and_its_usage(client):
     words = {"model": "lora", "prompt": "you are", "max_tokens": 8}
     whole = client.completions.create(**words)
     parts = [*client.completions.create(**words, stream=True, stream_options={"include_usage": True})]
@@ -112,7 +112,7 @@ def test_a_stream_has_the_same_text_and_says_what_it_took(client):
     assert parts[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_a_seed_holds_for_its_own_answer_and_temperature_draws(client):
+def test_server_seed_holds_for_its_own_answer_and_temperature_draws(client):
     def draw(seed):
         words = {"model": "lora", "prompt": "hello", "max_tokens": 8, "temperature": 2.0, "seed": seed}
         return client.completions.create(**words).choices[0].text
@@ -165,7 +165,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_it_cannot_do_is_a_clear_refusal(client, case):
+def test_server_refuses_clearly_what_it_cannot_do(client, case):
     changed, status, said = BAD[case]
     with pytest.raises(openai.APIStatusError) as caught:
         client.chat.completions.create(**{"model": "lora", "messages": ASK, **changed})
@@ -173,7 +173,7 @@ def test_what_it_cannot_do_is_a_clear_refusal(client, case):
     assert caught.value.body["type"] in ("invalid_request_error", "not_found_error")
 
 
-def test_only_four_addresses_are_open(place):
+def test_server_opens_only_four_addresses(place):
     url, _ = place
     root, key = url.removesuffix("/v1"), {"Authorization": f"Bearer {KEY}"}
     for path in ("/load_model", "/reset", "/v1/responses", "/v1/systemone", "/docs", "/openapi.json", "//load_model"):
@@ -184,7 +184,7 @@ def test_only_four_addresses_are_open(place):
     assert asked("get", f"{url}/models", headers=key).json()["data"][0]["id"] == "lora"
 
 
-def test_without_the_key_nothing_is_answered(place):
+def test_server_answers_nothing_without_the_key(place):
     url, _ = place
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
         for path in ("/models", "/chat/completions"):
@@ -193,7 +193,7 @@ def test_without_the_key_nothing_is_answered(place):
             assert said.headers["www-authenticate"] == "Bearer"
 
 
-def test_a_body_that_is_none_is_refused(place):
+def test_server_refuses_a_body_that_is_none(place):
     url, _ = place
     key = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     cases = [
@@ -212,7 +212,7 @@ def test_a_body_that_is_none_is_refused(place):
         )
 
 
-def test_a_server_without_a_key_answers_to_this_machines_names_alone(site):
+def test_server_without_a_key_answers_only_to_local_names(site):
     with started(site / "full", max_requests=1) as (url, running):
         assert asked("get", f"{url}/models").status_code == 200
         said = asked("get", f"{url}/models", headers={"Host": "evil.example:80"})
@@ -246,7 +246,7 @@ def many(client, count):
             assert status == 404 and "'nobody'" in text
 
 
-def test_many_at_once_lose_nothing(place, client):
+def test_server_with_many_clients_loses_nothing(place, client):
     many(client, 24)
     until = time.monotonic() + seconds(60)
     while (
@@ -257,7 +257,7 @@ def test_many_at_once_lose_nothing(place, client):
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="a process of its own takes ten seconds to begin")
-def test_the_command_answers_200_at_once_and_ends_when_it_is_told_to(site):
+def test_serve_command_answers_at_once_and_ends_at_a_signal(site):
     command = [sys.executable, "-m", "launch.main", "serve", str(site / "lora"), "serve.port=0", "serve.device=cpu"]
     with subprocess.Popen([*command, "serve.dtype=float32"], stdout=subprocess.PIPE, text=True) as served:
         said = ""
@@ -272,7 +272,7 @@ def test_the_command_answers_200_at_once_and_ends_when_it_is_told_to(site):
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="continuous batching takes a minute to begin on a CPU")
-def test_many_answers_at_once_are_those_one_after_the_other(site, alone):
+def test_server_batched_answers_are_those_one_after_the_other(site, alone):
     answer, tokenizer = alone
     with started(site / "lora", batching=True) as (url, _):
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=seconds(300))
@@ -283,7 +283,7 @@ def test_many_answers_at_once_are_those_one_after_the_other(site, alone):
             client.completions.create(model="lora", prompt="you are", temperature=0.5)
 
 
-def test_what_fails_inside_is_told(client, monkeypatch):
+def test_server_reports_what_fails_inside(client, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no more memory")
 

@@ -15,7 +15,7 @@ def cut_whole(text, stops):
 
 
 @pytest.mark.parametrize("stops", [["ab"], ["aab", "b"], ["aa", "aab"], ["abab", "c"], ["never"]])
-def test_every_way_to_cut_a_text_into_pieces_gives_the_same(stops):
+def test_stops_are_found_for_every_way_to_cut_a_text_into_pieces(stops):
     for text in ("aaab", "ababab", "aabaab", "cab", "aaaa"):
         for cuts in itertools.product((False, True), repeat=len(text) - 1):
             held = HeldText(stops)
@@ -56,7 +56,7 @@ def delta(text, reason=None, **more):
 
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
-def test_events_keep_their_form_and_the_end_says_stop(size):
+def test_stops_in_a_stream_keep_the_form_of_events_and_the_end_says_stop(size):
     events = [
         delta("", role="assistant"),
         delta("one S"),

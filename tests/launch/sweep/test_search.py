@@ -51,7 +51,7 @@ def judged(site, *more: str) -> list[str]:
         ("data.path=odd(1).jsonl", None),
     ],
 )
-def test_words_of_a_space(word, meant):
+def test_search_space_words(word, meant):
     space, fixed = read_space([word])
     assert (not space, fixed) == ((True, [word]) if meant is None else (False, []))
     for name, value in (meant or {}).items():
@@ -60,7 +60,7 @@ def test_words_of_a_space(word, meant):
         space[0].distribution()
 
 
-def test_a_value_is_run_as_it_is_shown():
+def test_search_value_is_run_as_it_is_shown():
     """Six digits, and never outside of the ends because of them."""
     lr = SearchedSetting("optim.lr", "", low=1.23456789e-5, high=1e-3)
     assert lr.word(0.000234567891) == "optim.lr=0.000234568"
@@ -97,12 +97,12 @@ def test_a_value_is_run_as_it_is_shown():
         (["optim.lr=1e-4,2e-4", "launcher=slurm"], "launcher=slurm: a search starts its trials where the command runs"),
     ],
 )
-def test_what_cannot_be_searched(site, more, said):
+def test_search_refuses_what_cannot_be_searched(site, more, said):
     with pytest.raises(ConfigError, match=said):
         plan_search(judged(site, *more))
 
 
-def test_bad_input_ends_with_64_and_leaves_nothing(site, tmp_path, monkeypatch, capsys):
+def test_search_with_bad_input_ends_with_64_and_leaves_nothing(site, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "-m", *words(site, "optim.lr=1e-4,2e-4")]) == 64
     assert "there is no evaluation data that trials could be judged by (eval/loss)" in capsys.readouterr().err
@@ -122,7 +122,7 @@ def here(name, composed, run_dir, progress):
 SPACE = ["optim.lr=tag(log,interval(1e-4,1e-2))", "batch.global=4,8", "sweeper.trials=3"]
 
 
-def test_a_search_that_is_stopped_and_gone_on_with(site, capsys):
+def test_search_that_is_stopped_and_resumed_is_the_same_search(site, capsys):
     """Three trials, the second one stopped in its directory; the same as one that was not. One more fails, and is a row."""
     asked, base = judged(site, *SPACE, f"run.dir={site / 'stopped'}"), site / "stopped"
     begun = []

@@ -40,7 +40,7 @@ def test_wandb_reads_the_space_that_was_typed(words):
     assert sweep_of(search)["metric"] == {"name": "eval/loss", "goal": "minimize"}
 
 
-def test_its_agent_starts_what_composes(words, capsys):
+def test_wandb_sweep_agent_starts_commands_that_compose(words, capsys):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     assert main(["train", "-m", *words, *SPACE, "sweeper.trials=7"]) == 0
@@ -61,7 +61,7 @@ def test_its_agent_starts_what_composes(words, capsys):
     assert config.run.dir is None and str(config.logging.wandb) == "online"
 
 
-def test_a_dry_run_prints_it_and_what_wandb_has_not_is_refused(words, capsys):
+def test_wandb_sweep_dry_run_prints_the_file_and_refuses_what_wandb_lacks(words, capsys):
     assert main(["train", "-m", *words, *SPACE[:1], "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["method"] == "bayes"
     with pytest.raises(ConfigError) as caught:

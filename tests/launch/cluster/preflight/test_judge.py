@@ -93,13 +93,13 @@ def test_fit_nodes_have_no_problems():
         ),
     ],
 )
-def test_the_node_that_is_unlike_the_others_is_named(other, said):
+def test_preflight_names_the_node_that_differs_from_the_others(other, said):
     problems, _ = judged(seen(0), seen(1, **other), seen(2))
     assert problems and said in problems[0]
     assert not any(problem.startswith(("n0", "n2")) for problem in problems)
 
 
-def test_what_is_only_worth_knowing():
+def test_preflight_notes_what_is_worth_knowing_and_no_problem():
     card = {"index": 0, "name": "H100", "ecc_errors": 2, "slowed": True, "used_mib": 30000, "clock_mhz": 1400}
     fast = {**card, "ecc_errors": 0, "slowed": False, "used_mib": 5, "clock_mhz": 1980}
     odd = {"gpus": [card], "gpu_count": 1, "gpu_processes": ["17 python 30000"], "time": 160.0}
@@ -157,7 +157,7 @@ def test_every_pair_of_nodes_meets_once(nodes):
     assert all(len(set(itertools.chain(*pairs))) == 2 * len(pairs) for pairs in found)
 
 
-def test_what_nodes_say_comes_whole_out_of_mixed_lines():
+def test_preflight_reports_of_nodes_are_read_complete_out_of_mixed_lines():
     """srun carries lines of several nodes in any order, each with its number before it."""
     asked = PreflightRequest(nodes=2)
     gathering = coordinator._ReportCollector(asked, NodeReports(["n0", "node 1"]))
@@ -177,7 +177,7 @@ def test_what_nodes_say_comes_whole_out_of_mixed_lines():
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_node_that_is_slow_is_not_blamed_for_one_that_ended_without_a_word(monkeypatch, answers):
+def test_preflight_does_not_blame_a_slow_node_for_one_that_ended_silently(monkeypatch, answers):
     """It was, three seconds after the other one had ended, and its row was missing."""
     monkeypatch.setattr(coordinator, "GRACE_S", 0.0)
     monkeypatch.setattr(coordinator, "LATE_S", 3600.0 if answers else 0.0)
@@ -200,7 +200,7 @@ esac
 """
 
 
-def test_what_a_node_says_of_its_gpus(tmp_path, monkeypatch):
+def test_preflight_report_of_a_node_on_its_gpus(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -248,7 +248,7 @@ def test_cards_of_amd_are_counted(tmp_path, monkeypatch):
     assert gpu_facts()["gpu_count"] == 1
 
 
-def test_what_a_node_says_of_model_data_and_disk(tmp_path, monkeypatch):
+def test_preflight_report_of_a_node_on_model_data_and_disk(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "model-1.safetensors").write_text("x")
@@ -274,7 +274,7 @@ def test_what_a_node_says_of_model_data_and_disk(tmp_path, monkeypatch):
     )
 
 
-def test_what_a_run_asks_of_its_nodes(tmp_path):
+def test_preflight_request_of_a_run(tmp_path):
     launcher = SlurmConfig(nodes=2, gpus_per_node=4, preflight=Preflight.nodes)
     config = RunConfig(launcher=launcher, run=RunSettings(dir="~/runs/a"))
     config.model.path, config.model.tokenizer = "org/model", "org/tokens"
