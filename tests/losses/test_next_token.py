@@ -21,7 +21,7 @@ def reference(hidden, head, targets, softcap, scale):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 1.0), (None, 0.25), (5.0, 3.0)])
 @pytest.mark.parametrize("rows", [0, 1, 50])
-def test_value_and_gradients(monkeypatch, bias, softcap, scale, rows):
+def test_fused_head_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, bias, softcap, scale, rows):
     monkeypatch.setattr(next_token, "CHUNK_LOGITS", 31 * 7)  # several chunks, the last one short
     torch.manual_seed(0)
     plain = nn.Linear(16, 31, bias=bias)
@@ -43,7 +43,7 @@ def test_value_and_gradients(monkeypatch, bias, softcap, scale, rows):
 
 
 @pytest.mark.parametrize("way", ["sum", "by row", "beside a teacher"])
-def test_a_weight_of_another_precision_is_cast_once_a_pass(monkeypatch, way):
+def test_fused_head_weight_of_another_precision_is_cast_once_a_pass(monkeypatch, way):
     """And not for each chunk of rows: on a GPU that took as long as the products. Gradients have the weight's precision."""
     for module in (next_token, divergence):
         monkeypatch.setattr(module, "CHUNK_LOGITS", 31 * 7)
@@ -70,7 +70,7 @@ def test_a_weight_of_another_precision_is_cast_once_a_pass(monkeypatch, way):
     assert head.weight.grad.dtype == torch.float32 and head.weight.grad.abs().sum() > 0
 
 
-def test_counts_correct_predictions_without_gradients():
+def test_fused_head_counts_correct_predictions_without_gradients():
     torch.manual_seed(0)
     plain = nn.Linear(16, 31)
     head = LossHead.replace(plain, softcap=None, logit_scale=1.0)
@@ -92,7 +92,7 @@ def test_a_frozen_head_makes_no_weight_gradient():
     assert head.weight.grad is None and hidden.grad is not None
 
 
-def test_without_targets_it_is_the_plain_head():
+def test_fused_head_without_targets_is_the_plain_head():
     plain = nn.Linear(16, 31)
     head = LossHead.replace(plain, softcap=5.0, logit_scale=2.0)
     hidden = torch.randn(2, 3, 16)
@@ -102,7 +102,7 @@ def test_without_targets_it_is_the_plain_head():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 3.0)])
 @pytest.mark.parametrize("rows", [0, 1, 9])
-def test_rows_and_their_gradients(monkeypatch, bias, softcap, scale, rows):
+def test_fused_head_losses_of_rows_and_their_gradients(monkeypatch, bias, softcap, scale, rows):
     """Against numerical differentiation, in float64, where each row weighs differently."""
     monkeypatch.setattr(next_token, "CHUNK_LOGITS", 11 * 4)  # several chunks, the last one short
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_rows_of_a_tied_head():
     assert torch.allclose(found, embedding.weight.grad, atol=1e-12)
 
 
-def test_rows_of_a_frozen_head_keep_nothing_but_their_gradient():
+def test_fused_head_rows_of_a_frozen_head_keep_only_their_gradient():
     head = LossHead.replace(nn.Linear(16, 31, bias=False).requires_grad_(False), softcap=None, logit_scale=1.0)
     hidden = torch.randn(5, 16, requires_grad=True)
     value = head(hidden, targets=torch.zeros(5, dtype=torch.long), by_row=True)
@@ -151,7 +151,7 @@ def test_rows_of_a_frozen_head_keep_nothing_but_their_gradient():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 3.0)])
-def test_weighed_rows(monkeypatch, bias, softcap, scale):
+def test_fused_head_with_weighted_rows(monkeypatch, bias, softcap, scale):
     monkeypatch.setattr(next_token, "CHUNK_LOGITS", 31 * 7)  # several chunks, the last one short
     torch.manual_seed(0)
     plain = nn.Linear(16, 31, bias=bias)

@@ -19,7 +19,7 @@ def runtime(monkeypatch):
     processes.stop()
 
 
-def test_several_documents_are_refused_and_one_is_trained(tmp_path, runtime):
+def test_model_right_for_one_document_refuses_several_and_trains_one(tmp_path, runtime):
     model, data = tmp_path / "xlnet", data_set(tmp_path, uneven=True)
     job.made("xlnet", model, 0)
     config = run_config(model, "single", "full", micro=2)

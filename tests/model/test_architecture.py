@@ -4,7 +4,7 @@ from tests.models import tiny
 from trainer.model.architecture import width_and_blocks
 
 
-def test_width_and_blocks_also_where_the_configuration_has_none():
+def test_architecture_width_and_blocks_are_known_also_without_a_setting():
     blt = tiny.tiny_model("blt")  # whose four parts have sizes of their own
     assert not hasattr(blt.config, "hidden_size")
     layers = sum(name.rpartition(".")[0].endswith("layers") for name, _ in blt.named_modules())

@@ -61,7 +61,7 @@ def pair(request, tmp_path):
     return stock, ours
 
 
-def test_concatenated_equals_separate(pair):
+def test_attention_of_concatenated_documents_equals_that_of_separate_ones(pair):
     """Values and gradients, and the fused loss with its soft cap, against the stock model's own."""
     stock, ours = pair
     docs = documents()
@@ -89,7 +89,7 @@ def test_concatenated_equals_separate(pair):
         assert torch.allclose(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-4), name
 
 
-def test_documents_do_not_see_each_other(pair):
+def test_attention_does_not_cross_documents(pair):
     """Changing one document leaves the hidden states of the others alone."""
     _, ours = pair
     docs = documents()
@@ -130,7 +130,7 @@ def test_half_precision_is_computed_in_float32_on_cpus():
 
 
 @pytest.mark.parametrize("values", [24, 16])
-def test_the_kernel_of_a_gpu_is_given_heads_of_one_size(monkeypatch, values):
+def test_attention_kernel_of_a_gpu_gets_heads_of_one_size(monkeypatch, values):
     """Those of latent attention are of two (DeepSeek: queries and keys 192, values 128). The kernel here is a stand-in."""
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(1, heads, 12, 24, generator=generator) for heads in (4, 2))
@@ -176,7 +176,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (5.0, False), (None, True)])
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 70])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_what_gpus_compute_equals_one_mask_over_the_document(kv_heads, window, softcap, sinks, causal, monkeypatch):
+def test_attention_of_gpus_equals_one_mask_over_the_document(kv_heads, window, softcap, sinks, causal, monkeypatch):
     """The stretches of a window and the repeated heads, forward and backward, in float64 against the path of CPUs."""
     monkeypatch.setattr(attention, "SMALLEST_STRETCH", 12)
     generator = torch.Generator().manual_seed(2)
@@ -211,7 +211,7 @@ def test_gpus_get_no_square_of_the_document_and_no_grouped_heads(monkeypatch):
     assert len(asked) == 1 + length // 128 and not any(asked)
 
 
-def test_compiled_layers_share_one_graph():
+def test_attention_compiled_layers_share_one_graph():
     """A layer's own number, looked at while it is traced, would take one of the eight graphs that torch makes of one piece of
     code; all further layers would run as written."""
     from types import SimpleNamespace

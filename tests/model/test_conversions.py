@@ -59,7 +59,7 @@ def read(directory):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_parameter_is_the_one_that_transformers_loads(tmp_path, kind):
+def test_conversion_gives_every_parameter_that_transformers_loads(tmp_path, kind):
     saved(CONFIGS[kind], tmp_path)
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     checkpoint = read(tmp_path)
@@ -72,7 +72,7 @@ def test_every_parameter_is_the_one_that_transformers_loads(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_a_rank_reads_only_the_experts_it_holds(tmp_path, kind):
+def test_conversion_reads_only_the_experts_of_a_rank(tmp_path, kind):
     saved(CONFIGS[kind], tmp_path)
     checkpoint = read(tmp_path)
     shape = checkpoint.shape(EXPERTS[kind])
@@ -82,7 +82,7 @@ def test_a_rank_reads_only_the_experts_it_holds(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_what_was_read_is_stored_as_it_was_found(tmp_path, kind):
+def test_conversion_stores_the_tensors_as_they_were_read(tmp_path, kind):
     saved(CONFIGS[kind], tmp_path)
     checkpoint = read(tmp_path)
     names = list(checkpoint.conversions.groups)
@@ -141,7 +141,7 @@ PUBLISHED = {
 }
 
 
-def test_the_language_model_of_a_larger_one_is_stored_as_a_part_of_it(tmp_path):
+def test_conversion_stores_the_language_model_as_a_part_of_the_larger_one(tmp_path):
     """Llama 4's is built alone: what is written must still be the whole model's."""
     experts.register()
     tiny_model("llama4").save_pretrained(tmp_path)
@@ -178,7 +178,7 @@ def test_blocks_of_few_bits_are_read_as_numbers_and_stored_as_numbers(tmp_path, 
     assert all(torch.equal(reloaded[name], value.float()) for name, value in pairs)
 
 
-def test_a_checkpoint_of_few_bits_is_trained_and_its_export_verified_by_the_command(tmp_path):
+def test_quantised_checkpoint_is_trained_and_its_export_verified_by_the_command(tmp_path):
     config, publish, _ = PUBLISHED["gpt_oss"]
     config = copy.deepcopy(config)
     config.vocab_size = 384
@@ -220,7 +220,7 @@ def test_weights_that_the_architecture_ignores_are_named_and_carried(tmp_path):
     assert conversions.left_out() == ["extra.weight", "mtp.fc.weight"]
 
 
-def test_files_that_are_no_weights_are_named_for_what_they_are(tmp_path):
+def test_weight_files_that_are_none_are_named_for_what_they_are(tmp_path):
     saved(CONFIGS["llama"], tmp_path)
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
@@ -236,7 +236,7 @@ def test_files_that_are_no_weights_are_named_for_what_they_are(tmp_path):
         read(tmp_path)
 
 
-def test_a_file_too_large_to_be_mapped_is_read_all_the_same(tmp_path, monkeypatch):
+def test_weight_file_too_large_to_be_mapped_is_read(tmp_path, monkeypatch):
     import safetensors
 
     saved(CONFIGS["llama"], tmp_path)

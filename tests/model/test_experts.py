@@ -45,7 +45,7 @@ def _loss(model):
     return loss
 
 
-def test_loss_and_gradients_are_those_of_the_loop_over_experts(pair):
+def test_experts_loss_and_gradients_are_those_of_the_loop_over_experts(pair):
     stock, ours = pair
     assert _loss(ours).item() == pytest.approx(_loss(stock).item(), rel=1e-6)
     for name, parameter in stock.named_parameters():
@@ -53,7 +53,7 @@ def test_loss_and_gradients_are_those_of_the_loop_over_experts(pair):
         assert torch.allclose(found, parameter.grad, rtol=1e-4, atol=1e-6), name
 
 
-def test_under_autocast_the_products_run_in_its_type_and_gradients_stay_with_the_masters(pair, monkeypatch):
+def test_experts_under_autocast_multiply_in_its_type_with_gradients_for_the_masters(pair, monkeypatch):
     stock, ours = pair
     seen = set()
     real = torch.nn.functional.grouped_mm
@@ -70,7 +70,7 @@ def test_under_autocast_the_products_run_in_its_type_and_gradients_stay_with_the
     assert {p.grad.dtype for p in ours.parameters() if p.grad is not None} == {torch.float32}
 
 
-def test_routers_are_found(pair):
+def test_experts_routers_are_found(pair):
     names = list(routers(pair[1]))
     assert len(names) == 2
     assert all(name.rsplit(".", 1)[1] in ("gate", "router") for name in names)

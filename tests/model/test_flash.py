@@ -41,7 +41,7 @@ def package(monkeypatch):
     import_utils.is_flash_attn_2_available.cache_clear()
 
 
-def test_version_4_under_the_same_name_is_not_version_2(package):
+def test_flash_version_4_under_the_same_name_is_not_version_2(package):
     package("flash_attn", "2.8.3")
     assert why_not_flash(heads(128), H100, half=True) is None
     for distribution, version in (("flash-attn-4", "4.0.0"), ("flash_attn", "2.1.0"), (None, "N/A")):
@@ -49,7 +49,7 @@ def test_version_4_under_the_same_name_is_not_version_2(package):
         assert "is not installed" in why_not_flash(heads(128), H100, half=True)
 
 
-def test_gpu_precision_and_heads_are_asked_when_composing(package):
+def test_flash_checks_gpu_precision_and_heads_when_composing(package):
     package("flash_attn", "2.8.3")
     assert "needs a GPU" in why_not_flash(heads(128), None, half=True)
     assert "needs a GPU" in why_not_flash(heads(128), H100, half=False)
@@ -74,7 +74,7 @@ def test_sizes_of_heads_are_read_from_real_configurations():
     assert head_sizes(latent)[-1] == 192
 
 
-def test_the_kernel_of_torch_asks_the_same(monkeypatch):
+def test_flash_kernel_of_torch_has_the_same_conditions(monkeypatch):
     monkeypatch.setattr(attention, "gpu_of", lambda device: RTX_4090)
     device = torch.device("cuda:0")
     assert [attention._has_flash(device, size) for size in (64, 100, 208, 256, 264)] == [
@@ -94,7 +94,7 @@ def layout(choice, wanted, no_flash):
     return found.layout, found.attention, found.notes
 
 
-def test_what_cannot_be_used_is_refused_where_asked_for_and_recorded_where_not():
+def test_flash_that_cannot_be_used_is_refused_where_asked_for_and_noted_where_not():
     for wanted in (Layout.padding_free, Layout.padded, Layout.auto):
         with pytest.raises(ConfigError, match=r"flash_attention_2: it is not built for x; use model.attention=auto"):
             layout(Attention.flash_attention_2, wanted, "it is not built for x")

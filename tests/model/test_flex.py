@@ -59,14 +59,14 @@ def proven(kind):
 
 
 @pytest.mark.parametrize("kind", ["sinks", "caps", "chunks"])
-def test_documents_windows_sinks_caps_and_chunks_are_proven_in_one_row(kind):
+def test_flex_attention_with_windows_sinks_caps_and_chunks_is_proven_in_one_row(kind):
     """Loss and gradients against the stock model in eager attention on each document apart."""
     found, plain, config = proven(kind)
     assert found.padding_free is not None, found.reason
     assert flex.needs_eager(plain, config) is (kind != "chunks") and flex.why_not_flex(plain, [16], dropout=0.0) is None
 
 
-def test_a_cap_that_is_left_out_is_found_out(monkeypatch):
+def test_flex_attention_without_its_cap_fails_the_proof(monkeypatch):
     monkeypatch.setattr(flex, "_softcap_scores", lambda _cap: lambda score, *_: score)
     assert proven("caps")[0].padding_free is None
 
@@ -78,7 +78,7 @@ def made_mask(bounds, function, **more):
 
 @pytest.mark.parametrize("heads", [(4, 2), (6, 2), (4, 4)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_what_is_computed_over_pairs_is_what_the_operator_computes(heads, softcap, monkeypatch):
+def test_flex_attention_over_pairs_is_what_the_operator_computes(heads, softcap, monkeypatch):
     """torch's operator runs forward on CPUs: values, and the sums that sinks are put beside."""
     mask = made_mask([0, 5, 28, 42], lambda _batch, _head, q, k: (q >= k) & (q - k < 8))
     draw = torch.Generator().manual_seed(2)
@@ -93,7 +93,7 @@ def test_what_is_computed_over_pairs_is_what_the_operator_computes(heads, softca
     assert not torch.allclose(without, expected, atol=1e-3)
 
 
-def test_what_it_does_not_compute_is_said():
+def test_flex_attention_refuses_what_it_does_not_compute():
     q = torch.randn(1, 2, 4, 16)
     with pytest.raises(ValueError, match="makes none"):
         flex.flex_attention(torch.nn.Module(), q, q, q, None)
@@ -106,7 +106,7 @@ def test_what_it_does_not_compute_is_said():
         made_mask([0, 4], None, attention_mask=torch.ones(1, 4))
 
 
-def test_transformers_is_told_of_the_documents_that_it_would_look_for():
+def test_flex_attention_tells_transformers_the_documents_it_would_search_for():
     from transformers import masking_utils
 
     find = masking_utils.find_packed_sequence_indices
@@ -138,7 +138,7 @@ def counted(tmp_path, monkeypatch, name, kernel, micro):
     return measured_activations(built, workload(config, data), Precision.bf16)
 
 
-def test_what_the_kernel_keeps_is_counted_on_meta(tmp_path, monkeypatch):
+def test_flex_attention_memory_is_counted_on_meta(tmp_path, monkeypatch):
     """Of one document the same as what the built-in one keeps, which is counted of SDPA; with sinks, what these add."""
     flexed, built_in = (counted(tmp_path, monkeypatch, "llama", kernel, 1) for kernel in ("flex", "varlen"))
     assert flexed.none == built_in.none and flexed.outside == built_in.outside
@@ -147,7 +147,7 @@ def test_what_the_kernel_keeps_is_counted_on_meta(tmp_path, monkeypatch):
         assert all(0 < full < none for none, full in zip(found.none, found.full, strict=True))
 
 
-def test_why_a_model_cannot_have_it_or_needs_it_not():
+def test_flex_attention_names_why_a_model_cannot_have_it():
     with meta_context():
         llama = transformers.AutoModelForCausalLM.from_config(CONFIGS["plain"]())
         gpt2 = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(n_layer=1))
@@ -173,7 +173,7 @@ FLASH, FLEX, OURS = "flash_attention_2", flex.NAME, attention.NAME
 EVERY = {FLASH, FLEX, OURS}
 
 
-def test_the_order_of_choice():
+def test_flex_attention_order_of_choice():
     """FlashAttention, then flex where the model gains by it, the built-in kernel, flex where that one is not right."""
     assert chosen(KernelChoices(None, None, flex_first=True), EVERY)[0] == FLASH
     assert chosen(KernelChoices("no", None, flex_first=True), EVERY)[0] == FLEX
@@ -189,7 +189,7 @@ def test_the_order_of_choice():
     )
 
 
-def test_asked_for_it_is_taken_or_refused():
+def test_flex_attention_that_is_asked_for_is_taken_or_refused():
     kernels = KernelChoices("no", None)
     assert chosen(kernels, EVERY, Attention.flex) == (FLEX, {})
     with pytest.raises(ConfigError, match=r"model.attention=flex: kind is not proven.*flex is off"):

@@ -13,7 +13,7 @@ from trainer.model.frozen_rows import always_zero_rows, zeroed_row
 from trainer.model.layout import AttentionLayout
 
 
-def test_of_whom_and_that_it_is_said():
+def test_frozen_embedding_rows_are_known_and_reported():
     youtu, bert = tiny.tiny_model("youtu"), tiny.tiny_model("bert")
     assert bert.get_input_embeddings().padding_idx is not None  # which is loaded as it is stored
     assert (zeroed_row(youtu), zeroed_row(bert), zeroed_row(tiny.tiny_model("llama"))) == (2, None, None)
@@ -23,7 +23,7 @@ def test_of_whom_and_that_it_is_said():
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-def test_the_row_gets_no_gradient_and_the_others_get_theirs(by_row):
+def test_frozen_embedding_row_gets_no_gradient_and_the_others_do(by_row):
     model = tiny.tiny_model("youtu")
     weight = model.get_input_embeddings().weight
     hidden, targets = torch.randn(7, weight.shape[1], generator=torch.Generator().manual_seed(3)), torch.arange(7) + 20
@@ -41,7 +41,7 @@ def test_the_row_gets_no_gradient_and_the_others_get_theirs(by_row):
     assert torch.equal(found[None], found[2])
 
 
-def test_an_export_that_is_loaded_otherwise_names_tensor_and_rows(tmp_path):
+def test_frozen_embedding_rows_are_named_when_an_export_loads_otherwise(tmp_path):
     model = tiny.tiny_model("youtu")
     with torch.no_grad():
         model.get_input_embeddings().weight[2] += 5.0

@@ -70,14 +70,14 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ASKED)
-def test_each_model_asks_for_its_own(kind, installed):
+def test_kernel_packages_are_those_of_each_model(kind, installed):
     model = model_of(kind)
     assert kernels.packages(model) == ASKED[kind]
     installed.update(ASKED[kind])
     assert not kernels.missing_kernels(model)
 
 
-def test_what_is_missing_is_said_with_the_words_that_install_it(installed):
+def test_kernel_packages_that_are_missing_are_named_with_the_command_to_install_them(installed):
     assert kernels.missing_kernels(model_of("qwen3_next")) == (
         "loops in torch, right but slow, for what causal-conv1d and flash-linear-attention would compute "
         "(pip install -e '.[hybrid]')"
@@ -87,7 +87,7 @@ def test_what_is_missing_is_said_with_the_words_that_install_it(installed):
     assert "for what flash-linear-attention would" in kernels.missing_kernels(model_of("qwen3_next"))
 
 
-def test_it_is_on_the_start_screen_of_a_gpu_alone(installed, monkeypatch):
+def test_kernel_packages_are_on_the_start_screen_of_a_gpu_alone(installed, monkeypatch):
     right = forward_path.ProvenPaths(padding_free=FUSED_PATH, padded=FUSED_PATH)
     monkeypatch.setattr(layout_choice, "proven_paths", lambda *_, **__: right)
     for on_gpu in (False, True):
@@ -102,7 +102,7 @@ def test_it_is_on_the_start_screen_of_a_gpu_alone(installed, monkeypatch):
         assert ("model.kernels" in found.notes) == on_gpu
 
 
-def test_on_a_cpu_the_packages_are_not_called(tmp_path):
+def test_kernel_packages_are_not_called_on_a_cpu(tmp_path):
     """transformers takes what it can import for tensors on CPUs too: a proof there, and the check of an export, would fail."""
     for package, name in (
         ("causal_conv1d", "causal_conv1d_fn"),

@@ -22,7 +22,7 @@ def padded(documents, by=BY):
     return {"input_ids": rows, "attention_mask": mask, "drawn_by": by}
 
 
-def test_it_is_the_same_in_any_layout_and_company():
+def test_noise_is_the_same_in_any_layout_and_company():
     alone = [noise_of(in_one_row([each]), WIDTH, ALPHA)[0] for each in DOCUMENTS]
     together = noise_of(in_one_row(DOCUMENTS[::-1]), WIDTH, ALPHA)[0].split([40, 9, 40])[::-1]
     apart = noise_of(padded(DOCUMENTS), WIDTH, ALPHA)
@@ -35,7 +35,7 @@ def test_it_is_the_same_in_any_layout_and_company():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_it_is_even_up_to_the_size_of_the_paper(number):
+def test_noise_is_uniform_up_to_the_size_of_the_paper(number):
     length = len(DOCUMENTS[number])
     size = ALPHA / (length * WIDTH) ** 0.5
     many = torch.cat(
@@ -54,7 +54,7 @@ def test_it_is_even_up_to_the_size_of_the_paper(number):
         assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].abs() < 0.3
 
 
-def test_it_is_added_in_training_alone():
+def test_noise_is_added_in_training_alone():
     model = nn.Module()
     model.table = nn.Embedding(64, WIDTH)
     model.get_input_embeddings = lambda: model.table

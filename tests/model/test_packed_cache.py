@@ -49,7 +49,7 @@ class Rank:
         return json.loads(last)
 
 
-def test_two_ranks_pack_each_weight_once_and_a_dead_one_is_replaced(tmp_path):
+def test_packed_cache_of_two_ranks_packs_each_weight_once_and_replaces_a_dead_rank(tmp_path):
     """Real processes, the first of which dies while it packs; what it had locked is packed by another."""
     dead = Rank(tmp_path, 0, 1, 600)
     assert dead.said.readline().startswith("packs")
@@ -75,7 +75,7 @@ def test_ranks_begin_with_different_weights(tmp_path):
     assert order == [f"layers.{index}.weight" for index in (3, 4, 5, 0, 1, 2)] and second.packed == 6
 
 
-def test_what_was_cut_off_is_packed_again(tmp_path):
+def test_packed_cache_file_that_was_cut_off_is_packed_again(tmp_path):
     name = next(iter(SIZES))
     assert weights(tmp_path).run(name, 0, 9).equal(made(name)[:9])
     file = tmp_path / f"{name}.safetensors"
@@ -87,7 +87,7 @@ def test_what_was_cut_off_is_packed_again(tmp_path):
         assert (again.packed, again.reason) == (1, "") and file.read_bytes() == whole
 
 
-def test_without_room_or_right_every_rank_packs_for_itself_and_says_so(tmp_path, monkeypatch):
+def test_packed_cache_without_room_or_permission_is_reported_and_every_rank_packs(tmp_path, monkeypatch):
     name = next(iter(SIZES))
     (tmp_path / "file").write_text("")
     hindered = weights(tmp_path / "file" / "below")
@@ -101,7 +101,7 @@ def test_without_room_or_right_every_rank_packs_for_itself_and_says_so(tmp_path,
     assert not (tmp_path / "small").exists()
 
 
-def test_the_fingerprint_tells_weights_and_settings_apart(tmp_path):
+def test_packed_cache_fingerprint_depends_on_weights_and_settings(tmp_path):
     tiny_model_dir(tmp_path, "llama")
     first = fingerprint([tmp_path], SCHEME)
     assert fingerprint([tmp_path], SCHEME) == first

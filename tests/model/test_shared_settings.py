@@ -26,7 +26,7 @@ def loss_of(trainer) -> float:
         return float(trainer.engine.forward(batch.micro_batches[0], last=True)["loss"])
 
 
-def test_a_second_model_leaves_the_first_one_s_attention_and_dropout_alone(tmp_path, runtime):
+def test_model_settings_of_a_second_model_leave_the_first_alone(tmp_path, runtime):
     data = data_set(tmp_path, uneven=False)
     config = run_config(model_dir(tmp_path), "single", "lora", micro=GLOBAL_BATCH)
     first = trainer_for(config, data, runtime)
@@ -41,7 +41,7 @@ def test_a_second_model_leaves_the_first_one_s_attention_and_dropout_alone(tmp_p
 
 
 @pytest.mark.parametrize("case", ["lora patterns", "ia3", "peft c3a"])
-def test_building_changes_no_setting_and_two_runs_share_none(case, tmp_path, runtime):
+def test_model_settings_are_not_changed_by_building_nor_shared_by_two_runs(case, tmp_path, runtime):
     data = data_set(tmp_path, uneven=False)
     config = replace(run_config(model_dir(tmp_path), "single", "lora", micro=GLOBAL_BATCH), tuning=ADAPTERS[case][0])
     before = asdict(config)

@@ -58,7 +58,7 @@ SMALL = {
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("fault", SMALL)
-def test_a_small_file_that_is_none_is_refused_before_a_library_reads_it(directory, fault, name):
+def test_model_file_that_is_damaged_is_refused_before_a_library_reads_it(directory, fault, name):
     change, said = SMALL[fault]
     change(directory / name)
     config = ModelConfig(path=str(directory))
@@ -91,7 +91,7 @@ def test_a_pipe_in_place_of_any_file_is_refused(directory, name):
         ('{"weight_map": {"a": "x.safetensors"}}', r"names x\.safetensors, which is missing"),
     ],
 )
-def test_an_index_of_weights_that_is_none_is_named(directory, text, said):
+def test_model_weight_index_that_is_damaged_is_named(directory, text, said):
     (directory / INDEX).write_text(text)
     with pytest.raises(ConfigError, match=said) as refused:
         SafetensorsFiles(directory)
@@ -109,7 +109,7 @@ def test_an_index_of_weights_that_is_none_is_named(directory, text, said):
         ({"quantization_config": [1]}, "config.json cannot be read"),
     ],
 )
-def test_a_config_that_no_model_has_is_refused_before_it_is_built(directory, changes, said):
+def test_model_config_that_no_model_has_is_refused_before_it_is_built(directory, changes, said):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ConfigError, match=said):
@@ -178,7 +178,7 @@ ADAPTER = {
         ("{", "is not valid JSON"),
     ],
 )
-def test_an_adapter_whose_settings_are_none_is_refused_wherever_it_is_read(tmp_path, changes, said):
+def test_adapter_config_that_is_damaged_is_refused_wherever_it_is_read(tmp_path, changes, said):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     text = changes if isinstance(changes, str) else json.dumps(ADAPTER | changes)
     (tmp_path / "adapter_config.json").write_text(text)

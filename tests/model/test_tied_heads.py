@@ -38,7 +38,7 @@ def loaded(config):
 
 
 @pytest.mark.parametrize(("factor", "built"), [(1.0, 1), (1.5, 2), (None, 1)])
-def test_a_model_is_built_once_more_only_where_they_differ_and_the_files_are_closed(
+def test_tied_head_model_is_built_again_only_where_values_differ_and_files_are_closed(
     factor, built, tmp_path, monkeypatch
 ):
     directory = tmp_path / "tied"
@@ -71,7 +71,7 @@ def test_a_model_is_built_once_more_only_where_they_differ_and_the_files_are_clo
     assert [one.conversions.files._open for one in opened] == [{}]
 
 
-def test_what_is_said_of_padding_does_not_hide_it(tmp_path, trained):
+def test_tied_head_with_other_values_is_noted_beside_a_note_on_padding(tmp_path, trained):
     stored_head(tmp_path / "youtu", 1.5, "youtu")
     _, built = built_trainer(trained._config(tmp_path / "youtu", "single", "lora"), trained.data, trained.runtime)
     assert "two different matrices" in built.substitutions["model.tied_head"]
@@ -79,7 +79,7 @@ def test_what_is_said_of_padding_does_not_hide_it(tmp_path, trained):
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_loss_gradients_and_export_are_those_of_plain_transformers(tuning, tmp_path, trained):
+def test_tied_head_with_other_values_trains_and_exports_as_plain_transformers(tuning, tmp_path, trained):
     directory = tmp_path / "apart"
     stored_head(directory, 1.5)
     oracle = stock.compute(directory, trained.samples)
@@ -90,7 +90,7 @@ def test_loss_gradients_and_export_are_those_of_plain_transformers(tuning, tmp_p
     assert not built.config.tie_word_embeddings
 
 
-def test_two_that_are_equal_are_one(tmp_path, trained):
+def test_tied_head_with_equal_values_is_one_tensor(tmp_path, trained):
     directory = tmp_path / "alike"
     stored_head(directory, 1.0)
     _, built = built_trainer(trained._config(directory, "single", "full"), trained.data, trained.runtime)

@@ -50,7 +50,7 @@ def together_marks(case):
 
 
 @pytest.mark.parametrize("model_type", chosen(TRIED, alone_marks))
-def test_alone_as_the_table_says(ranks, model_type):
+def test_sweep_table_holds_for_one_process(ranks, model_type):
     found = sweep.kept(ranks[1].ask("single", model_type, limit_s=sweep.LIMIT_S))
     assert found == {name: value for name, value in TABLE[model_type].items() if name in found}
 
@@ -63,7 +63,7 @@ def test_alone_as_the_table_says(ranks, model_type):
         takes,
     ),
 )
-def test_together_as_the_table_says(ranks, model_type, strategy, tuning):
+def test_sweep_table_holds_for_several_ranks(ranks, model_type, strategy, tuning):
     found = sweep.kept({"": ranks[2].ask("ranks", model_type, strategy, tuning, limit_s=sweep.LIMIT_S)})[""]
     assert found == TABLE[model_type][f"{strategy} {tuning}"]
 
@@ -75,16 +75,16 @@ def test_every_architecture_is_in_the_table():
 
 
 @pytest.mark.parametrize("case", list(MOST_REFUSED))
-def test_nearly_all_train(case):
+def test_sweep_table_has_few_architectures_that_do_not_train(case):
     assert sum(trains(t, case) for t in TABLE) >= (1 - MOST_REFUSED[case]) * len(TABLE)
 
 
-def test_whatever_does_not_train_is_refused_with_a_sentence():
+def test_sweep_table_has_a_message_for_whatever_does_not_train():
     bad = [line for t, row in TABLE.items() for line in sweep.lines(t, row) if " | refused | ConfigError: " not in line]
     assert not bad
 
 
-def test_a_routing_tie_is_told():
+def test_sweep_reports_a_routing_tie():
     with stock.Choices() as choices:
         torch.tensor([[0.5, 0.2, 0.2, 0.1]]).topk(1)
         assert choices.gap > job.GAP
@@ -124,7 +124,7 @@ class Built:
     tuning = Tuning()
 
 
-def test_a_difference_in_one_gradient_is_told(llama):
+def test_sweep_reports_a_difference_in_one_gradient(llama):
     oracle = stock.compute(llama, stock.documents()[:2])
     found = {name: gradient.clone() for name, gradient in oracle.gradients.items()}
     assert gradients.compare_gradients(found, {}, oracle, Built()) == 0

@@ -47,7 +47,7 @@ def whole(request):
     return request.param, *built(request.param)
 
 
-def test_a_whole_size_is_proven_as_its_tiny_model_trains(whole):
+def test_published_model_size_is_proven_as_its_tiny_model(whole):
     attention.register()
     name, config, plain = whole
     row = TABLE[WHOLE[name][0]]["full"]
@@ -77,7 +77,7 @@ def gemma():
     return built("Gemma-4, keys shared by the last layers")
 
 
-def test_a_copy_that_lacks_a_kind_of_layer_is_none(gemma, monkeypatch):
+def test_shrunk_model_that_lacks_a_kind_of_layer_is_refused(gemma, monkeypatch):
     config, plain = gemma
     monkeypatch.setattr("trainer.model.shrink.choices", lambda *_: iter([KeptLayers((0, 1), 35)]))
     with pytest.raises(NotShrinkable, match=r"a small copy lacks [1-9] of its kinds of layers"):
@@ -93,7 +93,7 @@ def test_where_names_do_not_do_widths_are_divided(monkeypatch):
     assert found.padding_free is not None, found.reason
 
 
-def test_settings_of_layers_follow_those_that_are_kept():
+def test_shrunk_model_settings_of_layers_follow_the_kept_layers():
     kept = KeptLayers((0, 5, 9), 10)
     settings = {
         "num_hidden_layers": 10,

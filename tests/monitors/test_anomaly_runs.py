@@ -73,7 +73,7 @@ def curve(run_dir: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run_dir)]
 
 
-def test_an_odd_batch_is_noted_with_its_documents(root, tmp_path, capfd):
+def test_anomaly_is_noted_with_the_documents_of_its_batch(root, tmp_path, capfd):
     assert run(root, tmp_path) == 0
     assert [row["step"] for row in rows(tmp_path) if "outlier/grad_norm" in row] == [ODD]
     [event] = outliers(tmp_path)
@@ -90,7 +90,7 @@ def test_an_odd_batch_is_noted_with_its_documents(root, tmp_path, capfd):
     assert json.loads((tmp_path / "run.json").read_text())["outcome"]["progress"]["outliers"] == 1
 
 
-def test_a_skipped_step_is_judged_alike_after_a_resume(root, tmp_path):
+def test_anomaly_skip_is_judged_alike_after_a_resume(root, tmp_path):
     words = ("guards.grad_norm=skip", "checkpoint.every_steps=7")
     assert run(root, tmp_path / "whole", *words) == 0
     assert [row["step"] for row in rows(tmp_path / "whole") if row.get("skipped")] == [ODD]
@@ -108,7 +108,7 @@ def test_a_run_that_only_skips_is_stopped(root, tmp_path, capfd):
     assert "guards.threshold" in shown and "optim.max_skipped_steps" in shown
 
 
-def test_a_rollback_is_the_run_on_data_without_those_documents(root, tmp_path, capfd):
+def test_anomaly_rollback_is_the_run_on_data_without_those_documents(root, tmp_path, capfd):
     clean = tmp_path / "clean.jsonl"
     numbers = list(range((STEPS + 1) * BATCH))
     write(tmp_path / "all.jsonl", numbers)
@@ -135,7 +135,7 @@ def test_a_rollback_is_the_run_on_data_without_those_documents(root, tmp_path, c
     assert curve(tmp_path / "on") == curve(tmp_path / "never")[10:]
 
 
-def test_before_the_first_checkpoint_there_is_one_to_go_back_to(root, tmp_path):
+def test_anomaly_rollback_before_the_first_checkpoint_has_one_to_go_back_to(root, tmp_path):
     words = ("guards.loss=rollback", "checkpoint.every_minutes=0", "budget.steps=10")
     assert run(root, tmp_path / "back", *words) == 0
     progress = json.loads((tmp_path / "back" / "run.json").read_text())["outcome"]["progress"]
@@ -143,7 +143,7 @@ def test_before_the_first_checkpoint_there_is_one_to_go_back_to(root, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "back")] == list(range(1, 11))
 
 
-def test_a_run_that_only_goes_back_is_stopped(root, tmp_path, capfd):
+def test_anomaly_rollbacks_without_end_stop_the_run(root, tmp_path, capfd):
     words = ("guards.loss=rollback", "guards.threshold=1e-9", "guards.max_rollbacks=2", "optim.lr=1e-9")
     code = run(root, tmp_path, *words, "logging.every_steps=1", "budget.steps=60")
     shown = capfd.readouterr().err
@@ -151,7 +151,7 @@ def test_a_run_that_only_goes_back_is_stopped(root, tmp_path, capfd):
     assert len(outliers(tmp_path)) == 3
 
 
-def test_a_step_that_runs_out_of_memory_says_what_it_held_and_what_helps(root, tmp_path, monkeypatch, capfd):
+def test_out_of_memory_in_a_step_says_what_it_held_and_what_helps(root, tmp_path, monkeypatch, capfd):
     real, taken = NativeEngine.backward, []
 
     def backward(engine, loss, *, last):

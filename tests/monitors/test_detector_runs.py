@@ -68,7 +68,7 @@ def rows(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_both_are_found_and_told_everywhere(whole):
+def test_detectors_of_forgetting_and_output_report_everywhere(whole):
     record = json.loads((whole / "run.json").read_text())["challenges"]
     events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
     log = (whole / "logs" / "rank-0.log").read_text()
@@ -88,7 +88,7 @@ def test_both_are_found_and_told_everywhere(whole):
     assert last["overfitting/gap"] == pytest.approx(last["eval/loss"] - mean)
 
 
-def test_a_limit_ends_the_run_with_its_state_saved_and_a_note_goes_on(site, whole, capfd):
+def test_detector_limit_ends_the_run_with_its_state_saved_and_a_note_goes_on(site, whole, capfd):
     run_dir = site / "limited"
     assert train(site, run_dir, "challenges.forgetting.action=stop") == 69
     shown = capfd.readouterr().err

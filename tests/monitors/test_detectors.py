@@ -25,7 +25,7 @@ def compared(drawn, rise=0.0, noise=0.02, count=60):
     return forgetting.compare("general", LOSS, rows(base, targets), rows(now, targets), (both[0], both[1]))
 
 
-def test_the_loss_and_its_error_are_those_of_the_jackknife():
+def test_forgetting_loss_and_its_error_are_those_of_the_jackknife():
     drawn = np.random.default_rng(0)
     targets, noise = np.full(40, 10.0), drawn.normal(size=40)
     base = 10 * drawn.normal(3, 0.5, 40)
@@ -37,7 +37,7 @@ def test_the_loss_and_its_error_are_those_of_the_jackknife():
     assert found.bound(0.01) == pytest.approx(found.lost - scipy.stats.t.ppf(0.99, 39) * found.error, rel=1e-4)
 
 
-def test_false_alarms_and_what_is_found():
+def test_forgetting_has_few_false_alarms_and_is_found():
     drawn, config = np.random.default_rng(2), ForgettingWatchConfig()
     looks = 10
     null = [
@@ -52,7 +52,7 @@ def test_false_alarms_and_what_is_found():
     assert found is not None and not found.stops and found.numbers["forgetting"] == pytest.approx(0.05, abs=0.01)
 
 
-def test_a_limit_is_held_against_the_number_itself():
+def test_forgetting_limit_is_compared_with_the_number_itself():
     drawn = np.random.default_rng(3)
     seen = Evidence(5, {}, 10, compared_tasks=[compared(drawn, rise=0.05), compared(drawn, rise=-0.01)])
     assert forgetting.logged_metrics(seen)["forgetting"] == pytest.approx(0.05, abs=0.01)
@@ -78,7 +78,7 @@ GOOD = [f"The answer to number {n} is written in plain words and ends here." for
         ([f"Das ist eine ganz andere Sprache, und zwar Deutsch, Nummer {n}." for n in range(12)], "foreign"),
     ],
 )
-def test_degenerate_answers_are_told_apart(texts, kind):
+def test_degenerate_answers_are_found(texts, kind):
     answers = [ModelAnswer(text, right) for text, right in zip(texts, GOOD, strict=True)]
     found = degenerate_answers.find_problem(OutputConfig(), Evidence(3, {}, 5, answers=answers))
     assert found is not None and found.numbers[kind] > 0.9 and set(found.numbers) <= {kind, "foreign"}
@@ -88,7 +88,7 @@ def test_degenerate_answers_are_told_apart(texts, kind):
     assert degenerate_answers.find_problem(OutputConfig(), Evidence(0, {}, 5, answers=answers)) is None  # the base's
 
 
-def test_good_answers_and_single_bad_ones_are_not():
+def test_degenerate_answers_are_neither_good_ones_nor_single_bad_ones():
     answers = [ModelAnswer(text, right) for text, right in zip(["", "", *GOOD[2:]], GOOD, strict=True)]
     assert degenerate_answers.find_problem(OutputConfig(), Evidence(3, {}, 5, answers=answers)) is None
     for bad, other, of in ((5, 0, 12), (6, 3, 20), (3, 3, 9)):

@@ -51,7 +51,7 @@ FELL = TrainingChange(2.0, 0.4, -9.0, 10)
         (ROSE, HeldOutChange("eval/margin", 0.0, -0.5, 0.5, 0.2), Verdict.diverged),
     ],
 )
-def test_both_sides_together_decide(training, held_out, verdict):
+def test_divergence_verdict_is_by_training_and_held_out_losses_together(training, held_out, verdict):
     assert verdict_of(training, held_out) is verdict
 
 
@@ -72,7 +72,7 @@ def test_the_training_side_takes_the_median_of_the_last_steps_and_their_deviatio
     assert sum(alarms) <= 2  # of 200: an easy first batch is no divergence
 
 
-def test_the_held_out_side_is_a_paired_test():
+def test_divergence_of_held_out_losses_is_a_paired_test():
     drawn = np.random.default_rng(1)
     before = drawn.uniform(20, 60, 16)
     now = before * (1.03 + 0.02 * drawn.normal(size=16))
@@ -103,7 +103,7 @@ def test_ranks_take_micro_batches_in_turns():
     assert sum(parts).tolist() == [1.0, 2.0, 3.0, 0.0]  # as one rank has them; the last one has run out
 
 
-def test_another_number_of_ranks_has_the_same_micro_batches():
+def test_divergence_has_the_same_micro_batches_on_another_number_of_ranks():
     before = HeldOutBefore(
         {"eval/loss": 2.0}, {"eval/loss": [1.0, 2.0, 3.0, 0.0]}
     )  # two ranks, the last one had run out
@@ -113,7 +113,7 @@ def test_another_number_of_ranks_has_the_same_micro_batches():
     assert before.pairs_with("eval/loss", {"eval/loss": [0.7, 0.8, 1.0, 1.0, 1.5, 1.5]}) is None  # smaller ones
 
 
-def test_a_student_that_begins_as_its_own_teacher_has_not_diverged():
+def test_divergence_of_a_student_that_begins_as_its_own_teacher_is_none():
     sums = [0.0] * 12
     nearly = held_out_change("eval/loss", (0.0, 0.002), (sums, [0.08] * 12), 0.05)
     assert nearly.bound is None and not nearly.is_worse
@@ -121,7 +121,7 @@ def test_a_student_that_begins_as_its_own_teacher_has_not_diverged():
     assert not training_change(0.0, [0.002] * 20, 10).rose(0.25) and training_change(0.0, [3.0] * 20, 10).rose(0.25)
 
 
-def test_held_out_losses_that_only_hover_are_not_called_worse():
+def test_divergence_of_held_out_losses_that_only_hover_is_none():
     drawn = np.random.default_rng(2)
     alarms = 0
     for _ in range(200):
@@ -152,7 +152,7 @@ def looked(losses, held_out, action=Reaction.note):
     return challenges, said
 
 
-def test_what_recovers_is_a_note_and_the_end_counts():
+def test_divergence_that_recovers_is_a_note_and_the_end_decides():
     spike = [2.0] * 10 + [30.0] * 15 + [1.5] * 25
     twice, _ = looked(spike + [30.0] * 20, [2.0, 2.0, 30.0, 1.6, 1.5, 1.5, 30.0, 30.0])
     assert twice.record["divergence"]["first_step"] == 60, "since the second time"
@@ -168,7 +168,7 @@ def test_what_recovers_is_a_note_and_the_end_counts():
     assert stops.ends is not None and stops.ends.step == 20
 
 
-def test_a_damaged_file_of_the_evaluation_before_training_counts_as_none(tmp_path):
+def test_divergence_baseline_file_that_is_damaged_counts_as_none(tmp_path):
     class Alone:
         world_size, is_main, simulated = 1, True, False
 
@@ -204,7 +204,7 @@ HIGH = ("optim.lr=3", "schedule.warmup_share=0", "evaluation.every_steps=10", "c
 """A rate at which a run ends far above where it began."""
 
 
-def test_a_run_that_diverges_says_so_everywhere(site, capfd):
+def test_divergence_of_a_run_is_reported_everywhere(site, capfd):
     run_dir = site / "high"
     assert train(site, run_dir, *HIGH, "export.at_end=true") == 0
     last_lines = capfd.readouterr().out.split("done: 30 steps")[1]
@@ -234,7 +234,7 @@ def test_a_run_that_diverges_says_so_everywhere(site, capfd):
     )  # paired after resuming too
 
 
-def test_a_run_that_only_overfits_is_worse_and_one_that_learns_is_neither(site, capfd):
+def test_divergence_is_worse_for_an_overfitting_run_and_none_for_one_that_learns(site, capfd):
     few = [f"data.path={site}/few.jsonl", "evaluation.every_steps=10", "challenges.forgetting.action=off"]
     assert train(site, site / "few", *few, "budget.steps=80", "optim.lr=3e-2") == 0
     shown = capfd.readouterr().out.split("done: 80 steps")[1]
@@ -253,7 +253,7 @@ def test_a_run_that_only_overfits_is_worse_and_one_that_learns_is_neither(site, 
 
 
 @whole("the same detectors find it above, in a run without warm-up")
-def test_half_warm_up_and_guards_that_roll_back_do_not_hide_it(site):
+def test_divergence_is_not_hidden_by_warm_up_or_rollbacks(site):
     words = ["optim.lr=3", "schedule.warmup_share=0.5", "budget.steps=40", "guards.loss=rollback"]
     words += ["guards.grad_norm=rollback", "evaluation.every_steps=20", "challenges.forgetting.action=off"]
     assert train(site, site / "half", *words) == 0

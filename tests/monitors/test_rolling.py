@@ -33,7 +33,7 @@ def test_scores_are_numpys_over_the_last_steps(window):
     assert torch.equal(again.window, rolling.window)
 
 
-def test_what_is_left_out_does_not_join_and_a_flat_curve_has_no_outliers_of_trifles():
+def test_rolling_window_leaves_outliers_out_and_a_flat_curve_has_none():
     rolling = RollingWindow(10, CPU)
     for _ in range(10):
         rolling.push(torch.tensor([2.0, 1.0]).double(), torch.tensor(True))

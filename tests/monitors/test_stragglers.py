@@ -50,7 +50,7 @@ def watched(rounds):
     return watch, told, row
 
 
-def test_it_takes_several_intervals_in_a_row_to_be_slow_and_to_be_so_no_more(monkeypatch):
+def test_straggler_is_slow_or_no_longer_slow_after_several_intervals_in_a_row(monkeypatch):
     monkeypatch.setattr("trainer.monitors.stragglers.gather_objects", lambda value, runtime: ["a", "b", "c"])
     odd, even = times(0.1, 0.1, 0.2), times(0.1, 0.1, 0.1)
     assert watched([*[odd] * (INTERVALS - 1), even] * 5)[1] == []
@@ -64,7 +64,7 @@ def test_it_takes_several_intervals_in_a_row_to_be_slow_and_to_be_so_no_more(mon
     ]
 
 
-def test_only_blocks_are_timed_and_only_while_it_is_on(monkeypatch):
+def test_straggler_timing_covers_only_blocks_and_only_while_it_is_on(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("trainer.reporting.step_times.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     blocks = [nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)) for _ in range(2)]
@@ -82,7 +82,7 @@ def test_only_blocks_are_timed_and_only_while_it_is_on(monkeypatch):
     assert timed_modules(blocks) == []
 
 
-def test_while_a_rank_is_slow_the_status_says_so(tmp_path):
+def test_straggler_is_in_the_status_while_it_is_slow(tmp_path):
     said: list[str] = []
     where = SimpleNamespace(why_lost=lambda: None, note=None)
     tell = slow_rank_reporter(
@@ -121,7 +121,7 @@ def words(strategy: str) -> list[str]:
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "zero2", "zero3"] if EVERYTHING else ["fsdp2"])
-def test_a_slowed_rank_is_named_and_a_healthy_run_names_none(site, monkeypatch, strategy):
+def test_straggler_that_is_slowed_is_named_and_a_healthy_run_names_none(site, monkeypatch, strategy):
     monkeypatch.setenv(FAULT, "tests.faults.slow_rank")
     monkeypatch.setenv("SLOW_RANK", "1")
     monkeypatch.setenv("SLOW_S", "0")

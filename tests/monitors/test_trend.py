@@ -21,7 +21,7 @@ def test_the_test_is_scipys(count):
         assert rising_p_value(values.tolist()) == pytest.approx(theirs, rel=1e-9)
 
 
-def test_every_order_of_five_is_as_likely_as_the_distribution_says():
+def test_trend_test_is_exact_for_every_order_of_five():
     found = [rising_p_value(order) for order in itertools.permutations(range(5))]
     for level in (1 / 120, 5 / 120, 0.2):
         assert np.mean(np.array(found) <= level + 1e-12) <= level + 1e-12
@@ -38,7 +38,7 @@ def alarmed(train, held_out) -> bool:
     return any(overfitting.find_problem(config, seen(train[:n], held_out[:n], len(train))) for n in counts)
 
 
-def test_a_run_that_hovers_is_rarely_called_overfitting_and_one_that_overfits_is():
+def test_trend_rarely_calls_a_hovering_run_overfitting_and_finds_a_real_one():
     drawn = np.random.default_rng(1)
     hover = [alarmed(*drawn.normal(size=(2, 20)).tolist()) for _ in range(150)]
     assert np.mean(hover) <= 0.01
@@ -51,13 +51,13 @@ def test_a_run_that_hovers_is_rarely_called_overfitting_and_one_that_overfits_is
 
 
 @pytest.mark.parametrize("count", [10, 20, 50])
-def test_a_held_out_loss_that_drifts_is_no_overfitting_while_the_gap_hovers(count):
+def test_trend_of_a_drifting_held_out_loss_is_no_overfitting_while_the_gap_hovers(count):
     drawn, drift = np.random.default_rng(count), 0.3 * np.arange(count)
     drifted = [alarmed((drift + drawn.normal(size=count)).tolist(), drift.tolist()) for _ in range(150)]
     assert np.mean(drifted) <= 0.03
 
 
-def test_what_is_found_names_the_best_step_and_what_to_type():
+def test_trend_problem_names_the_best_step_and_what_to_type():
     train, held_out = [3.0, 2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7], [3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6]
     found = overfitting.find_problem(OverfittingConfig(action=Reaction.stop), seen(train, held_out, 8))
     assert found is not None and found.stops and found.numbers["best_step"] == 1
