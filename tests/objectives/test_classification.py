@@ -70,7 +70,7 @@ def test_several_labels_have_the_loss_of_transformers_summed_over_labels():
 @pytest.mark.parametrize(
     "objective", [Classification(), MultiLabel(), Classification([1.0] * 5), MultiLabel([2.0] * 5)]
 )
-def test_a_filler_row_counts_nothing(objective):
+def test_classification_filler_row_counts_nothing(objective):
     labels = np.random.default_rng(1).integers(0, LABELS, ROWS)
     given = logits()
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_filler_row_counts_nothing(objective):
         assert torch.allclose(value, filled[name], rtol=1e-6), name
 
 
-def test_weights_multiply_documents_and_positives():
+def test_classification_weights_multiply_documents_and_positives():
     weights = [0.5, 1.0, 2.0, 4.0, 1.0]
     labels = torch.arange(ROWS) % LABELS
     each = F.cross_entropy(logits(), labels, reduction="none")
@@ -97,7 +97,7 @@ def test_a_wrong_number_of_weights_is_refused():
         terms(Classification([1.0, 2.0]), [0] * ROWS)
 
 
-def test_balanced_weights_are_those_of_the_definition():
+def test_classification_balanced_weights_are_those_of_the_definition():
     labels = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
     assert balanced_weights(labels, "abc", multi_label=False) == pytest.approx([10 / 12, 10 / 6, 10 / 12])
     assert np.mean(np.array(balanced_weights(labels, "abc", multi_label=False))[labels]) == pytest.approx(1.0)
@@ -110,7 +110,7 @@ def test_balanced_weights_are_those_of_the_definition():
         balanced_weights(np.array([1, 3]), "ab", multi_label=True)
 
 
-def test_balanced_is_settled_once_and_lists_are_kept():
+def test_classification_balanced_weights_are_settled_once_and_lists_are_kept():
     config = ClassificationConfig(class_weights="balanced")
     found, noted = settle(config, SimpleNamespace(labels=np.array([0, 0, 1])), ["a", "b"])
     assert noted == {"objective.class_weights": "balanced -> [0.75, 1.5]"}
@@ -122,7 +122,7 @@ def test_balanced_is_settled_once_and_lists_are_kept():
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_f1_is_that_of_a_count_by_hand(several):
+def test_classification_f1_is_that_of_a_count_by_hand(several):
     labels = masks(5) if several else np.random.default_rng(5).integers(0, LABELS - 1, ROWS)  # one label never occurs
     objective = MultiLabel() if several else Classification()
     assert "confusion" not in terms(objective, labels)  # in training
@@ -154,7 +154,7 @@ def test_f1_is_that_of_scikit_learn(several):
     assert f1_scores(confusion.double()) == pytest.approx(expected, rel=1e-12)
 
 
-def test_nothing_named_has_an_f1_of_zero():
+def test_classification_f1_of_predicting_nothing_is_zero():
     assert f1_scores(torch.zeros(3, 2)) == (0.0, 0.0)
 
 
@@ -171,12 +171,12 @@ def test_nothing_named_has_an_f1_of_zero():
         (2, "2"),
     ],
 )
-def test_labels_in_every_spelling(value, found):
+def test_classification_labels_in_every_spelling(value, found):
     assert labels_of(value) == found
 
 
 @pytest.mark.parametrize("value", [None, ["a|b"], [1.5], [""], [["a"]], {"a": 1}])
-def test_what_is_no_list_of_labels_is_refused(value):
+def test_classification_value_that_is_no_list_of_labels_is_refused(value):
     with pytest.raises(Refusal):
         labels_of(value)
 
@@ -201,7 +201,7 @@ def test_several_labels_become_bits(tmp_path):
     assert given.label_names == ["up", "down", "in"] and given.train.labels.tolist() == [0b101, 0b011, 0, 0b001]
 
 
-def test_a_preview_says_labels_by_name():
+def test_classification_preview_shows_labels_by_name():
     def said(label, names, several):
         sample = Sample(np.zeros(1, np.int32), np.zeros(1, bool), {"label": label})
         return LabelReading(multi_label=several).note(sample, names)
@@ -211,13 +211,13 @@ def test_a_preview_says_labels_by_name():
     assert said(1, ["a", "b"], False) == "label: 1 (b)" and said(1, None, False) == "label: 1"
 
 
-def test_a_label_that_training_has_not_is_refused_with_its_place(tmp_path):
+def test_classification_label_unknown_in_training_is_refused_with_its_place(tmp_path):
     rows = [{"text": "a lazy dog", "label": ["up", "down"]}]
     with pytest.raises(DataError, match=r"eval\.jsonl:1: label 'down\|sideways' is none of"):
         prepared(tmp_path, rows, [{"text": "a", "label": ["sideways", "down"]}])
 
 
-def test_labels_that_tell_nothing_apart_are_refused(tmp_path):
+def test_classification_of_only_one_label_is_refused(tmp_path):
     with pytest.raises(
         DataError, match="all training documents have the label 'up', and objective=classification tells"
     ):
@@ -235,7 +235,7 @@ def test_more_labels_than_bits_are_refused(tmp_path):
     assert fits.train.labels.min() >= 0 and len(fits.label_names) == 62
 
 
-def test_one_label_and_several_are_prepared_apart(tmp_path):
+def test_classification_of_one_label_and_of_several_are_prepared_separately(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": label} for i, label in enumerate(("a|b", "a", "b"))]
     assert prepared(tmp_path, rows).label_names == ["a", "b"]
     assert prepared(tmp_path, rows, multi_label=False).label_names == ["a", "a|b", "b"]

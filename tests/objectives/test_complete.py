@@ -41,7 +41,7 @@ def test_every_loss_type_is_a_variant():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_said_of_an_objective_elsewhere(name):
+def test_objective_has_an_oracle_parity_docs_curves_and_importer_words(name):
     tests = OBJECTIVE_TESTS[name]
     settings = FAMILIES[name].settings.__name__
     assert settings in text(tests.oracle) or f'"{name}"' in text(tests.oracle) or name == "sft", (
@@ -61,13 +61,13 @@ def test_what_is_said_of_an_objective_elsewhere(name):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_reference_is_read_if_and_only_if_the_loss_uses_it(variant):
+def test_objective_reads_a_reference_if_and_only_if_its_loss_uses_it(variant):
     config = VARIANTS[variant]
     assert (REFERENCE in reading_of(config).marks) is build_objective(config).uses_reference
 
 
 @pytest.mark.parametrize("name", list(ScheduleName))
-def test_what_is_said_of_a_schedule_elsewhere(name):
+def test_schedule_has_docs_importer_words_and_a_config_file(name):
     page = text("docs/optimizers.md")
     assert f"| `schedule={name}`" in page, "docs/optimizers.md says when to take it"
     assert f"\n| `{name}` |" in page, "docs/optimizers.md has its factors"
@@ -75,12 +75,12 @@ def test_what_is_said_of_a_schedule_elsewhere(name):
     assert Path(ROOT / "conf" / "schedule" / f"{name}.yaml").exists()
 
 
-def test_every_kind_of_task_is_on_its_page():
+def test_task_kinds_are_all_on_their_page():
     pages = text("docs/evaluation.md") + text("docs/ethics.md")
     assert not [kind for kind in TASK_KINDS if f"`{kind}`" not in pages], "docs/evaluation.md or docs/ethics.md says it"
 
 
-def test_every_tracker_is_on_its_page():
+def test_trackers_are_all_on_their_page():
     page = text("docs/tracking.md")
     assert not [kind.setting for kind in trackers.KINDS if f"logging.{kind.setting}=" not in page]
 

@@ -61,7 +61,7 @@ def batch() -> dict:
 
 @pytest.mark.parametrize("name", DISTILLATION)
 @pytest.mark.parametrize("chunk", [2**25, 300])
-def test_trl_computes_the_same(monkeypatch, name, chunk):
+def test_distillation_loss_and_gradients_are_those_of_trl(monkeypatch, name, chunk):
     """Loss and every gradient; with 300 logits at a time, two rows of both models' are a chunk."""
     monkeypatch.setattr(divergence_module, "CHUNK_LOGITS", chunk)
     case, expected = DISTILLATION[name], RECORDED[name]
@@ -82,7 +82,7 @@ def test_trl_computes_the_same(monkeypatch, name, chunk):
         assert found[key][1] == pytest.approx(product, abs=1e-5 * norm * math.sqrt(2)), key
 
 
-def test_the_recorded_cases_differ():
+def test_distillation_recorded_cases_differ():
     losses = [RECORDED[name]["loss"] for name in DISTILLATION]
     assert len({round(loss, 3) for loss in losses}) == len(losses) and min(losses) > 0.01
 
@@ -108,7 +108,7 @@ def plainly(measure: Measure, student: torch.Tensor, teacher: torch.Tensor) -> t
 @pytest.mark.parametrize("divergence", list(Divergence))
 @pytest.mark.parametrize("kind", ["plain", "capped, scaled, biased"])
 @pytest.mark.parametrize("weighed", [False, True])
-def test_gradients_are_those_of_the_definition(divergence, kind, weighed):
+def test_distillation_gradients_are_those_of_the_definition(divergence, kind, weighed):
     """By autograd in float64: states, weight and bias; a teacher of another width and with more rows of padding."""
     torch.manual_seed(0)
     capped = kind != "plain"
@@ -156,7 +156,7 @@ def test_gradients_are_those_of_the_definition(divergence, kind, weighed):
     assert other.weight.grad is None
 
 
-def test_distributions_that_share_nothing_stay_finite():
+def test_distillation_of_disjoint_distributions_stays_finite():
     student, teacher = torch.tensor([[300.0, 0.0, 0.0]]), torch.tensor([[0.0, 300.0, 0.0]])
     for divergence in Divergence:
         value, slope = Measure(divergence)(student, teacher)
@@ -191,13 +191,13 @@ def test_the_teacher_does_not_move_and_is_not_saved(tmp_path, runtime):
     assert take_steps(again, 2) == expected
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, runtime):
+def test_distillation_from_the_student_itself_has_nothing_to_learn(tmp_path, runtime):
     config = distilling(tmp_path, model_dir(tmp_path))
     (loss, norm), *_ = take_steps(trainer_for(config, data_set(tmp_path, uneven=False), runtime), 1)
     assert abs(loss) < 1e-6 and norm < 1e-5
 
 
-def test_another_vocabulary_is_refused(tmp_path, runtime):
+def test_distillation_from_another_vocabulary_is_refused(tmp_path, runtime):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<one>"])
     other = tiny_model_dir(tmp_path / "other", vocab_size=len(tokenizer))
@@ -232,7 +232,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path, runtime):
         trainer_for(config, data_set(tmp_path, uneven=False), runtime)
 
 
-def test_a_teacher_that_needs_padded_rows_gets_them(tmp_path, runtime):
+def test_distillation_teacher_that_needs_padded_rows_gets_them(tmp_path, runtime):
     config = distilling(tmp_path, model_dir(tmp_path, "falcon"))
     trainer = trainer_for(config, data_set(tmp_path, uneven=False), runtime)
     assert trainer.loader.collator.layout is Layout.padded
@@ -244,7 +244,7 @@ def test_a_teacher_that_needs_padded_rows_gets_them(tmp_path, runtime):
         trainer_for(config, data_set(tmp_path, uneven=False), runtime)
 
 
-def test_a_run_and_its_export(tmp_path, monkeypatch):
+def test_distillation_run_and_its_export(tmp_path, monkeypatch):
     """The last evaluation by plain transformers; the export is the student alone."""
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM

@@ -57,7 +57,7 @@ def test_weight_0_is_plain_mixing_exactly(tmp_path, runtime, tuning):
 
 @pytest.mark.parametrize("replay_loss", [True, False])
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_the_sums_are_those_of_plain_logits(tmp_path, runtime, tuning, replay_loss):
+def test_replay_sums_are_those_of_plain_logits(tmp_path, runtime, tuning, replay_loss):
     """After three steps: the loss over its own tokens, the divergence from the first model over the replayed ones."""
     config = run_config(model_dir(tmp_path), "single", tuning, micro=4, steps=5)
     config.objective, config.optim.lr = kept(0.7, replay_loss=replay_loss), 1e-2
@@ -96,7 +96,7 @@ def test_the_sums_are_those_of_plain_logits(tmp_path, runtime, tuning, replay_lo
     assert found["loss"] == pytest.approx(loss + 0.7 * kl, rel=1e-5)
 
 
-def test_evaluation_has_the_plain_loss(tmp_path, runtime):
+def test_replay_evaluation_has_the_plain_loss(tmp_path, runtime):
     config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=4, objective=kept(3.0))
     trainer = trainer_for(config, replay_set(tmp_path), runtime)
     take_steps(trainer, 2)
@@ -138,7 +138,7 @@ def educated(tmp_path_factory, runtime) -> Path:
 
 
 @pytest.mark.parametrize("tuning", ["full", *(["lora"] if EVERYTHING else [])])
-def test_less_is_forgotten(tmp_path, educated, runtime, tuning):
+def test_replay_forgets_less(tmp_path, educated, runtime, tuning):
     """A model that counts up learns to count down: how much worse it then counts up, a divergence at least halves.
 
     Both runs show the same documents and learn to count down alone; only the weight of the divergence differs.
@@ -189,7 +189,7 @@ def test_a_replayed_source_of_the_command_line(tmp_path, monkeypatch):
     assert {"eval/loss", "eval/perplexity"} <= rows[-1].keys() and "eval/replay_kl" not in rows[-1]
 
 
-def test_replayed_sources_of_which_nothing_is_left_are_refused(tmp_path, monkeypatch, capsys):
+def test_replay_sources_of_which_nothing_is_left_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for key, value in clean_environment().items():
         monkeypatch.setenv(key, value)

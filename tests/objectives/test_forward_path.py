@@ -56,7 +56,7 @@ def arranged(kind, **settings):
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "mixtral"])
-def test_windows_sinks_and_experts_are_proven_in_one_row(kind):
+def test_forward_path_with_windows_sinks_and_experts_is_proven_in_one_row(kind):
     model, found = arranged(kind)
     assert (found.layout, found.attention, model.forward_path) == (Layout.padding_free, attention.NAME, FUSED_PATH)
 
@@ -68,7 +68,7 @@ AS_IN_ROWS = {
 
 
 @pytest.mark.parametrize("broken", [None, *AS_IN_ROWS])
-def test_chunks_and_scales_by_position_are_those_of_documents(broken, monkeypatch):
+def test_forward_path_with_chunks_and_scales_by_position_is_that_of_documents(broken, monkeypatch):
     """Llama 4's: without what the kernel does about either, documents in one row are found out."""
     if broken:
         monkeypatch.setattr(attention, broken, AS_IN_ROWS[broken])
@@ -84,13 +84,13 @@ def test_distances_that_run_through_a_row_need_padded_rows():
 
 
 @pytest.mark.parametrize(("kind", "way"), [("bert", FORWARD_PATHS[1]), ("roberta", FORWARD_PATHS[2])])
-def test_a_head_of_several_layers_and_positions_of_its_own_are_left_to_the_model(kind, way):
+def test_forward_path_of_several_head_layers_or_own_positions_is_left_to_the_model(kind, way):
     model, found = arranged(kind)
     assert model.forward_path == way
     assert "own forward pass" in found.notes["model.head"]
 
 
-def test_a_model_that_padding_changes_reads_one_document_at_a_time():
+def test_forward_path_of_a_model_that_padding_changes_takes_one_document_at_a_time():
     """Its head makes several predictions of each token, of which one are the logits."""
     model, found = arranged("prophetnet")
     assert (found.layout, found.attention) == (Layout.padded, "eager")
@@ -114,14 +114,14 @@ def test_a_model_that_magnifies_rounding_takes_several_documents_a_batch():
     assert (found.layout, model.forward_path) == (Layout.padded, FORWARD_PATHS[1])
 
 
-def test_a_model_whose_tokens_see_ahead_is_refused_with_what_helps_this_one():
+def test_forward_path_of_tokens_that_see_ahead_is_refused_with_what_helps():
     with pytest.raises(ConfigError, match=r"see what follows.*is_decoder to true.*classification"):
         arranged("encoder")
     with pytest.raises(ConfigError, match=r"teach nothing; take a causal model$"):
         arranged("cpmant")  # it has neither
 
 
-def test_a_model_that_lacks_a_setting_trains_with_it(monkeypatch):
+def test_forward_path_of_a_model_that_lacks_a_setting_works_once_it_is_set(monkeypatch):
     """Published ones have no default language, and plain transformers asks for it."""
     with pytest.raises(ConfigError, match=r"Input language unknown.*set what it lacks in its config\.json"):
         arranged("xmod")
@@ -129,7 +129,7 @@ def test_a_model_that_lacks_a_setting_trains_with_it(monkeypatch):
     assert arranged("xmod")[1].layout is Layout.padded
 
 
-def test_an_attention_that_ignores_the_window_is_found_out(monkeypatch):
+def test_forward_path_proof_finds_an_attention_that_ignores_the_window(monkeypatch):
     real = attention.varlen_attention
 
     def blind(*args, sliding_window=None, **rest):
@@ -146,7 +146,7 @@ def test_an_attention_that_ignores_the_window_is_found_out(monkeypatch):
         attention.register()
 
 
-def test_a_factor_on_the_logits_that_we_do_not_know_is_found_out(monkeypatch):
+def test_forward_path_proof_finds_an_unknown_factor_on_the_logits(monkeypatch):
     config = transformers.GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0)
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
@@ -156,7 +156,7 @@ def test_a_factor_on_the_logits_that_we_do_not_know_is_found_out(monkeypatch):
     assert found.padding_free == ForwardPath(fused=False, positions=True)
 
 
-def test_what_was_found_is_kept_and_what_is_damaged_is_found_again(home, monkeypatch):
+def test_forward_path_proof_is_cached_and_done_again_if_damaged(home, monkeypatch):
     first = arranged("mistral")[1]
     (file,) = (home / "proofs").iterdir()
     with monkeypatch.context() as patched:
@@ -170,7 +170,7 @@ def test_what_was_found_is_kept_and_what_is_damaged_is_found_again(home, monkeyp
     assert arranged("mistral")[1] == first
 
 
-def test_what_cannot_be_shrunk_is_not_proven_and_said(monkeypatch):
+def test_forward_path_of_a_model_that_cannot_be_shrunk_is_not_proven_and_noted(monkeypatch):
     config = transformers.MistralConfig(**SIZES, **WINDOWED)
     assert forward_path._prove(config, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False).causal
     broken = copy.deepcopy(config)
@@ -179,7 +179,7 @@ def test_what_cannot_be_shrunk_is_not_proven_and_said(monkeypatch):
     assert found.padding_free is None and "takes no small sizes" in found.reason
 
 
-def test_what_a_card_has_proven_counts_for_that_card_and_these_packages(monkeypatch):
+def test_forward_path_proof_on_a_card_counts_for_that_card_and_its_packages(monkeypatch):
     """One cache may be shared by hosts with several cards: an older one has no bf16 in flex attention, and a newer one has."""
     asked, config = [], CONFIGS["mistral"]()
     card, packages = [Gpu("H100", (9, 0))], [{}]
@@ -200,7 +200,7 @@ def test_what_a_card_has_proven_counts_for_that_card_and_these_packages(monkeypa
     assert times(on_gpu=False) == 4
 
 
-def test_what_a_full_card_says_is_not_kept(monkeypatch):
+def test_forward_path_proof_on_a_full_card_is_not_kept(monkeypatch):
     """It was: what another process left no memory for stood as unproven for good."""
 
     def full(*_):

@@ -27,7 +27,7 @@ PAIRS = [
 ]
 
 
-def test_scores_are_those_of_the_libraries():
+def test_generated_answers_have_the_bleu_and_rouge_of_the_libraries():
     import sacrebleu
     from rouge_score import rouge_scorer
 
@@ -98,7 +98,7 @@ def test_named_sets_are_scored_each(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "kernel"), [("gpt_oss", flex), ("gpt_oss", attention), ("gemma2", flex), ("llama", flex)]
 )
-def test_what_is_written_is_what_plain_transformers_writes_in_eager_attention(kind, kernel):
+def test_generated_answers_are_those_of_plain_transformers_in_eager_attention(kind, kernel):
     """Sinks and soft caps after training in one row without padding, with prompts of unlike lengths in a batch."""
     kernel.register()
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def test_what_is_written_is_what_plain_transformers_writes_in_eager_attention(ki
     assert trained.config._attn_implementation == kernel.NAME
 
 
-def test_writing_compiles_nothing_on_a_gpu(monkeypatch):
+def test_generation_compiles_nothing_on_a_gpu(monkeypatch):
     """Neither transformers, where a model's settings ask for a static cache, nor blocks that are compiled for training: each
     layer's keys would take one of torch's eight places, and none be left for the steps."""
     model = transformers.AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="sdpa").eval()

@@ -67,7 +67,7 @@ def recorded(samples: list[Sample], phase: float) -> dict:
 
 
 @pytest.mark.parametrize("name", KTO)
-def test_trl_computes_the_same(tmp_path, name):
+def test_kto_loss_and_gradients_are_those_of_trl(tmp_path, name):
     """Loss, reference point, rewards and every gradient of a step of six answers, in micro-batches of four and two."""
     case, expected = KTO[name], RECORDED[name]
     data = data_of(tmp_path / "data", answers())
@@ -103,7 +103,7 @@ def test_the_recorded_cases_differ_enough():
     assert len({RECORDED[name]["loss"] for name in KTO}) == len(KTO)
 
 
-def test_a_prompt_meets_the_answer_of_another_prompt(tmp_path):
+def test_kto_mismatched_answer_is_that_of_another_prompt(tmp_path):
     rows = [
         ([3, 4], [9], True),
         ([5, 6], [10, 11], True),
@@ -140,7 +140,7 @@ def learned(data: TokenDataset) -> list[tuple[str, bool]]:
     ]
 
 
-def test_thumbs_keep_their_verdict(tmp_path):
+def test_kto_thumbs_keep_their_verdict(tmp_path):
     talk = [
         {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"))
     ]
@@ -158,7 +158,7 @@ def test_thumbs_keep_their_verdict(tmp_path):
     }
 
 
-def test_a_pair_is_two_answers(tmp_path):
+def test_kto_pair_is_two_answers(tmp_path):
     rows = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(2)]
     data = prepared(tmp_path, rows)
     assert learned(data) == [("good 0", True), ("bad 0", False), ("good 1", True), ("bad 1", False)]
@@ -177,7 +177,7 @@ def test_rows_without_a_verdict_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("thumbs", "said"), [("up", "or learn these with objective=sft"), ("down", "add desirable ones")]
 )
-def test_answers_of_one_kind_are_refused(tmp_path, thumbs, said):
+def test_kto_answers_of_one_kind_are_refused(tmp_path, thumbs, said):
     rows = [{"prompt": f"q{n}", "completion": f"a{n}", "thumbs": thumbs} for n in range(3)]
     config = RunConfig(objective=KtoConfig())
     config.data.path, config.data.cache_dir = str(write_jsonl(tmp_path / "rows.jsonl", rows)), str(tmp_path / "cache")
@@ -189,7 +189,7 @@ def test_answers_of_one_kind_are_refused(tmp_path, thumbs, said):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_the_reference_point_is_that_of_the_whole_step(tmp_path, runtime, tuning):
+def test_kto_reference_point_is_that_of_the_entire_step(tmp_path, runtime, tuning):
     """After steps that moved the model: the mean over the step's sixteen mismatched answers, however they are dealt."""
     config = run_config(model_dir(tmp_path), "single", tuning, micro=2, steps=6, objective=KtoConfig(beta=0.5))
     config.optim.lr = 3e-3
@@ -230,7 +230,7 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path, runtime):
         assert other == pytest.approx(results[0], rel=1e-5, abs=1e-6)
 
 
-def test_a_run_and_its_export(tmp_path, monkeypatch):
+def test_kto_run_and_its_export(tmp_path, monkeypatch):
     """Trained from pairs with an adapter; the evaluation by plain peft."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -54,7 +54,7 @@ def test_accuracy_is_logged_at_every_step_and_f1_at_evaluations(shell):
         assert name in shown or name.replace('"', '\\"') in shown, name
 
 
-def test_rows_without_a_label_are_refused_where_others_have_one(shell, capsys):
+def test_classification_rows_without_a_label_are_refused_where_others_have_one(shell, capsys):
     """They would be learned, or evaluated, as the label that is last in the list."""
     model_dir(shell, "distilbert")
     labelled = [{"text": f"number {i}", "label": "abc"[i % 3]} for i in range(12)]

@@ -72,7 +72,7 @@ def batch_of(chosen: list[Sample], case: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_trl_computes_the_same(name):
+def test_preference_losses_and_gradients_are_those_of_trl(name):
     """Loss, rewards and every gradient of a step of four pairs."""
     case, expected, num = CASES[name], RECORDED["cases"][name], len(pairs())
     objective, tuned, rows = build_objective(settings(case)), model(case), samples()
@@ -103,7 +103,7 @@ def test_the_recorded_pairs_differ_enough():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_sums_do_not_depend_on_the_grouping(name):
+def test_preference_sums_do_not_depend_on_the_grouping(name):
     case = CASES[name]
     objective, tuned, rows = build_objective(settings(case)), model(case), samples()
     whole = objective.terms(tuned, batch_of(rows, case))
@@ -114,7 +114,7 @@ def test_sums_do_not_depend_on_the_grouping(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_filler_counts_nothing(name):
+def test_preference_filler_counts_nothing(name):
     case = CASES[name]
     rows = samples()[:2]
     for sample in rows:
@@ -123,7 +123,7 @@ def test_a_filler_counts_nothing(name):
     assert {term: float(value.detach()) for term, value in terms.items()} == dict.fromkeys(terms, 0.0)
 
 
-def test_a_pair_counts_once():
+def test_preference_pair_counts_once():
     for config in OBJECTIVES.values():
         counts = [reading_of(config).counts(sample)["loss"] for sample in samples()]
         assert counts == [1, 0] * len(pairs())
@@ -176,7 +176,7 @@ def test_the_adapter_off_is_the_base_model(tmp_path, runtime, tuning):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_an_adapter_that_took_part_of_the_base_has_its_reference_recorded(tmp_path, runtime, init):
+def test_preference_reference_is_recorded_for_an_adapter_that_took_part_of_the_base(tmp_path, runtime, init):
     """Without the adapter the base lacks what was split off it: at the first step the rewards would not be zero."""
     config = run_config(model_dir(tmp_path), "single", "lora", micro=16, steps=1, objective=DpoConfig(beta=0.5))
     config.tuning = LoraConfig(rank=4, init=init)

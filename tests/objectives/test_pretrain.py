@@ -34,7 +34,7 @@ def test_every_token_but_the_first_is_learned_and_so_is_the_end(tmp_path):
     assert data.counts["loss"].tolist() == (data.lengths - 1).tolist()
 
 
-def test_a_long_text_is_split_and_none_of_it_is_lost(tmp_path):
+def test_pretrain_splits_a_long_text_and_loses_none_of_it(tmp_path):
     text = " ".join([WORDS] * 6)
     whole = prepared(tmp_path, [{"text": text}], max_length=4096)
     pieces = prepared(tmp_path, [{"text": text}], max_length=40, over_length=OverLength.split)
@@ -43,7 +43,7 @@ def test_a_long_text_is_split_and_none_of_it_is_lost(tmp_path):
     assert joined == whole.sample(0).input_ids.tolist()
 
 
-def test_conversations_are_refused(tmp_path):
+def test_pretrain_refuses_conversations(tmp_path):
     with pytest.raises(DataError, match=r"rows.jsonl:1: is no plain text, which objective=pretrain learns"):
         prepared(tmp_path, chat_rows(2))
 

@@ -201,7 +201,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_how_a_step_is_cut_does_not_matter_to_other_objectives_and_methods(root, runtime, case):
+def test_router_loss_is_the_same_however_a_step_is_cut_for_every_objective_and_method(root, runtime, case):
     """Each of them runs the model in a way of its own, also in the pass that only looks at routers."""
     objective, tuning, made = OTHERS[case]
     model = model_dir(root / "others", "mixtral")
@@ -249,7 +249,7 @@ def test_the_loss_is_that_of_every_class(model_type):
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_model_s_config_is_followed_and_the_word_goes_before_it(root, runtime):
+def test_router_loss_follows_the_config_of_the_model_unless_it_is_set(root, runtime):
     asked = model_dir(root / "asked", "mixtral", output_router_logits=True, router_aux_loss_coef=BALANCE)
     silent = model_dir(root / "silent", "mixtral", router_aux_loss_coef=BALANCE)
 
@@ -273,7 +273,7 @@ def refused(settings, kind=ModelKind.causal, **words):
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def test_what_has_no_such_loss_is_refused_or_noted():
+def test_router_loss_of_a_model_without_one_is_refused_or_noted():
     dense = transformers.LlamaConfig(**SIZES)
     with pytest.raises(ConfigError, match=r"model.router_z_loss=0.1: a llama has no router"):
         refused(dense, router_z_loss=0.1)
@@ -298,7 +298,7 @@ def test_what_has_no_such_loss_is_refused_or_noted():
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_the_z_loss_of_the_output_is_that_of_the_model_s_own_loss(root, runtime, tuning, monkeypatch):
+def test_z_loss_of_the_output_is_that_of_the_models_own_loss(root, runtime, tuning, monkeypatch):
     """Bamba's, of documents padded to one length, whole and with a frozen head; without it the gradients are others."""
     made = job.Job(root, runtime)
     directory = root / "bamba"
@@ -318,14 +318,14 @@ def test_the_z_loss_of_the_output_is_that_of_the_model_s_own_loss(root, runtime,
         made._trained(directory, tuning, oracle)
 
 
-def test_a_z_loss_that_cannot_be_added_is_said():
+def test_z_loss_that_cannot_be_added_is_noted():
     model = tiny_model("bamba")
     model.forward_path = STOCK_PATH
     found, notes = added_losses(ModelConfig(path="m"), model.config, model, Full().apply(model), ModelKind.causal)
     assert found is None and "0 instead of 0.02" in notes["model.z_loss_coefficient"]
 
 
-def test_recomputed_blocks_references_and_evaluations_count_nothing():
+def test_router_counts_leave_out_recomputed_blocks_references_and_evaluations():
     """Only a pass with gradients, seen from its beginning to its end."""
     register()
     torch.manual_seed(0)
@@ -351,7 +351,7 @@ def test_recomputed_blocks_references_and_evaluations_count_nothing():
         }
 
 
-def test_padding_and_virtual_tokens_are_no_tokens():
+def test_router_counts_leave_out_padding_and_virtual_tokens():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert RoutingRecord(mask).token_mask(6).tolist() == [True, True, False, True, False, False]
     assert RoutingRecord(mask).token_mask(10).tolist() == [
@@ -377,7 +377,7 @@ def test_load_of_layers_with_unlike_numbers_of_experts():
     assert expert_metrics(tokens) == {"experts/max_over_mean": 2.0, "experts/unused": 1 / 6}
 
 
-def test_biases_that_balance_experts_stay_as_loaded_and_the_start_says_so():
+def test_router_biases_that_balance_experts_stay_as_loaded_and_are_noted():
     model = tiny_model("laguna")  # which holds them as parameters
     tuned = Full().apply(copy.deepcopy(model))
     found, notes = added_losses(ModelConfig(path="m", router_z_loss=0.1), model.config, model, tuned, ModelKind.causal)

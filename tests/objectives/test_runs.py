@@ -97,7 +97,7 @@ def test_dpo_of_the_whole_model(site):
     assert len(list((site / "full" / "reference").glob("*.npy"))) == 2
 
 
-def test_a_reward_model(site):
+def test_reward_model_run_and_its_export(site):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
@@ -118,7 +118,7 @@ def test_objectives_without_a_reference(site, objective):
     assert values["eval/chosen_reward"] < 0 and not (site / objective / "reference").exists()
 
 
-def test_other_data_is_refused(site, capsys):
+def test_preference_objectives_refuse_other_data(site, capsys):
     (site / "texts.jsonl").write_text('{"text": "no pairs here"}\n')
     words = "train model.path=llama data.path=texts.jsonl data.cache_dir=cache run.device=cpu budget.steps=1 run.dir=no"
     assert main([*words.split(), "objective=dpo", "batch.global=4"]) == 65

@@ -45,7 +45,7 @@ def trainer(root, architecture, runtime):
     return trainer_for(config, two_sided_set(root), runtime)
 
 
-def test_prompts_longer_than_the_positions_are_refused_when_the_model_is_found(root, runtime):
+def test_seq2seq_prompts_longer_than_the_positions_are_refused_when_the_model_is_found(root, runtime):
     config = run_config(seq2seq_dir(root, "bart"), "single", "full", micro=4, objective=Seq2seqConfig(max_target=64))
     with pytest.raises(ConfigError, match=r"data.max_length=2048: .* positions for 128 tokens"):
         trainer_for(config, two_sided_set(root), runtime)
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_transformers(root, runtime, architecture):
     assert found == pytest.approx(plain_loss(model, samples), rel=1e-5)
 
 
-def test_weights_are_those_of_the_answers(root, runtime):
+def test_seq2seq_weights_are_those_of_the_answers(root, runtime):
     from transformers import AutoModelForSeq2SeqLM
 
     model = AutoModelForSeq2SeqLM.from_pretrained(seq2seq_dir(root, "t5"), dtype=torch.float32).eval()
@@ -93,7 +93,7 @@ def test_weights_are_those_of_the_answers(root, runtime):
     assert float(found["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_sharded_parameter_keeps_its_values_and_computed_positions_stay(root, runtime):
+def test_seq2seq_sharded_parameters_keep_their_values_and_computed_positions_stay(root, runtime):
     """Sinusoids are not in Marian's file; they are computed, and do not train."""
     here = trainer(root, "marian", runtime)
     named = dict(here.engine.step_module.named_parameters())
@@ -103,7 +103,7 @@ def test_a_sharded_parameter_keeps_its_values_and_computed_positions_stay(root, 
     assert named["model.model.shared.weight"].requires_grad
 
 
-def test_a_batch_has_two_sides():
+def test_seq2seq_batch_has_two_sides():
     samples = two_sided_samples(5)
     batch = TwoSidedCollator(Layout.padded, 2, 7)(samples)
     for row, sample in enumerate(samples):
@@ -135,7 +135,7 @@ def test_documents_of_similar_length_share_a_micro_batch(root):
     assert costs == sorted(costs, reverse=True)
 
 
-def test_both_sides_are_written_as_the_tokenizer_writes_a_text():
+def test_seq2seq_sides_are_written_as_the_tokenizer_writes_a_text():
     tokenizer = tiny_tokenizer(adds_bos=True)  # it has a chat template, which takes no part
     encoder = SourceTargetEncoder(tokenizer, "say: ", 256)
     documents = [
@@ -150,7 +150,7 @@ def test_both_sides_are_written_as_the_tokenizer_writes_a_text():
         assert sample.supervised[cut:].all()
 
 
-def test_a_conversation_is_one_exchange():
+def test_seq2seq_conversation_is_one_exchange():
     turns = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]
     assert source_and_target(Document("f", 1, messages=turns)) == ("s\n\nu", "a", True)
     assert source_and_target(Document("f", 1, messages=[*turns[:2], {**turns[2], "train": False}]))[2] == 0
@@ -161,7 +161,7 @@ def test_a_conversation_is_one_exchange():
         source_and_target(Document("f", 4, text="nothing asked"))
 
 
-def test_sides_that_are_too_long():
+def test_seq2seq_sides_that_are_too_long():
     encoder = SourceTargetEncoder(tiny_tokenizer(), "", 4)
     document = Document("f", 9, prompt="hello world , what is it ?", completion="a lazy dog jumps over the fox")
     ((_, sample),) = encoder.encode([document])
@@ -217,13 +217,13 @@ def words(root, monkeypatch):
         ("model.path=t5 objective=seq2seq evaluation.watch=eval/bleu", "set evaluation.generate.samples=100"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_anything_starts(words, changes, message):
+def test_seq2seq_settings_that_do_not_go_together_are_refused_before_anything_starts(words, changes, message):
     with pytest.raises(ConfigError) as caught:
         compose([*words, *changes.split()])
     assert message in str(caught.value)
 
 
-def test_what_goes_together_is_not_refused(words):
+def test_seq2seq_settings_that_go_together_are_accepted(words):
     scored = "data.eval_share=0.1 evaluation.generate.samples=5 evaluation.watch=eval/rougeL"
     compose([*words, *f"model.path=t5 objective=seq2seq {scored} evaluation.greater_is_better=true".split()])
     compose([*words, "model.path=bart", "objective=seq2seq", "data.max_length=128", "objective.max_target=128"])

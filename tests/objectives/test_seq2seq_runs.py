@@ -63,7 +63,7 @@ def held_out_loss(model, tokenizer) -> float:
 
 
 @pytest.mark.parametrize("architecture", KINDS)
-def test_a_whole_model(site, architecture):
+def test_seq2seq_full_run_and_its_export(site, architecture):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     rows = train(f"full-{architecture}", architecture)
@@ -76,7 +76,7 @@ def test_a_whole_model(site, architecture):
 
 
 @pytest.mark.parametrize("architecture", ["t5_untied", "bart"])
-def test_an_adapter_and_its_fold(site, architecture):
+def test_seq2seq_adapter_run_and_its_fold(site, architecture):
     from peft import PeftModel
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -95,7 +95,7 @@ def test_an_adapter_and_its_fold(site, architecture):
     assert "AutoModelForSeq2SeqLM" in Path(run, "export", "README.md").read_text()
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(site):
+def test_seq2seq_run_that_was_stopped_resumes_on_its_curve(site):
     whole = train("whole", "t5", steps=4)
     train("first", "t5", "checkpoint.every_steps=2", steps=4)
     rest = train("second", "t5", "run.resume=first/checkpoints/step-000002", steps=4)

@@ -84,7 +84,7 @@ class Plain:
 
 
 @pytest.mark.parametrize(("layout", "micro"), chosen(itertools.product(LAYOUTS, (4, GLOBAL_BATCH)), values))
-def test_loss_and_gradient_are_those_of_transformers(tmp_path, runtime, model, layout, micro):
+def test_turn_weights_loss_and_gradient_are_those_of_transformers(tmp_path, runtime, model, layout, micro):
     made = rows(48, weighted=True)
     data = prepared(tmp_path, model, made, max_length=96)
     plain = Plain(model)
@@ -114,7 +114,7 @@ def ones(row):
 
 
 @pytest.mark.parametrize("batch", [1, 7])
-def test_evaluation_weighs_alike(tmp_path, runtime, model, batch):
+def test_turn_weights_count_in_evaluation(tmp_path, runtime, model, batch):
     made = rows(20, weighted=True)
     data = prepared(tmp_path, model, made)
     trainer = trainer_for(run_config(model, "single", "full", micro=4), data, runtime)
@@ -131,7 +131,7 @@ def test_evaluation_weighs_alike(tmp_path, runtime, model, batch):
     assert found["eval/accuracy"] == pytest.approx(sum(right for _, right, _ in sums) / weight, rel=1e-5)
 
 
-def test_a_step_whose_weights_sum_to_less_than_one(tmp_path, runtime, model):
+def test_turn_weights_of_a_step_may_sum_to_less_than_one(tmp_path, runtime, model):
     """A denominator below 1 is one like any other."""
     made = rows(16, weighted=True)
     for row in made:

@@ -35,14 +35,14 @@ def test_matrices_decay_and_vectors_do_not():
     assert {rate for rate, _ in found.values()} == {1.0}
 
 
-def test_a_partitioned_parameter_is_known_by_its_whole_shape():
+def test_optimizer_group_of_a_partitioned_parameter_is_by_its_full_shape():
     parameter = nn.Parameter(torch.zeros(0))
     parameter.ds_shape = torch.Size([4, 4])
     (group,) = group_parameters(AdamwConfig(weight_decay=0.1), [("layers.0.q.weight", parameter)], ())
     assert group.weight_decay == 0.1 and group.matrices
 
 
-def test_layer_decay_counts_down_from_the_head():
+def test_optimizer_layer_decay_counts_down_from_the_head():
     rates = {name: rate for name, (rate, _) in by_name(AdamwConfig(lr=1.0, layer_decay=0.5)).items()}
     assert rates == {
         "model.embed_tokens.weight": 0.125,
@@ -54,14 +54,14 @@ def test_layer_decay_counts_down_from_the_head():
     }
 
 
-def test_layers_that_are_frozen_count():
+def test_optimizer_layer_decay_counts_frozen_layers():
     trained = {"base_model.model.model.layers.0.q_proj.lora_A.default.weight": (4, 4)}
     model = [*trained, "base_model.model.model.layers.3.q_proj.base_layer.weight"]
     assert by_name(AdamwConfig(lr=1.0, layer_decay=0.5), trained, model) == {next(iter(trained)): (0.5**4, 0.0)}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "falcon", "distilbert"])
-def test_every_architecture_has_its_layers_in_order(architecture):
+def test_optimizer_layer_decay_knows_the_layers_of_every_architecture(architecture):
     import transformers
 
     name, extra = CONFIGS[architecture]
@@ -97,12 +97,12 @@ def test_rules_multiply_rates_and_replace_decay():
     assert found["model.layers.0.q_proj.weight"] == (0.25, 0.1)
 
 
-def test_a_rule_that_matches_nothing_lists_what_exists():
+def test_optimizer_group_rule_that_matches_nothing_lists_what_exists():
     with pytest.raises(ConfigError, match=r"optim\.groups\.x\.match=score: matches none of the 6 .*lm_head\.weight"):
         by_name(AdamwConfig(groups={"x": GroupRule(match="score")}))
 
 
-def test_a_parameter_has_one_rule():
+def test_optimizer_group_rules_that_match_the_same_parameter_are_refused():
     rules = {"a": GroupRule(match="lm_head"), "b": GroupRule(match="head")}
     with pytest.raises(
         ConfigError, match=r"optim\.groups\.b\.match=head: lm_head\.weight is matched by optim\.groups\.a"

@@ -16,7 +16,7 @@ def curve(**settings):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_same_shape_as_transformers(name):
+def test_schedule_has_the_shape_of_transformers(name):
     """Theirs wastes the first warm-up step at rate zero; the decay is the same."""
     from transformers import get_scheduler
 
@@ -32,7 +32,7 @@ def test_same_shape_as_transformers(name):
     assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
 
 
-def test_constant_and_wsd():
+def test_schedule_constant_and_wsd():
     assert curve(name=ScheduleName.constant, warmup_share=0.0) == [1.0] * TOTAL
     wsd = curve(name=ScheduleName.wsd, warmup_share=0.1, decay_share=0.2, min_factor=0.1)
     assert wsd[10:81] == [1.0] * 71
@@ -42,6 +42,6 @@ def test_constant_and_wsd():
 
 @pytest.mark.parametrize("name", list(ScheduleName))
 @pytest.mark.parametrize("total", [1, 2, 3])
-def test_short_runs_never_stand_still(name, total):
+def test_schedule_of_a_short_run_is_never_zero(name, total):
     config = ScheduleConfig(name=name)
     assert all(0 < lr_factor_at(config, step, total) <= 1 for step in range(total))

@@ -36,7 +36,7 @@ def test_a_base_trains_alike_from_the_same_bytes(ask, case, strategy):
     assert lone["learned"] > LEAST_LEARNED, "it learns nothing: the comparison is blind"
 
 
-def test_each_base_is_another(ask):
+def test_quantised_and_folded_bases_differ_from_each_other(ask):
     """Losses of the first step: what is compared above is not everywhere the plain base."""
     first = {ask("bases", "lone", case)["curve"][0][0] for case in CASES}
     assert len(first) == len(CASES)

@@ -12,7 +12,7 @@ EXACT = 1e-5
 
 
 @pytest.mark.parametrize(("architecture", "tuning", "strategy", "losses"), chosen(CASES, marks, takes))
-def test_experts_take_the_steps_of_one_process(ask, architecture, tuning, strategy, losses):
+def test_experts_take_the_steps_of_one_process_under_every_strategy(ask, architecture, tuning, strategy, losses):
     expected = ask("experts", "lone", architecture, tuning, losses)
     assert expected["gap"] > CLEAR, "a tie: roundings choose the experts, and nothing can be compared"
     found = ask("experts", "curve", architecture, tuning, strategy, losses)

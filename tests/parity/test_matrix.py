@@ -57,7 +57,7 @@ def test_strategy_equals_single(ranks, world, strategy, tuning, masks, accumulat
 @pytest.mark.parametrize(
     ("world", "strategy"), chosen([(world, name) for world in (2, 4) for name in names_for(world)], values, dear)
 )
-def test_through_sockets_too(ranks, world, strategy):
+def test_strategy_equals_single_through_sockets_too(ranks, world, strategy):
     expected = ranks[world].ask("matrix", "lone", "full", "uneven")["curve"]
     assert_close(ranks[world].ask("matrix", "sockets", strategy), expected)
 

@@ -69,12 +69,12 @@ def assert_goes_on(ranks, what, source, target):
 
 
 @pytest.mark.parametrize(("source", "target"), chosen(PAIRS, sizes, dear))
-def test_adamw_and_full(ranks, source, target):
+def test_resume_of_adamw_and_full_crosses_strategies(ranks, source, target):
     assert_goes_on(ranks, "adamw", source, target)
 
 
 @pytest.mark.parametrize(("what", "source", "target"), OTHERWISE if EVERYTHING else [])
-def test_otherwise(ranks, what, source, target):
+def test_resume_of_other_optimizers_and_methods_crosses_strategies(ranks, what, source, target):
     """In `make test` test_optimizers.py and test_features.py cross strategies."""
     if what in OPTIMIZERS and what not in INSTALLED:
         pytest.skip(f"{what} needs a package that is not installed")

@@ -76,7 +76,7 @@ def both(model, case, layout, rows, length):
 def marks(one):
     """Every value, and of strategies each way of keeping parameters: whole, gathered by block, gathered by ZeRO-3.
 
-    What accumulates is in `test_gradients_that_wait_are_beside_everything_else`.
+    What accumulates is in `test_cost_model_adds_waiting_gradients_to_everything_else`.
     """
     case, layout = one
     kept = "whole" if case.strategy in WHOLE else "blocks" if case.strategy in NATIVE else "zero3"
@@ -90,7 +90,7 @@ def dear(one):
 
 
 @pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, marks, dear), ids=str)
-def test_any_micro_batch(model, case, layout):
+def test_cost_model_equals_the_simulation_of_any_micro_batch(model, case, layout):
     form, taken, found = both(model, case, layout, 4, 512)
     assert form.layout == layout and form.rows == (layout == "padded")
     assert taken.total == pytest.approx(found.total, rel=WITHIN)
@@ -112,7 +112,7 @@ def test_any_micro_batch(model, case, layout):
 @pytest.mark.parametrize(
     "case", [Case("fsdp2", "full", "bf16", "full", False, 2), Case("zero2", "lora", "bf16")], ids=str
 )
-def test_a_large_model(tmp_path, case, rows):
+def test_cost_model_of_a_large_model(tmp_path, case, rows):
     written(
         tmp_path,
         hidden_size=4096,
@@ -127,7 +127,7 @@ def test_a_large_model(tmp_path, case, rows):
 
 
 @pytest.mark.parametrize("checkpointing", ["full", *(["none"] if EVERYTHING else [])])
-def test_gradients_that_wait_are_beside_everything_else(model, checkpointing):
+def test_cost_model_adds_waiting_gradients_to_everything_else(model, checkpointing):
     case = Case("fsdp2", "full", "bf16", checkpointing, False, 2)
     _, form, _ = formed(model, case, "padding_free", 2, 512)
     config = case.config(model, 8)
@@ -139,7 +139,7 @@ def test_gradients_that_wait_are_beside_everything_else(model, checkpointing):
     assert deferred_gradient_bytes(form, 8) > 2 * WITHIN * found.total, "there is something to tell"
 
 
-def test_what_fits_is_where_the_line_meets_the_limit(model):
+def test_cost_model_largest_micro_batch_is_where_the_peak_meets_the_limit(model):
     _, form, taken = formed(model, Case("fsdp2", "full", "bf16", "none"), "padding_free", 4, 512)
     most = form.largest_units(taken.total)
     assert form.peak_at(most).total <= taken.total + ALLOCATION_GRAIN
@@ -147,7 +147,7 @@ def test_what_fits_is_where_the_line_meets_the_limit(model):
     assert form.largest_units(1) == 0
 
 
-def test_parameters_are_those_of_the_whole_model(model):
+def test_cost_model_parameters_are_those_of_the_full_model(model):
     _, form, _ = formed(model, Case("zero2", "lora", "bf16"), "padding_free", 1, 64)
     with torch.device("meta"):
         made = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(model))
@@ -157,7 +157,7 @@ def test_parameters_are_those_of_the_whole_model(model):
     assert form.resting[MemoryKind.parameters] > 0
 
 
-def test_a_model_of_few_blocks_is_simulated_whole(tmp_path):
+def test_cost_model_of_few_blocks_simulates_the_full_model(tmp_path):
     path = model_dir(tmp_path)
     form, taken, found = both(path, Case("fsdp2", "full", "fp32"), "padding_free", 4, 512)
     assert form.blocks < 5
@@ -196,7 +196,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize("kind", [*MIXED][: None if EVERYTHING else 1])  # test_model_blocks.py tells the others apart
-def test_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, kind):
+def test_cost_model_of_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, kind):
     """Fewer blocks say what all do, although some gather so much less than the others."""
     config = MIXED[kind]
     config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]

@@ -37,7 +37,7 @@ def card(monkeypatch, gib):
     monkeypatch.setattr(fit_check, "device_gib", lambda runtime: gib)
 
 
-def test_what_is_simulated_decides(made, monkeypatch):
+def test_fit_check_decides_by_the_simulation(made, monkeypatch):
     """By a process of its own, in a worker's environment: the longest documents together, and what lies beside tensors."""
     config, data = made
     lengths = sorted(data.train.lengths.tolist())[-4:][::-1]
@@ -59,7 +59,7 @@ def test_what_is_simulated_decides(made, monkeypatch):
     assert "model.quantisation=nf4" in str(no.value) and "tuning=lora" not in str(no.value)
 
 
-def test_groups_of_ranks_take_memory_too(made, monkeypatch):
+def test_fit_check_counts_the_memory_of_process_groups(made, monkeypatch):
     monkeypatch.setattr(fit_check, "simulate_in_process", lambda *_: SimulatedPeak(2 * GIB, "forward", 2))
     card(monkeypatch, 2.1 + 0.75 + 0.81)
     assert must_fit(*made, Precision.bf16, rank(), print)["must_fit"].needed_gib == pytest.approx(2.1 + 0.75 + 0.8)
@@ -68,7 +68,7 @@ def test_groups_of_ranks_take_memory_too(made, monkeypatch):
         must_fit(*made, Precision.bf16, rank(), print)
 
 
-def test_what_cannot_be_told_is_refused_with_the_reason(made, monkeypatch):
+def test_fit_check_that_cannot_be_simulated_is_refused_with_the_reason(made, monkeypatch):
     config, data = made
     card(monkeypatch, 80.0)
     monkeypatch.setattr(fit_check, "simulate_in_process", lambda *_: "its step cannot be simulated yet (KeyError: x)")
@@ -82,7 +82,7 @@ def test_what_cannot_be_told_is_refused_with_the_reason(made, monkeypatch):
     assert must_fit(not_asked, data, Precision.bf16, rank("cpu"), print) == {}
 
 
-def test_a_run_that_may_still_choose_is_simulated_at_its_smallest(made):
+def test_fit_check_simulates_open_choices_at_their_smallest(made):
     strategy = Fsdp2Config(activation_checkpointing=ActivationCheckpointing.auto, compile=True)
     config = replace(made[0], strategy=strategy, batch={"global": 64, "micro": 2})
     step = fit_check.single_step_config(config, 4, mode_if_auto=ActivationCheckpointing.full)
@@ -96,7 +96,7 @@ def test_a_run_that_may_still_choose_is_simulated_at_its_smallest(made):
     assert kept.activation_checkpointing is ActivationCheckpointing.none and kept.defer_sync is True
 
 
-def test_the_command_ends_with_69_before_the_model_is_built(monkeypatch, tmp_path, capfd):
+def test_fit_check_ends_the_command_with_69_before_the_model_is_built(monkeypatch, tmp_path, capfd):
     words = [f"model.path={model_dir(tmp_path)}", f"data.path={write_chat_data(tmp_path / 'train.jsonl', 12)}"]
     words += [f"data.cache_dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "budget.steps=1", "batch.global=4"]
     words += ["run.device=cpu", "launcher.processes=1", "logging.wandb=disabled"]

@@ -64,7 +64,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(micro_module, "call_in_process", answered)
 
 
-def test_the_largest_that_fits_is_proposed(made, monkeypatch):
+def test_micro_batch_proposed_is_the_largest_that_fits(made, monkeypatch):
     """As the simulation of each micro-batch itself says, which knows nothing of forms."""
     config, data = made
     at_once(monkeypatch)
@@ -87,7 +87,7 @@ def test_the_largest_that_fits_is_proposed(made, monkeypatch):
     assert choice(0.1)[0] == 1  # and two real steps will say whether it holds
 
 
-def test_a_dry_run_says_what_would_be_tried(made, monkeypatch):
+def test_micro_batch_choice_is_described_by_a_dry_run(made, monkeypatch):
     at_once(monkeypatch)
     here = {"run": replace(made[0].run, device=Device.cpu), "launcher": LauncherConfig(processes=2)}
     config = replace(made[0], strategy=DdpConfig(), **here)
@@ -98,14 +98,14 @@ def test_a_dry_run_says_what_would_be_tried(made, monkeypatch):
     assert unseen.batch["micro"] == 1 and "on the host with the GPUs" in unseen.substitutions[MICRO]
 
 
-def test_what_cannot_be_simulated_is_tried(made, monkeypatch):
+def test_micro_batch_that_cannot_be_simulated_is_tried(made, monkeypatch):
     monkeypatch.setattr(micro_module, "call_in_process", lambda *_: "its step cannot be simulated yet (KeyError: x)")
     config, data = made
     micro, why = propose_micro(config, data, Precision.fp32, (1, 1), ("cpu", 10.0), 1.0)
     assert (micro, why) == (4, "not planned: its step cannot be simulated yet (KeyError: x)")
 
 
-def test_a_model_that_is_right_for_one_document_gets_one(made, monkeypatch):
+def test_micro_batch_of_a_model_right_for_one_document_is_one(made, monkeypatch):
     at_once(monkeypatch)
     monkeypatch.setattr(simulation, "right_alone", lambda built, objective: True)
     micro, why = propose_micro(*made, Precision.fp32, (1, 1), ("cpu", 10.0), 1.0)
@@ -126,7 +126,7 @@ def running_out(monkeypatch, above, error=None):
     return taken
 
 
-def test_memory_that_runs_out_lowers_it_and_the_run_is_as_if_told(made, given, monkeypatch):
+def test_micro_batch_is_lowered_when_memory_runs_out_and_the_run_is_as_if_typed(made, given, monkeypatch):
     config, data = made
     monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (16, "planned"))
     taken, said, frozen = running_out(monkeypatch, above=4), [], []
@@ -142,7 +142,7 @@ def test_memory_that_runs_out_lowers_it_and_the_run_is_as_if_told(made, given, m
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3", *(["single", "ddp", "fsdp2", "zero1"] if EVERYTHING else [])])
-def test_nothing_of_what_was_tried_stays(made, given, strategy):
+def test_micro_batch_trials_leave_nothing_in_memory(made, given, strategy):
     """Else the run itself would find the memory taken: DeepSpeed's hooks keep an engine that nobody has any more."""
     config = replace(made[0], strategy=STRATEGIES[strategy], tuning=TUNINGS["full"], batch={"global": 4, "micro": 4})
     take_probe_steps(config, given)
@@ -165,7 +165,7 @@ def losses(trainer):
     return [float(trainer.train_step(batch).local_sums["loss"]) for batch in trainer.loader.steps(0, 3)]
 
 
-def test_where_no_number_holds(made, given, monkeypatch):
+def test_micro_batch_trials_that_all_run_out_end_the_run(made, given, monkeypatch):
     monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (2, "planned 2.00 of 1.00 GiB"))
     running_out(
         monkeypatch,
@@ -176,7 +176,7 @@ def test_where_no_number_holds(made, given, monkeypatch):
         settle_micro(made[0], given, print, None)
 
 
-def test_another_error_is_not_taken_for_memory(made, given, monkeypatch):
+def test_micro_batch_trial_does_not_take_another_error_for_memory(made, given, monkeypatch):
     monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (2, "planned"))
     running_out(monkeypatch, above=0, error=RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
@@ -191,7 +191,7 @@ def test_another_error_is_not_taken_for_memory(made, given, monkeypatch):
         "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
     ],
 )
-def test_memory_that_a_gpu_refuses_beside_the_allocator(said):
+def test_out_of_memory_errors_beside_the_allocator_are_recognised(said):
     assert is_out_of_memory(RuntimeError(said)) and not is_out_of_memory(ValueError(said))
 
 
@@ -199,7 +199,7 @@ def test_memory_that_a_gpu_refuses_beside_the_allocator(said):
     ("answers", "agreed"),
     [(("out", "out"), True), (("held", "held"), False), (("held", "out"), None), (("out", "nothing"), None)],
 )
-def test_ranks_agree_or_the_run_ends(monkeypatch, answers, agreed):
+def test_micro_batch_is_agreed_on_by_all_ranks_or_the_run_ends(monkeypatch, answers, agreed):
     """A rank that runs out alone leaves the others in an exchange: it waits for no answer of theirs for ever."""
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=seconds(30)))
@@ -226,12 +226,12 @@ def test_ranks_agree_or_the_run_ends(monkeypatch, answers, agreed):
         assert all(f"rank {out} runs out of memory" in text and "smaller number" in text for text in told.values())
 
 
-def test_divisors():
+def test_micro_batch_divisors():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", *(["single", "ddp", "hsdp", "zero2", "zero3"] if EVERYTHING else [])])
-def test_a_run_that_chooses_takes_the_steps_of_one_that_was_told(tmp_path, strategy, capfd):
+def test_micro_batch_auto_run_takes_the_steps_of_one_with_the_number_typed(tmp_path, strategy, capfd):
     """With what was tried before thrown away; the choice is frozen."""
     words = [f"model.path={model_dir(tmp_path)}", f"data.path={write_chat_data(tmp_path / 'train.jsonl', 16)}"]
     words += ["debug=cpu2" if strategy != "single" else "debug=tiny", f"strategy={strategy}", "export.at_end=false"]

@@ -21,7 +21,7 @@ from trainer.planner.model_blocks import BlockPattern, block_pattern, repeating_
         ("a", BlockPattern(1, None)),
     ],
 )
-def test_the_fewest_come_before_those_that_repeat(kinds, found):
+def test_model_blocks_that_come_once_are_found_before_those_that_repeat(kinds, found):
     assert repeating_pattern(kinds) == found
 
 
@@ -36,7 +36,7 @@ SOME = {
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_blocks_are_told_apart_by_what_is_built(tmp_path, name):
+def test_model_blocks_are_told_apart_by_what_is_built(tmp_path, name):
     made, settings, found = SOME[name]
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
     made(**sizes, **settings, num_hidden_layers=18, vocab_size=128).save_pretrained(tmp_path / "all")

@@ -51,7 +51,7 @@ OPERATIONS = [
 ]
 
 
-def test_each_operation(monkeypatch):
+def test_op_cache_gives_what_each_operation_gives(monkeypatch):
     monkeypatch.setattr(op_cache, "_RESULTS", {})
     with FakeTensorMode():
         expected = [form(made(x)) for made in OPERATIONS for x in operands()]
@@ -70,7 +70,7 @@ def test_each_operation(monkeypatch):
     assert len(op_cache._RESULTS) == given > len(OPERATIONS), "the last pass asked for nothing new"
 
 
-def test_what_depends_on_values_is_not_remembered(monkeypatch):
+def test_op_cache_does_not_remember_what_depends_on_values(monkeypatch):
     monkeypatch.setattr(op_cache, "_RESULTS", {})
     mask = torch.ones(4, dtype=torch.bool)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -99,7 +99,7 @@ def test_what_depends_on_values_is_not_remembered(monkeypatch):
     ],
     ids=str,
 )
-def test_a_step_takes_what_it_takes_without(tmp_path, monkeypatch, case):
+def test_op_cache_leaves_a_simulated_step_as_it_is(tmp_path, monkeypatch, case):
     model, world = case.model_in(tmp_path), 1 if case.strategy == "single" else 4
     with monkeypatch.context() as patch:
         patch.setattr(op_cache, "cacheable_operation", lambda *_: None)

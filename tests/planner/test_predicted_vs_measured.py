@@ -32,7 +32,7 @@ def record(run_dir):
     return json.loads((run_dir / "run.json").read_text())
 
 
-def test_what_was_measured_is_what_rows_and_files_say(left):
+def test_receipt_measurements_are_those_of_rows_and_files(left):
     run_dir, whole_s = left
     took = record(run_dir)["receipt"]["measured"]
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -47,7 +47,7 @@ def test_what_was_measured_is_what_rows_and_files_say(left):
     assert took["checkpoint_bytes"] == sum(path.stat().st_size for path in files)
 
 
-def test_as_much_is_exchanged_as_was_expected(left):
+def test_receipt_exchange_is_as_much_as_predicted(left):
     run_dir, _ = left
     expected, took = (record(run_dir)["receipt"][key] for key in ("predicted", "measured"))
     for name, size in expected["exchanged_bytes"].items():
@@ -56,7 +56,7 @@ def test_as_much_is_exchanged_as_was_expected(left):
     assert 0 < took["exposed_s"] < took["start_s"]
 
 
-def test_what_was_expected_stands_beside_it_and_says_what_it_is(left):
+def test_receipt_has_the_prediction_beside_the_measurement(left):
     run_dir, _ = left
     facts = record(run_dir)
     expected, took = facts["receipt"]["predicted"], facts["receipt"]["measured"]
@@ -72,7 +72,7 @@ def test_what_was_expected_stands_beside_it_and_says_what_it_is(left):
     assert expected["step_by"].startswith("matrix products and attention alone")
 
 
-def test_each_rank_reads_what_it_holds_and_says_how_much(left):
+def test_receipt_says_how_many_bytes_of_weights_each_rank_read(left):
     run_dir, _ = left
     read = record(run_dir)["weights_read_bytes"]
     whole = sum(path.stat().st_size for path in next(run_dir.parent.glob("llama*")).glob("*.safetensors"))

@@ -28,7 +28,7 @@ def row(method, config):
         ("full", "foak-fast-kernels-liger", [PeerSetting.pure_bf16]),
     ],
 )
-def test_conditions_are_those_of_the_source(method, config, theirs):
+def test_published_measurement_has_the_conditions_of_its_source(method, config, theirs):
     made = as_published(row(method, config))
     assert theirs_of(made) == theirs
     asked = question(made)
@@ -39,7 +39,7 @@ def test_conditions_are_those_of_the_source(method, config, theirs):
     )
 
 
-def test_what_is_taken_beside_tensors_counts():
+def test_published_measurement_counts_memory_beside_tensors():
     job = SimpleNamespace(card=SimpleNamespace(memory_gib=79.0))
     found = judged(as_published(row("LoRA", "none")), {"predicted_gib": 74.0, "as_theirs_gib": 75.0}, job)
     assert (found["predicted_gib"], found["predicted_fits"]) == (
@@ -49,7 +49,7 @@ def test_what_is_taken_beside_tensors_counts():
     assert (found["as_theirs_gib"], found["as_theirs_fits"]) == (79.5, False)
 
 
-def test_what_the_page_shows_of_other_trainers_is_what_the_product_says(tmp_path):
+def test_published_measurements_on_the_page_are_what_the_planner_says(tmp_path):
     """Rows of one model with and without their loss, weights in pure bf16: measured, and predicted when the page was written."""
     written = {one["id"]: one for one in json.loads(RESULTS.read_text())["rows"]}
     conditions = {

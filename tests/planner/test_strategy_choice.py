@@ -57,7 +57,7 @@ def names(found):
     return [proposal.name for proposal in found]
 
 
-def test_of_an_unknown_device_what_shards_least_of_what_fits(shared, at_once):
+def test_strategy_auto_on_an_unknown_device_shards_least_of_what_fits(shared, at_once):
     config, data = shared
 
     def proposed(gib):
@@ -80,7 +80,7 @@ def test_of_an_unknown_device_what_shards_least_of_what_fits(shared, at_once):
     assert least.name == min(needed, key=needed.get) and "the least of all" in least.why
 
 
-def test_on_a_known_card_the_fastest_of_what_fits(shared, at_once):
+def test_strategy_auto_on_a_known_card_takes_the_fastest_that_fits(shared, at_once):
     config, data = shared
     card = card_named("NVIDIA A10G")
     assert card.memory_gib > 20 and card_named("NVIDIA A") is None
@@ -121,7 +121,7 @@ def two(made, runtime, monkeypatch):
     return choose, taken
 
 
-def test_memory_that_runs_out_takes_the_next(two):
+def test_strategy_auto_takes_the_next_when_memory_runs_out(two):
     choose, taken = two
     settled, said, frozen = choose({"single"})
     assert taken == ["ddp", "single"] and frozen == [settled] and settled.strategy == SingleConfig()
@@ -133,14 +133,14 @@ def test_memory_that_runs_out_takes_the_next(two):
     assert again == settled and taken == ["ddp", "single"] and not frozen  # chosen once
 
 
-def test_what_a_start_before_ran_out_with_is_not_tried(made, two):
+def test_strategy_auto_does_not_try_what_ran_out_at_an_earlier_start(made, two):
     choose, taken = two
     before = replace(made[0], substitutions={STRATEGY: "auto (ddp ran out of memory)"})
     settled, _, _ = choose({"ddp", "single"}, before)
     assert taken == ["single"] and "ddp ran out of memory" in str(settled.substitutions[STRATEGY])
 
 
-def test_a_micro_batch_that_was_chosen_for_other_ranks_is_open_again(made, two):
+def test_strategy_auto_reopens_a_micro_batch_chosen_for_other_ranks(made, two):
     """Else the steps on trial could not be cut into it; the micro-batch is chosen after the strategy."""
     choose, taken = two
     too_large = made[0].batch["global"] + 1
@@ -150,7 +150,7 @@ def test_a_micro_batch_that_was_chosen_for_other_ranks_is_open_again(made, two):
     assert taken == ["ddp"] and settled.batch["micro"] == AUTO and frozen == [settled]
 
 
-def test_a_rank_alone_has_nothing_to_share(made, runtime):
+def test_strategy_auto_on_one_rank_is_single(made, runtime):
     given = TrialInputs(load_tokenizer(made[0].model), made[1], Precision.fp32, runtime)
     settled = settle_strategy(made[0], given, print, print)
     assert settled.strategy == SingleConfig()
@@ -159,12 +159,12 @@ def test_a_rank_alone_has_nothing_to_share(made, runtime):
     }
 
 
-def test_where_none_holds(two):
+def test_strategy_auto_without_any_that_fits_ends_the_run(two):
     with pytest.raises(DoesNotFit, match=r"every strategy that can run this \(ddp, single\)"):
         two[0](set())
 
 
-def test_a_rank_alone_ends_the_run_which_may_be_started_again(two, monkeypatch):
+def test_strategy_auto_with_one_rank_out_of_memory_ends_a_run_that_may_restart(two, monkeypatch):
     def one_rank_out(config, given, trial):
         raise DoesNotFit(f"{trial.setting}=auto: with {trial.choice} rank 1 runs out of memory; {trial.remedy}")
 
@@ -174,7 +174,7 @@ def test_a_rank_alone_ends_the_run_which_may_be_started_again(two, monkeypatch):
     assert caught.value.ran_out_with == {STRATEGY: "ddp"}
 
 
-def test_where_the_choice_is_not_for_so_many_ranks_it_is_made_anew(made, two):
+def test_strategy_auto_is_chosen_again_for_another_number_of_ranks(made, two):
     choose, taken = two
     before = replace(made[0], strategy=DdpConfig(bucket_mib=7), substitutions={STRATEGY: "auto -> ddp (x)"})
     assert choose({"ddp"}, before)[0] == before and not taken
