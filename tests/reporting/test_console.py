@@ -62,13 +62,13 @@ def wide() -> list[str]:
     return shown(100)
 
 
-def test_what_is_said_stays_and_the_bar_is_below_it(wide):
+def test_console_lines_stay_above_the_progress_bar(wide):
     assert wide[:2] == ["a start screen", "evaluation at step 10"]
     assert wide[2].startswith("step 20/20 ━━━━━━━━━━") and "loss 1.0000" in wide[2] and "eta 0:00" in wide[2]
     assert wide[3:] == ["the end", ""]
 
 
-def test_a_run_that_ends_early_leaves_its_bar_and_a_line_of_their_own_to_others():
+def test_console_bar_of_a_run_that_ends_early_keeps_a_line_of_its_own():
     *_, bar, end, _ = shown(120, end=False)
     assert bar.startswith("step 15/20 ") and end == "the end"
     assert (
@@ -80,13 +80,13 @@ def test_a_run_that_ends_early_leaves_its_bar_and_a_line_of_their_own_to_others(
     )
 
 
-def test_a_narrow_terminal_leaves_out_what_matters_least():
+def test_console_in_a_narrow_terminal_leaves_out_what_matters_least():
     *_, bar, _, _ = shown(52, end=False)
     assert "loss 1.2500" in bar and "eta 0:10" in bar and "tok/s" not in bar and "━" in bar
 
 
 @pytest.mark.parametrize("why", ["no terminal", "dumb"])
-def test_elsewhere_an_interval_is_a_line(why, capsys, monkeypatch):
+def test_console_without_a_terminal_prints_a_line_for_each_interval(why, capsys, monkeypatch):
     if why == "dumb":
         lines = shown(140, TERM="dumb")
     else:
@@ -100,7 +100,7 @@ def test_elsewhere_an_interval_is_a_line(why, capsys, monkeypatch):
     assert not any("\x1b" in line for line in lines)
 
 
-def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, capsys):
+def test_console_log_that_cannot_be_written_ends_nothing(tmp_path, capsys):
     """Such as a rank's, when it says that a checkpoint could not be written and that the run goes on without."""
     (tmp_path / "rank-0.log").symlink_to("/dev/full")
     console = Console(enabled=True, log=tmp_path / "rank-0.log")

@@ -32,7 +32,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.skipif(not THERE, reason="needs codecarbon")
-def test_what_a_run_took_is_in_its_record_and_card(site):
+def test_energy_of_a_run_is_in_its_record_and_card(site):
     assert command_here(["train", *words(site, "run")]) == 0
     (path,) = (site / "run" / "energy").glob("*.json")
     said, record = json.loads(path.read_text()), json.loads((site / "run" / "run.json").read_text())["energy"]
@@ -47,7 +47,7 @@ def test_what_a_run_took_is_in_its_record_and_card(site):
     assert (both["kwh"], both["hosts"]) == (pytest.approx(2.0 + said["kwh"]), 2)
 
 
-def test_a_meter_that_fails_is_said_and_ends_nothing(site, monkeypatch, capsys):
+def test_energy_meter_that_fails_is_reported_and_ends_nothing(site, monkeypatch, capsys):
     monkeypatch.setattr(energy, "find_spec", lambda name: True)
 
     def broken(self):
@@ -59,14 +59,14 @@ def test_a_meter_that_fails_is_said_and_ends_nothing(site, monkeypatch, capsys):
     assert json.loads((site / "broken" / "run.json").read_text())["energy"] is None
 
 
-def test_what_nobody_measured_is_reckoned_with_the_answered_watts_or_open():
+def test_energy_without_a_meter_is_from_the_answered_watts_or_left_open():
     run = RunRecord(flops_per_token=1.0, world_size=2, outcome=RunOutcome(speed={"tokens_per_s": 100.0}))
     found = compute(run, {"device_watts": 500}, 360_000)
     assert (found.kwh, found.energy) == (1.0, "an estimate: device hours times 500 W")
     assert compute(run, {}, 360_000).kwh is None
 
 
-def test_what_cannot_be_measured_is_said_before_anything_starts(site, monkeypatch):
+def test_energy_that_cannot_be_measured_is_refused_before_anything_starts(site, monkeypatch):
     monkeypatch.setattr(energy, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package codecarbon \(pip install -e '\.\[energy\]'\)"):
         compose(words(site, "none"))

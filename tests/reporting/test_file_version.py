@@ -11,12 +11,12 @@ from trainer.reporting.metric_rows import read_rows, rows_in
 
 
 @pytest.mark.parametrize(("tree", "version"), [({}, 0), ({"version": 0}, 0), ({"version": FILE_VERSION}, FILE_VERSION)])
-def test_a_file_without_a_version_is_of_version_0(tree, version):
+def test_metrics_version_of_a_file_without_one_is_0(tree, version):
     assert version_of(tree) == version
 
 
 @pytest.mark.parametrize("version", [FILE_VERSION + 1, -1, "1", 1.0, True, None])
-def test_a_later_version_and_one_that_is_none_are_refused(version):
+def test_metrics_version_that_is_later_or_none_is_refused(version):
     with pytest.raises(ValueError, match="version"):
         version_of({"version": version})
 
@@ -32,7 +32,7 @@ def logged(path, resume_step, steps):
     tracker.close()
 
 
-def test_the_first_row_of_a_file_has_it_and_no_other(tmp_path):
+def test_metrics_version_is_in_the_first_row_only(tmp_path):
     path = tmp_path / "metrics.jsonl"
     logged(path, 0, [0, 1, 2, 3])
     assert [row.get("version") for row in lines_of(path)] == [FILE_VERSION, None, None, None]
@@ -48,7 +48,7 @@ def test_the_first_row_of_a_file_has_it_and_no_other(tmp_path):
     assert lines_of(path) == [{"step": 1, "loss": 2.0, "version": FILE_VERSION}]
 
 
-def test_no_reader_takes_it_for_a_metric(tmp_path):
+def test_metrics_version_is_taken_for_a_metric_by_no_reader(tmp_path):
     path = tmp_path / "metrics.jsonl"
     logged(path, 0, [1, 2])
     metrics = read_rows(path)
@@ -60,7 +60,7 @@ def test_no_reader_takes_it_for_a_metric(tmp_path):
     )
 
 
-def test_a_file_that_an_earlier_version_began_stays_without(tmp_path):
+def test_metrics_file_that_an_earlier_version_began_stays_without_a_version(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
     logged(path, 1, [2])
@@ -68,7 +68,7 @@ def test_a_file_that_an_earlier_version_began_stays_without(tmp_path):
     assert lines_of(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1 / 3}]
 
 
-def test_a_file_of_a_later_version_is_refused_and_left_as_it_is(tmp_path):
+def test_metrics_file_of_a_later_version_is_refused_and_left_as_it_is(tmp_path):
     path = tmp_path / "metrics.jsonl"
     text = json.dumps({"step": 1, "loss": 0.5, "version": FILE_VERSION + 1}) + "\n"
     path.write_text(text)

@@ -56,7 +56,7 @@ def test_memory_is_the_largest_of_all_ranks_and_costs_no_second_reduction(monkey
         assert "skipped" not in first and second["skipped"] == 1
 
 
-def test_gpus_of_all_hosts_are_told_with_the_same_reduction(monkeypatch):
+def test_metrics_of_gpus_of_all_hosts_need_no_further_reduction(monkeypatch):
     """Two ranks, each the first of its host; the driver of the second does not tell its power."""
     figures = [(50, 2**31, 300_000, 60), (90, 2**32, None, 70)]
     asked = ("utilization", "device_memory_used", "power_draw", "temperature")
@@ -86,7 +86,7 @@ def test_gpus_of_all_hosts_are_told_with_the_same_reduction(monkeypatch):
         assert all(math.isnan(value) for value in meter.gpu.means())  # nothing was seen since
 
 
-def test_a_driver_that_tells_nothing_is_asked_once_and_one_that_fails_later_is_asked_again(monkeypatch):
+def test_gpu_driver_without_figures_is_asked_once_and_one_that_fails_later_again(monkeypatch):
     monkeypatch.setattr(gpu_meters, "INTERVAL_S", 0)
     nothing, something = [math.nan] * len(gpu_meters.NAMES), [50, math.nan, math.nan, math.nan]
     looks = iter([nothing, something])
@@ -97,7 +97,7 @@ def test_a_driver_that_tells_nothing_is_asked_once_and_one_that_fails_later_is_a
         gpu_meters.GpuWatcher(torch.device("cuda:0"), lambda _: next(looks)).run()
 
 
-def test_peaks_on_a_gpu_tell_allocated_from_reserved(monkeypatch):
+def test_gpu_memory_peaks_tell_allocated_from_reserved(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**31)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**32)
     assert peak_memory_gib(torch.device("cuda:0")) == {"memory_gib": 2.0, "memory_reserved_gib": 4.0}
@@ -152,14 +152,14 @@ def test_cards_go_by_their_exact_names(name, figure, monkeypatch):
         assert "mfu" not in meter.flush()[0]
 
 
-def test_geforce_figures_are_twice_the_plain_ones():
+def test_peak_flops_of_geforce_cards_are_twice_the_plain_ones():
     """Independent of the table: cores x 2 x boost clock (GHz) x 2, from the cards' own pages."""
     cards = {"5090": (21760, 2.407), "4090": (16384, 2.52), "4070": (5888, 2.475), "3090": (10496, 1.695)}
     for card, (cores, clock) in cards.items():
         assert PEAK_TFLOPS[f"NVIDIA GeForce RTX {card}"] == pytest.approx(cores * 2 * clock * 2 / 1000, rel=0.01)
 
 
-def test_an_unknown_card_and_too_little_memory_are_told_at_the_start():
+def test_start_screen_names_an_unknown_card_and_too_little_memory():
     record = RunRecord(
         global_batch=1,
         micro_batch=1,
@@ -213,7 +213,7 @@ class Engine:
         return lr_factor if limit is None else limit
 
 
-def test_parts_of_steps_are_timed_apart(monkeypatch):
+def test_step_times_are_measured_for_each_part(monkeypatch):
     """Micro-batches of a step are added up; each row has its own step's, a mean over ranks."""
     clock = [0.0]
     monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: clock[0]))

@@ -33,7 +33,7 @@ def twice(path, **setting):
     return first.run_id, again.trackers.hints
 
 
-def test_mlflow_reads_back(tmp_path, monkeypatch):
+def test_mlflow_run_reads_back(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "run").mkdir()
@@ -55,7 +55,7 @@ def test_mlflow_reads_back(tmp_path, monkeypatch):
     assert found.data.metrics["final/loss"] == 0.25
 
 
-def test_a_server_of_mlflow_that_is_not_there_is_left_out(tmp_path, monkeypatch):
+def test_mlflow_server_that_is_not_there_is_left_out(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     opened = open_trackers(tracked(tmp_path, LoggingConfig(wandb=WandbMode.disabled, mlflow=True)), {})
@@ -77,7 +77,7 @@ print(json.dumps({"id": run_id, "hints": hints, "name": run.name, "config": run.
 """
 
 
-def test_trackio_reads_back(tmp_path):
+def test_trackio_run_reads_back(tmp_path):
     """In a process of its own: trackio takes its place when it is imported."""
     pytest.importorskip("trackio")
     env = clean_environment(TRACKIO_DIR=str(tmp_path / "trackio"))

@@ -38,17 +38,17 @@ def test_a_sentence_of_an_early_run_directory_is_read():
 
 
 @pytest.mark.parametrize("note", [None, 7, [], {}, {"chosen": 1}, "auto -> as memory allows, where the GPUs are"])
-def test_what_is_no_resolution_is_none(note):
+def test_resolution_in_an_unknown_form_is_none(note):
     assert resolution_of(MICRO, note) is None
 
 
-def test_what_somebody_else_wrote_into_the_fields_does_not_break_the_reader():
+def test_resolution_fields_written_by_somebody_else_do_not_break_the_reader():
     stored = {"asked": "auto", "chosen": 2, "reason": None, "tried": ["8", {"choice": 4, "step": "x"}, {}]}
     assert [trial.choice for trial in resolution_of(MICRO, stored).tried] == ["8", 4, None]
     assert resolution_of(MICRO, {**stored, "tried": 3}).tried == ()
 
 
-def test_the_wording_decides_nothing(monkeypatch):
+def test_resolution_is_decided_by_its_fields_and_not_by_its_wording(monkeypatch):
     """The same choices with every sentence in other words: what the run asked for and computes with stays the same."""
     monkeypatch.setattr(Resolution, "__str__", lambda resolution: f"{resolution.setting} was settled")
     monkeypatch.setattr(OutOfMemoryTrial, "__str__", lambda trial: "too large")
@@ -66,7 +66,7 @@ def test_the_wording_decides_nothing(monkeypatch):
     assert asked_strategy({"name": "ddp"}, config.substitutions) == {"name": "ddp"}
 
 
-def test_points_of_a_comparison_share_a_choice_of_either_form(tmp_path):
+def test_resolution_is_shared_by_the_points_of_a_comparison_in_either_form(tmp_path):
     (tmp_path / "comparison.json").write_text("{}")
     choice = json.loads(json.dumps(asdict(Resolution(MATMUL, "auto", "blas", "here"))))
     assert shared_choice(tmp_path / "first", MATMUL, choice) == choice

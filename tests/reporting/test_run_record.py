@@ -47,7 +47,7 @@ def content_of(record):
     return {**asdict(record), "keys": None, "other": None}
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_run_record_is_read_back_as_written(tmp_path):
     write_run_record(tmp_path, RECORD)
     assert content_of(read_run_record(tmp_path)) == content_of(RECORD)
     assert content_of(readable_run_record(tmp_path)) == content_of(RECORD)
@@ -62,7 +62,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text()) == {**tree, "exports": [{"to": "there"}]}
 
 
-def test_records_of_an_earlier_version_are_read_and_lose_nothing(tmp_path):
+def test_run_record_of_an_earlier_version_is_read_and_loses_nothing(tmp_path):
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     for name in ("finished", "classifier", "stopped"):
@@ -79,7 +79,7 @@ def test_records_of_an_earlier_version_are_read_and_lose_nothing(tmp_path):
         assert record.base_commit is None and record.not_exported is None  # of which that version knew nothing
 
 
-def test_what_is_wrong_is_named_and_a_reader_who_shows_what_there_is_goes_on(tmp_path):
+def test_run_record_with_wrong_values_is_refused_or_shown_as_far_as_it_is_right(tmp_path):
     tree = RECORD.as_json() | {"world_size": "two", "epochs": True, "versions": ["torch"], "substitutions": {"a": 1}}
     tree |= {"receipt": {"measured": {"step_s": "fast", "memory_gib": 2}}, "label_names": "neg", "sharding": None}
     tree |= {"exports": [3], "outcome": {"after": {"loss": "low"}}}
@@ -107,7 +107,7 @@ def test_what_is_wrong_is_named_and_a_reader_who_shows_what_there_is_goes_on(tmp
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "{", "[" * 100_000, "\0", "null"])
-def test_a_file_that_is_no_record_is_refused_or_read_as_an_empty_one(tmp_path, text):
+def test_run_record_that_is_none_is_refused_or_read_as_an_empty_one(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises((ValueError, RecursionError)):
         read_run_record(tmp_path)
@@ -124,7 +124,7 @@ def test_no_file_and_a_huge_file_are_no_record(tmp_path):
     assert readable_run_record(tmp_path) == RunRecord()
 
 
-def test_a_record_of_a_later_version_is_refused_or_read_as_far_as_it_is_known(tmp_path):
+def test_run_record_of_a_later_version_is_refused_or_read_as_far_as_it_is_known(tmp_path):
     (tmp_path / "run.json").write_text(
         json.dumps(RECORD.as_json() | {"version": FILE_VERSION + 1, "strategy": ["new"]})
     )
@@ -134,7 +134,7 @@ def test_a_record_of_a_later_version_is_refused_or_read_as_far_as_it_is_known(tm
     assert (record.version, record.world_size, record.strategy) == (FILE_VERSION + 1, 2, "")
 
 
-def test_keys_that_come_later_are_fields_without_a_value():
+def test_run_record_keys_that_come_later_are_fields_without_a_value():
     """Else a record would say a default as if it were known."""
     tree = RunRecord().as_json()
     assert not {*SAID_LATER} & tree.keys() and {*SAID_LATER} < {*asdict(RunRecord())}

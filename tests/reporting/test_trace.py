@@ -17,7 +17,7 @@ def event(name, begin, dur, cat="kernel", tid=7):
     return {"ph": "X", "cat": cat, "name": name, "ts": begin, "dur": dur, "pid": 0, "tid": tid}
 
 
-def test_communication_that_nothing_hides_and_idle_time():
+def test_trace_has_exposed_communication_and_idle_time():
     """Compute 0-10 and 14-20; communication 5-12 and 25-27: 2 of the first and all of the second are exposed."""
     trace = [event("gemm", 0, 10), event("gemm", 14, 6), event("ncclDevKernel_AllReduce", 5, 7, tid=8)]
     trace += [event("ncclDevKernel_AllReduce", 25, 2, tid=8), event("aten::mm", 0, 100, cat="cpu_op")]
@@ -28,14 +28,14 @@ def test_communication_that_nothing_hides_and_idle_time():
     assert found["operators"][0] == {"name": "gemm", "self_s": pytest.approx(16e-6), "calls": 2}
 
 
-def test_an_operator_is_not_counted_for_what_it_calls():
+def test_trace_operator_is_not_counted_for_what_it_calls():
     trace = [event("outer", 0, 10, "cpu_op"), event("inner", 2, 3, "cpu_op"), event("inner", 6, 2, "cpu_op")]
     trace += [event("outer", 20, 1, "cpu_op"), event("inner", 0, 4, "cpu_op", tid=9)]
     own = {each["name"]: (each["self_s"], each["calls"]) for each in summarise(trace)["operators"]}
     assert own == {"outer": (pytest.approx(6e-6), 2), "inner": (pytest.approx(9e-6), 3)}
 
 
-def test_a_trace_that_torch_wrote(tmp_path):
+def test_trace_that_torch_wrote_is_summarised(tmp_path):
     """Operators, their self time within the whole, and the bytes of a tensor that is held in the middle."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as live:
         left = torch.ones(256, 256)
@@ -53,21 +53,21 @@ def test_a_trace_that_torch_wrote(tmp_path):
     assert found["idle_s"] >= 0 and found["exposed_s"] == 0
 
 
-def test_a_trace_of_nothing():
+def test_trace_without_events_is_empty():
     assert summarise([])["window_s"] == 0 and summarise([])["operators"] == []
 
 
 @pytest.mark.parametrize(
     ("steps", "said"), [([10], "first and the last"), ([3, 2], "first and the last"), ([0, 2], "1 at least")]
 )
-def test_steps_that_are_none(steps, said):
+def test_profile_steps_that_are_no_range_of_the_run_are_refused(steps, said):
     (problem,) = profile_problems(ProfileConfig(steps=steps), None)
     assert said in problem and problem.startswith(f"profile.steps={str(steps).replace(' ', '')}: ")
     assert not profile_problems(ProfileConfig(steps=[2, 3]), 3)
     assert "the run has 2 steps" in profile_problems(ProfileConfig(steps=[2, 3]), 2)[0]
 
 
-def test_a_rank_traces_its_steps_and_the_page_reads_what_it_left(tmp_path):
+def test_profile_of_a_rank_is_traced_and_read_by_the_page(tmp_path):
     """Steps 2 and 3 of four; the loop's own listener hears of all."""
     heard, said = [], []
     runtime = SimpleNamespace(rank=1, device=torch.device("cpu"))

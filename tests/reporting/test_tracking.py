@@ -25,7 +25,7 @@ from trainer.reporting.trackers.base import RunEnding, TrackedRun
 from trainer.reporting.tracking import Trackers, open_trackers
 
 
-def test_rows_after_the_checkpoint_are_done_again(tmp_path):
+def test_metrics_rows_after_the_checkpoint_are_replaced_at_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = JsonlTracker(path, 0)
     for step in (1, 2, 3):
@@ -112,7 +112,7 @@ def test_a_mount_that_stumbles_while_a_row_is_written_ends_no_run(tmp_path, monk
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl").rows] == [1]
 
 
-def test_tensorboard_reads_back(tmp_path):
+def test_tensorboard_run_reads_back(tmp_path):
     pytest.importorskip("tensorboard")
     config = LoggingConfig(wandb=WandbMode.disabled, tensorboard=True)
     trackers = open_trackers(tracked(tmp_path, config), {}).trackers
@@ -125,7 +125,7 @@ def test_tensorboard_reads_back(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 1.5)]
 
 
-def test_a_tracker_that_fails_is_told_and_costs_the_run_nothing(tmp_path):
+def test_tracker_that_fails_is_reported_and_costs_the_run_nothing(tmp_path):
     class Broken:
         hint = None
 
@@ -141,7 +141,7 @@ def test_a_tracker_that_fails_is_told_and_costs_the_run_nothing(tmp_path):
     assert said == ["Broken stopped working and is dropped: RuntimeError: no quota"]
 
 
-def test_rows_are_brought_to_the_disk_and_say_later_what_was_measured(tmp_path, monkeypatch):
+def test_metrics_rows_are_synced_and_say_later_what_was_measured(tmp_path, monkeypatch):
     class Seen(atomic_io.Disk):
         sizes: ClassVar[list[int]] = []
 
@@ -166,7 +166,7 @@ def test_rows_are_brought_to_the_disk_and_say_later_what_was_measured(tmp_path, 
     assert found.speed == {"tokens_per_s": 20.0}, "of the steps that count, and not of step 4"
 
 
-def test_rows_that_a_checkpoint_counts_on_are_on_the_disk_also_after_a_resume(tmp_path, monkeypatch, capsys):
+def test_metrics_rows_that_a_checkpoint_counts_on_are_synced_also_after_a_resume(tmp_path, monkeypatch, capsys):
     """What a resume leaves of them is written anew: it used to lie in memory alone, and a sync that failed was not told."""
     done, broken = [], []
 

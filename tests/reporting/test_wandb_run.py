@@ -55,7 +55,7 @@ def part_of(directory) -> Path:
     return found
 
 
-def test_a_run_is_named_by_what_it_is_and_its_table_has_medians_and_the_worst_rank(site):
+def test_wandb_run_is_named_by_what_it_is_and_its_table_has_medians(site):
     more = ["tuning=lora", "strategy=fsdp2", "optim.lr=2e-4", "optim.weight_decay=0.02", "tuning.rank=4"]
     more += [f"data.eval_path={site / 'eval.jsonl'}", "logging.columns=[optim.weight_decay,tuning.rank,cluster=a1]"]
     more += ["logging.artifacts=true", "logging.group=mine", "logging.notes=a word", "logging.tags=[x]"]
@@ -106,7 +106,7 @@ def test_data_that_an_online_run_uses_is_an_artifact(tmp_path, monkeypatch):
     assert [entry.ref for entry in artifact.manifest.entries.values()] == [(tmp_path / "data/tokens.bin").as_uri()]
 
 
-def test_a_run_that_diverges_is_failed_and_its_alert_says_why(site):
+def test_wandb_run_that_diverges_is_failed_and_its_alert_says_why(site):
     more = ["optim.lr=1e30", "optim.max_skipped_steps=2", "logging.alerts=[diverged,preempted]"]
     with pytest.raises(Diverged):
         _in_process(words(site, "diverged", *more))
@@ -127,7 +127,7 @@ def _in_process(given):
         os.environ.update(before)
 
 
-def test_a_run_that_was_stopped_is_no_failure_and_its_sync_line_names_all_parts(site):
+def test_wandb_run_that_was_stopped_is_no_failure_and_its_sync_line_names_all_parts(site):
     """TERM saves, and the same command goes on."""
     command = [sys.executable, "-m", "launch.main", "train"]
     command += words(site, "stopped", "budget.steps=400", "logging.alerts=[failed]", "checkpoint.save_final=false")
@@ -159,7 +159,7 @@ def test_a_run_that_was_stopped_is_no_failure_and_its_sync_line_names_all_parts(
 
 
 @pytest.mark.parametrize("last", ["row", "end"])
-def test_rows_survive_the_signal_that_ends_wandbs_own_process(tmp_path, last):
+def test_wandb_rows_survive_the_signal_that_ends_its_own_process(tmp_path, last):
     """SLURM's TERM goes to every process of a step, also to this one; what it has not written would be lost."""
     config = LoggingConfig(wandb=WandbMode.offline)
     run = weights_and_biases.WandbRun(tracked(tmp_path, config, run_id="abc"))
@@ -183,7 +183,7 @@ def test_rows_survive_the_signal_that_ends_wandbs_own_process(tmp_path, last):
     assert (found["summary"]["final/loss"], found["summary"]["state"]) == (0.25, "preempted")
 
 
-def test_how_a_run_ended():
+def test_wandb_run_says_how_it_ended():
     assert (
         RunEnding.by(Preempted("x")).alert is Alert.preempted and RunEnding.by(LeaseLost("x")).state is State.preempted
     )
@@ -229,7 +229,7 @@ def test_the_environment_decides_where_no_setting_does():
     assert apply_environment(LoggingConfig(), {}).config.wandb is WandbMode.offline
 
 
-def test_online_without_an_account_is_offline_and_says_so(tmp_path, monkeypatch):
+def test_wandb_online_without_an_account_is_offline_and_says_so(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -240,7 +240,7 @@ def test_online_without_an_account_is_offline_and_says_so(tmp_path, monkeypatch)
     assert hint[0] == "W&B" and hint[1].startswith("wandb sync ") and "offline-run" in hint[1]
 
 
-def test_online_without_a_network_is_offline_and_says_so(site):
+def test_wandb_online_without_a_network_is_offline_and_says_so(site):
     """From the command line, with WANDB_MODE: a server that is not there used to end the run, after two minutes."""
     env = {key: value for key, value in clean_environment().items() if key != "OMP_NUM_THREADS"}
     env |= {"WANDB_MODE": "online", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
@@ -254,7 +254,7 @@ def test_online_without_a_network_is_offline_and_says_so(site):
     assert KEY not in said and KEY.encode() not in left
 
 
-def test_a_server_that_takes_the_call_and_says_nothing(monkeypatch):
+def test_wandb_server_that_accepts_and_never_answers_is_unreachable(monkeypatch):
     monkeypatch.setattr(reachable, "ANSWER_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert "no answer within" in unreachable(f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -265,7 +265,7 @@ def test_a_server_that_takes_the_call_and_says_nothing(monkeypatch):
     assert time.monotonic() - began < seconds(5)
 
 
-def test_what_a_tracker_says_against_a_run_holds_no_secret(tmp_path, monkeypatch):
+def test_tracker_error_shown_by_a_run_has_no_secret(tmp_path, monkeypatch):
     def fails(about):
         raise ValueError(f"the key {KEY} was refused at https://me:password@host")
 
@@ -276,7 +276,7 @@ def test_what_a_tracker_says_against_a_run_holds_no_secret(tmp_path, monkeypatch
     assert said.startswith("left out (ValueError: the key [secret] was") and "password" not in said
 
 
-def test_the_summary_has_medians_and_the_largest_memory():
+def test_wandb_summary_has_medians_and_the_largest_memory():
     speed = {"tokens_per_s": 14.0, "mfu": 0.5, "step_s": 2.0, "supervised_tokens_per_s": 7.0, "intervals": 3}
     found = summary_of({"tokens_per_s": 12.0, "loss": 1.5, "memory_gib": 2.0}, speed, {"eval/loss": 1.25})
     assert found == {
@@ -300,7 +300,7 @@ def shown_tables(part) -> dict[str, dict]:
     return {name: json.loads((part / "files" / path).read_text()) for name, path in paths.items()}
 
 
-def test_rows_of_tasks_are_tables_where_that_is_asked_for(site):
+def test_wandb_tables_have_the_rows_of_tasks_where_asked_for(site):
     """Of a run that learns a task by heart, and of its evaluation beside the base; texts of data go nowhere unasked."""
     rows = [{"prompt": f"{word}?", "completion": word} for word in ("fox", "dog", "lazy | world", "7")]
     (site / "facts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -9,7 +9,7 @@ from strategies.errors import StorageError
 from trainer.reporting.status import write_text_atomic
 
 
-def test_threads_of_a_process_may_write_one_file_at_once(tmp_path):
+def test_atomic_write_of_one_file_by_several_threads(tmp_path):
     path, texts = tmp_path / "energy" / "host.json", [str(number) * 1000 for number in range(4)]
     with ThreadPoolExecutor(4) as threads:
         for _ in range(50):
@@ -18,7 +18,7 @@ def test_threads_of_a_process_may_write_one_file_at_once(tmp_path):
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
-def test_free_space_is_told_where_there_is_none_and_nowhere_else(tmp_path, monkeypatch):
+def test_free_space_is_suggested_where_there_is_none_and_nowhere_else(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(
         StorageError, match=r"cannot write \(Not a directory\); choose another directory \(run\.dir=, or to=\)$"

@@ -28,7 +28,7 @@ from trainer.stopping.signals import StopRequest
 
 
 @pytest.mark.parametrize("end", [Preempted("asked to stop"), KeyboardInterrupt(), ValueError("x")], ids=repr)
-def test_however_an_attempt_ends_it_looks_whose_the_directory_is(tmp_path, another_host, end):
+def test_lease_is_checked_however_an_attempt_ends(tmp_path, another_host, end):
     status = tmp_path / "status.json"
     with pytest.raises(BaseException, match="on elsewhere") as caught, run_attempt(tmp_path, 60, StopRequest()):
         take_over(tmp_path, Owner(host="elsewhere"))
@@ -39,7 +39,7 @@ def test_however_an_attempt_ends_it_looks_whose_the_directory_is(tmp_path, anoth
     assert not (tmp_path / "failure.json").exists()
 
 
-def test_a_stop_before_training_is_looked_at_by_all_ranks(monkeypatch):
+def test_lease_is_checked_by_all_ranks_at_a_stop_before_training(monkeypatch):
     def stops(*_):
         raise Preempted("asked to stop while the reference was computed")
 
@@ -61,7 +61,7 @@ def test_a_stop_before_training_is_looked_at_by_all_ranks(monkeypatch):
         telling.open_records(RunConfig(), {}, MagicMock(), place)
 
 
-def test_a_directory_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_path, monkeypatch, capsys):
+def test_lease_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_path, monkeypatch, capsys):
     def stale(directory):
         raise OSError(errno.ESTALE, "stale file handle")
 
@@ -83,7 +83,7 @@ def another_host(monkeypatch):
     monkeypatch.setattr(lease_module, "BEATS_PER_PATIENCE", 12 * PATIENCE_S)
 
 
-def test_only_signs_of_life_decide_between_hosts(tmp_path, another_host):
+def test_lease_between_hosts_is_decided_by_signs_of_life_only(tmp_path, another_host):
     owner = Lease.acquire(tmp_path, PATIENCE_S)
     with pytest.raises(InUse, match="is running it"):
         Lease.acquire(tmp_path, PATIENCE_S)
@@ -122,7 +122,7 @@ os._exit(told or is_alive_here(owner, mine) is not False)
 
 
 @pytest.mark.skipif(not can_be_elsewhere(), reason="needs root, and namespaces")
-def test_a_process_of_another_user_that_is_not_shown_is_not_taken_for_gone():
+def test_lease_of_a_hidden_process_of_another_user_is_not_taken_for_free():
     """As on hosts of many users, where /proc shows each their own (`hidepid`): its run was taken over while it lived."""
     done = subprocess.run(
         ["unshare", "--mount", sys.executable, "-c", HIDDEN], cwd=ROOT, capture_output=True, text=True, check=False
@@ -130,22 +130,20 @@ def test_a_process_of_another_user_that_is_not_shown_is_not_taken_for_gone():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_claim_that_is_missed_at_one_look_is_not_another_attempt(tmp_path, monkeypatch):
+def test_lease_claim_that_is_missed_at_one_look_is_not_another_attempt(tmp_path, monkeypatch):
     with Lease.acquire(tmp_path, 60) as lease:
         monkeypatch.setattr(lease, "_claim_is_here", lambda: False)
         lease.check()
 
 
-def test_who_waits_for_a_silent_owner_can_be_told_to_stop(tmp_path, another_host):
+def test_lease_wait_for_a_silent_owner_can_be_stopped(tmp_path, another_host):
     silent = Lease.acquire(tmp_path, 60)
     with pytest.raises(Preempted, match="nothing was begun"):
         Lease.acquire(tmp_path, 60, stop=lambda: True)
     silent.release()
 
 
-def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_stops(
-    tmp_path, another_host, monkeypatch
-):
+def test_lease_goes_at_once_to_a_later_start_of_the_same_job_and_the_earlier_stops(tmp_path, another_host, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     lost = threading.Event()
     earlier = Lease.acquire(tmp_path, 60, on_loss=lost.set)
@@ -158,7 +156,7 @@ def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_st
         later.check()  # the end of the earlier one says nothing about the later
 
 
-def test_of_many_at_once_one_gets_it(tmp_path, another_host):
+def test_lease_wanted_by_many_at_once_goes_to_one(tmp_path, another_host):
     got, barrier = [], threading.Barrier(6)
 
     def want():
@@ -178,7 +176,7 @@ def test_of_many_at_once_one_gets_it(tmp_path, another_host):
     got[0].release()
 
 
-def test_who_claims_between_the_look_of_another_and_its_claim_keeps_it(tmp_path, another_host, monkeypatch):
+def test_lease_claimed_between_the_look_and_the_claim_of_another_is_kept(tmp_path, another_host, monkeypatch):
     look, first = lease_module.refuse_in_use, []
 
     def overtaken(*words):
@@ -220,7 +218,7 @@ class Network(atomic_io.Disk):
         raise OSError(errno.EIO, "the answer got lost")
 
 
-def test_it_holds_where_there_are_no_links(tmp_path, another_host, monkeypatch):
+def test_lease_works_without_hard_links(tmp_path, another_host, monkeypatch):
     def refused(self, source, target):
         raise OSError(errno.EPERM, "operation not permitted")
 
@@ -231,7 +229,7 @@ def test_it_holds_where_there_are_no_links(tmp_path, another_host, monkeypatch):
         owner.check()
 
 
-def test_it_holds_on_a_network_file_system(tmp_path, another_host, monkeypatch):
+def test_lease_works_on_a_network_file_system(tmp_path, another_host, monkeypatch):
     network = Network()
     monkeypatch.setattr(atomic_io, "disk", network)
     owner = Lease.acquire(tmp_path, PATIENCE_S)

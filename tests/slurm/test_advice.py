@@ -47,11 +47,11 @@ def advised(run: Path, **launcher) -> str:
     ("text", "value"),
     [("30", 1800), ("10:30", 630), ("1:00:00", 3600), ("2-12", 216000), ("1-00:30:10", 88210), ("infinite", math.inf)],
 )
-def test_times_are_read_as_slurm_writes_them(text, value):
+def test_slurm_times_are_read_as_slurm_writes_them(text, value):
     assert seconds(text) == value
 
 
-def test_what_sinfo_says_is_read(sinfo):
+def test_slurm_partitions_are_read_from_sinfo(sinfo):
     found = {(part.name, part.gpus): part for part in list_partitions()}
     assert found["gpu", 8].kinds == {"h100"} and found["gpu", 8].limit_s == 172800 and found["gpu", 4].nodes == 8
     assert (
@@ -85,14 +85,14 @@ def test_a_job_that_can_never_start_is_refused(sinfo, tmp_path, launcher, said):
     assert [said in problem for problem in refused.value.problems] == [True]
 
 
-def test_limits_that_something_may_lift_and_clusters_that_do_not_answer_refuse_nothing(sinfo, tmp_path):
+def test_slurm_limits_that_may_be_lifted_and_silent_clusters_refuse_nothing(sinfo, tmp_path):
     advised(tmp_path, qos="long")
     advised(tmp_path, reservation="week")
     sinfo.write_text("#!/bin/sh\nexit 1\n")
     assert "time    1-0:00:00 a start" in advised(tmp_path)
 
 
-def test_price_and_restarts_are_told_as_far_as_they_are_known(sinfo, tmp_path):
+def test_slurm_advice_has_price_and_restarts_as_far_as_they_are_known(sinfo, tmp_path):
     asked = {"partition": "gpu", "gpus_per_node": 8, "nodes": 2, "time": "10:00:00"}
     assert price_by_word("h100") == 3.99 and price_by_word("a100") is None and price_by_word("fake") is None
     said = advised(tmp_path, **asked, gres="gpu:h100:8")
@@ -124,14 +124,14 @@ def test_price_and_restarts_are_told_as_far_as_they_are_known(sinfo, tmp_path):
         ({"extra": ["--gpus-per-n=8"]}, 8, "--gpus-per-node=8"),
     ],
 )
-def test_the_ranks_of_a_node_are_the_gpus_that_are_asked_for(launcher, ranks, reason):
+def test_slurm_ranks_of_a_node_are_the_gpus_that_are_asked_for(launcher, ranks, reason):
     slurm = SlurmConfig(**launcher)
     assert slurm.per_node == ranks
     said = "\n".join(ranks_lines(slurm))
     assert reason in said and bool(said) == bool(reason)
 
 
-def test_gpus_that_no_rank_uses_are_told_with_the_price_of_all(sinfo, tmp_path):
+def test_slurm_advice_names_idle_gpus_and_the_price_of_all(sinfo, tmp_path):
     said = advised(tmp_path, partition="gpu", gres="gpu:h100:8", processes=1, nodes=2, time="10:00:00")
     assert "note    7 of 8 GPUs stay idle on each node: launcher.gres=gpu:h100:8, but launcher.processes=1" in said
     assert "160 GPU hours" in said
@@ -139,7 +139,7 @@ def test_gpus_that_no_rank_uses_are_told_with_the_price_of_all(sinfo, tmp_path):
         advised(tmp_path, gres="gpu:8", time="30:00")
 
 
-def test_a_partition_that_is_down_is_told_and_a_sweep_larger_than_an_array_is_refused_first(
+def test_slurm_advice_names_a_partition_that_is_down_and_refuses_too_large_a_sweep(
     sinfo, tmp_path, monkeypatch, capsys
 ):
     assert "note    partition free is not up: no job starts there until it is" in advised(tmp_path, partition="free")
@@ -156,7 +156,7 @@ def test_a_partition_that_is_down_is_told_and_a_sweep_larger_than_an_array_is_re
     refuse_large_arrays([[*words[:2], f"optim.lr={n}", f"launcher.nodes={n % 2}"] for n in range(40)])  # two arrays
 
 
-def test_options_that_contradict_the_script_are_refused_by_name_and_the_others_are_respected(sinfo, tmp_path):
+def test_slurm_options_that_contradict_the_script_are_refused_by_name(sinfo, tmp_path):
     extra = ["--array=0-2", "-o /tmp/x", "--no-requeue", "--sig=B:USR2@60", "-N2"]
     problems = "\n".join(problems_of(RunConfig(launcher=SlurmConfig(extra=extra, nodes=3)), world_size=3))
     for option in ("--array=0-2", "--output=/tmp/x", "--signal=B:USR2@60", "--nodes=2"):

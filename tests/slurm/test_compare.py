@@ -19,7 +19,9 @@ CLONE = Path(__file__).parents[2]
 
 
 @whole("three starts of a job; a stand-in for sbatch shows the array in tests/launch/compare/test_points.py")
-def test_a_point_that_fails_is_a_row_and_the_others_are_done(cluster: Cluster, tmp_path: Path, capsys) -> None:
+def test_slurm_comparison_with_a_failed_point_has_a_row_for_it_and_does_the_others(
+    cluster: Cluster, tmp_path: Path, capsys
+) -> None:
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
     data = [write_chat_data(tmp_path / name, 16) for name in ("a.jsonl", "b.jsonl")]
     (tmp_path / "bad.jsonl").write_text('{"messages": 3}\n' * 8)

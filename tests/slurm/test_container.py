@@ -21,7 +21,7 @@ def tree(tmp_path: Path, **launcher) -> dict:
     return plain(config)
 
 
-def test_the_image_says_what_starts_it(tmp_path):
+def test_container_runtime_is_chosen_by_the_image(tmp_path):
     ways = {
         image: containers.runtime_of({"container": image})
         for image in ("a.sif", "docker://a/b:1", "nvcr.io#a/b:1", str(tmp_path))
@@ -36,7 +36,7 @@ def test_the_image_says_what_starts_it(tmp_path):
     assert containers.launch_words(tree(tmp_path), []) == ([], [])
 
 
-def test_what_the_run_reads_and_writes_is_mounted_once(tmp_path, monkeypatch):
+def test_container_mounts_what_the_run_reads_and_writes_once(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "here").mkdir()
     (tmp_path / "state" / "shardtune").mkdir(parents=True)  # what this user typed before, which verbs look up there
@@ -60,7 +60,7 @@ def test_what_the_run_reads_and_writes_is_mounted_once(tmp_path, monkeypatch):
     assert command.argv.index("--container-image=a#b:1") < command.argv.index("apptainer") < command.argv.index("bash")
 
 
-def test_what_cannot_start_it_is_refused_before_anything_waits(tmp_path, monkeypatch, capsys):
+def test_container_that_cannot_start_is_refused_before_a_job_waits(tmp_path, monkeypatch, capsys):
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in (("srun", "echo --help"), ("sbatch", "echo 17"), ("sinfo", "exit 1")):

@@ -32,7 +32,7 @@ def sacct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 ENV = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "8200", "SLURM_MEM_PER_NODE": "2048", "SLURM_JOB_ID": "2"}
 
 
-def test_figures_are_taken_recorded_and_shown(sacct, tmp_path, capsys, monkeypatch):
+def test_efficiency_figures_of_a_job_are_recorded_and_shown(sacct, tmp_path, capsys, monkeypatch):
     run = made(tmp_path, "run", state="done")
     about = {"total_steps": 10, "world_size": 2, "device_name": "NVIDIA H100 80GB HBM3"}
     (run / "run.json").write_text(json.dumps(about))
@@ -55,7 +55,7 @@ def test_figures_are_taken_recorded_and_shown(sacct, tmp_path, capsys, monkeypat
     assert json.loads(capsys.readouterr().out)["runs"][0]["starts"] == record["jobs"]
 
 
-def test_what_slurm_does_not_know_is_said(sacct, tmp_path):
+def test_efficiency_figures_that_slurm_does_not_know_are_named(sacct, tmp_path):
     run = made(tmp_path, "run")
     sacct.write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
     said = efficiency.record_start(run, "2", 0, 1, ENV)

@@ -55,7 +55,7 @@ def begun(capfd: pytest.CaptureFixture[str], code: int = 0, *words: str) -> tupl
     return {key: shlex.split(value)[0] for key, _, value in (line.partition("=") for line in out.splitlines())}, err
 
 
-def test_the_shell_is_told_what_the_frozen_run_says(run, capfd, monkeypatch):
+def test_job_script_gets_its_variables_from_the_frozen_run(run, capfd, monkeypatch):
     told, _ = begun(capfd)
     assert (told["run_dir"], told["logs"], told["job"], told["start"]) == (str(run), str(run / "logs"), "7", "2")
     assert (told["processes"], told["threads"], told["retry_preempted"], told["retry_node_fail"]) == (
@@ -73,7 +73,7 @@ def test_the_shell_is_told_what_the_frozen_run_says(run, capfd, monkeypatch):
     assert (told["threads"], told["job"], told["rendezvous"]) == ("2", "5_1", "ib0:29400")
 
 
-def test_a_port_that_somebody_listens_at_is_passed_over(run, capfd, monkeypatch):
+def test_job_script_passes_over_a_port_in_use(run, capfd, monkeypatch):
     first = port(os.environ)
     with socket.create_server(("", first)):
         assert begun(capfd)[0]["rendezvous"] == f"n9:{first + 1}"
@@ -82,7 +82,7 @@ def test_a_port_that_somebody_listens_at_is_passed_over(run, capfd, monkeypatch)
             job.main(["begin"])
 
 
-def test_what_is_finished_or_lost_too_often_is_not_started(run, capfd, monkeypatch):
+def test_job_script_starts_no_finished_run_nor_one_lost_too_often(run, capfd, monkeypatch):
     write_status(run, "running", step=3)  # as an earlier start of this job left it
     assert begun(capfd)[0]["finished"] == ""  # the first that ended without a word
     with pytest.raises(Exception, match="more than 1 starts ended without a word"):
@@ -94,7 +94,7 @@ def test_what_is_finished_or_lost_too_often_is_not_started(run, capfd, monkeypat
     assert told["finished"] == "1" and "already finished" in said
 
 
-def test_a_run_out_of_memory_is_requeued_with_half_its_micro_batch_where_asked(run, capfd, monkeypatch):
+def test_job_script_requeues_an_out_of_memory_run_with_half_its_micro_batch(run, capfd, monkeypatch):
     asked = compose(
         ["model.path=m", "budget.steps=3", "launcher=slurm", "batch.global=8", "batch.micro=2"], check=False
     )
@@ -114,7 +114,7 @@ def test_a_run_out_of_memory_is_requeued_with_half_its_micro_batch_where_asked(r
         assert frozen.load_frozen(run / "config.yaml").batch["micro"] == micro
 
 
-def test_words_are_read_once_and_what_sbatch_must_be_told_is_refused(run, capfd, monkeypatch, tmp_path):
+def test_job_script_reads_its_words_once_and_refuses_what_sbatch_must_be_told(run, capfd, monkeypatch, tmp_path):
     monkeypatch.delenv("SHARDTUNE_CONFIG")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -159,9 +159,7 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     freeze._queue.cache_clear()
 
 
-def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_any_other_trains(
-    run, monkeypatch, tmp_path
-):
+def test_submitted_directory_is_refused_while_the_queue_gives_no_answer(run, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [])}:{os.environ['PATH']}")
     squeue = tmp_path / "tools" / "squeue"
     squeue.write_text(f"#!/bin/sh\necho asked >>{tmp_path}/asked\necho 'squeue: error: timed out' >&2; exit 1\n")
@@ -184,7 +182,7 @@ def test_while_the_queue_cannot_be_asked_a_submitted_directory_is_refused_and_an
     freeze._queue.cache_clear()
 
 
-def test_hosts_are_those_of_slurms_own_variable_and_parts_that_are_unlike_are_refused(run, capfd, monkeypatch):
+def test_job_script_hosts_are_from_the_slurm_variable_and_unlike_parts_are_refused(run, capfd, monkeypatch):
     (Path(os.environ["PATH"].partition(":")[0]) / "scontrol").write_text("#!/bin/sh\necho Welcome to n99, 2 news\n")
     assert begun(capfd)[0]["rendezvous"].startswith("n9:")
     assert expand_hosts("n[9-10],gpu-[08,10-11]-ib,r[1-2]c[0-1],one") == [

@@ -66,7 +66,7 @@ def options(script: Path) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script.read_text(), re.M))
 
 
-def test_each_part_follows_the_one_before_and_asks_for_what_it_needs(site, capsys):
+def test_pipeline_part_follows_the_one_before_and_asks_for_what_it_needs(site, capsys):
     assert submit(site) == 0
     asked = [line.split() for line in (site / "asked").read_text().splitlines()]
     assert [Path(words[-1]).name for words in asked] == [
@@ -96,7 +96,7 @@ def test_each_part_follows_the_one_before_and_asks_for_what_it_needs(site, capsy
     assert json.loads((site / "run/pipeline.json").read_text())[2] == {"part": "evaluate", "job": "3"}
 
 
-def test_all_scripts_are_shown_and_nothing_is_written(site, capsys):
+def test_pipeline_print_shows_all_scripts_and_writes_nothing(site, capsys):
     for flag in ("--print", "--dry-run"):
         assert submit(site, flag) == 0
         said = capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_all_scripts_are_shown_and_nothing_is_written(site, capsys):
         )
 
 
-def test_a_part_that_sbatch_refuses_takes_the_others_back(site, capsys, monkeypatch):
+def test_pipeline_part_that_sbatch_refuses_cancels_the_others(site, capsys, monkeypatch):
     monkeypatch.setenv("REFUSE", "evaluate")
     assert submit(site) == 64
     assert (site / "cancelled").read_text().split() == ["1", "2"]
@@ -130,7 +130,7 @@ def test_chains_that_make_no_sense_are_refused(asked, said):
     assert len(found) == 1 and said in found[0], found
 
 
-def test_status_says_which_part_failed_and_what_became_of_the_rest(tmp_path, monkeypatch, capsys):
+def test_pipeline_status_says_which_part_failed_and_what_became_of_the_rest(tmp_path, monkeypatch, capsys):
     run = made(tmp_path, "run", state=None, steps=0)
     parts = ("prepare", "train", "evaluate")
     (run / "pipeline.json").write_text(json.dumps([{"part": part, "job": str(17 + i)} for i, part in enumerate(parts)]))

@@ -21,7 +21,7 @@ BAD = 'if [ "$SLURMD_NODENAME" = n10 ]; then {}; fi'
 
 
 @whole("the job with a bad node shows it")
-def test_two_fit_nodes_and_bad_ones_that_are_named(cluster: Cluster, tmp_path: Path) -> None:
+def test_preflight_on_slurm_passes_two_fit_nodes_and_names_bad_ones(cluster: Cluster, tmp_path: Path) -> None:
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
     words = [f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'data.jsonl'}", f"run.dir={tmp_path / 'run'}"]
@@ -48,7 +48,7 @@ def test_two_fit_nodes_and_bad_ones_that_are_named(cluster: Cluster, tmp_path: P
     assert problem.startswith("n10: does not see run.dir=") and "a disk that all nodes share" in problem
 
 
-def test_a_job_with_a_bad_node_ends_at_once_and_names_it(cluster: Cluster, tmp_path: Path) -> None:
+def test_preflight_on_slurm_ends_a_job_with_a_bad_node_at_once_and_names_it(cluster: Cluster, tmp_path: Path) -> None:
     """Before, the other node waited for ten minutes, with empty logs."""
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')

@@ -18,7 +18,9 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
 @whole("shards without SLURM are in tests/data, arrays in test_signals.py")
-def test_an_array_makes_what_one_call_makes(cluster: Cluster, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_prepare_by_a_job_array_makes_the_same_data_set_as_one_call(
+    cluster: Cluster, tmp_path: Path, monkeypatch, capsys
+) -> None:
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
     data = write_chat_data(tmp_path / "train.jsonl", 1500)
     words = [f"model.path={tmp_path / 'model'}", f"data.path={data}", "data.eval_share=0.1"]

@@ -65,7 +65,7 @@ def check_syntax(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_golden() -> None:
+def test_rendered_script_is_the_golden_one() -> None:
     text = rendered(full())
     check_syntax(text)
     if os.environ.get("UPDATE_GOLDEN"):
@@ -73,14 +73,14 @@ def test_golden() -> None:
     assert text == GOLDEN.read_text(), "if the change is meant: UPDATE_GOLDEN=1 pytest tests/slurm/test_script.py"
 
 
-def test_the_script_for_people_has_the_same_body() -> None:
+def test_script_for_people_has_the_body_of_the_rendered_script() -> None:
     text = (CLONE / "slurm" / "train.sbatch").read_text()
     check_syntax(text)
     assert text.endswith(BODY)
     check_syntax((CLONE / "slurm" / "env.sh").read_text())
 
 
-def test_defaults_ask_for_nothing_the_site_may_not_have() -> None:
+def test_rendered_script_of_the_defaults_asks_for_nothing_a_site_may_not_have() -> None:
     text = rendered(SlurmConfig())
     options = re.findall(r"^#SBATCH --([\w-]+)", text, re.M)
     assert sorted(options) == sorted(
@@ -151,7 +151,7 @@ OFF = "Requested operation is presently disabled"
     ],
     ids=["lost", "by the script before", "after TERM", "preempted", "another job", "busy", "never", "no time is left"],
 )
-def test_what_ended_is_requeued_once_and_only_where_slurm_does_not(
+def test_rendered_script_requeues_once_and_only_where_slurm_does_not(
     tmp_path: Path, environment: dict[str, str], asked: int, code: int, words: str
 ) -> None:
     for name, text in (("srun", LOST), ("scontrol", SCONTROL)):
@@ -205,7 +205,7 @@ class TestSubmit:
         monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
         return tool
 
-    def test_writes_the_script_and_tells_how_to_watch(
+    def test_submission_writes_the_script_and_says_how_to_watch(
         self, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SBATCH_PARTITION", "SRUN_CPUS_PER_TASK", "SLURM_CONF"):
@@ -244,7 +244,7 @@ class TestSubmit:
         assert main(["submit", *words, "--json", "--print"]) == 64
         assert "leave --print" in capsys.readouterr().err
 
-    def test_what_the_run_says_wins_over_the_environment_and_the_rest_is_passed_on(
+    def test_submission_prefers_settings_to_the_environment_and_passes_the_rest_on(
         self, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """With a site whose sbatch prints words of its own, and the ranks that the job will then count."""
@@ -283,7 +283,7 @@ class TestSubmit:
         assert main(["submit", *words, f"run.dir={tmp_path / 'other'}"]) == 64
         assert "no job id is in what it printed: Welcome!" in capsys.readouterr().err
 
-    def test_print_writes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_submission_with_print_writes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = RunConfig(launcher=SlurmConfig())
         assert submit(config, [tmp_path / "run"], print_only=True) == []
         code = snapshot.copy_path(tmp_path / "run", snapshot.code_digest(snapshot.read_code()))
@@ -293,12 +293,12 @@ class TestSubmit:
         assert submit(config, [tmp_path / "run"], print_only=True) == []
         assert capsys.readouterr().out == render(config, [tmp_path / "run"], clone=CLONE)
 
-    def test_passes_on_a_refusal(self, sbatch: Path, tmp_path: Path) -> None:
+    def test_submission_passes_on_a_refusal(self, sbatch: Path, tmp_path: Path) -> None:
         sbatch.write_text("#!/bin/sh\necho 'invalid partition specified: gpu' >&2; exit 1\n")
         with pytest.raises(ConfigError, match="invalid partition specified: gpu"):
             submit(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)
 
-    def test_says_where_sbatch_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_submission_says_that_sbatch_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(ConfigError, match="sbatch, which is not on PATH"):
             submit(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)

@@ -39,7 +39,7 @@ def rendered(name: str, tmp_path: Path, **more) -> Path:
     return script
 
 
-def test_shellcheck_is_content(tmp_path: Path) -> None:
+def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("needs shellcheck")
     scripts = [
@@ -59,13 +59,13 @@ def test_shellcheck_is_content(tmp_path: Path) -> None:
     assert pipeline.PART_BODY in (tmp_path / "part.sbatch").read_text()
 
 
-def test_a_wheel_carries_them() -> None:
+def test_scripts_are_in_the_wheel() -> None:
     lines = (CLONE / "setup.py").read_text().partition("SCRIPTS = ")[2]
     there = {path.name for path in (CLONE / "slurm").iterdir() if path.is_file()}
     assert set(eval(lines.partition("\n]\n")[0] + "]")) == there
 
 
-def test_an_array_takes_the_words_of_its_line(tmp_path: Path) -> None:
+def test_array_script_takes_the_words_of_its_line(tmp_path: Path) -> None:
     """With a stand-in for train.sbatch that shows what it was given."""
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "train.sbatch").write_text('printf "<%s>" "$@"')
@@ -79,7 +79,7 @@ def test_an_array_takes_the_words_of_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_a_real_sbatch_takes_all_of_them(cluster: Cluster, tmp_path: Path) -> None:
+def test_scripts_are_accepted_by_a_real_sbatch(cluster: Cluster, tmp_path: Path) -> None:
     for script in [*BY_HAND, *(rendered(name, tmp_path) for name in SOME)]:
         done = cluster.on("ctl", "sbatch", "--test-only", str(script), cwd=CLONE, env=dict(os.environ), check=False)
         assert done.returncode == 0 and "to start at" in done.stdout, f"{script}: {done.stdout}"

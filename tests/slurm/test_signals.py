@@ -163,7 +163,7 @@ def test_a_crash_is_not_requeued_on_an_old_status(cluster: Cluster, site: Path) 
 
 
 @whole("the array that is requeued takes the same way")
-def test_a_lost_rank_is_requeued_as_often_as_asked(cluster: Cluster, site: Path) -> None:
+def test_requeue_of_a_lost_rank_is_as_often_as_asked(cluster: Cluster, site: Path) -> None:
     lost = """
 import json, os, pathlib
 from trainer.reporting.status import start_of_job
@@ -201,7 +201,7 @@ exec /usr/bin/srun "${{words[@]}}"
 
 
 @pytest.mark.parametrize("way", ["apptainer", *(["pyxis"] if EVERYTHING else [])])
-def test_ranks_run_in_the_image_and_the_script_asks_slurm_outside(cluster: Cluster, site: Path, way: str) -> None:
+def test_container_ranks_run_in_the_image_and_the_script_outside(cluster: Cluster, site: Path, way: str) -> None:
     """With stand-ins that note what they are given and start the rest; the ranks and the set-up see that they are inside."""
     (site / "bin").mkdir()
     (site / "an image's.sif").write_text("")

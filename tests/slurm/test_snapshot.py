@@ -28,7 +28,7 @@ def clone(tmp_path: Path) -> Path:
     return clone
 
 
-def test_a_copy_imports_by_itself_and_says_where_it_is_from(clone: Path, tmp_path: Path) -> None:
+def test_code_snapshot_imports_by_itself_and_says_where_it_is_from(clone: Path, tmp_path: Path) -> None:
     git = ["git", "-C", str(clone), "-c", "user.name=me", "-c", "user.email=me@lab"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
@@ -43,7 +43,7 @@ def test_a_copy_imports_by_itself_and_says_where_it_is_from(clone: Path, tmp_pat
     assert said.stdout.decode().split() == [str(place), head], said.stderr
 
 
-def test_another_code_is_another_copy_and_the_last_one_taken_is_in_use(clone: Path, tmp_path: Path) -> None:
+def test_code_snapshot_of_other_code_is_another_and_the_last_one_is_in_use(clone: Path, tmp_path: Path) -> None:
     """An array's tasks may still run the earlier one, when one of its runs is submitted again."""
     first = snapshot.copy_code(tmp_path / "run", clone)
     made = (first / "launch" / "main.py").stat().st_ino
@@ -62,7 +62,7 @@ def test_another_code_is_another_copy_and_the_last_one_taken_is_in_use(clone: Pa
     assert snapshot.copy_code(tmp_path / "run", clone) == first and snapshot.newest_copy(tmp_path / "run") == first
 
 
-def test_a_copy_that_was_changed_is_refused_and_made_anew_at_the_next_submission(clone: Path, tmp_path: Path) -> None:
+def test_code_snapshot_that_was_changed_is_refused_and_made_anew_at_submission(clone: Path, tmp_path: Path) -> None:
     place = snapshot.copy_code(tmp_path / "run", clone)
     snapshot.refuse_changed(place)
     snapshot.refuse_changed(clone)

@@ -61,7 +61,7 @@ def logs(run: Path) -> str:
     return "".join(path.read_text() for path in sorted((run / "logs").iterdir()))
 
 
-def test_a_requeued_run_continues_its_curve_with_the_code_it_was_submitted_with(
+def test_requeue_continues_the_curve_with_the_code_that_was_submitted(
     cluster: Cluster, words: list[str], tmp_path: Path
 ) -> None:
     """That of one process; the script for people trains, and is stopped, in test_following.py."""
@@ -97,7 +97,7 @@ def test_a_requeued_run_continues_its_curve_with_the_code_it_was_submitted_with(
 
 
 @whole("ranks of torchrun take the same ways")
-def test_native_srun_is_the_same_run_also_on_another_number_of_nodes(
+def test_srun_without_torchrun_trains_the_same_also_on_another_number_of_nodes(
     cluster: Cluster, words: list[str], tmp_path: Path
 ) -> None:
     """No torchrun: SLURM starts the ranks, which take their places from its variables. Between starts `--nodes` changes."""

@@ -60,7 +60,7 @@ def test_metadata_evaluation_and_lineage():
     assert "PeftModel.from_pretrained" in text and "resize" not in text
 
 
-def test_metrics_of_training_are_only_claimed_of_the_weights_that_it_ended_with():
+def test_card_claims_metrics_of_training_only_for_the_weights_that_it_ended_with():
     outcome = {"progress": {"step": 500}, "before": {}, "after": {"eval/loss": 1.25}}
     model = facts({**FACTS, "outcome": outcome})
     assert "eval/loss" in render_card(model, adapter=True, base_path="org/name")
@@ -70,13 +70,13 @@ def test_metrics_of_training_are_only_claimed_of_the_weights_that_it_ended_with(
     assert "eval/loss" not in render_card(model, adapter=True, base_path="org/name")
 
 
-def test_the_configuration_keeps_the_blank_lines_of_its_texts():
+def test_card_keeps_the_blank_lines_of_texts_in_the_configuration():
     text = "a: 'one\n\n\n\n  two'\n"
     card = render_card(facts(config_yaml=text), adapter=True, base_path="org/name")
     assert f"```yaml\n{text}```" in card
 
 
-def test_nothing_is_claimed_that_nobody_measured():
+def test_card_claims_nothing_that_nobody_measured():
     text = render_card(facts({}), adapter=False, base_path="org/name")
     assert (
         "No held-out data was evaluated" in text
@@ -86,14 +86,14 @@ def test_nothing_is_claimed_that_nobody_measured():
     assert "license" not in front_matter(text) and "peft" not in text
 
 
-def test_a_directory_is_named_by_its_last_part_only(tmp_path):
+def test_card_names_a_directory_by_its_last_part_only(tmp_path):
     base = tmp_path / "clinic" / "base-model"
     base.mkdir(parents=True)
     text = render_card(facts({**FACTS, "base_model": str(base)}), adapter=True, base_path=str(base))
     assert front_matter(text)["base_model"] == "base-model" and str(tmp_path) not in text
 
 
-def test_the_licence_is_the_one_the_base_states(tmp_path):
+def test_card_licence_is_the_one_that_the_base_states(tmp_path):
     assert licence_of(str(tmp_path)) is None
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: []\n---\nlicense: mine\n")
     assert licence_of(str(tmp_path)) == "apache-2.0"

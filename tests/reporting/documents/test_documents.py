@@ -144,7 +144,7 @@ def documents() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["card.md", *(f"{paper}.md" for paper in Paper)])
-def test_a_document_says_the_same_as_before_word_for_word(name):
+def test_document_is_word_for_word_the_recorded_one(name):
     assert documents()[name] == (EXPECTED / name).read_text(encoding="utf-8")
 
 

@@ -44,12 +44,12 @@ RUN = RunRecord(
         ("gpl-3.0", "mit", "gpl-3.0", ["same terms"]),
     ],
 )
-def test_conflicts_are_those_of_the_stated_licences(base, data, own, said):
+def test_licence_conflicts_are_those_of_the_stated_licences(base, data, own, said):
     lines = licence_conflicts(base, [{"name": "notes", "licence": data}], own)
     assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
 
 
-def test_compute_by_arithmetic():
+def test_compute_figures_by_arithmetic():
     took = compute(RUN, {"base_flop": "1e19", "device_watts": 500}, 1_000_000)
     assert took.flop == 6e15 and took.device_hours == pytest.approx(1000 / 3600 * 4)
     assert took.kwh == pytest.approx(1000 / 3600 * 4 / 2) and took.share == pytest.approx(6e-4) and took.beyond is False
@@ -57,13 +57,13 @@ def test_compute_by_arithmetic():
     assert compute(RUN, {"base_flop": 1.7e16}, 1_000_000).beyond is True
 
 
-def test_what_is_not_known_is_not_reckoned():
+def test_compute_figures_of_unknown_parts_are_left_open():
     took = compute(RunRecord(), {}, None)
     assert (took.flop, took.device_hours, took.kwh, took.share, took.beyond) == (None,) * 5
     assert compute(RUN, {}, 10).kwh is None
 
 
-def test_answers_to_no_question_and_papers_that_are_none(tmp_path):
+def test_papers_answers_to_no_question_and_unknown_papers_are_refused(tmp_path):
     file = tmp_path / "answers.yaml"
     file.write_text("provider: Clinic\nprovidr: x\nbase_flop: much\ncontact:\n")
     answers, problems = read_answers(str(file))
@@ -77,7 +77,7 @@ def test_answers_to_no_question_and_papers_that_are_none(tmp_path):
     assert "annex_x]: there is no such paper; did you mean annex_xi?" in line
 
 
-def test_they_are_told_when_a_run_is_composed(tmp_path, monkeypatch):
+def test_papers_problems_are_reported_when_a_run_is_composed(tmp_path, monkeypatch):
     from launch.config.compose import compose
 
     monkeypatch.chdir(tmp_path)
@@ -88,7 +88,7 @@ def test_they_are_told_when_a_run_is_composed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["measured", *Paper])
-def test_a_paper_of_a_run_that_recorded_nothing_says_so(name):
+def test_paper_of_a_run_that_recorded_nothing_says_so(name):
     text = render(name, ModelFacts(run=record_of({"config_sha256": "c"}, [])))
     assert ("not recorded" in text or name == "training_summary") and "None" not in text and "*Open:*" in text
 
@@ -101,7 +101,7 @@ def report(time, loss, base=None, rows="a"):
     return KeptReport(EVALUATION, Path("x"), content if base is None else {**content, "against": against})
 
 
-def test_a_newer_report_without_the_base_does_not_hide_what_was_measured_of_it():
+def test_card_keeps_the_base_of_an_older_report_beside_a_newer_one_without_it():
     facts = ModelFacts(artefact="weights", reports=[report(2, 10.21), report(1, 10.20, base=10.83)])
     (row,) = facts.measured
     assert (row["value"], row["base"], row["change"]["verdict"]) == (10.21, 10.83, "better")
@@ -110,7 +110,7 @@ def test_a_newer_report_without_the_base_does_not_hide_what_was_measured_of_it()
     assert (row["value"], row["base"]) == (10.21, None)
 
 
-def test_the_size_of_the_data_is_that_of_its_content_and_not_of_what_was_seen():
+def test_training_summary_has_the_size_of_the_data_and_not_of_what_was_seen():
     run = RunRecord(data_report={"train": {"documents": 8, "tokens": 1052}})
     text = render("training_summary", ModelFacts(run=run, tokens=126_240))
     assert "training data: 1,052 tokens in 8 documents; 126,240 tokens seen in training, each 120 times" in text

@@ -54,7 +54,7 @@ def test_the_card_has_metadata_that_the_hub_reads_and_every_measurement(exported
     assert "How many watts" in card.text and "*Open:*" in card.text
 
 
-def test_every_paper_says_that_it_is_no_advice_what_is_open_and_nothing_of_the_machine(exported):
+def test_papers_say_that_they_are_no_advice_what_is_open_and_nothing_of_the_machine(exported):
     run, export = exported
     for name in PAPERS:
         text = (export / "papers" / f"{name}.md").read_text()
@@ -72,7 +72,7 @@ def test_every_paper_says_that_it_is_no_advice_what_is_open_and_nothing_of_the_m
     )
 
 
-def test_numbers_of_other_weights_are_left_out_and_it_is_said(exported):
+def test_card_leaves_out_numbers_of_other_weights_and_says_so(exported):
     run, export = exported
     for report in (run / "reports").glob("*.json"):
         told = json.loads(report.read_text())
