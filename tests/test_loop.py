@@ -62,7 +62,7 @@ def test_epochs_cover_every_document_and_reach_into_the_next(root, tmp_path):
     assert steps[-1]["tokens"] > 2 * once > steps[-2]["tokens"]
 
 
-def test_tokens_as_budget_end_with_the_step_that_reaches_them(root, tmp_path):
+def test_budget_of_tokens_ends_with_the_step_that_reaches_it(root, tmp_path):
     assert run(root, tmp_path, budget__tokens=1000) == 0
     steps = [row for row in rows(tmp_path) if "loss" in row]
     assert steps[-1]["tokens"] >= 1000 > steps[-2]["tokens"]
@@ -88,14 +88,14 @@ def test_early_stopping_keeps_the_best(root, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000008"]
 
 
-def test_a_metric_that_no_evaluation_has_ends_the_run_before_its_first_step(root, tmp_path, capfd):
+def test_early_stopping_on_an_unknown_metric_is_refused_before_the_first_step(root, tmp_path, capfd):
     assert run(root, tmp_path, budget__steps=2, evaluation__watch="eval/foo") == 64
     shown = capfd.readouterr().err
     assert "evaluation.watch=eval/foo: the evaluation yields eval/loss, eval/perplexity" in shown
     assert "Traceback" not in shown and not losses(tmp_path)
 
 
-def test_the_best_stays_where_a_better_one_could_not_be_saved(root, tmp_path, monkeypatch):
+def test_best_checkpoint_stays_where_a_better_one_could_not_be_saved(root, tmp_path, monkeypatch):
     """What was noted as best, and was not there, used to stand for the one that was: the next save deleted that."""
 
     class Full(atomic_io.Disk):

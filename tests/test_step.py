@@ -17,11 +17,11 @@ def units(config):
     return [type(block).__name__ for block in step.shard_units()]
 
 
-def test_a_block_that_shares_its_parameters_is_left_to_the_whole():
+def test_sharded_units_leave_out_a_block_that_shares_its_parameters():
     """BERT's embeddings are a block of their own by its list, and the head's matrix too."""
     assert units(transformers.BertConfig(**SIZES, is_decoder=True)) == ["BertLayer", "BertLayer"]
 
 
-def test_ordinary_blocks_are_all_units():
+def test_sharded_units_are_all_ordinary_blocks():
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)
     assert units(config) == ["LlamaDecoderLayer"] * 2

@@ -21,7 +21,7 @@ from trainer.planner.model_blocks import BlockPattern, block_pattern, repeating_
         ("a", BlockPattern(1, None)),
     ],
 )
-def test_model_blocks_that_come_once_are_found_before_those_that_repeat(kinds, found):
+def test_model_blocks_pattern_has_the_fewest_blocks_before_those_that_repeat(kinds, found):
     assert repeating_pattern(kinds) == found
 
 

@@ -45,7 +45,7 @@ def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
     assert found[1][4], "there was an exchange"
 
 
-def test_a_run_on_a_gpu_has_its_own_device_after_a_simulation(monkeypatch):
+def test_simulation_leaves_a_run_on_a_gpu_its_own_device(monkeypatch):
     """DeepSpeed takes `LOCAL_RANK` for the number of the GPU: of one that a rank sees alone, as under SLURM, it is 0."""
     from strategies.deepspeed_library import settle_accelerator
 

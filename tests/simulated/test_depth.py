@@ -88,7 +88,7 @@ def _near(found, exact):
 
 
 @pytest.mark.parametrize("case", chosen(MATRIX, marks, cost=lambda case: case.accumulation), ids=str)
-def test_moderate(tmp_path, case, monkeypatch):
+def test_depth_extrapolation_equals_the_full_simulation_of_a_moderate_model(tmp_path, case, monkeypatch):
     # Of seven blocks the whole is simulated, which takes no longer than the two shallow models: here they are compared with it.
     monkeypatch.setattr(
         depth_extrapolation, "shallow_depths", lambda *_, ends_overlap: (3, 4) if ends_overlap else (4, 5)
@@ -98,7 +98,7 @@ def test_moderate(tmp_path, case, monkeypatch):
 
 @pytest.mark.skipif(not EVERYTHING, reason="takes minutes: SHARDTUNE_TEST_ALL=1")
 @pytest.mark.parametrize(("size", "case", "world"), LARGE, ids=str)
-def test_large(tmp_path, size, case, world):
+def test_depth_extrapolation_equals_the_full_simulation_of_a_large_model(tmp_path, size, case, world):
     agree(model(tmp_path, size), case, world, [2048, 2048])
 
 
@@ -113,7 +113,7 @@ def test_two_depths_are_of_the_remainder():
     assert shallow_depths(32, ends=5) == (10, 11)
 
 
-def test_what_zero3_keeps_gathered_is_a_number_of_parameters(tmp_path):
+def test_depth_extrapolation_allows_for_blocks_that_zero3_keeps_gathered(tmp_path):
     """Where it holds the blocks of both shallow models, their difference says nothing of further blocks."""
     wide = Case("zero3", "lora", "bf16").config(model(tmp_path, "8B"), 8)
     assert end_blocks_of(wide) == 5  # four of 218 million each beside that in use

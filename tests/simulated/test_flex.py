@@ -33,14 +33,14 @@ def stepped(model, kernel, checkpointing="none"):
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "gemma2"])
-def test_a_gpu_that_is_only_meant_gets_it_for_sinks_and_soft_caps(name, tmp_path):
+def test_flex_attention_is_simulated_for_sinks_and_soft_caps_without_a_gpu(name, tmp_path):
     """Without a GPU in this machine; and the host waits for no value."""
     kernel, found = stepped(model_dir(tmp_path, name, head_dim=16), "auto")
     assert kernel == flex.NAME
     assert not found.host_reads
 
 
-def test_its_work_is_that_of_the_documents_and_done_again_where_blocks_are_recomputed(tmp_path):
+def test_flex_attention_work_is_that_of_the_documents_and_repeats_with_recomputation(tmp_path):
     model = model_dir(tmp_path, "llama", head_dim=16)
     (kernel, plain), (other, expected) = stepped(model, "flex"), stepped(model, "varlen")
     assert (kernel, other) == (flex.NAME, attention.NAME)

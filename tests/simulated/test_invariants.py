@@ -29,7 +29,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("case", "world"), CASES, ids=[name_of(*one) for one in CASES])
-def test_step(place, case, world):
+def test_simulated_step_has_its_invariants_and_recorded_numbers(place, case, world):
     model = case.model_in(place)
     found = simulated(case, model, world)
     assert wrong(case, found, simulated(case, model, world, world - 1, repeat=0) if world > 1 else found) == []
@@ -73,7 +73,7 @@ def read(engine, squared):
     ("broken", "said"), [(on_host, "tensor of the host"), (on_one_rank, "hangs"), (read, "the host waits")]
 )
 def test_an_engine_that_does_wrong_is_seen(place, monkeypatch, broken, said):
-    """Each of what `test_step` asks for, broken once in the engine's own step."""
+    """Each rule of `test_simulated_step_has_its_invariants_and_recorded_numbers`, broken once in the engine's own step."""
     monkeypatch.setattr(Fsdp2Engine, "_reduce_norm", broken)
     case = Case("fsdp2", "full", "bf16")
     found, last = (simulated(case, case.model_in(place), 8, rank, repeat=0) for rank in (0, 7))
@@ -104,7 +104,7 @@ def test_arithmetic_of_a_mixture_is_that_of_a_dense_model_as_wide_as_the_experts
     assert simulated(mixture, path, 1).flops == simulated(dense, plain, 1).flops + routers
 
 
-def test_a_simulation_leaves_nothing_to_the_next_one_or_to_real_tensors(place):
+def test_simulation_leaves_nothing_to_the_next_one_or_to_real_tensors(place):
     """The values that 4-bit codes stand for are kept from step to step."""
     case = Case("single", "nf4", "bf16")
     first, second = (comparable(simulated(case, case.model_in(place), 1, device=torch.device("cpu"))) for _ in range(2))

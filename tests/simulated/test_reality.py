@@ -72,7 +72,7 @@ def as_json(found):
     chosen(MATRIX, lambda case: values((*astuple(case[0]), *case[1:])), lambda case: case[0].accumulation),
     ids=str,
 )
-def test_on_real_tensors_of_one_rank(place, case, world, architecture):
+def test_simulation_equals_real_tensors_of_one_rank(place, case, world, architecture):
     """To the byte, in every moment and by kind; and every exchange. Only the other ranks are made up."""
     model = model_dir(place, architecture)
     found = as_json(simulated(case, model, world, world - 1, device=CPU))
@@ -80,7 +80,7 @@ def test_on_real_tensors_of_one_rank(place, case, world, architecture):
 
 
 @pytest.mark.parametrize("case", chosen(TOGETHER, kept), ids=str)
-def test_on_two_real_ranks(place, ranks, case):
+def test_simulation_equals_two_real_ranks(place, ranks, case):
     """With gloo between them, to the byte in every moment and by kind.
 
     A thread of gloo may still hold something when a step is counted, another time nothing: then the rank is asked again. It

@@ -11,7 +11,7 @@ from trainer.planner.simulate import simulate
 from trainer.planner.simulation import step_parts
 
 
-def test_on_many_gpus_the_look_ahead_costs_one_small_reduction_and_no_wait(tmp_path):
+def test_router_look_ahead_costs_one_small_reduction_and_no_wait_on_many_gpus(tmp_path):
     model = model_dir(tmp_path, "mixtral")
     found = []
     for words in ({}, {"router_aux_loss": 0.5}):

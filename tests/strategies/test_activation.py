@@ -17,7 +17,7 @@ from trainer.step import TrainStep
 
 
 @pytest.mark.parametrize("mode", [ActivationCheckpointing.full, ActivationCheckpointing.selective])
-def test_nothing_that_transformers_has_deprecated_is_called(mode, tmp_path):
+def test_recomputation_calls_nothing_that_transformers_has_deprecated(mode, tmp_path):
     config = AutoConfig.from_pretrained(tiny_model_dir(tmp_path, "llama"))
     step = TrainStep(AutoModelForCausalLM.from_config(config), Sft(), {"LlamaDecoderLayer"})
     blocks = step.shard_units()

@@ -78,7 +78,7 @@ def on(monkeypatch):
 DATA = bytes(range(256)) * 9
 
 
-def test_short_writes_and_reads_lose_nothing(tmp_path, on):
+def test_atomic_io_short_writes_and_reads_lose_nothing(tmp_path, on):
     on(most=7)
     written = write_new(tmp_path / "a", DATA)
     assert (tmp_path / "a").read_bytes() == DATA == read_bytes(tmp_path / "a", most=10**6)
@@ -86,19 +86,19 @@ def test_short_writes_and_reads_lose_nothing(tmp_path, on):
 
 
 @pytest.mark.parametrize("call", ["write", "sync"])
-def test_a_disk_that_fails_is_not_taken_for_one_that_has_written(tmp_path, on, call):
+def test_atomic_io_write_to_a_failing_disk_raises(tmp_path, on, call):
     on(call=call)
     with pytest.raises(OSError, match="Input/output error"):
         write_new(tmp_path / "a", DATA)
 
 
-def test_a_disk_that_takes_nothing_ends_the_write(tmp_path, on):
+def test_atomic_io_write_to_a_disk_that_takes_nothing_ends(tmp_path, on):
     on(most=0)
     with pytest.raises(OSError, match="no more bytes"):
         write_new(tmp_path / "a", DATA)
 
 
-def test_a_lasting_read_error_is_damage_and_said(tmp_path, on):
+def test_atomic_io_lasting_read_error_is_damage_and_named(tmp_path, on):
     written = write_new(tmp_path / "a", DATA)
     on(call="read", times=10**6)
     assert file_difference(tmp_path, written) == "a cannot be read (Input/output error)"
@@ -107,7 +107,7 @@ def test_a_lasting_read_error_is_damage_and_said(tmp_path, on):
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ETIMEDOUT])
 @pytest.mark.parametrize("call", ["open", "read"])
-def test_a_passing_error_is_looked_at_three_times_over_30_seconds(tmp_path, on, call, code):
+def test_atomic_io_retries_a_passing_error_three_times_over_30_seconds(tmp_path, on, call, code):
     """Of all files of a checkpoint together: a disk that failed for so long is not waited for again at the next one."""
     said = []
     written = write_new(tmp_path / "a", DATA)
@@ -135,7 +135,7 @@ def test_a_file_that_ends_too_early_is_not_waited_for(tmp_path, on):
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])
-def test_what_another_host_has_just_written_is_waited_for(tmp_path, on, code):
+def test_atomic_io_waits_for_a_file_that_another_host_has_just_written(tmp_path, on, code):
     written = write_new(tmp_path / "a", DATA)
     disk = on(call="open", code=code, times=6)
     assert file_difference(tmp_path, written) is None and 1 < disk.slept < atomic_io.PATIENCE_S
@@ -146,14 +146,14 @@ def test_what_another_host_has_just_written_is_waited_for(tmp_path, on, code):
     assert write_new(tmp_path / "b", DATA).size == len(DATA)
 
 
-def test_nobody_waits_for_a_disk_that_is_broken(tmp_path, on):
+def test_atomic_io_does_not_wait_for_a_broken_disk(tmp_path, on):
     disk = on(call="open", code=errno.EIO)
     with pytest.raises(OSError, match="Input/output"), NewFile(tmp_path / "a"):
         pass
     assert disk.slept == 0
 
 
-def test_a_directory_is_published_after_what_it_holds_is_on_the_disk(tmp_path, on):
+def test_atomic_io_publishes_a_directory_after_its_content_is_on_the_disk(tmp_path, on):
     disk = on()
     make_directories(tmp_path / "checkpoints" / ".aside")
     write_new(tmp_path / "checkpoints" / ".aside" / "file", DATA)
@@ -168,7 +168,7 @@ def test_a_directory_is_published_after_what_it_holds_is_on_the_disk(tmp_path, o
     ]
 
 
-def test_no_room_is_said_in_numbers(tmp_path, on):
+def test_atomic_io_names_missing_space_in_numbers(tmp_path, on):
     free = atomic_io.disk.free(tmp_path)
     assert missing_space(tmp_path, 1) is None and free > 0
     assert missing_space(tmp_path, 2**60).startswith(f"No space left on {tmp_path}: 1073741824.0 GiB are needed and ")

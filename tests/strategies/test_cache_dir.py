@@ -5,7 +5,7 @@ from pathlib import Path
 from strategies.cache_dir import cache_directory
 
 
-def test_the_variable_names_it_and_an_empty_one_does_not(monkeypatch):
+def test_cache_directory_is_that_of_the_variable_unless_it_is_empty(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("SHARDTUNE_CACHE", "~/scratch")
     assert cache_directory() == Path("/home/somebody/scratch")

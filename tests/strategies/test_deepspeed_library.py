@@ -18,6 +18,6 @@ print(json.dumps(["mlflow" in sys.modules, importlib.util.find_spec("mlflow") is
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="needs mlflow")
-def test_a_tracker_is_not_imported_with_it_and_can_be_afterwards():
+def test_deepspeed_import_leaves_out_trackers_that_can_be_imported_afterwards():
     done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == [False, True]

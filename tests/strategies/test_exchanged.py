@@ -21,19 +21,19 @@ def reports(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "ddp"])
-def test_as_much_as_methods_are_called_with(reports, case):
+def test_exchange_counted_is_what_the_methods_are_called_with(reports, case):
     for report in reports:
         assert report[case]["exchanged"] == report[case]["methods"] != {}
 
 
-def test_what_the_reducer_of_ddp_calls_from_cpp(reports):
+def test_exchange_of_the_ddp_reducer_is_counted_in_cpp(reports):
     """Which no method in Python sees."""
     for report in reports:
         assert report["ddp"]["methods"] == {} and report["ddp"]["exchanged"] == {ALL_REDUCE: report["ddp"]["gradients"]}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_as_much_through_the_memory_of_the_host(reports, case):
+def test_exchange_through_host_memory_is_counted_alike(reports, case):
     for report in reports:
         assert report[f"{case} shared"]["exchanged"] == report[case]["exchanged"]
         assert report[case]["waited"] is False and report[f"{case} shared"]["waited"] is (case != "hsdp")
@@ -48,7 +48,7 @@ def test_shards_are_gathered_and_scattered(reports):
         )
 
 
-def test_nobody_counts_for_another(group_of_one):
+def test_exchange_counters_within_each_other_count_separately(group_of_one):
     """Counters within each other have each what was exchanged while they were open, and none has what came later."""
     with count_communication() as outer:
         group_of_one()
@@ -58,7 +58,7 @@ def test_nobody_counts_for_another(group_of_one):
     assert (outer.sizes, inner.sizes) == ({ALL_REDUCE: 24}, {ALL_REDUCE: 12})
 
 
-def test_counters_that_have_the_same_numbers_are_not_mistaken_for_each_other(group_of_one):
+def test_exchange_counters_with_equal_numbers_are_not_mistaken_for_each_other(group_of_one):
     with count_communication() as outer:
         with count_communication() as inner:
             pass

@@ -25,7 +25,7 @@ def test_more_ranks_than_experts_are_refused_with_the_replicas_that_fit():
         check_experts(step(5, 4, 4), 6, "fsdp2")
 
 
-def test_what_has_three_dimensions_and_is_no_expert_is_dealt():
+def test_experts_room_ignores_other_parameters_of_three_dimensions():
     model = nn.Module()
     model.probe = nn.Parameter(torch.empty(1, 1, 8, device="meta"))
     check_experts(model, 8, "fsdp2")

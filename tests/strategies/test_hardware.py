@@ -50,7 +50,7 @@ def described(monkeypatch):
 
 
 @pytest.mark.parametrize(("card", "precision"), CARDS, ids=lambda value: getattr(value, "name", ""))
-def test_auto_asks_for_the_capability_and_not_for_emulation(card, precision, described, monkeypatch):
+def test_precision_auto_goes_by_the_capability_and_not_by_emulation(card, precision, described, monkeypatch):
     described(card)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # what torch says of all of them
     assert gpu_of(torch.device("cuda:0")) == card
@@ -58,13 +58,13 @@ def test_auto_asks_for_the_capability_and_not_for_emulation(card, precision, des
     assert attention._has_flash(torch.device("cuda:0"), 128) == (precision is Precision.bf16)
 
 
-def test_what_was_asked_stays_and_cpus_compute_in_fp32():
+def test_precision_that_was_typed_stays_and_cpus_compute_in_fp32():
     assert build.resolve_precision(Precision.bf16, rank("cpu")) is Precision.bf16
     assert build.resolve_precision(Precision.auto, rank("cpu")) is Precision.fp32
     assert best_precision(gpu_of(torch.device("cpu"))) is Precision.fp32
 
 
-def test_all_ranks_take_what_the_least_of_them_has(described, monkeypatch):
+def test_precision_auto_is_that_of_the_least_capable_rank(described, monkeypatch):
     described(Gpu("NVIDIA H100 80GB HBM3", (9, 0)))
     monkeypatch.setattr(build, "gather_objects", lambda mine, runtime: [mine, Precision.fp16])
     assert build.resolve_precision(Precision.auto, rank()) is Precision.fp16
@@ -81,7 +81,7 @@ def test_all_ranks_take_what_the_least_of_them_has(described, monkeypatch):
         ("[N/A]\n", Precision.auto),
     ],
 )
-def test_the_launcher_asks_the_driver(said, precision, monkeypatch):
+def test_precision_auto_of_the_launcher_is_asked_of_the_driver(said, precision, monkeypatch):
     answer = subprocess.CompletedProcess([], 0, stdout=said)
     monkeypatch.setattr(compose.subprocess, "run", lambda *_, **__: answer)
     assert compose._best_precision(Device.cuda) is precision
@@ -122,7 +122,7 @@ def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
         compose.compose([*words, "launcher.processes=4", "strategy=fsdp2"])
 
 
-def test_a_run_on_cpus_beside_gpus_says_why(tmp_path, monkeypatch):
+def test_device_auto_on_cpus_beside_gpus_says_why(tmp_path, monkeypatch):
     """A driver that is too old for this torch let a run of `run.device=auto` go on, without a word, on the CPU."""
 
     def too_old():
@@ -158,7 +158,7 @@ print(advice(Precision.bf16, "cpu"))
         ({"neon": True, "bf16": True}, True),
     ],
 )
-def test_bf16_that_a_processor_emulates_is_told(known, runs, monkeypatch):
+def test_bf16_that_a_processor_emulates_is_reported(known, runs, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     assert cpu_has_bf16() == runs
@@ -168,7 +168,7 @@ def test_bf16_that_a_processor_emulates_is_told(known, runs, monkeypatch):
     assert advice(Precision.bf16, "cuda") is None
 
 
-def test_instructions_that_onednn_may_not_use_do_not_count():
+def test_bf16_instructions_that_onednn_may_not_use_do_not_count():
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     shown = subprocess.run(
         [sys.executable, "-c", EMULATES], env=environment, capture_output=True, text=True, check=True

@@ -39,7 +39,7 @@ def server():
         process.kill()
 
 
-def test_a_rank_that_is_cut_off_from_the_store_says_so_and_ends(server, monkeypatch, capfd):
+def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, monkeypatch, capfd):
     process, store = server
     monkeypatch.setattr(heartbeat, "ANSWER_S", 0.2)
     monkeypatch.setattr(heartbeat, "CUT_OFF_S", 0.0)
@@ -65,7 +65,7 @@ def test_a_rank_that_is_cut_off_from_the_store_says_so_and_ends(server, monkeypa
     assert "the link is down, or that host hangs; this rank ends after 1 s without progress" in capfd.readouterr().err
 
 
-def test_a_rank_says_that_the_others_do_not_come(monkeypatch, capfd):
+def test_rendezvous_reports_that_other_ranks_do_not_come(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "REPORT_EVERY_S", 0.1)
     job = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in job.items():

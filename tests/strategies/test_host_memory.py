@@ -23,7 +23,7 @@ def reports(tmp_path_factory):
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(3)]
 
 
-def test_collectives_equal_gloos(reports):
+def test_host_memory_collectives_equal_those_of_gloo(reports):
     for report in reports:
         for key in report.keys() & {"all", "barrier", "pair"}:
             assert len(report[key]) == 6 * 3
@@ -33,26 +33,26 @@ def test_collectives_equal_gloos(reports):
     assert all("all" in report and "barrier" in report for report in reports)
 
 
-def test_a_sum_is_the_same_on_every_rank(reports):
+def test_host_memory_sum_is_the_same_on_every_rank(reports):
     assert all(report["bits"] for report in reports)
 
 
-def test_no_file_stays_open(reports):
+def test_host_memory_leaves_no_file_open(reports):
     assert [report["descriptors"] for report in reports] == [0, 0, 0]
 
 
-def test_one_rank_that_cannot_keeps_all_from_it(reports):
+def test_host_memory_is_used_by_no_rank_if_one_cannot(reports):
     for report in reports:
         assert set(report["refused"]) == {"no memory file", "another host", "cannot be mapped", "forbidden"}
         assert all(report["refused"].values())
 
 
-def test_small_and_other_collectives_stay_with_deepspeed(reports):
+def test_host_memory_leaves_small_and_other_collectives_to_deepspeed(reports):
     asked = ["all_reduce", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"]
     assert [report["left to DeepSpeed"] for report in reports] == [asked] * 3
 
 
-def test_the_norm_given_to_deepspeed(reports):
+def test_host_memory_norm_given_to_deepspeed(reports):
     """sqrt(9 (1 + 4 + 9)) over the ranks; -1, as DeepSpeed expects, where it is not finite."""
     for report in reports:
         assert report["norms"] == pytest.approx([126**0.5, -1.0], rel=1e-6)
@@ -68,7 +68,7 @@ def waiting_for(process: int, timeout_s: float, monkeypatch) -> HostMemory:
     return HostMemory(None, regions, [os.getpid(), process], timeout_s)
 
 
-def test_a_peer_that_ended_ends_the_wait(monkeypatch):
+def test_host_memory_wait_ends_when_a_peer_ended(monkeypatch):
     """Also while nobody has asked for its exit status."""
     peer = subprocess.Popen([sys.executable, "-c", "pass"])
     with pytest.raises(RuntimeError, match=r"rank 0 waited \d+ s for its peer 1, which has ended") as caught:
@@ -79,7 +79,7 @@ def test_a_peer_that_ended_ends_the_wait(monkeypatch):
         waiting_for(peer.pid, 60, monkeypatch).all_reduce(torch.ones(5), average=False)
 
 
-def test_a_peer_that_hangs_ends_the_wait(monkeypatch):
+def test_host_memory_wait_ends_when_a_peer_hangs(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"timed out: rank 0 waited \d+ s for its peer 1 \(run.timeout_s=0\)"
     ) as caught:

@@ -49,7 +49,7 @@ def on(monkeypatch, processor):
         (Processor("", 0, "default", "accelerate"), "blas (oneDNN was not measured on this processor with default"),
     ],
 )
-def test_auto_goes_by_the_processor(monkeypatch, processor, chosen):
+def test_matmul_auto_goes_by_the_processor(monkeypatch, processor, chosen):
     on(monkeypatch, processor)
     choice = matmul.choose_library(Matmul.auto)
     assert str(choice).startswith(chosen)
@@ -86,7 +86,7 @@ def test_the_processor_is_read_from_the_kernel_and_torch(monkeypatch, tmp_path):
     assert here().family == 0
 
 
-def test_ranks_on_different_processors_take_the_same():
+def test_matmul_library_is_the_same_on_ranks_with_different_processors():
     matmul._use(onednn=True)
     blas, onednn = MatmulChoice(Matmul.blas, "unknown here"), MatmulChoice(Matmul.onednn, "fast here")
     assert matmul.agree_on_library([onednn, onednn], 1) == onednn
@@ -121,7 +121,7 @@ def test_a_processor_that_would_round_is_refused(monkeypatch, asked):
         ("auto", None, None),  # on a GPU nothing is chosen
     ],
 )
-def test_run_json_tells_what_was_taken(tmp_path, asked, settled, recorded):
+def test_matmul_library_is_recorded_in_run_json(tmp_path, asked, settled, recorded):
     config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=1)
     config.run.matmul = Matmul(asked)
     runtime = Runtime(0, 1, 0, 1, torch.device("cpu"), None, matmul=settled)
@@ -184,7 +184,7 @@ def test_attention_of_short_documents_stays_with_blas(monkeypatch, softcap, long
         torch.testing.assert_close(a, b, rtol=0 if of_seven == "blas" else 1e-5, atol=0 if of_seven == "blas" else 1e-6)
 
 
-def test_both_libraries_take_the_same_steps(tmp_path):
+def test_matmul_libraries_take_the_same_steps(tmp_path):
     """Losses and gradient norms agree to 1e-5."""
     curves = {}
     for asked in (Matmul.blas, Matmul.onednn):

@@ -29,7 +29,7 @@ def test_parameters_need_no_memory_and_buffers_have_values():
     assert torch.zeros(2, 2**10, 2**10).device.type == "cpu"
 
 
-def test_nothing_is_drawn_for_a_parameter_without_memory_and_all_else_is():
+def test_meta_parameters_draw_no_random_numbers_and_all_else_does():
     """Torch's own functions draw what is real; random numbers go on from where they were."""
     before = torch.get_rng_state()
     with meta_context():

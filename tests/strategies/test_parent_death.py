@@ -39,7 +39,7 @@ threading.Thread(target=fit_check.call_in_process, args=(said, (), 600), daemon=
         values,
     ),
 )
-def test_what_was_forked_ends_with_a_parent_that_is_killed(module, number):
+def test_forked_processes_end_with_a_parent_that_is_killed(module, number):
     more = APART if module == "trainer.planner.sweep" else ""
     command = [sys.executable, "-c", FORKS.format(module=module, more=more)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=clean_environment()) as parent:

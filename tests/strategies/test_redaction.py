@@ -82,7 +82,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_text_that_looks_like_a_secret_is_hidden_and_its_surroundings_stay(text):
+def test_redaction_hides_a_text_that_looks_like_a_secret_and_keeps_its_surroundings(text):
     assert redacted(text) == TEXTS[text]
     assert secret_in(text) is not None
     assert redacted(TEXTS[text]) == TEXTS[text]
@@ -98,7 +98,7 @@ def test_a_text_that_looks_like_a_secret_is_hidden_and_its_surroundings_stay(tex
         "https://host:8443/v1",
     ],
 )
-def test_ordinary_texts_stay(text):
+def test_redaction_keeps_ordinary_texts(text):
     assert redacted(text) == text
     assert secret_in(text) is None
 

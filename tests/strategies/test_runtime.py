@@ -11,7 +11,7 @@ from strategies.runtime import usable_cores
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
 
 
-def test_quotas_of_cgroups_around_the_process_count(tmp_path, monkeypatch):
+def test_cpu_quotas_are_those_of_the_cgroups_around_the_process(tmp_path, monkeypatch):
     inner = tmp_path / "system.slice" / "job_1"
     inner.mkdir(parents=True)
     (tmp_path / "membership").write_text("0::/system.slice/job_1\n")
@@ -51,7 +51,7 @@ def test_torchruns_single_thread_is_no_limit(monkeypatch):
 
 
 @pytest.mark.parametrize(("world", "failed", "destroyed"), [(1, True, 1), (2, False, 1), (2, True, 0)])
-def test_groups_of_a_failed_rank_stay_for_its_peers(world, failed, destroyed, monkeypatch):
+def test_process_groups_of_a_failed_rank_stay_for_its_peers(world, failed, destroyed, monkeypatch):
     """NCCL would wait in destroy for the collective in which a peer sits."""
     calls = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -81,7 +81,7 @@ def test_many_ranks_connect_when_they_first_talk(monkeypatch):
         os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
 
 
-def test_a_second_run_of_a_process_knows_nothing_of_the_first_ones_groups(tmp_path, monkeypatch):
+def test_second_run_of_a_process_knows_nothing_of_the_process_groups_of_the_first(tmp_path, monkeypatch):
     """DeepSpeed keeps them beyond their end."""
     config = run_config(model_dir(tmp_path), "zero2", "full", micro=4)
     data, curves, threads = data_set(tmp_path, uneven=False), [], torch.get_num_threads()

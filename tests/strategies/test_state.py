@@ -62,7 +62,7 @@ def save_as(path: Path, world: int, values: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("writers", [1, 3, 7])
-def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, writers):
+def test_state_written_by_any_number_of_ranks_is_read_by_any_other(tmp_path, writers):
     values = whole()
     save_as(tmp_path, writers, values)
     for readers in (1, 2, 5):
@@ -75,7 +75,7 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, writers):
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])
-def test_what_rank_0_sees_is_waited_for_where_another_host_has_just_written_it(tmp_path, monkeypatch, code):
+def test_state_that_rank_0_sees_is_waited_for_where_another_host_has_just_written_it(tmp_path, monkeypatch, code):
     """Also progress and index, and not what nobody sees."""
 
     class Late(atomic_io.Disk):
@@ -102,7 +102,7 @@ def test_what_rank_0_sees_is_waited_for_where_another_host_has_just_written_it(t
     assert atomic_io.disk.slept == 0
 
 
-def test_the_files_are_plain_safetensors(tmp_path):
+def test_state_files_are_plain_safetensors(tmp_path):
     """By the library's own reader, which knows nothing of the index."""
     values = whole()
     save_as(tmp_path, 2, values)
@@ -114,7 +114,7 @@ def test_the_files_are_plain_safetensors(tmp_path):
         assert torch.equal(torch.cat(parts), expected)
 
 
-def test_what_is_returned_is_what_lies_there_and_other_types_come_as_float32(tmp_path):
+def test_state_is_returned_as_stored_and_other_types_as_float32(tmp_path):
     half = {"weight": torch.arange(6, dtype=torch.bfloat16), "step": torch.ones(6, dtype=torch.uint8)}
     files = RankState(
         [FlatRange("a", 6, 0, half), FlatRange("b", 6, 0, half, write=False)], header().json(), ALONE
@@ -134,13 +134,13 @@ def test_what_is_returned_is_what_lies_there_and_other_types_come_as_float32(tmp
         ([FlatRange("a", 5, 0, {"weight": torch.zeros(5)})], "has 4 elements of a/weight, this run 5"),
     ],
 )
-def test_the_state_of_another_kind_of_run_is_refused(tmp_path, runs, said):
+def test_state_of_another_kind_of_run_is_refused(tmp_path, runs, said):
     RankState([FlatRange("a", 4, 0, {"weight": torch.zeros(4)})], header().json(), ALONE).save(tmp_path)
     with pytest.raises(ConfigError, match=said):
         load_state(tmp_path, runs, ALONE)
 
 
-def test_a_part_that_is_missing_twice_or_elsewhere_is_refused():
+def test_state_index_with_a_missing_doubled_or_outside_part_is_refused():
     file = FILE_NAME.format(0)
     good = {"a/weight": [[file, 0, 3, 8], [file, 3, 2, 20]]}
     assert parse_index(json.dumps(good).encode())["a/weight"][1].length == 2
@@ -191,7 +191,7 @@ def test_a_part_that_is_missing_twice_or_elsewhere_is_refused():
         {"more": 1},
     ],
 )
-def test_progress_that_is_none_is_refused(tmp_path, change):
+def test_state_with_damaged_progress_is_refused(tmp_path, change):
     RankState([], header().json(), ALONE).save(tmp_path)
     raw = json.loads((tmp_path / "progress.json").read_text())
     (tmp_path / "progress.json").write_text(json.dumps({**raw, **change}))
@@ -199,12 +199,12 @@ def test_progress_that_is_none_is_refused(tmp_path, change):
         read_header(tmp_path)
 
 
-def test_progress_that_never_improved_is_not_mistaken_for_damage(tmp_path):
+def test_state_with_progress_that_never_improved_is_not_damaged(tmp_path):
     RankState([], header(progress=Progress(step=1, best_metric=float("inf"))).json(), ALONE).save(tmp_path)
     assert read_header(tmp_path).progress.best_metric == float("inf")
 
 
-def test_without_room_not_a_byte_is_written(tmp_path, monkeypatch):
+def test_state_without_room_is_not_begun(tmp_path, monkeypatch):
     from strategies import atomic_io
 
     class Full(atomic_io.Disk):
@@ -259,7 +259,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     return data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :] if data else b"\0"
 
 
-def test_no_file_runs_code_raises_what_nobody_expects_or_leaves_memory_unread(tmp_path, monkeypatch):
+def test_state_file_runs_no_code_raises_only_known_errors_and_leaves_no_memory_unread(tmp_path, monkeypatch):
     """Sealed anew, as an attacker would: the seal is no protection here, the format is."""
     monkeypatch.chdir(tmp_path)
     real = torch.empty
@@ -324,7 +324,7 @@ def test_the_alarm_of_the_test_above_rings(tmp_path, monkeypatch):
     UNPICKLED.clear()
 
 
-def test_held_names_are_those_of_the_parameter_and_its_moment():
+def test_state_elements_are_named_by_parameter_and_moment():
     held = FlatRange("a", 9, 3, {"weight": torch.ones(2), "exp_avg": torch.ones(0)}).local_elements()
     assert [(each.name, each.numel, each.start) for each in held] == [("a/weight", 9, 3)] and isinstance(
         held[0], LocalElements

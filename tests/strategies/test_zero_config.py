@@ -46,7 +46,7 @@ def test_steps_are_decided_on_the_device_where_the_optimizer_can(config, precisi
     assert steps_on_device(config, precision, optimizer) is expected
 
 
-def test_either_deepspeed_clips_and_checks_or_we_do():
+def test_zero_config_clips_in_deepspeed_or_in_our_engine():
     theirs, ours = settings(), settings(on_device=True)
     assert (theirs["gradient_clipping"], theirs["bf16"]["check_grad_overflow"]) == (0.5, True)
     assert (ours["gradient_clipping"], ours["bf16"]["check_grad_overflow"]) == (0.0, False)

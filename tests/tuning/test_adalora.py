@@ -114,7 +114,7 @@ def test_every_phase_is_resumed_bit_for_bit(root, runtime, tmp_path, at):
         assert torch.equal(one, other), name
 
 
-def test_the_state_of_the_allocation_decides_what_is_kept(root, runtime, tmp_path):
+def test_adalora_keeps_ranks_by_the_saved_state_of_the_allocation(root, runtime, tmp_path):
     """Without its importance a resumed run would keep other ranks: the test above is not blind."""
     first = trainer_of(root, runtime)
     list(steps_of(first, 4))
@@ -138,7 +138,7 @@ def test_the_penalty_is_added_once_a_step(root, runtime, micro):
     assert norms[2] != pytest.approx(norms[0], rel=1e-3)
 
 
-def test_a_skipped_step_teaches_the_allocation_nothing(root, runtime):
+def test_adalora_learns_nothing_from_a_skipped_step(root, runtime):
     trainer = trainer_of(root, runtime)
     list(steps_of(trainer, 4))
     engine = trainer.engine
@@ -161,7 +161,7 @@ def test_the_last_step_always_settles_the_ranks(root, runtime, steps):
         assert step < min(steps, 5) or sum(map(sum, kept(trainer).values())) == (2 * 14 if steps <= 5 else 4 * 14)
 
 
-def test_the_files_have_the_ranks_that_are_left(base, runtime, tmp_path):
+def test_adalora_files_have_the_ranks_that_are_left(base, runtime, tmp_path):
     from peft import PeftModel
 
     parts = trained(base, TUNING, runtime, steps=4)
@@ -178,7 +178,7 @@ def test_the_files_have_the_ranks_that_are_left(base, runtime, tmp_path):
     assert_same_logits(logits_of(PeftModel.from_pretrained(plain_base(base), str(written)).eval(), ids), reference)
 
 
-def test_a_run_that_stopped_in_between_is_exported_as_it_is(base, runtime, tmp_path):
+def test_adalora_run_stopped_before_the_ranks_settle_is_exported_as_it_is(base, runtime, tmp_path):
     """An entry that was set to zero learns on until the ranks are settled: leaving it out would change the model."""
     parts = trained(base, TUNING, runtime, steps=4)
     with torch.no_grad():

@@ -75,7 +75,7 @@ def test_modules_trained_in_full_go_on_too(base, made, runtime):
     assert [n for n, p in named_parameters(engine.step_module) if p.requires_grad and "lm_head" in n]
 
 
-def test_settings_left_alone_follow_the_adapter(made):
+def test_adapter_settings_left_alone_follow_the_adapter(made):
     directory = made("lora small", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=True)
     config = LoraConfig(from_=str(directory))
     taken = adopt_adapter_settings(config, {"tuning.from_"})
@@ -112,7 +112,7 @@ def test_the_word_is_tuning_from(words, made):
         ("tuning=full", "needs tuning="),
     ],
 )
-def test_other_settings_are_refused_with_both(words, made, typed, part):
+def test_adapter_settings_that_differ_are_refused_with_both_values(words, made, typed, part):
     directory = made("lora small", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=True)
     with pytest.raises(ConfigError) as caught:
         compose([*words, *typed.split(), f"tuning.from={directory}"])
@@ -126,14 +126,14 @@ def test_a_directory_without_an_adapter_is_refused(words, tmp_path):
             compose([*words, "tuning=lora", f"{key}={value}"])
 
 
-def test_an_adapter_of_other_modules_is_refused_when_the_model_is_built(base, made, runtime):
+def test_adapter_of_other_modules_is_refused_when_the_model_is_built(base, made, runtime):
     directory = made("lora small", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=True)
     config = LoraConfig(rank=2, alpha=6.0, rslora=True, targets=["q_proj", "k_proj"], from_=str(directory))
     with pytest.raises(ConfigError, match=r"missing in the file: .*k_proj.*in the file only: .*v_proj"):
         trained(base, config, runtime, steps=0)
 
 
-def test_what_composing_does_not_compare_is_compared_when_the_model_is_built(base, made, runtime):
+def test_adapter_settings_not_compared_when_composing_are_compared_at_the_build(base, made, runtime):
     directory = made("with bias", r=4, lora_alpha=32, lora_bias=True)
     with pytest.raises(ConfigError, match=r"lora_bias=True in its adapter_config.json, False here"):
         trained(base, LoraConfig(rank=4, from_=str(directory)), runtime, steps=0)
@@ -152,7 +152,7 @@ def test_folded_adapters_are_the_base(base, made, runtime, tuning, tmp_path):
     assert_same_logits(logits_of(plain_base(whole), ids), expected)
 
 
-def test_an_adapter_on_folded_ones_is_not_exported_alone(words, made):
+def test_adapter_on_folded_adapters_is_not_exported_alone(words, made):
     with pytest.raises(ConfigError, match=r"export.merge=true"):
         compose([*words, "tuning=lora", f"model.adapters=[{made('lora')}]"])
     compose([*words, "tuning=lora", f"model.adapters=[{made('lora')}]", "export.merge=true"])
@@ -161,7 +161,7 @@ def test_an_adapter_on_folded_ones_is_not_exported_alone(words, made):
             compose([*words, f"tuning={method}", f"model.adapters=[{made('lora')}]"])
 
 
-def test_what_cannot_be_folded_is_refused(base, made, words, runtime, tmp_path):
+def test_adapter_that_cannot_be_folded_is_refused(base, made, words, runtime, tmp_path):
     beft = made("peft beft")
     with pytest.raises(ConfigError, match="was made by beft, which cannot be folded"):
         compose([*words, "tuning=lora", "export.merge=true", f"model.adapters=[{beft}]"])
@@ -217,7 +217,7 @@ def test_cat_is_the_weighted_sum_of_the_updates(base, made, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["linear", "ties", "dare_linear", "dare_ties"])
-def test_other_combinations_are_peft_s_own(base, made, tmp_path, how):
+def test_adapter_combinations_other_than_cat_are_those_of_peft(base, made, tmp_path, how):
     from peft import PeftModel
 
     first, second = made("lora"), made("lora third", r=4, lora_alpha=32, seed=6)

@@ -93,7 +93,7 @@ def test_loss_and_gradients_are_pefts(pair):
     assert float(step(copy.deepcopy(ours))[0]) == float(found)
 
 
-def test_under_autocast_it_rounds_no_more_than_peft(pair):
+def test_expert_lora_under_autocast_rounds_no_more_than_peft(pair):
     stock, ours = pair
     loss, exact = step(copy.deepcopy(ours))
     (_, right), (found, grads) = step(stock, autocast=True), step(ours, autocast=True)
@@ -133,7 +133,7 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
-def test_nothing_of_the_size_of_the_weights_is_made(architecture):
+def test_expert_lora_makes_nothing_of_the_size_of_the_weights(architecture):
     """Two tokens, so that activations are far smaller than the weights of an expert module."""
     counts = {}
     for how in ("peft", "ours"):
@@ -147,7 +147,7 @@ def test_nothing_of_the_size_of_the_weights_is_made(architecture):
     assert counts["ours"] == 0 and counts["peft"] > 0
 
 
-def test_the_loop_of_old_devices_computes_the_same(monkeypatch):
+def test_expert_lora_loop_of_old_devices_computes_the_same(monkeypatch):
     """Where grouped products are missing, they are made expert by expert."""
     from transformers.integrations import moe
 
@@ -160,7 +160,7 @@ def test_the_loop_of_old_devices_computes_the_same(monkeypatch):
     assert all(torch.allclose(grads[name], right[name], rtol=1e-4, atol=1e-6) for name in right)
 
 
-def test_each_part_is_a_choice_of_its_own():
+def test_expert_lora_parts_are_chosen_separately():
     def parts(**settings):
         names = [n for n, p in adapted("qwen2_moe", **settings).named_parameters() if p.requires_grad]
         kinds = (".experts.", ".gate.", ".self_attn.", ".shared_expert.")
@@ -192,7 +192,7 @@ def test_a_router_that_is_a_linear_layer_is_a_choice_too(targets, router):
         ("Llama4TextConfig", {"experts": True}, "in a way of its own"),
     ],
 )
-def test_what_a_model_does_not_have_is_refused(config, settings, part):
+def test_expert_lora_refuses_what_a_model_does_not_have(config, settings, part):
     sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
@@ -209,18 +209,18 @@ def test_what_a_model_does_not_have_is_refused(config, settings, part):
         ("tuning.targets=[]", "must be all-linear"),
     ],
 )
-def test_what_does_not_go_together_is_refused_when_composing(tmp_path, typed, part):
+def test_expert_lora_refuses_settings_that_do_not_go_together_when_composing(tmp_path, typed, part):
     words = ["model.path=x", f"data.path={tmp_path}", "tuning=lora", "run.device=cpu"]
     with pytest.raises(ConfigError, match=part):
         compose([*words, *typed.split()])
 
 
-def test_experts_alone_compose(tmp_path):
+def test_expert_lora_on_experts_alone_composes(tmp_path):
     words = [f"data.path={tmp_path}", "model.path=x", "tuning=lora", "tuning.experts=true", "tuning.targets=[]"]
     assert compose([*words, "run.device=cpu"], check=False).config.tuning.targets == []
 
 
-def test_adapters_of_experts_are_merged_unless_it_is_said(tmp_path):
+def test_expert_lora_is_merged_at_export_unless_set_otherwise(tmp_path):
     words = [f"data.path={tmp_path}", "model.path=x", "tuning=lora", "run.device=cpu"]
     plain = compose(words, check=False).config
     merged = compose([*words, "tuning.experts=true"], check=False).config

@@ -60,7 +60,7 @@ def test_an_adapter_loads_with_plain_peft_and_equals_its_merge(architecture, set
     assert_same_logits(logits_of(plain_base(merged), ids), reference)
 
 
-def test_attention_alone_stays_attention_alone_under_plain_peft(bases, runtime, tmp_path):
+def test_expert_lora_on_attention_alone_stays_so_under_plain_peft(bases, runtime, tmp_path):
     """peft takes `gate_proj` of a dense layer or a shared expert for experts of old, and would draw adapters for them."""
     base = bases("qwen2_moe")
     parts = trained(base, LoraConfig(rank=4), runtime)
@@ -71,7 +71,7 @@ def test_attention_alone_stays_attention_alone_under_plain_peft(bases, runtime, 
     assert not any(".experts." in name for name in ours)
 
 
-def test_training_goes_on_from_an_adapter(bases, runtime, tmp_path):
+def test_expert_lora_training_goes_on_from_an_adapter(bases, runtime, tmp_path):
     base = bases("qwen2_moe")
     parts = trained(base, LoraConfig(**BOTH), runtime)
     adapter = export(parts, base, tmp_path / "adapter", runtime)
@@ -87,7 +87,7 @@ def test_training_goes_on_from_an_adapter(bases, runtime, tmp_path):
     assert_same_logits(reference_logits(again[0], again[1], ids, runtime), reference)
 
 
-def test_an_adapter_is_folded_into_the_base_as_it_is_read(bases, runtime, tmp_path):
+def test_expert_lora_is_folded_into_the_base_as_it_is_read(bases, runtime, tmp_path):
     base = bases("gpt_oss")
     parts = trained(base, LoraConfig(**BOTH), runtime)
     adapter = export(parts, base, tmp_path / "adapter", runtime)
@@ -97,7 +97,7 @@ def test_an_adapter_is_folded_into_the_base_as_it_is_read(bases, runtime, tmp_pa
     assert_same_logits(reference_logits(folded[0], folded[1], ids, runtime), reference)
 
 
-def test_values_at_the_start_are_of_the_kind_that_peft_draws_and_of_the_seed_alone(bases, runtime):
+def test_expert_lora_starts_as_peft_draws_and_by_the_seed_alone(bases, runtime):
     import peft
 
     base = bases("mixtral")

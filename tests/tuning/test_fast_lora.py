@@ -58,7 +58,7 @@ def widths(monkeypatch):
     return seen
 
 
-def test_layers_over_one_input_compute_together(tmp_path, widths):
+def test_fast_lora_layers_over_one_input_compute_together(tmp_path, widths):
     model = peft_model(tmp_path)
     fuse_lora(model)
     step(model)
@@ -69,7 +69,7 @@ def test_layers_over_one_input_compute_together(tmp_path, widths):
     )  # nothing is kept
 
 
-def test_a_layer_called_on_another_input_computes_anew(tmp_path, widths):
+def test_fast_lora_layer_called_on_another_input_computes_anew(tmp_path, widths):
     model = peft_model(tmp_path)
     expected = copy.deepcopy(model).get_base_model().model.layers[0].self_attn
     fuse_lora(model)
@@ -80,7 +80,7 @@ def test_a_layer_called_on_another_input_computes_anew(tmp_path, widths):
     assert widths == [3] * 4  # q of x, then of y with its k, then again, and v of x with its k
 
 
-def test_layers_of_other_inputs_under_such_names_compute_one_by_one(widths):
+def test_fast_lora_layers_of_other_inputs_under_such_names_compute_one_by_one(widths):
     """RWKV's feed-forward part has a `key` into its inner width and a `value` back."""
     from peft import LoraConfig, get_peft_model
     from transformers import RwkvConfig, RwkvForCausalLM
@@ -98,7 +98,7 @@ def test_layers_of_other_inputs_under_such_names_compute_one_by_one(widths):
     assert all(torch.allclose(grad, right[name], rtol=1e-5, atol=1e-6) for name, grad in grads.items())
 
 
-def test_encoder_decoders_compute_one_by_one(tmp_path, widths):
+def test_fast_lora_encoder_decoders_compute_one_by_one(tmp_path, widths):
     """Their keys and values may be of the other side."""
     from peft import LoraConfig, get_peft_model
     from transformers import BartConfig, BartForConditionalGeneration
@@ -112,7 +112,7 @@ def test_encoder_decoders_compute_one_by_one(tmp_path, widths):
     assert widths == [1] * 9
 
 
-def test_under_autocast_it_rounds_like_peft(tmp_path):
+def test_fast_lora_under_autocast_rounds_like_peft(tmp_path):
     stock = peft_model(tmp_path)
     exact, _ = step(copy.deepcopy(stock))
     fused = copy.deepcopy(stock)
@@ -124,7 +124,7 @@ def test_under_autocast_it_rounds_like_peft(tmp_path):
         assert torch.linalg.norm(grad - right[name]) < 3e-2 * torch.linalg.norm(right[name]), name
 
 
-def test_without_the_overwrite_it_is_the_same(tmp_path):
+def test_fast_lora_without_the_overwrite_is_the_same(tmp_path):
     model = peft_model(tmp_path)
     fuse_lora(model)
     (expected, right) = step(model)
@@ -149,10 +149,10 @@ def test_a_disabled_adapter_is_the_base(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}])
-def test_layers_that_do_more_are_left_to_peft(tmp_path, settings):
+def test_fast_lora_leaves_layers_that_do_more_to_peft(tmp_path, settings):
     assert fuse_lora(peft_model(tmp_path, **settings)) == 0
 
 
-def test_transposed_bases_and_other_models_are_left_alone(tmp_path):
+def test_fast_lora_leaves_transposed_bases_and_other_models_alone(tmp_path):
     assert fuse_lora(peft_model(tmp_path, "gpt2")) == 0
     assert fuse_lora(nn.Linear(2, 2)) == 0

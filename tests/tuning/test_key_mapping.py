@@ -22,7 +22,7 @@ def adapted(model_type, **settings):
     return tuning.apply(model), tuning.note
 
 
-def test_a_layer_that_the_checkpoint_calls_otherwise_is_read_back_by_plain_peft(tmp_path):
+def test_adapter_key_mapping_lets_plain_peft_read_renamed_layers(tmp_path):
     from peft import PeftModel
 
     tuned, _ = adapted("laguna")
@@ -39,7 +39,7 @@ def test_a_layer_that_the_checkpoint_calls_otherwise_is_read_back_by_plain_peft(
     assert all(torch.equal(stored.tensor(name), value) for name, value in trained.items())
 
 
-def test_a_layer_whose_adapter_no_key_leads_back_to_is_left_out_or_refused():
+def test_adapter_key_mapping_leaves_out_or_refuses_layers_that_no_key_leads_to():
     tuned, note = adapted("inkling2_text")
     assert not any("weight_proj" in name for name, _ in tuned.named_parameters() if ".lora_" in name)
     assert note == "all-linear but for weight_proj (peft would not read its adapter back)"
@@ -50,7 +50,7 @@ def test_a_layer_whose_adapter_no_key_leads_back_to_is_left_out_or_refused():
         check_loadable(asked)
 
 
-def test_a_layer_whose_weight_is_taken_past_it_is_left_out():
+def test_adapter_leaves_out_a_layer_whose_weight_is_used_directly():
     tuned, note = adapted("gemma3n_text")
     names = {name for name, _ in tuned.named_parameters() if ".lora_" in name}
     assert not any("correction_coefs" in name for name in names) and any("q_proj" in name for name in names)

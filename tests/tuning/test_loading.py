@@ -20,7 +20,7 @@ def told(number):
 """
 
 
-def test_what_it_hands_to_the_compiler_is_compiled_when_it_is_called(tmp_path, monkeypatch):
+def test_peft_functions_for_the_compiler_are_compiled_when_called(tmp_path, monkeypatch):
     compiled = []
 
     def compiler(function, **settings):

@@ -42,7 +42,7 @@ def types_met(monkeypatch):
     return met
 
 
-def test_a_processor_without_it_computes_in_fp32_and_the_run_says_so(tmp_path, runtime, monkeypatch):
+def test_lstm_without_half_precision_support_computes_in_fp32_and_the_run_says_so(tmp_path, runtime, monkeypatch):
     met = types_met(monkeypatch)
     monkeypatch.setattr(lstm, "supports_dtype", lambda dtype: False)
     trainer = trainer_for(config(tmp_path, Precision.bf16), data_set(tmp_path, uneven=True), runtime)
@@ -57,7 +57,7 @@ def test_a_processor_without_it_computes_in_fp32_and_the_run_says_so(tmp_path, r
     assert "tuning.encoder" not in substitutions(tmp_path, runtime, Precision.fp32)
 
 
-def test_a_processor_that_has_it_computes_as_asked(tmp_path, runtime, monkeypatch):
+def test_lstm_with_half_precision_support_computes_as_asked(tmp_path, runtime, monkeypatch):
     if not lstm.supports_dtype(torch.bfloat16):
         pytest.skip("this processor has no LSTM in bf16")
     met = types_met(monkeypatch)
@@ -66,7 +66,7 @@ def test_a_processor_that_has_it_computes_as_asked(tmp_path, runtime, monkeypatc
     assert "tuning.encoder" not in substitutions(tmp_path, runtime, Precision.bf16)
 
 
-def test_the_probe_finds_what_an_older_processor_lacks():
+def test_lstm_probe_finds_what_an_older_processor_lacks():
     """oneDNN held back to AVX2, as on any x86-64 processor of the years before AVX-512."""
     code = "import torch; from trainer.tuning.lstm import supports_dtype; print(supports_dtype(torch.bfloat16))"
     done = subprocess.run(

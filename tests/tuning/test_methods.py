@@ -109,7 +109,7 @@ def test_a_partly_frozen_model_is_exported_whole(name, base, runtime, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_from_the_base_weights_is_peft_s_own(init, base, runtime):
+def test_lora_start_from_the_base_weights_is_that_of_peft(init, base, runtime):
     """The factors are unique up to the sign of each direction, which both take from the same routine."""
     engine, _, _ = trained(base, LoraConfig(rank=4, init=init, alpha=8.0), runtime, steps=0)
     import peft

@@ -71,7 +71,7 @@ def nll(model, sample):
 
 
 @pytest.mark.parametrize(("architecture", "name"), chosen(CAUSAL, values))
-def test_a_batch_computes_what_plain_peft_computes_of_each_document_alone(architecture, name, bases, runtime, tmp_path):
+def test_own_adapters_compute_a_batch_as_plain_peft_each_document_alone(architecture, name, bases, runtime, tmp_path):
     base = bases(architecture)
     parts = trained(base, ADDED[name], runtime)
     engine, built, _ = parts
@@ -90,7 +90,7 @@ def test_a_batch_computes_what_plain_peft_computes_of_each_document_alone(archit
 
 
 @pytest.mark.parametrize(("architecture", "name"), chosen(CLASSIFIERS, values))
-def test_a_classifier_judges_each_document_as_plain_peft_does_alone(architecture, name, bases, runtime, tmp_path):
+def test_own_adapters_classify_each_document_as_plain_peft_alone(architecture, name, bases, runtime, tmp_path):
     base = bases(architecture)
     parts = trained(base, ADDED[name], runtime, objective=ClassificationConfig())
     engine = parts[0]
@@ -142,7 +142,9 @@ def build(architecture, tuning, bases, *, layout=Layout.auto, objective=None):
         ("llama", BottleneckConfig(attention="self_attn.out"), "self_attn.o_proj"),
     ],
 )
-def test_what_an_architecture_cannot_have_is_refused_with_what_it_can(architecture, tuning, advice, bases):
+def test_own_adapters_that_an_architecture_cannot_have_are_refused_with_those_it_can(
+    architecture, tuning, advice, bases
+):
     objective = ClassificationConfig() if architecture == "distilbert" else None
     with pytest.raises(ConfigError, match=advice):
         build(architecture, tuning, bases, objective=objective)
@@ -184,7 +186,7 @@ def greedy(model, ids, num):
 
 
 @pytest.mark.parametrize(("architecture", "name"), chosen(CONTINUED, values))
-def test_generation_continues_as_the_forward_pass_of_plain_peft_says(architecture, name, bases, runtime, tmp_path):
+def test_own_adapters_generate_as_the_forward_pass_of_plain_peft_says(architecture, name, bases, runtime, tmp_path):
     """peft's own generation loses virtual tokens from the cache; `virtual.load` keeps them, as does the tuned model."""
     base = bases(architecture)
     parts = trained(base, ADDED[name], runtime)
@@ -223,7 +225,7 @@ def test_a_fold_is_refused_when_an_old_run_is_exported(name, bases, runtime, tmp
         export(trained(base, ADDED[name], runtime, steps=0), base, tmp_path / "x", runtime, merge=True)
 
 
-def test_a_bottleneck_adapter_of_another_model_is_refused(bases, runtime, tmp_path):
+def test_bottleneck_adapter_of_another_model_is_refused(bases, runtime, tmp_path):
     base = bases("llama")
     directory = export(trained(base, ADDED["bottleneck"], runtime), base, tmp_path / "x", runtime)
     with pytest.raises(ConfigError, match="does not fit this model"):

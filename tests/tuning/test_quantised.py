@@ -62,7 +62,7 @@ def rounded_base(base, scheme, device="cpu"):
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("shape", [(64, 32), (33, 7), (300, 200)])
-def test_the_numbers_are_those_of_bitsandbytes(name, shape):
+def test_quantised_numbers_are_those_of_bitsandbytes(name, shape):
     scheme = SCHEMES[name]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     packed = scheme.pack(weight)
@@ -85,7 +85,7 @@ def test_the_numbers_are_those_of_bitsandbytes(name, shape):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_layer_computes_and_differentiates_as_a_plain_one_with_rounded_weights(name):
+def test_quantised_layer_has_values_and_gradients_of_a_plain_one_with_rounded_weights(name):
     scheme = SCHEMES[name]
     torch.manual_seed(0)
     plain = torch.nn.Linear(48, 40)
@@ -104,7 +104,7 @@ def test_a_layer_computes_and_differentiates_as_a_plain_one_with_rounded_weights
     assert torch.equal(layer.weight, before), "evaluation changed the bytes"
 
 
-def test_a_compiled_layer_is_one_graph():
+def test_quantised_layer_compiles_to_one_graph():
     """Parted where the codes' values are looked up, a block would be compiled anew for each length, and then no more."""
     plain = torch.nn.Linear(64, 32, bias=False)
     layer = QuantisedLinear.replace(plain, SCHEMES["nf4"])
@@ -118,7 +118,7 @@ def test_a_compiled_layer_is_one_graph():
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_the_model_is_the_one_that_transformers_loads_quantised(name, base, runtime):
+def test_quantised_model_is_the_one_that_transformers_loads(name, base, runtime):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     scheme = SCHEMES[name]
@@ -141,7 +141,7 @@ def test_the_model_is_the_one_that_transformers_loads_quantised(name, base, runt
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_modules_that_stay_in_float32_are_those_of_transformers(name, tmp_path, runtime):
+def test_quantised_model_keeps_the_modules_in_float32_that_transformers_keeps(name, tmp_path, runtime):
     """T5's `wo` converts activations to the type of its stored weight, which would be bytes."""
     from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
@@ -198,7 +198,7 @@ def test_verification_sees_an_adapter_on_the_wrong_base(base, runtime, tmp_path)
     verify_export(adapter, base_path=str(base), token_ids=ids, reference=reference, rounded=parts[1].base_weights(base))
 
 
-def test_bytes_are_what_is_held_and_elements_are_what_is_counted(base, runtime):
+def test_quantised_model_counts_elements_and_stores_fewer_bytes(base, runtime):
     whole = trained(base, LoraConfig(rank=4), runtime, steps=0)
     packed = trained(base, LoraConfig(rank=4), runtime, steps=0, **settings_of(SCHEMES["nf4"]))
     counts = [element_counts(parts[0].step_module) for parts in (whole, packed)]
@@ -236,7 +236,7 @@ def test_modules_that_train_in_full_are_not_quantised(base, runtime):
     assert [n for n, p in named_parameters(engine.step_module) if p.requires_grad and "down_proj" in n]
 
 
-def test_the_memory_estimate_counts_bytes(base, runtime):
+def test_quantised_memory_estimate_counts_bytes(base, runtime):
     gathered = {}
     for kind, settings in (("plain", {}), ("nf4", settings_of(SCHEMES["nf4"]))):
         engine, _, _ = trained(base, LoraConfig(rank=4), runtime, steps=0, **settings)
@@ -272,7 +272,7 @@ def words(base, tmp_path, monkeypatch):
         ("tuning=peft tuning.type=hra", "with tuning.type=hra: peft reads the base weight itself"),
     ],
 )
-def test_what_cannot_stand_on_a_quantised_base_is_refused(words, typed, part):
+def test_quantised_base_refuses_methods_that_cannot_stand_on_it(words, typed, part):
     with pytest.raises(ConfigError) as caught:
         compose([*words, *typed.split()])
     assert part in str(caught.value)

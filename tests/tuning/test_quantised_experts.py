@@ -42,7 +42,7 @@ def as_bitsandbytes(scheme, weight):
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_numbers_are_those_of_bitsandbytes_and_any_part_of_the_bytes_is_made_alone(name, shape):
+def test_quantised_experts_are_those_of_bitsandbytes_in_any_part(name, shape):
     scheme = SCHEMES[name]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     size, asked = num_bytes(scheme, shape), []
@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_bitsandbytes_and_any_part_of_the_bytes_is_made
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_experts_of_more_elements_than_a_kernel_counts_are_made_in_parts(monkeypatch, name):
+def test_quantised_experts_beyond_the_counter_of_a_kernel_are_made_in_parts(monkeypatch, name):
     """bitsandbytes' kernels for GPUs count in 32 bits, and a layer of DeepSeek-V3 has seven times as many."""
     scheme, shape, sizes = SCHEMES[name], (5, 64, 128), []
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
@@ -88,7 +88,7 @@ def test_experts_of_more_elements_than_a_kernel_counts_are_made_in_parts(monkeyp
     assert sizes == ([] if scheme.kind is Quantisation.int8 else [2 * 64 * 128, 2 * 64 * 128, 64 * 128])
 
 
-def test_whole_scales_are_those_of_the_whole_weight_at_once():
+def test_quantised_experts_of_single_scales_are_those_of_the_weight_at_once():
     """Without double quantisation experts do not know of each other: one call for all of them is the same."""
     weight = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(2))
     holder = torch.nn.Module()
@@ -127,7 +127,7 @@ def test_an_adapter_on_quantised_experts_is_plain_pefts_on_a_rounded_base(bases,
     assert_same_logits(logits_of(AutoModelForCausalLM.from_pretrained(merged).eval(), ids), reference)
 
 
-def test_a_frozen_mixture_computes_and_differentiates_as_the_rounded_one(bases, runtime):
+def test_quantised_frozen_mixture_has_values_and_gradients_of_the_rounded_one(bases, runtime):
     """Attention alone is adapted: what reaches it has passed through the experts of the layers above."""
     import peft
 
@@ -150,7 +150,7 @@ def test_a_frozen_mixture_computes_and_differentiates_as_the_rounded_one(bases, 
             assert float((trains[name].grad - right).norm()) <= 1e-4 * float(right.norm()) > 0, name
 
 
-def test_experts_that_compute_in_a_way_of_their_own_are_named(bases, runtime, tmp_path):
+def test_quantised_experts_with_a_computation_of_their_own_are_named(bases, runtime, tmp_path):
     model = tiny_model("jetmoe")
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

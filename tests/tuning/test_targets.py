@@ -38,11 +38,11 @@ def adapted(config):
 @pytest.mark.parametrize(
     ("config", "kept"), [(MAMBA, {"0.mixer.in_proj", "1.mixer.in_proj"}), (JAMBA, {"0.mamba.in_proj"})]
 )
-def test_of_a_state_space_mixer_only_the_input_projection_is_adapted(config, kept):
+def test_adapter_targets_of_a_state_space_mixer_are_its_input_projection(config, kept):
     assert {name for name in adapted(config) if ".mamba." in name or ".mixer." in name} == kept
 
 
-def test_towers_beside_the_text_model_are_not_adapted():
+def test_adapter_targets_leave_out_towers_beside_the_text_model():
     names = adapted(GEMMA)
     assert "1.self_attn.q_proj" in names
     assert not any("vision" in name or "projector" in name for name in names)
