@@ -99,8 +99,9 @@ def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
         details.append(("exchanged", EXCHANGE_COLUMNS))
 
     # A single run has no other whose loss it could differ from.
-    is_single = len(comparison.runs) == 1
-    main_columns = [column for column in MAIN_COLUMNS if not (is_single and column[0] == LOSS_DIFFERENCE)]
+    main_columns = list(MAIN_COLUMNS)
+    if len(comparison.runs) == 1:  # there is no other run that its loss could differ from
+        main_columns = [(heading, cell_of) for heading, cell_of in MAIN_COLUMNS if heading != LOSS_DIFFERENCE]
     shown = [("", main_columns)]
     for title, columns in details:
         known_columns = [column for column in columns if _is_known(column, begun)]
@@ -158,6 +159,7 @@ def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def _curve_lines(comparison: Comparison) -> list[str]:
+    """How far the loss curve of each run is from that of the run it is compared with, or why nothing can be said; a line each."""
     lines = []
     for run in comparison.runs:
         difference = run.loss_difference
@@ -235,8 +237,10 @@ def _capitalised(title: str) -> str:
 
 
 def _directories(run: ComparedRun) -> list[str]:
-    """Of its repeats; none of a point that was refused, since it has no directory."""
-    return [str(point.directory) for point in run.repeated.points] if run.repeated.row.directories else []
+    """The run directory of each repeat; none for a point that was refused, which was never given one."""
+    if not run.repeated.row.directories:
+        return []
+    return [str(point.directory) for point in run.repeated.points]
 
 
 def as_html(comparison: Comparison, *, again_s: float | None = None) -> str:
@@ -261,6 +265,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def _run_as_dict(comparison: Comparison, number: int) -> dict[str, Any]:
+    """Run `number` as JSON values; `differing` has its own value of each setting in which runs differ."""
     run = comparison.runs[number]
     directories = _directories(run)
     loss_difference = None

@@ -36,6 +36,7 @@ def notable_steps(point: Point) -> list[NotableStep]:
 
 
 def _event_text(event: dict[str, Any]) -> str:
+    """An event of `events.jsonl`: what a detector found, or which numbers stood out, what was done, and in which documents."""
     if event.get("event") == "challenge":
         return f"{event.get('challenge')}: {event.get('says')}"
     action = event.get("action")

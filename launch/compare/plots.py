@@ -30,7 +30,6 @@ class Plot:
 def comparison_plots(comparison: Comparison) -> list[Plot]:
     """The plots for which there are numbers."""
     begun = [run for run in comparison.runs if run.measured.steps]
-    is_single = len(begun) == 1
     plots = [
         _loss(begun),
         _plot(
@@ -39,12 +38,12 @@ def comparison_plots(comparison: Comparison) -> list[Plot]:
         _plot(
             "course", "Course", "Scroll or drag to zoom into all three; double-click to go back.", course_chart(begun)
         ),
-        None if is_single else _speeds(begun),  # of one run its course says it
-        _memory(begun),
-        _parts(begun),
-        _trade(begun),
-        _profile(begun[0]) if is_single else None,
     ]
+    if len(begun) != 1:  # of a single run the course shows the speed
+        plots.append(_speeds(begun))
+    plots += [_memory(begun), _parts(begun), _trade(begun)]
+    if len(begun) == 1:
+        plots.append(_profile(begun[0]))
     return [plot for plot in plots if plot is not None]
 
 
@@ -66,6 +65,7 @@ def _loss(runs: list[ComparedRun]) -> Plot | None:
 
 
 def _profile(run: ComparedRun) -> Plot | None:
+    """Allocated GiB over the traced steps, a line for each rank; None if the run was not profiled."""
     import altair as alt
 
     profile = read_profile(run.point.directory)
@@ -97,6 +97,7 @@ def _bars(runs: list[ComparedRun], rows: list[dict[str, Any]]) -> Any:
 
 
 def _speeds(runs: list[ComparedRun]) -> Plot | None:
+    """A bar of tokens/s for each run, with the spread of its repeats; None if no speed is known."""
     import altair as alt
 
     rows: list[dict[str, Any]] = []
@@ -117,6 +118,7 @@ def _speeds(runs: list[ComparedRun]) -> Plot | None:
 
 
 def _memory(runs: list[ComparedRun]) -> Plot | None:
+    """Two bars of GiB for each run, planned and measured; None if neither is known of any run."""
     import altair as alt
 
     rows: list[dict[str, Any]] = []
@@ -145,6 +147,7 @@ def _memory(runs: list[ComparedRun]) -> Plot | None:
 
 
 def _parts(runs: list[ComparedRun]) -> Plot | None:
+    """A stacked bar for each run: milliseconds of each part of a step; None if no run timed them."""
     import altair as alt
 
     order = ["data", "forward", "backward", "optimizer", "rest"]

@@ -63,6 +63,7 @@ class PointsPlan:
         return [self._row(point, to) for point in self.points]
 
     def _row(self, point: RequestedPoint, to: Path) -> ComparisonRow:
+        """The row of one point: a directory for each repeat, or of a refused point its configuration instead."""
         from trainer.config.resuming import flat, plain
 
         directories: tuple[Path, ...] = ()
@@ -241,6 +242,11 @@ def run_points(plan: PointsPlan, to: Path, pages: PeriodicPage | None = None) ->
 
 
 def _one_by_one(runs: list[tuple[RequestedPoint, Path]], progress: RunsProgress) -> int:
+    """Start the runs one after another, and wait for each. A point that failed is not repeated.
+
+    Returns 0 if any point succeeded, the code of a run that was asked to stop, 130 after Ctrl-C between two runs, or the
+    first point's code if all failed.
+    """
     from launch.compare.progress import run_with_progress
 
     codes: dict[str, int] = {}

@@ -98,6 +98,7 @@ class RunsProgress:
             self._print(f"{self._heading()}: {reason or f'ended with {code}'}; what it printed: {output}")
 
     def _state_line(self, now: float) -> str:
+        """The run, its step and the time to the end of all, such as `[2/6] ddp: step 40 of 100, about 9 min left`."""
         step = _last_step(self._run_dir)
         if self._steps is None:
             self._steps = readable_run_record(self._run_dir).total_steps or None

@@ -84,14 +84,15 @@ def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> Rep
     points = _points_of(row)
     per_repeat = [measure(point, row.warmup) for point in points]
     # A repeat that failed before its first step has no numbers; without any other the first one is shown empty.
-    begun = [measured for measured in per_repeat if measured.steps] or per_repeat[:1]
+    begun = [repeat for repeat in per_repeat if repeat.steps] or per_repeat[:1]
     exposed = _median([exposed_s(point.directory) for point in points])
     measured = _over_repeats(per_repeat[0], begun)
     if exposed is not None:
         measured = replace(measured, exposed_s=exposed)  # of traced steps: truer than that of the counted step
+    speeds = [repeat.tokens_per_s for repeat in begun if repeat.tokens_per_s is not None]
     summary = RepeatsSummary(
-        repeats=sum(bool(measured.steps) for measured in per_repeat),
-        tokens_per_s_repeats=tuple(m.tokens_per_s for m in begun if m.tokens_per_s is not None),
+        repeats=sum(repeat.steps > 0 for repeat in per_repeat),
+        tokens_per_s_repeats=tuple(speeds),
         parts_s=_step_parts_s(points, row.warmup, measured.step_s),
         dollars_per_million=_dollars_per_million(row, points[0].record, measured.tokens_per_s, price_of),
     )
@@ -125,6 +126,7 @@ def _read(path: Path) -> Point:
 
 
 def _refused_point(row: ComparisonRow) -> Point:
+    """The point of a row that was never run: it has a configuration and the reasons, and neither steps nor a record."""
     return Point(
         directory=row.directories[0] if row.directories else Path(row.name or REFUSED),
         config=row.config,

@@ -189,10 +189,11 @@ def _by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dic
         if "loss" in row:
             steps[row["step"]] = row
         else:
-            metrics = {name: value for name, value in row.items() if name not in ("step", "tokens")}
-            evaluations[row["step"]] = {
-                name: value for name, value in metrics.items() if isinstance(value, int | float)
-            }
+            metrics: dict[str, float] = {}
+            for name, number in row.items():
+                if name not in ("step", "tokens") and isinstance(number, int | float):
+                    metrics[name] = number
+            evaluations[row["step"]] = metrics
     return steps, evaluations
 
 
@@ -220,7 +221,10 @@ def measure(point: Point, warmup: int = 1) -> RunMeasurements:
     rows = list(point.steps.values())
     counted_rows = rows_after_warmup(point, warmup)
     rates = {key: _finite(counted_rows or rows, key) for key in RATES}
-    medians = {key: median(values) if values else None for key, values in rates.items()}
+    medians: dict[str, float | None] = dict.fromkeys(RATES)
+    for key, values in rates.items():
+        if values:
+            medians[key] = median(values)
     receipt = point.record.receipt or Receipt()
     predicted = receipt.predicted or PredictedCost()
     measured = receipt.measured or MeasuredCost()

@@ -130,10 +130,11 @@ def _point_from_config(
 
 
 def _records(part: Path) -> Iterator[dict[str, Any]]:
+    """The records of one directory of W&B, read by a process of wandb. Errors: ConfigError if it is not there, or fails."""
     if find_spec("wandb") is None:
         raise ConfigError(f"{part}: its files are read by wandb, which is not installed: pip install wandb")
+    # The command of wandb that reads its files without a server.
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
-    # The command that reads files of W&B without a server.
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
@@ -160,17 +161,23 @@ class _History:
         if not isinstance(step, int | float):
             return
         step = int(step)
-        # Of a server a row has null where another row has a value.
-        row = {key: _finite_or_none(value) for key, value in logged.items() if key[0] != "_" and value is not None}
-        del row["train_step"]
-        # `blocks_s/worst` and `loss/a` are of the step, as `blocks_s` and `loss` are; `eval/loss` is not, without `eval`.
-        of_step = {key: value for key, value in row.items() if "/" not in key or key.partition("/")[0] in row}
+        row = {}
+        for name, number in logged.items():
+            # W&B's own names begin with _. A row from a server has null where another row has a number.
+            if not name.startswith("_") and name != "train_step" and number is not None:
+                row[name] = _finite_or_none(number)
+        step_row: dict[str, Any] = {"step": step}
+        held_out: dict[str, float] = {}
+        for name, number in row.items():
+            # `blocks_s/worst` and `loss/a` are of the step, as `blocks_s` and `loss` are; `eval/loss` is not, without `eval`.
+            if "/" not in name or name.partition("/")[0] in row:
+                step_row[name] = number
+            elif isinstance(number, int | float):
+                held_out[name] = number
         if "loss" in row:
-            self.steps[step] = {"step": step, **of_step}
-        evaluated = {key: value for key, value in row.items() if key not in of_step}
-        metrics = {key: value for key, value in evaluated.items() if isinstance(value, int | float)}
-        if metrics:
-            self.evaluations[step] = self.evaluations.get(step, {}) | metrics
+            self.steps[step] = step_row
+        if held_out:
+            self.evaluations[step] = self.evaluations.get(step, {}) | held_out
 
 
 def _finite_or_none(logged: Any) -> Any:

@@ -28,10 +28,9 @@ def alpha(votes: Votes) -> float | None:
     for item_id, votes_on_item in votes_by_item.items():
         if len(votes_on_item) > 1:
             rows += [(reviewer, item_id, vote) for reviewer, vote in votes_on_item]
-    if (
-        len({vote for *_, vote in rows}) < 2
-    ):  # alpha divides by the disagreement that chance would give, which is 0 here
-        return None
+    different_votes = {vote for _, _, vote in rows}
+    if len(different_votes) < 2:
+        return None  # alpha divides by the disagreement that chance would give, which is 0 here
     from nltk.metrics.agreement import AnnotationTask
 
     return float(AnnotationTask(data=rows).alpha())

@@ -39,17 +39,17 @@ def _win_rates(score: dict[str, Any]) -> list[TableRow]:
             continue
         question = parts[1] if len(parts) > 1 else "overall"
         interval = "" if metric["value"] is None else f"{_number(metric['low'])} to {_number(metric['high'])}"
-        counts = [
-            str(count) for count in (metric["wins"], metric["ties"], metric["losses"], metric.get("num_equal", 0))
-        ]
-        rows.append(TableRow((parts[0], question, _number(metric["value"]), interval, *counts)))
+        counts = (metric["wins"], metric["ties"], metric["losses"], metric.get("num_equal", 0))
+        rows.append(TableRow((parts[0], question, _number(metric["value"]), interval, *map(str, counts))))
     return rows
 
 
 def _agreement(score: dict[str, Any]) -> list[str]:
-    alphas = [
-        f"{name} {_number(metric['value'])}" for name, metric in score["metrics"].items() if name.startswith("alpha")
-    ]
+    """Krippendorff's alpha of each question on one line, then Cohen's kappa of each two reviewers."""
+    alphas = []
+    for name, metric in score["metrics"].items():
+        if name.startswith("alpha"):
+            alphas.append(f"{name} {_number(metric['value'])}")
     without_a_value = " (- : nobody could have disagreed)" if "-" in str(alphas) else ""
     lines = [f"Krippendorff's nominal {', '.join(alphas)}{without_a_value}"]
     for pair in score["kappa"]:

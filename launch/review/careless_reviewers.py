@@ -59,6 +59,7 @@ def _disagrees_with_itself(choices: dict[str, str], items: dict[str, dict[str, A
 
 
 def _always_same_side(choices: dict[str, str]) -> str | None:
+    """Sides are drawn at random, so that a careful reviewer has no reason to prefer one."""
     if len(choices) < MIN_ITEMS:
         return None
     choice, count = Counter(choices.values()).most_common(1)[0]
@@ -68,6 +69,7 @@ def _always_same_side(choices: dict[str, str]) -> str | None:
 
 
 def _reads_too_fast(reviewer: Reviewer, items: dict[str, dict[str, Any]]) -> str | None:
+    """Words of the prompt and both answers, over the seconds until the choice; only the page measures them."""
     words_per_s = []
     for item_id, answer in reviewer.items.items():
         if answer.seconds is not None and OVERALL in answer.answers:
@@ -80,6 +82,7 @@ def _reads_too_fast(reviewer: Reviewer, items: dict[str, dict[str, Any]]) -> str
 def _agrees_by_chance(
     choices: dict[str, str], items: dict[str, dict[str, Any]], majority: dict[str, str]
 ) -> str | None:
+    """Compares the reviewer's winners with the majority's: a kappa of 0 is what somebody reaches who does not read."""
     shared = [item_id for item_id in choices if item_id in majority]
     if len(shared) < MIN_ITEMS:
         return None

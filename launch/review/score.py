@@ -77,7 +77,7 @@ def _metrics(votes: dict[str, Votes], key: dict[str, Any], arms: list[str]) -> d
     for arm in arms:
         for question, votes_on_question in votes.items():
             metrics[f"win_rate/{arm}{_suffix(question)}"] = _win_rate(votes_on_question, key, arm)
-    # Without a name of an arm: the base, or else the arm against which the tuned model does worst.
+    # Without a name of an arm: the base, or else the arm against which the tuned model does worst (one without votes last).
     values = {arm: metrics[f"win_rate/{arm}"]["value"] for arm in arms}
     main_arm = BASE if BASE in arms else min(arms, key=lambda arm: (values[arm] is None, values[arm] or 0))
     for question, votes_on_question in votes.items():
@@ -135,6 +135,7 @@ def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: dict[str, Any]
 def _reviewer_summary(
     reviewer: Reviewer, key: dict[str, Any], reviewer_flags: list[str], is_dropped: bool
 ) -> dict[str, Any]:
+    """One entry of the record's `reviewers`; `left` is the share of items in which the answer on the left won."""
     judgements = [answer for answer in reviewer.items.values() if OVERALL in answer.answers]
     seconds = [answer.seconds for answer in judgements if answer.seconds is not None]
     left_side = sum(answer.answers[OVERALL] == "a" for answer in judgements)

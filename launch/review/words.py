@@ -199,8 +199,11 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
     task = "evaluation.tasks.answers"
     is_run = directory is None or (Path(directory) / "config.yaml").is_file()
     words = [
-        *("evaluation.tasks=[]", f"{task}.kind=exact_match", f"{task}.path={request.to / 'answers' / 'prompts.jsonl'}"),
-        *("evaluation.resamples=1", f"to={request.to / 'answers' / arm}"),
+        "evaluation.tasks=[]",
+        f"{task}.kind=exact_match",
+        f"{task}.path={request.to / 'answers' / 'prompts.jsonl'}",
+        "evaluation.resamples=1",
+        f"to={request.to / 'answers' / arm}",
     ]
     if directory is None:
         words += request.settings

@@ -34,9 +34,12 @@ class AnomalyLog:
         self.say = say
 
     def __call__(self, outlier: Outlier) -> None:
+        """Append the outlier to `events.jsonl`, with the documents of its step, and print a warning that names some of them."""
         rows = self.loader.documents(outlier.first_sample)
         table = DocumentTable(self.data) if rows else None
-        documents = [_document(table, row) for row in rows] if table is not None else []
+        documents: list[dict[str, Any]] = []
+        if table is not None:
+            documents = [_document(table, row) for row in rows]
         places = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
         event = {"event": "outlier", "time": time.time(), **asdict(outlier), "places": places, "documents": documents}
         try:
@@ -47,6 +50,7 @@ class AnomalyLog:
         self.say(f"warning: {self._text(outlier, places, documents)}")
 
     def _text(self, outlier: Outlier, places: list[tuple[int, int]], documents: list[dict[str, Any]]) -> str:
+        """The warning. `places`: where the step's samples stand in the run's order, as (first, count)."""
         clauses = []
         for name, number in outlier.values.items():
             clauses.append(f"{name} {number:.4g} ({outlier.scores[name]:.1f} standard deviations above the median)")
@@ -55,9 +59,9 @@ class AnomalyLog:
         last_place = sum(places[-1]) - 1  # the last run of places is (first, count)
         documents_text = ""
         if documents:
-            named = ", ".join(f"{document['file']}:{document['line']}" for document in documents[:MAX_DOCUMENTS])
+            names = [f"{document['file']}:{document['line']}" for document in documents[:MAX_DOCUMENTS]]
             more = f" and {len(documents) - MAX_DOCUMENTS} more" if len(documents) > MAX_DOCUMENTS else ""
-            documents_text = f": {named}{more}"
+            documents_text = f": {', '.join(names)}{more}"
         return (
             f"step {outlier.step}: {scores} out; {DONE[outlier.action]}. Samples {first_place} to {last_place} of the "
             f"run's order{documents_text} ({EVENTS})"

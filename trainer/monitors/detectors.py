@@ -78,7 +78,7 @@ class Challenges:
             self.base.begin(engine, progress.step)
 
     def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
-        """The training loss of steps, for its mean since the last evaluation."""
+        """Take the training losses of steps: for the mean since the last evaluation, and for divergence if there is none."""
         new_losses = list[dict[str, float]]()
         for row in rows:
             loss = row.get(self.compared, row["loss"])
@@ -97,7 +97,7 @@ class Challenges:
         self._batches = batches
 
     def task(self, done: FinishedTask) -> None:
-        """A task after the model was asked."""
+        """Take a finished task: its written answers, and how its first metric changed from the base's, if the base was asked."""
         task = done.prepared.task
         if isinstance(task, WrittenTask):
             self.wrote((row.answer, row.reference) for row in done.rows)
@@ -109,7 +109,7 @@ class Challenges:
             self._compared.append(forgetting.compare(task.name, metric, base_task.rows, done.rows, base_and_now))
 
     def wrote(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Answers that were written, and what they should have been."""
+        """Take pairs of a written answer and its reference, for the next evaluation."""
         self._answers += [ModelAnswer(*pair) for pair in pairs]
 
     # -- what is found ---------------------------------------------------------------------------------------------
@@ -208,6 +208,7 @@ class Challenges:
         self.on_record(self.record)
 
     def _report(self, finding: Finding, *, again: bool) -> None:
+        """Record a finding, print it, and append it to `events.jsonl`. One that was found before (`again`) is only recorded."""
         if finding.stops and self.ends is None:
             self.ends = finding
         if again:
@@ -265,12 +266,13 @@ class WatchedTasks:
             fresh_tasks = base.fresh_tasks
             base.fresh_tasks = []
             for finished in fresh_tasks:
-                yield from self._of(finished)
+                yield from self._metrics_of(finished)
             names = [prepared.task.name for prepared in self.inner.tasks if prepared.task.name not in base.names]
         for finished in self.inner.run_tasks(names):
-            yield from self._of(finished)
+            yield from self._metrics_of(finished)
 
-    def _of(self, done: FinishedTask) -> Iterator[tuple[str, float]]:
+    def _metrics_of(self, done: FinishedTask) -> Iterator[tuple[str, float]]:
+        """Show a finished task to the detectors; yields its metrics by the names of a run's evaluation."""
         self.challenges.task(done)
         task = done.prepared.task
         if self.shows:

@@ -145,9 +145,15 @@ def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: di
         if steps:
             next_evaluation = f"eval in {min(steps, schedule.total_steps - row['step'])}"
     fields = [
-        *(field_by_name["loss"], field_by_name["eta"], field_by_name.get("skipped:", "")),
-        *(f"{row['tokens_per_s']:,.0f} tok/s", field_by_name["mem"], next_evaluation),
-        *(field_by_name["lr"], field_by_name["grad"], field_by_name.get("mfu", "")),
+        field_by_name["loss"],
+        field_by_name["eta"],
+        field_by_name.get("skipped:", ""),
+        f"{row['tokens_per_s']:,.0f} tok/s",
+        field_by_name["mem"],
+        next_evaluation,
+        field_by_name["lr"],
+        field_by_name["grad"],
+        field_by_name.get("mfu", ""),
     ]
     return [field for field in fields if field]
 

@@ -107,6 +107,7 @@ class _Meter(threading.Thread):
                 self.say(f"energy: the last look failed on {socket.gethostname()}: {' '.join(str(error).split())}")
 
     def _tracker(self) -> Any:
+        """codecarbon's tracker of this host, which hands its totals to `write` every `EVERY_S * WRITTEN_EVERY` seconds."""
         from codecarbon import OfflineEmissionsTracker
         from codecarbon.output import BaseOutput
 

@@ -22,11 +22,11 @@ ReadGpu = Callable[[torch.device], Iterable[float]]
 
 def read_gpu(device: torch.device) -> list[float]:
     """The figures of `NAMES`, now; NaN where the driver or its package (`nvidia-ml-py`) does not tell."""
-    milliwatts = 1 if torch.version.hip else 1000  # NVIDIA's driver tells milliwatts, AMD's watts
+    units_per_watt = 1 if torch.version.hip else 1000  # NVIDIA's driver gives milliwatts, AMD's watts
     return [
         _reading(torch.cuda.utilization, device),
         _reading(torch.cuda.device_memory_used, device) / 2**30,
-        _reading(torch.cuda.power_draw, device) / milliwatts,
+        _reading(torch.cuda.power_draw, device) / units_per_watt,
         _reading(torch.cuda.temperature, device),
     ]
 
@@ -50,15 +50,14 @@ class GpuWatcher(threading.Thread):
     def run(self) -> None:
         wait = threading.Event()
         wait.wait(INTERVAL_S)
-        if all(
-            map(math.isnan, self.sample())
-        ):  # the driver's package is missing; later, a driver may fail to answer once
+        # Only the first measurement decides: the driver's package is missing. Later, a driver may fail to answer once.
+        if all(map(math.isnan, self.sample())):
             return
         while not wait.wait(INTERVAL_S):
             self.sample()
 
     def sample(self) -> list[float]:
-        """Take a look; what was seen."""
+        """Measure once, and keep the figures for `means`; returns them in the order of `NAMES`."""
         figures = list(self._read(self._device))
         self._samples.append(figures)
         return figures

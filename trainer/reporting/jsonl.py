@@ -54,6 +54,7 @@ class JsonlTracker:
         self.earlier = earlier_results(content.rows[number] for number in kept)
 
     def _set_aside(self, unreadable: list[UnreadableLine]) -> None:
+        """Append lines that are no rows to `metrics.unreadable.jsonl`, durably, and print which they are. Errors: OSError."""
         aside = self.path.with_name(UNREADABLE)
         with aside.open("a", encoding="utf-8") as file:
             for broken in unreadable:

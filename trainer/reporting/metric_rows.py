@@ -50,11 +50,11 @@ class MetricRows:
 def read_rows(path: Path) -> MetricRows:
     """All rows of a file; none where there is no file. Errors: OSError; ConfigError if it is of a later version."""
     try:
-        text = atomic_io.read_bytes(path, most=MOST)
+        raw = atomic_io.read_bytes(path, most=MOST)
     except FileNotFoundError:
         return MetricRows()
     content = MetricRows()
-    lines = text.split(b"\n")
+    lines = raw.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -98,6 +98,7 @@ def row_of(line: bytes) -> dict[str, Any]:
 
 
 def _object_of(line: bytes) -> dict[str, Any]:
+    """The row that a line is, with all its keys. Raises ValueError with what is wrong, to follow "line 7"."""
     if b"\0" in line:
         raise ValueError("has NUL bytes, as a power cut leaves them")
     try:

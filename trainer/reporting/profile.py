@@ -81,6 +81,7 @@ class Profiler:
         self._live.start()
 
     def _end(self, last: int) -> None:
+        """Stop tracing after step `last`; write this rank's trace and its summary. A full disk is only reported."""
         live = self._live
         self._live = None
         live.stop()

@@ -81,6 +81,7 @@ def _trial(trial: Any) -> OutOfMemoryTrial:
 
 
 def _of_sentence(setting: str, sentence: str) -> Resolution | None:
+    """The resolution that an earlier version wrote as a sentence; None for a sentence about something else."""
     match = _EARLIER.fullmatch(sentence)
     if match is None:
         return None

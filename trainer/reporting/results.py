@@ -39,8 +39,8 @@ class KeptReport:
     @property
     def artefact(self) -> str | None:
         """SHA-256 of the weights that it is about."""
-        content = (self.report.get("model") or {}).get("artefact")
-        return str(content) if content else None
+        sha256 = (self.report.get("model") or {}).get("artefact")
+        return str(sha256) if sha256 else None
 
     @property
     def checkpoint(self) -> str:

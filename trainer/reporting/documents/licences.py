@@ -35,18 +35,14 @@ def _consequences(licence: str, export_licence: str | None) -> Iterator[str]:
     if NO_DERIVATIVES.search(licence):
         yield ", which allows no derivatives; a tuned model may be one"
     if NON_COMMERCIAL.search(licence):
-        clash = (
-            f", and {export_licence} would allow that"
-            if export_licence and not NON_COMMERCIAL.search(export_licence)
-            else ""
-        )
+        clash = ""
+        if export_licence and not NON_COMMERCIAL.search(export_licence):
+            clash = f", and {export_licence} would allow that"
         yield f", which allows no commercial use{clash}"
     if SHARE_ALIKE.search(licence):
-        clash = (
-            f", and the tuned model is to be given under {export_licence}"
-            if export_licence and export_licence.lower() != licence.lower()
-            else ""
-        )
+        clash = ""
+        if export_licence and export_licence.lower() != licence.lower():
+            clash = f", and the tuned model is to be given under {export_licence}"
         yield f": what is derived from it must be given on under the same terms{clash}"
     if OWN_TERMS.match(licence):
         yield ", a licence of its own terms: names, uses and duties that bind the export"

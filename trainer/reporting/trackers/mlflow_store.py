@@ -62,6 +62,7 @@ class MlflowRun:
         return run_id
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        """Send the numbers of a row in one batch; MLflow takes no texts as metrics."""
         from mlflow.entities import Metric
 
         self._step = step

@@ -30,6 +30,7 @@ def unreachable(address: str) -> str | None:
 
 
 def _ask(address: str) -> str:
+    """Why nobody answers; empty if somebody does."""
     request = urllib.request.Request(address, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_S):

@@ -161,6 +161,7 @@ class WandbRun:
         self._tell_where(online=online)
 
     def table(self, name: str, table: Table, *, step: int) -> None:
+        """Log a table. A column with any cell that is no number becomes texts throughout."""
         import wandb
 
         # Columns have one type each, and one that is empty has none: texts where not all are numbers.
@@ -186,6 +187,7 @@ class WandbRun:
             self._end(ended)
 
     def _end(self, ended: RunEnding) -> None:
+        """Set the state, send the alert and the reference to the export if asked for, and wait for the upload."""
         if ended.state is State.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
         self._run.summary.update({"state": str(ended.alert or ended.state)})
