@@ -135,6 +135,7 @@ class NewFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        """Sync and close the file. If that is not reached without an error, an exclusive file is removed."""
         synced = False
         try:
             if kind is None:
@@ -388,6 +389,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, expected.size))))
 
     def compare() -> str | None:
+        """How the file differs; None if it does not. Reads it from its beginning. Errors: OSError."""
         digest = hashlib.sha256()
         with open_regular(directory / expected.name) as (descriptor, size):
             if size != expected.size:

@@ -64,6 +64,8 @@ def counted_collective(collective: str, full_argument: int) -> Callable[[Any], A
     """
 
     def decorate(call: Any) -> Any:
+        """The method, which counts only while a count is open."""
+
         @wraps(call)
         def timed(self: Any, *tensors: Tensor, **kwargs: Any) -> None:
             if not _open_totals:

@@ -143,6 +143,7 @@ class HostExchange:
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
+        """Reduce `input_tensor` over the ranks of `group`, and put this rank's part into `output_tensor`. All must call."""
         if not self._goes_through_memory(input_tensor, group, op):
             return self.backend.reduce_scatter_tensor(output_tensor, input_tensor, op, group=group, async_op=async_op)
         self.memory.reduce_scatter(output_tensor, input_tensor, average=_AVERAGES[op.name])

@@ -18,6 +18,8 @@ class ShardtuneError(Exception):
     exit_code = 70
     retry: str | None = None
     """The key of `launcher.retry` that starts a run again after this error. None: another start would meet the same error."""
+    recorded_name: str | None = None
+    """`error` in `failure.json`, for a class that has another name there; None: the name of the class."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))

@@ -90,6 +90,7 @@ class _ReduceScatter(DefaultAllocMixin, ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> None:
+        """Sum or average `input_tensor` over the ranks, and put this rank's part into `output_tensor`. Over when it returns."""
         assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
         self.memory.reduce_scatter(output_tensor, input_tensor, average=op == dist.ReduceOp.AVG)
 

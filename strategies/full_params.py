@@ -33,6 +33,7 @@ class FsdpFullParameters(FullParameters):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
+        """See `FullParameters.gathered`. FSDP2's hooks, which would gather and reshard block by block, are off inside."""
         from torch.distributed.fsdp import FSDPModule
 
         from strategies.compat.fsdp import without_fsdp_hooks
@@ -78,6 +79,7 @@ class ZeroFullParameters(FullParameters):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
+        """See `FullParameters.gathered`. DeepSpeed's coordinator, which would fetch and free by module, is idle inside."""
         import deepspeed
 
         # Every rank begins with everything partitioned and no gather under way.

@@ -70,6 +70,7 @@ class SilentRank(ShardtuneError):
     """A rank has stopped counting: its process has ended, or was stopped, while the others waited for it."""
 
     retry = "node_fail"
+    recorded_name = "Silent"
 
     def __init__(self, sign: SignOfLife, *, hung: bool, since_s: float, error_line: str) -> None:
         self.sign = sign
@@ -85,6 +86,7 @@ class LaggingRank(ShardtuneError):
     """A rank is alive, but does not come to the exchange in which the others wait for it."""
 
     retry = "node_fail"
+    recorded_name = "Behind"
 
     def __init__(self, sign: SignOfLife, last: Exchange | None, awaited: Exchange | str, error_line: str) -> None:
         self.sign = sign
@@ -99,6 +101,7 @@ class CutOffRank(ShardtuneError):
     """The host that has the ranks' store cannot be reached: the link to it is down, or that host hangs."""
 
     retry = "node_fail"
+    recorded_name = "CutOff"
 
     def __init__(self, sign: SignOfLife, *, since_s: float, error_line: str) -> None:
         """`sign`: this rank. `error_line`: the first line of the error that it met."""

@@ -136,6 +136,7 @@ class HostMemory:
                 self._wait_for(peer)
 
     def _wait_for(self, peer: int) -> None:
+        """Wait until `peer` has come as often as this rank. RuntimeError if it has ended, or does not come in time."""
         counter = self._counters[peer]
         start_time = time.monotonic()
         last_check_s = 0.0

@@ -190,6 +190,7 @@ def this_processor() -> Processor:
 
 
 def _vendor_and_family() -> tuple[str, int]:
+    """The processor's vendor and family, from the kernel; empty and 0 if it does not say."""
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux

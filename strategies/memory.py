@@ -75,6 +75,8 @@ class _Sizes:
 
 
 def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
+    """Sizes of a step module that is not sharded. `compute_bytes`: bytes of an element in the compute type."""
+
     def size_of(parameter: nn.Parameter) -> int:
         itemsize = compute_bytes if parameter.is_floating_point() else parameter.element_size()
         return parameter.numel() * itemsize

@@ -59,6 +59,7 @@ class _Unallocated(TorchFunctionMode):
 
     @staticmethod
     def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call makes a large tensor that is to become a parameter, on a device that the call leaves open."""
         if kwargs.get("device") is not None or (func is not torch.empty and func not in CONSTRUCTORS):
             return False
         # A size is a keyword, one sequence, or several numbers.

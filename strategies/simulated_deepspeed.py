@@ -125,6 +125,7 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
     complete: bool
 
     def wait(self, handle_dependency: bool = True) -> None:
+        """Wait for the gather, then give each parameter its full tensor. Other kinds of gathers are left to DeepSpeed."""
         if self.complete or self.quantization or self.use_secondary_tensor:
             super().wait(handle_dependency)
             return

@@ -147,6 +147,7 @@ class AsOnGpu(TorchFunctionMode):
     """Lets functions do for tensors on `SIMULATED` what they do on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, or what torch would call in its place on a GPU."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)

@@ -132,6 +132,7 @@ def parse_index(data: bytes) -> Index:
 
 
 def _parts(name: str, rows: Any) -> list[FilePart]:
+    """The parts of the tensor `name` from its rows in an index. Malformed unless they cover it exactly once, in order."""
     if not isinstance(rows, list) or not rows:
         raise Malformed(f"has no parts of {name[:80]}")
     parts: list[FilePart] = []

@@ -254,6 +254,7 @@ class ZeroEngine:
             yield from self._gather(trainable_only=trainable_only)
 
     def _gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+        """`gather`, with the weights that are in place now. All ranks must exhaust it."""
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 

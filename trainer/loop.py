@@ -315,6 +315,7 @@ class Trainer:
         return self.outcome.stopped_early
 
     def _evaluate(self) -> dict[str, float]:
+        """Run every evaluator; returns their metrics, in metrics.jsonl and on the screen too. All ranks must call."""
         values: dict[str, float] = {}
         try:
             for evaluator in self.evaluators:

@@ -89,6 +89,7 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
 def _run(
     config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, attempt: Attempt, freeze: Freeze
 ) -> None:
+    """Everything between the first record of this rank's attempt and the last. All ranks must call."""
     # Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
     tokenizer = load_tokenizer(config.model)
     data, tasks, staged, runtime = meet(config, tokenizer, request, attempt)

@@ -107,6 +107,7 @@ def test_out_of_memory_rank_that_a_peer_took_for_a_lost_node_is_corrected(
     seen = SignOfLife(rank=1, host="n2", pid=7, phase="training", step=9, count=3)
     silent = SilentRank(seen, hung=False, since_s=3, error_line="Connection closed by peer")
     record_failure(tmp_path, 1, silent, "training", 9, gone=True, retry="node_fail")
+    assert read_failure(tmp_path)["error"] == "Silent", "what stands in the file outlives the name of a class"
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     monkeypatch.delenv("SHARDTUNE_LAUNCHER", raising=False)
     if launcher is not None:

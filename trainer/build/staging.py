@@ -210,6 +210,7 @@ def _copy(root: Path, what: str, files: _Files, stop: Callable[[], bool]) -> Cop
 
 
 def _copy_file(source: Path, target: Path, stop: Callable[[], bool]) -> str:
+    """Copy a file, and return the sampled digest of both. Errors: OSError, StorageError if they differ, Preempted."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, target.open("wb") as write:
         while piece := read.read(CHUNK_BYTES):

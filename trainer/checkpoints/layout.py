@@ -46,7 +46,7 @@ def published(places: list[Path]) -> list[tuple[int, Path]]:
             match = STEP_NAME.fullmatch(step_name)
             if match:
                 checkpoints.append((int(match[1]), -order, place / name))
-    return [(match, path) for match, _, path in sorted(checkpoints)]
+    return [(step, path) for step, _, path in sorted(checkpoints)]
 
 
 def listed(directory: Path) -> list[str]:

@@ -124,6 +124,7 @@ class _LinearDivergence(torch.autograd.Function):
         row_weight: Tensor | None,
         settings: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(weighted sum, plain loss, divergence, correct argmaxes) of `hidden [N, H]`; the gradients are saved for `backward`."""
         student, teacher, against, training = settings
         need_hidden = training and ctx.needs_input_grad[0]
         need_weight = training and ctx.needs_input_grad[1]
@@ -210,6 +211,7 @@ def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: TeacherCom
         return against.weights[rows]
 
     def losses_against(teacher_head: _HeadParameters) -> tuple[Tensor, ...]:
+        """The four results of `_LinearDivergence` for the compared rows."""
         compared_hidden = hidden
         compared_targets = targets
         if against.rows is not None:

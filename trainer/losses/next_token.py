@@ -107,6 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counting: RowCounting,
         settings: HeadSettings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The sums of the class, for rows `hidden [N, H]` and int64 `targets [N]`; the gradients are saved for `backward`."""
         softcap, scale, training = settings
         row_weight = counting.weights
         groups = counting.groups
@@ -165,6 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
+        """Scale the gradients of the forward pass by the 0-d `grad_total`."""
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         # Scaled in place. Autograd counts that as a change: a second backward pass fails instead of scaling twice.
         if grad_hidden is not None:
@@ -188,6 +190,7 @@ class _RowCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
     ) -> Tensor:
+        """The negative log-likelihood of each row, `[N]`, in float32 or wider."""
         softcap, scale, training = settings
         chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
         head_weight = weight  # in its own type, for the backward pass
@@ -213,6 +216,7 @@ class _RowCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, row_weight: Tensor) -> Any:  # type: ignore[override]
+        """Gradients for the weights `row_weight [N]` of the rows; the head's are summed over logits that are made again."""
         grad_hidden, *saved_for_head = ctx.saved_tensors
         hidden_gradient = None
         if grad_hidden is not None:

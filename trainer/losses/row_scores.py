@@ -23,6 +23,7 @@ def row_scores(head: nn.Module, hidden: Tensor, targets: Tensor, bias: Tensor | 
         return log_probability, logits.argmax(-1) == wanted_ids
 
     def scored_by_chunks(loss_head: LossHead, rows: Tensor, wanted_ids: Tensor) -> tuple[Tensor, ...]:
+        """`scored` for a head's rows, inside the head's own call; logits exist a chunk at a time."""
         weight = loss_head.training_weight
         chunk_rows = max(1, CHUNK_LOGITS // loss_head.weight.shape[0])
         log_probabilities = []

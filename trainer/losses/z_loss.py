@@ -19,6 +19,7 @@ class _SquaredLogsumexp:
     """`[N]`: 1 for rows that count, 0 for others; None: all count."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """The weighted sum, as the only result, for rows `hidden [N, H]`; all `targets` must be 0."""
         weight = head.training_weight
         bias = head.bias
         settings = head.softcap, head.logit_scale, torch.is_grad_enabled()
@@ -31,7 +32,10 @@ class _SquaredLogsumexp:
 
 
 def squared_logsumexp(head: nn.Module, hidden: Tensor, counted_rows: Tensor | None) -> Tensor:
-    """The sum, 0-d float32, over the rows of `hidden [N, H]` for which `kept [N]` is true. Calls `head` once, as a module."""
+    """The sum, 0-d float32, over the rows of `hidden [N, H]` that `counted_rows [N]` marks; None marks all.
+
+    Calls `head` once, as a module.
+    """
     row_weight = None if counted_rows is None else counted_rows.float()
     if computes_loss(head):
         against = _SquaredLogsumexp(row_weight)

@@ -131,7 +131,7 @@ def record_failure(
         "pid": os.getpid(),
         "phase": phase,
         "step": step,
-        "error": type(error).__name__,
+        "error": getattr(error, "recorded_name", None) or type(error).__name__,
         "message": redacted(str(error)),
         "user_error": isinstance(error, ShardtuneError),
         "exit_code": getattr(error, "exit_code", 70),

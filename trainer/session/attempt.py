@@ -151,8 +151,8 @@ def rank_of_job(run_dir: Path | None, lease_s: int) -> Iterator[tuple[StopReques
     is_single_rank = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
     with StopRequest(interrupts=is_single_rank) as request:  # over when everything is written down
         try:
-            with run_attempt(run_dir, lease_s, request) as where:
-                yield request, where
+            with run_attempt(run_dir, lease_s, request) as attempt:
+                yield request, attempt
         except Preempted as stop:
             stop.signal_name = request.signal_name
             raise

@@ -113,6 +113,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Stop listening, and put handlers and mask back. After a request the handlers stay: the process is about to end."""
         self.must_save()
         self._closed.set()
         if self._thread is not None and self._thread.is_alive() and self._thread.ident is not None:
