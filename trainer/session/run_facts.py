@@ -369,7 +369,10 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequen
 
 
 def _finding_lines(run_dir: Path, outcome: Outcome) -> list[str]:
-    """Warnings of the detectors with remedies, and the export command for the best checkpoint if it is not the last."""
+    """Warnings of the detectors with remedies, then the export command for the best checkpoint if it is not the last.
+
+    Empty if the detectors have found nothing.
+    """
     findings = findings_in(outcome.challenges)
     lines = []
     for finding in findings:
